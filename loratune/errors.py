@@ -1,0 +1,97 @@
+"""The error family, and the exit code of each member.
+
+LoratuneError           1   unexpected
+├── ConfigError         2   usage or config
+├── ModelError          3   model or tokenizer
+├── DataError           4   data
+├── AdapterError        5   adapter directory
+├── NumericError        6   NaN, inf, nothing learnt
+├── ResumeError         7   a checkpoint does not fit the run
+├── ResourceError       8   memory or disk
+└── LockedError         9   another run holds the directory
+
+An error holds every problem that was found, so that the user mends them in one go. `cli` is the one place
+that turns an error into lines on stderr and an exit code.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `<where>: <key>: <what>; <fix>`.
+
+    where: a file, `file:line`, or `file:line:column`; key: a dotted config key; fix: what to do about it.
+    """
+
+    what: str
+    where: str = ""
+    key: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        head = ": ".join(part for part in (self.where, self.key, self.what) if part)
+        return f"{head}; {self.fix}" if self.fix else head
+
+
+class LoratuneError(Exception):
+    """An error that the user can act on; `problems` is never empty."""
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Problem | Sequence[Problem]):
+        if isinstance(problems, str):
+            problems = Problem(problems)
+        if isinstance(problems, Problem):
+            problems = [problems]
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class ConfigError(LoratuneError):
+    """A wrong command line or configuration."""
+
+    exit_code = 2
+
+
+class ModelError(LoratuneError):
+    """A base model or tokenizer that cannot be loaded or adapted."""
+
+    exit_code = 3
+
+
+class DataError(LoratuneError):
+    """Data that is missing, unreadable, or teaches nothing."""
+
+    exit_code = 4
+
+
+class AdapterError(LoratuneError):
+    """An adapter directory that is damaged or does not fit its base."""
+
+    exit_code = 5
+
+
+class NumericError(LoratuneError):
+    """A loss, gradient or weight that is not finite, or an adapter that learnt nothing."""
+
+    exit_code = 6
+
+
+class ResumeError(LoratuneError):
+    """A checkpoint that is missing, damaged, or belongs to another run."""
+
+    exit_code = 7
+
+
+class ResourceError(LoratuneError):
+    """Not enough memory or disk."""
+
+    exit_code = 8
+
+
+class LockedError(LoratuneError):
+    """Another run is working on the same directory."""
+
+    exit_code = 9
