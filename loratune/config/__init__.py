@@ -1,0 +1,33 @@
+"""The configuration of a run: read from YAML, validated once, frozen. Imports no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from loratune.config import reader
+from loratune.config.problems import translate
+from loratune.config.sections import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
+from loratune.errors import ConfigError
+
+__all__ = ["DataSection", "LoraSection", "ModelSection", "RunConfig", "Source", "TrainingSection", "dump", "load"]
+
+
+def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
+    """Read a config file, apply `section.key=value` assignments over it, and validate the whole.
+
+    Raises ConfigError with every problem found.
+    """
+    document = reader.read(path)
+    for assignment in assignments:
+        reader.override(document, assignment)
+    try:
+        return RunConfig.model_validate(document.values)
+    except ValidationError as error:
+        raise ConfigError(translate(error, document)) from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML text that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,167 @@
+"""The sections of a run: frozen, complete, and strict about unknown keys and types.
+
+Fields that belong to an upstream object carry upstream's name and are handed over by `model_dump`, so a field that
+is added here reaches its object without being copied by hand.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, no coercion between types, no NaN or inf."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Contradiction(ValueError):
+    """Two keys that cannot both hold; `keys` are relative to the section that is being validated."""
+
+    def __init__(self, message: str, *keys: str):
+        super().__init__(message)
+        self.keys = keys
+
+
+class ModelSection(Section):
+    """Which base model, and in which numbers it is held."""
+
+    name_or_path: str = Field(min_length=1, description="a local directory or a hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the machine computes in it, else float32"
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field("none", description="bitsandbytes; 4bit is nf4")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        Field(None, description="null: what transformers chooses")
+    )
+    trust_remote_code: bool = Field(False, description="run code from the model's repository; needs revision")
+
+    @model_validator(mode="after")
+    def _pinned_remote_code(self) -> Self:
+        if self.trust_remote_code and self.revision is None:
+            raise Contradiction(
+                "code from a repository is only run at a pinned revision", "trust_remote_code", "revision"
+            )
+        return self
+
+
+class LoraSection(Section):
+    """What is trained: the fields of `peft.LoraConfig`, under its names."""
+
+    r: int = Field(8, gt=0, description="rank of the update")
+    lora_alpha: int = Field(16, gt=0, description="the update is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    target_modules: list[str] | str = Field(
+        ["q", "k", "v", "o"], min_length=1, description="roles q, k, v, o; exact names; a regular expression; all-linear"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained as well")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r), arXiv:2312.03732")
+    use_dora: bool = Field(False, description="weight-decomposed LoRA, arXiv:2402.09353")
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = Field(
+        True, description="how A is drawn; B starts at zero"
+    )
+    layers_to_transform: list[int] | None = Field(None, min_length=1, description="numbers of the layers to adapt")
+
+    @model_validator(mode="after")
+    def _zero_start(self) -> Self:
+        if self.init_lora_weights is False:
+            raise Contradiction("false starts from a random update, which is for PEFT's own tests", "init_lora_weights")
+        if self.layers_to_transform and self.target_modules == "all-linear":
+            raise Contradiction(
+                "PEFT cannot limit all-linear to some layers; name the modules", "layers_to_transform", "target_modules"
+            )
+        return self
+
+
+class Source(Section):
+    """One place that rows come from."""
+
+    path: str = Field(min_length=1, description="a file, a directory, or a hub id")
+    split: str | None = Field(None, description="a split or a slice of one, e.g. train[:2000]")
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class DataSection(Section):
+    """Which rows, and what of them is learnt."""
+
+    train: Annotated[Source, BeforeValidator(_as_source)] = Field(description="a path, a hub id, or {path, split}")
+    validation: Annotated[Source | float | None, BeforeValidator(_as_source)] = Field(
+        None, description="a source like train, or the fraction of train that is held out"
+    )
+    format: Literal["auto", "prompt_completion", "messages", "text"] = Field(
+        "auto", description="auto: recognised by the keys of the rows"
+    )
+    columns: dict[str, str] = Field({}, description="our name → the data's name, e.g. {prompt: question}")
+    chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
+    loss_on: Literal["completion", "all"] = Field(
+        "completion", description="completion: completions and assistant turns only; all: every token"
+    )
+    max_length: int = Field(1024, ge=2, description="tokens of a row, its end-of-sequence token included")
+    truncation: Literal["keep_completion", "drop", "error"] = Field(
+        "keep_completion", description="for rows over max_length: shorten the prompt from its left, drop the row, or stop"
+    )
+
+    @model_validator(mode="after")
+    def _fraction(self) -> Self:
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise Contradiction("a fraction lies between 0 and 1", "validation")
+        return self
+
+
+class TrainingSection(Section):
+    """How it is trained: fields of `transformers.TrainingArguments`, under its names."""
+
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
+    max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: as num_train_epochs says")
+    per_device_train_batch_size: int = Field(8, gt=0, description="rows per device and micro-step")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="micro-steps per optimizer step")
+    warmup_steps: float = Field(0.0, ge=0, description="steps, or a fraction of all steps if below 1")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="how the learning rate falls"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = (
+        Field("adamw_torch", description="optimizer")
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="of the adapter's start, the order of rows, and dropout")
+    logging_steps: int = Field(10, gt=0, description="steps between two reports of the loss")
+    save_steps: int = Field(200, gt=0, description="steps between two checkpoints")
+    eval_steps: int | None = Field(None, gt=0, description="steps between two evaluations; one always ends the run")
+    activation_checkpointing: bool = Field(False, description="recompute activations: less memory, half again the time")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.max_steps == 0:
+            raise Contradiction("0 steps train nothing; -1 leaves the length to num_train_epochs", "max_steps")
+        if self.max_steps > 0 and {"max_steps", "num_train_epochs"} <= self.model_fields_set:
+            raise Contradiction("both set the length of the run; keep one", "max_steps", "num_train_epochs")
+        return self
+
+
+class RunConfig(Section):
+    """A whole run, as `loratune train` reads it."""
+
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    output_dir: str = Field(min_length=1, description="where the adapter goes")
+
+    @model_validator(mode="after")
+    def _evaluations_need_rows(self) -> Self:
+        if self.training.eval_steps is not None and self.data.validation is None:
+            raise Contradiction("there are no rows to evaluate on", "training.eval_steps", "data.validation")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting of the run as plain values; reading them back gives this config again."""
+        values = self.model_dump()
+        if self.training.max_steps > 0:
+            del values["training"]["num_train_epochs"]
+        return values
