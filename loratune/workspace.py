@@ -1,0 +1,112 @@
+"""The output directory and the work in progress beside it.
+
+A run works in `<output_dir>.partial/` and publishes by one rename, so the output directory is whole or absent.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import ConfigError, Problem, ResumeError
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a run works and where its result goes. output and partial are siblings on one file system."""
+
+    output: Path
+    partial: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of the trainer's checkpoints."""
+        return self.partial / "checkpoints"
+
+    @property
+    def staging(self) -> Path:
+        """The directory in which the result is put together and checked."""
+        return self.partial / "adapter"
+
+    def has_checkpoints(self) -> bool:
+        """Whether there is anything that a later `--resume` could go on from."""
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    def publish(self) -> None:
+        """Make the staged files durable and move them to the output directory; then clear the work in progress."""
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in sorted(self.staging.rglob("*")):
+            if path.is_file():
+                path.chmod(0o666 & ~umask)
+            sync(path)
+        sync(self.staging)
+        if self.output.exists():
+            self.output.rename(self.partial / "replaced")
+        self.staging.rename(self.output)
+        sync(self.output.parent)
+        shutil.rmtree(self.partial)
+
+
+def inspect(output_dir: str, *, resume: bool, overwrite: bool) -> Workspace:
+    """Check that a run may write to `output_dir`, leaving everything as it is.
+
+    Raises ConfigError: it exists, is a file, cannot be written, its parent is missing, or an unfinished run is there.
+    Raises ResumeError: `resume` where no run was interrupted.
+    """
+    output = Path(os.path.abspath(Path(output_dir).expanduser()))
+    space = Workspace(output, output.with_name(f"{output.name}.partial"))
+    where, key = str(output_dir), "output_dir"
+    if output.exists() and not output.is_dir():
+        raise ConfigError(Problem("is a file", where, key, "name a directory that does not exist yet"))
+    if not output.parent.is_dir():
+        raise ConfigError(Problem(f"its parent {output.parent} is no directory", where, key, "create it first"))
+    if resume and not space.partial.is_dir():
+        raise ResumeError(Problem("no interrupted run to resume", where, fix="leave out --resume to start one"))
+    if output.exists() and not overwrite:
+        raise ConfigError(Problem("already exists", where, key, "choose another, or replace it with --overwrite"))
+    if space.has_checkpoints() and not (resume or overwrite):
+        fix = "continue it with --resume, or start afresh with --overwrite"
+        raise ConfigError(Problem(f"{space.partial.name} holds an interrupted run", where, key, fix))
+    _probe(space, where)
+    return space
+
+
+def _probe(space: Workspace, where: str) -> None:
+    probe = space.output.with_name(f".{space.output.name}.{os.getpid()}.probe")
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise ConfigError(Problem(f"cannot be written: {error.strerror}", where, "output_dir")) from None
+
+
+@contextmanager
+def claimed(space: Workspace, *, resume: bool) -> Iterator[Workspace]:
+    """Hold the work in progress while the run lasts; a run that left no checkpoint leaves nothing."""
+    if space.partial.exists() and not resume:
+        shutil.rmtree(space.partial)
+    space.checkpoints.mkdir(parents=True, exist_ok=True)
+    try:
+        yield space
+    finally:
+        if space.partial.exists() and not space.has_checkpoints():
+            shutil.rmtree(space.partial)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write indented JSON with a final newline; keys keep their order."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
