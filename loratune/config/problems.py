@@ -109,7 +109,9 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
         if details["type"] not in _EXPECTED:
             break
     if details["type"] == "literal_error":
-        fix = _nearest(str(details["input"]), [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")])
+        fix = _nearest(
+            str(details["input"]), [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
+        )
         return Problem(f"expected {context['expected']}, got {got}", where, key, fix)
     message = details["msg"].removeprefix("Input ").replace("should be", "must be").replace("should have", "must have")
     return Problem(f"{message}, got {got}", where, key)

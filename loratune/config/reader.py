@@ -23,7 +23,9 @@ _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL_FLOAT = re.compile(r"([-+]?\.inf|\.nan)", re.IGNORECASE)
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
-_AMBIGUOUS = re.compile(r"(?:y|n|yes|no|on|off)|[-+]?0[0-9_]+|[-+]?0[box][0-9a-f_]+|[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+", re.I)
+_AMBIGUOUS = re.compile(
+    r"(?:y|n|yes|no|on|off)|[-+]?0[0-9_]+|[-+]?0[box][0-9a-f_]+|[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+", re.I
+)
 
 
 @dataclass
@@ -70,7 +72,7 @@ def parse(text: str, source: str) -> Document:
     document = Document(source)
     builder = _Builder(document)
     value = builder.build(node, ()) if node is not None else {}
-    if not isinstance(value, dict) and not builder.problems:
+    if node is not None and not isinstance(value, dict) and not builder.problems:
         builder.add((), node, f"expected a mapping of sections, got {kind_of(value)}", "begin with `model:`")
     if builder.problems:
         raise ConfigError(builder.problems)
@@ -137,7 +139,9 @@ class _Builder:
         self.problems.append(Problem(what, where, dotted(path), fix))
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
-        if id(node) in self.seen:  # an alias gives the same node again; following it would let nine lines mean a billion
+        if (
+            id(node) in self.seen
+        ):  # an alias gives the same node again; following it would let nine lines mean a billion
             self.add(path, node, "YAML aliases are not supported", "write the value out")
             return None
         self.seen.add(id(node))
@@ -148,6 +152,7 @@ class _Builder:
             return dict(self._items(node, path))
         if isinstance(node, yaml.SequenceNode):
             return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
         return self._scalar(node, path)
 
     def _items(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, Any]]:
@@ -169,7 +174,7 @@ class _Builder:
         if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
             self.add(path, node, f"the YAML tag `{node.tag.replace('tag:yaml.org,2002:', '!!')}` is not supported")
 
-    def _scalar(self, node: yaml.Node, path: KeyPath) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         text: str = node.value
         self._check_tag(node, path)
         if node.style in ("'", '"', "|", ">"):

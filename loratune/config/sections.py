@@ -53,7 +53,9 @@ class LoraSection(Section):
     lora_alpha: int = Field(16, gt=0, description="the update is scaled by lora_alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: list[str] | str = Field(
-        ["q", "k", "v", "o"], min_length=1, description="roles q, k, v, o; exact names; a regular expression; all-linear"
+        ["q", "k", "v", "o"],
+        min_length=1,
+        description="roles q, k, v, o; exact names; a regular expression; all-linear",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained as well")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r), arXiv:2312.03732")
@@ -67,10 +69,6 @@ class LoraSection(Section):
     def _zero_start(self) -> Self:
         if self.init_lora_weights is False:
             raise Contradiction("false starts from a random update, which is for PEFT's own tests", "init_lora_weights")
-        if self.layers_to_transform and self.target_modules == "all-linear":
-            raise Contradiction(
-                "PEFT cannot limit all-linear to some layers; name the modules", "layers_to_transform", "target_modules"
-            )
         return self
 
 
@@ -102,7 +100,8 @@ class DataSection(Section):
     )
     max_length: int = Field(1024, ge=2, description="tokens of a row, its end-of-sequence token included")
     truncation: Literal["keep_completion", "drop", "error"] = Field(
-        "keep_completion", description="for rows over max_length: shorten the prompt from its left, drop the row, or stop"
+        "keep_completion",
+        description="for rows over max_length: shorten the prompt from its left, drop the row, or stop",
     )
 
     @model_validator(mode="after")

@@ -70,7 +70,9 @@ def _messages(row: Row, key: str) -> tuple[Message, ...]:
         if not isinstance(message, Mapping):
             raise BadRow(f"message {number} of `{key}` must be an object with role and content")
         if message.get("role") not in ROLES:
-            raise BadRow(f"message {number} of `{key}` has the role {message.get('role')!r}, not one of {', '.join(ROLES)}")
+            raise BadRow(
+                f"message {number} of `{key}` has the role {message.get('role')!r}, not one of {', '.join(ROLES)}"
+            )
         if extra := set(message) - {"role", "content", "name"}:
             raise BadRow(f"message {number} of `{key}` has {_listed(extra)}, which would be left out of training")
         _text(Row(row.where, dict(message)), "content")
@@ -130,7 +132,9 @@ def parse(rows: Sequence[Row], form: Format, section: DataSection) -> list[Examp
         renamed = _renamed(row, section.columns)
         try:
             if missing := [key for key in form.keys if key not in renamed.values]:
-                raise BadRow(f"no field {_listed(missing)} for the format {form.name}; its fields are {_listed(row.values)}")
+                raise BadRow(
+                    f"no field {_listed(missing)} for the format {form.name}; its fields are {_listed(row.values)}"
+                )
             examples.append(form.read(renamed))
         except BadRow as error:
             problems.append(Problem(str(error), row.where))
@@ -139,6 +143,23 @@ def parse(rows: Sequence[Row], form: Format, section: DataSection) -> list[Examp
     if problems:
         raise DataError(problems)
     return examples
+
+
+def question(row: Row, columns: Mapping[str, str]) -> str | list[Message]:
+    """What a row asks: its `prompt`, its `messages` up to the last answer, or its `text`.
+
+    Raises DataError: the row has none of them, or they hold something else.
+    """
+    values = _renamed(row, columns).values
+    try:
+        if isinstance(values.get("prompt"), list):
+            return list(_messages(_renamed(row, columns), "prompt"))
+        if "messages" in values:
+            messages = list(_messages(_renamed(row, columns), "messages"))
+            return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return _text(_renamed(row, columns), "prompt" if "prompt" in values else "text")
+    except BadRow as error:
+        raise DataError(Problem(str(error), row.where, fix="give a prompt, or messages")) from None
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:

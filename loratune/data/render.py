@@ -92,10 +92,7 @@ class Renderer:
 
         Raises DataError: the chat template cannot render the messages, or hides where an answer lies.
         """
-        if isinstance(example, Plain):
-            tokens = self._plain(example)
-        else:
-            tokens = self._conversation(example)
+        tokens = self._plain(example) if isinstance(example, Plain) else self._conversation(example)
         return replace(tokens, spans=((0, len(tokens.ids)),)) if learn_all else tokens
 
     def prompt(self, prompt: str | Sequence[Message], where: str = "prompt") -> tuple[int, ...]:
@@ -113,7 +110,7 @@ class Renderer:
         return Tokens(example.where, tuple(ids), ((len(prompt), len(ids)),))
 
     def _conversation(self, example: Conversation) -> Tokens:
-        """Cut the template's text at the borders of the learnt turns, and encode so that every cut is a token border."""
+        """Cut the template's text at the borders of the learnt turns, so that every cut is a token border."""
         text = self._template(example.messages, example.where)
         cuts = [0]
         for number, message in enumerate(example.messages):
@@ -143,7 +140,7 @@ class Renderer:
         return start, end
 
     def _encode_pieces(self, pieces: list[str]) -> tuple[list[int], list[int]]:
-        """Ids of the joined text, and the border after each piece; encoded apart where a border falls inside a token."""
+        """Ids of the joined text, and the border after each piece; encoded apart where one falls inside a token."""
         joined = self._encode("".join(pieces))
         apart = [self._encode(piece) for piece in pieces]
         borders = list(accumulate(map(len, apart)))

@@ -107,7 +107,11 @@ def _read_jsonl(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[Row | 
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
-            cut = "the row is cut off" if error.pos >= len(line.rstrip()) - 1 or "Unterminated" in error.msg else error.msg
+            cut = (
+                "the row is cut off"
+                if error.pos >= len(line.rstrip()) - 1 or "Unterminated" in error.msg
+                else error.msg
+            )
             held = Problem(f"not valid JSON: {cut} at column {error.colno}", where)
         except RecursionError:
             held = Problem("not valid JSON: nested too deeply", where)

@@ -1,0 +1,73 @@
+"""What an adapter directory says about itself: the model card (README.md) and the provenance (loratune.json)."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
+
+
+def provenance(
+    settings: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    curve: Sequence[Mapping[str, float]],
+    fingerprints: Mapping[str, str],
+    rows: Mapping[str, int],
+) -> dict[str, Any]:
+    """Everything that made an adapter. settings: the resolved config; rows: counts of the rows."""
+    return {
+        "versions": {name: version(name) for name in PACKAGES},
+        "machine": {"python": platform.python_version(), "platform": platform.platform()},
+        "base": {"name_or_path": settings["model"]["name_or_path"], "revision": settings["model"]["revision"]},
+        "format": settings["data"]["format"],
+        "fingerprints": dict(fingerprints),
+        "seed": settings["training"]["seed"],
+        "rows": rows,
+        "metrics": dict(metrics),
+        "curve": [dict(entry) for entry in curve],
+    }
+
+
+def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str, prompt: str) -> str:
+    """A model card as the hub reads it: metadata, then base, data, settings, result and use.
+
+    https://huggingface.co/docs/hub/model-cards
+    """
+    base = settings["model"]["name_or_path"]
+    on_hub = not base.startswith("/")
+    metadata = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "loratune"]}
+    if on_hub:
+        metadata |= {"base_model": base, "tags": ["lora", "loratune", f"base_model:adapter:{base}"]}
+    held_out = f", held-out {metrics['held_out_loss']:.4f}" if metrics["held_out_loss"] is not None else ""
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False)}---
+
+# {name}
+
+A LoRA adapter for `{base}`, trained with loratune {version("loratune")}.
+
+- **Data:** `{settings["data"]["train"]["path"]}` ({settings["data"]["format"]})
+- **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
+  over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
+- **Repeat it:** `loratune train run.yaml`
+
+## Use
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+or `loratune generate --adapter {name} {prompt}`
+
+## Settings
+
+```yaml
+{yaml.safe_dump({"lora": settings["lora"], "training": settings["training"]}, sort_keys=False)}```
+"""

@@ -1,0 +1,319 @@
+"""The command line: parse, call one story, print. Everything heavy is imported inside the commands."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loratune import __version__
+from loratune.errors import ConfigError, DataError, LoratuneError, Problem
+
+if TYPE_CHECKING:
+    from loratune.data import Report
+    from loratune.params import Params
+    from loratune.train import Plan, Result
+
+app = typer.Typer(
+    help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def main() -> None:
+    """The entry point of `loratune` and `python -m loratune`."""
+    app(prog_name="loratune")
+
+
+@contextmanager
+def boundary(debug: bool) -> Iterator[None]:
+    """Turn what goes wrong into `error:` lines on stderr and an exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except LoratuneError as error:
+        _fail(error.problems, error.exit_code, debug)
+    except KeyboardInterrupt:
+        _fail(["interrupted"], 130, debug)
+    except BrokenPipeError:
+        sys.stdout = open("/dev/null", "w")  # noqa: SIM115  whoever read us has gone; the exit must not flush to it
+        raise typer.Exit(0) from None
+    except MemoryError:
+        fix = "lower training.per_device_train_batch_size or data.max_length, or set training.activation_checkpointing"
+        _fail([Problem("out of memory", fix=fix)], 8, debug)
+    except OSError as error:
+        _fail([Problem(error.strerror or str(error), str(error.filename or ""))], 8 if error.errno == 28 else 1, debug)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        _fail([Problem(f"unexpected {type(error).__name__}: {error}", fix="run again with --debug")], 1, debug)
+
+
+def _fail(problems: Any, code: int, debug: bool) -> None:
+    if debug:
+        raise  # called from an except clause only
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    raise typer.Exit(code) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"loratune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")],
+    assignments: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.learning_rate=1e-4.")
+    ] = [],  # noqa: B006  typer copies it
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at output_dir.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter as CONFIG says, and write it to its output_dir."""
+    with boundary(debug):
+        from loratune import config
+
+        run = config.load(config_file, assignments)
+        if resume and overwrite:
+            raise ConfigError(Problem("--resume and --overwrite contradict each other; keep one"))
+
+        from loratune import preflight
+
+        ready = preflight.check(run, resume=resume, overwrite=overwrite)
+
+        from loratune import train as story
+        from loratune.console import TrainingProgress, note
+
+        if dry_run:
+            _show_plan(story.plan(ready))
+        else:
+            _show_result(story.train(ready, resume=resume, progress=TrainingProgress(), note=note))
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Else read from stdin.")] = None,
+    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")] = ...,  # type: ignore[assignment]
+    source: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="Rows with prompts or messages.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write rows as JSONL to FILE.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: take the likeliest token; above: sample.")] = 0.0,
+    base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside it.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Complete prompts with an adapter on its base."""
+    with boundary(debug):
+        rows = _prompt_rows(prompts, source)
+        if output is not None and not output.parent.is_dir():
+            raise ConfigError(Problem(f"its directory {output.parent} does not exist", str(output), "--output"))
+
+        from loratune import generate as story
+
+        stream = len(rows) == 1 and output is None and not base and sys.stdout.isatty()
+        answers = story.generate(
+            adapter, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream
+        )
+        if output is not None:
+            _write_answers(answers, output)
+            return
+        for answer in answers:
+            if base:
+                print(f"{answer.row.values['prompt']}\n  base     {_one_line(answer.base)}")
+                print(f"  adapter  {_one_line(answer.completion)}", flush=True)
+            elif not stream:
+                print(answer.completion, flush=True)
+
+
+@app.command()
+def params(
+    config_file: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="The YAML file of a run.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME_OR_DIR", help="A model, with the default LoRA.")] = None,
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="An adapter directory.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Count what would be trained, from the model's configuration alone: no weights are loaded or downloaded."""
+    with boundary(debug):
+        if sum(given is not None for given in (config_file, model, adapter)) != 1:
+            raise ConfigError(Problem("give one of CONFIG, --model and --adapter"))
+
+        from loratune import config
+
+        run = config.load(config_file) if config_file else None
+
+        from loratune import params as story
+
+        if adapter:
+            counted = story.params_of_adapter(adapter)
+        elif run:
+            counted = story.params(run.model, run.lora)
+        else:
+            counted = story.params(config.ModelSection(name_or_path=str(model)), config.LoraSection())
+        _show_params(counted, as_json)
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
+    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Held-out rows, in the format of training.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score base and adapter on the same held-out rows."""
+    with boundary(debug):
+        from dataclasses import asdict
+
+        from loratune.config import Source
+        from loratune.console import table
+        from loratune.evaluate import evaluate as story
+
+        scores = story(adapter, Source(path=data))
+        if as_json:
+            print(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=2))
+            return
+        rows = [
+            [
+                name,
+                f"{score.loss:.4f}",
+                f"{score.perplexity:.2f}",
+                _share(score.exact_match),
+                _share(score.starts_right),
+            ]
+            for name, score in scores.items()
+        ]
+        print(f"{scores['base'].rows:,} rows, {scores['base'].tokens:,} learnt tokens")
+        table(["", "loss", "perplexity", "exact match", "starts right"], rows)
+
+
+def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
+    """The prompts as rows; they come from arguments, a file, or stdin as a whole."""
+    from loratune.config import Source
+    from loratune.data import sources
+
+    if prompts and source:
+        raise ConfigError(Problem("give prompts, or --input, not both"))
+    if source:
+        return sources.read(Source(path=str(source)))
+    if not prompts:
+        text = "" if sys.stdin is None or sys.stdin.closed else sys.stdin.read()
+        if not text.strip():
+            raise DataError(Problem("no prompt", fix="give it as an argument, with --input, or on stdin"))
+        prompts = [text.rstrip("\n")]
+    return [sources.Row(f"prompt {number}", {"prompt": prompt}) for number, prompt in enumerate(prompts, start=1)]
+
+
+def _write_answers(answers: Any, output: Path) -> None:
+    with output.open("w", encoding="utf-8") as file:
+        for answer in answers:
+            row = answer.row.values | {"completion": answer.completion}
+            if answer.base is not None:
+                row["base"] = answer.base
+            print(json.dumps(row, ensure_ascii=False), file=file)
+
+
+def _one_line(text: str | None) -> str:
+    text = text or ""
+    return " ↵ ".join(line.strip() for line in text.strip().splitlines() if line.strip())
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _show_plan(plan: "Plan") -> None:
+    from loratune.console import block, marked, size
+
+    lines = [
+        (role, f"{', '.join(patterns)} x {len(plan.targets.roles[role])}")
+        for role, patterns in plan.targets.patterns().items()
+    ]
+    lines += [(", ".join(roles), f"{pattern} is one module, fused") for pattern, roles in plan.targets.fused.items()]
+    block("targets", lines)
+    print(plan.count)
+    block("train", _report_lines(plan.train.report))
+    if plan.validation:
+        block("validation", _report_lines(plan.validation.report))
+    print("first row, with what is learnt marked")
+    marked(plan.rendered())
+    print(f"expected memory: about {size(plan.memory.total)}; adapter file: {size(plan.count.adapter_bytes)}")
+
+
+def _report_lines(report: "Report") -> list[tuple[str, str]]:
+    lines = [
+        ("rows", f"{report.rows:,}"),
+        ("tokens", f"{report.tokens:,}, the longest row {report.longest:,}"),
+        ("supervised", f"{report.supervised:,} tokens"),
+        ("truncated", f"{report.truncated:,} rows"),
+        ("dropped", f"{report.dropped_rows:,} rows"),
+    ]
+    lines += [("", f"{len(places):,}: {reason} ({', '.join(places[:3])})") for reason, places in report.dropped.items()]
+    return lines
+
+
+def _show_result(result: "Result") -> None:
+    from loratune.console import block, duration, size
+
+    outcome = result.outcome
+    lines = [
+        ("adapter", str(result.directory)),
+        ("size", size(result.adapter_bytes)),
+        ("trained", f"{outcome.tokens:,} tokens in {outcome.steps:,} steps, {duration(outcome.seconds)}"),
+        ("loss", f"{outcome.first_loss:.4f} → {outcome.last_loss:.4f}"),
+    ]
+    if outcome.held_out_loss is not None:
+        lines.append(("held-out", f"{outcome.held_out_loss:.4f}"))
+    lines.append(("try it", f"loratune generate --adapter {result.shown} {result.try_it}"))
+    block("done", lines)
+
+
+def _show_params(counted: "Params", as_json: bool) -> None:
+    from loratune.console import size, table
+
+    if as_json:
+        count = counted.count
+        values = {
+            "trainable": count.trainable,
+            "total": count.total,
+            "percent": count.percent,
+            "adapter_bytes": count.adapter_bytes,
+            "targets": counted.targets,
+        }
+        print(json.dumps(values, indent=2))
+        return
+    print(counted.count)
+    rows = [
+        [group.role, group.pattern, f"{group.modules}", f"{group.shape[0]} → {group.shape[1]}", f"{group.trainable:,}"]
+        for group in counted.groups
+    ]
+    table(["role", "modules", "count", "shape", "trainable"], rows)
+    for pattern, roles in counted.fused.items():
+        print(f"  {', '.join(roles)}: {pattern}, fused")
+    print(f"adapter file: {size(counted.count.adapter_bytes)}")

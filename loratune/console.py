@@ -1,0 +1,111 @@
+"""What the user sees: progress and notes on stderr, results in small aligned blocks on stdout."""
+
+import time
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """One line on stderr about what is going on."""
+    err.print(text, markup=False)
+
+
+def block(title: str, lines: Iterable[tuple[str, str]]) -> None:
+    """A titled block of `name  value` lines on stdout, values aligned."""
+    rows = list(lines)
+    width = max(len(name) for name, _ in rows)
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """An aligned table on stdout: the first column to the left, all others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        cells = [
+            f"{cell:<{width}}" if not column else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  " + "  ".join(cells).rstrip())
+
+
+def marked(pieces: Iterable[tuple[str, bool]]) -> None:
+    """Text on stdout, the learnt pieces green in a terminal and between ⟦ ⟧ elsewhere."""
+    if out.is_terminal:
+        out.print(Text.assemble(*[(piece, "bold green" if learnt else "dim") for piece, learnt in pieces]))
+    else:
+        print("".join(f"⟦{piece}⟧" if learnt else piece for piece, learnt in pieces))
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that reads best: `1,843,200 bytes (1.8 MB)`, `3.2 GiB`."""
+    if count >= 1 << 28:
+        return f"{count / (1 << 30):.1f} GiB"
+    return f"{count:,} bytes ({count / 1e6:.1f} MB)"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `1:05 min`, `2:03:04 h`."""
+    whole = round(seconds)
+    minutes, rest = divmod(whole, 60)
+    if minutes >= 60:
+        return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"
+    return f"{minutes}:{rest:02} min" if minutes else f"{whole} s"
+
+
+class TrainingProgress:
+    """Shows a training run: a bar in a terminal, a line per report in a log. Implements `trainer.Progress`."""
+
+    def __init__(self) -> None:
+        self.bar: Bar | None = None
+        self.steps = self.done = self.begun = self.tokens = 0
+        self.shown: dict[str, float] = {}
+
+    def start(self, steps: int, done: int) -> None:
+        """Begin the clock."""
+        self.steps, self.begun, self.done, self.started = steps, done, done, time.monotonic()
+        if err.is_terminal:
+            self.bar = Bar(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
+                TextColumn("left"), TimeRemainingColumn(), console=err,
+            )  # fmt: skip
+            self.task = self.bar.add_task("", total=steps, completed=done, state="")
+            self.bar.start()
+
+    def step(self, done: int, tokens: int) -> None:
+        """Advance to `done` steps and `tokens` tokens read."""
+        self.done, self.tokens = done, tokens
+        if self.bar:
+            self.bar.update(self.task, completed=done, state=self._state())
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Show a report of the trainer."""
+        self.shown |= {name: value for name, value in values.items() if name in ("loss", "learning_rate", "eval_loss")}
+        if "eval_loss" in values and step:
+            note(f"step {step:>5}/{self.steps}  held-out loss {values['eval_loss']:.4f}")
+        elif "loss" in values and not self.bar:
+            note(f"step {step:>5}/{self.steps}  {self._state()}  left {self._left()}")
+
+    def stop(self) -> None:
+        """End the bar, if there is one."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def _state(self) -> str:
+        speed = f"{self.tokens / max(time.monotonic() - self.started, 1e-9):,.0f} tokens/s"
+        if "loss" not in self.shown:
+            return speed
+        return f"loss {self.shown['loss']:.4f}  lr {self.shown.get('learning_rate', 0):.2e}  {speed}"
+
+    def _left(self) -> str:
+        passed = time.monotonic() - self.started
+        return duration(passed / max(self.done - self.begun, 1) * (self.steps - self.done))

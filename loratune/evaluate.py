@@ -1,0 +1,63 @@
+"""The story of `loratune evaluate`: base and adapter on the same held-out rows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratune import data, inference, trainer
+from loratune.config import Source
+from loratune.data import Prepared
+from loratune.data.render import Tokens
+from loratune.inference import Tuned
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one model does on the rows.
+
+    loss: nats per learnt token; perplexity: e to the loss; exact_match: share of rows whose greedy completion is the
+    expected one and then ends; starts_right: share whose completion begins with the expected text, whatever follows;
+    both None where no row has a prompt; rows; tokens: learnt ones, over which the loss is the mean.
+    """
+
+    loss: float
+    perplexity: float
+    exact_match: float | None
+    starts_right: float | None
+    rows: int
+    tokens: int
+
+
+def evaluate(directory: Path, source: Source) -> dict[str, Score]:
+    """Score `base` and `adapter`. The rows are read and rendered as in training.
+
+    Raises AdapterError, ModelError, DataError.
+    """
+    tuned = inference.open_adapter(directory)
+    examples, _ = data.parse_file(source, tuned.data)
+    rows = data.prepare(examples, tuned.renderer, tuned.data)
+    with tuned.without_adapter():
+        base = _score(tuned, rows)
+    return {"base": base, "adapter": _score(tuned, rows)}
+
+
+def _score(tuned: Tuned, rows: Prepared) -> Score:
+    loss = trainer.held_out_loss(tuned.model, rows.dataset, tuned.collate(), inference.BATCH)
+    exact, starts = _matches(tuned, [row for row in rows.rows if row.prompt])
+    return Score(loss.mean, math.exp(loss.mean), exact, starts, len(rows.rows), loss.tokens)
+
+
+def _matches(tuned: Tuned, rows: Sequence[Tokens]) -> tuple[float | None, float | None]:
+    """Shares of rows completed exactly, and begun right. Rows with completions of like length share a batch."""
+    if not rows:
+        return None, None
+    exact = starts = 0
+    ordered = sorted(rows, key=lambda row: len(row.completion))
+    for start in range(0, len(ordered), inference.BATCH):
+        batch = ordered[start : start + inference.BATCH]
+        longest = max(len(row.completion) for row in batch)
+        for row, ids in zip(batch, tuned.complete([row.prompt for row in batch], longest), strict=True):
+            exact += tuple(ids) == row.completion
+            starts += tuned.text(ids).startswith(tuned.text(row.completion))
+    return exact / len(rows), starts / len(rows)

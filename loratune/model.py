@@ -1,0 +1,221 @@
+"""Tokenizer and base model: where they come from, in which numbers, on which device."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import errors as hub
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from loratune.config import ModelSection
+from loratune.errors import ModelError, Problem
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def load_config(section: ModelSection) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises ModelError: path missing, repository absent, gated, offline and not cached; not a decoder-only causal
+    language model; remote code needed and not allowed.
+    """
+    _check_reachable(section)
+    try:
+        config = AutoConfig.from_pretrained(section.name_or_path, **_origin(section))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(section, error) from None
+    _check_decoder(config, section)
+    return config
+
+
+def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> Any:
+    """The model's tokenizer. chat_template: a Jinja file whose text replaces the tokenizer's own template."""
+    if not (Path(section.name_or_path) / "tokenizer_config.json").is_file():
+        _check_reachable(section)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(section.name_or_path, **_origin(section))
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        raise ModelError(
+            Problem(f"the tokenizer cannot be loaded: {_first_line(error)}", section.name_or_path)
+        ) from None
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(Problem(f"cannot be read: {error}", chat_template, "data.chat_template")) from None
+    return tokenizer
+
+
+def load_base(section: ModelSection) -> PreTrainedModel:
+    """The base model with its weights, on the GPU if there is one, in evaluation mode.
+
+    Raises ModelError: as `load_config`; weights that are missing, damaged, or do not fit the configuration.
+    """
+    config = load_config(section)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            section.name_or_path,
+            config=config,
+            dtype=compute_dtype(section),
+            quantization_config=_quantization(section),
+            device_map={"": device()} if section.quantization != "none" or torch.cuda.is_available() else None,
+            attn_implementation=section.attn_implementation,
+            output_loading_info=True,
+            **_origin(section),
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise _unreadable(section, error) from None
+    if missing := sorted(info["missing_keys"]):
+        what = f"the weights lack {len(missing)} tensors of the model, among them {', '.join(missing[:3])}"
+        raise ModelError(Problem(what, section.name_or_path, fix="they would be random; get the whole model"))
+    _keep_backward(model)
+    model.generation_config = (
+        GenerationConfig()
+    )  # a base's own sampling defaults would make greedy decoding less than greedy
+    return model.eval()
+
+
+def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedModel:
+    """The model on the meta device: every shape and no numbers, whatever its size.
+
+    Raises ModelError: the architecture needs code from its repository.
+    """
+    trusted = section is not None and section.trust_remote_code
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, dtype=torch.bfloat16)
+
+
+def local_or_hub(name_or_path: str) -> str:
+    """The name by which a model can be found from anywhere: an absolute path for a directory, else the hub id."""
+    path = Path(name_or_path).expanduser()
+    return str(path.absolute()) if path.is_dir() else name_or_path
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(section: ModelSection) -> torch.dtype:
+    """The dtype of the frozen weights; `auto` is bfloat16 where the machine multiplies in it, else float32."""
+    if section.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[section.dtype]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills padding. It is masked by position, so the end of sequence will do where none is defined."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens the model was built for, if its configuration says so."""
+    length = config.to_dict().get("max_position_embeddings") or config.to_dict().get("n_positions")
+    return int(length) if length else None
+
+
+def _origin(section: ModelSection) -> dict[str, Any]:
+    return section.model_dump(include={"revision", "trust_remote_code"})
+
+
+def _quantization(section: ModelSection) -> BitsAndBytesConfig | None:
+    if section.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if section.quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype(section),
+        )  # fmt: skip
+    return None
+
+
+def _keep_backward(model: PreTrainedModel) -> None:
+    """Stop 4-bit layers from repacking their weights for AVX512-BF16 at the first evaluation: no backward after it."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_reachable(section: ModelSection) -> None:
+    """Tell the ways apart in which a model is not to be had; transformers reports most of them as one OSError."""
+    name = section.name_or_path
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(Problem("no config.json in this directory, so it holds no model", name))
+        return
+    if path.exists():
+        raise ModelError(Problem("is a file, not a model directory", name))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(Problem("no such directory", name, "model.name_or_path"))
+    _check_on_hub(name, section.revision)
+
+
+def _check_on_hub(name: str, revision: str | None) -> None:
+    fix, key = "", "model.name_or_path"
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
+    except hub.GatedRepoError:
+        what = "this repository is gated"
+        fix = f"accept its terms on https://huggingface.co/{name} and log in with `hf auth login`"
+    except hub.RevisionNotFoundError:
+        what, key = f"the repository has no revision {revision}", "model.revision"
+    except hub.RepositoryNotFoundError:
+        what, fix = (
+            "no such directory, and no such repository on the hub",
+            "check the name; private ones need `hf auth login`",
+        )
+    except hub.EntryNotFoundError:
+        what = "the repository has no config.json, so it holds no model"
+    except hub.HFValidationError:
+        what = "no such directory, and not the id of a repository"
+    except Exception as error:  # whatever the network stack of the day raises
+        what = f"no such directory; the hub cannot be reached and the model is not cached ({_first_line(error)})"
+        fix = "check the path, or the connection"
+    else:
+        return
+    raise ModelError(Problem(what, name, key, fix))
+
+
+def _check_decoder(config: Any, section: ModelSection) -> None:
+    architectures = config.architectures or []
+    architecture = ", ".join(architectures) or config.model_type
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or section.trust_remote_code
+    other_head = architectures and not any(
+        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
+    )
+    if config.is_encoder_decoder or not known or other_head:
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "not a causal language model"
+        what = f"{architecture} (model type {config.model_type}) is {kind}"
+        raise ModelError(Problem(what, section.name_or_path, fix="loratune adapts decoder-only language models"))
+
+
+def _unreadable(section: ModelSection, error: Exception) -> ModelError:
+    text = str(error)
+    if "trust_remote_code" in text:
+        fix = "read that code, then set model.trust_remote_code: true and model.revision to the commit you read"
+        return ModelError(Problem("the model needs code from its repository", section.name_or_path, fix=fix))
+    unknown = json.dumps(text[:200]) if "model type" in text else _first_line(error)
+    return ModelError(Problem(f"the model cannot be loaded: {unknown}", section.name_or_path))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

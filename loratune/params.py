@@ -1,0 +1,69 @@
+"""The story of `loratune params`: exact counts from the model's configuration alone, before anything is downloaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratune import adapter, model, targets
+from loratune.adapter import Count, PeftModel
+from loratune.config import LoraSection, ModelSection
+from loratune.targets import Targets
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules of one role, place and shape. shape: inputs → outputs of the linear layer; trainable: of all of them."""
+
+    role: str
+    pattern: str
+    modules: int
+    shape: tuple[int, int]
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Params:
+    """What would be trained. fused: pattern → all roles that its modules serve, where they serve several."""
+
+    count: Count
+    groups: list[Group]
+    targets: dict[str, list[str]]
+    fused: dict[str, tuple[str, ...]]
+
+
+def params(section: ModelSection, lora: LoraSection) -> Params:
+    """Count on the meta device: neither weights nor memory are needed, whatever the size of the model.
+
+    Raises ModelError: no configuration to be had, or targets that find nothing.
+    """
+    base = model.build_meta(model.load_config(section), section)
+    found = targets.resolve(base, lora.target_modules)
+    adapted = adapter.attach(base, lora, found.names, seed=0)
+    return Params(adapter.count(adapted), groups(adapted, found), found.patterns(), found.fused)
+
+
+def params_of_adapter(directory: Path) -> Params:
+    """Count what an adapter directory holds, from its configuration and that of its base.
+
+    Raises AdapterError, ModelError.
+    """
+    saved = adapter.inspect(directory)
+    section = ModelSection(name_or_path=saved.base, revision=saved.config.get("revision"))
+    base = model.build_meta(model.load_config(section), section)
+    found = targets.resolve(base, saved.config["target_modules"])
+    adapted = adapter.attach_saved(base, saved)
+    return Params(adapter.count(adapted), groups(adapted, found), found.patterns(), found.fused)
+
+
+def groups(adapted: PeftModel, found: Targets) -> list[Group]:
+    """The adapted modules by role and place, each module counted once, under the first role that it serves."""
+    result = []
+    counted: set[str] = set()
+    for role, patterns in found.patterns().items():
+        for pattern in patterns:
+            paths = [path for path in found.roles[role] if targets.pattern(path) == pattern and path not in counted]
+            counted.update(paths)
+            shapes: dict[tuple[int, int], list[int]] = {}
+            for path in paths:
+                shapes.setdefault(adapter.shape_of(adapted, path), []).append(adapter.count_of(adapted, path))
+            result += [Group(role, pattern, len(sizes), shape, sum(sizes)) for shape, sizes in shapes.items()]
+    return result

@@ -1,0 +1,470 @@
+"""Targets: every role and name finds exactly its modules on real transformers classes, or says why not."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations import replace_with_bnb_linear
+
+from loratune.errors import ConfigError, LoratuneError, ModelError
+from loratune.targets import ROLES, STOCK, Targets, resolve
+
+# Two layers of the real class, small enough to build and wrap on the CPU.
+LLAMA_LIKE: dict[str, Any] = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    pad_token_id=0,
+)
+NEOX_LIKE: dict[str, Any] = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+)
+GPT2_LIKE: dict[str, Any] = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+FALCON: dict[str, Any] = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+OPT: dict[str, Any] = dict(
+    vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+)
+PHI3: dict[str, Any] = {key: value for key, value in LLAMA_LIKE.items() if key != "head_dim"}
+MOE: dict[str, Any] = LLAMA_LIKE | dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", LLAMA_LIKE),
+    "mistral": ("mistral", LLAMA_LIKE),
+    "qwen2": ("qwen2", LLAMA_LIKE),
+    "qwen3": ("qwen3", LLAMA_LIKE),
+    "gemma": ("gemma", LLAMA_LIKE),
+    "gemma2": ("gemma2", LLAMA_LIKE),
+    "gemma3_text": ("gemma3_text", LLAMA_LIKE),
+    "gptj": ("gptj", GPT2_LIKE | dict(rotary_dim=4)),
+    "opt": ("opt", OPT),
+    "phi": ("phi", NEOX_LIKE),
+    "phi3": ("phi3", PHI3),
+    "gpt2": ("gpt2", GPT2_LIKE),
+    "gpt2 with cross-attention": ("gpt2", GPT2_LIKE | dict(add_cross_attention=True)),
+    "gpt_neox": ("gpt_neox", NEOX_LIKE),
+    "falcon": ("falcon", FALCON | dict(new_decoder_architecture=True, num_kv_heads=2)),
+    "falcon, old, multi-query": ("falcon", FALCON | dict(new_decoder_architecture=False, multi_query=True)),
+    "falcon, old, multi-head": ("falcon", FALCON | dict(new_decoder_architecture=False, multi_query=False)),
+    "bloom": ("bloom", dict(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
+    "mpt": ("mpt", dict(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=32)),
+}
+
+SEPARATE = "q_proj k_proj v_proj o_proj"
+FUSED = "query_key_value query_key_value query_key_value dense"
+
+# Read by hand in the modeling files of transformers 5.24: where attention lives, what serves q, k, v, o there, and the
+# names that PEFT needs.
+GOLDEN: dict[str, tuple[str, str, str]] = {
+    "llama": ("model.layers.*.self_attn", SEPARATE, "k_proj o_proj q_proj v_proj"),
+    "mistral": ("model.layers.*.self_attn", SEPARATE, "k_proj o_proj q_proj v_proj"),
+    "qwen2": ("model.layers.*.self_attn", SEPARATE, "k_proj o_proj q_proj v_proj"),
+    "qwen3": ("model.layers.*.self_attn", SEPARATE, "k_proj o_proj q_proj v_proj"),
+    "gemma": ("model.layers.*.self_attn", SEPARATE, "k_proj o_proj q_proj v_proj"),
+    "gemma2": ("model.layers.*.self_attn", SEPARATE, "k_proj o_proj q_proj v_proj"),
+    "gemma3_text": ("model.layers.*.self_attn", SEPARATE, "k_proj o_proj q_proj v_proj"),
+    "gptj": ("transformer.h.*.attn", "q_proj k_proj v_proj out_proj", "k_proj out_proj q_proj v_proj"),
+    "opt": ("model.decoder.layers.*.self_attn", "q_proj k_proj v_proj out_proj", "k_proj out_proj q_proj v_proj"),
+    "phi": ("model.layers.*.self_attn", "q_proj k_proj v_proj dense", "dense k_proj q_proj v_proj"),
+    "phi3": ("model.layers.*.self_attn", "qkv_proj qkv_proj qkv_proj o_proj", "o_proj qkv_proj"),
+    "gpt2": ("transformer.h.*.attn", "c_attn c_attn c_attn c_proj", "attn.c_proj c_attn"),
+    "gpt2 with cross-attention": (
+        "transformer.h.*.attn",
+        "c_attn c_attn c_attn c_proj",
+        "attn.c_attn attn.c_proj",
+    ),
+    "gpt_neox": ("gpt_neox.layers.*.attention", FUSED, "dense query_key_value"),
+    "falcon": ("transformer.h.*.self_attention", FUSED, "dense query_key_value"),
+    "falcon, old, multi-query": ("transformer.h.*.self_attention", FUSED, "dense query_key_value"),
+    "falcon, old, multi-head": ("transformer.h.*.self_attention", FUSED, "dense query_key_value"),
+    "bloom": ("transformer.h.*.self_attention", FUSED, "dense query_key_value"),
+    "mpt": ("transformer.blocks.*.attn", "Wqkv Wqkv Wqkv out_proj", "Wqkv out_proj"),
+}
+
+# Other shapes of attention, from their default configurations with four layers: roles → modules under the prefix.
+FURTHER: dict[str, tuple[str, dict[str, str]]] = {
+    "bert": (
+        "bert.encoder.layer.*.attention",
+        {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"},
+    ),
+    "bart": (
+        "model.decoder.layers.*.self_attn",
+        {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"},
+    ),
+    "xlm": ("transformer.attentions.*", {"q": "q_lin", "k": "k_lin", "v": "v_lin", "o": "out_lin"}),
+    "moshi": (
+        "model.layers.*.self_attn",
+        {"q": "q_proj.linear", "k": "k_proj.linear", "v": "v_proj.linear", "o": "o_proj.linear"},
+    ),
+    "deepseek_v3": (
+        "model.layers.*.self_attn",
+        {
+            "q": "q_a_proj q_b_proj",
+            "k": "kv_a_proj_with_mqa kv_b_proj",
+            "v": "kv_a_proj_with_mqa kv_b_proj",
+            "o": "o_proj",
+        },
+    ),
+    "longcat_flash": (
+        "model.layers.*.self_attn.*",
+        {
+            "q": "q_a_proj q_b_proj",
+            "k": "kv_a_proj_with_mqa kv_b_proj",
+            "v": "kv_a_proj_with_mqa kv_b_proj",
+            "o": "o_proj",
+        },
+    ),
+    "qwen3_next": (
+        "model.layers.*",
+        {
+            "q": "linear_attn.in_proj_qkvz self_attn.q_proj",
+            "k": "linear_attn.in_proj_qkvz self_attn.k_proj",
+            "v": "linear_attn.in_proj_qkvz self_attn.v_proj",
+            "o": "linear_attn.out_proj self_attn.o_proj",
+        },
+    ),
+    "nemotron_h": ("model.layers.*.mixer", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}),
+    "gemma3": (
+        "model.language_model.layers.*.self_attn",
+        {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
+    ),
+}
+
+
+def build(model_type: str, device: str = "meta", **config: Any) -> PreTrainedModel:
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config))
+
+
+def small(name: str, device: str = "meta") -> PreTrainedModel:
+    model_type, config = SMALL[name]
+    return build(model_type, device, **config)
+
+
+def adapted(model: nn.Module) -> Iterator[str]:
+    return (path for path, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def attach(model: PreTrainedModel, targets: Targets, r: int = 4, **config: Any) -> tuple[list[str], int]:
+    """Stock PEFT: which modules it touched, and the number of trainable parameters."""
+    wrapped = get_peft_model(model, LoraConfig(r=r, target_modules=list(targets.names), **config))
+    return list(adapted(wrapped.base_model.model)), wrapped.get_nb_trainable_parameters()[0]
+
+
+def failure(kind: type[LoratuneError], model: PreTrainedModel, target_modules: list[str] | str) -> str:
+    with pytest.raises(kind) as caught:
+        resolve(model, target_modules)
+    assert type(caught.value) is kind
+    assert all(problem.key == "lora.target_modules" and problem.fix for problem in caught.value.problems)
+    return str(caught.value)
+
+
+# --- roles
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_roles_are_found_by_architecture(name: str) -> None:
+    prefix, leaves, names = GOLDEN[name]
+    targets = resolve(small(name), list(ROLES))
+    expected = {role: [f"{prefix}.{leaf}"] for role, leaf in zip(ROLES, leaves.split(), strict=True)}
+    assert targets.patterns() == expected
+    assert targets.names == tuple(names.split())
+    assert {role: len(paths) for role, paths in targets.roles.items()} == dict.fromkeys(ROLES, 2)
+    assert targets.roles["o"] == tuple(f"{prefix}.{leaves.split()[3]}".replace("*", str(layer)) for layer in (0, 1))
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_peft_adapts_exactly_these_modules(name: str) -> None:
+    model = small(name, "cpu")
+    targets = resolve(model, list(ROLES))
+    # A Linear weight is (out, in), a Conv1D weight (in, out): r * (in + out) either way.
+    formula = sum(4 * sum(model.get_submodule(path).weight.shape) for path in targets.modules)
+    touched, trainable = attach(model, targets)
+    assert touched == list(targets.modules)
+    assert trainable == formula > 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "mpt", "falcon", "gpt_neox"])
+def test_the_mlp_is_never_touched(name: str) -> None:
+    touched, _ = attach(small(name, "cpu"), resolve(small(name), list(ROLES)))
+    assert touched and not [path for path in touched if re.search(r"\b(mlp|ffn)\b", path)]
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_roles_in_other_shapes_of_attention(name: str) -> None:
+    prefix, leaves = FURTHER[name]
+    model = build(name, **({} if name == "gemma3" else {"num_hidden_layers": 4}))
+    targets = resolve(model, list(ROLES))
+    # As a set: a hybrid model's layers come in an order of its own.
+    expected = {role: {f"{prefix}.{leaf}" for leaf in names.split()} for role, names in leaves.items()}
+    assert {role: set(patterns) for role, patterns in targets.patterns().items()} == expected
+    assert attach(model, targets)[0] == list(targets.modules)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_stock_names_mean_the_roles_where_they_are_not_names(name: str) -> None:
+    model = small(name)
+    by_role = resolve(model, list(ROLES))
+    targets = resolve(model, list(STOCK))
+    if name != "gpt2 with cross-attention":
+        assert (targets.modules, targets.names) == (by_role.modules, by_role.names)
+    present = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    assert set(targets.roles) == {stock if stock in present else role for stock, role in STOCK.items()}
+
+
+@pytest.mark.parametrize(("name", "asked", "names"), [("falcon", "q_proj", "query_key_value"), ("gpt2", "v", "c_attn")])
+def test_a_fused_projection_says_which_roles_come_along(name: str, asked: str, names: str) -> None:
+    targets = resolve(small(name), [asked])
+    assert targets.names == (names,)
+    [(pattern, roles)] = targets.fused.items()
+    assert pattern.endswith(names) and roles == ("q", "k", "v")
+
+
+def test_a_projection_of_two_roles() -> None:
+    targets = resolve(build("deepseek_v3", num_hidden_layers=1), ["k"])
+    assert targets.fused == {
+        f"model.layers.*.self_attn.{name}": ("k", "v") for name in ("kv_a_proj_with_mqa", "kv_b_proj")
+    }
+
+
+def test_nothing_is_fused_where_each_role_has_its_module() -> None:
+    assert resolve(small("llama"), list(ROLES)).fused == {}
+
+
+def test_some_roles_leave_the_others_alone() -> None:
+    targets = resolve(small("llama"), ["v", "q"])
+    assert targets.names == ("q_proj", "v_proj")
+    assert list(targets.roles) == ["v", "q"]
+    assert targets.modules == tuple(
+        f"model.layers.{layer}.self_attn.{leaf}" for layer in (0, 1) for leaf in ("q_proj", "v_proj")
+    )
+
+
+def test_layers_that_share_keys_and_values_have_none() -> None:
+    config = dict(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["full_attention"] * 4, laurel_rank=4)
+    tiny = LLAMA_LIKE | dict(
+        intermediate_size=[48] * 4, activation_sparsity_pattern=[0.0] * 4, vocab_size_per_layer_input=64
+    )
+    targets = resolve(build("gemma3n_text", **(tiny | config)), list(ROLES))
+    assert {role: len(paths) for role, paths in targets.roles.items()} == {"q": 4, "k": 2, "v": 2, "o": 4}
+
+
+@pytest.mark.parametrize("bits", [dict(load_in_8bit=True), dict(load_in_4bit=True)])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_quantized_layers_are_seen(name: str, bits: dict[str, bool]) -> None:
+    plain = resolve(small(name), list(ROLES))
+    with torch.device("meta"):
+        model = replace_with_bnb_linear(
+            small(name), modules_to_not_convert=["lm_head"], quantization_config=BitsAndBytesConfig(**bits)
+        )
+    assert type(model.get_submodule(plain.modules[0])) is not nn.Linear
+    assert resolve(model, list(ROLES)) == plain
+
+
+# --- names, regular expressions, all-linear
+
+
+def test_names_and_longer_endings_mix_with_roles() -> None:
+    targets = resolve(small("opt"), ["fc1", "self_attn.q_proj", "o"])
+    assert targets.patterns() == {
+        "fc1": ["model.decoder.layers.*.fc1"],
+        "self_attn.q_proj": ["model.decoder.layers.*.self_attn.q_proj"],
+        "o": ["model.decoder.layers.*.self_attn.out_proj"],
+    }
+    assert targets.names == ("fc1", "out_proj", "q_proj")
+
+
+def test_a_name_means_all_that_ends_in_it() -> None:
+    targets = resolve(small("gpt2"), ["c_proj"])
+    assert targets.patterns() == {"c_proj": ["transformer.h.*.attn.c_proj", "transformer.h.*.mlp.c_proj"]}
+    assert targets.names == ("c_proj",)
+
+
+def test_the_head_and_an_embedding_can_be_named() -> None:
+    model = small("gpt_neox", "cpu")
+    targets = resolve(model, ["lm_head", "embed_in"])
+    assert targets.modules == ("gpt_neox.embed_in", "lm_head")
+    assert attach(model, targets)[0] == list(targets.modules)
+
+
+def test_a_regular_expression_is_matched_against_whole_paths() -> None:
+    model = small("gpt2", "cpu")
+    expression = r".*\.1\.(attn\.c_attn|mlp\.c_\w+)"
+    targets = resolve(model, expression)
+    assert targets.modules == tuple(f"transformer.h.1.{end}" for end in ("attn.c_attn", "mlp.c_fc", "mlp.c_proj"))
+    assert targets.roles == {expression: targets.modules}
+    assert targets.names == ("1.attn.c_attn", "1.mlp.c_fc", "1.mlp.c_proj")
+    assert targets.fused == {"transformer.h.*.attn.c_attn": ("q", "k", "v")}
+    assert attach(model, targets)[0] == list(targets.modules)
+
+
+def test_many_names_survive_peft_condensing_them() -> None:
+    config = LLAMA_LIKE | dict(num_hidden_layers=24)
+    targets = resolve(build("llama", **config), r".*\.\d*[02468]\.self_attn\.[qk]_proj")
+    assert len(targets.names) == 24  # PEFT condenses lists of 20 and more
+    assert attach(build("llama", **config), targets)[0] == list(targets.modules)
+
+
+def test_a_regular_expression_keeps_to_its_layer_on_a_mixture_of_experts() -> None:
+    expression = r".*layers\.0\.self_attn\.q_proj"
+    targets = resolve(build("qwen3_moe", **MOE), expression)
+    assert attach(build("qwen3_moe", **MOE), targets)[0] == ["model.layers.0.self_attn.q_proj"]
+    # The control, and the reason that `names` is never a string: PEFT reduces the expression to `q_proj`.
+    stock = get_peft_model(build("qwen3_moe", **MOE), LoraConfig(target_modules=expression))
+    assert len(list(adapted(stock.base_model.model))) == 2
+
+
+def test_names_obey_layers_to_transform() -> None:
+    targets = resolve(small("gpt2"), list(ROLES))
+    touched, _ = attach(small("gpt2", "cpu"), targets, layers_to_transform=[1])
+    assert touched == ["transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_all_linear_is_what_peft_takes_it_for(name: str) -> None:
+    model = small(name)
+    targets = resolve(model, "all-linear")
+    config = _maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear"), model)
+    assert set(targets.modules) == set(config.target_modules)
+    assert targets.roles == {"all-linear": targets.modules}
+    assert model.get_output_embeddings() not in [model.get_submodule(path) for path in targets.modules]
+    assert attach(small(name), targets)[0] == list(targets.modules)
+
+
+def test_all_linear_in_capitals() -> None:
+    assert resolve(small("llama"), "All-Linear") == resolve(small("llama"), "all-linear")
+
+
+# --- errors
+
+
+def test_a_role_that_nothing_serves() -> None:
+    message = failure(ModelError, build("rwkv", vocab_size=64, hidden_size=32, num_hidden_layers=2), list(ROLES))
+    assert "role `q`, `o`: nothing in the attention of rwkv is known to serve it" in message
+    assert "attention.receptance ×2, attention.output ×2, feed_forward.key ×2" in message  # noqa: RUF001
+    assert message.endswith("set lora.target_modules to names from this list, or to all-linear")
+
+
+def test_a_role_that_only_some_layers_have() -> None:
+    model = small("llama")
+    attention = model.get_submodule("model.layers.1.self_attn")
+    attention.odd_proj = attention.o_proj
+    del attention.o_proj
+    message = failure(ModelError, model, list(ROLES))
+    assert "role `o`: llama has it in 1 of 2 attention layers" in message
+    assert "not in model.layers.1 (unknown there: self_attn.odd_proj)" in message
+    assert len(message.splitlines()) == 1
+    assert resolve(model, ["q", "k", "v"]).names == ("k_proj", "q_proj", "v_proj")
+
+
+def test_an_attention_that_is_unknown_in_every_layer() -> None:
+    model = small("gpt2")
+    for block in model.transformer.h:
+        block.attn.inward, block.attn.outward = block.attn.c_attn, block.attn.c_proj
+        del block.attn.c_attn, block.attn.c_proj
+    message = failure(ModelError, model, ["q_proj", "o_proj"])
+    assert "role `q`, `o`: nothing in the attention of gpt2 is known" in message
+    assert "its linear modules: attn.inward ×2, attn.outward ×2, mlp.c_fc ×2, mlp.c_proj ×2" in message  # noqa: RUF001
+    assert resolve(model, ["inward", "attn.outward"]).names == ("inward", "outward")
+
+
+def test_unknown_names_are_all_told_with_their_nearest() -> None:
+    message = failure(ModelError, small("llama"), ["q_prj", "self_attn.o_prj", "v", "zzz"])
+    assert "`q_prj` matches no module of llama; nearest: q_proj" in message
+    assert "`self_attn.o_prj` matches no module of llama; nearest: self_attn.o_proj" in message
+    assert "`zzz` matches no module of llama; its linear modules: self_attn.q_proj ×2" in message  # noqa: RUF001
+    assert len(message.splitlines()) == 3
+
+
+@pytest.mark.parametrize("entry", ["all-linear", r".*q_proj"])
+def test_a_string_within_a_list(entry: str) -> None:
+    message = failure(ModelError, small("llama"), [entry])
+    assert "all-linear or a regular expression stands alone, without brackets" in message
+
+
+def test_a_name_of_something_that_is_not_a_linear_layer() -> None:
+    message = failure(ModelError, small("llama"), ["self_attn"])
+    assert "`self_attn` matches model.layers.0.self_attn (LlamaAttention), model.layers.1.self_attn" in message
+    message = failure(ModelError, small("qwen3"), r".*self_attn\..*")
+    assert "(Qwen3RMSNorm)" in message and "match linear layers only" in message
+
+
+@pytest.mark.parametrize("text", ["q", "q_proj", "self_attn.q_proj"])
+def test_a_name_as_a_string_is_not_taken_for_a_list(text: str) -> None:
+    message = failure(ModelError, small("llama"), text)
+    assert f"the regular expression `{text}` matches no module's whole path in llama" in message
+    assert f"write a list to go by roles or names, [{text}]" in message
+    assert "model.layers.0.self_attn.q_proj" in message
+
+
+def test_a_regular_expression_that_matches_nothing() -> None:
+    message = failure(ModelError, small("llama"), r"layers\.\d+\.q_proj")
+    assert message.endswith("match whole paths, such as model.layers.0.self_attn.q_proj")
+
+
+def test_a_regular_expression_that_does_not_compile() -> None:
+    message = failure(ConfigError, small("llama"), "*_proj")
+    assert "`*_proj` is not a regular expression: nothing to repeat at position 0" in message
+
+
+@pytest.mark.parametrize("entries", [[], [""], ["q", ""]])
+def test_an_empty_list_or_name(entries: list[str]) -> None:
+    assert "an empty list or name adapts nothing" in failure(ConfigError, small("llama"), entries)
+
+
+def mamba() -> PreTrainedModel:
+    return build("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+
+
+@pytest.mark.parametrize("entries", [list(ROLES), list(STOCK)])
+def test_a_model_without_attention(entries: list[str]) -> None:
+    message = failure(ModelError, mamba(), entries)
+    assert "mamba has no attention in which roles (q, k, v, o) could be found" in message
+    assert "its linear modules: mixer.in_proj ×2; set lora.target_modules to names from this list" in message  # noqa: RUF001
+    assert len(message.splitlines()) == 1
+    assert resolve(mamba(), ["in_proj"]).names == ("in_proj",)
+
+
+def test_a_model_without_attention_is_offered_all_linear_where_it_works() -> None:
+    model = build("xlnet", vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    assert failure(ModelError, model, list(ROLES)).endswith("or to all-linear")
+    assert len(resolve(model, "all-linear").modules) == 4
+
+
+def test_weights_that_the_kernels_of_mamba_read_past_an_adapter() -> None:
+    message = failure(ModelError, mamba(), ["in_proj", "dt_proj", "out_proj"])
+    assert "`mixer.dt_proj`: kernels of mamba read the weight of dt_proj directly, past an adapter" in message
+    assert "`mixer.out_proj`" in message and "in_proj`" not in message
+    message = failure(ModelError, mamba(), "all-linear")
+    assert "namely not mixer.x_proj, mixer.dt_proj, mixer.out_proj" in message
+    with pytest.raises(ValueError, match="incompatible with Mamba"):  # what PEFT would say
+        get_peft_model(mamba(), LoraConfig(target_modules="all-linear"))
+
+
+def test_experts_in_stacked_tensors() -> None:
+    model = build("qwen3_moe", **(MOE | dict(mlp_only_layers=[0])))
+    message = failure(ModelError, model, "all-linear")
+    assert "does not reach all linear weights of qwen3_moe, namely not mlp.experts.gate_up_proj" in message
+    message = failure(ModelError, model, ["q", "down_proj"])
+    assert "`mlp.down_proj`: PEFT can take down_proj for the experts' stacked tensors" in message
+    # What would happen: the dense layer that has a down_proj module is left out, without a word.
+    stock = get_peft_model(model, LoraConfig(target_modules=["down_proj"]))
+    assert "model.layers.0.mlp.down_proj" not in list(adapted(stock.base_model.model))
+
+
+def test_a_module_that_no_ending_can_tell_from_another() -> None:
+    model = small("llama")
+    model.model.lm_head = nn.Linear(32, 64, device="meta")
+    message = failure(ModelError, model, "lm_head")
+    assert "PEFT cannot tell lm_head from a module whose path ends in the same way; target both or neither" in message
+    assert resolve(model, r"model\.lm_head").names == ("model.lm_head",)
