@@ -4,7 +4,6 @@ LoRA: y = Wx + (alpha / r) B A x, W frozen, B zero at the start (Hu et al. 2021,
 """
 
 import json
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from peft import PeftModel as PeftModel
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from loratune.config import LoraSection
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports missing optional kernels when peft imports it
-
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from peft import PeftModel as PeftModel  # noqa: E402
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

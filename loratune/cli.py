@@ -1,7 +1,9 @@
 """The command line: parse, call one story, print. Everything heavy is imported inside the commands."""
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +39,10 @@ def main() -> None:
 
 @contextmanager
 def boundary(debug: bool) -> Iterator[None]:
-    """Turn what goes wrong into `error:` lines on stderr and an exit code."""
+    """Turn what goes wrong into `error:` lines and an exit code; keep the libraries' own remarks off the screen."""
+    if not debug:
+        warnings.simplefilter("ignore")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         yield
         sys.stdout.flush()

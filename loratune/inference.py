@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from loratune import adapter, config, model
 from loratune.adapter import PeftModel, Saved
-from loratune.config import DataSection, ModelSection, Source
+from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data.packing import pad
 from loratune.data.render import Renderer
 from loratune.errors import AdapterError, ConfigError
@@ -85,15 +85,30 @@ def open_adapter(directory: Path) -> Tuned:
     return Tuned(saved, tuned, tokenizer, Renderer(tokenizer), rows)
 
 
-def _as_trained(saved: Saved) -> tuple[ModelSection, DataSection]:
-    """How the base was held and the rows were read in training; what run.yaml says of code to trust is not believed."""
+def base_of(saved: Saved) -> ModelSection:
+    """Where the base of an adapter is to be found."""
+    return ModelSection(name_or_path=saved.base, revision=saved.config.get("revision"))
+
+
+def recorded_run(saved: Saved) -> RunConfig | None:
+    """The config that an adapter was trained with, or None for one that loratune did not write.
+
+    Raises AdapterError: it is there and not valid.
+    """
     path = saved.path / "run.yaml"
-    base = ModelSection(name_or_path=saved.base, revision=saved.config.get("revision"))
     if not path.is_file():
-        return base, DataSection(train=Source(path="unknown"))
+        return None
     try:
-        run = config.load(path)
+        return config.load(path)
     except ConfigError as error:
         raise AdapterError(error.problems) from None
+
+
+def _as_trained(saved: Saved) -> tuple[ModelSection, DataSection]:
+    """How the base was held and the rows were read in training; what run.yaml says of code to trust is not believed."""
+    base = base_of(saved)
+    run = recorded_run(saved)
+    if run is None:
+        return base, DataSection(train=Source(path="unknown"))
     held = run.model.model_dump(include={"dtype", "quantization", "attn_implementation"})
     return base.model_copy(update=held), run.data

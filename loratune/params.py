@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratune import adapter, model, targets
+from loratune import adapter, inference, model, targets
 from loratune.adapter import Count, PeftModel
 from loratune.config import LoraSection, ModelSection
 from loratune.targets import Targets
@@ -47,9 +47,9 @@ def params_of_adapter(directory: Path) -> Params:
     Raises AdapterError, ModelError.
     """
     saved = adapter.inspect(directory)
-    section = ModelSection(name_or_path=saved.base, revision=saved.config.get("revision"))
+    section, run = inference.base_of(saved), inference.recorded_run(saved)
     base = model.build_meta(model.load_config(section), section)
-    found = targets.resolve(base, saved.config["target_modules"])
+    found = targets.resolve(base, run.lora.target_modules if run else saved.config["target_modules"])
     adapted = adapter.attach_saved(base, saved)
     return Params(adapter.count(adapted), groups(adapted, found), found.patterns(), found.fused)
 

@@ -1,0 +1,140 @@
+"""What the tests share: a tiny model and tokenizer built in process, the real model, and the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from loratune.cli import app
+
+ROOT = Path(__file__).parent.parent
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did: its exit code, and what it printed on either stream."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level: one token per byte, ids 0 to 255, then the special tokens; no BOS, no pad token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
+    made.add_special_tokens({"additional_special_tokens": special[1:]})
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    """A random Llama of 2 layers and hidden size 32 that always comes out the same."""
+    shape = {
+        "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 256,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(shape | changes)))
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The tiny Llama and the byte-level tokenizer as a model directory, in float32."""
+    path = tmp_path_factory.mktemp("tiny") / "llama"
+    tiny_llama().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, fetched by the script that the quickstart uses."""
+    path = ROOT / "models" / "SmolLM2-135M-Instruct"
+    subprocess.run([sys.executable, ROOT / "scripts" / "fetch_smollm2.py", path], check=True)
+    return path
+
+
+@pytest.fixture
+def cli() -> Callable[..., Ran]:
+    """Runs `loratune ARGS` in this process, which has the libraries imported already."""
+
+    def run(*arguments: object, stdin: str | None = None) -> Ran:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Ran(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+def process(*arguments: object, **environment: str) -> Ran:
+    """Runs `python -m loratune ARGS` as a process of its own."""
+    command = [sys.executable, "-m", "loratune", *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, stdin=subprocess.DEVNULL, check=False
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write rows as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+ROWS = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(40)]
+
+
+@pytest.fixture
+def run_config(tmp_path: Path, tiny_dir: Path) -> Callable[..., Path]:
+    """Writes a config of the tiny model on 40 short rows; sections given as keywords are merged over it.
+
+    `run_config(training={"max_steps": 2})` → path of the YAML; its output_dir is `tmp_path / "out"`.
+    """
+
+    def make(name: str = "run.yaml", **sections: Any) -> Path:
+        values: dict[str, Any] = {
+            "model": {"name_or_path": str(tiny_dir), "dtype": "float32"},
+            "data": {"train": str(write_rows(tmp_path / "rows.jsonl", ROWS))},
+            "training": {"learning_rate": 1e-2, "logging_steps": 1},
+            "output_dir": str(tmp_path / "out"),
+        }
+        for key, value in sections.items():
+            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return make
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """Every file below a path with its content: equal trees mean that nothing was touched."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
