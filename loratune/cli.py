@@ -256,11 +256,19 @@ def _share(value: float | None) -> str:
 def _show_plan(plan: "Plan") -> None:
     from loratune.console import block, marked, size
 
-    lines = [
-        (role, f"{', '.join(patterns)} x {len(plan.targets.roles[role])}")
-        for role, patterns in plan.targets.patterns().items()
-    ]
-    lines += [(", ".join(roles), f"{pattern} is one module, fused") for pattern, roles in plan.targets.fused.items()]
+    roles_of: dict[str, list[str]] = {}
+    for role, patterns in plan.targets.patterns().items():
+        for pattern in patterns:
+            roles_of.setdefault(pattern, []).append(role)
+    lines = []
+    for pattern, roles in roles_of.items():
+        along = [role for role in plan.targets.fused.get(pattern, ()) if role not in roles]
+        fused = (
+            f", fused{': ' + ', '.join(along) + ' comes along' if along else ''}"
+            if pattern in plan.targets.fused
+            else ""
+        )
+        lines.append((", ".join(roles), f"{pattern} x {plan.targets.matched(pattern)}{fused}"))
     block("targets", lines)
     print(plan.count)
     block("train", _report_lines(plan.train.report))

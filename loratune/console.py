@@ -49,7 +49,7 @@ def size(count: int) -> str:
     """Bytes in the unit that reads best: `1,843,200 bytes (1.8 MB)`, `3.2 GiB`."""
     if count >= 1 << 28:
         return f"{count / (1 << 30):.1f} GiB"
-    return f"{count:,} bytes ({count / 1e6:.1f} MB)"
+    return f"{count:,} bytes ({f'{count / 1e6:.1f} MB' if count >= 1e6 else f'{count / 1e3:.1f} kB'})"
 
 
 def duration(seconds: float) -> str:

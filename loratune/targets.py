@@ -110,6 +110,10 @@ class Targets:
         """Each role or entry → its module paths with layer numbers as `*`, once each."""
         return {entry: list(dict.fromkeys(map(pattern, paths))) for entry, paths in self.roles.items()}
 
+    def matched(self, wanted: str) -> int:
+        """How many of the modules lie at a path with `*` for its layer numbers."""
+        return sum(pattern(path) == wanted for path in self.modules)
+
 
 def resolve(model: nn.Module, target_modules: Sequence[str] | str) -> Targets:
     """Find the modules that `lora.target_modules` means on this model, which may be on the meta device.

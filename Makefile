@@ -1,0 +1,36 @@
+# The two commands of the README, and their parts.
+
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := models/SmolLM2-135M-Instruct
+ADAPTER := quickstart-adapter
+
+.PHONY: quickstart test lint types unit clean
+
+quickstart: .venv/quickstart.stamp
+	$(BIN)/python scripts/fetch_smollm2.py $(MODEL)
+	$(BIN)/loratune train configs/quickstart/config.yaml --overwrite
+	$(BIN)/loratune evaluate --adapter $(ADAPTER) --data configs/quickstart/eval.jsonl
+	$(BIN)/loratune generate --adapter $(ADAPTER) --base --max-new-tokens 16 --input configs/quickstart/demo.jsonl
+
+test: lint types unit
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev.stamp
+	$(BIN)/mypy
+
+unit: .venv/dev.stamp
+	$(BIN)/pytest
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/%.stamp: pyproject.toml .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv $(ADAPTER) $(ADAPTER).partial .mypy_cache .ruff_cache .pytest_cache
