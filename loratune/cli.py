@@ -53,15 +53,26 @@ def boundary(debug: bool) -> Iterator[None]:
     except BrokenPipeError:
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115  whoever read us has gone; the exit must not flush to it
         raise typer.Exit(0) from None
-    except MemoryError:
-        fix = "lower training.per_device_train_batch_size or data.max_length, or set training.activation_checkpointing"
-        _fail([Problem("out of memory", fix=fix)], 8, debug)
     except OSError as error:
         _fail([Problem(error.strerror or str(error), str(error.filename or ""))], 8 if error.errno == 28 else 1, debug)
     except typer.Exit:
         raise
     except Exception as error:
-        _fail([Problem(f"unexpected {type(error).__name__}: {error}", fix="run again with --debug")], 1, debug)
+        if _is_out_of_memory(error):
+            _fail([_out_of_memory()], 8, debug)
+        first = next(iter(str(error).splitlines()), "")
+        _fail([Problem(f"unexpected {type(error).__name__}: {first}", fix="run again with --debug")], 1, debug)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also in torch's words, which has a class for it on a GPU and none on a CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
+def _out_of_memory() -> Problem:
+    fix = "lower training.per_device_train_batch_size or data.max_length, or set training.activation_checkpointing"
+    return Problem("out of memory", fix=fix)
 
 
 def _fail(problems: Any, code: int, debug: bool) -> None:

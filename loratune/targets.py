@@ -75,6 +75,8 @@ SERVES = {
 # The names that most recipes list: on a model without them they stand for the roles.
 STOCK = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
 
+_NUMBER = re.compile(r"\.(\d+)\.")
+
 # An attention module is known by its own name or its class (`mixer` is one when it is a NemotronHAttention), unless it
 # looks elsewhere than at the text itself. Multimodal towers are left alone: roles mean the language model.
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -115,12 +117,13 @@ class Targets:
         return sum(pattern(path) == wanted for path in self.modules)
 
 
-def resolve(model: nn.Module, target_modules: Sequence[str] | str) -> Targets:
+def resolve(model: nn.Module, target_modules: Sequence[str] | str, layers: Sequence[int] | None = None) -> Targets:
     """Find the modules that `lora.target_modules` means on this model, which may be on the meta device.
 
     target_modules: a list of roles and names (PEFT's rule: the whole path, or its end after a dot), where `q_proj`,
     `k_proj`, `v_proj`, `o_proj` stand for the roles if the model has no such name; or a string: `all-linear` (every
     linear layer but the output embedding, as PEFT reads it) or a regular expression for whole paths.
+    layers: `lora.layers_to_transform`, the numbers of the layers to keep to.
 
     Raises ModelError with every entry that finds nothing, finds only some layers, or names what LoRA cannot adapt;
     ConfigError for a regular expression that does not compile and for an empty list.
@@ -131,6 +134,9 @@ def resolve(model: nn.Module, target_modules: Sequence[str] | str) -> Targets:
         roles, problems = _by_string(survey, target_modules)
     else:
         roles, problems = _by_list(survey, target_modules)
+    if layers is not None:
+        roles, missing = _within(roles, layers)
+        problems = [*problems, *missing]
     chosen = {path for paths in roles.values() for path in paths}
     modules = tuple(path for path in survey.modules if path in chosen)
     names, ambiguous = _names(modules, survey.modules)
@@ -213,6 +219,26 @@ def _by_list(survey: _Survey, entries: Sequence[str]) -> tuple[dict[str, tuple[s
         else:
             problems.append(_unsuitable(survey, f"`{entry}`", others) if others else _unknown_name(survey, entry))
     return roles, problems + _role_problems(survey, {role: roles[role] for role in ROLES if role in roles})
+
+
+def _within(
+    roles: dict[str, tuple[str, ...]], layers: Sequence[int]
+) -> tuple[dict[str, tuple[str, ...]], list[Problem]]:
+    """The modules of some layers, by PEFT's rule: a module's layer is the first number in its path."""
+    numbers = {path: int(found[1]) for paths in roles.values() for path in paths if (found := _NUMBER.search(path))}
+    absent = sorted(set(layers) - set(numbers.values()))
+    problems = [
+        Problem(f"no target in layer {layer}", key="lora.layers_to_transform", fix=_layers_there(numbers.values()))
+        for layer in absent
+    ]
+    return {
+        entry: tuple(path for path in paths if numbers.get(path) in layers) for entry, paths in roles.items()
+    }, problems
+
+
+def _layers_there(numbers: Iterable[int]) -> str:
+    there = sorted(set(numbers))
+    return f"its layers go from {there[0]} to {there[-1]}" if there else ""
 
 
 def _by_string(survey: _Survey, text: str) -> tuple[dict[str, tuple[str, ...]], list[Problem]]:
@@ -348,6 +374,7 @@ def _few(items: Sequence[str], most: int) -> str:
 
 
 def pattern(path: str) -> str:
+    """`model.layers.7.self_attn.q_proj` → `model.layers.*.self_attn.q_proj`."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
 

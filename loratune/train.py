@@ -69,7 +69,7 @@ def plan(ready: Ready) -> Plan:
     train = data.prepare(ready.examples.train, renderer, run.data)
     validation = data.prepare(ready.examples.validation, renderer, run.data) if ready.examples.validation else None
     base = model.load_base(run.model)
-    found = targets.resolve(base, run.lora.target_modules)
+    found = targets.resolve(base, run.lora.target_modules, run.lora.layers_to_transform)
     adapted = adapter.attach(
         base,
         run.lora,

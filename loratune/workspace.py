@@ -32,6 +32,22 @@ class Workspace:
         """The directory in which the result is put together and checked."""
         return self.partial / "adapter"
 
+    @property
+    def replaced(self) -> Path:
+        """Where the old adapter lies for the moment in which the new one takes its place."""
+        return self.partial / "replaced"
+
+    @property
+    def may_replace(self) -> Path:
+        """A mark: the run was started with leave to replace what is at `output`, and is resumed with it."""
+        return self.partial / "may_replace"
+
+    @property
+    def ours(self) -> bool:
+        """Whether nothing but a run's own work is in `partial`."""
+        own = {path.name for path in (self.checkpoints, self.staging, self.replaced, self.may_replace)} | {"run.json"}
+        return self.partial.is_dir() and {path.name for path in self.partial.iterdir()} <= own
+
     def has_checkpoints(self) -> bool:
         """Whether there is anything that a later `--resume` could go on from."""
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
@@ -46,7 +62,7 @@ class Workspace:
             sync(path)
         sync(self.staging)
         if self.output.exists():
-            self.output.rename(self.partial / "replaced")
+            self.output.rename(self.replaced)
         self.staging.rename(self.output)
         sync(self.output.parent)
         shutil.rmtree(self.partial)
@@ -58,22 +74,41 @@ def inspect(output_dir: str, *, resume: bool, overwrite: bool) -> Workspace:
     Raises ConfigError: it exists, is a file, cannot be written, its parent is missing, or an unfinished run is there.
     Raises ResumeError: `resume` where no run was interrupted.
     """
-    output = Path(os.path.abspath(Path(output_dir).expanduser()))
-    space = Workspace(output, output.with_name(f"{output.name}.partial"))
     where, key = str(output_dir), "output_dir"
-    if output.exists() and not output.is_dir():
+    try:
+        space = Workspace(*_siblings(output_dir))
+        _check_free(space, where, resume=resume, overwrite=overwrite)
+    except OSError as error:
+        raise ConfigError(Problem(f"cannot be looked at: {error.strerror}", where, key)) from None
+    _probe(space, where)
+    return space
+
+
+def _siblings(output_dir: str) -> tuple[Path, Path]:
+    output = Path(os.path.abspath(Path(output_dir).expanduser()))
+    if not output.name:
+        raise ConfigError(Problem("is the root of the file system", output_dir, "output_dir"))
+    return output, output.with_name(f"{output.name}.partial")
+
+
+def _check_free(space: Workspace, where: str, *, resume: bool, overwrite: bool) -> None:
+    output, partial, key = space.output, space.partial, "output_dir"
+    if os.path.lexists(output) and not output.is_dir():
         raise ConfigError(Problem("is a file", where, key, "name a directory that does not exist yet"))
     if not output.parent.is_dir():
         raise ConfigError(Problem(f"its parent {output.parent} is no directory", where, key, "create it first"))
-    if resume and not space.partial.is_dir():
+    if os.path.lexists(partial) and not space.ours:
+        what = f"{partial.name}, the place of work in progress, holds something else"
+        raise ConfigError(Problem(what, where, key, "move that away"))
+    if resume and not partial.is_dir():
         raise ResumeError(Problem("no interrupted run to resume", where, fix="leave out --resume to start one"))
-    if output.exists() and not overwrite:
+    if output.exists() and not overwrite and not (resume and space.may_replace.exists()):
         raise ConfigError(Problem("already exists", where, key, "choose another, or replace it with --overwrite"))
+    if output.exists() and any(output.iterdir()) and not (output / "adapter_config.json").is_file():
+        raise ConfigError(Problem("holds no adapter, so --overwrite leaves it alone", where, key, "choose another"))
     if space.has_checkpoints() and not (resume or overwrite):
         fix = "continue it with --resume, or start afresh with --overwrite"
-        raise ConfigError(Problem(f"{space.partial.name} holds an interrupted run", where, key, fix))
-    _probe(space, where)
-    return space
+        raise ConfigError(Problem(f"{partial.name} holds an interrupted run", where, key, fix))
 
 
 def _probe(space: Workspace, where: str) -> None:
@@ -88,9 +123,16 @@ def _probe(space: Workspace, where: str) -> None:
 @contextmanager
 def claimed(space: Workspace, *, resume: bool) -> Iterator[Workspace]:
     """Hold the work in progress while the run lasts; a run that left no checkpoint leaves nothing."""
-    if space.partial.exists() and not resume:
+    if space.replaced.exists() and not space.output.exists():
+        space.replaced.rename(space.output)  # the last run was killed between the two renames of `publish`
+    if resume:
+        shutil.rmtree(space.staging, ignore_errors=True)
+        shutil.rmtree(space.replaced, ignore_errors=True)
+    elif space.partial.exists():
         shutil.rmtree(space.partial)
     space.checkpoints.mkdir(parents=True, exist_ok=True)
+    if space.output.exists():
+        space.may_replace.touch()
     try:
         yield space
     finally:

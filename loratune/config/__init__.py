@@ -30,4 +30,16 @@ def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML text that `load` reads back to an equal config."""
-    return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all text that our reader would not read as text."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = text.isprintable() and reader.reads_as_text(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, None if plain else '"')
+
+
+_Dumper.add_representer(str, _text)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from loratune.config.reader import Document, KeyPath, dotted, kind_of
+from loratune.config.reader import MAX_PROBLEMS, Document, KeyPath, dotted, kind_of, limited
 from loratune.config.sections import Contradiction, RunConfig, Section
 from loratune.errors import Problem
 
@@ -53,9 +53,11 @@ def translate(error: ValidationError, document: Document) -> list[Problem]:
     """One problem for each error of pydantic, in the order of the keys; alternatives of a union count once."""
     found: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors():
-        path = _key_path(details["loc"])
+        path = _key_path(details)
         found.setdefault(path, []).append(details)
-    return [_problem(path, group, document) for path, group in _outermost(found)]
+    outermost = list(_outermost(found))
+    problems = [_problem(path, group, document) for path, group in outermost[:MAX_PROBLEMS]]
+    return limited(problems, len(outermost))
 
 
 def known_keys(section: type[Section] = RunConfig, prefix: KeyPath = ()) -> Iterator[KeyPath]:
@@ -74,30 +76,30 @@ def _sections_in(annotation: Any) -> Iterator[type[Section]]:
             yield from _sections_in(part)
 
 
-def _key_path(location: tuple[int | str, ...]) -> KeyPath:
+def _key_path(details: ErrorDetails) -> KeyPath:
     """The keys of a location, without the names that pydantic gives to the alternatives of a union."""
-    alternatives = {"str", "int", "float", "bool", "Source"}
-    return tuple(part for part in location if isinstance(part, int) or not (part in alternatives or "[" in part))
+    alternatives, location = {"str", "int", "float", "bool", "Source"}, details["loc"]
+    own = location[-1:] if details["type"] == "extra_forbidden" else ()  # the user's word, whatever it is
+    above = location[: len(location) - len(own)]
+    return (*(part for part in above if isinstance(part, int) or not (part in alternatives or "[" in part)), *own)
 
 
 def _outermost(found: dict[KeyPath, list[ErrorDetails]]) -> Iterator[tuple[KeyPath, list[ErrorDetails]]]:
     """Drop `a: not a number` where `a.b: unknown key` says what is wrong with the alternative that was meant."""
+    inner = {path[:end] for path in found for end in range(1, len(path))}
     for path, group in found.items():
-        deeper = [other for other in found if len(other) > len(path) and other[: len(path)] == path]
-        if path and deeper and all(details["type"] in _EXPECTED for details in group):
-            continue
-        yield path, group
+        if path not in inner or not all(details["type"] in _EXPECTED for details in group):
+            yield path, group
 
 
 def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Problem:
     details = group[0]
     where, key = document.where(path), dotted(path)
-    context = details.get("ctx", {})
     if details["type"] == "extra_forbidden":
         return Problem("unknown key", where, key, _suggestion(path))
     if details["type"] == "missing":
         return Problem("missing", document.where(path[:-1]), key, "this key has no default")
-    if isinstance(cause := context.get("error"), Contradiction):
+    if isinstance(cause := details.get("ctx", {}).get("error"), Contradiction):
         keys = [dotted((*path, *name.split("."))) for name in cause.keys]
         where = document.where((*path, *cause.keys[0].split(".")))
         return Problem(str(cause), where, " and ".join(keys))
@@ -105,16 +107,19 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
     if all(details["type"] in _EXPECTED for details in group):
         expected = " or ".join(dict.fromkeys(_EXPECTED[details["type"]] for details in group))
         return Problem(f"expected {expected}, got {got}", where, key)
-    for details in group:
-        if details["type"] not in _EXPECTED:
-            break
+    return Problem(*_refusal(next(one for one in group if one["type"] not in _EXPECTED), got, where, key))
+
+
+def _refusal(details: ErrorDetails, got: str, where: str, key: str) -> tuple[str, str, str, str]:
+    """The right type, but not a value that is allowed."""
     if details["type"] == "literal_error":
-        fix = _nearest(
-            str(details["input"]), [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
-        )
-        return Problem(f"expected {context['expected']}, got {got}", where, key, fix)
-    message = details["msg"].removeprefix("Input ").replace("should be", "must be").replace("should have", "must have")
-    return Problem(f"{message}, got {got}", where, key)
+        expected = details["ctx"]["expected"]
+        choices = [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
+        return f"expected {expected}, got {got}", where, key, _nearest(str(details["input"]), choices)
+    if details["type"].endswith("too_short"):
+        return "must not be empty", where, key, ""
+    message = details["msg"].removeprefix("Input ").replace("should be", "must be")
+    return f"{message}, got {got}", where, key, ""
 
 
 def _nearest(word: str, choices: list[str]) -> str:

@@ -5,19 +5,22 @@ What is refused rather than guessed: duplicate keys, aliases and merges, tags, a
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 from loratune.errors import ConfigError, Problem
 
 KeyPath = tuple[str | int, ...]
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 18
 MAX_DEPTH = 32
+MAX_PROBLEMS = 20
+OPTION = "--set"
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -35,13 +38,13 @@ class Document:
     source: str
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[KeyPath, int] = field(default_factory=dict)
-    overridden: dict[KeyPath, str] = field(default_factory=dict)
+    overridden: set[KeyPath] = field(default_factory=set)
 
     def where(self, path: KeyPath) -> str:
         """`file:line` of the nearest ancestor of `path` that stands in the file, or the option that set it."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.overridden:
-                return self.overridden[path[:end]]
+                return OPTION
             if path[:end] in self.lines:
                 return f"{self.source}:{self.lines[path[:end]]}"
         return self.source
@@ -50,7 +53,7 @@ class Document:
 def read(path: Path) -> Document:
     """Read a config file.
 
-    Raises ConfigError: not a readable UTF-8 YAML mapping of at most 1 MiB; every duplicate and ambiguous value.
+    Raises ConfigError: not a readable UTF-8 YAML mapping of at most 256 KiB; every duplicate and ambiguous value.
     """
     document = parse(_read_text(path), str(path))
     if not document.values:
@@ -60,22 +63,20 @@ def read(path: Path) -> Document:
 
 def parse(text: str, source: str) -> Document:
     """Parse YAML text whose problems are reported as `source:line`."""
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
+        node = _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_syntax_problem(error, source)) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(Problem(f"not readable as YAML: {str(error).splitlines()[0]}", source)) from None
-    finally:
-        loader.dispose()
+    except ReaderError as error:
+        where = f"{source}:{text.count(chr(10), 0, error.position) + 1}"
+        raise ConfigError(Problem(f"not valid YAML: the control character U+{error.character:04X}", where)) from None
     document = Document(source)
     builder = _Builder(document)
     value = builder.build(node, ()) if node is not None else {}
     if node is not None and not isinstance(value, dict) and not builder.problems:
         builder.add((), node, f"expected a mapping of sections, got {kind_of(value)}", "begin with `model:`")
     if builder.problems:
-        raise ConfigError(builder.problems)
+        raise ConfigError(limited(builder.problems))
     document.values = value
     return document
 
@@ -86,18 +87,25 @@ def override(document: Document, assignment: str) -> None:
     Raises ConfigError: no `=`, an empty key, a key below something that is no mapping.
     """
     name, equals, text = assignment.partition("=")
-    path = tuple(name.strip().split("."))
-    option = f"--set {name.strip()}"
+    name = name.strip()
+    path = tuple(name.split("."))
     if not equals or not all(path):
-        raise ConfigError(Problem(f"--set {assignment}: not of the form section.key=value"))
-    value = parse(f"value: {text}" if text.strip() else "value:", option).values["value"]
+        raise ConfigError(Problem(f"`{assignment}` is not of the form section.key=value", OPTION))
+    try:
+        parsed = parse(f"value: {text}", OPTION).values
+    except ConfigError as error:
+        problems = [replace(one, where=OPTION, key=one.key.replace("value", name, 1) or name) for one in error.problems]
+        raise ConfigError(problems) from None
+    if len(parsed) > 1:
+        raise ConfigError(Problem("one value is expected, not several lines", OPTION, name))
     target = document.values
     for part in path[:-1]:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
-            raise ConfigError(Problem(f"`{part}` is {kind_of(target)}, not a section", option))
-    target[path[-1]] = value
-    document.overridden[path] = option
+            raise ConfigError(Problem(f"`{part}` is {kind_of(target)}, not a section", OPTION, name))
+    target[path[-1]] = parsed["value"]
+    document.lines = {key: line for key, line in document.lines.items() if key[: len(path)] != path}
+    document.overridden.add(path)
 
 
 def _read_text(path: Path) -> str:
@@ -110,7 +118,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise ConfigError(Problem(f"cannot be read: {error.strerror}", where)) from None
     if len(raw) > MAX_BYTES:
-        raise ConfigError(Problem("larger than 1 MiB, so this is not a config file", where))
+        raise ConfigError(Problem("larger than 256 KiB, so this is not a config file", where))
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -121,9 +129,37 @@ def _read_text(path: Path) -> str:
 def _syntax_problem(error: yaml.MarkedYAMLError, source: str) -> Problem:
     mark = error.problem_mark or error.context_mark
     where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+    if isinstance(error, _Refused):
+        return Problem(str(error.problem), where, fix=str(error.note))
     parts = [part for part in (error.problem, error.context) if part]
     fix = "indent with spaces" if "'\\t'" in str(error.problem) else ""
     return Problem(f"not valid YAML: {', '.join(parts)}", where, fix=fix)
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """Valid YAML that a config has no use for; `note` says what to do."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes plain nodes only, each once and to a bounded depth: nine lines of aliases could mean a billion nodes."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            self._refuse(event, "YAML aliases are not supported", "write the value out")
+        if event.tag is not None:
+            self._refuse(event, f"the YAML tag `{event.tag.replace('tag:yaml.org,2002:', '!!')}` is not supported")
+        if self.depth > MAX_DEPTH:
+            self._refuse(event, f"nested more than {MAX_DEPTH} levels deep")
+        self.depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def _refuse(self, event: yaml.Event, what: str, fix: str = "") -> None:
+        raise _Refused(problem=what, problem_mark=event.start_mark, note=fix)  # type: ignore[arg-type]
 
 
 class _Builder:
@@ -132,22 +168,12 @@ class _Builder:
     def __init__(self, document: Document):
         self.document = document
         self.problems: list[Problem] = []
-        self.seen: set[int] = set()
 
     def add(self, path: KeyPath, node: yaml.Node, what: str, fix: str = "") -> None:
         where = f"{self.document.source}:{node.start_mark.line + 1}"
         self.problems.append(Problem(what, where, dotted(path), fix))
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
-        if (
-            id(node) in self.seen
-        ):  # an alias gives the same node again; following it would let nine lines mean a billion
-            self.add(path, node, "YAML aliases are not supported", "write the value out")
-            return None
-        self.seen.add(id(node))
-        if len(path) > MAX_DEPTH:
-            self.add(path[:3], node, f"nested more than {MAX_DEPTH} levels deep")
-            return None
         if isinstance(node, yaml.MappingNode):
             return dict(self._items(node, path))
         if isinstance(node, yaml.SequenceNode):
@@ -156,7 +182,6 @@ class _Builder:
         return self._scalar(node, path)
 
     def _items(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, Any]]:
-        self._check_tag(node, path)
         first: dict[str, int] = {}
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
@@ -170,13 +195,8 @@ class _Builder:
             self.document.lines[(*path, key)] = line
             yield key, self.build(value_node, (*path, key))
 
-    def _check_tag(self, node: yaml.Node, path: KeyPath) -> None:
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-            self.add(path, node, f"the YAML tag `{node.tag.replace('tag:yaml.org,2002:', '!!')}` is not supported")
-
     def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         text: str = node.value
-        self._check_tag(node, path)
         if node.style in ("'", '"', "|", ">"):
             return text
         if text.lower() in _CONSTANTS:
@@ -197,7 +217,20 @@ def dotted(path: KeyPath) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
 
 
+def limited(problems: Sequence[Problem], total: int | None = None) -> list[Problem]:
+    """The first of `total` problems, and how many more there are: a wrong file may have tens of thousands."""
+    more = (len(problems) if total is None else total) - MAX_PROBLEMS
+    return [*problems[:MAX_PROBLEMS], *([Problem(f"and {more:,} more problems")] if more > 0 else [])]
+
+
+def reads_as_text(text: str) -> bool:
+    """Whether text without quotes comes back as the same text."""
+    patterns = (_AMBIGUOUS, _INT, _FLOAT, _SPECIAL_FLOAT)
+    return text.lower() not in _CONSTANTS and not any(pattern.fullmatch(text) for pattern in patterns)
+
+
 def kind_of(value: object) -> str:
     """A value in a user's words: `text 'eight'`, `a number 8.5`, `a list`."""
     kinds = {dict: "a section", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
-    return kinds.get(type(value), "nothing") + (f" {value!r}" if isinstance(value, str | int | float) else "")
+    shown = f" {value!r}" if isinstance(value, str | int | float) else ""
+    return kinds.get(type(value), "nothing") + (shown if len(shown) < 80 else f"{shown[:76]}...")

@@ -63,7 +63,9 @@ class LoraSection(Section):
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = Field(
         True, description="how A is drawn; B starts at zero"
     )
-    layers_to_transform: list[int] | None = Field(None, min_length=1, description="numbers of the layers to adapt")
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="numbers of the layers to adapt, from 0"
+    )
 
     @model_validator(mode="after")
     def _zero_start(self) -> Self:
@@ -110,6 +112,12 @@ class DataSection(Section):
             raise Contradiction("a fraction lies between 0 and 1", "validation")
         return self
 
+    @model_validator(mode="after")
+    def _templates_render_chats(self) -> Self:
+        if self.format == "text" and self.chat_template is not None:
+            raise Contradiction("plain text goes through no template", "format", "chat_template")
+        return self
+
 
 class TrainingSection(Section):
     """How it is trained: fields of `transformers.TrainingArguments`, under its names."""
@@ -140,6 +148,17 @@ class TrainingSection(Section):
             raise Contradiction("0 steps train nothing; -1 leaves the length to num_train_epochs", "max_steps")
         if self.max_steps > 0 and {"max_steps", "num_train_epochs"} <= self.model_fields_set:
             raise Contradiction("both set the length of the run; keep one", "max_steps", "num_train_epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Self:
+        if self.warmup_steps > 1 and not self.warmup_steps.is_integer():
+            raise Contradiction("above 1 it counts steps, so it must be whole", "warmup_steps")
+        if self.warmup_steps > self.max_steps > 0:
+            raise Contradiction("the learning rate would never reach its peak", "warmup_steps", "max_steps")
+        if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
+            message = "constant has no warmup; take constant_with_warmup"
+            raise Contradiction(message, "lr_scheduler_type", "warmup_steps")
         return self
 
 

