@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft import PeftModel as PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -46,7 +47,7 @@ def attach(
     target_modules: Sequence[str],
     *,
     seed: int,
-    base_name: str = "",
+    base_name: str | None = None,
     revision: str | None = None,
 ) -> PeftModel:
     """Freeze `base` and put LoRA on the modules that PEFT finds by `target_modules`; its output stays as it is.
@@ -124,31 +125,33 @@ def inspect(path: Path) -> Saved:
 
 
 def attach_saved(base: nn.Module, saved: Saved) -> PeftModel:
-    """Put LoRA on `base` as a saved configuration says, without its weights.
+    """Put LoRA on `base`, which may be on the meta device, as a saved configuration says, without its weights.
 
-    Raises AdapterError: the configuration does not fit the base.
+    Raises AdapterError: the configuration does not fit the base; tensors of the file are missing, extra or of another
+    shape than this base asks for.
     """
+    where = str(saved.path)
     try:
-        config = LoraConfig.from_pretrained(str(saved.path))
+        config = LoraConfig.from_pretrained(where)
         config.inference_mode = False  # its parameters count as trained, which they were
-        return _wrap(base, config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterError(Problem(f"does not fit its base {saved.base}: {error}", str(saved.path))) from None
+        model = _wrap(base, config)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
+        raise AdapterError(Problem(f"does not fit its base {saved.base}: {error}", where)) from None
+    expected = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}
+    if problems := _differences(expected, saved, where):
+        raise AdapterError(problems)
+    return model
 
 
 def load(base: PreTrainedModel, saved: Saved) -> PeftModel:
     """Put a saved adapter on its base.
 
-    Raises AdapterError: tensors missing, extra or of another shape than this base asks for; NaN or inf.
+    Raises AdapterError: as `attach_saved`; a tensor holds NaN or inf.
     """
-    where = str(saved.path)
     model = attach_saved(base, saved)
-    expected = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}
-    if problems := _differences(expected, saved, where):
-        raise AdapterError(problems)
     tensors = _read_tensors(saved.path / WEIGHTS_FILE)
     if bad := _not_finite(tensors):
-        raise AdapterError(Problem(f"{len(bad)} tensors hold NaN or inf, among them {_few(bad)}", where))
+        raise AdapterError(Problem(f"{len(bad)} tensors hold NaN or inf, among them {_few(bad)}", str(saved.path)))
     set_peft_model_state_dict(model, tensors)
     return model.eval()
 
@@ -186,6 +189,23 @@ def count_of(model: PeftModel, module: str) -> int:
     )
 
 
+def notes(model: PeftModel) -> list[str]:
+    """What is lawful and of no use: a rank above the smaller side of a layer, which bounds the rank of any update."""
+    highest: dict[int, int] = {}
+    layers: dict[int, list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            limit = min(layer.in_features, layer.out_features)
+            if (rank := max(layer.r.values())) > limit:
+                highest[limit] = max(rank, highest.get(limit, 0))
+                layers.setdefault(limit, []).append(name.removeprefix(WRAPPER_PREFIX))
+    return [
+        f"lora.r: {highest[limit]} is more than the {limit} inputs or outputs of {len(names)} modules, among them "
+        f"{_few(names)}; {limit} can express every update of theirs"
+        for limit, names in sorted(layers.items())
+    ]
+
+
 def shape_of(model: PeftModel, module: str) -> tuple[int, int]:
     """Inputs and outputs of one adapted module, named as in the base."""
     layer = model.get_submodule(WRAPPER_PREFIX + module)
@@ -195,25 +215,30 @@ def shape_of(model: PeftModel, module: str) -> tuple[int, int]:
 def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     """Size of the safetensors file that holds `tensors`, to the byte.
 
-    8 bytes of length, a JSON header padded to a multiple of 8, then the data in order of falling alignment and name:
+    8 bytes of length, a JSON header padded to a multiple of 8, then the data in order of dtype and name:
     https://github.com/huggingface/safetensors#format
     """
     dtypes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    order = list(dtypes)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    for name, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
         end = offset + tensor.numel() * tensor.element_size()
         shape = list(tensor.shape)
         header[name] = {"dtype": dtypes[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
-    length = len(json.dumps(header, separators=(",", ":")).encode())
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + offset
 
 
 def _wrap(base: nn.Module, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # peft corrects it for Conv1D, and says so
-        return get_peft_model(base, config)
+        warnings.filterwarnings("ignore", message=".*was renamed from.*")
+        base_name = config.base_model_name_or_path
+        model = get_peft_model(base, config)
+    config.base_model_name_or_path = base_name  # peft put there what the base calls itself
+    return model
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -225,6 +250,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(Problem("not the configuration of a LoRA adapter", str(path)))
     if not isinstance(config.get("base_model_name_or_path"), str) or not config["base_model_name_or_path"]:
         raise AdapterError(Problem("does not name its base", str(path), "base_model_name_or_path"))
+    if not config.get("target_modules") or not isinstance(config["target_modules"], list | str):
+        raise AdapterError(Problem("does not say which modules it adapts", str(path), "target_modules"))
     return config
 
 

@@ -1,14 +1,15 @@
 """Tokenizer and base model: where they come from, in which numbers, on which device."""
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import errors as hub
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,8 @@ from loratune.errors import ModelError, Problem
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+_LFS = b"version https://git-lfs"
+
 
 def load_config(section: ModelSection) -> Any:
     """The model's configuration, without its weights.
@@ -34,23 +37,26 @@ def load_config(section: ModelSection) -> Any:
     """
     _check_reachable(section)
     try:
-        config = AutoConfig.from_pretrained(section.name_or_path, **_origin(section))
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(section, error) from None
+        config = AutoConfig.from_pretrained(local_or_hub(section.name_or_path), **_origin(section))
+    except Exception as error:  # a wrong value in config.json fails wherever it is first used
+        raise _unreadable("configuration", section, error) from None
     _check_decoder(config, section)
     return config
 
 
 def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> Any:
-    """The model's tokenizer. chat_template: a Jinja file whose text replaces the tokenizer's own template."""
-    if not (Path(section.name_or_path) / "tokenizer_config.json").is_file():
-        _check_reachable(section)
+    """The model's tokenizer, or that of an adapter directory, which has no model configuration.
+
+    chat_template: a Jinja file whose text replaces the tokenizer's own template.
+    Raises ModelError: as `load_config`; the tokenizer, or the template, cannot be read.
+    """
+    path = Path(local_or_hub(section.name_or_path))
+    if (path / "config.json").is_file() or not (path / "tokenizer_config.json").is_file():
+        load_config(section)  # AutoTokenizer reads it too, and would report it as a fault of the tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(section.name_or_path, **_origin(section))
+        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(section.name_or_path), **_origin(section))
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise ModelError(
-            Problem(f"the tokenizer cannot be loaded: {_first_line(error)}", section.name_or_path)
-        ) from None
+        raise _unreadable("tokenizer", section, error) from None
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -67,20 +73,21 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     config = load_config(section)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            section.name_or_path,
+            local_or_hub(section.name_or_path),
             config=config,
             dtype=compute_dtype(section),
             quantization_config=_quantization(section),
             device_map={"": device()} if section.quantization != "none" or torch.cuda.is_available() else None,
             attn_implementation=section.attn_implementation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with names
             **_origin(section),
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _unreadable(section, error) from None
-    if missing := sorted(info["missing_keys"]):
-        what = f"the weights lack {len(missing)} tensors of the model, among them {', '.join(missing[:3])}"
-        raise ModelError(Problem(what, section.name_or_path, fix="they would be random; get the whole model"))
+    except _LOADING as error:
+        if problems := list(_damaged_weights(section)):
+            raise ModelError(problems) from None
+        raise _unreadable("model", section, error) from None
+    _check_complete(info, section)
     _keep_backward(model)
     model.generation_config = (
         GenerationConfig()
@@ -91,11 +98,16 @@ def load_base(section: ModelSection) -> PreTrainedModel:
 def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedModel:
     """The model on the meta device: every shape and no numbers, whatever its size.
 
-    Raises ModelError: the architecture needs code from its repository.
+    Raises ModelError: no causal language model can be built from this configuration.
     """
-    trusted = section is not None and section.trust_remote_code
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, dtype=torch.bfloat16)
+    section = section or ModelSection(name_or_path=config.name_or_path or config.model_type)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=section.trust_remote_code, dtype=torch.bfloat16
+            )
+    except Exception as error:  # values that the configuration accepts may fail wherever a layer first uses them
+        raise _unreadable("model", section, error) from None
 
 
 def local_or_hub(name_or_path: str) -> str:
@@ -127,6 +139,41 @@ def context_length(config: Any) -> int | None:
     """How many tokens the model was built for, if its configuration says so."""
     length = config.to_dict().get("max_position_embeddings") or config.to_dict().get("n_positions")
     return int(length) if length else None
+
+
+_LOADING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
+
+
+def _damaged_weights(section: ModelSection) -> Iterator[Problem]:
+    """The weight files that are no such thing: what the libraries report does not name the file."""
+    place = Path(local_or_hub(section.name_or_path))
+    if not place.is_dir():
+        cached = try_to_load_from_cache(section.name_or_path, "config.json", revision=section.revision)
+        place = Path(str(cached)).parent
+    for file in sorted([*place.glob("*.safetensors"), *place.glob("*.bin")]):
+        with file.open("rb") as opened:
+            pointer = opened.read(len(_LFS)) == _LFS
+        if pointer:
+            yield Problem("a Git LFS pointer, not the weights", str(file), fix="fetch them with `git lfs pull`")
+        elif file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                yield Problem(f"damaged or cut off: {_summary(error)}", str(file), fix="fetch it again")
+
+
+def _check_complete(info: Any, section: ModelSection) -> None:
+    problems = []
+    if missing := sorted(info["missing_keys"]):
+        what = f"the weights lack {len(missing)} tensors of the model, among them {', '.join(missing[:3])}"
+        problems.append(Problem(what, section.name_or_path, fix="they would be random; get the whole model"))
+    if wrong := sorted(info["mismatched_keys"]):
+        listed = ", ".join(f"{name} {tuple(has)} for {tuple(asks)}" for name, has, asks in wrong[:3])
+        what = f"{len(wrong)} tensors have another shape than config.json asks for, among them {listed}"
+        problems.append(Problem(what, section.name_or_path, fix="are weights and config.json of one model?"))
+    if problems:
+        raise ModelError(problems)
 
 
 def _origin(section: ModelSection) -> dict[str, Any]:
@@ -187,7 +234,7 @@ def _check_on_hub(name: str, revision: str | None) -> None:
     except hub.HFValidationError:
         what = "no such directory, and not the id of a repository"
     except Exception as error:  # whatever the network stack of the day raises
-        what = f"no such directory; the hub cannot be reached and the model is not cached ({_first_line(error)})"
+        what = f"no such directory; the hub cannot be reached and the model is not cached ({_summary(error)})"
         fix = "check the path, or the connection"
     else:
         return
@@ -207,15 +254,16 @@ def _check_decoder(config: Any, section: ModelSection) -> None:
         raise ModelError(Problem(what, section.name_or_path, fix="loratune adapts decoder-only language models"))
 
 
-def _unreadable(section: ModelSection, error: Exception) -> ModelError:
+def _unreadable(part: str, section: ModelSection, error: Exception) -> ModelError:
     text = str(error)
     if "trust_remote_code" in text:
         fix = "read that code, then set model.trust_remote_code: true and model.revision to the commit you read"
         return ModelError(Problem("the model needs code from its repository", section.name_or_path, fix=fix))
-    unknown = json.dumps(text[:200]) if "model type" in text else _first_line(error)
-    return ModelError(Problem(f"the model cannot be loaded: {unknown}", section.name_or_path))
+    return ModelError(Problem(f"the {part} cannot be loaded: {_summary(error)}", section.name_or_path))
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _summary(error: Exception) -> str:
+    """The first line of an error, and the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    announced = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return announced.partition(". ")[0]

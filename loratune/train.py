@@ -92,6 +92,7 @@ def train(ready: Ready, *, resume: bool, progress: Progress, note: Callable[[str
     with workspace.claimed(ready.space, resume=resume) as space:
         run = plan(ready)
         start_from = _begin(run, space, note, resume=resume)
+        _announce(run, note)
         outcome = trainer.fit(
             run.config.training,
             run.model,
@@ -127,6 +128,20 @@ def _begin(run: Plan, space: Workspace, note: Callable[[str], None], *, resume: 
         note(str(problem))
     note(f"resuming from step {checkpoint.name.rpartition('-')[2]}")
     return checkpoint
+
+
+def _announce(run: Plan, note: Callable[[str], None]) -> None:
+    """What is about to be trained; above all what was cut or left out."""
+    for name, part in (("train", run.train), ("validation", run.validation)):
+        if part is None:
+            continue
+        report = part.report
+        note(f"{name}: {report.rows:,} rows, {report.tokens:,} tokens, {report.supervised:,} of them learnt")
+        if report.truncated:
+            note(f"  {report.truncated:,} rows cut to max_length {run.config.data.max_length}")
+        for reason, places in report.dropped.items():
+            note(f"  {len(places):,} rows dropped: {reason} ({', '.join(places[:3])})")
+    note(str(run.count))
 
 
 def _stage(run: Plan, outcome: Outcome, space: Workspace) -> int:

@@ -1,0 +1,382 @@
+"""The adapter directory: what stock PEFT makes of it, and every way in which a damaged one is refused."""
+
+import json
+import os
+import pickle
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROWS, Ran, tiny_llama, tree, write_rows
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from typer.testing import CliRunner
+
+from loratune import adapter, config, inference
+from loratune.cli import app
+from loratune.config import LoraSection
+from loratune.errors import NumericError
+
+WEIGHTS, CONFIG = adapter.WEIGHTS_FILE, adapter.CONFIG_FILE
+Damage = Callable[[Path], Any]
+
+
+@contextmanager
+def umask(value: int) -> Iterator[None]:
+    before = os.umask(value)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def train(place: Path, base: Path, name: str = "out") -> Path:
+    """Train through the command line, and return the adapter directory."""
+    values = {
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "data": {"train": str(write_rows(place / "rows.jsonl", ROWS))},
+        "training": {"learning_rate": 1e-2, "max_steps": 3},
+        "output_dir": str(place / name),
+    }
+    path = place / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    ran = CliRunner().invoke(app, ["train", str(path)])
+    assert ran.exit_code == 0, ran.stderr
+    return place / name
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("trained"), tiny_dir)
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the adapter directory, to be damaged."""
+    return Path(shutil.copytree(trained, tmp_path / "adapter"))
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.arange(40, 60)[None]
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.fixture(scope="module")
+def ours(trained: Path, ids: Tensor) -> Tensor:
+    """The logits of the adapter as loratune opens it."""
+    return logits(inference.open_adapter(trained).model, ids)
+
+
+def test_stock_peft_gives_the_same_logits(trained: Path, tiny_dir: Path, ids: Tensor, ours: Tensor) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    assert not torch.allclose(logits(plain, ids), ours, atol=1e-3)
+    assert torch.equal(logits(PeftModel.from_pretrained(plain, str(trained)), ids), ours)
+    auto = AutoPeftModelForCausalLM.from_pretrained(str(trained), dtype=torch.float32)
+    assert torch.equal(logits(auto, ids), ours)
+
+
+def test_a_stock_pipeline_answers_as_generate_does(trained: Path, cli: Callable[..., Ran]) -> None:
+    write = pipeline("text-generation", model=str(trained), dtype=torch.float32)
+    answer = write("3 and 3 make", max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+    ran = cli("generate", "--adapter", trained, "--max-new-tokens", 8, "3 and 3 make")
+    assert ran.code == 0, ran.err
+    assert answer
+    assert ran.out == answer + "\n"
+
+
+def test_what_the_directory_holds(trained: Path, tiny_dir: Path) -> None:
+    files = {path.name for path in trained.iterdir()}
+    assert files == {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "run.yaml", "loratune.json",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    }  # fmt: skip
+    tensors = load_file(trained / WEIGHTS)
+    assert len(tensors) == 16  # 2 layers, 4 modules, A and B
+    assert all("lora_" in name and tensor.dtype == torch.float32 for name, tensor in tensors.items())
+    assert AutoTokenizer.from_pretrained(trained).encode("ab") == [64, 65]  # byte-level: the letters' place in the set
+    assert adapter.inspect(trained).base == str(tiny_dir)
+    assert json.loads((trained / "loratune.json").read_text())["seed"] == 42
+
+
+def test_run_yaml_repeats_the_run(trained: Path, cli: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = cli("train", trained / "run.yaml", "--set", f"output_dir={tmp_path / 'again'}")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
+    assert (tmp_path / "again" / CONFIG).read_bytes() == (trained / CONFIG).read_bytes()
+    first, second = config.load(trained / "run.yaml"), config.load(tmp_path / "again" / "run.yaml")
+    assert second.model_copy(update={"output_dir": first.output_dir}) == first
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_file_modes_follow_the_umask(tiny_dir: Path, tmp_path: Path, mask: int, mode: int) -> None:
+    with umask(mask):
+        out = train(tmp_path, tiny_dir)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*") if path.is_file()} == {mode}
+
+
+# Fault rows 36 to 40 and 43. Each damage is done to a copy of a good directory.
+
+
+def rewrite(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
+    def damage(path: Path) -> None:
+        tensors = load_file(path / WEIGHTS)
+        change(tensors)
+        save_file(tensors, path / WEIGHTS, {"format": "pt"})
+
+    return damage
+
+
+def configure(**values: Any) -> Damage:
+    def damage(path: Path) -> None:
+        known = json.loads((path / CONFIG).read_text())
+        (path / CONFIG).write_text(json.dumps(known | values))
+
+    return damage
+
+
+def write(name: str, content: Callable[[bytes], bytes]) -> Damage:
+    return lambda path: (path / name).write_bytes(content((path / name).read_bytes()))
+
+
+def as_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("not a directory")
+
+
+def drop_five(tensors: dict[str, Tensor]) -> None:
+    for name in sorted(tensors)[:5]:
+        del tensors[name]
+
+
+def rename_all(tensors: dict[str, Tensor]) -> None:
+    for name in sorted(tensors):
+        tensors[name.replace("self_attn", "attention")] = tensors.pop(name)
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.k_proj"
+FEW = f"{FIRST}.lora_A.weight, {FIRST}.lora_B.weight, {FIRST.replace('k_proj', 'o_proj')}.lora_A.weight"
+
+UNREADABLE = {
+    "missing": (shutil.rmtree, "no such directory"),
+    "a file": (as_file, "is a file, not an adapter directory"),
+    "no config": (lambda path: (path / CONFIG).unlink(), f"no {CONFIG} in this directory"),
+    "no weights": (lambda path: (path / WEIGHTS).unlink(), f"no {WEIGHTS} in this directory\n"),
+    "truncated": (write(WEIGHTS, lambda raw: raw[:-50]), f"{WEIGHTS}: damaged: "),
+    "cut in its header": (write(WEIGHTS, lambda raw: raw[:60]), f"{WEIGHTS}: damaged: "),
+    "zero bytes": (write(WEIGHTS, lambda raw: b""), f"{WEIGHTS}: damaged: "),
+    "random": (write(WEIGHTS, lambda raw: bytes(reversed(raw))), f"{WEIGHTS}: damaged: "),
+    "cut config": (write(CONFIG, lambda raw: raw[:-9]), f"{CONFIG}: not readable as JSON: "),
+    "empty config": (write(CONFIG, lambda raw: b""), f"{CONFIG}: not readable as JSON: "),
+    "config not UTF-8": (write(CONFIG, lambda raw: b"\xff" + raw), f"{CONFIG}: not readable as JSON: "),
+    "a list": (write(CONFIG, lambda raw: b"[]"), f"{CONFIG}: not the configuration of a LoRA adapter"),
+    "not LoRA": (configure(peft_type="IA3"), f"{CONFIG}: not the configuration of a LoRA adapter"),
+    "no base": (configure(base_model_name_or_path=None), f"{CONFIG}: base_model_name_or_path: does not name its base"),
+    "no targets": (configure(target_modules=None), f"{CONFIG}: target_modules: does not say which modules it adapts"),
+    "layer 9": (configure(layers_to_transform=[9]), "does not fit its base"),
+    "five missing": (rewrite(drop_five), f"5 tensors are missing, among them {FEW}; is"),
+    "one extra": (rewrite(lambda found: found.update(z=torch.ones(2))), "1 tensors are not asked for, among them z;"),
+    "renamed": (rewrite(rename_all), f"16 tensors are missing, among them {FEW}; is"),
+    "too wide": (rewrite(lambda found: found.update({f"{FIRST}.lora_A.weight": torch.ones(8, 33)})),
+                 f"1 tensors are of another shape, among them {FIRST}.lora_A.weight (8, 33) where the base asks for"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_damaged_directory_is_refused(kind: str, copy: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    damage, message = UNREADABLE[kind]
+    damage(copy)
+    before = tree(tmp_path)
+    for command in (("generate", "x", "--adapter", copy), ("params", "--adapter", copy)):
+        ran = cli(*command)
+        assert (ran.code, ran.out) == (5, "")
+        assert ran.err.startswith(f"error: {copy}")
+        assert message in ran.err
+        assert "Traceback" not in ran.err
+    assert tree(tmp_path) == before
+
+
+def test_renamed_tensors_are_named_under_both_names(copy: Path, cli: Callable[..., Ran]) -> None:
+    rewrite(rename_all)(copy)
+    missing, extra = cli("generate", "x", "--adapter", copy).err.splitlines()
+    assert "16 tensors are missing" in missing
+    assert f"16 tensors are not asked for, among them {FEW.replace('self_attn', 'attention')}" in extra
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_tensors_that_are_not_finite_are_refused(value: float, copy: Path, cli: Callable[..., Ran]) -> None:
+    rewrite(lambda tensors: tensors[f"{FIRST}.lora_B.weight"].view(-1)[5].fill_(value))(copy)
+    ran = cli("generate", "x", "--adapter", copy)
+    assert ran.code == 5
+    assert f"1 tensors hold NaN or inf, among them {FIRST}.lora_B.weight" in ran.err
+
+
+class Trap:
+    """Unpickling it creates a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_a_pickle_is_never_opened(
+    copy: Path, tmp_path: Path, ids: Tensor, ours: Tensor, cli: Callable[..., Ran]
+) -> None:
+    marker = tmp_path / "opened"
+    trap = copy / "adapter_model.bin"
+    trap.write_bytes(pickle.dumps(Trap(marker)))
+    assert torch.equal(logits(inference.open_adapter(copy).model, ids), ours)
+    (copy / WEIGHTS).unlink()
+    for command in (("generate", "x", "--adapter", copy), ("params", "--adapter", copy)):
+        ran = cli(*command)
+        assert ran.code == 5
+        assert "adapter_model.bin is a pickle, and pickles are not opened" in ran.err
+    assert not marker.exists()
+    pickle.loads(trap.read_bytes())
+    assert marker.exists()  # the trap would have sprung
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 64}, "16 tensors are of another shape"),
+        ({"num_hidden_layers": 1}, "8 tensors are not asked for"),
+        ({"num_hidden_layers": 4}, "16 tensors are missing"),
+    ],
+)
+def test_another_base_is_refused(
+    changes: dict[str, int], message: str, copy: Path, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    other = tmp_path / "other"
+    tiny_llama(**changes).save_pretrained(other)
+    configure(base_model_name_or_path=str(other))(copy)
+    for command in (("generate", "x", "--adapter", copy), ("params", "--adapter", copy)):
+        ran = cli(*command)
+        assert ran.code == 5
+        assert message in ran.err
+        assert f"is {other} the base it was trained on?" in ran.err
+
+
+def test_a_base_that_is_gone_is_a_fault_of_the_model(copy: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    configure(base_model_name_or_path=str(tmp_path / "gone"))(copy)
+    ran = cli("params", "--adapter", copy)
+    assert (ran.code, ran.out) == (3, "")
+    assert "gone: model.name_or_path: no such directory" in ran.err
+
+
+# What is written.
+
+
+def small(**fields: Any) -> PeftModel:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 4))
+    return adapter.attach(base, LoraSection(**({"r": 2} | fields)), ["0", "1"], seed=0)
+
+
+def fill(model: PeftModel, name: str, value: float) -> PeftModel:
+    for key, parameter in model.named_parameters():
+        if name in key:
+            parameter.data.fill_(value)
+    return model
+
+
+def test_an_adapter_that_learnt_nothing_is_not_saved(tmp_path: Path) -> None:
+    adapter.check_learnt(fill(small(), "1.lora_B", 0.5))  # one B that moved is enough
+    with pytest.raises(NumericError, match="every lora_B is still zero"):
+        adapter.save(small(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_not_saved(value: float, tmp_path: Path) -> None:
+    model = fill(fill(small(), "lora_B", 1.0), "1.lora_A", value)
+    with pytest.raises(NumericError, match=r"1 adapter tensors hold NaN or inf, among them .*1\.lora_A") as caught:
+        adapter.save(model, tmp_path)
+    assert caught.value.exit_code == 6
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"a": (1, torch.float32)},
+        {"a": (0, torch.float32), "b": ((), torch.float32)},
+        {f"layers.{number}.{side}": ((number + 1, 7), torch.float32) for number in range(30) for side in "AB"},
+        {"h": ((3, 3), torch.bfloat16), "a": ((100, 99), torch.float32), "z": (5, torch.float16)},
+        {name: ((1, torch.float16) if name < "h" else (600, torch.bfloat16)) for name in "abcdefghijkl"},
+    ],
+)
+def test_file_bytes_is_the_size_of_the_file(tensors: dict[str, Any], tmp_path: Path) -> None:
+    made = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}
+    save_file(made, tmp_path / "file", {"format": "pt"})
+    assert adapter.file_bytes(made) == (tmp_path / "file").stat().st_size
+
+
+@pytest.mark.parametrize("fields", [{}, {"r": 7}, {"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}])
+def test_count_knows_the_size_of_the_file_before_it_is_written(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = fill(small(**fields), "lora_B", 0.1)
+    assert adapter.count(model).adapter_bytes == adapter.save(model, tmp_path) == (tmp_path / WEIGHTS).stat().st_size
+
+
+def test_the_base_is_named_as_asked_for(tmp_path: Path) -> None:
+    base = tiny_llama()
+    base.name_or_path = "/what/it/calls/itself"
+    tuned = adapter.attach(base, LoraSection(), ["q_proj"], seed=0, base_name="who/base", revision="v1")
+    adapter.save(fill(tuned, "lora_B", 1.0), tmp_path)
+    saved = adapter.inspect(tmp_path)
+    assert (saved.base, saved.config["revision"]) == ("who/base", "v1")
+    assert saved.config["task_type"] == "CAUSAL_LM"
+
+
+HASHED = """
+import sys
+from pathlib import Path
+from torch import nn
+from loratune import adapter
+from loratune.config import LoraSection
+
+out = Path(sys.argv[1])
+names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+model = adapter.attach(nn.ModuleDict({name: nn.Linear(4, 4) for name in names}), LoraSection(), names, seed=0)
+for name, parameter in model.named_parameters():
+    if "lora_B" in name:
+        parameter.data.fill_(1.0)
+model.save_pretrained(str(out / "stock"))
+adapter.save(model, out / "ours")
+"""
+
+
+def test_the_files_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
+    runs = []
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", HASHED, str(tmp_path / seed)]
+        runs.append(subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": seed}))
+    assert [run.wait() for run in runs] == [0, 0]
+    assert tree(tmp_path / "1" / "ours") == tree(tmp_path / "2" / "ours")
+    assert tree(tmp_path / "1" / "stock") != tree(tmp_path / "2" / "stock")  # peft's own order does
+
+
+def test_a_rank_above_the_layer_is_noted() -> None:
+    assert adapter.notes(small(r=4)) == []
+    (note,) = adapter.notes(small(r=8))
+    assert note.startswith("lora.r: 8 is more than the 4 inputs or outputs of 1 modules, among them 1;")
+    assert [note[:32] for note in adapter.notes(small(r=16))] == [
+        "lora.r: 16 is more than the 4 in",
+        "lora.r: 16 is more than the 12 i",
+    ]

@@ -1,0 +1,390 @@
+"""The base model: every way in which it is not to be had, and quantized bases trained on a CPU."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ran, tiny_llama, tree
+from safetensors.torch import load_file, save_file
+from transformers import BartConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
+
+from loratune import adapter, inference, model
+from loratune.config import LoraSection, ModelSection
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 9\n"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as huggingface.co does, with a status and a header that says what is meant; or hangs up."""
+
+    ANSWERS = {  # noqa: RUF012
+        "/who/absent": (404, "RepoNotFound"),
+        "/who/private": (401, "RepoNotFound"),
+        "/who/gated": (403, "GatedRepo"),
+        "/who/empty": (404, "EntryNotFound"),
+    }
+
+    def do_HEAD(self) -> None:
+        name = "/".join(self.path.split("/")[:3])
+        if name not in self.ANSWERS:
+            return
+        status, code = self.ANSWERS[name]
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.end_headers()
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+ASK = """
+import json, sys
+from typer.testing import CliRunner
+from loratune.cli import app
+for name in sys.argv[1:]:
+    ran = CliRunner().invoke(app, ["params", "--model", name])
+    print(json.dumps([ran.exit_code, ran.stdout, ran.stderr]))
+"""
+
+
+def ask(names: list[str], cache: Path, **environment: str) -> "subprocess.Popen[str]":
+    """`loratune params --model NAME` for each name, in a process whose hub is as `environment` says."""
+    plain = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    settings = plain | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"} | environment
+    return subprocess.Popen([sys.executable, "-c", ASK, *names], env=settings, stdout=subprocess.PIPE, text=True)
+
+
+def cache_model(home: Path, name: str) -> None:
+    """Lay a model configuration into the cache of the hub's library."""
+    commit, repository = "0" * 40, home / "hub" / f"models--{name.replace('/', '--')}"
+    tiny_llama().config.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+
+
+def test_what_the_hub_says_is_told_apart(hub: str, tmp_path: Path) -> None:
+    cache_model(tmp_path, "who/cached")
+    names = ["who/absent", "who/private", "who/gated", "who/empty", "who/hangs-up", "no such: name"]
+    online = ask(names, tmp_path, HF_ENDPOINT=hub)
+    offline = ask(["who/absent", "who/cached"], tmp_path, HF_HUB_OFFLINE="1")
+    *lines, cached = [json.loads(line) for run in (online, offline) for line in run.communicate()[0].splitlines()]
+    expected = [
+        "who/absent: model.name_or_path: no such directory, and no such repository on the hub; check the name",
+        "who/private: model.name_or_path: no such directory, and no such repository on the hub; check the name",
+        "who/gated: model.name_or_path: this repository is gated; accept its terms on https://huggingface.co/who/gated",
+        "who/empty: model.name_or_path: the repository has no config.json, so it holds no model",
+        "who/hangs-up: model.name_or_path: no such directory; the hub cannot be reached and the model is not cached",
+        "no such: name: model.name_or_path: no such directory, and not the id of a repository",
+        "who/absent: model.name_or_path: no such directory; the hub cannot be reached and the model is not cached",
+    ]
+    assert [(code, out, err.count("\n")) for code, out, err in lines] == [(3, "", 1)] * 7
+    for (_, _, err), message in zip(lines, expected, strict=True):
+        assert err.startswith(f"error: {message}")
+    assert cached[0] == 0
+    assert cached[1].startswith("trainable params: ")
+
+
+@pytest.mark.parametrize("name", ["./gone", "/gone", "~/gone", "a/b/c"])
+def test_a_path_is_never_looked_up_on_the_hub(name: str, cli: Callable[..., Ran]) -> None:
+    ran = cli("params", "--model", name)
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err == f"error: {name}: model.name_or_path: no such directory\n"
+
+
+def test_what_is_no_model_directory(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    assert cli("params", "--model", file) == Ran(3, "", f"error: {file}: is a file, not a model directory\n")
+    what = "no config.json in this directory, so it holds no model"
+    assert cli("params", "--model", tmp_path) == Ran(3, "", f"error: {tmp_path}: {what}\n")
+
+
+def test_the_home_directory_may_be_written_as_a_tilde(
+    tiny_dir: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tiny_dir.parent))
+    assert cli("params", "--model", f"~/{tiny_dir.name}").code == 0
+
+
+# Damaged model directories. Each damage is done to a copy of a good one, and then a training is started.
+
+Damage = Callable[[Path], Any]
+
+
+def configure(**values: Any) -> Damage:
+    def damage(path: Path) -> None:
+        known = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(known | values))
+
+    return damage
+
+
+def rewrite(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
+    def damage(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def write(name: str, content: bytes) -> Damage:
+    return lambda path: (path / name).write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def shards(path: Path) -> list[Path]:
+    (path / "model.safetensors").unlink()
+    tiny_llama().save_pretrained(path, max_shard_size="40KB")
+    return sorted(path.glob("model-*.safetensors"))
+
+
+def pickled(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(LFS)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+BROKEN = {
+    "T5": (lambda path: T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(path),
+           "T5ForConditionalGeneration (model type t5) is an encoder-decoder"),
+    "Bart": (lambda path: BartConfig(architectures=["BartForCausalLM"]).save_pretrained(path),
+             "BartForCausalLM (model type bart) is an encoder-decoder"),
+    "classifier": (configure(architectures=["LlamaForSequenceClassification"]),
+                   "LlamaForSequenceClassification (model type llama) is not a causal language model"),
+    "unknown type": (configure(model_type="lama"), "model type `lama`"),
+    "cut": (cut, "model.safetensors: damaged or cut off: "),
+    "empty": (write("model.safetensors", b""), "model.safetensors: damaged or cut off: "),
+    "LFS": (write("model.safetensors", LFS), "model.safetensors: a Git LFS pointer, not the weights; fetch"),
+    "LFS shard": (lambda path: shards(path)[1].write_bytes(LFS), "model-00002-of-00004.safetensors: a Git LFS pointer"),
+    "LFS pickle": (pickled, "pytorch_model.bin: a Git LFS pointer"),
+    "no shard": (lambda path: shards(path)[1].unlink(), "model-00002-of-00004.safetensors"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "missing tensor": (rewrite(lambda found: found.pop(UP)), f"lack 1 tensors of the model, among them {UP};"),
+    "more layers": (configure(num_hidden_layers=3), "lack 9 tensors of the model, among them model.layers.2."),
+    "other shape": (rewrite(lambda found: found.update({UP: torch.ones(64, 33)})),
+                    f"1 tensors have another shape than config.json asks for, among them {UP} (64, 33) for (64, 32);"),
+    "no JSON": (write("config.json", b'{"a": '), "the configuration cannot be loaded: "),
+    "wrong value": (configure(num_hidden_layers="two"), "expected int, got str (value: 'two')"),
+    "no heads": (configure(num_attention_heads=0), "the configuration cannot be loaded: "),
+    "tokenizer": (write("tokenizer.json", b'{"a'), "the tokenizer cannot be loaded: "),
+    "no tokenizer": (lambda path: [file.unlink() for file in path.glob("tokenizer*")],
+                     "the tokenizer cannot be loaded: "),
+}  # fmt: skip
+
+
+@pytest.fixture
+def copy(tiny_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_model_that_cannot_be_trained(
+    kind: str, copy: Path, tmp_path: Path, cli: Callable[..., Ran], run_config: Callable[..., Path]
+) -> None:
+    damage, message = BROKEN[kind]
+    damage(copy)
+    path = run_config(model={"name_or_path": str(copy)})
+    before = tree(tmp_path)
+    ran = cli("train", path)
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err.startswith(f"error: {copy}")
+    assert ran.err.count("\n") == 1
+    assert message in ran.err
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["train", "params"])
+def test_code_from_a_repository_is_not_run(
+    command: str, copy: Path, tmp_path: Path, cli: Callable[..., Ran], run_config: Callable[..., Path]
+) -> None:
+    marker = tmp_path / "executed"
+    classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": [None, "code.T"]}
+    configure(model_type="strange", auto_map=classes)(copy)
+    (copy / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    ran = cli(command, run_config(model={"name_or_path": str(copy)}))
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err.startswith(f"error: {copy}: the model needs code from its repository; read that code")
+    assert "model.trust_remote_code: true and model.revision" in ran.err
+    assert not marker.exists()
+
+
+def test_code_from_a_repository_is_run_when_asked_for(
+    copy: Path,
+    tmp_path: Path,
+    cli: Callable[..., Ran],
+    run_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    marker = tmp_path / "executed"
+    configure(model_type="strange", auto_map={"AutoConfig": "strange.Config"})(copy)
+    (copy / "strange.py").write_text(
+        f"from transformers import LlamaConfig\nopen({str(marker)!r}, 'w')\n"
+        "class Config(LlamaConfig):\n    model_type = 'strange'\n"
+    )
+    trusted = {"name_or_path": str(copy), "trust_remote_code": True, "revision": "main"}
+    ran = cli("params", run_config(model=trusted))
+    assert marker.exists()
+    assert (ran.code, ran.out) == (3, "")  # there is a configuration, and no model for it
+    assert "the model cannot be loaded: Unrecognized configuration class" in ran.err
+
+
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_head": 4, "n_layer": 2}
+MAMBA = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted", "message", "candidate"),
+    [
+        (MAMBA, ["q"], "mamba has no attention in which roles (q, k, v, o) could be found", "mixer.in_proj ×2"),  # noqa: RUF001
+        (GPT2, ["q", "up_proj"], "`up_proj` matches no module of gpt2", "nearest: c_proj"),
+    ],
+)
+def test_a_target_that_finds_nothing(
+    shape: dict[str, Any],
+    wanted: list[str],
+    message: str,
+    candidate: str,
+    tmp_path: Path,
+    cli: Callable[..., Ran],
+    run_config: Callable[..., Path],
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    ran = cli("params", run_config(model={"name_or_path": str(tmp_path)}, lora={"target_modules": wanted}))
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err.startswith(f"error: lora.target_modules: {message}")
+    assert candidate in ran.err
+
+
+def test_a_model_without_pad_token_trains(
+    tokenizer: PreTrainedTokenizerFast, cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert tokenizer.pad_token_id is None
+    ran = cli("train", run_config(training={"max_steps": 2}))
+    assert ran.code == 0, ran.err
+    opened = inference.open_adapter(tmp_path / "out")
+    assert (opened.model.config.vocab_size, len(opened.tokenizer)) == (264, len(tokenizer))
+    assert opened.model.get_input_embeddings().weight.shape[0] == 264
+    assert opened.tokenizer.pad_token_id is None
+    assert model.pad_id(opened.tokenizer) == tokenizer.eos_token_id
+
+
+# Quantized bases. bitsandbytes works on any CPU.
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Wide enough for bitsandbytes to quantize in whole blocks of 64."""
+    path = tmp_path_factory.mktemp("wide") / "llama"
+    tiny_llama(hidden_size=128, intermediate_size=256).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(("quantization", "layer"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
+def test_a_quantized_base_trains_evaluates_and_generates(
+    quantization: str, layer: str, wide: Path, tmp_path: Path, cli: Callable[..., Ran], run_config: Callable[..., Path]
+) -> None:
+    section = {"name_or_path": str(wide), "dtype": "auto", "quantization": quantization}
+    data = {"validation": str(tmp_path / "rows.jsonl")}
+    ran = cli("train", run_config(model=section, data=data, training={"max_steps": 6, "eval_steps": 2}))
+    assert ran.code == 0, ran.err
+    out = tmp_path / "out"
+    curve = json.loads((out / "loratune.json").read_text())["curve"]
+    held_out = [entry["eval_loss"] for entry in curve if "eval_loss" in entry]
+    assert len(held_out) >= 3
+    assert held_out[-1] < held_out[1] < held_out[0] - 0.01  # it goes on learning after an evaluation
+
+    saved = load_file(out / adapter.WEIGHTS_FILE)
+    plain = adapter.attach(
+        model.load_base(ModelSection(name_or_path=str(wide))),
+        LoraSection(),
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+        seed=0,
+    )
+    assert shapes(saved) == shapes(adapter.weights(plain))
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+    base = inference.open_adapter(out).model.get_base_model()
+    assert layer in {type(module).__name__ for module in base.modules()}
+    ran = cli("generate", "--adapter", out, "--max-new-tokens", 4, "3 and 3 make")
+    assert ran.code == 0, ran.err
+    ran = cli("evaluate", "--adapter", out, "--data", tmp_path / "rows.jsonl", "--json")
+    assert ran.code == 0, ran.err
+    scores = json.loads(ran.out)
+    assert scores["adapter"]["loss"] == pytest.approx(held_out[-1], rel=1e-3)
+    assert scores["base"]["loss"] > scores["adapter"]["loss"]
+
+
+def test_4bit_gives_gradients_after_an_evaluation(wide: Path) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes packs 4-bit weights anew in evaluation mode, and backward then fails."""
+    section = ModelSection(name_or_path=str(wide), quantization="4bit", dtype="bfloat16")
+    tuned = adapter.attach(model.load_base(section), LoraSection(), ["q_proj"], seed=0)
+    ids = torch.arange(20)[None]
+    gradients = []
+    for _ in range(2):
+        tuned.train()(ids).logits.float().square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in tuned.parameters() if parameter.grad is not None])
+        tuned.zero_grad()
+        with torch.inference_mode():
+            tuned.eval()(ids)
+    assert len(gradients[0]) == 4
+    assert gradients[0][1].any()
+    assert all(torch.equal(before, after) for before, after in zip(*gradients, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or platform.machine() != "x86_64", reason="reads the flags of an x86 CPU")
+def test_auto_is_bfloat16_where_the_cpu_has_it(tiny_dir: Path) -> None:
+    has_it = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+    expected = torch.bfloat16 if has_it else torch.float32
+    base = model.load_base(ModelSection(name_or_path=str(tiny_dir)))
+    assert {parameter.dtype for parameter in base.parameters()} == {expected}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_is_that_of_the_frozen_weights_only(dtype: str, tiny_dir: Path) -> None:
+    base = model.load_base(ModelSection(name_or_path=str(tiny_dir), dtype=dtype))
+    tuned = adapter.attach(base, LoraSection(), ["q_proj"], seed=0)
+    held = {parameter.dtype for parameter in tuned.parameters() if not parameter.requires_grad}
+    assert held == {getattr(torch, dtype)}
+    assert {parameter.dtype for parameter in tuned.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
+    base = model.load_base(ModelSection(name_or_path=str(tmp_path)))
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
+
+
+def test_context_length_is_read_under_either_name() -> None:
+    assert model.context_length(LlamaConfig(max_position_embeddings=77)) == 77
+    assert model.context_length(model.AutoConfig.for_model("gpt2", n_positions=88)) == 88
+    assert model.context_length(model.AutoConfig.for_model("bloom")) is None

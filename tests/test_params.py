@@ -1,0 +1,161 @@
+"""`loratune params`: exact counts from a configuration alone, whatever the size of the model."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Ran
+from transformers import FalconConfig, LlamaConfig, Phi3Config
+
+from loratune import params
+from loratune.adapter import WEIGHTS_FILE
+from loratune.config import LoraSection, ModelSection
+
+ROLES = {
+    "q": ["model.layers.*.self_attn.q_proj"],
+    "k": ["model.layers.*.self_attn.k_proj"],
+    "v": ["model.layers.*.self_attn.v_proj"],
+    "o": ["model.layers.*.self_attn.o_proj"],
+}
+LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_2_70B = {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+
+# Runs a command and reports the peak memory of that command alone; a child of pytest would start with pytest's own.
+PEAK = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def config_only(path: Path, config: Any) -> Path:
+    """A model directory that holds a configuration and no weights."""
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+    config.save_pretrained(path)
+    return path
+
+
+def counted(ran: Ran) -> dict[str, Any]:
+    assert ran.code == 0, ran.err
+    found: dict[str, Any] = json.loads(ran.out)
+    return found
+
+
+def test_counts_by_formula(cli: Callable[..., Ran], tiny_dir: Path) -> None:
+    found = counted(cli("params", "--model", tiny_dir, "--json"))
+    trainable = 2 * 8 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))  # layers x r x (in + out) of q, k, v, o
+    base = 2 * 264 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
+    assert list(found) == ["trainable", "total", "percent", "adapter_bytes", "targets"]
+    assert (found["trainable"], found["total"]) == (trainable, base + trainable)
+    assert found["percent"] == pytest.approx(100 * trainable / (base + trainable))
+    assert found["targets"] == ROLES
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"r": 3, "target_modules": ["q", "down_proj"]},
+        {"use_dora": True, "target_modules": "all-linear"},
+        {"layers_to_transform": [1]},
+        {"r": 64, "use_rslora": True, "target_modules": [r"v_proj"]},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_size_of_the_file_is_known_before_training(
+    lora: dict[str, Any],
+    dtype: str,
+    cli: Callable[..., Ran],
+    run_config: Callable[..., Path],
+    tmp_path: Path,
+    tiny_dir: Path,
+) -> None:
+    path = run_config(lora=lora, model={"name_or_path": str(tiny_dir), "dtype": dtype}, training={"max_steps": 1})
+    foretold = counted(cli("params", path, "--json"))
+    ran = cli("train", path)
+    assert ran.code == 0, ran.err
+    assert foretold["adapter_bytes"] == (tmp_path / "out" / WEIGHTS_FILE).stat().st_size
+    assert counted(cli("params", "--adapter", tmp_path / "out", "--json")) == foretold
+
+
+def test_a_model_is_counted_with_the_default_lora(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tiny_dir: Path
+) -> None:
+    assert counted(cli("params", "--model", tiny_dir, "--json")) == counted(cli("params", run_config(), "--json"))
+
+
+def test_an_adapter_of_stock_peft_is_counted(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert cli("train", run_config(training={"max_steps": 1})).code == 0
+    before = counted(cli("params", "--adapter", tmp_path / "out", "--json"))
+    for name in ("run.yaml", "loratune.json", "README.md"):
+        (tmp_path / "out" / name).unlink()
+    after = counted(cli("params", "--adapter", tmp_path / "out", "--json"))
+    found = after.pop("targets").values()
+    assert sorted(found) == sorted(ROLES.values())
+    assert after == {key: value for key, value in before.items() if key != "targets"}
+
+
+def test_the_text_begins_with_the_line_of_peft(cli: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = cli("params", "--model", config_only(tmp_path, LlamaConfig(vocab_size=32000, **LLAMA_2_7B)))
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()
+    assert lines[0] == "trainable params: 8,388,608 || all params: 6,746,804,224 || trainable%: 0.1243"
+    assert lines[2].split() == ["q", *ROLES["q"], "32", "4096", "→", "4096", "2,097,152"]
+    assert lines[6].startswith("adapter file: 33,5")
+
+
+@pytest.mark.parametrize(
+    ("config", "role", "line"),
+    [
+        (Phi3Config, ["q"], "  q, k, v: model.layers.*.self_attn.qkv_proj, fused"),
+        (FalconConfig, ["v"], "  q, k, v: transformer.h.*.self_attention.query_key_value, fused"),
+    ],
+)
+def test_fused_modules_are_told(
+    config: Any, role: list[str], line: str, cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    made = config_only(tmp_path / "fused", config(**shape, vocab_size=264, pad_token_id=0, multi_query=False))
+    path = run_config(model={"name_or_path": str(made)}, lora={"target_modules": role})
+    ran = cli("params", path)
+    assert ran.code == 0, ran.err
+    assert line in ran.out.splitlines()
+    assert counted(cli("params", path, "--json"))["trainable"] == 2 * 8 * (32 + 96)
+
+
+def test_a_fused_module_is_counted_once(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    made = config_only(tmp_path, Phi3Config(**shape, vocab_size=264, pad_token_id=0))
+    found = params.params(ModelSection(name_or_path=str(made)), LoraSection())
+    assert [(group.role, group.modules, group.shape) for group in found.groups] == [
+        ("q", 3, (32, 96)),
+        ("o", 3, (32, 32)),
+    ]
+    assert sum(group.trainable for group in found.groups) == found.count.trainable
+
+
+def test_70b_in_a_gigabyte(tmp_path: Path) -> None:
+    made = config_only(tmp_path, LlamaConfig(vocab_size=32000, **LLAMA_2_70B))
+    command = [sys.executable, "-c", PEAK, sys.executable, "-m", "loratune", "params", "--model", made, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = counted(Ran(done.returncode, done.stdout, done.stderr))
+    trainable = 80 * 8 * 2 * ((8192 + 8192) + (8192 + 1024))
+    assert (found["trainable"], found["total"]) == (trainable, 68_976_648_192 + trainable)
+    kilobytes = int(done.stderr.splitlines()[-1])
+    assert kilobytes < 1 << 20
+
+
+def test_exactly_one_thing_is_counted(cli: Callable[..., Ran], run_config: Callable[..., Path], tiny_dir: Path) -> None:
+    message = "error: give one of CONFIG, --model and --adapter\n"
+    assert cli("params") == Ran(2, "", message)
+    assert cli("params", run_config(), "--model", tiny_dir) == Ran(2, "", message)
