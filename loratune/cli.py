@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -265,29 +265,31 @@ def _share(value: float | None) -> str:
 
 
 def _show_plan(plan: "Plan") -> None:
-    from loratune.console import block, marked, size
+    from loratune.console import block, marked, note, size
+    from loratune.targets import pattern
 
-    roles_of: dict[str, list[str]] = {}
-    for role, patterns in plan.targets.patterns().items():
-        for pattern in patterns:
-            roles_of.setdefault(pattern, []).append(role)
     lines = []
-    for pattern, roles in roles_of.items():
-        along = [role for role in plan.targets.fused.get(pattern, ()) if role not in roles]
-        fused = (
-            f", fused{': ' + ', '.join(along) + ' comes along' if along else ''}"
-            if pattern in plan.targets.fused
-            else ""
-        )
-        lines.append((", ".join(roles), f"{pattern} x {plan.targets.matched(pattern)}{fused}"))
+    for place, roles in plan.targets.places().items():
+        count = sum(pattern(path) == place for path in plan.targets.modules)
+        lines.append((", ".join(roles), f"{place} x {count}{_fused(place, roles, plan.targets.fused)}"))
     block("targets", lines)
     print(plan.count)
     block("train", _report_lines(plan.train.report))
     if plan.validation:
         block("validation", _report_lines(plan.validation.report))
+    for line in plan.notes:
+        note(line)
     print("first row, with what is learnt marked")
     marked(plan.rendered())
     print(f"expected memory: about {size(plan.memory.total)}; adapter file: {size(plan.count.adapter_bytes)}")
+
+
+def _fused(place: str, roles: list[str], fused: Mapping[str, tuple[str, ...]]) -> str:
+    """What to say of a module that serves several roles, some of them perhaps not asked for."""
+    if place not in fused:
+        return ""
+    along = [role for role in fused[place] if role not in roles]
+    return f", fused: {', '.join(along)} comes along" if along else ", fused"
 
 
 def _report_lines(report: "Report") -> list[tuple[str, str]]:
@@ -319,8 +321,10 @@ def _show_result(result: "Result") -> None:
 
 
 def _show_params(counted: "Params", as_json: bool) -> None:
-    from loratune.console import size, table
+    from loratune.console import note, size, table
 
+    for line in counted.notes:
+        note(line)
     if as_json:
         count = counted.count
         values = {
@@ -338,6 +342,6 @@ def _show_params(counted: "Params", as_json: bool) -> None:
         for group in counted.groups
     ]
     table(["role", "modules", "count", "shape", "trainable"], rows)
-    for pattern, roles in counted.fused.items():
-        print(f"  {', '.join(roles)}: {pattern}, fused")
+    for place, roles in counted.fused.items():
+        print(f"  {', '.join(roles)}: {place}{_fused(place, list(roles), counted.fused)}")
     print(f"adapter file: {size(counted.count.adapter_bytes)}")

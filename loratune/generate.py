@@ -8,6 +8,7 @@ from transformers import TextStreamer
 
 from loratune import inference, model
 from loratune.data import formats
+from loratune.data.formats import Message
 from loratune.data.sources import Row
 from loratune.errors import ConfigError, Problem
 from loratune.inference import Tuned
@@ -15,9 +16,10 @@ from loratune.inference import Tuned
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt, what base + adapter make of it, and the base alone where that was asked for."""
+    """A prompt, what base + adapter make of it, and the base alone where that was asked for. asked: its last words."""
 
     row: Row
+    asked: str
     completion: str
     base: str | None
 
@@ -31,43 +33,52 @@ def generate(
     base: bool,
     stream: bool,
 ) -> Iterator[Answer]:
-    """Answer every row, in order. stream: print the completion of a single prompt while it comes.
+    """Answer every row, in order. Everything is checked before the iterator is handed out.
 
-    rows: each with `prompt` (text, or messages) or `messages`. Text is taken as training took it: raw, or as a user's
-    turn where the adapter was trained on conversations.
+    stream: print the completion of a single prompt while it comes.
+    rows: each with `prompt` (text, or messages), `messages` or `text`. Text is taken as training took it:
+    raw, or as a user's turn where the adapter was trained on conversations.
     Raises AdapterError, ModelError, DataError; ConfigError: a prompt that leaves no room in the model's context.
     """
     tuned = inference.open_adapter(directory)
-    prompts = [_render(tuned, row) for row in rows]
+    questions = _questions(tuned, rows)
+    prompts = [tuned.renderer.prompt(asked, row.where) for asked, row in zip(questions, rows, strict=True)]
     _check_room(tuned, rows, prompts, max_new_tokens)
     streamer = TextStreamer(tuned.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    for start in range(0, len(prompts), inference.BATCH):
-        batch = prompts[start : start + inference.BATCH]
-        answers: list[list[int]] | list[None] = [None] * len(batch)
-        if base:
-            with tuned.without_adapter():
-                answers = tuned.complete(batch, max_new_tokens, temperature)
-        completions = tuned.complete(batch, max_new_tokens, temperature, streamer)
-        for offset, (ids, base_ids) in enumerate(zip(completions, answers, strict=True)):
-            yield Answer(rows[start + offset], tuned.text(ids), None if base_ids is None else tuned.text(base_ids))
+
+    def answers() -> Iterator[Answer]:
+        for start in range(0, len(prompts), inference.BATCH):
+            batch = prompts[start : start + inference.BATCH]
+            base_texts: list[str] | list[None] = [None] * len(batch)
+            if base:
+                with tuned.without_adapter():
+                    base_texts = [tuned.text(ids) for ids in tuned.complete(batch, max_new_tokens, temperature)]
+            completions = tuned.complete(batch, max_new_tokens, temperature, streamer)
+            for number, (ids, base_text) in enumerate(zip(completions, base_texts, strict=True), start):
+                asked = questions[number]
+                words = asked if isinstance(asked, str) else asked[-1]["content"]
+                yield Answer(rows[number], words, tuned.text(ids), base_text)
+
+    return answers()
 
 
-def _render(tuned: Tuned, row: Row) -> tuple[int, ...]:
-    """The ids of a prompt; bare text is the user's turn where the adapter was trained on conversations."""
-    prompt = formats.question(row, tuned.data.columns)
-    if isinstance(prompt, str) and tuned.data.format == "messages":
-        prompt = [{"role": "user", "content": prompt}]
-    return tuned.renderer.prompt(prompt, row.where)
+def _questions(tuned: Tuned, rows: Sequence[Row]) -> list[str | list[Message]]:
+    """What the rows ask; bare text is the user's turn where the adapter was trained on conversations."""
+    prompts = [formats.question(row, tuned.data.columns) for row in rows]
+    if empty := [row.where for row, prompt in zip(rows, prompts, strict=True) if not prompt]:
+        raise ConfigError([Problem("the prompt is empty", where) for where in empty])
+    if tuned.data.format == "messages":
+        return [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
+    return prompts
 
 
 def _check_room(tuned: Tuned, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> None:
     limit = model.context_length(tuned.model.config)
     problems = []
     for row, ids in zip(rows, prompts, strict=True):
-        if not ids:
-            problems.append(Problem("the prompt is empty", row.where))
-        elif limit is not None and len(ids) + max_new_tokens > limit:
+        if limit is not None and len(ids) + max_new_tokens > limit:
             what = f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the model's context of {limit}"
-            problems.append(Problem(what, row.where))
+            fix = f"set --max-new-tokens to {limit - len(ids)}" if len(ids) < limit else "shorten the prompt"
+            problems.append(Problem(what, row.where, fix=fix))
     if problems:
         raise ConfigError(problems)

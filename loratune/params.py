@@ -11,7 +11,10 @@ from loratune.targets import Targets
 
 @dataclass(frozen=True)
 class Group:
-    """Modules of one role, place and shape. shape: inputs → outputs of the linear layer; trainable: of all of them."""
+    """Modules of one place and shape.
+
+    role: one, or several joined by commas; shape: inputs and outputs of the linear layer; trainable: of all of them.
+    """
 
     role: str
     pattern: str
@@ -22,11 +25,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Params:
-    """What would be trained. fused: pattern → all roles that its modules serve, where they serve several."""
+    """What would be trained. notes: what is lawful and of no use; fused: pattern → the roles that one module serves."""
 
     count: Count
     groups: list[Group]
     targets: dict[str, list[str]]
+    notes: list[str]
     fused: dict[str, tuple[str, ...]]
 
 
@@ -36,9 +40,9 @@ def params(section: ModelSection, lora: LoraSection) -> Params:
     Raises ModelError: no configuration to be had, or targets that find nothing.
     """
     base = model.build_meta(model.load_config(section), section)
-    found = targets.resolve(base, lora.target_modules)
+    found = targets.resolve(base, lora.target_modules, lora.layers_to_transform)
     adapted = adapter.attach(base, lora, found.names, seed=0)
-    return Params(adapter.count(adapted), groups(adapted, found), found.patterns(), found.fused)
+    return Params(adapter.count(adapted), groups(adapted, found), found.patterns(), adapter.notes(adapted), found.fused)
 
 
 def params_of_adapter(directory: Path) -> Params:
@@ -49,21 +53,22 @@ def params_of_adapter(directory: Path) -> Params:
     saved = adapter.inspect(directory)
     section, run = inference.base_of(saved), inference.recorded_run(saved)
     base = model.build_meta(model.load_config(section), section)
-    found = targets.resolve(base, run.lora.target_modules if run else saved.config["target_modules"])
+    found = targets.resolve(
+        base,
+        run.lora.target_modules if run else saved.config["target_modules"],
+        saved.config.get("layers_to_transform"),
+    )
     adapted = adapter.attach_saved(base, saved)
-    return Params(adapter.count(adapted), groups(adapted, found), found.patterns(), found.fused)
+    return Params(adapter.count(adapted), groups(adapted, found), found.patterns(), adapter.notes(adapted), found.fused)
 
 
 def groups(adapted: PeftModel, found: Targets) -> list[Group]:
-    """The adapted modules by role and place, each module counted once, under the first role that it serves."""
+    """The adapted modules by place and shape, with all the roles that a place serves."""
     result = []
-    counted: set[str] = set()
-    for role, patterns in found.patterns().items():
-        for pattern in patterns:
-            paths = [path for path in found.roles[role] if targets.pattern(path) == pattern and path not in counted]
-            counted.update(paths)
-            shapes: dict[tuple[int, int], list[int]] = {}
-            for path in paths:
+    for pattern, roles in found.places().items():
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for path in found.modules:
+            if targets.pattern(path) == pattern:
                 shapes.setdefault(adapter.shape_of(adapted, path), []).append(adapter.count_of(adapted, path))
-            result += [Group(role, pattern, len(sizes), shape, sum(sizes)) for shape, sizes in shapes.items()]
+        result += [Group(", ".join(roles), pattern, len(sizes), shape, sum(sizes)) for shape, sizes in shapes.items()]
     return result

@@ -112,9 +112,13 @@ class Targets:
         """Each role or entry → its module paths with layer numbers as `*`, once each."""
         return {entry: list(dict.fromkeys(map(pattern, paths))) for entry, paths in self.roles.items()}
 
-    def matched(self, wanted: str) -> int:
-        """How many of the modules lie at a path with `*` for its layer numbers."""
-        return sum(pattern(path) == wanted for path in self.modules)
+    def places(self) -> dict[str, list[str]]:
+        """Each path with `*` for its layer numbers → the roles or entries that led there."""
+        found: dict[str, list[str]] = {}
+        for entry, patterns in self.patterns().items():
+            for place in patterns:
+                found.setdefault(place, []).append(entry)
+        return found
 
 
 def resolve(model: nn.Module, target_modules: Sequence[str] | str, layers: Sequence[int] | None = None) -> Targets:

@@ -35,6 +35,7 @@ class Plan:
     train: Prepared
     validation: Prepared | None
     memory: memory.Estimate
+    notes: list[str]
     try_it: str
 
     def rendered(self) -> Iterator[tuple[str, bool]]:
@@ -81,7 +82,10 @@ def plan(ready: Ready) -> Plan:
     rows = run.training.per_device_train_batch_size
     need = memory.estimate(adapted, [(len(row.ids), row.supervised) for row in train.rows], rows)
     count = adapter.count(adapted)
-    return Plan(run, tokenizer, adapted, found, count, train, validation, need, _prompt_of(ready.examples.train[0]))
+    notes = adapter.notes(adapted)
+    return Plan(
+        run, tokenizer, adapted, found, count, train, validation, need, notes, _prompt_of(ready.examples.train[0])
+    )
 
 
 def train(ready: Ready, *, resume: bool, progress: Progress, note: Callable[[str], None]) -> Result:
@@ -141,6 +145,8 @@ def _announce(run: Plan, note: Callable[[str], None]) -> None:
             note(f"  {report.truncated:,} rows cut to max_length {run.config.data.max_length}")
         for reason, places in report.dropped.items():
             note(f"  {len(places):,} rows dropped: {reason} ({', '.join(places[:3])})")
+    for line in run.notes:
+        note(line)
     note(str(run.count))
 
 

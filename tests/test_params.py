@@ -138,7 +138,7 @@ def test_a_fused_module_is_counted_once(tmp_path: Path) -> None:
     made = config_only(tmp_path, Phi3Config(**shape, vocab_size=264, pad_token_id=0))
     found = params.params(ModelSection(name_or_path=str(made)), LoraSection())
     assert [(group.role, group.modules, group.shape) for group in found.groups] == [
-        ("q", 3, (32, 96)),
+        ("q, k, v", 3, (32, 96)),
         ("o", 3, (32, 32)),
     ]
     assert sum(group.trainable for group in found.groups) == found.count.trainable

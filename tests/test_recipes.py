@@ -71,7 +71,8 @@ def test_the_classic_recipe_plans(cli: Callable[..., Ran], stand_ins: list[str])
     ran = cli("train", ROOT / "configs" / "falcon-7b-yelp.yaml", "--dry-run", *stand_ins)
     assert ran.code == 0, ran.err
     for part in (
-        "q, k, v  transformer.h.*.self_attention.query_key_value x 2, fused", "o        transformer.h.*.self_attention.dense x 2",
+        "q, k, v  transformer.h.*.self_attention.query_key_value x 2, fused",
+        "o        transformer.h.*.self_attention.dense x 2",
         "rows        2,000", "the longest row 223", "truncated   ", "supervised",
     ):  # fmt: skip
         assert part in ran.out, ran.out

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import ROOT
+from setuptools import find_packages
 
 from loratune.cli import app
 
@@ -249,7 +250,8 @@ def test_nine_options_are_seen() -> None:
 
 
 def test_every_package_is_installed() -> None:
-    """pyproject.toml names each directory that holds modules; one left out works from a checkout and nowhere else."""
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    """pyproject.toml finds each directory that holds modules; one left out works from a checkout and nowhere else."""
+    rule = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    listed = find_packages(str(ROOT), **rule["find"])
     packages = {".".join(("loratune", *path.parts[:-1])) for path, _, _ in modules(PACKAGE)}
     assert sorted(listed) == sorted(packages)

@@ -95,7 +95,7 @@ def prepare(examples: Sequence[Example], renderer: Renderer, section: DataSectio
     """
     report, rows = Report(rows=len(examples)), []
     for example in examples:
-        if isinstance(example, Plain) and not example.completion:
+        if _silent(example):
             report.dropped["nothing to learn: the completion is empty"].append(example.where)
             continue
         whole = renderer.row(example, learn_all=section.loss_on == "all")
@@ -113,6 +113,13 @@ def prepare(examples: Sequence[Example], renderer: Renderer, section: DataSectio
         fix = f"data.max_length: {report.longest} would keep all" if report.longest > section.max_length else ""
         raise DataError(Problem(f"no row has anything to learn ({reasons})", examples[0].where, fix=fix))
     return Prepared(_dataset(rows), rows, report)
+
+
+def _silent(example: Example) -> bool:
+    if isinstance(example, Plain):
+        return not example.completion
+    answers = [message for message in example.messages[example.first_learnt :] if message["role"] == "assistant"]
+    return not any(message["content"].strip() for message in answers)
 
 
 def _fit(row: Tokens, renderer: Renderer, section: DataSection) -> Tokens | None:

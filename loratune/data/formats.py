@@ -14,6 +14,8 @@ from loratune.errors import DataError, Problem
 Message: TypeAlias = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SPOKEN = ("role", "content", "name")
+"""The fields of a message that reach the chat template."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,7 @@ class Format:
 def _text(row: Row, key: str) -> str:
     value = row.values.get(key)
     if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise BadRow(f"`{key}` must be text, got {kind}")
+        raise BadRow(f"`{key}` must be text, got {_kind(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -65,7 +66,7 @@ def _text(row: Row, key: str) -> str:
 def _messages(row: Row, key: str) -> tuple[Message, ...]:
     value = row.values.get(key)
     if not isinstance(value, list) or not value:
-        raise BadRow(f"`{key}` must be a list of messages, got {type(value).__name__}")
+        raise BadRow(f"`{key}` must be a list of messages, got {'an empty list' if value == [] else _kind(value)}")
     for number, message in enumerate(value, start=1):
         if not isinstance(message, Mapping):
             raise BadRow(f"message {number} of `{key}` must be an object with role and content")
@@ -73,29 +74,39 @@ def _messages(row: Row, key: str) -> tuple[Message, ...]:
             raise BadRow(
                 f"message {number} of `{key}` has the role {message.get('role')!r}, not one of {', '.join(ROLES)}"
             )
-        if extra := set(message) - {"role", "content", "name"}:
+        if extra := {field for field, value in message.items() if value is not None} - set(SPOKEN):
             raise BadRow(f"message {number} of `{key}` has {_listed(extra)}, which would be left out of training")
         _text(Row(row.where, dict(message)), "content")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+    return tuple({field: message[field] for field in SPOKEN if message.get(field) is not None} for message in value)
 
 
 def _prompt_completion(row: Row) -> Example:
-    if isinstance(row.values.get("prompt"), list) or isinstance(row.values.get("completion"), list):
-        prompt, completion = _messages(row, "prompt"), _messages(row, "completion")
-        return Conversation(row.where, prompt + completion, first_learnt=len(prompt))
     return Plain(row.where, _text(row, "prompt"), _text(row, "completion"))
 
 
+def _turns(row: Row) -> Example:
+    prompt = _messages(row, "prompt")
+    return _learnable(row, prompt + _messages(row, "completion"), len(prompt))
+
+
 def _conversation(row: Row) -> Example:
-    messages = _messages(row, "messages")
-    if not any(message["role"] == "assistant" for message in messages):
+    return _learnable(row, _messages(row, "messages"), 0)
+
+
+def _learnable(row: Row, messages: tuple[Message, ...], first_learnt: int) -> Conversation:
+    if row.values.get("tools"):
+        raise BadRow("the row has `tools`, which would be left out of training")
+    if not any(message["role"] == "assistant" for message in messages[first_learnt:]):
         raise BadRow("no assistant message, so there is nothing to learn")
-    return Conversation(row.where, messages)
+    return Conversation(row.where, messages, first_learnt)
 
 
 def _plain_text(row: Row) -> Example:
     return Plain(row.where, "", _text(row, "text"))
 
+
+TURNS = Format("messages", ("prompt", "completion"), _turns)
+"""Conversations too, but in two lists: what is given and what is learnt."""
 
 FORMATS = (
     Format("prompt_completion", ("prompt", "completion"), _prompt_completion),
@@ -107,11 +118,20 @@ FORMATS = (
 def recognise(rows: Sequence[Row], section: DataSection) -> Format:
     """The format that the section names, or the one whose keys the first row has.
 
-    Raises DataError: no format fits, or more than one does.
+    Raises DataError: no format fits, or more than one does; `columns` maps a field that the row lacks.
     """
+    if absent := set(section.columns.values()) - set(rows[0].values):
+        what = f"no field {_listed(absent)}; the fields are {_listed(rows[0].values)}"
+        raise DataError(Problem(what, rows[0].where, "data.columns"))
+    values = _renamed(rows[0], section.columns).values
+    keys = set(values)
+    pair = keys.issuperset(TURNS.keys)
+    if section.format == "messages" and pair and "messages" not in keys:
+        return TURNS
+    if section.format in ("auto", "prompt_completion") and pair and isinstance(values["prompt"], list):
+        return TURNS
     if section.format != "auto":
         return next(form for form in FORMATS if form.name == section.format)
-    keys = set(_renamed(rows[0], section.columns).values)
     fitting = [form for form in FORMATS if keys.issuperset(form.keys)]
     if len(fitting) == 1:
         return fitting[0]
@@ -150,24 +170,35 @@ def question(row: Row, columns: Mapping[str, str]) -> str | list[Message]:
 
     Raises DataError: the row has none of them, or they hold something else.
     """
-    values = _renamed(row, columns).values
+    ours = _renamed(row, columns)
+    key = next((key for key in ("prompt", "messages", "text") if key in ours.values), None)
     try:
-        if isinstance(values.get("prompt"), list):
-            return list(_messages(_renamed(row, columns), "prompt"))
-        if "messages" in values:
-            messages = list(_messages(_renamed(row, columns), "messages"))
-            return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return _text(_renamed(row, columns), "prompt" if "prompt" in values else "text")
+        if key is None:
+            raise BadRow(f"nothing is asked; the fields are {_listed(row.values)}")
+        if key == "text" or (key == "prompt" and not isinstance(ours.values["prompt"], list)):
+            return _text(ours, key)
+        messages = list(_messages(ours, key))
+        if key == "messages" and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise BadRow("no message comes before the answer")
+        return messages
     except BadRow as error:
-        raise DataError(Problem(str(error), row.where, fix="give a prompt, or messages")) from None
+        raise DataError(Problem(str(error), row.where, fix="give a prompt, messages or text")) from None
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row under our names: `columns` maps ours to the data's."""
+    """The row under our names: `columns` maps ours to the data's, over a field that has our name by chance."""
     if not columns:
         return row
     taken = {theirs: ours for ours, theirs in columns.items()}
-    return Row(row.where, {taken.get(key, key): value for key, value in row.values.items()})
+    named = {ours: row.values[theirs] for theirs, ours in taken.items() if theirs in row.values}
+    return Row(row.where, {key: value for key, value in row.values.items() if key not in taken} | named)
+
+
+def _kind(value: Any) -> str:
+    kinds = {type(None): "null", bool: "true or false", list: "a list", dict: "an object", str: "text"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def _listed(keys: Sequence[str] | set[str] | Mapping[str, Any]) -> str:

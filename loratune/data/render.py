@@ -63,10 +63,10 @@ def shorten(tokens: Tokens, max_length: int, bos: int | None) -> Tokens | None:
     excess = len(tokens.ids) - max_length
     if excess <= 0:
         return tokens
-    if tokens.spans[0][0] <= 1:
+    keep = 1 if tokens.ids[0] == bos else 0
+    if tokens.spans[0][0] <= keep:
         spans = tuple((start, min(end, max_length)) for start, end in tokens.spans if start < max_length)
         return replace(tokens, ids=tokens.ids[:max_length], spans=spans)
-    keep = 1 if tokens.ids[0] == bos else 0
     spans = tuple((start - excess, end - excess) for start, end in tokens.spans if start >= keep + excess)
     ids = tokens.ids[:keep] + tokens.ids[keep + excess :]
     return replace(tokens, ids=ids, spans=spans) if spans else None
@@ -127,8 +127,10 @@ class Renderer:
 
     def _answer_in(self, text: str, example: Conversation, number: int) -> Span:
         """Where assistant turn `number` lies in the rendered text: from after its header to the end of its turn."""
-        before = self._template(example.messages[:number], example.where, add_generation_prompt=True)
         content = example.messages[number]["content"].strip()
+        before = text[: text.find(content)]  # of an answer that nothing comes before
+        if number:
+            before = self._template(example.messages[:number], example.where, add_generation_prompt=True)
         start = len(before)
         found = text.find(content, start)
         end = found + len(content)
@@ -181,6 +183,6 @@ class Renderer:
             )
         except (TemplateError, TypeError, ValueError, KeyError):
             return ""
-        tail = text[text.rindex(answer) + len(answer) :].strip()
+        tail = text.rpartition(answer)[2].strip() if answer in text else ""
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
         return next((token for token in sorted(special, key=len, reverse=True) if tail.startswith(token)), "")

@@ -2,17 +2,25 @@
 
 import csv
 import json
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import ReadInstruction, load_dataset
+from datasets import config as datasets_config
+from datasets.naming import camelcase_to_snakecase
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from loratune.config import Source
 from loratune.errors import DataError, Problem
 
 MAX_PROBLEMS = 10
+
+csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # csv's own limit of 128 KiB a cell is shorter than a document
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,8 @@ def read(source: Source) -> list[Row]:
 
     Raises DataError: nothing there, unreadable, not UTF-8, not valid (up to 10 lines named), no rows.
     """
-    path = Path(source.path)
-    if not path.exists() and looks_like_hub_id(source.path):
+    path = Path(source.path).expanduser()
+    if looks_like_hub_id(source.path) and not os.path.exists(path):
         rows = list(_read_hub(source))
     else:
         rows = _sliced([row for file in _files(path) for row in _read_file(file)], source)
@@ -42,22 +50,22 @@ def read(source: Source) -> list[Row]:
 def looks_like_hub_id(path: str) -> bool:
     """`name` or `owner/name` without a data file's ending; anything else means a local path."""
     parts = path.split("/")
-    return len(parts) <= 2 and parts[0] not in ("", ".", "..", "~") and Path(path).suffix not in _READERS
+    return len(parts) <= 2 and parts[0] not in ("", ".", "..", "~") and Path(path).suffix.lower() not in _READERS
 
 
 def _files(path: Path) -> list[Path]:
     """The data files that `path` names: itself, or those directly in a directory, by name."""
     try:
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix in _READERS and file.is_file())
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS and file.is_file())
             if not files:
                 raise DataError(Problem("no data files in this directory", str(path), fix=f"looked for {_endings()}"))
             return files
         if not path.exists():
             raise DataError(Problem("no such file", str(path)))
-    except PermissionError:
-        raise DataError(Problem("no permission to read it", str(path))) from None
-    if path.suffix not in _READERS:
+    except OSError as error:
+        raise DataError(Problem(f"cannot be read: {error.strerror}", str(path))) from None
+    if path.suffix.lower() not in _READERS:
         raise DataError(Problem(f"unknown kind of file `{path.suffix}`", str(path), fix=f"use {_endings()}"))
     return [path]
 
@@ -70,11 +78,11 @@ def _read_file(path: Path) -> Iterator[Row]:
     problems: list[Problem] = []
     try:
         with path.open("rb") as file:
-            for item in _READERS[path.suffix](_lines(path, file, problems), path):
-                if isinstance(item, Problem):
-                    problems.append(item)
-                else:
+            for item in _READERS[path.suffix.lower()](_lines(path, file, problems), path):
+                if not isinstance(item, Problem):
                     yield item
+                elif item.where not in [problem.where for problem in problems]:
+                    problems.append(item)
                 if len(problems) >= MAX_PROBLEMS:
                     break
     except OSError as error:
@@ -87,12 +95,14 @@ def _lines(path: Path, file: Iterable[bytes], problems: list[Problem]) -> Iterat
     """Numbered lines as text, without line ends; a BOM is dropped, bytes that are not UTF-8 become problems."""
     for number, raw in enumerate(file, start=1):
         try:
-            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            text = raw.decode()
         except UnicodeDecodeError as error:
+            text = raw.decode(errors="replace")  # read on, so that the lines after it keep their numbers
             what = f"byte {error.start + 1} of the line (0x{raw[error.start]:02x}) is not UTF-8"
             problems.append(Problem(what, f"{path}:{number}", fix="save the file as UTF-8"))
             if len(problems) >= MAX_PROBLEMS:
                 return
+        yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
 
 
 def _read_jsonl(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[Row | Problem]:
@@ -106,15 +116,8 @@ def _read_jsonl(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[Row | 
         where = f"{path}:{number}"
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
-            cut = (
-                "the row is cut off"
-                if error.pos >= len(line.rstrip()) - 1 or "Unterminated" in error.msg
-                else error.msg
-            )
-            held = Problem(f"not valid JSON: {cut} at column {error.colno}", where)
-        except RecursionError:
-            held = Problem("not valid JSON: nested too deeply", where)
+        except (ValueError, RecursionError) as error:
+            held = Problem(f"not valid JSON: {_reason(error)}", where)
         else:
             yield _mapping(values, where)
     if held:
@@ -127,14 +130,12 @@ def _read_json(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[Row | P
         return
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object per line: JSONL under the name of JSON
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # JSONL under the name of JSON
             yield from _read_jsonl(iter(enumerate(text.split("\n"), start=1)), path)
             return
-        yield Problem(f"not valid JSON: {error.msg} at column {error.colno}", f"{path}:{error.lineno}")
-        return
-    except RecursionError:
-        yield Problem("not valid JSON: nested too deeply", str(path))
+        where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+        yield Problem(f"not valid JSON: {_reason(error)}", where)
         return
     if isinstance(rows, dict):
         rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
@@ -143,6 +144,15 @@ def _read_json(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[Row | P
         return
     for number, values in enumerate(rows, start=1):
         yield _mapping(values, f"{path}:row {number}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):  # a number of more digits than Python reads
+        return str(error)
+    cut = error.pos >= len(error.doc.rstrip()) or "Unterminated" in error.msg
+    return f"{'cut off' if cut else error.msg} at column {error.colno}"
 
 
 def _mapping(values: Any, where: str) -> Row | Problem:
@@ -162,6 +172,9 @@ def _read_csv(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[Row | Pr
                 continue
             if not header:
                 header = cells
+                if doubled := sorted({name for name in header if header.count(name) > 1}):
+                    yield Problem(f"the header names {', '.join(doubled)} more than once", where)
+                    return
             elif len(cells) != len(header):
                 yield Problem(f"{len(cells)} cells, but the header names {len(header)}", where)
             else:
@@ -193,11 +206,33 @@ def _sliced(rows: list[Row], source: Source) -> list[Row]:
 
 def _read_hub(source: Source) -> Iterator[Row]:
     split = source.split or "train"
+    _check_reachable(source.path)
     try:
         dataset = load_dataset(source.path, split=split)
     except Exception as error:  # every kind of failure of the hub, its cache and its builders ends up here
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-        fix = "there is no such local file; check the path, or the hub id and the connection"
-        raise DataError(Problem(f"cannot be loaded as a hub dataset ({reason})", source.path, fix=fix)) from None
+        what = f"no such file, and it cannot be loaded as a hub dataset ({reason})"
+        raise DataError(Problem(what, source.path, fix="check the path, or the hub id")) from None
     for number, values in enumerate(dataset, start=1):
         yield Row(f"{source.path}[{split}]:{number}", values)
+
+
+def _check_reachable(hub_id: str) -> None:
+    """Without a connection `load_dataset` retries for 20 s before it looks into its cache; say it at once instead.
+
+    Raises DataError: not a hub id; no connection, and the dataset is not cached.
+    """
+    *owner, name = hub_id.split("/")
+    if Path(datasets_config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(name)])).is_dir():
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(hub_id, "README.md", repo_type="dataset"), timeout=10)
+    except HFValidationError:
+        what = "no such file, and not the id of a hub dataset"
+    except HfHubHTTPError:
+        return  # the hub answers; `load_dataset` tells what it says
+    except Exception as error:  # whatever the network stack of the day raises
+        what = f"no such file; the hub cannot be reached and no such dataset is cached ({error})"
+    else:
+        return
+    raise DataError(Problem(what, hub_id, fix="check the path, or the connection"))

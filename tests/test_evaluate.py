@@ -1,0 +1,179 @@
+"""`loratune evaluate` on the tiny model, against stock PEFT computed a row at a time in float32."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Ran, tree, write_rows
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from loratune import data, inference, trainer
+from loratune.cli import app
+from loratune.config import Source
+
+ENDS = ["<|endoftext|>", "<|end|>"]
+PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(45)]
+ANSWERS = ["ox" if number % 2 else "yes" for number in range(45)]
+
+
+def chat_row(*texts: str) -> dict[str, Any]:
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]}
+
+
+def rendered(row: dict[str, Any]) -> list[tuple[str, bool]]:
+    """A row as pieces of text and whether they are learnt, written out by hand."""
+    pieces: list[tuple[str, bool]] = []
+    for message in row["messages"]:
+        if message["role"] == "user":
+            pieces.append((("\n" if pieces else "") + f"<|user|>{message['content']}<|end|>\n<|assistant|>", False))
+        else:
+            pieces.append((f"{message['content']}<|end|>", True))
+    return pieces
+
+
+TRAIN = [chat_row(prompt, answer) for prompt, answer in zip(PROMPTS[:28], ANSWERS, strict=False)]
+HELD_OUT = [
+    *(chat_row(prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)),
+    *(chat_row(prompt, wrong) for prompt, wrong in zip(PROMPTS, ["y", "oxen", "a much longer answer"], strict=False)),
+    *(chat_row(prompt, "ye") for prompt in PROMPTS[::2]),
+    *(chat_row("a:", "yes", prompt, answer) for prompt, answer in zip(PROMPTS[:9], ANSWERS, strict=False)),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
+    """A directory with `adapter`, trained with `held-out.jsonl` as its validation rows."""
+    path = tmp_path_factory.mktemp("evaluate")
+    config = {
+        "model": {"name_or_path": str(tiny_dir), "dtype": "float32"},
+        "data": {
+            "train": str(write_rows(path / "train.jsonl", TRAIN)),
+            "validation": str(write_rows(path / "held-out.jsonl", HELD_OUT)),
+        },
+        "training": {"learning_rate": 1e-2, "max_steps": 200, "per_device_train_batch_size": 14},
+        "output_dir": str(path / "adapter"),
+    }
+    (path / "run.yaml").write_text(yaml.safe_dump(config))
+    ran = CliRunner().invoke(app, ["train", str(path / "run.yaml")])
+    assert ran.exit_code == 0, ran.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def scores(place: Path) -> dict[str, dict[str, Any]]:
+    before = tree(place)
+    ran = CliRunner().invoke(
+        app, ["evaluate", "--adapter", f"{place}/adapter", "--data", f"{place}/held-out.jsonl", "--json"]
+    )
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    assert tree(place) == before
+    return json.loads(ran.stdout)
+
+
+@torch.no_grad()
+def by_hand(place: Path, base: Path, which: str) -> dict[str, float]:
+    """Loss, exact match and so on, a row at a time, without padding, cache, or any code of loratune."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if which == "adapter":
+        model = PeftModel.from_pretrained(model, str(place / "adapter")).eval()
+    ends = tokenizer.convert_tokens_to_ids(ENDS)
+    total, tokens, exact, right = 0.0, 0, 0, 0
+    for row in HELD_OUT:
+        ids: list[int] = []
+        for text, learnt in rendered(row):
+            piece = tokenizer(text).input_ids
+            if learnt:
+                logits = model(torch.tensor([ids + piece])).logits[0, len(ids) - 1 : -1]
+                total += torch.nn.functional.cross_entropy(logits, torch.tensor(piece), reduction="sum").item()
+                tokens += len(piece)
+                said: list[int] = []
+                while len(said) < 30 and not (said and said[-1] in ends):
+                    said.append(int(model(torch.tensor([ids + said])).logits[0, -1].argmax()))
+            ids += piece
+        exact += said == piece
+        right += tokenizer.decode(said).startswith(row["messages"][-1]["content"])
+    loss = total / tokens
+    matches = {"exact_match": exact / len(HELD_OUT), "starts_right": right / len(HELD_OUT)}
+    return {"loss": loss, "perplexity": math.exp(loss), "rows": len(HELD_OUT), "tokens": tokens} | matches
+
+
+@pytest.mark.parametrize("which", ["base", "adapter"])
+def test_scores_equal_a_computation_by_hand(scores: dict[str, Any], place: Path, tiny_dir: Path, which: str) -> None:
+    expected = by_hand(place, tiny_dir, which)
+    assert scores[which].keys() == expected.keys()
+    for name in ("rows", "tokens", "exact_match", "starts_right"):
+        assert scores[which][name] == expected[name], name
+    assert scores[which]["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert scores[which]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+
+
+def test_the_scores_say_something(scores: dict[str, Any]) -> None:
+    assert set(scores) == {"base", "adapter"}
+    assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1
+    assert scores["base"]["exact_match"] == 0 < scores["adapter"]["exact_match"] < scores["adapter"]["starts_right"] < 1
+
+
+def test_held_out_loss_of_training_is_the_adapters(scores: dict[str, Any], place: Path) -> None:
+    metrics = json.loads((place / "adapter" / "loratune.json").read_text())["metrics"]
+    assert metrics["held_out_loss"] == pytest.approx(scores["adapter"]["loss"], abs=1e-6)
+
+
+def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None:
+    tuned = inference.open_adapter(place / "adapter")
+    examples, _ = data.parse_file(Source(path=str(place / "held-out.jsonl")), tuned.data)
+    rows = data.prepare(examples, tuned.renderer, tuned.data)
+    prompts = [row.prompt for row in rows.rows]
+    alone = [tuned.complete([prompt], 6)[0] for prompt in prompts]
+    for size in (1, 7, 64):
+        loss = trainer.held_out_loss(tuned.model, rows.dataset, tuned.collate(), size)
+        assert loss.tokens == scores["adapter"]["tokens"]
+        assert loss.mean == pytest.approx(scores["adapter"]["loss"], abs=1e-6)
+        batches = [tuned.complete(prompts[at : at + size], 6) for at in range(0, len(prompts), size)]
+        assert [ids for batch in batches for ids in batch] == alone
+
+
+def test_the_table(cli: Callable[..., Ran], scores: dict[str, Any], place: Path) -> None:
+    ran = cli("evaluate", "--adapter", place / "adapter", "--data", place / "held-out.jsonl")
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert lines[0] == [f"{len(HELD_OUT)}", "rows,", f"{scores['base']['tokens']}", "learnt", "tokens"]
+    (found,) = [line for line in lines if line[0] == "adapter"]
+    score = scores["adapter"]
+    assert found[1:3] == [f"{score['loss']:.4f}", f"{score['perplexity']:.2f}"]
+    assert found[3:] == [f"{score['exact_match']:.1%}", f"{score['starts_right']:.1%}"]
+
+
+def test_rows_without_a_prompt_have_no_match(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "text.jsonl", [{"text": "some text"}] * 3)
+    assert cli("train", run_config(data={"train": str(path)})).code == 0
+    ran = cli("evaluate", "--adapter", tmp_path / "out", "--data", path, "--json")
+    score = json.loads(ran.out)["adapter"]
+    assert (score["exact_match"], score["starts_right"], score["rows"], score["tokens"]) == (None, None, 3, 27)
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "expected"),
+    [
+        (None, 4, "no such file"),
+        ([], 4, "0 rows"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], 4, "no field `completion`"),
+        ([chat_row("a", " ")], 4, "no row has anything to learn (1 rows: nothing to learn: the completion is empty)"),
+        ([chat_row("a", "b" * 2000)], 4, "the answer does not fit in max_length 1024"),
+    ],
+)
+def test_refused(cli: Callable[..., Ran], place: Path, tmp_path: Path, rows: Any, code: int, expected: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    if rows is not None:
+        write_rows(path, rows)
+    ran = cli("evaluate", "--adapter", place / "adapter", "--data", path)
+    assert (ran.code, ran.out) == (code, "")
+    assert ran.err.startswith(f"error: {path}") and expected in ran.err
