@@ -15,30 +15,15 @@ from peft import LoraConfig, get_peft_model
 from peft import PeftModel as PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from loratune.config import LoraSection
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
+from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, Saved
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 WRAPPER_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class Saved:
-    """An adapter directory whose files are readable. tensors: name → shape."""
-
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, tuple[int, ...]]
-
-    @property
-    def base(self) -> str:
-        """The directory or hub id of the base model."""
-        return str(self.config["base_model_name_or_path"])
 
 
 def attach(
@@ -63,9 +48,12 @@ def attach(
     )
     set_seed(seed)
     try:
-        return _wrap(base, config)
+        model = _wrap(base, config)
     except (ValueError, NotImplementedError, ImportError) as error:
         raise ModelError(Problem(f"PEFT cannot adapt this model: {error}", key="lora")) from None
+    if section.bias != "none" and not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("bias")):
+        raise ModelError(Problem("the model has no such biases", key="lora.bias", fix="set it to none"))
+    return model
 
 
 def weights(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -104,24 +92,6 @@ def save(model: PeftModel, directory: Path) -> int:
     if memory.keys() != disk.keys() or not all(torch.equal(memory[name].cpu(), disk[name]) for name in memory):
         raise AdapterError(Problem("the file differs from the weights in memory", str(directory / WEIGHTS_FILE)))
     return (directory / WEIGHTS_FILE).stat().st_size
-
-
-def inspect(path: Path) -> Saved:
-    """Open an adapter directory without loading weights. Never looks on the hub, never reads a pickle.
-
-    Raises AdapterError: no directory, a file, no config, no weights, unreadable or not of LoRA.
-    """
-    where = str(path)
-    if not path.exists():
-        raise AdapterError(Problem("no such directory", where))
-    if not path.is_dir():
-        raise AdapterError(Problem("is a file, not an adapter directory", where))
-    if not (path / CONFIG_FILE).is_file():
-        raise AdapterError(Problem(f"no {CONFIG_FILE} in this directory, so it holds no adapter", where))
-    if not (path / WEIGHTS_FILE).is_file():
-        pickled = " (adapter_model.bin is a pickle, and pickles are not opened)" if list(path.glob("*.bin")) else ""
-        raise AdapterError(Problem(f"no {WEIGHTS_FILE} in this directory{pickled}", where))
-    return Saved(path, _read_config(path / CONFIG_FILE), _read_shapes(path / WEIGHTS_FILE))
 
 
 def attach_saved(base: nn.Module, saved: Saved) -> PeftModel:
@@ -239,28 +209,6 @@ def _wrap(base: nn.Module, config: LoraConfig) -> PeftModel:
         model = get_peft_model(base, config)
     config.base_model_name_or_path = base_name  # peft put there what the base calls itself
     return model
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(Problem(f"not readable as JSON: {error}", str(path))) from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(Problem("not the configuration of a LoRA adapter", str(path)))
-    if not isinstance(config.get("base_model_name_or_path"), str) or not config["base_model_name_or_path"]:
-        raise AdapterError(Problem("does not name its base", str(path), "base_model_name_or_path"))
-    if not config.get("target_modules") or not isinstance(config["target_modules"], list | str):
-        raise AdapterError(Problem("does not say which modules it adapts", str(path), "target_modules"))
-    return config
-
-
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(Problem(f"damaged: {error}", str(path))) from None
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -151,18 +151,22 @@ def generate(
         if output is not None and not output.parent.is_dir():
             raise ConfigError(Problem(f"its directory {output.parent} does not exist", str(output), "--output"))
 
+        from loratune import preflight
+
+        opened = preflight.open_adapter(adapter)
+
         from loratune import generate as story
 
         stream = len(rows) == 1 and output is None and not base and sys.stdout.isatty()
         answers = story.generate(
-            adapter, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream
+            opened, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream
         )
         if output is not None:
             _write_answers(answers, output)
             return
         for answer in answers:
             if base:
-                print(f"{answer.row.values['prompt']}\n  base     {_one_line(answer.base)}")
+                print(f"{answer.asked}\n  base     {_one_line(answer.base)}")
                 print(f"  adapter  {_one_line(answer.completion)}", flush=True)
             elif not stream:
                 print(answer.completion, flush=True)
@@ -185,10 +189,14 @@ def params(
 
         run = config.load(config_file) if config_file else None
 
+        from loratune import preflight
+
+        opened = preflight.open_adapter(adapter) if adapter else None
+
         from loratune import params as story
 
-        if adapter:
-            counted = story.params_of_adapter(adapter)
+        if opened:
+            counted = story.params_of_adapter(opened)
         elif run:
             counted = story.params(run.model, run.lora)
         else:
@@ -207,11 +215,21 @@ def evaluate(
     with boundary(debug):
         from dataclasses import asdict
 
+        from loratune import preflight
         from loratune.config import Source
-        from loratune.console import table
+        from loratune.console import note, table
+        from loratune.data import parse_file
+
+        if not data:
+            raise ConfigError(Problem("the path is empty", key="--data"))
+        opened = preflight.open_adapter(adapter)
+        examples, _ = parse_file(Source(path=data), opened.data)
+
         from loratune.evaluate import evaluate as story
 
-        scores = story(adapter, Source(path=data))
+        scores, report = story(opened, examples)
+        for line in report.losses():
+            note(line)
         if as_json:
             print(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=2))
             return
@@ -221,12 +239,12 @@ def evaluate(
                 f"{score.loss:.4f}",
                 f"{score.perplexity:.2f}",
                 _share(score.exact_match),
-                _share(score.starts_right),
+                _share(score.label_accuracy),
             ]
             for name, score in scores.items()
         ]
         print(f"{scores['base'].rows:,} rows, {scores['base'].tokens:,} learnt tokens")
-        table(["", "loss", "perplexity", "exact match", "starts right"], rows)
+        table(["", "loss", "perplexity", "exact match", "label accuracy"], rows)
 
 
 def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
@@ -247,12 +265,24 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
 
 
 def _write_answers(answers: Any, output: Path) -> None:
-    with output.open("w", encoding="utf-8") as file:
-        for answer in answers:
-            row = answer.row.values | {"completion": answer.completion}
-            if answer.base is not None:
-                row["base"] = answer.base
-            print(json.dumps(row, ensure_ascii=False), file=file)
+    """One row per answer: the row as it was read, with `completion`, and `base`; its own `completion` is `reference`.
+
+    The file appears when the last answer is in it.
+    """
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            for answer in answers:
+                row = dict(answer.row.values)
+                if "completion" in row:
+                    row["reference"] = row.pop("completion")
+                row["completion"] = answer.completion
+                if answer.base is not None:
+                    row["base"] = answer.base
+                print(json.dumps(row, ensure_ascii=False), file=file)
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _one_line(text: str | None) -> str:

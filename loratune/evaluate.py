@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from loratune import data, inference, trainer
-from loratune.config import Source
-from loratune.data import Prepared
+from loratune.data import Prepared, Report
+from loratune.data.formats import Example
 from loratune.data.render import Tokens
 from loratune.inference import Tuned
+from loratune.preflight import Opened
 
 _BATCH_TOKENS = 8192
 """Tokens whose logits are held at once: at 50,000 words of vocabulary, 1.6 GB in float32."""
@@ -20,29 +20,28 @@ class Score:
     """How well one model does on the rows.
 
     loss: nats per learnt token; perplexity: e to the loss; exact_match: share of rows whose greedy completion is the
-    expected one and then ends; starts_right: share whose completion begins with the expected text, whatever follows;
+    expected one and then ends; label_accuracy: share whose completion begins with the expected text, whatever follows;
     both None where no row has a prompt; rows; tokens: learnt ones, over which the loss is the mean.
     """
 
     loss: float
     perplexity: float
     exact_match: float | None
-    starts_right: float | None
+    label_accuracy: float | None
     rows: int
     tokens: int
 
 
-def evaluate(directory: Path, source: Source) -> dict[str, Score]:
-    """Score `base` and `adapter`. The rows are read and rendered as in training.
+def evaluate(opened: Opened, examples: Sequence[Example]) -> tuple[dict[str, Score], Report]:
+    """Score `base` and `adapter` on rows that are rendered as in training, and say what became of the rows.
 
     Raises AdapterError, ModelError, DataError.
     """
-    tuned = inference.open_adapter(directory)
-    examples, _ = data.parse_file(source, tuned.data)
+    tuned = inference.load(opened)
     rows = data.prepare(examples, tuned.renderer, tuned.data)
     with tuned.without_adapter():
         base = _score(tuned, rows)
-    return {"base": base, "adapter": _score(tuned, rows)}
+    return {"base": base, "adapter": _score(tuned, rows)}, rows.report
 
 
 def _score(tuned: Tuned, rows: Prepared) -> Score:

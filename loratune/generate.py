@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import TextStreamer
 
@@ -12,6 +11,7 @@ from loratune.data.formats import Message
 from loratune.data.sources import Row
 from loratune.errors import ConfigError, Problem
 from loratune.inference import Tuned
+from loratune.preflight import Opened
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Answer:
 
 
 def generate(
-    directory: Path,
+    opened: Opened,
     rows: Sequence[Row],
     *,
     max_new_tokens: int,
@@ -40,7 +40,7 @@ def generate(
     raw, or as a user's turn where the adapter was trained on conversations.
     Raises AdapterError, ModelError, DataError; ConfigError: a prompt that leaves no room in the model's context.
     """
-    tuned = inference.open_adapter(directory)
+    tuned = inference.load(opened)
     questions = _questions(tuned, rows)
     prompts = [tuned.renderer.prompt(asked, row.where) for asked, row in zip(questions, rows, strict=True)]
     _check_room(tuned, rows, prompts, max_new_tokens)

@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
 
-from loratune import adapter, config, model
-from loratune.adapter import PeftModel, Saved
-from loratune.config import DataSection, ModelSection, RunConfig, Source
+from loratune import adapter, model
+from loratune.adapter import PeftModel
+from loratune.config import DataSection, ModelSection
 from loratune.data.packing import pad
 from loratune.data.render import Renderer
-from loratune.errors import AdapterError, ConfigError
+from loratune.preflight import Opened
 
 BATCH = 32
 """How many prompts the stories hand to `Tuned.complete` at once."""
@@ -25,7 +24,6 @@ BATCH = 32
 class Tuned:
     """A base with its adapter on, and how prompts are rendered for it."""
 
-    saved: Saved
     model: PeftModel
     tokenizer: Any
     renderer: Renderer
@@ -72,43 +70,13 @@ class Tuned:
         return ids[: ends[0] + 1] if ends else ids
 
 
-def open_adapter(directory: Path) -> Tuned:
-    """Load an adapter directory and the base that it names.
+def load(opened: Opened) -> Tuned:
+    """Load the base of an adapter directory, and put the adapter on it.
 
-    Raises AdapterError: see `adapter.inspect`, `adapter.load`. Raises ModelError: the base cannot be loaded.
+    Raises ModelError: the base cannot be loaded. Raises AdapterError: see `adapter.load`.
     """
-    saved = adapter.inspect(directory)
-    section, rows = _as_trained(saved)
-    own_tokenizer = (directory / "tokenizer_config.json").is_file()
-    tokenizer = model.load_tokenizer(ModelSection(name_or_path=str(directory)) if own_tokenizer else section)
-    tuned = adapter.load(model.load_base(section), saved)
-    return Tuned(saved, tuned, tokenizer, Renderer(tokenizer), rows)
-
-
-def base_of(saved: Saved) -> ModelSection:
-    """Where the base of an adapter is to be found."""
-    return ModelSection(name_or_path=saved.base, revision=saved.config.get("revision"))
-
-
-def recorded_run(saved: Saved) -> RunConfig | None:
-    """The config that an adapter was trained with, or None for one that loratune did not write.
-
-    Raises AdapterError: it is there and not valid.
-    """
-    path = saved.path / "run.yaml"
-    if not path.is_file():
-        return None
-    try:
-        return config.load(path)
-    except ConfigError as error:
-        raise AdapterError(error.problems) from None
-
-
-def _as_trained(saved: Saved) -> tuple[ModelSection, DataSection]:
-    """How the base was held and the rows were read in training; what run.yaml says of code to trust is not believed."""
-    base = base_of(saved)
-    run = recorded_run(saved)
-    if run is None:
-        return base, DataSection(train=Source(path="unknown"))
-    held = run.model.model_dump(include={"dtype", "quantization", "attn_implementation"})
-    return base.model_copy(update=held), run.data
+    path = opened.saved.path
+    own_tokenizer = (path / "tokenizer_config.json").is_file()
+    tokenizer = model.load_tokenizer(ModelSection(name_or_path=str(path)) if own_tokenizer else opened.base)
+    tuned = adapter.load(model.load_base(opened.base), opened.saved)
+    return Tuned(tuned, tokenizer, Renderer(tokenizer), opened.data)

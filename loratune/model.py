@@ -203,6 +203,8 @@ def _check_reachable(section: ModelSection) -> None:
     name = section.name_or_path
     path = Path(name).expanduser()
     if path.is_dir():
+        if section.revision is not None and not section.trust_remote_code:
+            raise ModelError(Problem("a directory has no revisions", name, "model.revision", "leave it out"))
         if not (path / "config.json").is_file():
             raise ModelError(Problem("no config.json in this directory, so it holds no model", name))
         return

@@ -1,11 +1,12 @@
 """The story of `loratune params`: exact counts from the model's configuration alone, before anything is downloaded."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-from loratune import adapter, inference, model, targets
+from loratune import adapter, model, targets
 from loratune.adapter import Count, PeftModel
 from loratune.config import LoraSection, ModelSection
+from loratune.errors import AdapterError, ModelError
+from loratune.preflight import Opened
 from loratune.targets import Targets
 
 
@@ -42,23 +43,25 @@ def params(section: ModelSection, lora: LoraSection) -> Params:
     base = model.build_meta(model.load_config(section), section)
     found = targets.resolve(base, lora.target_modules, lora.layers_to_transform)
     adapted = adapter.attach(base, lora, found.names, seed=0)
-    return Params(adapter.count(adapted), groups(adapted, found), found.patterns(), adapter.notes(adapted), found.fused)
+    return _counted(adapted, found)
 
 
-def params_of_adapter(directory: Path) -> Params:
+def params_of_adapter(opened: Opened) -> Params:
     """Count what an adapter directory holds, from its configuration and that of its base.
 
     Raises AdapterError, ModelError.
     """
-    saved = adapter.inspect(directory)
-    section, run = inference.base_of(saved), inference.recorded_run(saved)
-    base = model.build_meta(model.load_config(section), section)
-    found = targets.resolve(
-        base,
-        run.lora.target_modules if run else saved.config["target_modules"],
-        saved.config.get("layers_to_transform"),
-    )
-    adapted = adapter.attach_saved(base, saved)
+    saved = opened.saved
+    base = model.build_meta(model.load_config(opened.base), opened.base)
+    asked = opened.run.lora.target_modules if opened.run else saved.config["target_modules"]
+    try:
+        found = targets.resolve(base, asked, saved.config.get("layers_to_transform"))
+    except ModelError as error:  # it is the adapter that names what its base lacks
+        raise AdapterError([replace(problem, where=str(saved.path)) for problem in error.problems]) from None
+    return _counted(adapter.attach_saved(base, saved), found)
+
+
+def _counted(adapted: PeftModel, found: Targets) -> Params:
     return Params(adapter.count(adapted), groups(adapted, found), found.patterns(), adapter.notes(adapted), found.fused)
 
 

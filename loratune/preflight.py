@@ -1,10 +1,13 @@
-"""What can be known before torch is imported: whether a run may write its output, and whether its rows are sound."""
+"""What can be known before torch is imported: is the output free, are the rows sound, is the adapter readable."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from loratune import data, workspace
-from loratune.config import RunConfig
+from loratune import config, data, saved, workspace
+from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import Examples
+from loratune.errors import AdapterError, ConfigError
+from loratune.saved import Saved
 from loratune.workspace import Workspace
 
 
@@ -17,10 +20,40 @@ class Ready:
     examples: Examples
 
 
-def check(config: RunConfig, *, resume: bool, overwrite: bool) -> Ready:
+@dataclass(frozen=True)
+class Opened:
+    """An adapter directory and what it says of its training.
+
+    base: how the base was held; data: how rows were read; run: the recorded config, None if loratune did not write it.
+    """
+
+    saved: Saved
+    base: ModelSection
+    data: DataSection
+    run: RunConfig | None
+
+
+def check(run: RunConfig, *, resume: bool, overwrite: bool) -> Ready:
     """Check a run's output directory, then read and check its rows; nothing is written.
 
     Raises ConfigError, ResumeError: see `workspace.inspect`. Raises DataError: see `data.read`.
     """
-    space = workspace.inspect(config.output_dir, resume=resume, overwrite=overwrite)
-    return Ready(config, space, data.read(config.data, config.training.seed))
+    space = workspace.inspect(run.output_dir, resume=resume, overwrite=overwrite)
+    return Ready(run, space, data.read(run.data, run.training.seed))
+
+
+def open_adapter(directory: Path) -> Opened:
+    """Open an adapter directory. What its run.yaml says of code to trust is not believed.
+
+    Raises AdapterError: see `saved.inspect`; a run.yaml that is not valid.
+    """
+    found = saved.inspect(directory)
+    base = ModelSection(name_or_path=found.base, revision=found.config.get("revision"))
+    if not (directory / "run.yaml").is_file():
+        return Opened(found, base, DataSection(train=Source(path="unknown")), None)
+    try:
+        run = config.load(directory / "run.yaml")
+    except ConfigError as error:
+        raise AdapterError(error.problems) from None
+    held = run.model.model_dump(include={"dtype", "quantization", "attn_implementation"})
+    return Opened(found, base.model_copy(update=held), run.data, run)

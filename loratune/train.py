@@ -141,10 +141,12 @@ def _announce(run: Plan, note: Callable[[str], None]) -> None:
             continue
         report = part.report
         note(f"{name}: {report.rows:,} rows, {report.tokens:,} tokens, {report.supervised:,} of them learnt")
-        if report.truncated:
-            note(f"  {report.truncated:,} rows cut to max_length {run.config.data.max_length}")
-        for reason, places in report.dropped.items():
-            note(f"  {len(places):,} rows dropped: {reason} ({', '.join(places[:3])})")
+        for line in report.losses():
+            note(f"  {line}")
+    training = run.config.training
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if len(run.train.rows) < batch:
+        note(f"only {len(run.train.rows)} rows for a batch of {batch}: each epoch is one step on all of them")
     for line in run.notes:
         note(line)
     note(str(run.count))

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
-from loratune import adapter, config, inference
+from loratune import adapter, config, inference, preflight, saved
 from loratune.cli import app
 from loratune.config import LoraSection
 from loratune.errors import NumericError
 
-WEIGHTS, CONFIG = adapter.WEIGHTS_FILE, adapter.CONFIG_FILE
+WEIGHTS, CONFIG = saved.WEIGHTS_FILE, saved.CONFIG_FILE
 Damage = Callable[[Path], Any]
 
 
@@ -79,7 +79,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def ours(trained: Path, ids: Tensor) -> Tensor:
     """The logits of the adapter as loratune opens it."""
-    return logits(inference.open_adapter(trained).model, ids)
+    return logits(inference.load(preflight.open_adapter(trained)).model, ids)
 
 
 def test_stock_peft_gives_the_same_logits(trained: Path, tiny_dir: Path, ids: Tensor, ours: Tensor) -> None:
@@ -109,7 +109,7 @@ def test_what_the_directory_holds(trained: Path, tiny_dir: Path) -> None:
     assert len(tensors) == 16  # 2 layers, 4 modules, A and B
     assert all("lora_" in name and tensor.dtype == torch.float32 for name, tensor in tensors.items())
     assert AutoTokenizer.from_pretrained(trained).encode("ab") == [64, 65]  # byte-level: the letters' place in the set
-    assert adapter.inspect(trained).base == str(tiny_dir)
+    assert saved.inspect(trained).base == str(tiny_dir)
     assert json.loads((trained / "loratune.json").read_text())["seed"] == 42
 
 
@@ -241,7 +241,7 @@ def test_a_pickle_is_never_opened(
     marker = tmp_path / "opened"
     trap = copy / "adapter_model.bin"
     trap.write_bytes(pickle.dumps(Trap(marker)))
-    assert torch.equal(logits(inference.open_adapter(copy).model, ids), ours)
+    assert torch.equal(logits(inference.load(preflight.open_adapter(copy)).model, ids), ours)
     (copy / WEIGHTS).unlink()
     for command in (("generate", "x", "--adapter", copy), ("params", "--adapter", copy)):
         ran = cli(*command)
@@ -339,9 +339,9 @@ def test_the_base_is_named_as_asked_for(tmp_path: Path) -> None:
     base.name_or_path = "/what/it/calls/itself"
     tuned = adapter.attach(base, LoraSection(), ["q_proj"], seed=0, base_name="who/base", revision="v1")
     adapter.save(fill(tuned, "lora_B", 1.0), tmp_path)
-    saved = adapter.inspect(tmp_path)
-    assert (saved.base, saved.config["revision"]) == ("who/base", "v1")
-    assert saved.config["task_type"] == "CAUSAL_LM"
+    found = saved.inspect(tmp_path)
+    assert (found.base, found.config["revision"]) == ("who/base", "v1")
+    assert found.config["task_type"] == "CAUSAL_LM"
 
 
 HASHED = """

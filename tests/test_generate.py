@@ -161,7 +161,6 @@ def test_base_beside_adapter(cli: Callable[..., Ran], chat: Path) -> None:
     assert base.startswith("  base     ") and "yes" not in base
 
 
-@pytest.mark.xfail(strict=True, reason="cli.generate prints row.values['prompt'] where it should print answer.asked")
 @pytest.mark.parametrize("row", [{"messages": [*user("z"), *user("a:")]}, {"prompt": user("a:")}, {"text": "a:"}])
 def test_base_beside_adapter_for_rows(cli: Callable[..., Ran], chat: Path, tmp_path: Path, row: dict[str, Any]) -> None:
     ran = cli("generate", "--adapter", chat, "--base", "--input", write_rows(tmp_path / "asked.jsonl", [row]))

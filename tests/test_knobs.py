@@ -188,7 +188,7 @@ def test_model_trust_remote_code(run_config: Callable[..., Path], tmp_path: Path
     )
     section = {"name_or_path": str(custom), "revision": "pinned"}
     with pytest.raises(ModelError, match=r"model\.trust_remote_code"):
-        model.load_config(ModelSection(**section))
+        model.load_config(ModelSection(name_or_path=str(custom)))
     assert not executed.exists()
     config = run_config(model=section | {"trust_remote_code": MODEL["trust_remote_code"]})
     assert counted(config, tmp_path) == 2 * PER_LAYER

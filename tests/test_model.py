@@ -18,8 +18,9 @@ from conftest import Ran, tiny_llama, tree
 from safetensors.torch import load_file, save_file
 from transformers import BartConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
 
-from loratune import adapter, inference, model
+from loratune import adapter, inference, model, preflight
 from loratune.config import LoraSection, ModelSection
+from loratune.saved import WEIGHTS_FILE
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 9\n"
 
@@ -285,7 +286,7 @@ def test_a_model_without_pad_token_trains(
     assert tokenizer.pad_token_id is None
     ran = cli("train", run_config(training={"max_steps": 2}))
     assert ran.code == 0, ran.err
-    opened = inference.open_adapter(tmp_path / "out")
+    opened = inference.load(preflight.open_adapter(tmp_path / "out"))
     assert (opened.model.config.vocab_size, len(opened.tokenizer)) == (264, len(tokenizer))
     assert opened.model.get_input_embeddings().weight.shape[0] == 264
     assert opened.tokenizer.pad_token_id is None
@@ -322,7 +323,7 @@ def test_a_quantized_base_trains_evaluates_and_generates(
     assert len(held_out) >= 3
     assert held_out[-1] < held_out[1] < held_out[0] - 0.01  # it goes on learning after an evaluation
 
-    saved = load_file(out / adapter.WEIGHTS_FILE)
+    saved = load_file(out / WEIGHTS_FILE)
     plain = adapter.attach(
         model.load_base(ModelSection(name_or_path=str(wide))),
         LoraSection(),
@@ -332,7 +333,7 @@ def test_a_quantized_base_trains_evaluates_and_generates(
     assert shapes(saved) == shapes(adapter.weights(plain))
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
-    base = inference.open_adapter(out).model.get_base_model()
+    base = inference.load(preflight.open_adapter(out)).model.get_base_model()
     assert layer in {type(module).__name__ for module in base.modules()}
     ran = cli("generate", "--adapter", out, "--max-new-tokens", 4, "3 and 3 make")
     assert ran.code == 0, ran.err

@@ -15,12 +15,13 @@ from loratune.cli import app
 PACKAGE = ROOT / "loratune"
 LEVELS = {
     "__init__": 0, "errors": 0,
-    "config": 1, "workspace": 1, "console": 1, "kernels": 1,
+    "config": 1, "workspace": 1, "saved": 1, "console": 1, "kernels": 1,
     "data": 2, "model": 2, "targets": 2, "adapter": 2, "trainer": 2, "memory": 2, "card": 2,
-    "inference": 3, "preflight": 3,
-    "train": 4, "generate": 4, "evaluate": 4, "params": 4,
-    "cli": 5,
-    "__main__": 6,
+    "preflight": 3,
+    "inference": 4,
+    "train": 5, "generate": 5, "evaluate": 5, "params": 5,
+    "cli": 6,
+    "__main__": 7,
 }  # fmt: skip
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from loratune import adapter, model, targets
 from loratune.config import LoraSection
+from loratune.saved import WEIGHTS_FILE
 
 R, ALPHA = 4, 12
 PEFT_NAMES = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
@@ -124,7 +125,7 @@ def test_the_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
     ours, ref = both(mlp, moved=True)
     adapter.save(ours, tmp_path)
     save_file(reference.adapter_state(ref), tmp_path / "reference.safetensors")
-    saved, expected = load_file(tmp_path / adapter.WEIGHTS_FILE), load_file(tmp_path / "reference.safetensors")
+    saved, expected = load_file(tmp_path / WEIGHTS_FILE), load_file(tmp_path / "reference.safetensors")
     names = {"lora_A.weight": "A", "lora_B.weight": "B"}
     plain = {}
     for name, tensor in saved.items():

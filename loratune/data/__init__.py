@@ -39,6 +39,13 @@ class Report:
     longest: int = 0
     dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
+    def losses(self) -> list[str]:
+        """A line for each way in which rows were cut or left out, with the first three places."""
+        lines = [f"{self.truncated:,} rows cut to max_length"] if self.truncated else []
+        for reason, places in self.dropped.items():
+            lines.append(f"{len(places):,} rows dropped: {reason} ({', '.join(places[:3])})")
+        return lines
+
     @property
     def dropped_rows(self) -> int:
         """How many rows were left out."""
@@ -85,6 +92,9 @@ def parse_file(source: Source, section: DataSection) -> tuple[list[Example], str
     """All rows of one source as examples, and the name of their format."""
     rows = sources.read(source)
     form = formats.recognise(rows, section)
+    if section.chat_template and form.name != "messages":
+        what = f"the rows are {form.name}, and only messages go through a chat template"
+        raise DataError(Problem(what, rows[0].where, "data.chat_template", "leave it out"))
     return formats.parse(rows, form, section), form.name
 
 
