@@ -57,7 +57,12 @@ def params_of_adapter(opened: Opened) -> Params:
     try:
         found = targets.resolve(base, asked, saved.config.get("layers_to_transform"))
     except ModelError as error:  # it is the adapter that names what its base lacks
-        raise AdapterError([replace(problem, where=str(saved.path)) for problem in error.problems]) from None
+        raise AdapterError(
+            [
+                replace(problem, where=str(saved.path), what=f"does not fit its base {saved.base}: {problem.what}")
+                for problem in error.problems
+            ]
+        ) from None
     return _counted(adapter.attach_saved(base, saved), found)
 
 
