@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loratune import __version__
-from loratune.errors import ConfigError, DataError, LoratuneError, Problem
+from loratune.errors import ConfigError, DataError, Interrupted, LoratuneError, Problem
 
 if TYPE_CHECKING:
     from loratune.data import Report
@@ -49,7 +50,7 @@ def boundary(debug: bool) -> Iterator[None]:
     except LoratuneError as error:
         _fail(error.problems, error.exit_code, debug)
     except KeyboardInterrupt:
-        _fail(["interrupted"], 130, debug)
+        _fail([Problem("interrupted")], 130, debug)
     except BrokenPipeError:
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115  whoever read us has gone; the exit must not flush to it
         raise typer.Exit(0) from None
@@ -126,8 +127,12 @@ def train(
 
         if dry_run:
             _show_plan(story.plan(ready))
-        else:
+            return
+        try:
             _show_result(story.train(ready, resume=resume, progress=TrainingProgress(), note=note))
+        except KeyboardInterrupt:
+            fix = f"continue with: {_program()} train {config_file} --resume" if ready.space.has_checkpoints() else ""
+            raise Interrupted(Problem("interrupted", fix=fix)) from None
 
 
 @app.command()
@@ -247,6 +252,12 @@ def evaluate(
         table(["", "loss", "perplexity", "exact match", "label accuracy"], rows)
 
 
+def _program() -> str:
+    """What to type for this program: its path, where the shell would not find it by its name."""
+    called = sys.argv[0]
+    return called if Path(called).name == "loratune" and shutil.which("loratune") is None else "loratune"
+
+
 def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     """The prompts as rows; they come from arguments, a file, or stdin as a whole."""
     from loratune.config import Source
@@ -346,7 +357,7 @@ def _show_result(result: "Result") -> None:
     ]
     if outcome.held_out_loss is not None:
         lines.append(("held-out", f"{outcome.held_out_loss:.4f}"))
-    lines.append(("try it", f"loratune generate --adapter {result.shown} {result.try_it}"))
+    lines.append(("try it", f"{_program()} generate --adapter {result.shown} {result.try_it}"))
     block("done", lines)
 
 

@@ -8,7 +8,8 @@ LoratuneError           1   unexpected
 ├── NumericError        6   NaN, inf, nothing learnt
 ├── ResumeError         7   a checkpoint does not fit the run
 ├── ResourceError       8   memory or disk
-└── LockedError         9   another run holds the directory
+├── LockedError         9   another run holds the directory
+└── Interrupted       130   Ctrl-C
 
 An error holds every problem that was found, so that the user mends them in one go. `cli` is the one place
 that turns an error into lines on stderr and an exit code.
@@ -95,3 +96,9 @@ class LockedError(LoratuneError):
     """Another run is working on the same directory."""
 
     exit_code = 9
+
+
+class Interrupted(LoratuneError):
+    """The user stopped the run."""
+
+    exit_code = 130

@@ -26,6 +26,13 @@ def test_configs_parse(path: Path) -> None:
     assert config.load(path, [f"output_dir={run.output_dir}"]) == run
 
 
+def test_the_config_of_the_readme_parses(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("## A config")[1].split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "readme.yaml").write_text(block, encoding="utf-8")
+    assert config.load(tmp_path / "readme.yaml").lora.target_modules == ["q", "k", "v", "o"]
+
+
 def test_the_classic_recipe_says_what_the_textbook_says() -> None:
     run = config.load(ROOT / "configs" / "falcon-7b-yelp.yaml")
     assert (run.model.name_or_path, run.model.quantization) == ("tiiuae/falcon-7b-instruct", "8bit")

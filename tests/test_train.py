@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -267,3 +268,22 @@ def test_evaluation_in_mid_run(cli: Cli, run_config: MakeConfig, tmp_path: Path)
     curve = json.loads((tmp_path / "out" / "loratune.json").read_text())["curve"]
     assert [entry["step"] for entry in curve if "eval_loss" in entry] == [2, 4, 4]
     assert ran.err.count("held-out loss") == 3
+
+
+@pytest.mark.parametrize("save_steps", [1, 1000])
+def test_ctrl_c(run_config: MakeConfig, tmp_path: Path, save_steps: int) -> None:
+    """One line, with the way to go on where there is one; else nothing is left."""
+    config = run_config(training={"save_steps": save_steps, "num_train_epochs": 500})
+    running = subprocess.Popen([sys.executable, "-m", "loratune", "train", config], stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    seen = ""
+    while "step     3/" not in seen:
+        seen = running.stderr.readline()
+        assert seen, "ended by itself"
+    running.send_signal(signal.SIGINT)
+    rest = running.communicate()[1].splitlines()
+    assert running.returncode == 130
+    resume = f"; continue with: loratune train {config} --resume" if save_steps == 1 else ""
+    assert rest[-1] == f"error: interrupted{resume}"
+    assert (tmp_path / "out.partial").exists() == (save_steps == 1)
+    assert not (tmp_path / "out").exists()
