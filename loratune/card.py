@@ -52,7 +52,7 @@ A LoRA adapter for `{base}`, trained with loratune {version("loratune")}.
 - **Data:** `{settings["data"]["train"]["path"]}` ({settings["data"]["format"]})
 - **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
-- **Repeat it:** `loratune train run.yaml`
+- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`
 
 ## Use
 

@@ -2,23 +2,20 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from loratune import __version__
 from loratune.errors import ConfigError, DataError, Interrupted, LoratuneError, Problem
-
-if TYPE_CHECKING:
-    from loratune.data import Report
-    from loratune.params import Params
-    from loratune.train import Plan, Result
 
 app = typer.Typer(
     help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
@@ -78,7 +75,7 @@ def _out_of_memory() -> Problem:
 
 def _fail(problems: Any, code: int, debug: bool) -> None:
     if debug:
-        raise  # called from an except clause only
+        traceback.print_exc()
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     raise typer.Exit(code) from None
@@ -118,26 +115,34 @@ def train(
         if resume and overwrite:
             raise ConfigError(Problem("--resume and --overwrite contradict each other; keep one"))
 
+        from loratune import workspace
+
+        space = workspace.inspect(run.output_dir, resume=resume, overwrite=overwrite)
+
         from loratune import preflight
 
-        ready = preflight.check(run, resume=resume, overwrite=overwrite)
+        ready = preflight.check(run, space)
 
+        from loratune import show
         from loratune import train as story
         from loratune.console import TrainingProgress, note
 
         if dry_run:
-            _show_plan(story.plan(ready))
+            show.plan(story.plan(ready))
             return
         try:
-            _show_result(story.train(ready, resume=resume, progress=TrainingProgress(), note=note))
+            made = story.train(ready, resume=resume, progress=TrainingProgress(), note=note)
         except KeyboardInterrupt:
             fix = f"continue with: {_program()} train {config_file} --resume" if ready.space.has_checkpoints() else ""
             raise Interrupted(Problem("interrupted", fix=fix)) from None
+        show.result(made, _program())
 
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Else read from stdin.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Else stdin is one prompt.")
+    ] = None,
     adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")] = ...,  # type: ignore[assignment]
     source: Annotated[
         Path | None, typer.Option("--input", metavar="FILE", help="Rows with prompts or messages.")
@@ -152,9 +157,12 @@ def generate(
 ) -> None:
     """Complete prompts with an adapter on its base."""
     with boundary(debug):
+        if prompts and source:
+            raise ConfigError(Problem("give prompts, or --input, not both"))
+        if output is not None:
+            _check_output(output)
+
         rows = _prompt_rows(prompts, source)
-        if output is not None and not output.parent.is_dir():
-            raise ConfigError(Problem(f"its directory {output.parent} does not exist", str(output), "--output"))
 
         from loratune import preflight
 
@@ -179,7 +187,7 @@ def generate(
 
 @app.command()
 def params(
-    config_file: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="The YAML file of a run.")] = None,
+    config_file: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME_OR_DIR", help="A model, with the default LoRA.")] = None,
     adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="An adapter directory.")] = None,
     as_json: Json = False,
@@ -199,6 +207,7 @@ def params(
         opened = preflight.open_adapter(adapter) if adapter else None
 
         from loratune import params as story
+        from loratune import show
 
         if opened:
             counted = story.params_of_adapter(opened)
@@ -206,7 +215,7 @@ def params(
             counted = story.params(run.model, run.lora)
         else:
             counted = story.params(config.ModelSection(name_or_path=str(model)), config.LoraSection())
-        _show_params(counted, as_json)
+        show.params(counted, as_json)
 
 
 @app.command()
@@ -218,11 +227,9 @@ def evaluate(
 ) -> None:
     """Score base and adapter on the same held-out rows."""
     with boundary(debug):
-        from dataclasses import asdict
-
         from loratune import preflight
         from loratune.config import Source
-        from loratune.console import note, table
+        from loratune.console import note
         from loratune.data import parse_file
 
         if not data:
@@ -230,26 +237,13 @@ def evaluate(
         opened = preflight.open_adapter(adapter)
         examples, _ = parse_file(Source(path=data), opened.data)
 
+        from loratune import show
         from loratune.evaluate import evaluate as story
 
         scores, report = story(opened, examples)
         for line in report.losses():
             note(line)
-        if as_json:
-            print(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=2))
-            return
-        rows = [
-            [
-                name,
-                f"{score.loss:.4f}",
-                f"{score.perplexity:.2f}",
-                _share(score.exact_match),
-                _share(score.label_accuracy),
-            ]
-            for name, score in scores.items()
-        ]
-        print(f"{scores['base'].rows:,} rows, {scores['base'].tokens:,} learnt tokens")
-        table(["", "loss", "perplexity", "exact match", "label accuracy"], rows)
+        show.scores(scores, as_json)
 
 
 def _program() -> str:
@@ -263,11 +257,11 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     from loratune.config import Source
     from loratune.data import sources
 
-    if prompts and source:
-        raise ConfigError(Problem("give prompts, or --input, not both"))
     if source:
         return sources.read(Source(path=str(source)))
     if not prompts:
+        if sys.stdin is not None and sys.stdin.isatty():
+            print("type one prompt, and end it with Ctrl-D", file=sys.stderr)
         text = "" if sys.stdin is None or sys.stdin.closed else sys.stdin.read()
         if not text.strip():
             raise DataError(Problem("no prompt", fix="give it as an argument, with --input, or on stdin"))
@@ -275,12 +269,23 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     return [sources.Row(f"prompt {number}", {"prompt": prompt}) for number, prompt in enumerate(prompts, start=1)]
 
 
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise ConfigError(Problem("is a directory, not a file", str(output), "--output"))
+    if not output.resolve().parent.is_dir():
+        raise ConfigError(Problem(f"its directory {output.parent} does not exist", str(output), "--output"))
+    if not os.access(output if output.exists() else output.resolve().parent, os.W_OK):
+        raise ConfigError(Problem("cannot be written", str(output), "--output"))
+
+
 def _write_answers(answers: Any, output: Path) -> None:
     """One row per answer: the row as it was read, with `completion`, and `base`; its own `completion` is `reference`.
 
-    The file appears when the last answer is in it.
+    A regular file appears, or is replaced, when the last answer is in it; a pipe or device is written to as it is.
     """
-    unfinished = output.with_name(f".{output.name}.unfinished")
+    output = output.resolve()
+    in_place = output.exists() and not output.is_file()
+    unfinished = output if in_place else output.with_name(f".{output.name}.unfinished")
     try:
         with unfinished.open("w", encoding="utf-8") as file:
             for answer in answers:
@@ -291,98 +296,13 @@ def _write_answers(answers: Any, output: Path) -> None:
                 if answer.base is not None:
                     row["base"] = answer.base
                 print(json.dumps(row, ensure_ascii=False), file=file)
-        unfinished.replace(output)
+        if not in_place:
+            unfinished.replace(output)
     finally:
-        unfinished.unlink(missing_ok=True)
+        if not in_place:
+            unfinished.unlink(missing_ok=True)
 
 
 def _one_line(text: str | None) -> str:
     text = text or ""
     return " ↵ ".join(line.strip() for line in text.strip().splitlines() if line.strip())
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def _show_plan(plan: "Plan") -> None:
-    from loratune.console import block, marked, note, size
-    from loratune.targets import pattern
-
-    lines = []
-    for place, roles in plan.targets.places().items():
-        count = sum(pattern(path) == place for path in plan.targets.modules)
-        lines.append((", ".join(roles), f"{place} x {count}{_fused(place, roles, plan.targets.fused)}"))
-    block("targets", lines)
-    print(plan.count)
-    block("train", _report_lines(plan.train.report))
-    if plan.validation:
-        block("validation", _report_lines(plan.validation.report))
-    for line in plan.notes:
-        note(line)
-    print("first row, with what is learnt marked")
-    marked(plan.rendered())
-    print(f"expected memory: about {size(plan.memory.total)}; adapter file: {size(plan.count.adapter_bytes)}")
-
-
-def _fused(place: str, roles: list[str], fused: Mapping[str, tuple[str, ...]]) -> str:
-    """What to say of a module that serves several roles, some of them perhaps not asked for."""
-    if place not in fused:
-        return ""
-    along = [role for role in fused[place] if role not in roles]
-    return f", fused: {', '.join(along)} comes along" if along else ", fused"
-
-
-def _report_lines(report: "Report") -> list[tuple[str, str]]:
-    lines = [
-        ("rows", f"{report.rows:,}"),
-        ("tokens", f"{report.tokens:,}, the longest row {report.longest:,}"),
-        ("supervised", f"{report.supervised:,} tokens"),
-        ("truncated", f"{report.truncated:,} rows"),
-        ("dropped", f"{report.dropped_rows:,} rows"),
-    ]
-    lines += [("", f"{len(places):,}: {reason} ({', '.join(places[:3])})") for reason, places in report.dropped.items()]
-    return lines
-
-
-def _show_result(result: "Result") -> None:
-    from loratune.console import block, duration, size
-
-    outcome = result.outcome
-    lines = [
-        ("adapter", str(result.directory)),
-        ("size", size(result.adapter_bytes)),
-        ("trained", f"{outcome.tokens:,} tokens in {outcome.steps:,} steps, {duration(outcome.seconds)}"),
-        ("loss", f"{outcome.first_loss:.4f} → {outcome.last_loss:.4f}"),
-    ]
-    if outcome.held_out_loss is not None:
-        lines.append(("held-out", f"{outcome.held_out_loss:.4f}"))
-    lines.append(("try it", f"{_program()} generate --adapter {result.shown} {result.try_it}"))
-    block("done", lines)
-
-
-def _show_params(counted: "Params", as_json: bool) -> None:
-    from loratune.console import note, size, table
-
-    for line in counted.notes:
-        note(line)
-    if as_json:
-        count = counted.count
-        values = {
-            "trainable": count.trainable,
-            "total": count.total,
-            "percent": count.percent,
-            "adapter_bytes": count.adapter_bytes,
-            "targets": counted.targets,
-        }
-        print(json.dumps(values, indent=2))
-        return
-    print(counted.count)
-    rows = [
-        [group.role, group.pattern, f"{group.modules}", f"{group.shape[0]} → {group.shape[1]}", f"{group.trainable:,}"]
-        for group in counted.groups
-    ]
-    table(["role", "modules", "count", "shape", "trainable"], rows)
-    for place, roles in counted.fused.items():
-        print(f"  {', '.join(roles)}: {place}{_fused(place, list(roles), counted.fused)}")
-    print(f"adapter file: {size(counted.count.adapter_bytes)}")

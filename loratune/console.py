@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def note(text: str) -> None:
@@ -89,6 +89,8 @@ class TrainingProgress:
     def log(self, step: int, values: dict[str, float]) -> None:
         """Show a report of the trainer."""
         self.shown |= {name: value for name, value in values.items() if name in ("loss", "learning_rate", "eval_loss")}
+        if self.bar:
+            self.bar.update(self.task, state=self._state())
         if "eval_loss" in values and step:
             note(f"step {step:>5}/{self.steps}  held-out loss {values['eval_loss']:.4f}")
         elif "loss" in values and not self.bar:

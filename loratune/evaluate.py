@@ -47,8 +47,13 @@ def evaluate(opened: Opened, examples: Sequence[Example]) -> tuple[dict[str, Sco
 def _score(tuned: Tuned, rows: Prepared) -> Score:
     batch = max(1, min(inference.BATCH, _BATCH_TOKENS // max(len(row.ids) for row in rows.rows)))
     loss = trainer.held_out_loss(tuned.model, rows.dataset, tuned.collate(), batch)
-    exact, starts = _matches(tuned, [row for row in rows.rows if row.prompt])
+    exact, starts = _matches(tuned, [row for row in rows.rows if _asks(row, tuned)])
     return Score(loss.mean, math.exp(loss.mean), exact, starts, len(rows.rows), loss.tokens)
+
+
+def _asks(row: Tokens, tuned: Tuned) -> bool:
+    """Whether there is a prompt: more than the token that begins every row."""
+    return row.prompt not in ((), (tuned.tokenizer.bos_token_id,))
 
 
 def _matches(tuned: Tuned, rows: Sequence[Tokens]) -> tuple[float | None, float | None]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from loratune.adapter import PeftModel
 from loratune.config import DataSection, ModelSection
 from loratune.data.packing import pad
 from loratune.data.render import Renderer
+from loratune.errors import ModelError
 from loratune.preflight import Opened
 
 BATCH = 32
@@ -77,6 +78,13 @@ def load(opened: Opened) -> Tuned:
     """
     path = opened.saved.path
     own_tokenizer = (path / "tokenizer_config.json").is_file()
+    try:
+        base = model.load_base(opened.base)
+    except ModelError as error:
+        fix = f"if the base has moved, set base_model_name_or_path in {path / 'adapter_config.json'}"
+        raise ModelError(
+            [replace(one, key="", fix=f"{one.fix}; {fix}" if one.fix else fix) for one in error.problems]
+        ) from None
     tokenizer = model.load_tokenizer(ModelSection(name_or_path=str(path)) if own_tokenizer else opened.base)
-    tuned = adapter.load(model.load_base(opened.base), opened.saved)
+    tuned = adapter.load(base, opened.saved)
     return Tuned(tuned, tokenizer, Renderer(tokenizer), opened.data)

@@ -1,5 +1,7 @@
 """Tokenizer and base model: where they come from, in which numbers, on which device."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -126,8 +128,20 @@ def compute_dtype(section: ModelSection) -> torch.dtype:
     if section.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[section.dtype]
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def fingerprint(base: PreTrainedModel) -> str:
+    """SHA-256 of the shape of a model and a sample of its numbers: 64 values of each of 16 tensors, spread evenly."""
+    config = base.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "quantization_config"):
+        config.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    tensors = list(base.named_parameters())
+    for name, tensor in tensors[:: max(1, len(tensors) // 16)]:
+        digest.update(name.encode() + tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def pad_id(tokenizer: Any) -> int:

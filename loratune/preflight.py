@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratune import config, data, saved, workspace
+from loratune import config, data, saved
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import Examples
 from loratune.errors import AdapterError, ConfigError
@@ -33,12 +33,11 @@ class Opened:
     run: RunConfig | None
 
 
-def check(run: RunConfig, *, resume: bool, overwrite: bool) -> Ready:
-    """Check a run's output directory, then read and check its rows; nothing is written.
+def check(run: RunConfig, space: Workspace) -> Ready:
+    """Read and check the rows of a run whose output directory is free; nothing is written.
 
-    Raises ConfigError, ResumeError: see `workspace.inspect`. Raises DataError: see `data.read`.
+    Raises DataError: see `data.read`.
     """
-    space = workspace.inspect(run.output_dir, resume=resume, overwrite=overwrite)
     return Ready(run, space, data.read(run.data, run.training.seed))
 
 

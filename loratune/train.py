@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from loratune.data import Prepared
 from loratune.data.formats import Example, Plain
 from loratune.data.packing import pad
 from loratune.data.render import Renderer
-from loratune.errors import Problem, ResumeError
+from loratune.errors import NumericError, Problem, ResumeError
 from loratune.preflight import Ready
 from loratune.targets import Targets
 from loratune.trainer import Outcome, Progress
@@ -36,6 +36,7 @@ class Plan:
     validation: Prepared | None
     memory: memory.Estimate
     notes: list[str]
+    base_fingerprint: str
     try_it: str
 
     def rendered(self) -> Iterator[tuple[str, bool]]:
@@ -70,6 +71,7 @@ def plan(ready: Ready) -> Plan:
     train = data.prepare(ready.examples.train, renderer, run.data)
     validation = data.prepare(ready.examples.validation, renderer, run.data) if ready.examples.validation else None
     base = model.load_base(run.model)
+    identity = model.fingerprint(base)
     found = targets.resolve(base, run.lora.target_modules, run.lora.layers_to_transform)
     adapted = adapter.attach(
         base,
@@ -79,12 +81,19 @@ def plan(ready: Ready) -> Plan:
         base_name=run.model.name_or_path,
         revision=run.model.revision,
     )
-    rows = run.training.per_device_train_batch_size
-    need = memory.estimate(adapted, [(len(row.ids), row.supervised) for row in train.rows], rows)
-    count = adapter.count(adapted)
-    notes = adapter.notes(adapted)
+    lengths = [(len(row.ids), row.supervised) for row in train.rows]
     return Plan(
-        run, tokenizer, adapted, found, count, train, validation, need, notes, _prompt_of(ready.examples.train[0])
+        config=run,
+        tokenizer=tokenizer,
+        model=adapted,
+        targets=found,
+        count=adapter.count(adapted),
+        train=train,
+        validation=validation,
+        memory=memory.estimate(adapted, lengths, run.training.per_device_train_batch_size),
+        notes=adapter.notes(adapted),
+        base_fingerprint=identity,
+        try_it=_prompt_of(ready.examples.train[:100]),
     )
 
 
@@ -97,17 +106,23 @@ def train(ready: Ready, *, resume: bool, progress: Progress, note: Callable[[str
         run = plan(ready)
         start_from = _begin(run, space, note, resume=resume)
         _announce(run, note)
+        collator = partial(pad, pad_id=model.pad_id(run.tokenizer))
         outcome = trainer.fit(
             run.config.training,
             run.model,
             run.train.dataset,
             run.validation.dataset if run.validation else None,
-            partial(pad, pad_id=model.pad_id(run.tokenizer)),
+            collator,
             space.checkpoints,
             progress,
             start_from,
         )
-        size = _stage(run, outcome, space)
+        try:
+            trainer.check_sound(run.model, run.train.dataset, collator)
+            size = _stage(run, outcome, space)
+        except NumericError:
+            space.forget_checkpoints()  # the run is over, and going on from its end would end the same
+            raise
         space.publish()
     return Result(space.output, shlex.quote(ready.config.output_dir), size, outcome, run.try_it)
 
@@ -143,6 +158,9 @@ def _announce(run: Plan, note: Callable[[str], None]) -> None:
         note(f"{name}: {report.rows:,} rows, {report.tokens:,} tokens, {report.supervised:,} of them learnt")
         for line in report.losses():
             note(f"  {line}")
+    for place, roles in run.targets.fused.items():
+        if along := [role for role in roles if place not in run.targets.patterns().get(role, [])]:
+            note(f"{place} is one module for {', '.join(roles)}: {', '.join(along)} comes along")
     training = run.config.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     if len(run.train.rows) < batch:
@@ -158,7 +176,9 @@ def _stage(run: Plan, outcome: Outcome, space: Workspace) -> int:
     size = adapter.save(run.model, space.staging)
     run.tokenizer.save_pretrained(space.staging)
     settings = run.config.resolved()
-    fingerprints = {"data": run.train.fingerprint}
+    fingerprints = {"base": run.base_fingerprint, "data": run.train.fingerprint}
+    if run.validation:
+        fingerprints["validation"] = run.validation.fingerprint
     counts = {name: value for name, value in vars(run.train.report).items() if isinstance(value, int)}
     workspace.write_json(
         space.staging / "loratune.json", card.provenance(settings, outcome.metrics, outcome.curve, fingerprints, counts)
@@ -198,9 +218,12 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
             yield f"{prefix}{key} was {old!r} and is now {new!r}"
 
 
-def _prompt_of(example: Example) -> str:
-    """A prompt from the data, as one would type it after `loratune generate`."""
+def _prompt_of(examples: Sequence[Example]) -> str:
+    """The shortest prompt of some rows, as one would type it after `loratune generate`."""
+    return shlex.quote(min(map(_asked, examples), key=len))
+
+
+def _asked(example: Example) -> str:
     if isinstance(example, Plain):
-        return shlex.quote(example.prompt or " ".join(example.completion.split()[:8]))
-    asked = [message["content"] for message in example.messages if message["role"] == "user"]
-    return shlex.quote(asked[0] if asked else "")
+        return example.prompt or " ".join(example.completion.split()[:8])
+    return next((message["content"] for message in example.messages if message["role"] == "user"), "")

@@ -52,6 +52,10 @@ class Workspace:
         """Whether there is anything that a later `--resume` could go on from."""
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
+    def forget_checkpoints(self) -> None:
+        """Remove what a `--resume` could go on from."""
+        shutil.rmtree(self.checkpoints)
+
     def publish(self) -> None:
         """Make the staged files durable and move them to the output directory; then clear the work in progress."""
         umask = os.umask(0)

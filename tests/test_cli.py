@@ -169,7 +169,7 @@ def test_exit_codes_are_those_of_the_design() -> None:
     codes = {error.__name__: error.exit_code for error in LoratuneError.__subclasses__()}
     assert codes == {
         "ConfigError": 2, "ModelError": 3, "DataError": 4, "AdapterError": 5, "NumericError": 6, "ResumeError": 7,
-        "ResourceError": 8, "LockedError": 9,
+        "ResourceError": 8, "LockedError": 9, "Interrupted": 130,
     }  # fmt: skip
 
 
@@ -202,10 +202,11 @@ def test_what_else_may_come(error: BaseException, code: int, line: str, capsys: 
     ],
     ids=" ".join,
 )
-def test_debug_lets_every_command_raise(cli: Callable[..., Ran], arguments: list[str]) -> None:
-    with pytest.raises(LoratuneError) as caught:
-        cli(*arguments, "--debug")
-    assert cli(*arguments) == Ran(caught.value.exit_code, "", f"error: {caught.value}\n")
+def test_debug_adds_a_traceback_and_nothing_else(cli: Callable[..., Ran], arguments: list[str]) -> None:
+    plain, debugged = cli(*arguments), cli(*arguments, "--debug")
+    assert (debugged.code, debugged.out) == (plain.code, "")
+    assert debugged.err.startswith("Traceback (most recent call last)") and debugged.err.endswith(plain.err)
+    assert plain.err.startswith("error: ") and plain.err.count("\n") == 1
 
 
 def test_traceback_with_debug_only(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The config: every fault of a YAML file is told with its line, its key and what to do, before anything is touched."""
 
+import re
 import resource
 import string
 from collections.abc import Callable, Iterator
@@ -462,7 +463,8 @@ def test_the_last_set_wins(load: Callable[..., RunConfig]) -> None:
     "assignment, expected",
     [
         ("lora.r=eight", "lora.r: expected a whole number, got text 'eight'"),
-        ("lora.r=", "lora.r: expected a whole number, got nothing"),
+        ("lora.r=null", "lora.r: expected a whole number, got nothing"),
+        ("lora.alhpa=", "lora.alhpa: is not in the file, so there is nothing to take out"),
         ("lora.lora_alhpa=8", "lora.lora_alhpa: unknown key; did you mean `lora_alpha`?"),
         ("lora={r: 0}", "lora.r: must be greater than 0, got a number 0"),
         ("lora.r=010", "lora.r: `010` means different things"),
@@ -561,3 +563,21 @@ def test_command_line_prints_every_problem(tmp_path: Path) -> None:
         "error: --set: lora.r: must be greater than 0, got a number 0",
         "error: --set: lora.lora_alpha: must be greater than 0, got a number -1",
     ]
+
+
+def test_set_without_a_value_takes_the_key_out(run_config: Callable[..., Path]) -> None:
+    path = run_config(training={"num_train_epochs": 3})
+    run = config.load(path, ["training.max_steps=5", "training.num_train_epochs="])
+    assert (run.training.max_steps, run.training.num_train_epochs) == (5, 1.0)
+
+
+@pytest.mark.parametrize(
+    "section, said",
+    [
+        ({"lora": {"target_modules": "(unclosed"}}, "lora.target_modules: not a regular expression"),
+        ({"data": {"columns": {"promt": "question"}}}, "data.columns: `promt` is none of our names"),
+    ],
+)
+def test_what_upstream_would_find_late(run_config: Callable[..., Path], section: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        config.load(run_config(**section))

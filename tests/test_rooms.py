@@ -20,8 +20,9 @@ LEVELS = {
     "preflight": 3,
     "inference": 4,
     "train": 5, "generate": 5, "evaluate": 5, "params": 5,
-    "cli": 6,
-    "__main__": 7,
+    "show": 6,
+    "cli": 7,
+    "__main__": 8,
 }  # fmt: skip
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

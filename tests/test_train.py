@@ -110,6 +110,12 @@ def test_same_config_same_bytes(run_config: MakeConfig, tmp_path: Path) -> None:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+def test_the_last_loss_is_that_of_the_last_step(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    assert cli("train", run_config(training={"logging_steps": 2})).code == 0
+    metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
+    assert metrics["last_loss"] == pytest.approx(GOLDEN[-1], abs=2e-4)
+
+
 def test_another_seed_another_adapter(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     for seed in (1, 2):
         assert cli("train", run_config(training={"seed": seed}, output_dir=str(tmp_path / f"out{seed}"))).code == 0
@@ -210,7 +216,7 @@ def test_a_run_that_learns_nothing(cli: Cli, run_config: MakeConfig, tmp_path: P
     ran = cli("train", run_config(training={"learning_rate": 1e-60}))
     assert ran.code == 6
     assert "nothing was learnt" in ran.err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_without_a_network(run_config: MakeConfig, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def parse(text: str, source: str) -> Document:
 
 
 def override(document: Document, assignment: str) -> None:
-    """Apply one `section.key=value`; the value is read by the rules of the file.
+    """Apply one `section.key=value`; the value is read by the rules of the file, and no value takes the key out.
 
     Raises ConfigError: no `=`, an empty key, a key below something that is no mapping.
     """
@@ -103,7 +103,10 @@ def override(document: Document, assignment: str) -> None:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
             raise ConfigError(Problem(f"`{part}` is {kind_of(target)}, not a section", OPTION, name))
-    target[path[-1]] = parsed["value"]
+    if text.strip():
+        target[path[-1]] = parsed["value"]
+    elif target.pop(path[-1], None) is None:
+        raise ConfigError(Problem("is not in the file, so there is nothing to take out", OPTION, name))
     document.lines = {key: line for key, line in document.lines.items() if key[: len(path)] != path}
     document.overridden.add(path)
 
@@ -113,6 +116,8 @@ def _read_text(path: Path) -> str:
     try:
         if path.is_dir():
             raise ConfigError(Problem("this is a directory, not a config file", where))
+        if path.is_fifo():
+            raise ConfigError(Problem("this is a pipe, not a config file", where))
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:

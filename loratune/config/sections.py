@@ -4,6 +4,7 @@ Fields that belong to an upstream object carry upstream's name and are handed ov
 is added here reaches its object without being copied by hand.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -68,6 +69,15 @@ class LoraSection(Section):
     )
 
     @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise Contradiction(f"not a regular expression: {error}", "target_modules") from None
+        return self
+
+    @model_validator(mode="after")
     def _zero_start(self) -> Self:
         if self.init_lora_weights is False:
             raise Contradiction("false starts from a random update, which is for PEFT's own tests", "init_lora_weights")
@@ -107,6 +117,13 @@ class DataSection(Section):
     )
 
     @model_validator(mode="after")
+    def _known_columns(self) -> Self:
+        ours = ("prompt", "completion", "messages", "text")
+        if unknown := [name for name in self.columns if name not in ours]:
+            raise Contradiction(f"`{unknown[0]}` is none of our names, which are {', '.join(ours)}", "columns")
+        return self
+
+    @model_validator(mode="after")
     def _fraction(self) -> Self:
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
             raise Contradiction("a fraction lies between 0 and 1", "validation")
@@ -122,7 +139,7 @@ class DataSection(Section):
 class TrainingSection(Section):
     """How it is trained: fields of `transformers.TrainingArguments`, under its names."""
 
-    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    learning_rate: float = Field(2e-4, gt=0, le=1e30, description="peak learning rate")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: as num_train_epochs says")
     per_device_train_batch_size: int = Field(8, gt=0, description="rows per device and micro-step")
@@ -147,7 +164,11 @@ class TrainingSection(Section):
         if self.max_steps == 0:
             raise Contradiction("0 steps train nothing; -1 leaves the length to num_train_epochs", "max_steps")
         if self.max_steps > 0 and {"max_steps", "num_train_epochs"} <= self.model_fields_set:
-            raise Contradiction("both set the length of the run; keep one", "max_steps", "num_train_epochs")
+            raise Contradiction(
+                "both set the length of the run; keep one (`--set training.num_train_epochs=` takes one out)",
+                "max_steps",
+                "num_train_epochs",
+            )
         return self
 
     @model_validator(mode="after")

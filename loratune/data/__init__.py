@@ -92,6 +92,9 @@ def parse_file(source: Source, section: DataSection) -> tuple[list[Example], str
     """All rows of one source as examples, and the name of their format."""
     rows = sources.read(source)
     form = formats.recognise(rows, section)
+    if unused := sorted(set(section.columns) - set(form.keys)):
+        what = f"`{unused[0]}` is not read from rows of the format {form.name}, which has {', '.join(form.keys)}"
+        raise DataError(Problem(what, rows[0].where, "data.columns", "leave it out"))
     if section.chat_template and form.name != "messages":
         what = f"the rows are {form.name}, and only messages go through a chat template"
         raise DataError(Problem(what, rows[0].where, "data.chat_template", "leave it out"))

@@ -116,11 +116,8 @@ def fit(
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         seconds = time.monotonic() - start
         final = trainer.evaluate() if validation is not None else None
-        check = held_out_loss(model, train.select(range(min(8, len(train)))), collator, 8)
     finally:
         progress.stop()
-    if not check.total < float("inf"):
-        raise NumericError(Problem(f"after the last step the loss is {check.mean}", key="training.learning_rate"))
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     return Outcome(
@@ -132,6 +129,19 @@ def fit(
         seconds=seconds,
         curve=curve,
     )
+
+
+def check_sound(model: PreTrainedModel, train: Any, collator: Collator) -> None:
+    """See whether what the last step made still gives a loss, which no step after it has shown.
+
+    Raises NumericError: the loss of the first rows is NaN or inf.
+    """
+    loss = held_out_loss(model, train.select(range(min(8, len(train)))), collator, 8)
+    if not loss.total < float("inf"):
+        fix = "lower training.learning_rate"
+        raise NumericError(
+            Problem(f"after the last step the loss is {loss.mean}", key="training.learning_rate", fix=fix)
+        )
 
 
 @torch.inference_mode()
@@ -208,6 +218,8 @@ class _Reporter(TrainerCallback):
         self.progress.start(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last loss is the one that the run is known by
         self.progress.step(state.global_step, int(state.num_input_tokens_seen) - self.seen_before)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
