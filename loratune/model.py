@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from loratune import places
 from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
 
@@ -37,9 +38,10 @@ def load_config(section: ModelSection) -> Any:
     Raises ModelError: path missing, repository absent, gated, offline and not cached; not a decoder-only causal
     language model; remote code needed and not allowed.
     """
-    _check_reachable(section)
+    if not places.is_directory(section.name_or_path, section.revision, trusted=section.trust_remote_code):
+        _check_on_hub(section.name_or_path, section.revision)
     try:
-        config = AutoConfig.from_pretrained(local_or_hub(section.name_or_path), **_origin(section))
+        config = AutoConfig.from_pretrained(places.local_or_hub(section.name_or_path), **_origin(section))
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
         raise _unreadable("configuration", section, error) from None
     _check_decoder(config, section)
@@ -52,11 +54,11 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     chat_template: a Jinja file whose text replaces the tokenizer's own template.
     Raises ModelError: as `load_config`; the tokenizer, or the template, cannot be read.
     """
-    path = Path(local_or_hub(section.name_or_path))
+    path = Path(places.local_or_hub(section.name_or_path))
     if (path / "config.json").is_file() or not (path / "tokenizer_config.json").is_file():
         load_config(section)  # AutoTokenizer reads it too, and would report it as a fault of the tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(section.name_or_path), **_origin(section))
+        tokenizer = AutoTokenizer.from_pretrained(places.local_or_hub(section.name_or_path), **_origin(section))
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise _unreadable("tokenizer", section, error) from None
     if chat_template is not None:
@@ -75,7 +77,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     config = load_config(section)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            local_or_hub(section.name_or_path),
+            places.local_or_hub(section.name_or_path),
             config=config,
             dtype=compute_dtype(section),
             quantization_config=_quantization(section),
@@ -91,9 +93,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
         raise _unreadable("model", section, error) from None
     _check_complete(info, section)
     _keep_backward(model)
-    model.generation_config = (
-        GenerationConfig()
-    )  # a base's own sampling defaults would make greedy decoding less than greedy
+    model.generation_config = GenerationConfig()  # a base's own sampling defaults would make greedy less than greedy
     return model.eval()
 
 
@@ -110,12 +110,6 @@ def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedMo
             )
     except Exception as error:  # values that the configuration accepts may fail wherever a layer first uses them
         raise _unreadable("model", section, error) from None
-
-
-def local_or_hub(name_or_path: str) -> str:
-    """The name by which a model can be found from anywhere: an absolute path for a directory, else the hub id."""
-    path = Path(name_or_path).expanduser()
-    return str(path.absolute()) if path.is_dir() else name_or_path
 
 
 def device() -> torch.device:
@@ -160,7 +154,7 @@ _LOADING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError,
 
 def _damaged_weights(section: ModelSection) -> Iterator[Problem]:
     """The weight files that are no such thing: what the libraries report does not name the file."""
-    place = Path(local_or_hub(section.name_or_path))
+    place = Path(places.local_or_hub(section.name_or_path))
     if not place.is_dir():
         cached = try_to_load_from_cache(section.name_or_path, "config.json", revision=section.revision)
         place = Path(str(cached)).parent
@@ -212,25 +206,9 @@ def _keep_backward(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _check_reachable(section: ModelSection) -> None:
-    """Tell the ways apart in which a model is not to be had; transformers reports most of them as one OSError."""
-    name = section.name_or_path
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if section.revision is not None and not section.trust_remote_code:
-            raise ModelError(Problem("a directory has no revisions", name, "model.revision", "leave it out"))
-        if not (path / "config.json").is_file():
-            raise ModelError(Problem("no config.json in this directory, so it holds no model", name))
-        return
-    if path.exists():
-        raise ModelError(Problem("is a file, not a model directory", name))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(Problem("no such directory", name, "model.name_or_path"))
-    _check_on_hub(name, section.revision)
-
-
 def _check_on_hub(name: str, revision: str | None) -> None:
-    fix, key = "", "model.name_or_path"
+    """Tell the ways apart in which a model is not to be had; transformers reports most of them as one OSError."""
+    fix, key = "", places.KEY
     try:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return
@@ -241,10 +219,8 @@ def _check_on_hub(name: str, revision: str | None) -> None:
     except hub.RevisionNotFoundError:
         what, key = f"the repository has no revision {revision}", "model.revision"
     except hub.RepositoryNotFoundError:
-        what, fix = (
-            "no such directory, and no such repository on the hub",
-            "check the name; private ones need `hf auth login`",
-        )
+        what = "no such directory, and no such repository on the hub"
+        fix = "check the name; private ones need `hf auth login`"
     except hub.EntryNotFoundError:
         what = "the repository has no config.json, so it holds no model"
     except hub.HFValidationError:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratune import config, data, saved
+from loratune import config, data, places, saved
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import Examples
 from loratune.errors import AdapterError, ConfigError
@@ -34,10 +34,11 @@ class Opened:
 
 
 def check(run: RunConfig, space: Workspace) -> Ready:
-    """Read and check the rows of a run whose output directory is free; nothing is written.
+    """Look for the model, and read and check the rows, of a run whose output directory is free; nothing is written.
 
-    Raises DataError: see `data.read`.
+    Raises ModelError: see `places.is_directory`. Raises DataError: see `data.read`.
     """
+    places.is_directory(run.model.name_or_path, run.model.revision, trusted=run.model.trust_remote_code)
     return Ready(run, space, data.read(run.data, run.training.seed))
 
 

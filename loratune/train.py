@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratune import adapter, card, config, data, memory, model, targets, trainer, workspace
+from loratune import adapter, card, config, data, memory, model, places, targets, trainer, workspace
 from loratune.adapter import Count, PeftModel
 from loratune.config import RunConfig, Source
 from loratune.data import Prepared
@@ -164,7 +164,7 @@ def _announce(run: Plan, note: Callable[[str], None]) -> None:
     training = run.config.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     if len(run.train.rows) < batch:
-        note(f"only {len(run.train.rows)} rows for a batch of {batch}: each epoch is one step on all of them")
+        note(f"rows: {len(run.train.rows)}, fewer than a batch of {batch}: each epoch is one step on all of them")
     for line in run.notes:
         note(line)
     note(str(run.count))
@@ -204,7 +204,7 @@ def _pinned(run: RunConfig, form: str) -> RunConfig:
         changes["validation"] = source(rows.validation)
     if rows.chat_template:
         changes["chat_template"] = absolute(rows.chat_template)
-    named = run.model.model_copy(update={"name_or_path": absolute(run.model.name_or_path)})
+    named = run.model.model_copy(update={"name_or_path": places.local_or_hub(run.model.name_or_path)})
     output = str(Path(run.output_dir).expanduser().absolute())
     return run.model_copy(update={"data": rows.model_copy(update=changes), "model": named, "output_dir": output})
 

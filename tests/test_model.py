@@ -20,6 +20,7 @@ from transformers import BartConfig, LlamaConfig, PreTrainedTokenizerFast, T5Con
 
 from loratune import adapter, inference, model, preflight
 from loratune.config import LoraSection, ModelSection
+from loratune.places import KEY as NAME
 from loratune.saved import WEIGHTS_FILE
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 9\n"
@@ -107,14 +108,16 @@ def test_what_the_hub_says_is_told_apart(hub: str, tmp_path: Path) -> None:
 def test_a_path_is_never_looked_up_on_the_hub(name: str, cli: Callable[..., Ran]) -> None:
     ran = cli("params", "--model", name)
     assert (ran.code, ran.out) == (3, "")
-    assert ran.err == f"error: {name}: model.name_or_path: no such directory\n"
+    assert ran.err == f"error: {name}: model.name_or_path: no such directory; check the path\n"
 
 
 def test_what_is_no_model_directory(tmp_path: Path, cli: Callable[..., Ran]) -> None:
     file = tmp_path / "model.gguf"
     file.touch()
-    assert cli("params", "--model", file) == Ran(3, "", f"error: {file}: is a file, not a model directory\n")
-    what = "no config.json in this directory, so it holds no model"
+    assert cli("params", "--model", file) == Ran(
+        3, "", f"error: {file}: {NAME}: is a file, not a model directory; name its directory\n"
+    )
+    what = f"{NAME}: no config.json in this directory, so it holds no model; name the directory that has one"
     assert cli("params", "--model", tmp_path) == Ran(3, "", f"error: {tmp_path}: {what}\n")
 
 

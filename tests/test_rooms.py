@@ -15,7 +15,7 @@ from loratune.cli import app
 PACKAGE = ROOT / "loratune"
 LEVELS = {
     "__init__": 0, "errors": 0,
-    "config": 1, "workspace": 1, "saved": 1, "console": 1, "kernels": 1,
+    "config": 1, "workspace": 1, "saved": 1, "places": 1, "console": 1, "kernels": 1,
     "data": 2, "model": 2, "targets": 2, "adapter": 2, "trainer": 2, "memory": 2, "card": 2,
     "preflight": 3,
     "inference": 4,
