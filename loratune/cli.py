@@ -141,7 +141,7 @@ def train(
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Else stdin is one prompt.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Without any, stdin is one prompt.")
     ] = None,
     adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")] = ...,  # type: ignore[assignment]
     source: Annotated[

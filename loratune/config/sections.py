@@ -157,7 +157,7 @@ class TrainingSection(Section):
     logging_steps: int = Field(10, gt=0, description="steps between two reports of the loss")
     save_steps: int = Field(200, gt=0, description="steps between two checkpoints")
     eval_steps: int | None = Field(None, gt=0, description="steps between two evaluations; one always ends the run")
-    activation_checkpointing: bool = Field(False, description="recompute activations: less memory, half again the time")
+    activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -5,6 +5,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,12 @@ class Report:
 
     def losses(self) -> list[str]:
         """A line for each way in which rows were cut or left out, with the first three places."""
-        lines = [f"{self.truncated:,} rows cut to max_length"] if self.truncated else []
-        for reason, places in self.dropped.items():
-            lines.append(f"{len(places):,} rows dropped: {reason} ({', '.join(places[:3])})")
-        return lines
+        cut = [f"{self.truncated:,} rows cut to max_length"] if self.truncated else []
+        return cut + [f"{count:,} rows dropped: {reason}" for count, reason in self.reasons()]
+
+    def reasons(self) -> list[tuple[int, str]]:
+        """How many rows were dropped for each reason, and the reason with the first three places."""
+        return [(len(places), f"{reason} ({', '.join(places[:3])})") for reason, places in self.dropped.items()]
 
     @property
     def dropped_rows(self) -> int:
@@ -60,7 +63,7 @@ class Prepared:
     rows: list[Tokens]
     report: Report
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of every id and label in order."""
         digest = hashlib.sha256()

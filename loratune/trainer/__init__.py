@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loratune.config import TrainingSection
 from loratune.errors import NumericError, Problem
@@ -109,8 +109,7 @@ def fit(
         compute_loss_func=guard.loss,
         callbacks=[guard, _Sealer(checkpoints), _Reporter(progress)],
     )
-    for callback in [item for item in trainer.callback_handler.callbacks if type(item).__name__ == "PrinterCallback"]:
-        trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own bars are off; `progress` shows the run
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
