@@ -124,15 +124,7 @@ FURTHER: dict[str, tuple[str, dict[str, str]]] = {
             "o": "o_proj",
         },
     ),
-    "qwen3_next": (
-        "model.layers.*",
-        {
-            "q": "linear_attn.in_proj_qkvz self_attn.q_proj",
-            "k": "linear_attn.in_proj_qkvz self_attn.k_proj",
-            "v": "linear_attn.in_proj_qkvz self_attn.v_proj",
-            "o": "linear_attn.out_proj self_attn.o_proj",
-        },
-    ),
+    "qwen3_next": ("model.layers.*.self_attn", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}),
     "nemotron_h": ("model.layers.*.mixer", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}),
     "gemma3": (
         "model.language_model.layers.*.self_attn",
@@ -237,6 +229,14 @@ def test_a_projection_of_two_roles() -> None:
     }
 
 
+def test_keys_that_are_the_values_too() -> None:
+    model = build("gemma4_text", num_hidden_layers=6, attention_k_eq_v=True)
+    targets = resolve(model, ["v"])
+    assert targets.patterns() == {"v": ["model.layers.*.self_attn.v_proj", "model.layers.*.self_attn.k_proj"]}
+    assert targets.names == ("5.self_attn.k_proj", "v_proj")  # the one layer of full attention
+    assert targets.fused == {"model.layers.*.self_attn.k_proj": ("k", "v")}
+
+
 def test_nothing_is_fused_where_each_role_has_its_module() -> None:
     assert resolve(small("llama"), list(ROLES)).fused == {}
 
@@ -330,10 +330,11 @@ def test_names_obey_layers_to_transform() -> None:
     assert touched == ["transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if "cross" not in name])
 def test_all_linear_is_what_peft_takes_it_for(name: str) -> None:
     model = small(name)
     targets = resolve(model, "all-linear")
+    assert targets.notes == ()
     config = _maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear"), model)
     assert set(targets.modules) == set(config.target_modules)
     assert targets.roles == {"all-linear": targets.modules}
@@ -348,11 +349,20 @@ def test_all_linear_in_capitals() -> None:
 # --- errors
 
 
-def test_a_role_that_nothing_serves() -> None:
+def test_a_state_that_is_carried_along_is_no_attention() -> None:
     message = failure(ModelError, build("rwkv", vocab_size=64, hidden_size=32, num_hidden_layers=2), list(ROLES))
-    assert "role `q`, `o`: nothing in the attention of rwkv is known to serve it" in message
+    assert "rwkv has no attention in which roles (q, k, v, o) could be found" in message
     assert "attention.receptance ×2, attention.output ×2, feed_forward.key ×2" in message  # noqa: RUF001
     assert message.endswith("set lora.target_modules to names from this list, or to all-linear")
+
+
+def test_roles_that_nothing_serves() -> None:
+    model = build("jetmoe", vocab_size=64, hidden_size=32, num_hidden_layers=2)
+    message = failure(ModelError, model, list(ROLES))
+    assert "role `q`, `o`: nothing in the attention of jetmoe is known to serve it" in message
+    assert "these weights of its attention are no linear layers: experts.input_linear, experts.output_linear" in message
+    assert "ask for [k, v] alone" in message
+    assert resolve(model, ["k", "v"]).names == ("kv_proj",)
 
 
 def test_a_role_that_only_some_layers_have() -> None:
@@ -443,23 +453,63 @@ def test_a_model_without_attention_is_offered_all_linear_where_it_works() -> Non
 
 def test_weights_that_the_kernels_of_mamba_read_past_an_adapter() -> None:
     message = failure(ModelError, mamba(), ["in_proj", "dt_proj", "out_proj"])
-    assert "`mixer.dt_proj`: kernels of mamba read the weight of dt_proj directly, past an adapter" in message
+    assert "`mixer.dt_proj`: MambaMixer reads the weight directly, past an adapter; leave it out" in message
     assert "`mixer.out_proj`" in message and "in_proj`" not in message
-    message = failure(ModelError, mamba(), "all-linear")
-    assert "namely not mixer.x_proj, mixer.dt_proj, mixer.out_proj" in message
     with pytest.raises(ValueError, match="incompatible with Mamba"):  # what PEFT would say
         get_peft_model(mamba(), LoraConfig(target_modules="all-linear"))
+    targets = resolve(mamba(), "all-linear")
+    assert targets.names == ("in_proj",)
+    [note] = targets.notes
+    assert note.startswith("all-linear leaves out mixer.x_proj, mixer.dt_proj, mixer.out_proj: MambaMixer reads")
+    assert attach(mamba(), targets)[0] == list(targets.modules)
 
 
 def test_experts_in_stacked_tensors() -> None:
     model = build("qwen3_moe", **(MOE | dict(mlp_only_layers=[0])))
-    message = failure(ModelError, model, "all-linear")
-    assert "does not reach all linear weights of qwen3_moe, namely not mlp.experts.gate_up_proj" in message
     message = failure(ModelError, model, ["q", "down_proj"])
-    assert "`mlp.down_proj`: PEFT can take down_proj for the experts' stacked tensors" in message
+    assert "`mlp.down_proj`: PEFT takes a target of this name for the experts' stacked tensors" in message
     # What would happen: the dense layer that has a down_proj module is left out, without a word.
     stock = get_peft_model(model, LoraConfig(target_modules=["down_proj"]))
     assert "model.layers.0.mlp.down_proj" not in list(adapted(stock.base_model.model))
+
+
+def test_all_linear_leaves_out_what_peft_would_take_for_experts() -> None:
+    config = MOE | dict(mlp_only_layers=[0])
+    targets = resolve(build("qwen3_moe", **config), "all-linear")
+    assert targets.names == ("k_proj", "o_proj", "q_proj", "v_proj")
+    assert targets.notes == (
+        "all-linear leaves out mlp.gate_proj, mlp.up_proj, mlp.down_proj: "
+        "PEFT takes a target of this name for the experts' stacked tensors",
+        "all-linear leaves out experts.gate_up_proj, experts.down_proj: no linear layers, but tensors of another form",
+    )
+    assert attach(build("qwen3_moe", **config), targets)[0] == list(targets.modules)
+
+
+def test_dense_layers_beside_stacked_experts_are_had_where_peft_lets_them_be() -> None:
+    config = MOE | dict(shared_expert_intermediate_size=16)
+    targets = resolve(build("qwen2_moe", **config), "all-linear")
+    assert "down_proj" in targets.names
+    assert attach(build("qwen2_moe", **config), targets)[0] == list(targets.modules)
+
+
+def test_all_linear_leaves_out_what_text_does_not_pass() -> None:
+    targets = resolve(small("gpt2 with cross-attention"), "all-linear")
+    assert not [path for path in targets.modules if "cross" in path]
+    assert targets.notes == ("all-linear leaves out transformer.h.*.crossattention: text does not pass there",)
+    assert resolve(small("gpt2 with cross-attention"), ["crossattention.c_attn"]).modules  # asked for by name
+
+
+def test_a_linear_layer_of_another_kind_is_refused() -> None:
+    config = LLAMA_LIKE | dict(intermediate_size_mlp=48, num_local_experts=2, layer_types=["full_attention"] * 2)
+    model = build("llama4_text", **config)
+    assert "Llama4Router is not a plain linear layer" in failure(ModelError, model, ["router"])
+    assert "router" not in resolve(model, "all-linear").names
+
+
+def test_an_indexer_learns_nothing() -> None:
+    model = build("deepseek_v32", num_hidden_layers=1)
+    assert "no gradient passes a choice" in failure(ModelError, model, ["wq_b"])
+    assert not [path for path in resolve(model, list(ROLES)).modules if "indexer" in path]
 
 
 def test_a_module_that_no_ending_can_tell_from_another() -> None:

@@ -37,13 +37,12 @@ SERVES = {
     "attention_out": "o",
     "q_a_proj": "q",  # DeepSeek's latent attention: both halves of a factored projection
     "q_b_proj": "q",
-    "q_gate_proj": "q",
+    "q_gate_proj": "q",  # A.X K2: the second half, with the output's gate
     "kv_a_proj_with_mqa": "kv",
     "kv_b_proj": "kv",
-    "kv_proj": "kv",
-    "o_b_proj": "o",
-    "in_proj_qkv": "qkv",  # Qwen3.5's gated delta net
-    "in_proj_qkvz": "qkv",  # Qwen3-Next's
+    "kv_proj": "kv",  # DeepSeek-V4, JetMoE
+    "compressor.kv_proj": "kv",  # DeepSeek-V4: the keys and values of whole blocks
+    "o_b_proj": "o",  # DeepSeek-V4; its o_a_proj is no plain linear layer
     "q_proj.linear": "q",  # Moshi, Inkling 2
     "k_proj.linear": "k",
     "v_proj.linear": "v",

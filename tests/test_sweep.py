@@ -1,0 +1,370 @@
+"""The sweep: every causal language model that transformers knows, built on the meta device.
+
+`golden_targets.txt` is the reviewed table: model type → where attention is → what serves q, k, v, o there, and what
+`all-linear` leaves out. A new release of transformers shows as a difference; after a review of the modeling files,
+`python tests/test_sweep.py --write` writes the table anew.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, SiglipVisionConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from loratune.errors import ModelError
+from loratune.targets import ROLES, Targets, resolve
+
+GOLDEN = Path(__file__).parent / "golden_targets.txt"
+R = 2
+LENGTH = 8
+LONGER = {"deepseek_v4": 256}  # its compressors take 128 tokens at once
+
+# What the default configuration lacks for a model to be built, or for each kind of its layers to show.
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MENDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere_compass_text": ("no rope", {"rope_parameters": {"full_attention": ROPE}}),
+    "dbrx": ("no rope", {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}}),
+    "deepseek_v2": ("no number of experts", {"num_experts_per_tok": 2, "moe_intermediate_size": 1408}),
+    "dots1": ("no number of experts", {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    }),
+    "gemma4_assistant": ("input per layer", {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+    }),
+    "hunyuan_v1_dense": ("no head_dim", {"head_dim": 128}),
+    "hunyuan_v1_moe": ("no head_dim", {"head_dim": 128}),
+    "ministral": ("no head_dim", {"head_dim": 128}),
+    "nemotron": ("no number of key-value heads", {"num_key_value_heads": 8}),
+    "reformer": ("no decoder", {"is_decoder": True}),
+    "bamba": ("no attention layer", {"attn_layer_indices": [1]}),
+    "granitemoehybrid": ("no attention layer", {"layer_types": ["linear_attention", "full_attention"] * 16}),
+    "lfm2": ("no convolution layer", {"layer_types": ["conv", "full_attention"] * 16}),
+    "lfm2_moe": ("no layer types", {"layer_types": ["conv", "full_attention"] * 16}),
+}  # fmt: skip
+MENDED["minimax_m3_vl_text"] = ("no indexer", {"layer_types": ["full_attention", "minimax_m3_sparse"] * 30})
+MENDED["zamba"] = ("many layers", {"num_hidden_layers": 16})
+MENDED["zamba2"] = ("many layers", {
+    "num_hidden_layers": 14, "layers_block_type": [*["linear_attention"] * 6, "hybrid"] * 2,
+})  # fmt: skip
+MENDED["xlstm"] = ("many layers", {"num_hidden_layers": 4, "num_blocks": 4})
+INDEXER = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
+MENDED["qwen4_exp_text"] = ("no indexer", INDEXER)
+MENDED["qwen4_exp"] = ("no indexer", {"text_config": INDEXER})
+
+# Built with all of their layers: which layers share keys and values, or a whole block, follows from the number.
+WHOLE = frozenset({"gemma3n", "gemma3n_text", "gemma4_assistant", "gemma4_unified_assistant", "zamba", "zamba2"})
+
+# Elsewhere four layers, or as many as it takes to show each kind.
+LAYERS = 4
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "cross_attention_layers")
+
+# The model of these types wants the configuration of its decoder.
+DECODERS = {"musicgen": transformers.MusicgenDecoderConfig, "musicgen_melody": transformers.MusicgenMelodyDecoderConfig}
+
+
+def configure(model_type: str) -> PreTrainedConfig:
+    """The default configuration with few layers."""
+    kind: Callable[..., PreTrainedConfig] = DECODERS.get(model_type) or CONFIG_MAPPING[model_type]
+    config = kind(**MENDED.get(model_type, ("", {}))[1])
+    if model_type == "gemma3n":  # its own vision tower needs the package timm
+        vars(config)["vision_config"] = SiglipVisionConfig(vocab_size=128, vocab_offset=262144, rms_norm_eps=1e-6)
+    if getattr(config, "is_decoder", True) is False:  # BERT and its kin, which attend both ways otherwise
+        config.is_decoder = True
+    if model_type == "xmod":
+        config.default_language = "en_XX"
+    return config if model_type in WHOLE else shrunk(config)
+
+
+def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+    values = vars(config)
+    depth = next((values[name] for name in DEPTHS if isinstance(values.get(name), int)), 0)
+    layers = LAYERS
+    for name in KINDS:
+        kinds = getattr(config, name, None)
+        if name == "cross_attention_layers" and kinds:
+            layers = max(layers, kinds[0] + 1)
+        elif isinstance(kinds, list | tuple) and len(kinds) == depth:
+            layers = max(layers, *(list(kinds).index(kind) + 1 for kind in set(kinds)))
+    for name, value in list(values.items()):
+        if name in DEPTHS and isinstance(value, int):
+            values[name] = min(layers, value)
+        elif isinstance(value, list) and len(value) == depth > layers:
+            values[name] = value[:layers]
+        elif isinstance(value, PreTrainedConfig):
+            shrunk(value)
+    return config
+
+
+def build(model_type: str) -> PreTrainedModel:
+    config = configure(model_type)
+    with torch.device("meta"):
+        if model_type in DECODERS:
+            return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+# --- the table
+
+
+def lines(targets: Targets) -> Iterator[str]:
+    """`model.layers.* x4: self_attn.q_proj=q self_attn.kv_proj=kv ...`, a line for each stack of layers."""
+    stacks: dict[str, dict[str, list[str]]] = {}
+    for place, roles in targets.places().items():
+        stack, _, leaf = place.rpartition(".*.")
+        stacks.setdefault(f"{stack}.*", {})[leaf] = roles
+    for stack, leaves in stacks.items():
+        counts = {leaf: sum(place_of(path) == f"{stack}.{leaf}" for path in targets.modules) for leaf in leaves}
+        most = max(counts.values())
+        shown = [
+            f"{leaf}={''.join(roles)}" + (f" (x{counts[leaf]})" if counts[leaf] < most else "")
+            for leaf, roles in leaves.items()
+        ]
+        yield f"{stack} x{most}: {' '.join(shown)}"
+
+
+def place_of(path: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
+@dataclass
+class Seen:
+    """What the sweep found out about one type of model.
+
+    built: whether its configuration gives a model. table: its lines of the golden table. roles: those that it has.
+    wrong: what contradicts stock PEFT or the rules of this test. ran: whether a forward and backward pass on the meta
+    device were possible; idle: adapters without a gradient.
+    """
+
+    built: bool = False
+    table: list[str] = field(default_factory=list)
+    roles: str = ""
+    reason: str = ""
+    wrong: list[str] = field(default_factory=list)
+    ran: bool = False
+    idle: list[str] = field(default_factory=list)
+
+
+def roles_of(model: PreTrainedModel, seen: Seen) -> Targets | None:
+    """All four roles, or those that there are; the reason goes to the table."""
+    for asked in (list(ROLES), []):
+        try:
+            targets = resolve(model, asked or list(seen.roles))
+        except ModelError as error:
+            seen.reason = str(error).removeprefix("lora.target_modules: ").partition("; its linear modules")[0]
+            found = re.search(r"ask for \[(.*?)\]", str(error))
+            seen.roles = found[1].replace(", ", "") if found else ""
+            if not found:
+                return None
+        else:
+            seen.roles = "".join(asked) or seen.roles
+            return targets
+    return None
+
+
+def visit(model_type: str) -> Seen:
+    seen = Seen()
+    try:
+        model = build(model_type)
+    except Exception as error:
+        seen.table = [f"not built: {type(error).__name__}: {str(error).strip().splitlines()[0]}"]
+        return seen
+    seen.built = True
+    targets = roles_of(model, seen)
+    every = resolve(model, "all-linear")
+    if targets:
+        seen.table += lines(targets)
+        seen.wrong += outside(model, targets)
+        if stray := set(targets.modules) - set(every.modules):
+            seen.wrong.append(f"not in all-linear: {stray}")
+    if seen.reason:
+        seen.table.append(seen.reason)
+    seen.table += [*(targets.notes if targets else ()), f"all-linear: {len(every.modules)} modules", *every.notes]
+    if targets:
+        seen.wrong += differences(build(model_type), targets)[1]
+    adapted, wrong = differences(model, every)
+    seen.wrong += wrong + lost(adapted)
+    seen.ran, seen.idle = idle(adapted, 4 if model_type in DECODERS else 1, LONGER.get(model_type, LENGTH))
+    return seen
+
+
+# --- independent rules
+
+# Words that no path of a self-attention's projection holds; a part of it that is one of a few whole words.
+FOREIGN = re.compile(
+    r"mlp|ffn|feed_forward|mamba|vision|image|visual|audio|speech|cross|encoder_attn|indexer|router|expert|moe|linear_attn"
+    r"|conv|head\b|embed|patcher|pooler|intermediate|(?<![^.])(gate|gate_proj|fc\d)(?![^.])",
+    re.IGNORECASE,
+)
+# The classes of what attends with a softmax; Zaya's and Inkling's projections, BERT's output are parts of it.
+ATTENDS = re.compile(r"Attention|MLA$")
+RECURS = re.compile(r"Delta|Lightning|Mamba|Rwkv|LSTM|RecurrentBlock|ShortConv$")
+
+
+def outside(model: nn.Module, targets: Targets) -> list[str]:
+    """Targets that are not in the self-attention of the decoder, as far as their path and classes tell."""
+    found = []
+    for path in targets.modules:
+        parts = path.split(".")
+        classes = [type(model.get_submodule(".".join(parts[:end]))).__name__ for end in range(1, len(parts))]
+        inner = [name for name in classes if ATTENDS.search(name) and not re.search("Layer$|Model$", name)]
+        if FOREIGN.search(path) or not inner or RECURS.search(inner[-1]) or "Cross" in inner[-1]:
+            found.append(f"outside self-attention: {path} {classes}")
+    return found
+
+
+def differences(model: PreTrainedModel, targets: Targets) -> tuple[PeftModel, list[str]]:
+    """Stock PEFT, given the names: what it touches and how much it trains, compared with the targets."""
+    shapes = [model.get_submodule(path).weight.shape for path in targets.modules]
+    adapted = get_peft_model(model, LoraConfig(r=R, init_lora_weights=False, **targets.peft()))
+    touched = [path for path, module in adapted.base_model.model.named_modules() if isinstance(module, LoraLayer)]
+    wrong = [f"PEFT differs: {sorted(set(touched) ^ set(targets.modules))}"] if touched != list(targets.modules) else []
+    trainable, formula = adapted.get_nb_trainable_parameters()[0], sum(R * sum(shape) for shape in shapes)
+    return adapted, wrong + ([f"PEFT trains {trainable}, not {formula}"] if trainable != formula else [])
+
+
+def lost(adapted: PeftModel) -> list[str]:
+    """Weights that PEFT saves under a name that it does not know again when it loads them."""
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    unknown = set_peft_model_state_dict(adapted, state).unexpected_keys
+    return [f"lost on loading: {unknown}"] if unknown else []
+
+
+def idle(adapted: PeftModel, codebooks: int, length: int) -> tuple[bool, list[str]]:
+    """Whether the model runs on the meta device, and the adapters that a loss over its logits does not reach."""
+    model = adapted.base_model.model
+    model.set_attn_implementation("eager")
+    adapted.to(torch.bfloat16).train()
+    ids = torch.zeros(codebooks, length, dtype=torch.long, device="meta")
+    mask = torch.ones(1, length, dtype=torch.long, device="meta")
+    # Some models look at values, which meta tensors have not; the fake ones of torch.compile get some of them through.
+    for mode, given in (nullcontext(), {"attention_mask": mask}), (fake(), {}):
+        try:
+            with torch.device("meta"), mode:
+                adapted(input_ids=ids, use_cache=False, **given).logits.sum().backward()
+        except (RuntimeError, ValueError, NotImplementedError, AssertionError):
+            adapted.zero_grad()
+        else:
+            weights = adapted.named_parameters()
+            return True, [name for name, weight in weights if "lora_B" in name and weight.grad is None]
+    return False, []
+
+
+def fake() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+# --- tests
+
+
+@pytest.fixture(scope="module")
+def sweep() -> dict[str, Seen]:
+    return {model_type: visit(model_type) for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+
+
+def written(sweep: dict[str, Seen]) -> list[str]:
+    return [f"{model_type}: {line}" for model_type, seen in sweep.items() for line in seen.table]
+
+
+def test_the_table_is_the_reviewed_one(sweep: dict[str, Seen]) -> None:
+    reviewed = [line for line in GOLDEN.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert written(sweep) == reviewed
+
+
+def test_every_type_is_built(sweep: dict[str, Seen]) -> None:
+    assert len(sweep) == 196
+    assert [model_type for model_type, seen in sweep.items() if not seen.built] == []
+
+
+def test_roles_are_found_wherever_there_is_attention(sweep: dict[str, Seen]) -> None:
+    assert {model_type: seen.roles for model_type, seen in sweep.items() if seen.roles != "qkvo"} == {
+        # Their keys and values are those of the model that they assist.
+        "gemma4_assistant": "qo",
+        "gemma4_unified_assistant": "qo",
+        # Its queries and outputs are experts, stacked in tensors.
+        "jetmoe": "kv",
+        # Its attention multiplies with bare parameters.
+        "xlnet": "",
+        # They have no attention.
+        "falcon_mamba": "",
+        "mamba": "",
+        "mamba2": "",
+        "rwkv": "",
+        "xlstm": "",
+    }
+
+
+def test_stock_peft_agrees_and_nothing_is_outside_self_attention(sweep: dict[str, Seen]) -> None:
+    assert {model_type: seen.wrong for model_type, seen in sweep.items() if seen.wrong} == {}
+
+
+def test_a_gradient_reaches_every_adapter_of_all_linear(sweep: dict[str, Seen]) -> None:
+    assert {model_type: seen.idle for model_type, seen in sweep.items() if seen.idle} == {}
+    assert [model_type for model_type, seen in sweep.items() if not seen.ran] == [
+        "blt", "dbrx", "gemma4_assistant", "gemma4_unified_assistant", "longcat_flash", "qwen4_exp", "qwen4_exp_text",
+        "reformer", "xlm", "xlnet",
+    ]  # fmt: skip
+
+
+# --- controls: what these checks are for is seen by them
+
+
+@pytest.mark.parametrize(
+    ("model_type", "asked"),
+    [
+        ("gpt2", ["c_proj"]),
+        ("kimi_linear", ["self_attn.q_proj"]),
+        ("bart", ["q_proj"]),
+        ("gemma3", ["q_proj"]),
+        ("minimax", ["qkv_proj"]),
+        ("qwen3_next", ["linear_attn.out_proj"]),
+        ("rwkv", ["attention.key"]),
+        ("mixtral", ["lm_head"]),
+    ],
+)
+def test_a_module_outside_is_seen(model_type: str, asked: list[str]) -> None:
+    model = build(model_type)
+    assert outside(model, resolve(model, asked))
+
+
+def test_a_module_too_many_is_seen() -> None:
+    model = build("gpt2")
+    targets = replace(resolve(model, list(ROLES)), names=("c_attn", "c_proj"))
+    touched, trained = differences(model, targets)[1]
+    assert "mlp.c_proj" in touched and "PEFT trains" in trained
+
+
+def test_an_adapter_that_is_lost_on_loading_is_seen() -> None:
+    [told] = lost(get_peft_model(build("laguna"), LoraConfig(r=R, target_modules=["shared_experts.down_proj"])))
+    assert told.startswith("lost on loading: ['base_model.model.model.layers.1.mlp.shared_experts..down_proj.lora_A")
+
+
+def test_an_adapter_without_effect_is_seen() -> None:
+    adapted = get_peft_model(build("mamba"), LoraConfig(r=R, target_modules=["dt_proj", "in_proj"]))
+    ran, without = idle(adapted, 1, LENGTH)
+    assert ran and len(without) == LAYERS and all("dt_proj" in name for name in without)
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    table = written({model_type: visit(model_type) for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES})
+    head = f"# Reviewed with transformers {version('transformers')} and peft {version('peft')}; see test_sweep.py"
+    GOLDEN.write_text("\n".join([head, *table]) + "\n", encoding="utf-8")

@@ -1,0 +1,294 @@
+"""rank_pattern, alpha_pattern, modules_to_save and layers_to_transform: what PEFT makes of them is what was meant."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from loratune.errors import ConfigError, LoratuneError, ModelError
+from loratune.targets import ROLES, Targets, resolve
+
+LLAMA: dict[str, Any] = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, pad_token_id=0,
+)  # fmt: skip
+GPT2: dict[str, Any] = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+NEOX: dict[str, Any] = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+)
+
+
+def build(model_type: str, device: str = "meta", **config: Any) -> PreTrainedModel:
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config))
+
+
+def attach(model: nn.Module, targets: Targets, **config: Any) -> PeftModel:
+    return get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 8} | config), **targets.peft()))
+
+
+def values(adapted: PeftModel) -> dict[str, tuple[int, float]]:
+    """Path of each adapted module → its r and lora_alpha, as PEFT built them."""
+    layers = adapted.base_model.model.named_modules()
+    found = {path: layer for path, layer in layers if isinstance(layer, LoraLayer)}
+    return {path: (layer.r["default"], layer.lora_alpha["default"]) for path, layer in found.items()}
+
+
+def saved(adapted: PeftModel) -> list[str]:
+    modules = adapted.base_model.model.named_modules()
+    return [path for path, module in modules if isinstance(module, ModulesToSaveWrapper)]
+
+
+def failure(model: nn.Module, kind: type[LoratuneError] = ModelError, **asked: Any) -> str:
+    with pytest.raises(kind) as caught:
+        resolve(model, **({"target_modules": list(ROLES)} | asked))
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+# --- rank_pattern and alpha_pattern
+
+
+def test_values_by_role_name_and_expression() -> None:
+    targets = resolve(
+        build("llama", **LLAMA),
+        ["q", "v", "o", "down_proj"],
+        rank_pattern={"q": 16, r"layers\.1\..*\.v_proj": 2, "mlp.down_proj": 6},
+        alpha_pattern={"o_proj": 5, r".*\.[02]\.self_attn\.q_proj": 7},
+    )
+    assert targets.rank_pattern == {"q_proj": 16, r"1\.self_attn\.v_proj": 2, "down_proj": 6}
+    assert targets.alpha_pattern == {"o_proj": 5, r"0\.self_attn\.q_proj": 7, r"2\.self_attn\.q_proj": 7}
+    expected = {}
+    for layer in range(3):
+        at = f"model.layers.{layer}"
+        expected |= {
+            f"{at}.self_attn.q_proj": (16, 8 if layer == 1 else 7),
+            f"{at}.self_attn.v_proj": (2 if layer == 1 else 4, 8),
+            f"{at}.self_attn.o_proj": (4, 5),
+            f"{at}.mlp.down_proj": (6, 8),
+        }
+    assert values(attach(build("llama", **LLAMA), targets)) == expected
+
+
+@pytest.mark.parametrize("entry", ["q", "q_proj"])
+def test_a_role_or_its_stock_name_on_another_architecture(entry: str) -> None:
+    model = build("gpt_neox", **NEOX)
+    targets = resolve(model, list(ROLES), rank_pattern={entry: 16})
+    assert targets.rank_pattern == {"query_key_value": 16}
+    assert targets.notes == (
+        "rank_pattern: 16 for q holds for k, v too, which attention.query_key_value serves as well",
+    )
+    assert {path.rpartition(".")[2]: value for path, value in values(attach(model, targets)).items()} == {
+        "query_key_value": (16, 8),
+        "dense": (4, 8),
+    }
+
+
+def test_a_name_keeps_to_the_targets() -> None:
+    model = build("gpt2", **GPT2)
+    targets = resolve(model, ["o"], rank_pattern={"c_proj": 16})
+    assert targets.rank_pattern == {"c_proj": 16}
+    assert set(values(attach(model, targets))) == {f"transformer.h.{layer}.attn.c_proj" for layer in (0, 1)}
+
+
+def test_a_name_that_ends_another() -> None:
+    # PEFT would give r=16 to both under the name `c_proj`, and under `attn.c_proj` too if it were not escaped.
+    model = build("gpt2", **GPT2)
+    targets = resolve(model, ["c_proj"], rank_pattern={"attn.c_proj": 16, "mlp.c_proj": 2})
+    assert targets.rank_pattern == {r"attn\.c_proj": 16, r"mlp\.c_proj": 2}
+    assert sorted(value for value, _ in values(attach(model, targets)).values()) == [2, 2, 16, 16]
+
+
+def test_a_whole_path_that_ends_another() -> None:
+    model = build("llama", **LLAMA)
+    model.model.lm_head = nn.Linear(32, 64, device="meta")
+    targets = resolve(model, ["lm_head"], rank_pattern={r"(?<!\.)lm_head": 2, "model.lm_head": 16})
+    assert values(attach(model, targets)) == {"model.lm_head": (16, 8), "lm_head": (2, 8)}
+
+
+def test_the_same_value_twice_is_no_contradiction() -> None:
+    assert resolve(build("gpt2", **GPT2), list(ROLES), rank_pattern={"q": 16, "k": 16}).rank_pattern == {"c_attn": 16}
+
+
+def test_two_values_for_one_module() -> None:
+    message = failure(build("gpt2", **GPT2), rank_pattern={"q": 16, "k": 8}, alpha_pattern={"v": 1, "c_attn": 2})
+    assert message.splitlines() == [
+        "lora.rank_pattern: attn.c_attn, one module for q, k, v, is given 16 by `q`, 8 by `k`; give it one value",
+        "lora.alpha_pattern: attn.c_attn, one module for q, k, v, is given 1 by `v`, 2 by `c_attn`; give it one value",
+    ]
+    message = failure(build("llama", **LLAMA), rank_pattern={"q": 16, r".*\.0\..*": 8})
+    assert "self_attn.q_proj is given 16 by `q`, 8 by `.*\\.0\\..*`" in message
+
+
+@pytest.mark.parametrize(
+    ("entry", "what"),
+    [
+        ("k", "role `k` is served by none of the targets"),
+        ("k_proj", "`k_proj` is no target"),
+        ("zzz", "`zzz` matches none of the targets"),
+        (r"layers\.7\..*", r"`layers\.7\..*` matches none of the targets"),
+    ],
+)
+def test_a_key_that_hits_no_target(entry: str, what: str) -> None:
+    message = failure(build("llama", **LLAMA), target_modules=["q", "v"], rank_pattern={entry: 16})
+    assert message == (
+        f"lora.rank_pattern: {what}; the targets are self_attn.q_proj ×3, self_attn.v_proj ×3; "  # noqa: RUF001
+        "use one of these, or add it to lora.target_modules"
+    )
+
+
+def test_a_key_that_does_not_compile() -> None:
+    message = failure(build("llama", **LLAMA), ConfigError, alpha_pattern={"*_proj": 16})
+    assert message.startswith("lora.alpha_pattern: `*_proj` is not a regular expression")
+
+
+# --- layers_to_transform
+
+
+def test_layers_and_names_together_are_exact() -> None:
+    config = LLAMA | {"num_hidden_layers": 24}
+    layers = [0, 5, 22]
+    targets = resolve(build("llama", **config), list(ROLES), layers, rank_pattern={"q": 16, r".*\.5\..*v_proj": 2})
+    assert targets.names == ("k_proj", "o_proj", "q_proj", "v_proj")
+    assert targets.rank_pattern == {"q_proj": 16, r"5\.self_attn\.v_proj": 2}
+    found = values(attach(build("llama", **config), targets, layers_to_transform=layers))
+    assert list(found) == list(targets.modules) and len(found) == 12
+    assert [value for path, (value, _) in found.items() if "v_proj" in path] == [4, 2, 4]
+
+
+def test_layers_do_not_hold_for_a_whole_path() -> None:
+    model = build("llama", **LLAMA)
+    model.q_proj = nn.Linear(32, 64, device="meta")  # PEFT takes a whole path, whatever its layer
+    targets = resolve(model, ["self_attn.q_proj"], [1])
+    assert targets.names == ("self_attn.q_proj",)
+    assert list(values(attach(model, targets, layers_to_transform=[1]))) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_a_layer_without_targets_is_told_beside_other_problems() -> None:
+    message = failure(build("llama", **LLAMA), layers=[1, 9], rank_pattern={"zzz": 1})
+    assert "lora.layers_to_transform: no target in layer 9; its layers go from 0 to 2" in message
+    assert "lora.rank_pattern: `zzz`" in message
+
+
+# --- modules_to_save
+
+
+@pytest.mark.parametrize(
+    ("asked", "names", "paths"),
+    [
+        (["lm_head"], ["lm_head"], ["lm_head"]),
+        (["norm"], ["model.norm"], ["model.norm"]),  # `norm` would be every input_layernorm as well
+        (["embed_tokens", "model.norm"], ["embed_tokens", "model.norm"], ["model.embed_tokens", "model.norm"]),
+        (["o"], ["o_proj"], [f"model.layers.{layer}.self_attn.o_proj" for layer in range(3)]),
+        (["layers.1.mlp"], ["1.mlp"], ["model.layers.1.mlp"]),
+        (["mlp", "down_proj"], ["mlp"], [f"model.layers.{layer}.mlp" for layer in range(3)]),
+    ],
+)
+def test_modules_to_save_are_exactly_those(asked: list[str], names: list[str], paths: list[str]) -> None:
+    targets = resolve(build("llama", **LLAMA), ["q", "v"], modules_to_save=asked)
+    assert targets.peft()["modules_to_save"] == names
+    adapted = attach(build("llama", **LLAMA), targets)
+    assert saved(adapted) == paths
+    assert list(values(adapted)) == list(targets.modules)
+
+
+def test_peft_takes_a_name_letter_by_letter() -> None:
+    """The control, and the reason why names are lengthened."""
+    stock = get_peft_model(build("llama", **LLAMA), LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
+    assert len(saved(stock)) == 7
+    model = build("llama", **LLAMA)
+    model.overlm_head = nn.Linear(32, 64, device="meta")
+    message = failure(model, modules_to_save=["lm_head"])
+    assert message == "lora.modules_to_save: PEFT cannot tell lm_head from overlm_head; save both or neither"
+
+
+def test_none_are_saved_unless_asked_for() -> None:
+    assert resolve(build("llama", **LLAMA), ["q"]).peft() == {
+        "target_modules": ["q_proj"],
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ("self_attn", "`self_attn` is or holds targets (self_attn.q_proj ×3, self_attn.v_proj ×3)"),  # noqa: RUF001
+        ("q", "`q` is or holds targets (self_attn.q_proj ×3)"),  # noqa: RUF001
+        ("layers", "`layers` is or holds targets"),
+        ("head", "`head` is no module of llama; it has lm_head ×1; name a module by its path or the end of it"),  # noqa: RUF001
+        ("zzz", "`zzz` is no module of llama; its linear modules: self_attn.q_proj ×3"),  # noqa: RUF001
+        ("act_fn", "`act_fn` (SiLUActivation) has no parameters to train"),
+    ],
+)
+def test_modules_that_cannot_be_saved(asked: str, what: str) -> None:
+    message = failure(build("llama", **LLAMA), target_modules=["q", "v"], modules_to_save=[asked])
+    assert message.startswith(f"lora.modules_to_save: {what}")
+
+
+def test_a_list_of_modules_is_no_module() -> None:
+    model = build("opt", vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4)
+    message = failure(model, target_modules=["project_in"], modules_to_save=["layers"])
+    assert "`layers` is a list of modules; name one of them" in message
+
+
+def test_a_quantized_module_cannot_be_trained_whole() -> None:
+    model = build("llama", **LLAMA)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight = nn.Parameter(layer.mlp.down_proj.weight.to(torch.int8), requires_grad=False)
+    message = failure(model, target_modules=["q", "v"], modules_to_save=["down_proj"])
+    assert message == "lora.modules_to_save: `down_proj` is quantized, and cannot be trained whole; leave it out"
+    assert resolve(model, ["q", "v"], modules_to_save=["up_proj"]).modules_to_save == ("up_proj",)
+
+
+def test_tied_weights_come_apart_and_it_is_said() -> None:
+    model = build("gpt2", "cpu", **GPT2)
+    head, embedding = "lm_head", "transformer.wte"
+    share = f"{head} and {embedding} share one weight in the base"
+    targets = resolve(model, ["q"], modules_to_save=[head])
+    assert targets.notes == (f"modules_to_save: {share}; {embedding} keeps the one of the base",)
+    both = resolve(model, ["q"], modules_to_save=[head, embedding])
+    assert both.notes == (f"modules_to_save: {share}; they are trained apart",)
+    assert resolve(build("gpt2", **GPT2, tie_word_embeddings=False), ["q"], modules_to_save=[head]).notes == ()
+
+    adapted = attach(model, targets)
+    trained = adapted.base_model.model.lm_head.modules_to_save["default"].weight
+    before = adapted.base_model.model.transformer.wte.weight.detach().clone()
+    with torch.no_grad():
+        trained += 1
+    assert torch.equal(adapted.base_model.model.transformer.wte.weight, before)
+
+
+def test_a_target_with_a_tied_weight_is_noted() -> None:
+    [note] = resolve(build("gpt2", **GPT2), ["q", "lm_head"]).notes
+    assert note.startswith("lm_head: the weight belongs to further modules; each module has its own adapter")
+    assert resolve(build("gpt2", **GPT2, tie_word_embeddings=False), ["q", "lm_head"]).notes == ()
+
+
+# --- notes of roles
+
+
+HYBRID: dict[str, Any] = dict(vocab_size=64, num_hidden_layers=8)
+
+
+def test_a_hybrid_model_says_where_attention_is() -> None:
+    model = build("qwen3_next", **HYBRID)
+    targets = resolve(model, list(ROLES))
+    assert targets.notes == (
+        "attention is in 2 of 8 layers; the linear_attn modules stay as they are: "
+        "name them (linear_attn.in_proj_qkvz, linear_attn.in_proj_ba, linear_attn.out_proj) to adapt them",
+    )
+    named = resolve(model, ["o", "linear_attn.in_proj_qkvz", "in_proj_ba", "linear_attn.out_proj"])
+    assert named.notes == () and len(named.modules) == 2 + 3 * 6
+    assert resolve(model, ["o_proj"]).notes == ()  # a name, which means what it says
+
+
+def test_mixers_that_share_their_name_with_attention_go_by_their_class() -> None:
+    [note] = resolve(build("kimi_linear", num_hidden_layers=5), list(ROLES)).notes
+    assert note.startswith("attention is in 1 of 5 layers; the KimiLinearDeltaAttention modules stay as they are")
