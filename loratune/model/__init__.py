@@ -1,0 +1,218 @@
+"""Tokenizer and base model: where they come from, in which numbers, on which device."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from loratune import places
+from loratune.config import ModelSection
+from loratune.errors import ModelError, Problem
+from loratune.model import hub
+from loratune.model.faults import LOADING, damaged_weights, unreadable
+from loratune.model.machine import Machine as Machine
+from loratune.model.machine import check_machine as check_machine
+from loratune.model.machine import compute_dtype as compute_dtype
+from loratune.model.machine import device as device
+from loratune.model.machine import notes as notes
+from loratune.model.originals import original_weights as original_weights
+from loratune.model.quantized import check_trainable, keep_backward, settings
+from loratune.model.weights import check_complete
+from loratune.places import gguf, quantized
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What transformers is given. name: an absolute path or a hub id; gguf: the absolute path of a GGUF file.
+
+    on_hub: the file comes from there, and what lies beside it in the cache is chance.
+    """
+
+    name: str
+    gguf: str | None = None
+    on_hub: bool = False
+
+    def instead_of(self, *files: str) -> dict[str, str]:
+        """The GGUF file as a keyword for `from_pretrained`, unless the directory has one of these files."""
+        if self.gguf is None or (not self.on_hub and any((Path(self.name) / file).is_file() for file in files)):
+            return {}
+        return {"gguf_file": self.gguf}
+
+
+def load_config(section: ModelSection) -> Any:
+    """The model's configuration, without its weights. It is that of the GGUF file where there is no other.
+
+    Raises ModelError: path missing, repository absent, gated, offline and not cached; not a decoder-only causal
+    language model; remote code needed and not allowed; quantization asked for, and the base comes quantized.
+    """
+    return _read_config(section, _find(section))
+
+
+def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> Any:
+    """The model's tokenizer, or that of an adapter directory, which has no model configuration.
+
+    chat_template: a Jinja file whose text replaces the tokenizer's own template.
+    Raises ModelError: as `load_config`; the tokenizer, or the template, cannot be read.
+    """
+    path = Path(places.local_or_hub(section.name_or_path))
+    found = _Found(str(path))
+    if (path / "config.json").is_file() or not (path / "tokenizer_config.json").is_file():
+        found = _find(section)
+        _read_config(section, found)  # AutoTokenizer reads it too, and would report it as a fault of the tokenizer
+    source = found.instead_of("tokenizer_config.json", "tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found.name, **source, **_origin(section))
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        raise unreadable("tokenizer", section, error) from None
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(Problem(f"cannot be read: {error}", chat_template, "data.chat_template")) from None
+    return tokenizer
+
+
+def load_base(section: ModelSection) -> PreTrainedModel:
+    """The base model with its weights, on the GPU if there is one, in evaluation mode. A GGUF file is unpacked.
+
+    Raises ConfigError: as `check_machine`. Raises ModelError: as `load_config`; weights that are missing, damaged, or
+    do not fit the configuration; a base that comes quantized, and is without its packages or cannot be trained.
+    """
+    check_machine(section)
+    found = _find(section)
+    config = _read_config(section, found)
+    quantization = settings(section, config)
+    packed = quantization is not None or quantized.found_in(config.to_dict()) is not None
+    try:
+        with _quietly(found):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                found.name,
+                config=config,
+                dtype=compute_dtype(section),
+                quantization_config=quantization,
+                device_map={"": device()} if packed or torch.cuda.is_available() else None,
+                attn_implementation=section.attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with names
+                **found.instead_of(),
+                **_origin(section),
+            )
+    except LOADING as error:
+        if problems := list(damaged_weights(section)):
+            raise ModelError(problems) from None
+        raise unreadable("model", section, error) from None
+    check_complete(model, info, section.name_or_path)
+    check_trainable(model, section.name_or_path)
+    keep_backward(model)
+    model.generation_config = GenerationConfig()  # a base's own sampling defaults would make greedy less than greedy
+    return model.eval()
+
+
+def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedModel:
+    """The model on the meta device: every shape and no numbers, whatever its size. A quantized one is dense here.
+
+    Raises ModelError: no causal language model can be built from this configuration.
+    """
+    section = section or ModelSection(name_or_path=config.name_or_path or config.model_type)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=section.trust_remote_code, dtype=compute_dtype(section)
+            )
+    except Exception as error:  # values that the configuration accepts may fail wherever a layer first uses them
+        raise unreadable("model", section, error) from None
+
+
+def unpacked(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
+    """The model in which targets are looked for: `base`, or its plain twin on the meta device.
+
+    The layers that GPTQ, AWQ and their like put into a model are no `nn.Linear`; those of bitsandbytes are.
+    """
+    found = quantized.found_in(base.config.to_dict())
+    return base if found is None or quantized.method(found) == "bitsandbytes" else build_meta(base.config, section)
+
+
+def fingerprint(base: PreTrainedModel) -> str:
+    """SHA-256 of the shape of a model and a sample of its numbers: 64 values of each of 16 tensors, spread evenly."""
+    config = base.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "quantization_config"):
+        config.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    tensors = list(base.named_parameters())
+    for name, tensor in tensors[:: max(1, len(tensors) // 16)]:
+        digest.update(name.encode() + tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills padding. It is masked by position, so the end of sequence will do where none is defined."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens the model was built for, if its configuration says so."""
+    length = config.to_dict().get("max_position_embeddings") or config.to_dict().get("n_positions")
+    return int(length) if length else None
+
+
+def _find(section: ModelSection) -> _Found:
+    """Look for the model, and fetch its GGUF file if it is on the hub.
+
+    The file goes to transformers by its absolute path: a relative one it would look for in the working directory first.
+    """
+    name, file = section.name_or_path, section.gguf_file
+    if places.is_directory(name, section.revision, file, trusted=section.trust_remote_code):
+        directory = places.local_or_hub(name)
+        return _Found(directory, str(Path(directory) / file) if file else None)
+    if file is None:
+        hub.check(name, section.revision)
+        return _Found(name)
+    fetched = hub.fetch(name, section.revision, file)
+    gguf.check(fetched)
+    return _Found(str(fetched.parent), str(fetched), on_hub=True)
+
+
+def _read_config(section: ModelSection, found: _Found) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(found.name, **found.instead_of("config.json"), **_origin(section))
+    except Exception as error:  # a wrong value in config.json fails wherever it is first used
+        raise unreadable("configuration", section, error) from None
+    _check_decoder(config, section)
+    quantized.check_asked(quantized.found_in(config.to_dict()), section.name_or_path, section.quantization)
+    return config
+
+
+@contextmanager
+def _quietly(found: _Found) -> Iterator[None]:
+    """Libraries of quantized bases greet on stdout, and transformers shows bars as it unpacks a GGUF file."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) if found.gguf else nullcontext():
+        yield
+
+
+def _origin(section: ModelSection) -> dict[str, Any]:
+    return section.model_dump(include={"revision", "trust_remote_code"})
+
+
+def _check_decoder(config: Any, section: ModelSection) -> None:
+    architectures = config.architectures or []
+    architecture = ", ".join(architectures) or config.model_type
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or section.trust_remote_code
+    other_head = architectures and not any(
+        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
+    )
+    if config.is_encoder_decoder or not known or other_head:
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "not a causal language model"
+        what = f"{architecture} (model type {config.model_type}) is {kind}"
+        raise ModelError(Problem(what, section.name_or_path, fix="loratune adapts decoder-only language models"))

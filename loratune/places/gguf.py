@@ -1,0 +1,143 @@
+"""A GGUF file as it lies on the disk: is it one, and is it whole. Read without torch, and without its numbers.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import mmap
+import struct
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path, PurePath
+from typing import Any
+
+from loratune.errors import ModelError, Problem
+
+KEY = "model.gguf_file"
+LFS = b"version https://git-lfs"
+
+# Value types of metadata → their code in struct. 8 is a string, 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+BLOCKS = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40),
+    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66),
+    17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136),
+    24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54),
+    35: (256, 66), 39: (32, 17),
+}  # fmt: skip
+"""ggml type → numbers in a block, bytes of a block (ggml.h, ggml-common.h)."""
+
+
+def check_name(gguf_file: str) -> None:
+    """Insist that the file is within its directory.
+
+    Raises ModelError: an absolute path, or one that leads out of the directory.
+    """
+    if PurePath(gguf_file).is_absolute() or ".." in PurePath(gguf_file).parts:
+        fix = "name the directory in model.name_or_path, and the file alone here"
+        raise ModelError(Problem("leads out of the model directory", gguf_file, KEY, fix))
+
+
+def check(path: Path) -> None:
+    """Insist that transformers will be able to read this file.
+
+    Raises ModelError: nothing there; a Git LFS pointer; not a GGUF file, of a version that transformers does not read,
+    one part of several, cut off; the package gguf is missing.
+    """
+    if not path.is_file():
+        raise ModelError(Problem("no such file", str(path), KEY, _beside(path)))
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(len(LFS))
+        if start == LFS:
+            raise ModelError(
+                Problem("a Git LFS pointer, not the weights", str(path), fix="fetch them with `git lfs pull`")
+            )
+        if start[:4] != b"GGUF":
+            raise ModelError(Problem("not a GGUF file", str(path), KEY))
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _check_whole(_Reader(data), path, size)
+    if find_spec("gguf") is None:
+        fix = "pip install 'loratune[gguf]'"
+        raise ModelError(Problem("the package gguf is missing, which reads GGUF files", str(path), KEY, fix))
+
+
+class _Reader:
+    """Takes values off the front of a file. Raises struct.error where the file ends."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data, self.at = data, 4
+
+    def take(self, form: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(f"<{form}", self.data, self.at)
+        self.skip(struct.calcsize(f"<{form}"))
+        return values
+
+    def skip(self, count: int) -> None:
+        self.at += count
+        if self.at > len(self.data):
+            raise struct.error("past the end")
+
+    def text(self) -> bytes:
+        (length,) = self.take("Q")
+        start = self.at
+        self.skip(length)
+        return self.data[start : self.at]
+
+    def value(self, kind: int) -> Any:
+        """A value of metadata; None for an array, which is passed over."""
+        if kind in _SCALARS:
+            return self.take(_SCALARS[kind])[0]
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise ValueError(f"metadata of the unknown type {kind}")
+        inner, length = self.take("IQ")
+        if inner in _SCALARS:
+            self.skip(length * struct.calcsize(f"<{_SCALARS[inner]}"))
+        else:
+            for _ in range(length):
+                self.value(inner)
+        return None
+
+
+def _check_whole(reader: _Reader, path: Path, size: int) -> None:
+    """Read the metadata and the table of tensors, and see whether the last tensor ends within the file."""
+    try:
+        version, tensors, entries = reader.take("IQQ")
+        if version not in (2, 3):
+            raise ModelError(Problem(f"GGUF version {version}, and only 2 and 3 can be read", str(path), KEY))
+        metadata = {}
+        for _ in range(entries):
+            key = reader.text()
+            metadata[key] = reader.value(*reader.take("I"))
+        end = _end_of_tensors(reader, tensors, int(metadata.get(b"general.alignment") or 32))
+    except struct.error:
+        raise ModelError(Problem("cut off within its header", str(path), KEY, "fetch it again")) from None
+    except (ValueError, OverflowError) as error:
+        raise ModelError(Problem(f"damaged: {error}", str(path), KEY, "fetch it again")) from None
+    if (parts := metadata.get(b"split.count") or 1) > 1:
+        fix = "join them with `llama-gguf-split --merge`"
+        raise ModelError(Problem(f"one of {parts} parts, which transformers does not join", str(path), KEY, fix))
+    if end > size:
+        what = f"cut off: {size:,} bytes, of at least {end:,}"
+        raise ModelError(Problem(what, str(path), KEY, "fetch it again"))
+
+
+def _end_of_tensors(reader: _Reader, tensors: int, alignment: int) -> int:
+    """How many bytes the file must have for all of its tensors; one of an unknown type counts as empty."""
+    end = 0
+    for _ in range(tensors):
+        reader.text()
+        (rank,) = reader.take("I")
+        shape = reader.take(f"{rank}Q")
+        kind, offset = reader.take("IQ")
+        numbers, width = BLOCKS.get(kind, (1, 0))
+        end = max(end, offset + prod(shape) // numbers * width)
+    return -(-reader.at // alignment) * alignment + end
+
+
+def _beside(path: Path) -> str:
+    files = sorted(file.name for file in path.parent.glob("*.gguf"))
+    return f"there is {', '.join(files[:3])}" if files else "no GGUF file is in that directory"

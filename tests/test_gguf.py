@@ -1,0 +1,368 @@
+"""A base in a GGUF file: trained on as on the same model in safetensors, and found again by what the adapter says."""
+
+import json
+import re
+import struct
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from conftest import ROOT, ROWS, Ran, process, tiny_llama, tree, write_rows
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from loratune import inference, model, preflight
+from loratune.config import ModelSection
+from loratune.errors import ModelError
+from loratune.places.gguf import BLOCKS, check
+from loratune.saved import WEIGHTS_FILE
+
+FILE = "tiny.gguf"
+Cli = Callable[..., Ran]
+MakeConfig = Callable[..., Path]
+
+NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "model.layers": "blk",
+}
+
+
+def write_gguf(path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, **extra: int) -> Path:
+    """Write a Llama as llama.cpp's converter does, in float32; extra: further numbers for its metadata."""
+    config, writer = llama.config, gguf.GGUFWriter(path, "llama")
+    for key, value in extra.items():
+        writer.add_uint16(key.replace("_", "."), value)
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    words = sorted(tokenizer.get_vocab().items(), key=lambda word: word[1])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([word for word, _ in words])
+    writer.add_token_scores([0.0] * len(words))
+    writer.add_token_types([3 if number > 255 else 1 for _, number in words])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    for name, tensor in llama.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:  # llama.cpp rotates neighbours, transformers halves
+            tensor = tensor.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> tuple[Path, Path]:
+    """The same model twice: a directory with a GGUF file and nothing else, and one as transformers writes it."""
+    packed, plain = (tmp_path_factory.mktemp("gguf") / name for name in ("packed", "plain"))
+    packed.mkdir()
+    llama = tiny_llama(vocab_size=len(tokenizer))
+    write_gguf(packed / FILE, llama, tokenizer)
+    llama.save_pretrained(plain)
+    tokenizer.save_pretrained(plain)
+    return packed, plain
+
+
+def test_the_file_holds_the_model_to_the_bit(pair: tuple[Path, Path]) -> None:
+    packed, plain = (
+        model.load_base(ModelSection(name_or_path=str(path), gguf_file=file, dtype="float32")).state_dict()
+        for path, file in zip(pair, (FILE, None), strict=True)
+    )
+    assert packed.keys() == plain.keys()
+    assert all(torch.equal(packed[name], plain[name]) for name in plain)
+
+
+def test_trains_generates_and_evaluates_as_the_plain_model_does(
+    pair: tuple[Path, Path], run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {"data": {"validation": str(tmp_path / "rows.jsonl")}, "training": {"max_steps": 4}}
+    told = {}
+    for kind, path, file in zip(("packed", "plain"), pair, (FILE, None), strict=True):
+        base = {"name_or_path": str(path), "gguf_file": file}
+        config = run_config(f"{kind}.yaml", model=base, output_dir=str(tmp_path / kind), **sections)
+        counted = cli("params", config)
+        trained = cli("train", config)
+        assert (trained.code, "%|" in trained.err) == (0, False), trained.err  # no bars
+        out = ("--adapter", tmp_path / kind)
+        answered = cli("generate", *out, "--max-new-tokens", 4, "3 and 3 make")
+        scored = cli("evaluate", *out, "--data", tmp_path / "rows.jsonl", "--json")
+        read = cli("params", *out).out.splitlines()[2:]  # below the names of adapter and base
+        told[kind] = [counted, trained.err, answered, scored, read, tree(tmp_path / kind)[WEIGHTS_FILE]]
+        assert [ran.code for ran in (counted, trained, answered, scored)] == [0, 0, 0, 0]
+    told["plain"][1] = re.sub(r"[\d,]+ tokens/s.*", "", told["plain"][1])
+    told["packed"][1] = re.sub(r"[\d,]+ tokens/s.*", "", told["packed"][1])
+    assert told["packed"] == told["plain"]
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on the GGUF file, trained for one step."""
+    path = tmp_path_factory.mktemp("adapter")
+    (path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (path / "run.yaml").write_text(
+        f"model: {{name_or_path: {pair[0]}, gguf_file: {FILE}, dtype: float32}}\n"
+        f"data: {{train: {path / 'rows.jsonl'}}}\ntraining: {{max_steps: 1, learning_rate: 0.01}}\n"
+        f"output_dir: {path / 'out'}\n"
+    )
+    ran = process("train", path / "run.yaml")
+    assert ran.code == 0, ran.err
+    return path / "out"
+
+
+def logits(tuned: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return tuned(torch.arange(12)[None]).logits
+
+
+def test_the_adapter_says_how_to_load_its_base(
+    adapter_dir: Path, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert json.loads((adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"] == str(pair[0])
+    record = json.loads((adapter_dir / "loratune.json").read_text())
+    assert record["base"] == {"name_or_path": str(pair[0]), "revision": None, "gguf_file": FILE}
+    with_config = inference.load(preflight.open_adapter(adapter_dir)).model
+
+    (alone := tmp_path / "alone").mkdir()
+    for file in adapter_dir.iterdir():
+        if file.name != "run.yaml":
+            (alone / file.name).write_bytes(file.read_bytes())
+    opened = preflight.open_adapter(alone)
+    assert (opened.base.gguf_file, opened.run) == (FILE, None)
+
+    monkeypatch.chdir(adapter_dir.parent)  # the card names the directory as it is called where it lies
+    (code,) = re.findall(r"```python\n(.*?)```", (adapter_dir / "README.md").read_text(), flags=re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    assert torch.equal(logits(namespace["model"].float()), logits(with_config))
+    assert namespace["tokenizer"]("a").input_ids == [64]
+    with namespace["model"].disable_adapter():
+        assert not torch.equal(logits(namespace["model"]), logits(with_config))
+
+
+@pytest.mark.parametrize("record", ["[]", "{", '{"base": {"gguf_file": 3}}'])
+def test_a_record_that_does_not_say_it(record: str, adapter_dir: Path, tmp_path: Path, cli: Cli) -> None:
+    for file in adapter_dir.iterdir():
+        if file.name != "run.yaml":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "loratune.json").write_text(record)
+    ran = cli("generate", "x", "--adapter", tmp_path)
+    assert (ran.code, ran.out) == (5, "")
+    assert ran.err.startswith(f"error: {tmp_path / 'loratune.json'}: base")
+
+
+def test_the_working_directory_is_not_looked_at(
+    pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers prefers a file of that name in the working directory: the control."""
+    other = tiny_llama(vocab_size=len(tokenizer), num_hidden_layers=1)
+    write_gguf(tmp_path / FILE, other, tokenizer)
+    monkeypatch.chdir(tmp_path)
+    wrong = model.AutoModelForCausalLM.from_pretrained(pair[0], gguf_file=FILE, config=other.config)
+    assert torch.equal(wrong.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    assert len(wrong.model.layers) == 1
+    assert model.load_base(ModelSection(name_or_path=str(pair[0]), gguf_file=FILE)).config.num_hidden_layers == 2
+
+
+def test_the_files_of_the_directory_come_first(
+    pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / FILE).write_bytes((pair[0] / FILE).read_bytes())
+    section = ModelSection(name_or_path=str(tmp_path), gguf_file=FILE)
+    assert model.load_tokenizer(section).eos_token == tokenizer.eos_token
+    assert model.load_config(section).max_position_embeddings == 512
+    config = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=99).config
+    config.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end|>").save_pretrained(tmp_path)
+    assert model.load_tokenizer(section).eos_token == "<|end|>"
+    assert model.load_base(section).config.max_position_embeddings == 99
+
+
+# Files that are no such thing. Each error comes before torch is imported.
+
+
+def cut(count: int) -> Callable[[bytes], bytes]:
+    return lambda content: content[:count]
+
+
+FAULTY: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "text": (lambda content: b"hello", "{file}: model.gguf_file: not a GGUF file"),
+    "empty": (cut(0), "{file}: model.gguf_file: not a GGUF file"),
+    "LFS": (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "{file}: a Git LFS pointer, not the"),
+    "magic alone": (cut(4), "{file}: model.gguf_file: cut off within its header; fetch it again"),
+    "header": (cut(900), "{file}: model.gguf_file: cut off within its header; fetch it again"),
+    "last byte": (lambda content: content[:-1], "{file}: model.gguf_file: cut off: {short} bytes, of at least {size};"),
+    "version 1": (lambda content: content[:4] + b"\1" + content[5:], "{file}: model.gguf_file: GGUF version 1, and"),
+    "nonsense": (lambda content: content[:24] + b"\xff" * 200, "{file}: model.gguf_file: cut off within its header"),
+    "type": (lambda content: content[:24] + struct.pack("<QcI", 1, b"a", 99) + content[37:],
+             "{file}: model.gguf_file: damaged: metadata of the unknown type 99"),
+}  # fmt: skip
+
+WITHOUT_TORCH = """
+import sys
+from typer.testing import CliRunner
+from loratune.cli import app
+ran = CliRunner().invoke(app, ["train", sys.argv[1]])
+print(ran.exit_code, "torch" in sys.modules, ran.stdout, ran.stderr)
+"""
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_file_that_cannot_be_read(kind: str, pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path) -> None:
+    content, (damage, message) = (pair[0] / FILE).read_bytes(), FAULTY[kind]
+    file = tmp_path / "model" / FILE
+    file.parent.mkdir()
+    file.write_bytes(damage(content))
+    config = run_config(model={"name_or_path": str(file.parent), "gguf_file": FILE})
+    before = tree(tmp_path)
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
+    expected = message.format(file=file, short=f"{len(content) - 1:,}", size=f"{len(content):,}")
+    assert ran.stdout.startswith(f"3 False  error: {expected}"), ran.stdout
+    assert tree(tmp_path) == before
+
+
+def test_a_whole_file_is_not_refused(pair: tuple[Path, Path]) -> None:
+    check(pair[0] / FILE)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("other.gguf", "{path}/other.gguf: model.gguf_file: no such file; there is tiny.gguf"),
+        ("../packed/tiny.gguf", "../packed/tiny.gguf: model.gguf_file: leads out of the model directory; name the"),
+        ("/tiny.gguf", "/tiny.gguf: model.gguf_file: leads out of the model directory; name the directory in"),
+        (None, "{path}: model.name_or_path: no config.json in this directory, so it holds no model; set "
+               "model.gguf_file to tiny.gguf"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["train", "params"])
+def test_a_name_that_leads_nowhere(
+    command: str, file: str | None, message: str, pair: tuple[Path, Path], run_config: MakeConfig, cli: Cli
+) -> None:
+    ran = cli(command, run_config(model={"name_or_path": str(pair[0]), "gguf_file": file}))
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err.startswith(f"error: {message.format(path=pair[0])}")
+
+
+def test_one_part_of_several(pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    part = write_gguf(tmp_path / FILE, tiny_llama(vocab_size=len(tokenizer)), tokenizer, split_count=3)
+    with pytest.raises(ModelError, match=r"one of 3 parts, .*; join them with `llama-gguf-split --merge`"):
+        check(part)
+
+
+def test_without_the_package(pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['gguf'] = None\n")
+    config = run_config(model={"name_or_path": str(pair[0]), "gguf_file": FILE})
+    ran = process("train", config, PYTHONPATH=str(tmp_path / "site"))
+    what = "the package gguf is missing, which reads GGUF files; pip install 'loratune[gguf]'"
+    assert ran == Ran(3, "", f"error: {pair[0] / FILE}: model.gguf_file: {what}\n")
+    assert "gguf" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def test_sizes_of_blocks_are_those_of_ggml() -> None:
+    theirs = {int(kind): size for kind, size in gguf.constants.GGML_QUANT_SIZES.items()}
+    assert {kind: theirs[kind] for kind in BLOCKS} == BLOCKS
+    assert len(BLOCKS) > 30
+
+
+# On the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Serves one file as huggingface.co does."""
+
+    content = b""
+
+    def do_HEAD(self) -> None:
+        found = self.path == f"/who/packed/resolve/main/{FILE}"
+        self.send_response(200 if found else 404)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        if found:
+            self.send_header("ETag", '"0123456789"')
+            self.send_header("Content-Length", str(len(self.content)))
+        else:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(pair: tuple[Path, Path]) -> Iterator[str]:
+    Hub.content = (pair[0] / FILE).read_bytes()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path) -> None:
+    local = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
+    base = {"name_or_path": "who/packed", "gguf_file": FILE, "dtype": "float32"}
+    config = run_config(model=base, training={"max_steps": 2})
+    ran = process("train", config, **local)
+    assert ran.code == 0, ran.err
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "who/packed"
+    offline = local | {"HF_HUB_OFFLINE": "1"}
+    ran = process("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make", **offline)
+    assert ran.code == 0, ran.err
+    ran = process("params", run_config(model=base | {"gguf_file": "gone.gguf"}), **local)
+    assert ran == Ran(3, "", "error: who/packed: model.gguf_file: the repository has no gone.gguf\n")
+
+
+# The real one
+
+
+def test_the_real_model(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    path = ROOT / "models" / "SmolLM2-135M-Instruct-GGUF"
+    subprocess.run([sys.executable, ROOT / "scripts" / "fetch_smollm2.py", "--gguf", path], check=True)
+    base = {"name_or_path": str(path), "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "auto"}
+    config = run_config(model=base, training={"max_steps": 2, "learning_rate": 1e-3})
+    ran = cli("params", config)
+    assert ran.out.startswith("trainable params: 921,600 || all params: 135,436,608 ||"), ran.err
+    ran = cli("train", config)
+    assert ran.code == 0, ran.err
+    ran = cli("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 4, "--base", "The capital of France is")
+    assert ran.code == 0, ran.err
+    assert "Paris" in ran.out
+    few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
+    ran = cli("evaluate", "--adapter", tmp_path / "out", "--data", few, "--json")
+    scores = json.loads(ran.out)
+    assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1

@@ -1,0 +1,480 @@
+"""Quantized bases on a CPU: quantized while they are loaded, or come so; and what the machine or a package lacks."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from conftest import Ran, process, tiny_llama, tree
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+
+from loratune import adapter, inference, model, preflight
+from loratune.config import LoraSection, ModelSection
+from loratune.errors import ConfigError
+from loratune.model.machine import Machine
+from loratune.saved import WEIGHTS_FILE
+
+Cli = Callable[..., Ran]
+MakeConfig = Callable[..., Path]
+LAYER = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Wide enough for bitsandbytes to quantize in whole blocks of 64."""
+    path = tmp_path_factory.mktemp("wide") / "llama"
+    tiny_llama(hidden_size=128, intermediate_size=256).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def curve(out: Path, key: str) -> list[float]:
+    entries = json.loads((out / "loratune.json").read_text())["curve"]
+    return [entry[key] for entry in entries if key in entry]
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def layers_of(out: Path) -> set[str]:
+    base = inference.load(preflight.open_adapter(out)).model.get_base_model()
+    return {type(module).__name__ for module in base.modules()}
+
+
+@pytest.mark.parametrize("quantization", LAYER)
+def test_trains_evaluates_and_generates(
+    quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    section = {"name_or_path": str(wide), "dtype": "auto", "quantization": quantization}
+    data = {"validation": str(tmp_path / "rows.jsonl")}
+    ran = cli("train", run_config(model=section, data=data, training={"max_steps": 6, "eval_steps": 2}))
+    assert ran.code == 0, ran.err
+    out = tmp_path / "out"
+    held_out = curve(out, "eval_loss")
+    assert len(held_out) >= 3
+    assert held_out[-1] < held_out[1] < held_out[0] - 0.01  # it goes on learning after an evaluation
+
+    saved = load_file(out / WEIGHTS_FILE)
+    plain = adapter.attach(
+        model.load_base(ModelSection(name_or_path=str(wide))),
+        LoraSection(),
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+        seed=0,
+    )
+    assert shapes(saved) == shapes(adapter.weights(plain))
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+    assert LAYER[quantization] in layers_of(out)
+    ran = cli("generate", "--adapter", out, "--max-new-tokens", 4, "3 and 3 make")
+    assert ran.code == 0, ran.err
+    ran = cli("evaluate", "--adapter", out, "--data", tmp_path / "rows.jsonl", "--json")
+    assert ran.code == 0, ran.err
+    scores = json.loads(ran.out)
+    assert scores["adapter"]["loss"] == pytest.approx(held_out[-1], rel=1e-3)
+    assert scores["base"]["loss"] > scores["adapter"]["loss"]
+
+
+def gradients_around_an_evaluation(section: ModelSection, *, repack: bool) -> list[list[torch.Tensor]]:
+    base = model.load_base(section)
+    for module in base.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and repack:
+            module.support_avx512bf16_for_cpu = True
+    tuned, ids, found = (
+        adapter.attach(base, LoraSection(), {"target_modules": ["q_proj"]}, seed=0),
+        torch.arange(20)[None],
+        [],
+    )
+    for _ in range(2):
+        tuned.train()(ids).logits.float().square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in tuned.parameters() if parameter.grad is not None])
+        tuned.zero_grad()
+        with torch.inference_mode():
+            tuned.eval()(ids)
+    return found
+
+
+@pytest.mark.parametrize("comes_so", [False, True])
+@pytest.mark.parametrize("quantization", LAYER)
+def test_gradients_are_the_same_after_an_evaluation(quantization: str, comes_so: bool, wide: Path, ready: Any) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes packs 4-bit weights anew in evaluation mode, and backward then fails."""
+    path, asked = (ready(quantization), "none") if comes_so else (wide, quantization)
+    section = ModelSection(name_or_path=str(path), quantization=asked, dtype="bfloat16")
+    before, after = gradients_around_an_evaluation(section, repack=False)
+    assert len(before) == 4
+    assert before[1].any()
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+@pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="only a CPU with AVX512-BF16 repacks")
+def test_gradients_are_lost_without_the_guard(wide: Path) -> None:
+    section = ModelSection(name_or_path=str(wide), quantization="4bit", dtype="bfloat16")
+    assert [len(found) for found in gradients_around_an_evaluation(section, repack=True)] == [4, 0]
+
+
+@pytest.mark.parametrize("quantization", LAYER)
+def test_kill_and_resume_gives_the_same_bytes(
+    quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    config = run_config(
+        model={"name_or_path": str(wide), "dtype": "auto", "quantization": quantization},
+        data={"validation": str(tmp_path / "rows.jsonl")},
+        lora={"lora_dropout": 0.1},
+        training={"num_train_epochs": 4, "gradient_accumulation_steps": 2, "save_steps": 2, "eval_steps": 3},
+    )
+    assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
+    running = subprocess.Popen([sys.executable, "-m", "loratune", "train", config], stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("out.partial/checkpoints/*/manifest.json")) and running.poll() is None:
+        time.sleep(0.002)
+    running.kill()
+    running.wait()
+    assert not (tmp_path / "out").exists()
+    ran = cli("train", config, "--resume")
+    assert ran.code == 0, ran.err
+    assert "resuming from step" in ran.err
+    assert (tmp_path / "out" / WEIGHTS_FILE).read_bytes() == (tmp_path / "straight" / WEIGHTS_FILE).read_bytes()
+    assert curve(tmp_path / "out", "loss") == curve(tmp_path / "straight", "loss")
+
+
+@pytest.mark.parametrize("quantization", LAYER)
+def test_nothing_is_printed_but_what_loratune_says(
+    quantization: str, wide: Path, tmp_path: Path, run_config: MakeConfig
+) -> None:
+    section = {"name_or_path": str(wide), "dtype": "auto", "quantization": quantization}
+    data = {"validation": str(tmp_path / "rows.jsonl")}
+    ran = process("train", run_config(model=section, data=data, training={"max_steps": 2}))
+    assert ran.code == 0
+    foreign = [
+        line for line in ran.err.splitlines() if not re.match(r"(train|validation|trainable params|step) ?", line)
+    ]
+    assert (foreign, ran.out.splitlines()[0]) == ([], "done")
+    ran = process("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make")
+    assert (ran.code, ran.err, ran.out.count("\n")) == (0, "", 1)
+
+
+@pytest.mark.parametrize("quantization", LAYER)
+def test_the_real_model(quantization: str, smollm2: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
+    section = {"name_or_path": str(smollm2), "dtype": "auto", "quantization": quantization}
+    ran = cli("train", run_config(model=section, training={"max_steps": 2, "learning_rate": 1e-3}))
+    assert ran.code == 0, ran.err
+    first, second = curve(tmp_path / "out", "loss")
+    assert second < first < 8
+    ran = cli("generate", "--adapter", tmp_path / "out", "--base", "--max-new-tokens", 4, "The capital of France is")
+    assert "Paris" in ran.out, ran.err
+
+
+# Bases that come quantized
+
+
+def configure(path: Path, **values: Any) -> None:
+    known = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(known | values))
+
+
+@pytest.fixture(scope="module")
+def ready(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A model that bitsandbytes quantized, as `save_pretrained` writes it."""
+    path = tmp_path_factory.mktemp("ready")
+
+    def make(quantization: str) -> Path:
+        if not (path / quantization).exists():
+            shutil.copytree(wide, path / quantization)
+            how = (
+                BitsAndBytesConfig(load_in_8bit=True)
+                if quantization == "8bit"
+                else BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                    bnb_4bit_compute_dtype=torch.bfloat16,
+                )
+            )  # fmt: skip
+            base = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.bfloat16, quantization_config=how)
+            base.save_pretrained(path / quantization)
+        return path / quantization
+
+    return make
+
+
+@pytest.mark.parametrize("quantization", LAYER)
+def test_a_base_that_was_saved_quantized(
+    quantization: str, wide: Path, ready: Callable[[str], Path], tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    """It trains as the base that is quantized while it is loaded."""
+    path = ready(quantization)
+    assert {tensor.dtype for tensor in load_file(path / "model.safetensors").values()} & {torch.int8, torch.uint8}
+    rows = {"validation": str(tmp_path / "rows.jsonl")}
+    losses = []
+    for name, base, asked in (("saved", path, "none"), ("loaded", wide, quantization)):
+        section = {"name_or_path": str(base), "dtype": "bfloat16", "quantization": asked}
+        out, training = tmp_path / name, {"max_steps": 4, "eval_steps": 2}
+        ran = cli("train", run_config(model=section, data=rows, training=training, output_dir=str(out)))
+        assert ran.code == 0, ran.err
+        losses.append(curve(out, "loss") + curve(out, "eval_loss"))
+        assert LAYER[quantization] in layers_of(out)
+    assert losses[0] == losses[1]
+    assert losses[0][3] < losses[0][2] < losses[0][0]
+    ran = cli("generate", "--adapter", tmp_path / "saved", "--max-new-tokens", 4, "3 and 3 make")
+    assert ran.code == 0, ran.err
+
+
+def by_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One scale for each block of 64 by 64; DeepSeek-V3 has them of 128 by 128 (arXiv:2412.19437)."""
+    rows, columns = weight.shape
+    blocks = weight.reshape(rows // 64, 64, columns // 64, 64)
+    scale = blocks.abs().amax((1, 3)) / 448
+    values = (blocks / scale[:, None, :, None]).reshape(rows, columns)
+    return {"weight": values.to(torch.float8_e4m3fn), "weight_scale_inv": scale}
+
+
+def by_int8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One scale for each row, as compressed-tensors stores it."""
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
+
+
+def by_gptq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rounded to 4 bits in groups of 32 inputs, eight numbers to an int32, zeros stored less one (GPTQ's format 1)."""
+    rows, columns = weight.shape
+    groups = weight.T.reshape(columns // 32, 32, rows)
+    scale = groups.abs().amax(1) / 7.5
+    codes = (groups / scale[:, None]).round().add(8).clamp(0, 15).to(torch.int64).reshape(columns // 8, 8, rows)
+    shifts = 4 * torch.arange(8)
+    zeros = torch.full((columns // 32, rows // 8, 8), 7)
+    return {
+        "qweight": (codes << shifts[None, :, None]).sum(1).to(torch.int32),
+        "qzeros": (zeros << shifts).sum(2).to(torch.int32),
+        "scales": scale.half(),
+        "g_idx": (torch.arange(columns) // 32).to(torch.int32),
+    }
+
+
+def by_awq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As by GPTQ, but eight outputs to an int32, in the order that AWQ's kernels read them."""
+    rows, columns = weight.shape
+    groups = weight.T.reshape(columns // 32, 32, rows)
+    scale = groups.abs().amax(1) / 7.5
+    codes = (groups / scale[:, None]).round().add(8).clamp(0, 15).to(torch.int64).reshape(columns, rows // 8, 8)
+    shifts = 4 * torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    zeros = torch.full((columns // 32, rows // 8, 8), 8)
+    return {
+        "qweight": (codes << shifts).sum(2).to(torch.int32),
+        "qzeros": (zeros << shifts).sum(2).to(torch.int32),
+        "scales": scale.half(),
+    }
+
+
+def by_bitnet(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Four numbers of -1, 0, 1 to a byte; here all of them 0."""
+    return {"weight": torch.full((weight.shape[0] // 4, weight.shape[1]), 0b01010101, dtype=torch.uint8),
+            "weight_scale": torch.ones(1)}  # fmt: skip
+
+
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+METHODS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], dict[str, torch.Tensor]]]] = {
+    "fp8": ({"activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [64, 64]}, by_fp8),
+    "compressed-tensors": ({"format": "int-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
+                            "config_groups": {"one": {"targets": ["Linear"], "weights": INT8}}}, by_int8),
+    "gptq": ({"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "checkpoint_format": "gptq"}, by_gptq),
+    "awq": ({"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, by_awq),
+}  # fmt: skip
+PACKAGES = {"compressed-tensors": "compressed-tensors", "gptq": "optimum gptqmodel", "awq": "optimum gptqmodel"}
+MODULES = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "awq": "gptqmodel"}
+ABSENT = [method for method in PACKAGES if find_spec(MODULES[method]) is None]
+
+
+METHODS_FOR_INFERENCE: dict[str, Any] = {"bitnet": ({}, by_bitnet)}
+
+
+def packed(method: str, wide: Path, path: Path) -> Path:
+    """The wide model with all of its projections quantized."""
+    shutil.copytree(wide, path)
+    settings, pack = (METHODS | METHODS_FOR_INFERENCE)[method]
+    configure(path, quantization_config={"quant_method": method} | settings)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        prefix = name.removesuffix("weight")
+        parts = pack(tensor) if name.endswith("proj.weight") else {"weight": tensor}
+        tensors |= {prefix + part: value.contiguous() for part, value in parts.items()}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_are_those_of_the_plain_model(method: str, wide: Path, tmp_path: Path, cli: Cli) -> None:
+    """From the configuration alone, with or without the packages."""
+    path = packed(method, wide, tmp_path / "packed")
+    (path / "model.safetensors").unlink()
+    counted, plain = (json.loads(cli("params", "--model", base, "--json").out) for base in (path, wide))
+    assert counted == plain
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ABSENT])
+def test_a_base_that_comes_quantized_trains(
+    method: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    section = {"name_or_path": str(packed(method, wide, tmp_path / "packed")), "dtype": "auto"}
+    ids = torch.arange(20)[None]
+    bases = [model.load_base(ModelSection(name_or_path=path)) for path in (section["name_or_path"], str(wide))]
+    answers = [base(ids).logits for base in bases]
+    assert torch.cosine_similarity(*(answer.float().flatten() for answer in answers), dim=0) > 0.97
+    data, training = {"validation": str(tmp_path / "rows.jsonl")}, {"max_steps": 4, "eval_steps": 2}
+    ran = cli("train", run_config(model=section, data=data, training=training))
+    assert ran.code == 0, ran.err
+    plain = section | {"name_or_path": str(wide)}
+    ran = cli("train", run_config(model=plain, data=data, training=training, output_dir=str(tmp_path / "plain")))
+    assert ran.code == 0, ran.err
+    losses, exact = curve(tmp_path / "out", "eval_loss"), curve(tmp_path / "plain", "eval_loss")
+    assert losses == pytest.approx(exact, abs=0.1)
+    assert losses[-1] < losses[0] - 0.05
+    ran = cli("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 4, "3 and 3 make")
+    assert ran.code == 0, ran.err
+
+
+def test_targets_are_looked_for_in_plain_layers(wide: Path, ready: Callable[[str], Path], tmp_path: Path) -> None:
+    """fp8 is plain once it is unpacked; GPTQ's layers, which need its packages to be built, are no `nn.Linear`."""
+    packed("fp8", wide, tmp_path / "fp8")
+    for path, changes in ((wide, {}), (tmp_path / "fp8", {}), (ready("4bit"), {}), (wide, {"quant_method": "gptq"})):
+        section = ModelSection(name_or_path=str(path))
+        base = model.load_base(section)
+        if changes:
+            base.config.quantization_config = changes
+        found = model.unpacked(base, section)
+        assert (found is base, found.device.type) == ((False, "meta") if changes else (True, "cpu"))
+        assert isinstance(found.model.layers[1].self_attn.q_proj, torch.nn.Linear)
+
+
+WITHOUT_TORCH = """
+import sys
+from typer.testing import CliRunner
+from loratune.cli import app
+ran = CliRunner().invoke(app, ["train", sys.argv[1]])
+print(ran.exit_code, "torch" in sys.modules, ran.stdout, ran.stderr)
+"""
+
+
+@pytest.mark.parametrize("method", ABSENT)
+def test_a_package_that_is_missing(method: str, wide: Path, tmp_path: Path, run_config: MakeConfig) -> None:
+    path = packed(method, wide, tmp_path / "packed")
+    config = run_config(model={"name_or_path": str(path)})
+    before = tree(tmp_path)
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
+    bits = "" if method == "compressed-tensors" else ", 4 bits"
+    what = f"the base is quantized ({method}{bits}), and what reads it is missing: "
+    assert ran.stdout.startswith(f"3 False  error: {path}: {what}"), ran.stdout
+    assert ran.stdout.rstrip().endswith(f"; pip install {PACKAGES[method]}")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("command", ["train", "params"])
+def test_quantized_twice(
+    command: str, method: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    path = packed(method, wide, tmp_path / "packed")
+    ran = cli(command, run_config(model={"name_or_path": str(path), "quantization": "4bit"}))
+    bits = f", {METHODS[method][0]['bits']} bits" if "bits" in METHODS[method][0] else ""
+    what = f"4bit is asked for, and the base is quantized already ({method}{bits})"
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err.startswith(f"error: {path}: model.quantization: {what}; set it to none")
+
+
+def test_a_method_without_a_backward(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
+    path = packed("bitnet", wide, tmp_path / "packed")
+    ran = cli("train", run_config(model={"name_or_path": str(path)}))
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err.startswith(f"error: {path}: a base quantized with bitnet cannot be trained; take one that is not")
+
+
+def test_a_method_that_nobody_knows(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
+    """transformers would leave it out, and take the weights for plain ones."""
+    shutil.copytree(wide, tmp_path / "packed")
+    configure(tmp_path / "packed", quantization_config={"quant_method": "alchemy"})
+    ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "packed")}))
+    what = "the base is quantized (alchemy), in a way that transformers does not know"
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err.startswith(f"error: {tmp_path / 'packed'}: {what}; ")
+
+
+# What the machine cannot do
+
+
+MACHINES = {
+    "old GPU": Machine("Tesla T4", bfloat16=False, bitsandbytes=""),
+    "GPU": Machine("H100", bfloat16=True, bitsandbytes=""),
+    "CPU": Machine(None, bfloat16=True, bitsandbytes=""),
+    "old CPU": Machine(None, bfloat16=False, bitsandbytes=""),
+    "broken": Machine(None, bfloat16=True, bitsandbytes="no library"),
+}
+NO_BFLOAT16 = "model.dtype: Tesla T4 does not compute in bfloat16; set it to float16 or float32"
+NO_LIBRARY = "model.quantization: 4bit is not possible here: no library; mend bitsandbytes, or set it to none"
+EMULATED = "model.dtype: this CPU has no instructions for bfloat16 and emulates it, slowly; auto is float32 here"
+
+
+@pytest.mark.parametrize(
+    ("machine", "values", "error", "note"),
+    [
+        ("old GPU", {"dtype": "bfloat16"}, NO_BFLOAT16, None),
+        ("old GPU", {"dtype": "float32", "quantization": "4bit"}, None, None),
+        ("GPU", {"dtype": "bfloat16", "quantization": "4bit"}, None, None),
+        ("CPU", {"dtype": "bfloat16"}, None, None),
+        ("old CPU", {"dtype": "bfloat16"}, None, EMULATED),
+        ("old CPU", {"dtype": "auto"}, None, None),
+        ("old CPU", {"dtype": "float16"}, None, "model.dtype: float16 overflows above 65,504"),
+        ("broken", {"quantization": "4bit"}, NO_LIBRARY, None),
+        ("broken", {"dtype": "bfloat16"}, None, None),
+    ],
+)
+def test_what_a_machine_can_do(machine: str, values: dict[str, Any], error: str | None, note: str | None) -> None:
+    section, where = ModelSection(name_or_path="base", **values), MACHINES[machine]
+    if error:
+        with pytest.raises(ConfigError, match=re.escape(error)):
+            model.check_machine(section, where)
+        return
+    model.check_machine(section, where)
+    assert [line[: len(note or "")] for line in model.notes(section, where)] == ([note] if note else [])
+
+
+def test_this_machine_can_quantize() -> None:
+    model.check_machine(ModelSection(name_or_path="base", quantization="4bit"))
+
+
+def broken_installation(kind: str, path: Path) -> Path:
+    """A copy of bitsandbytes without its native library, or one that cannot be imported."""
+    if kind == "no library":
+        source = Path(bitsandbytes.__file__).parent
+        shutil.copytree(source, path / "bitsandbytes", ignore=shutil.ignore_patterns("*.so", "*.dll", "*.dylib"))
+    else:
+        (path / "bitsandbytes").mkdir(parents=True)
+        (path / "bitsandbytes" / "__init__.py").write_text("raise ImportError('libfoo.so.1: no such file')")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("no library", "bitsandbytes has no native library for this machine"),
+        ("no import", "bitsandbytes cannot be imported (libfoo.so.1: no such file)"),
+    ],
+)
+def test_4bit_with_a_broken_bitsandbytes(
+    kind: str, reason: str, wide: Path, tmp_path: Path, run_config: MakeConfig
+) -> None:
+    """Told before the model is looked for: its weights are not there, which is an error of its own."""
+    shutil.copytree(wide, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = run_config(model={"name_or_path": str(tmp_path / "model"), "quantization": "4bit"})
+    broken = str(broken_installation(kind, tmp_path / "site"))
+    before = tree(tmp_path)
+    ran = process("train", config, PYTHONPATH=broken, PYTHONDONTWRITEBYTECODE="1")
+    what = f"model.quantization: 4bit is not possible here: {reason}; mend bitsandbytes, or set it to none"
+    assert ran == Ran(2, "", f"error: {what}\n")
+    assert tree(tmp_path) == before
+    assert process("train", config).code == 3  # the control: with all of bitsandbytes it is the model
