@@ -1,0 +1,319 @@
+"""The memory that a run needs: its parts by formula, its activations against autograd, its total against a real run."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from conftest import ROOT, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    Adafactor,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    Qwen3Config,
+)
+
+from loratune import memory
+from loratune.config import TrainingSection
+from loratune.memory import depth, trace
+from loratune.memory.held import moments
+
+ROLES = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ROWS = [(32, 8), (32, 32)]
+TINY = {
+    "vocab_size": 264, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+def adapted(base: nn.Module, **changes: Any) -> PeftModel:
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **({"r": 8, "target_modules": ROLES} | changes)))
+
+
+def on_meta(config: Any, **changes: Any) -> PeftModel:
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return adapted(base, **changes)
+
+
+def deep(layers: int, **changes: Any) -> PeftModel:
+    return on_meta(LlamaConfig(**(TINY | {"num_hidden_layers": layers})), **changes)
+
+
+def test_what_stays_by_formula() -> None:
+    found = memory.estimate(adapted(tiny_llama()), ROWS, 2)
+    base = 2 * 264 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
+    trained = 2 * 8 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))
+    assert (found.weights, found.adapter, found.gradients) == (4 * base, 4 * trained, 4 * trained)
+    assert found.optimizer == 2 * 4 * trained
+    assert (
+        found.parts()["total"] == found.total == sum(value for name, value in found.parts().items() if name != "total")
+    )
+
+
+@pytest.mark.parametrize(
+    ("optim", "make"),
+    [
+        ("adamw_torch", torch.optim.AdamW),
+        ("sgd", torch.optim.SGD),
+        ("adamw_bnb_8bit", bitsandbytes.optim.AdamW8bit),
+        ("paged_adamw_8bit", bitsandbytes.optim.PagedAdamW8bit),
+        ("adafactor", lambda params: Adafactor(params, scale_parameter=False, relative_step=False, lr=1e-3)),
+    ],
+)
+@pytest.mark.parametrize("shape", [(8, 32), (64, 300), (100,)])
+def test_moments_are_those_of_the_optimizer(optim: str, make: Callable[..., Any], shape: tuple[int, ...]) -> None:
+    parameter = nn.Parameter(torch.ones(shape))
+    parameter.grad = torch.ones(shape)
+    optimizer = make([parameter])
+    optimizer.step()
+    state = {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
+    kept = [tensor for name, tensor in state.items() if "qmap" not in name and tensor.dim()]  # the maps are shared
+    assert moments(parameter, optim) == sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
+def saved_bytes(model: nn.Module, rows: int, length: int) -> int:
+    """What autograd keeps of a real forward, the weights and logits not counted."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.ones(rows, length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return sum(size for pointer, size in kept.items() if pointer != logits.untyped_storage().data_ptr())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [{}, {"target_modules": "all-linear", "r": 16, "lora_dropout": 0.1}])
+def test_activations_are_what_autograd_keeps(lora: dict[str, Any], dtype: torch.dtype) -> None:
+    model = adapted(tiny_llama().to(dtype), **lora)
+    found = memory.estimate(model, [(64, 64)] * 4, 4)
+    assert found.traced
+    assert found.activations == pytest.approx(saved_bytes(model, 4, 64), rel=0.02)
+
+
+def test_activations_grow_with_rows_and_layers() -> None:
+    by_rows = [memory.estimate(deep(2), [(32, 32)] * rows, rows).activations for rows in (2, 4, 6)]
+    by_layers = [memory.estimate(deep(layers), ROWS, 2).activations for layers in (2, 4, 6)]
+    for first, second, third in (by_rows, by_layers):
+        assert 0 < third - second == second - first
+
+
+def test_only_the_longest_rows_count() -> None:
+    model = deep(2)
+    rows = [(8, 2), (32, 8), (16, 16), (32, 32)]
+    assert memory.estimate(model, rows, 2) == memory.estimate(model, ROWS, 2)
+    assert memory.estimate(model, rows, 3).total > memory.estimate(model, ROWS, 2).total
+
+
+@pytest.mark.parametrize(
+    ("config", "lora", "checkpointing", "whole"),
+    [
+        (LlamaConfig(**(TINY | {"num_hidden_layers": 18})), {}, False, False),
+        (LlamaConfig(**(TINY | {"num_hidden_layers": 18})), {}, True, False),
+        (LlamaConfig(**(TINY | {"num_hidden_layers": 18})), {"layers_to_transform": [0, 1, 2]}, False, False),
+        (LlamaConfig(**(TINY | {"num_hidden_layers": 18})), {"layers_to_transform": [16, 17]}, False, True),
+        (Gemma3TextConfig(**(TINY | {"num_hidden_layers": 26})), {}, False, False),
+    ],
+)
+def test_deep_models_lie_on_a_line(
+    config: Any, lora: dict[str, Any], checkpointing: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """whole: all layers have to be traced."""
+    training = TrainingSection(activation_checkpointing=checkpointing)
+    model = on_meta(config, **lora)
+    quick, ran = traced_depths(model, training, monkeypatch)
+    assert (max(ran) == config.num_hidden_layers) == whole
+    monkeypatch.setattr(depth, "SHALLOW", config.num_hidden_layers)
+    exact, ran = traced_depths(model, training, monkeypatch)
+    assert ran == [config.num_hidden_layers]
+    assert exact == quick
+
+
+def traced_depths(
+    model: PeftModel, training: TrainingSection, monkeypatch: pytest.MonkeyPatch
+) -> tuple[memory.Estimate, list[int]]:
+    ran: list[int] = []
+
+    def counted(copied: Any, step: trace.Step) -> trace.Traced:
+        ran.append(copied.config.num_hidden_layers)
+        return trace.run(copied, step)
+
+    monkeypatch.setattr(depth, "run", counted)
+    return memory.estimate(model, ROWS, 2, training), ran
+
+
+def test_where_the_first_layers_hold_more_the_estimate_is_no_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = TrainingSection(activation_checkpointing=True)
+    model = deep(18, layers_to_transform=[0, 1, 2])
+    quick = memory.estimate(model, ROWS, 2, training)
+    monkeypatch.setattr(depth, "SHALLOW", 18)
+    exact = memory.estimate(model, ROWS, 2, training)
+    assert exact.activations == quick.activations
+    assert exact.logits <= quick.logits < 2 * exact.logits
+
+
+def test_layers_that_go_token_by_token_lie_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=1)
+    model = on_meta(config, target_modules=["in_proj"])
+    rows = [(50, 20), (35, 15)]
+    lengths: list[int] = []
+    whole = trace._traced
+
+    def counted(copied: nn.Module, step: trace.Step) -> trace.Traced:
+        lengths.append(step.length)
+        return whole(copied, step)
+
+    monkeypatch.setattr(trace, "_traced", counted)
+    exact = memory.estimate(model, rows, 2)
+    monkeypatch.setattr(trace, "LONGEST", 100)
+    assert memory.estimate(model, rows, 2) == exact
+    assert memory.estimate(deep(2), rows, 2).traced  # its operations are as many for any length
+    assert lengths == [50, 16, 32, 50]
+
+
+@pytest.fixture(scope="module")
+def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=64, n_layer=2, n_head=4)).save_pretrained(path)
+    return path
+
+
+QUANTIZED = {
+    "none": None,
+    "8bit": BitsAndBytesConfig(load_in_8bit=True),
+    "4bit": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize(("place", "targets"), [("tiny_dir", ROLES), ("gpt2_dir", ["c_attn"])])
+def test_a_model_without_weights_needs_the_same(
+    quantization: Any, place: str, targets: list[str], request: pytest.FixtureRequest
+) -> None:
+    directory = request.getfixturevalue(place)
+    base = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.bfloat16, quantization_config=QUANTIZED[quantization], device_map={"": "cpu"}
+    )
+    loaded = memory.estimate(adapted(base, target_modules=targets), ROWS, 2)
+    planned = on_meta(base.config, target_modules=targets)
+    assert memory.estimate(planned, ROWS, 2, held=memory.Held(torch.bfloat16, quantization)) == loaded
+    assert loaded.traced
+    narrow, wide = (memory.estimate(planned, ROWS, 2, held=memory.Held(t)) for t in (torch.bfloat16, torch.float32))
+    assert wide.weights == 2 * narrow.weights and wide.activations > narrow.activations
+    assert loaded.weights == narrow.weights if quantization == "none" else loaded.weights < narrow.weights
+
+
+def test_eight_bit_keeps_the_inputs() -> None:
+    model = deep(2)
+    dense, small = (
+        memory.estimate(model, ROWS, 2, held=memory.Held(torch.bfloat16, kind)).activations for kind in ("none", "8bit")
+    )
+    inputs = 64 + 64 + 128  # of q, k and v; of gate and up; of down; what o reads is kept by the attention anyway
+    first = 64  # what q, k and v of the first layer read needs no gradient
+    assert small - dense == 2 * 32 * (2 * inputs - first) * 2
+
+
+def test_checkpointing_keeps_less() -> None:
+    model = deep(4)
+    rows = [(64, 64)] * 4
+    plain, less = (
+        memory.estimate(model, rows, 4, TrainingSection(activation_checkpointing=on)) for on in (False, True)
+    )
+    assert less.activations < plain.activations / 4
+    assert less.total < plain.total
+
+
+def test_accumulated_gradients_wait() -> None:
+    """A trained head whose gradient is large: it lies there from the second micro-step on."""
+    model = deep(1, modules_to_save=["lm_head"])
+    once, waiting = (
+        memory.estimate(model, [(2, 2)], 1, TrainingSection(gradient_accumulation_steps=steps)) for steps in (1, 2)
+    )
+    assert waiting.total > once.total
+    assert waiting.gradients == once.gradients > 2 * 264 * 64
+    wide = memory.estimate(model, [(2, 2)], 1, held=memory.Held(torch.float32))
+    assert wide.gradients - once.gradients == 2 * 264 * 64
+
+
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [
+        (FalconConfig(vocab_size=264, hidden_size=64, num_hidden_layers=2, num_attention_heads=4), ["query_key_value"]),
+        (MixtralConfig(**TINY, num_local_experts=4), ROLES),
+        (Qwen3Config(**TINY), ROLES),
+        (GPT2Config(vocab_size=264, n_embd=64, n_layer=2, n_head=4), ["c_attn"]),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+@pytest.mark.parametrize("rows", [[(32, 32)] * 2, [(32, 4), (20, 4)]])
+def test_other_architectures_are_traced(config: Any, targets: list[str], rows: list[tuple[int, int]]) -> None:
+    found = memory.estimate(on_meta(config, target_modules=targets), rows, 2)
+    assert found.traced
+    assert found.activations > 0 < found.logits
+
+
+def reads_numbers(module: nn.Module, given: Any) -> None:
+    """A hook that does what data-dependent code does."""
+    if given[0].sum().item() < 0:
+        raise AssertionError
+
+
+def test_a_formula_where_a_model_reads_its_numbers(capfd: pytest.CaptureFixture[str]) -> None:
+    model = deep(4)
+    exact = memory.estimate(model, ROWS, 2)
+    model.get_base_model().model.layers[1].mlp.register_forward_pre_hook(reads_numbers)
+    rough = memory.estimate(model, ROWS, 2)
+    assert (exact.traced, rough.traced) == (True, False)
+    assert (rough.weights, rough.adapter, rough.optimizer) == (exact.weights, exact.adapter, exact.optimizer)
+    assert 0.5 < rough.activations / exact.activations < 2
+    less = memory.estimate(model, ROWS, 2, TrainingSection(activation_checkpointing=True))
+    assert less.activations < rough.activations
+    assert capfd.readouterr() == ("", "")
+
+
+def states(model: nn.Module) -> Iterator[tuple[object, ...]]:
+    for name, parameter in model.named_parameters():
+        yield name, id(parameter), parameter.dtype, parameter.device, parameter.requires_grad, parameter.grad is None
+    yield from ((name, module.training, id(module)) for name, module in model.named_modules())
+    yield (str(model.config.to_dict()),)
+
+
+def test_the_model_and_the_random_numbers_stay_as_they_are() -> None:
+    model = adapted(tiny_llama(num_hidden_layers=20).to(torch.bfloat16), lora_dropout=0.5).eval()
+    before, generator = list(states(model)), torch.get_rng_state()
+    memory.estimate(model, ROWS, 2, TrainingSection(activation_checkpointing=True, gradient_accumulation_steps=2))
+    assert list(states(model)) == before
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_real_run_takes_what_was_foretold(smollm2: Path) -> None:
+    script = ROOT / "scripts" / "measure_memory.py"
+    command = [sys.executable, script, "8x128-float32", "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    foretold, measured = (int(cell.replace(",", "")) for cell in done.stdout.splitlines()[-1].split("|")[2:4])
+    assert measured > 1500  # MiB: the peak of training, not of a process that only imports
+    assert 0.85 < foretold / measured < 1.15
