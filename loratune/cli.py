@@ -7,7 +7,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,6 +112,7 @@ def train(
         from loratune import config
 
         run = config.load(config_file, assignments)
+        _tell(config.portability(run.lora))
         if resume and overwrite:
             raise ConfigError(Problem("--resume and --overwrite contradict each other; keep one"))
 
@@ -200,22 +201,19 @@ def params(
 
         from loratune import config
 
-        run = config.load(config_file) if config_file else None
+        if adapter:
+            from loratune import header as reader
+            from loratune import saved, show
 
-        from loratune import preflight
-
-        opened = preflight.open_adapter(adapter) if adapter else None
+            show.header(str(adapter), reader.header(saved.inspect(adapter)), as_json)
+            return
+        run = config.load(config_file) if config_file else config.of_model(str(model))
+        _tell(config.portability(run.lora))
 
         from loratune import params as story
         from loratune import show
 
-        if opened:
-            counted = story.params_of_adapter(opened)
-        elif run:
-            counted = story.params(run.model, run.lora)
-        else:
-            counted = story.params(config.ModelSection(name_or_path=str(model)), config.LoraSection())
-        show.params(counted, as_json)
+        show.params(story.params(run), as_json)
 
 
 @app.command()
@@ -244,6 +242,14 @@ def evaluate(
         for line in report.losses():
             note(line)
         show.scores(scores, as_json)
+
+
+def _tell(lines: Iterable[str]) -> None:
+    """What is lawful, and better known before the run than after it."""
+    from loratune.console import note
+
+    for line in lines:
+        note(line)
 
 
 def _program() -> str:

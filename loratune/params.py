@@ -1,82 +1,116 @@
 """The story of `loratune params`: exact counts from the model's configuration alone, before anything is downloaded."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from loratune import adapter, model, targets
+from loratune import adapter, memory, model, targets
 from loratune.adapter import Count, PeftModel
-from loratune.config import LoraSection, ModelSection
-from loratune.errors import AdapterError, ModelError
-from loratune.preflight import Opened
+from loratune.config import RunConfig
+from loratune.paths import number_of, pattern
 from loratune.targets import Targets
 
 
 @dataclass(frozen=True)
 class Group:
-    """Modules of one place and shape.
+    """Adapted modules of one place, shape and rank.
 
-    role: one, or several joined by commas; shape: inputs and outputs of the linear layer; trainable: of all of them.
+    role: one, or several joined by commas; shape: inputs and outputs of the layer; trainable: of all of them.
     """
 
     role: str
     pattern: str
     modules: int
     shape: tuple[int, int]
+    rank: int
     trainable: int
 
 
 @dataclass(frozen=True)
 class Params:
-    """What would be trained. notes: what is lawful and of no use; fused: pattern → the roles that one module serves."""
+    """What would be trained, and what it would take.
+
+    layers: number of a layer → trained parameters in it; others: pattern → trained parameters outside the adapted
+    modules (whole modules, tokens, biases); fused: pattern → the roles that one module serves; along: pattern → those
+    of them that were not asked for; notes: what is better known; memory: for `batch` rows of `length` tokens.
+    """
 
     count: Count
     groups: list[Group]
+    layers: dict[int, int]
+    others: dict[str, int]
     targets: dict[str, list[str]]
-    notes: list[str]
     fused: dict[str, tuple[str, ...]]
+    along: dict[str, list[str]]
+    notes: list[str]
+    memory: memory.Estimate
+    batch: int
+    length: int
+
+    @property
+    def roles(self) -> dict[str, int]:
+        """Role → trained parameters; roles that share a module are counted together, as `q, k, v`."""
+        found: dict[str, int] = {}
+        for group in self.groups:
+            found[group.role] = found.get(group.role, 0) + group.trainable
+        return found
 
 
-def params(section: ModelSection, lora: LoraSection) -> Params:
+def params(run: RunConfig) -> Params:
     """Count on the meta device: neither weights nor memory are needed, whatever the size of the model.
 
     Raises ModelError: no configuration to be had, or targets that find nothing.
     """
-    base = model.build_meta(model.load_config(section), section)
-    found = targets.resolve(base, lora.target_modules, lora.layers_to_transform)
-    adapted = adapter.attach(base, lora, found.names, seed=0)
-    return _counted(adapted, found)
+    base = model.build_meta(model.load_config(run.model), run.model)
+    found = targets.find(base, run.lora)
+    adapted = adapter.attach(base, run.lora, found.peft(), seed=0)
+    start = adapter.begin(adapted, run.lora)
+    layers: dict[int, int] = {}
+    for path in found.modules:
+        if (number := number_of(path)) is not None:
+            layers[number] = layers.get(number, 0) + adapter.count_of(adapted, path)
+    return Params(
+        count=adapter.count(adapted, start),
+        groups=groups(adapted, found),
+        layers=layers,
+        others=_others(adapted, found),
+        targets=found.patterns(),
+        fused=found.fused,
+        along={place: roles for place, roles in found.along().items() if roles},
+        notes=[*found.notes, *adapter.notes(adapted)],
+        memory=_memory(run, adapted),
+        batch=run.training.per_device_train_batch_size,
+        length=run.data.max_length,
+    )
 
 
-def params_of_adapter(opened: Opened) -> Params:
-    """Count what an adapter directory holds, from its configuration and that of its base.
-
-    Raises AdapterError, ModelError.
-    """
-    saved = opened.saved
-    base = model.build_meta(model.load_config(opened.base), opened.base)
-    asked = opened.run.lora.target_modules if opened.run else saved.config["target_modules"]
-    try:
-        found = targets.resolve(base, asked, saved.config.get("layers_to_transform"))
-    except ModelError as error:  # it is the adapter that names what its base lacks
-        raise AdapterError(
-            [
-                replace(problem, where=str(saved.path), what=f"does not fit its base {saved.base}: {problem.what}")
-                for problem in error.problems
-            ]
-        ) from None
-    return _counted(adapter.attach_saved(base, saved), found)
-
-
-def _counted(adapted: PeftModel, found: Targets) -> Params:
-    return Params(adapter.count(adapted), groups(adapted, found), found.patterns(), adapter.notes(adapted), found.fused)
+def _memory(run: RunConfig, adapted: PeftModel) -> memory.Estimate:
+    """At the configured batch of rows of `max_length`, all of whose tokens are learnt."""
+    batch, length = run.training.per_device_train_batch_size, run.data.max_length
+    held = memory.Held(model.compute_dtype(run.model), run.model.quantization)
+    rows = [(length, length - 1)] * batch
+    return memory.estimate(adapted, rows, batch, run.training, held=held, device=model.device())
 
 
 def groups(adapted: PeftModel, found: Targets) -> list[Group]:
-    """The adapted modules by place and shape, with all the roles that a place serves."""
+    """The adapted modules by place, shape and rank, with all the roles that a place serves."""
     result = []
-    for pattern, roles in found.places().items():
-        shapes: dict[tuple[int, int], list[int]] = {}
+    for place, roles in found.places().items():
+        alike: dict[tuple[tuple[int, int], int], list[int]] = {}
         for path in found.modules:
-            if targets.pattern(path) == pattern:
-                shapes.setdefault(adapter.shape_of(adapted, path), []).append(adapter.count_of(adapted, path))
-        result += [Group(", ".join(roles), pattern, len(sizes), shape, sum(sizes)) for shape, sizes in shapes.items()]
+            if pattern(path) == place:
+                kind = adapter.shape_of(adapted, path), adapter.rank_of(adapted, path)
+                alike.setdefault(kind, []).append(adapter.count_of(adapted, path))
+        result += [
+            Group(", ".join(roles), place, len(sizes), shape, rank, sum(sizes))
+            for (shape, rank), sizes in alike.items()
+        ]
     return result
+
+
+def _others(adapted: PeftModel, found: Targets) -> dict[str, int]:
+    """Trained parameters that lie outside the adapted modules."""
+    within = tuple(f"{path}." for path in found.modules)
+    others: dict[str, int] = {}
+    for name, size in adapter.trained(adapted).items():
+        if not name.startswith(within):
+            others[pattern(name)] = others.get(pattern(name), 0) + size
+    return others

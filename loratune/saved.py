@@ -54,6 +54,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(Problem("not the configuration of a LoRA adapter", str(path)))
     if not isinstance(config.get("base_model_name_or_path"), str) or not config["base_model_name_or_path"]:
         raise AdapterError(Problem("does not name its base", str(path), "base_model_name_or_path"))
+    for key in ("r", "lora_alpha"):
+        if isinstance(config.get(key), bool) or not isinstance(config.get(key), int | float) or config[key] <= 0:
+            raise AdapterError(Problem("not a positive number", str(path), key))
     if not config.get("target_modules") or not isinstance(config["target_modules"], list | str):
         raise AdapterError(Problem("does not say which modules it adapts", str(path), "target_modules"))
     return config

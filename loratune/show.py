@@ -1,17 +1,20 @@
 """Results on stdout, as people or programs read them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from loratune.console import block, duration, marked, note, size, table
-from loratune.targets import pattern
+from loratune.paths import number_of, pattern, ranges, shortest
 
 if TYPE_CHECKING:
     from loratune.data import Report
     from loratune.evaluate import Score
+    from loratune.header import Header
+    from loratune.memory import Estimate
     from loratune.params import Params
+    from loratune.spectrum import Update
     from loratune.train import Plan, Result
 
 
@@ -36,7 +39,8 @@ def plan(made: "Plan") -> None:
         note(line)
     print("first row, with what is learnt marked")
     marked(made.rendered())
-    print(f"expected memory: about {size(made.memory.total)}; adapter file: {size(made.count.adapter_bytes)}")
+    print(f"adapter file: {size(made.count.adapter_bytes)}")
+    print(f"memory at the longest batch: {_memory(made.memory)}")
 
 
 def _report_lines(report: "Report") -> list[tuple[str, str]]:
@@ -66,29 +70,119 @@ def result(made: "Result", program: str) -> None:
 
 
 def params(counted: "Params", as_json: bool) -> None:
-    """Counts, and a table of the modules."""
+    """Counts, a table of the modules, and the memory that training will need."""
     for line in counted.notes:
         note(line)
+    for place, roles in counted.along.items():
+        note(f"{place} is one module for {', '.join(counted.fused[place])}: {', '.join(roles)} comes along")
+    count = counted.count
     if as_json:
-        count = counted.count
         values = {
             "trainable": count.trainable,
             "total": count.total,
             "percent": count.percent,
             "adapter_bytes": count.adapter_bytes,
             "targets": counted.targets,
+            "roles": counted.roles,
+            "layers": counted.layers,
+            "others": counted.others,
+            "memory": counted.memory.parts(),
         }
         print(json.dumps(values, indent=2))
         return
-    print(counted.count)
+    print(count)
     rows = [
-        [group.role, group.pattern, f"{group.modules}", f"{group.shape[0]} → {group.shape[1]}", f"{group.trainable:,}"]
-        for group in counted.groups
+        [
+            one.role,
+            one.pattern,
+            f"{one.modules}",
+            f"{one.shape[0]} → {one.shape[1]}",
+            f"{one.rank}",
+            f"{one.trainable:,}",
+        ]
+        for one in counted.groups
     ]
-    table(["role", "modules", "count", "shape", "trainable"], rows)
-    for place, roles in counted.fused.items():
-        print(f"  {', '.join(roles)}: {place}, fused")
-    print(f"adapter file: {size(counted.count.adapter_bytes)}")
+    rows += [["", place, "", "", "", f"{size:,}"] for place, size in counted.others.items()]
+    table(["role", "modules", "count", "shape", "rank", "trainable"], rows)
+    for place, served in counted.fused.items():
+        print(f"  {', '.join(served)}: {place}, fused")
+    print(f"per layer: {_per_layer(counted.layers)}")
+    print(f"adapter file: {size(count.adapter_bytes)}")
+    print(f"memory to train, {counted.batch} rows of {counted.length:,} tokens: {_memory(counted.memory)}")
+
+
+def _memory(estimate: "Estimate") -> str:
+    """`3.2 GiB (weights 1.0, activations 2.1, runtime 0.1)`, the small parts left out."""
+    parts = estimate.parts()
+    total = parts.pop("total")
+    told = [f"{name} {value / (1 << 30):.1f}" for name, value in parts.items() if value >= 0.05 * (1 << 30)]
+    coarse = "" if estimate.traced else ", by a coarse formula"
+    return f"about {size(total)} ({', '.join(told)}{coarse})"
+
+
+def _per_layer(layers: "Mapping[int, int]") -> str:
+    """`30,720 in each of layers 0-29`, or several of these."""
+    alike: dict[int, list[int]] = {}
+    for number, trained in layers.items():
+        alike.setdefault(trained, []).append(number)
+    return "; ".join(
+        f"{trained:,} in {'each of layers' if len(numbers) > 1 else 'layer'} {ranges(numbers)}"
+        for trained, numbers in alike.items()
+    )
+
+
+def header(path: str, read: "Header", as_json: bool) -> None:
+    """What an adapter says of itself, and how far it moves each module."""
+    if as_json:
+        print(json.dumps(asdict(read), indent=2))
+        return
+    lines = [
+        ("adapter", path),
+        ("base", read.base),
+        ("rank", f"{read.r}, lora_alpha {read.lora_alpha:g}{', DoRA' if read.dora else ''}"),
+        ("size", f"{size(read.adapter_bytes)}, {read.trainable:,} numbers"),
+    ]
+    lines += [("also", f"{name}, {' x '.join(map(str, shape))}") for name, shape in read.others.items()]
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+    by_place: dict[str, list[Update]] = {}
+    for update in read.updates:
+        by_place.setdefault(pattern(update.module), []).append(update)
+    rows = [
+        [
+            place,
+            f"{len(group)}",
+            f"{group[0].shape[0]} → {group[0].shape[1]}",
+            _span([one.rank for one in group], "d"),
+            _span([one.norm for one in group], ".3g"),
+            _span([one.effective_rank for one in group], ".1f"),
+        ]
+        for place, group in by_place.items()
+    ]
+    table(["modules", "count", "shape", "rank", "norm of ΔW", "effective rank"], rows)
+    _by_layer(by_place)
+
+
+def _by_layer(by_place: "Mapping[str, list[Update]]") -> None:
+    """One row per layer: norm of ΔW, and effective rank in brackets."""
+    names = shortest([*by_place])
+    cells = {
+        (number_of(update.module), place): f"{update.norm:.3g} ({update.effective_rank:.1f})"
+        for place, group in by_place.items()
+        for update in group
+    }
+    layers = sorted({number for number, _ in cells if number is not None})
+    rows = [[f"{number}", *(cells.get((number, place), "-") for place in by_place)] for number in layers]
+    if rows:
+        print("norm of ΔW (effective rank) by layer")
+        table(["layer", *names], rows)
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    """`0.31 to 0.92`, or one value where all are the same."""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
 
 
 def scores(found: "Mapping[str, Score]", as_json: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune import adapter, card, config, data, memory, model, places, targets, trainer, workspace
-from loratune.adapter import Count, PeftModel
+from loratune.adapter import Count, PeftModel, Start
 from loratune.config import RunConfig, Source
 from loratune.data import Prepared
 from loratune.data.formats import Example, Plain
@@ -18,7 +18,7 @@ from loratune.data.render import Renderer
 from loratune.errors import NumericError, Problem, ResumeError
 from loratune.preflight import Ready
 from loratune.targets import Targets
-from loratune.trainer import Outcome, Progress
+from loratune.trainer import Collator, Outcome, Progress
 from loratune.trainer.checkpoints import newest_whole
 from loratune.workspace import Workspace
 
@@ -31,7 +31,9 @@ class Plan:
     tokenizer: Any
     model: PeftModel
     targets: Targets
+    start: Start
     count: Count
+    collator: Collator
     train: Prepared
     validation: Prepared | None
     memory: memory.Estimate
@@ -66,20 +68,28 @@ def plan(ready: Ready) -> Plan:
     Raises ModelError, DataError.
     """
     run = _pinned(ready.config, ready.examples.format)
+    model.check_machine(run.model)
     tokenizer = model.load_tokenizer(run.model, run.data.chat_template)
     renderer = Renderer(tokenizer)
     train = data.prepare(ready.examples.train, renderer, run.data)
     validation = data.prepare(ready.examples.validation, renderer, run.data) if ready.examples.validation else None
     base = model.load_base(run.model)
     identity = model.fingerprint(base)
-    found = targets.resolve(base, run.lora.target_modules, run.lora.layers_to_transform)
+    found = targets.find(model.unpacked(base, run.model), run.lora)
     adapted = adapter.attach(
         base,
         run.lora,
-        found.names,
+        found.peft(),
         seed=run.training.seed,
         base_name=run.model.name_or_path,
         revision=run.model.revision,
+    )
+    collator = partial(pad, pad_id=model.pad_id(tokenizer))
+    start = adapter.begin(
+        adapted,
+        run.lora,
+        batches=_first_batches(train, collator, run.training.per_device_train_batch_size),
+        originals=partial(model.original_weights, run.model, base),
     )
     lengths = [(len(row.ids), row.supervised) for row in train.rows]
     return Plan(
@@ -87,11 +97,13 @@ def plan(ready: Ready) -> Plan:
         tokenizer=tokenizer,
         model=adapted,
         targets=found,
-        count=adapter.count(adapted),
+        count=adapter.count(adapted, start),
+        start=start,
+        collator=collator,
         train=train,
         validation=validation,
-        memory=memory.estimate(adapted, lengths, run.training.per_device_train_batch_size),
-        notes=adapter.notes(adapted),
+        memory=memory.estimate(adapted, lengths, run.training.per_device_train_batch_size, run.training),
+        notes=[*model.notes(run.model), *found.notes, *adapter.notes(adapted)],
         base_fingerprint=identity,
         try_it=_prompt_of(ready.examples.train[:100]),
     )
@@ -106,19 +118,21 @@ def train(ready: Ready, *, resume: bool, progress: Progress, note: Callable[[str
         run = plan(ready)
         start_from = _begin(run, space, note, resume=resume)
         _announce(run, note)
-        collator = partial(pad, pad_id=model.pad_id(run.tokenizer))
         outcome = trainer.fit(
             run.config.training,
             run.model,
             run.train.dataset,
             run.validation.dataset if run.validation else None,
-            collator,
+            run.collator,
             space.checkpoints,
             progress,
             start_from,
+            partial(adapter.split, run.model, run.config.lora, weight_decay=run.config.training.weight_decay),
         )
         try:
-            trainer.check_sound(run.model, run.train.dataset, collator)
+            trainer.check_sound(
+                run.model, run.train.dataset, run.collator, run.config.training.per_device_train_batch_size
+            )
             size = _stage(run, outcome, space)
         except NumericError:
             space.forget_checkpoints()  # the run is over, and going on from its end would end the same
@@ -173,7 +187,7 @@ def _announce(run: Plan, note: Callable[[str], None]) -> None:
 def _stage(run: Plan, outcome: Outcome, space: Workspace) -> int:
     """Put the whole adapter directory together beside its place. Returns the size of the adapter's weights in bytes."""
     space.staging.mkdir()
-    size = adapter.save(run.model, space.staging)
+    size = adapter.save(run.model, space.staging, run.start)
     run.tokenizer.save_pretrained(space.staging)
     settings = run.config.resolved()
     fingerprints = {"base": run.base_fingerprint, "data": run.train.fingerprint}
@@ -187,6 +201,12 @@ def _stage(run: Plan, outcome: Outcome, space: Workspace) -> int:
     text = card.model_card(settings, outcome.metrics, space.output.name, run.try_it)
     (space.staging / "README.md").write_text(text, encoding="utf-8")
     return size
+
+
+def _first_batches(rows: Prepared, collator: Collator, size: int, most: int = 64) -> list[Any]:
+    """The first batches of the rows, in their order."""
+    starts = range(0, min(len(rows.rows), most * size), size)
+    return [collator([rows.dataset[n] for n in range(at, min(at + size, len(rows.rows)))]) for at in starts]
 
 
 def _pinned(run: RunConfig, form: str) -> RunConfig:

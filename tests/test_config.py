@@ -312,7 +312,7 @@ def test_values_are_read_as_meant(load: Callable[..., RunConfig], key: str, text
         ("lora.target_modules", "[]", "must not be empty"),
         ("lora.target_modules", "''", "must not be empty"),
         ("lora.layers_to_transform", "[]", "must not be empty"),
-        ("lora.init_lora_weights", "pissa", "expected 'gaussian' or 'orthogonal', got text 'pissa'"),
+        ("lora.init_lora_weights", "pisa", "expected 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4', "),
         ("lora.init_lora_weights", "false", "false starts from a random update"),
         ("training.learning_rate", "0", "must be greater than 0, got a number 0"),
         ("training.learning_rate", "-1", "must be greater than 0, got a number -1"),
@@ -494,6 +494,7 @@ def test_wrong_set_is_told_as_such(problems: Callable[..., list[str]], assignmen
         SOUND + "training: {max_steps: 7, warmup_steps: 0.1, learning_rate: 1e-7}\n",
         SOUND + "training: {num_train_epochs: 1e22}\nlora: {target_modules: all-linear, layers_to_transform: [0, 1]}\n",
         SOUND + "lora: {init_lora_weights: gaussian}\n",
+        SOUND + "lora: {rank_pattern: {q: 16, 'layers\\.1\\..*': 4}, alpha_pattern: {'010': 4}, use_lorafa: true}\n",
         "model: {name_or_path: base, revision: main, trust_remote_code: true}\noutput_dir: out\n"
         "data: {train: {path: a, split: 'train[:5]'}, validation: 0.25, columns: {prompt: 'ü: #'}}\n",
     ],
@@ -574,7 +575,7 @@ def test_set_without_a_value_takes_the_key_out(run_config: Callable[..., Path]) 
 @pytest.mark.parametrize(
     "section, said",
     [
-        ({"lora": {"target_modules": "(unclosed"}}, "lora.target_modules: not a regular expression"),
+        ({"lora": {"target_modules": "(unclosed"}}, "lora.target_modules: `(unclosed` is not a regular expression"),
         ({"data": {"columns": {"promt": "question"}}}, "data.columns: `promt` is none of our names"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import CHAT_TEMPLATE, process, tiny_llama, write_rows
 from transformers import PreTrainedTokenizerFast
 
@@ -23,7 +24,13 @@ LORA: dict[str, Any] = {
     "use_rslora": True,
     "use_dora": True,
     "init_lora_weights": "gaussian",
+    "use_lorafa": True,
+    "loraplus_lr_ratio": 4.0,
     "layers_to_transform": [1],
+    "rank_pattern": {"q": 4},
+    "alpha_pattern": {"q": 4},
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": [1, 2],
 }
 TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -45,6 +52,7 @@ TRAINING: dict[str, Any] = {
 MODEL: dict[str, Any] = {
     "name_or_path": "other",
     "revision": "v2",
+    "gguf_file": "other.gguf",
     "dtype": "bfloat16",
     "quantization": "4bit",
     "attn_implementation": "eager",
@@ -74,9 +82,9 @@ def test_every_field_has_a_change_here(section: Any, changes: dict[str, Any]) ->
 
 
 def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What PEFT was told, and what it made: name → shape, scaling, dropout and values of the trained parameters."""
+    """What PEFT was told, and what it made: shape, scaling, dropout, values and learning rates of what is trained."""
     base = tiny_llama(attention_bias=True)
-    built = adapter.attach(base, section, targets.resolve(base, section.target_modules).names, seed=0)
+    built = adapter.attach(base, section, targets.find(base, section).peft(), seed=0)
     told = built.peft_config["default"].to_dict()
     layers = {
         name: (repr(module), getattr(module, "scaling", None))
@@ -84,7 +92,9 @@ def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
         if hasattr(module, "lora_A")
     }
     trained = {name: weight.tolist() for name, weight in built.named_parameters() if weight.requires_grad}
-    return told, {"layers": layers, "trained": trained}
+    kind, keywords = adapter.split(built, section, (torch.optim.AdamW, {"lr": 1.0}), 0.0)
+    rates = [group["lr"] for group in keywords.get("params", [])]
+    return told, {"layers": layers, "trained": trained, "optimizer": (kind, rates)}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +111,8 @@ def test_the_same_section_builds_the_same(default_lora: tuple[dict[str, Any], di
 @pytest.mark.parametrize("name, value", LORA.items(), ids=LORA)
 def test_lora(default_lora: tuple[dict[str, Any], dict[str, Any]], name: str, value: Any) -> None:
     told, made = attached(LoraSection(**{name: value}))
-    assert {key for key in told if told[key] != default_lora[0][key]} == {name}
+    ours = {"use_lorafa", "loraplus_lr_ratio"}  # optimizers, of which PEFT's configuration knows nothing
+    assert {key for key in told if told[key] != default_lora[0][key]} == {name} - ours
     assert made != default_lora[1]
 
 
@@ -151,6 +162,11 @@ def test_model_name(tiny_dir: Path, tmp_path: Path) -> None:
         model.load_config(ModelSection(name_or_path=str(path))).num_hidden_layers for path in (tiny_dir, tmp_path)
     ]
     assert layers == [2, 3]
+
+
+def test_model_gguf_file(tiny_dir: Path) -> None:
+    with pytest.raises(ModelError, match="no such file"):
+        model.load_config(ModelSection(name_or_path=str(tiny_dir), gguf_file=MODEL["gguf_file"]))
 
 
 def counted(config: Path, hub: Path) -> int:

@@ -11,9 +11,8 @@ import pytest
 from conftest import Ran
 from transformers import FalconConfig, LlamaConfig, Phi3Config
 
-from loratune import params
+from loratune import config, params
 from loratune.adapter import WEIGHTS_FILE
-from loratune.config import LoraSection, ModelSection
 
 ROLES = {
     "q": ["model.layers.*.self_attn.q_proj"],
@@ -53,7 +52,11 @@ def test_counts_by_formula(cli: Callable[..., Ran], tiny_dir: Path) -> None:
     found = counted(cli("params", "--model", tiny_dir, "--json"))
     trainable = 2 * 8 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))  # layers x r x (in + out) of q, k, v, o
     base = 2 * 264 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
-    assert list(found) == ["trainable", "total", "percent", "adapter_bytes", "targets"]
+    assert list(found)[:5] == ["trainable", "total", "percent", "adapter_bytes", "targets"]
+    assert list(found)[5:] == ["roles", "layers", "others", "memory"]
+    assert found["roles"] == {role: 2 * 8 * (32 + size) for role, size in {"q": 32, "k": 16, "v": 16, "o": 32}.items()}
+    assert found["layers"] == {"0": trainable // 2, "1": trainable // 2}
+    assert found["others"] == {}
     assert (found["trainable"], found["total"]) == (trainable, base + trainable)
     assert found["percent"] == pytest.approx(100 * trainable / (base + trainable))
     assert found["targets"] == ROLES
@@ -63,6 +66,12 @@ def test_counts_by_formula(cli: Callable[..., Ran], tiny_dir: Path) -> None:
     "lora",
     [
         {},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora", "rank_pattern": {"q": 4, "o": 12}},
+        {"init_lora_weights": "eva"},
+        {"use_lorafa": True},
+        {"modules_to_save": ["lm_head", "norm"], "bias": "none"},
+        {"trainable_token_indices": [5, 7, 9]},
         {"r": 3, "target_modules": ["q", "down_proj"]},
         {"use_dora": True, "target_modules": "all-linear"},
         {"layers_to_transform": [1]},
@@ -83,26 +92,15 @@ def test_the_size_of_the_file_is_known_before_training(
     ran = cli("train", path)
     assert ran.code == 0, ran.err
     assert foretold["adapter_bytes"] == (tmp_path / "out" / WEIGHTS_FILE).stat().st_size
-    assert counted(cli("params", "--adapter", tmp_path / "out", "--json")) == foretold
+    assert sum(foretold["roles"].values()) == sum(foretold["layers"].values())
+    assert sum(foretold["roles"].values()) + sum(foretold["others"].values()) == foretold["trainable"]
 
 
 def test_a_model_is_counted_with_the_default_lora(
     cli: Callable[..., Ran], run_config: Callable[..., Path], tiny_dir: Path
 ) -> None:
-    assert counted(cli("params", "--model", tiny_dir, "--json")) == counted(cli("params", run_config(), "--json"))
-
-
-def test_an_adapter_of_stock_peft_is_counted(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
-) -> None:
-    assert cli("train", run_config(training={"max_steps": 1})).code == 0
-    before = counted(cli("params", "--adapter", tmp_path / "out", "--json"))
-    for name in ("run.yaml", "loratune.json", "README.md"):
-        (tmp_path / "out" / name).unlink()
-    after = counted(cli("params", "--adapter", tmp_path / "out", "--json"))
-    found = after.pop("targets").values()
-    assert sorted(found) == sorted(ROLES.values())
-    assert after == {key: value for key, value in before.items() if key != "targets"}
+    config = run_config(model={"name_or_path": str(tiny_dir), "dtype": "auto"})
+    assert counted(cli("params", "--model", tiny_dir, "--json")) == counted(cli("params", config, "--json"))
 
 
 def test_the_text_begins_with_the_line_of_peft(cli: Callable[..., Ran], tmp_path: Path) -> None:
@@ -110,8 +108,10 @@ def test_the_text_begins_with_the_line_of_peft(cli: Callable[..., Ran], tmp_path
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
     assert lines[0] == "trainable params: 8,388,608 || all params: 6,746,804,224 || trainable%: 0.1243"
-    assert lines[2].split() == ["q", *ROLES["q"], "32", "4096", "→", "4096", "2,097,152"]
-    assert lines[6].startswith("adapter file: 33,5")
+    assert lines[2].split() == ["q", *ROLES["q"], "32", "4096", "→", "4096", "8", "2,097,152"]
+    assert lines[6] == "per layer: 262,144 in each of layers 0-31"
+    assert lines[7].startswith("adapter file: 33,5")
+    assert lines[8].startswith("memory to train, 8 rows of 1,024 tokens: about ")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_fused_modules_are_told(
 def test_a_fused_module_is_counted_once(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     made = config_only(tmp_path, Phi3Config(**shape, vocab_size=264, pad_token_id=0))
-    found = params.params(ModelSection(name_or_path=str(made)), LoraSection())
+    found = params.params(config.of_model(str(made)))
     assert [(group.role, group.modules, group.shape) for group in found.groups] == [
         ("q, k, v", 3, (32, 96)),
         ("o", 3, (32, 32)),

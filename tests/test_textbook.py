@@ -35,7 +35,7 @@ def rows() -> tuple[Tensor, Tensor]:
 
 def attach(base: nn.Module) -> PeftModel:
     found = targets.resolve(base, ["fc1", "fc2"])
-    return adapter.attach(base, LoraSection(r=R, lora_alpha=ALPHA), found.names, seed=3)
+    return adapter.attach(base, LoraSection(r=R, lora_alpha=ALPHA), found.peft(), seed=3)
 
 
 def both(mlp: nn.Module, *, moved: bool) -> tuple[PeftModel, nn.Module]:
@@ -123,7 +123,7 @@ def test_only_a_and_b_are_trained(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -
 
 def test_the_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
     ours, ref = both(mlp, moved=True)
-    adapter.save(ours, tmp_path)
+    adapter.save(ours, tmp_path, adapter.begin(attach(deepcopy(mlp)), LoraSection()))
     save_file(reference.adapter_state(ref), tmp_path / "reference.safetensors")
     saved, expected = load_file(tmp_path / WEIGHTS_FILE), load_file(tmp_path / "reference.safetensors")
     names = {"lora_A.weight": "A", "lora_B.weight": "B"}
@@ -138,9 +138,9 @@ def test_the_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
 def test_a_4096_by_4096_layer_counts_65536() -> None:
     with torch.device("meta"):
         base = nn.Sequential(OrderedDict(fc=nn.Linear(4096, 4096, bias=False)))
-    ours = adapter.attach(base, LoraSection(r=8), targets.resolve(base, ["fc"]).names, seed=0)
-    assert adapter.count(ours).trainable == 65_536
-    assert adapter.count(ours).total == 4096 * 4096 + 65_536
+    ours = adapter.attach(base, LoraSection(r=8), targets.resolve(base, ["fc"]).peft(), seed=0)
+    count = adapter.count(ours, adapter.begin(ours, LoraSection(r=8)))
+    assert (count.trainable, count.total) == (65_536, 4096 * 4096 + 65_536)
 
 
 def test_llama_2_7b() -> None:
@@ -148,7 +148,8 @@ def test_llama_2_7b() -> None:
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     )
     base = model.build_meta(shape)
-    ours = adapter.attach(base, LoraSection(r=8), targets.resolve(base, ["q", "k", "v", "o"]).names, seed=0)
+    ours = adapter.attach(base, LoraSection(r=8), targets.resolve(base, ["q", "k", "v", "o"]).peft(), seed=0)
     line = "trainable params: 8,388,608 || all params: 6,746,804,224 || trainable%: 0.1243"
-    assert str(adapter.count(ours)) == line
-    assert adapter.count(ours).adapter_bytes - 4 * 8_388_608 in range(1 << 16)  # float32, and a header
+    count = adapter.count(ours, adapter.begin(ours, LoraSection(r=8)))
+    assert str(count) == line
+    assert count.adapter_bytes - 4 * 8_388_608 in range(1 << 16)  # float32, and a header

@@ -254,7 +254,7 @@ def test_dry_run_shows_the_plan_and_leaves_nothing(cli: Cli, run_config: MakeCon
     assert tree(tmp_path) == before
     for part in (
         "q  model.layers.*.self_attn.q_proj x 2", "trainable params: 3,584 || all params:", "rows        30",
-        "truncated", "dropped", "⟦ ", "<|endoftext|>⟧", "expected memory: about",
+        "truncated", "dropped", "⟦ ", "<|endoftext|>⟧", "memory at the longest batch: about",
     ):  # fmt: skip
         assert part in ran.out, ran.out
 

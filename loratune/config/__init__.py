@@ -7,11 +7,23 @@ import yaml
 from pydantic import ValidationError
 
 from loratune.config import reader
+from loratune.config.portable import portability
 from loratune.config.problems import translate
 from loratune.config.sections import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
 from loratune.errors import ConfigError
 
-__all__ = ["DataSection", "LoraSection", "ModelSection", "RunConfig", "Source", "TrainingSection", "dump", "load"]
+__all__ = [
+    "DataSection",
+    "LoraSection",
+    "ModelSection",
+    "RunConfig",
+    "Source",
+    "TrainingSection",
+    "dump",
+    "load",
+    "of_model",
+    "portability",
+]
 
 
 def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
@@ -26,6 +38,12 @@ def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(document.values)
     except ValidationError as error:
         raise ConfigError(translate(error, document)) from None
+
+
+def of_model(name_or_path: str) -> RunConfig:
+    """The defaults of a run on this model, for what needs no rows."""
+    rows, nowhere = DataSection(train=Source(path="rows")), "adapter"
+    return RunConfig(model=ModelSection(name_or_path=name_or_path), data=rows, output_dir=nowhere)
 
 
 def dump(config: RunConfig) -> str:

@@ -29,6 +29,7 @@ class ModelSection(Section):
 
     name_or_path: str = Field(min_length=1, description="a local directory or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    gguf_file: str | None = Field(None, min_length=1, description="a GGUF file within name_or_path, held unpacked")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the machine computes in it, else float32"
     )
@@ -46,6 +47,13 @@ class ModelSection(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_form_of_weights(self) -> Self:
+        if self.gguf_file is not None and self.quantization != "none":
+            message = "a GGUF file is unpacked to dtype, and cannot be quantized again while it is loaded"
+            raise Contradiction(message, "gguf_file", "quantization")
+        return self
+
 
 class LoraSection(Section):
     """What is trained: the fields of `peft.LoraConfig`, under its names."""
@@ -61,26 +69,72 @@ class LoraSection(Section):
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained as well")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r), arXiv:2312.03732")
     use_dora: bool = Field(False, description="weight-decomposed LoRA, arXiv:2402.09353")
-    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = Field(
-        True, description="how A is drawn; B starts at zero"
+    init_lora_weights: (
+        bool | Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "loftq"]
+    ) = Field(
+        True, description="how A and B start: true (Kaiming, zero), or by the base (pissa, olora, loftq) or data (eva)"
+    )
+    use_lorafa: bool = Field(
+        False, description="A stays as it starts, and B's gradient allows for it, arXiv:2308.03303"
+    )
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, le=1e6, description="LoRA+: B learns this many times as fast as A, arXiv:2402.12354"
     )
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, min_length=1, description="numbers of the layers to adapt, from 0"
     )
+    rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(
+        {}, description="role, name or regular expression → its own r, e.g. {q: 16}"
+    )
+    alpha_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(
+        {}, description="role, name or regular expression → its own lora_alpha"
+    )
+    modules_to_save: list[str] | None = Field(
+        None, min_length=1, description="modules that are trained and saved whole, e.g. [lm_head]"
+    )
+    trainable_token_indices: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="ids of the tokens whose embeddings are trained"
+    )
 
     @model_validator(mode="after")
     def _compiles(self) -> Self:
+        patterns = {"rank_pattern": list(self.rank_pattern), "alpha_pattern": list(self.alpha_pattern)}
         if isinstance(self.target_modules, str):
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                raise Contradiction(f"not a regular expression: {error}", "target_modules") from None
+            patterns["target_modules"] = [self.target_modules]
+        for key, texts in patterns.items():
+            for text in texts:
+                try:
+                    re.compile(text)
+                except re.error as error:
+                    raise Contradiction(f"`{text}` is not a regular expression: {error}", key) from None
         return self
 
     @model_validator(mode="after")
     def _zero_start(self) -> Self:
         if self.init_lora_weights is False:
             raise Contradiction("false starts from a random update, which is for PEFT's own tests", "init_lora_weights")
+        return self
+
+    @model_validator(mode="after")
+    def _halves(self) -> Self:
+        if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+            raise Contradiction("orthogonal starts from two halves, so the rank is even", "init_lora_weights", "r")
+        return self
+
+    @model_validator(mode="after")
+    def _variants_agree(self) -> Self:
+        if self.use_lorafa and self.loraplus_lr_ratio is not None:
+            message = "LoRA+ makes B learn faster than A, and LoRA-FA leaves A as it is"
+            raise Contradiction(message, "use_lorafa", "loraplus_lr_ratio")
+        if str(self.init_lora_weights).startswith(("pissa", "olora")) and self.use_dora:
+            message = f"{self.init_lora_weights} takes a part of the base out, and DoRA would measure what is left"
+            raise Contradiction(message, "init_lora_weights", "use_dora")
+        if self.use_lorafa and self.use_dora:
+            message = "PEFT's LoRA-FA pairs each A with its B, and loses count where DoRA has a third tensor"
+            raise Contradiction(message, "use_lorafa", "use_dora")
+        if self.init_lora_weights == "eva" and self.rank_pattern:
+            message = "eva shares directions between layers that read the same input, so they have one rank"
+            raise Contradiction(message, "init_lora_weights", "rank_pattern")
         return self
 
 
@@ -196,6 +250,23 @@ class RunConfig(Section):
     def _evaluations_need_rows(self) -> Self:
         if self.training.eval_steps is not None and self.data.validation is None:
             raise Contradiction("there are no rows to evaluate on", "training.eval_steps", "data.validation")
+        return self
+
+    @model_validator(mode="after")
+    def _start_fits_the_base(self) -> Self:
+        start, held = self.lora.init_lora_weights, self.model.quantization
+        keys = ("lora.init_lora_weights", "model.quantization")
+        if held != "none" and str(start).startswith(("pissa", "olora", "orthogonal")):
+            raise Contradiction(f"{start} starts from the base's weights in full, and {held} does not hold them", *keys)
+        if start == "loftq" and held != "4bit":
+            raise Contradiction("loftq starts from what 4bit quantization loses, so it needs 4bit", *keys)
+        return self
+
+    @model_validator(mode="after")
+    def _lorafa_is_an_optimizer(self) -> Self:
+        if self.lora.use_lorafa and self.training.optim != "adamw_torch":
+            message = "LoRA-FA has an AdamW of its own; leave optim at adamw_torch"
+            raise Contradiction(message, "lora.use_lorafa", "training.optim")
         return self
 
     def resolved(self) -> dict[str, Any]:

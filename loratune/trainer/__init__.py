@@ -1,7 +1,7 @@
 """Section + model + datasets → `transformers.Trainer`, its callbacks and checkpoints."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,9 @@ from loratune.trainer.checkpoints import seal
 
 Collator = Any
 """Rows → a batch of tensors."""
+
+OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
+"""A class and its keywords."""
 
 
 class Progress(Protocol):
@@ -93,16 +96,20 @@ def fit(
     checkpoints: Path,
     progress: Progress,
     resume_from: Path | None = None,
+    optimizer: Callable[[OptimizerChoice], OptimizerChoice] = lambda plain: plain,
 ) -> Outcome:
     """Train the trainable weights of `model` in place.
 
-    train, validation: rows of `input_ids` and `labels`. Raises NumericError: a loss, gradient or weight that is not
-    finite, within one step of it.
+    train, validation: rows of `input_ids` and `labels`. optimizer: from the optimizer that the section names to the one
+    that is used, for variants with parameter groups of their own. Raises NumericError: a loss, gradient or weight that
+    is not finite, within one step of it.
     """
     guard = _Guard()
+    settings = arguments(section, checkpoints, evaluated=validation is not None)
     trainer = _Trainer(
         model=model,
-        args=arguments(section, checkpoints, evaluated=validation is not None),
+        args=settings,
+        optimizer_cls_and_kwargs=optimizer(Trainer.get_optimizer_cls_and_kwargs(settings, model)),
         train_dataset=train,
         eval_dataset=validation,
         data_collator=collator,
@@ -130,12 +137,12 @@ def fit(
     )
 
 
-def check_sound(model: PreTrainedModel, train: Any, collator: Collator) -> None:
+def check_sound(model: PreTrainedModel, train: Any, collator: Collator, batch_size: int) -> None:
     """See whether what the last step made still gives a loss, which no step after it has shown.
 
     Raises NumericError: the loss of the first rows is NaN or inf.
     """
-    loss = held_out_loss(model, train.select(range(min(8, len(train)))), collator, 8)
+    loss = held_out_loss(model, train.select(range(min(8, len(train)))), collator, batch_size)
     if not loss.total < float("inf"):
         fix = "lower training.learning_rate"
         raise NumericError(

@@ -4,56 +4,108 @@ LoRA: y = Wx + (alpha / r) B A x, W frozen, B zero at the start (Hu et al. 2021,
 """
 
 import json
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft import PeftModel as PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from loratune.adapter import optimizers, starts
+from loratune.adapter.counts import Count as Count
+from loratune.adapter.counts import count_of as count_of
+from loratune.adapter.counts import file_bytes as file_bytes
+from loratune.adapter.counts import notes as notes
+from loratune.adapter.counts import rank_of as rank_of
+from loratune.adapter.counts import shape_of as shape_of
+from loratune.adapter.counts import trained as trained
+from loratune.adapter.optimizers import split as split
+from loratune.adapter.starts import Start as Start
 from loratune.config import LoraSection
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
 from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, Saved
 
-WRAPPER_PREFIX = "base_model.model."
+# Keys of the section that are not fields of `peft.LoraConfig`, or that come resolved with the targets.
+_NOT_PEFT = {"init_lora_weights", "use_lorafa", "loraplus_lr_ratio"}
 
 
 def attach(
     base: nn.Module,
     section: LoraSection,
-    target_modules: Sequence[str],
+    targeting: Mapping[str, Any],
     *,
     seed: int,
     base_name: str | None = None,
     revision: str | None = None,
 ) -> PeftModel:
-    """Freeze `base` and put LoRA on the modules that PEFT finds by `target_modules`; its output stays as it is.
+    """Freeze `base` and put LoRA on the modules that PEFT finds by `targeting`; its output stays as it is.
 
+    targeting: `target_modules`, and the patterns and modules to save that go with them, resolved to this base's names.
     seed: of the start of A. base_name, revision: recorded as where the base comes from.
+    Raises ModelError: what PEFT cannot adapt, or a start that does not fit these layers.
     """
+    on_paper = next(base.parameters()).is_meta  # where there are no numbers to decompose
     config = LoraConfig(
         task_type="CAUSAL_LM" if isinstance(base, PreTrainedModel) else None,
         base_model_name_or_path=base_name,
         revision=revision,
-        **section.model_dump(exclude={"target_modules"}),
-        target_modules=list(target_modules),
+        init_lora_weights=True if on_paper else starts.peft_start(section),
+        **section.model_dump(exclude=_NOT_PEFT | targeting.keys()) | dict(targeting),
     )
+    _check_tokens(base, section)
+    starts.check_layers(base, section, tuple(f".{name}" for name in targeting["target_modules"]))
     set_seed(seed)
     try:
         model = _wrap(base, config)
-    except (ValueError, NotImplementedError, ImportError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(Problem(f"PEFT cannot adapt this model: {error}", key="lora")) from None
+    starts.check_ranks(model, section)
+    if starts.gives_back(section):
+        config.init_lora_weights = True  # what is published is plain LoRA, see `Start`
     if section.bias != "none" and not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("bias")):
         raise ModelError(Problem("the model has no such biases", key="lora.bias", fix="set it to none"))
+    if section.use_lorafa:
+        optimizers.freeze_a(model)
     return model
+
+
+def _check_tokens(base: nn.Module, section: LoraSection) -> None:
+    if section.trainable_token_indices is None or not isinstance(base, PreTrainedModel):
+        return
+    known = base.get_input_embeddings().num_embeddings
+    if beyond := [token for token in section.trainable_token_indices if token >= known]:
+        key, fix = "lora.trainable_token_indices", f"ids go from 0 to {known - 1}"
+        raise ModelError(Problem(f"the model has no token {', '.join(map(str, beyond[:3]))}", key=key, fix=fix))
+
+
+def begin(
+    model: PeftModel,
+    section: LoraSection,
+    *,
+    batches: Sequence[Mapping[str, torch.Tensor]] = (),
+    originals: Callable[[], Callable[[str], torch.Tensor]] | None = None,
+) -> Start:
+    """Bring a fresh adapter to where it starts, and keep what it is there.
+
+    batches: collated training rows, for eva; originals: opens the weights before quantization, for loftq, as a reader
+    from the path of a linear layer to its weight. Raises ModelError: see `starts.eva` and `starts.loftq`.
+    """
+    first: torch.Tensor = next(model.parameters())
+    if not first.is_meta:
+        if section.init_lora_weights == "eva":
+            starts.eva(model, batches)
+        elif section.init_lora_weights == "loftq" and originals is not None:
+            starts.loftq(model, originals())
+    return Start({name: tensor.clone() for name, tensor in weights(model).items()}, starts.gives_back(section))
 
 
 def weights(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -62,34 +114,38 @@ def weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return state
 
 
-def check_learnt(model: PeftModel) -> None:
+def check_learnt(model: PeftModel, start: Start) -> None:
     """Refuse an adapter that cannot be of use.
 
-    Raises NumericError: a tensor holds NaN or inf, or every B is still zero.
+    Raises NumericError: a tensor holds NaN or inf, or every B is as it started.
     """
     state = weights(model)
     if bad := _not_finite(state):
         raise NumericError(Problem(f"{len(bad)} adapter tensors hold NaN or inf, among them {_few(bad)}"))
-    if not any(tensor.any() for name, tensor in state.items() if "lora_B" in name):
+    if not start.moved(state):
         fix = "is the learning rate too small, or the loss constant?"
-        raise NumericError(Problem("nothing was learnt: every lora_B is still zero", fix=fix))
+        raise NumericError(Problem("nothing was learnt: every lora_B is as it started", fix=fix))
 
 
-def save(model: PeftModel, directory: Path) -> int:
+def save(model: PeftModel, directory: Path, start: Start) -> int:
     """Write the two files that PEFT reads, and read them back. Returns the size of the weights in bytes.
 
     Raises NumericError as `check_learnt`. Raises AdapterError: what is on the disk is not what is in memory.
     """
-    check_learnt(model)
+    check_learnt(model, start)
     model.save_pretrained(str(directory), save_embedding_layers=False)
     path = directory / CONFIG_FILE
     config = json.loads(path.read_text())
+    start.publish_config(config)
     for key, value in config.items():
         if isinstance(value, list):
             config[key] = sorted(value)  # peft writes its sets in hash order
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    memory, disk = weights(model), _read_tensors(directory / WEIGHTS_FILE)
-    if memory.keys() != disk.keys() or not all(torch.equal(memory[name].cpu(), disk[name]) for name in memory):
+    memory = {name: tensor.cpu().contiguous() for name, tensor in start.published(weights(model)).items()}
+    if start.given_back:
+        save_file(memory, directory / WEIGHTS_FILE, {"format": "pt"})
+    disk = _read_tensors(directory / WEIGHTS_FILE)
+    if memory.keys() != disk.keys() or not all(torch.equal(memory[name], disk[name]) for name in memory):
         raise AdapterError(Problem("the file differs from the weights in memory", str(directory / WEIGHTS_FILE)))
     return (directory / WEIGHTS_FILE).stat().st_size
 
@@ -122,87 +178,22 @@ def load(base: PreTrainedModel, saved: Saved) -> PeftModel:
     tensors = _read_tensors(saved.path / WEIGHTS_FILE)
     if bad := _not_finite(tensors):
         raise AdapterError(Problem(f"{len(bad)} tensors hold NaN or inf, among them {_few(bad)}", str(saved.path)))
-    set_peft_model_state_dict(model, tensors)
+    result = set_peft_model_state_dict(model, tensors)
+    if lost := list(result.unexpected_keys):  # PEFT renames some modules as it loads, and says nothing of what it loses
+        raise AdapterError(
+            Problem(f"PEFT finds no place for {len(lost)} tensors, among them {_few(lost)}", str(saved.path))
+        )
     return model.eval()
 
 
-@dataclass(frozen=True)
-class Count:
-    """Parameters: trained, all of them with the adapter, and bytes of the adapter file."""
-
-    trainable: int
-    total: int
-    adapter_bytes: int
-
-    @property
-    def percent(self) -> float:
-        """Trained share of all parameters, in percent."""
-        return 100 * self.trainable / self.total
-
-    def __str__(self) -> str:
-        """The line of `PeftModel.print_trainable_parameters`."""
-        return f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: {self.percent:.4f}"
-
-
-def count(model: PeftModel) -> Count:
+def count(model: PeftModel, start: Start) -> Count:
     """Count parameters exactly, on any device, the meta device too."""
     trainable, total = model.get_nb_trainable_parameters()
-    return Count(trainable, total, file_bytes(weights(model)))
-
-
-def count_of(model: PeftModel, module: str) -> int:
-    """Trained parameters of one adapted module, named as in the base."""
-    return sum(
-        parameter.numel()
-        for name, parameter in model.get_submodule(WRAPPER_PREFIX + module).named_parameters()
-        if parameter.requires_grad
-    )
-
-
-def notes(model: PeftModel) -> list[str]:
-    """What is lawful and of no use: a rank above the smaller side of a layer, which bounds the rank of any update."""
-    highest: dict[int, int] = {}
-    layers: dict[int, list[str]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            limit = min(layer.in_features, layer.out_features)
-            if (rank := max(layer.r.values())) > limit:
-                highest[limit] = max(rank, highest.get(limit, 0))
-                layers.setdefault(limit, []).append(name.removeprefix(WRAPPER_PREFIX))
-    return [
-        f"lora.r: {highest[limit]} is more than the {limit} inputs or outputs of {len(names)} modules, among them "
-        f"{_few(names)}; {limit} can express every update of theirs"
-        for limit, names in sorted(layers.items())
-    ]
-
-
-def shape_of(model: PeftModel, module: str) -> tuple[int, int]:
-    """Inputs and outputs of one adapted module, named as in the base."""
-    layer = model.get_submodule(WRAPPER_PREFIX + module)
-    return layer.in_features, layer.out_features
-
-
-def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Size of the safetensors file that holds `tensors`, to the byte.
-
-    8 bytes of length, a JSON header padded to a multiple of 8, then the data in order of dtype and name:
-    https://github.com/huggingface/safetensors#format
-    """
-    dtypes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    order = list(dtypes)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
-        end = offset + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": dtypes[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + offset
+    return Count(trainable, total, file_bytes(start.published(weights(model))))
 
 
 def _wrap(base: nn.Module, config: LoraConfig) -> PeftModel:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # packages of quantized bases greet as PEFT finds them
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # peft corrects it for Conv1D, and says so
         warnings.filterwarnings("ignore", message=".*was renamed from.*")
         base_name = config.base_model_name_or_path

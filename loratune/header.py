@@ -1,0 +1,47 @@
+"""The story of `loratune params --adapter`: what an adapter directory says of itself, read without its base."""
+
+import math
+from dataclasses import dataclass
+
+from loratune.paths import pattern
+from loratune.saved import WEIGHTS_FILE, Saved
+from loratune.spectrum import Update, updates
+
+
+@dataclass(frozen=True)
+class Header:
+    """An adapter by its own files.
+
+    trainable: numbers in the file; adapter_bytes: its size; targets: last name → patterns of the adapted paths;
+    updates: ΔW of each adapted module; others: name → shape of all further tensors (biases, whole modules, trained
+    tokens); dora: the adapter changes more than ΔW.
+    """
+
+    base: str
+    r: int
+    lora_alpha: float
+    dora: bool
+    trainable: int
+    adapter_bytes: int
+    targets: dict[str, list[str]]
+    updates: list[Update]
+    others: dict[str, tuple[int, ...]]
+
+
+def header(saved: Saved) -> Header:
+    """Read it. Raises AdapterError: see `spectrum.updates`."""
+    measured = updates(saved)
+    targets: dict[str, list[str]] = {}
+    for place in dict.fromkeys(pattern(update.module) for update in measured):
+        targets.setdefault(place.rpartition(".")[2], []).append(place)
+    return Header(
+        base=saved.base,
+        r=saved.config["r"],
+        lora_alpha=saved.config["lora_alpha"],
+        dora=bool(saved.config.get("use_dora")),
+        trainable=sum(math.prod(shape) for shape in saved.tensors.values()),
+        adapter_bytes=(saved.path / WEIGHTS_FILE).stat().st_size,
+        targets=targets,
+        updates=measured,
+        others={name: shape for name, shape in saved.tensors.items() if ".lora_" not in name},
+    )

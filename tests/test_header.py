@@ -1,0 +1,155 @@
+"""`loratune params --adapter`: an adapter by its own files, without its base."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ran, process, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+
+from loratune.header import header
+from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, inspect
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rsLoRA": {"use_rslora": True, "r": 5},
+    "patterns": {"rank_pattern": {"q_proj": 3, r"layers\.1\.self_attn\.o_proj": 12}, "alpha_pattern": {"v_proj": 40}},
+    "DoRA": {"use_dora": True},
+    "embedding": {"target_modules": ["embed_tokens", "o_proj"]},
+    "whole modules": {"modules_to_save": ["lm_head"], "bias": "lora_only"},
+}
+
+
+def made(path: Path, **fields: Any) -> PeftModel:
+    """An adapter of stock PEFT with random factors, saved at `path`."""
+    config = LoraConfig(**({"target_modules": ["q_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"} | fields))
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_llama(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    model.peft_config["default"].base_model_name_or_path = "/gone/base"
+    model.save_pretrained(str(path), save_embedding_layers=False)
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_norm_and_effective_rank_are_those_of_the_full_update(variant: str, tmp_path: Path) -> None:
+    model = made(tmp_path, **VARIANTS[variant])
+    layers = {
+        name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, LoraLayer)
+    }
+    read = header(inspect(tmp_path))
+    assert {update.module for update in read.updates} == layers.keys()
+    for update in read.updates:
+        layer = layers[update.module]
+        full = layer.get_delta_weight("default").detach().double()
+        singular = torch.linalg.svdvals(full)[: update.rank]
+        shares = singular / singular.sum()
+        assert update.norm == pytest.approx(full.norm().item(), rel=1e-5)
+        assert update.effective_rank == pytest.approx((-shares * shares.log()).sum().exp().item(), rel=1e-5)
+        assert (update.rank, update.scaling) == (layer.r["default"], layer.scaling["default"])
+        assert sorted(update.shape) == sorted(full.shape)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert read.trainable == trained
+    assert read.adapter_bytes == (tmp_path / WEIGHTS_FILE).stat().st_size
+
+
+def test_known_updates(tmp_path: Path) -> None:
+    """Rank 4 with two equal directions has effective rank 2; an untouched B has none."""
+    made(tmp_path, r=4, lora_alpha=8)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    prefix = "base_model.model.model.layers.0.self_attn.{}.lora_{}.weight"
+    a, b = tensors[prefix.format("q_proj", "A")], tensors[prefix.format("q_proj", "B")]
+    a.copy_(torch.eye(4, a.shape[1]))
+    b.copy_(torch.eye(b.shape[0], 4) * torch.tensor([3.0, 3.0, 0.0, 0.0]))
+    tensors[prefix.format("o_proj", "B")].zero_()
+    save_file(tensors, tmp_path / WEIGHTS_FILE, {"format": "pt"})
+    found = {update.module: update for update in header(inspect(tmp_path)).updates}
+    q, o = found["model.layers.0.self_attn.q_proj"], found["model.layers.0.self_attn.o_proj"]
+    assert (q.norm, q.effective_rank) == (pytest.approx(2 * (9 + 9) ** 0.5), pytest.approx(2.0))
+    assert (o.norm, o.effective_rank) == (0.0, 0.0)
+
+
+def test_layers_come_in_their_order(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(num_hidden_layers=12), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path))
+    settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"base_model_name_or_path": "base"}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
+    order = [int(update.module.split(".")[2]) for update in header(inspect(tmp_path)).updates]
+    assert order == [*range(12)]
+
+
+def test_the_command_needs_neither_base_nor_peft(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    made(tmp_path / "adapter")
+    block = "import sys; sys.modules['peft'] = sys.modules['transformers'] = None"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(block)
+    ran = process("params", "--adapter", tmp_path / "adapter", PYTHONPATH=str(tmp_path / "site"))
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()
+    assert lines[1].split() == ["base", "/gone/base"]
+    assert lines[2] == "rank     8, lora_alpha 8"
+    assert lines[5].split()[:6] == ["model.layers.*.self_attn.o_proj", "2", "32", "→", "32", "8"]
+    assert process("params", "--model", "x", PYTHONPATH=str(tmp_path / "site")).code == 1  # the control
+    values = json.loads(cli("params", "--adapter", tmp_path / "adapter", "--json").out)
+    assert (values["base"], values["r"], values["trainable"]) == ("/gone/base", 8, 2 * 8 * (64 + 48 + 64))
+    assert values["targets"]["q_proj"] == ["model.layers.*.self_attn.q_proj"]
+    assert len(values["updates"]) == 6
+
+
+def test_our_own_adapter(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, tiny_dir: Path
+) -> None:
+    config = run_config(training={"max_steps": 1})
+    assert cli("train", config).code == 0
+    foretold = json.loads(cli("params", config, "--json").out)
+    read = json.loads(cli("params", "--adapter", tmp_path / "out", "--json").out)
+    assert (read["trainable"], read["adapter_bytes"]) == (foretold["trainable"], foretold["adapter_bytes"])
+    assert read["base"] == str(tiny_dir)
+    assert all(update["norm"] > 0 for update in read["updates"])
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)), "has no lora_B of its rank"),
+        (lambda tensors: next(t for n, t in tensors.items() if "lora_B" in n).fill_(float("nan")), "holds NaN or inf"),
+        (lambda tensors: next(t for n, t in tensors.items() if "lora_A" in n).fill_(float("inf")), "holds NaN or inf"),
+    ],
+)
+def test_what_cannot_be_measured(change: Any, what: str, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    made(tmp_path / "good")
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    tensors = load_file(tmp_path / "bad" / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, tmp_path / "bad" / WEIGHTS_FILE, {"format": "pt"})
+    ran = cli("params", "--adapter", tmp_path / "bad")
+    assert (ran.code, ran.out) == (5, "")
+    assert what in ran.err and WEIGHTS_FILE in ran.err
+
+
+def test_a_rank_that_the_config_does_not_say(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    made(tmp_path)
+    settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"r": 4}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
+    ran = cli("params", "--adapter", tmp_path)
+    assert ran.code == 5
+    assert "model.layers.0.self_attn.o_proj: has rank 8 where adapter_config.json says 4" in ran.err
+
+
+@pytest.mark.parametrize(("key", "value"), [("r", 0), ("r", "8"), ("lora_alpha", None), ("lora_alpha", True)])
+def test_numbers_of_the_config_are_checked(key: str, value: Any, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    made(tmp_path)
+    settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {key: value}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
+    ran = cli("params", "--adapter", tmp_path)
+    assert ran.code == 5
+    assert f"{key}: not a positive number" in ran.err

@@ -1,0 +1,362 @@
+"""Each LoRA variant from its one key: trains, is saved, loads to the same outputs, resumes, or is refused."""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ran, process, tiny_llama, tree
+from datasets import Dataset
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from loratune import adapter, config, preflight, targets, trainer, workspace
+from loratune import model as model_room
+from loratune import train as story
+from loratune.adapter import Start
+from loratune.config import LoraSection, ModelSection, TrainingSection, portability
+from loratune.data.packing import pad
+from loratune.errors import ModelError
+from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, inspect
+
+Cli = Callable[..., Ran]
+MakeConfig = Callable[..., Path]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "PiSSA, fast": {"init_lora_weights": "pissa_niter_4"},
+    "PiSSA with rsLoRA": {"init_lora_weights": "pissa", "use_rslora": True},
+    "PiSSA with patterns": {"init_lora_weights": "pissa", "rank_pattern": {"q": 4}, "alpha_pattern": {"o": 8}},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "EVA": {"init_lora_weights": "eva"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "LoRA+": {"loraplus_lr_ratio": 16.0},
+    "LoRA-FA": {"use_lorafa": True},
+    "LoRA-FA with rsLoRA": {"use_lorafa": True, "use_rslora": True},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "PiSSA with modules_to_save": {"init_lora_weights": "pissa", "modules_to_save": ["lm_head"]},
+    "trainable_token_indices": {"trainable_token_indices": [1, 2, 3]},
+    "patterns": {"rank_pattern": {"q": 16}, "alpha_pattern": {"q": 4, r"layers\.1\..*v_proj": 64}},
+}
+
+TOKENS = [[(7 * row + 3 * place) % 250 for place in range(20 + row % 5)] for row in range(40)]
+ROWS = Dataset.from_list([{"input_ids": ids, "labels": [-100] * 4 + ids[4:]} for ids in TOKENS])
+PROBE = torch.tensor([TOKENS[0]])
+COLLATE = partial(pad, pad_id=0)
+BATCHES = [COLLATE([ROWS[row] for row in range(start, start + 8)]) for start in range(0, 40, 8)]
+
+
+class Silent:
+    """A progress that shows nothing, and may interrupt the run at a step."""
+
+    def __init__(self, interrupted_at: int = 0):
+        self.interrupted_at = interrupted_at
+
+    def start(self, steps: int, done: int) -> None: ...
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def stop(self) -> None: ...
+    def step(self, done: int, tokens: int) -> None:
+        if done == self.interrupted_at:
+            raise KeyboardInterrupt
+
+
+def begun(base: nn.Module | None = None, **lora: Any) -> tuple[PeftModel, LoraSection, Start]:
+    """The tiny Llama with an adapter on it, before its first step."""
+    section, base = LoraSection(**lora), base or tiny_llama()
+    found = targets.find(base, section)
+    model = adapter.attach(base, section, found.peft(), seed=0, base_name="tiny")
+    return model, section, adapter.begin(model, section, batches=BATCHES)
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(PROBE).logits
+
+
+def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
+    settings = TrainingSection(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
+    choose = partial(adapter.split, model, section, weight_decay=settings.weight_decay)
+    return trainer.fit(settings, model, ROWS, None, COLLATE, path / "checkpoints", Silent(), optimizer=choose)
+
+
+def factors(model: PeftModel) -> dict[str, tuple[LoraLayer, torch.Tensor]]:
+    """Path of each adapted module → its layer, and its update s·B·A."""
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+            found[name.removeprefix("base_model.model.")] = layer, layer.scaling["default"] * b @ a
+    return found
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path) -> None:
+    before = outputs(tiny_llama())
+    model, section, start = begun(**VARIANTS[variant])
+    assert torch.allclose(outputs(model), before, atol=1e-6)
+    foretold = adapter.count(model, start)
+    outcome = fit(model, section, tmp_path)
+    assert outcome.last_loss < outcome.first_loss
+    trained = outputs(model)
+    assert (trained - before).abs().max() > 0.01
+    (tmp_path / "out").mkdir()
+    assert adapter.save(model, tmp_path / "out", start) == foretold.adapter_bytes
+    exact = 0.0 if not start.given_back else 1e-6  # what was taken out of the base comes back with rounding
+    assert torch.allclose(outputs(adapter.load(tiny_llama(), inspect(tmp_path / "out"))), trained, rtol=0, atol=exact)
+    assert torch.allclose(
+        outputs(PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")), trained, rtol=0, atol=exact
+    )
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS])
+def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp_path: Path) -> None:
+    def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
+        loaded = config.load(path, [f"output_dir={tmp_path / name}"])
+        ready = preflight.check(loaded, workspace.inspect(loaded.output_dir, resume=resume, overwrite=False))
+        story.train(ready, resume=resume, progress=Silent(interrupted_at), note=lambda line: None)
+
+    lora = {"lora_dropout": 0.1} | VARIANTS[variant]
+    path = run_config(lora=lora, training={"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2})
+    run("straight")
+    with pytest.raises(KeyboardInterrupt):
+        run("halted", interrupted_at=3)
+    assert not (tmp_path / "halted").exists()
+    run("halted", resume=True)
+    assert (tmp_path / "halted" / WEIGHTS_FILE).read_bytes() == (tmp_path / "straight" / WEIGHTS_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_what_is_taken_out_of_the_base_is_published_as_plain_lora(start: str, tmp_path: Path) -> None:
+    model, section, began = begun(init_lora_weights=start, use_rslora=True, alpha_pattern={"q": 4})
+    fit(model, section, tmp_path)
+    adapter.save(model, tmp_path, began)
+    written = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert (written["init_lora_weights"], written["r"]) == (True, 16)
+    assert written["lora_alpha"] == pytest.approx(16 * math.sqrt(2))
+    assert [*written["alpha_pattern"].values()] == [pytest.approx(4 * math.sqrt(2))]
+    assert inspect(tmp_path).tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] == (16, 32)
+
+
+def test_pissa_starts_from_the_principal_directions() -> None:
+    base = tiny_llama()
+    for path, (layer, update) in factors(begun(init_lora_weights="pissa")[0]).items():
+        weight = base.get_submodule(path).weight.detach()
+        left, singular, right = torch.linalg.svd(weight, full_matrices=False)
+        assert torch.allclose(update, left[:, :8] * singular[:8] @ right[:8], atol=1e-5)
+        assert torch.allclose(layer.get_base_layer().weight + update, weight, atol=1e-6)
+
+
+def test_olora_starts_from_an_orthonormal_b() -> None:
+    for layer, _ in factors(begun(init_lora_weights="olora")[0]).values():
+        b = layer.lora_B["default"].weight.detach()
+        assert torch.allclose(b.T @ b, torch.eye(8), atol=1e-5)
+
+
+def test_eva_starts_from_the_main_directions_of_the_inputs() -> None:
+    base, seen = tiny_llama().eval(), []
+    hook = base.model.layers[1].self_attn.o_proj.register_forward_hook(lambda layer, args, result: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in BATCHES:
+            base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            seen[-1] = seen[-1][batch["labels"] != -100]
+    hook.remove()
+    inputs = torch.cat(seen)
+    principal = torch.linalg.svd(inputs - inputs.mean(0)).Vh[:8]
+    for init, least in (("eva", 0.8), (True, 0.0)):  # plain LoRA is the control
+        layer, update = factors(begun(init_lora_weights=init)[0])["model.layers.1.self_attn.o_proj"]
+        basis = torch.linalg.qr(layer.lora_A["default"].weight.detach().T).Q
+        shared = (principal @ basis).square().sum() / 8  # 1 where both span the same
+        assert (shared > 0.8) == (init == "eva") and shared > least
+        assert not update.any()
+
+
+def test_eva_needs_more_learnt_tokens_than_directions() -> None:
+    model = adapter.attach(
+        tiny_llama(), section := LoraSection(init_lora_weights="eva"), {"target_modules": ["q_proj"]}, seed=0
+    )
+    few = dict(BATCHES[0], labels=torch.full_like(BATCHES[0]["labels"], -100))
+    few["labels"][0, :8] = 1
+    with pytest.raises(ModelError, match="eva needs batches of more than r = 8 learnt tokens"):
+        adapter.begin(model, section, batches=[few])
+    few["labels"][0, :9] = 1
+    adapter.begin(model, section, batches=[few])
+
+
+def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path) -> None:
+    model, section, start = begun(loraplus_lr_ratio=16.0)
+    fit(model, section, tmp_path, max_steps=1, lr_scheduler_type="constant")
+    moved = {name: (tensor - start.tensors[name]).abs().max().item() for name, tensor in adapter.weights(model).items()}
+    # Adam's first step is as long as its learning rate; A has no gradient as long as B is zero.
+    assert {round(step, 4) for name, step in moved.items() if "lora_B" in name} == {0.16}
+    assert {step for name, step in moved.items() if "lora_A" in name} == {0.0}
+
+
+def test_loraplus_trains_an_embedding_at_the_rate_of_the_config(tmp_path: Path) -> None:
+    model, section, start = begun(loraplus_lr_ratio=1.0, target_modules=["embed_tokens", "q"])
+    fit(model, section, tmp_path, max_steps=1, lr_scheduler_type="constant")
+    moved = max(
+        (tensor - start.tensors[n]).abs().max() for n, tensor in adapter.weights(model).items() if "embedding" in n
+    )
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_lorafa_leaves_a_as_it_starts(tmp_path: Path) -> None:
+    plain, lorafa = begun()[0], begun(use_lorafa=True)
+    model, section, start = lorafa
+    assert adapter.count(model, start).trainable < plain.get_nb_trainable_parameters()[0]
+    fit(model, section, tmp_path)
+    for name, tensor in adapter.weights(model).items():
+        assert torch.equal(tensor, start.tensors[name]) == ("lora_A" in name)
+
+
+# --- LoftQ: 4-bit bases
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_loftq_starts_from_what_four_bits_lose(rslora: bool, tiny_dir: Path) -> None:
+    held = ModelSection(name_or_path=str(tiny_dir), dtype="float32", quantization="4bit")
+    section = LoraSection(init_lora_weights="loftq", use_rslora=rslora)
+    base, whole = model_room.load_base(held), tiny_llama()
+    tuned = adapter.attach(base, section, targets.find(base, section).peft(), seed=0)
+    adapter.begin(tuned, section, originals=partial(model_room.original_weights, held, base))
+    for path, (layer, update) in factors(tuned).items():
+        lost = whole.get_submodule(path).weight.detach() - dequantize_module_weight(layer.get_base_layer()).float()
+        singular = torch.linalg.svdvals(lost)
+        best = singular[8:].norm() / singular.norm()  # Eckart and Young: no update of rank 8 leaves less
+        assert (lost - update).norm() / lost.norm() == pytest.approx(best.item(), rel=1e-3)
+        assert best < 0.9
+
+
+def test_loftq_through_the_command_line(cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path) -> None:
+    quantized = {"name_or_path": str(tiny_dir), "dtype": "float32", "quantization": "4bit"}
+    losses = {}
+    for start in ("loftq", "true"):
+        path = run_config(model=quantized, training={"max_steps": 2, "learning_rate": 1e-6})
+        ran = cli("train", path, "--overwrite", "--set", f"lora.init_lora_weights={start}")
+        assert ran.code == 0, ran.err
+        losses[start] = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["first_loss"]
+        assert cli("generate", "--adapter", tmp_path / "out", "1 and 1 make", "--max-new-tokens", "2").code == 0
+    assert losses["loftq"] != losses["true"]
+
+
+def test_loftq_of_weights_that_are_not_there(tiny_dir: Path, tmp_path: Path) -> None:
+    base = tiny_llama()
+    read = model_room.original_weights(ModelSection(name_or_path=str(tiny_dir)), base)
+    assert torch.equal(read("model.layers.0.self_attn.q_proj"), base.model.layers[0].self_attn.q_proj.weight)
+    with pytest.raises(ModelError, match=r"has model\.layers\.9\.gone\.weight as it was before quantization"):
+        read("model.layers.9.gone")
+
+
+# --- refusals
+
+CONTRADICTIONS = [
+    (
+        {"lora.init_lora_weights": "pissa", "model.quantization": "8bit"},
+        "lora.init_lora_weights and model.quantization",
+    ),
+    (
+        {"lora.init_lora_weights": "olora", "model.quantization": "4bit"},
+        "lora.init_lora_weights and model.quantization",
+    ),
+    (
+        {"lora.init_lora_weights": "orthogonal", "model.quantization": "8bit"},
+        "lora.init_lora_weights and model.quantization",
+    ),
+    ({"lora.init_lora_weights": "loftq"}, "lora.init_lora_weights and model.quantization"),
+    (
+        {"lora.init_lora_weights": "loftq", "model.quantization": "8bit"},
+        "lora.init_lora_weights and model.quantization",
+    ),
+    ({"lora.init_lora_weights": "pissa", "lora.use_dora": "true"}, "lora.init_lora_weights and lora.use_dora"),
+    ({"lora.init_lora_weights": "eva", "lora.rank_pattern": "{q: 16}"}, "lora.init_lora_weights and lora.rank_pattern"),
+    ({"lora.init_lora_weights": "orthogonal", "lora.r": "3"}, "lora.init_lora_weights and lora.r"),
+    ({"lora.use_lorafa": "true", "lora.loraplus_lr_ratio": "4"}, "lora.use_lorafa and lora.loraplus_lr_ratio"),
+    ({"lora.use_lorafa": "true", "lora.use_dora": "true"}, "lora.use_lorafa and lora.use_dora"),
+    ({"lora.use_lorafa": "true", "training.optim": "sgd"}, "lora.use_lorafa and training.optim"),
+    ({"lora.loraplus_lr_ratio": "0.5"}, "lora.loraplus_lr_ratio"),
+    ({"lora.rank_pattern": "{q: 0}"}, "lora.rank_pattern.q"),
+    ({"lora.rank_pattern": "{'(q': 4}"}, "lora.rank_pattern"),
+]
+
+
+@pytest.mark.parametrize(("values", "keys"), CONTRADICTIONS)
+def test_what_does_not_go_together_is_told_before_anything_is_read(
+    values: dict[str, str], keys: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    path = run_config()
+    before = tree(tmp_path)
+    ran = cli("train", path, *(part for key, value in values.items() for part in ("--set", f"{key}={value}")))
+    assert (ran.code, ran.out) == (2, "")
+    assert f": {keys}: " in ran.err, ran.err
+    assert tree(tmp_path) == before
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=264, n_positions=64))
+
+
+def test_starts_that_do_not_fit_a_layer() -> None:
+    with pytest.raises(ModelError, match="olora does not know the transposed weights of a Conv1D"):
+        begun(gpt2(), init_lora_weights="olora")
+    with pytest.raises(ModelError, match=r"pissa starts from .*; model\.embed_tokens is a Embedding"):
+        begun(init_lora_weights="pissa", target_modules=["q", "embed_tokens"])
+    with pytest.raises(ModelError, match="LoRA-FA adapts linear layers"):
+        begun(use_lorafa=True, target_modules=["q", "embed_tokens"])
+    for start in ("pissa", "olora", "eva"):
+        with pytest.raises(ModelError, match=rf"{start} takes 17 directions .* has only 16; lower lora\.r to 16"):
+            begun(init_lora_weights=start, r=17)
+
+
+@pytest.mark.parametrize("start", ["pissa", "eva", "orthogonal"])
+def test_starts_on_transposed_weights(start: str) -> None:
+    before = outputs(gpt2())
+    assert torch.allclose(outputs(begun(gpt2(), init_lora_weights=start)[0]), before, atol=1e-5)
+
+
+# --- portability
+
+LEAVES = [
+    ({"use_dora": True}, "lora.use_dora: vLLM, llama.cpp"),
+    ({"bias": "all"}, "lora.bias: vLLM, llama.cpp"),
+    ({"modules_to_save": ["lm_head"]}, "lora.modules_to_save: vLLM, llama.cpp"),
+    ({"trainable_token_indices": [1]}, "lora.trainable_token_indices: vLLM, llama.cpp"),
+    ({"use_rslora": True}, "lora.use_rslora: llama.cpp"),
+    ({"rank_pattern": {"q": 4}}, "lora.rank_pattern: vLLM"),
+    ({"alpha_pattern": {"q": 4}}, "lora.alpha_pattern: vLLM, llama.cpp"),
+    ({"r": 32}, "lora.r: the file's rank is 32; vLLM"),
+    ({"init_lora_weights": "pissa", "r": 16}, "lora.r: the file's rank is 32; vLLM"),
+]
+
+
+@pytest.mark.parametrize(("lora", "line"), LEAVES)
+def test_leaving_the_portable_set_is_told(lora: dict[str, Any], line: str) -> None:
+    (found,) = portability(LoraSection(**lora))
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, {"r": 16}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "eva"}, {"use_lorafa": True}]
+)
+def test_the_portable_set_is_silent(lora: dict[str, Any]) -> None:
+    assert [*portability(LoraSection(**lora))] == []
+
+
+def test_it_is_told_at_config_time(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    path = run_config(lora={"use_dora": True}, data={"train": str(tmp_path / "gone.jsonl")})
+    ran = process("train", path)
+    assert ran.code == 4
+    told, failed = ran.err.splitlines()
+    assert told.startswith("lora.use_dora: vLLM, llama.cpp and Ollama do not read DoRA")
+    assert failed.startswith(f"error: {tmp_path / 'gone.jsonl'}")
+    assert "lora.use_dora: vLLM" in cli("params", run_config(lora={"use_dora": True})).err
