@@ -9,6 +9,11 @@ import yaml
 
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
+_QUANTIZATION = {
+    "8bit": "load_in_8bit=True",
+    "4bit": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
+}
+
 
 def provenance(
     settings: Mapping[str, Any],
@@ -47,7 +52,7 @@ def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: st
 
 # {name}
 
-A LoRA adapter for `{_named(settings["model"])}`, trained with loratune {version("loratune")}.
+A LoRA adapter for `{_named(settings["model"])}`{_held(settings["model"])}, trained with loratune {version("loratune")}.
 
 - **Data:** `{settings["data"]["train"]["path"]}` ({settings["data"]["format"]})
 - **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
@@ -72,6 +77,13 @@ or `loratune generate --adapter {name} {prompt}`
 def _loading(base: Mapping[str, Any], name: str) -> str:
     """The Python that loads base, adapter and tokenizer. Only a base that loads by its name alone needs no mention."""
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+    if base["quantization"] != "none":
+        return f"""from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+quantization = BitsAndBytesConfig({_QUANTIZATION[base["quantization"]]})
+model = AutoPeftModelForCausalLM.from_pretrained("{name}", quantization_config=quantization)
+{tokenizer}"""
     if base["gguf_file"] is None:
         return f"""from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
@@ -88,6 +100,10 @@ base = AutoModelForCausalLM.from_pretrained(
 )
 model = PeftModel.from_pretrained(base, "{name}")
 {tokenizer}"""
+
+
+def _held(base: Mapping[str, Any]) -> str:
+    return "" if base["quantization"] == "none" else f" in {base['quantization']}"
 
 
 def _named(base: Mapping[str, Any]) -> str:

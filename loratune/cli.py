@@ -28,6 +28,9 @@ app = typer.Typer(
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Assignments = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.learning_rate=1e-4.")
+]
 
 
 def main() -> None:
@@ -99,9 +102,7 @@ def _options(
 @app.command()
 def train(
     config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")],
-    assignments: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.learning_rate=1e-4.")
-    ] = [],  # noqa: B006  typer copies it
+    assignments: Assignments = [],  # noqa: B006  typer copies it
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at output_dir.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
@@ -191,6 +192,7 @@ def params(
     config_file: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME_OR_DIR", help="A model, with the default LoRA.")] = None,
     adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="An adapter directory.")] = None,
+    assignments: Assignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -198,6 +200,8 @@ def params(
     with boundary(debug):
         if sum(given is not None for given in (config_file, model, adapter)) != 1:
             raise ConfigError(Problem("give one of CONFIG, --model and --adapter"))
+        if adapter and assignments:
+            raise ConfigError(Problem("an adapter is read as it is", key="--set", fix="leave it out"))
 
         from loratune import config
 
@@ -207,7 +211,7 @@ def params(
 
             show.header(str(adapter), reader.header(saved.inspect(adapter)), as_json)
             return
-        run = config.load(config_file) if config_file else config.of_model(str(model))
+        run = config.load(config_file, assignments) if config_file else config.of_model(str(model), assignments)
         _tell(config.portability(run.lora))
 
         from loratune import params as story

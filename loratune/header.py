@@ -12,20 +12,30 @@ from loratune.spectrum import Update, updates
 class Header:
     """An adapter by its own files.
 
-    trainable: numbers in the file; adapter_bytes: its size; targets: last name → patterns of the adapted paths;
-    updates: ΔW of each adapted module; others: name → shape of all further tensors (biases, whole modules, trained
-    tokens); dora: the adapter changes more than ΔW.
+    parameters: numbers in the file; adapter_bytes: its size; targets: last name → patterns of the adapted paths;
+    updates: ΔW of each adapted module; others: pattern → numbers in all further tensors (biases, whole modules,
+    trained tokens); dora: the adapter changes more than ΔW; rslora: B·A is scaled by lora_alpha over the root of r.
     """
 
     base: str
     r: int
     lora_alpha: float
     dora: bool
-    trainable: int
+    rslora: bool
+    parameters: int
     adapter_bytes: int
     targets: dict[str, list[str]]
     updates: list[Update]
-    others: dict[str, tuple[int, ...]]
+    others: dict[str, int]
+
+
+def _others(saved: Saved) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, shape in saved.tensors.items():
+        if ".lora_" not in name:
+            place = pattern(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+            found[place] = found.get(place, 0) + math.prod(shape)
+    return found
 
 
 def header(saved: Saved) -> Header:
@@ -39,9 +49,10 @@ def header(saved: Saved) -> Header:
         r=saved.config["r"],
         lora_alpha=saved.config["lora_alpha"],
         dora=bool(saved.config.get("use_dora")),
-        trainable=sum(math.prod(shape) for shape in saved.tensors.values()),
+        rslora=bool(saved.config.get("use_rslora")),
+        parameters=sum(math.prod(shape) for shape in saved.tensors.values()),
         adapter_bytes=(saved.path / WEIGHTS_FILE).stat().st_size,
         targets=targets,
         updates=measured,
-        others={name: shape for name, shape in saved.tensors.items() if ".lora_" not in name},
+        others=_others(saved),
     )

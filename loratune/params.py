@@ -107,7 +107,7 @@ def groups(adapted: PeftModel, found: Targets) -> list[Group]:
 
 
 def _others(adapted: PeftModel, found: Targets) -> dict[str, int]:
-    """Trained parameters that lie outside the adapted modules."""
+    """Trained parameters outside the factors of the adapted modules, by what they are called."""
     within = tuple(f"{path}." for path in found.modules)
     others: dict[str, int] = {}
     for name, size in adapter.trained(adapted).items():

@@ -28,7 +28,7 @@ def plan(made: "Plan") -> None:
     for place, roles in made.targets.places().items():
         count = sum(pattern(path) == place for path in made.targets.modules)
         along = made.targets.along().get(place)
-        fused = f", fused: {', '.join(along)} comes along" if along else ", fused" if along is not None else ""
+        fused = f", fused: {_along(along)}" if along else ", fused" if along is not None else ""
         lines.append((", ".join(roles), f"{place} x {count}{fused}"))
     block("targets", lines)
     print(made.count)
@@ -41,6 +41,11 @@ def plan(made: "Plan") -> None:
     marked(made.rendered())
     print(f"adapter file: {size(made.count.adapter_bytes)}")
     print(f"memory at the longest batch: {_memory(made.memory)}")
+
+
+def _along(roles: "Sequence[str]") -> str:
+    """`k comes along`, `k and v come along`."""
+    return f"{' and '.join(roles)} {'comes' if len(roles) == 1 else 'come'} along"
 
 
 def _report_lines(report: "Report") -> list[tuple[str, str]]:
@@ -74,7 +79,7 @@ def params(counted: "Params", as_json: bool) -> None:
     for line in counted.notes:
         note(line)
     for place, roles in counted.along.items():
-        note(f"{place} is one module for {', '.join(counted.fused[place])}: {', '.join(roles)} comes along")
+        note(f"{place} is one module for {', '.join(counted.fused[place])}: {_along(roles)}")
     count = counted.count
     if as_json:
         values = {
@@ -139,10 +144,10 @@ def header(path: str, read: "Header", as_json: bool) -> None:
     lines = [
         ("adapter", path),
         ("base", read.base),
-        ("rank", f"{read.r}, lora_alpha {read.lora_alpha:g}{', DoRA' if read.dora else ''}"),
-        ("size", f"{size(read.adapter_bytes)}, {read.trainable:,} numbers"),
+        ("rank", _span([one.rank for one in read.updates] or [read.r], "d") + _kind(read)),
+        ("size", f"{size(read.adapter_bytes)}, {read.parameters:,} numbers"),
     ]
-    lines += [("also", f"{name}, {' x '.join(map(str, shape))}") for name, shape in read.others.items()]
+    lines += [("also", f"{name}: {count:,} numbers") for name, count in read.others.items()]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")
@@ -162,6 +167,13 @@ def header(path: str, read: "Header", as_json: bool) -> None:
     ]
     table(["modules", "count", "shape", "rank", "norm of ΔW", "effective rank"], rows)
     _by_layer(by_place)
+
+
+def _kind(read: "Header") -> str:
+    """`, lora_alpha 16, rsLoRA`."""
+    scalings = _span([one.scaling for one in read.updates], ".4g") if read.updates else ""
+    kinds = [name for name, there in (("rsLoRA", read.rslora), ("DoRA", read.dora)) if there]
+    return ", ".join([f", lora_alpha {read.lora_alpha:g}", *kinds, *([f"scaling {scalings}"] if scalings else [])])
 
 
 def _by_layer(by_place: "Mapping[str, list[Update]]") -> None:

@@ -174,7 +174,8 @@ def _announce(run: Plan, note: Callable[[str], None]) -> None:
             note(f"  {line}")
     for place, along in run.targets.along().items():
         if along:
-            note(f"{place} is one module for {', '.join(run.targets.fused[place])}: {', '.join(along)} comes along")
+            verb = "comes" if len(along) == 1 else "come"
+            note(f"{place} is one module for {', '.join(run.targets.fused[place])}: {' and '.join(along)} {verb} along")
     training = run.config.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     if len(run.train.rows) < batch:

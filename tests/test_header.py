@@ -57,7 +57,7 @@ def test_norm_and_effective_rank_are_those_of_the_full_update(variant: str, tmp_
         assert (update.rank, update.scaling) == (layer.r["default"], layer.scaling["default"])
         assert sorted(update.shape) == sorted(full.shape)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert read.trainable == trained
+    assert read.parameters == trained
     assert read.adapter_bytes == (tmp_path / WEIGHTS_FILE).stat().st_size
 
 
@@ -96,11 +96,11 @@ def test_the_command_needs_neither_base_nor_peft(tmp_path: Path, cli: Callable[.
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
     assert lines[1].split() == ["base", "/gone/base"]
-    assert lines[2] == "rank     8, lora_alpha 8"
+    assert lines[2] == "rank     8, lora_alpha 8, scaling 1"
     assert lines[5].split()[:6] == ["model.layers.*.self_attn.o_proj", "2", "32", "→", "32", "8"]
     assert process("params", "--model", "x", PYTHONPATH=str(tmp_path / "site")).code == 1  # the control
     values = json.loads(cli("params", "--adapter", tmp_path / "adapter", "--json").out)
-    assert (values["base"], values["r"], values["trainable"]) == ("/gone/base", 8, 2 * 8 * (64 + 48 + 64))
+    assert (values["base"], values["r"], values["parameters"]) == ("/gone/base", 8, 2 * 8 * (64 + 48 + 64))
     assert values["targets"]["q_proj"] == ["model.layers.*.self_attn.q_proj"]
     assert len(values["updates"]) == 6
 
@@ -112,7 +112,7 @@ def test_our_own_adapter(
     assert cli("train", config).code == 0
     foretold = json.loads(cli("params", config, "--json").out)
     read = json.loads(cli("params", "--adapter", tmp_path / "out", "--json").out)
-    assert (read["trainable"], read["adapter_bytes"]) == (foretold["trainable"], foretold["adapter_bytes"])
+    assert (read["parameters"], read["adapter_bytes"]) == (foretold["trainable"], foretold["adapter_bytes"])
     assert read["base"] == str(tiny_dir)
     assert all(update["norm"] > 0 for update in read["updates"])
 

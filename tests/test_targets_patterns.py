@@ -171,7 +171,7 @@ def test_layers_do_not_hold_for_a_whole_path() -> None:
 
 def test_a_layer_without_targets_is_told_beside_other_problems() -> None:
     message = failure(build("llama", **LLAMA), layers=[1, 9], rank_pattern={"zzz": 1})
-    assert "lora.layers_to_transform: no target in layer 9; its layers go from 0 to 2" in message
+    assert "lora.layers_to_transform: no target in layer 9; the layers with targets are 0-2" in message
     assert "lora.rank_pattern: `zzz`" in message
 
 

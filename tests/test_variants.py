@@ -23,7 +23,7 @@ from loratune import train as story
 from loratune.adapter import Start
 from loratune.config import LoraSection, ModelSection, TrainingSection, portability
 from loratune.data.packing import pad
-from loratune.errors import ModelError
+from loratune.errors import DataError, ModelError
 from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, inspect
 
 Cli = Callable[..., Ran]
@@ -186,7 +186,9 @@ def test_eva_needs_more_learnt_tokens_than_directions() -> None:
     )
     few = dict(BATCHES[0], labels=torch.full_like(BATCHES[0]["labels"], -100))
     few["labels"][0, :8] = 1
-    with pytest.raises(ModelError, match="eva needs batches of more than r = 8 learnt tokens"):
+    with pytest.raises(
+        DataError, match="more learnt tokens in a batch than r = 8, and the first batches have 8 at most"
+    ):
         adapter.begin(model, section, batches=[few])
     few["labels"][0, :9] = 1
     adapter.begin(model, section, batches=[few])
@@ -318,6 +320,29 @@ def test_starts_that_do_not_fit_a_layer() -> None:
             begun(init_lora_weights=start, r=17)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_would_change_what_is_tied(start: str) -> None:
+    """The embedding would lose what is taken out of the head that shares its weight."""
+    with pytest.raises(ModelError, match=rf"{start} changes the weight it starts from, and that of lm_head belongs to"):
+        begun(tiny_llama(tie_word_embeddings=True), init_lora_weights=start, target_modules=["q", "lm_head"])
+    before = outputs(tiny_llama())
+    assert torch.allclose(
+        outputs(begun(tiny_llama(), init_lora_weights=start, target_modules=["lm_head"])[0]), before, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_tokens_of_an_embedding_that_is_adapted_itself(tied: bool, key: str, name: str) -> None:
+    lora = {"trainable_token_indices": [1], key: ["q", name] if key == "target_modules" else [name]}
+    if name == "lm_head" and not tied:
+        begun(tiny_llama(tie_word_embeddings=tied), **lora)
+        return
+    with pytest.raises(ModelError, match=rf"lora\.{key} and lora\.trainable_token_indices: both adapt .*{name}, which"):
+        begun(tiny_llama(tie_word_embeddings=tied), **lora)
+
+
 @pytest.mark.parametrize("start", ["pissa", "eva", "orthogonal"])
 def test_starts_on_transposed_weights(start: str) -> None:
     before = outputs(gpt2())
@@ -335,21 +360,39 @@ LEAVES = [
     ({"rank_pattern": {"q": 4}}, "lora.rank_pattern: vLLM"),
     ({"alpha_pattern": {"q": 4}}, "lora.alpha_pattern: vLLM, llama.cpp"),
     ({"r": 32}, "lora.r: the file's rank is 32; vLLM"),
+    ({"rank_pattern": {"q": 32}, "alpha_pattern": {"q": 64}}, "lora.rank_pattern: the file's rank is 32; vLLM"),
+    (
+        {"init_lora_weights": "pissa", "r": 4},
+        "lora.init_lora_weights: pissa is saved as plain LoRA of twice the rank, 8",
+    ),
     ({"init_lora_weights": "pissa", "r": 16}, "lora.r: the file's rank is 32; vLLM"),
+    ({"init_lora_weights": "olora", "use_rslora": True}, "lora.use_rslora: with olora, lora_alpha is saved times"),
+    ({"init_lora_weights": "loftq"}, "lora.init_lora_weights: loftq makes up for what 4bit loses"),
 ]
 
 
 @pytest.mark.parametrize(("lora", "line"), LEAVES)
 def test_leaving_the_portable_set_is_told(lora: dict[str, Any], line: str) -> None:
-    (found,) = portability(LoraSection(**lora))
-    assert found.startswith(line)
+    assert any(found.startswith(line) for found in portability(LoraSection(**lora)))
+
+
+@pytest.mark.parametrize("lora", [{}, {"r": 16}, {"init_lora_weights": "eva"}, {"use_lorafa": True}])
+def test_the_portable_set_is_silent(lora: dict[str, Any]) -> None:
+    assert [*portability(LoraSection(**lora))] == []
 
 
 @pytest.mark.parametrize(
-    "lora", [{}, {"r": 16}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "eva"}, {"use_lorafa": True}]
+    ("model", "names", "kind"),
+    [
+        (lambda: tiny_llama(), ["q", "o", "lm_head"], None),
+        (lambda: tiny_llama(tie_word_embeddings=True), ["q", "lm_head"], "lm_head, a Linear with the weight of"),
+        (lambda: tiny_llama(), ["embed_tokens"], "model.embed_tokens, an Embedding"),
+        (lambda: gpt2(), ["q"], "attn.c_attn, a Conv1D"),
+    ],
 )
-def test_the_portable_set_is_silent(lora: dict[str, Any]) -> None:
-    assert [*portability(LoraSection(**lora))] == []
+def test_layers_that_llama_cpp_does_not_read(model: Callable[[], Any], names: list[str], kind: str | None) -> None:
+    told = adapter.notes(begun(model(), target_modules=names)[0])
+    assert told == [] if kind is None else f"do not read an adapter of {kind}" in told[0]
 
 
 def test_it_is_told_at_config_time(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from loratune.adapter.optimizers import split as split
 from loratune.adapter.starts import Start as Start
 from loratune.config import LoraSection
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
+from loratune.paths import ends_in
 from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, Saved
 
 # Keys of the section that are not fields of `peft.LoraConfig`, or that come resolved with the targets.
@@ -61,7 +62,7 @@ def attach(
         init_lora_weights=True if on_paper else starts.peft_start(section),
         **section.model_dump(exclude=_NOT_PEFT | targeting.keys()) | dict(targeting),
     )
-    _check_tokens(base, section)
+    _check_tokens(base, section, targeting)
     starts.check_layers(base, section, tuple(f".{name}" for name in targeting["target_modules"]))
     set_seed(seed)
     try:
@@ -78,10 +79,22 @@ def attach(
     return model
 
 
-def _check_tokens(base: nn.Module, section: LoraSection) -> None:
+def _check_tokens(base: nn.Module, section: LoraSection, targeting: Mapping[str, Any]) -> None:
+    """Tokens that the model has, in an embedding that nothing else adapts."""
     if section.trainable_token_indices is None or not isinstance(base, PreTrainedModel):
         return
-    known = base.get_input_embeddings().num_embeddings
+    embedding = base.get_input_embeddings()
+    known = embedding.num_embeddings
+    for path, module in base.named_modules():
+        if getattr(module, "weight", None) is not embedding.weight:
+            continue
+        for key in ("target_modules", "modules_to_save"):
+            if any(ends_in(path, name) for name in targeting.get(key) or ()):
+                what, keys = (
+                    f"both adapt {path}, which holds the embeddings",
+                    f"lora.{key} and lora.trainable_token_indices",
+                )
+                raise ModelError(Problem(what, key=keys, fix="keep one of them"))
     if beyond := [token for token in section.trainable_token_indices if token >= known]:
         key, fix = "lora.trainable_token_indices", f"ids go from 0 to {known - 1}"
         raise ModelError(Problem(f"the model has no token {', '.join(map(str, beyond[:3]))}", key=key, fix=fix))

@@ -1,6 +1,7 @@
 """How many numbers an adapter has, and how many bytes its file, before or after it is made."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +9,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loratune.adapter.starts import WRAPPER_PREFIX
+from loratune.paths import counted, few, short
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,16 @@ def count_of(model: PeftModel, module: str) -> int:
 
 
 def trained(model: PeftModel) -> dict[str, int]:
-    """Name of each trained parameter, as in the base → how many numbers it has."""
-    return {
-        name.removeprefix(WRAPPER_PREFIX): parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """What is trained, as it is called in the base → how many numbers it has."""
+    return {_called(name): parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _called(parameter: str) -> str:
+    """The name of a parameter without PEFT's wrappers: `lm_head, whole`, `model.embed_tokens, tokens`."""
+    name = parameter.removeprefix(WRAPPER_PREFIX).replace(".base_layer.", ".")
+    if ".modules_to_save." in name:
+        return f"{name.partition('.modules_to_save.')[0]}, whole"
+    return re.sub(r"(\.token_adapter)?\.trainable_tokens_delta\..*", ", tokens", name)
 
 
 def rank_of(model: PeftModel, module: str) -> int:
@@ -54,8 +62,8 @@ def rank_of(model: PeftModel, module: str) -> int:
 
 
 def notes(model: PeftModel) -> list[str]:
-    """What is lawful and of little use: a rank that a layer cannot have, and whole modules in numbers of 16 bit."""
-    return [*_ranks_to_spare(model), *_coarse_modules(model)]
+    """What is lawful and better known: ranks that a layer cannot have, whole modules in 16 bit, clients that fail."""
+    return [*_ranks_to_spare(model), *_coarse_modules(model), *_unportable(model)]
 
 
 def _ranks_to_spare(model: PeftModel) -> Iterator[str]:
@@ -68,11 +76,33 @@ def _ranks_to_spare(model: PeftModel) -> Iterator[str]:
             if (rank := max(layer.r.values())) > limit:
                 highest[limit] = max(rank, highest.get(limit, 0))
                 layers.setdefault(limit, []).append(name.removeprefix(WRAPPER_PREFIX))
+    common = model.peft_config["default"].r
     for limit, names in sorted(layers.items()):
+        key = "lora.r" if highest[limit] == common else "lora.rank_pattern"
         yield (
-            f"lora.r: {highest[limit]} is more than the {limit} inputs or outputs of {len(names)} modules, among them "
-            f"{', '.join(names[:3])}; {limit} can express every update of theirs"
+            f"{key}: {highest[limit]} is more than the {limit} inputs or outputs of {counted(names, 4)}; {limit} can "
+            "express every update of theirs"
         )
+
+
+def _unportable(model: PeftModel) -> Iterator[str]:
+    """Layers whose adapters llama.cpp's convert_lora_to_gguf.py refuses, or makes a file of that does not load."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    found: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        place = short(name.removeprefix(WRAPPER_PREFIX))
+        if isinstance(base, Conv1D):
+            found[place] = "a Conv1D"
+        elif isinstance(base, nn.Embedding):
+            found[place] = "an Embedding"
+        elif id(base.weight) in embeddings:
+            found[place] = "a Linear with the weight of the embeddings"
+    for kind in dict.fromkeys(found.values()):
+        places = [place for place, its in found.items() if its == kind]
+        yield f"lora.target_modules: llama.cpp and Ollama do not read an adapter of {few(places, 4)}, {kind}"
 
 
 def _coarse_modules(model: PeftModel) -> Iterator[str]:

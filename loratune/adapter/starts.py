@@ -5,6 +5,7 @@ the adapter. It is trained there, and given back on saving: with W = R + s·B0·
 W + s·[B, -B0]·[A; A0], so the file holds a plain LoRA of rank 2r that fits the base as it was.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.config import LoraSection
-from loratune.errors import ModelError, Problem
+from loratune.errors import DataError, ModelError, Problem
 
 KEY = "lora.init_lora_weights"
 WRAPPER_PREFIX = "base_model.model."
@@ -84,12 +85,15 @@ def check_layers(base: nn.Module, section: LoraSection, endings: tuple[str, ...]
     Raises ModelError.
     """
     start, problems = section.init_lora_weights, {}
+    owners = Counter(id(weight) for _, module in base.named_modules() for weight in module.parameters(recurse=False))
     for path, layer in base.named_modules():
         if not f".{path}".endswith(endings):
             continue
         kind = type(layer).__name__
         if reads_base(section) and not (isinstance(layer, nn.Linear | Conv1D) and layer.weight.is_floating_point()):
             problems[KEY] = f"{start} starts from the weights of linear layers in full; {path} is a {kind}"
+        elif gives_back(section) and owners[id(layer.weight)] > 1:
+            problems[KEY] = f"{start} changes the weight it starts from, and that of {path} belongs to further modules"
         elif start == "olora" and isinstance(layer, Conv1D):
             problems[KEY] = f"PEFT's olora does not know the transposed weights of a Conv1D, which {path} is"
         elif section.use_lorafa and isinstance(layer, nn.Embedding):
@@ -116,17 +120,20 @@ def check_ranks(model: PeftModel, section: LoraSection) -> None:
 def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Set every A to the main directions of its layer's inputs at the learnt tokens, in place.
 
-    batches: what the collator makes of the training rows; each needs at least r learnt tokens. Ranks stay as they are
-    (rho = 1). Paischer et al. 2024, arXiv:2410.07170. Raises ModelError: too few learnt tokens; directions that do
-    not settle.
+    batches: what the collator makes of the training rows; those with more than r learnt tokens are used. Ranks stay
+    as they are (rho = 1). Paischer et al. 2024, arXiv:2410.07170. Raises DataError: too few learnt tokens. Raises
+    ModelError: directions that do not settle.
     """
     config: LoraConfig = copy(model.peft_config["default"])
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
     most = max(layer.r["default"] for _, layer in _lora_layers(model))
-    enough = [batch for batch in batches if int((batch["labels"] != -100).sum()) > most]
+    learnt = [int((batch["labels"] != -100).sum()) for batch in batches]
+    enough = [batch for batch, tokens in zip(batches, learnt, strict=True) if tokens > most]
     if not enough:
-        what = f"eva needs batches of more than r = {most} learnt tokens, and the rows give none"
-        raise ModelError(Problem(what, key=KEY, fix="raise training.per_device_train_batch_size or lower lora.r"))
+        what = (
+            f"eva needs more learnt tokens in a batch than r = {most}, and the first batches have {max(learnt)} at most"
+        )
+        raise DataError(Problem(what, key=KEY, fix="raise training.per_device_train_batch_size, or lower lora.r"))
     passes, inner = 0, model.get_base_model()
     was_training = inner.training
 
@@ -136,7 +143,7 @@ def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None
         if passes > _MOST_PASSES:
             what = f"eva's directions did not settle in {_MOST_PASSES} batches"
             raise ModelError(Problem(what, key=KEY, fix="lower lora.r, or take another start"))
-        wrapped(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, use_cache=False)
+        wrapped(**{name: tensor for name, tensor in inputs.items() if name != "labels"}, use_cache=False)
 
     with torch.no_grad():
         found = get_eva_state_dict(model, enough, peft_config=config, forward_fn=forward, show_progress_bar=False)

@@ -31,7 +31,10 @@ def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with every problem found.
     """
-    document = reader.read(path)
+    return _validated(reader.read(path), assignments)
+
+
+def _validated(document: reader.Document, assignments: Sequence[str]) -> RunConfig:
     for assignment in assignments:
         reader.override(document, assignment)
     try:
@@ -40,10 +43,10 @@ def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(translate(error, document)) from None
 
 
-def of_model(name_or_path: str) -> RunConfig:
-    """The defaults of a run on this model, for what needs no rows."""
-    rows, nowhere = DataSection(train=Source(path="rows")), "adapter"
-    return RunConfig(model=ModelSection(name_or_path=name_or_path), data=rows, output_dir=nowhere)
+def of_model(name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
+    """The defaults of a run on this model, with assignments over them, for what needs no rows. Raises ConfigError."""
+    values = {"model": {"name_or_path": name_or_path}, "data": {"train": "rows"}, "output_dir": "adapter"}
+    return _validated(reader.Document("--model", values), assignments)
 
 
 def dump(config: RunConfig) -> str:

@@ -26,6 +26,10 @@ _RULES: tuple[Rule, ...] = (
         "lora.trainable_token_indices: vLLM, llama.cpp and Ollama do not read trained tokens",
     ),
     (
+        lambda lora: lora.init_lora_weights == "loftq",
+        "lora.init_lora_weights: loftq makes up for what 4bit loses; on a base in full precision the adapter is off",
+    ),
+    (
         lambda lora: lora.use_rslora,
         "lora.use_rslora: llama.cpp and Ollama apply such an adapter with another scale, and do not say so",
     ),
@@ -40,14 +44,24 @@ _RULES: tuple[Rule, ...] = (
 )
 
 
+def doubled(lora: LoraSection) -> bool:
+    """Whether the adapter's file has twice the rank that is trained."""
+    return str(lora.init_lora_weights).startswith(("pissa", "olora"))
+
+
 def highest_rank(lora: LoraSection) -> int:
-    """The largest rank in the adapter's file: pissa and olora are saved with twice the rank that they train."""
-    doubled = str(lora.init_lora_weights).startswith(("pissa", "olora"))
-    return max([lora.r, *lora.rank_pattern.values()]) * (2 if doubled else 1)
+    """The largest rank in the adapter's file."""
+    return max([lora.r, *lora.rank_pattern.values()]) * (2 if doubled(lora) else 1)
 
 
 def portability(lora: LoraSection) -> Iterator[str]:
     """One line for each choice that leaves the portable set, with the clients that will not read the adapter."""
     yield from (line for leaves, line in _RULES if leaves(lora))
-    if (rank := highest_rank(lora)) > VLLM_RANK:
-        yield f"lora.r: the file's rank is {rank}; vLLM reads it with --max-lora-rank {rank} only"
+    start, rank = lora.init_lora_weights, highest_rank(lora)
+    if doubled(lora):
+        yield f"lora.init_lora_weights: {start} is saved as plain LoRA of twice the rank, {rank}"
+    if doubled(lora) and lora.use_rslora:
+        yield f"lora.use_rslora: with {start}, lora_alpha is saved times √2, and llama.cpp and Ollama want it whole"
+    if rank > VLLM_RANK:
+        key = "lora.r" if lora.r == max([lora.r, *lora.rank_pattern.values()]) else "lora.rank_pattern"
+        yield f"{key}: the file's rank is {rank}; vLLM reads it with --max-lora-rank {rank} only"

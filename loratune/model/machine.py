@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, Problem
@@ -28,8 +29,10 @@ def check_machine(section: ModelSection, machine: Machine | None = None) -> None
     """Insist that the machine can hold a model in the numbers that are asked for; looks at no model.
 
     machine: this one, if not given.
-    Raises ConfigError: bfloat16 on a GPU that only emulates it; 8bit or 4bit where bitsandbytes does not work.
+    Raises ConfigError: bfloat16 on a GPU that only emulates it; 8bit or 4bit where bitsandbytes does not work;
+    flash attention without its package or a GPU.
     """
+    _check_attention(section.attn_implementation)
     if section.dtype != "bfloat16" and section.quantization == "none":
         return  # bitsandbytes need not be looked at
     machine = machine or this_machine()
@@ -41,6 +44,14 @@ def check_machine(section: ModelSection, machine: Machine | None = None) -> None
         problems.append(quantized.not_here(section.quantization, machine.bitsandbytes))
     if problems:
         raise ConfigError(problems)
+
+
+def _check_attention(name: str | None) -> None:
+    installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if name in installed and not installed[name]():
+        package = "flash-attn" if name == "flash_attention_2" else "flash-attn-3"
+        what = f"{name} needs a CUDA GPU and the package {package}, and one of them is not here"
+        raise ConfigError(Problem(what, key="model.attn_implementation", fix="leave it out, or set it to sdpa"))
 
 
 def notes(section: ModelSection, machine: Machine | None = None) -> list[str]:

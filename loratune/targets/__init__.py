@@ -58,9 +58,12 @@ class Targets:
         return found
 
     def along(self) -> dict[str, list[str]]:
-        """Each fused place → the roles that it serves without being asked for."""
+        """Each fused place that roles led to → those that it serves without being asked for."""
         asked = self.places()
-        return {place: [role for role in roles if role not in asked[place]] for place, roles in self.fused.items()}
+        return {
+            place: [role for role in roles if role not in asked[place]] if {*roles} & {*asked[place]} else []
+            for place, roles in self.fused.items()
+        }
 
     def peft(self) -> dict[str, Any]:
         """Keyword arguments for `LoraConfig`; `layers_to_transform` goes there beside them, as the section has it."""

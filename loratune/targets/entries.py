@@ -86,7 +86,7 @@ def within(roles: dict[str, tuple[str, ...]], layers: Sequence[int]) -> Found:
     }
     absent = sorted(set(layers) - set(numbers.values()))
     there = sorted(set(numbers.values()))
-    fix = f"its layers go from {there[0]} to {there[-1]}" if there else ""
+    fix = f"the layers with targets are {paths.ranges(there)}" if there else ""
     problems = [Problem(f"no target in layer {layer}", key="lora.layers_to_transform", fix=fix) for layer in absent]
     return {
         entry: tuple(path for path in many if numbers.get(path) in layers) for entry, many in roles.items()

@@ -21,10 +21,11 @@ def of_roles(survey: Survey, roles: Sequence[str], modules: Sequence[str]) -> li
     if not free or not any(role in ROLES for role in roles):
         return []
     kinds = ", ".join(dict.fromkeys(_kind(survey, survey.mixers[path]) for path in free))
+    others = "other " if any(path in adapted for path in survey.mixers) else ""
     there, every = _attention_layers(survey)
     where = f"attention is in {there} of {every} layers" if there < every else f"all {every} layers have attention"
     names = paths.few(list(dict.fromkeys(map(paths.short, free))), 6)
-    return [f"{where}; the {kinds} modules stay as they are: name them ({names}) to adapt them"]
+    return [f"{where}; the {others}{kinds} modules stay as they are: name them ({names}) to adapt them"]
 
 
 def _kind(survey: Survey, mixer: str) -> str:
