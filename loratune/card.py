@@ -54,7 +54,7 @@ def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: st
 
 A LoRA adapter for `{_named(settings["model"])}`{_held(settings["model"])}, trained with loratune {version("loratune")}.
 
-- **Data:** `{settings["data"]["train"]["path"]}` ({settings["data"]["format"]})
+- **Data:** {_sources(settings["data"]["train"])} ({settings["data"]["format"]})
 - **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
 - **Repeat it:** `loratune train run.yaml --set output_dir=NEW`
@@ -100,6 +100,14 @@ base = AutoModelForCausalLM.from_pretrained(
 )
 model = PeftModel.from_pretrained(base, "{name}")
 {tokenizer}"""
+
+
+def _sources(train: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
+    """One source, or several with their weights."""
+    given = [train] if isinstance(train, Mapping) else train
+    names = [f"`{one['path']}`" + (f" [{one['split']}]" if one["split"] else "") for one in given]
+    weights = [f" (weight {one['weight']:g})" if one["weight"] is not None else "" for one in given]
+    return ", ".join(name + weight for name, weight in zip(names, weights, strict=True))
 
 
 def _held(base: Mapping[str, Any]) -> str:

@@ -106,6 +106,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at output_dir.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
+    rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="With --dry-run: show N rendered rows.")] = 1,
     debug: Debug = False,
 ) -> None:
     """Train an adapter as CONFIG says, and write it to its output_dir."""
@@ -122,20 +123,22 @@ def train(
         space = workspace.inspect(run.output_dir, resume=resume, overwrite=overwrite)
 
         from loratune import preflight
+        from loratune.console import TrainingProgress, note, watched
 
-        ready = preflight.check(run, space)
+        ready = preflight.check(run, space, watched)
 
         from loratune import show
         from loratune import train as story
-        from loratune.console import TrainingProgress, note
 
-        if dry_run:
-            show.plan(story.plan(ready))
-            return
         try:
-            made = story.train(ready, resume=resume, progress=TrainingProgress(), note=note)
+            if dry_run:
+                show.plan(story.plan(ready, watched), rows)
+                return
+            made = story.train(ready, story.Teller(note, show.announce, watched, TrainingProgress()), resume=resume)
         except KeyboardInterrupt:
-            fix = f"continue with: {_program()} train {config_file} --resume" if ready.space.has_checkpoints() else ""
+            fix = "the rows that were tokenised are kept, and the same command goes on from there"
+            if not dry_run and ready.space.has_checkpoints():
+                fix = f"continue with: {_program()} train {config_file} --resume"
             raise Interrupted(Problem("interrupted", fix=fix)) from None
         show.result(made, _program())
 
@@ -231,19 +234,19 @@ def evaluate(
     with boundary(debug):
         from loratune import preflight
         from loratune.config import Source
-        from loratune.console import note
-        from loratune.data import parse_file
+        from loratune.console import note, watched
+        from loratune.data import check_source
 
         if not data:
             raise ConfigError(Problem("the path is empty", key="--data"))
         opened = preflight.open_adapter(adapter)
-        examples, _ = parse_file(Source(path=data), opened.data)
+        part = check_source(Source(path=data), opened.data, watched)
 
         from loratune import show
         from loratune.evaluate import evaluate as story
 
-        scores, report = story(opened, examples)
-        for line in report.losses():
+        scores, remarks = story(opened, part, watched)
+        for line in remarks:
             note(line)
         show.scores(scores, as_json)
 

@@ -1,10 +1,18 @@
 """What the user sees: progress and notes on stderr, results in small aligned blocks on stdout."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 from rich.text import Text
 
@@ -26,23 +34,62 @@ def block(title: str, lines: Iterable[tuple[str, str]]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """An aligned table on stdout: the first column to the left, all others to the right."""
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of an aligned table: the first column to the left, all others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     for row in [header, *rows]:
         cells = [
             f"{cell:<{width}}" if not column else f"{cell:>{width}}"
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        print("  " + "  ".join(cells).rstrip())
+        yield "  " + "  ".join(cells).rstrip()
 
 
-def marked(pieces: Iterable[tuple[str, bool]]) -> None:
-    """Text on stdout, the learnt pieces green in a terminal and between ⟦ ⟧ elsewhere."""
-    if out.is_terminal:
-        out.print(Text.assemble(*[(piece, "bold green" if learnt else "dim") for piece, learnt in pieces]))
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """An aligned table on stdout."""
+    for line in aligned(header, rows):
+        print(line)
+
+
+def marked(pieces: Iterable[tuple[str, bool]], console: Console = out) -> None:
+    """Text whose learnt pieces are green in a terminal, and stand between ⟦ ⟧ elsewhere."""
+    if console.is_terminal:
+        console.print(Text.assemble(*[(piece, "bold green" if learnt else "dim") for piece, learnt in pieces]))
     else:
-        print("".join(f"⟦{piece}⟧" if learnt else piece for piece, learnt in pieces))
+        text = "".join(f"⟦{piece}⟧" if learnt else piece for piece, learnt in pieces)
+        console.print(text, markup=False)
+
+
+@contextmanager
+def watched(what: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Shows how far a pass over `size` bytes is (0: unknown): a bar in a terminal, in a log a line every half minute.
+
+    Gives what takes the bytes done since its last call. A bar appears only once the pass has taken a second.
+    """
+    begun = shown = time.monotonic()
+    done = 0
+    bar: Bar | None = None
+
+    def advance(count: int) -> None:
+        nonlocal done, shown, bar
+        done += count
+        now = time.monotonic()
+        if bar is not None:
+            bar.update(bar.task_ids[0], completed=done)
+        elif err.is_terminal and now > begun + 1:
+            columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True)
+            bar.add_task("", total=size or None, completed=done)
+            bar.start()
+        elif now > shown + 30:
+            shown = now
+            note(f"{what}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB, {done / 1e6 / (now - begun):,.1f} MB/s")
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
 def size(count: int) -> str:

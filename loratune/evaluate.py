@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratune import data, inference, trainer
-from loratune.data import Prepared, Report
-from loratune.data.formats import Example
+from loratune import data, inference, model, trainer
+from loratune.data import Part, Prepared, Watch
+from loratune.data.packing import Batches
 from loratune.data.render import Tokens
 from loratune.inference import Tuned
 from loratune.preflight import Opened
@@ -32,23 +32,26 @@ class Score:
     tokens: int
 
 
-def evaluate(opened: Opened, examples: Sequence[Example]) -> tuple[dict[str, Score], Report]:
-    """Score `base` and `adapter` on rows that are rendered as in training, and say what became of the rows.
+def evaluate(opened: Opened, part: Part, watch: Watch) -> tuple[dict[str, Score], list[str]]:
+    """Score `base` and `adapter` on rows that are rendered as in training; and lines about what became of the rows.
 
     Raises AdapterError, ModelError, DataError.
     """
     tuned = inference.load(opened)
-    rows = data.prepare(examples, tuned.renderer, tuned.data)
+    size = tuned.model.config.get_text_config().vocab_size
+    rows = data.prepare(part, tuned.renderer, tuned.data, size, watch)
     with tuned.without_adapter():
         base = _score(tuned, rows)
-    return {"base": base, "adapter": _score(tuned, rows)}, rows.report
+    return {"base": base, "adapter": _score(tuned, rows)}, rows.report.remarks(tuned.data.max_length)
 
 
-def _score(tuned: Tuned, rows: Prepared) -> Score:
-    batch = max(1, min(inference.BATCH, _BATCH_TOKENS // max(len(row.ids) for row in rows.rows)))
-    loss = trainer.held_out_loss(tuned.model, rows.dataset, tuned.collate(), batch)
-    exact, starts = _matches(tuned, [row for row in rows.rows if _asks(row, tuned)])
-    return Score(loss.mean, math.exp(loss.mean), exact, starts, len(rows.rows), loss.tokens)
+def _score(tuned: Tuned, prepared: Prepared) -> Score:
+    rows, lengths = prepared.rows, prepared.rows.lengths
+    size = max(1, min(inference.BATCH, _BATCH_TOKENS // int(lengths.max())))
+    padded = Batches(rows, lengths, "none", size, tuned.data.max_length, model.pad_id(tuned.tokenizer))
+    loss = trainer.held_out_loss(tuned.model, padded)
+    exact, starts = _matches(tuned, [row for row in rows.rows() if _asks(row, tuned)])
+    return Score(loss.mean, math.exp(loss.mean), exact, starts, len(rows), loss.tokens)
 
 
 def _asks(row: Tokens, tuned: Tuned) -> bool:

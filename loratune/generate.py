@@ -7,7 +7,7 @@ from transformers import TextStreamer
 
 from loratune import inference, model
 from loratune.data import formats
-from loratune.data.formats import Message
+from loratune.data.formats import CHATS, Asked
 from loratune.data.sources import Row
 from loratune.errors import ConfigError, Problem
 from loratune.inference import Tuned
@@ -42,7 +42,9 @@ def generate(
     """
     tuned = inference.load(opened)
     questions = _questions(tuned, rows)
-    prompts = [tuned.renderer.prompt(asked, row.where) for asked, row in zip(questions, rows, strict=True)]
+    prompts = [
+        tuned.renderer.prompt(asked.prompt, row.where, asked.tools) for asked, row in zip(questions, rows, strict=True)
+    ]
     _check_room(tuned, rows, prompts, max_new_tokens)
     streamer = TextStreamer(tuned.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
 
@@ -55,21 +57,24 @@ def generate(
                     base_texts = [tuned.text(ids) for ids in tuned.complete(batch, max_new_tokens, temperature)]
             completions = tuned.complete(batch, max_new_tokens, temperature, streamer)
             for number, (ids, base_text) in enumerate(zip(completions, base_texts, strict=True), start):
-                asked = questions[number]
+                asked = questions[number].prompt
                 words = asked if isinstance(asked, str) else asked[-1]["content"]
                 yield Answer(rows[number], words, tuned.text(ids), base_text)
 
     return answers()
 
 
-def _questions(tuned: Tuned, rows: Sequence[Row]) -> list[str | list[Message]]:
+def _questions(tuned: Tuned, rows: Sequence[Row]) -> list[Asked]:
     """What the rows ask; bare text is the user's turn where the adapter was trained on conversations."""
-    prompts = [formats.question(row, tuned.data.columns) for row in rows]
-    if empty := [row.where for row, prompt in zip(rows, prompts, strict=True) if not prompt]:
+    asked = [formats.question(row, tuned.data.columns) for row in rows]
+    if empty := [row.where for row, one in zip(rows, asked, strict=True) if not one.prompt]:
         raise ConfigError([Problem("the prompt is empty", where) for where in empty])
-    if tuned.data.format == "messages":
-        return [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
-    return prompts
+    if tuned.data.format not in CHATS:
+        return asked
+    return [
+        Asked([{"role": "user", "content": one.prompt}], one.tools) if isinstance(one.prompt, str) else one
+        for one in asked
+    ]
 
 
 def _check_room(tuned: Tuned, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loratune import config, data, places, saved
 from loratune.config import DataSection, ModelSection, RunConfig, Source
-from loratune.data import Examples
+from loratune.data import Rows, Watch
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.places import quantized
 from loratune.saved import Saved
@@ -19,7 +19,7 @@ class Ready:
 
     config: RunConfig
     space: Workspace
-    examples: Examples
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Opened:
     run: RunConfig | None
 
 
-def check(run: RunConfig, space: Workspace) -> Ready:
+def check(run: RunConfig, space: Workspace, watch: Watch) -> Ready:
     """Look for the model, and read and check the rows, of a run whose output directory is free; nothing is written.
 
     Raises ConfigError: see `quantized.check_bitsandbytes`. Raises ModelError: see `places.is_directory`,
-    `quantized.check_directory`. Raises DataError: see `data.read`.
+    `quantized.check_directory`. Raises DataError: see `data.check`.
     """
     base = run.model
     quantized.check_bitsandbytes(base.quantization)
     if places.is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
         quantized.check_directory(Path(places.local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
-    return Ready(run, space, data.read(run.data, run.training.seed))
+    return Ready(run, space, data.check(run.data, run.training.seed, watch))
 
 
 def open_adapter(directory: Path) -> Opened:

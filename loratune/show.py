@@ -1,29 +1,65 @@
 """Results on stdout, as people or programs read them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from loratune.console import block, duration, marked, note, size, table
+from loratune.console import aligned, block, duration, err, marked, note, size, table
 from loratune.paths import number_of, pattern, ranges, shortest
 
 if TYPE_CHECKING:
-    from loratune.data import Report
     from loratune.evaluate import Score
     from loratune.header import Header
     from loratune.memory import Estimate
     from loratune.params import Params
     from loratune.spectrum import Update
-    from loratune.train import Plan, Result
+    from loratune.train import Plan, Result, Rows
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def plan(made: "Plan") -> None:
-    """What `train --dry-run` shows."""
+def announce(made: "Plan") -> None:
+    """On stderr, what is about to be trained; above all what was cut or left out."""
+    for line in _rows(made.rows):
+        note(line)
+    note("first row, with what is learnt marked:")
+    marked(_shortened(made.rendered()), err)
+    for place, along in made.targets.along().items():
+        if along:
+            note(f"{place} is one module for {', '.join(made.targets.fused[place])}: {_along(along)}")
+    training, rows = made.config.training, made.rows.train.rows
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if len(rows) < batch and made.train.size > 1:
+        note(f"rows: {len(rows)}, fewer than a batch of {batch}: each epoch is one step on all of them")
+    for line in made.notes:
+        note(line)
+    note(str(made.count))
+
+
+def _rows(rows: "Rows") -> Iterator[str]:
+    """The table of what became of the rows, and what else is to be said of them."""
+    parts = {"train": rows.train, "validation": rows.validation}
+    cells = [[name, *part.report.cells()] for name, part in parts.items() if part]
+    yield from aligned(["", *rows.train.report.COLUMNS], cells)
+    for name, part in parts.items():
+        if part:
+            lines = [*rows.remarks[name], *part.report.remarks(rows.max_length)]
+            yield from (f"  {name}: {line}" for line in lines)
+    yield from (f"  {line}" for line in rows.leaks)
+
+
+def _shortened(pieces: Iterable[tuple[str, bool]], most: int = 600) -> Iterator[tuple[str, bool]]:
+    """Pieces of which the long ones have lost their middle."""
+    for text, learnt in pieces:
+        cut = len(text) > most
+        yield f"{text[: most // 2]} [...] {text[-most // 2 :]}" if cut else text, learnt
+
+
+def plan(made: "Plan", rows: int) -> None:
+    """What `train --dry-run` shows. rows: how many training rows."""
     lines = []
     for place, roles in made.targets.places().items():
         count = sum(pattern(path) == place for path in made.targets.modules)
@@ -32,13 +68,13 @@ def plan(made: "Plan") -> None:
         lines.append((", ".join(roles), f"{place} x {count}{fused}"))
     block("targets", lines)
     print(made.count)
-    block("train", _report_lines(made.train.report))
-    if made.validation:
-        block("validation", _report_lines(made.validation.report))
+    for line in _rows(made.rows):
+        print(line)
     for line in made.notes:
         note(line)
-    print("first row, with what is learnt marked")
-    marked(made.rendered())
+    for number in range(min(rows, len(made.rows.train.rows))):
+        print(f"{made.rows.train.rows.row(number).where}, with what is learnt marked")
+        marked(made.rendered(number))
     print(f"adapter file: {size(made.count.adapter_bytes)}")
     print(f"memory at the longest batch: {_memory(made.memory)}")
 
@@ -46,17 +82,6 @@ def plan(made: "Plan") -> None:
 def _along(roles: "Sequence[str]") -> str:
     """`k comes along`, `k and v come along`."""
     return f"{' and '.join(roles)} {'comes' if len(roles) == 1 else 'come'} along"
-
-
-def _report_lines(report: "Report") -> list[tuple[str, str]]:
-    lines = [
-        ("rows", f"{report.rows:,}"),
-        ("tokens", f"{report.tokens:,}, the longest row {report.longest:,}"),
-        ("supervised", f"{report.supervised:,} tokens"),
-        ("truncated", f"{report.truncated:,} rows"),
-        ("dropped", f"{report.dropped_rows:,} rows"),
-    ]
-    return lines + [("", f"{count:,}: {reason}") for count, reason in report.reasons()]
 
 
 def result(made: "Result", program: str) -> None:

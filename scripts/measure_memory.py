@@ -65,8 +65,10 @@ transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 FORETELL = """
 import pathlib, sys
 from loratune import config, preflight, train, workspace
+from loratune.data.watching import unwatched
 run = config.load(pathlib.Path(sys.argv[1]), sys.argv[2:])
-print(train.plan(preflight.check(run, workspace.inspect(run.output_dir, resume=False, overwrite=False))).memory.total)
+space = workspace.inspect(run.output_dir, resume=False, overwrite=False)
+print(train.plan(preflight.check(run, space, unwatched), unwatched).memory.total)
 """
 TRAIN = """
 import sys, torch

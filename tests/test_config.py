@@ -280,8 +280,17 @@ def test_duplicate_key_names_both_lines(problems: Callable[..., list[str]], text
         ("lora.target_modules", "all-linear", "all-linear"),
         ("lora.init_lora_weights", "gaussian", "gaussian"),
         ("data.validation", "0.1", 0.1),
-        ("data.validation", "held.jsonl", {"path": "held.jsonl", "split": None}),
-        ("data.train", "{path: a.jsonl, split: 'train[:10]'}", {"path": "a.jsonl", "split": "train[:10]"}),
+        ("data.validation", "held.jsonl", {"path": "held.jsonl", "split": None, "weight": None}),
+        (
+            "data.train",
+            "{path: a.jsonl, split: 'train[:10]'}",
+            {"path": "a.jsonl", "split": "train[:10]", "weight": None},
+        ),
+        (
+            "data.train",
+            "[{path: a.jsonl, weight: 1}, {path: 'b/*.csv', weight: 2}]",
+            [{"path": "a.jsonl", "split": None, "weight": 1.0}, {"path": "b/*.csv", "split": None, "weight": 2.0}],
+        ),
     ],
 )
 def test_values_are_read_as_meant(load: Callable[..., RunConfig], key: str, text: str, value: Any) -> None:
@@ -332,7 +341,7 @@ def test_values_are_read_as_meant(load: Callable[..., RunConfig], key: str, text
         ("model.revision", "1.5", "expected text, got a number 1.5"),
         ("data.validation", "0", "a fraction lies between 0 and 1"),
         ("data.validation", "1.5", "a fraction lies between 0 and 1"),
-        ("data.validation", "true", "expected a section or a number, got true/false True"),
+        ("data.validation", "true", "expected a section or a list or a number, got true/false True"),
         ("data.columns", "[prompt]", "expected a mapping, got a list"),
         ("data.max_length", "1", "must be greater than or equal to 2, got a number 1"),
         *[
@@ -390,7 +399,7 @@ def test_all_problems_are_told_at_once(problems: Callable[..., list[str]]) -> No
         ("training", "max_steps: 5", "num_train_epochs: 2", "both set the length of the run; keep one"),
         ("training", "warmup_steps: 6", "max_steps: 5", "the learning rate would never reach its peak"),
         ("training", "lr_scheduler_type: constant", "warmup_steps: 5", "constant has no warmup"),
-        ("data", "format: text", "chat_template: a.jinja", "plain text goes through no template"),
+        ("data", "format: text", "chat_template: a.jinja", "text goes through no template"),
     ],
 )
 def test_contradiction_names_both_keys(
@@ -445,8 +454,8 @@ def test_warmup_above_one_counts_whole_steps(
         ("lora.r = 4", "lora.r", 4),
         ("model.revision='010'", "model.revision", "010"),
         ("model.revision=a=b", "model.revision", "a=b"),
-        ("data.train.split=train[:5]", "data.train", {"path": "rows.jsonl", "split": "train[:5]"}),
-        ("data={train: other.jsonl}", "data.train", {"path": "other.jsonl", "split": None}),
+        ("data.train.split=train[:5]", "data.train", {"path": "rows.jsonl", "split": "train[:5]", "weight": None}),
+        ("data={train: other.jsonl}", "data.train", {"path": "other.jsonl", "split": None, "weight": None}),
     ],
 )
 def test_set_is_read_like_the_file(load: Callable[..., RunConfig], assignment: str, key: str, value: Any) -> None:

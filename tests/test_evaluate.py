@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from loratune import data, inference, preflight, trainer
 from loratune.cli import app
 from loratune.config import Source
+from loratune.data.packing import Batches
 
 ENDS = ["<|endoftext|>", "<|end|>"]
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(45)]
@@ -129,12 +130,12 @@ def test_held_out_loss_of_training_is_the_adapters(scores: dict[str, Any], place
 
 def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None:
     tuned = inference.load(preflight.open_adapter(place / "adapter"))
-    examples, _ = data.parse_file(Source(path=str(place / "held-out.jsonl")), tuned.data)
-    rows = data.prepare(examples, tuned.renderer, tuned.data)
-    prompts = [row.prompt for row in rows.rows]
+    part = data.check_source(Source(path=str(place / "held-out.jsonl")), tuned.data)
+    rows = data.prepare(part, tuned.renderer, tuned.data, 264).rows
+    prompts = [row.prompt for row in rows.rows()]
     alone = [tuned.complete([prompt], 6)[0] for prompt in prompts]
     for size in (1, 7, 64):
-        loss = trainer.held_out_loss(tuned.model, rows.dataset, tuned.collate(), size)
+        loss = trainer.held_out_loss(tuned.model, Batches(rows, rows.lengths, "none", size, 1024, 0))
         assert loss.tokens == scores["adapter"]["tokens"]
         assert loss.mean == pytest.approx(scores["adapter"]["loss"], abs=1e-6)
         batches = [tuned.complete(prompts[at : at + size], 6) for at in range(0, len(prompts), size)]
@@ -167,7 +168,11 @@ def test_rows_without_a_prompt_have_no_match(
         (None, 4, "no such file"),
         ([], 4, "0 rows"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], 4, "no field `completion`"),
-        ([chat_row("a", " ")], 4, "no row has anything to learn (1 rows: nothing to learn: the completion is empty)"),
+        (
+            [chat_row("a", " ")],
+            4,
+            "no row has anything to learn (1 row dropped: nothing to learn: the completion is empty (",
+        ),
         ([chat_row("a", "b" * 2000)], 4, "the answer does not fit in max_length 1024"),
     ],
 )

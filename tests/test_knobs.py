@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune import adapter, data, model, targets, trainer
 from loratune.config import DataSection, LoraSection, ModelSection, TrainingSection
+from loratune.data.packing import Batches
 from loratune.data.render import Renderer
 from loratune.errors import DataError, ModelError
 
@@ -67,6 +68,8 @@ DATA: dict[str, Any] = {
     "loss_on": "all",
     "max_length": 24,
     "truncation": "drop",
+    "max_dropped": 0.0,
+    "packing": "full",
 }
 
 
@@ -233,25 +236,30 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
             values["chat_template"] = str(tmp_path / values["chat_template"])
         section = DataSection(**values)
         words = model.load_tokenizer(ModelSection(name_or_path=str(tmp_path / "words")), section.chat_template)
-        examples = data.read(section, seed=1)
-        return [
-            data.prepare(part, Renderer(words), section).fingerprint
-            for part in (examples.train, examples.validation)
-            if part
-        ]
+        rows = data.check(section, seed=1)
+        made = [data.prepare(part, Renderer(words), section, 264) for part in (rows.train, rows.validation) if part]
+        batches = [Batches(one.rows, one.rows.lengths, section.packing, 4, section.max_length, 0) for one in made]
+        return [(one.fingerprint, len(batch.items)) for one, batch in zip(made, batches, strict=True)]
 
     tokenizer.save_pretrained(tmp_path / "words")
     return run
 
 
-@pytest.mark.parametrize("name, value", DATA.items(), ids=DATA)
+@pytest.mark.parametrize("name, value", [item for item in DATA.items() if item[0] != "max_dropped"])
 def test_data(prepared: Callable[..., Any], name: str, value: Any) -> None:
     base: dict[str, Any] = {
         "chat_template": {"train": {"path": "chat.jsonl"}, "format": "messages"},
-        "truncation": {"max_length": 16},
+        "truncation": {"max_length": 16, "max_dropped": 1.0},
     }.get(name, {})
     assert prepared(**base) == prepared(**base)
     assert prepared(**base) != prepared(**base | {name: value})
+
+
+def test_rows_may_be_dropped(prepared: Callable[..., Any]) -> None:
+    some = {"max_length": 16, "truncation": "drop"}
+    prepared(**some, max_dropped=1.0)
+    with pytest.raises(DataError, match=r"data\.max_dropped: "):
+        prepared(**some, max_dropped=DATA["max_dropped"])
 
 
 def test_truncation_may_stop(prepared: Callable[..., Any]) -> None:

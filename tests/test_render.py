@@ -7,19 +7,18 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from loratune import data, model
-from loratune.config import DataSection
-from loratune.data.formats import Conversation, Example, Message, Plain
+from loratune import model
+from loratune.data.formats import Conversation, Example, Ids, Message, Plain
 from loratune.data.packing import pad
 from loratune.data.render import IGNORED, Renderer, Tokens, shorten
 from loratune.errors import DataError, ModelError
@@ -69,12 +68,17 @@ def fetched(name: str) -> Path:
     return place
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@cache
+def loaded(place: Path) -> Any:
+    """A tokenizer, loaded once for all tests: copy it before you change it."""
+    return AutoTokenizer.from_pretrained(place)
+
+
+@pytest.fixture(params=NAMES)
 def real(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> Any:
     if request.param == "bytes":
         return tokenizer
-    path = request.getfixturevalue("smollm2") if request.param == "smollm2" else fetched(request.param)
-    return AutoTokenizer.from_pretrained(path)
+    return loaded(request.getfixturevalue("smollm2") if request.param == "smollm2" else fetched(request.param))
 
 
 def learnt(tokenizer: Any, row: Tokens) -> list[str]:
@@ -112,7 +116,8 @@ def test_conversation(real: Any, messages: list[Message]) -> None:
         turn_end = ends(real)[row.ids[end - 1]]
         assert span in (answer + turn_end, f"<think>\n\n</think>\n\n{answer}{turn_end}")
     assert row.labels[-1] == row.ids[-1] in renderer.end_ids
-    whole = real.apply_chat_template(messages, tokenize=True, return_dict=False)
+    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    whole = real.apply_chat_template(messages[: last + 1], tokenize=True, return_dict=False)
     assert list(row.ids) == whole[: len(row.ids)]
 
 
@@ -130,7 +135,7 @@ def test_conversation_begins_with_the_prompt_of_generate(real: Any, messages: li
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_one_bos(name: str) -> None:
     """Both templates write it themselves; of the two tokenizers, only Gemma's would add it once more."""
-    real = AutoTokenizer.from_pretrained(fetched(name))
+    real = loaded(fetched(name))
     row = Renderer(real).row(Conversation("", tuple(CHATS["three turns"])))
     asked = Renderer(real).prompt(real.bos_token + "a")
     for ids in (row.ids, asked, Renderer(real).prompt(CHATS["one turn"][:1])):
@@ -147,7 +152,7 @@ def test_only_the_completion_of_message_lists_is_learnt(real: Any) -> None:
 def test_loss_on_all(real: Any) -> None:
     renderer = Renderer(real)
     for example in (Plain("", "a b", " c"), Conversation("", tuple(CHATS["three turns"]))):
-        row = renderer.row(example, learn_all=True)
+        row = renderer.row(example, "all")
         assert row.labels == [IGNORED, *row.ids[1:]]
         assert row.ids == renderer.row(example).ids
         assert row.supervised == len(row.ids) - 1
@@ -171,6 +176,127 @@ def test_a_conversation_may_begin_with_an_answer(real: Any) -> None:
     assert first.startswith("Hello!") and second.endswith("b" + first.removeprefix("Hello!"))
 
 
+def test_a_batch_is_its_rows(real: Any) -> None:
+    """In order, whatever their kinds; texts that come twice too."""
+    examples: list[Example] = []
+    for number, messages in enumerate([*CHATS.values(), *CHATS.values()]):
+        examples += [Conversation(f"{number}", tuple(messages)), Plain(f"{number}", *PLAIN[number % len(PLAIN)])]
+        examples += [Ids(f"{number}", (number + 1, 2, 3)), Plain(f"{number}", "", f"text {number}")]
+    renderer = Renderer(real)
+    for loss_on in ("completion", "assistant", "all"):
+        rows = renderer.rows(examples, loss_on)
+        assert rows == [renderer.row(example, loss_on) for example in examples]
+        assert [row.where for row in rows] == [example.where for example in examples]
+    assert renderer.rows([]) == []
+
+
+def test_ids_as_given(tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(tokenizer)
+    whole = renderer.row(Ids("a:1", (5, 6, 7)))
+    assert (whole.ids, whole.labels, whole.supervised) == ((5, 6, 7), [IGNORED, 6, 7], 2)
+    some = renderer.row(Ids("a:2", (5, 6, 7, 8, 9), (IGNORED, 6, IGNORED, 8, 9)))
+    assert (some.spans, some.labels, some.targets) == (((1, 2), (3, 5)), [IGNORED, 6, IGNORED, 8, 9], None)
+    other = renderer.row(Ids("a:3", (5, 6, 7, 8, 9), (IGNORED, IGNORED, 1, 8, 2)))
+    assert (other.labels, other.supervised) == ([IGNORED, IGNORED, 1, 8, 2], 3)
+    cut = shorten(other, 4, bos=5)
+    assert cut is not None
+    assert (cut.ids, cut.labels) == ((5, 7, 8, 9), [IGNORED, 1, 8, 2])
+    assert renderer.row(Ids("a:4", (5, 6), (IGNORED, IGNORED))).spans == ()
+
+
+def test_an_end_that_is_spelt_out_is_not_doubled(real: Any) -> None:
+    row = Renderer(real).row(Plain("", "a", f" b{real.eos_token}"))
+    assert row == Renderer(real).row(Plain("", "a", " b"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_long_prompts(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Only the last words are encoded twice, and texts over a million characters in pieces: the ids stay the same."""
+    if name == "bytes":
+        real: Any = tokenizer
+    else:
+        real = loaded(request.getfixturevalue("smollm2") if name == "smollm2" else fetched(name))
+    renderer = Renderer(real)
+    paragraph = "It's 12 345 words,\n\tand Ünicode 🙂 too.\n\nNext: x = (a+b) ** 2;  done\n"
+    for length, completion in ((3, "word"), (5, " word"), (9, "\nword"), (14, "s"), (20_000, " end")):
+        prompt = (paragraph * length)[: -1 if length % 2 else None]
+        row = renderer.row(Plain("", prompt, completion))
+        start = row.ids[:1] == (real.bos_token_id,)
+        assert row.prompt == renderer.prompt(prompt)
+        upstream = real(prompt, add_special_tokens=False).input_ids
+        assert list(row.prompt[start:]) == upstream
+        joint = real(prompt + completion, add_special_tokens=False).input_ids
+        if joint[: len(upstream)] != upstream:
+            joint = upstream + real(completion, add_special_tokens=False).input_ids
+        assert list(row.ids[start:-1]) == joint
+
+
+class OneByOne(PreTrainedTokenizer):
+    """A slow tokenizer: a token a character."""
+
+    def __init__(self, **fields: Any):
+        self._letters = {chr(number): number for number in range(128)}
+        super().__init__(**fields)
+
+    @property
+    def vocab_size(self) -> int:
+        return 128
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._letters | self.added_tokens_encoder
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(index)
+
+
+def test_slow_tokenizers() -> None:
+    slow = OneByOne(
+        eos_token="<eos>",
+        chat_template=FOR + "{{ m.role[0] }}:{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}",
+    )
+    renderer = Renderer(slow)
+    row = renderer.row(CHAT)
+    assert (row.ids[:-1], row.ids[-1]) == ((*map(ord, "u:a"), slow.eos_token_id, *map(ord, "a:b")), slow.eos_token_id)
+    assert row.prompt == renderer.prompt(CHAT.messages[:1])
+    assert renderer.row(Plain("", "ab", "c")).labels == [IGNORED, IGNORED, ord("c"), slow.eos_token_id]
+    assert renderer.digest == Renderer(slow).digest
+
+
+def test_digest(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The same for the same rules, another for another tokenizer, template, special token or day in the template."""
+    same = [Renderer(changed(tokenizer, chat_template="x")).digest for _ in range(2)]
+    used = changed(tokenizer, chat_template="x")
+    used.backend_tokenizer.enable_padding()
+    used.backend_tokenizer.enable_truncation(2)
+    assert {*same, Renderer(used).digest} == {same[0]}
+    with_bos = changed(tokenizer, chat_template="x", bos_token="<|user|>")
+    more = changed(tokenizer, chat_template="x")
+    more.backend_tokenizer.add_special_tokens(["<|more|>"])
+    dated = "{{ strftime_now('%Y') }}"
+    others = [
+        with_bos,
+        more,
+        changed(tokenizer, chat_template="y"),
+        changed(tokenizer),
+        changed(tokenizer, chat_template=dated),
+    ]
+    assert len({same[0], *(Renderer(other).digest for other in others)}) == 6
+
+
+def test_settings_of_earlier_calls_do_not_reach_the_rows(tokenizer: PreTrainedTokenizerFast) -> None:
+    shared = changed(tokenizer, pad_token="<|user|>")
+    renderer = Renderer(shared)
+    shared(["a", "abc"], padding="max_length", truncation=True, max_length=2)
+    assert renderer.row(Plain("", "abcd", "e")).ids == (*shared("abcde").input_ids, shared.eos_token_id)
+
+
 def test_bytes_of_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     row = Renderer(tokenizer).row(Conversation("", (turn("user", "a"), turn("assistant", "b"))))
     assert tokenizer.decode(row.ids) == "<|user|>a<|end|>\n<|assistant|>b<|end|>"
@@ -190,6 +316,20 @@ def test_characters_that_merge_over_the_border_are_encoded_apart() -> None:
     row = Renderer(merging).row(Conversation("", (turn("user", "xa"), turn("assistant", "by"))))
     assert row.ids == (*map(letters.__getitem__, "xaby"), merging.eos_token_id)
     assert learnt(merging, row) == ["by<eos>"]
+
+
+def test_a_token_that_reaches_over_the_border_of_an_earlier_turn_is_not_learnt() -> None:
+    """As `generate` has it in its prompt; the last turn alone is encoded apart."""
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab=letters | {"ab": 256, "yz": 257}, merges=[("a", "b"), ("y", "z")]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    merging = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    merging.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    messages = (turn("user", "xa"), turn("assistant", "bcy"), turn("user", "za"), turn("assistant", "bd"))
+    row = Renderer(merging).row(Conversation("", messages))
+    assert row.prompt == Renderer(merging).prompt(messages[:3])
+    assert [merging.decode([number]) for number in row.ids] == ["x", "ab", "c", "yz", "a", "b", "d", "<eos>"]
+    assert learnt(merging, row) == ["c", "bd<eos>"]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -241,79 +381,22 @@ def test_shorten(ids: list[int], spans: list[tuple[int, int]], length: int, expe
     assert cut(ids, spans, length) == expected
 
 
-def prepared(tokenizer: Any, examples: Sequence[Example], **section: Any) -> data.Prepared:
-    return data.prepare(examples, Renderer(tokenizer), DataSection(train={"path": "rows"}, **section))
-
-
 @pytest.mark.parametrize("max_length", [2, 4, 8, 14, 40])
-def test_keep_completion(real: Any, max_length: int) -> None:
+def test_shortened_rows_keep_whole_answers(real: Any, max_length: int) -> None:
     """Every row that is left fits, and each answer in it is whole, with its end."""
     examples: list[Example] = [Plain("", f"{'word ' * count}?", " the answer") for count in range(30)]
     examples += [Conversation("", tuple(messages)) for messages in CHATS.values()]
-    whole = [Renderer(real).row(example) for example in examples]
-    try:
-        kept = prepared(real, examples, max_length=max_length)
-    except DataError as error:
-        assert all(row.spans[-1][1] - row.spans[-1][0] > max_length - 1 for row in whole), error
-        return
-    assert kept.report.rows == len(examples) == len(kept.rows) + kept.report.dropped_rows
-    answers = {answer for row in whole for answer in learnt(real, row)}
+    rows = Renderer(real).rows(examples)
     last, starts_with_bos = ends(real), real("a").input_ids[0] == real.bos_token_id
-    for row in kept.rows:
-        assert len(row.ids) <= max_length
-        assert set(learnt(real, row)) <= answers
+    for whole in rows:
+        row = shorten(whole, max_length, real.bos_token_id)
+        if row is None:
+            assert whole.spans[-1][1] - whole.spans[-1][0] > max_length - 1
+            continue
+        assert len(row.ids) == min(max_length, len(whole.ids))
+        assert learnt(real, whole)[len(whole.spans) - len(row.spans) :] == learnt(real, row)
         assert row.labels[-1] == row.ids[-1] in last
         assert row.ids[0] == real.bos_token_id or not starts_with_bos
-
-
-@pytest.mark.parametrize("truncation", ["keep_completion", "drop"])
-@pytest.mark.parametrize("loss_on", ["completion", "all"])
-def test_report_counts(tokenizer: PreTrainedTokenizerFast, truncation: str, loss_on: str) -> None:
-    """Against a count by hand: a token a byte, and one for the end."""
-    sizes = [(number % 13, number % 7) for number in range(91)]
-    examples = [Plain(f"rows:{number}", "p" * asked, "c" * said) for number, (asked, said) in enumerate(sizes)]
-    report = prepared(tokenizer, examples, max_length=9, truncation=truncation, loss_on=loss_on).report
-    tokens = supervised = truncated = empty = 0
-    for asked, said in sizes:
-        length = asked + said + 1
-        if not said:
-            empty += 1
-        elif length <= 9 or truncation == "keep_completion":
-            kept = min(length, 9)
-            tokens += kept
-            supervised += kept - 1 if loss_on == "all" else min(said + 1, kept - 1)
-            truncated += length > 9
-    dropped = sum(bool(said) and asked + said >= 9 for asked, said in sizes) if truncation == "drop" else 0
-    assert (report.rows, report.tokens, report.supervised, report.truncated) == (91, tokens, supervised, truncated)
-    assert [len(places) for places in report.dropped.values()] == [count for count in (empty, dropped) if count]
-    assert report.longest == max(asked + said + 1 for asked, said in sizes if said)
-
-
-def test_report_of_a_dry_run(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
-    rows = [{"prompt": "p" * asked, "completion": "c" * said} for asked, said in ((9, 2), (3, 2), (3, 0), (3, 20))]
-    path = write_rows(tmp_path / "data.jsonl", rows)
-    ran = cli("train", run_config(data={"train": str(path), "max_length": 8}), "--dry-run")
-    assert ran.code == 0, ran.err
-    shown = " ".join(ran.out.split())
-    counts = "rows 4 tokens 14, the longest row 24 supervised 6 tokens truncated 1 rows dropped 2 rows"
-    assert f"{counts} 1: nothing to learn: the completion is empty ({path}:3)" in shown
-    assert f"1: the answer does not fit in max_length 8 ({path}:4)" in shown
-
-
-def test_truncation_error(tokenizer: PreTrainedTokenizerFast) -> None:
-    examples = [Plain("rows:1", "a", "b"), Plain("rows:2", "aaaa", "bbbb")]
-    assert len(prepared(tokenizer, examples, max_length=9, truncation="error").rows) == 2
-    with pytest.raises(DataError, match=r"^rows:2: the row has 9 tokens, more than data.max_length 8; raise it, or "):
-        prepared(tokenizer, examples, max_length=8, truncation="error")
-
-
-def test_nothing_left_says_what_would_do(tokenizer: PreTrainedTokenizerFast) -> None:
-    examples = [Plain("rows:1", "a", "b" * 9), Plain("rows:2", "", "")]
-    with pytest.raises(DataError) as caught:
-        prepared(tokenizer, examples, max_length=8)
-    assert "1 rows: the answer does not fit in max_length 8; 1 rows: nothing to learn" in str(caught.value)
-    assert str(caught.value).endswith("data.max_length: 11 would keep all")
-    assert len(prepared(tokenizer, examples, max_length=11).rows) == 1
 
 
 def changed(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> PreTrainedTokenizerFast:
@@ -335,18 +418,42 @@ FOR = "{% for m in messages %}"
             "the chat template refuses these messages: roles must alternate",
         ),
         ("{% for %}", "the chat template refuses these messages"),
-        (FOR + "{{ m.role }}{% endfor %}", "the chat template does not show where the answer of message 2 begins"),
-        ("{{ messages | length }}" + FOR + "{{ m.content }}{% endfor %}", "the chat template does not show where"),
+        (
+            FOR + "{{ m.role }}{% endfor %}",
+            "the chat template does not show where the answer begins and ends of message 2",
+        ),
+        (FOR + "{{ m.content | upper }}{% endfor %}", "the chat template does not show where"),
+        (FOR + "{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}?", None),
     ],
-    ids=["raises", "broken", "without content", "counts turns"],
+    ids=["raises", "broken", "without content", "changes content", "last message only"],
 )
-def test_templates_that_will_not_do(tokenizer: PreTrainedTokenizerFast, template: str, expected: str) -> None:
+def test_templates_that_will_not_do(tokenizer: PreTrainedTokenizerFast, template: str, expected: str | None) -> None:
     renderer = Renderer(changed(tokenizer, chat_template=template))
+    if expected is None:  # odd, but the answer is there, and the prompt is the one of `generate`
+        assert tokenizer.decode(renderer.row(CHAT).ids) == "a?b<|endoftext|>"
+        return
     with pytest.raises(DataError) as caught:
         renderer.row(CHAT)
     assert expected in str(caught.value)
     assert str(caught.value).startswith("rows:1: ")
     assert learnt(tokenizer, renderer.row(Plain("", "a", "b"))) == ["b<|endoftext|>"]
+
+
+def test_a_prompt_that_is_no_beginning_of_the_messages(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The row is the prompt of `generate`, and the answer as the template shows it."""
+    renderer = Renderer(
+        changed(tokenizer, chat_template="{{ messages | length }}" + FOR + "{{ m.content }}{% endfor %}")
+    )
+    row = renderer.row(CHAT)
+    assert tokenizer.decode(row.ids) == "1ab<|endoftext|>"
+    assert (row.prompt, learnt(tokenizer, row)) == (renderer.prompt(CHAT.messages[:1]), ["b<|endoftext|>"])
+
+
+def test_bad_rows_are_told_together(tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(changed(tokenizer, chat_template="{{ raise_exception('no') }}"))
+    with pytest.raises(DataError) as caught:
+        renderer.rows([Conversation(f"rows:{number}", CHAT.messages) for number in range(1, 13)])
+    assert [problem.where for problem in caught.value.problems] == [f"rows:{number}" for number in range(1, 11)]
 
 
 def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -357,14 +464,3 @@ def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_no_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ModelError, match="the tokenizer has no end-of-sequence token"):
         Renderer(changed(tokenizer, eos_token=None))
-
-
-def test_a_chat_template_of_ones_own(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
-    template = tmp_path / "chat.jinja"
-    template.write_text(
-        FOR + "[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    path = write_rows(tmp_path / "data.jsonl", [{"messages": CHATS["one turn"]}])
-    ran = cli("train", run_config(data={"train": str(path), "chat_template": str(template)}), "--dry-run")
-    assert ran.code == 0, ran.err
-    assert "[user]What is 2 + 2?<|end|>[assistant]" in ran.out

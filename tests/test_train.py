@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -280,7 +281,12 @@ def test_evaluation_in_mid_run(cli: Cli, run_config: MakeConfig, tmp_path: Path)
 def test_ctrl_c(run_config: MakeConfig, tmp_path: Path, save_steps: int) -> None:
     """One line, with the way to go on where there is one; else nothing is left."""
     config = run_config(training={"save_steps": save_steps, "num_train_epochs": 500})
-    running = subprocess.Popen([sys.executable, "-m", "loratune", "train", config], stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "loratune", "train", config],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )
     assert running.stderr is not None
     seen = ""
     while "step     3/" not in seen:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from loratune import train as story
 from loratune.adapter import Start
 from loratune.config import LoraSection, ModelSection, TrainingSection, portability
 from loratune.data.packing import pad
+from loratune.data.watching import unwatched
 from loratune.errors import DataError, ModelError
 from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, inspect
 
@@ -86,7 +88,8 @@ def outputs(model: nn.Module) -> torch.Tensor:
 def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
     settings = TrainingSection(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
     choose = partial(adapter.split, model, section, weight_decay=settings.weight_decay)
-    return trainer.fit(settings, model, ROWS, None, COLLATE, path / "checkpoints", Silent(), optimizer=choose)
+    batches = SimpleNamespace(items=ROWS, size=settings.per_device_train_batch_size, collate=COLLATE, flat=False)
+    return trainer.fit(settings, model, batches, None, path / "checkpoints", Silent(), optimizer=choose)
 
 
 def factors(model: PeftModel) -> dict[str, tuple[LoraLayer, torch.Tensor]]:
@@ -122,8 +125,9 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
 def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp_path: Path) -> None:
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
-        ready = preflight.check(loaded, workspace.inspect(loaded.output_dir, resume=resume, overwrite=False))
-        story.train(ready, resume=resume, progress=Silent(interrupted_at), note=lambda line: None)
+        ready = preflight.check(loaded, workspace.inspect(loaded.output_dir, resume=resume, overwrite=False), unwatched)
+        teller = story.Teller(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
+        story.train(ready, teller, resume=resume)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
     path = run_config(lora=lora, training={"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2})

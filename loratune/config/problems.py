@@ -1,8 +1,6 @@
 """What pydantic found wrong, in the user's words: where, which key, what was expected, what to do."""
 
 import difflib
-import types
-import typing
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -71,8 +69,8 @@ def known_keys(section: type[Section] = RunConfig, prefix: KeyPath = ()) -> Iter
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
-    elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        for part in get_args(annotation):
+    else:
+        for part in get_args(annotation):  # of a union, a list, Annotated
             yield from _sections_in(part)
 
 
@@ -129,8 +127,9 @@ def _nearest(word: str, choices: list[str]) -> str:
 
 def _suggestion(path: KeyPath) -> str:
     """The key that was probably meant: a sibling that looks alike, another tool's name, or a key of another section."""
-    name, keys = str(path[-1]), list(known_keys())
-    siblings = [str(key[-1]) for key in keys if key[:-1] == path[:-1]]
+    name, keys = str(path[-1]), list(dict.fromkeys(known_keys()))
+    section = tuple(part for part in path[:-1] if isinstance(part, str))  # without the numbers of a list's entries
+    siblings = [str(key[-1]) for key in keys if key[:-1] == section]
     if near := difflib.get_close_matches(name, siblings, n=1, cutoff=0.6):
         return f"did you mean `{near[0]}`?"
     wanted = _KNOWN_AS.get(name, name)

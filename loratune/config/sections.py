@@ -141,40 +141,89 @@ class LoraSection(Section):
 class Source(Section):
     """One place that rows come from."""
 
-    path: str = Field(min_length=1, description="a file, a directory, or a hub id")
+    path: str = Field(min_length=1, description="a file, a directory, a glob, or a hub id")
     split: str | None = Field(None, description="a split or a slice of one, e.g. train[:2000]")
+    weight: float | None = Field(
+        None, gt=0, le=1e6, description="its share of the rows, relative to the other sources; null: all its rows"
+    )
 
 
 def _as_source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _as_sources(value: Any) -> Any:
+    return [_as_source(one) for one in value] if isinstance(value, list) else _as_source(value)
+
+
+Sources = Source | Annotated[list[Source], Field(min_length=1)]
+"""One source, or several."""
+
+COLUMNS = (
+    "input_ids", "labels", "prompt", "completion", "messages", "tools", "conversations", "system",
+    "instruction", "input", "output", "history", "text",
+)  # fmt: skip
+"""Our names of the fields of a row; `data.columns` maps them to the data's."""
+
+
 class DataSection(Section):
     """Which rows, and what of them is learnt."""
 
-    train: Annotated[Source, BeforeValidator(_as_source)] = Field(description="a path, a hub id, or {path, split}")
-    validation: Annotated[Source | float | None, BeforeValidator(_as_source)] = Field(
-        None, description="a source like train, or the fraction of train that is held out"
+    train: Annotated[Sources, BeforeValidator(_as_sources)] = Field(
+        description="a path, a glob, a hub id, {path, split, weight}, or a list of these"
     )
-    format: Literal["auto", "prompt_completion", "messages", "text"] = Field(
-        "auto", description="auto: recognised by the keys of the rows"
+    validation: Annotated[Sources | float | None, BeforeValidator(_as_sources)] = Field(
+        None, description="sources like train, or the fraction of train that is held out"
+    )
+    format: Literal["auto", "input_ids", "prompt_completion", "messages", "conversations", "alpaca", "text"] = Field(
+        "auto", description="auto: recognised by the keys of the rows, file by file"
     )
     columns: dict[str, str] = Field({}, description="our name → the data's name, e.g. {prompt: question}")
     chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
-    loss_on: Literal["completion", "all"] = Field(
-        "completion", description="completion: completions and assistant turns only; all: every token"
+    loss_on: Literal["completion", "assistant", "all"] = Field(
+        "completion",
+        description="completion: completions, and every assistant turn of messages; assistant: every assistant turn, "
+        "those of a prompt too; all: every token",
     )
     max_length: int = Field(1024, ge=2, description="tokens of a row, its end-of-sequence token included")
     truncation: Literal["keep_completion", "drop", "error"] = Field(
         "keep_completion",
         description="for rows over max_length: shorten the prompt from its left, drop the row, or stop",
     )
+    max_dropped: float = Field(0.1, ge=0, le=1, description="the share of rows that may be dropped before it stops")
+    packing: Literal["none", "batch", "full"] = Field(
+        "none", description="batch: a batch without padding; full: batches filled up with whole rows by best fit"
+    )
+
+    @property
+    def train_sources(self) -> list[Source]:
+        """The sources of training, one or several."""
+        return self.train if isinstance(self.train, list) else [self.train]
+
+    @property
+    def validation_sources(self) -> list[Source]:
+        """The sources of validation; none where a fraction of training is held out, or nothing."""
+        if isinstance(self.validation, Source):
+            return [self.validation]
+        return self.validation if isinstance(self.validation, list) else []
 
     @model_validator(mode="after")
     def _known_columns(self) -> Self:
-        ours = ("prompt", "completion", "messages", "text")
-        if unknown := [name for name in self.columns if name not in ours]:
-            raise Contradiction(f"`{unknown[0]}` is none of our names, which are {', '.join(ours)}", "columns")
+        if unknown := [name for name in self.columns if name not in COLUMNS]:
+            raise Contradiction(f"`{unknown[0]}` is none of our names, which are {', '.join(COLUMNS)}", "columns")
+        theirs = list(self.columns.values())
+        if twice := [name for name in theirs if theirs.count(name) > 1]:
+            raise Contradiction(f"`{twice[0]}` cannot be two of our fields at once", "columns")
+        return self
+
+    @model_validator(mode="after")
+    def _weights(self) -> Self:
+        for key, sources in (("train", self.train_sources), ("validation", self.validation_sources)):
+            given = [source for source in sources if source.weight is not None]
+            if given and len(given) < len(sources):
+                raise Contradiction("some sources have a weight and some have none; give one to each, or to none", key)
+            if given and len(sources) == 1:
+                raise Contradiction("one source alone has no weight; take it out", key)
         return self
 
     @model_validator(mode="after")
@@ -185,8 +234,10 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _templates_render_chats(self) -> Self:
-        if self.format == "text" and self.chat_template is not None:
-            raise Contradiction("plain text goes through no template", "format", "chat_template")
+        if self.format in ("text", "input_ids") and self.chat_template is not None:
+            raise Contradiction(f"{self.format} goes through no template", "format", "chat_template")
+        if self.format in ("text", "input_ids") and self.loss_on == "assistant":
+            raise Contradiction(f"{self.format} has no assistant turns", "format", "loss_on")
         return self
 
 

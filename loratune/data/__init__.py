@@ -1,153 +1,157 @@
-"""Rows in, `input_ids` and `labels` out: read → recognise → render → fit to length → report."""
+"""Rows in, `input_ids` and `labels` out: read → recognise → render → fit to length → keep → report."""
 
 import hashlib
-import random
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-from datasets import Dataset
-
-from loratune.config import DataSection, Source
-from loratune.data import formats, sources
-from loratune.data.formats import Example, Plain
+from loratune.config import DataSection
+from loratune.data import formats, repeats, shards
+from loratune.data.formats import Conversation, Example, Ids, Plain
+from loratune.data.parts import Part as Part
+from loratune.data.parts import Rows as Rows
+from loratune.data.parts import check as check
+from loratune.data.parts import check_source as check_source
 from loratune.data.render import Renderer, Tokens, shorten
+from loratune.data.report import Leaks, Report
+from loratune.data.shards import Shards, Writer
+from loratune.data.sources import MAX_PROBLEMS
+from loratune.data.watching import Watch as Watch
+from loratune.data.watching import unwatched
 from loratune.errors import DataError, Problem
 
-__all__ = ["Examples", "Prepared", "Report", "parse_file", "prepare", "read"]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The rows of a run, checked one by one. format: the name of the one that was recognised for train."""
-
-    train: list[Example]
-    validation: list[Example]
-    format: str
-
-
-@dataclass
-class Report:
-    """What became of the rows. dropped: reason → the places of the rows."""
-
-    rows: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    truncated: int = 0
-    longest: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def losses(self) -> list[str]:
-        """A line for each way in which rows were cut or left out, with the first three places."""
-        cut = [f"{self.truncated:,} rows cut to max_length"] if self.truncated else []
-        return cut + [f"{count:,} rows dropped: {reason}" for count, reason in self.reasons()]
-
-    def reasons(self) -> list[tuple[int, str]]:
-        """How many rows were dropped for each reason, and the reason with the first three places."""
-        return [(len(places), f"{reason} ({', '.join(places[:3])})") for reason, places in self.dropped.items()]
-
-    @property
-    def dropped_rows(self) -> int:
-        """How many rows were left out."""
-        return sum(map(len, self.dropped.values()))
+VERSION = 1
+"""Raised whenever the same rows would come out otherwise: what was kept before is then not found any more."""
+_ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the trainer learns from. dataset: `input_ids` and `labels`; rows: the same with their learnt spans."""
+    """What the trainer learns from. rows: `input_ids` and `labels`, mapped from disk."""
 
-    dataset: Dataset
-    rows: list[Tokens]
+    rows: Shards
     report: Report
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of every id and label in order."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(np.array([len(row.ids), *row.ids, *row.labels], dtype="<i8").tobytes())
-        return digest.hexdigest()
+        """SHA-256 over every id and learnt span in order."""
+        return self.rows.fingerprint
 
 
-def read(section: DataSection, seed: int) -> Examples:
-    """Read and check all rows. No tokenizer is needed, and torch is not imported.
+def prepare(
+    part: Part, renderer: Renderer, section: DataSection, vocabulary_size: int, watch: Watch = unwatched
+) -> Prepared:
+    """Render every row and fit it to `max_length`, or take what is kept of doing so before; and count.
 
-    Raises DataError: see `sources.read`, `formats.recognise`, `formats.parse`; a fraction that leaves no row.
+    Raises DataError: a row that the chat template refuses, or over `max_length` where `truncation` is error; an id
+    that the vocabulary does not have; no row with anything to learn; more rows dropped than `max_dropped` allows.
     """
-    train, form = parse_file(section.train, section)
-    if section.validation is None:
-        return Examples(train, [], form)
-    if isinstance(section.validation, Source):
-        return Examples(train, parse_file(section.validation, section)[0], form)
-    held_out = max(1, round(len(train) * section.validation))
-    if held_out >= len(train):
-        what = f"a fraction of {section.validation} of {len(train)} rows leaves none to train on"
-        raise DataError(Problem(what, key="data.validation"))
-    chosen = set(random.Random(seed).sample(range(len(train)), held_out))
-    kept = [example for number, example in enumerate(train) if number not in chosen]
-    return Examples(kept, [train[number] for number in sorted(chosen)], form)
+    deciding = {"loss_on": section.loss_on, "max_length": section.max_length, "truncation": section.truncation}
+    named = json.dumps([VERSION, part.digest, renderer.digest, vocabulary_size, deciding], sort_keys=True)
+    key = hashlib.sha256(named.encode()).hexdigest()
+    worker = _Worker(renderer, section, vocabulary_size)
+
+    def fill(writer: Writer) -> None:
+        with watch(f"tokenizing {part.name}", part.size) as advance:
+            for some in _at_once(part.examples(writer.read, advance)):
+                report, rows = worker.prepare(some)
+                writer.add(report, rows)
+
+    rows = shards.kept(key, fill)
+    rows.report.duplicates = repeats.duplicates(part)
+    _check(rows.report, part, section)
+    return Prepared(rows, rows.report)
 
 
-def parse_file(source: Source, section: DataSection) -> tuple[list[Example], str]:
-    """All rows of one source as examples, and the name of their format."""
-    rows = sources.read(source)
-    form = formats.recognise(rows, section)
-    if unused := sorted(set(section.columns) - set(form.keys)):
-        what = f"`{unused[0]}` is not read from rows of the format {form.name}, which has {', '.join(form.keys)}"
-        raise DataError(Problem(what, rows[0].where, "data.columns", "leave it out"))
-    if section.chat_template and form.name != "messages":
-        what = f"the rows are {form.name}, and only messages go through a chat template"
-        raise DataError(Problem(what, rows[0].where, "data.chat_template", "leave it out"))
-    return formats.parse(rows, form, section), form.name
+def find_leaks(rows: Rows) -> Leaks | None:
+    """Rows of the validation set that also stand in train; None without a validation set."""
+    return repeats.shared(rows.train, rows.validation) if rows.validation else None
 
 
-def prepare(examples: Sequence[Example], renderer: Renderer, section: DataSection) -> Prepared:
-    """Render every row, fit it to `max_length`, and count.
+@dataclass(frozen=True)
+class _Worker:
+    """From examples to rows that fit."""
 
-    Raises DataError: a row over `max_length` where `truncation` is error; no row with anything to learn.
-    """
-    report, rows = Report(rows=len(examples)), []
+    renderer: Renderer
+    section: DataSection
+    vocabulary_size: int
+
+    def prepare(self, some: Sequence[Example]) -> tuple[Report, list[Tokens]]:
+        report, spoken = Report(rows=len(some)), []
+        for example in some:
+            if reason := formats.silent(example, self.section.loss_on):
+                report.drop(f"nothing to learn: {reason}", example.where)
+            else:
+                spoken.append(example)
+        self._check_ids(spoken)
+        rows = []
+        for whole in self.renderer.rows(spoken, self.section.loss_on):
+            report.lengths[len(whole.ids)] += 1
+            row = self._fit(whole)
+            if row is None or not row.supervised:
+                how = "longer than" if self.section.truncation == "drop" else "the answer does not fit in"
+                report.drop(f"{how} max_length {self.section.max_length}", whole.where)
+                continue
+            report.truncated += len(row.ids) < len(whole.ids)
+            report.tokens += len(row.ids)
+            report.supervised += row.supervised
+            rows.append(row)
+        return report, rows
+
+    def _check_ids(self, some: Sequence[Example]) -> None:
+        problems = []
+        for example in some:
+            if isinstance(example, Ids):
+                try:
+                    formats.check_ids(example, self.vocabulary_size)
+                except formats.BadRow as error:
+                    problems.append(Problem(str(error), example.where))
+        if problems:
+            raise DataError(problems[:MAX_PROBLEMS])
+
+    def _fit(self, row: Tokens) -> Tokens | None:
+        section = self.section
+        if len(row.ids) <= section.max_length:
+            return row
+        if section.truncation == "error":
+            what = f"the row has {len(row.ids)} tokens, more than data.max_length {section.max_length}"
+            raise DataError(Problem(what, row.where, fix="raise it, or set data.truncation to keep_completion or drop"))
+        if section.truncation == "drop":
+            return None
+        return shorten(row, section.max_length, self.renderer.tokenizer.bos_token_id)
+
+
+def _check(report: Report, part: Part, section: DataSection) -> None:
+    """Raises DataError: nothing is left to learn from, or too little of what was read."""
+    reasons = "; ".join(report.reasons())
+    longer = report.longest > section.max_length
+    if not report.supervised:
+        fix = f"data.max_length: {report.longest} would keep all" if longer else ""
+        raise DataError(Problem(f"no row has anything to learn ({reasons})", part.source, fix=fix))
+    share = report.dropped_rows / report.rows
+    if share > section.max_dropped:
+        what = f"{share:.0%} of the {part.name} rows would be dropped ({reasons})"
+        fix = f"mend them, or raise data.max_dropped above {section.max_dropped}"
+        raise DataError(Problem(what, part.source, "data.max_dropped", fix))
+
+
+def _at_once(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    """Examples in lots that are small in rows and in characters."""
+    lot: list[Example] = []
+    characters = 0
     for example in examples:
-        if _silent(example):
-            report.dropped["nothing to learn: the completion is empty"].append(example.where)
-            continue
-        whole = renderer.row(example, learn_all=section.loss_on == "all")
-        report.longest = max(report.longest, len(whole.ids))
-        row = _fit(whole, renderer, section)
-        if row is None or not row.supervised:
-            report.dropped[f"the answer does not fit in max_length {section.max_length}"].append(example.where)
-            continue
-        report.truncated += len(row.ids) < len(whole.ids)
-        report.tokens += len(row.ids)
-        report.supervised += row.supervised
-        rows.append(row)
-    if not rows:
-        reasons = "; ".join(f"{len(places)} rows: {reason}" for reason, places in report.dropped.items())
-        fix = f"data.max_length: {report.longest} would keep all" if report.longest > section.max_length else ""
-        raise DataError(Problem(f"no row has anything to learn ({reasons})", examples[0].where, fix=fix))
-    return Prepared(_dataset(rows), rows, report)
+        lot.append(example)
+        characters += _characters(example)
+        if len(lot) >= _ROWS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+            yield lot
+            lot, characters = [], 0
+    if lot:
+        yield lot
 
 
-def _silent(example: Example) -> bool:
+def _characters(example: Example) -> int:
     if isinstance(example, Plain):
-        return not example.completion
-    answers = [message for message in example.messages[example.first_learnt :] if message["role"] == "assistant"]
-    return not any(message["content"].strip() for message in answers)
-
-
-def _fit(row: Tokens, renderer: Renderer, section: DataSection) -> Tokens | None:
-    if len(row.ids) <= section.max_length:
-        return row
-    if section.truncation == "error":
-        what = f"the row has {len(row.ids)} tokens, more than data.max_length {section.max_length}"
-        raise DataError(Problem(what, row.where, fix="raise it, or set data.truncation to keep_completion or drop"))
-    if section.truncation == "drop":
-        return None
-    return shorten(row, section.max_length, renderer.tokenizer.bos_token_id)
-
-
-def _dataset(rows: Sequence[Tokens]) -> Any:
-    return Dataset.from_dict({"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]})
+        return len(example.prompt) + len(example.completion)
+    if isinstance(example, Conversation):
+        return sum(len(str(message.get("content"))) for message in example.messages)
+    return 4 * len(example.ids)

@@ -14,8 +14,16 @@ from loratune.errors import NumericError, Problem
 from loratune.kernels import global_norm, next_token_loss
 from loratune.trainer.checkpoints import seal
 
-Collator = Any
-"""Rows → a batch of tensors."""
+
+class Batches(Protocol):
+    """A set of rows as it is iterated. items: rows, or lists of them; size: items of a batch; collate: items → a batch
+    of tensors; flat: the rows of a batch stand end to end, without padding."""
+
+    items: Any
+    size: int
+    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
+    flat: bool
+
 
 OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 """A class and its keywords."""
@@ -68,8 +76,10 @@ class Loss:
         return self.total / self.tokens
 
 
-def arguments(section: TrainingSection, checkpoints: Path, *, evaluated: bool) -> TrainingArguments:
-    """The upstream arguments of a run. evaluated: there are rows to evaluate on."""
+def arguments(
+    section: TrainingSection, checkpoints: Path, *, evaluated: bool, padded: bool = True
+) -> TrainingArguments:
+    """The upstream arguments of a run. evaluated: there are rows to evaluate on; padded: batches have a padding mask."""
     return TrainingArguments(
         output_dir=str(checkpoints),
         **section.model_dump(),
@@ -79,7 +89,7 @@ def arguments(section: TrainingSection, checkpoints: Path, *, evaluated: bool) -
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0
         save_total_limit=2,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="non_padding" if padded else "all",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
@@ -90,9 +100,8 @@ def arguments(section: TrainingSection, checkpoints: Path, *, evaluated: bool) -
 def fit(
     section: TrainingSection,
     model: PreTrainedModel,
-    train: Any,
-    validation: Any | None,
-    collator: Collator,
+    train: Batches,
+    validation: Batches | None,
     checkpoints: Path,
     progress: Progress,
     resume_from: Path | None = None,
@@ -100,19 +109,20 @@ def fit(
 ) -> Outcome:
     """Train the trainable weights of `model` in place.
 
-    train, validation: rows of `input_ids` and `labels`. optimizer: from the optimizer that the section names to the one
+    optimizer: from the optimizer that the section names to the one
     that is used, for variants with parameter groups of their own. Raises NumericError: a loss, gradient or weight that
     is not finite, within one step of it.
     """
     guard = _Guard()
-    settings = arguments(section, checkpoints, evaluated=validation is not None)
+    drawn = section.model_copy(update={"per_device_train_batch_size": train.size})
+    settings = arguments(drawn, checkpoints, evaluated=validation is not None, padded=not train.flat)
     trainer = _Trainer(
         model=model,
         args=settings,
         optimizer_cls_and_kwargs=optimizer(Trainer.get_optimizer_cls_and_kwargs(settings, model)),
-        train_dataset=train,
+        train_dataset=train.items,
         eval_dataset=validation,
-        data_collator=collator,
+        data_collator=train.collate,
         compute_loss_func=guard.loss,
         callbacks=[guard, _Sealer(checkpoints), _Reporter(progress)],
     )
@@ -137,12 +147,12 @@ def fit(
     )
 
 
-def check_sound(model: PreTrainedModel, train: Any, collator: Collator, batch_size: int) -> None:
+def check_sound(model: PreTrainedModel, train: Batches) -> None:
     """See whether what the last step made still gives a loss, which no step after it has shown.
 
     Raises NumericError: the loss of the first rows is NaN or inf.
     """
-    loss = held_out_loss(model, train.select(range(min(8, len(train)))), collator, batch_size)
+    loss = held_out_loss(model, train, most=8)
     if not loss.total < float("inf"):
         fix = "lower training.learning_rate"
         raise NumericError(
@@ -151,13 +161,14 @@ def check_sound(model: PreTrainedModel, train: Any, collator: Collator, batch_si
 
 
 @torch.inference_mode()
-def held_out_loss(model: PreTrainedModel, rows: Sequence[Any], collator: Collator, batch_size: int) -> Loss:
-    """The loss over all learnt tokens of `rows`, each token counting once however the rows are batched."""
+def held_out_loss(model: PreTrainedModel, rows: Batches, most: int | None = None) -> Loss:
+    """The loss over all learnt tokens of the first `most` items, each token counting once however they are batched."""
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = collator([rows[number] for number in range(start, min(start + batch_size, len(rows)))])
+    items = len(rows.items) if most is None else min(most, len(rows.items))
+    for start in range(0, items, rows.size):
+        batch = rows.collate([rows.items[number] for number in range(start, min(start + rows.size, items))])
         labels = batch.pop("labels").to(model.device)
         logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits
         loss, count = next_token_loss(logits, labels)
@@ -170,12 +181,16 @@ class _Trainer(Trainer):
     """Trainer whose evaluation is a mean over tokens; upstream's is a mean over batches."""
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        loss = held_out_loss(self.model, rows, self.data_collator, self.args.per_device_eval_batch_size)
+        loss = held_out_loss(self.model, eval_dataset if eval_dataset is not None else self.eval_dataset)
         metrics = {f"{metric_key_prefix}_loss": loss.mean}
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Without a cache, which a model would otherwise make, and then take rows that stand end to end for one."""
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared | {"use_cache": False}
 
 
 class _Guard(TrainerCallback):

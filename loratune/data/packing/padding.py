@@ -1,4 +1,4 @@
-"""Batching: rendered rows → padded tensors. Padding is masked by position, never by token id."""
+"""Padding: rows → a rectangle. Padding is masked by position, never by token id."""
 
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -1,0 +1,153 @@
+"""The first pass over the data: every row of every file is read and checked, and what is needed of it later is kept.
+
+That is three numbers a row, in a file without a name: its line, and two hashes of its content. So memory does not grow
+with the data.
+"""
+
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loratune.config import DataSection, Source
+from loratune.data import formats, sources
+from loratune.data.formats import Example, Parser
+from loratune.data.sources import MAX_PROBLEMS, Opened
+from loratune.data.sources.rows import Advance
+from loratune.data.watching import Watch
+from loratune.errors import DataError, Problem
+
+EXACT, FOLDED, LINE = range(3)
+"""The columns of the census: a hash of the content, one of the content with white space folded, the line or row."""
+
+_HELD = 1 << 16  # rows in memory before they are written
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of rows, or one split of a hub dataset. start: the number of its first row among all; prefix: what a
+    row's place begins with, before its line."""
+
+    opened: Opened
+    parser: Parser
+    start: int
+    rows: int
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Census:
+    """All rows of some sources. counts: rows of each source; table: int64 of shape (rows, 3), see `EXACT`."""
+
+    files: tuple[File, ...]
+    counts: tuple[int, ...]
+    table: NDArray[np.int64]
+
+    def where(self, number: int) -> str:
+        """The place of a row, by its number among all rows."""
+        file = next(file for file in self.files if number < file.start + file.rows)
+        return f"{file.prefix}{self.table[number, LINE]}"
+
+
+def take(given: Sequence[Source], section: DataSection, watch: Watch) -> Census:
+    """Read and check every row of the sources.
+
+    Raises DataError: see `sources.opened`, `formats.Parser`; up to 10 rows that are not as their format asks; a
+    source without rows.
+    """
+    opened = [(source, sources.opened(source)) for source in given]
+    size = sum(one.size for _, files in opened for one in files)
+    rows, files, counts = _Rows(), [], []
+    with watch("reading", size) as advance:
+        for source, parts in opened:
+            before = rows.count
+            files += [file for part in parts if (file := _count(part, section, rows, advance)) is not None]
+            if rows.count == before:
+                raise sources.no_rows(source)
+            counts.append(rows.count - before)
+    return Census(tuple(files), tuple(counts), rows.table())
+
+
+def _count(opened: Opened, section: DataSection, rows: "_Rows", advance: Advance) -> File | None:
+    """One file, or None if it has no rows."""
+    start, problems, parser, prefix = rows.count, [], None, ""
+    for row in opened.rows(advance):
+        if parser is None:
+            parser, prefix = Parser(row, section), row.where[: -len(_line_of(row.where))]
+        try:
+            rows.add(parser(row), int(_line_of(row.where)))
+        except formats.BadRow as error:
+            problems.append(Problem(str(error), row.where))
+            if len(problems) == MAX_PROBLEMS:
+                break
+    if problems:
+        raise DataError(problems)
+    return None if parser is None else File(opened, parser, start, rows.count - start, prefix)
+
+
+def _line_of(where: str) -> str:
+    """The number that a place ends with: `rows.jsonl:12`, `rows.parquet:row 12`."""
+    return where[len(where.rstrip("0123456789")) :]
+
+
+class _Rows:
+    """Numbers of rows, written to a file without a name as they come."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._held = array("q")
+        self._file: Any = tempfile.TemporaryFile()  # noqa: SIM115  it goes with the table that is mapped from it
+
+    def add(self, example: Example, line: int) -> None:
+        self._held.extend((hash(formats.key(example)), hash(formats.key(example, folded=True)), line))
+        self.count += 1
+        if len(self._held) >= 3 * _HELD:
+            self._write()
+
+    def table(self) -> NDArray[np.int64]:
+        self._write()
+        if not self.count:
+            return np.zeros((0, 3), dtype=np.int64)
+        return np.memmap(self._file, dtype=np.int64, mode="r", shape=(self.count, 3))
+
+    def _write(self) -> None:
+        self._file.write(self._held.tobytes())
+        self._file.flush()
+        self._held = array("q")
+
+
+def examples(census: Census, kept: NDArray[np.bool_] | None, skip: int, advance: Advance) -> Iterator[Example]:
+    """The rows once more, in order, as examples: those that are kept (None: all), without the first `skip` of them.
+
+    Raises DataError: a file has changed since the census.
+    """
+    for file in census.files:
+        mask = kept[file.start : file.start + file.rows] if kept is not None else None
+        there = file.rows if mask is None else int(np.count_nonzero(mask))
+        if skip >= there:
+            skip -= there
+            advance(file.opened.size)
+            continue
+        for number, row in enumerate(file.opened.rows(advance)):
+            if mask is not None and number < file.rows and not mask[number]:
+                continue
+            there -= 1
+            if there < 0:
+                raise _changed(file)
+            if skip:
+                skip -= 1
+                continue
+            try:
+                yield file.parser(row)
+            except formats.BadRow:
+                raise _changed(file) from None
+        if there:
+            raise _changed(file)
+
+
+def _changed(file: File) -> DataError:
+    return DataError(Problem("the file has changed while it was being read", file.opened.name, fix="start again"))

@@ -1,0 +1,185 @@
+"""Recognising rows: the keys of a file's first row → one of the formats of the field → every row an Example.
+
+A new format is one entry in `FORMATS`: its name, the keys it is known by, how its row becomes an Example, and the
+further keys that it reads.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratune.config import DataSection
+from loratune.data.formats import chats, plain
+from loratune.data.formats.checks import BadRow, Values, listed, text
+from loratune.data.formats.examples import Conversation, Example, Ids, Message, Plain, check_ids, key, silent
+from loratune.data.formats.tools import schemas
+from loratune.data.sources import Row
+from loratune.errors import DataError, Problem
+
+__all__ = [
+    "CHATS", "FORMATS", "Asked", "BadRow", "Conversation", "Example", "Ids", "Message", "Parser", "Plain",
+    "check_ids", "key", "question", "silent",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format: the keys a row must have, how it is read from its place and values, and the keys it may have."""
+
+    name: str
+    keys: tuple[str, ...]
+    read: Callable[[str, Values], Example]
+    optional: tuple[str, ...] = ()
+
+
+FORMATS = (
+    Format("input_ids", ("input_ids",), plain.token_ids, ("labels",)),
+    Format("prompt_completion", ("prompt", "completion"), plain.prompt_completion),
+    Format("messages", ("messages",), chats.one_list, ("tools", "system")),
+    Format("conversations", ("conversations",), chats.sharegpt, ("tools", "system")),
+    Format("alpaca", ("instruction", "output"), chats.alpaca, ("input", "system", "history", "tools")),
+    Format("text", ("text",), plain.whole_text),
+)
+
+OPTIONAL = frozenset(key for form in FORMATS for key in form.optional)
+"""Fields that no format asks for."""
+
+TWO_LISTS = Format("messages", ("prompt", "completion"), chats.two_lists, ("tools",))
+"""Conversations too, but in two lists: what is given and what is learnt."""
+
+CHATS = frozenset({"messages", "conversations", "alpaca"})
+"""The formats whose rows go through the chat template."""
+
+
+class Parser:
+    """Makes examples of the rows of one file. form: the name of their format.
+
+    unread: the fields of the first row that the format does not read.
+    """
+
+    def __init__(self, first: Row, section: DataSection):
+        """Recognise the format of a file by its first row, or take the one that the section names.
+
+        Raises DataError: no format fits, or more than one; preferences; `columns` maps a field that the row lacks or
+        the format does not read; a template, or a loss on assistant turns, for rows that are no conversations.
+        """
+        self._columns = dict(section.columns)
+        if absent := {ours: theirs for ours, theirs in self._columns.items() if theirs not in first.values}:
+            what = f"no field {listed(absent.values())}; the fields are {listed(first.values)}"
+            fix = "a first row without it may hold it as null" if OPTIONAL.issuperset(absent) else ""
+            raise DataError(Problem(what, first.where, "data.columns", fix))
+        values = _renamed(first.values, self._columns)
+        self._format = _recognised(first.where, values, section)
+        self.form = self._format.name
+        read = {*self._format.keys, *self._format.optional}
+        self.unread = tuple(field for field in values if field not in read)
+        if problems := list(_contradictions(self._format, section, first.where)):
+            raise DataError(problems)
+
+    def __call__(self, row: Row) -> Example:
+        """The row as an example.
+
+        Raises BadRow: it lacks a key, or holds something else than the format asks for.
+        """
+        values = _renamed(row.values, self._columns) if self._columns else row.values
+        for name in self._format.keys:
+            if name not in values:
+                absent = listed(self._columns.get(name, name) for name in self._format.keys if name not in values)
+                raise BadRow(f"no field {absent} for the format {self.form}; its fields are {listed(row.values)}")
+        return self._format.read(row.where, values)
+
+
+def _recognised(where: str, values: Values, section: DataSection) -> Format:
+    keys = set(values)
+    pair = keys.issuperset(TWO_LISTS.keys)
+    if section.format == "messages" and pair and "messages" not in keys:
+        return TWO_LISTS
+    if section.format == "prompt_completion" and pair and isinstance(values["prompt"], list):
+        return TWO_LISTS
+    if section.format != "auto":
+        return next(form for form in FORMATS if form.name == section.format)
+    if {"chosen", "rejected"} <= keys:
+        raise _preferences(where, values)
+    if pair and isinstance(values.get("label"), bool):
+        what = "`label` is true or false beside a completion: preference data, of which the false ones would be learnt"
+        raise DataError(Problem(what, where, fix="keep the rows that are true, and set data.format"))
+    fitting = [form for form in FORMATS if keys.issuperset(form.keys)]
+    if len(fitting) == 1:
+        lists = fitting[0].keys == TWO_LISTS.keys and isinstance(values["prompt"], list)
+        return TWO_LISTS if lists else fitting[0]
+    names = ", ".join(form.name for form in fitting or FORMATS)
+    what = f"the keys {listed(keys)} fit {'more than one format' if fitting else 'no format'}"
+    fix = f"set data.format to one of {names}" + ("" if fitting else ", and data.columns to map its keys to yours")
+    raise DataError(Problem(what, where, fix=fix))
+
+
+def _preferences(where: str, values: Values) -> DataError:
+    """Pairs of answers are learnt by comparing them, which is another kind of training."""
+    lists = isinstance(values["chosen"], list)
+    prompt = values.get("prompt")
+    apart = isinstance(prompt, list) if lists else "prompt" in values
+    ours = "completion" if apart else "messages" if lists else "text"
+    what = "`chosen` and `rejected` are preference data, and training here compares no answers"
+    fix = f"to learn the chosen ones alone, set data.columns to {{{ours}: chosen}}"
+    return DataError(Problem(what, where, fix=fix))
+
+
+def _contradictions(form: Format, section: DataSection, where: str) -> list[Problem]:
+    """Settings that do not go with rows of this format."""
+    problems = []
+    read = (*form.keys, *form.optional)
+    if unused := sorted(set(section.columns) - set(read)):
+        what = f"`{unused[0]}` is not read from rows of the format {form.name}, which has {', '.join(read)}"
+        problems.append(Problem(what, where, "data.columns", "leave it out"))
+    if section.chat_template and form.name not in CHATS:
+        what = f"the rows are {form.name}, which go through no chat template"
+        problems.append(Problem(what, where, "data.chat_template", "leave it out"))
+    if section.loss_on == "assistant" and form.name not in CHATS:
+        what = f"the rows are {form.name}, which have no assistant turns"
+        problems.append(Problem(what, where, "data.loss_on", "set it to completion or all"))
+    return problems
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a row asks. prompt: raw text, or messages for the chat template, which is given the tools."""
+
+    prompt: str | list[Message]
+    tools: tuple[Any, ...] = ()
+
+
+QUESTIONS: dict[str, Callable[[Values], list[Message]]] = {
+    "prompt": chats.asked_two_lists,
+    "messages": chats.asked_one_list,
+    "conversations": chats.asked_sharegpt,
+    "instruction": chats.asked_alpaca,
+}
+"""The field that asks → how its messages are read; the first one that a row has counts, and `text` after them."""
+
+
+def question(row: Row, columns: Mapping[str, str]) -> Asked:
+    """What a row asks: its `prompt`, its `messages` or `conversations` up to the last answer, its `instruction` with
+    input, system and history, or its `text`.
+
+    Raises DataError: the row has none of them, or they hold something else.
+    """
+    values = _renamed(row.values, columns)
+    name = next((name for name in (*QUESTIONS, "text") if name in values), None)
+    try:
+        if name is None:
+            raise BadRow(f"nothing is asked; the fields are {listed(row.values)}")
+        if name == "text" or (name == "prompt" and not isinstance(values["prompt"], list)):
+            return Asked(text(values, name), schemas(values))
+        return Asked(QUESTIONS[name](values), schemas(values))
+    except BadRow as error:
+        fix = "give a prompt, messages, conversations, an instruction or text"
+        raise DataError(Problem(str(error), row.where, fix=fix)) from None
+
+
+def _renamed(values: Values, columns: Mapping[str, str]) -> Values:
+    """The values under our names: `columns` maps ours to the data's, over a field that has our name by chance."""
+    if not columns:
+        return values
+    taken = {*columns.values(), *columns}
+    kept = {name: value for name, value in values.items() if name not in taken}
+    return kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}

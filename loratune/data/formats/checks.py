@@ -1,0 +1,78 @@
+"""What may stand in one field of a row; whatever else is found there is a `BadRow`."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Values = Mapping[str, Any]
+"""A row under our names of its fields."""
+
+
+class BadRow(ValueError):
+    """What is wrong with one row, without its place."""
+
+
+def text(values: Values, key: str) -> str:
+    """The text of a field.
+
+    Raises BadRow: it holds something else, or a character that UTF-8 cannot write.
+    """
+    value = values.get(key)
+    if not isinstance(value, str):
+        raise BadRow(f"`{key}` must be text, got {kind(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadRow(f"`{key}` holds a lone surrogate, which is not a character") from None
+    return value
+
+
+def optional_text(values: Values, key: str) -> str:
+    """The text of a field that a row may lack or leave null: then it is empty."""
+    return "" if values.get(key) is None else text(values, key)
+
+
+def decoded(value: Any, what: str) -> Any:
+    """A value that may be written as JSON inside of text; `what` names it in the message.
+
+    Raises BadRow: text that is not valid JSON, or a value that JSON and UTF-8 cannot write.
+    """
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{what} holds a lone surrogate, which is not a character") from None
+    except (ValueError, RecursionError):
+        raise BadRow(f"{what} must be valid JSON") from None
+    except TypeError as error:
+        raise BadRow(f"{what} cannot be written as JSON: {error}") from None
+    return value
+
+
+def whole_numbers(values: Values, key: str) -> tuple[int, ...]:
+    """The whole numbers of a field, in order.
+
+    Raises BadRow: not a list, an empty one, or one with something else in it.
+    """
+    value = values.get(key)
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"`{key}` must be a list of whole numbers, got {kind(value)}")
+    if set(map(type, value)) != {int}:
+        number, odd = next((number, item) for number, item in enumerate(value, start=1) if type(item) is not int)
+        shown = f"the number {odd}" if isinstance(odd, float) else kind(odd)
+        raise BadRow(f"entry {number} of `{key}` must be a whole number, got {shown}")
+    return tuple(value)
+
+
+def kind(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    if value == [] and isinstance(value, list):
+        return "an empty list"
+    kinds = {type(None): "null", bool: "true or false", list: "a list", dict: "an object", str: "text"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def listed(keys: Iterable[str]) -> str:
+    """Names of fields for a message."""
+    return ", ".join(f"`{key}`" for key in sorted(keys)) or "(none)"

@@ -1,0 +1,11 @@
+"""Batching: rendered rows → tensors, padded or end to end.
+
+`Batches` is what the trainer iterates; `why_not` says whether a model may be given rows end to end at all.
+"""
+
+from loratune.data.packing.apart import why_not as why_not
+from loratune.data.packing.batches import Batches as Batches
+from loratune.data.packing.flat import flatten as flatten
+from loratune.data.packing.packs import Packs as Packs
+from loratune.data.packing.packs import best_fit as best_fit
+from loratune.data.packing.padding import pad as pad

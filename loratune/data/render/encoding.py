@@ -1,0 +1,122 @@
+"""Texts → ids, many at once: by the fast tokenizer's own batches, or one by one by a slow tokenizer."""
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+LONG = 2**20
+"""Characters from which on a text is encoded in pieces: the tokenizer needs some hundred bytes for each."""
+
+PIECE = 2**18
+"""Characters of a piece, and of all the texts that are encoded in one call where a text is not longer by itself."""
+
+TAIL = 128
+"""Characters at the end of a prompt that are encoded once more together with what follows it."""
+
+_PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
+_LINE = re.compile(r"(?<=\S)\n(?=\S)")
+_WORD = re.compile(r"(?<=\w)(?= \w)")
+
+
+class Encoder:
+    """Encodes texts with one tokenizer; no special token is added, those that a text spells out are ids of theirs."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        if self._backend is not None and self._quick([_PROBE]) != [self._slow(_PROBE)]:
+            self._backend = None
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text. A text that comes twice is encoded once; the empty text has no ids.
+
+        A text over a million characters is encoded in pieces that end at words or lines.
+        """
+        pieces = {text: list(_pieces(text)) for text in texts}
+        short = [text for text in dict.fromkeys(chain.from_iterable(pieces.values())) if text]
+        found: dict[str, list[int]] = {"": []}
+        for batch in _batches(short):
+            found.update(zip(batch, self._batch(batch), strict=True))
+        return [self._joined([found[piece] for piece in pieces[text]]) for text in texts]
+
+    def continued(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """For each prompt and the text after it: the ids of the prompt, and of both, which begin with the same ids.
+
+        The two are encoded as one text where the prompt's ids are the beginning of that text's, and apart where they
+        are not. Of a longer prompt only the last words are encoded again: words do not change those before them.
+        """
+        tails = [(prompt, _last_words(prompt), rest) for prompt, rest in pairs]
+        found = iter(self([text for prompt, tail, rest in tails for text in (prompt, tail, tail + rest)]))
+        results: list[tuple[list[int], list[int]]] = []
+        for prompt, rest in pairs:
+            ids, end, both = next(found), next(found), next(found)
+            if ids[len(ids) - len(end) :] != end:
+                end, both = ids, self.one(prompt + rest)
+            results.append((ids, ids + (both[len(end) :] if both[: len(end)] == end else self.one(rest))))
+        return results
+
+    def one(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return self([text])[0]
+
+    def _joined(self, parts: list[list[int]]) -> list[int]:
+        if len(parts) == 1:
+            return parts[0]
+        return [*chain.from_iterable(parts)]
+
+    def _batch(self, texts: list[str]) -> list[list[int]]:
+        ids = [self._slow(text) for text in texts] if self._backend is None else self._quick(texts)
+        if len(texts[0]) < PIECE // 2:
+            return ids
+        return [[*map(self._numbers.__getitem__, row)] for row in ids]
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        """Every id once: long rows share these numbers, where each would else be an object of its own."""
+        return list(range(len(self._tokenizer)))
+
+    def _quick(self, texts: list[str]) -> list[list[int]]:
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _slow(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+
+def _last_words(prompt: str) -> str:
+    """The end of a prompt from a border of words on; all of it where it is short, or has no words near its end."""
+    if len(prompt) <= 2 * TAIL:
+        return prompt
+    borders = [border.end() for border in _WORD.finditer(prompt, len(prompt) - TAIL, len(prompt) - TAIL // 8)]
+    return prompt[borders[-1] :] if borders else prompt
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """Runs of texts of at most `PIECE` characters, or of a single text."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > PIECE:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text itself, or its pieces where it is long; each piece ends at the last word or line that fits."""
+    start = 0
+    while len(text) - start > (PIECE if start else LONG):
+        window = start + PIECE // 2, start + PIECE
+        words = [border.end() for border in _WORD.finditer(text, *window)]
+        lines = [] if words else [border.end() for border in _LINE.finditer(text, *window)]
+        end = [window[1], *lines, *words][-1]
+        yield text[start:end]
+        start = end
+    yield text[start:]

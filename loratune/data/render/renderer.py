@@ -1,0 +1,178 @@
+"""Examples → rows of ids. Train, evaluate and generate render with the same methods."""
+
+import datetime
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+import tokenizers
+import transformers
+
+from loratune.data.formats import Conversation, Example, Ids, Message, Plain
+from loratune.data.render.encoding import Encoder
+from loratune.data.render.template import Chat, Template
+from loratune.data.render.tokens import Span, Tokens, given
+from loratune.data.render.turns import Turns, locate
+from loratune.data.sources import MAX_PROBLEMS
+from loratune.errors import DataError, ModelError, Problem
+
+VERSION = 1
+"""Of the rules in this package: another number wherever the same example may become other ids."""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """Text on its way to a row. text: the prompt and what follows it; spans: ranges of characters that are learnt."""
+
+    where: str
+    text: str
+    prompt: int
+    spans: tuple[Span, ...]
+    templated: bool
+
+
+class Renderer:
+    """Renders examples with one tokenizer; `end_ids` are the ids that end an answer."""
+
+    def __init__(self, tokenizer: Any):
+        if tokenizer.eos_token_id is None:
+            raise ModelError(Problem("the tokenizer has no end-of-sequence token", tokenizer.name_or_path))
+        self.tokenizer = tokenizer
+        self.eos: int = tokenizer.eos_token_id
+        self._encode = Encoder(tokenizer)
+        self._template = Template(tokenizer)
+        turn_ids = self._encode.one(self._template.ends[0]) if self._template.ends else []
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos, *turn_ids]))
+        self._bos = tokenizer.bos_token_id
+        self._starts_with_bos = self._bos is not None and tokenizer("a").input_ids[:1] == [self._bos]
+
+    def rows(self, examples: Sequence[Example], loss_on: str = "completion") -> list[Tokens]:
+        """Whole rows, in order, encoded as one batch. loss_on: as in the configuration; rows of ids come as they are.
+
+        Raises DataError, with the first 10 rows that cannot be rendered: no learnt turn; the chat template refuses the
+        messages, leaves out what is to be learnt, or hides where an answer lies. Raises ModelError: no chat template.
+        """
+        made: list[_Draft | Tokens] = []
+        problems: list[Problem] = []
+        for example in examples:
+            if isinstance(example, Ids):
+                made.append(given(example.where, example.ids, example.labels))
+                continue
+            try:
+                made.append(self._draft(example, loss_on))
+            except DataError as error:
+                problems += error.problems
+                if len(problems) >= MAX_PROBLEMS:
+                    break
+        if problems:
+            raise DataError(problems[:MAX_PROBLEMS])
+        encoded = iter(self._encoded([one for one in made if isinstance(one, _Draft)], loss_on))
+        return [next(encoded) if isinstance(one, _Draft) else one for one in made]
+
+    def row(self, example: Example, loss_on: str = "completion") -> Tokens:
+        """One whole row; see `rows`."""
+        return self.rows([example], loss_on)[0]
+
+    def prompt(
+        self, prompt: str | Sequence[Message], where: str = "prompt", tools: Sequence[Any] = ()
+    ) -> tuple[int, ...]:
+        """The ids that an answer follows: of raw text, or of messages through the chat template.
+
+        Raises ModelError, DataError: see `rows`.
+        """
+        if isinstance(prompt, str):
+            return tuple(self._with_bos(self._encode.one(prompt)))
+        chat = Chat(prompt, tools, where)
+        if tools and not self._template.shows_tools:
+            raise chat.problem("the chat template leaves out the `tools` of the row")
+        return tuple(self._encode.one(self._template.text(chat, prompt=True)))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what decides the ids: the tokenizer, its special tokens and template, and the code's versions.
+
+        A template that asks for the day's date renders other rows on another day, and has another digest.
+        """
+        tokenizer, template = self.tokenizer, str(self.tokenizer.chat_template)
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+            inner = tokenizer.backend_tokenizer.to_str()
+        else:
+            inner = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
+        date = datetime.date.today().isoformat() if "strftime_now" in template else ""
+        versions = (VERSION, transformers.__version__, tokenizers.__version__)
+        parts = (inner, template, date, repr(sorted(tokenizer.special_tokens_map.items())), repr(versions))
+        return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()
+
+    def _draft(self, example: Plain | Conversation, loss_on: str) -> _Draft:
+        if isinstance(example, Plain):
+            text, border = example.prompt + example.completion, len(example.prompt)
+            return _Draft(example.where, text, border, ((border, len(text)),), False)
+        learnt: Sequence[int] = example.learnt(loss_on)
+        if loss_on == "all":
+            learnt = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"][-1:]
+        if not learnt:
+            raise DataError(Problem("no assistant turn is learnt", example.where))
+        turns: Turns = locate(self._template, Chat(example.messages, example.tools, example.where), learnt)
+        return _Draft(example.where, turns.text, turns.prompt, turns.spans, True)
+
+    def _encoded(self, drafts: Sequence[_Draft], loss_on: str) -> list[Tokens]:
+        """Rows of drafts; every border of a span is a border of tokens."""
+        pairs = self._encode.continued([(draft.text[: draft.prompt], draft.text[draft.prompt :]) for draft in drafts])
+        inner = [_inner_pieces(draft) for draft in drafts]
+        found = iter(self._encode([piece for pieces in inner for piece in pieces]))
+        rows = []
+        for draft, (prompt, ids), pieces in zip(drafts, pairs, inner, strict=True):
+            apart = [next(found) for _ in pieces]
+            places = self._places(draft, pieces, apart, ids) if pieces else {}
+            places |= {draft.prompt: len(prompt), len(draft.text): len(ids)}
+            spans = [(places[start], places[end]) for start, end in draft.spans]
+            rows.append(self._finished(draft, ids, spans, loss_on))
+        return rows
+
+    def _places(
+        self, draft: _Draft, pieces: Sequence[str], apart: Sequence[Sequence[int]], ids: list[int]
+    ) -> dict[int, int]:
+        """Border in the text → border in the ids, for the borders between the pieces.
+
+        Where a token reaches over the border, the place is after the token where a span begins, before it where one
+        ends.
+        """
+        characters = [*accumulate(map(len, pieces))][:-1]
+        borders = [*accumulate(map(len, apart))][:-1]
+        if [number for part in apart for number in part] == ids:
+            return dict(zip(characters, borders, strict=True))
+        starts = {start for start, _ in draft.spans}
+        places = {}
+        for character, grown in zip(characters, self._encode([draft.text[:end] for end in characters]), strict=True):
+            pairs = zip(grown, ids, strict=False)
+            alike = next((place for place, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(grown), len(ids)))
+            places[character] = alike + (alike < len(grown) and character in starts)
+        return places
+
+    def _finished(self, draft: _Draft, ids: list[int], spans: list[Span], loss_on: str) -> Tokens:
+        """The row with its BOS and its end, and without spans of no token."""
+        whole = ids if draft.templated else self._with_bos(ids)
+        shift = len(whole) - len(ids)
+        spans = [(start + shift, end + shift) for start, end in spans]
+        if whole[-1:] != [self.eos] and not (draft.templated and set(whole[-1:]) & set(self.end_ids)):
+            whole = [*whole, self.eos]
+            spans[-1] = (spans[-1][0], len(whole))
+        if loss_on == "all":
+            spans = [(0, len(whole))]
+        return Tokens(draft.where, tuple(whole), tuple(span for span in spans if span[0] < span[1]))
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return [self._bos, *ids] if self._starts_with_bos and ids[:1] != [self._bos] else ids
+
+
+def _inner_pieces(draft: _Draft) -> list[str]:
+    """The text cut at every border, where it has others than the prompt's and its own."""
+    borders = {border for span in draft.spans for border in span} | {draft.prompt, len(draft.text)}
+    if borders == {draft.prompt, len(draft.text)}:
+        return []
+    return [draft.text[start:end] for start, end in pairwise(sorted(borders | {0}))]

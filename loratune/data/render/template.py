@@ -1,0 +1,202 @@
+"""The model's own chat template: messages → text, with marks that show where in it the content of a message ends."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from loratune.data.formats import Message
+from loratune.data.render.tokens import Span
+from loratune.errors import DataError, ModelError, Problem
+
+KEY = "data.chat_template"
+
+_FIRST, _LAST = 0xF0000, 0xFFFFD  # a plane of characters that have no meaning but a private one
+_MARK = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+_ASKED = {"role": "user", "content": "loratune?"}
+_SAID = {"role": "assistant", "content": "loratune!"}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "loratune_tool",
+        "description": "loratune",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A rendered text. ends: number of a message → where its content, without the space around it, ends in the text.
+
+    The ends are missing of messages without content and of those that the template leaves out. marked: whether they are
+    known at all; they are not where the template renders messages with marks in another way than without.
+    """
+
+    text: str
+    ends: dict[int, int]
+    marked: bool = True
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a template renders: messages, the schemas of their tools, and the place of the row for errors."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Any] = ()
+    where: str = ""
+
+    def until(self, number: int) -> "Chat":
+        """The first `number` messages."""
+        return Chat(self.messages[:number], self.tools, self.where)
+
+    def problem(self, what: str, number: int | None = None) -> DataError:
+        """An error about the template and this row; number: of the message that is meant."""
+        named = what if number is None else f"{what} message {number + 1} ({self.messages[number]['role']})"
+        fix = "give a template that shows every message and appends turns"
+        return DataError(Problem(named, self.where, KEY, fix))
+
+
+class Template:
+    """The chat template of one tokenizer.
+
+    ends: the special tokens that end an answer, the one of a last answer first; empty if the template puts none.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._source = str(tokenizer.chat_template or "")
+        self.ends = self._ends()
+        choice = "|".join(map(re.escape, sorted(self.ends, key=len, reverse=True)))
+        self._end = re.compile(rf"\s*(?:{choice})" if self.ends else r"(?!)")
+
+    def text(self, chat: Chat, *, prompt: bool = False) -> str:
+        """The rendered messages; prompt: with what an answer follows, as `generate` needs it.
+
+        Raises ModelError: the tokenizer has no template. Raises DataError: the template refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            fix = "set data.chat_template to a Jinja file, or use prompt and completion as text"
+            raise ModelError(Problem("the tokenizer has no chat template", self._tokenizer.name_or_path, fix=fix))
+        try:
+            return self._apply(chat, prompt)
+        except _REFUSALS as error:
+            if isinstance(error, TypeError) and any("tool_calls" in message for message in chat.messages):
+                try:  # a few templates join the arguments of a call to text
+                    return self._apply(_with_arguments_as_text(chat), prompt)
+                except _REFUSALS:
+                    pass
+            raise DataError(Problem(f"the chat template refuses these messages: {error}", chat.where)) from None
+
+    def show(self, chat: Chat, *, prompt: bool = False) -> Shown:
+        """The rendered messages, and where in them each content ends; errors as in `text`."""
+        text = self.text(chat, prompt=prompt)
+        if len(chat.messages) > _LAST - _FIRST or _MARK.search(text):
+            return Shown(text, {}, marked=False)
+        try:
+            marked = self.text(_marked(chat), prompt=prompt)
+        except DataError:
+            return Shown(text, {}, marked=False)
+        ends: dict[int, int] = {}
+        for count, mark in enumerate(_MARK.finditer(marked)):
+            number = ord(mark.group()) - _FIRST
+            if number in ends:
+                return Shown(text, {}, marked=False)
+            ends[number] = mark.start() - count
+        return Shown(text, ends) if _MARK.sub("", marked) == text else Shown(text, {}, marked=False)
+
+    def end_at(self, text: str, place: int) -> int | None:
+        """Where the end of turn ends that stands at a place of the text, space before it aside."""
+        match = self._end.match(text, place)
+        return match.end() if match else None
+
+    def end_after(self, text: str, place: int) -> int | None:
+        """Where the first end of turn after a place ends."""
+        match = self._end.search(text, place)
+        return match.end() if match else None
+
+    def last_end(self, text: str, place: int) -> int:
+        """Where the last end of turn after a place ends; the end of the text where there is none."""
+        found = [start + len(end) for end in self.ends if (start := text.rfind(end, place)) >= 0]
+        return max(found, default=len(text.rstrip()))
+
+    def generated(self, chat: Chat) -> list[Span] | None:
+        """The ranges of the rendered text that the template itself marks as answers; None if it marks none ever."""
+        if not _GENERATION.search(self._source):
+            return None
+        _, ranges = render_jinja_template(
+            conversations=[list(chat.messages)],
+            tools=list(chat.tools) or None,
+            chat_template=self._tokenizer.get_chat_template(None, list(chat.tools) or None),
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return [(start, end) for start, end in ranges[0]]
+
+    @cached_property
+    def opening(self) -> str | None:
+        """What stands between a user's last word and the answer: the end of the turn, and the header of the next."""
+        shown = self._probe([_ASKED], prompt=True)
+        return shown.text[shown.ends[0] :] if shown and 0 in shown.ends else None
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the template renders the schemas of tools."""
+        shown = self._probe([_ASKED], tools=(_TOOL,))
+        return shown is None or "loratune_tool" in shown.text
+
+    def _probe(self, messages: list[Message], *, tools: tuple[Any, ...] = (), prompt: bool = False) -> Shown | None:
+        try:
+            return self.show(Chat(messages, tools), prompt=prompt)
+        except DataError:
+            return None
+
+    def _ends(self) -> tuple[str, ...]:
+        """The special tokens after two answers, or one: what follows the last answer belongs to no later turn."""
+        if not self._tokenizer.chat_template:
+            return ()
+        shown = self._probe([_ASKED, _SAID, _ASKED, _SAID]) or self._probe([_ASKED, _SAID]) or self._probe([_SAID])
+        if shown is None:
+            return ()
+        special = sorted((str(token) for token in self._tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        places = [shown.ends[number] for number in sorted(shown.ends, reverse=True) if number % 2]
+        tails = [shown.text[place:].lstrip() for place in places]
+        found = [next((token for token in special if tail.startswith(token)), "") for tail in tails]
+        return tuple(dict.fromkeys(filter(None, found))) if found and found[0] else ()
+
+    def _apply(self, chat: Chat, prompt: bool) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            list(chat.messages), tools=list(chat.tools) or None, tokenize=False, add_generation_prompt=prompt
+        )
+        return text
+
+
+def _marked(chat: Chat) -> Chat:
+    messages = []
+    for number, message in enumerate(chat.messages):
+        content = message["content"]
+        end = len(content.rstrip())
+        marked = content[:end] + chr(_FIRST + number) + content[end:] if end else content
+        messages.append({**message, "content": marked})
+    return Chat(messages, chat.tools, chat.where)
+
+
+def _with_arguments_as_text(chat: Chat) -> Chat:
+    def text(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": arguments}}
+
+    messages = [
+        {**message, "tool_calls": [text(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in chat.messages
+    ]
+    return Chat(messages, chat.tools, chat.where)

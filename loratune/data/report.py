@@ -1,0 +1,173 @@
+"""What became of the rows: counted while they are prepared, and told in one table."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+FIRST = 3
+"""How many places of rows are kept to be named."""
+
+
+@dataclass
+class Found:
+    """Rows of one kind: how many there are, and the places of the first few."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str) -> None:
+        """Count one more row."""
+        self.count += 1
+        if len(self.first) < FIRST:
+            self.first.append(where)
+
+    def extend(self, other: "Found") -> None:
+        """Count the rows of another one, which come later."""
+        self.count += other.count
+        self.first += other.first[: FIRST - len(self.first)]
+
+    @property
+    def places(self) -> str:
+        """`rows.jsonl:3, rows.jsonl:9, ...`"""
+        return ", ".join(self.first) + (", ..." if self.count > len(self.first) else "")
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Rows of the validation set that also stand in train. exact: letter for letter; folded: but for white space."""
+
+    exact: Found
+    folded: Found
+
+    def remarks(self) -> list[str]:
+        """A line for each kind of leak there is."""
+        kinds = ((self.exact, ""), (self.folded, " but for white space"))
+        return [
+            f"{found.count:,} of the validation rows also {'stands' if found.count == 1 else 'stand'} in train"
+            f"{how} ({found.places})"
+            for found, how in kinds
+            if found.count
+        ]
+
+
+@dataclass
+class Report:
+    """Counts over the rows of one part.
+
+    rows: read; tokens, supervised: of the rows that are kept; truncated: kept, but cut; dropped: reason → rows;
+    duplicates: rows that are an earlier row letter for letter, kept all the same; lengths: tokens of a row before it
+    was cut → how many rows have them.
+    """
+
+    COLUMNS: ClassVar = (
+        "rows", "duplicates", "dropped", "truncated", "tokens", "supervised", "p50", "p95", "max",
+    )  # fmt: skip
+    """The columns of the table; p50, p95 and max are lengths in tokens before anything was cut."""
+
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    truncated: int = 0
+    dropped: dict[str, Found] = field(default_factory=dict)
+    duplicates: Found = field(default_factory=Found)
+    lengths: Counter[int] = field(default_factory=Counter)
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count a row that is left out."""
+        self.dropped.setdefault(reason, Found()).add(where)
+
+    def extend(self, other: Self) -> None:
+        """Count the rows of another report, which come later."""
+        self.rows += other.rows
+        self.tokens += other.tokens
+        self.supervised += other.supervised
+        self.truncated += other.truncated
+        self.lengths.update(other.lengths)
+        self.duplicates.extend(other.duplicates)
+        for reason, found in other.dropped.items():
+            self.dropped.setdefault(reason, Found()).extend(found)
+
+    @property
+    def dropped_rows(self) -> int:
+        """How many rows were left out."""
+        return sum(found.count for found in self.dropped.values())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row before it was cut; 0 without rows."""
+        return max(self.lengths, default=0)
+
+    def percentile(self, share: float) -> int:
+        """The least length that this share of the rows does not exceed (nearest rank); 0 without rows."""
+        rank, seen = share * self.lengths.total(), 0
+        for length, count in sorted(self.lengths.items()):
+            seen += count
+            if seen >= rank:
+                return length
+        return 0
+
+    def cells(self) -> list[str]:
+        """The row of the table, one cell for each of `COLUMNS`."""
+        counts = (self.rows, self.duplicates.count, self.dropped_rows, self.truncated, self.tokens, self.supervised)
+        lengths = (self.percentile(0.5), self.percentile(0.95), self.longest)
+        return [f"{count:,}" for count in (*counts, *lengths)]
+
+    def reasons(self) -> list[str]:
+        """Why rows were left out: `2 rows dropped: the completion is empty (rows.jsonl:3, rows.jsonl:9)`."""
+        return [
+            f"{_rows(found.count)} dropped: {reason} ({found.places})"
+            for reason, found in sorted(self.dropped.items(), key=lambda item: -item[1].count)
+        ]
+
+    def remarks(self, max_length: int) -> list[str]:
+        """Everything about the rows that the table does not say."""
+        lines = self.reasons()
+        if self.duplicates.count:
+            lines.append(f"{_rows(self.duplicates.count)} repeated: {self.duplicates.places}")
+        if self.longest > max_length:
+            lines.append(f"max_length {self.longest:,} would keep everything")
+        return lines
+
+    def counts(self) -> dict[str, int]:
+        """The totals, for a record."""
+        return {
+            "rows": self.rows,
+            "duplicates": self.duplicates.count,
+            "dropped": self.dropped_rows,
+            "truncated": self.truncated,
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "longest": self.longest,
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, which `from_json` reads back."""
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        dropped = {reason: vars(found) for reason, found in self.dropped.items()}
+        return numbers | {"dropped": dropped, "lengths": {str(key): count for key, count in self.lengths.items()}}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """What `as_json` gave; duplicates are not part of it.
+
+        Raises KeyError, TypeError or ValueError: it is something else.
+        """
+        rows, tokens, supervised, truncated = (
+            int(values[name]) for name in ("rows", "tokens", "supervised", "truncated")
+        )
+        dropped = {reason: Found(int(one["count"]), list(one["first"])) for reason, one in values["dropped"].items()}
+        lengths = Counter({int(length): int(count) for length, count in values["lengths"].items()})
+        return cls(rows, tokens, supervised, truncated, dropped, lengths=lengths)
+
+
+def total(reports: Iterable[Report]) -> Report:
+    """All reports as one, in order."""
+    whole = Report()
+    for report in reports:
+        whole.extend(report)
+    return whole
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" if count == 1 else f"{count:,} rows"

@@ -1,0 +1,65 @@
+"""A row and its place, and what all sources of rows have in common."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from loratune.errors import Problem
+
+MAX_PROBLEMS = 10
+BLOCK = 1 << 20
+"""Bytes that are read and held at a time."""
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it stands in the data. where: `file:line`, `file:row N` or `hub-id[split]:N`, counted from 1."""
+
+    where: str
+    values: dict[str, Any]
+
+
+Item = Row | Problem
+"""What stands at the place of a row: the row, or what is wrong with it."""
+
+
+def unseen(count: int) -> None:
+    """For `Opened.rows` where nobody watches the progress."""
+
+
+class Opened(Protocol):
+    """Rows of one file, or of one split on the hub, that are there to be read."""
+
+    @property
+    def name(self) -> str:
+        """As messages name it: the path, or `hub-id[split]`."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that changes whenever the rows may have changed, and not with the name; reads the whole file."""
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+
+    def rows(self, advance: Advance = unseen) -> Iterator[Row]:
+        """Stream the rows in order, as often as asked.
+
+        advance: called with numbers of bytes, which add up to `size` once all rows are read.
+
+        Raises DataError: up to 10 problems, at the end or when there are ten; damaged; changed or gone meanwhile.
+        """
+
+
+def mapping(values: Any, where: str) -> Item:
+    """The row, or the problem that it is none."""
+    if isinstance(values, dict):
+        return Row(where, values)
+    return Problem(f"a row must be an object with named fields, got {type(values).__name__}", where)
+
+
+def batch_rows(size: int, rows: int) -> int:
+    """How many rows of a table to hold at once, where all its `rows` take `size` bytes."""
+    return max(1, min(2048, 8 * BLOCK * rows // max(size, 1)))

@@ -1,0 +1,417 @@
+"""Batches: rows end to end see themselves only, whatever the model, and packs hold every row once."""
+
+import pickle
+import tracemalloc
+from copy import deepcopy
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    FalconH1Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    RwkvConfig,
+)  # fmt: skip
+
+from loratune.data.packing import Batches, best_fit, flatten, why_not
+from loratune.kernels import next_token_loss
+
+VOCABULARY = 264
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "initializer_range": 0.1,
+}  # fmt: skip
+FALCON = {name: value for name, value in SHAPE.items() if name not in ("head_dim", "num_key_value_heads")}
+GPT2 = {
+    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.1,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+CODEBOOKS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "ffn_dim": 64,
+    "num_attention_heads": 4,
+}
+APART: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE),
+    "qwen3_moe": Qwen3MoeConfig(**SHAPE, **EXPERTS),
+    "gpt2": GPT2Config(**GPT2),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "gemma3": Gemma3TextConfig(**SHAPE, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    "phi3": Phi3Config(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=8),
+    "falcon": FalconConfig(**FALCON),
+}
+MIX: dict[str, PreTrainedConfig] = {
+    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1),
+    "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+    "rwkv": RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+    "lfm2": Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
+    "qwen3_next": Qwen3NextConfig(
+        **SHAPE | EXPERTS, shared_expert_intermediate_size=32, layer_types=["linear_attention", "full_attention"],
+        linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+    ),
+    "falcon_h1": FalconH1Config(**SHAPE, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+}  # fmt: skip
+
+
+def built(config: PreTrainedConfig, attention: str = "eager") -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=attention)
+    return model.eval()
+
+
+def rows(*lengths: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Random rows; the first third of each is not learnt."""
+    drawn = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(VOCABULARY, (length,), generator=drawn).tolist() for length in lengths]
+    return [{"input_ids": row, "labels": [-100] * (len(row) // 3) + row[len(row) // 3 :]} for row in ids]
+
+
+@torch.no_grad()
+def difference(model: Any, several: list[dict[str, Any]], **given: Any) -> float:
+    """How far, at most, the logits of the rows in one flat batch are from those of the rows one by one."""
+    batch = flatten(several)
+    together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **{"use_cache": False} | given)
+    parts = together.logits[0].split([len(row["input_ids"]) for row in several])
+    alone = [model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0] for row in several]
+    return max(float((one - part).abs().max()) for one, part in zip(alone, parts, strict=True))
+
+
+# --- rows end to end
+
+
+def test_rows_stand_end_to_end_and_none_learns_its_first_token_from_another() -> None:
+    batch = flatten([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]},
+                     {"input_ids": [4], "labels": [4]}])  # fmt: skip
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 7, 8, 9, 4]],
+        "labels": [[-100, 6, 7, -100, 9, -100]],
+        "position_ids": [[0, 1, 2, 0, 1, 0]],
+    }
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", APART)
+def test_a_row_in_a_flat_batch_has_the_logits_that_it_has_alone(family: str, attention: str) -> None:
+    model = built(APART[family], attention)
+    assert model.config._attn_implementation == attention
+    assert difference(model, rows(5, 40, 1, 1, 23, 12)) < 1e-5
+    assert why_not(model, 40, 300) is None
+
+
+@pytest.mark.parametrize("family", MIX)
+def test_a_model_that_mixes_rows_is_refused(family: str) -> None:
+    model = built(MIX[family])
+    assert difference(model, rows(5, 40, 1, 1, 23, 12)) > 1e-4
+    assert why_not(model, 40) == f"packing: {model.config.model_type} mixes rows: {MEET}"
+
+
+MEET = "what it makes of one depends on the others in a flat batch"
+
+
+def test_experts_that_rounding_decides_are_no_mixing() -> None:
+    shape = SHAPE | {"num_hidden_layers": 12, "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 16}
+    model = built(Qwen3MoeConfig(**shape))
+    assert all(why_not(model.to(dtype), 200) is None for dtype in (torch.float32, torch.float16, torch.bfloat16))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe", "bloom", "mamba", "lfm2", "qwen3_next"])
+def test_the_verdict_is_the_same_in_bfloat16(family: str) -> None:
+    model = built((APART | MIX)[family], "eager").to(torch.bfloat16)
+    assert (why_not(model, 40) is None) == (family in APART)
+
+
+def test_a_weak_leak_is_seen_below_the_rounding_of_bfloat16() -> None:
+    config = Lfm2Config(**SHAPE | {"initializer_range": 0.01}, layer_types=["conv", "full_attention"])
+    model = built(config).to(torch.bfloat16)
+    assert difference(model, rows(5, 40, 23)) < 0.02
+    assert MEET in str(why_not(model, 40))
+
+
+def test_rows_meet_where_there_is_a_cache_or_a_mask() -> None:
+    model, several = built(APART["llama"]), rows(5, 40, 23)
+    assert difference(model, several, use_cache=True) > 1e-3
+    assert difference(model, several, attention_mask=torch.ones(1, 68, dtype=torch.long)) > 1e-3
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3])
+def test_the_shortest_rows_are_told_apart_too(longest: int) -> None:
+    assert why_not(built(APART["gpt2"]), longest) is None
+    assert why_not(built(MIX["lfm2"]), longest)
+
+
+class Counting(GPT2LMHeadModel):
+    """Lets no row see another, but makes logits smaller the longer the batch is."""
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        made = super().forward(input_ids=input_ids, **given)
+        made.logits = made.logits / input_ids.shape[1]
+        return made
+
+
+class Greedy(GPT2LMHeadModel):
+    """Asks for more memory than there is."""
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def test_what_has_no_gradient_is_seen_too() -> None:
+    told = str(why_not(Counting(GPT2Config(**GPT2)), 40))
+    assert told.startswith("packing: gpt2 mixes rows: logits differ by ")
+
+
+def test_angles_that_follow_the_longest_row_are_seen() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64} | factors
+    model = built(Phi3Config(**SHAPE, rope_parameters=rope, original_max_position_embeddings=64))
+    assert difference(model, rows(5, 64)) < 1e-5 and why_not(model, 64) is None
+    assert difference(model, rows(5, 65)) > 1e-3 and "logits differ" in str(why_not(model, 65))
+    assert difference(model, rows(5, 500)) > 1e-3 and "logits differ" in str(why_not(model, 500))
+
+
+def test_what_is_exact_in_a_small_batch_only_is_seen() -> None:
+    model = built(FalconConfig(**FALCON, alibi=True))  # its distances are counted over the batch, in bfloat16
+    assert difference(model, rows(5, 40, 40)) < 1e-5 and why_not(model, 40) is None
+    assert difference(model, rows(*[40] * 20)) > 1e-3 and "logits differ" in str(why_not(model, 40, 800))
+
+
+def test_a_table_shorter_than_a_flat_batch_is_seen() -> None:
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 128, "window_size": 8}
+    model = built(GPTNeoConfig(vocab_size=VOCABULARY, attention_types=[[["global", "local"], 1]], **shape))
+    assert difference(model, rows(40, 40, 40)) < 1e-5 and why_not(model, 40, 128) is None
+    told = str(why_not(model, 40, 200))
+    assert told.startswith("packing: gpt_neo does not run on flat rows: RuntimeError: ")
+
+
+def test_rows_are_tried_no_further_than_a_model_has_positions() -> None:
+    assert why_not(built(APART["gpt2"]), 1000, 500) is None
+
+
+def test_a_model_that_fails_on_flat_rows_is_refused_in_one_line() -> None:
+    told = str(why_not(MusicgenForCausalLM(MusicgenDecoderConfig(**CODEBOOKS)), 40))
+    assert told.startswith("packing: musicgen_decoder does not run on flat rows: ") and "\n" not in told
+
+
+def test_running_out_of_memory_is_not_a_verdict() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        why_not(Greedy(GPT2Config(**GPT2)), 40)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "rwkv", "musicgen"])
+def test_the_model_is_left_as_it_was(family: str) -> None:
+    if family == "musicgen":
+        model: Any = MusicgenForCausalLM(MusicgenDecoderConfig(**CODEBOOKS))
+    else:
+        model = built((APART | MIX)[family])
+    model.train()
+    next(model.children()).eval()
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    wanted = [weight.requires_grad for weight in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    config, state = model.config.to_dict(), torch.get_rng_state()
+    why_not(model, 40)
+    assert [module.training for module in model.modules()] == modes
+    assert [weight.requires_grad for weight in model.parameters()] == wanted
+    assert all(bool((weight.grad == 1).all()) for weight in model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert model.config.to_dict() == config and torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_with_an_adapter_is_judged_as_its_base() -> None:
+    for family in ("llama", "lfm2"):
+        adapted = get_peft_model(
+            built((APART | MIX)[family]), LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
+        )
+        assert (why_not(adapted.train(), 40) is None) == (family in APART)
+
+
+# --- packs
+
+
+def by_hand(lengths: list[int], budget: int, fullest: bool) -> list[int]:
+    """What the packs hold, by best fit (or first fit) one row at a time, the longest first."""
+    loads: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [number for number, load in enumerate(loads) if load + length <= budget]
+        if not fitting:
+            loads.append(0)
+            fitting = [len(loads) - 1]
+        loads[max(fitting, key=loads.__getitem__) if fullest else fitting[0]] += length
+    return loads
+
+
+def natural(count: int, seed: int = 0) -> np.ndarray:
+    """Lengths as those of real rows: log-normal, cut off at 2,048 tokens."""
+    return np.random.default_rng(seed).lognormal(5.5, 1, count).clip(1, 2048).astype(np.int32)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_row_is_in_one_pack_and_packs_are_those_of_best_fit(seed: int) -> None:
+    drawn = np.random.default_rng(seed)
+    budget = int(drawn.integers(1, 200))
+    lengths = drawn.integers(1, int(drawn.integers(1, budget + 1)) + 1, int(drawn.integers(1, 400)))
+    packs = best_fit(lengths.astype(drawn.choice([np.uint8, np.int32, np.int64])), budget)
+    several = [packs[number].tolist() for number in range(len(packs))]
+    assert sorted(row for rows in several for row in rows) == list(range(len(lengths)))
+    assert all(rows == sorted(rows) for rows in several)
+    loads = [int(lengths[rows].sum()) for rows in several]
+    assert sorted(loads) == sorted(by_hand(lengths.tolist(), budget, fullest=True))
+    assert max(loads) <= budget
+    assert -(-int(lengths.sum()) // budget) <= len(packs)
+
+
+def test_best_fit_takes_no_more_packs_than_first_fit() -> None:
+    several = [(natural(400, seed), 2048 * (1 + seed % 3)) for seed in range(20)]
+    first = [len(by_hand(lengths.tolist(), budget, fullest=False)) for lengths, budget in several]
+    assert all(len(best_fit(*given)) <= one for given, one in zip(several, first, strict=True))
+
+
+def test_packs_are_the_same_each_time() -> None:
+    one, other = best_fit(natural(5000), 2048), best_fit(natural(5000), 2048)
+    assert np.array_equal(one.order, other.order) and np.array_equal(one.starts, other.starts)
+
+
+def test_a_pack_is_had_by_its_number() -> None:
+    packs = best_fit(np.array([3, 1, 2, 4]), 5)
+    assert [packs[number].tolist() for number in range(len(packs))] == [[1, 3], [0, 2]]
+    assert packs[-1].tolist() == [0, 2] and [pack.tolist() for pack in packs] == [[1, 3], [0, 2]]
+    with pytest.raises(IndexError):
+        packs[2]
+
+
+@pytest.mark.parametrize("lengths", [[3, 0], [3, 9], [-1]])
+def test_a_length_out_of_range_is_an_error(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="do not fit 1 to 8"):
+        best_fit(np.array(lengths), 8)
+
+
+def test_no_rows_make_no_packs() -> None:
+    assert len(best_fit(np.array([], dtype=np.int64), 8)) == 0
+
+
+def test_a_million_rows_of_natural_length_leave_little_room_and_take_little_memory() -> None:
+    lengths = natural(1_000_000)
+    tracemalloc.start()
+    packs = best_fit(lengths, 2048)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 1 - lengths.sum(dtype=np.int64) / (len(packs) * 2048) < 0.005
+    assert peak < 32 * len(lengths)
+    assert packs.order.nbytes + packs.starts.nbytes <= 8 * len(lengths)
+
+
+# --- batches
+
+LENGTHS = (5, 40, 1, 23, 12, 40, 33, 2, 2, 17)
+Packing = Literal["none", "batch", "full"]
+
+
+def batches(packing: Packing, several: list[dict[str, Any]], size: int = 2) -> Batches:
+    return Batches(several, np.array([len(row["input_ids"]) for row in several], int), packing, size, 40, pad_id=0)
+
+
+@pytest.mark.parametrize(("packing", "items", "size"), [("none", 10, 2), ("batch", 10, 2), ("full", 3, 1)])
+def test_a_loader_gives_every_row_once(packing: Packing, items: int, size: int) -> None:
+    several = rows(*LENGTHS)
+    made = batches(packing, several)
+    assert (len(made.items), made.size, made.flat) == (items, size, packing != "none")
+    collate = pickle.loads(pickle.dumps(made.collate))
+    loader = DataLoader(made.items, batch_size=made.size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+    seen = []
+    for batch in loader:
+        assert batch["input_ids"].numel() <= 2 * 40
+        if made.flat:
+            assert "attention_mask" not in batch
+            starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
+            seen += [batch["input_ids"][0, a:b].tolist() for a, b in pairwise(starts)]
+        else:
+            pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+            seen += [ids[mask == 1].tolist() for ids, mask in pairs]
+    assert sorted(seen) == sorted(row["input_ids"] for row in several)
+
+
+@pytest.mark.parametrize("packing", ["none", "batch", "full"])
+def test_the_heaviest_batch_is_the_one_with_the_most_tokens(packing: Packing) -> None:
+    made = batches(packing, rows(*LENGTHS))
+    counted = [
+        sum(len(row["input_ids"]) for row in (item if packing == "full" else [item]))
+        for item in map(made.items.__getitem__, range(len(made.items)))
+    ]
+    assert [made.tokens(number) for number in range(len(made.items))] == counted
+    heaviest = made.heaviest()
+    assert len(set(heaviest)) == made.size
+    assert [made.tokens(number) for number in heaviest] == sorted(counted, reverse=True)[: made.size]
+
+
+def test_sums_of_small_integers_do_not_wrap() -> None:
+    made = Batches(rows(200, 200), np.array([200, 200], np.uint8), "full", 2, 200, 0)
+    assert made.tokens(0) == 400 and made.heaviest() == [0]
+
+
+def test_fewer_rows_than_a_batch_and_none_at_all() -> None:
+    assert batches("batch", rows(3), size=4).heaviest() == [0]
+    for packing in ("none", "batch", "full"):
+        assert batches(packing, []).heaviest() == [] and len(batches(packing, []).items) == 0  # type: ignore[arg-type]
+
+
+# --- the loss
+
+
+def learnt(packing: Packing, several: list[dict[str, Any]], attention: str) -> tuple[float, int, list[Tensor]]:
+    """The loss over all batches, its number of tokens, and the gradients."""
+    model = tiny_llama(attention_dropout=0.0)
+    model.set_attn_implementation(attention)
+    made = batches(packing, several)
+    total, tokens = 0.0, 0
+    for batch in DataLoader(made.items, batch_size=made.size, collate_fn=made.collate):  # type: ignore[arg-type]
+        labels = batch.pop("labels")
+        loss, count = next_token_loss(model(**batch, use_cache=False).logits, labels)
+        loss.backward()
+        total, tokens = total + loss.item(), tokens + int(count)
+    return total / tokens, tokens, [weight.grad / tokens for weight in model.parameters() if weight.grad is not None]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("packing", ["batch", "full"])
+def test_loss_and_gradients_are_those_of_padded_rows(packing: Packing, attention: str) -> None:
+    several = rows(*LENGTHS)
+    several[1]["labels"] = list(several[1]["input_ids"])  # learns from its first token on
+    padded, flat = learnt("none", several, attention), learnt(packing, several, attention)
+    assert flat[0] == pytest.approx(padded[0], abs=1e-5) and flat[1] == padded[1]
+    assert len(flat[2]) == len(padded[2]) > 0
+    for one, other in zip(flat[2], padded[2], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+        assert one.abs().max() > 1e-4

@@ -1,0 +1,533 @@
+"""From checked rows to tokenised ones: which take part, what is counted, what is kept on disk and found again."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import CHAT_TEMPLATE, ROWS, Ran, write_rows
+from transformers import PreTrainedTokenizerFast
+
+from loratune import data
+from loratune.config import DataSection
+from loratune.data import Prepared, mixing, shards
+from loratune.data.formats import Plain
+from loratune.data.render import Renderer
+from loratune.data.report import Found, Report
+from loratune.errors import DataError
+
+VOCABULARY = 264
+
+
+def checked(path: Path | str | list[Any], seed: int = 0, **section: Any) -> data.Rows:
+    return data.check(DataSection.model_validate({"train": path, "max_dropped": 1.0} | section), seed)
+
+
+def prepared(renderer: Renderer, path: Path | str | list[Any], **section: Any) -> Prepared:
+    rows = checked(str(path) if isinstance(path, Path) else path, **section)
+    return data.prepare(rows.train, renderer, rows.train.section, VOCABULARY)
+
+
+def prompts(part: data.Part | None) -> list[str]:
+    assert part is not None
+    return [example.prompt for example in part.examples() if isinstance(example, Plain)]
+
+
+@pytest.fixture
+def renderer(tokenizer: PreTrainedTokenizerFast) -> Renderer:
+    return Renderer(tokenizer)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    path = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", path)
+    return path / "loratune"
+
+
+def entries(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir())
+
+
+# Which rows take part
+
+
+def numbered(path: Path, count: int, letter: str = "p") -> Path:
+    return write_rows(path, ({"prompt": f"{letter}{number}", "completion": "c"} for number in range(count)))
+
+
+def test_several_sources_in_order_and_their_formats(tmp_path: Path) -> None:
+    numbered(tmp_path / "a.jsonl", 2)
+    (tmp_path / "b.csv").write_text("completion,prompt\nc,q0\n")
+    (tmp_path / "c.txt").write_text("one\ntwo\n")
+    rows = checked([str(tmp_path / "a.jsonl"), str(tmp_path / "[bc].*")])
+    assert prompts(rows.train) == ["p0", "p1", "q0", "", ""]
+    assert (rows.train.form, len(rows.train), rows.validation) == ("auto", 5, None)
+    assert checked(str(tmp_path / "a.jsonl")).train.form == "prompt_completion"
+
+
+def test_weights_set_the_shares(tmp_path: Path) -> None:
+    paths = [numbered(tmp_path / f"{letter}.jsonl", count, letter) for letter, count in (("a", 30), ("b", 100))]
+    given = [{"path": str(path), "weight": weight} for path, weight in zip(paths, (3, 1), strict=True)]
+    rows = checked(given)
+    letters = [prompt[0] for prompt in prompts(rows.train)]
+    assert (letters.count("a"), letters.count("b")) == (30, 10)
+    assert rows.train.mixed == (f"{paths[0]}: 30 of 30 rows", f"{paths[1]}: 10 of 100 rows")
+    assert prompts(checked(given).train) == prompts(rows.train) != prompts(checked(given, seed=1).train)
+    assert checked(given).train.digest == rows.train.digest != checked(given, seed=1).train.digest
+    assert len(set(prompts(rows.train))) == 40
+
+
+@pytest.mark.parametrize(
+    ("counts", "weights", "given"),
+    [
+        ((10, 10), (1.0, 1.0), [10, 10]),
+        ((10, 1000), (1.0, 3.0), [10, 30]),
+        ((1000, 10), (0.5, 0.25), [20, 10]),
+        ((7, 1_000_000), (0.7, 0.3), [7, 3]),
+        ((5, 100), (1e6, 1e-6), [5, 1]),
+    ],
+)
+def test_shares(counts: tuple[int, ...], weights: tuple[float, ...], given: list[int]) -> None:
+    assert mixing.shares(counts, weights) == given
+
+
+def test_a_fraction_is_held_out(tmp_path: Path) -> None:
+    path = str(numbered(tmp_path / "rows.jsonl", 40))
+    rows = checked(path, validation=0.25)
+    learnt, evaluated = prompts(rows.train), prompts(rows.validation)
+    assert (len(learnt), len(evaluated)) == (30, 10)
+    assert sorted([*learnt, *evaluated]) == sorted(prompts(checked(path).train))
+    assert [learnt, evaluated] == [sorted(part, key=lambda prompt: int(prompt[1:])) for part in (learnt, evaluated)]
+    assert prompts(checked(path, validation=0.25).validation) == evaluated
+    assert prompts(checked(path, seed=1, validation=0.25).validation) != evaluated
+    assert len(prompts(checked(path, validation=0.001).validation)) == 1
+
+
+def test_a_fraction_that_leaves_nothing(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "rows.jsonl", 1)
+    with pytest.raises(DataError, match=r"data\.validation: a fraction of 0\.5 of 1 rows leaves none to train on"):
+        checked(str(path), validation=0.5)
+
+
+def test_problems_of_many_rows_at_once(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": number} for number in range(12)]
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, *rows])
+    with pytest.raises(DataError) as caught:
+        checked(str(path))
+    assert [problem.where for problem in caught.value.problems] == [f"{path}:{line}" for line in range(2, 12)]
+
+
+def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
+    numbered(tmp_path / "a.jsonl", 2)
+    (tmp_path / "b.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"b\.jsonl: 0 rows"):
+        checked([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    assert len(checked(str(tmp_path)).train) == 2  # of a directory, some file has rows
+
+
+@pytest.mark.parametrize("change", ["more", "fewer", "other"])
+def test_a_file_that_changes_meanwhile(tmp_path: Path, renderer: Renderer, change: str) -> None:
+    path = numbered(tmp_path / "rows.jsonl", 4)
+    rows = checked(str(path))
+    if change == "other":
+        write_rows(path, [{"prompt": "p", "completion": 3}] * 4)
+    else:
+        numbered(path, {"more": 5, "fewer": 3}[change])
+    with pytest.raises(DataError, match="changed while it was being read"):
+        data.prepare(rows.train, renderer, rows.train.section, VOCABULARY)
+
+
+# What is counted
+
+
+@pytest.mark.parametrize("truncation", ["keep_completion", "drop"])
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_report_counts(tmp_path: Path, renderer: Renderer, truncation: str, loss_on: str) -> None:
+    """Against a count by hand: a token a byte, and one for the end."""
+    sizes = [(number % 13, number % 7) for number in range(91)]
+    path = write_rows(tmp_path / "rows.jsonl", ({"prompt": "p" * a, "completion": "c" * s} for a, s in sizes))
+    report = prepared(renderer, path, max_length=9, truncation=truncation, loss_on=loss_on).report
+    tokens = supervised = truncated = empty = dropped = 0
+    for asked, said in sizes:
+        length = asked + said + 1
+        if not said and (loss_on == "completion" or not asked):
+            empty += 1
+        elif length > 9 and truncation == "drop":
+            dropped += 1
+        else:
+            kept = min(length, 9)
+            tokens += kept
+            supervised += kept - 1 if loss_on == "all" else min(said + 1, kept - 1)
+            truncated += length > 9
+    assert (report.rows, report.tokens, report.supervised, report.truncated) == (91, tokens, supervised, truncated)
+    assert sorted(found.count for found in report.dropped.values()) == sorted(n for n in (empty, dropped) if n)
+    assert report.longest == max(a + s + 1 for a, s in sizes if s or loss_on == "all")
+
+
+def test_percentiles_are_of_the_nearest_rank() -> None:
+    report = Report()
+    for length in [*range(1, 100), 1000]:
+        report.lengths[length] += 1
+    assert [report.percentile(share) for share in (0.5, 0.95, 1.0)] == [50, 95, 1000]
+    assert Report().cells() == ["0"] * len(Report.COLUMNS)
+
+
+def test_a_report_survives_json() -> None:
+    report = Report(rows=7, tokens=5, supervised=3, truncated=1)
+    report.lengths[4] = 2
+    for line in range(5):
+        report.drop("why", f"rows:{line}")
+    again = Report.from_json(json.loads(json.dumps(report.as_json())))
+    assert again == report
+    assert again.dropped["why"] == Found(5, ["rows:0", "rows:1", "rows:2"])
+
+
+SOME = [{"prompt": "p" * asked, "completion": "c" * said} for asked, said in ((9, 2), (3, 2), (3, 0), (3, 20), (3, 2))]
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_the_table(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, dry: bool) -> None:
+    path = write_rows(tmp_path / "data.jsonl", SOME)
+    held = write_rows(tmp_path / "held.jsonl", [{"prompt": "p " * 3, "completion": "x"}, SOME[1]])
+    config = run_config(data={"train": str(path), "validation": str(held), "max_length": 8, "max_dropped": 0.5})
+    ran = cli("train", config, *(["--dry-run"] if dry else []))
+    assert ran.code == 0, ran.err
+    shown = [line.split() for line in (ran.out if dry else ran.err).splitlines()]
+    assert ["rows", "duplicates", "dropped", "truncated", "tokens", "supervised", "p50", "p95", "max"] in shown
+    assert ["train", "5", "1", "2", "1", "20", "9", "6", "24", "24"] in shown
+    assert ["validation", "2", "0", "0", "0", "14", "5", "6", "8", "8"] in shown
+    text = " ".join((ran.out if dry else ran.err).split())
+    assert f"train: 1 row dropped: nothing to learn: the completion is empty ({path}:3)" in text
+    assert f"train: 1 row dropped: the answer does not fit in max_length 8 ({path}:4)" in text
+    assert f"train: 1 row repeated: {path}:5" in text
+    assert "train: max_length 24 would keep everything" in text
+    assert f"1 of the validation rows also stands in train ({held}:2)" in text
+    assert "pppp⟦cc<|endoftext|>⟧" in text.replace(" ", "")
+
+
+def test_rows_of_a_dry_run(cli: Callable[..., Ran], run_config: Callable[..., Path]) -> None:
+    ran = cli("train", run_config(), "--dry-run", "--rows", 3)
+    assert ran.code == 0, ran.err
+    shown = [f"{row['prompt']}⟦{row['completion']}<|endoftext|>⟧" for row in ROWS]
+    assert [text in ran.out for text in shown[:4]] == [True, True, True, False]
+
+
+def test_truncation_error(tmp_path: Path, renderer: Renderer) -> None:
+    path = write_rows(tmp_path / "r.jsonl", [{"prompt": n * "a", "completion": n * "b"} for n in (1, 4)])
+    assert len(prepared(renderer, path, max_length=9, truncation="error").rows) == 2
+    with pytest.raises(
+        DataError, match=r"r\.jsonl:2: the row has 9 tokens, more than data.max_length 8; raise it, or "
+    ):
+        prepared(renderer, path, max_length=8, truncation="error")
+
+
+def test_nothing_left_says_what_would_do(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "a", "completion": "b" * 9}, {"prompt": "", "completion": ""}]
+    path = write_rows(tmp_path / "r.jsonl", rows)
+    config = run_config(data={"train": str(path), "max_length": 8})
+    ran = cli("train", config, "--set", "model.name_or_path=" + str(without_weights(config)))
+    assert ran.code == 4
+    assert "no row has anything to learn (1 row dropped: " in ran.err
+    assert f"the answer does not fit in max_length 8 ({path}:1)" in ran.err
+    assert ran.err.strip().endswith("data.max_length: 11 would keep all")
+    assert cli("train", config, "--set", "data.max_length=11", "--set", "data.max_dropped=1", "--dry-run").code == 0
+
+
+def without_weights(config: Path) -> Path:
+    """The model of a config, whose weights cannot be loaded: whoever says something else has not tried."""
+    model = Path(next(line.split()[1] for line in config.read_text().splitlines() if "name_or_path" in line))
+    copy = config.parent / "without-weights"
+    copy.mkdir()
+    for file in model.iterdir():
+        if file.suffix != ".safetensors":
+            (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "model.safetensors").write_bytes(b"")
+    return copy
+
+
+def test_too_many_dropped(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b" * (number % 4)} for number in range(20)]
+    config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))})
+    ran = cli("train", config, "--set", f"model.name_or_path={without_weights(config)}")
+    assert ran.code == 4
+    assert "data.max_dropped: 25% of the train rows would be dropped (5 rows dropped: nothing to learn" in ran.err
+    assert ":1, " in ran.err and ":5, " in ran.err and ":9, ...)" in ran.err
+    assert cli("train", config, "--dry-run", "--set", "data.max_dropped=0.25").code == 0
+
+
+def test_ids_beyond_the_vocabulary(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, VOCABULARY]}, {"input_ids": [VOCABULARY - 1, 1]}]
+    path = write_rows(tmp_path / "ids.jsonl", rows)
+    ran = cli("train", run_config(data={"train": str(path)}), "--dry-run")
+    assert ran.code == 4
+    assert f"{path}:2: " in ran.err and f"is {VOCABULARY}" in ran.err and f"has {VOCABULARY} tokens" in ran.err
+    write_rows(path, [rows[0], rows[2]])
+    assert cli("train", run_config(data={"train": str(path)}), "--dry-run").code == 0
+
+
+def test_the_loss_of_given_labels(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 8
+    ran = cli("train", run_config(data={"train": str(write_rows(tmp_path / "ids.jsonl", rows))}))
+    assert ran.code == 0, ran.err
+    assert ["train", "8", "7", "0", "0", "32", "16", "4", "4", "4"] in [line.split() for line in ran.err.splitlines()]
+
+
+# What is kept
+
+
+def test_the_same_rows_are_found_again(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    first = prepared(renderer, path)
+    (kept,) = entries(cache)
+    stamps = {file: file.stat().st_mtime_ns for file in (cache / kept).iterdir()}
+    again = prepared(renderer, path)
+    assert entries(cache) == [kept]
+    assert {file: file.stat().st_mtime_ns for file in (cache / kept).iterdir()} == stamps
+    assert [*first.rows] == [*again.rows]
+    assert (first.fingerprint, first.report) == (again.fingerprint, again.report)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "length": {"max_length": 12},
+    "truncation": {"truncation": "drop"},
+    "loss": {"loss_on": "all"},
+    "format": {"format": "text", "columns": {"text": "prompt"}},
+    "columns": {"columns": {"prompt": "completion", "completion": "prompt"}},
+    "slice": {"train": {"path": "ROWS", "split": "train[:39]"}},
+    "fraction": {"validation": 0.1},
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "content", "tokenizer", "template", "place"])
+def test_a_changed_key_is_a_new_entry(
+    tmp_path: Path, renderer: Renderer, cache: Path, change: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    first = prepared(renderer, path)
+    changes = CHANGES.get(change, {})
+    if "train" in changes:
+        changes = {"train": changes["train"] | {"path": str(path)}}
+    if change == "content":
+        write_rows(path, [*ROWS[1:], ROWS[0]])
+    if change in ("tokenizer", "template"):
+        end = "<|endoftext|>" if change == "template" else "<|end|>"
+        other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=end)
+        other.chat_template = CHAT_TEMPLATE.replace("assistant", "bot") if change == "template" else CHAT_TEMPLATE
+        renderer = Renderer(other)
+    if change == "place":
+        path = path.rename(tmp_path / "moved.jsonl")
+    second = prepared(renderer, path, **changes)
+    assert Path(second.rows.row(0).where.split(":")[0]) == path
+    assert len(entries(cache)) == 2
+    assert (second.fingerprint != first.fingerprint) == (change not in ("template", "truncation", "place"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "record", "unfinished"])
+def test_a_damaged_entry_is_made_anew(tmp_path: Path, renderer: Renderer, cache: Path, damage: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    first = [*prepared(renderer, path).rows]
+    (entry,) = (cache / name for name in entries(cache))
+    if damage == "cut":
+        content = (entry / "00000.arrow").read_bytes()
+        (entry / "00000.arrow").write_bytes(content[: len(content) // 2])
+    elif damage == "record":
+        (entry / "00000.json").write_text("{")
+    else:
+        (entry / {"gone": "00000.arrow", "unfinished": "whole"}[damage]).unlink()
+    assert [*prepared(renderer, path).rows] == first
+    assert (entry / "whole").is_file()
+
+
+def test_old_entries_are_forgotten(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
+    names = []
+    for number, days in enumerate((shards.KEPT_DAYS + 1, shards.KEPT_DAYS - 1)):
+        prepared(renderer, write_rows(tmp_path / "rows.jsonl", ROWS[number:]))
+        (new,) = set(entries(cache)) - set(names)
+        names.append(new)
+        os.utime(cache / new, (0, time.time() - days * 86400))
+    prepared(renderer, write_rows(tmp_path / "rows.jsonl", ROWS[9:]))
+    assert names[0] not in entries(cache) and names[1] in entries(cache)
+
+
+class Stopped(Renderer):
+    """A renderer at which the user presses Ctrl-C in lot number `at`. lots: how many rows each lot had."""
+
+    at = 99
+    lots: list[int]
+
+    def rows(self, examples: Any, loss_on: str = "completion") -> Any:
+        self.lots.append(len(examples))
+        if len(self.lots) > self.at:
+            raise KeyboardInterrupt
+        return super().rows(examples, loss_on)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_SHARD_ROWS", 20)
+    monkeypatch.setattr(data, "_ROWS_AT_ONCE", 10)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 6, 9])
+@pytest.mark.usefixtures("small_shards")
+def test_interrupted_and_picked_up(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, cache: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"p{number}", "completion": "c" * (number % 11)} for number in range(95)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    renderer = Stopped(tokenizer)
+    renderer.at, renderer.lots = at, []
+    with pytest.raises(KeyboardInterrupt):
+        prepared(renderer, path)
+    renderer.at, renderer.lots = 99, []
+    resumed = prepared(renderer, path)
+    assert len(renderer.lots) == 10 - at // 2 * 2  # two lots make a shard
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+    straight = prepared(Renderer(tokenizer), path)
+    assert [*resumed.rows.rows()] == [*straight.rows.rows()]
+    assert (resumed.fingerprint, resumed.report) == (straight.fingerprint, straight.report)
+    assert len(entries(cache)) == 1
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_shards_are_one_sequence(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    rows = prepared(renderer, path).rows
+    assert len([*(cache / entries(cache)[0]).glob("*.arrow")]) == 2
+    expected = [renderer.row(Plain(f"{path}:{n}", **row)) for n, row in enumerate(ROWS, start=1)]
+    assert [*rows.rows()] == expected
+    assert [*rows] == [{"input_ids": list(row.ids), "labels": row.labels} for row in expected]
+    assert rows.lengths.tolist() == [len(row.ids) for row in expected]
+    assert rows.supervised.tolist() == [row.supervised for row in expected]
+    with pytest.raises(IndexError):
+        rows[40]
+
+
+def test_what_cannot_be_prepared_is_not_kept(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(DataError):
+        prepared(renderer, path, max_length=8, truncation="error")
+    assert entries(cache) == []
+
+
+def test_two_at_once(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
+    """A second process that wants the same rows, while the first is writing them, makes its own."""
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    rows = checked(str(path))
+    inner: list[Prepared] = []
+
+    class Nested(Renderer):
+        def rows(self, examples: Any, loss_on: str = "completion") -> Any:
+            inner.append(data.prepare(rows.train, renderer, rows.train.section, VOCABULARY))
+            return super().rows(examples, loss_on)
+
+    outer = data.prepare(rows.train, Nested(renderer.tokenizer), rows.train.section, VOCABULARY)
+    assert outer.rows._lifetime is None and inner[0].rows._lifetime is not None
+    assert [*inner[0].rows] == [*outer.rows]
+    assert len(entries(cache)) == 1
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
+    cache.parent.write_text("a file")
+    assert len(prepared(renderer, write_rows(tmp_path / "rows.jsonl", ROWS)).rows) == 40
+
+
+# Real processes
+
+
+def started(config: Path, *arguments: str, **keywords: Any) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "loratune", "train", str(config), *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **keywords)
+
+
+MEASURED = """
+import re, sys
+from loratune.cli import main
+try:
+    main()
+finally:
+    print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], file=sys.stderr)
+"""
+
+
+def peak(config: Path) -> int:
+    """Bytes of the peak resident set of a dry run that has to succeed."""
+    command = [sys.executable, "-c", MEASURED, "train", str(config), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.split()[-1]) * 1024
+
+
+def test_no_room_for_the_rows(run_config: Callable[..., Path], tmp_path: Path) -> None:
+    """No file may grow beyond 64 kB; the rows would take more."""
+    rows = ({"prompt": f"{number}" * 500, "completion": "c"} for number in range(100, 200))
+    config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows))})
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    running = started(config, preexec_fn=limit, env=os.environ | cache)
+    said = running.communicate()[1]
+    assert running.returncode == 8, said
+    assert "the tokenised rows cannot be kept: " in said and "HF_DATASETS_CACHE" in said
+    assert entries(tmp_path / "cache" / "loratune") == []
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_ctrl_c_while_tokenizing(run_config: Callable[..., Path], tmp_path: Path) -> None:
+    rows = ({"prompt": f"{number} " * 300, "completion": "c"} for number in range(10_000, 17_000))
+    config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows)), "max_length": 4096})
+    cache = tmp_path / "cache"
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
+    unignored = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = started(config, env=environment, preexec_fn=unignored)
+    until(lambda: [*cache.rglob("00000.json")], running)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate()[1]
+    assert running.returncode == 130
+    assert said.strip().endswith("the rows that were tokenised are kept, and the same command goes on from there")
+    (first,) = cache.rglob("00000.arrow")
+    written = first.stat().st_mtime_ns
+    assert first.parent.name.endswith(".partial")
+    again = started(config, "--dry-run", env=environment)
+    assert again.communicate()[0] is None and again.returncode == 0
+    (kept,) = cache.rglob("00000.arrow")
+    assert kept.stat().st_mtime_ns == written
+    assert {path.name for path in kept.parent.glob("*.arrow")} == {"00000.arrow", "00001.arrow"}
+
+
+def until(there: Callable[[], Any], running: "subprocess.Popen[str]") -> None:
+    while not there():
+        assert running.poll() is None, "ended by itself"
+        time.sleep(0.02)
+
+
+def test_a_row_of_50_mb(run_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Streamed, cut as the policy says, in memory that is a few times its size."""
+    small = run_config("small.yaml")
+    words = " ".join(f"word{number}" for number in range(5_000_000))[: 50 << 20]
+    rows = [*ROWS, {"prompt": words, "completion": " the end"}]
+    large = run_config("large.yaml", data={"train": str(write_rows(tmp_path / "large.jsonl", rows))})
+    assert peak(large) - peak(small) < 40 * len(words)
+
+
+def test_memory_does_not_grow_with_the_rows(run_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Ten times the rows, of which the smaller set already fills the lots that are held at once."""
+
+    def rows(count: int) -> Iterator[dict[str, str]]:
+        return ({"prompt": f"{number} and {number} make", "completion": f" {2 * number}"} for number in range(count))
+
+    some = run_config("some.yaml", data={"train": str(write_rows(tmp_path / "some.jsonl", rows(10_000)))})
+    many = run_config("many.yaml", data={"train": str(write_rows(tmp_path / "many.jsonl", rows(100_000)))})
+    assert peak(many) - peak(some) < (tmp_path / "many.jsonl").stat().st_size * 8
