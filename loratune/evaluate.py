@@ -42,7 +42,7 @@ def evaluate(opened: Opened, part: Part, watch: Watch) -> tuple[dict[str, Score]
     rows = data.prepare(part, tuned.renderer, tuned.data, size, watch)
     with tuned.without_adapter():
         base = _score(tuned, rows)
-    return {"base": base, "adapter": _score(tuned, rows)}, rows.report.remarks(tuned.data.max_length)
+    return {"base": base, "adapter": _score(tuned, rows)}, rows.report.losses()
 
 
 def _score(tuned: Tuned, prepared: Prepared) -> Score:

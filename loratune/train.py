@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from loratune import adapter, card, config, data, memory, model, places, targets, trainer, workspace
 from loratune.adapter import Count, PeftModel, Start
 from loratune.config import RunConfig, Source
@@ -186,7 +188,9 @@ def _packing(base: Any, run: RunConfig, rows: Prepared) -> tuple[Packing, list[s
     """How rows are batched: as the config says, or padded, with a line of why, where the model would mix them."""
     if run.data.packing == "none":
         return "none", []
-    if (reason := why_not(base, int(rows.rows.lengths.max()))) is None:
+    lengths, size = np.sort(rows.rows.lengths), run.training.per_device_train_batch_size
+    largest = lengths[-size:].sum() if run.data.packing == "batch" else min(lengths.sum(), size * run.data.max_length)
+    if (reason := why_not(base, int(lengths[-1]), int(largest))) is None:
         return run.data.packing, []
     return "none", [f"data.packing: {reason}; rows are padded instead"]
 

@@ -97,7 +97,7 @@ def test_bad_rows_stop_before_torch_is_imported(
     ran, heavy = imported("train", config)
     assert ran.code == 4
     assert ran.err.startswith(f"error: {expected.format(rows=path)}")
-    assert not heavy & {"torch", "transformers", "peft", "bitsandbytes"}
+    assert not heavy & {"torch", "peft", "bitsandbytes"}
     assert tree(tmp_path) == before
     assert not (tmp_path / "out.partial").exists()
 

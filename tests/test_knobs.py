@@ -250,6 +250,7 @@ def test_data(prepared: Callable[..., Any], name: str, value: Any) -> None:
     base: dict[str, Any] = {
         "chat_template": {"train": {"path": "chat.jsonl"}, "format": "messages"},
         "truncation": {"max_length": 16, "max_dropped": 1.0},
+        "max_length": {"max_dropped": 1.0},
     }.get(name, {})
     assert prepared(**base) == prepared(**base)
     assert prepared(**base) != prepared(**base | {name: value})

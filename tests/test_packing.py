@@ -9,33 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    FalconH1Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    Lfm2Config,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    MusicgenDecoderConfig,
-    MusicgenForCausalLM,
-    Phi3Config,
-    PreTrainedConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    Qwen3NextConfig,
-    RwkvConfig,
-)  # fmt: skip
 
 from loratune.data.packing import Batches, best_fit, flatten, why_not
 from loratune.kernels import next_token_loss
@@ -59,33 +37,35 @@ CODEBOOKS = {
     "ffn_dim": 64,
     "num_attention_heads": 4,
 }
-APART: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE),
-    "qwen3_moe": Qwen3MoeConfig(**SHAPE, **EXPERTS),
-    "gpt2": GPT2Config(**GPT2),
-    "gpt_neox": GPTNeoXConfig(**SHAPE),
-    "gemma3": Gemma3TextConfig(**SHAPE, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
-    "phi3": Phi3Config(**SHAPE),
-    "mistral": MistralConfig(**SHAPE, sliding_window=8),
-    "falcon": FalconConfig(**FALCON),
+APART: dict[str, transformers.PreTrainedConfig] = {
+    "llama": transformers.LlamaConfig(**SHAPE),
+    "qwen3": transformers.Qwen3Config(**SHAPE),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS),
+    "gpt2": transformers.GPT2Config(**GPT2),
+    "gpt_neox": transformers.GPTNeoXConfig(**SHAPE),
+    "gemma3": transformers.Gemma3TextConfig(
+        **SHAPE, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi3": transformers.Phi3Config(**SHAPE),
+    "mistral": transformers.MistralConfig(**SHAPE, sliding_window=8),
+    "falcon": transformers.FalconConfig(**FALCON),
 }
-MIX: dict[str, PreTrainedConfig] = {
-    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1),
-    "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
-    "rwkv": RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
-    "lfm2": Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
-    "qwen3_next": Qwen3NextConfig(
+MIX: dict[str, transformers.PreTrainedConfig] = {
+    "bloom": transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1),
+    "mamba": transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+    "rwkv": transformers.RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+    "lfm2": transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
+    "qwen3_next": transformers.Qwen3NextConfig(
         **SHAPE | EXPERTS, shared_expert_intermediate_size=32, layer_types=["linear_attention", "full_attention"],
         linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
     ),
-    "falcon_h1": FalconH1Config(**SHAPE, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+    "falcon_h1": transformers.FalconH1Config(**SHAPE, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
 }  # fmt: skip
 
 
-def built(config: PreTrainedConfig, attention: str = "eager") -> Any:
+def built(config: transformers.PreTrainedConfig, attention: str = "eager") -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=attention)
+    model = transformers.AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=attention)
     return model.eval()
 
 
@@ -140,7 +120,7 @@ MEET = "what it makes of one depends on the others in a flat batch"
 
 def test_experts_that_rounding_decides_are_no_mixing() -> None:
     shape = SHAPE | {"num_hidden_layers": 12, "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 16}
-    model = built(Qwen3MoeConfig(**shape))
+    model = built(transformers.Qwen3MoeConfig(**shape))
     assert all(why_not(model.to(dtype), 200) is None for dtype in (torch.float32, torch.float16, torch.bfloat16))
 
 
@@ -151,7 +131,7 @@ def test_the_verdict_is_the_same_in_bfloat16(family: str) -> None:
 
 
 def test_a_weak_leak_is_seen_below_the_rounding_of_bfloat16() -> None:
-    config = Lfm2Config(**SHAPE | {"initializer_range": 0.01}, layer_types=["conv", "full_attention"])
+    config = transformers.Lfm2Config(**SHAPE | {"initializer_range": 0.01}, layer_types=["conv", "full_attention"])
     model = built(config).to(torch.bfloat16)
     assert difference(model, rows(5, 40, 23)) < 0.02
     assert MEET in str(why_not(model, 40))
@@ -169,7 +149,7 @@ def test_the_shortest_rows_are_told_apart_too(longest: int) -> None:
     assert why_not(built(MIX["lfm2"]), longest)
 
 
-class Counting(GPT2LMHeadModel):
+class Counting(transformers.GPT2LMHeadModel):
     """Lets no row see another, but makes logits smaller the longer the batch is."""
 
     def forward(self, input_ids: Tensor, **given: Any) -> Any:
@@ -178,7 +158,7 @@ class Counting(GPT2LMHeadModel):
         return made
 
 
-class Greedy(GPT2LMHeadModel):
+class Greedy(transformers.GPT2LMHeadModel):
     """Asks for more memory than there is."""
 
     def forward(self, input_ids: Tensor, **given: Any) -> Any:
@@ -186,28 +166,30 @@ class Greedy(GPT2LMHeadModel):
 
 
 def test_what_has_no_gradient_is_seen_too() -> None:
-    told = str(why_not(Counting(GPT2Config(**GPT2)), 40))
+    told = str(why_not(Counting(transformers.GPT2Config(**GPT2)), 40))
     assert told.startswith("packing: gpt2 mixes rows: logits differ by ")
 
 
 def test_angles_that_follow_the_longest_row_are_seen() -> None:
     factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64} | factors
-    model = built(Phi3Config(**SHAPE, rope_parameters=rope, original_max_position_embeddings=64))
+    model = built(transformers.Phi3Config(**SHAPE, rope_parameters=rope, original_max_position_embeddings=64))
     assert difference(model, rows(5, 64)) < 1e-5 and why_not(model, 64) is None
     assert difference(model, rows(5, 65)) > 1e-3 and "logits differ" in str(why_not(model, 65))
     assert difference(model, rows(5, 500)) > 1e-3 and "logits differ" in str(why_not(model, 500))
 
 
 def test_what_is_exact_in_a_small_batch_only_is_seen() -> None:
-    model = built(FalconConfig(**FALCON, alibi=True))  # its distances are counted over the batch, in bfloat16
+    model = built(
+        transformers.FalconConfig(**FALCON, alibi=True)
+    )  # its distances are counted over the batch, in bfloat16
     assert difference(model, rows(5, 40, 40)) < 1e-5 and why_not(model, 40) is None
     assert difference(model, rows(*[40] * 20)) > 1e-3 and "logits differ" in str(why_not(model, 40, 800))
 
 
 def test_a_table_shorter_than_a_flat_batch_is_seen() -> None:
     shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 128, "window_size": 8}
-    model = built(GPTNeoConfig(vocab_size=VOCABULARY, attention_types=[[["global", "local"], 1]], **shape))
+    model = built(transformers.GPTNeoConfig(vocab_size=VOCABULARY, attention_types=[[["global", "local"], 1]], **shape))
     assert difference(model, rows(40, 40, 40)) < 1e-5 and why_not(model, 40, 128) is None
     told = str(why_not(model, 40, 200))
     assert told.startswith("packing: gpt_neo does not run on flat rows: RuntimeError: ")
@@ -218,19 +200,19 @@ def test_rows_are_tried_no_further_than_a_model_has_positions() -> None:
 
 
 def test_a_model_that_fails_on_flat_rows_is_refused_in_one_line() -> None:
-    told = str(why_not(MusicgenForCausalLM(MusicgenDecoderConfig(**CODEBOOKS)), 40))
+    told = str(why_not(transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(**CODEBOOKS)), 40))
     assert told.startswith("packing: musicgen_decoder does not run on flat rows: ") and "\n" not in told
 
 
 def test_running_out_of_memory_is_not_a_verdict() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        why_not(Greedy(GPT2Config(**GPT2)), 40)
+        why_not(Greedy(transformers.GPT2Config(**GPT2)), 40)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "rwkv", "musicgen"])
 def test_the_model_is_left_as_it_was(family: str) -> None:
     if family == "musicgen":
-        model: Any = MusicgenForCausalLM(MusicgenDecoderConfig(**CODEBOOKS))
+        model: Any = transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(**CODEBOOKS))
     else:
         model = built((APART | MIX)[family])
     model.train()

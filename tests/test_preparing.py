@@ -258,6 +258,30 @@ def without_weights(config: Path) -> Path:
     return copy
 
 
+def test_empty_sides_and_nul(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+    """An empty prompt and a NUL are trained on; an empty completion is dropped and counted."""
+    asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [
+        {"prompt": "", "completion": "b\0"},
+        {"prompt": "a", "completion": ""},
+        {"prompt": [asked], "completion": [said]},
+        {"prompt": [asked], "completion": [said | {"content": " "}]},
+    ]
+    for kept in (rows[:2], rows[2:]):
+        path = write_rows(tmp_path / "data.jsonl", kept)
+        ran = cli("train", run_config(data={"train": str(path), "max_dropped": 0.5}), "--dry-run")
+        assert ran.code == 0, ran.err
+        assert ["train", "2", "0", "1"] in [line.split()[:4] for line in ran.out.splitlines()]
+        assert f"train: 1 row dropped: nothing to learn: the completion is empty ({path}:2)" in ran.out
+
+
+def test_one_row_trains(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+    ran = cli("train", run_config(data={"train": str(write_rows(tmp_path / "one.jsonl", ROWS[:1]))}))
+    assert ran.code == 0, ran.err
+    assert "rows: 1, fewer than a batch of 8" in ran.err
+    assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["steps"] == 1
+
+
 def test_too_many_dropped(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b" * (number % 4)} for number in range(20)]
     config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))})

@@ -80,7 +80,7 @@ def test_the_classic_recipe_plans(cli: Callable[..., Ran], stand_ins: list[str])
     for part in (
         "q, k, v  transformer.h.*.self_attention.query_key_value x 2, fused",
         "o        transformer.h.*.self_attention.dense x 2",
-        "rows        2,000", "the longest row 223", "truncated   ", "supervised",
+        "train  2,000 ", "  223\n", "max_length 223 would keep everything", "supervised",
     ):  # fmt: skip
         assert part in ran.out, ran.out
     per_layer = 8 * (64 + 64 + 2 * 16) + 8 * (64 + 64)  # fused q, k, v with one key and one value head; and o

@@ -576,37 +576,3 @@ def test_gone_after_it_was_opened(tmp_path: Path) -> None:
     for ask in (lambda: one.digest, lambda: list(one.rows())):
         with pytest.raises(DataError, match="cannot be read: No such file"):
             ask()
-
-
-def test_rows_longer_than_max_length(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
-    rows = [{"prompt": "a", "completion": "b" * length} for length in (30, 50)]
-    path = write_rows(tmp_path / "long.jsonl", rows)
-    ran = cli("train", run_config(data={"train": str(path), "max_length": 20}))
-    assert ran.code == 4
-    assert "2 rows: the answer does not fit in max_length 20" in ran.err
-    assert "data.max_length: 52 would keep all" in ran.err
-    assert not (tmp_path / "out").exists()
-    assert cli("train", run_config(data={"train": str(path), "max_length": 52})).code == 0
-
-
-def test_empty_sides_and_nul(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
-    """An empty prompt and a NUL are trained on; an empty completion is dropped and counted."""
-    rows = [
-        {"prompt": "", "completion": "b\0"},
-        {"prompt": "a", "completion": ""},
-        {"prompt": [USER], "completion": [BOT]},
-        {"prompt": [USER], "completion": [BOT | {"content": " "}]},
-    ]
-    for kept in (rows[:2], rows[2:]):
-        config = run_config(data={"train": str(write_rows(tmp_path / "data.jsonl", kept))})
-        ran = cli("train", config, "--dry-run")
-        assert ran.code == 0, ran.err
-        shown = " ".join(ran.out.split())
-        assert "rows 2 " in shown
-        assert f"dropped 1 rows 1: nothing to learn: the completion is empty ({tmp_path}/data.jsonl:2)" in shown
-
-
-def test_one_row_trains(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
-    ran = cli("train", run_config(data={"train": str(write_rows(tmp_path / "one.jsonl", [json.loads(PAIR)]))}))
-    assert ran.code == 0, ran.err
-    assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["steps"] == 1

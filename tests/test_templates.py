@@ -225,7 +225,7 @@ def test_conversation(renderer: Renderer, name: str, chat: str) -> None:
         assert not any(text in span for text in others if "?" in text or "three" in text)
     assert row.labels[-1] == row.ids[-1] in renderer.end_ids
     assert row.labels.count(IGNORED) == len(row.ids) - row.supervised
-    if tokenizer.bos_token_id is not None:
+    if name != "SmolLM2" and tokenizer.bos_token_id is not None:  # SmolLM2's stands before every turn
         assert row.ids.count(tokenizer.bos_token_id) == MODELS[name].bos
 
 
@@ -245,7 +245,12 @@ def test_ids_are_those_of_upstream(renderer: Renderer, name: str, chat: str) -> 
     assert list(row.prompt) == asked
     moved = name == "DeepSeek-R1" or (name == "Mistral-Nemo" and chat.startswith("system"))
     moved |= name == "Qwen3.5, not thinking" and chat == "reasoning"
-    assert (list(row.ids) == whole[: len(row.ids)]) != moved
+    if whole[: len(asked)] == asked:
+        assert list(row.ids) == whole[: len(row.ids)]
+        return
+    text = renderer.tokenizer.decode(whole)
+    same = text.startswith(renderer.tokenizer.decode(row.ids))  # but characters merge over the border
+    assert same != moved
 
 
 @pytest.mark.parametrize("chat", [chat for chat in CHATS if CHATS[chat].muted or CHATS[chat].first_learnt])

@@ -254,7 +254,7 @@ def test_dry_run_shows_the_plan_and_leaves_nothing(cli: Cli, run_config: MakeCon
     assert ran.code == 0, ran.err
     assert tree(tmp_path) == before
     for part in (
-        "q  model.layers.*.self_attn.q_proj x 2", "trainable params: 3,584 || all params:", "rows        30",
+        "q  model.layers.*.self_attn.q_proj x 2", "trainable params: 3,584 || all params:", "train         30 ",
         "truncated", "dropped", "⟦ ", "<|endoftext|>⟧", "memory at the longest batch: about",
     ):  # fmt: skip
         assert part in ran.out, ran.out
@@ -295,7 +295,8 @@ def test_ctrl_c(run_config: MakeConfig, tmp_path: Path, save_steps: int) -> None
     running.send_signal(signal.SIGINT)
     rest = running.communicate()[1].splitlines()
     assert running.returncode == 130
-    resume = f"; continue with: loratune train {config} --resume" if save_steps == 1 else ""
-    assert rest[-1] == f"error: interrupted{resume}"
+    resume = f"continue with: loratune train {config} --resume"
+    again = "the rows that were tokenised are kept, and the same command goes on from there"
+    assert rest[-1] == f"error: interrupted; {resume if save_steps == 1 else again}"
     assert (tmp_path / "out.partial").exists() == (save_steps == 1)
     assert not (tmp_path / "out").exists()

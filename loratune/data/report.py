@@ -120,6 +120,11 @@ class Report:
             for reason, found in sorted(self.dropped.items(), key=lambda item: -item[1].count)
         ]
 
+    def losses(self) -> list[str]:
+        """What was cut or left out, a line each."""
+        cut = [f"{_rows(self.truncated)} cut to max_length"] if self.truncated else []
+        return cut + self.reasons()
+
     def remarks(self, max_length: int) -> list[str]:
         """Everything about the rows that the table does not say."""
         lines = self.reasons()

@@ -79,7 +79,7 @@ class Loss:
 def arguments(
     section: TrainingSection, checkpoints: Path, *, evaluated: bool, padded: bool = True
 ) -> TrainingArguments:
-    """The upstream arguments of a run. evaluated: there are rows to evaluate on; padded: batches have a padding mask."""
+    """The upstream arguments of a run. evaluated: there are rows to evaluate on; padded: batches have a mask."""
     return TrainingArguments(
         output_dir=str(checkpoints),
         **section.model_dump(),

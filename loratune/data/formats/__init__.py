@@ -163,7 +163,7 @@ def question(row: Row, columns: Mapping[str, str]) -> Asked:
 
     Raises DataError: the row has none of them, or they hold something else.
     """
-    values = _renamed(row.values, columns)
+    values = _renamed(row.values, {ours: theirs for ours, theirs in columns.items() if theirs in row.values})
     name = next((name for name in (*QUESTIONS, "text") if name in values), None)
     try:
         if name is None:

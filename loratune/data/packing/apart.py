@@ -91,7 +91,8 @@ def _special(config: Mapping[str, Any]) -> set[int]:
 
 def _positions(model: Any, otherwise: int) -> int:
     """How many positions a model has; what is past its table ends a process on a GPU."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or otherwise
+    text = model.config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or otherwise
 
 
 def _flat_logits(model: Any, rows: list[Row], ahead: int = 0) -> tuple[Tensor, ...]:

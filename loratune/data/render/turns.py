@@ -17,6 +17,7 @@ from loratune.errors import DataError
 
 _OPENED = re.compile(r"<(\w+)>\s*\Z")
 _THOUGHT = re.compile(r"\s*<think>(.*)</think>", re.DOTALL)
+_REASONING = re.compile(r"\s*<\w+>\s*(</\w+>\s*)?")
 _BEGUN = re.compile(r"<\w*\Z")
 _CLOSING = re.compile(r"</\w+>|<\w+\|>|\[/\w+\]")
 
@@ -171,8 +172,8 @@ class _Finder:
         """Where a turn begins, and what the prompt for it ends in beyond that. asked: the prompt, if at hand."""
         text, content = self._shown.text, self._content(number)
         before = self._shown.ends.get(number - 1)
-        if before is not None and asked is None and (start := self._after_question(number, before)) is not None:
-            return start, ""
+        if before is not None and asked is None and (usual := self._after_question(number, before)) is not None:
+            return usual
         if asked is None and number:
             asked = self._asked(number)
         said = asked.ends.get(number - 1) if asked else None
@@ -188,14 +189,19 @@ class _Finder:
             raise self._hidden(number)
         return content, ""
 
-    def _after_question(self, number: int, before: int) -> int | None:
-        """The end of the header after a user's turn, whose content ends at `before`, if it is the usual one."""
+    def _after_question(self, number: int, before: int) -> tuple[int, str] | None:
+        """`opened`, where a user's turn ends at `before` and the usual header follows, but for a tag of reasoning."""
         asked, opening = self._chat.messages[number - 1], self._template.opening
         if asked["role"] != "user" or not opening:
             return None
-        space = len(asked["content"]) - len(asked["content"].rstrip())
-        places = (before, before + space)
-        return next((at + len(opening) for at in places if self._shown.text.startswith(opening, at)), None)
+        text, content = self._shown.text, self._content(number)
+        for place in (before, before + len(asked["content"]) - len(asked["content"].rstrip())):
+            if text.startswith(opening, place):
+                return place + len(opening), ""
+            common = len(_BEGUN.sub("", opening[: _common(opening, text[place : place + len(opening)])]))
+            if common and content is not None and _REASONING.fullmatch(opening, common):
+                return min(place + common, content), opening[common:]
+        return None
 
     def _asked(self, number: int) -> Shown | None:
         try:
