@@ -192,7 +192,7 @@ def _packing(base: Any, run: RunConfig, rows: Prepared) -> tuple[Packing, list[s
     largest = lengths[-size:].sum() if run.data.packing == "batch" else min(lengths.sum(), size * run.data.max_length)
     if (reason := why_not(base, int(lengths[-1]), int(largest))) is None:
         return run.data.packing, []
-    return "none", [f"data.packing: {reason}; rows are padded instead"]
+    return "none", [f"data.{reason}; rows are padded instead"]
 
 
 def _largest(batches: Batches, rows: Prepared) -> tuple[list[tuple[int, int]], int]:

@@ -12,12 +12,14 @@ differ, one of the reasons below must explain all of it, each with a check of it
 """
 
 import argparse
+import copy
 import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +31,37 @@ from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 from trl.chat_template_utils import get_training_chat_template  # type: ignore[import-not-found]
 
 from loratune.data.formats import Conversation, Example, Message, Plain
-from loratune.data.render import IGNORED, Renderer
+from loratune.data.render import IGNORED, Renderer, Tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 Labelled = tuple[list[int], list[int]]
 """Ids and labels of one row."""
 
-WORDS = [
-    *"the a of one 42 x=1 don't Straße 日本語 café 🙂 question answer model user assistant system 3.14 (yes) *bold*".split(),
-    *("two\nlines", "tab\there", "e\u0301", "<b>", "http://a.b/c?d=e", "`code`", "\n\n", "  "),
-]
+WORDS = (
+    *("the", "a", "of", "one", "42", "x=1", "don't", "Straße", "日本語", "café", "🙂", "question", "answer", "model"),
+    *("user", "assistant", "system", "3.14", "(yes)", "*bold*", "two\nlines", "tab\there", "e\u0301", "<b>"),
+    *("http://a.b/c?d=e", "`code`", "\n\n", "  "),
+)
 ENDS = ["", ".", "?", "!", " ", "\n", "\n\n", "12"]
 TRAILING = "TRL learns what stands after the end of a turn, loratune cuts it off"
 FIRST = "TRL keeps a label on the first token, which no position predicts"
 MERGED = "characters merge over the border: loratune encodes prompt and answer apart, TRL learns the merged token"
-PATCHED = "TRL swaps in a template of its own: under that one the rows are equal"
+HEADER = "TRL's training template marks the end of the header as learnt, which the prompt of `generate` holds already"
+PATCHED = "TRL swaps in a template of its own: under that one one of the other lines holds"
 MOVED = "the prompt of `generate` is no beginning of TRL's row: loratune's row begins with it"
+
+
+Pair = tuple[dict[str, Any], Example]
+"""One row: for TRL, and for loratune."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Rows of one shape: for TRL, and for loratune. assistant: every turn is learnt, through TRL's training template."""
+    """Rows of one shape. marks: every answer is learnt, by the marks of TRL's training template."""
 
     name: str
-    trl: Callable[[Any], dict[str, Any]]
-    ours: Callable[[Any], Example]
-    make: Callable[[random.Random], Any]
-    assistant: bool = False
+    make: Callable[[random.Random], Pair]
+    marks: bool = False
 
 
 def text(rng: random.Random) -> str:
@@ -78,44 +84,42 @@ def chat(rng: random.Random, turns: int, system: bool = False, tools: bool = Fal
     return messages
 
 
-def two_lists(messages: list[Message]) -> dict[str, Any]:
-    """The last turn as completion."""
-    return {"prompt": messages[:-1], "completion": messages[-1:]}
+def pair(rng: random.Random) -> Pair:
+    """A prompt and its completion."""
+    prompt, completion = text(rng), f"{rng.choice(['', ' '])}{text(rng)}"
+    return {"prompt": prompt, "completion": completion}, Plain("", prompt, completion)
+
+
+def whole_text(rng: random.Random) -> Pair:
+    """Text without a prompt."""
+    words = text(rng)
+    return {"text": words}, Plain("", "", words)
+
+
+def conversation(rng: random.Random, longest: int, system: bool, tools: bool, marks: bool) -> Pair:
+    """1 to `longest` turns; marks: every answer is learnt, else the last one, as the completion of the others."""
+    messages = chat(rng, rng.randint(1, longest), system, tools)
+    schemas = TOOLS if tools else ()
+    extra = {"tools": list(TOOLS)} if tools else {}
+    row = {"messages": messages} if marks else {"prompt": messages[:-1], "completion": messages[-1:]}
+    return row | extra, Conversation("", tuple(messages), 0 if marks else len(messages) - 1, schemas)
 
 
 def kinds(tools: bool, training: bool) -> Iterator[Kind]:
     """What a template is tried with. training: whether TRL has a training template for it."""
-    yield Kind(
-        "pairs",
-        lambda row: {"prompt": row[0], "completion": row[1]},
-        lambda row: Plain("", *row),
-        lambda rng: (text(rng), f"{rng.choice(['', ' '])}{text(rng)}"),
-    )
-    yield Kind("text", lambda row: {"text": row}, lambda row: Plain("", "", row), text)
-    chats: dict[str, Callable[[random.Random], list[Message]]] = {
-        "1 turn": lambda rng: chat(rng, 1),
-        "2-5 turns": lambda rng: chat(rng, rng.randint(2, 5)),
-        "system": lambda rng: chat(rng, rng.randint(1, 3), system=True),
-    }
+    yield Kind("pairs", pair)
+    yield Kind("text", whole_text)
+    shapes = {"1 turn": (1, False, False), "1-5 turns": (5, False, False), "system": (3, True, False)}
     if tools:
-        chats["tools"] = lambda rng: chat(rng, 1, tools=True)
-    for name, make in chats.items():
-        schemas = TOOLS if name == "tools" else ()
-        extra = {"tools": list(TOOLS)} if name == "tools" else {}
-        yield Kind(
-            f"{name}, last learnt",
-            lambda row, extra=extra: two_lists(row) | extra,
-            lambda row, schemas=schemas: Conversation("", tuple(row), len(row) - 1, schemas),
-            make,
-        )
-        if training:
-            yield Kind(
-                f"{name}, all learnt",
-                lambda row, extra=extra: {"messages": row} | extra,
-                lambda row, schemas=schemas: Conversation("", tuple(row), 0, schemas),
-                make,
-                assistant=True,
-            )
+        shapes["tools"] = (1, False, True)
+    for name, shape in shapes.items():
+        for marks in (False, True) if training else (False,):
+            make = partial(_shaped, shape=shape, marks=marks)
+            yield Kind(f"{name}, {'all' if marks else 'last'} learnt", make, marks)
+
+
+def _shaped(rng: random.Random, shape: tuple[int, bool, bool], marks: bool) -> Pair:
+    return conversation(rng, *shape, marks=marks)
 
 
 def with_trl(tokenizer: Any, rows: list[dict[str, Any]], assistant: bool) -> list[Labelled]:
@@ -162,8 +166,10 @@ def first_unlabelled(row: Labelled) -> Labelled:
     return row[0], [IGNORED, *row[1][1:]]
 
 
-def reason(ours: Labelled, theirs: Labelled, renderer: Renderer, prompt: tuple[int, ...]) -> str | None:
-    """Why two rows under one template differ; empty if they do not, None if nothing explains it."""
+def reason(renderer: Renderer, example: Example, theirs: Labelled) -> str | None:
+    """Why loratune's row differs from TRL's; empty if it does not, None if nothing explains it."""
+    made = renderer.row(example)
+    ours, prompt = (list(made.ids), made.labels), asked(renderer, example)
     if ours == theirs:
         return ""
     theirs = first_unlabelled(theirs)
@@ -172,58 +178,88 @@ def reason(ours: Labelled, theirs: Labelled, renderer: Renderer, prompt: tuple[i
     theirs = trimmed(theirs, renderer.end_ids)
     if ours == theirs:
         return TRAILING
-    decode = renderer.tokenizer.decode
-    begins = tuple(ours[0][: len(prompt)]) == prompt
-    if begins and tuple(theirs[0][: len(prompt)]) != prompt:
-        learnt = [label for label in ours[1] if label != IGNORED]
-        return MERGED if decode(ours[0]) == decode(theirs[0]) else MOVED if learnt else None
+    if ours[0] == theirs[0] and ours == without_header(theirs, ours[1]):
+        return HEADER
+    if tuple(ours[0][: len(prompt)]) != prompt or tuple(theirs[0][: len(prompt)]) == prompt:
+        return None
+    if text_of(renderer, ours[0]) == text_of(renderer, theirs[0]):
+        return MERGED
+    if isinstance(example, Conversation) and last_answer(renderer, theirs).endswith(said(example)):
+        return MOVED if last_answer(renderer, ours) in (said(example), f"</think>\n\n{said(example)}") else None
     return None
+
+
+def text_of(renderer: Renderer, ids: Sequence[int]) -> str:
+    """The ids as text."""
+    return str(renderer.tokenizer.decode(ids))
+
+
+def said(example: Conversation) -> str:
+    """What the last message says, without the space around it."""
+    return str(example.messages[-1]["content"]).strip()
+
+
+def last_answer(renderer: Renderer, row: Labelled) -> str:
+    """The last range that a row teaches, as text without special tokens and the space around it."""
+    ids = list(row[1])
+    while ids and ids[-1] == IGNORED:
+        ids.pop()
+    start = max((place + 1 for place, label in enumerate(ids) if label == IGNORED), default=0)
+    return str(renderer.tokenizer.decode(ids[start:], skip_special_tokens=True)).strip()
+
+
+def without_header(row: Labelled, learnt: list[int]) -> Labelled:
+    """Without labels on the tokens that stand right before a range of `learnt`, one after the other."""
+    labels = list(row[1])
+    before = False
+    for place in reversed(range(len(labels))):
+        before = learnt[place] != IGNORED or (before and labels[place] != IGNORED)
+        if before and learnt[place] == IGNORED:
+            labels[place] = IGNORED
+    return row[0], labels
+
+
+def asked(renderer: Renderer, example: Example) -> tuple[int, ...]:
+    """The ids that `generate` would be given."""
+    if isinstance(example, Conversation):
+        return renderer.prompt(example.messages[:-1], tools=example.tools)
+    assert isinstance(example, Plain)
+    return renderer.prompt(example.prompt)
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    """A copy of the tokenizer, with another chat template."""
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
 
 
 def compare(name: str, renderer: Renderer, kind: Kind, count: int) -> Counter[str]:
     """Render `count` rows of a kind with both, and count the reasons why they differ; "?" where there is none."""
     rng = random.Random(f"{name} {kind.name}")
     made = [kind.make(rng) for _ in range(count)]
-    tokenizer = renderer.tokenizer
-    theirs = with_trl(tokenizer, [kind.trl(row) for row in made], kind.assistant)
-    examples = [kind.ours(row) for row in made]
-    patched = get_training_chat_template(tokenizer) if kind.assistant else None
-    found = [(list(row.ids), row.labels) for row in renderer.rows(examples)]
-    asked = [renderer.prompt(*_asked(example)) for example in examples]
-    reasons = [
-        reason(*row, renderer, prompt) for row, prompt in zip(zip(found, theirs, strict=True), asked, strict=True)
-    ]
-    if patched is not None and None in reasons or MOVED in reasons and patched is not None:
-        own = tokenizer.chat_template
-        tokenizer.chat_template = patched
-        under = Renderer(tokenizer)
-        for place, (example, row) in enumerate(zip(examples, theirs, strict=True)):
-            if reasons[place] in (None, MOVED):
-                again = under.row(example)
-                same = reason((list(again.ids), again.labels), row, under, under.prompt(*_asked(example)))
-                reasons[place] = PATCHED if same in ("", FIRST, TRAILING) else same
-        tokenizer.chat_template = own
-    for place, why in enumerate(reasons):
+    theirs = with_trl(renderer.tokenizer, [row for row, _ in made], kind.marks)
+    patched = get_training_chat_template(renderer.tokenizer) if kind.marks else None
+    under = renderer if patched is None else Renderer(with_template(renderer.tokenizer, patched))
+    reasons: Counter[str] = Counter()
+    for (_, example), row in zip(made, theirs, strict=True):
+        why = reason(renderer, example, row)
+        if why is None and under is not renderer and reason(under, example, row) is not None:
+            why = PATCHED
         if why is None:
-            show(name, kind, renderer, found[place], theirs[place])
-    return Counter("?" if why is None else why for why in reasons)
+            show(f"{name}, {kind.name}", renderer, renderer.row(example), row)
+        reasons["?" if why is None else why] += 1
+    return reasons
 
 
-def _asked(example: Example) -> tuple[Any, ...]:
-    if isinstance(example, Plain):
-        return (example.prompt,)
-    assert isinstance(example, Conversation)
-    return example.messages[:-1], "prompt", example.tools
-
-
-def show(name: str, kind: Kind, renderer: Renderer, ours: Labelled, theirs: Labelled) -> None:
+def show(name: str, renderer: Renderer, ours: Tokens, theirs: Labelled) -> None:
     """Print a difference that nothing explains, as text with the learnt parts in brackets."""
-    for who, (ids, labels) in (("loratune", ours), ("TRL", theirs)):
+    for who, (ids, labels) in (("loratune", (ours.ids, ours.labels)), ("TRL", theirs)):
         pieces = [
-            f"⟦{renderer.tokenizer.decode([number])}⟧" if label != IGNORED else renderer.tokenizer.decode([number])
+            f"⟦{text_of(renderer, [number])}⟧" if label != IGNORED else text_of(renderer, [number])
             for number, label in zip(ids, labels, strict=True)
         ]
-        print(f"{name}, {kind.name}, {who}: {''.join(pieces)!r}", file=sys.stderr)
+        print(f"{name}, {who}: {''.join(pieces)!r}", file=sys.stderr)
 
 
 def main() -> None:

@@ -3,8 +3,8 @@ their own, with the tokenizer of the quickstart.
 
     python scripts/measure_preparing.py 100000 1000000
 
-prints a table with a line for each number of rows. MB/s are of JSONL input per second of processor time, so that it does
-not matter how many cores share the work; seconds are of the clock.
+prints a table with a line for each number of rows. MB/s are of JSONL input per second of processor time, so that it
+does not matter how many cores share the work; seconds are of the clock.
 """
 
 import argparse

@@ -31,12 +31,8 @@ GPT2 = {
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 CODEBOOKS = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "ffn_dim": 64,
-    "num_attention_heads": 4,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 64, "num_attention_heads": 4,
+}  # fmt: skip
 APART: dict[str, transformers.PreTrainedConfig] = {
     "llama": transformers.LlamaConfig(**SHAPE),
     "qwen3": transformers.Qwen3Config(**SHAPE),
@@ -51,7 +47,7 @@ APART: dict[str, transformers.PreTrainedConfig] = {
     "falcon": transformers.FalconConfig(**FALCON),
 }
 MIX: dict[str, transformers.PreTrainedConfig] = {
-    "bloom": transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1),
+    "bloom": transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "mamba": transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
     "rwkv": transformers.RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
     "lfm2": transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
@@ -65,8 +61,7 @@ MIX: dict[str, transformers.PreTrainedConfig] = {
 
 def built(config: transformers.PreTrainedConfig, attention: str = "eager") -> Any:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=attention)
-    return model.eval()
+    return transformers.AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=attention).eval()
 
 
 def rows(*lengths: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -118,12 +113,6 @@ def test_a_model_that_mixes_rows_is_refused(family: str) -> None:
 MEET = "what it makes of one depends on the others in a flat batch"
 
 
-def test_experts_that_rounding_decides_are_no_mixing() -> None:
-    shape = SHAPE | {"num_hidden_layers": 12, "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 16}
-    model = built(transformers.Qwen3MoeConfig(**shape))
-    assert all(why_not(model.to(dtype), 200) is None for dtype in (torch.float32, torch.float16, torch.bfloat16))
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe", "bloom", "mamba", "lfm2", "qwen3_next"])
 def test_the_verdict_is_the_same_in_bfloat16(family: str) -> None:
     model = built((APART | MIX)[family], "eager").to(torch.bfloat16)
@@ -158,6 +147,19 @@ class Counting(transformers.GPT2LMHeadModel):
         return made
 
 
+class Wavering(transformers.GPT2LMHeadModel):
+    """Gets a flat batch wrong once, as where rounding decides between two experts."""
+
+    wrong = 1
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **given: Any) -> Any:
+        made = super().forward(input_ids=input_ids, position_ids=position_ids, **given)
+        if self.wrong and position_ids is not None and not torch.is_grad_enabled():
+            self.wrong -= 1
+            made.logits = made.logits * 1.1
+        return made
+
+
 class Greedy(transformers.GPT2LMHeadModel):
     """Asks for more memory than there is."""
 
@@ -170,13 +172,13 @@ def test_what_has_no_gradient_is_seen_too() -> None:
     assert told.startswith("packing: gpt2 mixes rows: logits differ by ")
 
 
-def test_angles_that_follow_the_longest_row_are_seen() -> None:
-    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64} | factors
-    model = built(transformers.Phi3Config(**SHAPE, rope_parameters=rope, original_max_position_embeddings=64))
-    assert difference(model, rows(5, 64)) < 1e-5 and why_not(model, 64) is None
-    assert difference(model, rows(5, 65)) > 1e-3 and "logits differ" in str(why_not(model, 65))
-    assert difference(model, rows(5, 500)) > 1e-3 and "logits differ" in str(why_not(model, 500))
+@pytest.mark.parametrize(("short", "longest"), [(64, 65), (64, 500), (400, 500)])
+def test_angles_that_follow_the_longest_row_are_seen(short: int, longest: int) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    shape = SHAPE | {"original_max_position_embeddings": short}
+    model = built(transformers.Phi3Config(**shape, rope_parameters=rope | {"original_max_position_embeddings": short}))
+    assert difference(model, rows(5, short)) < 1e-5 and why_not(model, short) is None
+    assert difference(model, rows(5, longest)) > 1e-3 and "logits differ" in str(why_not(model, longest))
 
 
 def test_what_is_exact_in_a_small_batch_only_is_seen() -> None:
@@ -197,6 +199,11 @@ def test_a_table_shorter_than_a_flat_batch_is_seen() -> None:
 
 def test_rows_are_tried_no_further_than_a_model_has_positions() -> None:
     assert why_not(built(APART["gpt2"]), 1000, 500) is None
+
+
+def test_a_slip_of_rounding_is_no_mixing() -> None:
+    model = Wavering(transformers.GPT2Config(**GPT2))
+    assert why_not(model, 40) is None and model.wrong == 0
 
 
 def test_a_model_that_fails_on_flat_rows_is_refused_in_one_line() -> None:
@@ -282,8 +289,7 @@ def test_best_fit_takes_no_more_packs_than_first_fit() -> None:
 
 
 def test_packs_are_the_same_each_time() -> None:
-    one, other = best_fit(natural(5000), 2048), best_fit(natural(5000), 2048)
-    assert np.array_equal(one.order, other.order) and np.array_equal(one.starts, other.starts)
+    assert best_fit(natural(5000), 2048).order.tolist() == best_fit(natural(5000), 2048).order.tolist()
 
 
 def test_a_pack_is_had_by_its_number() -> None:
@@ -356,11 +362,6 @@ def test_the_heaviest_batch_is_the_one_with_the_most_tokens(packing: Packing) ->
     heaviest = made.heaviest()
     assert len(set(heaviest)) == made.size
     assert [made.tokens(number) for number in heaviest] == sorted(counted, reverse=True)[: made.size]
-
-
-def test_sums_of_small_integers_do_not_wrap() -> None:
-    made = Batches(rows(200, 200), np.array([200, 200], np.uint8), "full", 2, 200, 0)
-    assert made.tokens(0) == 400 and made.heaviest() == [0]
 
 
 def test_fewer_rows_than_a_batch_and_none_at_all() -> None:

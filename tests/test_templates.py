@@ -48,6 +48,7 @@ MODELS = {
     "Llama-3.2": Model("llama3_2", "<|eot_id|>", bos=1),
     "Qwen2.5": Model("qwen3", "<|im_end|>", "qwen2_5"),
     "Qwen3": Model("qwen3", "<|im_end|>"),
+    "Qwen3, newer": Model("qwen3", "<|im_end|>", "qwen3"),
     "Qwen3, marked": Model("qwen3", "<|im_end|>", "qwen3_training"),
     "Qwen3.5, thinking": Model("qwen3", "<|im_end|>", "qwen3_5_think"),
     "Qwen3.5, not thinking": Model("qwen3", "<|im_end|>", "qwen3_5_nothink"),
@@ -135,7 +136,7 @@ CHATS: dict[str, Conversation] = {
         "", (turn(USER, "One?"), said("Uno"), turn(USER, "Two?"), said("Due")), first_learnt=3
     ),
 }
-THINKERS = {"Qwen3", "Qwen3, marked", "Qwen3.5, thinking", "DeepSeek-R1"}
+THINKERS = {"Qwen3", "Qwen3, newer", "Qwen3, marked", "Qwen3.5, thinking", "DeepSeek-R1"}
 CALLERS = {name for name in MODELS if name.startswith(("Llama-3.2", "Qwen", "Mistral"))}
 REASONING, CALLS = {"reasoning beside"}, {"tools", "a call of a tool"}
 
@@ -274,7 +275,8 @@ def test_reasoning_of_the_last_turn_is_learnt(renderer: Renderer, name: str) -> 
     first, last = learnt(renderer.tokenizer, row)
     assert "Hmm two." in last and last.endswith(f"Beta{MODELS[name].end}")
     assert first.endswith(f"Alpha{MODELS[name].end}")
-    assert ("Hmm one." in first) == (name not in {"Qwen3", "Qwen3.5, thinking", "Qwen3.5, not thinking", "DeepSeek-R1"})
+    stripping = {"Qwen3", "Qwen3, newer", "Qwen3.5, thinking", "Qwen3.5, not thinking", "DeepSeek-R1"}
+    assert ("Hmm one." in first) == (name not in stripping)
 
 
 def test_a_system_prompt_that_moves_is_kept(request: pytest.FixtureRequest) -> None:
