@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROWS, Ran, process, tiny_llama, tree, write_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -142,6 +142,50 @@ def test_kill_and_resume_gives_the_same_bytes(run_config: MakeConfig, tmp_path: 
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
     assert losses(tmp_path / "out") == losses(tmp_path / "straight")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_rows_end_to_end_learn_as_padded_ones(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    assert cli("train", run_config(data={"packing": "batch"})).code == 0
+    assert losses(tmp_path / "out") == pytest.approx(GOLDEN, abs=2e-4)
+
+
+def test_packs_are_filled_and_resume_to_the_same_bytes(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """30 rows of 18 tokens, three to a pack of at most 3 x 20, two packs to a step."""
+    config = run_config(**RESTLESS, data={"packing": "full", "max_length": 20, "validation": 10 / 40})
+    assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
+    stop_midway(config, tmp_path / "out.partial")
+    assert cli("train", config, "--resume").code == 0
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
+    record = json.loads((tmp_path / "out" / "loratune.json").read_text())
+    assert record["metrics"]["steps"] == 3 * 10 / 2
+    assert record["metrics"]["tokens"] == 3 * record["rows"]["tokens"]
+
+
+def test_packing_that_would_mix_rows(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """BLOOM's bias counts positions over the whole batch."""
+    shape = {"vocab_size": 264, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 256, "eos_token_id": 256}
+    BloomForCausalLM(BloomConfig(**shape)).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    model = {"name_or_path": str(tmp_path / "bloom"), "dtype": "float32"}
+    ran = cli("train", run_config(model=model, data={"packing": "full"}, training={"max_steps": 1}))
+    assert ran.code == 0, ran.err
+    assert "data.packing: bloom mixes rows: " in ran.err and "; rows are padded instead" in ran.err
+
+
+def test_several_sources(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Their card names them, and run.yaml mixes them as they were."""
+    (tmp_path / "b.csv").write_text("prompt,completion\n" + "".join(f"{n},{n}\n" for n in range(30)))
+    write_rows(tmp_path / "a.jsonl", ROWS)
+    train = [{"path": str(tmp_path / "a.jsonl"), "weight": 3}, {"path": str(tmp_path / "b.csv"), "weight": 1}]
+    ran = cli("train", run_config(data={"train": train}))
+    assert ran.code == 0, ran.err
+    assert f"train: mixed: {tmp_path / 'b.csv'}: 13 of 30 rows" in ran.err
+    assert f"`{tmp_path / 'b.csv'}` (weight 1)" in (tmp_path / "out" / "README.md").read_text()
+    again = cli("train", tmp_path / "out" / "run.yaml", "--set", f"output_dir={tmp_path / 'again'}")
+    assert again.code == 0, again.err
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 
 def test_resume_without_an_interrupted_run(cli: Cli, run_config: MakeConfig) -> None:

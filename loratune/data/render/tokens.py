@@ -12,23 +12,18 @@ Span: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class Tokens:
-    """A rendered row. ids: token ids; spans: the ranges that are learnt, in order, none of them empty.
-
-    targets: one label per token where the learnt labels are not the ids themselves; None where they are.
-    """
+    """A rendered row. ids: token ids; spans: the ranges that are learnt, in order, none of them empty."""
 
     where: str
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
-    targets: tuple[int, ...] | None = None
 
     @property
     def labels(self) -> list[int]:
         """One label per token: its own id where it is learnt, else -100. The first token follows nothing, so never."""
-        learnt = self.ids if self.targets is None else self.targets
         labels = [IGNORED] * len(self.ids)
         for start, end in self.spans:
-            labels[start:end] = learnt[start:end]
+            labels[start:end] = self.ids[start:end]
         if labels:
             labels[0] = IGNORED
         return labels
@@ -50,14 +45,12 @@ class Tokens:
 
 
 def given(where: str, ids: Sequence[int], labels: Sequence[int] | None) -> Tokens:
-    """A row that came as ids, with its labels (-100: not learnt) or, without any, learnt as a whole."""
+    """A row that came as ids, with its labels (the id itself, or -100: not learnt) or, without any, learnt whole."""
     if labels is None:
         return Tokens(where, tuple(ids), ((0, len(ids)),) if ids else ())
     learnt = [False, *(label != IGNORED for label in labels), False]
     borders = [place for place in range(len(labels) + 1) if learnt[place] != learnt[place + 1]]
-    spans = tuple(zip(borders[::2], borders[1::2], strict=True))
-    same = all(labels[start:end] == ids[start:end] for start, end in spans)
-    return Tokens(where, tuple(ids), spans, None if same else tuple(labels))
+    return Tokens(where, tuple(ids), tuple(zip(borders[::2], borders[1::2], strict=True)))
 
 
 def shorten(tokens: Tokens, max_length: int, bos: int | None) -> Tokens | None:
@@ -72,12 +65,9 @@ def shorten(tokens: Tokens, max_length: int, bos: int | None) -> Tokens | None:
     if not tokens.spans:
         return None
     keep = 1 if tokens.ids[0] == bos else 0
-    targets = tokens.targets
     if tokens.spans[0][0] <= keep:
         spans = tuple((start, min(end, max_length)) for start, end in tokens.spans if start < max_length)
-        targets = None if targets is None else targets[:max_length]
-        return replace(tokens, ids=tokens.ids[:max_length], spans=spans, targets=targets)
+        return replace(tokens, ids=tokens.ids[:max_length], spans=spans)
     spans = tuple((start - excess, end - excess) for start, end in tokens.spans if start >= keep + excess)
     ids = tokens.ids[:keep] + tokens.ids[keep + excess :]
-    targets = None if targets is None else targets[:keep] + targets[keep + excess :]
-    return replace(tokens, ids=ids, spans=spans, targets=targets) if spans else None
+    return replace(tokens, ids=ids, spans=spans) if spans else None
