@@ -316,6 +316,20 @@ def test_characters_that_merge_over_the_border_are_encoded_apart() -> None:
     assert learnt(merging, row) == ["by<eos>"]
 
 
+def test_a_tokenizer_that_puts_a_space_before_any_text() -> None:
+    """Llama 2's: what goes on from a prompt gets none, also where it is encoded apart; long prompts keep their ids."""
+    real = loaded(fetched("llama2"))
+    renderer = Renderer(real)
+    for prompt, completion in (("don't!", "(yes)"), ("un", "believable"), ("a", " b"), ("a\n", "\nb")):
+        row = renderer.row(Plain("", prompt, completion))
+        assert real.decode(row.ids) == f"<s> {prompt}{completion}</s>".replace("<s>  ", "<s> ")
+        assert row.prompt == renderer.prompt(prompt)
+    assert real.convert_ids_to_tokens(renderer.row(Plain("", "don't!", "(yes)")).ids)[-4:] == ["(", "yes", ")", "</s>"]
+    for length in (90, 40_000):
+        prompt = "some words and 12 more " * length
+        assert list(renderer.row(Plain("", prompt, "end")).prompt) == real(prompt).input_ids
+
+
 def test_a_token_that_reaches_over_the_border_of_an_earlier_turn_is_not_learnt() -> None:
     """As `generate` has it in its prompt; the last turn alone is encoded apart."""
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

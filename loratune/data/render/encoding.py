@@ -28,13 +28,16 @@ class Encoder:
         self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         if self._backend is not None and self._quick([_PROBE]) != [self._slow(_PROBE)]:
             self._backend = None
+        line, word = (self._slow(text) for text in ("\n", "\na"))
+        self._line = line
+        self._adds_space = word[: len(line)] == line and word[len(line) :] != self._slow("a")
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text. A text that comes twice is encoded once; the empty text has no ids.
 
         A text over a million characters is encoded in pieces that end at words or lines.
         """
-        pieces = {text: list(_pieces(text)) for text in texts}
+        pieces = {text: self._pieces(text) for text in texts}
         short = [text for text in dict.fromkeys(chain.from_iterable(pieces.values())) if text]
         found: dict[str, list[int]] = {"": []}
         for batch in _batches(short):
@@ -47,19 +50,38 @@ class Encoder:
         The two are encoded as one text where the prompt's ids are the beginning of that text's, and apart where they
         are not. Of a longer prompt only the last words are encoded again: words do not change those before them.
         """
-        tails = [(prompt, _last_words(prompt), rest) for prompt, rest in pairs]
+        tails = [(prompt, self._last_words(prompt), rest) for prompt, rest in pairs]
         found = iter(self([text for prompt, tail, rest in tails for text in (prompt, tail, tail + rest)]))
         results: list[tuple[list[int], list[int]]] = []
         for prompt, rest in pairs:
             ids, end, both = next(found), next(found), next(found)
             if ids[len(ids) - len(end) :] != end:
                 end, both = ids, self.one(prompt + rest)
-            results.append((ids, ids + (both[len(end) :] if both[: len(end)] == end else self.one(rest))))
+            results.append((ids, ids + (both[len(end) :] if both[: len(end)] == end else self._apart(rest))))
         return results
 
     def one(self, text: str) -> list[int]:
         """The ids of one text."""
         return self([text])[0]
+
+    def _apart(self, rest: str) -> list[int]:
+        """The ids of a text that goes on from another: without the space that some tokenizers put before any text."""
+        if self._adds_space:
+            ids = self.one(f"\n{rest}")
+            if ids[: len(self._line)] == self._line:
+                return ids[len(self._line) :]
+        return self.one(rest)
+
+    def _pieces(self, text: str) -> list[str]:
+        first, *more = _pieces(text)
+        return [first, *(piece.removeprefix(" ") if self._adds_space else piece for piece in more)]
+
+    def _last_words(self, prompt: str) -> str:
+        """The end of a prompt from a border of words on; all of it if it is short, or has no words near its end."""
+        if len(prompt) <= 2 * TAIL:
+            return prompt
+        borders = [border.end() for border in _WORD.finditer(prompt, len(prompt) - TAIL, len(prompt) - TAIL // 8)]
+        return prompt[borders[-1] + self._adds_space :] if borders else prompt
 
     def _joined(self, parts: list[list[int]]) -> list[int]:
         if len(parts) == 1:
@@ -85,14 +107,6 @@ class Encoder:
     def _slow(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
         return ids
-
-
-def _last_words(prompt: str) -> str:
-    """The end of a prompt from a border of words on; all of it where it is short, or has no words near its end."""
-    if len(prompt) <= 2 * TAIL:
-        return prompt
-    borders = [border.end() for border in _WORD.finditer(prompt, len(prompt) - TAIL, len(prompt) - TAIL // 8)]
-    return prompt[borders[-1] :] if borders else prompt
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
