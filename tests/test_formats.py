@@ -67,8 +67,8 @@ READ = {
     "messages": ({"messages": [USER, BOT]}, "messages", Conversation("f:1", (USER, BOT))),
     "sharegpt": ({"conversations": [HUMAN, GPT]}, "conversations", Conversation("f:1", (USER, BOT))),
     "alpaca": ({"instruction": "a", "output": "b"}, "alpaca", Conversation("f:1", (USER, BOT), 1)),
-    "text": ({"text": "a", "label": "x"}, "text", Plain("f:1", "", "a")),
-    "NUL": ({"text": "a\0"}, "text", Plain("f:1", "", "a\0")),
+    "text": ({"text": "a", "label": "x"}, "text", Plain("f:1", "", "a", whole=True)),
+    "NUL": ({"text": "a\0"}, "text", Plain("f:1", "", "a\0", whole=True)),
 }
 
 
@@ -436,7 +436,7 @@ def test_ambiguous_keys_and_the_setting_that_decides(others: dict[str, Any], nam
     ("row", "ours", "expected"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "completion", Plain("f:1", "a", "b")),
-        ({"chosen": "ab", "rejected": "ac"}, "text", Plain("f:1", "", "ab")),
+        ({"chosen": "ab", "rejected": "ac"}, "text", Plain("f:1", "", "ab", whole=True)),
         ({"prompt": "a", "chosen": [USER, BOT], "rejected": [USER]}, "messages", Conversation("f:1", (USER, BOT))),
         ({"prompt": [USER], "chosen": [BOT], "rejected": [BOT]}, "completion", Conversation("f:1", (USER, BOT), 1)),
     ],

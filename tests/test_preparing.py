@@ -302,6 +302,39 @@ def test_ids_beyond_the_vocabulary(cli: Callable[..., Ran], run_config: Callable
     assert cli("train", run_config(data={"train": str(path)}), "--dry-run").code == 0
 
 
+LONG = "word " * 40
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_answers_are_never_cut(tmp_path: Path, renderer: Renderer, loss_on: str) -> None:
+    """Neither where the prompt is learnt too, nor where it is empty; an earlier turn that is lost is counted."""
+    turns = [("user", LONG), ("assistant", "one"), ("user", "more"), ("assistant", "two")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    sets: dict[str, list[dict[str, Any]]] = {
+        "pairs": [{"prompt": LONG, "completion": "the end"}, {"prompt": "", "completion": LONG}],
+        "chats": [{"messages": chat}],
+        "texts": [{"text": LONG}],
+    }
+    made = {
+        name: prepared(renderer, write_rows(tmp_path / f"{name}.jsonl", rows), max_length=32, loss_on=loss_on)
+        for name, rows in sets.items()
+    }
+    texts = {name: [renderer.tokenizer.decode(row.ids) for row in one.rows.rows()] for name, one in made.items()}
+    assert texts["pairs"] == [f"{LONG}the end<|endoftext|>"[-len("<|endoftext|>") - 31 :]]
+    assert [found.first[0].rpartition(":")[2] for found in made["pairs"].report.dropped.values()] == ["2"]
+    assert texts["chats"][0].endswith("<|assistant|>two<|end|>")
+    assert made["chats"].report.unlearnt == (loss_on == "completion") * ("one<|end|>" not in texts["chats"][0])
+    assert texts["texts"] == [LONG[:32]]
+
+
+def test_the_same_keys_read_as_another_format(tmp_path: Path, renderer: Renderer) -> None:
+    asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    row = {"messages": [asked, said], "prompt": [asked], "completion": [said | {"content": "other"}]}
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    first, second = (prepared(renderer, path, format=form) for form in ("messages", "prompt_completion"))
+    assert first.fingerprint != second.fingerprint
+
+
 def test_the_loss_of_given_labels(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 8
     ran = cli("train", run_config(data={"train": str(write_rows(tmp_path / "ids.jsonl", rows))}))
@@ -418,7 +451,7 @@ def test_interrupted_and_picked_up(
         prepared(renderer, path)
     renderer.at, renderer.lots = 99, []
     resumed = prepared(renderer, path)
-    assert len(renderer.lots) == 10 - at // 2 * 2  # two lots make a shard
+    assert len(renderer.lots) == 10 - at  # what is there of a shard is kept
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
     straight = prepared(Renderer(tokenizer), path)
     assert [*resumed.rows.rows()] == [*straight.rows.rows()]
@@ -556,3 +589,16 @@ def test_memory(run_config: Callable[..., Path], tmp_path: Path) -> None:
     )
     assert many - some < 32 << 20
     assert long - some < 40 * len(words)  # of which a token a byte, at 8 bytes in each of three lists, is the most
+
+
+def test_a_chat_template_of_ones_own(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    path = write_rows(tmp_path / "data.jsonl", [{"messages": turns}])
+    ran = cli("train", run_config(data={"train": str(path), "chat_template": str(template)}), "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "[user]What?<|end|>[assistant]⟦That.<|end|>⟧" in ran.out

@@ -363,34 +363,39 @@ def test_padding_is_masked_by_position(tokenizer: PreTrainedTokenizerFast, side:
     assert batch["attention_mask"][0].tolist() == ([0, 0, 0, 1, 1, 1, 1] if side == "left" else [1, 1, 1, 1, 0, 0, 0])
 
 
-def cut(ids: Sequence[int], spans: Sequence[tuple[int, int]], length: int) -> tuple[Any, Any] | None:
-    row = shorten(Tokens("", tuple(ids), tuple(spans)), length, bos=1)
+def cut(ids: Sequence[int], spans: Sequence[tuple[int, int]], length: int, answer: int) -> tuple[Any, Any] | None:
+    row = shorten(Tokens("", tuple(ids), tuple(spans), None if answer < 0 else answer), length, bos=1)
     return None if row is None else (row.ids, row.spans)
 
 
 @pytest.mark.parametrize(
-    ("ids", "spans", "length", "expected"),
+    ("ids", "spans", "answer", "length", "expected"),
     [
-        ([5, 6, 7, 8, 9], [(3, 5)], 5, ((5, 6, 7, 8, 9), ((3, 5),))),
-        ([5, 6, 7, 8, 9], [(3, 5)], 4, ((6, 7, 8, 9), ((2, 4),))),
-        ([5, 6, 7, 8, 9], [(3, 5)], 2, ((8, 9), ((0, 2),))),
-        ([5, 6, 7, 8, 9], [(2, 5)], 2, None),
-        ([1, 6, 7, 8, 9], [(3, 5)], 4, ((1, 7, 8, 9), ((2, 4),))),
-        ([1, 6, 7, 8, 9], [(3, 5)], 3, ((1, 8, 9), ((1, 3),))),
-        ([1, 6, 7, 8, 9], [(3, 5)], 2, None),
-        ([5, 6, 7, 8, 9, 10], [(1, 3), (5, 6)], 4, ((7, 8, 9, 10), ((3, 4),))),
-        ([5, 6, 7, 8, 9], [(1, 5)], 3, None),
-        ([5, 6, 7, 8, 9], [(0, 5)], 3, ((5, 6, 7), ((0, 3),))),
-        ([1, 6, 7, 8, 9], [(1, 5)], 3, ((1, 6, 7), ((1, 3),))),
+        ([5, 6, 7, 8, 9], [(3, 5)], 3, 5, ((5, 6, 7, 8, 9), ((3, 5),))),
+        ([5, 6, 7, 8, 9], [(3, 5)], 3, 4, ((6, 7, 8, 9), ((2, 4),))),
+        ([5, 6, 7, 8, 9], [(3, 5)], 3, 2, ((8, 9), ((0, 2),))),
+        ([5, 6, 7, 8, 9], [(2, 5)], 2, 2, None),
+        ([1, 6, 7, 8, 9], [(3, 5)], 3, 4, ((1, 7, 8, 9), ((2, 4),))),
+        ([1, 6, 7, 8, 9], [(3, 5)], 3, 3, ((1, 8, 9), ((1, 3),))),
+        ([1, 6, 7, 8, 9], [(3, 5)], 3, 2, None),
+        ([1, 6, 7, 1, 8, 9], [(4, 6)], 4, 3, ((1, 8, 9), ((1, 3),))),
+        ([5, 6, 7, 8, 9, 10], [(1, 3), (5, 6)], 5, 4, ((7, 8, 9, 10), ((3, 4),))),
+        ([5, 6, 7, 8, 9], [(1, 5)], 1, 3, None),
+        ([5, 6, 7, 8, 9], [(0, 5)], 0, 3, None),
+        ([1, 6, 7, 8, 9], [(1, 5)], 1, 3, None),
+        ([1, 6, 7, 8, 9], [(0, 5)], 3, 4, ((1, 7, 8, 9), ((0, 4),))),
+        ([5, 6, 7, 8, 9], [(0, 5)], -1, 3, ((5, 6, 7), ((0, 3),))),
+        ([1, 6, 7, 8, 9], [(1, 5)], -1, 3, ((1, 6, 7), ((1, 3),))),
     ],
     ids=[
         *("fits", "prompt cut", "prompt gone", "answer too long"),
-        *("BOS stays", "BOS alone", "answer and BOS too long"),
-        *("first answer let go", "a prompt of one token", "text", "text after BOS"),
+        *("BOS stays", "BOS alone", "answer and BOS too long", "a token that begins turns"),
+        *("first answer let go", "a prompt of one token", "an empty prompt", "an empty prompt after BOS"),
+        *("all is learnt", "text", "text after BOS"),
     ],
 )
-def test_shorten(ids: list[int], spans: list[tuple[int, int]], length: int, expected: Any) -> None:
-    assert cut(ids, spans, length) == expected
+def test_shorten(ids: list[int], spans: list[tuple[int, int]], answer: int, length: int, expected: Any) -> None:
+    assert cut(ids, spans, length, answer) == expected
 
 
 @pytest.mark.parametrize("max_length", [2, 4, 8, 14, 40])

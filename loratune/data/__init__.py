@@ -93,6 +93,7 @@ class _Worker:
                 report.drop(f"{how} max_length {self.section.max_length}", whole.where)
                 continue
             report.truncated += len(row.ids) < len(whole.ids)
+            report.unlearnt += len(whole.spans) - len(row.spans)
             report.tokens += len(row.ids)
             report.supervised += row.supervised
             rows.append(row)

@@ -39,7 +39,7 @@ class Part:
         return forms.pop() if len(forms) == 1 else "auto"
 
     def remarks(self) -> list[str]:
-        """How sources were mixed, and which fields of the first rows are not read, a line each."""
+        """A line each: the files if there are several, how sources were mixed, the fields of first rows not read."""
         fields: dict[tuple[str, ...], list[str]] = {}
         for file in self.census.files:
             if file.parser.unread:
@@ -48,7 +48,10 @@ class Part:
             f"not read: {', '.join(f'`{name}`' for name in sorted(names))} ({files[0]}{', ...' if files[1:] else ''})"
             for names, files in fields.items()
         ]
-        return [*(f"mixed: {line}" for line in self.mixed), *unread]
+        files = [f"{file.opened.name} ({file.parser.form}, {file.rows:,} rows)" for file in self.census.files]
+        more = f", and {len(files) - 5:,} more" if files[5:] else ""
+        several = [f"{len(files):,} files: {', '.join(files[:5])}{more}"] if files[1:] else []
+        return [*several, *(f"mixed: {line}" for line in self.mixed), *unread]
 
     @property
     def size(self) -> int:
@@ -67,7 +70,7 @@ class Part:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what decides the examples and their places: the files, how they are read, which rows are kept."""
-        files = [(file.opened.name, file.opened.digest, file.parser.form, file.rows) for file in self.census.files]
+        files = [(file.opened.name, file.opened.digest, file.parser.reads, file.rows) for file in self.census.files]
         digest = hashlib.sha256(json.dumps([files, self.section.columns], sort_keys=True).encode())
         if self.kept is not None:
             digest.update(np.packbits(self.kept).tobytes())

@@ -55,7 +55,8 @@ class Leaks:
 class Report:
     """Counts over the rows of one part.
 
-    rows: read; tokens, supervised: of the rows that are kept; truncated: kept, but cut; dropped: reason → rows;
+    rows: read; tokens, supervised: of the rows that are kept; truncated: kept, but cut; unlearnt: answers of kept rows
+    that were cut off with what comes before the last one; dropped: reason → rows;
     duplicates: rows that are an earlier row letter for letter, kept all the same; lengths: tokens of a row before it
     was cut → how many rows have them.
     """
@@ -69,6 +70,7 @@ class Report:
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
+    unlearnt: int = 0
     dropped: dict[str, Found] = field(default_factory=dict)
     duplicates: Found = field(default_factory=Found)
     lengths: Counter[int] = field(default_factory=Counter)
@@ -83,6 +85,7 @@ class Report:
         self.tokens += other.tokens
         self.supervised += other.supervised
         self.truncated += other.truncated
+        self.unlearnt += other.unlearnt
         self.lengths.update(other.lengths)
         self.duplicates.extend(other.duplicates)
         for reason, found in other.dropped.items():
@@ -123,11 +126,13 @@ class Report:
     def losses(self) -> list[str]:
         """What was cut or left out, a line each."""
         cut = [f"{_rows(self.truncated)} cut to max_length"] if self.truncated else []
+        if self.unlearnt:
+            cut.append(f"{self.unlearnt:,} earlier answers are not learnt: cut off with the left of their rows")
         return cut + self.reasons()
 
     def remarks(self, max_length: int) -> list[str]:
         """Everything about the rows that the table does not say."""
-        lines = self.reasons()
+        lines = self.losses()[bool(self.truncated) :]  # the table has the cut rows
         if self.duplicates.count:
             lines.append(f"{_rows(self.duplicates.count)} repeated: {self.duplicates.places}")
         if self.longest > max_length:
@@ -158,12 +163,12 @@ class Report:
 
         Raises KeyError, TypeError or ValueError: it is something else.
         """
-        rows, tokens, supervised, truncated = (
-            int(values[name]) for name in ("rows", "tokens", "supervised", "truncated")
+        rows, tokens, supervised, truncated, unlearnt = (
+            int(values[name]) for name in ("rows", "tokens", "supervised", "truncated", "unlearnt")
         )
         dropped = {reason: Found(int(one["count"]), list(one["first"])) for reason, one in values["dropped"].items()}
         lengths = Counter({int(length): int(count) for length, count in values["lengths"].items()})
-        return cls(rows, tokens, supervised, truncated, dropped, lengths=lengths)
+        return cls(rows, tokens, supervised, truncated, unlearnt, dropped, lengths=lengths)
 
 
 def total(reports: Iterable[Report]) -> Report:

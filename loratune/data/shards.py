@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import accumulate, chain
 from pathlib import Path
@@ -50,7 +50,7 @@ class Shards(Sequence[dict[str, list[int]]]):
         if not (directory / "whole").is_file():
             raise ValueError("not whole")
         self.report: Report = total(Report.from_json(record["report"]) for record in records)
-        self.fingerprint = hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()
+        self.fingerprint = _fingerprint(lot for record in records for lot in record["lots"])
         self._tables = [_mapped(directory / f"{number:05}.arrow", record) for number, record in enumerate(records)]
         self._ends = list(accumulate(len(table) for table in self._tables))
 
@@ -123,6 +123,11 @@ class Writer:
         if self._shard.report.tokens >= _SHARD_TOKENS or self._shard.report.rows >= _SHARD_ROWS:
             self.flush()
 
+    def stop(self) -> None:
+        """End the shard that is being written before its time, unless it was stopped in the middle of a batch."""
+        if self._shard is not None and self._shard.whole:
+            self.flush()
+
     def flush(self) -> None:
         """End the shard that is being written, if there is one."""
         if self._shard is not None:
@@ -138,21 +143,26 @@ class _Shard:
         self.report = Report()
         self._path, self._unfinished = path, path.with_suffix(".unfinished")
         self._file = pa.ipc.new_file(str(self._unfinished), _SCHEMA)
-        self._digest = hashlib.sha256()
+        self._lots: list[str] = []
+        self.whole = True
 
     def add(self, report: Report, rows: Sequence[Tokens]) -> None:
+        self.whole = False
         self.report.extend(report)
         batch = _batch(rows)
         self._file.write_batch(batch)
+        digest = hashlib.sha256()
         for lists in batch.columns[1:]:
             for part in (lists.flatten(), lists.value_lengths()):
-                self._digest.update(np.ascontiguousarray(np.asarray(part, dtype="<i4")).tobytes())
+                digest.update(np.ascontiguousarray(np.asarray(part, dtype="<i4")).tobytes())
+        self._lots.append(digest.hexdigest())
+        self.whole = True
 
     def close(self) -> None:
         self._file.close()
         record = {
             "size": self._unfinished.stat().st_size,
-            "sha256": self._digest.hexdigest(),
+            "lots": self._lots,
             "report": self.report.as_json(),
         }
         self._unfinished.replace(self._path)
@@ -190,8 +200,8 @@ def kept(key: str, fill: Callable[[Writer], None]) -> Shards:
 
 
 def _fill(directory: Path, fill: Callable[[Writer], None]) -> None:
+    writer = Writer(directory)
     try:
-        writer = Writer(directory)
         fill(writer)
         writer.flush()
         (directory / "whole").touch()
@@ -201,6 +211,9 @@ def _fill(directory: Path, fill: Callable[[Writer], None]) -> None:
         raise ResourceError(Problem(what, str(directory), fix="make room, or set HF_DATASETS_CACHE")) from None
     except Exception:
         shutil.rmtree(directory, ignore_errors=True)
+        raise
+    except KeyboardInterrupt:
+        writer.stop()
         raise
 
 
@@ -225,6 +238,11 @@ def _forget_old(root: Path) -> None:
     for path in root.iterdir():
         if path.is_dir() and path.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _fingerprint(lots: Iterable[str]) -> str:
+    """Of all ids and spans, wherever a shard ended before its time."""
+    return hashlib.sha256("".join(lots).encode()).hexdigest()
 
 
 def _mapped(path: Path, record: dict[str, Any]) -> Any:

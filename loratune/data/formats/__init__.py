@@ -52,7 +52,7 @@ CHATS = frozenset({"messages", "conversations", "alpaca"})
 
 
 class Parser:
-    """Makes examples of the rows of one file. form: the name of their format.
+    """Makes examples of the rows of one file. form: the name of their format; reads: what tells it from all others.
 
     unread: the fields of the first row that the format does not read.
     """
@@ -63,7 +63,8 @@ class Parser:
         Raises DataError: no format fits, or more than one; preferences; `columns` maps a field that the row lacks or
         the format does not read; a template, or a loss on assistant turns, for rows that are no conversations.
         """
-        self._columns = dict(section.columns)
+        self._columns, self._recognised = dict(section.columns), section.format == "auto"
+        self._learn_all = section.loss_on == "all"
         if absent := {ours: theirs for ours, theirs in self._columns.items() if theirs not in first.values}:
             what = f"no field {listed(absent.values())}; the fields are {listed(first.values)}"
             fix = "a first row without it may hold it as null" if OPTIONAL.issuperset(absent) else ""
@@ -71,6 +72,7 @@ class Parser:
         values = _renamed(first.values, self._columns)
         self._format = _recognised(first.where, values, section)
         self.form = self._format.name
+        self.reads = (self.form, *self._format.keys)
         read = {*self._format.keys, *self._format.optional}
         self.unread = tuple(field for field in values if field not in read)
         if problems := list(_contradictions(self._format, section, first.where)):
@@ -82,11 +84,16 @@ class Parser:
         Raises BadRow: it lacks a key, or holds something else than the format asks for.
         """
         values = _renamed(row.values, self._columns) if self._columns else row.values
+        if self._recognised and "chosen" in values and "rejected" in values:
+            raise BadRow("`chosen` and `rejected` are preference data, and training here compares no answers")
         for name in self._format.keys:
             if name not in values:
                 absent = listed(self._columns.get(name, name) for name in self._format.keys if name not in values)
                 raise BadRow(f"no field {absent} for the format {self.form}; its fields are {listed(row.values)}")
-        return self._format.read(row.where, values)
+        example = self._format.read(row.where, values)
+        if self._learn_all and isinstance(example, Conversation) and example.muted:
+            raise BadRow("a turn has weight 0, and data.loss_on: all learns every token")
+        return example
 
 
 def _recognised(where: str, values: Values, section: DataSection) -> Format:

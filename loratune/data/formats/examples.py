@@ -18,11 +18,15 @@ _BORDER = "\ud800"  # stands between two texts of a key; no text holds it
 
 @dataclass(frozen=True)
 class Plain:
-    """Text that is joined raw; `completion` and the end of sequence after it are learnt."""
+    """Text that is joined raw; `completion` and the end of sequence after it are learnt.
+
+    whole: there is no prompt to the completion, not even an empty one, and a part of it is worth learning.
+    """
 
     where: str
     prompt: str
     completion: str
+    whole: bool = False
 
 
 @dataclass(frozen=True)

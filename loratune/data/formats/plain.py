@@ -11,7 +11,7 @@ def prompt_completion(where: str, values: Values) -> Plain:
 
 def whole_text(where: str, values: Values) -> Plain:
     """`text`, all of it learnt. Raises BadRow."""
-    return Plain(where, "", text(values, "text"))
+    return Plain(where, "", text(values, "text"), whole=True)
 
 
 def token_ids(where: str, values: Values) -> Ids:

@@ -12,7 +12,7 @@ LONG = 2**20
 PIECE = 2**18
 """Characters of a piece, and of all the texts that are encoded in one call where a text is not longer by itself."""
 
-TAIL = 128
+TAIL = 160
 """Characters at the end of a prompt that are encoded once more together with what follows it."""
 
 _PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
@@ -37,12 +37,15 @@ class Encoder:
 
         A text over a million characters is encoded in pieces that end at words or lines.
         """
-        pieces = {text: self._pieces(text) for text in texts}
-        short = [text for text in dict.fromkeys(chain.from_iterable(pieces.values())) if text]
+        pieces = {text: self._pieces(text) for text in texts if len(text) > LONG}
+        short = dict.fromkeys(chain.from_iterable(pieces.get(text, (text,)) for text in texts))
+        short.pop("", None)
         found: dict[str, list[int]] = {"": []}
-        for batch in _batches(short):
+        for batch in _batches(list(short)):
             found.update(zip(batch, self._batch(batch), strict=True))
-        return [self._joined([found[piece] for piece in pieces[text]]) for text in texts]
+        for text, parts in pieces.items():
+            found[text] = [*chain.from_iterable(found[part] for part in parts)]
+        return [found[text] for text in texts]
 
     def continued(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """For each prompt and the text after it: the ids of the prompt, and of both, which begin with the same ids.
@@ -77,16 +80,9 @@ class Encoder:
         return [first, *(piece.removeprefix(" ") if self._adds_space else piece for piece in more)]
 
     def _last_words(self, prompt: str) -> str:
-        """The end of a prompt from a border of words on; all of it if it is short, or has no words near its end."""
-        if len(prompt) <= 2 * TAIL:
-            return prompt
-        borders = [border.end() for border in _WORD.finditer(prompt, len(prompt) - TAIL, len(prompt) - TAIL // 8)]
+        """The end of a prompt from a border of words on; all of it if it has no words near its end."""
+        borders = [border.end() for border in _WORD.finditer(prompt, max(0, len(prompt) - TAIL), len(prompt) - 8)]
         return prompt[borders[-1] + self._adds_space :] if borders else prompt
-
-    def _joined(self, parts: list[list[int]]) -> list[int]:
-        if len(parts) == 1:
-            return parts[0]
-        return [*chain.from_iterable(parts)]
 
     def _batch(self, texts: list[str]) -> list[list[int]]:
         ids = [self._slow(text) for text in texts] if self._backend is None else self._quick(texts)
@@ -97,7 +93,7 @@ class Encoder:
     @cached_property
     def _numbers(self) -> list[int]:
         """Every id once: long rows share these numbers, where each would else be an object of its own."""
-        return list(range(len(self._tokenizer)))
+        return list(range(max(self._tokenizer.get_vocab().values()) + 1))
 
     def _quick(self, texts: list[str]) -> list[list[int]]:
         self._backend.no_truncation()

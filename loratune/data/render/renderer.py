@@ -25,13 +25,15 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class _Draft:
-    """Text on its way to a row. text: the prompt and what follows it; spans: ranges of characters that are learnt."""
+    """Text on its way to a row. text: the prompt and what follows it; spans: ranges of characters that are learnt;
+    asked: there is a prompt, be it an empty one."""
 
     where: str
     text: str
     prompt: int
     spans: tuple[Span, ...]
     templated: bool
+    asked: bool = True
 
 
 class Renderer:
@@ -111,7 +113,7 @@ class Renderer:
     def _draft(self, example: Plain | Conversation, loss_on: str) -> _Draft:
         if isinstance(example, Plain):
             text, border = example.prompt + example.completion, len(example.prompt)
-            return _Draft(example.where, text, border, ((border, len(text)),), False)
+            return _Draft(example.where, text, border, ((border, len(text)),), False, not example.whole)
         learnt: Sequence[int] = example.learnt(loss_on)
         if loss_on == "all":
             learnt = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"][-1:]
@@ -131,7 +133,7 @@ class Renderer:
             places = self._places(draft, pieces, apart, ids) if pieces else {}
             places |= {draft.prompt: len(prompt), len(draft.text): len(ids)}
             spans = [(places[start], places[end]) for start, end in draft.spans]
-            rows.append(self._finished(draft, ids, spans, loss_on))
+            rows.append(self._finished(draft, ids, spans, len(prompt), loss_on))
         return rows
 
     def _places(
@@ -154,7 +156,7 @@ class Renderer:
             places[character] = alike + (alike < len(grown) and character in starts)
         return places
 
-    def _finished(self, draft: _Draft, ids: list[int], spans: list[Span], loss_on: str) -> Tokens:
+    def _finished(self, draft: _Draft, ids: list[int], spans: list[Span], prompt: int, loss_on: str) -> Tokens:
         """The row with its BOS and its end, and without spans of no token."""
         whole = ids if draft.templated else self._with_bos(ids)
         shift = len(whole) - len(ids)
@@ -164,7 +166,8 @@ class Renderer:
             spans[-1] = (spans[-1][0], len(whole))
         if loss_on == "all":
             spans = [(0, len(whole))]
-        return Tokens(draft.where, tuple(whole), tuple(span for span in spans if span[0] < span[1]))
+        answer = prompt + shift if draft.asked else None
+        return Tokens(draft.where, tuple(whole), tuple(span for span in spans if span[0] < span[1]), answer)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         return [self._bos, *ids] if self._starts_with_bos and ids[:1] != [self._bos] else ids
