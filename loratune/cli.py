@@ -120,7 +120,7 @@ def train(
 
         from loratune import workspace
 
-        space = workspace.inspect(run.output_dir, resume=resume, overwrite=overwrite or dry_run)
+        space = workspace.inspect(run.output_dir, resume=resume, overwrite=overwrite)
 
         from loratune import preflight
         from loratune.console import TrainingProgress, note, watched
