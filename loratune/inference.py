@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -30,10 +29,6 @@ class Tuned:
     renderer: Renderer
     data: DataSection
 
-    def collate(self, side: Literal["left", "right"] = "right") -> Any:
-        """Rows → padded tensors."""
-        return partial(pad, pad_id=model.pad_id(self.tokenizer), side=side)
-
     def without_adapter(self) -> AbstractContextManager[Any]:
         """Inside, the model is the base alone."""
         context: AbstractContextManager[Any] = self.model.disable_adapter()
@@ -48,14 +43,15 @@ class Tuned:
         temperature: 0 takes the likeliest token; above it, tokens are sampled. streamer: transformers' own, for one
         prompt at a time.
         """
+        pad_id = model.pad_id(self.tokenizer)
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
             temperature=temperature if temperature > 0 else None,
             eos_token_id=list(self.renderer.end_ids),
-            pad_token_id=model.pad_id(self.tokenizer),
+            pad_token_id=pad_id,
         )
-        batch = self.collate("left")([{"input_ids": ids} for ids in prompts])
+        batch = pad([{"input_ids": ids} for ids in prompts], pad_id, "left")
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         ids = self.model.generate(**batch, generation_config=settings, streamer=streamer)
         return [self._ended(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from loratune.adapter import Count, PeftModel, Start
 from loratune.config import RunConfig, Source
 from loratune.data import Part, Prepared, Watch
 from loratune.data.formats import Conversation, Example, Plain
-from loratune.data.packing import Batches, why_not
+from loratune.data.packing import Batches, Packing, why_not
 from loratune.data.render import Renderer
 from loratune.errors import NumericError, Problem, ResumeError
 from loratune.preflight import Ready
@@ -24,8 +24,6 @@ from loratune.targets import Targets
 from loratune.trainer import Outcome, Progress
 from loratune.trainer.checkpoints import newest_whole
 from loratune.workspace import Workspace
-
-Packing = Literal["none", "batch", "full"]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,11 @@ class Prepared:
     """What the trainer learns from. rows: `input_ids` and `labels`, mapped from disk."""
 
     rows: Shards
-    report: Report
+
+    @property
+    def report(self) -> Report:
+        """What became of all rows that were read."""
+        return self.rows.report
 
     @property
     def fingerprint(self) -> str:
@@ -60,7 +64,7 @@ def prepare(
     rows = shards.kept(key, fill)
     rows.report.duplicates = repeats.duplicates(part)
     _check(rows.report, part, section)
-    return Prepared(rows, rows.report)
+    return Prepared(rows)
 
 
 def find_leaks(rows: Rows) -> Leaks | None:

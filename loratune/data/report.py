@@ -126,18 +126,20 @@ class Report:
     def losses(self) -> list[str]:
         """What was cut or left out, a line each."""
         cut = [f"{_rows(self.truncated)} cut to max_length"] if self.truncated else []
-        if self.unlearnt:
-            cut.append(f"{self.unlearnt:,} earlier answers are not learnt: cut off with the left of their rows")
-        return cut + self.reasons()
+        return cut + self._left_out()
 
     def remarks(self, max_length: int) -> list[str]:
         """Everything about the rows that the table does not say."""
-        lines = self.losses()[bool(self.truncated) :]  # the table has the cut rows
+        lines = self._left_out()
         if self.duplicates.count:
             lines.append(f"{_rows(self.duplicates.count)} repeated: {self.duplicates.places}")
         if self.longest > max_length:
             lines.append(f"max_length {self.longest:,} would keep everything")
         return lines
+
+    def _left_out(self) -> list[str]:
+        lost = f"{self.unlearnt:,} earlier answers are not learnt: cut off with the left of their rows"
+        return [*([lost] if self.unlearnt else []), *self.reasons()]
 
     def counts(self) -> dict[str, int]:
         """The totals, for a record."""

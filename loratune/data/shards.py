@@ -16,6 +16,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,11 @@ class Shards(Sequence[dict[str, list[int]]]):
         """All rows in order."""
         return map(self.row, range(len(self)))
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of every row."""
-        return self._per_row(lambda table: pa.compute.list_value_length(table["ids"]))
+        counts = (np.asarray(pa.compute.list_value_length(table["ids"]), dtype=np.int64) for table in self._tables)
+        return np.concatenate([np.zeros(0, np.int64), *counts])
 
     @property
     def supervised(self) -> NDArray[np.int64]:
@@ -93,10 +95,6 @@ class Shards(Sequence[dict[str, list[int]]]):
                 sums = np.concatenate([[0], np.cumsum(ends - starts)])
                 counts.append(sums[borders[1:]] - sums[borders[:-1]])
         return np.concatenate(counts)
-
-    def _per_row(self, measure: Callable[[Any], Any]) -> NDArray[np.int64]:
-        found = [np.zeros(0, np.int64), *(np.asarray(measure(table), dtype=np.int64) for table in self._tables)]
-        return np.concatenate(found)
 
 
 class Writer:

@@ -5,6 +5,7 @@
 
 from loratune.data.packing.apart import why_not as why_not
 from loratune.data.packing.batches import Batches as Batches
+from loratune.data.packing.batches import Packing as Packing
 from loratune.data.packing.flat import flatten as flatten
 from loratune.data.packing.packs import Packs as Packs
 from loratune.data.packing.packs import best_fit as best_fit

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from loratune.data.packing.flat import flatten, flatten_packs
 from loratune.data.packing.packs import Packs, best_fit
 from loratune.data.packing.padding import pad
+
+Packing: TypeAlias = Literal["none", "batch", "full"]
+"""As in the configuration."""
 
 
 class Items(Protocol):
@@ -53,7 +56,7 @@ class Batches:
         self,
         dataset: Items,
         lengths: NDArray[np.integer[Any]],
-        packing: Literal["none", "batch", "full"],
+        packing: Packing,
         size: int,
         max_length: int,
         pad_id: int,
