@@ -143,10 +143,13 @@ BAD_CHATS: dict[str, tuple[Any, str]] = {
     "role": ([USER, BOT | {"role": "bot"}], "message 2 of `messages` has the role 'bot', not one of system, "),
     "no role": ([{"content": "a"}], "message 1 of `messages` has the role None"),
     "odd role": ([BOT | {"role": ["user"]}], "message 1 of `messages` has the role ['user']"),
-    "no content": ([USER, {"role": "assistant"}], "`content` must be text, got null"),
-    "no calls": ([USER, {"role": "assistant", "tool_calls": []}], "`content` must be text, got null"),
-    "no parts": ([USER | {"content": []}], "`content` must be text, got an empty list"),
-    "part without text": ([USER | {"content": [{"type": "text"}]}], "`text` must be text, got null"),
+    "no content": ([USER, {"role": "assistant"}], "`content` of message 2 of `messages` must be text, got null"),
+    "no calls": ([USER, {"role": "assistant", "tool_calls": []}], "`content` of message 2 of `messages` must be"),
+    "no parts": ([USER | {"content": []}], "`content` of message 1 of `messages` must be text, got an empty list"),
+    "part without text": (
+        [USER | {"content": [{"type": "text"}]}],
+        "`text` of a part of message 1 of `messages` must be",
+    ),
     "image": (
         [USER | {"content": [{"type": "image_url"}]}],
         "message 1 of `messages` has a part of the type 'image_url'",
@@ -161,7 +164,7 @@ BAD_CHATS: dict[str, tuple[Any, str]] = {
         "message 2 of `messages` has `function_call`, which would be left",
     ),
     "unanswered": ([USER], "no assistant message"),
-    "surrogate": ([USER | {"name": "\udc00"}], "`name` holds a lone surrogate"),
+    "surrogate": ([USER | {"name": "\udc00"}], "`name` of message 1 of `messages` holds a lone surrogate"),
     "weight": ([USER, BOT | {"weight": 0.5}], "message 2 of `messages` has the weight 0.5, not 0 or 1"),
     "user's weight": (
         [USER | {"weight": 1}, BOT],
@@ -185,7 +188,7 @@ def test_bad_chat(messages: Any, expected: str) -> None:
         ({"prompt": [USER], "completion": [USER]}, "no assistant message"),
         ({"prompt": [USER, BOT], "completion": [USER]}, "no assistant message"),
         ({"prompt": [USER], "completion": "b"}, "`completion` must be a list of messages, got text"),
-        ({"messages": [USER, BOT], "functions": [{"name": "f"}]}, "the row has `functions`, which would be left out"),
+        ({"messages": [USER, BOT], "functions": [{"name": "f"}]}, "the row has `functions`, which would not be learnt"),
         ({"messages": [SYSTEM, USER, BOT], "system": "t"}, "`system` and the system message differ"),
         ({"messages": [USER, BOT], "system": 3}, "`system` must be text, got a number"),
     ],
@@ -250,7 +253,7 @@ def test_a_call_may_stand_beside_text_and_without_arguments() -> None:
 BAD_CALLS: dict[str, tuple[Any, str]] = {
     "text": ("f()", "`tool_calls` of message 2 of `messages` must be a list, got text"),
     "number": ([3], "tool call 1 of message 2 of `messages` must be an object with a function, got a number"),
-    "nameless": ([CALL, {"arguments": {}}], "`name` must be text, got null"),
+    "nameless": ([CALL, {"arguments": {}}], "`name` of tool call 2 of message 2 of `messages` must be text, got null"),
     "empty name": ([{"name": ""}], "tool call 1 of message 2 of `messages` names no function"),
     "cut off": (
         [{"name": "f", "arguments": '{"a"'}],
@@ -363,7 +366,7 @@ def test_sharegpt_calls_a_function() -> None:
     ("turn", "expected"),
     [
         ({"from": "robot", "value": "b"}, "message 2 of `conversations` has the role 'robot', not one of system, "),
-        ({"from": "gpt", "value": None}, "`value` must be text, got null"),
+        ({"from": "gpt", "value": None}, "`value` of message 2 of `conversations` must be text, got null"),
         ({"from": "gpt", "value": "b", "content": "c"}, "message 2 of `conversations` has both `from` and `content`"),
         ({"from": "gpt", "value": "b", "image": "x"}, "message 2 of `conversations` has `image`, which would be left"),
         ({"from": "function_call", "value": "f()"}, "the function call of message 2 of `conversations` must be valid"),
@@ -509,14 +512,22 @@ def test_assistant_turns_and_templates_are_for_conversations(row: dict[str, Any]
 
 
 def test_fields_that_are_not_read() -> None:
-    assert parser(PAIR | {"id": 1, "system": "s"}).unread == ("id", "system")
-    assert parser({"q": "a", "completion": "b", "prompt": "x"}, columns={"prompt": "q"}).unread == ()
-    assert parser({"messages": [USER, BOT], "tools": None, "id": 1}).unread == ("id",)
+    assert unread(PAIR, PAIR | {"id": 1}, PAIR | {"system": "s"}) == {"id", "system"}
+    assert unread({"q": "a", "completion": "b", "prompt": "x"}, columns={"prompt": "q"}) == set()
+    assert unread({"messages": [USER, BOT], "tools": None, "id": 1}) == {"id"}
+
+
+def unread(*rows: dict[str, Any], **section: Any) -> set[str]:
+    """The fields that are read nowhere, once all rows were parsed."""
+    made = parser(rows[0], **section)
+    for number, values in enumerate(rows, start=1):
+        made(Row(f"f:{number}", values))
+    return made.unread
 
 
 SILENT = {
     "plain": (Plain("", "a", ""), "completion", "the completion is empty"),
-    "plain, blank": (Plain("", "a", " "), "completion", None),
+    "plain, blank": (Plain("", "a", " \n"), "completion", "the completion is empty"),
     "plain, all": (Plain("", "a", ""), "all", None),
     "plain, nothing": (Plain("", "", ""), "all", "the completion is empty"),
     "chat": (Conversation("", (USER, BOT)), "completion", None),

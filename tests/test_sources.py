@@ -133,6 +133,8 @@ REFUSED = {
         [":3: 1 cells, but the header names 2", ":4: 3 cells"],
     ),
     "open quote": ("rows.csv", b'prompt,completion\na,b\n"c,d\ne,f\n', [":3: not valid CSV"]),
+    "semicolons": ("rows.csv", b"prompt;completion\na;b\n", [":1: the header has no comma, but ';'; write"]),
+    "tabs": ("rows.csv", b"prompt\tcompletion\na\tb\n", [":1: the header has no comma, but '\\t'; write"]),
     "column twice": ("rows.csv", b"prompt,prompt\na,b\n", [":1: the header names prompt more than once"]),
     "unknown ending": ("rows.xml", b"<a/>", [": unknown kind of file `.xml`; use .jsonl, "]),
     "blank, then bad": ("rows.jsonl", b"\n\n{]\n", [":3: not valid JSON: Expecting property name"]),
@@ -216,7 +218,7 @@ def test_places_of_problems_behind_long_rows(tmp_path: Path) -> None:
     path.write_text(f"[{row},\n{row}, {row}, {{]")
     column = 2 * len(row) + 6
     assert problems(path)[0].startswith(f"{path}:2: not valid JSON: Expecting property name")
-    assert problems(path)[0].endswith(f" at column {column}")
+    assert problems(path)[0].endswith(f" at column {column}; mend the file, or write it again")
     path.write_bytes(f"[{row},\n{row}, ".encode() + b'"\xff"]')
     assert problems(path)[0] == (
         f"{path}:2: byte {len(row.encode()) + 4} of the line (0xff) is not UTF-8; save the file as UTF-8"
@@ -458,8 +460,8 @@ def test_what_may_be_a_hub_id(path: str, expected: bool) -> None:
 
 
 def test_a_path_is_not_looked_up(tmp_path: Path) -> None:
-    assert problems(f"{tmp_path}/none") == [f"{tmp_path}/none: no such file"]
-    assert problems("none.jsonl") == ["none.jsonl: no such file"]
+    assert problems(f"{tmp_path}/none") == [f"{tmp_path}/none: no such file; check the path"]
+    assert problems("none.jsonl") == ["none.jsonl: no such file; check the path"]
 
 
 def test_neither_file_nor_directory(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ class _Worker:
                 try:
                     formats.check_ids(example, self.vocabulary_size)
                 except formats.BadRow as error:
-                    problems.append(Problem(str(error), example.where))
+                    problems.append(error.at(example.where))
         if problems:
             raise DataError(problems[:MAX_PROBLEMS])
 

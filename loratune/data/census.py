@@ -4,11 +4,12 @@ That is three numbers a row, in a file without a name: its line, and two hashes 
 with the data.
 """
 
+import os
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from loratune.errors import DataError, Problem
 EXACT, FOLDED, LINE = range(3)
 """The columns of the census: a hash of the content, one of the content with white space folded, the line or row."""
 
+_ROW_BYTES = 3 * 8
 _HELD = 1 << 16  # rows in memory before they are written
 
 
@@ -41,16 +43,25 @@ class File:
 
 @dataclass(frozen=True)
 class Census:
-    """All rows of some sources. counts: rows of each source; table: int64 of shape (rows, 3), see `EXACT`."""
+    """All rows of some sources. counts: rows of each source; kept: a file of int64, three a row, see `EXACT`."""
 
     files: tuple[File, ...]
     counts: tuple[int, ...]
-    table: NDArray[np.int64]
+    kept: IO[bytes]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def column(self, column: int, start: int, stop: int) -> NDArray[np.int64]:
+        """A column of the rows from `start` up to `stop`. It is read, not mapped: mapped pages count as memory."""
+        stop = min(stop, len(self))
+        held = os.pread(self.kept.fileno(), (stop - start) * _ROW_BYTES, start * _ROW_BYTES)
+        return np.frombuffer(held, dtype=np.int64).reshape(-1, 3)[:, column].copy()
 
     def where(self, number: int) -> str:
         """The place of a row, by its number among all rows."""
         file = next(file for file in self.files if number < file.start + file.rows)
-        return f"{file.prefix}{self.table[number, LINE]}"
+        return f"{file.prefix}{self.column(LINE, number, number + 1)[0]}"
 
 
 def take(given: Sequence[Source], section: DataSection, watch: Watch) -> Census:
@@ -69,7 +80,7 @@ def take(given: Sequence[Source], section: DataSection, watch: Watch) -> Census:
             if rows.count == before:
                 raise sources.no_rows(source)
             counts.append(rows.count - before)
-    return Census(tuple(files), tuple(counts), rows.table())
+    return Census(tuple(files), tuple(counts), rows.file())
 
 
 def _count(opened: Opened, section: DataSection, rows: "_Rows", advance: Advance) -> File | None:
@@ -81,7 +92,7 @@ def _count(opened: Opened, section: DataSection, rows: "_Rows", advance: Advance
         try:
             rows.add(parser(row), int(_line_of(row.where)))
         except formats.BadRow as error:
-            problems.append(Problem(str(error), row.where))
+            problems.append(error.at(row.where))
             if len(problems) == MAX_PROBLEMS:
                 break
     if problems:
@@ -100,7 +111,7 @@ class _Rows:
     def __init__(self) -> None:
         self.count = 0
         self._held = array("q")
-        self._file: Any = tempfile.TemporaryFile()  # noqa: SIM115  it goes with the table that is mapped from it
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  it goes with the census
 
     def add(self, example: Example, line: int) -> None:
         self._held.extend((hash(formats.key(example)), hash(formats.key(example, folded=True)), line))
@@ -108,11 +119,9 @@ class _Rows:
         if len(self._held) >= 3 * _HELD:
             self._write()
 
-    def table(self) -> NDArray[np.int64]:
+    def file(self) -> IO[bytes]:
         self._write()
-        if not self.count:
-            return np.zeros((0, 3), dtype=np.int64)
-        return np.memmap(self._file, dtype=np.int64, mode="r", shape=(self.count, 3))
+        return self._file
 
     def _write(self) -> None:
         self._file.write(self._held.tobytes())

@@ -30,7 +30,7 @@ class Part:
     mixed: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.census.table) if self.kept is None else int(np.count_nonzero(self.kept))
+        return len(self.census) if self.kept is None else int(np.count_nonzero(self.kept))
 
     @property
     def form(self) -> str:
@@ -39,11 +39,11 @@ class Part:
         return forms.pop() if len(forms) == 1 else "auto"
 
     def remarks(self) -> list[str]:
-        """A line each: the files if there are several, how sources were mixed, the fields of first rows not read."""
-        fields: dict[tuple[str, ...], list[str]] = {}
+        """A line each: the files if there are several, how sources were mixed, the fields that are not read."""
+        fields: dict[frozenset[str], list[str]] = {}
         for file in self.census.files:
             if file.parser.unread:
-                fields.setdefault(file.parser.unread, []).append(file.opened.name)
+                fields.setdefault(frozenset(file.parser.unread), []).append(file.opened.name)
         unread = [
             f"not read: {', '.join(f'`{name}`' for name in sorted(names))} ({files[0]}{', ...' if files[1:] else ''})"
             for names, files in fields.items()

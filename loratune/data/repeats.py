@@ -9,7 +9,7 @@ from loratune.data.census import EXACT, FOLDED
 from loratune.data.parts import Part
 from loratune.data.report import FIRST, Found, Leaks
 
-_AT_ONCE = 1 << 21
+_AT_ONCE = 1 << 18
 """Hashes that are sorted at once; of more, some are taken at a time, by their last bits."""
 
 
@@ -37,8 +37,8 @@ def _groups(part: Part, column: int, size: int) -> Iterator[tuple[NDArray[np.int
     groups = max(1, -(-size // _AT_ONCE))
     for group in range(groups):
         hashes, rows = [], []
-        for start in range(0, len(part.census.table), _AT_ONCE):
-            some = np.array(part.census.table[start : start + _AT_ONCE, column])
+        for start in range(0, len(part.census), _AT_ONCE):
+            some = part.census.column(column, start, start + _AT_ONCE)
             mask = (some.view(np.uint64) % np.uint64(groups)) == group
             if part.kept is not None:
                 mask &= part.kept[start : start + _AT_ONCE]

@@ -34,6 +34,7 @@ from loratune.errors import Problem, ResourceError
 KEPT_DAYS = 30
 """Rows that nobody wanted for so long are removed when others are written."""
 _SHARD_TOKENS, _SHARD_ROWS = 8_000_000, 500_000  # what is lost at most when a preparation is stopped
+_BATCH_BYTES = 1 << 22  # opening a shard maps the beginning of every batch: 64 KiB each
 _LISTS = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS)])
 
@@ -142,21 +143,25 @@ class _Shard:
         self._path, self._unfinished = path, path.with_suffix(".unfinished")
         self._file = pa.ipc.new_file(str(self._unfinished), _SCHEMA)
         self._lots: list[str] = []
+        self._held: list[Any] = []
         self.whole = True
 
     def add(self, report: Report, rows: Sequence[Tokens]) -> None:
         self.whole = False
         self.report.extend(report)
         batch = _batch(rows)
-        self._file.write_batch(batch)
+        self._held.append(batch)
         digest = hashlib.sha256()
         for lists in batch.columns[1:]:
             for part in (lists.flatten(), lists.value_lengths()):
                 digest.update(np.ascontiguousarray(np.asarray(part, dtype="<i4")).tobytes())
         self._lots.append(digest.hexdigest())
+        if sum(batch.nbytes for batch in self._held) >= _BATCH_BYTES:
+            self._write()
         self.whole = True
 
     def close(self) -> None:
+        self._write()
         self._file.close()
         record = {
             "size": self._unfinished.stat().st_size,
@@ -166,6 +171,11 @@ class _Shard:
         self._unfinished.replace(self._path)
         self._unfinished.write_text(json.dumps(record))
         self._unfinished.replace(self._path.with_suffix(".json"))
+
+    def _write(self) -> None:
+        if self._held:
+            self._file.write_table(pa.Table.from_batches(self._held).combine_chunks())
+            self._held = []
 
 
 def kept(key: str, fill: Callable[[Writer], None]) -> Shards:

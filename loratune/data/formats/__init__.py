@@ -51,10 +51,13 @@ CHATS = frozenset({"messages", "conversations", "alpaca"})
 """The formats whose rows go through the chat template."""
 
 
+_COMPARED = "`chosen` and `rejected` are preference data, and training here compares no answers"
+
+
 class Parser:
     """Makes examples of the rows of one file. form: the name of their format; reads: what tells it from all others.
 
-    unread: the fields of the first row that the format does not read.
+    unread: the fields of the rows so far that the format does not read.
     """
 
     def __init__(self, first: Row, section: DataSection):
@@ -64,6 +67,7 @@ class Parser:
         the format does not read; a template, or a loss on assistant turns, for rows that are no conversations.
         """
         self._columns, self._recognised = dict(section.columns), section.format == "auto"
+        self._chosen_by = "of its first row" if self._recognised else "that data.format names"
         self._learn_all = section.loss_on == "all"
         if absent := {ours: theirs for ours, theirs in self._columns.items() if theirs not in first.values}:
             what = f"no field {listed(absent.values())}; the fields are {listed(first.values)}"
@@ -73,8 +77,8 @@ class Parser:
         self._format = _recognised(first.where, values, section)
         self.form = self._format.name
         self.reads = (self.form, *self._format.keys)
-        read = {*self._format.keys, *self._format.optional}
-        self.unread = tuple(field for field in values if field not in read)
+        self._known = {*self._format.keys, *self._format.optional}
+        self.unread: set[str] = set()
         if problems := list(_contradictions(self._format, section, first.where)):
             raise DataError(problems)
 
@@ -85,14 +89,17 @@ class Parser:
         """
         values = _renamed(row.values, self._columns) if self._columns else row.values
         if self._recognised and "chosen" in values and "rejected" in values:
-            raise BadRow("`chosen` and `rejected` are preference data, and training here compares no answers")
+            raise BadRow(_COMPARED, _chosen_alone(values))
         for name in self._format.keys:
             if name not in values:
                 absent = listed(self._columns.get(name, name) for name in self._format.keys if name not in values)
-                raise BadRow(f"no field {absent} for the format {self.form}; its fields are {listed(row.values)}")
+                what = f"no field {absent} for the format {self.form}; its fields are {listed(row.values)}"
+                raise BadRow(what, f"all rows of a file have the format {self._chosen_by}")
+        if not values.keys() <= self._known:
+            self.unread |= values.keys() - self._known
         example = self._format.read(row.where, values)
         if self._learn_all and isinstance(example, Conversation) and example.muted:
-            raise BadRow("a turn has weight 0, and data.loss_on: all learns every token")
+            raise BadRow("a turn has weight 0, and data.loss_on: all learns every token", "set loss_on to assistant")
         return example
 
 
@@ -106,7 +113,7 @@ def _recognised(where: str, values: Values, section: DataSection) -> Format:
     if section.format != "auto":
         return next(form for form in FORMATS if form.name == section.format)
     if {"chosen", "rejected"} <= keys:
-        raise _preferences(where, values)
+        raise DataError(Problem(_COMPARED, where, fix=_chosen_alone(values)))
     if pair and isinstance(values.get("label"), bool):
         what = "`label` is true or false beside a completion: preference data, of which the false ones would be learnt"
         raise DataError(Problem(what, where, fix="keep the rows that are true, and set data.format"))
@@ -120,15 +127,13 @@ def _recognised(where: str, values: Values, section: DataSection) -> Format:
     raise DataError(Problem(what, where, fix=fix))
 
 
-def _preferences(where: str, values: Values) -> DataError:
-    """Pairs of answers are learnt by comparing them, which is another kind of training."""
+def _chosen_alone(values: Values) -> str:
+    """What to do about pairs of answers, which are learnt by comparing them: another kind of training."""
     lists = isinstance(values["chosen"], list)
     prompt = values.get("prompt")
     apart = isinstance(prompt, list) if lists else "prompt" in values
     ours = "completion" if apart else "messages" if lists else "text"
-    what = "`chosen` and `rejected` are preference data, and training here compares no answers"
-    fix = f"to learn the chosen ones alone, set data.columns to {{{ours}: chosen}}"
-    return DataError(Problem(what, where, fix=fix))
+    return f"to learn the chosen ones alone, set data.columns to {{{ours}: chosen}}"
 
 
 def _contradictions(form: Format, section: DataSection, where: str) -> list[Problem]:

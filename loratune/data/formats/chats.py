@@ -89,7 +89,7 @@ def _as_openai(item: Values, place: str) -> Values:
         if clash := {"role", "content"} & {field for field, value in item.items() if value is not None}:
             raise BadRow(f"{place} has both `from` and `{min(clash)}`")
         rest = {field: value for field, value in item.items() if field not in ("from", "value")}
-        item = {**rest, "role": item["from"], "content": text(item, "value")}
+        item = {**rest, "role": item["from"], "content": text(item, "value", place)}
     if item.get("role") == "function_call" and isinstance(item.get("content"), str):
         return {**item, "role": "assistant", "content": None, "tool_calls": called(item["content"], place)}
     return item

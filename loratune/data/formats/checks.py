@@ -4,28 +4,42 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loratune.errors import Problem
+
 Values = Mapping[str, Any]
 """A row under our names of its fields."""
 
 
 class BadRow(ValueError):
-    """What is wrong with one row, without its place."""
+    """What is wrong with one row, without its place, and what to do about it."""
+
+    def __init__(self, what: str, fix: str = "mend the row, or take it out"):
+        super().__init__(what)
+        self.fix = fix
+
+    def at(self, where: str) -> Problem:
+        """As a problem of the row at a place."""
+        return Problem(str(self), where, fix=self.fix)
 
 
-def text(values: Values, key: str) -> str:
-    """The text of a field.
+def text(values: Values, key: str, place: str = "") -> str:
+    """The text of a field. place: what in the row has the field, where it is not the row itself.
 
     Raises BadRow: it holds something else, or a character that UTF-8 cannot write.
     """
     value = values.get(key)
     if not isinstance(value, str):
-        raise BadRow(f"`{key}` must be text, got {kind(value)}")
+        raise BadRow(f"`{key}`{_of(place)} must be text, got {kind(value)}")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise BadRow(f"`{key}` holds a lone surrogate, which is not a character") from None
+            raise BadRow(f"`{key}`{_of(place)} holds a lone surrogate, which is not a character") from None
     return value
+
+
+def _of(place: str) -> str:
+    return f" of {place}" if place else ""
 
 
 def optional_text(values: Values, key: str) -> str:

@@ -68,7 +68,7 @@ Example: TypeAlias = Plain | Conversation | Ids
 def silent(example: Example, loss_on: str) -> str | None:
     """Why nothing is learnt in an example, or None."""
     if isinstance(example, Plain):
-        heard = example.completion or (loss_on == "all" and example.prompt)
+        heard = example.completion.strip() or (loss_on == "all" and example.prompt.strip())
         return None if heard else "the completion is empty"
     if isinstance(example, Ids):
         learnt = example.ids[1:] if example.labels is None else [id for id in example.labels[1:] if id != IGNORED]

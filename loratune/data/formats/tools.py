@@ -17,7 +17,7 @@ def schemas(values: Values) -> tuple[Any, ...]:
     Raises BadRow: something else; the row offers `functions`.
     """
     if values.get("functions"):
-        raise BadRow("the row has `functions`, which would be left out of training; map it to `tools` by data.columns")
+        raise BadRow("the row has `functions`, which would not be learnt", "map `tools` to it by data.columns")
     value = values.get("tools")
     if not value:
         return ()
@@ -74,14 +74,14 @@ def _call(item: Any, place: str) -> dict[str, Any]:
     )
     if extra:
         raise BadRow(f"{place} has {listed(extra)}, which would be left out of training")
-    if not text(function, "name"):
+    if not text(function, "name", place):
         raise BadRow(f"{place} names no function")
     given = function.get("arguments")
     arguments = {} if given in (None, "") else decoded(given, f"`arguments` of {place}")
     if not isinstance(arguments, dict):
         raise BadRow(f"`arguments` of {place} must be an object, or JSON of one, got {kind(arguments)}")
     named = {"name": function["name"], "arguments": arguments}
-    kept = {field: text(call, field) for field in ("id",) if field in call}
+    kept = {field: text(call, field, place) for field in ("id",) if field in call}
     return {**kept, "type": "function", "function": named}
 
 

@@ -71,7 +71,7 @@ def _turn(item: Values, place: str, roles: Mapping[str, str]) -> Turn:
         message["tool_calls"] = calls(item["tool_calls"], place)
     if item.get("content") or not item.get("tool_calls"):
         message["content"] = _content(item, place)
-    message |= {field: text(item, field) for field in TEXTS if item.get(field) is not None}
+    message |= {field: text(item, field, place) for field in TEXTS if item.get(field) is not None}
     return Turn(message, _muted(item.get("weight"), role, place))
 
 
@@ -79,14 +79,14 @@ def _content(item: Values, place: str) -> str:
     """The text of a turn; parts of text are joined as they stand."""
     parts = item.get("content")
     if not isinstance(parts, list) or not parts:
-        return text(item, "content")
+        return text(item, "content", place)
     joined = []
     for part in parts:
         form = part.get("type") if isinstance(part, Mapping) else None
         if form != "text":
             what = f"a part of the type {form!r}" if isinstance(part, Mapping) else f"{kind(part)} as a part"
             raise BadRow(f"{place} has {what}, and only parts of the type 'text' are learnt")
-        joined.append(text(part, "text"))
+        joined.append(text(part, "text", f"a part of {place}"))
     return "".join(joined)
 
 

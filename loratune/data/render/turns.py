@@ -65,7 +65,11 @@ def _prompt(template: Template, chat: Chat) -> str | None:
 
 
 def _moved(template: Template, chat: Chat, learnt: Sequence[int], whole: Shown) -> Turns:
-    """The turns of a row whose prompt the template renders in another way before the answer than with it."""
+    """The turns of a row whose prompt the template renders in another way before the answer than with it.
+
+    Mistral-Nemo moves the system prompt to the last question; DeepSeek-R1 ends the prompt in `<think>`, which the
+    rendered answer lacks.
+    """
     last = learnt[-1]
     history = template.show(chat.until(last), prompt=True)
     finder = _Finder(template, chat, whole)
@@ -122,6 +126,7 @@ class _Turn:
 def _continued(unshown: str, message: Message, text: str, answer: _Turn) -> str:
     """The answer as it goes on after a prompt that ends in something the text does not show, e.g. `<think>`."""
     shown = text[answer.start : answer.end]
+    # `<think>\n` of Qwen3.5 or DeepSeek-R1: the reasoning comes first, empty where the answer has none
     tag = _OPENED.search(unshown)
     if tag is None:
         return shown
@@ -172,11 +177,13 @@ class _Finder:
         """Where a turn begins, and what the prompt for it ends in beyond that. asked: the prompt, if at hand."""
         text, content = self._shown.text, self._content(number)
         before = self._shown.ends.get(number - 1)
+        # the usual case: question, end of turn, header; then one rendering of the whole conversation is enough
         if before is not None and asked is None and (usual := self._after_question(number, before)) is not None:
             return usual
         if asked is None and number:
             asked = self._asked(number)
         said = asked.ends.get(number - 1) if asked else None
+        # the header as the prompt has it, held against what follows the message before: Qwen3 shows `<think>` in one
         if asked is not None and before is not None and said is not None:
             opening = asked.text[said:]
             common = _common(opening, text[before : before + len(opening)])
@@ -212,7 +219,8 @@ class _Finder:
     def _content(self, number: int) -> int | None:
         """Where the visible content of a message begins; None if it has none, or none that is known to be shown.
 
-        A template may hide the beginning of an earlier answer, up to a tag that closes it: its reasoning.
+        A template may hide the beginning of an earlier answer, up to a tag that closes it: Qwen3 and DeepSeek-R1 leave
+        out the reasoning of all answers but the last.
         """
         end = self._shown.ends.get(number)
         if end is None:
@@ -241,6 +249,7 @@ class _Finder:
         if (limit := self._shown.ends.get(number + 1)) is not None and self._template.ends:
             turn: str = text[:limit].removesuffix(following[0]["content"].strip())
             return self._template.last_end(turn, start)
+        # no mark after it tells where it ends, as behind calls of tools: the rendering that stops here does
         alone = self._template.text(self._chat.until(number + 1))
         end = self._template.last_end(alone, start)
         if not text.startswith(alone[:end]):

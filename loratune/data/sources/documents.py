@@ -9,6 +9,7 @@ from loratune.data.sources.rows import BLOCK, Item, mapping
 from loratune.errors import Problem
 
 _decode = json.JSONDecoder().raw_decode
+_MEND = "mend the file, or write it again"
 _TAIL = 16  # longer than any literal or escape that a piece of text may be cut off in
 
 
@@ -68,10 +69,10 @@ class _Text:
                 if not (in_tail and self.more()):
                     raise self.refused(error.msg, error.pos) from None
             except RecursionError:
-                raise _Refused(Problem("not valid JSON: nested too deeply", self._name)) from None
+                raise _Refused(Problem("not valid JSON: nested too deeply", self._name, fix=_MEND)) from None
             except ValueError as error:  # a number of more digits than Python reads
                 where = f"{self._name}:{self.line(self.at)}"
-                raise _Refused(Problem(f"not valid JSON: {error}", where)) from None
+                raise _Refused(Problem(f"not valid JSON: {error}", where, fix=_MEND)) from None
             else:
                 if end < len(self.held) or not self.more():
                     self.at = end
@@ -81,7 +82,7 @@ class _Text:
         """What to raise about a position in `held`."""
         at_end = position >= len(self.held.rstrip()) and not self.more()
         what = f"not valid JSON: {lines.reason(message, self.column(position), at_end)}"
-        return _Refused(Problem(what, f"{self._name}:{self.line(position)}"))
+        return _Refused(Problem(what, f"{self._name}:{self.line(position)}", fix=_MEND))
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """What is left, as numbered lines."""
@@ -141,7 +142,7 @@ def _object(text: _Text, name: str) -> Iterator[Item]:
     if isinstance(rows, dict):
         rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
     if not isinstance(rows, list):
-        yield Problem("expected a list of objects", name)
+        yield Problem("expected a list of objects", name, fix="one object is one row")
         return
     for number, row in enumerate(rows, start=1):
         yield mapping(row, f"{name}:row {number}")

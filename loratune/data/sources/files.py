@@ -37,7 +37,7 @@ def find(path: Path) -> list[Path]:
         if not path.exists():
             if glob.has_magic(str(path)):
                 return _known(_matches(path), path, "no data files match this glob")
-            raise DataError(Problem("no such file", str(path)))
+            raise DataError(Problem("no such file", str(path), fix="check the path"))
         if not path.is_file():
             raise DataError(Problem("neither a file nor a directory", str(path)))
     except OSError as error:

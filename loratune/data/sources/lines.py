@@ -11,6 +11,7 @@ csv.field_size_limit(1 << 28)  # csv's own limit of 128 KiB a cell is shorter th
 
 Lines = Iterator[tuple[int, str]]
 
+_MEND = "mend the line, or take it out"
 _decode = json.JSONDecoder().raw_decode
 
 
@@ -32,7 +33,7 @@ def _loaded(line: str, where: str) -> Item:
     try:
         return mapping(json.loads(line), where)
     except (ValueError, RecursionError) as error:
-        return Problem(f"not valid JSON: {_reason(error)}", where)
+        return Problem(f"not valid JSON: {_reason(error)}", where, fix=_MEND)
 
 
 def _reason(error: Exception) -> str:
@@ -58,15 +59,24 @@ def csv_records(lines: Lines, name: str) -> Iterator[Item]:
                 continue
             if not header:
                 header = cells
-                if doubled := sorted({name for name in header if header.count(name) > 1}):
-                    yield Problem(f"the header names {', '.join(doubled)} more than once", where)
+                if problem := _header_problem(header, where):
+                    yield problem
                     return
             elif len(cells) != len(header):
-                yield Problem(f"{len(cells)} cells, but the header names {len(header)}", where)
+                yield Problem(f"{len(cells)} cells, but the header names {len(header)}", where, fix=_MEND)
             else:
                 yield Row(where, dict(zip(header, cells, strict=True)))
     except csv.Error as error:
-        yield Problem(f"not valid CSV: {error}", f"{name}:{number}")
+        yield Problem(f"not valid CSV: {error}", f"{name}:{number}", fix=_MEND)
+
+
+def _header_problem(header: list[str], where: str) -> Problem | None:
+    if len(header) == 1 and (separators := {";", "\t"}.intersection(header[0])):
+        what = f"the header has no comma, but {' and '.join(map(repr, sorted(separators)))}"
+        return Problem(what, where, fix="write the file with commas between the cells")
+    if doubled := sorted({name for name in header if header.count(name) > 1}):
+        return Problem(f"the header names {', '.join(doubled)} more than once", where, fix="rename one")
+    return None
 
 
 def txt(lines: Lines, name: str) -> Iterator[Item]:

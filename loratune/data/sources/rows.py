@@ -57,7 +57,8 @@ def mapping(values: Any, where: str) -> Item:
     """The row, or the problem that it is none."""
     if isinstance(values, dict):
         return Row(where, values)
-    return Problem(f"a row must be an object with named fields, got {type(values).__name__}", where)
+    what = f"a row must be an object with named fields, got {type(values).__name__}"
+    return Problem(what, where, fix="write it as {...}")
 
 
 def batch_rows(size: int, rows: int) -> int:
