@@ -22,8 +22,9 @@ lint: .venv/dev.stamp
 types: .venv/dev.stamp
 	$(BIN)/mypy
 
+# Files are shared out among processes of one thread each: most tests wait for one core.
 unit: .venv/dev.stamp
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

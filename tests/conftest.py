@@ -1,10 +1,13 @@
 """What the tests share: a tiny model and tokenizer built in process, the real model, and the command line."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +87,20 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToke
     return path
 
 
+@contextmanager
+def alone(what: str) -> Iterator[None]:
+    """For what is fetched once for all: other test processes wait."""
+    with (Path(tempfile.gettempdir()) / f"loratune-test-{what}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, fetched by the script that the quickstart uses."""
     path = ROOT / "models" / "SmolLM2-135M-Instruct"
-    subprocess.run([sys.executable, ROOT / "scripts" / "fetch_smollm2.py", path], check=True)
+    with alone("smollm2"):
+        subprocess.run([sys.executable, ROOT / "scripts" / "fetch_smollm2.py", path], check=True)
     return path
 
 

@@ -588,7 +588,7 @@ def test_memory(run_config: Callable[..., Path], tmp_path: Path) -> None:
         for name, given in sets.items()
     )
     assert many - some < 32 << 20
-    assert long - some < 40 * len(words)  # of which a token a byte, at 8 bytes in each of three lists, is the most
+    assert long - some < 40 * len(words)  # a token a byte, at 8 bytes in each of the two lists that are held at once
 
 
 def test_a_chat_template_of_ones_own(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:

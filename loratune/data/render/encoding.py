@@ -37,30 +37,28 @@ class Encoder:
 
         A text over a million characters is encoded in pieces that end at words or lines.
         """
-        pieces = {text: self._pieces(text) for text in texts if len(text) > LONG}
-        short = dict.fromkeys(chain.from_iterable(pieces.get(text, (text,)) for text in texts))
-        short.pop("", None)
         found: dict[str, list[int]] = {"": []}
-        for batch in _batches(list(short)):
+        for batch in _batches([text for text in dict.fromkeys(texts) if 0 < len(text) <= LONG]):
             found.update(zip(batch, self._batch(batch), strict=True))
-        for text, parts in pieces.items():
-            found[text] = [*chain.from_iterable(found[part] for part in parts)]
+        for text in texts:
+            if text not in found:
+                found[text] = [*chain.from_iterable(self._batch([piece])[0] for piece in self._pieces(text))]
         return [found[text] for text in texts]
 
-    def continued(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """For each prompt and the text after it: the ids of the prompt, and of both, which begin with the same ids.
+    def continued(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, list[int]]]:
+        """For each prompt and the text after it: how many ids the prompt has, and the ids of both, the prompt's first.
 
         The two are encoded as one text where the prompt's ids are the beginning of that text's, and apart where they
         are not. Of a longer prompt only the last words are encoded again: words do not change those before them.
         """
         tails = [(prompt, self._last_words(prompt), rest) for prompt, rest in pairs]
         found = iter(self([text for prompt, tail, rest in tails for text in (prompt, tail, tail + rest)]))
-        results: list[tuple[list[int], list[int]]] = []
+        results: list[tuple[int, list[int]]] = []
         for prompt, rest in pairs:
             ids, end, both = next(found), next(found), next(found)
             if ids[len(ids) - len(end) :] != end:
                 end, both = ids, self.one(prompt + rest)
-            results.append((ids, ids + (both[len(end) :] if both[: len(end)] == end else self._apart(rest))))
+            results.append((len(ids), ids + (both[len(end) :] if both[: len(end)] == end else self._apart(rest))))
         return results
 
     def one(self, text: str) -> list[int]:
@@ -75,9 +73,10 @@ class Encoder:
                 return ids[len(self._line) :]
         return self.one(rest)
 
-    def _pieces(self, text: str) -> list[str]:
-        first, *more = _pieces(text)
-        return [first, *(piece.removeprefix(" ") if self._adds_space else piece for piece in more)]
+    def _pieces(self, text: str) -> Iterator[str]:
+        pieces = _pieces(text)
+        yield next(pieces)
+        yield from (piece.removeprefix(" ") if self._adds_space else piece for piece in pieces)
 
     def _last_words(self, prompt: str) -> str:
         """The end of a prompt from a border of words on; all of it if it has no words near its end."""

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import tokenizers
@@ -86,7 +86,8 @@ class Renderer:
         Raises ModelError, DataError: see `rows`.
         """
         if isinstance(prompt, str):
-            return tuple(self._with_bos(self._encode.one(prompt)))
+            ids = self._encode.one(prompt)
+            return (*self._before(ids), *ids)
         chat = Chat(prompt, tools, where)
         if tools and not self._template.shows_tools:
             raise chat.problem("the chat template leaves out the `tools` of the row")
@@ -131,9 +132,9 @@ class Renderer:
         for draft, (prompt, ids), pieces in zip(drafts, pairs, inner, strict=True):
             apart = [next(found) for _ in pieces]
             places = self._places(draft, pieces, apart, ids) if pieces else {}
-            places |= {draft.prompt: len(prompt), len(draft.text): len(ids)}
+            places |= {draft.prompt: prompt, len(draft.text): len(ids)}
             spans = [(places[start], places[end]) for start, end in draft.spans]
-            rows.append(self._finished(draft, ids, spans, len(prompt), loss_on))
+            rows.append(self._finished(draft, ids, spans, prompt, loss_on))
         return rows
 
     def _places(
@@ -158,19 +159,20 @@ class Renderer:
 
     def _finished(self, draft: _Draft, ids: list[int], spans: list[Span], prompt: int, loss_on: str) -> Tokens:
         """The row with its BOS and its end, and without spans of no token."""
-        whole = ids if draft.templated else self._with_bos(ids)
-        shift = len(whole) - len(ids)
-        spans = [(start + shift, end + shift) for start, end in spans]
-        if whole[-1:] != [self.eos] and not (draft.templated and set(whole[-1:]) & set(self.end_ids)):
-            whole = [*whole, self.eos]
+        before = () if draft.templated else self._before(ids)
+        spans = [(start + len(before), end + len(before)) for start, end in spans]
+        ended = {self.eos, *(self.end_ids if draft.templated else ())}.intersection((*before, *ids[-1:])[-1:])
+        whole = tuple(chain(before, ids, () if ended else (self.eos,)))  # one copy: a row may be very long
+        if not ended:
             spans[-1] = (spans[-1][0], len(whole))
         if loss_on == "all":
             spans = [(0, len(whole))]
-        answer = prompt + shift if draft.asked else None
-        return Tokens(draft.where, tuple(whole), tuple(span for span in spans if span[0] < span[1]), answer)
+        answer = prompt + len(before) if draft.asked else None
+        return Tokens(draft.where, whole, tuple(span for span in spans if span[0] < span[1]), answer)
 
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        return [self._bos, *ids] if self._starts_with_bos and ids[:1] != [self._bos] else ids
+    def _before(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The BOS, where the tokenizer begins with one and these do not."""
+        return (self._bos,) if self._starts_with_bos and [*ids[:1]] != [self._bos] else ()
 
 
 def _inner_pieces(draft: _Draft) -> list[str]:
