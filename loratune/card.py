@@ -19,24 +19,23 @@ def provenance(
     settings: Mapping[str, Any],
     metrics: Mapping[str, Any],
     curve: Sequence[Mapping[str, float]],
-    fingerprints: Mapping[str, str],
-    rows: Mapping[str, int],
+    fingerprints: Mapping[str, str | None],
 ) -> dict[str, Any]:
-    """Everything that made an adapter. settings: the resolved config; rows: counts of the rows."""
+    """What made an adapter. settings: the resolved config."""
     return {
         "versions": {name: version(name) for name in PACKAGES},
         "machine": {"python": platform.python_version(), "platform": platform.platform()},
         "base": {key: settings["model"][key] for key in ("name_or_path", "revision", "gguf_file")},
-        "format": settings["data"]["format"],
         "fingerprints": dict(fingerprints),
         "seed": settings["training"]["seed"],
-        "rows": rows,
         "metrics": dict(metrics),
         "curve": [dict(entry) for entry in curve],
     }
 
 
-def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str, prompt: str) -> str:
+def model_card(
+    settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str, formats: Sequence[str], prompt: str
+) -> str:
     """A model card as the hub reads it: metadata, then base, data, settings, result and use.
 
     https://huggingface.co/docs/hub/model-cards
@@ -54,7 +53,7 @@ def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: st
 
 A LoRA adapter for `{_named(settings["model"])}`{_held(settings["model"])}, trained with loratune {version("loratune")}.
 
-- **Data:** {_sources(settings["data"]["train"])} ({settings["data"]["format"]})
+- **Data:** {_sources(settings["data"]["train"])} ({", ".join(formats)})
 - **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
 - **Repeat it:** `loratune train run.yaml --set output_dir=NEW`

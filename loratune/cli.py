@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -15,7 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from loratune import __version__
-from loratune.errors import ConfigError, DataError, Interrupted, LoratuneError, Problem
+from loratune.errors import ConfigError, DataError, Interrupted, LoratuneError, Problem, Terminated, is_out_of_memory
+from loratune.interrupts import Termination, terminable
 
 app = typer.Typer(
     help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
@@ -28,6 +30,7 @@ app = typer.Typer(
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Force = Annotated[bool, typer.Option("--force", help="Use the adapter on another base, or with edited files.")]
 Assignments = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.learning_rate=1e-4.")
 ]
@@ -45,12 +48,13 @@ def boundary(debug: bool) -> Iterator[None]:
         warnings.simplefilter("ignore")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        yield
+        with terminable():
+            yield
         sys.stdout.flush()
     except LoratuneError as error:
         _fail(error.problems, error.exit_code, debug)
-    except KeyboardInterrupt:
-        _fail([Problem("interrupted")], 130, debug)
+    except KeyboardInterrupt as stop:
+        _fail([Problem(_stopped(stop)[0])], _stopped(stop)[1].exit_code, debug)
     except BrokenPipeError:
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115  whoever read us has gone; the exit must not flush to it
         raise typer.Exit(0) from None
@@ -59,16 +63,15 @@ def boundary(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except Exception as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             _fail([_out_of_memory()], 8, debug)
         first = next(iter(str(error).splitlines()), "")
         _fail([Problem(f"unexpected {type(error).__name__}: {first}", fix="run again with --debug")], 1, debug)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Also in torch's words, which has a class for it on a GPU and none on a CPU."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)
+def _stopped(stop: KeyboardInterrupt) -> tuple[str, type[LoratuneError]]:
+    """What happened, and the error that ends the command."""
+    return ("terminated", Terminated) if isinstance(stop, Termination) else ("interrupted", Interrupted)
 
 
 def _out_of_memory() -> Problem:
@@ -104,6 +107,9 @@ def train(
     config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")],
     assignments: Assignments = [],  # noqa: B006  typer copies it
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    changes: Annotated[
+        list[str], typer.Option("--allow-change", metavar="KEY", help="With --resume: take on the new value of KEY.")
+    ] = [],  # noqa: B006  typer copies it
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at output_dir.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
     rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="With --dry-run: show N rendered rows.")] = 1,
@@ -117,6 +123,8 @@ def train(
         _tell(config.portability(run.lora))
         if resume and overwrite:
             raise ConfigError(Problem("--resume and --overwrite contradict each other; keep one"))
+        if changes and not resume:
+            raise ConfigError(Problem("a run that starts takes every value as it is", key="--allow-change"))
 
         from loratune import workspace
 
@@ -134,12 +142,14 @@ def train(
             if dry_run:
                 show.plan(story.plan(ready, watched), rows)
                 return
-            made = story.train(ready, story.Teller(note, show.announce, watched, TrainingProgress()), resume=resume)
-        except KeyboardInterrupt:
+            teller = story.Teller(note, show.announce, watched, TrainingProgress())
+            made = story.train(ready, teller, resume=changes if resume else None)
+        except KeyboardInterrupt as stop:
             fix = "the rows that were tokenised are kept, and the same command goes on from there"
             if not dry_run and ready.space.has_checkpoints():
-                fix = f"continue with: {_program()} train {config_file} --resume"
-            raise Interrupted(Problem("interrupted", fix=fix)) from None
+                fix = f"continue with: {_resume_line(config_file, assignments)}"
+            what, kind = _stopped(stop)
+            raise kind(Problem(what, fix=fix)) from None
         show.result(made, _program())
 
 
@@ -158,6 +168,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: take the likeliest token; above: sample.")] = 0.0,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside it.")] = False,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Complete prompts with an adapter on its base."""
@@ -170,14 +181,15 @@ def generate(
         rows = _prompt_rows(prompts, source)
 
         from loratune import preflight
+        from loratune.console import note
 
-        opened = preflight.open_adapter(adapter)
+        opened = preflight.open_adapter(adapter, note, forced=force)
 
         from loratune import generate as story
 
         stream = len(rows) == 1 and output is None and not base and sys.stdout.isatty()
         answers = story.generate(
-            opened, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream
+            opened, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream, note=note
         )
         if output is not None:
             _write_answers(answers, output)
@@ -227,7 +239,9 @@ def params(
 def evaluate(
     adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
     data: Annotated[str, typer.Option("--data", metavar="FILE", help="Held-out rows, in the format of training.")],
+    assignments: Assignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Score base and adapter on the same held-out rows."""
@@ -239,13 +253,13 @@ def evaluate(
 
         if not data:
             raise ConfigError(Problem("the path is empty", key="--data"))
-        opened = preflight.open_adapter(adapter)
+        opened = preflight.open_adapter(adapter, note, forced=force, assignments=assignments)
         part = check_source(Source(path=data), opened.data, watched)
 
         from loratune import show
         from loratune.evaluate import evaluate as story
 
-        scores, remarks = story(opened, part, watched)
+        scores, remarks = story(opened, part, watched, note)
         for line in remarks:
             note(line)
         show.scores(scores, as_json)
@@ -257,6 +271,12 @@ def _tell(lines: Iterable[str]) -> None:
 
     for line in lines:
         note(line)
+
+
+def _resume_line(config_file: Path, assignments: Iterable[str]) -> str:
+    """The command that goes on with a run."""
+    given = [part for one in assignments for part in ("--set", one)]
+    return shlex.join([_program(), "train", str(config_file), *given, "--resume"])
 
 
 def _program() -> str:

@@ -9,7 +9,8 @@ LoratuneError           1   unexpected
 ├── ResumeError         7   a checkpoint does not fit the run
 ├── ResourceError       8   memory or disk
 ├── LockedError         9   another run holds the directory
-└── Interrupted       130   Ctrl-C
+├── Interrupted       130   Ctrl-C
+└── Terminated        143   SIGTERM
 
 An error holds every problem that was found, so that the user mends them in one go. `cli` is the one place
 that turns an error into lines on stderr and an exit code.
@@ -48,6 +49,12 @@ class LoratuneError(Exception):
             problems = [problems]
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also in torch's words, which has a class for it on a GPU and none on a CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 class ConfigError(LoratuneError):
@@ -102,3 +109,9 @@ class Interrupted(LoratuneError):
     """The user stopped the run."""
 
     exit_code = 130
+
+
+class Terminated(LoratuneError):
+    """The run was told to end, by SIGTERM."""
+
+    exit_code = 143

@@ -1,7 +1,7 @@
 """The story of `loratune evaluate`: base and adapter on the same held-out rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loratune import data, inference, model, trainer
@@ -32,17 +32,19 @@ class Score:
     tokens: int
 
 
-def evaluate(opened: Opened, part: Part, watch: Watch) -> tuple[dict[str, Score], list[str]]:
+def evaluate(
+    opened: Opened, part: Part, watch: Watch, note: Callable[[str], None]
+) -> tuple[dict[str, Score], list[str]]:
     """Score `base` and `adapter` on rows that are rendered as in training; and lines about what became of the rows.
 
     Raises AdapterError, ModelError, DataError.
     """
-    tuned = inference.load(opened)
+    tuned = inference.load(opened, note)
     size = tuned.model.config.get_text_config().vocab_size
     rows = data.prepare(part, tuned.renderer, tuned.data, size, watch)
     with tuned.without_adapter():
         base = _score(tuned, rows)
-    return {"base": base, "adapter": _score(tuned, rows)}, rows.report.losses()
+    return {"base": base, "adapter": _score(tuned, rows)}, [*part.remarks(), *rows.report.losses()]
 
 
 def _score(tuned: Tuned, prepared: Prepared) -> Score:

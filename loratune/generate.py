@@ -1,13 +1,13 @@
 """The story of `loratune generate`: prompts → completions, rendered as in training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import TextStreamer
 
 from loratune import inference, model
 from loratune.data import formats
-from loratune.data.formats import CHATS, Asked
+from loratune.data.formats import Asked
 from loratune.data.sources import Row
 from loratune.errors import ConfigError, Problem
 from loratune.inference import Tuned
@@ -32,15 +32,16 @@ def generate(
     temperature: float,
     base: bool,
     stream: bool,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Answer]:
     """Answer every row, in order. Everything is checked before the iterator is handed out.
 
-    stream: print the completion of a single prompt while it comes.
-    rows: each with `prompt` (text, or messages), `messages` or `text`. Text is taken as training took it:
-    raw, or as a user's turn where the adapter was trained on conversations.
+    stream: print the completion of a single prompt while it comes; note: takes lines about the adapter.
+    rows: of any format but input_ids, and those need no answer. Text is taken as training took it: raw, or as a user's
+    turn where the adapter was trained on conversations.
     Raises AdapterError, ModelError, DataError; ConfigError: a prompt that leaves no room in the model's context.
     """
-    tuned = inference.load(opened)
+    tuned = inference.load(opened, note)
     questions = _questions(tuned, rows)
     prompts = [
         tuned.renderer.prompt(asked.prompt, row.where, asked.tools) for asked, row in zip(questions, rows, strict=True)
@@ -66,10 +67,10 @@ def generate(
 
 def _questions(tuned: Tuned, rows: Sequence[Row]) -> list[Asked]:
     """What the rows ask; bare text is the user's turn where the adapter was trained on conversations."""
-    asked = [formats.question(row, tuned.data.columns) for row in rows]
+    asked = [formats.question(row, tuned.data) for row in rows]
     if empty := [row.where for row, one in zip(rows, asked, strict=True) if not one.prompt]:
         raise ConfigError([Problem("the prompt is empty", where) for where in empty])
-    if tuned.data.format not in CHATS:
+    if not tuned.chat:
         return asked
     return [
         Asked([{"role": "user", "content": one.prompt}], one.tools) if isinstance(one.prompt, str) else one

@@ -1,6 +1,6 @@
 """An adapter directory, loaded and ready: base, adapter, tokenizer and renderer as they were in training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from loratune.adapter import PeftModel
 from loratune.config import DataSection, ModelSection
 from loratune.data.packing import pad
 from loratune.data.render import Renderer
-from loratune.errors import ModelError
+from loratune.errors import AdapterError, ModelError, Problem
 from loratune.preflight import Opened
 
 BATCH = 32
@@ -22,12 +22,16 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Tuned:
-    """A base with its adapter on, and how prompts are rendered for it."""
+    """A base with its adapter on, and how prompts are rendered for it.
+
+    chat: the rows of training went through the chat template.
+    """
 
     model: PeftModel
     tokenizer: Any
     renderer: Renderer
     data: DataSection
+    chat: bool
 
     def without_adapter(self) -> AbstractContextManager[Any]:
         """Inside, the model is the base alone."""
@@ -67,10 +71,11 @@ class Tuned:
         return ids[: ends[0] + 1] if ends else ids
 
 
-def load(opened: Opened) -> Tuned:
+def load(opened: Opened, note: Callable[[str], None] = lambda _: None) -> Tuned:
     """Load the base of an adapter directory, and put the adapter on it.
 
-    Raises ModelError: the base cannot be loaded. Raises AdapterError: see `adapter.load`.
+    Raises ModelError: the base cannot be loaded. Raises AdapterError: see `adapter.load`; another base than the one it
+    was trained on, which is noted where it is forced.
     """
     path = opened.saved.path
     own_tokenizer = (path / "tokenizer_config.json").is_file()
@@ -82,5 +87,22 @@ def load(opened: Opened) -> Tuned:
             [replace(one, key="", fix=f"{one.fix}; {fix}" if one.fix else fix) for one in error.problems]
         ) from None
     tokenizer = model.load_tokenizer(ModelSection(name_or_path=str(path)) if own_tokenizer else opened.base)
+    for line in adapter.ignored(opened.saved):
+        note(line)
+    identity = model.fingerprint(base)
     tuned = adapter.load(base, opened.saved)
-    return Tuned(tuned, tokenizer, Renderer(tokenizer), opened.data)
+    _check_base(opened, identity, note)
+    return Tuned(tuned, tokenizer, Renderer(tokenizer), opened.data, opened.chat)
+
+
+def _check_base(opened: Opened, found: str, note: Callable[[str], None]) -> None:
+    known = opened.saved.base_fingerprint
+    if known is None or known == found:
+        return
+    problem = Problem(
+        f"was trained on another base than {opened.base.name_or_path}, by its shape and a sample of its weights",
+        str(opened.saved.path),
+    )
+    if not opened.forced:
+        raise AdapterError(replace(problem, fix="give it its base, or use it all the same with --force"))
+    note(str(problem))

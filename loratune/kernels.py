@@ -18,7 +18,8 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return functional.cross_entropy(chosen, targets[learnt], reduction="sum"), learnt.sum()
 
 
-def global_norm(tensors: list[Tensor]) -> Tensor:
-    """The 2-norm over all elements of all tensors, as a scalar; NaN or inf if any element is."""
-    norm: Tensor = torch.nn.utils.get_total_norm(tensors)
+def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
+    """The norm over all elements of all tensors, as a scalar; NaN or inf if any element is. order: inf for the largest
+    element, which no sum makes inf."""
+    norm: Tensor = torch.nn.utils.get_total_norm(tensors, norm_type=order)
     return norm

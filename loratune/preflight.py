@@ -1,7 +1,8 @@
 """What can be known before torch is imported: is the output free, are the rows sound, is the adapter readable."""
 
-import json
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratune import config, data, places, saved
@@ -26,54 +27,77 @@ class Ready:
 class Opened:
     """An adapter directory and what it says of its training.
 
-    base: how the base was held; data: how rows were read; run: the recorded config, None if loratune did not write it.
+    base: how the base was held; data: how rows were read; chat: they went through the chat template; run: the recorded
+    config, None if loratune did not write it; forced: the user wants it used whatever it was trained on.
     """
 
     saved: Saved
     base: ModelSection
     data: DataSection
+    chat: bool
     run: RunConfig | None
+    forced: bool = False
 
 
 def check(run: RunConfig, space: Workspace, watch: Watch) -> Ready:
     """Look for the model, and read and check the rows, of a run whose output directory is free; nothing is written.
 
-    Raises ConfigError: see `quantized.check_bitsandbytes`. Raises ModelError: see `places.is_directory`,
-    `quantized.check_directory`. Raises DataError: see `data.check`.
+    Raises ConfigError: see `quantized.check_bitsandbytes`; no such chat template. Raises ModelError: see
+    `places.is_directory`, `quantized.check_directory`. Raises DataError: see `data.check`.
     """
-    base = run.model
+    base, template = run.model, run.data.chat_template
+    if template is not None and not os.path.isfile(os.path.expanduser(template)):
+        raise ConfigError(Problem("no such file", template, "data.chat_template", "name a Jinja file"))
     quantized.check_bitsandbytes(base.quantization)
     if places.is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
         quantized.check_directory(Path(places.local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
     return Ready(run, space, data.check(run.data, run.training.seed, watch))
 
 
-def open_adapter(directory: Path) -> Opened:
+def open_adapter(
+    directory: Path,
+    note: Callable[[str], None] = lambda _: None,
+    *,
+    forced: bool = False,
+    assignments: Sequence[str] = (),
+) -> Opened:
     """Open an adapter directory. What its run.yaml says of code to trust is not believed.
 
-    Raises AdapterError: see `saved.inspect`; a run.yaml that is not valid.
+    assignments: of keys of its data section, as of `config.load`; forced: go on where files have changed since they
+    were saved, and note it. Raises AdapterError: see `saved.inspect`; files that have changed; a run.yaml that is none.
+    Raises ConfigError: see `config.load`.
     """
     found = saved.inspect(directory)
+    edits = found.edits()
+    if edits and not forced:
+        raise AdapterError([replace(edit, fix="use it all the same with --force") for edit in edits])
+    for edit in edits:
+        note(str(edit))
     base = ModelSection(name_or_path=found.base, revision=found.config.get("revision"))
     if not (directory / "run.yaml").is_file():
-        recorded = base.model_copy(update={"gguf_file": _recorded_gguf(directory / "loratune.json")})
-        return Opened(found, recorded, DataSection(train=Source(path="unknown")), None)
+        if assignments:
+            raise ConfigError(Problem("the adapter has no run.yaml whose keys could be set", str(directory), "--set"))
+        recorded = base.model_copy(update={"gguf_file": _recorded_gguf(found)})
+        return Opened(found, recorded, DataSection(train=Source(path="unknown")), False, None, forced)
     try:
         run = config.load(directory / "run.yaml")
     except ConfigError as error:
         raise AdapterError(error.problems) from None
+    if beyond := [one for one in assignments if not one.startswith("data.")]:
+        raise ConfigError(Problem(f"`{beyond[0]}` is decided by training", key="--set", fix="only data.* can be set"))
+    run = config.load(directory / "run.yaml", assignments) if assignments else run
     held = run.model.model_dump(include={"gguf_file", "dtype", "quantization", "attn_implementation"})
-    return Opened(found, base.model_copy(update=held), run.data, run)
+    return Opened(found, base.model_copy(update=held), run.data, found.record.get("chat") is True, run, forced)
 
 
-def _recorded_gguf(record: Path) -> str | None:
+def _recorded_gguf(found: Saved) -> str | None:
     """Which GGUF file the provenance of an adapter names within its base; None without a record, or a GGUF file."""
-    if not record.is_file():
+    if not found.record:
         return None
-    try:
-        file = json.loads(record.read_text(encoding="utf-8"))["base"].get("gguf_file")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise AdapterError(Problem("does not say what the base is", str(record), "base")) from None
-    if file is not None and not isinstance(file, str):
-        raise AdapterError(Problem(f"not the name of a file: {file!r}", str(record), "base.gguf_file"))
+    where = str(found.path / saved.RECORD_FILE)
+    if not isinstance(base := found.record.get("base"), dict):
+        raise AdapterError(Problem("does not say what the base is", where, "base"))
+    file = base.get("gguf_file")
+    if file is not None and (not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts):
+        raise AdapterError(Problem(f"not the name of a file: {file!r}", where, "base.gguf_file"))
     return file

@@ -1,6 +1,8 @@
 """An adapter directory as it lies on the disk: opened and checked without torch, without loading weights."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,26 +13,49 @@ from loratune.errors import AdapterError, Problem
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+RECORD_FILE = "loratune.json"
+
+_FREE = ("README.md", RECORD_FILE)  # the card is the user's to edit, and the record cannot name itself
+_PLACES = ("base_model_name_or_path", "revision")  # the base may have moved: what it is, its fingerprint tells
+_CODE = ("auto_mapping", "megatron_config")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """An adapter directory whose files are readable. tensors: name → shape."""
+    """An adapter directory whose files are readable. tensors: name → shape; record: its loratune.json, or empty."""
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
+    record: dict[str, Any]
 
     @property
     def base(self) -> str:
         """The directory or hub id of the base model."""
         return str(self.config["base_model_name_or_path"])
 
+    @property
+    def base_fingerprint(self) -> str | None:
+        """That of the base it was trained on, if it says so."""
+        return _entry(self.record.get("fingerprints"), "base")
+
+    def edits(self) -> list[Problem]:
+        """Files that are not what they were when the adapter was published; none if it keeps no list of them."""
+        listed, now = self.record.get("files"), manifest(self.path)
+        if not isinstance(listed, dict):
+            return []
+        return [
+            Problem("missing" if name not in now else "changed since the adapter was saved", str(self.path / str(name)))
+            for name, digest in listed.items()
+            if now.get(name) != digest
+        ]
+
 
 def inspect(path: Path) -> Saved:
     """Open an adapter directory without loading weights. Never looks on the hub, never reads a pickle.
 
-    Raises AdapterError: no directory, a file, no config, no weights, unreadable or not of LoRA.
+    Raises AdapterError: no directory, a file, no config, no weights, unreadable or not of LoRA; a link out of the
+    directory, a configuration that names code, or a base by a path that leaves it.
     """
     where = str(path)
     if not path.exists():
@@ -42,13 +67,57 @@ def inspect(path: Path) -> Saved:
     if not (path / WEIGHTS_FILE).is_file():
         pickled = " (adapter_model.bin is a pickle, and pickles are not opened)" if list(path.glob("*.bin")) else ""
         raise AdapterError(Problem(f"no {WEIGHTS_FILE} in this directory{pickled}", where))
-    return Saved(path, _read_config(path / CONFIG_FILE), _read_shapes(path / WEIGHTS_FILE))
+    _check_links(path)
+    config = _read_config(path / CONFIG_FILE)
+    return Saved(path, config, _read_shapes(path / WEIGHTS_FILE), _read_record(path / RECORD_FILE))
+
+
+def manifest(directory: Path) -> dict[str, str]:
+    """Name → SHA-256 of every file, but for the model card, and for where the base lies."""
+    return {
+        path.name: _digest(path) for path in sorted(directory.iterdir()) if path.is_file() and path.name not in _FREE
+    }
+
+
+def _digest(path: Path) -> str:
+    if path.name != CONFIG_FILE:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        kept = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in _PLACES}
+    except (ValueError, AttributeError):
+        return ""
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _check_links(directory: Path) -> None:
+    inside = directory.resolve()
+    if leading := [path for path in directory.rglob("*") if not path.resolve().is_relative_to(inside)]:
+        fix = f"if it is yours, copy the files: cp -rL {directory} NEW"
+        raise AdapterError(Problem("leads out of the adapter directory, and is not followed", str(leading[0]), fix=fix))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(Problem(f"not readable as JSON: {error}", str(path))) from None
+    if not isinstance(record, dict):
+        raise AdapterError(Problem("not a record of a run", str(path)))
+    return record
+
+
+def _entry(values: Any, key: str) -> str | None:
+    value = values.get(key) if isinstance(values, Mapping) else None
+    return value if isinstance(value, str) else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(Problem(f"not readable as JSON: {error}", str(path))) from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(Problem("not the configuration of a LoRA adapter", str(path)))
@@ -59,6 +128,12 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise AdapterError(Problem("not a positive number", str(path), key))
     if not config.get("target_modules") or not isinstance(config["target_modules"], list | str):
         raise AdapterError(Problem("does not say which modules it adapts", str(path), "target_modules"))
+    if named := [key for key in _CODE if config.get(key)]:
+        raise AdapterError(Problem("names code, and none is run from here", str(path), named[0], "set it to null"))
+    base = config["base_model_name_or_path"]
+    if ".." in Path(base).parts:
+        what = f"{base} leads out of the directory that it starts from"
+        raise AdapterError(Problem(what, str(path), "base_model_name_or_path", "write the whole path"))
     return config
 
 

@@ -30,13 +30,18 @@ def announce(made: "Plan") -> None:
     for place, along in made.targets.along().items():
         if along:
             note(f"{place} is one module for {', '.join(made.targets.fused[place])}: {_along(along)}")
+    _notes(made)
+    note(str(made.count))
+
+
+def _notes(made: "Plan") -> None:
+    """On stderr, what is lawful and better known."""
     training, rows = made.config.training, made.rows.train.rows
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     if len(rows) < batch and made.train.size > 1:
         note(f"rows: {len(rows)}, fewer than a batch of {batch}: each epoch is one step on all of them")
     for line in made.notes:
         note(line)
-    note(str(made.count))
 
 
 def _rows(rows: "Rows") -> Iterator[str]:
@@ -70,8 +75,7 @@ def plan(made: "Plan", rows: int) -> None:
     print(made.count)
     for line in _rows(made.rows):
         print(line)
-    for line in made.notes:
-        note(line)
+    _notes(made)
     for number in range(min(rows, len(made.rows.train.rows))):
         print(f"{made.rows.train.rows.row(number).where}, with what is learnt marked")
         marked(made.rendered(number))

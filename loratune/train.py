@@ -1,9 +1,8 @@
 """The story of `loratune train`: a config and its rows become an adapter directory."""
 
-import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -11,18 +10,34 @@ from typing import Any
 
 import numpy as np
 
-from loratune import adapter, card, config, data, memory, model, places, targets, trainer, workspace
+from loratune import (
+    adapter,
+    card,
+    config,
+    data,
+    interrupts,
+    memory,
+    model,
+    places,
+    resuming,
+    saved,
+    targets,
+    trainer,
+    workspace,
+)
 from loratune.adapter import Count, PeftModel, Start
 from loratune.config import RunConfig, Source
 from loratune.data import Part, Prepared, Watch
 from loratune.data.formats import Conversation, Example, Plain
 from loratune.data.packing import Batches, Packing, why_not
 from loratune.data.render import Renderer
-from loratune.errors import NumericError, Problem, ResumeError
+from loratune.data.sources import looks_like_hub_id
+from loratune.errors import ConfigError, NumericError, Problem, ResourceError
+from loratune.interrupts import Stop
 from loratune.preflight import Ready
 from loratune.targets import Targets
 from loratune.trainer import Outcome, Progress
-from loratune.trainer.checkpoints import newest_whole
+from loratune.trainer.checkpoints import KEPT, Checkpoints
 from loratune.workspace import Workspace
 
 
@@ -56,9 +71,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first step. config: with absolute paths and the recognised format."""
+    """Everything that is known before the first step. config: with absolute paths; given: the rows as read."""
 
     config: RunConfig
+    given: Part
     tokenizer: Any
     model: PeftModel
     targets: Targets
@@ -72,10 +88,18 @@ class Plan:
     base_fingerprint: str
     try_it: str
 
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """Of the base and the rows; see `model.fingerprint` and `Prepared.fingerprint`."""
+        rows = self.rows
+        validation = rows.validation.fingerprint if rows.validation else None
+        return {"base": self.base_fingerprint, "data": rows.train.fingerprint, "validation": validation}
+
     def rendered(self, number: int = 0) -> Iterator[tuple[str, bool]]:
         """A training row as text, piece by piece, and whether the piece is learnt."""
         row, start = self.rows.train.rows.row(number), 0
-        for span in [*row.spans, (len(row.ids), len(row.ids))]:
+        spans = [(max(first, 1), end) for first, end in row.spans]  # the first token follows nothing
+        for span in [*spans, (len(row.ids), len(row.ids))]:
             for ids, learnt in ((row.ids[start : span[0]], False), (row.ids[slice(*span)], True)):
                 if ids:
                     yield self.tokenizer.decode(ids), learnt
@@ -98,7 +122,7 @@ def plan(ready: Ready, watch: Watch) -> Plan:
 
     Raises ModelError, DataError.
     """
-    run = _pinned(ready.config, ready.rows.train.form)
+    run = _pinned(ready.config)
     model.check_machine(run.model)
     tokenizer = model.load_tokenizer(run.model, run.data.chat_template)
     rows = _tokenised(ready, run, Renderer(tokenizer), watch)
@@ -124,6 +148,7 @@ def plan(ready: Ready, watch: Watch) -> Plan:
     )
     return Plan(
         config=run,
+        given=ready.rows.train,
         tokenizer=tokenizer,
         model=adapted,
         targets=found,
@@ -139,42 +164,63 @@ def plan(ready: Ready, watch: Watch) -> Plan:
     )
 
 
-def train(ready: Ready, teller: Teller, *, resume: bool) -> Result:
-    """Train, check and publish.
+def train(ready: Ready, teller: Teller, *, resume: Sequence[str] | None) -> Result:
+    """Train, check and publish. resume: go on from a checkpoint, with other values of these keys; None: start.
 
-    Raises ModelError, DataError; NumericError: a number that is not finite, or nothing learnt; ResumeError.
+    Raises ModelError, DataError; NumericError: a number that is not finite, or nothing learnt; ResumeError;
+    LockedError; ResourceError: out of memory, or no room on the disk. Raises KeyboardInterrupt: stopped by the user.
     """
-    with workspace.claimed(ready.space, resume=resume) as space:
+    with workspace.claimed(ready.space, resume=resume is not None) as space:
         run = plan(ready, teller.watch)
-        start_from = _begin(run, space, teller.note, resume=resume)
-        teller.plan(run)
-        outcome = trainer.fit(
-            run.config.training,
-            run.model,
-            run.train,
-            run.validation,
-            space.checkpoints,
-            teller.progress,
-            start_from,
-            partial(adapter.split, run.model, run.config.lora, weight_decay=run.config.training.weight_decay),
-        )
+        with interrupts.deferred(teller.note) as stop:
+            kept = _begin(run, space, teller, stop, resume)
+            teller.plan(run)
+            outcome = _fit(run, kept)
         try:
             trainer.check_sound(run.model, run.train)
-            size = _stage(run, outcome, space)
+            with workspace.room_for("the adapter", run.count.adapter_bytes, space.partial, "make room, then --resume"):
+                size = _stage(run, outcome, kept.checkpoints.run["changes"], space)
+                space.publish()
         except NumericError:
             space.forget_checkpoints()  # the run is over, and going on from its end would end the same
             raise
-        space.publish()
     return Result(space.output, shlex.quote(ready.config.output_dir), size, outcome, run.try_it)
 
 
+def _fit(run: Plan, kept: trainer.Run) -> Outcome:
+    training = run.config.training
+    optimizer = partial(adapter.split, run.model, run.config.lora, weight_decay=training.weight_decay)
+    try:
+        return trainer.fit(training, run.model, run.train, run.validation, kept, optimizer)
+    except trainer.OutOfMemory as error:
+        problem = error.problems[0]
+    found = memory.savings(run.model, *_largest(run.train, run.rows.train), training)
+    fixes = [f"{change} (saves about {saved / (1 << 20):,.0f} MiB)" for change, saved in found]
+    raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
+
+
 def _tokenised(ready: Ready, run: RunConfig, renderer: Renderer, watch: Watch) -> Rows:
-    size, given = model.vocabulary_size(run.model), ready.rows
+    known, given = model.load_config(run.model), ready.rows
+    size, limit = known.get_text_config().vocab_size, model.context_length(known)
     train = data.prepare(given.train, renderer, run.data, size, watch)
     validation = data.prepare(given.validation, renderer, run.data, size, watch) if given.validation else None
+    for made in (train, validation) if validation else (train,):
+        _check_positions(made, run, limit)
     leaks = data.find_leaks(given)
     remarks = {part.name: part.remarks() for part in (given.train, given.validation) if part}
+    if odd := renderer.remark(train.rows.row(0).ids):
+        remarks["train"].append(odd)
     return Rows(train, validation, remarks, leaks.remarks() if leaks else [], run.data.max_length)
+
+
+def _check_positions(made: Prepared, run: RunConfig, limit: int | None) -> None:
+    """Raises ConfigError: rows are longer than the model's context."""
+    longest = int(made.rows.lengths.max())
+    if limit is not None and longest > limit:
+        what = (
+            f"is {run.data.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
+        )
+        raise ConfigError(Problem(what, key="data.max_length", fix=f"set it to {limit}"))
 
 
 def _batched(run: RunConfig, packing: Packing, pad_id: int, rows: Prepared) -> Batches:
@@ -203,44 +249,39 @@ def _largest(batches: Batches, rows: Prepared) -> tuple[list[tuple[int, int]], i
     return [(labels.numel(), int((labels >= 0).sum()))], 1
 
 
-def _begin(run: Plan, space: Workspace, note: Callable[[str], None], *, resume: bool) -> Path | None:
-    """Record what is being run; on resume, insist that it is the same, and find the checkpoint to go on from."""
-    record = space.partial / "run.json"
-    identity: dict[str, Any] = {"config": run.config.resolved(), "data": run.rows.train.fingerprint}
-    if not resume:
-        workspace.write_json(record, identity)
-        return None
-    try:
-        before = json.loads(record.read_text())
-    except (OSError, ValueError):
-        raise ResumeError(Problem("does not say which run was interrupted", str(record))) from None
-    if changes := list(_changes(before["config"], identity["config"])):
-        raise ResumeError([Problem(change, "the interrupted run", fix="change it back") for change in changes])
-    if before["data"] != identity["data"]:
-        raise ResumeError(Problem("the training rows have changed since the run was interrupted", "data.train"))
-    checkpoint, skipped = newest_whole(space.checkpoints)
-    for problem in skipped:
-        note(str(problem))
-    note(f"resuming from step {checkpoint.name.rpartition('-')[2]}")
-    return checkpoint
+def _begin(run: Plan, space: Workspace, teller: Teller, stop: Stop, allowed: Sequence[str] | None) -> trainer.Run:
+    """What the run is kept in; on resume, from where it goes on."""
+    counts = run.rows.train.report.counts()
+    identity = resuming.identity(run.config.resolved(), run.fingerprints, counts)
+    size = 2 * run.memory.adapter + run.memory.optimizer
+    if allowed is None:
+        workspace.check_room(space, (KEPT + 1) * size)
+        return trainer.Run(Checkpoints(space.checkpoints, identity, size), teller.progress, stop)
+    found = resuming.resume(space.checkpoints, identity, allowed)
+    for problem in found.skipped:
+        teller.note(str(problem))
+    for change in found.changes:
+        teller.note(
+            f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
+        )
+    teller.note(f"resuming from step {found.step}")
+    kept = Checkpoints(space.checkpoints, identity | {"changes": found.changes}, size)
+    return trainer.Run(kept, teller.progress, stop, found.checkpoint, found.rescaled)
 
 
-def _stage(run: Plan, outcome: Outcome, space: Workspace) -> int:
+def _stage(run: Plan, outcome: Outcome, changes: Sequence[Mapping[str, Any]], space: Workspace) -> int:
     """Put the whole adapter directory together beside its place. Returns the size of the adapter's weights in bytes."""
     space.staging.mkdir()
     size = adapter.save(run.model, space.staging, run.start)
     run.tokenizer.save_pretrained(space.staging)
     settings = run.config.resolved()
-    fingerprints = {"base": run.base_fingerprint, "data": run.rows.train.fingerprint}
-    if run.rows.validation:
-        fingerprints["validation"] = run.rows.validation.fingerprint
-    counts = run.rows.train.report.counts()
-    workspace.write_json(
-        space.staging / "loratune.json", card.provenance(settings, outcome.metrics, outcome.curve, fingerprints, counts)
-    )
     (space.staging / "run.yaml").write_text(config.dump(run.config), encoding="utf-8")
-    text = card.model_card(settings, outcome.metrics, space.output.name, run.try_it)
+    text = card.model_card(settings, outcome.metrics, space.output.name, run.given.formats, run.try_it)
     (space.staging / "README.md").write_text(text, encoding="utf-8")
+    made = card.provenance(settings, outcome.metrics, outcome.curve, run.fingerprints)
+    made |= {"formats": run.given.formats, "chat": run.given.chat}
+    made |= {"rows": run.rows.train.report.counts(), "changes": changes, "files": saved.manifest(space.staging)}
+    workspace.write_json(space.staging / "loratune.json", made)
     return size
 
 
@@ -251,11 +292,12 @@ def _first_batches(batches: Batches, most: int = 64) -> list[Any]:
     return [batches.collate([batches.items[n] for n in range(at, min(at + size, count))]) for at in starts]
 
 
-def _pinned(run: RunConfig, form: str) -> RunConfig:
-    """The config as it would repeat this run from anywhere: absolute paths, and the format that was recognised."""
+def _pinned(run: RunConfig) -> RunConfig:
+    """The config as it would repeat this run from anywhere: with absolute paths."""
 
     def absolute(path: str) -> str:
-        return str(Path(path).expanduser().absolute()) if Path(path).expanduser().exists() else path
+        there = Path(path).expanduser()
+        return path if looks_like_hub_id(path) and not there.exists() else str(there.absolute())
 
     def pinned(value: Any) -> Any:
         if isinstance(value, list):
@@ -263,7 +305,7 @@ def _pinned(run: RunConfig, form: str) -> RunConfig:
         return value.model_copy(update={"path": absolute(value.path)}) if isinstance(value, Source) else value
 
     rows = run.data
-    changes: dict[str, Any] = {"train": pinned(rows.train), "validation": pinned(rows.validation), "format": form}
+    changes: dict[str, Any] = {"train": pinned(rows.train), "validation": pinned(rows.validation)}
     if rows.chat_template:
         changes["chat_template"] = absolute(rows.chat_template)
     named = run.model.model_copy(update={"name_or_path": places.local_or_hub(run.model.name_or_path)})
@@ -271,23 +313,16 @@ def _pinned(run: RunConfig, form: str) -> RunConfig:
     return run.model_copy(update={"data": rows.model_copy(update=changes), "model": named, "output_dir": output})
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"{prefix}{key} was {old!r} and is now {new!r}"
-
-
-def _prompt_of(rows: Part) -> str:
-    """The shortest prompt of the first rows, as one would type it after `loratune generate`."""
-    return shlex.quote(min(map(_asked, islice(rows.examples(), 100)), key=len))
+def _prompt_of(rows: Part, most: int = 200) -> str:
+    """The shortest prompt of the first rows, as one would type it after `loratune generate`; dots if none will do."""
+    asked = (text for text in map(_asked, islice(rows.examples(), 100)) if 0 < len(text) <= most)
+    return shlex.quote(min(asked, key=len, default="..."))
 
 
 def _asked(example: Example) -> str:
+    """What can be asked on a command line: raw text, or a single user's turn. Empty for anything else."""
     if isinstance(example, Plain):
-        return example.prompt or " ".join(example.completion.split()[:8])
-    if isinstance(example, Conversation):
-        return next((message["content"] for message in example.messages if message["role"] == "user"), "")
+        return " ".join(example.completion.split()[:8]) if example.whole else example.prompt
+    if isinstance(example, Conversation) and not example.tools and example.learnt("assistant")[:1] == (1,):
+        return str(example.messages[0]["content"]) if example.messages[0]["role"] == "user" else ""
     return ""

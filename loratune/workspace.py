@@ -3,16 +3,19 @@
 A run works in `<output_dir>.partial/` and publishes by one rename, so the output directory is whole or absent.
 """
 
+import errno
+import fcntl
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from loratune.errors import ConfigError, Problem, ResumeError
+from loratune.errors import ConfigError, LockedError, Problem, ResourceError, ResumeError
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,14 @@ class Workspace:
         return self.partial / "may_replace"
 
     @property
+    def lock(self) -> Path:
+        """A file that the run holds a lock on, which ends with its process, and that names it."""
+        return self.partial / "lock"
+
+    @property
     def ours(self) -> bool:
         """Whether nothing but a run's own work is in `partial`."""
-        own = {path.name for path in (self.checkpoints, self.staging, self.replaced, self.may_replace)} | {"run.json"}
+        own = {path.name for path in (self.checkpoints, self.staging, self.replaced, self.may_replace, self.lock)}
         return self.partial.is_dir() and {path.name for path in self.partial.iterdir()} <= own
 
     def has_checkpoints(self) -> bool:
@@ -55,6 +63,14 @@ class Workspace:
     def forget_checkpoints(self) -> None:
         """Remove what a `--resume` could go on from."""
         shutil.rmtree(self.checkpoints)
+
+    def clear(self) -> None:
+        """Remove all work in progress but the lock on it."""
+        for path in self.partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != self.lock:
+                path.unlink()
 
     def publish(self) -> None:
         """Make the staged files durable and move them to the output directory; then clear the work in progress."""
@@ -76,11 +92,14 @@ def inspect(output_dir: str, *, resume: bool, overwrite: bool) -> Workspace:
     """Check that a run may write to `output_dir`, leaving everything as it is.
 
     Raises ConfigError: it exists, is a file, cannot be written, its parent is missing, or an unfinished run is there.
-    Raises ResumeError: `resume` where no run was interrupted.
+    Raises ResumeError: `resume` where no run was interrupted. Raises LockedError: another run is working there.
     """
     where, key = str(output_dir), "output_dir"
     try:
         space = Workspace(*_siblings(output_dir))
+        if space.lock.is_file():
+            with space.lock.open(encoding="utf-8") as file:
+                _lock(file, where)
         _check_free(space, where, resume=resume, overwrite=overwrite)
     except OSError as error:
         raise ConfigError(Problem(f"cannot be looked at: {error.strerror}", where, key)) from None
@@ -126,22 +145,89 @@ def _probe(space: Workspace, where: str) -> None:
 
 @contextmanager
 def claimed(space: Workspace, *, resume: bool) -> Iterator[Workspace]:
-    """Hold the work in progress while the run lasts; a run that left no checkpoint leaves nothing."""
+    """Hold the work in progress while the run lasts; a run that left no checkpoint leaves nothing.
+
+    Raises LockedError: another run is working there.
+    """
+    space.partial.mkdir(exist_ok=True)
+    with _locked(space, str(space.output)):
+        _prepare(space, resume=resume)
+        try:
+            yield space
+        finally:
+            if space.partial.exists() and not space.has_checkpoints():
+                shutil.rmtree(space.partial)
+
+
+def _prepare(space: Workspace, *, resume: bool) -> None:
     if space.replaced.exists() and not space.output.exists():
         space.replaced.rename(space.output)  # the last run was killed between the two renames of `publish`
     if resume:
         shutil.rmtree(space.staging, ignore_errors=True)
         shutil.rmtree(space.replaced, ignore_errors=True)
-    elif space.partial.exists():
-        shutil.rmtree(space.partial)
+    else:
+        space.clear()
     space.checkpoints.mkdir(parents=True, exist_ok=True)
     if space.output.exists():
         space.may_replace.touch()
+
+
+@contextmanager
+def _locked(space: Workspace, where: str) -> Iterator[None]:
+    """Hold the lock. The kernel lets go of it when the process ends, however it does."""
+    with space.lock.open("a+", encoding="utf-8") as file:
+        _lock(file, where)
+        if not space.lock.exists() or not os.path.samestat(os.fstat(file.fileno()), space.lock.stat()):
+            raise LockedError(Problem("another run has just ended there", where, "output_dir", "start again"))
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+def check_room(space: Workspace, needed: int) -> None:
+    """Raises ResourceError: fewer than `needed` bytes are free where the run writes."""
+    if (free := shutil.disk_usage(space.partial).free) < needed:
+        what = f"checkpoints and adapter take {needed:,} bytes, {free:,} are free"
+        raise ResourceError(Problem(what, str(space.partial), "output_dir", "make room, or choose another disk"))
+
+
+@contextmanager
+def room_for(what: str, size: int, where: Path, fix: str) -> Iterator[None]:
+    """Something of about `size` bytes is written inside.
+
+    Raises ResourceError: the disk is full, or the user's share of it.
+    """
     try:
-        yield space
-    finally:
-        if space.partial.exists() and not space.has_checkpoints():
-            shutil.rmtree(space.partial)
+        yield
+    except Exception as error:  # torch and safetensors have errors of their own for it
+        if not _full(error):
+            raise
+        free = shutil.disk_usage(where).free
+        raise ResourceError(
+            Problem(f"no room for {what}: it takes {size:,} bytes, {free:,} are free", str(where), fix=fix)
+        ) from None
+
+
+def _full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = (
+        "No space left",
+        "File too large",
+        "quota exceeded",
+        "inline_container",
+    )  # the last one is torch's zip writer
+    return any(one in str(error) for one in words)
+
+
+def _lock(file: TextIO, where: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        what = f"another run is working there ({file.read().strip() or 'it does not say which'})"
+        raise LockedError(Problem(what, where, "output_dir", "wait for it, or choose another")) from None
 
 
 def sync(path: Path) -> None:

@@ -204,6 +204,8 @@ UNFIT = {
 def test_a_damaged_directory_is_refused(kind: str, copy: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
     damage, message = (UNREADABLE | UNFIT)[kind]
     damage(copy)
+    if kind in UNFIT:
+        unrecorded(copy)
     before = tree(tmp_path)
     commands = [("generate", "x", "--adapter", copy), ("params", "--adapter", copy)]
     for command in commands if kind in UNREADABLE else commands[:1]:
@@ -217,6 +219,7 @@ def test_a_damaged_directory_is_refused(kind: str, copy: Path, tmp_path: Path, c
 
 def test_renamed_tensors_are_named_under_both_names(copy: Path, cli: Callable[..., Ran]) -> None:
     rewrite(rename_all)(copy)
+    unrecorded(copy)
     missing, extra = cli("generate", "x", "--adapter", copy).err.splitlines()
     assert "16 tensors are missing" in missing
     assert f"16 tensors are not asked for, among them {FEW.replace('self_attn', 'attention')}" in extra
@@ -225,9 +228,108 @@ def test_renamed_tensors_are_named_under_both_names(copy: Path, cli: Callable[..
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_tensors_that_are_not_finite_are_refused(value: float, copy: Path, cli: Callable[..., Ran]) -> None:
     rewrite(lambda tensors: tensors[f"{FIRST}.lora_B.weight"].view(-1)[5].fill_(value))(copy)
+    unrecorded(copy)
     ran = cli("generate", "x", "--adapter", copy)
     assert ran.code == 5
     assert f"1 tensors hold NaN or inf, among them {FIRST}.lora_B.weight" in ran.err
+
+
+def unrecorded(path: Path) -> None:
+    """As other tools leave an adapter: without a list of its files."""
+    (path / "loratune.json").unlink()
+
+
+def edit(name: str, old: str, new: str) -> Damage:
+    def damage(path: Path) -> None:
+        text = (path / name).read_text()
+        assert old in text
+        (path / name).write_text(text.replace(old, new))
+
+    return damage
+
+
+EDITS = {
+    CONFIG: edit(CONFIG, '"lora_alpha": 16', '"lora_alpha": 32'),
+    WEIGHTS: rewrite(lambda tensors: tensors[f"{FIRST}.lora_B.weight"].view(-1)[5].add_(1)),
+    "chat_template.jinja": edit("chat_template.jinja", "<|end|>", "<|fin|>"),
+    "run.yaml": edit("run.yaml", "loss_on: completion", "loss_on: all"),
+    "tokenizer.json": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_file_that_was_edited_is_refused(name: str, copy: Path, cli: Callable[..., Ran]) -> None:
+    """Row 42, and all other files that decide what an adapter does; `--force` uses them all the same."""
+    damage = EDITS[name]
+    damage(copy / name if damage is Path.unlink else copy)
+    what = "missing" if damage is Path.unlink else "changed since the adapter was saved"
+    for command in (("generate", "1 and 1 make"), ("evaluate", "--data", copy.parent / "rows.jsonl")):
+        ran = cli(*command, "--adapter", copy)
+        assert (ran.code, ran.err) == (5, f"error: {copy / name}: {what}; use it all the same with --force\n")
+    if name != "tokenizer.json":
+        ran = cli("generate", "1 and 1 make", "--adapter", copy, "--force", "--max-new-tokens", 2)
+        assert (ran.code, ran.err) == (0, f"{copy / name}: {what}\n")
+
+
+def test_what_is_the_users_to_edit(copy: Path, tmp_path: Path, cli: Callable[..., Ran], tiny_dir: Path) -> None:
+    """The card, and the place of the base."""
+    (copy / "README.md").write_text("# My adapter")
+    shutil.copytree(tiny_dir, tmp_path / "moved")
+    configure(base_model_name_or_path=str(tmp_path / "moved"))(copy)
+    ran = cli("generate", "1 and 1 make", "--adapter", copy, "--max-new-tokens", 2)
+    assert (ran.code, ran.err) == (0, "")
+
+
+def test_a_base_of_the_same_shape_is_refused_by_its_fingerprint(
+    copy: Path, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    other = tiny_llama()
+    other.model.embed_tokens.weight.data[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    configure(base_model_name_or_path=str(tmp_path / "other"))(copy)
+    what = f"{copy}: was trained on another base than {tmp_path / 'other'}, by its shape and a sample of its weights"
+    ran = cli("generate", "1 and 1 make", "--adapter", copy)
+    assert (ran.code, ran.err) == (5, f"error: {what}; give it its base, or use it all the same with --force\n")
+    ran = cli("generate", "1 and 1 make", "--adapter", copy, "--force", "--max-new-tokens", 2)
+    assert (ran.code, ran.err) == (0, f"{what}\n")
+
+
+NAMED = {
+    "code": ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "auto_mapping: names code"),
+    "more code": ({"megatron_config": {"x": 1}, "megatron_core": "os"}, "megatron_config: names code"),
+    "a path": ({"base_model_name_or_path": "../../x"}, "base_model_name_or_path: ../../x leads out of the directory"),
+    "unknown": ({"use_telepathy": True}, "use_telepathy: this version of PEFT does not know it; upgrade peft"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), NAMED.values(), ids=NAMED)
+def test_what_a_configuration_may_not_name(
+    values: dict[str, Any], message: str, copy: Path, cli: Callable[..., Ran]
+) -> None:
+    configure(**values)(copy)
+    unrecorded(copy)
+    ran = cli("generate", "x", "--adapter", copy)
+    assert ran.code == 5
+    assert f"{CONFIG}: {message}" in ran.err
+
+
+def test_an_unknown_key_without_a_value_is_noted(copy: Path, cli: Callable[..., Ran]) -> None:
+    configure(use_telepathy=None)(copy)
+    unrecorded(copy)
+    ran = cli("generate", "1 and 1 make", "--adapter", copy, "--max-new-tokens", 2)
+    assert (ran.code, ran.err) == (0, f"{copy / CONFIG}: this version of PEFT does not know use_telepathy\n")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "chat_template.jinja"])
+def test_a_link_out_of_the_directory_is_not_followed(
+    name: str, copy: Path, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    (copy / name).rename(tmp_path / "elsewhere")
+    (copy / name).symlink_to(tmp_path / "elsewhere")
+    for command in (("generate", "x", "--adapter", copy), ("params", "--adapter", copy)):
+        ran = cli(*command)
+        assert ran.code == 5
+        assert f"{copy / name}: leads out of the adapter directory, and is not followed; if it is yours" in ran.err
 
 
 class Trap:

@@ -21,6 +21,9 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "argumen
 CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
+ANY = DataSection.model_validate({"train": "f"})
+
+
 def parser(first: dict[str, Any], **section: Any) -> Parser:
     return Parser(Row("f:1", first), DataSection.model_validate({"train": "f"} | section))
 
@@ -390,7 +393,8 @@ def test_alpaca_in_full() -> None:
         ("system", "s"), ("user", "q"), ("assistant", "w"), ("user", "e"), ("assistant", ""), ("user", "a\ni"),
         ("assistant", "b"),
     ]  # fmt: skip
-    assert (example.learnt("completion"), example.learnt("assistant")) == ((6,), (2, 4, 6))
+    assert (example.learnt("completion"), example.learnt("assistant")) == ((6,), (2, 6))
+    assert example.answers("assistant") == (2, 4, 6)  # the one in between is empty
 
 
 @pytest.mark.parametrize("blank", [{}, {"input": ""}, {"input": None, "system": None, "history": None}])
@@ -481,11 +485,12 @@ def test_a_later_row_without_a_mapped_field() -> None:
 
 
 def test_columns_of_a_field_that_is_not_there() -> None:
-    expected = "f:1: data.columns: no field `question`; the fields are `completion`, `prompt`"
+    expected = "f:1: data.columns: no field `question`; the fields are `completion`, `prompt`; "
+    expected += "it holds for all files of train and validation"
     assert refused(PAIR, columns={"prompt": "question"}) == [expected]
     (problem,) = refused({"instruction": "a", "output": "b"}, columns={"input": "context"})
     assert problem.endswith("no field `context`; the fields are `instruction`, `output`; "
-                            "a first row without it may hold it as null")  # fmt: skip
+                            "where only some rows have it, put it into the first one too, as null")  # fmt: skip
     row = {"instruction": "a", "output": "b", "context": None}
     assert chat(row, columns={"input": "context"}).messages == (USER, BOT)
 
@@ -600,13 +605,13 @@ ASKED = {
 
 @pytest.mark.parametrize(("values", "prompt", "tools"), ASKED.values(), ids=ASKED)
 def test_question(values: dict[str, Any], prompt: Any, tools: tuple[Any, ...]) -> None:
-    asked = question(Row("f:1", values), {})
+    asked = question(Row("f:1", values), ANY)
     assert (asked.prompt, asked.tools) == (prompt, tools)
 
 
 @pytest.mark.parametrize("values", [values for values, form, _ in READ.values() if form in formats.CHATS])
 def test_a_question_is_the_beginning_of_the_row_that_is_trained_on(values: dict[str, Any]) -> None:
-    asked, example = question(Row("f:1", values), {}), chat(values)
+    asked, example = question(Row("f:1", values), ANY), chat(values)
     assert (*asked.prompt, BOT) == example.messages
 
 
@@ -623,9 +628,18 @@ def test_a_question_is_the_beginning_of_the_row_that_is_trained_on(values: dict[
 )
 def test_rows_that_ask_nothing(row: dict[str, Any], expected: str) -> None:
     with pytest.raises(DataError) as caught:
-        question(Row("f:1", row), {})
+        question(Row("f:1", row), ANY)
     assert str(caught.value).startswith(f"f:1: {expected}; give a prompt, messages, ")
 
 
+def test_a_question_is_asked_in_the_format_that_is_trained_on() -> None:
+    """A prompt beside messages, as in ultrachat, is one of the fields that are not read."""
+    row = {"prompt": "x", "messages": [USER, BOT]}
+    assert question(Row("f:1", row), ANY).prompt == [USER]
+    by_hand = ANY.model_copy(update={"format": "text"})
+    assert question(Row("f:1", row | {"text": "t"}), by_hand).prompt == "t"
+
+
 def test_question_by_columns() -> None:
-    assert question(Row("f:1", {"q": "a", "prompt": "x"}), {"prompt": "q", "completion": "r"}).prompt == "a"
+    section = ANY.model_copy(update={"columns": {"prompt": "q", "completion": "r"}})
+    assert question(Row("f:1", {"q": "a", "prompt": "x"}), section).prompt == "a"

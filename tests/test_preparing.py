@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import CHAT_TEMPLATE, ROWS, Ran, write_rows
+from conftest import CHAT_TEMPLATE, ROWS, Ran, tiny_llama, write_rows
 from transformers import PreTrainedTokenizerFast
 
 from loratune import data
@@ -72,8 +72,8 @@ def test_several_sources_in_order_and_their_formats(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("one\ntwo\n")
     rows = checked([str(tmp_path / "a.jsonl"), str(tmp_path / "[bc].*")])
     assert prompts(rows.train) == ["p0", "p1", "q0", "", ""]
-    assert (rows.train.form, len(rows.train), rows.validation) == ("auto", 5, None)
-    assert checked(str(tmp_path / "a.jsonl")).train.form == "prompt_completion"
+    assert (rows.train.formats, len(rows.train), rows.validation) == (["prompt_completion", "text"], 5, None)
+    assert checked(str(tmp_path / "a.jsonl")).train.formats == ["prompt_completion"]
 
 
 def test_weights_set_the_shares(tmp_path: Path) -> None:
@@ -542,9 +542,14 @@ def test_no_room_for_the_rows(run_config: Callable[..., Path], tmp_path: Path) -
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_ctrl_c_while_tokenizing(run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_ctrl_c_while_tokenizing(
+    run_config: Callable[..., Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "long")
+    tokenizer.save_pretrained(tmp_path / "long")
+    model = {"name_or_path": str(tmp_path / "long")}
     rows = ({"prompt": f"{number} " * 300, "completion": "c"} for number in range(10_000, 17_000))
-    config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows)), "max_length": 4096})
+    config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows)), "max_length": 4096}, model=model)
     cache = tmp_path / "cache"
     environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
     unignored = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -584,7 +589,11 @@ def test_memory(run_config: Callable[..., Path], tmp_path: Path) -> None:
         "long": [*rows(10_000), {"prompt": words, "completion": " the end"}],
     }
     some, many, long = (
-        peak(run_config(f"{name}.yaml", data={"train": str(write_rows(tmp_path / f"{name}.jsonl", given))}))
+        peak(
+            run_config(
+                f"{name}.yaml", data={"train": str(write_rows(tmp_path / f"{name}.jsonl", given)), "max_length": 512}
+            )
+        )
         for name, given in sets.items()
     )
     assert many - some < 32 << 20

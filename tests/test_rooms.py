@@ -14,10 +14,10 @@ from loratune.cli import app
 
 PACKAGE = ROOT / "loratune"
 LEVELS = {
-    "__init__": 0, "errors": 0, "paths": 0,
+    "__init__": 0, "errors": 0, "interrupts": 0, "paths": 0,
     "config": 1, "workspace": 1, "saved": 1, "places": 1, "console": 1, "kernels": 1,
     "data": 2, "model": 2, "targets": 2, "adapter": 2, "trainer": 2, "memory": 2, "card": 2, "spectrum": 2,
-    "preflight": 3,
+    "preflight": 3, "resuming": 3,
     "inference": 4,
     "train": 5, "generate": 5, "evaluate": 5, "params": 5, "header": 5,
     "show": 6,

@@ -121,7 +121,11 @@ REFUSED = {
     "cut off after a key": ("rows.jsonl", PAIR + b"\n" + PAIR[:-5] + b"\n", [":2: not valid JSON: cut off"]),
     "bad JSON over lines": ("rows.json", b"[\n" + PAIR + b",\n{]", [":3: not valid JSON"]),
     "bad JSON, second row": ("rows.json", PAIR + b"\n{]\n", [":2: not valid JSON"]),
-    "not an object": ("rows.jsonl", PAIR + b"\n[1]\n", [":2: a row must be an object with named fields, got list"]),
+    "not an object": (
+        "rows.jsonl",
+        PAIR + b"\n[1]\n",
+        [":2: a row must be an object with named fields, got a list; write"],
+    ),
     "a number": ("rows.json", b"3", [": expected a list of objects"]),
     "Latin-1": ("rows.jsonl", PAIR + b'\n{"prompt": "\xe9"}\n' + PAIR, [":2: byte 13 of the line (0xe9) is not UTF-8"]),
     "Latin-1 after a BOM": ("rows.txt", b"\xef\xbb\xbfab\xe9\n", [":1: byte 6 of the line (0xe9) is not UTF-8"]),

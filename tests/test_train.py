@@ -3,12 +3,10 @@
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -209,7 +207,7 @@ def test_resume_refuses_what_is_not_the_same_run(cli: Cli, run_config: MakeConfi
     stop_midway(config, tmp_path / "out.partial")
     ran = cli("train", config, "--resume", "--set", "training.learning_rate=0.5")
     assert ran.code == 7
-    assert "training.learning_rate was 0.01 and is now 0.5" in ran.err
+    assert "training.learning_rate: was 0.01 when the run was interrupted, and is now 0.5; change it back" in ran.err
     rows = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(rows.replace("0 and 0 make", "9 and 9 make"))
     ran = cli("train", config, "--resume")
@@ -234,8 +232,11 @@ def test_a_diverging_run_writes_nothing(cli: Cli, run_config: MakeConfig, tmp_pa
 def test_a_run_whose_last_step_diverges(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", run_config(training={"learning_rate": 1e30, "max_steps": 1}))
     assert ran.code == 6
+    assert "step 1 made a weight of the adapter NaN or inf" in ran.err
+    ran = cli("train", run_config(training={"learning_rate": 1e18, "max_steps": 1}))
+    assert ran.code == 6
     assert "after the last step the loss is" in ran.err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_a_diverging_run_keeps_its_last_good_checkpoint(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -319,28 +320,3 @@ def test_evaluation_in_mid_run(cli: Cli, run_config: MakeConfig, tmp_path: Path)
     curve = json.loads((tmp_path / "out" / "loratune.json").read_text())["curve"]
     assert [entry["step"] for entry in curve if "eval_loss" in entry] == [2, 4, 4]
     assert ran.err.count("held-out loss") == 3
-
-
-@pytest.mark.parametrize("save_steps", [1, 1000])
-def test_ctrl_c(run_config: MakeConfig, tmp_path: Path, save_steps: int) -> None:
-    """One line, with the way to go on where there is one; else nothing is left."""
-    config = run_config(training={"save_steps": save_steps, "num_train_epochs": 500})
-    running = subprocess.Popen(
-        [sys.executable, "-m", "loratune", "train", config],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
-    )
-    assert running.stderr is not None
-    seen = ""
-    while "step     3/" not in seen:
-        seen = running.stderr.readline()
-        assert seen, "ended by itself"
-    running.send_signal(signal.SIGINT)
-    rest = running.communicate()[1].splitlines()
-    assert running.returncode == 130
-    resume = f"continue with: loratune train {config} --resume"
-    again = "the rows that were tokenised are kept, and the same command goes on from there"
-    assert rest[-1] == f"error: interrupted; {resume if save_steps == 1 else again}"
-    assert (tmp_path / "out.partial").exists() == (save_steps == 1)
-    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,19 @@ def save(model: PeftModel, directory: Path, start: Start) -> int:
     if memory.keys() != disk.keys() or not all(torch.equal(memory[name], disk[name]) for name in memory):
         raise AdapterError(Problem("the file differs from the weights in memory", str(directory / WEIGHTS_FILE)))
     return (directory / WEIGHTS_FILE).stat().st_size
+
+
+def ignored(saved: Saved) -> list[str]:
+    """A line on the keys of the configuration that this PEFT does not know, and that have no value.
+
+    Raises AdapterError: such a key with a value, which would be left out of account.
+    """
+    where, known = str(saved.path / CONFIG_FILE), {field.name for field in fields(LoraConfig)}
+    unknown = {key: value for key, value in saved.config.items() if key not in known}
+    if given := sorted(key for key, value in unknown.items() if value not in (None, False, {}, [])):
+        fix = "upgrade peft, or take it out"
+        raise AdapterError([Problem("this version of PEFT does not know it", where, key, fix) for key in given])
+    return [f"{where}: this version of PEFT does not know {', '.join(sorted(unknown))}"] if unknown else []
 
 
 def attach_saved(base: nn.Module, saved: Saved) -> PeftModel:

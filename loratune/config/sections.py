@@ -178,12 +178,15 @@ class DataSection(Section):
     format: Literal["auto", "input_ids", "prompt_completion", "messages", "conversations", "alpaca", "text"] = Field(
         "auto", description="auto: recognised by the keys of the rows, file by file"
     )
-    columns: dict[str, str] = Field({}, description="our name → the data's name, e.g. {prompt: question}")
+    columns: dict[str, str] = Field(
+        {},
+        description="our name → the data's name, e.g. {prompt: question}, for all files; it hides a field of our name",
+    )
     chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
     loss_on: Literal["completion", "assistant", "all"] = Field(
         "completion",
         description="completion: completions, and every assistant turn of messages; assistant: every assistant turn, "
-        "those of a prompt too; all: every token",
+        "those of a prompt too; all: every token up to the end of the last answer",
     )
     max_length: int = Field(1024, ge=2, description="tokens of a row, its end-of-sequence token included")
     truncation: Literal["keep_completion", "drop", "error"] = Field(

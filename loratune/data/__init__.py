@@ -4,6 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from loratune.config import DataSection
 from loratune.data import formats, repeats, shards
@@ -20,8 +22,6 @@ from loratune.data.watching import Watch as Watch
 from loratune.data.watching import unwatched
 from loratune.errors import DataError, Problem
 
-VERSION = 1
-"""Raised whenever the same rows would come out otherwise: what was kept before is then not found any more."""
 _ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
 
 
@@ -51,7 +51,7 @@ def prepare(
     that the vocabulary does not have; no row with anything to learn; more rows dropped than `max_dropped` allows.
     """
     deciding = {"loss_on": section.loss_on, "max_length": section.max_length, "truncation": section.truncation}
-    named = json.dumps([VERSION, part.digest, renderer.digest, vocabulary_size, deciding], sort_keys=True)
+    named = json.dumps([_code(), part.digest, renderer.digest, vocabulary_size, deciding], sort_keys=True)
     key = hashlib.sha256(named.encode()).hexdigest()
     worker = _Worker(renderer, section, vocabulary_size)
 
@@ -72,6 +72,16 @@ def find_leaks(rows: Rows) -> Leaks | None:
     return repeats.shared(rows.train, rows.validation) if rows.validation else None
 
 
+@cache
+def _code() -> str:
+    """SHA-256 of what makes rows of files: this package's source. Another release never finds rows that it would make
+    otherwise."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class _Worker:
     """From examples to rows that fit."""
@@ -87,6 +97,9 @@ class _Worker:
                 report.drop(f"nothing to learn: {reason}", example.where)
             else:
                 spoken.append(example)
+                if isinstance(example, Conversation) and self.section.loss_on != "all":
+                    asked, learnt = example.answers(self.section.loss_on), example.learnt(self.section.loss_on)
+                    report.empty += len(asked) - len(learnt)
         self._check_ids(spoken)
         rows = []
         for whole in self.renderer.rows(spoken, self.section.loss_on):

@@ -86,17 +86,20 @@ def take(given: Sequence[Source], section: DataSection, watch: Watch) -> Census:
 def _count(opened: Opened, section: DataSection, rows: "_Rows", advance: Advance) -> File | None:
     """One file, or None if it has no rows."""
     start, problems, parser, prefix = rows.count, [], None, ""
-    for row in opened.rows(advance):
-        if parser is None:
-            parser, prefix = Parser(row, section), row.where[: -len(_line_of(row.where))]
-        try:
-            rows.add(parser(row), int(_line_of(row.where)))
-        except formats.BadRow as error:
-            problems.append(error.at(row.where))
-            if len(problems) == MAX_PROBLEMS:
-                break
+    try:
+        for row in opened.rows(advance):
+            if parser is None:
+                parser, prefix = Parser(row, section), row.where[: -len(_line_of(row.where))]
+            try:
+                rows.add(parser(row), int(_line_of(row.where)))
+            except formats.BadRow as error:
+                problems.append(error.at(row.where))
+                if len(problems) == MAX_PROBLEMS:
+                    break
+    except DataError as error:  # what the file is, beside what its rows are
+        problems = sorted([*problems, *error.problems], key=lambda one: int(_line_of(one.where) or 0))
     if problems:
-        raise DataError(problems)
+        raise DataError(problems[:MAX_PROBLEMS])
     return None if parser is None else File(opened, parser, start, rows.count - start, prefix)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from loratune.config import DataSection, Source
 from loratune.data import census, mixing
 from loratune.data.census import Census
-from loratune.data.formats import Example
+from loratune.data.formats import CHATS, Example
 from loratune.data.mixing import Mask
 from loratune.data.sources.rows import Advance
 from loratune.data.watching import Watch, unwatched
@@ -33,10 +33,14 @@ class Part:
         return len(self.census) if self.kept is None else int(np.count_nonzero(self.kept))
 
     @property
-    def form(self) -> str:
-        """The format of the rows, or `auto` where the files have several."""
-        forms = {file.parser.form for file in self.census.files}
-        return forms.pop() if len(forms) == 1 else "auto"
+    def formats(self) -> list[str]:
+        """The formats of the files."""
+        return sorted({file.parser.form for file in self.census.files})
+
+    @property
+    def chat(self) -> bool:
+        """Whether rows go through the chat template."""
+        return not CHATS.isdisjoint(self.formats)
 
     def remarks(self) -> list[str]:
         """A line each: the files if there are several, how sources were mixed, the fields that are not read."""

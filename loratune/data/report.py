@@ -56,9 +56,9 @@ class Report:
     """Counts over the rows of one part.
 
     rows: read; tokens, supervised: of the rows that are kept; truncated: kept, but cut; unlearnt: answers of kept rows
-    that were cut off with what comes before the last one; dropped: reason → rows;
-    duplicates: rows that are an earlier row letter for letter, kept all the same; lengths: tokens of a row before it
-    was cut → how many rows have them.
+    that were cut off with what comes before the last one; empty: answers that say nothing, between others that do;
+    dropped: reason → rows; duplicates: rows that say what an earlier row says, kept all the same; lengths: tokens of a
+    row before it was cut → how many rows have them.
     """
 
     COLUMNS: ClassVar = (
@@ -71,6 +71,7 @@ class Report:
     supervised: int = 0
     truncated: int = 0
     unlearnt: int = 0
+    empty: int = 0
     dropped: dict[str, Found] = field(default_factory=dict)
     duplicates: Found = field(default_factory=Found)
     lengths: Counter[int] = field(default_factory=Counter)
@@ -86,6 +87,7 @@ class Report:
         self.supervised += other.supervised
         self.truncated += other.truncated
         self.unlearnt += other.unlearnt
+        self.empty += other.empty
         self.lengths.update(other.lengths)
         self.duplicates.extend(other.duplicates)
         for reason, found in other.dropped.items():
@@ -139,7 +141,8 @@ class Report:
 
     def _left_out(self) -> list[str]:
         lost = f"{self.unlearnt:,} earlier answers are not learnt: cut off with the left of their rows"
-        return [*([lost] if self.unlearnt else []), *self.reasons()]
+        empty = f"{self.empty:,} answers are not learnt: they are empty"
+        return [*([lost] if self.unlearnt else []), *([empty] if self.empty else []), *self.reasons()]
 
     def counts(self) -> dict[str, int]:
         """The totals, for a record."""
@@ -165,12 +168,11 @@ class Report:
 
         Raises KeyError, TypeError or ValueError: it is something else.
         """
-        rows, tokens, supervised, truncated, unlearnt = (
-            int(values[name]) for name in ("rows", "tokens", "supervised", "truncated", "unlearnt")
-        )
+        numbers = ("rows", "tokens", "supervised", "truncated", "unlearnt", "empty")
+        counts: dict[str, Any] = {name: int(values[name]) for name in numbers}
         dropped = {reason: Found(int(one["count"]), list(one["first"])) for reason, one in values["dropped"].items()}
         lengths = Counter({int(length): int(count) for length, count in values["lengths"].items()})
-        return cls(rows, tokens, supervised, truncated, unlearnt, dropped, lengths=lengths)
+        return cls(**counts, dropped=dropped, lengths=lengths)
 
 
 def total(reports: Iterable[Report]) -> Report:

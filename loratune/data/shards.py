@@ -164,7 +164,7 @@ class _Shard:
         self._write()
         self._file.close()
         record = {
-            "size": self._unfinished.stat().st_size,
+            "sha256": _sha256(self._unfinished),
             "lots": self._lots,
             "report": self.report.as_json(),
         }
@@ -253,9 +253,14 @@ def _fingerprint(lots: Iterable[str]) -> str:
     return hashlib.sha256("".join(lots).encode()).hexdigest()
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _mapped(path: Path, record: dict[str, Any]) -> Any:
-    if path.stat().st_size != record["size"]:
-        raise ValueError(f"{path} is not whole")
+    if _sha256(path) != record["sha256"]:
+        raise ValueError(f"{path} is not what was written")
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 

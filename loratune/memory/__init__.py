@@ -10,6 +10,7 @@ from loratune.config import TrainingSection
 from loratune.memory.depth import traced
 from loratune.memory.held import Held as Held
 from loratune.memory.held import as_held, base_dtype, moments, quantizable, quantization, size, weights
+from loratune.memory.savings import variants
 from loratune.memory.trace import Step
 
 RUNTIME = 570 << 20
@@ -115,3 +116,15 @@ def _by_formula(model: Any, step: Step) -> tuple[int, int]:
     activations = int(text.num_hidden_layers * kept)
     logits = text.vocab_size * (tokens * width + 2 * learnt * 4)
     return activations, activations + int(logits) + (int(layer) if step.checkpointed else 0)
+
+
+def savings(
+    model: Any, rows: Sequence[tuple[int, int]], batch: int, training: TrainingSection = _DEFAULTS
+) -> list[tuple[str, int]]:
+    """Changes of a run, as `key: value`, and the bytes that each saves of the peak, the most first.
+
+    Arguments as of `estimate`; the model is loaded.
+    """
+    now = estimate(model, rows, batch, training).total
+    found = [(what, now - estimate(model, **changed).total) for what, changed in variants(model, rows, batch, training)]
+    return sorted((one for one in found if one[1] > 0), key=lambda one: -one[1])

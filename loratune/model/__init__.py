@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import transformers
+from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune import places
 from loratune.config import ModelSection
-from loratune.errors import ModelError, Problem
+from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import hub
 from loratune.model.faults import LOADING, damaged_weights, unreadable
 from loratune.model.machine import Machine as Machine
@@ -64,7 +65,8 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     """The model's tokenizer, or that of an adapter directory, which has no model configuration.
 
     chat_template: a Jinja file whose text replaces the tokenizer's own template.
-    Raises ModelError: as `load_config`; the tokenizer, or the template, cannot be read.
+    Raises ModelError: as `load_config`; the tokenizer cannot be read. Raises ConfigError: the template cannot be read,
+    or is none.
     """
     path = Path(places.local_or_hub(section.name_or_path))
     found = _Found(str(path))
@@ -77,11 +79,29 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise unreadable("tokenizer", section, error) from None
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(Problem(f"cannot be read: {error}", chat_template, "data.chat_template")) from None
+        tokenizer.chat_template = _read_text(chat_template)
+        _check_syntax(tokenizer, chat_template)
     return tokenizer
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(
+            Problem(f"cannot be read: {reason}", path, "data.chat_template", "name a Jinja file")
+        ) from None
+
+
+def _check_syntax(tokenizer: Any, path: str) -> None:
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        what, where = f"not a Jinja template: {error.message}", f"{path}:{error.lineno}"
+        raise ConfigError(Problem(what, where, "data.chat_template", "mend it")) from None
+    except Exception:  # it may refuse this message for any reason of its own; it is asked again with the user's
+        pass
 
 
 def load_base(section: ModelSection) -> PreTrainedModel:
@@ -152,7 +172,8 @@ def fingerprint(base: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     tensors = list(base.named_parameters())
     for name, tensor in tensors[:: max(1, len(tensors) // 16)]:
-        digest.update(name.encode() + tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        some = tensor.detach().flatten()[:64].cpu().to(torch.bfloat16)  # the same in whichever dtype it was loaded
+        digest.update(name.encode() + some.float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -169,7 +190,8 @@ def vocabulary_size(section: ModelSection) -> int:
 
 def context_length(config: Any) -> int | None:
     """How many tokens the model was built for, if its configuration says so."""
-    length = config.to_dict().get("max_position_embeddings") or config.to_dict().get("n_positions")
+    values = config.get_text_config().to_dict()
+    length = values.get("max_position_embeddings") or values.get("n_positions")
     return int(length) if length else None
 
 

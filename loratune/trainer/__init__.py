@@ -3,16 +3,20 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from loratune.config import TrainingSection
-from loratune.errors import NumericError, Problem
-from loratune.kernels import global_norm, next_token_loss
-from loratune.trainer.checkpoints import seal
+from loratune.errors import NumericError, Problem, ResourceError, is_out_of_memory
+from loratune.interrupts import Stop
+from loratune.kernels import next_token_loss
+from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper, check_finite
+from loratune.trainer.callbacks import Progress as Progress
+from loratune.trainer.checkpoints import Checkpoints as Checkpoints
 
 
 class Batches(Protocol):
@@ -24,25 +28,30 @@ class Batches(Protocol):
     collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
     flat: bool
 
+    def heaviest(self) -> Sequence[int]:
+        """The numbers of the items that make the batch with the most tokens."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is kept in and led by.
+
+    resume_from: a whole checkpoint; rescaled: by what its learning rates are multiplied.
+    """
+
+    checkpoints: Checkpoints
+    progress: Progress
+    stop: Stop = field(default_factory=Stop)
+    resume_from: Path | None = None
+    rescaled: float = 1.0
+
+
+class OutOfMemory(ResourceError):
+    """A step asked for more memory than there is."""
+
 
 OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 """A class and its keywords."""
-
-
-class Progress(Protocol):
-    """Whoever shows a run while it lasts."""
-
-    def start(self, steps: int, done: int) -> None:
-        """The run has this many steps, of which some are done already."""
-
-    def step(self, done: int, tokens: int) -> None:
-        """An optimizer step ended; tokens: how many the model has read in this process, without padding."""
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """The trainer reported: `loss`, `learning_rate`, or `eval_loss`."""
-
-    def stop(self) -> None:
-        """The run is over, for better or worse."""
 
 
 @dataclass
@@ -88,7 +97,6 @@ def arguments(
         eval_strategy="steps" if evaluated and section.eval_steps else "no",
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0
-        save_total_limit=2,
         include_num_input_tokens_seen="non_padding" if padded else "all",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -102,21 +110,20 @@ def fit(
     model: PreTrainedModel,
     train: Batches,
     validation: Batches | None,
-    checkpoints: Path,
-    progress: Progress,
-    resume_from: Path | None = None,
+    run: Run,
     optimizer: Callable[[OptimizerChoice], OptimizerChoice] = lambda plain: plain,
 ) -> Outcome:
-    """Train the trainable weights of `model` in place.
+    """Train the trainable weights of `model` in place; the largest batch is tried before all others.
 
-    optimizer: from the optimizer that the section names to the one
-    that is used, for variants with parameter groups of their own. Raises NumericError: a loss, gradient or weight that
-    is not finite, within one step of it.
+    optimizer: from the optimizer that the section names to the one that is used, for variants with parameter groups of
+    their own. Raises NumericError: a loss, gradient or weight that is not finite, within one step of it. Raises
+    OutOfMemory; ResourceError: the disk is full. Raises KeyboardInterrupt: the run was stopped, after a checkpoint.
     """
-    guard = _Guard()
+    guard = Guard(run.checkpoints)
     drawn = section.model_copy(update={"per_device_train_batch_size": train.size})
-    settings = arguments(drawn, checkpoints, evaluated=validation is not None, padded=not train.flat)
+    settings = arguments(drawn, run.checkpoints.directory, evaluated=validation is not None, padded=not train.flat)
     trainer = _Trainer(
+        run,
         model=model,
         args=settings,
         optimizer_cls_and_kwargs=optimizer(Trainer.get_optimizer_cls_and_kwargs(settings, model)),
@@ -124,16 +131,23 @@ def fit(
         eval_dataset=validation,
         data_collator=train.collate,
         compute_loss_func=guard.loss,
-        callbacks=[guard, _Sealer(checkpoints), _Reporter(progress)],
+        callbacks=[guard, Stopper(run.stop), Reporter(run.progress)],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own bars are off; `progress` shows the run
+    trainer.add_callback(Rehearsal(partial(trainer.rehearse, train), guard))
     start = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
         seconds = time.monotonic() - start
-        final = trainer.evaluate() if validation is not None else None
+        final = trainer.evaluate() if validation is not None and run.stop.asked is None else None
+        if run.stop.asked is not None:
+            raise run.stop.asked
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(Problem(f"out of memory at {trainer.place()}")) from None
     finally:
-        progress.stop()
+        run.progress.stop()
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     return Outcome(
@@ -161,13 +175,19 @@ def check_sound(model: PreTrainedModel, train: Batches) -> None:
 
 
 @torch.inference_mode()
-def held_out_loss(model: PreTrainedModel, rows: Batches, most: int | None = None) -> Loss:
-    """The loss over all learnt tokens of the first `most` items, each token counting once however they are batched."""
+def held_out_loss(
+    model: PreTrainedModel, rows: Batches, most: int | None = None, before_batch: Callable[[], None] = lambda: None
+) -> Loss:
+    """The loss over all learnt tokens of the first `most` items, each token counting once however they are batched.
+
+    Raises what `before_batch` raises.
+    """
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
     items = len(rows.items) if most is None else min(most, len(rows.items))
     for start in range(0, items, rows.size):
+        before_batch()
         batch = rows.collate([rows.items[number] for number in range(start, min(start + rows.size, items))])
         labels = batch.pop("labels").to(model.device)
         logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits
@@ -177,71 +197,68 @@ def held_out_loss(model: PreTrainedModel, rows: Batches, most: int | None = None
     return Loss(total, tokens)
 
 
+class _Stopped(Exception):
+    """The user does not want to wait for the rest of an evaluation."""
+
+
 class _Trainer(Trainer):
-    """Trainer whose evaluation is a mean over tokens; upstream's is a mean over batches."""
+    """Trainer that writes whole checkpoints, and evaluates to a mean over tokens; upstream's is a mean over batches."""
+
+    def __init__(self, run: Run, **arguments: Any):
+        self.run = run
+        self.shape: tuple[int, ...] = ()
+        super().__init__(**arguments)
+
+    def rehearse(self, train: Batches) -> None:
+        """Forward and backward of the largest batch, of which nothing stays."""
+        batch = train.collate([train.items[number] for number in train.heaviest()])
+        with torch.random.fork_rng():
+            self.training_step(self.model_wrapped, batch, None)
+        self.model.zero_grad()
+
+    def place(self) -> str:
+        """The step that is being taken, and the shape of its batch."""
+        return f"step {self.state.global_step + 1}, on a batch of {' x '.join(map(str, self.shape))} tokens"
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        loss = held_out_loss(self.model, eval_dataset if eval_dataset is not None else self.eval_dataset)
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        try:
+            loss = held_out_loss(self.model, rows, before_batch=self._go_on)
+        except _Stopped:
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         metrics = {f"{metric_key_prefix}_loss": loss.mean}
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _go_on(self) -> None:
+        if self.run.stop.asked is not None:
+            raise _Stopped
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Without a cache, which a model would otherwise make, and then take rows that stand end to end for one."""
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        self.shape = tuple(prepared["input_ids"].shape)
         return prepared | {"use_cache": False}
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.run.checkpoints.unfinished)
 
-class _Guard(TrainerCallback):
-    """The loss of every micro-step, and the stop as soon as a number is not finite."""
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        check_finite(self.model.parameters(), self.state.global_step)
+        with self.run.checkpoints.writing(self.state.global_step):
+            super()._save_checkpoint(model, trial)
 
-    def __init__(self) -> None:
-        self.sum: torch.Tensor | None = None
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The trained weights, and no pickled arguments beside them."""
+        self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
-    def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-        """The summed loss over the learnt tokens of the whole optimizer step: accumulation changes nothing."""
-        total, count = next_token_loss(outputs.logits, labels)
-        value = total / (count if num_items_in_batch is None else num_items_in_batch)
-        self.sum = value.detach() if self.sum is None else self.sum + value.detach()
-        return value
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Before the weights take anything on. One transfer from the device per optimizer step."""
-        norm = global_norm([p.grad for p in model.parameters() if p.grad is not None])
-        assert self.sum is not None
-        loss, norm = torch.stack([self.sum.float(), norm.to(self.sum.device).float()]).tolist()
-        self.sum = None
-        for name, value in (("loss", loss), ("gradient norm", norm)):
-            if not abs(value) < float("inf"):
-                fix = "lower training.learning_rate, or train in float32" if state.global_step else "is the base sound?"
-                raise NumericError(Problem(f"the {name} of step {state.global_step + 1} is {value}", fix=fix))
-
-
-class _Sealer(TrainerCallback):
-    """Marks each checkpoint as whole once its last file is written."""
-
-    def __init__(self, checkpoints: Path):
-        self.checkpoints = checkpoints
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seal(self.checkpoints / f"checkpoint-{state.global_step}")
-
-
-class _Reporter(TrainerCallback):
-    """Tells a `Progress` what the trainer does."""
-
-    def __init__(self, progress: Progress):
-        self.progress = progress
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seen_before = int(state.num_input_tokens_seen)
-        self.progress.start(state.max_steps, state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last loss is the one that the run is known by
-        self.progress.step(state.global_step, int(state.num_input_tokens_seen) - self.seen_before)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        self.progress.log(state.global_step, logs or {})
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.run.rescaled != 1:
+            for group in self.optimizer.param_groups:
+                group["initial_lr"] *= self.run.rescaled
+                group["lr"] *= self.run.rescaled
+            for rates in (self.lr_scheduler.base_lrs, self.lr_scheduler.get_last_lr()):
+                rates[:] = [rate * self.run.rescaled for rate in rates]

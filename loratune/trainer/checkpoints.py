@@ -1,18 +1,78 @@
-"""Checkpoints of the trainer that are known to be whole.
+"""Checkpoints that are whole or absent.
 
-`transformers.Trainer` writes a checkpoint file by file under its final name, and finds the newest by name alone.
-A manifest written after the last file says which ones are whole; a checkpoint without a true one is passed over.
+`transformers.Trainer` writes a checkpoint file by file under its final name, and finds the newest by name alone. Here
+it writes into `unfinished/`; files and directory are flushed to the disk, a manifest with their sizes and SHA-256 is
+written last, and one rename gives the checkpoint its name.
 """
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loratune.errors import Problem, ResumeError
-from loratune.workspace import sync, write_json
+from loratune.workspace import room_for, sync, write_json
 
 MANIFEST = "manifest.json"
+RUN = "run.json"
 PREFIX = "checkpoint-"
+KEPT = 2
+"""How many whole checkpoints are kept."""
+_NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", RUN)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run in a directory. run: what was run, kept in each of them as JSON; size: bytes that one
+    takes, about."""
+
+    directory: Path
+    run: Mapping[str, Any]
+    size: int
+
+    @property
+    def unfinished(self) -> Path:
+        """Where the trainer writes; what lies there is no checkpoint yet."""
+        return self.directory / "unfinished"
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[None]:
+        """Inside, the trainer writes `unfinished/checkpoint-<step>`; after it, that is a checkpoint, or there is none.
+
+        Raises ResourceError: the disk is full.
+        """
+        written, final = self.unfinished / f"{PREFIX}{step}", self.directory / f"{PREFIX}{step}"
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        try:
+            with room_for("a checkpoint", self.size, self.directory, "make room, and go on with --resume"):
+                yield
+                write_json(written / RUN, self.run)
+                seal(written)
+                if final.exists():  # it was passed over when the run was resumed
+                    shutil.rmtree(final)
+                written.rename(final)
+                sync(self.directory)
+        finally:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        self._rotate()
+
+    def forget(self, step: int) -> None:
+        """Remove the checkpoint of a step whose weights turned out to be bad, if an older one is left."""
+        if len(found := _found(self.directory)) > 1 and found[0].name == f"{PREFIX}{step}":
+            shutil.rmtree(found[0])
+
+    def _rotate(self) -> None:
+        """Keep the newest whole ones; the one that was just written is."""
+        whole = 0
+        for path in _found(self.directory):
+            if whole >= KEPT or (whole and _fault(path)):
+                shutil.rmtree(path)
+            else:
+                whole += 1
 
 
 def seal(checkpoint: Path) -> None:
@@ -21,10 +81,8 @@ def seal(checkpoint: Path) -> None:
     for path in sorted(checkpoint.iterdir()):
         sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    temporary = checkpoint / f".{MANIFEST}"
-    write_json(temporary, files)
-    sync(temporary)
-    temporary.rename(checkpoint / MANIFEST)
+    write_json(checkpoint / MANIFEST, files)
+    sync(checkpoint / MANIFEST)
     sync(checkpoint)
 
 
@@ -33,9 +91,8 @@ def newest_whole(checkpoints: Path) -> tuple[Path, list[Problem]]:
 
     Raises ResumeError: no checkpoint is whole.
     """
-    found = [path for path in checkpoints.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     skipped: list[Problem] = []
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True):
+    for path in _found(checkpoints):
         if fault := _fault(path):
             skipped.append(Problem(f"passed over: {fault}", str(path)))
         else:
@@ -44,17 +101,33 @@ def newest_whole(checkpoints: Path) -> tuple[Path, list[Problem]]:
     raise ResumeError([*skipped, Problem("no whole checkpoint to resume from", str(checkpoints), fix=fix)])
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that were taken before it was written."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def _found(directory: Path) -> list[Path]:
+    """The directories that have the name of a checkpoint, the newest first."""
+    there = [path for path in directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(there, key=step_of, reverse=True)
+
+
 def _fault(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint; empty if it is whole."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError):
+        if absent := [name for name in _NEEDED if name not in files]:
+            return f"{MANIFEST} does not name {absent[0]}"
+        for name, expected in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+                return f"{name} is damaged"
+    except FileNotFoundError:
         return "it was not written to its end"
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-            return f"{name} is damaged"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} is damaged"
     return ""
 
 

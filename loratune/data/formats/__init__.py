@@ -71,7 +71,9 @@ class Parser:
         self._learn_all = section.loss_on == "all"
         if absent := {ours: theirs for ours, theirs in self._columns.items() if theirs not in first.values}:
             what = f"no field {listed(absent.values())}; the fields are {listed(first.values)}"
-            fix = "a first row without it may hold it as null" if OPTIONAL.issuperset(absent) else ""
+            fix = "it holds for all files of train and validation"
+            if OPTIONAL.issuperset(absent):
+                fix = "where only some rows have it, put it into the first one too, as null"
             raise DataError(Problem(what, first.where, "data.columns", fix))
         values = _renamed(first.values, self._columns)
         self._format = _recognised(first.where, values, section)
@@ -166,17 +168,22 @@ QUESTIONS: dict[str, Callable[[Values], list[Message]]] = {
     "conversations": chats.asked_sharegpt,
     "instruction": chats.asked_alpaca,
 }
-"""The field that asks → how its messages are read; the first one that a row has counts, and `text` after them."""
+"""The field that asks → how its messages are read."""
 
 
-def question(row: Row, columns: Mapping[str, str]) -> Asked:
+def question(row: Row, section: DataSection) -> Asked:
     """What a row asks: its `prompt`, its `messages` or `conversations` up to the last answer, its `instruction` with
     input, system and history, or its `text`.
 
+    Where it has several of these, the format that training would find counts, and without one the first of them.
     Raises DataError: the row has none of them, or they hold something else.
     """
-    values = _renamed(row.values, {ours: theirs for ours, theirs in columns.items() if theirs in row.values})
-    name = next((name for name in (*QUESTIONS, "text") if name in values), None)
+    columns = {ours: theirs for ours, theirs in section.columns.items() if theirs in row.values}
+    values = _renamed(row.values, columns)
+    fitting = [form for form in FORMATS if values.keys() >= set(form.keys) and section.format in ("auto", form.name)]
+    sure = len(fitting) == 1 and (section.format != "auto" or fitting[0].name != "text")
+    known = (fitting[0].keys[0],) if sure and fitting[0].name != "input_ids" else ()
+    name = next((name for name in (*known, *QUESTIONS, "text") if name in values), None)
     try:
         if name is None:
             raise BadRow(f"nothing is asked; the fields are {listed(row.values)}")

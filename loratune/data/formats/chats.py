@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loratune.data.formats.checks import BadRow, Values, kind, optional_text, text
+from loratune.data.formats.checks import BadRow, Values, kind, optional_text, text, unpacked
 from loratune.data.formats.examples import Conversation, Message
 from loratune.data.formats.tools import called, schemas
 from loratune.data.formats.turns import SPEAKERS, Turn, messages, turns
@@ -100,7 +100,7 @@ def _alpaca_question(values: Values) -> list[Turn]:
     said: list[Message] = []
     if system := optional_text(values, "system"):
         said.append({"role": "system", "content": system})
-    for question, answer in _history(values.get("history")):
+    for question, answer in _history(unpacked(values, "history")):
         said += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     parts = [text(values, "instruction"), optional_text(values, "input")]
     said.append({"role": "user", "content": "\n".join(part for part in parts if part)})
@@ -108,7 +108,7 @@ def _alpaca_question(values: Values) -> list[Turn]:
 
 
 def _history(value: Any) -> list[tuple[str, str]]:
-    if value is None:
+    if value in (None, ""):
         return []
     if not isinstance(value, list):
         raise BadRow(f"`history` must be a list of pairs of question and answer, got {kind(value)}")

@@ -64,12 +64,18 @@ def decoded(value: Any, what: str) -> Any:
     return value
 
 
+def unpacked(values: Values, key: str) -> Any:
+    """A field that holds a list, perhaps as JSON in text, as in a cell of CSV. Raises BadRow: text that is no JSON."""
+    value = values.get(key)
+    return decoded(value, f"`{key}`") if isinstance(value, str) and value.lstrip()[:1] == "[" else value
+
+
 def whole_numbers(values: Values, key: str) -> tuple[int, ...]:
     """The whole numbers of a field, in order.
 
     Raises BadRow: not a list, an empty one, or one with something else in it.
     """
-    value = values.get(key)
+    value = unpacked(values, key)
     if not isinstance(value, list) or not value:
         raise BadRow(f"`{key}` must be a list of whole numbers, got {kind(value)}")
     if set(map(type, value)) != {int}:

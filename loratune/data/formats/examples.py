@@ -45,6 +45,10 @@ class Conversation:
 
     def learnt(self, loss_on: str) -> tuple[int, ...]:
         """The numbers of the assistant turns that are learnt, counted from 0; `loss_on` as in the configuration."""
+        return tuple(number for number in self.answers(loss_on) if _says_something(self.messages[number]))
+
+    def answers(self, loss_on: str) -> tuple[int, ...]:
+        """The numbers of the assistant turns that are asked for, those included that say nothing."""
         first = self.first_learnt if loss_on == "completion" else 0
         return tuple(
             number
@@ -69,16 +73,15 @@ def silent(example: Example, loss_on: str) -> str | None:
     """Why nothing is learnt in an example, or None."""
     if isinstance(example, Plain):
         heard = example.completion.strip() or (loss_on == "all" and example.prompt.strip())
-        return None if heard else "the completion is empty"
+        return None if heard else f"the {'text' if example.whole else 'completion'} is empty"
     if isinstance(example, Ids):
         learnt = example.ids[1:] if example.labels is None else [id for id in example.labels[1:] if id != IGNORED]
         return None if learnt else "no token comes before the one that is learnt"
     if loss_on == "all":
         return None if any(map(_says_something, example.messages)) else "the completion is empty"
-    turns = example.learnt(loss_on)
-    if not turns:
+    if not example.answers(loss_on):
         return "no assistant turn has weight"
-    return None if any(_says_something(example.messages[number]) for number in turns) else "the completion is empty"
+    return None if example.learnt(loss_on) else "the completion is empty"
 
 
 def _says_something(message: Message) -> bool:

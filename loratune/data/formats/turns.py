@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratune.data.formats.checks import BadRow, Values, kind, listed, text
+from loratune.data.formats.checks import BadRow, Values, kind, listed, text, unpacked
 from loratune.data.formats.examples import Message
 from loratune.data.formats.tools import calls
 
@@ -45,7 +45,7 @@ def turns(
 
     Raises BadRow: not a list, or one with a turn that is wrong or holds more than reaches the template.
     """
-    value = values.get(key)
+    value = unpacked(values, key)
     if not isinstance(value, list) or not value:
         raise BadRow(f"`{key}` must be a list of messages, got {kind(value)}")
     said = []

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
+import jinja2
 import tokenizers
 import transformers
 
@@ -18,9 +19,6 @@ from loratune.data.render.tokens import Span, Tokens, given
 from loratune.data.render.turns import Turns, locate
 from loratune.data.sources import MAX_PROBLEMS
 from loratune.errors import DataError, ModelError, Problem
-
-VERSION = 1
-"""Of the rules in this package: another number wherever the same example may become other ids."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Renderer:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what decides the ids: the tokenizer, its special tokens and template, and the code's versions.
+        """SHA-256 of what decides the ids beside the code: tokenizer, special tokens, template, libraries.
 
         A template that asks for the day's date renders other rows on another day, and has another digest.
         """
@@ -107,7 +105,7 @@ class Renderer:
         else:
             inner = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
         date = datetime.date.today().isoformat() if "strftime_now" in template else ""
-        versions = (VERSION, transformers.__version__, tokenizers.__version__)
+        versions = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
         parts = (inner, template, date, repr(sorted(tokenizer.special_tokens_map.items())), repr(versions))
         return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()
 
@@ -169,6 +167,16 @@ class Renderer:
             spans = [(0, len(whole))]
         answer = prompt + len(before) if draft.asked else None
         return Tokens(draft.where, whole, tuple(span for span in spans if span[0] < span[1]), answer)
+
+    def remark(self, ids: Sequence[int]) -> str | None:
+        """What is odd about the beginning of a row, where the tokenizer puts one BOS before a text."""
+        count = next((place for place, id in enumerate(ids) if id != self._bos), len(ids))
+        if not self._starts_with_bos or count == 1:
+            return None
+        name = self.tokenizer.bos_token
+        return (
+            f"rows begin with {count} x {name}" if count else f"rows begin without {name}, which the tokenizer writes"
+        )
 
     def _before(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The BOS, where the tokenizer begins with one and these do not."""

@@ -93,7 +93,10 @@ class Template:
                     return self._apply(_with_arguments_as_text(chat), prompt)
                 except _REFUSALS:
                     pass
-            raise DataError(Problem(f"the chat template refuses these messages: {error}", chat.where)) from None
+            fix = "mend the row, or set data.chat_template to a template that takes it"
+            raise DataError(
+                Problem(f"the chat template refuses these messages: {error}", chat.where, fix=fix)
+            ) from None
 
     def show(self, chat: Chat, *, prompt: bool = False) -> Shown:
         """The rendered messages, and where in them each content ends; errors as in `text`."""

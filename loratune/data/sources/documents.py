@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from loratune.data.sources import lines
-from loratune.data.sources.rows import BLOCK, Item, mapping
+from loratune.data.sources.rows import BLOCK, Item, mapping, once
 from loratune.errors import Problem
 
-_decode = json.JSONDecoder().raw_decode
+_decode = json.JSONDecoder(object_pairs_hook=once).raw_decode
 _MEND = "mend the file, or write it again"
 _TAIL = 16  # longer than any literal or escape that a piece of text may be cut off in
 

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterator
 
-from loratune.data.sources.rows import Item, Row, mapping
+from loratune.data.sources.rows import Item, Row, mapping, once
 from loratune.errors import Problem
 
 csv.field_size_limit(1 << 28)  # csv's own limit of 128 KiB a cell is shorter than a document
@@ -12,7 +12,7 @@ csv.field_size_limit(1 << 28)  # csv's own limit of 128 KiB a cell is shorter th
 Lines = Iterator[tuple[int, str]]
 
 _MEND = "mend the line, or take it out"
-_decode = json.JSONDecoder().raw_decode
+_decode = json.JSONDecoder(object_pairs_hook=once).raw_decode
 
 
 def jsonl(lines: Lines, name: str) -> Iterator[Item]:
@@ -31,7 +31,7 @@ def jsonl(lines: Lines, name: str) -> Iterator[Item]:
 
 def _loaded(line: str, where: str) -> Item:
     try:
-        return mapping(json.loads(line), where)
+        return mapping(json.loads(line, object_pairs_hook=once), where)
     except (ValueError, RecursionError) as error:
         return Problem(f"not valid JSON: {_reason(error)}", where, fix=_MEND)
 

@@ -53,11 +53,23 @@ class Opened(Protocol):
         """
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError: a name stands in it twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the name `{next(name for name in names if names.count(name) > 1)}` stands twice in an object"
+        )
+    return values
+
+
 def mapping(values: Any, where: str) -> Item:
     """The row, or the problem that it is none."""
     if isinstance(values, dict):
         return Row(where, values)
-    what = f"a row must be an object with named fields, got {type(values).__name__}"
+    kinds = {type(None): "null", bool: "true or false", list: "a list", str: "text"}
+    what = f"a row must be an object with named fields, got {kinds.get(type(values), 'a number')}"
     return Problem(what, where, fix="write it as {...}")
 
 

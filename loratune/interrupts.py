@@ -1,0 +1,64 @@
+"""Ctrl-C and SIGTERM: an exception at once, or, while steps are taken, a wish that the next pause grants."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class Termination(KeyboardInterrupt):
+    """SIGTERM, where Ctrl-C is a KeyboardInterrupt."""
+
+
+_RAISED: dict[signal.Signals, type[KeyboardInterrupt]] = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: Termination,
+}
+
+
+class Stop:
+    """Whether the user wants a run to stop. asked: what the first signal would have raised; None without one."""
+
+    asked: type[KeyboardInterrupt] | None = None
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Termination`, so that what was begun is cleared away as after Ctrl-C."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Termination
+
+    with _handled(handle, [signal.SIGTERM]):
+        yield
+
+
+@contextmanager
+def deferred(tell: Callable[[str], None]) -> Iterator[Stop]:
+    """Inside, the first signal is kept in `Stop`, and told; the second one raises as it would outside."""
+    stop = Stop()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.asked is not None:
+            raise _RAISED[signal.Signals(number)]
+        stop.asked = _RAISED[signal.Signals(number)]
+        tell("stopping after this step; once more stops at once")
+
+    with _handled(handle, list(_RAISED)):
+        yield stop
+
+
+@contextmanager
+def _handled(handle: Callable[[int, FrameType | None], None], numbers: list[signal.Signals]) -> Iterator[None]:
+    """Signals that the parent process had ignored, as `nohup` and `&` do, stay ignored."""
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in numbers:
+            if (known := signal.getsignal(number)) is not signal.SIG_IGN:
+                before[number] = known
+                signal.signal(number, handle)
+        yield
+    finally:
+        for number, known in before.items():
+            signal.signal(number, known)

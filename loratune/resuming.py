@@ -1,0 +1,114 @@
+"""What a run is, by what decides its result; and whether a resumed one is the same."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import Problem, ResumeError
+from loratune.trainer.checkpoints import RUN, newest_whole, step_of
+
+CHANGEABLE = (
+    "training.learning_rate", "training.num_train_epochs", "training.max_steps", "training.max_grad_norm",
+    "training.logging_steps", "training.save_steps", "training.eval_steps", "training.activation_checkpointing",
+    "lora.lora_dropout", "data.train", "data.validation", "model.name_or_path", "model.attn_implementation",
+)  # fmt: skip
+"""Keys that a resumed run can take on: each has its effect from the next step on, and the rows stay as they were.
+
+`data.train` and `model.name_or_path` may name another place; what is found there has to be the same.
+"""
+_PLACES = ("output_dir",)  # the checkpoints were found, wherever they lie now
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on.
+
+    skipped: checkpoints that were passed over, and why; changes: keys that were taken on, at which step, and from what
+    to what; rescaled: the new learning rate over the old one.
+    """
+
+    checkpoint: Path
+    skipped: tuple[Problem, ...]
+    changes: list[dict[str, Any]]
+    rescaled: float
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return step_of(self.checkpoint)
+
+
+def identity(
+    config: Mapping[str, Any], fingerprints: Mapping[str, str | None], rows: Mapping[str, int]
+) -> dict[str, Any]:
+    """What a checkpoint keeps of its run, as JSON. config: resolved; rows: counts of the training rows."""
+    return {"config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows), "changes": []}
+
+
+def resume(checkpoints: Path, now: Mapping[str, Any], allowed: Sequence[str]) -> Resumed:
+    """Find the newest whole checkpoint, and insist that it is of the same run. now: see `identity`.
+
+    allowed: keys of `CHANGEABLE` whose values may differ. Raises ResumeError: no checkpoint is whole; config, rows or
+    base have changed; a key that cannot be allowed.
+    """
+    if problems := [
+        Problem(
+            "cannot take effect in a run that goes on",
+            key=f"--allow-change {key}",
+            fix=f"leave it out; these can: {', '.join(CHANGEABLE)}",
+        )
+        for key in allowed
+        if key not in CHANGEABLE
+    ]:
+        raise ResumeError(problems)
+    checkpoint, skipped = newest_whole(checkpoints)
+    before = json.loads((checkpoint / RUN).read_text())
+    if problems := [*_refused(before["config"], now["config"], allowed), *_moved(before, now, allowed)]:
+        raise ResumeError(problems)
+    changed = [
+        {"step": step_of(checkpoint), "key": key, "was": old, "is": new}
+        for key, old, new in _changes(before["config"], now["config"])
+    ]
+    rates = (run["config"]["training"]["learning_rate"] for run in (now, before))
+    return Resumed(checkpoint, tuple(skipped), before["changes"] + changed, next(rates) / next(rates))
+
+
+def _refused(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
+    for key, old, new in _changes(before, now):
+        if any(key == name or key.startswith(f"{name}.") for name in allowed):
+            continue
+        may = next((name for name in CHANGEABLE if key == name or key.startswith(f"{name}.")), None)
+        fix = "change it back" + (f", or take it on with --allow-change {may}" if may else "")
+        yield Problem(f"was {_shown(old)} when the run was interrupted, and is now {_shown(new)}", key=key, fix=fix)
+
+
+def _moved(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
+    """What the config names, and is no longer what it was."""
+    old, new = before["fingerprints"], now["fingerprints"]
+    since, fix = "since the run was interrupted", "put them back, or start afresh with --overwrite"
+    if old["data"] != new["data"]:
+        counts = [f"{run['rows']['rows']:,} rows with {run['rows']['tokens']:,} tokens" for run in (before, now)]
+        told = f" ({counts[0]}, now {counts[1]})" if counts[0] != counts[1] else ""
+        yield Problem(f"the training rows have changed {since}{told}", key="data.train", fix=fix)
+    if old["validation"] != new["validation"] and "data.validation" not in allowed:
+        fix = "put them back, or take them on with --allow-change data.validation"
+        yield Problem(f"the validation rows have changed {since}", key="data.validation", fix=fix)
+    if old["base"] != new["base"]:
+        fix = "put it back, or start afresh with --overwrite"
+        yield Problem(f"the base model has changed {since}", key="model.name_or_path", fix=fix)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Key, old and new value of all that differs."""
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{prefix}{key}.")
+        elif old != new and f"{prefix}{key}" not in _PLACES:
+            yield f"{prefix}{key}", old, new
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

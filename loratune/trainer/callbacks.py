@@ -1,0 +1,112 @@
+"""What is done between the trainer's steps: numbers are guarded, the user is told and obeyed."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback
+
+from loratune.errors import NumericError, Problem
+from loratune.interrupts import Stop
+from loratune.kernels import global_norm, next_token_loss
+from loratune.trainer.checkpoints import Checkpoints
+
+
+class Progress(Protocol):
+    """Whoever shows a run while it lasts."""
+
+    def start(self, steps: int, done: int) -> None:
+        """The run has this many steps, of which some are done already."""
+
+    def step(self, done: int, tokens: int) -> None:
+        """An optimizer step ended; tokens: how many the model has read in this process, without padding."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """The trainer reported: `loss`, `learning_rate`, or `eval_loss`."""
+
+    def stop(self) -> None:
+        """The run is over, for better or worse."""
+
+
+class Guard(TrainerCallback):
+    """The loss of every micro-step, and the stop as soon as a number is not finite."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.sum: torch.Tensor | None = None
+
+    def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        """The summed loss over the learnt tokens of the whole optimizer step: accumulation changes nothing."""
+        total, count = next_token_loss(outputs.logits, labels)
+        value = total / (count if num_items_in_batch is None else num_items_in_batch)
+        self.sum = value.detach() if self.sum is None else self.sum + value.detach()
+        return value
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Before the weights take anything on. One transfer from the device per optimizer step."""
+        norm = global_norm([p.grad for p in model.parameters() if p.grad is not None])
+        assert self.sum is not None
+        loss, norm = torch.stack([self.sum.float(), norm.to(self.sum.device).float()]).tolist()
+        self.sum = None
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not abs(value) < float("inf"):
+                self.checkpoints.forget(state.global_step)  # made of the weights that lead here
+                fix = "lower training.learning_rate, or train in float32" if state.global_step else "is the base sound?"
+                raise NumericError(Problem(f"the {name} of step {state.global_step + 1} is {value}", fix=fix))
+
+
+def check_finite(parameters: Iterable[torch.Tensor], step: int) -> None:
+    """Look at the trained weights. Raises NumericError: one of them is NaN or inf."""
+    if not global_norm([p.detach() for p in parameters if p.requires_grad], math.inf).isfinite():
+        what = f"step {step} made a weight of the adapter NaN or inf"
+        raise NumericError(Problem(what, key="training.learning_rate", fix="lower it, or train in float32"))
+
+
+class Rehearsal(TrainerCallback):
+    """Takes the step of the largest batch before all others, so that memory that is short shows at once."""
+
+    def __init__(self, rehearse: Callable[[], None], guard: Guard):
+        self.rehearse, self.guard = rehearse, guard
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step, also of a resumed run."""
+        if state.global_step < state.max_steps:
+            self.rehearse()
+            self.guard.sum = None
+
+
+class Stopper(TrainerCallback):
+    """Ends a run at the next step, with a checkpoint, once that is asked for."""
+
+    def __init__(self, stop: Stop):
+        self.stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each optimizer step."""
+        if self.stop.asked is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+
+class Reporter(TrainerCallback):
+    """Tells a `Progress` what the trainer does."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step."""
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings those of the run that wrote it
+        self.seen_before = int(state.num_input_tokens_seen)
+        self.progress.start(state.max_steps, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each optimizer step."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last loss is the one that the run is known by
+        self.progress.step(state.global_step, int(state.num_input_tokens_seen) - self.seen_before)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """When a loss is reported."""
+        self.progress.log(state.global_step, logs or {})

@@ -1,0 +1,189 @@
+"""Real processes of `loratune` without the 6 s of imports for each: one process imports, and forks for every command.
+
+    python scripts/nursery.py
+
+reads a JSON object a line, {"argv": [...], "err": "FILE", "out": "FILE", "limit": bytes or null}, and answers with the
+process id of the fork; then, whenever one ends, with [process id, exit code], negative for the signal that killed it.
+The parent never computes, so that a fork finds no thread of torch's half way through anything. `Nursery` is the other
+end of it, for tests and scripts.
+"""
+
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Child:
+    """A command that was started. code: its exit code once it has ended, negative for the signal that killed it."""
+
+    nursery: "Nursery"
+    pid: int
+    err: Path
+    out: Path
+
+    @property
+    def code(self) -> int | None:
+        """As far as it has been told."""
+        return self.nursery.ended.get(self.pid)
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        self.nursery.listen(0)
+        return self.code
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code, once it has ended. Raises TimeoutError, and kills it: it takes longer."""
+        end = time.monotonic() + seconds
+        while (code := self.code) is None:
+            if time.monotonic() > end:
+                self.send(signal.SIGKILL)
+                raise TimeoutError(self.said())
+            self.nursery.listen(0.05)
+        return code
+
+    def send(self, number: int) -> None:
+        """Send a signal, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def said(self) -> str:
+        """What it has written to stderr."""
+        return self.err.read_text() if self.err.exists() else ""
+
+
+class Nursery:
+    """Starts commands. ended: process id → exit code of those that have."""
+
+    def __init__(self, scratch: Path, **environment: str):
+        self.ended: dict[int, int] = {}
+        self._scratch, self._children, self._held = scratch, list[Child](), b""
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        )
+        self._born: list[int] = []
+
+    def start(self, *arguments: object, limit: int | None = None) -> Child:
+        """Start `loratune ARGUMENTS`. limit: the bytes beyond which no file may grow, as on a disk that is full."""
+        number = len(self._children)
+        out, err = self._scratch / f"{number}.out", self._scratch / f"{number}.err"
+        given = {"argv": [*map(str, arguments)], "out": str(out), "err": str(err), "limit": limit}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(given).encode() + b"\n")
+        self._process.stdin.flush()
+        while not self._born:
+            self.listen(1)
+        child = Child(self, self._born.pop(), err, out)
+        self._children.append(child)
+        return child
+
+    def listen(self, seconds: float) -> None:
+        """Take in what the process has told, waiting for at most so long."""
+        assert self._process.stdout is not None
+        stream = self._process.stdout.fileno()
+        if not select.select([stream], [], [], seconds)[0]:
+            return
+        block = os.read(stream, 1 << 16)
+        if not block:
+            raise RuntimeError("the nursery has ended")
+        *lines, self._held = (self._held + block).split(b"\n")
+        for told in map(json.loads, lines):
+            if isinstance(told, int):
+                self._born.append(told)
+            else:
+                self.ended[told[0]] = told[1]
+
+    def close(self) -> None:
+        """End all that still runs."""
+        for child in self._children:
+            child.send(signal.SIGKILL)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@contextmanager
+def nursery(scratch: Path, **environment: str) -> Iterator[Nursery]:
+    """A nursery that is closed again. scratch: a directory for what commands write."""
+    made = Nursery(scratch, **environment)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def born(given: dict[str, Any]) -> int:
+    """Fork, and be `loratune` in the child."""
+    if child := os.fork():
+        return child
+    os.setpgid(0, 0)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(given[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.close(0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if limit := given.get("limit"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    sys.argv = ["loratune", *given["argv"]]
+    from loratune.cli import main  # noqa: PLC0415  imported already, see `serve`
+
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:  # what the boundary let through is shown, and is a fault
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def tell(value: Any) -> None:
+    """A line of JSON to whoever started us."""
+    print(json.dumps(value), flush=True)
+
+
+def serve() -> None:
+    """Until stdin ends."""
+    import loratune.evaluate  # noqa: PLC0415  once for all forks, and not where only `Nursery` is wanted
+    import loratune.generate  # noqa: PLC0415
+    import loratune.show  # noqa: PLC0415
+    import loratune.train  # noqa: F401, PLC0415
+
+    waiting, pending = 0, b""
+    while True:
+        ready, _, _ = select.select([0], [], [], 0.01 if waiting else None)
+        if ready:
+            block = os.read(0, 1 << 16)
+            if not block:
+                return
+            *lines, pending = (pending + block).split(b"\n")
+            for line in lines:
+                tell(born(json.loads(line)))
+                waiting += 1
+        while waiting:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if not child:
+                break
+            waiting -= 1
+            tell([child, os.waitstatus_to_exitcode(status)])
+
+
+if __name__ == "__main__":
+    serve()
