@@ -16,7 +16,16 @@ from typing import Annotated, Any
 import typer
 
 from loratune import __version__
-from loratune.errors import ConfigError, DataError, Interrupted, LoratuneError, Problem, Terminated, is_out_of_memory
+from loratune.errors import (
+    ConfigError,
+    DataError,
+    Interrupted,
+    LoratuneError,
+    Problem,
+    Terminated,
+    is_disk_full,
+    is_out_of_memory,
+)
 from loratune.interrupts import Termination, terminable
 
 app = typer.Typer(
@@ -59,12 +68,15 @@ def boundary(debug: bool) -> Iterator[None]:
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115  whoever read us has gone; the exit must not flush to it
         raise typer.Exit(0) from None
     except OSError as error:
-        _fail([Problem(error.strerror or str(error), str(error.filename or ""))], 8 if error.errno == 28 else 1, debug)
+        code = 8 if is_disk_full(error) else 1
+        _fail([Problem(error.strerror or str(error), str(error.filename or ""))], code, debug)
     except typer.Exit:
         raise
     except Exception as error:
         if is_out_of_memory(error):
             _fail([_out_of_memory()], 8, debug)
+        if is_disk_full(error):
+            _fail([Problem("no room on the disk", fix="make room")], 8, debug)
         first = next(iter(str(error).splitlines()), "")
         _fail([Problem(f"unexpected {type(error).__name__}: {first}", fix="run again with --debug")], 1, debug)
 

@@ -16,6 +16,7 @@ An error holds every problem that was found, so that the user mends them in one 
 that turns an error into lines on stderr and an exit code.
 """
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,13 @@ class LoratuneError(Exception):
             problems = [problems]
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Also where a quota is used up or a file may not grow, and in the words of safetensors and torch's zip writer."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(words in str(error) for words in ("No space left", "File too large", "inline_container"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

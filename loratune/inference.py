@@ -86,7 +86,10 @@ def load(opened: Opened, note: Callable[[str], None] = lambda _: None) -> Tuned:
         raise ModelError(
             [replace(one, key="", fix=f"{one.fix}; {fix}" if one.fix else fix) for one in error.problems]
         ) from None
-    tokenizer = model.load_tokenizer(ModelSection(name_or_path=str(path)) if own_tokenizer else opened.base)
+    try:
+        tokenizer = model.load_tokenizer(ModelSection(name_or_path=str(path)) if own_tokenizer else opened.base)
+    except ModelError as error:
+        raise AdapterError(error.problems) if own_tokenizer else error from None
     for line in adapter.ignored(opened.saved):
         note(line)
     identity = model.fingerprint(base)

@@ -3,7 +3,6 @@
 A run works in `<output_dir>.partial/` and publishes by one rename, so the output directory is whole or absent.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from loratune.errors import ConfigError, LockedError, Problem, ResourceError, ResumeError
+from loratune.errors import ConfigError, LockedError, Problem, ResourceError, ResumeError, is_disk_full
 
 
 @dataclass(frozen=True)
@@ -201,24 +200,12 @@ def room_for(what: str, size: int, where: Path, fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch and safetensors have errors of their own for it
-        if not _full(error):
+        if not is_disk_full(error):
             raise
         free = shutil.disk_usage(where).free
         raise ResourceError(
             Problem(f"no room for {what}: it takes {size:,} bytes, {free:,} are free", str(where), fix=fix)
         ) from None
-
-
-def _full(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    words = (
-        "No space left",
-        "File too large",
-        "quota exceeded",
-        "inline_container",
-    )  # the last one is torch's zip writer
-    return any(one in str(error) for one in words)
 
 
 def _lock(file: TextIO, where: str) -> None:

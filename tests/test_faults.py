@@ -343,13 +343,20 @@ def test_a_signal_during_a_save(processes: Nursery, run_config: MakeConfig, tmp_
     assert all((path / "manifest.json").exists() for path in checkpoints(tmp_path / "out.partial"))
 
 
+def heeds(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, processes: Nursery) -> None:
     """Row 48: nothing is left where there is nothing to go on from."""
     rows = tmp_path / "many.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2_000_000)
     before = {path.name for path in tmp_path.iterdir()}
     child = processes.start("train", run_config(data={"train": str(rows)}))
-    time.sleep(0.5)
+    until(lambda: heeds(child.pid, signal.SIGTERM), child)
+    time.sleep(0.3)
     child.send(signal.SIGTERM)
     assert child.wait() == 143
     assert child.said().splitlines()[-1].startswith("error: terminated")

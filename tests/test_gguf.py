@@ -157,7 +157,7 @@ def test_the_adapter_says_how_to_load_its_base(
     for file in adapter_dir.iterdir():
         if file.name != "run.yaml":
             (alone / file.name).write_bytes(file.read_bytes())
-    opened = preflight.open_adapter(alone)
+    opened = preflight.open_adapter(alone, forced=True)
     assert (opened.base.gguf_file, opened.run) == (FILE, None)
 
     monkeypatch.chdir(adapter_dir.parent)  # the card names the directory as it is called where it lies
@@ -170,15 +170,22 @@ def test_the_adapter_says_how_to_load_its_base(
         assert not torch.equal(logits(namespace["model"]), logits(with_config))
 
 
-@pytest.mark.parametrize("record", ["[]", "{", '{"base": {"gguf_file": 3}}'])
-def test_a_record_that_does_not_say_it(record: str, adapter_dir: Path, tmp_path: Path, cli: Cli) -> None:
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ("[]", "not a record of a run"),
+        ("{", "not readable as JSON"),
+        ('{"base": {"gguf_file": 3}}', "base.gguf_file: "),
+    ],
+)
+def test_a_record_that_does_not_say_it(record: str, said: str, adapter_dir: Path, tmp_path: Path, cli: Cli) -> None:
     for file in adapter_dir.iterdir():
         if file.name != "run.yaml":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "loratune.json").write_text(record)
     ran = cli("generate", "x", "--adapter", tmp_path)
     assert (ran.code, ran.out) == (5, "")
-    assert ran.err.startswith(f"error: {tmp_path / 'loratune.json'}: base")
+    assert ran.err.startswith(f"error: {tmp_path / 'loratune.json'}: {said}")
 
 
 def test_the_working_directory_is_not_looked_at(

@@ -27,6 +27,7 @@ from loratune.data.packing import pad
 from loratune.data.watching import unwatched
 from loratune.errors import DataError, ModelError
 from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, inspect
+from loratune.trainer.checkpoints import Checkpoints
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -88,8 +89,10 @@ def outputs(model: nn.Module) -> torch.Tensor:
 def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
     settings = TrainingSection(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
     choose = partial(adapter.split, model, section, weight_decay=settings.weight_decay)
-    batches = SimpleNamespace(items=ROWS, size=settings.per_device_train_batch_size, collate=COLLATE, flat=False)
-    return trainer.fit(settings, model, batches, None, path / "checkpoints", Silent(), optimizer=choose)
+    size = settings.per_device_train_batch_size
+    batches = SimpleNamespace(items=ROWS, size=size, collate=COLLATE, flat=False, heaviest=lambda: range(size))
+    run = trainer.Run(Checkpoints(path / "checkpoints", {}, 0), Silent())
+    return trainer.fit(settings, model, batches, None, run, choose)
 
 
 def factors(model: PeftModel) -> dict[str, tuple[LoraLayer, torch.Tensor]]:
@@ -127,7 +130,7 @@ def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
         ready = preflight.check(loaded, workspace.inspect(loaded.output_dir, resume=resume, overwrite=False), unwatched)
         teller = story.Teller(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
-        story.train(ready, teller, resume=resume)
+        story.train(ready, teller, resume=[] if resume else None)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
     path = run_config(lora=lora, training={"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2})

@@ -188,8 +188,9 @@ def attach_saved(base: nn.Module, saved: Saved) -> PeftModel:
         config = LoraConfig.from_pretrained(where)
         config.inference_mode = False  # its parameters count as trained, which they were
         model = _wrap(base, config)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
-        raise AdapterError(Problem(f"does not fit its base {saved.base}: {error}", where)) from None
+    except Exception as error:  # values that PEFT does not check fail wherever it first uses them
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise AdapterError(Problem(f"does not fit its base {saved.base}: {reason}", where)) from None
     expected = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}
     if problems := _differences(expected, saved, where):
         raise AdapterError(problems)

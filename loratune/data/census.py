@@ -20,7 +20,7 @@ from loratune.data.formats import Example, Parser
 from loratune.data.sources import MAX_PROBLEMS, Opened
 from loratune.data.sources.rows import Advance
 from loratune.data.watching import Watch
-from loratune.errors import DataError, Problem
+from loratune.errors import DataError, Problem, ResourceError
 
 EXACT, FOLDED, LINE = range(3)
 """The columns of the census: a hash of the content, one of the content with white space folded, the line or row."""
@@ -127,8 +127,12 @@ class _Rows:
         return self._file
 
     def _write(self) -> None:
-        self._file.write(self._held.tobytes())
-        self._file.flush()
+        try:
+            self._file.write(self._held.tobytes())
+            self._file.flush()
+        except OSError as error:
+            what = f"no room for notes on the rows: {error.strerror}"
+            raise ResourceError(Problem(what, tempfile.gettempdir(), fix="make room, or set TMPDIR")) from None
         self._held = array("q")
 
 

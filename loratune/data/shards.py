@@ -48,7 +48,7 @@ class Shards(Sequence[dict[str, list[int]]]):
         Raises OSError, ValueError or KeyError: the directory does not hold whole shards.
         """
         self._lifetime = lifetime
-        records = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+        records = [_record(path) for path in sorted(directory.glob("*.json"))]
         if not (directory / "whole").is_file():
             raise ValueError("not whole")
         self.report: Report = total(Report.from_json(record["report"]) for record in records)
@@ -106,10 +106,10 @@ class Writer:
         self.read = self._shards = 0
         for record in sorted(directory.glob("*.json")):
             try:
-                held = json.loads(record.read_text())
+                held = _record(record)
                 _mapped(record.with_suffix(".arrow"), held)
                 self.read += held["report"]["rows"]
-            except (OSError, ValueError, KeyError, pa.ArrowException):
+            except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
                 break
             self._shards += 1
         self._shard: _Shard | None = None
@@ -169,7 +169,7 @@ class _Shard:
             "report": self.report.as_json(),
         }
         self._unfinished.replace(self._path)
-        self._unfinished.write_text(json.dumps(record))
+        self._unfinished.write_text(json.dumps(record | {"check": _check(record)}))
         self._unfinished.replace(self._path.with_suffix(".json"))
 
     def _write(self) -> None:
@@ -251,6 +251,18 @@ def _forget_old(root: Path) -> None:
 def _fingerprint(lots: Iterable[str]) -> str:
     """Of all ids and spans, wherever a shard ended before its time."""
     return hashlib.sha256("".join(lots).encode()).hexdigest()
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Raises OSError, ValueError, KeyError or TypeError: it is not what was written."""
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record.pop("check") != _check(record):
+        raise ValueError(f"{path} is not what was written")
+    return record
+
+
+def _check(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

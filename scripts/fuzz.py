@@ -1,0 +1,313 @@
+"""Configs, rows and adapter directories that nobody would write: each ends in a clean result or a documented error.
+
+    python scripts/fuzz.py --cases 10000 [config rows adapters]
+
+Hypothesis makes the cases: sound ones with values replaced, keys added and lost, bytes turned over, cut and put in. Any
+exception that is not of loratune's own family fails, as does a case that takes longer than 20 s, and anything that
+reaches for the network or starts a process. Prints how the cases ended.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from loratune import config, data, inference, preflight, train, workspace
+from loratune.config import DataSection
+from loratune.data.render import Renderer
+from loratune.data.watching import unwatched
+from loratune.errors import LoratuneError
+
+LONGEST = 20
+"""Seconds that a case may take."""
+FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+
+Ends = Counter[str]
+
+
+class Reached(Exception):
+    """Something reached beyond the process."""
+
+
+def watch(armed: list[bool]) -> None:
+    """While `armed` is not empty, refuse what no fuzzed file may cause."""
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if armed and event in FORBIDDEN:
+            raise Reached(f"{event} {arguments}")
+
+    sys.addaudithook(refuse)
+
+
+def ended(ends: Ends, case: Callable[[], object]) -> Any:
+    """Run a case and count how it ended; its result, or None after one of our errors."""
+    began = time.monotonic()
+    result = None
+    try:
+        result = case()
+        ends["sound"] += 1
+    except LoratuneError as error:
+        assert error.problems and all(problem.what for problem in error.problems)
+        ends[type(error).__name__] += 1
+    assert time.monotonic() - began < LONGEST, "too slow"
+    return result
+
+
+# What cases are made of
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
+    | st.sampled_from(["", "0", "1e-4", "no", "~", "../../x", "/dev/zero", "train[:1]", "\ud800", "\0", "[q", "a" * 99])
+    | st.sampled_from([-1, 0, 1, 2**31, 2**63, 1e308, -100, 256, 264])
+)  # fmt: skip
+NAMES = """prompt completion messages conversations instruction input output text input_ids labels tools role content
+from value weight tool_calls system history user assistant human gpt function name arguments type"""
+KEYS = st.sampled_from(NAMES.split())
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | st.text(max_size=6), inner, max_size=4)
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["system", "user", "assistant", "tool", "x"]),
+            "content": st.text(max_size=20) | VALUES,
+        }
+    ),
+    max_size=4,
+)
+ROWS = st.one_of(
+    st.fixed_dictionaries({"prompt": st.text(max_size=30), "completion": st.text(max_size=30)}),
+    st.fixed_dictionaries({"messages": MESSAGES}),
+    st.fixed_dictionaries({"prompt": MESSAGES, "completion": MESSAGES}),
+    st.fixed_dictionaries({"text": st.text(max_size=60)}),
+    st.fixed_dictionaries({"input_ids": st.lists(st.integers(-1, 300), max_size=9)}),
+    st.fixed_dictionaries({"instruction": st.text(max_size=9), "output": st.text(max_size=9)}),
+    st.dictionaries(KEYS, VALUES, max_size=4),
+    VALUES,
+)
+BYTES = st.lists(
+    st.tuples(st.sampled_from(["flip", "cut", "put", "double"]), st.integers(0), st.integers(0)), max_size=3
+)
+
+
+def mangled(raw: bytes, edits: list[tuple[str, int, int]]) -> bytes:
+    """Bytes after some damage."""
+    for kind, place, what in edits:
+        at = place % (len(raw) + 1)
+        if kind == "flip" and at < len(raw):
+            raw = raw[:at] + bytes([raw[at] ^ 1 << what % 8]) + raw[at + 1 :]
+        elif kind == "cut":
+            raw = raw[:at] + raw[at + what % 64 :]
+        elif kind == "put":
+            raw = raw[:at] + bytes([what % 256]) * (what % 4) + raw[at:]
+        elif kind == "double":
+            raw = raw[:at] + raw[at : at + what % 64] + raw[at:]
+    return raw
+
+
+def replaced(values: Any, path: list[int], new: Any, drop: bool) -> Any:
+    """Nested values with one of them replaced or left out, found by numbers that lead to it."""
+    if not path or not isinstance(values, dict | list) or not values:
+        return new
+    keys = list(values) if isinstance(values, dict) else list(range(len(values)))
+    key = keys[path[0] % len(keys)]
+    if len(path) == 1 and drop:
+        kept = [one for one in keys if one != key]
+        return {one: values[one] for one in kept} if isinstance(values, dict) else [values[one] for one in kept]
+    changed = replaced(values[key], path[1:], new, drop)
+    if isinstance(values, dict):
+        return values | {key: changed}
+    return [changed if one == key else values[one] for one in keys]
+
+
+PATHS = st.lists(st.integers(0, 40), min_size=1, max_size=3)
+CHANGES = st.lists(st.tuples(PATHS, VALUES, st.booleans()), max_size=3)
+
+# The three properties
+
+
+def configs(scratch: Path, ends: Ends) -> Callable[..., None]:
+    """A config file is read into one that `dump` writes and `load` reads back, or is refused."""
+    sound = yaml.safe_load((Path(__file__).parent.parent / "configs" / "quickstart" / "config.yaml").read_text())
+    for name in ("model", "lora", "data", "training"):
+        section = getattr(config, f"{name.capitalize()}Section")
+        fields = {key: field.default for key, field in section.model_fields.items() if not field.is_required()}
+        sound[name] = {key: value for key, value in fields.items() if value is not None} | sound.get(name, {})
+    del sound["training"]["max_steps"]
+    path, again = scratch / "config.yaml", scratch / "again.yaml"
+
+    @given(CHANGES, BYTES, st.sampled_from([True, False]))
+    def property(changes: list[Any], edits: list[Any], flow: bool) -> None:
+        values = sound
+        for change in changes:
+            values = replaced(values, *change)
+        try:
+            text = yaml.safe_dump(values, default_flow_style=flow, allow_unicode=True)
+        except (yaml.YAMLError, UnicodeError):
+            text = repr(values)
+        path.write_bytes(mangled(text.encode(errors="surrogatepass"), edits))
+        run = ended(ends, lambda: config.load(path))
+        if run is not None:
+            again.write_text(config.dump(run), encoding="utf-8")
+            assert config.load(again) == run
+
+    return property
+
+
+def rows(scratch: Path, ends: Ends) -> Callable[..., None]:
+    """A file of rows becomes tokens of which the last learnt one ends an answer, or is refused."""
+    renderer, path = Renderer(byte_level()), scratch / "rows.jsonl"
+    choices = st.sampled_from(["completion", "assistant", "all"])
+
+    @given(st.lists(ROWS, max_size=5), BYTES, choices, st.sampled_from(["keep_completion", "drop", "error"]))
+    def property(given: list[Any], edits: list[Any], loss_on: str, truncation: str) -> None:
+        raw = b"".join(json.dumps(row).encode() + b"\n" for row in given)
+        path.write_bytes(mangled(raw, edits))
+        values = {"train": {"path": str(path)}, "loss_on": loss_on, "truncation": truncation, "max_length": 24}
+        section = DataSection.model_validate(values | {"max_dropped": 1})
+
+        def case() -> Any:
+            return data.prepare(data.check(section, 0).train, renderer, section, 264)
+
+        made = ended(ends, case)
+        for row in made.rows.rows() if made is not None else ():
+            assert 0 < len(row.ids) <= 24 and row.supervised > 0
+            assert all(0 <= start < end <= len(row.ids) for start, end in row.spans)
+
+    return property
+
+
+def adapters(scratch: Path, ends: Ends) -> Callable[..., None]:
+    """An adapter directory with one file changed computes finite numbers, or is refused."""
+    good, bad = trained(scratch), scratch / "bad"
+    names = sorted(path.name for path in good.iterdir())
+    ids = torch.arange(60, 70)[None]
+
+    @given(st.sampled_from(names), CHANGES, BYTES, st.booleans(), st.booleans())
+    def property(name: str, changes: list[Any], edits: list[Any], recorded: bool, forced: bool) -> None:
+        shutil.rmtree(bad, ignore_errors=True)
+        shutil.copytree(good, bad)
+        raw = (bad / name).read_bytes()
+        if name.endswith(".json"):
+            values = json.loads(raw)
+            for change in changes:
+                values = replaced(values, *change)
+            raw = json.dumps(values).encode()
+        (bad / name).write_bytes(mangled(raw, edits))
+        if not recorded:
+            (bad / "loratune.json").unlink()
+
+        def case() -> None:
+            tuned = inference.load(preflight.open_adapter(bad, forced=forced))
+            assert tuned.model(ids).logits.isfinite().all()
+
+        ended(ends, case)
+
+    return property
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """One token a byte, and a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
+    made.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]})
+    made.chat_template = (
+        "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return made
+
+
+def trained(scratch: Path) -> Path:
+    """An adapter of one step on a tiny model."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=264, eos_token_id=256, **shape)).save_pretrained(scratch / "model")
+    byte_level().save_pretrained(scratch / "model")
+    (scratch / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    values = {
+        "model": {"name_or_path": str(scratch / "model"), "dtype": "float32"}, "lora": {"r": 2},
+        "data": {"train": str(scratch / "good.jsonl")}, "training": {"learning_rate": 0.01},
+        "output_dir": str(scratch / "good"),
+    }  # fmt: skip
+    (scratch / "good.yaml").write_text(yaml.safe_dump(values))
+    run = config.load(scratch / "good.yaml")
+    space = workspace.inspect(run.output_dir, resume=False, overwrite=False)
+    ready = preflight.check(run, space, unwatched)
+    train.train(ready, train.Teller(lambda _: None, lambda _: None, unwatched, Silent()), resume=None)
+    return scratch / "good"
+
+
+class Silent:
+    """Shows nothing. Implements `trainer.Progress`."""
+
+    def start(self, steps: int, done: int) -> None:
+        """Nothing."""
+
+    def step(self, done: int, tokens: int) -> None:
+        """Nothing."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+PROPERTIES = {"config": configs, "rows": rows, "adapters": adapters}
+
+
+def fuzz(name: str, cases: int, armed: list[bool]) -> Ends:
+    """Run the cases of one property; how they ended. Raises AssertionError, or whatever went wrong."""
+    ends: Ends = Counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        property = PROPERTIES[name](Path(scratch), ends)
+        health = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+        phases = (Phase.explicit, Phase.generate, Phase.shrink)
+        bounds = settings(
+            max_examples=cases, deadline=None, suppress_health_check=health, phases=phases, database=None,
+            derandomize=True,
+        )  # fmt: skip
+        armed.append(True)
+        try:
+            bounds(property)()
+        finally:
+            armed.clear()
+    return ends
+
+
+def main() -> None:
+    """Fuzz what is asked for, and tell."""
+    parser = argparse.ArgumentParser(description="Feed loratune with what nobody would write.")
+    parser.add_argument("names", nargs="*", metavar="NAME", default=list(PROPERTIES), help=", ".join(PROPERTIES))
+    parser.add_argument("--cases", type=int, default=10_000, help="of each kind")
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")  # as the command line does
+    armed: list[bool] = []
+    watch(armed)
+    for name in asked.names:
+        began = time.monotonic()
+        ends = fuzz(name, asked.cases, armed)
+        told = ", ".join(f"{count:,} {end}" for end, count in ends.most_common())
+        print(f"{name}: {ends.total():,} cases in {time.monotonic() - began:.0f} s: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
