@@ -89,6 +89,8 @@ def value_at(run: RunConfig, key: str) -> Any:
         ("? [a, b]\n: c\n", "FILE:1: keys must be plain words"),
         (SOUND + "<<: {lora: 1}\n", "FILE:4: keys must be plain words; merges are not supported"),
         (SOUND + "lora: &a {r: 8}\ntraining: *a\n", "FILE:5:11: YAML aliases are not supported; write the value out"),
+        (SOUND + 'a: "\\UFFFFFFFF"\n', "FILE:4:7: not valid YAML: an escape that names no character"),
+        (SOUND + 'a: "\\U00110000"\n', "FILE:4:7: not valid YAML: an escape that names no character"),
         (SOUND + "lora: !mine {r: 8}\n", "FILE:4:7: the YAML tag `!mine` is not supported"),
         ("output_dir: !!binary b3V0\n", "FILE:1:13: the YAML tag `!!binary` is not supported"),
     ],

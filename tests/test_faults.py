@@ -111,8 +111,11 @@ def test_killed_at_random_moments(processes: Nursery, run_config: MakeConfig, tm
         before = len(checkpoints(tmp_path / "out.partial")) and checkpoints(tmp_path / "out.partial")[0]
         writing = tmp_path / "out.partial" / "checkpoints" / "unfinished"
         until(lambda before=before: checkpoints(tmp_path / "out.partial")[:1] not in ([], [before]), child)
-        if dice.random() < 0.5:
+        moment = dice.choice(["any", "writing", "rotating"])  # the last one is row 58
+        if moment == "writing":
             until(writing.exists, child, 0)
+        elif moment == "rotating":
+            until(lambda: len(checkpoints(tmp_path / "out.partial")) > 2, child, 0)
         time.sleep(dice.random() * 0.02)
         if child.poll() is not None:
             break

@@ -64,12 +64,17 @@ def read(path: Path) -> Document:
 def parse(text: str, source: str) -> Document:
     """Parse YAML text whose problems are reported as `source:line`."""
     try:
-        node = _Loader(text).get_single_node()
+        loader = _Loader(text)
+        node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_syntax_problem(error, source)) from None
     except ReaderError as error:
         where = f"{source}:{text.count(chr(10), 0, error.position) + 1}"
         raise ConfigError(Problem(f"not valid YAML: the control character U+{error.character:04X}", where)) from None
+    except (ValueError, OverflowError):  # of `chr`, which PyYAML asks for whatever an escape names
+        mark = loader.get_mark()  # type: ignore[no-untyped-call]
+        what, fix = "not valid YAML: an escape that names no character", "characters end at \\U0010FFFF"
+        raise ConfigError(Problem(what, f"{source}:{mark.line + 1}:{mark.column + 1}", fix=fix)) from None
     document = Document(source)
     builder = _Builder(document)
     value = builder.build(node, ()) if node is not None else {}
