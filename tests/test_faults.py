@@ -314,6 +314,20 @@ def test_a_signal_in_a_step(
     assert child.wait() == 0, child.said()
 
 
+def test_a_signal_in_an_evaluation(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """It is left at the next batch, and the step before it is kept."""
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 30_000)
+    training = {"eval_steps": 1, "save_steps": 1000}
+    child = processes.start("train", run_config(data={"validation": str(held)}, training=training))
+    until(lambda: "step     1/" in child.said(), child)
+    time.sleep(0.3)
+    child.send(signal.SIGINT)
+    assert child.wait() == 130
+    assert "held-out loss" not in child.said()
+    assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
+
+
 def test_a_second_signal_stops_at_once(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
     """Row 47: in a step that would last for long; the checkpoint before it stays."""
     training = {"num_train_epochs": 500, "save_steps": 1, "gradient_accumulation_steps": 1}

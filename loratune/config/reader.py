@@ -72,7 +72,7 @@ def parse(text: str, source: str) -> Document:
         where = f"{source}:{text.count(chr(10), 0, error.position) + 1}"
         raise ConfigError(Problem(f"not valid YAML: the control character U+{error.character:04X}", where)) from None
     except (ValueError, OverflowError):  # of `chr`, which PyYAML asks for whatever an escape names
-        mark = loader.get_mark()  # type: ignore[no-untyped-call]
+        mark = loader.get_mark()
         what, fix = "not valid YAML: an escape that names no character", "characters end at \\U0010FFFF"
         raise ConfigError(Problem(what, f"{source}:{mark.line + 1}:{mark.column + 1}", fix=fix)) from None
     document = Document(source)

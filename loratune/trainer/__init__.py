@@ -120,6 +120,7 @@ def fit(
     OutOfMemory; ResourceError: the disk is full. Raises KeyboardInterrupt: the run was stopped, after a checkpoint.
     """
     guard = Guard(run.checkpoints)
+    rehearsal = Rehearsal(guard)
     drawn = section.model_copy(update={"per_device_train_batch_size": train.size})
     settings = arguments(drawn, run.checkpoints.directory, evaluated=validation is not None, padded=not train.flat)
     trainer = _Trainer(
@@ -131,10 +132,10 @@ def fit(
         eval_dataset=validation,
         data_collator=train.collate,
         compute_loss_func=guard.loss,
-        callbacks=[guard, Stopper(run.stop), Reporter(run.progress)],
+        callbacks=[guard, rehearsal, Stopper(run.stop), Reporter(run.progress)],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own bars are off; `progress` shows the run
-    trainer.add_callback(Rehearsal(partial(trainer.rehearse, train), guard))
+    rehearsal.rehearse = partial(trainer.rehearse, train)
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)

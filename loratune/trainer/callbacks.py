@@ -64,10 +64,15 @@ def check_finite(parameters: Iterable[torch.Tensor], step: int) -> None:
 
 
 class Rehearsal(TrainerCallback):
-    """Takes the step of the largest batch before all others, so that memory that is short shows at once."""
+    """Takes the step of the largest batch before all others, so that memory that is short shows at once.
 
-    def __init__(self, rehearse: Callable[[], None], guard: Guard):
-        self.rehearse, self.guard = rehearse, guard
+    rehearse: the step, to be set once there is a trainer to take it; nothing of it stays, in the guard neither.
+    """
+
+    rehearse: Callable[[], None]
+
+    def __init__(self, guard: Guard):
+        self.guard = guard
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step, also of a resumed run."""
