@@ -75,7 +75,7 @@ def load(opened: Opened, note: Callable[[str], None] = lambda _: None) -> Tuned:
     """Load the base of an adapter directory, and put the adapter on it.
 
     Raises ModelError: the base cannot be loaded. Raises AdapterError: see `adapter.load`; another base than the one it
-    was trained on, which is noted where it is forced.
+    was trained on, which is noted where it is forced; no finite numbers come out.
     """
     path = opened.saved.path
     own_tokenizer = (path / "tokenizer_config.json").is_file()
@@ -95,6 +95,7 @@ def load(opened: Opened, note: Callable[[str], None] = lambda _: None) -> Tuned:
     identity = model.fingerprint(base)
     tuned = adapter.load(base, opened.saved)
     _check_base(opened, identity, note)
+    _check_computes(tuned, opened, tokenizer.eos_token_id or 0)
     return Tuned(tuned, tokenizer, Renderer(tokenizer), opened.data, opened.chat)
 
 
@@ -109,3 +110,17 @@ def _check_base(opened: Opened, found: str, note: Callable[[str], None]) -> None
     if not opened.forced:
         raise AdapterError(replace(problem, fix="give it its base, or use it all the same with --force"))
     note(str(problem))
+
+
+@torch.inference_mode()
+def _check_computes(tuned: PeftModel, opened: Opened, token: int) -> None:
+    """One token through base and adapter: values of a configuration that PEFT takes as they are show only here."""
+    where = str(opened.saved.path)
+    try:
+        logits = tuned(input_ids=torch.tensor([[token]], device=tuned.device), use_cache=False).logits
+    except Exception as error:
+        raise AdapterError(
+            Problem(f"does not compute with its base {opened.base.name_or_path}: {error}", where)
+        ) from None
+    if not logits.isfinite().all():
+        raise AdapterError(Problem(f"gives NaN or inf with its base {opened.base.name_or_path}", where))

@@ -89,7 +89,7 @@ MESSAGES = st.lists(
     ),
     max_size=4,
 )
-ROWS = st.one_of(
+KINDS = (
     st.fixed_dictionaries({"prompt": st.text(max_size=30), "completion": st.text(max_size=30)}),
     st.fixed_dictionaries({"messages": MESSAGES}),
     st.fixed_dictionaries({"prompt": MESSAGES, "completion": MESSAGES}),
@@ -99,9 +99,9 @@ ROWS = st.one_of(
     st.dictionaries(KEYS, VALUES, max_size=4),
     VALUES,
 )
-BYTES = st.lists(
-    st.tuples(st.sampled_from(["flip", "cut", "put", "double"]), st.integers(0), st.integers(0)), max_size=3
-)
+FILES = st.one_of(*(st.lists(kind, max_size=5) for kind in KINDS), st.lists(st.one_of(*KINDS), max_size=5))
+EDITS = st.tuples(st.sampled_from(["flip", "cut", "put", "double"]), st.integers(0), st.integers(0))
+BYTES: st.SearchStrategy[list[tuple[str, int, int]]] = st.just([]) | st.lists(EDITS, max_size=3)
 
 
 def mangled(raw: bytes, edits: list[tuple[str, int, int]]) -> bytes:
@@ -135,7 +135,9 @@ def replaced(values: Any, path: list[int], new: Any, drop: bool) -> Any:
 
 
 PATHS = st.lists(st.integers(0, 40), min_size=1, max_size=3)
-CHANGES = st.lists(st.tuples(PATHS, VALUES, st.booleans()), max_size=3)
+CHANGES: st.SearchStrategy[list[Any]] = st.just([]) | st.lists(
+    st.tuples(PATHS, VALUES | SCALARS, st.booleans()), max_size=3
+)
 
 # The three properties
 
@@ -173,7 +175,7 @@ def rows(scratch: Path, ends: Ends) -> Callable[..., None]:
     renderer, path = Renderer(byte_level()), scratch / "rows.jsonl"
     choices = st.sampled_from(["completion", "assistant", "all"])
 
-    @given(st.lists(ROWS, max_size=5), BYTES, choices, st.sampled_from(["keep_completion", "drop", "error"]))
+    @given(FILES, BYTES, choices, st.sampled_from(["keep_completion", "drop", "error"]))
     def property(given: list[Any], edits: list[Any], loss_on: str, truncation: str) -> None:
         raw = b"".join(json.dumps(row).encode() + b"\n" for row in given)
         path.write_bytes(mangled(raw, edits))

@@ -76,6 +76,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     source = found.instead_of("tokenizer_config.json", "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(found.name, **source, **_origin(section))
+        tokenizer("loratune")  # values of its configuration are first looked at when it is used
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise unreadable("tokenizer", section, error) from None
     if chat_template is not None:

@@ -149,13 +149,17 @@ def fit(
         raise OutOfMemory(Problem(f"out of memory at {trainer.place()}")) from None
     finally:
         run.progress.stop()
+    return _outcome(trainer, final["eval_loss"] if final else None, seconds)
+
+
+def _outcome(trainer: Trainer, held_out_loss: float | None, seconds: float) -> Outcome:
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     return Outcome(
         steps=trainer.state.global_step,
         first_loss=losses[0],
         last_loss=losses[-1],
-        held_out_loss=final["eval_loss"] if final else None,
+        held_out_loss=held_out_loss,
         tokens=int(trainer.state.num_input_tokens_seen),
         seconds=seconds,
         curve=curve,
