@@ -34,7 +34,13 @@ def provenance(
 
 
 def model_card(
-    settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str, formats: Sequence[str], prompt: str
+    settings: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    name: str,
+    prompt: str,
+    *,
+    formats: Sequence[str],
+    changes: Sequence[Mapping[str, Any]],
 ) -> str:
     """A model card as the hub reads it: metadata, then base, data, settings, result and use.
 
@@ -56,7 +62,7 @@ A LoRA adapter for `{_named(settings["model"])}`{_held(settings["model"])}, trai
 - **Data:** {_sources(settings["data"]["train"])} ({", ".join(formats)})
 - **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
-- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`
+{_changed(changes)}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`
 
 ## Use
 
@@ -71,6 +77,12 @@ or `loratune generate --adapter {name} {prompt}`
 ```yaml
 {yaml.safe_dump({"lora": settings["lora"], "training": settings["training"]}, sort_keys=False)}```
 """
+
+
+def _changed(changes: Sequence[Mapping[str, Any]]) -> str:
+    """What was taken on while the run lasted, so that run.yaml does not tell all of it."""
+    lines = (f"{one['key']} was {one['was']} up to step {one['step']}, then {one['is']}" for one in changes)
+    return "".join(f"- **Changed on the way:** {line}\n" for line in lines)
 
 
 def _loading(base: Mapping[str, Any], name: str) -> str:

@@ -47,7 +47,10 @@ Assignments = Annotated[
 
 def main() -> None:
     """The entry point of `loratune` and `python -m loratune`."""
-    app(prog_name="loratune")
+    try:
+        app(prog_name="loratune")
+    except KeyboardInterrupt:  # before a command has begun
+        sys.exit(130)
 
 
 @contextmanager
@@ -59,7 +62,8 @@ def boundary(debug: bool) -> Iterator[None]:
     try:
         with terminable():
             yield
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except LoratuneError as error:
         _fail(error.problems, error.exit_code, debug)
     except KeyboardInterrupt as stop:
@@ -145,7 +149,7 @@ def train(
         from loratune import preflight
         from loratune.console import TrainingProgress, note, watched
 
-        ready = preflight.check(run, space, watched)
+        ready = preflight.check(run, space, watched, changes if resume else None)
 
         from loratune import show
         from loratune import train as story
@@ -155,11 +159,11 @@ def train(
                 show.plan(story.plan(ready, watched), rows)
                 return
             teller = story.Teller(note, show.announce, watched, TrainingProgress())
-            made = story.train(ready, teller, resume=changes if resume else None)
+            made = story.train(ready, teller)
         except KeyboardInterrupt as stop:
             fix = "the rows that were tokenised are kept, and the same command goes on from there"
             if not dry_run and ready.space.has_checkpoints():
-                fix = f"continue with: {_resume_line(config_file, assignments)}"
+                fix = f"continue with: {_resume_line(config_file, assignments, changes)}"
             what, kind = _stopped(stop)
             raise kind(Problem(what, fix=fix)) from None
         show.result(made, _program())
@@ -285,10 +289,11 @@ def _tell(lines: Iterable[str]) -> None:
         note(line)
 
 
-def _resume_line(config_file: Path, assignments: Iterable[str]) -> str:
+def _resume_line(config_file: Path, assignments: Iterable[str], changes: Iterable[str]) -> str:
     """The command that goes on with a run."""
     given = [part for one in assignments for part in ("--set", one)]
-    return shlex.join([_program(), "train", str(config_file), *given, "--resume"])
+    allowed = [part for one in changes for part in ("--allow-change", one)]
+    return shlex.join([_program(), "train", str(config_file), *given, "--resume", *allowed])
 
 
 def _program() -> str:

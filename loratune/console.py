@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -21,8 +21,9 @@ out = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def note(text: str) -> None:
-    """One line on stderr about what is going on."""
-    err.print(text, markup=False)
+    """One line on stderr about what is going on; a run does not end because nobody reads it any more."""
+    with suppress(BrokenPipeError):
+        err.print(text, markup=False)
 
 
 def block(title: str, lines: Iterable[tuple[str, str]]) -> None:

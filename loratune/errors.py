@@ -56,7 +56,9 @@ def is_disk_full(error: BaseException) -> bool:
     """Also where a quota is used up or a file may not grow, and in the words of safetensors and torch's zip writer."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return any(words in str(error) for words in ("No space left", "File too large", "inline_container"))
+    return any(
+        words in str(error) for words in ("No space left", "File too large", "inline_container", "iostream error")
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

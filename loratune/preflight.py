@@ -4,23 +4,33 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from loratune import config, data, places, saved
+from pydantic import ValidationError
+
+from loratune import config, data, places, resuming, saved
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import Rows, Watch
+from loratune.data.sources import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.places import quantized
+from loratune.resuming import Resumed
 from loratune.saved import Saved
 from loratune.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A run that may begin."""
+    """A run that may begin.
+
+    config: with absolute paths; allowed: keys with other values than before; resumed: where it goes on, if it does.
+    """
 
     config: RunConfig
     space: Workspace
     rows: Rows
+    allowed: Sequence[str] = ()
+    resumed: Resumed | None = None
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,14 @@ class Opened:
     forced: bool = False
 
 
-def check(run: RunConfig, space: Workspace, watch: Watch) -> Ready:
+def check(run: RunConfig, space: Workspace, watch: Watch, resume: Sequence[str] | None = None) -> Ready:
     """Look for the model, and read and check the rows, of a run whose output directory is free; nothing is written.
 
+    resume: go on from a checkpoint, with other values of these keys; None: start.
+
     Raises ConfigError: see `quantized.check_bitsandbytes`; no such chat template. Raises ModelError: see
-    `places.is_directory`, `quantized.check_directory`. Raises DataError: see `data.check`.
+    `places.is_directory`, `quantized.check_directory`. Raises DataError: see `data.check`. Raises ResumeError:
+    see `resuming.find`.
     """
     base, template = run.model, run.data.chat_template
     if template is not None and not os.path.isfile(os.path.expanduser(template)):
@@ -51,7 +64,30 @@ def check(run: RunConfig, space: Workspace, watch: Watch) -> Ready:
     quantized.check_bitsandbytes(base.quantization)
     if places.is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
         quantized.check_directory(Path(places.local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
-    return Ready(run, space, data.check(run.data, run.training.seed, watch))
+    pinned = _pinned(run)
+    resumed = resuming.find(space.checkpoints, pinned.resolved(), resume) if resume is not None else None
+    return Ready(pinned, space, data.check(run.data, run.training.seed, watch), tuple(resume or ()), resumed)
+
+
+def _pinned(run: RunConfig) -> RunConfig:
+    """The config as it would repeat this run from anywhere: with absolute paths."""
+
+    def absolute(path: str) -> str:
+        there = Path(path).expanduser()
+        return path if looks_like_hub_id(path) and not there.exists() else str(there.absolute())
+
+    def pinned(value: Any) -> Any:
+        if isinstance(value, list):
+            return [pinned(one) for one in value]
+        return value.model_copy(update={"path": absolute(value.path)}) if isinstance(value, Source) else value
+
+    rows = run.data
+    changes: dict[str, Any] = {"train": pinned(rows.train), "validation": pinned(rows.validation)}
+    if rows.chat_template:
+        changes["chat_template"] = absolute(rows.chat_template)
+    named = run.model.model_copy(update={"name_or_path": places.local_or_hub(run.model.name_or_path)})
+    output = str(Path(run.output_dir).expanduser().absolute())
+    return run.model_copy(update={"data": rows.model_copy(update=changes), "model": named, "output_dir": output})
 
 
 def open_adapter(
@@ -69,11 +105,17 @@ def open_adapter(
     """
     found = saved.inspect(directory)
     edits = found.edits()
+    if not found.record.get("files"):
+        note(f"{directory}: keeps no record of its files and its base, so neither was verified")
     if edits and not forced:
         raise AdapterError([replace(edit, fix="use it all the same with --force") for edit in edits])
     for edit in edits:
         note(str(edit))
-    base = ModelSection(name_or_path=found.base, revision=found.config.get("revision"))
+    try:
+        base = ModelSection(name_or_path=found.base, revision=found.config.get("revision"))
+    except ValidationError:
+        where = str(directory / saved.CONFIG_FILE)
+        raise AdapterError(Problem("not the name of a base", where, "base_model_name_or_path")) from None
     if not (directory / "run.yaml").is_file():
         if assignments:
             raise ConfigError(Problem("the adapter has no run.yaml whose keys could be set", str(directory), "--set"))

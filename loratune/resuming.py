@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune.checkpoints import RUN, newest_whole, step_of
 from loratune.errors import Problem, ResumeError
-from loratune.trainer.checkpoints import RUN, newest_whole, step_of
 
 CHANGEABLE = (
     "training.learning_rate", "training.num_train_epochs", "training.max_steps", "training.max_grad_norm",
@@ -26,13 +26,14 @@ class Resumed:
     """Where a run goes on.
 
     skipped: checkpoints that were passed over, and why; changes: keys that were taken on, at which step, and from what
-    to what; rescaled: the new learning rate over the old one.
+    to what; rescaled: the new learning rate over the old one; before: the identity of the run that was interrupted.
     """
 
     checkpoint: Path
     skipped: tuple[Problem, ...]
     changes: list[dict[str, Any]]
     rescaled: float
+    before: Mapping[str, Any]
 
     @property
     def step(self) -> int:
@@ -47,11 +48,11 @@ def identity(
     return {"config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows), "changes": []}
 
 
-def resume(checkpoints: Path, now: Mapping[str, Any], allowed: Sequence[str]) -> Resumed:
-    """Find the newest whole checkpoint, and insist that it is of the same run. now: see `identity`.
+def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -> Resumed:
+    """Find the newest whole checkpoint, and insist that it is of a run with the same config.
 
-    allowed: keys of `CHANGEABLE` whose values may differ. Raises ResumeError: no checkpoint is whole; config, rows or
-    base have changed; a key that cannot be allowed.
+    allowed: keys of `CHANGEABLE` whose values may differ. Raises ResumeError: no checkpoint is whole; the config has
+    changed; a key that cannot be allowed.
     """
     if problems := [
         Problem(
@@ -65,14 +66,20 @@ def resume(checkpoints: Path, now: Mapping[str, Any], allowed: Sequence[str]) ->
         raise ResumeError(problems)
     checkpoint, skipped = newest_whole(checkpoints)
     before = json.loads((checkpoint / RUN).read_text())
-    if problems := [*_refused(before["config"], now["config"], allowed), *_moved(before, now, allowed)]:
-        raise ResumeError(problems)
+    if problems := list(_refused(before["config"], config, allowed)):
+        raise ResumeError([*skipped, *problems])
     changed = [
         {"step": step_of(checkpoint), "key": key, "was": old, "is": new}
-        for key, old, new in _changes(before["config"], now["config"])
+        for key, old, new in _changes(before["config"], config)
     ]
-    rates = (run["config"]["training"]["learning_rate"] for run in (now, before))
-    return Resumed(checkpoint, tuple(skipped), before["changes"] + changed, next(rates) / next(rates))
+    rate, old = (run["training"]["learning_rate"] for run in (config, before["config"]))
+    return Resumed(checkpoint, tuple(skipped), before["changes"] + changed, rate / old, before)
+
+
+def check_same(resumed: Resumed, now: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    """Insist that rows and base are the same. now: see `identity`. Raises ResumeError: they have changed."""
+    if problems := list(_moved(resumed.before, now, allowed)):
+        raise ResumeError(problems)
 
 
 def _refused(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +93,14 @@ def _digest(path: Path) -> str:
 
 def _check_links(directory: Path) -> None:
     inside = directory.resolve()
-    if leading := [path for path in directory.rglob("*") if not path.resolve().is_relative_to(inside)]:
-        fix = f"if it is yours, copy the files: cp -rL {directory} NEW"
-        raise AdapterError(Problem("leads out of the adapter directory, and is not followed", str(leading[0]), fix=fix))
+    for path in directory.rglob("*"):
+        try:
+            leads_out = not path.resolve(strict=True).is_relative_to(inside)
+        except (OSError, RuntimeError):
+            raise AdapterError(Problem("a link that leads nowhere", str(path), fix="take it away")) from None
+        if leads_out:
+            fix = f"if it is yours, copy the files: cp -rL {directory} NEW"
+            raise AdapterError(Problem("leads out of the adapter directory, and is not followed", str(path), fix=fix))
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -123,8 +129,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(Problem("not the configuration of a LoRA adapter", str(path)))
     if not isinstance(config.get("base_model_name_or_path"), str) or not config["base_model_name_or_path"]:
         raise AdapterError(Problem("does not name its base", str(path), "base_model_name_or_path"))
+    if not isinstance(config.get("revision"), str | None):
+        raise AdapterError(Problem("not the name of a revision", str(path), "revision"))
     for key in ("r", "lora_alpha"):
-        if isinstance(config.get(key), bool) or not isinstance(config.get(key), int | float) or config[key] <= 0:
+        if type(config.get(key)) not in (int, float) or not 0 < config[key] < math.inf:
             raise AdapterError(Problem("not a positive number", str(path), key))
     if not config.get("target_modules") or not isinstance(config["target_modules"], list | str):
         raise AdapterError(Problem("does not say which modules it adapts", str(path), "target_modules"))

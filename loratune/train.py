@@ -18,7 +18,6 @@ from loratune import (
     interrupts,
     memory,
     model,
-    places,
     resuming,
     saved,
     targets,
@@ -26,18 +25,17 @@ from loratune import (
     workspace,
 )
 from loratune.adapter import Count, PeftModel, Start
-from loratune.config import RunConfig, Source
+from loratune.checkpoints import KEPT, Checkpoints
+from loratune.config import RunConfig
 from loratune.data import Part, Prepared, Watch
 from loratune.data.formats import Conversation, Example, Plain
 from loratune.data.packing import Batches, Packing, why_not
 from loratune.data.render import Renderer
-from loratune.data.sources import looks_like_hub_id
 from loratune.errors import ConfigError, NumericError, Problem, ResourceError
 from loratune.interrupts import Stop
 from loratune.preflight import Ready
 from loratune.targets import Targets
 from loratune.trainer import Outcome, Progress
-from loratune.trainer.checkpoints import KEPT, Checkpoints
 from loratune.workspace import Workspace
 
 
@@ -122,12 +120,11 @@ def plan(ready: Ready, watch: Watch) -> Plan:
 
     Raises ModelError, DataError.
     """
-    run = _pinned(ready.config)
+    run = ready.config
     model.check_machine(run.model)
     tokenizer = model.load_tokenizer(run.model, run.data.chat_template)
     rows = _tokenised(ready, run, Renderer(tokenizer), watch)
-    base = model.load_base(run.model)
-    identity = model.fingerprint(base)
+    base, identity = _base(run)
     found = targets.find(model.unpacked(base, run.model), run.lora)
     apart, mixing = _packing(base, run, rows.train)
     adapted = adapter.attach(
@@ -164,27 +161,29 @@ def plan(ready: Ready, watch: Watch) -> Plan:
     )
 
 
-def train(ready: Ready, teller: Teller, *, resume: Sequence[str] | None) -> Result:
-    """Train, check and publish. resume: go on from a checkpoint, with other values of these keys; None: start.
+def train(ready: Ready, teller: Teller) -> Result:
+    """Train, check and publish.
 
     Raises ModelError, DataError; NumericError: a number that is not finite, or nothing learnt; ResumeError;
     LockedError; ResourceError: out of memory, or no room on the disk. Raises KeyboardInterrupt: stopped by the user.
     """
-    with workspace.claimed(ready.space, resume=resume is not None) as space:
+    with workspace.claimed(ready.space) as space:
         run = plan(ready, teller.watch)
+        identity = _identity(run, ready)
+        space.begin(resume=ready.resumed is not None)
         with interrupts.deferred(teller.note) as stop:
-            kept = _begin(run, space, teller, stop, resume)
+            kept = _kept(run, ready, identity, teller, stop)
             teller.plan(run)
             outcome = _fit(run, kept)
         try:
             trainer.check_sound(run.model, run.train)
             with workspace.room_for("the adapter", run.count.adapter_bytes, space.partial, "make room, then --resume"):
-                size = _stage(run, outcome, kept.checkpoints.run["changes"], space)
+                size = _stage(run, outcome, identity["changes"], space)
                 space.publish()
         except NumericError:
             space.forget_checkpoints()  # the run is over, and going on from its end would end the same
             raise
-    return Result(space.output, shlex.quote(ready.config.output_dir), size, outcome, run.try_it)
+    return Result(space.output, shlex.quote(ready.space.named), size, outcome, run.try_it)
 
 
 def _fit(run: Plan, kept: trainer.Run) -> Outcome:
@@ -193,10 +192,20 @@ def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     try:
         return trainer.fit(training, run.model, run.train, run.validation, kept, optimizer)
     except trainer.OutOfMemory as error:
-        problem = error.problems[0]
+        problem, evaluating = error.problems[0], error.evaluating
+    if evaluating:
+        fix = "lower training.per_device_train_batch_size, which evaluations use too, or data.max_length"
+        raise ResourceError(replace(problem, fix=fix))
     found = memory.savings(run.model, *_largest(run.train, run.rows.train), training)
     fixes = [f"{change} (saves about {saved / (1 << 20):,.0f} MiB)" for change, saved in found]
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
+
+
+def _base(run: RunConfig) -> tuple[Any, str]:
+    """The base, whose numbers were looked at, and its fingerprint."""
+    base = model.load_base(run.model)
+    model.check_finite(base, run.model.name_or_path)
+    return base, model.fingerprint(base)
 
 
 def _tokenised(ready: Ready, run: RunConfig, renderer: Renderer, watch: Watch) -> Rows:
@@ -249,24 +258,30 @@ def _largest(batches: Batches, rows: Prepared) -> tuple[list[tuple[int, int]], i
     return [(labels.numel(), int((labels >= 0).sum()))], 1
 
 
-def _begin(run: Plan, space: Workspace, teller: Teller, stop: Stop, allowed: Sequence[str] | None) -> trainer.Run:
-    """What the run is kept in; on resume, from where it goes on."""
-    counts = run.rows.train.report.counts()
-    identity = resuming.identity(run.config.resolved(), run.fingerprints, counts)
-    size = 2 * run.memory.adapter + run.memory.optimizer
-    if allowed is None:
-        workspace.check_room(space, (KEPT + 1) * size)
-        return trainer.Run(Checkpoints(space.checkpoints, identity, size), teller.progress, stop)
-    found = resuming.resume(space.checkpoints, identity, allowed)
+def _identity(run: Plan, ready: Ready) -> dict[str, Any]:
+    """What is kept of the run in its checkpoints. Raises ResumeError: it is not the one that was interrupted."""
+    found = ready.resumed
+    identity = resuming.identity(run.config.resolved(), run.fingerprints, run.rows.train.report.counts())
+    if found is None:
+        return identity
+    resuming.check_same(found, identity, ready.allowed)
+    return identity | {"changes": found.changes}
+
+
+def _kept(run: Plan, ready: Ready, identity: Mapping[str, Any], teller: Teller, stop: Stop) -> trainer.Run:
+    """What the run is kept in and led by, and where it goes on. Raises ResourceError: the disk is too small."""
+    size, found = 2 * run.memory.adapter + run.memory.optimizer, ready.resumed
+    checkpoints = Checkpoints(ready.space.checkpoints, identity, size)
+    if found is None:
+        workspace.check_room(ready.space, (KEPT + 1) * size)
+        return trainer.Run(checkpoints, teller.progress, stop)
     for problem in found.skipped:
         teller.note(str(problem))
     for change in found.changes:
-        teller.note(
-            f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
-        )
+        was, now = f"was {change['was']} up to step {change['step']}", f"is {change['is']} from there"
+        teller.note(f"{change['key']} {was}, and {now}")
     teller.note(f"resuming from step {found.step}")
-    kept = Checkpoints(space.checkpoints, identity | {"changes": found.changes}, size)
-    return trainer.Run(kept, teller.progress, stop, found.checkpoint, found.rescaled)
+    return trainer.Run(checkpoints, teller.progress, stop, found.checkpoint, found.rescaled)
 
 
 def _stage(run: Plan, outcome: Outcome, changes: Sequence[Mapping[str, Any]], space: Workspace) -> int:
@@ -276,7 +291,9 @@ def _stage(run: Plan, outcome: Outcome, changes: Sequence[Mapping[str, Any]], sp
     run.tokenizer.save_pretrained(space.staging)
     settings = run.config.resolved()
     (space.staging / "run.yaml").write_text(config.dump(run.config), encoding="utf-8")
-    text = card.model_card(settings, outcome.metrics, space.output.name, run.given.formats, run.try_it)
+    text = card.model_card(
+        settings, outcome.metrics, space.output.name, run.try_it, formats=run.given.formats, changes=changes
+    )
     (space.staging / "README.md").write_text(text, encoding="utf-8")
     made = card.provenance(settings, outcome.metrics, outcome.curve, run.fingerprints)
     made |= {"formats": run.given.formats, "chat": run.given.chat}
@@ -290,27 +307,6 @@ def _first_batches(batches: Batches, most: int = 64) -> list[Any]:
     count, size = len(batches.items), batches.size
     starts = range(0, min(count, most * size), size)
     return [batches.collate([batches.items[n] for n in range(at, min(at + size, count))]) for at in starts]
-
-
-def _pinned(run: RunConfig) -> RunConfig:
-    """The config as it would repeat this run from anywhere: with absolute paths."""
-
-    def absolute(path: str) -> str:
-        there = Path(path).expanduser()
-        return path if looks_like_hub_id(path) and not there.exists() else str(there.absolute())
-
-    def pinned(value: Any) -> Any:
-        if isinstance(value, list):
-            return [pinned(one) for one in value]
-        return value.model_copy(update={"path": absolute(value.path)}) if isinstance(value, Source) else value
-
-    rows = run.data
-    changes: dict[str, Any] = {"train": pinned(rows.train), "validation": pinned(rows.validation)}
-    if rows.chat_template:
-        changes["chat_template"] = absolute(rows.chat_template)
-    named = run.model.model_copy(update={"name_or_path": places.local_or_hub(run.model.name_or_path)})
-    output = str(Path(run.output_dir).expanduser().absolute())
-    return run.model_copy(update={"data": rows.model_copy(update=changes), "model": named, "output_dir": output})
 
 
 def _prompt_of(rows: Part, most: int = 200) -> str:

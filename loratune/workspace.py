@@ -8,8 +8,9 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,10 +20,16 @@ from loratune.errors import ConfigError, LockedError, Problem, ResourceError, Re
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a run works and where its result goes. output and partial are siblings on one file system."""
+    """Where a run works and where its result goes. output and partial are siblings on one file system.
+
+    overwrite: the user lets what is at `output`, and the work of an interrupted run, be replaced; named: as the user
+    named the output.
+    """
 
     output: Path
     partial: Path
+    named: str
+    overwrite: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -59,20 +66,41 @@ class Workspace:
         """Whether there is anything that a later `--resume` could go on from."""
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
+    def leave(self) -> None:
+        """Remove the work in progress, if nothing could go on from it."""
+        if self.partial.exists() and not self.has_checkpoints():
+            shutil.rmtree(self.partial)
+
     def forget_checkpoints(self) -> None:
         """Remove what a `--resume` could go on from."""
         shutil.rmtree(self.checkpoints)
 
-    def clear(self) -> None:
-        """Remove all work in progress but the lock on it."""
+    def begin(self, *, resume: bool) -> None:
+        """Make room for the work; what an interrupted run left goes, unless it is resumed.
+
+        Raises ConfigError: something has appeared at the output directory.
+        """
         for path in self.partial.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path != self.lock:
-                path.unlink()
+            if path not in (self.lock, *((self.checkpoints, self.may_replace) if resume else ())):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self.overwrite:
+            self.may_replace.touch()
+        self._check_output()
+        self.checkpoints.mkdir(exist_ok=True)
+        sync(self.partial)
+        sync(self.partial.parent)
+
+    def _check_output(self) -> None:
+        if self.output.exists() and not self.may_replace.exists():
+            what, fix = "has appeared since the run began, and is left alone", "move it away, and go on with --resume"
+            raise ConfigError(Problem(what, str(self.output), "output_dir", fix))
 
     def publish(self) -> None:
-        """Make the staged files durable and move them to the output directory; then clear the work in progress."""
+        """Make the staged files durable and move them to the output directory; then clear the work in progress.
+
+        Raises ConfigError: something has appeared there.
+        """
+        self._check_output()
         umask = os.umask(0)
         os.umask(umask)
         for path in sorted(self.staging.rglob("*")):
@@ -95,7 +123,7 @@ def inspect(output_dir: str, *, resume: bool, overwrite: bool) -> Workspace:
     """
     where, key = str(output_dir), "output_dir"
     try:
-        space = Workspace(*_siblings(output_dir))
+        space = Workspace(*_siblings(output_dir), where, overwrite)
         if space.lock.is_file():
             with space.lock.open(encoding="utf-8") as file:
                 _lock(file, where)
@@ -125,7 +153,10 @@ def _check_free(space: Workspace, where: str, *, resume: bool, overwrite: bool) 
     if resume and not partial.is_dir():
         raise ResumeError(Problem("no interrupted run to resume", where, fix="leave out --resume to start one"))
     if output.exists() and not overwrite and not (resume and space.may_replace.exists()):
-        raise ConfigError(Problem("already exists", where, key, "choose another, or replace it with --overwrite"))
+        fix = "choose another, or replace it with --overwrite"
+        if space.has_checkpoints():
+            fix = f"if it is what you want, the run had ended: remove {partial.name}; or replace both with --overwrite"
+        raise ConfigError(Problem("already exists", where, key, fix))
     if output.exists() and any(output.iterdir()) and not (output / "adapter_config.json").is_file():
         raise ConfigError(Problem("holds no adapter, so --overwrite leaves it alone", where, key, "choose another"))
     if space.has_checkpoints() and not (resume or overwrite):
@@ -139,48 +170,48 @@ def _probe(space: Workspace, where: str) -> None:
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
+        if is_disk_full(error):
+            raise ResourceError(Problem("the disk is full", where, "output_dir", "make room")) from None
         raise ConfigError(Problem(f"cannot be written: {error.strerror}", where, "output_dir")) from None
 
 
 @contextmanager
-def claimed(space: Workspace, *, resume: bool) -> Iterator[Workspace]:
+def claimed(space: Workspace) -> Iterator[Workspace]:
     """Hold the work in progress while the run lasts; a run that left no checkpoint leaves nothing.
 
-    Raises LockedError: another run is working there.
+    Raises LockedError: another run is working there. Raises ResourceError: the disk is full.
     """
-    space.partial.mkdir(exist_ok=True)
+    with room_for("the work in progress", 4096, space.output.parent, "make room"):
+        space.partial.mkdir(exist_ok=True)
     with _locked(space, str(space.output)):
-        _prepare(space, resume=resume)
+        if space.replaced.exists() and not space.output.exists():
+            space.replaced.rename(space.output)  # the last run was killed between the two renames of `publish`
         try:
             yield space
         finally:
-            if space.partial.exists() and not space.has_checkpoints():
-                shutil.rmtree(space.partial)
-
-
-def _prepare(space: Workspace, *, resume: bool) -> None:
-    if space.replaced.exists() and not space.output.exists():
-        space.replaced.rename(space.output)  # the last run was killed between the two renames of `publish`
-    if resume:
-        shutil.rmtree(space.staging, ignore_errors=True)
-        shutil.rmtree(space.replaced, ignore_errors=True)
-    else:
-        space.clear()
-    space.checkpoints.mkdir(parents=True, exist_ok=True)
-    if space.output.exists():
-        space.may_replace.touch()
+            space.leave()
 
 
 @contextmanager
 def _locked(space: Workspace, where: str) -> Iterator[None]:
     """Hold the lock. The kernel lets go of it when the process ends, however it does."""
-    with space.lock.open("a+", encoding="utf-8") as file:
-        _lock(file, where)
-        if not space.lock.exists() or not os.path.samestat(os.fstat(file.fileno()), space.lock.stat()):
-            raise LockedError(Problem("another run has just ended there", where, "output_dir", "start again"))
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+    ended = LockedError(Problem("another run has just ended there", where, "output_dir", "start again"))
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(space.lock.open("a+", encoding="utf-8"))
+            _lock(file, where)
+            if not os.path.samestat(os.fstat(file.fileno()), space.lock.stat()):
+                raise ended
+        except FileNotFoundError:
+            raise ended from None
+        try:
+            with room_for("the work in progress", 4096, space.partial, "make room"):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}\n")
+                file.flush()
+        except ResourceError:
+            space.leave()
+            raise
         yield
 
 
@@ -209,12 +240,16 @@ def room_for(what: str, size: int, where: Path, fix: str) -> Iterator[None]:
 
 
 def _lock(file: TextIO, where: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    for attempt in range(5):  # another process may only be looking whether it is free
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.05 if attempt < 4 else 0)
+    else:
         file.seek(0)
         what = f"another run is working there ({file.read().strip() or 'it does not say which'})"
-        raise LockedError(Problem(what, where, "output_dir", "wait for it, or choose another")) from None
+        raise LockedError(Problem(what, where, "output_dir", "wait for it, or choose another"))
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ reaches for the network or starts a process. Prints how the cases ended.
 """
 
 import argparse
+import faulthandler
 import json
 import shutil
 import sys
@@ -34,12 +35,20 @@ from loratune.errors import LoratuneError
 
 LONGEST = 20
 """Seconds that a case may take."""
-FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+FORBIDDEN = (
+    "socket.connect",
+    "socket.getaddrinfo",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "pickle.find_class",
+)
 
 Ends = Counter[str]
 
 
-class Reached(Exception):
+class Reached(BaseException):
     """Something reached beyond the process."""
 
 
@@ -57,12 +66,15 @@ def ended(ends: Ends, case: Callable[[], object]) -> Any:
     """Run a case and count how it ended; its result, or None after one of our errors."""
     began = time.monotonic()
     result = None
+    faulthandler.dump_traceback_later(3 * LONGEST, exit=True)  # a case that hangs
     try:
         result = case()
         ends["sound"] += 1
     except LoratuneError as error:
         assert error.problems and all(problem.what for problem in error.problems)
         ends[type(error).__name__] += 1
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     assert time.monotonic() - began < LONGEST, "too slow"
     return result
 
@@ -253,7 +265,7 @@ def trained(scratch: Path) -> Path:
     run = config.load(scratch / "good.yaml")
     space = workspace.inspect(run.output_dir, resume=False, overwrite=False)
     ready = preflight.check(run, space, unwatched)
-    train.train(ready, train.Teller(lambda _: None, lambda _: None, unwatched, Silent()), resume=None)
+    train.train(ready, train.Teller(lambda _: None, lambda _: None, unwatched, Silent()))
     return scratch / "good"
 
 

@@ -3,22 +3,25 @@
     python scripts/soak.py --kills 200          # needs models/SmolLM2-135M-Instruct, for its tokenizer
 
 A small random Llama learns the quickstart's rows, with dropout, accumulation and a checkpoint every few steps. In the
-meantime it is ended by `kill -9` at random moments, by Ctrl-C and SIGTERM; files of 1 to 60 kB are the longest that may
-be written, so that writes fail at random places; and a bit of a random file of the run, or of the tokenised rows in
-the cache, is turned over while it lies dead, though never in both of the checkpoints that are kept. In the end its
-adapter has to be, byte for byte, that of the same run to which nothing happened; a resume must never begin before the
-newest checkpoint that was left whole. Prints the counts, and ends with 1 if something was lost.
+meantime it is ended by `kill -9` at random moments, by Ctrl-C and SIGTERM; at random moments files of 0.5 to 60 kB
+become the longest that may be written, so that whatever is written next fails; and a bit of a random file of the run,
+or of the tokenised rows in the cache, is turned over while it lies dead, though never in both of the checkpoints that
+are kept. In the end its adapter has to be, byte for byte, that of the same run to which nothing happened; and no
+checkpoint that was seen whole may vanish before there is a newer one. Prints the counts, and ends with 1 if something
+was lost.
 """
 
 import argparse
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +59,8 @@ def prepare(scratch: Path, steps: int) -> Path:
 
 @dataclass
 class Soak:
-    """One run and all that is done to it. counts: of events by name; flipped: a checkpoint with a wrong bit."""
+    """One run and all that is done to it. counts: of events by name; flipped: a checkpoint with a wrong bit;
+    reached: the step of the newest whole one that was ever seen."""
 
     config: Path
     commands: Nursery
@@ -64,6 +68,7 @@ class Soak:
     counts: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
     flipped: str | None = None
+    reached: int = 0
 
     @property
     def directory(self) -> Path:
@@ -78,23 +83,35 @@ class Soak:
     def round(self) -> bool:
         """Start or resume, and end it somehow; whether it came to its own end."""
         expected = self.whole()
+        if max(expected, default=0) < self.reached:
+            self.lost.append(f"the checkpoint of step {self.reached} is gone; there are {expected}")
         resume = ["--resume"] if expected else ["--overwrite"]
-        starved = self.dice.random() < 0.15
-        limit = self.dice.randrange(1_000, 60_000) if starved else None
-        child = self.commands.start("train", self.config, *resume, limit=limit)
+        starved = self.dice.random() < 0.2
+        child = self.commands.start("train", self.config, *resume)
         self.counts["resumed" if expected else "started"] += 1
-        how = signal.SIGKILL if starved else self.dice.choices(ENDS, WEIGHT)[0]
-        deadline = time.monotonic() + self.dice.uniform(0.3, 4)
-        while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
+        how = self.dice.choices(ENDS, WEIGHT)[0]
+        self.wait(child, self.dice.uniform(0.3, 4))
+        if starved and child.poll() is None:
+            with suppress(ProcessLookupError):
+                resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (self.dice.randrange(500, 60_000),) * 2)
+            self.wait(child, 3)
         child.send(how)
         code = child.wait()
-        self.judge(child, code, expected, how)
+        self.judge(child, code, expected)
+        self.reached = 0 if code == 0 else max(self.reached, *self.whole(), 0)
         return code == 0
 
-    def judge(self, child: Child, code: int, expected: list[int], how: int) -> None:
+    @staticmethod
+    def wait(child: Child, seconds: float) -> None:
+        """Let it run, for at most so long."""
+        deadline = time.monotonic() + seconds
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def judge(self, child: Child, code: int, expected: list[int]) -> None:
         """Count how it ended, and hold it against what was to be expected."""
         names = {0: "ended by itself", 8: "disk full", 130: "Ctrl-C", 143: "SIGTERM", -9: "kill -9"}
+        names |= {-signal.SIGTERM: "SIGTERM"}  # before the program has set its handler
         self.counts[names.get(code, f"exit {code}")] += 1
         if code not in names:
             self.lost.append(f"exit {code}: {child.said()}")
@@ -112,6 +129,7 @@ class Soak:
         place = Path(os.environ["HF_DATASETS_CACHE"])
         if len(there) > 1 and self.flipped is None and self.dice.random() < 0.7:
             self.flipped = self.dice.choice(there)
+            self.reached = max(self.whole())
             place = self.directory / self.flipped
         if files := sorted(path for path in place.rglob("*") if path.is_file() and path.stat().st_size):
             path = self.dice.choice(files)

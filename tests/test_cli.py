@@ -360,7 +360,8 @@ def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: d
     """The old adapter had been moved away, and the new one had not yet taken its place."""
     out = old_adapter(tmp_path / "out")
     space = workspace.inspect(str(out), resume=False, overwrite=True)
-    with workspace.claimed(space, resume=False):
+    with workspace.claimed(space):
+        space.begin(resume=False)
         (space.checkpoints / "checkpoint-1").mkdir()
         space.staging.mkdir()
         space.output.rename(space.replaced)
@@ -368,8 +369,9 @@ def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: d
         workspace.inspect(str(out), resume=False, overwrite=False)
 
     again = workspace.inspect(str(out), **how)
-    with workspace.claimed(again, resume=how["resume"]):
+    with workspace.claimed(again):
         assert tree(out) == OLD
+        again.begin(resume=how["resume"])
         assert not space.staging.exists()
         assert space.has_checkpoints() == how["resume"]
         space.staging.mkdir()
@@ -380,7 +382,8 @@ def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: d
 
 def test_resume_may_not_replace_what_came_meanwhile(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with workspace.claimed(workspace.inspect(str(out), resume=False, overwrite=False), resume=False) as space:
+    with workspace.claimed(workspace.inspect(str(out), resume=False, overwrite=False)) as space:
+        space.begin(resume=False)
         (space.checkpoints / "checkpoint-1").mkdir()
     workspace.inspect(str(out), resume=True, overwrite=False)
     old_adapter(out)

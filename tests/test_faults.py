@@ -17,6 +17,8 @@ from conftest import Ran, tiny_llama, tree
 from nursery import Child, Nursery, nursery
 from transformers import PreTrainedTokenizerFast
 
+from loratune.checkpoints import Checkpoints
+
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
 
@@ -329,21 +331,20 @@ def test_a_signal_in_an_evaluation(processes: Nursery, run_config: MakeConfig, t
 
 
 def test_a_second_signal_stops_at_once(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Row 47: in a step that would last for long; the checkpoint before it stays."""
-    training = {"num_train_epochs": 500, "save_steps": 1, "gradient_accumulation_steps": 1}
-    config = run_config(training=training)
-    child = processes.start("train", config)
-    until(lambda: checkpoints(tmp_path / "out.partial"), child)
-    child.send(signal.SIGSTOP)
+    """Row 47: in a step of 4,000 batches, which lasts for many seconds; the first signal alone does not end it."""
+    rows = tmp_path / "many.jsonl"
+    rows.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 4_000)
+    training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4_000}
+    child = processes.start("train", run_config(data={"train": str(rows)}, training=training))
+    until(lambda: "trainable params" in child.said(), child)
+    time.sleep(1)
     child.send(signal.SIGINT)
-    child.send(signal.SIGTERM)
-    child.send(signal.SIGCONT)
-    assert child.wait() in (130, 143)
-    assert "continue with: " in child.said()
-    child = processes.start("train", config, "--resume", "--set", "training.num_train_epochs=500")
-    until(lambda: "resuming from step" in child.said(), child)
-    child.send(signal.SIGKILL)
-    child.wait()
+    until(lambda: "stopping after this step; once more stops at once" in child.said(), child)
+    time.sleep(1)
+    assert child.poll() is None and "step     1/" not in child.said()
+    child.send(signal.SIGINT)
+    assert child.wait() == 130
+    assert "step     1/" not in child.said() and not (tmp_path / "out.partial").exists()
 
 
 def test_a_signal_during_a_save(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -511,16 +512,7 @@ def test_memory_that_is_short_shows_at_once(
         data={"train": str(tmp_path / "uneven.jsonl"), "max_length": 8192},
         training={"per_device_train_batch_size": 8},
     )
-    code = (
-        "import resource, sys, loratune.train, loratune.show\n"
-        "from loratune.cli import main\n"
-        "held = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (held + (1 << 30), resource.RLIM_INFINITY))\n"
-        "main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", str(config)], capture_output=True, text=True, check=False
-    )
+    done = starved(config)
     assert done.returncode == 8, done.stderr
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: out of memory at step 1, on a batch of 8 x 80"), line
@@ -530,3 +522,156 @@ def test_memory_that_is_short_shows_at_once(
     )
     assert "training.per_device_train_batch_size: 4 with training.gradient_accumulation_steps: 2 (saves" in line
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_memory_that_is_short_for_an_evaluation(
+    run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """It shows before the first step too, and is not blamed on a batch of training."""
+    tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=1024).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    rows = [{"prompt": "a " * 4000, "completion": "b"}] * 8
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"validation": str(tmp_path / "long.jsonl"), "max_length": 8192}
+    done = starved(run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data))
+    assert done.returncode == 8, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: out of memory in the evaluation after step 0, on a batch of 8 x 80"), line
+    assert "lower training.per_device_train_batch_size, which evaluations use too" in line
+
+
+def starved(config: Path) -> "subprocess.CompletedProcess[str]":
+    """A run that may take 1 GiB beyond what its imports take."""
+    code = (
+        "import resource, sys, loratune.train, loratune.show\n"
+        "from loratune.cli import main\n"
+        "held = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (held + (1 << 30), resource.RLIM_INFINITY))\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", code, "train", str(config)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+# Numbers
+
+
+def test_a_held_out_loss_that_is_not_finite(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    """Weights that are finite, and overflow where only a row of the validation set leads."""
+    config = run_config(data={"validation": 0.2}, training={"learning_rate": 1e30, "max_steps": 1, "eval_steps": 1})
+    ran = cli("train", config)
+    assert ran.code == 6
+    assert "error: data.validation: the held-out loss after step 1 is nan; lower training.learning_rate" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_poisoned_checkpoint_goes(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    """Its weights give NaN at the next step; the one before it stays, and the message leads on from it."""
+    config = run_config(training={"learning_rate": 1e30, "save_steps": 1, "warmup_steps": 2})
+    ran = cli("train", config)
+    assert ran.code == 6
+    assert "; step 1 is kept: --resume with --allow-change training.learning_rate, or --overwrite" in ran.err
+    assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
+    mended = ("--resume", "--allow-change", "training.learning_rate", "--set", "training.learning_rate=0.01")
+    ran = cli("train", config, *mended)
+    assert ran.code == 0, ran.err
+    assert "**Changed on the way:** training.learning_rate was 1e+30 up to step 1" in (
+        (tmp_path / "out" / "README.md").read_text()
+    )
+    config = run_config(training={"learning_rate": 1e30, "save_steps": 1}, output_dir=str(tmp_path / "other"))
+    assert cli("train", config).code == 6
+    assert not (tmp_path / "other.partial").exists()
+
+
+# What others do meanwhile
+
+
+def test_what_appears_at_the_output_is_left_alone(
+    processes: Nursery, run_config: MakeConfig, tmp_path: Path, cli: Cli
+) -> None:
+    """The last step, in the middle of an epoch, is kept, so that only the publishing is done again."""
+    config = run_config(training={"max_steps": 203})
+    expected = straight(processes, config, tmp_path)
+    child = processes.start("train", config)
+    until(lambda: "step     1/" in child.said(), child)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    assert child.wait() == 2
+    assert "has appeared since the run began, and is left alone; move it away, and go on with --resume" in child.said()
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert cli("train", config, "--resume").code == 0
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
+    assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["steps"] == 203
+
+
+def test_an_overwrite_that_fails_keeps_the_interrupted_run(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    before = [path.name for path in checkpoints(tmp_path / "out.partial")]
+    ran = cli("train", interrupted, "--overwrite", "--set", "lora.target_modules=[bogus]")
+    assert ran.code == 3
+    assert [path.name for path in checkpoints(tmp_path / "out.partial")] == before
+    assert cli("train", interrupted, "--resume").code == 0
+
+
+def test_fewer_steps_than_were_taken_are_refused(interrupted: Path, cli: Cli) -> None:
+    allowed = ("--resume", "--allow-change", "training.num_train_epochs", "--set", "training.num_train_epochs=0.2")
+    ran = cli("train", interrupted, *allowed)
+    assert ran.code == 7
+    assert "error: training: the run has taken " in ran.err and " steps, and is to take 1; ask for more" in ran.err
+
+
+def test_a_finished_run_that_was_not_cleared_away(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    """Killed between the last two steps of publishing."""
+    config = run_config()
+    assert cli("train", config).code == 0
+    (tmp_path / "out.partial" / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    for arguments in ((), ("--resume",)):
+        ran = cli("train", config, *arguments)
+        assert ran.code == 2
+        assert "already exists; if it is what you want, the run had ended: remove out.partial;" in ran.err
+    assert cli("train", config, "--overwrite").code == 0
+
+
+# Durability: no power can be cut here, so the calls are looked at, which the kernel keeps to
+
+
+def test_everything_is_flushed_before_a_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    flush, move = os.fsync, Path.rename
+
+    def fsync(handle: int) -> None:
+        calls.append(os.readlink(f"/proc/self/fd/{handle}"))
+        flush(handle)
+
+    def rename(path: Path, target: Path) -> Path:
+        calls.append(f"{path} -> {target}")
+        return move(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    kept = Checkpoints(tmp_path, {"x": 1}, 0)
+    with kept.writing(3):
+        written = kept.unfinished / "checkpoint-3"
+        written.mkdir(parents=True)
+        (written / "optimizer.pt").write_bytes(b"x")
+    names = ["optimizer.pt", "run.json", "manifest.json"]
+    moved = f"{written} -> {tmp_path / 'checkpoint-3'}"
+    assert calls == [*(str(written / name) for name in names), str(written), moved, str(tmp_path)]
+
+
+def test_a_damaged_checkpoint_does_not_count_when_old_ones_go(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, {}, 0)
+    for step in (1, 2, 9):
+        with kept.writing(step):
+            for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+                (kept.unfinished / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
+                (kept.unfinished / f"checkpoint-{step}" / name).write_bytes(b"x")
+            (kept.unfinished / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        if step == 9:
+            (tmp_path / "checkpoint-9" / "optimizer.pt").write_bytes(b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-9"]
+    with kept.writing(3):
+        (kept.unfinished / "checkpoint-3").mkdir(parents=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]

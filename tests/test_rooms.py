@@ -16,13 +16,14 @@ PACKAGE = ROOT / "loratune"
 LEVELS = {
     "__init__": 0, "errors": 0, "interrupts": 0, "paths": 0,
     "config": 1, "workspace": 1, "saved": 1, "places": 1, "console": 1, "kernels": 1,
-    "data": 2, "model": 2, "targets": 2, "adapter": 2, "trainer": 2, "memory": 2, "card": 2, "spectrum": 2,
-    "preflight": 3, "resuming": 3,
-    "inference": 4,
-    "train": 5, "generate": 5, "evaluate": 5, "params": 5, "header": 5,
-    "show": 6,
-    "cli": 7,
-    "__main__": 8,
+    "checkpoints": 2, "data": 2, "model": 2, "targets": 2, "adapter": 2, "memory": 2, "card": 2, "spectrum": 2,
+    "trainer": 3, "resuming": 3,
+    "preflight": 4,
+    "inference": 5,
+    "train": 6, "generate": 6, "evaluate": 6, "params": 6, "header": 6,
+    "show": 7,
+    "cli": 8,
+    "__main__": 9,
 }  # fmt: skip
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

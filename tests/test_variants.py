@@ -22,12 +22,12 @@ from loratune import adapter, config, preflight, targets, trainer, workspace
 from loratune import model as model_room
 from loratune import train as story
 from loratune.adapter import Start
+from loratune.checkpoints import Checkpoints
 from loratune.config import LoraSection, ModelSection, TrainingSection, portability
 from loratune.data.packing import pad
 from loratune.data.watching import unwatched
 from loratune.errors import DataError, ModelError
 from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, inspect
-from loratune.trainer.checkpoints import Checkpoints
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -128,9 +128,10 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
 def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp_path: Path) -> None:
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
-        ready = preflight.check(loaded, workspace.inspect(loaded.output_dir, resume=resume, overwrite=False), unwatched)
+        space = workspace.inspect(loaded.output_dir, resume=resume, overwrite=False)
+        ready = preflight.check(loaded, space, unwatched, [] if resume else None)
         teller = story.Teller(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
-        story.train(ready, teller, resume=[] if resume else None)
+        story.train(ready, teller)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
     path = run_config(lora=lora, training={"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2})

@@ -204,6 +204,8 @@ def load(base: PreTrainedModel, saved: Saved) -> PeftModel:
     """
     model = attach_saved(base, saved)
     tensors = _read_tensors(saved.path / WEIGHTS_FILE)
+    if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise AdapterError(Problem(f"{len(odd)} tensors hold no fractions, among them {_few(odd)}", str(saved.path)))
     if bad := _not_finite(tensors):
         raise AdapterError(Problem(f"{len(bad)} tensors hold NaN or inf, among them {_few(bad)}", str(saved.path)))
     result = set_peft_model_state_dict(model, tensors)

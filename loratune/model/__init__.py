@@ -28,6 +28,7 @@ from loratune.model.machine import notes as notes
 from loratune.model.originals import original_weights as original_weights
 from loratune.model.quantized import check_trainable, keep_backward, settings
 from loratune.model.weights import check_complete
+from loratune.model.weights import check_finite as check_finite
 from loratune.places import gguf, quantized
 
 transformers.logging.set_verbosity_error()

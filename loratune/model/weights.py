@@ -4,12 +4,26 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from loratune.errors import ModelError, Problem
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _ONE_MODEL = "are weights and config.json of one model?"
+
+
+def check_finite(model: PreTrainedModel, name: str) -> None:
+    """Look at every weight once. Raises ModelError: one is NaN or inf."""
+    summed = (torch.float16, torch.bfloat16, torch.float32)  # the sum of a tensor with NaN or inf is one of them
+    bad = [
+        path
+        for path, weight in model.named_parameters()
+        if weight.dtype in summed and not weight.detach().sum(dtype=torch.float32).isfinite()
+    ]
+    if bad:
+        what = f"{len(bad)} of its tensors hold NaN or inf, among them {', '.join(bad[:3])}"
+        raise ModelError(Problem(what, name, fix="fetch it again"))
 
 
 def check_complete(model: PreTrainedModel, info: Any, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
+from loratune.checkpoints import Checkpoints as Checkpoints
 from loratune.config import TrainingSection
-from loratune.errors import NumericError, Problem, ResourceError, is_out_of_memory
+from loratune.errors import NumericError, Problem, ResourceError, ResumeError, is_out_of_memory
 from loratune.interrupts import Stop
 from loratune.kernels import next_token_loss
 from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper, check_finite
 from loratune.trainer.callbacks import Progress as Progress
-from loratune.trainer.checkpoints import Checkpoints as Checkpoints
 
 
 class Batches(Protocol):
@@ -47,7 +48,11 @@ class Run:
 
 
 class OutOfMemory(ResourceError):
-    """A step asked for more memory than there is."""
+    """A step, or an evaluation, asked for more memory than there is."""
+
+    def __init__(self, place: str, *, evaluating: bool):
+        super().__init__(Problem(f"out of memory {place}"))
+        self.evaluating = evaluating
 
 
 OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
@@ -135,31 +140,33 @@ def fit(
         callbacks=[guard, rehearsal, Stopper(run.stop), Reporter(run.progress)],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own bars are off; `progress` shows the run
-    rehearsal.rehearse = partial(trainer.rehearse, train)
+    rehearsal.rehearse = partial(trainer.rehearse, train, validation)
     start = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+        with suppress(_Done):
+            trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
         seconds = time.monotonic() - start
-        final = trainer.evaluate() if validation is not None and run.stop.asked is None else None
+        if validation is not None and run.stop.asked is None:
+            trainer.catch_up()
         if run.stop.asked is not None:
             raise run.stop.asked
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(Problem(f"out of memory at {trainer.place()}")) from None
+        raise OutOfMemory(trainer.place(), evaluating=trainer.evaluating) from None
     finally:
         run.progress.stop()
-    return _outcome(trainer, final["eval_loss"] if final else None, seconds)
+    return _outcome(trainer, seconds)
 
 
-def _outcome(trainer: Trainer, held_out_loss: float | None, seconds: float) -> Outcome:
+def _outcome(trainer: Trainer, seconds: float) -> Outcome:
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     return Outcome(
         steps=trainer.state.global_step,
         first_loss=losses[0],
         last_loss=losses[-1],
-        held_out_loss=held_out_loss,
+        held_out_loss=next((entry["eval_loss"] for entry in reversed(curve) if "eval_loss" in entry), None),
         tokens=int(trainer.state.num_input_tokens_seen),
         seconds=seconds,
         curve=curve,
@@ -171,7 +178,7 @@ def check_sound(model: PreTrainedModel, train: Batches) -> None:
 
     Raises NumericError: the loss of the first rows is NaN or inf.
     """
-    loss = held_out_loss(model, train, most=8)
+    loss = held_out_loss(model, train, range(min(8, len(train.items))))
     if not loss.total < float("inf"):
         fix = "lower training.learning_rate"
         raise NumericError(
@@ -181,25 +188,32 @@ def check_sound(model: PreTrainedModel, train: Batches) -> None:
 
 @torch.inference_mode()
 def held_out_loss(
-    model: PreTrainedModel, rows: Batches, most: int | None = None, before_batch: Callable[[], None] = lambda: None
+    model: PreTrainedModel,
+    rows: Batches,
+    numbers: Sequence[int] | None = None,
+    before_batch: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
 ) -> Loss:
-    """The loss over all learnt tokens of the first `most` items, each token counting once however they are batched.
+    """The loss over all learnt tokens of some items, each token counting once however they are batched.
 
-    Raises what `before_batch` raises.
+    numbers: of the items; None: all. Raises what `before_batch` raises, which is shown every batch.
     """
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    items = len(rows.items) if most is None else min(most, len(rows.items))
-    for start in range(0, items, rows.size):
-        before_batch()
-        batch = rows.collate([rows.items[number] for number in range(start, min(start + rows.size, items))])
+    chosen = range(len(rows.items)) if numbers is None else numbers
+    for start in range(0, len(chosen), rows.size):
+        batch = rows.collate([rows.items[number] for number in chosen[start : start + rows.size]])
+        before_batch(batch)
         labels = batch.pop("labels").to(model.device)
         logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits
         loss, count = next_token_loss(logits, labels)
         total, tokens = total + loss.item(), tokens + int(count)
     model.train(was_training)
     return Loss(total, tokens)
+
+
+class _Done(Exception):
+    """The checkpoint is that of the last step. Trainer would take one more if that is in the middle of an epoch."""
 
 
 class _Stopped(Exception):
@@ -212,34 +226,69 @@ class _Trainer(Trainer):
     def __init__(self, run: Run, **arguments: Any):
         self.run = run
         self.shape: tuple[int, ...] = ()
+        self.evaluating = False
         super().__init__(**arguments)
 
-    def rehearse(self, train: Batches) -> None:
-        """Forward and backward of the largest batch, of which nothing stays."""
+    def rehearse(self, train: Batches, validation: Batches | None) -> None:
+        """Forward and backward of the largest batch, and the largest evaluation, of which nothing stays.
+
+        A run that was stopped in an evaluation takes it now. Raises ResumeError: more steps were taken than are asked.
+        Raises _Done: all were taken.
+        """
+        done, steps = self.state.global_step, self.state.max_steps
+        if done > steps:
+            what = f"the run has taken {done} steps, and is to take {steps}"
+            raise ResumeError(Problem(what, key="training", fix="ask for more, or start afresh with --overwrite"))
+        if done == steps:
+            raise _Done
         batch = train.collate([train.items[number] for number in train.heaviest()])
         with torch.random.fork_rng():
             self.training_step(self.model_wrapped, batch, None)
         self.model.zero_grad()
+        if validation is None:
+            return
+        self._loss(validation, validation.heaviest())
+        if self.args.eval_strategy == "steps" and done and done % self.state.eval_steps == 0:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Evaluate, unless that was done at this step."""
+        known = (entry["step"] for entry in self.state.log_history if "eval_loss" in entry)
+        if self.state.global_step not in known:
+            self.evaluate()
 
     def place(self) -> str:
-        """The step that is being taken, and the shape of its batch."""
-        return f"step {self.state.global_step + 1}, on a batch of {' x '.join(map(str, self.shape))} tokens"
+        """What is being done, and the shape of its batch."""
+        what = "in the evaluation after" if self.evaluating else "at"
+        step = self.state.global_step + (not self.evaluating)
+        return f"{what} step {step}, on a batch of {' x '.join(map(str, self.shape))} tokens"
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         try:
-            loss = held_out_loss(self.model, rows, before_batch=self._go_on)
+            loss = self._loss(rows)
         except _Stopped:
             self.control.should_save = self.control.should_training_stop = True
             return {}
+        if not abs(loss.mean) < float("inf"):
+            what = f"the held-out loss after step {self.state.global_step} is {loss.mean}"
+            raise NumericError(Problem(what, key="data.validation", fix="lower training.learning_rate"))
         metrics = {f"{metric_key_prefix}_loss": loss.mean}
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _go_on(self) -> None:
+    def _loss(self, rows: Batches, numbers: Sequence[int] | None = None) -> Loss:
+        self.evaluating = True
+        loss = held_out_loss(self.model, rows, numbers, before_batch=self._go_on)
+        self.evaluating = False
+        return loss
+
+    def _go_on(self, batch: dict[str, torch.Tensor]) -> None:
         if self.run.stop.asked is not None:
+            self.evaluating = False
             raise _Stopped
+        self.shape = tuple(batch["input_ids"].shape)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Without a cache, which a model would otherwise make, and then take rows that stand end to end for one."""

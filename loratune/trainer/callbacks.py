@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback
 
+from loratune.checkpoints import Checkpoints
 from loratune.errors import NumericError, Problem
 from loratune.interrupts import Stop
 from loratune.kernels import global_norm, next_token_loss
-from loratune.trainer.checkpoints import Checkpoints
 
 
 class Progress(Protocol):
@@ -51,8 +51,10 @@ class Guard(TrainerCallback):
         self.sum = None
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not abs(value) < float("inf"):
-                self.checkpoints.forget(state.global_step)  # made of the weights that lead here
+                kept = self.checkpoints.forget(state.global_step)  # made of the weights that lead here
                 fix = "lower training.learning_rate, or train in float32" if state.global_step else "is the base sound?"
+                if kept is not None:
+                    fix += f"; step {kept} is kept: --resume with --allow-change training.learning_rate, or --overwrite"
                 raise NumericError(Problem(f"the {name} of step {state.global_step + 1} is {value}", fix=fix))
 
 
@@ -76,9 +78,8 @@ class Rehearsal(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step, also of a resumed run."""
-        if state.global_step < state.max_steps:
-            self.rehearse()
-            self.guard.sum = None
+        self.rehearse()
+        self.guard.sum = None
 
 
 class Stopper(TrainerCallback):

@@ -58,21 +58,21 @@ class Checkpoints:
                 sync(self.directory)
         finally:
             shutil.rmtree(self.unfinished, ignore_errors=True)
-        self._rotate()
+        self._rotate(final)
 
-    def forget(self, step: int) -> None:
-        """Remove the checkpoint of a step whose weights turned out to be bad, if an older one is left."""
-        if len(found := _found(self.directory)) > 1 and found[0].name == f"{PREFIX}{step}":
-            shutil.rmtree(found[0])
+    def forget(self, step: int) -> int | None:
+        """Remove the checkpoint of a step whose weights turned out to be bad; the step of the one before it, if any."""
+        if (bad := self.directory / f"{PREFIX}{step}").exists():
+            shutil.rmtree(bad)
+        return next(map(step_of, _found(self.directory)), None)
 
-    def _rotate(self) -> None:
-        """Keep the newest whole ones; the one that was just written is."""
-        whole = 0
-        for path in _found(self.directory):
-            if whole >= KEPT or (whole and _fault(path)):
+    def _rotate(self, written: Path) -> None:
+        """Keep the newest whole ones, the one that was just written among them."""
+        others = [path for path in _found(self.directory) if path != written]
+        whole = [path for path in others if not _fault(path)]
+        for path in others:
+            if path not in whole[: KEPT - 1]:
                 shutil.rmtree(path)
-            else:
-                whole += 1
 
 
 def seal(checkpoint: Path) -> None:
@@ -118,16 +118,19 @@ def _fault(checkpoint: Path) -> str:
         files = json.loads((checkpoint / MANIFEST).read_text())
         if absent := [name for name in _NEEDED if name not in files]:
             return f"{MANIFEST} does not name {absent[0]}"
-        for name, expected in files.items():
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-                return f"{name} is damaged"
+        listed = [(checkpoint / name, expected["bytes"], expected["sha256"]) for name, expected in files.items()]
     except FileNotFoundError:
         return "it was not written to its end"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} is damaged"
+    for path, size, digest in listed:
+        try:
+            if path.stat().st_size != size or _sha256(path) != digest:
+                return f"{path.name} is damaged"
+        except FileNotFoundError:
+            return f"{path.name} is missing"
+        except OSError as error:
+            return f"{path.name} cannot be read: {error.strerror}"
     return ""
 
 
