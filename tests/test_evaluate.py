@@ -183,3 +183,14 @@ def test_refused(cli: Callable[..., Ran], place: Path, tmp_path: Path, rows: Any
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", path)
     assert (ran.code, ran.out) == (code, "")
     assert ran.err.startswith(f"error: {path}") and expected in ran.err
+
+
+def test_rows_may_be_read_otherwise_than_in_training(place: Path, cli: Callable[..., Ran], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"q": "a:", "r": "yes"}])
+    refused = cli("evaluate", "--adapter", place / "adapter", "--data", rows)
+    assert refused.code == 4
+    asked = ("--set", "data.columns={prompt: q, completion: r}")
+    ran = cli("evaluate", "--adapter", place / "adapter", "--data", rows, *asked)
+    assert ran.code == 0, ran.err
+    ran = cli("evaluate", "--adapter", place / "adapter", "--data", rows, "--set", "lora.r=4")
+    assert (ran.code, ran.err) == (2, "error: --set: `lora.r=4` is decided by training; only data.* can be set\n")

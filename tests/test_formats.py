@@ -643,3 +643,11 @@ def test_a_question_is_asked_in_the_format_that_is_trained_on() -> None:
 def test_question_by_columns() -> None:
     section = ANY.model_copy(update={"columns": {"prompt": "q", "completion": "r"}})
     assert question(Row("f:1", {"q": "a", "prompt": "x"}), section).prompt == "a"
+
+
+def test_lists_may_stand_as_json_in_text() -> None:
+    """As they must in a cell of CSV; an empty cell is no history."""
+    assert chat({"messages": json.dumps([USER, BOT])}).messages == (USER, BOT)
+    assert parse({"input_ids": "[1, 2]"}) == Ids("f:1", (1, 2))
+    assert chat({"instruction": "a", "output": "b", "history": ""}).messages == (USER, BOT)
+    assert bad({"messages": "[{"}) == "`messages` must be valid JSON"

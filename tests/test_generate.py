@@ -1,6 +1,7 @@
 """`loratune generate` on the tiny model: what comes out, on which stream, and what is refused."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -271,3 +272,32 @@ def test_output_to_a_pipe_a_link_and_a_directory(cli: Callable[..., Ran], plain:
     assert json.loads((tmp_path / "target").read_text())["prompt"] == "a:"
     ran = cli("generate", "--adapter", plain, "--output", tmp_path, "a:")
     assert (ran.code, ran.out) == (2, "") and "is a directory" in ran.err
+
+
+def test_files_of_several_formats_are_one_kind_of_rows(tmp_path: Path, tiny_dir: Path, cli: Callable[..., Ran]) -> None:
+    """Conversations under two names train a chat, which bare text is put to; run.yaml repeats it anywhere."""
+    turns = [("user", "human", "a"), ("assistant", "gpt", "b")]
+    write_rows(tmp_path / "m.jsonl", [{"messages": [{"role": role, "content": text} for role, _, text in turns]}] * 4)
+    write_rows(tmp_path / "s.jsonl", [{"conversations": [{"from": who, "value": text} for _, who, text in turns]}] * 4)
+    values = {
+        "model": {"name_or_path": str(tiny_dir), "dtype": "float32"},
+        "training": {"learning_rate": 0.01},
+        "data": {"train": f"{os.path.relpath(tmp_path)}/?.jsonl", "validation": 0.25},
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert cli("train", tmp_path / "run.yaml").code == 0
+    record = json.loads((tmp_path / "out" / "loratune.json").read_text())
+    assert (record["formats"], record["chat"]) == (["conversations", "messages"], True)
+    asked = write_rows(tmp_path / "asked.jsonl", [{"messages": user("a")}])
+    as_rows = cli("generate", "--adapter", tmp_path / "out", "--input", asked, "--max-new-tokens", NEW)
+    assert cli("generate", "--adapter", tmp_path / "out", "a", "--max-new-tokens", NEW).out == as_rows.out != ""
+    here = os.getcwd()
+    os.chdir("/")
+    try:
+        again = cli("train", tmp_path / "out" / "run.yaml", "--set", f"output_dir={tmp_path / 'again'}")
+    finally:
+        os.chdir(here)
+    assert again.code == 0, again.err
+    names = ("out", "again")
+    assert len({(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in names}) == 1

@@ -1,5 +1,6 @@
 """From checked rows to tokenised ones: which take part, what is counted, what is kept on disk and found again."""
 
+import copy
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 import datasets
 import pytest
 from conftest import CHAT_TEMPLATE, ROWS, Ran, tiny_llama, write_rows
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from loratune import data
@@ -126,6 +128,15 @@ def test_problems_of_many_rows_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         checked(str(path))
     assert [problem.where for problem in caught.value.problems] == [f"{path}:{line}" for line in range(2, 12)]
+
+
+def test_problems_of_rows_and_of_the_file_are_told_together(tmp_path: Path) -> None:
+    """What is no JSON comes up at the end of a file, what is no row of the format at its line."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n{]\n{"prompt": 3, "completion": "b"}\n')
+    with pytest.raises(DataError) as caught:
+        checked(str(path))
+    assert [problem.where for problem in caught.value.problems] == [f"{path}:{line}" for line in (2, 3, 4)]
 
 
 def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
@@ -392,7 +403,7 @@ def test_a_changed_key_is_a_new_entry(
     assert (second.fingerprint != first.fingerprint) == (change not in ("template", "truncation", "place"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "record", "unfinished"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "record", "unfinished", "a bit", "a bit of the record"])
 def test_a_damaged_entry_is_made_anew(tmp_path: Path, renderer: Renderer, cache: Path, damage: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     first = [*prepared(renderer, path).rows]
@@ -400,6 +411,13 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, renderer: Renderer, cache:
     if damage == "cut":
         content = (entry / "00000.arrow").read_bytes()
         (entry / "00000.arrow").write_bytes(content[: len(content) // 2])
+    elif damage == "a bit":
+        content = bytearray((entry / "00000.arrow").read_bytes())
+        content[len(content) // 2] ^= 1
+        (entry / "00000.arrow").write_bytes(content)
+    elif damage == "a bit of the record":
+        record = (entry / "00000.json").read_text()
+        (entry / "00000.json").write_text(record.replace('"rows": 40', '"rows": 41'))
     elif damage == "record":
         (entry / "00000.json").write_text("{")
     else:
@@ -611,3 +629,68 @@ def test_a_chat_template_of_ones_own(cli: Callable[..., Ran], run_config: Callab
     ran = cli("train", run_config(data={"train": str(path), "chat_template": str(template)}), "--dry-run")
     assert ran.code == 0, ran.err
     assert "[user]What?<|end|>[assistant]⟦That.<|end|>⟧" in ran.out
+
+
+BAD_TEMPLATES = {
+    "absent": (None, "no such file; name a Jinja file"),
+    "not Jinja": (
+        "{% for m in messages %}\n{{ m.content }\n",
+        ":2: data.chat_template: not a Jinja template: ",
+    ),
+    "not UTF-8": (b"\xff", "data.chat_template: cannot be read: it is not UTF-8; name a Jinja file"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_TEMPLATES.values(), ids=BAD_TEMPLATES)
+def test_a_template_that_is_none(
+    content: str | bytes | None, message: str, cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The file is blamed, not the rows."""
+    template = tmp_path / "chat.jinja"
+    if content is not None:
+        template.write_bytes(content.encode() if isinstance(content, str) else content)
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    path = write_rows(tmp_path / "data.jsonl", [{"messages": turns}])
+    ran = cli("train", run_config(data={"train": str(path), "chat_template": str(template)}), "--dry-run")
+    assert ran.code == 2
+    assert ran.err.startswith(f"error: {template}") and message in ran.err
+
+
+def test_rows_beyond_the_positions_of_the_model(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": "a" * 600, "completion": "b"}])
+    ran = cli("train", run_config(data={"train": str(path)}), "--dry-run")
+    what = "is 1024, and the longest row has 602 tokens, but the model has 512 positions; set it to 512"
+    assert (ran.code, ran.err) == (2, f"error: data.max_length: {what}\n")
+    assert cli("train", run_config(data={"train": str(path), "max_length": 512}), "--dry-run").code == 0
+
+
+def test_empty_answers_between_others_are_not_learnt(renderer: Renderer, tmp_path: Path) -> None:
+    turns = [("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    made = prepared(renderer, write_rows(tmp_path / "rows.jsonl", [row]))
+    assert [made.rows.row(0).completion] == [tuple(renderer.tokenizer("c<|end|>").input_ids)]
+    assert made.report.supervised == 2
+    assert "1 answers are not learnt: they are empty" in made.report.remarks(1024)
+
+
+def test_what_is_odd_about_the_bos(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A template that leaves out what the tokenizer puts before every text, or writes it twice."""
+    bos = copy.deepcopy(tokenizer)
+    bos.add_special_tokens({"bos_token": "<|bos|>"})
+    bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", bos.bos_token_id)]
+    )
+    assert bos("a").input_ids[0] == bos.bos_token_id
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
+    for count, remark in (
+        (0, "rows begin without <|bos|>, which the tokenizer writes"),
+        (1, None),
+        (2, "rows begin with 2 x <|bos|>"),
+    ):
+        bos.chat_template = "{{ bos_token }}" * count + CHAT_TEMPLATE
+        made = Renderer(bos)
+        assert made.remark(prepared(made, path).rows.row(0).ids) == remark
+    assert made.remark(prepared(made, write_rows(tmp_path / "plain.jsonl", ROWS)).rows.row(0).ids) is None

@@ -137,6 +137,16 @@ REFUSED = {
         [":3: 1 cells, but the header names 2", ":4: 3 cells"],
     ),
     "open quote": ("rows.csv", b'prompt,completion\na,b\n"c,d\ne,f\n', [":3: not valid CSV"]),
+    "a name twice": (
+        "rows.jsonl",
+        b'{"prompt": "a", "completion": "b", "completion": "c"}\n',
+        [":1: not valid JSON: the name `completion` stands twice in an object; mend"],
+    ),
+    "a name twice in a document": (
+        "rows.json",
+        b'[{"a": 1, "a": 2}]',
+        [":1: not valid JSON: the name `a` stands twice in an object; mend"],
+    ),
     "semicolons": ("rows.csv", b"prompt;completion\na;b\n", [":1: the header has no comma, but ';'; write"]),
     "tabs": ("rows.csv", b"prompt\tcompletion\na\tb\n", [":1: the header has no comma, but '\\t'; write"]),
     "column twice": ("rows.csv", b"prompt,prompt\na,b\n", [":1: the header names prompt more than once"]),
