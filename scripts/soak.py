@@ -3,7 +3,7 @@
     python scripts/soak.py --kills 200          # needs models/SmolLM2-135M-Instruct, for its tokenizer
 
 A small random Llama learns the quickstart's rows, with dropout, accumulation and a checkpoint every few steps. In the
-meantime it is ended by `kill -9` at random moments, by Ctrl-C and SIGTERM; at random moments files of 0.5 to 60 kB
+meantime it is ended by `kill -9` at random moments, by Ctrl-C and SIGTERM; at random moments files of 2 to 60 kB
 become the longest that may be written, so that whatever is written next fails; and a bit of a random file of the run,
 or of the tokenised rows in the cache, is turned over while it lies dead, though never in both of the checkpoints that
 are kept. In the end its adapter has to be, byte for byte, that of the same run to which nothing happened; and no
@@ -92,8 +92,9 @@ class Soak:
         how = self.dice.choices(ENDS, WEIGHT)[0]
         self.wait(child, self.dice.uniform(0.3, 4))
         if starved and child.poll() is None:
+            limit = len(child.said()) + self.dice.randrange(2_000, 60_000)  # stderr is a file too
             with suppress(ProcessLookupError):
-                resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (self.dice.randrange(500, 60_000),) * 2)
+                resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (limit, limit))
             self.wait(child, 3)
         child.send(how)
         code = child.wait()
@@ -112,6 +113,7 @@ class Soak:
         """Count how it ended, and hold it against what was to be expected."""
         names = {0: "ended by itself", 8: "disk full", 130: "Ctrl-C", 143: "SIGTERM", -9: "kill -9"}
         names |= {-signal.SIGTERM: "SIGTERM"}  # before the program has set its handler
+        names |= {-signal.SIGABRT: "aborted"}  # by C++, where a signal's exception reaches it; nothing is lost by it
         self.counts[names.get(code, f"exit {code}")] += 1
         if code not in names:
             self.lost.append(f"exit {code}: {child.said()}")
