@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: an exception at once, or, while steps are taken, a wish that the next pause grants."""
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,21 +24,36 @@ class Stop:
     asked: type[KeyboardInterrupt] | None = None
 
 
+class _Raiser:
+    """A handler that raises. asked: what it raised; Python drops what is raised in a destructor or a weak reference."""
+
+    asked: type[KeyboardInterrupt] | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.asked = _RAISED[signal.Signals(number)]
+        raise self.asked
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """Inside, SIGTERM raises `Termination`, so that what was begun is cleared away as after Ctrl-C."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        raise Termination
-
-    with _handled(handle, [signal.SIGTERM]):
-        yield
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda dropped: None if isinstance(dropped.exc_value, KeyboardInterrupt) else show(dropped)
+    try:
+        with _handled(_Raiser(), list(_RAISED)):
+            yield
+    finally:
+        sys.unraisablehook = show
 
 
 @contextmanager
 def deferred(tell: Callable[[str], None]) -> Iterator[Stop]:
-    """Inside, the first signal is kept in `Stop`, and told; the second one raises as it would outside."""
-    stop = Stop()
+    """Inside, the first signal is kept in `Stop`, and told; the second one raises as it would outside.
+
+    One that came before, and whose exception Python dropped, counts as the first.
+    """
+    stop, before = Stop(), signal.getsignal(signal.SIGTERM)
+    stop.asked = before.asked if isinstance(before, _Raiser) else None
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.asked is not None:

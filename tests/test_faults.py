@@ -17,6 +17,7 @@ from conftest import Ran, tiny_llama, tree
 from nursery import Child, Nursery, nursery
 from transformers import PreTrainedTokenizerFast
 
+from loratune import interrupts
 from loratune.checkpoints import Checkpoints
 
 Cli = Callable[..., Ran]
@@ -393,6 +394,22 @@ def test_sigterm_while_the_model_is_loaded(run_config: MakeConfig, tmp_path: Pat
     said = running.communicate()[1]
     assert running.returncode == 143 and said.splitlines()[-1].startswith("error: terminated"), said
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_signal_whose_exception_python_drops(capfd: pytest.CaptureFixture[str]) -> None:
+    """It comes while a destructor runs; the run hears of it before its first step."""
+
+    class Dropped:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with interrupts.terminable():
+        Dropped()
+        with interrupts.deferred(print) as stop:
+            assert stop.asked is interrupts.Termination
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert "Exception ignored" not in capfd.readouterr().err
 
 
 # Locks
