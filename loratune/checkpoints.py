@@ -5,7 +5,6 @@ it writes into `unfinished/`; files and directory are flushed to the disk, a man
 written last, and one rename gives the checkpoint its name.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune.digests import sha256
 from loratune.errors import Problem, ResumeError
 from loratune.workspace import room_for, sync, write_json
 
@@ -80,7 +80,7 @@ def seal(checkpoint: Path) -> None:
     files = {}
     for path in sorted(checkpoint.iterdir()):
         sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_json(checkpoint / MANIFEST, files)
     sync(checkpoint / MANIFEST)
     sync(checkpoint)
@@ -125,15 +125,10 @@ def _fault(checkpoint: Path) -> str:
         return f"{MANIFEST} is damaged"
     for path, size, digest in listed:
         try:
-            if path.stat().st_size != size or _sha256(path) != digest:
+            if path.stat().st_size != size or sha256(path) != digest:
                 return f"{path.name} is damaged"
         except FileNotFoundError:
             return f"{path.name} is missing"
         except OSError as error:
             return f"{path.name} cannot be read: {error.strerror}"
     return ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from loratune.digests import sha256
 from loratune.errors import AdapterError, Problem
 
 CONFIG_FILE = "adapter_config.json"
@@ -82,8 +83,7 @@ def manifest(directory: Path) -> dict[str, str]:
 
 def _digest(path: Path) -> str:
     if path.name != CONFIG_FILE:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     try:
         kept = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in _PLACES}
     except (ValueError, AttributeError):

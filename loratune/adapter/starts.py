@@ -59,7 +59,7 @@ class Start:
 
     def moved(self, state: dict[str, torch.Tensor]) -> bool:
         """Whether training changed any B, by more than nothing at all: an update begins where B does."""
-        least = 1e-10  # a hundredth of one step at the smallest learning rate that anybody takes
+        least = 1e-10  # the first step of Adam is as long as its learning rate
         steps = (tensor - self.tensors[name].to(tensor) for name, tensor in state.items() if _is_b(name))
         return any(step.abs().max() > least for step in steps)
 

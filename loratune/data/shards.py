@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from loratune.data.render import Tokens
 from loratune.data.report import Report, total
+from loratune.digests import sha256
 from loratune.errors import Problem, ResourceError
 
 KEPT_DAYS = 30
@@ -164,7 +165,7 @@ class _Shard:
         self._write()
         self._file.close()
         record = {
-            "sha256": _sha256(self._unfinished),
+            "sha256": sha256(self._unfinished),
             "lots": self._lots,
             "report": self.report.as_json(),
         }
@@ -265,13 +266,8 @@ def _check(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _mapped(path: Path, record: dict[str, Any]) -> Any:
-    if _sha256(path) != record["sha256"]:
+    if sha256(path) != record["sha256"]:
         raise ValueError(f"{path} is not what was written")
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 

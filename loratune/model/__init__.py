@@ -184,12 +184,6 @@ def pad_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
-def vocabulary_size(section: ModelSection) -> int:
-    """How many token ids the model knows, from its configuration. Raises ModelError: as `load_config`."""
-    size: int = load_config(section).get_text_config().vocab_size
-    return size
-
-
 def context_length(config: Any) -> int | None:
     """How many tokens the model was built for, if its configuration says so."""
     values = config.get_text_config().to_dict()

@@ -21,6 +21,7 @@ from loratune.config import Source
 from loratune.data.sources import documents, lines, tables, text
 from loratune.data.sources.files import kind
 from loratune.data.sources.rows import BLOCK, MAX_PROBLEMS, Advance, Item, Row, unseen
+from loratune.digests import sha256
 from loratune.errors import DataError, Problem
 
 ALL = sys.maxsize
@@ -42,9 +43,9 @@ class DataFile:
     @cached_property
     def content(self) -> str:
         """SHA-256 of its bytes and its kind."""
-        with _readable(self.path), self.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        return hashlib.sha256(f"{kind(self.path)} {digest.hexdigest()}".encode()).hexdigest()
+        with _readable(self.path):
+            digest = sha256(self.path)
+        return hashlib.sha256(f"{kind(self.path)} {digest}".encode()).hexdigest()
 
     @cached_property
     def length(self) -> int:
