@@ -1,5 +1,20 @@
-"""`python -m loratune`, so that `accelerate launch -m` and `torchrun -m` can start it."""
+"""`loratune` and `python -m loratune`, so that `accelerate launch -m` and `torchrun -m` can start it."""
 
-from loratune.cli import main
+import sys
 
-main()
+from loratune.interrupts import Termination, terminable
+
+
+def main() -> None:
+    """Hear signals from the start, then load the command line and obey it."""
+    try:
+        with terminable():
+            from loratune.cli import app
+
+            app(prog_name="loratune")
+    except KeyboardInterrupt as stop:  # before a command has begun
+        sys.exit(143 if isinstance(stop, Termination) else 130)
+
+
+if __name__ == "__main__":
+    main()

@@ -45,14 +45,6 @@ Assignments = Annotated[
 ]
 
 
-def main() -> None:
-    """The entry point of `loratune` and `python -m loratune`."""
-    try:
-        app(prog_name="loratune")
-    except KeyboardInterrupt:  # before a command has begun
-        sys.exit(130)
-
-
 @contextmanager
 def boundary(debug: bool) -> Iterator[None]:
     """Turn what goes wrong into `error:` lines and an exit code; keep the libraries' own remarks off the screen."""

@@ -72,7 +72,7 @@ print(train.plan(preflight.check(run, space, unwatched), unwatched).memory.total
 """
 TRAIN = """
 import sys, torch
-from loratune.cli import main
+from loratune.__main__ import main
 try:
     main()
 finally:

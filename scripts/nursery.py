@@ -138,7 +138,7 @@ def born(given: dict[str, Any]) -> int:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     sys.argv = ["loratune", *given["argv"]]
-    from loratune.cli import main  # noqa: PLC0415  imported already, see `serve`
+    from loratune.__main__ import main  # noqa: PLC0415  imported already, see `serve`
 
     code = 1
     try:

@@ -112,7 +112,7 @@ class Soak:
     def judge(self, child: Child, code: int, expected: list[int]) -> None:
         """Count how it ended, and hold it against what was to be expected."""
         names = {0: "ended by itself", 8: "disk full", 130: "Ctrl-C", 143: "SIGTERM", -9: "kill -9"}
-        names |= {-signal.SIGTERM: "SIGTERM"}  # before the program has set its handler
+        names |= {-signal.SIGTERM: "SIGTERM"}  # before the fork is the program
         names |= {-signal.SIGABRT: "aborted"}  # by C++, where a signal's exception reaches it; nothing is lost by it
         self.counts[names.get(code, f"exit {code}")] += 1
         if code not in names:

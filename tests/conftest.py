@@ -16,6 +16,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from nursery import Nursery, nursery
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -161,3 +162,10 @@ def run_config(tmp_path: Path, tiny_dir: Path) -> Callable[..., Path]:
 def tree(path: Path) -> dict[str, bytes]:
     """Every file below a path with its content: equal trees mean that nothing was touched."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Where commands are run as processes of their own."""
+    with nursery(tmp_path_factory.mktemp("processes")) as made:
+        yield made

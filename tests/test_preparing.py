@@ -530,7 +530,7 @@ def started(config: Path, *arguments: str, **keywords: Any) -> "subprocess.Popen
 
 MEASURED = """
 import re, sys
-from loratune.cli import main
+from loratune.__main__ import main
 try:
     main()
 finally:

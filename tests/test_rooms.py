@@ -129,7 +129,7 @@ def config_is_not_probed(package: Path) -> Iterator[str]:
 
 def imports_stand_on_top(package: Path) -> Iterator[str]:
     for path, room, tree in modules(package):
-        if room != "cli":
+        if room not in ("cli", "__main__"):
             for function in functions(tree):
                 yield from (f"{path}:{line}: {name} in {function.name}" for line, name in imports(function))
 

@@ -1,0 +1,249 @@
+"""A run goes on where it was stopped, or says why not (rows 28, 49 to 52, 58 and 60 of the fault matrix)."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_llama, tree
+from nursery import Nursery
+from running import LONG, RESTLESS, WEIGHTS, Cli, MakeConfig, checkpoints, curve, flip, straight, until
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"model": {"dtype": "bfloat16"}},
+    "packed in batches": {"data": {"packing": "batch"}},
+    "packed in full": {"data": {"packing": "full", "max_length": 20}},
+    "evaluated on the way": {"data": {"validation": 0.2}, "training": {"eval_steps": 3}},
+    "adafactor": {"training": {"optim": "adafactor"}},
+    "cosine": {"training": {"lr_scheduler_type": "cosine", "warmup_steps": 3}},
+    "checkpointed": {"training": {"activation_checkpointing": True}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_killed_and_resumed_is_as_if_nothing_had_been(
+    name: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
+) -> None:
+    """Killed twice, somewhere behind the first checkpoint and somewhere behind the next, in mid-epoch."""
+    sections = {key: RESTLESS.get(key, {}) | VARIANTS[name].get(key, {}) for key in {**RESTLESS, **VARIANTS[name]}}
+    config = run_config(**sections)
+    expected = straight(processes, config, tmp_path)
+    last: list[str] = []
+    for arguments in ((), ("--resume",)):
+        child = processes.start("train", config, *arguments)
+        until(lambda last=last: any(path.name not in last for path in checkpoints(tmp_path / "out.partial")), child)
+        child.send(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        last = [path.name for path in checkpoints(tmp_path / "out.partial")]
+    child = processes.start("train", config, "--resume")
+    assert child.wait() == 0, child.said()
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
+    records = [json.loads((tmp_path / name / "loratune.json").read_text()) for name in ("out", "straight")]
+    assert curve(records[0]) == curve(records[1])
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_killed_at_random_moments(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Row 49: fifty kills, many of them while a checkpoint is being written. A checkpoint a step."""
+    training = RESTLESS["training"] | {"num_train_epochs": 30, "save_steps": 1}
+    config = run_config(lora=RESTLESS["lora"], training=training)
+    expected = straight(processes, config, tmp_path)
+    dice, kills, resume = random.Random(0), 0, False
+    while kills < 50:
+        child = processes.start("train", config, *(["--resume"] if resume else []))
+        before = len(checkpoints(tmp_path / "out.partial")) and checkpoints(tmp_path / "out.partial")[0]
+        writing = tmp_path / "out.partial" / "checkpoints" / "unfinished"
+        until(lambda before=before: checkpoints(tmp_path / "out.partial")[:1] not in ([], [before]), child)
+        moment = dice.choice(["any", "writing", "rotating"])  # the last one is row 58
+        if moment == "writing":
+            until(writing.exists, child, 0)
+        elif moment == "rotating":
+            until(lambda: len(checkpoints(tmp_path / "out.partial")) > 2, child, 0)
+        time.sleep(dice.random() * 0.02)
+        if child.poll() is not None:
+            break
+        child.send(signal.SIGKILL)
+        child.wait()
+        kills, resume = kills + 1, True
+    assert kills > 25
+    if not (tmp_path / "out").exists():
+        child = processes.start("train", config, "--resume")
+        assert child.wait() == 0, child.said()
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
+
+
+@pytest.fixture
+def interrupted(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> Path:
+    """The config of a run that was stopped with two checkpoints."""
+    config = run_config(training={"save_steps": 1, "num_train_epochs": 20})
+    child = processes.start("train", config)
+    until(lambda: len(checkpoints(tmp_path / "out.partial")) > 1, child)
+    child.send(signal.SIGINT)
+    assert child.wait() == 130
+    assert len(checkpoints(tmp_path / "out.partial")) == 2
+    return config
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "empty": (lambda path: [file.unlink() for file in path.iterdir()], "it was not written to its end"),
+    "partial": (lambda path: (path / "manifest.json").unlink(), "it was not written to its end"),
+    "a file less": (lambda path: (path / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "cut": (lambda path: os.truncate(path / "optimizer.pt", 1000), "optimizer.pt is damaged"),
+    "a bit": (lambda path: flip(path / WEIGHTS), f"{WEIGHTS} is damaged"),
+    "manifest": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json does not name"),
+    "no JSON": (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(name: str, interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    """Row 50; the older one gives the same adapter."""
+    damage, reason = DAMAGES[name]
+    newest, older = checkpoints(tmp_path / "out.partial")
+    damage(newest)
+    ran = cli("train", interrupted, "--resume")
+    assert ran.code == 0, ran.err
+    assert f"{newest}: passed over: {reason}" in ran.err
+    assert f"resuming from step {older.name.split('-')[1]}\n" in ran.err
+
+
+def test_the_older_checkpoint_gives_the_same_adapter(
+    interrupted: Path, cli: Cli, tmp_path: Path, processes: Nursery
+) -> None:
+    expected = straight(processes, interrupted, tmp_path)
+    flip(checkpoints(tmp_path / "out.partial")[0] / WEIGHTS)
+    assert cli("train", interrupted, "--resume").code == 0
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
+
+
+def test_without_a_whole_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    """Rows 51 and 52: never a silent restart."""
+    newest, older = checkpoints(tmp_path / "out.partial")
+    (newest / "optimizer.pt").unlink()
+    flip(older / "trainer_state.json")
+    before = tree(tmp_path / "out.partial")
+    ran = cli("train", interrupted, "--resume")
+    assert ran.code == 7
+    first, second, third = ran.err.splitlines()[-3:]
+    assert first == f"error: {newest}: passed over: optimizer.pt is missing"
+    assert second == f"error: {older}: passed over: trainer_state.json is damaged"
+    assert third.endswith("no whole checkpoint to resume from; start afresh with --overwrite")
+    assert tree(tmp_path / "out.partial").items() >= {k: v for k, v in before.items() if k != "lock"}.items()
+
+
+def test_what_has_changed_since_is_refused(interrupted: Path, cli: Cli, tmp_path: Path, tiny_dir: Path) -> None:
+    """Rows 28 and 60."""
+    ran = cli("train", interrupted, "--resume", "--set", "lora.r=4", "--set", "training.learning_rate=0.5")
+    assert ran.code == 7
+    rank, rate = ran.err.splitlines()[-2:]
+    assert rank == "error: lora.r: was 8 when the run was interrupted, and is now 4; change it back"
+    assert rate.endswith("change it back, or take it on with --allow-change training.learning_rate")
+    rows = tmp_path / "rows.jsonl"
+    kept = rows.read_text()
+    rows.write_text(kept.replace("0 and 0 make", "9 and 9 make"))
+    ran = cli("train", interrupted, "--resume")
+    assert ran.code == 7 and "data.train: the training rows have changed since the run was interrupted;" in ran.err
+    rows.write_text(kept + kept.splitlines()[0] + "\n")
+    ran = cli("train", interrupted, "--resume")
+    assert ran.code == 7 and "interrupted (40 rows with 695 tokens, now 41 rows with 710 tokens); put" in ran.err
+    rows.write_text(kept)
+    other = shutil.copytree(tiny_dir, tmp_path / "other")
+    ran = cli("train", interrupted, "--resume", "--set", f"model.name_or_path={other}")
+    assert ran.code == 7 and "--allow-change model.name_or_path" in ran.err
+    sick = tiny_llama()
+    sick.model.embed_tokens.weight.data[0, 0] += 1
+    sick.save_pretrained(other)
+    moved = ("--set", f"model.name_or_path={other}", "--allow-change", "model.name_or_path")
+    ran = cli("train", interrupted, "--resume", *moved)
+    assert ran.code == 7 and "model.name_or_path: the base model has changed since the run was interrupted" in ran.err
+    shutil.rmtree(other)
+    shutil.copytree(tiny_dir, other)
+    ran = cli("train", interrupted, "--resume", *moved)
+    assert ran.code == 0, ran.err
+
+
+def test_a_changed_validation_set_is_refused(
+    processes: Nursery, run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n')
+    config = run_config(data={"validation": str(held)}, training=LONG["training"])
+    child = processes.start("train", config)
+    until(lambda: "step     1/" in child.said(), child)
+    child.send(signal.SIGINT)
+    assert child.wait() == 130
+    held.write_text('{"prompt": "1 and 2 make", "completion": " 4"}\n')
+    ran = cli("train", config, "--resume")
+    assert ran.code == 7
+    assert "data.validation: the validation rows have changed since" in ran.err
+    ran = cli("train", config, "--resume", "--allow-change", "data.validation", "--set", "training.num_train_epochs=1")
+    assert ran.code == 7 and "training.num_train_epochs: was 500.0" in ran.err
+
+
+def test_a_change_that_is_allowed_takes_effect(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    """The next step is taken at the new rate, which the schedule goes on from."""
+    step = int(checkpoints(tmp_path / "out.partial")[0].name.split("-")[1])
+    arguments = ("--set", "training.learning_rate=0.001", "--allow-change", "training.learning_rate")
+    ran = cli("train", interrupted, "--resume", *arguments)
+    assert ran.code == 0, ran.err
+    assert f"training.learning_rate was 0.01 up to step {step}, and is 0.001 from there" in ran.err
+    record = json.loads((tmp_path / "out" / "loratune.json").read_text())
+    rates = {entry["step"]: entry["learning_rate"] for entry in record["curve"] if "learning_rate" in entry}
+    assert rates[step] == pytest.approx(0.01 * (100 - step + 1) / 100)
+    assert rates[step + 1] == pytest.approx(0.001 * (100 - step) / 100)
+    assert rates[step + 2] == pytest.approx(0.001 * (100 - step - 1) / 100)
+    assert record["changes"] == [{"step": step, "key": "training.learning_rate", "was": 0.01, "is": 0.001}]
+
+
+EFFECTS: dict[str, tuple[str, Any]] = {
+    "training.num_train_epochs": ("21", lambda record: record["metrics"]["steps"] == 21 * 5),
+    "training.logging_steps": ("5", lambda record: 7 not in {entry["step"] for entry in record["curve"]}),
+    "training.max_grad_norm": ("0.001", None),
+    "lora.lora_dropout": ("0.5", None),
+}
+
+
+@pytest.mark.parametrize("key", EFFECTS)
+def test_other_changes_take_effect(key: str, interrupted: Path, cli: Cli, tmp_path: Path, processes: Nursery) -> None:
+    expected = straight(processes, interrupted, tmp_path)
+    value, seen = EFFECTS[key]
+    for path in checkpoints(tmp_path / "out.partial"):
+        assert int(path.name.split("-")[1]) < 7
+    ran = cli("train", interrupted, "--resume", "--set", f"{key}={value}", "--allow-change", key)
+    assert ran.code == 0, ran.err
+    if seen:
+        assert seen(json.loads((tmp_path / "out" / "loratune.json").read_text()))
+    else:
+        assert (tmp_path / "out" / WEIGHTS).read_bytes() != expected
+
+
+def test_changes_that_cannot_take_effect(interrupted: Path, cli: Cli, run_config: MakeConfig) -> None:
+    ran = cli("train", interrupted, "--resume", "--set", "lora.r=4", "--allow-change", "lora.r")
+    assert ran.code == 7
+    assert (
+        "error: --allow-change lora.r: cannot take effect in a run that goes on; leave it out; these can: " in ran.err
+    )
+    ran = cli("train", run_config(output_dir="new"), "--allow-change", "training.learning_rate")
+    assert (ran.code, ran.err) == (2, "error: --allow-change: a run that starts takes every value as it is\n")
+
+
+def test_an_overwrite_that_fails_keeps_the_interrupted_run(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    before = [path.name for path in checkpoints(tmp_path / "out.partial")]
+    ran = cli("train", interrupted, "--overwrite", "--set", "lora.target_modules=[bogus]")
+    assert ran.code == 3
+    assert [path.name for path in checkpoints(tmp_path / "out.partial")] == before
+    assert cli("train", interrupted, "--resume").code == 0
+
+
+def test_fewer_steps_than_were_taken_are_refused(interrupted: Path, cli: Cli) -> None:
+    allowed = ("--resume", "--allow-change", "training.num_train_epochs", "--set", "training.num_train_epochs=0.2")
+    ran = cli("train", interrupted, *allowed)
+    assert ran.code == 7
+    assert "error: training: the run has taken " in ran.err and " steps, and is to take 1; ask for more" in ran.err
