@@ -1,5 +1,6 @@
 """`loratune` and `python -m loratune`, so that `accelerate launch -m` and `torchrun -m` can start it."""
 
+import signal
 import sys
 
 from loratune.interrupts import Termination, terminable
@@ -10,10 +11,18 @@ def main() -> None:
     try:
         with terminable():
             from loratune.cli import app
+            from loratune.console import Patient
+
+            sys.stderr = Patient(sys.stderr) if sys.stderr is not None else None
 
             app(prog_name="loratune")
     except KeyboardInterrupt as stop:  # before a command has begun
-        sys.exit(143 if isinstance(stop, Termination) else 130)
+        terminated = isinstance(stop, Termination)
+        print("error: terminated" if terminated else "error: interrupted", file=sys.stderr)
+        sys.exit(143 if terminated else 130)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be stopped, and nobody to say so nicely
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

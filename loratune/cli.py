@@ -22,6 +22,7 @@ from loratune.errors import (
     Interrupted,
     LoratuneError,
     Problem,
+    ResourceError,
     Terminated,
     is_disk_full,
     is_out_of_memory,
@@ -54,8 +55,8 @@ def boundary(debug: bool) -> Iterator[None]:
     try:
         with terminable():
             yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        with _printed():
+            pass  # what was printed before and is still on its way
     except LoratuneError as error:
         _fail(error.problems, error.exit_code, debug)
     except KeyboardInterrupt as stop:
@@ -65,7 +66,8 @@ def boundary(debug: bool) -> Iterator[None]:
         raise typer.Exit(0) from None
     except OSError as error:
         code = 8 if is_disk_full(error) else 1
-        _fail([Problem(error.strerror or str(error), str(error.filename or ""))], code, debug)
+        fix = "make room" if code == 8 else ""
+        _fail([Problem(error.strerror or str(error), str(error.filename or ""), fix=fix)], code, debug)
     except typer.Exit:
         raise
     except Exception as error:
@@ -80,6 +82,21 @@ def boundary(debug: bool) -> Iterator[None]:
 def _stopped(stop: KeyboardInterrupt) -> tuple[str, type[LoratuneError]]:
     """What happened, and the error that ends the command."""
     return ("terminated", Terminated) if isinstance(stop, Termination) else ("interrupted", Interrupted)
+
+
+@contextmanager
+def _printed() -> Iterator[None]:
+    """Results are printed inside, when all else is done. Raises ResourceError: there is no room for them."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        sys.stdout = open("/dev/null", "w")  # noqa: SIM115  the exit must not try it again
+        what = "no room for what was to be printed; all else is done"
+        raise ResourceError(Problem(what, "standard output", fix="make room")) from None
 
 
 def _out_of_memory() -> Problem:
@@ -158,7 +175,8 @@ def train(
                 fix = f"continue with: {_resume_line(config_file, assignments, changes)}"
             what, kind = _stopped(stop)
             raise kind(Problem(what, fix=fix)) from None
-        show.result(made, _program())
+        with _printed():
+            show.result(made, _program())
 
 
 @app.command()
@@ -317,7 +335,7 @@ def _check_output(output: Path) -> None:
     if not output.resolve().parent.is_dir():
         raise ConfigError(Problem(f"its directory {output.parent} does not exist", str(output), "--output"))
     if not os.access(output if output.exists() else output.resolve().parent, os.W_OK):
-        raise ConfigError(Problem("cannot be written", str(output), "--output"))
+        raise ConfigError(Problem("cannot be written", str(output), "--output", "choose another place"))
 
 
 def _write_answers(answers: Any, output: Path) -> None:
@@ -340,6 +358,10 @@ def _write_answers(answers: Any, output: Path) -> None:
                 print(json.dumps(row, ensure_ascii=False), file=file)
         if not in_place:
             unfinished.replace(output)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise ResourceError(Problem("no room for the answers", str(output), "--output", "make room")) from None
     finally:
         if not in_place:
             unfinished.unlink(missing_ok=True)

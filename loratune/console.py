@@ -1,8 +1,10 @@
 """What the user sees: progress and notes on stderr, results in small aligned blocks on stdout."""
 
+import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,10 +22,41 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
+class Patient(io.TextIOBase):
+    """A stream for what is told on the way: a run does not end because its reader has gone, or the disk of its log is
+    full."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As the stream does, or as if it did."""
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As the stream does, or not at all."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Of the stream."""
+        return bool(self._stream.isatty())
+
+    def fileno(self) -> int:
+        """Of the stream."""
+        return int(self._stream.fileno())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the stream."""
+        return str(self._stream.encoding)
+
+
 def note(text: str) -> None:
-    """One line on stderr about what is going on; a run does not end because nobody reads it any more."""
-    with suppress(BrokenPipeError):
-        err.print(text, markup=False)
+    """One line on stderr about what is going on."""
+    err.print(text, markup=False)
 
 
 def block(title: str, lines: Iterable[tuple[str, str]]) -> None:

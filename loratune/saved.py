@@ -19,6 +19,7 @@ RECORD_FILE = "loratune.json"
 
 _FREE = ("README.md", RECORD_FILE)  # the card is the user's to edit, and the record cannot name itself
 _PLACES = ("base_model_name_or_path", "revision")  # the base may have moved: what it is, its fingerprint tells
+_READ_TOO = (".json", ".jinja", ".model", ".py")  # what a tokenizer is made of, besides words and merges
 _CODE = ("auto_mapping", "megatron_config")
 
 
@@ -42,15 +43,18 @@ class Saved:
         return _entry(self.record.get("fingerprints"), "base")
 
     def edits(self) -> list[Problem]:
-        """Files that are not what they were when the adapter was published; none if it keeps no list of them."""
-        listed, now = self.record.get("files"), manifest(self.path)
-        if not isinstance(listed, dict):
+        """Files that are not what they were when the adapter was published, or that were not there and would be read;
+        none if it keeps no list of them."""
+        if not self.record:
             return []
-        return [
-            Problem("missing" if name not in now else "changed since the adapter was saved", str(self.path / str(name)))
+        listed, now = self.record["files"], manifest(self.path)
+        changed = {
+            name: "missing" if name not in now else "changed since the adapter was saved"
             for name, digest in listed.items()
             if now.get(name) != digest
-        ]
+        }
+        added = {name: "was added since the adapter was saved" for name in now if _is_read(name) and name not in listed}
+        return [Problem(what, str(self.path / name)) for name, what in {**changed, **added}.items()]
 
 
 def inspect(path: Path) -> Saved:
@@ -110,9 +114,16 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(Problem(f"not readable as JSON: {error}", str(path))) from None
-    if not isinstance(record, dict):
-        raise AdapterError(Problem("not a record of a run", str(path)))
-    return record
+    fingerprints, files = (record.get(key) if isinstance(record, dict) else None for key in ("fingerprints", "files"))
+    whole = isinstance(files, dict) and {CONFIG_FILE, WEIGHTS_FILE} <= files.keys()
+    if not whole or not isinstance(fingerprints, dict) or not isinstance(fingerprints.get("base"), str):
+        what, fix = "not the record of a run", "put back what it was; or remove it, and nothing is held against it"
+        raise AdapterError(Problem(what, str(path), fix=fix))
+    return dict(record)
+
+
+def _is_read(name: str) -> bool:
+    return name.endswith(_READ_TOO) or name in ("merges.txt", "vocab.txt")
 
 
 def _entry(values: Any, key: str) -> str | None:

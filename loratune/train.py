@@ -38,6 +38,9 @@ from loratune.targets import Targets
 from loratune.trainer import Outcome, Progress
 from loratune.workspace import Workspace
 
+_BESIDE = 40_000
+"""Bytes of a checkpoint beside weights and optimizer: random states, the trainer's own, a card."""
+
 
 @dataclass(frozen=True)
 class Teller:
@@ -175,13 +178,14 @@ def train(ready: Ready, teller: Teller) -> Result:
             kept = _kept(run, ready, identity, teller, stop)
             teller.plan(run)
             outcome = _fit(run, kept)
+        trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
+        size = run.count.adapter_bytes + model.tokenizer_bytes(run.tokenizer)
         try:
-            trainer.check_sound(run.model, run.train)
-            with workspace.room_for("the adapter", run.count.adapter_bytes, space.partial, "make room, then --resume"):
+            with workspace.room_for("the adapter directory", size, space.partial, "make room, then --resume"):
                 size = _stage(run, outcome, identity["changes"], space)
                 space.publish()
         except NumericError:
-            space.forget_checkpoints()  # the run is over, and going on from its end would end the same
+            space.forget_checkpoints()  # nothing was learnt, and going on from there would end the same
             raise
     return Result(space.output, shlex.quote(ready.space.named), size, outcome, run.try_it)
 
@@ -270,10 +274,10 @@ def _identity(run: Plan, ready: Ready) -> dict[str, Any]:
 
 def _kept(run: Plan, ready: Ready, identity: Mapping[str, Any], teller: Teller, stop: Stop) -> trainer.Run:
     """What the run is kept in and led by, and where it goes on. Raises ResourceError: the disk is too small."""
-    size, found = 2 * run.memory.adapter + run.memory.optimizer, ready.resumed
+    size, found = 2 * run.memory.adapter + run.memory.optimizer + _BESIDE, ready.resumed
     checkpoints = Checkpoints(ready.space.checkpoints, identity, size)
     if found is None:
-        workspace.check_room(ready.space, (KEPT + 1) * size)
+        workspace.check_room(ready.space, (KEPT + 1) * size + model.tokenizer_bytes(run.tokenizer))
         return trainer.Run(checkpoints, teller.progress, stop)
     for problem in found.skipped:
         teller.note(str(problem))

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -67,7 +68,8 @@ class Workspace:
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
     def leave(self) -> None:
-        """Remove the work in progress, if nothing could go on from it."""
+        """Remove the work in progress, if nothing could go on from it; and what was not published in any case."""
+        shutil.rmtree(self.staging, ignore_errors=True)
         if self.partial.exists() and not self.has_checkpoints():
             shutil.rmtree(self.partial)
 
@@ -218,7 +220,7 @@ def _locked(space: Workspace, where: str) -> Iterator[None]:
 def check_room(space: Workspace, needed: int) -> None:
     """Raises ResourceError: fewer than `needed` bytes are free where the run writes."""
     if (free := shutil.disk_usage(space.partial).free) < needed:
-        what = f"checkpoints and adapter take {needed:,} bytes, {free:,} are free"
+        what = f"checkpoints and the adapter directory take {needed:,} bytes, {free:,} are free"
         raise ResourceError(Problem(what, str(space.partial), "output_dir", "make room, or choose another disk"))
 
 
@@ -233,10 +235,11 @@ def room_for(what: str, size: int, where: Path, fix: str) -> Iterator[None]:
     except Exception as error:  # torch and safetensors have errors of their own for it
         if not is_disk_full(error):
             raise
-        free = shutil.disk_usage(where).free
-        raise ResourceError(
-            Problem(f"no room for {what}: it takes {size:,} bytes, {free:,} are free", str(where), fix=fix)
-        ) from None
+        left, (limit, _) = f"{shutil.disk_usage(where).free:,} are free", resource.getrlimit(resource.RLIMIT_FSIZE)
+        if limit != resource.RLIM_INFINITY:
+            left += f", and a file may hold {limit:,} (ulimit -f)"
+        what = f"no room for {what}: it takes {size:,} bytes, {left}"
+        raise ResourceError(Problem(what, str(where), fix=fix)) from None
 
 
 def _lock(file: TextIO, where: str) -> None:

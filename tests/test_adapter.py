@@ -271,6 +271,34 @@ def test_a_file_that_was_edited_is_refused(name: str, copy: Path, cli: Callable[
         assert (ran.code, ran.err) == (0, f"{copy / name}: {what}\n")
 
 
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "config.json", "merges.txt", "modeling.py"])
+def test_a_file_that_was_added_and_would_be_read_is_refused(name: str, copy: Path, cli: Callable[..., Ran]) -> None:
+    (copy / name).write_text('{"eos_token": "hello"}')
+    (copy / "notes.txt").write_text("mine")
+    ran = cli("generate", "1 and 1 make", "--adapter", copy)
+    what = f"error: {copy / name}: was added since the adapter was saved; use it all the same with --force\n"
+    assert (ran.code, ran.err) == (5, what)
+
+
+RECORDS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no fingerprints": lambda record: record.pop("fingerprints"),
+    "no fingerprint of the base": lambda record: record["fingerprints"].update(base=None),
+    "no list of files": lambda record: record.update(files=["x"]),
+    "a list without the weights": lambda record: record["files"].pop(WEIGHTS),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_that_holds_nothing_against_the_adapter_is_refused(
+    name: str, copy: Path, cli: Callable[..., Ran]
+) -> None:
+    record = json.loads((copy / "loratune.json").read_text())
+    RECORDS[name](record)
+    (copy / "loratune.json").write_text(json.dumps(record))
+    ran = cli("generate", "1 and 1 make", "--adapter", copy)
+    assert ran.code == 5 and "loratune.json: not the record of a run; put back what it was; or remove it" in ran.err
+
+
 def test_what_is_the_users_to_edit(copy: Path, tmp_path: Path, cli: Callable[..., Ran], tiny_dir: Path) -> None:
     """The card, and the place of the base."""
     (copy / "README.md").write_text("# My adapter")

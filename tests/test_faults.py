@@ -100,7 +100,7 @@ def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, pro
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2_000_000)
     before = {path.name for path in tmp_path.iterdir()}
     child = processes.start("train", run_config(data={"train": str(rows)}))
-    until(lambda: heeds(child.pid, signal.SIGTERM), child)
+    until(lambda: (tmp_path / "out.partial").exists() or "rows" in child.said(), child)
     time.sleep(0.3)
     child.send(signal.SIGTERM)
     assert child.wait() == 143
@@ -224,10 +224,10 @@ def test_a_disk_that_is_full_at_the_end(disk: Path, processes: Nursery, run_conf
 
 
 def test_a_disk_that_is_too_small_from_the_start(disk: Path, run_config: MakeConfig, cli: Cli) -> None:
-    fill(disk, 50_000)
+    fill(disk, 180_000)  # three checkpoints take 150 kB, and the tokenizer as much as itself
     ran = cli("train", run_config(output_dir=str(disk / "out")))
     assert ran.code == 8
-    assert "checkpoints and adapter take " in ran.err and "make room, or choose another disk" in ran.err
+    assert "checkpoints and the adapter directory take " in ran.err and "make room, or choose another disk" in ran.err
     assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
@@ -235,7 +235,7 @@ def test_files_that_may_not_grow(processes: Nursery, run_config: MakeConfig, tmp
     """A quota, in place of a disk that cannot be mounted."""
     child = processes.start("train", run_config(training={"save_steps": 1}), limit=30_000)
     assert child.wait() == 8, child.said()
-    assert "no room for a checkpoint" in child.said()
+    assert "no room for a checkpoint" in child.said() and "a file may hold 30,000 (ulimit -f)" in child.said()
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
@@ -329,6 +329,29 @@ def test_a_poisoned_checkpoint_goes(run_config: MakeConfig, cli: Cli, tmp_path: 
 # What others do meanwhile
 
 
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_resumed_run_that_diverges_at_its_end(
+    evaluated: bool, processes: Nursery, run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    data = {"validation": 0.2} if evaluated else {}
+    config = run_config(data=data, training={"save_steps": 3, "num_train_epochs": 500})
+    child = processes.start("train", config)
+    until(lambda: checkpoints(tmp_path / "out.partial"), child)
+    child.send(signal.SIGKILL)
+    child.wait()
+    kept = checkpoints(tmp_path / "out.partial")[0]
+    step = int(kept.name.split("-")[1])
+    keys = ("training.num_train_epochs", "training.learning_rate", "training.max_steps")
+    allowed = [part for key in keys for part in ("--allow-change", key)]
+    more = ("--set", f"training.max_steps={step + 1}", "--set", "training.num_train_epochs=")
+    ran = cli("train", config, "--resume", *allowed, *more, "--set", "training.learning_rate=1e30")
+    assert ran.code == 6, ran.err
+    assert f"; step {step} is kept: --resume with --allow-change training.learning_rate, or --overwrite" in ran.err
+    assert checkpoints(tmp_path / "out.partial")[0] == kept
+    ran = cli("train", config, "--resume", *allowed, *more, "--set", "training.learning_rate=0.001")
+    assert ran.code == 0, ran.err
+
+
 def test_what_appears_at_the_output_is_left_alone(
     processes: Nursery, run_config: MakeConfig, tmp_path: Path, cli: Cli
 ) -> None:
@@ -403,3 +426,45 @@ def test_a_damaged_checkpoint_does_not_count_when_old_ones_go(tmp_path: Path) ->
     with kept.writing(3):
         (kept.unfinished / "checkpoint-3").mkdir(parents=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
+# Whoever listens
+
+
+@pytest.mark.parametrize("reader", ["gone", "full"])
+def test_a_run_goes_on_when_nobody_can_be_told(reader: str, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Row 47: stderr is a pipe whose end has gone, or a file on a full disk."""
+    listening, telling = os.pipe()
+    os.close(listening)
+    full = os.open("/dev/full", os.O_WRONLY)
+    command = [sys.executable, "-m", "loratune", "train", str(run_config())]
+    done = subprocess.run(command, stderr=telling if reader == "gone" else full, stdout=subprocess.PIPE, check=False)
+    for handle in (telling, full):
+        os.close(handle)
+    assert done.returncode == 0
+    assert (tmp_path / "out" / WEIGHTS).is_file() and b"steps" in done.stdout
+
+
+def test_what_is_printed_has_no_room(run_config: MakeConfig, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "loratune", "train", str(run_config())]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 8
+    expected = "error: standard output: no room for what was to be printed; all else is done; make room"
+    assert done.stderr.splitlines()[-1] == expected
+    assert (tmp_path / "out" / WEIGHTS).is_file()
+
+
+def test_signals_one_after_the_other_end_without_a_traceback(run_config: MakeConfig, tmp_path: Path) -> None:
+    """Wherever the second one comes: while the first is told, or on the way out."""
+    command = [sys.executable, "-m", "loratune", "train", str(run_config())]
+    for pause in (0.0, 0.01, 0.05):
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while not heeds(child.pid, signal.SIGTERM):
+            time.sleep(0.01)
+        time.sleep(1)
+        for _ in range(2):
+            child.send_signal(signal.SIGTERM)
+            time.sleep(pause)
+        said = child.communicate()[1]
+        assert child.returncode == 143 and "Traceback" not in said, said

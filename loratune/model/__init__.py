@@ -184,6 +184,12 @@ def pad_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
+def tokenizer_bytes(tokenizer: Any) -> int:
+    """About what a tokenizer takes on the disk; nearly all of it is one file."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    return len(fast.to_str(pretty=True).encode()) if fast is not None else 0
+
+
 def context_length(config: Any) -> int | None:
     """How many tokens the model was built for, if its configuration says so."""
     values = config.get_text_config().to_dict()

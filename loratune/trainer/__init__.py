@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from loratune.checkpoints import Checkpoints as Checkpoints
 from loratune.config import TrainingSection
-from loratune.errors import NumericError, Problem, ResourceError, ResumeError, is_out_of_memory
+from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
 from loratune.interrupts import Stop
 from loratune.kernels import next_token_loss
-from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper, check_finite
+from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper, astray, check_finite
 from loratune.trainer.callbacks import Progress as Progress
 
 
@@ -173,17 +173,16 @@ def _outcome(trainer: Trainer, seconds: float) -> Outcome:
     )
 
 
-def check_sound(model: PreTrainedModel, train: Batches) -> None:
+def check_sound(model: PreTrainedModel, train: Batches, checkpoints: Checkpoints, step: int) -> None:
     """See whether what the last step made still gives a loss, which no step after it has shown.
 
-    Raises NumericError: the loss of the first rows is NaN or inf.
+    Raises NumericError: the loss of the first rows is NaN or inf; the checkpoint of the step is gone then.
     """
     loss = held_out_loss(model, train, range(min(8, len(train.items))))
     if not loss.total < float("inf"):
         fix = "lower training.learning_rate"
-        raise NumericError(
-            Problem(f"after the last step the loss is {loss.mean}", key="training.learning_rate", fix=fix)
-        )
+        problem = Problem(f"after the last step the loss is {loss.mean}", key="training.learning_rate", fix=fix)
+        raise astray(problem, checkpoints, step)
 
 
 @torch.inference_mode()
@@ -272,7 +271,8 @@ class _Trainer(Trainer):
             return {}
         if not abs(loss.mean) < float("inf"):
             what = f"the held-out loss after step {self.state.global_step} is {loss.mean}"
-            raise NumericError(Problem(what, key="data.validation", fix="lower training.learning_rate"))
+            problem = Problem(what, key="data.validation", fix="lower training.learning_rate")
+            raise astray(problem, self.run.checkpoints, self.state.global_step)
         metrics = {f"{metric_key_prefix}_loss": loss.mean}
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

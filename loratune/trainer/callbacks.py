@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -51,11 +52,17 @@ class Guard(TrainerCallback):
         self.sum = None
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not abs(value) < float("inf"):
-                kept = self.checkpoints.forget(state.global_step)  # made of the weights that lead here
                 fix = "lower training.learning_rate, or train in float32" if state.global_step else "is the base sound?"
-                if kept is not None:
-                    fix += f"; step {kept} is kept: --resume with --allow-change training.learning_rate, or --overwrite"
-                raise NumericError(Problem(f"the {name} of step {state.global_step + 1} is {value}", fix=fix))
+                problem = Problem(f"the {name} of step {state.global_step + 1} is {value}", fix=fix)
+                raise astray(problem, self.checkpoints, state.global_step)
+
+
+def astray(problem: Problem, checkpoints: Checkpoints, step: int) -> NumericError:
+    """The error of a run whose weights after a step lead to numbers that are not finite. A checkpoint of them goes."""
+    if (kept := checkpoints.forget(step)) is None:
+        return NumericError(problem)
+    way = f"step {kept} is kept: --resume with --allow-change training.learning_rate, or --overwrite"
+    return NumericError(replace(problem, fix=f"{problem.fix}; {way}"))
 
 
 def check_finite(parameters: Iterable[torch.Tensor], step: int) -> None:
