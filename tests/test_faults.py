@@ -214,7 +214,7 @@ def test_a_disk_that_is_full_at_the_end(disk: Path, processes: Nursery, run_conf
     fill(disk, 8_000)
     child.send(signal.SIGCONT)
     assert child.wait() == 8, child.said()
-    assert "no room for the adapter: it takes " in child.said()
+    assert "no room for the adapter directory: it takes " in child.said()
     assert not (disk / "out").exists()
     assert [path.name for path in checkpoints(disk / "out.partial")] == ["checkpoint-100"]
     (disk / "ballast").unlink()

@@ -173,7 +173,7 @@ def test_the_adapter_says_how_to_load_its_base(
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ("[]", "not a record of a run"),
+        ("[]", "not the record of a run"),
         ("{", "not readable as JSON"),
         ('{"base": {"gguf_file": 3}}', "base.gguf_file: "),
     ],
@@ -182,6 +182,10 @@ def test_a_record_that_does_not_say_it(record: str, said: str, adapter_dir: Path
     for file in adapter_dir.iterdir():
         if file.name != "run.yaml":
             (tmp_path / file.name).write_bytes(file.read_bytes())
+    if record.startswith('{"'):  # what it says besides is as it was
+        known = json.loads((adapter_dir / "loratune.json").read_text())
+        del known["files"]["run.yaml"]
+        record = json.dumps(known | json.loads(record))
     (tmp_path / "loratune.json").write_text(record)
     ran = cli("generate", "x", "--adapter", tmp_path)
     assert (ran.code, ran.out) == (5, "")
