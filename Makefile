@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 ADAPTER := quickstart-adapter
 
-.PHONY: quickstart test lint types unit clean
+.PHONY: quickstart test lint types unit bench clean
 
 quickstart: .venv/quickstart.stamp
 	$(BIN)/python scripts/fetch_smollm2.py $(MODEL)
@@ -25,6 +25,10 @@ types: .venv/dev.stamp
 # Files are shared out among processes of one thread each: most tests wait for one core.
 unit: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+# Hours, on a machine that does nothing else; BENCH="--sets natural --rounds 1" makes it less.
+bench: .venv/quickstart.stamp
+	$(BIN)/python scripts/bench.py $(BENCH)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

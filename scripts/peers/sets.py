@@ -1,0 +1,69 @@
+"""The sets of rows, and how they are batched."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peers.common import IGNORED, Row
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A set. shares: of each source; rows, held_out: how many; max_length, min_length: tokens of a row.
+
+    pack_length x packs: tokens of an update where rows are packed; padded_batch: rows of a micro-batch where they are
+    padded to the longest of them, whole_batch: to max_length; as many micro-batches make an update as come closest to
+    the tokens of a packed one.
+    """
+
+    name: str
+    shares: dict[str, float]
+    rows: int
+    max_length: int
+    pack_length: int
+    packs: int
+    padded_batch: int
+    whole_batch: int
+    min_length: int = 0
+    held_out: int = 32
+
+
+SETS = (
+    Kind("natural", {"pairs": 0.3125, "mails": 0.6875}, 128, 512, 512, 4, padded_batch=2, whole_batch=4),
+    Kind("long", {"mails": 1.0}, 16, 4096, 4096, 1, padded_batch=1, whole_batch=1, min_length=512, held_out=8),
+    Kind("short", {"pairs": 1.0}, 512, 128, 512, 4, padded_batch=2, whole_batch=44),
+)
+FILLED = 0.9
+"""The part of a pack that whole rows fill, about."""
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a set holds. attended: the mean length of the row that a token stands in."""
+
+    rows: int
+    tokens: int
+    learnt: int
+    longest: int
+    attended: float
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a row."""
+        return self.tokens / self.rows
+
+
+def rows_file(work: Path, name: str, loss: str, part: str, count: int) -> Path:
+    """Where the rows of a set lie. part: train or held-out; count: see `peers.data`."""
+    return work / f"{name}-{loss}-{part}{f'-{count}' if count else ''}.jsonl"
+
+
+def census(rows: list[Row]) -> Census:
+    """Count a set."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    learnt = sum(label != IGNORED for row in rows for label in row["labels"])
+    return Census(len(rows), sum(lengths), learnt, max(lengths), sum(n * n for n in lengths) / sum(lengths))
+
+
+def accumulate(kind: Kind, mean: float, batch: int) -> int:
+    """Micro-batches of `batch` padded rows that make an update."""
+    return max(1, round(FILLED * kind.packs * kind.pack_length / (mean * batch)))
