@@ -99,6 +99,8 @@ def result(made: "Result", program: str) -> None:
     ]
     if outcome.held_out_loss is not None:
         lines.append(("held-out", f"{outcome.held_out_loss:.4f}"))
+    if made.left:
+        lines.append(("as it comes", f"{', '.join(made.left)} (all else is computed the fast way)"))
     lines.append(("try it", f"{program} generate --adapter {made.shown} {made.try_it}"))
     block("done", lines)
 

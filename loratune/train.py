@@ -8,14 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratune import (
     adapter,
+    batching,
     card,
     config,
     data,
     interrupts,
+    kernels,
     memory,
     model,
     resuming,
@@ -29,7 +29,7 @@ from loratune.checkpoints import KEPT, Checkpoints
 from loratune.config import RunConfig
 from loratune.data import Part, Prepared, Watch
 from loratune.data.formats import Conversation, Example, Plain
-from loratune.data.packing import Batches, Packing, why_not
+from loratune.data.packing import Batches
 from loratune.data.render import Renderer
 from loratune.errors import ConfigError, NumericError, Problem, ResourceError
 from loratune.interrupts import Stop
@@ -40,6 +40,10 @@ from loratune.workspace import Workspace
 
 _BESIDE = 40_000
 """Bytes of a checkpoint beside weights and optimizer: random states, the trainer's own, a card."""
+
+
+_PLENTY = 2
+"""So many times what a run is thought to need must be free for it to start without trying its largest batch."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first step. config: with absolute paths; given: the rows as read."""
+    """Everything that is known before the first step. config: with absolute paths; given: the rows as read; left: what
+    of the model is not computed the fast way, see `kernels.fitted`."""
 
     config: RunConfig
     given: Part
@@ -87,6 +92,7 @@ class Plan:
     memory: memory.Estimate
     notes: list[str]
     base_fingerprint: str
+    left: list[str]
     try_it: str
 
     @property
@@ -109,12 +115,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """A published adapter. shown: its directory as the user named it; try_it: a prompt. Both are quoted for a shell."""
+    """A published adapter. shown: its directory as the user named it; try_it: a prompt. Both are quoted for a shell.
+
+    left: what of the model was not computed the fast way.
+    """
 
     directory: Path
     shown: str
     adapter_bytes: int
     outcome: Outcome
+    left: list[str]
     try_it: str
 
 
@@ -125,11 +135,11 @@ def plan(ready: Ready, watch: Watch) -> Plan:
     """
     run = ready.config
     model.check_machine(run.model)
+    kernels.keep_pages()
     tokenizer = model.load_tokenizer(run.model, run.data.chat_template)
     rows = _tokenised(ready, run, Renderer(tokenizer), watch)
     base, identity = _base(run)
     found = targets.find(model.unpacked(base, run.model), run.lora)
-    apart, mixing = _packing(base, run, rows.train)
     adapted = adapter.attach(
         base,
         run.lora,
@@ -138,12 +148,11 @@ def plan(ready: Ready, watch: Watch) -> Plan:
         base_name=run.model.name_or_path,
         revision=run.model.revision,
     )
-    batched = partial(_batched, run, apart, model.pad_id(tokenizer))
-    train = batched(rows.train)
+    batches = batching.batch(adapted, model.pad_id(tokenizer), rows.train, rows.validation, run.data, run.training)
     start = adapter.begin(
         adapted,
         run.lora,
-        batches=_first_batches(train),
+        batches=batching.first(batches.train),
         originals=partial(model.original_weights, run.model, base),
     )
     return Plan(
@@ -155,11 +164,12 @@ def plan(ready: Ready, watch: Watch) -> Plan:
         count=adapter.count(adapted, start),
         start=start,
         rows=rows,
-        train=train,
-        validation=batched(rows.validation) if rows.validation else None,
-        memory=memory.estimate(adapted, *_largest(train, rows.train), run.training),
-        notes=[*model.notes(run.model), *mixing, *found.notes, *adapter.notes(adapted)],
+        train=batches.train,
+        validation=batches.validation,
+        memory=memory.estimate(adapted, *batching.largest(batches.train, rows.train), run.training),
+        notes=[*model.notes(run.model), *batches.notes, *found.notes, *adapter.notes(adapted)],
         base_fingerprint=identity,
+        left=batches.left,
         try_it=_prompt_of(ready.rows.train),
     )
 
@@ -187,20 +197,22 @@ def train(ready: Ready, teller: Teller) -> Result:
         except NumericError:
             space.forget_checkpoints()  # nothing was learnt, and going on from there would end the same
             raise
-    return Result(space.output, shlex.quote(ready.space.named), size, outcome, run.try_it)
+    return Result(space.output, shlex.quote(ready.space.named), size, outcome, run.left, run.try_it)
 
 
 def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     training = run.config.training
+    scarce = _PLENTY * run.memory.total > memory.available(run.model.device)
     optimizer = partial(adapter.split, run.model, run.config.lora, weight_decay=training.weight_decay)
     try:
-        return trainer.fit(training, run.model, run.train, run.validation, kept, optimizer)
+        with kernels.fitted(run.model, adapter.linear):
+            return trainer.fit(training, run.model, run.train, run.validation, kept, optimizer, rehearsed=scarce)
     except trainer.OutOfMemory as error:
         problem, evaluating = error.problems[0], error.evaluating
     if evaluating:
         fix = "lower training.per_device_train_batch_size, which evaluations use too, or data.max_length"
         raise ResourceError(replace(problem, fix=fix))
-    found = memory.savings(run.model, *_largest(run.train, run.rows.train), training)
+    found = memory.savings(run.model, *batching.largest(run.train, run.rows.train), training)
     fixes = [f"{change} (saves about {saved / (1 << 20):,.0f} MiB)" for change, saved in found]
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
@@ -234,32 +246,6 @@ def _check_positions(made: Prepared, run: RunConfig, limit: int | None) -> None:
             f"is {run.data.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
         )
         raise ConfigError(Problem(what, key="data.max_length", fix=f"set it to {limit}"))
-
-
-def _batched(run: RunConfig, packing: Packing, pad_id: int, rows: Prepared) -> Batches:
-    size = run.training.per_device_train_batch_size
-    return Batches(rows.rows, rows.rows.lengths, packing, size, run.data.max_length, pad_id)
-
-
-def _packing(base: Any, run: RunConfig, rows: Prepared) -> tuple[Packing, list[str]]:
-    """How rows are batched: as the config says, or padded, with a line of why, where the model would mix them."""
-    if run.data.packing == "none":
-        return "none", []
-    lengths, size = np.sort(rows.rows.lengths), run.training.per_device_train_batch_size
-    largest = lengths[-size:].sum() if run.data.packing == "batch" else min(lengths.sum(), size * run.data.max_length)
-    if (reason := why_not(base, int(lengths[-1]), int(largest))) is None:
-        return run.data.packing, []
-    return "none", [f"data.{reason}; rows are padded instead"]
-
-
-def _largest(batches: Batches, rows: Prepared) -> tuple[list[tuple[int, int]], int]:
-    """(length, learnt tokens) of the rows of the largest batch, and how many rows there are; flat ones count as one."""
-    heaviest = batches.heaviest()
-    if not batches.flat:
-        supervised = rows.rows.supervised
-        return [(batches.tokens(number), int(supervised[number])) for number in heaviest], batches.size
-    labels = batches.collate([batches.items[number] for number in heaviest])["labels"]
-    return [(labels.numel(), int((labels >= 0).sum()))], 1
 
 
 def _identity(run: Plan, ready: Ready) -> dict[str, Any]:
@@ -304,13 +290,6 @@ def _stage(run: Plan, outcome: Outcome, changes: Sequence[Mapping[str, Any]], sp
     made |= {"rows": run.rows.train.report.counts(), "changes": changes, "files": saved.manifest(space.staging)}
     workspace.write_json(space.staging / "loratune.json", made)
     return size
-
-
-def _first_batches(batches: Batches, most: int = 64) -> list[Any]:
-    """The first batches of the rows, in their order."""
-    count, size = len(batches.items), batches.size
-    starts = range(0, min(count, most * size), size)
-    return [batches.collate([batches.items[n] for n in range(at, min(at + size, count))]) for at in starts]
 
 
 def _prompt_of(rows: Part, most: int = 200) -> str:

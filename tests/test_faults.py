@@ -252,7 +252,7 @@ def test_memory_that_is_short_shows_at_once(
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = run_config(
         model={"name_or_path": str(tmp_path / "wide")},
-        data={"train": str(tmp_path / "uneven.jsonl"), "max_length": 8192},
+        data={"train": str(tmp_path / "uneven.jsonl"), "max_length": 8192, "packing": "none"},
         training={"per_device_train_batch_size": 8},
     )
     done = starved(config)
@@ -275,7 +275,7 @@ def test_memory_that_is_short_for_an_evaluation(
     tokenizer.save_pretrained(tmp_path / "wide")
     rows = [{"prompt": "a " * 4000, "completion": "b"}] * 8
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"validation": str(tmp_path / "long.jsonl"), "max_length": 8192}
+    data = {"validation": str(tmp_path / "long.jsonl"), "max_length": 8192, "packing": "none"}
     done = starved(run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data))
     assert done.returncode == 8, done.stderr
     line = done.stderr.splitlines()[-1]

@@ -18,7 +18,7 @@ LEVELS = {
     "config": 1, "workspace": 1, "saved": 1, "places": 1, "console": 1, "kernels": 1,
     "checkpoints": 2, "data": 2, "model": 2, "targets": 2, "adapter": 2, "memory": 2, "card": 2, "spectrum": 2,
     "trainer": 3, "resuming": 3,
-    "preflight": 4,
+    "preflight": 4, "batching": 4,
     "inference": 5,
     "train": 6, "generate": 6, "evaluate": 6, "params": 6, "header": 6,
     "show": 7,

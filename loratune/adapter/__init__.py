@@ -29,6 +29,7 @@ from loratune.adapter.counts import notes as notes
 from loratune.adapter.counts import rank_of as rank_of
 from loratune.adapter.counts import shape_of as shape_of
 from loratune.adapter.counts import trained as trained
+from loratune.adapter.linear import linear as linear
 from loratune.adapter.optimizers import split as split
 from loratune.adapter.starts import Start as Start
 from loratune.config import LoraSection

@@ -195,7 +195,7 @@ class DataSection(Section):
     )
     max_dropped: float = Field(0.1, ge=0, le=1, description="the share of rows that may be dropped before it stops")
     packing: Literal["none", "batch", "full"] = Field(
-        "none", description="batch: a batch without padding; full: batches filled up with whole rows by best fit"
+        "batch", description="batch: a batch without padding; full: batches filled up with whole rows by best fit"
     )
 
     @property

@@ -8,6 +8,7 @@ import torch
 
 from loratune.config import TrainingSection
 from loratune.memory.depth import traced
+from loratune.memory.free import available as available
 from loratune.memory.held import Held as Held
 from loratune.memory.held import as_held, base_dtype, moments, quantizable, quantization, size, weights
 from loratune.memory.savings import variants

@@ -104,7 +104,8 @@ def moments(parameter: Tensor, optim: str) -> int:
 def _scales(module: nn.Module) -> int:
     """What a quantized layer holds beside its weight."""
     if isinstance(module, Linear8bitLt):
-        return size([module.weight.SCB])
+        scales = module.weight.SCB  # bitsandbytes moves them in the first forward
+        return size([module.state.SCB if scales is None else scales])
     if not isinstance(module, Linear4bit):
         return 0
     state = module.weight.quant_state

@@ -15,7 +15,7 @@ from loratune.checkpoints import Checkpoints as Checkpoints
 from loratune.config import TrainingSection
 from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
 from loratune.interrupts import Stop
-from loratune.kernels import next_token_loss
+from loratune.kernels import expect, next_token_loss
 from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper, astray, check_finite
 from loratune.trainer.callbacks import Progress as Progress
 
@@ -117,12 +117,15 @@ def fit(
     validation: Batches | None,
     run: Run,
     optimizer: Callable[[OptimizerChoice], OptimizerChoice] = lambda plain: plain,
+    *,
+    rehearsed: bool = True,
 ) -> Outcome:
-    """Train the trainable weights of `model` in place; the largest batch is tried before all others.
+    """Train the trainable weights of `model` in place.
 
-    optimizer: from the optimizer that the section names to the one that is used, for variants with parameter groups of
-    their own. Raises NumericError: a loss, gradient or weight that is not finite, within one step of it. Raises
-    OutOfMemory; ResourceError: the disk is full. Raises KeyboardInterrupt: the run was stopped, after a checkpoint.
+    rehearsed: the largest batch is tried before all others, so that memory that is short shows at once. optimizer: from
+    the optimizer that the section names to the one that is used, for variants with parameter groups of their own.
+    Raises NumericError: a loss, gradient or weight that is not finite, within one step of it. Raises OutOfMemory;
+    ResourceError: the disk is full. Raises KeyboardInterrupt: the run was stopped, after a checkpoint.
     """
     guard = Guard(run.checkpoints)
     rehearsal = Rehearsal(guard)
@@ -140,7 +143,7 @@ def fit(
         callbacks=[guard, rehearsal, Stopper(run.stop), Reporter(run.progress)],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own bars are off; `progress` shows the run
-    rehearsal.rehearse = partial(trainer.rehearse, train, validation)
+    rehearsal.rehearse = partial(trainer.rehearse, train, validation, rehearsed)
     start = time.monotonic()
     try:
         with suppress(_Done):
@@ -178,7 +181,7 @@ def check_sound(model: PreTrainedModel, train: Batches, checkpoints: Checkpoints
 
     Raises NumericError: the loss of the first rows is NaN or inf; the checkpoint of the step is gone then.
     """
-    loss = held_out_loss(model, train, range(min(8, len(train.items))))
+    loss = held_out_loss(model, train, range(min(train.size, len(train.items))))
     if not loss.total < float("inf"):
         fix = "lower training.learning_rate"
         problem = Problem(f"after the last step the loss is {loss.mean}", key="training.learning_rate", fix=fix)
@@ -204,6 +207,7 @@ def held_out_loss(
         batch = rows.collate([rows.items[number] for number in chosen[start : start + rows.size]])
         before_batch(batch)
         labels = batch.pop("labels").to(model.device)
+        expect(model, labels)
         logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits
         loss, count = next_token_loss(logits, labels)
         total, tokens = total + loss.item(), tokens + int(count)
@@ -228,8 +232,8 @@ class _Trainer(Trainer):
         self.evaluating = False
         super().__init__(**arguments)
 
-    def rehearse(self, train: Batches, validation: Batches | None) -> None:
-        """Forward and backward of the largest batch, and the largest evaluation, of which nothing stays.
+    def rehearse(self, train: Batches, validation: Batches | None, wanted: bool) -> None:
+        """If it is wanted, forward and backward of the largest batch, and the largest evaluation; nothing of it stays.
 
         A run that was stopped in an evaluation takes it now. Raises ResumeError: more steps were taken than are asked.
         Raises _Done: all were taken.
@@ -240,13 +244,15 @@ class _Trainer(Trainer):
             raise ResumeError(Problem(what, key="training", fix="ask for more, or start afresh with --overwrite"))
         if done == steps:
             raise _Done
-        batch = train.collate([train.items[number] for number in train.heaviest()])
-        with torch.random.fork_rng():
-            self.training_step(self.model_wrapped, batch, None)
-        self.model.zero_grad()
+        if wanted:
+            batch = train.collate([train.items[number] for number in train.heaviest()])
+            with torch.random.fork_rng():
+                self.training_step(self.model_wrapped, batch, None)
+            self.model.zero_grad()
         if validation is None:
             return
-        self._loss(validation, validation.heaviest())
+        if wanted:
+            self._loss(validation, validation.heaviest())
         if self.args.eval_strategy == "steps" and done and done % self.state.eval_steps == 0:
             self.catch_up()
 
@@ -255,6 +261,10 @@ class _Trainer(Trainer):
         known = (entry["step"] for entry in self.state.log_history if "eval_loss" in entry)
         if self.state.global_step not in known:
             self.evaluate()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nobody asks; upstream's walks over the whole model at each micro-step."""
+        return 0
 
     def place(self) -> str:
         """What is being done, and the shape of its batch."""
@@ -294,6 +304,7 @@ class _Trainer(Trainer):
         """Without a cache, which a model would otherwise make, and then take rows that stand end to end for one."""
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         self.shape = tuple(prepared["input_ids"].shape)
+        expect(self.model, prepared["labels"])
         return prepared | {"use_cache": False}
 
     def _get_output_dir(self, trial: Any) -> str:

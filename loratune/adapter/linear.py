@@ -1,0 +1,29 @@
+"""PEFT's linear layers, as the kernels take them."""
+
+from typing import Any
+
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+from loratune.kernels import Adapted
+
+
+def linear(module: Any) -> Adapted | None:
+    """A frozen linear layer, with plain LoRA or without any; None for everything else, as DoRA and quantized layers."""
+    if type(module) is nn.Linear:
+        return None if _trained(module) else Adapted(module)
+    if type(module) is not Linear or type(module.base_layer) is not nn.Linear or _trained(module.base_layer):
+        return None
+    if list(module.active_adapters) != list(module.lora_A) or len(module.lora_A) != 1 or module.merged:
+        return None
+    (name,) = module.lora_A
+    if module.lora_variant or module.fan_in_fan_out or module.lora_bias[name]:
+        return None
+    dropout = module.lora_dropout[name]
+    share = float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
+    down, up = module.lora_A[name].weight, module.lora_B[name].weight
+    return Adapted(module.base_layer, down, up, float(module.scaling[name]), share)
+
+
+def _trained(layer: nn.Linear) -> bool:
+    return any(parameter.requires_grad for parameter in layer.parameters())

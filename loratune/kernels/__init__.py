@@ -1,0 +1,12 @@
+"""The numerics that make training fast: loss, LoRA arithmetic, attention, norms, each with its reference.
+
+`fitted` puts them into a model for as long as it is trained; `plain` says what they compute.
+"""
+
+from loratune.kernels.allocator import keep_pages as keep_pages
+from loratune.kernels.fitting import expect as expect
+from loratune.kernels.fitting import fitted as fitted
+from loratune.kernels.loss import LossHead as LossHead
+from loratune.kernels.loss import global_norm as global_norm
+from loratune.kernels.loss import next_token_loss as next_token_loss
+from loratune.kernels.projection import Adapted as Adapted

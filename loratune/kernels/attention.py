@@ -1,0 +1,168 @@
+"""Causal self-attention over rows that stand end to end, tile by tile, with the products of bfloat16 matrices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loratune.kernels.plain import Passes
+from loratune.kernels.projection import Passed, Projection
+
+TILE = 128
+"""Queries whose scores are held at once."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of a batch stand. starts: (tokens,) int32, the first token that each one sees; the last is itself.
+
+    tiles: (first, end, key): the queries from `first` to `end` see nothing before `key`.
+    """
+
+    starts: Tensor
+    tiles: Sequence[tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, positions: Tensor, window: int | None = None, tile: int = TILE) -> "Layout":
+        """positions: (tokens,), 0 where a row begins; window: how many tokens each one sees at most, with itself."""
+        places = torch.arange(len(positions))
+        starts = torch.where(positions == 0, places, 0)
+        starts[0] = 0
+        starts = starts.cummax(0).values
+        if window is not None:
+            starts = torch.maximum(starts, places - window + 1)
+        firsts = range(0, len(starts), tile)
+        tiles = [(first, min(first + tile, len(starts)), int(starts[first])) for first in firsts]
+        return cls(starts.to(torch.int32), tiles)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, passes: Passes
+) -> tuple[Tensor, Tensor]:
+    """query: (groups, tokens, heads, size); key, value: (groups, tokens, size).
+
+    Returns (tokens, groups * heads * size), and for `attend_backward` the logarithms of the sums of exponentials.
+    """
+    groups, tokens, heads, size = query.shape
+    result = query.new_empty(tokens, groups, heads, size)
+    total = query.new_empty(groups, tokens, heads, dtype=torch.float32)
+    for first, end, begin in layout.tiles:
+        weights = passes.attention_weights(query, key, total, layout.starts, scale, first, end, begin)
+        mixed = (weights @ value[:, begin:end]).view(groups, end - first, heads, size)
+        result[first:end] = mixed.transpose(0, 1)
+    return result.view(tokens, -1), total
+
+
+def attend_backward(
+    gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    layout: Layout, scale: float, passes: Passes,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value. Weights are computed again, as in FlashAttention (Dao et al. 2022)."""
+    groups, tokens, heads, size = query.shape
+    split, inner = passes.split_gradient(gradient, result, groups, heads)
+    dquery = torch.empty_like(query)
+    dkey, dvalue = (torch.zeros(groups, tokens, size, device=query.device) for _ in range(2))
+    for first, end, begin in layout.tiles:
+        queries, passed = (one[:, first:end].reshape(groups, -1, size) for one in (query, split))
+        keys, values = key[:, begin:end], value[:, begin:end]
+        scores, dscores = queries @ keys.transpose(1, 2), passed @ values.transpose(1, 2)
+        passes.softmax_backward(scores, dscores, total, inner, layout.starts, scale, first, end, begin)
+        dvalue[:, begin:end] += scores.transpose(1, 2) @ passed
+        dkey[:, begin:end] += dscores.transpose(1, 2) @ queries
+        dquery[:, first:end] = (dscores @ keys).view(groups, end - first, heads, size)
+    return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Root mean square norms of the heads of queries and keys, as in Qwen3. query, key: weights, (size of a head,)."""
+
+    query: Tensor
+    key: Tensor
+    epsilon: float
+
+    def forward(self, joined: Tensor, columns: Sequence[int], passes: Passes) -> tuple[Tensor, list[Tensor]]:
+        """joined: (tokens, sum of columns), the columns of queries, keys and values. Returns the like, and what
+        `backward` needs."""
+        query, key, value = torch.split(joined, list(columns), 1)
+        kept, normed = [], []
+        for x, weight in ((query, self.query), (key, self.key)):
+            heads = x.reshape(-1, len(weight))
+            y, inverse = passes.rms_norm(heads, weight, self.epsilon)
+            normed.append(y.view(x.shape))
+            kept += [heads, inverse]
+        return torch.cat([*normed, value], 1), kept
+
+    def backward(self, djoined: Tensor, columns: Sequence[int], kept: Sequence[Tensor], passes: Passes) -> Tensor:
+        """The gradient of what went in."""
+        query, key, value = torch.split(djoined, list(columns), 1)
+        passed = [
+            passes.rms_norm_backward(dy.reshape(x.shape), x, weight, inverse).view(dy.shape)
+            for dy, weight, x, inverse in ((query, self.query, *kept[:2]), (key, self.key, *kept[2:]))
+        ]
+        return torch.cat([*passed, value], 1)
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """A layer of attention. joined: queries, keys and values; out: what becomes of the heads; norms: of each head.
+
+    `heads` heads of queries share each of `groups` heads of keys and values.
+    """
+
+    joined: Projection
+    out: Projection
+    groups: int
+    heads: int
+    scale: float
+    passes: Passes
+    norms: "HeadNorms | None" = None
+
+    def __call__(self, x: Tensor, cosine: Tensor, sine: Tensor, layout: Layout, *, training: bool) -> Tensor:
+        """x: (tokens, in); cosine, sine: (tokens, size of a head). Returns (tokens, out)."""
+        parameters = (*self.joined.parameters(), *self.out.parameters())
+        apply: Any = _SelfAttention.apply
+        result: Tensor = apply(x, cosine, sine, layout, self, training, *parameters)
+        return result
+
+    def columns(self, cosine: Tensor) -> list[int]:
+        """Of queries, keys and values in their joined product. cosine: (tokens, size of a head)."""
+        return [size * cosine.shape[1] for size in (self.groups * self.heads, self.groups, self.groups)]
+
+
+class _SelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, layout: Layout, of: SelfAttention, training: bool,
+        *parameters: Tensor,
+    ) -> Tensor:  # fmt: skip
+        count = len(of.joined.parameters())
+        joined, before = of.joined.forward(x, training, parameters[:count])
+        norms: list[Tensor] = []
+        if of.norms is not None:
+            joined, norms = of.norms.forward(joined, of.columns(cosine), of.passes)
+        query, key, value = of.passes.split_heads(joined, cosine, sine, of.groups, of.heads)
+        result, total = attend(query, key, value, layout, of.scale, of.passes)
+        y, after = of.out.forward(result, training, parameters[count:])
+        ctx.of, ctx.layout = of, layout
+        parts = [norms, *(one.tensors() if one else [] for one in (before, after))]
+        ctx.ends = [len(part) for part in parts]
+        saved = [tensor for part in parts for tensor in part]
+        ctx.save_for_backward(x if before else None, cosine, sine, query, key, value, result, total, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        of, (x, cosine, sine, query, key, value, result, total, *kept) = ctx.of, ctx.saved_tensors
+        norms, *around = (kept[end - size : end] for size, end in zip(ctx.ends, accumulate(ctx.ends), strict=True))
+        before, after = (Passed.of(part) if part else None for part in around)
+        dresult, outer = of.out.backward(dy, result, after, wanted=True)
+        heads = attend_backward(dresult, result, total, query, key, value, ctx.layout, of.scale, of.passes)
+        djoined = of.passes.join_heads(*heads, cosine, sine)
+        if of.norms is not None:
+            djoined = of.norms.backward(djoined, of.columns(cosine), norms, of.passes)
+        dx, inner = of.joined.backward(djoined, x, before, wanted=ctx.needs_input_grad[0])
+        return dx, None, None, None, None, None, *inner, *outer

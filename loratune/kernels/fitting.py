@@ -1,0 +1,253 @@
+"""Which layers of a model are computed the fast way while it is trained: those that it gives the same numbers for."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from loratune.kernels.attention import HeadNorms, Layout, SelfAttention
+from loratune.kernels.feedforward import GatedLayer, rms_norm
+from loratune.kernels.loss import LossHead
+from loratune.kernels.native import passes
+from loratune.kernels.plain import Passes
+from loratune.kernels.projection import Adapted, Projection
+
+Reader = Callable[[nn.Module], Adapted | None]
+"""From a module to the linear layer and the LoRA that it is, or None: it is something else."""
+
+TOLERANCES = {torch.bfloat16: 0.06}  # of the spread of what comes out; rounding alone makes up to 0.02
+TOLERANCE = 1e-4
+ROWS = (29, 19)  # tokens of the rows that modules are tried on
+UNMASKED = "loratune"
+
+
+class FastAttention(nn.Module):
+    """In the place of a layer of attention, with the same children. Rows begin where positions are 0; what pads them
+    stands at their end."""
+
+    def __init__(self, original: nn.Module, part: SelfAttention, window: int | None, layouts: "Layouts"):
+        super().__init__()
+        self._part, self.window, self._layouts = part, window, layouts
+        for name, child in original.named_children():
+            self.add_module(name, child)
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], position_ids: Tensor, **_: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states: (rows, length, size). Returns the same shape, and no weights. There must be no cache."""
+        shape = hidden_states.shape
+        layout = self._layouts.of(position_ids, shape[:2], self.window)
+        cosine, sine = (one.expand(*shape[:2], -1).reshape(shape[0] * shape[1], -1) for one in position_embeddings)
+        result = self._part(hidden_states.reshape(-1, shape[-1]), cosine, sine, layout, training=self.training)
+        return result.view(*shape[:2], -1), None
+
+
+class FastGatedLayer(nn.Module):
+    """In the place of a gated feed-forward layer, with the same children."""
+
+    def __init__(self, original: nn.Module, part: GatedLayer):
+        super().__init__()
+        self._part = part
+        for name, child in original.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., size)."""
+        return self._part(x.reshape(-1, x.shape[-1]), training=self.training).view(*x.shape[:-1], -1)
+
+
+class FastNorm(nn.Module):
+    """In the place of a root mean square norm, with the same weight."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float, over: Passes):
+        super().__init__()
+        self.weight, self.epsilon, self._passes = weight, epsilon, over
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., size)."""
+        return rms_norm(x, self.weight, self.epsilon, self._passes)
+
+
+class Layouts:
+    """The layout of the batch that is being computed, made once for all layers."""
+
+    def __init__(self) -> None:
+        self._made: dict[int | None, Layout] = {}
+        self._of: tuple[Tensor, torch.Size] | None = None
+
+    def of(self, positions: Tensor, shape: torch.Size, window: int | None) -> Layout:
+        """positions: (1 or rows, length) of a batch of this shape."""
+        if self._of is None or self._of[0] is not positions or self._of[1] != shape:
+            self._of, self._made = (positions, shape), {}
+        if window not in self._made:
+            self._made[window] = Layout.of(positions.expand(shape).reshape(-1), window)
+        return self._made[window]
+
+
+@contextmanager
+def fitted(model: Any, reader: Reader) -> Iterator[list[str]]:
+    """Inside, the layers of a model on the CPU that are understood are computed by this room; the rest is left alone.
+
+    model: a `PeftModel` around a causal language model of transformers. A layer is replaced if it gives the same
+    numbers on random rows, so a family that computes otherwise stays as it is. Yields what stays, in words.
+    Batches must be padded at the end of rows, if at all, and come without a cache.
+    """
+    base = model.get_base_model()
+    if base.device.type != "cpu":
+        yield ["attention", "feed-forward layers", "norms", "loss"]
+        return
+    replaced: list[tuple[str, nn.Module]] = []
+    implementation = base.config._attn_implementation
+    try:
+        remarks = _replace(base, reader, replaced)
+        yield remarks
+    finally:
+        base.set_attn_implementation(implementation)
+        for name, original in replaced:
+            base.set_submodule(name, original)
+
+
+def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -> list[str]:
+    """Put fast modules in their places. replaced: gets path and module of each that went. Returns what stays."""
+    layouts, left = Layouts(), []
+    kinds: dict[str, tuple[str, Callable[[Any], nn.Module | None]]] = {
+        "attention": ("attn", lambda module: _attention(module, reader, layouts)),
+        "feed-forward layers": ("mlp", lambda module: _gated(module, reader)),
+        "norms": ("norm", _norm),
+    }
+    for what, (ending, build) in kinds.items():
+        found = [(name, module) for name, module in base.named_modules() if name.endswith(ending)]
+        fits = [(name, module, made) for name, module in found if (made := build(module)) is not None]
+        fits = [one for one in fits if _agrees(base, what, one[1], one[2])]
+        for name, module, made in fits:
+            replaced.append((name, module))
+            base.set_submodule(name, made.train(module.training))
+        if len(fits) < len(found) or not found:
+            left.append(what)
+    if "attention" not in left:
+        AttentionInterface.register(UNMASKED, _never)
+        AttentionMaskInterface.register(UNMASKED, _no_mask)
+        base.set_attn_implementation(UNMASKED)
+    if (head := _head(base)) is None:
+        return [*left, "loss"]
+    replaced.append(head)
+    base.set_submodule(head[0], LossHead(head[1]))
+    return left
+
+
+def _attention(module: Any, reader: Reader, layouts: Layouts) -> nn.Module | None:
+    children = dict(module.named_children())
+    joined = _read(children, [("q_proj", "k_proj", "v_proj"), ("qkv_proj",)], reader)
+    out = _read(children, [("o_proj",)], reader)
+    size, norms = getattr(module, "head_dim", None), _head_norms(children)
+    others = children.keys() - {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
+    if joined is None or out is None or size is None or others or getattr(module, "attention_dropout", False):
+        return None
+    if (norms is None) != ("q_norm" not in children):
+        return None
+    known = module.config.to_dict()
+    groups = known.get("num_key_value_heads") or known["num_attention_heads"]
+    heads = out.weight.shape[1] // (groups * size)
+    window = module.sliding_window if hasattr(module, "sliding_window") else known.get("sliding_window")
+    part = SelfAttention(joined, out, groups, heads, float(module.scaling), passes(out.weight), norms)
+    return FastAttention(module, part, window, layouts)
+
+
+def _head_norms(children: Mapping[str, Any]) -> HeadNorms | None:
+    query, key = (_norm(children[name]) if name in children else None for name in ("q_norm", "k_norm"))
+    if query is None or key is None or query.epsilon != key.epsilon:
+        return None
+    return HeadNorms(query.weight, key.weight, query.epsilon)
+
+
+def _read(children: Mapping[str, Any], choices: Sequence[tuple[str, ...]], reader: Reader) -> Projection | None:
+    """The first choice of names that are all there, as one product; None if none is, or one of them is not plain."""
+    for names in choices:
+        if children.keys() >= set(names):
+            layers = [layer for name in names if (layer := reader(children[name])) is not None]
+            return Projection(layers) if len(layers) == len(names) else None
+    return None
+
+
+def _gated(module: nn.Module, reader: Reader) -> nn.Module | None:
+    children = dict(module.named_children())
+    joined = _read(children, [("gate_proj", "up_proj"), ("gate_up_proj",)], reader)
+    down = _read(children, [("down_proj",)], reader)
+    if joined is None or down is None:
+        return None
+    return FastGatedLayer(module, GatedLayer(joined, down, passes(down.weight)))
+
+
+def _norm(module: Any) -> FastNorm | None:
+    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, nn.Parameter) or weight.requires_grad or not isinstance(epsilon, float):
+        return None
+    if weight.dim() != 1 or dict(module.named_parameters()).keys() != {"weight"}:
+        return None
+    return FastNorm(weight, epsilon, passes(weight))
+
+
+def _head(base: PreTrainedModel) -> tuple[str, nn.Linear] | None:
+    """The output layer, if it is a plain one and its product is what the model returns."""
+    head = base.get_output_embeddings()
+    names = [name for name, module in base.named_modules() if module is head]
+    if type(head) is not nn.Linear or not names or any(one.requires_grad for one in head.parameters()):
+        return None
+    ids = torch.arange(8).view(1, -1) % base.config.get_text_config().vocab_size
+    with torch.no_grad():
+        hidden = base.get_decoder()(ids, use_cache=False).last_hidden_state
+        same = torch.equal(base(ids, use_cache=False).logits, head(hidden))
+    return (names[0], head) if same else None
+
+
+@torch.no_grad()
+def _agrees(base: PreTrainedModel, what: str, module: nn.Module, made: nn.Module) -> bool:
+    """Whether two modules make the same of random numbers, but for rounding; one that fails on them does not."""
+    size = base.get_input_embeddings().weight.shape[1]
+    weight = next(module.parameters())
+    if what == "norms":
+        size = weight.shape[0]
+    x = torch.randn(1, sum(ROWS), size, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    given = _surroundings(base, x, made.window) if isinstance(made, FastAttention) else {}
+    was, made.training = module.training, False
+    module.eval()
+    try:
+        old, new = module(x, **given), made(x, **given)
+    except Exception:  # what a module raises on what it does not know is its own choice
+        return False
+    finally:
+        module.train(was)
+    old, new = (one[0].float() if isinstance(one, tuple) else one.float() for one in (old, new))
+    apart = (old - new).square().mean().sqrt() / old.std()
+    return bool(apart <= TOLERANCES.get(x.dtype, TOLERANCE))
+
+
+def _surroundings(base: PreTrainedModel, x: Tensor, window: int | None) -> dict[str, Any]:
+    """What a layer of attention is given beside its input."""
+    positions = torch.cat([torch.arange(length) for length in ROWS])[None]
+    starts = Layout.of(positions[0], window).starts
+    places = torch.arange(len(starts))
+    seen = (places >= starts[:, None]) & (places <= places[:, None])
+    mask = torch.zeros(len(starts), len(starts), dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+    rotary: Any = base.get_decoder().rotary_emb
+    return {
+        "position_embeddings": rotary(x, positions), "position_ids": positions, "attention_mask": mask[None, None],
+    }  # fmt: skip
+
+
+def _never(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a layer of attention was left out")
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Every layer reads the rows off the positions."""
+
+
+def expect(model: Any, labels: Tensor) -> None:
+    """Have the next forward pass give the summed loss of these labels in place of logits, where that can be had."""
+    head = model.get_output_embeddings()
+    if isinstance(head, LossHead):
+        head.labels = labels

@@ -1,0 +1,142 @@
+"""The passes between the matrix products of a step, in plain torch: the reference of `native.c`, and what is used where
+that cannot be built. Arithmetic is in float32; results have the dtype of what they are made of.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x: (..., size); weight: (size,). Returns `weight * x / rms(x)`, and 1 / rms(x) in float32: (...,).
+
+    As in Llama, the normed values are rounded before they are weighted. Zhang and Sennrich 2019.
+    """
+    inverse = (x.float().square().mean(-1) + epsilon).rsqrt()
+    return weight * (x.float() * inverse[..., None]).to(x.dtype), inverse
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient with respect to x, for a weight that is frozen. dy: that of the result; inverse: its second part."""
+    weighted, scale = dy.float() * weight.float(), inverse[..., None]
+    share = (weighted * x.float()).mean(-1, keepdim=True) * scale.square()
+    return (scale * (weighted - share * x.float())).to(x.dtype)
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """both: (..., 2 * size), gates and then values. Returns silu(gates) * values: (..., size). Shazeer 2020."""
+    gate, up = both.float().chunk(2, -1)
+    return (functional.silu(gate) * up).to(both.dtype)
+
+
+def swiglu_backward(dy: Tensor, both: Tensor) -> Tensor:
+    """The gradient with respect to `both`. dy: (..., size), that of the result."""
+    gate, up = both.float().chunk(2, -1)
+    share, dy = gate.sigmoid(), dy.float()
+    dgate = dy * up * share * (1 + gate * (1 - share))
+    return torch.cat([dgate, dy * gate * share], -1).to(both.dtype)
+
+
+def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """x: (tokens, heads, size), any float dtype; cosine, sine: (tokens, size). Su et al. 2021, halves as in Llama."""
+    first, second = x.float().chunk(2, -1)
+    return x.float() * cosine.float()[:, None] + torch.cat([-second, first], -1) * sine.float()[:, None]
+
+
+def _turn_back(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The transpose of `_turn`."""
+    first, second = (x.float() * sine.float()[:, None]).chunk(2, -1)
+    return x.float() * cosine.float()[:, None] + torch.cat([second, -first], -1)
+
+
+def split_heads(joined: Tensor, cosine: Tensor, sine: Tensor, groups: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as they come from one product, turned and laid out head by head.
+
+    joined: (tokens, (groups * heads + 2 * groups) * size): `heads` query heads share each of `groups` key heads.
+    cosine, sine: (tokens, size). Returns queries (groups, tokens, heads, size), keys and values (groups, tokens, size).
+    """
+    tokens, size = cosine.shape
+    query, key, value = torch.split(joined.view(tokens, -1, size), [groups * heads, groups, groups], 1)
+    turned = _turn(query, cosine, sine).to(joined.dtype).view(tokens, groups, heads, size)
+    keys = _turn(key, cosine, sine).to(joined.dtype)
+    return (
+        turned.transpose(0, 1).contiguous(), keys.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+    )  # fmt: skip
+
+
+def join_heads(query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The gradient with respect to `joined`, from those of what `split_heads` returned."""
+    groups, tokens, heads, size = query.shape
+    queries = _turn_back(query.transpose(0, 1).reshape(tokens, groups * heads, size), cosine, sine)
+    keys = _turn_back(key.transpose(0, 1), cosine, sine)
+    return torch.cat([queries.to(query.dtype), keys.to(query.dtype), value.transpose(0, 1)], 1).view(tokens, -1)
+
+
+def split_gradient(gradient: Tensor, result: Tensor, groups: int, heads: int) -> tuple[Tensor, Tensor]:
+    """gradient, result: of attention's output, (tokens, groups * heads * size).
+
+    Returns the gradient as (groups, tokens, heads, size), and its inner product with the result, in float32:
+    (groups, tokens, heads).
+    """
+    shape = (len(gradient), groups, heads, -1)
+    inner = (gradient.float() * result.float()).view(shape).sum(-1).transpose(0, 1).contiguous()
+    return gradient.view(shape).transpose(0, 1).contiguous(), inner
+
+
+def _seen(starts: Tensor, first: int, end: int, begin: int) -> Tensor:
+    """Which keys from `begin` on the tokens from `first` to `end` see: (tokens, 1, keys)."""
+    places = torch.arange(begin, end, device=starts.device)
+    seen = (places >= starts[first:end, None]) & (places <= places[first - begin :, None])
+    return seen[:, None]
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, total: Tensor, starts: Tensor, scale: float, first: int, end: int, begin: int
+) -> Tensor:
+    """The weights with which the tokens from `first` to `end` see those from `begin` to `end`.
+
+    query: (groups, all tokens, heads, size); key: (groups, all tokens, size); starts: (all tokens,) int32, the first
+    token that each one sees; it sees itself last. total: (groups, all tokens, heads) float32, gets the logarithm of the
+    sum of exponentials. Returns (groups, (end - first) * heads, end - begin). Scores are in float32 throughout: rounded
+    to bfloat16 they made the gradient's error a seventh larger.
+    """
+    scores = query[:, first:end].float() @ key[:, None, begin:end].float().transpose(2, 3)
+    scaled = (scores * scale).masked_fill(~_seen(starts, first, end, begin), float("-inf"))
+    total[:, first:end] = scaled.logsumexp(-1)
+    return scaled.softmax(-1).to(query.dtype).flatten(1, 2)
+
+
+def softmax_backward(
+    scores: Tensor, gradient: Tensor, total: Tensor, inner: Tensor, starts: Tensor, scale: float,
+    first: int, end: int, begin: int,
+) -> None:  # fmt: skip
+    """Scores become weights again, and the gradient of the weights that of the scores, both in place.
+
+    scores, gradient: (groups, (end - first) * heads, end - begin), scores not scaled; inner: (groups, all tokens,
+    heads) float32, see `split_gradient`. The others as in `attention_weights`.
+    """
+    view = scores.view(len(scores), end - first, -1, end - begin)
+    scaled = (view.float() * scale).masked_fill(~_seen(starts, first, end, begin), float("-inf"))
+    weights = (scaled - total[:, first:end, :, None]).exp()
+    view.copy_(weights)
+    passed = gradient.view_as(view)
+    passed.copy_(weights * (passed.float() - inner[:, first:end, :, None]) * scale)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each row in nats, float32: (rows,). The logits become its gradient with respect to them, in place.
+
+    logits: (rows, vocabulary); targets: (rows,) int64.
+    """
+    scores = logits.float()
+    loss = functional.cross_entropy(scores, targets, reduction="none")
+    gradient = scores.softmax(-1)
+    gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1))
+    logits.copy_(gradient)
+    return loss
+
+
+Passes = Any
+"""This module, or an object with functions of the same names."""

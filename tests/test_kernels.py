@@ -1,0 +1,362 @@
+"""The fast way gives the numbers of the plain one: every pass, every layer, every family that is fitted."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Ran, tiny_llama
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+
+from loratune import adapter, kernels
+from loratune.data.packing import flatten, pad
+from loratune.kernels import fitting, native, plain
+from loratune.kernels.attention import Layout
+
+ROLES = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LENGTHS = (40, 7, 300, 1, 90)  # longer and shorter than a tile, and across its border
+SHAPE = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Passes
+
+
+GROUPS, TOKENS, HEADS, SIZE = 2, 37, 3, 16
+STARTS = torch.tensor([0] * 10 + [10] * 15 + [25] * 12, dtype=torch.int32)
+ANGLES = normal(TOKENS, SIZE // 2)
+COSINE, SINE = (torch.cat([one, one], -1) for one in (ANGLES.cos(), ANGLES.sin()))
+HEAD_SHAPES = ((GROUPS, TOKENS, HEADS, SIZE), (GROUPS, TOKENS, SIZE), (GROUPS, TOKENS, SIZE))
+SPAN = (12, 37, 10)  # queries from 12 to 37, keys from 10 on
+
+
+def turned(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return COSINE.to(dtype), SINE.to(dtype)
+
+
+PASSES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
+    "rms_norm": lambda dtype: (normal(37, 96).to(dtype), normal(96, seed=1).to(dtype), 1e-5),
+    "rms_norm_backward": lambda dtype: (
+        normal(37, 96).to(dtype), normal(37, 96, seed=1).to(dtype), normal(96, seed=2).to(dtype), normal(37).abs() + 0.5
+    ),
+    "swiglu": lambda dtype: ((4 * normal(37, 192)).to(dtype),),
+    "swiglu_backward": lambda dtype: (normal(37, 96, seed=1).to(dtype), (4 * normal(37, 192)).to(dtype)),
+    "split_heads": lambda dtype: (
+        normal(TOKENS, (GROUPS * HEADS + 2 * GROUPS) * SIZE).to(dtype), *turned(dtype), GROUPS, HEADS
+    ),
+    "join_heads": lambda dtype: (*(normal(*shape).to(dtype) for shape in HEAD_SHAPES), *turned(dtype)),
+    "split_gradient": lambda dtype: (*(normal(37, 96, seed=seed).to(dtype) for seed in (0, 1)), GROUPS, HEADS),
+    "attention_weights": lambda dtype: (
+        *(normal(*shape).to(dtype) for shape in HEAD_SHAPES[:2]), torch.zeros(HEAD_SHAPES[0][:3]), STARTS, 0.25, *SPAN
+    ),
+    "softmax_backward": lambda dtype: (
+        *(normal(GROUPS, 25 * HEADS, 27, seed=seed).to(dtype) for seed in (0, 1)),
+        normal(GROUPS, TOKENS, HEADS).abs() + 3, normal(GROUPS, TOKENS, HEADS), STARTS, 0.25, *SPAN,
+    ),
+    "cross_entropy": lambda dtype: ((4 * normal(37, 1000)).to(dtype), torch.arange(37) * 27),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_in_c_is_the_plain_one(name: str, dtype: torch.dtype) -> None:
+    """Results, and what is written into the arguments."""
+    built = native.passes(torch.empty(0, dtype=dtype))
+    assert isinstance(built, native.Native), "these tests want a C compiler"
+    given, again = PASSES[name](dtype), PASSES[name](dtype)
+    expected, made = getattr(plain, name)(*given), getattr(built, name)(*again)
+    pairs = [*zip(*(one if isinstance(one, tuple) else (one,) for one in (expected, made)), strict=True)]
+    for old, new in [*pairs, *zip(given, again, strict=True)]:
+        if isinstance(old, Tensor):
+            loose = 1e-5 if old.dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+            assert torch.allclose(old.float(), new.float(), rtol=loose, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attention_weights", "cross_entropy"])
+def test_a_pass_in_c_hides_no_nan(name: str) -> None:
+    given = PASSES[name](torch.bfloat16)
+    given[0].view(-1)[given[0].numel() // 4] = math.nan
+    made = getattr(native.passes(given[0]), name)(*given)
+    assert not (made[0] if isinstance(made, tuple) else made).isfinite().all()
+
+
+def test_the_exponential_is_that_of_torch() -> None:
+    """Through a softmax of two: exp(-x) / (1 + exp(-x)) over the whole range."""
+    gates = torch.linspace(-100, 100, 4001)
+    both = torch.cat([gates, torch.ones_like(gates)])[None]
+    made = native.passes(both).swiglu(both)
+    assert torch.allclose(made[0], torch.nn.functional.silu(gates), rtol=1e-6, atol=1e-36)
+
+
+def test_gradients_of_the_plain_passes_are_those_of_autograd() -> None:
+    x, weight, dy = normal(9, 24).double().requires_grad_(), normal(24, seed=1), normal(9, 24, seed=2)
+    y = weight * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    y.backward(dy)
+    inverse = plain.rms_norm(x.detach().float(), weight, 1e-5)[1]
+    assert x.grad is not None
+    assert torch.allclose(plain.rms_norm_backward(dy, x.detach().float(), weight, inverse), x.grad.float(), atol=1e-5)
+    both = normal(9, 48, seed=3).requires_grad_()
+    gate, up = both.chunk(2, -1)
+    (torch.nn.functional.silu(gate) * up).backward(dy)
+    assert both.grad is not None
+    assert torch.allclose(plain.swiglu_backward(dy, both.detach()), both.grad, atol=1e-5)
+    logits, targets = normal(5, 30, seed=4).requires_grad_(), torch.arange(5)
+    torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    changed = logits.detach().clone()
+    plain.cross_entropy(changed, targets)
+    assert logits.grad is not None and torch.allclose(changed, logits.grad, atol=1e-6)
+
+
+def test_a_layout_knows_rows_windows_and_tiles() -> None:
+    positions = torch.cat([torch.arange(length) for length in (3, 1, 5)])
+    assert Layout.of(positions, tile=4).tiles == [(0, 4, 0), (4, 8, 4), (8, 9, 4)]
+    assert Layout.of(positions).starts.tolist() == [0, 0, 0, 3, 4, 4, 4, 4, 4]
+    assert Layout.of(positions, window=2).starts.tolist() == [0, 0, 1, 3, 4, 4, 5, 6, 7]
+
+
+# Models
+
+
+def rows(learnt: int = 5) -> list[dict[str, list[int]]]:
+    """Of every `learnt` tokens one is not learnt."""
+    drawn = torch.Generator().manual_seed(1)
+    made = [torch.randint(1, 300, (length,), generator=drawn).tolist() for length in LENGTHS]
+    return [
+        {"input_ids": ids, "labels": [-100 if place % learnt == 0 else token for place, token in enumerate(ids)]}
+        for ids in made
+    ]
+
+
+def adapted(
+    kind: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    targets: Any = ROLES,
+    changes: dict[str, Any] | None = None,
+    **lora: Any,
+) -> Any:
+    """A tiny model with an adapter that has learnt something already."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**SHAPE | (changes or {}))
+    return with_lora(AutoModelForCausalLM.from_config(config).to(dtype), targets, **lora)
+
+
+def with_lora(base: Any, targets: Any = ROLES, **lora: Any) -> Any:
+    """An adapter whose B is not zero, in float32, as it is trained."""
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=4, **lora))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """The loss of a batch, and the gradients."""
+    given = dict(batch)
+    labels = given.pop("labels")
+    kernels.expect(model, labels)
+    torch.manual_seed(0)
+    total, count = kernels.next_token_loss(model(**given, use_cache=False).logits, labels)
+    (total / count).backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return float((total / count).detach()), gradients
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The distance of two gradients, relative to the length of the first."""
+    assert one.keys() == other.keys() and one
+    distance = sum(float((one[name] - other[name]).square().sum()) for name in one)
+    return math.sqrt(distance / sum(float(tensor.square().sum()) for tensor in one.values()))
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "llama": ("llama", {}, []),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}, []),
+    "qwen2": ("qwen2", {}, []),
+    "qwen3": ("qwen3", {}, []),
+    "mistral": ("mistral", {"sliding_window": None}, []),
+    "mistral with a window": ("mistral", {"sliding_window": 25}, []),
+    "phi3": ("phi3", {}, []),
+    "llama of gelu": ("llama", {"hidden_act": "gelu"}, ["feed-forward layers"]),
+    "gemma": ("gemma", {}, ["feed-forward layers", "norms"]),
+    "gpt_neox": ("gpt_neox", {}, ["attention", "feed-forward layers", "norms"]),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
+    """Packed and padded; what a family computes otherwise stays, and is named."""
+    kind, changes, left = FAMILIES[name]
+    targets = {"phi3": ["qkv_proj", "o_proj"], "gpt_neox": ["query_key_value", "dense"]}.get(kind, ROLES)
+    model = adapted(kind, targets=targets, changes=changes)
+    for batch in (flatten(rows()), dict(pad(rows(), 0))):
+        loss, gradients = step(model, batch)
+        with kernels.fitted(model, adapter.linear) as found:
+            fast, others = step(model, batch)
+        assert found == left
+        assert fast == pytest.approx(loss, abs=1e-6)
+        assert apart(gradients, others) < 1e-5
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "all layers": {"targets": "all-linear"},
+    "queries and values": {"targets": ["q_proj", "v_proj"]},
+    "scaled by the root of the rank": {"targets": ROLES, "use_rslora": True},
+    "ranks that differ": {"targets": ROLES, "rank_pattern": {"k_proj": 2, "o_proj": 7}},
+    "the upper layer": {"targets": ROLES, "layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_of_lora_give_the_same_gradients(name: str) -> None:
+    model = adapted(**CHOICES[name])
+    loss, gradients = step(model, flatten(rows()))
+    with kernels.fitted(model, adapter.linear) as left:
+        fast, others = step(model, flatten(rows()))
+    assert left == [] and fast == pytest.approx(loss, abs=1e-6)
+    assert apart(gradients, others) < 1e-5
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}], ids=str)
+def test_what_is_not_plain_lora_stays_as_it_is(changes: dict[str, Any]) -> None:
+    model = adapted(changes={"attention_bias": True}, **changes)
+    loss, gradients = step(model, flatten(rows()))
+    with kernels.fitted(model, adapter.linear) as left:
+        fast, others = step(model, flatten(rows()))
+    assert "attention" in left and fast == pytest.approx(loss, abs=1e-6)
+    assert apart(gradients, others) < 1e-5
+
+
+def test_a_trained_head_stays_as_it_is() -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    loss, gradients = step(model, flatten(rows()))
+    with kernels.fitted(model, adapter.linear) as left:
+        fast, others = step(model, flatten(rows()))
+    assert left == ["loss"] and fast == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
+
+
+def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
+    """By finite differences along a direction, with the same random state."""
+    model = adapted(lora_dropout=0.5)
+    batch = flatten(rows())
+    with kernels.fitted(model, adapter.linear):
+        loss, gradients = step(model, batch)
+        model.eval()
+        assert abs(step(model, batch)[0] - loss) > 1e-5
+        model.train()
+        parameters = dict(model.named_parameters())
+        for sign in (1, -1):
+            for name, gradient in gradients.items():
+                parameters[name].data += sign * (1 if sign > 0 else 2) * 1e-3 * gradient
+            moved = step(model, batch)[0]
+            slope = sign * (moved - loss) / 1e-3
+            expected = sum(float(gradient.square().sum()) for gradient in gradients.values())
+            assert slope == pytest.approx(expected, rel=0.05)
+
+
+def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> None:
+    """On the real model, held against float32; a mean over batches, for a single one is a matter of luck."""
+    torch.manual_seed(0)
+    model, exact = (
+        with_lora(AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    for parameter, other in zip(exact.parameters(), model.parameters(), strict=True):
+        parameter.data.copy_(other.data.float())
+    lines = (ROOT / "configs" / "quickstart" / "train.jsonl").read_text().splitlines()
+    ids = AutoTokenizer.from_pretrained(smollm2)(lines[:32])["input_ids"]
+    stock, fast = [], []
+    for first in range(0, 32, 8):
+        batch = flatten([{"input_ids": one, "labels": one} for one in ids[first : first + 8]])
+        reference = step(exact, batch)[1]
+        stock.append(apart(reference, step(model, batch)[1]))
+        with kernels.fitted(model, adapter.linear):
+            fast.append(apart(reference, step(model, batch)[1]))
+    assert sum(fast) < 1.1 * sum(stock)
+
+
+def test_activations_that_are_computed_again_change_nothing() -> None:
+    model = adapted()
+    with kernels.fitted(model, adapter.linear):
+        loss, gradients = step(model, flatten(rows()))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        again, others = step(model, flatten(rows()))
+    assert again == loss and apart(gradients, others) < 1e-6
+
+
+def test_afterwards_the_model_is_what_it_was() -> None:
+    model = adapted()
+    modules = {name: type(module) for name, module in model.named_modules()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(KeyError), kernels.fitted(model, adapter.linear):
+        assert isinstance(model.get_base_model().model.layers[0].self_attn, fitting.FastAttention)
+        raise KeyError
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert model.get_base_model().config._attn_implementation == "sdpa"
+
+
+def test_weights_are_not_held_twice() -> None:
+    model = adapted()
+    before = sum(parameter.untyped_storage().nbytes() for parameter in set(model.parameters()))
+    with kernels.fitted(model, adapter.linear):
+        stores = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+        assert sum(stores.values()) <= before
+
+
+def test_checkpoints_have_the_same_names() -> None:
+    model = adapted()
+    names = adapter.weights(model).keys()
+    with kernels.fitted(model, adapter.linear):
+        assert adapter.weights(model).keys() == names
+
+
+# Without a compiler
+
+
+@contextmanager
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LORATUNE_NATIVE", "0")
+    yield
+
+
+def test_without_a_compiler_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    loss, gradients = step(model, flatten(rows()))
+    with without_compiler(monkeypatch), kernels.fitted(model, adapter.linear) as left:
+        fast, others = step(model, flatten(rows()))
+    assert left == [] and fast == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
+
+
+def test_a_compiler_that_fails_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gcc", "cc"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert native._built("-DBFLOAT16") is None
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_a_run_says_what_stays_as_it_is(
+    run_config: Callable[..., Path], cli: Callable[..., Ran], tmp_path: Path, tokenizer: Any
+) -> None:
+    tiny_llama(hidden_act="gelu").save_pretrained(tmp_path / "gelu")
+    tokenizer.save_pretrained(tmp_path / "gelu")
+    ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "gelu"), "dtype": "float32"}))
+    assert ran.code == 0 and "as it comes  feed-forward layers (all else is computed the fast way)" in ran.out
+    ran = cli("train", run_config(output_dir=str(tmp_path / "other")))
+    assert ran.code == 0 and "as it comes" not in ran.out
