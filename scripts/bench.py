@@ -35,6 +35,8 @@ from peers.sets import SETS, Kind, accumulate, census, rows_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("torch", "transformers", "peft", "accelerate", "trl", "llamafactory", "unsloth", "litgpt", "lightning")
+LOST = 0.98
+"""Of the tokens to be learnt, the least that a contestant must have trained on; some mask the first of each pack."""
 REHEARSED = 2500
 """Tokens of the uncounted run, about."""
 
@@ -212,6 +214,9 @@ def train(bench: Bench, name: str, given: Job) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(Path(given.answer).read_text(encoding="utf-8"))
     if not answer["updates"]:
         raise Failure("too few rows for one update")
+    rows = census(read(Path(given.train)))
+    if answer["learnt"] is not None and answer["learnt"] < LOST * rows.learnt:
+        raise Failure(f"learnt {answer['learnt']:,} tokens of {rows.learnt:,}: it dropped or cut rows")
     answer["first_step"] -= child.started
     return answer | {"process": child.seconds, "rss": child.rss, "adapter": given.adapter}
 

@@ -120,7 +120,10 @@ def test_gradients_of_the_plain_passes_are_those_of_autograd() -> None:
 
 def test_a_layout_knows_rows_windows_and_tiles() -> None:
     positions = torch.cat([torch.arange(length) for length in (3, 1, 5)])
-    assert Layout.of(positions, tile=4).tiles == [(0, 4, 0), (4, 8, 4), (8, 9, 4)]
+    assert Layout.of(positions, tile=4).tiles == [(0, 4, 0), (4, 6, 4), (6, 9, 4)]
+    assert Layout.of(positions, window=2, tile=4).tiles == [(0, 4, 0), (4, 6, 4), (6, 9, 5)]
+    assert Layout.of(positions, tile=100).tiles == [(0, 9, 0)]
+    assert Layout.of(torch.arange(9), tile=8).tiles == [(0, 4, 0), (4, 9, 0)]
     assert Layout.of(positions).starts.tolist() == [0, 0, 0, 3, 4, 4, 4, 4, 4]
     assert Layout.of(positions, window=2).starts.tolist() == [0, 0, 1, 3, 4, 4, 5, 6, 7]
 

@@ -1,8 +1,8 @@
 """Causal self-attention over rows that stand end to end, tile by tile, with the products of bfloat16 matrices."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -30,13 +30,28 @@ class Layout:
         """positions: (tokens,), 0 where a row begins; window: how many tokens each one sees at most, with itself."""
         places = torch.arange(len(positions))
         starts = torch.where(positions == 0, places, 0)
-        starts[0] = 0
+        begins = [0, *(torch.nonzero(positions[1:] == 0)[:, 0] + 1).tolist()]
         starts = starts.cummax(0).values
         if window is not None:
             starts = torch.maximum(starts, places - window + 1)
-        firsts = range(0, len(starts), tile)
-        tiles = [(first, min(first + tile, len(starts)), int(starts[first])) for first in firsts]
-        return cls(starts.to(torch.int32), tiles)
+        spans = _spans([*begins, len(positions)], tile)
+        return cls(starts.to(torch.int32), [(first, end, int(starts[first])) for first, end in spans])
+
+
+def _spans(bounds: Sequence[int], tile: int) -> Iterator[tuple[int, int]]:
+    """Whole rows together up to a tile, longer ones in equal parts. bounds: where rows begin, and the end."""
+    first = 0
+    for begin, end in pairwise(bounds):
+        if first < begin and end - first > tile:
+            yield first, begin
+            first = begin
+        if end - begin > tile:
+            parts = -(-(end - begin) // tile)
+            cuts = [begin + (end - begin) * part // parts for part in range(parts + 1)]
+            yield from pairwise(cuts)
+            first = end
+    if first < bounds[-1]:
+        yield first, bounds[-1]
 
 
 def attend(

@@ -20,7 +20,8 @@ class Timing(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first update."""
-        self.clock.begin()
+        loader = kwargs.get("train_dataloader")
+        self.clock.begin(loader.dataset if loader is not None else ())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After an update."""
