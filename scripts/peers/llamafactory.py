@@ -54,7 +54,7 @@ run_exp(
         "dataset": "rows",
         "dataset_dir": str(place),
         "template": "empty",
-        "cutoff_len": task.pack_length + 1,  # it keeps one for itself, and drops rows that are longer than the rest
+        "cutoff_len": task.pack_length + 8,  # it keeps one for itself, drops longer rows, and wants multiples of 8
         "packing": True,
         "neat_packing": True,
         "disable_gradient_checkpointing": True,
