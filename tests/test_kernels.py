@@ -195,6 +195,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "phi3": ("phi3", {}, []),
     "llama of gelu": ("llama", {"hidden_act": "gelu"}, ["feed-forward layers"]),
     "gemma": ("gemma", {}, ["feed-forward layers", "norms"]),
+    "gemma3": ("gemma3_text", {}, ["attention", "feed-forward layers", "norms"]),
+    "olmo2, which norms all heads at once": ("olmo2", {}, []),
     "gpt_neox": ("gpt_neox", {}, ["attention", "feed-forward layers", "norms"]),
 }
 

@@ -105,7 +105,8 @@ def fitted(model: Any, reader: Reader) -> Iterator[list[str]]:
         remarks = _replace(base, reader, replaced)
         yield remarks
     finally:
-        base.set_attn_implementation(implementation)
+        if base.config._attn_implementation != implementation:
+            base.set_attn_implementation(implementation)
         for name, original in replaced:
             base.set_submodule(name, original)
 
@@ -120,8 +121,7 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
     }
     for what, (ending, build) in kinds.items():
         found = [(name, module) for name, module in base.named_modules() if name.endswith(ending)]
-        fits = [(name, module, made) for name, module in found if (made := build(module)) is not None]
-        fits = [one for one in fits if _agrees(base, what, one[1], one[2])]
+        fits = [(name, module, made) for name, module in found if (made := _tried(base, what, module, build))]
         for name, module, made in fits:
             replaced.append((name, module))
             base.set_submodule(name, made.train(module.training))
@@ -136,6 +136,15 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
     replaced.append(head)
     base.set_submodule(head[0], LossHead(head[1]))
     return left
+
+
+def _tried(base: Any, what: str, module: nn.Module, build: Callable[[Any], nn.Module | None]) -> nn.Module | None:
+    """The fast module that does what this one does, if there is one."""
+    try:
+        made = build(module)
+        return made if made is not None and _agrees(base, what, module, made) else None
+    except Exception:  # what a family lacks, or raises on what it does not know, is its own choice
+        return None
 
 
 def _attention(module: Any, reader: Reader, layouts: Layouts) -> nn.Module | None:
@@ -196,16 +205,23 @@ def _head(base: PreTrainedModel) -> tuple[str, nn.Linear] | None:
     names = [name for name, module in base.named_modules() if module is head]
     if type(head) is not nn.Linear or not names or any(one.requires_grad for one in head.parameters()):
         return None
+    return (names[0], head) if _is_all(base, head) else None
+
+
+@torch.no_grad()
+def _is_all(base: PreTrainedModel, head: nn.Linear) -> bool:
+    """Whether logits are the product of this layer and nothing else; a model that fails on bare ids has other needs."""
     ids = torch.arange(8).view(1, -1) % base.config.get_text_config().vocab_size
-    with torch.no_grad():
+    try:
         hidden = base.get_decoder()(ids, use_cache=False).last_hidden_state
-        same = torch.equal(base(ids, use_cache=False).logits, head(hidden))
-    return (names[0], head) if same else None
+        return torch.equal(base(ids, use_cache=False).logits, head(hidden))
+    except Exception:
+        return False
 
 
 @torch.no_grad()
 def _agrees(base: PreTrainedModel, what: str, module: nn.Module, made: nn.Module) -> bool:
-    """Whether two modules make the same of random numbers, but for rounding; one that fails on them does not."""
+    """Whether two modules make the same of random numbers, but for rounding."""
     size = base.get_input_embeddings().weight.shape[1]
     weight = next(module.parameters())
     if what == "norms":
@@ -216,8 +232,6 @@ def _agrees(base: PreTrainedModel, what: str, module: nn.Module, made: nn.Module
     module.eval()
     try:
         old, new = module(x, **given), made(x, **given)
-    except Exception:  # what a module raises on what it does not know is its own choice
-        return False
     finally:
         module.train(was)
     old, new = (one[0].float() if isinstance(one, tuple) else one.float() for one in (old, new))

@@ -97,6 +97,7 @@ class Native:
 
     def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
         """See `plain.rms_norm_backward`."""
+        x = x.contiguous()  # a norm may stand on a slice
         dx = torch.empty_like(x)
         self._call("rms_norm_backward", dx, dy.contiguous(), x, weight, inverse, inverse.numel(), x.shape[-1])
         return dx

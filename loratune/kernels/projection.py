@@ -46,13 +46,9 @@ class Passed:
 
 
 class Projection:
-    """Layers with the same input as one product. Their weights become views into one tensor, so nothing is held twice.
-
-    outputs: columns of each layer in the result.
-    """
+    """Layers with the same input as one product. Their weights become views of one tensor: nothing is held twice."""
 
     def __init__(self, layers: Sequence[Adapted]):
-        self.layers = layers
         parts = [part.layer for part in layers]
         self.weight = parts[0].weight.detach()
         if len(parts) > 1:
