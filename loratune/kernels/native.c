@@ -28,7 +28,7 @@ static inline float get(real x) { return x; }
 static inline real put(float x) { return x; }
 #endif
 
-/* exp to 2 ulp by Cephes' polynomial; 0 below -87, NaN stays NaN. */
+/* exp by Cephes' polynomial; 0 below -87, NaN stays NaN. */
 static inline float power(float x) {
     float bounded = x > 88.f ? 88.f : x;
     float n = rintf(bounded * 1.44269504f);

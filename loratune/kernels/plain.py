@@ -99,8 +99,8 @@ def attention_weights(
 
     query: (groups, all tokens, heads, size); key: (groups, all tokens, size); starts: (all tokens,) int32, the first
     token that each one sees; it sees itself last. total: (groups, all tokens, heads) float32, gets the logarithm of the
-    sum of exponentials. Returns (groups, (end - first) * heads, end - begin). Scores are in float32 throughout: rounded
-    to bfloat16 they made the gradient's error a seventh larger.
+    sum of exponentials. Returns (groups, (end - first) * heads, end - begin). Scores are in float32 throughout:
+    large ones would lose too much in bfloat16.
     """
     scores = query[:, first:end].float() @ key[:, None, begin:end].float().transpose(2, 3)
     scaled = (scores * scale).masked_fill(~_seen(starts, first, end, begin), float("-inf"))
