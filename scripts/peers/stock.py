@@ -89,6 +89,15 @@ def collator(job: Job, *, whole: bool) -> Callable[..., Any]:
     return transformers.DataCollatorForSeq2Seq(tokenizer(job), padding=padding, max_length=job.max_length)
 
 
+def fit_padded(job: Job, model: Any, *, whole: bool = False, **own: Any) -> None:
+    """As `fit`, with transformers.Trainer on padded rows. whole: to max_length; own: keywords of TrainingArguments."""
+    arguments = transformers.TrainingArguments(
+        **settings(job, per_device_train_batch_size=job.padded_batch, gradient_accumulation_steps=job.accumulate, **own)
+    )
+    collate = collator(job, whole=whole)
+    fit(job, transformers.Trainer(model, arguments, data_collator=collate, train_dataset=job.rows))
+
+
 def fit(job: Job, trainer: transformers.Trainer) -> None:
     """Train, save the adapter, and hand in what it took."""
     timing = Timing()

@@ -3,7 +3,6 @@
 # Unsloth patches what is imported after it.
 import unsloth  # isort: skip
 import torch
-import transformers
 
 from peers import stock
 from peers.common import job
@@ -22,16 +21,4 @@ model = unsloth.FastLanguageModel.get_peft_model(
     use_gradient_checkpointing=False,
     random_state=task.seed,
 )
-arguments = transformers.TrainingArguments(
-    **stock.settings(
-        task,
-        per_device_train_batch_size=task.padded_batch,
-        gradient_accumulation_steps=task.accumulate,
-        bf16=True,
-        **stock.grouped(),
-    )
-)
-stock.fit(
-    task,
-    transformers.Trainer(model, arguments, data_collator=stock.collator(task, whole=False), train_dataset=task.rows),
-)
+stock.fit_padded(task, model, bf16=True, **stock.grouped())
