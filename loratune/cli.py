@@ -1,5 +1,6 @@
 """The command line: parse, call one story, print. Everything heavy is imported inside the commands."""
 
+import gc
 import json
 import logging
 import os
@@ -79,6 +80,17 @@ def boundary(debug: bool) -> Iterator[None]:
         _fail([Problem(f"unexpected {type(error).__name__}: {first}", fix="run again with --debug")], 1, debug)
 
 
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Imports make a million objects that stay; the collector need not walk them, neither now nor later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _stopped(stop: KeyboardInterrupt) -> tuple[str, type[LoratuneError]]:
     """What happened, and the error that ends the command."""
     return ("terminated", Terminated) if isinstance(stop, Termination) else ("interrupted", Interrupted)
@@ -155,13 +167,15 @@ def train(
 
         space = workspace.inspect(run.output_dir, resume=resume, overwrite=overwrite)
 
-        from loratune import preflight
-        from loratune.console import TrainingProgress, note, watched
+        with _loading():
+            from loratune import preflight
+            from loratune.console import TrainingProgress, note, watched
 
         ready = preflight.check(run, space, watched, changes if resume else None)
 
-        from loratune import show
-        from loratune import train as story
+        with _loading():
+            from loratune import show
+            from loratune import train as story
 
         try:
             if dry_run:
@@ -206,12 +220,14 @@ def generate(
 
         rows = _prompt_rows(prompts, source)
 
-        from loratune import preflight
-        from loratune.console import note
+        with _loading():
+            from loratune import preflight
+            from loratune.console import note
 
         opened = preflight.open_adapter(adapter, note, forced=force)
 
-        from loratune import generate as story
+        with _loading():
+            from loratune import generate as story
 
         stream = len(rows) == 1 and output is None and not base and sys.stdout.isatty()
         answers = story.generate(
@@ -255,8 +271,9 @@ def params(
         run = config.load(config_file, assignments) if config_file else config.of_model(str(model), assignments)
         _tell(config.portability(run.lora))
 
-        from loratune import params as story
-        from loratune import show
+        with _loading():
+            from loratune import params as story
+            from loratune import show
 
         show.params(story.params(run), as_json)
 
@@ -272,18 +289,20 @@ def evaluate(
 ) -> None:
     """Score base and adapter on the same held-out rows."""
     with boundary(debug):
-        from loratune import preflight
-        from loratune.config import Source
-        from loratune.console import note, watched
-        from loratune.data import check_source
+        with _loading():
+            from loratune import preflight
+            from loratune.config import Source
+            from loratune.console import note, watched
+            from loratune.data import check_source
 
         if not data:
             raise ConfigError(Problem("the path is empty", key="--data"))
         opened = preflight.open_adapter(adapter, note, forced=force, assignments=assignments)
         part = check_source(Source(path=data), opened.data, watched)
 
-        from loratune import show
-        from loratune.evaluate import evaluate as story
+        with _loading():
+            from loratune import show
+            from loratune.evaluate import evaluate as story
 
         scores, remarks = story(opened, part, watched, note)
         for line in remarks:

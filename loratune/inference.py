@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from loratune import adapter, model
+from loratune import adapter, kernels, model
 from loratune.adapter import PeftModel
 from loratune.config import DataSection, ModelSection
 from loratune.data.packing import pad
@@ -57,7 +57,8 @@ class Tuned:
         )
         batch = pad([{"input_ids": ids} for ids in prompts], pad_id, "left")
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        ids = self.model.generate(**batch, generation_config=settings, streamer=streamer)
+        with kernels.lean(self.model, adapter.linear):
+            ids = self.model.generate(**batch, generation_config=settings, streamer=streamer)
         return [self._ended(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
 
     def text(self, ids: Sequence[int]) -> str:

@@ -9,11 +9,14 @@ from loratune.kernels import Adapted
 
 
 def linear(module: Any) -> Adapted | None:
-    """A frozen linear layer, with plain LoRA or without any; None for everything else, as DoRA and quantized layers."""
+    """A frozen linear layer, with plain LoRA, or without any, as where adapters are disabled; None for everything else,
+    as DoRA and quantized layers."""
     if type(module) is nn.Linear:
         return None if _trained(module) else Adapted(module)
     if type(module) is not Linear or type(module.base_layer) is not nn.Linear or _trained(module.base_layer):
         return None
+    if module.disable_adapters:
+        return Adapted(module.base_layer)
     if list(module.active_adapters) != list(module.lora_A) or len(module.lora_A) != 1 or module.merged:
         return None
     (name,) = module.lora_A

@@ -4,6 +4,7 @@
 """
 
 from loratune.kernels.allocator import keep_pages as keep_pages
+from loratune.kernels.decoding import lean as lean
 from loratune.kernels.fitting import expect as expect
 from loratune.kernels.fitting import fitted as fitted
 from loratune.kernels.loss import LossHead as LossHead

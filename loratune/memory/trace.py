@@ -164,7 +164,11 @@ def unweighted(model: nn.Module, step: Step, saving: Set[str], dropped: Set[nn.M
         if isinstance(module, Linear4bit | Linear8bitLt) or name in saving:
             with mode:
                 memo[id(module)] = _dense(module, base_dtype(parameters), step.device, saves=name in saving)
+    away = {part for module in dropped for part in module.modules()}
+    stays = {id(one) for part in model.modules() if part not in away for one in part.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
+        if id(parameter) not in stays:
+            continue
         memo[id(parameter)] = nn.Parameter(empty(parameters[name]), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = empty(buffer)
