@@ -1,5 +1,6 @@
 """The fast way gives the numbers of the plain one: every pass, every layer, every family that is fitted."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,12 @@ STARTS = torch.tensor([0] * 10 + [10] * 15 + [25] * 12, dtype=torch.int32)
 ANGLES = normal(TOKENS, SIZE // 2)
 COSINE, SINE = (torch.cat([one, one], -1) for one in (ANGLES.cos(), ANGLES.sin()))
 HEAD_SHAPES = ((GROUPS, TOKENS, HEADS, SIZE), (GROUPS, TOKENS, SIZE), (GROUPS, TOKENS, SIZE))
-SPAN = (12, 37, 10)  # queries from 12 to 37, keys from 10 on
+TILES = torch.tensor([(0, 10, 0), (10, 20, 10), (20, 37, 10)])  # the last one has keys of two rows
+
+
+def heads(dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and values."""
+    return [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(HEAD_SHAPES)]
 
 
 def turned(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -56,13 +62,10 @@ PASSES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
         normal(TOKENS, (GROUPS * HEADS + 2 * GROUPS) * SIZE).to(dtype), *turned(dtype), GROUPS, HEADS
     ),
     "join_heads": lambda dtype: (*(normal(*shape).to(dtype) for shape in HEAD_SHAPES), *turned(dtype)),
-    "split_gradient": lambda dtype: (*(normal(37, 96, seed=seed).to(dtype) for seed in (0, 1)), GROUPS, HEADS),
-    "attention_weights": lambda dtype: (
-        *(normal(*shape).to(dtype) for shape in HEAD_SHAPES[:2]), torch.zeros(HEAD_SHAPES[0][:3]), STARTS, 0.25, *SPAN
-    ),
-    "softmax_backward": lambda dtype: (
-        *(normal(GROUPS, 25 * HEADS, 27, seed=seed).to(dtype) for seed in (0, 1)),
-        normal(GROUPS, TOKENS, HEADS).abs() + 3, normal(GROUPS, TOKENS, HEADS), STARTS, 0.25, *SPAN,
+    "attend": lambda dtype: (*heads(dtype), STARTS, TILES, 0.25),
+    "attend_backward": lambda dtype: (
+        normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), *plain.attend(*heads(dtype), STARTS, TILES, 0.25),
+        *heads(dtype), STARTS, TILES, 0.25,
     ),
     "cross_entropy": lambda dtype: ((4 * normal(37, 1000)).to(dtype), torch.arange(37) * 27),
 }  # fmt: skip
@@ -80,10 +83,11 @@ def test_a_pass_in_c_is_the_plain_one(name: str, dtype: torch.dtype) -> None:
     for old, new in [*pairs, *zip(given, again, strict=True)]:
         if isinstance(old, Tensor):
             loose = 1e-5 if old.dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-            assert torch.allclose(old.float(), new.float(), rtol=loose, atol=1e-5)
+            sums = float(old.float().std()) if name.startswith("attend") else 0.0  # of what was rounded before
+            assert torch.allclose(old.float(), new.float(), rtol=loose, atol=max(1e-5, loose * sums))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attention_weights", "cross_entropy"])
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attend", "cross_entropy"])
 def test_a_pass_in_c_hides_no_nan(name: str) -> None:
     given = PASSES[name](torch.bfloat16)
     given[0].view(-1)[given[0].numel() // 4] = math.nan
@@ -120,10 +124,10 @@ def test_gradients_of_the_plain_passes_are_those_of_autograd() -> None:
 
 def test_a_layout_knows_rows_windows_and_tiles() -> None:
     positions = torch.cat([torch.arange(length) for length in (3, 1, 5)])
-    assert Layout.of(positions, tile=4).tiles == [(0, 4, 0), (4, 6, 4), (6, 9, 4)]
-    assert Layout.of(positions, window=2, tile=4).tiles == [(0, 4, 0), (4, 6, 4), (6, 9, 5)]
-    assert Layout.of(positions, tile=100).tiles == [(0, 9, 0)]
-    assert Layout.of(torch.arange(9), tile=8).tiles == [(0, 4, 0), (4, 9, 0)]
+    assert Layout.of(positions, tile=4).tiles.tolist() == [[0, 4, 0], [4, 6, 4], [6, 9, 4]]
+    assert Layout.of(positions, window=2, tile=4).tiles.tolist() == [[0, 4, 0], [4, 6, 4], [6, 9, 5]]
+    assert Layout.of(positions, tile=100).tiles.tolist() == [[0, 9, 0]]
+    assert Layout.of(torch.arange(9), tile=8).tiles.tolist() == [[0, 4, 0], [4, 9, 0]]
     assert Layout.of(positions).starts.tolist() == [0, 0, 0, 3, 4, 4, 4, 4, 4]
     assert Layout.of(positions, window=2).starts.tolist() == [0, 0, 1, 3, 4, 4, 5, 6, 7]
 
@@ -178,11 +182,15 @@ def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]
     return float((total / count).detach()), gradients
 
 
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Of two gradients, squared."""
+    return sum(float((one[name] - other[name]).square().sum()) for name in one)
+
+
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The distance of two gradients, relative to the length of the first."""
     assert one.keys() == other.keys() and one
-    distance = sum(float((one[name] - other[name]).square().sum()) for name in one)
-    return math.sqrt(distance / sum(float(tensor.square().sum()) for tensor in one.values()))
+    return math.sqrt(distance(one, other) / sum(float(tensor.square().sum()) for tensor in one.values()))
 
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
@@ -273,7 +281,8 @@ def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
 
 
 def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> None:
-    """On the real model, held against float32; a mean over batches, for a single one is a matter of luck."""
+    """On the real model, held against float32, pooled over batches of rows that share no words: where rows begin alike,
+    the rounding of what they share decides, as a coin does."""
     torch.manual_seed(0)
     model, exact = (
         with_lora(AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype))
@@ -282,15 +291,16 @@ def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> 
     for parameter, other in zip(exact.parameters(), model.parameters(), strict=True):
         parameter.data.copy_(other.data.float())
     lines = (ROOT / "configs" / "quickstart" / "train.jsonl").read_text().splitlines()
-    ids = AutoTokenizer.from_pretrained(smollm2)(lines[:32])["input_ids"]
-    stock, fast = [], []
-    for first in range(0, 32, 8):
-        batch = flatten([{"input_ids": one, "labels": one} for one in ids[first : first + 8]])
+    texts = [json.loads(line)["prompt"].split("Definition: ")[1].split("Semantic")[0] for line in lines[:128]]
+    ids = AutoTokenizer.from_pretrained(smollm2)(texts)["input_ids"]
+    stock = fast = 0.0
+    for first in range(0, 128, 16):
+        batch = flatten([{"input_ids": one, "labels": one} for one in ids[first : first + 16]])
         reference = step(exact, batch)[1]
-        stock.append(apart(reference, step(model, batch)[1]))
+        stock += distance(reference, step(model, batch)[1])
         with kernels.fitted(model, adapter.linear):
-            fast.append(apart(reference, step(model, batch)[1]))
-    assert sum(fast) < 1.1 * sum(stock)
+            fast += distance(reference, step(model, batch)[1])
+    assert fast <= stock
 
 
 def test_activations_that_are_computed_again_change_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Causal self-attention over rows that stand end to end, tile by tile, with the products of bfloat16 matrices."""
+"""Causal self-attention over rows that stand end to end, tile by tile."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ TILE = 128
 class Layout:
     """Where the rows of a batch stand. starts: (tokens,) int32, the first token that each one sees; the last is itself.
 
-    tiles: (first, end, key): the queries from `first` to `end` see nothing before `key`.
+    tiles: (count, 3) int64, each (first, end, begin): the queries from `first` to `end` see nothing before `begin`.
     """
 
     starts: Tensor
-    tiles: Sequence[tuple[int, int, int]]
+    tiles: Tensor
 
     @classmethod
     def of(cls, positions: Tensor, window: int | None = None, tile: int = TILE) -> "Layout":
@@ -35,7 +35,8 @@ class Layout:
         if window is not None:
             starts = torch.maximum(starts, places - window + 1)
         spans = _spans([*begins, len(positions)], tile)
-        return cls(starts.to(torch.int32), [(first, end, int(starts[first])) for first, end in spans])
+        tiles = torch.tensor([(first, end, int(starts[first])) for first, end in spans])
+        return cls(starts.to(torch.int32), tiles)
 
 
 def _spans(bounds: Sequence[int], tile: int) -> Iterator[tuple[int, int]]:
@@ -52,43 +53,6 @@ def _spans(bounds: Sequence[int], tile: int) -> Iterator[tuple[int, int]]:
             first = end
     if first < bounds[-1]:
         yield first, bounds[-1]
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, passes: Passes
-) -> tuple[Tensor, Tensor]:
-    """query: (groups, tokens, heads, size); key, value: (groups, tokens, size).
-
-    Returns (tokens, groups * heads * size), and for `attend_backward` the logarithms of the sums of exponentials.
-    """
-    groups, tokens, heads, size = query.shape
-    result = query.new_empty(tokens, groups, heads, size)
-    total = query.new_empty(groups, tokens, heads, dtype=torch.float32)
-    for first, end, begin in layout.tiles:
-        weights = passes.attention_weights(query, key, total, layout.starts, scale, first, end, begin)
-        mixed = (weights @ value[:, begin:end]).view(groups, end - first, heads, size)
-        result[first:end] = mixed.transpose(0, 1)
-    return result.view(tokens, -1), total
-
-
-def attend_backward(
-    gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    layout: Layout, scale: float, passes: Passes,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value. Weights are computed again, as in FlashAttention (Dao et al. 2022)."""
-    groups, tokens, heads, size = query.shape
-    split, inner = passes.split_gradient(gradient, result, groups, heads)
-    dquery = torch.empty_like(query)
-    dkey, dvalue = (torch.zeros(groups, tokens, size, device=query.device) for _ in range(2))
-    for first, end, begin in layout.tiles:
-        queries, passed = (one[:, first:end].reshape(groups, -1, size) for one in (query, split))
-        keys, values = key[:, begin:end], value[:, begin:end]
-        scores, dscores = queries @ keys.transpose(1, 2), passed @ values.transpose(1, 2)
-        passes.softmax_backward(scores, dscores, total, inner, layout.starts, scale, first, end, begin)
-        dvalue[:, begin:end] += scores.transpose(1, 2) @ passed
-        dkey[:, begin:end] += dscores.transpose(1, 2) @ queries
-        dquery[:, first:end] = (dscores @ keys).view(groups, end - first, heads, size)
-    return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
 @dataclass(frozen=True)
@@ -160,7 +124,7 @@ class _SelfAttention(torch.autograd.Function):
         if of.norms is not None:
             joined, norms = of.norms.forward(joined, of.columns(cosine), of.passes)
         query, key, value = of.passes.split_heads(joined, cosine, sine, of.groups, of.heads)
-        result, total = attend(query, key, value, layout, of.scale, of.passes)
+        result, total = of.passes.attend(query, key, value, layout.starts, layout.tiles, of.scale)
         y, after = of.out.forward(result, training, parameters[count:])
         ctx.of, ctx.layout = of, layout
         parts = [norms, *(one.tensors() if one else [] for one in (before, after))]
@@ -175,7 +139,9 @@ class _SelfAttention(torch.autograd.Function):
         norms, *around = (kept[end - size : end] for size, end in zip(ctx.ends, accumulate(ctx.ends), strict=True))
         before, after = (Passed.of(part) if part else None for part in around)
         dresult, outer = of.out.backward(dy, result, after, wanted=True)
-        heads = attend_backward(dresult, result, total, query, key, value, ctx.layout, of.scale, of.passes)
+        layout = ctx.layout
+        kept_heads = (result, total, query, key, value, layout.starts, layout.tiles)
+        heads = of.passes.attend_backward(dresult, *kept_heads, of.scale)
         djoined = of.passes.join_heads(*heads, cosine, sine)
         if of.norms is not None:
             djoined = of.norms.backward(djoined, of.columns(cosine), norms, of.passes)

@@ -1,4 +1,4 @@
-"""`native.c`, built with the machine's own C compiler on first use and kept in the user's cache."""
+"""The passes in C, built with the machine's own C compiler on first use and kept in the user's cache."""
 
 import ctypes
 import hashlib
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loratune.kernels import plain
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "passes.c", "attention.c")]
 FLAGS = (
     "-std=gnu11 -O3 -march=native -mprefer-vector-width=512 -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
 )
@@ -52,7 +52,8 @@ def _built(define: str) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            command = [compiler, *FLAGS.split(), define, str(SOURCE), "-o", str(made), "-lm"]
+            sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+            command = [compiler, *FLAGS.split(), define, *sources, "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             made.replace(path)
     except (OSError, subprocess.SubprocessError):
@@ -69,7 +70,8 @@ def _key(compiler: str, define: str) -> str:
     processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     features = [line for line in processor.splitlines() if line.startswith(("flags", "Features", "model name"))]
     stat = Path(compiler).resolve().stat()
-    parts = [SOURCE.read_text(encoding="utf-8"), FLAGS, define, compiler, stat.st_mtime_ns, stat.st_size, features]
+    text = "".join(source.read_text(encoding="utf-8") for source in SOURCES)
+    parts = [text, FLAGS, define, compiler, stat.st_mtime_ns, stat.st_size, features]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -132,31 +134,27 @@ class Native:
         self._call("join_heads", joined, query, key, value, cosine, sine, tokens, groups, heads, size)
         return joined
 
-    def split_gradient(self, gradient: Tensor, result: Tensor, groups: int, heads: int) -> tuple[Tensor, Tensor]:
-        """See `plain.split_gradient`."""
-        tokens, size = len(gradient), gradient.shape[1] // (groups * heads)
-        split, inner = gradient.new_empty(groups, tokens, heads, size), torch.empty(groups, tokens, heads)
-        self._call("split_gradient", split, inner, gradient.contiguous(), result, tokens, groups, heads, size)
-        return split, inner
-
-    def attention_weights(
-        self, query: Tensor, key: Tensor, total: Tensor, starts: Tensor, scale: float, first: int, end: int, begin: int
-    ) -> Tensor:
-        """See `plain.attention_weights`."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, tiles: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `plain.attend`."""
         groups, tokens, heads, size = query.shape
-        weights = query.new_empty(groups, (end - first) * heads, end - begin)
-        arrays = (weights, total, query, key, starts)
-        self._call("attention_weights", *arrays, float(scale), tokens, first, end, begin, groups, heads, size)
-        return weights
+        result, total = query.new_empty(tokens, groups * heads * size), torch.empty(groups, tokens, heads)
+        arrays, sizes = (result, total, query, key, value, starts, tiles), (tokens, groups, heads, size)
+        self._call("attend", *arrays, len(tiles), float(scale), *sizes)
+        return result, total
 
-    def softmax_backward(
-        self, scores: Tensor, gradient: Tensor, total: Tensor, inner: Tensor, starts: Tensor, scale: float,
-        first: int, end: int, begin: int,
-    ) -> None:  # fmt: skip
-        """See `plain.softmax_backward`."""
-        groups, tokens, heads = total.shape
-        arrays = (scores, gradient, total, inner, starts)
-        self._call("softmax_backward", *arrays, float(scale), tokens, first, end, begin, groups, heads)
+    def attend_backward(
+        self, gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
+        starts: Tensor, tiles: Tensor, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `plain.attend_backward`."""
+        groups, tokens, heads, size = query.shape
+        dquery = torch.empty_like(query)
+        dkey, dvalue = (torch.zeros(groups, tokens, size) for _ in range(2))
+        arrays = (dquery, dkey, dvalue, gradient.contiguous(), result, total, query, key, value, starts, tiles)
+        self._call("attend_backward", *arrays, len(tiles), float(scale), tokens, groups, heads, size)
+        return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See `plain.cross_entropy`."""

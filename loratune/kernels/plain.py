@@ -1,4 +1,4 @@
-"""The passes between the matrix products of a step, in plain torch: the reference of `native.c`, and what is used where
+"""The passes between the matrix products of a step, in plain torch: the reference of those in C, and what is used where
 that cannot be built. Arithmetic is in float32; results have the dtype of what they are made of.
 """
 
@@ -74,17 +74,6 @@ def join_heads(query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: 
     return torch.cat([queries.to(query.dtype), keys.to(query.dtype), value.transpose(0, 1)], 1).view(tokens, -1)
 
 
-def split_gradient(gradient: Tensor, result: Tensor, groups: int, heads: int) -> tuple[Tensor, Tensor]:
-    """gradient, result: of attention's output, (tokens, groups * heads * size).
-
-    Returns the gradient as (groups, tokens, heads, size), and its inner product with the result, in float32:
-    (groups, tokens, heads).
-    """
-    shape = (len(gradient), groups, heads, -1)
-    inner = (gradient.float() * result.float()).view(shape).sum(-1).transpose(0, 1).contiguous()
-    return gradient.view(shape).transpose(0, 1).contiguous(), inner
-
-
 def _seen(starts: Tensor, first: int, end: int, begin: int) -> Tensor:
     """Which keys from `begin` on the tokens from `first` to `end` see: (tokens, 1, keys)."""
     places = torch.arange(begin, end, device=starts.device)
@@ -92,37 +81,53 @@ def _seen(starts: Tensor, first: int, end: int, begin: int) -> Tensor:
     return seen[:, None]
 
 
-def attention_weights(
-    query: Tensor, key: Tensor, total: Tensor, starts: Tensor, scale: float, first: int, end: int, begin: int
-) -> Tensor:
-    """The weights with which the tokens from `first` to `end` see those from `begin` to `end`.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, tiles: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal self-attention, tile by tile. Scores are in float32: large ones would lose too much in bfloat16.
 
-    query: (groups, all tokens, heads, size); key: (groups, all tokens, size); starts: (all tokens,) int32, the first
-    token that each one sees; it sees itself last. total: (groups, all tokens, heads) float32, gets the logarithm of the
-    sum of exponentials. Returns (groups, (end - first) * heads, end - begin). Scores are in float32 throughout:
-    large ones would lose too much in bfloat16.
+    query: (groups, tokens, heads, size); key, value: (groups, tokens, size). starts: (tokens,) int32, the first token
+    that each one sees; it sees itself last. tiles: (count, 3) int64, see `Layout`.
+    Returns (tokens, groups * heads * size), and for `attend_backward` the logarithms of the sums of exponentials:
+    (groups, tokens, heads) float32.
     """
-    scores = query[:, first:end].float() @ key[:, None, begin:end].float().transpose(2, 3)
-    scaled = (scores * scale).masked_fill(~_seen(starts, first, end, begin), float("-inf"))
-    total[:, first:end] = scaled.logsumexp(-1)
-    return scaled.softmax(-1).to(query.dtype).flatten(1, 2)
+    groups, tokens, heads, size = query.shape
+    result = query.new_empty(tokens, groups, heads, size)
+    total = torch.empty(groups, tokens, heads, device=query.device)
+    for first, end, begin in tiles.tolist():
+        scores = query[:, first:end].float() @ key[:, None, begin:end].float().transpose(2, 3)
+        scaled = (scores * scale).masked_fill(~_seen(starts, first, end, begin), float("-inf"))
+        total[:, first:end] = scaled.logsumexp(-1)
+        mixed = scaled.softmax(-1).to(value.dtype) @ value[:, None, begin:end]
+        result[first:end] = mixed.transpose(0, 1)
+    return result.view(tokens, -1), total
 
 
-def softmax_backward(
-    scores: Tensor, gradient: Tensor, total: Tensor, inner: Tensor, starts: Tensor, scale: float,
-    first: int, end: int, begin: int,
-) -> None:  # fmt: skip
-    """Scores become weights again, and the gradient of the weights that of the scores, both in place.
+def attend_backward(
+    gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    starts: Tensor, tiles: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value. Weights are computed again, as in FlashAttention (Dao et al. 2022).
 
-    scores, gradient: (groups, (end - first) * heads, end - begin), scores not scaled; inner: (groups, all tokens,
-    heads) float32, see `split_gradient`. The others as in `attention_weights`.
+    gradient: of the result; the others as `attend` took and gave them.
     """
-    view = scores.view(len(scores), end - first, -1, end - begin)
-    scaled = (view.float() * scale).masked_fill(~_seen(starts, first, end, begin), float("-inf"))
-    weights = (scaled - total[:, first:end, :, None]).exp()
-    view.copy_(weights)
-    passed = gradient.view_as(view)
-    passed.copy_(weights * (passed.float() - inner[:, first:end, :, None]) * scale)
+    groups, tokens, heads, size = query.shape
+    shape = (tokens, groups, heads, size)
+    inner = (gradient.float() * result.float()).view(shape).sum(-1).transpose(0, 1)[..., None]
+    passed = gradient.view(shape).transpose(0, 1)
+    dquery = torch.empty_like(query)
+    dkey, dvalue = (torch.zeros(groups, tokens, size, device=query.device) for _ in range(2))
+    for first, end, begin in tiles.tolist():
+        queries, out = query[:, first:end], passed[:, first:end]
+        keys, values = key[:, None, begin:end], value[:, None, begin:end]
+        scores = queries.float() @ keys.float().transpose(2, 3) * scale - total[:, first:end, :, None]
+        weights = scores.exp().masked_fill(~_seen(starts, first, end, begin), 0)
+        dscores = weights * (out.float() @ values.float().transpose(2, 3) - inner[:, first:end]) * scale
+        weights, dscores = weights.to(query.dtype), dscores.to(query.dtype)
+        dquery[:, first:end] = dscores @ keys
+        dvalue[:, begin:end] += torch.einsum("gthk,gths->gks", weights, out)
+        dkey[:, begin:end] += torch.einsum("gthk,gths->gks", dscores, queries)
+    return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

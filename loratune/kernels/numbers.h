@@ -1,0 +1,51 @@
+/* Numbers as they are stored, `real`: bfloat16 with -DBFLOAT16, float32 without; arithmetic is in float32. Arrays are
+   dense; rows are shared out among OpenMP's threads. */
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#define ROWS _Pragma("omp parallel for schedule(static)")
+#define EACH _Pragma("omp simd")
+#define SUM(x) _Pragma(STRING(omp simd reduction(+ : x)))
+#define MOST(x) _Pragma(STRING(omp simd reduction(max : x)))
+#define STRING(x) #x
+
+typedef union { uint32_t bits; float value; } word;
+typedef float vector __attribute__((vector_size(64), may_alias));
+typedef uint32_t unit __attribute__((may_alias));
+typedef uint32_t units __attribute__((vector_size(64), may_alias));
+
+#ifdef BFLOAT16
+typedef uint16_t real;
+static inline float get(real x) { word w = {.bits = (uint32_t)x << 16}; return w.value; }
+static inline real put(float x) {
+    word w = {.value = x};
+    uint32_t rounded = (w.bits + 0x7fff + ((w.bits >> 16) & 1)) >> 16;
+    return x == x ? rounded : 0x7fc0;
+}
+#else
+typedef float real;
+static inline float get(real x) { return x; }
+static inline real put(float x) { return x; }
+#endif
+
+/* exp by Cephes' polynomial; 0 below -87, NaN stays NaN. */
+static inline float power(float x) {
+    float bounded = x > 88.f ? 88.f : x;
+    float n = rintf(bounded * 1.44269504f);
+    float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    word scale = {.bits = (uint32_t)((int32_t)n + 127) << 23};
+    return x < -87.f ? 0.f : p * scale.value;
+}
+

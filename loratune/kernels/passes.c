@@ -1,0 +1,102 @@
+/* The passes over memory between the matrix products of a LoRA step. Each function has the same name, arguments and
+   result as its reference in plain.py, which says what it computes. */
+#include "numbers.h"
+
+void rms_norm(real *y, float *inverse, const real *x, const real *weight, float epsilon, int64_t rows, int64_t size) {
+    ROWS for (int64_t i = 0; i < rows; i++) {
+        const real *a = x + i * size;
+        real *b = y + i * size;
+        float sum = 0;
+        SUM(sum) for (int64_t j = 0; j < size; j++) sum += get(a[j]) * get(a[j]);
+        float scale = inverse[i] = 1 / sqrtf(sum / size + epsilon);
+        EACH for (int64_t j = 0; j < size; j++) b[j] = put(get(weight[j]) * get(put(get(a[j]) * scale)));
+    }
+}
+
+void rms_norm_backward(real *dx, const real *dy, const real *x, const real *weight, const float *inverse, int64_t rows,
+                       int64_t size) {
+    ROWS for (int64_t i = 0; i < rows; i++) {
+        const real *a = x + i * size, *d = dy + i * size;
+        real *b = dx + i * size;
+        float scale = inverse[i], sum = 0;
+        SUM(sum) for (int64_t j = 0; j < size; j++) sum += get(d[j]) * get(weight[j]) * get(a[j]);
+        float share = sum * scale * scale / size;
+        EACH for (int64_t j = 0; j < size; j++) b[j] = put(scale * (get(d[j]) * get(weight[j]) - share * get(a[j])));
+    }
+}
+
+void swiglu(real *y, const real *both, int64_t rows, int64_t size) {
+    ROWS for (int64_t i = 0; i < rows; i++) {
+        const real *gate = both + 2 * i * size, *up = gate + size;
+        real *b = y + i * size;
+        EACH for (int64_t j = 0; j < size; j++) {
+            float g = get(gate[j]);
+            b[j] = put(g / (1 + power(-g)) * get(up[j]));
+        }
+    }
+}
+
+void swiglu_backward(real *dboth, const real *dy, const real *both, int64_t rows, int64_t size) {
+    ROWS for (int64_t i = 0; i < rows; i++) {
+        const real *gate = both + 2 * i * size, *up = gate + size, *d = dy + i * size;
+        real *dgate = dboth + 2 * i * size, *dup = dgate + size;
+        EACH for (int64_t j = 0; j < size; j++) {
+            float g = get(gate[j]), u = get(up[j]), dj = get(d[j]), s = 1 / (1 + power(-g));
+            dgate[j] = put(dj * u * s * (1 + g * (1 - s)));
+            dup[j] = put(dj * g * s);
+        }
+    }
+}
+
+/* One head of one token, turned by its angles; way: 1 forward, -1 back. */
+static inline void turn(real *to, const real *from, const real *cosine, const real *sine, float way, int64_t size) {
+    int64_t half = size / 2;
+    EACH for (int64_t j = 0; j < half; j++) {
+        float first = get(from[j]), second = get(from[j + half]);
+        to[j] = put(first * get(cosine[j]) - way * second * get(sine[j + (way < 0 ? half : 0)]));
+        to[j + half] = put(second * get(cosine[j + half]) + way * first * get(sine[j + (way < 0 ? 0 : half)]));
+    }
+}
+
+static inline void copy(real *to, const real *from, int64_t size) {
+    EACH for (int64_t j = 0; j < size; j++) to[j] = from[j];
+}
+
+void split_heads(real *query, real *key, real *value, const real *joined, const real *cosine, const real *sine,
+                 int64_t tokens, int64_t groups, int64_t heads, int64_t size) {
+    ROWS for (int64_t i = 0; i < tokens; i++) {
+        const real *from = joined + i * (groups * heads + 2 * groups) * size;
+        const real *c = cosine + i * size, *s = sine + i * size;
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t h = 0; h < heads; h++, from += size)
+                turn(query + ((g * tokens + i) * heads + h) * size, from, c, s, 1, size);
+        for (int64_t g = 0; g < groups; g++, from += size) turn(key + (g * tokens + i) * size, from, c, s, 1, size);
+        for (int64_t g = 0; g < groups; g++, from += size) copy(value + (g * tokens + i) * size, from, size);
+    }
+}
+
+void join_heads(real *joined, const real *query, const real *key, const real *value, const real *cosine,
+                const real *sine, int64_t tokens, int64_t groups, int64_t heads, int64_t size) {
+    ROWS for (int64_t i = 0; i < tokens; i++) {
+        real *to = joined + i * (groups * heads + 2 * groups) * size;
+        const real *c = cosine + i * size, *s = sine + i * size;
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t h = 0; h < heads; h++, to += size)
+                turn(to, query + ((g * tokens + i) * heads + h) * size, c, s, -1, size);
+        for (int64_t g = 0; g < groups; g++, to += size) turn(to, key + (g * tokens + i) * size, c, s, -1, size);
+        for (int64_t g = 0; g < groups; g++, to += size) copy(to, value + (g * tokens + i) * size, size);
+    }
+}
+
+void cross_entropy(real *logits, float *loss, const int64_t *targets, int64_t rows, int64_t size) {
+    ROWS for (int64_t i = 0; i < rows; i++) {
+        real *row = logits + i * size;
+        float most = -INFINITY, sum = 0;
+        MOST(most) for (int64_t j = 0; j < size; j++) most = get(row[j]) > most ? get(row[j]) : most;
+        SUM(sum) for (int64_t j = 0; j < size; j++) sum += power(get(row[j]) - most);
+        float all = most + logf(sum), right = get(row[targets[i]]);
+        loss[i] = all - right;
+        EACH for (int64_t j = 0; j < size; j++) row[j] = put(power(get(row[j]) - all));
+        row[targets[i]] = put(expf(right - all) - 1);
+    }
+}
