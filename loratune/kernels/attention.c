@@ -18,32 +18,42 @@ static inline unit join(real even, real odd) { (void)odd; word w = {.value = eve
 static inline vector dot(vector sum, units a, units b) { return sum + (vector)a * (vector)b; }
 #endif
 
-#define CHUNK 64 /* columns: four vectors */
+#define LANES 16 /* columns of a vector */
+#define CHUNK 64 /* columns that are computed at once */
 static inline int64_t up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static void *room(int64_t count, int64_t size) { return aligned_alloc(64, up(count * size + 64, 64)); }
 
-/* Four rows by one chunk of columns: the sum over k of left[row][k * step] times right[k * width ...]. */
-static inline __attribute__((always_inline)) void multiply(float *product, int64_t stride, const unit *const left[4],
-                                                           int64_t step, const unit *right, int64_t width, int64_t from,
-                                                           int64_t past) {
+/* Four rows by so many vectors of columns: the sum over k of left[row][k * step] times right[k * width ...]. */
+static inline __attribute__((always_inline)) void multiply(int vectors, float *product, int64_t stride,
+                                                           const unit *const left[4], int64_t step, const unit *right,
+                                                           int64_t width, int64_t from, int64_t past) {
     vector sum[4][4] = {0};
     for (int64_t k = from; k < past; k++) {
         const units *b = (const units *)(right + k * width);
         for (int r = 0; r < 4; r++) {
             units a = left[r][k * step] - (units){0};
-            for (int v = 0; v < 4; v++) sum[r][v] = dot(sum[r][v], a, b[v]);
+            for (int v = 0; v < vectors; v++) sum[r][v] = dot(sum[r][v], a, b[v]);
         }
     }
     for (int r = 0; r < 4; r++)
-        for (int v = 0; v < 4; v++) *(vector *)(product + r * stride + 16 * v) = sum[r][v];
+        for (int v = 0; v < vectors; v++) *(vector *)(product + r * stride + 16 * v) = sum[r][v];
 }
 
-/* Sixteen columns of the transpose of rows of `size` numbers, in units: (size / STEP, width). Zero beyond `count`. */
+/* The same for as many columns as there are, a chunk at most. */
+static void products(int64_t columns, float *product, int64_t stride, const unit *const left[4], int64_t step,
+                     const unit *right, int64_t width, int64_t from, int64_t past) {
+    if (columns > 48) multiply(4, product, stride, left, step, right, width, from, past);
+    else if (columns > 32) multiply(3, product, stride, left, step, right, width, from, past);
+    else if (columns > 16) multiply(2, product, stride, left, step, right, width, from, past);
+    else multiply(1, product, stride, left, step, right, width, from, past);
+}
+
+/* A vector of columns of the transpose of rows of `size` numbers, in units: (size / STEP, width); zero beyond `count`. */
 static inline void across(unit *to, const real *from, int64_t column, int64_t count, int64_t size, int64_t width) {
     int64_t long_ = size / STEP;
     for (int64_t d = 0; d < long_; d++)
-        for (int64_t j = 0; j < 16; j++)
+        for (int64_t j = 0; j < LANES; j++)
             to[d * width + column + j] = column + j < count ? ((const unit *)from)[(column + j) * long_ + d] : 0;
 }
 
@@ -67,8 +77,8 @@ typedef struct {
 static inline tile tile_of(const int32_t *starts, const int64_t *bounds, int64_t tokens, int64_t groups, int64_t heads,
                            int64_t size) {
     tile t = {.starts = starts, .tokens = tokens, .groups = groups, .heads = heads, .size = size};
-    t.padded = up(size, CHUNK), t.first = bounds[0], t.end = bounds[1], t.begin = bounds[2];
-    t.keys = t.end - t.begin, t.width = up(t.keys, CHUNK);
+    t.padded = up(size, LANES), t.first = bounds[0], t.end = bounds[1], t.begin = bounds[2];
+    t.keys = t.end - t.begin, t.width = up(t.keys, LANES);
     t.rows = (t.end - t.first) * heads, t.blocks = (t.rows + 3) / 4;
     return t;
 }
@@ -77,7 +87,7 @@ static int64_t most_keys(const int64_t *tiles, int64_t count) {
     int64_t most = 0;
     for (int64_t n = 0; n < count; n++)
         if (tiles[3 * n + 1] - tiles[3 * n + 2] > most) most = tiles[3 * n + 1] - tiles[3 * n + 2];
-    return up(most, CHUNK);
+    return up(most, LANES);
 }
 
 static int64_t most_rows(const int64_t *tiles, int64_t count, int64_t heads) {
@@ -100,12 +110,12 @@ static inline int64_t by_token(const tile *t, int64_t group, int64_t row) {
 
 /* Keys or values of a tile, transposed: (groups, size / STEP, width). Shared out among the threads that call it. */
 static void keys_across(unit *to, const real *keys, const tile *t) {
-    int64_t parts = t->width / 16;
+    int64_t parts = t->width / LANES;
 #pragma omp for schedule(static) nowait
     for (int64_t n = 0; n < t->groups * parts; n++) {
         int64_t group = n / parts;
-        across(to + group * (t->size / STEP) * t->width, keys + (group * t->tokens + t->begin) * t->size, n % parts * 16,
-               t->keys, t->size, t->width);
+        const real *from = keys + (group * t->tokens + t->begin) * t->size;
+        across(to + group * (t->size / STEP) * t->width, from, n % parts * LANES, t->keys, t->size, t->width);
     }
 }
 
@@ -116,8 +126,8 @@ static void keys_along(unit *to, const real *keys, const tile *t) {
     for (int64_t n = 0; n < t->groups * parts; n++) {
         int64_t group = n / parts, key = n % parts * STEP;
         const real *from = keys + (group * t->tokens + t->begin + key) * t->size;
-        along(to + n * t->padded, key < t->keys ? from : NULL, key + STEP - 1 < t->keys ? from + (STEP - 1) * t->size : NULL,
-              t->size, t->padded);
+        const real *next = key + STEP - 1 < t->keys ? from + (STEP - 1) * t->size : NULL;
+        along(to + n * t->padded, key < t->keys ? from : NULL, next, t->size, t->padded);
     }
 }
 
@@ -134,11 +144,12 @@ static inline void normalise(real *row, float *total, float *scores, float scale
 static void attend_block(real *result, float *total, const real *query, const unit *keys, const unit *values,
                          const tile *t, float scale, int64_t group, int64_t row, float *scores, real *weights) {
     int64_t count = least(4, t->rows - row), from = from_of(t, row), past = past_of(t, row + count - 1);
-    int64_t low = from / CHUNK * CHUNK, high = up(past, CHUNK);
+    int64_t low = from / LANES * LANES, high = up(past, LANES);
     const unit *left[4];
     for (int64_t r = 0; r < 4; r++)
         left[r] = (const unit *)(query + by_group(t, group, row + (r < count ? r : 0)) * t->size);
-    for (int64_t c = low; c < high; c += CHUNK) multiply(scores + c, t->width, left, 1, keys + c, t->width, 0, t->size / STEP);
+    for (int64_t c = low; c < high; c += CHUNK)
+        products(high - c, scores + c, t->width, left, 1, keys + c, t->width, 0, t->size / STEP);
     for (int64_t r = 0; r < 4; r++) {
         real *weight = weights + r * t->width;
         left[r] = (const unit *)weight;
@@ -149,7 +160,7 @@ static void attend_block(real *result, float *total, const real *query, const un
     }
     for (int64_t c = 0; c < t->size; c += CHUNK) {
         float mixed[4][CHUNK] __attribute__((aligned(64)));
-        multiply(mixed[0], CHUNK, left, 1, values + c, t->padded, from / STEP, (past + STEP - 1) / STEP);
+        products(t->size - c, mixed[0], CHUNK, left, 1, values + c, t->padded, from / STEP, (past + STEP - 1) / STEP);
         for (int64_t r = 0; r < count; r++) {
             real *to = result + by_token(t, group, row + r) * t->size + c;
             EACH for (int64_t d = 0; d < least(CHUNK, t->size - c); d++) to[d] = put(mixed[r][d]);
@@ -162,7 +173,7 @@ void attend(real *result, float *total, const real *query, const real *key, cons
             int64_t size) {
     int64_t width = most_keys(tiles, count);
     unit *keys = room(groups * size / STEP * width, sizeof(unit));
-    unit *values = room(groups * width / STEP * up(size, CHUNK), sizeof(unit));
+    unit *values = room(groups * width / STEP * up(size, LANES), sizeof(unit));
 #pragma omp parallel
     {
         float *scores = room(4 * width, sizeof(float));
@@ -213,33 +224,34 @@ static void back_block(real *dquery, const real *query, const real *gradient, co
         SUM(sum) for (int64_t d = 0; d < t->size; d++) sum += get(gradient[lies + d]) * get(result[lies + d]);
         inner[r] = sum;
     }
-    for (int64_t c = from / CHUNK * CHUNK; c < past; c += CHUNK) {
+    for (int64_t c = from / LANES * LANES; c < past; c += CHUNK) {
+        int64_t columns = least(CHUNK, up(past - c, LANES));
         float p[4][CHUNK] __attribute__((aligned(64))), d[4][CHUNK] __attribute__((aligned(64)));
-        multiply(p[0], CHUNK, asked, 1, keys + c, t->width, 0, t->size / STEP);
-        multiply(d[0], CHUNK, passed, 1, values + c, t->width, 0, t->size / STEP);
+        products(columns, p[0], CHUNK, asked, 1, keys + c, t->width, 0, t->size / STEP);
+        products(columns, d[0], CHUNK, passed, 1, values + c, t->width, 0, t->size / STEP);
         for (int64_t r = 0; r < 4; r++) {
             int64_t low = r < count ? from_of(t, row + r) - c : CHUNK, high = r < count ? past_of(t, row + r) - c : 0;
             float sum = r < count ? total[by_group(t, group, row + r)] : 0;
-            EACH for (int32_t j = 0; j < CHUNK; j++) {
+            EACH for (int32_t j = 0; j < columns; j++) {
                 int seen = j >= (int32_t)low && j < (int32_t)high;
                 float weight = power(p[r][j] * scale - sum);
                 float change = weight * (d[r][j] - inner[r]) * scale;
                 p[r][j] = seen ? weight : 0;
                 d[r][j] = seen ? change : 0;
             }
-            EACH for (int64_t j = 0; j < CHUNK; j++) dscores[r * t->width + c + j] = put(d[r][j]);
+            EACH for (int64_t j = 0; j < columns; j++) dscores[r * t->width + c + j] = put(d[r][j]);
         }
         for (int64_t r = 0; r < 4; r += STEP) {
             unit *weight = all->weights + place + r / STEP * t->width + c;
             unit *change = all->dscores + place + r / STEP * t->width + c;
-            EACH for (int64_t j = 0; j < CHUNK; j++) weight[j] = join(put(p[r][j]), put(p[r + STEP - 1][j]));
-            EACH for (int64_t j = 0; j < CHUNK; j++) change[j] = join(put(d[r][j]), put(d[r + STEP - 1][j]));
+            EACH for (int64_t j = 0; j < columns; j++) weight[j] = join(put(p[r][j]), put(p[r + STEP - 1][j]));
+            EACH for (int64_t j = 0; j < columns; j++) change[j] = join(put(d[r][j]), put(d[r + STEP - 1][j]));
         }
     }
     for (int64_t c = 0; c < t->size; c += CHUNK) {
         float sums[4][CHUNK] __attribute__((aligned(64)));
-        multiply(sums[0], CHUNK, left, 1, all->keys_along + group * t->width / STEP * t->padded + c, t->padded,
-                 from / STEP, (past + STEP - 1) / STEP);
+        const unit *keys_along = all->keys_along + group * t->width / STEP * t->padded + c;
+        products(t->size - c, sums[0], CHUNK, left, 1, keys_along, t->padded, from / STEP, (past + STEP - 1) / STEP);
         for (int64_t r = 0; r < count; r++) {
             real *to = dquery + by_group(t, group, row + r) * t->size + c;
             EACH for (int64_t d = 0; d < least(CHUNK, t->size - c); d++) to[d] = put(sums[r][d]);
@@ -254,8 +266,8 @@ static void back_keys(float *to, const unit *weights, const unit *rows, const ti
     for (int64_t r = 0; r < 4; r++) left[r] = weights + group * t->blocks * 4 / STEP * t->width + key + r;
     for (int64_t c = 0; c < t->size; c += CHUNK) {
         float sums[4][CHUNK] __attribute__((aligned(64)));
-        multiply(sums[0], CHUNK, left, t->width, rows + group * t->blocks * 4 / STEP * t->padded + c, t->padded,
-                 from / STEP, past / STEP);
+        const unit *right = rows + group * t->blocks * 4 / STEP * t->padded + c;
+        products(t->size - c, sums[0], CHUNK, left, t->width, right, t->padded, from / STEP, past / STEP);
         for (int64_t r = 0; r < least(4, t->keys - key); r++) {
             float *sum = to + (group * t->tokens + t->begin + key + r) * t->size + c;
             EACH for (int64_t d = 0; d < least(CHUNK, t->size - c); d++) sum[d] += sums[r][d];
@@ -269,26 +281,27 @@ static void back_tile(real *dquery, float *dkey, float *dvalue, const real *grad
     keys_across(all->keys, key, t);
     keys_across(all->values, value, t);
     keys_along(all->keys_along, key, t);
-    int64_t pairs = t->blocks * 4 / STEP, parts = t->width / 16;
+    int64_t pairs = t->blocks * 4 / STEP, parts = t->width / LANES;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < t->groups * pairs; n++) {
         int64_t group = n / pairs, row = n % pairs * STEP, last = row + STEP - 1;
         const real *asked = query + by_group(t, group, row) * t->size;
-        along(all->queries + n * t->padded, row < t->rows ? asked : NULL, last < t->rows ? asked + (STEP - 1) * t->size : NULL,
-              t->size, t->padded);
-        along(all->passed + n * t->padded, row < t->rows ? gradient + by_token(t, group, row) * t->size : NULL,
-              last < t->rows ? gradient + by_token(t, group, last) * t->size : NULL, t->size, t->padded);
+        const real *next = last < t->rows ? asked + (STEP - 1) * t->size : NULL;
+        const real *passed = row < t->rows ? gradient + by_token(t, group, row) * t->size : NULL;
+        const real *second = last < t->rows ? gradient + by_token(t, group, last) * t->size : NULL;
+        along(all->queries + n * t->padded, row < t->rows ? asked : NULL, next, t->size, t->padded);
+        along(all->passed + n * t->padded, passed, second, t->size, t->padded);
     }
 #pragma omp for schedule(dynamic, 4)
     for (int64_t b = 0; b < t->groups * t->blocks; b++)
         back_block(dquery, query, gradient, result, total, all, t, scale, b / t->blocks, b % t->blocks * 4, dscores);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < t->groups * parts; n++) {
-        int64_t group = n / parts, column = n % parts * 16, last = t->end;
+        int64_t group = n / parts, column = n % parts * LANES, last = t->end;
         int64_t sees = t->begin + column > t->first ? t->begin + column - t->first : 0;
-        while (last > t->first && t->starts[last - 1] - t->begin > column + 15) last--;
+        while (last > t->first && t->starts[last - 1] - t->begin > column + LANES - 1) last--;
         int64_t from = sees * t->heads / 4 * 4, past = up((last - t->first) * t->heads, 4);
-        for (int64_t k = column; k < least(column + 16, t->keys); k += 4) {
+        for (int64_t k = column; k < least(column + LANES, t->keys); k += 4) {
             back_keys(dkey, all->dscores, all->queries, t, group, k, from, past);
             back_keys(dvalue, all->weights, all->passed, t, group, k, from, past);
         }
@@ -299,7 +312,7 @@ void attend_backward(real *dquery, float *dkey, float *dvalue, const real *gradi
                      const float *total, const real *query, const real *key, const real *value, const int32_t *starts,
                      const int64_t *tiles, int64_t count, float scale, int64_t tokens, int64_t groups, int64_t heads,
                      int64_t size) {
-    int64_t width = most_keys(tiles, count), rows = most_rows(tiles, count, heads), padded = up(size, CHUNK);
+    int64_t width = most_keys(tiles, count), rows = most_rows(tiles, count, heads), padded = up(size, LANES);
     int64_t each[7] = {size / STEP * width, size / STEP * width, width / STEP * padded, rows / STEP * padded,
                        rows / STEP * padded, rows / STEP * width, rows / STEP * width};
     unit *parts[7];
