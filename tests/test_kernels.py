@@ -67,8 +67,15 @@ PASSES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
         normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), *plain.attend(*heads(dtype), STARTS, TILES, 0.25),
         *heads(dtype), STARTS, TILES, 0.25,
     ),
+    "add_lora": lambda dtype: (
+        normal(37, 80).to(dtype), normal(37, 96, seed=1).to(dtype), (normal(5, 96, seed=2) / 10).to(dtype),
+        normal(5, 80, seed=3).to(dtype),
+    ),
     "cross_entropy": lambda dtype: ((4 * normal(37, 1000)).to(dtype), torch.arange(37) * 27),
 }  # fmt: skip
+
+
+SUMMED = {"attend", "attend_backward", "add_lora"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -83,7 +90,7 @@ def test_a_pass_in_c_is_the_plain_one(name: str, dtype: torch.dtype) -> None:
     for old, new in [*pairs, *zip(given, again, strict=True)]:
         if isinstance(old, Tensor):
             loose = 1e-5 if old.dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-            sums = float(old.float().std()) if name.startswith("attend") else 0.0  # of what was rounded before
+            sums = float(old.float().std()) if name in SUMMED else 0.0  # of what was rounded before
             assert torch.allclose(old.float(), new.float(), rtol=loose, atol=max(1e-5, loose * sums))
 
 
@@ -337,6 +344,33 @@ def test_checkpoints_have_the_same_names() -> None:
     names = adapter.weights(model).keys()
     with kernels.fitted(model, adapter.linear):
         assert adapter.weights(model).keys() == names
+
+
+# Answers
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 100])
+def test_lean_layers_give_what_pefts_give(tokens: int) -> None:
+    model = adapted(targets="all-linear").eval()
+    ids = torch.arange(1, tokens + 1)[None]
+    with torch.inference_mode():
+        expected, bare = model(ids).logits, None
+        with model.disable_adapter():
+            bare = model(ids).logits
+            with kernels.lean(model, adapter.linear):
+                assert torch.equal(model(ids).logits, bare)
+        with kernels.lean(model, adapter.linear):
+            assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+        assert not torch.allclose(bare, expected, atol=1e-3) and torch.equal(model(ids).logits, expected)
+
+
+def test_what_is_not_plain_lora_answers_as_peft_has_it() -> None:
+    model = adapted(use_dora=True).eval()
+    ids = torch.arange(1, 9)[None]
+    with torch.inference_mode(), kernels.lean(model, adapter.linear):
+        made = model(ids).logits
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, made)
 
 
 # Without a compiler

@@ -1,28 +1,37 @@
-"""Linear layers with LoRA while nothing is trained: two thin products beside the base's own, all in its dtype."""
+"""Linear layers with LoRA while nothing is trained: two thin products beside the base's own, in its dtype."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
+from loratune.kernels.native import passes
 from loratune.kernels.projection import Adapted
 
 
 class LeanLinear(nn.Module):
-    """y = W x + b + scaling * up (down x), without dropout and without gradients. part: with an adapter."""
+    """y = W x + b + scaling * up (down x), without dropout and without gradients."""
 
-    def __init__(self, part: Adapted, down: Tensor, up: Tensor):
+    def __init__(self, layer: nn.Linear, down: Tensor, up: Tensor, scaling: float):
         super().__init__()
-        self.layer, dtype = part.layer, part.layer.weight.dtype
-        self._down = down.detach().to(dtype).t()
-        self._up = (up.detach() * part.scaling).to(dtype).t()
+        self._weight, self._bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        self._down = down.detach().to(layer.weight.dtype)
+        self._up = (up.detach() * scaling).to(layer.weight.dtype).t().contiguous()
+        self._passes = passes(self._weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out)."""
-        y: Tensor = self.layer(x)
-        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ self._down, self._up)
+        y = functional.linear(x, self._weight, self._bias)
+        self._passes.add_lora(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._down, self._up)
         return y
+
+
+def _lean(part: Adapted) -> nn.Module:
+    if part.down is None or part.up is None:
+        return part.layer
+    return LeanLinear(part.layer, part.down, part.up, part.scaling)
 
 
 @contextmanager
@@ -38,8 +47,7 @@ def lean(model: Any, reader: Callable[[nn.Module], Adapted | None]) -> Iterator[
         for name, module, part in parts:
             if part is None:
                 continue
-            lean = part.layer if part.down is None or part.up is None else LeanLinear(part, part.down, part.up)
-            base.set_submodule(name, lean)
+            base.set_submodule(name, _lean(part))
             replaced.append((name, module))
         yield
     finally:

@@ -22,6 +22,9 @@ FLAGS = (
 )
 DEFINES = {torch.bfloat16: "-DBFLOAT16", torch.float32: "-DFLOAT32"}
 
+FEW = 64
+"""Tokens up to which LoRA is one pass over them: what it takes to begin a product would take longer."""
+
 
 def passes(like: Tensor) -> plain.Passes:
     """The functions of `plain` for tensors like this one: built from C where that can be done, else plain.
@@ -82,14 +85,7 @@ class Native:
         self._library = library
 
     def _call(self, name: str, *arguments: Tensor | float) -> None:
-        given: list[Any] = []
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                assert argument.is_contiguous()
-                given.append(ctypes.c_void_p(argument.data_ptr()))
-            else:
-                given.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
-        getattr(self._library, name)(*given)
+        getattr(self._library, name)(*map(_passed, arguments))
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """See `plain.rms_norm`."""
@@ -156,8 +152,22 @@ class Native:
         self._call("attend_backward", *arrays, len(tiles), float(scale), tokens, groups, heads, size)
         return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
+    def add_lora(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:
+        """See `plain.add_lora`; many tokens are left to its products."""
+        if len(x) > FEW:
+            return plain.add_lora(y, x, down, up)
+        self._call("add_lora", y, x.contiguous(), down, up, len(x), x.shape[1], len(down), up.shape[1])
+
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See `plain.cross_entropy`."""
         loss = torch.empty(len(targets))
         self._call("cross_entropy", logits, loss, targets, len(targets), logits.shape[1])
         return loss
+
+
+def _passed(argument: Tensor | float) -> Any:
+    """As C takes it."""
+    if isinstance(argument, Tensor):
+        assert argument.is_contiguous()
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)

@@ -88,6 +88,24 @@ void join_heads(real *joined, const real *query, const real *key, const real *va
     }
 }
 
+void add_lora(real *y, const real *x, const real *down, const real *up, int64_t rows, int64_t in, int64_t rank,
+              int64_t out) {
+#pragma omp parallel for schedule(static) if (rows > 1)
+    for (int64_t i = 0; i < rows; i++) {
+        const real *from = x + i * in;
+        real *to = y + i * out;
+        float change[out];
+        EACH for (int64_t j = 0; j < out; j++) change[j] = 0;
+        for (int64_t r = 0; r < rank; r++) {
+            float sum = 0;
+            SUM(sum) for (int64_t j = 0; j < in; j++) sum += get(from[j]) * get(down[r * in + j]);
+            sum = get(put(sum));
+            EACH for (int64_t j = 0; j < out; j++) change[j] += sum * get(up[r * out + j]);
+        }
+        EACH for (int64_t j = 0; j < out; j++) to[j] = put(get(to[j]) + change[j]);
+    }
+}
+
 void cross_entropy(real *logits, float *loss, const int64_t *targets, int64_t rows, int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {
         real *row = logits + i * size;

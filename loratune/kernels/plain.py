@@ -130,6 +130,11 @@ def attend_backward(
     return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
+def add_lora(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:
+    """y += x down^T up, in place. y: (tokens, out); x: (tokens, in); down: (r, in); up: (r, out), scaling in it."""
+    y.addmm_(x @ down.t(), up)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The loss of each row in nats, float32: (rows,). The logits become its gradient with respect to them, in place.
 
