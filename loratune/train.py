@@ -135,6 +135,7 @@ def plan(ready: Ready, watch: Watch) -> Plan:
     """
     run = ready.config
     model.check_machine(run.model)
+    model.check_kernels(run.training, gpu=model.device().type != "cpu")
     kernels.keep_pages()
     tokenizer = model.load_tokenizer(run.model, run.data.chat_template)
     rows = _tokenised(ready, run, Renderer(tokenizer), watch)
@@ -206,6 +207,8 @@ def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     optimizer = partial(adapter.split, run.model, run.config.lora, weight_decay=training.weight_decay)
     try:
         with kernels.fitted(run.model, adapter.linear):
+            if training.torch_compile:
+                kernels.compile_layers(run.model)
             return trainer.fit(training, run.model, run.train, run.validation, kept, optimizer, rehearsed=scarce)
     except trainer.OutOfMemory as error:
         problem, evaluating = error.problems[0], error.evaluating

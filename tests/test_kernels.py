@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from loratune import adapter, kernels
 from loratune.data.packing import flatten, pad
-from loratune.kernels import fitting, native, plain
+from loratune.kernels import fitting, gpu, native, plain, varlen
 from loratune.kernels.attention import Layout
 
 ROLES = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -344,6 +345,61 @@ def test_checkpoints_have_the_same_names() -> None:
     names = adapter.weights(model).keys()
     with kernels.fitted(model, adapter.linear):
         assert adapter.weights(model).keys() == names
+
+
+# On a GPU
+
+
+def row_by_row(
+    query: Tensor, key: Tensor, value: Tensor, begins: Tensor, _: Tensor, longest: int, __: int, *,
+    scale: float, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """What torch's kernel for rows of unequal length computes; it is there for GPUs only."""
+    assert enable_gqa and window_size[1] == 0
+    result = []
+    for first, end in pairwise(begins.tolist()):
+        assert end - first <= longest
+        places = torch.arange(end - first)
+        seen = places <= places[:, None]
+        if window_size[0] >= 0:
+            seen &= places >= places[:, None] - window_size[0]
+        parts = (one[first:end].transpose(0, 1)[None] for one in (query, key, value))
+        mixed = torch.nn.functional.scaled_dot_product_attention(*parts, seen, scale=scale, enable_gqa=True)
+        result.append(mixed[0].transpose(0, 1))
+    return torch.cat(result)
+
+
+ON_GPU: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "llama": ("llama", {"attention_bias": True}, []),
+    "qwen3": ("qwen3", {}, []),
+    "mistral with a window": ("mistral", {"sliding_window": 25}, []),
+    "gemma2, which caps its scores": ("gemma2", {}, ["attention", "loss"]),
+}
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_what_is_fitted_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with the kernel's reference in its place."""
+    monkeypatch.setattr(varlen, "varlen_attn", row_by_row)
+    monkeypatch.setattr(fitting, "_replace", lambda *given: gpu.replace(*given, 1e-4))
+    kind, changes, left = ON_GPU[name]
+    model = adapted(kind, changes=changes)
+    for batch in (flatten(rows()), dict(pad(rows(), 0))):
+        loss, gradients = step(model, batch)
+        with kernels.fitted(model, adapter.linear) as found:
+            fast, others = step(model, batch)
+            assert any(isinstance(module, gpu.FastLinear) for module in model.modules())
+        assert found == left and fast == pytest.approx(loss, abs=1e-6)
+        assert apart(gradients, others) < 1e-5
+
+
+def test_compiled_layers_give_the_same_gradients() -> None:
+    """As they are traced; the machine's own code for them is a GPU's business."""
+    model = adapted()
+    loss, gradients = step(model, flatten(rows()))
+    kernels.compile_layers(model, backend="aot_eager")
+    fast, others = step(model, flatten(rows()))
+    assert fast == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
 
 
 # Answers

@@ -245,7 +245,8 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
-    """How it is trained: fields of `transformers.TrainingArguments`, under its names."""
+    """How it is trained: fields of `transformers.TrainingArguments`, under its names. `torch_compile` is of layers, not
+    of the whole model."""
 
     learning_rate: float = Field(2e-4, gt=0, le=1e30, description="peak learning rate")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
@@ -266,6 +267,8 @@ class TrainingSection(Section):
     save_steps: int = Field(200, gt=0, description="steps between two checkpoints")
     eval_steps: int | None = Field(None, gt=0, description="steps between two evaluations; one always ends the run")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    torch_compile: bool = Field(False, description="compile each layer; for a GPU")
+    use_liger_kernel: bool = Field(False, description="Liger's norms, rotations and feed-forward layers; for a GPU")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

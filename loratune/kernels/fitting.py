@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from loratune.kernels import gpu
 from loratune.kernels.attention import HeadNorms, Layout, SelfAttention
 from loratune.kernels.feedforward import GatedLayer, rms_norm
 from loratune.kernels.loss import LossHead
@@ -89,21 +90,21 @@ class Layouts:
 
 @contextmanager
 def fitted(model: Any, reader: Reader) -> Iterator[list[str]]:
-    """Inside, the layers of a model on the CPU that are understood are computed by this room; the rest is left alone.
+    """Inside, the layers of a model that are understood are computed by this room; the rest is left alone.
 
     model: a `PeftModel` around a causal language model of transformers. A layer is replaced if it gives the same
-    numbers on random rows, so a family that computes otherwise stays as it is. Yields what stays, in words.
-    Batches must be padded at the end of rows, if at all, and come without a cache.
+    numbers on random rows, so a family that computes otherwise stays as it is; on a GPU, see `gpu.replace`. Yields what
+    stays, in words. Batches must be padded at the end of rows, if at all, and come without a cache.
     """
     base = model.get_base_model()
-    if base.device.type != "cpu":
-        yield ["attention", "feed-forward layers", "norms", "loss"]
-        return
     replaced: list[tuple[str, nn.Module]] = []
     implementation = base.config._attn_implementation
     try:
-        remarks = _replace(base, reader, replaced)
-        yield remarks
+        if base.device.type == "cpu":
+            left = _replace(base, reader, replaced)
+        else:
+            left = gpu.replace(base, reader, replaced, TOLERANCES.get(base.dtype, TOLERANCE))
+        yield left if _headed(base, replaced) else [*left, "loss"]
     finally:
         if base.config._attn_implementation != implementation:
             base.set_attn_implementation(implementation)
@@ -129,12 +130,8 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
             left.append(what)
     if "attention" not in left:
         AttentionInterface.register(UNMASKED, _never)
-        AttentionMaskInterface.register(UNMASKED, _no_mask)
+        AttentionMaskInterface.register(UNMASKED, gpu.no_mask)
         base.set_attn_implementation(UNMASKED)
-    if (head := _head(base)) is None:
-        return [*left, "loss"]
-    replaced.append(head)
-    base.set_submodule(head[0], LossHead(head[1]))
     return left
 
 
@@ -199,6 +196,15 @@ def _norm(module: Any) -> FastNorm | None:
     return FastNorm(weight, epsilon, passes(weight))
 
 
+def _headed(base: Any, replaced: list[tuple[str, nn.Module]]) -> bool:
+    """Let the output layer make the loss, if it can."""
+    if (head := _head(base)) is None:
+        return False
+    replaced.append(head)
+    base.set_submodule(head[0], LossHead(head[1]))
+    return True
+
+
 def _head(base: PreTrainedModel) -> tuple[str, nn.Linear] | None:
     """The output layer, if it is a plain one and its product is what the model returns."""
     head = base.get_output_embeddings()
@@ -211,7 +217,7 @@ def _head(base: PreTrainedModel) -> tuple[str, nn.Linear] | None:
 @torch.no_grad()
 def _is_all(base: PreTrainedModel, head: nn.Linear) -> bool:
     """Whether logits are the product of this layer and nothing else; a model that fails on bare ids has other needs."""
-    ids = torch.arange(8).view(1, -1) % base.config.get_text_config().vocab_size
+    ids = torch.arange(8, device=base.device).view(1, -1) % base.config.get_text_config().vocab_size
     try:
         hidden = base.get_decoder()(ids, use_cache=False).last_hidden_state
         return torch.equal(base(ids, use_cache=False).logits, head(hidden))
@@ -254,10 +260,6 @@ def _surroundings(base: PreTrainedModel, x: Tensor, window: int | None) -> dict[
 
 def _never(*_: Any, **__: Any) -> Any:
     raise RuntimeError("a layer of attention was left out")
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Every layer reads the rows off the positions."""
 
 
 def expect(model: Any, labels: Tensor) -> None:

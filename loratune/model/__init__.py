@@ -21,6 +21,7 @@ from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import hub
 from loratune.model.faults import LOADING, damaged_weights, unreadable
 from loratune.model.machine import Machine as Machine
+from loratune.model.machine import check_kernels as check_kernels
 from loratune.model.machine import check_machine as check_machine
 from loratune.model.machine import compute_dtype as compute_dtype
 from loratune.model.machine import device as device

@@ -59,6 +59,10 @@ OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 """A class and its keywords."""
 
 
+_LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
+"""The loss is ours, see `kernels.LossHead`."""
+
+
 @dataclass
 class Outcome:
     """What a run came to. loss: per learnt token in nats; tokens: read in training, without padding."""
@@ -96,7 +100,8 @@ def arguments(
     """The upstream arguments of a run. evaluated: there are rows to evaluate on; padded: batches have a mask."""
     return TrainingArguments(
         output_dir=str(checkpoints),
-        **section.model_dump(),
+        **section.model_dump(exclude={"torch_compile"}),  # of layers, which `kernels.compile_layers` does
+        liger_kernel_config=_LIGER if section.use_liger_kernel else None,
         per_device_eval_batch_size=section.per_device_train_batch_size,
         activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
         eval_strategy="steps" if evaluated and section.eval_steps else "no",
