@@ -12,8 +12,8 @@ from loratune.errors import Problem, ResumeError
 CHANGEABLE = (
     "training.learning_rate", "training.num_train_epochs", "training.max_steps", "training.max_grad_norm",
     "training.logging_steps", "training.save_steps", "training.eval_steps", "training.activation_checkpointing",
-    "training.torch_compile", "training.use_liger_kernel",
     "lora.lora_dropout", "data.train", "data.validation", "model.name_or_path", "model.attn_implementation",
+    "model.torch_compile", "model.use_liger_kernel",
 )  # fmt: skip
 """Keys that a resumed run can take on: each has its effect from the next step on, and the rows stay as they were.
 

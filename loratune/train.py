@@ -135,7 +135,7 @@ def plan(ready: Ready, watch: Watch) -> Plan:
     """
     run = ready.config
     model.check_machine(run.model)
-    model.check_kernels(run.training, gpu=model.device().type != "cpu")
+    model.check_kernels(run.model, gpu=model.device().type != "cpu")
     kernels.keep_pages()
     tokenizer = model.load_tokenizer(run.model, run.data.chat_template)
     rows = _tokenised(ready, run, Renderer(tokenizer), watch)
@@ -206,8 +206,10 @@ def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     scarce = _PLENTY * run.memory.total > memory.available(run.model.device)
     optimizer = partial(adapter.split, run.model, run.config.lora, weight_decay=training.weight_decay)
     try:
+        if run.config.model.use_liger_kernel:
+            kernels.use_liger(run.model)
         with kernels.fitted(run.model, adapter.linear):
-            if training.torch_compile:
+            if run.config.model.torch_compile:
                 kernels.compile_layers(run.model)
             return trainer.fit(training, run.model, run.train, run.validation, kept, optimizer, rehearsed=scarce)
     except trainer.OutOfMemory as error:

@@ -28,6 +28,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from peers.common import Job, read
 from peers.contestants import CONTESTANTS, Contestant
 from peers.report import plot, roof, table
@@ -166,6 +168,7 @@ def machine(bench_device: str) -> dict[str, str]:
         "processor": f"{found.get('model name', platform.processor())} ({', '.join(flags)})",
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory:.0f} GiB",
+        **({"gpu": torch.cuda.get_device_name()} if bench_device == "cuda" else {}),
         "device": bench_device,
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
@@ -309,7 +312,7 @@ def publish(bench: Bench) -> None:
     for venv, found in known.versions.items():
         lines.append(f"- {venv}: {', '.join(f'{package} {version}' for package, version in found.items())}")
     (bench.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    caption = f"{known.machine['processor']}, {known.machine['cores']} cores, {known.machine['date']}"
+    caption = f"{known.machine.get('gpu', known.machine['processor'])}, {known.machine['cores']} cores, {known.machine['date']}"
     (bench.out / "plot.svg").write_text(plot(charts, list(CONTESTANTS), caption), encoding="utf-8")
 
 

@@ -74,7 +74,8 @@ def _trained(data: Path, steps: int, rows: int, length: int) -> str:
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     start, first, rate = time.monotonic(), 0.0, ""
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    fresh = os.environ | {"HF_DATASETS_CACHE": str(data.parent / f"{rows}-{length}-{data.stat().st_size}")}
+    child = subprocess.Popen(command, env=fresh, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert child.stdout is not None
     lines: list[str] = []
     for line in child.stdout:

@@ -49,8 +49,6 @@ TRAINING: dict[str, Any] = {
     "save_steps": 5,
     "eval_steps": 4,
     "activation_checkpointing": True,
-    "torch_compile": True,
-    "use_liger_kernel": True,
 }
 MODEL: dict[str, Any] = {
     "name_or_path": "other",
@@ -60,6 +58,8 @@ MODEL: dict[str, Any] = {
     "quantization": "4bit",
     "attn_implementation": "eager",
     "trust_remote_code": True,
+    "torch_compile": True,
+    "use_liger_kernel": True,
 }
 DATA: dict[str, Any] = {
     "train": {"path": "other.jsonl"},
@@ -124,10 +124,7 @@ def test_lora(default_lora: tuple[dict[str, Any], dict[str, Any]], name: str, va
 # TrainingSection → TrainingArguments
 
 
-OURS = {"torch_compile"}  # of layers, see test_kernels; Trainer would compile the whole model
-
-
-@pytest.mark.parametrize("name, value", [one for one in TRAINING.items() if one[0] not in OURS])
+@pytest.mark.parametrize("name, value", TRAINING.items(), ids=TRAINING)
 def test_training(tmp_path: Path, name: str, value: Any) -> None:
     default, changed = (
         trainer.arguments(section, tmp_path, evaluated=True).to_dict()
@@ -141,7 +138,6 @@ def test_training(tmp_path: Path, name: str, value: Any) -> None:
             "gradient_checkpointing",
             "gradient_checkpointing_kwargs",
         },
-        "use_liger_kernel": {"liger_kernel_config"},
     }
     differing = {key for key in default if default[key] != changed[key]}
     assert changed[name] == value

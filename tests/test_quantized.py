@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from loratune import adapter, inference, model, preflight
-from loratune.config import LoraSection, ModelSection, TrainingSection
+from loratune.config import LoraSection, ModelSection
 from loratune.errors import ConfigError
 from loratune.model.machine import Machine
 from loratune.saved import WEIGHTS_FILE
@@ -447,12 +447,12 @@ def test_this_machine_can_quantize() -> None:
 
 
 def test_kernels_for_a_gpu_are_refused_without_one() -> None:
-    asked = TrainingSection(torch_compile=True, use_liger_kernel=True)
+    asked = ModelSection(name_or_path="base", torch_compile=True, use_liger_kernel=True)
     with pytest.raises(ConfigError, match="there is none") as caught:
         model.check_kernels(asked, gpu=False)
-    assert [problem.key for problem in caught.value.problems] == ["training.torch_compile", "training.use_liger_kernel"]
-    model.check_kernels(TrainingSection(), gpu=False)
-    model.check_kernels(TrainingSection(torch_compile=True), gpu=True)
+    assert [problem.key for problem in caught.value.problems] == ["model.torch_compile", "model.use_liger_kernel"]
+    model.check_kernels(ModelSection(name_or_path="base"), gpu=False)
+    model.check_kernels(ModelSection(name_or_path="base", torch_compile=True), gpu=True)
     with pytest.raises(ConfigError, match="pip install liger-kernel"):
         model.check_kernels(asked, gpu=True)
 

@@ -25,7 +25,7 @@ class Contradiction(ValueError):
 
 
 class ModelSection(Section):
-    """Which base model, and in which numbers it is held."""
+    """Which base model, in which numbers it is held, and by what it is computed."""
 
     name_or_path: str = Field(min_length=1, description="a local directory or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
@@ -38,6 +38,8 @@ class ModelSection(Section):
         Field(None, description="null: what transformers chooses")
     )
     trust_remote_code: bool = Field(False, description="run code from the model's repository; needs revision")
+    torch_compile: bool = Field(False, description="compile each layer for training; on a GPU")
+    use_liger_kernel: bool = Field(False, description="train with Liger's norms, rotations and activations; on a GPU")
 
     @model_validator(mode="after")
     def _pinned_remote_code(self) -> Self:
@@ -245,8 +247,7 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
-    """How it is trained: fields of `transformers.TrainingArguments`, under its names. `torch_compile` is of layers, not
-    of the whole model."""
+    """How it is trained: fields of `transformers.TrainingArguments`, under its names."""
 
     learning_rate: float = Field(2e-4, gt=0, le=1e30, description="peak learning rate")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
@@ -267,8 +268,6 @@ class TrainingSection(Section):
     save_steps: int = Field(200, gt=0, description="steps between two checkpoints")
     eval_steps: int | None = Field(None, gt=0, description="steps between two evaluations; one always ends the run")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
-    torch_compile: bool = Field(False, description="compile each layer; for a GPU")
-    use_liger_kernel: bool = Field(False, description="Liger's norms, rotations and feed-forward layers; for a GPU")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

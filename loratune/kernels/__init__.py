@@ -8,6 +8,7 @@ from loratune.kernels.decoding import lean as lean
 from loratune.kernels.fitting import expect as expect
 from loratune.kernels.fitting import fitted as fitted
 from loratune.kernels.gpu import compile_layers as compile_layers
+from loratune.kernels.gpu import use_liger as use_liger
 from loratune.kernels.loss import LossHead as LossHead
 from loratune.kernels.loss import global_norm as global_norm
 from loratune.kernels.loss import next_token_loss as next_token_loss

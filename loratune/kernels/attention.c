@@ -1,4 +1,6 @@
 /* Causal self-attention over rows that stand end to end, see plain.py. */
+#include <omp.h>
+
 #include "numbers.h"
 
 /* Products. Along the sum, numbers lie in units: two of bfloat16, one of float32. */
@@ -168,16 +170,19 @@ static void attend_block(real *result, float *total, const real *query, const un
     }
 }
 
-void attend(real *result, float *total, const real *query, const real *key, const real *value, const int32_t *starts,
+int attend(real *result, float *total, const real *query, const real *key, const real *value, const int32_t *starts,
             const int64_t *tiles, int64_t count, float scale, int64_t tokens, int64_t groups, int64_t heads,
             int64_t size) {
     int64_t width = most_keys(tiles, count);
     unit *keys = room(groups * size / STEP * width, sizeof(unit));
     unit *values = room(groups * width / STEP * up(size, LANES), sizeof(unit));
-#pragma omp parallel
-    {
-        float *scores = room(4 * width, sizeof(float));
-        real *weights = room(4 * width, sizeof(real));
+    float *all_scores = room(omp_get_max_threads() * 4 * width, sizeof(float));
+    real *all_weights = room(omp_get_max_threads() * 4 * up(width, 32), sizeof(real));
+    int short_of_memory = !(keys && values && all_scores && all_weights);
+#pragma omp parallel if (!short_of_memory)
+    if (!short_of_memory) {
+        float *scores = all_scores + omp_get_thread_num() * 4 * width;
+        real *weights = all_weights + omp_get_thread_num() * 4 * up(width, 32);
         for (int64_t n = 0; n < count; n++) {
             tile t = tile_of(starts, tiles + 3 * n, tokens, groups, heads, size);
             keys_across(keys, key, &t);
@@ -191,11 +196,12 @@ void attend(real *result, float *total, const real *query, const real *key, cons
                              weights);
             }
         }
-        free(scores);
-        free(weights);
     }
     free(keys);
     free(values);
+    free(all_scores);
+    free(all_weights);
+    return short_of_memory;
 }
 
 /* What the way back through a tile needs of all its rows: in units of rows, (groups, rows / STEP, ...) each. */
@@ -308,7 +314,7 @@ static void back_tile(real *dquery, float *dkey, float *dvalue, const real *grad
     }
 }
 
-void attend_backward(real *dquery, float *dkey, float *dvalue, const real *gradient, const real *result,
+int attend_backward(real *dquery, float *dkey, float *dvalue, const real *gradient, const real *result,
                      const float *total, const real *query, const real *key, const real *value, const int32_t *starts,
                      const int64_t *tiles, int64_t count, float scale, int64_t tokens, int64_t groups, int64_t heads,
                      int64_t size) {
@@ -316,17 +322,21 @@ void attend_backward(real *dquery, float *dkey, float *dvalue, const real *gradi
     int64_t each[7] = {size / STEP * width, size / STEP * width, width / STEP * padded, rows / STEP * padded,
                        rows / STEP * padded, rows / STEP * width, rows / STEP * width};
     unit *parts[7];
-    for (int n = 0; n < 7; n++) parts[n] = room(groups * each[n], sizeof(unit));
+    int short_of_memory = 0;
+    for (int n = 0; n < 7; n++) short_of_memory |= !(parts[n] = room(groups * each[n], sizeof(unit)));
+    real *all_dscores = room(omp_get_max_threads() * 4 * up(width, 32), sizeof(real));
+    short_of_memory |= !all_dscores;
     back all = {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6]};
-#pragma omp parallel
-    {
-        real *dscores = room(4 * width, sizeof(real));
+#pragma omp parallel if (!short_of_memory)
+    if (!short_of_memory) {
+        real *dscores = all_dscores + omp_get_thread_num() * 4 * up(width, 32);
         for (int64_t n = 0; n < count; n++) {
             tile t = tile_of(starts, tiles + 3 * n, tokens, groups, heads, size);
             back_tile(dquery, dkey, dvalue, gradient, result, total, query, key, value, &all, &t, scale, dscores);
         }
-        free(dscores);
     }
     for (int n = 0; n < 7; n++) free(parts[n]);
+    free(all_dscores);
+    return short_of_memory;
 }
 

@@ -8,20 +8,24 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from loratune.kernels import gpu
+from loratune.kernels import gpu, plain
 from loratune.kernels.attention import HeadNorms, Layout, SelfAttention
 from loratune.kernels.feedforward import GatedLayer, rms_norm
 from loratune.kernels.loss import LossHead
 from loratune.kernels.native import passes
 from loratune.kernels.plain import Passes
 from loratune.kernels.projection import Adapted, Projection
+from loratune.kernels.trial import ROWS, alike, evaluating, tried
 
 Reader = Callable[[nn.Module], Adapted | None]
 """From a module to the linear layer and the LoRA that it is, or None: it is something else."""
 
-TOLERANCES = {torch.bfloat16: 0.06}  # of the spread of what comes out; rounding alone makes up to 0.02
+TOLERANCES = {
+    torch.bfloat16: 0.06,
+    torch.float16: 0.06,
+}  # of the spread of what comes out; rounding alone makes up to 0.02
 TOLERANCE = 1e-4
-ROWS = (29, 19)  # tokens of the rows that modules are tried on
+CAPS = ("attn_logit_softcapping", "clip_qkv")  # in a configuration: limits that no trial reaches
 UNMASKED = "loratune"
 
 
@@ -100,10 +104,8 @@ def fitted(model: Any, reader: Reader) -> Iterator[list[str]]:
     replaced: list[tuple[str, nn.Module]] = []
     implementation = base.config._attn_implementation
     try:
-        if base.device.type == "cpu":
-            left = _replace(base, reader, replaced)
-        else:
-            left = gpu.replace(base, reader, replaced, TOLERANCES.get(base.dtype, TOLERANCE))
+        fit = _replace if base.device.type == "cpu" else gpu.replace
+        left = fit(base, reader, replaced)
         yield left if _headed(base, replaced) else [*left, "loss"]
     finally:
         if base.config._attn_implementation != implementation:
@@ -114,7 +116,7 @@ def fitted(model: Any, reader: Reader) -> Iterator[list[str]]:
 
 def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -> list[str]:
     """Put fast modules in their places. replaced: gets path and module of each that went. Returns what stays."""
-    layouts, left = Layouts(), []
+    layouts, left, before = Layouts(), [], tried(base)
     kinds: dict[str, tuple[str, Callable[[Any], nn.Module | None]]] = {
         "attention": ("attn", lambda module: _attention(module, reader, layouts)),
         "feed-forward layers": ("mlp", lambda module: _gated(module, reader)),
@@ -128,11 +130,24 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
             base.set_submodule(name, made.train(module.training))
         if len(fits) < len(found) or not found:
             left.append(what)
-    if "attention" not in left:
-        AttentionInterface.register(UNMASKED, _never)
-        AttentionMaskInterface.register(UNMASKED, gpu.no_mask)
-        base.set_attn_implementation(UNMASKED)
-    return left
+    if "attention" not in left and not _unmasked(base, before):
+        left.append("attention")
+        for name, module in [one for one in replaced if isinstance(base.get_submodule(one[0]), FastAttention)]:
+            base.set_submodule(name, module)
+    over = passes(base.get_input_embeddings().weight)
+    return [*left, "passes in C"] if over is plain else left
+
+
+def _unmasked(base: Any, before: Tensor | None) -> bool:
+    """Have no masks made for layers that read rows off the positions, if the whole model then gives the same."""
+    own = base.config._attn_implementation
+    AttentionInterface.register(UNMASKED, _never)
+    AttentionMaskInterface.register(UNMASKED, gpu.no_mask)
+    base.set_attn_implementation(UNMASKED)
+    if alike(before, tried(base)):
+        return True
+    base.set_attn_implementation(own)
+    return False
 
 
 def _tried(base: Any, what: str, module: nn.Module, build: Callable[[Any], nn.Module | None]) -> nn.Module | None:
@@ -155,11 +170,27 @@ def _attention(module: Any, reader: Reader, layouts: Layouts) -> nn.Module | Non
     if (norms is None) != ("q_norm" not in children):
         return None
     known = module.config.to_dict()
+    if any(known.get(cap) for cap in CAPS) or known.get("attention_chunk_size") or _own_parameters(module):
+        return None
     groups = known.get("num_key_value_heads") or known["num_attention_heads"]
     heads = out.weight.shape[1] // (groups * size)
-    window = module.sliding_window if hasattr(module, "sliding_window") else known.get("sliding_window")
     part = SelfAttention(joined, out, groups, heads, float(module.scaling), passes(out.weight), norms)
-    return FastAttention(module, part, window, layouts)
+    return FastAttention(module, part, _window(module, known), layouts)
+
+
+def _window(module: Any, known: Mapping[str, Any]) -> int | None:
+    """How many tokens a layer sees at most. known: its configuration."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window or None
+    types = known.get("layer_types")
+    if types and types[module.layer_idx] != "sliding_attention":
+        return None
+    return known.get("sliding_window") or None
+
+
+def _own_parameters(module: nn.Module) -> bool:
+    """Such as attention sinks."""
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def _head_norms(children: Mapping[str, Any]) -> HeadNorms | None:
@@ -219,8 +250,9 @@ def _is_all(base: PreTrainedModel, head: nn.Linear) -> bool:
     """Whether logits are the product of this layer and nothing else; a model that fails on bare ids has other needs."""
     ids = torch.arange(8, device=base.device).view(1, -1) % base.config.get_text_config().vocab_size
     try:
-        hidden = base.get_decoder()(ids, use_cache=False).last_hidden_state
-        return torch.equal(base(ids, use_cache=False).logits, head(hidden))
+        with evaluating(base):
+            hidden = base.get_decoder()(ids, use_cache=False).last_hidden_state
+            return torch.equal(base(ids, use_cache=False).logits, head(hidden))
     except Exception:
         return False
 
@@ -228,11 +260,13 @@ def _is_all(base: PreTrainedModel, head: nn.Linear) -> bool:
 @torch.no_grad()
 def _agrees(base: PreTrainedModel, what: str, module: nn.Module, made: nn.Module) -> bool:
     """Whether two modules make the same of random numbers, but for rounding."""
-    size = base.get_input_embeddings().weight.shape[1]
+    size, dtype = base.get_input_embeddings().weight.shape[1], base.get_input_embeddings().weight.dtype
     weight = next(module.parameters())
+    if weight.dtype != dtype:
+        return False  # such as norms that are kept in float32
     if what == "norms":
         size = weight.shape[0]
-    x = torch.randn(1, sum(ROWS), size, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    x = torch.randn(1, sum(ROWS), size, generator=torch.Generator().manual_seed(0)).to(dtype)
     given = _surroundings(base, x, made.window) if isinstance(made, FastAttention) else {}
     was, made.training = module.training, False
     module.eval()

@@ -4,13 +4,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.liger import apply_liger_kernel
 
+from loratune.errors import ModelError, Problem
 from loratune.kernels import varlen
 from loratune.kernels.projection import Adapted
+from loratune.kernels.trial import alike, tried
 
 
 class FastLinear(nn.Module):
@@ -31,51 +33,64 @@ class FastLinear(nn.Module):
 
 
 def replace(
-    base: Any, reader: Callable[[nn.Module], Adapted | None], replaced: list[tuple[str, nn.Module]], tolerance: float
+    base: Any, reader: Callable[[nn.Module], Adapted | None], replaced: list[tuple[str, nn.Module]]
 ) -> list[str]:
-    """Fit the layers of `base`. replaced: gets path and module of each that went. Returns what stays, in words.
-
-    tolerance: how far apart the outcomes may be with the model's own attention and with this one, as a share of their
-    spread.
-    """
+    """Fit the layers of `base`. replaced: gets path and module of each that went. Returns what stays, in words."""
     for name, module in list(base.named_modules()):
         part = reader(module)
         if part is not None and part.down is not None and part.up is not None:
             replaced.append((name, module))
             base.set_submodule(name, FastLinear(module, part, part.down, part.up).train(module.training))
     left = [] if any(type(base.get_submodule(name)) is FastLinear for name, _ in replaced) else ["LoRA"]
-    return left if _attends(base, tolerance) else [*left, "attention"]
+    return left if _attends(base) else [*left, "attention"]
 
 
-@torch.no_grad()
-def _attends(base: Any, tolerance: float) -> bool:
-    """Have the model attend row by row, if that gives the same numbers for two rows end to end."""
-    own = base.config._attn_implementation
-    positions = torch.cat([torch.arange(length) for length in (29, 19)])[None].to(base.device)
-    ids = (torch.arange(positions.numel()) + 8).view(1, -1).to(base.device) % base.config.get_text_config().vocab_size
-    decoder, training = base.get_decoder(), base.training
-    base.eval()
-    try:
-        old = decoder(ids, position_ids=positions, use_cache=False).last_hidden_state.float()
-        AttentionInterface.register(varlen.NAME, varlen.RowAttention())
-        AttentionMaskInterface.register(varlen.NAME, no_mask)
-        base.set_attn_implementation(varlen.NAME)
-        new = decoder(ids, position_ids=positions, use_cache=False).last_hidden_state.float()
-        fits = bool((old - new).square().mean().sqrt() <= tolerance * old.std())
-    except Exception:  # what a family lacks, or raises on what it does not know, is its own choice
-        fits = False
-    finally:
-        base.train(training)
-    if not fits:
-        base.set_attn_implementation(own)
-    return fits
+def _attends(base: Any) -> bool:
+    """Have the model attend row by row, if that gives the same numbers."""
+    if any(getattr(module, "attention_dropout", 0) for module in base.modules()):
+        return False
+    own, function = base.config._attn_implementation, varlen.RowAttention()
+    before = tried(base)
+    AttentionInterface.register(varlen.NAME, function)
+    AttentionMaskInterface.register(varlen.NAME, no_mask)
+    base.set_attn_implementation(varlen.NAME)
+    fits = before is not None and alike(before, tried(base, backward=True))
+    if fits and (function.windowed or not windows(base.config)):
+        return True
+    base.set_attn_implementation(own)
+    return False
+
+
+def windows(config: Any) -> bool:
+    """Whether a configuration limits how far some layers see, by a window or by chunks."""
+    known = config.get_text_config().to_dict()
+    return bool(known.get("sliding_window") or known.get("attention_chunk_size"))
 
 
 def no_mask(*_: Any, **__: Any) -> None:
     """Every layer reads the rows off the positions."""
 
 
+LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
+"""The loss is `LossHead`'s."""
+
+
+def use_liger(model: Any) -> None:
+    """Put Liger's kernels into a `PeftModel`. Raises ModelError: there are none for its family."""
+    apply_liger_kernel(model, LIGER)
+    if not any("forward" in vars(module) for module in model.get_base_model().modules()):
+        what = f"Liger has no kernels for {model.config.model_type}"
+        raise ModelError(Problem(what, key="model.use_liger_kernel", fix="leave it out"))
+
+
 def compile_layers(model: Any, **options: Any) -> None:
-    """Compile each layer of a `PeftModel` by itself, for lengths that change. options: of `torch.compile`."""
-    for layer in model.get_base_model().get_decoder().layers:
+    """Compile each layer of a `PeftModel` by itself, for lengths that change. options: of `torch.compile`.
+
+    Raises ModelError: it has no such layers.
+    """
+    layers = getattr(model.get_base_model().get_decoder(), "layers", None)
+    if layers is None:
+        what = f"{model.config.model_type} does not say which its layers are"
+        raise ModelError(Problem(what, key="model.torch_compile", fix="leave it out"))
+    for layer in layers:
         layer.compile(dynamic=True, **options)

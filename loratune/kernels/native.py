@@ -17,9 +17,7 @@ from torch import Tensor
 from loratune.kernels import plain
 
 SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "passes.c", "attention.c")]
-FLAGS = (
-    "-std=gnu11 -O3 -march=native -mprefer-vector-width=512 -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
-)
+FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
 DEFINES = {torch.bfloat16: "-DBFLOAT16", torch.float32: "-DFLOAT32"}
 
 FEW = 64
@@ -29,7 +27,8 @@ FEW = 64
 def passes(like: Tensor) -> plain.Passes:
     """The functions of `plain` for tensors like this one: built from C where that can be done, else plain.
 
-    The plain ones are taken on a GPU, for float16, without a C compiler, and where LORATUNE_NATIVE=0 is set.
+    The plain ones are taken on a GPU, for float16, without a C compiler, outside Linux, and where LORATUNE_NATIVE=0 is
+    set.
     """
     refused = os.environ.get("LORATUNE_NATIVE") == "0" or platform.system() != "Linux"
     if refused or like.device.type != "cpu" or like.dtype not in DEFINES:
@@ -39,8 +38,11 @@ def passes(like: Tensor) -> plain.Passes:
 
 @cache
 def _loaded(define: str) -> "Native | None":
-    built = _built(define)
-    return Native(ctypes.CDLL(str(built))) if built else None
+    try:
+        built = _built(define)
+        return Native(ctypes.CDLL(str(built))) if built else None
+    except (OSError, RuntimeError):  # no home, no right to run what lies there, or no OpenMP
+        return None
 
 
 def _built(define: str) -> Path | None:
@@ -49,14 +51,15 @@ def _built(define: str) -> Path | None:
     if compiler is None:
         return None
     path = _place() / f"native-{_key(compiler, define)}.so"
-    if path.is_file():
+    if path.is_file() and path.stat().st_size > 0:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
             sources = [str(source) for source in SOURCES if source.suffix == ".c"]
-            command = [compiler, *FLAGS.split(), define, *sources, "-o", str(made), "-lm"]
+            wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
+            command = [compiler, *FLAGS.split(), *wide, define, *sources, "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             made.replace(path)
     except (OSError, subprocess.SubprocessError):
@@ -85,7 +88,10 @@ class Native:
         self._library = library
 
     def _call(self, name: str, *arguments: Tensor | float) -> None:
-        getattr(self._library, name)(*map(_passed, arguments))
+        """Raises MemoryError: there is none for what lies between the products."""
+        function = getattr(self._library, name)
+        if function(*map(_passed, arguments)):
+            raise MemoryError(f"out of memory in {name}")
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """See `plain.rms_norm`."""
@@ -160,6 +166,8 @@ class Native:
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See `plain.cross_entropy`."""
+        if len(targets) and int(targets.max()) >= logits.shape[1]:
+            raise IndexError(f"target {int(targets.max())} is out of {logits.shape[1]} tokens")
         loss = torch.empty(len(targets))
         self._call("cross_entropy", logits, loss, targets, len(targets), logits.shape[1])
         return loss

@@ -30,6 +30,8 @@ class RowAttention:
     """An attention function of transformers. Batches come without a cache, and padded at the end of rows, if at all."""
 
     def __init__(self) -> None:
+        self.windowed = False
+        """Whether a layer has asked for a window."""
         self._of: tuple[Tensor, torch.Size] | None = None
         self._ends: Ends | None = None
 
@@ -42,6 +44,7 @@ class RowAttention:
         size), and no weights. Raises ValueError: what the kernel cannot do is asked for."""
         if softcap is not None or s_aux is not None or dropout or attention_mask is not None:
             raise ValueError("caps, sinks, dropout and masks are not known here")
+        self.windowed |= sliding_window is not None
         rows, heads, length, size = query.shape
         ends = self._rows(position_ids, torch.Size((rows, length)))
         queries, keys, values = (one.transpose(1, 2).reshape(rows * length, -1, size) for one in (query, key, value))
@@ -52,6 +55,7 @@ class RowAttention:
         )  # fmt: skip
         return mixed.view(rows, length, heads, size), None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _rows(self, positions: Tensor, shape: torch.Size) -> Ends:
         """Made once for all layers."""
         if self._ends is None or self._of is None or self._of[0] is not positions or self._of[1] != shape:

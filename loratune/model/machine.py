@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
-from loratune.config import ModelSection, TrainingSection
+from loratune.config import ModelSection
 from loratune.errors import ConfigError, Problem
 from loratune.places import quantized
 
@@ -46,16 +46,16 @@ def check_machine(section: ModelSection, machine: Machine | None = None) -> None
         raise ConfigError(problems)
 
 
-def check_kernels(section: TrainingSection, *, gpu: bool) -> None:
-    """Raises ConfigError: kernels are asked for that are not for this machine, or not installed."""
+def check_kernels(section: ModelSection, *, gpu: bool) -> None:
+    """Raises ConfigError: training is to use what is not for this machine, or not installed."""
     asked = {"torch_compile": section.torch_compile, "use_liger_kernel": section.use_liger_kernel}
-    what = "is for a GPU, and there is none; on a CPU, layers are compiled as it is"
+    what = "is for a GPU, and there is none"
     problems = [
-        Problem(what, key=f"training.{key}", fix="leave it out") for key, wanted in asked.items() if wanted and not gpu
+        Problem(what, key=f"model.{key}", fix="leave it out") for key, wanted in asked.items() if wanted and not gpu
     ]
     if section.use_liger_kernel and gpu and not is_liger_kernel_available():
         fix = "pip install liger-kernel, or leave it out"
-        problems.append(Problem("needs the package liger-kernel", key="training.use_liger_kernel", fix=fix))
+        problems.append(Problem("needs the package liger-kernel", key="model.use_liger_kernel", fix=fix))
     if problems:
         raise ConfigError(problems)
 

@@ -59,10 +59,6 @@ OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 """A class and its keywords."""
 
 
-_LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
-"""The loss is ours, see `kernels.LossHead`."""
-
-
 @dataclass
 class Outcome:
     """What a run came to. loss: per learnt token in nats; tokens: read in training, without padding."""
@@ -100,8 +96,7 @@ def arguments(
     """The upstream arguments of a run. evaluated: there are rows to evaluate on; padded: batches have a mask."""
     return TrainingArguments(
         output_dir=str(checkpoints),
-        **section.model_dump(exclude={"torch_compile"}),  # of layers, which `kernels.compile_layers` does
-        liger_kernel_config=_LIGER if section.use_liger_kernel else None,
+        **section.model_dump(),
         per_device_eval_batch_size=section.per_device_train_batch_size,
         activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
         eval_strategy="steps" if evaluated and section.eval_steps else "no",
@@ -136,6 +131,7 @@ def fit(
     rehearsal = Rehearsal(guard)
     drawn = section.model_copy(update={"per_device_train_batch_size": train.size})
     settings = arguments(drawn, run.checkpoints.directory, evaluated=validation is not None, padded=not train.flat)
+    settings._n_gpu = min(settings.n_gpu, 1)  # Trainer would share batches out among all GPUs of a process
     trainer = _Trainer(
         run,
         model=model,
