@@ -312,7 +312,8 @@ def publish(bench: Bench) -> None:
     for venv, found in known.versions.items():
         lines.append(f"- {venv}: {', '.join(f'{package} {version}' for package, version in found.items())}")
     (bench.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    caption = f"{known.machine.get('gpu', known.machine['processor'])}, {known.machine['cores']} cores, {known.machine['date']}"
+    place = known.machine.get("gpu", f"{known.machine['processor']}, {known.machine['cores']} cores")
+    caption = f"{place}, {known.machine['date']}"
     (bench.out / "plot.svg").write_text(plot(charts, list(CONTESTANTS), caption), encoding="utf-8")
 
 

@@ -20,10 +20,8 @@ from loratune.kernels.trial import ROWS, alike, evaluating, tried
 Reader = Callable[[nn.Module], Adapted | None]
 """From a module to the linear layer and the LoRA that it is, or None: it is something else."""
 
-TOLERANCES = {
-    torch.bfloat16: 0.06,
-    torch.float16: 0.06,
-}  # of the spread of what comes out; rounding alone makes up to 0.02
+TOLERANCES = {torch.bfloat16: 0.06, torch.float16: 0.06}
+"""Of the spread of what comes out of a layer; rounding alone makes up to 0.02."""
 TOLERANCE = 1e-4
 CAPS = ("attn_logit_softcapping", "clip_qkv")  # in a configuration: limits that no trial reaches
 UNMASKED = "loratune"
