@@ -33,7 +33,7 @@ import torch
 from peers.common import Job, read
 from peers.contestants import CONTESTANTS, Contestant
 from peers.report import plot, roof, table
-from peers.sets import SETS, Kind, accumulate, census, rows_file
+from peers.sets import SETS, SHAPES, Kind, accumulate, census, rows_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("torch", "transformers", "peft", "accelerate", "trl", "llamafactory", "unsloth", "litgpt", "lightning")
@@ -328,9 +328,13 @@ def options() -> argparse.Namespace:
     work = Path.home() / ".cache" / "loratune-bench"
     kinds = [kind.name for kind in SETS]
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--sets", nargs="+", choices=kinds, default=kinds, help="default: all")
+    usual = [name for name in kinds if name != "full"]  # of which a CPU would take hours
+    parser.add_argument("--sets", nargs="+", choices=kinds, default=usual, help="default: all but full")
     parser.add_argument("--loss", nargs="+", choices=("full", "completion"), default=["full", "completion"])
     parser.add_argument("--peers", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS), metavar="NAME")
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), help="random weights of this shape in place of the model's own"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=0, help="rows of each set, to try it out (default: all)")
     parser.add_argument("--limit", type=float, default=3600, help="seconds that one run may take (default: 3600)")
@@ -356,11 +360,16 @@ def main() -> None:
     if given.table:
         publish(bench)
         return
+    names = [name for name in given.peers if CONTESTANTS[name].device in ("", bench.device)]
     fetch = [sys.executable, str(ROOT / "scripts" / "fetch_smollm2.py"), str(bench.model)]
     subprocess.run(fetch, check=True, stdin=subprocess.DEVNULL)
     run(bench, module(bench, "", "data", work / "data", bench.model, given.rows), work / "data.log")
+    if given.shape:
+        made = work / "shapes" / given.shape
+        run(bench, module(bench, "", "shapes", given.shape, bench.model, made), work / "shape.log")
+        bench = replace(bench, model=made)
     kinds = [kind for kind in SETS if kind.name in given.sets]
-    names = rehearse(bench, given.peers, kinds[0], given.loss[0])
+    names = rehearse(bench, names, kinds[0], given.loss[0])
     for kind in kinds:
         for loss in given.loss:
             compare(bench, names, kind, loss, given.rounds)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -344,6 +344,38 @@ def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> 
         with kernels.fitted(model, adapter.linear):
             fast += distance(reference, step(model, batch)[1])
     assert fast <= stock
+
+
+def curve(seed: int, *, fast: bool) -> Tensor:
+    """The losses of fifty steps in bfloat16, each the mean of the ten up to it; one evaluation in their midst."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SHAPE)).to(torch.bfloat16)
+    torch.manual_seed(seed)
+    model, drawn = with_lora(base), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=3e-3)
+    losses = []
+    with kernels.fitted(model, adapter.linear) if fast else nullcontext():
+        for number in range(50):
+            batch = flatten([rows()[place] for place in torch.randperm(5, generator=drawn)[:3].tolist()])
+            loss, gradients = step(model, batch)
+            assert all(bool(gradient.any()) for gradient in gradients.values())
+            for name, parameter in model.named_parameters():
+                parameter.grad = gradients.get(name)
+            optimizer.step()
+            losses.append(loss)
+            if number == 25:
+                model.eval()
+                step(model, batch)
+                model.train()
+    return torch.tensor(losses).unfold(0, 10, 1).mean(1)
+
+
+def test_fifty_steps_go_as_they_do_without() -> None:
+    """Nearer to the stock curve of the same seed than those of three seeds are to each other."""
+    stock = torch.stack([curve(seed, fast=False) for seed in (1, 2, 3)])
+    spread = (stock.max(0).values - stock.min(0).values).mean()
+    assert float(stock[0, 0] - stock[0, -1]) > float(spread) > 0
+    assert float((curve(1, fast=True) - stock[0]).abs().max()) < float(spread)
 
 
 def test_activations_that_are_computed_again_change_nothing() -> None:

@@ -19,7 +19,8 @@ class Contestant:
     """One way to train. module: of this folder; venv: its environment, "" for that of loratune itself.
 
     batch: what a micro-step takes: rows padded to the longest of them, rows padded to max_length, or one row; of no
-    account where rows are packed. converter: a module of this folder that converts the model once.
+    account where rows are packed. converter: a module of this folder that converts the model once. device: the only
+    one that it is for, "" for all.
     """
 
     module: str
@@ -29,16 +30,28 @@ class Contestant:
     environment: dict[str, str] = field(default_factory=dict)
     batch: Literal["padded", "whole", "single"] = "padded"
     converter: str = ""
+    device: str = ""
 
 
 CONTESTANTS = {
     "loratune": Contestant("loratune", "", (), "bf16, packing: full"),
+    "loratune-compiled": Contestant(
+        "loratune", "", (), "with torch_compile", {"MODEL_SETTINGS": '{"torch_compile": true}'}, device="cuda"
+    ),
     "textbook": Contestant(
         "textbook", "trainer", STOCK, "Trainer + PEFT, fp32, rows padded to max_length", batch="whole"
     ),
     "trainer": Contestant("trainer", "trainer", STOCK, "Trainer + PEFT, bf16 and autocast, grouped by length"),
     "trl": Contestant(
         "trl", "trl", ("trl==1.16.0", "peft", "torch"), "bf16 and autocast, packing (bfd), no checkpointing"
+    ),
+    "trl-liger": Contestant(
+        "trl",
+        "trl-liger",
+        ("trl==1.16.0", "peft", "torch", "liger-kernel"),
+        "the same, with Liger's kernels",
+        {"LIGER": "1"},
+        device="cuda",
     ),
     "llamafactory": Contestant(
         "llamafactory",

@@ -1,6 +1,7 @@
 """loratune's own command line, in this process; what it prints tells when the first step was made."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -33,7 +34,7 @@ def config() -> Path:
     """The run as a config file."""
     # JSON is YAML.
     settings = {
-        "model": {"name_or_path": task.model},
+        "model": {"name_or_path": task.model, **json.loads(os.environ.get("MODEL_SETTINGS", "{}"))},
         "lora": {"r": task.r, "lora_alpha": task.lora_alpha, "target_modules": list(task.target_modules)},
         "data": {"train": task.train, "packing": "full", "max_length": task.max_length},
         "training": {

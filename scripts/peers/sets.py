@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peers.common import IGNORED, Row
 
@@ -30,8 +31,20 @@ class Kind:
 SETS = (
     Kind("natural", {"pairs": 0.3125, "mails": 0.6875}, 128, 512, 512, 4, padded_batch=2, whole_batch=4),
     Kind("long", {"mails": 1.0}, 16, 4096, 4096, 1, padded_batch=1, whole_batch=1, min_length=512, held_out=8),
+    Kind("full", {"mails": 1.0}, 128, 2048, 2048, 4, padded_batch=2, whole_batch=2, min_length=2048),
     Kind("short", {"pairs": 1.0}, 512, 128, 512, 4, padded_batch=2, whole_batch=44),
 )
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.7b": {
+        "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": True,
+    },
+    "8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""SmolLM2-1.7B and Llama 3 8B."""
 FILLED = 0.9
 """The part of a pack that whole rows fill, about."""
 
