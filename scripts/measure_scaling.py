@@ -2,8 +2,8 @@
 
     python scripts/measure_scaling.py [--rows 1000 10000 100000] [--lengths 256 512 1024 2048 4096]
 
-Each line is a `loratune train` in a process of its own, with the model and the text of the quickstart: 24 steps of
-short rows out of so many, and 6 steps of 4,096 tokens in rows of one length. Seconds to the first step are those of
+Each line is a `loratune train` in a process of its own, with the model and the text of the quickstart: 8 steps of
+short rows out of so many, and 4 steps of 4,096 tokens in rows of one length. Seconds to the first step are those of
 loading, checking and tokenizing all rows; memory is the most that the process held.
 """
 
@@ -39,11 +39,11 @@ def main() -> None:
         print("| rows | tokens/s | peak RSS, GiB | to the first step, s |\n|---|---|---|---|")
         for count in given.rows:
             data.write_text("".join(_short(count)), encoding="utf-8")
-            print(f"| {count:,} | {_trained(data, 24, 48, 256)} |", flush=True)
+            print(f"| {count:,} | {_trained(data, 8, 48, 256)} |", flush=True)
         print("\n| tokens of a row | tokens/s | peak RSS, GiB | to the first step, s |\n|---|---|---|---|")
         for length in given.lengths:
-            data.write_text("".join(_long(length, 6 * BATCH // length)), encoding="utf-8")
-            print(f"| {length:,} | {_trained(data, 6, BATCH // length, length)} |", flush=True)
+            data.write_text("".join(_long(length, 4 * BATCH // length)), encoding="utf-8")
+            print(f"| {length:,} | {_trained(data, 4, BATCH // length, length)} |", flush=True)
 
 
 def _short(count: int) -> Iterator[str]:
