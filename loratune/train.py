@@ -1,5 +1,6 @@
 """The story of `loratune train`: a config and its rows become an adapter directory."""
 
+import gc
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -208,6 +209,8 @@ def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     try:
         if run.config.model.use_liger_kernel:
             kernels.use_liger(run.model)
+        gc.collect()
+        gc.freeze()  # rows and model stay: the collector need not walk them at every few steps
         with kernels.fitted(run.model, adapter.linear):
             if run.config.model.torch_compile:
                 kernels.compile_layers(run.model)
