@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from loratune.kernels.native import passes
 from loratune.kernels.projection import Adapted
+from loratune.kernels.replacing import restore
 
 
 class LeanLinear(nn.Module):
@@ -41,19 +42,11 @@ def lean(model: Any, reader: Callable[[nn.Module], Adapted | None]) -> Iterator[
     model: a `PeftModel`. The rest, as quantized layers and DoRA, stays PEFT's.
     """
     base = model.get_base_model()
-    parts = [(name, module, reader(module)) for name, module in base.named_modules() if not _plain(module)]
-    replaced = []
+    parts = [(name, module, reader(module)) for name, module in base.named_modules()]
+    replaced = [(name, module, part) for name, module, part in parts if part is not None and part.layer is not module]
     try:
-        for name, module, part in parts:
-            if part is None:
-                continue
+        for name, _, part in replaced:
             base.set_submodule(name, _lean(part))
-            replaced.append((name, module))
         yield
     finally:
-        for name, module in replaced:
-            base.set_submodule(name, module)
-
-
-def _plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear
+        restore(base, [(name, module) for name, module, _ in replaced])

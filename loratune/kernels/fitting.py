@@ -15,7 +15,8 @@ from loratune.kernels.loss import LossHead
 from loratune.kernels.native import passes
 from loratune.kernels.plain import Passes
 from loratune.kernels.projection import Adapted, Projection
-from loratune.kernels.trial import ROWS, alike, evaluating, tried
+from loratune.kernels.replacing import PerBatch, Replacement, restore
+from loratune.kernels.trial import ROWS, alike, apart, evaluating, tried
 
 Reader = Callable[[nn.Module], Adapted | None]
 """From a module to the linear layer and the LoRA that it is, or None: it is something else."""
@@ -27,15 +28,13 @@ CAPS = ("attn_logit_softcapping", "clip_qkv")  # in a configuration: limits that
 UNMASKED = "loratune"
 
 
-class FastAttention(nn.Module):
+class FastAttention(Replacement):
     """In the place of a layer of attention, with the same children. Rows begin where positions are 0; what pads them
     stands at their end."""
 
-    def __init__(self, original: nn.Module, part: SelfAttention, window: int | None, layouts: "Layouts"):
-        super().__init__()
+    def __init__(self, original: nn.Module, part: SelfAttention, window: int | None, layouts: "PerBatch[Layout]"):
+        super().__init__(original)
         self._part, self.window, self._layouts = part, window, layouts
-        for name, child in original.named_children():
-            self.add_module(name, child)
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], position_ids: Tensor, **_: Any
@@ -48,14 +47,12 @@ class FastAttention(nn.Module):
         return result.view(*shape[:2], -1), None
 
 
-class FastGatedLayer(nn.Module):
+class FastGatedLayer(Replacement):
     """In the place of a gated feed-forward layer, with the same children."""
 
     def __init__(self, original: nn.Module, part: GatedLayer):
-        super().__init__()
+        super().__init__(original)
         self._part = part
-        for name, child in original.named_children():
-            self.add_module(name, child)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., size)."""
@@ -72,22 +69,6 @@ class FastNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., size)."""
         return rms_norm(x, self.weight, self.epsilon, self._passes)
-
-
-class Layouts:
-    """The layout of the batch that is being computed, made once for all layers."""
-
-    def __init__(self) -> None:
-        self._made: dict[int | None, Layout] = {}
-        self._of: tuple[Tensor, torch.Size] | None = None
-
-    def of(self, positions: Tensor, shape: torch.Size, window: int | None) -> Layout:
-        """positions: (1 or rows, length) of a batch of this shape."""
-        if self._of is None or self._of[0] is not positions or self._of[1] != shape:
-            self._of, self._made = (positions, shape), {}
-        if window not in self._made:
-            self._made[window] = Layout.of(positions.expand(shape).reshape(-1), window)
-        return self._made[window]
 
 
 @contextmanager
@@ -108,13 +89,12 @@ def fitted(model: Any, reader: Reader) -> Iterator[list[str]]:
     finally:
         if base.config._attn_implementation != implementation:
             base.set_attn_implementation(implementation)
-        for name, original in replaced:
-            base.set_submodule(name, original)
+        restore(base, replaced)
 
 
 def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -> list[str]:
     """Put fast modules in their places. replaced: gets path and module of each that went. Returns what stays."""
-    layouts, left, before = Layouts(), [], tried(base)
+    layouts, left, before = PerBatch(Layout.of), [], tried(base)
     kinds: dict[str, tuple[str, Callable[[Any], nn.Module | None]]] = {
         "attention": ("attn", lambda module: _attention(module, reader, layouts)),
         "feed-forward layers": ("mlp", lambda module: _gated(module, reader)),
@@ -122,7 +102,7 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
     }
     for what, (ending, build) in kinds.items():
         found = [(name, module) for name, module in base.named_modules() if name.endswith(ending)]
-        fits = [(name, module, made) for name, module in found if (made := _tried(base, what, module, build))]
+        fits = [(name, module, made) for name, module in found if (made := _fast(base, what, module, build))]
         for name, module, made in fits:
             replaced.append((name, module))
             base.set_submodule(name, made.train(module.training))
@@ -130,8 +110,7 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
             left.append(what)
     if "attention" not in left and not _unmasked(base, before):
         left.append("attention")
-        for name, module in [one for one in replaced if isinstance(base.get_submodule(one[0]), FastAttention)]:
-            base.set_submodule(name, module)
+        restore(base, [one for one in replaced if isinstance(base.get_submodule(one[0]), FastAttention)])
     over = passes(base.get_input_embeddings().weight)
     return [*left, "passes in C"] if over is plain else left
 
@@ -148,7 +127,7 @@ def _unmasked(base: Any, before: Tensor | None) -> bool:
     return False
 
 
-def _tried(base: Any, what: str, module: nn.Module, build: Callable[[Any], nn.Module | None]) -> nn.Module | None:
+def _fast(base: Any, what: str, module: nn.Module, build: Callable[[Any], nn.Module | None]) -> nn.Module | None:
     """The fast module that does what this one does, if there is one."""
     try:
         made = build(module)
@@ -157,7 +136,7 @@ def _tried(base: Any, what: str, module: nn.Module, build: Callable[[Any], nn.Mo
         return None
 
 
-def _attention(module: Any, reader: Reader, layouts: Layouts) -> nn.Module | None:
+def _attention(module: Any, reader: Reader, layouts: PerBatch[Layout]) -> nn.Module | None:
     children = dict(module.named_children())
     joined = _read(children, [("q_proj", "k_proj", "v_proj"), ("qkv_proj",)], reader)
     out = _read(children, [("o_proj",)], reader)
@@ -266,15 +245,10 @@ def _agrees(base: PreTrainedModel, what: str, module: nn.Module, made: nn.Module
         size = weight.shape[0]
     x = torch.randn(1, sum(ROWS), size, generator=torch.Generator().manual_seed(0)).to(dtype)
     given = _surroundings(base, x, made.window) if isinstance(made, FastAttention) else {}
-    was, made.training = module.training, False
-    module.eval()
-    try:
+    with evaluating(module), evaluating(made):
         old, new = module(x, **given), made(x, **given)
-    finally:
-        module.train(was)
-    old, new = (one[0].float() if isinstance(one, tuple) else one.float() for one in (old, new))
-    apart = (old - new).square().mean().sqrt() / old.std()
-    return bool(apart <= TOLERANCES.get(x.dtype, TOLERANCE))
+    old, new = (one[0] if isinstance(one, tuple) else one for one in (old, new))
+    return apart(old, new) <= TOLERANCES.get(x.dtype, TOLERANCE)
 
 
 def _surroundings(base: PreTrainedModel, x: Tensor, window: int | None) -> dict[str, Any]:

@@ -12,17 +12,16 @@ from transformers.integrations.liger import apply_liger_kernel
 from loratune.errors import ModelError, Problem
 from loratune.kernels import varlen
 from loratune.kernels.projection import Adapted
+from loratune.kernels.replacing import Replacement
 from loratune.kernels.trial import alike, tried
 
 
-class FastLinear(nn.Module):
+class FastLinear(Replacement):
     """In the place of a linear layer with LoRA, with the same children and its arithmetic in the dtype of the base."""
 
     def __init__(self, original: nn.Module, part: Adapted, down: Tensor, up: Tensor):
-        super().__init__()
+        super().__init__(original)
         self._part, self._down, self._up = [part], [down], [up]  # in lists: their owners are the children
-        for name, child in original.named_children():
-            self.add_module(name, child)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out)."""

@@ -87,10 +87,12 @@ class Native:
     def __init__(self, library: ctypes.CDLL):
         self._library = library
 
-    def _call(self, name: str, *arguments: Tensor | float) -> None:
+    def _call(self, name: str, *arguments: Tensor | float) -> Any:
+        return getattr(self._library, name)(*map(_passed, arguments))
+
+    def _call_with_scratch(self, name: str, *arguments: Tensor | float) -> None:
         """Raises MemoryError: there is none for what lies between the products."""
-        function = getattr(self._library, name)
-        if function(*map(_passed, arguments)):
+        if self._call(name, *arguments):
             raise MemoryError(f"out of memory in {name}")
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -143,7 +145,7 @@ class Native:
         groups, tokens, heads, size = query.shape
         result, total = query.new_empty(tokens, groups * heads * size), torch.empty(groups, tokens, heads)
         arrays, sizes = (result, total, query, key, value, starts, tiles), (tokens, groups, heads, size)
-        self._call("attend", *arrays, len(tiles), float(scale), *sizes)
+        self._call_with_scratch("attend", *arrays, len(tiles), float(scale), *sizes)
         return result, total
 
     def attend_backward(
@@ -155,7 +157,7 @@ class Native:
         dquery = torch.empty_like(query)
         dkey, dvalue = (torch.zeros(groups, tokens, size) for _ in range(2))
         arrays = (dquery, dkey, dvalue, gradient.contiguous(), result, total, query, key, value, starts, tiles)
-        self._call("attend_backward", *arrays, len(tiles), float(scale), tokens, groups, heads, size)
+        self._call_with_scratch("attend_backward", *arrays, len(tiles), float(scale), tokens, groups, heads, size)
         return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
     def add_lora(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:

@@ -2,7 +2,7 @@
    result as its reference in plain.py, which says what it computes. */
 #include "numbers.h"
 
-int rms_norm(real *y, float *inverse, const real *x, const real *weight, float epsilon, int64_t rows, int64_t size) {
+void rms_norm(real *y, float *inverse, const real *x, const real *weight, float epsilon, int64_t rows, int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {
         const real *a = x + i * size;
         real *b = y + i * size;
@@ -11,10 +11,9 @@ int rms_norm(real *y, float *inverse, const real *x, const real *weight, float e
         float scale = inverse[i] = 1 / sqrtf(sum / size + epsilon);
         EACH for (int64_t j = 0; j < size; j++) b[j] = put(get(weight[j]) * get(put(get(a[j]) * scale)));
     }
-    return 0;
 }
 
-int rms_norm_backward(real *dx, const real *dy, const real *x, const real *weight, const float *inverse, int64_t rows,
+void rms_norm_backward(real *dx, const real *dy, const real *x, const real *weight, const float *inverse, int64_t rows,
                        int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {
         const real *a = x + i * size, *d = dy + i * size;
@@ -24,10 +23,9 @@ int rms_norm_backward(real *dx, const real *dy, const real *x, const real *weigh
         float share = sum * scale * scale / size;
         EACH for (int64_t j = 0; j < size; j++) b[j] = put(scale * (get(d[j]) * get(weight[j]) - share * get(a[j])));
     }
-    return 0;
 }
 
-int swiglu(real *y, const real *both, int64_t rows, int64_t size) {
+void swiglu(real *y, const real *both, int64_t rows, int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {
         const real *gate = both + 2 * i * size, *up = gate + size;
         real *b = y + i * size;
@@ -36,10 +34,9 @@ int swiglu(real *y, const real *both, int64_t rows, int64_t size) {
             b[j] = put(g / (1 + power(-g)) * get(up[j]));
         }
     }
-    return 0;
 }
 
-int swiglu_backward(real *dboth, const real *dy, const real *both, int64_t rows, int64_t size) {
+void swiglu_backward(real *dboth, const real *dy, const real *both, int64_t rows, int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {
         const real *gate = both + 2 * i * size, *up = gate + size, *d = dy + i * size;
         real *dgate = dboth + 2 * i * size, *dup = dgate + size;
@@ -49,7 +46,6 @@ int swiglu_backward(real *dboth, const real *dy, const real *both, int64_t rows,
             dup[j] = put(dj * g * s);
         }
     }
-    return 0;
 }
 
 /* One head of one token, turned by its angles; way: 1 forward, -1 back. */
@@ -66,7 +62,7 @@ static inline void copy(real *to, const real *from, int64_t size) {
     EACH for (int64_t j = 0; j < size; j++) to[j] = from[j];
 }
 
-int split_heads(real *query, real *key, real *value, const real *joined, const real *cosine, const real *sine,
+void split_heads(real *query, real *key, real *value, const real *joined, const real *cosine, const real *sine,
                  int64_t tokens, int64_t groups, int64_t heads, int64_t size) {
     ROWS for (int64_t i = 0; i < tokens; i++) {
         const real *from = joined + i * (groups * heads + 2 * groups) * size;
@@ -77,10 +73,9 @@ int split_heads(real *query, real *key, real *value, const real *joined, const r
         for (int64_t g = 0; g < groups; g++, from += size) turn(key + (g * tokens + i) * size, from, c, s, 1, size);
         for (int64_t g = 0; g < groups; g++, from += size) copy(value + (g * tokens + i) * size, from, size);
     }
-    return 0;
 }
 
-int join_heads(real *joined, const real *query, const real *key, const real *value, const real *cosine,
+void join_heads(real *joined, const real *query, const real *key, const real *value, const real *cosine,
                 const real *sine, int64_t tokens, int64_t groups, int64_t heads, int64_t size) {
     ROWS for (int64_t i = 0; i < tokens; i++) {
         real *to = joined + i * (groups * heads + 2 * groups) * size;
@@ -91,10 +86,9 @@ int join_heads(real *joined, const real *query, const real *key, const real *val
         for (int64_t g = 0; g < groups; g++, to += size) turn(to, key + (g * tokens + i) * size, c, s, -1, size);
         for (int64_t g = 0; g < groups; g++, to += size) copy(to, value + (g * tokens + i) * size, size);
     }
-    return 0;
 }
 
-int add_lora(real *y, const real *x, const real *down, const real *up, int64_t rows, int64_t in, int64_t rank,
+void add_lora(real *y, const real *x, const real *down, const real *up, int64_t rows, int64_t in, int64_t rank,
               int64_t out) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t i = 0; i < rows; i++) {
@@ -110,10 +104,9 @@ int add_lora(real *y, const real *x, const real *down, const real *up, int64_t r
         }
         EACH for (int64_t j = 0; j < out; j++) to[j] = put(get(to[j]) + change[j]);
     }
-    return 0;
 }
 
-int cross_entropy(real *logits, float *loss, const int64_t *targets, int64_t rows, int64_t size) {
+void cross_entropy(real *logits, float *loss, const int64_t *targets, int64_t rows, int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {
         real *row = logits + i * size;
         float most = -INFINITY, sum = 0;
@@ -124,5 +117,4 @@ int cross_entropy(real *logits, float *loss, const int64_t *targets, int64_t row
         EACH for (int64_t j = 0; j < size; j++) row[j] = put(power(get(row[j]) - all));
         row[targets[i]] = put(expf(right - all) - 1);
     }
-    return 0;
 }

@@ -52,5 +52,9 @@ def alike(old: Tensor | None, new: Tensor | None) -> bool:
     """Whether two outcomes of `tried` are the same, but for rounding."""
     if old is None or new is None:
         return False
-    apart = (old.float() - new.float()).square().mean().sqrt() / old.float().std()
-    return bool(apart <= TOLERANCES.get(old.dtype, TOLERANCE))
+    return apart(old, new) <= TOLERANCES.get(old.dtype, TOLERANCE)
+
+
+def apart(old: Tensor, new: Tensor) -> float:
+    """The root mean square of the difference, as a share of the spread of the first."""
+    return float((old.float() - new.float()).square().mean().sqrt() / old.float().std())

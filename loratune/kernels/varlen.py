@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from loratune.kernels.replacing import PerBatch
+
 NAME = "loratune-varlen"
 """What the attention function is registered as."""
 
@@ -19,7 +21,7 @@ class Ends:
     longest: int
 
     @classmethod
-    def of(cls, positions: Tensor) -> "Ends":
+    def of(cls, positions: Tensor, _: None = None) -> "Ends":
         """positions: (tokens,), 0 where a row begins."""
         begins = torch.nonzero(positions[1:] == 0)[:, 0] + 1
         bounds = torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), len(positions))])
@@ -32,8 +34,7 @@ class RowAttention:
     def __init__(self) -> None:
         self.windowed = False
         """Whether a layer has asked for a window."""
-        self._of: tuple[Tensor, torch.Size] | None = None
-        self._ends: Ends | None = None
+        self._ends = PerBatch(Ends.of)
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
@@ -46,7 +47,7 @@ class RowAttention:
             raise ValueError("caps, sinks, dropout and masks are not known here")
         self.windowed |= sliding_window is not None
         rows, heads, length, size = query.shape
-        ends = self._rows(position_ids, torch.Size((rows, length)))
+        ends = self._ends.of(position_ids, torch.Size((rows, length)))
         queries, keys, values = (one.transpose(1, 2).reshape(rows * length, -1, size) for one in (query, key, value))
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         mixed: Any = varlen_attn(
@@ -54,10 +55,3 @@ class RowAttention:
             window_size=window, enable_gqa=True,
         )  # fmt: skip
         return mixed.view(rows, length, heads, size), None
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _rows(self, positions: Tensor, shape: torch.Size) -> Ends:
-        """Made once for all layers."""
-        if self._ends is None or self._of is None or self._of[0] is not positions or self._of[1] != shape:
-            self._of, self._ends = (positions, shape), Ends.of(positions.expand(shape).reshape(-1))
-        return self._ends

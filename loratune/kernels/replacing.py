@@ -1,0 +1,42 @@
+"""What fast modules have in common: whose place they take, and what they make once for all layers of a batch."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Made = TypeVar("Made")
+
+
+class Replacement(nn.Module):
+    """In the place of a module, with the same children, so that weights keep their names."""
+
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        for name, child in original.named_children():
+            self.add_module(name, child)
+
+
+class PerBatch(Generic[Made]):
+    """What is made of the positions of the batch that is being computed. make: takes positions (tokens,) and a key."""
+
+    def __init__(self, make: Callable[[Tensor, Any], Made]):
+        self._make = make
+        self._made: dict[Hashable, Made] = {}
+        self._of: tuple[Tensor, torch.Size] | None = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def of(self, positions: Tensor, shape: torch.Size, key: Hashable = None) -> Made:
+        """positions: (1 or rows, length) of a batch of this shape."""
+        if self._of is None or self._of[0] is not positions or self._of[1] != shape:
+            self._of, self._made = (positions, shape), {}
+        if key not in self._made:
+            self._made[key] = self._make(positions.expand(shape).reshape(-1), key)
+        return self._made[key]
+
+
+def restore(base: Any, replaced: Sequence[tuple[str, nn.Module]]) -> None:
+    """Put modules back where they were. replaced: path and module of each."""
+    for name, original in replaced:
+        base.set_submodule(name, original)
