@@ -22,17 +22,19 @@ RUN = "run.json"
 PREFIX = "checkpoint-"
 KEPT = 2
 """How many whole checkpoints are kept."""
-_NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", RUN)
+_NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state", "trainer_state.json", RUN)
+"""What the names of its files begin with, of which there is one at least; a random state for each process."""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run in a directory. run: what was run, kept in each of them as JSON; size: bytes that one
-    takes, about."""
+    takes, about; written: by this process, and not by another one."""
 
     directory: Path
     run: Mapping[str, Any]
     size: int
+    written: bool = True
 
     @property
     def unfinished(self) -> Path:
@@ -45,6 +47,9 @@ class Checkpoints:
 
         Raises ResourceError: the disk is full.
         """
+        if not self.written:
+            yield
+            return
         written, final = self.unfinished / f"{PREFIX}{step}", self.directory / f"{PREFIX}{step}"
         shutil.rmtree(self.unfinished, ignore_errors=True)
         try:
@@ -62,7 +67,7 @@ class Checkpoints:
 
     def forget(self, step: int) -> int | None:
         """Remove the checkpoint of a step whose weights turned out to be bad; the step of the one before it, if any."""
-        if (bad := self.directory / f"{PREFIX}{step}").exists():
+        if self.written and (bad := self.directory / f"{PREFIX}{step}").exists():
             shutil.rmtree(bad)
         return next(map(step_of, _found(self.directory)), None)
 
@@ -116,7 +121,7 @@ def _fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty if it is whole."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())
-        if absent := [name for name in _NEEDED if name not in files]:
+        if absent := [name for name in _NEEDED if not any(file.startswith(name) for file in files)]:
             return f"{MANIFEST} does not name {absent[0]}"
         listed = [(checkpoint / name, expected["bytes"], expected["sha256"]) for name, expected in files.items()]
     except FileNotFoundError:

@@ -2,33 +2,24 @@
 
 import gc
 import json
-import logging
 import os
 import shlex
 import shutil
 import sys
-import traceback
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loratune import __version__
-from loratune.errors import (
-    ConfigError,
-    DataError,
-    Interrupted,
-    LoratuneError,
-    Problem,
-    ResourceError,
-    Terminated,
-    is_disk_full,
-    is_out_of_memory,
-)
-from loratune.interrupts import Termination, terminable
+from loratune import __version__, launched
+from loratune.boundary import boundary, printed, stopped
+from loratune.errors import ConfigError, DataError, Problem, ResourceError, is_disk_full
+from loratune.launched import Group
+
+if TYPE_CHECKING:
+    from loratune import preflight
 
 app = typer.Typer(
     help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
@@ -48,39 +39,6 @@ Assignments = Annotated[
 
 
 @contextmanager
-def boundary(debug: bool) -> Iterator[None]:
-    """Turn what goes wrong into `error:` lines and an exit code; keep the libraries' own remarks off the screen."""
-    if not debug:
-        warnings.simplefilter("ignore")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        with terminable():
-            yield
-        with _printed():
-            pass  # what was printed before and is still on its way
-    except LoratuneError as error:
-        _fail(error.problems, error.exit_code, debug)
-    except KeyboardInterrupt as stop:
-        _fail([Problem(_stopped(stop)[0])], _stopped(stop)[1].exit_code, debug)
-    except BrokenPipeError:
-        sys.stdout = open("/dev/null", "w")  # noqa: SIM115  whoever read us has gone; the exit must not flush to it
-        raise typer.Exit(0) from None
-    except OSError as error:
-        code = 8 if is_disk_full(error) else 1
-        fix = "make room" if code == 8 else ""
-        _fail([Problem(error.strerror or str(error), str(error.filename or ""), fix=fix)], code, debug)
-    except typer.Exit:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            _fail([_out_of_memory()], 8, debug)
-        if is_disk_full(error):
-            _fail([Problem("no room on the disk", fix="make room")], 8, debug)
-        first = next(iter(str(error).splitlines()), "")
-        _fail([Problem(f"unexpected {type(error).__name__}: {first}", fix="run again with --debug")], 1, debug)
-
-
-@contextmanager
 def _loading() -> Iterator[None]:
     """Imports make a million objects that stay; the collector need not walk them, neither now nor later."""
     gc.disable()
@@ -89,39 +47,6 @@ def _loading() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _stopped(stop: KeyboardInterrupt) -> tuple[str, type[LoratuneError]]:
-    """What happened, and the error that ends the command."""
-    return ("terminated", Terminated) if isinstance(stop, Termination) else ("interrupted", Interrupted)
-
-
-@contextmanager
-def _printed() -> Iterator[None]:
-    """Results are printed inside, when all else is done. Raises ResourceError: there is no room for them."""
-    try:
-        yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        sys.stdout = open("/dev/null", "w")  # noqa: SIM115  the exit must not try it again
-        what = "no room for what was to be printed; all else is done"
-        raise ResourceError(Problem(what, "standard output", fix="make room")) from None
-
-
-def _out_of_memory() -> Problem:
-    fix = "lower training.per_device_train_batch_size or data.max_length, or set training.activation_checkpointing"
-    return Problem("out of memory", fix=fix)
-
-
-def _fail(problems: Any, code: int, debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    raise typer.Exit(code) from None
 
 
 def _version(wanted: bool) -> None:
@@ -153,44 +78,40 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train an adapter as CONFIG says, and write it to its output_dir."""
-    with boundary(debug):
-        from loratune import config
-
-        run = config.load(config_file, assignments)
-        _tell(config.portability(run.lora))
+    with boundary(debug, _join) as group:
         if resume and overwrite:
             raise ConfigError(Problem("--resume and --overwrite contradict each other; keep one"))
         if changes and not resume:
             raise ConfigError(Problem("a run that starts takes every value as it is", key="--allow-change"))
-
-        from loratune import workspace
-
-        space = workspace.inspect(run.output_dir, resume=resume, overwrite=overwrite)
+        checked = None
+        if group.main:
+            checked = _checked(config_file, assignments, changes if resume else None, overwrite=overwrite)
 
         with _loading():
             from loratune import preflight
-            from loratune.console import TrainingProgress, note, watched
 
-        ready = preflight.check(run, space, watched, changes if resume else None)
+        ready = preflight.shared(checked, group)
 
         with _loading():
             from loratune import show
             from loratune import train as story
+            from loratune.console import TrainingProgress, note, watched
 
         try:
             if dry_run:
-                show.plan(story.plan(ready, watched), rows)
+                show.plan(story.plan(ready, watched, group), rows)
                 return
             teller = story.Teller(note, show.announce, watched, TrainingProgress())
-            made = story.train(ready, teller)
+            made = story.train(ready, teller, group)
         except KeyboardInterrupt as stop:
             fix = "the rows that were tokenised are kept, and the same command goes on from there"
             if not dry_run and ready.space.has_checkpoints():
                 fix = f"continue with: {_resume_line(config_file, assignments, changes)}"
-            what, kind = _stopped(stop)
+            what, kind = stopped(stop)
             raise kind(Problem(what, fix=fix)) from None
-        with _printed():
-            show.result(made, _program())
+        if made is not None:
+            with printed():
+                show.result(made, _program())
 
 
 @app.command()
@@ -308,6 +229,34 @@ def evaluate(
         for line in remarks:
             note(line)
         show.scores(scores, as_json)
+
+
+def _join() -> Group:
+    """The processes of this run; torch is imported for it only where there are several."""
+    if launched.count() == 1:
+        return launched.Alone()
+
+    with _loading():
+        from loratune import ranks
+
+    return ranks.join()
+
+
+def _checked(
+    config_file: Path, assignments: list[str], resume: list[str] | None, *, overwrite: bool
+) -> "preflight.Ready":
+    """What can be known of a run before torch is imported, see `preflight.check`. resume: keys with new values."""
+    from loratune import config, workspace
+
+    run = config.load(config_file, assignments)
+    _tell(config.portability(run.lora))
+    space = workspace.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite)
+
+    with _loading():
+        from loratune import preflight
+        from loratune.console import watched
+
+    return preflight.check(run, space, watched, resume)
 
 
 def _tell(lines: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ LoratuneError           1   unexpected
 ├── ResumeError         7   a checkpoint does not fit the run
 ├── ResourceError       8   memory or disk
 ├── LockedError         9   another run holds the directory
+├── LostError          10   another process of the run has gone
 ├── Interrupted       130   Ctrl-C
 └── Terminated        143   SIGTERM
 
@@ -113,6 +114,12 @@ class LockedError(LoratuneError):
     """Another run is working on the same directory."""
 
     exit_code = 9
+
+
+class LostError(LoratuneError):
+    """Another process of the run has gone, or cannot be reached."""
+
+    exit_code = 10
 
 
 class Interrupted(LoratuneError):

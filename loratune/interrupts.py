@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,6 +17,10 @@ _RAISED: dict[signal.Signals, type[KeyboardInterrupt]] = {
     signal.SIGINT: KeyboardInterrupt,
     signal.SIGTERM: Termination,
 }
+
+
+PASSED_ON = 2.0
+"""Seconds within which a launcher passes a signal on."""
 
 
 class Stop:
@@ -47,19 +52,23 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
-def deferred(tell: Callable[[str], None]) -> Iterator[Stop]:
+def deferred(tell: Callable[[str], None], *, repeated: bool = False) -> Iterator[Stop]:
     """Inside, the first signal is kept in `Stop`, and told; the second one raises as it would outside.
 
-    One that came before, and whose exception Python dropped, counts as the first.
+    One that came before, and whose exception Python dropped, counts as the first. repeated: a launcher passes a signal
+    on that the terminal has sent already, so one that follows at once is the same.
     """
     stop, before = Stop(), signal.getsignal(signal.SIGTERM)
     stop.asked = before.asked if isinstance(before, _Raiser) else None
+    first = time.monotonic()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.asked is not None:
+        nonlocal first
+        if stop.asked is None:
+            first, stop.asked = time.monotonic(), _RAISED[signal.Signals(number)]
+            tell("stopping after this step; once more stops at once")
+        elif not repeated or time.monotonic() > first + PASSED_ON:
             raise _RAISED[signal.Signals(number)]
-        stop.asked = _RAISED[signal.Signals(number)]
-        tell("stopping after this step; once more stops at once")
 
     with _handled(handle, list(_RAISED)):
         yield stop

@@ -8,11 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loratune import config, data, places, resuming, saved
+from loratune import config, data, launched, places, resuming, saved
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import Rows, Watch
 from loratune.data.sources import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.launched import Group
 from loratune.places import quantized
 from loratune.resuming import Resumed
 from loratune.saved import Saved
@@ -23,12 +24,13 @@ from loratune.workspace import Workspace
 class Ready:
     """A run that may begin.
 
-    config: with absolute paths; allowed: keys with other values than before; resumed: where it goes on, if it does.
+    config: with absolute paths; rows: None in a process that takes them as the main one leaves them; allowed: keys with
+    other values than before; resumed: where it goes on, if it does.
     """
 
     config: RunConfig
     space: Workspace
-    rows: Rows
+    rows: Rows | None
     allowed: Sequence[str] = ()
     resumed: Resumed | None = None
 
@@ -65,8 +67,17 @@ def check(run: RunConfig, space: Workspace, watch: Watch, resume: Sequence[str] 
     if places.is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
         quantized.check_directory(Path(places.local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
     pinned = _pinned(run)
-    resumed = resuming.find(space.checkpoints, pinned.resolved(), resume) if resume is not None else None
+    resumed = None
+    if resume is not None:
+        resumed = resuming.find(space.checkpoints, pinned.resolved(), resume, launched.count())
     return Ready(pinned, space, data.check(run.data, run.training.seed, watch), tuple(resume or ()), resumed)
+
+
+def shared(ready: Ready | None, group: Group) -> Ready:
+    """What the main process has checked, in all of them; the others have no rows yet."""
+    known = group.agreed(replace(ready, rows=None) if ready else None)
+    assert known is not None
+    return ready or known
 
 
 def _pinned(run: RunConfig) -> RunConfig:

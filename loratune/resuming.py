@@ -1,6 +1,7 @@
 """What a run is, by what decides its result; and whether a resumed one is the same."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ from loratune.errors import Problem, ResumeError
 CHANGEABLE = (
     "training.learning_rate", "training.num_train_epochs", "training.max_steps", "training.max_grad_norm",
     "training.logging_steps", "training.save_steps", "training.eval_steps", "training.activation_checkpointing",
+    "training.per_device_train_batch_size", "training.gradient_accumulation_steps",
     "lora.lora_dropout", "data.train", "data.validation", "model.name_or_path", "model.attn_implementation",
     "model.torch_compile", "model.use_liger_kernel",
 )  # fmt: skip
 """Keys that a resumed run can take on: each has its effect from the next step on, and the rows stay as they were.
 
-`data.train` and `model.name_or_path` may name another place; what is found there has to be the same.
+`data.train` and `model.name_or_path` may name another place; what is found there has to be the same. So has the number
+of rows that an optimizer step takes, over all processes.
 """
 _PLACES = ("output_dir",)  # the checkpoints were found, wherever they lie now
 
@@ -43,17 +46,21 @@ class Resumed:
 
 
 def identity(
-    config: Mapping[str, Any], fingerprints: Mapping[str, str | None], rows: Mapping[str, int]
+    config: Mapping[str, Any], fingerprints: Mapping[str, str | None], rows: Mapping[str, int], *, processes: int
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its run, as JSON. config: resolved; rows: counts of the training rows."""
-    return {"config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows), "changes": []}
+    """What a checkpoint keeps of its run, as JSON. config: resolved; rows: counts of the training rows; processes: how
+    many it had."""
+    return {
+        "config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows), "processes": processes,
+        "changes": [],
+    }  # fmt: skip
 
 
-def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -> Resumed:
+def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str], processes: int = 1) -> Resumed:
     """Find the newest whole checkpoint, and insist that it is of a run with the same config.
 
-    allowed: keys of `CHANGEABLE` whose values may differ. Raises ResumeError: no checkpoint is whole; the config has
-    changed; a key that cannot be allowed.
+    allowed: keys of `CHANGEABLE` whose values may differ; processes: how many there are now. Raises ResumeError: no
+    checkpoint is whole; the config has changed; a key that cannot be allowed; steps would take other rows.
     """
     if problems := [
         Problem(
@@ -67,7 +74,8 @@ def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -
         raise ResumeError(problems)
     checkpoint, skipped = newest_whole(checkpoints)
     before = json.loads((checkpoint / RUN).read_text())
-    if problems := list(_refused(before["config"], config, allowed)):
+    problems = list(_refused(before["config"], config, allowed))
+    if problems := problems or list(_reordered(before, config, processes)):
         raise ResumeError([*skipped, *problems])
     changed = [
         {"step": step_of(checkpoint), "key": key, "was": old, "is": new}
@@ -90,6 +98,23 @@ def _refused(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequenc
         may = next((name for name in CHANGEABLE if key == name or key.startswith(f"{name}.")), None)
         fix = "change it back" + (f", or take it on with --allow-change {may}" if may else "")
         yield Problem(f"was {_shown(old)} when the run was interrupted, and is now {_shown(new)}", key=key, fix=fix)
+
+
+def _reordered(before: Mapping[str, Any], now: Mapping[str, Any], processes: int) -> Iterator[Problem]:
+    """The rows of a step would be others, as there are more or fewer of them, or other packs."""
+    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    old, new = (
+        (count, *(config["training"][key] for key in keys))
+        for count, config in ((before.get("processes", 1), before["config"]), (processes, now))
+    )
+    taken = [f"{math.prod(one)} ({one[0]} processes x {one[1]} x {one[2]})" for one in (old, new)]
+    if math.prod(old) != math.prod(new):
+        what = f"a step took {taken[0]} rows when the run was interrupted, and would now take {taken[1]}"
+        fix = f"start {old[0]} processes, or change it with --allow-change so that the product stays"
+        yield Problem(what, key=f"training.{keys[1]}", fix=fix)
+    elif old[1] != new[1] and now["data"]["packing"] == "full":
+        what, fix = f"was {old[1]} when the run was interrupted, and packs are made for it", "change it back"
+        yield Problem(what, key=f"training.{keys[0]}", fix=fix)
 
 
 def _moved(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from loratune.header import Header
     from loratune.memory import Estimate
     from loratune.params import Params
+    from loratune.rows import Rows
     from loratune.spectrum import Update
-    from loratune.train import Plan, Result, Rows
+    from loratune.train import Plan, Result
 
 
 def _share(value: float | None) -> str:

@@ -3,6 +3,7 @@
 import gc
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,7 +15,6 @@ from loratune import (
     batching,
     card,
     config,
-    data,
     interrupts,
     kernels,
     memory,
@@ -28,13 +28,14 @@ from loratune import (
 from loratune.adapter import Count, PeftModel, Start
 from loratune.checkpoints import KEPT, Checkpoints
 from loratune.config import RunConfig
-from loratune.data import Part, Prepared, Watch
+from loratune.data import Part, Watch
 from loratune.data.formats import Conversation, Example, Plain
 from loratune.data.packing import Batches
-from loratune.data.render import Renderer
-from loratune.errors import ConfigError, NumericError, Problem, ResourceError
+from loratune.errors import ModelError, NumericError, Problem, ResourceError
 from loratune.interrupts import Stop
+from loratune.launched import ALONE, Group, host
 from loratune.preflight import Ready
+from loratune.rows import Rows, tokenised
 from loratune.targets import Targets
 from loratune.trainer import Outcome, Progress
 from loratune.workspace import Workspace
@@ -61,27 +62,12 @@ class Teller:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of a run, tokenised.
-
-    remarks: of each part by its name, on how it was read; leaks: on what of the validation set also stands in train;
-    a line each. max_length: what rows were cut to.
-    """
-
-    train: Prepared
-    validation: Prepared | None
-    remarks: dict[str, list[str]]
-    leaks: list[str]
-    max_length: int
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first step. config: with absolute paths; given: the rows as read; left: what
-    of the model is not computed the fast way, see `kernels.fitted`."""
+    """Everything that is known before the first step. config: with absolute paths; given: the rows as read, None in
+    processes that did not read them; left: what of the model is not computed the fast way, see `kernels.fitted`."""
 
     config: RunConfig
-    given: Part
+    given: Part | None
     tokenizer: Any
     model: PeftModel
     targets: Targets
@@ -129,7 +115,7 @@ class Result:
     try_it: str
 
 
-def plan(ready: Ready, watch: Watch) -> Plan:
+def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
     """Load the tokenizer, tokenize the rows; then load the model, and attach LoRA.
 
     Raises ModelError, DataError.
@@ -139,8 +125,8 @@ def plan(ready: Ready, watch: Watch) -> Plan:
     model.check_kernels(run.model, gpu=model.device().type != "cpu")
     kernels.keep_pages()
     tokenizer = model.load_tokenizer(run.model, run.data.chat_template)
-    rows = _tokenised(ready, run, Renderer(tokenizer), watch)
-    base, identity = _base(run)
+    rows = tokenised(ready, tokenizer, watch, group)
+    base, identity = _base(run, group)
     found = targets.find(model.unpacked(base, run.model), run.lora)
     adapted = adapter.attach(
         base,
@@ -159,7 +145,7 @@ def plan(ready: Ready, watch: Watch) -> Plan:
     )
     return Plan(
         config=run,
-        given=ready.rows.train,
+        given=ready.rows.train if ready.rows else None,
         tokenizer=tokenizer,
         model=adapted,
         targets=found,
@@ -172,39 +158,47 @@ def plan(ready: Ready, watch: Watch) -> Plan:
         notes=[*model.notes(run.model), *batches.notes, *found.notes, *adapter.notes(adapted)],
         base_fingerprint=identity,
         left=batches.left,
-        try_it=_prompt_of(ready.rows.train),
+        try_it=_prompt_of(ready.rows.train) if ready.rows else "",
     )
 
 
-def train(ready: Ready, teller: Teller) -> Result:
-    """Train, check and publish.
+def train(ready: Ready, teller: Teller, group: Group = ALONE) -> Result | None:
+    """Train, check and publish. Returns None in all processes but the main one, which alone writes.
 
     Raises ModelError, DataError; NumericError: a number that is not finite, or nothing learnt; ResumeError;
-    LockedError; ResourceError: out of memory, or no room on the disk. Raises KeyboardInterrupt: stopped by the user.
+    LockedError; ResourceError: out of memory, or no room on the disk; LostError: another process has gone. Raises
+    KeyboardInterrupt: stopped by the user.
     """
-    with workspace.claimed(ready.space) as space:
-        run = plan(ready, teller.watch)
-        identity = _identity(run, ready)
-        space.begin(resume=ready.resumed is not None)
-        with interrupts.deferred(teller.note) as stop:
-            kept = _kept(run, ready, identity, teller, stop)
+    with workspace.claimed(ready.space) if group.main else nullcontext(ready.space) as space:
+        group.on_end(space.leave if group.main else lambda: None)
+        run = plan(ready, teller.watch, group)
+        identity = _identity(run, ready, group)
+        if group.main:
+            space.begin(resume=ready.resumed is not None)
+        with interrupts.deferred(teller.note, repeated=group.count > 1) as stop:
+            kept = _kept(run, ready, identity, teller, stop, group)
             teller.plan(run)
             outcome = _fit(run, kept)
-        trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
-        size = run.count.adapter_bytes + model.tokenizer_bytes(run.tokenizer)
-        try:
-            with workspace.room_for("the adapter directory", size, space.partial, "make room, then --resume"):
-                size = _stage(run, outcome, identity["changes"], space)
-                space.publish()
-        except NumericError:
-            space.forget_checkpoints()  # nothing was learnt, and going on from there would end the same
-            raise
-    return Result(space.output, shlex.quote(ready.space.named), size, outcome, run.left, run.try_it)
+        trainer.check_sound(run.model, run.train, kept, outcome.steps)
+        group.part()
+        return _publish(run, outcome, identity["changes"], space) if group.main else None
+
+
+def _publish(run: Plan, outcome: Outcome, changes: Sequence[Mapping[str, Any]], space: Workspace) -> Result:
+    size = run.count.adapter_bytes + model.tokenizer_bytes(run.tokenizer)
+    try:
+        with workspace.room_for("the adapter directory", size, space.partial, "make room, then --resume"):
+            size = _stage(run, outcome, changes, space)
+            space.publish()
+    except NumericError:
+        space.forget_checkpoints()  # nothing was learnt, and going on from there would end the same
+        raise
+    return Result(space.output, shlex.quote(space.named), size, outcome, run.left, run.try_it)
 
 
 def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     training = run.config.training
-    scarce = _PLENTY * run.memory.total > memory.available(run.model.device)
+    scarce = any(kept.group.gathered(_PLENTY * run.memory.total > memory.available(run.model.device)))
     optimizer = partial(adapter.split, run.model, run.config.lora, weight_decay=training.weight_decay)
     try:
         if run.config.model.use_liger_kernel:
@@ -225,65 +219,52 @@ def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _base(run: RunConfig) -> tuple[Any, str]:
-    """The base, whose numbers were looked at, and its fingerprint."""
+def _base(run: RunConfig, group: Group) -> tuple[Any, str]:
+    """The base, whose numbers were looked at, and its fingerprint. Raises ModelError: processes have different ones."""
     base = model.load_base(run.model)
     model.check_finite(base, run.model.name_or_path)
-    return base, model.fingerprint(base)
+    own = model.fingerprint(base)
+    if group.agreed(own) != own:
+        what, fix = f"the base on {host()} is another than that of the main process", "give all machines the same files"
+        raise ModelError(Problem(what, run.model.name_or_path, "model.name_or_path", fix))
+    return base, own
 
 
-def _tokenised(ready: Ready, run: RunConfig, renderer: Renderer, watch: Watch) -> Rows:
-    known, given = model.load_config(run.model), ready.rows
-    size, limit = known.get_text_config().vocab_size, model.context_length(known)
-    train = data.prepare(given.train, renderer, run.data, size, watch)
-    validation = data.prepare(given.validation, renderer, run.data, size, watch) if given.validation else None
-    for made in (train, validation) if validation else (train,):
-        _check_positions(made, run, limit)
-    leaks = data.find_leaks(given)
-    remarks = {part.name: part.remarks() for part in (given.train, given.validation) if part}
-    if odd := renderer.remark(train.rows.row(0).ids):
-        remarks["train"].append(odd)
-    return Rows(train, validation, remarks, leaks.remarks() if leaks else [], run.data.max_length)
-
-
-def _check_positions(made: Prepared, run: RunConfig, limit: int | None) -> None:
-    """Raises ConfigError: rows are longer than the model's context."""
-    longest = int(made.rows.lengths.max())
-    if limit is not None and longest > limit:
-        what = (
-            f"is {run.data.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
-        )
-        raise ConfigError(Problem(what, key="data.max_length", fix=f"set it to {limit}"))
-
-
-def _identity(run: Plan, ready: Ready) -> dict[str, Any]:
+def _identity(run: Plan, ready: Ready, group: Group) -> dict[str, Any]:
     """What is kept of the run in its checkpoints. Raises ResumeError: it is not the one that was interrupted."""
-    found = ready.resumed
-    identity = resuming.identity(run.config.resolved(), run.fingerprints, run.rows.train.report.counts())
+    found, counts = ready.resumed, run.rows.train.report.counts()
+    identity = resuming.identity(run.config.resolved(), run.fingerprints, counts, processes=group.count)
     if found is None:
         return identity
     resuming.check_same(found, identity, ready.allowed)
     return identity | {"changes": found.changes}
 
 
-def _kept(run: Plan, ready: Ready, identity: Mapping[str, Any], teller: Teller, stop: Stop) -> trainer.Run:
+def _kept(
+    run: Plan, ready: Ready, identity: Mapping[str, Any], teller: Teller, stop: Stop, group: Group
+) -> trainer.Run:
     """What the run is kept in and led by, and where it goes on. Raises ResourceError: the disk is too small."""
     size, found = 2 * run.memory.adapter + run.memory.optimizer + _BESIDE, ready.resumed
-    checkpoints = Checkpoints(ready.space.checkpoints, identity, size)
+    checkpoints = Checkpoints(ready.space.checkpoints, identity, size, written=group.main)
     if found is None:
-        workspace.check_room(ready.space, (KEPT + 1) * size + model.tokenizer_bytes(run.tokenizer))
-        return trainer.Run(checkpoints, teller.progress, stop)
+        if group.main:
+            workspace.check_room(ready.space, (KEPT + 1) * size + model.tokenizer_bytes(run.tokenizer))
+        return trainer.Run(checkpoints, teller.progress, stop, group)
     for problem in found.skipped:
         teller.note(str(problem))
     for change in found.changes:
         was, now = f"was {change['was']} up to step {change['step']}", f"is {change['is']} from there"
         teller.note(f"{change['key']} {was}, and {now}")
     teller.note(f"resuming from step {found.step}")
-    return trainer.Run(checkpoints, teller.progress, stop, found.checkpoint, found.rescaled)
+    before = found.before.get("processes", 1)
+    if before != group.count and run.config.lora.lora_dropout:
+        teller.note(f"dropout draws otherwise from there, with {group.count} processes in place of {before}")
+    return trainer.Run(checkpoints, teller.progress, stop, group, found.checkpoint, found.rescaled)
 
 
 def _stage(run: Plan, outcome: Outcome, changes: Sequence[Mapping[str, Any]], space: Workspace) -> int:
     """Put the whole adapter directory together beside its place. Returns the size of the adapter's weights in bytes."""
+    assert run.given is not None
     space.staging.mkdir()
     size = adapter.save(run.model, space.staging, run.start)
     run.tokenizer.save_pretrained(space.staging)

@@ -2,10 +2,10 @@
 
     python scripts/nursery.py
 
-reads a JSON object a line, {"argv": [...], "err": "FILE", "out": "FILE", "limit": bytes or null}, and answers with the
-process id of the fork; then, whenever one ends, with [process id, exit code], negative for the signal that killed it.
-The parent never computes, so that a fork finds no thread of torch's half way through anything. `Nursery` is the other
-end of it, for tests and scripts.
+reads a JSON object a line, {"argv": [...], "err": "FILE", "out": "FILE", "limit": bytes or null, "env": {...}}, and
+answers with the process id of the fork; then, whenever one ends, with [process id, exit code], negative for the signal
+that killed it. The parent never computes, so that a fork finds no thread of torch's half way through anything.
+`Nursery` is the other end of it, for tests and scripts.
 """
 
 import json
@@ -13,10 +13,11 @@ import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +77,11 @@ class Nursery:
         )
         self._born: list[int] = []
 
-    def start(self, *arguments: object, limit: int | None = None) -> Child:
+    def start(self, *arguments: object, limit: int | None = None, **environment: str) -> Child:
         """Start `loratune ARGUMENTS`. limit: the bytes beyond which no file may grow, as on a disk that is full."""
         number = len(self._children)
         out, err = self._scratch / f"{number}.out", self._scratch / f"{number}.err"
-        given = {"argv": [*map(str, arguments)], "out": str(out), "err": str(err), "limit": limit}
+        given = {"argv": [*map(str, arguments)], "out": str(out), "err": str(err), "limit": limit, "env": environment}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(given).encode() + b"\n")
         self._process.stdin.flush()
@@ -89,6 +90,16 @@ class Nursery:
         child = Child(self, self._born.pop(), err, out)
         self._children.append(child)
         return child
+
+    def launch(self, count: int, *arguments: object, each: Sequence[dict[str, Any]] = ()) -> list[Child]:
+        """Start so many processes of one run, each told what torchrun would tell it. each: more keywords of `start`."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port} for rank in range(count)]
+        more: Sequence[dict[str, Any]] = each or [{}] * count
+        return [self.start(*arguments, **shared | one | further) for one, further in zip(own, more, strict=True)]
 
     def listen(self, seconds: float) -> None:
         """Take in what the process has told, waiting for at most so long."""
@@ -133,6 +144,7 @@ def born(given: dict[str, Any]) -> int:
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(given[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.close(0)
+    os.environ |= given.get("env", {})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if limit := given.get("limit"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -163,6 +175,7 @@ def serve() -> None:
     """Until stdin ends."""
     import loratune.evaluate  # noqa: PLC0415  once for all forks, and not where only `Nursery` is wanted
     import loratune.generate  # noqa: PLC0415
+    import loratune.ranks  # noqa: PLC0415
     import loratune.show  # noqa: PLC0415
     import loratune.train  # noqa: F401, PLC0415
 

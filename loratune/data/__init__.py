@@ -67,6 +67,12 @@ def prepare(
     return Prepared(rows)
 
 
+def opened(directory: Path) -> Prepared | None:
+    """Rows that another process has prepared; None where this one does not find them."""
+    found = shards.opened(directory)
+    return Prepared(found) if found is not None else None
+
+
 def find_leaks(rows: Rows) -> Leaks | None:
     """Rows of the validation set that also stand in train; None without a validation set."""
     return repeats.shared(rows.train, rows.validation) if rows.validation else None

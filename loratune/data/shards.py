@@ -15,7 +15,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
@@ -41,14 +41,14 @@ _SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS)]
 
 
 class Shards(Sequence[dict[str, list[int]]]):
-    """Rows of `input_ids` and `labels`, mapped from disk. report: what became of all rows that were read."""
+    """Rows of `input_ids` and `labels`, mapped from a directory. report: what became of all rows that were read."""
 
     def __init__(self, directory: Path, lifetime: Any = None):
         """lifetime: held as long as the rows are, e.g. a temporary directory.
 
         Raises OSError, ValueError or KeyError: the directory does not hold whole shards.
         """
-        self._lifetime = lifetime
+        self._lifetime, self.directory = lifetime, directory
         records = [_record(path) for path in sorted(directory.glob("*.json"))]
         if not (directory / "whole").is_file():
             raise ValueError("not whole")
@@ -187,12 +187,10 @@ def kept(key: str, fill: Callable[[Writer], None]) -> Shards:
     """
     root = Path(datasets_config.HF_DATASETS_CACHE) / "loratune"
     final = root / key
-    try:
-        shards = Shards(final)
-        os.utime(final)
-        return shards
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
-        pass  # nothing there, or not what it should be
+    if (there := opened(final)) is not None:
+        with suppress(OSError):
+            os.utime(final)
+        return there
     with ExitStack() as stack:
         partial = _claimed(root, key, stack)
         lifetime = None
@@ -206,6 +204,14 @@ def kept(key: str, fill: Callable[[Writer], None]) -> Shards:
             shutil.rmtree(final)
         partial.rename(final)
         return Shards(final)
+
+
+def opened(directory: Path) -> Shards | None:
+    """The rows in a directory; None if there are none, or they are not what was written."""
+    try:
+        return Shards(directory)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return None
 
 
 def _fill(directory: Path, fill: Callable[[Writer], None]) -> None:

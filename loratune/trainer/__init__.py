@@ -5,19 +5,24 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from loratune.checkpoints import Checkpoints as Checkpoints
 from loratune.config import TrainingSection
 from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
-from loratune.interrupts import Stop
+from loratune.interrupts import Stop, Termination
 from loratune.kernels import expect, next_token_loss
+from loratune.launched import ALONE, Group
 from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper, astray, check_finite
 from loratune.trainer.callbacks import Progress as Progress
+from loratune.trainer.order import Loader, Order
 
 
 class Batches(Protocol):
@@ -37,14 +42,23 @@ class Batches(Protocol):
 class Run:
     """What a run is kept in and led by.
 
-    resume_from: a whole checkpoint; rescaled: by what its learning rates are multiplied.
+    group: the processes that share it; resume_from: a whole checkpoint; rescaled: by what its learning rates are
+    multiplied.
     """
 
     checkpoints: Checkpoints
     progress: Progress
     stop: Stop = field(default_factory=Stop)
+    group: Group = ALONE
     resume_from: Path | None = None
     rescaled: float = 1.0
+
+    def stopping(self) -> bool:
+        """Whether any process was asked to stop. All ask at the same moment, and all of them know from then on."""
+        asked = self.stop.asked
+        told = self.group.total([asked is kind for kind in (KeyboardInterrupt, Termination)])
+        self.stop.asked = Termination if told[1] else KeyboardInterrupt if told[0] else None
+        return self.stop.asked is not None
 
 
 class OutOfMemory(ResourceError):
@@ -91,9 +105,10 @@ class Loss:
 
 
 def arguments(
-    section: TrainingSection, checkpoints: Path, *, evaluated: bool, padded: bool = True
+    section: TrainingSection, checkpoints: Path, *, evaluated: bool, experts: bool = False
 ) -> TrainingArguments:
-    """The upstream arguments of a run. evaluated: there are rows to evaluate on; padded: batches have a mask."""
+    """The upstream arguments of a run. evaluated: there are rows to evaluate on; experts: a step may leave some of the
+    trained weights out."""
     return TrainingArguments(
         output_dir=str(checkpoints),
         **section.model_dump(),
@@ -102,8 +117,10 @@ def arguments(
         eval_strategy="steps" if evaluated and section.eval_steps else "no",
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0
-        include_num_input_tokens_seen="non_padding" if padded else "all",
+        ddp_find_unused_parameters=experts,
+        ddp_broadcast_buffers=False,  # angles of rotations and the like, which are the same everywhere
         remove_unused_columns=False,
+        use_cpu=not torch.accelerator.is_available(),  # or accelerate takes many processes for one
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to="none",
@@ -127,13 +144,17 @@ def fit(
     Raises NumericError: a loss, gradient or weight that is not finite, within one step of it. Raises OutOfMemory;
     ResourceError: the disk is full. Raises KeyboardInterrupt: the run was stopped, after a checkpoint.
     """
-    guard = Guard(run.checkpoints)
+    guard = Guard(run.checkpoints, run.group)
     rehearsal = Rehearsal(guard)
     drawn = section.model_copy(update={"per_device_train_batch_size": train.size})
-    settings = arguments(drawn, run.checkpoints.directory, evaluated=validation is not None, padded=not train.flat)
+    experts = any("expert" in name for name, one in model.named_parameters() if one.requires_grad)
+    settings = arguments(drawn, run.checkpoints.directory, evaluated=validation is not None, experts=experts)
     settings._n_gpu = min(settings.n_gpu, 1)  # Trainer would share batches out among all GPUs of a process
+    keep_apart(model)
     trainer = _Trainer(
         run,
+        train,
+        guard,
         model=model,
         args=settings,
         optimizer_cls_and_kwargs=optimizer(Trainer.get_optimizer_cls_and_kwargs(settings, model)),
@@ -141,10 +162,12 @@ def fit(
         eval_dataset=validation,
         data_collator=train.collate,
         compute_loss_func=guard.loss,
-        callbacks=[guard, rehearsal, Stopper(run.stop), Reporter(run.progress)],
+        callbacks=[guard, rehearsal, Stopper(run.stopping), Reporter(run.progress)],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own bars are off; `progress` shows the run
-    rehearsal.rehearse = partial(trainer.rehearse, train, validation, rehearsed)
+    rehearsal.rehearse = partial(trainer.rehearse, validation, rehearsed)
+    if run.group.rank:
+        torch.manual_seed(section.seed + run.group.rank)  # or all would drop the same of different rows
     start = time.monotonic()
     try:
         with suppress(_Done):
@@ -177,7 +200,14 @@ def _outcome(trainer: Trainer, seconds: float) -> Outcome:
     )
 
 
-def check_sound(model: PreTrainedModel, train: Batches, checkpoints: Checkpoints, step: int) -> None:
+def keep_apart(model: PreTrainedModel) -> None:
+    """Leave what is frozen out of what DDP sends around: every process has loaded it."""
+    names = [name for name, one in model.named_parameters() if not one.requires_grad]
+    names += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # type: ignore[no-untyped-call]
+
+
+def check_sound(model: PreTrainedModel, train: Batches, run: Run, step: int) -> None:
     """See whether what the last step made still gives a loss, which no step after it has shown.
 
     Raises NumericError: the loss of the first rows is NaN or inf; the checkpoint of the step is gone then.
@@ -186,7 +216,7 @@ def check_sound(model: PreTrainedModel, train: Batches, checkpoints: Checkpoints
     if not loss.total < float("inf"):
         fix = "lower training.learning_rate"
         problem = Problem(f"after the last step the loss is {loss.mean}", key="training.learning_rate", fix=fix)
-        raise astray(problem, checkpoints, step)
+        raise astray(problem, run.checkpoints, step)
 
 
 @torch.inference_mode()
@@ -195,25 +225,31 @@ def held_out_loss(
     rows: Batches,
     numbers: Sequence[int] | None = None,
     before_batch: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
+    group: Group = ALONE,
 ) -> Loss:
-    """The loss over all learnt tokens of some items, each token counting once however they are batched.
+    """The loss over all learnt tokens of some items, each token counting once however they are batched and shared out.
 
-    numbers: of the items; None: all. Raises what `before_batch` raises, which is shown every batch.
+    numbers: of the items; None: all; group: what takes a share of them each. Raises what `before_batch` raises, which
+    is shown every batch.
     """
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
     chosen = range(len(rows.items)) if numbers is None else numbers
-    for start in range(0, len(chosen), rows.size):
-        batch = rows.collate([rows.items[number] for number in chosen[start : start + rows.size]])
+    batches = [chosen[start : start + rows.size] for start in range(0, len(chosen), rows.size)]
+    for first in range(0, len(batches), group.count):
+        place = first + group.rank
+        batch = rows.collate([rows.items[number] for number in batches[place % len(batches)]])
         before_batch(batch)
         labels = batch.pop("labels").to(model.device)
         expect(model, labels)
         logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits
         loss, count = next_token_loss(logits, labels)
-        total, tokens = total + loss.item(), tokens + int(count)
+        if place < len(batches):  # where none is left, one is read again, so that all take part in every pass
+            total, tokens = total + loss.item(), tokens + int(count)
     model.train(was_training)
-    return Loss(total, tokens)
+    summed = group.total([total, tokens])
+    return Loss(summed[0], int(summed[1]))
 
 
 class _Done(Exception):
@@ -227,13 +263,18 @@ class _Stopped(Exception):
 class _Trainer(Trainer):
     """Trainer that writes whole checkpoints, and evaluates to a mean over tokens; upstream's is a mean over batches."""
 
-    def __init__(self, run: Run, **arguments: Any):
-        self.run = run
+    def __init__(self, run: Run, rows: Batches, guard: Guard, **arguments: Any):
+        self.run, self.rows, self.guard = run, rows, guard
         self.shape: tuple[int, ...] = ()
         self.evaluating = False
         super().__init__(**arguments)
 
-    def rehearse(self, train: Batches, validation: Batches | None, wanted: bool) -> None:
+    def get_train_dataloader(self) -> Loader:
+        """The batches of this process."""
+        order = Order(len(self.rows.items), self.rows.size, self.args.seed, self.run.group)
+        return Loader(self.rows.items, order, self.rows.collate, pinned=self.args.dataloader_pin_memory)
+
+    def rehearse(self, validation: Batches | None, wanted: bool) -> None:
         """If it is wanted, forward and backward of the largest batch, and the largest evaluation; nothing of it stays.
 
         A run that was stopped in an evaluation takes it now. Raises ResumeError: more steps were taken than are asked.
@@ -246,7 +287,7 @@ class _Trainer(Trainer):
         if done == steps:
             raise _Done
         if wanted:
-            batch = train.collate([train.items[number] for number in train.heaviest()])
+            batch = self.rows.collate([self.rows.items[number] for number in self.rows.heaviest()])
             with torch.random.fork_rng():
                 self.training_step(self.model_wrapped, batch, None)
             self.model.zero_grad()
@@ -291,12 +332,12 @@ class _Trainer(Trainer):
 
     def _loss(self, rows: Batches, numbers: Sequence[int] | None = None) -> Loss:
         self.evaluating = True
-        loss = held_out_loss(self.model, rows, numbers, before_batch=self._go_on)
+        loss = held_out_loss(self.model, rows, numbers, before_batch=self._go_on, group=self.run.group)
         self.evaluating = False
         return loss
 
     def _go_on(self, batch: dict[str, torch.Tensor]) -> None:
-        if self.run.stop.asked is not None:
+        if self.run.stopping():
             self.evaluating = False
             raise _Stopped
         self.shape = tuple(batch["input_ids"].shape)
@@ -306,6 +347,9 @@ class _Trainer(Trainer):
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         self.shape = tuple(prepared["input_ids"].shape)
         expect(self.model, prepared["labels"])
+        if (prepared["labels"] >= 0).any():
+            counted = prepared.get("attention_mask", torch.ones(()).expand(self.shape))
+            self.guard.tokens += int(counted.sum())
         return prepared | {"use_cache": False}
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -319,6 +363,24 @@ class _Trainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The trained weights, and no pickled arguments beside them."""
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The random states of all processes, written by the main one."""
+        if self.run.group.count == 1:
+            super()._save_rng_state(output_dir)
+            return
+        with TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            states = self.run.group.gathered([(path.name, path.read_bytes()) for path in Path(own).iterdir()])
+        for name, state in chain.from_iterable(states) if self.run.group.main else ():
+            (Path(output_dir) / name).write_bytes(state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As upstream, where a run goes on with as many processes; else they draw from new states."""
+        if checkpoint is not None and len(list(Path(checkpoint).glob("rng_state*.pth"))) != self.run.group.count:
+            torch.manual_seed(self.args.seed + self.run.group.rank + (self.state.global_step << 16))
+            return
+        super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

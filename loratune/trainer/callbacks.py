@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 
 from loratune.checkpoints import Checkpoints
 from loratune.errors import NumericError, Problem
-from loratune.interrupts import Stop
 from loratune.kernels import global_norm, next_token_loss
+from loratune.launched import Group
 
 
 class Progress(Protocol):
@@ -31,25 +31,37 @@ class Progress(Protocol):
 
 
 class Guard(TrainerCallback):
-    """The loss of every micro-step, and the stop as soon as a number is not finite."""
+    """The loss of every micro-step, and the stop as soon as a number is not finite.
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self.checkpoints = checkpoints
+    tokens: read by this process since the last optimizer step.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, group: Group) -> None:
+        self.checkpoints, self.group = checkpoints, group
         self.sum: torch.Tensor | None = None
+        self.tokens = 0
 
     def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-        """The summed loss over the learnt tokens of the whole optimizer step: accumulation changes nothing."""
+        """The summed loss over the learnt tokens of the whole optimizer step, of all processes: neither accumulation
+        nor their number changes anything."""
         total, count = next_token_loss(outputs.logits, labels)
         value = total / (count if num_items_in_batch is None else num_items_in_batch)
-        self.sum = value.detach() if self.sum is None else self.sum + value.detach()
+        own = value.detach().clone()  # Trainer multiplies the loss in place, by the number of processes
+        self.sum = own if self.sum is None else self.sum + own
         return value
+
+    def forget(self) -> None:
+        """Begin a step anew."""
+        self.sum, self.tokens = None, 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Before the weights take anything on. One transfer from the device per optimizer step."""
         norm = global_norm([p.grad for p in model.parameters() if p.grad is not None])
         assert self.sum is not None
         loss, norm = torch.stack([self.sum.float(), norm.to(self.sum.device).float()]).tolist()
-        self.sum = None
+        loss, tokens = self.group.total([loss, self.tokens])
+        state.num_input_tokens_seen += int(tokens)
+        self.forget()
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not abs(value) < float("inf"):
                 fix = "lower training.learning_rate, or train in float32" if state.global_step else "is the base sound?"
@@ -86,18 +98,21 @@ class Rehearsal(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step, also of a resumed run."""
         self.rehearse()
-        self.guard.sum = None
+        self.guard.forget()
 
 
 class Stopper(TrainerCallback):
-    """Ends a run at the next step, with a checkpoint, once that is asked for."""
+    """Ends a run at the next step, with a checkpoint, once that is asked for.
 
-    def __init__(self, stop: Stop):
-        self.stop = stop
+    asked: whether any process was asked to stop; all of them call it together.
+    """
+
+    def __init__(self, asked: Callable[[], bool]):
+        self.asked = asked
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each optimizer step."""
-        if self.stop.asked is not None:
+        if self.asked():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 

@@ -1,0 +1,268 @@
+"""Several processes as one run, on torch.distributed as accelerate sets it up.
+
+What they agree on while steps are taken goes through torch's collectives; what one of them may take minutes for, and
+what ends them, through a store of their own, which no collective blocks. A thread in each process shows there that it
+is alive, and ends the process when another one has failed or gone, whatever its main thread is waiting for.
+"""
+
+import json
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from loratune.errors import LostError, Problem
+from loratune.launched import Failure, host
+
+T = TypeVar("T")
+
+BEAT = 0.5
+"""Seconds between two signs of life."""
+PATIENCE = 30.0
+"""Seconds without a sign of life after which a process is given up. A cable that is out for 10 s costs no run."""
+SILENT = 2.0
+"""The same, where a connection broke, or everything is being stopped: then it needs no second look."""
+SOON = 3.0
+"""Seconds that processes which are ending wait for each other."""
+_PIECE = 4 << 20  # bytes; a value in the store has at most 8 MiB
+_RESUME = "once all is back, go on with --resume"
+
+
+def join() -> "Together":
+    """Meet the other processes, on the device that is this one's. Raises LostError: they do not come together."""
+    try:
+        return Together(PartialState(cpu=not torch.accelerator.is_available()))
+    except (RuntimeError, ValueError, OSError) as error:  # torch's errors of the network are RuntimeErrors
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+        what = f"the processes do not come together: {reason}"
+        raise LostError(Problem(what, where, fix="is that address right, and reachable from each machine?")) from None
+
+
+class Together:
+    """A group of several processes; see `launched.Group`."""
+
+    def __init__(self, state: PartialState):
+        self.rank, self.count = state.process_index, state.num_processes
+        self.main, self.leads = self.rank == 0, state.local_process_index == 0
+        self._device = state.device
+        self._store = _own_store(self.main)
+        self._said, self._parted = 0, False
+        self._watch = _Watch(self._store, self.rank, self.count)
+        self._watch.hosts = self.gathered(host())
+        self._watch.start()
+
+    def agreed(self, value: T) -> T:
+        """What the main process gives, in all of them."""
+        key = self._next()
+        if self.main:
+            self._put(key, value)
+            return value
+        found: T = self._get(key)
+        return found
+
+    def gathered(self, value: T) -> list[T]:
+        """What all of them give, by rank."""
+        key = self._next()
+        self._put(f"{key}/{self.rank}", value)
+        found: list[T] = [self._get(f"{key}/{rank}") for rank in range(self.count)]
+        if self._store.add(f"{key}/read", 1) == self.count:
+            self._forget(key)
+        return found
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sums over all of them."""
+        sums = torch.tensor(list(values), dtype=torch.float64, device=self._device)
+        dist.all_reduce(sums)
+        found: list[float] = sums.tolist()
+        return found
+
+    def on_end(self, clear: Callable[[], None]) -> None:
+        """What this process clears away when another one ends them all."""
+        self._watch.clear = clear
+
+    def fail(self, error: BaseException, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:
+        """All of them end. What is printed is the first failure of all, or this one's own if it is of the same kind."""
+        if self._parted:
+            return list(problems), code
+        mine = Failure(self.rank, host(), tuple(problems), code)
+        if _is_broken(error) or isinstance(error, KeyboardInterrupt):  # because another one has gone, perhaps
+            mine = self._watch.why(SOON, only_if_gone=isinstance(error, KeyboardInterrupt)) or mine
+        first = self._watch.end(mine)
+        told = first if first.code != code else mine
+        return (told.told(self.rank) if self._watch.tells(first) else []), told.code
+
+    def part(self) -> None:
+        """Wait for all, then stop watching them."""
+        self.gathered(None)
+        self._parted = True
+        self._watch.leave()
+        dist.destroy_process_group()
+
+    def _next(self) -> str:
+        self._said += 1
+        return f"said/{self._said}"
+
+    def _put(self, key: str, value: Any) -> None:
+        raw = pickle.dumps(value)
+        pieces = [raw[start : start + _PIECE] for start in range(0, len(raw), _PIECE)]
+        for number, piece in enumerate(pieces):
+            self._store.set(f"{key}/{number}", piece)  # type: ignore[arg-type]  # it takes bytes as well
+        self._store.set(key, str(len(pieces)))
+
+    def _forget(self, key: str) -> None:
+        """Remove what all have read."""
+        for rank in range(self.count):
+            whole = f"{key}/{rank}"
+            for name in (*(f"{whole}/{number}" for number in range(int(self._store.get(whole)))), whole):
+                self._store.delete_key(name)
+
+    def _get(self, key: str) -> Any:
+        while not self._store.check([key]):  # to wait inside the store would keep the other thread out of it
+            time.sleep(0.02)
+        pieces = range(int(self._store.get(key)))
+        return pickle.loads(b"".join(self._store.get(f"{key}/{number}") for number in pieces))
+
+
+def _own_store(main: bool) -> TCPStore:
+    """A store beside torch's, which the main process keeps at a port that is free."""
+    address = os.environ["MASTER_ADDR"]
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False) if main else None
+    port = [store.port if store is not None else 0]
+    dist.broadcast_object_list(port)
+    return store or TCPStore(address, port[0], is_master=False, wait_for_workers=False)
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Whether a collective failed because a connection did. Gloo's errors have no class of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+class _Watch(threading.Thread):
+    """Shows that its process is alive, and sees that the others are: the main one looks at all, they look at it."""
+
+    def __init__(self, store: TCPStore, rank: int, count: int):
+        super().__init__(name="loratune-watch", daemon=True)
+        self.hosts: list[str] = []
+        self.clear: Callable[[], None] = lambda: None
+        self._store, self._rank, self._count = store, rank, count
+        self._main, self._beats = rank == 0, 0
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._over, self._ending = threading.Event(), threading.Lock()
+        self._errors = sys.stderr
+        self._beat()
+
+    def run(self) -> None:
+        """Until it is told to stop, or a process has failed."""
+        while not self._over.wait(BEAT):
+            try:
+                self._beat()
+                failure = self._failure() or self._given_up(PATIENCE)
+            except (RuntimeError, OSError):  # the store has gone, and with it the process that kept it
+                failure = self._gone(0)
+            if failure is not None:
+                self._end_here(failure)
+                return
+
+    def end(self, failure: Failure) -> Failure:
+        """Tell all of a failure. Returns the one that was told first. No other thread ends the process after this."""
+        self._ending.acquire()
+        self._over.set()
+        self.join()
+        first = self._published(failure)
+        self._meet()
+        return first
+
+    def tells(self, failure: Failure) -> bool:
+        """Whether this process tells the user: the main one, or the first of its machine if that has gone."""
+        if failure.rank != 0 or failure.code != LostError.exit_code:
+            return self._main
+        beside = [rank for rank in range(1, self._count) if self.hosts[rank] == self.hosts[self._rank]]
+        return self._rank == min(beside)
+
+    def why(self, seconds: float, *, only_if_gone: bool) -> Failure | None:
+        """What another process failed of, or which one has gone, as soon as that is known. A signal that all were sent
+        shows in the failures of the others, and is none of these."""
+        begun = time.monotonic()
+        while time.monotonic() < begun + seconds:
+            try:
+                if (failure := self._failure()) is not None:
+                    return None if only_if_gone else failure
+                if (failure := self._given_up(SILENT)) is not None:
+                    return failure
+            except (RuntimeError, OSError):
+                return self._gone(0)
+            time.sleep(BEAT / 5)
+        return None
+
+    def leave(self) -> None:
+        """Stop, when all have come to this point."""
+        self._over.set()
+        self.join()
+        self._meet()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(f"beat/{self._rank}", str(self._beats))
+
+    def _failure(self) -> Failure | None:
+        if not self._store.check(["failed"]):
+            return None
+        return Failure.from_json(json.loads(self._store.get("failed")))
+
+    def _given_up(self, patience: float) -> Failure | None:
+        """A process that has not shown that it is alive for so many seconds."""
+        for rank in range(1, self._count) if self._main else [0]:
+            beat, now = self._store.get(f"beat/{rank}"), time.monotonic()
+            known, since = self._seen.get(rank, (b"", now))
+            if beat != known:
+                self._seen[rank] = (beat, now)
+            elif now - since > patience:
+                return self._gone(rank)
+        return None
+
+    def _gone(self, rank: int) -> Failure:
+        which = "the main process" if rank == 0 else f"process {rank}"
+        what = f"{which} on {self.hosts[rank]} has gone, or cannot be reached"
+        return Failure(rank, self.hosts[rank], (Problem(what, fix=_RESUME),), LostError.exit_code)
+
+    def _published(self, failure: Failure) -> Failure:
+        try:
+            said = self._store.compare_set("failed", "", json.dumps(failure.as_json()))
+            return Failure.from_json(json.loads(said))
+        except (RuntimeError, OSError):
+            return failure
+
+    def _meet(self) -> None:
+        """The main process, which keeps the store, stays until the others have read it."""
+        deadline = time.monotonic() + SOON
+        try:
+            if not self._main:
+                self._store.add("read", 1)
+                return
+            while self._store.add("read", 0) < self._count - 1 and time.monotonic() < deadline:
+                time.sleep(0.02)
+        except (RuntimeError, OSError):
+            return
+
+    def _end_here(self, failure: Failure) -> None:
+        """End the process from beside its main thread, which may be waiting for what never comes."""
+        if not self._ending.acquire(blocking=False):
+            return  # the main thread is ending it
+        failure = self._published(failure)
+        if self.tells(failure):
+            lines = [f"error: {problem}" for problem in failure.told(self._rank)]
+            print(*lines, sep="\n", file=self._errors, flush=True)
+        self._meet()
+        try:
+            self.clear()
+        finally:
+            os._exit(failure.code)

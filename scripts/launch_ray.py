@@ -1,0 +1,24 @@
+"""Train on all machines of a Ray cluster: `python scripts/launch_ray.py config.yaml [more of loratune train]`."""
+
+import subprocess
+import sys
+
+import ray
+
+
+@ray.remote  # type: ignore[untyped-decorator]
+def start(command: list[str]) -> int:
+    """Run torchrun on the machine that this task was sent to."""
+    return subprocess.run(command, check=False).returncode
+
+
+ray.init(address="auto")
+nodes = [node for node in ray.nodes() if node["Alive"]]
+run = ["--rdzv-backend", "c10d", "--rdzv-id", "loratune", "--rdzv-endpoint", f"{nodes[0]['NodeManagerAddress']}:29500"]
+tasks = []
+for node in nodes:
+    count = int(node["Resources"].get("GPU", 0))
+    command = ["torchrun", "--nnodes", str(len(nodes)), "--nproc-per-node", str(max(count, 1)), *run]
+    there = start.options(num_gpus=count, resources={f"node:{node['NodeManagerAddress']}": 0.01})
+    tasks.append(there.remote([*command, "-m", "loratune", "train", *sys.argv[1:]]))
+sys.exit(max(ray.get(tasks)))

@@ -1,0 +1,280 @@
+"""Several processes as one run: the same result, one writer, and an end for all when one of them ends."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, write_rows
+from nursery import Child, Nursery
+from running import WEIGHTS, MakeConfig, checkpoints, curve, until
+from safetensors.torch import load_file
+
+from loratune.launched import ALONE, Alone
+from loratune.trainer.order import Order
+
+SOON = 20  # seconds in which all processes have ended when one has, with room for a machine that is busy
+UNEVEN = [
+    {"prompt": "q" * (7 * number % 29 + 1), "completion": " " + "ab" * (5 * number % 13 + 1)} for number in range(45)
+]
+"""The last step of an epoch has fewer rows than a batch, in every way of sharing that is tried."""
+EVALUATED: dict[str, Any] = {"validation": 0.2}
+
+
+def trained(processes: Nursery, config: Path, out: Path, count: int, *settings: str) -> dict[str, Any]:
+    """What a run of so many processes records."""
+    assignments = [part for one in (f"output_dir={out}", *settings) for part in ("--set", one)]
+    children = processes.launch(count, "train", config, *assignments)
+    assert [child.wait() for child in children] == [0] * count, "\n".join(child.said() for child in children)
+    record: dict[str, Any] = json.loads((out / "loratune.json").read_text())
+    return record
+
+
+def shared(size: int, accumulated: int = 1) -> tuple[str, str]:
+    return (
+        f"training.per_device_train_batch_size={size}", f"training.gradient_accumulation_steps={accumulated}",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", ["none", "batch"])
+def test_two_and_four_processes_do_what_one_does(
+    packing: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    rows = str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))
+    training = {"num_train_epochs": 3, "eval_steps": 4}
+    config = run_config(data={"train": rows, "packing": packing, **EVALUATED}, training=training)
+    alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
+    for count, settings in ((2, shared(4)), (2, shared(2, 2)), (4, shared(2)), (4, shared(1, 2))):
+        out = tmp_path / f"{count} {settings}"
+        same(trained(processes, config, out, count, *settings), alone)
+        tensors, expected = load_file(out / WEIGHTS), load_file(tmp_path / "1" / WEIGHTS)
+        assert all((tensors[name] - expected[name]).abs().max() < 1e-4 for name in expected)
+
+
+def test_packs_are_shared_out(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """A pack is what one process takes in a micro-step, so two processes take what one accumulates."""
+    data = {"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN)), "packing": "full", "max_length": 60}
+    config = run_config(data={**data, **EVALUATED}, training={"num_train_epochs": 3, "eval_steps": 4})
+    alone = trained(processes, config, tmp_path / "1", 1, *shared(2, 4))
+    for count, accumulated in ((2, 2), (4, 1)):
+        same(trained(processes, config, tmp_path / f"{count}", count, *shared(2, accumulated)), alone)
+
+
+def same(record: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The curve within 1e-5, and the very tokens."""
+    for entry, known in zip(curve(record), curve(expected), strict=True):
+        for name in ("loss", "eval_loss", "learning_rate"):
+            assert entry.get(name) == pytest.approx(known.get(name), abs=1e-5), (entry, known)
+    assert record["metrics"]["tokens"] == expected["metrics"]["tokens"]
+
+
+class Member(Alone):
+    """One of several, who says nothing."""
+
+    def __init__(self, rank: int, count: int):
+        self.rank, self.count = rank, count  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("items", [1, 3, 7, 8, 45])
+@pytest.mark.parametrize("count, size, accumulated", [(2, 4, 1), (4, 2, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1)])
+def test_steps_take_the_same_rows_in_the_same_order(items: int, count: int, size: int, accumulated: int) -> None:
+    for epoch in range(2):
+        whole, parts = Order(items, 8, 7, ALONE), [Order(items, size, 7, Member(rank, count)) for rank in range(count)]
+        for order in (whole, *parts):
+            order.set_epoch(epoch)
+        assert len({len(order) for order in parts}) == 1
+        micro = [[row for share in shares for row in share] for shares in zip(*parts, strict=True)]
+        steps = [
+            [row for one in micro[start : start + accumulated] for row in one]
+            for start in range(0, len(micro), accumulated)
+        ]
+        assert steps == list(whole)
+        assert sorted(row for step in steps for row in step) == list(range(items))
+        assert all(len(share) <= size for order in parts for share in order)
+
+
+def test_epochs_have_orders_of_their_own() -> None:
+    order = Order(40, 8, 7, ALONE)
+    first = list(order)
+    order.set_epoch(1)
+    assert list(order) != first
+    assert list(Order(40, 8, 8, ALONE)) != first
+
+
+def test_one_writes_and_tells(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The other process has a cache and a directory for temporary files of its own, in which nothing is found."""
+    config = run_config(data={"train": str(write_rows(tmp_path / "new.jsonl", UNEVEN))}, training={"save_steps": 1})
+    own = {name: tmp_path / name for name in ("HF_DATASETS_CACHE", "TMPDIR")}
+    for path in own.values():
+        path.mkdir()
+    children = processes.launch(2, "train", config, each=[{}, {name: str(path) for name, path in own.items()}])
+    assert [child.wait() for child in children] == [0, 0], children[0].said()
+    assert not any(any(path.iterdir()) for path in own.values())
+    assert children[0].out.read_text().startswith("done")
+    assert "step     1/" in children[0].said()
+    assert children[1].out.read_text() == children[1].said() == ""
+
+
+# Ends
+
+
+RUNNING: dict[str, Any] = {
+    "lora": {"lora_dropout": 0.3},
+    "training": {
+        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 20, "save_steps": 2,
+    },
+}  # fmt: skip
+
+
+def begun(processes: Nursery, config: Path, tmp_path: Path, *arguments: str) -> list[Child]:
+    """A run of two processes, some checkpoints further than it was."""
+    before = checkpoints(tmp_path / "out.partial")[:1]
+    children = processes.launch(2, "train", config, *arguments)
+    until(lambda: checkpoints(tmp_path / "out.partial")[:1] not in ([], before), children[0])
+    return children
+
+
+def ended(children: list[Child]) -> list[int]:
+    begin = time.monotonic()
+    codes = [child.wait(SOON) for child in children]
+    assert time.monotonic() - begin < SOON
+    return codes
+
+
+def finished(children: list[Child]) -> list[int]:
+    return [child.wait() for child in children]
+
+
+def straight(processes: Nursery, config: Path, tmp_path: Path) -> bytes:
+    trained(processes, config, tmp_path / "straight", 2)
+    return (tmp_path / "straight" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_is_killed(rank: int, processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The other one ends too, says who has gone, and the run goes on to the same bytes."""
+    config = run_config(**RUNNING)
+    expected = straight(processes, config, tmp_path)
+    children = begun(processes, config, tmp_path)
+    time.sleep(random.Random(rank).random() * 0.05)
+    children[rank].send(signal.SIGKILL)
+    assert sorted(ended(children)) == [-signal.SIGKILL, 10]
+    who = f"process {rank}" if rank else "the main process"
+    said = children[1 - rank].said().splitlines()[-1]
+    assert said == (
+        f"error: {who} on {os.uname().nodename} has gone, or cannot be reached; once all is back, go on with --resume"
+    )
+    assert finished(processes.launch(2, "train", config, "--resume")) == [0, 0]
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    "number, code, word", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize("told", [(0,), (1,), (0, 1), (0, 1, 0, 1)])
+def test_a_signal_stops_all_at_one_step(
+    told: tuple[int, ...], number: int, code: int, word: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """However many hear it, and if the launcher passes it on as well."""
+    config = run_config(**RUNNING)
+    children = begun(processes, config, tmp_path)
+    for rank in told:
+        children[rank].send(number)
+    assert ended(children) == [code, code], children[0].said()
+    assert f"error: {word}; continue with: loratune train {config} --resume" in children[0].said().replace(
+        f"{sys.argv[0]} train", "loratune train"
+    )
+    assert children[1].said() == ""
+    if told == (0, 1):
+        assert finished(processes.launch(2, "train", config, "--resume")) == [0, 0]
+        assert (tmp_path / "out" / WEIGHTS).read_bytes() == straight(processes, config, tmp_path)
+
+
+def test_a_fault_of_one_ends_all(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Process 1 has no room for its temporary files; the main process says so, and all end with that code."""
+    config = run_config(**RUNNING)
+    children = processes.launch(2, "train", config, each=[{}, {"limit": 100}])
+    assert ended(children) == [8, 8], children[0].said()
+    assert f"error: process 1 on {os.uname().nodename}: " in children[0].said()
+    assert children[1].said() == ""
+
+
+def test_a_fault_of_all_is_told_once(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    config = run_config(training={"learning_rate": 1e30, "max_grad_norm": 0.0})
+    children = processes.launch(2, "train", config)
+    assert ended(children) == [6, 6]
+    assert children[0].said().count("error: ") == 1
+    assert children[1].said() == ""
+    children = processes.launch(2, "train", tmp_path / "missing.yaml")
+    assert ended(children) == [2, 2]
+    assert children[0].said().count("error: ") == 1 and children[1].said() == ""
+
+
+def test_one_that_never_comes(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """It is killed while the other one still reads."""
+    config = run_config(**RUNNING)
+    children = processes.launch(2, "train", config)
+    children[1].send(signal.SIGKILL)
+    children[0].send(signal.SIGTERM)
+    assert ended(children)[0] in (10, 143)
+    assert not (tmp_path / "out.partial").exists()
+
+
+# On another number of processes
+
+
+def test_resuming_on_more_or_fewer(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Refused where a step would take other rows; exact where it takes the same."""
+    training = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "save_steps": 3,
+        "num_train_epochs": 4,
+    }
+    config = run_config(training=training, data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))})
+    expected = trained(processes, config, tmp_path / "straight", 2)
+    children = begun(processes, config, tmp_path)
+    for child in children:
+        child.send(signal.SIGKILL)
+    ended(children)
+    refused = processes.start("train", config, "--resume")
+    assert refused.wait() == 7
+    assert (
+        "error: training.gradient_accumulation_steps: a step took 8 (2 processes x 2 x 2) rows when the run was "
+        "interrupted, and would now take 4 (1 processes x 2 x 2); start 2 processes, or change it with --allow-change"
+    ) in refused.said()
+    changed = (
+        "--set",
+        "training.gradient_accumulation_steps=4",
+        "--allow-change",
+        "training.gradient_accumulation_steps",
+    )
+    children = processes.launch(1, "train", config, "--resume", *changed)
+    assert finished(children) == [0], children[0].said()
+    same(json.loads((tmp_path / "out" / "loratune.json").read_text()), expected)
+
+
+# As the README has it
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("torchrun", "--nproc-per-node", "2"),
+        ("accelerate", "launch", "--config_file", str(ROOT / "configs" / "accelerate" / "cpu.yaml")),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_launchers(launcher: tuple[str, ...], run_config: MakeConfig, tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name(launcher[0])
+    command = [program, *launcher[1:], "-m", "loratune", "train", run_config()]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("done\n  adapter ")
+    assert (tmp_path / "out" / WEIGHTS).is_file()
