@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from loratune import adapter, kernels
+from loratune import adapter, kernels, launched
 from loratune.config import DataSection, TrainingSection
 from loratune.data import Prepared
 from loratune.data.packing import Batches, Packing, why_not
@@ -30,8 +30,9 @@ def batch(
 
     model: a `PeftModel` with its weights, which stays as it is.
     """
-    with kernels.fitted(model, adapter.linear) as left:
-        packing, notes = _packing(model, train, data, training, mixed="attention" in left)
+    sharded = bool(launched.sharding())
+    with kernels.fitted(model, adapter.linear, sharded=sharded) as left:
+        packing, notes = _packing(model, train, data, training, mixed=sharded or "attention" in left)
 
     def made(rows: Prepared) -> Batches:
         size = training.per_device_train_batch_size

@@ -93,6 +93,9 @@ def _fail(group: Group, error: BaseException, debug: bool) -> None:
         traceback.print_exception(error)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
+    if group.count > 1:
+        sys.stderr.flush()
+        os._exit(code)  # torch may wait for the others as Python ends, and they are gone
     raise typer.Exit(code) from None
 
 

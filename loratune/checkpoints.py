@@ -22,8 +22,12 @@ RUN = "run.json"
 PREFIX = "checkpoint-"
 KEPT = 2
 """How many whole checkpoints are kept."""
-_NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state", "trainer_state.json", RUN)
-"""What the names of its files begin with, of which there is one at least; a random state for each process."""
+_NEEDED = (
+    ("adapter_model.safetensors",), ("optimizer.pt", "global_step"), ("scheduler.pt",), ("rng_state",),
+    ("trainer_state.json",), (RUN,),
+)  # fmt: skip
+"""How the names of its files begin, one at least of each: DeepSpeed keeps its optimizer in a directory for the step,
+and there is a random state for each process."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,11 @@ class Checkpoints:
 def seal(checkpoint: Path) -> None:
     """Flush every file of a finished checkpoint, then write its manifest of sizes and SHA-256."""
     files = {}
-    for path in sorted(checkpoint.iterdir()):
+    for path in sorted(checkpoint.rglob("*")):
         sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        if path.is_file():
+            name = str(path.relative_to(checkpoint))
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_json(checkpoint / MANIFEST, files)
     sync(checkpoint / MANIFEST)
     sync(checkpoint)
@@ -121,8 +127,8 @@ def _fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty if it is whole."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())
-        if absent := [name for name in _NEEDED if not any(file.startswith(name) for file in files)]:
-            return f"{MANIFEST} does not name {absent[0]}"
+        if absent := [names for names in _NEEDED if not any(file.startswith(names) for file in files)]:
+            return f"{MANIFEST} does not name {absent[0][0]}"
         listed = [(checkpoint / name, expected["bytes"], expected["sha256"]) for name, expected in files.items()]
     except FileNotFoundError:
         return "it was not written to its end"

@@ -249,6 +249,10 @@ def _checked(
     from loratune import config, workspace
 
     run = config.load(config_file, assignments)
+    if run.model.device_map is not None and launched.count() > 1:
+        what = f"auto spreads one model over all GPUs, and each of {launched.count()} processes would do so"
+        fix = f"leave it out, or start one process: loratune train {shlex.quote(str(config_file))}"
+        raise ConfigError(Problem(what, str(config_file), "model.device_map", fix))
     _tell(config.portability(run.lora))
     space = workspace.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loratune import config, data, launched, places, resuming, saved
+from loratune import config, data, places, resuming, saved
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import Rows, Watch
 from loratune.data.sources import looks_like_hub_id
@@ -67,9 +67,7 @@ def check(run: RunConfig, space: Workspace, watch: Watch, resume: Sequence[str] 
     if places.is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
         quantized.check_directory(Path(places.local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
     pinned = _pinned(run)
-    resumed = None
-    if resume is not None:
-        resumed = resuming.find(space.checkpoints, pinned.resolved(), resume, launched.count())
+    resumed = resuming.find(space.checkpoints, pinned.resolved(), resume) if resume is not None else None
     return Ready(pinned, space, data.check(run.data, run.training.seed, watch), tuple(resume or ()), resumed)
 
 

@@ -146,39 +146,41 @@ def _is_broken(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-class _Watch(threading.Thread):
-    """Shows that its process is alive, and sees that the others are: the main one looks at all, they look at it."""
+class _Watch:
+    """Shows that its process is alive, and sees that the others are: the main one looks at all, they look at it.
+
+    One thread talks to the store. What it asks across a cable that is cut never returns, so a second thread looks at
+    nothing but the time since the last answer.
+    """
 
     def __init__(self, store: TCPStore, rank: int, count: int):
-        super().__init__(name="loratune-watch", daemon=True)
         self.hosts: list[str] = []
         self.clear: Callable[[], None] = lambda: None
         self._store, self._rank, self._count = store, rank, count
         self._main, self._beats = rank == 0, 0
         self._seen: dict[int, tuple[bytes, float]] = {}
+        self._answered = time.monotonic()
         self._over, self._ending = threading.Event(), threading.Lock()
         self._errors = sys.stderr
         self._beat()
 
-    def run(self) -> None:
-        """Until it is told to stop, or a process has failed."""
-        while not self._over.wait(BEAT):
-            try:
-                self._beat()
-                failure = self._failure() or self._given_up(PATIENCE)
-            except (RuntimeError, OSError):  # the store has gone, and with it the process that kept it
-                failure = self._gone(0)
-            if failure is not None:
-                self._end_here(failure)
-                return
+    def start(self) -> None:
+        """Begin to look."""
+        for loop in (self._talk, self._listen):
+            threading.Thread(target=loop, name=f"loratune{loop.__name__}", daemon=True).start()
 
     def end(self, failure: Failure) -> Failure:
-        """Tell all of a failure. Returns the one that was told first. No other thread ends the process after this."""
-        self._ending.acquire()
+        """Tell all of a failure. Returns the one that was told first. No other thread ends the process after this, but
+        if the store does not answer."""
+        if not self._ending.acquire(blocking=False):
+            time.sleep(PATIENCE)  # another thread is ending it
         self._over.set()
-        self.join()
+        backstop = threading.Timer(2 * SOON, os._exit, [failure.code])
+        backstop.daemon = True
+        backstop.start()
         first = self._published(failure)
         self._meet()
+        backstop.cancel()
         return first
 
     def tells(self, failure: Failure) -> bool:
@@ -206,8 +208,25 @@ class _Watch(threading.Thread):
     def leave(self) -> None:
         """Stop, when all have come to this point."""
         self._over.set()
-        self.join()
         self._meet()
+
+    def _talk(self) -> None:
+        while not self._over.wait(BEAT):
+            try:
+                self._beat()
+                failure = self._failure() or self._given_up(PATIENCE)
+                self._answered = time.monotonic()
+            except (RuntimeError, OSError):  # the store has gone, and with it the process that kept it
+                failure = self._gone(0)
+            if failure is not None and not self._over.is_set():
+                self._end_here(self._published(failure))
+                return
+
+    def _listen(self) -> None:
+        while not self._over.wait(BEAT):
+            if time.monotonic() - self._answered > PATIENCE:
+                self._end_here(self._gone(0))
+                return
 
     def _beat(self) -> None:
         self._beats += 1
@@ -256,12 +275,14 @@ class _Watch(threading.Thread):
     def _end_here(self, failure: Failure) -> None:
         """End the process from beside its main thread, which may be waiting for what never comes."""
         if not self._ending.acquire(blocking=False):
-            return  # the main thread is ending it
-        failure = self._published(failure)
+            return  # another thread is ending it
+        backstop = threading.Timer(2 * SOON, os._exit, [failure.code])
+        backstop.start()
         if self.tells(failure):
             lines = [f"error: {problem}" for problem in failure.told(self._rank)]
             print(*lines, sep="\n", file=self._errors, flush=True)
-        self._meet()
+        if self._main or failure.rank != 0:
+            self._meet()
         try:
             self.clear()
         finally:

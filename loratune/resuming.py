@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune import launched
 from loratune.checkpoints import RUN, newest_whole, step_of
 from loratune.errors import Problem, ResumeError
 
@@ -46,21 +47,22 @@ class Resumed:
 
 
 def identity(
-    config: Mapping[str, Any], fingerprints: Mapping[str, str | None], rows: Mapping[str, int], *, processes: int
+    config: Mapping[str, Any], fingerprints: Mapping[str, str | None], rows: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its run, as JSON. config: resolved; rows: counts of the training rows; processes: how
-    many it had."""
+    """What a checkpoint keeps of its run, as JSON. config: resolved; rows: counts of the training rows. Beside them, how
+    many processes there are, and what spreads the base over them."""
     return {
-        "config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows), "processes": processes,
-        "changes": [],
+        "config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows),
+        "processes": launched.count(), "sharding": launched.sharding(), "changes": [],
     }  # fmt: skip
 
 
-def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str], processes: int = 1) -> Resumed:
+def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -> Resumed:
     """Find the newest whole checkpoint, and insist that it is of a run with the same config.
 
-    allowed: keys of `CHANGEABLE` whose values may differ; processes: how many there are now. Raises ResumeError: no
-    checkpoint is whole; the config has changed; a key that cannot be allowed; steps would take other rows.
+    allowed: keys of `CHANGEABLE` whose values may differ. Raises ResumeError: no checkpoint is whole; the config has
+    changed; a key that cannot be allowed; with the processes that there are now, steps would take other rows, or
+    DeepSpeed's files cannot be read.
     """
     if problems := [
         Problem(
@@ -75,7 +77,7 @@ def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str], p
     checkpoint, skipped = newest_whole(checkpoints)
     before = json.loads((checkpoint / RUN).read_text())
     problems = list(_refused(before["config"], config, allowed))
-    if problems := problems or list(_reordered(before, config, processes)):
+    if problems := problems or [*_reordered(before, config, launched.count()), *_respread(before)]:
         raise ResumeError([*skipped, *problems])
     changed = [
         {"step": step_of(checkpoint), "key": key, "was": old, "is": new}
@@ -115,6 +117,16 @@ def _reordered(before: Mapping[str, Any], now: Mapping[str, Any], processes: int
     elif old[1] != new[1] and now["data"]["packing"] == "full":
         what, fix = f"was {old[1]} when the run was interrupted, and packs are made for it", "change it back"
         yield Problem(what, key=f"training.{keys[0]}", fix=fix)
+
+
+def _respread(before: Mapping[str, Any]) -> Iterator[Problem]:
+    """DeepSpeed keeps the optimizer in a file for each process; all else is kept whole."""
+    old = (before.get("sharding", ""), before.get("processes", 1))
+    new = (launched.sharding(), launched.count())
+    if old != new and "deepspeed" in (old[0], new[0]):
+        told = [f"{count} processes with {how or 'no sharding'}" for how, count in (old, new)]
+        what = f"the run was interrupted with {told[0]}, and there are now {told[1]}"
+        yield Problem(what, fix="start it as it was; checkpoints of DeepSpeed are read by as many processes only")
 
 
 def _moved(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:

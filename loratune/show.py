@@ -38,7 +38,11 @@ def announce(made: "Plan") -> None:
 def _notes(made: "Plan") -> None:
     """On stderr, what is lawful and better known."""
     training, rows = made.config.training, made.rows.train.rows
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    accumulated, processes = training.gradient_accumulation_steps, made.processes
+    batch = processes * training.per_device_train_batch_size * accumulated
+    if processes > 1:
+        items = "packs of rows" if made.config.data.packing == "full" and made.train.flat else "rows"
+        note(f"{processes} processes: {processes} x {made.train.size} x {accumulated} {items} a step")
     if len(rows) < batch and made.train.size > 1:
         note(f"rows: {len(rows)}, fewer than a batch of {batch}: each epoch is one step on all of them")
     for line in made.notes:
@@ -101,7 +105,8 @@ def result(made: "Result", program: str) -> None:
     if outcome.held_out_loss is not None:
         lines.append(("held-out", f"{outcome.held_out_loss:.4f}"))
     if made.left:
-        lines.append(("as it comes", f"{', '.join(made.left)} (all else is computed the fast way)"))
+        rest = "" if made.left[0].startswith("all") else " (all else is computed the fast way)"
+        lines.append(("as it comes", ", ".join(made.left) + rest))
     lines.append(("try it", f"{program} generate --adapter {made.shown} {made.try_it}"))
     block("done", lines)
 

@@ -17,6 +17,7 @@ from loratune import (
     config,
     interrupts,
     kernels,
+    launched,
     memory,
     model,
     resuming,
@@ -25,7 +26,7 @@ from loratune import (
     trainer,
     workspace,
 )
-from loratune.adapter import Count, PeftModel, Start
+from loratune.adapter import Count, PeftModel, Start, Weights
 from loratune.checkpoints import KEPT, Checkpoints
 from loratune.config import RunConfig
 from loratune.data import Part, Watch
@@ -63,10 +64,12 @@ class Teller:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first step. config: with absolute paths; given: the rows as read, None in
-    processes that did not read them; left: what of the model is not computed the fast way, see `kernels.fitted`."""
+    """Everything that is known before the first step. config: with absolute paths; processes: of the run; given: the
+    rows as read, None in processes that did not read them; left: what of the model is not computed the fast way, see
+    `kernels.fitted`."""
 
     config: RunConfig
+    processes: int
     given: Part | None
     tokenizer: Any
     model: PeftModel
@@ -145,6 +148,7 @@ def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
     )
     return Plan(
         config=run,
+        processes=group.count,
         given=ready.rows.train if ready.rows else None,
         tokenizer=tokenizer,
         model=adapted,
@@ -170,9 +174,10 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE) -> Result | None:
     KeyboardInterrupt: stopped by the user.
     """
     with workspace.claimed(ready.space) if group.main else nullcontext(ready.space) as space:
-        group.on_end(space.leave if group.main else lambda: None)
+        if group.main:
+            group.on_end(space.leave)
         run = plan(ready, teller.watch, group)
-        identity = _identity(run, ready, group)
+        identity = _identity(run, ready)
         if group.main:
             space.begin(resume=ready.resumed is not None)
         with interrupts.deferred(teller.note, repeated=group.count > 1) as stop:
@@ -180,15 +185,18 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE) -> Result | None:
             teller.plan(run)
             outcome = _fit(run, kept)
         trainer.check_sound(run.model, run.train, kept, outcome.steps)
+        trained = adapter.whole(run.model)
         group.part()
-        return _publish(run, outcome, identity["changes"], space) if group.main else None
+        return _publish(run, trained, outcome, identity["changes"], space) if group.main else None
 
 
-def _publish(run: Plan, outcome: Outcome, changes: Sequence[Mapping[str, Any]], space: Workspace) -> Result:
+def _publish(
+    run: Plan, trained: Weights, outcome: Outcome, changes: Sequence[Mapping[str, Any]], space: Workspace
+) -> Result:
     size = run.count.adapter_bytes + model.tokenizer_bytes(run.tokenizer)
     try:
         with workspace.room_for("the adapter directory", size, space.partial, "make room, then --resume"):
-            size = _stage(run, outcome, changes, space)
+            size = _stage(run, trained, outcome, changes, space)
             space.publish()
     except NumericError:
         space.forget_checkpoints()  # nothing was learnt, and going on from there would end the same
@@ -205,7 +213,7 @@ def _fit(run: Plan, kept: trainer.Run) -> Outcome:
             kernels.use_liger(run.model)
         gc.collect()
         gc.freeze()  # rows and model stay: the collector need not walk them at every few steps
-        with kernels.fitted(run.model, adapter.linear):
+        with kernels.fitted(run.model, adapter.linear, sharded=bool(launched.sharding())):
             if run.config.model.torch_compile:
                 kernels.compile_layers(run.model)
             return trainer.fit(training, run.model, run.train, run.validation, kept, optimizer, rehearsed=scarce)
@@ -230,10 +238,10 @@ def _base(run: RunConfig, group: Group) -> tuple[Any, str]:
     return base, own
 
 
-def _identity(run: Plan, ready: Ready, group: Group) -> dict[str, Any]:
+def _identity(run: Plan, ready: Ready) -> dict[str, Any]:
     """What is kept of the run in its checkpoints. Raises ResumeError: it is not the one that was interrupted."""
     found, counts = ready.resumed, run.rows.train.report.counts()
-    identity = resuming.identity(run.config.resolved(), run.fingerprints, counts, processes=group.count)
+    identity = resuming.identity(run.config.resolved(), run.fingerprints, counts)
     if found is None:
         return identity
     resuming.check_same(found, identity, ready.allowed)
@@ -262,11 +270,13 @@ def _kept(
     return trainer.Run(checkpoints, teller.progress, stop, group, found.checkpoint, found.rescaled)
 
 
-def _stage(run: Plan, outcome: Outcome, changes: Sequence[Mapping[str, Any]], space: Workspace) -> int:
+def _stage(
+    run: Plan, trained: Weights, outcome: Outcome, changes: Sequence[Mapping[str, Any]], space: Workspace
+) -> int:
     """Put the whole adapter directory together beside its place. Returns the size of the adapter's weights in bytes."""
     assert run.given is not None
     space.staging.mkdir()
-    size = adapter.save(run.model, space.staging, run.start)
+    size = adapter.save(run.model, space.staging, run.start, trained)
     run.tokenizer.save_pretrained(space.staging)
     settings = run.config.resolved()
     (space.staging / "run.yaml").write_text(config.dump(run.config), encoding="utf-8")
@@ -275,7 +285,7 @@ def _stage(run: Plan, outcome: Outcome, changes: Sequence[Mapping[str, Any]], sp
     )
     (space.staging / "README.md").write_text(text, encoding="utf-8")
     made = card.provenance(settings, outcome.metrics, outcome.curve, run.fingerprints)
-    made |= {"formats": run.given.formats, "chat": run.given.chat}
+    made |= {"formats": run.given.formats, "chat": run.given.chat, "processes": run.processes}
     made |= {"rows": run.rows.train.report.counts(), "changes": changes, "files": saved.manifest(space.staging)}
     workspace.write_json(space.staging / "loratune.json", made)
     return size

@@ -57,6 +57,7 @@ MODEL: dict[str, Any] = {
     "dtype": "bfloat16",
     "quantization": "4bit",
     "attn_implementation": "eager",
+    "device_map": "auto",
     "trust_remote_code": True,
     "torch_compile": True,
     "use_liger_kernel": True,
@@ -159,6 +160,15 @@ def test_model_dtype_quantization_and_attention(tiny_dir: Path) -> None:
     assert loaded(attn_implementation=MODEL["attn_implementation"]) == (*default[:2], "eager")
     assert loaded(quantization=MODEL["quantization"])[1] == "Linear4bit"
     assert loaded(quantization="8bit")[1] == "Linear8bitLt"
+
+
+def test_model_device_map(tiny_dir: Path) -> None:
+    """Only `auto` leaves a map behind on a machine without a GPU."""
+    maps = [
+        getattr(model.load_base(ModelSection(name_or_path=str(tiny_dir), device_map=name)), "hf_device_map", None)
+        for name in (None, MODEL["device_map"])
+    ]
+    assert maps[0] != maps[1] and maps[1] is not None
 
 
 def test_model_name(tiny_dir: Path, tmp_path: Path) -> None:

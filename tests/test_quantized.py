@@ -447,10 +447,11 @@ def test_this_machine_can_quantize() -> None:
 
 
 def test_kernels_for_a_gpu_are_refused_without_one() -> None:
-    asked = ModelSection(name_or_path="base", torch_compile=True, use_liger_kernel=True)
+    asked = ModelSection(name_or_path="base", device_map="auto", torch_compile=True, use_liger_kernel=True)
     with pytest.raises(ConfigError, match="there is none") as caught:
         model.check_kernels(asked, gpu=False)
-    assert [problem.key for problem in caught.value.problems] == ["model.torch_compile", "model.use_liger_kernel"]
+    keys = ["model.device_map", "model.torch_compile", "model.use_liger_kernel"]
+    assert [problem.key for problem in caught.value.problems] == keys
     model.check_kernels(ModelSection(name_or_path="base"), gpu=False)
     model.check_kernels(ModelSection(name_or_path="base", torch_compile=True), gpu=True)
     with pytest.raises(ConfigError, match="pip install liger-kernel"):

@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, write_rows
 from nursery import Child, Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, curve, until
@@ -226,7 +229,22 @@ def test_one_that_never_comes(processes: Nursery, run_config: MakeConfig, tmp_pa
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_one_model_over_all_gpus_is_for_one_process(processes: Nursery, run_config: MakeConfig) -> None:
+    config = run_config(model={"device_map": "auto"})
+    children = processes.launch(2, "train", config)
+    assert ended(children) == [2, 2]
+    assert children[0].said().splitlines()[-1] == (
+        f"error: {config}: model.device_map: auto spreads one model over all GPUs, and each of 2 processes would do "
+        f"so; leave it out, or start one process: loratune train {config}"
+    )
+
+
 # On another number of processes
+
+
+ACCUMULATION = "training.gradient_accumulation_steps"
+WHOLE_STEP = ("--set", f"{ACCUMULATION}=4", "--allow-change", ACCUMULATION)
+"""For one process in place of two that accumulate twice."""
 
 
 def test_resuming_on_more_or_fewer(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -260,6 +278,20 @@ def test_resuming_on_more_or_fewer(processes: Nursery, run_config: MakeConfig, t
     same(json.loads((tmp_path / "out" / "loratune.json").read_text()), expected)
 
 
+def test_deepspeed_reads_its_own_checkpoints_only(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    config = run_config(**RUNNING)
+    children = begun(processes, config, tmp_path)
+    for child in children:
+        child.send(signal.SIGKILL)
+    ended(children)
+    child = processes.start("train", config, "--resume", *WHOLE_STEP, ACCELERATE_USE_DEEPSPEED="true")
+    assert child.wait() == 7
+    assert child.said().splitlines()[-1] == (
+        "error: the run was interrupted with 2 processes with no sharding, and there are now 1 processes with deepspeed; "
+        "start it as it was; checkpoints of DeepSpeed are read by as many processes only"
+    )
+
+
 # As the README has it
 
 
@@ -278,3 +310,77 @@ def test_launchers(launcher: tuple[str, ...], run_config: MakeConfig, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("done\n  adapter ")
     assert (tmp_path / "out" / WEIGHTS).is_file()
+
+
+# The base spread over processes
+
+
+def spread(how: str, config: Path, out: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """With the config file that is shipped, on two CPUs."""
+    if how == "zero3" and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
+    started = ["-m", "loratune"] if how == "zero3" else [ROOT / "tests/fsdp_on_cpu.py"]
+    command = [*program, ROOT / f"configs/accelerate/{how}.yaml", *started, "train", config]
+    return subprocess.Popen(
+        [*map(str, command), "--set", f"output_dir={out}", *arguments], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("how, quantization", [("fsdp2", "none"), ("fsdp2", "4bit"), ("zero3", "none")])
+def test_a_base_that_is_spread_learns_the_same(
+    how: str, quantization: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    rows = str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))
+    model = {"quantization": quantization, "dtype": "float32" if quantization == "none" else "bfloat16"}
+    config = run_config(
+        model=model, data={"train": rows, **EVALUATED}, training={"num_train_epochs": 2, "eval_steps": 4}
+    )
+    alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
+    settings = [part for one in shared(4) for part in ("--set", one)]
+    child = spread(how, config, tmp_path / "2", *settings)
+    said = child.communicate()[1]
+    assert child.returncode == 0, said
+    record = json.loads((tmp_path / "2" / "loratune.json").read_text())
+    if quantization == "none":
+        same(record, alone)
+    for entry, known in zip(curve(record), curve(alone), strict=True):  # which computes LoRA in bfloat16 where it can
+        assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-3)
+
+
+@pytest.mark.parametrize("how", ["fsdp2", "zero3"])
+def test_a_base_that_is_spread_goes_on_to_the_same_bytes(how: str, run_config: MakeConfig, tmp_path: Path) -> None:
+    config = run_config(**RUNNING)
+    child = spread(how, config, tmp_path / "straight")
+    assert child.wait() == 0, child.communicate()[1]
+    child = spread(how, config, tmp_path / "out")
+    while not checkpoints(tmp_path / "out.partial"):
+        assert child.poll() is None
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+    child = spread(how, config, tmp_path / "out", "--resume")
+    assert child.wait() == 0, child.communicate()[1]
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
+
+
+# Recipes
+
+
+def test_recipes_are_well_formed() -> None:
+    scripts = ROOT / "scripts"
+    sky = yaml.safe_load((scripts / "skypilot.yaml").read_text())
+    for text in ((scripts / "slurm.sbatch").read_text(), sky["run"]):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        assert "-m loratune train" in text
+    assert set(sky) <= {"name", "num_nodes", "workdir", "resources", "setup", "run"}
+    compile((scripts / "launch_ray.py").read_text(), "launch_ray.py", "exec")
+    with pytest.raises(subprocess.CalledProcessError):
+        subprocess.run(["bash", "-n"], input="if true; then", text=True, check=True, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_files_are_accelerates(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.num_machines == 1 and config.main_process_port == 0

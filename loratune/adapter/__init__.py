@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from copy import copy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft import PeftModel as PeftModel
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -31,6 +32,10 @@ from loratune.adapter.counts import shape_of as shape_of
 from loratune.adapter.counts import trained as trained
 from loratune.adapter.linear import linear as linear
 from loratune.adapter.optimizers import split as split
+from loratune.adapter.sharded import Weights as Weights
+from loratune.adapter.sharded import restore as restore
+from loratune.adapter.sharded import weights as weights
+from loratune.adapter.sharded import whole as whole
 from loratune.adapter.starts import Start as Start
 from loratune.config import LoraSection
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
@@ -39,6 +44,9 @@ from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, Saved
 
 # Keys of the section that are not fields of `peft.LoraConfig`, or that come resolved with the targets.
 _NOT_PEFT = {"init_lora_weights", "use_lorafa", "loraplus_lr_ratio"}
+
+
+_PLAIN = {"format": "pt"}  # what readers of safetensors ask for
 
 
 def attach(
@@ -123,18 +131,11 @@ def begin(
     return Start({name: tensor.clone() for name, tensor in weights(model).items()}, starts.gives_back(section))
 
 
-def weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under the names they are saved by."""
-    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return state
-
-
-def check_learnt(model: PeftModel, start: Start) -> None:
+def check_learnt(state: Mapping[str, torch.Tensor], start: Start) -> None:
     """Refuse an adapter that cannot be of use.
 
     Raises NumericError: a tensor holds NaN or inf, or every B is as it started.
     """
-    state = weights(model)
     if bad := _not_finite(state):
         raise NumericError(Problem(f"{len(bad)} adapter tensors hold NaN or inf, among them {_few(bad)}"))
     if not start.moved(state):
@@ -142,13 +143,25 @@ def check_learnt(model: PeftModel, start: Start) -> None:
         raise NumericError(Problem("nothing was learnt: every lora_B is as it started", fix=fix))
 
 
-def save(model: PeftModel, directory: Path, start: Start) -> int:
+def write(model: PeftModel, directory: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write the two files that PEFT reads. state: see `weights`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = copy(model.peft_config[model.active_adapter])
+    config.inference_mode = True
+    config.save_pretrained(str(directory))
+    save_file({name: tensor.cpu().clone() for name, tensor in state.items()}, directory / WEIGHTS_FILE, _PLAIN)
+
+
+def save(model: PeftModel, directory: Path, start: Start, state: Weights | None = None) -> int:
     """Write the two files that PEFT reads, and read them back. Returns the size of the weights in bytes.
 
+    state: the trained tensors, if the model holds only a part of them, see `sharded.whole`.
     Raises NumericError as `check_learnt`. Raises AdapterError: what is on the disk is not what is in memory.
     """
-    check_learnt(model, start)
-    model.save_pretrained(str(directory), save_embedding_layers=False)
+    state = weights(model) if state is None else state
+    check_learnt(state, start)
+    memory = {name: tensor.cpu().contiguous() for name, tensor in start.published(state).items()}
+    write(model, directory, memory)
     path = directory / CONFIG_FILE
     config = json.loads(path.read_text())
     start.publish_config(config)
@@ -156,9 +169,6 @@ def save(model: PeftModel, directory: Path, start: Start) -> int:
         if isinstance(value, list):
             config[key] = sorted(value)  # peft writes its sets in hash order
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    memory = {name: tensor.cpu().contiguous() for name, tensor in start.published(weights(model)).items()}
-    if start.given_back:
-        save_file(memory, directory / WEIGHTS_FILE, {"format": "pt"})
     disk = _read_tensors(directory / WEIGHTS_FILE)
     if memory.keys() != disk.keys() or not all(torch.equal(memory[name], disk[name]) for name in memory):
         raise AdapterError(Problem("the file differs from the weights in memory", str(directory / WEIGHTS_FILE)))

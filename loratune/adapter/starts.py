@@ -57,7 +57,7 @@ class Start:
         for pattern, by in (("rank_pattern", 2), ("alpha_pattern", factor)):
             config[pattern] = {name: by * value for name, value in (config[pattern] or {}).items()}
 
-    def moved(self, state: dict[str, torch.Tensor]) -> bool:
+    def moved(self, state: Mapping[str, torch.Tensor]) -> bool:
         """Whether training changed any B, by more than nothing at all: an update begins where B does."""
         least = 1e-10  # the first step of Adam is as long as its learning rate
         steps = (tensor - self.tensors[name].to(tensor) for name, tensor in state.items() if _is_b(name))

@@ -37,6 +37,9 @@ class ModelSection(Section):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
         Field(None, description="null: what transformers chooses")
     )
+    device_map: Literal["auto"] | None = Field(
+        None, description="auto: layers over all GPUs of one process; null: each process on its GPU"
+    )
     trust_remote_code: bool = Field(False, description="run code from the model's repository; needs revision")
     torch_compile: bool = Field(False, description="compile each layer for training; on a GPU")
     use_liger_kernel: bool = Field(False, description="train with Liger's norms, rotations and activations; on a GPU")

@@ -71,14 +71,22 @@ class FastNorm(nn.Module):
         return rms_norm(x, self.weight, self.epsilon, self._passes)
 
 
+SHARDED = "all layers, as the base is spread over processes"
+
+
 @contextmanager
-def fitted(model: Any, reader: Reader) -> Iterator[list[str]]:
+def fitted(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[list[str]]:
     """Inside, the layers of a model that are understood are computed by this room; the rest is left alone.
 
     model: a `PeftModel` around a causal language model of transformers. A layer is replaced if it gives the same
     numbers on random rows, so a family that computes otherwise stays as it is; on a GPU, see `gpu.replace`. Yields what
     stays, in words. Batches must be padded at the end of rows, if at all, and come without a cache.
+
+    sharded: no process will hold whole layers while it trains, so all stay as they are.
     """
+    if sharded:
+        yield [SHARDED]
+        return
     base = model.get_base_model()
     replaced: list[tuple[str, nn.Module]] = []
     implementation = base.config._attn_implementation

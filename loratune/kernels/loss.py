@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from loratune.kernels.native import passes
@@ -51,7 +52,7 @@ class LossHead(nn.Module):
         if labels is None:
             logits: Tensor = self.head(hidden)
             return logits
-        targets = labels[:, 1:]
+        targets = labels[:, 1:].to(hidden.device)
         learnt = targets >= 0
         apply: Any = _HeadLoss.apply
         loss: Tensor = apply(hidden[:, :-1][learnt], self.head.weight, self.head.bias, targets[learnt])
@@ -84,4 +85,4 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """The norm over all elements of all tensors, as a scalar; NaN or inf if any element is. order: inf for the largest
     element, which no sum makes inf."""
     norm: Tensor = torch.nn.utils.get_total_norm(tensors, norm_type=order)
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

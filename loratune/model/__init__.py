@@ -15,7 +15,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from loratune import places
+from loratune import launched, places
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import hub
@@ -125,7 +125,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
                 config=config,
                 dtype=compute_dtype(section),
                 quantization_config=quantization,
-                device_map={"": device()} if packed or torch.cuda.is_available() else None,
+                device_map=_device_map(section, packed=packed),
                 attn_implementation=section.attn_implementation,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below, with names
@@ -141,6 +141,15 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     keep_backward(model)
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would make greedy less than greedy
     return model.eval()
+
+
+def _device_map(section: ModelSection, *, packed: bool) -> Any:
+    """Where `from_pretrained` is to put the weights; packed ones cannot be moved once they are there."""
+    if section.device_map is not None:
+        return section.device_map
+    if launched.sharding():
+        return None  # accelerate takes it from the memory of the machine to the devices, piece by piece
+    return {"": device()} if packed or torch.cuda.is_available() else None
 
 
 def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedModel:
@@ -175,7 +184,11 @@ def fingerprint(base: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     tensors = list(base.named_parameters())
     for name, tensor in tensors[:: max(1, len(tensors) // 16)]:
-        some = tensor.detach().flatten()[:64].cpu().to(torch.bfloat16)  # the same in whichever dtype it was loaded
+        flat = tensor.detach().flatten()
+        flat = (
+            flat.view(torch.uint8) if hasattr(tensor, "quant_state") else flat
+        )  # bits, in whatever type they are kept
+        some = flat[:64].cpu().to(torch.bfloat16)  # the same in whichever dtype it was loaded
         digest.update(name.encode() + some.float().numpy().tobytes())
     return digest.hexdigest()
 

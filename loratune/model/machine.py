@@ -48,7 +48,10 @@ def check_machine(section: ModelSection, machine: Machine | None = None) -> None
 
 def check_kernels(section: ModelSection, *, gpu: bool) -> None:
     """Raises ConfigError: training is to use what is not for this machine, or not installed."""
-    asked = {"torch_compile": section.torch_compile, "use_liger_kernel": section.use_liger_kernel}
+    asked = {
+        "device_map": section.device_map is not None, "torch_compile": section.torch_compile,
+        "use_liger_kernel": section.use_liger_kernel,
+    }  # fmt: skip
     what = "is for a GPU, and there is none"
     problems = [
         Problem(what, key=f"model.{key}", fix="leave it out") for key, wanted in asked.items() if wanted and not gpu

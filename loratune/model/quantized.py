@@ -14,6 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
+from loratune.launched import sharding
 from loratune.model.machine import compute_dtype
 from loratune.places import quantized
 
@@ -46,6 +47,7 @@ def settings(section: ModelSection, config: Any) -> Any:
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype(section),
+            bnb_4bit_quant_storage=compute_dtype(section) if sharding() == "fsdp" else None,  # which spreads no bytes
         )  # fmt: skip
     return None
 

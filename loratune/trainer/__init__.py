@@ -5,24 +5,24 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
+from loratune import launched
 from loratune.checkpoints import Checkpoints as Checkpoints
 from loratune.config import TrainingSection
 from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
 from loratune.interrupts import Stop, Termination
 from loratune.kernels import expect, next_token_loss
 from loratune.launched import ALONE, Group
-from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper, astray, check_finite
+from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper, astray
 from loratune.trainer.callbacks import Progress as Progress
 from loratune.trainer.order import Loader, Order
+from loratune.trainer.sharded import ShardedTrainer
 
 
 class Batches(Protocol):
@@ -105,10 +105,10 @@ class Loss:
 
 
 def arguments(
-    section: TrainingSection, checkpoints: Path, *, evaluated: bool, experts: bool = False
+    section: TrainingSection, checkpoints: Path, *, evaluated: bool, experts: bool = False, bfloat16: bool = False
 ) -> TrainingArguments:
     """The upstream arguments of a run. evaluated: there are rows to evaluate on; experts: a step may leave some of the
-    trained weights out."""
+    trained weights out; bfloat16: DeepSpeed is to leave the base in it, which it would otherwise make float32."""
     return TrainingArguments(
         output_dir=str(checkpoints),
         **section.model_dump(),
@@ -120,6 +120,7 @@ def arguments(
         ddp_find_unused_parameters=experts,
         ddp_broadcast_buffers=False,  # angles of rotations and the like, which are the same everywhere
         remove_unused_columns=False,
+        bf16=bfloat16,
         use_cpu=not torch.accelerator.is_available(),  # or accelerate takes many processes for one
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
@@ -148,7 +149,13 @@ def fit(
     rehearsal = Rehearsal(guard)
     drawn = section.model_copy(update={"per_device_train_batch_size": train.size})
     experts = any("expert" in name for name, one in model.named_parameters() if one.requires_grad)
-    settings = arguments(drawn, run.checkpoints.directory, evaluated=validation is not None, experts=experts)
+    settings = arguments(
+        drawn,
+        run.checkpoints.directory,
+        evaluated=validation is not None,
+        experts=experts,
+        bfloat16=launched.sharding() == "deepspeed" and model.dtype == torch.bfloat16,
+    )
     settings._n_gpu = min(settings.n_gpu, 1)  # Trainer would share batches out among all GPUs of a process
     keep_apart(model)
     trainer = _Trainer(
@@ -165,6 +172,7 @@ def fit(
         callbacks=[guard, rehearsal, Stopper(run.stopping), Reporter(run.progress)],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own bars are off; `progress` shows the run
+    guard.norm = trainer.gradient_norm
     rehearsal.rehearse = partial(trainer.rehearse, validation, rehearsed)
     if run.group.rank:
         torch.manual_seed(section.seed + run.group.rank)  # or all would drop the same of different rows
@@ -219,7 +227,7 @@ def check_sound(model: PreTrainedModel, train: Batches, run: Run, step: int) -> 
         raise astray(problem, run.checkpoints, step)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def held_out_loss(
     model: PreTrainedModel,
     rows: Batches,
@@ -260,11 +268,11 @@ class _Stopped(Exception):
     """The user does not want to wait for the rest of an evaluation."""
 
 
-class _Trainer(Trainer):
+class _Trainer(ShardedTrainer):
     """Trainer that writes whole checkpoints, and evaluates to a mean over tokens; upstream's is a mean over batches."""
 
     def __init__(self, run: Run, rows: Batches, guard: Guard, **arguments: Any):
-        self.run, self.rows, self.guard = run, rows, guard
+        self.run, self.rows, self.guard, self.group = run, rows, guard, run.group
         self.shape: tuple[int, ...] = ()
         self.evaluating = False
         super().__init__(**arguments)
@@ -289,8 +297,7 @@ class _Trainer(Trainer):
         if wanted:
             batch = self.rows.collate([self.rows.items[number] for number in self.rows.heaviest()])
             with torch.random.fork_rng():
-                self.training_step(self.model_wrapped, batch, None)
-            self.model.zero_grad()
+                self.rehearsal_step(batch)
         if validation is None:
             return
         if wanted:
@@ -356,24 +363,8 @@ class _Trainer(Trainer):
         return str(self.run.checkpoints.unfinished)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        check_finite(self.model.parameters(), self.state.global_step)
         with self.run.checkpoints.writing(self.state.global_step):
             super()._save_checkpoint(model, trial)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The trained weights, and no pickled arguments beside them."""
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """The random states of all processes, written by the main one."""
-        if self.run.group.count == 1:
-            super()._save_rng_state(output_dir)
-            return
-        with TemporaryDirectory() as own:
-            super()._save_rng_state(own)
-            states = self.run.group.gathered([(path.name, path.read_bytes()) for path in Path(own).iterdir()])
-        for name, state in chain.from_iterable(states) if self.run.group.main else ():
-            (Path(output_dir) / name).write_bytes(state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """As upstream, where a run goes on with as many processes; else they draw from new states."""

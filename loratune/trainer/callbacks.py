@@ -33,8 +33,11 @@ class Progress(Protocol):
 class Guard(TrainerCallback):
     """The loss of every micro-step, and the stop as soon as a number is not finite.
 
-    tokens: read by this process since the last optimizer step.
+    tokens: read by this process since the last optimizer step. norm: that of the gradients of a step, to be set once
+    there is a trainer that knows it.
     """
+
+    norm: Callable[[], torch.Tensor]
 
     def __init__(self, checkpoints: Checkpoints, group: Group) -> None:
         self.checkpoints, self.group = checkpoints, group
@@ -54,9 +57,9 @@ class Guard(TrainerCallback):
         """Begin a step anew."""
         self.sum, self.tokens = None, 0
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the weights take anything on. One transfer from the device per optimizer step."""
-        norm = global_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = self.norm()
         assert self.sum is not None
         loss, norm = torch.stack([self.sum.float(), norm.to(self.sum.device).float()]).tolist()
         loss, tokens = self.group.total([loss, self.tokens])
@@ -77,9 +80,9 @@ def astray(problem: Problem, checkpoints: Checkpoints, step: int) -> NumericErro
     return NumericError(replace(problem, fix=f"{problem.fix}; {way}"))
 
 
-def check_finite(parameters: Iterable[torch.Tensor], step: int) -> None:
+def check_finite(weights: Iterable[torch.Tensor], step: int) -> None:
     """Look at the trained weights. Raises NumericError: one of them is NaN or inf."""
-    if not global_norm([p.detach() for p in parameters if p.requires_grad], math.inf).isfinite():
+    if not global_norm(list(weights), math.inf).isfinite():
         what = f"step {step} made a weight of the adapter NaN or inf"
         raise NumericError(Problem(what, key="training.learning_rate", fix="lower it, or train in float32"))
 

@@ -1,0 +1,92 @@
+"""A run on two machines, each a network namespace of its own, and the cable between them cut."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import machines
+import pytest
+from conftest import write_rows
+from machines import Machine, Machines
+from nursery import Nursery
+from running import WEIGHTS, MakeConfig, checkpoints, curve
+from test_ranks import UNEVEN
+
+LONG: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 400, "save_steps": 50}}
+PATIENT = 120  # seconds in which a run has begun, or ended, on a machine that is busy
+
+
+@pytest.fixture
+def two() -> Iterator[Machines]:
+    if reason := machines.available():
+        pytest.skip(reason)
+    with machines.two_machines() as made:
+        yield made
+
+
+def start(machine: Machine, config: Path, said: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """As the README has it for several machines."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{machines.ADDRESSES[0]}:29500", "--rdzv-id", "test"]
+    command = [*launcher, *meeting, "-m", "loratune", "train", str(config), *arguments]
+    with said.open("w") as stream:
+        return machine.popen(command, stdout=stream, stderr=stream)
+
+
+def begun(two: Machines, config: Path, tmp_path: Path) -> list["subprocess.Popen[str]"]:
+    """A run on both, with a checkpoint."""
+    both = [start(machine, config, tmp_path / machine.address) for machine in (two.one, two.two)]
+    until(lambda: checkpoints(tmp_path / "out.partial"), tmp_path)
+    return both
+
+
+def until(seen: Any, tmp_path: Path) -> None:
+    end = time.monotonic() + PATIENT
+    while not seen():
+        assert time.monotonic() < end, "\n".join((tmp_path / name).read_text() for name in machines.ADDRESSES)
+        time.sleep(0.02)
+
+
+def test_a_cable_that_is_out_for_ten_seconds_costs_nothing(
+    two: Machines, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = run_config(**LONG, data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))})
+    straight = processes.launch(2, "train", config, "--set", f"output_dir={tmp_path / 'straight'}")
+    assert [child.wait() for child in straight] == [0, 0]
+    both = begun(two, config, tmp_path)
+    two.cut()
+    time.sleep(10)
+    assert [agent.poll() for agent in both] == [None, None]
+    two.mend()
+    assert [agent.wait(PATIENT) for agent in both] == [0, 0], (tmp_path / machines.ADDRESSES[0]).read_text()
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
+
+
+def test_a_cable_that_stays_out_ends_the_run_which_goes_on_where_it_can(
+    two: Machines, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """On the machine that is left, and to the result that two would have had."""
+    config = run_config(**LONG, data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))})
+    straight = processes.launch(2, "train", config, "--set", f"output_dir={tmp_path / 'straight'}")
+    assert [child.wait() for child in straight] == [0, 0]
+    first, _ = begun(two, config, tmp_path)
+    two.cut()
+    assert first.wait(PATIENT) == 1
+    lost = "has gone, or cannot be reached; once all is back, go on with --resume"
+    said = [(tmp_path / address).read_text() for address in machines.ADDRESSES]
+    assert f"error: process 1 on {machines.ADDRESSES[1]} {lost}" in said[0]
+    assert "exitcode  : 10 " in said[0]  # as torchrun tells it, which ends with 1 whatever its processes end with
+    until(lambda: f"error: the main process on {machines.ADDRESSES[0]} {lost}" in
+          (tmp_path / machines.ADDRESSES[1]).read_text(), tmp_path)  # fmt: skip
+    two.two.kill()  # torchrun itself would wait there for a quarter of an hour
+    assert not (tmp_path / "out").exists()
+    key = "training.gradient_accumulation_steps"
+    child = processes.start("train", config, "--resume", "--set", f"{key}=2", "--allow-change", key)
+    assert child.wait() == 0, child.said()
+    records = [json.loads((tmp_path / name / "loratune.json").read_text()) for name in ("out", "straight")]
+    for entry, known in zip(*map(curve, records), strict=True):
+        assert entry["loss"] == pytest.approx(known["loss"], abs=1e-4)
