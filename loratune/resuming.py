@@ -49,8 +49,9 @@ class Resumed:
 def identity(
     config: Mapping[str, Any], fingerprints: Mapping[str, str | None], rows: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its run, as JSON. config: resolved; rows: counts of the training rows. Beside them, how
-    many processes there are, and what spreads the base over them."""
+    """What a checkpoint keeps of its run, as JSON. config: resolved; rows: counts of the training rows. Beside them,
+    how many processes there are, and what spreads the base over them.
+    """
     return {
         "config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows),
         "processes": launched.count(), "sharding": launched.sharding(), "changes": [],

@@ -287,8 +287,8 @@ def test_deepspeed_reads_its_own_checkpoints_only(processes: Nursery, run_config
     child = processes.start("train", config, "--resume", *WHOLE_STEP, ACCELERATE_USE_DEEPSPEED="true")
     assert child.wait() == 7
     assert child.said().splitlines()[-1] == (
-        "error: the run was interrupted with 2 processes with no sharding, and there are now 1 processes with deepspeed; "
-        "start it as it was; checkpoints of DeepSpeed are read by as many processes only"
+        "error: the run was interrupted with 2 processes with no sharding, and there are now 1 processes with "
+        "deepspeed; start it as it was; checkpoints of DeepSpeed are read by as many processes only"
     )
 
 
