@@ -12,6 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -57,8 +60,7 @@ class Together:
         self._store = _own_store(self.main)
         self._said, self._parted = 0, False
         self._watch = _Watch(self._store, self.rank, self.count)
-        self._watch.hosts = self.gathered(host())
-        self._watch.start()
+        self._watch.start(self.gathered(_Member.this()))
 
     def agreed(self, value: T) -> T:
         """What the main process gives, in all of them."""
@@ -146,6 +148,30 @@ def _is_broken(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+@dataclass(frozen=True)
+class _Member:
+    """A process. host: the name of its machine; machine: what tells machines, and containers on them, apart."""
+
+    host: str
+    machine: str
+    pid: int
+
+    @classmethod
+    def this(cls) -> "_Member":
+        """This process."""
+        with suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            return cls(host(), f"{boot} {os.stat('/proc/self/ns/pid').st_ino}", os.getpid())
+        return cls(host(), "", os.getpid())
+
+    def dead(self) -> bool:
+        """Of one on this machine: whether it has ended. It may still have a number, until its parent has taken note."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        except OSError:
+            return True
+
+
 class _Watch:
     """Shows that its process is alive, and sees that the others are: the main one looks at all, they look at it.
 
@@ -154,7 +180,8 @@ class _Watch:
     """
 
     def __init__(self, store: TCPStore, rank: int, count: int):
-        self.hosts: list[str] = []
+        self.members: list[_Member] = []
+        self._beside: list[int] = []
         self.clear: Callable[[], None] = lambda: None
         self._store, self._rank, self._count = store, rank, count
         self._main, self._beats = rank == 0, 0
@@ -164,8 +191,10 @@ class _Watch:
         self._errors = sys.stderr
         self._beat()
 
-    def start(self) -> None:
-        """Begin to look."""
+    def start(self, members: list[_Member]) -> None:
+        """Begin to look. members: all processes, by rank."""
+        self.members, own = members, members[self._rank]
+        self._beside = [rank for rank, one in enumerate(members) if one.machine == own.machine and own.machine]
         for loop in (self._talk, self._listen):
             threading.Thread(target=loop, name=f"loratune{loop.__name__}", daemon=True).start()
 
@@ -187,8 +216,8 @@ class _Watch:
         """Whether this process tells the user: the main one, or the first of its machine if that has gone."""
         if failure.rank != 0 or failure.code != LostError.exit_code:
             return self._main
-        beside = [rank for rank in range(1, self._count) if self.hosts[rank] == self.hosts[self._rank]]
-        return self._rank == min(beside)
+        beside = [rank for rank, one in enumerate(self.members) if one.host == self.members[self._rank].host]
+        return self._rank == next(rank for rank in beside if rank != 0)
 
     def why(self, seconds: float, *, only_if_gone: bool) -> Failure | None:
         """What another process failed of, or which one has gone, as soon as that is known. A signal that all were sent
@@ -207,6 +236,7 @@ class _Watch:
 
     def leave(self) -> None:
         """Stop, when all have come to this point."""
+        self._store.set(f"left/{self._rank}", "")
         self._over.set()
         self._meet()
 
@@ -238,7 +268,10 @@ class _Watch:
         return Failure.from_json(json.loads(self._store.get("failed")))
 
     def _given_up(self, patience: float) -> Failure | None:
-        """A process that has not shown that it is alive for so many seconds."""
+        """A process on this machine that has ended, or any that has not shown that it is alive for so many seconds."""
+        for rank in self._beside:
+            if self.members[rank].dead() and not self._store.check([f"left/{rank}"]):
+                return self._gone(rank)
         for rank in range(1, self._count) if self._main else [0]:
             beat, now = self._store.get(f"beat/{rank}"), time.monotonic()
             known, since = self._seen.get(rank, (b"", now))
@@ -250,8 +283,9 @@ class _Watch:
 
     def _gone(self, rank: int) -> Failure:
         which = "the main process" if rank == 0 else f"process {rank}"
-        what = f"{which} on {self.hosts[rank]} has gone, or cannot be reached"
-        return Failure(rank, self.hosts[rank], (Problem(what, fix=_RESUME),), LostError.exit_code)
+        where = self.members[rank].host
+        what = f"{which} on {where} has gone, or cannot be reached"
+        return Failure(rank, where, (Problem(what, fix=_RESUME),), LostError.exit_code)
 
     def _published(self, failure: Failure) -> Failure:
         try:

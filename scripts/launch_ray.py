@@ -13,12 +13,12 @@ def start(command: list[str]) -> int:
 
 
 ray.init(address="auto")
-nodes = [node for node in ray.nodes() if node["Alive"]]
-run = ["--rdzv-backend", "c10d", "--rdzv-id", "loratune", "--rdzv-endpoint", f"{nodes[0]['NodeManagerAddress']}:29500"]
+nodes = [(node["NodeManagerAddress"], int(node["Resources"].get("GPU", 0))) for node in ray.nodes() if node["Alive"]]
+meet = ["--rdzv-backend", "c10d", "--rdzv-id", "loratune", "--rdzv-endpoint", f"{nodes[0][0]}:29500"]
 tasks = []
-for node in nodes:
-    count = int(node["Resources"].get("GPU", 0))
-    command = ["torchrun", "--nnodes", str(len(nodes)), "--nproc-per-node", str(max(count, 1)), *run]
-    there = start.options(num_gpus=count, resources={f"node:{node['NodeManagerAddress']}": 0.01})
+for number, (address, gpus) in enumerate(nodes):
+    here = ["--local-addr", address, "--rdzv-conf", f"is_host={int(number == 0)}"]
+    command = ["torchrun", "--nnodes", str(len(nodes)), "--nproc-per-node", str(max(gpus, 1)), *meet, *here]
+    there = start.options(num_gpus=gpus, resources={f"node:{address}": 0.01})
     tasks.append(there.remote([*command, "-m", "loratune", "train", *sys.argv[1:]]))
 sys.exit(max(ray.get(tasks)))
