@@ -349,6 +349,19 @@ def test_a_base_that_is_spread_learns_the_same(
         assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-3)
 
 
+def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir: Path, tmp_path: Path) -> None:
+    """QLoRA with checkpointed activations over FSDP2, on a stand-in."""
+    rows = write_rows(tmp_path / "uneven.jsonl", UNEVEN)
+    child = spread(
+        "fsdp2", ROOT / "configs" / "llama-70b-qlora.yaml", tmp_path / "out", "--set", f"model.name_or_path={tiny_dir}",
+        "--set", f"data.train={rows}", "--set", "data.validation=0.2", "--set", "data.max_length=100",
+    )  # fmt: skip
+    said = child.communicate()[1]
+    assert child.returncode == 0, said
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    assert any("mlp.down_proj" in name for name in tensors) and all(one.isfinite().all() for one in tensors.values())
+
+
 @pytest.mark.parametrize("how", ["fsdp2", "zero3"])
 def test_a_base_that_is_spread_goes_on_to_the_same_bytes(how: str, run_config: MakeConfig, tmp_path: Path) -> None:
     config = run_config(**RUNNING)

@@ -10,12 +10,13 @@ from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFas
 
 from loratune import config
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
 
 
 def test_how_many_configs_there_are() -> None:
     assert [str(path.relative_to(ROOT / "configs")) for path in CONFIGS] == [
         "falcon-7b-yelp.yaml",
+        "llama-70b-qlora.yaml",
         "quickstart/config.yaml",
     ]
 
