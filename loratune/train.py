@@ -131,14 +131,8 @@ def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
     rows = tokenised(ready, tokenizer, watch, group)
     base, identity = _base(run, group)
     found = targets.find(model.unpacked(base, run.model), run.lora)
-    adapted = adapter.attach(
-        base,
-        run.lora,
-        found.peft(),
-        seed=run.training.seed,
-        base_name=run.model.name_or_path,
-        revision=run.model.revision,
-    )
+    origin = {"base_name": run.model.name_or_path, "revision": run.model.revision}
+    adapted = adapter.attach(base, run.lora, found.peft(), seed=run.training.seed, **origin)
     batches = batching.batch(adapted, model.pad_id(tokenizer), rows.train, rows.validation, run.data, run.training)
     start = adapter.begin(
         adapted,

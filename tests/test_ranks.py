@@ -371,8 +371,9 @@ def test_a_base_that_is_spread_goes_on_to_the_same_bytes(how: str, run_config: M
     while not checkpoints(tmp_path / "out.partial"):
         assert child.poll() is None
         time.sleep(0.01)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.communicate()
+    main = (tmp_path / "out.partial" / "lock").read_text().split()[1]  # "process 123 on host"
+    os.kill(int(main), signal.SIGKILL)
+    assert child.wait() != 0
     child = spread(how, config, tmp_path / "out", "--resume")
     assert child.wait() == 0, child.communicate()[1]
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()

@@ -22,20 +22,10 @@ from loratune.launched import ALONE, Group
 from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper, astray
 from loratune.trainer.callbacks import Progress as Progress
 from loratune.trainer.order import Loader, Order
+from loratune.trainer.scoring import Batches as Batches
+from loratune.trainer.scoring import Loss as Loss
+from loratune.trainer.scoring import held_out_loss as held_out_loss
 from loratune.trainer.sharded import ShardedTrainer
-
-
-class Batches(Protocol):
-    """A set of rows as it is iterated. items: rows, or lists of them; size: items of a batch; collate: items → a batch
-    of tensors; flat: the rows of a batch stand end to end, without padding."""
-
-    items: Any
-    size: int
-    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
-    flat: bool
-
-    def heaviest(self) -> Sequence[int]:
-        """The numbers of the items that make the batch with the most tokens."""
 
 
 @dataclass(frozen=True)
@@ -91,19 +81,6 @@ class Outcome:
         return {name: value for name, value in vars(self).items() if name != "curve"}
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Cross-entropy summed over `tokens` learnt tokens, in nats."""
-
-    total: float
-    tokens: int
-
-    @property
-    def mean(self) -> float:
-        """Nats per learnt token."""
-        return self.total / self.tokens
-
-
 def arguments(
     section: TrainingSection, checkpoints: Path, *, evaluated: bool, experts: bool = False, bfloat16: bool = False
 ) -> TrainingArguments:
@@ -145,37 +122,7 @@ def fit(
     Raises NumericError: a loss, gradient or weight that is not finite, within one step of it. Raises OutOfMemory;
     ResourceError: the disk is full. Raises KeyboardInterrupt: the run was stopped, after a checkpoint.
     """
-    guard = Guard(run.checkpoints, run.group)
-    rehearsal = Rehearsal(guard)
-    drawn = section.model_copy(update={"per_device_train_batch_size": train.size})
-    experts = any("expert" in name for name, one in model.named_parameters() if one.requires_grad)
-    settings = arguments(
-        drawn,
-        run.checkpoints.directory,
-        evaluated=validation is not None,
-        experts=experts,
-        bfloat16=launched.sharding() == "deepspeed" and model.dtype == torch.bfloat16,
-    )
-    settings._n_gpu = min(settings.n_gpu, 1)  # Trainer would share batches out among all GPUs of a process
-    keep_apart(model)
-    trainer = _Trainer(
-        run,
-        train,
-        guard,
-        model=model,
-        args=settings,
-        optimizer_cls_and_kwargs=optimizer(Trainer.get_optimizer_cls_and_kwargs(settings, model)),
-        train_dataset=train.items,
-        eval_dataset=validation,
-        data_collator=train.collate,
-        compute_loss_func=guard.loss,
-        callbacks=[guard, rehearsal, Stopper(run.stopping), Reporter(run.progress)],
-    )
-    trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own bars are off; `progress` shows the run
-    guard.norm = trainer.gradient_norm
-    rehearsal.rehearse = partial(trainer.rehearse, validation, rehearsed)
-    if run.group.rank:
-        torch.manual_seed(section.seed + run.group.rank)  # or all would drop the same of different rows
+    trainer = _made(section, model, train, validation, run, optimizer, rehearsed=rehearsed)
     start = time.monotonic()
     try:
         with suppress(_Done):
@@ -194,6 +141,55 @@ def fit(
     return _outcome(trainer, seconds)
 
 
+def _made(
+    section: TrainingSection,
+    model: PreTrainedModel,
+    train: Batches,
+    validation: Batches | None,
+    run: Run,
+    optimizer: Callable[[OptimizerChoice], OptimizerChoice],
+    *,
+    rehearsed: bool,
+) -> "_Trainer":
+    guard = Guard(run.checkpoints, run.group)
+    rehearsal = Rehearsal(guard)
+    settings = _settings(section, model, train, run, evaluated=validation is not None)
+    _keep_apart(model)
+    trainer = _Trainer(
+        run,
+        train,
+        guard,
+        model=model,
+        args=settings,
+        optimizer_cls_and_kwargs=optimizer(Trainer.get_optimizer_cls_and_kwargs(settings, model)),
+        train_dataset=train.items,
+        eval_dataset=validation,
+        data_collator=train.collate,
+        compute_loss_func=guard.loss,
+        callbacks=[guard, rehearsal, Stopper(run.stopping), Reporter(run.progress)],
+    )
+    trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own bars are off; `progress` shows the run
+    guard.norm = trainer.gradient_norm
+    rehearsal.rehearse = partial(trainer.rehearse, validation, rehearsed)
+    if run.group.rank:
+        torch.manual_seed(section.seed + run.group.rank)  # or all would drop the same of different rows
+    return trainer
+
+
+def _settings(
+    section: TrainingSection, model: PreTrainedModel, train: Batches, run: Run, *, evaluated: bool
+) -> TrainingArguments:
+    settings = arguments(
+        section.model_copy(update={"per_device_train_batch_size": train.size}),
+        run.checkpoints.directory,
+        evaluated=evaluated,
+        experts=any("expert" in name for name, one in model.named_parameters() if one.requires_grad),
+        bfloat16=launched.sharding() == "deepspeed" and model.dtype == torch.bfloat16,
+    )
+    settings._n_gpu = min(settings.n_gpu, 1)  # Trainer would share batches out among all GPUs of a process
+    return settings
+
+
 def _outcome(trainer: Trainer, seconds: float) -> Outcome:
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     losses = [entry["loss"] for entry in curve if "loss" in entry]
@@ -208,7 +204,7 @@ def _outcome(trainer: Trainer, seconds: float) -> Outcome:
     )
 
 
-def keep_apart(model: PreTrainedModel) -> None:
+def _keep_apart(model: PreTrainedModel) -> None:
     """Leave what is frozen out of what DDP sends around: every process has loaded it."""
     names = [name for name, one in model.named_parameters() if not one.requires_grad]
     names += [name for name, _ in model.named_buffers()]
@@ -225,39 +221,6 @@ def check_sound(model: PreTrainedModel, train: Batches, run: Run, step: int) -> 
         fix = "lower training.learning_rate"
         problem = Problem(f"after the last step the loss is {loss.mean}", key="training.learning_rate", fix=fix)
         raise astray(problem, run.checkpoints, step)
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: PreTrainedModel,
-    rows: Batches,
-    numbers: Sequence[int] | None = None,
-    before_batch: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
-    group: Group = ALONE,
-) -> Loss:
-    """The loss over all learnt tokens of some items, each token counting once however they are batched and shared out.
-
-    numbers: of the items; None: all; group: what takes a share of them each. Raises what `before_batch` raises, which
-    is shown every batch.
-    """
-    was_training = model.training
-    model.eval()
-    total, tokens = 0.0, 0
-    chosen = range(len(rows.items)) if numbers is None else numbers
-    batches = [chosen[start : start + rows.size] for start in range(0, len(chosen), rows.size)]
-    for first in range(0, len(batches), group.count):
-        place = first + group.rank
-        batch = rows.collate([rows.items[number] for number in batches[place % len(batches)]])
-        before_batch(batch)
-        labels = batch.pop("labels").to(model.device)
-        expect(model, labels)
-        logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits
-        loss, count = next_token_loss(logits, labels)
-        if place < len(batches):  # where none is left, one is read again, so that all take part in every pass
-            total, tokens = total + loss.item(), tokens + int(count)
-    model.train(was_training)
-    summed = group.total([total, tokens])
-    return Loss(summed[0], int(summed[1]))
 
 
 class _Done(Exception):
