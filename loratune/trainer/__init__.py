@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +17,7 @@ from loratune.checkpoints import Checkpoints as Checkpoints
 from loratune.config import TrainingSection
 from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
 from loratune.interrupts import Stop, Termination
-from loratune.kernels import expect, next_token_loss
+from loratune.kernels import expect
 from loratune.launched import ALONE, Group
 from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper, astray
 from loratune.trainer.callbacks import Progress as Progress
