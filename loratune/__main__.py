@@ -1,13 +1,18 @@
 """`loratune` and `python -m loratune`, so that `accelerate launch -m` and `torchrun -m` can start it."""
 
+import os
 import signal
 import sys
 
+from loratune import launched
 from loratune.interrupts import Termination, terminable
 
 
 def main() -> None:
-    """Hear signals from the start, then load the command line and obey it."""
+    """Hear signals from the start, then load the command line and obey it. Of several processes one is heard; another
+    one speaks by `sys.__stderr__`, should that one have gone."""
+    if launched.rank() > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
     try:
         with terminable():
             from loratune.cli import app

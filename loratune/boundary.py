@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 
 import typer
 
@@ -28,16 +28,15 @@ from loratune.launched import Alone, Group
 def boundary(debug: bool, join: Callable[[], Group] = Alone) -> Iterator[Group]:
     """Turn what goes wrong into `error:` lines and an exit code; keep the libraries' own remarks off the screen.
 
-    join: meets the other processes of a run; only the main one of them is heard.
+    join: meets the other processes of a run.
     """
     if not debug:
         warnings.simplefilter("ignore")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     group: Group = Alone()
     try:
-        with terminable(), _silent_beside() as silence:
+        with terminable():
             group = join()
-            silence(not group.main)
             yield group
         with printed():
             pass  # what was printed before and is still on its way
@@ -48,20 +47,6 @@ def boundary(debug: bool, join: Callable[[], Group] = Alone) -> Iterator[Group]:
         raise typer.Exit(0) from None
     except (Exception, KeyboardInterrupt) as error:
         _fail(group, error, debug)
-
-
-@contextmanager
-def _silent_beside() -> Iterator[Callable[[bool], None]]:
-    """Gives what sends everything that is printed from then on nowhere, if it is so."""
-    with ExitStack() as stack:
-
-        def silence(wanted: bool) -> None:
-            if wanted:
-                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-                stack.enter_context(redirect_stdout(nowhere))
-                stack.enter_context(redirect_stderr(nowhere))
-
-        yield silence
 
 
 def stopped(stop: KeyboardInterrupt) -> tuple[str, type[LoratuneError]]:
@@ -89,12 +74,12 @@ def _fail(group: Group, error: BaseException, debug: bool) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # the launcher passes on what ends this process already
             signal.signal(number, signal.SIG_IGN)
     problems, code = group.fail(error, *_explained(error))
+    screen = sys.stderr if group.main else sys.__stderr__
     if debug:
-        traceback.print_exception(error)
+        traceback.print_exception(error, file=screen)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {problem}", file=screen, flush=True)
     if group.count > 1:
-        sys.stderr.flush()
         os._exit(code)  # torch may wait for the others as Python ends, and they are gone
     raise typer.Exit(code) from None
 

@@ -41,6 +41,7 @@ def model_card(
     *,
     formats: Sequence[str],
     changes: Sequence[Mapping[str, Any]],
+    processes: int = 1,
 ) -> str:
     """A model card as the hub reads it: metadata, then base, data, settings, result and use.
 
@@ -52,6 +53,7 @@ def model_card(
     if on_hub:
         metadata |= {"base_model": base, "tags": ["lora", "loratune", f"base_model:adapter:{base}"]}
     held_out = f", held-out {metrics['held_out_loss']:.4f}" if metrics["held_out_loss"] is not None else ""
+    together = f", on {processes} processes" if processes > 1 else ""
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
@@ -62,7 +64,7 @@ A LoRA adapter for `{_named(settings["model"])}`{_held(settings["model"])}, trai
 - **Data:** {_sources(settings["data"]["train"])} ({", ".join(formats)})
 - **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
-{_changed(changes)}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`
+{_changed(changes)}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{together}
 
 ## Use
 

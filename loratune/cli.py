@@ -99,7 +99,10 @@ def train(
 
         try:
             if dry_run:
-                show.plan(story.plan(ready, watched, group), rows)
+                planned = story.plan(ready, watched, group)
+                group.part()
+                if group.main:
+                    show.plan(planned, rows)
                 return
             teller = story.Teller(note, show.announce, watched, TrainingProgress())
             made = story.train(ready, teller, group)
@@ -107,6 +110,7 @@ def train(
             fix = "the rows that were tokenised are kept, and the same command goes on from there"
             if not dry_run and ready.space.has_checkpoints():
                 fix = f"continue with: {_resume_line(config_file, assignments, changes)}"
+                fix += f", on {group.count} processes as before" if group.count > 1 else ""
             what, kind = stopped(stop)
             raise kind(Problem(what, fix=fix)) from None
         if made is not None:
@@ -235,6 +239,8 @@ def _join() -> Group:
     """The processes of this run; torch is imported for it only where there are several."""
     if launched.count() == 1:
         return launched.Alone()
+
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch says of connections that end is ours to say
 
     with _loading():
         from loratune import ranks

@@ -114,6 +114,11 @@ def count() -> int:
     return int(given) if given.isdecimal() and "RANK" in os.environ else 1
 
 
+def rank() -> int:
+    """The number of this process."""
+    return int(os.environ["RANK"]) if count() > 1 and os.environ["RANK"].isdecimal() else 0
+
+
 def sharding() -> str:
     """By what accelerate spreads the weights of the base over the processes: `fsdp`, `deepspeed`, or nothing.
 

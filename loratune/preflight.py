@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loratune import config, data, places, resuming, saved
+from loratune import config, data, launched, places, resuming, saved
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import Rows, Watch
 from loratune.data.sources import looks_like_hub_id
@@ -56,19 +56,36 @@ def check(run: RunConfig, space: Workspace, watch: Watch, resume: Sequence[str] 
 
     resume: go on from a checkpoint, with other values of these keys; None: start.
 
-    Raises ConfigError: see `quantized.check_bitsandbytes`; no such chat template. Raises ModelError: see
-    `places.is_directory`, `quantized.check_directory`. Raises DataError: see `data.check`. Raises ResumeError:
-    see `resuming.find`.
+    Raises ConfigError: see `quantized.check_bitsandbytes`; no such chat template; what sharded weights exclude. Raises
+    ModelError: see `places.is_directory`, `quantized.check_directory`. Raises DataError: see `data.check`. Raises
+    ResumeError: see `resuming.find`.
     """
     base, template = run.model, run.data.chat_template
     if template is not None and not os.path.isfile(os.path.expanduser(template)):
         raise ConfigError(Problem("no such file", template, "data.chat_template", "name a Jinja file"))
+    _check_sharding(run)
     quantized.check_bitsandbytes(base.quantization)
     if places.is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
         quantized.check_directory(Path(places.local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
     pinned = _pinned(run)
     resumed = resuming.find(space.checkpoints, pinned.resolved(), resume) if resume is not None else None
     return Ready(pinned, space, data.check(run.data, run.training.seed, watch), tuple(resume or ()), resumed)
+
+
+def _check_sharding(run: RunConfig) -> None:
+    """Raises ConfigError: what does not work where weights are spread over processes: upstream's own failures."""
+    how = launched.sharding()
+    bad = {"fsdp": ("8bit",), "deepspeed": ("8bit", "4bit")}.get(how, ())
+    held, optim = run.model.quantization, run.training.optim
+    asked = {
+        "model.quantization": held if held in bad else None,
+        "lora.use_lorafa": "true" if run.lora.use_lorafa else None,
+        "training.optim": optim if optim not in ("adamw_torch", "adamw_torch_fused") else None,
+    }
+    if how:
+        what, fix = f"does not work with weights that are spread by {how}", "change it, or start without"
+        if problems := [Problem(f"{value} {what}", key=key, fix=fix) for key, value in asked.items() if value]:
+            raise ConfigError(problems)
 
 
 def shared(ready: Ready | None, group: Group) -> Ready:

@@ -188,7 +188,7 @@ class _Watch:
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._answered = time.monotonic()
         self._over, self._ending = threading.Event(), threading.Lock()
-        self._errors = sys.stderr
+        self._screen = sys.stderr if self._main else sys.__stderr__
         self._beat()
 
     def start(self, members: list[_Member]) -> None:
@@ -314,7 +314,7 @@ class _Watch:
         backstop.start()
         if self.tells(failure):
             lines = [f"error: {problem}" for problem in failure.told(self._rank)]
-            print(*lines, sep="\n", file=self._errors, flush=True)
+            print(*lines, sep="\n", file=self._screen, flush=True)
         if self._main or failure.rank != 0:
             self._meet()
         try:

@@ -110,11 +110,13 @@ def _reordered(before: Mapping[str, Any], now: Mapping[str, Any], processes: int
         (count, *(config["training"][key] for key in keys))
         for count, config in ((before.get("processes", 1), before["config"]), (processes, now))
     )
-    taken = [f"{math.prod(one)} ({one[0]} processes x {one[1]} x {one[2]})" for one in (old, new)]
+    taken = [f"{math.prod(one)} ({_processes(one[0])} x {one[1]} x {one[2]})" for one in (old, new)]
     if math.prod(old) != math.prod(new):
         what = f"a step took {taken[0]} rows when the run was interrupted, and would now take {taken[1]}"
-        fix = f"start {old[0]} processes, or change it with --allow-change so that the product stays"
-        yield Problem(what, key=f"training.{keys[1]}", fix=fix)
+        fix = f"start {_processes(old[0])}, or change it with --allow-change so that the product stays"
+        if old[0] == new[0]:
+            fix = "change it back, or the other one as well, so that the product stays"
+        yield Problem(what, key=f"training.{keys[0] if old[1] != new[1] else keys[1]}", fix=fix)
     elif old[1] != new[1] and now["data"]["packing"] == "full":
         what, fix = f"was {old[1]} when the run was interrupted, and packs are made for it", "change it back"
         yield Problem(what, key=f"training.{keys[0]}", fix=fix)
@@ -125,8 +127,8 @@ def _respread(before: Mapping[str, Any]) -> Iterator[Problem]:
     old = (before.get("sharding", ""), before.get("processes", 1))
     new = (launched.sharding(), launched.count())
     if old != new and "deepspeed" in (old[0], new[0]):
-        told = [f"{count} processes with {how or 'no sharding'}" for how, count in (old, new)]
-        what = f"the run was interrupted with {told[0]}, and there are now {told[1]}"
+        told = [f"{_processes(count)} with {how or 'no sharding'}" for how, count in (old, new)]
+        what = f"the run was one of {told[0]}, and is now one of {told[1]}"
         yield Problem(what, fix="start it as it was; checkpoints of DeepSpeed are read by as many processes only")
 
 
@@ -154,6 +156,10 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
             yield from _changes(old, new, f"{prefix}{key}.")
         elif old != new and f"{prefix}{key}" not in _PLACES:
             yield f"{prefix}{key}", old, new
+
+
+def _processes(number: int) -> str:
+    return f"{number} process" if number == 1 else f"{number} processes"
 
 
 def _shown(value: Any) -> str:

@@ -174,6 +174,7 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE) -> Result | None:
         identity = _identity(run, ready)
         if group.main:
             space.begin(resume=ready.resumed is not None)
+        group.gathered(None)  # so that a signal finds all of them on this side of the next line, or none
         with interrupts.deferred(teller.note, repeated=group.count > 1) as stop:
             kept = _kept(run, ready, identity, teller, stop, group)
             teller.plan(run)
@@ -275,7 +276,13 @@ def _stage(
     settings = run.config.resolved()
     (space.staging / "run.yaml").write_text(config.dump(run.config), encoding="utf-8")
     text = card.model_card(
-        settings, outcome.metrics, space.output.name, run.try_it, formats=run.given.formats, changes=changes
+        settings,
+        outcome.metrics,
+        space.output.name,
+        run.try_it,
+        formats=run.given.formats,
+        changes=changes,
+        processes=run.processes,
     )
     (space.staging / "README.md").write_text(text, encoding="utf-8")
     made = card.provenance(settings, outcome.metrics, outcome.curve, run.fingerprints)

@@ -1,4 +1,7 @@
-"""Train on all machines of a Ray cluster: `python scripts/launch_ray.py config.yaml [more of loratune train]`."""
+"""Train on all machines of a Ray cluster that have GPUs: `python scripts/launch_ray.py config.yaml [--resume ...]`.
+
+Config, data and output_dir lie where all of them see them.
+"""
 
 import subprocess
 import sys
@@ -14,6 +17,7 @@ def start(command: list[str]) -> int:
 
 ray.init(address="auto")
 nodes = [(node["NodeManagerAddress"], int(node["Resources"].get("GPU", 0))) for node in ray.nodes() if node["Alive"]]
+nodes = [node for node in nodes if node[1]] or nodes
 meet = ["--rdzv-backend", "c10d", "--rdzv-id", "loratune", "--rdzv-endpoint", f"{nodes[0][0]}:29500"]
 tasks = []
 for number, (address, gpus) in enumerate(nodes):

@@ -69,6 +69,14 @@ def test_packs_are_shared_out(processes: Nursery, run_config: MakeConfig, tmp_pa
         same(trained(processes, config, tmp_path / f"{count}", count, *shared(2, accumulated)), alone)
 
 
+def test_a_start_from_the_data_is_the_same(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """EVA looks at the first batches, which all processes have; PEFT would count them once for each."""
+    data = {"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))}
+    config = run_config(lora={"init_lora_weights": "eva"}, data=data)
+    alone = trained(processes, config, tmp_path / "1", 1, *shared(4, 2))
+    same(trained(processes, config, tmp_path / "2", 2, *shared(4)), alone)
+
+
 def same(record: dict[str, Any], expected: dict[str, Any]) -> None:
     """The curve within 1e-5, and the very tokens."""
     for entry, known in zip(curve(record), curve(expected), strict=True):
@@ -190,9 +198,8 @@ def test_a_signal_stops_all_at_one_step(
     for rank in told:
         children[rank].send(number)
     assert ended(children) == [code, code], children[0].said()
-    assert f"error: {word}; continue with: loratune train {config} --resume" in children[0].said().replace(
-        f"{sys.argv[0]} train", "loratune train"
-    )
+    line = children[0].said().splitlines()[-1]
+    assert line.startswith(f"error: {word}; continue with: ") and line.endswith("--resume, on 2 processes as before")
     assert children[1].said() == ""
     if told == (0, 1):
         assert finished(processes.launch(2, "train", config, "--resume")) == [0, 0]
@@ -239,6 +246,39 @@ def test_one_model_over_all_gpus_is_for_one_process(processes: Nursery, run_conf
     )
 
 
+def test_a_wrong_command_line_is_told_once(processes: Nursery) -> None:
+    children = processes.launch(2, "train", "--nonsense")
+    assert ended(children) == [2, 2]
+    assert "No such option" in children[0].said() and children[1].said() == ""
+
+
+def test_a_dry_run_may_take_its_time_to_print(processes: Nursery, run_config: MakeConfig) -> None:
+    config = run_config()
+    children = processes.launch(2, "train", config, "--dry-run")
+    assert finished(children) == [0, 0]
+    assert children[0].out.read_text().startswith("targets\n") and children[1].out.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "how, setting, words",
+    [
+        (
+            "FSDP",
+            "model.quantization=8bit",
+            "model.quantization: 8bit does not work with weights that are spread by fsdp",
+        ),
+        ("FSDP", "training.optim=adafactor", "training.optim: adafactor does not work"),
+        ("DEEPSPEED", "lora.use_lorafa=true", "lora.use_lorafa: true does not work"),
+    ],
+)
+def test_what_sharded_weights_exclude(
+    how: str, setting: str, words: str, processes: Nursery, run_config: MakeConfig
+) -> None:
+    child = processes.start("train", run_config(), "--set", setting, **{f"ACCELERATE_USE_{how}": "true"})
+    assert child.wait() == 2
+    assert f"error: {words}" in child.said()
+
+
 # On another number of processes
 
 
@@ -265,7 +305,7 @@ def test_resuming_on_more_or_fewer(processes: Nursery, run_config: MakeConfig, t
     assert refused.wait() == 7
     assert (
         "error: training.gradient_accumulation_steps: a step took 8 (2 processes x 2 x 2) rows when the run was "
-        "interrupted, and would now take 4 (1 processes x 2 x 2); start 2 processes, or change it with --allow-change"
+        "interrupted, and would now take 4 (1 process x 2 x 2); start 2 processes, or change it with --allow-change"
     ) in refused.said()
     changed = (
         "--set",
@@ -287,8 +327,8 @@ def test_deepspeed_reads_its_own_checkpoints_only(processes: Nursery, run_config
     child = processes.start("train", config, "--resume", *WHOLE_STEP, ACCELERATE_USE_DEEPSPEED="true")
     assert child.wait() == 7
     assert child.said().splitlines()[-1] == (
-        "error: the run was interrupted with 2 processes with no sharding, and there are now 1 processes with "
-        "deepspeed; start it as it was; checkpoints of DeepSpeed are read by as many processes only"
+        "error: the run was one of 2 processes with no sharding, and is now one of 1 process with deepspeed; "
+        "start it as it was; checkpoints of DeepSpeed are read by as many processes only"
     )
 
 

@@ -146,7 +146,8 @@ def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None
         wrapped(**{name: tensor for name, tensor in inputs.items() if name != "labels"}, use_cache=False)
 
     with torch.no_grad():
-        found = get_eva_state_dict(model, enough, peft_config=config, forward_fn=forward, show_progress_bar=False)
+        quiet = {"show_progress_bar": False, "gather_distributed_inputs": False}  # each process has all batches
+        found = get_eva_state_dict(model, enough, peft_config=config, forward_fn=forward, **quiet)
         for name, directions in found.items():
             model.get_submodule(name).lora_A["default"].weight.copy_(directions)
     inner.train(was_training)  # which PEFT has set to what the wrapper says
