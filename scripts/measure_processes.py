@@ -67,9 +67,9 @@ def speed(place: Path, steps: int, processes: int, threads: int) -> float:
 def sent(place: Path, model: Path, steps: int) -> int:
     """Bytes that two processes sent over a loopback device of their own, in a whole run."""
     line = " ".join(command(config(place, model, steps, 2), 2))
-    count = "cat /sys/class/net/lo/statistics/tx_bytes"
-    inside = f"ip link set lo up && {line} >&2 && {count}"
-    return int(run(["unshare", "--net", "sh", "-c", inside], 1).split()[-1])
+    inside = f"ip link set lo up && {line} >&2 && cat /proc/net/dev"
+    table = run(["unshare", "--net", "sh", "-c", inside], 1)
+    return int(next(row for row in table.splitlines() if row.strip().startswith("lo:")).split()[9])
 
 
 def bytes_per_step(place: Path, model: Path) -> float:
@@ -95,6 +95,7 @@ def main() -> None:
     """Do all of it."""
     parser = argparse.ArgumentParser(description="Measure what several processes bring, and what they send.")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bytes", action="store_true", help="only those")
     parser.add_argument("--steps", type=int, default=20, help="of each run that is timed")
     given = parser.parse_args()
     ways = {f"1 process, {CORES} threads": (1, CORES), "1 process, 1 thread": (1, 1)}
@@ -102,11 +103,11 @@ def main() -> None:
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        for number in range(given.rounds):
+        for number in range(0 if given.bytes else given.rounds):
             for name in list(ways)[:: -1 if number % 2 else 1]:
                 speeds[name].append(speed(place, given.steps, *ways[name]))
         first = next(iter(ways))
-        for name, values in speeds.items():
+        for name, values in () if given.bytes else speeds.items():
             ratios = sorted(value / base for value, base in zip(values, speeds[first], strict=True))
             print(f"{name}: {median(values):,.0f} tokens/s, {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
         for name, model in (("SmolLM2-135M", MODEL), ("4 layers of 7B", layers_of_7b(place))):
