@@ -16,7 +16,7 @@ from nursery import Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, curve
 from test_ranks import UNEVEN
 
-LONG: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 400, "save_steps": 50}}
+LONG: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 120, "save_steps": 50}}
 PATIENT = 120  # seconds in which a run has begun, or ended, on a machine that is busy
 
 

@@ -186,9 +186,14 @@ def test_one_is_killed(rank: int, processes: Nursery, run_config: MakeConfig, tm
 
 
 @pytest.mark.parametrize(
-    "number, code, word", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    "told, number, code, word",
+    [
+        ((0,), signal.SIGTERM, 143, "terminated"),
+        ((1,), signal.SIGINT, 130, "interrupted"),
+        ((0, 1), signal.SIGTERM, 143, "terminated"),
+        ((0, 1, 0, 1), signal.SIGINT, 130, "interrupted"),
+    ],
 )
-@pytest.mark.parametrize("told", [(0,), (1,), (0, 1), (0, 1, 0, 1)])
 def test_a_signal_stops_all_at_one_step(
     told: tuple[int, ...], number: int, code: int, word: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -404,7 +409,7 @@ def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir
 
 @pytest.mark.parametrize("how", ["fsdp2", "zero3"])
 def test_a_base_that_is_spread_goes_on_to_the_same_bytes(how: str, run_config: MakeConfig, tmp_path: Path) -> None:
-    config = run_config(**RUNNING)
+    config = run_config(**RUNNING | {"training": RUNNING["training"] | {"num_train_epochs": 5}})
     child = spread(how, config, tmp_path / "straight")
     assert child.wait() == 0, child.communicate()[1]
     child = spread(how, config, tmp_path / "out")
