@@ -24,7 +24,7 @@ types: .venv/dev.stamp
 
 # Files are shared out among processes of one thread each: most tests wait for one core.
 unit: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Hours, on a machine that does nothing else; BENCH="--sets natural --rounds 1" makes it less.
 bench: .venv/quickstart.stamp

@@ -1,6 +1,7 @@
 """A run on two machines, each a network namespace of its own, and the cable between them cut."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from nursery import Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, curve
 from test_ranks import UNEVEN
 
-LONG: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 120, "save_steps": 50}}
+LONG: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 60, "save_steps": 50}}
 PATIENT = 120  # seconds in which a run has begun, or ended, on a machine that is busy
 
 
@@ -87,6 +88,7 @@ def test_a_cable_that_stays_out_ends_the_run_which_goes_on_where_it_can(
     key = "training.gradient_accumulation_steps"
     child = processes.start("train", config, "--resume", "--set", f"{key}=2", "--allow-change", key)
     assert child.wait() == 0, child.said()
+    step = int(re.search(r"resuming from step (\d+)", child.said())[1])  # type: ignore[index]
     records = [json.loads((tmp_path / name / "loratune.json").read_text()) for name in ("out", "straight")]
-    for entry, known in zip(*map(curve, records), strict=True):
-        assert entry["loss"] == pytest.approx(known["loss"], abs=1e-3)  # after thousands of steps
+    soon = [{one["step"]: one["loss"] for one in curve(record)[: step + 20]} for record in records]
+    assert soon[0] == pytest.approx(soon[1], abs=1e-4)  # rounding grows with the steps after it
