@@ -11,7 +11,9 @@ from contextlib import contextmanager
 
 import typer
 
+from loratune import launched
 from loratune.errors import (
+    ConfigError,
     Interrupted,
     LoratuneError,
     Problem,
@@ -28,7 +30,7 @@ from loratune.launched import Alone, Group
 def boundary(debug: bool, join: Callable[[], Group] = Alone) -> Iterator[Group]:
     """Turn what goes wrong into `error:` lines and an exit code; keep the libraries' own remarks off the screen.
 
-    join: meets the other processes of a run.
+    join: meets the other processes of a run; a command without it is for one process.
     """
     if not debug:
         warnings.simplefilter("ignore")
@@ -36,6 +38,9 @@ def boundary(debug: bool, join: Callable[[], Group] = Alone) -> Iterator[Group]:
     group: Group = Alone()
     try:
         with terminable():
+            if join is Alone and (started := launched.count()) > 1:
+                fix = "start it without a launcher"
+                raise ConfigError(Problem(f"was started {started} times, and is for one process", fix=fix))
             group = join()
             yield group
         with printed():

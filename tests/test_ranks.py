@@ -257,6 +257,13 @@ def test_a_wrong_command_line_is_told_once(processes: Nursery) -> None:
     assert "No such option" in children[0].said() and children[1].said() == ""
 
 
+def test_other_commands_are_for_one_process(processes: Nursery, run_config: MakeConfig) -> None:
+    children = processes.launch(2, "params", run_config())
+    assert ended(children) == [2, 2]
+    line = "error: was started 2 times, and is for one process; start it without a launcher\n"
+    assert (children[0].said(), children[1].said()) == (line, "")
+
+
 def test_a_dry_run_may_take_its_time_to_print(processes: Nursery, run_config: MakeConfig) -> None:
     config = run_config()
     children = processes.launch(2, "train", config, "--dry-run")
