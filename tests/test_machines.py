@@ -83,7 +83,7 @@ def test_a_cable_that_stays_out_ends_the_run_which_goes_on_where_it_can(
     assert "exitcode  : 10 " in said[0]  # as torchrun tells it, which ends with 1 whatever its processes end with
     until(lambda: f"error: the main process on {machines.ADDRESSES[0]} {lost}" in
           (tmp_path / machines.ADDRESSES[1]).read_text(), tmp_path)  # fmt: skip
-    two.two.kill()  # torchrun itself would wait there for a quarter of an hour
+    two.two.kill()  # torchrun itself waits there for longer than a test may take
     assert not (tmp_path / "out").exists()
     key = "training.gradient_accumulation_steps"
     child = processes.start("train", config, "--resume", "--set", f"{key}=2", "--allow-change", key)
