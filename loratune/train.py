@@ -179,7 +179,7 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE) -> Result | None:
             kept = _kept(run, ready, identity, teller, stop, group)
             teller.plan(run)
             outcome = _fit(run, kept)
-        trainer.check_sound(run.model, run.train, kept, outcome.steps)
+        trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
         trained = adapter.whole(run.model)
         group.part()
         return _publish(run, trained, outcome, identity["changes"], space) if group.main else None

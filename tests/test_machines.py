@@ -15,7 +15,7 @@ from conftest import write_rows
 from machines import Machine, Machines
 from nursery import Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, curve
-from test_ranks import UNEVEN
+from test_ranks import UNEVEN, straight
 
 LONG: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 60, "save_steps": 50}}
 PATIENT = 120  # seconds in which a run has begun, or ended, on a machine that is busy
@@ -56,15 +56,14 @@ def test_a_cable_that_is_out_for_ten_seconds_costs_nothing(
     two: Machines, processes: Nursery, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = run_config(**LONG, data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))})
-    straight = processes.launch(2, "train", config, "--set", f"output_dir={tmp_path / 'straight'}")
-    assert [child.wait() for child in straight] == [0, 0]
+    expected = straight(processes, config, tmp_path)
     both = begun(two, config, tmp_path)
     two.cut()
     time.sleep(10)
     assert [agent.poll() for agent in both] == [None, None]
     two.mend()
     assert [agent.wait(PATIENT) for agent in both] == [0, 0], (tmp_path / machines.ADDRESSES[0]).read_text()
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
 
 
 def test_a_cable_that_stays_out_ends_the_run_which_goes_on_where_it_can(
@@ -72,8 +71,7 @@ def test_a_cable_that_stays_out_ends_the_run_which_goes_on_where_it_can(
 ) -> None:
     """On the machine that is left, and to the result that two would have had."""
     config = run_config(**LONG, data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))})
-    straight = processes.launch(2, "train", config, "--set", f"output_dir={tmp_path / 'straight'}")
-    assert [child.wait() for child in straight] == [0, 0]
+    straight(processes, config, tmp_path)
     first, _ = begun(two, config, tmp_path)
     two.cut()
     assert first.wait(PATIENT) == 1

@@ -10,6 +10,8 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from loratune.kernels import full
+
 Weights = dict[str, torch.Tensor]
 """The tensors of an adapter under the names they are saved by."""
 
@@ -24,11 +26,6 @@ def whole(model: PeftModel) -> Weights:
     """The same, put together from all processes that hold a part of them; all must take part."""
     with _gathered(model):
         return {name: full(tensor).detach().clone() for name, tensor in weights(model).items()}
-
-
-def full(value: torch.Tensor) -> torch.Tensor:
-    """A tensor as it is, or put together from its parts; then all processes must take part."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

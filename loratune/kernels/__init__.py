@@ -10,6 +10,7 @@ from loratune.kernels.fitting import fitted as fitted
 from loratune.kernels.gpu import compile_layers as compile_layers
 from loratune.kernels.gpu import use_liger as use_liger
 from loratune.kernels.loss import LossHead as LossHead
+from loratune.kernels.loss import full as full
 from loratune.kernels.loss import global_norm as global_norm
 from loratune.kernels.loss import next_token_loss as next_token_loss
 from loratune.kernels.projection import Adapted as Adapted

@@ -85,4 +85,9 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """The norm over all elements of all tensors, as a scalar; NaN or inf if any element is. order: inf for the largest
     element, which no sum makes inf."""
     norm: Tensor = torch.nn.utils.get_total_norm(tensors, norm_type=order)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return full(norm)
+
+
+def full(value: Tensor) -> Tensor:
+    """A tensor as it is, or put together from its parts; then all processes must take part."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -211,7 +211,7 @@ def _keep_apart(model: PreTrainedModel) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # type: ignore[no-untyped-call]
 
 
-def check_sound(model: PreTrainedModel, train: Batches, run: Run, step: int) -> None:
+def check_sound(model: PreTrainedModel, train: Batches, checkpoints: Checkpoints, step: int) -> None:
     """See whether what the last step made still gives a loss, which no step after it has shown.
 
     Raises NumericError: the loss of the first rows is NaN or inf; the checkpoint of the step is gone then.
@@ -220,7 +220,16 @@ def check_sound(model: PreTrainedModel, train: Batches, run: Run, step: int) -> 
     if not loss.total < float("inf"):
         fix = "lower training.learning_rate"
         problem = Problem(f"after the last step the loss is {loss.mean}", key="training.learning_rate", fix=fix)
-        raise astray(problem, run.checkpoints, step)
+        raise astray(problem, checkpoints, step)
+
+
+def _tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of a batch without padding, and none of one that stands in for no rows, see `Loader`. The batch still lies
+    in the machine's memory, so no device is waited for."""
+    if not (batch["labels"] >= 0).any():
+        return 0
+    mask = batch.get("attention_mask")
+    return batch["labels"].numel() if mask is None else int(mask.sum())
 
 
 class _Done(Exception):
@@ -314,12 +323,10 @@ class _Trainer(ShardedTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Without a cache, which a model would otherwise make, and then take rows that stand end to end for one."""
+        self.guard.tokens += _tokens(inputs)
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         self.shape = tuple(prepared["input_ids"].shape)
         expect(self.model, prepared["labels"])
-        if (prepared["labels"] >= 0).any():
-            counted = prepared.get("attention_mask", torch.ones(()).expand(self.shape))
-            self.guard.tokens += int(counted.sum())
         return prepared | {"use_cache": False}
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -328,13 +335,6 @@ class _Trainer(ShardedTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.run.checkpoints.writing(self.state.global_step):
             super()._save_checkpoint(model, trial)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As upstream, where a run goes on with as many processes; else they draw from new states."""
-        if checkpoint is not None and len(list(Path(checkpoint).glob("rng_state*.pth"))) != self.run.group.count:
-            torch.manual_seed(self.args.seed + self.run.group.rank + (self.state.global_step << 16))
-            return
-        super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 from transformers import Trainer
 
 from loratune import adapter
-from loratune.adapter.sharded import alike, full
-from loratune.kernels import global_norm
+from loratune.adapter.sharded import alike
+from loratune.kernels import full, global_norm
 from loratune.launched import Group
 from loratune.saved import WEIGHTS_FILE
 from loratune.trainer.callbacks import check_finite
@@ -72,6 +72,13 @@ class ShardedTrainer(Trainer):
             super()._save_rng_state(output_dir)
         else:
             self._collected(output_dir, super()._save_rng_state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As upstream, where a run goes on with as many processes; else they draw from new states."""
+        if checkpoint is not None and len(list(Path(checkpoint).glob("rng_state*.pth"))) != self.group.count:
+            torch.manual_seed(self.args.seed + self.group.rank + (self.state.global_step << 16))
+            return
+        super()._load_rng_state(checkpoint)
 
     def _collected(self, output_dir: str, save: Any) -> None:
         """Have each process save into a directory of its own, and the main one write the files of all."""
