@@ -48,10 +48,6 @@ def heads(dtype: torch.dtype) -> list[Tensor]:
     return [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(HEAD_SHAPES)]
 
 
-def turned(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return COSINE.to(dtype), SINE.to(dtype)
-
-
 PASSES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "rms_norm": lambda dtype: (normal(37, 96).to(dtype), normal(96, seed=1).to(dtype), 1e-5),
     "rms_norm_backward": lambda dtype: (
@@ -60,9 +56,9 @@ PASSES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "swiglu": lambda dtype: ((4 * normal(37, 192)).to(dtype),),
     "swiglu_backward": lambda dtype: (normal(37, 96, seed=1).to(dtype), (4 * normal(37, 192)).to(dtype)),
     "split_heads": lambda dtype: (
-        normal(TOKENS, (GROUPS * HEADS + 2 * GROUPS) * SIZE).to(dtype), *turned(dtype), GROUPS, HEADS
+        normal(TOKENS, (GROUPS * HEADS + 2 * GROUPS) * SIZE).to(dtype), COSINE, SINE, GROUPS, HEADS
     ),
-    "join_heads": lambda dtype: (*(normal(*shape).to(dtype) for shape in HEAD_SHAPES), *turned(dtype)),
+    "join_heads": lambda dtype: (*(normal(*shape).to(dtype) for shape in HEAD_SHAPES), COSINE, SINE),
     "attend": lambda dtype: (*heads(dtype), STARTS, TILES, 0.25),
     "attend_backward": lambda dtype: (
         normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), *plain.attend(*heads(dtype), STARTS, TILES, 0.25),
@@ -245,7 +241,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "granite, which hands no positions on": (
         "granitemoehybrid",
         WITHOUT_POSITIONS,
-        ["feed-forward layers", "attention"],
+        ["attention", "feed-forward layers"],
     ),
     "olmo2, which norms all heads at once": ("olmo2", {}, []),
     "gpt_neox": ("gpt_neox", {}, ["attention", "feed-forward layers", "norms"]),

@@ -7,23 +7,22 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
+from families import DECODERS, LAYERS, build
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, SiglipVisionConfig
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune.errors import ModelError
@@ -33,95 +32,6 @@ GOLDEN = Path(__file__).parent / "golden_targets.txt"
 R = 2
 LENGTH = 8
 LONGER = {"deepseek_v4": 256}  # its compressors take 128 tokens at once
-
-# What the default configuration lacks for a model to be built, or for each kind of its layers to show.
-ROPE = {"rope_type": "default", "rope_theta": 1e4}
-MENDED: dict[str, tuple[str, dict[str, Any]]] = {
-    "cohere_compass_text": ("no rope", {"rope_parameters": {"full_attention": ROPE}}),
-    "dbrx": ("no rope", {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}}),
-    "deepseek_v2": ("no number of experts", {"num_experts_per_tok": 2, "moe_intermediate_size": 1408}),
-    "dots1": ("no number of experts", {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-    }),
-    "gemma4_assistant": ("input per layer", {
-        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
-    }),
-    "hunyuan_v1_dense": ("no head_dim", {"head_dim": 128}),
-    "hunyuan_v1_moe": ("no head_dim", {"head_dim": 128}),
-    "ministral": ("no head_dim", {"head_dim": 128}),
-    "nemotron": ("no number of key-value heads", {"num_key_value_heads": 8}),
-    "reformer": ("no decoder", {"is_decoder": True}),
-    "bamba": ("no attention layer", {"attn_layer_indices": [1]}),
-    "granitemoehybrid": ("no attention layer", {"layer_types": ["linear_attention", "full_attention"] * 16}),
-    "lfm2": ("no convolution layer", {"layer_types": ["conv", "full_attention"] * 16}),
-    "lfm2_moe": ("no layer types", {"layer_types": ["conv", "full_attention"] * 16}),
-}  # fmt: skip
-MENDED["minimax_m3_vl_text"] = ("no indexer", {"layer_types": ["full_attention", "minimax_m3_sparse"] * 30})
-MENDED["zamba"] = ("many layers", {"num_hidden_layers": 16})
-MENDED["zamba2"] = ("many layers", {
-    "num_hidden_layers": 14, "layers_block_type": [*["linear_attention"] * 6, "hybrid"] * 2,
-})  # fmt: skip
-MENDED["xlstm"] = ("many layers", {"num_hidden_layers": 4, "num_blocks": 4})
-INDEXER = {
-    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64,
-    "indexer_compress_ratio": 4,
-}  # fmt: skip
-MENDED["qwen4_exp_text"] = ("no indexer", INDEXER)
-MENDED["qwen4_exp"] = ("no indexer", {"text_config": INDEXER})
-
-# Built with all of their layers: which layers share keys and values, or a whole block, follows from the number.
-WHOLE = frozenset({"gemma3n", "gemma3n_text", "gemma4_assistant", "gemma4_unified_assistant", "zamba", "zamba2"})
-
-# Elsewhere four layers, or as many as it takes to show each kind.
-LAYERS = 4
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "cross_attention_layers")
-
-# The model of these types wants the configuration of its decoder.
-DECODERS = {"musicgen": transformers.MusicgenDecoderConfig, "musicgen_melody": transformers.MusicgenMelodyDecoderConfig}
-
-
-def configure(model_type: str) -> PreTrainedConfig:
-    """The default configuration with few layers."""
-    kind: Callable[..., PreTrainedConfig] = DECODERS.get(model_type) or CONFIG_MAPPING[model_type]
-    config = kind(**MENDED.get(model_type, ("", {}))[1])
-    if model_type == "gemma3n":  # its own vision tower needs the package timm
-        vars(config)["vision_config"] = SiglipVisionConfig(vocab_size=128, vocab_offset=262144, rms_norm_eps=1e-6)
-    if getattr(config, "is_decoder", True) is False:  # BERT and its kin, which attend both ways otherwise
-        config.is_decoder = True
-    if model_type == "xmod":
-        config.default_language = "en_XX"
-    return config if model_type in WHOLE else shrunk(config)
-
-
-def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    values = vars(config)
-    depth = next((values[name] for name in DEPTHS if isinstance(values.get(name), int)), 0)
-    layers = LAYERS
-    for name in KINDS:
-        kinds = getattr(config, name, None)
-        if name == "cross_attention_layers" and kinds:
-            layers = max(layers, kinds[0] + 1)
-        elif isinstance(kinds, list | tuple) and len(kinds) == depth:
-            layers = max(layers, *(list(kinds).index(kind) + 1 for kind in set(kinds)))
-    for name, value in list(values.items()):
-        if name in DEPTHS and isinstance(value, int):
-            values[name] = min(layers, value)
-        elif isinstance(value, list) and len(value) == depth > layers:
-            values[name] = value[:layers]
-        elif isinstance(value, PreTrainedConfig):
-            shrunk(value)
-    return config
-
-
-def build(model_type: str) -> PreTrainedModel:
-    config = configure(model_type)
-    with torch.device("meta"):
-        if model_type in DECODERS:
-            return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])(config)
-        return AutoModelForCausalLM.from_config(config)
-
 
 # --- the table
 

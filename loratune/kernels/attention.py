@@ -89,27 +89,29 @@ class HeadNorms:
 class SelfAttention:
     """A layer of attention. joined: queries, keys and values; out: what becomes of the heads; norms: of each head.
 
-    `heads` heads of queries share each of `groups` heads of keys and values.
+    `heads` heads of queries share each of `groups` heads of keys and values, all of them of `size`.
     """
 
     joined: Projection
     out: Projection
     groups: int
     heads: int
+    size: int
     scale: float
     passes: Passes
     norms: "HeadNorms | None" = None
 
     def __call__(self, x: Tensor, cosine: Tensor, sine: Tensor, layout: Layout, *, training: bool) -> Tensor:
-        """x: (tokens, in); cosine, sine: (tokens, size of a head). Returns (tokens, out)."""
+        """x: (tokens, in); cosine, sine: (tokens, size) float32. Returns (tokens, out)."""
         parameters = (*self.joined.parameters(), *self.out.parameters())
         apply: Any = _SelfAttention.apply
         result: Tensor = apply(x, cosine, sine, layout, self, training, *parameters)
         return result
 
-    def columns(self, cosine: Tensor) -> list[int]:
-        """Of queries, keys and values in their joined product. cosine: (tokens, size of a head)."""
-        return [size * cosine.shape[1] for size in (self.groups * self.heads, self.groups, self.groups)]
+    @property
+    def columns(self) -> list[int]:
+        """Of queries, keys and values in their joined product."""
+        return [self.size * count for count in (self.groups * self.heads, self.groups, self.groups)]
 
 
 class _SelfAttention(torch.autograd.Function):
@@ -122,7 +124,7 @@ class _SelfAttention(torch.autograd.Function):
         joined, before = of.joined.forward(x, training, parameters[:count])
         norms: list[Tensor] = []
         if of.norms is not None:
-            joined, norms = of.norms.forward(joined, of.columns(cosine), of.passes)
+            joined, norms = of.norms.forward(joined, of.columns, of.passes)
         query, key, value = of.passes.split_heads(joined, cosine, sine, of.groups, of.heads)
         result, total = of.passes.attend(query, key, value, layout.starts, layout.tiles, of.scale)
         y, after = of.out.forward(result, training, parameters[count:])
@@ -144,6 +146,6 @@ class _SelfAttention(torch.autograd.Function):
         heads = of.passes.attend_backward(dresult, *kept_heads, of.scale)
         djoined = of.passes.join_heads(*heads, cosine, sine)
         if of.norms is not None:
-            djoined = of.norms.backward(djoined, of.columns(cosine), norms, of.passes)
+            djoined = of.norms.backward(djoined, of.columns, norms, of.passes)
         dx, inner = of.joined.backward(djoined, x, before, wanted=ctx.needs_input_grad[0])
         return dx, None, None, None, None, None, *inner, *outer

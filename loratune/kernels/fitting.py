@@ -1,54 +1,84 @@
-"""Which layers of a model are computed the fast way while it is trained: those that it gives the same numbers for."""
+"""Which layers of a model are computed by the kernels while it is trained: those that are known to be the same.
+
+Two locks: a layer's class must stand in the list of those that were held against their replacement (`recognition`), and
+what a layer sees must be what the model's own mask says (`masks`); then the whole model must still give the same
+numbers, forward and backward (`trial`).
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from loratune.kernels import gpu, plain
+from loratune.kernels import gpu, masks, plain
 from loratune.kernels.attention import HeadNorms, Layout, SelfAttention
 from loratune.kernels.feedforward import GatedLayer, rms_norm
 from loratune.kernels.loss import LossHead
+from loratune.kernels.masks import Sight
 from loratune.kernels.native import passes
 from loratune.kernels.plain import Passes
 from loratune.kernels.projection import Adapted, Projection
+from loratune.kernels.recognition import form_of
 from loratune.kernels.replacing import PerBatch, Replacement, restore
-from loratune.kernels.trial import ROWS, alike, apart, evaluating, tried
+from loratune.kernels.trial import Trial, evaluating
 
 Reader = Callable[[nn.Module], Adapted | None]
 """From a module to the linear layer and the LoRA that it is, or None: it is something else."""
 
-TOLERANCES = {torch.bfloat16: 0.06, torch.float16: 0.06}
-"""Of the spread of what comes out of a layer; rounding alone makes up to 0.02."""
-TOLERANCE = 1e-4
-CAPS = ("attn_logit_softcapping", "clip_qkv")  # in a configuration: limits that no trial reaches
+ATTENTION, UNTURNED, GATED, NORM = "attention", "attention without positions", "gated", "norm"
+"""The forms of replacements, as the list of checked layers has them."""
 UNMASKED = "loratune"
 
 
 class FastAttention(Replacement):
-    """In the place of a layer of attention, with the same children. Rows begin where positions are 0; what pads them
-    stands at their end."""
+    """In the place of a layer of attention. Rows begin where positions are 0; what pads them stands at their end.
 
-    def __init__(self, original: nn.Module, part: SelfAttention, window: int | None, layouts: "PerBatch[Layout]"):
+    window: how many tokens a token sees at most, itself among them; turned: whether queries and keys are turned by
+    their positions.
+    """
+
+    def __init__(
+        self, original: nn.Module, part: SelfAttention, window: int | None, layouts: "PerBatch[Layout]", *, turned: bool
+    ):
         super().__init__(original)
-        self._part, self.window, self._layouts = part, window, layouts
+        self._part, self._window, self._layouts, self._turned = part, window, layouts, turned
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], position_ids: Tensor, **_: Any
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        position_ids: Tensor,
+        past_key_values: None = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states: (rows, length, size). Returns the same shape, and no weights. There must be no cache."""
-        shape = hidden_states.shape
-        layout = self._layouts.of(position_ids, shape[:2], self.window)
-        cosine, sine = (one.expand(*shape[:2], -1).reshape(shape[0] * shape[1], -1) for one in position_embeddings)
-        result = self._part(hidden_states.reshape(-1, shape[-1]), cosine, sine, layout, training=self.training)
-        return result.view(*shape[:2], -1), None
+        """hidden_states: (rows, length, size). Returns the same shape, and no weights. Raises TypeError, ValueError:
+        it is given something else than a batch of rows from their first token on."""
+        if past_key_values is not None:
+            raise TypeError("there is a cache")
+        rows, length, size = hidden_states.shape
+        layout = self._layouts.of(position_ids, torch.Size((rows, length)), self._window)
+        cosine, sine = self._angles(hidden_states, position_embeddings if self._turned else None)
+        result = self._part(hidden_states.reshape(-1, size), cosine, sine, layout, training=self.training)
+        return result.view(rows, length, -1), None
+
+    def _angles(self, states: Tensor, given: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """Cosines and sines: (tokens, size of a head) float32 each."""
+        rows, length, _ = states.shape
+        if given is None:
+            zero = states.new_zeros(rows * length, self._part.size, dtype=torch.float32)
+            return [zero + 1, zero]
+        if any(one.shape[-1] != self._part.size or one.dim() != 3 for one in given):
+            raise ValueError(f"angles {given[0].shape} for heads of {self._part.size}")
+        return [one.float().expand(rows, length, -1).reshape(rows * length, -1) for one in given]
 
 
 class FastGatedLayer(Replacement):
-    """In the place of a gated feed-forward layer, with the same children."""
+    """In the place of a gated feed-forward layer."""
 
     def __init__(self, original: nn.Module, part: GatedLayer):
         super().__init__(original)
@@ -59,15 +89,18 @@ class FastGatedLayer(Replacement):
         return self._part(x.reshape(-1, x.shape[-1]), training=self.training).view(*x.shape[:-1], -1)
 
 
-class FastNorm(nn.Module):
-    """In the place of a root mean square norm, with the same weight."""
+class FastNorm(Replacement):
+    """In the place of a root mean square norm."""
 
-    def __init__(self, weight: nn.Parameter, epsilon: float, over: Passes):
-        super().__init__()
-        self.weight, self.epsilon, self._passes = weight, epsilon, over
+    def __init__(self, original: nn.Module, epsilon: float, over: Passes):
+        super().__init__(original)
+        self.epsilon, self._passes = epsilon, over
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., size)."""
+        """x: (..., size). A family may keep what goes through its layers in another dtype than their weights."""
+        if x.dtype != self.weight.dtype:
+            result: Tensor = self._original[0](x)
+            return result
         return rms_norm(x, self.weight, self.epsilon, self._passes)
 
 
@@ -78,9 +111,8 @@ SHARDED = "all layers, as the base is spread over processes"
 def fitted(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[list[str]]:
     """Inside, the layers of a model that are understood are computed by this room; the rest is left alone.
 
-    model: a `PeftModel` around a causal language model of transformers. A layer is replaced if it gives the same
-    numbers on random rows, so a family that computes otherwise stays as it is; on a GPU, see `gpu.replace`. Yields what
-    stays, in words. Batches must be padded at the end of rows, if at all, and come without a cache.
+    model: a `PeftModel` around a causal language model of transformers; on a GPU, see `gpu.replace`. Yields what stays,
+    in words. Batches must be padded at the end of rows, if at all, and come without a cache.
 
     sharded: no process will hold whole layers while it trains, so all stay as they are.
     """
@@ -102,84 +134,128 @@ def fitted(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[lis
 
 def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -> list[str]:
     """Put fast modules in their places. replaced: gets path and module of each that went. Returns what stays."""
-    layouts, left, before = PerBatch(Layout.of), [], tried(base)
-    kinds: dict[str, tuple[str, Callable[[Any], nn.Module | None]]] = {
-        "attention": ("attn", lambda module: _attention(module, reader, layouts)),
-        "feed-forward layers": ("mlp", lambda module: _gated(module, reader)),
-        "norms": ("norm", _norm),
-    }
-    for what, (ending, build) in kinds.items():
-        found = [(name, module) for name, module in base.named_modules() if name.endswith(ending)]
-        fits = [(name, module, made) for name, module in found if (made := _fast(base, what, module, build))]
-        for name, module, made in fits:
-            replaced.append((name, module))
-            base.set_submodule(name, made.train(module.training))
-        if len(fits) < len(found) or not found:
-            left.append(what)
-    if "attention" not in left and not _unmasked(base, before):
-        left.append("attention")
-        restore(base, [one for one in replaced if isinstance(base.get_submodule(one[0]), FastAttention)])
+    trial = Trial(base)
+    kinds = [kind for kind in _kinds(base, reader) if trial.runs and kind.fits]
+    for kind in kinds:
+        kind.put(base)
+    if kinds and not trial.agrees():
+        for kind in reversed(kinds):
+            kind.take_back(base)
+        trial.prepare()
+        kinds = [kind for kind in kinds if kind.agreed(base, trial)]
+    replaced += [(name, module) for kind in kinds for name, module, _ in kind.fits]
+    there = {kind.what for kind in kinds if kind.whole}
+    left = [what for what in KINDS if what not in there]
     over = passes(base.get_input_embeddings().weight)
     return [*left, "passes in C"] if over is plain else left
 
 
-def _unmasked(base: Any, before: Tensor | None) -> bool:
-    """Have no masks made for layers that read rows off the positions, if the whole model then gives the same."""
+@dataclass
+class _Kind:
+    """Layers that are replaced, or left, together.
+
+    fits: path, module and replacement of each; whole: these are all there are; own: the model's attention.
+    """
+
+    what: str
+    fits: list[tuple[str, nn.Module, nn.Module]]
+    whole: bool
+    own: str
+
+    def put(self, base: Any) -> None:
+        for name, module, made in self.fits:
+            base.set_submodule(name, made.train(module.training))
+        if self.what == "attention":
+            AttentionInterface.register(UNMASKED, _never)
+            AttentionMaskInterface.register(UNMASKED, gpu.no_mask)
+            base.set_attn_implementation(UNMASKED)
+
+    def take_back(self, base: Any) -> None:
+        restore(base, [(name, module) for name, module, _ in self.fits])
+        if self.what == "attention":
+            base.set_attn_implementation(self.own)
+
+    def agreed(self, base: Any, trial: Trial) -> bool:
+        """Put in, if the whole model then gives the same."""
+        self.put(base)
+        if trial.agrees():
+            return True
+        self.take_back(base)
+        return False
+
+
+KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
+"""What is replaced, and how the names of such layers end."""
+
+
+def _kinds(base: Any, reader: Reader) -> list[_Kind]:
+    """What could be replaced, by the classes of the layers and their masks."""
+    layouts, sights = PerBatch(Layout.of), masks.sights(base)
+    fast: dict[str, list[tuple[str, nn.Module, nn.Module]]] = {what: [] for what in KINDS}
+    rest = dict.fromkeys(KINDS, 0)
+    for name, module in list(base.get_decoder().named_modules(prefix=_decoder_path(base))):
+        what = next((what for what, ending in KINDS.items() if name.endswith(ending)), "")
+        made_as, made = _made(module, reader, sights.get(module), layouts)
+        if made is not None:
+            fast[made_as].append((name, module, made))
+        elif what or module in sights:
+            rest[what or "attention"] += 1
     own = base.config._attn_implementation
-    AttentionInterface.register(UNMASKED, _never)
-    AttentionMaskInterface.register(UNMASKED, gpu.no_mask)
-    base.set_attn_implementation(UNMASKED)
-    if alike(before, tried(base)):
-        return True
-    base.set_attn_implementation(own)
-    return False
+    kinds = [_Kind(what, fits, not rest[what] and bool(fits), own) for what, fits in fast.items()]
+    return [kind for kind in kinds if kind.whole or kind.what != "attention"]
 
 
-def _fast(base: Any, what: str, module: nn.Module, build: Callable[[Any], nn.Module | None]) -> nn.Module | None:
-    """The fast module that does what this one does, if there is one."""
-    try:
-        made = build(module)
-        return made if made is not None and _agrees(base, what, module, made) else None
-    except Exception:  # what a family lacks, or raises on what it does not know, is its own choice
-        return None
+def _decoder_path(base: Any) -> str:
+    decoder = base.get_decoder()
+    return next((name for name, module in base.named_modules() if module is decoder), "")
 
 
-def _attention(module: Any, reader: Reader, layouts: PerBatch[Layout]) -> nn.Module | None:
+def _made(
+    module: nn.Module, reader: Reader, sight: Sight | None, layouts: PerBatch[Layout]
+) -> tuple[str, nn.Module | None]:
+    """What kind a layer is of, and what can stand in its place."""
+    form = form_of(module)
+    if form == GATED:
+        return "feed-forward layers", gated(module, reader)
+    if form == NORM:
+        return "norms", norm(module)
+    if form in (ATTENTION, UNTURNED) and sight is not None:
+        return "attention", attention(module, reader, sight, layouts, turned=form == ATTENTION)
+    return "", None
+
+
+def attention(
+    module: Any, reader: Reader, sight: Sight, layouts: PerBatch[Layout], *, turned: bool = True
+) -> FastAttention | None:
+    """What can stand in the place of a layer of attention, by its structure alone; None: it has another one."""
     children = dict(module.named_children())
     joined = _read(children, [("q_proj", "k_proj", "v_proj"), ("qkv_proj",)], reader)
-    out = _read(children, [("o_proj",)], reader)
-    size, norms = getattr(module, "head_dim", None), _head_norms(children)
+    out, norms = _read(children, [("o_proj",)], reader), _head_norms(children)
     others = children.keys() - {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
-    if joined is None or out is None or size is None or others or getattr(module, "attention_dropout", False):
+    if joined is None or out is None or others or _own_parameters(module) or _drops(module):
         return None
-    if (norms is None) != ("q_norm" not in children):
+    if (norms is None) != ("q_norm" not in children and "k_norm" not in children):
         return None
-    known = module.config.to_dict()
-    if any(known.get(cap) for cap in CAPS) or known.get("attention_chunk_size") or _own_parameters(module):
+    heads, size = sight.heads // sight.groups, sight.size
+    wide = (sight.heads + 2 * sight.groups) * size
+    if joined.weight.shape[0] != wide or out.weight.shape[1] != sight.heads * size:
         return None
-    groups = known.get("num_key_value_heads") or known["num_attention_heads"]
-    heads = out.weight.shape[1] // (groups * size)
-    part = SelfAttention(joined, out, groups, heads, float(module.scaling), passes(out.weight), norms)
-    return FastAttention(module, part, _window(module, known), layouts)
+    part = SelfAttention(joined, out, sight.groups, heads, size, sight.scale, passes(out.weight), norms)
+    return FastAttention(module, part, sight.window, layouts, turned=turned)
 
 
-def _window(module: Any, known: Mapping[str, Any]) -> int | None:
-    """How many tokens a layer sees at most. known: its configuration."""
-    if hasattr(module, "sliding_window"):
-        return module.sliding_window or None
-    types = known.get("layer_types")
-    if types and types[module.layer_idx] != "sliding_attention":
-        return None
-    return known.get("sliding_window") or None
+def _drops(module: nn.Module) -> bool:
+    """Whether a layer drops out something of its own in training."""
+    return any("dropout" in name and value for name, value in vars(module).items())
 
 
 def _own_parameters(module: nn.Module) -> bool:
     """Such as attention sinks."""
-    return any(True for _ in module.parameters(recurse=False))
+    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 
 
 def _head_norms(children: Mapping[str, Any]) -> HeadNorms | None:
-    query, key = (_norm(children[name]) if name in children else None for name in ("q_norm", "k_norm"))
+    query, key = (norm(children[name]) if name in children else None for name in ("q_norm", "k_norm"))
     if query is None or key is None or query.epsilon != key.epsilon:
         return None
     return HeadNorms(query.weight, key.weight, query.epsilon)
@@ -194,22 +270,26 @@ def _read(children: Mapping[str, Any], choices: Sequence[tuple[str, ...]], reade
     return None
 
 
-def _gated(module: nn.Module, reader: Reader) -> nn.Module | None:
+def gated(module: nn.Module, reader: Reader) -> FastGatedLayer | None:
+    """What can stand in the place of a gated feed-forward layer, by its structure alone; None: it has another one."""
     children = dict(module.named_children())
     joined = _read(children, [("gate_proj", "up_proj"), ("gate_up_proj",)], reader)
     down = _read(children, [("down_proj",)], reader)
-    if joined is None or down is None:
+    if joined is None or down is None or _own_parameters(module) or _drops(module):
+        return None
+    if joined.weight.shape[0] != 2 * down.weight.shape[1]:
         return None
     return FastGatedLayer(module, GatedLayer(joined, down, passes(down.weight)))
 
 
-def _norm(module: Any) -> FastNorm | None:
+def norm(module: Any) -> FastNorm | None:
+    """What can stand in the place of a norm, by its structure alone; None: it has another one."""
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.requires_grad or not isinstance(epsilon, float):
         return None
     if weight.dim() != 1 or dict(module.named_parameters()).keys() != {"weight"}:
         return None
-    return FastNorm(weight, epsilon, passes(weight))
+    return FastNorm(module, epsilon, passes(weight))
 
 
 def _headed(base: Any, replaced: list[tuple[str, nn.Module]]) -> bool:
@@ -240,36 +320,6 @@ def _is_all(base: PreTrainedModel, head: nn.Linear) -> bool:
             return torch.equal(base(ids, use_cache=False).logits, head(hidden))
     except Exception:
         return False
-
-
-@torch.no_grad()
-def _agrees(base: PreTrainedModel, what: str, module: nn.Module, made: nn.Module) -> bool:
-    """Whether two modules make the same of random numbers, but for rounding."""
-    size, dtype = base.get_input_embeddings().weight.shape[1], base.get_input_embeddings().weight.dtype
-    weight = next(module.parameters())
-    if weight.dtype != dtype:
-        return False  # such as norms that are kept in float32
-    if what == "norms":
-        size = weight.shape[0]
-    x = torch.randn(1, sum(ROWS), size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    given = _surroundings(base, x, made.window) if isinstance(made, FastAttention) else {}
-    with evaluating(module), evaluating(made):
-        old, new = module(x, **given), made(x, **given)
-    old, new = (one[0] if isinstance(one, tuple) else one for one in (old, new))
-    return apart(old, new) <= TOLERANCES.get(x.dtype, TOLERANCE)
-
-
-def _surroundings(base: PreTrainedModel, x: Tensor, window: int | None) -> dict[str, Any]:
-    """What a layer of attention is given beside its input."""
-    positions = torch.cat([torch.arange(length) for length in ROWS])[None]
-    starts = Layout.of(positions[0], window).starts
-    places = torch.arange(len(starts))
-    seen = (places >= starts[:, None]) & (places <= places[:, None])
-    mask = torch.zeros(len(starts), len(starts), dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
-    rotary: Any = base.get_decoder().rotary_emb
-    return {
-        "position_embeddings": rotary(x, positions), "position_ids": positions, "attention_mask": mask[None, None],
-    }  # fmt: skip
 
 
 def _never(*_: Any, **__: Any) -> Any:

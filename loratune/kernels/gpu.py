@@ -13,7 +13,7 @@ from loratune.errors import ModelError, Problem
 from loratune.kernels import varlen
 from loratune.kernels.projection import Adapted
 from loratune.kernels.replacing import Replacement
-from loratune.kernels.trial import alike, tried
+from loratune.kernels.trial import Trial
 
 
 class FastLinear(Replacement):
@@ -49,12 +49,11 @@ def _attends(base: Any) -> bool:
     if any(getattr(module, "attention_dropout", 0) for module in base.modules()):
         return False
     own, function = base.config._attn_implementation, varlen.RowAttention()
-    before = tried(base)
+    trial = Trial(base)
     AttentionInterface.register(varlen.NAME, function)
     AttentionMaskInterface.register(varlen.NAME, no_mask)
     base.set_attn_implementation(varlen.NAME)
-    fits = before is not None and alike(before, tried(base, backward=True))
-    if fits and (function.windowed or not windows(base.config)):
+    if trial.agrees() and (function.windowed or not windows(base.config)):
         return True
     base.set_attn_implementation(own)
     return False

@@ -55,7 +55,8 @@ def split_heads(joined: Tensor, cosine: Tensor, sine: Tensor, groups: int, heads
     """Queries, keys and values as they come from one product, turned and laid out head by head.
 
     joined: (tokens, (groups * heads + 2 * groups) * size): `heads` query heads share each of `groups` key heads.
-    cosine, sine: (tokens, size). Returns queries (groups, tokens, heads, size), keys and values (groups, tokens, size).
+    cosine, sine: (tokens, size) float32. Returns queries (groups, tokens, heads, size), keys and values (groups,
+    tokens, size).
     """
     tokens, size = cosine.shape
     query, key, value = torch.split(joined.view(tokens, -1, size), [groups * heads, groups, groups], 1)

@@ -10,12 +10,24 @@ Made = TypeVar("Made")
 
 
 class Replacement(nn.Module):
-    """In the place of a module, with the same children, so that weights keep their names."""
+    """In the place of a module, with the same children and weights, so that they keep their names. Whatever else is
+    asked of it is asked of the module: some families read a layer's attributes beside calling it."""
 
     def __init__(self, original: nn.Module):
         super().__init__()
         for name, child in original.named_children():
             self.add_module(name, child)
+        for name, weight in original.named_parameters(recurse=False):
+            self.register_parameter(name, weight)
+        self._original = [original]  # in a list: it is no child
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_original"][0], name)
 
 
 class PerBatch(Generic[Made]):

@@ -1,0 +1,337 @@
+"""Holds the layers of every family against the kernels that stand in for them, and writes what came of it.
+
+    python scripts/check_layers.py             # both files, about half an hour on one core
+    python scripts/check_layers.py llama olmo  # prints what it finds of some families, writes nothing
+
+`loratune/kernels/checked_layers.json` lists the classes whose layers may be replaced, see `kernels.recognition`. A
+layer is held against its replacement alone, in float32, in training mode and in eval mode, on inputs of mean 0 and of
+another mean, of size 1 and 10, in rows longer than every window and every limit that the configuration calls original.
+All layers with the same source and switches must agree, in all families, or none is listed.
+
+`tests/golden_kernels.txt` is the table of whole models, each beside itself as transformers computes it: model type,
+dtype, what is replaced, and the largest differences of loss and of gradients, packed and padded.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from families import FAMILIES, POSITIONS, WINDOW, configure, small
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loratune import adapter, kernels
+from loratune.data.packing import flatten, pad
+from loratune.errors import ModelError
+from loratune.kernels import fitting, masks
+from loratune.kernels.attention import Layout
+from loratune.kernels.recognition import LIST, Layer, checked
+from loratune.kernels.replacing import PerBatch
+from loratune.kernels.trial import distance
+from loratune.targets import resolve
+
+TABLE = Path(__file__).parent.parent / "tests" / "golden_kernels.txt"
+TOLERANCE = 2e-4
+"""Of the size of outputs and gradients of a layer; float32 rounds less than a tenth of it."""
+INPUTS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x, lambda x: 10 * x, lambda x: x + 3, lambda x: 10 * x - 20, lambda x: 30 * x,
+]  # fmt: skip
+LARGE: list[Callable[[Tensor], Tensor]] = [lambda x: 1000 * x + 300, lambda x: x / 1000]
+"""Where nothing but clamps and epsilons can tell; the softmax of attention would be that of a single key."""
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"sliding_window": None},
+    {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    {"use_qk_norm": True, "qk_layernorm": True},
+    {"attention_bias": True, "qkv_bias": True, "mlp_bias": True},
+]
+"""Changes of a configuration, each made where it has all of the keys that are named first."""
+
+
+@dataclass
+class Findings:
+    """What the layers of all families came to. verdicts: layer → form → whether every one of them agreed."""
+
+    verdicts: dict[Layer, dict[str, bool]] = field(default_factory=dict)
+    kinds: dict[Layer, str] = field(default_factory=dict)
+
+    def note(self, layer: Layer, form: str, agreed: bool) -> None:
+        """One layer held against one form."""
+        forms = self.verdicts.setdefault(layer, {})
+        forms[form] = forms.get(form, True) and agreed
+
+    def listed(self) -> dict[str, Any]:
+        """The list, as JSON."""
+        layers: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for layer, forms in sorted(
+            self.verdicts.items(), key=lambda one: (one[0].name, one[0].digest, one[0].switches)
+        ):
+            form = next((form for form, agreed in forms.items() if agreed), None)
+            if form is not None:
+                releases = layers.setdefault(layer.name, {})
+                entry = {"form": form, "switches": json.loads(layer.switches)}
+                releases.setdefault(layer.digest, []).append(entry)
+        return {"checked_with": {"transformers": [transformers.__version__]}, "layers": layers}
+
+
+def variants(model_type: str) -> Iterator[dict[str, Any]]:
+    """Changes of the configuration of a family that turn its switches, none first."""
+    inner = vars(configure(model_type).get_text_config())
+    kinds = set(inner.get("layer_types") or ())
+    for changes in VARIANTS:
+        chosen = {name: value for name, value in changes.items() if name in inner}
+        if changes and not chosen:
+            continue
+        if kinds and "sliding_window" in chosen:
+            if not kinds <= {"full_attention", "sliding_attention"}:
+                continue
+            other = "sliding_attention" if chosen["sliding_window"] else "full_attention"
+            chosen["layer_types"] = (["full_attention", other] * 64)[: inner["num_hidden_layers"]]
+        yield chosen
+
+
+def check_family(model_type: str, findings: Findings) -> None:
+    """Hold the layers of a family against their replacements, in every variant that can be built and run."""
+    for changes in variants(model_type):
+        try:
+            check(small(model_type, **changes), findings)
+        except Exception as error:
+            told = f"{model_type} with {changes}: {type(error).__name__}: {str(error)[:100]}"
+            print(told, file=sys.stderr, flush=True)
+
+
+def disturb(model: PreTrainedModel) -> None:
+    """Give weights of norms and biases values of their own, in place: initialised as ones and zeros they hide whether
+    and how they are used."""
+    drawn = torch.Generator().manual_seed(4)
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.data += 0.2 * torch.randn(weight.shape, generator=drawn)
+
+
+def adapted(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with an adapter that has learnt something on all linear layers, if PEFT can."""
+    torch.manual_seed(1)
+    try:
+        targets = resolve(model, "all-linear").peft()
+        lora: Any = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.0, **targets))
+    except (ModelError, ValueError, TypeError):
+        model.requires_grad_(False)
+        return model
+    for name, weight in lora.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.05)
+    return lora.get_base_model()
+
+
+def check(model: PreTrainedModel, findings: Findings) -> None:
+    """Hold every layer of a model that has the structure of one that can be replaced against its replacement."""
+    disturb(model)
+    model = adapted(model)
+    sights = masks.sights(model)
+    model.set_attn_implementation("eager")
+    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    decoder = model.get_decoder()
+    found = {}
+    for module in decoder.modules():
+        layer, made = Layer.of(module), dict(candidates(module, sights))
+        if layer is not None and made:
+            found[module] = (layer, made)
+            module.register_forward_pre_hook(_noted(calls), with_kwargs=True)
+    ids = torch.randint(8, 300, (1, POSITIONS - 3), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        decoder.eval()(ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False)
+    for module, (layer, made) in found.items():
+        module._forward_pre_hooks.clear()
+        for form, fast in made.items() if module in calls else ():
+            findings.note(layer, form, agrees(module, fast, *calls[module]))
+
+
+def _noted(calls: dict[nn.Module, Any]) -> Callable[..., None]:
+    def note(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls.setdefault(module, (given, named))
+
+    return note
+
+
+def candidates(module: nn.Module, sights: dict[nn.Module, masks.Sight]) -> Iterator[tuple[str, nn.Module]]:
+    """Forms whose structure a layer has."""
+    layouts = PerBatch(Layout.of)
+    if (norm := fitting.norm(module)) is not None:
+        yield fitting.NORM, norm
+    if (gated := fitting.gated(module, adapter.linear)) is not None:
+        yield fitting.GATED, gated
+    if module in sights:
+        for form, turned in ((fitting.ATTENTION, True), (fitting.UNTURNED, False)):
+            made = fitting.attention(module, adapter.linear, sights[module], layouts, turned=turned)
+            if made is not None:
+                yield form, made
+
+
+def agrees(module: nn.Module, fast: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether outputs and gradients are the same for all inputs, in both modes."""
+    name = next((name for name, value in named.items() if isinstance(value, Tensor) and value.dim() > 1), "")
+    if not given and not name:
+        return False
+    states = given[0] if given else named[name]
+    if not isinstance(states, Tensor) or not states.is_floating_point():
+        return False
+    for change in INPUTS if isinstance(fast, fitting.FastAttention) else [*INPUTS, *LARGE]:
+        drawn = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
+        for training in (False, True):
+            outcomes = []
+            for one in (module, fast):
+                x = change(drawn).requires_grad_()
+                arguments = ((x, *given[1:]), named) if given else ((), named | {name: x})
+                try:
+                    outcomes.append(_step(one.train(training), x, *arguments))
+                except Exception:
+                    return False
+            if not all(distance(*pair) <= TOLERANCE for pair in zip(*outcomes, strict=True)):
+                return False
+    return True
+
+
+def _step(module: nn.Module, x: Tensor, given: tuple[Any, ...], named: dict[str, Any]) -> list[Tensor]:
+    """The output, and the gradients of the input and of each adapter."""
+    result = module(*given, **named)
+    result = result[0] if isinstance(result, tuple) else result
+    weights = [one for one in module.parameters() if one.requires_grad]
+    target = torch.randn(result.shape, generator=torch.Generator().manual_seed(3))
+    gradients = torch.autograd.grad((result * target).sum(), [x, *weights])
+    return [result.detach(), *gradients]
+
+
+# --- whole models
+
+
+@dataclass
+class Row:
+    """A line of the table. losses, gradients: differences to the stock model, packed and padded."""
+
+    model_type: str
+    dtype: str
+    parts: str
+    losses: list[float] = field(default_factory=list)
+    gradients: list[float] = field(default_factory=list)
+    note: str = ""
+
+    def __str__(self) -> str:
+        cells = [self.model_type, self.dtype, self.parts]
+        for pair in (self.losses, self.gradients):
+            cells += [" ".join(f"{value:.0e}" for value in pair)] if pair else []
+        return " | ".join(cells + ([self.note] if self.note else []))
+
+
+LENGTHS = (40, 7, 100, 1, 90)
+
+
+def rows() -> list[dict[str, list[int]]]:
+    """Longer and shorter than the windows and than the limits that configurations call original."""
+    drawn = torch.Generator().manual_seed(1)
+    made = [torch.randint(8, 300, (length,), generator=drawn).tolist() for length in LENGTHS]
+    return [{"input_ids": ids, "labels": [-100 if at % 5 == 0 else one for at, one in enumerate(ids)]} for ids in made]
+
+
+def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes: Any) -> Row:
+    """A whole model in training mode beside itself, with the kernels and without.
+
+    mean: added to the embeddings; changes: of the decoder's configuration.
+    """
+    base = small(model_type, 64 if dtype == torch.float32 else 512, **changes)
+    disturb(base)
+    base.get_input_embeddings().weight.data += mean
+    row = Row(model_type, str(dtype).removeprefix("torch."), "")
+    torch.manual_seed(1)
+    try:
+        model: Any = get_peft_model(base, LoraConfig(r=4, **resolve(base, "all-linear").peft()))
+    except (ModelError, ValueError, TypeError) as error:
+        return Row(model_type, row.dtype, "", note=f"no adapter: {type(error).__name__}")
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.05)
+        if "lora_" not in name:
+            weight.data = weight.data.to(dtype)
+    model.train()
+    batches = {"packed": flatten(rows()), "padded": dict(pad(rows(), 0))}
+    stock = {name: step(model, batch) for name, batch in batches.items()}
+    with kernels.fitted(model, adapter.linear) as left:
+        fast = {name: step(model, batch) for name, batch in batches.items()}
+    parts = [part for part in (*fitting.KINDS, "loss") if part not in left]
+    row.parts = ", ".join(parts) or "nothing"
+    for name, old in stock.items():
+        new = fast[name]
+        if isinstance(old, str) or isinstance(new, str):
+            row.note += "" if isinstance(old, str) and isinstance(new, str) else f" {name} fails: {new}"
+            row.note += f" {name}: stock fails" if isinstance(old, str) else ""
+            continue
+        row.losses.append(abs(old[0] - new[0]))
+        row.gradients.append(distance(old[1], new[1]))
+    return row
+
+
+def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, Tensor] | str:
+    """The loss of a batch and all gradients as one vector; what went wrong, where the model fails."""
+    given = dict(batch)
+    labels = given.pop("labels")
+    torch.manual_seed(0)
+    try:
+        kernels.expect(model, labels)
+        total, count = kernels.next_token_loss(model(**given, use_cache=False).logits, labels)
+        (total / count).backward()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+    finally:
+        model_gradients = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+    return float(total.detach() / count), torch.cat(model_gradients)
+
+
+def laid_out(listed: Mapping[str, Any]) -> str:
+    """The list as JSON, a line for each class."""
+    head = json.dumps(listed["checked_with"])
+    lines = [f"{json.dumps(name)}: {json.dumps(releases)}" for name, releases in listed["layers"].items()]
+    return f'{{"checked_with": {head},\n"layers": {{\n' + ",\n".join(lines) + "\n}}\n"
+
+
+def main(chosen: list[str]) -> None:
+    """Check the families, or all of them, and write."""
+    findings = Findings()
+    for model_type in chosen or FAMILIES:
+        check_family(model_type, findings)
+    if chosen:
+        for layer, forms in findings.verdicts.items():
+            print(layer.name.rpartition(".")[2], layer.switches, forms)
+    else:
+        LIST.write_text(laid_out(findings.listed()), encoding="utf-8")
+        checked.cache_clear()
+    table = []
+    for row in tabulated(chosen or FAMILIES):
+        table.append(str(row))
+        print(table[-1], flush=True)
+    if not chosen:
+        TABLE.write_text("\n".join(table) + "\n", encoding="utf-8")
+
+
+def tabulated(model_types: Iterable[str]) -> Iterator[Row]:
+    """The lines of the table."""
+    for model_type in model_types:
+        for dtype in (torch.float32, torch.bfloat16):
+            try:
+                yield compare(model_type, dtype)
+            except Exception as error:
+                name = str(dtype).removeprefix("torch.")
+                yield Row(model_type, name, "", note=f"not built: {type(error).__name__}: {str(error)[:80]}")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    main(sys.argv[1:])

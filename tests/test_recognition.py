@@ -1,0 +1,228 @@
+"""Which layers the kernels may stand in for: by the source of a class, its switches, and the masks of the model."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import small
+from torch import nn
+from transformers import masking_utils
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaMLP, LlamaRMSNorm
+
+from loratune.kernels import masks, recognition
+from loratune.kernels.recognition import LIST, Layer, form_of, source_digest
+
+
+def config(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_hidden_layers=2, **changes)
+
+
+# Classes
+
+
+def test_layers_of_llama_are_known() -> None:
+    assert form_of(LlamaAttention(config(), 0)) == "attention"
+    assert form_of(LlamaMLP(config())) == "gated"
+    assert form_of(LlamaRMSNorm(64)) == "norm"
+
+
+def test_the_list_is_of_the_installed_release() -> None:
+    """A new release may change layers; those keep their own forward until `scripts/check_layers.py` has seen them."""
+    listed = json.loads(LIST.read_text(encoding="utf-8"))
+    if transformers.__version__ not in listed["checked_with"]["transformers"]:
+        pytest.skip(f"not checked with transformers {transformers.__version__}")
+    for name, releases in listed["layers"].items():
+        place, _, kind = name.rpartition(".")
+        assert source_digest(getattr(importlib.import_module(place), kind)) in releases, name
+
+
+class Patched(LlamaRMSNorm):
+    """The same, but for its class."""
+
+
+class Doubled(LlamaAttention):
+    """Another forward, in a file of its own."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        states, weights = super().forward(*given, **named)
+        return 2 * states, weights
+
+
+def own_forward(norm: nn.Module) -> None:
+    norm.forward = lambda x: 2 * x
+
+
+def hooked(norm: nn.Module) -> None:
+    norm.register_forward_hook(lambda module, given, made: 2 * made)
+
+
+def gated_before(norm: nn.Module) -> None:
+    norm.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+
+
+def with_a_buffer(norm: nn.Module) -> None:
+    norm.register_buffer("scale", torch.ones(1))
+
+
+def with_a_child(norm: nn.Module) -> None:
+    norm.add_module("dropout", nn.Dropout(0.1))
+
+
+def with_a_switch(norm: nn.Module) -> None:
+    norm.clip = 3.0  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("change", [own_forward, hooked, gated_before, with_a_buffer, with_a_child, with_a_switch])
+def test_a_norm_that_was_changed_is_not_known(change: Callable[[nn.Module], None]) -> None:
+    norm = LlamaRMSNorm(64)
+    change(norm)
+    assert form_of(norm) is None
+
+
+def test_a_class_that_was_changed_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As other libraries do with their own kernels."""
+    assert form_of(Patched(64)) is None and form_of(Doubled(config(), 0)) is None
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: 2 * x)
+    assert form_of(LlamaRMSNorm(64)) is None
+
+
+@pytest.mark.parametrize("changes", [{"attention_dropout": 0.1}, {"is_causal": False}, {"clip": 3.0}], ids=str)
+def test_a_switch_counts(changes: dict[str, Any]) -> None:
+    layer = LlamaAttention(config(), 0)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    assert form_of(layer) is None
+
+
+def test_shapes_and_biases_do_not_count() -> None:
+    changes = {"num_key_value_heads": 2, "max_position_embeddings": 77, "rms_norm_eps": 0.1, "attention_bias": True}
+    assert form_of(LlamaAttention(config(**changes), 1)) == "attention"
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_pytorch_tanh"])
+def test_another_activation_is_not_known(activation: str) -> None:
+    assert form_of(LlamaMLP(config(hidden_act=activation))) is None
+
+
+def test_torchs_own_layers_are_not_known() -> None:
+    assert Layer.of(nn.LayerNorm(8)) is None and Layer.of(nn.RMSNorm(8)) is None
+
+
+# Sources
+
+SOURCE = '''
+import torch
+from torch import nn
+LIMIT = 3.0
+def helper(x):
+    return x.clamp(max=2)
+class Base(nn.Module):
+    def shifted(self, x):
+        return x + 1
+class Layer(Base):
+    """Text."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # a comment
+        return self.shifted(helper(x)) * LIMIT
+'''
+SAME = {
+    "a comment": ("# a comment", "# another"),
+    "a docstring": ('"""Text."""', '"""Other text."""'),
+    "annotations": ("x: torch.Tensor) -> torch.Tensor", "x)"),
+    "layout": ("x.clamp(max=2)", "x.clamp(\n        max=2,\n    )"),
+    "what it does not call": ("class Base", "def other():\n    return 1\nclass Base"),
+}
+OTHER = {
+    "a method": ("helper(x)) * LIMIT", "helper(x)) / LIMIT"),
+    "a base": ("x + 1", "x + 2"),
+    "a helper": ("max=2", "max=4"),
+    "a constant": ("LIMIT = 3.0", "LIMIT = 3.5"),
+    "a decorator": ("    def forward", "    @torch.no_grad()\n    def forward"),
+    "a default": ("self, x: torch.Tensor)", "self, x: torch.Tensor = None)"),
+}
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], type]:
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def loaded(text: str) -> type:
+        name = f"{tmp_path.name}_{len(list(tmp_path.glob('*.py')))}"
+        (tmp_path / f"{name}.py").write_text(text)
+        importlib.invalidate_caches()
+        module: ModuleType = importlib.import_module(name)
+        kind: type = module.Layer
+        return kind
+
+    return loaded
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_decides_no_number_changes_no_digest(name: str, load: Callable[[str], type]) -> None:
+    assert source_digest(load(SOURCE.replace(*SAME[name]))) == source_digest(load(SOURCE))
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_decides_a_number_changes_the_digest(name: str, load: Callable[[str], type]) -> None:
+    assert SOURCE.replace(*OTHER[name]) != SOURCE
+    assert source_digest(load(SOURCE.replace(*OTHER[name]))) != source_digest(load(SOURCE))
+
+
+def test_helpers_of_other_files_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotations are functions beside the class; the digest of Llama's attention knows theirs."""
+    tree = modeling_llama.__file__
+    assert tree and "rotate_half" in Path(tree).read_text(encoding="utf-8")
+    names = {node.name for node in recognition._trees(LlamaAttention) if hasattr(node, "name")}
+    assert {"LlamaAttention", "apply_rotary_pos_emb", "rotate_half"} <= names
+
+
+# Masks
+
+
+@pytest.mark.parametrize(
+    "function, window",
+    [
+        (masking_utils.causal_mask_function, None),
+        (masking_utils.sliding_window_causal_mask_function(1), 1),
+        (masking_utils.sliding_window_causal_mask_function(24), 24),
+        (masking_utils.sliding_window_causal_mask_function(4096), 4096),
+        (masking_utils.sliding_window_causal_mask_function(131072), 131072),
+        (masking_utils.bidirectional_mask_function, 0),
+        (masking_utils.sliding_window_bidirectional_mask_function(24), 0),
+        (masking_utils.chunked_causal_mask_function(24, torch.zeros(1, dtype=torch.long)), 0),
+        (masking_utils.chunked_causal_mask_function(8192, torch.zeros(1, dtype=torch.long)), 0),
+        (lambda b, h, q, k: (k <= q) & (k != q - 5), 0),
+        (lambda b, h, q, k: (k <= q) & ((k > q - 8) | (k == 0)), 0),
+        (lambda b, h, q, k: k < q, 0),
+    ],
+)
+def test_the_window_of_a_mask(function: Any, window: int | None) -> None:
+    assert masks.window_of(function) == window
+
+
+@pytest.mark.parametrize(
+    "model_type, changes, windows",
+    [
+        ("llama", {}, {None}),
+        ("mistral", {"sliding_window": 24}, {24}),
+        ("minimax", {"sliding_window": 40}, {40}),  # which no type of a layer says
+        ("gemma3_text", {}, {24, None}),
+        ("gemma2", {}, set()),  # caps its scores
+        ("gpt_oss", {}, set()),  # has sinks
+        ("llama4_text", {}, {None}),  # its other layers see chunks
+    ],
+)
+def test_what_layers_see_is_what_their_model_makes_them_see(
+    model_type: str, changes: dict[str, Any], windows: set[int | None]
+) -> None:
+    model = small(model_type, **changes)
+    own = model.config._attn_implementation
+    assert {sight.window for sight in masks.sights(model).values()} == windows
+    assert model.config._attn_implementation == own
