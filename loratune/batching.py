@@ -15,7 +15,7 @@ from loratune.data.packing import Batches, Packing, why_not
 @dataclass(frozen=True)
 class Batched:
     """The batches of a run. left: what of the model is not computed the fast way, see `kernels.fitted`; notes: on what
-    could not be packed, a line each."""
+    could not be packed, and on what the fast way lacks, a line each."""
 
     train: Batches
     validation: Batches | None
@@ -38,6 +38,7 @@ def batch(
         size = training.per_device_train_batch_size
         return Batches(rows.rows, rows.rows.lengths, packing, size, data.max_length, pad_id)
 
+    notes += kernels.notes(model.get_input_embeddings().weight)
     return Batched(made(train), made(validation) if validation else None, left, notes)
 
 

@@ -49,12 +49,12 @@ void swiglu_backward(real *dboth, const real *dy, const real *both, int64_t rows
 }
 
 /* One head of one token, turned by its angles; way: 1 forward, -1 back. */
-static inline void turn(real *to, const real *from, const real *cosine, const real *sine, float way, int64_t size) {
+static inline void turn(real *to, const real *from, const float *cosine, const float *sine, float way, int64_t size) {
     int64_t half = size / 2;
     EACH for (int64_t j = 0; j < half; j++) {
         float first = get(from[j]), second = get(from[j + half]);
-        to[j] = put(first * get(cosine[j]) - way * second * get(sine[j + (way < 0 ? half : 0)]));
-        to[j + half] = put(second * get(cosine[j + half]) + way * first * get(sine[j + (way < 0 ? 0 : half)]));
+        to[j] = put(first * cosine[j] - way * second * sine[j + (way < 0 ? half : 0)]);
+        to[j + half] = put(second * cosine[j + half] + way * first * sine[j + (way < 0 ? 0 : half)]);
     }
 }
 
@@ -62,11 +62,11 @@ static inline void copy(real *to, const real *from, int64_t size) {
     EACH for (int64_t j = 0; j < size; j++) to[j] = from[j];
 }
 
-void split_heads(real *query, real *key, real *value, const real *joined, const real *cosine, const real *sine,
+void split_heads(real *query, real *key, real *value, const real *joined, const float *cosine, const float *sine,
                  int64_t tokens, int64_t groups, int64_t heads, int64_t size) {
     ROWS for (int64_t i = 0; i < tokens; i++) {
         const real *from = joined + i * (groups * heads + 2 * groups) * size;
-        const real *c = cosine + i * size, *s = sine + i * size;
+        const float *c = cosine + i * size, *s = sine + i * size;
         for (int64_t g = 0; g < groups; g++)
             for (int64_t h = 0; h < heads; h++, from += size)
                 turn(query + ((g * tokens + i) * heads + h) * size, from, c, s, 1, size);
@@ -75,11 +75,11 @@ void split_heads(real *query, real *key, real *value, const real *joined, const 
     }
 }
 
-void join_heads(real *joined, const real *query, const real *key, const real *value, const real *cosine,
-                const real *sine, int64_t tokens, int64_t groups, int64_t heads, int64_t size) {
+void join_heads(real *joined, const real *query, const real *key, const real *value, const float *cosine,
+                const float *sine, int64_t tokens, int64_t groups, int64_t heads, int64_t size) {
     ROWS for (int64_t i = 0; i < tokens; i++) {
         real *to = joined + i * (groups * heads + 2 * groups) * size;
-        const real *c = cosine + i * size, *s = sine + i * size;
+        const float *c = cosine + i * size, *s = sine + i * size;
         for (int64_t g = 0; g < groups; g++)
             for (int64_t h = 0; h < heads; h++, to += size)
                 turn(to, query + ((g * tokens + i) * heads + h) * size, c, s, -1, size);
