@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from loratune.kernels import gpu, plain
+from loratune.kernels import gpu, plain, rowwise
 from loratune.kernels.attention import HeadNorms, Layout, SelfAttention
 from loratune.kernels.feedforward import GatedLayer, rms_norm
 from loratune.kernels.loss import LossHead
@@ -103,6 +103,7 @@ def fitted(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[lis
 def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -> list[str]:
     """Put fast modules in their places. replaced: gets path and module of each that went. Returns what stays."""
     layouts, left, before = PerBatch(Layout.of), [], tried(base)
+    over = passes(base.get_input_embeddings().weight)
     kinds: dict[str, tuple[str, Callable[[Any], nn.Module | None]]] = {
         "attention": ("attn", lambda module: _attention(module, reader, layouts)),
         "feed-forward layers": ("mlp", lambda module: _gated(module, reader)),
@@ -110,6 +111,8 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
     }
     for what, (ending, build) in kinds.items():
         found = [(name, module) for name, module in base.named_modules() if name.endswith(ending)]
+        if what == "attention" and over is plain:
+            found = []  # torch's own is faster than the reference
         fits = [(name, module, made) for name, module in found if (made := _fast(base, what, module, build))]
         for name, module, made in fits:
             replaced.append((name, module))
@@ -119,7 +122,8 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
     if "attention" not in left and not _unmasked(base, before):
         left.append("attention")
         restore(base, [one for one in replaced if isinstance(base.get_submodule(one[0]), FastAttention)])
-    over = passes(base.get_input_embeddings().weight)
+    if "attention" in left:
+        rowwise.attend(base, lambda: alike(before, tried(base, backward=True)))
     return [*left, "passes in C"] if over is plain else left
 
 
