@@ -9,13 +9,13 @@ import numpy as np
 from loratune import adapter, kernels, launched
 from loratune.config import DataSection, TrainingSection
 from loratune.data import Prepared
-from loratune.data.packing import Batches, Packing, why_not
+from loratune.data.packing import Batches, Packing, padding_is_cheaper, why_not
 
 
 @dataclass(frozen=True)
 class Batched:
     """The batches of a run. left: what of the model is not computed the fast way, see `kernels.fitted`; notes: on what
-    could not be packed, a line each."""
+    could not be packed, and on what the fast way lacks, a line each."""
 
     train: Batches
     validation: Batches | None
@@ -32,12 +32,13 @@ def batch(
     """
     sharded = bool(launched.sharding())
     with kernels.fitted(model, adapter.linear, sharded=sharded) as left:
-        packing, notes = _packing(model, train, data, training, mixed=sharded or "attention" in left)
+        packing, notes = _packing(model, train, data, training, mixed=not kernels.attends_by_rows(model))
 
     def made(rows: Prepared) -> Batches:
         size = training.per_device_train_batch_size
         return Batches(rows.rows, rows.rows.lengths, packing, size, data.max_length, pad_id)
 
+    notes += kernels.notes(model.get_input_embeddings().weight)
     return Batched(made(train), made(validation) if validation else None, left, notes)
 
 
@@ -46,15 +47,24 @@ def _packing(
 ) -> tuple[Packing, list[str]]:
     """How rows are batched, with a line of why where that is not as asked.
 
-    mixed: attention is the model's own, so that a batch is tried in its full size.
+    mixed: attention is the model's own, and goes over all rows of a batch. Then a batch is tried in its full size, and
+    rows are padded where that costs less; packs that were asked for stay, as another batch would mean other steps.
     """
     if data.packing == "none":
         return "none", []
     lengths, size = np.sort(rows.rows.lengths), training.per_device_train_batch_size
+    if mixed and data.packing == "batch" and padding_is_cheaper(lengths, size, _width(model)):
+        name = model.config.model_type
+        return "none", [f"data.packing: {name} attends to all rows of a batch at once, which costs more than padding"]
     largest = lengths[-size:].sum() if data.packing == "batch" else min(lengths.sum(), size * data.max_length)
     if (reason := why_not(model, int(lengths[-1]), int(largest) if mixed else 0)) is None:
         return data.packing, []
     return "none", [f"data.{reason}; rows are padded instead"]
+
+
+def _width(model: Any) -> int:
+    """How many numbers a hidden state has."""
+    return int(model.get_input_embeddings().weight.shape[1])
 
 
 def largest(batches: Batches, rows: Prepared) -> tuple[list[tuple[int, int]], int]:

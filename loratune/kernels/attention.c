@@ -7,6 +7,7 @@
 #ifdef BFLOAT16
 #define STEP 2
 static inline unit join(real even, real odd) { return even | (unit)odd << 16; }
+static inline real part(unit both, int64_t number) { return number % 2 ? both >> 16 : both & 0xffff; }
 static inline vector dot(vector sum, units a, units b) {
 #ifdef __AVX512BF16__
     return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -17,6 +18,7 @@ static inline vector dot(vector sum, units a, units b) {
 #else
 #define STEP 1
 static inline unit join(real even, real odd) { (void)odd; word w = {.value = even}; return w.bits; }
+static inline real part(unit one, int64_t number) { (void)number; word w = {.bits = one}; return w.value; }
 static inline vector dot(vector sum, units a, units b) { return sum + (vector)a * (vector)b; }
 #endif
 
@@ -59,13 +61,33 @@ static inline void across(unit *to, const real *from, int64_t column, int64_t co
             to[d * width + column + j] = column + j < count ? ((const unit *)from)[(column + j) * long_ + d] : 0;
 }
 
-/* STEP rows as one row of units: (width,). Rows that are NULL, and what is beyond `size`, are zero. */
-static inline void along(unit *to, const real *even, const real *odd, int64_t size, int64_t width) {
+/* STEP rows as one row of units: (width,). Rows that are NULL, what is beyond `size`, and what is lost, are zero.
+   Returns 1 if something of the first row is lost, plus 2 for the second. */
+static inline int along(unit *to, const real *even, const real *odd, int64_t size, int64_t width) {
+    int lost = 0;
     if (even != NULL && odd != NULL)
-        EACH for (int64_t d = 0; d < size; d++) to[d] = join(even[d], odd[d]);
+        ANY(lost) for (int64_t d = 0; d < size; d++) {
+            to[d] = join(kept(even[d]), kept(odd[d]));
+            lost |= is_lost(even[d]) | is_lost(odd[d]) << 1;
+        }
     else
-        for (int64_t d = 0; d < size; d++) to[d] = even != NULL ? join(even[d], 0) : 0;
+        for (int64_t d = 0; d < size; d++) {
+            to[d] = even != NULL ? join(kept(even[d]), 0) : 0;
+            lost |= even != NULL ? is_lost(even[d]) : 0;
+        }
     for (int64_t d = size; d < width; d++) to[d] = 0;
+    return lost;
+}
+
+/* Whether any of the rows that such sums go over has lost numbers. lost: of each row, 1 or 0. */
+static inline int any_lost(const uint8_t *lost, int64_t from, int64_t past) {
+    return past > from && memchr(lost + from, 1, past - from) != NULL;
+}
+
+/* Adds to a sum what was kept out of it: of one row, what is lost, times its weight. */
+static inline void add_lost(float *sum, float weight, const real *row, int64_t columns) {
+    for (int64_t d = 0; d < columns; d++)
+        if (is_lost(row[d])) sum[d] += weight * get(row[d]);
 }
 
 /* Attention. A tile is (first, end, begin): queries from `first` to `end`, none of which sees a key before `begin`. In
@@ -121,15 +143,16 @@ static void keys_across(unit *to, const real *keys, const tile *t) {
     }
 }
 
-/* Keys or values of a tile, in units: (groups, width / STEP, padded). */
-static void keys_along(unit *to, const real *keys, const tile *t) {
+/* Keys or values of a tile, in units: (groups, width / STEP, padded). lost: (groups, width), which have lost numbers. */
+static void keys_along(unit *to, uint8_t *lost, const real *keys, const tile *t) {
     int64_t parts = t->width / STEP;
 #pragma omp for schedule(static) nowait
     for (int64_t n = 0; n < t->groups * parts; n++) {
         int64_t group = n / parts, key = n % parts * STEP;
         const real *from = keys + (group * t->tokens + t->begin + key) * t->size;
         const real *next = key + STEP - 1 < t->keys ? from + (STEP - 1) * t->size : NULL;
-        along(to + n * t->padded, key < t->keys ? from : NULL, next, t->size, t->padded);
+        int found = along(to + n * t->padded, key < t->keys ? from : NULL, next, t->size, t->padded);
+        for (int s = 0; s < STEP; s++) lost[n * STEP + s] = found >> s & 1;
     }
 }
 
@@ -142,9 +165,19 @@ static inline void normalise(real *row, float *total, float *scores, float scale
     EACH for (int64_t j = from; j < past; j++) row[j] = put(scores[j] * share);
 }
 
-/* Four rows of a tile. scores, weights: room for (4, width). */
-static void attend_block(real *result, float *total, const real *query, const unit *keys, const unit *values,
-                         const tile *t, float scale, int64_t group, int64_t row, float *scores, real *weights) {
+/* Adds to a sum over keys what is lost of those that a row sees. keys: (groups, tokens, size), keys or values, from the
+   column on that the sum begins with; weights: of the row, (width,). */
+static void add_seen(float *sum, const real *weights, const real *keys, const uint8_t *lost, const tile *t,
+                     int64_t group, int64_t row, int64_t columns) {
+    for (int64_t j = from_of(t, row); j < past_of(t, row); j++)
+        if (lost[j])
+            add_lost(sum, get(weights[j]), keys + (group * t->tokens + t->begin + j) * t->size, columns);
+}
+
+/* Four rows of a tile. value: as given; keys, values, lost: of the tile; scores, weights: room for (4, width). */
+static void attend_block(real *result, float *total, const real *query, const real *value, const unit *keys,
+                         const unit *values, const uint8_t *lost, const tile *t, float scale, int64_t group,
+                         int64_t row, float *scores, real *weights) {
     int64_t count = least(4, t->rows - row), from = from_of(t, row), past = past_of(t, row + count - 1);
     int64_t low = from / LANES * LANES, high = up(past, LANES);
     const unit *left[4];
@@ -160,10 +193,14 @@ static void attend_block(real *result, float *total, const real *query, const un
             normalise(weight, total + by_group(t, group, row + r), scores + r * t->width, scale, from_of(t, row + r),
                       past_of(t, row + r));
     }
+    int astray = any_lost(lost, from, past);
     for (int64_t c = 0; c < t->size; c += CHUNK) {
         float mixed[4][CHUNK] __attribute__((aligned(64)));
         products(t->size - c, mixed[0], CHUNK, left, 1, values + c, t->padded, from / STEP, (past + STEP - 1) / STEP);
         for (int64_t r = 0; r < count; r++) {
+            if (astray)
+                add_seen(mixed[r], weights + r * t->width, value + c, lost, t, group, row + r,
+                         least(CHUNK, t->size - c));
             real *to = result + by_token(t, group, row + r) * t->size + c;
             EACH for (int64_t d = 0; d < least(CHUNK, t->size - c); d++) to[d] = put(mixed[r][d]);
         }
@@ -178,7 +215,8 @@ int attend(real *result, float *total, const real *query, const real *key, const
     unit *values = room(groups * width / STEP * up(size, LANES), sizeof(unit));
     float *all_scores = room(omp_get_max_threads() * 4 * width, sizeof(float));
     real *all_weights = room(omp_get_max_threads() * 4 * up(width, 32), sizeof(real));
-    int short_of_memory = !(keys && values && all_scores && all_weights);
+    uint8_t *lost = room(groups * width, 1);
+    int short_of_memory = !(keys && values && all_scores && all_weights && lost);
 #pragma omp parallel if (!short_of_memory)
     if (!short_of_memory) {
         float *scores = all_scores + omp_get_thread_num() * 4 * width;
@@ -186,14 +224,14 @@ int attend(real *result, float *total, const real *query, const real *key, const
         for (int64_t n = 0; n < count; n++) {
             tile t = tile_of(starts, tiles + 3 * n, tokens, groups, heads, size);
             keys_across(keys, key, &t);
-            keys_along(values, value, &t);
+            keys_along(values, lost, value, &t);
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 4)
             for (int64_t b = 0; b < groups * t.blocks; b++) {
                 int64_t group = b / t.blocks;
-                attend_block(result, total, query, keys + group * size / STEP * t.width,
-                             values + group * t.width / STEP * t.padded, &t, scale, group, b % t.blocks * 4, scores,
-                             weights);
+                attend_block(result, total, query, value, keys + group * size / STEP * t.width,
+                             values + group * t.width / STEP * t.padded, lost + group * t.width, &t, scale, group,
+                             b % t.blocks * 4, scores, weights);
             }
         }
     }
@@ -201,6 +239,7 @@ int attend(real *result, float *total, const real *query, const real *key, const
     free(values);
     free(all_scores);
     free(all_weights);
+    free(lost);
     return short_of_memory;
 }
 
@@ -210,11 +249,13 @@ typedef struct {
     unit *keys_along;         /* (width / STEP, padded) */
     unit *queries, *passed;   /* padded */
     unit *weights, *dscores;  /* width */
+    uint8_t *lost_keys, *lost_queries, *lost_passed; /* which have lost numbers: (groups, width or rows) */
 } back;
 
 /* The weights of four rows again, the gradients of their scores, and with these that of the query. */
-static void back_block(real *dquery, const real *query, const real *gradient, const real *result, const float *total,
-                       const back *all, const tile *t, float scale, int64_t group, int64_t row, real *dscores) {
+static void back_block(real *dquery, const real *query, const real *key, const real *gradient, const real *result,
+                       const float *total, const back *all, const tile *t, float scale, int64_t group, int64_t row,
+                       real *dscores) {
     int64_t count = least(4, t->rows - row), from = from_of(t, row), past = past_of(t, row + count - 1);
     const unit *asked[4], *passed[4], *left[4];
     const unit *keys = all->keys + group * t->size / STEP * t->width;
@@ -254,29 +295,56 @@ static void back_block(real *dquery, const real *query, const real *gradient, co
             EACH for (int64_t j = 0; j < columns; j++) change[j] = join(put(d[r][j]), put(d[r + STEP - 1][j]));
         }
     }
+    const uint8_t *lost = all->lost_keys + group * t->width;
+    int astray = any_lost(lost, from, past);
     for (int64_t c = 0; c < t->size; c += CHUNK) {
         float sums[4][CHUNK] __attribute__((aligned(64)));
         const unit *keys_along = all->keys_along + group * t->width / STEP * t->padded + c;
         products(t->size - c, sums[0], CHUNK, left, 1, keys_along, t->padded, from / STEP, (past + STEP - 1) / STEP);
         for (int64_t r = 0; r < count; r++) {
+            if (astray)
+                add_seen(sums[r], dscores + r * t->width, key + c, lost, t, group, row + r, least(CHUNK, t->size - c));
             real *to = dquery + by_group(t, group, row + r) * t->size + c;
             EACH for (int64_t d = 0; d < least(CHUNK, t->size - c); d++) to[d] = put(sums[r][d]);
         }
     }
 }
 
-/* Four keys: adds what all rows of the tile that may see them give; rows: those, whole blocks. */
-static void back_keys(float *to, const unit *weights, const unit *rows, const tile *t, int64_t group, int64_t key,
-                      int64_t from, int64_t past) {
+/* What four keys are given by all rows of a tile that may see them. weights, rows: of the tile, see `back`; given: the
+   rows themselves, and whether they lie by token; lost: (groups, rows). */
+typedef struct {
+    const unit *weights, *rows;
+    const real *given;
+    int by_token;
+    const uint8_t *lost;
+} giving;
+
+static void add_given(float *sum, const giving *g, const tile *t, int64_t group, int64_t key, int64_t from,
+                      int64_t past, int64_t column, int64_t columns) {
+    const uint8_t *lost = g->lost + group * t->blocks * 4;
+    for (int64_t row = from; row < past; row++)
+        if (lost[row] && from_of(t, row) <= key && key < past_of(t, row)) {
+            unit weight = g->weights[(group * t->blocks * 4 + row) / STEP * t->width + key];
+            int64_t lies = g->by_token ? by_token(t, group, row) : by_group(t, group, row);
+            add_lost(sum, get(part(weight, row)), g->given + lies * t->size + column, columns);
+        }
+}
+
+/* Four keys: adds it up. from, past: the rows that may see them, whole blocks. */
+static void back_keys(float *to, const giving *g, const tile *t, int64_t group, int64_t key, int64_t from,
+                      int64_t past) {
     const unit *left[4];
-    for (int64_t r = 0; r < 4; r++) left[r] = weights + group * t->blocks * 4 / STEP * t->width + key + r;
+    int astray = any_lost(g->lost + group * t->blocks * 4, from, past);
+    for (int64_t r = 0; r < 4; r++) left[r] = g->weights + group * t->blocks * 4 / STEP * t->width + key + r;
     for (int64_t c = 0; c < t->size; c += CHUNK) {
         float sums[4][CHUNK] __attribute__((aligned(64)));
-        const unit *right = rows + group * t->blocks * 4 / STEP * t->padded + c;
+        const unit *right = g->rows + group * t->blocks * 4 / STEP * t->padded + c;
+        int64_t columns = least(CHUNK, t->size - c);
         products(t->size - c, sums[0], CHUNK, left, t->width, right, t->padded, from / STEP, past / STEP);
         for (int64_t r = 0; r < least(4, t->keys - key); r++) {
             float *sum = to + (group * t->tokens + t->begin + key + r) * t->size + c;
-            EACH for (int64_t d = 0; d < least(CHUNK, t->size - c); d++) sum[d] += sums[r][d];
+            if (astray) add_given(sums[r], g, t, group, key + r, from, past, c, columns);
+            EACH for (int64_t d = 0; d < columns; d++) sum[d] += sums[r][d];
         }
     }
 }
@@ -286,7 +354,9 @@ static void back_tile(real *dquery, float *dkey, float *dvalue, const real *grad
                       const tile *t, float scale, real *dscores) {
     keys_across(all->keys, key, t);
     keys_across(all->values, value, t);
-    keys_along(all->keys_along, key, t);
+    keys_along(all->keys_along, all->lost_keys, key, t);
+    giving scores = {all->dscores, all->queries, query, 0, all->lost_queries};
+    giving shares = {all->weights, all->passed, gradient, 1, all->lost_passed};
     int64_t pairs = t->blocks * 4 / STEP, parts = t->width / LANES;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < t->groups * pairs; n++) {
@@ -295,12 +365,16 @@ static void back_tile(real *dquery, float *dkey, float *dvalue, const real *grad
         const real *next = last < t->rows ? asked + (STEP - 1) * t->size : NULL;
         const real *passed = row < t->rows ? gradient + by_token(t, group, row) * t->size : NULL;
         const real *second = last < t->rows ? gradient + by_token(t, group, last) * t->size : NULL;
-        along(all->queries + n * t->padded, row < t->rows ? asked : NULL, next, t->size, t->padded);
-        along(all->passed + n * t->padded, passed, second, t->size, t->padded);
+        int lost = along(all->queries + n * t->padded, row < t->rows ? asked : NULL, next, t->size, t->padded);
+        int astray = along(all->passed + n * t->padded, passed, second, t->size, t->padded);
+        for (int s = 0; s < STEP; s++) {
+            all->lost_queries[n * STEP + s] = lost >> s & 1;
+            all->lost_passed[n * STEP + s] = astray >> s & 1;
+        }
     }
 #pragma omp for schedule(dynamic, 4)
     for (int64_t b = 0; b < t->groups * t->blocks; b++)
-        back_block(dquery, query, gradient, result, total, all, t, scale, b / t->blocks, b % t->blocks * 4, dscores);
+        back_block(dquery, query, key, gradient, result, total, all, t, scale, b / t->blocks, b % t->blocks * 4, dscores);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < t->groups * parts; n++) {
         int64_t group = n / parts, column = n % parts * LANES, last = t->end;
@@ -308,8 +382,8 @@ static void back_tile(real *dquery, float *dkey, float *dvalue, const real *grad
         while (last > t->first && t->starts[last - 1] - t->begin > column + LANES - 1) last--;
         int64_t from = sees * t->heads / 4 * 4, past = up((last - t->first) * t->heads, 4);
         for (int64_t k = column; k < least(column + LANES, t->keys); k += 4) {
-            back_keys(dkey, all->dscores, all->queries, t, group, k, from, past);
-            back_keys(dvalue, all->weights, all->passed, t, group, k, from, past);
+            back_keys(dkey, &scores, t, group, k, from, past);
+            back_keys(dvalue, &shares, t, group, k, from, past);
         }
     }
 }
@@ -325,8 +399,10 @@ int attend_backward(real *dquery, float *dkey, float *dvalue, const real *gradie
     int short_of_memory = 0;
     for (int n = 0; n < 7; n++) short_of_memory |= !(parts[n] = room(groups * each[n], sizeof(unit)));
     real *all_dscores = room(omp_get_max_threads() * 4 * up(width, 32), sizeof(real));
-    short_of_memory |= !all_dscores;
-    back all = {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6]};
+    uint8_t *lost = room(groups * (width + 2 * rows), 1);
+    short_of_memory |= !(all_dscores && lost);
+    back all = {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6],
+                lost, lost + groups * width, lost + groups * (width + rows)};
 #pragma omp parallel if (!short_of_memory)
     if (!short_of_memory) {
         real *dscores = all_dscores + omp_get_thread_num() * 4 * up(width, 32);
@@ -337,6 +413,7 @@ int attend_backward(real *dquery, float *dkey, float *dvalue, const real *gradie
     }
     for (int n = 0; n < 7; n++) free(parts[n]);
     free(all_dscores);
+    free(lost);
     return short_of_memory;
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from loratune.kernels import gpu, masks, plain
+from loratune.kernels import gpu, masks, plain, rowwise
 from loratune.kernels.attention import HeadNorms, Layout, SelfAttention
 from loratune.kernels.feedforward import GatedLayer, rms_norm
 from loratune.kernels.loss import LossHead
@@ -134,8 +134,10 @@ def fitted(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[lis
 
 def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -> list[str]:
     """Put fast modules in their places. replaced: gets path and module of each that went. Returns what stays."""
-    trial = Trial(base)
-    kinds = [kind for kind in _kinds(base, reader) if trial.runs and kind.fits]
+    trial, over = Trial(base), passes(base.get_input_embeddings().weight)
+    kinds = [kind for kind in _kinds(base, reader) if kind.fits] if trial.runs else []
+    if over is plain:
+        kinds = [kind for kind in kinds if kind.what != "attention"]  # torch's own is faster than the reference
     for kind in kinds:
         kind.put(base)
     if kinds and not trial.agrees():
@@ -144,9 +146,9 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
         trial.prepare()
         kinds = [kind for kind in kinds if kind.agreed(base, trial)]
     replaced += [(name, module) for kind in kinds for name, module, _ in kind.fits]
-    there = {kind.what for kind in kinds if kind.whole}
-    left = [what for what in KINDS if what not in there]
-    over = passes(base.get_input_embeddings().weight)
+    if trial.runs and not any(kind.what == "attention" for kind in kinds):
+        rowwise.attend(base, trial.agrees)
+    left = [what for what in KINDS if not any(kind.what == what and kind.whole for kind in kinds)]
     return [*left, "passes in C"] if over is plain else left
 
 
@@ -165,10 +167,12 @@ class _Kind:
     def put(self, base: Any) -> None:
         for name, module, made in self.fits:
             base.set_submodule(name, made.train(module.training))
-        if self.what == "attention":
+        if self.what == "attention" and self.whole:
             AttentionInterface.register(UNMASKED, _never)
             AttentionMaskInterface.register(UNMASKED, gpu.no_mask)
             base.set_attn_implementation(UNMASKED)
+        elif self.what == "attention":
+            rowwise.register(base)  # for the other layers
 
     def take_back(self, base: Any) -> None:
         restore(base, [(name, module) for name, module, _ in self.fits])
@@ -202,7 +206,7 @@ def _kinds(base: Any, reader: Reader) -> list[_Kind]:
             rest[what or "attention"] += 1
     own = base.config._attn_implementation
     kinds = [_Kind(what, fits, not rest[what] and bool(fits), own) for what, fits in fast.items()]
-    return [kind for kind in kinds if kind.whole or kind.what != "attention"]
+    return [kind for kind in kinds if kind.whole or kind.what != "attention" or own == "sdpa"]
 
 
 def _decoder_path(base: Any) -> str:

@@ -1,23 +1,18 @@
-"""The passes in C, built with the machine's own C compiler on first use and kept in the user's cache."""
+"""The passes in C, as functions of tensors."""
 
 import ctypes
-import hashlib
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loratune.kernels import plain
+from loratune.kernels import library, plain
+from loratune.kernels.library import Library
 
-SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "passes.c", "attention.c")]
-FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
 DEFINES = {torch.bfloat16: "-DBFLOAT16", torch.float32: "-DFLOAT32"}
 
 FEW = 64
@@ -30,154 +25,157 @@ def passes(like: Tensor) -> plain.Passes:
     The plain ones are taken on a GPU, for float16, without a C compiler, outside Linux, and where LORATUNE_NATIVE=0 is
     set.
     """
+    functions = _loaded(like.dtype).functions if _wanted(like) else None
+    return Native(functions, like.dtype) if functions is not None else plain
+
+
+def notes(like: Tensor) -> list[str]:
+    """A line for the user where the functions in C are wanted for such tensors and something is amiss with them."""
+    note = _loaded(like.dtype).note if _wanted(like) else None
+    return [note] if note is not None else []
+
+
+def _wanted(like: Tensor) -> bool:
     refused = os.environ.get("LORATUNE_NATIVE") == "0" or platform.system() != "Linux"
-    if refused or like.device.type != "cpu" or like.dtype not in DEFINES:
-        return plain
-    return _loaded(DEFINES[like.dtype]) or plain
+    return not refused and like.device.type == "cpu" and like.dtype in DEFINES
 
 
 @cache
-def _loaded(define: str) -> "Native | None":
-    try:
-        built = _built(define)
-        return Native(ctypes.CDLL(str(built))) if built else None
-    except (OSError, RuntimeError):  # no home, no right to run what lies there, or no OpenMP
-        return None
-
-
-def _built(define: str) -> Path | None:
-    """The library, from the cache or made now. None: there is no compiler, it fails, or no place to keep it."""
-    compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
-    if compiler is None:
-        return None
-    path = _place() / f"native-{_key(compiler, define)}.so"
-    if path.is_file() and path.stat().st_size > 0:
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made = Path(scratch) / path.name
-            sources = [str(source) for source in SOURCES if source.suffix == ".c"]
-            wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-            command = [compiler, *FLAGS.split(), *wide, define, *sources, "-o", str(made), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            made.replace(path)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return path
-
-
-def _place() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loratune"
-
-
-def _key(compiler: str, define: str) -> str:
-    """Of everything that the library depends on: the source, the compiler, the processor."""
-    processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    features = [line for line in processor.splitlines() if line.startswith(("flags", "Features", "model name"))]
-    stat = Path(compiler).resolve().stat()
-    text = "".join(source.read_text(encoding="utf-8") for source in SOURCES)
-    parts = [text, FLAGS, define, compiler, stat.st_mtime_ns, stat.st_size, features]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+def _loaded(dtype: torch.dtype) -> Library:
+    return library.load(DEFINES[dtype])
 
 
 class Native:
-    """The functions of `plain`, for contiguous tensors of one dtype on the CPU. Shapes are not checked again."""
+    """The functions of `plain` for tensors of one dtype on the CPU, dense or not. Shapes are not checked again.
 
-    def __init__(self, library: ctypes.CDLL):
-        self._library = library
+    Each raises TypeError for a tensor of a dtype that C would take for another.
+    """
 
-    def _call(self, name: str, *arguments: Tensor | float) -> Any:
-        return getattr(self._library, name)(*map(_passed, arguments))
+    def __init__(self, functions: ctypes.CDLL, dtype: torch.dtype):
+        self._functions, self._dtype = functions, dtype
 
-    def _call_with_scratch(self, name: str, *arguments: Tensor | float) -> None:
+    def _call(self, name: str, made: Sequence[Tensor], *given: Tensor | float) -> Any:
+        """made: what is written, the first arguments; given: what is read."""
+        tensors = [one for one in (*made, *given) if isinstance(one, Tensor)]
+        if not all(one.is_contiguous() and one.device.type == "cpu" for one in tensors):
+            raise ValueError(f"{name} wants dense tensors on the CPU")
+        return getattr(self._functions, name)(*map(_passed, (*made, *given)))
+
+    def _call_with_scratch(self, name: str, made: Sequence[Tensor], *given: Tensor | float) -> None:
         """Raises MemoryError: there is none for what lies between the products."""
-        if self._call(name, *arguments):
+        if self._call(name, made, *given):
             raise MemoryError(f"out of memory in {name}")
+
+    def _reals(self, *tensors: Tensor) -> list[Tensor]:
+        return [_dense(one, self._dtype) for one in tensors]
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """See `plain.rms_norm`."""
-        x, y, inverse = x.contiguous(), torch.empty_like(x), torch.empty(x.shape[:-1])
-        self._call("rms_norm", y, inverse, x, weight, float(epsilon), inverse.numel(), x.shape[-1])
+        x, weight = self._reals(x, weight)
+        y, inverse = x.new_empty(x.shape), torch.empty(x.shape[:-1])
+        self._call("rms_norm", [y, inverse], x, weight, float(epsilon), inverse.numel(), x.shape[-1])
         return y, inverse
 
     def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
         """See `plain.rms_norm_backward`."""
-        x = x.contiguous()  # a norm may stand on a slice
-        dx = torch.empty_like(x)
-        self._call("rms_norm_backward", dx, dy.contiguous(), x, weight, inverse, inverse.numel(), x.shape[-1])
+        (dy, x, weight), inverse = self._reals(dy, x, weight), _dense(inverse, torch.float32)
+        dx = x.new_empty(x.shape)
+        self._call("rms_norm_backward", [dx], dy, x, weight, inverse, inverse.numel(), x.shape[-1])
         return dx
 
     def swiglu(self, both: Tensor) -> Tensor:
         """See `plain.swiglu`."""
-        size = both.shape[-1] // 2
+        (both,), size = self._reals(both), both.shape[-1] // 2
         y = both.new_empty(*both.shape[:-1], size)
-        self._call("swiglu", y, both, y.numel() // size, size)
+        self._call("swiglu", [y], both, y.numel() // size, size)
         return y
 
     def swiglu_backward(self, dy: Tensor, both: Tensor) -> Tensor:
         """See `plain.swiglu_backward`."""
-        dboth, size = torch.empty_like(both), both.shape[-1] // 2
-        self._call("swiglu_backward", dboth, dy.contiguous(), both, both.numel() // (2 * size), size)
+        dy, both = self._reals(dy, both)
+        dboth, size = both.new_empty(both.shape), both.shape[-1] // 2
+        self._call("swiglu_backward", [dboth], dy, both, both.numel() // (2 * size), size)
         return dboth
 
     def split_heads(
         self, joined: Tensor, cosine: Tensor, sine: Tensor, groups: int, heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `plain.split_heads`."""
+        (joined,), angles = self._reals(joined), _angles(cosine, sine)
         tokens, size = cosine.shape
         query = joined.new_empty(groups, tokens, heads, size)
         key, value = joined.new_empty(2, groups, tokens, size)
-        self._call("split_heads", query, key, value, joined, cosine, sine, tokens, groups, heads, size)
+        self._call("split_heads", [query, key, value], joined, *angles, tokens, groups, heads, size)
         return query, key, value
 
     def join_heads(self, query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """See `plain.join_heads`."""
+        (query, key, value), angles = self._reals(query, key, value), _angles(cosine, sine)
         groups, tokens, heads, size = query.shape
         joined = query.new_empty(tokens, (groups * heads + 2 * groups) * size)
-        self._call("join_heads", joined, query, key, value, cosine, sine, tokens, groups, heads, size)
+        self._call("join_heads", [joined], query, key, value, *angles, tokens, groups, heads, size)
         return joined
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, tiles: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `plain.attend`."""
+        query, key, value = self._reals(query, key, value)
+        layout = _dense(starts, torch.int32), _dense(tiles, torch.int64)
         groups, tokens, heads, size = query.shape
-        result, total = query.new_empty(tokens, groups * heads * size), torch.empty(groups, tokens, heads)
-        arrays, sizes = (result, total, query, key, value, starts, tiles), (tokens, groups, heads, size)
-        self._call_with_scratch("attend", *arrays, len(tiles), float(scale), *sizes)
-        return result, total
+        made = [query.new_empty(tokens, groups * heads * size), torch.empty(groups, tokens, heads)]
+        sizes = (tokens, groups, heads, size)
+        self._call_with_scratch("attend", made, query, key, value, *layout, len(tiles), float(scale), *sizes)
+        return made[0], made[1]
 
     def attend_backward(
         self, gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
         starts: Tensor, tiles: Tensor, scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See `plain.attend_backward`."""
+        gradient, result, query, key, value = self._reals(gradient, result, query, key, value)
+        total, layout = _dense(total, torch.float32), (_dense(starts, torch.int32), _dense(tiles, torch.int64))
         groups, tokens, heads, size = query.shape
-        dquery = torch.empty_like(query)
-        dkey, dvalue = (torch.zeros(groups, tokens, size) for _ in range(2))
-        arrays = (dquery, dkey, dvalue, gradient.contiguous(), result, total, query, key, value, starts, tiles)
-        self._call_with_scratch("attend_backward", *arrays, len(tiles), float(scale), tokens, groups, heads, size)
+        made = [query.new_empty(query.shape), *(torch.zeros(groups, tokens, size) for _ in range(2))]
+        given = (gradient, result, total, query, key, value, *layout, len(tiles), float(scale))
+        self._call_with_scratch("attend_backward", made, *given, tokens, groups, heads, size)
+        dquery, dkey, dvalue = made
         return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
     def add_lora(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:
         """See `plain.add_lora`; many tokens are left to its products."""
         if len(x) > FEW:
             return plain.add_lora(y, x, down, up)
-        self._call("add_lora", y, x.contiguous(), down, up, len(x), x.shape[1], len(down), up.shape[1])
+        dense, x, down, up = self._reals(y, x, down, up)
+        self._call("add_lora", [dense], x, down, up, len(x), x.shape[1], len(down), up.shape[1])
+        if dense is not y:
+            y.copy_(dense)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See `plain.cross_entropy`."""
-        if len(targets) and int(targets.max()) >= logits.shape[1]:
-            raise IndexError(f"target {int(targets.max())} is out of {logits.shape[1]} tokens")
+        (dense,), targets = self._reals(logits), _dense(targets, torch.int64)
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+            raise IndexError(f"targets from {int(targets.min())} to {int(targets.max())} of {logits.shape[1]} tokens")
         loss = torch.empty(len(targets))
-        self._call("cross_entropy", logits, loss, targets, len(targets), logits.shape[1])
+        self._call("cross_entropy", [dense, loss], targets, len(targets), logits.shape[1])
+        if dense is not logits:
+            logits.copy_(dense)
         return loss
+
+
+def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype != dtype:
+        raise TypeError(f"a tensor of {tensor.dtype} where {dtype} is wanted")
+    return tensor.contiguous()
+
+
+def _angles(cosine: Tensor, sine: Tensor) -> list[Tensor]:
+    """In float32, as some families hand them on beside states in bfloat16."""
+    return [one.float().contiguous() for one in (cosine, sine)]
 
 
 def _passed(argument: Tensor | float) -> Any:
     """As C takes it."""
     if isinstance(argument, Tensor):
-        assert argument.is_contiguous()
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -12,6 +13,7 @@
 #define EACH _Pragma("omp simd")
 #define SUM(x) _Pragma(STRING(omp simd reduction(+ : x)))
 #define MOST(x) _Pragma(STRING(omp simd reduction(max : x)))
+#define ANY(x) _Pragma(STRING(omp simd reduction(| : x)))
 #define STRING(x) #x
 
 typedef union { uint32_t bits; float value; } word;
@@ -27,11 +29,16 @@ static inline real put(float x) {
     uint32_t rounded = (w.bits + 0x7fff + ((w.bits >> 16) & 1)) >> 16;
     return x == x ? rounded : 0x7fc0;
 }
+static inline int is_lost(real x) { return (x & 0x7f80) == 0x7f80; }
 #else
 typedef float real;
 static inline float get(real x) { return x; }
 static inline real put(float x) { return x; }
+static inline int is_lost(real x) { word w = {.value = x}; return (w.bits & 0x7f800000) == 0x7f800000; }
 #endif
+/* `is_lost`: NaN or infinite. Where a sum goes over more than it should, with weights of 0 for the rest, such numbers
+   would get into it, as 0 times NaN is NaN: they are kept out, and added where they belong. */
+static inline real kept(real x) { return is_lost(x) ? 0 : x; }
 
 /* exp by Cephes' polynomial; 0 below -87, NaN stays NaN. */
 static inline float power(float x) {

@@ -59,7 +59,7 @@ def split_heads(joined: Tensor, cosine: Tensor, sine: Tensor, groups: int, heads
     tokens, size).
     """
     tokens, size = cosine.shape
-    query, key, value = torch.split(joined.view(tokens, -1, size), [groups * heads, groups, groups], 1)
+    query, key, value = torch.split(joined.reshape(tokens, -1, size), [groups * heads, groups, groups], 1)
     turned = _turn(query, cosine, sine).to(joined.dtype).view(tokens, groups, heads, size)
     keys = _turn(key, cosine, sine).to(joined.dtype)
     return (
@@ -75,11 +75,26 @@ def join_heads(query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: 
     return torch.cat([queries.to(query.dtype), keys.to(query.dtype), value.transpose(0, 1)], 1).view(tokens, -1)
 
 
-def _seen(starts: Tensor, first: int, end: int, begin: int) -> Tensor:
-    """Which keys from `begin` on the tokens from `first` to `end` see: (tokens, 1, keys)."""
+def _seen(starts: Tensor, first: int, end: int, begin: int, heads: int) -> Tensor:
+    """Which keys from `begin` on the heads of the tokens from `first` to `end` see: (tokens * heads, keys)."""
     places = torch.arange(begin, end, device=starts.device)
     seen = (places >= starts[first:end, None]) & (places <= places[first - begin :, None])
-    return seen[:, None]
+    return seen.repeat_interleave(heads, 0)
+
+
+def _sums(weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+    """`weights @ x`, to which what is not seen adds nothing: a weight of 0 is not enough, as 0 times NaN is NaN.
+
+    weights: (groups, m, n), 0 where `seen`, (m, n), is False; x: (groups, n, size).
+    """
+    finite = x.isfinite()
+    if bool(finite.all()):
+        return weights @ x
+    sums, lost = weights @ x.where(finite, 0), x.where(~finite, 0)
+    for place in torch.nonzero(~finite.all(-1).all(0))[:, 0].tolist():
+        added = weights[:, :, place, None] * lost[:, place, None]
+        sums += added.where(seen[:, place, None], 0)
+    return sums
 
 
 def attend(
@@ -96,11 +111,13 @@ def attend(
     result = query.new_empty(tokens, groups, heads, size)
     total = torch.empty(groups, tokens, heads, device=query.device)
     for first, end, begin in tiles.tolist():
-        scores = query[:, first:end].float() @ key[:, None, begin:end].float().transpose(2, 3)
-        scaled = (scores * scale).masked_fill(~_seen(starts, first, end, begin), float("-inf"))
-        total[:, first:end] = scaled.logsumexp(-1)
-        mixed = scaled.softmax(-1).to(value.dtype) @ value[:, None, begin:end]
-        result[first:end] = mixed.transpose(0, 1)
+        scores = query[:, first:end].flatten(1, 2).float() @ key[:, begin:end].float().transpose(1, 2)
+        seen = _seen(starts, first, end, begin, heads)
+        scaled = (scores * scale).masked_fill(~seen, float("-inf"))
+        total[:, first:end] = scaled.logsumexp(-1).view(groups, -1, heads)
+        weights = scaled.softmax(-1).masked_fill(~seen, 0)  # all would be NaN where a token sees one
+        mixed = _sums(weights.to(value.dtype), value[:, begin:end], seen)
+        result[first:end] = mixed.view(groups, -1, heads, size).transpose(0, 1)
     return result.view(tokens, -1), total
 
 
@@ -114,20 +131,21 @@ def attend_backward(
     """
     groups, tokens, heads, size = query.shape
     shape = (tokens, groups, heads, size)
-    inner = (gradient.float() * result.float()).view(shape).sum(-1).transpose(0, 1)[..., None]
-    passed = gradient.view(shape).transpose(0, 1)
-    dquery = torch.empty_like(query)
+    inner = (gradient.float() * result.float()).reshape(shape).sum(-1).transpose(0, 1)
+    passed = gradient.reshape(shape).transpose(0, 1)
+    dquery = query.new_empty(query.shape)
     dkey, dvalue = (torch.zeros(groups, tokens, size, device=query.device) for _ in range(2))
     for first, end, begin in tiles.tolist():
-        queries, out = query[:, first:end], passed[:, first:end]
-        keys, values = key[:, None, begin:end], value[:, None, begin:end]
-        scores = queries.float() @ keys.float().transpose(2, 3) * scale - total[:, first:end, :, None]
-        weights = scores.exp().masked_fill(~_seen(starts, first, end, begin), 0)
-        dscores = weights * (out.float() @ values.float().transpose(2, 3) - inner[:, first:end]) * scale
-        weights, dscores = weights.to(query.dtype), dscores.to(query.dtype)
-        dquery[:, first:end] = dscores @ keys
-        dvalue[:, begin:end] += torch.einsum("gthk,gths->gks", weights, out)
-        dkey[:, begin:end] += torch.einsum("gthk,gths->gks", dscores, queries)
+        queries, out, sums, shares = (one[:, first:end].flatten(1, 2) for one in (query, passed, total, inner))
+        keys, values = key[:, begin:end], value[:, begin:end]
+        seen = _seen(starts, first, end, begin, heads)
+        scores = queries.float() @ keys.float().transpose(1, 2) * scale - sums[..., None]
+        weights = scores.exp().masked_fill(~seen, 0)
+        dscores = weights * (out.float() @ values.float().transpose(1, 2) - shares[..., None]) * scale
+        weights, dscores = weights.to(query.dtype), dscores.masked_fill(~seen, 0).to(query.dtype)
+        dquery[:, first:end] = _sums(dscores, keys, seen).view(groups, -1, heads, size)
+        dvalue[:, begin:end] += _sums(weights.transpose(1, 2), out, seen.t())
+        dkey[:, begin:end] += _sums(dscores.transpose(1, 2), queries, seen.t())
     return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 

@@ -1,0 +1,299 @@
+"""The library of the passes in C: what others could have written is not loaded, what is damaged is built anew."""
+
+import os
+import re
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import Ran
+
+from loratune.kernels import library
+
+DEFINE = "-DFLOAT32"
+USED = """
+import os, sys, torch
+from loratune.kernels import library, native
+over = native.passes(torch.empty(0))
+assert isinstance(over, native.Native), native.notes(torch.empty(0))
+for name in sys.argv[1:]:
+    os.truncate(name, 0)
+y = over.swiglu(torch.ones(3, 4000))
+assert abs(float(y[0, 0]) - 0.7310586) < 1e-6
+print(*native.notes(torch.empty(0)))
+"""
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library, as a compiler makes it."""
+    directory = tmp_path_factory.mktemp("built")
+    with library._opened(directory) as opened:
+        (directory / "native.so").write_bytes(library._compiled(shutil.which("gcc") or "cc", DEFINE, opened))
+    assert [path.name for path in directory.iterdir()] == ["native.so"]
+    return directory / "native.so"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> Path:
+    """An empty cache, and a compiler that takes no time."""
+    compiler(tmp_path, f"cp {built} made.so")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "loratune"
+
+
+def compiler(directory: Path, does: str) -> None:
+    """Put one where it is found first. It counts how often it is called."""
+    for name in ("gcc", "cc", "clang"):
+        (directory / name).write_text(f"#!/bin/sh\necho >> {directory}/calls\n{does}\n")
+        (directory / name).chmod(0o755)
+
+
+def calls(cache: Path) -> int:
+    """How often the compiler was called, since the last time that this was asked."""
+    counted = cache.parent.parent / "calls"
+    with suppress(FileNotFoundError):
+        return len(counted.read_text().splitlines()) + (counted.unlink() or 0)
+    return 0
+
+
+def loaded(cache: Path, called: int, note: str | None = None) -> None:
+    """Loads the library, which must work; called: how often the compiler must have been."""
+    found = library.load(DEFINE)
+    assert found.functions is not None and found.functions.swiglu
+    assert calls(cache) == called
+    assert found.note == note if note is None else re.search(note, found.note or ""), found.note
+
+
+def kept(cache: Path) -> Path:
+    """The file in the cache, which is all that lies there."""
+    (path,) = cache.iterdir()
+    return path
+
+
+def open_to_others(top: Path) -> list[Path]:
+    return [path for path in (top, *top.rglob("*")) if path.lstat().st_mode & 0o022]
+
+
+def test_it_is_built_once_and_nobody_else_can_write_to_it(cache: Path) -> None:
+    before = os.umask(0)
+    try:
+        loaded(cache, called=1)
+        loaded(cache, called=0)
+        assert open_to_others(cache.parent) == [] and stat.S_IMODE(cache.stat().st_mode) == 0o700
+    finally:
+        os.umask(before)
+
+
+def halved(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zeroed(path: Path) -> None:
+    """The pages of the code, as a power cut leaves them."""
+    content = bytearray(path.read_bytes())
+    content[8192:16384] = bytes(8192)
+    path.write_bytes(content)
+
+
+def signed(key: str, content: bytes) -> bytes:
+    """A file as the cache has it."""
+    return content + library._digest(key, content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: os.truncate(path, 0),
+    "one byte": lambda path: os.truncate(path, 1),
+    "half": halved,
+    "without its last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "zeroed pages": zeroed,
+    "garbage": lambda path: path.write_bytes(b"garbage" * 9999),
+    "that of another key": lambda path: path.write_bytes(signed("x", path.read_bytes()[:-32])),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_is_built_anew(cache: Path, how: str) -> None:
+    loaded(cache, called=1)
+    path, whole = kept(cache), kept(cache).read_bytes()
+    DAMAGES[how](path)
+    loaded(cache, called=1)
+    assert kept(cache).read_bytes() == whole
+    loaded(cache, called=0)
+
+
+@pytest.fixture
+def planted(cache: Path, tmp_path: Path) -> Iterator[Path]:
+    """The file in the cache does something else when it is loaded, and is otherwise as it should be. It never is."""
+    mark, source = tmp_path / "loaded", tmp_path / "planted.c"
+    source.write_text(
+        '#include <stdio.h>\nvoid swiglu(void) {}\n__attribute__((constructor)) static void begin(void) {\n'
+        f'    FILE *file = fopen("{mark}", "w"); if (file) fclose(file);\n}}\n'
+    )  # fmt: skip
+    subprocess.run(["/usr/bin/gcc", "-shared", "-fPIC", source, "-o", tmp_path / "planted.so"], check=True)
+    loaded(cache, called=1)
+    path = kept(cache)
+    key, content = path.stem.removeprefix("native-"), (tmp_path / "planted.so").read_bytes()
+    path.write_bytes(signed(key, content))
+    yield path
+    assert not mark.exists()
+
+
+def test_what_is_planted_would_be_loaded_otherwise(planted: Path, cache: Path, tmp_path: Path) -> None:
+    """So that the tests below see something."""
+    loaded(cache, called=0)
+    (tmp_path / "loaded").unlink()
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+
+
+@needs_root
+def test_a_file_of_another_user_is_not_loaded(planted: Path, cache: Path) -> None:
+    os.chown(planted, 65534, -1)
+    loaded(cache, called=1)
+    assert planted.stat().st_uid == os.geteuid()
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o777])
+def test_a_file_that_others_can_write_to_is_not_loaded(planted: Path, cache: Path, mode: int) -> None:
+    planted.chmod(mode)
+    loaded(cache, called=1)
+    assert open_to_others(cache) == []
+
+
+def test_a_link_is_not_followed(planted: Path, cache: Path, tmp_path: Path) -> None:
+    planted.rename(tmp_path / "elsewhere.so")
+    planted.symlink_to(tmp_path / "elsewhere.so")
+    loaded(cache, called=1)
+    assert not kept(cache).is_symlink()
+
+
+def test_a_pipe_does_not_stop_the_run(cache: Path) -> None:
+    loaded(cache, called=1)
+    path = kept(cache)
+    path.unlink()
+    os.mkfifo(path)
+    loaded(cache, called=1)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_a_directory_that_others_could_write_to_is_mended_and_not_believed(
+    planted: Path, cache: Path, mode: int
+) -> None:
+    cache.chmod(mode)
+    loaded(cache, called=1, note=f"others could write to {cache}: now only you can, and what lay there was not used")
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    loaded(cache, called=0)
+
+
+@needs_root
+def test_a_directory_of_another_user_is_not_used(planted: Path, cache: Path) -> None:
+    os.chown(cache, 65534, -1)
+    told = f"the fast CPU code is built anew for this run: {cache} belongs to another user"
+    for _ in range(2):
+        loaded(cache, called=1, note=told)
+    assert kept(cache) == planted
+
+
+def test_a_directory_behind_a_link_is_not_used(planted: Path, cache: Path, tmp_path: Path) -> None:
+    cache.rename(tmp_path / "elsewhere")
+    cache.symlink_to(tmp_path / "elsewhere")
+    loaded(cache, called=1, note="is built anew for this run: Not a directory: .*cache/loratune")
+
+
+def test_a_cache_that_cannot_be_made_is_done_without(cache: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> None:
+    """And nothing is left elsewhere."""
+    scratch = cache.parent.parent / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(built))
+    loaded(cache, called=1, note="is built anew for this run: Not a directory: .*/native.so/loratune")
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_full_disk_costs_the_cache_only(cache: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = library._Directory.write
+
+    def full(*arguments: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            before(*arguments)  # type: ignore[arg-type]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library._Directory, "write", full)
+        loaded(cache, called=1, note=f"could not be kept in {cache}: File too large")
+    assert list(cache.iterdir()) == []
+    loaded(cache, called=1)
+
+
+BROKEN = {
+    "exit 3": r"gcc ended with 3$",
+    "echo 'In function' >&2; echo 'x.c:3: error: no such' >&2; exit 1": "gcc ended with 1: x.c:3: error: no such$",
+    "echo garbage > made.so": r"the fast CPU code is not used: .*(invalid ELF header|file too short)",
+    "true": "No such file or directory: made.so",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("does", BROKEN)
+def test_a_compiler_that_fails_is_told_of(cache: Path, tmp_path: Path, does: str) -> None:
+    compiler(tmp_path, does)
+    found = library.load(DEFINE)
+    assert found.functions is None and re.search(BROKEN[does], found.note or ""), found.note
+    assert "\n" not in (found.note or "") and list(cache.iterdir()) == []
+
+
+def test_a_library_that_no_longer_loads_is_built_anew(cache: Path, tmp_path: Path, built: Path) -> None:
+    """As where OpenMP's own library has gone; if that does not help, it is said."""
+    loaded(cache, called=1)
+    path = kept(cache)
+    key, content = path.stem.removeprefix("native-"), path.read_bytes()[:-32].replace(b"libgomp.so.1", b"libgone.so.1")
+    path.write_bytes(signed(key, content))
+    loaded(cache, called=1)
+    compiler(tmp_path, f"sed s/libgomp.so.1/libgone.so.1/ {built} > made.so")
+    found = library.load(DEFINE)
+    assert found.functions is None and "not used: libgone.so.1: cannot open shared object" in (found.note or "")
+
+
+def test_without_a_compiler_it_is_said(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "none").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert library.load(DEFINE).note == "there is no C compiler (gcc, cc or clang), and training is slower without one"
+
+
+def used(cache: Path, *arguments: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", USED, *map(str, arguments)]
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PATH": "/usr/bin:/bin"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_many_processes_build_it_at_once_and_a_file_that_is_cut_hurts_none(tmp_path: Path) -> None:
+    """With the real compiler, as that of a fresh machine."""
+    running = [used(tmp_path / "cache") for _ in range(3)]
+    for process in running:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0 and out.strip() == "", err
+    path = kept(tmp_path / "cache" / "loratune")
+    cut = used(tmp_path / "cache", path)
+    out, err = cut.communicate(timeout=300)
+    assert cut.returncode == 0 and path.stat().st_size == 0, err
+
+
+def test_a_run_says_that_there_is_no_compiler(run_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = run_config(model={"dtype": "float32"})
+    (tmp_path / "none").mkdir()
+    command = [sys.executable, "-m", "loratune", "train", str(config)]
+    environment = os.environ | {"PATH": str(tmp_path / "none")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    ran = Ran(done.returncode, done.stdout, done.stderr)
+    assert ran.code == 0 and ran.err.count("there is no C compiler (gcc, cc or clang)") == 1

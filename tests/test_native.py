@@ -1,0 +1,156 @@
+"""The passes in C: what rows, layouts and dtypes they take, and where their library comes from."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_kernels import PASSES, normal
+from torch import Tensor
+
+from loratune.kernels import native, plain
+from loratune.kernels.attention import Layout
+
+OVER = {
+    "plain": (lambda like: plain, torch.float32),
+    "plain in bfloat16": (lambda like: plain, torch.bfloat16),
+    "C": (native.passes, torch.float32),
+    "C in bfloat16": (native.passes, torch.bfloat16),
+}  # fmt: skip
+
+
+def attended(over: Any, positions: Tensor, given: list[Tensor], window: int | None) -> list[Tensor]:
+    """The result and the gradients of queries, keys and values, token by token."""
+    query, key, value, gradient = given
+    layout = Layout.of(positions, window, tile=48)
+    around = (layout.starts, layout.tiles, query.shape[-1] ** -0.5)
+    result, total = over.attend(query, key, value, *around)
+    dquery, dkey, dvalue = over.attend_backward(gradient, result, total, query, key, value, *around)
+    return [result, dquery.transpose(0, 1), dkey.transpose(0, 1), dvalue.transpose(0, 1)]
+
+
+@pytest.mark.parametrize("name", OVER)
+def test_what_is_not_finite_in_one_row_stays_in_it(name: str) -> None:
+    """At each place of a block of four, in what each function is given, in rows that share a block, a pair, a tile."""
+    choose, dtype = OVER[name]
+    lengths = (5, 3, 1, 70, 2, 6)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    spans = [(sum(lengths[:n]), sum(lengths[: n + 1])) for n in range(len(lengths))]
+    for size, heads, window in ((16, 1, None), (8, 3, None), (72, 2, 4)):
+        shapes = [(2, 87, heads, size), (2, 87, size), (2, 87, size), (87, 2 * heads * size)]
+        given = [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
+        over = choose(given[0])
+        whole = attended(over, positions, given, window)
+        for number, (first, end) in enumerate(spans):
+            others = torch.ones(87, dtype=torch.bool)
+            others[first:end] = False
+            for which, lost in ((0, math.nan), (1, math.inf), (2, math.nan), (2, -math.inf), (3, math.nan)):
+                broken = [one.clone() for one in given]
+                tokens = broken[which] if which == 3 else broken[which].transpose(0, 1)
+                place = first + (end - first) * number // len(spans)
+                tokens[(place, *[-(number % 2)] * (tokens.dim() - 1))] = lost
+                made = attended(over, positions, broken, window)
+                assert not all(bool(one[first:end].isfinite().all()) for one in made), (which, number)
+                for old, new in zip(whole, made, strict=True):
+                    assert torch.equal(old[others], new[others]), (which, number, size)
+
+
+@pytest.mark.parametrize("name", OVER)
+def test_what_is_not_finite_reaches_all_that_see_it_and_nothing_before(name: str) -> None:
+    """As in a model: a value reaches the tokens from its own on, a gradient the keys up to its own."""
+    choose, dtype = OVER[name]
+    given = [normal(*shape, seed=n).to(dtype) for n, shape in enumerate([(1, 9, 2, 8), (1, 9, 8), (1, 9, 8), (9, 16)])]
+    given[2][0, 4, 3] = math.nan
+    result, dquery, dkey, dvalue = attended(choose(given[0]), torch.arange(9), given, None)
+    assert result.view(9, 2, 8)[:, :, 3].isnan().all(1).tolist() == [False] * 4 + [True] * 5
+    assert result.view(9, 2, 8)[:, :, [0, 1, 2, 4, 5, 6, 7]].isfinite().all()
+    assert dquery.isfinite().flatten(1).all(1).tolist() == [True] * 4 + [False] * 5
+    given = [normal(*shape, seed=n).to(dtype) for n, shape in enumerate([(1, 9, 2, 8), (1, 9, 8), (1, 9, 8), (9, 16)])]
+    given[3][4, 3] = math.inf
+    result, dquery, dkey, dvalue = attended(choose(given[0]), torch.arange(9), given, None)
+    assert result.isfinite().all() and dquery.isfinite().flatten(1).all(1).tolist() == [n != 4 for n in range(9)]
+    assert dvalue.isfinite().flatten(1).all(1).tolist() == [False] * 5 + [True] * 4
+    assert dkey.isfinite().flatten(1).all(1).tolist() == [False] * 5 + [True] * 4
+
+
+ROWS_OF = {"rms_norm": [0], "rms_norm_backward": [0, 1], "swiglu": [0], "swiglu_backward": [0, 1], "split_heads": [0],
+           "add_lora": [0, 1], "cross_entropy": [0]}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ROWS_OF)
+def test_other_passes_keep_rows_apart(name: str, dtype: torch.dtype) -> None:
+    """For inputs that lie row by row."""
+
+    def made(over: Any, broken: int | None = None, lost: float = 0) -> list[Tensor]:
+        given = PASSES[name](dtype)
+        if broken is not None:
+            given[broken][6, 1] = lost
+        result = getattr(over, name)(*given)
+        parts = [*(result if isinstance(result, tuple) else (result,)), given[0]]
+        tensors = [one for one in parts if isinstance(one, Tensor)]
+        return [one if len(one) == 37 else one.transpose(0, 1) for one in tensors]
+
+    for over in (plain, native.passes(torch.empty(0, dtype=dtype))):
+        others, whole = torch.arange(37) != 6, made(over)
+        for broken in ROWS_OF[name]:
+            for lost in (math.nan, math.inf):
+                for old, new in zip(whole, made(over, broken, lost), strict=True):
+                    assert torch.equal(old[others], new[others])
+
+
+def loosened(tensor: Tensor) -> Tensor:
+    """The same numbers, with others between them."""
+    wide = torch.full((*tensor.shape, 2), 7, dtype=tensor.dtype)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+LOOSE: dict[str, Callable[[Tensor], Tensor]] = {
+    "every other number": loosened,
+    "its last two axes turned": lambda tensor: tensor.transpose(-1, -2).contiguous().transpose(-1, -2),
+}
+
+
+@pytest.mark.parametrize("how", LOOSE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_takes_what_is_not_dense(name: str, dtype: torch.dtype, how: str) -> None:
+    """The numbers are those of dense tensors, also where they are written into what was given."""
+
+    def loose(one: Any) -> Any:
+        return LOOSE[how](one) if isinstance(one, Tensor) and (one.dim() > 1 or how == "every other number") else one
+
+    for over in (plain, native.passes(torch.empty(0, dtype=dtype))):
+        given, again = PASSES[name](dtype), [loose(one) for one in PASSES[name](dtype)]
+        assert any(isinstance(one, Tensor) and not one.is_contiguous() for one in again)
+        expected, made = getattr(over, name)(*given), getattr(over, name)(*again)
+        pairs = [*zip(*(one if isinstance(one, tuple) else (one,) for one in (expected, made)), strict=True)]
+        for old, new in [*pairs, *zip(given, again, strict=True)]:
+            if isinstance(old, Tensor):
+                assert torch.allclose(old.float(), new.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_another_dtype_is_an_error() -> None:
+    """C would read the bytes of one as the other."""
+    over = native.passes(torch.empty(0))
+    with pytest.raises(TypeError, match="bfloat16 where"):
+        over.rms_norm(normal(3, 8).bfloat16(), normal(8), 1e-5)
+    with pytest.raises(TypeError, match="int32 where"):
+        over.cross_entropy(normal(3, 8), torch.arange(3, dtype=torch.int32))
+    for target in (-1, 8):
+        with pytest.raises(IndexError, match="of 8 tokens"):
+            over.cross_entropy(normal(3, 8), torch.tensor([1, target, 2]))
+
+
+def test_angles_may_be_in_float32() -> None:
+    """As olmo's are beside states in bfloat16; they are not rounded then."""
+    joined, cosine, _, *counts = PASSES["split_heads"](torch.bfloat16)
+    angles = normal(*cosine.shape, seed=3)
+    turned = angles.cos(), angles.sin()
+    made = [over.split_heads(joined, *turned, *counts) for over in (plain, native.passes(joined))]
+    back = [over.join_heads(*heads, *turned) for over, heads in zip((plain, native.passes(joined)), made, strict=True)]
+    for old, new in [*zip(*made, strict=True), back]:
+        assert torch.allclose(old.float(), new.float(), rtol=2**-7, atol=1e-6)
+        assert float((old != new).float().mean()) < 0.01

@@ -1,0 +1,210 @@
+"""Attention of torch row by row: the numbers of the whole mask, at the cost of the rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_kernels import SHAPE, WINDOWED_BY_MASK, WITHOUT_POSITIONS, adapted, apart, rows, step
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from loratune import adapter, kernels
+from loratune.data.packing import flatten, pad
+from loratune.kernels import rowwise
+
+MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+UNDROPPED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {}),
+    "phi3": ("phi3", {}),
+    "mistral with a window": ("mistral", {"sliding_window": 25}),
+    "mistral with a window longer than a tile": ("mistral", {"sliding_window": 280}),
+    "mistral that sees one token": ("mistral", {"sliding_window": 1}),
+    "gemma3, with windows and without": ("gemma3_text", {"sliding_window": 40, **MIXED}),
+    "cohere2, with windows and without": ("cohere2", {"sliding_window": 40, **MIXED}),
+    "qwen2_moe, whose window the mask alone tells": ("qwen2_moe", WINDOWED_BY_MASK),
+    "granite, which hands no positions on": ("granitemoehybrid", WITHOUT_POSITIONS),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, **UNDROPPED}),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
+}  # fmt: skip
+TARGETS = {
+    "phi3": ["qkv_proj", "o_proj"], "gpt_neox": ["query_key_value", "dense"], "gpt2": ["c_attn"],
+    "opt": ["q_proj", "out_proj"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORATUNE_NATIVE", "0")
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and "alias" not in str(func):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return made
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
+    """With rows longer than its windows, packed and padded."""
+    kind, changes = FAMILIES[name]
+    model = adapted(kind, targets=TARGETS.get(kind, ["q_proj", "v_proj"]), changes=changes)
+    for batch in (flatten(rows()), dict(pad(rows(), 0)), flatten(rows()[:1])):
+        loss, gradients = step(model, batch)
+        with kernels.fitted(model, adapter.linear) as left:
+            assert "attention" in left and kernels.attends_by_rows(model)
+            again, others = step(model, batch)
+        assert not kernels.attends_by_rows(model)
+        assert again == pytest.approx(loss, abs=1e-6)
+        assert apart(gradients, others) < 1e-5
+
+
+CHUNKED = {
+    "attention_chunk_size": 48, "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0],
+    "num_local_experts": 2, "intermediate_size_mlp": 64,
+}  # fmt: skip
+
+
+def test_chunks_are_rows_of_their_own() -> None:
+    model = adapted("llama4_text", targets=["q_proj", "v_proj"], changes=CHUNKED)
+    loss, gradients = step(model, flatten(rows()))
+    assert rowwise.attend(model.get_base_model(), lambda: True)
+    again, others = step(model, flatten(rows()))
+    assert again == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
+    model.get_base_model().set_attn_implementation("sdpa")
+    model.config.attention_chunk_size = 400
+    assert abs(step(model, flatten(rows()))[0] - loss) > 1e-5
+
+
+def test_nothing_is_as_large_as_the_square_of_a_batch() -> None:
+    """But with stock attention it is, so this sees it."""
+    model = adapted("gemma3_text", changes={"sliding_window": 40, "vocab_size": 300, **MIXED})
+    many = [{name: one[name][:60] for name in one} for one in rows() * 8 if len(one["labels"]) >= 60]
+    batch = flatten(many)
+    square = batch["input_ids"].numel() ** 2
+    with Largest() as stock:
+        step(model, batch)
+    with kernels.fitted(model, adapter.linear), Largest() as made:
+        step(model, batch)
+    assert stock.elements >= square > 2 * made.elements
+
+
+def test_padding_on_the_left_and_odd_masks_are_left_to_torch() -> None:
+    """They get the mask that they would get, so nothing is different but the time."""
+    model = adapted()
+    batch = dict(pad(rows(), 0, side="left"))
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    holes = dict(pad(rows(), 0))
+    holes["attention_mask"][0, 5] = 0
+    for odd in (batch, holes):
+        loss, gradients = step(model, odd)
+        with kernels.fitted(model, adapter.linear):
+            again, others = step(model, odd)
+        assert again == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
+
+
+def test_the_padding_of_one_row_does_not_reach_another() -> None:
+    """Nor do the tokens of the others."""
+    model = adapted()
+    with kernels.fitted(model, adapter.linear):
+        losses = [step(model, dict(pad(rows()[:n], 0)))[0] for n in (1, 1)]
+        assert losses[0] == losses[1]
+        broken = flatten(rows()[:3])
+        whole = model(**{name: broken[name] for name in ("input_ids", "position_ids")}, use_cache=False).logits
+        hook = model.get_input_embeddings().register_forward_hook(
+            lambda module, given, made: made.index_fill(1, torch.arange(40, 47), float("nan"))
+        )
+        made = model(**{name: broken[name] for name in ("input_ids", "position_ids")}, use_cache=False).logits
+        hook.remove()
+    assert made[:, 40:47].isnan().all()
+    assert torch.equal(whole[:, :40], made[:, :40]) and torch.equal(whole[:, 47:], made[:, 47:])
+
+
+def test_attention_that_drops_out_does_so() -> None:
+    """With the share that was asked for: over many draws the gradient is that of stock attention, which differs from
+    that without."""
+    model = adapted(changes={"attention_dropout": 0.4})
+    batch = flatten(rows()[:2])
+
+    def mean(draws: int = 60) -> Tensor:
+        total = []
+        for number in range(draws):
+            given = dict(batch)
+            labels = given.pop("labels")
+            kernels.expect(model, labels)
+            torch.manual_seed(number)
+            total.append(kernels.next_token_loss(model(**given, use_cache=False).logits, labels)[0].detach())
+        return torch.stack(total)
+
+    stock, (still, _) = mean(), step(model.eval(), batch)
+    model.train()
+    with kernels.fitted(model, adapter.linear):
+        assert kernels.attends_by_rows(model)
+        made = mean()
+    error = (stock.var() / 60 + made.var() / 60).sqrt()
+    assert made.std() > 0 and abs(float(stock.mean() - made.mean())) < 4 * float(error)
+    assert 0.5 < float(made.std() / stock.std()) < 2 and still > 0
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2, which caps its scores": ("gemma2", {}),
+    "gpt_oss, which has sinks": ("gpt_oss", {"num_local_experts": 2}),
+    "bloom, which has biases": ("bloom", {"n_layer": 2, "n_head": 4}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_torchs_attention_stays_as_it_is(name: str) -> None:
+    kind, changes = REFUSED[name]
+    model = adapted(kind, targets=["query_key_value"] if kind == "bloom" else ["q_proj", "v_proj"], changes=changes)
+    own = model.config._attn_implementation
+    with kernels.fitted(model, adapter.linear):
+        assert model.config._attn_implementation == own and not kernels.attends_by_rows(model)
+
+
+def test_a_model_that_does_not_agree_gets_its_attention_back() -> None:
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    assert not rowwise.attend(base, lambda: False) and base.config._attn_implementation == "sdpa"
+
+
+def windows(sequence: int, head: int, query: Tensor, key: Tensor) -> Tensor:
+    return (key <= query) & (key > query - 300)
+
+
+MASKS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[list[int], int] | None]] = {
+    "causal": (lambda s, h, q, k: k <= q, {}, ([500], 500)),
+    "rows": (lambda s, h, q, k: (k <= q) & ((k < 200) == (q < 200)), {}, ([200, 300], 500)),
+    "a window": (windows, {"local_size": 300}, ([500], 300)),
+    "chunks": (lambda s, h, q, k: (k <= q) & (k // 300 == q // 300), {"local_size": 300}, ([300, 200], 300)),
+    "a window of another size": (windows, {"local_size": 301}, None),
+    "a window that is not told": (windows, {}, None),
+    "both ways": (lambda s, h, q, k: k >= 0 * q, {}, None),
+    "both ways in a block": (lambda s, h, q, k: (k <= q) | (torch.minimum(q, k) > 400), {}, None),
+    "a hole in the middle": (lambda s, h, q, k: (k <= q) & ((k != 7) | (q == 7)), {"length": 200}, None),
+    "rows that differ": (lambda s, h, q, k: (k <= q) & ((k < 200 + s) == (q < 200 + s)), {"batch_size": 2}, None),
+    "made one by one": (lambda s, h, q, k: k <= q, {"use_vmap": True}, None),
+    "with a cache": (lambda s, h, q, k: k <= q, {"kv_length": 600, "q_offset": 100}, None),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_is_read_as_rows_or_not_at_all(name: str) -> None:
+    function, given, expected = MASKS[name]
+    length = given.pop("length", 500)
+    sizes = {"batch_size": 1, "q_length": length, "kv_length": length, "allow_is_causal_skip": False}
+    made = rowwise.mask(mask_function=function, **sizes | given)
+    assert isinstance(made, rowwise.Rows) == (expected is not None)
+    if expected is not None:
+        assert (made.lengths, made.window) == expected
