@@ -108,7 +108,7 @@ def train(
             made = story.train(ready, teller, group)
         except KeyboardInterrupt as stop:
             fix = "the rows that were tokenised are kept, and the same command goes on from there"
-            if not dry_run and ready.space.has_checkpoints():
+            if not dry_run and ready.space.is_resumable():
                 fix = f"continue with: {_resume_line(config_file, assignments, changes)}"
                 fix += f", on {group.count} processes as before" if group.count > 1 else ""
             what, kind = stopped(stop)
@@ -260,7 +260,8 @@ def _checked(
         fix = f"leave it out, or start one process: loratune train {shlex.quote(str(config_file))}"
         raise ConfigError(Problem(what, str(config_file), "model.device_map", fix))
     _tell(config.portability(run.lora))
-    space = workspace.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite)
+    read = config.inputs(config_file, run)
+    space = workspace.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=read)
 
     with _loading():
         from loratune import preflight

@@ -23,7 +23,7 @@ def kind(path: Path) -> str:
     """
     try:
         return _KINDS.get(stat.S_IFMT(path.lstat().st_mode), "of an unknown kind")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
 
 
