@@ -97,10 +97,10 @@ class Workspace:
                 yield from _odd(path, "a directory")
 
     def has_checkpoints(self) -> bool:
-        """Whether there is anything that a run left on purpose, whole or damaged, and that is not removed unasked."""
+        """Whether there is anything that is not removed unasked: checkpoints, whole or damaged, or what is no run's."""
         if not is_directory(self.checkpoints):
             return False
-        return any(path != self.unfinished for path in self.checkpoints.iterdir())
+        return any(path != self.unfinished or not is_directory(path) for path in self.checkpoints.iterdir())
 
     def is_resumable(self) -> bool:
         """Whether there is a checkpoint that was written to its end, so that `--resume` may be told of."""
