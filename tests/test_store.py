@@ -40,6 +40,19 @@ def test_an_entry_in_removal_is_none(cache: Path, left: int) -> None:
     assert whole(store.kept(key(1), fill))
 
 
+@pytest.mark.parametrize("name", ["whole", "00003.json", "00003.arrow"])
+def test_odd_things_in_an_entry(cache: Path, name: str) -> None:
+    """Nothing waits at a named pipe, and no link is followed; an entry with either is not ours to remove."""
+    store.kept(key(1), fill)
+    place = cache / key(1) / name
+    place.rename(cache / "aside")
+    for make in (os.mkfifo, lambda place: place.symlink_to(cache / "aside")):
+        make(place)
+        rows = store.kept(key(1), fill)
+        assert whole(rows) and not rows.directory.is_relative_to(cache)
+        place.unlink()
+
+
 def test_what_is_published_is_not_written_again(cache: Path) -> None:
     """A process that found nothing, and gets the lock when another one has just published, takes what is there."""
     assert whole(store.kept(key(1), fill))

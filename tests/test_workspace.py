@@ -221,22 +221,24 @@ def test_mount_points(cli: Cli, run_config: MakeConfig, tmp_path: Path, mounted:
     assert ran.code == 0, ran.err
 
 
-def test_a_directory_that_may_not_be_removed(tmp_path: Path) -> None:
-    """Moving it asks for leave to write to it, and that is seen at the start. Root may all, so this is someone else."""
+@pytest.mark.parametrize("sticky", [False, True])
+def test_a_directory_that_may_not_be_removed(sticky: bool, tmp_path: Path) -> None:
+    """Moving it asks for leave, and that is seen at the start. Root may do anything, so this is someone else."""
     if os.geteuid() != 0:
         pytest.skip("only root becomes someone else")
     out = adapter(tmp_path / "out")
-    tmp_path.chmod(0o777)
-    for place in (tmp_path, *tmp_path.parents):
+    out.chmod(0o777 if sticky else 0o555)
+    for place in tmp_path.parents:
         if not place.stat().st_mode & 0o001:
             place.chmod(place.stat().st_mode | 0o011)
-    out.chmod(0o555)
+    tmp_path.chmod(0o1777 if sticky else 0o777)
+    expected = "which is sticky" if sticky else "may not be written"
     if not (child := os.fork()):
-        os.setuid(12345)
         try:
+            os.setuid(12345)
             workspace.inspect(str(out), resume=False, overwrite=True)
         except ConfigError as error:
-            os._exit(7 if "may not be written" in str(error) else 1)
+            os._exit(7 if expected in str(error) else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

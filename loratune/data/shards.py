@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from loratune.data.render import Tokens
 from loratune.data.report import Report, total
 from loratune.digests import sha256
-from loratune.workspace.plain import read_text
+from loratune.workspace.plain import is_file, read_text
 
 WHOLE = "whole"
 """The record of a directory that is complete."""
@@ -214,7 +214,7 @@ def _check(record: dict[str, Any]) -> str:
 
 
 def _mapped(path: Path, record: dict[str, Any]) -> Any:
-    if sha256(path) != record["sha256"]:
+    if not is_file(path) or sha256(path) != record["sha256"]:
         raise ValueError(f"{path} is not what was written")
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 

@@ -8,6 +8,7 @@ the Trainer and tokenizers are known to write, see `KNOWN`.
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -48,6 +49,10 @@ def check(directory: Path, where: str, inputs: Inputs, fix: str = "move it away,
     for place, _, _ in os.walk(directory):
         if not os.access(place, os.W_OK | os.X_OK):
             raise ConfigError(Problem(f"cannot be replaced: {place} may not be written", where, "output_dir", fix))
+    around, owner = directory.parent.stat(), directory.stat().st_uid
+    if around.st_mode & stat.S_ISVTX and os.geteuid() not in (0, around.st_uid, owner):
+        what = f"cannot be replaced: only its owner may do so in {directory.parent}, which is sticky"
+        raise ConfigError(Problem(what, where, "output_dir", fix))
 
 
 def check_unneeded(directory: Path, where: str, inputs: Inputs = ()) -> None:
