@@ -104,6 +104,7 @@ def _fault(run: Any) -> str:
         all(type(number) is int and 0 <= number < 1 << 63 for number in numbers),
         all(isinstance(text, str) for text in texts),
         isinstance(run["fingerprints"].get("validation"), str | None),
+        isinstance(run.get("conditions", {}), dict),
         len(changes) == 4 * len(run["changes"]) and isinstance(run["changes"], list),
         type(rate) in (int, float) and 0 < rate < math.inf,
     )

@@ -177,6 +177,7 @@ RECORDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "processes as text": lambda run: run | {"processes": "2"},
     "sharding as a number": lambda run: run | {"sharding": 2},
     "fingerprints as numbers": lambda run: run | {"fingerprints": {"base": 1, "data": 2, "validation": None}},
+    "conditions of another type": lambda run: run | {"conditions": ["torch"]},
     "changes of another kind": lambda run: run | {"changes": [1]},
     "changes without keys": lambda run: run | {"changes": [{"step": 1}]},
     "changes that are one": lambda run: run | {"changes": {}},
