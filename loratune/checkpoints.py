@@ -6,20 +6,21 @@ written last, and one rename gives the checkpoint its name.
 """
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratune.digests import sha256
-from loratune.errors import Problem, ResumeError
-from loratune.workspace import room_for, sync, write_json
+from loratune.errors import Problem, ResourceError, ResumeError
+from loratune.workspace import CHECKPOINT, MANIFEST, room_for, sync, write_json
+from loratune.workspace.plain import is_directory, is_file, kind, read_text
 
-MANIFEST = "manifest.json"
 RUN = "run.json"
-PREFIX = "checkpoint-"
 KEPT = 2
 """How many whole checkpoints are kept."""
 _NEEDED = (
@@ -49,31 +50,41 @@ class Checkpoints:
     def writing(self, step: int) -> Iterator[None]:
         """Inside, the trainer writes `unfinished/checkpoint-<step>`; after it, that is a checkpoint, or there is none.
 
-        Raises ResourceError: the disk is full.
+        Raises ResourceError: the disk is full; something else has one of the names.
         """
         if not self.written:
             yield
             return
-        written, final = self.unfinished / f"{PREFIX}{step}", self.directory / f"{PREFIX}{step}"
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        written, final = self.unfinished / f"{CHECKPOINT}{step}", self.directory / f"{CHECKPOINT}{step}"
+        way_on = self._way_on()
+        for path in (self.directory, self.unfinished, final):
+            if kind(path) not in ("", "a directory"):
+                what = f"is {kind(path)} where a checkpoint is written, and is left alone"
+                raise ResourceError(Problem(what, str(path), fix=f"move it away, and {way_on}"))
+        _remove(self.unfinished)
         try:
-            with room_for("a checkpoint", self.size, self.directory, "make room, and go on with --resume"):
+            with room_for("a checkpoint", self.size, self.directory, f"make room, and {way_on}"):
                 yield
                 write_json(written / RUN, self.run)
                 seal(written)
-                if final.exists():  # it was passed over when the run was resumed
-                    shutil.rmtree(final)
+                _remove(final)  # it was passed over when the run was resumed
                 written.rename(final)
                 sync(self.directory)
         finally:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+            _remove(self.unfinished)
         self._rotate(final)
 
+    def _way_on(self) -> str:
+        """What to do after an error: whether there is something to go on from."""
+        there = any(is_file(path / MANIFEST) for path in _found(self.directory))
+        return "go on with --resume" if there else "start again"
+
     def forget(self, step: int) -> int | None:
-        """Remove the checkpoint of a step whose weights turned out to be bad; the step of the one before it, if any."""
-        if self.written and (bad := self.directory / f"{PREFIX}{step}").exists():
-            shutil.rmtree(bad)
-        return next(map(step_of, _found(self.directory)), None)
+        """Remove the checkpoint of a step whose weights turned out to be bad; the step of the whole one before it, if
+        any."""
+        if self.written:
+            _remove(self.directory / f"{CHECKPOINT}{step}")
+        return next((step_of(path) for path in _found(self.directory) if not _fault(path)), None)
 
     def _rotate(self, written: Path) -> None:
         """Keep the newest whole ones, the one that was just written among them."""
@@ -81,7 +92,7 @@ class Checkpoints:
         whole = [path for path in others if not _fault(path)]
         for path in others:
             if path not in whole[: KEPT - 1]:
-                shutil.rmtree(path)
+                _remove(path)
 
 
 def seal(checkpoint: Path) -> None:
@@ -97,42 +108,63 @@ def seal(checkpoint: Path) -> None:
     sync(checkpoint)
 
 
-def newest_whole(checkpoints: Path) -> tuple[Path, list[Problem]]:
-    """The newest checkpoint whose files are what its manifest says, and why newer ones were passed over.
+def newest_whole(
+    checkpoints: Path, fault_of_run: Callable[[Any], str] = lambda _: ""
+) -> tuple[Path, Any, list[Problem]]:
+    """The newest checkpoint whose files are what its manifest says, what it keeps of its run, and why newer ones were
+    passed over.
 
-    Raises ResumeError: no checkpoint is whole.
+    fault_of_run: what is wrong with what was kept of a run, if anything. Raises ResumeError: no checkpoint is whole.
     """
     skipped: list[Problem] = []
     for path in _found(checkpoints):
-        if fault := _fault(path):
-            skipped.append(Problem(f"passed over: {fault}", str(path)))
-        else:
-            return path, skipped
+        fault, run = _fault(path), None
+        if not fault:
+            try:
+                run = json.loads(read_text(path / RUN))
+                fault = fault_of_run(run)
+            except (OSError, ValueError, RecursionError) as error:
+                fault = f"cannot be read: {error}"
+            fault = fault and f"{RUN} is damaged: {fault}"
+        if not fault:
+            return path, run, skipped
+        skipped.append(Problem(f"passed over: {fault}", str(path)))
     fix = "start afresh with --overwrite"
     raise ResumeError([*skipped, Problem("no whole checkpoint to resume from", str(checkpoints), fix=fix)])
 
 
 def step_of(checkpoint: Path) -> int:
     """The optimizer steps that were taken before it was written."""
-    return int(checkpoint.name.removeprefix(PREFIX))
+    return int(checkpoint.name.removeprefix(CHECKPOINT))
 
 
 def _found(directory: Path) -> list[Path]:
-    """The directories that have the name of a checkpoint, the newest first."""
-    there = [path for path in directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    """The directories that have the name of a checkpoint, the newest first; links to directories are none."""
+    named = re.compile(rf"{re.escape(CHECKPOINT)}(0|[1-9][0-9]*)")
+    there = [path for path in directory.glob(f"{CHECKPOINT}*") if named.fullmatch(path.name) and is_directory(path)]
     return sorted(there, key=step_of, reverse=True)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory, if it is one; a link or a file in its place is left alone."""
+    if is_directory(directory):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty if it is whole."""
+    if odd := next(_odd(checkpoint), ""):
+        return odd
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())
+        files = json.loads(read_text(checkpoint / MANIFEST))
         if absent := [names for names in _NEEDED if not any(file.startswith(names) for file in files)]:
             return f"{MANIFEST} does not name {absent[0][0]}"
         listed = [(checkpoint / name, expected["bytes"], expected["sha256"]) for name, expected in files.items()]
+        if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files):
+            return f"{MANIFEST} names files elsewhere"
     except FileNotFoundError:
         return "it was not written to its end"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
     for path, size, digest in listed:
         try:
@@ -143,3 +175,11 @@ def _fault(checkpoint: Path) -> str:
         except OSError as error:
             return f"{path.name} cannot be read: {error.strerror}"
     return ""
+
+
+def _odd(checkpoint: Path) -> Iterator[str]:
+    """What is in a checkpoint that is neither a file nor a directory: nothing of it is followed or opened."""
+    for place, directories, files in os.walk(checkpoint):
+        for path in (Path(place, name) for name in sorted([*directories, *files])):
+            if (found := kind(path)) not in ("a file", "a directory"):
+                yield f"{path.relative_to(checkpoint)} is {found}"

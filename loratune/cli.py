@@ -9,17 +9,18 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from loratune import __version__, launched
 from loratune.boundary import boundary, printed, stopped
-from loratune.errors import ConfigError, DataError, Problem, ResourceError, is_disk_full
+from loratune.errors import ConfigError, DataError, Problem
 from loratune.launched import Group
 
 if TYPE_CHECKING:
     from loratune import preflight
+    from loratune.generate import Answer
 
 app = typer.Typer(
     help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
@@ -108,7 +109,7 @@ def train(
             made = story.train(ready, teller, group)
         except KeyboardInterrupt as stop:
             fix = "the rows that were tokenised are kept, and the same command goes on from there"
-            if not dry_run and ready.space.has_checkpoints():
+            if not dry_run and ready.space.is_resumable():
                 fix = f"continue with: {_resume_line(config_file, assignments, changes)}"
                 fix += f", on {group.count} processes as before" if group.count > 1 else ""
             what, kind = stopped(stop)
@@ -132,6 +133,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: take the likeliest token; above: sample.")] = 0.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside it.")] = False,
     force: Force = False,
     debug: Debug = False,
@@ -140,8 +142,13 @@ def generate(
     with boundary(debug):
         if prompts and source:
             raise ConfigError(Problem("give prompts, or --input, not both"))
-        if output is not None:
-            _check_output(output)
+        if overwrite and output is None:
+            raise ConfigError(Problem("replaces what --output names, and that is not given", key="--overwrite"))
+
+        from loratune.workspace import outputs
+
+        read = (adapter, source) if source else (adapter,)
+        place = outputs.output(output, "--output", overwrite=overwrite, inputs=read) if output is not None else None
 
         rows = _prompt_rows(prompts, source)
 
@@ -150,6 +157,8 @@ def generate(
             from loratune.console import note
 
         opened = preflight.open_adapter(adapter, note, forced=force)
+        if place is not None:
+            place = place.reading(Path(opened.base.name_or_path))
 
         with _loading():
             from loratune import generate as story
@@ -158,8 +167,9 @@ def generate(
         answers = story.generate(
             opened, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream, note=note
         )
-        if output is not None:
-            _write_answers(answers, output)
+        if place is not None:
+            with place.opened() as file:
+                _write_answers(answers, file)
             return
         for answer in answers:
             if base:
@@ -260,7 +270,8 @@ def _checked(
         fix = f"leave it out, or start one process: loratune train {shlex.quote(str(config_file))}"
         raise ConfigError(Problem(what, str(config_file), "model.device_map", fix))
     _tell(config.portability(run.lora))
-    space = workspace.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite)
+    read = config.inputs(config_file, run)
+    space = workspace.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=read)
 
     with _loading():
         from loratune import preflight
@@ -307,42 +318,16 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     return [sources.Row(f"prompt {number}", {"prompt": prompt}) for number, prompt in enumerate(prompts, start=1)]
 
 
-def _check_output(output: Path) -> None:
-    if output.is_dir():
-        raise ConfigError(Problem("is a directory, not a file", str(output), "--output"))
-    if not output.resolve().parent.is_dir():
-        raise ConfigError(Problem(f"its directory {output.parent} does not exist", str(output), "--output"))
-    if not os.access(output if output.exists() else output.resolve().parent, os.W_OK):
-        raise ConfigError(Problem("cannot be written", str(output), "--output", "choose another place"))
-
-
-def _write_answers(answers: Any, output: Path) -> None:
-    """One row per answer: the row as it was read, with `completion`, and `base`; its own `completion` is `reference`.
-
-    A regular file appears, or is replaced, when the last answer is in it; a pipe or device is written to as it is.
-    """
-    output = output.resolve()
-    in_place = output.exists() and not output.is_file()
-    unfinished = output if in_place else output.with_name(f".{output.name}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for answer in answers:
-                row = dict(answer.row.values)
-                if "completion" in row:
-                    row["reference"] = row.pop("completion")
-                row["completion"] = answer.completion
-                if answer.base is not None:
-                    row["base"] = answer.base
-                print(json.dumps(row, ensure_ascii=False), file=file)
-        if not in_place:
-            unfinished.replace(output)
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise ResourceError(Problem("no room for the answers", str(output), "--output", "make room")) from None
-    finally:
-        if not in_place:
-            unfinished.unlink(missing_ok=True)
+def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
+    """One row per answer: as it was read, with `completion`, and `base`; its own `completion` becomes `reference`."""
+    for answer in answers:
+        row = dict(answer.row.values)
+        if "completion" in row:
+            row["reference"] = row.pop("completion")
+        row["completion"] = answer.completion
+        if answer.base is not None:
+            row["base"] = answer.base
+        print(json.dumps(row, ensure_ascii=False), file=file)
 
 
 def _one_line(text: str | None) -> str:

@@ -36,7 +36,7 @@ SILENT = 2.0
 SOON = 3.0
 """Seconds that processes which are ending wait for each other."""
 _PIECE = 4 << 20  # bytes; a value in the store has at most 8 MiB
-_RESUME = "once all is back, go on with --resume"
+_RESUME = "once all is back, go on with --resume, or start again if no checkpoint was kept"
 
 
 def join() -> "Together":

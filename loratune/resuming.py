@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune import launched
-from loratune.checkpoints import RUN, newest_whole, step_of
+from loratune.checkpoints import newest_whole, step_of
 from loratune.errors import Problem, ResumeError
 
 CHANGEABLE = (
@@ -75,8 +75,7 @@ def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -
         if key not in CHANGEABLE
     ]:
         raise ResumeError(problems)
-    checkpoint, skipped = newest_whole(checkpoints)
-    before = json.loads((checkpoint / RUN).read_text())
+    checkpoint, before, skipped = newest_whole(checkpoints, _fault)
     problems = list(_refused(before["config"], config, allowed))
     if problems := problems or [*_reordered(before, config, launched.count()), *_respread(before)]:
         raise ResumeError([*skipped, *problems])
@@ -86,6 +85,30 @@ def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -
     ]
     rate, old = (run["training"]["learning_rate"] for run in (config, before["config"]))
     return Resumed(checkpoint, tuple(skipped), before["changes"] + changed, rate / old, before)
+
+
+def _fault(run: Any) -> str:
+    """What is wrong with what a checkpoint keeps of its run, see `identity`; empty if it can be gone on from."""
+    try:
+        training = run["config"]["training"]
+        rate = training["learning_rate"]
+        numbers = [training[key] for key in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+        numbers += [run["rows"]["rows"], run["rows"]["tokens"], run.get("processes", 1)]
+        texts = [run["fingerprints"][key] for key in ("base", "data")] + [run.get("sharding", "")]
+        changes = [change[key] for change in run["changes"] for key in ("step", "key", "was", "is")]
+    except KeyError as error:
+        return f"{error} is missing"
+    except (TypeError, AttributeError):
+        return "it is not the record of a run"
+    sound = (
+        all(type(number) is int and 0 <= number < 1 << 63 for number in numbers),
+        all(isinstance(text, str) for text in texts),
+        isinstance(run["fingerprints"].get("validation"), str | None),
+        isinstance(run.get("conditions", {}), dict),
+        len(changes) == 4 * len(run["changes"]) and isinstance(run["changes"], list),
+        type(rate) in (int, float) and 0 < rate < math.inf,
+    )
+    return "" if all(sound) else "it is not the record of a run"
 
 
 def check_same(resumed: Resumed, now: Mapping[str, Any], allowed: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from loratune import (
     batching,
     card,
     config,
+    data,
     interrupts,
     kernels,
     launched,
@@ -174,6 +175,8 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE) -> Result | None:
         identity = _identity(run, ready)
         if group.main:
             space.begin(resume=ready.resumed is not None)
+        if group.leads:
+            data.forget_old()
         group.gathered(None)  # so that a signal finds all of them on this side of the next line, or none
         with interrupts.deferred(teller.note, repeated=group.count > 1) as stop:
             kept = _kept(run, ready, identity, teller, stop, group)

@@ -252,7 +252,7 @@ def blocked(kind: str, tmp_path: Path) -> tuple[str, str]:
         return str(out), f"{out}: output_dir: out.partial, the place of work in progress, holds something else; move"
     if kind == "interrupted":
         (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
-        (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1" / "x").write_text("precious")
+        (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1" / "manifest.json").write_text("precious")
         return str(out), f"{out}: output_dir: out.partial holds an interrupted run; continue it with --resume, or start"
     old_adapter(out)
     return str(out), f"{out}: output_dir: already exists; choose another, or replace it with --overwrite"
@@ -294,7 +294,7 @@ def test_overwrite_leaves_alone_what_is_no_adapter(
     config = run_config(training=ONE_STEP)
     before = tree(tmp_path)
     ran = cli("train", config, "--overwrite")
-    what = "holds no adapter, so --overwrite leaves it alone; choose another"
+    what = "holds no adapter, so --overwrite leaves it alone; move it away, or choose another"
     assert ran == Ran(2, "", f"error: {tmp_path / 'out'}: output_dir: {what}\n")
     assert tree(tmp_path) == before
 
@@ -346,11 +346,11 @@ def test_healthy_overwrite_replaces_it_whole(
     cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = run_config(training=ONE_STEP)
-    (old_adapter(tmp_path / "out") / "left_over.txt").write_text("of the old adapter")
+    (old_adapter(tmp_path / "out") / "vocab.txt").write_text("of the old adapter")
     ran = cli("train", config, "--overwrite")
     assert ran.code == 0, ran.err
     new = tree(tmp_path / "out")
-    assert "left_over.txt" not in new
+    assert "vocab.txt" not in new
     assert {name for name, content in OLD.items() if new[name] == content} == set()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl", "run.yaml"]
 
@@ -363,8 +363,9 @@ def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: d
     with workspace.claimed(space):
         space.begin(resume=False)
         (space.checkpoints / "checkpoint-1").mkdir()
-        space.staging.mkdir()
-        space.output.rename(space.replaced)
+        (space.checkpoints / "checkpoint-1" / "manifest.json").touch()
+    space.staging.mkdir()
+    space.output.rename(space.replaced)
     with pytest.raises(ConfigError, match="--resume, or start afresh with --overwrite"):
         workspace.inspect(str(out), resume=False, overwrite=False)
 

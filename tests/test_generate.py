@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +15,13 @@ import pytest
 import torch
 import yaml
 from conftest import Ran, process, tree, write_rows
+from nursery import Nursery
 from peft import PeftModel
+from running import until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from loratune import workspace
 from loratune.cli import app
 
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(28)]
@@ -272,6 +277,94 @@ def test_output_to_a_pipe_a_link_and_a_directory(cli: Callable[..., Ran], plain:
     assert json.loads((tmp_path / "target").read_text())["prompt"] == "a:"
     ran = cli("generate", "--adapter", plain, "--output", tmp_path, "a:")
     assert (ran.code, ran.out) == (2, "") and "is a directory" in ran.err
+
+
+def test_an_output_is_replaced_only_if_asked(
+    cli: Callable[..., Ran], plain: Path, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """Row 75: refused before anything is loaded; what is read is never replaced."""
+    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}])
+    out = tmp_path / "answers.jsonl"
+    out.write_text("precious\n")
+    (tmp_path / ".answers.jsonl.unfinished").symlink_to(asked)
+    before = tree(tmp_path)
+    command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", asked, "--output")
+    ran = cli(*command, out)
+    what = "--output: already exists; choose another place, or replace it with --overwrite"
+    assert ran == Ran(2, "", f"error: {out}: {what}\n")
+    for path, read in {
+        asked: asked, plain / "adapter_model.safetensors": plain, tiny_dir / "config.json": tiny_dir
+    }.items():  # fmt: skip
+        content = path.read_bytes()
+        ran = cli(*command, path, "--overwrite")
+        assert ran.code == 2 and f"error: {path}: --output: is, or belongs to, what is read ({read})" in ran.err
+        assert path.read_bytes() == content
+    assert tree(tmp_path) == before
+    ran = cli("generate", "--adapter", plain, "--overwrite", "a:")
+    assert ran == Ran(2, "", "error: --overwrite: replaces what --output names, and that is not given\n")
+    ran = cli(*command, out, "--overwrite")
+    assert (ran.code, ran.out) == (0, ""), ran.err
+    assert json.loads(out.read_text())["prompt"] == "a:" and "precious" not in out.read_text()
+    assert (tmp_path / ".answers.jsonl.unfinished").is_symlink() and asked.read_text() == '{"prompt": "a:"}\n'
+
+
+def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: Nursery, tmp_path: Path) -> None:
+    """Row 75: answers go where stdout stands; a pipe is written to as it is."""
+    command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "a:", "b:", "--output")
+    child = processes.start(*command, "/dev/stdout")
+    assert child.wait() == 0, child.said()
+    expected = child.out.read_text()
+    assert [json.loads(line)["prompt"] for line in expected.splitlines()] == ["a:", "b:"]
+    os.mkfifo(tmp_path / "pipe")
+    child = processes.start(*command, tmp_path / "pipe")
+    assert (tmp_path / "pipe").read_text() == expected
+    assert child.wait() == 0 and workspace.kind(tmp_path / "pipe") == "a named pipe"
+
+
+def test_two_write_to_one_output(plain: Path, processes: Nursery, tmp_path: Path) -> None:
+    """Row 75: the lines of one of them, whichever; without --overwrite the other one is told."""
+    for overwrite in ((), ("--overwrite",)):
+        out = tmp_path / f"answers{len(overwrite)}.jsonl"
+        children = []
+        for name in ("one", "two"):
+            asked = write_rows(tmp_path / f"{name}.jsonl", [{"prompt": "a:", "of": name}] * 64)
+            more = ("--input", asked, "--output", out, *overwrite)
+            children.append(processes.start("generate", "--adapter", plain, "--max-new-tokens", 8, *more))
+        codes = sorted(child.wait() for child in children)
+        assert codes == ([0, 0] if overwrite else [0, 2])
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert len(rows) == 64 and len({row["of"] for row in rows}) == 1
+        kept = [path for path in tmp_path.iterdir() if path.name.endswith(".unfinished")]
+        for path in kept:  # what the second one had written, if it was told at the end only
+            assert f"what was written is in {path}" in "".join(child.said() for child in children)
+            assert len({json.loads(line)["of"] for line in path.read_text().splitlines()}) == 1
+            path.unlink()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_output_of_a_command_that_is_ended(
+    number: signal.Signals, plain: Path, processes: Nursery, tmp_path: Path
+) -> None:
+    """Row 75: nothing has the name; what a killed one leaves can be told from all else."""
+    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 20_000)
+    out = tmp_path / "answers.jsonl"
+    child = processes.start("generate", "--adapter", plain, "--input", asked, "--output", out)
+    until(lambda: [*tmp_path.glob(".answers.jsonl.*.unfinished")], child)
+    child.send(number)
+    assert child.wait() == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    left = {path.name for path in tmp_path.iterdir()} - {"asked.jsonl"}
+    assert len(left) == (number == signal.SIGKILL)
+    assert not left or re.fullmatch(r"\.answers\.jsonl\.[0-9a-f]{12}\.unfinished", left.pop())
+
+
+def test_an_output_without_room(plain: Path, processes: Nursery, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:", "note": "x" * 5000}])
+    command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", asked, "--output", out)
+    child = processes.start(*command, limit=3000)
+    assert child.wait() == 8
+    assert child.said() == f"error: {out}: --output: no room for what is written; make room\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["asked.jsonl"]
 
 
 def test_files_of_several_formats_are_one_kind_of_rows(tmp_path: Path, tiny_dir: Path, cli: Callable[..., Ran]) -> None:

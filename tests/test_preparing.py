@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune import data
 from loratune.config import DataSection
-from loratune.data import Prepared, mixing, shards
+from loratune.data import Prepared, mixing, shards, store
 from loratune.data.formats import Plain
 from loratune.data.render import Renderer
 from loratune.data.report import Found, Report
@@ -428,12 +428,14 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, renderer: Renderer, cache:
 
 def test_old_entries_are_forgotten(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     names = []
-    for number, days in enumerate((shards.KEPT_DAYS + 1, shards.KEPT_DAYS - 1)):
+    for number, days in enumerate((store.KEPT_DAYS + 1, store.KEPT_DAYS - 1)):
         prepared(renderer, write_rows(tmp_path / "rows.jsonl", ROWS[number:]))
         (new,) = set(entries(cache)) - set(names)
         names.append(new)
         os.utime(cache / new, (0, time.time() - days * 86400))
     prepared(renderer, write_rows(tmp_path / "rows.jsonl", ROWS[9:]))
+    assert {*names} < {*entries(cache)}
+    data.forget_old()
     assert names[0] not in entries(cache) and names[1] in entries(cache)
 
 

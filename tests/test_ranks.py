@@ -179,7 +179,8 @@ def test_one_is_killed(rank: int, processes: Nursery, run_config: MakeConfig, tm
     who = f"process {rank}" if rank else "the main process"
     said = children[1 - rank].said().splitlines()[-1]
     assert said == (
-        f"error: {who} on {os.uname().nodename} has gone, or cannot be reached; once all is back, go on with --resume"
+        f"error: {who} on {os.uname().nodename} has gone, or cannot be reached; once all is back, go on with --resume, "
+        "or start again if no checkpoint was kept"
     )
     assert finished(processes.launch(2, "train", config, "--resume")) == [0, 0]
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected

@@ -1,5 +1,6 @@
 """A run goes on where it was stopped, or says why not (rows 28, 49 to 52, 58 and 60 of the fault matrix)."""
 
+import hashlib
 import json
 import os
 import random
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_llama, tree
+from conftest import Ran, tiny_llama, tree
 from nursery import Nursery
 from running import LONG, RESTLESS, WEIGHTS, Cli, MakeConfig, checkpoints, curve, flip, straight, until
+
+from loratune import resuming, workspace
+from loratune.checkpoints import newest_whole
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -138,6 +142,120 @@ def test_without_a_whole_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path)
     assert tree(tmp_path / "out.partial").items() >= {k: v for k, v in before.items() if k != "lock"}.items()
 
 
+def reseal(checkpoint: Path, content: str) -> None:
+    """Give the record of a run other content, and say so in the manifest."""
+    raw = content.encode(errors="surrogateescape")
+    (checkpoint / "run.json").write_bytes(raw)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["run.json"] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def without(run: dict[str, Any], *path: str) -> dict[str, Any]:
+    """A copy of a record in which a key is missing."""
+    first, *rest = path
+    return {key: without(value, *rest) if key == first else value for key, value in run.items() if rest or key != first}
+
+
+RECORDS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a list": lambda run: [run],
+    "a number": lambda run: 7,
+    "null": lambda run: None,
+    "no config": lambda run: without(run, "config"),
+    "no learning rate": lambda run: without(run, "config", "training", "learning_rate"),
+    "no batch size": lambda run: without(run, "config", "training", "per_device_train_batch_size"),
+    "no fingerprint": lambda run: without(run, "fingerprints", "base"),
+    "no rows": lambda run: without(run, "rows"),
+    "no changes": lambda run: without(run, "changes"),
+    "config of another type": lambda run: run | {"config": "training"},
+    "training of another type": lambda run: run | {"config": run["config"] | {"training": [1]}},
+    "a rate as text": lambda run: run | {"config": {"training": run["config"]["training"] | {"learning_rate": "1"}}},
+    "a rate of 0": lambda run: run | {"config": {"training": run["config"]["training"] | {"learning_rate": 0}}},
+    "a rate that is none": lambda run: (
+        run | {"config": {"training": {**run["config"]["training"], "learning_rate": float("nan")}}}
+    ),
+    "processes as text": lambda run: run | {"processes": "2"},
+    "sharding as a number": lambda run: run | {"sharding": 2},
+    "fingerprints as numbers": lambda run: run | {"fingerprints": {"base": 1, "data": 2, "validation": None}},
+    "conditions of another type": lambda run: run | {"conditions": ["torch"]},
+    "changes of another kind": lambda run: run | {"changes": [1]},
+    "changes without keys": lambda run: run | {"changes": [{"step": 1}]},
+    "changes that are one": lambda run: run | {"changes": {}},
+}
+TEXTS = {
+    "nothing": "",
+    "no JSON": "{",
+    "not UTF-8": "\udcff",
+    "nested": "[" * 200_000,
+    "a huge number": "9" * 10_000,
+    "huge": " " * (65 << 20),
+}
+
+
+def test_a_record_of_the_run_that_is_damaged(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    """Row 89, with a manifest that agrees: it is named, and the older checkpoint serves, or 7 where there is none."""
+    newest, older = checkpoints(tmp_path / "out.partial")
+    run = json.loads((newest / "run.json").read_text())
+    for name, content in {**TEXTS, **{name: json.dumps(make(run)) for name, make in RECORDS.items()}}.items():
+        reseal(newest, content)
+        checkpoint, before, skipped = newest_whole(tmp_path / "out.partial" / "checkpoints", resuming._fault)
+        assert (checkpoint, before) == (older, run | {"changes": []}), name
+        assert [str(problem).startswith(f"{newest}: passed over: run.json is damaged: ") for problem in skipped] == [
+            True
+        ]
+    for damaged in (newest, older):
+        reseal(damaged, "[]")
+    before = tree(tmp_path / "out.partial")
+    ran = cli("train", interrupted, "--resume")
+    assert ran.code == 7
+    assert ran.err.splitlines() == [
+        *(
+            f"error: {path}: passed over: run.json is damaged: it is not the record of a run"
+            for path in (newest, older)
+        ),
+        f"error: {newest.parent}: no whole checkpoint to resume from; start afresh with --overwrite",
+    ]
+    assert tree(tmp_path / "out.partial") == before
+    reseal(older, json.dumps(run))
+    ran = cli("train", interrupted, "--resume")
+    assert ran.code == 0, ran.err
+    assert f"{newest}: passed over: run.json is damaged: it is not the record of a run\n" in ran.err
+
+
+ODD_FILES = ("optimizer.pt", "run.json", "manifest.json", "trainer_state.json", "added")
+
+
+def test_odd_files_in_a_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    """Row 88: links are not followed, though their targets be the same bytes, and nothing waits at a named pipe."""
+    newest, older = checkpoints(tmp_path / "out.partial")
+    kept = newest.parent
+    for name in ODD_FILES:
+        path, aside = newest / name, tmp_path / "aside"
+        if path.exists():
+            path.rename(aside)
+        for kind, make in {
+            "a link": lambda path, aside=aside: path.symlink_to(aside),
+            "a named pipe": os.mkfifo,
+        }.items():
+            make(path)
+            checkpoint, _, skipped = newest_whole(kept)
+            assert checkpoint == older
+            assert [str(one) for one in skipped] == [f"{newest}: passed over: {name} is {kind}"]
+            path.unlink()
+        if aside.exists():
+            path.mkdir()
+            assert newest_whole(kept)[0] == older
+            path.rmdir()
+            aside.rename(path)
+    assert newest_whole(kept)[0] == newest
+    manifest = json.loads((newest / "manifest.json").read_text())
+    for name in ("../../../rows.jsonl", str(tmp_path / "rows.jsonl")):
+        entry = {"bytes": 0, "sha256": ""}
+        (newest / "manifest.json").write_text(json.dumps(manifest | {name: entry}))
+        (fault,) = newest_whole(kept)[2]
+        assert fault.what == "passed over: manifest.json names files elsewhere"
+
+
 def test_what_has_changed_since_is_refused(interrupted: Path, cli: Cli, tmp_path: Path, tiny_dir: Path) -> None:
     """Rows 28 and 60."""
     ran = cli("train", interrupted, "--resume", "--set", "lora.r=4", "--set", "training.learning_rate=0.5")
@@ -247,3 +365,52 @@ def test_fewer_steps_than_were_taken_are_refused(interrupted: Path, cli: Cli) ->
     ran = cli("train", interrupted, *allowed)
     assert ran.code == 7
     assert "error: training: the run has taken " in ran.err and " steps, and is to take 1; ask for more" in ran.err
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link", "a named pipe"])
+def test_a_checkpoint_has_no_place(
+    kind: str, processes: Nursery, run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    """Row 88: what comes to its place, or to that where it is written, while the run lasts is named and left alone."""
+    (tmp_path / "outside").mkdir()
+    make: dict[str, Callable[[Path], Any]] = {
+        "a file": lambda path: path.write_text("mine"),
+        "a link": lambda path: path.symlink_to(tmp_path / "outside"),
+        "a named pipe": os.mkfifo,
+    }
+    config = run_config(training={"save_steps": 100, "num_train_epochs": 60})
+    for name in ("unfinished", "checkpoint-100"):
+        child = processes.start("train", config)
+        place = tmp_path / "out.partial" / "checkpoints" / name
+        until(lambda child=child: "step     1/" in child.said(), child)
+        make[kind](place)
+        assert child.wait() == 8, child.said()
+        expected = f"error: {place}: is {kind} where a checkpoint is written, and is left alone; move it away, "
+        assert child.said().splitlines()[-1] == f"{expected}and start again"
+        assert [*(tmp_path / "outside").iterdir()] == []
+        assert workspace.kind(place) == kind
+        shutil.rmtree(tmp_path / "out.partial")
+
+
+def test_resume_is_spoken_of_only_where_something_was_kept(
+    processes: Nursery, run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    """What a run leaves that was killed in its first save, and one whose first save has no room."""
+    config = run_config(training={"save_steps": 1})
+    (tmp_path / "out.partial" / "checkpoints" / "unfinished" / "checkpoint-1").mkdir(parents=True)
+    assert not workspace.inspect(str(tmp_path / "out"), resume=False, overwrite=False).is_resumable()
+    child = processes.start("train", config, limit=30_000)
+    assert child.wait() == 8
+    last = child.said().splitlines()[-1]
+    assert "no room for a checkpoint" in last and last.endswith("; make room, and start again"), last
+    damaged = tmp_path / "out.partial" / "checkpoints" / "checkpoint-3"
+    damaged.mkdir(parents=True)
+    ran = cli("train", config)
+    what = "out.partial holds what an interrupted run left, and no whole checkpoint; start afresh with --overwrite"
+    assert ran == Ran(2, "", f"error: {tmp_path / 'out'}: output_dir: {what}\n")
+    child = processes.start("train", config, "--overwrite")
+    until(lambda: "trainable params" in child.said(), child)
+    child.send(signal.SIGINT)
+    child.send(signal.SIGINT)
+    child.wait()
+    assert ("--resume" in child.said()) == bool(checkpoints(tmp_path / "out.partial"))

@@ -231,26 +231,27 @@ def options(application: typer.Typer) -> dict[str, int]:
     }
 
 
-def test_commands_have_at_most_eight_options() -> None:
+def test_commands_have_at_most_twelve_options() -> None:
     found = options(app)
     assert {"train", "generate", "params", "evaluate"} <= set(found)
-    assert {name: count for name, count in found.items() if not 1 <= count <= 8} == {}
+    assert {name: count for name, count in found.items() if not 1 <= count <= 12} == {}
 
 
-def test_nine_options_are_seen() -> None:
+def test_thirteen_options_are_seen() -> None:
     other = typer.Typer()
 
     @other.command()
     def many(
-        a: int = 0, b: int = 0, c: int = 0, d: int = 0, e: int = 0, f: int = 0, g: int = 0, h: int = 0, i: int = 0
-    ) -> None:
+        a: int = 0, b: int = 0, c: int = 0, d: int = 0, e: int = 0, f: int = 0, g: int = 0, h: int = 0, i: int = 0,
+        j: int = 0, k: int = 0, m: int = 0, n: int = 0,
+    ) -> None:  # fmt: skip
         pass
 
     @other.callback()
     def group() -> None:
         pass
 
-    assert options(other) == {"many": 9}
+    assert options(other) == {"many": 13}
 
 
 def test_every_package_is_installed() -> None:

@@ -7,6 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from loratune.config import reader
+from loratune.config.inputs import inputs
 from loratune.config.portable import portability
 from loratune.config.problems import translate
 from loratune.config.sections import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "TrainingSection",
     "dump",
+    "inputs",
     "load",
     "of_model",
     "portability",

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from loratune.config import DataSection
-from loratune.data import formats, repeats, shards
+from loratune.data import formats, repeats, shards, store
 from loratune.data.formats import Conversation, Example, Ids, Plain
 from loratune.data.parts import Part as Part
 from loratune.data.parts import Rows as Rows
@@ -18,6 +18,7 @@ from loratune.data.render import Renderer, Tokens, shorten
 from loratune.data.report import Leaks, Report
 from loratune.data.shards import Shards, Writer
 from loratune.data.sources import MAX_PROBLEMS
+from loratune.data.store import forget_old as forget_old
 from loratune.data.watching import Watch as Watch
 from loratune.data.watching import unwatched
 from loratune.errors import DataError, Problem
@@ -61,7 +62,7 @@ def prepare(
                 report, rows = worker.prepare(some)
                 writer.add(report, rows)
 
-    rows = shards.kept(key, fill)
+    rows = store.kept(key, fill)
     rows.report.duplicates = repeats.duplicates(part)
     _check(rows.report, part, section)
     return Prepared(rows)

@@ -1,21 +1,15 @@
-"""Tokenised rows on disk: written once, a shard at a time, and mapped into memory whenever the same are wanted again.
+"""Tokenised rows in a directory: written once, a shard at a time, and mapped into memory.
 
-They lie in the cache of `datasets` (HF_DATASETS_CACHE), in `loratune/<key>`, where the key is a hash of all that
-decides them. A shard is an Arrow file and a JSON record of what it holds; a preparation that was stopped goes on after
-its last shard. Where the cache cannot be written, or another process is writing the same rows, they go to a temporary
-directory.
+A shard is an Arrow file and a JSON record of what it holds; a preparation that was stopped goes on after its last
+shard. The last thing that is written is `whole`, a record of how many shards and rows there are. It alone decides what
+is read, never a listing of the directory, so that a directory from which files are missing is not taken for a smaller
+one. `store` decides where such directories lie.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
@@ -24,16 +18,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from datasets import config as datasets_config
 from numpy.typing import NDArray
 
 from loratune.data.render import Tokens
 from loratune.data.report import Report, total
 from loratune.digests import sha256
-from loratune.errors import Problem, ResourceError
+from loratune.workspace.plain import is_file, read_text
 
-KEPT_DAYS = 30
-"""Rows that nobody wanted for so long are removed when others are written."""
+WHOLE = "whole"
+"""The record of a directory that is complete."""
 _SHARD_TOKENS, _SHARD_ROWS = 8_000_000, 500_000  # what is lost at most when a preparation is stopped
 _BATCH_BYTES = 1 << 22  # opening a shard maps the beginning of every batch: 64 KiB each
 _LISTS = pa.list_(pa.int32())
@@ -49,13 +42,14 @@ class Shards(Sequence[dict[str, list[int]]]):
         Raises OSError, ValueError or KeyError: the directory does not hold whole shards.
         """
         self._lifetime, self.directory = lifetime, directory
-        records = [_record(path) for path in sorted(directory.glob("*.json"))]
-        if not (directory / "whole").is_file():
-            raise ValueError("not whole")
+        whole = read_record(directory / WHOLE)
+        records = [read_record(directory / f"{number:05}.json") for number in range(whole["shards"])]
         self.report: Report = total(Report.from_json(record["report"]) for record in records)
         self.fingerprint = _fingerprint(lot for record in records for lot in record["lots"])
         self._tables = [_mapped(directory / f"{number:05}.arrow", record) for number, record in enumerate(records)]
         self._ends = list(accumulate(len(table) for table in self._tables))
+        if len(self) != whole["rows"]:
+            raise ValueError(f"{directory} holds {len(self)} rows instead of {whole['rows']}")
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -104,16 +98,20 @@ class Writer:
 
     def __init__(self, directory: Path):
         self._directory = directory
-        self.read = self._shards = 0
-        for record in sorted(directory.glob("*.json")):
-            try:
-                held = _record(record)
-                _mapped(record.with_suffix(".arrow"), held)
-                self.read += held["report"]["rows"]
-            except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
-                break
+        self.read = self._shards = self._rows = 0
+        while (held := self._held(self._shards)) is not None:
+            self.read += held[0]
+            self._rows += held[1]
             self._shards += 1
         self._shard: _Shard | None = None
+
+    def _held(self, number: int) -> tuple[int, int] | None:
+        """How many rows were read for a shard, and how many it holds; None if it is not there, or damaged."""
+        try:
+            held = read_record(self._directory / f"{number:05}.json")
+            return int(held["report"]["rows"]), len(_mapped(self._directory / f"{number:05}.arrow", held))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+            return None
 
     def add(self, report: Report, rows: Sequence[Tokens]) -> None:
         """Take the rows that were made of the next ones that were read, and what became of those."""
@@ -131,9 +129,14 @@ class Writer:
     def flush(self) -> None:
         """End the shard that is being written, if there is one."""
         if self._shard is not None:
-            self._shard.close()
+            self._rows += self._shard.close()
             self._shards += 1
             self._shard = None
+
+    def finish(self) -> None:
+        """End the last shard, and then write that the directory is whole."""
+        self.flush()
+        write_record(self._directory / WHOLE, {"shards": self._shards, "rows": self._rows})
 
 
 class _Shard:
@@ -145,6 +148,7 @@ class _Shard:
         self._file = pa.ipc.new_file(str(self._unfinished), _SCHEMA)
         self._lots: list[str] = []
         self._held: list[Any] = []
+        self._rows = 0
         self.whole = True
 
     def add(self, report: Report, rows: Sequence[Tokens]) -> None:
@@ -152,6 +156,7 @@ class _Shard:
         self.report.extend(report)
         batch = _batch(rows)
         self._held.append(batch)
+        self._rows += len(rows)
         digest = hashlib.sha256()
         for lists in batch.columns[1:]:
             for part in (lists.flatten(), lists.value_lengths()):
@@ -161,17 +166,14 @@ class _Shard:
             self._write()
         self.whole = True
 
-    def close(self) -> None:
+    def close(self) -> int:
+        """End it. Returns how many rows it holds."""
         self._write()
         self._file.close()
-        record = {
-            "sha256": sha256(self._unfinished),
-            "lots": self._lots,
-            "report": self.report.as_json(),
-        }
+        record = {"sha256": sha256(self._unfinished), "lots": self._lots, "report": self.report.as_json()}
         self._unfinished.replace(self._path)
-        self._unfinished.write_text(json.dumps(record | {"check": _check(record)}))
-        self._unfinished.replace(self._path.with_suffix(".json"))
+        write_record(self._path.with_suffix(".json"), record)
+        return self._rows
 
     def _write(self) -> None:
         if self._held:
@@ -179,80 +181,12 @@ class _Shard:
             self._held = []
 
 
-def kept(key: str, fill: Callable[[Writer], None]) -> Shards:
-    """The rows that are kept under a key. Where there are none, `fill` writes them, going on from `Writer.read`.
-
-    Raises what `fill` raises, and then keeps nothing, unless the user stopped it. Raises ResourceError: no room on the
-    disk.
-    """
-    root = Path(datasets_config.HF_DATASETS_CACHE) / "loratune"
-    final = root / key
-    if (there := opened(final)) is not None:
-        with suppress(OSError):
-            os.utime(final)
-        return there
-    with ExitStack() as stack:
-        partial = _claimed(root, key, stack)
-        lifetime = None
-        if partial is None:
-            lifetime = tempfile.TemporaryDirectory(prefix="loratune-rows-")
-            partial = Path(lifetime.name)
-        _fill(partial, fill)
-        if lifetime:
-            return Shards(partial, lifetime)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        return Shards(final)
-
-
 def opened(directory: Path) -> Shards | None:
     """The rows in a directory; None if there are none, or they are not what was written."""
     try:
         return Shards(directory)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
         return None
-
-
-def _fill(directory: Path, fill: Callable[[Writer], None]) -> None:
-    writer = Writer(directory)
-    try:
-        fill(writer)
-        writer.flush()
-        (directory / "whole").touch()
-    except OSError as error:
-        shutil.rmtree(directory, ignore_errors=True)
-        what = f"the tokenised rows cannot be kept: {error.strerror}"
-        raise ResourceError(Problem(what, str(directory), fix="make room, or set HF_DATASETS_CACHE")) from None
-    except Exception:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
-    except KeyboardInterrupt:
-        writer.stop()
-        raise
-
-
-def _claimed(root: Path, key: str, stack: ExitStack) -> Path | None:
-    """The directory to write in, which no other process writes in while the stack is open; None if there is none."""
-    partial = root / f"{key}.partial"
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context((root / f"{key}.lock").open("w"))
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _forget_old(root)
-        partial.mkdir(exist_ok=True)
-        (partial / "probe").touch()
-        (partial / "probe").unlink()
-    except OSError:
-        return None
-    stack.callback(Path(lock.name).unlink, missing_ok=True)
-    return partial
-
-
-def _forget_old(root: Path) -> None:
-    for path in root.iterdir():
-        if path.is_dir() and path.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _fingerprint(lots: Iterable[str]) -> str:
@@ -260,12 +194,19 @@ def _fingerprint(lots: Iterable[str]) -> str:
     return hashlib.sha256("".join(lots).encode()).hexdigest()
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """Raises OSError, ValueError, KeyError or TypeError: it is not what was written."""
-    record: dict[str, Any] = json.loads(path.read_text())
+def read_record(path: Path) -> dict[str, Any]:
+    """Raises OSError, ValueError, KeyError or TypeError: it is not what `write_record` wrote."""
+    record: dict[str, Any] = json.loads(read_text(path))
     if record.pop("check") != _check(record):
         raise ValueError(f"{path} is not what was written")
     return record
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write JSON with a digest of itself; the file is whole as soon as it has its name."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record | {"check": _check(record)}))
+    unfinished.replace(path)
 
 
 def _check(record: dict[str, Any]) -> str:
@@ -273,7 +214,7 @@ def _check(record: dict[str, Any]) -> str:
 
 
 def _mapped(path: Path, record: dict[str, Any]) -> Any:
-    if sha256(path) != record["sha256"]:
+    if not is_file(path) or sha256(path) != record["sha256"]:
         raise ValueError(f"{path} is not what was written")
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 

@@ -1,0 +1,85 @@
+"""Many processes at one cache of tokenised rows: `python rows_at_once.py CACHE SECONDS`. Torch is not imported.
+
+A round is twelve forked processes: nine want the same new rows, three times each, while three say that these are old
+and have old ones removed. Prints how many rounds there were, and how many processes found other rows or failed.
+"""
+
+import os
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+from datasets import config
+
+from loratune.data import shards, store
+from loratune.data.render import Tokens
+from loratune.data.report import Report
+from loratune.data.shards import Shards, Writer
+
+COUNT = 12
+OLD = time.time() - (store.KEPT_DAYS + 1) * 86400
+
+
+def key(number: int) -> str:
+    """A key of the form that the program makes."""
+    return f"{number:064x}"
+
+
+def fill(writer: Writer) -> None:
+    """Twelve rows; the first token of each is its number."""
+    for number in range(writer.read, COUNT):
+        writer.add(Report(rows=1, tokens=3), [Tokens(f"row {number}", (number, 1, 2), ((1, 3),))])
+
+
+def whole(rows: Shards) -> bool:
+    """Whether these are all of them, and the report says so."""
+    return [row.ids[0] for row in rows.rows()] == list(range(COUNT)) and rows.report.rows == COUNT
+
+
+def take_part(cache: Path, number: int, role: int) -> int:
+    """What one process does. Returns its exit code."""
+    for _ in range(3):
+        if role % 4 == 3:
+            with suppress(FileNotFoundError):
+                os.utime(cache / "loratune" / key(number), (OLD, OLD))
+            store.forget_old()
+        elif not whole(store.kept(key(number), fill)):
+            print("other rows than there are", file=sys.stderr)
+            return 1
+    return 0
+
+
+def started(cache: Path, number: int, role: int, gate: int) -> int:
+    """Fork a process that begins at a byte from the gate. Returns its process id."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        os.read(gate, 1)
+        code = take_part(cache, number, role)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(cache: Path, seconds: float) -> None:
+    """Rounds, as long as there is time."""
+    config.HF_DATASETS_CACHE, shards._SHARD_ROWS = str(cache), 4
+    end, number, failed = time.monotonic() + seconds, 0, 0
+    while time.monotonic() < end:
+        number += 1
+        there, gate = os.pipe()
+        children = [started(cache, number, role, there) for role in range(12)]
+        os.close(there)
+        os.write(gate, bytes(12))
+        os.close(gate)
+        failed += sum(os.waitpid(child, 0)[1] != 0 for child in children)
+    print(number, failed)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))

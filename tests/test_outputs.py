@@ -1,0 +1,279 @@
+"""Files that commands write to a path that the user names: whole or absent, and never in place of others (row 75)."""
+
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tree
+
+from loratune.errors import ConfigError, ResourceError
+from loratune.workspace import outputs
+from loratune.workspace.outputs import Output
+
+
+def output(path: Path | str, *inputs: Path, overwrite: bool = False) -> Output:
+    return outputs.output(Path(path), "--output", overwrite=overwrite, inputs=inputs)
+
+
+def write(path: Path | str, text: str = "new\n", *inputs: Path, overwrite: bool = False) -> None:
+    with output(path, *inputs, overwrite=overwrite).opened() as file:
+        file.write(text)
+
+
+def test_a_new_file_appears_at_the_end(tmp_path: Path) -> None:
+    with output(tmp_path / "a.txt").opened() as file:
+        file.write("half")
+        file.flush()
+        (unfinished,) = tmp_path.iterdir()
+        assert re.fullmatch(r"\.a\.txt\.[0-9a-f]{12}\.unfinished", unfinished.name)
+    assert tree(tmp_path) == {"a.txt": b"half"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_mode_of_a_file(umask: int, tmp_path: Path) -> None:
+    """That of a new one is what the user's umask leaves, and one that is replaced keeps its own."""
+    (tmp_path / "old").touch()
+    (tmp_path / "old").chmod(0o640)
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "new")
+        write(tmp_path / "old", overwrite=True)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "old")] == [0o666 & ~umask, 0o640]
+
+
+def test_an_existing_file_is_replaced_only_if_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="--output: already exists; choose another place, or replace it with --over"):
+        output(tmp_path / "a.txt")
+    assert tree(tmp_path) == {"a.txt": b"precious"}
+    write(tmp_path / "a.txt", overwrite=True)
+    assert tree(tmp_path) == {"a.txt": b"new\n"}
+
+
+def same(path: Path) -> Path:
+    return path
+
+
+def link(path: Path) -> Path:
+    path.with_name("link").symlink_to(path)
+    return path.with_name("link")
+
+
+def hard_link(path: Path) -> Path:
+    os.link(path, path.with_name("hard"))
+    return path.with_name("hard")
+
+
+def around(path: Path) -> Path:
+    return path.parent / ".." / path.parent.name / path.name
+
+
+@pytest.mark.parametrize("by", [same, link, hard_link, around])
+@pytest.mark.parametrize("as_input", ["file", "directory", "glob"])
+def test_what_is_read_is_never_replaced(by: Callable[[Path], Path], as_input: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows" / "a.jsonl"
+    path.parent.mkdir()
+    path.write_text("precious")
+    read = {"file": path, "directory": path.parent, "glob": path.parent / "*.jsonl"}[as_input]
+    named = by(path)
+    with pytest.raises(ConfigError, match=r"--output: is, or belongs to, what is read \("):
+        output(named, read, overwrite=True)
+    assert output(path.with_name("b.jsonl"), read).path.name == "b.jsonl"
+    with pytest.raises(ConfigError, match="what is read"):
+        output(named, overwrite=True).reading(read)
+
+
+def test_nothing_planted_is_followed(tmp_path: Path) -> None:
+    """Neither under the old name of unfinished files, nor, as names are random and files made anew, under another."""
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".a.txt.unfinished").symlink_to(tmp_path / "victim")
+    write(tmp_path / "a.txt")
+    assert (tmp_path / "victim").read_text() == "precious" and (tmp_path / ".a.txt.unfinished").is_symlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs.secrets, "token_hex", lambda _: "0" * 12)
+        (tmp_path / f".b.txt.{'0' * 12}.unfinished").symlink_to(tmp_path / "victim")
+        with pytest.raises(ConfigError, match="cannot be written: File exists"):
+            write(tmp_path / "b.txt")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "first").symlink_to("second")
+    (tmp_path / "second").symlink_to(Path("there", "target"))
+    write(tmp_path / "first")
+    assert (tmp_path / "there" / "target").read_text() == "new\n" and (tmp_path / "first").is_symlink()
+    with pytest.raises(ConfigError, match="already exists"):
+        output(tmp_path / "first")
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(ConfigError, match="cannot be looked at: Too many levels of symbolic links"):
+        output(tmp_path / "round")
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("precious")
+    for error in (ValueError, KeyboardInterrupt, SystemExit):
+        for name in ("new", "old"):
+            with pytest.raises(error), output(tmp_path / name, overwrite=True).opened() as file:
+                file.write("half")
+                raise error
+    assert tree(tmp_path) == {"old": b"precious"}
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """And the work is not lost. With leave to overwrite it is replaced, unless it is no file any more."""
+    with (
+        pytest.raises(
+            ConfigError, match=r"put in place: already exists; what was written is in (.*unfinished)"
+        ) as told,
+        output(tmp_path / "a.txt").opened() as file,
+    ):
+        file.write("new")
+        (tmp_path / "a.txt").write_text("precious")
+    assert (tmp_path / "a.txt").read_text() == "precious"
+    kept = re.search(r"is in (.*)$", str(told.value))
+    assert kept is not None and Path(kept[1]).read_text() == "new"
+    with output(tmp_path / "b.txt", overwrite=True).opened() as file:
+        (tmp_path / "b.txt").write_text("of another")
+        file.write("new")
+    assert (tmp_path / "b.txt").read_text() == "new"
+    with (
+        pytest.raises(ConfigError, match="put in place: is a directory"),
+        output(tmp_path / "c.txt", overwrite=True).opened(),
+    ):
+        (tmp_path / "c.txt").mkdir()
+
+
+def test_no_two_get_one_name_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on FAT."""
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write(tmp_path / "a.txt")
+    assert tree(tmp_path) == {"a.txt": b"new\n"}
+    place = output(tmp_path / "b.txt")
+    monkeypatch.setattr(Output, "check", lambda _: (tmp_path / "b.txt").write_text("precious"))
+    monkeypatch.setattr(outputs, "kind", lambda _: "")
+    with pytest.raises(ConfigError, match="put in place: File exists"), place.opened() as file:
+        file.write("new")
+    assert (tmp_path / "b.txt").read_text() == "precious"
+
+
+def test_many_at_once(tmp_path: Path) -> None:
+    """Processes that write line by line to one name: the file is of one of them, also where all may overwrite."""
+    script = (
+        "import sys, time; from pathlib import Path; from loratune.workspace import outputs\n"
+        "from loratune.errors import ConfigError\n"
+        "sys.stdin.readline()\n"
+        "try:\n"
+        "    place = outputs.output(Path(sys.argv[1]), '--output', overwrite=sys.argv[2] == 'over')\n"
+        "    with place.opened() as file:\n"
+        "        for number in range(200):\n"
+        "            print(sys.argv[3], number, file=file, flush=True)\n"
+        "except ConfigError: sys.exit(2)\n"
+    )
+    for how in ("over", "not"):
+        path = tmp_path / how
+        command = [sys.executable, "-c", script, str(path), how]
+        running = [subprocess.Popen([*command, str(n)], stdin=subprocess.PIPE, text=True) for n in range(6)]
+        for child in running:
+            assert child.stdin is not None
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        codes = [child.wait() for child in running]
+        assert sorted(codes) == ([0] * 6 if how == "over" else [0] + [2] * 5)
+        lines = path.read_text().splitlines()
+        assert lines == [f"{lines[0].split()[0]} {number}" for number in range(200)]
+    assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".over")] == []
+
+
+# What is written to as it comes
+
+
+def test_devices_and_pipes(tmp_path: Path) -> None:
+    write("/dev/null")
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(ResourceError, match="/dev/full: --output: no room for what is written; make room"):
+        write("/dev/full")
+    os.mkfifo(tmp_path / "pipe")
+    heard: list[str] = []
+    reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write(tmp_path / "pipe", "through a pipe")
+    reader.join()
+    assert heard == ["through a pipe"] and [one.name for one in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "LINK"])
+def test_open_files(name: str, tmp_path: Path) -> None:
+    """They go on where they stand, be they files or pipes."""
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    path = str(tmp_path / "link") if name == "LINK" else name
+    script = (
+        "import os, sys; from pathlib import Path; from loratune.workspace import outputs\n"
+        "os.write(1, b'before\\n')\n"
+        "place = outputs.output(Path(sys.argv[1]), '--output', overwrite=False)\n"
+        "with place.opened() as file: print('new', file=file)\n"
+        "os.write(1, b'behind\\n')\n"
+    )
+    command = [sys.executable, "-c", script, path]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"before\nnew\nbehind\n"
+    with (tmp_path / "file").open("w") as file:
+        subprocess.run(command, stdout=file, check=True)
+    assert (tmp_path / "file").read_text() == "before\nnew\nbehind\n"
+
+
+def test_what_cannot_be_written_to(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(tmp_path / "socket"))
+    reading = os.open("/dev/null", os.O_RDONLY)
+    os.close(closed := os.dup(reading))
+    for path, expected in {
+        str(tmp_path): "is a directory, not a file",
+        str(tmp_path / "socket"): "is a socket",
+        str(tmp_path / "absent" / "a.txt"): f"its directory {tmp_path / 'absent'} does not exist",
+        str(tmp_path / ("x" * 300)): "cannot be looked at: File name too long",
+        "a\0b": "cannot be looked at: embedded null byte",
+        f"/dev/fd/{reading}": "is not open for writing",
+        f"/dev/fd/{closed}": "is not open for writing",
+    }.items():
+        with pytest.raises(ConfigError) as told:
+            output(path, overwrite=True)
+        assert str(told.value).startswith(f"{path}: --output: {expected}")
+    os.close(reading)
+
+
+def test_names_and_contents_of_all_kinds(tmp_path: Path) -> None:
+    """A name as long as may be, and text that is not UTF-8, which JSON writes as an escape."""
+    name = "ä" * 125 + ".json"
+    write(tmp_path / name, "\udcff")
+    assert (tmp_path / name).read_bytes() == rb"\udcff"
+
+
+def test_a_disk_without_room(tmp_path: Path) -> None:
+    """No file may grow beyond 1,000 bytes; what was written of it goes."""
+    script = (
+        "import resource, sys; from pathlib import Path; from loratune.workspace import outputs\n"
+        "from loratune.errors import ResourceError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    with outputs.output(Path(sys.argv[1]), '--output', overwrite=True).opened() as file:\n"
+        "        file.write('x' * 5000)\n"
+        "except ResourceError as error: sys.exit(error.exit_code)\n"
+    )
+    (tmp_path / "old").write_text("precious")
+    for name in ("new", "old"):
+        assert subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=False).returncode == 8
+    assert tree(tmp_path) == {"old": b"precious"}

@@ -1,0 +1,185 @@
+"""The cache of tokenised rows: all of them or none, whoever else writes, reads or removes (rows 73 and 76)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import rows_at_once
+from conftest import ROOT, Ran, tree
+from rows_at_once import COUNT, OLD, fill, key, whole
+from running import Cli, MakeConfig
+
+from loratune.data import shards, store
+
+WITH_PACKAGE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, in which every row has a shard of its own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(shards, "_SHARD_ROWS", 1)
+    return tmp_path / "cache" / "loratune"
+
+
+# Whoever reads
+
+
+@pytest.mark.parametrize("left", range(COUNT + 1))
+def test_an_entry_in_removal_is_none(cache: Path, left: int) -> None:
+    """However many shards are left of it; it used to be taken for a smaller one."""
+    assert whole(store.kept(key(1), fill))
+    for number in range(left, COUNT):
+        (cache / key(1) / f"{number:05}.json").unlink()
+        (cache / key(1) / f"{number:05}.arrow").unlink()
+    found = shards.opened(cache / key(1))
+    assert found is None if left < COUNT else found is not None and whole(found)
+    assert whole(store.kept(key(1), fill))
+
+
+@pytest.mark.parametrize("name", ["whole", "00003.json", "00003.arrow"])
+def test_odd_things_in_an_entry(cache: Path, name: str) -> None:
+    """Nothing waits at a named pipe, and no link is followed; an entry with either is not ours to remove."""
+    store.kept(key(1), fill)
+    place = cache / key(1) / name
+    place.rename(cache / "aside")
+    for make in (os.mkfifo, lambda place: place.symlink_to(cache / "aside")):
+        make(place)
+        rows = store.kept(key(1), fill)
+        assert whole(rows) and not rows.directory.is_relative_to(cache)
+        place.unlink()
+
+
+def test_what_is_published_is_not_written_again(cache: Path) -> None:
+    """A process that found nothing, and gets the lock when another one has just published, takes what is there."""
+    assert whole(store.kept(key(1), fill))
+    before = (cache / key(1)).stat().st_ino
+    seen: list[bool] = []
+
+    def late(path: Path) -> shards.Shards | None:
+        seen.append(path.exists())
+        return None if len(seen) == 1 else shards.opened(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_found", late)  # the first look is the one that came too early
+        assert whole(store.kept(key(1), pytest.fail))
+    assert seen == [True, True] and (cache / key(1)).stat().st_ino == before
+    assert [path.name for path in cache.iterdir()] == [key(1)]
+
+
+def test_many_processes_on_new_entries(tmp_path: Path) -> None:
+    """Row 76, and removal at the same time: see `rows_at_once`."""
+    command = [sys.executable, rows_at_once.__file__, str(tmp_path / "cache"), "15"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | WITH_PACKAGE)
+    assert done.returncode == 0, done.stderr
+    rounds, failed = map(int, done.stdout.split())
+    assert (failed, done.stderr) == (0, "") and rounds > 3
+    assert not [path.name for path in (tmp_path / "cache" / "loratune").iterdir() if "." in path.name]
+
+
+# Whoever removes
+
+
+def age(*paths: Path) -> None:
+    for path in paths:
+        os.utime(path, (OLD, OLD))
+
+
+def foreign(cache: Path) -> None:
+    """Old directories of others, under all names that ours have, and under others."""
+    for name in ("someone", key(2), f"{key(3)}.partial", key(4), key(5), key(6)):
+        (cache / name).mkdir(parents=True)
+    (cache / "someone" / "thesis.txt").write_text("precious")
+    (cache / key(2) / "thesis.txt").write_text("precious")
+    (cache / f"{key(3)}.partial" / "00000.arrow").write_text("precious")  # the right name, and no record
+    store.kept(key(7), fill)
+    (cache / key(7) / "thesis.txt").write_text("a stranger in an entry of ours")
+    (cache / key(4) / "entry.json").write_bytes((cache / key(7) / "entry.json").read_bytes())  # a record of another
+    (cache / key(4) / "00000.arrow").write_text("precious")
+    (cache / key(5) / "whole").symlink_to(cache / "someone" / "thesis.txt")
+    (cache / key(6) / "deeper").mkdir()
+    (cache / key(8)).symlink_to(cache / "someone")
+    age(*(path for path in cache.iterdir() if not path.is_symlink()))
+
+
+def test_only_entries_of_ours_are_removed(cache: Path) -> None:
+    """Row 73."""
+    foreign(cache)
+    before = tree(cache)
+    for number in (20, 21, 22):
+        store.kept(key(number), fill)
+    (cache / key(21)).rename(cache / f"{key(21)}.partial")  # as it is before it is published, and was left
+    (cache / f"{key(23)}.removed").mkdir()
+    age(cache / key(20), cache / f"{key(21)}.partial")
+    store.forget_old()
+    assert {path.name for path in cache.iterdir()} & {key(number) for number in range(20, 24)} == {key(22)}
+    assert not (cache / f"{key(21)}.partial").exists() and not (cache / f"{key(23)}.removed").exists()
+    assert before.items() <= tree(cache).items() and (cache / key(8)).is_symlink()
+
+
+def test_entries_of_other_users_are_left_alone(cache: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may give files away")
+    store.kept(key(1), fill)
+    os.chown(cache / key(1), 12345, -1)
+    age(cache / key(1))
+    store.forget_old()
+    assert (cache / key(1)).exists()
+
+
+def test_an_entry_of_an_older_release_is_removed(cache: Path) -> None:
+    """It has no record of its own, but its shards have."""
+    store.kept(key(1), fill)
+    (cache / key(1) / "entry.json").unlink()
+    (cache / key(1) / "whole").write_text("")
+    age(cache / key(1))
+    store.forget_old()
+    assert not (cache / key(1)).exists()
+
+
+def test_removal_beneath_a_reader(cache: Path) -> None:
+    """Rows that are being read stay readable, and an entry that is used while it is looked at stays."""
+    rows = store.kept(key(1), fill)
+    age(cache / key(1))
+    store.forget_old()
+    assert not (cache / key(1)).exists() and whole(rows)
+    store.kept(key(1), fill)
+    age(cache / key(1))
+    assert whole(store.kept(key(1), pytest.fail))
+    store.forget_old()
+    assert (cache / key(1)).exists()
+
+
+def test_what_is_in_the_way_is_left_alone(cache: Path) -> None:
+    """The rows go to a temporary directory."""
+    foreign(cache)
+    (cache / f"{key(30)}.partial").symlink_to(cache / "someone")
+    (cache / f"{key(31)}.lock").symlink_to(cache / "someone" / "thesis.txt")
+    (cache / f"{key(32)}.lock").mkdir()
+    os.mkfifo(cache / f"{key(33)}.lock")
+    before = tree(cache)
+    for number in (2, 3, 4, 5, 6, 8, *range(30, 34)):
+        rows = store.kept(key(number), fill)
+        assert whole(rows) and not rows.directory.is_relative_to(cache)
+    assert tree(cache) == before
+
+
+def test_a_dry_run_removes_nothing(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
+    """Row 73; a run does."""
+    store.kept(key(20), fill)
+    foreign(cache)
+    age(cache / key(20))
+    before = tree(cache)
+    ran: Ran = cli("train", run_config(), "--dry-run")
+    assert ran.code == 0, ran.err
+    assert before.items() <= tree(cache).items()
+    ran = cli("train", run_config(training={"max_steps": 1}))
+    assert ran.code == 0, ran.err
+    assert (
+        {name for name in before if name not in tree(cache)}
+        == {name for name in before if name.startswith(key(20))}
+        != set()
+    )

@@ -1,0 +1,370 @@
+"""What a run may write over, and what it never follows, waits at or removes (rows 74 and 88 of the fault matrix)."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Ran, tiny_llama, tree
+from nursery import Nursery
+from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
+
+from loratune import workspace
+from loratune.errors import ConfigError
+from loratune.workspace import replacing
+
+ONE_STEP = {"max_steps": 1}
+
+
+def adapter(path: Path, *listed: str) -> Path:
+    """A directory that holds what its record lists: two files of an adapter, and more."""
+    path.mkdir(parents=True)
+    for name in ("adapter_config.json", WEIGHTS, *listed):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("old")
+    files = dict.fromkeys(("adapter_config.json", WEIGHTS, *listed), "digest")
+    (path / "loratune.json").write_text(json.dumps({"files": files, "fingerprints": {}}))
+    (path / "README.md").write_text("edited")
+    return path
+
+
+def everything(path: Path) -> dict[str, Any]:
+    """What is below a path, by name: kind, size, and content or target."""
+    found: dict[str, Any] = {}
+    for one in sorted(path.rglob("*")):
+        kind = workspace.kind(one)
+        found[str(one.relative_to(path))] = (
+            os.readlink(one) if kind == "a link" else one.read_bytes() if kind == "a file" else kind
+        )
+    return found
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a small file system, or a directory once more, at a path."""
+    made: list[Path] = []
+
+    def mount(place: Path, *, again: Path | None = None) -> Path:
+        place.mkdir(parents=True, exist_ok=True)
+        how = ["--bind", str(again)] if again else ["-t", "tmpfs", "-o", "size=1m", "none"]
+        done = subprocess.run(["mount", *how, str(place)], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system may be mounted here: {done.stderr.decode().strip()}")
+        made.append(place)
+        return place
+
+    yield mount
+    for place in reversed(made):
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+# Row 74: what is at output_dir
+
+
+def foreign_file(tmp_path: Path) -> str:
+    (adapter(tmp_path / "out") / "thesis.txt").write_text("precious")
+    return "holds files that its record does not list (thesis.txt), so --overwrite leaves it alone; move it away"
+
+
+def repository(tmp_path: Path) -> str:
+    adapter(tmp_path / "out", ".git/objects/a")
+    for name in "bcde":
+        (tmp_path / "out" / ".git" / "objects" / name).write_text("precious")
+    return "holds files that its record does not list (.git/objects/b, .git/objects/c, .git/objects/d and others)"
+
+
+def foreign_link(tmp_path: Path) -> str:
+    (adapter(tmp_path / "out") / "link").symlink_to(tmp_path)
+    return "holds files that its record does not list (link), so --overwrite"
+
+
+def foreign_pipe(tmp_path: Path) -> str:
+    os.mkfifo(adapter(tmp_path / "out") / "pipe")
+    return "holds files that its record does not list (pipe), so --overwrite"
+
+
+def damaged_record(tmp_path: Path) -> str:
+    (adapter(tmp_path / "out", "words.bin") / "loratune.json").write_text("{")
+    return "holds files that no adapter consists of (words.bin), so --overwrite"
+
+
+def of_peft(tmp_path: Path) -> str:
+    (adapter(tmp_path / "out", "tokenizer.json", "optimizer.pt") / "loratune.json").unlink()
+    return "holds files that no adapter consists of (optimizer.pt), so --overwrite"
+
+
+def base_model(tmp_path: Path) -> str:
+    tiny_llama().save_pretrained(tmp_path / "out")
+    return "holds no adapter, so --overwrite leaves it alone; move it away, or choose another"
+
+
+def link(tmp_path: Path) -> str:
+    (tmp_path / "out").symlink_to(adapter(tmp_path / "real"))
+    return f"is a link, and is not followed; name {tmp_path / 'real'}"
+
+
+HELD: dict[str, Callable[[Path], str]] = {
+    made.__name__: made
+    for made in (foreign_file, repository, foreign_link, foreign_pipe, damaged_record, of_peft, base_model, link)
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_overwrite_is_refused(name: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Before anything is read: the rows and the base are not even there."""
+    config = run_config(data={"train": "absent.jsonl"}, model={"name_or_path": "./absent"})
+    expected = HELD[name](tmp_path)
+    before = everything(tmp_path)
+    for more in ((), ("--dry-run",)):
+        ran = cli("train", config, "--overwrite", *more)
+        assert (ran.code, ran.out) == (2, ""), ran.err
+        assert ran.err.startswith(f"error: {tmp_path / 'out'}: output_dir: {expected}"), ran.err
+        assert ran.err.count("\n") == 1
+    assert everything(tmp_path) == before
+
+
+def test_what_an_adapter_consists_of_is_replaced(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Its own files in a directory of their own, an edited card, and what PEFT writes without a record."""
+    config = run_config(training=ONE_STEP)
+    adapter(tmp_path / "out", "additional_chat_templates/tool.jinja")
+    assert cli("train", config, "--overwrite").code == 0
+    assert not (tmp_path / "out" / "additional_chat_templates").exists()
+    assert cli("train", config, "--overwrite").code == 0  # what it has just written
+    for name in ("loratune.json", "run.yaml"):
+        (tmp_path / "out" / name).unlink()
+    assert cli("train", config, "--overwrite").code == 0
+    (tmp_path / "empty").mkdir()
+    assert cli("train", config, "--overwrite", "--set", f"output_dir={tmp_path / 'empty'}").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out", "rows.jsonl", "run.yaml"]
+
+
+def test_the_working_directory(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config()
+    out = adapter(tmp_path / "out", "deeper/README.md")
+    before = tree(tmp_path)
+    for place, named in ((out, "."), (out / "deeper", ".."), (out / "deeper", str(out))):
+        monkeypatch.chdir(place)
+        ran = cli("train", config, "--overwrite", "--set", f"output_dir={named}")
+        assert ran.code == 2 and "is, or holds, the working directory, so it cannot be replaced" in ran.err, ran.err
+    assert tree(tmp_path) == before
+
+
+INPUTS = {
+    "the config file": "run.yaml", "data.train": "train.jsonl", "data.validation": "held.jsonl",
+    "data.chat_template": "chat.jinja", "model.name_or_path": "base",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("through", ["", "link", "bind"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_what_a_run_reads(
+    name: str, through: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, mounted: Callable[..., Path]
+) -> None:
+    """It is in the directory that is to be replaced, whose record lists it; also by another name."""
+    out = adapter(tmp_path / "out", *(name for name in INPUTS.values() if name != "base"), "base/config.json")
+    by = tmp_path / "other" if through else out
+    if through == "link":
+        by.symlink_to(out)
+    elif through == "bind":
+        mounted(by, again=out)
+    place = str(by / INPUTS[name])
+    sections = {
+        "data.train": {"data": {"train": [place]}},
+        "data.validation": {"data": {"validation": place}},
+        "data.chat_template": {"data": {"chat_template": place}},
+        "model.name_or_path": {"model": {"name_or_path": place}},
+    }.get(name, {})
+    config = run_config(**sections)
+    if name == "the config file":
+        config = Path(place)
+        config.write_text((tmp_path / "run.yaml").read_text())
+    before = tree(tmp_path)
+    ran = cli("train", config, "--overwrite")
+    expected = f"is, or holds, what the run reads ({name}: {place}), so it cannot be replaced; choose another"
+    assert ran.code == 2 and expected in ran.err, ran.err
+    assert tree(tmp_path) == before
+
+
+def test_a_glob_that_searches_what_is_to_be_replaced(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    adapter(tmp_path / "out", "rows.jsonl")
+    ran = cli("train", run_config(data={"train": str(tmp_path / "out" / "*.jsonl")}), "--overwrite")
+    assert ran.code == 2 and "is, or holds, what the run reads (data.train: " in ran.err, ran.err
+
+
+def test_mount_points(cli: Cli, run_config: MakeConfig, tmp_path: Path, mounted: Callable[..., Path]) -> None:
+    """An empty volume, one that holds an adapter, a directory mounted once more, and one further in."""
+    config = run_config()
+    mounted(tmp_path / "empty volume")
+    adapter(mounted(tmp_path / "full") / "in it")
+    mounted(tmp_path / "bound", again=adapter(tmp_path / "real"))
+    mounted(adapter(tmp_path / "around") / "volume")
+    mounted(tmp_path / "out.partial")
+    before = tree(tmp_path)
+    for name, expected in {
+        "empty volume": "is a mount point, so it cannot be replaced; name a directory in it that does not exist yet",
+        "full": "is a mount point, so it cannot be replaced",
+        "bound": "is a mount point, so it cannot be replaced",
+        "around": f"holds the mount point {tmp_path / 'around' / 'volume'}, so it cannot be replaced",
+        "out": "is a mount point, so it cannot be replaced",
+    }.items():
+        for more in ((), ("--overwrite",)):
+            ran = cli("train", config, "--set", f"output_dir={tmp_path / name}", *more)
+            assert ran.code == 2 and f": output_dir: {expected}" in ran.err, ran.err
+    assert tree(tmp_path) == before
+    ran = cli("train", config, "--set", f"output_dir={tmp_path / 'full' / 'new'}", "--set", "training.max_steps=1")
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize("sticky", [False, True])
+def test_a_directory_that_may_not_be_removed(sticky: bool, tmp_path: Path) -> None:
+    """Moving it asks for leave, and that is seen at the start. Root may do anything, so this is someone else."""
+    if os.geteuid() != 0:
+        pytest.skip("only root becomes someone else")
+    out = adapter(tmp_path / "out")
+    out.chmod(0o777 if sticky else 0o555)
+    for place in tmp_path.parents:
+        if not place.stat().st_mode & 0o001:
+            place.chmod(place.stat().st_mode | 0o011)
+    tmp_path.chmod(0o1777 if sticky else 0o777)
+    expected = "which is sticky" if sticky else "may not be written"
+    if not (child := os.fork()):
+        try:
+            os.setuid(12345)
+            workspace.inspect(str(out), resume=False, overwrite=True)
+        except ConfigError as error:
+            os._exit(7 if expected in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+# What comes while a run lasts
+
+
+def test_files_that_come_to_the_old_adapter_meanwhile(
+    processes: Nursery, run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    """They are left alone, and so is the work: moved away, the run goes on to its end."""
+    config = run_config(training={"max_steps": 203})
+    adapter(tmp_path / "out")
+    child = processes.start("train", config, "--overwrite")
+    until(lambda: "step     1/" in child.said(), child)
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    before = tree(tmp_path / "out")
+    assert child.wait() == 2
+    expected = "holds files that its record does not list (thesis.txt), so --overwrite leaves it alone; move it away, "
+    assert f"{tmp_path / 'out'}: output_dir: {expected}and go on with --resume" in child.said()
+    assert tree(tmp_path / "out") == before
+    ran = cli("train", config, "--resume")
+    assert ran.code == 2 and "(thesis.txt)" in ran.err
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    ran = cli("train", config, "--resume")
+    assert ran.code == 0, ran.err
+    assert not (tmp_path / "out.partial").exists() and tree(tmp_path / "elsewhere") == before
+
+
+def test_a_file_that_comes_at_the_last_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the last look at the directory, in the moment in which it is moved: it is put back."""
+    out = adapter(tmp_path / "out")
+    space = workspace.inspect(str(out), resume=False, overwrite=True)
+    move = Path.rename
+
+    def late(path: Path, target: Path) -> Path:
+        if path == out:
+            (out / "thesis.txt").write_text("precious")
+        return move(path, target)
+
+    with pytest.raises(ConfigError, match="thesis"), workspace.claimed(space):
+        space.begin(resume=False)
+        (space.checkpoints / "checkpoint-1").mkdir()
+        adapter(space.staging)
+        monkeypatch.setattr(Path, "rename", late)
+        space.publish()
+    assert (out / "thesis.txt").read_text() == "precious" and (out / "README.md").exists()
+    assert space.checkpoints.is_dir() and not space.staging.exists() and not space.replaced.exists()
+
+
+def test_removal_spares_what_no_record_lists(tmp_path: Path) -> None:
+    out = adapter(tmp_path / "out", "deeper/words.txt", "deeper/more.txt")
+    assert replacing.remove(adapter(tmp_path / "whole", "deeper/words.txt"))
+    (out / "deeper" / "thesis.txt").write_text("precious")
+    assert not replacing.remove(out)
+    assert tree(out) == {"deeper/thesis.txt": b"precious"}
+
+
+def test_what_is_put_into_the_work_in_progress_stays(tmp_path: Path) -> None:
+    with workspace.claimed(workspace.inspect(str(tmp_path / "out"), resume=False, overwrite=False)) as space:
+        space.begin(resume=False)
+        (space.partial / "thesis.txt").write_text("precious")
+        adapter(space.staging)
+        space.publish()
+    assert (tmp_path / "out" / WEIGHTS).is_file()
+    assert tree(space.partial) == {"thesis.txt": b"precious"}
+
+
+# Rows 74 and 88: links, named pipes, and files in the place of directories
+
+
+def test_a_link_in_the_place_of_the_work(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
+    config = run_config()
+    before = everything(tmp_path)
+    for more in ((), ("--overwrite",), ("--resume",)):
+        ran = cli("train", config, *more)
+        expected = "out.partial, the place of work in progress, is a link, and is not followed; move that away"
+        assert ran == Ran(2, "", f"error: {tmp_path / 'out'}: output_dir: {expected}\n")
+    assert everything(tmp_path) == before
+
+
+@pytest.fixture
+def interrupted(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> Path:
+    """The config of a run that was stopped with a checkpoint."""
+    config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
+    child = processes.start("train", config)
+    until(lambda: "step     1/" in child.said(), child)
+    child.send(signal.SIGINT)
+    assert child.wait() == 130, child.said()
+    assert len(checkpoints(tmp_path / "out.partial")) == 1
+    return config
+
+
+ODD: dict[str, Callable[[Path, Path], Any]] = {
+    "a file": lambda place, outside: place.write_text("mine"),
+    "a link": lambda place, outside: place.symlink_to(outside),
+    "a named pipe": lambda place, outside: os.mkfifo(place),
+    "a directory": lambda place, outside: place.mkdir(),
+}
+
+
+def test_odd_things_in_the_work(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    """Each of them, under each of the names; in one test, as each command takes a moment only."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "thesis.txt").write_text("precious")
+    partial = tmp_path / "out.partial"
+    names = ("checkpoints", "adapter", "replaced", "checkpoints/unfinished", "checkpoints/checkpoint-7", "lock")
+    for name in (*names, "may_replace"):
+        right = "a file" if name in ("lock", "may_replace") else "a directory"
+        place, aside = partial / name, tmp_path / "aside"
+        if place.exists():
+            place.rename(aside)
+        for kind, make in ODD.items():
+            if kind == right:
+                continue
+            make(place, tmp_path / "outside")
+            before = everything(tmp_path)
+            for more in ("--resume", "--overwrite"):
+                expected = f"error: {place}: is {kind} where {right} belongs, and is left alone; move it away\n"
+                assert cli("train", interrupted, more) == Ran(7, "", expected)
+            assert everything(tmp_path) == before
+            place.rmdir() if kind == "a directory" else place.unlink()
+        if aside.exists():
+            aside.rename(place)
+    ran = cli("train", interrupted, "--resume", "--set", "training.num_train_epochs=1")
+    assert ran.code == 7 and "training.num_train_epochs" in ran.err  # all is as it was
