@@ -78,7 +78,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train an adapter as CONFIG says, and write it to its output_dir."""
-    with boundary(debug, _join) as group:
+    with boundary(debug, _join, scarce="free memory, or hold the base in less: model.quantization: 4bit") as group:
         if resume and overwrite:
             raise ConfigError(Problem("--resume and --overwrite contradict each other; keep one"))
         if changes and not resume:
@@ -137,7 +137,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Complete prompts with an adapter on its base."""
-    with boundary(debug):
+    with boundary(debug, scarce="free memory, lower --max-new-tokens, or give fewer prompts at once"):
         if prompts and source:
             raise ConfigError(Problem("give prompts, or --input, not both"))
         if output is not None:
@@ -213,7 +213,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score base and adapter on the same held-out rows."""
-    with boundary(debug):
+    with boundary(debug, scarce="free memory, or shorten the rows with --set data.max_length"):
         with _loading():
             from loratune import preflight
             from loratune.config import Source
@@ -297,14 +297,21 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
 
     if source:
         return sources.read(Source(path=str(source)))
-    if not prompts:
-        if sys.stdin is not None and sys.stdin.isatty():
-            print("type one prompt, and end it with Ctrl-D", file=sys.stderr)
-        text = "" if sys.stdin is None or sys.stdin.closed else sys.stdin.read()
-        if not text.strip():
-            raise DataError(Problem("no prompt", fix="give it as an argument, with --input, or on stdin"))
-        prompts = [text.rstrip("\n")]
-    return [sources.Row(f"prompt {number}", {"prompt": prompt}) for number, prompt in enumerate(prompts, start=1)]
+    given = {f"prompt {number}": prompt for number, prompt in enumerate(prompts or [], start=1)} or {"stdin": _typed()}
+    for name, prompt in given.items():
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # Python's stand-ins for bytes that are no text
+            raise DataError(Problem("not UTF-8", name, fix="give the prompt as text"))
+    return [sources.Row(name, {"prompt": prompt}) for name, prompt in given.items()]
+
+
+def _typed() -> str:
+    """All of stdin as one prompt. Raises DataError: there is none."""
+    if sys.stdin.isatty():
+        print("type one prompt, and end it with Ctrl-D", file=sys.stderr)
+    text = "" if sys.stdin.closed else sys.stdin.read()
+    if not text.strip():
+        raise DataError(Problem("no prompt", fix="give it as an argument, with --input, or on stdin"))
+    return text.rstrip("\n")
 
 
 def _check_output(output: Path) -> None:
