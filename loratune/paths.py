@@ -87,7 +87,7 @@ def counted(paths: Iterable[str], most: int) -> str:
 
 def natural(path: str) -> list[tuple[int, str]]:
     """A key that sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
 
 def shortest(paths: Sequence[str]) -> list[str]:

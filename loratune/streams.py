@@ -48,7 +48,7 @@ def _output(before: Any) -> io.TextIOWrapper:
     raw = _Output(1, "w", closefd=False)
     unbuffered = before is not None and isinstance(before.buffer, io.RawIOBase)  # by python -u
     made = io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[arg-type]
+        raw if unbuffered else io.BufferedWriter(raw),
         encoding=before.encoding if before is not None else "utf-8",
         errors=before.errors if before is not None else "backslashreplace",
         line_buffering=raw.isatty(),

@@ -4,10 +4,11 @@ Fields that belong to an upstream object carry upstream's name and are handed ov
 is added here reaches its object without being copied by hand.
 """
 
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from loratune.expressions import BadExpressionError, brief, compiled
 
 
 class Section(BaseModel):
@@ -109,9 +110,9 @@ class LoraSection(Section):
         for key, texts in patterns.items():
             for text in texts:
                 try:
-                    re.compile(text)
-                except re.error as error:
-                    raise Contradiction(f"`{text}` is not a regular expression: {error}", key) from None
+                    compiled(text)
+                except BadExpressionError as error:
+                    raise Contradiction(f"`{brief(text)}` {error}", key) from None
         return self
 
     @model_validator(mode="after")
