@@ -1,5 +1,6 @@
 """Where errors become `error:` lines and exit codes: the one place, around every command."""
 
+import errno
 import logging
 import os
 import resource
@@ -57,6 +58,14 @@ def boundary(debug: bool, join: Callable[[], Group] = Alone, *, scarce: str = "f
             _fail(group, error if stop.asked is None or _says_so(error) else stop.asked(), debug, scarce)
 
 
+_ENDS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (8, "make room")),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), (8, "raise ulimit -n")),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM), (2, "check the path")),
+}
+"""Error of the system → exit code, and what to do, where no command knows better."""
+
+
 def _says_so(error: BaseException) -> bool:
     """Whether an error is that of a signal; a library may have turned the signal into one of its own."""
     return isinstance(error, KeyboardInterrupt | Interrupted | Terminated)
@@ -106,9 +115,9 @@ def _explained(error: BaseException, scarce: str) -> tuple[Sequence[Problem], in
         allowed = "" if limit == resource.RLIM_INFINITY else f"; this process may have {limit:,} bytes (ulimit -v)"
         return [Problem(f"out of memory{allowed}", fix=scarce)], 8
     if isinstance(error, OSError):
-        full = is_disk_full(error)
         what, where = error.strerror or str(error), str(error.filename or "")
-        return [Problem(what, where, fix="make room" if full else "")], 8 if full else 1
+        code, fix = _ENDS.get(error.errno or 0, (1, ""))
+        return [Problem(what, where, fix=fix)], code
     if is_disk_full(error):
         return [Problem("no room on the disk", fix="make room")], 8
     first = next(iter(str(error).splitlines()), "")
