@@ -1,33 +1,48 @@
 """`loratune` and `python -m loratune`, so that `accelerate launch -m` and `torchrun -m` can start it."""
 
 import os
-import signal
 import sys
 
-from loratune import launched
-from loratune.interrupts import Termination, terminable
+from loratune import interrupts
 
 
 def main() -> None:
     """Hear signals from the start, then load the command line and obey it. Of several processes one is heard; another
     one speaks by `sys.__stderr__`, should that one have gone."""
+    try:
+        with interrupts.immediate():
+            _run()
+    finally:
+        interrupts.ignore()  # nothing is left to be stopped, and nobody to say so nicely
+
+
+def _run() -> None:
+    from loratune import launched, streams
+    from loratune.errors import LoratuneError, ResourceError, is_out_of_memory
+
+    streams.secure()
     if launched.rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
     try:
-        with terminable():
-            from loratune.cli import app
-            from loratune.console import Patient
+        from loratune.cli import app
+        from loratune.console import Patient
 
-            sys.stderr = Patient(sys.stderr) if sys.stderr is not None else None
-
+        sys.stderr = Patient(sys.stderr)
+        try:
             app(prog_name="loratune")
-    except KeyboardInterrupt as stop:  # before a command has begun
-        terminated = isinstance(stop, Termination)
-        print("error: terminated" if terminated else "error: interrupted", file=sys.stderr)
-        sys.exit(143 if terminated else 130)
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be stopped, and nobody to say so nicely
-            signal.signal(number, signal.SIG_IGN)
+        finally:  # by SystemExit
+            sys.stdout.flush()
+    except BrokenPipeError:  # of a text that no command prints, such as --help
+        sys.exit(0)
+    except LoratuneError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory while the program was loaded; raise ulimit -v", file=sys.stderr)
+        sys.exit(ResourceError.exit_code)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Where errors become `error:` lines and exit codes: the one place, around every command."""
 
+import errno
 import logging
 import os
-import signal
+import resource
 import sys
 import traceback
 import warnings
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 
 import typer
 
-from loratune import launched
+from loratune import interrupts, launched
 from loratune.errors import (
     ConfigError,
     Interrupted,
@@ -22,22 +23,24 @@ from loratune.errors import (
     is_disk_full,
     is_out_of_memory,
 )
-from loratune.interrupts import Termination, terminable
+from loratune.interrupts import Stop, Termination, terminable
 from loratune.launched import Alone, Group
 
 
 @contextmanager
-def boundary(debug: bool, join: Callable[[], Group] = Alone) -> Iterator[Group]:
+def boundary(debug: bool, join: Callable[[], Group] = Alone, *, scarce: str = "free memory") -> Iterator[Group]:
     """Turn what goes wrong into `error:` lines and an exit code; keep the libraries' own remarks off the screen.
 
-    join: meets the other processes of a run; a command without it is for one process.
+    join: meets the other processes of a run; a command without it is for one process. scarce: what to do where this
+    command runs out of memory.
     """
     if not debug:
         warnings.simplefilter("ignore")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     group: Group = Alone()
+    stop = Stop()
     try:
-        with terminable():
+        with terminable() as stop:
             if join is Alone and (started := launched.count()) > 1:
                 fix = "start it without a launcher"
                 raise ConfigError(Problem(f"was started {started} times, and is for one process", fix=fix))
@@ -51,7 +54,21 @@ def boundary(debug: bool, join: Callable[[], Group] = Alone) -> Iterator[Group]:
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115  whoever read us has gone; the exit must not flush to it
         raise typer.Exit(0) from None
     except (Exception, KeyboardInterrupt) as error:
-        _fail(group, error, debug)
+        with interrupts.unheard():
+            _fail(group, error if stop.asked is None or _says_so(error) else stop.asked(), debug, scarce)
+
+
+_ENDS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (8, "make room")),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), (8, "raise ulimit -n")),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM), (2, "check the path")),
+}
+"""Error of the system → exit code, and what to do, where no command knows better."""
+
+
+def _says_so(error: BaseException) -> bool:
+    """Whether an error is that of a signal; a library may have turned the signal into one of its own."""
+    return isinstance(error, KeyboardInterrupt | Interrupted | Terminated)
 
 
 def stopped(stop: KeyboardInterrupt) -> tuple[str, type[LoratuneError]]:
@@ -74,11 +91,8 @@ def printed() -> Iterator[None]:
         raise ResourceError(Problem(what, "standard output", fix="make room")) from None
 
 
-def _fail(group: Group, error: BaseException, debug: bool) -> None:
-    if group.count > 1:
-        for number in (signal.SIGINT, signal.SIGTERM):  # the launcher passes on what ends this process already
-            signal.signal(number, signal.SIG_IGN)
-    problems, code = group.fail(error, *_explained(error))
+def _fail(group: Group, error: BaseException, debug: bool, scarce: str) -> None:
+    problems, code = group.fail(error, *_explained(error, scarce))
     screen = sys.stderr if group.main else sys.__stderr__
     if debug:
         traceback.print_exception(error, file=screen)
@@ -89,20 +103,21 @@ def _fail(group: Group, error: BaseException, debug: bool) -> None:
     raise typer.Exit(code) from None
 
 
-def _explained(error: BaseException) -> tuple[Sequence[Problem], int]:
-    """What is said of an error, and its exit code."""
+def _explained(error: BaseException, scarce: str) -> tuple[Sequence[Problem], int]:
+    """What is said of an error, and its exit code. scarce: the way out where memory is short."""
     if isinstance(error, LoratuneError):
         return error.problems, error.exit_code
     if isinstance(error, KeyboardInterrupt):
         what, kind = stopped(error)
         return [Problem(what)], kind.exit_code
-    if isinstance(error, OSError):
-        full = is_disk_full(error)
-        what, where = error.strerror or str(error), str(error.filename or "")
-        return [Problem(what, where, fix="make room" if full else "")], 8 if full else 1
     if is_out_of_memory(error):
-        fix = "lower training.per_device_train_batch_size or data.max_length, or set training.activation_checkpointing"
-        return [Problem("out of memory", fix=fix)], 8
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        allowed = "" if limit == resource.RLIM_INFINITY else f"; this process may have {limit:,} bytes (ulimit -v)"
+        return [Problem(f"out of memory{allowed}", fix=scarce)], 8
+    if isinstance(error, OSError):
+        what, where = error.strerror or str(error), str(error.filename or "")
+        code, fix = _ENDS.get(error.errno or 0, (1, ""))
+        return [Problem(what, where, fix=fix)], code
     if is_disk_full(error):
         return [Problem("no room on the disk", fix="make room")], 8
     first = next(iter(str(error).splitlines()), "")

@@ -17,6 +17,7 @@ from loratune import __version__, launched
 from loratune.boundary import boundary, printed, stopped
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.launched import Group
+from loratune.paths import unusable
 
 if TYPE_CHECKING:
     from loratune import preflight
@@ -37,6 +38,9 @@ Force = Annotated[bool, typer.Option("--force", help="Use the adapter on another
 Assignments = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.learning_rate=1e-4.")
 ]
+
+_MOST = 2**31 - 1
+"""What a number of tokens or rows may be."""
 
 
 @contextmanager
@@ -75,11 +79,13 @@ def train(
     ] = [],  # noqa: B006  typer copies it
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at output_dir.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
-    rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="With --dry-run: show N rendered rows.")] = 1,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, max=_MOST, metavar="N", help="With --dry-run: show N rendered rows.")
+    ] = 1,
     debug: Debug = False,
 ) -> None:
     """Train an adapter as CONFIG says, and write it to its output_dir."""
-    with boundary(debug, _join) as group:
+    with boundary(debug, _join, scarce="free memory, or hold the base in less: model.quantization: 4bit") as group:
         if resume and overwrite:
             raise ConfigError(Problem("--resume and --overwrite contradict each other; keep one"))
         if changes and not resume:
@@ -131,7 +137,7 @@ def generate(
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Write rows as JSONL to FILE.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=_MOST, help="Longest completion, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: take the likeliest token; above: sample.")] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside it.")] = False,
@@ -139,7 +145,16 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Complete prompts with an adapter on its base."""
-    with boundary(debug):
+    with boundary(debug, scarce="free memory, lower --max-new-tokens, or give fewer prompts at once"):
+        _check_paths(adapter=adapter, input=source, output=output)
+        if temperature and not 1e-3 <= temperature <= 1e3:  # logits over it are inf, or all the same; NaN is neither
+            raise ConfigError(
+                Problem(
+                    f"{temperature:g} is not between 0.001 and 1,000",
+                    key="--temperature",
+                    fix="0: take the likeliest token",
+                )
+            )
         if prompts and source:
             raise ConfigError(Problem("give prompts, or --input, not both"))
         if overwrite and output is None:
@@ -192,6 +207,7 @@ def params(
     with boundary(debug):
         if sum(given is not None for given in (config_file, model, adapter)) != 1:
             raise ConfigError(Problem("give one of CONFIG, --model and --adapter"))
+        _check_paths(adapter=adapter)
         if adapter and assignments:
             raise ConfigError(Problem("an adapter is read as it is", key="--set", fix="leave it out"))
 
@@ -223,15 +239,14 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score base and adapter on the same held-out rows."""
-    with boundary(debug):
+    with boundary(debug, scarce="free memory, or shorten the rows with --set data.max_length"):
+        _check_paths(adapter=adapter, data=data)
         with _loading():
             from loratune import preflight
             from loratune.config import Source
             from loratune.console import note, watched
             from loratune.data import check_source
 
-        if not data:
-            raise ConfigError(Problem("the path is empty", key="--data"))
         opened = preflight.open_adapter(adapter, note, forced=force, assignments=assignments)
         part = check_source(Source(path=data), opened.data, watched)
 
@@ -308,14 +323,28 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
 
     if source:
         return sources.read(Source(path=str(source)))
-    if not prompts:
-        if sys.stdin is not None and sys.stdin.isatty():
-            print("type one prompt, and end it with Ctrl-D", file=sys.stderr)
-        text = "" if sys.stdin is None or sys.stdin.closed else sys.stdin.read()
-        if not text.strip():
-            raise DataError(Problem("no prompt", fix="give it as an argument, with --input, or on stdin"))
-        prompts = [text.rstrip("\n")]
-    return [sources.Row(f"prompt {number}", {"prompt": prompt}) for number, prompt in enumerate(prompts, start=1)]
+    given = {f"prompt {number}": prompt for number, prompt in enumerate(prompts or [], start=1)} or {"stdin": _typed()}
+    for name, prompt in given.items():
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # Python's stand-ins for bytes that are no text
+            raise DataError(Problem("not UTF-8", name, fix="give the prompt as text"))
+    return [sources.Row(name, {"prompt": prompt}) for name, prompt in given.items()]
+
+
+def _typed() -> str:
+    """All of stdin as one prompt. Raises DataError: there is none."""
+    if sys.stdin.isatty():
+        print("type one prompt, and end it with Ctrl-D", file=sys.stderr)
+    text = "" if sys.stdin.closed else sys.stdin.read()
+    if not text.strip():
+        raise DataError(Problem("no prompt", fix="give it as an argument, with --input, or on stdin"))
+    return text.rstrip("\n")
+
+
+def _check_paths(**given: str | Path | None) -> None:
+    """Raises ConfigError: the value of an option cannot be a path."""
+    for option, path in given.items():
+        if path is not None and (reason := unusable(str(path)) or ("" if str(path) else "is empty")):
+            raise ConfigError(Problem(f"the path {reason}", key=f"--{option}"))
 
 
 def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:

@@ -63,9 +63,21 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also in torch's words, which has a class for it on a GPU and none on a CPU."""
+    """Also in torch's words, which has a class for it on a GPU and none on a CPU; in those of the dynamic linker, as a
+    library is loaded; and where no thread can be started, for want of room for its stack."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)
+    if named or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "failed to map segment",
+    "can't start new thread",
+    "std::bad_alloc",
+)
 
 
 class ConfigError(LoratuneError):

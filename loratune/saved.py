@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from loratune import rules
 from loratune.digests import sha256
 from loratune.errors import AdapterError, Problem
 
@@ -20,6 +20,8 @@ RECORD_FILE = "loratune.json"
 _FREE = ("README.md", RECORD_FILE)  # the card is the user's to edit, and the record cannot name itself
 _PLACES = ("base_model_name_or_path", "revision")  # the base may have moved: what it is, its fingerprint tells
 _READ_TOO = (".json", ".jinja", ".model", ".py")  # what a tokenizer is made of, besides words and merges
+_LARGEST_CONFIG = 16 << 20
+_MOST_TENSORS, _LONGEST_NAME = 300_000, 1_000  # the largest mixtures of experts have 140,000 in all of their layers
 _CODE = ("auto_mapping", "megatron_config")
 
 
@@ -132,6 +134,8 @@ def _entry(values: Any, key: str) -> str | None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise AdapterError(Problem("larger than 16 MiB, so this is not a configuration", str(path)))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -142,9 +146,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(Problem("does not name its base", str(path), "base_model_name_or_path"))
     if not isinstance(config.get("revision"), str | None):
         raise AdapterError(Problem("not the name of a revision", str(path), "revision"))
-    for key in ("r", "lora_alpha"):
-        if type(config.get(key)) not in (int, float) or not 0 < config[key] < math.inf:
-            raise AdapterError(Problem("not a positive number", str(path), key))
+    rules.check_values(config, str(path))
     if not config.get("target_modules") or not isinstance(config["target_modules"], list | str):
         raise AdapterError(Problem("does not say which modules it adapts", str(path), "target_modules"))
     if named := [key for key in _CODE if config.get(key)]:
@@ -159,6 +161,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="np") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            if len(names) > _MOST_TENSORS or any(len(name) > _LONGEST_NAME for name in names):
+                raise AdapterError(Problem("has more tensors, or longer names, than any model has modules", str(path)))
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
         raise AdapterError(Problem(f"damaged: {error}", str(path))) from None

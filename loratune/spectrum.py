@@ -4,17 +4,15 @@ Everything comes from the small factors: with B = Qb·Rb and Aᵀ = Qa·Ra, the 
 s·Rb·Raᵀ, a matrix of rank x rank. The full update is never formed, and neither base nor PEFT is needed.
 """
 
-import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from loratune.errors import AdapterError, Problem
 from loratune.paths import natural
+from loratune.rules import Stated, stated
 from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, Saved
 
 _PREFIX = "base_model.model."
@@ -43,7 +41,7 @@ def updates(saved: Saved) -> list[Update]:
 
     Raises AdapterError: an A without its B, or of another rank than the configuration says; NaN or inf.
     """
-    found = []
+    found, said = [], stated(saved.config, saved.tensors, str(saved.path / CONFIG_FILE))
     with safe_open(saved.path / WEIGHTS_FILE, framework="pt") as file:
         for name in saved.tensors:
             if match := _A.match(name):
@@ -51,37 +49,26 @@ def updates(saved: Saved) -> list[Update]:
                     match["path"],
                     f"{_PREFIX}{match['path']}.lora_{match['kind'] or ''}B{match['end'] or ''}",
                 )
-                if partner not in saved.tensors or saved.tensors[partner][1] != saved.tensors[name][0]:
+                shapes = saved.tensors[name], saved.tensors.get(partner, ())
+                if min(map(len, shapes)) < 2 or shapes[1][1] != shapes[0][0]:
                     raise AdapterError(Problem("has no lora_B of its rank", str(saved.path / WEIGHTS_FILE), path))
-                found.append(_update(saved, path, file.get_tensor(name), file.get_tensor(partner)))
+                found.append(_update(saved, said[path], path, file.get_tensor(name), file.get_tensor(partner)))
     return sorted(found, key=lambda update: natural(update.module))
 
 
-def scaling(config: Mapping[str, Any], path: str) -> float:
-    """What PEFT multiplies B·A by: lora_alpha over the rank, or over its root."""
-    rank = _of_module(config, "r", "rank_pattern", path)
-    return _of_module(config, "lora_alpha", "alpha_pattern", path) / (
-        math.sqrt(rank) if config.get("use_rslora") else rank
-    )
-
-
-def _of_module(config: Mapping[str, Any], key: str, patterns: str, path: str) -> float:
-    """A number of the configuration, or what a pattern sets for this module, by PEFT's rule."""
-    given = config.get(patterns) or {}
-    return float(next((value for key, value in given.items() if re.match(rf"(.*\.)?({key})$", path)), config[key]))
-
-
-def _update(saved: Saved, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:
+def _update(saved: Saved, said: Stated, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:
     a, b = a.double().flatten(1), b.double().flatten(1)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise AdapterError(Problem("holds NaN or inf", str(saved.path / WEIGHTS_FILE), path))
-    if (rank := _of_module(saved.config, "r", "rank_pattern", path)) != len(a):
-        what = f"has rank {len(a)} where {CONFIG_FILE} says {rank:g}"
+    if said.rank != len(a):
+        what = f"has rank {len(a)} where {CONFIG_FILE} says {said.rank:g}"
         raise AdapterError(Problem(what, str(saved.path / WEIGHTS_FILE), path))
-    scale = scaling(saved.config, path)
-    singular = scale * torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
+    singular = said.scaling * torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
     total = singular.sum()
+    if not total.isfinite():
+        what = f"its update, scaled by {said.scaling:g}, is not finite"
+        raise AdapterError(Problem(what, str(saved.path / CONFIG_FILE), path))
     effective = torch.special.entr(singular / total).sum().exp().item() if total > 0 else 0.0
     return Update(
-        path, len(a), (a.shape[1], b.shape[0]), scale, singular.norm().item(), effective, a.numel() + b.numel()
+        path, len(a), (a.shape[1], b.shape[0]), said.scaling, singular.norm().item(), effective, a.numel() + b.numel()
     )

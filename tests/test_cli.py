@@ -177,7 +177,7 @@ def test_exit_codes_are_those_of_the_design() -> None:
     "error, code, line",
     [
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
-        (MemoryError(), 8, "error: out of memory; lower training.per_device_train_batch_size or "),
+        (MemoryError(), 8, "error: out of memory; free memory\n"),
         (OSError(28, "No space left on device", "a.bin"), 8, "error: a.bin: No space left on device; make room\n"),
         (OSError(5, "Input/output error"), 1, "error: Input/output error\n"),
         (ZeroDivisionError("oh"), 1, "error: unexpected ZeroDivisionError: oh; run again with --debug\n"),

@@ -8,34 +8,46 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import tiny_llama
 from nursery import Nursery
 from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, straight, until
 from transformers import PreTrainedTokenizerFast
 
 from loratune import interrupts
+from loratune.boundary import boundary
 from loratune.checkpoints import Checkpoints
 
 # Signals
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
+ENDING = [
+    (signal.SIGINT, 130, "interrupted"),
+    (signal.SIGTERM, 143, "terminated"),
+    (signal.SIGHUP, 143, "terminated"),
+    (signal.SIGUSR1, 143, "terminated"),
+    (signal.SIGUSR2, 143, "terminated"),
+    (signal.SIGXCPU, 143, "terminated"),
+]
+
+
+@pytest.mark.parametrize(("number", "code", "word"), ENDING)
 def test_a_signal_in_a_step(
     number: signal.Signals, code: int, word: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Rows 46 and 48: the step is finished and kept, and the way to go on is one line."""
+    """Rows 46, 48 and 86: the step is finished and kept, and the way to go on is one line."""
     config = run_config(**LONG)
     child = processes.start("train", config, "--set", "training.num_train_epochs=30")
     until(lambda: "step     3/" in child.said(), child)
     child.send(number)
     assert child.wait() == code
     *told, last = child.said().splitlines()
-    assert "stopping after this step; once more stops at once" in told
+    insistent = number in (signal.SIGINT, signal.SIGTERM)
+    assert f"stopping after this step{'; once more stops at once' if insistent else ''}" in told
     line = f"loratune train {config} --set training.num_train_epochs=30 --resume"
     assert last == f"error: {word}; continue with: {line}"
     assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
@@ -86,6 +98,72 @@ def test_a_signal_during_a_save(processes: Nursery, run_config: MakeConfig, tmp_
     assert child.wait() == 130, child.said()
     assert not unfinished.exists()
     assert all((path / "manifest.json").exists() for path in checkpoints(tmp_path / "out.partial"))
+
+
+def test_signals_that_come_more_than_once_unasked(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Row 86: SIGHUP of shell and kernel, and SIGTERM with SIGCONT after SIGUSR1, as SLURM sends them."""
+    rows = tmp_path / "many.jsonl"
+    rows.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 1_000)
+    training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 500}
+    for numbers in (
+        [signal.SIGHUP, signal.SIGHUP, signal.SIGCONT],
+        [signal.SIGUSR1, signal.SIGTERM, signal.SIGCONT],
+        [signal.SIGXCPU, signal.SIGXCPU, signal.SIGXCPU],
+    ):
+        child = processes.start("train", run_config(data={"train": str(rows)}, training=training), "--overwrite")
+        until(lambda child=child: "trainable params" in child.said(), child)
+        time.sleep(0.5)
+        for number in numbers:
+            child.send(number)
+            time.sleep(0.1)
+        assert child.poll() is None and "step     1/" not in child.said()
+        assert child.wait() == 143
+        assert child.said().splitlines()[-1].startswith("error: terminated; continue with: ")
+        assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
+
+
+def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_path: Path) -> None:
+    """Row 86: as nohup ignores it for what it starts."""
+    command = [sys.executable, "-m", "loratune", "train", str(run_config(training={"num_train_epochs": 30}))]
+    ignored = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=ignored)
+    while not (tmp_path / "out.partial").exists():
+        assert child.poll() is None
+        child.send_signal(signal.SIGHUP)
+        time.sleep(0.02)
+    child.send_signal(signal.SIGHUP)
+    said = child.communicate()[1]
+    assert child.returncode == 0 and (tmp_path / "out" / WEIGHTS).is_file(), said
+
+
+@pytest.mark.parametrize(("number", "code", "word"), ENDING)
+@pytest.mark.parametrize("arguments", [["params", "--model", "/no/such"], ["train", "no.yaml"]], ids=lambda one: one[0])
+def test_a_signal_in_the_first_moments(
+    arguments: list[str], number: signal.Signals, code: int, word: str, processes: Nursery
+) -> None:
+    """Row 86: from the moment that handlers stand, while the command line is loaded and read, its code and line."""
+    for pause in (0.0, 0.02, 0.05, 0.08, 0.12, 0.2):
+        command = [sys.executable, "-m", "loratune", *arguments]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while child.poll() is None and not heeds(child.pid, signal.SIGUSR2):
+            time.sleep(0.001)
+        time.sleep(pause)
+        child.send_signal(number)
+        said = child.communicate()[1].splitlines()[-1]
+        assert (child.returncode, said) == (code, f"error: {word}") or (child.returncode in (2, 3) and pause), said
+
+
+def test_a_signal_that_a_library_makes_an_error_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Row 86: transformers reports one that comes while it imports as a module that is missing."""
+    with pytest.raises(typer.Exit) as caught, boundary(debug=False):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
+    assert caught.value.exit_code == 143
+    assert capsys.readouterr().err == "error: terminated\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def heeds(pid: int, number: signal.Signals) -> bool:

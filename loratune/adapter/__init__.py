@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from loratune import rules
 from loratune.adapter import optimizers, starts
 from loratune.adapter.counts import Count as Count
 from loratune.adapter.counts import count_of as count_of
@@ -191,12 +192,15 @@ def ignored(saved: Saved) -> list[str]:
 def attach_saved(base: nn.Module, saved: Saved) -> PeftModel:
     """Put LoRA on `base`, which may be on the meta device, as a saved configuration says, without its weights.
 
-    Raises AdapterError: the configuration does not fit the base; tensors of the file are missing, extra or of another
-    shape than this base asks for.
+    Raises AdapterError: see `rules.check`; the configuration does not fit the base; tensors of the file are missing,
+    extra or of another shape than this base asks for.
     """
     where = str(saved.path)
+    paths = (path for path, _ in base.named_modules() if path)
+    rules.check(saved.config, saved.tensors, paths, str(saved.path / CONFIG_FILE))
     try:
         config = LoraConfig.from_pretrained(where)
+        config.r, config.rank_pattern = rules.bounded(saved.config, saved.tensors)
         config.inference_mode = False  # its parameters count as trained, which they were
         model = _wrap(base, config)
     except Exception as error:  # values that PEFT does not check fail wherever it first uses them

@@ -116,7 +116,7 @@ def _refusal(details: ErrorDetails, got: str, where: str, key: str) -> tuple[str
         return f"expected {expected}, got {got}", where, key, _nearest(str(details["input"]), choices)
     if details["type"].endswith("too_short"):
         return "must not be empty", where, key, ""
-    message = details["msg"].removeprefix("Input ").replace("should be", "must be")
+    message = details["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")
     return f"{message}, got {got}", where, key, ""
 
 

@@ -4,10 +4,25 @@ Fields that belong to an upstream object carry upstream's name and are handed ov
 is added here reaches its object without being copied by hand.
 """
 
-import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from loratune.expressions import BadExpressionError, brief, compiled
+from loratune.paths import unusable
+
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+"""How many of something, or how large: beyond this, torch and its optimizers lose numbers in silence, or fail."""
+
+
+def _usable(path: str) -> str:
+    if reason := unusable(path):
+        raise ValueError(reason)
+    return path
+
+
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_usable)]
+"""A path, or what else stands in its place: a glob, a hub id."""
 
 
 class Section(BaseModel):
@@ -27,9 +42,9 @@ class Contradiction(ValueError):
 class ModelSection(Section):
     """Which base model, in which numbers it is held, and by what it is computed."""
 
-    name_or_path: str = Field(min_length=1, description="a local directory or a hub id")
+    name_or_path: FilePath = Field(description="a local directory or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    gguf_file: str | None = Field(None, min_length=1, description="a GGUF file within name_or_path, held unpacked")
+    gguf_file: FilePath | None = Field(None, description="a GGUF file within name_or_path, held unpacked")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the machine computes in it, else float32"
     )
@@ -63,8 +78,8 @@ class ModelSection(Section):
 class LoraSection(Section):
     """What is trained: the fields of `peft.LoraConfig`, under its names."""
 
-    r: int = Field(8, gt=0, description="rank of the update")
-    lora_alpha: int = Field(16, gt=0, description="the update is scaled by lora_alpha / r")
+    r: Count = Field(8, description="rank of the update")
+    lora_alpha: Count = Field(16, description="the update is scaled by lora_alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: list[str] | str = Field(
         ["q", "k", "v", "o"],
@@ -85,19 +100,15 @@ class LoraSection(Section):
     loraplus_lr_ratio: float | None = Field(
         None, ge=1, le=1e6, description="LoRA+: B learns this many times as fast as A, arXiv:2402.12354"
     )
-    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+    layers_to_transform: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
         None, min_length=1, description="numbers of the layers to adapt, from 0"
     )
-    rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(
-        {}, description="role, name or regular expression → its own r, e.g. {q: 16}"
-    )
-    alpha_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(
-        {}, description="role, name or regular expression → its own lora_alpha"
-    )
+    rank_pattern: dict[str, Count] = Field({}, description="role, name or regular expression → its own r, e.g. {q: 16}")
+    alpha_pattern: dict[str, Count] = Field({}, description="role, name or regular expression → its own lora_alpha")
     modules_to_save: list[str] | None = Field(
         None, min_length=1, description="modules that are trained and saved whole, e.g. [lm_head]"
     )
-    trainable_token_indices: list[Annotated[int, Field(ge=0)]] | None = Field(
+    trainable_token_indices: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
         None, min_length=1, description="ids of the tokens whose embeddings are trained"
     )
 
@@ -109,9 +120,9 @@ class LoraSection(Section):
         for key, texts in patterns.items():
             for text in texts:
                 try:
-                    re.compile(text)
-                except re.error as error:
-                    raise Contradiction(f"`{text}` is not a regular expression: {error}", key) from None
+                    compiled(text)
+                except BadExpressionError as error:
+                    raise Contradiction(f"`{brief(text)}` {error}", key) from None
         return self
 
     @model_validator(mode="after")
@@ -146,7 +157,7 @@ class LoraSection(Section):
 class Source(Section):
     """One place that rows come from."""
 
-    path: str = Field(min_length=1, description="a file, a directory, a glob, or a hub id")
+    path: FilePath = Field(description="a file, a directory, a glob, or a hub id")
     split: str | None = Field(None, description="a split or a slice of one, e.g. train[:2000]")
     weight: float | None = Field(
         None, gt=0, le=1e6, description="its share of the rows, relative to the other sources; null: all its rows"
@@ -187,13 +198,13 @@ class DataSection(Section):
         {},
         description="our name → the data's name, e.g. {prompt: question}, for all files; it hides a field of our name",
     )
-    chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
+    chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
     loss_on: Literal["completion", "assistant", "all"] = Field(
         "completion",
         description="completion: completions, and every assistant turn of messages; assistant: every assistant turn, "
         "those of a prompt too; all: every token up to the end of the last answer",
     )
-    max_length: int = Field(1024, ge=2, description="tokens of a row, its end-of-sequence token included")
+    max_length: int = Field(1024, ge=2, lt=2**31, description="tokens of a row, its end-of-sequence token included")
     truncation: Literal["keep_completion", "drop", "error"] = Field(
         "keep_completion",
         description="for rows over max_length: shorten the prompt from its left, drop the row, or stop",
@@ -253,23 +264,23 @@ class TrainingSection(Section):
     """How it is trained: fields of `transformers.TrainingArguments`, under its names."""
 
     learning_rate: float = Field(2e-4, gt=0, le=1e30, description="peak learning rate")
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
-    max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: as num_train_epochs says")
-    per_device_train_batch_size: int = Field(8, gt=0, description="rows per device and micro-step")
-    gradient_accumulation_steps: int = Field(1, gt=0, description="micro-steps per optimizer step")
-    warmup_steps: float = Field(0.0, ge=0, description="steps, or a fraction of all steps if below 1")
+    num_train_epochs: float = Field(1.0, gt=0, le=1e9, description="passes over the data")
+    max_steps: int = Field(-1, ge=-1, lt=2**31, description="optimizer steps; -1: as num_train_epochs says")
+    per_device_train_batch_size: Count = Field(8, description="rows per device and micro-step")
+    gradient_accumulation_steps: Count = Field(1, description="micro-steps per optimizer step")
+    warmup_steps: float = Field(0.0, ge=0, lt=2**31, description="steps, or a fraction of all steps if below 1")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="how the learning rate falls"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
+    weight_decay: float = Field(0.0, ge=0, le=1e30, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, le=1e30, description="gradients are clipped to this norm; 0: not at all")
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = (
         Field("adamw_torch", description="optimizer")
     )
     seed: int = Field(42, ge=0, lt=2**32, description="of the adapter's start, the order of rows, and dropout")
-    logging_steps: int = Field(10, gt=0, description="steps between two reports of the loss")
-    save_steps: int = Field(200, gt=0, description="steps between two checkpoints")
-    eval_steps: int | None = Field(None, gt=0, description="steps between two evaluations; one always ends the run")
+    logging_steps: Count = Field(10, description="steps between two reports of the loss")
+    save_steps: Count = Field(200, description="steps between two checkpoints")
+    eval_steps: Count | None = Field(None, description="steps between two evaluations; one always ends the run")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
 
     @model_validator(mode="after")
@@ -303,7 +314,7 @@ class RunConfig(Section):
     lora: LoraSection = LoraSection()
     data: DataSection
     training: TrainingSection = TrainingSection()
-    output_dir: str = Field(min_length=1, description="where the adapter goes")
+    output_dir: FilePath = Field(description="where the adapter goes")
 
     @model_validator(mode="after")
     def _evaluations_need_rows(self) -> Self:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from loratune.config import TrainingSection
-from loratune.memory.depth import traced
+from loratune.memory.depth import depth, traced
 from loratune.memory.free import available as available
 from loratune.memory.held import Held as Held
 from loratune.memory.held import as_held, base_dtype, moments, quantizable, quantization, size, weights
@@ -109,14 +109,20 @@ def _by_formula(model: Any, step: Step) -> tuple[int, int]:
 
     Besides, PEFT keeps LoRA's inputs in float32, and the learnt tokens' logits are held twice in float32.
     """
-    text = model.config.get_text_config()
+    hidden, words = _sizes(model)
     width = base_dtype(as_held(model, step.dtype)).itemsize
     tokens, learnt = len(step.rows) * step.length, sum(learnt for _, learnt in step.rows)
-    layer = tokens * text.hidden_size * (17 * width + 4 * 4)
-    kept = tokens * text.hidden_size * width if step.checkpointed else layer
-    activations = int(text.num_hidden_layers * kept)
-    logits = text.vocab_size * (tokens * width + 2 * learnt * 4)
+    layer = tokens * hidden * (17 * width + 4 * 4)
+    kept = tokens * hidden * width if step.checkpointed else layer
+    activations = int(depth(model) * kept)
+    logits = words * (tokens * width + 2 * learnt * 4)
     return activations, activations + int(logits) + (int(layer) if step.checkpointed else 0)
+
+
+def _sizes(model: Any) -> tuple[int, int]:
+    """Hidden units and words, by the configuration, or by the embedding where a model has several configurations."""
+    text, (rows, columns) = model.config.get_text_config(), model.get_input_embeddings().weight.shape
+    return int(getattr(text, "hidden_size", columns)), int(getattr(text, "vocab_size", rows))
 
 
 def savings(

@@ -21,7 +21,8 @@ def traced(model: Any, step: Step, saving: Set[str]) -> Traced | None:
     saving: see `unweighted`. Layers that repeat in a deep model are traced at two depths; the rest lies on a line.
     """
     text = model.config.get_text_config()
-    stack = next((part for part in model.modules() if _is_stack(part, text.num_hidden_layers)), None)
+    layers = depth(model)
+    stack = next((part for part in model.modules() if _is_stack(part, layers)), None)
     repeat = _repeat(stack, text.to_dict().get("layer_types")) if stack is not None else None
     with _quiet():
         try:
@@ -29,10 +30,18 @@ def traced(model: Any, step: Step, saving: Set[str]) -> Traced | None:
                 return run(unweighted(model, step, saving, set()), step)
             start, period = repeat
             deep = start + (len(stack) - start) % period + 2 * period
-            less, more = (_at_depth(model, stack, depth, step, saving) for depth in (deep - period, deep))
+            less, more = (_at_depth(model, stack, kept, step, saving) for kept in (deep - period, deep))
             return more.extended(less, (len(stack) - deep) // period)
         except Exception:  # code that reads numbers fails without them, in as many ways as there are models
             return None
+
+
+def depth(model: Any) -> int:
+    """The number of layers. Where the configuration has none (BLT has several stacks), that of the longest stack."""
+    text = model.config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    stacks = (len(part) for part in model.modules() if isinstance(part, nn.ModuleList))
+    return layers if isinstance(layers, int) else max(stacks, default=1)
 
 
 @contextmanager
@@ -50,20 +59,21 @@ def _is_stack(module: nn.Module, layers: int) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) == layers > SHALLOW
 
 
-def _at_depth(model: Any, stack: nn.ModuleList, depth: int, step: Step, saving: Set[str]) -> Traced:
-    made = unweighted(model, step, saving, set(stack[depth:]))
+def _at_depth(model: Any, stack: nn.ModuleList, kept: int, step: Step, saving: Set[str]) -> Traced:
+    made = unweighted(model, step, saving, set(stack[kept:]))
     copied = next(part for part in made.modules() if _is_stack(part, len(stack)))
-    made.config.get_text_config().num_hidden_layers = depth
-    del copied[depth:]
+    made.config.get_text_config().num_hidden_layers = kept
+    del copied[kept:]
     return run(made, step)
 
 
 def _repeat(stack: nn.ModuleList, types: Sequence[str] | None) -> tuple[int, int] | None:
     """The first layer from which on layers repeat, and after how many; None where they do not, or not for long.
 
-    types: what the configuration calls each layer, such as full_attention.
+    types: what the configuration calls each layer, such as full_attention; some list more layers than there are.
     """
-    kinds = [(kind, _parts(layer)) for kind, layer in zip(types or [""] * len(stack), stack, strict=True)]
+    called = types if types and len(types) == len(stack) else [""] * len(stack)
+    kinds = [(kind, _parts(layer)) for kind, layer in zip(called, stack, strict=True)]
     for period in range(1, LONGEST_PERIOD + 1):
         start = len(kinds) - period
         while start > 0 and kinds[start - 1] == kinds[start - 1 + period]:

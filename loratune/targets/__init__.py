@@ -129,7 +129,8 @@ def resolve(
         raise ModelError(problems)
     fused = {paths.pattern(path): tuple(read.serves[path]) for path in modules if len(read.serves.get(path, "")) > 1}
     every = notes.of_all_linear(read) if "all-linear" in roles else notes.of_roles(read, list(roles), modules)
-    said = tuple(dict.fromkeys([*every, *notes.of_tied(read, modules), *rank_notes, *alpha_notes, *saved_notes]))
+    lawful = [*every, *notes.of_fused(list(roles), modules), *notes.of_tied(read, modules)]
+    said = tuple(dict.fromkeys([*lawful, *rank_notes, *alpha_notes, *saved_notes]))
     kept = tuple(saved) if modules_to_save is not None else None
     return Targets(roles, modules, names, fused, said, ranks, alphas, kept)
 

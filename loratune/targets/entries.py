@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loratune import paths
 from loratune.errors import ConfigError, Problem
+from loratune.expressions import BadExpressionError, brief, compiled, limited
 from loratune.targets import reach
 from loratune.targets.names import ROLES, STOCK
 from loratune.targets.survey import Survey
@@ -63,11 +64,13 @@ def by_string(survey: Survey, text: str) -> Found:
         what = f"all-linear: {survey.architecture} has no linear layer that LoRA takes effect on"
         return {"all-linear": chosen}, [] if chosen else [Problem(what, key=KEY)]
     try:
-        expression = re.compile(text)
-    except re.error as error:
+        expression = compiled(text)
+        with limited():
+            matched = [path for path in survey.modules if expression.fullmatch(path)]
+    except BadExpressionError as error:
         fix = "mend it, or write names as a list: [q_proj, v_proj]"
-        raise ConfigError(Problem(f"`{text}` is not a regular expression: {error}", key=KEY, fix=fix)) from None
-    suited, others = adaptable(survey, [path for path in survey.modules if expression.fullmatch(path)])
+        raise ConfigError(Problem(f"`{brief(text)}` {error}", key=KEY, fix=fix)) from None
+    suited, others = adaptable(survey, matched)
     if others:
         return {}, [_unsuitable(survey, f"the regular expression `{text}`", others)]
     if suited:

@@ -37,7 +37,7 @@ SERVES = {
     "attention_out": "o",
     "q_a_proj": "q",  # DeepSeek's latent attention: both halves of a factored projection
     "q_b_proj": "q",
-    "q_gate_proj": "q",  # A.X K2: the second half, with the output's gate
+    "q_gate_proj": "q",  # A.X K2: the second half, see ALONG
     "kv_a_proj_with_mqa": "kv",
     "kv_b_proj": "kv",
     "kv_proj": "kv",  # DeepSeek-V4, JetMoE
@@ -52,6 +52,9 @@ SERVES = {
     "qkv_proj.v_proj_current": "v",
     "qkv_proj.v_proj_delayed": "v",
 }
+
+# What a projection computes besides its roles, and has no name of its own for.
+ALONG = {"q_gate_proj": "the gate of the attention's output"}
 
 # The names that most recipes list: on a model without them they stand for the roles.
 STOCK = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}

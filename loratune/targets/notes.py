@@ -7,7 +7,7 @@ from torch import nn
 
 from loratune import paths
 from loratune.targets import reach
-from loratune.targets.names import ROLES
+from loratune.targets.names import ALONG, ROLES
 from loratune.targets.survey import Survey
 
 
@@ -26,6 +26,12 @@ def of_roles(survey: Survey, roles: Sequence[str], modules: Sequence[str]) -> li
     where = f"attention is in {there} of {every} layers" if there < every else f"all {every} layers have attention"
     names = paths.few(list(dict.fromkeys(map(paths.short, free))), 6)
     return [f"{where}; the {others}{kinds} modules stay as they are: name them ({names}) to adapt them"]
+
+
+def of_fused(roles: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Targets that compute something besides their roles, which is adapted along with them. Arguments as above."""
+    names = dict.fromkeys(paths.last(path) for path in modules) if any(role in ROLES for role in roles) else {}
+    return [f"{name} computes {ALONG[name]} as well, which comes along" for name in names if name in ALONG]
 
 
 def _kind(survey: Survey, mixer: str) -> str:

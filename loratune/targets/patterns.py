@@ -1,10 +1,11 @@
 """`rank_pattern` and `alpha_pattern`: role, name or regular expression → a value for some of the targets."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from loratune import paths
 from loratune.errors import ConfigError, Problem
+from loratune.expressions import BadExpressionError, brief, compiled, limited
 from loratune.targets import entries
 from loratune.targets.names import ROLES
 from loratune.targets.survey import Survey
@@ -23,9 +24,8 @@ def values(
     problems: list[Problem] = []
     given: dict[str, dict[str, int]] = {}
     notes: list[str] = []
-    for entry, value in asked.items():
-        role = entries.as_role(survey, entry)
-        found = _meant(survey, modules, entry, role, key)
+    for entry, found in _all_meant(survey, modules, asked, key).items():
+        role, value = entries.as_role(survey, entry), asked[entry]
         for path in found:
             given.setdefault(path, {})[entry] = value
         if not found:
@@ -36,15 +36,26 @@ def values(
     return (_escaped(modules, {path: next(iter(of.values())) for path, of in given.items()}), problems, notes)
 
 
-def _meant(survey: Survey, modules: Sequence[str], entry: str, role: str | None, key: str) -> list[str]:
+def _all_meant(survey: Survey, modules: Sequence[str], asked: Iterable[str], key: str) -> dict[str, list[str]]:
+    """Entry → the targets that it means. Raises ConfigError: an expression that is none, or takes too long."""
+    found: dict[str, list[str]] = {}
+    entry = ""
+    try:
+        with limited():
+            for entry in asked:
+                found[entry] = _meant(survey, modules, entry, entries.as_role(survey, entry))
+    except BadExpressionError as error:
+        raise ConfigError(Problem(f"`{brief(entry)}` {error}", key=key, fix="mend it")) from None
+    return found
+
+
+def _meant(survey: Survey, modules: Sequence[str], entry: str, role: str | None) -> list[str]:
+    """The targets that an entry means. Raises BadExpressionError."""
     if role:
         return [path for path in modules if role in survey.serves.get(path, "")]
     if entries.named(survey, entry):
         return [path for path in modules if paths.ends_in(path, entry)]
-    try:
-        expression = re.compile(rf"(.*\.)?({entry})$")
-    except re.error as error:
-        raise ConfigError(Problem(f"`{entry}` is not a regular expression: {error}", key=key, fix="mend it")) from None
+    expression = compiled(rf"(.*\.)?({entry})$")
     return [path for path in modules if expression.match(path)]
 
 

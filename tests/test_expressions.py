@@ -1,0 +1,203 @@
+"""Regular expressions that run for ever, and values of an adapter's configuration that fill the memory (row 87)."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Ran
+
+from loratune.errors import AdapterError
+from loratune.expressions import BadExpressionError, compiled, limited
+from loratune.rules import bounded, check, stated
+from loratune.saved import CONFIG_FILE, inspect
+
+Cli = Callable[..., Ran]
+MakeConfig = Callable[..., Path]
+ENDLESS = "((((((((((.+)+)+)+)+)+)+)+)+)+)+X"
+"""It matches no path, after more tries than there is time."""
+
+
+def within_memory_and_time(work: Callable[[], Any]) -> Any:
+    """Run; a minute is far more than a limit of seconds needs, and far less than what has none."""
+    began = time.monotonic()
+    result = work()
+    assert time.monotonic() - began < 60
+    return result
+
+
+# The mechanism
+
+
+def test_an_expression_that_runs_for_ever_is_ended() -> None:
+    with pytest.raises(BadExpressionError, match=r"takes more than 0\.2 s to match"), limited(0.2):
+        re.fullmatch(ENDLESS, "model.layers.0.self_attn.q_proj")
+
+
+def test_a_limit_within_another_one_is_that_one() -> None:
+    with pytest.raises(BadExpressionError, match=r"takes more than 0\.3 s"), limited(0.3), limited(1e6):
+        re.fullmatch(ENDLESS, "model.layers.0.self_attn.q_proj")
+
+
+def test_the_limit_is_taken_back() -> None:
+    with limited(0.1):
+        pass
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+
+
+def test_another_thread_has_no_limit() -> None:
+    found: list[object] = []
+
+    def match() -> None:
+        with limited(1e-3):
+            found.append(re.fullmatch("a+", "a" * 99))
+
+    thread = threading.Thread(target=match)
+    thread.start()
+    thread.join()
+    assert found and found[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("(", "is not a regular expression: missing \\), unterminated subpattern"),
+        ("a{99999999999999999999}", "is too large for a regular expression"),
+        ("(" * 20_000 + ")" * 20_000, "is too large for a regular expression"),
+    ],
+    ids=["open", "count", "deep"],
+)
+def test_what_is_no_expression(text: str, what: str) -> None:
+    with pytest.raises(BadExpressionError, match=what):
+        compiled(text)
+
+
+# A run's configuration
+
+
+@pytest.mark.parametrize("text", [ENDLESS, "a{99999999999999999999}", "(" * 9_000 + ")" * 9_000, "(" * 90])
+@pytest.mark.parametrize("key", ["target_modules", "rank_pattern", "alpha_pattern"])
+def test_expressions_of_a_config(key: str, text: str, run_config: MakeConfig, cli: Cli) -> None:
+    value = text if key == "target_modules" else {text: 4}
+    ran = within_memory_and_time(lambda: cli("params", run_config(lora={key: value})))
+    assert ran.code == 2 and f"lora.{key}: " in ran.err and len(ran.err) < 1000, ran.err
+
+
+def test_many_slow_expressions_share_one_limit(run_config: MakeConfig, cli: Cli) -> None:
+    slow = {f"((.+)+)+{letter}X": 4 for letter in "abcdefghijklmnopqrstuvwxyz"}
+    ran = within_memory_and_time(lambda: cli("params", run_config(lora={"rank_pattern": slow})))
+    assert ran.code == 2 and "lora.rank_pattern: " in ran.err, ran.err
+
+
+# An adapter's configuration
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
+    """An adapter directory without a record, so that nothing but its configuration speaks of it."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    path = tmp_path_factory.mktemp("trained") / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(tiny_dir)
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).save_pretrained(
+        path
+    )
+    return path
+
+
+def edited(trained: Path, where: Path, **changes: Any) -> Path:
+    """A copy of an adapter with other values in its configuration."""
+    where.mkdir()
+    for file in trained.iterdir():
+        (where / file.name).write_bytes(file.read_bytes())
+    values = json.loads((where / CONFIG_FILE).read_text())
+    (where / CONFIG_FILE).write_text(json.dumps(values | changes))
+    return where
+
+
+BAD: list[tuple[str, Any]] = [
+    ("r", 10**9), ("r", 10**400), ("r", -1), ("r", True), ("r", "8"), ("r", float("nan")), ("r", float("inf")),
+    ("r", 4.5), ("r", 1e-300), ("r", [4]),
+    ("lora_alpha", float("nan")), ("lora_alpha", -1), ("lora_alpha", False), ("lora_alpha", 10**400),
+    ("rank_pattern", {"q_proj": 10**9}), ("rank_pattern", {"q_proj": 0}), ("rank_pattern", {"q_proj": "4"}),
+    ("rank_pattern", {"q_proj": None}), ("rank_pattern", {"q_proj": float("nan")}), ("rank_pattern", ["q_proj"]),
+    ("rank_pattern", {"(": 4}), ("rank_pattern", {ENDLESS: 4}), ("rank_pattern", {f"a{n}": 4 for n in range(10**5)}),
+    ("alpha_pattern", {"(": 4}), ("alpha_pattern", {ENDLESS: 4}), ("alpha_pattern", {"q_proj": float("inf")}),
+    ("alpha_pattern", {"a{99999999999999999999}": 4}), ("use_rslora", "yes"), ("use_dora", 1), ("target_modules", {}),
+    ("target_modules", [1]), ("modules_to_save", "x" * 3 and 3), ("layers_to_transform", "0"),
+    ("layers_to_transform", [0.5]), ("layers_pattern", 3), ("layer_replication", [[0, 10**9]]),
+    ("layer_replication", [[0, 1]] * 10**5), ("exclude_modules", {"a": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), BAD, ids=lambda one: str(one)[:24])
+def test_values_of_an_adapter(key: str, value: Any, trained: Path, tmp_path: Path, cli: Cli) -> None:
+    """Without its base, by `params`."""
+    path = edited(trained, tmp_path / "adapter", **{key: value})
+    ran = within_memory_and_time(lambda: cli("params", "--adapter", path))
+    assert ran.code == 5 and ran.out == "" and "unexpected" not in ran.err, ran.err
+    assert key in ran.err or CONFIG_FILE in ran.err
+
+
+ATTACHED: list[dict[str, Any]] = [
+    {"target_modules": ENDLESS}, {"target_modules": "("}, {"exclude_modules": ENDLESS},
+    {"modules_to_save": [ENDLESS]}, {"modules_to_save": ["("]}, {"layers_pattern": ENDLESS, "layers_to_transform": [0]},
+    {"rank_pattern": {ENDLESS: 4}}, {"alpha_pattern": {"(": 4}}, {"target_modules": ["q"] * 10**6},
+    {"target_modules": "all-linear", "r": 10**9, "rank_pattern": {".*": 4}},
+    {"target_modules": "all-linear", "r": 10**9, "rank_pattern": {"q_proj": 4, "v_proj": 4}},
+    {"rank_pattern": {"down_proj": 10**9}, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    {"layer_replication": [[0, 2]] * 500},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", ATTACHED, ids=lambda one: str(one)[:60])
+def test_an_adapter_that_is_attached(changes: dict[str, Any], trained: Path, tmp_path: Path, cli: Cli) -> None:
+    """By `generate`, where PEFT would match the expressions and make the tensors."""
+    path = edited(trained, tmp_path / "adapter", **changes)
+    ran = within_memory_and_time(lambda: cli("generate", "--adapter", path, "--max-new-tokens", "1", "hello"))
+    assert ran.code == 5 and "unexpected" not in ran.err and len(ran.err) < 3000, ran.err
+
+
+def test_what_holds_is_as_before(trained: Path, tmp_path: Path, cli: Cli) -> None:
+    """Flags at the start of an expression, an `r` that no module has, and the first of two patterns."""
+    changes = {
+        "target_modules": r"(?i).*\.(Q|V)_proj", "r": 10**9, "rank_pattern": {"q_proj|v_proj": 4, "q_proj": 5},
+        "alpha_pattern": {r"0\.self_attn\.q_proj": 2},
+    }  # fmt: skip
+    path = edited(trained, tmp_path / "adapter", **changes)
+    saved = inspect(path)
+    said = stated(saved.config, saved.tensors, "x")
+    assert {one.rank for one in said.values()} == {4.0}
+    assert said["model.layers.0.self_attn.q_proj"].scaling == 0.5
+    assert bounded(saved.config, saved.tensors) == (5, {"q_proj|v_proj": 4, "q_proj": 5})
+    check(saved.config, saved.tensors, said, "x")
+    assert cli("generate", "--adapter", path, "--max-new-tokens", "1", "hello").code == 0
+
+
+def test_a_file_that_names_what_no_model_has(trained: Path, tmp_path: Path) -> None:
+    import numpy as np  # noqa: PLC0415
+    from safetensors.numpy import save_file  # noqa: PLC0415
+
+    path = edited(trained, tmp_path / "adapter")
+    for tensors in (
+        {f"base_model.model.{'a.' * 5000}q_proj.lora_A.weight": np.zeros((4, 4), "f4")},
+        {f"{number}": np.zeros(0, "f4") for number in range(300_001)},
+    ):
+        save_file(tensors, path / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match="has more tensors, or longer names"):
+            inspect(path)
+
+
+def test_a_json_that_is_deep_or_large(trained: Path, tmp_path: Path, cli: Cli) -> None:
+    path = edited(trained, tmp_path / "adapter")
+    for text in ("[" * 100_000 + "]" * 100_000, '{"r": ' + "9" * 5000 + "}", " " * (17 << 20) + "{}"):
+        (path / CONFIG_FILE).write_text(text)
+        ran = cli("params", "--adapter", path)
+        assert ran.code == 5 and CONFIG_FILE in ran.err and len(ran.err) < 1000, ran.err

@@ -1,0 +1,88 @@
+"""Values that are of the right type and of no use (row 89): refused with their key, before anything is loaded."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Ran
+
+from loratune import config
+from loratune.config.problems import known_keys
+from loratune.errors import ConfigError
+from loratune.paths import unusable
+
+MakeConfig = Callable[..., Path]
+Cli = Callable[..., Ran]
+NUMBERS = [10**30, -(10**30), 2**63, 2**31, 1e308, -1e308, 1e-320, -1]
+PATHS = ["~nobody-of-this-name/x", "a\0b", "x" * 5000, "y/" + "é" * 200, "\ud800"]
+FILES = ["model.name_or_path", "model.gguf_file", "data.train", "data.validation", "data.chat_template", "output_dir"]
+
+
+def refused(values: dict[str, object], path: Path) -> str:
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        config.load(path)
+    return str(caught.value)
+
+
+def test_every_key_takes_extreme_numbers_or_refuses_them_by_name(run_config: MakeConfig, tmp_path: Path) -> None:
+    """What is taken is finite and fits the machine's integers; what is refused is refused as a documented error."""
+    base = yaml.safe_load(run_config().read_text())
+    checked = 0
+    for section, *rest in known_keys():
+        if len(rest) != 1 or section not in ("model", "lora", "data", "training"):
+            continue
+        for number in NUMBERS:
+            for value in (number, [number], {"q": number}):
+                values = base | {section: base.get(section, {}) | {rest[0]: value}}
+                path = tmp_path / "extreme.yaml"
+                path.write_text(yaml.safe_dump(values))
+                try:
+                    run = config.load(path)
+                except ConfigError as error:
+                    assert all(str(rest[0]) in problem.key for problem in error.problems), str(error)
+                else:
+                    kept = run.model_dump()[section][rest[0]]
+                    assert abs(number) <= 1e30 and (not isinstance(kept, int) or abs(kept) < 2**32), rest
+                checked += 1
+    assert checked > 1000
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: ascii(path[:9]))
+@pytest.mark.parametrize("key", FILES)
+def test_texts_that_are_no_paths(key: str, path: str, run_config: MakeConfig, tmp_path: Path) -> None:
+    values = yaml.safe_load(run_config().read_text())
+    section, _, name = key.partition(".")
+    if name:
+        values[section][name] = path
+    else:
+        values[section] = path
+    assert key in refused(values, tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("path", ["~", "a/b", "x" * 255, "é" * 127, "data/*.jsonl", "org/name", "/", "~/x"])
+def test_texts_that_are_paths(path: str) -> None:
+    assert unusable(path) == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--temperature", "1e-300"], ["--temperature", "nan"], ["--temperature", "inf"], ["--temperature", "1e308"],
+        ["--max-new-tokens", "1" + "0" * 30], ["--input", "~nobody-of-this-name/x"], ["--output", "x" * 5000],
+        ["--input", "é" * 200],
+    ],
+    ids=lambda given: " ".join(given)[:30],
+)  # fmt: skip
+def test_options_of_generate(arguments: list[str], cli: Cli) -> None:
+    ran = cli("generate", "--adapter", "x", *arguments, "hello")
+    assert ran.code == 2 and arguments[0] in ran.err and ran.out == "", ran.err
+
+
+def test_paths_of_the_other_commands(cli: Cli) -> None:
+    long = "x" * 5000
+    assert cli("params", "--adapter", long).code == 2
+    assert cli("evaluate", "--adapter", "x", "--data", long).code == 2
+    assert cli("evaluate", "--adapter", "x", "--data", "").err == "error: --data: the path is empty\n"
+    assert cli("train", long).code == 2

@@ -1,0 +1,55 @@
+"""`params` on every causal language model that transformers knows: counts, or a documented error (row 91)."""
+
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from test_sweep import configure
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from loratune import config
+from loratune.errors import ModelError
+from loratune.params import params
+
+SMALL = ["data.max_length=16", "training.per_device_train_batch_size=1"]
+
+
+def counted(model_type: str, where: Path) -> str:
+    """How `params` ends on the configuration of a type: `counts`, or its error. Anything else is raised."""
+    try:
+        found = params(config.of_model(str(where), SMALL))
+    except ModelError as error:
+        return str(error)
+    assert found.count.trainable == sum(group.trainable for group in found.groups) > 0, model_type
+    assert found.memory.total > found.memory.weights > 0, model_type
+    return "counts"
+
+
+def test_every_type_is_counted_or_refused(tmp_path: Path) -> None:
+    """With few layers, where the configuration allows for it; every exception but a ModelError fails."""
+    ends = {}
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        where = tmp_path / model_type
+        try:
+            configure(model_type).save_pretrained(where)
+        except StrictDataclassClassValidationError:  # a configuration whose numbers must agree is not made smaller
+            CONFIG_MAPPING[model_type]().save_pretrained(where)
+        ends[model_type] = counted(model_type, where)
+    known = r"is an encoder-decoder|nothing in the attention|has no attention|cannot be loaded"
+    assert {one: end for one, end in ends.items() if end != "counts" and not re.search(known, end)} == {}
+    assert [*ends.values()].count("counts") > len(ends) / 2
+
+
+@pytest.mark.parametrize("model_type", ["blt", "dory"])
+def test_a_default_configuration(model_type: str, tmp_path: Path) -> None:
+    """Several stacks without a number of layers of their own; more kinds of layers listed than there are layers."""
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path / model_type)
+    assert counted(model_type, tmp_path / model_type) == "counts"
+
+
+def test_what_a_projection_computes_besides_is_told(tmp_path: Path) -> None:
+    configure("axk2").save_pretrained(tmp_path / "axk2")
+    found = params(config.of_model(str(tmp_path / "axk2"), SMALL))
+    assert "q_gate_proj computes the gate of the attention's output as well, which comes along" in found.notes

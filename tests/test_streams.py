@@ -1,0 +1,98 @@
+"""Standard streams that are closed, full, or cannot say what is printed (row 84), in real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Ran
+from running import WEIGHTS
+
+MakeConfig = Callable[..., Path]
+NO_ROOM = "error: standard output: no room for what was to be printed; all that was done stands; make room"
+ARROWS = [{"prompt": f"é → {number}", "completion": " ö"} for number in range(16)]
+
+
+def shell(*arguments: object, redirected: str, stdin: bytes = b"", **environment: str) -> Ran:
+    """`loratune ARGUMENTS` by a shell that redirects its streams, as in `>&-`."""
+    command = ["bash", "-c", f'"$@" {redirected}', "bash", sys.executable, "-m", "loratune", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, input=stdin, env=os.environ | environment, check=False)
+    return Ran(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+
+
+@pytest.fixture
+def arrows(run_config: MakeConfig, tmp_path: Path) -> Path:
+    """A config whose rows hold what ASCII has not."""
+    rows = tmp_path / "arrows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ARROWS))
+    return run_config(data={"train": str(rows)}, training={"max_steps": 1})
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("redirected", "code", "last"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        (">/dev/full", 8, NO_ROOM),
+        (">/dev/full 2>/dev/full", 8, ""),
+        ("| true; exit ${PIPESTATUS[0]}", 0, ""),
+    ],
+)
+def test_what_is_printed_before_a_command(arguments: list[str], redirected: str, code: int, last: str) -> None:
+    for unbuffered in ("", "1"):
+        ran = shell(*arguments, redirected=redirected, PYTHONUNBUFFERED=unbuffered)
+        assert (ran.code, ran.err.strip()) == (code, last)
+
+
+@pytest.mark.parametrize("redirected", [">&-", ">/dev/full", "<&- >&- 2>&-", "2>&-", "2>/dev/full"])
+def test_an_error_keeps_its_code(redirected: str) -> None:
+    ran = shell("params", "no.yaml", redirected=redirected)
+    assert ran.code == 2 and ran.out == ""
+    if "2>" not in redirected:
+        assert ran.err == "error: no.yaml: cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1:strict", "utf-8"])
+def test_signs_that_the_encoding_lacks(encoding: str, arrows: Path, tmp_path: Path) -> None:
+    """Rows, marks of what is learnt and the block at the end are escaped, and the adapter is published."""
+    ran = shell("train", arrows, redirected="", PYTHONIOENCODING=encoding)
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "out" / WEIGHTS).is_file()
+    arrow = "→" if encoding == "utf-8" else "\\u2192"
+    assert arrow in ran.out and f"é {arrow}" in ran.err.replace("\\xe9", "é").replace("�", "é")
+    ran = shell("train", arrows, "--dry-run", "--overwrite", redirected="", PYTHONIOENCODING=encoding)
+    assert ran.code == 0 and arrow in ran.out, ran.err
+
+
+def test_a_run_whose_streams_are_all_closed(arrows: Path, tmp_path: Path) -> None:
+    """The files that it opens do not get what it prints."""
+    ran = shell("train", arrows, redirected="<&- >&- 2>&-")
+    assert ran == Ran(0, "", "")
+    for path in [*(tmp_path / "out").iterdir(), arrows, tmp_path / "arrows.jsonl"]:
+        assert b"trainable params" not in path.read_bytes() and b"\ndone\n" not in path.read_bytes()
+    answered = shell(
+        "generate", "--adapter", tmp_path / "out", "--max-new-tokens", "2", "é →", redirected=">&-", PYTHONUTF8="1"
+    )
+    assert answered == Ran(0, "", "")
+
+
+def test_closed_streams_are_not_given_to_files(tmp_path: Path) -> None:
+    code = (
+        "from loratune import streams; streams.secure(); import sys; file = open(sys.argv[1], 'w');"
+        "print('told', flush=True); print('erred', file=sys.stderr, flush=True);"
+        "print(file.fileno(), repr(sys.stdin.read()), file=file)"
+    )
+    path = tmp_path / "file"
+    subprocess.run(["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code, str(path)], check=True)
+    assert path.read_text() == "3 ''\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
+def test_a_prompt_that_is_no_text(encoding: str) -> None:
+    ran = shell("generate", "--adapter", "x", redirected="", stdin=b"caf\xe9 \n", PYTHONIOENCODING=encoding)
+    assert ran == Ran(4, "", "error: stdin: not UTF-8; give the prompt as text\n")
