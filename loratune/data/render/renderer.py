@@ -44,7 +44,7 @@ class Renderer:
         self.eos: int = tokenizer.eos_token_id
         self._encode = Encoder(tokenizer)
         self._template = Template(tokenizer)
-        turn_ids = self._encode.one(self._template.ends[0]) if self._template.ends else []
+        turn_ids = [id for end in self._template.ends for id in self._encode.one(end)[-1:]]
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos, *turn_ids]))
         self._bos = tokenizer.bos_token_id
         self._starts_with_bos = self._bos is not None and tokenizer("a").input_ids[:1] == [self._bos]
