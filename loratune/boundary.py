@@ -50,7 +50,9 @@ def boundary(debug: bool, join: Callable[[], Group] = Alone) -> Iterator[Group]:
     except BrokenPipeError:
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115  whoever read us has gone; the exit must not flush to it
         raise typer.Exit(0) from None
-    except (Exception, KeyboardInterrupt) as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         _fail(group, error, debug)
 
 
