@@ -1,7 +1,6 @@
 """The command line: parse, call one story, print. Everything heavy is imported inside the commands."""
 
 import gc
-import json
 import os
 import shlex
 import shutil
@@ -321,6 +320,8 @@ def _write_answers(answers: Any, output: Path) -> None:
 
     A regular file appears, or is replaced, when the last answer is in it; a pipe or device is written to as it is.
     """
+    from loratune.data.sources.rows import as_json
+
     output = output.resolve()
     in_place = output.exists() and not output.is_file()
     unfinished = output if in_place else output.with_name(f".{output.name}.unfinished")
@@ -333,7 +334,7 @@ def _write_answers(answers: Any, output: Path) -> None:
                 row["completion"] = answer.completion
                 if answer.base is not None:
                     row["base"] = answer.base
-                print(json.dumps(row, ensure_ascii=False), file=file)
+                print(as_json(row), file=file)
         if not in_place:
             unfinished.replace(output)
     except OSError as error:
