@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import Ran, process, write_rows
 from running import MakeConfig
 from test_render import changed
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from loratune.boundary import boundary
 from loratune.data.formats import Conversation, Plain
 from loratune.data.render import Renderer
 from loratune.errors import DataError, ModelError
@@ -190,3 +192,11 @@ def test_a_tokenizer_that_gives_up_on_any_text(
     done = cli("train", run_config(model={"name_or_path": str(path)}))
     assert done.code == 3 and "Traceback" not in done.err
     assert f"error: {path}: the tokenizer fails: Onig" in done.err
+
+
+def test_a_panic_anywhere_is_one_line(tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing else catches it, the program's boundary does."""
+    with pytest.raises(typer.Exit) as caught, boundary(False):
+        splitting(tokenizer, "(a+)+$").backend_tokenizer.encode("a" * 40 + "b")
+    assert caught.value.exit_code == 1
+    assert "error: unexpected PanicException: Onig: " in capsys.readouterr().err
