@@ -53,7 +53,9 @@ def boundary(debug: bool, join: Callable[[], Group] = Alone, *, scarce: str = "f
     except BrokenPipeError:
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115  whoever read us has gone; the exit must not flush to it
         raise typer.Exit(0) from None
-    except (Exception, KeyboardInterrupt) as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         with interrupts.unheard():
             _fail(group, error if stop.asked is None or _says_so(error) else stop.asked(), debug, scarce)
 

@@ -1,7 +1,6 @@
 """The command line: parse, call one story, print. Everything heavy is imported inside the commands."""
 
 import gc
-import json
 import os
 import shlex
 import shutil
@@ -147,18 +146,7 @@ def generate(
     """Complete prompts with an adapter on its base."""
     with boundary(debug, scarce="free memory, lower --max-new-tokens, or give fewer prompts at once"):
         _check_paths(adapter=adapter, input=source, output=output)
-        if temperature and not 1e-3 <= temperature <= 1e3:  # logits over it are inf, or all the same; NaN is neither
-            raise ConfigError(
-                Problem(
-                    f"{temperature:g} is not between 0.001 and 1,000",
-                    key="--temperature",
-                    fix="0: take the likeliest token",
-                )
-            )
-        if prompts and source:
-            raise ConfigError(Problem("give prompts, or --input, not both"))
-        if overwrite and output is None:
-            raise ConfigError(Problem("replaces what --output names, and that is not given", key="--overwrite"))
+        _check_answers(prompts, source, output, temperature, overwrite=overwrite)
 
         from loratune.workspace import outputs
 
@@ -186,12 +174,7 @@ def generate(
             with place.opened() as file:
                 _write_answers(answers, file)
             return
-        for answer in answers:
-            if base:
-                print(f"{answer.asked}\n  base     {_one_line(answer.base)}")
-                print(f"  adapter  {_one_line(answer.completion)}", flush=True)
-            elif not stream:
-                print(answer.completion, flush=True)
+        _print_answers(answers, base=base, streamed=stream)
 
 
 @app.command()
@@ -347,8 +330,33 @@ def _check_paths(**given: str | Path | None) -> None:
             raise ConfigError(Problem(f"the path {reason}", key=f"--{option}"))
 
 
+def _check_answers(
+    prompts: list[str] | None, source: Path | None, output: Path | None, temperature: float, *, overwrite: bool
+) -> None:
+    """Raises ConfigError: options of `generate` that do not go together, or a temperature out of range."""
+    if temperature and not 1e-3 <= temperature <= 1e3:  # logits over it are inf, or all the same; NaN is neither
+        what, fix = f"{temperature:g} is not between 0.001 and 1,000", "0: take the likeliest token"
+        raise ConfigError(Problem(what, key="--temperature", fix=fix))
+    if prompts and source:
+        raise ConfigError(Problem("give prompts, or --input, not both"))
+    if overwrite and output is None:
+        raise ConfigError(Problem("replaces what --output names, and that is not given", key="--overwrite"))
+
+
+def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -> None:
+    """One after another, as they come. streamed: they are printed already, token by token."""
+    for answer in answers:
+        if base:
+            print(f"{answer.asked}\n  base     {_one_line(answer.base)}")
+            print(f"  adapter  {_one_line(answer.completion)}", flush=True)
+        elif not streamed:
+            print(answer.completion, flush=True)
+
+
 def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
     """One row per answer: as it was read, with `completion`, and `base`; its own `completion` becomes `reference`."""
+    from loratune.data.sources.rows import as_json
+
     for answer in answers:
         row = dict(answer.row.values)
         if "completion" in row:
@@ -356,7 +364,7 @@ def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
         row["completion"] = answer.completion
         if answer.base is not None:
             row["base"] = answer.base
-        print(json.dumps(row, ensure_ascii=False), file=file)
+        print(as_json(row), file=file)
 
 
 def _one_line(text: str | None) -> str:

@@ -91,13 +91,14 @@ def load(opened: Opened, note: Callable[[str], None] = lambda _: None) -> Tuned:
         tokenizer = model.load_tokenizer(ModelSection(name_or_path=str(path)) if own_tokenizer else opened.base)
     except ModelError as error:
         raise AdapterError(error.problems) if own_tokenizer else error from None
+    renderer = Renderer(tokenizer, base.config.get_text_config().vocab_size)
     for line in adapter.ignored(opened.saved):
         note(line)
     identity = model.fingerprint(base)
     tuned = adapter.load(base, opened.saved)
     _check_base(opened, identity, note)
     _check_computes(tuned, opened, tokenizer.eos_token_id or 0)
-    return Tuned(tuned, tokenizer, Renderer(tokenizer), opened.data, opened.chat)
+    return Tuned(tuned, tokenizer, renderer, opened.data, opened.chat)
 
 
 def _check_base(opened: Opened, found: str, note: Callable[[str], None]) -> None:

@@ -36,9 +36,9 @@ def tokenised(ready: Ready, tokenizer: Any, watch: Watch, group: Group) -> Rows:
     Raises DataError: see `data.prepare`; the files of another machine hold other rows. Raises ConfigError: rows are
     longer than the model's context.
     """
-    run, renderer = ready.config, Renderer(tokenizer)
-    known = model.load_config(run.model)
+    run, known = ready.config, model.load_config(ready.config.model)
     size, limit = known.get_text_config().vocab_size, model.context_length(known)
+    renderer = Renderer(tokenizer, size)
 
     def made(name: str) -> Prepared:
         given = ready.rows or data.check(run.data, run.training.seed, watch)

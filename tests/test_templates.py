@@ -21,6 +21,7 @@ from tokenizers import AddedToken
 
 from loratune.data.formats import Conversation, Message
 from loratune.data.render import IGNORED, Renderer
+from loratune.data.render.template import Chat, Template
 from loratune.errors import DataError
 
 TRL = "trl-1.16.0"
@@ -297,6 +298,18 @@ def test_a_prompt_that_opens_the_reasoning() -> None:
     assert learnt(deepseek.tokenizer, deepseek.row(CHATS["one turn"])) == [f"{closed}Four{end}"]
     for chat in ("reasoning", "reasoning beside"):
         assert learnt(deepseek.tokenizer, deepseek.row(CHATS[chat])) == [f"Alpha{end}", f"Hmm two.{closed}Beta{end}"]
+
+
+def test_marks_of_rounds_change_no_text(renderer: Renderer, name: str) -> None:
+    """Each real template is a loop over the messages, so where each turn begins and ends is known; and rendering with
+    marks, by upstream's names that are no promise of theirs, gives the text of `apply_chat_template`."""
+    template = Template(renderer.tokenizer)
+    for chat in ("four turns", "reasoning beside", "system and turns"):
+        if refusal(name, chat):
+            continue
+        shown = template.show(Chat(CHATS[chat].messages))
+        answers = [number for number, one in enumerate(CHATS[chat].messages) if one["role"] == "assistant"]
+        assert shown.marked and set(answers) <= shown.opens.keys() & shown.closes.keys()
 
 
 def test_a_conversation_of_many_turns_takes_few_renderings(name: str, renderer: Renderer) -> None:

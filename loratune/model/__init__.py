@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from loratune import launched, places
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem
+from loratune.limits import MEMORY, BeyondLimit, is_panic, limited, powers
 from loratune.model import hub
 from loratune.model.faults import LOADING, damaged_weights, unreadable
 from loratune.model.machine import Machine as Machine
@@ -78,8 +79,10 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     source = found.instead_of("tokenizer_config.json", "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(found.name, **source, **_origin(section))
-        tokenizer("loratune")  # values of its configuration are first looked at when it is used
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        limited(lambda: tokenizer("loratune"))  # values of its configuration are first looked at when it is used
+    except BaseException as error:  # tokenizers raises plain Exception for a damaged file, and no Exception in a panic
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise unreadable("tokenizer", section, error) from None
     if chat_template is not None:
         tokenizer.chat_template = _read_text(chat_template)
@@ -99,7 +102,12 @@ def _read_text(path: str) -> str:
 
 def _check_syntax(tokenizer: Any, path: str) -> None:
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
+        if powers(tokenizer.chat_template):
+            return  # it may never return; it is refused where rows are rendered
+        asked = [{"role": "user", "content": "loratune?"}]
+        limited(lambda: tokenizer.apply_chat_template(asked, tokenize=False), memory=MEMORY)
+    except BeyondLimit as error:
+        raise ModelError(Problem(f"the chat template {error}", path, "data.chat_template", "mend it")) from None
     except TemplateSyntaxError as error:
         what, where = f"not a Jinja template: {error.message}", f"{path}:{error.lineno}"
         raise ConfigError(Problem(what, where, "data.chat_template", "mend it")) from None

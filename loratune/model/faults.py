@@ -16,7 +16,7 @@ LOADING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, 
 """What transformers, torch and safetensors raise for a model that cannot be loaded."""
 
 
-def unreadable(part: str, section: ModelSection, error: Exception) -> ModelError:
+def unreadable(part: str, section: ModelSection, error: BaseException) -> ModelError:
     """The error for a part of a model (configuration, tokenizer, model) that a library failed to load."""
     if "trust_remote_code" in str(error):
         fix = "read that code, then set model.trust_remote_code: true and model.revision to the commit you read"
@@ -24,7 +24,7 @@ def unreadable(part: str, section: ModelSection, error: Exception) -> ModelError
     return ModelError(Problem(f"the {part} cannot be loaded: {summary(error)}", section.name_or_path))
 
 
-def summary(error: Exception) -> str:
+def summary(error: BaseException) -> str:
     """The first line of an error, and the next where the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     announced = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

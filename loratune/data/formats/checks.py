@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loratune.data.sources.rows import Unreadable
 from loratune.errors import Problem
 
 Values = Mapping[str, Any]
@@ -89,6 +90,8 @@ def kind(value: Any) -> str:
     """What a value is, in the words of JSON."""
     if value == [] and isinstance(value, list):
         return "an empty list"
+    if isinstance(value, Unreadable):
+        return f"a value that cannot be read ({value.reason})"
     kinds = {type(None): "null", bool: "true or false", list: "a list", dict: "an object", str: "text"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 

@@ -32,7 +32,10 @@ def schemas(values: Values) -> tuple[Any, ...]:
         tool = decoded(item, place) if isinstance(item, str) else item
         if not isinstance(tool, Mapping):
             raise BadRow(f"{place} must be a JSON schema, got {kind(tool)}")
-        tool = _without_nulls(tool)
+        try:
+            tool = _without_nulls(tool)
+        except RecursionError:
+            raise BadRow(f"{place} is nested too deeply") from None
         tools.append(_wrapped(tool, set(tool) - {"type"}) if "name" in tool and "function" not in tool else tool)
     return tuple(tools)
 

@@ -1,10 +1,12 @@
 """Texts → ids, many at once: by the fast tokenizer's own batches, or one by one by a slow tokenizer."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
+
+from loratune.limits import BeyondLimit, limited
 
 LONG = 2**20
 """Characters from which on a text is encoded in pieces: the tokenizer needs some hundred bytes for each."""
@@ -20,22 +22,33 @@ _LINE = re.compile(r"(?<=\S)\n(?=\S)")
 _WORD = re.compile(r"(?<=\w)(?= \w)")
 
 
+class Unencodable(Exception):
+    """The tokenizer fails on a text. broken: whatever the text, or because it takes too long."""
+
+    def __init__(self, text: str, reason: str, broken: bool):
+        super().__init__(reason)
+        self.text, self.broken = text, broken
+
+
 class Encoder:
     """Encodes texts with one tokenizer; no special token is added, those that a text spells out are ids of theirs."""
 
     def __init__(self, tokenizer: Any):
+        """Raises Unencodable: the tokenizer fails on any text."""
         self._tokenizer = tokenizer
         self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        if self._backend is not None and self._quick([_PROBE]) != [self._slow(_PROBE)]:
+        slow = [self._tried([text], self._slowly)[0] for text in (_PROBE, "\n", "\na", "a")]
+        probe, self._line, word, letter = slow
+        if self._backend is not None and self._tried([_PROBE], self._quick) != [probe]:
             self._backend = None
-        line, word = (self._slow(text) for text in ("\n", "\na"))
-        self._line = line
-        self._adds_space = word[: len(line)] == line and word[len(line) :] != self._slow("a")
+        line = self._line
+        self._adds_space = word[: len(line)] == line and word[len(line) :] != letter
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text. A text that comes twice is encoded once; the empty text has no ids.
 
         A text over a million characters is encoded in pieces that end at words or lines.
+        Raises Unencodable: the tokenizer fails on one of the texts, or takes too long for it.
         """
         found: dict[str, list[int]] = {"": []}
         for batch in _batches([text for text in dict.fromkeys(texts) if 0 < len(text) <= LONG]):
@@ -84,7 +97,13 @@ class Encoder:
         return prompt[borders[-1] + self._adds_space :] if borders else prompt
 
     def _batch(self, texts: list[str]) -> list[list[int]]:
-        ids = [self._slow(text) for text in texts] if self._backend is None else self._quick(texts)
+        encode = self._slowly if self._backend is None else self._quick
+        try:
+            ids = limited(lambda: encode(texts), more=_more(texts))
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # a panic of tokenizers is no Exception
+            ids = [self._tried([text], encode, broken=False)[0] for text in texts]
         if len(texts[0]) < PIECE // 2:
             return ids
         return [[*map(self._numbers.__getitem__, row)] for row in ids]
@@ -99,9 +118,27 @@ class Encoder:
         self._backend.no_padding()
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _slow(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+    def _slowly(self, texts: list[str]) -> list[list[int]]:
+        return [self._tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+    def _tried(
+        self, texts: list[str], encode: Callable[[list[str]], list[list[int]]], *, broken: bool = True
+    ) -> list[list[int]]:
+        """The ids of one text. Raises Unencodable."""
+        try:
+            return limited(lambda: encode(texts), more=_more(texts))
+        except KeyboardInterrupt:
+            raise
+        except BeyondLimit as error:
+            raise Unencodable(texts[0], str(error), broken=True) from None
+        except BaseException as error:  # as above
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise Unencodable(texts[0], f"fails: {reason}", broken) from None
+
+
+def _more(texts: list[str]) -> int:
+    """Seconds for the length of texts: a slow tokenizer takes one for some hundred thousand characters."""
+    return sum(map(len, texts)) // 20_000
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:

@@ -2,23 +2,29 @@
 
 import datetime
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import tokenizers
 import transformers
 
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain
-from loratune.data.render.encoding import Encoder
-from loratune.data.render.template import Chat, Template
+from loratune.data.render.encoding import Encoder, Unencodable
+from loratune.data.render.template import KEY, Chat, Template
 from loratune.data.render.tokens import Span, Tokens, given
 from loratune.data.render.turns import Turns, locate
 from loratune.data.sources import MAX_PROBLEMS
-from loratune.errors import DataError, ModelError, Problem
+from loratune.errors import DataError, LoratuneError, ModelError, Problem
+from loratune.limits import MEMORY, Beat, BeyondLimit, limited, powers
+
+T = TypeVar("T")
+
+_COPIES = 64
+"""Bytes that rendering may take for each character of the messages: some texts of them at once, four bytes each."""
 
 
 @dataclass(frozen=True)
@@ -37,30 +43,103 @@ class _Draft:
 class Renderer:
     """Renders examples with one tokenizer; `end_ids` are the ids that end an answer."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, vocabulary_size: int | None = None):
+        """vocabulary_size: how many tokens the model has embeddings for; None if there is no model to hold ids against.
+
+        Raises ModelError: the tokenizer has no end of sequence, or fails; its template never ends, or takes too much
+        memory; its special tokens are more than the model has.
+        """
         if tokenizer.eos_token_id is None:
             raise ModelError(Problem("the tokenizer has no end-of-sequence token", tokenizer.name_or_path))
         self.tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
-        self._encode = Encoder(tokenizer)
-        self._template = Template(tokenizer)
-        turn_ids = self._encode.one(self._template.ends[0]) if self._template.ends else []
+        self._size = vocabulary_size
+        if powers(str(tokenizer.chat_template or "")):
+            fix = "set data.chat_template to another Jinja file"
+            what = "the chat template raises numbers to a power (`**`), which may go on for ever"
+            raise ModelError(Problem(what, tokenizer.name_or_path, KEY, fix))
+        try:
+            self._encode = Encoder(tokenizer)
+            self._template = self._templating(lambda: Template(tokenizer), Beat(), 0)
+            turn_ids = [id for end in self._template.ends for id in self._encode.one(end)[-1:]]
+            self._starts_with_bos = self._begins()
+        except Unencodable as error:
+            raise self._failed(error, "") from None
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos, *turn_ids]))
         self._bos = tokenizer.bos_token_id
-        self._starts_with_bos = self._bos is not None and tokenizer("a").input_ids[:1] == [self._bos]
+        special = [self.eos, *turn_ids, tokenizer.pad_token_id or 0]
+        self._check_sizes([("", special)])
+
+    def _begins(self) -> bool:
+        """Whether the tokenizer itself begins a text with the BOS."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and list(limited(lambda: self.tokenizer("a").input_ids[:1])) == [bos]
+
+    @cached_property
+    def _beyond(self) -> bool:
+        """Whether the tokenizer knows ids that the model has no embedding for, so that rows must be looked through."""
+        return self._size is not None and max(self.tokenizer.get_vocab().values()) >= self._size
+
+    def _check_sizes(self, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Raises ModelError: ids that the model has no embedding for. rows: places and ids."""
+        if not self._beyond or self._size is None:
+            return
+        problems = []
+        for where, ids in rows:
+            if (worst := next((id for id in ids if id >= self._size), None)) is not None:
+                token = self.tokenizer.convert_ids_to_tokens(worst)
+                what = f"the token {token!r} has the id {worst}, but the model has {self._size} embeddings, from 0 on"
+                known = f"the tokenizer has {max(self.tokenizer.get_vocab().values()) + 1} tokens"
+                fix = "take the tokenizer that belongs to the model"
+                problems.append(Problem(f"{what}; {known}", where or self.tokenizer.name_or_path, fix=fix))
+        if problems:
+            raise ModelError(problems[:MAX_PROBLEMS])
+
+    def _templating(self, work: Callable[[], T], beat: Beat, characters: int) -> T:
+        """What work with the template returns. characters: of the messages. Raises ModelError: it goes on for ever, or
+        takes too much memory, and what the work raises."""
+        try:
+            return limited(work, memory=MEMORY + _COPIES * characters, beat=beat)
+        except BeyondLimit as error:
+            fix = "set data.chat_template to another Jinja file"
+            raise ModelError(Problem(f"the chat template {error}", beat.at, KEY, fix)) from None
+
+    def _failed(self, error: Unencodable, where: str) -> LoratuneError:
+        """What to raise where the tokenizer fails on the text of a row; where: empty for any text."""
+        if error.broken:
+            return ModelError(Problem(f"the tokenizer {error}", where or self.tokenizer.name_or_path))
+        return DataError(Problem(f"the tokenizer {error}", where, fix="take the row out, or take another tokenizer"))
 
     def rows(self, examples: Sequence[Example], loss_on: str = "completion") -> list[Tokens]:
         """Whole rows, in order, encoded as one batch. loss_on: as in the configuration; rows of ids come as they are.
 
         Raises DataError, with the first 10 rows that cannot be rendered: no learnt turn; the chat template refuses the
-        messages, leaves out what is to be learnt, or hides where an answer lies. Raises ModelError: no chat template.
+        messages, leaves out what is to be learnt, or hides where an answer lies; the tokenizer fails on a row. Raises
+        ModelError: no chat template, or one without an end; ids that the model has no embedding for.
         """
+        beat = Beat()
+        chats = [one for one in examples if isinstance(one, Conversation)]
+        longest = max((sum(len(turn["content"]) for turn in one.messages) for one in chats), default=0)
+        work = self._templating if chats else lambda drafts, *_: drafts()
+        made = work(lambda: self._drafts(examples, loss_on, beat), beat, longest)
+        drafts = [one for one in made if isinstance(one, _Draft)]
+        try:
+            encoded = self._encoded(drafts, loss_on)
+        except Unencodable as error:
+            raise self._failed(error, next((one.where for one in drafts if error.text in one.text), "")) from None
+        self._check_sizes([(row.where, row.ids) for row in encoded])
+        rows = iter(encoded)
+        return [next(rows) if isinstance(one, _Draft) else one for one in made]
+
+    def _drafts(self, examples: Sequence[Example], loss_on: str, beat: Beat) -> list[_Draft | Tokens]:
+        """The texts of examples, and the rows of those that are ids. Raises DataError."""
         made: list[_Draft | Tokens] = []
         problems: list[Problem] = []
         for example in examples:
             if isinstance(example, Ids):
                 made.append(given(example.where, example.ids, example.labels))
                 continue
+            beat(example.where)
             try:
                 made.append(self._draft(example, loss_on))
             except DataError as error:
@@ -69,8 +148,7 @@ class Renderer:
                     break
         if problems:
             raise DataError(problems[:MAX_PROBLEMS])
-        encoded = iter(self._encoded([one for one in made if isinstance(one, _Draft)], loss_on))
-        return [next(encoded) if isinstance(one, _Draft) else one for one in made]
+        return made
 
     def row(self, example: Example, loss_on: str = "completion") -> Tokens:
         """One whole row; see `rows`."""
@@ -83,13 +161,25 @@ class Renderer:
 
         Raises ModelError, DataError: see `rows`.
         """
-        if isinstance(prompt, str):
-            ids = self._encode.one(prompt)
-            return (*self._before(ids), *ids)
-        chat = Chat(prompt, tools, where)
-        if tools and not self._template.shows_tools:
+        try:
+            if isinstance(prompt, str):
+                ids = self._encode.one(prompt)
+                ids = [*self._before(ids), *ids]
+            else:
+                ids = self._encode.one(self._asked(Chat(prompt, tools, where)))
+        except Unencodable as error:
+            raise self._failed(error, where) from None
+        self._check_sizes([(where, ids)])
+        return tuple(ids)
+
+    def _asked(self, chat: Chat) -> str:
+        """The text of a prompt of messages."""
+        beat = Beat()
+        beat(chat.where)
+        size = sum(len(message["content"]) for message in chat.messages)
+        if chat.tools and not self._templating(lambda: self._template.shows_tools, beat, size):
             raise chat.problem("the chat template leaves out the `tools` of the row")
-        return tuple(self._encode.one(self._template.text(chat, prompt=True)))
+        return self._templating(lambda: self._template.text(chat, prompt=True), beat, size)
 
     @cached_property
     def digest(self) -> str:

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,13 +11,12 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from loratune.data.formats import Message
+from loratune.data.render.rounds import CONTENT, MANY, MARK, Rounds, places, with_reasoning
 from loratune.data.render.tokens import Span
 from loratune.errors import DataError, ModelError, Problem
 
 KEY = "data.chat_template"
 
-_FIRST, _LAST = 0xF0000, 0xFFFFD  # a plane of characters that have no meaning but a private one
-_MARK = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _ASKED = {"role": "user", "content": "loratune?"}
@@ -37,12 +36,15 @@ class Shown:
     """A rendered text. ends: number of a message → where its content, without the space around it, ends in the text.
 
     The ends are missing of messages without content and of those that the template leaves out. marked: whether they are
-    known at all; they are not where the template renders messages with marks in another way than without.
+    known at all; they are not where the template renders messages with marks in another way than without. opens,
+    closes: number of a message → where its turn begins and ends, as far as that is known; see `Rounds`.
     """
 
     text: str
     ends: dict[int, int]
     marked: bool = True
+    opens: dict[int, int] = field(default_factory=dict)
+    closes: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,15 @@ class Template:
     """The chat template of one tokenizer.
 
     ends: the special tokens that end an answer, the one of a last answer first; empty if the template puts none.
+    closing: what the template writes after the content of a last answer, to the end of its turn.
     """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._source = str(tokenizer.chat_template or "")
-        self.ends = self._ends()
+        self._special = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self._marked_loops = self._rounds()
+        self.ends, self.closing = self._ends()
         choice = "|".join(map(re.escape, sorted(self.ends, key=len, reverse=True)))
         self._end = re.compile(rf"\s*(?:{choice})" if self.ends else r"(?!)")
 
@@ -82,38 +87,42 @@ class Template:
 
         Raises ModelError: the tokenizer has no template. Raises DataError: the template refuses the messages.
         """
-        if not self._tokenizer.chat_template:
-            fix = "set data.chat_template to a Jinja file, or use prompt and completion as text"
-            raise ModelError(Problem("the tokenizer has no chat template", self._tokenizer.name_or_path, fix=fix))
-        try:
-            return self._apply(chat, prompt)
-        except _REFUSALS as error:
-            if isinstance(error, TypeError) and any("tool_calls" in message for message in chat.messages):
-                try:  # a few templates join the arguments of a call to text
-                    return self._apply(_with_arguments_as_text(chat), prompt)
-                except _REFUSALS:
-                    pass
-            fix = "mend the row, or set data.chat_template to a template that takes it"
-            raise DataError(
-                Problem(f"the chat template refuses these messages: {error}", chat.where, fix=fix)
-            ) from None
+        return self._rendered(chat, lambda one: self._apply(one, prompt))
 
     def show(self, chat: Chat, *, prompt: bool = False) -> Shown:
-        """The rendered messages, and where in them each content ends; errors as in `text`."""
+        """The rendered messages, and where in them each content and each turn ends; errors as in `text`.
+
+        The messages are rendered once more, with marks: by the template whose loops are marked too, and where that
+        gives another text, by the template as it is.
+        """
         text = self.text(chat, prompt=prompt)
-        if len(chat.messages) > _LAST - _FIRST or _MARK.search(text):
+        if len(chat.messages) > MANY or MARK.search(text):
             return Shown(text, {}, marked=False)
-        try:
-            marked = self.text(_marked(chat), prompt=prompt)
-        except DataError:
-            return Shown(text, {}, marked=False)
-        ends: dict[int, int] = {}
-        for count, mark in enumerate(_MARK.finditer(marked)):
-            number = ord(mark.group()) - _FIRST
-            if number in ends:
-                return Shown(text, {}, marked=False)
-            ends[number] = mark.start() - count
-        return Shown(text, ends) if _MARK.sub("", marked) == text else Shown(text, {}, marked=False)
+        rounds = self._marked_loops
+        ways: list[Callable[[Chat], str]] = [lambda one: self._apply(one, prompt)]
+        if rounds is not None:
+            ways.insert(0, lambda one: rounds.render(self._values(one, prompt)))
+        for way in ways:
+            try:
+                marked = self._rendered(_marked(chat), way)
+            except DataError:
+                continue
+            if MARK.sub("", marked) == text and (found := places(marked)) is not None:
+                return Shown(text, found.said, True, found.opens, found.closes)
+        return Shown(text, {}, marked=False)
+
+    def closed(self, shown: Shown, number: int, start: int) -> int | None:
+        """Where the turn of a message ends, as its own round writes it; None where that is not known.
+
+        It ends with the last character that is no space, or with the end of sequence, since no text is generated after
+        it. start: a place in the turn that lies before its end.
+        """
+        if (close := shown.closes.get(number)) is None:
+            return None
+        start = max(start, shown.ends.get(number, 0))
+        end = start + len(shown.text[start:close].rstrip())
+        over = shown.text.find(eos, start, end) if (eos := self._tokenizer.eos_token) else -1
+        return over + len(eos) if over >= 0 else end
 
     def end_at(self, text: str, place: int) -> int | None:
         """Where the end of turn ends that stands at a place of the text, space before it aside."""
@@ -161,18 +170,71 @@ class Template:
         except DataError:
             return None
 
-    def _ends(self) -> tuple[str, ...]:
-        """The special tokens after two answers, or one: what follows the last answer belongs to no later turn."""
+    @cached_property
+    def header(self) -> str | None:
+        """What the template writes behind a user's turn where an answer is to follow; None where that is not known."""
+        asked = self._probe([_ASKED], prompt=True)
+        return asked.text[asked.closes[0] :] if asked is not None and 0 in asked.closes else None
+
+    def _ends(self) -> tuple[tuple[str, ...], str]:
+        """See the class. Where turns are not known, what follows the last answer belongs to no later turn."""
         if not self._tokenizer.chat_template:
-            return ()
+            return (), ""
         shown = self._probe([_ASKED, _SAID, _ASKED, _SAID]) or self._probe([_ASKED, _SAID]) or self._probe([_SAID])
-        if shown is None:
-            return ()
-        special = sorted((str(token) for token in self._tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        places = [shown.ends[number] for number in sorted(shown.ends, reverse=True) if number % 2]
-        tails = [shown.text[place:].lstrip() for place in places]
-        found = [next((token for token in special if tail.startswith(token)), "") for tail in tails]
-        return tuple(dict.fromkeys(filter(None, found))) if found and found[0] else ()
+        answers = [number for number in sorted(shown.ends, reverse=True) if number % 2] if shown else []
+        if shown is None or not answers:
+            return (), ""
+        closes = [self.closed(shown, number, 0) for number in answers]
+        closing = shown.text[shown.ends[answers[0]] : closes[0] or len(shown.text.rstrip())]
+        found = [self._special_at_end(closing)]
+        for number, close in zip(answers[1:], closes[1:], strict=True):
+            if close is not None:
+                found.append(self._special_at_end(shown.text[shown.ends[number] : close]))
+            elif found[0] and closes[0] is None:
+                tail = shown.text[shown.ends[number] :].lstrip()
+                found.append(next((token for token in self._special if tail.startswith(token)), ""))
+        others = [token for token in found[1:] if token not in closing]
+        return tuple(dict.fromkeys(filter(None, [found[0], *others]))), closing
+
+    def _special_at_end(self, text: str) -> str:
+        return next((token for token in self._special if text.endswith(token)), "")
+
+    def _rounds(self) -> Rounds | None:
+        """The template with its loops marked; None where it is none, or one of several that a tokenizer has."""
+        if not isinstance(self._tokenizer.chat_template, str):
+            return None
+        try:
+            return Rounds(self._source)
+        except TemplateError:
+            return None
+
+    def _rendered(self, chat: Chat, render: Callable[[Chat], str]) -> str:
+        """See `text`."""
+        if not self._tokenizer.chat_template:
+            fix = "set data.chat_template to a Jinja file, or use prompt and completion as text"
+            raise ModelError(Problem("the tokenizer has no chat template", self._tokenizer.name_or_path, fix=fix))
+        try:
+            return render(chat)
+        except _REFUSALS as error:
+            if isinstance(error, TypeError) and any("tool_calls" in message for message in chat.messages):
+                try:  # a few templates join the arguments of a call to text
+                    return render(_with_arguments_as_text(chat))
+                except _REFUSALS:
+                    pass
+            fix = "mend the row, or set data.chat_template to a template that takes it"
+            raise DataError(
+                Problem(f"the chat template refuses these messages: {error}", chat.where, fix=fix)
+            ) from None
+
+    def _values(self, chat: Chat, prompt: bool) -> dict[str, Any]:
+        """What `apply_chat_template` gives to a template."""
+        return {
+            "messages": with_reasoning(chat.messages),
+            "tools": list(chat.tools) or None,
+            "documents": None,
+            "add_generation_prompt": prompt,
+            **self._tokenizer.special_tokens_map,
+        }
 
     def _apply(self, chat: Chat, prompt: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(
@@ -186,7 +248,7 @@ def _marked(chat: Chat) -> Chat:
     for number, message in enumerate(chat.messages):
         content = message["content"]
         end = len(content.rstrip())
-        marked = content[:end] + chr(_FIRST + number) + content[end:] if end else content
+        marked = content[:end] + chr(CONTENT + number) + content[end:] if end else content
         messages.append({**message, "content": marked})
     return Chat(messages, chat.tools, chat.where)
 

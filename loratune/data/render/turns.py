@@ -7,7 +7,7 @@ last question, a prompt that opens the reasoning), the answer is taken from the 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from loratune.data.formats import Message
@@ -15,10 +15,10 @@ from loratune.data.render.template import Chat, Shown, Template
 from loratune.data.render.tokens import Span
 from loratune.errors import DataError
 
-_OPENED = re.compile(r"<(\w+)>\s*\Z")
+_OPENED = re.compile(r"<(think|thinking|thought|thoughts|reason|reasoning)>\s*\Z")
 _THOUGHT = re.compile(r"\s*<think>(.*)</think>", re.DOTALL)
 _REASONING = re.compile(r"\s*<\w+>\s*(</\w+>\s*)?")
-_BEGUN = re.compile(r"<\w*\Z")
+_BEGUN = re.compile(r"<[|/]?\w*\Z")
 _CLOSING = re.compile(r"</\w+>|<\w+\|>|\[/\w+\]")
 
 
@@ -74,27 +74,35 @@ def _moved(template: Template, chat: Chat, learnt: Sequence[int], whole: Shown) 
     history = template.show(chat.until(last), prompt=True)
     finder = _Finder(template, chat, whole)
     start, unshown = finder.opened(last, history)
-    answer = finder.turn(last, start, closed=bool(_CLOSING.search(unshown)))
+    closed = bool(_CLOSING.search(unshown))
+    if unshown.strip() and not closed and not _OPENED.search(unshown):
+        what = f"the chat template ends the prompt in {unshown.strip()!r}, which it does not write in the answer of"
+        raise chat.problem(what, last)
+    answer = finder.turn(last, start, closed=closed)
     text = _continued(unshown, chat.messages[last], whole.text, answer)
     border = len(history.text)
-    earlier = map(_Finder(template, chat, history).turn, learnt[:-1])
-    spans = [*((turn.start, turn.end) for turn in earlier), (border, border + len(text))]
+    ((marked, _),) = _as_marked(template, chat, [(answer.start, answer.end)])
+    unmarked = marked - answer.start if text.endswith(whole.text[marked : answer.end]) and not unshown.strip() else 0
+    spans: list[Span] = [(border + unmarked, border + len(text))]
+    if learnt[:-1]:
+        earlier = map(_Finder(template, chat, history).turn, learnt[:-1])
+        spans[:0] = _as_marked(template, chat.until(last), [(turn.start, turn.end) for turn in earlier])
     return Turns(history.text + text, border, tuple(spans))
 
 
 def _as_marked(template: Template, chat: Chat, spans: Sequence[Span]) -> tuple[Span, ...]:
-    """The spans as far as the template's own marks go; the end of a turn is learnt in any case."""
+    """The spans as far as the template's own marks go; the end of a turn is learnt in any case.
+
+    Spans that hold nothing of what is marked are left out. Raises DataError: that is so for the last one.
+    """
     ranges = template.generated(chat)
     if ranges is None:
         return tuple(spans)
-    kept = []
-    for start, end in spans:
-        begun = [first for first, after in ranges if first < end and start < after]
-        if begun:
-            kept.append((max(start, begun[0]), end))
-    if not kept or kept[-1][1] != spans[-1][1]:
+    begun = [next((first for first, after in ranges if first < end and start < after), None) for start, end in spans]
+    if not begun or begun[-1] is None:
         raise chat.problem("the chat template's {% generation %} marks leave out", len(chat.messages) - 1)
-    return tuple(kept)
+    pairs = zip(begun, spans, strict=True)
+    return tuple((max(start, first), end) for first, (start, end) in pairs if first is not None)
 
 
 def _check_tools(template: Template, chat: Chat, whole: Shown) -> None:
@@ -137,6 +145,13 @@ def _continued(unshown: str, message: Message, text: str, answer: _Turn) -> str:
     return f"{_reasoning(message)}\n{close}\n\n{shown}"
 
 
+def _forms(content: str) -> Iterator[str]:
+    """How a template may write a content without changing what it says: as it is, or within JSON."""
+    yield content
+    for ascii_alone in (False, True):
+        yield json.dumps(content, ensure_ascii=ascii_alone)[1:-1]
+
+
 def _common(one: str, other: str) -> int:
     """How many characters two texts begin with alike."""
     pairs = zip(one, other, strict=False)
@@ -160,7 +175,7 @@ class _Finder:
         if start is None:
             start, unshown = self.opened(number)
             closed = bool(unshown)
-        start = content if closed and content is not None else start
+        start = self._past_reasoning(number, start, content) if closed and content is not None else start
         end = self._end(number, start)
         calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
         if any(name not in text[start:end] for name in calls):
@@ -176,7 +191,9 @@ class _Finder:
     def opened(self, number: int, asked: Shown | None = None) -> tuple[int, str]:
         """Where a turn begins, and what the prompt for it ends in beyond that. asked: the prompt, if at hand."""
         text, content = self._shown.text, self._content(number)
-        before = self._shown.ends.get(number - 1)
+        before, begun = self._shown.ends.get(number - 1), self._shown.opens.get(number)
+        if content is not None and begun is not None and before is not None and begun < before:
+            return self._after_header(number, content)  # the template does not write turns in their order
         # the usual case: question, end of turn, header; then one rendering of the whole conversation is enough
         if before is not None and asked is None and (usual := self._after_question(number, before)) is not None:
             return usual
@@ -194,7 +211,19 @@ class _Finder:
             return len(asked.text), ""
         if content is None:
             raise self._hidden(number)
-        return content, ""
+        return self._after_header(number, content)
+
+    def _after_header(self, number: int, content: int) -> tuple[int, str]:
+        """`opened`, by the header with which the template prompts for any answer, within the turn of this one."""
+        text, header, begun = self._shown.text, self._template.header, self._shown.opens.get(number)
+        if begun is None or header is None:
+            return content, ""
+        if (place := text.find(header, begun, content)) >= 0:
+            return place + len(header), ""
+        common = len(_BEGUN.sub("", header[: _common(header, text[begun : begun + len(header)])]))
+        if not common and text[begun:content].strip():
+            raise self._hidden(number)
+        return min(begun + common, content), header[common:] if common else ""
 
     def _after_question(self, number: int, before: int) -> tuple[int, str] | None:
         """`opened`, where a user's turn ends at `before` and the usual header follows, but for a tag of reasoning."""
@@ -202,7 +231,7 @@ class _Finder:
         if asked["role"] != "user" or not opening:
             return None
         text, content = self._shown.text, self._content(number)
-        for place in (before, before + len(asked["content"]) - len(asked["content"].rstrip())):
+        for place in (before + len(asked["content"]) - len(asked["content"].rstrip()), before):
             if text.startswith(opening, place):
                 return place + len(opening), ""
             common = len(_BEGUN.sub("", opening[: _common(opening, text[place : place + len(opening)])]))
@@ -226,8 +255,9 @@ class _Finder:
         if end is None:
             return None
         content = self._chat.messages[number]["content"].strip()
-        if self._shown.text.startswith(content, end - len(content)):
-            return end - len(content)
+        for form in _forms(content):
+            if self._shown.text.startswith(form, end - len(form)):
+                return end - len(form)
         written = self._shown.text[max(0, end - len(content)) : end]
         hidden = len(content) - _common(content[::-1], written[::-1])
         closed = [tag.end() for tag in _CLOSING.finditer(content) if tag.end() >= len(content[:hidden].rstrip())]
@@ -239,8 +269,10 @@ class _Finder:
         """Where a turn ends, the token that ends it included."""
         text, message, said = self._shown.text, self._chat.messages[number], self._shown.ends.get(number)
         calls = "tool_calls" in message
+        if (closed := self._template.closed(self._shown, number, start)) is not None:
+            return closed
         if said is not None and not calls:
-            return self._template.end_at(text, said) or said
+            return self._after_content(number, said)
         if not message["content"].strip() and not calls:
             return self._template.end_after(text, start) or start
         following = self._chat.messages[number + 1 : number + 2]
@@ -255,6 +287,26 @@ class _Finder:
         if not text.startswith(alone[:end]):
             raise self._hidden(number)
         return end
+
+    def _past_reasoning(self, number: int, start: int, content: int) -> int:
+        """Where an answer goes on whose reasoning the prompt has closed: behind what is shown of any."""
+        shown = [tag.end() for tag in _CLOSING.finditer(self._shown.text, start, content)]
+        rest = self._shown.text[shown[-1] if shown else start : content]
+        own = self._chat.messages[number]["content"].startswith(rest)  # its own space, if it is any
+        return start if not shown and (rest.strip() or own) else content - len(rest.lstrip())
+
+    def _after_content(self, number: int, said: int) -> int:
+        """Where a turn ends whose content ends at a place, and which no round of the template writes alone."""
+        text, closing = self._shown.text, self._template.closing
+        if closing.strip() and text.startswith(closing, said):
+            return said + len(closing)
+        if (end := self._template.end_at(text, said)) is not None:
+            return end
+        if number == len(self._chat.messages) - 1:
+            return said + len(text[said:].rstrip())
+        if closing.strip():
+            raise self._hidden(number)
+        return said
 
     def _hidden(self, number: int) -> DataError:
         return self._chat.problem("the chat template does not show where the answer begins and ends of", number)

@@ -1,5 +1,8 @@
 """A row and its place, and what all sources of rows have in common."""
 
+import base64
+import datetime
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +22,13 @@ class Row:
 
     where: str
     values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a value that Python cannot hold, such as a date after the year 9999. reason: why."""
+
+    reason: str
 
 
 Item = Row | Problem
@@ -62,6 +72,28 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             f"the name `{next(name for name in names if names.count(name) > 1)}` stands twice in an object"
         )
     return values
+
+
+def as_json(values: dict[str, Any]) -> str:
+    """A row as a line of JSON. What JSON has no type for is text: dates as ISO 8601 has them, bytes as UTF-8 or base64;
+    a value that cannot be read is null. A lone surrogate is escaped."""
+    line = json.dumps(values, ensure_ascii=False, default=_as_text)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(values, default=_as_text)
+    return line
+
+
+def _as_text(value: Any) -> str | None:
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return base64.b64encode(value).decode()
+    return None if isinstance(value, Unreadable) else str(value)
 
 
 def mapping(values: Any, where: str) -> Item:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loratune.data.sources.rows import BLOCK, Advance, Item, Row, batch_rows
+from loratune.data.sources.rows import BLOCK, Advance, Item, Row, Unreadable, batch_rows
 from loratune.errors import DataError, Problem
 
 # `pre_buffer` holds whole row groups, which are often the whole file.
@@ -45,21 +45,27 @@ def _rows(file: Any, path: Path, advance: Advance) -> Iterator[Item]:
     size, total, number = path.stat().st_size, file.metadata.num_rows, 0
     rows = min((batch_rows(group.total_byte_size, group.num_rows) for group in groups if group.num_rows), default=1)
     for batch in file.iter_batches(batch_size=rows, use_threads=False):
-        for item in _values(batch):
+        for values in _values(batch):
             number += 1
-            where = f"{path}:row {number}"
-            yield Row(where, item) if isinstance(item, dict) else Problem(item, where)
+            yield Row(f"{path}:row {number}", values)
         advance(size * number // total - size * (number - batch.num_rows) // total)
 
 
-def _values(batch: Any) -> list[dict[str, Any] | str]:
-    """The rows of a batch; for one that holds a value Python has no type for, what is wrong with it."""
+def _values(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch. A value that Python has no type for is `Unreadable`: its field may not be read at all."""
     try:
         return list(batch.to_pylist())
-    except (ValueError, pa.ArrowException) as error:
+    except (ValueError, OverflowError, pa.ArrowException):
         if batch.num_rows > 1:
-            return [value for number in range(batch.num_rows) for value in _values(batch.slice(number, 1))]
-        return [f"cannot be read: {_first_line(error)}"]
+            return [values for number in range(batch.num_rows) for values in _values(batch.slice(number, 1))]
+        return [{name: _value(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}]
+
+
+def _value(column: Any) -> Any:
+    try:
+        return column[0].as_py()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        return Unreadable(_first_line(error))
 
 
 def _damaged(error: Exception, path: Path) -> DataError:

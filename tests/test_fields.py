@@ -1,0 +1,109 @@
+"""Values that are no text: dates, decimals, bytes, lone surrogates, in fields that are read or not."""
+
+import datetime
+import decimal
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import Ran
+from running import MakeConfig
+
+from loratune import data
+from loratune.config import DataSection
+from loratune.errors import DataError
+
+NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
+FAR = pa.array([0, 2**60], pa.timestamp("ms"))  # Python has no such year
+BYTES = [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")]
+COLUMNS = {
+    "timestamp": pa.array([NOW, NOW]),
+    "date": pa.array([NOW.date()] * 2),
+    "time": pa.array([NOW.time()] * 2),
+    "duration": pa.array([datetime.timedelta(days=1)] * 2),
+    "decimal": pa.array([decimal.Decimal("1.20")] * 2),
+    "bytes": pa.array([b"a", b"\xff"]),
+    "far": FAR,
+    "not UTF-8": pa.Array.from_buffers(pa.string(), 2, BYTES),
+    "nested": pa.array([{"at": [NOW], "raw": b"x"}] * 2),
+}
+JSON = {
+    "a lone surrogate": r'"\ud800"',
+    "a key with one": r'{"\ud800": 1}',
+    "NaN": "[NaN, Infinity, -Infinity]",
+    "deep": "[" * 900 + "]" * 900,
+}
+
+
+def count(path: Path) -> int:
+    """How many rows are accepted. Raises DataError."""
+    part = data.check(DataSection.model_validate({"train": str(path)}), 0).train
+    assert part.remarks() and part.digest
+    return len(list(part.examples()))
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_of_tables(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b"], "completion": ["c", "d"], "x": COLUMNS[name]}), path)
+    assert count(path) == 2
+    pq.write_table(pa.table({"prompt": ["a", "b"], "completion": COLUMNS[name]}), path)
+    with pytest.raises(DataError) as caught:
+        count(path)
+    assert f"{path}:row 2: `completion` must be text, got " in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+@pytest.mark.parametrize("name", JSON)
+def test_fields_of_json(name: str, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{ending}"
+    where = f"{path}:2" if ending == "jsonl" else f"{path}:row 2"
+
+    def write(second: str) -> None:
+        lines = ['{"prompt": "a", "completion": "b"}', second]
+        path.write_text("\n".join(lines) if ending == "jsonl" else f"[{', '.join(lines)}]")
+
+    write(f'{{"prompt": "a", "completion": "b", "x": {JSON[name]}}}')
+    assert count(path) == 2
+    write(f'{{"prompt": "a", "completion": {JSON[name]}}}')
+    with pytest.raises(DataError) as caught:
+        count(path)
+    assert str(caught.value).startswith(f"{where}: `completion` ")
+
+
+@pytest.mark.parametrize("tools", ['[{"name": "f", "parameters": %s}]', r'[{"name": "\ud800"}]'])
+def test_tools_that_cannot_be_rendered(tools: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    said = '{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}'
+    deep = "[" * 900 + "]" * 900
+    path.write_text(f'{{"messages": [{said}], "tools": {tools.replace("%s", deep)}}}')
+    with pytest.raises(DataError, match=r"^\S+rows\.jsonl:1: .*(nested too deeply|valid JSON|lone surrogate)"):
+        count(path)
+
+
+def test_rows_with_such_fields_are_trained_on_and_answered(
+    run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    """The rows' cache and the answers' file hold what can be held of them."""
+    path = tmp_path / "odd.parquet"
+    columns: dict[str, Any] = {"prompt": ["a", "b"], "completion": ["c", "d"], **COLUMNS}
+    pq.write_table(pa.table(columns), path)
+    done = cli("train", run_config(data={"train": str(path)}, training={"max_steps": 1}))
+    assert done.code == 0, done.err
+    answers = tmp_path / "answers.jsonl"
+    asked = ("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "--output", answers, "--input")
+    done = cli(*asked, path)
+    assert done.code == 0, done.err
+    first, second = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
+    assert (first["timestamp"], first["date"], first["decimal"]) == ("2026-01-02T03:04:05", "2026-01-02", "1.20")
+    assert (second["bytes"], second["far"], second["nested"]) == ("/w==", None, {"at": [NOW.isoformat()], "raw": "x"})
+    surrogate = tmp_path / "surrogate.jsonl"
+    surrogate.write_text(r'{"prompt": "a", "x": "\ud800"}')
+    answers.unlink()
+    done = cli(*asked, surrogate)
+    assert done.code == 0, done.err
+    assert json.loads(answers.read_text())["x"] == "\ud800"

@@ -1,0 +1,202 @@
+"""Chat templates and tokenizers that run for ever, take all memory, give up, or know more tokens than the model."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import Ran, process, write_rows
+from running import MakeConfig
+from test_render import changed
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from loratune.boundary import boundary
+from loratune.data.formats import Conversation, Plain
+from loratune.data.render import Renderer
+from loratune.errors import DataError, ModelError
+from loratune.limits import BeyondLimit, limited, powers
+
+LOOP = "{% for m in messages %}"
+CHAT = Conversation("rows:3", ({"role": "user", "content": "aaaa"}, {"role": "assistant", "content": "b"}))
+
+# Each of these leaves a thread behind that works until the process ends, so they have a process of their own.
+FOREVER = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from loratune import limits
+limits.SECONDS = 2
+from test_limits import CHAT, LOOP, splitting
+from test_render import changed
+from fuzz import byte_level
+from loratune.data.formats import Plain
+from loratune.data.render import Renderer
+tokenizer = byte_level()
+FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
+FOREVER += "{% endfor %}"
+def told(work):
+    try:
+        work()
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+always = changed(tokenizer, chat_template=LOOP + "{{ m.content }}{% endfor %}" + FOREVER)
+told(lambda: Renderer(always))
+once = LOOP + "{% if m.content == 'aaaa' %}" + FOREVER + "{% endif %}{{ m.content }}{% endfor %}"
+told(lambda: Renderer(changed(tokenizer, chat_template=once)).row(CHAT))
+told(lambda: Renderer(changed(tokenizer, chat_template=once)).prompt(CHAT.messages[:1], "asked:1"))
+slow = splitting(tokenizer, r"\\w+?(?<=b)")
+told(lambda: Renderer(slow).rows([Plain("rows:1", "a", "b"), Plain("rows:2", "a" * 900_000, "b")]))
+"""
+
+
+def splitting(tokenizer: PreTrainedTokenizerFast, pattern: str) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer, which splits at a pattern first."""
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), inner.pre_tokenizer]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
+
+
+def test_what_runs_for_ever() -> None:
+    """Row 87: named with the row, whether a template or a regular expression."""
+    places = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "scripts")]
+    done = subprocess.run([sys.executable, "-c", FOREVER, *places], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    always, once, asked, slow = done.stdout.splitlines()
+    longer = "the chat template takes longer than 2 s; set data.chat_template to another Jinja file"
+    assert always == f"ModelError data.chat_template: {longer}"
+    assert once == f"ModelError rows:3: data.chat_template: {longer}"
+    assert asked == f"ModelError asked:1: data.chat_template: {longer}"
+    assert slow.startswith("ModelError rows:2: the tokenizer takes longer than ")
+
+
+def test_a_template_that_takes_all_memory(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Rows 63 and 87: the template is named, and no batch size; for any messages, or for those of one row."""
+    grown = "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}"
+    with pytest.raises(ModelError, match=r"^data.chat_template: the chat template needs more than 2.0 GiB of memory"):
+        Renderer(changed(tokenizer, chat_template=f"{LOOP}{{{{ m.content }}}}{{% endfor %}}{grown}"))
+    once = f"{LOOP}{{% if m.content == 'aaaa' %}}{grown}{{% endif %}}{{{{ m.content }}}}{{% endfor %}}"
+    with pytest.raises(ModelError, match=r"^rows:3: data.chat_template: the chat template needs more than 2.0 GiB"):
+        Renderer(changed(tokenizer, chat_template=once)).row(CHAT)
+
+
+def test_a_template_of_powers(tokenizer: PreTrainedTokenizerFast) -> None:
+    """jinja2 computes them when it compiles, and nothing else has a turn meanwhile."""
+    for template in ("{{ 10 ** 10 ** 10 }}", "{% if 9**m %}{% endif %}"):
+        with pytest.raises(ModelError, match="raises numbers to a power"):
+            Renderer(changed(tokenizer, chat_template=template))
+    assert not powers("**bold** {{ '**' }} {# 2 ** 2 #} {% for m in messages %}**{% endfor %}")
+
+
+def test_a_tokenizer_that_gives_up_on_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Its error is no Exception; the row is named."""
+    renderer = Renderer(splitting(tokenizer, "(a+)+$"))
+    rows = [Plain("rows:1", "a", "b"), Plain("rows:2", "c", "a" * 40 + "b")]
+    with pytest.raises(DataError, match=r"^rows:2: the tokenizer fails: .*retry-limit-in-match over; take the row out"):
+        renderer.rows(rows)
+    with pytest.raises(DataError, match=r"^asked:1: the tokenizer fails: "):
+        renderer.prompt("a" * 40 + "b", "asked:1")
+    assert len(renderer.rows(rows[:1])) == 1
+
+
+def test_what_the_work_raises_is_raised() -> None:
+    def work() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        limited(work)
+    assert limited(lambda: 3) == 3
+    with pytest.raises(BeyondLimit, match=r"needs more than 1\.0 GiB of memory"):
+        limited(lambda: bytearray(2 << 30), memory=1 << 30)
+    assert len(limited(lambda: bytearray(2 << 30))) == 2 << 30
+
+
+def test_a_template_without_end_in_train(run_config: MakeConfig, tmp_path: Path) -> None:
+    """As the user sees it: exit code 3, one line."""
+    template = tmp_path / "endless.jinja"
+    nested = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
+    template.write_text(f"{LOOP}{{{{ m.content }}}}{{% if m.role == 'assistant' %}}{nested}{{% endif %}}{{% endfor %}}")
+    rows = write_rows(tmp_path / "chat.jsonl", [{"messages": list(CHAT.messages)}])
+    done = process("train", run_config(data={"train": str(rows), "chat_template": str(template)}))
+    assert done.code == 3, done.err
+    assert done.err.splitlines()[-1].startswith("error: data.chat_template: the chat template takes longer than 20 s")
+    assert "Traceback" not in done.err
+
+
+@pytest.fixture
+def larger(tiny_dir: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """A model directory whose tokenizer has more tokens than the model: `larger(special)` → its path."""
+
+    def make(**special: str) -> Path:
+        path = tmp_path / "larger"
+        shutil.copytree(tiny_dir, path)
+        more = changed(tokenizer, chat_template=tokenizer.chat_template)
+        more.add_tokens([f"<more{number}>" for number in range(6)])
+        if special:
+            more.add_special_tokens(special)
+        more.save_pretrained(path)
+        return path
+
+    return make
+
+
+def test_a_row_with_a_token_beyond_the_embedding(
+    larger: Callable[..., Path], run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    """Row 85: row and token are named, in train, generate and evaluate."""
+    path = larger()
+    config = run_config(model={"name_or_path": str(path)}, training={"max_steps": 1})
+    assert cli("train", config).code == 0  # the rows have none of those tokens
+    prompts = ("a", "a <more5>")
+    rows = write_rows(tmp_path / "beyond.jsonl", [{"prompt": prompt, "completion": "b"} for prompt in prompts])
+    told = (
+        "the token '<more5>' has the id 266, but the model has 264 embeddings, from 0 on; the tokenizer has 267 tokens"
+    )
+    other = run_config(
+        "b.yaml", model={"name_or_path": str(path)}, data={"train": str(rows)}, output_dir=str(path / "b")
+    )
+    done = cli("train", other)
+    assert (done.code, f"error: {rows}:2: {told}" in done.err) == (3, True), done.err
+    done = cli("generate", "--adapter", tmp_path / "out", "a <more5>")
+    assert (done.code, told in done.err) == (3, True), done.err
+    done = cli("evaluate", "--adapter", tmp_path / "out", "--data", rows)
+    assert (done.code, f"error: {rows}:2: {told}" in done.err) == (3, True), done.err
+
+
+@pytest.mark.parametrize("name", ["eos_token", "pad_token"])
+def test_a_special_token_beyond_the_embedding(
+    name: str, larger: Callable[..., Path], run_config: MakeConfig, cli: Callable[..., Ran]
+) -> None:
+    path = larger(**{name: "<more5>"})
+    done = cli("train", run_config(model={"name_or_path": str(path)}))
+    assert done.code == 3 and "the token '<more5>' has the id 266, but the model has 264 embeddings" in done.err, (
+        done.err
+    )
+
+
+def test_a_tokenizer_that_gives_up_on_any_text(
+    tiny_dir: Path, run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    """Its error is no Exception, and the fault is the tokenizer's: exit code 3."""
+    path = tmp_path / "broken"
+    shutil.copytree(tiny_dir, path)
+    known = json.loads((path / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": r"(.|\s|\S)+[^\s\S]"}, "behavior": "Isolated", "invert": False}
+    known["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, known["pre_tokenizer"]]}
+    (path / "tokenizer.json").write_text(json.dumps(known))
+    done = cli("train", run_config(model={"name_or_path": str(path)}))
+    assert done.code == 3 and "Traceback" not in done.err
+    assert f"error: {path}: the tokenizer fails: Onig" in done.err
+
+
+def test_a_panic_anywhere_is_one_line(tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing else catches it, the program's boundary does."""
+    with pytest.raises(typer.Exit) as caught, boundary(False):
+        splitting(tokenizer, "(a+)+$").backend_tokenizer.encode("a" * 40 + "b")
+    assert caught.value.exit_code == 1
+    assert "error: unexpected PanicException: Onig: " in capsys.readouterr().err

@@ -1,0 +1,289 @@
+"""Chat templates put together from random pieces, each of which knows what it writes.
+
+What must be learnt follows from the pieces alone: what the template writes from after the header that prompts for an
+answer to the end of the turn, and the end of sequence where the turn does not end in a token that ends it.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+
+import pytest
+from test_render import changed, learnt, turn
+from transformers import PreTrainedTokenizerFast
+
+from loratune.data.formats import Conversation, Message
+from loratune.data.render import Renderer
+from loratune.errors import DataError
+
+EOS, END = "<|endoftext|>", "<|end|>"
+SPECIAL = (EOS, END, "<|system|>", "<|user|>", "<|assistant|>")
+HEADERS = ("<|assistant|>", "<|assistant|>\n", "### Assistant:\n", "<assistant>", "[A] ", "<|system|>assistant\n")
+USERS = (("<|user|>", "\n"), ("### User:\n", "\n\n"), ("<user>", "</user>"), ("[INST] ", " [/INST]"), ("<|user|>", END))
+BEFORE = ("", "", "", "<answer>", '"', "Answer: ", "<a>\n")
+CLOSINGS = (
+    "", "\n", "</answer>", f"</answer>{EOS}", f"</answer>\n{EOS}\n", END, f"{END}\n", EOS, f" {EOS}", f"{END}{EOS}",
+    f"{END}\n{EOS}", f"</assistant>{END}\n", '"', "***\n", f"{EOS}</answer>\n", f"{END}</answer>\n", "<|user|>", "\n\n",
+)  # fmt: skip
+FOOTERS = ("", "", "", "\n", EOS, "</conversation>", "<|system|>", "### ")
+STYLES = ("text", "text", "joined", "variable", "macro", "tight", "reversed", "numbered")
+CONTENTS = (
+    "four", "Paris.\n\nYes!", 'He said "no"\tand left', "„Straße“ 🙂", "  indented\n", "x", "assistant",
+    "a < b && c > d", "</answer>", "back\\slash", "### User:\n",
+)  # fmt: skip
+
+
+def literal(text: str) -> str:
+    """A string of Jinja."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A template: what it writes before and after contents, and how its source is written.
+
+    asks: what it does where an answer is to follow: `flag` (writes the header), `never`, `always` (after any message),
+    `think` and `thought` (the header, and reasoning that is open or closed). last_closing: of the last message.
+    """
+
+    bos: str
+    user: tuple[str, str]
+    header: str
+    before: str
+    filter: str
+    closing: str
+    last_closing: str
+    footer: str
+    asks: str
+    system: str
+    style: str
+    marks: bool
+
+    @classmethod
+    def drawn(cls, draw: random.Random) -> "Pieces":
+        closing, style = draw.choice(CLOSINGS), draw.choice(STYLES)
+        varied = style != "reversed" and draw.random() < 0.15
+        return cls(
+            bos=draw.choice(("", "", "Dialogue:\n", "<|system|>")),
+            user=draw.choice(USERS),
+            header=draw.choice(HEADERS),
+            before=draw.choice(BEFORE),
+            filter=draw.choice(("", "", "", "|trim", "|tojson")),
+            closing=closing,
+            last_closing=draw.choice(CLOSINGS) if varied else closing,
+            footer=draw.choice(FOOTERS),
+            asks=draw.choice(("flag", "flag", "flag", "never", "always", "think", "thought")),
+            system=draw.choice(("turn", "apart", "merged", "default")),
+            style=style,
+            marks=style != "macro" and draw.random() < 0.15,
+        )
+
+    @property
+    def prompting(self) -> str:
+        """What is written where an answer is to follow."""
+        more = {"think": "<think>\n", "thought": "<think>\n\n</think>\n\n", "never": None}.get(self.asks, "")
+        return "" if more is None else self.header + more
+
+    def source(self) -> str:
+        """The template in Jinja."""
+        content = f"message.content{self.filter}"
+        ends = f"({literal(self.last_closing)} if loop.last else {literal(self.closing)})"
+        before, after = literal(self.header + self.before), ends
+        answer = {
+            "joined": f"{{{{ {before} + ({content}) + {after} }}}}",
+            "variable": f"{{% set told = ({content}) + {after} %}}{{{{ {before} }}}}{{{{ told }}}}",
+            "macro": f"{{{{ answer({content}, {after}) }}}}",
+        }.get(self.style, f"{{{{ {before} }}}}{{{{ {content} }}}}{{{{ {after} }}}}")
+        if self.marks:
+            answer = f"{{{{ {literal(self.header)} }}}}{{% generation %}}{{{{ {literal(self.before)} }}}}"
+            answer += f"{{{{ {content} }}}}{{{{ {after} }}}}{{% endgeneration %}}"
+        user = f"{{{{ {literal(self.user[0])} }}}}{{{{ message.content }}}}{{{{ {literal(self.user[1])} }}}}"
+        system = "{{ '[S]' }}{{ message.content }}{{ '[/S]\\n' }}"
+        head, loop = f"{{{{ {literal(self.bos)} }}}}", "messages"
+        if self.system == "apart":
+            head += "{% if messages[0].role == 'system' %}{{ '[S]' + messages[0].content + '[/S]\\n' }}"
+            head += "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}"
+            loop = "rest"
+        elif self.system == "merged":
+            head += "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\\n\\n' %}"
+            head += "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+            loop = "rest"
+            first = "{% if loop.first %}{{ first }}{% endif %}"
+            user = user.replace("{{ message.content }}", first + "{{ message.content }}")
+        elif self.system == "default":
+            head += "{% if messages[0].role != 'system' %}{{ '[S]Be good.[/S]\\n' }}{% endif %}"
+        turns = f"{{% if message.role == 'user' %}}{user}{{% elif message.role == 'system' %}}{system}"
+        turns += f"{{% else %}}{answer}{{% endif %}}"
+        if self.style == "macro":
+            head = f"{{% macro answer(said, end) %}}{{{{ {before} + said + end }}}}{{% endmacro %}}{head}"
+        if self.style == "reversed":
+            loop += "|reverse"
+        if self.style == "numbered":
+            head = f"{{{{ messages|length }}}}\n{head}"
+        body = f"{{% for message in {loop} %}}{turns}{{% endfor %}}"
+        if self.style == "tight":
+            body = body.replace("{% ", "{%- ").replace(" %}", " -%}\n   ")
+        asked = f"{{{{ {literal(self.prompting)} }}}}"
+        footer = f"{{{{ {literal(self.footer)} }}}}"
+        if self.asks == "always":
+            return head + body + asked
+        if self.asks == "never":
+            return head + body + footer
+        return f"{head}{body}{{% if add_generation_prompt %}}{asked}{{% else %}}{footer}{{% endif %}}"
+
+    def written(self, content: str) -> str:
+        """An answer's content as the template writes it."""
+        return {"|trim": content.strip(), "|tojson": json.dumps(content, ensure_ascii=False)}.get(self.filter, content)
+
+    def answer(self, content: str, last: bool) -> str:
+        """What is learnt of an answer: to the end of its turn, of which space and what follows EOS are no part."""
+        told, closing = self.written(content), self.last_closing if last else self.closing
+        over = closing.find(EOS)
+        return self.before + (told + closing[: over + len(EOS)] if over >= 0 else (told + closing).rstrip())
+
+
+def ended(text: str) -> str:
+    """The last answer with the end of sequence, unless it ends in a token that ends it."""
+    return text if text.endswith(SPECIAL) else text + EOS
+
+
+def chat(draw: random.Random) -> list[Message]:
+    messages = [turn("system", "Be brief.")] if draw.random() < 0.3 else []
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        messages += [turn("user", draw.choice(CONTENTS)), turn("assistant", draw.choice(CONTENTS))]
+    return messages
+
+
+def expected(pieces: Pieces, messages: list[Message]) -> list[str]:
+    """The learnt texts."""
+    found = []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            last = number == len(messages) - 1
+            text = pieces.answer(message["content"], last)
+            text = ended(text) if last else text
+            if pieces.asks == "never" and not pieces.marks:
+                text = pieces.header.removeprefix(pieces.footer) + text
+            if pieces.asks == "think" and last:
+                text = f"\n</think>\n\n{text}"
+            found.append(text)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_are_learnt_as_the_template_writes_them(seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    draw, refused, rows = random.Random(seed), 0, 0
+    for _ in range(80):
+        pieces = Pieces.drawn(draw)
+        renderer = Renderer(changed(tokenizer, chat_template=pieces.source()))
+        for _ in range(3):
+            messages = chat(draw)
+            rows += 1
+            try:
+                row = renderer.row(Conversation("rows:1", tuple(messages)))
+            except DataError as error:
+                assert str(error).startswith("rows:1: ") and "the chat template" in str(error)
+                refused += 1
+                continue
+            note = (pieces, messages, pieces.source(), tokenizer.decode(row.ids))
+            assert learnt(tokenizer, row) == expected(pieces, messages), note
+            prompt = renderer.prompt(messages[:-1])
+            assert row.answer == len(prompt) and row.ids[: len(prompt)] == prompt, note
+            assert row.labels[-1] == row.ids[-1] and row.ids[-1] in renderer.end_ids, note
+    assert refused < rows / 10
+
+
+FOR, ASK = "{% for m in messages %}", "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+USER = "{% if m.role == 'user' %}<|user|>{{ m.content }}\n{% else %}<|assistant|>"
+TWO = (turn("user", "q1"), turn("assistant", "one"), turn("user", "q2"), turn("assistant", 'say "x"\nnow'))
+AS_JSON = '"say \\"x\\"\\nnow"'
+
+
+@pytest.mark.parametrize(
+    ("template", "expected", "ends"),
+    [
+        (
+            f"{FOR}{USER}<answer>{{{{ m.content }}}}</answer>{EOS}\n{{% endif %}}{{% endfor %}}{ASK}",
+            [f"<answer>one</answer>{EOS}", f'<answer>say "x"\nnow</answer>{EOS}'],
+            [EOS],
+        ),
+        (
+            f"{FOR}{USER}<answer>{{{{ m.content }}}}</answer>\n{{% endif %}}{{% endfor %}}{ASK}",
+            ["<answer>one</answer>", f'<answer>say "x"\nnow</answer>{EOS}'],
+            [EOS],
+        ),
+        (
+            f"{FOR}{USER}{{{{ m.content|tojson }}}}{END}\n{{% endif %}}{{% endfor %}}{ASK}",
+            [f'"one"{END}', f"{AS_JSON}{END}"],
+            [EOS, END],
+        ),
+        (
+            f"{FOR}{USER}{{{{ m.content }}}}{END}{EOS}\n{{% endif %}}{{% endfor %}}{ASK}",
+            [f"one{END}{EOS}", f'say "x"\nnow{END}{EOS}'],
+            [EOS],
+        ),
+        (
+            f"{FOR}{USER}{{{{ m.content }}}}{{% if loop.last %}}{EOS}{{% else %}}{END}{{% endif %}}\n{{% endif %}}"
+            f"{{% endfor %}}{ASK}",
+            [f"one{END}", f'say "x"\nnow{EOS}'],
+            [EOS, END],
+        ),
+        (
+            "{% for i in range(0, messages|length, 2) %}<|user|>{{ messages[i].content }}\n"
+            "{% if i + 1 < messages|length %}"
+            f"<|assistant|>{{{{ messages[i + 1].content }}}}</a>{END}\n{{% endif %}}{{% endfor %}}{ASK}",
+            [f"one</a>{END}", f'say "x"\nnow</a>{END}'],
+            [EOS, END],
+        ),
+        (
+            f"{{% for m in messages|reverse %}}{USER}<answer>{{{{ m.content }}}}</answer>{END}{{% endif %}}"
+            f"{{% endfor %}}{ASK}",
+            [f"<answer>one</answer>{END}", f'<answer>say "x"\nnow</answer>{END}'],
+            [EOS, END],
+        ),
+        (
+            f"{{% macro say(m) %}}{USER}{{{{ m.content }}}}</a>{END}\n{{% endif %}}{{% endmacro %}}"
+            f"{FOR}{{{{ say(m) }}}}{{% endfor %}}"
+            "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}",
+            [f"one</a>{END}", f'say "x"\nnow</a>{END}'],
+            [EOS, END],
+        ),
+    ],
+    ids=["text and EOS", "text", "JSON", "a token and EOS", "the last one otherwise", "pairs", "reversed", "a macro"],
+)
+def test_what_closes_an_answer(
+    template: str, expected: list[str], ends: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    renderer = Renderer(changed(tokenizer, chat_template=template))
+    row = renderer.row(Conversation("", TWO))
+    assert learnt(tokenizer, row) == expected
+    assert [tokenizer.decode([number]) for number in renderer.end_ids] == ends
+    prompt = renderer.prompt(TWO[:3])
+    assert row.prompt == prompt == row.ids[: len(prompt)]
+    completion = row.ids[len(prompt) :]
+    assert not set(completion[:-1]) & set(renderer.end_ids)  # `generate` does not stop before what was learnt
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            f"{{% for m in messages|reverse %}}{USER}{{{{ m.content }}}}{END}{{% endif %}}{{% endfor %}}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}",
+            "does not show where the answer begins and ends of message 2",
+        ),
+        (
+            f"{{{{ messages|length }}}}{FOR}{USER}{{{{ m.content }}}}{END}{{% endif %}}{{% endfor %}}"
+            "{% if add_generation_prompt %}<|assistant|><assistant>{% endif %}",
+            "ends the prompt in '<assistant>', which it does not write in the answer of message 2",
+        ),
+        (f"{FOR}{USER}{{{{ m.content|upper }}}}{END}{{% endif %}}{{% endfor %}}{ASK}", "does not show where"),
+        (f"{FOR}{USER}{{{{ m.content[:2] }}}}{END}{{% endif %}}{{% endfor %}}{ASK}", "does not show where"),
+    ],
+    ids=["another header", "a tag that is no reasoning", "other letters", "a part"],
+)
+def test_answers_that_are_refused(template: str, reason: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(changed(tokenizer, chat_template=template))
+    with pytest.raises(DataError) as caught:
+        renderer.row(Conversation("rows:7", (turn("user", "q"), turn("assistant", "words"))))
+    assert str(caught.value).startswith("rows:7: ") and reason in str(caught.value)
