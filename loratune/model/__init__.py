@@ -30,7 +30,7 @@ from loratune.model.originals import original_weights as original_weights
 from loratune.model.quantized import check_trainable, keep_backward, settings
 from loratune.model.weights import check_complete
 from loratune.model.weights import check_finite as check_finite
-from loratune.places import gguf, quantized
+from loratune.places import code, gguf, quantized
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -160,8 +160,11 @@ def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedMo
     section = section or ModelSection(name_or_path=config.name_or_path or config.model_type)
     try:
         with torch.device("meta"):
+            named = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
+            known = type(config) in AutoModelForCausalLM._model_mapping  # its class is there, from an earlier call
+            pinned = {"code_revision": section.revision} if section.trust_remote_code and named and not known else {}
             return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=section.trust_remote_code, dtype=compute_dtype(section)
+                config, trust_remote_code=section.trust_remote_code, dtype=compute_dtype(section), **pinned
             )
     except Exception as error:  # values that the configuration accepts may fail wherever a layer first uses them
         raise unreadable("model", section, error) from None
@@ -246,6 +249,12 @@ def _quietly(found: _Found) -> Iterator[None]:
 
 
 def _origin(section: ModelSection) -> dict[str, Any]:
+    """What goes to every `from_pretrained`, once no file names code of another repository. Raises ModelError."""
+    name, trusted = places.local_or_hub(section.name_or_path), section.trust_remote_code
+    if Path(name).is_dir():
+        code.check_directory(Path(name), trusted=trusted)
+    else:
+        code.check_files(hub.naming_code(name, section.revision, trusted=trusted), name, trusted=trusted)
     return section.model_dump(include={"revision", "trust_remote_code"})
 
 

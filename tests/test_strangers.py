@@ -1,0 +1,390 @@
+"""Strangers: other programs on the network, other repositories, files and text that somebody else wrote."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from nursery import Child, Nursery
+from running import Cli, MakeConfig, checkpoints, until
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from loratune.errors import LostError
+from loratune.store import SignedStore, secret
+
+# Several processes
+
+
+class Dictionary:
+    """A store of one process, and what a stranger makes of it."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: Any) -> None:
+        self.values[key] = bytes(value)
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def compare_set(self, key: str, expected: str, desired: Any) -> bytes:
+        return self.values.setdefault(key, bytes(desired))
+
+    def delete_key(self, key: str) -> bool:
+        return self.values.pop(key, None) is not None
+
+
+VALUES: list[Any] = [None, True, 0, 1.5e300, "", "ä\ud800\x1b", [], {"a": [1, {"b": None}]}, "x" * (9 << 20)]
+
+
+def test_a_store_gives_back_what_was_put() -> None:
+    raw = Dictionary()
+    store = SignedStore(raw, b"secret")
+    for number, value in enumerate(VALUES):
+        store.put(f"{number}", value)
+    assert [store.get(f"{number}") for number in range(len(VALUES))] == VALUES
+    assert (store.first("one", 1), store.first("one", 2), store.get("one")) == (1, 1, 1)
+    store.forget(["one", *(f"{number}" for number in range(len(VALUES)))])
+    assert raw.values == {}
+
+
+class Bomb:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+FORGERIES: dict[str, Callable[[Dictionary, Path], Any]] = {
+    "nothing": lambda raw, mark: raw.set("mine", b""),
+    "plain": lambda raw, mark: raw.set("mine", b'"hello"'),
+    "a pickle": lambda raw, mark: raw.set("mine", pickle.dumps(Bomb(mark))),
+    "a tag and a pickle": lambda raw, mark: raw.set("mine", raw.get("mine")[:32] + pickle.dumps(Bomb(mark))),
+    "another key": lambda raw, mark: raw.set("mine", raw.get("other")),
+    "a bit": lambda raw, mark: raw.set("mine", raw.get("mine")[:-1] + b"!"),
+    "another run": lambda raw, mark: SignedStore(raw, b"other secret").put("mine", 1),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_store_refuses_what_a_stranger_wrote(name: str, tmp_path: Path) -> None:
+    raw = Dictionary()
+    store = SignedStore(raw, b"secret")
+    store.put("mine", "a")
+    store.put("other", "b")
+    FORGERIES[name](raw, tmp_path / "mark")
+    for read in (store.get, lambda key: store.first(key, 1)):
+        with pytest.raises(LostError, match="the value `mine` in the store of this run was not written by one of"):
+            read("mine")
+    assert not (tmp_path / "mark").exists()
+    store.put("long", "x" * (9 << 20))
+    raw.set("long/1", b"y" * 10)
+    with pytest.raises(LostError, match="the value `long/1`"):
+        store.get("long")
+
+
+def test_a_secret_is_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written with mode 0600 whatever the umask, and not believed where others could have written or read it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = os.umask(0)
+    try:
+        path = secret.write("name", one_machine=False)
+    finally:
+        os.umask(before)
+    assert path is not None and stat.S_IMODE(path.stat().st_mode) == 0o600
+    known = secret.read("name", one_machine=False)
+    assert known is not None and len(known) == 64
+    assert secret.read("other", one_machine=False) is None
+    path.chmod(0o640)
+    assert secret.read("name", one_machine=False) is None
+    path.chmod(0o600)
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    assert secret.read("name", one_machine=False) is None
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    assert secret.read("name", one_machine=False) is None
+    assert secret.derived(known, [b"a", b"b"]) != secret.derived(known, [b"a", b"c"])
+
+
+@pytest.mark.parametrize("text", ["", "short", "a" * 40, "abababababababababababab"])
+def test_a_secret_that_can_be_guessed_ends_the_run(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORATUNE_SECRET", text)
+    with pytest.raises(LostError, match="so it can be guessed"):
+        secret.given()
+
+
+def listening(pid: int) -> list[tuple[str, int]]:
+    """Address (in hexadecimal, as the kernel tells it) and port of each socket on which a process listens."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(link)))
+        except OSError:
+            continue
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                found.append((address, int(port, 16)))
+    return found
+
+
+def answers(port: int) -> bool:
+    """Whether a store of torch's listens at this port: gloo's sockets say nothing to a stranger."""
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as probe:
+        probe.sendall(struct.pack("<BIBI", 0, 0x3C85F7CE, 13, 1234))  # its greeting, and a ping
+        try:
+            return probe.recv(4) == struct.pack("<I", 1234)
+        except OSError:
+            return False
+
+
+def stores(child: Child) -> dict[int, TCPStore]:
+    """Port → a stranger's connection to each store of torch's kind that a process keeps."""
+    limit = timedelta(seconds=5)
+    return {
+        port: TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=limit)
+        for port in {port for address, port in listening(child.pid) if address.strip("0") in ("", "100007F")}
+        if answers(port)
+    }
+
+
+SHARED: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 2000, "save_steps": 5}}
+
+
+def begun(processes: Nursery, config: Path, partial: Path) -> list[Child]:
+    children = processes.launch(2, "train", config)
+    until(lambda: checkpoints(partial), children[0])
+    return children
+
+
+def test_no_other_machine_reaches_the_store_of_one(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """It listens on the loopback; what else listens is torch's own store, and gloo."""
+    children = begun(processes, run_config(**SHARED), tmp_path / "out.partial")
+    answering = stores(children[0])
+    ours = [address for address, port in listening(children[0].pid) if port in answering]
+    assert ours.count("0100007F") == 1, ours
+    assert not list(Path("/dev/shm").glob(".loratune-*")) and not list(Path("/tmp").glob(".loratune-*.secret"))
+    for child in children:
+        child.send(15)
+    assert [child.wait(60) for child in children] == [143, 143]
+
+
+@pytest.mark.parametrize("what", ["a pickle", "garbage", "huge", "deleted", "noise"])
+def test_a_stranger_at_the_store(what: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Row 68: nothing of theirs runs; the run goes on, or ends with 10 in all processes, and says why."""
+    children = begun(processes, run_config(**SHARED), tmp_path / "out.partial")
+    mark = tmp_path / "mark"
+    forged = {"a pickle": pickle.dumps(Bomb(mark)), "garbage": b"\x1b]0;owned\x07\n", "huge": b"9" * (7 << 20)}
+    keys = ["failed", "beat/0", "beat/1", "left/1", "read/1", *(f"said/{one}" for one in range(40))]
+    keys += [f"{key}/{rank}" for key in keys[5:] for rank in (0, 1)]
+    for port, store in stores(children[0]).items():
+        if what == "noise":
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+                raw.sendall(os.urandom(1 << 16))
+            continue
+        for key in keys if what != "huge" else keys[:6]:
+            try:
+                store.delete_key(key) if what == "deleted" else store.set(key, forged[what])
+            except RuntimeError:  # the run has ended, and its store with it
+                break
+    if what == "noise":
+        time.sleep(2)
+        for child in children:
+            child.send(15)
+        assert [child.wait(60) for child in children] == [143, 143]
+        return
+    codes = [child.wait(90) for child in children]
+    assert codes == [10, 10], children[0].said()
+    said = children[0].said() + children[1].said()
+    assert said.count("error: ") == 1 and "\x1b" not in said
+    if what != "deleted":
+        assert "in the store of this run was not written by one of its processes; another program reaches" in said
+    assert not mark.exists() and checkpoints(tmp_path / "out.partial")
+
+
+def test_machines_without_a_secret_in_common_end(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Two "machines" whose home and working directories are their own; with a secret that both are given, they run."""
+    config = run_config()
+    homes = [tmp_path / "a", tmp_path / "b"]
+    for home in homes:
+        home.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = f"import os, sys; sys.argv = ['loratune', 'train', {str(config)!r}]; import loratune.__main__ as m; m.main()"
+
+    def run(**more: str) -> list[tuple[int, str]]:
+        started = []
+        for rank, home in enumerate(homes):
+            environment = os.environ | {
+                "HOME": str(home), "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            } | more  # fmt: skip
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", code], cwd=home, env=environment, stderr=subprocess.PIPE, text=True
+                )
+            )
+        return [(one.wait(150), one.stderr.read()) for one in started]  # type: ignore[union-attr]
+
+    ended = run()
+    assert [code for code, _ in ended] == [10, 10], ended
+    assert ended[0][1].splitlines()[-1] == (
+        "error: the machines share no secret, as neither the home nor the working directory is one that all of them "
+        "see; set LORATUNE_SECRET to the same long random text on all of them"
+    )
+    assert not list(tmp_path.rglob(".loratune-*"))
+    ended = run(LORATUNE_SECRET="0123456789abcdef0123")
+    assert [code for code, _ in ended] == [0, 0], ended
+
+
+# Code of other repositories
+
+
+NAMED = {
+    "a configuration": ("config.json", {"auto_map": {"AutoConfig": "other/repo--evil.Config"}}),
+    "a model": (
+        "config.json",
+        {"auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "other/repo--mine.Model"}},
+    ),
+    "a tokenizer": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "other/repo--evil.Tokenizer"]}}),
+    "a tokenizer as a list": ("tokenizer_config.json", {"auto_map": ["other/repo--evil.Slow", None]}),
+    "a tokenizer in the configuration": ("config.json", {"auto_map": {"AutoTokenizer": "other/repo--evil.Tokenizer"}}),
+    "a part": ("config.json", {"text_config": {"auto_map": {"AutoConfig": "other/repo--evil.Config"}}}),
+    "a processor": ("processor_config.json", {"auto_map": {"AutoProcessor": "other/repo--evil.Processor"}}),
+    "generation": ("generation_config.json", {"custom_generate": "other/repo--evil.generate"}),
+    "below": ("more/config.json", {"auto_map": {"AutoConfig": "other/repo--evil.Config"}}),
+    "a path": ("config.json", {"auto_map": {"AutoConfig": "/tmp/evil.Config"}}),
+    "a parent": ("config.json", {"auto_map": {"AutoConfig": "../evil.Config"}}),
+    "twice": ("config.json", {"auto_map": {"AutoConfig": "other/repo--other/repo--evil.Config"}}),
+}
+"""File → what it says; each is refused although code is trusted."""
+
+
+def add(path: Path, values: dict[str, Any]) -> None:
+    """Put keys into a JSON file, which may not be there yet."""
+    path.parent.mkdir(exist_ok=True)
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(known | values))
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another repository, in the hub's cache, whose code leaves a mark; returns the mark."""
+    mark, commit = tmp_path / "executed", "e" * 40
+    cached = tmp_path / "hub" / "models--other--repo"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    for name in ("evil", "mine"):
+        (cached / "snapshots" / commit / f"{name}.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return mark
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("command", ["train", "params"])
+def test_code_of_another_repository_is_refused(
+    command: str, name: str, evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    """Row 70: exit code 3, the file and the key are named, and nothing has run."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    (base / "mine.py").write_text("from transformers import LlamaConfig as Config\n")
+    file, values = NAMED[name]
+    add(base / file, values)
+    ran = cli(command, run_config(model={"name_or_path": str(base), "trust_remote_code": True, "revision": "main"}))
+    assert (ran.code, ran.out) == (3, ""), ran.err
+    assert ran.err.startswith(f"error: {base / file}: ") and ran.err.count("\n") == 1, ran.err
+    assert ("names code of another repository, other/repo--" in ran.err) == (name not in ("a path", "a parent"))
+    assert not evil.exists() and not (tmp_path / "out").exists()
+
+
+def test_the_other_repository_would_have_been_run(evil: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    """So the tests above would see it."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    add(base / "config.json", {"auto_map": {"AutoConfig": "other/repo--evil.Config"}})
+    with pytest.raises(AttributeError, match="Config"):
+        transformers.AutoConfig.from_pretrained(base, trust_remote_code=True, revision="main")
+    assert evil.exists()
+
+
+def cached_base(tmp_path: Path, tiny_dir: Path, name: str, **files: dict[str, Any]) -> None:
+    """The tiny model as a repository of the hub, in the cache, with more in its files."""
+    cached, commit = tmp_path / "hub" / f"models--{name.replace('/', '--')}", "a" * 40
+    shutil.copytree(tiny_dir, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v1").write_text(commit)
+    for file, values in files.items():
+        add(cached / "snapshots" / commit / f"{file}.json", values)
+
+
+@pytest.mark.parametrize("file", ["config", "tokenizer_config", "generation_config", "adapter_config"])
+def test_code_of_another_repository_is_refused_of_a_hub_id(
+    file: str, evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    """Also where a base says of itself that it is an adapter: transformers would take the code of that one's base."""
+    values = {"auto_map": {"AutoConfig": "other/repo--evil.Config"}}
+    cached_base(tmp_path, tiny_dir, "own/repo", **{file: values if file != "adapter_config" else
+                {"base_model_name_or_path": "other/repo"}})  # fmt: skip
+    ran = cli("params", run_config(model={"name_or_path": "own/repo", "trust_remote_code": True, "revision": "v1"}))
+    assert ran.code == 3 and "other/repo" in ran.err and f"{file}.json: " in ran.err, ran.err
+    assert not evil.exists()
+
+
+def test_a_repository_may_name_itself(
+    evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers writes it; the class comes from the pinned revision, not from the newest."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
+    classes = {"AutoConfig": "own/repo--mine.Config", "AutoModelForCausalLM": "own/repo--mine.Model"}
+    cached_base(tmp_path, tiny_dir, "own/repo", config={"model_type": "mine_own", "auto_map": classes})
+    repository = tmp_path / "hub" / "models--own--repo"
+    (repository / "snapshots" / ("a" * 40) / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'mine_own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    newest = repository / "snapshots" / ("b" * 40)
+    newest.mkdir()
+    (repository / "refs" / "main").write_text("b" * 40)
+    (newest / "mine.py").write_text(f"open({str(evil)!r}, 'w').close()\n")
+    ran = cli("params", run_config(model={"name_or_path": "own/repo", "trust_remote_code": True, "revision": "v1"}))
+    assert ran.code == 0, ran.err
+    assert not evil.exists()
+
+
+def test_kernels_of_the_hub_are_not_run(tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
+    """transformers takes the name of one from config.json, trusted or not."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    add(base / "config.json", {"attn_implementation": "other/kernel"})
+    ran = cli("params", run_config(model={"name_or_path": str(base)}))
+    assert ran.code == 3
+    assert f"{base / 'config.json'}: attn_implementation: names a kernel of another repository, other/k" in ran.err
