@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import typer
 
 from loratune import launched
+from loratune.console import Screen
 from loratune.errors import (
     ConfigError,
     Interrupted,
@@ -79,7 +80,7 @@ def _fail(group: Group, error: BaseException, debug: bool) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # the launcher passes on what ends this process already
             signal.signal(number, signal.SIG_IGN)
     problems, code = group.fail(error, *_explained(error))
-    screen = sys.stderr if group.main else sys.__stderr__
+    screen = sys.stderr if group.main else Screen(sys.__stderr__)
     if debug:
         traceback.print_exception(error, file=screen)
     for problem in problems:

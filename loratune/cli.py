@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,16 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from loratune import __version__, launched
+from loratune import __version__, escaping, launched
 from loratune.boundary import boundary, printed, stopped
+from loratune.console import screened, verbatim
 from loratune.errors import ConfigError, DataError, Problem, ResourceError, is_disk_full
 from loratune.launched import Group
 
 if TYPE_CHECKING:
     from loratune import preflight
 
+
+class _Screened(TyperGroup):
+    """The commands, with all that they print, usage errors too, made harmless for a terminal."""
+
+    def main(self, *arguments: Any, **keywords: Any) -> Any:
+        """As upstream, behind the door to the screen."""
+        with screened():
+            return super().main(*arguments, **keywords)
+
+
 app = typer.Typer(
+    cls=_Screened,
     help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
     no_args_is_help=True,
     add_completion=False,
@@ -166,7 +178,7 @@ def generate(
                 print(f"{answer.asked}\n  base     {_one_line(answer.base)}")
                 print(f"  adapter  {_one_line(answer.completion)}", flush=True)
             elif not stream:
-                print(answer.completion, flush=True)
+                verbatim(answer.completion)
 
 
 @app.command()
@@ -257,7 +269,7 @@ def _checked(
     run = config.load(config_file, assignments)
     if run.model.device_map is not None and launched.count() > 1:
         what = f"auto spreads one model over all GPUs, and each of {launched.count()} processes would do so"
-        fix = f"leave it out, or start one process: loratune train {shlex.quote(str(config_file))}"
+        fix = f"leave it out, or start one process: loratune train {escaping.shell(str(config_file))}"
         raise ConfigError(Problem(what, str(config_file), "model.device_map", fix))
     _tell(config.portability(run.lora))
     space = workspace.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite)
@@ -281,7 +293,8 @@ def _resume_line(config_file: Path, assignments: Iterable[str], changes: Iterabl
     """The command that goes on with a run."""
     given = [part for one in assignments for part in ("--set", one)]
     allowed = [part for one in changes for part in ("--allow-change", one)]
-    return shlex.join([_program(), "train", str(config_file), *given, "--resume", *allowed])
+    words = [_program(), "train", str(config_file), *given, "--resume", *allowed]
+    return " ".join(map(escaping.shell, words))
 
 
 def _program() -> str:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from loratune.console import Screen
 from loratune.errors import LostError, Problem
 from loratune.launched import Failure, host
 from loratune.store import SignedStore
@@ -172,7 +173,7 @@ class _Watch:
         self._seen: dict[int, tuple[int, float]] = {}
         self._answered = time.monotonic()
         self._over, self._ending = threading.Event(), threading.Lock()
-        self._screen = sys.stderr if self._main else sys.__stderr__
+        self._screen = sys.stderr if self._main else Screen(sys.__stderr__)
         self._beat()
 
     def start(self, members: list[_Member]) -> None:

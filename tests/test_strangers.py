@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import pty
 import re
 import shutil
 import socket
@@ -12,17 +13,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+import yaml
+from conftest import ROWS, write_rows
 from nursery import Child, Nursery
 from running import Cli, MakeConfig, checkpoints, until
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from typer.testing import CliRunner
 
-from loratune.errors import LostError
+from loratune import escaping, saved
+from loratune.cli import app
+from loratune.errors import LostError, Problem
 from loratune.store import SignedStore, secret
 
 # Several processes
@@ -303,6 +310,8 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("evil", "mine"):
         (cached / "snapshots" / commit / f"{name}.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     return mark
 
 
@@ -358,11 +367,9 @@ def test_code_of_another_repository_is_refused_of_a_hub_id(
 
 
 def test_a_repository_may_name_itself(
-    evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
     """As transformers writes it; the class comes from the pinned revision, not from the newest."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
     classes = {"AutoConfig": "own/repo--mine.Config", "AutoModelForCausalLM": "own/repo--mine.Model"}
     cached_base(tmp_path, tiny_dir, "own/repo", config={"model_type": "mine_own", "auto_map": classes})
     repository = tmp_path / "hub" / "models--own--repo"
@@ -388,3 +395,196 @@ def test_kernels_of_the_hub_are_not_run(tiny_dir: Path, tmp_path: Path, cli: Cli
     ran = cli("params", run_config(model={"name_or_path": str(base)}))
     assert ran.code == 3
     assert f"{base / 'config.json'}: attn_implementation: names a kernel of another repository, other/k" in ran.err
+
+
+# Files that were added to an adapter
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
+    """A small adapter, trained."""
+    out = tmp_path_factory.mktemp("adapter") / "out"
+    rows = write_rows(out.parent / "rows.jsonl", ROWS)
+    sections = {
+        "model": {"name_or_path": str(tiny_dir), "dtype": "float32"}, "data": {"train": str(rows)},
+        "training": {"max_steps": 2, "learning_rate": 1e-2}, "output_dir": str(out),
+    }  # fmt: skip
+    (out.parent / "run.yaml").write_text(yaml.safe_dump(sections))
+    ran = CliRunner().invoke(app, ["train", str(out.parent / "run.yaml")])
+    assert ran.exit_code == 0, ran.stderr
+    return out
+
+
+@pytest.fixture
+def copy(adapter: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(adapter, tmp_path / "copy"))
+
+
+ADDED = [
+    "additional_chat_templates/default.jinja", "additional_chat_templates/tool_use.jinja", "a/b/c/tokenizer.model",
+    "chat_template.json", "custom_generate/generate.py", "Config.JSON", "special_tokens_map.json", "more/vocab.txt",
+    "adapter_model.bin", "nested/adapter_config.json", ".hidden/tokenizer.json", "qwen.tiktoken",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_file_that_was_added_at_any_depth(name: str, copy: Path, cli: Cli) -> None:
+    """Row 71. What no library reads may lie beside it."""
+    for other in ("notes.txt", "plots/loss.png", ".git/config.json", ".cache/huggingface/download/x.json"):
+        (copy / other).parent.mkdir(parents=True, exist_ok=True)
+        (copy / other).write_text("{}")
+    ran = cli("generate", "x", "--adapter", copy, "--max-new-tokens", 1)
+    assert (ran.code, ran.err) == (0, "")
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    (copy / name).write_text("{}")
+    ran = cli("generate", "x", "--adapter", copy, "--max-new-tokens", 1)
+    what = "was added since the adapter was saved; use it all the same with --force"
+    assert (ran.code, ran.err) == (5, f"error: {copy / name}: {what}\n")
+
+
+def test_a_link_to_a_directory_of_the_adapter(copy: Path, cli: Cli) -> None:
+    """The files that are read through it are in the record, by other names."""
+    (copy / "additional_chat_templates").symlink_to(copy)
+    ran = cli("generate", "x", "--adapter", copy)
+    assert ran.code == 5 and "additional_chat_templates: a link to a directory, added since" in ran.err
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_what_is_no_file_is_not_opened(kind: str, recorded: bool, copy: Path, cli: Cli) -> None:
+    """To open a pipe would be to wait for ever."""
+    place = copy / "special_tokens_map.json"
+    if not recorded:
+        (copy / "loratune.json").unlink()
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        with pytest.MonkeyPatch.context() as patch, socket.socket(socket.AF_UNIX) as made:
+            patch.chdir(copy)
+            made.bind(place.name)
+    ran = cli("generate", "x", "--adapter", copy)
+    assert (ran.code, ran.err) == (5, f"error: {place}: a pipe, socket or device, not a file; take it away\n")
+
+
+def test_records_cover_directories_and_older_ones_are_read(copy: Path, cli: Cli) -> None:
+    """Several templates are saved in a directory, and recorded; a record of an older release knows of none."""
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "other.jinja").write_text("x")
+    record = json.loads((copy / "loratune.json").read_text())
+    assert "adapter_config.json" in record["files"] and not any("/" in name for name in record["files"])
+    record["files"] = saved.manifest(copy)
+    assert "additional_chat_templates/other.jinja" in record["files"]
+    (copy / "loratune.json").write_text(json.dumps(record))
+    ran = cli("generate", "x", "--adapter", copy, "--max-new-tokens", 1)
+    assert (ran.code, ran.err) == (0, "")
+    (copy / "additional_chat_templates" / "other.jinja").write_text("y")
+    ran = cli("generate", "x", "--adapter", copy, "--max-new-tokens", 1)
+    assert ran.code == 5 and "other.jinja: changed since the adapter was saved" in ran.err
+
+
+# Text that a terminal would obey
+
+
+EVIL = "a\x1b]52;c;aGk=\x07b\x1b]0;title\x07\x9b2Jc\u202ed\x7f\re"
+"""Writes to the clipboard, sets the title, clears the screen, turns the text around, begins the line again."""
+RAW = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def clean(text: str) -> None:
+    assert not RAW.search(text), ascii(text)
+
+
+def test_escaping() -> None:
+    assert escaping.line("a\tb\nc\x1b\x9b\u202e\ud800é🙂\U000e0041") == (
+        "a\\tb\\nc\\x1b\\x9b\\u202e\\ud800é🙂\\U000e0041"
+    )
+    assert escaping.text("a\tb\nc\r\x1b") == "a\tb\nc\\r\\x1b"
+    for word in ("plain", "it's", EVIL, "new\nline", "\\x1b'\x1b", "\udcff", "é\u202e"):
+        quoted = escaping.shell(word)
+        clean(quoted)
+        assert "\n" not in quoted
+        said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True).stdout
+        assert said == word.encode("utf-8", "surrogateescape")
+    assert str(Problem("a\nb", "c\nd", "e\x1b", "f\r")) == "c\\nd: e\\x1b: a\\nb; f\\r"
+
+
+def test_a_run_on_evil_rows_shows_nothing_raw(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The first row, the table, the end block and its line to paste; the card that is published."""
+    rows = [{"prompt": f"{EVIL} {number}", "completion": f" {EVIL}{number}"} for number in range(8)]
+    data = {"train": str(write_rows(tmp_path / f"{EVIL}\nrows.jsonl", rows))}
+    out = tmp_path / f"o{EVIL}"
+    config = run_config(data=data, training={"max_steps": 1}, output_dir=str(out))
+    for arguments in (("--dry-run", "--rows", 2), ()):
+        ran = cli("train", config, *arguments)
+        assert ran.code == 0, ran.err
+        clean(ran.out + ran.err)
+        assert "\\x1b]52;c;" in ran.out + ran.err
+    assert "--adapter $'" in ran.out
+    clean((out / "README.md").read_text())
+
+
+PLACES: dict[str, Callable[[Path, Path], list[Any]]] = {
+    "a missing config": lambda config, copy: ["train", f"no{EVIL}\n.yaml"],
+    "a key of the config": lambda config, copy: ["train", config, "--set", f"training.x{EVIL}=1"],
+    "a value of the config": lambda config, copy: ["train", config, "--set", f"training.optim=x{EVIL}"],
+    "a path of rows": lambda config, copy: ["train", config, "--set", f"data.train=no{EVIL}.jsonl"],
+    "a base": lambda config, copy: ["params", "--model", f"/no{EVIL}"],
+    "an option": lambda config, copy: ["params", f"--no{EVIL}"],
+    "a command": lambda config, copy: [f"no{EVIL}"],
+    "an adapter": lambda config, copy: ["generate", "x", "--adapter", f"no{EVIL}\nx"],
+    "keys of JSON": lambda config, copy: ["train", config, "--set", f"data.train={copy.parent / 'evil.jsonl'}"],
+    "the base of an adapter": lambda config, copy: ["generate", "x", "--adapter", copy],
+    "an adapter's header": lambda config, copy: ["params", "--adapter", copy],
+    "an adapter's header as JSON": lambda config, copy: ["params", "--adapter", copy, "--json"],
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_raw_from_anywhere(place: str, copy: Path, cli: Cli, run_config: MakeConfig) -> None:
+    """Row 72. An error stays one line."""
+    write_rows(copy.parent / "evil.jsonl", [{f"key{EVIL}\n": 1, f"other{EVIL}": "\x1b"}])
+    add(copy / "adapter_config.json", {"base_model_name_or_path": f"/no{EVIL}\nx"})
+    ran = cli(*PLACES[place](run_config(), copy))
+    clean(ran.out + ran.err)
+    assert "\\x1b" in ran.out + ran.err or "\\u001b" in ran.out
+    assert ran.err.count("\n") == ran.err.count("error: ") or "Usage" in ran.err, ran.err
+    if place.endswith("JSON"):
+        assert json.loads(ran.out)["base"] == f"/no{EVIL}\nx"
+
+
+def terminal(command: list[Any], **environment: str) -> str:
+    """What a command writes to a terminal, stdout and stderr together."""
+    main, end = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "loratune", *map(str, command)], stdin=end, stdout=end, stderr=end,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"} | environment,
+    )  # fmt: skip
+    os.close(end)
+    said = b""
+    with suppress(OSError):  # which is how a terminal ends
+        while block := os.read(main, 1 << 16):
+            said += block
+    child.wait(60)
+    os.close(main)
+    return said.decode()
+
+
+def test_a_terminal_gets_escapes_of_ours_only(copy: Path, run_config: MakeConfig, tmp_path: Path) -> None:
+    """In a real terminal: the first row in colours, with the bar; and an answer that a tokenizer makes evil."""
+    rows = [{"prompt": f"{EVIL} {number}", "completion": f" {EVIL}{number}"} for number in range(8)]
+    config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))}, training={"max_steps": 3})
+    said = terminal(["train", config])
+    assert "\x1b[" in said and "done" in said  # colours and bars
+    assert "\x1b]" not in said and "\x9b" not in said and "\u202e" not in said and "\x07" not in said
+    assert "\\x1b]52;c;aGk=\\x07" in said
+    values = json.loads((copy / "tokenizer.json").read_text())
+    replaced = {"type": "Replace", "pattern": {"Regex": ".+"}, "content": "\x1b]0;t\x07\tz\n"}
+    values["decoder"] = {"type": "Sequence", "decoders": [replaced, {"type": "Fuse"}]}
+    (copy / "tokenizer.json").write_text(json.dumps(values))  # each token of an answer is an escape sequence
+    said = terminal(["generate", "x", "--adapter", copy, "--force", "--max-new-tokens", 3])
+    assert "\x1b]" not in said and "\x07" not in said and "\\x1b]0;t\\x07\tz\r\n" in said, said
+    piped = subprocess.run(
+        [sys.executable, "-m", "loratune", "generate", "x", "--adapter", copy, "--force", "--max-new-tokens", "3"],
+        capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert "\x1b]0;t\x07\tz\n" in piped.stdout
