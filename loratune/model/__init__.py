@@ -236,6 +236,7 @@ def _read_config(section: ModelSection, found: _Found) -> Any:
         config = AutoConfig.from_pretrained(found.name, **found.instead_of("config.json"), **_origin(section))
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
         raise unreadable("configuration", section, error) from None
+    code.check_kernels(config, section.name_or_path)
     _check_decoder(config, section)
     quantized.check_asked(quantized.found_in(config.to_dict()), section.name_or_path, section.quantization)
     return config
@@ -250,11 +251,11 @@ def _quietly(found: _Found) -> Iterator[None]:
 
 def _origin(section: ModelSection) -> dict[str, Any]:
     """What goes to every `from_pretrained`, once no file names code of another repository. Raises ModelError."""
-    name, trusted = places.local_or_hub(section.name_or_path), section.trust_remote_code
-    if Path(name).is_dir():
-        code.check_directory(Path(name), trusted=trusted)
-    else:
-        code.check_files(hub.naming_code(name, section.revision, trusted=trusted), name, trusted=trusted)
+    name = places.local_or_hub(section.name_or_path)
+    if section.trust_remote_code and Path(name).is_dir():
+        code.check_directory(Path(name))
+    elif section.trust_remote_code:
+        code.check_files(hub.naming_code(name, section.revision), name)
     return section.model_dump(include={"revision", "trust_remote_code"})
 
 

@@ -1,7 +1,6 @@
 """The hub of models: the ways in which one is not to be had there."""
 
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import errors as hub
@@ -56,9 +55,14 @@ def fetch(name: str, revision: str | None, file: str) -> Path:
         raise ModelError(Problem(f"{file} cannot be fetched: {summary(error)}", name, gguf.KEY)) from None
 
 
-def naming_code(name: str, revision: str | None, *, trusted: bool) -> Iterator[Path]:
+def naming_code(name: str, revision: str | None) -> Iterator[Path]:
     """The files of a repository that may name code, downloaded if they are not in the cache. Those that it does not
     have, or that cannot be had now, are left out: transformers does not get them either."""
-    for file in code.FILES if trusted else ("config.json",):
-        with suppress(hub.EntryNotFoundError):
-            yield Path(hf_hub_download(name, file, revision=revision))
+    cut_off = False
+    for file in code.FILES:
+        try:
+            yield Path(hf_hub_download(name, file, revision=revision, local_files_only=cut_off))
+        except hub.LocalEntryNotFoundError:
+            cut_off = True  # it was tried several times, and would be again for each file
+        except hub.EntryNotFoundError:
+            continue

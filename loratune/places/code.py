@@ -23,15 +23,13 @@ FILES = (
 """Files of a repository in which transformers looks for the names of classes, or of another repository."""
 
 _CLASS = re.compile(r"(?:\w+/)*\w+\.\w+")  # a module of the repository, in it or below, and a class
-_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 _CODE = ("auto_map", "custom_generate", "custom_pipelines")
 
 
-def check_files(files: Iterable[Path], own: str = "", *, trusted: bool) -> None:
+def check_files(files: Iterable[Path], own: str = "") -> None:
     """Insist that these JSON files name no code of another repository. What is no JSON is left to whoever reads it.
 
-    own: the id of the repository that they are from; nothing for a directory. trusted: its own code will be run;
-    otherwise only kernels are looked for.
+    own: the id of the repository that they are from; nothing for a directory.
     Raises ModelError with all that they name.
     """
     problems = []
@@ -40,11 +38,11 @@ def check_files(files: Iterable[Path], own: str = "", *, trusted: bool) -> None:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        named = _named(values, ("",), (*_KERNELS, *_CODE) if trusted else _KERNELS)
-        if trusted and own and file.name == "adapter_config.json" and isinstance(values, dict):
+        named = _named(values)
+        if own and file.name == "adapter_config.json" and isinstance(values, dict):
             named = chain(named, _texts(("base_model_name_or_path",), values.get("base_model_name_or_path")))
         problems += [
-            Problem(what, str(file), ".".join(keys).removeprefix("."), fix)
+            Problem(what, str(file), ".".join(keys), fix)
             for keys, text in named
             for what, fix in _refused(keys, text, own)
         ]
@@ -52,23 +50,31 @@ def check_files(files: Iterable[Path], own: str = "", *, trusted: bool) -> None:
         raise ModelError(problems)
 
 
-def check_directory(directory: Path, *, trusted: bool) -> None:
-    """`check_files` of a model's directory; of code that is trusted at any depth, and no link to code leads out."""
-    found = directory.rglob("*.json") if trusted else [directory / "config.json"]
-    check_files((path for path in sorted(found) if path.is_file()), trusted=trusted)
+def check_kernels(config: Any, where: str) -> None:
+    """Insist that a model's configuration asks for no kernel of the hub. Raises ModelError."""
+    parts = [("", config), *((f"{name}.", vars(config).get(name)) for name in config.sub_configs)]
+    for prefix, part in parts:
+        asked = part._attn_implementation if part is not None else None
+        if isinstance(asked, str) and "/" in asked:
+            what, key = f"names a kernel of another repository, {asked}", f"{prefix}attn_implementation"
+            raise ModelError(Problem(what, where, key, "take it out of config.json"))
+
+
+def check_directory(directory: Path) -> None:
+    """`check_files` of a model's directory, at any depth; and no link to code leads out of it."""
+    check_files(path for path in sorted(directory.rglob("*.json")) if path.is_file())
     inside = directory.resolve()
-    sources = sorted(directory.rglob("*.py")) if trusted else []
-    if outside := [path for path in sources if not path.resolve().is_relative_to(inside)]:
+    if outside := [path for path in sorted(directory.rglob("*.py")) if not path.resolve().is_relative_to(inside)]:
         what = "code that lies outside of the model's directory"
         raise ModelError([Problem(what, str(path), fix="copy it there once you have read it") for path in outside])
 
 
-def _named(values: Any, keys: tuple[str, ...], sought: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+def _named(values: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
     """Keys and text of everything that names code, at any depth."""
     entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     for key, value in entries:
         inner = (*keys, str(key))
-        yield from _texts(inner, value) if key in sought else _named(value, inner, sought)
+        yield from _texts(inner, value) if key in _CODE else _named(value, inner)
 
 
 def _texts(keys: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -82,10 +88,7 @@ def _texts(keys: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...],
 def _refused(keys: tuple[str, ...], text: str, own: str) -> Iterator[tuple[str, str]]:
     """Why code of this name would not be that of the model's own repository, and what to do about it."""
     repository, separator, rest = text.rpartition("--")
-    if any(key in _KERNELS for key in keys):
-        if "/" in text:
-            yield f"names a kernel of another repository, {text}", "take it out of that file"
-    elif "base_model_name_or_path" in keys:
+    if "base_model_name_or_path" in keys:
         yield f"names another repository, {text}, whose code would be run", "name that one as the base"
     elif separator and repository != own:
         fix = "copy that code into the model's directory once you have read it, and name it there as module.Class"
