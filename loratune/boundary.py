@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import typer
 
 from loratune import interrupts, launched
+from loratune.console import Screen
 from loratune.errors import (
     ConfigError,
     Interrupted,
@@ -95,7 +96,7 @@ def printed() -> Iterator[None]:
 
 def _fail(group: Group, error: BaseException, debug: bool, scarce: str) -> None:
     problems, code = group.fail(error, *_explained(error, scarce))
-    screen = sys.stderr if group.main else sys.__stderr__
+    screen = sys.stderr if group.main else Screen(sys.__stderr__)
     if debug:
         traceback.print_exception(error, file=screen)
     for problem in problems:

@@ -1,11 +1,14 @@
 """What an adapter directory says about itself: the model card (README.md) and the provenance (loratune.json)."""
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import yaml
+
+from loratune import escaping
 
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
@@ -54,10 +57,11 @@ def model_card(
         metadata |= {"base_model": base, "tags": ["lora", "loratune", f"base_model:adapter:{base}"]}
     held_out = f", held-out {metrics['held_out_loss']:.4f}" if metrics["held_out_loss"] is not None else ""
     together = f", on {processes} processes" if processes > 1 else ""
-    return f"""---
+    shown = escaping.line(name)
+    text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
-# {name}
+# {shown}
 
 A LoRA adapter for `{_named(settings["model"])}`{_held(settings["model"])}, trained with loratune {version("loratune")}.
 
@@ -72,13 +76,14 @@ A LoRA adapter for `{_named(settings["model"])}`{_held(settings["model"])}, trai
 {_loading(settings["model"], name)}
 ```
 
-or `loratune generate --adapter {name} {prompt}`
+or `loratune generate --adapter {escaping.shell(name)} {prompt}`
 
 ## Settings
 
 ```yaml
 {yaml.safe_dump({"lora": settings["lora"], "training": settings["training"]}, sort_keys=False)}```
 """
+    return escaping.text(text)
 
 
 def _changed(changes: Sequence[Mapping[str, Any]]) -> str:
@@ -89,36 +94,42 @@ def _changed(changes: Sequence[Mapping[str, Any]]) -> str:
 
 def _loading(base: Mapping[str, Any], name: str) -> str:
     """The Python that loads base, adapter and tokenizer. Only a base that loads by its name alone needs no mention."""
-    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+    name = _quoted(name)
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
     if base["quantization"] != "none":
         return f"""from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 quantization = BitsAndBytesConfig({_QUANTIZATION[base["quantization"]]})
-model = AutoPeftModelForCausalLM.from_pretrained("{name}", quantization_config=quantization)
+model = AutoPeftModelForCausalLM.from_pretrained({name}, quantization_config=quantization)
 {tokenizer}"""
     if base["gguf_file"] is None:
         return f"""from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+model = AutoPeftModelForCausalLM.from_pretrained({name})
 {tokenizer}"""
     return f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 base = AutoModelForCausalLM.from_pretrained(
-    "{base["name_or_path"]}",
-    gguf_file="{base["gguf_file"]}",
+    {_quoted(base["name_or_path"])},
+    gguf_file={_quoted(base["gguf_file"])},
     quantization_config=GgufConfig(dequantize=True),
 )
-model = PeftModel.from_pretrained(base, "{name}")
+model = PeftModel.from_pretrained(base, {name})
 {tokenizer}"""
+
+
+def _quoted(text: str) -> str:
+    """Text as Python, and JSON, write it."""
+    return escaping.line(json.dumps(text, ensure_ascii=not escaping.is_plain(text)))
 
 
 def _sources(train: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     """One source, or several with their weights."""
     given = [train] if isinstance(train, Mapping) else train
-    names = [f"`{one['path']}`" + (f" [{one['split']}]" if one["split"] else "") for one in given]
+    names = [f"`{escaping.line(one['path'])}`" + (f" [{one['split']}]" if one["split"] else "") for one in given]
     weights = [f" (weight {one['weight']:g})" if one["weight"] is not None else "" for one in given]
     return ", ".join(name + weight for name, weight in zip(names, weights, strict=True))
 
@@ -128,4 +139,4 @@ def _held(base: Mapping[str, Any]) -> str:
 
 
 def _named(base: Mapping[str, Any]) -> str:
-    return "/".join(base[key] for key in ("name_or_path", "gguf_file") if base[key])
+    return escaping.line("/".join(base[key] for key in ("name_or_path", "gguf_file") if base[key]))

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+from typer.core import TyperGroup
 
-from loratune import __version__, launched
+from loratune import __version__, escaping, launched
 from loratune.boundary import boundary, printed, stopped
+from loratune.console import screened, verbatim
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.launched import Group
 from loratune.paths import unusable
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
     from loratune import preflight
     from loratune.generate import Answer
 
+
+class _Screened(TyperGroup):
+    """The commands, with all that they print, usage errors too, made harmless for a terminal."""
+
+    def main(self, *arguments: Any, **keywords: Any) -> Any:
+        """As upstream, behind the door to the screen."""
+        with screened():
+            return super().main(*arguments, **keywords)
+
+
 app = typer.Typer(
+    cls=_Screened,
     help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
     no_args_is_help=True,
     add_completion=False,
@@ -265,7 +277,7 @@ def _checked(
     run = config.load(config_file, assignments)
     if run.model.device_map is not None and launched.count() > 1:
         what = f"auto spreads one model over all GPUs, and each of {launched.count()} processes would do so"
-        fix = f"leave it out, or start one process: loratune train {shlex.quote(str(config_file))}"
+        fix = f"leave it out, or start one process: loratune train {escaping.shell(str(config_file))}"
         raise ConfigError(Problem(what, str(config_file), "model.device_map", fix))
     _tell(config.portability(run.lora))
     read = config.inputs(config_file, run)
@@ -290,7 +302,8 @@ def _resume_line(config_file: Path, assignments: Iterable[str], changes: Iterabl
     """The command that goes on with a run."""
     given = [part for one in assignments for part in ("--set", one)]
     allowed = [part for one in changes for part in ("--allow-change", one)]
-    return shlex.join([_program(), "train", str(config_file), *given, "--resume", *allowed])
+    words = [_program(), "train", str(config_file), *given, "--resume", *allowed]
+    return " ".join(map(escaping.shell, words))
 
 
 def _program() -> str:
@@ -350,7 +363,7 @@ def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -
             print(f"{answer.asked}\n  base     {_one_line(answer.base)}")
             print(f"  adapter  {_one_line(answer.completion)}", flush=True)
         elif not streamed:
-            print(answer.completion, flush=True)
+            verbatim(answer.completion)
 
 
 def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:

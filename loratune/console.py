@@ -1,6 +1,8 @@
 """What the user sees: progress and notes on stderr, results in small aligned blocks on stdout."""
 
 import io
+import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,8 +20,80 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-out = Console(highlight=False, soft_wrap=True, emoji=False)
+from loratune import escaping
+
+
+class Screen(io.TextIOBase):
+    """The door to the screen: a stream on which nothing that a terminal would obey is written, whoever writes.
+
+    raw: the stream behind it, for sequences of our own (`err` and `out` write their bars and colours there).
+    """
+
+    def __init__(self, stream: Any):
+        self.raw = stream
+
+    def write(self, text: str) -> int:
+        """Write it escaped; a bar of a library may begin its line again."""
+        again = text.startswith("\r") and self.isatty()
+        safe = f"\r{escaping.text(text[1:])}" if again else escaping.text(text)
+        self.raw.write(safe)
+        return len(text)
+
+    def flush(self) -> None:
+        """Of the stream."""
+        self.raw.flush()
+
+    def isatty(self) -> bool:
+        """Of the stream."""
+        return bool(self.raw.isatty())
+
+    def fileno(self) -> int:
+        """Of the stream."""
+        return int(self.raw.fileno())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the stream."""
+        return str(self.raw.encoding)
+
+
+@contextmanager
+def screened() -> Iterator[None]:
+    """Inside, all that is printed goes through a `Screen`."""
+    screens = {name: Screen(getattr(sys, name)) for name in ("stdout", "stderr") if getattr(sys, name) is not None}
+    before = {name: getattr(sys, name) for name in screens}
+    try:
+        for name, screen in screens.items():
+            setattr(sys, name, screen)
+        yield
+    finally:
+        for name, screen in screens.items():
+            if getattr(sys, name) is screen:  # another one was put there because its reader has gone
+                setattr(sys, name, before[name])
+
+
+def verbatim(text: str) -> None:
+    """A line of text on stdout as it is, for another program; on a terminal it is escaped as all else."""
+    stream = sys.stdout
+    print(text, file=stream.raw if isinstance(stream, Screen) and not stream.isatty() else stream, flush=True)
+
+
+class _Console(Console):
+    """Writes behind the door, so that its own colours and bars come through; what it is given is escaped before."""
+
+    @property
+    def file(self) -> Any:
+        """The stream behind the door."""
+        stream = super().file
+        return stream.raw if isinstance(stream, Screen) else stream
+
+    @file.setter
+    def file(self, new: Any) -> None:
+        Console.file.fset(self, new)  # type: ignore[attr-defined]
+
+
+err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+out = _Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 class Patient(io.TextIOBase):
@@ -54,9 +128,13 @@ class Patient(io.TextIOBase):
         return str(self._stream.encoding)
 
 
+_APART: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
+"""For bars: rich would take what is printed beside them around the door."""
+
+
 def note(text: str) -> None:
     """One line on stderr about what is going on."""
-    err.print(text, markup=False)
+    err.print(escaping.line(text), markup=False)
 
 
 def block(title: str, lines: Iterable[tuple[str, str]]) -> None:
@@ -65,7 +143,7 @@ def block(title: str, lines: Iterable[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     print(title)
     for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
+        print(escaping.line(f"  {name:<{width}}  {value}"))
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -82,16 +160,22 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """An aligned table on stdout."""
     for line in aligned(header, rows):
-        print(line)
+        print(escaping.line(line))
+
+
+def as_json(values: Any) -> None:
+    """Indented JSON on stdout, of which nothing is left to be escaped: `json` passes DEL on."""
+    print(json.dumps(values, indent=2).replace("\x7f", "\\u007f"))
 
 
 def marked(pieces: Iterable[tuple[str, bool]], console: Console = out) -> None:
     """Text whose learnt pieces are green in a terminal, and stand between ⟦ ⟧ elsewhere."""
     if console.is_terminal:
-        console.print(Text.assemble(*[(piece, "bold green" if learnt else "dim") for piece, learnt in pieces]))
+        safe = [(escaping.text(piece), learnt) for piece, learnt in pieces]
+        console.print(Text.assemble(*[(piece, "bold green" if learnt else "dim") for piece, learnt in safe]))
     else:
         text = "".join(f"⟦{piece}⟧" if learnt else piece for piece, learnt in pieces)
-        console.print(text, markup=False)
+        console.print(escaping.text(text), markup=False)
 
 
 @contextmanager
@@ -111,8 +195,13 @@ def watched(what: str, size: int) -> Iterator[Callable[[int], None]]:
         if bar is not None:
             bar.update(bar.task_ids[0], completed=done)
         elif err.is_terminal and now > begun + 1:
-            columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-            bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True)
+            columns = (
+                TextColumn(escaping.line(what), markup=False),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+            )
+            bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True, **_APART)
             bar.add_task("", total=size or None, completed=done)
             bar.start()
         elif now > shown + 30:
@@ -156,7 +245,7 @@ class TrainingProgress:
         if err.is_terminal:
             self.bar = Bar(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
-                TextColumn("left"), TimeRemainingColumn(), console=err,
+                TextColumn("left"), TimeRemainingColumn(), console=err, **_APART,
             )  # fmt: skip
             self.task = self.bar.add_task("", total=steps, completed=done, state="")
             self.bar.start()

@@ -21,10 +21,12 @@ import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loratune import escaping
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: `<where>: <key>: <what>; <fix>`.
+    """One thing that is wrong: `<where>: <key>: <what>; <fix>`, one line whatever stands in it.
 
     where: a file, `file:line`, or `file:line:column`; key: a dotted config key; fix: what to do about it.
     """
@@ -36,7 +38,7 @@ class Problem:
 
     def __str__(self) -> str:
         head = ": ".join(part for part in (self.where, self.key, self.what) if part)
-        return f"{head}; {self.fix}" if self.fix else head
+        return escaping.line(f"{head}; {self.fix}" if self.fix else head)
 
 
 class LoratuneError(Exception):

@@ -10,24 +10,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
-from loratune.errors import LostError, Problem
+from loratune.errors import Problem
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a process. rank: its number; host: its machine; code: its exit code."""
+    """What ended a process. rank: its number; host: its machine; code: its exit code; gone: it ended without a word, or
+    cannot be reached, and another process says so."""
 
     rank: int
     host: str
     problems: tuple[Problem, ...]
     code: int
+    gone: bool = False
 
     def told(self, rank: int) -> list[Problem]:
         """The problems as the process `rank` tells them: those of another one begin with who that is, unless they say
         that it has gone."""
-        if rank == self.rank or self.code == LostError.exit_code:
+        if rank == self.rank or self.gone:
             return list(self.problems)
         who = f"process {self.rank} on {self.host}"
         return [Problem(f"{who}: {one.what}", one.where, one.key, one.fix) for one in self.problems]
@@ -58,10 +60,11 @@ class Group(Protocol):
         """Whether this is the first process of its machine."""
 
     def agreed(self, value: T) -> T:
-        """What the main process gives, in all of them; it may take its time."""
+        """What the main process gives, in all of them; it may take its time. Of several processes, values are such as
+        JSON has."""
 
     def gathered(self, value: T) -> list[T]:
-        """What all of them give, by rank; they may take their time."""
+        """What all of them give, by rank; they may take their time. Values are as in `agreed`."""
 
     def total(self, values: Sequence[float]) -> list[float]:
         """The sums over all of them, of numbers that all have at hand."""

@@ -1,12 +1,12 @@
 """What can be known before torch is imported: is the output free, are the rows sound, is the adapter readable."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from loratune import config, data, launched, places, resuming, saved
 from loratune.config import DataSection, ModelSection, RunConfig, Source
@@ -33,6 +33,23 @@ class Ready:
     rows: Rows | None
     allowed: Sequence[str] = ()
     resumed: Resumed | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the rows, as plain values, for the processes that take them as the main one leaves them."""
+        plain = {name: _PLAIN[name].dump_python(getattr(self, name), mode="json") for name in _PLAIN}
+        return {"config": self.config.resolved(), **plain}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Ready":
+        """What `as_json` gave, without rows."""
+        plain = {name: _PLAIN[name].validate_python(values[name]) for name in _PLAIN}
+        return cls(RunConfig.model_validate(values["config"]), rows=None, **plain)
+
+
+_PLAIN: dict[str, TypeAdapter[Any]] = {
+    "space": TypeAdapter(Workspace), "allowed": TypeAdapter(tuple[str, ...]), "resumed": TypeAdapter(Resumed | None),
+}  # fmt: skip
+"""How the fields of `Ready` that are no sections become plain values and come back, by their types."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +107,9 @@ def _check_sharding(run: RunConfig) -> None:
 
 def shared(ready: Ready | None, group: Group) -> Ready:
     """What the main process has checked, in all of them; the others have no rows yet."""
-    known = group.agreed(replace(ready, rows=None) if ready else None)
+    known = group.agreed(ready.as_json() if ready else None)
     assert known is not None
-    return ready or known
+    return ready or Ready.from_json(known)
 
 
 def _pinned(run: RunConfig) -> RunConfig:

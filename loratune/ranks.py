@@ -1,29 +1,30 @@
 """Several processes as one run, on torch.distributed as accelerate sets it up.
 
 What they agree on while steps are taken goes through torch's collectives; what one of them may take minutes for, and
-what ends them, through a store of their own, which no collective blocks. A thread in each process shows there that it
-is alive, and ends the process when another one has failed or gone, whatever its main thread is waiting for.
+what ends them, through a store of their own (`store`), which no collective blocks and no stranger can speak in. A
+thread in each process shows there that it is alive, and ends the process when another one has failed or gone, whatever
+its main thread is waiting for.
 """
 
-import json
 import os
-import pickle
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from loratune.console import Screen
 from loratune.errors import LostError, Problem
 from loratune.launched import Failure, host
+from loratune.store import SignedStore
+from loratune.store.meeting import own_store
 
 T = TypeVar("T")
 
@@ -35,7 +36,6 @@ SILENT = 2.0
 """The same, where a connection broke, or everything is being stopped: then it needs no second look."""
 SOON = 3.0
 """Seconds that processes which are ending wait for each other."""
-_PIECE = 4 << 20  # bytes; a value in the store has at most 8 MiB
 _RESUME = "once all is back, go on with --resume, or start again if no checkpoint was kept"
 
 
@@ -57,13 +57,18 @@ class Together:
         self.rank, self.count = state.process_index, state.num_processes
         self.main, self.leads = self.rank == 0, state.local_process_index == 0
         self._device = state.device
-        self._store = _own_store(self.main)
+        self._store, clear = own_store(self.rank, self.count, self._device)
         self._said, self._parted = 0, False
-        self._watch = _Watch(self._store, self.rank, self.count)
-        self._watch.start(self.gathered(_Member.this()))
+        self._own: list[str] = []  # keys of what this process has said and others may not have read yet
+        try:
+            self._watch = _Watch(self._store, self.rank, self.count)
+            members = [_Member(**one) for one in self.gathered(asdict(_Member.this()))]
+        finally:
+            clear()
+        self._watch.start(members)
 
     def agreed(self, value: T) -> T:
-        """What the main process gives, in all of them."""
+        """What the main process gives, in all of them; values are such as JSON has."""
         key = self._next()
         if self.main:
             self._put(key, value)
@@ -72,12 +77,12 @@ class Together:
         return found
 
     def gathered(self, value: T) -> list[T]:
-        """What all of them give, by rank."""
-        key = self._next()
+        """What all of them give, by rank; values are such as JSON has."""
+        key, before = self._next(), self._own
+        self._own = []
         self._put(f"{key}/{self.rank}", value)
         found: list[T] = [self._get(f"{key}/{rank}") for rank in range(self.count)]
-        if self._store.add(f"{key}/read", 1) == self.count:
-            self._forget(key)
+        self._store.forget(before)  # whoever has said this has read all that was said before
         return found
 
     def total(self, values: Sequence[float]) -> list[float]:
@@ -114,33 +119,13 @@ class Together:
         return f"said/{self._said}"
 
     def _put(self, key: str, value: Any) -> None:
-        raw = pickle.dumps(value)
-        pieces = [raw[start : start + _PIECE] for start in range(0, len(raw), _PIECE)]
-        for number, piece in enumerate(pieces):
-            self._store.set(f"{key}/{number}", piece)  # type: ignore[arg-type]  # it takes bytes as well
-        self._store.set(key, str(len(pieces)))
-
-    def _forget(self, key: str) -> None:
-        """Remove what all have read."""
-        for rank in range(self.count):
-            whole = f"{key}/{rank}"
-            for name in (*(f"{whole}/{number}" for number in range(int(self._store.get(whole)))), whole):
-                self._store.delete_key(name)
+        self._store.put(key, value)
+        self._own.append(key)
 
     def _get(self, key: str) -> Any:
-        while not self._store.check([key]):  # to wait inside the store would keep the other thread out of it
+        while not self._store.has(key):  # to wait inside the store would keep the other thread out of it
             time.sleep(0.02)
-        pieces = range(int(self._store.get(key)))
-        return pickle.loads(b"".join(self._store.get(f"{key}/{number}") for number in pieces))
-
-
-def _own_store(main: bool) -> TCPStore:
-    """A store beside torch's, which the main process keeps at a port that is free."""
-    address = os.environ["MASTER_ADDR"]
-    store = TCPStore(address, 0, is_master=True, wait_for_workers=False) if main else None
-    port = [store.port if store is not None else 0]
-    dist.broadcast_object_list(port)
-    return store or TCPStore(address, port[0], is_master=False, wait_for_workers=False)
+        return self._store.get(key)
 
 
 def _is_broken(error: BaseException) -> bool:
@@ -179,16 +164,16 @@ class _Watch:
     nothing but the time since the last answer.
     """
 
-    def __init__(self, store: TCPStore, rank: int, count: int):
+    def __init__(self, store: SignedStore, rank: int, count: int):
         self.members: list[_Member] = []
         self._beside: list[int] = []
         self.clear: Callable[[], None] = lambda: None
         self._store, self._rank, self._count = store, rank, count
         self._main, self._beats = rank == 0, 0
-        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._seen: dict[int, tuple[int, float]] = {}
         self._answered = time.monotonic()
         self._over, self._ending = threading.Event(), threading.Lock()
-        self._screen = sys.stderr if self._main else sys.__stderr__
+        self._screen = sys.stderr if self._main else Screen(sys.__stderr__)
         self._beat()
 
     def start(self, members: list[_Member]) -> None:
@@ -214,7 +199,7 @@ class _Watch:
 
     def tells(self, failure: Failure) -> bool:
         """Whether this process tells the user: the main one, or the first of its machine if that has gone."""
-        if failure.rank != 0 or failure.code != LostError.exit_code:
+        if failure.rank != 0 or not failure.gone:
             return self._main
         beside = [rank for rank, one in enumerate(self.members) if one.host == self.members[self._rank].host]
         return self._rank == next(rank for rank in beside if rank != 0)
@@ -231,12 +216,14 @@ class _Watch:
                     return failure
             except (RuntimeError, OSError):
                 return self._gone(0)
+            except LostError as error:
+                return self._forged(error)
             time.sleep(BEAT / 5)
         return None
 
     def leave(self) -> None:
         """Stop, when all have come to this point."""
-        self._store.set(f"left/{self._rank}", "")
+        self._store.put(f"left/{self._rank}", True)
         self._over.set()
         self._meet()
 
@@ -248,6 +235,8 @@ class _Watch:
                 self._answered = time.monotonic()
             except (RuntimeError, OSError):  # the store has gone, and with it the process that kept it
                 failure = self._gone(0)
+            except LostError as error:
+                failure = self._forged(error)
             if failure is not None and not self._over.is_set():
                 self._end_here(self._published(failure))
                 return
@@ -260,22 +249,20 @@ class _Watch:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._store.set(f"beat/{self._rank}", str(self._beats))
+        self._store.put(f"beat/{self._rank}", self._beats)
 
     def _failure(self) -> Failure | None:
-        if not self._store.check(["failed"]):
-            return None
-        return Failure.from_json(json.loads(self._store.get("failed")))
+        return Failure.from_json(self._store.get("failed")) if self._store.has("failed") else None
 
     def _given_up(self, patience: float) -> Failure | None:
         """A process on this machine that has ended, or any that has not shown that it is alive for so many seconds."""
         for rank in self._beside:
-            if self.members[rank].dead() and not self._store.check([f"left/{rank}"]):
+            if self.members[rank].dead() and not self._has(f"left/{rank}"):
                 return self._gone(rank)
         for rank in range(1, self._count) if self._main else [0]:
             beat, now = self._store.get(f"beat/{rank}"), time.monotonic()
-            known, since = self._seen.get(rank, (b"", now))
-            if beat != known:
+            known, since = self._seen.get(rank, (0, now))
+            if beat > known:  # an older one could be written again by a stranger who has read it
                 self._seen[rank] = (beat, now)
             elif now - since > patience:
                 return self._gone(rank)
@@ -285,25 +272,36 @@ class _Watch:
         which = "the main process" if rank == 0 else f"process {rank}"
         where = self.members[rank].host
         what = f"{which} on {where} has gone, or cannot be reached"
-        return Failure(rank, where, (Problem(what, fix=_RESUME),), LostError.exit_code)
+        return Failure(rank, where, (Problem(what, fix=_RESUME),), LostError.exit_code, gone=True)
+
+    def _forged(self, error: LostError) -> Failure:
+        """The failure of this process to believe what stands in the store."""
+        return Failure(self._rank, host(), error.problems, error.exit_code)
+
+    def _has(self, key: str) -> bool:
+        """Whether a process of this run has put something there."""
+        return self._store.has(key) and self._store.get(key) is not None
 
     def _published(self, failure: Failure) -> Failure:
         try:
-            said = self._store.compare_set("failed", "", json.dumps(failure.as_json()))
-            return Failure.from_json(json.loads(said))
+            return Failure.from_json(self._store.first("failed", failure.as_json()))
         except (RuntimeError, OSError):
             return failure
+        except LostError as error:
+            return self._forged(error)
 
     def _meet(self) -> None:
         """The main process, which keeps the store, stays until the others have read it."""
         deadline = time.monotonic() + SOON
         try:
             if not self._main:
-                self._store.add("read", 1)
+                self._store.put(f"read/{self._rank}", True)
                 return
-            while self._store.add("read", 0) < self._count - 1 and time.monotonic() < deadline:
+            waiting = list(range(1, self._count))
+            while waiting and time.monotonic() < deadline:
                 time.sleep(0.02)
-        except (RuntimeError, OSError):
+                waiting = [rank for rank in waiting if not self._has(f"read/{rank}")]
+        except (RuntimeError, OSError, LostError):
             return
 
     def _end_here(self, failure: Failure) -> None:

@@ -62,13 +62,16 @@ def tokenised(ready: Ready, tokenizer: Any, watch: Watch, group: Group) -> Rows:
 def _shared(make: Callable[[], Prepared], group: Group) -> Prepared:
     """Rows that the main process makes, in all of them. Raises DataError: see `tokenised`."""
     own = make() if group.main else None
-    where, fingerprint = group.agreed((own.rows.directory, own.fingerprint) if own else (Path(), ""))
+    place, fingerprint = group.agreed([str(own.rows.directory), own.fingerprint] if own else ["", ""])
+    where = Path(place)
     made = own or data.opened(where)
-    lacking = {name for name, found in group.gathered((host(), made is not None)) if not found}
+    lacking = {name for name, found in group.gathered([host(), made is not None]) if not found}
     if host() in lacking and group.leads:
         made = own or make()
-    places = group.gathered((host(), made.rows.directory if made else where))
-    made = made or data.opened(next((place for name, place in places if name == host() and place != where), where))
+    places = group.gathered([host(), str(made.rows.directory if made else where)])
+    made = made or data.opened(
+        next((Path(other) for name, other in places if name == host() and other != place), where)
+    )
     if made is None or made.fingerprint != fingerprint:
         what = f"the rows on {host()} are others than those of the main process"
         raise DataError(Problem(what, key="data.train", fix="give all machines the same files"))

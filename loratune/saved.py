@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,14 @@ RECORD_FILE = "loratune.json"
 
 _FREE = ("README.md", RECORD_FILE)  # the card is the user's to edit, and the record cannot name itself
 _PLACES = ("base_model_name_or_path", "revision")  # the base may have moved: what it is, its fingerprint tells
-_READ_TOO = (".json", ".jinja", ".model", ".py")  # what a tokenizer is made of, besides words and merges
 _LARGEST_CONFIG = 16 << 20
 _MOST_TENSORS, _LONGEST_NAME = 300_000, 1_000  # the largest mixtures of experts have 140,000 in all of their layers
+_READ_TOO = (
+    ".json", ".jinja", ".jinja2", ".j2", ".model", ".py", ".pyc", ".so", ".tiktoken", ".spm", ".bpe", ".codes",
+    ".vocab", ".bin", ".safetensors", ".pt", ".pth", ".pkl", ".gguf",
+)  # fmt: skip
+"""Endings of files that transformers, tokenizers or PEFT read, besides words and merges."""
+_NOT_OURS = (".git", ".cache")  # what git and the hub's client keep beside the files; no library reads there
 _CODE = ("auto_mapping", "megatron_config")
 
 
@@ -56,6 +61,7 @@ class Saved:
             if now.get(name) != digest
         }
         added = {name: "was added since the adapter was saved" for name in now if _is_read(name) and name not in listed}
+        added |= {name: "a link to a directory, added since the adapter was saved" for name in _links(self.path)}
         return [Problem(what, str(self.path / name)) for name, what in {**changed, **added}.items()]
 
 
@@ -81,10 +87,27 @@ def inspect(path: Path) -> Saved:
 
 
 def manifest(directory: Path) -> dict[str, str]:
-    """Name → SHA-256 of every file, but for the model card, and for where the base lies."""
-    return {
-        path.name: _digest(path) for path in sorted(directory.iterdir()) if path.is_file() and path.name not in _FREE
-    }
+    """Name → SHA-256 of every file at any depth, but for the model card, and for where the base lies.
+
+    Names are relative to the directory, with `/`. Records of older releases list no files below the directory itself.
+    """
+    found = ((path.relative_to(directory).as_posix(), path) for path in _within(directory) if path.is_file())
+    return {name: _digest(path) for name, path in found if name not in _FREE}
+
+
+def _within(directory: Path) -> Iterator[Path]:
+    """Everything below a directory, not through links, and without what git and the hub's client keep there."""
+    for path in sorted(directory.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            if path.name not in _NOT_OURS:
+                yield from _within(path)
+        else:
+            yield path
+
+
+def _links(directory: Path) -> Iterator[str]:
+    """Links to directories: what lies there would be read by another name than the one in the record."""
+    return (path.relative_to(directory).as_posix() for path in _within(directory) if path.is_dir())
 
 
 def _digest(path: Path) -> str:
@@ -104,6 +127,8 @@ def _check_links(directory: Path) -> None:
             leads_out = not path.resolve(strict=True).is_relative_to(inside)
         except (OSError, RuntimeError):
             raise AdapterError(Problem("a link that leads nowhere", str(path), fix="take it away")) from None
+        if not (path.is_file() or path.is_dir()):
+            raise AdapterError(Problem("a pipe, socket or device, not a file", str(path), fix="take it away"))
         if leads_out:
             fix = f"if it is yours, copy the files: cp -rL {directory} NEW"
             raise AdapterError(Problem("leads out of the adapter directory, and is not followed", str(path), fix=fix))
@@ -125,7 +150,8 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _is_read(name: str) -> bool:
-    return name.endswith(_READ_TOO) or name in ("merges.txt", "vocab.txt")
+    name = name.lower()  # as file systems may that tell no capitals apart
+    return name.endswith((*_READ_TOO, "merges.txt", "vocab.txt", "dict.txt"))
 
 
 def _entry(values: Any, key: str) -> str | None:

@@ -1,11 +1,12 @@
 """Results on stdout, as people or programs read them."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from loratune import escaping
 from loratune.console import aligned, block, duration, err, marked, note, size, table
+from loratune.console import as_json as printed_json
 from loratune.paths import number_of, pattern, ranges, shortest
 
 if TYPE_CHECKING:
@@ -79,10 +80,10 @@ def plan(made: "Plan", rows: int) -> None:
     block("targets", lines)
     print(made.count)
     for line in _rows(made.rows):
-        print(line)
+        print(escaping.line(line))
     _notes(made)
     for number in range(min(rows, len(made.rows.train.rows))):
-        print(f"{made.rows.train.rows.row(number).where}, with what is learnt marked")
+        print(f"{escaping.line(made.rows.train.rows.row(number).where)}, with what is learnt marked")
         marked(made.rendered(number))
     print(f"adapter file: {size(made.count.adapter_bytes)}")
     print(f"memory at the longest batch: {_memory(made.memory)}")
@@ -130,7 +131,7 @@ def params(counted: "Params", as_json: bool) -> None:
             "others": counted.others,
             "memory": counted.memory.parts(),
         }
-        print(json.dumps(values, indent=2))
+        printed_json(values)
         return
     print(count)
     rows = [
@@ -176,7 +177,7 @@ def _per_layer(layers: "Mapping[int, int]") -> str:
 def header(path: str, read: "Header", as_json: bool) -> None:
     """What an adapter says of itself, and how far it moves each module."""
     if as_json:
-        print(json.dumps(asdict(read), indent=2))
+        printed_json(asdict(read))
         return
     lines = [
         ("adapter", path),
@@ -187,7 +188,7 @@ def header(path: str, read: "Header", as_json: bool) -> None:
     lines += [("also", f"{name}: {count:,} numbers") for name, count in read.others.items()]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
-        print(f"{name:<{width}}  {value}")
+        print(escaping.line(f"{name:<{width}}  {value}"))
     by_place: dict[str, list[Update]] = {}
     for update in read.updates:
         by_place.setdefault(pattern(update.module), []).append(update)
@@ -237,7 +238,7 @@ def _span(values: Sequence[float], form: str) -> str:
 def scores(found: "Mapping[str, Score]", as_json: bool) -> None:
     """Base and adapter, one below the other."""
     if as_json:
-        print(json.dumps({name: asdict(score) for name, score in found.items()}, indent=2))
+        printed_json({name: asdict(score) for name, score in found.items()})
         return
     rows = [
         [name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", _share(one.exact_match), _share(one.label_accuracy)]

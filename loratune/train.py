@@ -1,7 +1,6 @@
 """The story of `loratune train`: a config and its rows become an adapter directory."""
 
 import gc
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from loratune import (
     card,
     config,
     data,
+    escaping,
     interrupts,
     kernels,
     launched,
@@ -199,7 +199,7 @@ def _publish(
     except NumericError:
         space.forget_checkpoints()  # nothing was learnt, and going on from there would end the same
         raise
-    return Result(space.output, shlex.quote(space.named), size, outcome, run.left, run.try_it)
+    return Result(space.output, escaping.shell(space.named), size, outcome, run.left, run.try_it)
 
 
 def _fit(run: Plan, kept: trainer.Run) -> Outcome:
@@ -298,7 +298,7 @@ def _stage(
 def _prompt_of(rows: Part, most: int = 200) -> str:
     """The shortest prompt of the first rows, as one would type it after `loratune generate`; dots if none will do."""
     asked = (text for text in map(_asked, islice(rows.examples(), 100)) if 0 < len(text) <= most)
-    return shlex.quote(min(asked, key=len, default="..."))
+    return escaping.shell(min(asked, key=lambda text: (not escaping.is_plain(text), len(text)), default="..."))
 
 
 def _asked(example: Example) -> str:

@@ -31,7 +31,7 @@ from loratune.model.originals import original_weights as original_weights
 from loratune.model.quantized import check_trainable, keep_backward, settings
 from loratune.model.weights import check_complete
 from loratune.model.weights import check_finite as check_finite
-from loratune.places import gguf, quantized
+from loratune.places import code, gguf, quantized
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -168,8 +168,11 @@ def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedMo
     section = section or ModelSection(name_or_path=config.name_or_path or config.model_type)
     try:
         with torch.device("meta"):
+            named = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
+            known = type(config) in AutoModelForCausalLM._model_mapping  # its class is there, from an earlier call
+            pinned = {"code_revision": section.revision} if section.trust_remote_code and named and not known else {}
             return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=section.trust_remote_code, dtype=compute_dtype(section)
+                config, trust_remote_code=section.trust_remote_code, dtype=compute_dtype(section), **pinned
             )
     except Exception as error:  # values that the configuration accepts may fail wherever a layer first uses them
         raise unreadable("model", section, error) from None
@@ -241,6 +244,7 @@ def _read_config(section: ModelSection, found: _Found) -> Any:
         config = AutoConfig.from_pretrained(found.name, **found.instead_of("config.json"), **_origin(section))
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
         raise unreadable("configuration", section, error) from None
+    code.check_kernels(config, section.name_or_path)
     _check_decoder(config, section)
     quantized.check_asked(quantized.found_in(config.to_dict()), section.name_or_path, section.quantization)
     return config
@@ -254,6 +258,12 @@ def _quietly(found: _Found) -> Iterator[None]:
 
 
 def _origin(section: ModelSection) -> dict[str, Any]:
+    """What goes to every `from_pretrained`, once no file names code of another repository. Raises ModelError."""
+    name = places.local_or_hub(section.name_or_path)
+    if section.trust_remote_code and Path(name).is_dir():
+        code.check_directory(Path(name))
+    elif section.trust_remote_code:
+        code.check_files(hub.naming_code(name, section.revision), name)
     return section.model_dump(include={"revision", "trust_remote_code"})
 
 

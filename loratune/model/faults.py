@@ -18,6 +18,8 @@ LOADING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, 
 
 def unreadable(part: str, section: ModelSection, error: BaseException) -> ModelError:
     """The error for a part of a model (configuration, tokenizer, model) that a library failed to load."""
+    if isinstance(error, ModelError):
+        return error
     if "trust_remote_code" in str(error):
         fix = "read that code, then set model.trust_remote_code: true and model.revision to the commit you read"
         return ModelError(Problem("the model needs code from its repository", section.name_or_path, fix=fix))

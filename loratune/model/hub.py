@@ -1,5 +1,6 @@
 """The hub of models: the ways in which one is not to be had there."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import errors as hub
@@ -8,7 +9,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 from loratune import places
 from loratune.errors import ModelError, Problem
 from loratune.model.faults import summary
-from loratune.places import gguf
+from loratune.places import code, gguf
 
 
 def check(name: str, revision: str | None, file: str = "config.json") -> None:
@@ -52,3 +53,16 @@ def fetch(name: str, revision: str | None, file: str) -> Path:
         return Path(hf_hub_download(name, file, revision=revision))
     except Exception as error:  # whatever the network stack of the day raises
         raise ModelError(Problem(f"{file} cannot be fetched: {summary(error)}", name, gguf.KEY)) from None
+
+
+def naming_code(name: str, revision: str | None) -> Iterator[Path]:
+    """The files of a repository that may name code, downloaded if they are not in the cache. Those that it does not
+    have, or that cannot be had now, are left out: transformers does not get them either."""
+    cut_off = False
+    for file in code.FILES:
+        try:
+            yield Path(hf_hub_download(name, file, revision=revision, local_files_only=cut_off))
+        except hub.LocalEntryNotFoundError:
+            cut_off = True  # it was tried several times, and would be again for each file
+        except hub.EntryNotFoundError:
+            continue

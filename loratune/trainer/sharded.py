@@ -1,5 +1,6 @@
 """Checkpoints of a run, also where its processes share out the weights: written whole, by the main process alone."""
 
+from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -88,7 +89,7 @@ class ShardedTrainer(Trainer):
         for name, content in chain.from_iterable(found) if self.group.main else ():
             path = Path(output_dir) / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            path.write_bytes(b64decode(content))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
@@ -112,8 +113,10 @@ class ShardedTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
 
-def _files(directory: Path) -> Iterable[tuple[str, bytes]]:
-    """Name and content of each file below a directory."""
+def _files(directory: Path) -> Iterable[list[str]]:
+    """Name, and content in base64, of each file below a directory."""
     return (
-        (str(path.relative_to(directory)), path.read_bytes()) for path in sorted(directory.rglob("*")) if path.is_file()
+        [str(path.relative_to(directory)), b64encode(path.read_bytes()).decode()]
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
     )

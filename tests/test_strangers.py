@@ -1,0 +1,592 @@
+"""Strangers: other programs on the network, other repositories, files and text that somebody else wrote."""
+
+import json
+import os
+import pickle
+import pty
+import re
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import yaml
+from conftest import ROWS, write_rows
+from nursery import Child, Nursery
+from running import Cli, MakeConfig, checkpoints, until
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from typer.testing import CliRunner
+
+from loratune import escaping, saved
+from loratune.cli import app
+from loratune.errors import LostError, Problem
+from loratune.store import SignedStore, secret
+
+# Several processes
+
+
+class Dictionary:
+    """A store of one process, and what a stranger makes of it."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: Any) -> None:
+        self.values[key] = bytes(value)
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def compare_set(self, key: str, expected: str, desired: Any) -> bytes:
+        return self.values.setdefault(key, bytes(desired))
+
+    def delete_key(self, key: str) -> bool:
+        return self.values.pop(key, None) is not None
+
+
+VALUES: list[Any] = [None, True, 0, 1.5e300, "", "ä\ud800\x1b", [], {"a": [1, {"b": None}]}, "x" * (9 << 20)]
+
+
+def test_a_store_gives_back_what_was_put() -> None:
+    raw = Dictionary()
+    store = SignedStore(raw, b"secret")
+    for number, value in enumerate(VALUES):
+        store.put(f"{number}", value)
+    assert [store.get(f"{number}") for number in range(len(VALUES))] == VALUES
+    assert (store.first("one", 1), store.first("one", 2), store.get("one")) == (1, 1, 1)
+    store.forget(["one", *(f"{number}" for number in range(len(VALUES)))])
+    assert raw.values == {}
+
+
+class Bomb:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+FORGERIES: dict[str, Callable[[Dictionary, Path], Any]] = {
+    "nothing": lambda raw, mark: raw.set("mine", b""),
+    "plain": lambda raw, mark: raw.set("mine", b'"hello"'),
+    "a pickle": lambda raw, mark: raw.set("mine", pickle.dumps(Bomb(mark))),
+    "a tag and a pickle": lambda raw, mark: raw.set("mine", raw.get("mine")[:32] + pickle.dumps(Bomb(mark))),
+    "another key": lambda raw, mark: raw.set("mine", raw.get("other")),
+    "a bit": lambda raw, mark: raw.set("mine", raw.get("mine")[:-1] + b"!"),
+    "another run": lambda raw, mark: SignedStore(raw, b"other secret").put("mine", 1),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_store_refuses_what_a_stranger_wrote(name: str, tmp_path: Path) -> None:
+    raw = Dictionary()
+    store = SignedStore(raw, b"secret")
+    store.put("mine", "a")
+    store.put("other", "b")
+    FORGERIES[name](raw, tmp_path / "mark")
+    for read in (store.get, lambda key: store.first(key, 1)):
+        with pytest.raises(LostError, match="the value `mine` in the store of this run was not written by one of"):
+            read("mine")
+    assert not (tmp_path / "mark").exists()
+    store.put("long", "x" * (9 << 20))
+    raw.set("long/1", b"y" * 10)
+    with pytest.raises(LostError, match="the value `long/1`"):
+        store.get("long")
+
+
+def test_a_secret_is_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written with mode 0600 whatever the umask, and not believed where others could have written or read it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = os.umask(0)
+    try:
+        path = secret.write("name", one_machine=False)
+    finally:
+        os.umask(before)
+    assert path is not None and stat.S_IMODE(path.stat().st_mode) == 0o600
+    known = secret.read("name", one_machine=False)
+    assert known is not None and len(known) == 64
+    assert secret.read("other", one_machine=False) is None
+    path.chmod(0o640)
+    assert secret.read("name", one_machine=False) is None
+    path.chmod(0o600)
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    assert secret.read("name", one_machine=False) is None
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    assert secret.read("name", one_machine=False) is None
+    assert secret.derived(known, [b"a", b"b"]) != secret.derived(known, [b"a", b"c"])
+
+
+@pytest.mark.parametrize("text", ["", "short", "a" * 40, "abababababababababababab"])
+def test_a_secret_that_can_be_guessed_ends_the_run(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORATUNE_SECRET", text)
+    with pytest.raises(LostError, match="so it can be guessed"):
+        secret.given()
+
+
+def listening(pid: int) -> list[tuple[str, int]]:
+    """Address (in hexadecimal, as the kernel tells it) and port of each socket on which a process listens."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(link)))
+        except OSError:
+            continue
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                found.append((address, int(port, 16)))
+    return found
+
+
+def answers(port: int) -> bool:
+    """Whether a store of torch's listens at this port: gloo's sockets say nothing to a stranger."""
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as probe:
+        probe.sendall(struct.pack("<BIBI", 0, 0x3C85F7CE, 13, 1234))  # its greeting, and a ping
+        try:
+            return probe.recv(4) == struct.pack("<I", 1234)
+        except OSError:
+            return False
+
+
+def stores(child: Child) -> dict[int, TCPStore]:
+    """Port → a stranger's connection to each store of torch's kind that a process keeps."""
+    limit = timedelta(seconds=5)
+    return {
+        port: TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=limit)
+        for port in {port for address, port in listening(child.pid) if address.strip("0") in ("", "100007F")}
+        if answers(port)
+    }
+
+
+SHARED: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 2000, "save_steps": 5}}
+
+
+def begun(processes: Nursery, config: Path, partial: Path) -> list[Child]:
+    children = processes.launch(2, "train", config)
+    until(lambda: checkpoints(partial), children[0])
+    return children
+
+
+def test_no_other_machine_reaches_the_store_of_one(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """It listens on the loopback; what else listens is torch's own store, and gloo."""
+    children = begun(processes, run_config(**SHARED), tmp_path / "out.partial")
+    answering = stores(children[0])
+    ours = [address for address, port in listening(children[0].pid) if port in answering]
+    assert ours.count("0100007F") == 1, ours
+    assert not list(Path("/dev/shm").glob(".loratune-*")) and not list(Path("/tmp").glob(".loratune-*.secret"))
+    for child in children:
+        child.send(15)
+    assert [child.wait(60) for child in children] == [143, 143]
+
+
+@pytest.mark.parametrize("what", ["a pickle", "garbage", "huge", "deleted", "noise"])
+def test_a_stranger_at_the_store(what: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Row 68: nothing of theirs runs; the run goes on, or ends with 10 in all processes, and says why."""
+    children = begun(processes, run_config(**SHARED), tmp_path / "out.partial")
+    mark = tmp_path / "mark"
+    forged = {"a pickle": pickle.dumps(Bomb(mark)), "garbage": b"\x1b]0;owned\x07\n", "huge": b"9" * (7 << 20)}
+    keys = ["failed", "beat/0", "beat/1", "left/1", "read/1", *(f"said/{one}" for one in range(40))]
+    keys += [f"{key}/{rank}" for key in keys[5:] for rank in (0, 1)]
+    for port, store in stores(children[0]).items():
+        if what == "noise":
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+                raw.sendall(os.urandom(1 << 16))
+            continue
+        for key in keys if what != "huge" else keys[:6]:
+            try:
+                store.delete_key(key) if what == "deleted" else store.set(key, forged[what])
+            except RuntimeError:  # the run has ended, and its store with it
+                break
+    if what == "noise":
+        time.sleep(2)
+        for child in children:
+            child.send(15)
+        assert [child.wait(60) for child in children] == [143, 143]
+        return
+    codes = [child.wait(90) for child in children]
+    assert codes == [10, 10], children[0].said()
+    said = children[0].said() + children[1].said()
+    assert said.count("error: ") == 1 and "\x1b" not in said
+    if what != "deleted":
+        assert "in the store of this run was not written by one of its processes; another program reaches" in said
+    assert not mark.exists() and checkpoints(tmp_path / "out.partial")
+
+
+def test_machines_without_a_secret_in_common_end(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Two "machines" whose home and working directories are their own; with a secret that both are given, they run."""
+    config = run_config()
+    homes = [tmp_path / "a", tmp_path / "b"]
+    for home in homes:
+        home.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = f"import os, sys; sys.argv = ['loratune', 'train', {str(config)!r}]; import loratune.__main__ as m; m.main()"
+
+    def run(**more: str) -> list[tuple[int, str]]:
+        started = []
+        for rank, home in enumerate(homes):
+            environment = os.environ | {
+                "HOME": str(home), "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            } | more  # fmt: skip
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", code], cwd=home, env=environment, stderr=subprocess.PIPE, text=True
+                )
+            )
+        return [(one.wait(150), one.stderr.read()) for one in started]  # type: ignore[union-attr]
+
+    ended = run()
+    assert [code for code, _ in ended] == [10, 10], ended
+    assert ended[0][1].splitlines()[-1] == (
+        "error: the machines share no secret, as neither the home nor the working directory is one that all of them "
+        "see; set LORATUNE_SECRET to the same long random text on all of them"
+    )
+    assert not list(tmp_path.rglob(".loratune-*"))
+    ended = run(LORATUNE_SECRET="0123456789abcdef0123")
+    assert [code for code, _ in ended] == [0, 0], ended
+
+
+# Code of other repositories
+
+
+NAMED = {
+    "a configuration": ("config.json", {"auto_map": {"AutoConfig": "other/repo--evil.Config"}}),
+    "a model": (
+        "config.json",
+        {"auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "other/repo--mine.Model"}},
+    ),
+    "a tokenizer": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "other/repo--evil.Tokenizer"]}}),
+    "a tokenizer as a list": ("tokenizer_config.json", {"auto_map": ["other/repo--evil.Slow", None]}),
+    "a tokenizer in the configuration": ("config.json", {"auto_map": {"AutoTokenizer": "other/repo--evil.Tokenizer"}}),
+    "a part": ("config.json", {"text_config": {"auto_map": {"AutoConfig": "other/repo--evil.Config"}}}),
+    "a processor": ("processor_config.json", {"auto_map": {"AutoProcessor": "other/repo--evil.Processor"}}),
+    "generation": ("generation_config.json", {"custom_generate": "other/repo--evil.generate"}),
+    "below": ("more/config.json", {"auto_map": {"AutoConfig": "other/repo--evil.Config"}}),
+    "a path": ("config.json", {"auto_map": {"AutoConfig": "/tmp/evil.Config"}}),
+    "a parent": ("config.json", {"auto_map": {"AutoConfig": "../evil.Config"}}),
+    "twice": ("config.json", {"auto_map": {"AutoConfig": "other/repo--other/repo--evil.Config"}}),
+}
+"""File → what it says; each is refused although code is trusted."""
+
+
+def add(path: Path, values: dict[str, Any]) -> None:
+    """Put keys into a JSON file, which may not be there yet."""
+    path.parent.mkdir(exist_ok=True)
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(known | values))
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another repository, in the hub's cache, whose code leaves a mark; returns the mark."""
+    mark, commit = tmp_path / "executed", "e" * 40
+    cached = tmp_path / "hub" / "models--other--repo"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    for name in ("evil", "mine"):
+        (cached / "snapshots" / commit / f"{name}.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return mark
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("command", ["train", "params"])
+def test_code_of_another_repository_is_refused(
+    command: str, name: str, evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    """Row 70: exit code 3, the file and the key are named, and nothing has run."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    (base / "mine.py").write_text("from transformers import LlamaConfig as Config\n")
+    file, values = NAMED[name]
+    add(base / file, values)
+    ran = cli(command, run_config(model={"name_or_path": str(base), "trust_remote_code": True, "revision": "main"}))
+    assert (ran.code, ran.out) == (3, ""), ran.err
+    assert ran.err.startswith(f"error: {base / file}: ") and ran.err.count("\n") == 1, ran.err
+    assert ("names code of another repository, other/repo--" in ran.err) == (name not in ("a path", "a parent"))
+    assert not evil.exists() and not (tmp_path / "out").exists()
+
+
+def test_the_other_repository_would_have_been_run(evil: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    """So the tests above would see it."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    add(base / "config.json", {"auto_map": {"AutoConfig": "other/repo--evil.Config"}})
+    with pytest.raises(AttributeError, match="Config"):
+        transformers.AutoConfig.from_pretrained(base, trust_remote_code=True, revision="main")
+    assert evil.exists()
+
+
+def cached_base(tmp_path: Path, tiny_dir: Path, name: str, **files: dict[str, Any]) -> None:
+    """The tiny model as a repository of the hub, in the cache, with more in its files."""
+    cached, commit = tmp_path / "hub" / f"models--{name.replace('/', '--')}", "a" * 40
+    shutil.copytree(tiny_dir, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v1").write_text(commit)
+    for file, values in files.items():
+        add(cached / "snapshots" / commit / f"{file}.json", values)
+
+
+@pytest.mark.parametrize("file", ["config", "tokenizer_config", "generation_config", "adapter_config"])
+def test_code_of_another_repository_is_refused_of_a_hub_id(
+    file: str, evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    """Also where a base says of itself that it is an adapter: transformers would take the code of that one's base."""
+    values = {"auto_map": {"AutoConfig": "other/repo--evil.Config"}}
+    cached_base(tmp_path, tiny_dir, "own/repo", **{file: values if file != "adapter_config" else
+                {"base_model_name_or_path": "other/repo"}})  # fmt: skip
+    ran = cli("params", run_config(model={"name_or_path": "own/repo", "trust_remote_code": True, "revision": "v1"}))
+    assert ran.code == 3 and "other/repo" in ran.err and f"{file}.json: " in ran.err, ran.err
+    assert not evil.exists()
+
+
+def test_a_repository_may_name_itself(
+    evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    """As transformers writes it; the class comes from the pinned revision, not from the newest."""
+    classes = {"AutoConfig": "own/repo--mine.Config", "AutoModelForCausalLM": "own/repo--mine.Model"}
+    cached_base(tmp_path, tiny_dir, "own/repo", config={"model_type": "mine_own", "auto_map": classes})
+    repository = tmp_path / "hub" / "models--own--repo"
+    (repository / "snapshots" / ("a" * 40) / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'mine_own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    newest = repository / "snapshots" / ("b" * 40)
+    newest.mkdir()
+    (repository / "refs" / "main").write_text("b" * 40)
+    (newest / "mine.py").write_text(f"open({str(evil)!r}, 'w').close()\n")
+    ran = cli("params", run_config(model={"name_or_path": "own/repo", "trust_remote_code": True, "revision": "v1"}))
+    assert ran.code == 0, ran.err
+    assert not evil.exists()
+
+
+def test_kernels_of_the_hub_are_not_run(tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
+    """transformers takes the name of one from config.json, trusted or not."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    add(base / "config.json", {"attn_implementation": "other/kernel"})
+    ran = cli("params", run_config(model={"name_or_path": str(base)}))
+    assert ran.code == 3
+    assert f"{base}: attn_implementation: names a kernel of another repository, other/kernel; take" in ran.err
+
+
+# Files that were added to an adapter
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
+    """A small adapter, trained."""
+    out = tmp_path_factory.mktemp("adapter") / "out"
+    rows = write_rows(out.parent / "rows.jsonl", ROWS)
+    sections = {
+        "model": {"name_or_path": str(tiny_dir), "dtype": "float32"}, "data": {"train": str(rows)},
+        "training": {"max_steps": 2, "learning_rate": 1e-2}, "output_dir": str(out),
+    }  # fmt: skip
+    (out.parent / "run.yaml").write_text(yaml.safe_dump(sections))
+    ran = CliRunner().invoke(app, ["train", str(out.parent / "run.yaml")])
+    assert ran.exit_code == 0, ran.stderr
+    return out
+
+
+@pytest.fixture
+def copy(adapter: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(adapter, tmp_path / "copy"))
+
+
+ADDED = [
+    "additional_chat_templates/default.jinja", "additional_chat_templates/tool_use.jinja", "a/b/c/tokenizer.model",
+    "chat_template.json", "custom_generate/generate.py", "Config.JSON", "special_tokens_map.json", "more/vocab.txt",
+    "adapter_model.bin", "nested/adapter_config.json", ".hidden/tokenizer.json", "qwen.tiktoken",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_file_that_was_added_at_any_depth(name: str, copy: Path, cli: Cli) -> None:
+    """Row 71. What no library reads may lie beside it."""
+    for other in ("notes.txt", "plots/loss.png", ".git/config.json", ".cache/huggingface/download/x.json"):
+        (copy / other).parent.mkdir(parents=True, exist_ok=True)
+        (copy / other).write_text("{}")
+    ran = cli("generate", "x", "--adapter", copy, "--max-new-tokens", 1)
+    assert (ran.code, ran.err) == (0, "")
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    (copy / name).write_text("{}")
+    ran = cli("generate", "x", "--adapter", copy, "--max-new-tokens", 1)
+    what = "was added since the adapter was saved; use it all the same with --force"
+    assert (ran.code, ran.err) == (5, f"error: {copy / name}: {what}\n")
+
+
+def test_a_link_to_a_directory_of_the_adapter(copy: Path, cli: Cli) -> None:
+    """The files that are read through it are in the record, by other names."""
+    (copy / "additional_chat_templates").symlink_to(copy)
+    ran = cli("generate", "x", "--adapter", copy)
+    assert ran.code == 5 and "additional_chat_templates: a link to a directory, added since" in ran.err
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_what_is_no_file_is_not_opened(kind: str, recorded: bool, copy: Path, cli: Cli) -> None:
+    """To open a pipe would be to wait for ever."""
+    place = copy / "special_tokens_map.json"
+    if not recorded:
+        (copy / "loratune.json").unlink()
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        with pytest.MonkeyPatch.context() as patch, socket.socket(socket.AF_UNIX) as made:
+            patch.chdir(copy)
+            made.bind(place.name)
+    ran = cli("generate", "x", "--adapter", copy)
+    assert (ran.code, ran.err) == (5, f"error: {place}: a pipe, socket or device, not a file; take it away\n")
+
+
+def test_records_cover_directories_and_older_ones_are_read(copy: Path, cli: Cli) -> None:
+    """Several templates are saved in a directory, and recorded; a record of an older release knows of none."""
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "other.jinja").write_text("x")
+    record = json.loads((copy / "loratune.json").read_text())
+    assert "adapter_config.json" in record["files"] and not any("/" in name for name in record["files"])
+    record["files"] = saved.manifest(copy)
+    assert "additional_chat_templates/other.jinja" in record["files"]
+    (copy / "loratune.json").write_text(json.dumps(record))
+    ran = cli("generate", "x", "--adapter", copy, "--max-new-tokens", 1)
+    assert (ran.code, ran.err) == (0, "")
+    (copy / "additional_chat_templates" / "other.jinja").write_text("y")
+    ran = cli("generate", "x", "--adapter", copy, "--max-new-tokens", 1)
+    assert ran.code == 5 and "other.jinja: changed since the adapter was saved" in ran.err
+
+
+# Text that a terminal would obey
+
+
+EVIL = "a\x1b]52;c;aGk=\x07b\x1b]0;title\x07\x9b2Jc\u202ed\x7f\re"
+"""Writes to the clipboard, sets the title, clears the screen, turns the text around, begins the line again."""
+RAW = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def clean(text: str) -> None:
+    assert not RAW.search(text), ascii(text)
+
+
+def test_escaping() -> None:
+    assert escaping.line("a\tb\nc\x1b\x9b\u202e\ud800é🙂\U000e0041") == (
+        "a\\tb\\nc\\x1b\\x9b\\u202e\\ud800é🙂\\U000e0041"
+    )
+    assert escaping.text("a\tb\nc\r\x1b") == "a\tb\nc\\r\\x1b"
+    for word in ("plain", "it's", EVIL, "new\nline", "\\x1b'\x1b", "\udcff", "é\u202e"):
+        quoted = escaping.shell(word)
+        clean(quoted)
+        assert "\n" not in quoted
+        said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True).stdout
+        assert said == word.encode("utf-8", "surrogateescape")
+    assert str(Problem("a\nb", "c\nd", "e\x1b", "f\r")) == "c\\nd: e\\x1b: a\\nb; f\\r"
+
+
+def test_a_run_on_evil_rows_shows_nothing_raw(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The first row, the table, the end block and its line to paste; the card that is published."""
+    rows = [{"prompt": f"{EVIL} {number}", "completion": f" {EVIL}{number}"} for number in range(8)]
+    data = {"train": str(write_rows(tmp_path / f"{EVIL}\nrows.jsonl", rows))}
+    out = tmp_path / f"o{EVIL}"
+    config = run_config(data=data, training={"max_steps": 1}, output_dir=str(out))
+    for arguments in (("--dry-run", "--rows", 2), ()):
+        ran = cli("train", config, *arguments)
+        assert ran.code == 0, ran.err
+        clean(ran.out + ran.err)
+        assert "\\x1b]52;c;" in ran.out + ran.err
+    assert "--adapter $'" in ran.out
+    clean((out / "README.md").read_text())
+
+
+QUOTED = json.dumps(f"/no{EVIL}").replace("\x7f", "\\x7f")  # as YAML reads it
+PLACES: dict[str, Callable[[Path, Path], list[Any]]] = {
+    "a missing config": lambda config, copy: ["train", f"no{EVIL}\n.yaml"],
+    "a key of the config": lambda config, copy: ["train", config, "--set", f"training.x{EVIL}=1"],
+    "a value of the config": lambda config, copy: ["train", config, "--set", f"training.optim={QUOTED}"],
+    "a path of rows": lambda config, copy: ["train", config, "--set", f"data.train={QUOTED}"],
+    "a base": lambda config, copy: ["params", "--model", f"/no{EVIL}"],
+    "an option": lambda config, copy: ["params", f"--no{EVIL}"],
+    "a command": lambda config, copy: [f"no{EVIL}"],
+    "an adapter": lambda config, copy: ["generate", "x", "--adapter", f"no{EVIL}\nx"],
+    "the keys of a row": lambda config, copy: ["train", config, "--set", f"data.train={copy.parent / 'evil.jsonl'}"],
+    "the base of an adapter": lambda config, copy: ["generate", "x", "--adapter", copy],
+    "an adapter's header": lambda config, copy: ["params", "--adapter", copy],
+    "an adapter's header as JSON": lambda config, copy: ["params", "--adapter", copy, "--json"],
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_raw_from_anywhere(place: str, copy: Path, cli: Cli, run_config: MakeConfig) -> None:
+    """Row 72. An error stays one line."""
+    write_rows(copy.parent / "evil.jsonl", [{f"key{EVIL}\n": 1, f"other{EVIL}": "\x1b"}])
+    add(copy / "adapter_config.json", {"base_model_name_or_path": f"/no{EVIL}\nx"})
+    ran = cli(*PLACES[place](run_config(), copy))
+    clean(ran.out + ran.err)
+    assert "\\x1b" in ran.out + ran.err or "\\u001b" in ran.out
+    assert ran.err.count("\n") == ran.err.count("error: ") or "Usage" in ran.err, ran.err
+    if place.endswith("JSON"):
+        assert json.loads(ran.out)["base"] == f"/no{EVIL}\nx"
+
+
+def terminal(command: list[Any], **environment: str) -> str:
+    """What a command writes to a terminal, stdout and stderr together."""
+    main, end = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "loratune", *map(str, command)], stdin=end, stdout=end, stderr=end,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"} | environment,
+    )  # fmt: skip
+    os.close(end)
+    said = b""
+    with suppress(OSError):  # which is how a terminal ends
+        while block := os.read(main, 1 << 16):
+            said += block
+    child.wait(60)
+    os.close(main)
+    return said.decode()
+
+
+def test_a_terminal_gets_escapes_of_ours_only(copy: Path, run_config: MakeConfig, tmp_path: Path) -> None:
+    """In a real terminal: the first row in colours, with the bar; and an answer that a tokenizer makes evil."""
+    rows = [{"prompt": f"{EVIL} {number}", "completion": f" {EVIL}{number}"} for number in range(8)]
+    config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))}, training={"max_steps": 3})
+    said = terminal(["train", config])
+    assert "\x1b[" in said and "done" in said  # colours and bars
+    assert "\x1b]" not in said and "\x9b" not in said and "\u202e" not in said and "\x07" not in said
+    assert "\\x1b]52;c;aGk=\\x07" in said
+    values = json.loads((copy / "tokenizer.json").read_text())
+    replaced = {"type": "Replace", "pattern": {"Regex": ".+"}, "content": "\x1b]0;t\x07\tz\n"}
+    values["decoder"] = {"type": "Sequence", "decoders": [replaced, {"type": "Fuse"}]}
+    (copy / "tokenizer.json").write_text(json.dumps(values))  # each token of an answer is an escape sequence
+    said = terminal(["generate", "x", "--adapter", copy, "--force", "--max-new-tokens", 3])
+    assert "\x1b]" not in said and "\x07" not in said and "\\x1b]0;t\\x07\tz\r\n" in said, said
+    piped = subprocess.run(
+        [sys.executable, "-m", "loratune", "generate", "x", "--adapter", copy, "--force", "--max-new-tokens", "3"],
+        capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert "\x1b]0;t\x07\tz\n" in piped.stdout
