@@ -93,7 +93,7 @@ def load(opened: Opened, note: Callable[[str], None] = lambda _: None) -> Tuned:
         raise AdapterError(error.problems) if own_tokenizer else error from None
     for line in adapter.ignored(opened.saved):
         note(line)
-    identity = model.fingerprint(base)
+    identity = model.fingerprint(base, like=opened.saved.base_fingerprint)
     tuned = adapter.load(base, opened.saved)
     _check_base(opened, identity, note)
     _check_computes(tuned, opened, tokenizer.eos_token_id or 0)
@@ -101,16 +101,16 @@ def load(opened: Opened, note: Callable[[str], None] = lambda _: None) -> Tuned:
 
 
 def _check_base(opened: Opened, found: str, note: Callable[[str], None]) -> None:
-    known = opened.saved.base_fingerprint
-    if known is None or known == found:
+    recorded, where = opened.saved.base_fingerprint, str(opened.saved.path)
+    if recorded in (None, found):
         return
-    problem = Problem(
-        f"was trained on another base than {opened.base.name_or_path}, by its shape and a sample of its weights",
-        str(opened.saved.path),
-    )
+    what = f"was trained on another base than {opened.base.name_or_path}, by its shape and a sample of its weights"
+    fix = "give it its base"
+    if not model.is_comparable(str(recorded)):
+        what, fix = "records its base in a way that this release of loratune does not know", "upgrade loratune"
     if not opened.forced:
-        raise AdapterError(replace(problem, fix="give it its base, or use it all the same with --force"))
-    note(str(problem))
+        raise AdapterError(Problem(what, where, fix=f"{fix}, or use it all the same with --force"))
+    note(str(Problem(what, where)))
 
 
 @torch.inference_mode()

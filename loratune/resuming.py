@@ -45,6 +45,11 @@ class Resumed:
         """Optimizer steps that are done."""
         return step_of(self.checkpoint)
 
+    @property
+    def base_fingerprint(self) -> str:
+        """That of the base of the run that was interrupted."""
+        return str(self.before["fingerprints"]["base"])
+
 
 def identity(
     config: Mapping[str, Any], fingerprints: Mapping[str, str | None], rows: Mapping[str, int]
@@ -88,9 +93,14 @@ def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -
     return Resumed(checkpoint, tuple(skipped), before["changes"] + changed, rate / old, before)
 
 
-def check_same(resumed: Resumed, now: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Insist that rows and base are the same. now: see `identity`. Raises ResumeError: they have changed."""
-    if problems := list(_moved(resumed.before, now, allowed)):
+def check_same(resumed: Resumed, now: Mapping[str, Any], allowed: Sequence[str], *, base: str) -> None:
+    """Insist that rows and base are the same.
+
+    now: see `identity`; base: the fingerprint of the base, in the version of the one that the checkpoint holds. Raises
+    ResumeError: they have changed.
+    """
+    comparable = {**now, "fingerprints": now["fingerprints"] | {"base": base}}
+    if problems := list(_moved(resumed.before, comparable, allowed)):
         raise ResumeError(problems)
 
 

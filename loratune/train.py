@@ -65,8 +65,9 @@ class Teller:
 @dataclass(frozen=True)
 class Plan:
     """Everything that is known before the first step. config: with absolute paths; processes: of the run; given: the
-    rows as read, None in processes that did not read them; left: what of the model is not computed the fast way, see
-    `kernels.fitted`."""
+    rows as read, None in processes that did not read them; base_as_recorded: the base's fingerprint in the version that
+    the checkpoint holds which is resumed; left: what of the model is not computed the fast way, see `kernels.fitted`.
+    """
 
     config: RunConfig
     processes: int
@@ -82,6 +83,7 @@ class Plan:
     memory: memory.Estimate
     notes: list[str]
     base_fingerprint: str
+    base_as_recorded: str
     left: list[str]
     try_it: str
 
@@ -129,7 +131,9 @@ def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
     kernels.keep_pages()
     tokenizer = model.load_tokenizer(run.model, run.data.chat_template)
     rows = tokenised(ready, tokenizer, watch, group)
-    base, identity = _base(run, group)
+    base = _base(run, group)
+    recorded = ready.resumed.base_fingerprint if ready.resumed else None
+    identity, as_recorded = model.fingerprint(base), model.fingerprint(base, like=recorded)
     found = targets.find(model.unpacked(base, run.model), run.lora)
     origin = {"base_name": run.model.name_or_path, "revision": run.model.revision}
     adapted = adapter.attach(base, run.lora, found.peft(), seed=run.training.seed, **origin)
@@ -155,6 +159,7 @@ def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
         memory=memory.estimate(adapted, *batching.largest(batches.train, rows.train), run.training),
         notes=[*model.notes(run.model), *batches.notes, *found.notes, *adapter.notes(adapted)],
         base_fingerprint=identity,
+        base_as_recorded=as_recorded,
         left=batches.left,
         try_it=_prompt_of(ready.rows.train) if ready.rows else "",
     )
@@ -222,15 +227,15 @@ def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _base(run: RunConfig, group: Group) -> tuple[Any, str]:
-    """The base, whose numbers were looked at, and its fingerprint. Raises ModelError: processes have different ones."""
+def _base(run: RunConfig, group: Group) -> Any:
+    """The base, whose numbers were looked at. Raises ModelError: processes have different ones."""
     base = model.load_base(run.model)
     model.check_finite(base, run.model.name_or_path)
     own = model.fingerprint(base)
     if group.agreed(own) != own:
         what, fix = f"the base on {host()} is another than that of the main process", "give all machines the same files"
         raise ModelError(Problem(what, run.model.name_or_path, "model.name_or_path", fix))
-    return base, own
+    return base
 
 
 def _identity(run: Plan, ready: Ready) -> dict[str, Any]:
@@ -239,7 +244,7 @@ def _identity(run: Plan, ready: Ready) -> dict[str, Any]:
     identity = resuming.identity(run.config.resolved(), run.fingerprints, counts)
     if found is None:
         return identity
-    resuming.check_same(found, identity, ready.allowed)
+    resuming.check_same(found, identity, ready.allowed, base=run.base_as_recorded)
     return identity | {"changes": found.changes}
 
 

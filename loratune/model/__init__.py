@@ -1,8 +1,6 @@
 """Tokenizer and base model: where they come from, in which numbers, on which device."""
 
-import hashlib
 import io
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import hub
 from loratune.model.faults import LOADING, damaged_weights, unreadable
+from loratune.model.fingerprints import fingerprint as fingerprint
+from loratune.model.fingerprints import is_comparable as is_comparable
 from loratune.model.machine import Machine as Machine
 from loratune.model.machine import check_kernels as check_kernels
 from loratune.model.machine import check_machine as check_machine
@@ -174,23 +174,6 @@ def unpacked(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
     """
     found = quantized.found_in(base.config.to_dict())
     return base if found is None or quantized.method(found) == "bitsandbytes" else build_meta(base.config, section)
-
-
-def fingerprint(base: PreTrainedModel) -> str:
-    """SHA-256 of the shape of a model and a sample of its numbers: 64 values of each of 16 tensors, spread evenly."""
-    config = base.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "dtype", "quantization_config"):
-        config.pop(volatile, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    tensors = list(base.named_parameters())
-    for name, tensor in tensors[:: max(1, len(tensors) // 16)]:
-        flat = tensor.detach().flatten()
-        flat = (
-            flat.view(torch.uint8) if hasattr(tensor, "quant_state") else flat
-        )  # bits, in whatever type they are kept
-        some = flat[:64].cpu().to(torch.bfloat16)  # the same in whichever dtype it was loaded
-        digest.update(name.encode() + some.float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def pad_id(tokenizer: Any) -> int:
