@@ -46,6 +46,18 @@ def is_comparable(recorded: str) -> bool:
     return ":" not in recorded or recorded.startswith(VERSION)
 
 
+class Sampled:
+    """A base with a sample of each of its tensors, to see later whether a model that was built on it still has them."""
+
+    def __init__(self, base: PreTrainedModel):
+        self._samples = [(tensor, _sample(tensor)) for _, tensor in _tensors(base)]
+
+    def is_in(self, model: torch.nn.Module) -> bool:
+        """Whether all tensors are still parameters or buffers of `model`, with the same values."""
+        found = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        return all(id(tensor) in found and _sample(tensor) == sample for tensor, sample in self._samples)
+
+
 def _settings(config: Any) -> dict[str, Any]:
     """The settings that are not the defaults of the configuration's class. Upstream adds keys to all configurations
     from release to release; a new key at its default must not make another model of the same files."""
