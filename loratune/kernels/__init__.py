@@ -14,3 +14,4 @@ from loratune.kernels.loss import full as full
 from loratune.kernels.loss import global_norm as global_norm
 from loratune.kernels.loss import next_token_loss as next_token_loss
 from loratune.kernels.projection import Adapted as Adapted
+from loratune.kernels.variant import variant as variant
