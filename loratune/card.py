@@ -42,12 +42,14 @@ def model_card(
     name: str,
     prompt: str,
     *,
+    gain: str,
     formats: Sequence[str],
     changes: Sequence[Mapping[str, Any]],
     processes: int = 1,
 ) -> str:
     """A model card as the hub reads it: metadata, then base, data, settings, result and use.
 
+    gain: over the base, in a line.
     https://huggingface.co/docs/hub/model-cards
     """
     base = settings["model"]["name_or_path"]
@@ -68,6 +70,7 @@ A LoRA adapter for `{_named(settings["model"])}`{_held(settings["model"])}, trai
 - **Data:** {_sources(settings["data"]["train"])} ({", ".join(formats)})
 - **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
+- **Gain:** {gain}
 {_changed(changes)}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{together}
 
 ## Use

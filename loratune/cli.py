@@ -89,6 +89,9 @@ def train(
         list[str], typer.Option("--allow-change", metavar="KEY", help="With --resume: take on the new value of KEY.")
     ] = [],  # noqa: B006  typer copies it
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at output_dir.")] = False,
+    allow_worse: Annotated[
+        bool, typer.Option("--allow-worse", help="Publish the adapter even if it does worse than its base.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
     rows: Annotated[
         int, typer.Option("--rows", min=1, max=_MOST, metavar="N", help="With --dry-run: show N rendered rows.")
@@ -123,7 +126,7 @@ def train(
                     show.plan(planned, rows)
                 return
             teller = story.Teller(note, show.announce, watched, TrainingProgress())
-            made = story.train(ready, teller, group)
+            made = story.train(ready, teller, group, allow_worse=allow_worse)
         except KeyboardInterrupt as stop:
             fix = "the rows that were tokenised are kept, and the same command goes on from there"
             if not dry_run and ready.space.is_resumable():

@@ -1,7 +1,7 @@
 """The story of `loratune evaluate`: base and adapter on the same held-out rows."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loratune import data, inference, model, trainer
@@ -10,6 +10,7 @@ from loratune.data.packing import Batches
 from loratune.data.render import Tokens
 from loratune.inference import Tuned
 from loratune.preflight import Opened
+from loratune.rows import check_positions
 
 _BATCH_TOKENS = 8192
 """Tokens whose logits are held at once: at 50,000 words of vocabulary, 1.6 GB in float32."""
@@ -37,11 +38,12 @@ def evaluate(
 ) -> tuple[dict[str, Score], list[str]]:
     """Score `base` and `adapter` on rows that are rendered as in training; and lines about what became of the rows.
 
-    Raises AdapterError, ModelError, DataError.
+    Raises AdapterError, ModelError, DataError; ConfigError: rows are longer than the model's context.
     """
     tuned = inference.load(opened, note)
     size = tuned.model.config.get_text_config().vocab_size
     rows = data.prepare(part, tuned.renderer, tuned.data, size, watch)
+    check_positions(rows, tuned.data, model.context_length(tuned.model.config))
     with tuned.without_adapter():
         base = _score(tuned, rows)
     return {"base": base, "adapter": _score(tuned, rows)}, [*part.remarks(), *rows.report.losses()]
@@ -66,11 +68,24 @@ def _matches(tuned: Tuned, rows: Sequence[Tokens]) -> tuple[float | None, float 
     if not rows:
         return None, None
     exact = starts = 0
-    ordered = sorted(rows, key=lambda row: len(row.completion))
-    for start in range(0, len(ordered), inference.BATCH):
-        batch = ordered[start : start + inference.BATCH]
+    for batch in _batches(rows, model.context_length(tuned.model.config)):
         longest = max(len(row.completion) for row in batch)
         for row, ids in zip(batch, tuned.complete([row.prompt for row in batch], longest), strict=True):
             exact += tuple(ids) == row.completion
             starts += tuned.text(ids).startswith(tuned.text(row.completion))
     return exact / len(rows), starts / len(rows)
+
+
+def _batches(rows: Sequence[Tokens], limit: int | None) -> Iterator[list[Tokens]]:
+    """Batches of rows with completions of like length. Their prompts are completed to the longest of these; none
+    then goes beyond the model's context, if no row did. limit: see `model.context_length`."""
+    batch: list[Tokens] = []
+    for row in sorted(rows, key=lambda row: len(row.completion)):
+        longest_prompt = max(len(one.prompt) for one in (*batch, row))
+        too_long = limit is not None and longest_prompt + len(row.completion) > limit
+        if batch and (too_long or len(batch) == inference.BATCH):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -1,7 +1,7 @@
 """An adapter directory, loaded and ready: base, adapter, tokenizer and renderer as they were in training."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,11 +9,12 @@ import torch
 from transformers import GenerationConfig
 
 from loratune import adapter, kernels, model
-from loratune.adapter import PeftModel
+from loratune.adapter import PeftModel, Untouched
 from loratune.config import DataSection, ModelSection
 from loratune.data.packing import pad
 from loratune.data.render import Renderer
 from loratune.errors import AdapterError, ModelError, Problem
+from loratune.model import Sampled
 from loratune.preflight import Opened
 
 BATCH = 32
@@ -24,7 +25,8 @@ BATCH = 32
 class Tuned:
     """A base with its adapter on, and how prompts are rendered for it.
 
-    chat: the rows of training went through the chat template.
+    chat: the rows of training went through the chat template; base: a sample of the base, and what PEFT may have
+    changed of it, from before the adapter was attached; where: the adapter's path.
     """
 
     model: PeftModel
@@ -32,11 +34,18 @@ class Tuned:
     renderer: Renderer
     data: DataSection
     chat: bool
+    base: tuple[Sampled, Untouched]
+    where: str
 
-    def without_adapter(self) -> AbstractContextManager[Any]:
-        """Inside, the model is the base alone."""
-        context: AbstractContextManager[Any] = self.model.disable_adapter()
-        return context
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Inside, the model is the base alone. Raises AdapterError: PEFT has changed the base for this adapter."""
+        sampled, before = self.base
+        with before.alone(self.model, self.where):
+            if not sampled.is_in(self.model):
+                what = "its base cannot be computed beside it: PEFT has changed the base's own weights for it"
+                raise AdapterError(Problem(what, self.where))
+            yield
 
     @torch.inference_mode()
     def complete(
@@ -94,24 +103,25 @@ def load(opened: Opened, note: Callable[[str], None] = lambda _: None) -> Tuned:
     renderer = Renderer(tokenizer, base.config.get_text_config().vocab_size)
     for line in adapter.ignored(opened.saved):
         note(line)
-    identity = model.fingerprint(base)
+    identity = model.fingerprint(base, like=opened.saved.base_fingerprint)
+    before = model.Sampled(base), adapter.before_load(base, opened.saved)
     tuned = adapter.load(base, opened.saved)
     _check_base(opened, identity, note)
     _check_computes(tuned, opened, tokenizer.eos_token_id or 0)
-    return Tuned(tuned, tokenizer, renderer, opened.data, opened.chat)
+    return Tuned(tuned, tokenizer, renderer, opened.data, opened.chat, before, str(path))
 
 
 def _check_base(opened: Opened, found: str, note: Callable[[str], None]) -> None:
-    known = opened.saved.base_fingerprint
-    if known is None or known == found:
+    recorded, where = opened.saved.base_fingerprint, str(opened.saved.path)
+    if recorded in (None, found):
         return
-    problem = Problem(
-        f"was trained on another base than {opened.base.name_or_path}, by its shape and a sample of its weights",
-        str(opened.saved.path),
-    )
+    what = f"was trained on another base than {opened.base.name_or_path}, by its shape and a sample of its weights"
+    fix = "give it its base"
+    if not model.is_comparable(str(recorded)):
+        what, fix = "records its base in a way that this release of loratune does not know", "upgrade loratune"
     if not opened.forced:
-        raise AdapterError(replace(problem, fix="give it its base, or use it all the same with --force"))
-    note(str(problem))
+        raise AdapterError(Problem(what, where, fix=f"{fix}, or use it all the same with --force"))
+    note(str(Problem(what, where)))
 
 
 @torch.inference_mode()

@@ -5,10 +5,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic import BaseModel
 
 from loratune import launched
 from loratune.checkpoints import newest_whole, step_of
+from loratune.config import RunConfig
 from loratune.errors import Problem, ResumeError
 
 CHANGEABLE = (
@@ -31,7 +34,8 @@ class Resumed:
     """Where a run goes on.
 
     skipped: checkpoints that were passed over, and why; changes: keys that were taken on, at which step, and from what
-    to what; rescaled: the new learning rate over the old one; before: the identity of the run that was interrupted.
+    to what; rescaled: the new learning rate over the old one; before: the identity of the run that was interrupted;
+    forgotten: keys without a value that the release which wrote the checkpoint knew, and this one does not.
     """
 
     checkpoint: Path
@@ -39,21 +43,32 @@ class Resumed:
     changes: list[dict[str, Any]]
     rescaled: float
     before: Mapping[str, Any]
+    forgotten: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
         """Optimizer steps that are done."""
         return step_of(self.checkpoint)
 
+    @property
+    def base_fingerprint(self) -> str:
+        """That of the base of the run that was interrupted."""
+        return str(self.before["fingerprints"]["base"])
+
 
 def identity(
-    config: Mapping[str, Any], fingerprints: Mapping[str, str | None], rows: Mapping[str, int]
+    config: Mapping[str, Any],
+    fingerprints: Mapping[str, str | None],
+    rows: Mapping[str, int],
+    conditions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its run, as JSON. config: resolved; rows: counts of the training rows. Beside them,
-    how many processes there are, and what spreads the base over them.
+    """What a checkpoint keeps of its run, as JSON. Beside what is given, how many processes there are, and what spreads
+    the base over them.
+
+    config: resolved; rows: counts of the training rows; conditions: what it is computed with, see `conditions`.
     """
     return {
-        "config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows),
+        "config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows), "conditions": dict(conditions),
         "processes": launched.count(), "sharding": launched.sharding(), "changes": [],
     }  # fmt: skip
 
@@ -76,15 +91,16 @@ def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -
     ]:
         raise ResumeError(problems)
     checkpoint, before, skipped = newest_whole(checkpoints, _fault)
-    problems = list(_refused(before["config"], config, allowed))
+    old = _completed(before["config"], config, RunConfig)
+    unknown = dict(_unknown(before["config"], RunConfig))
+    problems = [*_refused(old, config, allowed), *_lost(unknown, before)]
     if problems := problems or [*_reordered(before, config, launched.count()), *_respread(before)]:
         raise ResumeError([*skipped, *problems])
     changed = [
-        {"step": step_of(checkpoint), "key": key, "was": old, "is": new}
-        for key, old, new in _changes(before["config"], config)
+        {"step": step_of(checkpoint), "key": key, "was": was, "is": now} for key, was, now in _changes(old, config)
     ]
-    rate, old = (run["training"]["learning_rate"] for run in (config, before["config"]))
-    return Resumed(checkpoint, tuple(skipped), before["changes"] + changed, rate / old, before)
+    rescaled = config["training"]["learning_rate"] / old["training"]["learning_rate"]
+    return Resumed(checkpoint, tuple(skipped), before["changes"] + changed, rescaled, before, tuple(unknown))
 
 
 def _fault(run: Any) -> str:
@@ -111,10 +127,82 @@ def _fault(run: Any) -> str:
     return "" if all(sound) else "it is not the record of a run"
 
 
-def check_same(resumed: Resumed, now: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Insist that rows and base are the same. now: see `identity`. Raises ResumeError: they have changed."""
-    if problems := list(_moved(resumed.before, now, allowed)):
+def check_same(resumed: Resumed, now: Mapping[str, Any], allowed: Sequence[str], *, base: str) -> None:
+    """Insist that rows and base are the same.
+
+    now: see `identity`; base: the fingerprint of the base, in the version of the one that the checkpoint holds. Raises
+    ResumeError: they have changed.
+    """
+    comparable = {**now, "fingerprints": now["fingerprints"] | {"base": base}}
+    if problems := list(_moved(resumed.before, comparable, allowed)):
         raise ResumeError(problems)
+
+
+def differences(resumed: Resumed, now: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the run is computed with that it was not computed with before, as `Resumed.changes`. now: see `identity`.
+
+    The run goes on all the same: the numbers are as good, but their last bits may be others. A checkpoint of a release
+    that kept no conditions differs in nothing that is known.
+    """
+    old, new = resumed.before.get("conditions", {}), now["conditions"]
+    return [
+        {"step": resumed.step, "key": name, "was": old[name], "is": new[name]}
+        for name in new
+        if name in old and old[name] != new[name]
+    ]
+
+
+def _completed(before: Any, now: Any, section: type[BaseModel] | None) -> Any:
+    """A configuration as this release would have written it: a key that came with a later release has its default, and
+    one that has gone is left out, see `_unknown`.
+
+    before: resolved values, as a checkpoint holds them; now: those of this run; section: what they are values of.
+    """
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [_completed(old, new, section) for old, new in zip(before, now, strict=True)]
+    if not isinstance(before, dict) or not isinstance(now, dict) or section is None:
+        return before
+    made = {
+        key: _completed(old, now.get(key), _section_of(section, key))
+        for key, old in before.items()
+        if key in section.model_fields
+    }
+    for key in now.keys() - before.keys():
+        if key in section.model_fields and not section.model_fields[key].is_required():
+            default = section.model_fields[key].get_default(call_default_factory=True)
+            made[key] = default.model_dump() if isinstance(default, BaseModel) else default
+    return made
+
+
+def _section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The class that the values of a key have, alone or in a list, if they are not plain."""
+    open_: list[Any] = [section.model_fields[key].annotation] if key in section.model_fields else []
+    for kind in open_:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+        open_.extend(get_args(kind))
+    return None
+
+
+def _unknown(before: Mapping[str, Any], section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys, with values, that this release does not know."""
+    for key, value in before.items():
+        if key not in section.model_fields:
+            yield f"{prefix}{key}", value
+        elif (inner := _section_of(section, key)) is not None:
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, dict):
+                    yield from _unknown(one, inner, f"{prefix}{key}.")
+
+
+def _lost(unknown: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[Problem]:
+    """Unknown keys whose values had an effect that would end here. Empty ones are told, see `Resumed.forgotten`."""
+    release = before.get("conditions", {}).get("loratune")
+    fix = f"finish the run with loratune {release}, which began it" if release else "finish the run with that release"
+    for key, value in unknown.items():
+        if value not in (None, False, "", "none", [], {}):
+            what = f"was {_shown(value)} in the release of loratune that began the run; this release has no such key"
+            yield Problem(what, key=key, fix=f"{fix}, or start afresh with --overwrite")
 
 
 def _refused(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune import data, model
-from loratune.config import RunConfig
+from loratune.config import DataSection
 from loratune.data import Part, Prepared, Watch
 from loratune.data.render import Renderer
 from loratune.errors import ConfigError, DataError, Problem
@@ -49,7 +49,7 @@ def tokenised(ready: Ready, tokenizer: Any, watch: Watch, group: Group) -> Rows:
     train = _shared(lambda: made("train"), group)
     validation = _shared(lambda: made("validation"), group) if run.data.validation is not None else None
     for one in (train, validation) if validation else (train,):
-        _check_positions(one, run, limit)
+        check_positions(one, run.data, limit)
     if ready.rows is None:
         return Rows(train, validation, {"train": [], "validation": []}, [], run.data.max_length)
     leaks = data.find_leaks(ready.rows)
@@ -78,11 +78,9 @@ def _shared(make: Callable[[], Prepared], group: Group) -> Prepared:
     return made
 
 
-def _check_positions(made: Prepared, run: RunConfig, limit: int | None) -> None:
-    """Raises ConfigError: rows are longer than the model's context."""
+def check_positions(made: Prepared, section: DataSection, limit: int | None) -> None:
+    """Raises ConfigError: rows are longer than the model's context. limit: see `model.context_length`."""
     longest = int(made.rows.lengths.max())
     if limit is not None and longest > limit:
-        what = (
-            f"is {run.data.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
-        )
+        what = f"is {section.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
         raise ConfigError(Problem(what, key="data.max_length", fix=f"set it to {limit}"))

@@ -105,6 +105,7 @@ def result(made: "Result", program: str) -> None:
     ]
     if outcome.held_out_loss is not None:
         lines.append(("held-out", f"{outcome.held_out_loss:.4f}"))
+    lines.append(("gain", str(made.gain)))
     if made.left:
         rest = "" if made.left[0].startswith("all") else " (all else is computed the fast way)"
         lines.append(("as it comes", ", ".join(made.left) + rest))

@@ -1,11 +1,12 @@
 """The story of `loratune train`: a config and its rows become an adapter directory."""
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from loratune import (
     adapter,
     batching,
     card,
+    conditions,
     config,
     data,
     escaping,
+    gain,
     interrupts,
     kernels,
     launched,
@@ -34,6 +37,7 @@ from loratune.data import Part, Watch
 from loratune.data.formats import Conversation, Example, Plain
 from loratune.data.packing import Batches
 from loratune.errors import ModelError, NumericError, Problem, ResourceError
+from loratune.gain import Gain
 from loratune.interrupts import Stop
 from loratune.launched import ALONE, Group, host
 from loratune.preflight import Ready
@@ -65,9 +69,12 @@ class Teller:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first step. config: with absolute paths; processes: of the run; given: the
-    rows as read, None in processes that did not read them; left: what of the model is not computed the fast way, see
-    `kernels.fitted`."""
+    """Everything that is known before the first step.
+
+    config: with absolute paths; processes: of the run; given: the rows as read, None in processes that did not read
+    them; base_as_recorded: the base's fingerprint in the version that the checkpoint holds which is resumed; files:
+    those of the base; left: what of the model is not computed the fast way, see `kernels.fitted`.
+    """
 
     config: RunConfig
     processes: int
@@ -83,6 +90,8 @@ class Plan:
     memory: memory.Estimate
     notes: list[str]
     base_fingerprint: str
+    base_as_recorded: str
+    files: model.Files
     left: list[str]
     try_it: str
 
@@ -108,13 +117,14 @@ class Plan:
 class Result:
     """A published adapter. shown: its directory as the user named it; try_it: a prompt. Both are quoted for a shell.
 
-    left: what of the model was not computed the fast way.
+    gain: over the base; left: what of the model was not computed the fast way.
     """
 
     directory: Path
     shown: str
     adapter_bytes: int
     outcome: Outcome
+    gain: Gain
     left: list[str]
     try_it: str
 
@@ -130,7 +140,9 @@ def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
     kernels.keep_pages()
     tokenizer = model.load_tokenizer(run.model, run.data.chat_template)
     rows = tokenised(ready, tokenizer, watch, group)
-    base, identity = _base(run, group)
+    base, files = _base(run, group), model.files(run.model)
+    recorded = ready.resumed.base_fingerprint if ready.resumed else None
+    identity, as_recorded = model.fingerprint(base), model.fingerprint(base, like=recorded)
     found = targets.find(model.unpacked(base, run.model), run.lora)
     origin = {"base_name": run.model.name_or_path, "revision": run.model.revision}
     adapted = adapter.attach(base, run.lora, found.peft(), seed=run.training.seed, **origin)
@@ -156,17 +168,20 @@ def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
         memory=memory.estimate(adapted, *batching.largest(batches.train, rows.train), run.training),
         notes=[*model.notes(run.model), *batches.notes, *found.notes, *adapter.notes(adapted)],
         base_fingerprint=identity,
+        base_as_recorded=as_recorded,
+        files=files,
         left=batches.left,
         try_it=_prompt_of(ready.rows.train) if ready.rows else "",
     )
 
 
-def train(ready: Ready, teller: Teller, group: Group = ALONE) -> Result | None:
+def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bool = False) -> Result | None:
     """Train, check and publish. Returns None in all processes but the main one, which alone writes.
 
-    Raises ModelError, DataError; NumericError: a number that is not finite, or nothing learnt; ResumeError;
-    LockedError; ResourceError: out of memory, or no room on the disk; LostError: another process has gone. Raises
-    KeyboardInterrupt: stopped by the user.
+    allow_worse: publish an adapter that does worse than its base as well.
+    Raises ModelError, DataError; NumericError: a number that is not finite, nothing learnt, or worse than the base;
+    ResumeError; LockedError; ResourceError: out of memory, or no room on the disk; LostError: another process has gone.
+    Raises KeyboardInterrupt: stopped by the user.
     """
     with workspace.claimed(ready.space) if group.main else nullcontext(ready.space) as space:
         if group.main:
@@ -184,22 +199,43 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE) -> Result | None:
             outcome = _fit(run, kept)
         trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
         trained = adapter.whole(run.model)
+        gained = _compared(run, trained, outcome, kept, allow_worse=allow_worse)
+        _check_files(run, group, thoroughly=True)
         group.part()
-        return _publish(run, trained, outcome, identity["changes"], space) if group.main else None
+        return _publish(run, trained, outcome, gained, identity["changes"], space) if group.main else None
+
+
+def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, *, allow_worse: bool) -> Gain:
+    """How the adapter compares with its base. Raises NumericError: it is worse, and that is not allowed."""
+    rows, split = (run.rows.validation, "validation") if run.rows.validation else (run.rows.train, "training")
+    pad_id = model.pad_id(run.tokenizer)
+    gained = gain.measure(run.model, run.start, trained, rows, split, pad_id, outcome.tokens, kept.group)
+    if not math.isfinite(gained.adapter):
+        what, key = f"after the last step the loss of some {split} rows is NaN or inf", "training.learning_rate"
+        raise trainer.astray(Problem(what, key=key, fix="lower it"), kept.checkpoints, outcome.steps)
+    if gained.verdict == "worse" and not allow_worse:
+        fix = "lower training.learning_rate and start with --overwrite, or publish it with --resume --allow-worse"
+        raise NumericError(Problem(f"the adapter is {gained}", fix=fix))
+    return gained
 
 
 def _publish(
-    run: Plan, trained: Weights, outcome: Outcome, changes: Sequence[Mapping[str, Any]], space: Workspace
+    run: Plan,
+    trained: Weights,
+    outcome: Outcome,
+    gained: Gain,
+    changes: Sequence[Mapping[str, Any]],
+    space: Workspace,
 ) -> Result:
     size = run.count.adapter_bytes + model.tokenizer_bytes(run.tokenizer)
     try:
         with workspace.room_for("the adapter directory", size, space.partial, "make room, then --resume"):
-            size = _stage(run, trained, outcome, changes, space)
+            size = _stage(run, trained, outcome, gained, changes, space)
             space.publish()
     except NumericError:
         space.forget_checkpoints()  # nothing was learnt, and going on from there would end the same
         raise
-    return Result(space.output, escaping.shell(space.named), size, outcome, run.left, run.try_it)
+    return Result(space.output, escaping.shell(space.named), size, outcome, gained, run.left, run.try_it)
 
 
 def _fit(run: Plan, kept: trainer.Run) -> Outcome:
@@ -225,25 +261,41 @@ def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _base(run: RunConfig, group: Group) -> tuple[Any, str]:
-    """The base, whose numbers were looked at, and its fingerprint. Raises ModelError: processes have different ones."""
+def _base(run: RunConfig, group: Group) -> Any:
+    """The base, whose numbers were looked at. Raises ModelError: processes have different ones."""
     base = model.load_base(run.model)
     model.check_finite(base, run.model.name_or_path)
     own = model.fingerprint(base)
     if group.agreed(own) != own:
         what, fix = f"the base on {host()} is another than that of the main process", "give all machines the same files"
         raise ModelError(Problem(what, run.model.name_or_path, "model.name_or_path", fix))
-    return base, own
+    return base
+
+
+def _check_files(run: Plan, group: Group, *, thoroughly: bool = False) -> None:
+    """Raises ModelError: files of the base have changed since it was loaded, on any machine."""
+    changed = group.gathered(run.files.changed(thoroughly=thoroughly))
+    if problems := [
+        Problem(
+            "has changed since the run began, which goes on from its last checkpoint",
+            path,
+            "model.name_or_path",
+            "put it back, then --resume; or start afresh with --overwrite",
+        )
+        for path in dict.fromkeys(chain.from_iterable(changed))
+    ]:
+        raise ModelError(problems)
 
 
 def _identity(run: Plan, ready: Ready) -> dict[str, Any]:
     """What is kept of the run in its checkpoints. Raises ResumeError: it is not the one that was interrupted."""
     found, counts = ready.resumed, run.rows.train.report.counts()
-    identity = resuming.identity(run.config.resolved(), run.fingerprints, counts)
+    computed = conditions.conditions(run.model, run.left)
+    identity = resuming.identity(run.config.resolved(), run.fingerprints, counts, computed)
     if found is None:
         return identity
-    resuming.check_same(found, identity, ready.allowed)
-    return identity | {"changes": found.changes}
+    resuming.check_same(found, identity, ready.allowed, base=run.base_as_recorded)
+    return identity | {"changes": [*found.changes, *resuming.differences(found, identity)]}
 
 
 def _kept(
@@ -252,24 +304,36 @@ def _kept(
     """What the run is kept in and led by, and where it goes on. Raises ResourceError: the disk is too small."""
     size, found = 2 * run.memory.adapter + run.memory.optimizer + _BESIDE, ready.resumed
     checkpoints = Checkpoints(ready.space.checkpoints, identity, size, written=group.main)
+    unchanged = partial(_check_files, run, group)
     if found is None:
         if group.main:
             workspace.check_room(ready.space, (KEPT + 1) * size + model.tokenizer_bytes(run.tokenizer))
-        return trainer.Run(checkpoints, teller.progress, stop, group)
+        return trainer.Run(checkpoints, teller.progress, stop, group, after_checkpoint=unchanged)
     for problem in found.skipped:
         teller.note(str(problem))
-    for change in found.changes:
+    for key in found.forgotten:
+        teller.note(f"{key}: was empty in the release of loratune that began the run; this release has no such key")
+    for change in identity["changes"]:
         was, now = f"was {change['was']} up to step {change['step']}", f"is {change['is']} from there"
         teller.note(f"{change['key']} {was}, and {now}")
+    if resuming.differences(found, identity):
+        teller.note("so the last bits of its numbers may be others than without the interruption")
+    elif "conditions" not in found.before:
+        teller.note("the checkpoint does not say what it was computed with: the last bits of numbers may be others")
     teller.note(f"resuming from step {found.step}")
     before = found.before.get("processes", 1)
     if before != group.count and run.config.lora.lora_dropout:
         teller.note(f"dropout draws otherwise from there, with {group.count} processes in place of {before}")
-    return trainer.Run(checkpoints, teller.progress, stop, group, found.checkpoint, found.rescaled)
+    return trainer.Run(checkpoints, teller.progress, stop, group, found.checkpoint, found.rescaled, unchanged)
 
 
 def _stage(
-    run: Plan, trained: Weights, outcome: Outcome, changes: Sequence[Mapping[str, Any]], space: Workspace
+    run: Plan,
+    trained: Weights,
+    outcome: Outcome,
+    gained: Gain,
+    changes: Sequence[Mapping[str, Any]],
+    space: Workspace,
 ) -> int:
     """Put the whole adapter directory together beside its place. Returns the size of the adapter's weights in bytes."""
     assert run.given is not None
@@ -283,12 +347,14 @@ def _stage(
         outcome.metrics,
         space.output.name,
         run.try_it,
+        gain=str(gained),
         formats=run.given.formats,
         changes=changes,
         processes=run.processes,
     )
     (space.staging / "README.md").write_text(text, encoding="utf-8")
-    made = card.provenance(settings, outcome.metrics, outcome.curve, run.fingerprints)
+    metrics = outcome.metrics | {"gain": gained.as_json()}
+    made = card.provenance(settings, metrics, outcome.curve, run.fingerprints)
     made |= {"formats": run.given.formats, "chat": run.given.chat, "processes": run.processes}
     made |= {"rows": run.rows.train.report.counts(), "changes": changes, "files": saved.manifest(space.staging)}
     workspace.write_json(space.staging / "loratune.json", made)

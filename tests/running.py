@@ -1,5 +1,8 @@
 """What the tests of faults share: runs in processes of their own, watched and stopped at a chosen moment."""
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,3 +54,22 @@ def flip(path: Path, place: int = -1) -> None:
     raw = bytearray(path.read_bytes())
     raw[place] ^= 1
     path.write_bytes(raw)
+
+
+def stopped(cli: Cli, partial: Path, *arguments: object, number: int = 2) -> Ran:
+    """Runs a command in this process, and sends it a Ctrl-C as soon as it has written so many checkpoints."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            if len(checkpoints(partial)) >= number:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        return cli(*arguments)
+    finally:
+        over.set()
+        watcher.join()

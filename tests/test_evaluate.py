@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import Ran, tree, write_rows
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from loratune import data, inference, preflight, trainer
@@ -194,3 +194,26 @@ def test_rows_may_be_read_otherwise_than_in_training(place: Path, cli: Callable[
     assert ran.code == 0, ran.err
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", rows, "--set", "lora.r=4")
     assert (ran.code, ran.err) == (2, "error: --set: `lora.r=4` is decided by training; only data.* can be set\n")
+
+
+GPT2: dict[str, Any] = {"vocab_size": 264, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+
+
+def test_rows_beyond_the_positions_of_the_model(
+    place: Path, cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, tiny_dir: Path
+) -> None:
+    """A Llama computes something for them, and a GPT-2 has nothing to look up."""
+    GPT2LMHeadModel(GPT2Config(**GPT2, bos_token_id=256, eos_token_id=256)).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(tmp_path / "gpt2")
+    assert cli("train", run_config(model={"name_or_path": str(tmp_path / "gpt2")}, training={"max_steps": 1})).code == 0
+    for adapter, positions in ((place / "adapter", 512), (tmp_path / "out", 64)):
+        rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a" * (positions + 8), "completion": "b"}])
+        ran = cli("evaluate", "--adapter", adapter, "--data", rows)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err.startswith("error: data.max_length: is 1024, and the longest row has ")
+        assert ran.err.endswith(f"but the model has {positions} positions; set it to {positions}\n")
+        ran = cli("evaluate", "--adapter", adapter, "--data", rows, "--set", f"data.max_length={positions}")
+        assert ran.code == 0, ran.err
+    mixed = [{"prompt": "a" * 60, "completion": "b"}, {"prompt": "a", "completion": "b" * 50}]  # 110 if taken together
+    ran = cli("evaluate", "--adapter", tmp_path / "out", "--data", write_rows(tmp_path / "mixed.jsonl", mixed))
+    assert ran.code == 0, ran.err

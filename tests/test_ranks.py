@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, write_rows
+from conftest import ROOT, tiny_llama, write_rows
 from nursery import Child, Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, curve, until
 from safetensors.torch import load_file
@@ -400,6 +401,25 @@ def test_a_base_that_is_spread_learns_the_same(
         same(record, alone)
     for entry, known in zip(curve(record), curve(alone), strict=True):  # which computes LoRA in bfloat16 where it can
         assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-3)
+
+
+def test_the_base_beside_a_spread_adapter_is_the_base(
+    processes: Nursery, run_config: MakeConfig, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """With biases that were trained: each process sets its part of them back, and then forth."""
+    tiny_llama(attention_bias=True).save_pretrained(tmp_path / "biased")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_dir / name, tmp_path / "biased")
+    config = run_config(
+        model={"name_or_path": str(tmp_path / "biased")}, lora={"bias": "all"}, training={"max_steps": 5}
+    )
+    alone = trained(processes, config, tmp_path / "1", 1, *shared(8))["metrics"]["gain"]
+    child = spread("fsdp2", config, tmp_path / "2", *[part for one in shared(4) for part in ("--set", one)])
+    said = child.communicate()[1]
+    assert child.returncode == 0, said
+    found = json.loads((tmp_path / "2" / "loratune.json").read_text())["metrics"]["gain"]
+    for name, value in alone.items():
+        assert found[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), name
 
 
 def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir: Path, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ LoRA: y = Wx + (alpha / r) B A x, W frozen, B zero at the start (Hu et al. 2021,
 import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from copy import copy
 from dataclasses import fields
 from pathlib import Path
@@ -38,6 +38,9 @@ from loratune.adapter.sharded import restore as restore
 from loratune.adapter.sharded import weights as weights
 from loratune.adapter.sharded import whole as whole
 from loratune.adapter.starts import Start as Start
+from loratune.adapter.untouched import Untouched as Untouched
+from loratune.adapter.untouched import as_begun as as_begun
+from loratune.adapter.untouched import untouched
 from loratune.config import LoraSection
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
 from loratune.paths import ends_in
@@ -198,18 +201,30 @@ def attach_saved(base: nn.Module, saved: Saved) -> PeftModel:
     where = str(saved.path)
     paths = (path for path, _ in base.named_modules() if path)
     rules.check(saved.config, saved.tensors, paths, str(saved.path / CONFIG_FILE))
-    try:
+    with _fitting(saved):
         config = LoraConfig.from_pretrained(where)
         config.r, config.rank_pattern = rules.bounded(saved.config, saved.tensors)
         config.inference_mode = False  # its parameters count as trained, which they were
         model = _wrap(base, config)
-    except Exception as error:  # values that PEFT does not check fail wherever it first uses them
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise AdapterError(Problem(f"does not fit its base {saved.base}: {reason}", where)) from None
     expected = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}
     if problems := _differences(expected, saved, where):
         raise AdapterError(problems)
     return model
+
+
+def before_load(base: PreTrainedModel, saved: Saved) -> Untouched:
+    """What `load` may change of the base, as it is before. Raises AdapterError: the configuration does not fit it."""
+    with _fitting(saved):
+        return untouched(base, LoraConfig.from_pretrained(str(saved.path)))
+
+
+@contextmanager
+def _fitting(saved: Saved) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # values that PEFT does not check fail wherever it first uses them
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise AdapterError(Problem(f"does not fit its base {saved.base}: {reason}", str(saved.path))) from None
 
 
 def load(base: PreTrainedModel, saved: Saved) -> PeftModel:

@@ -37,17 +37,22 @@ def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def restore(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
-    """Put whole tensors into a model that holds a part of them. Raises KeyError: they are of another adapter."""
-    for name, target in weights(model).items():
-        target.copy_(alike(saved[name], target))
+    """Put whole tensors into a model that may hold a part of them; then all processes must take part. Raises KeyError:
+    they are of another adapter."""
+    with _gathered(model, changed=True):
+        for name, target in weights(model).items():
+            target.copy_(alike(saved[name].to(target.device), target))
 
 
 @contextmanager
-def _gathered(model: Any) -> Iterator[None]:
-    """Inside, what ZeRO-3 has partitioned of the adapter is whole (deepspeed.readthedocs.io, GatheredParameters)."""
+def _gathered(model: Any, *, changed: bool = False) -> Iterator[None]:
+    """Inside, what ZeRO-3 has partitioned of the adapter is whole (deepspeed.readthedocs.io, GatheredParameters).
+
+    changed: what the main process makes of it is kept.
+    """
     parts = [one for one in model.parameters() if one.requires_grad and hasattr(one, "ds_id")]
     if not parts:
         yield
         return
-    with import_module("deepspeed").zero.GatheredParameters(parts):
+    with import_module("deepspeed").zero.GatheredParameters(parts, modifier_rank=0 if changed else None):
         yield

@@ -14,5 +14,6 @@ from loratune.kernels.loss import full as full
 from loratune.kernels.loss import global_norm as global_norm
 from loratune.kernels.loss import next_token_loss as next_token_loss
 from loratune.kernels.native import notes as notes
+from loratune.kernels.native import variant as variant
 from loratune.kernels.projection import Adapted as Adapted
 from loratune.kernels.rowwise import attends_by_rows as attends_by_rows

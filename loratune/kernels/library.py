@@ -35,10 +35,14 @@ class Untrusted(OSError):
 
 @dataclass(frozen=True)
 class Library:
-    """functions: the library, or None: the reference in plain torch is used. note: a line for the user, or None."""
+    """functions: the library, or None: the reference in plain torch is used. note: a line for the user, or None.
+
+    key: of what it was built from and for, see `_key`.
+    """
 
     functions: ctypes.CDLL | None
     note: str | None = None
+    key: str = "none"
 
 
 def load(define: str) -> Library:
@@ -59,7 +63,8 @@ def load(define: str) -> Library:
     try:
         with tempfile.TemporaryDirectory(prefix="loratune-") as scratch, _opened(Path(scratch)) as directory:
             functions = _linked(_compiled(compiler, define, directory))
-        return Library(functions, f"the fast CPU code is built anew for this run: {reason}")
+        told = f"the fast CPU code is built anew for this run: {reason}"
+        return Library(functions, told, _key(compiler, define))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return Library(None, f"the fast CPU code is not used: {_reason(error)}")
 
@@ -92,15 +97,15 @@ def _kept(compiler: str, define: str) -> Library:
         mended, name = directory.mended, f"native-{key}.so"
         if not mended and (content := directory.read(name, key)) is not None:
             with suppress(OSError):
-                return Library(_linked(content))
+                return Library(_linked(content), key=key)
         content = _compiled(compiler, define, directory)
         functions = _linked(content)
         try:
             directory.write(name, key, content)
         except OSError as error:
-            return Library(functions, f"the fast CPU code could not be kept in {path}: {_reason(error)}")
+            return Library(functions, f"the fast CPU code could not be kept in {path}: {_reason(error)}", key)
     told = f"others could write to {path}: now only you can, and what lay there was not used"
-    return Library(functions, told if mended else None)
+    return Library(functions, told if mended else None, key)
 
 
 def _make(path: Path) -> None:

@@ -35,6 +35,11 @@ def notes(like: Tensor) -> list[str]:
     return [note] if note is not None else []
 
 
+def variant(like: Tensor) -> str:
+    """Which functions in C are used for such tensors: sources, compiler and processor in one word, or `none`."""
+    return _loaded(like.dtype).key if _wanted(like) else "none"
+
+
 def _wanted(like: Tensor) -> bool:
     refused = os.environ.get("LORATUNE_NATIVE") == "0" or platform.system() != "Linux"
     return not refused and like.device.type == "cpu" and like.dtype in DEFINES

@@ -91,7 +91,8 @@ def _through(base: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, list[Te
     hook = base.get_input_embeddings().register_forward_hook(cut)
     try:
         with evaluating(base), torch.enable_grad():
-            states = base.get_decoder()(ids, position_ids=positions, use_cache=False).last_hidden_state
+            made = base.get_decoder()(ids, position_ids=positions, use_cache=False)
+            states = made.logits if "logits" in made else made.last_hidden_state
             drawn = torch.Generator().manual_seed(0)
             weights = torch.randn(states.shape, generator=drawn).to(states.device)
             trained = [one for one in base.parameters() if one.requires_grad]

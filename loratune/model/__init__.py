@@ -1,8 +1,6 @@
 """Tokenizer and base model: where they come from, in which numbers, on which device."""
 
-import hashlib
 import io
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,6 +20,11 @@ from loratune.errors import ConfigError, ModelError, Problem
 from loratune.limits import MEMORY, BeyondLimit, is_panic, limited, powers
 from loratune.model import hub
 from loratune.model.faults import LOADING, damaged_weights, unreadable
+from loratune.model.files import Files as Files
+from loratune.model.files import copy_mapped
+from loratune.model.fingerprints import Sampled as Sampled
+from loratune.model.fingerprints import fingerprint as fingerprint
+from loratune.model.fingerprints import is_comparable as is_comparable
 from loratune.model.machine import Machine as Machine
 from loratune.model.machine import check_kernels as check_kernels
 from loratune.model.machine import check_machine as check_machine
@@ -118,14 +122,16 @@ def _check_syntax(tokenizer: Any, path: str) -> None:
 def load_base(section: ModelSection) -> PreTrainedModel:
     """The base model with its weights, on the GPU if there is one, in evaluation mode. A GGUF file is unpacked.
 
-    Raises ConfigError: as `check_machine`. Raises ModelError: as `load_config`; weights that are missing, damaged, or
-    do not fit the configuration; a base that comes quantized, and is without its packages or cannot be trained.
+    What becomes of its files afterwards has no effect on it. Raises ConfigError: as `check_machine`. Raises ModelError:
+    as `load_config`; weights that are missing, damaged, change while they are read, or do not fit the configuration; a
+    base that comes quantized, and is without its packages or cannot be trained.
     """
     check_machine(section)
     found = _find(section)
     config = _read_config(section, found)
     quantization = settings(section, config)
     packed = quantization is not None or quantized.found_in(config.to_dict()) is not None
+    known = files(section, sampled=False)
     try:
         with _quietly(found):
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -144,11 +150,34 @@ def load_base(section: ModelSection) -> PreTrainedModel:
         if problems := list(damaged_weights(section)):
             raise ModelError(problems) from None
         raise unreadable("model", section, error) from None
+    _check_unchanged(known)  # a file that was cut off must not be copied from
+    copy_mapped(model)
+    _check_unchanged(known)
     check_complete(model, info, section.name_or_path)
     check_trainable(model, section.name_or_path)
     keep_backward(model)
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would make greedy less than greedy
     return model.eval()
+
+
+def files(section: ModelSection, *, sampled: bool = True) -> Files:
+    """The files that a base is loaded from, as they are now; none, if it is on the hub and not in the cache.
+
+    sampled: see `Files`.
+    """
+    name, file = section.name_or_path, section.gguf_file
+    directory = Path(places.local_or_hub(name))
+    if not directory.is_dir():
+        cached = try_to_load_from_cache(name, file or "config.json", revision=section.revision)
+        if not isinstance(cached, str):
+            return Files(None)
+        directory = Path(cached).parents[len(Path(file).parts) - 1 if file else 0]
+    return Files(directory, directory / file if file else None, sampled=sampled)
+
+
+def _check_unchanged(known: Files) -> None:
+    if found := known.changed():
+        raise ModelError([Problem("was changed while it was being loaded", path, fix="start again") for path in found])
 
 
 def _device_map(section: ModelSection, *, packed: bool) -> Any:
@@ -185,23 +214,6 @@ def unpacked(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
     """
     found = quantized.found_in(base.config.to_dict())
     return base if found is None or quantized.method(found) == "bitsandbytes" else build_meta(base.config, section)
-
-
-def fingerprint(base: PreTrainedModel) -> str:
-    """SHA-256 of the shape of a model and a sample of its numbers: 64 values of each of 16 tensors, spread evenly."""
-    config = base.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "dtype", "quantization_config"):
-        config.pop(volatile, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    tensors = list(base.named_parameters())
-    for name, tensor in tensors[:: max(1, len(tensors) // 16)]:
-        flat = tensor.detach().flatten()
-        flat = (
-            flat.view(torch.uint8) if hasattr(tensor, "quant_state") else flat
-        )  # bits, in whatever type they are kept
-        some = flat[:64].cpu().to(torch.bfloat16)  # the same in whichever dtype it was loaded
-        digest.update(name.encode() + some.float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def pad_id(tokenizer: Any) -> int:

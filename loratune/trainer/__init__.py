@@ -19,11 +19,13 @@ from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memor
 from loratune.interrupts import Stop, Termination
 from loratune.kernels import expect
 from loratune.launched import ALONE, Group
-from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper, astray
+from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper
 from loratune.trainer.callbacks import Progress as Progress
+from loratune.trainer.callbacks import astray as astray
 from loratune.trainer.order import Loader, Order
 from loratune.trainer.scoring import Batches as Batches
 from loratune.trainer.scoring import Loss as Loss
+from loratune.trainer.scoring import batch_losses as batch_losses
 from loratune.trainer.scoring import held_out_loss as held_out_loss
 from loratune.trainer.sharded import ShardedTrainer
 
@@ -33,7 +35,7 @@ class Run:
     """What a run is kept in and led by.
 
     group: the processes that share it; resume_from: a whole checkpoint; rescaled: by what its learning rates are
-    multiplied.
+    multiplied; after_checkpoint: called in all processes once a checkpoint is whole, and may raise what ends the run.
     """
 
     checkpoints: Checkpoints
@@ -42,6 +44,7 @@ class Run:
     group: Group = ALONE
     resume_from: Path | None = None
     rescaled: float = 1.0
+    after_checkpoint: Callable[[], None] = lambda: None
 
     def stopping(self) -> bool:
         """Whether any process was asked to stop. All ask at the same moment, and all of them know from then on."""
@@ -335,6 +338,7 @@ class _Trainer(ShardedTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.run.checkpoints.writing(self.state.global_step):
             super()._save_checkpoint(model, trial)
+        self.run.after_checkpoint()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,6 @@ class Loss:
         return self.total / self.tokens
 
 
-@torch.no_grad()
 def held_out_loss(
     model: PreTrainedModel,
     rows: Batches,
@@ -50,10 +50,34 @@ def held_out_loss(
     numbers: of the items; None: all; group: what takes a share of them each. Raises what `before_batch` raises, which
     is shown every batch.
     """
+    chosen = range(len(rows.items)) if numbers is None else numbers
+    own = [loss for _, loss in _batch_losses(model, rows, chosen, before_batch, group)]
+    total, tokens = group.total([sum(loss.total for loss in own), sum(loss.tokens for loss in own)])
+    return Loss(total, int(tokens))
+
+
+def batch_losses(model: PreTrainedModel, rows: Batches, numbers: Sequence[int], group: Group = ALONE) -> list[Loss]:
+    """The loss of each batch of some items, in their order. group: all of them take a share, and get all losses."""
+    own = [(place, loss.total, loss.tokens) for place, loss in _batch_losses(model, rows, numbers, _seen, group)]
+    return [Loss(total, tokens) for _, total, tokens in sorted(chain.from_iterable(group.gathered(own)))]
+
+
+def _seen(batch: dict[str, torch.Tensor]) -> None:
+    pass
+
+
+@torch.no_grad()
+def _batch_losses(
+    model: PreTrainedModel,
+    rows: Batches,
+    chosen: Sequence[int],
+    before_batch: Callable[[dict[str, torch.Tensor]], None],
+    group: Group,
+) -> list[tuple[int, Loss]]:
+    """Place and loss of each batch that falls to this process."""
     was_training = model.training
     model.eval()
-    total, tokens = 0.0, 0
-    chosen = range(len(rows.items)) if numbers is None else numbers
+    found = []
     batches = [chosen[start : start + rows.size] for start in range(0, len(chosen), rows.size)]
     for first in range(0, len(batches), group.count):
         place = first + group.rank
@@ -64,7 +88,6 @@ def held_out_loss(
         logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits
         loss, count = next_token_loss(logits, labels)
         if place < len(batches):  # where none is left, one is read again, so that all take part in every pass
-            total, tokens = total + loss.item(), tokens + int(count)
+            found.append((place, Loss(loss.item(), int(count))))
     model.train(was_training)
-    summed = group.total([total, tokens])
-    return Loss(summed[0], int(summed[1]))
+    return found

@@ -1,0 +1,120 @@
+"""Row 83: a run that goes on under other conditions is told so; a checkpoint of another release is read by its keys."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ran, process
+from running import WEIGHTS, MakeConfig, checkpoints, stopped
+
+from loratune import conditions
+from loratune.checkpoints import seal
+
+Edit = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture
+def interrupted(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> Path:
+    """The config of a run that was stopped with two checkpoints."""
+    config = run_config(training={"save_steps": 1, "num_train_epochs": 20})
+    assert stopped(cli, tmp_path / "out.partial", "train", config).code == 130
+    return config
+
+
+def edited(partial: Path, edit: Edit) -> int:
+    """Changes what the checkpoints say of their run; the newest one's step."""
+    for path in checkpoints(partial):
+        run = json.loads((path / "run.json").read_text())
+        edit(run)
+        (path / "manifest.json").unlink()
+        (path / "run.json").write_text(json.dumps(run))
+        seal(path)
+    return int(checkpoints(partial)[0].name.split("-")[1])
+
+
+def test_a_checkpoint_says_what_it_was_computed_with(interrupted: Path, tmp_path: Path) -> None:
+    kept = json.loads((checkpoints(tmp_path / "out.partial")[0] / "run.json").read_text())["conditions"]
+    assert {*conditions.PACKAGES} <= kept.keys() and kept["torch"] == torch.__version__
+    assert kept["the number of threads"] == str(torch.get_num_threads())
+    assert kept["the set of compiled kernels"].startswith("native-")
+    assert kept["what is computed by torch alone"] == "nothing"
+
+
+def test_other_conditions_are_told_and_recorded(cli: Callable[..., Ran], interrupted: Path, tmp_path: Path) -> None:
+    """Here by a checkpoint that says it was computed with others."""
+    step = edited(
+        tmp_path / "out.partial", lambda run: run["conditions"].update({"torch": "2.0", "the number of threads": "64"})
+    )
+    ran = cli("train", interrupted, "--resume")
+    assert ran.code == 0, ran.err
+    threads = torch.get_num_threads()
+    lines = ran.err.splitlines()
+    place = lines.index(f"torch was 2.0 up to step {step}, and is {torch.__version__} from there")
+    assert lines[place + 1] == f"the number of threads was 64 up to step {step}, and is {threads} from there"
+    assert lines[place + 2] == "so the last bits of its numbers may be others than without the interruption"
+    assert lines[place + 3] == f"resuming from step {step}"
+    made = json.loads((tmp_path / "out" / "loratune.json").read_text())
+    assert made["changes"][0] == {"step": step, "key": "torch", "was": "2.0", "is": torch.__version__}
+    assert f"torch was 2.0 up to step {step}, then {torch.__version__}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_same_conditions_are_not_mentioned(cli: Callable[..., Ran], interrupted: Path) -> None:
+    ran = cli("train", interrupted, "--resume")
+    assert ran.code == 0 and " up to step " not in ran.err and "last bits" not in ran.err
+
+
+def test_without_the_compiled_kernels(interrupted: Path, tmp_path: Path) -> None:
+    """For real."""
+    ran = process("train", interrupted, "--resume", LORATUNE_NATIVE="0", OMP_NUM_THREADS=str(torch.get_num_threads()))
+    assert ran.code == 0, ran.err
+    assert "what is computed by torch alone was nothing up to step " in ran.err
+    assert ", and is passes in C from there\n" in ran.err
+    (line,) = [line for line in ran.err.splitlines() if line.startswith("the set of compiled kernels was native-")]
+    assert line.endswith(", and is none from there")
+    assert (tmp_path / "out" / WEIGHTS).is_file()
+
+
+def older(run: dict[str, Any]) -> None:
+    """As of a release without these keys."""
+    del run["conditions"], run["config"]["lora"]["use_lorafa"], run["config"]["model"]["torch_compile"]
+    del run["config"]["data"]["train"]["weight"], run["config"]["lora"]["rank_pattern"]
+
+
+def test_keys_that_an_older_release_did_not_have_take_their_defaults(
+    cli: Callable[..., Ran], interrupted: Path, tmp_path: Path
+) -> None:
+    edited(tmp_path / "out.partial", older)
+    for key, value in (("lora.use_lorafa", "true"), ("lora.rank_pattern", "{q: 4}")):
+        refused = cli("train", interrupted, "--resume", "--set", f"{key}={value}")
+        assert refused.code == 7 and f"error: {key}" in refused.err and "change it back" in refused.err
+    ran = cli("train", interrupted, "--resume")
+    assert ran.code == 0, ran.err
+    assert "the checkpoint does not say what it was computed with: the last bits of numbers may be others" in ran.err
+    assert json.loads((tmp_path / "out" / "loratune.json").read_text())["changes"] == []
+
+
+def test_keys_that_this_release_does_not_have(cli: Callable[..., Ran], interrupted: Path, tmp_path: Path) -> None:
+    def newer(run: dict[str, Any]) -> None:
+        run["config"]["lora"]["use_telepathy"] = 3
+        run["config"]["telepathy"] = {"on": True}
+        run["conditions"]["loratune"] = "9.9"
+
+    edited(tmp_path / "out.partial", newer)
+    refused = cli("train", interrupted, "--resume")
+    assert refused.code == 7
+    for key, value in (("lora.use_telepathy", "3"), ("telepathy", '{"on": true}')):
+        what = f"was {value} in the release of loratune that began the run; this release has no such key"
+        fix = "finish the run with loratune 9.9, which began it, or start afresh with --overwrite"
+        assert f"error: {key}: {what}; {fix}\n" in refused.err
+
+    def empty(run: dict[str, Any]) -> None:
+        run["config"]["lora"]["use_telepathy"] = None
+        del run["config"]["telepathy"]
+
+    edited(tmp_path / "out.partial", empty)
+    ran = cli("train", interrupted, "--resume")
+    assert ran.code == 0, ran.err
+    assert "lora.use_telepathy: was empty in the release of loratune that began the run; this release has no" in ran.err

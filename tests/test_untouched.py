@@ -1,0 +1,146 @@
+"""Row 80: the base's numbers beside an adapter are those of the base as it lies on the disk, or there are none."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROWS, Ran, tiny_llama, write_rows
+from peft import LoraConfig, PeftModel, get_peft_model
+from running import MakeConfig
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from loratune import adapter, inference, preflight, targets
+from loratune.config import LoraSection
+
+IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34]])
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases, all": {"bias": "all"},
+    "biases, of adapted layers": {"bias": "lora_only"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa, approximate": {"init_lora_weights": "pissa_niter_4"},
+    "olora": {"init_lora_weights": "olora"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "pissa and biases": {"init_lora_weights": "pissa", "bias": "all"},
+    "dora": {"use_dora": True},
+    "a whole module": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [3, 5]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "biases of its own": {"lora_bias": True},
+}
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A base that has biases, none of them 0."""
+    path = tmp_path_factory.mktemp("biased") / "base"
+    base = tiny_llama(attention_bias=True, mlp_bias=True)
+    for name, parameter in base.named_parameters():
+        if "bias" in name:
+            parameter.data.normal_()
+    base.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def made_by_peft(base_dir: Path, out: Path, **settings: Any) -> None:
+    """An adapter as PEFT saves it, every trained number moved."""
+    config = LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "up_proj"]} | settings))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), config)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(out, save_embedding_layers=False)
+
+
+def opened(path: Path) -> inference.Tuned:
+    found = preflight.open_adapter(path)
+    return inference.load(replace(found, base=found.base.model_copy(update={"dtype": "float32"})))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_is_the_base(kind: str, base_dir: Path, tmp_path: Path) -> None:
+    made_by_peft(base_dir, tmp_path / "made", **KINDS[kind])
+    fresh = AutoModelForCausalLM.from_pretrained(base_dir)
+    alone, expected = logits(fresh), logits(PeftModel.from_pretrained(fresh, str(tmp_path / "made")))
+    assert not torch.allclose(alone, expected, rtol=0, atol=1e-3)
+    tuned = opened(tmp_path / "made")
+    for _ in range(2):
+        if kind != "pissa, approximate":  # PEFT draws its directions anew at each load
+            assert torch.equal(logits(tuned.model), expected)
+        with tuned.without_adapter():
+            assert torch.equal(logits(tuned.model), alone)
+
+
+def test_what_cannot_be_undone_is_refused(base_dir: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    made_by_peft(base_dir, tmp_path / "made", layer_replication=[(0, 2), (1, 2)])
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    for arguments in (("evaluate", "--data", rows), ("generate", "1 and 1 make", "--base", "--max-new-tokens", 1)):
+        ran = cli(*arguments, "--adapter", tmp_path / "made")
+        assert ran.code == 5 and "made: its base cannot be computed beside it: lora.layer_replication" in ran.err
+    assert cli("generate", "1 and 1 make", "--adapter", tmp_path / "made", "--max-new-tokens", 1).code == 0
+
+
+def test_a_change_that_nobody_foresaw_is_refused(base_dir: Path, tmp_path: Path) -> None:
+    made_by_peft(base_dir, tmp_path / "made")
+    tuned = opened(tmp_path / "made")
+    tuned.model.get_base_model().model.layers[1].mlp.down_proj.weight.data[-1, -1] += 1
+    with pytest.raises(adapter.AdapterError, match="PEFT has changed the base's own weights"), tuned.without_adapter():
+        pass
+
+
+def test_scores_and_answers_of_the_base(
+    cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, base_dir: Path
+) -> None:
+    """`evaluate` and `generate --base` on an adapter that loratune trained with biases, against one without."""
+    found, rows = [], write_rows(tmp_path / "few.jsonl", ROWS[:4])
+    for name, kind in (("plain", "none"), ("biased", "all")):
+        config = run_config(
+            model={"name_or_path": str(base_dir)},
+            lora={"bias": kind},
+            training={"learning_rate": 0.1, "max_steps": 2},
+            output_dir=str(tmp_path / name),
+        )
+        assert cli("train", config).code == 0
+        scores = cli("evaluate", "--adapter", tmp_path / name, "--data", rows, "--json")
+        asked = ("--base", "--max-new-tokens", 4, "--input", rows, "--output")
+        assert cli("generate", "--adapter", tmp_path / name, *asked, tmp_path / f"{name}.jsonl").code == 0
+        answers = [json.loads(line)["base"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        found.append((json.loads(scores.out)["base"], answers))
+    assert found[0] == found[1]
+
+
+STARTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases": {"bias": "all"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora", "bias": "lora_only"},
+    "whole": {"modules_to_save": ["lm_head"]},
+    "dora": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_the_base_after_training(kind: str, base_dir: Path) -> None:
+    """In the model that was trained, before it is saved."""
+    base, section = AutoModelForCausalLM.from_pretrained(base_dir), LoraSection(**STARTS[kind])
+    alone = logits(base)
+    model = adapter.attach(base, section, targets.find(base, section).peft(), seed=0)
+    start = adapter.begin(model, section)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    trained, expected = adapter.whole(model), logits(model)
+    with adapter.as_begun(model, start, trained):
+        assert torch.allclose(logits(model), alone, rtol=0, atol=1e-4 if start.given_back else 0)
+    assert torch.equal(logits(model), expected)
