@@ -461,8 +461,10 @@ def test_recipes_are_well_formed() -> None:
     for text in ((scripts / "slurm.sbatch").read_text(), sky["run"]):
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
         assert "-m loratune train" in text
-    assert set(sky) <= {"name", "num_nodes", "workdir", "resources", "setup", "run"}
+    assert set(sky) <= {"name", "num_nodes", "workdir", "resources", "setup", "envs", "run"}
     compile((scripts / "launch_ray.py").read_text(), "launch_ray.py", "exec")
+    for path in ("slurm.sbatch", "skypilot.yaml", "launch_ray.py"):
+        assert "LORATUNE_SECRET" in (scripts / path).read_text()
     with pytest.raises(subprocess.CalledProcessError):
         subprocess.run(["bash", "-n"], input="if true; then", text=True, check=True, stderr=subprocess.DEVNULL)
 
