@@ -23,9 +23,10 @@ _LARGEST_CONFIG = 16 << 20
 _MOST_TENSORS, _LONGEST_NAME = 300_000, 1_000  # the largest mixtures of experts have 140,000 in all of their layers
 _READ_TOO = (
     ".json", ".jinja", ".jinja2", ".j2", ".model", ".py", ".pyc", ".so", ".tiktoken", ".spm", ".bpe", ".codes",
-    ".vocab", ".bin", ".safetensors", ".pt", ".pth", ".pkl", ".gguf",
+    ".vocab", ".safetensors", ".gguf",
 )  # fmt: skip
-"""Endings of files that transformers, tokenizers or PEFT read, besides words and merges."""
+"""Endings of files that transformers, tokenizers or PEFT read, besides words and merges. Beside weights in safetensors
+they read no pickle."""
 _NOT_OURS = (".git", ".cache")  # what git and the hub's client keep beside the files; no library reads there
 _CODE = ("auto_mapping", "megatron_config")
 

@@ -424,7 +424,7 @@ def copy(adapter: Path, tmp_path: Path) -> Path:
 ADDED = [
     "additional_chat_templates/default.jinja", "additional_chat_templates/tool_use.jinja", "a/b/c/tokenizer.model",
     "chat_template.json", "custom_generate/generate.py", "Config.JSON", "special_tokens_map.json", "more/vocab.txt",
-    "adapter_model.bin", "nested/adapter_config.json", ".hidden/tokenizer.json", "qwen.tiktoken",
+    "nested/adapter_config.json", ".hidden/tokenizer.json", "qwen.tiktoken",
 ]  # fmt: skip
 
 

@@ -37,12 +37,12 @@ class Untrusted(OSError):
 class Library:
     """functions: the library, or None: the reference in plain torch is used. note: a line for the user, or None.
 
-    key: of what it was built from and for, see `_key`.
+    name: by which sources, compiler and processor are known, see `_key`.
     """
 
     functions: ctypes.CDLL | None
     note: str | None = None
-    key: str = "none"
+    name: str = "none"
 
 
 def load(define: str) -> Library:
@@ -64,7 +64,7 @@ def load(define: str) -> Library:
         with tempfile.TemporaryDirectory(prefix="loratune-") as scratch, _opened(Path(scratch)) as directory:
             functions = _linked(_compiled(compiler, define, directory))
         told = f"the fast CPU code is built anew for this run: {reason}"
-        return Library(functions, told, _key(compiler, define))
+        return Library(functions, told, _name(_key(compiler, define)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return Library(None, f"the fast CPU code is not used: {_reason(error)}")
 
@@ -94,18 +94,18 @@ def _kept(compiler: str, define: str) -> Library:
     key, path = _key(compiler, define), place()
     _make(path)
     with _opened(path, mend=True) as directory:
-        mended, name = directory.mended, f"native-{key}.so"
+        mended, name = directory.mended, f"{_name(key)}.so"
         if not mended and (content := directory.read(name, key)) is not None:
             with suppress(OSError):
-                return Library(_linked(content), key=key)
+                return Library(_linked(content), name=_name(key))
         content = _compiled(compiler, define, directory)
         functions = _linked(content)
         try:
             directory.write(name, key, content)
         except OSError as error:
-            return Library(functions, f"the fast CPU code could not be kept in {path}: {_reason(error)}", key)
+            return Library(functions, f"the fast CPU code could not be kept in {path}: {_reason(error)}", _name(key))
     told = f"others could write to {path}: now only you can, and what lay there was not used"
-    return Library(functions, told if mended else None, key)
+    return Library(functions, told if mended else None, _name(key))
 
 
 def _make(path: Path) -> None:
@@ -222,6 +222,10 @@ def _linked(content: bytes) -> ctypes.CDLL:
     except OSError:
         os.close(descriptor)
         raise
+
+
+def _name(key: str) -> str:
+    return f"native-{key}"
 
 
 def _key(compiler: str, define: str) -> str:

@@ -37,7 +37,7 @@ def notes(like: Tensor) -> list[str]:
 
 def variant(like: Tensor) -> str:
     """Which functions in C are used for such tensors: sources, compiler and processor in one word, or `none`."""
-    return _loaded(like.dtype).key if _wanted(like) else "none"
+    return _loaded(like.dtype).name if _wanted(like) else "none"
 
 
 def _wanted(like: Tensor) -> bool:
