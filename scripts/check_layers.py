@@ -214,20 +214,38 @@ def _step(module: nn.Module, x: Tensor, given: tuple[Any, ...], named: dict[str,
 
 @dataclass
 class Row:
-    """A line of the table. losses, gradients: differences to the stock model, packed and padded."""
+    """A line of the table.
+
+    losses, gradients: differences to the stock model, packed and padded; gradients as shares of their size. own: the
+    same of the stock model, loss and gradient: in bfloat16 to itself in float32 on the same weights, and where it draws
+    random numbers otherwise each time, to itself.
+    """
 
     model_type: str
     dtype: str
     parts: str
     losses: list[float] = field(default_factory=list)
     gradients: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
     note: str = ""
 
     def __str__(self) -> str:
-        cells = [self.model_type, self.dtype, self.parts]
-        for pair in (self.losses, self.gradients):
-            cells += [" ".join(f"{value:.0e}" for value in pair)] if pair else []
-        return " | ".join(cells + ([self.note] if self.note else []))
+        numbers = (" ".join(f"{value:.0e}" for value in pair) for pair in (self.losses, self.gradients, self.own))
+        return " | ".join([self.model_type, self.dtype, self.parts, *numbers, self.note])
+
+    @classmethod
+    def read(cls, line: str) -> "Row":
+        """A line as `str` gave it."""
+        model_type, dtype, parts, *numbers, note = line.split(" | ")
+        losses, gradients, own = ([float(value) for value in cell.split()] for cell in numbers)
+        return cls(model_type, dtype, parts, losses, gradients, own, note)
+
+    @property
+    def same(self) -> bool:
+        """Whether the model gives what it gave, but for rounding."""
+        loss, gradient = (1e-5, 1e-4) if self.dtype == "float32" else (2e-3, 0.05)
+        loss, gradient = (max(least, 2 * own) for least, own in zip((loss, gradient), self.own or (0, 0), strict=True))
+        return max(self.losses, default=0) <= loss and max(self.gradients, default=0) <= gradient
 
 
 LENGTHS = (40, 7, 100, 1, 90)
@@ -245,15 +263,16 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
 
     mean: added to the embeddings; changes: of the decoder's configuration.
     """
+    row = Row(model_type, str(dtype).removeprefix("torch."), "")
     base = small(model_type, 64 if dtype == torch.float32 else 512, **changes)
     disturb(base)
     base.get_input_embeddings().weight.data += mean
-    row = Row(model_type, str(dtype).removeprefix("torch."), "")
     torch.manual_seed(1)
     try:
         model: Any = get_peft_model(base, LoraConfig(r=4, **resolve(base, "all-linear").peft()))
     except (ModelError, ValueError, TypeError) as error:
-        return Row(model_type, row.dtype, "", note=f"no adapter: {type(error).__name__}")
+        row.note = f"no adapter: {type(error).__name__}"
+        return row
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.05)
@@ -264,17 +283,37 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
     stock = {name: step(model, batch) for name, batch in batches.items()}
     with kernels.fitted(model, adapter.linear) as left:
         fast = {name: step(model, batch) for name, batch in batches.items()}
-    parts = [part for part in (*fitting.KINDS, "loss") if part not in left]
-    row.parts = ", ".join(parts) or "nothing"
+    row.parts = ", ".join(part for part in (*fitting.KINDS, "loss") if part not in left) or "nothing"
+    _compare(row, stock, fast)
+    if dtype != torch.float32 or not row.same:
+        row.own = _own(model.float(), batches, stock)
+    return row
+
+
+Steps = dict[str, tuple[float, Tensor] | str]
+
+
+def _compare(row: Row, stock: Steps, fast: Steps) -> None:
+    """Fill in the differences, and what failed."""
     for name, old in stock.items():
         new = fast[name]
-        if isinstance(old, str) or isinstance(new, str):
-            row.note += "" if isinstance(old, str) and isinstance(new, str) else f" {name} fails: {new}"
-            row.note += f" {name}: stock fails" if isinstance(old, str) else ""
-            continue
-        row.losses.append(abs(old[0] - new[0]))
-        row.gradients.append(distance(old[1], new[1]))
-    return row
+        if isinstance(old, str):
+            row.note += f" {name}: stock fails"
+        elif isinstance(new, str):
+            row.note += f" {name} fails: {new}"
+        else:
+            row.losses.append(abs(old[0] - new[0]))
+            row.gradients.append(distance(old[1], new[1]))
+
+
+def _own(model: Any, batches: dict[str, dict[str, Tensor]], stock: Steps) -> list[float]:
+    """Differences of the stock model to itself in float32, of loss and gradient."""
+    found = [0.0, 0.0]
+    for name, batch in batches.items():
+        exact, old = step(model, batch), stock[name]
+        if not isinstance(exact, str) and not isinstance(old, str):
+            found = [max(found[0], abs(exact[0] - old[0])), max(found[1], distance(exact[1], old[1]))]
+    return found
 
 
 def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, Tensor] | str:

@@ -59,7 +59,7 @@ class Layer:
             switches = _switches(module)
         except (OSError, TypeError, SyntaxError, KeyError):
             return None
-        return cls(f"{kind.__module__}.{kind.__qualname__}", digest, json.dumps(switches, sort_keys=True))
+        return cls(_name(kind), digest, json.dumps(switches, sort_keys=True))
 
 
 @cache
@@ -76,8 +76,19 @@ def checked() -> Mapping[Layer, str]:
 
 def form_of(module: nn.Module) -> str | None:
     """The replacement that computes what a layer does; None: none is known to."""
+    if _name(type(module)) not in _names_checked():
+        return None  # without reading the source of all classes of a model
     layer = Layer.of(module)
     return checked().get(layer) if layer is not None else None
+
+
+@cache
+def _names_checked() -> frozenset[str]:
+    return frozenset(layer.name for layer in checked())
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -118,8 +129,7 @@ def _described(child: nn.Module) -> str:
     kind: Any = type(child)
     if all(hasattr(child, name) for name in ("in_features", "out_features", "weight")):
         return "linear"
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    return name if _is_torch(kind) else f"{name} {source_digest(kind)}"
+    return _name(kind) if _is_torch(kind) else f"{_name(kind)} {source_digest(kind)}"
 
 
 def _plain(module: nn.Module, name: str, value: Any) -> Any:
