@@ -528,7 +528,7 @@ def test_what_is_printed_has_no_room(run_config: MakeConfig, tmp_path: Path) -> 
         command = [sys.executable, "-m", "loratune", "train", str(run_config())]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 8
-    expected = "error: standard output: no room for what was to be printed; all else is done; make room"
+    expected = "error: standard output: no room for what was to be printed; all that was done stands; make room"
     assert done.stderr.splitlines()[-1] == expected
     assert (tmp_path / "out" / WEIGHTS).is_file()
 

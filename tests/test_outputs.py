@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import tree
 
+from loratune import escaping
 from loratune.errors import ConfigError, ResourceError
 from loratune.workspace import outputs
 from loratune.workspace.outputs import Output
@@ -175,7 +176,8 @@ def test_many_at_once(tmp_path: Path) -> None:
     """Processes that write line by line to one name: the file is of one of them, also where all may overwrite."""
     script = (
         "import sys, time; from pathlib import Path; from loratune.workspace import outputs\n"
-        "from loratune.errors import ConfigError\n"
+        "from loratune import escaping
+from loratune.errors import ConfigError\n"
         "sys.stdin.readline()\n"
         "try:\n"
         "    place = outputs.output(Path(sys.argv[1]), '--output', overwrite=sys.argv[2] == 'over')\n"
@@ -251,7 +253,7 @@ def test_what_cannot_be_written_to(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ConfigError) as told:
             output(path, overwrite=True)
-        assert str(told.value).startswith(f"{path}: --output: {expected}")
+        assert str(told.value).startswith(f"{escaping.line(path)}: --output: {expected}")
     os.close(reading)
 
 
