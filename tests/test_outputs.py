@@ -176,8 +176,7 @@ def test_many_at_once(tmp_path: Path) -> None:
     """Processes that write line by line to one name: the file is of one of them, also where all may overwrite."""
     script = (
         "import sys, time; from pathlib import Path; from loratune.workspace import outputs\n"
-        "from loratune import escaping
-from loratune.errors import ConfigError\n"
+        "from loratune.errors import ConfigError\n"
         "sys.stdin.readline()\n"
         "try:\n"
         "    place = outputs.output(Path(sys.argv[1]), '--output', overwrite=sys.argv[2] == 'over')\n"
