@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from loratune.config import TrainingSection
-from loratune.memory.depth import depth, traced
+from loratune.memory.depth import layer_count, traced
 from loratune.memory.free import available as available
 from loratune.memory.held import Held as Held
 from loratune.memory.held import as_held, base_dtype, moments, quantizable, quantization, size, weights
@@ -114,7 +114,7 @@ def _by_formula(model: Any, step: Step) -> tuple[int, int]:
     tokens, learnt = len(step.rows) * step.length, sum(learnt for _, learnt in step.rows)
     layer = tokens * hidden * (17 * width + 4 * 4)
     kept = tokens * hidden * width if step.checkpointed else layer
-    activations = int(depth(model) * kept)
+    activations = int(layer_count(model) * kept)
     logits = words * (tokens * width + 2 * learnt * 4)
     return activations, activations + int(logits) + (int(layer) if step.checkpointed else 0)
 

@@ -21,7 +21,7 @@ def traced(model: Any, step: Step, saving: Set[str]) -> Traced | None:
     saving: see `unweighted`. Layers that repeat in a deep model are traced at two depths; the rest lies on a line.
     """
     text = model.config.get_text_config()
-    layers = depth(model)
+    layers = layer_count(model)
     stack = next((part for part in model.modules() if _is_stack(part, layers)), None)
     repeat = _repeat(stack, text.to_dict().get("layer_types")) if stack is not None else None
     with _quiet():
@@ -36,7 +36,7 @@ def traced(model: Any, step: Step, saving: Set[str]) -> Traced | None:
             return None
 
 
-def depth(model: Any) -> int:
+def layer_count(model: Any) -> int:
     """The number of layers. Where the configuration has none (BLT has several stacks), that of the longest stack."""
     text = model.config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)
