@@ -292,7 +292,7 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
 
 
 NARROW = dict.fromkeys(("bailing_hybrid", "blt", "gemma3n", "gemma3n_text", "longcat_flash", "kimi_linear"), 128)
-"""Widths of states in bfloat16, where 512 would take minutes or many GiB: none of them has attention that is replaced."""
+"""Widths of states in bfloat16 where 512 would take minutes or many GiB; their attention is not replaced."""
 Steps = dict[str, tuple[float, Tensor] | str]
 
 
