@@ -33,10 +33,14 @@ Outcome = list[Tensor]
 
 @dataclass(frozen=True)
 class Standard:
-    """What a model gave. allowed: for each tensor, the largest difference that is none, as a share of its size."""
+    """What a model gave.
+
+    allowed: for each tensor, the largest difference that is none, as a share of its size; distant: see `outcome`.
+    """
 
     values: Outcome
     allowed: list[float]
+    distant: bool
 
     def holds(self, new: Outcome | None) -> bool:
         """Whether another outcome is the same, but for rounding."""
@@ -67,41 +71,46 @@ class Trial:
 
     def agrees(self) -> bool:
         """Whether the model gives the same for some rows drawn; what is computed otherwise differs for all of them."""
-        known = enumerate(self._standards)
-        return any(old is not None and old.holds(outcome(self._base, seed)) for seed, old in known)
+        known = [(seed, old) for seed, old in enumerate(self._standards) if old is not None]
+        return any(old.holds(outcome(self._base, seed, distant=old.distant)) for seed, old in known)
 
 
 def _standard(base: Any, seed: int) -> Standard | None:
     """What a model gives, and how far rounding moves that."""
-    values = outcome(base, seed)
-    moved = outcome(base, seed, rounded=True) if values is not None else None
-    if values is None or moved is None:
-        return None
-    least = LEAST.get(values[0].dtype, 1e-3)
-    return Standard(values, [max(least, NOISE * distance(*pair)) for pair in zip(values, moved, strict=True)])
+    for distant in (True, False):
+        values = outcome(base, seed, distant=distant)
+        moved = outcome(base, seed, rounded=True, distant=distant) if values is not None else None
+        if values is not None and moved is not None:
+            least = LEAST.get(values[0].dtype, 1e-3)
+            allowed = [max(least, NOISE * distance(*pair)) for pair in zip(values, moved, strict=True)]
+            return Standard(values, allowed, distant)
+    return None
 
 
-def outcome(base: Any, seed: int = 0, *, rounded: bool = False) -> Outcome | None:
+def outcome(base: Any, seed: int = 0, *, rounded: bool = False, distant: bool = True) -> Outcome | None:
     """States and gradients of random rows, or None if the model cannot do it. Leaves no gradient behind.
 
-    rounded: with embeddings that are rounded to another number beside the right one.
+    rounded: with embeddings that are rounded to another number beside the right one; distant: with a row at the last
+    positions, which not every family takes.
     """
     with torch.random.fork_rng(_devices(base)):
         try:
-            return _passed(base, seed, rounded)
+            return _passed(base, seed, rounded, distant)
         except Exception as error:  # what a family lacks, or raises on what it does not know, is its own choice
             if is_out_of_memory(error):
                 raise
             return None
 
 
-def _passed(base: Any, seed: int, rounded: bool) -> Outcome:
-    known = base.config.get_text_config().to_dict()
-    vocabulary, ends = known["vocab_size"], known.get("max_position_embeddings") or 1 << 11
+def _passed(base: Any, seed: int, rounded: bool, distant: bool) -> Outcome:
+    text = base.config.get_text_config()
+    vocabulary, ends = text.vocab_size, getattr(text, "max_position_embeddings", None) or 1 << 11
     flat, far = torch.cat([torch.arange(length) for length in ROWS])[None], torch.arange(ends - FAR, ends)[None]
     states: Outcome = []
     gradients: Outcome = []
-    for positions in ([far] if ends >= 2 * FAR else []) + [flat]:  # in this order: far rows may change angles
+    for positions in (
+        [far, flat] if distant and ends >= 2 * FAR else [flat]
+    ):  # far rows may change angles: they go first
         ids = (torch.arange(positions.numel()) * (2 * seed + 1) + 8).view(1, -1) % vocabulary
         state, gradient = _through(base, ids.to(base.device), positions.to(base.device), rounded)
         states.append(state)
