@@ -43,6 +43,9 @@ class Screen(io.TextIOBase):
         """Of the stream."""
         self.raw.flush()
 
+    def close(self) -> None:
+        """Nothing: Python closes what nobody holds, and would hide that the stream behind it cannot be written."""
+
     def isatty(self) -> bool:
         """Of the stream."""
         return bool(self.raw.isatty())
