@@ -199,19 +199,21 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bo
             outcome = _fit(run, kept)
         trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
         trained = adapter.whole(run.model)
-        gained = _compared(run, trained, outcome, kept, allow_worse=allow_worse)
+        gained = _compared(run, trained, outcome, kept, teller, allow_worse=allow_worse)
         _check_files(run, group, thoroughly=True)
         group.part()
         return _publish(run, trained, outcome, gained, identity["changes"], space) if group.main else None
 
 
-def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, *, allow_worse: bool) -> Gain:
+def _compared(
+    run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, teller: Teller, *, allow_worse: bool
+) -> Gain:
     """How the adapter compares with its base. Raises NumericError: it is worse, and that is not allowed."""
-    rows, split = (run.rows.validation, "validation") if run.rows.validation else (run.rows.train, "training")
-    pad_id = model.pad_id(run.tokenizer)
-    gained = gain.measure(run.model, run.start, trained, rows, split, pad_id, outcome.tokens, kept.group)
+    validation = {"validation": run.rows.validation} if run.rows.validation else {}
+    parts, pad_id = validation | {"training": run.rows.train}, model.pad_id(run.tokenizer)
+    gained = gain.measure(run.model, run.start, trained, parts, pad_id, outcome.tokens, kept.group, teller.note)
     if not math.isfinite(gained.adapter):
-        what, key = f"after the last step the loss of some {split} rows is NaN or inf", "training.learning_rate"
+        what, key = f"after the last step the loss of some {gained.split} rows is NaN or inf", "training.learning_rate"
         raise trainer.astray(Problem(what, key=key, fix="lower it"), kept.checkpoints, outcome.steps)
     if gained.verdict == "worse" and not allow_worse:
         fix = "lower training.learning_rate and start with --overwrite, or publish it with --resume --allow-worse"
