@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -21,8 +21,11 @@ from loratune import adapter, kernels, launched, trainer
 from loratune.adapter import PeftModel, Start, Weights
 from loratune.data import Prepared
 from loratune.data.packing import Batches
+from loratune.errors import NumericError, Problem
 from loratune.launched import Group
+from loratune.resuming import Resumed
 from loratune.trainer import Loss
+from loratune.workspace import PUBLISH, Ending, Workspace
 
 LEAST_JUDGED = 5
 """Distinct rows below which no verdict is given. The interval of fewer rests on a spread that is hardly known."""
@@ -108,6 +111,30 @@ class Gain:
     def as_json(self) -> dict[str, Any]:
         """Plain values, the verdict among them. The sign of `better_by`, `low` and `high`: above 0 is better."""
         return asdict(self) | {"verdict": self.verdict}
+
+
+def refuse(gained: Gain, step: int, space: Workspace, group: Group) -> NoReturn:
+    """End a run whose adapter does worse than its base, and keep a record of that beside its checkpoints.
+
+    step: the last one. Raises NumericError.
+    """
+    if group.main:
+        Ending(step, str(gained)).keep(space.ended)
+    group.gathered(None)  # the others end only once it is written
+    fix = f"lower training.learning_rate and start with --overwrite, or {PUBLISH}"
+    raise NumericError(Problem(f"the adapter is {gained}", fix=fix))
+
+
+def check_undecided(space: Workspace, resumed: Resumed) -> None:
+    """Raises NumericError: the run that is resumed ended worse than its base, and would end so again after no step."""
+    ending, changed = space.ending(), {change["key"] for change in resumed.changed}
+    if ending is None or ending.step != resumed.step or changed - {"training.learning_rate"}:
+        return
+    what = f"the run there has taken all its {ending.step:,} steps, and its adapter is {ending.told}"
+    if changed:
+        what += "; no step is left that could take the new training.learning_rate"
+    fix = f"{PUBLISH}, or start afresh with --overwrite and a lower training.learning_rate"
+    raise NumericError(Problem(what, space.named, fix=fix))
 
 
 def _nats(value: float) -> str:

@@ -186,6 +186,8 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bo
     with workspace.claimed(ready.space) if group.main else nullcontext(ready.space) as space:
         if group.main:
             group.on_end(space.leave)
+            if ready.resumed is not None and not allow_worse:
+                gain.check_undecided(space, ready.resumed)
         run = plan(ready, teller.watch, group)
         identity = _identity(run, ready)
         if group.main:
@@ -199,25 +201,22 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bo
             outcome = _fit(run, kept)
         trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
         trained = adapter.whole(run.model)
-        gained = _compared(run, trained, outcome, kept, teller, allow_worse=allow_worse)
+        gained = _compared(run, trained, outcome, kept, teller)
+        if gained.verdict == "worse" and not allow_worse:
+            gain.refuse(gained, outcome.steps, ready.space, group)
         _check_files(run, group, thoroughly=True)
         group.part()
         return _publish(run, trained, outcome, gained, identity["changes"], space) if group.main else None
 
 
-def _compared(
-    run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, teller: Teller, *, allow_worse: bool
-) -> Gain:
-    """How the adapter compares with its base. Raises NumericError: it is worse, and that is not allowed."""
+def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, teller: Teller) -> Gain:
+    """How the adapter compares with its base. Raises NumericError: it gives a loss that is not finite."""
     validation = {"validation": run.rows.validation} if run.rows.validation else {}
     parts, pad_id = validation | {"training": run.rows.train}, model.pad_id(run.tokenizer)
     gained = gain.measure(run.model, run.start, trained, parts, pad_id, outcome.tokens, kept.group, teller.note)
     if not math.isfinite(gained.adapter):
         what, key = f"after the last step the loss of some {gained.split} rows is NaN or inf", "training.learning_rate"
         raise trainer.astray(Problem(what, key=key, fix="lower it"), kept.checkpoints, outcome.steps)
-    if gained.verdict == "worse" and not allow_worse:
-        fix = "lower training.learning_rate and start with --overwrite, or publish it with --resume --allow-worse"
-        raise NumericError(Problem(f"the adapter is {gained}", fix=fix))
     return gained
 
 

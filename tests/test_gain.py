@@ -235,12 +235,48 @@ def test_worse_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig,
     assert not (tmp_path / "out").exists()
     assert checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-5"
     kept = tree(tmp_path / "out.partial")
-    assert cli("train", config, "--resume").code == 6
-    assert tree(tmp_path / "out.partial") == kept
+    publish = (
+        "publish it with --resume --allow-worse, or start afresh with --overwrite and a lower training.learning_rate"
+    )
+    again = cli("train", config)
+    what = "output_dir: out.partial holds a run that ended with an adapter worse than its base"
+    assert (again.code, again.err) == (2, f"error: {tmp_path / 'out'}: {what}; {publish}\n")
+    ran = cli("train", config, "--resume")
+    assert ran.code == 6 and "trainable" not in ran.err  # nothing was loaded for it
+    what = f"{tmp_path / 'out'}: the run there has taken all its 5 steps, and its adapter is worse than the base on 40 "
+    assert what in ran.err and ran.err.endswith(f"; {publish}\n")
+    lower = ("--resume", "--set", "training.learning_rate=1e-3", "--allow-change", "training.learning_rate")
+    ran = cli("train", config, *lower)
+    assert ran.code == 6 and "; no step is left that could take the new training.learning_rate; publish it" in ran.err
+    ran = cli("train", config, *lower, "--allow-worse")
+    assert ran.code == 7 and "error: training.learning_rate: the run has taken all its 5 steps, and none is" in ran.err
+    assert checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-5"
+    ran = cli("train", config, "--resume")  # whose record has gone, so that it is compared once more
+    assert ran.code == 6 and tree(tmp_path / "out.partial") == kept
     ran = cli("train", config, "--resume", "--allow-worse")
     assert ran.code == 0, ran.err
     assert told(ran).startswith("worse than the base on 40 training rows: -")
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["gain"]["verdict"] == "worse"
+
+
+def test_a_worse_run_goes_on_when_it_has_steps_to_take(
+    cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Or other rows to be compared on; its record is gone by then."""
+    held_out = [{"prompt": f"{number} and {number} make", "completion": "ZQXJ" * 3} for number in range(12)]
+    path = str(write_rows(tmp_path / "held.jsonl", held_out))
+    config = run_config(
+        data={"validation": path},
+        lora={"modules_to_save": ["lm_head"]},
+        training={"learning_rate": 0.1, "max_steps": 60},
+    )
+    assert cli("train", config).code == 6
+    assert (tmp_path / "out.partial" / "ended").is_file()
+    other = ("--set", f"data.validation={tmp_path / 'rows.jsonl'}", "--allow-change", "data.validation")
+    more = ("--set", "training.max_steps=62", "--allow-change", "training.max_steps")
+    ran = cli("train", config, "--resume", *more, *other)
+    assert ran.code == 0, ran.err
+    assert " nats per token on 40 validation rows" in told(ran) and not (tmp_path / "out.partial").exists()
 
 
 def test_held_out_rows_decide_where_there_are_any(
