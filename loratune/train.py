@@ -140,9 +140,9 @@ def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
     kernels.keep_pages()
     tokenizer = model.load_tokenizer(run.model, run.data.chat_template)
     rows = tokenised(ready, tokenizer, watch, group)
-    base, files = _base(run, group), model.files(run.model)
-    recorded = ready.resumed.base_fingerprint if ready.resumed else None
-    identity, as_recorded = model.fingerprint(base), model.fingerprint(base, like=recorded)
+    base, files, identity = _base(run, group)
+    recorded = ready.resumed.base_fingerprint if ready.resumed else identity
+    as_recorded = identity if model.is_present(recorded) else model.fingerprint(base, like=recorded)
     found = targets.find(model.unpacked(base, run.model), run.lora)
     origin = {"base_name": run.model.name_or_path, "revision": run.model.revision}
     adapted = adapter.attach(base, run.lora, found.peft(), seed=run.training.seed, **origin)
@@ -262,15 +262,17 @@ def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _base(run: RunConfig, group: Group) -> Any:
-    """The base, whose numbers were looked at. Raises ModelError: processes have different ones."""
+def _base(run: RunConfig, group: Group) -> tuple[Any, model.Files, str]:
+    """The base, whose numbers were looked at; its files, which one process of each machine keeps an eye on; and its
+    fingerprint. Raises ModelError: processes have different ones."""
     base = model.load_base(run.model)
+    files = model.files(run.model) if group.leads else model.Files(None)
     model.check_finite(base, run.model.name_or_path)
     own = model.fingerprint(base)
     if group.agreed(own) != own:
         what, fix = f"the base on {host()} is another than that of the main process", "give all machines the same files"
         raise ModelError(Problem(what, run.model.name_or_path, "model.name_or_path", fix))
-    return base
+    return base, files, own
 
 
 def _check_files(run: Plan, group: Group, *, thoroughly: bool = False) -> None:

@@ -46,6 +46,11 @@ def is_comparable(recorded: str) -> bool:
     return ":" not in recorded or recorded.startswith(VERSION)
 
 
+def is_present(recorded: str) -> bool:
+    """Whether `recorded` is in the version of this release."""
+    return recorded.startswith(VERSION)
+
+
 class Sampled:
     """A base with a sample of each of its tensors, to see later whether a model that was built on it still has them."""
 
