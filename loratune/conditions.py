@@ -19,7 +19,8 @@ PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandb
 
 
 def conditions(model: PeftModel, left: Sequence[str]) -> dict[str, str]:
-    """Name of a condition → what it is, as both are shown to the user.
+    """Name of a condition → what it is, as both are shown to the user: "NAME was WHAT up to step 5, and is WHAT from
+    there". So they are such words as make a sentence of that.
 
     Args:
         model: The model on the device where it is trained.
@@ -31,8 +32,8 @@ def conditions(model: PeftModel, left: Sequence[str]) -> dict[str, str]:
         "the processor": _processor(),
         "the device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
         "the number of threads": str(torch.get_num_threads()),
-        "the set of compiled kernels": kernels.variant(model.get_input_embeddings().weight),
-        "what is computed by torch alone": ", ".join(left) or "nothing",
+        "the compiled CPU code": kernels.variant(model.get_input_embeddings().weight),
+        "what PyTorch computes instead of fast code": ", ".join(left) or "nothing",
     }
 
 

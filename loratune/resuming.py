@@ -51,6 +51,11 @@ class Resumed:
         return step_of(self.checkpoint)
 
     @property
+    def changed(self) -> list[dict[str, Any]]:
+        """Those of `changes` that are taken on now."""
+        return self.changes[len(self.before["changes"]) :]
+
+    @property
     def base_fingerprint(self) -> str:
         """That of the base of the run that was interrupted."""
         return str(self.before["fingerprints"]["base"])

@@ -107,8 +107,8 @@ def result(made: "Result", program: str) -> None:
         lines.append(("held-out", f"{outcome.held_out_loss:.4f}"))
     lines.append(("gain", str(made.gain)))
     if made.left:
-        rest = "" if made.left[0].startswith("all") else " (all else is computed the fast way)"
-        lines.append(("as it comes", ", ".join(made.left) + rest))
+        rest = "" if made.left[0].startswith("all") else " (all else by the fast code of loratune)"
+        lines.append(("by PyTorch", ", ".join(made.left) + rest))
     lines.append(("try it", f"{program} generate --adapter {made.shown} {made.try_it}"))
     block("done", lines)
 

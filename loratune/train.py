@@ -140,9 +140,9 @@ def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
     kernels.keep_pages()
     tokenizer = model.load_tokenizer(run.model, run.data.chat_template)
     rows = tokenised(ready, tokenizer, watch, group)
-    base, files = _base(run, group), model.files(run.model)
-    recorded = ready.resumed.base_fingerprint if ready.resumed else None
-    identity, as_recorded = model.fingerprint(base), model.fingerprint(base, like=recorded)
+    base, files, identity = _base(run, group)
+    recorded = ready.resumed.base_fingerprint if ready.resumed else identity
+    as_recorded = identity if model.is_present(recorded) else model.fingerprint(base, like=recorded)
     found = targets.find(model.unpacked(base, run.model), run.lora)
     origin = {"base_name": run.model.name_or_path, "revision": run.model.revision}
     adapted = adapter.attach(base, run.lora, found.peft(), seed=run.training.seed, **origin)
@@ -186,6 +186,8 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bo
     with workspace.claimed(ready.space) if group.main else nullcontext(ready.space) as space:
         if group.main:
             group.on_end(space.leave)
+            if ready.resumed is not None and not allow_worse:
+                gain.check_undecided(space, ready.resumed)
         run = plan(ready, teller.watch, group)
         identity = _identity(run, ready)
         if group.main:
@@ -199,23 +201,22 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bo
             outcome = _fit(run, kept)
         trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
         trained = adapter.whole(run.model)
-        gained = _compared(run, trained, outcome, kept, allow_worse=allow_worse)
+        gained = _compared(run, trained, outcome, kept, teller)
+        if gained.verdict == "worse" and not allow_worse:
+            gain.refuse(gained, outcome.steps, ready.space, group)
         _check_files(run, group, thoroughly=True)
         group.part()
         return _publish(run, trained, outcome, gained, identity["changes"], space) if group.main else None
 
 
-def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, *, allow_worse: bool) -> Gain:
-    """How the adapter compares with its base. Raises NumericError: it is worse, and that is not allowed."""
-    rows, split = (run.rows.validation, "validation") if run.rows.validation else (run.rows.train, "training")
-    pad_id = model.pad_id(run.tokenizer)
-    gained = gain.measure(run.model, run.start, trained, rows, split, pad_id, outcome.tokens, kept.group)
+def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, teller: Teller) -> Gain:
+    """How the adapter compares with its base. Raises NumericError: it gives a loss that is not finite."""
+    validation = {"validation": run.rows.validation} if run.rows.validation else {}
+    parts, pad_id = validation | {"training": run.rows.train}, model.pad_id(run.tokenizer)
+    gained = gain.measure(run.model, run.start, trained, parts, pad_id, outcome.tokens, kept.group, teller.note)
     if not math.isfinite(gained.adapter):
-        what, key = f"after the last step the loss of some {split} rows is NaN or inf", "training.learning_rate"
+        what, key = f"after the last step the loss of some {gained.split} rows is NaN or inf", "training.learning_rate"
         raise trainer.astray(Problem(what, key=key, fix="lower it"), kept.checkpoints, outcome.steps)
-    if gained.verdict == "worse" and not allow_worse:
-        fix = "lower training.learning_rate and start with --overwrite, or publish it with --resume --allow-worse"
-        raise NumericError(Problem(f"the adapter is {gained}", fix=fix))
     return gained
 
 
@@ -261,15 +262,17 @@ def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _base(run: RunConfig, group: Group) -> Any:
-    """The base, whose numbers were looked at. Raises ModelError: processes have different ones."""
+def _base(run: RunConfig, group: Group) -> tuple[Any, model.Files, str]:
+    """The base, whose numbers were looked at; its files, which one process of each machine keeps an eye on; and its
+    fingerprint. Raises ModelError: processes have different ones."""
     base = model.load_base(run.model)
+    files = model.files(run.model) if group.leads else model.Files(None)
     model.check_finite(base, run.model.name_or_path)
     own = model.fingerprint(base)
     if group.agreed(own) != own:
         what, fix = f"the base on {host()} is another than that of the main process", "give all machines the same files"
         raise ModelError(Problem(what, run.model.name_or_path, "model.name_or_path", fix))
-    return base
+    return base, files, own
 
 
 def _check_files(run: Plan, group: Group, *, thoroughly: bool = False) -> None:

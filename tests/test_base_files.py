@@ -23,12 +23,16 @@ def mapped(directory: Path) -> list[str]:
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(directory) in line]
 
 
-def overwrite(weights: Path) -> None:
-    """With other numbers, in place: the same file, of the same size and with the times that it had."""
+def overwrite(weights: Path, only: str = "") -> None:
+    """With other numbers, in place: the same file, of the same size and with the times that it had. only: a tensor."""
     before = weights.stat()
     tensors = load_file(weights)
     raw = bytearray(weights.read_bytes())
-    save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights.with_suffix(".new"), {"format": "pt"})
+    save_file(
+        {name: tensor + (only in name) for name, tensor in tensors.items()},
+        weights.with_suffix(".new"),
+        {"format": "pt"},
+    )
     raw[:] = weights.with_suffix(".new").read_bytes()
     weights.with_suffix(".new").unlink()
     assert len(raw) == before.st_size
@@ -88,7 +92,7 @@ def test_pickled_weights_are_not_mapped_either(base_dir: Path) -> None:
 def test_changed_files_are_told_from_touched_ones(base_dir: Path) -> None:
     section = ModelSection(name_or_path=str(base_dir))
     weights, config = base_dir / "model.safetensors", base_dir / "config.json"
-    known, strictly = model.files(section), model.files(section, sampled=False)
+    known, strictly = model.files(section), model.files(section, read=False)
     assert strictly.changed() == []
     os.utime(weights)
     assert strictly.changed() == [str(weights)]
@@ -104,6 +108,36 @@ def test_changed_files_are_told_from_touched_ones(base_dir: Path) -> None:
         known = model.files(section)
         change(weights)
         assert known.changed() == [str(weights)]
+
+
+def test_a_change_of_any_one_tensor_is_seen(base_dir: Path) -> None:
+    """In place, of the same size, and with the time of the last change set back."""
+    weights = base_dir / "model.safetensors"
+    before = weights.read_bytes()
+    known = model.files(ModelSection(name_or_path=str(base_dir)))
+    unseen = []
+    for name, tensor in load_file(weights).items():
+        overwrite(weights, name)
+        if known.changed() != [str(weights)]:
+            unseen.append((name, tensor.shape))
+        weights.write_bytes(before)
+    assert unseen == []
+    assert known.changed() == []
+
+
+def test_one_norm_that_changes_while_a_run_lasts_ends_it(
+    run_config: MakeConfig, tmp_path: Path, base_dir: Path, processes: Nursery
+) -> None:
+    """One tensor of 128 bytes, of which no sample of the file need know."""
+    config = run_config(
+        model={"name_or_path": str(base_dir)}, training={"save_steps": 20, "num_train_epochs": 20, "logging_steps": 1}
+    )
+    child = processes.start("train", config)
+    until(lambda: "step     5/" in child.said(), child)
+    overwrite(base_dir / "model.safetensors", "model.layers.1.input_layernorm.weight")
+    assert child.wait() == 3, child.said()
+    assert "model.name_or_path: has changed since the run began" in child.said()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["overwritten", "cut off", "removed"])

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import Ran, tiny_llama
 from running import MakeConfig, checkpoints, stopped
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from loratune import model
 from loratune.checkpoints import seal
+from loratune.model import fingerprints
 
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-2-7B, Mistral-7B": {"num_hidden_layers": 32},
@@ -74,6 +75,83 @@ def test_the_same_base_has_the_same_fingerprint(tmp_path: Path) -> None:
     assert model.fingerprint(tiny_llama(rms_norm_eps=1e-5)) != known
     assert model.fingerprint(base, like=first_version(base)) == first_version(base)
     assert model.fingerprint(base, like="3:of a later release") == known
+
+
+def test_a_change_of_one_value_is_seen_wherever_it_is() -> None:
+    """One token's row of an embedding, the least step of one number, rows that change places."""
+    base = tiny_llama(vocab_size=3000, hidden_size=256, intermediate_size=700).to(torch.bfloat16)
+    known = model.fingerprint(base)
+    dice = torch.Generator().manual_seed(0)
+    for weight in (base.model.embed_tokens.weight, base.lm_head.weight, base.model.layers[1].mlp.down_proj.weight):
+        before = weight.data.clone()
+        for number in torch.randint(len(weight), (10,), generator=dice).tolist():
+            weight.data[number] *= 1.1
+            assert model.fingerprint(base) != known, number
+            weight.data.copy_(before)
+            column = int(torch.randint(weight.shape[1], (1,), generator=dice))
+            weight.data[number, column].view(torch.int16).add_(1)
+            assert model.fingerprint(base) != known, (number, column)
+            weight.data.copy_(before)
+            weight.data[[number, number - 7]] = before[[number - 7, number]]
+            assert model.fingerprint(base) != known, number
+            weight.data.copy_(before)
+    assert model.fingerprint(base) == known
+
+
+def test_tensors_of_any_layout() -> None:
+    """Not contiguous, at odd places of a storage, empty, of one value."""
+    values = torch.randn(9, 1000)
+    plain = fingerprints._sums(values)
+    assert fingerprints._sums(torch.randn(9000, 9).T.copy_(values.repeat(1, 9))[:, :1000]) == plain
+    for shift in range(1, 5):
+        held = torch.zeros(9000 + shift, dtype=torch.bfloat16)
+        held[shift:] = values.flatten()
+        assert fingerprints._sums(held[shift:]) == plain
+    assert fingerprints._sums(torch.zeros(0)) == b"" and len(fingerprints._sums(torch.tensor(1.0))) == 2
+
+
+IDLE: dict[str, Any] = {
+    "use_cache": False, "pad_token_id": 3, "eos_token_id": [256, 257], "bos_token_id": 1, "architectures": ["Other"],
+    "temperature": 0.3, "max_length": 77, "id2label": {0: "no", 1: "yes"}, "unsloth_version": "2026.1",
+    "task_specific_params": {"a": 1}, "initializer_range": 0.5, "tokenizer_class": "Other",
+    "auto_map": {"AutoConfig": "a.B"},
+}  # fmt: skip
+TELLING: dict[str, Any] = {
+    "rms_norm_eps": 1e-5, "hidden_act": "relu", "rope_theta": 5e4, "attention_dropout": 0.1, "num_key_value_heads": 1,
+    "max_position_embeddings": 100, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_only_settings_that_decide_the_computation_count(tmp_path: Path) -> None:
+    """As they stand in config.json."""
+    tiny_llama().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+
+    def having(changes: dict[str, Any]) -> str:
+        kept = {key: value for key, value in written.items() if key != "rope_parameters" or "rope" not in str(changes)}
+        file.write_text(json.dumps(kept | changes))
+        found = AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+        return model.fingerprint(found)
+
+    known = having({})
+    assert {key for key, value in IDLE.items() if having({key: value}) != known} == set()
+    assert {key for key, value in TELLING.items() if having({key: value}) == known} == set()
+    del written["head_dim"]
+    assert having({}) == known
+
+
+def test_a_key_that_the_class_does_not_declare_counts_where_the_model_reads_it() -> None:
+    """Qwen2 reads a head_dim that its configuration does not know of."""
+    shape = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    made = [
+        Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=4, **more))
+        for more in ({}, {"head_dim": 8}, {"nobody_reads_it": 8})
+    ]
+    for other in made[1:]:
+        other.load_state_dict(made[0].state_dict())
+    prints = [model.fingerprint(one) for one in made]
+    assert prints[0] == prints[2] != prints[1]
 
 
 def test_values_that_are_whole_numbers_or_few() -> None:

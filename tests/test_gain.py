@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +16,151 @@ from running import MakeConfig, checkpoints
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune import gain
+from loratune.data import Prepared
+from loratune.data.render import Tokens
+from loratune.gain import Gain
+from loratune.trainer import Loss
+
+
+def compared(differences: Sequence[float], tokens: Sequence[int] = (), **others: Any) -> Gain:
+    """Of rows by their nats per token, adapter less base; a base loss of 2 in each."""
+    counts = tokens or [1] * len(differences)
+    base = [Loss(2.0 * count, count) for count in counts]
+    tuned = [Loss((2.0 + one) * count, count) for one, count in zip(differences, counts, strict=True)]
+    return gain.compare(base, tuned, "training", **others)
 
 
 def test_the_interval_is_students() -> None:
-    """Against tables of the 0.975 quantile."""
+    """Against tables of the 0.975 quantile; with rows of one length it is that of a paired t test."""
     for degrees, expected in ((2, 4.3027), (3, 3.1824), (5, 2.5706), (10, 2.2281), (30, 2.0423), (127, 1.9788)):
         assert gain._quantile(degrees) == pytest.approx(expected, rel=0.01)
-    found = gain.compare([(2.0, 1.0), (3.0, 1.5), (4.0, 2.0)], "training")  # differences -1, -1.5, -2
-    assert (found.base, found.adapter, found.difference) == (3.0, 1.5, -1.5)
-    half = 4.3027 * 0.5 / math.sqrt(3)
-    assert (found.low, found.high) == (pytest.approx(-1.5 - half, abs=0.02), pytest.approx(-1.5 + half, abs=0.02))
+    found = compared([-1.0, -1.5, -2.0, -1.0, -2.0], [7] * 5)
+    assert (found.base, found.adapter, found.better_by) == pytest.approx((2.0, 0.5, 1.5))
+    half = 2.7764 * 0.5 / math.sqrt(5)  # the standard deviation is 0.5
+    assert (found.low, found.high) == (pytest.approx(1.5 - half, abs=0.01), pytest.approx(1.5 + half, abs=0.01))
 
 
-def test_the_interval_covers_as_often_as_it_says() -> None:
-    """Of samples around a known mean; 95 % of 2,000, give or take three deviations."""
+@pytest.mark.parametrize("rows", [5, 10, 64])
+def test_the_interval_covers_as_often_as_it_says(rows: int) -> None:
+    """Of samples whose rows have one length, and of others whose gain depends on lengths that differ by far."""
     dice = np.random.default_rng(0)
-    for rows in (3, 10, 100):
-        inside = 0
-        for sample in dice.normal(0.3, 2.0, (2000, rows)):
-            found = gain.compare([(0.0, one) for one in sample.tolist()], "training")
-            inside += found.low <= 0.3 <= found.high
-        assert abs(inside / 2000 - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 2000)
+    deviation = math.sqrt(0.95 * 0.05 / 2000)
+    inside = 0
+    for sample in dice.normal(0.3, 2.0, (2000, rows)):
+        found = compared(sample.tolist())
+        inside += found.low <= -0.3 <= found.high  # type: ignore[operator]
+    assert abs(inside / 2000 - 0.95) < 3 * deviation
+    all_tokens = np.exp(dice.normal(3.0, 0.7, 100_000)).astype(int) + 1
+    all_saved = 0.5 - 1 / all_tokens + dice.normal(0, 0.3, 100_000)
+    truth = (all_tokens * all_saved).sum() / all_tokens.sum()
+    inside = 0
+    for _ in range(2000):
+        chosen = dice.integers(0, 100_000, rows)
+        found = compared((-all_saved[chosen]).tolist(), all_tokens[chosen].tolist())
+        inside += found.low <= truth <= found.high  # type: ignore[operator]
+    assert 0.90 < inside / 2000 < 0.98
+
+
+def test_tokens_count_once_and_rows_do_not() -> None:
+    """Nine short rows become a little worse and a long one much better: the measure of training says better."""
+    found = compared([0.1] * 9 + [-1.0], [2] * 9 + [200])
+    assert found.better_by == pytest.approx((200 - 1.8) / 218)
+    assert (found.base, found.adapter) == pytest.approx((2.0, 2.0 - found.better_by))
+    assert found.verdict == "no gain"  # as it rests on that one row
+
+
+def test_copies_of_a_row_are_one_row() -> None:
+    three = compared([0.5], copies=[3])
+    assert (three.rows, three.drawn, three.verdict) == (1, 3, "not judged")
+    assert str(three).startswith("not judged: 1 distinct of 3 training rows is too few, 5 are needed (base 2.000, ")
+    found = compared([0.1, -0.3, -0.2, -0.2, -0.3], copies=[5, 1, 1, 1, 1])
+    assert found.better_by == pytest.approx((1.0 - 0.5) / 9)  # as the loss over all nine says
+    once = compared([0.1] * 5 + [-0.3, -0.2, -0.2, -0.3])
+    assert found.high - found.low > once.high - once.low  # type: ignore[operator]
 
 
 VERDICTS: dict[str, tuple[list[float], str]] = {
-    "better in every row": ([-0.2, -0.3, -0.25, -0.22], "gain"),
-    "worse in every row": ([0.2, 0.3, 0.25, 0.22], "worse"),
-    "up and down": ([0.2, -0.3, 0.25, -0.22], "no gain"),
-    "better on the whole, not for sure": ([0.2, -0.4, -0.25, 0.1], "no gain"),
+    "better in every row": ([-0.2, -0.3, -0.25, -0.22, -0.2], "gain"),
+    "worse in every row": ([0.2, 0.3, 0.25, 0.22, 0.2], "worse"),
+    "up and down": ([0.2, -0.3, 0.25, -0.22, 0.1], "no gain"),
+    "better on the whole, not for sure": ([0.2, -0.4, -0.25, 0.1, -0.1], "no gain"),
     "the same": ([0.0] * 5, "no gain"),
-    "too little to be shown, in every row": ([-2e-6, -3e-6, -2e-6, -3e-6], "no gain"),
-    "too little to be a loss, in every row": ([2e-6, 3e-6, 2e-6, 3e-6], "no gain"),
-    "two rows": ([-0.2, -0.3], "not judged"),
+    "too little to be shown, in every row": ([-2e-4, -3e-4, -2e-4, -3e-4, -2e-4], "no gain"),
+    "too little to be a loss, in every row": ([2e-4, 3e-4, 2e-4, 3e-4, 2e-4], "no gain"),
+    "four rows": ([-0.2, -0.3, -0.2, -0.3], "not judged"),
     "one row": ([0.5], "not judged"),
-    "not finite": ([-0.2, math.nan, -0.3, -0.2], "worse"),
+    "not finite": ([-0.2, math.nan, -0.3, -0.2, -0.3], "worse"),
 }
 
 
 @pytest.mark.parametrize("name", VERDICTS)
 def test_verdicts(name: str) -> None:
     differences, verdict = VERDICTS[name]
-    found = gain.compare([(2.0 + number, 2.0 + number + one) for number, one in enumerate(differences)], "validation")
-    assert found.verdict == verdict
-    assert str(found)
+    found = compared(differences, [3] * len(differences))
+    assert found.verdict == found.as_json()["verdict"] == verdict
+    assert len(str(found)) < 140 and "-0.000" not in str(found)
+
+
+def test_above_zero_is_better_wherever_it_is_told() -> None:
+    found = compared([-0.2, -0.3, -0.25, -0.3, -0.2])
+    assert str(found) == (
+        "0.250 nats per token on 5 training rows (95 % interval 0.188 to 0.312; base 2.000, adapter 1.750)"
+    )
+    values = found.as_json()
+    assert 0 < values["low"] < values["better_by"] < values["high"]
+    assert str(compared([0.2, 0.3, 0.25, 0.3, 0.2])) == (
+        "worse than the base on 5 training rows: -0.250 nats per token "
+        "(95 % interval -0.312 to -0.188; base 2.000, adapter 2.250)"
+    )
+    assert str(compared([1e-9, -1e-9, 1e-9, -1e-9, 0.0], total=9)) == (
+        "none over the base on 5 of 9 training rows: 0.000 nats per token "
+        "(95 % interval 0.000 to 0.000; base 2.000, adapter 2.000)"
+    )
+    assert "a run this short compares only 2 of 9 training rows, 5 are needed" in str(compared([0.1, 0.2], total=9))
+
+
+@dataclass
+class Made:
+    """Rows of given lengths; those with the same key are copies."""
+
+    lengths: Any
+    keys: Sequence[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, number: int) -> Tokens:
+        key = self.keys[number] if self.keys is not None else number
+        return Tokens("", (key, *range(1, self.lengths[number])), ((1, int(self.lengths[number])),))
+
+
+def sampled(lengths: Any, budget: int, keys: Sequence[int] | None = None) -> dict[int, int]:
+    return gain._sample(Prepared(Made(lengths, keys)), budget)  # type: ignore[arg-type]
 
 
 def test_the_sample_is_small_and_always_the_same() -> None:
-    assert gain._sample(np.full(5, 50_000), 0) == [0, 1, 2, 3, 4]
-    many = gain._sample(np.full(100_000, 10), 10**9)
-    assert len(many) == 64 and many == gain._sample(np.full(100_000, 10), 10**9)
-    assert len(gain._sample(np.full(1000, 4096), 10**9)) == 8
-    assert len(gain._sample(np.full(1000, 1000), 10**9)) == 32
-    assert len(gain._sample(np.full(1000, 1000), 400_000)) == 12
+    many = sampled(np.full(100_000, 10), 10**9)
+    assert len(many) == 64 and many == sampled(np.full(100_000, 10), 10**9)
+    assert [*many] == sorted(many) and set(many.values()) == {1}
+    assert len(sampled(np.full(100, 4096), 10**9)) == 8
+    assert len(sampled(np.full(100, 1000), 10**9)) == 32
+    assert len(sampled(np.full(100, 1000), 400_000)) == 12
+
+
+@pytest.mark.parametrize("budget", [10, 1000, 3000, 20_000, 10**6])
+@pytest.mark.parametrize("length", [10, 500, 2000, 16_000])
+def test_a_short_run_is_not_followed_by_a_long_comparison(length: int, budget: int) -> None:
+    """Neither more tokens than were trained on, nor many more than a thirty-second part of a long run."""
+    tokens = len(sampled(np.full(100, length), budget)) * length
+    assert tokens <= max(budget, 2048)
+    assert tokens <= max(budget / 32, 2048, 8 * length)
+
+
+def test_the_sample_holds_distinct_rows() -> None:
+    """A set of ten rows, and a thousand copies of one of them."""
+    found = sampled(np.full(1010, 10), 10**9, [0] * 1000 + [*range(10)])
+    assert len(found) == 10 and sum(found.values()) == 1010
+    assert max(found.values()) == 1001
 
 
 def told(ran: Ran) -> str:
@@ -75,8 +169,8 @@ def told(ran: Ran) -> str:
     return line.removeprefix("  gain ").strip()
 
 
-def by_hand(base_dir: Path, out: Path) -> list[tuple[float, float]]:
-    """Mean loss of each row of ROWS on base and adapter, by stock PEFT in float32."""
+def by_hand(base_dir: Path, out: Path) -> list[list[Loss]]:
+    """Loss of each row of ROWS on base and adapter, by stock PEFT in float32."""
     tokenizer = AutoTokenizer.from_pretrained(out)
     found = []
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
@@ -88,9 +182,10 @@ def by_hand(base_dir: Path, out: Path) -> list[tuple[float, float]]:
             answer = [*tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id]
             with torch.no_grad():
                 logits = model(torch.tensor([asked + answer])).logits[0, len(asked) - 1 : -1]
-            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item())
+            total = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+            losses.append(Loss(total, len(answer)))
         found.append(losses)
-    return list(zip(*found, strict=True))
+    return found
 
 
 @pytest.fixture
@@ -113,20 +208,21 @@ def test_the_figures_are_those_of_stock_peft(
     )
     ran = cli("train", config)
     assert ran.code == 0, ran.err
-    expected = gain.compare(by_hand(biased_dir, tmp_path / "out"), "training")
+    expected = gain.compare(*by_hand(biased_dir, tmp_path / "out"), "training").as_json()
     found = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["gain"]
-    assert (found.pop("verdict"), found.pop("rows"), found.pop("split")) == ("gain", 40, "training")
+    assert (found["verdict"], found["rows"], found["total"], found["split"]) == ("gain", 40, 40, "training")
     for name, value in found.items():
-        assert value == pytest.approx(getattr(expected, name), abs=2e-5), name
-    assert told(ran).startswith(f"{-expected.difference:.4f} over the base on 40 training rows (loss ")
+        assert value == (pytest.approx(expected[name], abs=2e-5) if isinstance(value, float) else expected[name]), name
+    assert told(ran).startswith(f"{expected['better_by']:.3f} nats per token on 40 training rows (95 % interval ")
+    assert "\ncomparing the adapter with its base on 40 training rows\n" in ran.err
     assert f"- **Gain:** {told(ran)}\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_no_gain_is_said(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", run_config(training={"learning_rate": 1e-9, "max_steps": 5}))
     assert ran.code == 0, ran.err
-    assert told(ran).startswith("no gain over the base on 40 training rows (loss ")
-    assert "- **Gain:** no gain over the base" in (tmp_path / "out" / "README.md").read_text()
+    assert told(ran).startswith("none over the base on 40 training rows: 0.000 nats per token (95 % interval 0.000 to ")
+    assert "- **Gain:** none over the base" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_worse_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
@@ -134,17 +230,53 @@ def test_worse_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig,
     config = run_config(training={"learning_rate": 1e9, "max_steps": 5, "save_steps": 2})
     ran = cli("train", config)
     assert (ran.code, ran.out) == (6, "")
-    assert ran.err.splitlines()[-1].startswith("error: the adapter is worse than the base on 40 training rows (loss ")
+    assert ran.err.splitlines()[-1].startswith("error: the adapter is worse than the base on 40 training rows: -")
     assert ran.err.endswith("or publish it with --resume --allow-worse\n")
     assert not (tmp_path / "out").exists()
     assert checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-5"
     kept = tree(tmp_path / "out.partial")
-    assert cli("train", config, "--resume").code == 6
-    assert tree(tmp_path / "out.partial") == kept
+    publish = (
+        "publish it with --resume --allow-worse, or start afresh with --overwrite and a lower training.learning_rate"
+    )
+    again = cli("train", config)
+    what = "output_dir: out.partial holds a run that ended with an adapter worse than its base"
+    assert (again.code, again.err) == (2, f"error: {tmp_path / 'out'}: {what}; {publish}\n")
+    ran = cli("train", config, "--resume")
+    assert ran.code == 6 and "trainable" not in ran.err  # nothing was loaded for it
+    what = f"{tmp_path / 'out'}: the run there has taken all its 5 steps, and its adapter is worse than the base on 40 "
+    assert what in ran.err and ran.err.endswith(f"; {publish}\n")
+    lower = ("--resume", "--set", "training.learning_rate=1e-3", "--allow-change", "training.learning_rate")
+    ran = cli("train", config, *lower)
+    assert ran.code == 6 and "; no step is left that could take the new training.learning_rate; publish it" in ran.err
+    ran = cli("train", config, *lower, "--allow-worse")
+    assert ran.code == 7 and "error: training.learning_rate: the run has taken all its 5 steps, and none is" in ran.err
+    assert checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-5"
+    ran = cli("train", config, "--resume")  # whose record has gone, so that it is compared once more
+    assert ran.code == 6 and tree(tmp_path / "out.partial") == kept
     ran = cli("train", config, "--resume", "--allow-worse")
     assert ran.code == 0, ran.err
-    assert told(ran).startswith("worse than the base on 40 training rows (loss ")
+    assert told(ran).startswith("worse than the base on 40 training rows: -")
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["gain"]["verdict"] == "worse"
+
+
+def test_a_worse_run_goes_on_when_it_has_steps_to_take(
+    cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Or other rows to be compared on; its record is gone by then."""
+    held_out = [{"prompt": f"{number} and {number} make", "completion": "ZQXJ" * 3} for number in range(12)]
+    path = str(write_rows(tmp_path / "held.jsonl", held_out))
+    config = run_config(
+        data={"validation": path},
+        lora={"modules_to_save": ["lm_head"]},
+        training={"learning_rate": 0.1, "max_steps": 60},
+    )
+    assert cli("train", config).code == 6
+    assert (tmp_path / "out.partial" / "ended").is_file()
+    other = ("--set", f"data.validation={tmp_path / 'rows.jsonl'}", "--allow-change", "data.validation")
+    more = ("--set", "training.max_steps=62", "--allow-change", "training.max_steps")
+    ran = cli("train", config, "--resume", *more, *other)
+    assert ran.code == 0, ran.err
+    assert " nats per token on 40 validation rows" in told(ran) and not (tmp_path / "out.partial").exists()
 
 
 def test_held_out_rows_decide_where_there_are_any(
@@ -156,8 +288,26 @@ def test_held_out_rows_decide_where_there_are_any(
     hard = {"lora": {"modules_to_save": ["lm_head"]}, "training": {"learning_rate": 0.1, "max_steps": 60}}
     ran = cli("train", run_config(data={"validation": held_out}, **hard))
     assert ran.code == 6 and "the adapter is worse than the base on 12 validation rows" in ran.err
-    few = str(write_rows(tmp_path / "few.jsonl", away[:2]))
+    few = str(write_rows(tmp_path / "few.jsonl", [*away[:4], *away[:4]]))
     config = run_config(data={"validation": few}, **hard, output_dir=str(tmp_path / "other"))
     ran = cli("train", config)
     assert ran.code == 0, ran.err
-    assert told(ran).startswith("not judged: 2 validation rows are too few to compare it with its base (loss ")
+    assert " nats per token on 40 training rows (95 % interval " in told(ran)
+    assert told(ran).endswith("; validation gave 4 distinct rows, too few)")
+    found = json.loads((tmp_path / "other" / "loratune.json").read_text())["metrics"]["gain"]
+    assert (found["split"], found["verdict"], found["validation_rows"]) == ("training", "gain", 4)
+
+
+def test_the_losses_are_those_of_evaluate(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
+    """Where all of the validation rows are compared: uneven lengths, and copies among them."""
+    held_out = [{"prompt": "Say", "completion": f"{number} " * number} for number in (1, 1, 1, 2, 3, 5, 9, 20, 40)]
+    path = str(write_rows(tmp_path / "held.jsonl", held_out))
+    ran = cli("train", run_config(data={"validation": path}, training={"max_steps": 20}))
+    assert ran.code == 0, ran.err
+    metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
+    scored = json.loads(cli("evaluate", "--adapter", tmp_path / "out", "--data", path, "--json").out)
+    assert metrics["gain"]["adapter"] == pytest.approx(metrics["held_out_loss"], abs=1e-5)
+    for side in ("base", "adapter"):
+        assert metrics["gain"][side] == pytest.approx(scored[side]["loss"], abs=1e-5)
+    assert (metrics["gain"]["rows"], metrics["gain"]["drawn"], metrics["gain"]["total"]) == (7, 9, 9)
+    assert " on 7 distinct of 9 validation rows" in told(ran)

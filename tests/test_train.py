@@ -217,7 +217,9 @@ def test_resume_refuses_what_is_not_the_same_run(cli: Cli, run_config: MakeConfi
     assert ran.code == 7
     assert "rows have changed" in ran.err
     (tmp_path / "rows.jsonl").write_text(rows)
-    newest = max((tmp_path / "out.partial" / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    newest = max(
+        (tmp_path / "out.partial" / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+    )
     (newest / "optimizer.pt").write_bytes(b"")
     ran = cli("train", config, "--resume")
     assert f"{newest}: passed over: optimizer.pt is damaged" in ran.err

@@ -149,7 +149,9 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
     if trial.runs and not any(kind.what == "attention" for kind in kinds):
         rowwise.attend(base, trial.agrees)
     left = [what for what in KINDS if not any(kind.what == what and kind.whole for kind in kinds)]
-    return [*left, "passes in C"] if over is plain else left
+    if over is plain:  # torch computes all that would be one pass over memory in C
+        return [*(what for what in left if what != "norms"), "norms, rotations and activations"]
+    return left
 
 
 @dataclass

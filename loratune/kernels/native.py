@@ -36,13 +36,28 @@ def notes(like: Tensor) -> list[str]:
 
 
 def variant(like: Tensor) -> str:
-    """Which functions in C are used for such tensors: sources, compiler and processor in one word, or `none`."""
-    return _loaded(like.dtype).name if _wanted(like) else "none"
+    """Whether functions in C are used for such tensors, in words: which build of them, or why none and what to do."""
+    if reason := _refusal(like):
+        return f"not in use ({reason})"
+    found = _loaded(like.dtype)
+    if found.functions is None:
+        return "not in use (it could not be built: install gcc)"
+    return f"in use (build {found.name.removeprefix('native-')})"
 
 
 def _wanted(like: Tensor) -> bool:
-    refused = os.environ.get("LORATUNE_NATIVE") == "0" or platform.system() != "Linux"
-    return not refused and like.device.type == "cpu" and like.dtype in DEFINES
+    return not _refusal(like)
+
+
+def _refusal(like: Tensor) -> str:
+    """Why functions in C are not even looked for; empty if they are."""
+    reasons = {
+        f"the model is on {like.device.type}": like.device.type != "cpu",
+        f"there is none for {str(like.dtype).removeprefix('torch.')}": like.dtype not in DEFINES,
+        f"there is none for {platform.system()}": platform.system() != "Linux",
+        "LORATUNE_NATIVE is 0: unset it": os.environ.get("LORATUNE_NATIVE") == "0",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 @cache

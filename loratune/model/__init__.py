@@ -25,6 +25,7 @@ from loratune.model.files import copy_mapped
 from loratune.model.fingerprints import Sampled as Sampled
 from loratune.model.fingerprints import fingerprint as fingerprint
 from loratune.model.fingerprints import is_comparable as is_comparable
+from loratune.model.fingerprints import is_present as is_present
 from loratune.model.machine import Machine as Machine
 from loratune.model.machine import check_kernels as check_kernels
 from loratune.model.machine import check_machine as check_machine
@@ -131,7 +132,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     config = _read_config(section, found)
     quantization = settings(section, config)
     packed = quantization is not None or quantized.found_in(config.to_dict()) is not None
-    known = files(section, sampled=False)
+    known = files(section, read=False)
     try:
         with _quietly(found):
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -160,10 +161,10 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     return model.eval()
 
 
-def files(section: ModelSection, *, sampled: bool = True) -> Files:
+def files(section: ModelSection, *, read: bool = True) -> Files:
     """The files that a base is loaded from, as they are now; none, if it is on the hub and not in the cache.
 
-    sampled: see `Files`.
+    read: see `Files`.
     """
     name, file = section.name_or_path, section.gguf_file
     directory = Path(places.local_or_hub(name))
@@ -172,7 +173,7 @@ def files(section: ModelSection, *, sampled: bool = True) -> Files:
         if not isinstance(cached, str):
             return Files(None)
         directory = Path(cached).parents[len(Path(file).parts) - 1 if file else 0]
-    return Files(directory, directory / file if file else None, sampled=sampled)
+    return Files(directory, directory / file if file else None, read=read)
 
 
 def _check_unchanged(known: Files) -> None:

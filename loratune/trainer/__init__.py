@@ -260,13 +260,17 @@ class _Trainer(ShardedTrainer):
     def rehearse(self, validation: Batches | None, wanted: bool) -> None:
         """If it is wanted, forward and backward of the largest batch, and the largest evaluation; nothing of it stays.
 
-        A run that was stopped in an evaluation takes it now. Raises ResumeError: more steps were taken than are asked.
-        Raises _Done: all were taken.
+        A run that was stopped in an evaluation takes it now. Raises ResumeError: more steps were taken than are asked,
+        or none is left for a new learning rate. Raises _Done: all were taken.
         """
         done, steps = self.state.global_step, self.state.max_steps
         if done > steps:
             what = f"the run has taken {done} steps, and is to take {steps}"
             raise ResumeError(Problem(what, key="training", fix="ask for more, or start afresh with --overwrite"))
+        if done == steps and self.run.rescaled != 1:
+            what = f"the run has taken all its {steps} steps, and none is left that could take another one"
+            fix = "change it back, or ask for more with training.num_train_epochs or training.max_steps"
+            raise ResumeError(Problem(what, key="training.learning_rate", fix=fix))
         if done == steps:
             raise _Done
         if wanted:

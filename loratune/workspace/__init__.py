@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from loratune.errors import ConfigError, LockedError, Problem, ResourceError, ResumeError, is_disk_full
-from loratune.workspace import replacing
+from loratune.workspace import ending, replacing
+from loratune.workspace.ending import PUBLISH as PUBLISH
+from loratune.workspace.ending import Ending as Ending
 from loratune.workspace.plain import is_directory, is_file
 from loratune.workspace.plain import kind as kind
 from loratune.workspace.replacing import Inputs
@@ -63,6 +65,11 @@ class Workspace:
         return self.partial / "may_replace"
 
     @property
+    def ended(self) -> Path:
+        """The record of how the run ended, if it did and its adapter was not published; see `Ending`."""
+        return self.partial / "ended"
+
+    @property
     def lock(self) -> Path:
         """A file that the run holds a lock on, which ends with its process, and that names it."""
         return self.partial / "lock"
@@ -84,7 +91,7 @@ class Workspace:
 
     @property
     def _marks(self) -> tuple[Path, ...]:
-        return self.may_replace, self.lock
+        return self.may_replace, self.ended, self.lock
 
     def oddities(self) -> Iterator[Problem]:
         """What has the name of something in the work in progress, and is of another kind. It is never followed."""
@@ -105,6 +112,10 @@ class Workspace:
     def is_resumable(self) -> bool:
         """Whether there is a checkpoint that was written to its end, so that `--resume` may be told of."""
         return any(is_file(path / MANIFEST) for path in self.checkpoints.glob(f"{CHECKPOINT}*") if is_directory(path))
+
+    def ending(self) -> Ending | None:
+        """How the run that left its work here ended; None if it was interrupted."""
+        return ending.read(self.ended)
 
     def leave(self) -> None:
         """Remove the work in progress, if nothing could go on from it; and what was not published in any case."""
@@ -135,6 +146,7 @@ class Workspace:
         if is_directory(self.replaced) and not replacing.remove(self.replaced):
             what = "holds files that do not belong to the adapter that was replaced"
             raise ConfigError(Problem(what, str(self.replaced), fix="move it away"))
+        self.ended.unlink(missing_ok=True)
         if not resume:
             self.may_replace.unlink(missing_ok=True)
         if self.overwrite:
@@ -253,6 +265,10 @@ def _check_free(space: Workspace, where: str, *, resume: bool, overwrite: bool) 
         replacing.check(output, where, space.inputs)
     if space.has_checkpoints() and not (resume or overwrite):
         fix = "start afresh with --overwrite"
+        if space.is_resumable() and space.ending() is not None:
+            what = f"{partial.name} holds a run that ended with an adapter worse than its base"
+            fix = f"{PUBLISH}, or {fix} and a lower training.learning_rate"
+            raise ConfigError(Problem(what, where, key, fix))
         if space.is_resumable():
             raise ConfigError(
                 Problem(f"{partial.name} holds an interrupted run", where, key, f"continue it with --resume, or {fix}")
