@@ -1,9 +1,12 @@
 """Chat templates and tokenizers that run for ever, take all memory, give up, or know more tokens than the model."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +18,12 @@ from test_render import changed
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from loratune import limits
 from loratune.boundary import boundary
 from loratune.data.formats import Conversation, Plain
 from loratune.data.render import Renderer
 from loratune.errors import DataError, ModelError
-from loratune.limits import BeyondLimit, limited, powers
+from loratune.limits import Apart, BeyondLimit, limited
 
 LOOP = "{% for m in messages %}"
 CHAT = Conversation("rows:3", ({"role": "user", "content": "aaaa"}, {"role": "assistant", "content": "b"}))
@@ -85,12 +89,112 @@ def test_a_template_that_takes_all_memory(tokenizer: PreTrainedTokenizerFast) ->
         Renderer(changed(tokenizer, chat_template=once)).row(CHAT)
 
 
-def test_a_template_of_powers(tokenizer: PreTrainedTokenizerFast) -> None:
-    """jinja2 computes them when it compiles, and nothing else has a turn meanwhile."""
-    for template in ("{{ 10 ** 10 ** 10 }}", "{% if 9**m %}{% endif %}"):
-        with pytest.raises(ModelError, match="raises numbers to a power"):
-            Renderer(changed(tokenizer, chat_template=template))
-    assert not powers("**bold** {{ '**' }} {# 2 ** 2 #} {% for m in messages %}**{% endfor %}")
+GREEDY = {
+    "a product": "{% set n = namespace(s=9999999) %}{% for i in range(60) %}{% set n.s = n.s * n.s %}{% endfor %}",
+    "a power": "{% set n = namespace(s=10) %}{% for i in range(9) %}{% set n.s = n.s ** 10 %}{% endfor %}",
+    "a constant power": "{{ 10 ** (10 ** 10) }}",
+    "a division": "{% set n = namespace(s=9) %}{% for i in range(27) %}{% set n.s = n.s * n.s %}{% endfor %}"
+    "{% set x = (n.s * n.s + 1) // n.s %}",
+    "a comparison": "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}"
+    "{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
+    "a text of lists": "{% set n = namespace(a=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}"
+    "{{ n.a }}",
+    "repetition": "{{ ('a' * 10 ** 10)|length }}",
+    "a filter": "{{ 'a'|center(10 ** 10) }}",
+    "a format": "{{ '%10000000000d'|format(1) }}",
+    "a method": "{{ '{:>10000000000}'.format('a') }}",
+    "replacement": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s|replace('a', 'a' * 99) %}"
+    "{% endfor %}",
+    "a list": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "a list repeated": "{{ ([1] * 10 ** 10)|length }}",
+    "joining": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = [n.s, n.s, n.s]|join %}{% endfor %}",
+    "tuples": "{% set n = namespace(a=(1,)) %}{% for i in range(60) %}{% set n.a = (n.a, n.a) %}{% endfor %}"
+    "{{ {n.a: 1} }}",
+}
+"""What C code does without giving another thread, or a handler of signals, a turn."""
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_what_keeps_the_interpreter(
+    name: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For any messages, and for those of one row; the rows before and after are as they were."""
+    monkeypatch.setattr(limits, "SECONDS", 1)
+    limit = r"the chat template (takes longer than 1 s|needs more than 2.0 GiB of memory); set data.chat_template to"
+    shows = f"{LOOP}{{{{ m.content }}}}{{% endfor %}}"
+    with pytest.raises(ModelError, match=rf"^data.chat_template: {limit}"):
+        Renderer(changed(tokenizer, chat_template=shows + GREEDY[name]))
+    once = f"{{% if messages[0].content == 'aaaa' %}}{GREEDY[name]}{{% endif %}}{shows}"
+    if "constant" in name:  # jinja2 computes it as it compiles
+        return
+    renderer = Renderer(changed(tokenizer, chat_template=once))
+    other = Conversation("rows:2", ({"role": "user", "content": "c"}, *CHAT.messages[1:]))
+    before = renderer.row(other)
+    with pytest.raises(ModelError, match=rf"^rows:3: data.chat_template: {limit}"):
+        renderer.rows([other, CHAT, other])
+    assert renderer.row(other) == before
+
+
+STOPPED = """
+import os, signal, sys, threading
+sys.path[:0] = sys.argv[1:]
+from test_limits import GREEDY, LOOP
+from test_render import changed
+from fuzz import byte_level
+from loratune import limits
+from loratune.boundary import boundary
+from loratune.data.render import Renderer
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+with boundary(False):
+    Renderer(changed(byte_level(), chat_template=LOOP + "{% endfor %}" + GREEDY["a product"]))
+"""
+
+
+def test_a_template_without_end_is_stopped() -> None:
+    """A signal ends the command at once, and no process stays behind."""
+    places = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "scripts")]
+    done = subprocess.run([sys.executable, "-c", STOPPED, *places], capture_output=True, text=True, check=False)
+    assert "error: terminated" in done.stderr and "longer" not in done.stderr, done.stderr
+
+
+def test_a_template_may_raise_to_powers(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = LOOP + "<|{{ m.role }}|>{{ m.content }}{{ 2 ** 10 }}<|end|>{% endfor %}"
+    row = Renderer(changed(tokenizer, chat_template=template)).row(CHAT)
+    assert "b1024" in tokenizer.decode(row.completion)
+
+
+def deep(made: object) -> None:
+    """Ends the process in which it is called."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def big(made: object, count: int) -> int:
+    """The size of a text of so many bytes."""
+    return len(bytearray(count))
+
+
+def test_work_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it returns and raises; processes that end with work and without; none are left."""
+    apart = Apart(lambda beat: [os.getpid()])
+    first = apart(list.copy, 1 << 30)
+    assert first == apart(list.copy, 1 << 30) != [os.getpid()]
+    with pytest.raises(IndexError):
+        apart(list.__getitem__, 1 << 30, 5)
+    with pytest.raises(BeyondLimit, match=r"needs more than 1\.0 GiB of memory"):
+        apart(big, 1 << 30, 2 << 30)
+    assert apart(big, 3 << 30, 2 << 30) == 2 << 30
+    with pytest.raises(BeyondLimit, match=r"ends the process that works on it \(SIGSEGV\)"):
+        apart(deep, 1 << 30)
+    monkeypatch.setattr(limits, "_IDLE", 0.1)
+    idle = apart(list.copy, 1 << 30)
+    time.sleep(1)
+    again = apart(list.copy, 1 << 30)  # it has ended, and another one is started
+    assert len({*first, *idle, *again}) == 3
+    other = Apart(lambda beat: [os.getpid()])
+    again = other(list.copy, 1 << 30)
+    del other
+    with pytest.raises(ProcessLookupError):
+        os.kill(again[0], 0)
 
 
 def test_a_tokenizer_that_gives_up_on_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -111,9 +215,6 @@ def test_what_the_work_raises_is_raised() -> None:
     with pytest.raises(KeyError):
         limited(work)
     assert limited(lambda: 3) == 3
-    with pytest.raises(BeyondLimit, match=r"needs more than 1\.0 GiB of memory"):
-        limited(lambda: bytearray(2 << 30), memory=1 << 30)
-    assert len(limited(lambda: bytearray(2 << 30))) == 2 << 30
 
 
 def test_a_template_without_end_in_train(run_config: MakeConfig, tmp_path: Path) -> None:

@@ -640,6 +640,13 @@ BAD_TEMPLATES = {
         ":2: data.chat_template: not a Jinja template: ",
     ),
     "not UTF-8": (b"\xff", "data.chat_template: cannot be read: it is not UTF-8; name a Jinja file"),
+    "empty": ("\n", "data.chat_template: the file is empty; name a Jinja file"),
+    "nested ifs": (
+        "{% if a %}" * 150 + "{% endif %}" * 150,
+        "data.chat_template: not a Jinja template: it is nested too deeply: too many levels of indentation; mend it",
+    ),
+    "nested loops": ("{% for a in b %}" * 40 + "{% endfor %}" * 40, "nested too deeply: too many statically nested"),
+    "nested parentheses": ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "it is nested too deeply; mend it"),
 }
 
 

@@ -437,7 +437,6 @@ FOR = "{% for m in messages %}"
             "{{ raise_exception('roles must alternate') }}",
             "the chat template refuses these messages: roles must alternate",
         ),
-        ("{% for %}", "the chat template refuses these messages"),
         (
             FOR + "{{ m.role }}{% endfor %}",
             "the chat template does not show where the answer begins and ends of message 2",
@@ -445,7 +444,7 @@ FOR = "{% for m in messages %}"
         (FOR + "{{ m.content | upper }}{% endfor %}", "the chat template does not show where"),
         (FOR + "{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}?", None),
     ],
-    ids=["raises", "broken", "without content", "changes content", "last message only"],
+    ids=["raises", "without content", "changes content", "last message only"],
 )
 def test_templates_that_will_not_do(tokenizer: PreTrainedTokenizerFast, template: str, expected: str | None) -> None:
     renderer = Renderer(changed(tokenizer, chat_template=template))
@@ -456,6 +455,28 @@ def test_templates_that_will_not_do(tokenizer: PreTrainedTokenizerFast, template
         renderer.row(CHAT)
     assert expected in str(caught.value)
     assert str(caught.value).startswith("rows:1: ")
+    assert learnt(tokenizer, renderer.row(Plain("", "a", "b"))) == ["b<|endoftext|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for %}", "Expected an expression, got 'end of statement block'"),
+        ("{% if m %}" * 150 + "{% endif %}" * 150, "it is nested too deeply: too many levels of indentation"),
+        (FOR * 40 + "{% endfor %}" * 40, "it is nested too deeply: too many statically nested blocks"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "it is nested too deeply"),
+        ("{{ " + "+".join(["1"] * 30_000) + " }}", "it is nested too deeply"),
+    ],
+    ids=["no template", "ifs", "loops", "parentheses", "sums"],
+)
+def test_templates_that_cannot_be_compiled(tokenizer: PreTrainedTokenizerFast, template: str, reason: str) -> None:
+    """The fault is the model's; rows of text need no template."""
+    renderer = Renderer(changed(tokenizer, chat_template=template))
+    for work in (lambda: renderer.row(CHAT), lambda: renderer.prompt(CHAT.messages[:1])):
+        with pytest.raises(ModelError) as caught:
+            work()
+        what = f"data.chat_template: the chat template is not a Jinja template: {reason}"
+        assert str(caught.value) == f"{what}; set data.chat_template to another Jinja file"
     assert learnt(tokenizer, renderer.row(Plain("", "a", "b"))) == ["b<|endoftext|>"]
 
 

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from loratune import launched, places
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem
-from loratune.limits import MEMORY, BeyondLimit, is_panic, limited, powers
+from loratune.limits import MEMORY, Apart, BeyondLimit, is_panic, limited
 from loratune.model import hub
 from loratune.model.faults import LOADING, damaged_weights, unreadable
 from loratune.model.files import Files as Files
@@ -36,6 +36,7 @@ from loratune.model.quantized import check_trainable, keep_backward, settings
 from loratune.model.weights import check_complete
 from loratune.model.weights import check_finite as check_finite
 from loratune.places import code, gguf, quantized
+from loratune.uncompiled import UNCOMPILED, reason
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -105,17 +106,28 @@ def _read_text(path: str) -> str:
 
 
 def _check_syntax(tokenizer: Any, path: str) -> None:
+    """Raises ConfigError: the file is no template. Raises ModelError: the template goes on for ever."""
+    where, key = path, "data.chat_template"
+    if not tokenizer.chat_template.strip():
+        raise ConfigError(Problem("the file is empty", where, key, "name a Jinja file with a template in it"))
     try:
-        if powers(tokenizer.chat_template):
-            return  # it may never return; it is refused where rows are rendered
-        asked = [{"role": "user", "content": "loratune?"}]
-        limited(lambda: tokenizer.apply_chat_template(asked, tokenize=False), memory=MEMORY)
+        Apart(lambda _: tokenizer)(_ask, MEMORY)
     except BeyondLimit as error:
-        raise ModelError(Problem(f"the chat template {error}", path, "data.chat_template", "mend it")) from None
-    except TemplateSyntaxError as error:
-        what, where = f"not a Jinja template: {error.message}", f"{path}:{error.lineno}"
-        raise ConfigError(Problem(what, where, "data.chat_template", "mend it")) from None
-    except Exception:  # it may refuse this message for any reason of its own; it is asked again with the user's
+        raise ModelError(Problem(f"the chat template {error}", where, key, "mend it")) from None
+    except UNCOMPILED as error:
+        line = getattr(error, "lineno", None) if isinstance(error, TemplateSyntaxError) else None
+        where = f"{path}:{line}" if line else path
+        raise ConfigError(Problem(f"not a Jinja template: {reason(error)}", where, key, "mend it")) from None
+
+
+def _ask(tokenizer: Any) -> None:
+    """Compile the chat template, and render one question. It may refuse this one for any reason of its own; it is
+    asked again with the user's. Raises one of `UNCOMPILED`."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
+    except (*UNCOMPILED, MemoryError):
+        raise
+    except Exception:
         pass
 
 

@@ -14,6 +14,7 @@ from loratune.data.formats import Message
 from loratune.data.render.rounds import CONTENT, MANY, MARK, Rounds, places, with_reasoning
 from loratune.data.render.tokens import Span
 from loratune.errors import DataError, ModelError, Problem
+from loratune.uncompiled import UNCOMPILED, reason
 
 KEY = "data.chat_template"
 
@@ -77,6 +78,7 @@ class Template:
         self._tokenizer = tokenizer
         self._source = str(tokenizer.chat_template or "")
         self._special = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self._fault = ""
         self._marked_loops = self._rounds()
         self.ends, self.closing = self._ends()
         choice = "|".join(map(re.escape, sorted(self.ends, key=len, reverse=True)))
@@ -85,7 +87,8 @@ class Template:
     def text(self, chat: Chat, *, prompt: bool = False) -> str:
         """The rendered messages; prompt: with what an answer follows, as `generate` needs it.
 
-        Raises ModelError: the tokenizer has no template. Raises DataError: the template refuses the messages.
+        Raises ModelError: the tokenizer has no template, or none that can be compiled. Raises DataError: the template
+        refuses the messages.
         """
         return self._rendered(chat, lambda one: self._apply(one, prompt))
 
@@ -178,7 +181,7 @@ class Template:
 
     def _ends(self) -> tuple[tuple[str, ...], str]:
         """See the class. Where turns are not known, what follows the last answer belongs to no later turn."""
-        if not self._tokenizer.chat_template:
+        if not self._tokenizer.chat_template or self._fault:
             return (), ""
         shown = self._probe([_ASKED, _SAID, _ASKED, _SAID]) or self._probe([_ASKED, _SAID]) or self._probe([_SAID])
         answers = [number for number in sorted(shown.ends, reverse=True) if number % 2] if shown else []
@@ -205,7 +208,8 @@ class Template:
             return None
         try:
             return Rounds(self._source)
-        except TemplateError:
+        except UNCOMPILED as error:
+            self._fault = f"is not a Jinja template: {reason(error)}"
             return None
 
     def _rendered(self, chat: Chat, render: Callable[[Chat], str]) -> str:
@@ -213,6 +217,9 @@ class Template:
         if not self._tokenizer.chat_template:
             fix = "set data.chat_template to a Jinja file, or use prompt and completion as text"
             raise ModelError(Problem("the tokenizer has no chat template", self._tokenizer.name_or_path, fix=fix))
+        if self._fault:
+            fix = "set data.chat_template to another Jinja file"
+            raise ModelError(Problem(f"the chat template {self._fault}", self._tokenizer.name_or_path, KEY, fix))
         try:
             return render(chat)
         except _REFUSALS as error:
