@@ -20,10 +20,12 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune import limits
 from loratune.boundary import boundary
+from loratune.config import ModelSection
 from loratune.data.formats import Conversation, Plain
 from loratune.data.render import Renderer
 from loratune.errors import DataError, ModelError
 from loratune.limits import Apart, BeyondLimit, limited
+from loratune.model import load_tokenizer
 
 LOOP = "{% for m in messages %}"
 CHAT = Conversation("rows:3", ({"role": "user", "content": "aaaa"}, {"role": "assistant", "content": "b"}))
@@ -143,6 +145,7 @@ from test_render import changed
 from fuzz import byte_level
 from loratune import limits
 from loratune.boundary import boundary
+from loratune.config import ModelSection
 from loratune.data.render import Renderer
 threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
 with boundary(False):
@@ -301,3 +304,69 @@ def test_a_panic_anywhere_is_one_line(tokenizer: PreTrainedTokenizerFast, capsys
         splitting(tokenizer, "(a+)+$").backend_tokenizer.encode("a" * 40 + "b")
     assert caught.value.exit_code == 1
     assert "error: unexpected PanicException: Onig: " in capsys.readouterr().err
+
+
+def replacing(pattern: str, content: str, kind: str = "String") -> dict[str, object]:
+    """A step of a tokenizer that replaces a text, or what an expression matches."""
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def in_order(kind: str, *steps: object) -> dict[str, object]:
+    """Steps one after another. kind: under which name they stand."""
+    return {"type": "Sequence", kind: steps}
+
+
+PIECE = {"SpecialToken": {"id": "A", "type_id": 0}}
+GROWING = {
+    "a long text": (
+        {"normalizer": replacing("a", "b" * 2_000_000)},
+        "normalizer Replace of the tokenizer writes up to",
+    ),
+    "an expression": ({"normalizer": replacing("", "b" * 20_000, "Regex")}, "up to 20,001 characters for one"),
+    "many": ({"normalizer": in_order("normalizers", *[replacing("a", "aa")] * 40)}, "(Replace) together write up to"),
+    "bytes": ({"normalizer": in_order("normalizers", *[{"type": "ByteLevel"}] * 40)}, "(ByteLevel) together write"),
+    "before": ({"normalizer": {"type": "Prepend", "prepend": "x" * 5000}}, "up to 5,000 characters beside a text"),
+    "decoder": (
+        {"decoder": in_order("decoders", replacing("a", "b" * 20_000))},
+        "the decoder Replace of the tokenizer",
+    ),
+    "post-processor": (
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [PIECE] * 5000,
+                "pair": [],
+                "special_tokens": {"A": {"id": "A", "ids": [1] * 5000, "tokens": ["x"] * 5000}},
+            }
+        },
+        "the post-processor TemplateProcessing of the tokenizer writes up to 25,000,000 characters beside a text",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "told"), GROWING.values(), ids=GROWING)
+def test_a_tokenizer_that_makes_texts_grow(parts: dict[str, object], told: str, tiny_dir: Path, tmp_path: Path) -> None:
+    """Before any text is given to it: the library takes all memory, or aborts, which nothing can catch."""
+    path = tmp_path / "growing"
+    shutil.copytree(tiny_dir, path)
+    known = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(known | parts))
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(ModelSection(name_or_path=str(path)))
+    assert str(caught.value).startswith(f"{path}: the ") and told in str(caught.value)
+
+
+def test_a_vocabulary_with_a_huge_id(tiny_dir: Path, tmp_path: Path) -> None:
+    """Nothing is made for each id below it; the token is named where a row has it."""
+    path = tmp_path / "huge"
+    shutil.copytree(tiny_dir, path)
+    known = json.loads((path / "tokenizer.json").read_text())
+    known["model"]["vocab"]["z"] = 2**32 - 1
+    (path / "tokenizer.json").write_text(json.dumps(known))
+    renderer = Renderer(load_tokenizer(ModelSection(name_or_path=str(path))), 264)
+    before = Path("/proc/self/statm").read_text().split()[0]
+    row = renderer.row(Plain("rows:1", "", "ab " * 100_000))
+    assert len(row.ids) == 300_001
+    assert (int(Path("/proc/self/statm").read_text().split()[0]) - int(before)) * 4096 < 1 << 30
+    with pytest.raises(ModelError, match=r"^rows:2: the token 'z' has the id 4294967295, but the model has 264"):
+        renderer.row(Plain("rows:2", "", "az" * 100_000))

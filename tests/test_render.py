@@ -23,6 +23,7 @@ from loratune.data.formats import Conversation, Example, Ids, Message, Plain
 from loratune.data.packing import pad
 from loratune.data.render import IGNORED, Renderer, Tokens, shorten
 from loratune.errors import DataError, ModelError
+from loratune.model.growth import check_growth
 
 VERSION = "3.7.2"
 NAMES = ("bytes", "llama3", "qwen3", "gemma3", "smollm2")
@@ -500,6 +501,10 @@ def test_bad_rows_are_told_together(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ModelError, match=r"the tokenizer has no chat template; set data.chat_template to a Jinja file"):
         Renderer(changed(tokenizer)).row(CHAT)
+
+
+def test_real_tokenizers_make_texts_grow_little(real: Any) -> None:
+    check_growth(real, "")
 
 
 def test_no_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> None:

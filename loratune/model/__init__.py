@@ -25,6 +25,7 @@ from loratune.model.files import copy_mapped
 from loratune.model.fingerprints import Sampled as Sampled
 from loratune.model.fingerprints import fingerprint as fingerprint
 from loratune.model.fingerprints import is_comparable as is_comparable
+from loratune.model.growth import check_growth
 from loratune.model.machine import Machine as Machine
 from loratune.model.machine import check_kernels as check_kernels
 from loratune.model.machine import check_machine as check_machine
@@ -84,6 +85,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     source = found.instead_of("tokenizer_config.json", "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(found.name, **source, **_origin(section))
+        check_growth(tokenizer, section.name_or_path)
         limited(lambda: tokenizer("loratune"))  # values of its configuration are first looked at when it is used
     except BaseException as error:  # tokenizers raises plain Exception for a damaged file, and no Exception in a panic
         if not isinstance(error, Exception) and not is_panic(error):
