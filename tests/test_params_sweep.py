@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from families import configure
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from test_sweep import configure
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

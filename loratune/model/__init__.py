@@ -11,7 +11,14 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateSyntaxError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune import launched, places
@@ -34,6 +41,7 @@ from loratune.model.machine import device as device
 from loratune.model.machine import notes as notes
 from loratune.model.originals import original_weights as original_weights
 from loratune.model.quantized import check_trainable, keep_backward, settings
+from loratune.model.sizes import check_sizes
 from loratune.model.weights import check_complete
 from loratune.model.weights import check_finite as check_finite
 from loratune.places import code, gguf, quantized
@@ -266,8 +274,11 @@ def _find(section: ModelSection) -> _Found:
 
 
 def _read_config(section: ModelSection, found: _Found) -> Any:
+    origin, instead = _origin(section), found.instead_of("config.json")
     try:
-        config = AutoConfig.from_pretrained(found.name, **found.instead_of("config.json"), **_origin(section))
+        if not instead:
+            check_sizes(PreTrainedConfig.get_config_dict(found.name, **origin)[0], section.name_or_path)
+        config = AutoConfig.from_pretrained(found.name, **instead, **origin)
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
         raise unreadable("configuration", section, error) from None
     code.check_kernels(config, section.name_or_path)
