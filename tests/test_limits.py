@@ -272,6 +272,17 @@ def test_a_row_with_a_token_beyond_the_embedding(
     assert (done.code, f"error: {rows}:2: {told}" in done.err) == (3, True), done.err
 
 
+def test_a_token_beyond_the_embedding_is_told_once(larger: Callable[..., Path]) -> None:
+    renderer = Renderer(load_tokenizer(ModelSection(name_or_path=str(larger()))), 264)
+    rows = [Plain(f"rows:{number}", "a <more5>", "b") for number in range(1, 13)]
+    with pytest.raises(ModelError) as caught:
+        renderer.rows([*rows, Plain("rows:13", "", "<more4>")])
+    first, second = caught.value.problems
+    assert (first.where, second.where) == ("rows:1", "rows:13")
+    assert first.what.startswith("the token '<more5>'") and first.what.endswith("; 11 more rows have it")
+    assert second.what.startswith("the token '<more4>'") and second.what.endswith("has 267 tokens")
+
+
 @pytest.mark.parametrize("name", ["eos_token", "pad_token"])
 def test_a_special_token_beyond_the_embedding(
     name: str, larger: Callable[..., Path], run_config: MakeConfig, cli: Callable[..., Ran]

@@ -67,16 +67,21 @@ class Renderer:
         """Raises ModelError: ids that the model has no embedding for. rows: places and ids."""
         if not self._beyond or self._size is None:
             return
-        problems = []
+        found: dict[int, list[str]] = {}
         for where, ids in rows:
-            if (worst := next((id for id in ids if id >= self._size), None)) is not None:
-                token = self.tokenizer.convert_ids_to_tokens(worst)
-                what = f"the token {token!r} has the id {worst}, but the model has {self._size} embeddings, from 0 on"
-                known = f"the tokenizer has {max(self.tokenizer.get_vocab().values()) + 1} tokens"
-                fix = "take the tokenizer that belongs to the model"
-                problems.append(Problem(f"{what}; {known}", where or self.tokenizer.name_or_path, fix=fix))
+            for id in {id for id in ids if id >= self._size}:
+                found.setdefault(id, []).append(where or self.tokenizer.name_or_path)
+        problems = []
+        for id, places in [*found.items()][:MAX_PROBLEMS]:
+            token = self.tokenizer.convert_ids_to_tokens(id)
+            what = f"the token {token!r} has the id {id}, but the model has {self._size} embeddings, from 0 on"
+            known = f"the tokenizer has {max(self.tokenizer.get_vocab().values()) + 1} tokens"
+            more = f"; {len(places) - 1} more rows have it" if len(places) > 2 else ""
+            more = "; 1 more row has it" if len(places) == 2 else more
+            fix = "take the tokenizer that belongs to the model"
+            problems.append(Problem(f"{what}; {known}{more}", places[0], fix=fix))
         if problems:
-            raise ModelError(problems[:MAX_PROBLEMS])
+            raise ModelError(problems)
 
     def _templating(
         self,
