@@ -13,6 +13,7 @@ import transformers
 
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain
 from loratune.data.render.drafts import Draft, Drafting, plain
+from loratune.data.render.dropped import dropped
 from loratune.data.render.encoding import Encoder, Unencodable
 from loratune.data.render.template import KEY, Chat
 from loratune.data.render.tokens import Span, Tokens, given
@@ -125,6 +126,15 @@ class Renderer:
         self._check_sizes([(row.where, row.ids) for row in encoded])
         rows = iter(encoded)
         return [next(rows) if isinstance(one, Draft) else one for one in made]
+
+    def dropped(self, examples: Sequence[Example], loss_on: str = "completion") -> str | None:
+        """A line about what the tokenizer drops of the answers of some rows; see `dropped`. Raises as `rows` does."""
+        drafts = [one for one in self._drafts(examples, loss_on) if isinstance(one, Draft)]
+        answers = []
+        for draft, row in zip(drafts, self._encoded(drafts, "completion"), strict=True):
+            said = "".join(draft.text[start:end] for start, end in draft.spans)
+            answers.append((draft.where, said, [id for start, end in row.spans for id in row.ids[start:end]]))
+        return dropped(self.tokenizer, answers)
 
     def _drafts(self, examples: Sequence[Example], loss_on: str) -> list[Draft | Tokens]:
         """The texts of examples, and the rows of those that are ids. Raises DataError."""
