@@ -738,3 +738,18 @@ def test_what_a_tokenizer_drops_is_told(
         return
     line = next(line for line in (ran.out + ran.err).splitlines() if "the tokenizer drops" in line)
     assert f"{told} of answers, e.g. " in line and f"{rows}:2: '1x' -> '" in line
+
+
+def test_a_template_without_an_end_is_told(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    template = tmp_path / "chat.jinja"
+    turn = "{{ {'role': m.role, 'content': m.content}|tojson }}"
+    footer = "{% if not add_generation_prompt %}]{% endif %}"
+    template.write_text(f"[{{% for m in messages %}}{turn}{{% endfor %}}{footer}")
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    path = write_rows(tmp_path / "data.jsonl", [{"messages": turns}])
+    ran = cli("train", run_config(data={"train": str(path), "chat_template": str(template)}), "--dry-run")
+    assert ran.code == 0, ran.err
+    told = "answers end in <|endoftext|>, which the chat template does not write; what the chat template writes after"
+    assert (ran.out + ran.err).count(told) == 1

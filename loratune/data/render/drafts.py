@@ -42,6 +42,10 @@ class Drafting:
         """The special tokens that end an answer, of whatever chat."""
         return self._template.ends
 
+    def remark(self, chats: Sequence[Chat]) -> str | None:
+        """What is odd about the end of answers, of whatever chat; see `Template.remark`."""
+        return self._template.remark
+
     def asked(self, chats: Sequence[Chat]) -> str:
         """The text of the first chat as a prompt. Raises DataError: the template refuses it, or leaves its tools
         out."""

@@ -235,6 +235,10 @@ class Renderer:
         answer = prompt + len(before) if draft.asked else None
         return Tokens(draft.where, whole, tuple(span for span in spans if span[0] < span[1]), answer)
 
+    def remark_on_ends(self) -> str | None:
+        """What is odd about how the chat template ends answers; see `Template.remark`."""
+        return self._templating(Drafting.remark, [])
+
     def remark(self, ids: Sequence[int]) -> str | None:
         """What is odd about the beginning of a row, where the tokenizer puts one BOS before a text."""
         count = next((place for place, id in enumerate(ids) if id != self._bos), len(ids))

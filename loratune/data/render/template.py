@@ -168,10 +168,31 @@ class Template:
         return shown is None or "loratune_tool" in shown.text
 
     def _probe(self, messages: list[Message], *, tools: tuple[Any, ...] = (), prompt: bool = False) -> Shown | None:
+        if not self._tokenizer.chat_template or self._fault:
+            return None
         try:
             return self.show(Chat(messages, tools), prompt=prompt)
         except DataError:
             return None
+
+    @property
+    def remark(self) -> str | None:
+        """A line about the end of answers where the template does not write it as it is learnt; None where it does.
+
+        An answer is learnt to the end of its turn, and then `generate` must stop: what the template writes behind the
+        turns would teach it to go on.
+        """
+        shown, eos = self._probe([_ASKED, _SAID]), str(self._tokenizer.eos_token)
+        if shown is None or 1 not in shown.ends:
+            return None
+        close = self.closed(shown, 1, 0)
+        footer = shown.text[max(shown.closes.values()) :].strip() if shown.closes else ""
+        footer = "" if footer.startswith(eos) else footer
+        written = self._special_at_end(shown.text[:close].rstrip()) or shown.text[close:].lstrip().startswith(eos)
+        lines = [] if written else [f"answers end in {eos}, which the chat template does not write"]
+        if footer:
+            lines.append(f"what the chat template writes after the last turn is not learnt: {footer[:80]!r}")
+        return "; ".join(lines) or None
 
     @cached_property
     def header(self) -> str | None:
@@ -181,8 +202,6 @@ class Template:
 
     def _ends(self) -> tuple[tuple[str, ...], str]:
         """See the class. Where turns are not known, what follows the last answer belongs to no later turn."""
-        if not self._tokenizer.chat_template or self._fault:
-            return (), ""
         shown = self._probe([_ASKED, _SAID, _ASKED, _SAID]) or self._probe([_ASKED, _SAID]) or self._probe([_SAID])
         answers = [number for number in sorted(shown.ends, reverse=True) if number % 2] if shown else []
         if shown is None or not answers:
