@@ -56,6 +56,10 @@ def tokenised(ready: Ready, tokenizer: Any, watch: Watch, group: Group) -> Rows:
     remarks = {part.name: part.remarks() for part in (ready.rows.train, ready.rows.validation) if part}
     if odd := renderer.remark(train.rows.row(0).ids):
         remarks["train"].append(odd)
+    if ready.rows.train.chat and (odd := renderer.remark_on_ends()):
+        remarks["train"].append(odd)
+    if lost := data.dropped(ready.rows.train, renderer, run.data):
+        remarks["train"].append(lost)
     return Rows(train, validation, remarks, leaks.remarks() if leaks else [], run.data.max_length)
 
 

@@ -35,6 +35,8 @@ JSON = {
     "a lone surrogate": r'"\ud800"',
     "a key with one": r'{"\ud800": 1}',
     "NaN": "[NaN, Infinity, -Infinity]",
+    "many digits": "1" * 5000,
+    "many digits within": '{"a": [-' + "1" * 5000 + "]}",
     "deep": "[" * 900 + "]" * 900,
 }
 
@@ -107,3 +109,15 @@ def test_rows_with_such_fields_are_trained_on_and_answered(
     done = cli(*asked, surrogate)
     assert done.code == 0, done.err
     assert json.loads(answers.read_text())["x"] == "\ud800"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_number_of_many_digits_is_named(ending: str, tmp_path: Path) -> None:
+    """In a field that is read, and with no advice about the interpreter."""
+    rows = ['{"prompt": "a", "completion": "b"}', '{"prompt": "a", "completion": ' + "1" * 5000 + "}"]
+    path = tmp_path / f"rows.{ending}"
+    path.write_text("\n".join(rows) if ending == "jsonl" else f"[{','.join(rows)}]")
+    with pytest.raises(DataError) as caught:
+        count(path)
+    got = "`completion` must be text, got a value that cannot be read (a number of 5,000 digits)"
+    assert got in str(caught.value) and "set_int_max" not in str(caught.value)

@@ -134,6 +134,9 @@ def test_bad_ids(ids: Any, labels: Any, expected: str) -> None:
 
 def test_padding_in_the_data_is_not_trained_on() -> None:
     assert bad({"input_ids": [1, 0], "attention_mask": [1, 0]}).startswith("`attention_mask` leaves tokens out")
+    for mask, found in (([1], "1 entries"), ([1, 1, 1], "3 entries"), (1, "a number")):
+        told = f"`attention_mask` must have 2 entries, as `input_ids` has, and is {found}"
+        assert bad({"input_ids": [1, 0], "attention_mask": mask}) == told
 
 
 def test_ids_are_held_against_the_vocabulary() -> None:

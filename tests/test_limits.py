@@ -1,9 +1,12 @@
 """Chat templates and tokenizers that run for ever, take all memory, give up, or know more tokens than the model."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +18,14 @@ from test_render import changed
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from loratune import limits
 from loratune.boundary import boundary
+from loratune.config import ModelSection
 from loratune.data.formats import Conversation, Plain
 from loratune.data.render import Renderer
 from loratune.errors import DataError, ModelError
-from loratune.limits import BeyondLimit, limited, powers
+from loratune.limits import Apart, BeyondLimit, limited
+from loratune.model import load_tokenizer
 
 LOOP = "{% for m in messages %}"
 CHAT = Conversation("rows:3", ({"role": "user", "content": "aaaa"}, {"role": "assistant", "content": "b"}))
@@ -85,12 +91,113 @@ def test_a_template_that_takes_all_memory(tokenizer: PreTrainedTokenizerFast) ->
         Renderer(changed(tokenizer, chat_template=once)).row(CHAT)
 
 
-def test_a_template_of_powers(tokenizer: PreTrainedTokenizerFast) -> None:
-    """jinja2 computes them when it compiles, and nothing else has a turn meanwhile."""
-    for template in ("{{ 10 ** 10 ** 10 }}", "{% if 9**m %}{% endif %}"):
-        with pytest.raises(ModelError, match="raises numbers to a power"):
-            Renderer(changed(tokenizer, chat_template=template))
-    assert not powers("**bold** {{ '**' }} {# 2 ** 2 #} {% for m in messages %}**{% endfor %}")
+GREEDY = {
+    "a product": "{% set n = namespace(s=9999999) %}{% for i in range(60) %}{% set n.s = n.s * n.s %}{% endfor %}",
+    "a power": "{% set n = namespace(s=10) %}{% for i in range(9) %}{% set n.s = n.s ** 10 %}{% endfor %}",
+    "a constant power": "{{ 10 ** (10 ** 10) }}",
+    "a division": "{% set n = namespace(s=9) %}{% for i in range(27) %}{% set n.s = n.s * n.s %}{% endfor %}"
+    "{% set x = (n.s * n.s + 1) // n.s %}",
+    "a comparison": "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}"
+    "{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
+    "a text of lists": "{% set n = namespace(a=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}"
+    "{{ n.a }}",
+    "repetition": "{{ ('a' * 10 ** 10)|length }}",
+    "a filter": "{{ 'a'|center(10 ** 10) }}",
+    "a format": "{{ '%10000000000d'|format(1) }}",
+    "a method": "{{ '{:>10000000000}'.format('a') }}",
+    "replacement": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s|replace('a', 'a' * 99) %}"
+    "{% endfor %}",
+    "a list": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "a list repeated": "{{ ([1] * 10 ** 10)|length }}",
+    "joining": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = [n.s, n.s, n.s]|join %}{% endfor %}",
+    "tuples": "{% set n = namespace(a=(1,)) %}{% for i in range(60) %}{% set n.a = (n.a, n.a) %}{% endfor %}"
+    "{{ {n.a: 1} }}",
+}
+"""What C code does without giving another thread, or a handler of signals, a turn."""
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_what_keeps_the_interpreter(
+    name: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For any messages, and for those of one row; the rows before and after are as they were."""
+    monkeypatch.setattr(limits, "SECONDS", 1)
+    limit = r"the chat template (takes longer than 1 s|needs more than 2.0 GiB of memory); set data.chat_template to"
+    shows = f"{LOOP}{{{{ m.content }}}}{{% endfor %}}"
+    with pytest.raises(ModelError, match=rf"^data.chat_template: {limit}"):
+        Renderer(changed(tokenizer, chat_template=shows + GREEDY[name]))
+    once = f"{{% if messages[0].content == 'aaaa' %}}{GREEDY[name]}{{% endif %}}{shows}"
+    if "constant" in name:  # jinja2 computes it as it compiles
+        return
+    renderer = Renderer(changed(tokenizer, chat_template=once))
+    other = Conversation("rows:2", ({"role": "user", "content": "c"}, *CHAT.messages[1:]))
+    before = renderer.row(other)
+    with pytest.raises(ModelError, match=rf"^rows:3: data.chat_template: {limit}"):
+        renderer.rows([other, CHAT, other])
+    assert renderer.row(other) == before
+
+
+STOPPED = """
+import os, signal, sys, threading
+sys.path[:0] = sys.argv[1:]
+from test_limits import GREEDY, LOOP
+from test_render import changed
+from fuzz import byte_level
+from loratune import limits
+from loratune.boundary import boundary
+from loratune.config import ModelSection
+from loratune.data.render import Renderer
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+with boundary(False):
+    Renderer(changed(byte_level(), chat_template=LOOP + "{% endfor %}" + GREEDY["a product"]))
+"""
+
+
+def test_a_template_without_end_is_stopped() -> None:
+    """A signal ends the command at once, and no process stays behind."""
+    places = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "scripts")]
+    done = subprocess.run([sys.executable, "-c", STOPPED, *places], capture_output=True, text=True, check=False)
+    assert "error: terminated" in done.stderr and "longer" not in done.stderr, done.stderr
+
+
+def test_a_template_may_raise_to_powers(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = LOOP + "<|{{ m.role }}|>{{ m.content }}{{ 2 ** 10 }}<|end|>{% endfor %}"
+    row = Renderer(changed(tokenizer, chat_template=template)).row(CHAT)
+    assert "b1024" in tokenizer.decode(row.completion)
+
+
+def deep(made: object) -> None:
+    """Ends the process in which it is called."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def big(made: object, count: int) -> int:
+    """The size of a text of so many bytes."""
+    return len(bytearray(count))
+
+
+def test_work_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it returns and raises; processes that end with work and without; none are left."""
+    apart = Apart(lambda beat: [os.getpid()])
+    first = apart(list.copy, 1 << 30)
+    assert first == apart(list.copy, 1 << 30) != [os.getpid()]
+    with pytest.raises(IndexError):
+        apart(list.__getitem__, 1 << 30, 5)
+    with pytest.raises(BeyondLimit, match=r"needs more than 1\.0 GiB of memory"):
+        apart(big, 1 << 30, 2 << 30)
+    assert apart(big, 3 << 30, 2 << 30) == 2 << 30
+    with pytest.raises(BeyondLimit, match=r"ends the process that works on it \(SIGSEGV\)"):
+        apart(deep, 1 << 30)
+    monkeypatch.setattr(limits, "_IDLE", 0.1)
+    idle = apart(list.copy, 1 << 30)
+    time.sleep(1)
+    again = apart(list.copy, 1 << 30)  # it has ended, and another one is started
+    assert len({*first, *idle, *again}) == 3
+    other = Apart(lambda beat: [os.getpid()])
+    again = other(list.copy, 1 << 30)
+    del other
+    with pytest.raises(ProcessLookupError):
+        os.kill(again[0], 0)
 
 
 def test_a_tokenizer_that_gives_up_on_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -111,9 +218,6 @@ def test_what_the_work_raises_is_raised() -> None:
     with pytest.raises(KeyError):
         limited(work)
     assert limited(lambda: 3) == 3
-    with pytest.raises(BeyondLimit, match=r"needs more than 1\.0 GiB of memory"):
-        limited(lambda: bytearray(2 << 30), memory=1 << 30)
-    assert len(limited(lambda: bytearray(2 << 30))) == 2 << 30
 
 
 def test_a_template_without_end_in_train(run_config: MakeConfig, tmp_path: Path) -> None:
@@ -168,6 +272,17 @@ def test_a_row_with_a_token_beyond_the_embedding(
     assert (done.code, f"error: {rows}:2: {told}" in done.err) == (3, True), done.err
 
 
+def test_a_token_beyond_the_embedding_is_told_once(larger: Callable[..., Path]) -> None:
+    renderer = Renderer(load_tokenizer(ModelSection(name_or_path=str(larger()))), 264)
+    rows = [Plain(f"rows:{number}", "a <more5>", "b") for number in range(1, 13)]
+    with pytest.raises(ModelError) as caught:
+        renderer.rows([*rows, Plain("rows:13", "", "<more4>")])
+    first, second = caught.value.problems
+    assert (first.where, second.where) == ("rows:1", "rows:13")
+    assert first.what.startswith("the token '<more5>'") and first.what.endswith("; 11 more rows have it")
+    assert second.what.startswith("the token '<more4>'") and second.what.endswith("has 267 tokens")
+
+
 @pytest.mark.parametrize("name", ["eos_token", "pad_token"])
 def test_a_special_token_beyond_the_embedding(
     name: str, larger: Callable[..., Path], run_config: MakeConfig, cli: Callable[..., Ran]
@@ -200,3 +315,69 @@ def test_a_panic_anywhere_is_one_line(tokenizer: PreTrainedTokenizerFast, capsys
         splitting(tokenizer, "(a+)+$").backend_tokenizer.encode("a" * 40 + "b")
     assert caught.value.exit_code == 1
     assert "error: unexpected PanicException: Onig: " in capsys.readouterr().err
+
+
+def replacing(pattern: str, content: str, kind: str = "String") -> dict[str, object]:
+    """A step of a tokenizer that replaces a text, or what an expression matches."""
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def in_order(kind: str, *steps: object) -> dict[str, object]:
+    """Steps one after another. kind: under which name they stand."""
+    return {"type": "Sequence", kind: steps}
+
+
+PIECE = {"SpecialToken": {"id": "A", "type_id": 0}}
+GROWING = {
+    "a long text": (
+        {"normalizer": replacing("a", "b" * 2_000_000)},
+        "normalizer Replace of the tokenizer writes up to",
+    ),
+    "an expression": ({"normalizer": replacing("", "b" * 20_000, "Regex")}, "up to 20,001 characters for one"),
+    "many": ({"normalizer": in_order("normalizers", *[replacing("a", "aa")] * 40)}, "(Replace) together write up to"),
+    "bytes": ({"normalizer": in_order("normalizers", *[{"type": "ByteLevel"}] * 40)}, "(ByteLevel) together write"),
+    "before": ({"normalizer": {"type": "Prepend", "prepend": "x" * 5000}}, "up to 5,000 characters beside a text"),
+    "decoder": (
+        {"decoder": in_order("decoders", replacing("a", "b" * 20_000))},
+        "the decoder Replace of the tokenizer",
+    ),
+    "post-processor": (
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [PIECE] * 5000,
+                "pair": [],
+                "special_tokens": {"A": {"id": "A", "ids": [1] * 5000, "tokens": ["x"] * 5000}},
+            }
+        },
+        "the post-processor TemplateProcessing of the tokenizer writes up to 25,000,000 characters beside a text",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "told"), GROWING.values(), ids=GROWING)
+def test_a_tokenizer_that_makes_texts_grow(parts: dict[str, object], told: str, tiny_dir: Path, tmp_path: Path) -> None:
+    """Before any text is given to it: the library takes all memory, or aborts, which nothing can catch."""
+    path = tmp_path / "growing"
+    shutil.copytree(tiny_dir, path)
+    known = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(known | parts))
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(ModelSection(name_or_path=str(path)))
+    assert str(caught.value).startswith(f"{path}: the ") and told in str(caught.value)
+
+
+def test_a_vocabulary_with_a_huge_id(tiny_dir: Path, tmp_path: Path) -> None:
+    """Nothing is made for each id below it; the token is named where a row has it."""
+    path = tmp_path / "huge"
+    shutil.copytree(tiny_dir, path)
+    known = json.loads((path / "tokenizer.json").read_text())
+    known["model"]["vocab"]["z"] = 2**32 - 1
+    (path / "tokenizer.json").write_text(json.dumps(known))
+    renderer = Renderer(load_tokenizer(ModelSection(name_or_path=str(path))), 264)
+    before = Path("/proc/self/statm").read_text().split()[0]
+    row = renderer.row(Plain("rows:1", "", "ab " * 100_000))
+    assert len(row.ids) == 300_001
+    assert (int(Path("/proc/self/statm").read_text().split()[0]) - int(before)) * 4096 < 1 << 30
+    with pytest.raises(ModelError, match=r"^rows:2: the token 'z' has the id 4294967295, but the model has 264"):
+        renderer.row(Plain("rows:2", "", "az" * 100_000))

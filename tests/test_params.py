@@ -20,6 +20,9 @@ ROLES = {
     "v": ["model.layers.*.self_attn.v_proj"],
     "o": ["model.layers.*.self_attn.o_proj"],
 }
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 264,
+}  # fmt: skip
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_2_70B = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
@@ -159,3 +162,46 @@ def test_exactly_one_thing_is_counted(cli: Callable[..., Ran], run_config: Calla
     message = "error: give one of CONFIG, --model and --adapter\n"
     assert cli("params") == Ran(2, "", message)
     assert cli("params", run_config(), "--model", tiny_dir) == Ran(2, "", message)
+
+
+ODD = {
+    "a million layers": ({"num_hidden_layers": 10**6}, "num_hidden_layers: is 1,000,000; at most 4,096 are built"),
+    "layers without end": ({"num_hidden_layers": 10**30}, "num_hidden_layers: is beyond all bounds; at most 4,096"),
+    "a billion labels": ({"num_labels": 10**9}, "num_labels: is 1,000,000,000; at most 1,000,000 are built"),
+    "a million experts": ({"model_type": "mixtral", "num_local_experts": 10**6}, "num_local_experts: is 1,000,000;"),
+    "layers within": (
+        {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**6}},
+        "text_config.num_hidden_layers: is 1,000,000;",
+    ),
+    "a number as class": ({"architectures": [5]}, "architectures: must be a list of names of classes; write it as"),
+    "a text of a class": ({"architectures": "LlamaForCausalLM"}, "architectures: must be a list of names of classes"),
+    "labels that are text": ({"id2label": "x"}, "the configuration cannot be loaded: "),
+    "a tie that is text": ({"tie_word_embeddings": "yes"}, "Field 'tie_word_embeddings' expected bool"),
+    "more kinds than layers": (
+        {"model_type": "qwen2", "layer_types": ["full_attention"] * 5},
+        "must be equal to the n",
+    ),
+    "no configuration": ({"model_type": "gemma3", "text_config": 5}, "Field 'text_config' with value 5"),
+    "empty heads": ({"head_dim": 0}, "the model cannot be loaded: "),
+    "negative heads": ({"head_dim": -8}, "the model cannot be loaded: Trying to create tensor with negative dimension"),
+    "negative states": ({"hidden_size": -32}, "the model cannot be loaded: Trying to create tensor with negative"),
+    "no heads": ({"num_attention_heads": 0}, "the configuration cannot be loaded: "),
+    "states without end": ({"hidden_size": 2**62}, "the model cannot be loaded: Storage size calculation overflowed"),
+    "an unknown rope": ({"rope_scaling": {"type": "x"}}, "the model cannot be loaded: unknown: 'x'"),
+    "no layers": ({"num_hidden_layers": 0}, "lora.target_modules: llama has no attention"),
+}
+
+
+@pytest.mark.parametrize(("changes", "told"), ODD.values(), ids=ODD)
+def test_odd_configurations(changes: dict[str, Any], told: str, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    """Each ends soon, in an error of the model."""
+    path = config_only(tmp_path / "odd", LlamaConfig(**SMALL))
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(values | changes))
+    ran = cli("params", "--model", path)
+    assert ran.code == 3 and told in ran.err and ran.err.startswith("error: "), ran.err
+
+
+def test_a_huge_vocabulary_is_counted(tmp_path: Path) -> None:
+    made = config_only(tmp_path, LlamaConfig(**SMALL | {"vocab_size": 10**12}))
+    assert params.params(config.of_model(str(made))).count.total > 2 * 32 * 10**12

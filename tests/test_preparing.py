@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -640,6 +641,13 @@ BAD_TEMPLATES = {
         ":2: data.chat_template: not a Jinja template: ",
     ),
     "not UTF-8": (b"\xff", "data.chat_template: cannot be read: it is not UTF-8; name a Jinja file"),
+    "empty": ("\n", "data.chat_template: the file is empty; name a Jinja file"),
+    "nested ifs": (
+        "{% if a %}" * 150 + "{% endif %}" * 150,
+        "data.chat_template: not a Jinja template: it is nested too deeply: too many levels of indentation; mend it",
+    ),
+    "nested loops": ("{% for a in b %}" * 40 + "{% endfor %}" * 40, "nested too deeply: too many statically nested"),
+    "nested parentheses": ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "it is nested too deeply; mend it"),
 }
 
 
@@ -696,3 +704,52 @@ def test_what_is_odd_about_the_bos(tmp_path: Path, tokenizer: PreTrainedTokenize
         made = Renderer(bos)
         assert made.remark(prepared(made, path).rows.row(0).ids) == remark
     assert made.remark(prepared(made, write_rows(tmp_path / "plain.jsonl", ROWS)).rows.row(0).ids) is None
+
+
+REPLACED = {"type": "Replace", "content": ""}
+DROPPING: dict[str, tuple[dict[str, Any], str | None]] = {
+    "digits": ({"normalizer": REPLACED | {"pattern": {"Regex": "[0-9]"}}}, "drops 33% of the letters and digits"),
+    "a letter": ({"normalizer": REPLACED | {"pattern": {"String": "x"}}}, "drops 33% of the letters and digits"),
+    "lower case": ({"normalizer": {"type": "Lowercase"}}, None),
+    "decomposed": ({"normalizer": {"type": "NFKD"}}, None),
+    "nothing": ({}, None),
+}
+
+
+@pytest.mark.parametrize(("parts", "told"), DROPPING.values(), ids=DROPPING)
+def test_what_a_tokenizer_drops_is_told(
+    parts: dict[str, Any],
+    told: str | None,
+    tiny_dir: Path,
+    cli: Callable[..., Ran],
+    run_config: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """A line with the share and the first row; what it normalises is no loss."""
+    path = tmp_path / "dropping"
+    shutil.copytree(tiny_dir, path)
+    known = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(known | parts))
+    rows = write_rows(tmp_path / "data.jsonl", [{"prompt": "1x", "completion": text} for text in ("Éa", "1x", "2x")])
+    ran = cli("train", run_config(model={"name_or_path": str(path)}, data={"train": str(rows)}), "--dry-run")
+    assert ran.code == 0, ran.err
+    if told is None:
+        assert "the tokenizer drops" not in ran.out + ran.err
+        return
+    line = next(line for line in (ran.out + ran.err).splitlines() if "the tokenizer drops" in line)
+    assert f"{told} of answers, e.g. " in line and f"{rows}:2: '1x' -> '" in line
+
+
+def test_a_template_without_an_end_is_told(
+    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    template = tmp_path / "chat.jinja"
+    turn = "{{ {'role': m.role, 'content': m.content}|tojson }}"
+    footer = "{% if not add_generation_prompt %}]{% endif %}"
+    template.write_text(f"[{{% for m in messages %}}{turn}{{% endfor %}}{footer}")
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    path = write_rows(tmp_path / "data.jsonl", [{"messages": turns}])
+    ran = cli("train", run_config(data={"train": str(path), "chat_template": str(template)}), "--dry-run")
+    assert ran.code == 0, ran.err
+    told = "answers end in <|endoftext|>, which the chat template does not write; what the chat template writes after"
+    assert (ran.out + ran.err).count(told) == 1

@@ -287,3 +287,41 @@ def test_answers_that_are_refused(template: str, reason: str, tokenizer: PreTrai
     with pytest.raises(DataError) as caught:
         renderer.row(Conversation("rows:7", (turn("user", "q"), turn("assistant", "words"))))
     assert str(caught.value).startswith("rows:7: ") and reason in str(caught.value)
+
+
+TURN = "<|{{ m.role }}|>{{ m.content }}"
+ADDED = f"answers end in {EOS}, which the chat template does not write"
+UNLEARNT = "what the chat template writes after the last turn is not learnt: "
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (f"{FOR}{TURN}\n{{% endfor %}}{ASK}", ADDED),
+        (f"[{FOR}{{{{ {{'role': m.role, 'content': m.content}}|tojson }}}}{{% endfor %}}]", f"{ADDED}; {UNLEARNT}']'"),
+        (f"{FOR}{TURN}{END}\n{{% endfor %}}</conversation>", f"{UNLEARNT}'</conversation>'"),
+        (f"{FOR}{TURN}{END}\n{{% endfor %}}{ASK}", None),
+        (f"{FOR}{TURN}{EOS}\n{{% endfor %}}{ASK}", None),
+        (f"{FOR}{TURN}\n{{% endfor %}}{{% if not add_generation_prompt %}}{EOS}{{% endif %}}", None),
+        (f"{{% for m in messages|reverse %}}{TURN}{END}\n{{% endfor %}}", None),
+        ("{{ messages[0].content }}: {{ messages[1].content }}", ADDED),
+        ("{{ raise_exception('no') }}", None),
+        ("{% for %}", None),
+    ],
+    ids=[
+        "no end",
+        "JSON",
+        "a token and text",
+        "a token",
+        "EOS",
+        "EOS at the end",
+        "reversed",
+        "no loop",
+        "refuses",
+        "none",
+    ],
+)
+def test_an_end_that_is_not_the_template_s_is_told(
+    template: str, told: str | None, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert Renderer(changed(tokenizer, chat_template=template)).remark_on_ends() == told

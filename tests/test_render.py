@@ -23,6 +23,7 @@ from loratune.data.formats import Conversation, Example, Ids, Message, Plain
 from loratune.data.packing import pad
 from loratune.data.render import IGNORED, Renderer, Tokens, shorten
 from loratune.errors import DataError, ModelError
+from loratune.model.growth import check_growth
 
 VERSION = "3.7.2"
 NAMES = ("bytes", "llama3", "qwen3", "gemma3", "smollm2")
@@ -437,7 +438,6 @@ FOR = "{% for m in messages %}"
             "{{ raise_exception('roles must alternate') }}",
             "the chat template refuses these messages: roles must alternate",
         ),
-        ("{% for %}", "the chat template refuses these messages"),
         (
             FOR + "{{ m.role }}{% endfor %}",
             "the chat template does not show where the answer begins and ends of message 2",
@@ -445,7 +445,7 @@ FOR = "{% for m in messages %}"
         (FOR + "{{ m.content | upper }}{% endfor %}", "the chat template does not show where"),
         (FOR + "{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}?", None),
     ],
-    ids=["raises", "broken", "without content", "changes content", "last message only"],
+    ids=["raises", "without content", "changes content", "last message only"],
 )
 def test_templates_that_will_not_do(tokenizer: PreTrainedTokenizerFast, template: str, expected: str | None) -> None:
     renderer = Renderer(changed(tokenizer, chat_template=template))
@@ -456,6 +456,28 @@ def test_templates_that_will_not_do(tokenizer: PreTrainedTokenizerFast, template
         renderer.row(CHAT)
     assert expected in str(caught.value)
     assert str(caught.value).startswith("rows:1: ")
+    assert learnt(tokenizer, renderer.row(Plain("", "a", "b"))) == ["b<|endoftext|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for %}", "Expected an expression, got 'end of statement block'"),
+        ("{% if m %}" * 150 + "{% endif %}" * 150, "it is nested too deeply: too many levels of indentation"),
+        (FOR * 40 + "{% endfor %}" * 40, "it is nested too deeply: too many statically nested blocks"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "it is nested too deeply"),
+        ("{{ " + "+".join(["1"] * 30_000) + " }}", "it is nested too deeply"),
+    ],
+    ids=["no template", "ifs", "loops", "parentheses", "sums"],
+)
+def test_templates_that_cannot_be_compiled(tokenizer: PreTrainedTokenizerFast, template: str, reason: str) -> None:
+    """The fault is the model's; rows of text need no template."""
+    renderer = Renderer(changed(tokenizer, chat_template=template))
+    for work in (lambda: renderer.row(CHAT), lambda: renderer.prompt(CHAT.messages[:1])):
+        with pytest.raises(ModelError) as caught:
+            work()
+        what = f"data.chat_template: the chat template is not a Jinja template: {reason}"
+        assert str(caught.value) == f"{what}; set data.chat_template to another Jinja file"
     assert learnt(tokenizer, renderer.row(Plain("", "a", "b"))) == ["b<|endoftext|>"]
 
 
@@ -479,6 +501,10 @@ def test_bad_rows_are_told_together(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ModelError, match=r"the tokenizer has no chat template; set data.chat_template to a Jinja file"):
         Renderer(changed(tokenizer)).row(CHAT)
+
+
+def test_real_tokenizers_make_texts_grow_little(real: Any) -> None:
+    check_growth(real, "")
 
 
 def test_no_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> None:

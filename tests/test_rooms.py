@@ -14,7 +14,7 @@ from loratune.cli import app
 
 PACKAGE = ROOT / "loratune"
 LEVELS = {
-    "escaping": -2, "errors": -1, "expressions": -1,
+    "escaping": -2, "errors": -1, "expressions": -1, "uncompiled": -1,
     "__init__": 0, "digests": 0, "interrupts": 0, "paths": 0, "rules": 0,
     "streams": 1, "launched": 1, "limits": 1, "store": 1, "config": 1, "workspace": 1, "saved": 1, "places": 1,
     "console": 1, "kernels": 1,

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from loratune.config import DataSection
@@ -22,6 +23,9 @@ from loratune.data.store import forget_old as forget_old
 from loratune.data.watching import Watch as Watch
 from loratune.data.watching import unwatched
 from loratune.errors import DataError, Problem
+
+_SAMPLE = 100
+"""How many rows are decoded again."""
 
 _ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
 
@@ -77,6 +81,19 @@ def opened(directory: Path) -> Prepared | None:
 def find_leaks(rows: Rows) -> Leaks | None:
     """Rows of the validation set that also stand in train; None without a validation set."""
     return repeats.shared(rows.train, rows.validation) if rows.validation else None
+
+
+def dropped(part: Part, renderer: Renderer, section: DataSection) -> str | None:
+    """A line about what the tokenizer drops of the answers in the first rows, where it drops anything."""
+    spoken: list[Example] = []
+    characters = 0
+    for example in islice(part.examples(), _SAMPLE):
+        characters += _characters(example)
+        if characters > _ROWS_AT_ONCE * _SAMPLE:
+            break
+        if not formats.silent(example, section.loss_on):
+            spoken.append(example)
+    return renderer.dropped(spoken, section.loss_on) if spoken else None
 
 
 @cache

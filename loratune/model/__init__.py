@@ -11,13 +11,20 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateSyntaxError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune import launched, places
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem
-from loratune.limits import MEMORY, BeyondLimit, is_panic, limited, powers
+from loratune.limits import MEMORY, Apart, BeyondLimit, is_panic, limited
 from loratune.model import hub
 from loratune.model.faults import LOADING, damaged_weights, unreadable
 from loratune.model.files import Files as Files
@@ -26,6 +33,7 @@ from loratune.model.fingerprints import Sampled as Sampled
 from loratune.model.fingerprints import fingerprint as fingerprint
 from loratune.model.fingerprints import is_comparable as is_comparable
 from loratune.model.fingerprints import is_present as is_present
+from loratune.model.growth import check_growth
 from loratune.model.machine import Machine as Machine
 from loratune.model.machine import check_kernels as check_kernels
 from loratune.model.machine import check_machine as check_machine
@@ -34,9 +42,11 @@ from loratune.model.machine import device as device
 from loratune.model.machine import notes as notes
 from loratune.model.originals import original_weights as original_weights
 from loratune.model.quantized import check_trainable, keep_backward, settings
+from loratune.model.sizes import check_sizes
 from loratune.model.weights import check_complete
 from loratune.model.weights import check_finite as check_finite
 from loratune.places import code, gguf, quantized
+from loratune.uncompiled import UNCOMPILED, reason
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -84,6 +94,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     source = found.instead_of("tokenizer_config.json", "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(found.name, **source, **_origin(section))
+        check_growth(tokenizer, section.name_or_path)
         limited(lambda: tokenizer("loratune"))  # values of its configuration are first looked at when it is used
     except BaseException as error:  # tokenizers raises plain Exception for a damaged file, and no Exception in a panic
         if not isinstance(error, Exception) and not is_panic(error):
@@ -106,17 +117,28 @@ def _read_text(path: str) -> str:
 
 
 def _check_syntax(tokenizer: Any, path: str) -> None:
+    """Raises ConfigError: the file is no template. Raises ModelError: the template goes on for ever."""
+    where, key = path, "data.chat_template"
+    if not tokenizer.chat_template.strip():
+        raise ConfigError(Problem("the file is empty", where, key, "name a Jinja file with a template in it"))
     try:
-        if powers(tokenizer.chat_template):
-            return  # it may never return; it is refused where rows are rendered
-        asked = [{"role": "user", "content": "loratune?"}]
-        limited(lambda: tokenizer.apply_chat_template(asked, tokenize=False), memory=MEMORY)
+        Apart(lambda _: tokenizer)(_ask, MEMORY)
     except BeyondLimit as error:
-        raise ModelError(Problem(f"the chat template {error}", path, "data.chat_template", "mend it")) from None
-    except TemplateSyntaxError as error:
-        what, where = f"not a Jinja template: {error.message}", f"{path}:{error.lineno}"
-        raise ConfigError(Problem(what, where, "data.chat_template", "mend it")) from None
-    except Exception:  # it may refuse this message for any reason of its own; it is asked again with the user's
+        raise ModelError(Problem(f"the chat template {error}", where, key, "mend it")) from None
+    except UNCOMPILED as error:
+        line = getattr(error, "lineno", None) if isinstance(error, TemplateSyntaxError) else None
+        where = f"{path}:{line}" if line else path
+        raise ConfigError(Problem(f"not a Jinja template: {reason(error)}", where, key, "mend it")) from None
+
+
+def _ask(tokenizer: Any) -> None:
+    """Compile the chat template, and render one question. It may refuse this one for any reason of its own; it is
+    asked again with the user's. Raises one of `UNCOMPILED`."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
+    except (*UNCOMPILED, MemoryError):
+        raise
+    except Exception:
         pass
 
 
@@ -253,8 +275,11 @@ def _find(section: ModelSection) -> _Found:
 
 
 def _read_config(section: ModelSection, found: _Found) -> Any:
+    origin, instead = _origin(section), found.instead_of("config.json")
     try:
-        config = AutoConfig.from_pretrained(found.name, **found.instead_of("config.json"), **_origin(section))
+        if not instead:
+            check_sizes(PreTrainedConfig.get_config_dict(found.name, **origin)[0], section.name_or_path)
+        config = AutoConfig.from_pretrained(found.name, **instead, **origin)
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
         raise unreadable("configuration", section, error) from None
     code.check_kernels(config, section.name_or_path)

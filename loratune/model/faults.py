@@ -29,6 +29,8 @@ def unreadable(part: str, section: ModelSection, error: BaseException) -> ModelE
 def summary(error: BaseException) -> str:
     """The first line of an error, and the next where the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, KeyError):
+        return f"unknown: {lines[0]}"
     announced = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return announced.partition(". ")[0]
 

@@ -1,6 +1,6 @@
 """Rows that go through no chat template: raw text, and token ids."""
 
-from loratune.data.formats.checks import BadRow, Values, text, whole_numbers
+from loratune.data.formats.checks import BadRow, Values, kind, text, unpacked, whole_numbers
 from loratune.data.formats.examples import IGNORED, Ids, Plain
 
 
@@ -23,7 +23,10 @@ def token_ids(where: str, values: Values) -> Ids:
     if min(ids) < 0:
         number = next(number for number, id in enumerate(ids, start=1) if id < 0)
         raise BadRow(f"entry {number} of `input_ids` is {ids[number - 1]}, and ids are not negative")
-    mask = values.get("attention_mask")
+    mask = unpacked(values, "attention_mask")
+    if mask not in (None, "") and (not isinstance(mask, list) or len(mask) != len(ids)):
+        found = f"{len(mask)} entries" if isinstance(mask, list) else kind(mask)
+        raise BadRow(f"`attention_mask` must have {len(ids)} entries, as `input_ids` has, and is {found}")
     if isinstance(mask, list) and mask.count(1) != len(mask):
         raise BadRow("`attention_mask` leaves tokens out; give `input_ids` without padding")
     if values.get("labels") is None:

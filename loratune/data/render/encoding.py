@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -36,6 +35,8 @@ class Encoder:
     def __init__(self, tokenizer: Any):
         """Raises Unencodable: the tokenizer fails on any text."""
         self._tokenizer = tokenizer
+        # each id once: long rows share these numbers, where each would else be an object of its own
+        self._numbers: dict[int, int] = {}
         self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         slow = [self._tried([text], self._slowly)[0] for text in (_PROBE, "\n", "\na", "a")]
         probe, self._line, word, letter = slow
@@ -106,12 +107,8 @@ class Encoder:
             ids = [self._tried([text], encode, broken=False)[0] for text in texts]
         if len(texts[0]) < PIECE // 2:
             return ids
-        return [[*map(self._numbers.__getitem__, row)] for row in ids]
-
-    @cached_property
-    def _numbers(self) -> list[int]:
-        """Every id once: long rows share these numbers, where each would else be an object of its own."""
-        return list(range(max(self._tokenizer.get_vocab().values()) + 1))
+        known = self._numbers
+        return [[known.setdefault(number, number) for number in row] for row in ids]
 
     def _quick(self, texts: list[str]) -> list[list[int]]:
         self._backend.no_truncation()

@@ -3,41 +3,29 @@
 import datetime
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jinja2
 import tokenizers
 import transformers
 
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain
+from loratune.data.render.drafts import Draft, Drafting, plain
+from loratune.data.render.dropped import dropped
 from loratune.data.render.encoding import Encoder, Unencodable
-from loratune.data.render.template import KEY, Chat, Template
+from loratune.data.render.template import KEY, Chat
 from loratune.data.render.tokens import Span, Tokens, given
-from loratune.data.render.turns import Turns, locate
 from loratune.data.sources import MAX_PROBLEMS
 from loratune.errors import DataError, LoratuneError, ModelError, Problem
-from loratune.limits import MEMORY, Beat, BeyondLimit, limited, powers
+from loratune.limits import MEMORY, Apart, BeyondLimit, limited
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 _COPIES = 64
 """Bytes that rendering may take for each character of the messages: some texts of them at once, four bytes each."""
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """Text on its way to a row. text: the prompt and what follows it; spans: ranges of characters that are learnt;
-    asked: there is a prompt, be it an empty one."""
-
-    where: str
-    text: str
-    prompt: int
-    spans: tuple[Span, ...]
-    templated: bool
-    asked: bool = True
 
 
 class Renderer:
@@ -54,14 +42,10 @@ class Renderer:
         self.tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
         self._size = vocabulary_size
-        if powers(str(tokenizer.chat_template or "")):
-            fix = "set data.chat_template to another Jinja file"
-            what = "the chat template raises numbers to a power (`**`), which may go on for ever"
-            raise ModelError(Problem(what, tokenizer.name_or_path, KEY, fix))
         try:
             self._encode = Encoder(tokenizer)
-            self._template = self._templating(lambda: Template(tokenizer), Beat(), 0)
-            turn_ids = [id for end in self._template.ends for id in self._encode.one(end)[-1:]]
+            self._drafting = Apart(lambda beat: Drafting(tokenizer, beat))
+            turn_ids = [id for end in self._templating(Drafting.ends, []) for id in self._encode.one(end)[-1:]]
             self._starts_with_bos = self._begins()
         except Unencodable as error:
             raise self._failed(error, "") from None
@@ -84,25 +68,41 @@ class Renderer:
         """Raises ModelError: ids that the model has no embedding for. rows: places and ids."""
         if not self._beyond or self._size is None:
             return
-        problems = []
+        found: dict[int, list[str]] = {}
         for where, ids in rows:
-            if (worst := next((id for id in ids if id >= self._size), None)) is not None:
-                token = self.tokenizer.convert_ids_to_tokens(worst)
-                what = f"the token {token!r} has the id {worst}, but the model has {self._size} embeddings, from 0 on"
-                known = f"the tokenizer has {max(self.tokenizer.get_vocab().values()) + 1} tokens"
-                fix = "take the tokenizer that belongs to the model"
-                problems.append(Problem(f"{what}; {known}", where or self.tokenizer.name_or_path, fix=fix))
+            for id in {id for id in ids if id >= self._size}:
+                found.setdefault(id, []).append(where or self.tokenizer.name_or_path)
+        problems = []
+        for id, places in [*found.items()][:MAX_PROBLEMS]:
+            token = self.tokenizer.convert_ids_to_tokens(id)
+            what = f"the token {token!r} has the id {id}, but the model has {self._size} embeddings, from 0 on"
+            known = f"the tokenizer has {max(self.tokenizer.get_vocab().values()) + 1} tokens"
+            more = f"; {len(places) - 1} more rows have it" if len(places) > 2 else ""
+            more = "; 1 more row has it" if len(places) == 2 else more
+            fix = "take the tokenizer that belongs to the model"
+            problems.append(Problem(f"{what}; {known}{more}", places[0], fix=fix))
         if problems:
-            raise ModelError(problems[:MAX_PROBLEMS])
+            raise ModelError(problems)
 
-    def _templating(self, work: Callable[[], T], beat: Beat, characters: int) -> T:
-        """What work with the template returns. characters: of the messages. Raises ModelError: it goes on for ever, or
-        takes too much memory, and what the work raises."""
+    def _templating(
+        self,
+        work: Callable[Concatenate[Drafting, Sequence[Any], P], T],
+        chats: Sequence[Chat | Conversation],
+        *more: P.args,
+        **named: P.kwargs,
+    ) -> T:
+        """What work with the template returns for some messages.
+
+        Raises ModelError: it goes on for ever, or takes too much memory. Raises what the work raises.
+        """
+        longest = max((sum(len(message["content"]) for message in chat.messages) for chat in chats), default=0)
+        memory = MEMORY + _COPIES * longest
         try:
-            return limited(work, memory=MEMORY + _COPIES * characters, beat=beat)
+            return self._drafting(work, memory, chats, *more, **named)
         except BeyondLimit as error:
+            where = chats[error.at].where if 0 <= error.at < len(chats) else ""
             fix = "set data.chat_template to another Jinja file"
-            raise ModelError(Problem(f"the chat template {error}", beat.at, KEY, fix)) from None
+            raise ModelError(Problem(f"the chat template {error}", where, KEY, fix)) from None
 
     def _failed(self, error: Unencodable, where: str) -> LoratuneError:
         """What to raise where the tokenizer fails on the text of a row; where: empty for any text."""
@@ -117,37 +117,35 @@ class Renderer:
         messages, leaves out what is to be learnt, or hides where an answer lies; the tokenizer fails on a row. Raises
         ModelError: no chat template, or one without an end; ids that the model has no embedding for.
         """
-        beat = Beat()
-        chats = [one for one in examples if isinstance(one, Conversation)]
-        longest = max((sum(len(turn["content"]) for turn in one.messages) for one in chats), default=0)
-        work = self._templating if chats else lambda drafts, *_: drafts()
-        made = work(lambda: self._drafts(examples, loss_on, beat), beat, longest)
-        drafts = [one for one in made if isinstance(one, _Draft)]
+        made = self._drafts(examples, loss_on)
+        drafts = [one for one in made if isinstance(one, Draft)]
         try:
             encoded = self._encoded(drafts, loss_on)
         except Unencodable as error:
             raise self._failed(error, next((one.where for one in drafts if error.text in one.text), "")) from None
         self._check_sizes([(row.where, row.ids) for row in encoded])
         rows = iter(encoded)
-        return [next(rows) if isinstance(one, _Draft) else one for one in made]
+        return [next(rows) if isinstance(one, Draft) else one for one in made]
 
-    def _drafts(self, examples: Sequence[Example], loss_on: str, beat: Beat) -> list[_Draft | Tokens]:
+    def dropped(self, examples: Sequence[Example], loss_on: str = "completion") -> str | None:
+        """A line about what the tokenizer drops of the answers of some rows; see `dropped`. Raises as `rows` does."""
+        drafts = [one for one in self._drafts(examples, loss_on) if isinstance(one, Draft)]
+        answers = []
+        for draft, row in zip(drafts, self._encoded(drafts, "completion"), strict=True):
+            said = "".join(draft.text[start:end] for start, end in draft.spans)
+            answers.append((draft.where, said, [id for start, end in row.spans for id in row.ids[start:end]]))
+        return dropped(self.tokenizer, answers)
+
+    def _drafts(self, examples: Sequence[Example], loss_on: str) -> list[Draft | Tokens]:
         """The texts of examples, and the rows of those that are ids. Raises DataError."""
-        made: list[_Draft | Tokens] = []
-        problems: list[Problem] = []
+        chats = [one for one in examples if isinstance(one, Conversation)]
+        conversations = iter(self._templating(Drafting.drafts, chats, loss_on) if chats else [])
+        made: list[Draft | Tokens] = []
         for example in examples:
             if isinstance(example, Ids):
                 made.append(given(example.where, example.ids, example.labels))
-                continue
-            beat(example.where)
-            try:
-                made.append(self._draft(example, loss_on))
-            except DataError as error:
-                problems += error.problems
-                if len(problems) >= MAX_PROBLEMS:
-                    break
-        if problems:
-            raise DataError(problems[:MAX_PROBLEMS])
+            else:
+                made.append(plain(example) if isinstance(example, Plain) else next(conversations))
         return made
 
     def row(self, example: Example, loss_on: str = "completion") -> Tokens:
@@ -166,20 +164,11 @@ class Renderer:
                 ids = self._encode.one(prompt)
                 ids = [*self._before(ids), *ids]
             else:
-                ids = self._encode.one(self._asked(Chat(prompt, tools, where)))
+                ids = self._encode.one(self._templating(Drafting.asked, [Chat(prompt, tools, where)]))
         except Unencodable as error:
             raise self._failed(error, where) from None
         self._check_sizes([(where, ids)])
         return tuple(ids)
-
-    def _asked(self, chat: Chat) -> str:
-        """The text of a prompt of messages."""
-        beat = Beat()
-        beat(chat.where)
-        size = sum(len(message["content"]) for message in chat.messages)
-        if chat.tools and not self._templating(lambda: self._template.shows_tools, beat, size):
-            raise chat.problem("the chat template leaves out the `tools` of the row")
-        return self._templating(lambda: self._template.text(chat, prompt=True), beat, size)
 
     @cached_property
     def digest(self) -> str:
@@ -199,19 +188,7 @@ class Renderer:
         parts = (inner, template, date, repr(sorted(tokenizer.special_tokens_map.items())), repr(versions))
         return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()
 
-    def _draft(self, example: Plain | Conversation, loss_on: str) -> _Draft:
-        if isinstance(example, Plain):
-            text, border = example.prompt + example.completion, len(example.prompt)
-            return _Draft(example.where, text, border, ((border, len(text)),), False, not example.whole)
-        learnt: Sequence[int] = example.learnt(loss_on)
-        if loss_on == "all":
-            learnt = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"][-1:]
-        if not learnt:
-            raise DataError(Problem("no assistant turn is learnt", example.where))
-        turns: Turns = locate(self._template, Chat(example.messages, example.tools, example.where), learnt)
-        return _Draft(example.where, turns.text, turns.prompt, turns.spans, True)
-
-    def _encoded(self, drafts: Sequence[_Draft], loss_on: str) -> list[Tokens]:
+    def _encoded(self, drafts: Sequence[Draft], loss_on: str) -> list[Tokens]:
         """Rows of drafts; every border of a span is a border of tokens."""
         pairs = self._encode.continued([(draft.text[: draft.prompt], draft.text[draft.prompt :]) for draft in drafts])
         inner = [_inner_pieces(draft) for draft in drafts]
@@ -226,7 +203,7 @@ class Renderer:
         return rows
 
     def _places(
-        self, draft: _Draft, pieces: Sequence[str], apart: Sequence[Sequence[int]], ids: list[int]
+        self, draft: Draft, pieces: Sequence[str], apart: Sequence[Sequence[int]], ids: list[int]
     ) -> dict[int, int]:
         """Border in the text → border in the ids, for the borders between the pieces.
 
@@ -245,7 +222,7 @@ class Renderer:
             places[character] = alike + (alike < len(grown) and character in starts)
         return places
 
-    def _finished(self, draft: _Draft, ids: list[int], spans: list[Span], prompt: int, loss_on: str) -> Tokens:
+    def _finished(self, draft: Draft, ids: list[int], spans: list[Span], prompt: int, loss_on: str) -> Tokens:
         """The row with its BOS and its end, and without spans of no token."""
         before = () if draft.templated else self._before(ids)
         spans = [(start + len(before), end + len(before)) for start, end in spans]
@@ -257,6 +234,10 @@ class Renderer:
             spans = [(0, len(whole))]
         answer = prompt + len(before) if draft.asked else None
         return Tokens(draft.where, whole, tuple(span for span in spans if span[0] < span[1]), answer)
+
+    def remark_on_ends(self) -> str | None:
+        """What is odd about how the chat template ends answers; see `Template.remark`."""
+        return self._templating(Drafting.remark, [])
 
     def remark(self, ids: Sequence[int]) -> str | None:
         """What is odd about the beginning of a row, where the tokenizer puts one BOS before a text."""
@@ -273,7 +254,7 @@ class Renderer:
         return (self._bos,) if self._starts_with_bos and [*ids[:1]] != [self._bos] else ()
 
 
-def _inner_pieces(draft: _Draft) -> list[str]:
+def _inner_pieces(draft: Draft) -> list[str]:
     """The text cut at every border, where it has others than the prompt's and its own."""
     borders = {border for span in draft.spans for border in span} | {draft.prompt, len(draft.text)}
     if borders == {draft.prompt, len(draft.text)}:

@@ -14,6 +14,7 @@ from loratune.data.formats import Message
 from loratune.data.render.rounds import CONTENT, MANY, MARK, Rounds, places, with_reasoning
 from loratune.data.render.tokens import Span
 from loratune.errors import DataError, ModelError, Problem
+from loratune.uncompiled import UNCOMPILED, reason
 
 KEY = "data.chat_template"
 
@@ -77,6 +78,7 @@ class Template:
         self._tokenizer = tokenizer
         self._source = str(tokenizer.chat_template or "")
         self._special = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self._fault = ""
         self._marked_loops = self._rounds()
         self.ends, self.closing = self._ends()
         choice = "|".join(map(re.escape, sorted(self.ends, key=len, reverse=True)))
@@ -85,7 +87,8 @@ class Template:
     def text(self, chat: Chat, *, prompt: bool = False) -> str:
         """The rendered messages; prompt: with what an answer follows, as `generate` needs it.
 
-        Raises ModelError: the tokenizer has no template. Raises DataError: the template refuses the messages.
+        Raises ModelError: the tokenizer has no template, or none that can be compiled. Raises DataError: the template
+        refuses the messages.
         """
         return self._rendered(chat, lambda one: self._apply(one, prompt))
 
@@ -165,10 +168,31 @@ class Template:
         return shown is None or "loratune_tool" in shown.text
 
     def _probe(self, messages: list[Message], *, tools: tuple[Any, ...] = (), prompt: bool = False) -> Shown | None:
+        if not self._tokenizer.chat_template or self._fault:
+            return None
         try:
             return self.show(Chat(messages, tools), prompt=prompt)
         except DataError:
             return None
+
+    @property
+    def remark(self) -> str | None:
+        """A line about the end of answers where the template does not write it as it is learnt; None where it does.
+
+        An answer is learnt to the end of its turn, and then `generate` must stop: what the template writes behind the
+        turns would teach it to go on.
+        """
+        shown, eos = self._probe([_ASKED, _SAID]), str(self._tokenizer.eos_token)
+        if shown is None or 1 not in shown.ends:
+            return None
+        close = self.closed(shown, 1, 0)
+        footer = shown.text[max(shown.closes.values()) :].strip() if shown.closes else ""
+        footer = "" if footer.startswith(eos) else footer
+        written = self._special_at_end(shown.text[:close].rstrip()) or shown.text[close:].lstrip().startswith(eos)
+        lines = [] if written else [f"answers end in {eos}, which the chat template does not write"]
+        if footer:
+            lines.append(f"what the chat template writes after the last turn is not learnt: {footer[:80]!r}")
+        return "; ".join(lines) or None
 
     @cached_property
     def header(self) -> str | None:
@@ -178,8 +202,6 @@ class Template:
 
     def _ends(self) -> tuple[tuple[str, ...], str]:
         """See the class. Where turns are not known, what follows the last answer belongs to no later turn."""
-        if not self._tokenizer.chat_template:
-            return (), ""
         shown = self._probe([_ASKED, _SAID, _ASKED, _SAID]) or self._probe([_ASKED, _SAID]) or self._probe([_SAID])
         answers = [number for number in sorted(shown.ends, reverse=True) if number % 2] if shown else []
         if shown is None or not answers:
@@ -205,7 +227,8 @@ class Template:
             return None
         try:
             return Rounds(self._source)
-        except TemplateError:
+        except UNCOMPILED as error:
+            self._fault = f"is not a Jinja template: {reason(error)}"
             return None
 
     def _rendered(self, chat: Chat, render: Callable[[Chat], str]) -> str:
@@ -213,6 +236,9 @@ class Template:
         if not self._tokenizer.chat_template:
             fix = "set data.chat_template to a Jinja file, or use prompt and completion as text"
             raise ModelError(Problem("the tokenizer has no chat template", self._tokenizer.name_or_path, fix=fix))
+        if self._fault:
+            fix = "set data.chat_template to another Jinja file"
+            raise ModelError(Problem(f"the chat template {self._fault}", self._tokenizer.name_or_path, KEY, fix))
         try:
             return render(chat)
         except _REFUSALS as error:

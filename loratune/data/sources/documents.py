@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from loratune.data.sources import lines
-from loratune.data.sources.rows import BLOCK, Item, mapping, once
+from loratune.data.sources.rows import BLOCK, Item, mapping, once, whole
 from loratune.errors import Problem
 
 _decode = json.JSONDecoder(object_pairs_hook=once).raw_decode
+_decode_any = json.JSONDecoder(object_pairs_hook=once, parse_int=whole).raw_decode
+"""For numbers of any length: slower, since each goes through Python."""
+
 _MEND = "mend the file, or write it again"
 _TAIL = 16  # longer than any literal or escape that a piece of text may be cut off in
 
@@ -26,6 +29,7 @@ class _Text:
         self._pieces, self._name = pieces, name
         self._line, self._column = 1, 0  # newlines before `held`, from 1; characters of the line before `held`
         self.held, self.at = "", 0
+        self._decode = _decode
 
     def more(self) -> bool:
         """Read on, by at least as much as is held, so that trying again costs little; False at the end."""
@@ -63,14 +67,17 @@ class _Text:
         self.peek()
         while True:
             try:
-                value, end = _decode(self.held, self.at)
+                value, end = self._decode(self.held, self.at)
             except json.JSONDecodeError as error:
                 in_tail = error.pos >= len(self.held) - _TAIL or "Unterminated" in error.msg
                 if not (in_tail and self.more()):
                     raise self.refused(error.msg, error.pos) from None
             except RecursionError:
                 raise _Refused(Problem("not valid JSON: nested too deeply", self._name, fix=_MEND)) from None
-            except ValueError as error:  # a number of more digits than Python reads
+            except ValueError as error:
+                if self._decode is _decode:  # a number of more digits than Python reads, or what `once` refuses
+                    self._decode = _decode_any
+                    continue
                 where = f"{self._name}:{self.line(self.at)}"
                 raise _Refused(Problem(f"not valid JSON: {error}", where, fix=_MEND)) from None
             else:

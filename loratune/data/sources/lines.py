@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterator
 
-from loratune.data.sources.rows import Item, Row, mapping, once
+from loratune.data.sources.rows import Item, Row, mapping, once, whole
 from loratune.errors import Problem
 
 csv.field_size_limit(1 << 28)  # csv's own limit of 128 KiB a cell is shorter than a document
@@ -31,7 +31,7 @@ def jsonl(lines: Lines, name: str) -> Iterator[Item]:
 
 def _loaded(line: str, where: str) -> Item:
     try:
-        return mapping(json.loads(line, object_pairs_hook=once), where)
+        return mapping(json.loads(line, object_pairs_hook=once, parse_int=whole), where)
     except (ValueError, RecursionError) as error:
         return Problem(f"not valid JSON: {_reason(error)}", where, fix=_MEND)
 

@@ -26,7 +26,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a value that Python cannot hold, such as a date after the year 9999. reason: why."""
+    """Stands for a value that Python cannot hold, such as a date after the year 9999. reason: why, or what it is."""
 
     reason: str
 
@@ -72,6 +72,14 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             f"the name `{next(name for name in names if names.count(name) > 1)}` stands twice in an object"
         )
     return values
+
+
+def whole(digits: str) -> int | Unreadable:
+    """A whole number of JSON, however many digits it has: Python reads no more than some thousand."""
+    try:
+        return int(digits)
+    except ValueError:
+        return Unreadable(f"a number of {len(digits.lstrip('-')):,} digits")
 
 
 def as_json(values: dict[str, Any]) -> str:
