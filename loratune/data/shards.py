@@ -8,6 +8,7 @@ one. `store` decides where such directories lie.
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
+from loratune import private
 from loratune.data.render import Tokens
 from loratune.data.report import Report, total
 from loratune.digests import sha256
@@ -34,7 +36,12 @@ _SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS)]
 
 
 class Shards(Sequence[dict[str, list[int]]]):
-    """Rows of `input_ids` and `labels`, mapped from a directory. report: what became of all rows that were read."""
+    """Rows of `input_ids` and `labels`, mapped from a directory. report: what became of all rows that were read.
+
+    remark: a line for the user on where they are kept, or empty.
+    """
+
+    remark = ""
 
     def __init__(self, directory: Path, lifetime: Any = None):
         """lifetime: held as long as the rows are, e.g. a temporary directory.
@@ -145,7 +152,8 @@ class _Shard:
     def __init__(self, path: Path):
         self.report = Report()
         self._path, self._unfinished = path, path.with_suffix(".unfinished")
-        self._file = pa.ipc.new_file(str(self._unfinished), _SCHEMA)
+        private.create(self._unfinished)
+        self._file = pa.ipc.new_file(pa.OSFile(os.fsencode(self._unfinished), "wb"), _SCHEMA)
         self._lots: list[str] = []
         self._held: list[Any] = []
         self._rows = 0
@@ -205,6 +213,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write JSON with a digest of itself; the file is whole as soon as it has its name."""
     unfinished = path.with_suffix(".unfinished")
+    private.create(unfinished)
     unfinished.write_text(json.dumps(record | {"check": _check(record)}))
     unfinished.replace(path)
 
@@ -216,7 +225,7 @@ def _check(record: dict[str, Any]) -> str:
 def _mapped(path: Path, record: dict[str, Any]) -> Any:
     if not is_file(path) or sha256(path) != record["sha256"]:
         raise ValueError(f"{path} is not what was written")
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
 
 
 def _batch(rows: Sequence[Tokens]) -> Any:
