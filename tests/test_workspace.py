@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import transformers
+import yaml
 from conftest import Ran, tiny_llama, tree
 from nursery import Nursery
 from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
@@ -624,3 +625,30 @@ def test_odd_things_in_the_work(interrupted: Path, cli: Cli, tmp_path: Path) -> 
             aside.rename(place)
     ran = cli("train", interrupted, "--resume", "--set", "training.num_train_epochs=1")
     assert ran.code == 7 and "training.num_train_epochs" in ran.err  # all is as it was
+
+
+# Names that are no text
+
+
+def test_a_working_directory_that_is_not_utf_8(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name could not be recorded, and that is said at the start."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    config = run_config(data={"train": "rows.jsonl"}, output_dir="out")
+    shutil.copy(tmp_path / "rows.jsonl", odd)
+    ran = cli("train", config)
+    assert ran.code == 2 and "output_dir: the path is not UTF-8, and could not be recorded; start from" in ran.err
+    assert [path.name for path in odd.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("by", ["", "*.jsonl"])
+def test_rows_in_a_file_whose_name_is_not_utf_8(by: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    config = run_config(data={"train": str(tmp_path / "rows" / by)}, training=ONE_STEP)
+    source = Path(yaml.safe_load(run_config("other.yaml").read_text())["data"]["train"])
+    shutil.copy(source, os.fsdecode(os.fsencode(tmp_path / "rows") + b"/\xff.jsonl"))
+    ran = cli("train", config)
+    assert ran.code == 0, ran.err

@@ -231,7 +231,7 @@ def _mapped(path: Path, record: dict[str, Any]) -> Any:
 def _batch(rows: Sequence[Tokens]) -> Any:
     return pa.record_batch(
         [
-            pa.array([row.where for row in rows], pa.string()),
+            pa.array([row.where.encode(errors="backslashreplace").decode() for row in rows], pa.string()),
             _lists([row.ids for row in rows]),
             _lists([tuple(chain.from_iterable(row.spans)) for row in rows]),
         ],
