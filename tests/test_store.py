@@ -301,3 +301,13 @@ def test_rows_that_are_not_used_are_told_of(cli: Cli, run_config: MakeConfig, ca
     entry.chmod(0o777)
     ran = cli("train", config, "--dry-run")
     assert ran.code == 0 and f"the rows that are kept were not used: {entry} can be written to by others" in ran.out
+
+
+@pytest.mark.parametrize("change", ["overwritten", "cut off"])
+def test_few_rows_do_not_depend_on_their_files_any_more(change: str, cache: Path) -> None:
+    """They used to become others, or to end the process with SIGBUS."""
+    rows = store.kept(key(1), fill)
+    for path in (cache / key(1)).glob("*.arrow"):
+        with path.open("r+b") as file:
+            file.write(b"x" * path.stat().st_size) if change == "overwritten" else file.truncate(0)
+    assert whole(rows)
