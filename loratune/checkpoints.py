@@ -8,9 +8,8 @@ written last, and one rename gives the checkpoint its name.
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from loratune.digests import sha256
 from loratune.errors import Problem, ResourceError, ResumeError
 from loratune.workspace import CHECKPOINT, MANIFEST, room_for, sync, write_json
+from loratune.workspace.belongings import of_checkpoint, of_checkpoints, remove
 from loratune.workspace.plain import is_directory, is_file, kind, read_text
 
 RUN = "run.json"
@@ -146,9 +146,12 @@ def _found(directory: Path) -> list[Path]:
 
 
 def _remove(directory: Path) -> None:
-    """Remove a directory, if it is one; a link or a file in its place is left alone."""
+    """Remove a checkpoint, or the directory in which one is written, but for what is not of the trainer's making; a
+    link or a file in its place is left alone."""
     if is_directory(directory):
-        shutil.rmtree(directory, ignore_errors=True)
+        survey = of_checkpoint if directory.name.startswith(CHECKPOINT) else of_checkpoints
+        with suppress(OSError):
+            remove(directory, survey(directory))
 
 
 def _fault(checkpoint: Path) -> str:

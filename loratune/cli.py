@@ -186,7 +186,7 @@ def generate(
             opened, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream, note=note
         )
         if place is not None:
-            with place.opened() as file:
+            with place.opened(note) as file:
                 _write_answers(answers, file)
             return
         _print_answers(answers, base=base, streamed=stream)

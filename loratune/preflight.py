@@ -14,6 +14,7 @@ from loratune.data import Rows, Watch
 from loratune.data.sources import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.launched import Group
+from loratune.paths import unusable
 from loratune.places import quantized
 from loratune.resuming import Resumed
 from loratune.saved import Saved
@@ -130,7 +131,21 @@ def _pinned(run: RunConfig) -> RunConfig:
         changes["chat_template"] = absolute(rows.chat_template)
     named = run.model.model_copy(update={"name_or_path": places.local_or_hub(run.model.name_or_path)})
     output = str(Path(run.output_dir).expanduser().absolute())
-    return run.model_copy(update={"data": rows.model_copy(update=changes), "model": named, "output_dir": output})
+    made = run.model_copy(update={"data": rows.model_copy(update=changes), "model": named, "output_dir": output})
+    _check_recordable(made)
+    return made
+
+
+def _check_recordable(run: RunConfig) -> None:
+    """Raises ConfigError: a path that begins with the working directory is no text, and could not be recorded."""
+    rows = run.data
+    paths = [("output_dir", run.output_dir), ("model.name_or_path", run.model.name_or_path)]
+    paths += [("data.chat_template", rows.chat_template)] if rows.chat_template else []
+    paths += [("data.train", source.path) for source in rows.train_sources]
+    paths += [("data.validation", source.path) for source in rows.validation_sources]
+    fix = "start from a directory whose name is UTF-8"
+    if problems := [Problem(f"the path {why}", path, key, fix) for key, path in paths if (why := unusable(path))]:
+        raise ConfigError(problems)
 
 
 def open_adapter(

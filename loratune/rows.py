@@ -54,6 +54,9 @@ def tokenised(ready: Ready, tokenizer: Any, watch: Watch, group: Group) -> Rows:
         return Rows(train, validation, {"train": [], "validation": []}, [], run.data.max_length)
     leaks = data.find_leaks(ready.rows)
     remarks = {part.name: part.remarks() for part in (ready.rows.train, ready.rows.validation) if part}
+    for name, prepared in (("train", train), ("validation", validation)):
+        if prepared is not None and prepared.rows.remark:
+            remarks[name].append(prepared.rows.remark)
     if odd := renderer.remark(train.rows.row(0).ids):
         remarks["train"].append(odd)
     if ready.rows.train.chat and (odd := renderer.remark_on_ends()):

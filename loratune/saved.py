@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from loratune import rules
+from loratune import droppings, rules
 from loratune.digests import sha256
 from loratune.errors import AdapterError, Problem
 
@@ -93,7 +93,7 @@ def manifest(directory: Path) -> dict[str, str]:
     Names are relative to the directory, with `/`. Records of older releases list no files below the directory itself.
     """
     found = ((path.relative_to(directory).as_posix(), path) for path in _within(directory) if path.is_file())
-    return {name: _digest(path) for name, path in found if name not in _FREE}
+    return {name: _digest(path) for name, path in found if name not in _FREE and not _is_dropping(name)}
 
 
 def _within(directory: Path) -> Iterator[Path]:
@@ -104,6 +104,11 @@ def _within(directory: Path) -> Iterator[Path]:
                 yield from _within(path)
         else:
             yield path
+
+
+def _is_dropping(name: str) -> bool:
+    """Whether a file was left by an operating system or by Jupyter. No library reads it."""
+    return droppings.is_dropping(name) or droppings.original(name) is not None
 
 
 def _links(directory: Path) -> Iterator[str]:

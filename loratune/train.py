@@ -206,7 +206,9 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bo
             gain.refuse(gained, outcome.steps, ready.space, group)
         _check_files(run, group, thoroughly=True)
         group.part()
-        return _publish(run, trained, outcome, gained, identity["changes"], space) if group.main else None
+        if not group.main:
+            return None
+        return _publish(run, trained, outcome, gained, identity["changes"], space, teller.note)
 
 
 def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, teller: Teller) -> Gain:
@@ -227,12 +229,14 @@ def _publish(
     gained: Gain,
     changes: Sequence[Mapping[str, Any]],
     space: Workspace,
+    note: Callable[[str], None],
 ) -> Result:
     size = run.count.adapter_bytes + model.tokenizer_bytes(run.tokenizer)
     try:
         with workspace.room_for("the adapter directory", size, space.partial, "make room, then --resume"):
             size = _stage(run, trained, outcome, gained, changes, space)
-            space.publish()
+            for path in space.publish():
+                note(f"{path} is not of the run's making, and stays there")
     except NumericError:
         space.forget_checkpoints()  # nothing was learnt, and going on from there would end the same
         raise
@@ -310,7 +314,7 @@ def _kept(
     unchanged = partial(_check_files, run, group)
     if found is None:
         if group.main:
-            workspace.check_room(ready.space, (KEPT + 1) * size + model.tokenizer_bytes(run.tokenizer))
+            workspace.check_room(ready.space.partial, (KEPT + 1) * size + model.tokenizer_bytes(run.tokenizer))
         return trainer.Run(checkpoints, teller.progress, stop, group, after_checkpoint=unchanged)
     for problem in found.skipped:
         teller.note(str(problem))
@@ -340,7 +344,7 @@ def _stage(
 ) -> int:
     """Put the whole adapter directory together beside its place. Returns the size of the adapter's weights in bytes."""
     assert run.given is not None
-    space.staging.mkdir()
+    space.stage()
     size = adapter.save(run.model, space.staging, run.start, trained)
     run.tokenizer.save_pretrained(space.staging)
     settings = run.config.resolved()

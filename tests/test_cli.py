@@ -246,10 +246,10 @@ def blocked(kind: str, tmp_path: Path) -> tuple[str, str]:
     if kind == "partial of another":
         (tmp_path / "out.partial").mkdir()
         (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
-        return str(out), f"{out}: output_dir: out.partial, the place of work in progress, holds something else; move"
+        return str(out), f"{out}: output_dir: out.partial, the place of work in progress, holds thesis.txt, which is"
     if kind == "partial is a file":
         (tmp_path / "out.partial").write_text("precious")
-        return str(out), f"{out}: output_dir: out.partial, the place of work in progress, holds something else; move"
+        return str(out), f"{out}: output_dir: out.partial, the place of work in progress, is a file; move that away"
     if kind == "interrupted":
         (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
         (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1" / "manifest.json").write_text("precious")
@@ -294,7 +294,7 @@ def test_overwrite_leaves_alone_what_is_no_adapter(
     config = run_config(training=ONE_STEP)
     before = tree(tmp_path)
     ran = cli("train", config, "--overwrite")
-    what = "holds no adapter, so --overwrite leaves it alone; move it away, or choose another"
+    what = "holds no adapter, so --overwrite leaves it alone; move it away, or choose another output_dir"
     assert ran == Ran(2, "", f"error: {tmp_path / 'out'}: output_dir: {what}\n")
     assert tree(tmp_path) == before
 

@@ -89,7 +89,13 @@ def test_what_is_read_is_never_replaced(by: Callable[[Path], Path], as_input: st
     named = by(path)
     with pytest.raises(ConfigError, match=r"--output: is, or belongs to, what is read \("):
         output(named, read, overwrite=True)
-    assert output(path.with_name("b.jsonl"), read).path.name == "b.jsonl"
+    if as_input == "directory":
+        for new in (path.with_name("b.jsonl"), path.parent / "deeper" / ".." / "b.jsonl"):
+            (path.parent / "deeper").mkdir(exist_ok=True)
+            with pytest.raises(ConfigError, match=r"--output: lies in what is read \("):
+                output(new, read)
+    else:
+        assert output(path.with_name("b.jsonl"), read).path.name == "b.jsonl"
     with pytest.raises(ConfigError, match="what is read"):
         output(named, overwrite=True).reading(read)
 
@@ -112,7 +118,11 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "first").symlink_to("second")
     (tmp_path / "second").symlink_to(Path("there", "target"))
-    write(tmp_path / "first")
+    with pytest.raises(ConfigError, match="--output: is a link that leads nowhere; name a file, or remove it"):
+        output(tmp_path / "first", overwrite=True)
+    assert not (tmp_path / "there" / "target").exists()
+    (tmp_path / "there" / "target").write_text("old")
+    write(tmp_path / "first", overwrite=True)
     assert (tmp_path / "there" / "target").read_text() == "new\n" and (tmp_path / "first").is_symlink()
     with pytest.raises(ConfigError, match="already exists"):
         output(tmp_path / "first")
@@ -215,6 +225,44 @@ def test_devices_and_pipes(tmp_path: Path) -> None:
     write(tmp_path / "pipe", "through a pipe")
     reader.join()
     assert heard == ["through a pipe"] and [one.name for one in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_pipe_that_nobody_reads_is_told_of(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    heard: list[str] = []
+    reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_text()))
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        reader.start()
+
+    with output(tmp_path / "pipe").opened(note) as file:
+        file.write("through a pipe")
+    reader.join()
+    told = f"{tmp_path / 'pipe'}: a named pipe that nobody reads; waiting for a reader"
+    assert (notes, heard) == ([told], ["through a pipe"])
+
+
+def test_a_file_of_another_in_a_sticky_directory(tmp_path: Path) -> None:
+    """It could not be replaced, and that is said before anything is computed."""
+    if os.geteuid() != 0:
+        pytest.skip("only root becomes someone else")
+    (tmp_path / "a.txt").write_text("precious")
+    (tmp_path / "a.txt").chmod(0o666)
+    for place in tmp_path.parents:
+        if not place.stat().st_mode & 0o001:
+            place.chmod(place.stat().st_mode | 0o011)
+    tmp_path.chmod(0o1777)
+    if not (child := os.fork()):
+        try:
+            os.setuid(12345)
+            output(tmp_path / "a.txt", overwrite=True)
+        except ConfigError as error:
+            os._exit(7 if "which is sticky" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "LINK"])

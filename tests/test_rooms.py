@@ -15,7 +15,7 @@ from loratune.cli import app
 PACKAGE = ROOT / "loratune"
 LEVELS = {
     "escaping": -2, "errors": -1, "expressions": -1, "uncompiled": -1,
-    "__init__": 0, "digests": 0, "interrupts": 0, "paths": 0, "rules": 0,
+    "__init__": 0, "digests": 0, "droppings": 0, "interrupts": 0, "paths": 0, "private": 0, "rules": 0,
     "streams": 1, "launched": 1, "limits": 1, "store": 1, "config": 1, "workspace": 1, "saved": 1, "places": 1,
     "console": 1, "kernels": 1,
     "checkpoints": 2, "data": 2, "model": 2, "targets": 2, "adapter": 2, "memory": 2, "card": 2, "spectrum": 2,

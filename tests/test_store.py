@@ -1,6 +1,8 @@
 """The cache of tokenised rows: all of them or none, whoever else writes, reads or removes (rows 73 and 76)."""
 
 import os
+import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +185,129 @@ def test_a_dry_run_removes_nothing(cli: Cli, run_config: MakeConfig, cache: Path
         == {name for name in before if name.startswith(key(20))}
         != set()
     )
+
+
+# Whoever plants rows, or could
+
+
+def trusted(cache: Path, remark: str, *, there: bool) -> None:
+    """Rows under a key are made anew, with a line; afterwards they are taken, unless the place is not ours."""
+    made: list[int] = []
+
+    def counted(writer: shards.Writer) -> None:
+        made.append(1)
+        fill(writer)
+
+    rows = store.kept(key(1), counted)
+    assert whole(rows) and made == [1] and re.fullmatch(remark, rows.remark), rows.remark
+    assert rows.directory.is_relative_to(cache) == there
+    rows = store.kept(key(1), counted)
+    assert whole(rows) and len(made) == (1 if there else 2) and bool(rows.remark) == (not there)
+
+
+def modes(path: Path) -> set[int]:
+    return {stat.S_IMODE(one.stat().st_mode) & 0o077 for one in (path, *path.rglob("*"))}
+
+
+@pytest.mark.parametrize("umask", [0, 0o002, 0o022])
+def test_nobody_else_may_write_to_the_cache(umask: int, cache: Path) -> None:
+    """Whatever the umask is; and what a stopped preparation left is gone on from."""
+
+    def stopped(writer: shards.Writer) -> None:
+        fill(writer)
+        raise KeyboardInterrupt
+
+    before = os.umask(umask)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            store.kept(key(1), stopped)
+        read: list[int] = []
+        store.kept(key(1), lambda writer: read.append(writer.read))
+    finally:
+        os.umask(before)
+    assert read == [COUNT] and modes(cache) == {0}
+
+
+@pytest.mark.parametrize("name", ["", "entry.json", "whole", "00003.json", "00003.arrow"])
+def test_rows_of_another_user_are_not_used(name: str, cache: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may give files away")
+    store.kept(key(1), fill)
+    place = cache / key(1) / name
+    os.chown(place, 4242, -1)
+    assert store.opened(cache / key(1)) is None
+    trusted(cache, f"the rows that are kept were not used: {place} belongs to another user", there=bool(name))
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
+@pytest.mark.parametrize("name", ["", "entry.json", "whole", "00003.json", "00003.arrow"])
+def test_rows_that_others_could_write_are_not_used(name: str, mode: int, cache: Path) -> None:
+    store.kept(key(1), fill)
+    (cache / key(1) / name).chmod(mode)
+    assert store.opened(cache / key(1)) is None
+    place = cache / key(1) / name
+    trusted(cache, f"the rows that are kept were not used: {place} can be written to by others", there=True)
+    assert modes(cache) == {0}
+
+
+def test_rows_by_a_link_are_not_used(cache: Path, tmp_path: Path) -> None:
+    store.kept(key(1), fill)
+    (cache / key(1)).rename(tmp_path / "elsewhere")
+    (cache / key(1)).symlink_to(tmp_path / "elsewhere")
+    assert store.opened(cache / key(1)) is None
+    trusted(cache, f"the rows that are kept were not used: {cache / key(1)} is a link", there=False)
+
+
+def test_rows_of_another_key_are_not_used(cache: Path) -> None:
+    """Whoever could write to the cache could exchange entries of ours."""
+    store.kept(key(2), fill)
+    (cache / key(2)).rename(cache / key(1))
+    trusted(cache, "", there=True)
+
+
+def test_what_others_began_is_not_gone_on_from(cache: Path) -> None:
+    store.kept(key(1), fill)
+    (cache / key(1)).rename(cache / f"{key(1)}.partial")
+    (cache / f"{key(1)}.partial").chmod(0o777)
+    trusted(cache, "", there=True)
+
+
+def test_a_cache_that_others_could_write_to_is_mended(cache: Path) -> None:
+    store.kept(key(1), fill)
+    cache.chmod(0o777)
+    rows = store.kept(key(1), pytest.fail)  # what is in it was ours alone
+    assert rows.remark == f"others could write to {cache}: now only you can" and modes(cache) == {0}
+
+
+def test_a_cache_that_is_not_ours_is_not_used(cache: Path, tmp_path: Path) -> None:
+    store.kept(key(1), fill)
+    before = tree(tmp_path)
+    if os.geteuid() == 0:
+        os.chown(cache, 4242, -1)
+        trusted(cache, f"the rows are prepared for this run alone: {cache} belongs to another user", there=False)
+        os.chown(cache, 0, -1)
+    cache.rename(tmp_path / "elsewhere")
+    cache.symlink_to(tmp_path / "elsewhere")
+    trusted(cache, f"the rows are prepared for this run alone: {cache}: Not a directory", there=False)
+    cache.unlink()
+    (tmp_path / "elsewhere").rename(cache)
+    assert tree(tmp_path) == before
+
+
+def test_rows_that_are_not_used_are_told_of(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
+    config = run_config(training={"max_steps": 1})
+    assert cli("train", config, "--dry-run").code == 0
+    (entry,) = cache.iterdir()
+    entry.chmod(0o777)
+    ran = cli("train", config, "--dry-run")
+    assert ran.code == 0 and f"the rows that are kept were not used: {entry} can be written to by others" in ran.out
+
+
+@pytest.mark.parametrize("change", ["overwritten", "cut off"])
+def test_few_rows_do_not_depend_on_their_files_any_more(change: str, cache: Path) -> None:
+    """They used to become others, or to end the process with SIGBUS."""
+    rows = store.kept(key(1), fill)
+    for path in (cache / key(1)).glob("*.arrow"):
+        with path.open("r+b") as file:
+            file.write(b"x" * path.stat().st_size) if change == "overwritten" else file.truncate(0)
+    assert whole(rows)

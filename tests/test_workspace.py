@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+import yaml
 from conftest import Ran, tiny_llama, tree
 from nursery import Nursery
 from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
 
-from loratune import workspace
+from loratune import saved, workspace
 from loratune.errors import ConfigError
-from loratune.workspace import replacing
+from loratune.workspace import belongings, replacing
 
 ONE_STEP = {"max_steps": 1}
 
@@ -48,9 +52,9 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Mounts a small file system, or a directory once more, at a path."""
     made: list[Path] = []
 
-    def mount(place: Path, *, again: Path | None = None) -> Path:
+    def mount(place: Path, *, again: Path | None = None, of: tuple[str, str] = ("tmpfs", "size=1m")) -> Path:
         place.mkdir(parents=True, exist_ok=True)
-        how = ["--bind", str(again)] if again else ["-t", "tmpfs", "-o", "size=1m", "none"]
+        how = ["--bind", str(again)] if again else ["-t", of[0], "-o", of[1], "none"]
         done = subprocess.run(["mount", *how, str(place)], capture_output=True, check=False)
         if done.returncode:
             pytest.skip(f"no file system may be mounted here: {done.stderr.decode().strip()}")
@@ -65,36 +69,64 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 # Row 74: what is at output_dir
 
 
+ALSO = "also holds {}, which no adapter record lists, so --overwrite leaves it alone"
+
+
 def foreign_file(tmp_path: Path) -> str:
     (adapter(tmp_path / "out") / "thesis.txt").write_text("precious")
-    return "holds files that its record does not list (thesis.txt), so --overwrite leaves it alone; move it away"
+    return ALSO.format("thesis.txt") + "; move or delete them, or choose another output_dir"
 
 
 def repository(tmp_path: Path) -> str:
     adapter(tmp_path / "out", ".git/objects/a")
     for name in "bcde":
         (tmp_path / "out" / ".git" / "objects" / name).write_text("precious")
-    return "holds files that its record does not list (.git/objects/b, .git/objects/c, .git/objects/d and others)"
+    return ALSO.format(".git/objects/b, .git/objects/c, .git/objects/d (and 1 more)")
 
 
 def foreign_link(tmp_path: Path) -> str:
     (adapter(tmp_path / "out") / "link").symlink_to(tmp_path)
-    return "holds files that its record does not list (link), so --overwrite"
+    return ALSO.format("link")
 
 
 def foreign_pipe(tmp_path: Path) -> str:
     os.mkfifo(adapter(tmp_path / "out") / "pipe")
-    return "holds files that its record does not list (pipe), so --overwrite"
+    return ALSO.format("pipe")
+
+
+def own_repository(tmp_path: Path) -> str:
+    (adapter(tmp_path / "out") / ".git" / "objects").mkdir(parents=True)
+    (tmp_path / "out" / ".git" / "HEAD").write_text("precious")
+    return ALSO.format(".git/")
+
+
+def empty_directory(tmp_path: Path) -> str:
+    (adapter(tmp_path / "out", "deeper/words.txt") / "deeper" / "thesis").mkdir()
+    return ALSO.format("deeper/thesis/")
+
+
+def notebook(tmp_path: Path) -> str:
+    place = adapter(tmp_path / "out") / ".ipynb_checkpoints"
+    place.mkdir()
+    (place / "thesis-checkpoint.ipynb").write_text("precious")
+    return ALSO.format(".ipynb_checkpoints/thesis-checkpoint.ipynb")
+
+
+def of_the_trainer(tmp_path: Path) -> str:
+    (
+        adapter(tmp_path / "out", "checkpoint-5/optimizer.pt", "trainer_state.json", "rng_state.pth") / "loratune.json"
+    ).unlink()
+    return ALSO.format("checkpoint-5/, rng_state.pth, trainer_state.json")
 
 
 def damaged_record(tmp_path: Path) -> str:
     (adapter(tmp_path / "out", "words.bin") / "loratune.json").write_text("{")
-    return "holds files that no adapter consists of (words.bin), so --overwrite"
+    return ALSO.format("words.bin")
 
 
 def of_peft(tmp_path: Path) -> str:
     (adapter(tmp_path / "out", "tokenizer.json", "optimizer.pt") / "loratune.json").unlink()
-    return "holds files that no adapter consists of (optimizer.pt), so --overwrite"
+    return ALSO.format("optimizer.pt")
 
 
 def base_model(tmp_path: Path) -> str:
@@ -109,7 +141,20 @@ def link(tmp_path: Path) -> str:
 
 HELD: dict[str, Callable[[Path], str]] = {
     made.__name__: made
-    for made in (foreign_file, repository, foreign_link, foreign_pipe, damaged_record, of_peft, base_model, link)
+    for made in (
+        foreign_file,
+        repository,
+        own_repository,
+        empty_directory,
+        notebook,
+        foreign_link,
+        foreign_pipe,
+        damaged_record,
+        of_peft,
+        of_the_trainer,
+        base_model,
+        link,
+    )
 }
 
 
@@ -140,6 +185,71 @@ def test_what_an_adapter_consists_of_is_replaced(cli: Cli, run_config: MakeConfi
     (tmp_path / "empty").mkdir()
     assert cli("train", config, "--overwrite", "--set", f"output_dir={tmp_path / 'empty'}").code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out", "rows.jsonl", "run.yaml"]
+
+
+DROPPINGS = (
+    ".DS_Store", "._adapter_config.json", "deeper/Thumbs.db", "desktop.ini", ".gitattributes",
+    ".cache/huggingface/download/README.md.metadata", ".cache/huggingface/.gitignore",
+    ".ipynb_checkpoints/README-checkpoint.md", "deeper/.ipynb_checkpoints/words-checkpoint.txt",
+)  # fmt: skip
+
+
+def test_droppings_of_systems_are_replaced(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """They carry nothing of the user's, and nothing of the adapter's either."""
+    for recorded in (True, False):
+        out = adapter(tmp_path / "out", *(("deeper/words.txt",) if recorded else ()))
+        for name in DROPPINGS:
+            if recorded or not name.startswith("deeper"):
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                (out / name).write_text("dropped")
+        (out / ".cache" / "huggingface" / "upload").mkdir()
+        if not recorded:
+            (out / "loratune.json").unlink()
+        ran = cli("train", run_config(training=ONE_STEP), "--overwrite")
+        assert ran.code == 0, ran.err
+        assert not {*DROPPINGS} & set(tree(tmp_path / "out")) and not (tmp_path / "out.partial").exists()
+        for name in DROPPINGS:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text("dropped")
+        assert saved.inspect(out).edits() == []
+        shutil.rmtree(out)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").write_text("dropped")
+    assert cli("train", run_config(training=ONE_STEP), "--overwrite").code == 0
+
+
+def test_known_names_of_tokenizer_files() -> None:
+    """All that transformers' tokenizers say they write; in work that was left they would be taken for the user's."""
+    package = Path(transformers.models.__file__).parent
+    named = re.compile(r'"([\w.-]+\.(?:json|txt|model|spm|bpe|codes|vocab))"')
+    listed = re.compile(r"VOCAB_FILES_NAMES(?::[^=]*)? = \{(.*?)\}", re.DOTALL)
+    found = {
+        name
+        for path in package.glob("*/tokenization*.py")
+        for table in listed.findall(path.read_text(encoding="utf-8"))
+        for name in named.findall(table)
+    }
+    assert len(found) > 15 and found - belongings.KNOWN == {"config.json"} & found
+
+
+def test_a_run_repeats_itself(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """From the run.yaml of the adapter that it replaces, which has been read by then."""
+    assert cli("train", run_config(training=ONE_STEP)).code == 0
+    out, config = tmp_path / "out", tmp_path / "out" / "run.yaml"
+    before = tree(out)
+    ran = cli("train", config)
+    expected = "already exists; choose another with --set output_dir=NEW, or replace it with --overwrite"
+    assert ran == Ran(2, "", f"error: {out}: output_dir: {expected}\n")
+    ran = cli("train", config, "--overwrite")
+    assert ran.code == 0, ran.err
+    assert tree(out)[WEIGHTS] == before[WEIGHTS]
+    for name in ("mine.yaml", "run.yaml"):  # one that no record lists, and one that the user has edited
+        (out / name).write_text(config.read_text() + "# precious\n")
+        before = tree(out)
+        ran = cli("train", out / name, "--overwrite")
+        assert ran.code == 2 and "is, or holds, what the run reads (the config file" in ran.err
+        assert tree(out) == before
+        (out / "mine.yaml").unlink(missing_ok=True)
 
 
 def test_the_working_directory(
@@ -258,11 +368,11 @@ def test_files_that_come_to_the_old_adapter_meanwhile(
     (tmp_path / "out" / "thesis.txt").write_text("precious")
     before = tree(tmp_path / "out")
     assert child.wait() == 2
-    expected = "holds files that its record does not list (thesis.txt), so --overwrite leaves it alone; move it away, "
-    assert f"{tmp_path / 'out'}: output_dir: {expected}and go on with --resume" in child.said()
+    expected = f"{ALSO.format('thesis.txt')}; move or delete them, and go on with --resume"
+    assert f"{tmp_path / 'out'}: output_dir: {expected}" in child.said()
     assert tree(tmp_path / "out") == before
     ran = cli("train", config, "--resume")
-    assert ran.code == 2 and "(thesis.txt)" in ran.err
+    assert ran.code == 2 and "also holds thesis.txt" in ran.err
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     ran = cli("train", config, "--resume")
     assert ran.code == 0, ran.err
@@ -306,6 +416,153 @@ def test_what_is_put_into_the_work_in_progress_stays(tmp_path: Path) -> None:
         space.publish()
     assert (tmp_path / "out" / WEIGHTS).is_file()
     assert tree(space.partial) == {"thesis.txt": b"precious"}
+
+
+THEIRS = (
+    "adapter/notes.txt", "adapter/deeper/", "checkpoints/notes.txt", "checkpoints/best-so-far/adapter_config.json",
+    "checkpoints/checkpoint-5-good/optimizer.pt", "checkpoints/checkpoint-5/notes.txt", "checkpoints/empty/",
+    "checkpoints/unfinished/notes.txt", "replaced/notes.txt", "notes/",
+)  # fmt: skip
+
+
+def put(place: Path, name: str) -> None:
+    if name.endswith("/"):
+        (place / name).mkdir(parents=True)
+    else:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("precious")
+
+
+def test_what_the_user_keeps_in_the_work_in_progress(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """It used to vanish with the first run, even with one that failed at once."""
+    config = run_config(data={"train": "absent.jsonl"})
+    for name in THEIRS:
+        put(tmp_path / "out.partial", name)
+        before = everything(tmp_path)
+        for more in ((), ("--overwrite",), ("--resume",)):
+            ran = cli("train", config, *more)
+            assert ran.code == 2 and ran.err.count("\n") == 1, (name, ran.err)
+            start = f"{tmp_path / 'out'}: output_dir: out.partial, the place of work in progress, holds "
+            assert start + name.partition("/")[0] in ran.err, ran.err
+            assert "which is not of a run's making; move that away" in ran.err
+        assert everything(tmp_path) == before
+        shutil.rmtree(tmp_path / "out.partial")
+
+
+@pytest.mark.parametrize("how", ["published", "left", "begun anew"])
+def test_what_the_user_puts_there_meanwhile(how: str, tmp_path: Path) -> None:
+    """Only what is of a run's making is removed."""
+    with workspace.claimed(workspace.inspect(str(tmp_path / "out"), resume=False, overwrite=False)) as space:
+        space.begin(resume=False)
+        adapter(space.staging)
+        names = ("adapter/notes/", *THEIRS[2:-1]) if how == "published" else THEIRS[:-2]
+        for name in ("checkpoints/unfinished/checkpoint-3/optimizer.pt", "checkpoints/checkpoint-5/run.json", *names):
+            put(space.partial, name)
+        (space.checkpoints / "checkpoint-7").mkdir()
+        (space.checkpoints / "checkpoint-7" / "manifest.json").write_text('{"of a release to come": {}}')
+        (space.checkpoints / "checkpoint-7" / "of a release to come").touch()
+        if how == "published":
+            (space.staging / "notes").rmdir()
+            left = space.publish()
+            assert space.partial / "replaced" / "notes.txt" in left
+        elif how == "begun anew":
+            with pytest.raises(ConfigError, match="which is not of a run's making; move that away"):
+                space.begin(resume=False)
+        else:
+            space.forget_checkpoints()
+    kept = {name for name in everything(space.partial) if (space.partial / name).is_file() or f"{name}/" in names}
+    assert kept - {"lock"} == {name.rstrip("/") for name in names if name != "adapter/notes/"}
+
+
+def test_a_file_that_stays_in_the_work_is_told_of(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    child = processes.start("train", run_config(training={"max_steps": 203, "save_steps": 50}))
+    until(lambda: checkpoints(tmp_path / "out.partial"), child)
+    (tmp_path / "out.partial" / "checkpoints" / "notes.txt").write_text("precious")
+    assert child.wait() == 0
+    kept = tmp_path / "out.partial" / "checkpoints" / "notes.txt"
+    assert f"{kept} is not of the run's making, and stays there" in child.said()
+    assert kept.read_text() == "precious"
+
+
+# Where directories cannot be moved: an image's, in a container
+
+
+@pytest.fixture
+def overlaid(tmp_path: Path, mounted: Callable[..., Path]) -> Callable[[Path], Path]:
+    """Takes a directory for the layer of an image, and gives its place in a container."""
+
+    def make(lower: Path) -> Path:
+        store = mounted(tmp_path / "store", of=("tmpfs", "size=20m"))
+        for name in ("upper", "work"):
+            (store / name).mkdir()
+        options = f"lowerdir={lower},upperdir={store / 'upper'},workdir={store / 'work'}"
+        return mounted(tmp_path / "container", of=("overlay", options))
+
+    return make
+
+
+@pytest.fixture
+def image(overlaid: Callable[[Path], Path], tmp_path: Path) -> Path:
+    """A container whose image has an adapter, which cannot be moved."""
+    adapter(tmp_path / "image" / "out", "deeper/words.txt")
+    place = overlaid(tmp_path / "image")
+    with pytest.raises(OSError, match="cross-device"):
+        (place / "out").rename(place / "elsewhere")
+    return place
+
+
+def test_an_adapter_of_an_image_is_replaced(image: Path, cli: Cli, run_config: MakeConfig) -> None:
+    ran = cli("train", run_config(training=ONE_STEP), "--overwrite", "--set", f"output_dir={image / 'out'}")
+    assert ran.code == 0, ran.err
+    assert saved.inspect(image / "out").edits() == [] and not (image / "out" / "deeper").exists()
+    assert [path.name for path in image.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("moves", range(5))
+def test_an_adapter_of_an_image_is_whole_or_not_there(moves: int, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after so many files were moved; whatever has been, it is put back by the next run."""
+    before, move, moved = tree(image), shutil.move, list[str]()
+
+    def killed(source: Path, target: Path) -> None:
+        if len(moved) == moves:
+            raise KeyboardInterrupt
+        moved.append(str(source))
+        move(source, target)
+        names = {path.name for path in (image / "out").iterdir()}
+        assert "adapter_config.json" not in names or names == {path.name for path in (image / "old").iterdir()}
+
+    shutil.copytree(image / "out", image / "old")
+    space = workspace.inspect(str(image / "out"), resume=False, overwrite=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt), workspace.claimed(space):
+        space.begin(resume=False)
+        (space.checkpoints / "checkpoint-1").mkdir()
+        adapter(space.staging)
+        patch.setattr(shutil, "move", killed)
+        space.publish()
+        raise KeyboardInterrupt
+    with workspace.claimed(space):
+        pass
+    now = tree(image)
+    assert {name: now[name] for name in before} == before and not space.moving.exists()
+
+
+def test_a_file_that_comes_to_an_adapter_of_an_image(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its files are moved: all are put back, and the work is kept."""
+    move, space = shutil.move, workspace.inspect(str(image / "out"), resume=False, overwrite=True)
+    before = tree(image / "out")
+
+    def late(source: Path, target: Path) -> None:
+        (image / "out" / "thesis.txt").write_text("precious")
+        move(source, target)
+
+    monkeypatch.setattr(shutil, "move", late)
+    told = "cannot be put in its place: Directory not empty; mend that, or move away what is there, and go on with --re"
+    with pytest.raises(ConfigError, match=told), workspace.claimed(space):
+        space.begin(resume=False)
+        (space.checkpoints / "checkpoint-1").mkdir()
+        adapter(space.staging)
+        space.publish()
+    assert tree(image / "out") == before | {"thesis.txt": b"precious"} and space.checkpoints.is_dir()
 
 
 # Rows 74 and 88: links, named pipes, and files in the place of directories
@@ -368,3 +625,30 @@ def test_odd_things_in_the_work(interrupted: Path, cli: Cli, tmp_path: Path) -> 
             aside.rename(place)
     ran = cli("train", interrupted, "--resume", "--set", "training.num_train_epochs=1")
     assert ran.code == 7 and "training.num_train_epochs" in ran.err  # all is as it was
+
+
+# Names that are no text
+
+
+def test_a_working_directory_that_is_not_utf_8(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name could not be recorded, and that is said at the start."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    config = run_config(data={"train": "rows.jsonl"}, output_dir="out")
+    shutil.copy(tmp_path / "rows.jsonl", odd)
+    ran = cli("train", config)
+    assert ran.code == 2 and "output_dir: the path is not UTF-8, and could not be recorded; start from" in ran.err
+    assert [path.name for path in odd.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("by", ["", "*.jsonl"])
+def test_rows_in_a_file_whose_name_is_not_utf_8(by: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    config = run_config(data={"train": str(tmp_path / "rows" / by)}, training=ONE_STEP)
+    source = Path(yaml.safe_load(run_config("other.yaml").read_text())["data"]["train"])
+    shutil.copy(source, os.fsdecode(os.fsencode(tmp_path / "rows") + b"/\xff.jsonl"))
+    ran = cli("train", config)
+    assert ran.code == 0, ran.err

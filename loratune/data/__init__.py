@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from loratune.config import DataSection
-from loratune.data import formats, repeats, shards, store
+from loratune.data import formats, repeats, store
 from loratune.data.formats import Conversation, Example, Ids, Plain
 from loratune.data.parts import Part as Part
 from loratune.data.parts import Rows as Rows
@@ -74,7 +74,7 @@ def prepare(
 
 def opened(directory: Path) -> Prepared | None:
     """Rows that another process has prepared; None where this one does not find them."""
-    found = shards.opened(directory)
+    found = store.opened(directory)
     return Prepared(found) if found is not None else None
 
 

@@ -8,6 +8,7 @@ one. `store` decides where such directories lie.
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
+from loratune import private
 from loratune.data.render import Tokens
 from loratune.data.report import Report, total
 from loratune.digests import sha256
@@ -29,12 +31,18 @@ WHOLE = "whole"
 """The record of a directory that is complete."""
 _SHARD_TOKENS, _SHARD_ROWS = 8_000_000, 500_000  # what is lost at most when a preparation is stopped
 _BATCH_BYTES = 1 << 22  # opening a shard maps the beginning of every batch: 64 KiB each
+_MOST_HELD = 64 << 20  # bytes of rows that are read into memory instead of mapped
 _LISTS = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS)])
 
 
 class Shards(Sequence[dict[str, list[int]]]):
-    """Rows of `input_ids` and `labels`, mapped from a directory. report: what became of all rows that were read."""
+    """Rows of `input_ids` and `labels`, mapped from a directory. report: what became of all rows that were read.
+
+    remark: a line for the user on where they are kept, or empty.
+    """
+
+    remark = ""
 
     def __init__(self, directory: Path, lifetime: Any = None):
         """lifetime: held as long as the rows are, e.g. a temporary directory.
@@ -46,7 +54,9 @@ class Shards(Sequence[dict[str, list[int]]]):
         records = [read_record(directory / f"{number:05}.json") for number in range(whole["shards"])]
         self.report: Report = total(Report.from_json(record["report"]) for record in records)
         self.fingerprint = _fingerprint(lot for record in records for lot in record["lots"])
-        self._tables = [_mapped(directory / f"{number:05}.arrow", record) for number, record in enumerate(records)]
+        files = [directory / f"{number:05}.arrow" for number in range(len(records))]
+        held = sum(path.lstat().st_size for path in files) <= _MOST_HELD
+        self._tables = [_opened(path, record, held=held) for path, record in zip(files, records, strict=True)]
         self._ends = list(accumulate(len(table) for table in self._tables))
         if len(self) != whole["rows"]:
             raise ValueError(f"{directory} holds {len(self)} rows instead of {whole['rows']}")
@@ -109,7 +119,7 @@ class Writer:
         """How many rows were read for a shard, and how many it holds; None if it is not there, or damaged."""
         try:
             held = read_record(self._directory / f"{number:05}.json")
-            return int(held["report"]["rows"]), len(_mapped(self._directory / f"{number:05}.arrow", held))
+            return int(held["report"]["rows"]), len(_opened(self._directory / f"{number:05}.arrow", held, held=False))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
             return None
 
@@ -145,7 +155,8 @@ class _Shard:
     def __init__(self, path: Path):
         self.report = Report()
         self._path, self._unfinished = path, path.with_suffix(".unfinished")
-        self._file = pa.ipc.new_file(str(self._unfinished), _SCHEMA)
+        private.create(self._unfinished)
+        self._file = pa.ipc.new_file(pa.OSFile(os.fsencode(self._unfinished), "wb"), _SCHEMA)
         self._lots: list[str] = []
         self._held: list[Any] = []
         self._rows = 0
@@ -205,6 +216,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write JSON with a digest of itself; the file is whole as soon as it has its name."""
     unfinished = path.with_suffix(".unfinished")
+    private.create(unfinished)
     unfinished.write_text(json.dumps(record | {"check": _check(record)}))
     unfinished.replace(path)
 
@@ -213,16 +225,17 @@ def _check(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _mapped(path: Path, record: dict[str, Any]) -> Any:
+def _opened(path: Path, record: dict[str, Any], *, held: bool) -> Any:
+    """A shard as a table. held: read into memory, where nothing that is done to the file reaches it, and not mapped."""
     if not is_file(path) or sha256(path) != record["sha256"]:
         raise ValueError(f"{path} is not what was written")
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return pa.ipc.open_file(pa.py_buffer(path.read_bytes()) if held else pa.memory_map(os.fsencode(path))).read_all()
 
 
 def _batch(rows: Sequence[Tokens]) -> Any:
     return pa.record_batch(
         [
-            pa.array([row.where for row in rows], pa.string()),
+            pa.array([row.where.encode(errors="backslashreplace").decode() for row in rows], pa.string()),
             _lists([row.ids for row in rows]),
             _lists([tuple(chain.from_iterable(row.spans)) for row in rows]),
         ],

@@ -6,7 +6,8 @@ publishes them. Nothing is written or removed under the published name, so that 
 or none. Where the cache cannot be written, or another process is writing the same rows, they go to a temporary
 directory.
 
-Every directory holds a record of whose it is. What has no such record, or holds anything else, is left alone.
+Every directory holds a record of whose it is. What has no such record, or holds anything else, is left alone. Rows are
+trained on as they are found, so that they are read only from what this user made and nobody else can change.
 """
 
 import os
@@ -14,12 +15,14 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from datasets import config as datasets_config
 
-from loratune.data.shards import Shards, Writer, opened, read_record, write_record
+from loratune import private
+from loratune.data import shards
+from loratune.data.shards import Shards, Writer, read_record, write_record
 from loratune.errors import Problem, ResourceError
 from loratune.workspace.plain import is_directory, locked
 
@@ -40,9 +43,27 @@ def kept(key: str, fill: Callable[[Writer], None]) -> Shards:
     """
     root = _root()
     final = root / key
-    if (there := _found(final)) is not None:
-        return there
-    with _claimed(root, key) as free:
+    usable, remark = _secured(root)
+    remarks = [remark, _distrust(final)]
+    rows = _found(final) if usable else None
+    if rows is None:
+        rows = _made(root, key, fill, usable=usable)
+    rows.remark = "; ".join(filter(None, remarks))
+    return rows
+
+
+def opened(directory: Path) -> Shards | None:
+    """Rows that another process of this user has written; None if there are none, or others could have changed them."""
+    try:
+        return None if any(private.faults(directory)) else shards.opened(directory)
+    except OSError:
+        return None
+
+
+def _made(root: Path, key: str, fill: Callable[[Writer], None], *, usable: bool) -> Shards:
+    """Rows that are written now, or by another process in the meantime."""
+    final = root / key
+    with _claimed(root, key) if usable else nullcontext(False) as free:
         if free and (there := _found(final)) is not None:
             return there  # another process has published them since
         partial, lifetime = _begun(root, key) if free else None, None
@@ -60,7 +81,7 @@ def kept(key: str, fill: Callable[[Writer], None]) -> Shards:
 def forget_old() -> None:
     """Remove the rows that nobody has wanted for `KEPT_DAYS`. A process that reads them keeps what it has mapped."""
     root = _root()
-    with suppress(OSError):
+    with suppress(OSError), private.opened(root):
         for path in sorted(root.iterdir()):
             if (named := _NAMES.fullmatch(path.name)) and is_directory(path) and _is_old(path):
                 with _claimed(root, named[1]) as free, suppress(OSError):
@@ -72,11 +93,37 @@ def _root() -> Path:
     return Path(datasets_config.HF_DATASETS_CACHE) / "loratune"
 
 
+def _secured(root: Path) -> tuple[bool, str]:
+    """Whether the cache is there, or can be made, and is ours alone, and what to tell the user of it."""
+    try:
+        private.make(root)
+        with private.opened(root, mend=True) as directory:
+            return True, f"others could write to {root}: now only you can" if directory.mended else ""
+    except private.Untrusted as error:
+        return False, f"the rows are prepared for this run alone: {error}"
+    except OSError as error:
+        return False, f"the rows are prepared for this run alone: {root}: {error.strerror}" if root.is_symlink() else ""
+
+
+def _distrust(final: Path) -> str:
+    """What to tell the user of rows that are there, and that someone else may have changed."""
+    with suppress(OSError):
+        return next((f"the rows that are kept were not used: {reason}" for reason in private.faults(final)), "")
+    return ""
+
+
 def _found(final: Path) -> Shards | None:
     """The rows that are published under a name. They are marked as used before they are read, see `_remove`."""
-    with suppress(OSError):
-        os.utime(final)
-    return opened(final)
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        if not any(private.faults(final)) and read_record(final / _ENTRY) == _record(final.name):
+            os.utime(final)
+            return shards.opened(final)
+    return None
+
+
+def _record(key: str) -> dict[str, str]:
+    """Whose an entry is, and which."""
+    return {"made_by": _MADE_BY, "key": key}
 
 
 @contextmanager
@@ -84,7 +131,6 @@ def _claimed(root: Path, key: str) -> Iterator[bool]:
     """Inside, no other process writes or removes what belongs to a key, if this one may; whether it may is told."""
     with ExitStack() as stack:
         try:
-            root.mkdir(parents=True, exist_ok=True)
             free = stack.enter_context(locked(root / f"{key}.lock"))
         except OSError:
             free = False
@@ -100,11 +146,26 @@ def _begun(root: Path, key: str) -> Path | None:
             return None
         if final.exists():
             _discard(final)
-        partial.mkdir(exist_ok=True)
-        write_record(partial / _ENTRY, {"made_by": _MADE_BY, "key": key})
+        if partial.exists() and (any(private.faults(partial)) or not _is_movable(partial, key)):
+            _clear(partial)
+        partial.mkdir(private.DIRECTORY_MODE, exist_ok=True)
+        write_record(partial / _ENTRY, _record(key))
     except OSError:
         return None
     return partial
+
+
+def _is_movable(partial: Path, key: str) -> bool:
+    """Whether a directory can be renamed, as it will be; on overlayfs one that an image brought cannot."""
+    aside = partial.with_name(f"{key}{_REMOVED}")
+    try:
+        if aside.exists() and _is_own(aside):
+            _clear(aside)
+        partial.rename(aside)
+        aside.rename(partial)
+    except OSError:
+        return False
+    return True
 
 
 def _fill(directory: Path, fill: Callable[[Writer], None]) -> None:
@@ -156,7 +217,7 @@ def _says_so(path: Path, key: str) -> bool:
     for name in (_ENTRY, "00000.json"):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             record = read_record(path / name)
-            if record == {"made_by": _MADE_BY, "key": key} or record.keys() == {"sha256", "lots", "report"}:
+            if record == _record(key) or record.keys() == {"sha256", "lots", "report"}:
                 return True
     return False
 

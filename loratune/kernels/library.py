@@ -20,17 +20,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from loratune import private
+
 SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "passes.c", "attention.c")]
 FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
 
-_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _DIGEST = hashlib.sha256().digest_size
 _MOST = 64 << 20  # bytes of a file that is read: a library has 100 kB
 _SECONDS = 120  # that a compiler may take; it needs about three
-
-
-class Untrusted(OSError):
-    """A directory that others can write to, or that is not ours."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def place() -> Path:
 def _kept(compiler: str, define: str) -> Library:
     """From the cache; built into it where it is not there, or is not what was put there, or cannot be loaded."""
     key, path = _key(compiler, define), place()
-    _make(path)
+    private.make(path)
     with _opened(path, mend=True) as directory:
         mended, name = directory.mended, f"{_name(key)}.so"
         if not mended and (content := directory.read(name, key)) is not None:
@@ -106,14 +103,6 @@ def _kept(compiler: str, define: str) -> Library:
             return Library(functions, f"the fast CPU code could not be kept in {path}: {_reason(error)}", _name(key))
     told = f"others could write to {path}: now only you can, and what lay there was not used"
     return Library(functions, told if mended else None, _name(key))
-
-
-def _make(path: Path) -> None:
-    """Make a directory and those above it, which nobody else can write to whatever the umask is."""
-    if not path.parent.is_dir():
-        _make(path.parent)
-    with suppress(FileExistsError):
-        os.mkdir(path, 0o700)
 
 
 @dataclass(frozen=True)
@@ -132,7 +121,7 @@ class _Directory:
             return None
         with os.fdopen(opened, "rb") as file:
             found = os.fstat(opened)
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & _OTHERS:
+            if not stat.S_ISREG(found.st_mode) or private.fault(found):
                 return None
             whole = file.read(_MOST)
         content, digest = whole[:-_DIGEST], whole[-_DIGEST:]
@@ -162,23 +151,9 @@ def _digest(key: str, content: bytes) -> bytes:
 
 @contextmanager
 def _opened(path: Path, *, mend: bool = False) -> Iterator[_Directory]:
-    """A directory, no link, that is ours alone. mend: take from others what right they have to write to it.
-
-    Raises Untrusted.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        found = os.fstat(descriptor)
-        if found.st_uid != os.geteuid():
-            raise Untrusted(f"{path} belongs to another user")
-        mended = mend and bool(found.st_mode & _OTHERS)
-        if mended:
-            os.fchmod(descriptor, 0o700)
-        if os.fstat(descriptor).st_mode & _OTHERS:
-            raise Untrusted(f"others can write to {path}")
-        yield _Directory(descriptor, mended)
-    finally:
-        os.close(descriptor)
+    """A directory that is ours alone, see `private.opened`."""
+    with private.opened(path, mend=mend) as directory:
+        yield _Directory(directory.descriptor, directory.mended)
 
 
 def _compiled(compiler: str, define: str, directory: _Directory) -> bytes:

@@ -3,31 +3,35 @@
 A run works in `<output_dir>.partial/` and publishes by one rename, so the output directory is whole or absent.
 """
 
+import errno
 import fcntl
-import json
 import os
 import platform
-import resource
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
+from loratune import droppings
 from loratune.errors import ConfigError, LockedError, Problem, ResourceError, ResumeError, is_disk_full
-from loratune.workspace import ending, replacing
+from loratune.workspace import belongings, ending, replacing
+from loratune.workspace.belongings import CHECKPOINT as CHECKPOINT
+from loratune.workspace.belongings import MANIFEST as MANIFEST
+from loratune.workspace.belongings import Belongings
+from loratune.workspace.disk import check_room as check_room
+from loratune.workspace.disk import room_for as room_for
+from loratune.workspace.disk import sync as sync
+from loratune.workspace.disk import write_json as write_json
 from loratune.workspace.ending import PUBLISH as PUBLISH
 from loratune.workspace.ending import Ending as Ending
 from loratune.workspace.plain import is_directory, is_file
 from loratune.workspace.plain import kind as kind
-from loratune.workspace.replacing import Inputs
+from loratune.workspace.replacing import CONFIG_FILE, Inputs
 
-CHECKPOINT = "checkpoint-"
-"""How the name of a checkpoint begins; the step follows."""
-MANIFEST = "manifest.json"
-"""The file that is written last to a checkpoint."""
+_NOT_OURS = "which is not of a run's making"
+_AWAY = "move that away"
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,37 @@ class Workspace:
         return self.checkpoints / "unfinished"
 
     @property
-    def ours(self) -> bool:
-        """Whether `partial` is a directory, and nothing but a run's own work is in it."""
+    def moving(self) -> Path:
+        """Where the old adapter is moved to file by file, if it cannot be moved as a whole; see `replacing.move`."""
+        return self.partial / "moving"
+
+    def strangers(self) -> list[str]:
+        """What is in `partial`, by its path there, and not of a run's making. Raises OSError: it cannot be read."""
         own = {path.name for path in (*self._directories, *self._marks)}
-        return is_directory(self.partial) and {path.name for path in self.partial.iterdir()} <= own
+        found = sorted(path.name for path in self.partial.iterdir() if path.name not in own)
+        found = [name for name in found if not droppings.is_dropping(name)]
+        for path, survey in self._surveys.items():
+            if is_directory(path):
+                found += [f"{path.name}/{name}" for name in survey(path).strangers]
+        return found
+
+    @property
+    def _surveys(self) -> dict[Path, Callable[[Path], Belongings]]:
+        return {
+            self.checkpoints: belongings.of_checkpoints,
+            self.staging: belongings.of_staging,
+            self.replaced: replacing.belongings,
+        }
+
+    def _remove(self, *directories: Path) -> None:
+        """Remove directories of a run's own, but for what is not of its making."""
+        for path in directories:
+            if is_directory(path):
+                belongings.remove(path, self._surveys[path](path))
 
     @property
     def _directories(self) -> tuple[Path, ...]:
-        return self.checkpoints, self.staging, self.replaced
+        return self.checkpoints, self.staging, self.replaced, self.moving
 
     @property
     def _marks(self) -> tuple[Path, ...]:
@@ -120,18 +147,20 @@ class Workspace:
     def leave(self) -> None:
         """Remove the work in progress, if nothing could go on from it; and what was not published in any case."""
         self.restore()
-        shutil.rmtree(self.staging, ignore_errors=True)
+        self._remove(self.staging)
         if is_directory(self.partial) and not self.has_checkpoints():
             self._clear()
 
     def restore(self) -> None:
         """Put the old adapter back, if the new one has not taken its place."""
+        if is_directory(self.moving):
+            replacing.move_back(self.moving, self.output)
         if is_directory(self.replaced) and not os.path.lexists(self.output):
             self.replaced.rename(self.output)
 
     def forget_checkpoints(self) -> None:
         """Remove what a `--resume` could go on from."""
-        shutil.rmtree(self.checkpoints)
+        self._remove(self.checkpoints)
 
     def begin(self, *, resume: bool) -> None:
         """Make room for the work; what an interrupted run left goes, unless it is resumed.
@@ -140,12 +169,9 @@ class Workspace:
         ResumeError: see `check_kinds`.
         """
         self.check_kinds()
-        for path in (self.checkpoints, self.staging):
-            if is_directory(path) and not (resume and path == self.checkpoints):
-                shutil.rmtree(path)
-        if is_directory(self.replaced) and not replacing.remove(self.replaced):
-            what = "holds files that do not belong to the adapter that was replaced"
-            raise ConfigError(Problem(what, str(self.replaced), fix="move it away"))
+        self._remove(self.staging, self.replaced, *(() if resume else (self.checkpoints,)))
+        if others := self.strangers():
+            raise ConfigError(Problem(f"holds {replacing.shown(others)}, {_NOT_OURS}", str(self.partial), fix=_AWAY))
         self.ended.unlink(missing_ok=True)
         if not resume:
             self.may_replace.unlink(missing_ok=True)
@@ -162,17 +188,26 @@ class Workspace:
             raise ResumeError(odd)
 
     def _check_output(self) -> None:
-        fix = f"move it away, and {'go on with --resume' if self.is_resumable() else 'start again'}"
+        way_on = "go on with --resume" if self.is_resumable() else "start again"
         if os.path.lexists(self.output):
             if not is_file(self.may_replace) or not is_directory(self.output):
                 what = "has appeared since the run began, and is left alone"
+                fix = f"move it away, and {way_on}"
                 raise ConfigError(Problem(what, str(self.output), "output_dir", fix))
-            replacing.check(self.output, str(self.output), self.inputs, fix)
+            replacing.check(self.output, str(self.output), self.inputs, way_on)
 
-    def publish(self) -> None:
+    def stage(self) -> None:
+        """Make the directory in which the result is put together. Raises ConfigError: something has its name."""
+        if os.path.lexists(self.staging):
+            what = "has appeared since the run began, and is left alone"
+            raise ConfigError(Problem(what, str(self.staging), fix="move it away, and go on with --resume"))
+        self.staging.mkdir()
+
+    def publish(self) -> list[Path]:
         """Make the staged files durable and move them to the output directory; then clear the work in progress.
 
-        Raises ConfigError: something has appeared there, which is left alone.
+        Returns what stays in there, as it is not of a run's making. Raises ConfigError: something has appeared at the
+        output directory, which is left alone; the system does not move directories. Raises OSError: the disk is full.
         """
         self._check_output()
         umask = os.umask(0)
@@ -184,26 +219,45 @@ class Workspace:
         sync(self.staging)
         try:
             if os.path.lexists(self.output):
-                self.output.rename(self.replaced)
+                self._take_away()
                 replacing.check(self.replaced, str(self.output), self.inputs)  # nobody finds it by its name any more
             self.staging.rename(self.output)
+        except OSError as error:
+            self.restore()
+            if is_disk_full(error):
+                raise
+            what = f"the finished adapter cannot be put in its place: {error.strerror}"
+            fix = "mend that, or move away what is there, and go on with --resume"
+            raise ConfigError(Problem(what, str(self.output), "output_dir", fix)) from None
         except BaseException:
             self.restore()
             raise
         sync(self.output.parent)
-        self._clear()
+        return self._clear()
 
-    def _clear(self) -> None:
+    def _take_away(self) -> None:
+        """Move the old adapter to `replaced`. On overlayfs, as in a container, a directory that came with the image has
+        to be moved file by file."""
+        try:
+            self.output.rename(self.replaced)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            replacing.move(self.output, self.moving)
+            self.moving.rename(self.replaced)
+
+    def _clear(self) -> list[Path]:
         """Remove the work in progress; whatever is in its directory besides stays, and the directory with it."""
-        for path in (self.checkpoints, self.staging):
-            if is_directory(path):
-                shutil.rmtree(path)
-        if is_directory(self.replaced):
-            replacing.remove(self.replaced)
-        for path in self._marks:
+        self._remove(self.checkpoints, self.staging, self.replaced)
+        for path in (*self._marks, *filter(_is_dropping, self.partial.iterdir())):
             path.unlink(missing_ok=True)
         with suppress(OSError):
             self.partial.rmdir()
+        return [self.partial / name for name in self.strangers()] if is_directory(self.partial) else []
+
+
+def _is_dropping(path: Path) -> bool:
+    return droppings.is_dropping(path.name) and not is_directory(path)
 
 
 def _odd(path: Path, right: str) -> Iterator[Problem]:
@@ -246,10 +300,9 @@ def _check_free(space: Workspace, where: str, *, resume: bool, overwrite: bool) 
         raise ConfigError(Problem("is a file", where, key, "name a directory that does not exist yet"))
     if not output.parent.is_dir():
         raise ConfigError(Problem(f"its parent {output.parent} is no directory", where, key, "create it first"))
-    if os.path.lexists(partial) and not space.ours:
-        odd = "is a link, and is not followed" if partial.is_symlink() else "holds something else"
+    if odd := _fault_of(partial, space):
         what = f"{partial.name}, the place of work in progress, {odd}"
-        raise ConfigError(Problem(what, where, key, "move that away"))
+        raise ConfigError(Problem(what, where, key, _AWAY))
     if resume and not partial.is_dir():
         raise ResumeError(Problem("no interrupted run to resume", where, fix="leave out --resume to start one"))
     space.check_kinds()
@@ -257,7 +310,8 @@ def _check_free(space: Workspace, where: str, *, resume: bool, overwrite: bool) 
         if directory.exists():
             replacing.check_unneeded(directory, where if directory == output else str(partial), space.inputs)
     if output.exists() and not overwrite and not (resume and space.may_replace.exists()):
-        fix = "choose another, or replace it with --overwrite"
+        inside = any(name == CONFIG_FILE and replacing.holds(output, Path(path)) for name, path in space.inputs)
+        fix = f"choose another{' with --set output_dir=NEW' if inside else ''}, or replace it with --overwrite"
         if space.has_checkpoints():
             fix = f"if it is what you want, the run had ended: remove {partial.name}; or replace both with --overwrite"
         raise ConfigError(Problem("already exists", where, key, fix))
@@ -276,6 +330,14 @@ def _check_free(space: Workspace, where: str, *, resume: bool, overwrite: bool) 
         raise ConfigError(
             Problem(f"{partial.name} holds what an interrupted run left, and no whole checkpoint", where, key, fix)
         )
+
+
+def _fault_of(partial: Path, space: Workspace) -> str:
+    """Why a run may not work in a directory, as nothing but its own work may be in there; empty if it may."""
+    if kind(partial) in ("", "a directory"):
+        others = space.strangers() if os.path.lexists(partial) else []
+        return f"holds {replacing.shown(others)}, {_NOT_OURS}" if others else ""
+    return f"is {kind(partial)}, and is not followed" if partial.is_symlink() else f"is {kind(partial)}"
 
 
 def _probe(space: Workspace, where: str) -> None:
@@ -297,8 +359,8 @@ def claimed(space: Workspace) -> Iterator[Workspace]:
     """
     with room_for("the work in progress", 4096, space.output.parent, "make room"):
         space.partial.mkdir(exist_ok=True)
-    if not space.ours:
-        raise ConfigError(Problem("holds something else", str(space.partial), "output_dir", "move that away"))
+    if odd := _fault_of(space.partial, space):
+        raise ConfigError(Problem(odd, str(space.partial), "output_dir", _AWAY))
     space.check_kinds()
     with _locked(space, str(space.output)):
         space.restore()  # the last run was killed between the two renames of `publish`
@@ -331,31 +393,6 @@ def _locked(space: Workspace, where: str) -> Iterator[None]:
         yield
 
 
-def check_room(space: Workspace, needed: int) -> None:
-    """Raises ResourceError: fewer than `needed` bytes are free where the run writes."""
-    if (free := shutil.disk_usage(space.partial).free) < needed:
-        what = f"checkpoints and the adapter directory take {needed:,} bytes, {free:,} are free"
-        raise ResourceError(Problem(what, str(space.partial), "output_dir", "make room, or choose another disk"))
-
-
-@contextmanager
-def room_for(what: str, size: int, where: Path, fix: str) -> Iterator[None]:
-    """Something of about `size` bytes is written inside.
-
-    Raises ResourceError: the disk is full, or the user's share of it.
-    """
-    try:
-        yield
-    except Exception as error:  # torch and safetensors have errors of their own for it
-        if not is_disk_full(error):
-            raise
-        left, (limit, _) = f"{shutil.disk_usage(where).free:,} are free", resource.getrlimit(resource.RLIMIT_FSIZE)
-        if limit != resource.RLIM_INFINITY:
-            left += f", and a file may hold {limit:,} (ulimit -f)"
-        what = f"no room for {what}: it takes {size:,} bytes, {left}"
-        raise ResourceError(Problem(what, str(where), fix=fix)) from None
-
-
 def _opened(path: Path, flags: int) -> TextIO:
     """A lock file; no link is followed."""
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -373,17 +410,3 @@ def _lock(file: TextIO, where: str) -> None:
         file.seek(0)
         what = f"another run is working there ({file.read().strip() or 'it does not say which'})"
         raise LockedError(Problem(what, where, "output_dir", "wait for it, or choose another"))
-
-
-def sync(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write indented JSON with a final newline; keys keep their order."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

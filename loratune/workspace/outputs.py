@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import TextIO
 from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
 from loratune.workspace import sync
 from loratune.workspace.plain import kind
-from loratune.workspace.replacing import holds
+from loratune.workspace.replacing import holds, is_stuck
 
 _OPEN_FILE = re.compile(
     r"/dev/(?P<name>stdout|stderr)|(/dev/fd|/proc/(self|thread-self|(?P<process>\d+))/fd)/(?P<number>\d+)"
@@ -78,16 +78,18 @@ class Output:
             return f"is {found}", elsewhere
         if not parent.is_dir():
             return f"its directory {Path(self.named).parent} does not exist", elsewhere
-        if found == "a file" and (read := self._is_read()) is not None:
-            return f"is, or belongs to, what is read ({read})", elsewhere
+        if _is_regular(found) and (read := self._is_read()) is not None:
+            return f"is, or belongs to, what is read ({read})" if found else f"lies in what is read ({read})", elsewhere
         if found == "a file" and not self.overwrite:
             return "already exists", "choose another place, or replace it with --overwrite"
+        if found == "a file" and is_stuck(self.path):
+            return f"cannot be replaced: only its owner may do so in {parent}, which is sticky", elsewhere
         needed = [self.path] if found else []
         needed += [parent] if _is_regular(found) else []
         return None if all(os.access(path, os.W_OK) for path in needed) else ("cannot be written", elsewhere)
 
     def _is_read(self) -> Path | None:
-        """Which of the inputs an existing file is, or belongs to, by whatever name."""
+        """Which of the inputs the file is, or belongs to, or would when it is made, by whatever name."""
         for given in self.inputs:
             for path in [given] if os.path.lexists(given) else map(Path, glob.iglob(str(given), recursive=True)):
                 with suppress(OSError):
@@ -96,15 +98,17 @@ class Output:
         return None
 
     @contextmanager
-    def opened(self) -> Iterator[TextIO]:
+    def opened(self, note: Callable[[str], None] = lambda _: None) -> Iterator[TextIO]:
         """The file, in UTF-8; a lone surrogate is written as JSON writes it. A regular file is complete at the end, and
         on the disk. If what is done inside fails, it does not appear, and one that was to be replaced stays.
+
+        note: takes a line where a named pipe has no reader yet, and is waited for.
 
         Raises ConfigError: it cannot be made; or it cannot take its name at the end, as another file has it by now, and
         then what was written is kept, and told where. Raises ResourceError: the disk is full.
         """
         try:
-            with self._beside() if self.handle is None and _is_regular(kind(self.path)) else self._stream() as file:
+            with self._beside() if self.handle is None and _is_regular(kind(self.path)) else self._stream(note) as file:
                 yield file
         except OSError as error:
             if not is_disk_full(error):
@@ -112,11 +116,23 @@ class Output:
             raise ResourceError(Problem("no room for what is written", self.named, self.key, "make room")) from None
 
     @contextmanager
-    def _stream(self) -> Iterator[TextIO]:
+    def _stream(self, note: Callable[[str], None]) -> Iterator[TextIO]:
         """What is written to as it comes; a file that is open already, from where it stands."""
         own = self.handle
-        with _text(os.dup(own) if own is not None else os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)) as file:
+        with _text(os.dup(own) if own is not None else self._open(note)) as file:
             yield file
+
+    def _open(self, note: Callable[[str], None]) -> int:
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        try:
+            handle = os.open(self.path, flags | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO or kind(self.path) != "a named pipe":
+                raise
+            note(f"{self.named}: a named pipe that nobody reads; waiting for a reader")
+            return os.open(self.path, flags)
+        os.set_blocking(handle, True)
+        return handle
 
     @contextmanager
     def _beside(self) -> Iterator[TextIO]:
@@ -170,6 +186,10 @@ def output(path: Path, key: str, *, overwrite: bool, inputs: Sequence[Path] = ()
     """
     try:
         made = Output(str(path), key, *_meant(path), overwrite, tuple(inputs))
+    except FileNotFoundError:
+        raise ConfigError(
+            Problem("is a link that leads nowhere", str(path), key, "name a file, or remove it")
+        ) from None
     except (OSError, ValueError) as error:
         what = f"cannot be looked at: {error.strerror if isinstance(error, OSError) else error}"
         raise ConfigError(Problem(what, str(path), key, "choose another place")) from None
@@ -187,6 +207,8 @@ def _meant(path: Path) -> tuple[Path, int | None]:
                 return name, _STREAMS.get(found["name"]) or int(found["number"])
         if kind(name) != "a link":
             return name, None
+        if not os.path.exists(name) and os.path.lexists(name):
+            os.stat(name)  # says whether it leads nowhere or round and round
         path = name.parent / os.readlink(name)
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
 

@@ -1,58 +1,74 @@
 """What `--overwrite` may replace: an adapter directory that holds nothing else, and that nothing else depends on.
 
 A directory is replaced as a whole, so every file in it must be one that an adapter consists of. `loratune.json` lists
-the files of an adapter that a run made. An adapter without it, as PEFT makes them, may consist of the files that PEFT,
-the Trainer and tokenizers are known to write, see `KNOWN`.
+the files of an adapter that a run made. An adapter without it, as PEFT makes them, may consist of the files that PEFT
+and tokenizers are known to write, see `belongings.KNOWN`.
 """
 
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from loratune import droppings
+from loratune.digests import sha256
 from loratune.errors import ConfigError, Problem
-from loratune.workspace.plain import is_directory, read_text
+from loratune.workspace.belongings import CONFIG, KNOWN, RECORD, Belongings, of_adapter, survey
+from loratune.workspace.belongings import remove as clear
+from loratune.workspace.plain import is_file, read_text
 
 Inputs = Sequence[tuple[str, str]]
 """What a run reads: how the user names it, e.g. `data.train`, and its path."""
-RECORD = "loratune.json"
-CONFIG = "adapter_config.json"
+CONFIG_FILE = "the config file"
+"""How the config of a run is named among its inputs. It has been read for good when the run begins."""
 _ALWAYS = frozenset({RECORD, "README.md"})
-KNOWN = _ALWAYS | {
-    CONFIG, "adapter_model.safetensors", "adapter_model.bin", "run.yaml", "training_args.bin", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
-}  # fmt: skip
-"""The files of which an adapter without a record may consist."""
-_TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _SHOWN = 3
 
 
-def check(directory: Path, where: str, inputs: Inputs, fix: str = "move it away, or choose another") -> None:
-    """Insist that a directory may be replaced. where: as the user named it; fix: what to do if not.
+def check(directory: Path, where: str, inputs: Inputs, otherwise: str = "choose another output_dir") -> None:
+    """Insist that a directory may be replaced.
+
+    where: as the user named it; otherwise: what to do where that is refused, besides moving the directory away.
 
     Raises ConfigError: it is needed, see `check_unneeded`; it holds no adapter, or other files than an adapter's; its
     files may not be removed. Raises OSError: it cannot be read.
     """
     check_unneeded(directory, where, inputs)
-    if any(directory.iterdir()) and not (directory / CONFIG).is_file():
+    fix = f"move it away, {_joined(otherwise)}"
+    found = belongings(directory)
+    if not is_file(directory / CONFIG) and not all(map(droppings.is_dropping, (*found.own, *found.strangers))):
         raise ConfigError(Problem("holds no adapter, so --overwrite leaves it alone", where, "output_dir", fix))
-    if others := list(islice(strangers(directory), _SHOWN + 1)):
-        more = " and others" if len(others) > _SHOWN else ""
-        named = "its record does not list" if _listed(directory) is not None else "no adapter consists of"
-        what = f"holds files that {named} ({', '.join(others[:_SHOWN])}{more}), so --overwrite leaves it alone"
-        raise ConfigError(Problem(what, where, "output_dir", fix))
+    if found.strangers:
+        what = f"also holds {shown(found.strangers)}, which no adapter record lists, so --overwrite leaves it alone"
+        raise ConfigError(Problem(what, where, "output_dir", f"move or delete them, {_joined(otherwise)}"))
     for place, _, _ in os.walk(directory):
         if not os.access(place, os.W_OK | os.X_OK):
             raise ConfigError(Problem(f"cannot be replaced: {place} may not be written", where, "output_dir", fix))
-    around, owner = directory.parent.stat(), directory.stat().st_uid
-    if around.st_mode & stat.S_ISVTX and os.geteuid() not in (0, around.st_uid, owner):
+    if is_stuck(directory):
         what = f"cannot be replaced: only its owner may do so in {directory.parent}, which is sticky"
         raise ConfigError(Problem(what, where, "output_dir", fix))
+
+
+def is_stuck(path: Path) -> bool:
+    """Whether another user's file or directory may not be moved, as the directory around it is sticky."""
+    around, owner = path.parent.stat(), path.lstat().st_uid
+    return bool(around.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, around.st_uid, owner)
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first of some names: `a, b, c (and 9 more)`."""
+    more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _joined(otherwise: str) -> str:
+    """`or ...`, where the user has a choice, and else `and ...`."""
+    return f"or {otherwise}" if otherwise.startswith("choose") else f"and {otherwise}"
 
 
 def check_unneeded(directory: Path, where: str, inputs: Inputs = ()) -> None:
@@ -72,28 +88,58 @@ def check_unneeded(directory: Path, where: str, inputs: Inputs = ()) -> None:
     if holds(directory, Path.cwd()):
         raise refuse("is, or holds, the working directory", "choose another, or start from elsewhere")
     for name, path in inputs:
-        if holds(directory, Path(path)):
+        if holds(directory, Path(path)) and not (name == CONFIG_FILE and is_recorded(directory, Path(path))):
             raise refuse(f"is, or holds, what the run reads ({name}: {path})", "choose another, or move that elsewhere")
 
 
-def strangers(directory: Path) -> Iterator[str]:
-    """The files in an adapter directory, by their paths in it, that do not belong to the adapter; links are files."""
+def is_recorded(directory: Path, path: Path) -> bool:
+    """Whether a file is, unchanged, the one that the record of the adapter in this directory lists under its name."""
+    try:
+        name = path.resolve().relative_to(directory.resolve()).as_posix()
+        return is_file(directory / name) and (_listed(directory) or {}).get(name) == sha256(directory / name)
+    except (OSError, ValueError):
+        return False
+
+
+def belongings(directory: Path) -> Belongings:
+    """What is in an adapter directory: what its record lists, or else what is known of adapters, and what is not."""
     listed = _listed(directory)
-    known = KNOWN if listed is None else listed | _ALWAYS
-    for name in _files(directory):
-        if name not in known and not (listed is None and _TEMPLATES.fullmatch(name)):
-            yield name
+    if listed is None:
+        return of_adapter(directory, KNOWN.__contains__)
+    return survey(directory, (listed.keys() | _ALWAYS).__contains__)
 
 
 def remove(directory: Path) -> bool:
     """Remove an adapter directory, but for what does not belong to the adapter. Returns whether all has gone."""
-    foreign = set(strangers(directory))
-    for name in set(_files(directory)) - foreign:
-        (directory / name).unlink(missing_ok=True)
-    for place, _, _ in os.walk(directory, topdown=False):
-        with suppress(OSError):
-            os.rmdir(place)
-    return not directory.exists()
+    return clear(directory, belongings(directory))
+
+
+def move(directory: Path, target: Path) -> None:
+    """Move an adapter file by file to a directory beside it, where the system moves it in no other way.
+
+    What makes it an adapter, its configuration, goes first, so that there is never half of one. Raises OSError:
+    something cannot be moved, or something that does not belong to the adapter has come there.
+    """
+    found = belongings(directory)
+    target.mkdir(exist_ok=True)
+    shutil.copymode(directory, target)
+    for name in sorted(found.own, key=lambda name: name != CONFIG):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(directory / name, target / name)
+    for name in (*found.directories, "."):
+        (directory / name).rmdir()
+
+
+def move_back(source: Path, directory: Path) -> None:
+    """Undo `move`, wherever it ended. The configuration comes last."""
+    if not directory.exists():
+        directory.mkdir()
+        shutil.copymode(source, directory)
+    found = survey(source, lambda _: True, lambda _: True)
+    for name in sorted(found.own, key=lambda name: name == CONFIG):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(source / name, directory / name)
+    clear(source, found)
 
 
 def holds(directory: Path, path: Path) -> bool:
@@ -107,25 +153,14 @@ def holds(directory: Path, path: Path) -> bool:
     return False
 
 
-def _files(directory: Path) -> Iterator[str]:
-    """All that is not a directory, by its path in this one. Raises OSError: a directory cannot be read."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for place, directories, files in os.walk(directory, onerror=fail):
-        directories.sort()
-        for name in sorted([*files, *(one for one in directories if not is_directory(Path(place, one)))]):
-            yield Path(place, name).relative_to(directory).as_posix()
-
-
-def _listed(directory: Path) -> set[str] | None:
-    """The files that the record of an adapter lists; None without a record, or with one that cannot be read."""
+def _listed(directory: Path) -> dict[str, Any] | None:
+    """The files that the record of an adapter lists, with their digests; None if there is no record, or none that can
+    be read."""
     try:
         files = json.loads(read_text(directory / RECORD))["files"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    return set(files) if isinstance(files, dict) else None
+    return files if isinstance(files, dict) else None
 
 
 def _mounts(directory: Path) -> Iterator[str]:
