@@ -193,10 +193,12 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bo
         if group.leads:
             data.forget_old()
         group.gathered(None)  # so that a signal finds all of them on this side of the next line, or none
-        with interrupts.deferred(teller.note, repeated=group.count > 1) as stop:
+        with interrupts.deferred(repeated=group.count > 1) as stop:
             kept = _kept(run, ready, identity, teller, stop, group)
             teller.plan(run)
             outcome = _fit(run, kept)
+        if kept.stopping() and stop.asked is not None:  # since the trainer looked for the last time
+            raise stop.asked
         trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
         trained = adapter.whole(run.model)
         gained = _compared(run, trained, outcome, kept, allow_worse=allow_worse)
