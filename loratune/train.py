@@ -366,7 +366,8 @@ def _stage(
 def _prompt_of(rows: Part, most: int = 200) -> str:
     """The shortest prompt of the first rows, as one would type it after `loratune generate`; dots if none will do."""
     asked = (text for text in map(_asked, islice(rows.examples(), 100)) if 0 < len(text) <= most)
-    return escaping.shell(min(asked, key=lambda text: (not escaping.is_plain(text), len(text)), default="..."))
+    prompt = min(asked, key=lambda text: (not escaping.is_plain(text), len(text)), default="...")
+    return ("-- " if prompt.startswith("-") else "") + escaping.shell(prompt)  # or it would be taken for an option
 
 
 def _asked(example: Example) -> str:
