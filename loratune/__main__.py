@@ -3,7 +3,11 @@
 import os
 import sys
 
-from loratune import interrupts
+try:
+    from loratune import interrupts
+except KeyboardInterrupt:  # before there is a handler
+    os.write(2, b"error: interrupted\n")
+    os._exit(130)
 
 
 def main() -> None:

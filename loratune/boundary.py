@@ -57,8 +57,9 @@ def boundary(debug: bool, join: Callable[[], Group] = Alone, *, scarce: str = "f
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
-        with interrupts.unheard():
-            _fail(group, error if stop.asked is None or _says_so(error) else stop.asked(), debug, scarce)
+        told = error if stop.asked is None or _says_so(error) else stop.asked()
+        with interrupts.ending(hurried=_says_so(told)):
+            _fail(group, told, debug, scarce)
 
 
 _ENDS = {

@@ -88,7 +88,9 @@ def train(
     changes: Annotated[
         list[str], typer.Option("--allow-change", metavar="KEY", help="With --resume: take on the new value of KEY.")
     ] = [],  # noqa: B006  typer copies it
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at output_dir.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the adapter at output_dir, or an unfinished run.")
+    ] = False,
     allow_worse: Annotated[
         bool, typer.Option("--allow-worse", help="Publish the adapter even if it does worse than its base.")
     ] = False,
@@ -152,7 +154,7 @@ def generate(
         Path | None, typer.Option("--output", metavar="FILE", help="Write rows as JSONL to FILE.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=_MOST, help="Longest completion, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0: take the likeliest token; above: sample.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token; 0.001 to 1000: sample.")] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside it.")] = False,
     force: Force = False,

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +22,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from loratune import escaping
+from loratune import escaping, interrupts
 
 
 class Screen(io.TextIOBase):
@@ -101,21 +103,35 @@ out = _Console(highlight=False, soft_wrap=True, emoji=False)
 
 class Patient(io.TextIOBase):
     """A stream for what is told on the way: a run does not end because its reader has gone, or the disk of its log is
-    full."""
+    full; and one that was asked to end does not wait for a reader that does not read.
+
+    Whole lines go to the file descriptor, past Python's buffers: a signal may raise an exception or run its handler in
+    the middle of a write, and finds no lock held, and nothing that is written twice.
+    """
 
     def __init__(self, stream: Any):
-        self._stream = stream
+        self._stream, self._held = stream, ""
+        self._handle: int | None = None
+        with suppress(OSError, ValueError):
+            stream.flush()
+            self._handle = stream.fileno()
 
     def write(self, text: str) -> int:
         """As the stream does, or as if it did."""
-        with suppress(OSError, ValueError):
-            self._stream.write(text)
+        self._held += text
+        if "\n" in text or "\r" in text:
+            self.flush()
         return len(text)
 
     def flush(self) -> None:
         """As the stream does, or not at all."""
+        text, self._held = self._held, ""
         with suppress(OSError, ValueError):
-            self._stream.flush()
+            if self._handle is None:
+                self._stream.write(text)
+                self._stream.flush()
+            else:
+                _send(self._handle, text.encode(self.encoding, self._stream.errors))
 
     def isatty(self) -> bool:
         """Of the stream."""
@@ -129,6 +145,26 @@ class Patient(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         """Of the stream."""
         return str(self._stream.encoding)
+
+
+_PATIENCE = 10
+"""Tenths of a second for which a process that is to end waits for room in a full pipe, or in a stopped terminal."""
+
+
+def _send(handle: int, data: bytes) -> None:
+    """Write all of it to a file descriptor, and drop the rest once a signal has come and nothing is read.
+
+    A pipe that has room takes PIPE_BUF bytes without waiting, and no other process's line comes between them.
+    """
+    room = select.poll()
+    room.register(handle, select.POLLOUT)
+    while data:
+        waited = 0
+        while not room.poll(100):
+            waited += interrupts.asked()
+            if waited > _PATIENCE:
+                return
+        data = data[os.write(handle, data[: select.PIPE_BUF]) :]
 
 
 _APART: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}

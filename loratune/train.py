@@ -195,10 +195,12 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bo
         if group.leads:
             data.forget_old()
         group.gathered(None)  # so that a signal finds all of them on this side of the next line, or none
-        with interrupts.deferred(teller.note, repeated=group.count > 1) as stop:
+        with interrupts.deferred(repeated=group.count > 1) as stop:
             kept = _kept(run, ready, identity, teller, stop, group)
             teller.plan(run)
             outcome = _fit(run, kept)
+        if kept.stopping() and stop.asked is not None:  # since the trainer looked for the last time
+            raise stop.asked
         trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
         trained = adapter.whole(run.model)
         gained = _compared(run, trained, outcome, kept, teller)
@@ -371,7 +373,8 @@ def _stage(
 def _prompt_of(rows: Part, most: int = 200) -> str:
     """The shortest prompt of the first rows, as one would type it after `loratune generate`; dots if none will do."""
     asked = (text for text in map(_asked, islice(rows.examples(), 100)) if 0 < len(text) <= most)
-    return escaping.shell(min(asked, key=lambda text: (not escaping.is_plain(text), len(text)), default="..."))
+    prompt = min(asked, key=lambda text: (not escaping.is_plain(text), len(text)), default="...")
+    return ("-- " if prompt.startswith("-") else "") + escaping.shell(prompt)  # or it would be taken for an option
 
 
 def _asked(example: Example) -> str:

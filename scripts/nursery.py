@@ -77,10 +77,13 @@ class Nursery:
         )
         self._born: list[int] = []
 
-    def start(self, *arguments: object, limit: int | None = None, **environment: str) -> Child:
-        """Start `loratune ARGUMENTS`. limit: the bytes beyond which no file may grow, as on a disk that is full."""
+    def start(
+        self, *arguments: object, limit: int | None = None, pipe: Path | None = None, **environment: str
+    ) -> Child:
+        """Start `loratune ARGUMENTS`. limit: the bytes beyond which no file may grow, as on a disk that is full; pipe:
+        a named pipe to be its stderr, which somebody has opened."""
         number = len(self._children)
-        out, err = self._scratch / f"{number}.out", self._scratch / f"{number}.err"
+        out, err = self._scratch / f"{number}.out", pipe or self._scratch / f"{number}.err"
         given = {"argv": [*map(str, arguments)], "out": str(out), "err": str(err), "limit": limit, "env": environment}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(given).encode() + b"\n")

@@ -1,7 +1,9 @@
 """What may go wrong while a run lasts (rows 46 to 64 of the fault matrix): real processes, signals and full disks."""
 
+import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -53,6 +55,91 @@ def test_a_signal_in_a_step(
     assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
     child = processes.start(*line.split()[1:])
     assert child.wait() == 0, child.said()
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """A named pipe that holds 4 KiB, and its end for reading."""
+    path = tmp_path / "stderr"
+    os.mkfifo(path)
+    end = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(end, True)
+    fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 4096)
+    yield path, end
+    os.close(end)
+
+
+def test_a_signal_while_a_line_is_written(
+    pipe: tuple[Path, int], processes: Nursery, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Row 48: its reader answers a line with the signal, which then finds the program in the middle of its write."""
+    config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
+    for number, code, _ in ENDING * 2:
+        child = processes.start("train", config, "--overwrite", pipe=pipe[0])
+        said = b""
+        while b"step     3/" not in said:
+            assert child.poll() is None, said.decode()
+            said += os.read(pipe[1], 4096)
+        child.send(number)
+        while child.poll() is None:
+            said += os.read(pipe[1], 4096) if select.select([pipe[1]], [], [], 0.05)[0] else b""
+        *lines, last = (said + left(pipe[1])).decode().splitlines()
+        assert child.code == code, lines
+        steps = [int(line.split("/")[0].removeprefix("step ")) for line in lines if line.startswith("step ")]
+        assert steps == list(range(1, len(steps) + 1))
+        assert [path.name for path in checkpoints(tmp_path / "out.partial")] == [f"checkpoint-{steps[-1]}"]
+        assert sum("stopping after this step" in line for line in lines) == 1 and last.startswith("error: ")
+
+
+def left(end: int) -> bytes:
+    """What is still in a pipe whose writers have gone."""
+    parts = []
+    while select.select([end], [], [], 0)[0] and (part := os.read(end, 4096)):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def test_a_signal_where_nobody_reads(
+    pipe: tuple[Path, int], processes: Nursery, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Row 48: a run that waits for room in a pipe finishes its step and keeps it, and does not wait for the reader."""
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
+        child = processes.start("train", config, "--overwrite", pipe=pipe[0])
+        said = b""
+        while b"step     1/" not in said:
+            said += os.read(pipe[1], 4096)
+        probe = os.open(pipe[0], os.O_WRONLY | os.O_NONBLOCK)
+        until(lambda probe=probe: not select.select([], [probe], [], 0)[1], child)
+        os.close(probe)
+        time.sleep(0.5)
+        child.send(number)
+        assert child.wait() == code
+        assert len(checkpoints(tmp_path / "out.partial")) == 1, left(pipe[1])
+        left(pipe[1])
+
+
+def test_a_signal_after_the_last_look(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Row 48: the trainer has taken all of its steps; what was told holds, and nothing is published."""
+    script = """
+import signal
+from loratune import train
+from loratune.trainer import fit
+
+def fit_and_be_stopped(*arguments, **keywords):
+    outcome = fit(*arguments, **keywords)
+    signal.raise_signal(signal.SIGTERM)
+    return outcome
+
+train.trainer.fit = fit_and_be_stopped
+from loratune.__main__ import main
+main()
+"""
+    command = [sys.executable, "-c", script, "train", str(run_config())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert "stopping after this step" in done.stderr and "error: terminated; continue with: " in done.stderr
+    assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_signal_in_an_evaluation(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:

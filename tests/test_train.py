@@ -333,3 +333,15 @@ def test_evaluation_in_mid_run(cli: Cli, run_config: MakeConfig, tmp_path: Path)
     curve = json.loads((tmp_path / "out" / "loratune.json").read_text())["curve"]
     assert [entry["step"] for entry in curve if "eval_loss" in entry] == [2, 4]
     assert ran.err.count("held-out loss") == 2
+
+
+def test_a_prompt_that_looks_like_an_option_can_be_tried(
+    run_config: Callable[..., Path], tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    """The line at the end of a run is pasted as it is."""
+    rows = write_rows(tmp_path / "dashes.jsonl", [{"prompt": "-5 and 5 make", "completion": " 0"}] * 8)
+    ran = cli("train", run_config(data={"train": str(rows)}))
+    assert ran.code == 0, ran.err
+    line = next(line for line in ran.out.splitlines() if "try it" in line)
+    again = cli(*shlex.split(line.split("loratune ")[-1]))
+    assert again.code == 0, again.err

@@ -16,7 +16,7 @@ from loratune import launched
 from loratune.checkpoints import Checkpoints as Checkpoints
 from loratune.config import TrainingSection
 from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
-from loratune.interrupts import Stop, Termination
+from loratune.interrupts import Interruption, Stop, Termination
 from loratune.kernels import expect
 from loratune.launched import ALONE, Group
 from loratune.trainer.callbacks import Guard, Rehearsal, Reporter, Stopper
@@ -49,8 +49,8 @@ class Run:
     def stopping(self) -> bool:
         """Whether any process was asked to stop. All ask at the same moment, and all of them know from then on."""
         asked = self.stop.asked
-        told = self.group.total([asked is kind for kind in (KeyboardInterrupt, Termination)])
-        self.stop.asked = Termination if told[1] else KeyboardInterrupt if told[0] else None
+        told = self.group.total([asked is kind for kind in (Interruption, Termination)])
+        self.stop.asked = Termination if told[1] else Interruption if told[0] else None
         return self.stop.asked is not None
 
 
