@@ -26,7 +26,7 @@ from loratune.workspace.disk import sync as sync
 from loratune.workspace.disk import write_json as write_json
 from loratune.workspace.ending import PUBLISH as PUBLISH
 from loratune.workspace.ending import Ending as Ending
-from loratune.workspace.plain import is_directory, is_file
+from loratune.workspace.plain import hold, is_directory, is_file, open_lock
 from loratune.workspace.plain import kind as kind
 from loratune.workspace.replacing import CONFIG_FILE, Inputs
 
@@ -276,8 +276,8 @@ def inspect(output_dir: str, *, resume: bool, overwrite: bool, inputs: Inputs = 
     try:
         space = Workspace(*_siblings(output_dir), where, overwrite, inputs)
         if is_directory(space.partial) and is_file(space.lock):
-            with _opened(space.lock, os.O_RDONLY) as file:
-                _lock(file, where)
+            with open_lock(space.lock, os.O_RDONLY) as file:
+                hold(file, where)
         _check_free(space, where, resume=resume, overwrite=overwrite)
     except OSError as error:
         raise ConfigError(Problem(f"cannot be looked at: {error.strerror}", where, key)) from None
@@ -376,8 +376,8 @@ def _locked(space: Workspace, where: str) -> Iterator[None]:
     ended = LockedError(Problem("another run has just ended there", where, "output_dir", "start again"))
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(_opened(space.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
-            _lock(file, where)
+            file = stack.enter_context(open_lock(space.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
+            hold(file, where)
             if not os.path.samestat(os.fstat(file.fileno()), space.lock.stat()):
                 raise ended
         except FileNotFoundError:
@@ -391,22 +391,3 @@ def _locked(space: Workspace, where: str) -> Iterator[None]:
             space.leave()
             raise
         yield
-
-
-def _opened(path: Path, flags: int) -> TextIO:
-    """A lock file; no link is followed."""
-    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    return open(handle, "r" if flags == os.O_RDONLY else "a+", encoding="utf-8")
-
-
-def _lock(file: TextIO, where: str) -> None:
-    for attempt in range(5):  # another process may only be looking whether it is free
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.05 if attempt < 4 else 0)
-    else:
-        file.seek(0)
-        what = f"another run is working there ({file.read().strip() or 'it does not say which'})"
-        raise LockedError(Problem(what, where, "output_dir", "wait for it, or choose another"))

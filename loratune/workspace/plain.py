@@ -4,9 +4,13 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+from loratune.errors import LockedError, Problem
 
 _KINDS = {
     stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a named pipe",
@@ -88,3 +92,23 @@ def _lock(path: Path) -> int | None:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def open_lock(path: Path, flags: int) -> TextIO:
+    """A lock file; no link is followed."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    return open(handle, "r" if flags == os.O_RDONLY else "a+", encoding="utf-8")
+
+
+def hold(file: TextIO, where: str) -> None:
+    """Hold a lock until the file is closed. where: that it is of. Raises LockedError: another process holds it."""
+    for attempt in range(5):  # another process may only be looking whether it is free
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.05 if attempt < 4 else 0)
+    else:
+        file.seek(0)
+        what = f"another run is working there ({file.read().strip() or 'it does not say which'})"
+        raise LockedError(Problem(what, where, "output_dir", "wait for it, or choose another"))
