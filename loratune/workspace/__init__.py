@@ -4,15 +4,12 @@ A run works in `<output_dir>.partial/` and publishes by one rename, so the outpu
 """
 
 import errno
-import fcntl
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from loratune import droppings
 from loratune.errors import ConfigError, LockedError, Problem, ResourceError, ResumeError, is_disk_full
