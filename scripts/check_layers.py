@@ -298,7 +298,7 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
     return row
 
 
-UNWIELDY = ("bailing_hybrid", "blt", "gemma3n", "gemma3n_text", "longcat_flash")
+UNWIELDY = ("bailing_hybrid", "blt", "gemma3n", "gemma3n_text", "kimi_linear", "longcat_flash")
 """With states of 512, they take minutes or many GiB. Their attention is not replaced."""
 Steps = dict[str, tuple[float, Tensor] | str]
 
