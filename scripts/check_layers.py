@@ -135,7 +135,7 @@ def check(model: PreTrainedModel, findings: Findings) -> None:
     """Hold every layer of a model that has the structure of one that can be replaced against its replacement."""
     disturb(model)
     model = adapted(model)
-    sights = masks.sights(model)
+    sights = masks.survey(model).sights
     model.set_attn_implementation("eager")
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     decoder = model.get_decoder()
@@ -218,7 +218,7 @@ class Row:
 
     losses, gradients: differences to the stock model, packed and padded; gradients as shares of their size. own: loss
     and gradient of the stock model beside itself: in bfloat16, on the same weights in float32; in float32, where it
-    differs, with embeddings rounded to a number beside the right one.
+    differs, with embeddings rounded to a number beside the right one, and with other draws where it drops out.
     """
 
     model_type: str
@@ -244,7 +244,7 @@ class Row:
     def same(self) -> bool:
         """Whether the model gives what it gave, but for rounding."""
         loss, gradient = (1e-5, 1e-4) if self.dtype == "float32" else (2e-3, 0.05)
-        loss, gradient = (max(least, 2 * own) for least, own in zip((loss, gradient), self.own or (0, 0), strict=True))
+        loss, gradient = (max(least, 4 * own) for least, own in zip((loss, gradient), self.own or (0, 0), strict=True))
         return max(self.losses, default=0) <= loss and max(self.gradients, default=0) <= gradient
 
 
@@ -289,12 +289,16 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
     row.parts = ", ".join(part for part in (*fitting.KINDS, "loss") if part not in left) or "nothing"
     _compare(row, stock, fast)
     if dtype == torch.bfloat16:
-        row.own = _own(model.float(), batches, stock)
+        exact = model.float()
+        row.own = _own(exact, batches, stock)
+        row.own = (
+            row.own if row.same else [max(pair) for pair in zip(row.own, _own(exact, batches, stock, 1), strict=True)]
+        )
     elif not row.same:
         weight = model.get_input_embeddings().weight
         signs = 2 * torch.randint(2, weight.shape, generator=torch.Generator().manual_seed(5)) - 1
         weight.data *= 1 + torch.finfo(dtype).eps / 2 * signs
-        row.own = _own(model, batches, stock)
+        row.own = [max(pair) for pair in zip(_own(model, batches, stock), _own(model, batches, stock, 1), strict=True)]
     return row
 
 
@@ -316,21 +320,21 @@ def _compare(row: Row, stock: Steps, fast: Steps) -> None:
             row.gradients.append(distance(old[1], new[1]))
 
 
-def _own(model: Any, batches: dict[str, dict[str, Tensor]], stock: Steps) -> list[float]:
-    """Differences of the stock model to itself in float32, of loss and gradient."""
+def _own(model: Any, batches: dict[str, dict[str, Tensor]], stock: Steps, seed: int = 0) -> list[float]:
+    """Differences of the stock model to itself in float32, of loss and gradient. seed: of what it drops out."""
     found = [0.0, 0.0]
     for name, batch in batches.items():
-        exact, old = step(model, batch), stock[name]
+        exact, old = step(model, batch, seed), stock[name]
         if not isinstance(exact, str) and not isinstance(old, str):
             found = [max(found[0], abs(exact[0] - old[0])), max(found[1], distance(exact[1], old[1]))]
     return found
 
 
-def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, Tensor] | str:
+def step(model: Any, batch: dict[str, Tensor], seed: int = 0) -> tuple[float, Tensor] | str:
     """The loss of a batch and all gradients as one vector; what went wrong, where the model fails."""
     given = dict(batch)
     labels = given.pop("labels")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     try:
         kernels.expect(model, labels)
         total, count = kernels.next_token_loss(model(**given, use_cache=False).logits, labels)

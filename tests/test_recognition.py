@@ -224,5 +224,5 @@ def test_what_layers_see_is_what_their_model_makes_them_see(
 ) -> None:
     model = small(model_type, **changes)
     own = model.config._attn_implementation
-    assert {sight.window for sight in masks.sights(model).values()} == windows
+    assert {sight.window for sight in masks.survey(model).sights.values()} == windows
     assert model.config._attn_implementation == own

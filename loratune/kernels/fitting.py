@@ -24,7 +24,7 @@ from loratune.kernels.plain import Passes
 from loratune.kernels.projection import Adapted, Projection
 from loratune.kernels.recognition import form_of
 from loratune.kernels.replacing import PerBatch, Replacement, restore
-from loratune.kernels.trial import Trial, evaluating
+from loratune.kernels.trial import LONG_ROWS, Trial, evaluating
 
 Reader = Callable[[nn.Module], Adapted | None]
 """From a module to the linear layer and the LoRA that it is, or None: it is something else."""
@@ -135,7 +135,10 @@ def fitted(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[lis
 def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -> list[str]:
     """Put fast modules in their places. replaced: gets path and module of each that went. Returns what stays."""
     trial, over = Trial(base), passes(base.get_input_embeddings().weight)
-    kinds = [kind for kind in _kinds(base, reader) if kind.fits] if trial.runs else []
+    survey = masks.survey(base)
+    kinds = (
+        [kind for kind in _kinds(base, reader, survey.sights, plain=survey.plain) if kind.fits] if trial.runs else []
+    )
     if over is plain:
         kinds = [kind for kind in kinds if kind.what != "attention"]  # torch's own is faster than the reference
     for kind in kinds:
@@ -146,8 +149,8 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
         trial.prepare()
         kinds = [kind for kind in kinds if kind.agreed(base, trial)]
     replaced += [(name, module) for kind in kinds for name, module, _ in kind.fits]
-    if trial.runs and not any(kind.what == "attention" for kind in kinds):
-        rowwise.attend(base, trial.agrees)
+    if trial.runs and survey.plain and not any(kind.what == "attention" for kind in kinds):
+        rowwise.attend(base, Trial(base, LONG_ROWS).agrees)
     left = [what for what in KINDS if not any(kind.what == what and kind.whole for kind in kinds)]
     if over is plain:  # torch computes all that would be one pass over memory in C
         return [*(what for what in left if what != "norms"), "norms, rotations and activations"]
@@ -194,9 +197,9 @@ KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
 """What is replaced, and how the names of such layers end."""
 
 
-def _kinds(base: Any, reader: Reader) -> list[_Kind]:
+def _kinds(base: Any, reader: Reader, sights: Mapping[nn.Module, Sight], *, plain: bool) -> list[_Kind]:
     """What could be replaced, by the classes of the layers and their masks."""
-    layouts, sights = PerBatch(Layout.of), masks.sights(base)
+    layouts = PerBatch(Layout.of)
     fast: dict[str, list[tuple[str, nn.Module, nn.Module]]] = {what: [] for what in KINDS}
     rest = dict.fromkeys(KINDS, 0)
     for name, module in list(base.get_decoder().named_modules(prefix=_decoder_path(base))):
@@ -208,7 +211,7 @@ def _kinds(base: Any, reader: Reader) -> list[_Kind]:
             rest[what or "attention"] += 1
     own = base.config._attn_implementation
     kinds = [_Kind(what, fits, not rest[what] and bool(fits), own) for what, fits in fast.items()]
-    return [kind for kind in kinds if kind.whole or kind.what != "attention" or own == "sdpa"]
+    return [kind for kind in kinds if kind.whole or kind.what != "attention" or (own == "sdpa" and plain)]
 
 
 def _decoder_path(base: Any) -> str:

@@ -49,6 +49,8 @@ class _Probe:
     def __init__(self) -> None:
         self.sights: dict[nn.Module, Sight] = {}
         self.refused: set[nn.Module] = set()
+        self.altered = False
+        """Whether a layer was given another mask than transformers made, as where its family chooses among keys."""
         self._windows: dict[int, int | None] = {}
         self._kept: list[Any] = []
 
@@ -62,6 +64,7 @@ class _Probe:
     ) -> tuple[Tensor, None]:
         """Takes note of a layer, and gives zeros. query: (rows, heads, length, size)."""
         rows, heads, length, size = query.shape
+        self.altered |= not isinstance(attention_mask, _Mask)
         sight = None
         if key.shape == value.shape and key.shape[-1] == size and heads % key.shape[1] == 0 and _harmless(given):
             window = self._window(attention_mask)
@@ -120,19 +123,29 @@ def window_of(function: Callable[..., Tensor]) -> int | None:
     return window if window < REACH else None
 
 
-def sights(base: Any) -> dict[nn.Module, Sight]:
-    """How each layer of attention attends that goes through transformers' interface, and whose mask is understood.
+@dataclass(frozen=True)
+class Survey:
+    """How the layers of a model attend that go through transformers' interface.
 
-    base: a causal language model of transformers. Empty if it does not run on a bare row.
+    sights: of the layers whose mask is understood; plain: whether all layers get masks as transformers makes them,
+    understood or not.
     """
+
+    sights: dict[nn.Module, Sight]
+    plain: bool
+
+
+def survey(base: Any) -> Survey:
+    """Look at a causal language model of transformers; nothing is found where it does not run on a bare row."""
     probe = _Probe()
     ids = (torch.arange(8) + 8).view(1, -1).to(base.device) % base.config.get_text_config().vocab_size
     try:
         with probing(base, probe), evaluating(base), torch.no_grad():
             base.get_decoder()(ids, use_cache=False)
     except Exception:  # what a family lacks, or raises on what it does not know, is its own choice
-        return {}
-    return {module: sight for module, sight in probe.sights.items() if module not in probe.refused}
+        return Survey({}, plain=False)
+    found = {module: sight for module, sight in probe.sights.items() if module not in probe.refused}
+    return Survey(found, plain=not probe.altered)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from loratune.errors import is_out_of_memory
 
 ROWS = (29, 19)
 """Tokens of the rows that stand end to end."""
+LONG_ROWS = (150, 70)
+"""The same where attention is another function: some families choose blocks of keys once a row has several."""
 FAR = 17
 """Tokens of the row that stands at the last positions of the model."""
 MOST = 1 << 24
@@ -24,6 +26,8 @@ LEAST = {torch.bfloat16: 0.1, torch.float16: 0.1}
 NOISE = 2.0
 """So many times what the rounding of the inputs alone makes is allowed, where that is more. In bfloat16 it can make as
 much as half of a gradient, in the real SmolLM2-135M too, and no replacement is told from it there."""
+UTMOST = 0.7
+"""More is never allowed: gradients that are lost altogether are 1 away from what they were."""
 DRAWS = 3
 """Rows that are drawn before a difference counts: rounding can make a mixture of experts choose another one."""
 
@@ -56,9 +60,9 @@ class Trial:
     base: a causal language model of transformers, with an adapter or without; as it is now, it is the standard.
     """
 
-    def __init__(self, base: Any):
-        self._base = base
-        self._standards = [_standard(base, 0)]
+    def __init__(self, base: Any, rows: tuple[int, ...] = ROWS):
+        self._base, self._rows = base, rows
+        self._standards = [_standard(base, 0, rows)]
 
     @property
     def runs(self) -> bool:
@@ -67,27 +71,30 @@ class Trial:
 
     def prepare(self) -> None:
         """Draw all rows, while the model is as it was."""
-        self._standards += [_standard(self._base, seed) for seed in range(len(self._standards), DRAWS)]
+        self._standards += [_standard(self._base, seed, self._rows) for seed in range(len(self._standards), DRAWS)]
 
     def agrees(self) -> bool:
         """Whether the model gives the same for some rows drawn; what is computed otherwise differs for all of them."""
         known = [(seed, old) for seed, old in enumerate(self._standards) if old is not None]
-        return any(old.holds(outcome(self._base, seed, distant=old.distant)) for seed, old in known)
+        return any(old.holds(outcome(self._base, seed, distant=old.distant, rows=self._rows)) for seed, old in known)
 
 
-def _standard(base: Any, seed: int) -> Standard | None:
+def _standard(base: Any, seed: int, rows: tuple[int, ...]) -> Standard | None:
     """What a model gives, and how far rounding moves that."""
     for distant in (True, False):
-        values = outcome(base, seed, distant=distant)
-        moved = outcome(base, seed, rounded=True, distant=distant) if values is not None else None
+        values = outcome(base, seed, distant=distant, rows=rows)
+        moved = outcome(base, seed, rounded=True, distant=distant, rows=rows) if values is not None else None
         if values is not None and moved is not None:
             least = LEAST.get(values[0].dtype, 1e-3)
-            allowed = [max(least, NOISE * distance(*pair)) for pair in zip(values, moved, strict=True)]
+            noise = [NOISE * distance(*pair) for pair in zip(values, moved, strict=True)]
+            allowed = [min(max(least, one), UTMOST) for one in noise]
             return Standard(values, allowed, distant)
     return None
 
 
-def outcome(base: Any, seed: int = 0, *, rounded: bool = False, distant: bool = True) -> Outcome | None:
+def outcome(
+    base: Any, seed: int = 0, *, rounded: bool = False, distant: bool = True, rows: tuple[int, ...] = ROWS
+) -> Outcome | None:
     """States and gradients of random rows, or None if the model cannot do it. Leaves no gradient behind.
 
     rounded: with embeddings that are rounded to another number beside the right one; distant: with a row at the last
@@ -95,17 +102,17 @@ def outcome(base: Any, seed: int = 0, *, rounded: bool = False, distant: bool = 
     """
     with torch.random.fork_rng(_devices(base)):
         try:
-            return _passed(base, seed, rounded, distant)
+            return _passed(base, seed, rounded, distant, rows)
         except Exception as error:  # what a family lacks, or raises on what it does not know, is its own choice
             if is_out_of_memory(error):
                 raise
             return None
 
 
-def _passed(base: Any, seed: int, rounded: bool, distant: bool) -> Outcome:
+def _passed(base: Any, seed: int, rounded: bool, distant: bool, rows: tuple[int, ...]) -> Outcome:
     text = base.config.get_text_config()
     vocabulary, ends = text.vocab_size, getattr(text, "max_position_embeddings", None) or 1 << 11
-    flat, far = torch.cat([torch.arange(length) for length in ROWS])[None], torch.arange(ends - FAR, ends)[None]
+    flat, far = torch.cat([torch.arange(length) for length in rows])[None], torch.arange(ends - FAR, ends)[None]
     states: Outcome = []
     gradients: Outcome = []
     for positions in (
