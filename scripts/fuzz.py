@@ -56,7 +56,8 @@ def watch(armed: list[bool]) -> None:
     """While `armed` is not empty, refuse what no fuzzed file may cause."""
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-        if armed and event in FORBIDDEN:
+        ours = event == "pickle.find_class" and str(arguments[0]).startswith("loratune.")
+        if armed and event in FORBIDDEN and not ours:  # rows come back by a pipe from the process that renders them
             raise Reached(f"{event} {arguments}")
 
     sys.addaudithook(refuse)

@@ -271,8 +271,9 @@ def test_a_reader_that_leaves(chat: Path, tmp_path: Path) -> None:
 def test_output_to_a_pipe_a_link_and_a_directory(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:
     """A device stays a device, a link stays a link, and a directory is refused before anything is loaded."""
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    for output in ("/dev/null", tmp_path / "link"):
-        assert cli("generate", "--adapter", plain, "--max-new-tokens", 2, "--output", output, "a:").code == 0
+    (tmp_path / "target").touch()
+    for output in (["/dev/null"], [tmp_path / "link", "--overwrite"]):
+        assert cli("generate", "--adapter", plain, "--max-new-tokens", 2, "a:", "--output", *output).code == 0
     assert Path("/dev/null").is_char_device() and (tmp_path / "link").is_symlink()
     assert json.loads((tmp_path / "target").read_text())["prompt"] == "a:"
     ran = cli("generate", "--adapter", plain, "--output", tmp_path, "a:")

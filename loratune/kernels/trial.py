@@ -112,7 +112,10 @@ def outcome(
 def _passed(base: Any, seed: int, rounded: bool, distant: bool, rows: tuple[int, ...]) -> Outcome:
     text = base.config.get_text_config()
     vocabulary, ends = text.vocab_size, getattr(text, "max_position_embeddings", None) or 1 << 11
-    flat, far = torch.cat([torch.arange(length) for length in rows])[None], torch.arange(ends - FAR, ends)[None]
+    flat, far = (
+        torch.cat([torch.arange(min(length, ends)) for length in rows])[None],
+        torch.arange(ends - FAR, ends)[None],
+    )
     states: Outcome = []
     gradients: Outcome = []
     for positions in (
