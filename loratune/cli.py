@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from loratune import __version__, escaping, launched
 from loratune.boundary import boundary, printed, stopped
-from loratune.console import screened, verbatim
+from loratune.console import Screen, screened, verbatim
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.launched import Group
 from loratune.paths import unusable
@@ -375,6 +375,7 @@ def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
     """One row per answer: as it was read, with `completion`, and `base`; its own `completion` becomes `reference`."""
     from loratune.data.sources.rows import as_json
 
+    to = Screen(file) if file.isatty() else file
     for answer in answers:
         row = dict(answer.row.values)
         if "completion" in row:
@@ -382,7 +383,7 @@ def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
         row["completion"] = answer.completion
         if answer.base is not None:
             row["base"] = answer.base
-        print(as_json(row), file=file)
+        print(as_json(row), file=to)
 
 
 def _one_line(text: str | None) -> str:

@@ -192,10 +192,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
+        path.open("rb").close()  # safetensors calls a file absent that it may not read
         with safe_open(path, framework="np") as file:
             names = list(file.keys())
             if len(names) > _MOST_TENSORS or any(len(name) > _LONGEST_NAME for name in names):
                 raise AdapterError(Problem("has more tensors, or longer names, than any model has modules", str(path)))
             return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except PermissionError as error:
+        raise AdapterError(Problem(f"cannot be read: {error.strerror}", str(path))) from None
     except (SafetensorError, OSError) as error:
         raise AdapterError(Problem(f"damaged: {error}", str(path))) from None

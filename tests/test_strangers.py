@@ -588,6 +588,11 @@ def test_a_terminal_gets_escapes_of_ours_only(copy: Path, run_config: MakeConfig
     (copy / "tokenizer.json").write_text(json.dumps(values))  # each token of an answer is an escape sequence
     said = terminal(["generate", "x", "--adapter", copy, "--force", "--max-new-tokens", 3])
     assert "\x1b]" not in said and "\x07" not in said and "\\x1b]0;t\\x07\tz\r\n" in said, said
+    asked = write_rows(tmp_path / "q.jsonl", [{"prompt": "x\x9b\x7f\u202e"}])
+    said = terminal(
+        ["generate", "--adapter", copy, "--force", "--max-new-tokens", 1, "--input", asked, "--output", "/dev/stdout"]
+    )
+    assert '"completion"' in said and "\x9b" not in said and "\x7f" not in said and "\u202e" not in said
     piped = subprocess.run(
         [sys.executable, "-m", "loratune", "generate", "x", "--adapter", copy, "--force", "--max-new-tokens", "3"],
         capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
