@@ -55,7 +55,7 @@ once = LOOP + "{% if m.content == 'aaaa' %}" + FOREVER + "{% endif %}{{ m.conten
 told(lambda: Renderer(changed(tokenizer, chat_template=once)).row(CHAT))
 told(lambda: Renderer(changed(tokenizer, chat_template=once)).prompt(CHAT.messages[:1], "asked:1"))
 slow = splitting(tokenizer, r"\\w+?(?<=b)")
-told(lambda: Renderer(slow).rows([Plain("rows:1", "a", "b"), Plain("rows:2", "a" * 900_000, "b")]))
+told(lambda: Renderer(slow).rows([Plain("rows:1", "a", "b"), Plain("rows:2", "a" * 60_000, "b")]))
 """
 
 

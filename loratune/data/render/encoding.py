@@ -1,5 +1,6 @@
 """Texts → ids, many at once: by the fast tokenizer's own batches, or one by one by a slow tokenizer."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -103,7 +104,10 @@ class Encoder:
             ids = limited(lambda: encode(texts), more=_more(texts))
         except KeyboardInterrupt:
             raise
-        except BaseException:  # a panic of tokenizers is no Exception
+        except BaseException as error:  # a panic of tokenizers is no Exception
+            if isinstance(error, BeyondLimit):
+                # the thread that was given up holds a lock on it, which to wait for keeps the interpreter
+                self._backend = copy.deepcopy(self._backend)
             ids = [self._tried([text], encode, broken=False)[0] for text in texts]
         if len(texts[0]) < PIECE // 2:
             return ids
