@@ -116,6 +116,7 @@ class Nursery:
         *lines, self._held = (self._held + block).split(b"\n")
         for told in map(json.loads, lines):
             if isinstance(told, int):
+                self.ended.pop(told, None)  # of an earlier process that had the same number
                 self._born.append(told)
             else:
                 self.ended[told[0]] = told[1]
