@@ -1,6 +1,5 @@
 """Texts → ids, many at once: by the fast tokenizer's own batches, or one by one by a slow tokenizer."""
 
-import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -104,10 +103,7 @@ class Encoder:
             ids = limited(lambda: encode(texts), more=_more(texts))
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a panic of tokenizers is no Exception
-            if isinstance(error, BeyondLimit):
-                # the thread that was given up holds a lock on it, which to wait for keeps the interpreter
-                self._backend = copy.deepcopy(self._backend)
+        except BaseException:  # a panic of tokenizers is no Exception
             ids = [self._tried([text], encode, broken=False)[0] for text in texts]
         if len(texts[0]) < PIECE // 2:
             return ids
@@ -115,8 +111,11 @@ class Encoder:
         return [[known.setdefault(number, number) for number in row] for row in ids]
 
     def _quick(self, texts: list[str]) -> list[list[int]]:
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        # only where it changes something: both wait, with the interpreter, for a thread that was given up to be done
+        if self._backend.truncation is not None:
+            self._backend.no_truncation()
+        if self._backend.padding is not None:
+            self._backend.no_padding()
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _slowly(self, texts: list[str]) -> list[list[int]]:
