@@ -4,7 +4,7 @@ import os
 import sys
 
 try:
-    from loratune import interrupts
+    from loratune.system import signals
 except KeyboardInterrupt:  # before there is a handler
     os.write(2, b"error: interrupted\n")
     os._exit(130)
@@ -14,18 +14,18 @@ def main() -> None:
     """Hear signals from the start, then load the command line and obey it. Of several processes one is heard; another
     one speaks by `sys.__stderr__`, should that one have gone."""
     try:
-        with interrupts.immediate():
+        with signals.immediate():
             _run()
     finally:
-        interrupts.ignore()  # nothing is left to be stopped, and nobody to say so nicely
+        signals.ignore()  # nothing is left to be stopped, and nobody to say so nicely
 
 
 def _run() -> None:
-    from loratune import launched, streams
     from loratune.errors import LoratuneError, ResourceError, is_out_of_memory
+    from loratune.system import launcher, streams
 
     streams.secure()
-    if launched.rank() > 0:
+    if launcher.rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
     try:
         from loratune.cli import app

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from loratune import __version__, escaping, launched
-from loratune.boundary import boundary, printed, stopped
+from loratune import __version__, escaping
+from loratune.commands.boundary import boundary, printed, stopped
 from loratune.console import Screen, screened, verbatim
 from loratune.errors import ConfigError, DataError, Problem
-from loratune.launched import Group
-from loratune.paths import unusable
+from loratune.system import launcher
+from loratune.system.launcher import Group
+from loratune.system.paths import unusable
 
 if TYPE_CHECKING:
-    from loratune import preflight
-    from loratune.generate import Answer
+    from loratune.commands.generate import Answer
+    from loratune.training import preflight
 
 
 class _Screened(TyperGroup):
@@ -111,24 +112,24 @@ def train(
             checked = _checked(config_file, assignments, changes if resume else None, overwrite=overwrite)
 
         with _loading():
-            from loratune import preflight
+            from loratune.training import preflight
 
         ready = preflight.shared(checked, group)
 
         with _loading():
-            from loratune import show
-            from loratune import train as story
+            from loratune.commands import show
+            from loratune.commands import train as train_module
             from loratune.console import TrainingProgress, note, watched
 
         try:
             if dry_run:
-                planned = story.plan(ready, watched, group)
+                planned = train_module.plan(ready, watched, group)
                 group.part()
                 if group.main:
                     show.plan(planned, rows)
                 return
-            teller = story.Teller(note, show.announce, watched, TrainingProgress())
-            made = story.train(ready, teller, group, allow_worse=allow_worse)
+            teller = train_module.Teller(note, show.announce, watched, TrainingProgress())
+            made = train_module.train(ready, teller, group, allow_worse=allow_worse)
         except KeyboardInterrupt as stop:
             fix = "the rows that were tokenised are kept, and the same command goes on from there"
             if not dry_run and ready.space.is_resumable():
@@ -165,26 +166,26 @@ def generate(
         _check_paths(adapter=adapter, input=source, output=output)
         _check_answers(prompts, source, output, temperature, overwrite=overwrite)
 
-        from loratune.workspace import outputs
+        from loratune.commands import output_file
 
         read = (adapter, source) if source else (adapter,)
-        place = outputs.output(output, "--output", overwrite=overwrite, inputs=read) if output is not None else None
+        place = output_file.output(output, "--output", overwrite=overwrite, inputs=read) if output is not None else None
 
         rows = _prompt_rows(prompts, source)
 
         with _loading():
-            from loratune import preflight
             from loratune.console import note
+            from loratune.training import preflight
 
         opened = preflight.open_adapter(adapter, note, forced=force)
         if place is not None:
             place = place.reading(Path(opened.base.name_or_path))
 
         with _loading():
-            from loratune import generate as story
+            from loratune.commands import generate as generate_module
 
         stream = len(rows) == 1 and output is None and not base and sys.stdout.isatty()
-        answers = story.generate(
+        answers = generate_module.generate(
             opened, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream, note=note
         )
         if place is not None:
@@ -214,19 +215,19 @@ def params(
         from loratune import config
 
         if adapter:
-            from loratune import header as reader
-            from loratune import saved, show
+            from loratune.commands import adapter_stats, show
+            from loratune.lora import adapter_files
 
-            show.header(str(adapter), reader.header(saved.inspect(adapter)), as_json)
+            show.header(str(adapter), adapter_stats.header(adapter_files.inspect(adapter)), as_json)
             return
         run = config.load(config_file, assignments) if config_file else config.of_model(str(model), assignments)
         _tell(config.portability(run.lora))
 
         with _loading():
-            from loratune import params as story
-            from loratune import show
+            from loratune.commands import params as params_module
+            from loratune.commands import show
 
-        show.params(story.params(run), as_json)
+        show.params(params_module.params(run), as_json)
 
 
 @app.command()
@@ -242,17 +243,17 @@ def evaluate(
     with boundary(debug, scarce="free memory, or shorten the rows with --set data.max_length"):
         _check_paths(adapter=adapter, data=data)
         with _loading():
-            from loratune import preflight
             from loratune.config import Source
             from loratune.console import note, watched
             from loratune.data import check_source
+            from loratune.training import preflight
 
         opened = preflight.open_adapter(adapter, note, forced=force, assignments=assignments)
         part = check_source(Source(path=data), opened.data, watched)
 
         with _loading():
-            from loratune import show
-            from loratune.evaluate import evaluate as story
+            from loratune.commands import show
+            from loratune.commands.evaluate import evaluate as story
 
         scores, remarks = story(opened, part, watched, note)
         for line in remarks:
@@ -262,35 +263,36 @@ def evaluate(
 
 def _join() -> Group:
     """The processes of this run; torch is imported for it only where there are several."""
-    if launched.count() == 1:
-        return launched.Alone()
+    if launcher.count() == 1:
+        return launcher.Alone()
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch says of connections that end is ours to say
 
     with _loading():
-        from loratune import ranks
+        from loratune.training import distributed
 
-    return ranks.join()
+    return distributed.join()
 
 
 def _checked(
     config_file: Path, assignments: list[str], resume: list[str] | None, *, overwrite: bool
 ) -> "preflight.Ready":
     """What can be known of a run before torch is imported, see `preflight.check`. resume: keys with new values."""
-    from loratune import config, workspace
+    from loratune import config
+    from loratune.training import run_dir
 
     run = config.load(config_file, assignments)
-    if run.model.device_map is not None and launched.count() > 1:
-        what = f"auto spreads one model over all GPUs, and each of {launched.count()} processes would do so"
+    if run.model.device_map is not None and launcher.count() > 1:
+        what = f"auto spreads one model over all GPUs, and each of {launcher.count()} processes would do so"
         fix = f"leave it out, or start one process: loratune train {escaping.shell(str(config_file))}"
         raise ConfigError(Problem(what, str(config_file), "model.device_map", fix))
     _tell(config.portability(run.lora))
     read = config.inputs(config_file, run)
-    space = workspace.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=read)
+    space = run_dir.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=read)
 
     with _loading():
-        from loratune import preflight
         from loratune.console import watched
+        from loratune.training import preflight
 
     return preflight.check(run, space, watched, resume)
 

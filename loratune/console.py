@@ -22,7 +22,8 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from loratune import escaping, interrupts
+from loratune import escaping
+from loratune.system import signals
 
 
 class Screen(io.TextIOBase):
@@ -161,7 +162,7 @@ def _send(handle: int, data: bytes) -> None:
     while data:
         waited = 0
         while not room.poll(100):
-            waited += interrupts.asked()
+            waited += signals.asked()
             if waited > _PATIENCE:
                 return
         data = data[os.write(handle, data[: select.PIPE_BUF]) :]

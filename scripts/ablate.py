@@ -26,9 +26,10 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 from transformers import AutoModelForCausalLM
 
-from loratune import adapter, kernels, targets
+from loratune import kernels
 from loratune.config import LoraSection
 from loratune.data.packing import flatten, pad
+from loratune.lora import attach, linear, targets
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT = {
@@ -98,13 +99,13 @@ def _measured(without: str, batches: Sequence[Mapping[str, Any]], path: Path, *,
         kernels.keep_pages()
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     section = LoraSection(r=8, lora_alpha=16)
-    model = adapter.attach(base, section, targets.find(base, section).peft(), seed=0).train()
+    model = attach.attach(base, section, targets.find(base, section).peft(), seed=0).train()
     tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["labels"])).sum()) for batch in batches)
     off = [*PIECES] if without == "everything" else [piece for piece in PIECES if piece == without]
     with ExitStack() as stack:
         for piece in off:  # patched, because nobody but this script wants a piece to be missing
-            stack.enter_context(patch(f"loratune.kernels.fitting.{PIECES[piece]}", lambda *_: None))
-        stack.enter_context(kernels.fitted(model, adapter.linear))
+            stack.enter_context(patch(f"loratune.kernels.accelerate.{PIECES[piece]}", lambda *_: None))
+        stack.enter_context(kernels.fitted(model, linear.linear))
         _step(model, batches[0])
         start = time.monotonic()
         for batch in batches:

@@ -27,15 +27,16 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loratune import adapter, kernels
+from loratune import kernels
 from loratune.data.packing import flatten, pad
 from loratune.errors import ModelError
-from loratune.kernels import fitting, masks
+from loratune.kernels import accelerate, masks
 from loratune.kernels.attention import Layout
+from loratune.kernels.parity_check import distance
 from loratune.kernels.recognition import LIST, Layer, checked
 from loratune.kernels.replacing import PerBatch
-from loratune.kernels.trial import distance
-from loratune.targets import resolve
+from loratune.lora import linear
+from loratune.lora.targets import resolve
 
 TABLE = Path(__file__).parent.parent / "tests" / "golden_kernels.txt"
 TOLERANCE = 2e-4
@@ -164,13 +165,13 @@ def _noted(calls: dict[nn.Module, Any]) -> Callable[..., None]:
 def candidates(module: nn.Module, sights: dict[nn.Module, masks.Sight]) -> Iterator[tuple[str, nn.Module]]:
     """Forms whose structure a layer has."""
     layouts = PerBatch(Layout.of)
-    if (norm := fitting.norm(module)) is not None:
-        yield fitting.NORM, norm
-    if (gated := fitting.gated(module, adapter.linear)) is not None:
-        yield fitting.GATED, gated
+    if (norm := accelerate.norm(module)) is not None:
+        yield accelerate.NORM, norm
+    if (gated := accelerate.gated(module, linear.linear)) is not None:
+        yield accelerate.GATED, gated
     if module in sights:
-        for form, turned in ((fitting.ATTENTION, True), (fitting.UNTURNED, False)):
-            made = fitting.attention(module, adapter.linear, sights[module], layouts, turned=turned)
+        for form, turned in ((accelerate.ATTENTION, True), (accelerate.UNTURNED, False)):
+            made = accelerate.attention(module, linear.linear, sights[module], layouts, turned=turned)
             if made is not None:
                 yield form, made
 
@@ -183,7 +184,7 @@ def agrees(module: nn.Module, fast: nn.Module, given: tuple[Any, ...], named: di
     states = given[0] if given else named[name]
     if not isinstance(states, Tensor) or not states.is_floating_point():
         return False
-    for change in INPUTS if isinstance(fast, fitting.FastAttention) else [*INPUTS, *LARGE]:
+    for change in INPUTS if isinstance(fast, accelerate.FastAttention) else [*INPUTS, *LARGE]:
         drawn = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
         for training in (False, True):
             outcomes = []
@@ -284,9 +285,9 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
     model.train()
     batches = {"packed": flatten(rows()), "padded": dict(pad(rows(), 0))}
     stock = {name: step(model, batch) for name, batch in batches.items()}
-    with kernels.fitted(model, adapter.linear) as left:
+    with kernels.fitted(model, linear.linear) as left:
         fast = {name: step(model, batch) for name, batch in batches.items()}
-    row.parts = ", ".join(part for part in (*fitting.KINDS, "loss") if part not in left) or "nothing"
+    row.parts = ", ".join(part for part in (*accelerate.KINDS, "loss") if part not in left) or "nothing"
     _compare(row, stock, fast)
     if dtype == torch.bfloat16:
         exact = model.float()

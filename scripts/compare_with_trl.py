@@ -31,7 +31,7 @@ from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 from trl.chat_template_utils import get_training_chat_template  # type: ignore[import-not-found]
 
 from loratune.data.formats import Conversation, Example, Message, Plain
-from loratune.data.render import IGNORED, Renderer, Tokens
+from loratune.data.rendering import IGNORED, Renderer, Tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 Labelled = tuple[list[int], list[int]]

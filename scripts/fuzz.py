@@ -27,11 +27,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loratune import config, data, inference, preflight, train, workspace
+from loratune import config, data
+from loratune.commands import inference, train
 from loratune.config import DataSection
-from loratune.data.render import Renderer
+from loratune.data.rendering import Renderer
 from loratune.data.watching import unwatched
 from loratune.errors import LoratuneError
+from loratune.training import preflight, run_dir
 
 LONGEST = 20
 """Seconds that a case may take."""
@@ -264,7 +266,7 @@ def trained(scratch: Path) -> Path:
     }  # fmt: skip
     (scratch / "good.yaml").write_text(yaml.safe_dump(values))
     run = config.load(scratch / "good.yaml")
-    space = workspace.inspect(run.output_dir, resume=False, overwrite=False)
+    space = run_dir.inspect(run.output_dir, resume=False, overwrite=False)
     ready = preflight.check(run, space, unwatched)
     train.train(ready, train.Teller(lambda _: None, lambda _: None, unwatched, Silent()))
     return scratch / "good"

@@ -16,8 +16,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
-from loratune import adapter, kernels
+from loratune import kernels
 from loratune.data.packing import flatten, pad
+from loratune.lora import linear
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -37,7 +38,7 @@ def rows(lengths: list[int]) -> list[dict[str, list[int]]]:
 
 def timed(model: Any, batch: dict[str, torch.Tensor], *, fast: bool) -> float:
     """CPU seconds of a forward and backward pass; what is done once for a run does not count."""
-    with kernels.fitted(model, adapter.linear) if fast else nullcontext():
+    with kernels.fitted(model, linear.linear) if fast else nullcontext():
         given = dict(batch)
         labels = given.pop("labels")
         start = time.process_time()

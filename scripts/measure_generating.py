@@ -17,10 +17,13 @@ import torch
 import typer
 from transformers import GenerationConfig
 
-from loratune import adapter, inference, kernels, preflight
+from loratune import kernels
+from loratune.commands import inference
 from loratune.config import Source
 from loratune.data import sources
 from loratune.data.packing import pad
+from loratune.lora import linear
+from loratune.training import preflight
 
 LOOPED = 8
 """Prompts of the loop; a rate needs no more."""
@@ -44,7 +47,7 @@ def main(
         model.generate(**pad([{"input_ids": one} for one in asked], 0, "left"), generation_config=settings)
 
     def lean(asked: Sequence[list[int]]) -> None:
-        with kernels.lean(tuned.model, adapter.linear):
+        with kernels.lean(tuned.model, linear.linear):
             answer(tuned.model, asked)
 
     def one_by_one(way: Callable[[Sequence[list[int]]], None]) -> None:

@@ -177,11 +177,6 @@ def tell(value: Any) -> None:
 
 def serve() -> None:
     """Until stdin ends."""
-    import loratune.evaluate  # noqa: PLC0415  once for all forks, and not where only `Nursery` is wanted
-    import loratune.generate  # noqa: PLC0415
-    import loratune.ranks  # noqa: PLC0415
-    import loratune.show  # noqa: PLC0415
-    import loratune.train  # noqa: F401, PLC0415
 
     waiting, pending = 0, b""
     while True:

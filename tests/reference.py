@@ -1,4 +1,4 @@
-"""LoRA as a textbook writes it, by hand: what `loratune.adapter` has to agree with.
+"""LoRA as a textbook writes it, by hand: what `loratune.lora` has to agree with.
 
 Hu et al. 2021, arXiv:2106.09685, section 4.1.
 """

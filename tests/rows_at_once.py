@@ -13,13 +13,13 @@ from pathlib import Path
 
 from datasets import config
 
-from loratune.data import shards, store
-from loratune.data.render import Tokens
+from loratune.data import cache_dir, token_cache
+from loratune.data.rendering import Tokens
 from loratune.data.report import Report
-from loratune.data.shards import Shards, Writer
+from loratune.data.token_cache import Shards, Writer
 
 COUNT = 12
-OLD = time.time() - (store.KEPT_DAYS + 1) * 86400
+OLD = time.time() - (cache_dir.KEPT_DAYS + 1) * 86400
 
 
 def key(number: int) -> str:
@@ -44,8 +44,8 @@ def take_part(cache: Path, number: int, role: int) -> int:
         if role % 4 == 3:
             with suppress(FileNotFoundError):
                 os.utime(cache / "loratune" / key(number), (OLD, OLD))
-            store.forget_old()
-        elif not whole(store.kept(key(number), fill)):
+            cache_dir.forget_old()
+        elif not whole(cache_dir.kept(key(number), fill)):
             print("other rows than there are", file=sys.stderr)
             return 1
     return 0
@@ -68,7 +68,7 @@ def started(cache: Path, number: int, role: int, gate: int) -> int:
 
 def main(cache: Path, seconds: float) -> None:
     """Rounds, as long as there is time."""
-    config.HF_DATASETS_CACHE, shards._SHARD_ROWS = str(cache), 4
+    config.HF_DATASETS_CACHE, token_cache._SHARD_ROWS = str(cache), 4
     end, number, failed = time.monotonic() + seconds, 0, 0
     while time.monotonic() < end:
         number += 1

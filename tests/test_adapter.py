@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
-from loratune import adapter, config, inference, preflight, saved
+from loratune import config
 from loratune.cli import app
+from loratune.commands import inference
 from loratune.config import LoraSection
 from loratune.errors import NumericError
+from loratune.lora import adapter_files, attach, counts, initialize, sharded
+from loratune.training import preflight
 
-WEIGHTS, CONFIG = saved.WEIGHTS_FILE, saved.CONFIG_FILE
+WEIGHTS, CONFIG = adapter_files.WEIGHTS_FILE, adapter_files.CONFIG_FILE
 Damage = Callable[[Path], Any]
 
 
@@ -109,7 +112,7 @@ def test_what_the_directory_holds(trained: Path, tiny_dir: Path) -> None:
     assert len(tensors) == 16  # 2 layers, 4 modules, A and B
     assert all("lora_" in name and tensor.dtype == torch.float32 for name, tensor in tensors.items())
     assert AutoTokenizer.from_pretrained(trained).encode("ab") == [64, 65]  # byte-level: the letters' place in the set
-    assert saved.inspect(trained).base == str(tiny_dir)
+    assert adapter_files.inspect(trained).base == str(tiny_dir)
     assert json.loads((trained / "loratune.json").read_text())["seed"] == 42
 
 
@@ -422,12 +425,12 @@ def test_a_base_that_is_gone_is_a_fault_of_the_model(copy: Path, tmp_path: Path,
 def small(**fields: Any) -> PeftModel:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 4))
-    return adapter.attach(base, LoraSection(**({"r": 2} | fields)), {"target_modules": ["0", "1"]}, seed=0)
+    return attach.attach(base, LoraSection(**({"r": 2} | fields)), {"target_modules": ["0", "1"]}, seed=0)
 
 
-def start(model: PeftModel) -> adapter.Start:
+def start(model: PeftModel) -> initialize.Start:
     """What the adapter of a model is now."""
-    return adapter.begin(model, LoraSection())
+    return attach.begin(model, LoraSection())
 
 
 def fill(model: PeftModel, name: str, value: float) -> PeftModel:
@@ -439,9 +442,9 @@ def fill(model: PeftModel, name: str, value: float) -> PeftModel:
 
 def test_an_adapter_that_learnt_nothing_is_not_saved(tmp_path: Path) -> None:
     began = start(small())
-    adapter.check_learnt(adapter.weights(fill(small(), "1.lora_B", 0.5)), began)  # one B that moved is enough
+    attach.check_learnt(sharded.weights(fill(small(), "1.lora_B", 0.5)), began)  # one B that moved is enough
     with pytest.raises(NumericError, match="every lora_B is as it started"):
-        adapter.save(fill(small(), "lora_A", 0.5), tmp_path, began)
+        attach.save(fill(small(), "lora_A", 0.5), tmp_path, began)
     assert not list(tmp_path.iterdir())
 
 
@@ -449,7 +452,7 @@ def test_an_adapter_that_learnt_nothing_is_not_saved(tmp_path: Path) -> None:
 def test_an_adapter_that_is_not_finite_is_not_saved(value: float, tmp_path: Path) -> None:
     model = fill(fill(small(), "lora_B", 1.0), "1.lora_A", value)
     with pytest.raises(NumericError, match=r"1 adapter tensors hold NaN or inf, among them .*1\.lora_A") as caught:
-        adapter.save(model, tmp_path, start(small()))
+        attach.save(model, tmp_path, start(small()))
     assert caught.value.exit_code == 6
     assert not list(tmp_path.iterdir())
 
@@ -467,24 +470,24 @@ def test_an_adapter_that_is_not_finite_is_not_saved(value: float, tmp_path: Path
 def test_file_bytes_is_the_size_of_the_file(tensors: dict[str, Any], tmp_path: Path) -> None:
     made = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}
     save_file(made, tmp_path / "file", {"format": "pt"})
-    assert adapter.file_bytes(made) == (tmp_path / "file").stat().st_size
+    assert counts.file_bytes(made) == (tmp_path / "file").stat().st_size
 
 
 @pytest.mark.parametrize("fields", [{}, {"r": 7}, {"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}])
 def test_count_knows_the_size_of_the_file_before_it_is_written(fields: dict[str, Any], tmp_path: Path) -> None:
     began, model = start(small(**fields)), fill(small(**fields), "lora_B", 0.1)
-    size = adapter.save(model, tmp_path, began)
-    assert adapter.count(model, began).adapter_bytes == size == (tmp_path / WEIGHTS).stat().st_size
+    size = attach.save(model, tmp_path, began)
+    assert attach.count(model, began).adapter_bytes == size == (tmp_path / WEIGHTS).stat().st_size
 
 
 def test_the_base_is_named_as_asked_for(tmp_path: Path) -> None:
     base = tiny_llama()
     base.name_or_path = "/what/it/calls/itself"
     only_q = {"target_modules": ["q_proj"]}
-    tuned = adapter.attach(base, LoraSection(), only_q, seed=0, base_name="who/base", revision="v1")
+    tuned = attach.attach(base, LoraSection(), only_q, seed=0, base_name="who/base", revision="v1")
     began = start(tuned)
-    adapter.save(fill(tuned, "lora_B", 1.0), tmp_path, began)
-    found = saved.inspect(tmp_path)
+    attach.save(fill(tuned, "lora_B", 1.0), tmp_path, began)
+    found = adapter_files.inspect(tmp_path)
     assert (found.base, found.config["revision"]) == ("who/base", "v1")
     assert found.config["task_type"] == "CAUSAL_LM"
 
@@ -520,10 +523,10 @@ def test_the_files_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
 
 
 def test_a_rank_above_the_layer_is_noted() -> None:
-    assert adapter.notes(small(r=4)) == []
-    (note,) = adapter.notes(small(r=8))
+    assert counts.notes(small(r=4)) == []
+    (note,) = counts.notes(small(r=8))
     assert note.startswith("lora.r: 8 is more than the 4 inputs or outputs of * ×1;")  # noqa: RUF001
-    assert [note[:32] for note in adapter.notes(small(r=16))] == [
+    assert [note[:32] for note in counts.notes(small(r=16))] == [
         "lora.r: 16 is more than the 4 in",
         "lora.r: 16 is more than the 12 i",
     ]

@@ -14,8 +14,10 @@ from nursery import Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, straight, until
 from safetensors.torch import load_file, save_file
 
-from loratune import inference, model, preflight
+from loratune.commands import inference
 from loratune.config import ModelSection
+from loratune.model import load
+from loratune.training import preflight
 
 
 def mapped(directory: Path) -> list[str]:
@@ -72,7 +74,7 @@ def test_no_file_stays_mapped(name: str, base_dir: Path) -> None:
     given, prepare = HELD[name]
     prepare(base_dir)
     section = ModelSection(**({"name_or_path": str(base_dir), "dtype": "float32"} | given))
-    base = model.load_base(section)
+    base = load.load_base(section)
     assert mapped(base_dir) == []
     if name == "tied":
         assert base.lm_head.weight is base.model.embed_tokens.weight
@@ -85,14 +87,14 @@ def test_no_file_stays_mapped(name: str, base_dir: Path) -> None:
 def test_pickled_weights_are_not_mapped_either(base_dir: Path) -> None:
     torch.save(tiny_llama().state_dict(), base_dir / "pytorch_model.bin")
     (base_dir / "model.safetensors").unlink()
-    model.load_base(ModelSection(name_or_path=str(base_dir), dtype="float32"))
+    load.load_base(ModelSection(name_or_path=str(base_dir), dtype="float32"))
     assert mapped(base_dir) == []
 
 
 def test_changed_files_are_told_from_touched_ones(base_dir: Path) -> None:
     section = ModelSection(name_or_path=str(base_dir))
     weights, config = base_dir / "model.safetensors", base_dir / "config.json"
-    known, strictly = model.files(section), model.files(section, read=False)
+    known, strictly = load.files(section), load.files(section, read=False)
     assert strictly.changed() == []
     os.utime(weights)
     assert strictly.changed() == [str(weights)]
@@ -105,7 +107,7 @@ def test_changed_files_are_told_from_touched_ones(base_dir: Path) -> None:
     for change in CHANGES.values():
         shutil.rmtree(base_dir)
         tiny_llama().save_pretrained(base_dir)
-        known = model.files(section)
+        known = load.files(section)
         change(weights)
         assert known.changed() == [str(weights)]
 
@@ -114,7 +116,7 @@ def test_a_change_of_any_one_tensor_is_seen(base_dir: Path) -> None:
     """In place, of the same size, and with the time of the last change set back."""
     weights = base_dir / "model.safetensors"
     before = weights.read_bytes()
-    known = model.files(ModelSection(name_or_path=str(base_dir)))
+    known = load.files(ModelSection(name_or_path=str(base_dir)))
     unseen = []
     for name, tensor in load_file(weights).items():
         overwrite(weights, name)

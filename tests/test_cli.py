@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from conftest import Ran, process, tree
 
-from loratune import __version__, workspace
-from loratune import cli as command_line
+from loratune import __version__
+from loratune import cli as cli_module
+from loratune.commands import boundary
 from loratune.errors import ConfigError, LoratuneError
+from loratune.training import run_dir
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
 OLD = {"adapter_config.json": b'{"old": true}', "adapter_model.safetensors": b"old weights"}
@@ -159,7 +161,7 @@ def test_generate_with_nobody_at_stdin(closed: bool) -> None:
 
 @pytest.mark.parametrize("error", sorted(LoratuneError.__subclasses__(), key=lambda one: one.exit_code))
 def test_each_error_has_its_own_code_and_line(error: type[LoratuneError], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(command_line.typer.Exit) as caught, command_line.boundary(debug=False):
+    with pytest.raises(cli_module.typer.Exit) as caught, boundary.boundary(debug=False):
         raise error("something is wrong")
     assert caught.value.exit_code == error.exit_code
     assert capsys.readouterr().err == "error: something is wrong\n"
@@ -185,7 +187,7 @@ def test_exit_codes_are_those_of_the_design() -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_what_else_may_come(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(command_line.typer.Exit) as caught, command_line.boundary(debug=False):
+    with pytest.raises(cli_module.typer.Exit) as caught, boundary.boundary(debug=False):
         raise error
     assert caught.value.exit_code == code
     assert capsys.readouterr().err.startswith(line)
@@ -359,18 +361,18 @@ def test_healthy_overwrite_replaces_it_whole(
 def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: dict[str, bool]) -> None:
     """The old adapter had been moved away, and the new one had not yet taken its place."""
     out = old_adapter(tmp_path / "out")
-    space = workspace.inspect(str(out), resume=False, overwrite=True)
-    with workspace.claimed(space):
+    space = run_dir.inspect(str(out), resume=False, overwrite=True)
+    with run_dir.claimed(space):
         space.begin(resume=False)
         (space.checkpoints / "checkpoint-1").mkdir()
         (space.checkpoints / "checkpoint-1" / "manifest.json").touch()
     space.staging.mkdir()
     space.output.rename(space.replaced)
     with pytest.raises(ConfigError, match="--resume, or start afresh with --overwrite"):
-        workspace.inspect(str(out), resume=False, overwrite=False)
+        run_dir.inspect(str(out), resume=False, overwrite=False)
 
-    again = workspace.inspect(str(out), **how)
-    with workspace.claimed(again):
+    again = run_dir.inspect(str(out), **how)
+    with run_dir.claimed(again):
         assert tree(out) == OLD
         again.begin(resume=how["resume"])
         assert not space.staging.exists()
@@ -383,13 +385,13 @@ def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: d
 
 def test_resume_may_not_replace_what_came_meanwhile(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with workspace.claimed(workspace.inspect(str(out), resume=False, overwrite=False)) as space:
+    with run_dir.claimed(run_dir.inspect(str(out), resume=False, overwrite=False)) as space:
         space.begin(resume=False)
         (space.checkpoints / "checkpoint-1").mkdir()
-    workspace.inspect(str(out), resume=True, overwrite=False)
+    run_dir.inspect(str(out), resume=True, overwrite=False)
     old_adapter(out)
     with pytest.raises(ConfigError, match="already exists"):
-        workspace.inspect(str(out), resume=True, overwrite=False)
+        run_dir.inspect(str(out), resume=True, overwrite=False)
 
 
 def test_dry_run_writes_nothing(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from conftest import Ran, process
 from running import WEIGHTS, MakeConfig, checkpoints, stopped
 
-from loratune import conditions
-from loratune.checkpoints import seal
+from loratune.training import conditions
+from loratune.training.checkpoints import seal
 
 Edit = Callable[[dict[str, Any]], Any]
 

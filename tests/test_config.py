@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from loratune import config
 from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
-from loratune.config.problems import known_keys
-from loratune.config.reader import dotted
+from loratune.config.messages import known_keys
+from loratune.config.yaml_reader import dotted
 from loratune.errors import ConfigError
 
 SECTIONS = (RunConfig, ModelSection, LoraSection, DataSection, TrainingSection, Source)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from conftest import Ran
 
+from loratune.config.expressions import BadExpressionError, compiled, limited
+from loratune.config.rules import bounded, check, stated
 from loratune.errors import AdapterError
-from loratune.expressions import BadExpressionError, compiled, limited
-from loratune.rules import bounded, check, stated
-from loratune.saved import CONFIG_FILE, inspect
+from loratune.lora.adapter_files import CONFIG_FILE, inspect
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]

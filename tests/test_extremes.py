@@ -8,9 +8,9 @@ import yaml
 from conftest import Ran
 
 from loratune import config
-from loratune.config.problems import known_keys
+from loratune.config.messages import known_keys
 from loratune.errors import ConfigError
-from loratune.paths import unusable
+from loratune.system.paths import unusable
 
 MakeConfig = Callable[..., Path]
 Cli = Callable[..., Ran]

@@ -20,9 +20,9 @@ from nursery import Nursery
 from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, straight, until
 from transformers import PreTrainedTokenizerFast
 
-from loratune import interrupts
-from loratune.boundary import boundary
-from loratune.checkpoints import Checkpoints
+from loratune.commands.boundary import boundary
+from loratune.system import signals
+from loratune.training.checkpoints import Checkpoints
 
 # Signals
 
@@ -294,11 +294,11 @@ def test_a_signal_whose_exception_python_drops(capfd: pytest.CaptureFixture[str]
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGTERM)
 
-    with interrupts.terminable():
+    with signals.terminable():
         Dropped()
-        with interrupts.deferred(print) as stop:
-            assert stop.asked is interrupts.Termination
-        with pytest.raises(interrupts.Termination):
+        with signals.deferred(print) as stop:
+            assert stop.asked is signals.Termination
+        with pytest.raises(signals.Termination):
             signal.raise_signal(signal.SIGTERM)
     assert "Exception ignored" not in capfd.readouterr().err
 

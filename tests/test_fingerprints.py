@@ -13,9 +13,8 @@ from conftest import Ran, tiny_llama
 from running import MakeConfig, checkpoints, stopped
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from loratune import model
-from loratune.checkpoints import seal
 from loratune.model import fingerprints
+from loratune.training.checkpoints import seal
 
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-2-7B, Mistral-7B": {"num_hidden_layers": 32},
@@ -42,26 +41,26 @@ def first_version(base: Any) -> str:
 def test_a_change_of_any_one_tensor_is_seen(shape: str) -> None:
     """By rank 1, scaled to a hundredth of the tensor, as a merged LoRA on a single module of a single layer does."""
     base = tiny_llama(**SHAPES[shape])
-    known, unseen = model.fingerprint(base), []
+    known, unseen = fingerprints.fingerprint(base), []
     for name, tensor in base.named_parameters():
         before = tensor.data.clone()
         up, down = torch.randn(len(tensor), 1), torch.randn(1, tensor.numel() // len(tensor))
         tensor.data += 0.01 * tensor.std() * (up @ down).view_as(tensor) if tensor.dim() > 1 else 0.05 * up[:, 0]
-        if model.fingerprint(base) == known:
+        if fingerprints.fingerprint(base) == known:
             unseen.append(name)
         tensor.data = before
     assert unseen == []
-    assert model.fingerprint(base) == known
+    assert fingerprints.fingerprint(base) == known
 
 
 def test_a_lora_on_one_layer_is_seen_in_the_middle_of_large_tensors() -> None:
     """In bfloat16, where most of a small change is rounded away, and with embeddings and first values as they were."""
     base = tiny_llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=4).to(torch.bfloat16)
-    known, weight = model.fingerprint(base), base.model.layers[2].self_attn.v_proj.weight.data
+    known, weight = fingerprints.fingerprint(base), base.model.layers[2].self_attn.v_proj.weight.data
     change = 0.002 * torch.randn(len(weight), 4) @ torch.randn(4, weight.shape[1]) * weight.float().std()
     change.view(-1)[:64] = 0
     weight += change.to(weight.dtype)
-    assert model.fingerprint(base) != known
+    assert fingerprints.fingerprint(base) != known
 
 
 def test_the_same_base_has_the_same_fingerprint(tmp_path: Path) -> None:
@@ -69,33 +68,33 @@ def test_the_same_base_has_the_same_fingerprint(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     base = AutoModelForCausalLM.from_pretrained(tmp_path)
-    known = model.fingerprint(base)
+    known = fingerprints.fingerprint(base)
     for given in ({"dtype": torch.bfloat16}, {"dtype": torch.float32, "attn_implementation": "eager"}):
-        assert model.fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path, **given)) == known
-    assert model.fingerprint(tiny_llama(rms_norm_eps=1e-5)) != known
-    assert model.fingerprint(base, like=first_version(base)) == first_version(base)
-    assert model.fingerprint(base, like="3:of a later release") == known
+        assert fingerprints.fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path, **given)) == known
+    assert fingerprints.fingerprint(tiny_llama(rms_norm_eps=1e-5)) != known
+    assert fingerprints.fingerprint(base, like=first_version(base)) == first_version(base)
+    assert fingerprints.fingerprint(base, like="3:of a later release") == known
 
 
 def test_a_change_of_one_value_is_seen_wherever_it_is() -> None:
     """One token's row of an embedding, the least step of one number, rows that change places."""
     base = tiny_llama(vocab_size=3000, hidden_size=256, intermediate_size=700).to(torch.bfloat16)
-    known = model.fingerprint(base)
+    known = fingerprints.fingerprint(base)
     dice = torch.Generator().manual_seed(0)
     for weight in (base.model.embed_tokens.weight, base.lm_head.weight, base.model.layers[1].mlp.down_proj.weight):
         before = weight.data.clone()
         for number in torch.randint(len(weight), (10,), generator=dice).tolist():
             weight.data[number] *= 1.1
-            assert model.fingerprint(base) != known, number
+            assert fingerprints.fingerprint(base) != known, number
             weight.data.copy_(before)
             column = int(torch.randint(weight.shape[1], (1,), generator=dice))
             weight.data[number, column].view(torch.int16).add_(1)
-            assert model.fingerprint(base) != known, (number, column)
+            assert fingerprints.fingerprint(base) != known, (number, column)
             weight.data.copy_(before)
             weight.data[[number, number - 7]] = before[[number - 7, number]]
-            assert model.fingerprint(base) != known, number
+            assert fingerprints.fingerprint(base) != known, number
             weight.data.copy_(before)
-    assert model.fingerprint(base) == known
+    assert fingerprints.fingerprint(base) == known
 
 
 def test_tensors_of_any_layout() -> None:
@@ -132,7 +131,7 @@ def test_only_settings_that_decide_the_computation_count(tmp_path: Path) -> None
         kept = {key: value for key, value in written.items() if key != "rope_parameters" or "rope" not in str(changes)}
         file.write_text(json.dumps(kept | changes))
         found = AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
-        return model.fingerprint(found)
+        return fingerprints.fingerprint(found)
 
     known = having({})
     assert {key for key, value in IDLE.items() if having({key: value}) != known} == set()
@@ -150,7 +149,7 @@ def test_a_key_that_the_class_does_not_declare_counts_where_the_model_reads_it()
     ]
     for other in made[1:]:
         other.load_state_dict(made[0].state_dict())
-    prints = [model.fingerprint(one) for one in made]
+    prints = [fingerprints.fingerprint(one) for one in made]
     assert prints[0] == prints[2] != prints[1]
 
 
@@ -163,10 +162,10 @@ def test_values_that_are_whole_numbers_or_few() -> None:
         base.model.layers[1].mlp.register_buffer("passing", torch.full((3,), float(change)), persistent=False)
         return base
 
-    assert model.fingerprint(packed(0)) != model.fingerprint(packed(1))
+    assert fingerprints.fingerprint(packed(0)) != fingerprints.fingerprint(packed(1))
     other = packed(0)
     other.model.layers[1].mlp.passing += 1
-    assert model.fingerprint(other) == model.fingerprint(packed(0))
+    assert fingerprints.fingerprint(other) == fingerprints.fingerprint(packed(0))
 
 
 @pytest.fixture

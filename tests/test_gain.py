@@ -15,11 +15,11 @@ from peft import PeftModel
 from running import MakeConfig, checkpoints
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loratune import gain
 from loratune.data import Prepared
-from loratune.data.render import Tokens
-from loratune.gain import Gain
-from loratune.trainer import Loss
+from loratune.data.rendering import Tokens
+from loratune.training import gain
+from loratune.training.gain import Gain
+from loratune.training.scoring import Loss
 
 
 def compared(differences: Sequence[float], tokens: Sequence[int] = (), **others: Any) -> Gain:

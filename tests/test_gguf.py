@@ -18,11 +18,13 @@ import torch
 from conftest import ROOT, ROWS, Ran, process, tiny_llama, tree, write_rows
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loratune import inference, model, preflight
+from loratune.commands import inference
 from loratune.config import ModelSection
 from loratune.errors import ModelError
-from loratune.places.gguf import BLOCKS, check
-from loratune.saved import WEIGHTS_FILE
+from loratune.lora.adapter_files import WEIGHTS_FILE
+from loratune.model import load
+from loratune.model.gguf import BLOCKS, check
+from loratune.training import preflight
 
 FILE = "tiny.gguf"
 Cli = Callable[..., Ran]
@@ -96,7 +98,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 
 def test_the_file_holds_the_model_to_the_bit(pair: tuple[Path, Path]) -> None:
     packed, plain = (
-        model.load_base(ModelSection(name_or_path=str(path), gguf_file=file, dtype="float32")).state_dict()
+        load.load_base(ModelSection(name_or_path=str(path), gguf_file=file, dtype="float32")).state_dict()
         for path, file in zip(pair, (FILE, None), strict=True)
     )
     assert packed.keys() == plain.keys()
@@ -199,10 +201,10 @@ def test_the_working_directory_is_not_looked_at(
     other = tiny_llama(vocab_size=len(tokenizer), num_hidden_layers=1)
     write_gguf(tmp_path / FILE, other, tokenizer)
     monkeypatch.chdir(tmp_path)
-    wrong = model.AutoModelForCausalLM.from_pretrained(pair[0], gguf_file=FILE, config=other.config)
+    wrong = load.AutoModelForCausalLM.from_pretrained(pair[0], gguf_file=FILE, config=other.config)
     assert torch.equal(wrong.get_input_embeddings().weight, other.get_input_embeddings().weight)
     assert len(wrong.model.layers) == 1
-    assert model.load_base(ModelSection(name_or_path=str(pair[0]), gguf_file=FILE)).config.num_hidden_layers == 2
+    assert load.load_base(ModelSection(name_or_path=str(pair[0]), gguf_file=FILE)).config.num_hidden_layers == 2
 
 
 def test_the_files_of_the_directory_come_first(
@@ -210,13 +212,13 @@ def test_the_files_of_the_directory_come_first(
 ) -> None:
     (tmp_path / FILE).write_bytes((pair[0] / FILE).read_bytes())
     section = ModelSection(name_or_path=str(tmp_path), gguf_file=FILE)
-    assert model.load_tokenizer(section).eos_token == tokenizer.eos_token
-    assert model.load_config(section).max_position_embeddings == 512
+    assert load.load_tokenizer(section).eos_token == tokenizer.eos_token
+    assert load.load_config(section).max_position_embeddings == 512
     config = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=99).config
     config.save_pretrained(tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end|>").save_pretrained(tmp_path)
-    assert model.load_tokenizer(section).eos_token == "<|end|>"
-    assert model.load_base(section).config.max_position_embeddings == 99
+    assert load.load_tokenizer(section).eos_token == "<|end|>"
+    assert load.load_base(section).config.max_position_embeddings == 99
 
 
 # Files that are no such thing. Each error comes before torch is imported.

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from loratune.header import header
-from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, inspect
+from loratune.commands.adapter_stats import header
+from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -15,10 +15,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-from loratune import adapter, kernels
+from loratune import kernels
 from loratune.data.packing import flatten, pad
-from loratune.kernels import fitting, gpu, native, plain, varlen
+from loratune.kernels import accelerate, gpu, native, varlen
+from loratune.kernels import reference as exact
 from loratune.kernels.attention import Layout
+from loratune.lora import linear, sharded
 
 ROLES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LENGTHS = (40, 7, 300, 1, 90)  # longer and shorter than a tile, and across its border
@@ -61,7 +63,7 @@ PASSES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "join_heads": lambda dtype: (*(normal(*shape).to(dtype) for shape in HEAD_SHAPES), COSINE, SINE),
     "attend": lambda dtype: (*heads(dtype), STARTS, TILES, 0.25),
     "attend_backward": lambda dtype: (
-        normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), *plain.attend(*heads(dtype), STARTS, TILES, 0.25),
+        normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), *exact.attend(*heads(dtype), STARTS, TILES, 0.25),
         *heads(dtype), STARTS, TILES, 0.25,
     ),
     "add_lora": lambda dtype: (
@@ -84,7 +86,7 @@ def test_attention_of_any_size_is_the_plain_one(size: int, lengths: tuple[int, .
         query, key, value = (normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes))
         gradient = normal(len(positions), 2 * count * size, seed=3).to(dtype)
         made = []
-        for over in (plain, native.passes(query)):
+        for over in (exact, native.passes(query)):
             around = (layout.starts, layout.tiles, size**-0.5)
             result, total = over.attend(query, key, value, *around)
             made.append([result, total, *over.attend_backward(gradient, result, total, query, key, value, *around)])
@@ -103,7 +105,7 @@ def test_a_pass_in_c_is_the_plain_one(name: str, dtype: torch.dtype) -> None:
     built = native.passes(torch.empty(0, dtype=dtype))
     assert isinstance(built, native.Native), "these tests want a C compiler"
     given, again = PASSES[name](dtype), PASSES[name](dtype)
-    expected, made = getattr(plain, name)(*given), getattr(built, name)(*again)
+    expected, made = getattr(exact, name)(*given), getattr(built, name)(*again)
     pairs = [*zip(*(one if isinstance(one, tuple) else (one,) for one in (expected, made)), strict=True)]
     for old, new in [*pairs, *zip(given, again, strict=True)]:
         if isinstance(old, Tensor):
@@ -132,18 +134,18 @@ def test_gradients_of_the_plain_passes_are_those_of_autograd() -> None:
     x, weight, dy = normal(9, 24).double().requires_grad_(), normal(24, seed=1), normal(9, 24, seed=2)
     y = weight * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     y.backward(dy)
-    inverse = plain.rms_norm(x.detach().float(), weight, 1e-5)[1]
+    inverse = exact.rms_norm(x.detach().float(), weight, 1e-5)[1]
     assert x.grad is not None
-    assert torch.allclose(plain.rms_norm_backward(dy, x.detach().float(), weight, inverse), x.grad.float(), atol=1e-5)
+    assert torch.allclose(exact.rms_norm_backward(dy, x.detach().float(), weight, inverse), x.grad.float(), atol=1e-5)
     both = normal(9, 48, seed=3).requires_grad_()
     gate, up = both.chunk(2, -1)
     (torch.nn.functional.silu(gate) * up).backward(dy)
     assert both.grad is not None
-    assert torch.allclose(plain.swiglu_backward(dy, both.detach()), both.grad, atol=1e-5)
+    assert torch.allclose(exact.swiglu_backward(dy, both.detach()), both.grad, atol=1e-5)
     logits, targets = normal(5, 30, seed=4).requires_grad_(), torch.arange(5)
     torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
     changed = logits.detach().clone()
-    plain.cross_entropy(changed, targets)
+    exact.cross_entropy(changed, targets)
     assert logits.grad is not None and torch.allclose(changed, logits.grad, atol=1e-6)
 
 
@@ -256,7 +258,7 @@ def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
     model = adapted(kind, targets=targets, changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
         loss, gradients = step(model, batch)
-        with kernels.fitted(model, adapter.linear) as found:
+        with kernels.fitted(model, linear.linear) as found:
             fast, others = step(model, batch)
         assert found == left
         assert fast == pytest.approx(loss, abs=1e-6)
@@ -276,7 +278,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 def test_choices_of_lora_give_the_same_gradients(name: str) -> None:
     model = adapted(**CHOICES[name])
     loss, gradients = step(model, flatten(rows()))
-    with kernels.fitted(model, adapter.linear) as left:
+    with kernels.fitted(model, linear.linear) as left:
         fast, others = step(model, flatten(rows()))
     assert left == [] and fast == pytest.approx(loss, abs=1e-6)
     assert apart(gradients, others) < 1e-5
@@ -286,7 +288,7 @@ def test_choices_of_lora_give_the_same_gradients(name: str) -> None:
 def test_what_is_not_plain_lora_stays_as_it_is(changes: dict[str, Any]) -> None:
     model = adapted(changes={"attention_bias": True}, **changes)
     loss, gradients = step(model, flatten(rows()))
-    with kernels.fitted(model, adapter.linear) as left:
+    with kernels.fitted(model, linear.linear) as left:
         fast, others = step(model, flatten(rows()))
     assert "attention" in left and fast == pytest.approx(loss, abs=1e-6)
     assert apart(gradients, others) < 1e-5
@@ -295,7 +297,7 @@ def test_what_is_not_plain_lora_stays_as_it_is(changes: dict[str, Any]) -> None:
 def test_a_trained_head_stays_as_it_is() -> None:
     model = adapted(modules_to_save=["lm_head"])
     loss, gradients = step(model, flatten(rows()))
-    with kernels.fitted(model, adapter.linear) as left:
+    with kernels.fitted(model, linear.linear) as left:
         fast, others = step(model, flatten(rows()))
     assert left == ["loss"] and fast == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
 
@@ -304,7 +306,7 @@ def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
     """By finite differences along a direction, with the same random state."""
     model = adapted(lora_dropout=0.5)
     batch = flatten(rows())
-    with kernels.fitted(model, adapter.linear):
+    with kernels.fitted(model, linear.linear):
         loss, gradients = step(model, batch)
         model.eval()
         assert abs(step(model, batch)[0] - loss) > 1e-5
@@ -337,7 +339,7 @@ def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> 
         batch = flatten([{"input_ids": one, "labels": one} for one in ids[first : first + 16]])
         reference = step(exact, batch)[1]
         stock += distance(reference, step(model, batch)[1])
-        with kernels.fitted(model, adapter.linear):
+        with kernels.fitted(model, linear.linear):
             fast += distance(reference, step(model, batch)[1])
     assert fast <= stock
 
@@ -350,7 +352,7 @@ def curve(seed: int, *, fast: bool) -> Tensor:
     model, drawn = with_lora(base), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=3e-3)
     losses = []
-    with kernels.fitted(model, adapter.linear) if fast else nullcontext():
+    with kernels.fitted(model, linear.linear) if fast else nullcontext():
         for number in range(50):
             batch = flatten([rows()[place] for place in torch.randperm(5, generator=drawn)[:3].tolist()])
             loss, gradients = step(model, batch)
@@ -376,7 +378,7 @@ def test_fifty_steps_go_as_they_do_without() -> None:
 
 def test_activations_that_are_computed_again_change_nothing() -> None:
     model = adapted()
-    with kernels.fitted(model, adapter.linear):
+    with kernels.fitted(model, linear.linear):
         loss, gradients = step(model, flatten(rows()))
         model.gradient_checkpointing_enable({"use_reentrant": False})
         again, others = step(model, flatten(rows()))
@@ -387,8 +389,8 @@ def test_afterwards_the_model_is_what_it_was() -> None:
     model = adapted()
     modules = {name: type(module) for name, module in model.named_modules()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(KeyError), kernels.fitted(model, adapter.linear):
-        assert isinstance(model.get_base_model().model.layers[0].self_attn, fitting.FastAttention)
+    with pytest.raises(KeyError), kernels.fitted(model, linear.linear):
+        assert isinstance(model.get_base_model().model.layers[0].self_attn, accelerate.FastAttention)
         raise KeyError
     assert {name: type(module) for name, module in model.named_modules()} == modules
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -398,16 +400,16 @@ def test_afterwards_the_model_is_what_it_was() -> None:
 def test_weights_are_not_held_twice() -> None:
     model = adapted()
     before = sum(parameter.untyped_storage().nbytes() for parameter in set(model.parameters()))
-    with kernels.fitted(model, adapter.linear):
+    with kernels.fitted(model, linear.linear):
         stores = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
         assert sum(stores.values()) <= before
 
 
 def test_checkpoints_have_the_same_names() -> None:
     model = adapted()
-    names = adapter.weights(model).keys()
-    with kernels.fitted(model, adapter.linear):
-        assert adapter.weights(model).keys() == names
+    names = sharded.weights(model).keys()
+    with kernels.fitted(model, linear.linear):
+        assert sharded.weights(model).keys() == names
 
 
 # On a GPU
@@ -445,12 +447,12 @@ ON_GPU: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 def test_what_is_fitted_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with the kernel's reference in its place."""
     monkeypatch.setattr(varlen, "varlen_attn", row_by_row)
-    monkeypatch.setattr(fitting, "_replace", gpu.replace)
+    monkeypatch.setattr(accelerate, "_replace", gpu.replace)
     kind, changes, left = ON_GPU[name]
     model = adapted(kind, changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
         loss, gradients = step(model, batch)
-        with kernels.fitted(model, adapter.linear) as found:
+        with kernels.fitted(model, linear.linear) as found:
             fast, others = step(model, batch)
             assert any(isinstance(module, gpu.FastLinear) for module in model.modules())
         assert found == left and fast == pytest.approx(loss, abs=1e-6)
@@ -460,10 +462,10 @@ def test_what_is_fitted_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch
 def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are traced, with what is fitted on a GPU; the machine's own code for them is a GPU's business."""
     monkeypatch.setattr(varlen, "varlen_attn", torch.compiler.disable(row_by_row))
-    monkeypatch.setattr(fitting, "_replace", gpu.replace)
+    monkeypatch.setattr(accelerate, "_replace", gpu.replace)
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
-    with kernels.fitted(model, adapter.linear) as left:
+    with kernels.fitted(model, linear.linear) as left:
         kernels.compile_layers(model, backend="aot_eager")
         fast, others = step(model, flatten(rows()))
     assert left == [] and fast == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
@@ -480,9 +482,9 @@ def test_lean_layers_give_what_pefts_give(tokens: int) -> None:
         expected, bare = model(ids).logits, None
         with model.disable_adapter():
             bare = model(ids).logits
-            with kernels.lean(model, adapter.linear):
+            with kernels.lean(model, linear.linear):
                 assert torch.equal(model(ids).logits, bare)
-        with kernels.lean(model, adapter.linear):
+        with kernels.lean(model, linear.linear):
             assert torch.allclose(model(ids).logits, expected, atol=1e-5)
         assert not torch.allclose(bare, expected, atol=1e-3) and torch.equal(model(ids).logits, expected)
 
@@ -490,7 +492,7 @@ def test_lean_layers_give_what_pefts_give(tokens: int) -> None:
 def test_what_is_not_plain_lora_answers_as_peft_has_it() -> None:
     model = adapted(use_dora=True).eval()
     ids = torch.arange(1, 9)[None]
-    with torch.inference_mode(), kernels.lean(model, adapter.linear):
+    with torch.inference_mode(), kernels.lean(model, linear.linear):
         made = model(ids).logits
     with torch.inference_mode():
         assert torch.equal(model(ids).logits, made)
@@ -508,7 +510,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_a_compiler_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
-    with without_compiler(monkeypatch), kernels.fitted(model, adapter.linear) as left:
+    with without_compiler(monkeypatch), kernels.fitted(model, linear.linear) as left:
         fast, others = step(model, flatten(rows()))
     assert (
         left == ["attention", "norms, rotations and activations"]

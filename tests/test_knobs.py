@@ -10,11 +10,14 @@ import torch
 from conftest import CHAT_TEMPLATE, process, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from loratune import adapter, data, model, targets, trainer
+from loratune import data
 from loratune.config import DataSection, LoraSection, ModelSection, TrainingSection
 from loratune.data.packing import Batches
-from loratune.data.render import Renderer
+from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
+from loratune.lora import attach, optimizers, targets
+from loratune.model import load as load_module
+from loratune.training import trainer
 
 LORA: dict[str, Any] = {
     "r": 4,
@@ -90,7 +93,7 @@ def test_every_field_has_a_change_here(section: Any, changes: dict[str, Any]) ->
 def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
     """What PEFT was told, and what it made: shape, scaling, dropout, values and learning rates of what is trained."""
     base = tiny_llama(attention_bias=True)
-    built = adapter.attach(base, section, targets.find(base, section).peft(), seed=0)
+    built = attach.attach(base, section, targets.find(base, section).peft(), seed=0)
     told = built.peft_config["default"].to_dict()
     layers = {
         name: (repr(module), getattr(module, "scaling", None))
@@ -98,7 +101,7 @@ def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
         if hasattr(module, "lora_A")
     }
     trained = {name: weight.tolist() for name, weight in built.named_parameters() if weight.requires_grad}
-    kind, keywords = adapter.split(built, section, (torch.optim.AdamW, {"lr": 1.0}), 0.0)
+    kind, keywords = optimizers.split(built, section, (torch.optim.AdamW, {"lr": 1.0}), 0.0)
     rates = [group["lr"] for group in keywords.get("params", [])]
     return told, {"layers": layers, "trained": trained, "optimizer": (kind, rates)}
 
@@ -150,7 +153,7 @@ def test_training(tmp_path: Path, name: str, value: Any) -> None:
 
 def test_model_dtype_quantization_and_attention(tiny_dir: Path) -> None:
     def loaded(**changes: Any) -> tuple[Any, ...]:
-        base = model.load_base(ModelSection(name_or_path=str(tiny_dir), **({"dtype": "float32"} | changes)))
+        base = load_module.load_base(ModelSection(name_or_path=str(tiny_dir), **({"dtype": "float32"} | changes)))
         projection = type(base.get_submodule("model.layers.0.self_attn.q_proj")).__name__
         return str(base.dtype), projection, base.config._attn_implementation
 
@@ -172,21 +175,21 @@ def test_model_device_map(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
     for name in (None, MODEL["device_map"]):
-        model.load_base(ModelSection(name_or_path=str(tiny_dir), device_map=name))
+        load_module.load_base(ModelSection(name_or_path=str(tiny_dir), device_map=name))
     assert asked == [None, "auto"]
 
 
 def test_model_name(tiny_dir: Path, tmp_path: Path) -> None:
     tiny_llama(num_hidden_layers=3).config.save_pretrained(tmp_path)
     layers = [
-        model.load_config(ModelSection(name_or_path=str(path))).num_hidden_layers for path in (tiny_dir, tmp_path)
+        load_module.load_config(ModelSection(name_or_path=str(path))).num_hidden_layers for path in (tiny_dir, tmp_path)
     ]
     assert layers == [2, 3]
 
 
 def test_model_gguf_file(tiny_dir: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
-        model.load_config(ModelSection(name_or_path=str(tiny_dir), gguf_file=MODEL["gguf_file"]))
+        load_module.load_config(ModelSection(name_or_path=str(tiny_dir), gguf_file=MODEL["gguf_file"]))
 
 
 def counted(config: Path, hub: Path) -> int:
@@ -224,7 +227,7 @@ def test_model_trust_remote_code(run_config: Callable[..., Path], tmp_path: Path
     )
     section = {"name_or_path": str(custom), "revision": "pinned"}
     with pytest.raises(ModelError, match=r"model\.trust_remote_code"):
-        model.load_config(ModelSection(name_or_path=str(custom)))
+        load_module.load_config(ModelSection(name_or_path=str(custom)))
     assert not executed.exists()
     config = run_config(model=section | {"trust_remote_code": MODEL["trust_remote_code"]})
     assert counted(config, tmp_path) == 2 * PER_LAYER
@@ -252,7 +255,7 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
         if "chat_template" in values:
             values["chat_template"] = str(tmp_path / values["chat_template"])
         section = DataSection(**values)
-        words = model.load_tokenizer(ModelSection(name_or_path=str(tmp_path / "words")), section.chat_template)
+        words = load_module.load_tokenizer(ModelSection(name_or_path=str(tmp_path / "words")), section.chat_template)
         rows = data.check(section, seed=1)
         made = [data.prepare(part, Renderer(words), section, 264) for part in (rows.train, rows.validation) if part]
         batches = [Batches(one.rows, one.rows.lengths, section.packing, 4, section.max_length, 0) for one in made]

@@ -18,14 +18,14 @@ from test_render import changed
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from loratune import limits
-from loratune.boundary import boundary
+from loratune.commands.boundary import boundary
 from loratune.config import ModelSection
 from loratune.data.formats import Conversation, Plain
-from loratune.data.render import Renderer
+from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
-from loratune.limits import Apart, BeyondLimit, limited
-from loratune.model import load_tokenizer
+from loratune.model.load import load_tokenizer
+from loratune.system import sandbox
+from loratune.system.sandbox import Apart, BeyondLimit, limited
 
 LOOP = "{% for m in messages %}"
 CHAT = Conversation("rows:3", ({"role": "user", "content": "aaaa"}, {"role": "assistant", "content": "b"}))
@@ -121,7 +121,7 @@ def test_what_keeps_the_interpreter(
     name: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For any messages, and for those of one row; the rows before and after are as they were."""
-    monkeypatch.setattr(limits, "SECONDS", 1)
+    monkeypatch.setattr(sandbox, "SECONDS", 1)
     limit = r"the chat template (takes longer than 1 s|needs more than 2.0 GiB of memory); set data.chat_template to"
     shows = f"{LOOP}{{{{ m.content }}}}{{% endfor %}}"
     with pytest.raises(ModelError, match=rf"^data.chat_template: {limit}"):
@@ -188,7 +188,7 @@ def test_work_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert apart(big, 3 << 30, 2 << 30) == 2 << 30
     with pytest.raises(BeyondLimit, match=r"ends the process that works on it \(SIGSEGV\)"):
         apart(deep, 1 << 30)
-    monkeypatch.setattr(limits, "_IDLE", 0.1)
+    monkeypatch.setattr(sandbox, "_IDLE", 0.1)
     idle = apart(list.copy, 1 << 30)
     time.sleep(1)
     again = apart(list.copy, 1 << 30)  # it has ended, and another one is started

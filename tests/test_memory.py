@@ -158,7 +158,7 @@ def traced_depths(
         ran.append(copied.config.num_hidden_layers)
         return trace.run(copied, step)
 
-    monkeypatch.setattr(depth, "run", counted)
+    monkeypatch.setattr(trace, "run", counted)
     return memory.estimate(model, ROWS, 2, training), ran
 
 

@@ -26,9 +26,12 @@ from transformers import (
     T5Config,
 )
 
-from loratune import adapter, inference, model, preflight
+from loratune.commands import inference
 from loratune.config import LoraSection, ModelSection
-from loratune.places import KEY as NAME
+from loratune.lora import attach
+from loratune.model import load
+from loratune.model.source import KEY as NAME
+from loratune.training import preflight
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 9\n"
 
@@ -246,13 +249,13 @@ def test_a_model_that_cannot_be_trained(
 
 def test_tensors_that_are_left_over_and_harmless(copy: Path) -> None:
     """Buffers of older versions, a head of another task, and a layer that predicts the token after the next."""
-    whole = model.load_base(ModelSection(name_or_path=str(copy), dtype="float32"))
+    whole = load.load_base(ModelSection(name_or_path=str(copy), dtype="float32"))
     names = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.masked_bias", "score.weight")
     rewrite(lambda found: found.update({name: torch.ones(4) for name in names}))(copy)
-    base = model.load_base(ModelSection(name_or_path=str(copy), dtype="float32"))
+    base = load.load_base(ModelSection(name_or_path=str(copy), dtype="float32"))
     assert torch.equal(base(torch.arange(9)[None]).logits, whole(torch.arange(9)[None]).logits)
     configure(num_hidden_layers=1, num_nextn_predict_layers=1)(copy)
-    assert len(model.load_base(ModelSection(name_or_path=str(copy))).model.layers) == 1
+    assert len(load.load_base(ModelSection(name_or_path=str(copy))).model.layers) == 1
 
 
 @pytest.mark.parametrize("command", ["train", "params"])
@@ -333,21 +336,21 @@ def test_a_model_without_pad_token_trains(
     assert (opened.model.config.vocab_size, len(opened.tokenizer)) == (264, len(tokenizer))
     assert opened.model.get_input_embeddings().weight.shape[0] == 264
     assert opened.tokenizer.pad_token_id is None
-    assert model.pad_id(opened.tokenizer) == tokenizer.eos_token_id
+    assert load.pad_id(opened.tokenizer) == tokenizer.eos_token_id
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or platform.machine() != "x86_64", reason="reads the flags of an x86 CPU")
 def test_auto_is_bfloat16_where_the_cpu_has_it(tiny_dir: Path) -> None:
     has_it = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
     expected = torch.bfloat16 if has_it else torch.float32
-    base = model.load_base(ModelSection(name_or_path=str(tiny_dir)))
+    base = load.load_base(ModelSection(name_or_path=str(tiny_dir)))
     assert {parameter.dtype for parameter in base.parameters()} == {expected}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_is_that_of_the_frozen_weights_only(dtype: str, tiny_dir: Path) -> None:
-    base = model.load_base(ModelSection(name_or_path=str(tiny_dir), dtype=dtype))
-    tuned = adapter.attach(base, LoraSection(), {"target_modules": ["q_proj"]}, seed=0)
+    base = load.load_base(ModelSection(name_or_path=str(tiny_dir), dtype=dtype))
+    tuned = attach.attach(base, LoraSection(), {"target_modules": ["q_proj"]}, seed=0)
     held = {parameter.dtype for parameter in tuned.parameters() if not parameter.requires_grad}
     assert held == {getattr(torch, dtype)}
     assert {parameter.dtype for parameter in tuned.parameters() if parameter.requires_grad} == {torch.float32}
@@ -356,11 +359,11 @@ def test_dtype_is_that_of_the_frozen_weights_only(dtype: str, tiny_dir: Path) ->
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
     assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
-    base = model.load_base(ModelSection(name_or_path=str(tmp_path)))
+    base = load.load_base(ModelSection(name_or_path=str(tmp_path)))
     assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
 
 
 def test_context_length_is_read_under_either_name() -> None:
-    assert model.context_length(LlamaConfig(max_position_embeddings=77)) == 77
-    assert model.context_length(model.AutoConfig.for_model("gpt2", n_positions=88)) == 88
-    assert model.context_length(model.AutoConfig.for_model("bloom")) is None
+    assert load.context_length(LlamaConfig(max_position_embeddings=77)) == 77
+    assert load.context_length(load.AutoConfig.for_model("gpt2", n_positions=88)) == 88
+    assert load.context_length(load.AutoConfig.for_model("bloom")) is None

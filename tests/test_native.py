@@ -9,12 +9,12 @@ import torch
 from test_kernels import PASSES, normal
 from torch import Tensor
 
-from loratune.kernels import native, plain
+from loratune.kernels import native, reference
 from loratune.kernels.attention import Layout
 
 OVER = {
-    "plain": (lambda like: plain, torch.float32),
-    "plain in bfloat16": (lambda like: plain, torch.bfloat16),
+    "plain": (lambda like: reference, torch.float32),
+    "plain in bfloat16": (lambda like: reference, torch.bfloat16),
     "C": (native.passes, torch.float32),
     "C in bfloat16": (native.passes, torch.bfloat16),
 }  # fmt: skip
@@ -92,7 +92,7 @@ def test_other_passes_keep_rows_apart(name: str, dtype: torch.dtype) -> None:
         tensors = [one for one in parts if isinstance(one, Tensor)]
         return [one if len(one) == 37 else one.transpose(0, 1) for one in tensors]
 
-    for over in (plain, native.passes(torch.empty(0, dtype=dtype))):
+    for over in (reference, native.passes(torch.empty(0, dtype=dtype))):
         others, whole = torch.arange(37) != 6, made(over)
         for broken in ROWS_OF[name]:
             for lost in (math.nan, math.inf):
@@ -122,7 +122,7 @@ def test_a_pass_takes_what_is_not_dense(name: str, dtype: torch.dtype, how: str)
     def loose(one: Any) -> Any:
         return LOOSE[how](one) if isinstance(one, Tensor) and (one.dim() > 1 or how == "every other number") else one
 
-    for over in (plain, native.passes(torch.empty(0, dtype=dtype))):
+    for over in (reference, native.passes(torch.empty(0, dtype=dtype))):
         given, again = PASSES[name](dtype), [loose(one) for one in PASSES[name](dtype)]
         assert any(isinstance(one, Tensor) and not one.is_contiguous() for one in again)
         expected, made = getattr(over, name)(*given), getattr(over, name)(*again)
@@ -149,8 +149,10 @@ def test_angles_may_be_in_float32() -> None:
     joined, cosine, _, *counts = PASSES["split_heads"](torch.bfloat16)
     angles = normal(*cosine.shape, seed=3)
     turned = angles.cos(), angles.sin()
-    made = [over.split_heads(joined, *turned, *counts) for over in (plain, native.passes(joined))]
-    back = [over.join_heads(*heads, *turned) for over, heads in zip((plain, native.passes(joined)), made, strict=True)]
+    made = [over.split_heads(joined, *turned, *counts) for over in (reference, native.passes(joined))]
+    back = [
+        over.join_heads(*heads, *turned) for over, heads in zip((reference, native.passes(joined)), made, strict=True)
+    ]
     for old, new in [*zip(*made, strict=True), back]:
         assert torch.allclose(old.float(), new.float(), rtol=2**-7, atol=1e-6)
         assert float((old != new).float().mean()) < 0.01

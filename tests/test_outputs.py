@@ -15,13 +15,14 @@ import pytest
 from conftest import tree
 
 from loratune import escaping
+from loratune.commands import output_file
+from loratune.commands.output_file import Output
 from loratune.errors import ConfigError, ResourceError
-from loratune.workspace import outputs
-from loratune.workspace.outputs import Output
+from loratune.system import plain
 
 
 def output(path: Path | str, *inputs: Path, overwrite: bool = False) -> Output:
-    return outputs.output(Path(path), "--output", overwrite=overwrite, inputs=inputs)
+    return output_file.output(Path(path), "--output", overwrite=overwrite, inputs=inputs)
 
 
 def write(path: Path | str, text: str = "new\n", *inputs: Path, overwrite: bool = False) -> None:
@@ -107,7 +108,7 @@ def test_nothing_planted_is_followed(tmp_path: Path) -> None:
     write(tmp_path / "a.txt")
     assert (tmp_path / "victim").read_text() == "precious" and (tmp_path / ".a.txt.unfinished").is_symlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outputs.secrets, "token_hex", lambda _: "0" * 12)
+        patch.setattr(output_file.secrets, "token_hex", lambda _: "0" * 12)
         (tmp_path / f".b.txt.{'0' * 12}.unfinished").symlink_to(tmp_path / "victim")
         with pytest.raises(ConfigError, match="cannot be written: File exists"):
             write(tmp_path / "b.txt")
@@ -176,7 +177,7 @@ def test_no_two_get_one_name_where_there_are_no_links(tmp_path: Path, monkeypatc
     assert tree(tmp_path) == {"a.txt": b"new\n"}
     place = output(tmp_path / "b.txt")
     monkeypatch.setattr(Output, "check", lambda _: (tmp_path / "b.txt").write_text("precious"))
-    monkeypatch.setattr(outputs, "kind", lambda _: "")
+    monkeypatch.setattr(plain, "kind", lambda _: "")
     with pytest.raises(ConfigError, match="put in place: File exists"), place.opened() as file:
         file.write("new")
     assert (tmp_path / "b.txt").read_text() == "precious"

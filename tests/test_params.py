@@ -11,8 +11,9 @@ import pytest
 from conftest import Ran
 from transformers import FalconConfig, LlamaConfig, Phi3Config
 
-from loratune import config, params
-from loratune.adapter import WEIGHTS_FILE
+from loratune import config
+from loratune.commands import params
+from loratune.lora.adapter_files import WEIGHTS_FILE
 
 ROLES = {
     "q": ["model.layers.*.self_attn.q_proj"],

@@ -10,8 +10,8 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune import config
+from loratune.commands.params import params
 from loratune.errors import ModelError
-from loratune.params import params
 
 SMALL = ["data.max_length=16", "training.per_device_train_batch_size=1"]
 

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune import data
 from loratune.config import DataSection
-from loratune.data import Prepared, mixing, shards, store
+from loratune.data import Prepared, cache_dir, mixing, token_cache
 from loratune.data.formats import Plain
-from loratune.data.render import Renderer
+from loratune.data.rendering import Renderer
 from loratune.data.report import Found, Report
 from loratune.errors import DataError
 
@@ -429,7 +429,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, renderer: Renderer, cache:
 
 def test_old_entries_are_forgotten(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     names = []
-    for number, days in enumerate((store.KEPT_DAYS + 1, store.KEPT_DAYS - 1)):
+    for number, days in enumerate((cache_dir.KEPT_DAYS + 1, cache_dir.KEPT_DAYS - 1)):
         prepared(renderer, write_rows(tmp_path / "rows.jsonl", ROWS[number:]))
         (new,) = set(entries(cache)) - set(names)
         names.append(new)
@@ -455,7 +455,7 @@ class Stopped(Renderer):
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_SHARD_ROWS", 20)
+    monkeypatch.setattr(token_cache, "_SHARD_ROWS", 20)
     monkeypatch.setattr(data, "_ROWS_AT_ONCE", 10)
 
 

@@ -18,11 +18,14 @@ from conftest import Ran, process, tiny_llama, tree
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from loratune import adapter, inference, model, preflight
+from loratune.commands import inference
 from loratune.config import LoraSection, ModelSection
 from loratune.errors import ConfigError
-from loratune.model.machine import Machine
-from loratune.saved import WEIGHTS_FILE
+from loratune.lora import attach, sharded
+from loratune.lora.adapter_files import WEIGHTS_FILE
+from loratune.model import device, load
+from loratune.model.device import Machine
+from loratune.training import preflight
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -66,13 +69,13 @@ def test_trains_evaluates_and_generates(
     assert held_out[-1] < held_out[1] < held_out[0] - 0.01  # it goes on learning after an evaluation
 
     saved = load_file(out / WEIGHTS_FILE)
-    plain = adapter.attach(
-        model.load_base(ModelSection(name_or_path=str(wide))),
+    plain = attach.attach(
+        load.load_base(ModelSection(name_or_path=str(wide))),
         LoraSection(),
         {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
         seed=0,
     )
-    assert shapes(saved) == shapes(adapter.weights(plain))
+    assert shapes(saved) == shapes(sharded.weights(plain))
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
     assert LAYER[quantization] in layers_of(out)
@@ -86,12 +89,12 @@ def test_trains_evaluates_and_generates(
 
 
 def gradients_around_an_evaluation(section: ModelSection, *, repack: bool) -> list[list[torch.Tensor]]:
-    base = model.load_base(section)
+    base = load.load_base(section)
     for module in base.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and repack:
             module.support_avx512bf16_for_cpu = True
     tuned, ids, found = (
-        adapter.attach(base, LoraSection(), {"target_modules": ["q_proj"]}, seed=0),
+        attach.attach(base, LoraSection(), {"target_modules": ["q_proj"]}, seed=0),
         torch.arange(20)[None],
         [],
     )
@@ -323,7 +326,7 @@ def test_a_base_that_comes_quantized_trains(
 ) -> None:
     section = {"name_or_path": str(packed(method, wide, tmp_path / "packed")), "dtype": "auto"}
     ids = torch.arange(20)[None]
-    bases = [model.load_base(ModelSection(name_or_path=path)) for path in (section["name_or_path"], str(wide))]
+    bases = [load.load_base(ModelSection(name_or_path=path)) for path in (section["name_or_path"], str(wide))]
     answers = [base(ids).logits for base in bases]
     assert torch.cosine_similarity(*(answer.float().flatten() for answer in answers), dim=0) > 0.97
     data, training = {"validation": str(tmp_path / "rows.jsonl")}, {"max_steps": 4, "eval_steps": 2}
@@ -344,10 +347,10 @@ def test_targets_are_looked_for_in_plain_layers(wide: Path, ready: Callable[[str
     packed("fp8", wide, tmp_path / "fp8")
     for path, changes in ((wide, {}), (tmp_path / "fp8", {}), (ready("4bit"), {}), (wide, {"quant_method": "gptq"})):
         section = ModelSection(name_or_path=str(path))
-        base = model.load_base(section)
+        base = load.load_base(section)
         if changes:
             base.config.quantization_config = changes
-        found = model.unpacked(base, section)
+        found = load.unpacked(base, section)
         assert (found is base, found.device.type) == ((False, "meta") if changes else (True, "cpu"))
         assert isinstance(found.model.layers[1].self_attn.q_proj, torch.nn.Linear)
 
@@ -437,26 +440,26 @@ def test_what_a_machine_can_do(machine: str, values: dict[str, Any], error: str 
     section, where = ModelSection(name_or_path="base", **values), MACHINES[machine]
     if error:
         with pytest.raises(ConfigError, match=re.escape(error)):
-            model.check_machine(section, where)
+            device.check_machine(section, where)
         return
-    model.check_machine(section, where)
-    assert [line[: len(note or "")] for line in model.notes(section, where)] == ([note] if note else [])
+    device.check_machine(section, where)
+    assert [line[: len(note or "")] for line in device.notes(section, where)] == ([note] if note else [])
 
 
 def test_this_machine_can_quantize() -> None:
-    model.check_machine(ModelSection(name_or_path="base", quantization="4bit"))
+    device.check_machine(ModelSection(name_or_path="base", quantization="4bit"))
 
 
 def test_kernels_for_a_gpu_are_refused_without_one() -> None:
     asked = ModelSection(name_or_path="base", device_map="auto", torch_compile=True, use_liger_kernel=True)
     with pytest.raises(ConfigError, match="there is none") as caught:
-        model.check_kernels(asked, gpu=False)
+        device.check_kernels(asked, gpu=False)
     keys = ["model.device_map", "model.torch_compile", "model.use_liger_kernel"]
     assert [problem.key for problem in caught.value.problems] == keys
-    model.check_kernels(ModelSection(name_or_path="base"), gpu=False)
-    model.check_kernels(ModelSection(name_or_path="base", torch_compile=True), gpu=True)
+    device.check_kernels(ModelSection(name_or_path="base"), gpu=False)
+    device.check_kernels(ModelSection(name_or_path="base", torch_compile=True), gpu=True)
     with pytest.raises(ConfigError, match="pip install liger-kernel"):
-        model.check_kernels(asked, gpu=True)
+        device.check_kernels(asked, gpu=True)
 
 
 def broken_installation(kind: str, path: Path) -> Path:

@@ -16,7 +16,8 @@ from conftest import ROOT, Ran, process
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loratune import inference, preflight
+from loratune.commands import inference
+from loratune.training import preflight
 
 FOLDER = ROOT / "configs" / "quickstart"
 WEIGHTS = "adapter_model.safetensors"

@@ -13,7 +13,7 @@ from test_render import changed, learnt, turn
 from transformers import PreTrainedTokenizerFast
 
 from loratune.data.formats import Conversation, Message
-from loratune.data.render import Renderer
+from loratune.data.rendering import Renderer
 from loratune.errors import DataError
 
 EOS, END = "<|endoftext|>", "<|end|>"

@@ -20,8 +20,8 @@ from nursery import Child, Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, curve, until
 from safetensors.torch import load_file
 
-from loratune.launched import ALONE, Alone
-from loratune.trainer.order import Order
+from loratune.system.launcher import ALONE, Alone
+from loratune.training.sampler import Order
 
 SOON = 20  # seconds in which all processes have ended when one has, with room for a machine that is busy
 UNEVEN = [

@@ -18,11 +18,11 @@ from conftest import alone
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from loratune import model
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain
 from loratune.data.packing import pad
-from loratune.data.render import IGNORED, Renderer, Tokens, shorten
+from loratune.data.rendering import IGNORED, Renderer, Tokens, shorten
 from loratune.errors import DataError, ModelError
+from loratune.model import load
 from loratune.model.growth import check_growth
 
 VERSION = "3.7.2"
@@ -353,7 +353,7 @@ def test_padding_is_masked_by_position(tokenizer: PreTrainedTokenizerFast, side:
     """The pad token is the end of sequence here, and the end stays learnt."""
     renderer = Renderer(tokenizer)
     rows = [renderer.row(Plain("", "ab", "c" * length)) for length in (1, 4)]
-    eos = model.pad_id(tokenizer)
+    eos = load.pad_id(tokenizer)
     assert eos == tokenizer.eos_token_id
     batch = pad([{"input_ids": row.ids, "labels": row.labels} for row in rows], eos, side)
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 7)

@@ -16,8 +16,10 @@ from conftest import Ran, tiny_llama, tree
 from nursery import Nursery
 from running import LONG, RESTLESS, WEIGHTS, Cli, MakeConfig, checkpoints, curve, flip, straight, until
 
-from loratune import resuming, workspace
-from loratune.checkpoints import newest_whole
+from loratune.system import plain
+from loratune.training import resume as resume_module
+from loratune.training import run_dir
+from loratune.training.checkpoints import newest_whole
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -198,7 +200,7 @@ def test_a_record_of_the_run_that_is_damaged(interrupted: Path, cli: Cli, tmp_pa
     run = json.loads((newest / "run.json").read_text())
     for name, content in {**TEXTS, **{name: json.dumps(make(run)) for name, make in RECORDS.items()}}.items():
         reseal(newest, content)
-        checkpoint, before, skipped = newest_whole(tmp_path / "out.partial" / "checkpoints", resuming._fault)
+        checkpoint, before, skipped = newest_whole(tmp_path / "out.partial" / "checkpoints", resume_module._fault)
         assert (checkpoint, before) == (older, run | {"changes": []}), name
         assert [str(problem).startswith(f"{newest}: passed over: run.json is damaged: ") for problem in skipped] == [
             True
@@ -388,7 +390,7 @@ def test_a_checkpoint_has_no_place(
         expected = f"error: {place}: is {kind} where a checkpoint is written, and is left alone; move it away, "
         assert child.said().splitlines()[-1] == f"{expected}and start again"
         assert [*(tmp_path / "outside").iterdir()] == []
-        assert workspace.kind(place) == kind
+        assert plain.kind(place) == kind
         shutil.rmtree(tmp_path / "out.partial")
 
 
@@ -398,7 +400,7 @@ def test_resume_is_spoken_of_only_where_something_was_kept(
     """What a run leaves that was killed in its first save, and one whose first save has no room."""
     config = run_config(training={"save_steps": 1})
     (tmp_path / "out.partial" / "checkpoints" / "unfinished" / "checkpoint-1").mkdir(parents=True)
-    assert not workspace.inspect(str(tmp_path / "out"), resume=False, overwrite=False).is_resumable()
+    assert not run_dir.inspect(str(tmp_path / "out"), resume=False, overwrite=False).is_resumable()
     child = processes.start("train", config, limit=30_000)
     assert child.wait() == 8
     last = child.said().splitlines()[-1]

@@ -14,19 +14,16 @@ from loratune.cli import app
 
 PACKAGE = ROOT / "loratune"
 LEVELS = {
-    "escaping": -2, "errors": -1, "expressions": -1, "uncompiled": -1,
-    "__init__": 0, "digests": 0, "droppings": 0, "interrupts": 0, "paths": 0, "private": 0, "rules": 0,
-    "streams": 1, "launched": 1, "limits": 1, "store": 1, "config": 1, "workspace": 1, "saved": 1, "places": 1,
-    "console": 1, "kernels": 1,
-    "checkpoints": 2, "data": 2, "model": 2, "targets": 2, "adapter": 2, "memory": 2, "card": 2, "spectrum": 2,
-    "ranks": 2,
-    "trainer": 3, "resuming": 3, "conditions": 3,
-    "preflight": 4, "batching": 4, "gain": 4,
-    "inference": 5, "rows": 5,
-    "train": 6, "generate": 6, "evaluate": 6, "params": 6, "header": 6,
-    "show": 7, "boundary": 7,
-    "cli": 8,
-    "__main__": 9,
+    "escaping": 0, "errors": 1, "__init__": 1,
+    "system": 2,
+    "config": 3, "console": 3,
+    "kernels": 4,
+    "data": 5, "model": 5, "lora": 5,
+    "memory": 6,
+    "training": 7,
+    "commands": 8,
+    "cli": 9,
+    "__main__": 10,
 }  # fmt: skip
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -68,7 +65,7 @@ def body_lines(function: Function) -> int:
 def imports_point_down(package: Path) -> Iterator[str]:
     for path, room, tree in modules(package):
         if room not in LEVELS:
-            yield f"{path}: a room without a level"
+            yield f"{path}: a package without a level"
             continue
         for line, name in imports(tree):
             first, *rest = name.split(".")
@@ -77,11 +74,9 @@ def imports_point_down(package: Path) -> Iterator[str]:
                 yield f"{path}:{line}: {room} imports {name}"
 
 
-def only_adapter_imports_peft(package: Path) -> Iterator[str]:
+def only_lora_imports_peft(package: Path) -> Iterator[str]:
     for path, room, tree in modules(package):
-        yield from (
-            f"{path}:{line}" for line, name in imports(tree) if name.split(".")[0] == "peft" != room != "adapter"
-        )
+        yield from (f"{path}:{line}" for line, name in imports(tree) if name.split(".")[0] == "peft" != room != "lora")
 
 
 def only_config_reads_yaml(package: Path) -> Iterator[str]:
@@ -155,15 +150,15 @@ def public_things_are_documented(package: Path) -> Iterator[str]:
 
 LONG_BODY = 'def f():\n    """Doc."""\n' + "    x = 1\n" * 41
 RULES: list[tuple[Rule, str, str]] = [
-    (imports_point_down, "model.py", "from loratune.trainer import fit"),
-    (imports_point_down, "model.py", "from loratune import train"),
+    (imports_point_down, "model.py", "from loratune.training.trainer import fit"),
+    (imports_point_down, "model.py", "from loratune.commands import train"),
     (imports_point_down, "errors.py", "import loratune.config"),
-    (imports_point_down, "config/sections.py", "def f():\n    from loratune import workspace"),
-    (imports_point_down, "train.py", "from loratune import evaluate"),
-    (imports_point_down, "train.py", "from . import adapter"),
+    (imports_point_down, "config/schema.py", "def f():\n    from loratune.training import run_dir"),
+    (imports_point_down, "training/trainer.py", "from loratune.commands import evaluate"),
+    (imports_point_down, "commands/train.py", "from . import generate"),
     (imports_point_down, "newroom.py", ""),
-    (only_adapter_imports_peft, "model.py", "from peft.utils import x"),
-    (only_adapter_imports_peft, "cli.py", "def f():\n    import peft"),
+    (only_lora_imports_peft, "model.py", "from peft.utils import x"),
+    (only_lora_imports_peft, "cli.py", "def f():\n    import peft"),
     (only_config_reads_yaml, "card.py", "import yaml\nyaml.safe_load('')"),
     (only_config_reads_yaml, "card.py", "from yaml import load"),
     (files_are_short, "model.py", "x = 1\n" * 401),
@@ -171,7 +166,7 @@ RULES: list[tuple[Rule, str, str]] = [
     (functions_are_short, "model.py", "class C:\n" + "".join(f"    {line}\n" for line in LONG_BODY.splitlines())),
     (nothing_global_no_utils, "model.py", "def f():\n    global x\n    x = 1"),
     (nothing_global_no_utils, "data/utils.py", ""),
-    (config_is_not_probed, "trainer/__init__.py", "def f(section): return getattr(section, 'r', 8)"),
+    (config_is_not_probed, "training/trainer.py", "def f(section): return getattr(section, 'r', 8)"),
     (config_is_not_probed, "model.py", "def f(self): return hasattr(self.run.lora, 'r')"),
     (imports_stand_on_top, "model.py", "class C:\n    def f(self):\n        import torch"),
     (public_things_are_documented, "model.py", '"""Doc."""\ndef f(): pass'),
@@ -198,18 +193,18 @@ def test_rule_sees_a_violation(rule: Rule, name: str, text: str, tmp_path: Path)
     [
         (
             imports_point_down,
-            "train.py",
-            "import os\nfrom loratune import adapter, config\nfrom loratune.data import x",
+            "commands/train.py",
+            "import os\nfrom loratune import config, lora\nfrom loratune.data import x",
         ),
         (
             imports_point_down,
             "data/__init__.py",
-            "from loratune.data import formats\nfrom loratune.data.render import x",
+            "from loratune.data import formats\nfrom loratune.data.rendering import x",
         ),
-        (imports_point_down, "model.py", "if TYPE_CHECKING:\n    from loratune.train import Plan"),
-        (only_adapter_imports_peft, "adapter.py", "import peft"),
+        (imports_point_down, "model.py", "if TYPE_CHECKING:\n    from loratune.commands.train import Plan"),
+        (only_lora_imports_peft, "lora/attach.py", "import peft"),
         (only_config_reads_yaml, "card.py", "import yaml\nyaml.safe_dump({})"),
-        (only_config_reads_yaml, "config/reader.py", "import yaml\nyaml.safe_load('')"),
+        (only_config_reads_yaml, "config/yaml_reader.py", "import yaml\nyaml.safe_load('')"),
         (files_are_short, "model.py", "x = 1\n" * 400),
         (functions_are_short, "model.py", LONG_BODY.replace("    x = 1\n", "", 1)),
         (imports_stand_on_top, "cli.py", "def f():\n    import torch"),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from loratune import rows
 from loratune.errors import DataError
+from loratune.training import tokenization
 
 
 @dataclass
@@ -45,7 +45,7 @@ def both(makes: list[Callable[[], Any]]) -> list[Any]:
 
     def run(rank: int) -> None:
         try:
-            results[rank] = rows._shared(makes[rank], Pair(rank, box, barrier))  # type: ignore[arg-type]
+            results[rank] = tokenization._shared(makes[rank], Pair(rank, box, barrier))  # type: ignore[arg-type]
         except DataError as error:
             results[rank] = error
 

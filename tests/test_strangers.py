@@ -27,10 +27,12 @@ from running import Cli, MakeConfig, checkpoints, until
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from typer.testing import CliRunner
 
-from loratune import escaping, saved
+from loratune import escaping
 from loratune.cli import app
 from loratune.errors import LostError, Problem
-from loratune.store import SignedStore, secret
+from loratune.lora import adapter_files
+from loratune.training import secret
+from loratune.training.signed_store import SignedStore
 
 # Several processes
 
@@ -476,7 +478,7 @@ def test_records_cover_directories_and_older_ones_are_read(copy: Path, cli: Cli)
     (copy / "additional_chat_templates" / "other.jinja").write_text("x")
     record = json.loads((copy / "loratune.json").read_text())
     assert "adapter_config.json" in record["files"] and not any("/" in name for name in record["files"])
-    record["files"] = saved.manifest(copy)
+    record["files"] = adapter_files.manifest(copy)
     assert "additional_chat_templates/other.jinja" in record["files"]
     (copy / "loratune.json").write_text(json.dumps(record))
     ran = cli("generate", "x", "--adapter", copy, "--max-new-tokens", 1)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune.errors import ModelError
-from loratune.targets import ROLES, Targets, resolve
+from loratune.lora.targets import ROLES, Targets, resolve
 
 GOLDEN = Path(__file__).parent / "golden_targets.txt"
 R = 2

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfi
 from transformers.integrations import replace_with_bnb_linear
 
 from loratune.errors import ConfigError, LoratuneError, ModelError
-from loratune.targets import ROLES, STOCK, Targets, resolve
+from loratune.lora.targets import ROLES, STOCK, Targets, resolve
 
 # Two layers of the real class, small enough to build and wrap on the CPU.
 LLAMA_LIKE: dict[str, Any] = dict(

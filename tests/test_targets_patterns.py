@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from loratune.errors import ConfigError, LoratuneError, ModelError
-from loratune.targets import ROLES, Targets, resolve
+from loratune.lora.targets import ROLES, Targets, resolve
 
 LLAMA: dict[str, Any] = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

@@ -20,9 +20,9 @@ from test_render import fetched, learnt, loaded, turn
 from tokenizers import AddedToken
 
 from loratune.data.formats import Conversation, Message
-from loratune.data.render import IGNORED, Renderer
-from loratune.data.render.template import Chat, Template
-from loratune.data.render.turns import locate
+from loratune.data.rendering import IGNORED, Renderer
+from loratune.data.rendering.template import Chat, Template
+from loratune.data.rendering.turns import locate
 from loratune.errors import DataError
 
 TRL = "trl-1.16.0"

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers import LlamaConfig
 
-from loratune import adapter, model, targets
 from loratune.config import LoraSection
-from loratune.saved import WEIGHTS_FILE
+from loratune.lora import attach as attach_module
+from loratune.lora import sharded, targets
+from loratune.lora.adapter_files import WEIGHTS_FILE
+from loratune.model import load
 
 R, ALPHA = 4, 12
 PEFT_NAMES = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
@@ -35,7 +37,7 @@ def rows() -> tuple[Tensor, Tensor]:
 
 def attach(base: nn.Module) -> PeftModel:
     found = targets.resolve(base, ["fc1", "fc2"])
-    return adapter.attach(base, LoraSection(r=R, lora_alpha=ALPHA), found.peft(), seed=3)
+    return attach_module.attach(base, LoraSection(r=R, lora_alpha=ALPHA), found.peft(), seed=3)
 
 
 def both(mlp: nn.Module, *, moved: bool) -> tuple[PeftModel, nn.Module]:
@@ -97,7 +99,7 @@ def test_output_is_unchanged_at_step_0(mlp: nn.Module, rows: tuple[Tensor, Tenso
     before = mlp(rows[0])
     ours = attach(mlp)
     assert torch.equal(ours(rows[0]), before)
-    state = adapter.weights(ours)
+    state = sharded.weights(ours)
     assert [bool(tensor.any()) for name, tensor in sorted(state.items())] == [True, False, True, False]  # A, B, A, B
 
 
@@ -105,7 +107,7 @@ def test_only_a_and_b_are_trained(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -
     base = deepcopy(mlp.state_dict())
     ours = attach(mlp)
     trained = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
-    start = deepcopy(adapter.weights(ours))
+    start = deepcopy(sharded.weights(ours))
     steps = torch.optim.AdamW(ours.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(3):
         steps.zero_grad()
@@ -113,7 +115,7 @@ def test_only_a_and_b_are_trained(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -
         steps.step()
     assert trained == [f"base_model.model.{layer}.{name}" for layer in ("fc1", "fc2") for name in PEFT_NAMES.values()]
     assert [name for name, parameter in ours.named_parameters() if parameter.grad is not None] == trained
-    assert not any(torch.equal(tensor, start[name]) for name, tensor in adapter.weights(ours).items())
+    assert not any(torch.equal(tensor, start[name]) for name, tensor in sharded.weights(ours).items())
     assert len(base) == 6
     for name, tensor in ours.get_base_model().state_dict().items():
         if "lora_" not in name:
@@ -123,7 +125,7 @@ def test_only_a_and_b_are_trained(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -
 
 def test_the_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
     ours, ref = both(mlp, moved=True)
-    adapter.save(ours, tmp_path, adapter.begin(attach(deepcopy(mlp)), LoraSection()))
+    attach_module.save(ours, tmp_path, attach_module.begin(attach(deepcopy(mlp)), LoraSection()))
     save_file(reference.adapter_state(ref), tmp_path / "reference.safetensors")
     saved, expected = load_file(tmp_path / WEIGHTS_FILE), load_file(tmp_path / "reference.safetensors")
     names = {"lora_A.weight": "A", "lora_B.weight": "B"}
@@ -138,8 +140,8 @@ def test_the_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
 def test_a_4096_by_4096_layer_counts_65536() -> None:
     with torch.device("meta"):
         base = nn.Sequential(OrderedDict(fc=nn.Linear(4096, 4096, bias=False)))
-    ours = adapter.attach(base, LoraSection(r=8), targets.resolve(base, ["fc"]).peft(), seed=0)
-    count = adapter.count(ours, adapter.begin(ours, LoraSection(r=8)))
+    ours = attach_module.attach(base, LoraSection(r=8), targets.resolve(base, ["fc"]).peft(), seed=0)
+    count = attach_module.count(ours, attach_module.begin(ours, LoraSection(r=8)))
     assert (count.trainable, count.total) == (65_536, 4096 * 4096 + 65_536)
 
 
@@ -147,9 +149,9 @@ def test_llama_2_7b() -> None:
     shape = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     )
-    base = model.build_meta(shape)
-    ours = adapter.attach(base, LoraSection(r=8), targets.resolve(base, ["q", "k", "v", "o"]).peft(), seed=0)
+    base = load.build_meta(shape)
+    ours = attach_module.attach(base, LoraSection(r=8), targets.resolve(base, ["q", "k", "v", "o"]).peft(), seed=0)
     line = "trainable params: 8,388,608 || all params: 6,746,804,224 || trainable%: 0.1243"
-    count = adapter.count(ours, adapter.begin(ours, LoraSection(r=8)))
+    count = attach_module.count(ours, attach_module.begin(ours, LoraSection(r=8)))
     assert str(count) == line
     assert count.adapter_bytes - 4 * 8_388_608 in range(1 << 16)  # float32, and a header

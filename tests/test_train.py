@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 from loratune.errors import NumericError
-from loratune.trainer.callbacks import check_finite
+from loratune.training.callbacks import check_finite
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]

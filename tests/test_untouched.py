@@ -13,8 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from running import MakeConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from loratune import adapter, inference, preflight, targets
+from loratune import errors
+from loratune.commands import inference
 from loratune.config import LoraSection
+from loratune.lora import attach, sharded, targets, untouched
+from loratune.training import preflight
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34]])
 KINDS: dict[str, dict[str, Any]] = {
@@ -95,7 +98,7 @@ def test_a_change_that_nobody_foresaw_is_refused(base_dir: Path, tmp_path: Path)
     made_by_peft(base_dir, tmp_path / "made")
     tuned = opened(tmp_path / "made")
     tuned.model.get_base_model().model.layers[1].mlp.down_proj.weight.data[-1, -1] += 1
-    with pytest.raises(adapter.AdapterError, match="PEFT has changed the base's own weights"), tuned.without_adapter():
+    with pytest.raises(errors.AdapterError, match="PEFT has changed the base's own weights"), tuned.without_adapter():
         pass
 
 
@@ -135,12 +138,12 @@ def test_the_base_after_training(kind: str, base_dir: Path) -> None:
     """In the model that was trained, before it is saved."""
     base, section = AutoModelForCausalLM.from_pretrained(base_dir), LoraSection(**STARTS[kind])
     alone = logits(base)
-    model = adapter.attach(base, section, targets.find(base, section).peft(), seed=0)
-    start = adapter.begin(model, section)
+    model = attach.attach(base, section, targets.find(base, section).peft(), seed=0)
+    start = attach.begin(model, section)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1
-    trained, expected = adapter.whole(model), logits(model)
-    with adapter.as_begun(model, start, trained):
+    trained, expected = sharded.whole(model), logits(model)
+    with untouched.as_begun(model, start, trained):
         assert torch.allclose(logits(model), alone, rtol=0, atol=1e-4 if start.given_back else 0)
     assert torch.equal(logits(model), expected)

@@ -18,16 +18,18 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from loratune import adapter, config, preflight, targets, trainer, workspace
-from loratune import model as model_room
-from loratune import train as story
-from loratune.adapter import Start
-from loratune.checkpoints import Checkpoints
+from loratune import config
+from loratune.commands import train
 from loratune.config import LoraSection, ModelSection, TrainingSection, portability
 from loratune.data.packing import pad
 from loratune.data.watching import unwatched
 from loratune.errors import DataError, ModelError
-from loratune.saved import CONFIG_FILE, WEIGHTS_FILE, inspect
+from loratune.lora import attach, counts, optimizers, sharded, targets
+from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
+from loratune.lora.initialize import Start
+from loratune.model import load, originals
+from loratune.training import preflight, run_dir, trainer
+from loratune.training.checkpoints import Checkpoints
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -76,8 +78,8 @@ def begun(base: nn.Module | None = None, **lora: Any) -> tuple[PeftModel, LoraSe
     """The tiny Llama with an adapter on it, before its first step."""
     section, base = LoraSection(**lora), base or tiny_llama()
     found = targets.find(base, section)
-    model = adapter.attach(base, section, found.peft(), seed=0, base_name="tiny")
-    return model, section, adapter.begin(model, section, batches=BATCHES)
+    model = attach.attach(base, section, found.peft(), seed=0, base_name="tiny")
+    return model, section, attach.begin(model, section, batches=BATCHES)
 
 
 def outputs(model: nn.Module) -> torch.Tensor:
@@ -88,7 +90,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
     settings = TrainingSection(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
-    choose = partial(adapter.split, model, section, weight_decay=settings.weight_decay)
+    choose = partial(optimizers.split, model, section, weight_decay=settings.weight_decay)
     size = settings.per_device_train_batch_size
     batches = SimpleNamespace(items=ROWS, size=size, collate=COLLATE, flat=False, heaviest=lambda: range(size))
     run = trainer.Run(Checkpoints(path / "checkpoints", {}, 0), Silent())
@@ -110,15 +112,15 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
     before = outputs(tiny_llama())
     model, section, start = begun(**VARIANTS[variant])
     assert torch.allclose(outputs(model), before, atol=1e-6)
-    foretold = adapter.count(model, start)
+    foretold = attach.count(model, start)
     outcome = fit(model, section, tmp_path)
     assert outcome.last_loss < outcome.first_loss
     trained = outputs(model)
     assert (trained - before).abs().max() > 0.01
     (tmp_path / "out").mkdir()
-    assert adapter.save(model, tmp_path / "out", start) == foretold.adapter_bytes
+    assert attach.save(model, tmp_path / "out", start) == foretold.adapter_bytes
     exact = 0.0 if not start.given_back else 1e-6  # what was taken out of the base comes back with rounding
-    assert torch.allclose(outputs(adapter.load(tiny_llama(), inspect(tmp_path / "out"))), trained, rtol=0, atol=exact)
+    assert torch.allclose(outputs(attach.load(tiny_llama(), inspect(tmp_path / "out"))), trained, rtol=0, atol=exact)
     assert torch.allclose(
         outputs(PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")), trained, rtol=0, atol=exact
     )
@@ -128,10 +130,10 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
 def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp_path: Path) -> None:
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
-        space = workspace.inspect(loaded.output_dir, resume=resume, overwrite=False)
+        space = run_dir.inspect(loaded.output_dir, resume=resume, overwrite=False)
         ready = preflight.check(loaded, space, unwatched, [] if resume else None)
-        teller = story.Teller(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
-        story.train(ready, teller)
+        teller = train.Teller(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
+        train.train(ready, teller)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
     path = run_config(lora=lora, training={"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2})
@@ -147,7 +149,7 @@ def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp
 def test_what_is_taken_out_of_the_base_is_published_as_plain_lora(start: str, tmp_path: Path) -> None:
     model, section, began = begun(init_lora_weights=start, use_rslora=True, alpha_pattern={"q": 4})
     fit(model, section, tmp_path)
-    adapter.save(model, tmp_path, began)
+    attach.save(model, tmp_path, began)
     written = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert (written["init_lora_weights"], written["r"]) == (True, 16)
     assert written["lora_alpha"] == pytest.approx(16 * math.sqrt(2))
@@ -189,7 +191,7 @@ def test_eva_starts_from_the_main_directions_of_the_inputs() -> None:
 
 
 def test_eva_needs_more_learnt_tokens_than_directions() -> None:
-    model = adapter.attach(
+    model = attach.attach(
         tiny_llama(), section := LoraSection(init_lora_weights="eva"), {"target_modules": ["q_proj"]}, seed=0
     )
     few = dict(BATCHES[0], labels=torch.full_like(BATCHES[0]["labels"], -100))
@@ -197,15 +199,15 @@ def test_eva_needs_more_learnt_tokens_than_directions() -> None:
     with pytest.raises(
         DataError, match="more learnt tokens in a batch than r = 8, and the first batches have 8 at most"
     ):
-        adapter.begin(model, section, batches=[few])
+        attach.begin(model, section, batches=[few])
     few["labels"][0, :9] = 1
-    adapter.begin(model, section, batches=[few])
+    attach.begin(model, section, batches=[few])
 
 
 def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path) -> None:
     model, section, start = begun(loraplus_lr_ratio=16.0)
     fit(model, section, tmp_path, max_steps=1, lr_scheduler_type="constant")
-    moved = {name: (tensor - start.tensors[name]).abs().max().item() for name, tensor in adapter.weights(model).items()}
+    moved = {name: (tensor - start.tensors[name]).abs().max().item() for name, tensor in sharded.weights(model).items()}
     # Adam's first step is as long as its learning rate; A has no gradient as long as B is zero.
     assert {round(step, 4) for name, step in moved.items() if "lora_B" in name} == {0.16}
     assert {step for name, step in moved.items() if "lora_A" in name} == {0.0}
@@ -215,7 +217,7 @@ def test_loraplus_trains_an_embedding_at_the_rate_of_the_config(tmp_path: Path) 
     model, section, start = begun(loraplus_lr_ratio=1.0, target_modules=["embed_tokens", "q"])
     fit(model, section, tmp_path, max_steps=1, lr_scheduler_type="constant")
     moved = max(
-        (tensor - start.tensors[n]).abs().max() for n, tensor in adapter.weights(model).items() if "embedding" in n
+        (tensor - start.tensors[n]).abs().max() for n, tensor in sharded.weights(model).items() if "embedding" in n
     )
     assert moved == pytest.approx(0.01, rel=1e-3)
 
@@ -223,9 +225,9 @@ def test_loraplus_trains_an_embedding_at_the_rate_of_the_config(tmp_path: Path) 
 def test_lorafa_leaves_a_as_it_starts(tmp_path: Path) -> None:
     plain, lorafa = begun()[0], begun(use_lorafa=True)
     model, section, start = lorafa
-    assert adapter.count(model, start).trainable < plain.get_nb_trainable_parameters()[0]
+    assert attach.count(model, start).trainable < plain.get_nb_trainable_parameters()[0]
     fit(model, section, tmp_path)
-    for name, tensor in adapter.weights(model).items():
+    for name, tensor in sharded.weights(model).items():
         assert torch.equal(tensor, start.tensors[name]) == ("lora_A" in name)
 
 
@@ -236,9 +238,9 @@ def test_lorafa_leaves_a_as_it_starts(tmp_path: Path) -> None:
 def test_loftq_starts_from_what_four_bits_lose(rslora: bool, tiny_dir: Path) -> None:
     held = ModelSection(name_or_path=str(tiny_dir), dtype="float32", quantization="4bit")
     section = LoraSection(init_lora_weights="loftq", use_rslora=rslora)
-    base, whole = model_room.load_base(held), tiny_llama()
-    tuned = adapter.attach(base, section, targets.find(base, section).peft(), seed=0)
-    adapter.begin(tuned, section, originals=partial(model_room.original_weights, held, base))
+    base, whole = load.load_base(held), tiny_llama()
+    tuned = attach.attach(base, section, targets.find(base, section).peft(), seed=0)
+    attach.begin(tuned, section, originals=partial(originals.original_weights, held, base))
     for path, (layer, update) in factors(tuned).items():
         lost = whole.get_submodule(path).weight.detach() - dequantize_module_weight(layer.get_base_layer()).float()
         singular = torch.linalg.svdvals(lost)
@@ -261,7 +263,7 @@ def test_loftq_through_the_command_line(cli: Cli, run_config: MakeConfig, tmp_pa
 
 def test_loftq_of_weights_that_are_not_there(tiny_dir: Path, tmp_path: Path) -> None:
     base = tiny_llama()
-    read = model_room.original_weights(ModelSection(name_or_path=str(tiny_dir)), base)
+    read = originals.original_weights(ModelSection(name_or_path=str(tiny_dir)), base)
     assert torch.equal(read("model.layers.0.self_attn.q_proj"), base.model.layers[0].self_attn.q_proj.weight)
     with pytest.raises(ModelError, match=r"has model\.layers\.9\.gone\.weight as it was before quantization"):
         read("model.layers.9.gone")
@@ -399,7 +401,7 @@ def test_the_portable_set_is_silent(lora: dict[str, Any]) -> None:
     ],
 )
 def test_layers_that_llama_cpp_does_not_read(model: Callable[[], Any], names: list[str], kind: str | None) -> None:
-    told = adapter.notes(begun(model(), target_modules=names)[0])
+    told = counts.notes(begun(model(), target_modules=names)[0])
     assert told == [] if kind is None else f"do not read an adapter of {kind}" in told[0]
 
 

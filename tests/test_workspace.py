@@ -17,9 +17,10 @@ from conftest import Ran, tiny_llama, tree
 from nursery import Nursery
 from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
 
-from loratune import saved, workspace
 from loratune.errors import ConfigError
-from loratune.workspace import belongings, replacing
+from loratune.lora import adapter_files
+from loratune.system import plain
+from loratune.training import belongings, overwriting, run_dir
 
 ONE_STEP = {"max_steps": 1}
 
@@ -40,7 +41,7 @@ def everything(path: Path) -> dict[str, Any]:
     """What is below a path, by name: kind, size, and content or target."""
     found: dict[str, Any] = {}
     for one in sorted(path.rglob("*")):
-        kind = workspace.kind(one)
+        kind = plain.kind(one)
         found[str(one.relative_to(path))] = (
             os.readlink(one) if kind == "a link" else one.read_bytes() if kind == "a file" else kind
         )
@@ -211,7 +212,7 @@ def test_droppings_of_systems_are_replaced(cli: Cli, run_config: MakeConfig, tmp
         for name in DROPPINGS:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("dropped")
-        assert saved.inspect(out).edits() == []
+        assert adapter_files.inspect(out).edits() == []
         shutil.rmtree(out)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".DS_Store").write_text("dropped")
@@ -346,7 +347,7 @@ def test_a_directory_that_may_not_be_removed(sticky: bool, tmp_path: Path) -> No
     if not (child := os.fork()):
         try:
             os.setuid(12345)
-            workspace.inspect(str(out), resume=False, overwrite=True)
+            run_dir.inspect(str(out), resume=False, overwrite=True)
         except ConfigError as error:
             os._exit(7 if expected in str(error) else 1)
         finally:
@@ -382,7 +383,7 @@ def test_files_that_come_to_the_old_adapter_meanwhile(
 def test_a_file_that_comes_at_the_last_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the last look at the directory, in the moment in which it is moved: it is put back."""
     out = adapter(tmp_path / "out")
-    space = workspace.inspect(str(out), resume=False, overwrite=True)
+    space = run_dir.inspect(str(out), resume=False, overwrite=True)
     move = Path.rename
 
     def late(path: Path, target: Path) -> Path:
@@ -390,7 +391,7 @@ def test_a_file_that_comes_at_the_last_moment(tmp_path: Path, monkeypatch: pytes
             (out / "thesis.txt").write_text("precious")
         return move(path, target)
 
-    with pytest.raises(ConfigError, match="thesis"), workspace.claimed(space):
+    with pytest.raises(ConfigError, match="thesis"), run_dir.claimed(space):
         space.begin(resume=False)
         (space.checkpoints / "checkpoint-1").mkdir()
         adapter(space.staging)
@@ -402,14 +403,14 @@ def test_a_file_that_comes_at_the_last_moment(tmp_path: Path, monkeypatch: pytes
 
 def test_removal_spares_what_no_record_lists(tmp_path: Path) -> None:
     out = adapter(tmp_path / "out", "deeper/words.txt", "deeper/more.txt")
-    assert replacing.remove(adapter(tmp_path / "whole", "deeper/words.txt"))
+    assert overwriting.remove(adapter(tmp_path / "whole", "deeper/words.txt"))
     (out / "deeper" / "thesis.txt").write_text("precious")
-    assert not replacing.remove(out)
+    assert not overwriting.remove(out)
     assert tree(out) == {"deeper/thesis.txt": b"precious"}
 
 
 def test_what_is_put_into_the_work_in_progress_stays(tmp_path: Path) -> None:
-    with workspace.claimed(workspace.inspect(str(tmp_path / "out"), resume=False, overwrite=False)) as space:
+    with run_dir.claimed(run_dir.inspect(str(tmp_path / "out"), resume=False, overwrite=False)) as space:
         space.begin(resume=False)
         (space.partial / "thesis.txt").write_text("precious")
         adapter(space.staging)
@@ -452,7 +453,7 @@ def test_what_the_user_keeps_in_the_work_in_progress(cli: Cli, run_config: MakeC
 @pytest.mark.parametrize("how", ["published", "left", "begun anew"])
 def test_what_the_user_puts_there_meanwhile(how: str, tmp_path: Path) -> None:
     """Only what is of a run's making is removed."""
-    with workspace.claimed(workspace.inspect(str(tmp_path / "out"), resume=False, overwrite=False)) as space:
+    with run_dir.claimed(run_dir.inspect(str(tmp_path / "out"), resume=False, overwrite=False)) as space:
         space.begin(resume=False)
         adapter(space.staging)
         names = ("adapter/notes/", *THEIRS[2:-1]) if how == "published" else THEIRS[:-2]
@@ -514,7 +515,7 @@ def image(overlaid: Callable[[Path], Path], tmp_path: Path) -> Path:
 def test_an_adapter_of_an_image_is_replaced(image: Path, cli: Cli, run_config: MakeConfig) -> None:
     ran = cli("train", run_config(training=ONE_STEP), "--overwrite", "--set", f"output_dir={image / 'out'}")
     assert ran.code == 0, ran.err
-    assert saved.inspect(image / "out").edits() == [] and not (image / "out" / "deeper").exists()
+    assert adapter_files.inspect(image / "out").edits() == [] and not (image / "out" / "deeper").exists()
     assert [path.name for path in image.iterdir()] == ["out"]
 
 
@@ -532,15 +533,15 @@ def test_an_adapter_of_an_image_is_whole_or_not_there(moves: int, image: Path, m
         assert "adapter_config.json" not in names or names == {path.name for path in (image / "old").iterdir()}
 
     shutil.copytree(image / "out", image / "old")
-    space = workspace.inspect(str(image / "out"), resume=False, overwrite=True)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt), workspace.claimed(space):
+    space = run_dir.inspect(str(image / "out"), resume=False, overwrite=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt), run_dir.claimed(space):
         space.begin(resume=False)
         (space.checkpoints / "checkpoint-1").mkdir()
         adapter(space.staging)
         patch.setattr(shutil, "move", killed)
         space.publish()
         raise KeyboardInterrupt
-    with workspace.claimed(space):
+    with run_dir.claimed(space):
         pass
     now = tree(image)
     assert {name: now[name] for name in before} == before and not space.moving.exists()
@@ -548,7 +549,7 @@ def test_an_adapter_of_an_image_is_whole_or_not_there(moves: int, image: Path, m
 
 def test_a_file_that_comes_to_an_adapter_of_an_image(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While its files are moved: all are put back, and the work is kept."""
-    move, space = shutil.move, workspace.inspect(str(image / "out"), resume=False, overwrite=True)
+    move, space = shutil.move, run_dir.inspect(str(image / "out"), resume=False, overwrite=True)
     before = tree(image / "out")
 
     def late(source: Path, target: Path) -> None:
@@ -557,7 +558,7 @@ def test_a_file_that_comes_to_an_adapter_of_an_image(image: Path, monkeypatch: p
 
     monkeypatch.setattr(shutil, "move", late)
     told = "cannot be put in its place: Directory not empty; mend that, or move away what is there, and go on with --re"
-    with pytest.raises(ConfigError, match=told), workspace.claimed(space):
+    with pytest.raises(ConfigError, match=told), run_dir.claimed(space):
         space.begin(resume=False)
         (space.checkpoints / "checkpoint-1").mkdir()
         adapter(space.staging)

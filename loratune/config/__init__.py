@@ -6,11 +6,11 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from loratune.config import reader
+from loratune.config import yaml_reader
 from loratune.config.inputs import inputs
-from loratune.config.portable import portability
-from loratune.config.problems import translate
-from loratune.config.sections import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
+from loratune.config.messages import translate
+from loratune.config.portability import portability
+from loratune.config.schema import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
 from loratune.errors import ConfigError
 
 __all__ = [
@@ -33,12 +33,12 @@ def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with every problem found.
     """
-    return _validated(reader.read(path), assignments)
+    return _validated(yaml_reader.read(path), assignments)
 
 
-def _validated(document: reader.Document, assignments: Sequence[str]) -> RunConfig:
+def _validated(document: yaml_reader.Document, assignments: Sequence[str]) -> RunConfig:
     for assignment in assignments:
-        reader.override(document, assignment)
+        yaml_reader.override(document, assignment)
     try:
         return RunConfig.model_validate(document.values)
     except ValidationError as error:
@@ -48,7 +48,7 @@ def _validated(document: reader.Document, assignments: Sequence[str]) -> RunConf
 def of_model(name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
     """The defaults of a run on this model, with assignments over them, for what needs no rows. Raises ConfigError."""
     values = {"model": {"name_or_path": name_or_path}, "data": {"train": "rows"}, "output_dir": "adapter"}
-    return _validated(reader.Document("--model", values), assignments)
+    return _validated(yaml_reader.Document("--model", values), assignments)
 
 
 def dump(config: RunConfig) -> str:
@@ -61,7 +61,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    plain = text.isprintable() and reader.reads_as_text(text)
+    plain = text.isprintable() and yaml_reader.reads_as_text(text)
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, None if plain else '"')
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from loratune.config.sections import RunConfig
+from loratune.config.schema import RunConfig
 
 
 def inputs(config_file: Path, run: RunConfig) -> tuple[tuple[str, str], ...]:

@@ -9,17 +9,17 @@ from itertools import islice
 from pathlib import Path
 
 from loratune.config import DataSection
-from loratune.data import formats, repeats, store
+from loratune.data import cache_dir, formats, repeats
+from loratune.data.cache_dir import forget_old as forget_old
 from loratune.data.formats import Conversation, Example, Ids, Plain
-from loratune.data.parts import Part as Part
-from loratune.data.parts import Rows as Rows
-from loratune.data.parts import check as check
-from loratune.data.parts import check_source as check_source
-from loratune.data.render import Renderer, Tokens, shorten
+from loratune.data.rendering import Renderer, Tokens, shorten
 from loratune.data.report import Leaks, Report
-from loratune.data.shards import Shards, Writer
 from loratune.data.sources import MAX_PROBLEMS
-from loratune.data.store import forget_old as forget_old
+from loratune.data.splits import Part as Part
+from loratune.data.splits import Rows as Rows
+from loratune.data.splits import check as check
+from loratune.data.splits import check_source as check_source
+from loratune.data.token_cache import Shards, Writer
 from loratune.data.watching import Watch as Watch
 from loratune.data.watching import unwatched
 from loratune.errors import DataError, Problem
@@ -66,7 +66,7 @@ def prepare(
                 report, rows = worker.prepare(some)
                 writer.add(report, rows)
 
-    rows = store.kept(key, fill)
+    rows = cache_dir.kept(key, fill)
     rows.report.duplicates = repeats.duplicates(part)
     _check(rows.report, part, section)
     return Prepared(rows)
@@ -74,7 +74,7 @@ def prepare(
 
 def opened(directory: Path) -> Prepared | None:
     """Rows that another process has prepared; None where this one does not find them."""
-    found = store.opened(directory)
+    found = cache_dir.opened(directory)
     return Prepared(found) if found is not None else None
 
 

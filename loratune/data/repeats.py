@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from loratune.data.census import EXACT, FOLDED
-from loratune.data.parts import Part
 from loratune.data.report import FIRST, Found, Leaks
+from loratune.data.row_index import EXACT, FOLDED
+from loratune.data.splits import Part
 
 _AT_ONCE = 1 << 18
 """Hashes that are sorted at once; of more, some are taken at a time, by their last bits."""

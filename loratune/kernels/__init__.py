@@ -3,17 +3,17 @@
 `fitted` puts them into a model for as long as it is trained; `plain` says what they compute.
 """
 
+from loratune.kernels.accelerate import expect as expect
+from loratune.kernels.accelerate import fitted as fitted
 from loratune.kernels.allocator import keep_pages as keep_pages
 from loratune.kernels.decoding import lean as lean
-from loratune.kernels.fitting import expect as expect
-from loratune.kernels.fitting import fitted as fitted
 from loratune.kernels.gpu import compile_layers as compile_layers
 from loratune.kernels.gpu import use_liger as use_liger
+from loratune.kernels.lora_linear import Adapted as Adapted
 from loratune.kernels.loss import LossHead as LossHead
 from loratune.kernels.loss import full as full
 from loratune.kernels.loss import global_norm as global_norm
 from loratune.kernels.loss import next_token_loss as next_token_loss
 from loratune.kernels.native import notes as notes
 from loratune.kernels.native import variant as variant
-from loratune.kernels.projection import Adapted as Adapted
 from loratune.kernels.rowwise import attends_by_rows as attends_by_rows

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.kernels.plain import Passes
-from loratune.kernels.projection import Passed, Projection
+from loratune.kernels.lora_linear import Passed, Projection
+from loratune.kernels.reference import Passes
 
 TILE = 128
 """Queries whose scores are held at once."""

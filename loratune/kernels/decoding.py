@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loratune.kernels.lora_linear import Adapted
 from loratune.kernels.native import passes
-from loratune.kernels.projection import Adapted
 from loratune.kernels.replacing import restore
 
 

@@ -11,9 +11,9 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from loratune.errors import ModelError, Problem
 from loratune.kernels import varlen
-from loratune.kernels.projection import Adapted
+from loratune.kernels.lora_linear import Adapted
+from loratune.kernels.parity_check import Trial
 from loratune.kernels.replacing import Replacement
-from loratune.kernels.trial import Trial
 
 
 class FastLinear(Replacement):

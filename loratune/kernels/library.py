@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratune import private
+from loratune.system import private
 
-SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "passes.c", "attention.c")]
+SOURCES = [Path(__file__).parent / "csrc" / name for name in ("numbers.h", "passes.c", "attention.c")]
 FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
 
 _DIGEST = hashlib.sha256().digest_size

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune.kernels.trial import evaluating
+from loratune.kernels.parity_check import evaluating
 
 NAME = "loratune-probe"
 REACH = 1 << 18

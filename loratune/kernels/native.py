@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.kernels import library, plain
+from loratune.kernels import library, reference
 from loratune.kernels.library import Library
 
 DEFINES = {torch.bfloat16: "-DBFLOAT16", torch.float32: "-DFLOAT32"}
@@ -19,14 +19,14 @@ FEW = 64
 """Tokens up to which LoRA is one pass over them: what it takes to begin a product would take longer."""
 
 
-def passes(like: Tensor) -> plain.Passes:
+def passes(like: Tensor) -> reference.Passes:
     """The functions of `plain` for tensors like this one: built from C where that can be done, else plain.
 
     The plain ones are taken on a GPU, for float16, without a C compiler, outside Linux, and where LORATUNE_NATIVE=0 is
     set.
     """
     functions = _loaded(like.dtype).functions if _wanted(like) else None
-    return Native(functions, like.dtype) if functions is not None else plain
+    return Native(functions, like.dtype) if functions is not None else reference
 
 
 def notes(like: Tensor) -> list[str]:
@@ -165,7 +165,7 @@ class Native:
     def add_lora(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:
         """See `plain.add_lora`; many tokens are left to its products."""
         if len(x) > FEW:
-            return plain.add_lora(y, x, down, up)
+            return reference.add_lora(y, x, down, up)
         dense, x, down, up = self._reals(y, x, down, up)
         self._call("add_lora", [dense], x, down, up, len(x), x.shape[1], len(down), up.shape[1])
         if dense is not y:

@@ -7,10 +7,10 @@ from pickle import UnpicklingError
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from loratune import places
 from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
-from loratune.places.gguf import LFS
+from loratune.model import source
+from loratune.model.gguf import LFS
 
 LOADING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
 """What transformers, torch and safetensors raise for a model that cannot be loaded."""
@@ -37,7 +37,7 @@ def summary(error: BaseException) -> str:
 
 def damaged_weights(section: ModelSection) -> Iterator[Problem]:
     """The weight files that are no such thing: what the libraries report does not name the file."""
-    place = Path(places.local_or_hub(section.name_or_path))
+    place = Path(source.local_or_hub(section.name_or_path))
     if not place.is_dir():
         cached = try_to_load_from_cache(section.name_or_path, "config.json", revision=section.revision)
         place = Path(str(cached)).parent

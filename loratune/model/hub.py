@@ -6,10 +6,9 @@ from pathlib import Path
 from huggingface_hub import errors as hub
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-from loratune import places
 from loratune.errors import ModelError, Problem
+from loratune.model import gguf, remote_code, source
 from loratune.model.faults import summary
-from loratune.places import code, gguf
 
 
 def check(name: str, revision: str | None, file: str = "config.json") -> None:
@@ -17,7 +16,7 @@ def check(name: str, revision: str | None, file: str = "config.json") -> None:
 
     Raises ModelError: no such repository, gated, no such revision, without that file, offline and not cached.
     """
-    fix, key = "", places.KEY
+    fix, key = "", source.KEY
     try:
         if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return
@@ -32,7 +31,7 @@ def check(name: str, revision: str | None, file: str = "config.json") -> None:
         fix = "check the name; private ones need `hf auth login`"
     except hub.EntryNotFoundError:
         what = f"the repository has no {file}" + (", so it holds no model" if file == "config.json" else "")
-        key = places.KEY if file == "config.json" else gguf.KEY
+        key = source.KEY if file == "config.json" else gguf.KEY
     except hub.HFValidationError:
         what = "no such directory, and not the id of a repository"
     except Exception as error:  # whatever the network stack of the day raises
@@ -59,7 +58,7 @@ def naming_code(name: str, revision: str | None) -> Iterator[Path]:
     """The files of a repository that may name code, downloaded if they are not in the cache. Those that it does not
     have, or that cannot be had now, are left out: transformers does not get them either."""
     cut_off = False
-    for file in code.FILES:
+    for file in remote_code.FILES:
         try:
             yield Path(hf_hub_download(name, file, revision=revision, local_files_only=cut_off))
         except hub.LocalEntryNotFoundError:

@@ -8,9 +8,9 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from loratune import places
 from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
+from loratune.model import source
 
 
 def original_weights(section: ModelSection, base: PreTrainedModel) -> Callable[[str], torch.Tensor]:
@@ -18,7 +18,7 @@ def original_weights(section: ModelSection, base: PreTrainedModel) -> Callable[[
 
     The reader raises ModelError: no safetensors file has a tensor of this name.
     """
-    directory = Path(places.local_or_hub(section.name_or_path))
+    directory = Path(source.local_or_hub(section.name_or_path))
     if not directory.is_dir():
         directory = Path(snapshot_download(section.name_or_path, revision=section.revision, local_files_only=True))
     holders: dict[str, Path] = {}

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from loratune.data.render import IGNORED
+from loratune.data.rendering import IGNORED
 
 
 def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

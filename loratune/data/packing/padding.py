@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from loratune.data.render import IGNORED
+from loratune.data.rendering import IGNORED
 
 
 def pad(

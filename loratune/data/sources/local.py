@@ -21,8 +21,8 @@ from loratune.config import Source
 from loratune.data.sources import documents, lines, tables, text
 from loratune.data.sources.files import kind
 from loratune.data.sources.rows import BLOCK, MAX_PROBLEMS, Advance, Item, Row, unseen
-from loratune.digests import sha256
 from loratune.errors import DataError, Problem
+from loratune.system.digests import sha256
 
 ALL = sys.maxsize
 

@@ -1,0 +1,1 @@
+"""From rows and a model with LoRA to a finished run: batches, Trainer, checkpoints, run directory, processes."""

@@ -1,0 +1,269 @@
+"""Whether an adapter does better than its base: the losses of both on the same rows, compared in pairs.
+
+The measure is that of training, of the held-out loss and of `evaluate`: nats per learnt token, over all learnt tokens.
+What was drawn at random is rows, though, as the tokens of one row depend on each other. So the difference is a ratio of
+two sums over rows, of nats saved and of learnt tokens, and its 95 % interval is that of the delete-one jackknife with
+Student's t (R. G. Miller, "The jackknife: a review", Biometrika 61, 1974). Where all rows have as many tokens, this is
+the interval of a paired t test.
+
+Copies of a row tell nothing new: they are computed once, weigh as much as they are many, and count as one row.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+from loratune import kernels
+from loratune.data import Prepared
+from loratune.data.packing import Batches
+from loratune.errors import NumericError, Problem
+from loratune.lora import linear, untouched
+from loratune.lora.attach import PeftModel
+from loratune.lora.initialize import Start
+from loratune.lora.sharded import Weights
+from loratune.system import launcher
+from loratune.system.launcher import Group
+from loratune.training import scoring
+from loratune.training.ending import PUBLISH, Ending
+from loratune.training.resume import Resumed
+from loratune.training.run_dir import Workspace
+from loratune.training.scoring import Loss
+
+LEAST_JUDGED = 5
+"""Distinct rows below which no verdict is given. The interval of fewer rests on a spread that is hardly known."""
+_MOST_ROWS, _MOST_DRAWN = 64, 4096
+"""Distinct rows that are compared at most, and rows that are looked at for them."""
+_WANTED_ROWS = 8
+"""Distinct rows that are compared where the tokens of training, though not `_SHARE`, allow it."""
+_SHARE = 32
+"""The rows hold at most this part of the tokens that were trained on, within the bounds below. A pass forward of base
+and adapter costs as much as training on the same tokens, so comparing takes some 3 % of the time of a long run."""
+_LEAST_TOKENS, _MOST_TOKENS = 2048, 32_768
+"""Bounds of that part. Below the lower one comparing takes little time by itself."""
+_SHOWN = 5e-4
+"""Nats below which a difference is none: it would not show in the decimals that the gain is told with."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Losses of base and adapter on the same rows, in nats per learnt token.
+
+    Attributes:
+        split: Which rows, `validation` or `training`.
+        rows: How many distinct ones were compared.
+        drawn: How many rows these stand for, copies among them.
+        total: Rows of the split.
+        base: Loss of the base.
+        adapter: Loss of the adapter.
+        better_by: Loss of the base less loss of the adapter: above 0 where the adapter is better.
+        low: Lower end of the 95 % interval of `better_by`. None where there are too few rows for one.
+        high: Its upper end.
+        validation_rows: Distinct validation rows, where these were too few, so that training rows were compared.
+    """
+
+    split: str
+    rows: int
+    drawn: int
+    total: int
+    base: float
+    adapter: float
+    better_by: float
+    low: float | None
+    high: float | None
+    validation_rows: int | None = None
+
+    @property
+    def verdict(self) -> Literal["gain", "no gain", "worse", "not judged"]:
+        """`gain` or `worse` where the whole interval lies on one side of 0, by more than can be shown."""
+        if not math.isfinite(self.adapter):
+            return "worse"
+        if self.low is None or self.high is None:
+            return "not judged"
+        apart = abs(self.better_by) >= _SHOWN
+        return "gain" if apart and self.low > 0 else "worse" if apart and self.high < 0 else "no gain"
+
+    def __str__(self) -> str:
+        """A line with the verdict and its figures."""
+        losses = f"base {_nats(self.base)}, adapter {_nats(self.adapter)}"
+        if not math.isfinite(self.better_by):
+            return f"not judged: not all losses on {self._rows()} are finite ({losses})"
+        if self.validation_rows is not None:
+            losses += f"; validation gave {_counted(self.validation_rows, 'distinct row')}, too few"
+        if self.low is None or self.high is None:
+            what = f"{self._rows()} {'is' if self.rows == 1 else 'are'} too few"
+            if self.drawn < self.total:
+                what = f"a run this short compares only {self._rows()}"
+            return f"not judged: {what}, {LEAST_JUDGED} are needed ({losses})"
+        nats = f"{_nats(self.better_by)} nats per token"
+        figures = f"(95 % interval {_nats(self.low)} to {_nats(self.high)}; {losses})"
+        match self.verdict:
+            case "gain":
+                return f"{nats} on {self._rows()} {figures}"
+            case "worse":
+                return f"worse than the base on {self._rows()}: {nats} {figures}"
+        return f"none over the base on {self._rows()}: {nats} {figures}"
+
+    def _rows(self) -> str:
+        """`12 validation rows`, `64 of 500 validation rows`, `3 distinct of 9 validation rows`."""
+        if self.rows == self.total:
+            return _counted(self.rows, f"{self.split} row")
+        distinct = " distinct" if self.drawn > self.rows else ""
+        return f"{self.rows:,}{distinct} of {_counted(self.total, f'{self.split} row')}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, the verdict among them. The sign of `better_by`, `low` and `high`: above 0 is better."""
+        return asdict(self) | {"verdict": self.verdict}
+
+
+def refuse(gained: Gain, step: int, space: Workspace, group: Group) -> NoReturn:
+    """End a run whose adapter does worse than its base, and keep a record of that beside its checkpoints.
+
+    step: the last one. Raises NumericError.
+    """
+    if group.main:
+        Ending(step, str(gained)).keep(space.ended)
+    group.gathered(None)  # the others end only once it is written
+    fix = f"lower training.learning_rate and start with --overwrite, or {PUBLISH}"
+    raise NumericError(Problem(f"the adapter is {gained}", fix=fix))
+
+
+def check_undecided(space: Workspace, resumed: Resumed) -> None:
+    """Raises NumericError: the run that is resumed ended worse than its base, and would end so again after no step."""
+    ending, changed = space.ending(), {change["key"] for change in resumed.changed}
+    if ending is None or ending.step != resumed.step or changed - {"training.learning_rate"}:
+        return
+    what = f"the run there has taken all its {ending.step:,} steps, and its adapter is {ending.told}"
+    if changed:
+        what += "; no step is left that could take the new training.learning_rate"
+    fix = f"{PUBLISH}, or start afresh with --overwrite and a lower training.learning_rate"
+    raise NumericError(Problem(what, space.named, fix=fix))
+
+
+def _nats(value: float) -> str:
+    """Three decimals, and never a negative zero."""
+    return f"{value:.3f}" if not abs(value) < _SHOWN else "0.000"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def measure(
+    model: PeftModel,
+    start: Start,
+    trained: Weights,
+    parts: Mapping[str, Prepared],
+    pad_id: int,
+    budget: int,
+    group: Group,
+    note: Callable[[str], None],
+) -> Gain:
+    """Compare a trained adapter with its base on a sample of rows, a row at a time. All processes take a share.
+
+    Args:
+        model: The base with the adapter, as it was trained.
+        start: The adapter before its first step.
+        trained: Its tensors now, whole.
+        parts: Rows by the name of their split. The sample is drawn from the first with enough distinct rows, and from
+            the last if there is none; it is the same one for the same rows and budget.
+        pad_id: Of the tokenizer.
+        budget: Tokens that the run was trained on.
+        group: The processes of the run.
+        note: Takes a line on what is being done.
+    """
+    samples = {split: _sample(rows, budget) for split, rows in parts.items()}
+    split = next((name for name, found in samples.items() if len(found) >= LEAST_JUDGED), [*parts][-1])
+    passed = len(samples["validation"]) if "validation" in parts and split != "validation" else None
+    rows, sample = parts[split].rows, samples[split]
+    batches = Batches(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
+    note(f"comparing the adapter with its base on {_counted(len(sample), f'{split} row')}")
+
+    def losses() -> list[Loss]:
+        with kernels.fitted(model, linear.linear, sharded=bool(launcher.sharding())):
+            return scoring.batch_losses(model, batches, [*sample], group)
+
+    tuned = losses()
+    with untouched.as_begun(model, start, trained):
+        plain = losses()
+    return compare(plain, tuned, split, [*sample.values()], len(rows), passed)
+
+
+def compare(
+    base: Sequence[Loss],
+    tuned: Sequence[Loss],
+    split: str,
+    copies: Sequence[int] | None = None,
+    total: int | None = None,
+    validation_rows: int | None = None,
+) -> Gain:
+    """The gain that the losses of base and adapter on distinct rows amount to.
+
+    Args:
+        base: Loss of each row on the base.
+        tuned: The same with the adapter.
+        split: What to call these rows.
+        copies: How often each row occurs; once, if not given.
+        total: Rows of the split; those that are given and their copies, if not given.
+        validation_rows: See `Gain`.
+    """
+    times = np.asarray(copies if copies is not None else [1] * len(base), dtype=np.float64)
+    tokens = times * [loss.tokens for loss in base]
+    sums = [times * [loss.total for loss in side] for side in (base, tuned)]
+    saved = sums[0] - sums[1]
+    plain, adapted, better = (float(side.sum() / tokens.sum()) for side in (*sums, saved))
+    rows, drawn = len(base), int(times.sum())
+    low = high = None
+    if rows >= LEAST_JUDGED and math.isfinite(better):
+        half = _quantile(rows - 1) * _standard_error(saved, tokens)
+        low, high = better - half, better + half
+    return Gain(split, rows, drawn, total or drawn, plain, adapted, better, low, high, validation_rows)
+
+
+def _standard_error(saved: Any, tokens: Any) -> float:
+    """That of the ratio of two sums over rows, by the delete-one jackknife."""
+    without = (saved.sum() - saved) / (tokens.sum() - tokens)
+    rows = len(saved)
+    return float(np.sqrt((rows - 1) / rows * ((without - without.mean()) ** 2).sum()))
+
+
+def _quantile(degrees: int) -> float:
+    """The 0.975 quantile of Student's t, within 1 % from 2 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(0.975)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / float(degrees) ** power for power, term in enumerate(terms))
+
+
+def _sample(part: Prepared, budget: int) -> dict[int, int]:
+    """Numbers of distinct rows that are compared, and how many of the rows that were drawn are the same as each.
+
+    They are few enough to take little time beside the training, and always fewer tokens than it read or than
+    `_LEAST_TOKENS`, so that a short run is not followed by a long comparison.
+    """
+    rows = part.rows
+    lengths, count = rows.lengths, len(rows)
+    share = min(max(budget // _SHARE, _LEAST_TOKENS), _MOST_TOKENS)
+    copies: dict[int, int] = {}
+    known: dict[Any, int] = {}
+    tokens = 0
+    for number in np.random.default_rng(0).choice(count, min(count, _MOST_DRAWN), replace=False).tolist():
+        row = rows.row(number)
+        if not row.supervised:
+            continue
+        first = known.setdefault((row.ids, tuple(row.labels)), number)
+        if first == number:
+            tokens += int(lengths[number])
+            most = max(share, budget) if len(copies) < _WANTED_ROWS else share
+            if len(copies) == _MOST_ROWS or tokens > most:
+                break
+        copies[first] = copies.get(first, 0) + 1
+    return dict(sorted(copies.items()))
