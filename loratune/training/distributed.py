@@ -24,7 +24,7 @@ from loratune.console import Screen
 from loratune.errors import LostError, Problem
 from loratune.system.launcher import Failure, host
 from loratune.training.rendezvous import own_store
-from loratune.training.signed_store import SignedStore
+from loratune.training.signed_store import SignedStore, deleted
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class Together:
         self._said, self._parted = 0, False
         self._own: list[str] = []  # keys of what this process has said and others may not have read yet
         try:
-            self._watch = _Watch(self._store, self.rank, self.count)
+            self._watch = _Watch(self._store, self.rank, self.count, self._missing)
             members = [_Member(**one) for one in self.gathered(asdict(_Member.this()))]
         finally:
             clear()
@@ -122,6 +122,12 @@ class Together:
         self._store.put(key, value)
         self._own.append(key)
 
+    def _missing(self) -> str | None:
+        """A key of what this process has said and has not taken back, which is there no more. What the others wait for
+        would never come: each process looks after its own keys, as it alone removes them."""
+        missing = next((key for key in list(self._own) if not self._store.has(key)), None)
+        return missing if missing in self._own else None  # the main thread takes keys out before it removes them
+
     def _get(self, key: str) -> Any:
         while not self._store.has(key):  # to wait inside the store would keep the other thread out of it
             time.sleep(0.02)
@@ -164,11 +170,11 @@ class _Watch:
     nothing but the time since the last answer.
     """
 
-    def __init__(self, store: SignedStore, rank: int, count: int):
+    def __init__(self, store: SignedStore, rank: int, count: int, missing: Callable[[], str | None]):
         self.members: list[_Member] = []
         self._beside: list[int] = []
         self.clear: Callable[[], None] = lambda: None
-        self._store, self._rank, self._count = store, rank, count
+        self._store, self._rank, self._count, self._missing = store, rank, count, missing
         self._main, self._beats = rank == 0, 0
         self._seen: dict[int, tuple[int, float]] = {}
         self._answered = time.monotonic()
@@ -231,6 +237,8 @@ class _Watch:
         while not self._over.wait(BEAT):
             try:
                 self._beat()
+                if (key := self._missing()) is not None:
+                    raise deleted(key)
                 failure = self._failure() or self._given_up(PATIENCE)
                 self._answered = time.monotonic()
             except (RuntimeError, OSError):  # the store has gone, and with it the process that kept it
@@ -300,9 +308,16 @@ class _Watch:
             waiting = list(range(1, self._count))
             while waiting and time.monotonic() < deadline:
                 time.sleep(0.02)
-                waiting = [rank for rank in waiting if not self._has(f"read/{rank}")]
-        except (RuntimeError, OSError, LostError):
+                waiting = [rank for rank in waiting if not self._has_read(rank)]
+        except (RuntimeError, OSError):
             return
+
+    def _has_read(self, rank: int) -> bool:
+        """Whether a process says that it has read why all end. What a stranger wrote in its place says nothing."""
+        try:
+            return self._has(f"read/{rank}")
+        except LostError:
+            return False
 
     def _end_here(self, failure: Failure) -> None:
         """End the process from beside its main thread, which may be waiting for what never comes."""

@@ -68,8 +68,10 @@ class SignedStore:
         return json.loads(self._opened(key, self._raw.compare_set(key, "", sealed)))
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Remove values."""
+        """Remove values. Raises LostError: one of them is there no more."""
         for key in keys:
+            if not self.has(key):
+                raise deleted(key)
             content = self._opened(key, self._raw.get(key))
             count = len(_Pieces.digests(content)) if content.startswith(_Pieces.MARK) else 0
             for name in (*(f"{key}/{number}" for number in range(count)), key):
@@ -104,7 +106,15 @@ class _Pieces:
         return [listed[start : start + _TAG] for start in range(0, len(listed), _TAG)]
 
 
+def deleted(key: str) -> LostError:
+    """The error of a value that no process of this run has removed."""
+    return _stranger(f"the value `{key}` in the store of this run was not removed by one of its processes")
+
+
 def _forged(key: str) -> LostError:
-    what = f"the value `{key}` in the store of this run was not written by one of its processes"
+    return _stranger(f"the value `{key}` in the store of this run was not written by one of its processes")
+
+
+def _stranger(what: str) -> LostError:
     fix = "another program reaches its port: keep the network of the machines private, then go on with --resume"
     return LostError(Problem(what, fix=fix))
