@@ -124,11 +124,11 @@ def train(
         try:
             if dry_run:
                 planned = train_module.plan(ready, watched, group)
-                group.part()
+                group.close()
                 if group.main:
                     show.plan(planned, rows)
                 return
-            teller = train_module.Teller(note, show.announce, watched, TrainingProgress())
+            teller = train_module.Reporter(note, show.announce, watched, TrainingProgress())
             made = train_module.train(ready, teller, group, allow_worse=allow_worse)
         except KeyboardInterrupt as stop:
             fix = "the rows that were tokenised are kept, and the same command goes on from there"
@@ -264,7 +264,7 @@ def evaluate(
 def _join() -> Group:
     """The processes of this run; torch is imported for it only where there are several."""
     if launcher.count() == 1:
-        return launcher.Alone()
+        return launcher.SingleProcess()
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch says of connections that end is ours to say
 
@@ -276,7 +276,7 @@ def _join() -> Group:
 
 def _checked(
     config_file: Path, assignments: list[str], resume: list[str] | None, *, overwrite: bool
-) -> "preflight.Ready":
+) -> "preflight.ValidatedRun":
     """What can be known of a run before torch is imported, see `preflight.check`. resume: keys with new values."""
     from loratune import config
     from loratune.training import run_dir

@@ -20,25 +20,81 @@ that turns an error into lines on stderr and an exit code.
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 from loratune import escaping
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong: `<where>: <key>: <what>; <fix>`, one line whatever stands in it.
+class Code(StrEnum):
+    """The stable name of each kind of problem, for scripts and tests: wording may change, a code may not.
 
-    where: a file, `file:line`, or `file:line:column`; key: a dotted config key; fix: what to do about it.
+    A member is its code; `meaning` says in one sentence when it is reported.
     """
 
+    meaning: str
+
+    def __new__(cls, value: str, meaning: str = "") -> "Code":
+        """A member from its code and its meaning."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
+
+    UNEXPECTED = "unexpected", "An error that loratune has no code for; please report it."
+
+    # Command line, configuration, console (usage.*, config.*, output.*)
+
+    # System (system.*)
+
+    # Kernels (kernel.*)
+
+    # Data: sources and formats (data.*)
+
+    # Data: templates, rendering, packing, cache (data.*, template.*)
+
+    # Base model and tokenizer (model.*)
+
+    # LoRA and adapter directories (lora.*, adapter.*)
+
+    # Memory and disk (memory.*, disk.*)
+
+    # Training, run directory, checkpoints, resuming (run.*, training.*, resume.*)
+
+    # Several processes (distributed.*)
+
+    # Commands after training (generate.*, evaluate.*, params.*)
+
+
+@dataclass(frozen=True, init=False)
+class Problem:
+    """One thing that is wrong, printed as one line: `<where>: <key>: <what> [<code>]; <fix>`.
+
+    Attributes:
+        code: What kind of problem it is.
+        what: What is wrong, in plain words.
+        where: A file, `file:line`, or `file:line:column`.
+        key: A dotted config key, or an option of the command line.
+        fix: What to do about it. It stands last, so that a command in it can be copied.
+    """
+
+    code: Code
     what: str
     where: str = ""
     key: str = ""
     fix: str = ""
 
+    def __init__(self, *values: str, **named: str) -> None:
+        fields = ("code", "what", "where", "key", "fix")
+        positions = fields if values and isinstance(values[0], Code) else fields[1:]
+        state: dict[str, Any] = {"code": Code.UNEXPECTED} | dict(zip(positions, values, strict=False)) | named
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
     def __str__(self) -> str:
         head = ": ".join(part for part in (self.where, self.key, self.what) if part)
-        return escaping.line(f"{head}; {self.fix}" if self.fix else head)
+        coded = f"{head} [{self.code}]" if self.code is not Code.UNEXPECTED else head
+        return escaping.line(f"{coded}; {self.fix}" if self.fix else coded)
 
 
 class LoratuneError(Exception):
@@ -53,6 +109,10 @@ class LoratuneError(Exception):
             problems = [problems]
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type["LoratuneError"], tuple[tuple[Problem, ...]]]:
+        """Errors cross from the process that runs a stranger's template: what makes them is their problems."""
+        return type(self), (self.problems,)
 
 
 def is_disk_full(error: BaseException) -> bool:

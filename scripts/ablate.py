@@ -105,7 +105,7 @@ def _measured(without: str, batches: Sequence[Mapping[str, Any]], path: Path, *,
     with ExitStack() as stack:
         for piece in off:  # patched, because nobody but this script wants a piece to be missing
             stack.enter_context(patch(f"loratune.kernels.accelerate.{PIECES[piece]}", lambda *_: None))
-        stack.enter_context(kernels.fitted(model, linear.linear))
+        stack.enter_context(kernels.accelerated(model, linear.linear))
         _step(model, batches[0])
         start = time.monotonic()
         for batch in batches:

@@ -285,7 +285,7 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
     model.train()
     batches = {"packed": flatten(rows()), "padded": dict(pad(rows(), 0))}
     stock = {name: step(model, batch) for name, batch in batches.items()}
-    with kernels.fitted(model, linear.linear) as left:
+    with kernels.accelerated(model, linear.linear) as left:
         fast = {name: step(model, batch) for name, batch in batches.items()}
     row.parts = ", ".join(part for part in (*accelerate.KINDS, "loss") if part not in left) or "nothing"
     _compare(row, stock, fast)

@@ -268,7 +268,7 @@ def trained(scratch: Path) -> Path:
     run = config.load(scratch / "good.yaml")
     space = run_dir.inspect(run.output_dir, resume=False, overwrite=False)
     ready = preflight.check(run, space, unwatched)
-    train.train(ready, train.Teller(lambda _: None, lambda _: None, unwatched, Silent()))
+    train.train(ready, train.Reporter(lambda _: None, lambda _: None, unwatched, Silent()))
     return scratch / "good"
 
 

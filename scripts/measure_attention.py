@@ -38,7 +38,7 @@ def rows(lengths: list[int]) -> list[dict[str, list[int]]]:
 
 def timed(model: Any, batch: dict[str, torch.Tensor], *, fast: bool) -> float:
     """CPU seconds of a forward and backward pass; what is done once for a run does not count."""
-    with kernels.fitted(model, linear.linear) if fast else nullcontext():
+    with kernels.accelerated(model, linear.linear) if fast else nullcontext():
         given = dict(batch)
         labels = given.pop("labels")
         start = time.process_time()

@@ -47,7 +47,7 @@ def main(
         model.generate(**pad([{"input_ids": one} for one in asked], 0, "left"), generation_config=settings)
 
     def lean(asked: Sequence[list[int]]) -> None:
-        with kernels.lean(tuned.model, linear.linear):
+        with kernels.inference_lora(tuned.model, linear.linear):
             answer(tuned.model, asked)
 
     def one_by_one(way: Callable[[Sequence[list[int]]], None]) -> None:

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from loratune.cli import app
+from loratune.errors import Code, LoratuneError
 
 ROOT = Path(__file__).parent.parent
 # Under nohup, or in the background of a script, these are ignored, and `loratune` leaves ignored signals alone.
@@ -41,6 +42,34 @@ class Ran:
     code: int
     out: str
     err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """What stands behind `error: ` in each line of stderr that begins so."""
+        return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+Expected = tuple[Code, str, str]
+"""A problem by its meaning: code, place, key."""
+
+
+def is_problem(line: str, expected: Expected) -> bool:
+    """Whether a printed problem has this code, and begins with this place and this key."""
+    code, *head = expected
+    return f" [{code}]" in line and line.startswith(": ".join([*filter(None, head), ""]) if any(head) else "")
+
+
+def check_refused(ran: Ran, exit_code: int, *expected: Expected) -> None:
+    """The command ended with this exit code, and named these problems, in this order, and no other."""
+    assert ran.code == exit_code, ran.err
+    assert len(ran.errors) == len(expected), ran.err
+    for line, one in zip(ran.errors, expected, strict=True):
+        assert is_problem(line, one), (line, one)
+
+
+def meanings(error: LoratuneError) -> list[Expected]:
+    """Code, place and key of each problem of an error."""
+    return [(problem.code, problem.where, problem.key) for problem in error.problems]
 
 
 @pytest.fixture(scope="session", autouse=True)

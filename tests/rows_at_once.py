@@ -16,7 +16,7 @@ from datasets import config
 from loratune.data import cache_dir, token_cache
 from loratune.data.rendering import Tokens
 from loratune.data.report import Report
-from loratune.data.token_cache import Shards, Writer
+from loratune.data.token_cache import TokenCache, Writer
 
 COUNT = 12
 OLD = time.time() - (cache_dir.KEPT_DAYS + 1) * 86400
@@ -33,7 +33,7 @@ def fill(writer: Writer) -> None:
         writer.add(Report(rows=1, tokens=3), [Tokens(f"row {number}", (number, 1, 2), ((1, 3),))])
 
 
-def whole(rows: Shards) -> bool:
+def whole(rows: TokenCache) -> bool:
     """Whether these are all of them, and the report says so."""
     return [row.ids[0] for row in rows.rows()] == list(range(COUNT)) and rows.report.rows == COUNT
 

@@ -428,9 +428,9 @@ def small(**fields: Any) -> PeftModel:
     return attach.attach(base, LoraSection(**({"r": 2} | fields)), {"target_modules": ["0", "1"]}, seed=0)
 
 
-def start(model: PeftModel) -> initialize.Start:
+def start(model: PeftModel) -> initialize.AdapterInit:
     """What the adapter of a model is now."""
-    return attach.begin(model, LoraSection())
+    return attach.initialize_adapter(model, LoraSection())
 
 
 def fill(model: PeftModel, name: str, value: float) -> PeftModel:
@@ -442,7 +442,7 @@ def fill(model: PeftModel, name: str, value: float) -> PeftModel:
 
 def test_an_adapter_that_learnt_nothing_is_not_saved(tmp_path: Path) -> None:
     began = start(small())
-    attach.check_learnt(sharded.weights(fill(small(), "1.lora_B", 0.5)), began)  # one B that moved is enough
+    attach.check_trained(sharded.weights(fill(small(), "1.lora_B", 0.5)), began)  # one B that moved is enough
     with pytest.raises(NumericError, match="every lora_B is as it started"):
         attach.save(fill(small(), "lora_A", 0.5), tmp_path, began)
     assert not list(tmp_path.iterdir())

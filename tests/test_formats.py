@@ -8,7 +8,8 @@ import pytest
 
 from loratune.config import DataSection
 from loratune.data import formats
-from loratune.data.formats import BadRow, Conversation, Example, Ids, Parser, Plain, key, question, silent
+from loratune.data.formats import BadRow, Conversation, Example, Ids, Parser, Plain, key, question
+from loratune.data.formats.examples import no_loss_reason
 from loratune.data.sources import Row
 from loratune.errors import DataError
 
@@ -226,7 +227,7 @@ def test_weight_says_which_turns_are_learnt() -> None:
     example = said(*turns)
     assert (example.messages, example.muted) == ((USER, BOT) * 3, {1})
     assert example.learnt("completion") == example.learnt("assistant") == (3, 5)
-    assert silent(said(USER, BOT | {"weight": 0}), "completion") == "no assistant turn has weight"
+    assert no_loss_reason(said(USER, BOT | {"weight": 0}), "completion") == "no assistant turn has weight"
 
 
 def test_loss_on_assistant_reaches_into_the_prompt() -> None:
@@ -246,7 +247,7 @@ CALLED = {
 def test_tool_calls_come_in_one_shape(call: dict[str, Any], content: dict[str, Any]) -> None:
     example = said(USER, {"role": "assistant", "tool_calls": [call]} | content)
     assert example.messages[1] == CALLS
-    assert silent(example, "completion") is None
+    assert no_loss_reason(example, "completion") is None
 
 
 def test_a_call_may_stand_beside_text_and_without_arguments() -> None:
@@ -554,7 +555,7 @@ SILENT = {
 
 @pytest.mark.parametrize(("example", "loss_on", "expected"), SILENT.values(), ids=SILENT)
 def test_silent(example: Example, loss_on: str, expected: str | None) -> None:
-    reason = silent(example, loss_on)
+    reason = no_loss_reason(example, loss_on)
     assert reason is None if expected is None else reason is not None and reason.startswith(expected)
 
 

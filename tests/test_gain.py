@@ -15,7 +15,7 @@ from peft import PeftModel
 from running import MakeConfig, checkpoints
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loratune.data import Prepared
+from loratune.data import TokenizedDataset
 from loratune.data.rendering import Tokens
 from loratune.training import gain
 from loratune.training.gain import Gain
@@ -135,7 +135,7 @@ class Made:
 
 
 def sampled(lengths: Any, budget: int, keys: Sequence[int] | None = None) -> dict[int, int]:
-    return gain._sample(Prepared(Made(lengths, keys)), budget)  # type: ignore[arg-type]
+    return gain._sample(TokenizedDataset(Made(lengths, keys)), budget)  # type: ignore[arg-type]
 
 
 def test_the_sample_is_small_and_always_the_same() -> None:

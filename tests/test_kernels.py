@@ -86,7 +86,7 @@ def test_attention_of_any_size_is_the_plain_one(size: int, lengths: tuple[int, .
         query, key, value = (normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes))
         gradient = normal(len(positions), 2 * count * size, seed=3).to(dtype)
         made = []
-        for over in (exact, native.passes(query)):
+        for over in (exact, native.fused_ops(query)):
             around = (layout.starts, layout.tiles, size**-0.5)
             result, total = over.attend(query, key, value, *around)
             made.append([result, total, *over.attend_backward(gradient, result, total, query, key, value, *around)])
@@ -102,7 +102,7 @@ SUMMED = {"attend", "attend_backward", "add_lora"}
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_in_c_is_the_plain_one(name: str, dtype: torch.dtype) -> None:
     """Results, and what is written into the arguments."""
-    built = native.passes(torch.empty(0, dtype=dtype))
+    built = native.fused_ops(torch.empty(0, dtype=dtype))
     assert isinstance(built, native.Native), "these tests want a C compiler"
     given, again = PASSES[name](dtype), PASSES[name](dtype)
     expected, made = getattr(exact, name)(*given), getattr(built, name)(*again)
@@ -118,7 +118,7 @@ def test_a_pass_in_c_is_the_plain_one(name: str, dtype: torch.dtype) -> None:
 def test_a_pass_in_c_hides_no_nan(name: str) -> None:
     given = PASSES[name](torch.bfloat16)
     given[0].view(-1)[given[0].numel() // 4] = math.nan
-    made = getattr(native.passes(given[0]), name)(*given)
+    made = getattr(native.fused_ops(given[0]), name)(*given)
     assert not (made[0] if isinstance(made, tuple) else made).isfinite().all()
 
 
@@ -126,7 +126,7 @@ def test_the_exponential_is_that_of_torch() -> None:
     """Through a softmax of two: exp(-x) / (1 + exp(-x)) over the whole range."""
     gates = torch.linspace(-100, 100, 4001)
     both = torch.cat([gates, torch.ones_like(gates)])[None]
-    made = native.passes(both).swiglu(both)
+    made = native.fused_ops(both).swiglu(both)
     assert torch.allclose(made[0], torch.nn.functional.silu(gates), rtol=1e-6, atol=1e-36)
 
 
@@ -258,7 +258,7 @@ def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
     model = adapted(kind, targets=targets, changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
         loss, gradients = step(model, batch)
-        with kernels.fitted(model, linear.linear) as found:
+        with kernels.accelerated(model, linear.linear) as found:
             fast, others = step(model, batch)
         assert found == left
         assert fast == pytest.approx(loss, abs=1e-6)
@@ -278,7 +278,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 def test_choices_of_lora_give_the_same_gradients(name: str) -> None:
     model = adapted(**CHOICES[name])
     loss, gradients = step(model, flatten(rows()))
-    with kernels.fitted(model, linear.linear) as left:
+    with kernels.accelerated(model, linear.linear) as left:
         fast, others = step(model, flatten(rows()))
     assert left == [] and fast == pytest.approx(loss, abs=1e-6)
     assert apart(gradients, others) < 1e-5
@@ -288,7 +288,7 @@ def test_choices_of_lora_give_the_same_gradients(name: str) -> None:
 def test_what_is_not_plain_lora_stays_as_it_is(changes: dict[str, Any]) -> None:
     model = adapted(changes={"attention_bias": True}, **changes)
     loss, gradients = step(model, flatten(rows()))
-    with kernels.fitted(model, linear.linear) as left:
+    with kernels.accelerated(model, linear.linear) as left:
         fast, others = step(model, flatten(rows()))
     assert "attention" in left and fast == pytest.approx(loss, abs=1e-6)
     assert apart(gradients, others) < 1e-5
@@ -297,7 +297,7 @@ def test_what_is_not_plain_lora_stays_as_it_is(changes: dict[str, Any]) -> None:
 def test_a_trained_head_stays_as_it_is() -> None:
     model = adapted(modules_to_save=["lm_head"])
     loss, gradients = step(model, flatten(rows()))
-    with kernels.fitted(model, linear.linear) as left:
+    with kernels.accelerated(model, linear.linear) as left:
         fast, others = step(model, flatten(rows()))
     assert left == ["loss"] and fast == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
 
@@ -306,7 +306,7 @@ def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
     """By finite differences along a direction, with the same random state."""
     model = adapted(lora_dropout=0.5)
     batch = flatten(rows())
-    with kernels.fitted(model, linear.linear):
+    with kernels.accelerated(model, linear.linear):
         loss, gradients = step(model, batch)
         model.eval()
         assert abs(step(model, batch)[0] - loss) > 1e-5
@@ -339,7 +339,7 @@ def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> 
         batch = flatten([{"input_ids": one, "labels": one} for one in ids[first : first + 16]])
         reference = step(exact, batch)[1]
         stock += distance(reference, step(model, batch)[1])
-        with kernels.fitted(model, linear.linear):
+        with kernels.accelerated(model, linear.linear):
             fast += distance(reference, step(model, batch)[1])
     assert fast <= stock
 
@@ -352,7 +352,7 @@ def curve(seed: int, *, fast: bool) -> Tensor:
     model, drawn = with_lora(base), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=3e-3)
     losses = []
-    with kernels.fitted(model, linear.linear) if fast else nullcontext():
+    with kernels.accelerated(model, linear.linear) if fast else nullcontext():
         for number in range(50):
             batch = flatten([rows()[place] for place in torch.randperm(5, generator=drawn)[:3].tolist()])
             loss, gradients = step(model, batch)
@@ -378,7 +378,7 @@ def test_fifty_steps_go_as_they_do_without() -> None:
 
 def test_activations_that_are_computed_again_change_nothing() -> None:
     model = adapted()
-    with kernels.fitted(model, linear.linear):
+    with kernels.accelerated(model, linear.linear):
         loss, gradients = step(model, flatten(rows()))
         model.gradient_checkpointing_enable({"use_reentrant": False})
         again, others = step(model, flatten(rows()))
@@ -389,7 +389,7 @@ def test_afterwards_the_model_is_what_it_was() -> None:
     model = adapted()
     modules = {name: type(module) for name, module in model.named_modules()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(KeyError), kernels.fitted(model, linear.linear):
+    with pytest.raises(KeyError), kernels.accelerated(model, linear.linear):
         assert isinstance(model.get_base_model().model.layers[0].self_attn, accelerate.FastAttention)
         raise KeyError
     assert {name: type(module) for name, module in model.named_modules()} == modules
@@ -400,7 +400,7 @@ def test_afterwards_the_model_is_what_it_was() -> None:
 def test_weights_are_not_held_twice() -> None:
     model = adapted()
     before = sum(parameter.untyped_storage().nbytes() for parameter in set(model.parameters()))
-    with kernels.fitted(model, linear.linear):
+    with kernels.accelerated(model, linear.linear):
         stores = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
         assert sum(stores.values()) <= before
 
@@ -408,7 +408,7 @@ def test_weights_are_not_held_twice() -> None:
 def test_checkpoints_have_the_same_names() -> None:
     model = adapted()
     names = sharded.weights(model).keys()
-    with kernels.fitted(model, linear.linear):
+    with kernels.accelerated(model, linear.linear):
         assert sharded.weights(model).keys() == names
 
 
@@ -452,7 +452,7 @@ def test_what_is_fitted_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch
     model = adapted(kind, changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
         loss, gradients = step(model, batch)
-        with kernels.fitted(model, linear.linear) as found:
+        with kernels.accelerated(model, linear.linear) as found:
             fast, others = step(model, batch)
             assert any(isinstance(module, gpu.FastLinear) for module in model.modules())
         assert found == left and fast == pytest.approx(loss, abs=1e-6)
@@ -465,7 +465,7 @@ def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(accelerate, "_replace", gpu.replace)
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
-    with kernels.fitted(model, linear.linear) as left:
+    with kernels.accelerated(model, linear.linear) as left:
         kernels.compile_layers(model, backend="aot_eager")
         fast, others = step(model, flatten(rows()))
     assert left == [] and fast == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
@@ -482,9 +482,9 @@ def test_lean_layers_give_what_pefts_give(tokens: int) -> None:
         expected, bare = model(ids).logits, None
         with model.disable_adapter():
             bare = model(ids).logits
-            with kernels.lean(model, linear.linear):
+            with kernels.inference_lora(model, linear.linear):
                 assert torch.equal(model(ids).logits, bare)
-        with kernels.lean(model, linear.linear):
+        with kernels.inference_lora(model, linear.linear):
             assert torch.allclose(model(ids).logits, expected, atol=1e-5)
         assert not torch.allclose(bare, expected, atol=1e-3) and torch.equal(model(ids).logits, expected)
 
@@ -492,7 +492,7 @@ def test_lean_layers_give_what_pefts_give(tokens: int) -> None:
 def test_what_is_not_plain_lora_answers_as_peft_has_it() -> None:
     model = adapted(use_dora=True).eval()
     ids = torch.arange(1, 9)[None]
-    with torch.inference_mode(), kernels.lean(model, linear.linear):
+    with torch.inference_mode(), kernels.inference_lora(model, linear.linear):
         made = model(ids).logits
     with torch.inference_mode():
         assert torch.equal(model(ids).logits, made)
@@ -510,7 +510,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_a_compiler_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
-    with without_compiler(monkeypatch), kernels.fitted(model, linear.linear) as left:
+    with without_compiler(monkeypatch), kernels.accelerated(model, linear.linear) as left:
         fast, others = step(model, flatten(rows()))
     assert (
         left == ["attention", "norms, rotations and activations"]

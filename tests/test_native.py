@@ -15,8 +15,8 @@ from loratune.kernels.attention import Layout
 OVER = {
     "plain": (lambda like: reference, torch.float32),
     "plain in bfloat16": (lambda like: reference, torch.bfloat16),
-    "C": (native.passes, torch.float32),
-    "C in bfloat16": (native.passes, torch.bfloat16),
+    "C": (native.fused_ops, torch.float32),
+    "C in bfloat16": (native.fused_ops, torch.bfloat16),
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def test_other_passes_keep_rows_apart(name: str, dtype: torch.dtype) -> None:
         tensors = [one for one in parts if isinstance(one, Tensor)]
         return [one if len(one) == 37 else one.transpose(0, 1) for one in tensors]
 
-    for over in (reference, native.passes(torch.empty(0, dtype=dtype))):
+    for over in (reference, native.fused_ops(torch.empty(0, dtype=dtype))):
         others, whole = torch.arange(37) != 6, made(over)
         for broken in ROWS_OF[name]:
             for lost in (math.nan, math.inf):
@@ -122,7 +122,7 @@ def test_a_pass_takes_what_is_not_dense(name: str, dtype: torch.dtype, how: str)
     def loose(one: Any) -> Any:
         return LOOSE[how](one) if isinstance(one, Tensor) and (one.dim() > 1 or how == "every other number") else one
 
-    for over in (reference, native.passes(torch.empty(0, dtype=dtype))):
+    for over in (reference, native.fused_ops(torch.empty(0, dtype=dtype))):
         given, again = PASSES[name](dtype), [loose(one) for one in PASSES[name](dtype)]
         assert any(isinstance(one, Tensor) and not one.is_contiguous() for one in again)
         expected, made = getattr(over, name)(*given), getattr(over, name)(*again)
@@ -134,7 +134,7 @@ def test_a_pass_takes_what_is_not_dense(name: str, dtype: torch.dtype, how: str)
 
 def test_another_dtype_is_an_error() -> None:
     """C would read the bytes of one as the other."""
-    over = native.passes(torch.empty(0))
+    over = native.fused_ops(torch.empty(0))
     with pytest.raises(TypeError, match="bfloat16 where"):
         over.rms_norm(normal(3, 8).bfloat16(), normal(8), 1e-5)
     with pytest.raises(TypeError, match="int32 where"):
@@ -149,9 +149,10 @@ def test_angles_may_be_in_float32() -> None:
     joined, cosine, _, *counts = PASSES["split_heads"](torch.bfloat16)
     angles = normal(*cosine.shape, seed=3)
     turned = angles.cos(), angles.sin()
-    made = [over.split_heads(joined, *turned, *counts) for over in (reference, native.passes(joined))]
+    made = [over.split_heads(joined, *turned, *counts) for over in (reference, native.fused_ops(joined))]
     back = [
-        over.join_heads(*heads, *turned) for over, heads in zip((reference, native.passes(joined)), made, strict=True)
+        over.join_heads(*heads, *turned)
+        for over, heads in zip((reference, native.fused_ops(joined)), made, strict=True)
     ]
     for old, new in [*zip(*made, strict=True), back]:
         assert torch.allclose(old.float(), new.float(), rtol=2**-7, atol=1e-6)

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune import data
 from loratune.config import DataSection
-from loratune.data import Prepared, cache_dir, mixing, token_cache
+from loratune.data import TokenizedDataset, cache_dir, mixing, token_cache
 from loratune.data.formats import Plain
 from loratune.data.rendering import Renderer
 from loratune.data.report import Found, Report
@@ -31,16 +31,16 @@ from loratune.errors import DataError
 VOCABULARY = 264
 
 
-def checked(path: Path | str | list[Any], seed: int = 0, **section: Any) -> data.Rows:
+def checked(path: Path | str | list[Any], seed: int = 0, **section: Any) -> data.RawDatasets:
     return data.check(DataSection.model_validate({"train": path, "max_dropped": 1.0} | section), seed)
 
 
-def prepared(renderer: Renderer, path: Path | str | list[Any], **section: Any) -> Prepared:
+def prepared(renderer: Renderer, path: Path | str | list[Any], **section: Any) -> TokenizedDataset:
     rows = checked(str(path) if isinstance(path, Path) else path, **section)
     return data.prepare(rows.train, renderer, rows.train.section, VOCABULARY)
 
 
-def prompts(part: data.Part | None) -> list[str]:
+def prompts(part: data.DatasetSplit | None) -> list[str]:
     assert part is not None
     return [example.prompt for example in part.examples() if isinstance(example, Plain)]
 
@@ -505,7 +505,7 @@ def test_two_at_once(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     """A second process that wants the same rows, while the first is writing them, makes its own."""
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     rows = checked(str(path))
-    inner: list[Prepared] = []
+    inner: list[TokenizedDataset] = []
 
     class Nested(Renderer):
         def rows(self, examples: Any, loss_on: str = "completion") -> Any:

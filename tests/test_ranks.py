@@ -20,8 +20,8 @@ from nursery import Child, Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, curve, until
 from safetensors.torch import load_file
 
-from loratune.system.launcher import ALONE, Alone
-from loratune.training.sampler import Order
+from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
+from loratune.training.sampler import DistributedBatchSampler
 
 SOON = 20  # seconds in which all processes have ended when one has, with room for a machine that is busy
 UNEVEN = [
@@ -86,7 +86,7 @@ def same(record: dict[str, Any], expected: dict[str, Any]) -> None:
     assert record["metrics"]["tokens"] == expected["metrics"]["tokens"]
 
 
-class Member(Alone):
+class Member(SingleProcess):
     """One of several, who says nothing."""
 
     def __init__(self, rank: int, count: int):
@@ -97,7 +97,10 @@ class Member(Alone):
 @pytest.mark.parametrize("count, size, accumulated", [(2, 4, 1), (4, 2, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1)])
 def test_steps_take_the_same_rows_in_the_same_order(items: int, count: int, size: int, accumulated: int) -> None:
     for epoch in range(2):
-        whole, parts = Order(items, 8, 7, ALONE), [Order(items, size, 7, Member(rank, count)) for rank in range(count)]
+        whole, parts = (
+            DistributedBatchSampler(items, 8, 7, SINGLE_PROCESS),
+            [DistributedBatchSampler(items, size, 7, Member(rank, count)) for rank in range(count)],
+        )
         for order in (whole, *parts):
             order.set_epoch(epoch)
         assert len({len(order) for order in parts}) == 1
@@ -112,11 +115,11 @@ def test_steps_take_the_same_rows_in_the_same_order(items: int, count: int, size
 
 
 def test_epochs_have_orders_of_their_own() -> None:
-    order = Order(40, 8, 7, ALONE)
+    order = DistributedBatchSampler(40, 8, 7, SINGLE_PROCESS)
     first = list(order)
     order.set_epoch(1)
     assert list(order) != first
-    assert list(Order(40, 8, 8, ALONE)) != first
+    assert list(DistributedBatchSampler(40, 8, 8, SINGLE_PROCESS)) != first
 
 
 def test_one_writes_and_tells(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:

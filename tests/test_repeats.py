@@ -14,7 +14,7 @@ SPACED = {"prompt": "a  3", "completion": "b"}
 ROWS = [{"prompt": f"a {number}", "completion": "b"} for number in range(9)]
 
 
-def checked(train: Path, validation: Path | float | None = None, **section: Any) -> data.Rows:
+def checked(train: Path, validation: Path | float | None = None, **section: Any) -> data.RawDatasets:
     held = str(validation) if isinstance(validation, Path) else validation
     return data.check(DataSection.model_validate({"train": str(train), "validation": held} | section), 0)
 

@@ -21,21 +21,21 @@ class Pair:
     box: list[Any]
     barrier: threading.Barrier
     count: int = 2
-    leads: bool = True
+    leads_machine: bool = True
     main: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.main = self.rank == 0
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self.box[self.rank] = value
         self.barrier.wait(10)
         found = list(self.box)
         self.barrier.wait(10)
         return found
 
-    def agreed(self, value: Any) -> Any:
-        return self.gathered(value)[0]
+    def broadcast(self, value: Any) -> Any:
+        return self.all_gather(value)[0]
 
 
 def both(makes: list[Callable[[], Any]]) -> list[Any]:

@@ -64,7 +64,7 @@ def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
     model = adapted(kind, targets=TARGETS.get(kind, ["q_proj", "v_proj"]), changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0)), flatten(rows()[:1])):
         loss, gradients = step(model, batch)
-        with kernels.fitted(model, linear.linear) as left:
+        with kernels.accelerated(model, linear.linear) as left:
             assert "attention" in left and kernels.attends_by_rows(model)
             again, others = step(model, batch)
         assert not kernels.attends_by_rows(model)
@@ -97,7 +97,7 @@ def test_nothing_is_as_large_as_the_square_of_a_batch() -> None:
     square = batch["input_ids"].numel() ** 2
     with Largest() as stock:
         step(model, batch)
-    with kernels.fitted(model, linear.linear), Largest() as made:
+    with kernels.accelerated(model, linear.linear), Largest() as made:
         step(model, batch)
     assert stock.elements >= square > 2 * made.elements
 
@@ -111,7 +111,7 @@ def test_padding_on_the_left_and_odd_masks_are_left_to_torch() -> None:
     holes["attention_mask"][0, 5] = 0
     for odd in (batch, holes):
         loss, gradients = step(model, odd)
-        with kernels.fitted(model, linear.linear):
+        with kernels.accelerated(model, linear.linear):
             again, others = step(model, odd)
         assert again == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
 
@@ -119,7 +119,7 @@ def test_padding_on_the_left_and_odd_masks_are_left_to_torch() -> None:
 def test_the_padding_of_one_row_does_not_reach_another() -> None:
     """Nor do the tokens of the others."""
     model = adapted()
-    with kernels.fitted(model, linear.linear):
+    with kernels.accelerated(model, linear.linear):
         losses = [step(model, dict(pad(rows()[:n], 0)))[0] for n in (1, 1)]
         assert losses[0] == losses[1]
         broken = flatten(rows()[:3])
@@ -151,7 +151,7 @@ def test_attention_that_drops_out_does_so() -> None:
 
     stock, (still, _) = mean(), step(model.eval(), batch)
     model.train()
-    with kernels.fitted(model, linear.linear):
+    with kernels.accelerated(model, linear.linear):
         assert kernels.attends_by_rows(model)
         made = mean()
     error = (stock.var() / 60 + made.var() / 60).sqrt()
@@ -171,7 +171,7 @@ def test_what_is_not_torchs_attention_stays_as_it_is(name: str) -> None:
     kind, changes = REFUSED[name]
     model = adapted(kind, targets=["query_key_value"] if kind == "bloom" else ["q_proj", "v_proj"], changes=changes)
     own = model.config._attn_implementation
-    with kernels.fitted(model, linear.linear):
+    with kernels.accelerated(model, linear.linear):
         assert model.config._attn_implementation == own and not kernels.attends_by_rows(model)
 
 

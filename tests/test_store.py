@@ -61,7 +61,7 @@ def test_what_is_published_is_not_written_again(cache: Path) -> None:
     before = (cache / key(1)).stat().st_ino
     seen: list[bool] = []
 
-    def late(path: Path) -> token_cache.Shards | None:
+    def late(path: Path) -> token_cache.TokenCache | None:
         seen.append(path.exists())
         return None if len(seen) == 1 else token_cache.opened(path)
 

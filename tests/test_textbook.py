@@ -125,7 +125,7 @@ def test_only_a_and_b_are_trained(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -
 
 def test_the_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
     ours, ref = both(mlp, moved=True)
-    attach_module.save(ours, tmp_path, attach_module.begin(attach(deepcopy(mlp)), LoraSection()))
+    attach_module.save(ours, tmp_path, attach_module.initialize_adapter(attach(deepcopy(mlp)), LoraSection()))
     save_file(reference.adapter_state(ref), tmp_path / "reference.safetensors")
     saved, expected = load_file(tmp_path / WEIGHTS_FILE), load_file(tmp_path / "reference.safetensors")
     names = {"lora_A.weight": "A", "lora_B.weight": "B"}
@@ -141,7 +141,7 @@ def test_a_4096_by_4096_layer_counts_65536() -> None:
     with torch.device("meta"):
         base = nn.Sequential(OrderedDict(fc=nn.Linear(4096, 4096, bias=False)))
     ours = attach_module.attach(base, LoraSection(r=8), targets.resolve(base, ["fc"]).peft(), seed=0)
-    count = attach_module.count(ours, attach_module.begin(ours, LoraSection(r=8)))
+    count = attach_module.count(ours, attach_module.initialize_adapter(ours, LoraSection(r=8)))
     assert (count.trainable, count.total) == (65_536, 4096 * 4096 + 65_536)
 
 
@@ -152,6 +152,6 @@ def test_llama_2_7b() -> None:
     base = load.build_meta(shape)
     ours = attach_module.attach(base, LoraSection(r=8), targets.resolve(base, ["q", "k", "v", "o"]).peft(), seed=0)
     line = "trainable params: 8,388,608 || all params: 6,746,804,224 || trainable%: 0.1243"
-    count = attach_module.count(ours, attach_module.begin(ours, LoraSection(r=8)))
+    count = attach_module.count(ours, attach_module.initialize_adapter(ours, LoraSection(r=8)))
     assert str(count) == line
     assert count.adapter_bytes - 4 * 8_388_608 in range(1 << 16)  # float32, and a header

@@ -61,7 +61,7 @@ def made_by_peft(base_dir: Path, out: Path, **settings: Any) -> None:
     model.save_pretrained(out, save_embedding_layers=False)
 
 
-def opened(path: Path) -> inference.Tuned:
+def opened(path: Path) -> inference.LoadedAdapter:
     found = preflight.open_adapter(path)
     return inference.load(replace(found, base=found.base.model_copy(update={"dtype": "float32"})))
 
@@ -139,11 +139,11 @@ def test_the_base_after_training(kind: str, base_dir: Path) -> None:
     base, section = AutoModelForCausalLM.from_pretrained(base_dir), LoraSection(**STARTS[kind])
     alone = logits(base)
     model = attach.attach(base, section, targets.find(base, section).peft(), seed=0)
-    start = attach.begin(model, section)
+    start = attach.initialize_adapter(model, section)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1
     trained, expected = sharded.whole(model), logits(model)
     with untouched.as_begun(model, start, trained):
-        assert torch.allclose(logits(model), alone, rtol=0, atol=1e-4 if start.given_back else 0)
+        assert torch.allclose(logits(model), alone, rtol=0, atol=1e-4 if start.to_plain_lora else 0)
     assert torch.equal(logits(model), expected)

@@ -26,7 +26,7 @@ from loratune.data.watching import unwatched
 from loratune.errors import DataError, ModelError
 from loratune.lora import attach, counts, optimizers, sharded, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
-from loratune.lora.initialize import Start
+from loratune.lora.initialize import AdapterInit
 from loratune.model import load, originals
 from loratune.training import preflight, run_dir, trainer
 from loratune.training.checkpoints import Checkpoints
@@ -74,12 +74,12 @@ class Silent:
             raise KeyboardInterrupt
 
 
-def begun(base: nn.Module | None = None, **lora: Any) -> tuple[PeftModel, LoraSection, Start]:
+def begun(base: nn.Module | None = None, **lora: Any) -> tuple[PeftModel, LoraSection, AdapterInit]:
     """The tiny Llama with an adapter on it, before its first step."""
     section, base = LoraSection(**lora), base or tiny_llama()
     found = targets.find(base, section)
     model = attach.attach(base, section, found.peft(), seed=0, base_name="tiny")
-    return model, section, attach.begin(model, section, batches=BATCHES)
+    return model, section, attach.initialize_adapter(model, section, batches=BATCHES)
 
 
 def outputs(model: nn.Module) -> torch.Tensor:
@@ -119,7 +119,7 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
     assert (trained - before).abs().max() > 0.01
     (tmp_path / "out").mkdir()
     assert attach.save(model, tmp_path / "out", start) == foretold.adapter_bytes
-    exact = 0.0 if not start.given_back else 1e-6  # what was taken out of the base comes back with rounding
+    exact = 0.0 if not start.to_plain_lora else 1e-6  # what was taken out of the base comes back with rounding
     assert torch.allclose(outputs(attach.load(tiny_llama(), inspect(tmp_path / "out"))), trained, rtol=0, atol=exact)
     assert torch.allclose(
         outputs(PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")), trained, rtol=0, atol=exact
@@ -132,7 +132,7 @@ def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
         space = run_dir.inspect(loaded.output_dir, resume=resume, overwrite=False)
         ready = preflight.check(loaded, space, unwatched, [] if resume else None)
-        teller = train.Teller(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
+        teller = train.Reporter(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
         train.train(ready, teller)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
@@ -199,9 +199,9 @@ def test_eva_needs_more_learnt_tokens_than_directions() -> None:
     with pytest.raises(
         DataError, match="more learnt tokens in a batch than r = 8, and the first batches have 8 at most"
     ):
-        attach.begin(model, section, batches=[few])
+        attach.initialize_adapter(model, section, batches=[few])
     few["labels"][0, :9] = 1
-    attach.begin(model, section, batches=[few])
+    attach.initialize_adapter(model, section, batches=[few])
 
 
 def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_loftq_starts_from_what_four_bits_lose(rslora: bool, tiny_dir: Path) -> 
     section = LoraSection(init_lora_weights="loftq", use_rslora=rslora)
     base, whole = load.load_base(held), tiny_llama()
     tuned = attach.attach(base, section, targets.find(base, section).peft(), seed=0)
-    attach.begin(tuned, section, originals=partial(originals.original_weights, held, base))
+    attach.initialize_adapter(tuned, section, originals=partial(originals.original_weights, held, base))
     for path, (layer, update) in factors(tuned).items():
         lost = whole.get_submodule(path).weight.detach() - dequantize_module_weight(layer.get_base_layer()).float()
         singular = torch.linalg.svdvals(lost)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from loratune.lora.adapter_files import WEIGHTS_FILE, Saved
+from loratune.lora.adapter_files import WEIGHTS_FILE, AdapterFiles
 from loratune.lora.stats import Update, updates
 from loratune.system.paths import pattern
 
@@ -29,7 +29,7 @@ class Header:
     others: dict[str, int]
 
 
-def _others(saved: Saved) -> dict[str, int]:
+def _others(saved: AdapterFiles) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, shape in saved.tensors.items():
         if ".lora_" not in name:
@@ -38,7 +38,7 @@ def _others(saved: Saved) -> dict[str, int]:
     return found
 
 
-def header(saved: Saved) -> Header:
+def header(saved: AdapterFiles) -> Header:
     """Read it. Raises AdapterError: see `spectrum.updates`."""
     measured = updates(saved)
     targets: dict[str, list[str]] = {}

@@ -24,12 +24,12 @@ from loratune.errors import (
     is_out_of_memory,
 )
 from loratune.system import launcher, signals
-from loratune.system.launcher import Alone, Group
+from loratune.system.launcher import Group, SingleProcess
 from loratune.system.signals import Stop, Termination, terminable
 
 
 @contextmanager
-def boundary(debug: bool, join: Callable[[], Group] = Alone, *, scarce: str = "free memory") -> Iterator[Group]:
+def boundary(debug: bool, join: Callable[[], Group] = SingleProcess, *, scarce: str = "free memory") -> Iterator[Group]:
     """Turn what goes wrong into `error:` lines and an exit code; keep the libraries' own remarks off the screen.
 
     join: meets the other processes of a run; a command without it is for one process. scarce: what to do where this
@@ -38,11 +38,11 @@ def boundary(debug: bool, join: Callable[[], Group] = Alone, *, scarce: str = "f
     if not debug:
         warnings.simplefilter("ignore")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    group: Group = Alone()
+    group: Group = SingleProcess()
     stop = Stop()
     try:
         with terminable() as stop:
-            if join is Alone and (started := launcher.count()) > 1:
+            if join is SingleProcess and (started := launcher.count()) > 1:
                 fix = "start it without a launcher"
                 raise ConfigError(Problem(f"was started {started} times, and is for one process", fix=fix))
             group = join()

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from loratune import data
 from loratune.commands import inference
-from loratune.commands.inference import Tuned
-from loratune.data import Part, Prepared, Watch
+from loratune.commands.inference import LoadedAdapter
+from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
 from loratune.data.packing import Batches
 from loratune.data.rendering import Tokens
 from loratune.model import load
 from loratune.training import scoring
-from loratune.training.preflight import Opened
+from loratune.training.preflight import AdapterInfo
 from loratune.training.tokenization import check_positions
 
 _BATCH_TOKENS = 8192
@@ -37,7 +37,7 @@ class Score:
 
 
 def evaluate(
-    opened: Opened, part: Part, watch: Watch, note: Callable[[str], None]
+    opened: AdapterInfo, part: DatasetSplit, watch: ProgressFactory, note: Callable[[str], None]
 ) -> tuple[dict[str, Score], list[str]]:
     """Score `base` and `adapter` on rows that are rendered as in training; and lines about what became of the rows.
 
@@ -52,7 +52,7 @@ def evaluate(
     return {"base": base, "adapter": _score(tuned, rows)}, [*part.remarks(), *rows.report.losses()]
 
 
-def _score(tuned: Tuned, prepared: Prepared) -> Score:
+def _score(tuned: LoadedAdapter, prepared: TokenizedDataset) -> Score:
     rows, lengths = prepared.rows, prepared.rows.lengths
     size = max(1, min(inference.BATCH, _BATCH_TOKENS // int(lengths.max())))
     padded = Batches(rows, lengths, "none", size, tuned.data.max_length, load.pad_id(tuned.tokenizer))
@@ -61,12 +61,12 @@ def _score(tuned: Tuned, prepared: Prepared) -> Score:
     return Score(loss.mean, math.exp(loss.mean), exact, starts, len(rows), loss.tokens)
 
 
-def _asks(row: Tokens, tuned: Tuned) -> bool:
+def _asks(row: Tokens, tuned: LoadedAdapter) -> bool:
     """Whether there is a prompt: more than the token that begins every row."""
     return row.prompt not in ((), (tuned.tokenizer.bos_token_id,))
 
 
-def _matches(tuned: Tuned, rows: Sequence[Tokens]) -> tuple[float | None, float | None]:
+def _matches(tuned: LoadedAdapter, rows: Sequence[Tokens]) -> tuple[float | None, float | None]:
     """Shares of rows completed exactly, and begun right. Rows with completions of like length share a batch."""
     if not rows:
         return None, None

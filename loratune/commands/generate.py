@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from transformers import TextStreamer
 
 from loratune.commands import inference
-from loratune.commands.inference import Tuned
+from loratune.commands.inference import LoadedAdapter
 from loratune.data import formats
 from loratune.data.formats import Asked
 from loratune.data.sources import Row
 from loratune.errors import ConfigError, Problem
 from loratune.model import load
-from loratune.training.preflight import Opened
+from loratune.training.preflight import AdapterInfo
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Answer:
 
 
 def generate(
-    opened: Opened,
+    opened: AdapterInfo,
     rows: Sequence[Row],
     *,
     max_new_tokens: int,
@@ -66,7 +66,7 @@ def generate(
     return answers()
 
 
-def _questions(tuned: Tuned, rows: Sequence[Row]) -> list[Asked]:
+def _questions(tuned: LoadedAdapter, rows: Sequence[Row]) -> list[Asked]:
     """What the rows ask; bare text is the user's turn where the adapter was trained on conversations."""
     asked = [formats.question(row, tuned.data) for row in rows]
     if empty := [row.where for row, one in zip(rows, asked, strict=True) if not one.prompt]:
@@ -79,7 +79,9 @@ def _questions(tuned: Tuned, rows: Sequence[Row]) -> list[Asked]:
     ]
 
 
-def _check_room(tuned: Tuned, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> None:
+def _check_room(
+    tuned: LoadedAdapter, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], max_new_tokens: int
+) -> None:
     limit = load.context_length(tuned.model.config)
     problems = []
     for row, ids in zip(rows, prompts, strict=True):

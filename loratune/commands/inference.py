@@ -19,14 +19,14 @@ from loratune.lora.untouched import Untouched
 from loratune.model import fingerprints
 from loratune.model import load as load_module
 from loratune.model.fingerprints import Sampled
-from loratune.training.preflight import Opened
+from loratune.training.preflight import AdapterInfo
 
 BATCH = 32
-"""How many prompts the stories hand to `Tuned.complete` at once."""
+"""How many prompts the stories hand to `LoadedAdapter.complete` at once."""
 
 
 @dataclass(frozen=True)
-class Tuned:
+class LoadedAdapter:
     """A base with its adapter on, and how prompts are rendered for it.
 
     chat: the rows of training went through the chat template; base: a sample of the base, and what PEFT may have
@@ -70,7 +70,7 @@ class Tuned:
         )
         batch = pad([{"input_ids": ids} for ids in prompts], pad_id, "left")
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        with kernels.lean(self.model, linear.linear):
+        with kernels.inference_lora(self.model, linear.linear):
             ids = self.model.generate(**batch, generation_config=settings, streamer=streamer)
         return [self._ended(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
 
@@ -85,7 +85,7 @@ class Tuned:
         return ids[: ends[0] + 1] if ends else ids
 
 
-def load(opened: Opened, note: Callable[[str], None] = lambda _: None) -> Tuned:
+def load(opened: AdapterInfo, note: Callable[[str], None] = lambda _: None) -> LoadedAdapter:
     """Load the base of an adapter directory, and put the adapter on it.
 
     Raises ModelError: the base cannot be loaded. Raises AdapterError: see `adapter.load`; another base than the one it
@@ -112,10 +112,10 @@ def load(opened: Opened, note: Callable[[str], None] = lambda _: None) -> Tuned:
     tuned = attach.load(base, opened.saved)
     _check_base(opened, identity, note)
     _check_computes(tuned, opened, tokenizer.eos_token_id or 0)
-    return Tuned(tuned, tokenizer, renderer, opened.data, opened.chat, before, str(path))
+    return LoadedAdapter(tuned, tokenizer, renderer, opened.data, opened.chat, before, str(path))
 
 
-def _check_base(opened: Opened, found: str, note: Callable[[str], None]) -> None:
+def _check_base(opened: AdapterInfo, found: str, note: Callable[[str], None]) -> None:
     recorded, where = opened.saved.base_fingerprint, str(opened.saved.path)
     if recorded in (None, found):
         return
@@ -129,7 +129,7 @@ def _check_base(opened: Opened, found: str, note: Callable[[str], None]) -> None
 
 
 @torch.inference_mode()
-def _check_computes(tuned: PeftModel, opened: Opened, token: int) -> None:
+def _check_computes(tuned: PeftModel, opened: AdapterInfo, token: int) -> None:
     """One token through base and adapter: values of a configuration that PEFT takes as they are show only here."""
     where = str(opened.saved.path)
     try:

@@ -65,7 +65,7 @@ def params(run: RunConfig) -> Params:
     base = load.build_meta(load.load_config(run.model), run.model)
     found = targets.find(base, run.lora)
     adapted = attach.attach(base, run.lora, found.peft(), seed=0)
-    start = attach.begin(adapted, run.lora)
+    start = attach.initialize_adapter(adapted, run.lora)
     layers: dict[int, int] = {}
     for path in found.modules:
         if (number := number_of(path)) is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loratune.commands.train import Plan, Result
     from loratune.lora.stats import Update
     from loratune.memory import Estimate
-    from loratune.training.tokenization import Rows
+    from loratune.training.tokenization import TokenizedDatasets
 
 
 def _share(value: float | None) -> str:
@@ -50,7 +50,7 @@ def _notes(made: "Plan") -> None:
         note(line)
 
 
-def _rows(rows: "Rows") -> Iterator[str]:
+def _rows(rows: "TokenizedDatasets") -> Iterator[str]:
     """The table of what became of the rows, and what else is to be said of them."""
     parts = {"train": rows.train, "validation": rows.validation}
     cells = [[name, *part.report.cells()] for name, part in parts.items() if part]

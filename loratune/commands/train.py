@@ -13,27 +13,27 @@ from typing import Any
 from loratune import config, data, escaping, kernels, memory
 from loratune.commands import card
 from loratune.config import RunConfig
-from loratune.data import Part, Watch
+from loratune.data import DatasetSplit, ProgressFactory
 from loratune.data.formats import Conversation, Example, Plain
 from loratune.data.packing import Batches
 from loratune.errors import ModelError, NumericError, Problem, ResourceError
 from loratune.lora import adapter_files, attach, counts, linear, optimizers, sharded, targets
 from loratune.lora.attach import PeftModel
 from loratune.lora.counts import Count
-from loratune.lora.initialize import Start
+from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import Weights
 from loratune.lora.targets import Targets
 from loratune.model import base_files, device, fingerprints, load, originals, weights
 from loratune.system import disk, launcher, signals
-from loratune.system.launcher import ALONE, Group, host
+from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.system.signals import Stop
 from loratune.training import batching, callbacks, conditions, gain, resume, run_dir, trainer
 from loratune.training.callbacks import Progress
 from loratune.training.checkpoints import KEPT, Checkpoints
 from loratune.training.gain import Gain
-from loratune.training.preflight import Ready
-from loratune.training.run_dir import Workspace
-from loratune.training.tokenization import Rows, tokenised
+from loratune.training.preflight import ValidatedRun
+from loratune.training.run_dir import RunDirectory
+from loratune.training.tokenization import TokenizedDatasets, tokenised
 from loratune.training.trainer import Outcome
 
 _BESIDE = 40_000
@@ -45,7 +45,7 @@ _PLENTY = 2
 
 
 @dataclass(frozen=True)
-class Teller:
+class Reporter:
     """Whoever is told how a run goes.
 
     note: takes a line; plan: what is about to be trained; watch: passes over the data; progress: the steps.
@@ -53,7 +53,7 @@ class Teller:
 
     note: Callable[[str], None]
     plan: Callable[["Plan"], None]
-    watch: Watch
+    watch: ProgressFactory
     progress: Progress
 
 
@@ -63,18 +63,18 @@ class Plan:
 
     config: with absolute paths; processes: of the run; given: the rows as read, None in processes that did not read
     them; base_as_recorded: the base's fingerprint in the version that the checkpoint holds which is resumed; files:
-    those of the base; left: what of the model is not computed the fast way, see `kernels.fitted`.
+    those of the base; left: what of the model is not computed the fast way, see `kernels.accelerated`.
     """
 
     config: RunConfig
     processes: int
-    given: Part | None
+    given: DatasetSplit | None
     tokenizer: Any
     model: PeftModel
     targets: Targets
-    start: Start
+    start: AdapterInit
     count: Count
-    rows: Rows
+    rows: TokenizedDatasets
     train: Batches
     validation: Batches | None
     memory: memory.Estimate
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
-        """Of the base and the rows; see `model.fingerprint` and `Prepared.fingerprint`."""
+        """Of the base and the rows; see `model.fingerprint` and `TokenizedDataset.fingerprint`."""
         rows = self.rows
         validation = rows.validation.fingerprint if rows.validation else None
         return {"base": self.base_fingerprint, "data": rows.train.fingerprint, "validation": validation}
@@ -119,7 +119,7 @@ class Result:
     try_it: str
 
 
-def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
+def plan(ready: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
     """Load the tokenizer, tokenize the rows; then load the model, and attach LoRA.
 
     Raises ModelError, DataError.
@@ -137,7 +137,7 @@ def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
     origin = {"base_name": run.model.name_or_path, "revision": run.model.revision}
     adapted = attach.attach(base, run.lora, found.peft(), seed=run.training.seed, **origin)
     batches = batching.batch(adapted, load.pad_id(tokenizer), rows.train, rows.validation, run.data, run.training)
-    start = attach.begin(
+    start = attach.initialize_adapter(
         adapted,
         run.lora,
         batches=batching.first(batches.train),
@@ -165,7 +165,9 @@ def plan(ready: Ready, watch: Watch, group: Group = ALONE) -> Plan:
     )
 
 
-def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bool = False) -> Result | None:
+def train(
+    ready: ValidatedRun, teller: Reporter, group: Group = SINGLE_PROCESS, *, allow_worse: bool = False
+) -> Result | None:
     """Train, check and publish. Returns None in all processes but the main one, which alone writes.
 
     allow_worse: publish an adapter that does worse than its base as well.
@@ -182,9 +184,9 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bo
         identity = _identity(run, ready)
         if group.main:
             space.begin(resume=ready.resumed is not None)
-        if group.leads:
+        if group.leads_machine:
             data.forget_old()
-        group.gathered(None)  # so that a signal finds all of them on this side of the next line, or none
+        group.all_gather(None)  # so that a signal finds all of them on this side of the next line, or none
         with signals.deferred(repeated=group.count > 1) as stop:
             kept = _kept(run, ready, identity, teller, stop, group)
             teller.plan(run)
@@ -197,20 +199,20 @@ def train(ready: Ready, teller: Teller, group: Group = ALONE, *, allow_worse: bo
         if gained.verdict == "worse" and not allow_worse:
             gain.refuse(gained, outcome.steps, ready.space, group)
         _check_files(run, group, thoroughly=True)
-        group.part()
+        group.close()
         if not group.main:
             return None
         return _publish(run, trained, outcome, gained, identity["changes"], space, teller.note)
 
 
-def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, teller: Teller) -> Gain:
+def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, teller: Reporter) -> Gain:
     """How the adapter compares with its base. Raises NumericError: it gives a loss that is not finite."""
     validation = {"validation": run.rows.validation} if run.rows.validation else {}
     parts, pad_id = validation | {"training": run.rows.train}, load.pad_id(run.tokenizer)
     gained = gain.measure(run.model, run.start, trained, parts, pad_id, outcome.tokens, kept.group, teller.note)
     if not math.isfinite(gained.adapter):
         what, key = f"after the last step the loss of some {gained.split} rows is NaN or inf", "training.learning_rate"
-        raise callbacks.astray(Problem(what, key=key, fix="lower it"), kept.checkpoints, outcome.steps)
+        raise callbacks.diverged_error(Problem(what, key=key, fix="lower it"), kept.checkpoints, outcome.steps)
     return gained
 
 
@@ -220,7 +222,7 @@ def _publish(
     outcome: Outcome,
     gained: Gain,
     changes: Sequence[Mapping[str, Any]],
-    space: Workspace,
+    space: RunDirectory,
     note: Callable[[str], None],
 ) -> Result:
     size = run.count.adapter_bytes + load.tokenizer_bytes(run.tokenizer)
@@ -237,14 +239,14 @@ def _publish(
 
 def _fit(run: Plan, kept: trainer.Run) -> Outcome:
     training = run.config.training
-    scarce = any(kept.group.gathered(_PLENTY * run.memory.total > memory.available(run.model.device)))
+    scarce = any(kept.group.all_gather(_PLENTY * run.memory.total > memory.available(run.model.device)))
     optimizer = partial(optimizers.split, run.model, run.config.lora, weight_decay=training.weight_decay)
     try:
         if run.config.model.use_liger_kernel:
             kernels.use_liger(run.model)
         gc.collect()
         gc.freeze()  # rows and model stay: the collector need not walk them at every few steps
-        with kernels.fitted(run.model, linear.linear, sharded=bool(launcher.sharding())):
+        with kernels.accelerated(run.model, linear.linear, sharded=bool(launcher.sharding())):
             if run.config.model.torch_compile:
                 kernels.compile_layers(run.model)
             return trainer.fit(training, run.model, run.train, run.validation, kept, optimizer, rehearsed=scarce)
@@ -262,10 +264,10 @@ def _base(run: RunConfig, group: Group) -> tuple[Any, base_files.Files, str]:
     """The base, whose numbers were looked at; its files, which one process of each machine keeps an eye on; and its
     fingerprint. Raises ModelError: processes have different ones."""
     base = load.load_base(run.model)
-    files = load.files(run.model) if group.leads else base_files.Files(None)
+    files = load.files(run.model) if group.leads_machine else base_files.Files(None)
     weights.check_finite(base, run.model.name_or_path)
     own = fingerprints.fingerprint(base)
-    if group.agreed(own) != own:
+    if group.broadcast(own) != own:
         what, fix = f"the base on {host()} is another than that of the main process", "give all machines the same files"
         raise ModelError(Problem(what, run.model.name_or_path, "model.name_or_path", fix))
     return base, files, own
@@ -273,7 +275,7 @@ def _base(run: RunConfig, group: Group) -> tuple[Any, base_files.Files, str]:
 
 def _check_files(run: Plan, group: Group, *, thoroughly: bool = False) -> None:
     """Raises ModelError: files of the base have changed since it was loaded, on any machine."""
-    changed = group.gathered(run.files.changed(thoroughly=thoroughly))
+    changed = group.all_gather(run.files.changed(thoroughly=thoroughly))
     if problems := [
         Problem(
             "has changed since the run began, which goes on from its last checkpoint",
@@ -286,7 +288,7 @@ def _check_files(run: Plan, group: Group, *, thoroughly: bool = False) -> None:
         raise ModelError(problems)
 
 
-def _identity(run: Plan, ready: Ready) -> dict[str, Any]:
+def _identity(run: Plan, ready: ValidatedRun) -> dict[str, Any]:
     """What is kept of the run in its checkpoints. Raises ResumeError: it is not the one that was interrupted."""
     found, counts = ready.resumed, run.rows.train.report.counts()
     computed = conditions.conditions(run.model, run.left)
@@ -298,7 +300,7 @@ def _identity(run: Plan, ready: Ready) -> dict[str, Any]:
 
 
 def _kept(
-    run: Plan, ready: Ready, identity: Mapping[str, Any], teller: Teller, stop: Stop, group: Group
+    run: Plan, ready: ValidatedRun, identity: Mapping[str, Any], teller: Reporter, stop: Stop, group: Group
 ) -> trainer.Run:
     """What the run is kept in and led by, and where it goes on. Raises ResourceError: the disk is too small."""
     size, found = 2 * run.memory.adapter + run.memory.optimizer + _BESIDE, ready.resumed
@@ -332,7 +334,7 @@ def _stage(
     outcome: Outcome,
     gained: Gain,
     changes: Sequence[Mapping[str, Any]],
-    space: Workspace,
+    space: RunDirectory,
 ) -> int:
     """Put the whole adapter directory together beside its place. Returns the size of the adapter's weights in bytes."""
     assert run.given is not None
@@ -360,7 +362,7 @@ def _stage(
     return size
 
 
-def _prompt_of(rows: Part, most: int = 200) -> str:
+def _prompt_of(rows: DatasetSplit, most: int = 200) -> str:
     """The shortest prompt of the first rows, as one would type it after `loratune generate`; dots if none will do."""
     asked = (text for text in map(_asked, islice(rows.examples(), 100)) if 0 < len(text) <= most)
     prompt = min(asked, key=lambda text: (not escaping.is_plain(text), len(text)), default="...")

@@ -12,15 +12,16 @@ from loratune.config import DataSection
 from loratune.data import cache_dir, formats, repeats
 from loratune.data.cache_dir import forget_old as forget_old
 from loratune.data.formats import Conversation, Example, Ids, Plain
+from loratune.data.formats.examples import no_loss_reason
 from loratune.data.rendering import Renderer, Tokens, shorten
 from loratune.data.report import Leaks, Report
 from loratune.data.sources import MAX_PROBLEMS
-from loratune.data.splits import Part as Part
-from loratune.data.splits import Rows as Rows
+from loratune.data.splits import DatasetSplit as DatasetSplit
+from loratune.data.splits import RawDatasets as RawDatasets
 from loratune.data.splits import check as check
 from loratune.data.splits import check_source as check_source
-from loratune.data.token_cache import Shards, Writer
-from loratune.data.watching import Watch as Watch
+from loratune.data.token_cache import TokenCache, Writer
+from loratune.data.watching import ProgressFactory as ProgressFactory
 from loratune.data.watching import unwatched
 from loratune.errors import DataError, Problem
 
@@ -31,10 +32,10 @@ _ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TokenizedDataset:
     """What the trainer learns from. rows: `input_ids` and `labels`, mapped from disk."""
 
-    rows: Shards
+    rows: TokenCache
 
     @property
     def report(self) -> Report:
@@ -48,8 +49,12 @@ class Prepared:
 
 
 def prepare(
-    part: Part, renderer: Renderer, section: DataSection, vocabulary_size: int, watch: Watch = unwatched
-) -> Prepared:
+    part: DatasetSplit,
+    renderer: Renderer,
+    section: DataSection,
+    vocabulary_size: int,
+    watch: ProgressFactory = unwatched,
+) -> TokenizedDataset:
     """Render every row and fit it to `max_length`, or take what is kept of doing so before; and count.
 
     Raises DataError: a row that the chat template refuses, or over `max_length` where `truncation` is error; an id
@@ -69,21 +74,21 @@ def prepare(
     rows = cache_dir.kept(key, fill)
     rows.report.duplicates = repeats.duplicates(part)
     _check(rows.report, part, section)
-    return Prepared(rows)
+    return TokenizedDataset(rows)
 
 
-def opened(directory: Path) -> Prepared | None:
+def opened(directory: Path) -> TokenizedDataset | None:
     """Rows that another process has prepared; None where this one does not find them."""
     found = cache_dir.opened(directory)
-    return Prepared(found) if found is not None else None
+    return TokenizedDataset(found) if found is not None else None
 
 
-def find_leaks(rows: Rows) -> Leaks | None:
+def find_leaks(rows: RawDatasets) -> Leaks | None:
     """Rows of the validation set that also stand in train; None without a validation set."""
     return repeats.shared(rows.train, rows.validation) if rows.validation else None
 
 
-def dropped(part: Part, renderer: Renderer, section: DataSection) -> str | None:
+def dropped(part: DatasetSplit, renderer: Renderer, section: DataSection) -> str | None:
     """A line about what the tokenizer drops of the answers in the first rows, where it drops anything."""
     spoken: list[Example] = []
     characters = 0
@@ -91,7 +96,7 @@ def dropped(part: Part, renderer: Renderer, section: DataSection) -> str | None:
         characters += _characters(example)
         if characters > _ROWS_AT_ONCE * _SAMPLE:
             break
-        if not formats.silent(example, section.loss_on):
+        if not no_loss_reason(example, section.loss_on):
             spoken.append(example)
     return renderer.dropped(spoken, section.loss_on) if spoken else None
 
@@ -117,7 +122,7 @@ class _Worker:
     def prepare(self, some: Sequence[Example]) -> tuple[Report, list[Tokens]]:
         report, spoken = Report(rows=len(some)), []
         for example in some:
-            if reason := formats.silent(example, self.section.loss_on):
+            if reason := no_loss_reason(example, self.section.loss_on):
                 report.drop(f"nothing to learn: {reason}", example.where)
             else:
                 spoken.append(example)
@@ -163,7 +168,7 @@ class _Worker:
         return shorten(row, section.max_length, self.renderer.tokenizer.bos_token_id)
 
 
-def _check(report: Report, part: Part, section: DataSection) -> None:
+def _check(report: Report, part: DatasetSplit, section: DataSection) -> None:
     """Raises DataError: nothing is left to learn from, or too little of what was read."""
     reasons = "; ".join(report.reasons())
     longer = report.longest > section.max_length

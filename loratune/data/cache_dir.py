@@ -21,7 +21,7 @@ from pathlib import Path
 from datasets import config as datasets_config
 
 from loratune.data import token_cache
-from loratune.data.token_cache import Shards, Writer, read_record, write_record
+from loratune.data.token_cache import TokenCache, Writer, read_record, write_record
 from loratune.errors import Problem, ResourceError
 from loratune.system import private
 from loratune.system.plain import is_directory, locked
@@ -35,7 +35,7 @@ _FILES = re.compile(rf"[0-9]{{5}}\.(arrow|json|unfinished)|{re.escape(_ENTRY)}|e
 _MADE_BY = "loratune, tokenised rows"
 
 
-def kept(key: str, fill: Callable[[Writer], None]) -> Shards:
+def kept(key: str, fill: Callable[[Writer], None]) -> TokenCache:
     """The rows that are kept under a key. Where there are none, `fill` writes them, going on from `Writer.read`.
 
     Raises what `fill` raises, and then keeps nothing, unless the user stopped it. Raises ResourceError: no room on the
@@ -52,7 +52,7 @@ def kept(key: str, fill: Callable[[Writer], None]) -> Shards:
     return rows
 
 
-def opened(directory: Path) -> Shards | None:
+def opened(directory: Path) -> TokenCache | None:
     """Rows that another process of this user has written; None if there are none, or others could have changed them."""
     try:
         return None if any(private.faults(directory)) else token_cache.opened(directory)
@@ -60,7 +60,7 @@ def opened(directory: Path) -> Shards | None:
         return None
 
 
-def _made(root: Path, key: str, fill: Callable[[Writer], None], *, usable: bool) -> Shards:
+def _made(root: Path, key: str, fill: Callable[[Writer], None], *, usable: bool) -> TokenCache:
     """Rows that are written now, or by another process in the meantime."""
     final = root / key
     with _claimed(root, key) if usable else nullcontext(False) as free:
@@ -71,7 +71,7 @@ def _made(root: Path, key: str, fill: Callable[[Writer], None], *, usable: bool)
             lifetime = tempfile.TemporaryDirectory(prefix="loratune-rows-")
             partial = Path(lifetime.name)
         _fill(partial, fill)
-        rows = Shards(partial, lifetime)
+        rows = TokenCache(partial, lifetime)
         if lifetime is None:
             partial.rename(final)
             rows.directory = final
@@ -112,7 +112,7 @@ def _distrust(final: Path) -> str:
     return ""
 
 
-def _found(final: Path) -> Shards | None:
+def _found(final: Path) -> TokenCache | None:
     """The rows that are published under a name. They are marked as used before they are read, see `_remove`."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         if not any(private.faults(final)) and read_record(final / _ENTRY) == _record(final.name):

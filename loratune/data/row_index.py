@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from loratune.config import DataSection, Source
 from loratune.data import formats, sources
 from loratune.data.formats import Example, Parser
-from loratune.data.sources import MAX_PROBLEMS, Opened
+from loratune.data.sources import MAX_PROBLEMS, RowSource
 from loratune.data.sources.rows import Advance
-from loratune.data.watching import Watch
+from loratune.data.watching import ProgressFactory
 from loratune.errors import DataError, Problem, ResourceError
 
 EXACT, FOLDED, LINE = range(3)
@@ -34,7 +34,7 @@ class File:
     """One file of rows, or one split of a hub dataset. start: the number of its first row among all; prefix: what a
     row's place begins with, before its line."""
 
-    opened: Opened
+    opened: RowSource
     parser: Parser
     start: int
     rows: int
@@ -42,7 +42,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Census:
+class RowIndex:
     """All rows of some sources. counts: rows of each source; kept: a file of int64, three a row, see `EXACT`."""
 
     files: tuple[File, ...]
@@ -64,7 +64,7 @@ class Census:
         return f"{file.prefix}{self.column(LINE, number, number + 1)[0]}"
 
 
-def take(given: Sequence[Source], section: DataSection, watch: Watch) -> Census:
+def take(given: Sequence[Source], section: DataSection, watch: ProgressFactory) -> RowIndex:
     """Read and check every row of the sources.
 
     Raises DataError: see `sources.opened`, `formats.Parser`; up to 10 rows that are not as their format asks; a
@@ -80,10 +80,10 @@ def take(given: Sequence[Source], section: DataSection, watch: Watch) -> Census:
             if rows.count == before:
                 raise sources.no_rows(source)
             counts.append(rows.count - before)
-    return Census(tuple(files), tuple(counts), rows.file())
+    return RowIndex(tuple(files), tuple(counts), rows.file())
 
 
-def _count(opened: Opened, section: DataSection, rows: "_Rows", advance: Advance) -> File | None:
+def _count(opened: RowSource, section: DataSection, rows: "_Rows", advance: Advance) -> File | None:
     """One file, or None if it has no rows."""
     start, problems, parser, prefix = rows.count, [], None, ""
     try:
@@ -136,7 +136,7 @@ class _Rows:
         self._held = array("q")
 
 
-def examples(census: Census, kept: NDArray[np.bool_] | None, skip: int, advance: Advance) -> Iterator[Example]:
+def examples(census: RowIndex, kept: NDArray[np.bool_] | None, skip: int, advance: Advance) -> Iterator[Example]:
     """The rows once more, in order, as examples: those that are kept (None: all), without the first `skip` of them.
 
     Raises DataError: a file has changed since the census.

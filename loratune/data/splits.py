@@ -12,19 +12,19 @@ from loratune.config import DataSection, Source
 from loratune.data import mixing, row_index
 from loratune.data.formats import CHATS, Example
 from loratune.data.mixing import Mask
-from loratune.data.row_index import Census
+from loratune.data.row_index import RowIndex
 from loratune.data.sources.rows import Advance
-from loratune.data.watching import Watch, unwatched
+from loratune.data.watching import ProgressFactory, unwatched
 from loratune.errors import DataError, Problem
 
 
 @dataclass(frozen=True)
-class Part:
+class DatasetSplit:
     """Some rows of a census. name: `train` or `validation`; kept: which of them, None for all; mixed: what became of
     sources that were mixed by weight, a line each."""
 
     name: str
-    census: Census
+    census: RowIndex
     kept: Mask | None
     section: DataSection
     mixed: tuple[str, ...] = ()
@@ -82,47 +82,47 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RawDatasets:
     """The rows of a run. validation: None where nothing is evaluated."""
 
-    train: Part
-    validation: Part | None
+    train: DatasetSplit
+    validation: DatasetSplit | None
 
 
-def check(section: DataSection, seed: int, watch: Watch = unwatched) -> Rows:
+def check(section: DataSection, seed: int, watch: ProgressFactory = unwatched) -> RawDatasets:
     """Read and check all rows. No tokenizer is needed, and torch is not imported.
 
     Raises DataError: see `census.take`; a fraction that leaves no row to train on.
     """
     train = _part("train", section.train_sources, section, seed, watch)
     if section.validation_sources:
-        return Rows(train, _part("validation", section.validation_sources, section, seed, watch))
+        return RawDatasets(train, _part("validation", section.validation_sources, section, seed, watch))
     if not isinstance(section.validation, float):
-        return Rows(train, None)
+        return RawDatasets(train, None)
     kept = train.kept if train.kept is not None else np.ones(len(train), dtype=np.bool_)
     learnt, evaluated = mixing.held_out(kept, section.validation, seed)
     if not learnt.any():
         what = f"a fraction of {section.validation} of {len(train)} rows leaves none to train on"
         raise DataError(Problem(what, key="data.validation"))
-    return Rows(
-        Part("train", train.census, learnt, section, train.mixed),
-        Part("validation", train.census, evaluated, section),
+    return RawDatasets(
+        DatasetSplit("train", train.census, learnt, section, train.mixed),
+        DatasetSplit("validation", train.census, evaluated, section),
     )
 
 
-def check_source(source: Source, section: DataSection, watch: Watch = unwatched) -> Part:
+def check_source(source: Source, section: DataSection, watch: ProgressFactory = unwatched) -> DatasetSplit:
     """All rows of one source, read as `section` says. Raises DataError: see `census.take`."""
-    return Part("validation", row_index.take([source], section, watch), None, section)
+    return DatasetSplit("validation", row_index.take([source], section, watch), None, section)
 
 
-def _part(name: str, given: Sequence[Source], section: DataSection, seed: int, watch: Watch) -> Part:
+def _part(name: str, given: Sequence[Source], section: DataSection, seed: int, watch: ProgressFactory) -> DatasetSplit:
     counted = row_index.take(given, section, watch)
     weights = [source.weight for source in given if source.weight is not None]
     if not weights:
-        return Part(name, counted, None, section)
+        return DatasetSplit(name, counted, None, section)
     taken = mixing.shares(counted.counts, weights)
     lines = (
         f"{source.path}: {some:,} of {count:,} rows"
         for source, some, count in zip(given, taken, counted.counts, strict=True)
     )
-    return Part(name, counted, mixing.chosen(counted.counts, taken, seed), section, tuple(lines))
+    return DatasetSplit(name, counted, mixing.chosen(counted.counts, taken, seed), section, tuple(lines))

@@ -36,7 +36,7 @@ _LISTS = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS)])
 
 
-class Shards(Sequence[dict[str, list[int]]]):
+class TokenCache(Sequence[dict[str, list[int]]]):
     """Rows of `input_ids` and `labels`, mapped from a directory. report: what became of all rows that were read.
 
     remark: a line for the user on where they are kept, or empty.
@@ -192,10 +192,10 @@ class _Shard:
             self._held = []
 
 
-def opened(directory: Path) -> Shards | None:
+def opened(directory: Path) -> TokenCache | None:
     """The rows in a directory; None if there are none, or they are not what was written."""
     try:
-        return Shards(directory)
+        return TokenCache(directory)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
         return None
 

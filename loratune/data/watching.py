@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from loratune.data.sources.rows import Advance
 
-Watch: TypeAlias = Callable[[str, int], AbstractContextManager[Advance]]
+ProgressFactory: TypeAlias = Callable[[str, int], AbstractContextManager[Advance]]
 """Takes what is being done, and its size in bytes (0: unknown); inside, progress is told to what it gives."""
 
 

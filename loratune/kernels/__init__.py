@@ -1,12 +1,12 @@
 """The numerics that make training fast: loss, LoRA arithmetic, attention, norms, each with its reference.
 
-`fitted` puts them into a model for as long as it is trained; `plain` says what they compute.
+`accelerated` puts them into a model for as long as it is trained; `plain` says what they compute.
 """
 
+from loratune.kernels.accelerate import accelerated as accelerated
 from loratune.kernels.accelerate import expect as expect
-from loratune.kernels.accelerate import fitted as fitted
 from loratune.kernels.allocator import keep_pages as keep_pages
-from loratune.kernels.decoding import lean as lean
+from loratune.kernels.decoding import inference_lora as inference_lora
 from loratune.kernels.gpu import compile_layers as compile_layers
 from loratune.kernels.gpu import use_liger as use_liger
 from loratune.kernels.lora_linear import Adapted as Adapted

@@ -20,10 +20,10 @@ from loratune.kernels.lora_linear import Adapted, Projection
 from loratune.kernels.loss import LossHead
 from loratune.kernels.masks import Sight
 from loratune.kernels.mlp import GatedLayer, rms_norm
-from loratune.kernels.native import passes
-from loratune.kernels.parity_check import LONG_ROWS, Trial, evaluating
+from loratune.kernels.native import fused_ops
+from loratune.kernels.parity_check import LONG_ROWS, ParityCheck, evaluating
 from loratune.kernels.recognition import form_of
-from loratune.kernels.reference import Passes
+from loratune.kernels.reference import FusedOps
 from loratune.kernels.replacing import PerBatch, Replacement, restore
 
 Reader = Callable[[nn.Module], Adapted | None]
@@ -92,7 +92,7 @@ class FastGatedLayer(Replacement):
 class FastNorm(Replacement):
     """In the place of a root mean square norm."""
 
-    def __init__(self, original: nn.Module, epsilon: float, over: Passes):
+    def __init__(self, original: nn.Module, epsilon: float, over: FusedOps):
         super().__init__(original)
         self.epsilon, self._passes = epsilon, over
 
@@ -108,7 +108,7 @@ SHARDED = "all layers, as the base is spread over processes"
 
 
 @contextmanager
-def fitted(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[list[str]]:
+def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[list[str]]:
     """Inside, the layers of a model that are understood are computed by this room; the rest is left alone.
 
     model: a `PeftModel` around a causal language model of transformers; on a GPU, see `gpu.replace`. Yields what stays,
@@ -134,7 +134,7 @@ def fitted(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[lis
 
 def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -> list[str]:
     """Put fast modules in their places. replaced: gets path and module of each that went. Returns what stays."""
-    trial, over = Trial(base), passes(base.get_input_embeddings().weight)
+    trial, over = ParityCheck(base), fused_ops(base.get_input_embeddings().weight)
     survey = masks.survey(base)
     kinds = (
         [kind for kind in _kinds(base, reader, survey.sights, plain=survey.plain) if kind.fits] if trial.runs else []
@@ -150,7 +150,7 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
         kinds = [kind for kind in kinds if kind.agreed(base, trial)]
     replaced += [(name, module) for kind in kinds for name, module, _ in kind.fits]
     if trial.runs and survey.plain and not any(kind.what == "attention" for kind in kinds):
-        rowwise.attend(base, Trial(base, LONG_ROWS).agrees)
+        rowwise.attend(base, ParityCheck(base, LONG_ROWS).agrees)
     left = [what for what in KINDS if not any(kind.what == what and kind.whole for kind in kinds)]
     if over is reference:  # torch computes all that would be one pass over memory in C
         return [*(what for what in left if what != "norms"), "norms, rotations and activations"]
@@ -184,7 +184,7 @@ class _Kind:
         if self.what == "attention":
             base.set_attn_implementation(self.own)
 
-    def agreed(self, base: Any, trial: Trial) -> bool:
+    def agreed(self, base: Any, trial: ParityCheck) -> bool:
         """Put in, if the whole model then gives the same."""
         self.put(base)
         if trial.agrees():
@@ -249,7 +249,7 @@ def attention(
     wide = (sight.heads + 2 * sight.groups) * size
     if joined.weight.shape[0] != wide or out.weight.shape[1] != sight.heads * size:
         return None
-    part = SelfAttention(joined, out, sight.groups, heads, size, sight.scale, passes(out.weight), norms)
+    part = SelfAttention(joined, out, sight.groups, heads, size, sight.scale, fused_ops(out.weight), norms)
     return FastAttention(module, part, sight.window, layouts, turned=turned)
 
 
@@ -288,7 +288,7 @@ def gated(module: nn.Module, reader: Reader) -> FastGatedLayer | None:
         return None
     if joined.weight.shape[0] != 2 * down.weight.shape[1]:
         return None
-    return FastGatedLayer(module, GatedLayer(joined, down, passes(down.weight)))
+    return FastGatedLayer(module, GatedLayer(joined, down, fused_ops(down.weight)))
 
 
 def norm(module: Any) -> FastNorm | None:
@@ -298,7 +298,7 @@ def norm(module: Any) -> FastNorm | None:
         return None
     if weight.dim() != 1 or dict(module.named_parameters()).keys() != {"weight"}:
         return None
-    return FastNorm(module, epsilon, passes(weight))
+    return FastNorm(module, epsilon, fused_ops(weight))
 
 
 def _headed(base: Any, replaced: list[tuple[str, nn.Module]]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loratune.kernels.lora_linear import Passed, Projection
-from loratune.kernels.reference import Passes
+from loratune.kernels.reference import FusedOps
 
 TILE = 128
 """Queries whose scores are held at once."""
@@ -63,7 +63,7 @@ class HeadNorms:
     key: Tensor
     epsilon: float
 
-    def forward(self, joined: Tensor, columns: Sequence[int], passes: Passes) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, joined: Tensor, columns: Sequence[int], passes: FusedOps) -> tuple[Tensor, list[Tensor]]:
         """joined: (tokens, sum of columns), the columns of queries, keys and values. Returns the like, and what
         `backward` needs."""
         query, key, value = torch.split(joined, list(columns), 1)
@@ -75,7 +75,7 @@ class HeadNorms:
             kept += [heads, inverse]
         return torch.cat([*normed, value], 1), kept
 
-    def backward(self, djoined: Tensor, columns: Sequence[int], kept: Sequence[Tensor], passes: Passes) -> Tensor:
+    def backward(self, djoined: Tensor, columns: Sequence[int], kept: Sequence[Tensor], passes: FusedOps) -> Tensor:
         """The gradient of what went in."""
         query, key, value = torch.split(djoined, list(columns), 1)
         passed = [
@@ -98,7 +98,7 @@ class SelfAttention:
     heads: int
     size: int
     scale: float
-    passes: Passes
+    passes: FusedOps
     norms: "HeadNorms | None" = None
 
     def __call__(self, x: Tensor, cosine: Tensor, sine: Tensor, layout: Layout, *, training: bool) -> Tensor:

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loratune.kernels.lora_linear import Adapted
-from loratune.kernels.native import passes
+from loratune.kernels.native import fused_ops
 from loratune.kernels.replacing import restore
 
 
-class LeanLinear(nn.Module):
+class InferenceLinear(nn.Module):
     """y = W x + b + scaling * up (down x), without dropout and without gradients."""
 
     def __init__(self, layer: nn.Linear, down: Tensor, up: Tensor, scaling: float):
@@ -20,7 +20,7 @@ class LeanLinear(nn.Module):
         self._weight, self._bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         self._down = down.detach().to(layer.weight.dtype)
         self._up = (up.detach() * scaling).to(layer.weight.dtype).t().contiguous()
-        self._passes = passes(self._weight)
+        self._passes = fused_ops(self._weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out)."""
@@ -32,11 +32,11 @@ class LeanLinear(nn.Module):
 def _lean(part: Adapted) -> nn.Module:
     if part.down is None or part.up is None:
         return part.layer
-    return LeanLinear(part.layer, part.down, part.up, part.scaling)
+    return InferenceLinear(part.layer, part.down, part.up, part.scaling)
 
 
 @contextmanager
-def lean(model: Any, reader: Callable[[nn.Module], Adapted | None]) -> Iterator[None]:
+def inference_lora(model: Any, reader: Callable[[nn.Module], Adapted | None]) -> Iterator[None]:
     """Inside, and under `torch.inference_mode`, layers that `reader` knows cost little more than the base's own.
 
     model: a `PeftModel`. The rest, as quantized layers and DoRA, stays PEFT's.

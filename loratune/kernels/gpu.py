@@ -12,7 +12,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from loratune.errors import ModelError, Problem
 from loratune.kernels import varlen
 from loratune.kernels.lora_linear import Adapted
-from loratune.kernels.parity_check import Trial
+from loratune.kernels.parity_check import ParityCheck
 from loratune.kernels.replacing import Replacement
 
 
@@ -49,7 +49,7 @@ def _attends(base: Any) -> bool:
     if any(getattr(module, "attention_dropout", 0) for module in base.modules()):
         return False
     own, function = base.config._attn_implementation, varlen.RowAttention()
-    trial = Trial(base)
+    trial = ParityCheck(base)
     AttentionInterface.register(varlen.NAME, function)
     AttentionMaskInterface.register(varlen.NAME, no_mask)
     base.set_attn_implementation(varlen.NAME)

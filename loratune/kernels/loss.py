@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from loratune.kernels.native import passes
+from loratune.kernels.native import fused_ops
 
 CHUNK = 512
 """Positions whose logits are held at once."""
@@ -63,7 +63,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        over = passes(hidden)
+        over = fused_ops(hidden)
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
         for start in range(0, len(hidden), CHUNK):

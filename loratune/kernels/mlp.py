@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loratune.kernels.lora_linear import Passed, Projection
-from loratune.kernels.reference import Passes
+from loratune.kernels.reference import FusedOps
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class GatedLayer:
 
     joined: Projection
     down: Projection
-    passes: Passes
+    passes: FusedOps
 
     def __call__(self, x: Tensor, *, training: bool) -> Tensor:
         """x: (tokens, in). Returns (tokens, out)."""
@@ -48,7 +48,7 @@ class _GatedLayer(torch.autograd.Function):
         return dx, None, None, *inner, *outer
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, passes: Passes) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, passes: FusedOps) -> Tensor:
     """`plain.rms_norm` with a weight that is frozen. x: (..., size); weight: (size,)."""
     apply: Any = _RootMeanSquare.apply
     result: Tensor = apply(x, weight, epsilon, passes)
@@ -57,7 +57,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, passes: Passes) -> Tenso
 
 class _RootMeanSquare(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, passes: Passes) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, passes: FusedOps) -> Tensor:
         y, inverse = passes.rms_norm(x, weight, epsilon)
         ctx.passes = passes
         ctx.save_for_backward(x, weight, inverse)

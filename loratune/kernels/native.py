@@ -19,7 +19,7 @@ FEW = 64
 """Tokens up to which LoRA is one pass over them: what it takes to begin a product would take longer."""
 
 
-def passes(like: Tensor) -> reference.Passes:
+def fused_ops(like: Tensor) -> reference.FusedOps:
     """The functions of `plain` for tensors like this one: built from C where that can be done, else plain.
 
     The plain ones are taken on a GPU, for float16, without a C compiler, outside Linux, and where LORATUNE_NATIVE=0 is

@@ -54,7 +54,7 @@ class Standard:
         return all(distance(old, now) <= most for old, now, most in pairs)
 
 
-class Trial:
+class ParityCheck:
     """What a model gave before its layers were replaced, and whether it still does.
 
     base: a causal language model of transformers, with an adapter or without; as it is now, it is the standard.

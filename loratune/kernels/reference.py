@@ -167,5 +167,5 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-Passes = Any
+FusedOps = Any
 """This module, or an object with functions of the same names."""

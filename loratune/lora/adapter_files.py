@@ -33,7 +33,7 @@ _CODE = ("auto_mapping", "megatron_config")
 
 
 @dataclass(frozen=True)
-class Saved:
+class AdapterFiles:
     """An adapter directory whose files are readable. tensors: name → shape; record: its loratune.json, or empty."""
 
     path: Path
@@ -67,7 +67,7 @@ class Saved:
         return [Problem(what, str(self.path / name)) for name, what in {**changed, **added}.items()]
 
 
-def inspect(path: Path) -> Saved:
+def inspect(path: Path) -> AdapterFiles:
     """Open an adapter directory without loading weights. Never looks on the hub, never reads a pickle.
 
     Raises AdapterError: no directory, a file, no config, no weights, unreadable or not of LoRA; a link out of the
@@ -85,7 +85,7 @@ def inspect(path: Path) -> Saved:
         raise AdapterError(Problem(f"no {WEIGHTS_FILE} in this directory{pickled}", where))
     _check_links(path)
     config = _read_config(path / CONFIG_FILE)
-    return Saved(path, config, _read_shapes(path / WEIGHTS_FILE), _read_record(path / RECORD_FILE))
+    return AdapterFiles(path, config, _read_shapes(path / WEIGHTS_FILE), _read_record(path / RECORD_FILE))
 
 
 def manifest(directory: Path) -> dict[str, str]:

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel, set_seed
 from loratune.config import LoraSection, rules
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
 from loratune.lora import initialize, optimizers
-from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Saved
+from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.counts import Count, file_bytes
-from loratune.lora.initialize import Start
+from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import Weights, weights
 from loratune.lora.untouched import Untouched, untouched
 from loratune.system.paths import ends_in
@@ -70,8 +70,8 @@ def attach(
     except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(Problem(f"PEFT cannot adapt this model: {error}", key="lora")) from None
     initialize.check_ranks(model, section)
-    if initialize.gives_back(section):
-        config.init_lora_weights = True  # what is published is plain LoRA, see `Start`
+    if initialize.becomes_plain_lora(section):
+        config.init_lora_weights = True  # what is published is plain LoRA, see `AdapterInit`
     if section.bias != "none" and not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("bias")):
         raise ModelError(Problem("the model has no such biases", key="lora.bias", fix="set it to none"))
     if section.use_lorafa:
@@ -100,13 +100,13 @@ def _check_tokens(base: nn.Module, section: LoraSection, targeting: Mapping[str,
         raise ModelError(Problem(f"the model has no token {', '.join(map(str, beyond[:3]))}", key=key, fix=fix))
 
 
-def begin(
+def initialize_adapter(
     model: PeftModel,
     section: LoraSection,
     *,
     batches: Sequence[Mapping[str, torch.Tensor]] = (),
     originals: Callable[[], Callable[[str], torch.Tensor]] | None = None,
-) -> Start:
+) -> AdapterInit:
     """Bring a fresh adapter to where it starts, and keep what it is there.
 
     batches: collated training rows, for eva; originals: opens the weights before quantization, for loftq, as a reader
@@ -118,10 +118,12 @@ def begin(
             initialize.eva(model, batches)
         elif section.init_lora_weights == "loftq" and originals is not None:
             initialize.loftq(model, originals())
-    return Start({name: tensor.clone() for name, tensor in weights(model).items()}, initialize.gives_back(section))
+    return AdapterInit(
+        {name: tensor.clone() for name, tensor in weights(model).items()}, initialize.becomes_plain_lora(section)
+    )
 
 
-def check_learnt(state: Mapping[str, torch.Tensor], start: Start) -> None:
+def check_trained(state: Mapping[str, torch.Tensor], start: AdapterInit) -> None:
     """Refuse an adapter that cannot be of use.
 
     Raises NumericError: a tensor holds NaN or inf, or every B is as it started.
@@ -142,14 +144,14 @@ def write(model: PeftModel, directory: Path, state: Mapping[str, torch.Tensor]) 
     save_file({name: tensor.cpu().clone() for name, tensor in state.items()}, directory / WEIGHTS_FILE, _PLAIN)
 
 
-def save(model: PeftModel, directory: Path, start: Start, state: Weights | None = None) -> int:
+def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights | None = None) -> int:
     """Write the two files that PEFT reads, and read them back. Returns the size of the weights in bytes.
 
     state: the trained tensors, if the model holds only a part of them, see `sharded.whole`.
-    Raises NumericError as `check_learnt`. Raises AdapterError: what is on the disk is not what is in memory.
+    Raises NumericError as `check_trained`. Raises AdapterError: what is on the disk is not what is in memory.
     """
     state = weights(model) if state is None else state
-    check_learnt(state, start)
+    check_trained(state, start)
     memory = {name: tensor.cpu().contiguous() for name, tensor in start.published(state).items()}
     write(model, directory, memory)
     path = directory / CONFIG_FILE
@@ -165,7 +167,7 @@ def save(model: PeftModel, directory: Path, start: Start, state: Weights | None 
     return (directory / WEIGHTS_FILE).stat().st_size
 
 
-def ignored(saved: Saved) -> list[str]:
+def ignored(saved: AdapterFiles) -> list[str]:
     """A line on the keys of the configuration that this PEFT does not know, and that have no value.
 
     Raises AdapterError: such a key with a value, which would be left out of account.
@@ -178,7 +180,7 @@ def ignored(saved: Saved) -> list[str]:
     return [f"{where}: this version of PEFT does not know {', '.join(sorted(unknown))}"] if unknown else []
 
 
-def attach_saved(base: nn.Module, saved: Saved) -> PeftModel:
+def attach_saved(base: nn.Module, saved: AdapterFiles) -> PeftModel:
     """Put LoRA on `base`, which may be on the meta device, as a saved configuration says, without its weights.
 
     Raises AdapterError: see `rules.check`; the configuration does not fit the base; tensors of the file are missing,
@@ -198,14 +200,14 @@ def attach_saved(base: nn.Module, saved: Saved) -> PeftModel:
     return model
 
 
-def before_load(base: PreTrainedModel, saved: Saved) -> Untouched:
+def before_load(base: PreTrainedModel, saved: AdapterFiles) -> Untouched:
     """What `load` may change of the base, as it is before. Raises AdapterError: the configuration does not fit it."""
     with _fitting(saved):
         return untouched(base, LoraConfig.from_pretrained(str(saved.path)))
 
 
 @contextmanager
-def _fitting(saved: Saved) -> Iterator[None]:
+def _fitting(saved: AdapterFiles) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # values that PEFT does not check fail wherever it first uses them
@@ -213,7 +215,7 @@ def _fitting(saved: Saved) -> Iterator[None]:
         raise AdapterError(Problem(f"does not fit its base {saved.base}: {reason}", str(saved.path))) from None
 
 
-def load(base: PreTrainedModel, saved: Saved) -> PeftModel:
+def load(base: PreTrainedModel, saved: AdapterFiles) -> PeftModel:
     """Put a saved adapter on its base.
 
     Raises AdapterError: as `attach_saved`; a tensor holds NaN or inf.
@@ -232,7 +234,7 @@ def load(base: PreTrainedModel, saved: Saved) -> PeftModel:
     return model.eval()
 
 
-def count(model: PeftModel, start: Start) -> Count:
+def count(model: PeftModel, start: AdapterInit) -> Count:
     """Count parameters exactly, on any device, the meta device too."""
     trainable, total = model.get_nb_trainable_parameters()
     return Count(trainable, total, file_bytes(start.published(weights(model))))
@@ -253,7 +255,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _differences(expected: Mapping[str, tuple[int, ...]], saved: Saved, where: str) -> list[Problem]:
+def _differences(expected: Mapping[str, tuple[int, ...]], saved: AdapterFiles, where: str) -> list[Problem]:
     """Each way in which the tensors of a file differ from those that the base asks for."""
     found = {
         "missing": sorted(expected.keys() - saved.tensors.keys()),

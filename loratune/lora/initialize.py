@@ -30,15 +30,15 @@ _MOST_PASSES = 1000
 
 
 @dataclass(frozen=True)
-class Start:
+class AdapterInit:
     """An adapter before its first step. tensors: name → value; given_back: they were taken out of the base."""
 
     tensors: dict[str, torch.Tensor]
-    given_back: bool
+    to_plain_lora: bool
 
     def published(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of a file that fits the base as it was; `state` holds those that were trained."""
-        if not self.given_back:
+        if not self.to_plain_lora:
             return state
         made = dict(state)
         for name, tensor in state.items():
@@ -50,7 +50,7 @@ class Start:
 
     def publish_config(self, config: dict[str, Any]) -> None:
         """Say in an adapter_config.json, read as a dict, that the ranks are twice those that were trained."""
-        if not self.given_back:
+        if not self.to_plain_lora:
             return
         factor = 2**0.5 if config["use_rslora"] else 2  # so that lora_alpha / r, or / sqrt(r), stays what it was
         config["r"], config["lora_alpha"] = 2 * config["r"], factor * config["lora_alpha"]
@@ -69,14 +69,14 @@ def peft_start(section: LoraSection) -> Any:
     return True if section.init_lora_weights in ("eva", "loftq") else section.init_lora_weights
 
 
-def gives_back(section: LoraSection) -> bool:
+def becomes_plain_lora(section: LoraSection) -> bool:
     """Whether this start takes a part out of the base."""
     return str(section.init_lora_weights).startswith(("pissa", "olora"))
 
 
 def reads_base(section: LoraSection) -> bool:
     """Whether PEFT reads or writes the base's own weights for this start."""
-    return gives_back(section) or section.init_lora_weights == "orthogonal"
+    return becomes_plain_lora(section) or section.init_lora_weights == "orthogonal"
 
 
 def check_layers(base: nn.Module, section: LoraSection, endings: tuple[str, ...]) -> None:
@@ -92,7 +92,7 @@ def check_layers(base: nn.Module, section: LoraSection, endings: tuple[str, ...]
         kind = type(layer).__name__
         if reads_base(section) and not (isinstance(layer, nn.Linear | Conv1D) and layer.weight.is_floating_point()):
             problems[KEY] = f"{start} starts from the weights of linear layers in full; {path} is a {kind}"
-        elif gives_back(section) and owners[id(layer.weight)] > 1:
+        elif becomes_plain_lora(section) and owners[id(layer.weight)] > 1:
             problems[KEY] = f"{start} changes the weight it starts from, and that of {path} belongs to further modules"
         elif start == "olora" and isinstance(layer, Conv1D):
             problems[KEY] = f"PEFT's olora does not know the transposed weights of a Conv1D, which {path} is"

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from loratune.config.rules import Stated, stated
 from loratune.errors import AdapterError, Problem
-from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Saved
+from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.system.paths import natural
 
 _PREFIX = "base_model.model."
@@ -36,7 +36,7 @@ class Update:
     parameters: int
 
 
-def updates(saved: Saved) -> list[Update]:
+def updates(saved: AdapterFiles) -> list[Update]:
     """Measure the update of each module of an adapter directory, in the order of its layers.
 
     Raises AdapterError: an A without its B, or of another rank than the configuration says; NaN or inf.
@@ -56,7 +56,7 @@ def updates(saved: Saved) -> list[Update]:
     return sorted(found, key=lambda update: natural(update.module))
 
 
-def _update(saved: Saved, said: Stated, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:
+def _update(saved: AdapterFiles, said: Stated, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:
     a, b = a.double().flatten(1), b.double().flatten(1)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise AdapterError(Problem("holds NaN or inf", str(saved.path / WEIGHTS_FILE), path))

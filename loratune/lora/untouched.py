@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists  # undocumented;
 from torch import nn
 
 from loratune.errors import AdapterError, Problem
-from loratune.lora.initialize import Start
+from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import restore
 
 _KEEPING = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
@@ -65,7 +65,7 @@ def untouched(base: nn.Module, config: LoraConfig) -> Untouched:
 
 
 @contextmanager
-def as_begun(model: PeftModel, start: Start, trained: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def as_begun(model: PeftModel, start: AdapterInit, trained: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Inside, a model that was trained computes what it did before its first step, which is what its base does.
 
     start: see `begin`; trained: its tensors, see `sharded.whole`, which it has again afterwards. A start that took a
@@ -73,11 +73,11 @@ def as_begun(model: PeftModel, start: Start, trained: Mapping[str, torch.Tensor]
     any other is left out, and only biases that were trained are set back. Where processes share the weights out, all
     must take part.
     """
-    swapped = start.given_back or model.peft_config["default"].bias != "none"
+    swapped = start.to_plain_lora or model.peft_config["default"].bias != "none"
     if swapped:
         restore(model, start.tensors)
     try:
-        if start.given_back:
+        if start.to_plain_lora:
             yield
         else:
             with model.disable_adapter():

@@ -1,16 +1,16 @@
 """One process, or several that a launcher started: who they are, and what they can say to each other.
 
 torchrun, and accelerate through it, tell a process by its environment (docs.pytorch.org/docs/stable/elastic/run.html).
-`Alone` is a group of one; `ranks.join`, which needs torch, makes one of several.
+`SingleProcess` is a group of one; `training.distributed.join`, which needs torch, makes one of several.
 """
 
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from loratune.errors import Problem
+from loratune.errors import Code, Problem
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Failure:
         if rank == self.rank or self.gone:
             return list(self.problems)
         who = f"process {self.rank} on {self.host}"
-        return [Problem(f"{who}: {one.what}", one.where, one.key, one.fix) for one in self.problems]
+        return [replace(one, what=f"{who}: {one.what}") for one in self.problems]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -41,7 +41,7 @@ class Failure:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Failure":
         """From plain values."""
-        return cls(**values | {"problems": tuple(Problem(**one) for one in values["problems"])})
+        return cls(**values | {"problems": tuple(Problem(Code(one.pop("code")), **one) for one in values["problems"])})
 
 
 class Group(Protocol):
@@ -56,15 +56,15 @@ class Group(Protocol):
         """Whether this is the main process."""
 
     @property
-    def leads(self) -> bool:
+    def leads_machine(self) -> bool:
         """Whether this is the first process of its machine."""
 
-    def agreed(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the main process gives, in all of them; it may take its time. Of several processes, values are such as
         JSON has."""
 
-    def gathered(self, value: T) -> list[T]:
-        """What all of them give, by rank; they may take their time. Values are as in `agreed`."""
+    def all_gather(self, value: T) -> list[T]:
+        """What all of them give, by rank; they may take their time. Values are as in `broadcast`."""
 
     def total(self, values: Sequence[float]) -> list[float]:
         """The sums over all of them, of numbers that all have at hand."""
@@ -76,20 +76,20 @@ class Group(Protocol):
         """This process ends by an error, and so do all. Returns what it is to print, which is nothing if another one
         does, and its exit code."""
 
-    def part(self) -> None:
+    def close(self) -> None:
         """The others are not needed any more; what happens to one no longer matters to another."""
 
 
-class Alone:
+class SingleProcess:
     """The group of a process that was started by itself."""
 
-    rank, count, main, leads = 0, 1, True, True
+    rank, count, main, leads_machine = 0, 1, True, True
 
-    def agreed(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What it gives."""
         return value
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """What it gives, alone in a list."""
         return [value]
 
@@ -104,11 +104,11 @@ class Alone:
         """All of it is to be printed."""
         return list(problems), code
 
-    def part(self) -> None:
+    def close(self) -> None:
         """There is nobody to part from."""
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
 def count() -> int:

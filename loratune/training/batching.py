@@ -8,7 +8,7 @@ import numpy as np
 
 from loratune import kernels
 from loratune.config import DataSection, TrainingSection
-from loratune.data import Prepared
+from loratune.data import TokenizedDataset
 from loratune.data.packing import Batches, Packing, padding_is_cheaper, why_not
 from loratune.lora import linear
 from loratune.system import launcher
@@ -16,8 +16,8 @@ from loratune.system import launcher
 
 @dataclass(frozen=True)
 class Batched:
-    """The batches of a run. left: what of the model is not computed the fast way, see `kernels.fitted`; notes: on what
-    could not be packed, and on what the fast way lacks, a line each."""
+    """The batches of a run. left: what of the model is not computed the fast way, see `kernels.accelerated`;
+    notes: on what could not be packed, and on what the fast way lacks, a line each."""
 
     train: Batches
     validation: Batches | None
@@ -26,17 +26,22 @@ class Batched:
 
 
 def batch(
-    model: Any, pad_id: int, train: Prepared, validation: Prepared | None, data: DataSection, training: TrainingSection
+    model: Any,
+    pad_id: int,
+    train: TokenizedDataset,
+    validation: TokenizedDataset | None,
+    data: DataSection,
+    training: TrainingSection,
 ) -> Batched:
     """Lay out rows as the configuration says, or padded, where the model would mix them.
 
     model: a `PeftModel` with its weights, which stays as it is.
     """
     sharded = bool(launcher.sharding())
-    with kernels.fitted(model, linear.linear, sharded=sharded) as left:
+    with kernels.accelerated(model, linear.linear, sharded=sharded) as left:
         packing, notes = _packing(model, train, data, training, mixed=not kernels.attends_by_rows(model))
 
-    def made(rows: Prepared) -> Batches:
+    def made(rows: TokenizedDataset) -> Batches:
         size = training.per_device_train_batch_size
         return Batches(rows.rows, rows.rows.lengths, packing, size, data.max_length, pad_id)
 
@@ -45,7 +50,7 @@ def batch(
 
 
 def _packing(
-    model: Any, rows: Prepared, data: DataSection, training: TrainingSection, *, mixed: bool
+    model: Any, rows: TokenizedDataset, data: DataSection, training: TrainingSection, *, mixed: bool
 ) -> tuple[Packing, list[str]]:
     """How rows are batched, with a line of why where that is not as asked.
 
@@ -69,7 +74,7 @@ def _width(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[1])
 
 
-def largest(batches: Batches, rows: Prepared) -> tuple[list[tuple[int, int]], int]:
+def largest(batches: Batches, rows: TokenizedDataset) -> tuple[list[tuple[int, int]], int]:
     """(length, learnt tokens) of the rows of the largest batch, and how many rows there are; flat ones count as one."""
     heaviest = batches.heaviest()
     if not batches.flat:

@@ -30,7 +30,7 @@ class Progress(Protocol):
         """The run is over, for better or worse."""
 
 
-class Guard(TrainerCallback):
+class NonFiniteGuard(TrainerCallback):
     """The loss of every micro-step, and the stop as soon as a number is not finite.
 
     tokens: read by this process since the last optimizer step. norm: that of the gradients of a step, to be set once
@@ -69,10 +69,10 @@ class Guard(TrainerCallback):
             if not abs(value) < float("inf"):
                 fix = "lower training.learning_rate, or train in float32" if state.global_step else "is the base sound?"
                 problem = Problem(f"the {name} of step {state.global_step + 1} is {value}", fix=fix)
-                raise astray(problem, self.checkpoints, state.global_step)
+                raise diverged_error(problem, self.checkpoints, state.global_step)
 
 
-def astray(problem: Problem, checkpoints: Checkpoints, step: int) -> NumericError:
+def diverged_error(problem: Problem, checkpoints: Checkpoints, step: int) -> NumericError:
     """The error of a run whose weights after a step lead to numbers that are not finite. A checkpoint of them goes."""
     if (kept := checkpoints.forget(step)) is None:
         return NumericError(problem)
@@ -87,7 +87,7 @@ def check_finite(weights: Iterable[torch.Tensor], step: int) -> None:
         raise NumericError(Problem(what, key="training.learning_rate", fix="lower it, or train in float32"))
 
 
-class Rehearsal(TrainerCallback):
+class OomDryRun(TrainerCallback):
     """Takes the step of the largest batch before all others, so that memory that is short shows at once.
 
     rehearse: the step, to be set once there is a trainer to take it; nothing of it stays, in the guard neither.
@@ -95,7 +95,7 @@ class Rehearsal(TrainerCallback):
 
     rehearse: Callable[[], None]
 
-    def __init__(self, guard: Guard):
+    def __init__(self, guard: NonFiniteGuard):
         self.guard = guard
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -120,7 +120,7 @@ class Stopper(TrainerCallback):
             control.should_evaluate = False
 
 
-class Reporter(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """Tells a `Progress` what the trainer does."""
 
     def __init__(self, progress: Progress):

@@ -39,10 +39,10 @@ SOON = 3.0
 _RESUME = "once all is back, go on with --resume, or start again if no checkpoint was kept"
 
 
-def join() -> "Together":
+def join() -> "DistributedGroup":
     """Meet the other processes, on the device that is this one's. Raises LostError: they do not come together."""
     try:
-        return Together(PartialState(cpu=not torch.accelerator.is_available()))
+        return DistributedGroup(PartialState(cpu=not torch.accelerator.is_available()))
     except (RuntimeError, ValueError, OSError) as error:  # torch's errors of the network are RuntimeErrors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
@@ -50,24 +50,24 @@ def join() -> "Together":
         raise LostError(Problem(what, where, fix="is that address right, and reachable from each machine?")) from None
 
 
-class Together:
+class DistributedGroup:
     """A group of several processes; see `launched.Group`."""
 
     def __init__(self, state: PartialState):
         self.rank, self.count = state.process_index, state.num_processes
-        self.main, self.leads = self.rank == 0, state.local_process_index == 0
+        self.main, self.leads_machine = self.rank == 0, state.local_process_index == 0
         self._device = state.device
         self._store, clear = own_store(self.rank, self.count, self._device)
         self._said, self._parted = 0, False
         self._own: list[str] = []  # keys of what this process has said and others may not have read yet
         try:
-            self._watch = _Watch(self._store, self.rank, self.count, self._missing)
-            members = [_Member(**one) for one in self.gathered(asdict(_Member.this()))]
+            self._watch = _Heartbeat(self._store, self.rank, self.count, self._missing)
+            members = [_Member(**one) for one in self.all_gather(asdict(_Member.this()))]
         finally:
             clear()
         self._watch.start(members)
 
-    def agreed(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the main process gives, in all of them; values are such as JSON has."""
         key = self._next()
         if self.main:
@@ -76,7 +76,7 @@ class Together:
         found: T = self._get(key)
         return found
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """What all of them give, by rank; values are such as JSON has."""
         key, before = self._next(), self._own
         self._own = []
@@ -107,9 +107,9 @@ class Together:
         told = first if first.code != code else mine
         return (told.told(self.rank) if self._watch.tells(first) else []), told.code
 
-    def part(self) -> None:
+    def close(self) -> None:
         """Wait for all, then stop watching them."""
-        self.gathered(None)
+        self.all_gather(None)
         self._parted = True
         self._watch.leave()
         dist.destroy_process_group()
@@ -163,7 +163,7 @@ class _Member:
             return True
 
 
-class _Watch:
+class _Heartbeat:
     """Shows that its process is alive, and sees that the others are: the main one looks at all, they look at it.
 
     One thread talks to the store. What it asks across a cable that is cut never returns, so a second thread looks at

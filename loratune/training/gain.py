@@ -18,19 +18,19 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from loratune import kernels
-from loratune.data import Prepared
+from loratune.data import TokenizedDataset
 from loratune.data.packing import Batches
 from loratune.errors import NumericError, Problem
 from loratune.lora import linear, untouched
 from loratune.lora.attach import PeftModel
-from loratune.lora.initialize import Start
+from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import Weights
 from loratune.system import launcher
 from loratune.system.launcher import Group
 from loratune.training import scoring
 from loratune.training.ending import PUBLISH, Ending
 from loratune.training.resume import Resumed
-from loratune.training.run_dir import Workspace
+from loratune.training.run_dir import RunDirectory
 from loratune.training.scoring import Loss
 
 LEAST_JUDGED = 5
@@ -119,19 +119,19 @@ class Gain:
         return asdict(self) | {"verdict": self.verdict}
 
 
-def refuse(gained: Gain, step: int, space: Workspace, group: Group) -> NoReturn:
+def refuse(gained: Gain, step: int, space: RunDirectory, group: Group) -> NoReturn:
     """End a run whose adapter does worse than its base, and keep a record of that beside its checkpoints.
 
     step: the last one. Raises NumericError.
     """
     if group.main:
         Ending(step, str(gained)).keep(space.ended)
-    group.gathered(None)  # the others end only once it is written
+    group.all_gather(None)  # the others end only once it is written
     fix = f"lower training.learning_rate and start with --overwrite, or {PUBLISH}"
     raise NumericError(Problem(f"the adapter is {gained}", fix=fix))
 
 
-def check_undecided(space: Workspace, resumed: Resumed) -> None:
+def check_undecided(space: RunDirectory, resumed: Resumed) -> None:
     """Raises NumericError: the run that is resumed ended worse than its base, and would end so again after no step."""
     ending, changed = space.ending(), {change["key"] for change in resumed.changed}
     if ending is None or ending.step != resumed.step or changed - {"training.learning_rate"}:
@@ -154,9 +154,9 @@ def _counted(number: int, what: str) -> str:
 
 def measure(
     model: PeftModel,
-    start: Start,
+    start: AdapterInit,
     trained: Weights,
-    parts: Mapping[str, Prepared],
+    parts: Mapping[str, TokenizedDataset],
     pad_id: int,
     budget: int,
     group: Group,
@@ -183,7 +183,7 @@ def measure(
     note(f"comparing the adapter with its base on {_counted(len(sample), f'{split} row')}")
 
     def losses() -> list[Loss]:
-        with kernels.fitted(model, linear.linear, sharded=bool(launcher.sharding())):
+        with kernels.accelerated(model, linear.linear, sharded=bool(launcher.sharding())):
             return scoring.batch_losses(model, batches, [*sample], group)
 
     tuned = losses()
@@ -243,7 +243,7 @@ def _quantile(degrees: int) -> float:
     return sum(term / float(degrees) ** power for power, term in enumerate(terms))
 
 
-def _sample(part: Prepared, budget: int) -> dict[int, int]:
+def _sample(part: TokenizedDataset, budget: int) -> dict[int, int]:
     """Numbers of distinct rows that are compared, and how many of the rows that were drawn are the same as each.
 
     They are few enough to take little time beside the training, and always fewer tokens than it read or than

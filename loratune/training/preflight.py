@@ -10,11 +10,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from loratune import config, data
 from loratune.config import DataSection, ModelSection, RunConfig, Source
-from loratune.data import Rows, Watch
+from loratune.data import ProgressFactory, RawDatasets
 from loratune.data.sources import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora import adapter_files
-from loratune.lora.adapter_files import Saved
+from loratune.lora.adapter_files import AdapterFiles
 from loratune.model import recorded_quantization
 from loratune.model.source import is_directory, local_or_hub
 from loratune.system import launcher
@@ -22,11 +22,11 @@ from loratune.system.launcher import Group
 from loratune.system.paths import unusable
 from loratune.training import resume as resuming
 from loratune.training.resume import Resumed
-from loratune.training.run_dir import Workspace
+from loratune.training.run_dir import RunDirectory
 
 
 @dataclass(frozen=True)
-class Ready:
+class ValidatedRun:
     """A run that may begin.
 
     config: with absolute paths; rows: None in a process that takes them as the main one leaves them; allowed: keys with
@@ -34,8 +34,8 @@ class Ready:
     """
 
     config: RunConfig
-    space: Workspace
-    rows: Rows | None
+    space: RunDirectory
+    rows: RawDatasets | None
     allowed: Sequence[str] = ()
     resumed: Resumed | None = None
 
@@ -45,27 +45,27 @@ class Ready:
         return {"config": self.config.resolved(), **plain}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Ready":
+    def from_json(cls, values: Mapping[str, Any]) -> "ValidatedRun":
         """What `as_json` gave, without rows."""
         plain = {name: _PLAIN[name].validate_python(values[name]) for name in _PLAIN}
         return cls(RunConfig.model_validate(values["config"]), rows=None, **plain)
 
 
 _PLAIN: dict[str, TypeAdapter[Any]] = {
-    "space": TypeAdapter(Workspace), "allowed": TypeAdapter(tuple[str, ...]), "resumed": TypeAdapter(Resumed | None),
+    "space": TypeAdapter(RunDirectory), "allowed": TypeAdapter(tuple[str, ...]), "resumed": TypeAdapter(Resumed | None),
 }  # fmt: skip
-"""How the fields of `Ready` that are no sections become plain values and come back, by their types."""
+"""How the fields of `ValidatedRun` that are no sections become plain values and come back, by their types."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class AdapterInfo:
     """An adapter directory and what it says of its training.
 
     base: how the base was held; data: how rows were read; chat: they went through the chat template; run: the recorded
     config, None if loratune did not write it; forced: the user wants it used whatever it was trained on.
     """
 
-    saved: Saved
+    saved: AdapterFiles
     base: ModelSection
     data: DataSection
     chat: bool
@@ -73,7 +73,9 @@ class Opened:
     forced: bool = False
 
 
-def check(run: RunConfig, space: Workspace, watch: Watch, resume: Sequence[str] | None = None) -> Ready:
+def check(
+    run: RunConfig, space: RunDirectory, watch: ProgressFactory, resume: Sequence[str] | None = None
+) -> ValidatedRun:
     """Look for the model, and read and check the rows, of a run whose output directory is free; nothing is written.
 
     resume: go on from a checkpoint, with other values of these keys; None: start.
@@ -93,7 +95,7 @@ def check(run: RunConfig, space: Workspace, watch: Watch, resume: Sequence[str] 
         )
     pinned = _pinned(run)
     resumed = resuming.find(space.checkpoints, pinned.resolved(), resume) if resume is not None else None
-    return Ready(pinned, space, data.check(run.data, run.training.seed, watch), tuple(resume or ()), resumed)
+    return ValidatedRun(pinned, space, data.check(run.data, run.training.seed, watch), tuple(resume or ()), resumed)
 
 
 def _check_sharding(run: RunConfig) -> None:
@@ -112,11 +114,11 @@ def _check_sharding(run: RunConfig) -> None:
             raise ConfigError(problems)
 
 
-def shared(ready: Ready | None, group: Group) -> Ready:
+def shared(ready: ValidatedRun | None, group: Group) -> ValidatedRun:
     """What the main process has checked, in all of them; the others have no rows yet."""
-    known = group.agreed(ready.as_json() if ready else None)
+    known = group.broadcast(ready.as_json() if ready else None)
     assert known is not None
-    return ready or Ready.from_json(known)
+    return ready or ValidatedRun.from_json(known)
 
 
 def _pinned(run: RunConfig) -> RunConfig:
@@ -160,7 +162,7 @@ def open_adapter(
     *,
     forced: bool = False,
     assignments: Sequence[str] = (),
-) -> Opened:
+) -> AdapterInfo:
     """Open an adapter directory. What its run.yaml says of code to trust is not believed.
 
     assignments: of keys of its data section, as of `config.load`; forced: go on where files have changed since they
@@ -184,7 +186,7 @@ def open_adapter(
         if assignments:
             raise ConfigError(Problem("the adapter has no run.yaml whose keys could be set", str(directory), "--set"))
         recorded = base.model_copy(update={"gguf_file": _recorded_gguf(found)})
-        return Opened(found, recorded, DataSection(train=Source(path="unknown")), False, None, forced)
+        return AdapterInfo(found, recorded, DataSection(train=Source(path="unknown")), False, None, forced)
     try:
         run = config.load(directory / "run.yaml")
     except ConfigError as error:
@@ -193,10 +195,10 @@ def open_adapter(
         raise ConfigError(Problem(f"`{beyond[0]}` is decided by training", key="--set", fix="only data.* can be set"))
     run = config.load(directory / "run.yaml", assignments) if assignments else run
     held = run.model.model_dump(include={"gguf_file", "dtype", "quantization", "attn_implementation"})
-    return Opened(found, base.model_copy(update=held), run.data, found.record.get("chat") is True, run, forced)
+    return AdapterInfo(found, base.model_copy(update=held), run.data, found.record.get("chat") is True, run, forced)
 
 
-def _recorded_gguf(found: Saved) -> str | None:
+def _recorded_gguf(found: AdapterFiles) -> str | None:
     """Which GGUF file the provenance of an adapter names within its base; None without a record, or a GGUF file."""
     if not found.record:
         return None

@@ -25,7 +25,7 @@ _AWAY = "move that away"
 
 
 @dataclass(frozen=True)
-class Workspace:
+class RunDirectory:
     """Where a run works and where its result goes. output and partial are siblings on one file system.
 
     overwrite: the user lets what is at `output`, and the work of an interrupted run, be replaced; named: as the user
@@ -255,16 +255,16 @@ def _odd(path: Path, right: str) -> Iterator[Problem]:
         yield Problem(f"is {found} where {right} belongs, and is left alone", str(path), fix="move it away")
 
 
-def inspect(output_dir: str, *, resume: bool, overwrite: bool, inputs: Inputs = ()) -> Workspace:
+def inspect(output_dir: str, *, resume: bool, overwrite: bool, inputs: Inputs = ()) -> RunDirectory:
     """Check that a run may write to `output_dir`, leaving everything as it is. inputs: what the run reads.
 
     Raises ConfigError: it exists, is a file, a link or a mount point, cannot be written, its parent is missing, or an
     unfinished run is there; it may not be replaced, see `replacing.check`. Raises ResumeError: `resume` where no run
-    was interrupted; see `Workspace.check_kinds`. Raises LockedError: another run is working there.
+    was interrupted; see `RunDirectory.check_kinds`. Raises LockedError: another run is working there.
     """
     where, key = str(output_dir), "output_dir"
     try:
-        space = Workspace(*_siblings(output_dir), where, overwrite, inputs)
+        space = RunDirectory(*_siblings(output_dir), where, overwrite, inputs)
         if is_directory(space.partial) and is_file(space.lock):
             with open_lock(space.lock, os.O_RDONLY) as file:
                 hold(file, where)
@@ -282,7 +282,7 @@ def _siblings(output_dir: str) -> tuple[Path, Path]:
     return output, output.with_name(f"{output.name}.partial")
 
 
-def _check_free(space: Workspace, where: str, *, resume: bool, overwrite: bool) -> None:
+def _check_free(space: RunDirectory, where: str, *, resume: bool, overwrite: bool) -> None:
     output, partial, key = space.output, space.partial, "output_dir"
     if output.is_symlink() and output.is_dir():
         raise ConfigError(Problem("is a link, and is not followed", where, key, f"name {os.path.realpath(output)}"))
@@ -322,7 +322,7 @@ def _check_free(space: Workspace, where: str, *, resume: bool, overwrite: bool) 
         )
 
 
-def _fault_of(partial: Path, space: Workspace) -> str:
+def _fault_of(partial: Path, space: RunDirectory) -> str:
     """Why a run may not work in a directory, as nothing but its own work may be in there; empty if it may."""
     if kind(partial) in ("", "a directory"):
         others = space.strangers() if os.path.lexists(partial) else []
@@ -330,7 +330,7 @@ def _fault_of(partial: Path, space: Workspace) -> str:
     return f"is {kind(partial)}, and is not followed" if partial.is_symlink() else f"is {kind(partial)}"
 
 
-def _probe(space: Workspace, where: str) -> None:
+def _probe(space: RunDirectory, where: str) -> None:
     probe = space.output.with_name(f".{space.output.name}.{os.getpid()}.probe")
     try:
         probe.mkdir()
@@ -342,7 +342,7 @@ def _probe(space: Workspace, where: str) -> None:
 
 
 @contextmanager
-def claimed(space: Workspace) -> Iterator[Workspace]:
+def claimed(space: RunDirectory) -> Iterator[RunDirectory]:
     """Hold the work in progress while the run lasts; a run that left no checkpoint leaves nothing.
 
     Raises LockedError: another run is working there. Raises ResourceError: the disk is full.
@@ -361,7 +361,7 @@ def claimed(space: Workspace) -> Iterator[Workspace]:
 
 
 @contextmanager
-def _locked(space: Workspace, where: str) -> Iterator[None]:
+def _locked(space: RunDirectory, where: str) -> Iterator[None]:
     """Hold the lock. The kernel lets go of it when the process ends, however it does."""
     ended = LockedError(Problem("another run has just ended there", where, "output_dir", "start again"))
     with ExitStack() as stack:

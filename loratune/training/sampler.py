@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 from loratune.system.launcher import Group
 
 
-class Order(Sampler[list[int]]):
+class DistributedBatchSampler(Sampler[list[int]]):
     """The batches of one process. A micro-step takes the next `size` items for each process, in an order that is drawn
     anew for each epoch; so processes, batch size and accumulation share out the same steps.
 
@@ -41,12 +41,12 @@ class Order(Sampler[list[int]]):
 
 
 class Loader(DataLoader[Any]):
-    """Batches of an `Order`, which Trainer tells the epoch. It is not for accelerate to share out once more."""
+    """Batches of a `DistributedBatchSampler`, which Trainer tells the epoch; accelerate shares them out no further."""
 
     def __init__(
         self,
         items: Any,
-        order: Order,
+        order: DistributedBatchSampler,
         collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
         *,
         pinned: bool,

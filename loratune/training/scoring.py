@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loratune.kernels import expect, next_token_loss
-from loratune.system.launcher import ALONE, Group
+from loratune.system.launcher import SINGLE_PROCESS, Group
 
 
 class Batches(Protocol):
@@ -43,7 +43,7 @@ def held_out_loss(
     rows: Batches,
     numbers: Sequence[int] | None = None,
     before_batch: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
 ) -> Loss:
     """The loss over all learnt tokens of some items, each token counting once however they are batched and shared out.
 
@@ -56,10 +56,12 @@ def held_out_loss(
     return Loss(total, int(tokens))
 
 
-def batch_losses(model: PreTrainedModel, rows: Batches, numbers: Sequence[int], group: Group = ALONE) -> list[Loss]:
+def batch_losses(
+    model: PreTrainedModel, rows: Batches, numbers: Sequence[int], group: Group = SINGLE_PROCESS
+) -> list[Loss]:
     """The loss of each batch of some items, in their order. group: all of them take a share, and get all losses."""
     own = [(place, loss.total, loss.tokens) for place, loss in _batch_losses(model, rows, numbers, _seen, group)]
-    return [Loss(total, tokens) for _, total, tokens in sorted(chain.from_iterable(group.gathered(own)))]
+    return [Loss(total, tokens) for _, total, tokens in sorted(chain.from_iterable(group.all_gather(own)))]
 
 
 def _seen(batch: dict[str, torch.Tensor]) -> None:

@@ -85,7 +85,7 @@ class ShardedTrainer(Trainer):
         """Have each process save into a directory of its own, and the main one write the files of all."""
         with TemporaryDirectory() as own:
             save(own)
-            found = self.group.gathered(list(_files(Path(own))))
+            found = self.group.all_gather(list(_files(Path(own))))
         for name, content in chain.from_iterable(found) if self.group.main else ():
             path = Path(output_dir) / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,30 +7,30 @@ from typing import Any
 
 from loratune import data
 from loratune.config import DataSection
-from loratune.data import Part, Prepared, Watch
+from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
 from loratune.data.rendering import Renderer
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.model import load
 from loratune.system.launcher import Group, host
-from loratune.training.preflight import Ready
+from loratune.training.preflight import ValidatedRun
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenizedDatasets:
     """The rows of a run, tokenised.
 
     remarks: of each part by its name, on how it was read; leaks: on what of the validation set also stands in train;
     a line each. max_length: what rows were cut to. Remarks and leaks are known to the main process only.
     """
 
-    train: Prepared
-    validation: Prepared | None
+    train: TokenizedDataset
+    validation: TokenizedDataset | None
     remarks: dict[str, list[str]]
     leaks: list[str]
     max_length: int
 
 
-def tokenised(ready: Ready, tokenizer: Any, watch: Watch, group: Group) -> Rows:
+def tokenised(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group: Group) -> TokenizedDatasets:
     """Tokenise the rows, or take what is kept of doing so before. The main process does it for all that see its cache;
     on a machine that does not, one process does it for the others there.
 
@@ -41,9 +41,9 @@ def tokenised(ready: Ready, tokenizer: Any, watch: Watch, group: Group) -> Rows:
     size, limit = known.get_text_config().vocab_size, load.context_length(known)
     renderer = Renderer(tokenizer, size)
 
-    def made(name: str) -> Prepared:
+    def made(name: str) -> TokenizedDataset:
         given = ready.rows or data.check(run.data, run.training.seed, watch)
-        part: Part | None = given.train if name == "train" else given.validation
+        part: DatasetSplit | None = given.train if name == "train" else given.validation
         assert part is not None
         return data.prepare(part, renderer, run.data, size, watch)
 
@@ -52,7 +52,7 @@ def tokenised(ready: Ready, tokenizer: Any, watch: Watch, group: Group) -> Rows:
     for one in (train, validation) if validation else (train,):
         check_positions(one, run.data, limit)
     if ready.rows is None:
-        return Rows(train, validation, {"train": [], "validation": []}, [], run.data.max_length)
+        return TokenizedDatasets(train, validation, {"train": [], "validation": []}, [], run.data.max_length)
     leaks = data.find_leaks(ready.rows)
     remarks = {part.name: part.remarks() for part in (ready.rows.train, ready.rows.validation) if part}
     for name, prepared in (("train", train), ("validation", validation)):
@@ -64,19 +64,19 @@ def tokenised(ready: Ready, tokenizer: Any, watch: Watch, group: Group) -> Rows:
         remarks["train"].append(odd)
     if lost := data.dropped(ready.rows.train, renderer, run.data):
         remarks["train"].append(lost)
-    return Rows(train, validation, remarks, leaks.remarks() if leaks else [], run.data.max_length)
+    return TokenizedDatasets(train, validation, remarks, leaks.remarks() if leaks else [], run.data.max_length)
 
 
-def _shared(make: Callable[[], Prepared], group: Group) -> Prepared:
+def _shared(make: Callable[[], TokenizedDataset], group: Group) -> TokenizedDataset:
     """Rows that the main process makes, in all of them. Raises DataError: see `tokenised`."""
     own = make() if group.main else None
-    place, fingerprint = group.agreed([str(own.rows.directory), own.fingerprint] if own else ["", ""])
+    place, fingerprint = group.broadcast([str(own.rows.directory), own.fingerprint] if own else ["", ""])
     where = Path(place)
     made = own or data.opened(where)
-    lacking = {name for name, found in group.gathered([host(), made is not None]) if not found}
-    if host() in lacking and group.leads:
+    lacking = {name for name, found in group.all_gather([host(), made is not None]) if not found}
+    if host() in lacking and group.leads_machine:
         made = own or make()
-    places = group.gathered([host(), str(made.rows.directory if made else where)])
+    places = group.all_gather([host(), str(made.rows.directory if made else where)])
     made = made or data.opened(
         next((Path(other) for name, other in places if name == host() and other != place), where)
     )
@@ -86,7 +86,7 @@ def _shared(make: Callable[[], Prepared], group: Group) -> Prepared:
     return made
 
 
-def check_positions(made: Prepared, section: DataSection, limit: int | None) -> None:
+def check_positions(made: TokenizedDataset, section: DataSection, limit: int | None) -> None:
     """Raises ConfigError: rows are longer than the model's context. limit: see `model.context_length`."""
     longest = int(made.rows.lengths.max())
     if limit is not None and longest > limit:

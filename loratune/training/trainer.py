@@ -16,11 +16,11 @@ from loratune.config import TrainingSection
 from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
 from loratune.kernels import expect
 from loratune.system import launcher
-from loratune.system.launcher import ALONE, Group
+from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
-from loratune.training.callbacks import Guard, Progress, Rehearsal, Reporter, Stopper, astray
+from loratune.training.callbacks import NonFiniteGuard, OomDryRun, Progress, ProgressCallback, Stopper, diverged_error
 from loratune.training.checkpoints import Checkpoints
-from loratune.training.sampler import Loader, Order
+from loratune.training.sampler import DistributedBatchSampler, Loader
 from loratune.training.scoring import Batches, Loss, held_out_loss
 from loratune.training.sharded_trainer import ShardedTrainer
 
@@ -36,7 +36,7 @@ class Run:
     checkpoints: Checkpoints
     progress: Progress
     stop: Stop = field(default_factory=Stop)
-    group: Group = ALONE
+    group: Group = SINGLE_PROCESS
     resume_from: Path | None = None
     rescaled: float = 1.0
     after_checkpoint: Callable[[], None] = lambda: None
@@ -149,8 +149,8 @@ def _made(
     *,
     rehearsed: bool,
 ) -> "_Trainer":
-    guard = Guard(run.checkpoints, run.group)
-    rehearsal = Rehearsal(guard)
+    guard = NonFiniteGuard(run.checkpoints, run.group)
+    rehearsal = OomDryRun(guard)
     settings = _settings(section, model, train, run, evaluated=validation is not None)
     _keep_apart(model)
     trainer = _Trainer(
@@ -164,7 +164,7 @@ def _made(
         eval_dataset=validation,
         data_collator=train.collate,
         compute_loss_func=guard.loss,
-        callbacks=[guard, rehearsal, Stopper(run.stopping), Reporter(run.progress)],
+        callbacks=[guard, rehearsal, Stopper(run.stopping), ProgressCallback(run.progress)],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own bars are off; `progress` shows the run
     guard.norm = trainer.gradient_norm
@@ -218,7 +218,7 @@ def check_sound(model: PreTrainedModel, train: Batches, checkpoints: Checkpoints
     if not loss.total < float("inf"):
         fix = "lower training.learning_rate"
         problem = Problem(f"after the last step the loss is {loss.mean}", key="training.learning_rate", fix=fix)
-        raise astray(problem, checkpoints, step)
+        raise diverged_error(problem, checkpoints, step)
 
 
 def _tokens(batch: dict[str, torch.Tensor]) -> int:
@@ -241,7 +241,7 @@ class _Stopped(Exception):
 class _Trainer(ShardedTrainer):
     """Trainer that writes whole checkpoints, and evaluates to a mean over tokens; upstream's is a mean over batches."""
 
-    def __init__(self, run: Run, rows: Batches, guard: Guard, **arguments: Any):
+    def __init__(self, run: Run, rows: Batches, guard: NonFiniteGuard, **arguments: Any):
         self.run, self.rows, self.guard, self.group = run, rows, guard, run.group
         self.shape: tuple[int, ...] = ()
         self.evaluating = False
@@ -249,7 +249,7 @@ class _Trainer(ShardedTrainer):
 
     def get_train_dataloader(self) -> Loader:
         """The batches of this process."""
-        order = Order(len(self.rows.items), self.rows.size, self.args.seed, self.run.group)
+        order = DistributedBatchSampler(len(self.rows.items), self.rows.size, self.args.seed, self.run.group)
         return Loader(self.rows.items, order, self.rows.collate, pinned=self.args.dataloader_pin_memory)
 
     def rehearse(self, validation: Batches | None, wanted: bool) -> None:
@@ -305,7 +305,7 @@ class _Trainer(ShardedTrainer):
         if not abs(loss.mean) < float("inf"):
             what = f"the held-out loss after step {self.state.global_step} is {loss.mean}"
             problem = Problem(what, key="data.validation", fix="lower training.learning_rate")
-            raise astray(problem, self.run.checkpoints, self.state.global_step)
+            raise diverged_error(problem, self.run.checkpoints, self.state.global_step)
         metrics = {f"{metric_key_prefix}_loss": loss.mean}
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

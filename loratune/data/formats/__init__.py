@@ -11,7 +11,7 @@ from typing import Any
 from loratune.config import DataSection
 from loratune.data.formats import chats, plain
 from loratune.data.formats.checks import BadRow, Values, listed, text
-from loratune.data.formats.examples import Conversation, Example, Ids, Message, Plain, check_ids, key, silent
+from loratune.data.formats.examples import Conversation, Example, Ids, Message, Plain, check_ids, key
 from loratune.data.formats.tools import schemas
 from loratune.data.sources import Row
 from loratune.errors import DataError, Problem

@@ -69,7 +69,7 @@ class Ids:
 Example: TypeAlias = Plain | Conversation | Ids
 
 
-def silent(example: Example, loss_on: str) -> str | None:
+def no_loss_reason(example: Example, loss_on: str) -> str | None:
     """Why nothing is learnt in an example, or None."""
     if isinstance(example, Plain):
         heard = example.completion.strip() or (loss_on == "all" and example.prompt.strip())
@@ -107,13 +107,13 @@ def key(example: Example, folded: bool = False) -> bytes:
     """
     if isinstance(example, Ids):
         return repr(example.ids).encode()
-    texts = [example.prompt, example.completion] if isinstance(example, Plain) else _spoken(example)
+    texts = [example.prompt, example.completion] if isinstance(example, Plain) else _text_parts(example)
     if folded:
         texts = (" ".join(text.split()) for text in texts)
     return _BORDER.join(texts).encode(errors="surrogatepass")
 
 
-def _spoken(example: Conversation) -> Iterator[str]:
+def _text_parts(example: Conversation) -> Iterator[str]:
     yield ""  # three texts at least, where plain text has two
     for message in example.messages:
         yield message["role"]

@@ -72,7 +72,7 @@ def _turn(item: Values, place: str, roles: Mapping[str, str]) -> Turn:
     if item.get("content") or not item.get("tool_calls"):
         message["content"] = _content(item, place)
     message |= {field: text(item, field, place) for field in TEXTS if item.get(field) is not None}
-    return Turn(message, _muted(item.get("weight"), role, place))
+    return Turn(message, _zero_weight(item.get("weight"), role, place))
 
 
 def _content(item: Values, place: str) -> str:
@@ -90,7 +90,7 @@ def _content(item: Values, place: str) -> str:
     return "".join(joined)
 
 
-def _muted(weight: Any, role: str, place: str) -> bool:
+def _zero_weight(weight: Any, role: str, place: str) -> bool:
     if weight is None:
         return False
     if weight not in (0, 1):

@@ -9,13 +9,13 @@ from pathlib import Path
 from loratune.config import Source
 from loratune.data.sources import hub, local
 from loratune.data.sources.files import find, looks_like_hub_id
-from loratune.data.sources.rows import MAX_PROBLEMS, Opened, Row
+from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowSource
 from loratune.errors import DataError, Problem
 
-__all__ = ["MAX_PROBLEMS", "Opened", "Row", "looks_like_hub_id", "no_rows", "opened", "read"]
+__all__ = ["MAX_PROBLEMS", "Row", "RowSource", "looks_like_hub_id", "no_rows", "opened", "read"]
 
 
-def opened(source: Source) -> list[Opened]:
+def opened(source: Source) -> list[RowSource]:
     """The files of a source in order, or its one split on the hub; no row is read yet.
 
     A slice goes over the rows of all files together, so that a file may have no row in it; where `split` adds up

@@ -39,7 +39,7 @@ def unseen(count: int) -> None:
     """For `Opened.rows` where nobody watches the progress."""
 
 
-class Opened(Protocol):
+class RowSource(Protocol):
     """Rows of one file, or of one split on the hub, that are there to be read."""
 
     @property

@@ -54,7 +54,7 @@ SERVES = {
 }
 
 # What a projection computes besides its roles, and has no name of its own for.
-ALONG = {"q_gate_proj": "the gate of the attention's output"}
+SHARED_ROLES = {"q_gate_proj": "the gate of the attention's output"}
 
 # The names that most recipes list: on a model without them they stand for the roles.
 STOCK = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from loratune.lora.targets import reach
-from loratune.lora.targets.names import ALONG, ROLES
+from loratune.lora.targets.names import ROLES, SHARED_ROLES
 from loratune.lora.targets.survey import Survey
 from loratune.system import paths
 
@@ -31,7 +31,8 @@ def of_roles(survey: Survey, roles: Sequence[str], modules: Sequence[str]) -> li
 def of_fused(roles: Sequence[str], modules: Sequence[str]) -> list[str]:
     """Targets that compute something besides their roles, which is adapted along with them. Arguments as above."""
     names = dict.fromkeys(paths.last(path) for path in modules) if any(role in ROLES for role in roles) else {}
-    return [f"{name} computes {ALONG[name]} as well, which comes along" for name in names if name in ALONG]
+    shared = [name for name in names if name in SHARED_ROLES]
+    return [f"{name} computes {SHARED_ROLES[name]} as well, which comes along" for name in shared]
 
 
 def _kind(survey: Survey, mixer: str) -> str:
