@@ -23,7 +23,7 @@ from loratune.lora.counts import Count
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import Weights
 from loratune.lora.targets import Targets
-from loratune.model import base_files, device, fingerprints, load, originals, weights
+from loratune.model import base_files, checks, device, fingerprints, load
 from loratune.system import disk, launcher, signals
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.system.signals import Stop
@@ -141,7 +141,7 @@ def plan(ready: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROC
         adapted,
         run.lora,
         batches=batching.first(batches.train),
-        originals=partial(originals.original_weights, run.model, base),
+        originals=partial(base_files.original_weights, run.model, base),
     )
     return Plan(
         config=run,
@@ -265,7 +265,7 @@ def _base(run: RunConfig, group: Group) -> tuple[Any, base_files.Files, str]:
     fingerprint. Raises ModelError: processes have different ones."""
     base = load.load_base(run.model)
     files = load.files(run.model) if group.leads_machine else base_files.Files(None)
-    weights.check_finite(base, run.model.name_or_path)
+    checks.check_finite(base, run.model.name_or_path)
     own = fingerprints.fingerprint(base)
     if group.broadcast(own) != own:
         what, fix = f"the base on {host()} is another than that of the main process", "give all machines the same files"
