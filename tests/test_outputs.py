@@ -234,11 +234,11 @@ def test_a_pipe_that_nobody_reads_is_told_of(tmp_path: Path) -> None:
     reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_text()))
     notes: list[str] = []
 
-    def note(line: str) -> None:
+    def log(line: str) -> None:
         notes.append(line)
         reader.start()
 
-    with output(tmp_path / "pipe").opened(note) as file:
+    with output(tmp_path / "pipe").opened(log) as file:
         file.write("through a pipe")
     reader.join()
     told = f"{tmp_path / 'pipe'}: a named pipe that nobody reads; waiting for a reader"

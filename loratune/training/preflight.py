@@ -158,7 +158,7 @@ def _check_recordable(run: RunConfig) -> None:
 
 def open_adapter(
     directory: Path,
-    note: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     *,
     forced: bool = False,
     assignments: Sequence[str] = (),
@@ -166,17 +166,17 @@ def open_adapter(
     """Open an adapter directory. What its run.yaml says of code to trust is not believed.
 
     assignments: of keys of its data section, as of `config.load`; forced: go on where files have changed since they
-    were saved, and note it. Raises AdapterError: see `saved.inspect`; files that have changed; a run.yaml that is none.
+    were saved, and log it. Raises AdapterError: see `saved.inspect`; files that have changed; a run.yaml that is none.
     Raises ConfigError: see `config.load`.
     """
     found = adapter_files.inspect(directory)
     edits = found.edits()
     if not found.record.get("files"):
-        note(f"{directory}: keeps no record of its files and its base, so neither was verified")
+        log(f"{directory}: keeps no record of its files and its base, so neither was verified")
     if edits and not forced:
         raise AdapterError([replace(edit, fix="use it all the same with --force") for edit in edits])
     for edit in edits:
-        note(str(edit))
+        log(str(edit))
     try:
         base = ModelSection(name_or_path=found.base, revision=found.config.get("revision"))
     except ValidationError:
