@@ -17,8 +17,8 @@ from loratune.commands.boundary import boundary, printed, stopped
 from loratune.console import Screen, screened, verbatim
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.system import launcher
+from loratune.system.files import path_problem
 from loratune.system.launcher import Group
-from loratune.system.paths import unusable
 
 if TYPE_CHECKING:
     from loratune.commands.generate import Answer
@@ -346,7 +346,7 @@ def _typed() -> str:
 def _check_paths(**given: str | Path | None) -> None:
     """Raises ConfigError: the value of an option cannot be a path."""
     for option, path in given.items():
-        if path is not None and (reason := unusable(str(path)) or ("" if str(path) else "is empty")):
+        if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
             raise ConfigError(Problem(f"the path {reason}", key=f"--{option}"))
 
 

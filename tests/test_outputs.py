@@ -18,7 +18,6 @@ from loratune import escaping
 from loratune.commands import output_file
 from loratune.commands.output_file import Output
 from loratune.errors import ConfigError, ResourceError
-from loratune.system import plain
 
 
 def output(path: Path | str, *inputs: Path, overwrite: bool = False) -> Output:
@@ -177,7 +176,7 @@ def test_no_two_get_one_name_where_there_are_no_links(tmp_path: Path, monkeypatc
     assert tree(tmp_path) == {"a.txt": b"new\n"}
     place = output(tmp_path / "b.txt")
     monkeypatch.setattr(Output, "check", lambda _: (tmp_path / "b.txt").write_text("precious"))
-    monkeypatch.setattr(plain, "kind", lambda _: "")
+    monkeypatch.setattr(output_file, "kind", lambda _: "")
     with pytest.raises(ConfigError, match="put in place: File exists"), place.opened() as file:
         file.write("new")
     assert (tmp_path / "b.txt").read_text() == "precious"

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
-from loratune.system.disk import sync
-from loratune.system.plain import kind
+from loratune.system.files import kind, sync
 from loratune.training.overwriting import holds, is_stuck
 
 _OPEN_FILE = re.compile(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from loratune import escaping
 from loratune.console import aligned, block, duration, err, log, marked, size, table
 from loratune.console import as_json as printed_json
-from loratune.system.paths import number_of, pattern, ranges, shortest
+from loratune.lora.module_names import number_of, pattern, ranges, shortest
 
 if TYPE_CHECKING:
     from loratune.commands.adapter_stats import Header

@@ -24,7 +24,8 @@ from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import Weights
 from loratune.lora.targets import Targets
 from loratune.model import base_files, device, fingerprints, load, originals, weights
-from loratune.system import disk, launcher, signals
+from loratune.system import launcher, signals
+from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.system.signals import Stop
 from loratune.training import batching, callbacks, conditions, gain, resume, run_dir, trainer
@@ -227,7 +228,7 @@ def _publish(
 ) -> Result:
     size = run.count.adapter_bytes + load.tokenizer_bytes(run.tokenizer)
     try:
-        with disk.room_for("the adapter directory", size, space.partial, "make room, then --resume"):
+        with explain_full_disk("the adapter directory", size, space.partial, "make room, then --resume"):
             size = _stage(run, trained, outcome, gained, changes, space)
             for path in space.publish():
                 log(f"{path} is not of the run's making, and stays there")
@@ -308,7 +309,7 @@ def _kept(
     unchanged = partial(_check_files, run, group)
     if found is None:
         if group.main:
-            disk.check_room(ready.space.partial, (KEPT + 1) * size + load.tokenizer_bytes(run.tokenizer))
+            check_free_space(ready.space.partial, (KEPT + 1) * size + load.tokenizer_bytes(run.tokenizer))
         return trainer.Run(checkpoints, reporter.progress, stop, group, after_checkpoint=unchanged)
     for problem in found.skipped:
         reporter.log(str(problem))
@@ -358,7 +359,7 @@ def _stage(
     made = card.provenance(settings, metrics, outcome.curve, run.fingerprints)
     made |= {"formats": run.given.formats, "chat": run.given.chat, "processes": run.processes}
     made |= {"rows": run.rows.train.report.counts(), "changes": changes, "files": adapter_files.manifest(space.staging)}
-    disk.write_json(space.staging / "loratune.json", made)
+    write_json(space.staging / "loratune.json", made)
     return size
 
 

@@ -18,8 +18,8 @@ from loratune.lora.adapter_files import AdapterFiles
 from loratune.model import recorded_quantization
 from loratune.model.source import is_directory, local_or_hub
 from loratune.system import launcher
+from loratune.system.files import path_problem
 from loratune.system.launcher import Group
-from loratune.system.paths import unusable
 from loratune.training import resume as resuming
 from loratune.training.resume import Resumed
 from loratune.training.run_dir import RunDirectory
@@ -152,7 +152,7 @@ def _check_recordable(run: RunConfig) -> None:
     paths += [("data.train", source.path) for source in rows.train_sources]
     paths += [("data.validation", source.path) for source in rows.validation_sources]
     fix = "start from a directory whose name is UTF-8"
-    if problems := [Problem(f"the path {why}", path, key, fix) for key, path in paths if (why := unusable(path))]:
+    if problems := [Problem(f"the path {why}", path, key, fix) for key, path in paths if (why := path_problem(path))]:
         raise ConfigError(problems)
 
 
