@@ -46,6 +46,9 @@ class Code(StrEnum):
     # Command line, configuration, console (usage.*, config.*, output.*)
 
     # System (system.*)
+    SYSTEM_DISK_TOO_SMALL = "system.disk_too_small", "The disk has too little room for what a run will write."
+    SYSTEM_DISK_FULL = "system.disk_full", "The disk, a quota, or the limit of a file's size ran out during a write."
+    SYSTEM_LOCKED = "system.locked", "Another run is using the same directory."
 
     # Kernels (kernel.*)
 

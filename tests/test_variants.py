@@ -132,8 +132,8 @@ def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
         space = run_dir.inspect(loaded.output_dir, resume=resume, overwrite=False)
         ready = preflight.check(loaded, space, unwatched, [] if resume else None)
-        teller = train.Reporter(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
-        train.train(ready, teller)
+        reporter = train.Reporter(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
+        train.train(ready, reporter)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
     path = run_config(lora=lora, training={"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2})

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loratune.system.plain import read_text
+from loratune.system.files import read_text
 
 PUBLISH = "publish it with --resume --allow-worse"
 """What can be done with an adapter that does worse than its base."""

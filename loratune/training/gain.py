@@ -160,7 +160,7 @@ def measure(
     pad_id: int,
     budget: int,
     group: Group,
-    note: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Gain:
     """Compare a trained adapter with its base on a sample of rows, a row at a time. All processes take a share.
 
@@ -173,14 +173,14 @@ def measure(
         pad_id: Of the tokenizer.
         budget: Tokens that the run was trained on.
         group: The processes of the run.
-        note: Takes a line on what is being done.
+        log: Takes a line on what is being done.
     """
     samples = {split: _sample(rows, budget) for split, rows in parts.items()}
     split = next((name for name, found in samples.items() if len(found) >= LEAST_JUDGED), [*parts][-1])
     passed = len(samples["validation"]) if "validation" in parts and split != "validation" else None
     rows, sample = parts[split].rows, samples[split]
     batches = Batches(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
-    note(f"comparing the adapter with its base on {_counted(len(sample), f'{split} row')}")
+    log(f"comparing the adapter with its base on {_counted(len(sample), f'{split} row')}")
 
     def losses() -> list[Loss]:
         with kernels.accelerated(model, linear.linear, sharded=bool(launcher.sharding())):
