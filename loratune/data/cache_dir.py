@@ -24,8 +24,15 @@ from datasets import config as datasets_config
 from loratune.data import token_cache
 from loratune.data.token_cache import TokenCache, Writer, read_record, write_record
 from loratune.errors import Problem, ResourceError
-from loratune.system import private
-from loratune.system.plain import is_directory, locked
+from loratune.system.files import (
+    DIRECTORY_MODE,
+    UntrustedError,
+    is_directory,
+    make_private_directory,
+    open_private_directory,
+    ownership_problems,
+    try_lock,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +65,7 @@ def kept(key: str, fill: Callable[[Writer], None]) -> TokenCache:
 def opened(directory: Path) -> TokenCache | None:
     """Rows that another process of this user has written; None if there are none, or others could have changed them."""
     try:
-        return None if any(private.faults(directory)) else token_cache.opened(directory)
+        return None if any(ownership_problems(directory)) else token_cache.opened(directory)
     except OSError:
         _log.debug("the rows of another process in %s are not used", directory, exc_info=True)
         return None
@@ -85,7 +92,7 @@ def _made(root: Path, key: str, fill: Callable[[Writer], None], *, usable: bool)
 def forget_old() -> None:
     """Remove the rows that nobody has wanted for `KEPT_DAYS`. A process that reads them keeps what it has mapped."""
     root = _root()
-    with suppress(OSError), private.opened(root):
+    with suppress(OSError), open_private_directory(root):
         for path in sorted(root.iterdir()):
             if (named := _NAMES.fullmatch(path.name)) and is_directory(path) and _is_old(path):
                 with _claimed(root, named[1]) as free, suppress(OSError):
@@ -100,10 +107,10 @@ def _root() -> Path:
 def _secured(root: Path) -> tuple[bool, str]:
     """Whether the cache is there, or can be made, and is ours alone, and what to tell the user of it."""
     try:
-        private.make(root)
-        with private.opened(root, mend=True) as directory:
-            return True, f"others could write to {root}: now only you can" if directory.mended else ""
-    except private.Untrusted as error:
+        make_private_directory(root)
+        with open_private_directory(root, repair=True) as directory:
+            return True, f"others could write to {root}: now only you can" if directory.repaired else ""
+    except UntrustedError as error:
         return False, f"the rows are prepared for this run alone: {error}"
     except OSError as error:
         return False, f"the rows are prepared for this run alone: {root}: {error.strerror}" if root.is_symlink() else ""
@@ -112,14 +119,14 @@ def _secured(root: Path) -> tuple[bool, str]:
 def _distrust(final: Path) -> str:
     """What to tell the user of rows that are there, and that someone else may have changed."""
     with suppress(OSError):
-        return next((f"the rows that are kept were not used: {reason}" for reason in private.faults(final)), "")
+        return next((f"the rows that are kept were not used: {reason}" for reason in ownership_problems(final)), "")
     return ""
 
 
 def _found(final: Path) -> TokenCache | None:
     """The rows that are published under a name. They are marked as used before they are read, see `_remove`."""
     try:
-        if not any(private.faults(final)) and read_record(final / _ENTRY) == _record(final.name):
+        if not any(ownership_problems(final)) and read_record(final / _ENTRY) == _record(final.name):
             os.utime(final)
             return token_cache.opened(final)
     except FileNotFoundError:
@@ -139,7 +146,7 @@ def _claimed(root: Path, key: str) -> Iterator[bool]:
     """Inside, no other process writes or removes what belongs to a key, if this one may; whether it may is told."""
     with ExitStack() as stack:
         try:
-            free = stack.enter_context(locked(root / f"{key}.lock"))
+            free = stack.enter_context(try_lock(root / f"{key}.lock"))
         except OSError:
             _log.debug("%s cannot be locked", key, exc_info=True)
             free = False
@@ -155,9 +162,9 @@ def _begun(root: Path, key: str) -> Path | None:
             return None
         if final.exists():
             _discard(final)
-        if partial.exists() and (any(private.faults(partial)) or not _is_movable(partial, key)):
+        if partial.exists() and (any(ownership_problems(partial)) or not _is_movable(partial, key)):
             _clear(partial)
-        partial.mkdir(private.DIRECTORY_MODE, exist_ok=True)
+        partial.mkdir(DIRECTORY_MODE, exist_ok=True)
         write_record(partial / _ENTRY, _record(key))
     except OSError:
         _log.debug("rows cannot be written in %s", partial, exc_info=True)

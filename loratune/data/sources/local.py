@@ -22,7 +22,7 @@ from loratune.data.sources import documents, lines, tables, text
 from loratune.data.sources.files import kind
 from loratune.data.sources.rows import BLOCK, MAX_PROBLEMS, Advance, Item, Row, unseen
 from loratune.errors import DataError, Problem
-from loratune.system.digests import sha256
+from loratune.system.files import sha256
 
 ALL = sys.maxsize
 
