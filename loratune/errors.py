@@ -117,6 +117,29 @@ class Code(StrEnum):
     # Several processes (distributed.*)
 
     # Commands after training (generate.*, evaluate.*, params.*)
+    TRAIN_BASES_DIFFER = "train.bases_differ", "Processes of one run have loaded different bases."
+    TRAIN_BASE_CHANGED = "train.base_changed", "A file of the base has changed since the run began."
+    TRAIN_LOSS_NOT_FINITE = "train.loss_not_finite", "The trained adapter gives a loss that is NaN or inf."
+    INFERENCE_OTHER_BASE = "inference.other_base", "The base is not the one that the adapter was trained on."
+    INFERENCE_UNKNOWN_FINGERPRINT = (
+        "inference.unknown_fingerprint",
+        "The adapter records its base in a version that this release does not know.",
+    )
+    INFERENCE_BASE_CHANGED = "inference.base_changed", "PEFT has changed the base, so it cannot be computed alone."
+    INFERENCE_FAILED = "inference.failed", "Base and adapter cannot be computed together."
+    INFERENCE_NOT_FINITE = "inference.not_finite", "Base and adapter together give NaN or inf."
+    GENERATE_EMPTY_PROMPT = "generate.empty_prompt", "A prompt is empty."
+    GENERATE_TOO_LONG = "generate.too_long", "A prompt and its new tokens exceed the model's context."
+    OUTPUT_FILE_EXISTS = "output_file.exists", "The file that a command is to write exists, without --overwrite."
+    OUTPUT_FILE_IS_INPUT = "output_file.is_input", "The file to write is, or belongs to, an input of the command."
+    OUTPUT_FILE_IS_DIRECTORY = "output_file.is_directory", "The file to write is a directory."
+    OUTPUT_FILE_IS_DEVICE = "output_file.is_device", "The file to write is a socket or a block device."
+    OUTPUT_FILE_NO_DIRECTORY = "output_file.no_directory", "The directory of the file to write does not exist."
+    OUTPUT_FILE_DANGLING_LINK = "output_file.dangling_link", "The file to write is a link that leads nowhere."
+    OUTPUT_FILE_STICKY = "output_file.sticky", "The file to write is of another user, in a sticky directory."
+    OUTPUT_FILE_NOT_WRITABLE = "output_file.not_writable", "The file cannot be created or written."
+    OUTPUT_FILE_UNREADABLE = "output_file.unreadable", "The path of the file to write cannot be examined."
+    OUTPUT_FILE_NOT_RENAMED = "output_file.not_renamed", "The written file could not get its name."
 
 
 @dataclass(frozen=True, init=False)

@@ -12,16 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tree
+from conftest import meanings, tree
 
 from loratune import escaping
 from loratune.commands import output_file
 from loratune.commands.output_file import Output
-from loratune.errors import ConfigError, ResourceError
+from loratune.errors import Code, ConfigError, Problem, ResourceError
 
 
 def output(path: Path | str, *inputs: Path, overwrite: bool = False) -> Output:
     return output_file.output(Path(path), "--output", overwrite=overwrite, inputs=inputs)
+
+
+def refused(code: Code, path: Path | str, *inputs: Path, overwrite: bool = False) -> Problem:
+    """The only problem of a path that is refused, which has this code."""
+    with pytest.raises(ConfigError) as error:
+        output(path, *inputs, overwrite=overwrite)
+    assert meanings(error.value) == [(code, str(path), "--output")]
+    return error.value.problems[0]
 
 
 def write(path: Path | str, text: str = "new\n", *inputs: Path, overwrite: bool = False) -> None:
@@ -54,8 +62,8 @@ def test_the_mode_of_a_file(umask: int, tmp_path: Path) -> None:
 
 def test_an_existing_file_is_replaced_only_if_asked(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("precious")
-    with pytest.raises(ConfigError, match="--output: already exists; choose another place, or replace it with --over"):
-        output(tmp_path / "a.txt")
+    problem = refused(Code.OUTPUT_FILE_EXISTS, tmp_path / "a.txt")
+    assert "--overwrite" in problem.fix
     assert tree(tmp_path) == {"a.txt": b"precious"}
     write(tmp_path / "a.txt", overwrite=True)
     assert tree(tmp_path) == {"a.txt": b"new\n"}
@@ -87,17 +95,18 @@ def test_what_is_read_is_never_replaced(by: Callable[[Path], Path], as_input: st
     path.write_text("precious")
     read = {"file": path, "directory": path.parent, "glob": path.parent / "*.jsonl"}[as_input]
     named = by(path)
-    with pytest.raises(ConfigError, match=r"--output: is, or belongs to, what is read \("):
-        output(named, read, overwrite=True)
+    problem = refused(Code.OUTPUT_FILE_IS_INPUT, named, read, overwrite=True)
+    assert problem.what == f"is, or belongs to, an input ({read})"
     if as_input == "directory":
         for new in (path.with_name("b.jsonl"), path.parent / "deeper" / ".." / "b.jsonl"):
             (path.parent / "deeper").mkdir(exist_ok=True)
-            with pytest.raises(ConfigError, match=r"--output: lies in what is read \("):
-                output(new, read)
+            problem = refused(Code.OUTPUT_FILE_IS_INPUT, new, read)
+            assert problem.what == f"lies in an input ({read})"
     else:
         assert output(path.with_name("b.jsonl"), read).path.name == "b.jsonl"
-    with pytest.raises(ConfigError, match="what is read"):
+    with pytest.raises(ConfigError) as error:
         output(named, overwrite=True).reading(read)
+    assert meanings(error.value) == [(Code.OUTPUT_FILE_IS_INPUT, str(named), "--output")]
 
 
 def test_nothing_planted_is_followed(tmp_path: Path) -> None:
@@ -109,8 +118,9 @@ def test_nothing_planted_is_followed(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(output_file.secrets, "token_hex", lambda _: "0" * 12)
         (tmp_path / f".b.txt.{'0' * 12}.unfinished").symlink_to(tmp_path / "victim")
-        with pytest.raises(ConfigError, match="cannot be written: File exists"):
+        with pytest.raises(ConfigError, match="File exists") as error:
             write(tmp_path / "b.txt")
+        assert meanings(error.value) == [(Code.OUTPUT_FILE_NOT_WRITABLE, str(tmp_path / "b.txt"), "--output")]
     assert (tmp_path / "victim").read_text() == "precious"
 
 
@@ -118,17 +128,16 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "first").symlink_to("second")
     (tmp_path / "second").symlink_to(Path("there", "target"))
-    with pytest.raises(ConfigError, match="--output: is a link that leads nowhere; name a file, or remove it"):
-        output(tmp_path / "first", overwrite=True)
+    problem = refused(Code.OUTPUT_FILE_DANGLING_LINK, tmp_path / "first", overwrite=True)
+    assert problem.fix == "name a file, or remove the link"
     assert not (tmp_path / "there" / "target").exists()
     (tmp_path / "there" / "target").write_text("old")
     write(tmp_path / "first", overwrite=True)
     assert (tmp_path / "there" / "target").read_text() == "new\n" and (tmp_path / "first").is_symlink()
-    with pytest.raises(ConfigError, match="already exists"):
-        output(tmp_path / "first")
+    refused(Code.OUTPUT_FILE_EXISTS, tmp_path / "first")
     (tmp_path / "round").symlink_to("round")
-    with pytest.raises(ConfigError, match="cannot be looked at: Too many levels of symbolic links"):
-        output(tmp_path / "round")
+    problem = refused(Code.OUTPUT_FILE_UNREADABLE, tmp_path / "round")
+    assert "Too many levels of symbolic links" in problem.what
 
 
 def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -143,26 +152,23 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     """And the work is not lost. With leave to overwrite it is replaced, unless it is no file any more."""
-    with (
-        pytest.raises(
-            ConfigError, match=r"put in place: already exists; what was written is in (.*unfinished)"
-        ) as told,
-        output(tmp_path / "a.txt").opened() as file,
-    ):
+    with pytest.raises(ConfigError, match="already exists") as error, output(tmp_path / "a.txt").opened() as file:
         file.write("new")
         (tmp_path / "a.txt").write_text("precious")
+    assert meanings(error.value) == [(Code.OUTPUT_FILE_NOT_RENAMED, str(tmp_path / "a.txt"), "--output")]
     assert (tmp_path / "a.txt").read_text() == "precious"
-    kept = re.search(r"is in (.*)$", str(told.value))
+    kept = re.search(r"is kept in (.*unfinished)$", str(error.value))
     assert kept is not None and Path(kept[1]).read_text() == "new"
     with output(tmp_path / "b.txt", overwrite=True).opened() as file:
         (tmp_path / "b.txt").write_text("of another")
         file.write("new")
     assert (tmp_path / "b.txt").read_text() == "new"
     with (
-        pytest.raises(ConfigError, match="put in place: is a directory"),
+        pytest.raises(ConfigError, match="is a directory") as error,
         output(tmp_path / "c.txt", overwrite=True).opened(),
     ):
         (tmp_path / "c.txt").mkdir()
+    assert meanings(error.value) == [(Code.OUTPUT_FILE_NOT_RENAMED, str(tmp_path / "c.txt"), "--output")]
 
 
 def test_no_two_get_one_name_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,22 +180,23 @@ def test_no_two_get_one_name_where_there_are_no_links(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "link", refuse)
     write(tmp_path / "a.txt")
     assert tree(tmp_path) == {"a.txt": b"new\n"}
-    place = output(tmp_path / "b.txt")
+    target = output(tmp_path / "b.txt")
     monkeypatch.setattr(Output, "check", lambda _: (tmp_path / "b.txt").write_text("precious"))
     monkeypatch.setattr(output_file, "kind", lambda _: "")
-    with pytest.raises(ConfigError, match="put in place: File exists"), place.opened() as file:
+    with pytest.raises(ConfigError, match="File exists") as error, target.opened() as file:
         file.write("new")
+    assert meanings(error.value) == [(Code.OUTPUT_FILE_NOT_RENAMED, str(tmp_path / "b.txt"), "--output")]
     assert (tmp_path / "b.txt").read_text() == "precious"
 
 
 def test_many_at_once(tmp_path: Path) -> None:
     """Processes that write line by line to one name: the file is of one of them, also where all may overwrite."""
     script = (
-        "import sys, time; from pathlib import Path; from loratune.workspace import outputs\n"
+        "import sys, time; from pathlib import Path; from loratune.commands import output_file\n"
         "from loratune.errors import ConfigError\n"
         "sys.stdin.readline()\n"
         "try:\n"
-        "    place = outputs.output(Path(sys.argv[1]), '--output', overwrite=sys.argv[2] == 'over')\n"
+        "    place = output_file.output(Path(sys.argv[1]), '--output', overwrite=sys.argv[2] == 'over')\n"
         "    with place.opened() as file:\n"
         "        for number in range(200):\n"
         "            print(sys.argv[3], number, file=file, flush=True)\n"
@@ -210,14 +217,16 @@ def test_many_at_once(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".over")] == []
 
 
-# What is written to as it comes
+# Files that are written directly
 
 
 def test_devices_and_pipes(tmp_path: Path) -> None:
     write("/dev/null")
     assert Path("/dev/null").is_char_device()
-    with pytest.raises(ResourceError, match="/dev/full: --output: no room for what is written; make room"):
+    with pytest.raises(ResourceError) as error:
         write("/dev/full")
+    assert meanings(error.value) == [(Code.SYSTEM_DISK_FULL, "/dev/full", "--output")]
+    assert error.value.problems[0].fix == "make room"
     os.mkfifo(tmp_path / "pipe")
     heard: list[str] = []
     reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_text()))
@@ -259,7 +268,7 @@ def test_a_file_of_another_in_a_sticky_directory(tmp_path: Path) -> None:
             os.setuid(12345)
             output(tmp_path / "a.txt", overwrite=True)
         except ConfigError as error:
-            os._exit(7 if "which is sticky" in str(error) else 1)
+            os._exit(7 if error.problems[0].code is Code.OUTPUT_FILE_STICKY else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
@@ -271,9 +280,9 @@ def test_open_files(name: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/dev/stdout")
     path = str(tmp_path / "link") if name == "LINK" else name
     script = (
-        "import os, sys; from pathlib import Path; from loratune.workspace import outputs\n"
+        "import os, sys; from pathlib import Path; from loratune.commands import output_file\n"
         "os.write(1, b'before\\n')\n"
-        "place = outputs.output(Path(sys.argv[1]), '--output', overwrite=False)\n"
+        "place = output_file.output(Path(sys.argv[1]), '--output', overwrite=False)\n"
         "with place.opened() as file: print('new', file=file)\n"
         "os.write(1, b'behind\\n')\n"
     )
@@ -289,18 +298,18 @@ def test_what_cannot_be_written_to(tmp_path: Path) -> None:
         made.bind(str(tmp_path / "socket"))
     reading = os.open("/dev/null", os.O_RDONLY)
     os.close(closed := os.dup(reading))
-    for path, expected in {
-        str(tmp_path): "is a directory, not a file",
-        str(tmp_path / "socket"): "is a socket",
-        str(tmp_path / "absent" / "a.txt"): f"its directory {tmp_path / 'absent'} does not exist",
-        str(tmp_path / ("x" * 300)): "cannot be looked at: File name too long",
-        "a\0b": "cannot be looked at: embedded null byte",
-        f"/dev/fd/{reading}": "is not open for writing",
-        f"/dev/fd/{closed}": "is not open for writing",
-    }.items():
-        with pytest.raises(ConfigError) as told:
-            output(path, overwrite=True)
-        assert str(told.value).startswith(f"{escaping.line(path)}: --output: {expected}")
+    for path, code, detail in (
+        (str(tmp_path), Code.OUTPUT_FILE_IS_DIRECTORY, ""),
+        (str(tmp_path / "socket"), Code.OUTPUT_FILE_IS_DEVICE, "is a socket"),
+        (str(tmp_path / "absent" / "a.txt"), Code.OUTPUT_FILE_NO_DIRECTORY, str(tmp_path / "absent")),
+        (str(tmp_path / ("x" * 300)), Code.OUTPUT_FILE_UNREADABLE, "File name too long"),
+        ("a\0b", Code.OUTPUT_FILE_UNREADABLE, "embedded null byte"),
+        (f"/dev/fd/{reading}", Code.OUTPUT_FILE_NOT_WRITABLE, "not open"),
+        (f"/dev/fd/{closed}", Code.OUTPUT_FILE_NOT_WRITABLE, "not open"),
+    ):
+        problem = refused(code, path, overwrite=True)
+        assert detail in problem.what
+        assert str(problem).startswith(f"{escaping.line(path)}: --output: ")
     os.close(reading)
 
 
@@ -314,11 +323,11 @@ def test_names_and_contents_of_all_kinds(tmp_path: Path) -> None:
 def test_a_disk_without_room(tmp_path: Path) -> None:
     """No file may grow beyond 1,000 bytes; what was written of it goes."""
     script = (
-        "import resource, sys; from pathlib import Path; from loratune.workspace import outputs\n"
+        "import resource, sys; from pathlib import Path; from loratune.commands import output_file\n"
         "from loratune.errors import ResourceError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"
-        "    with outputs.output(Path(sys.argv[1]), '--output', overwrite=True).opened() as file:\n"
+        "    with output_file.output(Path(sys.argv[1]), '--output', overwrite=True).opened() as file:\n"
         "        file.write('x' * 5000)\n"
         "except ResourceError as error: sys.exit(error.exit_code)\n"
     )

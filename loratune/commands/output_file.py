@@ -1,9 +1,8 @@
 """A file that a command writes to a path that the user names: whole, or not at all.
 
-A regular file is written under a name of its own beside its place, `.NAME.RANDOM.unfinished`, and takes its name by one
-step when it is complete. So there is never half a file, and two commands that name the same one do not mix. What cannot
-be replaced like this is written to as it comes: named pipes, devices such as /dev/null, and the open files of this
-process, such as /dev/stdout.
+A regular file is written as `.NAME.RANDOM.unfinished` beside its place, and renamed in one step when it is complete. So
+there is never half a file, and two commands that name the same file do not mix. What cannot be replaced in this way is
+written directly: named pipes, devices such as /dev/null, and open files of this process, such as /dev/stdout.
 """
 
 import errno
@@ -19,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
+from loratune.errors import Code, ConfigError, Problem, ResourceError, is_disk_full
 from loratune.system.files import kind, sync
 from loratune.training.overwriting import holds, is_stuck
 
@@ -27,19 +26,23 @@ _OPEN_FILE = re.compile(
     r"/dev/(?P<name>stdout|stderr)|(/dev/fd|/proc/(self|thread-self|(?P<process>\d+))/fd)/(?P<number>\d+)"
 )
 _STREAMS = {"stdout": 1, "stderr": 2}
-_LINKS = 40
-"""Links in a row, as many as the kernel follows."""
-_LONGEST = 200
-"""Bytes of a file's name that go into that of its unfinished form; a name may have 255."""
+_MAX_LINKS = 40
+"""Symbolic links in a row that are followed: as many as the kernel follows."""
+_NAME_BYTES = 200
+"""Bytes of a file's name that the name of its unfinished form begins with; a name may have 255."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where a command writes; made by `output`.
+    """Where a command writes; `output` makes it.
 
-    named, key: the path as the user gave it, and by which option; path: the same without links; handle: the open file
-    of this process that is meant, if one is; overwrite: an existing file may be replaced; inputs: files, directories
-    and globs that the command reads, and of which nothing is replaced.
+    Attributes:
+        named: The path as the user wrote it.
+        key: The option that it is the value of.
+        path: The path with symbolic links resolved.
+        handle: The open file of this process that the path stands for, if it does.
+        overwrite: Whether an existing file may be replaced.
+        inputs: Files, directories and globs that the command reads. None of them is ever replaced.
     """
 
     named: str
@@ -50,61 +53,74 @@ class Output:
     inputs: tuple[Path, ...]
 
     def reading(self, *inputs: Path) -> "Output":
-        """The same for a command that reads these as well. Raises ConfigError: see `output`."""
-        more = replace(self, inputs=(*self.inputs, *inputs))
-        more.check()
-        return more
+        """The same output for a command that also reads these paths. Raises ConfigError: see `output`."""
+        extended = replace(self, inputs=(*self.inputs, *inputs))
+        extended.check()
+        return extended
 
     def check(self) -> None:
         """Raises ConfigError: see `output`."""
         try:
-            found = self._fault()
+            problem = self._problem()
         except OSError as error:
-            found = f"cannot be looked at: {error.strerror}", ""
-        if found is not None:
-            what, fix = found
-            raise ConfigError(Problem(what, self.named, self.key, fix))
+            what = f"cannot be examined: {error.strerror}"
+            problem = Problem(Code.OUTPUT_FILE_UNREADABLE, what, self.named, self.key)
+        if problem is not None:
+            raise ConfigError(problem)
 
-    def _fault(self) -> tuple[str, str] | None:
-        """What is wrong, and what to do about it."""
-        elsewhere = "choose another place"
+    def _problem(self) -> Problem | None:
+        """Why the path cannot be written, if so."""
+        code, what, fix = None, "", "choose another path"
+        file_kind, parent = kind(self.path), self.path.parent
         if self.handle is not None:
-            return None if _is_writable(self.handle) else ("is not open for writing", elsewhere)
-        found, parent = kind(self.path), self.path.parent
-        if found == "a directory":
-            return "is a directory, not a file", elsewhere
-        if found in ("a socket", "a block device"):
-            return f"is {found}", elsewhere
-        if not parent.is_dir():
-            return f"its directory {Path(self.named).parent} does not exist", elsewhere
-        if _is_regular(found) and (read := self._is_read()) is not None:
-            return f"is, or belongs to, what is read ({read})" if found else f"lies in what is read ({read})", elsewhere
-        if found == "a file" and not self.overwrite:
-            return "already exists", "choose another place, or replace it with --overwrite"
-        if found == "a file" and is_stuck(self.path):
-            return f"cannot be replaced: only its owner may do so in {parent}, which is sticky", elsewhere
-        needed = [self.path] if found else []
-        needed += [parent] if _is_regular(found) else []
-        return None if all(os.access(path, os.W_OK) for path in needed) else ("cannot be written", elsewhere)
+            if not _is_writable(self.handle):
+                code, what = Code.OUTPUT_FILE_NOT_WRITABLE, "is not open for writing"
+        elif file_kind == "a directory":
+            code, what = Code.OUTPUT_FILE_IS_DIRECTORY, "is a directory, not a file"
+        elif file_kind in ("a socket", "a block device"):
+            code, what = Code.OUTPUT_FILE_IS_DEVICE, f"is {file_kind}"
+        elif not parent.is_dir():
+            code = Code.OUTPUT_FILE_NO_DIRECTORY
+            what = f"its directory {Path(self.named).parent} does not exist"
+        elif _is_regular(file_kind) and (source := self._input_at_path()) is not None:
+            code = Code.OUTPUT_FILE_IS_INPUT
+            what = f"is, or belongs to, an input ({source})" if file_kind else f"lies in an input ({source})"
+        elif file_kind == "a file" and not self.overwrite:
+            code, what = Code.OUTPUT_FILE_EXISTS, "already exists"
+            fix = "choose another path, or replace the file with --overwrite"
+        elif file_kind == "a file" and is_stuck(self.path):
+            code = Code.OUTPUT_FILE_STICKY
+            what = f"cannot be replaced: {parent} is sticky, so only the file's owner may do so"
+        else:
+            paths = [self.path] if file_kind else []
+            paths += [parent] if _is_regular(file_kind) else []
+            if not all(os.access(path, os.W_OK) for path in paths):
+                code, what = Code.OUTPUT_FILE_NOT_WRITABLE, "cannot be written"
+        return Problem(code, what, self.named, self.key, fix) if code is not None else None
 
-    def _is_read(self) -> Path | None:
-        """Which of the inputs the file is, or belongs to, or would when it is made, by whatever name."""
-        for given in self.inputs:
-            for path in [given] if os.path.lexists(given) else map(Path, glob.iglob(str(given), recursive=True)):
+    def _input_at_path(self) -> Path | None:
+        """The input that the file is or belongs to, or would belong to when it is written, by whatever name."""
+        for source in self.inputs:
+            for path in [source] if os.path.lexists(source) else map(Path, glob.iglob(str(source), recursive=True)):
                 with suppress(OSError):
                     if holds(path, self.path):
-                        return given
+                        return source
         return None
 
     @contextmanager
     def opened(self, log: Callable[[str], None] = lambda _: None) -> Iterator[TextIO]:
-        """The file, in UTF-8; a lone surrogate is written as JSON writes it. A regular file is complete at the end, and
-        on the disk. If what is done inside fails, it does not appear, and one that was to be replaced stays.
+        """Open the file in UTF-8; a lone surrogate is written in the way of JSON.
 
-        log: takes a line where a named pipe has no reader yet, and is waited for.
+        At the end a regular file is complete and on the disk. If the body raises, no file appears, and a file that was
+        to be replaced stays.
 
-        Raises ConfigError: it cannot be made; or it cannot take its name at the end, as another file has it by now, and
-        then what was written is kept, and told where. Raises ResourceError: the disk is full.
+        Args:
+            log: Takes a line when a named pipe has no reader yet and is waited for.
+
+        Raises:
+            ConfigError: The file cannot be created; or it cannot be renamed at the end because another file has its
+                name by then, and the message says where the content is.
+            ResourceError: The disk is full.
         """
         try:
             with self._beside() if self.handle is None and _is_regular(kind(self.path)) else self._stream(log) as file:
@@ -112,13 +128,13 @@ class Output:
         except OSError as error:
             if not is_disk_full(error):
                 raise
-            raise ResourceError(Problem("no room for what is written", self.named, self.key, "make room")) from None
+            what, fix = "there is no room on the disk for the output", "make room"
+            raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, what, self.named, self.key, fix)) from None
 
     @contextmanager
     def _stream(self, log: Callable[[str], None]) -> Iterator[TextIO]:
-        """What is written to as it comes; a file that is open already, from where it stands."""
-        own = self.handle
-        with _text(os.dup(own) if own is not None else self._open(log)) as file:
+        """A pipe or device, or a file that is open already and is continued at its position."""
+        with _text(os.dup(self.handle) if self.handle is not None else self._open(log)) as file:
             yield file
 
     def _open(self, log: Callable[[str], None]) -> int:
@@ -135,90 +151,91 @@ class Output:
 
     @contextmanager
     def _beside(self) -> Iterator[TextIO]:
-        """A new file, which takes its name at the end."""
-        short = os.fsencode(self.path.name)[:_LONGEST].decode(errors="ignore")
+        """A new file, which is renamed at the end."""
+        short = os.fsencode(self.path.name)[:_NAME_BYTES].decode(errors="ignore")
         unfinished = self.path.with_name(f".{short}.{secrets.token_hex(6)}.unfinished")
-        keep = False  # a signal may come as soon as the file is there
+        keep = False  # Set before the file exists: a signal may come at any time.
         try:
             try:
                 handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             except OSError as error:
-                keep = True  # what is there is not ours
+                keep = True  # Whatever has this name is not ours.
                 if is_disk_full(error):
                     raise
-                raise ConfigError(Problem(f"cannot be written: {error.strerror}", self.named, self.key)) from None
+                what = f"cannot be written: {error.strerror}"
+                raise ConfigError(Problem(Code.OUTPUT_FILE_NOT_WRITABLE, what, self.named, self.key)) from None
             with _text(handle) as file:
                 yield file
                 file.flush()
                 os.fsync(handle)
             try:
-                self._name(unfinished)
+                self._rename(unfinished)
             except ConfigError:
-                keep = True  # the user is told of it
+                keep = True  # The message says where it is.
                 raise
         except BaseException:
             if not keep:
                 unfinished.unlink(missing_ok=True)
             raise
 
-    def _name(self, unfinished: Path) -> None:
-        """Give what is complete its name, unless another file has got it in the meantime."""
+    def _rename(self, unfinished: Path) -> None:
+        """Give the complete file its name, unless another file has taken it in the meantime."""
         try:
             self.check()
             if kind(self.path):
                 unfinished.chmod(stat.S_IMODE(self.path.lstat().st_mode))
                 unfinished.replace(self.path)
             else:
-                _renamed(unfinished, self.path)
+                _rename_new(unfinished, self.path)
             sync(self.path.parent)
         except (OSError, ConfigError) as error:
             why = error.problems[0].what if isinstance(error, ConfigError) else error.strerror
-            fix = f"what was written is in {unfinished}"
-            raise ConfigError(Problem(f"cannot be put in place: {why}", self.named, self.key, fix)) from None
+            what, fix = f"cannot be put in place: {why}", f"the output is kept in {unfinished}"
+            raise ConfigError(Problem(Code.OUTPUT_FILE_NOT_RENAMED, what, self.named, self.key, fix)) from None
 
 
 def output(path: Path, key: str, *, overwrite: bool, inputs: Sequence[Path] = ()) -> Output:
-    """Where a command is to write, looked at before it begins. key: the option that names it; the rest as in `Output`.
+    """Check where a command is to write, before it begins. See `Output` for the arguments.
 
-    Raises ConfigError: it exists, and may not be replaced; it is, or belongs to, what is read; it is a directory, a
+    Raises ConfigError: the file exists and may not be replaced; it is, or belongs to, an input; it is a directory, a
     socket or a disk; its directory does not exist; it cannot be written.
     """
     try:
-        made = Output(str(path), key, *_meant(path), overwrite, tuple(inputs))
+        target = Output(str(path), key, *_resolve(path), overwrite, tuple(inputs))
     except FileNotFoundError:
-        raise ConfigError(
-            Problem("is a link that leads nowhere", str(path), key, "name a file, or remove it")
-        ) from None
+        what, fix = "is a link to a file that does not exist", "name a file, or remove the link"
+        raise ConfigError(Problem(Code.OUTPUT_FILE_DANGLING_LINK, what, str(path), key, fix)) from None
     except (OSError, ValueError) as error:
-        what = f"cannot be looked at: {error.strerror if isinstance(error, OSError) else error}"
-        raise ConfigError(Problem(what, str(path), key, "choose another place")) from None
-    made.check()
-    return made
+        what = f"cannot be examined: {error.strerror if isinstance(error, OSError) else error}"
+        fix = "choose another path"
+        raise ConfigError(Problem(Code.OUTPUT_FILE_UNREADABLE, what, str(path), key, fix)) from None
+    target.check()
+    return target
 
 
-def _meant(path: Path) -> tuple[Path, int | None]:
-    """The path that links lead to, and which open file of this process that is, if it is one."""
-    for _ in range(_LINKS):
+def _resolve(path: Path) -> tuple[Path, int | None]:
+    """The path that symbolic links lead to, and the open file of this process that it stands for, if it does."""
+    for _ in range(_MAX_LINKS):
         path = Path(os.path.abspath(path))
         for name in (path, Path(os.path.realpath(path.parent), path.name)):
-            found = _OPEN_FILE.fullmatch(str(name))
-            if found and found["process"] in (None, str(os.getpid())):
-                return name, _STREAMS.get(found["name"]) or int(found["number"])
+            match = _OPEN_FILE.fullmatch(str(name))
+            if match and match["process"] in (None, str(os.getpid())):
+                return name, _STREAMS.get(match["name"]) or int(match["number"])
         if kind(name) != "a link":
             return name, None
         if not os.path.exists(name) and os.path.lexists(name):
-            os.stat(name)  # says whether it leads nowhere or round and round
+            os.stat(name)  # Its error says whether the link leads nowhere or in a circle.
         path = name.parent / os.readlink(name)
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
 
 
-def _renamed(path: Path, name: Path) -> None:
-    """Rename a file, without replacing another. Raises FileExistsError."""
+def _rename_new(path: Path, name: Path) -> None:
+    """Rename a file, without replacing another one. Raises FileExistsError."""
     try:
         os.link(path, name)
     except FileExistsError:
         raise
-    except OSError:  # a file system that has no links
+    except OSError:  # The file system has no hard links.
         if os.path.lexists(name):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name)) from None
         path.rename(name)
@@ -226,9 +243,9 @@ def _renamed(path: Path, name: Path) -> None:
         path.unlink()
 
 
-def _is_regular(found: str) -> bool:
+def _is_regular(file_kind: str) -> bool:
     """Whether a regular file is there, or will be."""
-    return found in ("", "a file")
+    return file_kind in ("", "a file")
 
 
 def _is_writable(handle: int) -> bool:
