@@ -117,18 +117,18 @@ def train(
         ready = preflight.shared(checked, group)
 
         with _loading():
-            from loratune.commands import show
+            from loratune.commands import report
             from loratune.commands import train as train_module
             from loratune.console import TrainingProgress, log, watched
 
         try:
             if dry_run:
-                planned = train_module.plan(ready, watched, group)
+                planned = train_module.make_plan(ready, watched, group)
                 group.close()
                 if group.main:
-                    show.plan(planned, rows)
+                    report.print_plan(planned, rows)
                 return
-            reporter = train_module.Reporter(log, show.announce, watched, TrainingProgress())
+            reporter = train_module.Reporter(log, report.log_plan, watched, TrainingProgress())
             made = train_module.train(ready, reporter, group, allow_worse=allow_worse)
         except KeyboardInterrupt as stop:
             fix = "the rows that were tokenised are kept, and the same command goes on from there"
@@ -139,7 +139,7 @@ def train(
             raise kind(Problem(what, fix=fix)) from None
         if made is not None:
             with printed():
-                show.result(made, _program())
+                report.print_result(made, _program())
 
 
 @app.command()
@@ -215,19 +215,20 @@ def params(
         from loratune import config
 
         if adapter:
-            from loratune.commands import adapter_stats, show
+            from loratune.commands import adapter_stats
             from loratune.lora import adapter_files
 
-            show.header(str(adapter), adapter_stats.header(adapter_files.inspect(adapter)), as_json)
+            stats = adapter_stats.adapter_stats(adapter_files.inspect(adapter))
+            adapter_stats.print_stats(str(adapter), stats, as_json)
             return
         run = config.load(config_file, assignments) if config_file else config.of_model(str(model), assignments)
         _tell(config.portability(run.lora))
 
         with _loading():
             from loratune.commands import params as params_module
-            from loratune.commands import show
+            from loratune.commands import report
 
-        show.params(params_module.params(run), as_json)
+        report.print_params(params_module.params(run), as_json)
 
 
 @app.command()
@@ -252,13 +253,13 @@ def evaluate(
         part = check_source(Source(path=data), opened.data, watched)
 
         with _loading():
-            from loratune.commands import show
-            from loratune.commands.evaluate import evaluate as story
+            from loratune.commands import report
+            from loratune.commands.evaluate import evaluate as score_models
 
-        scores, remarks = story(opened, part, watched, log)
+        scores, remarks = score_models(opened, part, watched, log)
         for line in remarks:
             log(line)
-        show.scores(scores, as_json)
+        report.print_scores(scores, as_json)
 
 
 def _join() -> Group:
@@ -367,7 +368,7 @@ def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -
     """One after another, as they come. streamed: they are printed already, token by token."""
     for answer in answers:
         if base:
-            print(f"{answer.asked}\n  base     {_one_line(answer.base)}")
+            print(f"{answer.prompt}\n  base     {_one_line(answer.base)}")
             print(f"  adapter  {_one_line(answer.completion)}", flush=True)
         elif not streamed:
             verbatim(answer.completion)

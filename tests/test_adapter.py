@@ -320,9 +320,10 @@ def test_a_base_of_the_same_shape_is_refused_by_its_fingerprint(
     configure(base_model_name_or_path=str(tmp_path / "other"))(copy)
     what = f"{copy}: was trained on another base than {tmp_path / 'other'}, by its shape and a sample of its weights"
     ran = cli("generate", "1 and 1 make", "--adapter", copy)
-    assert (ran.code, ran.err) == (5, f"error: {what}; give it its base, or use it all the same with --force\n")
+    fix = "use its base, or use the adapter all the same with --force"
+    assert (ran.code, ran.err) == (5, f"error: {what} [inference.other_base]; {fix}\n")
     ran = cli("generate", "1 and 1 make", "--adapter", copy, "--force", "--max-new-tokens", 2)
-    assert (ran.code, ran.err) == (0, f"{what}\n")
+    assert (ran.code, ran.err) == (0, f"{what} [inference.other_base]\n")
 
 
 NAMED = {

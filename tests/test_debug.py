@@ -120,7 +120,7 @@ def test_models_that_are_not_understood_are_told_of(capsys: pytest.CaptureFixtur
     model.get_base_model().model.layers[1] = Failing()
     for debug in (True, False):
         with boundary(debug):
-            assert "loss" in kernels.accelerate(model, linear.linear).left
+            assert "loss" in kernels.accelerate(model, linear.linear).fallbacks
             assert why_not(model, 9) is not None
         told = capsys.readouterr().err
         expected = (

@@ -31,7 +31,7 @@ def chat_row(*texts: str) -> dict[str, Any]:
 
 
 def rendered(row: dict[str, Any]) -> list[tuple[str, bool]]:
-    """A row as pieces of text and whether they are learnt, written out by hand."""
+    """A row as pieces of text and whether they are supervised, written out by hand."""
     pieces: list[tuple[str, bool]] = []
     for message in row["messages"]:
         if message["role"] == "user":
@@ -91,18 +91,18 @@ def by_hand(place: Path, base: Path, which: str) -> dict[str, float]:
     total, tokens, exact, right = 0.0, 0, 0, 0
     for row in HELD_OUT:
         ids: list[int] = []
-        for text, learnt in rendered(row):
+        for text, supervised in rendered(row):
             piece = tokenizer(text).input_ids
-            if learnt:
+            if supervised:
                 logits = model(torch.tensor([ids + piece])).logits[0, len(ids) - 1 : -1]
                 total += torch.nn.functional.cross_entropy(logits, torch.tensor(piece), reduction="sum").item()
                 tokens += len(piece)
-                said: list[int] = []
-                while len(said) < 30 and not (said and said[-1] in ends):
-                    said.append(int(model(torch.tensor([ids + said])).logits[0, -1].argmax()))
+                answer: list[int] = []
+                while len(answer) < 30 and not (answer and answer[-1] in ends):
+                    answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
             ids += piece
-        exact += said == piece
-        right += tokenizer.decode(said).startswith(row["messages"][-1]["content"])
+        exact += answer == piece
+        right += tokenizer.decode(answer).startswith(row["messages"][-1]["content"])
     loss = total / tokens
     matches = {"exact_match": exact / len(HELD_OUT), "label_accuracy": right / len(HELD_OUT)}
     return {"loss": loss, "perplexity": math.exp(loss), "rows": len(HELD_OUT), "tokens": tokens} | matches
@@ -131,27 +131,27 @@ def test_held_out_loss_of_training_is_the_adapters(scores: dict[str, Any], place
 
 
 def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None:
-    tuned = inference.load(preflight.open_adapter(place / "adapter"))
-    part = data.check_source(Source(path=str(place / "held-out.jsonl")), tuned.data)
-    rows = data.prepare(part, tuned.renderer, tuned.data, 264).rows
+    loaded = inference.load(preflight.open_adapter(place / "adapter"))
+    part = data.check_source(Source(path=str(place / "held-out.jsonl")), loaded.data)
+    rows = data.prepare(part, loaded.renderer, loaded.data, 264).rows
     prompts = [row.prompt for row in rows.rows()]
-    alone = [tuned.complete([prompt], 6)[0] for prompt in prompts]
+    alone = [loaded.complete([prompt], 6)[0] for prompt in prompts]
     for size in (1, 7, 64):
-        loss = scoring.held_out_loss(tuned.model, Batches(rows, rows.lengths, "none", size, 1024, 0))
+        loss = scoring.held_out_loss(loaded.model, Batches(rows, rows.lengths, "none", size, 1024, 0))
         assert loss.tokens == scores["adapter"]["tokens"]
         assert loss.mean == pytest.approx(scores["adapter"]["loss"], abs=1e-6)
-        batches = [tuned.complete(prompts[at : at + size], 6) for at in range(0, len(prompts), size)]
+        batches = [loaded.complete(prompts[at : at + size], 6) for at in range(0, len(prompts), size)]
         assert [ids for batch in batches for ids in batch] == alone
 
 
 def test_the_table(cli: Callable[..., Ran], scores: dict[str, Any], place: Path) -> None:
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", place / "held-out.jsonl")
     lines = [line.split() for line in ran.out.splitlines()]
-    assert lines[0] == [f"{len(HELD_OUT)}", "rows,", f"{scores['base']['tokens']}", "learnt", "tokens"]
-    (found,) = [line for line in lines if line[0] == "adapter"]
+    assert lines[0] == [f"{len(HELD_OUT)}", "rows,", f"{scores['base']['tokens']}", "supervised", "tokens"]
+    (cells,) = [line for line in lines if line[0] == "adapter"]
     score = scores["adapter"]
-    assert found[1:3] == [f"{score['loss']:.4f}", f"{score['perplexity']:.2f}"]
-    assert found[3:] == [f"{score['exact_match']:.1%}", f"{score['label_accuracy']:.1%}"]
+    assert cells[1:3] == [f"{score['loss']:.4f}", f"{score['perplexity']:.2f}"]
+    assert cells[3:] == [f"{score['exact_match']:.1%}", f"{score['label_accuracy']:.1%}"]
 
 
 def test_rows_without_a_prompt_have_no_match(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Ran, process, tree, write_rows
+from conftest import Expected, Ran, check_refused, process, tree, write_rows
 from nursery import Nursery
 from peft import PeftModel
 from running import until
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from loratune.cli import app
+from loratune.errors import Code
 from loratune.system.files import kind
 
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(28)]
@@ -186,13 +187,8 @@ def test_temperature(cli: Callable[..., Ran], plain: Path) -> None:
     [
         (["--max-new-tokens", 0, "a"], 2, "max-new-tokens"),
         (["--temperature", -1, "a"], 2, "temperature"),
-        ([""], 2, "error: prompt 1: the prompt is empty"),
-        (["a", ""], 2, "error: prompt 2: the prompt is empty"),
-        (["a" * 600], 2, "prompt tokens and 256 new ones exceed the model's context of 512; shorten the prompt"),
-        (["a", "a" * 400], 2, "error: prompt 2: "),
         (["--input", "absent.jsonl"], 4, "error: absent.jsonl: no such file"),
         (["--input", "rows.jsonl", "a"], 2, "error: give prompts, or --input, not both"),
-        (["--output", "absent/answers.jsonl", "a"], 2, "absent/answers.jsonl"),
         (["--adapter", "absent", "a"], 5, "absent"),
     ],
 )
@@ -210,9 +206,39 @@ def test_refused(
     assert expected in ran.err
 
 
+EMPTY, TOO_LONG, NO_DIRECTORY = Code.GENERATE_EMPTY_PROMPT, Code.GENERATE_TOO_LONG, Code.OUTPUT_FILE_NO_DIRECTORY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([""], (EMPTY, "prompt 1", "")),
+        (["a", ""], (EMPTY, "prompt 2", "")),
+        (["a" * 600], (TOO_LONG, "prompt 1", "")),
+        (["a", "a" * 400], (TOO_LONG, "prompt 2", "")),
+        (["--output", "absent/answers.jsonl", "a"], (NO_DIRECTORY, "absent/answers.jsonl", "--output")),
+    ],
+)
+@pytest.mark.parametrize("name", ["plain", "chat"])
+def test_prompts_and_outputs_are_refused(
+    cli: Callable[..., Ran],
+    request: pytest.FixtureRequest,
+    name: str,
+    arguments: list[str],
+    expected: Expected,
+) -> None:
+    ran = cli("generate", "--adapter", request.getfixturevalue(name), *arguments)
+    check_refused(ran, 2, expected)
+    assert ran.out == ""
+    if len(arguments[0]) == 600:
+        assert "prompt tokens and 256 new ones exceed the model's context of 512 " in ran.err
+        assert ran.err.endswith("; shorten the prompt\n")
+
+
 def test_too_long_says_what_fits(cli: Callable[..., Ran], plain: Path) -> None:
     ran = cli("generate", "--adapter", plain, "a" * 400)
-    assert ran.err.endswith("exceed the model's context of 512; set --max-new-tokens to 112\n")
+    check_refused(ran, 2, (TOO_LONG, "prompt 1", ""))
+    assert "exceed the model's context of 512 " in ran.err and ran.err.endswith("; set --max-new-tokens to 112\n")
     assert cli("generate", "--adapter", plain, "--max-new-tokens", 112, "a" * 400).code == 0
 
 
@@ -277,7 +303,8 @@ def test_output_to_a_pipe_a_link_and_a_directory(cli: Callable[..., Ran], plain:
     assert Path("/dev/null").is_char_device() and (tmp_path / "link").is_symlink()
     assert json.loads((tmp_path / "target").read_text())["prompt"] == "a:"
     ran = cli("generate", "--adapter", plain, "--output", tmp_path, "a:")
-    assert (ran.code, ran.out) == (2, "") and "is a directory" in ran.err
+    check_refused(ran, 2, (Code.OUTPUT_FILE_IS_DIRECTORY, str(tmp_path), "--output"))
+    assert ran.out == ""
 
 
 def test_an_output_is_replaced_only_if_asked(
@@ -291,14 +318,15 @@ def test_an_output_is_replaced_only_if_asked(
     before = tree(tmp_path)
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", asked, "--output")
     ran = cli(*command, out)
-    what = "--output: already exists; choose another place, or replace it with --overwrite"
-    assert ran == Ran(2, "", f"error: {out}: {what}\n")
+    check_refused(ran, 2, (Code.OUTPUT_FILE_EXISTS, str(out), "--output"))
+    assert ran.out == "" and ran.err.endswith("--overwrite\n") and ran.err.count("\n") == 1
     for path, read in {
         asked: asked, plain / "adapter_model.safetensors": plain, tiny_dir / "config.json": tiny_dir
     }.items():  # fmt: skip
         content = path.read_bytes()
         ran = cli(*command, path, "--overwrite")
-        assert ran.code == 2 and f"error: {path}: --output: is, or belongs to, what is read ({read})" in ran.err
+        check_refused(ran, 2, (Code.OUTPUT_FILE_IS_INPUT, str(path), "--output"))
+        assert f"is, or belongs to, an input ({read})" in ran.err
         assert path.read_bytes() == content
     assert tree(tmp_path) == before
     ran = cli("generate", "--adapter", plain, "--overwrite", "a:")
@@ -337,7 +365,7 @@ def test_two_write_to_one_output(plain: Path, processes: Nursery, tmp_path: Path
         assert len(rows) == 64 and len({row["of"] for row in rows}) == 1
         kept = [path for path in tmp_path.iterdir() if path.name.endswith(".unfinished")]
         for path in kept:  # what the second one had written, if it was told at the end only
-            assert f"what was written is in {path}" in "".join(child.said() for child in children)
+            assert f"the output is kept in {path}" in "".join(child.said() for child in children)
             assert len({json.loads(line)["of"] for line in path.read_text().splitlines()}) == 1
             path.unlink()
 
@@ -363,8 +391,9 @@ def test_an_output_without_room(plain: Path, processes: Nursery, tmp_path: Path)
     asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:", "note": "x" * 5000}])
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", asked, "--output", out)
     child = processes.start(*command, limit=3000)
-    assert child.wait() == 8
-    assert child.said() == f"error: {out}: --output: no room for what is written; make room\n"
+    ran = Ran(child.wait(), "", child.said())
+    check_refused(ran, 8, (Code.SYSTEM_DISK_FULL, str(out), "--output"))
+    assert ran.err.endswith("; make room\n") and ran.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["asked.jsonl"]
 
 

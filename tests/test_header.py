@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from loratune.commands.adapter_stats import header
+from loratune.commands.adapter_stats import adapter_stats
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def test_norm_and_effective_rank_are_those_of_the_full_update(variant: str, tmp_
     layers = {
         name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, LoraLayer)
     }
-    read = header(inspect(tmp_path))
+    read = adapter_stats(inspect(tmp_path))
     assert {update.module for update in read.updates} == layers.keys()
     for update in read.updates:
         layer = layers[update.module]
@@ -71,7 +71,7 @@ def test_known_updates(tmp_path: Path) -> None:
     b.copy_(torch.eye(b.shape[0], 4) * torch.tensor([3.0, 3.0, 0.0, 0.0]))
     tensors[prefix.format("o_proj", "B")].zero_()
     save_file(tensors, tmp_path / WEIGHTS_FILE, {"format": "pt"})
-    found = {update.module: update for update in header(inspect(tmp_path)).updates}
+    found = {update.module: update for update in adapter_stats(inspect(tmp_path)).updates}
     q, o = found["model.layers.0.self_attn.q_proj"], found["model.layers.0.self_attn.o_proj"]
     assert (q.norm, q.effective_rank) == (pytest.approx(2 * (9 + 9) ** 0.5), pytest.approx(2.0))
     assert (o.norm, o.effective_rank) == (0.0, 0.0)
@@ -83,7 +83,7 @@ def test_layers_come_in_their_order(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path))
     settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"base_model_name_or_path": "base"}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings | {"auto_mapping": None}))
-    order = [int(update.module.split(".")[2]) for update in header(inspect(tmp_path)).updates]
+    order = [int(update.module.split(".")[2]) for update in adapter_stats(inspect(tmp_path)).updates]
     assert order == [*range(12)]
 
 

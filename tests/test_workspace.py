@@ -481,7 +481,7 @@ def test_a_file_that_stays_in_the_work_is_told_of(processes: Nursery, run_config
     (tmp_path / "out.partial" / "checkpoints" / "notes.txt").write_text("precious")
     assert child.wait() == 0
     kept = tmp_path / "out.partial" / "checkpoints" / "notes.txt"
-    assert f"{kept} is not of the run's making, and stays there" in child.said()
+    assert f"{kept} is kept: this run did not write it" in child.said()
     assert kept.read_text() == "precious"
 
 

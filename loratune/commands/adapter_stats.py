@@ -1,20 +1,32 @@
-"""The story of `loratune params --adapter`: what an adapter directory says of itself, read without its base."""
+"""`loratune params --adapter`: what the files of an adapter directory say, read without the base."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
+from loratune import escaping
+from loratune.console import as_json as print_json
+from loratune.console import size, table
 from loratune.lora.adapter_files import WEIGHTS_FILE, AdapterFiles
-from loratune.lora.module_names import pattern
+from loratune.lora.module_names import number_of, pattern, shortest
 from loratune.lora.stats import Update, updates
 
 
 @dataclass(frozen=True)
-class Header:
-    """An adapter by its own files.
+class AdapterStats:
+    """An adapter as its own files describe it.
 
-    parameters: numbers in the file; adapter_bytes: its size; targets: last name → patterns of the adapted paths;
-    updates: ΔW of each adapted module; others: pattern → numbers in all further tensors (biases, whole modules,
-    trained tokens); dora: the adapter changes more than ΔW; rslora: B·A is scaled by lora_alpha over the root of r.
+    Attributes:
+        base: The name or path of the base.
+        r: The rank in its configuration.
+        lora_alpha: The scaling in its configuration.
+        dora: Whether the adapter also changes magnitudes, beyond ΔW.
+        rslora: Whether B·A is scaled by lora_alpha over the square root of r.
+        parameters: Numbers in the file of weights.
+        adapter_bytes: The size of that file.
+        targets: The last part of a module's name → patterns of the adapted modules of that name.
+        updates: ΔW of each adapted module.
+        others: Pattern → numbers in all further tensors: biases, whole modules, trained tokens.
     """
 
     base: str
@@ -29,30 +41,86 @@ class Header:
     others: dict[str, int]
 
 
-def _others(saved: AdapterFiles) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for name, shape in saved.tensors.items():
-        if ".lora_" not in name:
-            place = pattern(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
-            found[place] = found.get(place, 0) + math.prod(shape)
-    return found
-
-
-def header(saved: AdapterFiles) -> Header:
-    """Read it. Raises AdapterError: see `spectrum.updates`."""
-    measured = updates(saved)
+def adapter_stats(files: AdapterFiles) -> AdapterStats:
+    """Compute the statistics of an adapter. Raises AdapterError: see `lora.stats.updates`."""
+    measured = updates(files)
     targets: dict[str, list[str]] = {}
-    for place in dict.fromkeys(pattern(update.module) for update in measured):
-        targets.setdefault(place.rpartition(".")[2], []).append(place)
-    return Header(
-        base=saved.base,
-        r=saved.config["r"],
-        lora_alpha=saved.config["lora_alpha"],
-        dora=bool(saved.config.get("use_dora")),
-        rslora=bool(saved.config.get("use_rslora")),
-        parameters=sum(math.prod(shape) for shape in saved.tensors.values()),
-        adapter_bytes=(saved.path / WEIGHTS_FILE).stat().st_size,
+    for module_pattern in dict.fromkeys(pattern(update.module) for update in measured):
+        targets.setdefault(module_pattern.rpartition(".")[2], []).append(module_pattern)
+    others: dict[str, int] = {}
+    for name, shape in files.tensors.items():
+        if ".lora_" not in name:
+            module_pattern = pattern(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+            others[module_pattern] = others.get(module_pattern, 0) + math.prod(shape)
+    return AdapterStats(
+        base=files.base,
+        r=files.config["r"],
+        lora_alpha=files.config["lora_alpha"],
+        dora=bool(files.config.get("use_dora")),
+        rslora=bool(files.config.get("use_rslora")),
+        parameters=sum(math.prod(shape) for shape in files.tensors.values()),
+        adapter_bytes=(files.path / WEIGHTS_FILE).stat().st_size,
         targets=targets,
         updates=measured,
-        others=_others(saved),
+        others=others,
     )
+
+
+def print_stats(path: str, stats: AdapterStats, as_json: bool) -> None:
+    """Print the statistics: the adapter as a whole, then each kind of module, then each layer."""
+    if as_json:
+        print_json(asdict(stats))
+        return
+    lines = [
+        ("adapter", path),
+        ("base", stats.base),
+        ("rank", _span([update.rank for update in stats.updates] or [stats.r], "d") + _scaling(stats)),
+        ("size", f"{size(stats.adapter_bytes)}, {stats.parameters:,} numbers"),
+    ]
+    lines += [("also", f"{name}: {count:,} numbers") for name, count in stats.others.items()]
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(escaping.line(f"{name:<{width}}  {value}"))
+    by_pattern: dict[str, list[Update]] = {}
+    for update in stats.updates:
+        by_pattern.setdefault(pattern(update.module), []).append(update)
+    rows = [
+        [
+            module_pattern,
+            f"{len(group)}",
+            f"{group[0].shape[0]} → {group[0].shape[1]}",
+            _span([update.rank for update in group], "d"),
+            _span([update.norm for update in group], ".3g"),
+            _span([update.effective_rank for update in group], ".1f"),
+        ]
+        for module_pattern, group in by_pattern.items()
+    ]
+    table(["modules", "count", "shape", "rank", "norm of ΔW", "effective rank"], rows)
+    _print_layers(by_pattern)
+
+
+def _scaling(stats: AdapterStats) -> str:
+    """`, lora_alpha 16, rsLoRA, scaling 2`."""
+    scalings = _span([update.scaling for update in stats.updates], ".4g") if stats.updates else ""
+    variants = [name for name, used in (("rsLoRA", stats.rslora), ("DoRA", stats.dora)) if used]
+    return ", ".join([f", lora_alpha {stats.lora_alpha:g}", *variants, *([f"scaling {scalings}"] if scalings else [])])
+
+
+def _print_layers(by_pattern: Mapping[str, Sequence[Update]]) -> None:
+    """One row per layer: the norm of ΔW, and the effective rank in brackets."""
+    cells = {
+        (number_of(update.module), module_pattern): f"{update.norm:.3g} ({update.effective_rank:.1f})"
+        for module_pattern, group in by_pattern.items()
+        for update in group
+    }
+    layers = sorted({number for number, _ in cells if number is not None})
+    rows = [[f"{number}", *(cells.get((number, name), "-") for name in by_pattern)] for number in layers]
+    if rows:
+        print("norm of ΔW (effective rank) by layer")
+        table(["layer", *shortest([*by_pattern])], rows)
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    """`0.31 to 0.92`, or one value where all are the same."""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"

@@ -4,16 +4,19 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 import yaml
 
 from loratune import escaping
+from loratune.data import DatasetSplit
+from loratune.data.formats import Conversation, Example, Plain
 from loratune.system import records
 
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
-_QUANTIZATION = {
+_QUANTIZATION_CODE = {
     "8bit": "load_in_8bit=True",
     "4bit": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
 }
@@ -25,7 +28,14 @@ def provenance(
     curve: Sequence[Mapping[str, float]],
     fingerprints: Mapping[str, str | None],
 ) -> dict[str, Any]:
-    """What made an adapter. settings: the resolved config."""
+    """How an adapter came about.
+
+    Args:
+        settings: The resolved config.
+        metrics: The result of the run.
+        curve: Losses by step.
+        fingerprints: Of the base and the rows.
+    """
     return {
         records.KEY: records.VERSIONS[records.ADAPTER],
         "versions": {name: version(name) for name in PACKAGES},
@@ -51,34 +61,43 @@ def model_card(
 ) -> str:
     """A model card as the hub reads it: metadata, then base, data, settings, result and use.
 
-    gain: over the base, in a line.
     https://huggingface.co/docs/hub/model-cards
+
+    Args:
+        settings: The resolved config.
+        metrics: The result of the run.
+        name: The name of the adapter directory.
+        prompt: A prompt to try the adapter with, quoted for a shell.
+        gain: How the adapter compares with its base, in a line.
+        formats: The formats of the rows.
+        changes: Settings that were changed when the run was resumed.
+        processes: How many processes the run had.
     """
-    base = settings["model"]["name_or_path"]
+    model = settings["model"]
+    base, base_name = model["name_or_path"], f"`{_base_name(model)}`{_quantization(model)}"
     on_hub = not base.startswith("/")
     metadata = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "loratune"]}
     if on_hub:
         metadata |= {"base_model": base, "tags": ["lora", "loratune", f"base_model:adapter:{base}"]}
     held_out = f", held-out {metrics['held_out_loss']:.4f}" if metrics["held_out_loss"] is not None else ""
-    together = f", on {processes} processes" if processes > 1 else ""
-    shown = escaping.line(name)
+    process_note = f", on {processes} processes" if processes > 1 else ""
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
-# {shown}
+# {escaping.line(name)}
 
-A LoRA adapter for `{_named(settings["model"])}`{_held(settings["model"])}, trained with loratune {version("loratune")}.
+A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 
 - **Data:** {_sources(settings["data"]["train"])} ({", ".join(formats)})
 - **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
 - **Gain:** {gain}
-{_changed(changes)}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{together}
+{_change_lines(changes)}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
 
 ## Use
 
 ```python
-{_loading(settings["model"], name)}
+{_loading_code(model, name)}
 ```
 
 or `loratune generate --adapter {escaping.shell(name)} {prompt}`
@@ -91,21 +110,39 @@ or `loratune generate --adapter {escaping.shell(name)} {prompt}`
     return escaping.text(text)
 
 
-def _changed(changes: Sequence[Mapping[str, Any]]) -> str:
-    """What was taken on while the run lasted, so that run.yaml does not tell all of it."""
-    lines = (f"{one['key']} was {one['was']} up to step {one['step']}, then {one['is']}" for one in changes)
+def example_prompt(rows: DatasetSplit, max_length: int = 200) -> str:
+    """The shortest prompt of the first rows, as one types it after `loratune generate`; dots if none is suitable."""
+    texts = (text for text in map(_prompt_text, islice(rows.examples(), 100)) if 0 < len(text) <= max_length)
+    prompt = min(texts, key=lambda text: (not escaping.is_plain(text), len(text)), default="...")
+    return ("-- " if prompt.startswith("-") else "") + escaping.shell(prompt)  # `--`: it is not an option
+
+
+def _prompt_text(example: Example) -> str:
+    """Raw text, or a single turn of the user; empty for a row whose prompt cannot be typed on a command line."""
+    if isinstance(example, Plain):
+        return " ".join(example.completion.split()[:8]) if example.whole else example.prompt
+    if isinstance(example, Conversation) and not example.tools and example.learnt("assistant")[:1] == (1,):
+        return str(example.messages[0]["content"]) if example.messages[0]["role"] == "user" else ""
+    return ""
+
+
+def _change_lines(changes: Sequence[Mapping[str, Any]]) -> str:
+    """Settings that were changed during the run: run.yaml holds only their last value."""
+    lines = (
+        f"{change['key']} was {change['was']} up to step {change['step']}, then {change['is']}" for change in changes
+    )
     return "".join(f"- **Changed on the way:** {line}\n" for line in lines)
 
 
-def _loading(base: Mapping[str, Any], name: str) -> str:
-    """The Python that loads base, adapter and tokenizer. Only a base that loads by its name alone needs no mention."""
+def _loading_code(base: Mapping[str, Any], name: str) -> str:
+    """Python code that loads base, adapter and tokenizer. PEFT loads the base itself unless it is a GGUF file."""
     name = _quoted(name)
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
     if base["quantization"] != "none":
         return f"""from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-quantization = BitsAndBytesConfig({_QUANTIZATION[base["quantization"]]})
+quantization = BitsAndBytesConfig({_QUANTIZATION_CODE[base["quantization"]]})
 model = AutoPeftModelForCausalLM.from_pretrained({name}, quantization_config=quantization)
 {tokenizer}"""
     if base["gguf_file"] is None:
@@ -133,15 +170,16 @@ def _quoted(text: str) -> str:
 
 def _sources(train: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     """One source, or several with their weights."""
-    given = [train] if isinstance(train, Mapping) else train
-    names = [f"`{escaping.line(one['path'])}`" + (f" [{one['split']}]" if one["split"] else "") for one in given]
-    weights = [f" (weight {one['weight']:g})" if one["weight"] is not None else "" for one in given]
-    return ", ".join(name + weight for name, weight in zip(names, weights, strict=True))
+    sources = [train] if isinstance(train, Mapping) else train
+    names = [f"`{escaping.line(source['path'])}`" for source in sources]
+    splits = [f" [{source['split']}]" if source["split"] else "" for source in sources]
+    weights = [f" (weight {source['weight']:g})" if source["weight"] is not None else "" for source in sources]
+    return ", ".join(map("".join, zip(names, splits, weights, strict=True)))
 
 
-def _held(base: Mapping[str, Any]) -> str:
+def _quantization(base: Mapping[str, Any]) -> str:
     return "" if base["quantization"] == "none" else f" in {base['quantization']}"
 
 
-def _named(base: Mapping[str, Any]) -> str:
+def _base_name(base: Mapping[str, Any]) -> str:
     return escaping.line("/".join(base[key] for key in ("name_or_path", "gguf_file") if base[key]))

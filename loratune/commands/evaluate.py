@@ -1,4 +1,4 @@
-"""The story of `loratune evaluate`: base and adapter on the same held-out rows."""
+"""`loratune evaluate`: scores base and adapter on the same held-out rows."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +16,22 @@ from loratune.training.preflight import AdapterInfo
 from loratune.training.tokenization import check_positions
 
 _BATCH_TOKENS = 8192
-"""Tokens whose logits are held at once: at 50,000 words of vocabulary, 1.6 GB in float32."""
+"""Tokens of a batch whose logits are held at once: 1.6 GB in float32 with a vocabulary of 50,000."""
 
 
 @dataclass(frozen=True)
 class Score:
     """How well one model does on the rows.
 
-    loss: nats per learnt token; perplexity: e to the loss; exact_match: share of rows whose greedy completion is the
-    expected one and then ends; label_accuracy: share whose completion begins with the expected text, whatever follows;
-    both None where no row has a prompt; rows; tokens: learnt ones, over which the loss is the mean.
+    Attributes:
+        loss: Nats per supervised token.
+        perplexity: e to the power of the loss.
+        exact_match: The share of rows whose greedy completion is the expected text and then ends; None where no row
+            has a prompt.
+        label_accuracy: The share of rows whose completion begins with the expected text, whatever follows; None where
+            no row has a prompt.
+        rows: How many rows there are.
+        tokens: Supervised tokens, over which the loss is the mean.
     """
 
     loss: float
@@ -37,56 +43,64 @@ class Score:
 
 
 def evaluate(
-    opened: AdapterInfo, part: DatasetSplit, watch: ProgressFactory, log: Callable[[str], None]
+    adapter: AdapterInfo, split: DatasetSplit, watch: ProgressFactory, log: Callable[[str], None]
 ) -> tuple[dict[str, Score], list[str]]:
-    """Score `base` and `adapter` on rows that are rendered as in training; and lines about what became of the rows.
+    """Score base and adapter on rows that are rendered as in training.
 
-    Raises AdapterError, ModelError, DataError; ConfigError: rows are longer than the model's context.
+    Returns:
+        The scores of `base` and `adapter`; and lines about rows that were truncated or dropped.
+
+    Raises:
+        AdapterError, ModelError, DataError: The adapter, its base or the rows cannot be used.
+        ConfigError: Rows are longer than the model's context.
     """
-    tuned = inference.load(opened, log)
-    size = tuned.model.config.get_text_config().vocab_size
-    rows = data.prepare(part, tuned.renderer, tuned.data, size, watch)
-    check_positions(rows, tuned.data, load.context_length(tuned.model.config))
-    with tuned.without_adapter():
-        base = _score(tuned, rows)
-    return {"base": base, "adapter": _score(tuned, rows)}, [*part.remarks(), *rows.report.losses()]
+    loaded = inference.load(adapter, log)
+    vocabulary_size = loaded.model.config.get_text_config().vocab_size
+    rows = data.prepare(split, loaded.renderer, loaded.data, vocabulary_size, watch)
+    check_positions(rows, loaded.data, load.context_length(loaded.model.config))
+    with loaded.without_adapter():
+        base_score = _score(loaded, rows)
+    return {"base": base_score, "adapter": _score(loaded, rows)}, [*split.remarks(), *rows.report.losses()]
 
 
-def _score(tuned: LoadedAdapter, prepared: TokenizedDataset) -> Score:
-    rows, lengths = prepared.rows, prepared.rows.lengths
+def _score(loaded: LoadedAdapter, dataset: TokenizedDataset) -> Score:
+    rows, lengths = dataset.rows, dataset.rows.lengths
     size = max(1, min(inference.BATCH, _BATCH_TOKENS // int(lengths.max())))
-    padded = Batches(rows, lengths, "none", size, tuned.data.max_length, load.pad_id(tuned.tokenizer))
-    loss = scoring.held_out_loss(tuned.model, padded)
-    exact, starts = _matches(tuned, [row for row in rows.rows() if _asks(row, tuned)])
-    return Score(loss.mean, math.exp(loss.mean), exact, starts, len(rows), loss.tokens)
+    batches = Batches(rows, lengths, "none", size, loaded.data.max_length, load.pad_id(loaded.tokenizer))
+    loss = scoring.held_out_loss(loaded.model, batches)
+    exact_match, label_accuracy = _accuracies(loaded, [row for row in rows.rows() if _has_prompt(row, loaded)])
+    return Score(loss.mean, math.exp(loss.mean), exact_match, label_accuracy, len(rows), loss.tokens)
 
 
-def _asks(row: Tokens, tuned: LoadedAdapter) -> bool:
-    """Whether there is a prompt: more than the token that begins every row."""
-    return row.prompt not in ((), (tuned.tokenizer.bos_token_id,))
+def _has_prompt(row: Tokens, loaded: LoadedAdapter) -> bool:
+    """Whether a row has a prompt: more than the token that begins every row."""
+    return row.prompt not in ((), (loaded.tokenizer.bos_token_id,))
 
 
-def _matches(tuned: LoadedAdapter, rows: Sequence[Tokens]) -> tuple[float | None, float | None]:
-    """Shares of rows completed exactly, and begun right. Rows with completions of like length share a batch."""
+def _accuracies(loaded: LoadedAdapter, rows: Sequence[Tokens]) -> tuple[float | None, float | None]:
+    """Shares of rows whose completion is exactly the expected one, and begins with it."""
     if not rows:
         return None, None
-    exact = starts = 0
-    for batch in _batches(rows, load.context_length(tuned.model.config)):
+    exact = begun = 0
+    for batch in _batches(rows, load.context_length(loaded.model.config)):
         longest = max(len(row.completion) for row in batch)
-        for row, ids in zip(batch, tuned.complete([row.prompt for row in batch], longest), strict=True):
+        for row, ids in zip(batch, loaded.complete([row.prompt for row in batch], longest), strict=True):
             exact += tuple(ids) == row.completion
-            starts += tuned.text(ids).startswith(tuned.text(row.completion))
-    return exact / len(rows), starts / len(rows)
+            begun += loaded.text(ids).startswith(loaded.text(row.completion))
+    return exact / len(rows), begun / len(rows)
 
 
-def _batches(rows: Sequence[Tokens], limit: int | None) -> Iterator[list[Tokens]]:
-    """Batches of rows with completions of like length. Their prompts are completed to the longest of these; none
-    then goes beyond the model's context, if no row did. limit: see `model.context_length`."""
+def _batches(rows: Sequence[Tokens], context_length: int | None) -> Iterator[list[Tokens]]:
+    """Batches of rows with completions of similar length.
+
+    The prompts of a batch are all completed to the longest expected completion. So a batch takes another row only if
+    its longest prompt and its longest completion fit in the context together.
+    """
     batch: list[Tokens] = []
     for row in sorted(rows, key=lambda row: len(row.completion)):
-        longest_prompt = max(len(one.prompt) for one in (*batch, row))
-        too_long = limit is not None and longest_prompt + len(row.completion) > limit
-        if batch and (too_long or len(batch) == inference.BATCH):
+        longest_prompt = max(len(member.prompt) for member in (*batch, row))
+        is_too_long = context_length is not None and longest_prompt + len(row.completion) > context_length
+        if batch and (is_too_long or len(batch) == inference.BATCH):
             yield batch
             batch = []
         batch.append(row)

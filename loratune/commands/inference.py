@@ -1,4 +1,4 @@
-"""An adapter directory, loaded and ready: base, adapter, tokenizer and renderer as they were in training."""
+"""An adapter directory that is loaded for use: base, adapter, tokenizer and renderer as they were in training."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,25 +12,28 @@ from loratune import kernels
 from loratune.config import DataSection, ModelSection
 from loratune.data.packing import pad
 from loratune.data.rendering import Renderer
-from loratune.errors import AdapterError, ModelError, Problem
+from loratune.errors import AdapterError, Code, ModelError, Problem
 from loratune.lora import attach, linear
 from loratune.lora.attach import PeftModel
 from loratune.lora.untouched import Untouched
 from loratune.model import device, fingerprints
-from loratune.model import load as load_module
 from loratune.model.fingerprints import Sampled
+from loratune.model.load import load_base, load_tokenizer, pad_id
 from loratune.training.preflight import AdapterInfo
 
 BATCH = 32
-"""How many prompts the stories hand to `LoadedAdapter.complete` at once."""
+"""How many prompts the commands hand to `LoadedAdapter.complete` at once."""
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """A base with its adapter on, and how prompts are rendered for it.
+    """A base with its adapter attached, and how prompts are rendered for it.
 
-    chat: the rows of training went through the chat template; base: a sample of the base, and what PEFT may have
-    changed of it, from before the adapter was attached; where: the adapter's path.
+    Attributes:
+        chat: Whether the rows of training went through the chat template.
+        base_sample: A sample of the base's weights, and the parts of the base that PEFT may change, both from before
+            the adapter was attached.
+        where: The path of the adapter, for messages.
     """
 
     model: PeftModel
@@ -38,107 +41,122 @@ class LoadedAdapter:
     renderer: Renderer
     data: DataSection
     chat: bool
-    base: tuple[Sampled, Untouched]
+    base_sample: tuple[Sampled, Untouched]
     where: str
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """Inside, the model is the base alone. Raises AdapterError: PEFT has changed the base for this adapter."""
-        sampled, before = self.base
-        with before.alone(self.model, self.where):
-            if not sampled.is_in(self.model):
-                what = "its base cannot be computed beside it: PEFT has changed the base's own weights for it"
-                raise AdapterError(Problem(what, self.where))
+        sample, untouched = self.base_sample
+        with untouched.alone(self.model, self.where):
+            if not sample.is_in(self.model):
+                what = "cannot be compared with its base: PEFT has changed the base's own weights for this adapter"
+                raise AdapterError(Problem(Code.INFERENCE_BASE_CHANGED, what, self.where))
             yield
 
     @torch.inference_mode()
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, streamer: Any = None
     ) -> list[list[int]]:
-        """Answer prompts, given as ids, in one batch. Returns the new ids of each, its end included.
+        """Complete a batch of prompts.
 
-        temperature: 0 takes the likeliest token; above it, tokens are sampled. streamer: transformers' own, for one
-        prompt at a time.
+        Args:
+            prompts: The ids of each prompt.
+            max_new_tokens: The longest completion.
+            temperature: 0 for the likeliest token; above it, tokens are sampled.
+            streamer: A streamer of transformers, for a single prompt.
+
+        Returns:
+            The new ids of each prompt, with the token that ends the completion.
         """
-        pad_id = load_module.pad_id(self.tokenizer)
+        padding = pad_id(self.tokenizer)
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
             temperature=temperature if temperature > 0 else None,
             eos_token_id=list(self.renderer.end_ids),
-            pad_token_id=pad_id,
+            pad_token_id=padding,
         )
-        batch = pad([{"input_ids": ids} for ids in prompts], pad_id, "left")
+        batch = pad([{"input_ids": ids} for ids in prompts], padding, "left")
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         with kernels.inference_lora(self.model, linear.linear):
             ids = self.model.generate(**batch, generation_config=settings, streamer=streamer)
-        return [self._ended(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
+        return [self._until_end(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
 
     def text(self, ids: Sequence[int]) -> str:
-        """An answer as text, without its end."""
+        """A completion as text, without the token that ends it."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        """Cut after the first end; what follows it is padding."""
-        ends = [place for place, token in enumerate(ids) if token in self.renderer.end_ids]
+    def _until_end(self, ids: list[int]) -> list[int]:
+        """The ids up to the first end token; what follows it is padding."""
+        ends = [position for position, token in enumerate(ids) if token in self.renderer.end_ids]
         return ids[: ends[0] + 1] if ends else ids
 
 
-def load(opened: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> LoadedAdapter:
-    """Load the base of an adapter directory, and put the adapter on it.
+def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> LoadedAdapter:
+    """Load the base of an adapter directory and attach the adapter.
 
-    Raises ConfigError: see `model.check_machine`. Raises ModelError: the base cannot be loaded. Raises AdapterError:
-    see `adapter.load`; another base than the one it was trained on, which is noted where it is forced; no finite
-    numbers come out.
+    Raises:
+        ConfigError: See `device.check_machine`.
+        ModelError: The base cannot be loaded.
+        AdapterError: See `attach.load`; the base is not the one that the adapter was trained on, which is logged
+            instead where the user forces it; base and adapter do not give finite numbers.
     """
-    device.check_machine(opened.base)
-    path = opened.saved.path
+    device.check_machine(adapter.base)
+    path = adapter.saved.path
     own_tokenizer = (path / "tokenizer_config.json").is_file()
     try:
-        base = load_module.load_base(opened.base)
+        base = load_base(adapter.base)
     except ModelError as error:
         fix = f"if the base has moved, set base_model_name_or_path in {path / 'adapter_config.json'}"
         raise ModelError(
-            [replace(one, key="", fix=f"{one.fix}; {fix}" if one.fix else fix) for one in error.problems]
+            [
+                replace(problem, key="", fix=f"{problem.fix}; {fix}" if problem.fix else fix)
+                for problem in error.problems
+            ]
         ) from None
     try:
-        tokenizer = load_module.load_tokenizer(ModelSection(name_or_path=str(path)) if own_tokenizer else opened.base)
+        tokenizer = load_tokenizer(ModelSection(name_or_path=str(path)) if own_tokenizer else adapter.base)
     except ModelError as error:
         raise AdapterError(error.problems) if own_tokenizer else error from None
     renderer = Renderer(tokenizer, base.config.get_text_config().vocab_size)
-    for line in attach.ignored(opened.saved):
+    for line in attach.ignored(adapter.saved):
         log(line)
-    identity = fingerprints.fingerprint(base, like=opened.saved.base_fingerprint)
-    before = fingerprints.Sampled(base), attach.before_load(base, opened.saved)
-    tuned = attach.load(base, opened.saved)
-    _check_base(opened, identity, log)
-    _check_computes(tuned, opened, tokenizer.eos_token_id or 0)
-    return LoadedAdapter(tuned, tokenizer, renderer, opened.data, opened.chat, before, str(path))
+    fingerprint = fingerprints.fingerprint(base, like=adapter.saved.base_fingerprint)
+    base_sample = fingerprints.Sampled(base), attach.before_load(base, adapter.saved)
+    model = attach.load(base, adapter.saved)
+    _check_base(adapter, fingerprint, log)
+    _check_output(model, adapter, tokenizer.eos_token_id or 0)
+    return LoadedAdapter(model, tokenizer, renderer, adapter.data, adapter.chat, base_sample, str(path))
 
 
-def _check_base(opened: AdapterInfo, found: str, log: Callable[[str], None]) -> None:
-    recorded, where = opened.saved.base_fingerprint, str(opened.saved.path)
-    if recorded in (None, found):
+def _check_base(adapter: AdapterInfo, fingerprint: str, log: Callable[[str], None]) -> None:
+    """Raises AdapterError: the base has another fingerprint than the one recorded, and this is not forced."""
+    recorded, where = adapter.saved.base_fingerprint, str(adapter.saved.path)
+    if recorded in (None, fingerprint):
         return
-    what = f"was trained on another base than {opened.base.name_or_path}, by its shape and a sample of its weights"
-    fix = "give it its base"
+    code, fix = Code.INFERENCE_OTHER_BASE, "use its base"
+    what = f"was trained on another base than {adapter.base.name_or_path}, by its shape and a sample of its weights"
     if not fingerprints.is_comparable(str(recorded)):
-        what, fix = "records its base in a way that this release of loratune does not know", "upgrade loratune"
-    if not opened.forced:
-        raise AdapterError(Problem(what, where, fix=f"{fix}, or use it all the same with --force"))
-    log(str(Problem(what, where)))
+        code, fix = Code.INFERENCE_UNKNOWN_FINGERPRINT, "upgrade loratune"
+        what = "records the fingerprint of its base in a version that this release of loratune does not know"
+    if not adapter.forced:
+        raise AdapterError(Problem(code, what, where, fix=f"{fix}, or use the adapter all the same with --force"))
+    log(str(Problem(code, what, where)))
 
 
 @torch.inference_mode()
-def _check_computes(tuned: PeftModel, opened: AdapterInfo, token: int) -> None:
-    """One token through base and adapter: values of a configuration that PEFT takes as they are show only here."""
-    where = str(opened.saved.path)
+def _check_output(model: PeftModel, adapter: AdapterInfo, token: int) -> None:
+    """Compute the logits of one token: values in a configuration that PEFT does not check show only here.
+
+    Raises AdapterError: base and adapter fail, or give NaN or inf.
+    """
+    where, name = str(adapter.saved.path), adapter.base.name_or_path
     try:
-        logits = tuned(input_ids=torch.tensor([[token]], device=tuned.device), use_cache=False).logits
+        logits = model(input_ids=torch.tensor([[token]], device=model.device), use_cache=False).logits
     except Exception as error:
-        raise AdapterError(
-            Problem(f"does not compute with its base {opened.base.name_or_path}: {error}", where)
-        ) from None
+        what = f"cannot be computed with its base {name}: {error}"
+        raise AdapterError(Problem(Code.INFERENCE_FAILED, what, where)) from None
     if not logits.isfinite().all():
-        raise AdapterError(Problem(f"gives NaN or inf with its base {opened.base.name_or_path}", where))
+        raise AdapterError(Problem(Code.INFERENCE_NOT_FINITE, f"gives NaN or inf with its base {name}", where))

@@ -1,6 +1,7 @@
-"""The story of `loratune params`: exact counts from the model's configuration alone, before anything is downloaded."""
+"""`loratune params`: exact counts from the model's configuration alone, before anything is downloaded."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from loratune import memory
 from loratune.config import RunConfig
@@ -13,10 +14,16 @@ from loratune.model import device, load
 
 
 @dataclass(frozen=True)
-class Group:
-    """Adapted modules of one place, shape and rank.
+class ModuleGroup:
+    """Adapted modules that share their pattern, shape and rank.
 
-    role: one, or several joined by commas; shape: inputs and outputs of the layer; trainable: of all of them.
+    Attributes:
+        role: The role of the modules; several, joined by commas, where one module serves them all.
+        pattern: The common pattern of their paths.
+        modules: How many there are.
+        shape: Inputs and outputs of each layer.
+        rank: The rank of each adapter.
+        trainable: Trained parameters of all of them.
     """
 
     role: str
@@ -29,20 +36,29 @@ class Group:
 
 @dataclass(frozen=True)
 class Params:
-    """What would be trained, and what it would take.
+    """What would be trained, and the memory for it.
 
-    layers: number of a layer → trained parameters in it; others: pattern → trained parameters outside the adapted
-    modules (whole modules, tokens, biases); fused: pattern → the roles that one module serves; along: pattern → those
-    of them that were not asked for; notes: what is better known; memory: for `batch` rows of `length` tokens.
+    Attributes:
+        count: Trainable parameters, and all parameters.
+        groups: The adapted modules.
+        layers: Number of a layer → trained parameters in it.
+        others: Pattern → trained parameters outside the adapted modules: whole modules, tokens, biases.
+        targets: Role → patterns of its modules.
+        fused: Pattern → the roles that one module serves.
+        shared_roles: Pattern → those of its roles that the config does not name, and that are adapted all the same.
+        notes: Lines that the user should see.
+        memory: The estimate for a batch of `batch` rows of `length` tokens.
+        batch: Rows of a batch.
+        length: Tokens of a row.
     """
 
     count: Count
-    groups: list[Group]
+    groups: list[ModuleGroup]
     layers: dict[int, int]
     others: dict[str, int]
     targets: dict[str, list[str]]
     fused: dict[str, tuple[str, ...]]
-    along: dict[str, list[str]]
+    shared_roles: dict[str, list[str]]
     notes: list[str]
     memory: memory.Estimate
     batch: int
@@ -51,34 +67,48 @@ class Params:
     @property
     def roles(self) -> dict[str, int]:
         """Role → trained parameters; roles that share a module are counted together, as `q, k, v`."""
-        found: dict[str, int] = {}
+        by_role: dict[str, int] = {}
         for group in self.groups:
-            found[group.role] = found.get(group.role, 0) + group.trainable
-        return found
+            by_role[group.role] = by_role.get(group.role, 0) + group.trainable
+        return by_role
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "trainable": self.count.trainable,
+            "total": self.count.total,
+            "percent": self.count.percent,
+            "adapter_bytes": self.count.adapter_bytes,
+            "targets": self.targets,
+            "roles": self.roles,
+            "layers": self.layers,
+            "others": self.others,
+            "memory": self.memory.parts(),
+        }
 
 
 def params(run: RunConfig) -> Params:
     """Count on the meta device: neither weights nor memory are needed, whatever the size of the model.
 
-    Raises ModelError: no configuration to be had, or targets that find nothing.
+    Raises ModelError: the model's configuration cannot be read, or the targets match no module.
     """
     base = load.build_meta(load.load_config(run.model), run.model)
-    found = targets.find(base, run.lora)
-    adapted = attach.attach(base, run.lora, found.peft(), seed=0)
-    start = attach.initialize_adapter(adapted, run.lora)
+    matched = targets.find(base, run.lora)
+    adapted = attach.attach(base, run.lora, matched.peft(), seed=0)
+    adapter_init = attach.initialize_adapter(adapted, run.lora)
     layers: dict[int, int] = {}
-    for path in found.modules:
+    for path in matched.modules:
         if (number := number_of(path)) is not None:
             layers[number] = layers.get(number, 0) + counts.count_of(adapted, path)
     return Params(
-        count=attach.count(adapted, start),
-        groups=groups(adapted, found),
+        count=attach.count(adapted, adapter_init),
+        groups=_groups(adapted, matched),
         layers=layers,
-        others=_others(adapted, found),
-        targets=found.patterns(),
-        fused=found.fused,
-        along={place: roles for place, roles in found.along().items() if roles},
-        notes=[*found.notes, *counts.notes(adapted)],
+        others=_others(adapted, matched),
+        targets=matched.patterns(),
+        fused=matched.fused,
+        shared_roles={module_pattern: roles for module_pattern, roles in matched.along().items() if roles},
+        notes=[*matched.notes, *counts.notes(adapted)],
         memory=_memory(run, adapted),
         batch=run.training.per_device_train_batch_size,
         length=run.data.max_length,
@@ -86,34 +116,34 @@ def params(run: RunConfig) -> Params:
 
 
 def _memory(run: RunConfig, adapted: PeftModel) -> memory.Estimate:
-    """At the configured batch of rows of `max_length`, all of whose tokens are learnt."""
+    """The estimate for the configured batch of rows of `max_length`, all of whose tokens are supervised."""
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
     held = memory.Held(device.compute_dtype(run.model), run.model.quantization)
     rows = [(length, length - 1)] * batch
     return memory.estimate(adapted, rows, batch, run.training, held=held, device=device.device())
 
 
-def groups(adapted: PeftModel, found: Targets) -> list[Group]:
-    """The adapted modules by place, shape and rank, with all the roles that a place serves."""
-    result = []
-    for place, roles in found.places().items():
-        alike: dict[tuple[tuple[int, int], int], list[int]] = {}
-        for path in found.modules:
-            if pattern(path) == place:
+def _groups(adapted: PeftModel, matched: Targets) -> list[ModuleGroup]:
+    """The adapted modules by pattern, shape and rank, each with all roles that it serves."""
+    groups = []
+    for module_pattern, roles in matched.places().items():
+        sizes_by_kind: dict[tuple[tuple[int, int], int], list[int]] = {}
+        for path in matched.modules:
+            if pattern(path) == module_pattern:
                 kind = counts.shape_of(adapted, path), counts.rank_of(adapted, path)
-                alike.setdefault(kind, []).append(counts.count_of(adapted, path))
-        result += [
-            Group(", ".join(roles), place, len(sizes), shape, rank, sum(sizes))
-            for (shape, rank), sizes in alike.items()
+                sizes_by_kind.setdefault(kind, []).append(counts.count_of(adapted, path))
+        groups += [
+            ModuleGroup(", ".join(roles), module_pattern, len(sizes), shape, rank, sum(sizes))
+            for (shape, rank), sizes in sizes_by_kind.items()
         ]
-    return result
+    return groups
 
 
-def _others(adapted: PeftModel, found: Targets) -> dict[str, int]:
-    """Trained parameters outside the factors of the adapted modules, by what they are called."""
-    within = tuple(f"{path}." for path in found.modules)
+def _others(adapted: PeftModel, matched: Targets) -> dict[str, int]:
+    """Trained parameters outside the adapted modules, by the pattern of their names."""
+    prefixes = tuple(f"{path}." for path in matched.modules)
     others: dict[str, int] = {}
     for name, size in counts.trained(adapted).items():
-        if not name.startswith(within):
+        if not name.startswith(prefixes):
             others[pattern(name)] = others.get(pattern(name), 0) + size
     return others

@@ -1,4 +1,8 @@
-"""The story of `loratune train`: a config and its rows become an adapter directory."""
+"""`loratune train`: a config and its rows become an adapter directory.
+
+`train` is the whole run from top to bottom. `make_plan` is the part before the first step, which is all that
+`--dry-run` does.
+"""
 
 import gc
 import math
@@ -6,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,8 @@ from loratune import config, data, escaping, kernels, memory
 from loratune.commands import card
 from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory
-from loratune.data.formats import Conversation, Example, Plain
 from loratune.data.packing import Batches
-from loratune.errors import ModelError, NumericError, Problem, ResourceError
+from loratune.errors import Code, ModelError, NumericError, Problem, ResourceError
 from loratune.lora import adapter_files, attach, counts, optimizers, sharded, targets
 from loratune.lora.attach import PeftModel
 from loratune.lora.counts import Count
@@ -33,24 +36,20 @@ from loratune.training.callbacks import Progress
 from loratune.training.checkpoints import KEPT, Checkpoints
 from loratune.training.gain import Gain
 from loratune.training.preflight import ValidatedRun
+from loratune.training.resume import Resumed
 from loratune.training.run_dir import RunDirectory
 from loratune.training.tokenization import TokenizedDatasets, tokenised
 from loratune.training.trainer import Outcome
 
-_BESIDE = 40_000
-"""Bytes of a checkpoint beside weights and optimizer: random states, the trainer's own, a card."""
-
-
-_PLENTY = 2
-"""So many times what a run is thought to need must be free for it to start without trying its largest batch."""
+_CHECKPOINT_OVERHEAD = 40_000
+"""Bytes of a checkpoint besides weights and optimizer: random states, the trainer's own state, and a model card."""
+_SPARE_MEMORY = 2
+"""A run whose estimate, times this factor, exceeds the free memory tries its largest batch before it starts."""
 
 
 @dataclass(frozen=True)
 class Reporter:
-    """Whoever is told how a run goes.
-
-    log: takes a line; plan: what is about to be trained; watch: passes over the data; progress: the steps.
-    """
+    """Receives what a run reports: lines, the plan before the first step, and the progress over data and steps."""
 
     log: Callable[[str], None]
     plan: Callable[["Plan"], None]
@@ -62,319 +61,335 @@ class Reporter:
 class Plan:
     """Everything that is known before the first step.
 
-    config: with absolute paths; processes: of the run; given: the rows as read, None in processes that did not read
-    them; base_as_recorded: the base's fingerprint in the version that the checkpoint holds which is resumed; files:
-    those of the base; acceleration: what of the model the kernels compute.
+    Attributes:
+        config: The configuration, with absolute paths.
+        processes: How many processes the run has.
+        train_split: The training rows as read; None in a process that did not read them.
+        model: The base with the adapter attached.
+        memory: The estimate of the memory that training needs.
+        notes: Lines that the user should see.
+        recorded_fingerprint: That of the base, in the version that the checkpoint to resume from uses.
+        base_files: The files of the base, to see whether they change.
+        acceleration: Which layers the kernels compute.
+        example_prompt: A prompt to try the adapter with, quoted for a shell.
     """
 
     config: RunConfig
     processes: int
-    given: DatasetSplit | None
+    train_split: DatasetSplit | None
     tokenizer: Any
     model: PeftModel
     targets: Targets
-    start: AdapterInit
+    adapter_init: AdapterInit
     count: Count
-    rows: TokenizedDatasets
-    train: Batches
-    validation: Batches | None
+    datasets: TokenizedDatasets
+    train_batches: Batches
+    validation_batches: Batches | None
     memory: memory.Estimate
     notes: list[str]
     base_fingerprint: str
-    base_as_recorded: str
-    files: base_files.Files
+    recorded_fingerprint: str
+    base_files: base_files.Files
     acceleration: kernels.Acceleration
-    try_it: str
+    example_prompt: str
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
-        """Of the base and the rows; see `model.fingerprint` and `TokenizedDataset.fingerprint`."""
-        rows = self.rows
-        validation = rows.validation.fingerprint if rows.validation else None
-        return {"base": self.base_fingerprint, "data": rows.train.fingerprint, "validation": validation}
+        """Of the base, the training rows and the validation rows."""
+        datasets = self.datasets
+        validation = datasets.validation.fingerprint if datasets.validation else None
+        return {"base": self.base_fingerprint, "data": datasets.train.fingerprint, "validation": validation}
 
-    def rendered(self, number: int = 0) -> Iterator[tuple[str, bool]]:
-        """A training row as text, piece by piece, and whether the piece is learnt."""
-        row, start = self.rows.train.rows.row(number), 0
-        spans = [(max(first, 1), end) for first, end in row.spans]  # the first token follows nothing
+    def row_text(self, number: int = 0) -> Iterator[tuple[str, bool]]:
+        """A training row as pieces of text, each with whether it is supervised."""
+        row, start = self.datasets.train.rows.row(number), 0
+        spans = [(max(first, 1), end) for first, end in row.spans]  # The first token has no token before it.
         for span in [*spans, (len(row.ids), len(row.ids))]:
-            for ids, learnt in ((row.ids[start : span[0]], False), (row.ids[slice(*span)], True)):
+            for ids, supervised in ((row.ids[start : span[0]], False), (row.ids[slice(*span)], True)):
                 if ids:
-                    yield self.tokenizer.decode(ids), learnt
+                    yield self.tokenizer.decode(ids), supervised
             start = span[1]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A published adapter. shown: its directory as the user named it; try_it: a prompt. Both are quoted for a shell.
+    """A published adapter.
 
-    gain: over the base; left: what of the model was not computed the fast way.
+    Attributes:
+        quoted_directory: The adapter directory as the user wrote it, quoted for a shell.
+        adapter_bytes: The size of the file of weights.
+        fallbacks: Kinds of layers that were not accelerated.
+        example_prompt: A prompt to try the adapter with, quoted for a shell.
     """
 
     directory: Path
-    shown: str
+    quoted_directory: str
     adapter_bytes: int
     outcome: Outcome
     gain: Gain
-    left: list[str]
-    try_it: str
+    fallbacks: list[str]
+    example_prompt: str
 
 
-def plan(ready: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
-    """Load the tokenizer, tokenize the rows; then load the model, and attach LoRA.
+@dataclass(frozen=True)
+class _Trained:
+    """A finished run that is to be published. changes: settings that were changed when it was resumed."""
+
+    plan: Plan
+    weights: Weights
+    outcome: Outcome
+    gain: Gain
+    changes: Sequence[Mapping[str, Any]]
+
+
+def train(
+    validated: ValidatedRun, reporter: Reporter, group: Group = SINGLE_PROCESS, *, allow_worse: bool = False
+) -> Result | None:
+    """Train an adapter, check it, and publish its directory.
+
+    Args:
+        validated: The run, with its config, rows and output directory checked.
+        reporter: Receives lines, the plan, and the progress.
+        group: The processes of the run.
+        allow_worse: Also publish an adapter that does worse than its base.
+
+    Returns:
+        The published adapter; None in every process but the main one, which alone writes.
+
+    Raises:
+        ModelError, DataError: The base, the tokenizer or the rows cannot be used.
+        NumericError: A number is not finite, nothing was learned, or the adapter is worse than its base.
+        ResumeError: The checkpoint does not belong to this run.
+        LockedError: Another run uses the output directory.
+        ResourceError: Memory or disk ran out.
+        LostError: Another process of the run is gone.
+        KeyboardInterrupt: The user stopped the run.
+    """
+    with run_dir.claimed(validated.space) if group.main else nullcontext(validated.space) as space:
+        if group.main:
+            group.on_end(space.leave)
+            if validated.resumed is not None and not allow_worse:
+                gain.check_undecided(space, validated.resumed)
+        plan = make_plan(validated, reporter.watch, group)
+        identity = _identity(plan, validated)
+        if group.main:
+            space.begin(resume=validated.resumed is not None)
+        if group.leads_machine:
+            data.forget_old()
+        group.all_gather(None)  # A signal now finds either all processes before the next line, or all behind it.
+        with signals.deferred(repeated=group.count > 1) as stop:
+            control = _control(plan, validated, identity, reporter, stop, group)
+            reporter.plan(plan)
+            outcome = _fit(plan, control)
+        if control.stopping() and stop.asked is not None:  # A signal can come after the trainer's last check.
+            raise stop.asked
+        trainer.check_sound(plan.model, plan.train_batches, control.checkpoints, outcome.steps)
+        weights = sharded.whole(plan.model)
+        comparison = _compare_with_base(plan, weights, outcome, control, reporter)
+        if comparison.verdict == "worse" and not allow_worse:
+            gain.refuse(comparison, outcome.steps, validated.space, group)
+        _check_base_files(plan, group, thoroughly=True)
+        group.close()
+        if not group.main:
+            return None
+        return _publish(_Trained(plan, weights, outcome, comparison, identity["changes"]), space, reporter.log)
+
+
+def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
+    """Load the tokenizer and tokenize the rows; then load the base and attach the adapter.
 
     Raises ModelError, DataError.
     """
-    run = ready.config
+    run = validated.config
     device.check_machine(run.model)
     device.check_kernels(run.model, gpu=device.device().type != "cpu")
     kernels.keep_pages()
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
-    rows = tokenised(ready, tokenizer, watch, group)
-    base, files, identity = _base(run, group)
-    recorded = ready.resumed.base_fingerprint if ready.resumed else identity
-    as_recorded = identity if fingerprints.is_present(recorded) else fingerprints.fingerprint(base, like=recorded)
-    found = targets.find(load.unpacked(base, run.model), run.lora)
+    datasets = tokenised(validated, tokenizer, watch, group)
+    base, files, fingerprint, recorded_fingerprint = _load_base(validated, group)
+    matched = targets.find(load.unpacked(base, run.model), run.lora)
     origin = {"base_name": run.model.name_or_path, "revision": run.model.revision}
-    adapted = attach.attach(base, run.lora, found.peft(), seed=run.training.seed, **origin)
-    batches = batching.batch(adapted, load.pad_id(tokenizer), rows.train, rows.validation, run.data, run.training)
-    start = attach.initialize_adapter(
-        adapted,
-        run.lora,
-        batches=batching.first(batches.train),
-        originals=partial(base_files.original_weights, run.model, base),
-    )
+    model = attach.attach(base, run.lora, matched.peft(), seed=run.training.seed, **origin)
+    pad_id = load.pad_id(tokenizer)
+    batches = batching.batch(model, pad_id, datasets.train, datasets.validation, run.data, run.training)
+    first, originals = batching.first(batches.train), partial(base_files.original_weights, run.model, base)
+    adapter_init = attach.initialize_adapter(model, run.lora, batches=first, originals=originals)
     return Plan(
         config=run,
         processes=group.count,
-        given=ready.rows.train if ready.rows else None,
+        train_split=validated.rows.train if validated.rows else None,
         tokenizer=tokenizer,
-        model=adapted,
-        targets=found,
-        count=attach.count(adapted, start),
-        start=start,
-        rows=rows,
-        train=batches.train,
-        validation=batches.validation,
-        memory=memory.estimate(adapted, *batching.largest(batches.train, rows.train), run.training),
-        notes=[*device.notes(run.model), *batches.notes, *found.notes, *counts.notes(adapted)],
-        base_fingerprint=identity,
-        base_as_recorded=as_recorded,
-        files=files,
+        model=model,
+        targets=matched,
+        adapter_init=adapter_init,
+        count=attach.count(model, adapter_init),
+        datasets=datasets,
+        train_batches=batches.train,
+        validation_batches=batches.validation,
+        memory=memory.estimate(model, *batching.largest(batches.train, datasets.train), run.training),
+        notes=[*device.notes(run.model), *batches.notes, *matched.notes, *counts.notes(model)],
+        base_fingerprint=fingerprint,
+        recorded_fingerprint=recorded_fingerprint,
+        base_files=files,
         acceleration=batches.acceleration,
-        try_it=_prompt_of(ready.rows.train) if ready.rows else "",
+        example_prompt=card.example_prompt(validated.rows.train) if validated.rows else "",
     )
 
 
-def train(
-    ready: ValidatedRun, reporter: Reporter, group: Group = SINGLE_PROCESS, *, allow_worse: bool = False
-) -> Result | None:
-    """Train, check and publish. Returns None in all processes but the main one, which alone writes.
+def _load_base(validated: ValidatedRun, group: Group) -> tuple[Any, base_files.Files, str, str]:
+    """The base, its files (which one process of each machine watches), its fingerprint, and the recorded fingerprint.
 
-    allow_worse: publish an adapter that does worse than its base as well.
-    Raises ModelError, DataError; NumericError: a number that is not finite, nothing learnt, or worse than the base;
-    ResumeError; LockedError; ResourceError: out of memory, or no room on the disk; LostError: another process has gone.
-    Raises KeyboardInterrupt: stopped by the user.
+    Raises ModelError: the base has weights that are not finite, or processes have loaded different bases.
     """
-    with run_dir.claimed(ready.space) if group.main else nullcontext(ready.space) as space:
+    model = validated.config.model
+    base = load.load_base(model)
+    files = load.files(model) if group.leads_machine else base_files.Files(None)
+    checks.check_finite(base, model.name_or_path)
+    fingerprint = fingerprints.fingerprint(base)
+    if group.broadcast(fingerprint) != fingerprint:
+        what, fix = f"the base on {host()} differs from that of the main process", "give all machines the same files"
+        raise ModelError(Problem(Code.TRAIN_BASES_DIFFER, what, model.name_or_path, "model.name_or_path", fix))
+    recorded = validated.resumed.base_fingerprint if validated.resumed else fingerprint
+    present = fingerprints.is_present(recorded)
+    return base, files, fingerprint, fingerprint if present else fingerprints.fingerprint(base, like=recorded)
+
+
+def _identity(plan: Plan, validated: ValidatedRun) -> dict[str, Any]:
+    """What checkpoints record of the run. Raises ResumeError: it differs from the run that was interrupted."""
+    resumed, row_counts = validated.resumed, plan.datasets.train.report.counts()
+    computation = conditions.conditions(plan.model, plan.acceleration.fallbacks)
+    identity = resume.identity(plan.config.resolved(), plan.fingerprints, row_counts, computation)
+    if resumed is None:
+        return identity
+    resume.check_same(resumed, identity, validated.allowed, base=plan.recorded_fingerprint)
+    return identity | {"changes": [*resumed.changes, *resume.differences(resumed, identity)]}
+
+
+def _control(
+    plan: Plan, validated: ValidatedRun, identity: Mapping[str, Any], reporter: Reporter, stop: Stop, group: Group
+) -> trainer.Run:
+    """Checkpoints, progress and the point to continue from. Raises ResourceError: the disk is too small."""
+    size, resumed = 2 * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD, validated.resumed
+    checkpoints = Checkpoints(validated.space.checkpoints, identity, size, written=group.main)
+    after_checkpoint = partial(_check_base_files, plan, group)
+    if resumed is None:
         if group.main:
-            group.on_end(space.leave)
-            if ready.resumed is not None and not allow_worse:
-                gain.check_undecided(space, ready.resumed)
-        run = plan(ready, reporter.watch, group)
-        identity = _identity(run, ready)
-        if group.main:
-            space.begin(resume=ready.resumed is not None)
-        if group.leads_machine:
-            data.forget_old()
-        group.all_gather(None)  # so that a signal finds all of them on this side of the next line, or none
-        with signals.deferred(repeated=group.count > 1) as stop:
-            kept = _kept(run, ready, identity, reporter, stop, group)
-            reporter.plan(run)
-            outcome = _fit(run, kept)
-        if kept.stopping() and stop.asked is not None:  # since the trainer looked for the last time
-            raise stop.asked
-        trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
-        trained = sharded.whole(run.model)
-        gained = _compared(run, trained, outcome, kept, reporter)
-        if gained.verdict == "worse" and not allow_worse:
-            gain.refuse(gained, outcome.steps, ready.space, group)
-        _check_files(run, group, thoroughly=True)
-        group.close()
-        if not group.main:
-            return None
-        return _publish(run, trained, outcome, gained, identity["changes"], space, reporter.log)
+            check_free_space(validated.space.partial, (KEPT + 1) * size + load.tokenizer_bytes(plan.tokenizer))
+        return trainer.Run(checkpoints, reporter.progress, stop, group, after_checkpoint=after_checkpoint)
+    for line in _resume_notes(plan, resumed, identity):
+        reporter.log(line)
+    place, rescaled = resumed.checkpoint, resumed.rescaled
+    return trainer.Run(checkpoints, reporter.progress, stop, group, place, rescaled, after_checkpoint)
 
 
-def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, reporter: Reporter) -> Gain:
-    """How the adapter compares with its base. Raises NumericError: it gives a loss that is not finite."""
-    validation = {"validation": run.rows.validation} if run.rows.validation else {}
-    parts, pad_id = validation | {"training": run.rows.train}, load.pad_id(run.tokenizer)
-    sample = run.model, run.start, trained, parts, pad_id, outcome.tokens
-    gained = gain.measure(*sample, run.acceleration, kept.group, reporter.log)
-    if not math.isfinite(gained.adapter):
-        what, key = f"after the last step the loss of some {gained.split} rows is NaN or inf", "training.learning_rate"
-        raise callbacks.diverged_error(Problem(what, key=key, fix="lower it"), kept.checkpoints, outcome.steps)
-    return gained
+def _resume_notes(plan: Plan, resumed: Resumed, identity: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about the checkpoint that the run continues from, and what has changed since."""
+    yield from map(str, resumed.skipped)
+    for key in resumed.forgotten:
+        yield f"{key}: was empty in the release of loratune that began the run; this release has no such key"
+    for change in identity["changes"]:
+        yield f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
+    if resume.differences(resumed, identity):
+        yield "so the result may differ in its last digits from that of an uninterrupted run"
+    elif "conditions" not in resumed.before:
+        yield "the checkpoint does not record what it was computed with: the result may differ in its last digits"
+    yield f"resuming from step {resumed.step}"
+    before = resumed.before.get("processes", 1)
+    if before != plan.processes and plan.config.lora.lora_dropout:
+        yield f"dropout is drawn differently from here on: {plan.processes} processes instead of {before}"
 
 
-def _publish(
-    run: Plan,
-    trained: Weights,
-    outcome: Outcome,
-    gained: Gain,
-    changes: Sequence[Mapping[str, Any]],
-    space: RunDirectory,
-    log: Callable[[str], None],
-) -> Result:
-    size = run.count.adapter_bytes + load.tokenizer_bytes(run.tokenizer)
+def _fit(plan: Plan, control: trainer.Run) -> Outcome:
+    """Train the adapter. Raises ResourceError: out of memory; it names settings that would save some."""
+    training = plan.config.training
+    scarce = any(control.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
+    optimizer = partial(optimizers.split, plan.model, plan.config.lora, weight_decay=training.weight_decay)
+    batches = plan.train_batches, plan.validation_batches
     try:
-        with explain_full_disk("the adapter directory", size, space.partial, "make room, then --resume"):
-            size = _stage(run, trained, outcome, gained, changes, space)
-            for path in space.publish():
-                log(f"{path} is not of the run's making, and stays there")
-    except NumericError:
-        space.forget_checkpoints()  # nothing was learnt, and going on from there would end the same
-        raise
-    return Result(space.output, escaping.shell(space.named), size, outcome, gained, run.acceleration.left, run.try_it)
-
-
-def _fit(run: Plan, kept: trainer.Run) -> Outcome:
-    training = run.config.training
-    scarce = any(kept.group.all_gather(_PLENTY * run.memory.total > memory.available(run.model.device)))
-    optimizer = partial(optimizers.split, run.model, run.config.lora, weight_decay=training.weight_decay)
-    try:
-        if run.config.model.use_liger_kernel:
-            kernels.use_liger(run.model)
+        if plan.config.model.use_liger_kernel:
+            kernels.use_liger(plan.model)
         gc.collect()
-        gc.freeze()  # rows and model stay: the collector need not walk them at every few steps
-        with run.acceleration.applied(run.model):
-            if run.config.model.torch_compile:
-                kernels.compile_layers(run.model)
-            return trainer.fit(training, run.model, run.train, run.validation, kept, optimizer, rehearsed=scarce)
+        gc.freeze()  # Rows and model stay until the end, so the collector does not have to visit them again.
+        with plan.acceleration.applied(plan.model):
+            if plan.config.model.torch_compile:
+                kernels.compile_layers(plan.model)
+            return trainer.fit(training, plan.model, *batches, control, optimizer, rehearsed=scarce)
     except trainer.OutOfMemory as error:
         problem, evaluating = error.problems[0], error.evaluating
     if evaluating:
         fix = "lower training.per_device_train_batch_size, which evaluations use too, or data.max_length"
         raise ResourceError(replace(problem, fix=fix))
-    found = memory.savings(run.model, *batching.largest(run.train, run.rows.train), training)
-    fixes = [f"{change} (saves about {saved / (1 << 20):,.0f} MiB)" for change, saved in found]
+    savings = memory.savings(plan.model, *batching.largest(plan.train_batches, plan.datasets.train), training)
+    fixes = [f"{change} (saves about {size / (1 << 20):,.0f} MiB)" for change, size in savings]
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _base(run: RunConfig, group: Group) -> tuple[Any, base_files.Files, str]:
-    """The base, whose numbers were looked at; its files, which one process of each machine keeps an eye on; and its
-    fingerprint. Raises ModelError: processes have different ones."""
-    base = load.load_base(run.model)
-    files = load.files(run.model) if group.leads_machine else base_files.Files(None)
-    checks.check_finite(base, run.model.name_or_path)
-    own = fingerprints.fingerprint(base)
-    if group.broadcast(own) != own:
-        what, fix = f"the base on {host()} is another than that of the main process", "give all machines the same files"
-        raise ModelError(Problem(what, run.model.name_or_path, "model.name_or_path", fix))
-    return base, files, own
+def _compare_with_base(
+    plan: Plan, weights: Weights, outcome: Outcome, control: trainer.Run, reporter: Reporter
+) -> Gain:
+    """Measure how much better than its base the adapter is. Raises NumericError: it gives a loss that is NaN or inf."""
+    validation = {"validation": plan.datasets.validation} if plan.datasets.validation else {}
+    splits, pad_id = validation | {"training": plan.datasets.train}, load.pad_id(plan.tokenizer)
+    sample = plan.model, plan.adapter_init, weights, splits, pad_id, outcome.tokens
+    comparison = gain.measure(*sample, plan.acceleration, control.group, reporter.log)
+    if not math.isfinite(comparison.adapter):
+        what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
+        problem = Problem(Code.TRAIN_LOSS_NOT_FINITE, what, key="training.learning_rate", fix="lower it")
+        raise callbacks.diverged_error(problem, control.checkpoints, outcome.steps)
+    return comparison
 
 
-def _check_files(run: Plan, group: Group, *, thoroughly: bool = False) -> None:
+def _check_base_files(plan: Plan, group: Group, *, thoroughly: bool = False) -> None:
     """Raises ModelError: files of the base have changed since it was loaded, on any machine."""
-    changed = group.all_gather(run.files.changed(thoroughly=thoroughly))
+    what = "has changed since the run began"
+    fix = "restore it and continue from the last checkpoint with --resume, or start again with --overwrite"
+    changed = chain.from_iterable(group.all_gather(plan.base_files.changed(thoroughly=thoroughly)))
     if problems := [
-        Problem(
-            "has changed since the run began, which goes on from its last checkpoint",
-            path,
-            "model.name_or_path",
-            "put it back, then --resume; or start afresh with --overwrite",
-        )
-        for path in dict.fromkeys(chain.from_iterable(changed))
+        Problem(Code.TRAIN_BASE_CHANGED, what, path, "model.name_or_path", fix) for path in dict.fromkeys(changed)
     ]:
         raise ModelError(problems)
 
 
-def _identity(run: Plan, ready: ValidatedRun) -> dict[str, Any]:
-    """What is kept of the run in its checkpoints. Raises ResumeError: it is not the one that was interrupted."""
-    found, counts = ready.resumed, run.rows.train.report.counts()
-    computed = conditions.conditions(run.model, run.acceleration.left)
-    identity = resume.identity(run.config.resolved(), run.fingerprints, counts, computed)
-    if found is None:
-        return identity
-    resume.check_same(found, identity, ready.allowed, base=run.base_as_recorded)
-    return identity | {"changes": [*found.changes, *resume.differences(found, identity)]}
+def _publish(trained: _Trained, space: RunDirectory, log: Callable[[str], None]) -> Result:
+    """Put the adapter directory in its place, whole or not at all."""
+    plan = trained.plan
+    size = plan.count.adapter_bytes + load.tokenizer_bytes(plan.tokenizer)
+    try:
+        with explain_full_disk("the adapter directory", size, space.partial, "make room, then --resume"):
+            size = _stage(trained, space)
+            for path in space.publish():
+                log(f"{path} is kept: this run did not write it")
+    except NumericError:
+        space.forget_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
+        raise
+    named, fallbacks = escaping.shell(space.named), plan.acceleration.fallbacks
+    return Result(space.output, named, size, trained.outcome, trained.gain, fallbacks, plan.example_prompt)
 
 
-def _kept(
-    run: Plan, ready: ValidatedRun, identity: Mapping[str, Any], reporter: Reporter, stop: Stop, group: Group
-) -> trainer.Run:
-    """What the run is kept in and led by, and where it goes on. Raises ResourceError: the disk is too small."""
-    size, found = 2 * run.memory.adapter + run.memory.optimizer + _BESIDE, ready.resumed
-    checkpoints = Checkpoints(ready.space.checkpoints, identity, size, written=group.main)
-    unchanged = partial(_check_files, run, group)
-    if found is None:
-        if group.main:
-            check_free_space(ready.space.partial, (KEPT + 1) * size + load.tokenizer_bytes(run.tokenizer))
-        return trainer.Run(checkpoints, reporter.progress, stop, group, after_checkpoint=unchanged)
-    for problem in found.skipped:
-        reporter.log(str(problem))
-    for key in found.forgotten:
-        reporter.log(f"{key}: was empty in the release of loratune that began the run; this release has no such key")
-    for change in identity["changes"]:
-        was, now = f"was {change['was']} up to step {change['step']}", f"is {change['is']} from there"
-        reporter.log(f"{change['key']} {was}, and {now}")
-    if resume.differences(found, identity):
-        reporter.log("so the last bits of its numbers may be others than without the interruption")
-    elif "conditions" not in found.before:
-        reporter.log("the checkpoint does not say what it was computed with: the last bits of numbers may be others")
-    reporter.log(f"resuming from step {found.step}")
-    before = found.before.get("processes", 1)
-    if before != group.count and run.config.lora.lora_dropout:
-        reporter.log(f"dropout draws otherwise from there, with {group.count} processes in place of {before}")
-    return trainer.Run(checkpoints, reporter.progress, stop, group, found.checkpoint, found.rescaled, unchanged)
-
-
-def _stage(
-    run: Plan,
-    trained: Weights,
-    outcome: Outcome,
-    gained: Gain,
-    changes: Sequence[Mapping[str, Any]],
-    space: RunDirectory,
-) -> int:
-    """Put the whole adapter directory together beside its place. Returns the size of the adapter's weights in bytes."""
-    assert run.given is not None
+def _stage(trained: _Trained, space: RunDirectory) -> int:
+    """Write the whole adapter directory beside its place. Returns the size of the adapter's weights in bytes."""
+    plan, outcome, changes = trained.plan, trained.outcome, trained.changes
+    assert plan.train_split is not None
     space.stage()
-    size = attach.save(run.model, space.staging, run.start, trained)
-    run.tokenizer.save_pretrained(space.staging)
-    settings = run.config.resolved()
-    (space.staging / "run.yaml").write_text(config.dump(run.config), encoding="utf-8")
+    size = attach.save(plan.model, space.staging, plan.adapter_init, trained.weights)
+    plan.tokenizer.save_pretrained(space.staging)
+    settings = plan.config.resolved()
+    (space.staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
     text = card.model_card(
         settings,
         outcome.metrics,
         space.output.name,
-        run.try_it,
-        gain=str(gained),
-        formats=run.given.formats,
+        plan.example_prompt,
+        gain=str(trained.gain),
+        formats=plan.train_split.formats,
         changes=changes,
-        processes=run.processes,
+        processes=plan.processes,
     )
     (space.staging / "README.md").write_text(text, encoding="utf-8")
-    metrics = outcome.metrics | {"gain": gained.as_json()}
-    made = card.provenance(settings, metrics, outcome.curve, run.fingerprints)
-    made |= {"formats": run.given.formats, "chat": run.given.chat, "processes": run.processes}
-    made |= {"rows": run.rows.train.report.counts(), "changes": changes, "files": adapter_files.manifest(space.staging)}
-    write_json(space.staging / "loratune.json", made)
+    metrics = outcome.metrics | {"gain": trained.gain.as_json()}
+    record = card.provenance(settings, metrics, outcome.curve, plan.fingerprints)
+    record |= {"formats": plan.train_split.formats, "chat": plan.train_split.chat, "processes": plan.processes}
+    record |= {"rows": plan.datasets.train.report.counts(), "changes": changes}
+    record["files"] = adapter_files.manifest(space.staging)
+    write_json(space.staging / "loratune.json", record)
     return size
-
-
-def _prompt_of(rows: DatasetSplit, most: int = 200) -> str:
-    """The shortest prompt of the first rows, as one would type it after `loratune generate`; dots if none will do."""
-    asked = (text for text in map(_asked, islice(rows.examples(), 100)) if 0 < len(text) <= most)
-    prompt = min(asked, key=lambda text: (not escaping.is_plain(text), len(text)), default="...")
-    return ("-- " if prompt.startswith("-") else "") + escaping.shell(prompt)  # or it would be taken for an option
-
-
-def _asked(example: Example) -> str:
-    """What can be asked on a command line: raw text, or a single user's turn. Empty for anything else."""
-    if isinstance(example, Plain):
-        return " ".join(example.completion.split()[:8]) if example.whole else example.prompt
-    if isinstance(example, Conversation) and not example.tools and example.learnt("assistant")[:1] == (1,):
-        return str(example.messages[0]["content"]) if example.messages[0]["role"] == "user" else ""
-    return ""

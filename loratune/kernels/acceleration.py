@@ -119,10 +119,10 @@ Step = Callable[[Any], Iterable[tuple[str, nn.Module]]]
 class Acceleration:
     """Which layers of a model are computed by the kernels, as `accelerate` found it.
 
-    left: what stays as it is, in words; steps: what puts the kernels into the model, in this order.
+    fallbacks: what is not accelerated, in words; steps: what puts the kernels into the model, in this order.
     """
 
-    left: list[str]
+    fallbacks: list[str]
     steps: Sequence[Step] = ()
 
     @contextmanager
@@ -158,7 +158,7 @@ def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterato
     """`accelerate`, and inside that applied. Yields what stays as it is."""
     acceleration = accelerate(model, reader, sharded=sharded)
     with acceleration.applied(model):
-        yield acceleration.left
+        yield acceleration.fallbacks
 
 
 @contextmanager
