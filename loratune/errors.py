@@ -51,6 +51,8 @@ class Code(StrEnum):
     SYSTEM_LOCKED = "system.locked", "Another run is using the same directory."
 
     # Kernels (kernel.*)
+    KERNEL_NO_LIGER = "kernel.no_liger", "Liger has no kernels for the family of the model."
+    KERNEL_NO_LAYERS = "kernel.no_layers", "The model does not name its layers, so they cannot be compiled."
 
     # Data: sources and formats (data.*)
 

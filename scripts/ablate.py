@@ -34,16 +34,19 @@ from loratune.lora import attach, linear, targets
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT = {
     "nothing": "all pieces are there",
-    "loss": "all logits, and PyTorch's cross-entropy over what is learnt",
+    "loss": "all logits, and PyTorch's cross-entropy at supervised positions",
     "attention": "the model's own with a mask between rows, and PEFT's own LoRA",
     "feed-forward layers": "the model's own",
     "norms": "the model's own",
-    "C": "the same passes in plain PyTorch",
-    "allocator": "glibc as it comes",
+    "C": "the same operations in PyTorch",
+    "allocator": "glibc with its default settings",
     "packing": "rows padded to the longest of eight, in the order they come",
-    "everything": "all of these at once: PEFT as it comes, in bf16",
+    "everything": "all of these at once: PEFT, not accelerated, in bf16",
 }
-PIECES = {"loss": "_head", "attention": "_attention", "feed-forward layers": "_gated", "norms": "_norm"}
+PIECES = {
+    "loss": "acceleration._head", "attention": "replacements.replace_attention",
+    "feed-forward layers": "replacements.replace_gated", "norms": "replacements.replace_norm",
+}  # fmt: skip
 PACKED, PADDED = 2048, 8  # tokens of a packed batch, at most; rows of a padded one
 
 
@@ -104,7 +107,7 @@ def _measured(without: str, batches: Sequence[Mapping[str, Any]], path: Path, *,
     off = [*PIECES] if without == "everything" else [piece for piece in PIECES if piece == without]
     with ExitStack() as stack:
         for piece in off:  # patched, because nobody but this script wants a piece to be missing
-            stack.enter_context(patch(f"loratune.kernels.acceleration.{PIECES[piece]}", lambda *_: None))
+            stack.enter_context(patch(f"loratune.kernels.{PIECES[piece]}", lambda *_: None))
         stack.enter_context(kernels.accelerated(model, linear.linear))
         _step(model, batches[0])
         start = time.monotonic()

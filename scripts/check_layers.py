@@ -30,11 +30,10 @@ from transformers import PreTrainedModel
 from loratune import kernels
 from loratune.data.packing import flatten, pad
 from loratune.errors import ModelError
-from loratune.kernels import acceleration, masks
-from loratune.kernels.attention import Layout
-from loratune.kernels.parity_check import distance
+from loratune.kernels import acceleration, masks, replacements
+from loratune.kernels.attention import Layout, PerBatch
+from loratune.kernels.parity_check import relative_rms
 from loratune.kernels.recognition import LIST, Layer, checked
-from loratune.kernels.replacing import PerBatch
 from loratune.lora import linear
 from loratune.lora.targets import resolve
 
@@ -165,13 +164,13 @@ def _noted(calls: dict[nn.Module, Any]) -> Callable[..., None]:
 def candidates(module: nn.Module, sights: dict[nn.Module, masks.Sight]) -> Iterator[tuple[str, nn.Module]]:
     """Forms whose structure a layer has."""
     layouts = PerBatch(Layout.of)
-    if (norm := acceleration.norm(module)) is not None:
+    if (norm := replacements.replace_norm(module)) is not None:
         yield acceleration.NORM, norm
-    if (gated := acceleration.gated(module, linear.linear)) is not None:
+    if (gated := replacements.replace_gated(module, linear.linear)) is not None:
         yield acceleration.GATED, gated
     if module in sights:
-        for form, turned in ((acceleration.ATTENTION, True), (acceleration.UNTURNED, False)):
-            made = acceleration.attention(module, linear.linear, sights[module], layouts, turned=turned)
+        for form, rotary in ((acceleration.ATTENTION, True), (acceleration.ATTENTION_WITHOUT_ROTARY, False)):
+            made = replacements.replace_attention(module, linear.linear, sights[module], layouts, rotary=rotary)
             if made is not None:
                 yield form, made
 
@@ -184,7 +183,7 @@ def agrees(module: nn.Module, fast: nn.Module, given: tuple[Any, ...], named: di
     states = given[0] if given else named[name]
     if not isinstance(states, Tensor) or not states.is_floating_point():
         return False
-    for change in INPUTS if isinstance(fast, acceleration.FastAttention) else [*INPUTS, *LARGE]:
+    for change in INPUTS if isinstance(fast, replacements.FastAttention) else [*INPUTS, *LARGE]:
         drawn = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
         for training in (False, True):
             outcomes = []
@@ -195,7 +194,7 @@ def agrees(module: nn.Module, fast: nn.Module, given: tuple[Any, ...], named: di
                     outcomes.append(_step(one.train(training), x, *arguments))
                 except Exception:
                     return False
-            if not all(distance(*pair) <= TOLERANCE for pair in zip(*outcomes, strict=True)):
+            if not all(relative_rms(*pair) <= TOLERANCE for pair in zip(*outcomes, strict=True)):
                 return False
     return True
 
@@ -285,9 +284,9 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
     model.train()
     batches = {"packed": flatten(rows()), "padded": dict(pad(rows(), 0))}
     stock = {name: step(model, batch) for name, batch in batches.items()}
-    with kernels.accelerated(model, linear.linear) as left:
+    with kernels.accelerated(model, linear.linear) as fallbacks:
         fast = {name: step(model, batch) for name, batch in batches.items()}
-    row.parts = ", ".join(part for part in (*acceleration.KINDS, "loss") if part not in left) or "nothing"
+    row.parts = ", ".join(part for part in (*acceleration.KINDS, "loss") if part not in fallbacks) or "nothing"
     _compare(row, stock, fast)
     if dtype == torch.bfloat16:
         exact = model.float()
@@ -318,7 +317,7 @@ def _compare(row: Row, stock: Steps, fast: Steps) -> None:
             row.note += f" {name} fails: {new}"
         else:
             row.losses.append(abs(old[0] - new[0]))
-            row.gradients.append(distance(old[1], new[1]))
+            row.gradients.append(relative_rms(old[1], new[1]))
 
 
 def _own(model: Any, batches: dict[str, dict[str, Tensor]], stock: Steps, seed: int = 0) -> list[float]:
@@ -327,7 +326,7 @@ def _own(model: Any, batches: dict[str, dict[str, Tensor]], stock: Steps, seed: 
     for name, batch in batches.items():
         exact, old = step(model, batch, seed), stock[name]
         if not isinstance(exact, str) and not isinstance(old, str):
-            found = [max(found[0], abs(exact[0] - old[0])), max(found[1], distance(exact[1], old[1]))]
+            found = [max(found[0], abs(exact[0] - old[0])), max(found[1], relative_rms(exact[1], old[1]))]
     return found
 
 

@@ -124,7 +124,7 @@ def test_models_that_are_not_understood_are_told_of(capsys: pytest.CaptureFixtur
             assert why_not(model, 9) is not None
         told = capsys.readouterr().err
         expected = (
-            "the model does not run on rows end to end",
+            "the model does not run on packed rows",
             "attention is not understood",
             "the loss is left to the model",
             "llama does not run on flat rows",

@@ -1,4 +1,4 @@
-"""The fast way gives the numbers of the plain one: every pass, every layer, every family that is fitted."""
+"""Kernels compute what their references do: every fused operation, every layer, every family that is accelerated."""
 
 import json
 import math
@@ -17,8 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from loratune import kernels
 from loratune.data.packing import flatten, pad
-from loratune.kernels import acceleration, gpu, native, varlen
-from loratune.kernels import reference as exact
+from loratune.kernels import acceleration, attention, fused_ops, gpu, reference, replacements
 from loratune.kernels.attention import Layout
 from loratune.lora import linear, sharded
 
@@ -34,7 +33,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# Passes
+# Fused operations
 
 
 GROUPS, TOKENS, HEADS, SIZE = 2, 37, 3, 16
@@ -50,7 +49,7 @@ def heads(dtype: torch.dtype) -> list[Tensor]:
     return [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(HEAD_SHAPES)]
 
 
-PASSES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
+FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "rms_norm": lambda dtype: (normal(37, 96).to(dtype), normal(96, seed=1).to(dtype), 1e-5),
     "rms_norm_backward": lambda dtype: (
         normal(37, 96).to(dtype), normal(37, 96, seed=1).to(dtype), normal(96, seed=2).to(dtype), normal(37).abs() + 0.5
@@ -63,7 +62,7 @@ PASSES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "join_heads": lambda dtype: (*(normal(*shape).to(dtype) for shape in HEAD_SHAPES), COSINE, SINE),
     "attend": lambda dtype: (*heads(dtype), STARTS, TILES, 0.25),
     "attend_backward": lambda dtype: (
-        normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), *exact.attend(*heads(dtype), STARTS, TILES, 0.25),
+        normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), *reference.attend(*heads(dtype), STARTS, TILES, 0.25),
         *heads(dtype), STARTS, TILES, 0.25,
     ),
     "add_lora": lambda dtype: (
@@ -77,7 +76,7 @@ PASSES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
 @pytest.mark.parametrize("size", [2, 8, 24, 72, 80, 128])
 @pytest.mark.parametrize("lengths", [(1,), (3, 1, 2), (130, 5), (64,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attention_of_any_size_is_the_plain_one(size: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_attention_of_any_size_is_the_reference(size: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     """Heads that fill no vector, or several; with a window, and with fewer rows than are computed at once."""
     positions = torch.cat([torch.arange(length) for length in lengths])
     for window, count in ((None, 3), (7, 1)):
@@ -86,10 +85,10 @@ def test_attention_of_any_size_is_the_plain_one(size: int, lengths: tuple[int, .
         query, key, value = (normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes))
         gradient = normal(len(positions), 2 * count * size, seed=3).to(dtype)
         made = []
-        for over in (exact, native.fused_ops(query)):
+        for ops in (reference, fused_ops.fused_ops(query)):
             around = (layout.starts, layout.tiles, size**-0.5)
-            result, total = over.attend(query, key, value, *around)
-            made.append([result, total, *over.attend_backward(gradient, result, total, query, key, value, *around)])
+            result, total = ops.attend(query, key, value, *around)
+            made.append([result, total, *ops.attend_backward(gradient, result, total, query, key, value, *around)])
         for old, new in zip(*made, strict=True):
             loose = 1e-5 if dtype == torch.float32 else 0.02
             assert float((old.float() - new.float()).norm()) <= loose * float(old.float().norm()) + 1e-4
@@ -99,13 +98,13 @@ SUMMED = {"attend", "attend_backward", "add_lora"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", PASSES)
-def test_a_pass_in_c_is_the_plain_one(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", FUSED_OPS)
+def test_a_compiled_operation_is_the_reference(name: str, dtype: torch.dtype) -> None:
     """Results, and what is written into the arguments."""
-    built = native.fused_ops(torch.empty(0, dtype=dtype))
-    assert isinstance(built, native.Native), "these tests want a C compiler"
-    given, again = PASSES[name](dtype), PASSES[name](dtype)
-    expected, made = getattr(exact, name)(*given), getattr(built, name)(*again)
+    built = fused_ops.fused_ops(torch.empty(0, dtype=dtype))
+    assert isinstance(built, fused_ops.CompiledOps), "these tests want a C compiler"
+    given, again = FUSED_OPS[name](dtype), FUSED_OPS[name](dtype)
+    expected, made = getattr(reference, name)(*given), getattr(built, name)(*again)
     pairs = [*zip(*(one if isinstance(one, tuple) else (one,) for one in (expected, made)), strict=True)]
     for old, new in [*pairs, *zip(given, again, strict=True)]:
         if isinstance(old, Tensor):
@@ -115,10 +114,10 @@ def test_a_pass_in_c_is_the_plain_one(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attend", "cross_entropy"])
-def test_a_pass_in_c_hides_no_nan(name: str) -> None:
-    given = PASSES[name](torch.bfloat16)
+def test_a_compiled_operation_hides_no_nan(name: str) -> None:
+    given = FUSED_OPS[name](torch.bfloat16)
     given[0].view(-1)[given[0].numel() // 4] = math.nan
-    made = getattr(native.fused_ops(given[0]), name)(*given)
+    made = getattr(fused_ops.fused_ops(given[0]), name)(*given)
     assert not (made[0] if isinstance(made, tuple) else made).isfinite().all()
 
 
@@ -126,26 +125,28 @@ def test_the_exponential_is_that_of_torch() -> None:
     """Through a softmax of two: exp(-x) / (1 + exp(-x)) over the whole range."""
     gates = torch.linspace(-100, 100, 4001)
     both = torch.cat([gates, torch.ones_like(gates)])[None]
-    made = native.fused_ops(both).swiglu(both)
+    made = fused_ops.fused_ops(both).swiglu(both)
     assert torch.allclose(made[0], torch.nn.functional.silu(gates), rtol=1e-6, atol=1e-36)
 
 
-def test_gradients_of_the_plain_passes_are_those_of_autograd() -> None:
+def test_gradients_of_the_reference_are_those_of_autograd() -> None:
     x, weight, dy = normal(9, 24).double().requires_grad_(), normal(24, seed=1), normal(9, 24, seed=2)
     y = weight * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     y.backward(dy)
-    inverse = exact.rms_norm(x.detach().float(), weight, 1e-5)[1]
+    inverse = reference.rms_norm(x.detach().float(), weight, 1e-5)[1]
     assert x.grad is not None
-    assert torch.allclose(exact.rms_norm_backward(dy, x.detach().float(), weight, inverse), x.grad.float(), atol=1e-5)
+    assert torch.allclose(
+        reference.rms_norm_backward(dy, x.detach().float(), weight, inverse), x.grad.float(), atol=1e-5
+    )
     both = normal(9, 48, seed=3).requires_grad_()
     gate, up = both.chunk(2, -1)
     (torch.nn.functional.silu(gate) * up).backward(dy)
     assert both.grad is not None
-    assert torch.allclose(exact.swiglu_backward(dy, both.detach()), both.grad, atol=1e-5)
+    assert torch.allclose(reference.swiglu_backward(dy, both.detach()), both.grad, atol=1e-5)
     logits, targets = normal(5, 30, seed=4).requires_grad_(), torch.arange(5)
     torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
     changed = logits.detach().clone()
-    exact.cross_entropy(changed, targets)
+    reference.cross_entropy(changed, targets)
     assert logits.grad is not None and torch.allclose(changed, logits.grad, atol=1e-6)
 
 
@@ -162,12 +163,12 @@ def test_a_layout_knows_rows_windows_and_tiles() -> None:
 # Models
 
 
-def rows(learnt: int = 5) -> list[dict[str, list[int]]]:
-    """Of every `learnt` tokens one is not learnt."""
+def rows(interval: int = 5) -> list[dict[str, list[int]]]:
+    """Rows of which one token in `interval` is not supervised."""
     drawn = torch.Generator().manual_seed(1)
     made = [torch.randint(1, 300, (length,), generator=drawn).tolist() for length in LENGTHS]
     return [
-        {"input_ids": ids, "labels": [-100 if place % learnt == 0 else token for place, token in enumerate(ids)]}
+        {"input_ids": ids, "labels": [-100 if place % interval == 0 else token for place, token in enumerate(ids)]}
         for ids in made
     ]
 
@@ -179,7 +180,7 @@ def adapted(
     changes: dict[str, Any] | None = None,
     **lora: Any,
 ) -> Any:
-    """A tiny model with an adapter that has learnt something already."""
+    """A tiny model with an adapter that has been trained already."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**SHAPE | (changes or {}))
     return with_lora(AutoModelForCausalLM.from_config(config).to(dtype), targets, **lora)
@@ -214,7 +215,7 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return sum(float((one[name] - other[name]).square().sum()) for name in one)
 
 
-def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+def relative_rms(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The distance of two gradients, relative to the length of the first."""
     assert one.keys() == other.keys() and one
     return math.sqrt(distance(one, other) / sum(float(tensor.square().sum()) for tensor in one.values()))
@@ -252,17 +253,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
-    """Packed and padded; what a family computes otherwise stays, and is named."""
-    kind, changes, left = FAMILIES[name]
+    """Packed and padded; layers that a family computes in another way are not accelerated, and are named."""
+    kind, changes, expected = FAMILIES[name]
     targets = {"phi3": ["qkv_proj", "o_proj"], "gpt_neox": ["query_key_value", "dense"]}.get(kind, ROLES)
     model = adapted(kind, targets=targets, changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
         loss, gradients = step(model, batch)
-        with kernels.accelerated(model, linear.linear) as found:
+        with kernels.accelerated(model, linear.linear) as fallbacks:
             fast, others = step(model, batch)
-        assert found == left
+        assert fallbacks == expected
         assert fast == pytest.approx(loss, abs=1e-6)
-        assert apart(gradients, others) < 1e-5
+        assert relative_rms(gradients, others) < 1e-5
 
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -278,28 +279,28 @@ CHOICES: dict[str, dict[str, Any]] = {
 def test_choices_of_lora_give_the_same_gradients(name: str) -> None:
     model = adapted(**CHOICES[name])
     loss, gradients = step(model, flatten(rows()))
-    with kernels.accelerated(model, linear.linear) as left:
+    with kernels.accelerated(model, linear.linear) as fallbacks:
         fast, others = step(model, flatten(rows()))
-    assert left == [] and fast == pytest.approx(loss, abs=1e-6)
-    assert apart(gradients, others) < 1e-5
+    assert fallbacks == [] and fast == pytest.approx(loss, abs=1e-6)
+    assert relative_rms(gradients, others) < 1e-5
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}], ids=str)
-def test_what_is_not_plain_lora_stays_as_it_is(changes: dict[str, Any]) -> None:
+def test_other_variants_of_lora_are_not_accelerated(changes: dict[str, Any]) -> None:
     model = adapted(changes={"attention_bias": True}, **changes)
     loss, gradients = step(model, flatten(rows()))
-    with kernels.accelerated(model, linear.linear) as left:
+    with kernels.accelerated(model, linear.linear) as fallbacks:
         fast, others = step(model, flatten(rows()))
-    assert "attention" in left and fast == pytest.approx(loss, abs=1e-6)
-    assert apart(gradients, others) < 1e-5
+    assert "attention" in fallbacks and fast == pytest.approx(loss, abs=1e-6)
+    assert relative_rms(gradients, others) < 1e-5
 
 
-def test_a_trained_head_stays_as_it_is() -> None:
+def test_a_trained_head_is_not_accelerated() -> None:
     model = adapted(modules_to_save=["lm_head"])
     loss, gradients = step(model, flatten(rows()))
-    with kernels.accelerated(model, linear.linear) as left:
+    with kernels.accelerated(model, linear.linear) as fallbacks:
         fast, others = step(model, flatten(rows()))
-    assert left == ["loss"] and fast == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
+    assert fallbacks == ["loss"] and fast == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
 
 
 def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
@@ -337,10 +338,10 @@ def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> 
     stock = fast = 0.0
     for first in range(0, 128, 16):
         batch = flatten([{"input_ids": one, "labels": one} for one in ids[first : first + 16]])
-        reference = step(exact, batch)[1]
-        stock += distance(reference, step(model, batch)[1])
+        true_gradients = step(exact, batch)[1]
+        stock += distance(true_gradients, step(model, batch)[1])
         with kernels.accelerated(model, linear.linear):
-            fast += distance(reference, step(model, batch)[1])
+            fast += distance(true_gradients, step(model, batch)[1])
     assert fast <= stock
 
 
@@ -382,7 +383,7 @@ def test_activations_that_are_computed_again_change_nothing() -> None:
         loss, gradients = step(model, flatten(rows()))
         model.gradient_checkpointing_enable({"use_reentrant": False})
         again, others = step(model, flatten(rows()))
-    assert again == loss and apart(gradients, others) < 1e-6
+    assert again == loss and relative_rms(gradients, others) < 1e-6
 
 
 def test_afterwards_the_model_is_what_it_was() -> None:
@@ -390,7 +391,7 @@ def test_afterwards_the_model_is_what_it_was() -> None:
     modules = {name: type(module) for name, module in model.named_modules()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(KeyError), kernels.accelerated(model, linear.linear):
-        assert isinstance(model.get_base_model().model.layers[0].self_attn, acceleration.FastAttention)
+        assert isinstance(model.get_base_model().model.layers[0].self_attn, replacements.FastAttention)
         raise KeyError
     assert {name: type(module) for name, module in model.named_modules()} == modules
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -417,13 +418,13 @@ def test_what_was_found_once_is_applied_again() -> None:
         parameter.data += 0.01 * parameter.requires_grad
     loss, gradients = step(model, batch)
     with acceleration.applied(model):
-        assert any(isinstance(module, acceleration.FastAttention) for module in model.modules())
+        assert any(isinstance(module, replacements.FastAttention) for module in model.modules())
         fast, others = step(model, batch)
-    assert fast == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
+    assert fast == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
     with torch.no_grad(), model.disable_adapter():
         expected = model(**batch_of(batch), use_cache=False).logits
         with acceleration.applied(model):
-            assert any(isinstance(module, acceleration.FastAttention) for module in model.modules())
+            assert any(isinstance(module, replacements.FastAttention) for module in model.modules())
             bare = model(**batch_of(batch), use_cache=False).logits
     assert torch.allclose(bare, expected, atol=1e-5) and key.weight.data_ptr() == joined
 
@@ -472,38 +473,38 @@ ON_GPU: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ON_GPU)
-def test_what_is_fitted_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_acceleration_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with the kernel's reference in its place."""
-    monkeypatch.setattr(varlen, "varlen_attn", row_by_row)
+    monkeypatch.setattr(attention, "varlen_attn", row_by_row)
     monkeypatch.setattr(acceleration, "_replace", gpu.replace)
-    kind, changes, left = ON_GPU[name]
+    kind, changes, expected = ON_GPU[name]
     model = adapted(kind, changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
         loss, gradients = step(model, batch)
-        with kernels.accelerated(model, linear.linear) as found:
+        with kernels.accelerated(model, linear.linear) as fallbacks:
             fast, others = step(model, batch)
             assert any(isinstance(module, gpu.FastLinear) for module in model.modules())
-        assert found == left and fast == pytest.approx(loss, abs=1e-6)
-        assert apart(gradients, others) < 1e-5
+        assert fallbacks == expected and fast == pytest.approx(loss, abs=1e-6)
+        assert relative_rms(gradients, others) < 1e-5
 
 
 def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they are traced, with what is fitted on a GPU; the machine's own code for them is a GPU's business."""
-    monkeypatch.setattr(varlen, "varlen_attn", torch.compiler.disable(row_by_row))
+    """As they are traced, with the acceleration of a GPU; the machine's own code for them is a GPU's business."""
+    monkeypatch.setattr(attention, "varlen_attn", torch.compiler.disable(row_by_row))
     monkeypatch.setattr(acceleration, "_replace", gpu.replace)
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
-    with kernels.accelerated(model, linear.linear) as left:
+    with kernels.accelerated(model, linear.linear) as fallbacks:
         kernels.compile_layers(model, backend="aot_eager")
         fast, others = step(model, flatten(rows()))
-    assert left == [] and fast == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
+    assert fallbacks == [] and fast == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
 
 
 # Answers
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 100])
-def test_lean_layers_give_what_pefts_give(tokens: int) -> None:
+def test_inference_lora_gives_what_peft_gives(tokens: int) -> None:
     model = adapted(targets="all-linear").eval()
     ids = torch.arange(1, tokens + 1)[None]
     with torch.inference_mode():
@@ -517,7 +518,7 @@ def test_lean_layers_give_what_pefts_give(tokens: int) -> None:
         assert not torch.allclose(bare, expected, atol=1e-3) and torch.equal(model(ids).logits, expected)
 
 
-def test_what_is_not_plain_lora_answers_as_peft_has_it() -> None:
+def test_other_variants_of_lora_answer_as_peft_has_it() -> None:
     model = adapted(use_dora=True).eval()
     ids = torch.arange(1, 9)[None]
     with torch.inference_mode(), kernels.inference_lora(model, linear.linear):
@@ -538,16 +539,16 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_a_compiler_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
-    with without_compiler(monkeypatch), kernels.accelerated(model, linear.linear) as left:
+    with without_compiler(monkeypatch), kernels.accelerated(model, linear.linear) as fallbacks:
         fast, others = step(model, flatten(rows()))
     assert (
-        left == ["attention", "norms, rotations and activations"]
+        fallbacks == ["attention", "norms, rotations and activations"]
         and fast == pytest.approx(loss, abs=1e-6)
-        and apart(gradients, others) < 1e-5
+        and relative_rms(gradients, others) < 1e-5
     )
 
 
-def test_a_run_says_what_stays_as_it_is(
+def test_a_run_says_what_is_not_accelerated(
     run_config: Callable[..., Path], cli: Callable[..., Ran], tmp_path: Path, tokenizer: Any
 ) -> None:
     tiny_llama(hidden_act="gelu").save_pretrained(tmp_path / "gelu")

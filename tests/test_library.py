@@ -1,4 +1,4 @@
-"""The library of the passes in C: what others could have written is not loaded, what is damaged is built anew."""
+"""The compiled library: what others could have written is not loaded, and what is damaged is built again."""
 
 import os
 import re
@@ -19,14 +19,14 @@ from loratune.kernels import library
 DEFINE = "-DFLOAT32"
 USED = """
 import os, sys, torch
-from loratune.kernels import library, native
-over = native.passes(torch.empty(0))
-assert isinstance(over, native.Native), native.notes(torch.empty(0))
+from loratune.kernels import fused_ops, library
+ops = fused_ops.fused_ops(torch.empty(0))
+assert isinstance(ops, fused_ops.CompiledOps), fused_ops.notes(torch.empty(0))
 for name in sys.argv[1:]:
     os.truncate(name, 0)
-y = over.swiglu(torch.ones(3, 4000))
+y = ops.swiglu(torch.ones(3, 4000))
 assert abs(float(y[0, 0]) - 0.7310586) < 1e-6
-print(*native.notes(torch.empty(0)))
+print(*fused_ops.notes(torch.empty(0)))
 """
 
 
@@ -34,8 +34,8 @@ print(*native.notes(torch.empty(0)))
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library, as a compiler makes it."""
     directory = tmp_path_factory.mktemp("built")
-    with library._opened(directory) as opened:
-        (directory / "native.so").write_bytes(library._compiled(shutil.which("gcc") or "cc", DEFINE, opened))
+    with library._open_directory(directory) as opened:
+        (directory / "native.so").write_bytes(library._compile(shutil.which("gcc") or "cc", DEFINE, opened))
     assert [path.name for path in directory.iterdir()] == ["native.so"]
     return directory / "native.so"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import SHAPE, WINDOWED_BY_MASK, WITHOUT_POSITIONS, adapted, apart, rows, step
+from test_kernels import SHAPE, WINDOWED_BY_MASK, WITHOUT_POSITIONS, adapted, relative_rms, rows, step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,12 +64,12 @@ def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
     model = adapted(kind, targets=TARGETS.get(kind, ["q_proj", "v_proj"]), changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0)), flatten(rows()[:1])):
         loss, gradients = step(model, batch)
-        with kernels.accelerated(model, linear.linear) as left:
-            assert "attention" in left and kernels.attends_by_rows(model)
+        with kernels.accelerated(model, linear.linear) as fallbacks:
+            assert "attention" in fallbacks and kernels.attends_by_rows(model)
             again, others = step(model, batch)
         assert not kernels.attends_by_rows(model)
         assert again == pytest.approx(loss, abs=1e-6)
-        assert apart(gradients, others) < 1e-5
+        assert relative_rms(gradients, others) < 1e-5
 
 
 CHUNKED = {
@@ -81,9 +81,9 @@ CHUNKED = {
 def test_chunks_are_rows_of_their_own() -> None:
     model = adapted("llama4_text", targets=["q_proj", "v_proj"], changes=CHUNKED)
     loss, gradients = step(model, flatten(rows()))
-    assert rowwise.attend(model.get_base_model(), lambda: True)
+    assert rowwise.attend_by_rows(model.get_base_model(), lambda: True)
     again, others = step(model, flatten(rows()))
-    assert again == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
+    assert again == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
     model.get_base_model().set_attn_implementation("sdpa")
     model.config.attention_chunk_size = 400
     assert abs(step(model, flatten(rows()))[0] - loss) > 1e-5
@@ -113,7 +113,7 @@ def test_padding_on_the_left_and_odd_masks_are_left_to_torch() -> None:
         loss, gradients = step(model, odd)
         with kernels.accelerated(model, linear.linear):
             again, others = step(model, odd)
-        assert again == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
+        assert again == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
 
 
 def test_the_padding_of_one_row_does_not_reach_another() -> None:
@@ -177,7 +177,7 @@ def test_what_is_not_torchs_attention_stays_as_it_is(name: str) -> None:
 
 def test_a_model_that_does_not_agree_gets_its_attention_back() -> None:
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
-    assert not rowwise.attend(base, lambda: False) and base.config._attn_implementation == "sdpa"
+    assert not rowwise.attend_by_rows(base, lambda: False) and base.config._attn_implementation == "sdpa"
 
 
 def windows(sequence: int, head: int, query: Tensor, key: Tensor) -> Tensor:
@@ -206,6 +206,6 @@ def test_a_mask_is_read_as_rows_or_not_at_all(name: str) -> None:
     length = given.pop("length", 500)
     sizes = {"batch_size": 1, "q_length": length, "kv_length": length, "allow_is_causal_skip": False}
     made = rowwise.mask(mask_function=function, **sizes | given)
-    assert isinstance(made, rowwise.Rows) == (expected is not None)
+    assert isinstance(made, rowwise.RowMask) == (expected is not None)
     if expected is not None:
         assert (made.lengths, made.window) == expected

@@ -1,22 +1,22 @@
-"""The numerics that make training fast: loss, LoRA arithmetic, attention, norms, each with its reference.
+"""The numerics that make training fast: loss, LoRA, attention, norms, each with its reference.
 
-`accelerate` finds out what of a model they can compute, and `Acceleration.applied` puts them into it for as long as it
-is trained; `plain` says what they compute.
+`accelerate` determines which layers of a model they can compute, and `Acceleration.applied` replaces these layers while
+the model is trained.
 """
 
 from loratune.kernels.acceleration import Acceleration as Acceleration
 from loratune.kernels.acceleration import accelerate as accelerate
 from loratune.kernels.acceleration import accelerated as accelerated
 from loratune.kernels.acceleration import expect as expect
-from loratune.kernels.allocator import keep_pages as keep_pages
-from loratune.kernels.decoding import inference_lora as inference_lora
+from loratune.kernels.acceleration import keep_pages as keep_pages
+from loratune.kernels.fused_ops import notes as notes
+from loratune.kernels.fused_ops import variant as variant
 from loratune.kernels.gpu import compile_layers as compile_layers
 from loratune.kernels.gpu import use_liger as use_liger
 from loratune.kernels.lora_linear import Adapted as Adapted
+from loratune.kernels.lora_linear import inference_lora as inference_lora
 from loratune.kernels.loss import LossHead as LossHead
 from loratune.kernels.loss import full as full
 from loratune.kernels.loss import global_norm as global_norm
 from loratune.kernels.loss import next_token_loss as next_token_loss
-from loratune.kernels.native import notes as notes
-from loratune.kernels.native import variant as variant
 from loratune.kernels.rowwise import attends_by_rows as attends_by_rows

@@ -1,11 +1,13 @@
-"""Which layers of a model are computed by the kernels while it is trained: those that are known to be the same.
+"""Which layers of a model are replaced by kernels while it is trained: those that are known to compute the same.
 
-Two locks: a layer's class must stand in the list of those that were held against their replacement (`recognition`), and
-what a layer sees must be what the model's own mask says (`masks`); then the whole model must still give the same
-numbers, forward and backward (`trial`).
+There are two safeguards. The class of a layer must be in the list of those that were compared with their replacement
+(`recognition`), and what a layer attends to must be what the model's own mask says (`masks`). Then the whole model must
+still compute the same, forward and backward (`parity_check`).
 """
 
+import ctypes
 import logging
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,110 +18,41 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from loratune.kernels import gpu, masks, reference, rowwise
-from loratune.kernels.attention import HeadNorms, Layout, SelfAttention
-from loratune.kernels.lora_linear import Adapted, Projection
+from loratune.kernels import gpu, masks, reference, replacements, rowwise
+from loratune.kernels.attention import Layout, PerBatch
+from loratune.kernels.fused_ops import fused_ops
 from loratune.kernels.loss import LossHead
 from loratune.kernels.masks import Sight
-from loratune.kernels.mlp import GatedLayer, rms_norm
-from loratune.kernels.native import fused_ops
 from loratune.kernels.parity_check import LONG_ROWS, ParityCheck, evaluating
 from loratune.kernels.recognition import form_of
-from loratune.kernels.reference import FusedOps
-from loratune.kernels.replacing import PerBatch, Replacement, restore
+from loratune.kernels.replacements import Reader, restore
+from loratune.kernels.upstream import attn_implementation
 
 _log = logging.getLogger(__name__)
 
-Reader = Callable[[nn.Module], Adapted | None]
-"""From a module to the linear layer and the LoRA that it is, or None: it is something else."""
-
-ATTENTION, UNTURNED, GATED, NORM = "attention", "attention without positions", "gated", "norm"
-"""The forms of replacements, as the list of checked layers has them."""
+ATTENTION, ATTENTION_WITHOUT_ROTARY, GATED, NORM = "attention", "attention without positions", "gated", "norm"
+"""The forms of replacements, as the list of checked layers names them."""
 UNMASKED = "loratune"
-
-
-class FastAttention(Replacement):
-    """In the place of a layer of attention. Rows begin where positions are 0; what pads them stands at their end.
-
-    window: how many tokens a token sees at most, itself among them; turned: whether queries and keys are turned by
-    their positions.
-    """
-
-    def __init__(
-        self, original: nn.Module, part: SelfAttention, window: int | None, layouts: "PerBatch[Layout]", *, turned: bool
-    ):
-        super().__init__(original)
-        self._part, self._window, self._layouts, self._turned = part, window, layouts, turned
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        *,
-        position_ids: Tensor,
-        past_key_values: None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        """hidden_states: (rows, length, size). Returns the same shape, and no weights. Raises TypeError, ValueError:
-        it is given something else than a batch of rows from their first token on."""
-        if past_key_values is not None:
-            raise TypeError("there is a cache")
-        rows, length, size = hidden_states.shape
-        layout = self._layouts.of(position_ids, torch.Size((rows, length)), self._window)
-        cosine, sine = self._angles(hidden_states, position_embeddings if self._turned else None)
-        result = self._part(hidden_states.reshape(-1, size), cosine, sine, layout, training=self.training)
-        return result.view(rows, length, -1), None
-
-    def _angles(self, states: Tensor, given: tuple[Tensor, Tensor] | None) -> list[Tensor]:
-        """Cosines and sines: (tokens, size of a head) float32 each."""
-        rows, length, _ = states.shape
-        if given is None:
-            zero = states.new_zeros(rows * length, self._part.size, dtype=torch.float32)
-            return [zero + 1, zero]
-        if any(one.shape[-1] != self._part.size or one.dim() != 3 for one in given):
-            raise ValueError(f"angles {given[0].shape} for heads of {self._part.size}")
-        return [one.float().expand(rows, length, -1).reshape(rows * length, -1) for one in given]
-
-
-class FastGatedLayer(Replacement):
-    """In the place of a gated feed-forward layer."""
-
-    def __init__(self, original: nn.Module, part: GatedLayer):
-        super().__init__(original)
-        self._part = part
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., size)."""
-        return self._part(x.reshape(-1, x.shape[-1]), training=self.training).view(*x.shape[:-1], -1)
-
-
-class FastNorm(Replacement):
-    """In the place of a root mean square norm."""
-
-    def __init__(self, original: nn.Module, epsilon: float, over: FusedOps):
-        super().__init__(original)
-        self.epsilon, self._passes = epsilon, over
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., size). A family may keep what goes through its layers in another dtype than their weights."""
-        if x.dtype != self.weight.dtype:
-            result: Tensor = self._original[0](x)
-            return result
-        return rms_norm(x, self.weight, self.epsilon, self._passes)
-
-
+"""The attention implementation of a model all of whose layers of attention are replaced."""
 SHARDED = "all layers, as the base is spread over processes"
-Maker = Callable[[], nn.Module | None]
-"""Makes the replacement of a layer; None: there is none for it."""
+KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
+"""The kinds of layers that are replaced, and how the names of such layers end."""
+
+Factory = Callable[[], nn.Module | None]
+"""Makes the replacement of a layer; None: it has none."""
 Step = Callable[[Any], Iterable[tuple[str, nn.Module]]]
-"""Puts kernels into a base. Yields path and module of each layer that goes, before it goes."""
+"""Puts kernels into a base. Yields path and module of each layer, just before it is replaced."""
+Replaced = list[tuple[str, nn.Module]]
+"""Path and module of layers that are replaced."""
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """Which layers of a model are computed by the kernels, as `accelerate` found it.
+    """Which layers of a model are accelerated, as `accelerate` determined.
 
-    fallbacks: what is not accelerated, in words; steps: what puts the kernels into the model, in this order.
+    Attributes:
+        fallbacks: Kinds of layers that are not accelerated.
+        steps: What puts the kernels into the model, in this order.
     """
 
     fallbacks: list[str]
@@ -127,10 +60,10 @@ class Acceleration:
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
-        """Inside, these layers are computed by the kernels; nothing is tried again.
+        """Inside, the layers are accelerated; they are not checked again.
 
-        model: the one that `accelerate` looked at; its adapter may be disabled. Batches must be padded at the end of
-        rows, if at all, and come without a cache.
+        model: the one that `accelerate` examined; its adapter may be disabled. Batches come without a cache, and padded
+        at the end of rows, if at all.
         """
         with _restored(model.get_base_model()) as (base, replaced):
             for step in self.steps:
@@ -139,126 +72,160 @@ class Acceleration:
 
 
 def accelerate(model: Any, reader: Reader, *, sharded: bool = False) -> Acceleration:
-    """Find out which layers of a model the kernels can compute. The model is run for it, and stays as it is.
+    """Determine which layers of a model can be accelerated. The model is run for this, and stays as it is.
 
-    model: a `PeftModel` around a causal language model of transformers; on a GPU, see `gpu.replace`. sharded: no
-    process will hold whole layers while it trains, so all stay as they are.
+    Args:
+        model: A `PeftModel` around a causal language model of transformers; on a GPU, see `gpu.replace`.
+        reader: Takes a module to its linear layer and LoRA.
+        sharded: No process will hold whole layers during training, so none can be replaced.
     """
     if sharded:
         return Acceleration([SHARDED])
     with _restored(model.get_base_model()) as (base, replaced):
-        fit = _replace if base.device.type == "cpu" else gpu.replace
-        steps, left = fit(base, reader, replaced)
+        replace = _replace if base.device.type == "cpu" else gpu.replace
+        steps, fallbacks = replace(base, reader, replaced)
         head = _head(base)
-    return Acceleration(left, [*steps, partial(_put_head, *head)]) if head else Acceleration([*left, "loss"], steps)
+    if head is None:
+        return Acceleration([*fallbacks, "loss"], steps)
+    return Acceleration(fallbacks, [*steps, partial(_replace_head, *head)])
 
 
 @contextmanager
 def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[list[str]]:
-    """`accelerate`, and inside that applied. Yields what stays as it is."""
+    """`accelerate`, and inside that applied. Yields the kinds of layers that are not accelerated."""
     acceleration = accelerate(model, reader, sharded=sharded)
     with acceleration.applied(model):
         yield acceleration.fallbacks
 
 
+def expect(model: Any, labels: Tensor) -> None:
+    """Have the next forward pass return the summed loss of these labels instead of logits, if the model can do it."""
+    head = model.get_output_embeddings()
+    if isinstance(head, LossHead):
+        head.labels = labels
+
+
+def keep_pages() -> None:
+    """Keep freed memory in the process, where the C library is glibc.
+
+    By default each large tensor gets fresh pages from the kernel, and each of them costs a page fault: 0.35 s of system
+    time per GB.
+    """
+    trim_threshold, mmap_max = -1, -4  # Options of mallopt(3).
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_max, 0)
+        library.mallopt(trim_threshold, 2**31 - 1)
+
+
 @contextmanager
-def _restored(base: Any) -> Iterator[tuple[Any, list[tuple[str, nn.Module]]]]:
-    """Yields a base, and a list of path and module of those that are replaced inside; afterwards it is as it was."""
-    replaced: list[tuple[str, nn.Module]] = []
-    implementation = base.config._attn_implementation
+def _restored(base: Any) -> Iterator[tuple[Any, Replaced]]:
+    """Yields the base, and a list of the layers that are replaced inside; they are put back afterwards."""
+    replaced: Replaced = []
+    implementation = attn_implementation(base)
     try:
         yield base, replaced
     finally:
-        if base.config._attn_implementation != implementation:
+        if attn_implementation(base) != implementation:
             base.set_attn_implementation(implementation)
         restore(base, replaced)
 
 
-def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -> tuple[list[Step], list[str]]:
-    """Put fast modules in their places. replaced: gets path and module of each that went. Returns what does so again,
-    and what stays."""
-    trial, over = ParityCheck(base), fused_ops(base.get_input_embeddings().weight)
+def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step], list[str]]:
+    """Replace layers on a CPU.
+
+    Args:
+        base: A causal language model of transformers.
+        reader: Takes a module to its linear layer and LoRA.
+        replaced: Receives path and module of each layer that is replaced.
+
+    Returns:
+        The steps that replace them again, and the kinds of layers that are not accelerated.
+    """
+    check, ops = ParityCheck(base), fused_ops(base.get_input_embeddings().weight)
     survey = masks.survey(base)
-    kinds = (
-        [kind for kind in _kinds(base, reader, survey.sights, plain=survey.plain) if kind.fits] if trial.runs else []
-    )
-    if over is reference:
-        kinds = [kind for kind in kinds if kind.what != "attention"]  # torch's own is faster than the reference
+    kinds: list[_Kind] = []
+    if check.runs:
+        every = _kinds(base, reader, survey.sights, stock_masks=survey.stock_masks)
+        kinds = [kind for kind in every if kind.layers]
+    if ops is reference:
+        kinds = [kind for kind in kinds if kind.name != "attention"]  # torch's own is faster than the reference.
     for kind in kinds:
-        replaced += kind.put(base)
-    if kinds and not trial.agrees():
+        replaced += kind.replace(base)
+    if kinds and not check.passes():
         for kind in reversed(kinds):
-            kind.take_back(base)
-        trial.prepare()
-        kinds = [kind for kind in kinds if kind.agreed(base, trial, replaced)]
-    steps: list[Step] = [kind.put for kind in kinds]
-    if trial.runs and survey.plain and not any(kind.what == "attention" for kind in kinds):
-        steps += [_put_rowwise] if rowwise.attend(base, ParityCheck(base, LONG_ROWS).agrees) else []
-    left = [what for what in KINDS if not any(kind.what == what and kind.whole for kind in kinds)]
-    if over is reference:  # torch computes all that would be one pass over memory in C
-        left = [*(what for what in left if what != "norms"), "norms, rotations and activations"]
-    return steps, left
+            kind.undo(base)
+        check.prepare()
+        kinds = [kind for kind in kinds if kind.replace_if_equal(base, check, replaced)]
+    steps: list[Step] = [kind.replace for kind in kinds]
+    own_attention = check.runs and survey.stock_masks and not any(kind.name == "attention" for kind in kinds)
+    if own_attention and rowwise.attend_by_rows(base, ParityCheck(base, LONG_ROWS).passes):
+        steps.append(_register_rowwise)
+    fallbacks = [name for name in KINDS if not any(kind.name == name and kind.complete for kind in kinds)]
+    if ops is reference:  # torch computes what would be fused operations.
+        fallbacks = [*(name for name in fallbacks if name != "norms"), "norms, rotations and activations"]
+    return steps, fallbacks
 
 
 @dataclass
 class _Kind:
-    """Layers that are replaced, or left, together.
+    """Layers that are replaced together, or not at all.
 
-    fits: path and module of each, and what makes its replacement, of weights and adapter as they are then; whole: these
-    are all there are; own: the model's attention.
+    Attributes:
+        name: One of `KINDS`.
+        layers: Path and module of each, and what makes its replacement, of its weights and adapter at that time.
+        complete: Whether these are all layers of their kind.
+        implementation: The model's own attention implementation.
     """
 
-    what: str
-    fits: list[tuple[str, nn.Module, Maker]]
-    whole: bool
-    own: str
+    name: str
+    layers: list[tuple[str, nn.Module, Factory]]
+    complete: bool
+    implementation: str
 
-    def put(self, base: Any) -> Iterator[tuple[str, nn.Module]]:
-        for name, module, make in self.fits:
-            replacement = make()
+    def replace(self, base: Any) -> Iterator[tuple[str, nn.Module]]:
+        for name, module, factory in self.layers:
+            replacement = factory()
             assert replacement is not None, name
             yield name, module
             base.set_submodule(name, replacement.train(module.training))
-        if self.what == "attention" and self.whole:
-            AttentionInterface.register(UNMASKED, _never)
+        if self.name == "attention" and self.complete:
+            AttentionInterface.register(UNMASKED, _unreachable)
             AttentionMaskInterface.register(UNMASKED, gpu.no_mask)
             base.set_attn_implementation(UNMASKED)
-        elif self.what == "attention":
-            rowwise.register(base)  # for the other layers
+        elif self.name == "attention":
+            rowwise.register(base)  # For the other layers of attention.
 
-    def take_back(self, base: Any) -> None:
-        restore(base, [(name, module) for name, module, _ in self.fits])
-        if self.what == "attention":
-            base.set_attn_implementation(self.own)
+    def undo(self, base: Any) -> None:
+        restore(base, [(name, module) for name, module, _ in self.layers])
+        if self.name == "attention":
+            base.set_attn_implementation(self.implementation)
 
-    def agreed(self, base: Any, trial: ParityCheck, replaced: list[tuple[str, nn.Module]]) -> bool:
-        """Put in, if the whole model then gives the same."""
-        replaced += self.put(base)
-        if trial.agrees():
+    def replace_if_equal(self, base: Any, check: ParityCheck, replaced: Replaced) -> bool:
+        """Replace the layers, and undo it unless the whole model then computes the same."""
+        replaced += self.replace(base)
+        if check.passes():
             return True
-        self.take_back(base)
+        self.undo(base)
         return False
 
 
-KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
-"""What is replaced, and how the names of such layers end."""
-
-
-def _kinds(base: Any, reader: Reader, sights: Mapping[nn.Module, Sight], *, plain: bool) -> list[_Kind]:
-    """What could be replaced, by the classes of the layers and their masks."""
+def _kinds(base: Any, reader: Reader, sights: Mapping[nn.Module, Sight], *, stock_masks: bool) -> list[_Kind]:
+    """The layers that could be replaced, by their classes and masks."""
     layouts = PerBatch(Layout.of)
-    fast: dict[str, list[tuple[str, nn.Module, Maker]]] = {what: [] for what in KINDS}
-    rest = dict.fromkeys(KINDS, 0)
+    layers: dict[str, list[tuple[str, nn.Module, Factory]]] = {kind: [] for kind in KINDS}
+    others = dict.fromkeys(KINDS, 0)
     for name, module in list(base.get_decoder().named_modules(prefix=_decoder_path(base))):
-        what = next((what for what, ending in KINDS.items() if name.endswith(ending)), "")
-        made_as, make = _maker(module, reader, sights.get(module), layouts)
-        if make() is not None:
-            fast[made_as].append((name, module, make))
-        elif what or module in sights:
-            rest[what or "attention"] += 1
-    own = base.config._attn_implementation
-    kinds = [_Kind(what, fits, not rest[what] and bool(fits), own) for what, fits in fast.items()]
-    return [kind for kind in kinds if kind.whole or kind.what != "attention" or (own == "sdpa" and plain)]
+        kind_by_name = next((kind for kind, ending in KINDS.items() if name.endswith(ending)), "")
+        kind, factory = _factory(module, reader, sights.get(module), layouts)
+        if factory() is not None:
+            layers[kind].append((name, module, factory))
+        elif kind_by_name or module in sights:
+            others[kind_by_name or "attention"] += 1
+    own = attn_implementation(base)
+    kinds = [_Kind(name, fits, not others[name] and bool(fits), own) for name, fits in layers.items()]
+    by_rows = own == "sdpa" and stock_masks
+    return [kind for kind in kinds if kind.complete or kind.name != "attention" or by_rows]
 
 
 def _decoder_path(base: Any) -> str:
@@ -266,110 +233,43 @@ def _decoder_path(base: Any) -> str:
     return next((name for name, module in base.named_modules() if module is decoder), "")
 
 
-def _maker(module: nn.Module, reader: Reader, sight: Sight | None, layouts: PerBatch[Layout]) -> tuple[str, Maker]:
-    """What kind a layer is of, and what makes that which can stand in its place."""
+def _factory(module: nn.Module, reader: Reader, sight: Sight | None, layouts: PerBatch[Layout]) -> tuple[str, Factory]:
+    """The kind of a layer, and what makes its replacement."""
     form = form_of(module)
     if form == GATED:
-        return "feed-forward layers", partial(gated, module, reader)
+        return "feed-forward layers", partial(replacements.replace_gated, module, reader)
     if form == NORM:
-        return "norms", partial(norm, module)
-    if form in (ATTENTION, UNTURNED) and sight is not None:
-        return "attention", partial(attention, module, reader, sight, layouts, turned=form == ATTENTION)
+        return "norms", partial(replacements.replace_norm, module)
+    if form in (ATTENTION, ATTENTION_WITHOUT_ROTARY) and sight is not None:
+        rotary = form == ATTENTION
+        return "attention", partial(replacements.replace_attention, module, reader, sight, layouts, rotary=rotary)
     return "", lambda: None
 
 
-def attention(
-    module: Any, reader: Reader, sight: Sight, layouts: PerBatch[Layout], *, turned: bool = True
-) -> FastAttention | None:
-    """What can stand in the place of a layer of attention, by its structure alone; None: it has another one."""
-    children = dict(module.named_children())
-    joined = _read(children, [("q_proj", "k_proj", "v_proj"), ("qkv_proj",)], reader)
-    out, norms = _read(children, [("o_proj",)], reader), _head_norms(children)
-    others = children.keys() - {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
-    if joined is None or out is None or others or _own_parameters(module) or _drops(module):
-        return None
-    if (norms is None) != ("q_norm" not in children and "k_norm" not in children):
-        return None
-    heads, size = sight.heads // sight.groups, sight.size
-    wide = (sight.heads + 2 * sight.groups) * size
-    if joined.weight.shape[0] != wide or out.weight.shape[1] != sight.heads * size:
-        return None
-    part = SelfAttention(joined, out, sight.groups, heads, size, sight.scale, fused_ops(out.weight), norms)
-    return FastAttention(module, part, sight.window, layouts, turned=turned)
-
-
-def _drops(module: nn.Module) -> bool:
-    """Whether a layer drops out something of its own in training."""
-    return any("dropout" in name and value for name, value in vars(module).items())
-
-
-def _own_parameters(module: nn.Module) -> bool:
-    """Such as attention sinks."""
-    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
-
-
-def _head_norms(children: Mapping[str, Any]) -> HeadNorms | None:
-    query, key = (norm(children[name]) if name in children else None for name in ("q_norm", "k_norm"))
-    if query is None or key is None or query.epsilon != key.epsilon:
-        return None
-    return HeadNorms(query.weight, key.weight, query.epsilon)
-
-
-def _read(children: Mapping[str, Any], choices: Sequence[tuple[str, ...]], reader: Reader) -> Projection | None:
-    """The first choice of names that are all there, as one product; None if none is, or one of them is not plain."""
-    for names in choices:
-        if children.keys() >= set(names):
-            layers = [layer for name in names if (layer := reader(children[name])) is not None]
-            return Projection(layers) if len(layers) == len(names) else None
-    return None
-
-
-def gated(module: nn.Module, reader: Reader) -> FastGatedLayer | None:
-    """What can stand in the place of a gated feed-forward layer, by its structure alone; None: it has another one."""
-    children = dict(module.named_children())
-    joined = _read(children, [("gate_proj", "up_proj"), ("gate_up_proj",)], reader)
-    down = _read(children, [("down_proj",)], reader)
-    if joined is None or down is None or _own_parameters(module) or _drops(module):
-        return None
-    if joined.weight.shape[0] != 2 * down.weight.shape[1]:
-        return None
-    return FastGatedLayer(module, GatedLayer(joined, down, fused_ops(down.weight)))
-
-
-def norm(module: Any) -> FastNorm | None:
-    """What can stand in the place of a norm, by its structure alone; None: it has another one."""
-    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, nn.Parameter) or weight.requires_grad or not isinstance(epsilon, float):
-        return None
-    if weight.dim() != 1 or dict(module.named_parameters()).keys() != {"weight"}:
-        return None
-    return FastNorm(module, epsilon, fused_ops(weight))
-
-
-def _put_rowwise(base: Any) -> list[tuple[str, nn.Module]]:
-    """Have the model's own attention go row by row; no layer goes."""
+def _register_rowwise(base: Any) -> Replaced:
+    """Have the model's own attention go row by row; no layer is replaced."""
     rowwise.register(base)
     return []
 
 
-def _put_head(name: str, head: nn.Linear, base: Any) -> list[tuple[str, nn.Module]]:
-    """Let the output layer make the loss."""
+def _replace_head(name: str, head: nn.Linear, base: Any) -> Replaced:
+    """Have the output layer compute the loss."""
     base.set_submodule(name, LossHead(head))
     return [(name, head)]
 
 
 def _head(base: PreTrainedModel) -> tuple[str, nn.Linear] | None:
-    """The output layer, if it is a plain one and its product is what the model returns."""
+    """The output layer, if it is a frozen linear one and its output is what the model returns."""
     head = base.get_output_embeddings()
     names = [name for name, module in base.named_modules() if module is head]
-    if type(head) is not nn.Linear or not names or any(one.requires_grad for one in head.parameters()):
+    if type(head) is not nn.Linear or not names or any(weight.requires_grad for weight in head.parameters()):
         return None
-    return (names[0], head) if _is_all(base, head) else None
+    return (names[0], head) if _returns_output_of(base, head) else None
 
 
 @torch.no_grad()
-def _is_all(base: PreTrainedModel, head: nn.Linear) -> bool:
-    """Whether logits are the product of this layer and nothing else; a model that fails on bare ids has other needs."""
+def _returns_output_of(base: PreTrainedModel, head: nn.Linear) -> bool:
+    """Whether logits are the output of this layer and nothing else; not if the model does not run on bare ids."""
     ids = torch.arange(8, device=base.device).view(1, -1) % base.config.get_text_config().vocab_size
     try:
         with evaluating(base):
@@ -380,12 +280,5 @@ def _is_all(base: PreTrainedModel, head: nn.Linear) -> bool:
         return False
 
 
-def _never(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("a layer of attention was left out")
-
-
-def expect(model: Any, labels: Tensor) -> None:
-    """Have the next forward pass give the summed loss of these labels in place of logits, where that can be had."""
-    head = model.get_output_embeddings()
-    if isinstance(head, LossHead):
-        head.labels = labels
+def _unreachable(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a layer of attention is not replaced")

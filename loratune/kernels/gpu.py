@@ -1,5 +1,7 @@
-"""What is fitted on a GPU: LoRA in the dtype of the base, and attention row by row. The other layers are left to
-`compile_layers` and to Liger's kernels, where they are asked for."""
+"""What is accelerated on a GPU: LoRA in the dtype of the base, and attention row by row.
+
+The other layers are accelerated by `compile_layers` and by Liger's kernels, if the config asks for them.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -8,21 +10,26 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.liger import apply_liger_kernel
 
-from loratune.errors import ModelError, Problem
-from loratune.kernels import varlen
+from loratune.errors import Code, ModelError, Problem
+from loratune.kernels import attention, upstream
+from loratune.kernels.attention import VarlenAttention
 from loratune.kernels.lora_linear import Adapted
 from loratune.kernels.parity_check import ParityCheck
-from loratune.kernels.replacing import Replacement
+from loratune.kernels.replacements import Reader, Replacement
+
+Layers = Iterable[tuple[str, nn.Module]]
+"""Path and module of each layer that is replaced."""
+LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
+"""Which of Liger's kernels are used; the loss is that of `LossHead`."""
 
 
 class FastLinear(Replacement):
-    """In the place of a linear layer with LoRA, with the same children and its arithmetic in the dtype of the base."""
+    """Replaces a linear layer with LoRA, with the same children, and computes in the dtype of the base."""
 
     def __init__(self, original: nn.Module, part: Adapted, down: Tensor, up: Tensor):
         super().__init__(original)
-        self._part, self._down, self._up = [part], [down], [up]  # in lists: their owners are the children
+        self._part, self._down, self._up = [part], [down], [up]  # In lists: they belong to the children.
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out)."""
@@ -32,24 +39,19 @@ class FastLinear(Replacement):
         return y + functional.linear(inner, (up * part.scaling).to(x.dtype))
 
 
-Layers = Iterable[tuple[str, nn.Module]]
-"""Path and module of each layer that goes."""
-
-
 def replace(
-    base: Any, reader: Callable[[nn.Module], Adapted | None], replaced: list[tuple[str, nn.Module]]
+    base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]
 ) -> tuple[list[Callable[[Any], Layers]], list[str]]:
-    """Fit the layers of `base`. replaced: gets path and module of each that went. Returns what fits them again, and
-    what stays, in words."""
-    steps: list[Callable[[Any], Layers]] = [partial(_put_linear, reader)]
-    replaced += _put_linear(reader, base)
-    left = [] if replaced else ["LoRA"]
-    if _attends(base):
-        return [*steps, partial(_put_attention, varlen.RowAttention())], left
-    return steps, [*left, "attention"]
+    """Replace layers on a GPU. Arguments and results are those of `acceleration._replace`."""
+    steps: list[Callable[[Any], Layers]] = [partial(_replace_linear, reader)]
+    replaced += _replace_linear(reader, base)
+    fallbacks = [] if replaced else ["LoRA"]
+    if _attends_by_rows(base):
+        return [*steps, partial(_register_attention, VarlenAttention())], fallbacks
+    return steps, [*fallbacks, "attention"]
 
 
-def _put_linear(reader: Callable[[nn.Module], Adapted | None], base: Any) -> Iterator[tuple[str, nn.Module]]:
+def _replace_linear(reader: Reader, base: Any) -> Iterator[tuple[str, nn.Module]]:
     for name, module in list(base.named_modules()):
         part = reader(module)
         if part is not None and part.down is not None and part.up is not None:
@@ -57,56 +59,52 @@ def _put_linear(reader: Callable[[nn.Module], Adapted | None], base: Any) -> Ite
             base.set_submodule(name, FastLinear(module, part, part.down, part.up).train(module.training))
 
 
-def _put_attention(function: varlen.RowAttention, base: Any) -> Layers:
-    AttentionInterface.register(varlen.NAME, function)
-    AttentionMaskInterface.register(varlen.NAME, no_mask)
-    base.set_attn_implementation(varlen.NAME)
+def _register_attention(function: VarlenAttention, base: Any) -> Layers:
+    AttentionInterface.register(attention.VARLEN, function)
+    AttentionMaskInterface.register(attention.VARLEN, no_mask)
+    base.set_attn_implementation(attention.VARLEN)
     return ()
 
 
-def _attends(base: Any) -> bool:
-    """Have the model attend row by row, if that gives the same numbers."""
+def _attends_by_rows(base: Any) -> bool:
+    """Have the model attend row by row, if it then computes the same."""
     if any(getattr(module, "attention_dropout", 0) for module in base.modules()):
         return False
-    own, function = base.config._attn_implementation, varlen.RowAttention()
-    trial = ParityCheck(base)
-    _put_attention(function, base)
-    if trial.agrees() and (function.windowed or not windows(base.config)):
+    own, function = upstream.attn_implementation(base), VarlenAttention()
+    check = ParityCheck(base)
+    _register_attention(function, base)
+    if check.passes() and (function.windowed or not has_windows(base.config)):
         return True
     base.set_attn_implementation(own)
     return False
 
 
-def windows(config: Any) -> bool:
-    """Whether a configuration limits how far some layers see, by a window or by chunks."""
-    known = config.get_text_config().to_dict()
-    return bool(known.get("sliding_window") or known.get("attention_chunk_size"))
+def has_windows(config: Any) -> bool:
+    """Whether a configuration limits what some layers attend to, by a window or by chunks."""
+    settings = config.get_text_config().to_dict()
+    return bool(settings.get("sliding_window") or settings.get("attention_chunk_size"))
 
 
 def no_mask(*_: Any, **__: Any) -> None:
-    """Every layer reads the rows off the positions."""
-
-
-LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
-"""The loss is `LossHead`'s."""
+    """A mask function of transformers that makes none: every layer reads the rows from the positions."""
 
 
 def use_liger(model: Any) -> None:
     """Put Liger's kernels into a `PeftModel`. Raises ModelError: there are none for its family."""
-    apply_liger_kernel(model, LIGER)
+    upstream.apply_liger_kernel(model, LIGER)
     if not any("forward" in vars(module) for module in model.get_base_model().modules()):
-        what = f"Liger has no kernels for {model.config.model_type}"
-        raise ModelError(Problem(what, key="model.use_liger_kernel", fix="leave it out"))
+        what, fix = f"Liger has no kernels for {model.config.model_type}", "remove the key"
+        raise ModelError(Problem(Code.KERNEL_NO_LIGER, what, key="model.use_liger_kernel", fix=fix))
 
 
 def compile_layers(model: Any, **options: Any) -> None:
     """Compile each layer of a `PeftModel` by itself, for lengths that change. options: of `torch.compile`.
 
-    Raises ModelError: it has no such layers.
+    Raises ModelError: the model does not name its layers.
     """
     layers = getattr(model.get_base_model().get_decoder(), "layers", None)
     if layers is None:
-        what = f"{model.config.model_type} does not say which its layers are"
-        raise ModelError(Problem(what, key="model.torch_compile", fix="leave it out"))
+        what, fix = f"the layers of {model.config.model_type} cannot be compiled one by one", "remove the key"
+        raise ModelError(Problem(Code.KERNEL_NO_LAYERS, what, key="model.torch_compile", fix=fix))
     for layer in layers:
         layer.compile(dynamic=True, **options)

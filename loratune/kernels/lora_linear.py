@@ -1,20 +1,33 @@
-"""Linear layers with LoRA in the dtype of the base: fewer products, and no float32 copy of what goes through them."""
+"""Linear layers with LoRA in the dtype of the base: fewer products, and no float32 copy of the activations.
+
+`Projection` is for training, `inference_lora` for everything after it.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loratune.kernels import upstream
+from loratune.kernels.fused_ops import fused_ops
+
 
 @dataclass(frozen=True)
 class Adapted:
-    """A frozen linear layer and its LoRA, y = W x + b + scaling * up (down (dropout x)). Hu et al. 2021.
+    """A frozen linear layer and its LoRA: y = W x + b + scaling * up (down (dropout x)). Hu et al. 2021.
 
-    down: (r, in); up: (out, r); both None where the layer has no adapter.
+    Attributes:
+        layer: The frozen layer.
+        down: A of the adapter, (r, in); None where the layer has no adapter.
+        up: B of the adapter, (out, r); None where the layer has no adapter.
+        scaling: What the adapter's output is multiplied by.
+        dropout: The probability of dropout before the adapter.
     """
 
     layer: nn.Linear
@@ -25,9 +38,15 @@ class Adapted:
 
 
 @dataclass
-class Passed:
-    """What the way back through a projection needs. inner: (tokens, ranks); down: (ranks, in); up: (out, ranks), with
-    the scaling in it; masks: (tokens, in) of each adapter, bool, where there is dropout."""
+class SavedLora:
+    """What the backward pass of a projection needs.
+
+    Attributes:
+        inner: The output of `down`, (tokens, ranks).
+        down: (ranks, in).
+        up: (out, ranks), multiplied by the scaling.
+        masks: What dropout keeps, (tokens, in), bool, one for each adapter; empty without dropout.
+    """
 
     inner: Tensor
     down: Tensor
@@ -35,23 +54,26 @@ class Passed:
     masks: list[Tensor]
 
     def tensors(self) -> list[Tensor]:
-        """To be saved for backward."""
+        """All tensors, to be saved for the backward pass."""
         return [self.inner, self.down, self.up, *self.masks]
 
     @classmethod
-    def of(cls, saved: Sequence[Tensor]) -> "Passed":
-        """From what `tensors` gave."""
+    def of(cls, saved: Sequence[Tensor]) -> "SavedLora":
+        """From the tensors that `tensors` returned."""
         inner, down, up, *masks = saved
         return cls(inner, down, up, masks)
 
 
 class Projection:
-    """Layers with the same input as one product. Their weights become views of one tensor: nothing is held twice."""
+    """Layers with the same input as one matrix product.
+
+    Their weights become views of one tensor, so that nothing is held twice.
+    """
 
     def __init__(self, layers: Sequence[Adapted]):
         parts = [part.layer for part in layers]
         self.weight = parts[0].weight.detach()
-        if len(parts) > 1 and (joined := _joined([part.weight.detach() for part in parts])) is not None:
+        if len(parts) > 1 and (joined := _joined_weight([part.weight.detach() for part in parts])) is not None:
             self.weight = joined
         elif len(parts) > 1:
             self.weight = torch.cat([part.weight.detach() for part in parts])
@@ -59,9 +81,9 @@ class Projection:
                 part.weight = nn.Parameter(rows, requires_grad=False)
         self.bias: Tensor | None = None
         if any(part.bias is not None for part in parts):
-            empty = self.weight.new_zeros
-            every = [empty(part.out_features) if part.bias is None else part.bias.detach() for part in parts]
-            self.bias = torch.cat(every)
+            zeros = self.weight.new_zeros
+            biases = [zeros(part.out_features) if part.bias is None else part.bias.detach() for part in parts]
+            self.bias = torch.cat(biases)
         ends = list(accumulate((part.out_features for part in parts), initial=0))
         self._adapted = [
             (part, slice(*span)) for part, span in zip(layers, pairwise(ends), strict=True) if part.down is not None
@@ -70,68 +92,72 @@ class Projection:
         self._ranks = [slice(*span) for span in pairwise(ranks)]
 
     def parameters(self) -> list[Tensor]:
-        """Every `down` and `up` in turn."""
+        """`down` and `up` of each adapter in turn."""
         return [tensor for part, _ in self._adapted for tensor in (part.down, part.up) if tensor is not None]
 
-    def forward(self, x: Tensor, training: bool, parameters: Sequence[Tensor]) -> tuple[Tensor, Passed | None]:
-        """x: (tokens, in). Returns (tokens, out), and what `backward` needs if there is an adapter."""
+    def forward(self, x: Tensor, training: bool, parameters: Sequence[Tensor]) -> tuple[Tensor, SavedLora | None]:
+        """x: (tokens, in). Returns (tokens, out), and what `backward` needs, if there is an adapter."""
         y = functional.linear(x, self.weight, self.bias)
         if not self._adapted:
             return y, None
-        passed = self._lowered(x, training, parameters)
-        return y.addmm_(passed.inner, passed.up.t()), passed
+        saved = self._lora(x, training, parameters)
+        return y.addmm_(saved.inner, saved.up.t()), saved
 
-    def _lowered(self, x: Tensor, training: bool, parameters: Sequence[Tensor]) -> Passed:
+    def _lora(self, x: Tensor, training: bool, parameters: Sequence[Tensor]) -> SavedLora:
         down = torch.cat(list(parameters[::2])).to(x.dtype)
         up = x.new_zeros(len(self.weight), len(down))
         for (part, columns), ranks, tensor in zip(self._adapted, self._ranks, parameters[1::2], strict=True):
             up[columns, ranks] = (tensor * part.scaling).to(x.dtype)
         if not (training and any(part.dropout for part, _ in self._adapted)):
-            return Passed(x @ down.t(), down, up, [])
+            return SavedLora(x @ down.t(), down, up, [])
         inner, masks = [], []
         for (part, _), ranks in zip(self._adapted, self._ranks, strict=True):
-            dropped, mask = torch.native_dropout(x, part.dropout, True)
+            dropped, mask = upstream.dropout(x, part.dropout)
             inner.append(dropped @ down[ranks].t())
             masks.append(mask)
-        return Passed(torch.cat(inner, 1), down, up, masks)
+        return SavedLora(torch.cat(inner, 1), down, up, masks)
 
     def backward(
-        self, dy: Tensor, x: Tensor | None, passed: Passed | None, *, wanted: bool
+        self, dy: Tensor, x: Tensor | None, saved: SavedLora | None, *, needs_dx: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """dy: (tokens, out). Returns the gradient of x, or None if it is not wanted, and those of the parameters.
+        """The gradients of the input and of the parameters.
 
-        x: may be None where there is no adapter.
+        Args:
+            dy: The gradient of the output, (tokens, out).
+            x: The input, (tokens, in); may be None where there is no adapter.
+            saved: What `forward` returned.
+            needs_dx: Whether the gradient of the input is needed; if not, it is None.
         """
-        dx = dy @ self.weight if wanted else None
-        if passed is None or x is None:
+        dx = dy @ self.weight if needs_dx else None
+        if saved is None or x is None:
             return dx, []
-        dinner, dup = dy @ passed.up, dy.t() @ passed.inner
-        ddown = self._lower(dinner, x, passed)
-        if dx is not None and not passed.masks:
-            dx.addmm_(dinner, passed.down)
+        dinner, dup = dy @ saved.up, dy.t() @ saved.inner
+        ddown = self._down_gradient(dinner, x, saved)
+        if dx is not None and not saved.masks:
+            dx.addmm_(dinner, saved.down)
         elif dx is not None:
-            for keep, ranks in self._kept(passed):
-                dx += keep(dinner[:, ranks] @ passed.down[ranks])
+            for apply_mask, ranks in self._dropouts(saved):
+                dx += apply_mask(dinner[:, ranks] @ saved.down[ranks])
         gradients = []
         for (part, columns), ranks in zip(self._adapted, self._ranks, strict=True):
             gradients += [ddown[ranks].float(), dup[columns, ranks].float() * part.scaling]
         return dx, gradients
 
-    def _lower(self, dinner: Tensor, x: Tensor, passed: Passed) -> Tensor:
+    def _down_gradient(self, dinner: Tensor, x: Tensor, saved: SavedLora) -> Tensor:
         """The gradient of every `down`: (ranks, in)."""
-        if not passed.masks:
+        if not saved.masks:
             return dinner.t() @ x
-        return torch.cat([dinner[:, ranks].t() @ keep(x) for keep, ranks in self._kept(passed)])
+        return torch.cat([dinner[:, ranks].t() @ apply_mask(x) for apply_mask, ranks in self._dropouts(saved)])
 
-    def _kept(self, passed: Passed) -> Iterator[tuple[Callable[[Tensor], Tensor], slice]]:
-        """For each adapter, what dropout did to its input, and its ranks."""
-        for (part, _), ranks, mask in zip(self._adapted, self._ranks, passed.masks, strict=True):
-            yield partial(_keep, mask, 1 / (1 - part.dropout)), ranks
+    def _dropouts(self, saved: SavedLora) -> Iterator[tuple[Callable[[Tensor], Tensor], slice]]:
+        """For each adapter, the dropout that was applied to its input, and its ranks."""
+        for (part, _), ranks, mask in zip(self._adapted, self._ranks, saved.masks, strict=True):
+            yield partial(_apply_mask, mask, 1 / (1 - part.dropout)), ranks
 
 
-def _joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """The one tensor of which these are views, one below the other, as an earlier projection left them; None: there is
-    none. weights: (out, in) each."""
+def _joined_weight(weights: Sequence[Tensor]) -> Tensor | None:
+    """The tensor of which these weights, (out, in) each, are views one below the other, as an earlier projection made
+    them; None if there is no such tensor."""
     first = weights[0]
     ends = accumulate((weight.numel() for weight in weights), initial=first.storage_offset())
     if not all(
@@ -144,5 +170,45 @@ def _joined(weights: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
 
 
-def _keep(mask: Tensor, scale: float, x: Tensor) -> Tensor:
+def _apply_mask(mask: Tensor, scale: float, x: Tensor) -> Tensor:
     return (x * mask).mul_(scale)
+
+
+class InferenceLinear(nn.Module):
+    """y = W x + b + scaling * up (down x), without dropout and without gradients: two thin products, in W's dtype."""
+
+    def __init__(self, layer: nn.Linear, down: Tensor, up: Tensor, scaling: float):
+        super().__init__()
+        self._weight, self._bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        self._down = down.detach().to(layer.weight.dtype)
+        self._up = (up.detach() * scaling).to(layer.weight.dtype).t().contiguous()
+        self._ops = fused_ops(self._weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in). Returns (..., out)."""
+        y = functional.linear(x, self._weight, self._bias)
+        self._ops.add_lora(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._down, self._up)
+        return y
+
+
+@contextmanager
+def inference_lora(model: Any, reader: Callable[[nn.Module], Adapted | None]) -> Iterator[None]:
+    """Inside, layers with LoRA cost little more than those of the base.
+
+    Args:
+        model: A `PeftModel`. It must run under `torch.inference_mode`.
+        reader: Takes a module to its linear layer and LoRA, or to None: quantized layers and DoRA stay PEFT's.
+    """
+    base = model.get_base_model()
+    layers = [(name, module, reader(module)) for name, module in base.named_modules()]
+    adapted = [(name, module, part) for name, module, part in layers if part is not None and part.layer is not module]
+    try:
+        for name, _, part in adapted:
+            if part.down is None or part.up is None:
+                base.set_submodule(name, part.layer)
+            else:
+                base.set_submodule(name, InferenceLinear(part.layer, part.down, part.up, part.scaling))
+        yield
+    finally:
+        for name, module, _ in adapted:
+            base.set_submodule(name, module)

@@ -1,4 +1,4 @@
-"""Norms and gated feed-forward layers that save little and go over memory once."""
+"""Norms and gated feed-forward layers of fused operations, which save few tensors for the backward pass."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.kernels.lora_linear import Passed, Projection
+from loratune.kernels.lora_linear import Projection, SavedLora
 from loratune.kernels.reference import FusedOps
 
 
 @dataclass(frozen=True)
 class GatedLayer:
-    """down(silu(gate(x)) * up(x)). joined: gate and up."""
+    """down(silu(gate(x)) * up(x)). joined: gate and up as one product."""
 
     joined: Projection
     down: Projection
-    passes: FusedOps
+    ops: FusedOps
 
     def __call__(self, x: Tensor, *, training: bool) -> Tensor:
         """x: (tokens, in). Returns (tokens, out)."""
@@ -28,42 +28,44 @@ class GatedLayer:
 
 class _GatedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, of: GatedLayer, training: bool, *parameters: Tensor) -> Tensor:
-        count = len(of.joined.parameters())
-        both, before = of.joined.forward(x, training, parameters[:count])
-        gated = of.passes.swiglu(both)
-        y, after = of.down.forward(gated, training, parameters[count:])
-        kept = [one.tensors() if one else [] for one in (before, after)]
-        ctx.of, ctx.split = of, len(kept[0])
-        ctx.save_for_backward(both, x if before else None, gated if after else None, *kept[0], *kept[1])
+    def forward(ctx: Any, x: Tensor, layer: GatedLayer, training: bool, *parameters: Tensor) -> Tensor:
+        count = len(layer.joined.parameters())
+        both, joined_lora = layer.joined.forward(x, training, parameters[:count])
+        gated = layer.ops.swiglu(both)
+        y, down_lora = layer.down.forward(gated, training, parameters[count:])
+        joined_saved, down_saved = (lora.tensors() if lora else [] for lora in (joined_lora, down_lora))
+        ctx.layer, ctx.split = layer, len(joined_saved)
+        inputs = x if joined_lora else None, gated if down_lora else None
+        ctx.save_for_backward(both, *inputs, *joined_saved, *down_saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        of, (both, x, gated, *kept) = ctx.of, ctx.saved_tensors
-        before, after = (Passed.of(part) if part else None for part in (kept[: ctx.split], kept[ctx.split :]))
-        dgated, outer = of.down.backward(dy, gated, after, wanted=True)
-        dboth = of.passes.swiglu_backward(dgated, both)
-        dx, inner = of.joined.backward(dboth, x, before, wanted=ctx.needs_input_grad[0])
-        return dx, None, None, *inner, *outer
+        layer, (both, x, gated, *saved) = ctx.layer, ctx.saved_tensors
+        parts = saved[: ctx.split], saved[ctx.split :]
+        joined_lora, down_lora = (SavedLora.of(part) if part else None for part in parts)
+        dgated, down_gradients = layer.down.backward(dy, gated, down_lora, needs_dx=True)
+        dboth = layer.ops.swiglu_backward(dgated, both)
+        dx, joined_gradients = layer.joined.backward(dboth, x, joined_lora, needs_dx=ctx.needs_input_grad[0])
+        return dx, None, None, *joined_gradients, *down_gradients
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, passes: FusedOps) -> Tensor:
-    """`plain.rms_norm` with a weight that is frozen. x: (..., size); weight: (size,)."""
-    apply: Any = _RootMeanSquare.apply
-    result: Tensor = apply(x, weight, epsilon, passes)
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, ops: FusedOps) -> Tensor:
+    """`reference.rms_norm` with a frozen weight. x: (..., size); weight: (size,). Returns (..., size)."""
+    apply: Any = _RMSNorm.apply
+    result: Tensor = apply(x, weight, epsilon, ops)
     return result
 
 
-class _RootMeanSquare(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, passes: FusedOps) -> Tensor:
-        y, inverse = passes.rms_norm(x, weight, epsilon)
-        ctx.passes = passes
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, ops: FusedOps) -> Tensor:
+        y, inverse = ops.rms_norm(x, weight, epsilon)
+        ctx.ops = ops
         ctx.save_for_backward(x, weight, inverse)
         result: Tensor = y
         return result
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return ctx.passes.rms_norm_backward(dy, *ctx.saved_tensors), None, None, None
+        return ctx.ops.rms_norm_backward(dy, *ctx.saved_tensors), None, None, None

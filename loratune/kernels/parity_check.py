@@ -1,6 +1,6 @@
-"""Whether a model gives the same numbers as before its layers were replaced: the second lock, after `recognition`.
+"""Whether a model computes the same as before its layers were replaced: the second safeguard, after `recognition`.
 
-Two rows end to end and a row far from the first position go through the whole decoder, forward and backward.
+Two packed rows, and a row far from the first position, go through the whole decoder, forward and backward.
 """
 
 import logging
@@ -17,148 +17,160 @@ from loratune.errors import is_out_of_memory
 _log = logging.getLogger(__name__)
 
 ROWS = (29, 19)
-"""Tokens of the rows that stand end to end."""
+"""Tokens of the packed rows."""
 LONG_ROWS = (150, 70)
-"""The same where attention is another function: some families choose blocks of keys once a row has several."""
-FAR = 17
-"""Tokens of the row that stands at the last positions of the model."""
-MOST = 1 << 24
-"""Numbers of a trained tensor whose gradient is looked at; embeddings that are trained have more."""
-LEAST = {torch.bfloat16: 0.1, torch.float16: 0.1}
-"""Of the size of states and gradients: a difference that is always allowed, 1e-3 in float32."""
-NOISE = 2.0
-"""So many times what the rounding of the inputs alone makes is allowed, where that is more. In bfloat16 it can make as
-much as half of a gradient, in the real SmolLM2-135M too, and no replacement is told from it there."""
-UTMOST = 0.7
-"""More is never allowed: gradients that are lost altogether are 1 away from what they were."""
+"""The same where the attention function changes: some families select blocks of keys once a row has several."""
+DISTANT_TOKENS = 17
+"""Tokens of the row at the last positions of the model."""
+MAX_SIZE = 1 << 24
+"""Gradients of larger tensors are not compared; trained embeddings are such."""
+MIN_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.1}
+"""The relative difference that is always allowed, 1e-3 in other dtypes."""
+ROUNDING_FACTOR = 2.0
+"""The difference that rounding of the inputs alone makes, times this factor, is allowed where it is larger. In bfloat16
+it can be half of a gradient, also in the real SmolLM2-135M, and nothing smaller can be told from rounding."""
+MAX_TOLERANCE = 0.7
+"""The relative difference that is never allowed: a gradient that is lost altogether differs by 1."""
 DRAWS = 3
-"""Rows that are drawn before a difference counts: rounding can make a mixture of experts choose another one."""
+"""Draws of rows before a difference counts: rounding can make a mixture of experts choose another one."""
 
-Outcome = list[Tensor]
-"""States, then gradients."""
+Results = list[Tensor]
+"""Hidden states, then gradients."""
 
 
 @dataclass(frozen=True)
-class Standard:
-    """What a model gave.
+class Baseline:
+    """What a model computed before.
 
-    allowed: for each tensor, the largest difference that is none, as a share of its size; distant: see `outcome`.
+    Attributes:
+        values: Its results.
+        tolerances: The largest relative difference that is allowed, for each of them.
+        distant: Whether a row at the last positions is among the inputs.
     """
 
-    values: Outcome
-    allowed: list[float]
+    values: Results
+    tolerances: list[float]
     distant: bool
 
-    def holds(self, new: Outcome | None) -> bool:
-        """Whether another outcome is the same, but for rounding."""
+    def matches(self, new: Results | None) -> bool:
+        """Whether other results are the same, up to rounding."""
         if new is None or len(new) != len(self.values):
             return False
-        pairs = zip(self.values, new, self.allowed, strict=True)
-        return all(distance(old, now) <= most for old, now, most in pairs)
+        pairs = zip(self.values, new, self.tolerances, strict=True)
+        return all(relative_rms(old, now) <= tolerance for old, now, tolerance in pairs)
 
 
 class ParityCheck:
-    """What a model gave before its layers were replaced, and whether it still does.
+    """Compares what a model computes with what it computed when the check was made.
 
-    base: a causal language model of transformers, with an adapter or without; as it is now, it is the standard.
+    base: a causal language model of transformers, with an adapter or without.
     """
 
     def __init__(self, base: Any, rows: tuple[int, ...] = ROWS):
         self._base, self._rows = base, rows
-        self._standards = [_standard(base, 0, rows)]
+        self._baselines = [_baseline(base, 0, rows)]
 
     @property
     def runs(self) -> bool:
-        """Whether the model runs on such rows as it was."""
-        return self._standards[0] is not None
+        """Whether the model runs on packed rows at all."""
+        return self._baselines[0] is not None
 
     def prepare(self) -> None:
-        """Draw all rows, while the model is as it was."""
-        self._standards += [_standard(self._base, seed, self._rows) for seed in range(len(self._standards), DRAWS)]
+        """Compute the baselines of all draws, while the model is as it was."""
+        seeds = range(len(self._baselines), DRAWS)
+        self._baselines += [_baseline(self._base, seed, self._rows) for seed in seeds]
 
-    def agrees(self) -> bool:
-        """Whether the model gives the same for some rows drawn; what is computed otherwise differs for all of them."""
-        known = [(seed, old) for seed, old in enumerate(self._standards) if old is not None]
-        return any(old.holds(outcome(self._base, seed, distant=old.distant, rows=self._rows)) for seed, old in known)
+    def passes(self) -> bool:
+        """Whether the model computes the same on one draw at least: another computation differs on all of them."""
+        baselines = [(seed, baseline) for seed, baseline in enumerate(self._baselines) if baseline is not None]
+        return any(
+            baseline.matches(compute(self._base, seed, distant=baseline.distant, rows=self._rows))
+            for seed, baseline in baselines
+        )
 
 
-def _standard(base: Any, seed: int, rows: tuple[int, ...]) -> Standard | None:
-    """What a model gives, and how far rounding moves that."""
+def _baseline(base: Any, seed: int, rows: tuple[int, ...]) -> Baseline | None:
+    """What a model computes, and how much rounding changes it; None if it does not run on such rows."""
     for distant in (True, False):
-        values = outcome(base, seed, distant=distant, rows=rows)
-        moved = outcome(base, seed, rounded=True, distant=distant, rows=rows) if values is not None else None
-        if values is not None and moved is not None:
-            least = LEAST.get(values[0].dtype, 1e-3)
-            noise = [NOISE * distance(*pair) for pair in zip(values, moved, strict=True)]
-            allowed = [min(max(least, one), UTMOST) for one in noise]
-            return Standard(values, allowed, distant)
+        values = compute(base, seed, distant=distant, rows=rows)
+        rounded = compute(base, seed, rounded=True, distant=distant, rows=rows) if values is not None else None
+        if values is not None and rounded is not None:
+            least = MIN_TOLERANCE.get(values[0].dtype, 1e-3)
+            noise = [ROUNDING_FACTOR * relative_rms(*pair) for pair in zip(values, rounded, strict=True)]
+            tolerances = [min(max(least, difference), MAX_TOLERANCE) for difference in noise]
+            return Baseline(values, tolerances, distant)
     return None
 
 
-def outcome(
+def compute(
     base: Any, seed: int = 0, *, rounded: bool = False, distant: bool = True, rows: tuple[int, ...] = ROWS
-) -> Outcome | None:
-    """States and gradients of random rows, or None if the model cannot do it. Leaves no gradient behind.
+) -> Results | None:
+    """Hidden states and gradients of random rows. No gradient is left in the model.
 
-    rounded: with embeddings that are rounded to another number beside the right one; distant: with a row at the last
-    positions, which not every family takes.
+    Args:
+        base: A causal language model of transformers.
+        seed: Which rows are drawn.
+        rounded: Change the embeddings by half a unit in the last place, to see what rounding does.
+        distant: Also compute a row at the last positions, which not every family accepts.
+        rows: Tokens of the packed rows.
+
+    Returns:
+        The results; None if the model does not run on such rows.
     """
     with torch.random.fork_rng(_devices(base)):
         try:
-            return _passed(base, seed, rounded, distant, rows)
-        except Exception as error:  # what a family lacks, or raises on what it does not know, is its own choice
+            return _compute(base, seed, rounded, distant, rows)
+        except Exception as error:  # Families raise all kinds of errors where they need other inputs.
             if is_out_of_memory(error):
                 raise
-            _log.debug("the model does not run on rows end to end, distant: %s", distant, exc_info=True)
+            _log.debug("the model does not run on packed rows, distant: %s", distant, exc_info=True)
             return None
 
 
-def _passed(base: Any, seed: int, rounded: bool, distant: bool, rows: tuple[int, ...]) -> Outcome:
-    text = base.config.get_text_config()
-    vocabulary, ends = text.vocab_size, getattr(text, "max_position_embeddings", None) or 1 << 11
-    flat, far = (
-        torch.cat([torch.arange(min(length, ends)) for length in rows])[None],
-        torch.arange(ends - FAR, ends)[None],
-    )
-    states: Outcome = []
-    gradients: Outcome = []
-    for positions in (
-        [far, flat] if distant and ends >= 2 * FAR else [flat]
-    ):  # far rows may change angles: they go first
+def _compute(base: Any, seed: int, rounded: bool, distant: bool, rows: tuple[int, ...]) -> Results:
+    text_config = base.config.get_text_config()
+    vocabulary = text_config.vocab_size
+    limit = getattr(text_config, "max_position_embeddings", None) or 1 << 11
+    packed = torch.cat([torch.arange(min(length, limit)) for length in rows])[None]
+    last = torch.arange(limit - DISTANT_TOKENS, limit)[None]
+    states: Results = []
+    gradients: Results = []
+    # The distant row goes first, as it may change the angles of the rotary embeddings.
+    for positions in [last, packed] if distant and limit >= 2 * DISTANT_TOKENS else [packed]:
         ids = (torch.arange(positions.numel()) * (2 * seed + 1) + 8).view(1, -1) % vocabulary
-        state, gradient = _through(base, ids.to(base.device), positions.to(base.device), rounded)
+        state, gradient = _forward_backward(base, ids.to(base.device), positions.to(base.device), rounded)
         states.append(state)
         gradients += gradient
     return [*states, *gradients]
 
 
-def _through(base: Any, ids: Tensor, positions: Tensor, rounded: bool) -> tuple[Tensor, list[Tensor]]:
-    """Forward and backward of one batch: what comes out, and gradients of embeddings and of what is trained."""
-    leaves: list[Tensor] = []
+def _forward_backward(base: Any, ids: Tensor, positions: Tensor, rounded: bool) -> tuple[Tensor, list[Tensor]]:
+    """The hidden states of one batch, and the gradients of its embeddings and of the trained weights."""
+    embeddings: list[Tensor] = []
 
-    def cut(_module: Any, _given: Any, embedded: Tensor) -> Tensor:
-        leaves.append(embedded.detach().requires_grad_())
+    def replace_embeddings(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
+        embeddings.append(embedded.detach().requires_grad_())
         if not rounded:
-            return leaves[-1].clone()  # some models scale their embeddings in place, which a leaf does not allow
+            return embeddings[-1].clone()  # Some models scale embeddings in place, which a leaf does not allow.
         signs = 2 * torch.randint(2, embedded.shape, generator=torch.Generator().manual_seed(1)) - 1
-        half = torch.finfo(embedded.dtype).eps / 2
-        return (leaves[-1].float() * (1 + half * signs.to(embedded.device))).to(embedded.dtype)
+        half_unit = torch.finfo(embedded.dtype).eps / 2
+        return (embeddings[-1].float() * (1 + half_unit * signs.to(embedded.device))).to(embedded.dtype)
 
-    hook = base.get_input_embeddings().register_forward_hook(cut)
+    hook = base.get_input_embeddings().register_forward_hook(replace_embeddings)
     try:
         with evaluating(base), torch.enable_grad():
-            made = base.get_decoder()(ids, position_ids=positions, use_cache=False)
-            states = made.logits if "logits" in made else made.last_hidden_state
+            output = base.get_decoder()(ids, position_ids=positions, use_cache=False)
+            states = output.logits if "logits" in output else output.last_hidden_state
             weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
-            trained = [one for one in base.parameters() if one.requires_grad and one.numel() <= MOST]
-            inputs = [*leaves, *trained]
-            parts = torch.autograd.grad((states.float() * weights).sum(), inputs, allow_unused=True)
+            trained = [weight for weight in base.parameters() if weight.requires_grad and weight.numel() <= MAX_SIZE]
+            inputs = [*embeddings, *trained]
+            gradients = torch.autograd.grad((states.float() * weights).sum(), inputs, allow_unused=True)
     finally:
         hook.remove()
-    filled = [torch.zeros_like(one) if part is None else part for one, part in zip(inputs, parts, strict=True)]
-    count = len(leaves)
-    adapter = [torch.cat([part.detach().float().flatten() for part in filled[count:]])] if trained else []
-    return states.detach(), [*(part.detach() for part in filled[:count]), *adapter]
+    filled = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(inputs, gradients, strict=True)]
+    count = len(embeddings)
+    adapter = [torch.cat([dx.detach().float().flatten() for dx in filled[count:]])] if trained else []
+    return states.detach(), [*(dx.detach() for dx in filled[:count]), *adapter]
 
 
 def _devices(base: Any) -> list[Any]:
@@ -177,8 +189,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def distance(old: Tensor, new: Tensor) -> float:
-    """The root mean square of the difference, as a share of that of the first tensor; NaN if either is not finite."""
+def relative_rms(old: Tensor, new: Tensor) -> float:
+    """The root mean square of the difference relative to that of `old`; NaN if a tensor is not finite."""
     size = float(old.float().square().mean().sqrt())
     difference = float((old.float() - new.float()).square().mean().sqrt())
     return difference / size if size else difference

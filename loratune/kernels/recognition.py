@@ -1,13 +1,12 @@
-"""Which classes of layers the kernels may stand in for: those whose source was checked against them.
+"""Which classes of layers may be replaced by kernels: those whose source was compared with the kernels.
 
-What a layer computes is decided by its source and by the switches that a configuration sets, and no trial on random
-numbers finds every clamp, cap, scale or dropout in it. So a layer is replaced only if its class stands in
-`checked_layers.json`, with the digest of its source and with these values of its switches. The file is written by
-`scripts/check_layers.py`, which holds every class of every family against its replacement in float32: on inputs of
-mean 0 and of another mean, of size 1 and 10, at positions beyond every limit of the configuration, in training mode.
+What a layer computes depends on its source and on the switches that a configuration sets, and no comparison on random
+numbers finds every clamp, cap, scale or dropout. So a layer is replaced only if its class is in `checked_layers.json`,
+with the digest of its source and the values of its switches. `scripts/check_layers.py` writes that file. It compares
+every class of every family with its replacement in float32: on inputs with mean 0 and with another mean, of size 1 and
+10, at positions beyond every limit of the configuration, in training mode.
 
-A class that is not listed, that was patched at run time, or whose source has changed with a release keeps its own
-forward.
+A class that is not in the list, that was patched at run time, or whose source has changed in a release is not replaced.
 """
 
 import ast
@@ -26,6 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from loratune.kernels.upstream import has_hooks
+
 _log = logging.getLogger(__name__)
 
 LIST = Path(__file__).with_name("checked_layers.json")
@@ -35,16 +36,19 @@ SHAPES = frozenset({
     "dtype", "training", "pad_token_id", "vocab_size", "num_hidden_layers", "rms_norm_eps", "_attn_implementation",
     "embed_dim", "normalized_shape", "q_size", "kv_size", "op_size", "rope_theta", "initializer_range",
 })  # fmt: skip
-"""Attributes whose value is read from the layer when it is replaced, or that say nothing of what is computed."""
+"""Attributes that a replacement reads from the layer, or that do not affect what it computes."""
 WINDOW = "sliding_window"
-"""How far a layer sees: the mask that the model makes for it tells that (`masks`), so only whether it is set counts."""
+"""The window of a layer. The model's mask says how long it is (`masks`), so only whether there is one counts here."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What decides the numbers of a layer.
+    """What determines the results of a layer.
 
-    name: of its class; digest: of its source; switches: names and values, as JSON.
+    Attributes:
+        name: The name of its class, with its module.
+        digest: Of the source of the class.
+        switches: Names and values, as JSON.
     """
 
     name: str
@@ -53,9 +57,9 @@ class Layer:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Layer | None":
-        """None: the source is not to be had, or something else than the class computes the layer."""
+        """Of a module; None if its source cannot be read, or the module does not compute what its class says."""
         kind: Any = type(module)
-        if "forward" in vars(module) or _hooked(module) or not _as_written(kind):
+        if "forward" in vars(module) or has_hooks(module) or not _is_unpatched(kind):
             return None
         try:
             digest = source_digest(kind)
@@ -68,26 +72,26 @@ class Layer:
 
 @cache
 def checked() -> Mapping[Layer, str]:
-    """Every layer of the list, and the replacement that it was held against."""
+    """Every layer of the list, and the form of the replacement that computes the same."""
     listed = json.loads(LIST.read_text(encoding="utf-8"))["layers"]
     return {
-        Layer(name, digest, json.dumps(one["switches"], sort_keys=True)): one["form"]
+        Layer(name, digest, json.dumps(entry["switches"], sort_keys=True)): entry["form"]
         for name, releases in listed.items()
-        for digest, every in releases.items()
-        for one in every
+        for digest, entries in releases.items()
+        for entry in entries
     }
 
 
 def form_of(module: nn.Module) -> str | None:
-    """The replacement that computes what a layer does; None: none is known to."""
-    if _name(type(module)) not in _names_checked():
-        return None  # without reading the source of all classes of a model
+    """The form of the replacement that computes the same as a layer; None: none is known."""
+    if _name(type(module)) not in _checked_names():
+        return None  # This avoids reading the source of all classes of a model.
     layer = Layer.of(module)
     return checked().get(layer) if layer is not None else None
 
 
 @cache
-def _names_checked() -> frozenset[str]:
+def _checked_names() -> frozenset[str]:
     return frozenset(layer.name for layer in checked())
 
 
@@ -95,14 +99,8 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Hooks see the layer's own forward, and may change what it takes and gives."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in names)
-
-
-def _as_written(kind: type) -> bool:
-    """Whether the forward of a class is the one that stands in its file, and was not patched by another library."""
+def _is_unpatched(kind: type) -> bool:
+    """Whether the forward of a class is the one in its file, and no other library has patched it."""
     owner = next((base for base in kind.__mro__ if "forward" in vars(base)), None)
     if owner is None or _is_torch(kind) or _is_torch(owner) or owner.__module__ not in sys.modules:
         return False
@@ -111,33 +109,33 @@ def _as_written(kind: type) -> bool:
 
 
 def _switches(module: nn.Module) -> dict[str, Any]:
-    """What a layer was built with, besides shapes: its children, its own plain attributes, and what its methods read
-    from the configuration as they run."""
-    found: dict[str, Any] = {"children": {name: _described(child) for name, child in module.named_children()}}
-    found["own"] = sorted(
+    """What a layer was built with, besides shapes: its children, its own attributes, and what its methods read from the
+    configuration when they run."""
+    switches: dict[str, Any] = {"children": {name: _child_class(child) for name, child in module.named_children()}}
+    switches["own"] = sorted(
         name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     )
     for name, value in vars(module).items():
         if not name.startswith("_") and name not in SHAPES:
-            found[name] = _plain(module, name, value)
+            switches[name] = _switch_value(module, name, value)
     kind: Any = type(module)
     settings = getattr(module, "config", None)
     for name in _config_reads(kind) - SHAPES if settings is not None else ():
-        found[f"config.{name}"] = _plain(module, name, getattr(settings, name, None))
-    return found
+        switches[f"config.{name}"] = _switch_value(module, name, getattr(settings, name, None))
+    return switches
 
 
-def _described(child: nn.Module) -> str:
-    """The class of a child, and the digest of its source. Linear layers are all one: what is read of them is checked
-    where they are read, with LoRA or without."""
+def _child_class(child: nn.Module) -> str:
+    """The class of a child, and the digest of its source. All linear layers count as one class: the replacements check
+    them themselves, with LoRA or without."""
     kind: Any = type(child)
     if all(hasattr(child, name) for name in ("in_features", "out_features", "weight")):
         return "linear"
     return _name(kind) if _is_torch(kind) else f"{_name(kind)} {source_digest(kind)}"
 
 
-def _plain(module: nn.Module, name: str, value: Any) -> Any:
-    """A switch as JSON that layers of one kind share."""
+def _switch_value(module: nn.Module, name: str, value: Any) -> Any:
+    """The value of a switch as JSON, the same for all layers of one kind."""
     if name == WINDOW:
         return value is not None
     layer: Any = getattr(module, "layer_idx", None)
@@ -152,7 +150,7 @@ def _plain(module: nn.Module, name: str, value: Any) -> Any:
 def source_digest(kind: type) -> str:
     """Sixteen digits of the SHA-256 of the syntax tree of a class, of its bases, and of what they call at module level.
 
-    Comments, docstrings, annotations and layout leave no trace. Raises OSError, KeyError: there is no source.
+    Comments, docstrings, annotations and layout do not count. Raises OSError, KeyError: there is no source.
     """
     parts = [_text(tree) for tree in _trees(kind)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -160,25 +158,26 @@ def source_digest(kind: type) -> str:
 
 def _trees(kind: type) -> Iterator[ast.AST]:
     """A class, its bases but torch's, and the functions and constants of transformers that they refer to."""
-    waiting = [(base.__module__, base.__qualname__) for base in kind.__mro__ if not _is_torch(base)]
+    queue = [(base.__module__, base.__qualname__) for base in kind.__mro__ if not _is_torch(base)]
     seen: set[tuple[str, str]] = set()
-    while waiting:
-        place = waiting.pop(0)
-        if place in seen:
+    while queue:
+        definition = queue.pop(0)
+        if definition in seen:
             continue
-        seen.add(place)
-        module = sys.modules[place[0]]
+        seen.add(definition)
+        module_name, qualified_name = definition
+        module = sys.modules[module_name]
         local = _definitions(str(module.__file__))
-        yield local[place[1]]
-        for name in sorted(_names(local[place[1]])):
+        yield local[qualified_name]
+        for name in sorted(_names(local[qualified_name])):
             other = getattr(module, name, None)
             if isinstance(local.get(name), ast.FunctionDef):
-                waiting.append((place[0], name))
+                queue.append((module_name, name))
             elif isinstance(other, FunctionType) and other.__module__.startswith("transformers."):
                 original = inspect.unwrap(other)
-                waiting.append((original.__module__, original.__qualname__))
+                queue.append((original.__module__, original.__qualname__))
             elif isinstance(other, type) and issubclass(other, torch.autograd.Function) and not _is_torch(other):
-                waiting.append((other.__module__, other.__qualname__))
+                queue.append((other.__module__, other.__qualname__))
             elif isinstance(other, bool | int | float | str):
                 yield ast.Constant(f"{name} = {other!r}")
 
@@ -190,32 +189,32 @@ def _is_torch(kind: type) -> bool:
 @cache
 def _definitions(file: str) -> dict[str, Any]:
     """Classes and functions at the top of a file, by name."""
-    waiting: list[Any] = list(ast.parse(Path(file).read_text(encoding="utf-8")).body)
-    found = {}
-    while waiting:
-        node = waiting.pop(0)
+    queue: list[Any] = list(ast.parse(Path(file).read_text(encoding="utf-8")).body)
+    definitions = {}
+    while queue:
+        node = queue.pop(0)
         if isinstance(node, ast.If | ast.Try):
-            waiting += [*node.body, *node.orelse]
+            queue += [*node.body, *node.orelse]
         elif isinstance(node, ast.ClassDef | ast.FunctionDef):
-            found[node.name] = node
-    return found
+            definitions[node.name] = node
+    return definitions
 
 
-UNREAD = ("annotation", "returns", "type_params", "type_comment", "kind", "ctx")
-"""Fields of a syntax tree that decide no number."""
+IGNORED_FIELDS = ("annotation", "returns", "type_params", "type_comment", "kind", "ctx")
+"""Fields of a syntax tree that do not affect what is computed."""
 
 
 def _names(node: Any) -> set[str]:
-    """What a piece of source refers to as it runs, annotations left out."""
+    """What a piece of source refers to when it runs, so without annotations."""
     if isinstance(node, ast.Name):
         return {node.id}
-    fields = [value for name, value in ast.iter_fields(node) if name not in UNREAD]
-    children = [one for value in fields for one in (value if isinstance(value, list) else [value])]
+    fields = [value for name, value in ast.iter_fields(node) if name not in IGNORED_FIELDS]
+    children = [child for value in fields for child in (value if isinstance(value, list) else [value])]
     return {name for child in children if isinstance(child, ast.AST) for name in _names(child)}
 
 
 def _text(node: Any) -> str:
-    """A syntax tree as text that is the same in every release of Python: nothing empty, no positions."""
+    """A syntax tree as text that is the same in every release of Python: without empty fields and positions."""
     if isinstance(node, list):
         return "[" + ",".join(map(_text, node)) + "]"
     if not isinstance(node, ast.AST):
@@ -224,7 +223,7 @@ def _text(node: Any) -> str:
     for name, value in ast.iter_fields(node):
         if name == "body" and isinstance(value, list) and value and _is_docstring(value[0]):
             value = value[1:]
-        if name not in UNREAD and value is not None and value != []:
+        if name not in IGNORED_FIELDS and value is not None and value != []:
             fields.append(f"{name}={_text(value)}")
     return f"{type(node).__name__}({','.join(fields)})"
 
@@ -235,7 +234,7 @@ def _is_docstring(node: ast.AST) -> bool:
 
 @cache
 def _config_reads(kind: type) -> frozenset[str]:
-    """Attributes of the configuration that the methods of a class read as they run, not only in `__init__`."""
+    """Attributes of the configuration that the methods of a class read, other than in `__init__`."""
     methods = [
         node
         for base in kind.__mro__
@@ -251,6 +250,6 @@ def _reads(method: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self.config", "config"):
             yield node.attr
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
-            of, name = ast.unparse(node.args[0]), node.args[1]
-            if of in ("self.config", "config") and isinstance(name, ast.Constant):
+            owner, name = ast.unparse(node.args[0]), node.args[1]
+            if owner in ("self.config", "config") and isinstance(name, ast.Constant):
                 yield str(name.value)

@@ -1,4 +1,4 @@
-/* Causal self-attention over rows that stand end to end, see plain.py. */
+/* Causal self-attention over packed rows; reference.py says what each function computes. */
 #include <omp.h>
 
 #include "numbers.h"

@@ -1,4 +1,4 @@
-"""The passes in C: what rows, layouts and dtypes they take, and where their library comes from."""
+"""Fused operations: which rows, layouts and dtypes they take."""
 
 import math
 from collections.abc import Callable
@@ -6,27 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import PASSES, normal
+from test_kernels import FUSED_OPS, normal
 from torch import Tensor
 
-from loratune.kernels import native, reference
+from loratune.kernels import fused_ops, reference
 from loratune.kernels.attention import Layout
 
 OVER = {
     "plain": (lambda like: reference, torch.float32),
     "plain in bfloat16": (lambda like: reference, torch.bfloat16),
-    "C": (native.fused_ops, torch.float32),
-    "C in bfloat16": (native.fused_ops, torch.bfloat16),
+    "C": (fused_ops.fused_ops, torch.float32),
+    "C in bfloat16": (fused_ops.fused_ops, torch.bfloat16),
 }  # fmt: skip
 
 
-def attended(over: Any, positions: Tensor, given: list[Tensor], window: int | None) -> list[Tensor]:
+def attended(ops: Any, positions: Tensor, given: list[Tensor], window: int | None) -> list[Tensor]:
     """The result and the gradients of queries, keys and values, token by token."""
     query, key, value, gradient = given
     layout = Layout.of(positions, window, tile=48)
     around = (layout.starts, layout.tiles, query.shape[-1] ** -0.5)
-    result, total = over.attend(query, key, value, *around)
-    dquery, dkey, dvalue = over.attend_backward(gradient, result, total, query, key, value, *around)
+    result, total = ops.attend(query, key, value, *around)
+    dquery, dkey, dvalue = ops.attend_backward(gradient, result, total, query, key, value, *around)
     return [result, dquery.transpose(0, 1), dkey.transpose(0, 1), dvalue.transpose(0, 1)]
 
 
@@ -40,8 +40,8 @@ def test_what_is_not_finite_in_one_row_stays_in_it(name: str) -> None:
     for size, heads, window in ((16, 1, None), (8, 3, None), (72, 2, 4)):
         shapes = [(2, 87, heads, size), (2, 87, size), (2, 87, size), (87, 2 * heads * size)]
         given = [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
-        over = choose(given[0])
-        whole = attended(over, positions, given, window)
+        ops = choose(given[0])
+        whole = attended(ops, positions, given, window)
         for number, (first, end) in enumerate(spans):
             others = torch.ones(87, dtype=torch.bool)
             others[first:end] = False
@@ -50,7 +50,7 @@ def test_what_is_not_finite_in_one_row_stays_in_it(name: str) -> None:
                 tokens = broken[which] if which == 3 else broken[which].transpose(0, 1)
                 place = first + (end - first) * number // len(spans)
                 tokens[(place, *[-(number % 2)] * (tokens.dim() - 1))] = lost
-                made = attended(over, positions, broken, window)
+                made = attended(ops, positions, broken, window)
                 assert not all(bool(one[first:end].isfinite().all()) for one in made), (which, number)
                 for old, new in zip(whole, made, strict=True):
                     assert torch.equal(old[others], new[others]), (which, number, size)
@@ -83,20 +83,20 @@ ROWS_OF = {"rms_norm": [0], "rms_norm_backward": [0, 1], "swiglu": [0], "swiglu_
 def test_other_passes_keep_rows_apart(name: str, dtype: torch.dtype) -> None:
     """For inputs that lie row by row."""
 
-    def made(over: Any, broken: int | None = None, lost: float = 0) -> list[Tensor]:
-        given = PASSES[name](dtype)
+    def made(ops: Any, broken: int | None = None, lost: float = 0) -> list[Tensor]:
+        given = FUSED_OPS[name](dtype)
         if broken is not None:
             given[broken][6, 1] = lost
-        result = getattr(over, name)(*given)
+        result = getattr(ops, name)(*given)
         parts = [*(result if isinstance(result, tuple) else (result,)), given[0]]
         tensors = [one for one in parts if isinstance(one, Tensor)]
         return [one if len(one) == 37 else one.transpose(0, 1) for one in tensors]
 
-    for over in (reference, native.fused_ops(torch.empty(0, dtype=dtype))):
-        others, whole = torch.arange(37) != 6, made(over)
+    for ops in (reference, fused_ops.fused_ops(torch.empty(0, dtype=dtype))):
+        others, whole = torch.arange(37) != 6, made(ops)
         for broken in ROWS_OF[name]:
             for lost in (math.nan, math.inf):
-                for old, new in zip(whole, made(over, broken, lost), strict=True):
+                for old, new in zip(whole, made(ops, broken, lost), strict=True):
                     assert torch.equal(old[others], new[others])
 
 
@@ -115,17 +115,17 @@ LOOSE: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("how", LOOSE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", FUSED_OPS)
 def test_a_pass_takes_what_is_not_dense(name: str, dtype: torch.dtype, how: str) -> None:
     """The numbers are those of dense tensors, also where they are written into what was given."""
 
     def loose(one: Any) -> Any:
         return LOOSE[how](one) if isinstance(one, Tensor) and (one.dim() > 1 or how == "every other number") else one
 
-    for over in (reference, native.fused_ops(torch.empty(0, dtype=dtype))):
-        given, again = PASSES[name](dtype), [loose(one) for one in PASSES[name](dtype)]
+    for ops in (reference, fused_ops.fused_ops(torch.empty(0, dtype=dtype))):
+        given, again = FUSED_OPS[name](dtype), [loose(one) for one in FUSED_OPS[name](dtype)]
         assert any(isinstance(one, Tensor) and not one.is_contiguous() for one in again)
-        expected, made = getattr(over, name)(*given), getattr(over, name)(*again)
+        expected, made = getattr(ops, name)(*given), getattr(ops, name)(*again)
         pairs = [*zip(*(one if isinstance(one, tuple) else (one,) for one in (expected, made)), strict=True)]
         for old, new in [*pairs, *zip(given, again, strict=True)]:
             if isinstance(old, Tensor):
@@ -134,25 +134,25 @@ def test_a_pass_takes_what_is_not_dense(name: str, dtype: torch.dtype, how: str)
 
 def test_another_dtype_is_an_error() -> None:
     """C would read the bytes of one as the other."""
-    over = native.fused_ops(torch.empty(0))
+    ops = fused_ops.fused_ops(torch.empty(0))
     with pytest.raises(TypeError, match="bfloat16 where"):
-        over.rms_norm(normal(3, 8).bfloat16(), normal(8), 1e-5)
+        ops.rms_norm(normal(3, 8).bfloat16(), normal(8), 1e-5)
     with pytest.raises(TypeError, match="int32 where"):
-        over.cross_entropy(normal(3, 8), torch.arange(3, dtype=torch.int32))
+        ops.cross_entropy(normal(3, 8), torch.arange(3, dtype=torch.int32))
     for target in (-1, 8):
         with pytest.raises(IndexError, match="of 8 tokens"):
-            over.cross_entropy(normal(3, 8), torch.tensor([1, target, 2]))
+            ops.cross_entropy(normal(3, 8), torch.tensor([1, target, 2]))
 
 
 def test_angles_may_be_in_float32() -> None:
     """As olmo's are beside states in bfloat16; they are not rounded then."""
-    joined, cosine, _, *counts = PASSES["split_heads"](torch.bfloat16)
+    joined, cosine, _, *counts = FUSED_OPS["split_heads"](torch.bfloat16)
     angles = normal(*cosine.shape, seed=3)
     turned = angles.cos(), angles.sin()
-    made = [over.split_heads(joined, *turned, *counts) for over in (reference, native.fused_ops(joined))]
+    made = [ops.split_heads(joined, *turned, *counts) for ops in (reference, fused_ops.fused_ops(joined))]
     back = [
-        over.join_heads(*heads, *turned)
-        for over, heads in zip((reference, native.fused_ops(joined)), made, strict=True)
+        ops.join_heads(*heads, *turned)
+        for ops, heads in zip((reference, fused_ops.fused_ops(joined)), made, strict=True)
     ]
     for old, new in [*zip(*made, strict=True), back]:
         assert torch.allclose(old.float(), new.float(), rtol=2**-7, atol=1e-6)

@@ -1,5 +1,5 @@
-/* The passes over memory between the matrix products of a LoRA step. Each function has the same name, arguments and
-   result as its reference in plain.py, which says what it computes. */
+/* Operations between the matrix products of a LoRA step, each fused into one pass over memory. Each function has the same
+   name, arguments and result as its reference in reference.py, which says what it computes. */
 #include "numbers.h"
 
 void rms_norm(real *y, float *inverse, const real *x, const real *weight, float epsilon, int64_t rows, int64_t size) {

@@ -1,0 +1,200 @@
+"""Fused operations: what lies between the matrix products of a step, each in one pass over memory.
+
+`reference` says what each of them computes, in torch. Here they are calls of the compiled library, where there is one.
+"""
+
+import ctypes
+import os
+import platform
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loratune.kernels import library, reference
+from loratune.kernels.library import Library
+
+DEFINES = {torch.bfloat16: "-DBFLOAT16", torch.float32: "-DFLOAT32"}
+
+FEW_TOKENS = 64
+"""LoRA on up to so many tokens is one fused operation: starting two matrix products would take longer."""
+
+
+def fused_ops(like: Tensor) -> reference.FusedOps:
+    """The fused operations for tensors like this one.
+
+    They are those of the reference on a GPU, for float16, without a C compiler, outside Linux, and with
+    LORATUNE_NATIVE=0; else the compiled ones.
+    """
+    functions = _library(like.dtype).functions if not _refusal(like) else None
+    return CompiledOps(functions, like.dtype) if functions is not None else reference
+
+
+def notes(like: Tensor) -> list[str]:
+    """A line for the user if the compiled operations should be used for such tensors and something is wrong."""
+    note = _library(like.dtype).note if not _refusal(like) else None
+    return [note] if note is not None else []
+
+
+def variant(like: Tensor) -> str:
+    """Which build of the compiled operations is used for such tensors; or why none is, and what to do about it."""
+    if reason := _refusal(like):
+        return f"not in use ({reason})"
+    library_for_dtype = _library(like.dtype)
+    if library_for_dtype.functions is None:
+        return "not in use (it could not be built: install gcc)"
+    return f"in use (build {library_for_dtype.name.removeprefix('native-')})"
+
+
+def _refusal(like: Tensor) -> str:
+    """Why compiled operations are not tried; empty if they are."""
+    reasons = {
+        f"the model is on {like.device.type}": like.device.type != "cpu",
+        f"there is none for {str(like.dtype).removeprefix('torch.')}": like.dtype not in DEFINES,
+        f"there is none for {platform.system()}": platform.system() != "Linux",
+        "LORATUNE_NATIVE is 0: unset it": os.environ.get("LORATUNE_NATIVE") == "0",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+@cache
+def _library(dtype: torch.dtype) -> Library:
+    return library.load(DEFINES[dtype])
+
+
+class CompiledOps:
+    """The functions of `reference` for tensors of one dtype on the CPU, contiguous or not. Shapes are not checked.
+
+    Each raises TypeError for a tensor of another dtype, which C would misread.
+    """
+
+    def __init__(self, functions: ctypes.CDLL, dtype: torch.dtype):
+        self._functions, self._dtype = functions, dtype
+
+    def _call(self, name: str, outputs: Sequence[Tensor], *inputs: Tensor | float) -> Any:
+        """Call a function of the library. Outputs are its first arguments; it writes into them."""
+        tensors = [argument for argument in (*outputs, *inputs) if isinstance(argument, Tensor)]
+        if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
+            raise ValueError(f"{name} needs contiguous tensors on the CPU")
+        return getattr(self._functions, name)(*map(_c_argument, (*outputs, *inputs)))
+
+    def _call_with_scratch(self, name: str, outputs: Sequence[Tensor], *inputs: Tensor | float) -> None:
+        """Call a function that allocates memory of its own. Raises MemoryError: there is none."""
+        if self._call(name, outputs, *inputs):
+            raise MemoryError(f"out of memory in {name}")
+
+    def _contiguous(self, *tensors: Tensor) -> list[Tensor]:
+        return [_checked(tensor, self._dtype) for tensor in tensors]
+
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """See `reference.rms_norm`."""
+        x, weight = self._contiguous(x, weight)
+        y, inverse = x.new_empty(x.shape), torch.empty(x.shape[:-1])
+        self._call("rms_norm", [y, inverse], x, weight, float(epsilon), inverse.numel(), x.shape[-1])
+        return y, inverse
+
+    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+        """See `reference.rms_norm_backward`."""
+        (dy, x, weight), inverse = self._contiguous(dy, x, weight), _checked(inverse, torch.float32)
+        dx = x.new_empty(x.shape)
+        self._call("rms_norm_backward", [dx], dy, x, weight, inverse, inverse.numel(), x.shape[-1])
+        return dx
+
+    def swiglu(self, both: Tensor) -> Tensor:
+        """See `reference.swiglu`."""
+        (both,), size = self._contiguous(both), both.shape[-1] // 2
+        y = both.new_empty(*both.shape[:-1], size)
+        self._call("swiglu", [y], both, y.numel() // size, size)
+        return y
+
+    def swiglu_backward(self, dy: Tensor, both: Tensor) -> Tensor:
+        """See `reference.swiglu_backward`."""
+        dy, both = self._contiguous(dy, both)
+        dboth, size = both.new_empty(both.shape), both.shape[-1] // 2
+        self._call("swiglu_backward", [dboth], dy, both, both.numel() // (2 * size), size)
+        return dboth
+
+    def split_heads(
+        self, joined: Tensor, cosine: Tensor, sine: Tensor, groups: int, heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `reference.split_heads`."""
+        (joined,), angles = self._contiguous(joined), _angles(cosine, sine)
+        tokens, size = cosine.shape
+        query = joined.new_empty(groups, tokens, heads, size)
+        key, value = joined.new_empty(2, groups, tokens, size)
+        self._call("split_heads", [query, key, value], joined, *angles, tokens, groups, heads, size)
+        return query, key, value
+
+    def join_heads(self, query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """See `reference.join_heads`."""
+        (query, key, value), angles = self._contiguous(query, key, value), _angles(cosine, sine)
+        groups, tokens, heads, size = query.shape
+        joined = query.new_empty(tokens, (groups * heads + 2 * groups) * size)
+        self._call("join_heads", [joined], query, key, value, *angles, tokens, groups, heads, size)
+        return joined
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, tiles: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `reference.attend`."""
+        query, key, value = self._contiguous(query, key, value)
+        layout = _checked(starts, torch.int32), _checked(tiles, torch.int64)
+        groups, tokens, heads, size = query.shape
+        outputs = [query.new_empty(tokens, groups * heads * size), torch.empty(groups, tokens, heads)]
+        sizes = (tokens, groups, heads, size)
+        self._call_with_scratch("attend", outputs, query, key, value, *layout, len(tiles), float(scale), *sizes)
+        return outputs[0], outputs[1]
+
+    def attend_backward(
+        self, gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
+        starts: Tensor, tiles: Tensor, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `reference.attend_backward`."""
+        gradient, result, query, key, value = self._contiguous(gradient, result, query, key, value)
+        total, layout = _checked(total, torch.float32), (_checked(starts, torch.int32), _checked(tiles, torch.int64))
+        groups, tokens, heads, size = query.shape
+        outputs = [query.new_empty(query.shape), *(torch.zeros(groups, tokens, size) for _ in range(2))]
+        inputs = (gradient, result, total, query, key, value, *layout, len(tiles), float(scale))
+        self._call_with_scratch("attend_backward", outputs, *inputs, tokens, groups, heads, size)
+        dquery, dkey, dvalue = outputs
+        return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
+
+    def add_lora(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:
+        """See `reference.add_lora`; many tokens are two matrix products."""
+        if len(x) > FEW_TOKENS:
+            return reference.add_lora(y, x, down, up)
+        dense, x, down, up = self._contiguous(y, x, down, up)
+        self._call("add_lora", [dense], x, down, up, len(x), x.shape[1], len(down), up.shape[1])
+        if dense is not y:
+            y.copy_(dense)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """See `reference.cross_entropy`."""
+        (dense,), targets = self._contiguous(logits), _checked(targets, torch.int64)
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+            raise IndexError(f"targets from {int(targets.min())} to {int(targets.max())} of {logits.shape[1]} tokens")
+        loss = torch.empty(len(targets))
+        self._call("cross_entropy", [dense, loss], targets, len(targets), logits.shape[1])
+        if dense is not logits:
+            logits.copy_(dense)
+        return loss
+
+
+def _checked(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype != dtype:
+        raise TypeError(f"a tensor of {tensor.dtype} where {dtype} is needed")
+    return tensor.contiguous()
+
+
+def _angles(cosine: Tensor, sine: Tensor) -> list[Tensor]:
+    """Contiguous and in float32; some families have them in the dtype of the states."""
+    return [tensor.float().contiguous() for tensor in (cosine, sine)]
+
+
+def _c_argument(argument: Tensor | float) -> Any:
+    """A pointer, a float or a 64-bit integer."""
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)

@@ -1,0 +1,198 @@
+"""Modules that replace layers of a model, and which layers have the structure that they need."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loratune.kernels.attention import HeadNorms, Layout, PerBatch, SelfAttention
+from loratune.kernels.fused_ops import fused_ops
+from loratune.kernels.lora_linear import Adapted, Projection
+from loratune.kernels.masks import Sight
+from loratune.kernels.mlp import GatedLayer, rms_norm
+from loratune.kernels.reference import FusedOps
+
+Reader = Callable[[nn.Module], Adapted | None]
+"""Takes a module to its linear layer and LoRA; None: it is something else."""
+
+
+class Replacement(nn.Module):
+    """Replaces a module, with the same children and weights, so that they keep their names.
+
+    Other attributes are those of the module: some families read attributes of a layer besides calling it.
+    """
+
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        for name, weight in original.named_parameters(recurse=False):
+            self.register_parameter(name, weight)
+        self._original = [original]  # In a list, so that it is no child.
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_original"][0], name)
+
+
+def restore(base: Any, replaced: Sequence[tuple[str, nn.Module]]) -> None:
+    """Put modules back. replaced: path and module of each."""
+    for name, original in replaced:
+        base.set_submodule(name, original)
+
+
+class FastAttention(Replacement):
+    """Replaces a layer of attention. Rows begin where positions are 0; padding stands at the end of rows."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        attention: SelfAttention,
+        window: int | None,
+        layouts: PerBatch[Layout],
+        *,
+        rotary: bool,
+    ):
+        """A replacement.
+
+        Args:
+            original: The layer.
+            attention: What computes it.
+            window: How many tokens a token attends to at most, itself included.
+            layouts: Shared by all layers of a model.
+            rotary: Whether rotary embeddings are applied to queries and keys.
+        """
+        super().__init__(original)
+        self._attention, self._window, self._layouts, self._rotary = attention, window, layouts, rotary
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        position_ids: Tensor,
+        past_key_values: None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states: (rows, length, size). Returns the same shape, and no weights.
+
+        Raises TypeError, ValueError: the input is not a batch of rows from their first token on.
+        """
+        if past_key_values is not None:
+            raise TypeError("there is a cache")
+        rows, length, size = hidden_states.shape
+        layout = self._layouts.get(position_ids, torch.Size((rows, length)), self._window)
+        cosine, sine = self._angles(hidden_states, position_embeddings if self._rotary else None)
+        result = self._attention(hidden_states.reshape(-1, size), cosine, sine, layout, training=self.training)
+        return result.view(rows, length, -1), None
+
+    def _angles(self, states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """Cosines and sines, (tokens, size of a head), float32 each."""
+        rows, length, _ = states.shape
+        if position_embeddings is None:
+            zero = states.new_zeros(rows * length, self._attention.size, dtype=torch.float32)
+            return [zero + 1, zero]
+        if any(angles.shape[-1] != self._attention.size or angles.dim() != 3 for angles in position_embeddings):
+            raise ValueError(f"angles {position_embeddings[0].shape} for heads of {self._attention.size}")
+        return [angles.float().expand(rows, length, -1).reshape(rows * length, -1) for angles in position_embeddings]
+
+
+class FastGatedLayer(Replacement):
+    """Replaces a gated feed-forward layer."""
+
+    def __init__(self, original: nn.Module, layer: GatedLayer):
+        super().__init__(original)
+        self._layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., size). Returns the same shape."""
+        return self._layer(x.reshape(-1, x.shape[-1]), training=self.training).view(*x.shape[:-1], -1)
+
+
+class FastNorm(Replacement):
+    """Replaces an RMS norm."""
+
+    def __init__(self, original: nn.Module, epsilon: float, ops: FusedOps):
+        super().__init__(original)
+        self.epsilon, self._ops = epsilon, ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., size). Returns the same shape."""
+        # Some families have activations of another dtype than their weights.
+        if x.dtype != self.weight.dtype:
+            result: Tensor = self._original[0](x)
+            return result
+        return rms_norm(x, self.weight, self.epsilon, self._ops)
+
+
+def replace_attention(
+    module: Any, reader: Reader, sight: Sight, layouts: PerBatch[Layout], *, rotary: bool = True
+) -> FastAttention | None:
+    """The replacement of a layer of attention, judged by its structure alone; None: it has another structure."""
+    children = dict(module.named_children())
+    joined = _projection(children, [("q_proj", "k_proj", "v_proj"), ("qkv_proj",)], reader)
+    out, norms = _projection(children, [("o_proj",)], reader), _head_norms(children)
+    others = children.keys() - {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
+    if joined is None or out is None or others or _has_own_tensors(module) or _has_dropout(module):
+        return None
+    if (norms is None) != ("q_norm" not in children and "k_norm" not in children):
+        return None
+    heads, size = sight.heads // sight.groups, sight.size
+    width = (sight.heads + 2 * sight.groups) * size
+    if joined.weight.shape[0] != width or out.weight.shape[1] != sight.heads * size:
+        return None
+    attention = SelfAttention(joined, out, sight.groups, heads, size, sight.scale, fused_ops(out.weight), norms)
+    return FastAttention(module, attention, sight.window, layouts, rotary=rotary)
+
+
+def replace_gated(module: nn.Module, reader: Reader) -> FastGatedLayer | None:
+    """The replacement of a gated feed-forward layer, judged by its structure alone; None: it has another structure."""
+    children = dict(module.named_children())
+    joined = _projection(children, [("gate_proj", "up_proj"), ("gate_up_proj",)], reader)
+    down = _projection(children, [("down_proj",)], reader)
+    if joined is None or down is None or _has_own_tensors(module) or _has_dropout(module):
+        return None
+    if joined.weight.shape[0] != 2 * down.weight.shape[1]:
+        return None
+    return FastGatedLayer(module, GatedLayer(joined, down, fused_ops(down.weight)))
+
+
+def replace_norm(module: Any) -> FastNorm | None:
+    """The replacement of a norm, judged by its structure alone; None: it has another structure."""
+    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, nn.Parameter) or weight.requires_grad or not isinstance(epsilon, float):
+        return None
+    if weight.dim() != 1 or dict(module.named_parameters()).keys() != {"weight"}:
+        return None
+    return FastNorm(module, epsilon, fused_ops(weight))
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    """Whether a layer has a dropout of its own."""
+    return any("dropout" in name and value for name, value in vars(module).items())
+
+
+def _has_own_tensors(module: nn.Module) -> bool:
+    """Whether a layer has parameters or buffers besides those of its children, such as attention sinks."""
+    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+
+
+def _head_norms(children: Mapping[str, Any]) -> HeadNorms | None:
+    query, key = (replace_norm(children[name]) if name in children else None for name in ("q_norm", "k_norm"))
+    if query is None or key is None or query.epsilon != key.epsilon:
+        return None
+    return HeadNorms(query.weight, key.weight, query.epsilon)
+
+
+def _projection(children: Mapping[str, Any], choices: Sequence[tuple[str, ...]], reader: Reader) -> Projection | None:
+    """The first choice of names that all exist, as one product; None if there is none, or one of them is not linear."""
+    for names in choices:
+        if children.keys() >= set(names):
+            layers = [layer for name in names if (layer := reader(children[name])) is not None]
+            return Projection(layers) if len(layers) == len(names) else None
+    return None

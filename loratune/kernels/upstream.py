@@ -1,0 +1,37 @@
+"""What this package uses of other libraries although their documentation does not mention it.
+
+Each such name stands here once, with the reason why no documented one serves. tests/test_upstream_kernels.py names
+those that a release takes away.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.liger import apply_liger_kernel as apply_liger_kernel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask as sdpa_mask
+
+# apply_liger_kernel: Liger's documented functions patch a class before a model is built; this one patches a model.
+# sdpa_attention_forward, sdpa_mask: the stock attention and its mask. They are documented only as registered under the
+# name "sdpa", and cannot be looked up there while another implementation stands in for them.
+
+
+def attn_implementation(model: Any) -> str:
+    """The attention implementation that a model uses. transformers documents how it is set, and not how it is read."""
+    return str(model.config._attn_implementation)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether forward or backward hooks are registered with a module. torch documents only how they are registered."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in names)
+
+
+def dropout(x: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+    """Dropout, and the mask of what it keeps, which no documented function of torch returns.
+
+    Both have the shape of x.
+    """
+    result, mask = torch.native_dropout(x, probability, True)
+    return result, mask

@@ -1,0 +1,62 @@
+"""What loratune/kernels/upstream.py uses of other libraries is still there, and still means what it did."""
+
+import inspect
+
+import pytest
+import torch
+from conftest import tiny_llama
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from loratune.kernels import upstream
+
+
+def test_attn_implementation() -> None:
+    model = tiny_llama()
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert upstream.attn_implementation(model) == name
+
+
+def test_sdpa_attention_forward() -> None:
+    assert AttentionInterface()["sdpa"] is upstream.sdpa_attention_forward
+
+
+def test_sdpa_mask() -> None:
+    assert AttentionMaskInterface()["sdpa"] is upstream.sdpa_mask
+    mask = upstream.sdpa_mask(
+        batch_size=1, q_length=3, kv_length=3, mask_function=lambda row, head, query, key: key <= query,
+        allow_is_causal_skip=False,
+    )  # fmt: skip
+    assert torch.equal(mask, torch.ones(1, 1, 3, 3, dtype=torch.bool).tril())
+
+
+def test_apply_liger_kernel() -> None:
+    """Liger is not installed here: what counts is that the function takes a model and which kernels to use."""
+    assert [*inspect.signature(upstream.apply_liger_kernel).parameters] == ["model", "kernel_config"]
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda module: module.register_forward_hook(lambda *_: None),
+        lambda module: module.register_forward_pre_hook(lambda *_: None),
+        lambda module: module.register_full_backward_hook(lambda *_: None),
+        lambda module: module.register_full_backward_pre_hook(lambda *_: None),
+    ],
+    ids=["forward", "forward_pre", "backward", "backward_pre"],
+)
+def test_has_hooks(register: object) -> None:
+    module = nn.Linear(2, 2)
+    assert not upstream.has_hooks(module)
+    hook = register(module)  # type: ignore[operator]
+    assert upstream.has_hooks(module)
+    hook.remove()
+    assert not upstream.has_hooks(module)
+
+
+def test_dropout() -> None:
+    x = torch.randn(50, 50)
+    result, mask = upstream.dropout(x, 0.25)
+    assert mask.dtype == torch.bool and 0.6 < float(mask.float().mean()) < 0.9
+    assert torch.allclose(result, x * mask / 0.75)
