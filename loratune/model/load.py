@@ -33,8 +33,15 @@ from loratune.model.sizes import check_sizes
 from loratune.model.source import is_directory, local_or_hub
 from loratune.model.weights import check_complete
 from loratune.system import launcher
-from loratune.system.sandbox import MEMORY, Apart, BeyondLimit, is_panic, limited
-from loratune.system.uncompiled import UNCOMPILED, reason
+from loratune.system.sandbox import (
+    MEMORY,
+    TEMPLATE_ERRORS,
+    LimitExceededError,
+    Sandbox,
+    is_rust_panic,
+    run_with_time_limit,
+    template_error_reason,
+)
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -83,9 +90,10 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(found.name, **source, **_origin(section))
         check_growth(tokenizer, section.name_or_path)
-        limited(lambda: tokenizer("loratune"))  # values of its configuration are first looked at when it is used
+        # values of its configuration are first looked at when it is used
+        run_with_time_limit(lambda: tokenizer("loratune"))
     except BaseException as error:  # tokenizers raises plain Exception for a damaged file, and no Exception in a panic
-        if not isinstance(error, Exception) and not is_panic(error):
+        if not isinstance(error, Exception) and not is_rust_panic(error):
             raise
         raise unreadable("tokenizer", section, error) from None
     if chat_template is not None:
@@ -110,21 +118,22 @@ def _check_syntax(tokenizer: Any, path: str) -> None:
     if not tokenizer.chat_template.strip():
         raise ConfigError(Problem("the file is empty", where, key, "name a Jinja file with a template in it"))
     try:
-        Apart(lambda _: tokenizer)(_ask, MEMORY)
-    except BeyondLimit as error:
+        Sandbox(lambda _: tokenizer)(_ask, MEMORY)
+    except LimitExceededError as error:
         raise ModelError(Problem(f"the chat template {error}", where, key, "mend it")) from None
-    except UNCOMPILED as error:
+    except TEMPLATE_ERRORS as error:
         line = getattr(error, "lineno", None) if isinstance(error, TemplateSyntaxError) else None
         where = f"{path}:{line}" if line else path
-        raise ConfigError(Problem(f"not a Jinja template: {reason(error)}", where, key, "mend it")) from None
+        what = f"not a Jinja template: {template_error_reason(error)}"
+        raise ConfigError(Problem(what, where, key, "mend it")) from None
 
 
 def _ask(tokenizer: Any) -> None:
     """Compile the chat template, and render one question. It may refuse this one for any reason of its own; it is
-    asked again with the user's. Raises one of `UNCOMPILED`."""
+    asked again with the user's. Raises one of `TEMPLATE_ERRORS`."""
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
-    except (*UNCOMPILED, MemoryError):
+    except (*TEMPLATE_ERRORS, MemoryError):
         raise
     except Exception:
         pass

@@ -10,7 +10,7 @@ from loratune.data.rendering.tokens import Span
 from loratune.data.rendering.turns import Turns, locate
 from loratune.data.sources import MAX_PROBLEMS
 from loratune.errors import DataError, Problem
-from loratune.system.sandbox import Beat
+from loratune.system.sandbox import PieceTimer
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ def plain(example: Plain) -> Draft:
 class Drafting:
     """Renders messages with the chat template of one tokenizer. Each method tells the number of the chat it is at."""
 
-    def __init__(self, tokenizer: Any, beat: Beat):
-        self._template, self._beat = Template(tokenizer), beat
+    def __init__(self, tokenizer: Any, timer: PieceTimer):
+        self._template, self._timer = Template(tokenizer), timer
 
     def ends(self, chats: Sequence[Chat]) -> tuple[str, ...]:
         """The special tokens that end an answer, of whatever chat."""
@@ -50,7 +50,7 @@ class Drafting:
         """The text of the first chat as a prompt. Raises DataError: the template refuses it, or leaves its tools
         out."""
         chat = chats[0]
-        self._beat(0)
+        self._timer(0)
         if chat.tools and not self._template.shows_tools:
             raise chat.problem("the chat template leaves out the `tools` of the row")
         return self._template.text(chat, prompt=True)
@@ -60,7 +60,7 @@ class Drafting:
         made: list[Draft] = []
         problems: list[Problem] = []
         for number, example in enumerate(chats):
-            self._beat(number)
+            self._timer(number)
             try:
                 made.append(self._draft(example, loss_on))
             except DataError as error:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from loratune.system.sandbox import BeyondLimit, limited
+from loratune.system.sandbox import LimitExceededError, run_with_time_limit
 
 LONG = 2**20
 """Characters from which on a text is encoded in pieces: the tokenizer needs some hundred bytes for each."""
@@ -100,7 +100,7 @@ class Encoder:
     def _batch(self, texts: list[str]) -> list[list[int]]:
         encode = self._slowly if self._backend is None else self._quick
         try:
-            ids = limited(lambda: encode(texts), more=_more(texts))
+            ids = run_with_time_limit(lambda: encode(texts), extra_seconds=_more(texts))
         except KeyboardInterrupt:
             raise
         except BaseException:  # a panic of tokenizers is no Exception
@@ -126,10 +126,10 @@ class Encoder:
     ) -> list[list[int]]:
         """The ids of one text. Raises Unencodable."""
         try:
-            return limited(lambda: encode(texts), more=_more(texts))
+            return run_with_time_limit(lambda: encode(texts), extra_seconds=_more(texts))
         except KeyboardInterrupt:
             raise
-        except BeyondLimit as error:
+        except LimitExceededError as error:
             raise Unencodable(texts[0], str(error), broken=True) from None
         except BaseException as error:  # as above
             reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -19,7 +19,7 @@ from loratune.data.rendering.template import KEY, Chat
 from loratune.data.rendering.tokens import Span, Tokens, given
 from loratune.data.sources import MAX_PROBLEMS
 from loratune.errors import DataError, LoratuneError, ModelError, Problem
-from loratune.system.sandbox import MEMORY, Apart, BeyondLimit, limited
+from loratune.system.sandbox import MEMORY, LimitExceededError, Sandbox, run_with_time_limit
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -44,7 +44,7 @@ class Renderer:
         self._size = vocabulary_size
         try:
             self._encode = Encoder(tokenizer)
-            self._drafting = Apart(lambda beat: Drafting(tokenizer, beat))
+            self._drafting = Sandbox(lambda timer: Drafting(tokenizer, timer))
             turn_ids = [id for end in self._templating(Drafting.ends, []) for id in self._encode.one(end)[-1:]]
             self._starts_with_bos = self._begins()
         except Unencodable as error:
@@ -57,7 +57,7 @@ class Renderer:
     def _begins(self) -> bool:
         """Whether the tokenizer itself begins a text with the BOS."""
         bos = self.tokenizer.bos_token_id
-        return bos is not None and list(limited(lambda: self.tokenizer("a").input_ids[:1])) == [bos]
+        return bos is not None and list(run_with_time_limit(lambda: self.tokenizer("a").input_ids[:1])) == [bos]
 
     @cached_property
     def _beyond(self) -> bool:
@@ -99,7 +99,7 @@ class Renderer:
         memory = MEMORY + _COPIES * longest
         try:
             return self._drafting(work, memory, chats, *more, **named)
-        except BeyondLimit as error:
+        except LimitExceededError as error:
             where = chats[error.at].where if 0 <= error.at < len(chats) else ""
             fix = "set data.chat_template to another Jinja file"
             raise ModelError(Problem(f"the chat template {error}", where, KEY, fix)) from None

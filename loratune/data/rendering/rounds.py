@@ -56,7 +56,7 @@ class Rounds:
     """A template with marks around the rounds of its loops."""
 
     def __init__(self, source: str):
-        """Raises one of `UNCOMPILED`: it is none."""
+        """Raises one of `TEMPLATE_ERRORS`: it is none."""
         environment = _compile_jinja_template(source).environment
         tree = environment.parse(source)
         _mark_loops(tree, iter(range(0, MANY - 1, 2)))

@@ -14,7 +14,7 @@ from loratune.data.formats import Message
 from loratune.data.rendering.rounds import CONTENT, MANY, MARK, Rounds, places, with_reasoning
 from loratune.data.rendering.tokens import Span
 from loratune.errors import DataError, ModelError, Problem
-from loratune.system.uncompiled import UNCOMPILED, reason
+from loratune.system.sandbox import TEMPLATE_ERRORS, template_error_reason
 
 KEY = "data.chat_template"
 
@@ -227,8 +227,8 @@ class Template:
             return None
         try:
             return Rounds(self._source)
-        except UNCOMPILED as error:
-            self._fault = f"is not a Jinja template: {reason(error)}"
+        except TEMPLATE_ERRORS as error:
+            self._fault = f"is not a Jinja template: {template_error_reason(error)}"
             return None
 
     def _rendered(self, chat: Chat, render: Callable[[Chat], str]) -> str:
