@@ -220,7 +220,7 @@ def params(
 
             show.header(str(adapter), adapter_stats.header(adapter_files.inspect(adapter)), as_json)
             return
-        run = config.load(config_file, assignments) if config_file else config.of_model(str(model), assignments)
+        run = config.load(config_file, assignments) if config_file else config.for_model(str(model), assignments)
         _tell(config.portability(run.lora))
 
         with _loading():
@@ -287,7 +287,7 @@ def _checked(
         fix = f"leave it out, or start one process: loratune train {escaping.shell(str(config_file))}"
         raise ConfigError(Problem(what, str(config_file), "model.device_map", fix))
     _tell(config.portability(run.lora))
-    read = config.inputs(config_file, run)
+    read = config.input_paths(config_file, run)
     space = run_dir.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=read)
 
     with _loading():
