@@ -102,6 +102,7 @@ class Code(StrEnum):
     CONFIG_ADAPTER_PATTERN = "config.adapter_pattern", "A pattern of an adapter is none, or takes too long to match."
     CONFIG_ADAPTER_TOO_MANY = "config.adapter_too_many", "An adapter's configuration has more entries than modules."
     CONFIG_ADAPTER_RANK = "config.adapter_rank", "The rank in an adapter's configuration is not that of its tensors."
+    OUTPUT_FULL = "output.full", "The disk is full that standard output is written to."
     OUTPUT_FAILED = "output.failed", "Standard output cannot be written."
 
     # System (system.*)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Ran, process, tree, write_rows
+from conftest import Ran, check_refused, process, tree, write_rows
 from nursery import Nursery
 from peft import PeftModel
 from running import until
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from loratune.cli import app
+from loratune.errors import Code
 from loratune.system.files import kind
 
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(28)]
@@ -191,7 +192,7 @@ def test_temperature(cli: Callable[..., Ran], plain: Path) -> None:
         (["a" * 600], 2, "prompt tokens and 256 new ones exceed the model's context of 512; shorten the prompt"),
         (["a", "a" * 400], 2, "error: prompt 2: "),
         (["--input", "absent.jsonl"], 4, "error: absent.jsonl: no such file"),
-        (["--input", "rows.jsonl", "a"], 2, "error: give prompts, or --input, not both"),
+        (["--input", "rows.jsonl", "a"], 2, "[usage.conflict]"),
         (["--output", "absent/answers.jsonl", "a"], 2, "absent/answers.jsonl"),
         (["--adapter", "absent", "a"], 5, "absent"),
     ],
@@ -302,7 +303,8 @@ def test_an_output_is_replaced_only_if_asked(
         assert path.read_bytes() == content
     assert tree(tmp_path) == before
     ran = cli("generate", "--adapter", plain, "--overwrite", "a:")
-    assert ran == Ran(2, "", "error: --overwrite: replaces what --output names, and that is not given\n")
+    check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--overwrite"))
+    assert ran.out == ""
     ran = cli(*command, out, "--overwrite")
     assert (ran.code, ran.out) == (0, ""), ran.err
     assert json.loads(out.read_text())["prompt"] == "a:" and "precious" not in out.read_text()

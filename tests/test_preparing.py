@@ -579,7 +579,7 @@ def test_ctrl_c_while_tokenizing(
     running.send_signal(signal.SIGINT)
     said = running.communicate()[1]
     assert running.returncode == 130
-    assert said.strip().endswith("the rows that were tokenised are kept, and the same command goes on from there")
+    assert said.strip().endswith("the tokenized rows are kept, so that the same command continues from there")
     (first,) = cache.rglob("00000.arrow")
     written = first.stat().st_mtime_ns
     assert first.parent.name.endswith(".partial")
