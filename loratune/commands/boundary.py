@@ -46,11 +46,16 @@ def boundary(
     """Turn errors into `error:` lines and an exit code, and keep the warnings of libraries off the screen.
 
     Args:
-        debug: Print tracebacks and warnings too.
+        debug: Print tracebacks, warnings, and what the package logs, such as errors that are no reason to stop.
         join: Joins the other processes of a run; a command without it is for one process.
         memory_fix: What to do where this command runs out of memory.
     """
-    if not debug:
+    logger, handler = logging.getLogger("loratune"), logging.StreamHandler()
+    if debug:
+        handler.setFormatter(logging.Formatter("debug: %(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+    else:
         warnings.simplefilter("ignore")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     group: Group = SingleProcess()
@@ -76,6 +81,9 @@ def boundary(
         cause = error if stop.requested is None or _is_stop(error) else stop.requested()
         with signals.hold_signals(requested=_is_stop(cause)):
             _fail(group, cause, debug, memory_fix)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 def _is_stop(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ Every directory holds a record of whose it is. What has no such record, or holds
 trained on as they are found, so that they are read only from what this user made and nobody else can change.
 """
 
+import logging
 import os
 import re
 import tempfile
@@ -32,6 +33,8 @@ from loratune.system.files import (
     ownership_problems,
     try_lock,
 )
+
+_log = logging.getLogger(__name__)
 
 KEPT_DAYS = 30
 """Rows that nobody wanted for so long are removed when a run begins."""
@@ -64,6 +67,7 @@ def opened(directory: Path) -> TokenCache | None:
     try:
         return None if any(ownership_problems(directory)) else token_cache.opened(directory)
     except OSError:
+        _log.debug("the rows of another process in %s are not used", directory, exc_info=True)
         return None
 
 
@@ -121,10 +125,14 @@ def _distrust(final: Path) -> str:
 
 def _found(final: Path) -> TokenCache | None:
     """The rows that are published under a name. They are marked as used before they are read, see `_remove`."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    try:
         if not any(ownership_problems(final)) and read_record(final / _ENTRY) == _record(final.name):
             os.utime(final)
             return token_cache.opened(final)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        _log.debug("the rows in %s are not used", final, exc_info=True)
     return None
 
 
@@ -140,6 +148,7 @@ def _claimed(root: Path, key: str) -> Iterator[bool]:
         try:
             free = stack.enter_context(try_lock(root / f"{key}.lock"))
         except OSError:
+            _log.debug("%s cannot be locked", key, exc_info=True)
             free = False
         yield free
 
@@ -158,6 +167,7 @@ def _begun(root: Path, key: str) -> Path | None:
         partial.mkdir(DIRECTORY_MODE, exist_ok=True)
         write_record(partial / _ENTRY, _record(key))
     except OSError:
+        _log.debug("rows cannot be written in %s", partial, exc_info=True)
         return None
     return partial
 
@@ -171,6 +181,7 @@ def _is_movable(partial: Path, key: str) -> bool:
         partial.rename(aside)
         aside.rename(partial)
     except OSError:
+        _log.debug("%s cannot be renamed", partial, exc_info=True)
         return False
     return True
 
@@ -223,8 +234,8 @@ def _is_own(path: Path) -> bool:
 def _says_so(path: Path, key: str) -> bool:
     for name in (_ENTRY, "00000.json"):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            record = read_record(path / name)
-            if record == _record(key) or record.keys() == {"sha256", "lots", "report"}:
+            record = read_record(path / name, any_version=True)
+            if record.items() >= _record(key).items() or record.keys() == {"sha256", "lots", "report"}:
                 return True
     return False
 

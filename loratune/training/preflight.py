@@ -15,7 +15,7 @@ from loratune.data.sources import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import AdapterFiles
-from loratune.model import recorded_quantization
+from loratune.model import quantization
 from loratune.model.source import is_directory, local_or_hub
 from loratune.system import launcher
 from loratune.system.files import path_problem
@@ -88,11 +88,9 @@ def check(
     if template is not None and not os.path.isfile(os.path.expanduser(template)):
         raise ConfigError(Problem("no such file", template, "data.chat_template", "name a Jinja file"))
     _check_sharding(run)
-    recorded_quantization.check_bitsandbytes(base.quantization)
+    quantization.check_bitsandbytes(base.quantization)
     if is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
-        recorded_quantization.check_directory(
-            Path(local_or_hub(base.name_or_path)), base.name_or_path, base.quantization
-        )
+        quantization.check_directory(Path(local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
     pinned = _pinned(run)
     resumed = resuming.find(space.checkpoints, pinned.resolved(), resume) if resume is not None else None
     return ValidatedRun(pinned, space, data.check(run.data, run.training.seed, watch), tuple(resume or ()), resumed)
