@@ -257,15 +257,17 @@ def test_stdout_holds_the_completions_only(chat: Path) -> None:
     assert process("generate", "--adapter", chat, "a:", "b:") == Ran(0, "yes\nox\n", "")
 
 
-def test_a_reader_that_leaves(chat: Path, tmp_path: Path) -> None:
+def test_a_reader_that_leaves(chat: Path, tmp_path: Path, processes: Nursery) -> None:
     """`generate ... | head -1`: the second batch finds nobody there."""
     asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 64)
-    command = [sys.executable, "-m", "loratune", "generate", "--adapter", str(chat), "--input", str(asked)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stdout is not None and running.stderr is not None
-        assert running.stdout.readline() == "yes\n"
-        running.stdout.close()
-        assert (running.wait(), running.stderr.read()) == (0, "")
+    reading, writing = os.pipe()
+    running = processes.start(
+        "generate", "--adapter", chat, "--input", asked, stdout=f"/proc/{os.getpid()}/fd/{writing}"
+    )
+    with open(reading) as reader:
+        assert reader.readline() == "yes\n"
+        os.close(writing)
+    assert (running.wait(), running.said()) == (0, "")
 
 
 def test_output_to_a_pipe_a_link_and_a_directory(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from conftest import ROOT, ROWS, Ran, check_refused, meanings, process, tiny_llama, tree, write_rows
+from conftest import ROOT, ROWS, Ran, check_refused, is_problem, meanings, process, tiny_llama, tree, write_rows
+from nursery import Nursery, nursery
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.commands import inference
@@ -134,7 +135,7 @@ def test_trains_generates_and_evaluates_as_the_plain_model_does(
 
 
 @pytest.fixture(scope="module")
-def adapter_dir(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_dir(pair: tuple[Path, Path], processes: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter on the GGUF file, trained for one step."""
     path = tmp_path_factory.mktemp("adapter")
     (path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -143,8 +144,8 @@ def adapter_dir(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
         f"data: {{train: {path / 'rows.jsonl'}}}\ntraining: {{max_steps: 1, learning_rate: 0.01}}\n"
         f"output_dir: {path / 'out'}\n"
     )
-    ran = process("train", path / "run.yaml")
-    assert ran.code == 0, ran.err
+    child = processes.start("train", path / "run.yaml")
+    assert child.wait() == 0, child.said()
     return path / "out"
 
 
@@ -364,16 +365,19 @@ def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path
     local = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
     base = {"name_or_path": "who/packed", "gguf_file": FILE, "dtype": "float32"}
     config = run_config(model=base, training={"max_steps": 2})
-    ran = process("train", config, **local)
-    assert ran.code == 0, ran.err
+    with nursery(tmp_path, **local) as processes:
+        train = processes.start("train", config)
+        assert train.wait() == 0, train.said()
+        params = processes.start("params", run_config(model=base | {"gguf_file": "gone.gguf"}))
+        params.wait()
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "who/packed"
     offline = local | {"HF_HUB_OFFLINE": "1"}
     ran = process("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make", **offline)
     assert ran.code == 0, ran.err
-    ran = process("params", run_config(model=base | {"gguf_file": "gone.gguf"}), **local)
-    check_refused(ran, 3, (Code.MODEL_GGUF_NOT_FOUND, "who/packed", KEY))
-    assert ran.out == "" and "the repository has no gone.gguf" in ran.err and ran.err.count("\n") == 1
+    assert params.code == 3 and params.out.read_text() == ""
+    assert is_problem(params.said().removeprefix("error: "), (Code.MODEL_GGUF_NOT_FOUND, "who/packed", KEY))
+    assert "the repository has no gone.gguf" in params.said() and params.said().count("\n") == 1
 
 
 # The real one

@@ -4,15 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
-from conftest import Ran, meanings, process, write_rows
+from conftest import Ran, meanings, write_rows
 from running import MakeConfig
 from test_render import changed
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -30,10 +28,11 @@ from loratune.system.sandbox import Apart, BeyondLimit, limited
 LOOP = "{% for m in messages %}"
 CHAT = Conversation("rows:3", ({"role": "user", "content": "aaaa"}, {"role": "assistant", "content": "b"}))
 
+PLACES = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "scripts")]
 # Each of these leaves a thread behind that works until the process ends, so they have a process of their own.
 FOREVER = """
 import sys
-sys.path[:0] = sys.argv[1:]
+sys.path[:0] = PLACES
 from loratune import limits
 limits.SECONDS = 2
 from test_limits import CHAT, LOOP, splitting
@@ -56,7 +55,8 @@ told(lambda: Renderer(changed(tokenizer, chat_template=once)).row(CHAT))
 told(lambda: Renderer(changed(tokenizer, chat_template=once)).prompt(CHAT.messages[:1], "asked:1"))
 slow = splitting(tokenizer, r"\\w+?(?<=b)")
 told(lambda: Renderer(slow).rows([Plain("rows:1", "a", "b"), Plain("rows:2", "a" * 60_000, "b")]))
-"""
+sys.exit()
+""".replace("PLACES", repr(PLACES))
 
 
 def splitting(tokenizer: PreTrainedTokenizerFast, pattern: str) -> PreTrainedTokenizerFast:
@@ -68,12 +68,11 @@ def splitting(tokenizer: PreTrainedTokenizerFast, pattern: str) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
 
 
-def test_what_runs_for_ever() -> None:
+def test_what_runs_for_ever(forked: Callable[..., Ran]) -> None:
     """Row 87: named with the row, whether a template or a regular expression."""
-    places = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "scripts")]
-    done = subprocess.run([sys.executable, "-c", FOREVER, *places], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    always, once, asked, slow = done.stdout.splitlines()
+    done = forked(first=FOREVER)
+    assert done.code == 0, done.err
+    always, once, asked, slow = done.out.splitlines()
     longer = "the chat template takes longer than 2 s; set data.chat_template to another Jinja file"
     assert always == f"ModelError data.chat_template: {longer}"
     assert once == f"ModelError rows:3: data.chat_template: {longer}"
@@ -116,7 +115,13 @@ GREEDY = {
 """What C code does without giving another thread, or a handler of signals, a turn."""
 
 
-@pytest.mark.parametrize("name", GREEDY)
+SOME = ("a product", "a constant power", "a comparison", "repetition", "a list")
+"""One for each way to reach a limit: time, in numbers and in lists; memory, at once and by and by; while compiling."""
+
+
+@pytest.mark.parametrize(
+    "name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in GREEDY if name not in SOME)]
+)
 def test_what_keeps_the_interpreter(
     name: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +144,7 @@ def test_what_keeps_the_interpreter(
 
 STOPPED = """
 import os, signal, sys, threading
-sys.path[:0] = sys.argv[1:]
+sys.path[:0] = PLACES
 from test_limits import GREEDY, LOOP
 from test_render import changed
 from fuzz import byte_level
@@ -150,14 +155,13 @@ from loratune.data.render import Renderer
 threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
 with boundary(False):
     Renderer(changed(byte_level(), chat_template=LOOP + "{% endfor %}" + GREEDY["a product"]))
-"""
+""".replace("PLACES", repr(PLACES))
 
 
-def test_a_template_without_end_is_stopped() -> None:
+def test_a_template_without_end_is_stopped(forked: Callable[..., Ran]) -> None:
     """A signal ends the command at once, and no process stays behind."""
-    places = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "scripts")]
-    done = subprocess.run([sys.executable, "-c", STOPPED, *places], capture_output=True, text=True, check=False)
-    assert "error: terminated" in done.stderr and "longer" not in done.stderr, done.stderr
+    done = forked(first=STOPPED)
+    assert "error: terminated" in done.err and "longer" not in done.err, done.err
 
 
 def test_a_template_may_raise_to_powers(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -220,15 +224,17 @@ def test_what_the_work_raises_is_raised() -> None:
     assert limited(lambda: 3) == 3
 
 
-def test_a_template_without_end_in_train(run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_template_without_end_in_train(forked: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
     """As the user sees it: exit code 3, one line."""
     template = tmp_path / "endless.jinja"
     nested = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
     template.write_text(f"{LOOP}{{{{ m.content }}}}{{% if m.role == 'assistant' %}}{nested}{{% endif %}}{{% endfor %}}")
     rows = write_rows(tmp_path / "chat.jsonl", [{"messages": list(CHAT.messages)}])
-    done = process("train", run_config(data={"train": str(rows), "chat_template": str(template)}))
+    config = run_config(data={"train": str(rows), "chat_template": str(template)})
+    assert sandbox.SECONDS == 20
+    done = forked("train", config, first="from loratune import limits\nlimits.SECONDS = 2")
     assert done.code == 3, done.err
-    assert done.err.splitlines()[-1].startswith("error: data.chat_template: the chat template takes longer than 20 s")
+    assert done.err.splitlines()[-1].startswith("error: data.chat_template: the chat template takes longer than 2 s")
     assert "Traceback" not in done.err
 
 

@@ -3,20 +3,18 @@
 import copy
 import json
 import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 from conftest import CHAT_TEMPLATE, ROWS, Ran, tiny_llama, write_rows
+from nursery import Nursery
+from running import until
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -526,11 +524,6 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, renderer: Renderer, cach
 # Real processes
 
 
-def started(config: Path, *arguments: str, **keywords: Any) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "loratune", "train", str(config), *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **keywords)
-
-
 MEASURED = """
 import re, sys
 from loratune.__main__ import main
@@ -541,30 +534,32 @@ finally:
 """
 
 
-def peak(config: Path) -> int:
+def peak(processes: Nursery, config: Path) -> int:
     """Bytes of the peak resident set of a dry run that has to succeed."""
-    command = [sys.executable, "-c", MEASURED, "train", str(config), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return int(done.stderr.split()[-1]) * 1024
+    child = processes.start("train", config, "--dry-run", first=MEASURED)
+    assert child.wait() == 0, child.said()
+    return int(child.said().split()[-1]) * 1024
 
 
-def test_no_room_for_the_rows(run_config: Callable[..., Path], tmp_path: Path) -> None:
+def caching(path: Path) -> str:
+    """What has to be run before a command that keeps its rows in another cache."""
+    return f"import datasets; datasets.config.HF_DATASETS_CACHE = {str(path)!r}"
+
+
+def test_no_room_for_the_rows(run_config: Callable[..., Path], tmp_path: Path, processes: Nursery) -> None:
     """No file may grow beyond 64 kB; the rows would take more."""
     rows = ({"prompt": f"{number}" * 500, "completion": "c"} for number in range(100, 200))
     config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows))})
-    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-    running = started(config, preexec_fn=limit, env=os.environ | cache)
-    said = running.communicate()[1]
-    assert running.returncode == 8, said
+    running = processes.start("train", config, limit=1 << 16, first=caching(tmp_path / "cache"))
+    code, said = running.wait(), running.said()
+    assert code == 8, said
     assert "the tokenised rows cannot be kept: " in said and "HF_DATASETS_CACHE" in said
     assert entries(tmp_path / "cache" / "loratune") == []
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_ctrl_c_while_tokenizing(
-    run_config: Callable[..., Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    run_config: Callable[..., Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processes: Nursery
 ) -> None:
     tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "long")
     tokenizer.save_pretrained(tmp_path / "long")
@@ -572,31 +567,23 @@ def test_ctrl_c_while_tokenizing(
     rows = ({"prompt": f"{number} " * 300, "completion": "c"} for number in range(10_000, 17_000))
     config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows)), "max_length": 4096}, model=model)
     cache = tmp_path / "cache"
-    environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
-    unignored = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    running = started(config, env=environment, preexec_fn=unignored)
+    running = processes.start("train", config, first=caching(cache))
     until(lambda: [*cache.rglob("00000.json")], running)
-    running.send_signal(signal.SIGINT)
-    said = running.communicate()[1]
-    assert running.returncode == 130
+    running.send(signal.SIGINT)
+    assert running.wait() == 130
+    said = running.said()
     assert said.strip().endswith("the rows that were tokenised are kept, and the same command goes on from there")
     (first,) = cache.rglob("00000.arrow")
     written = first.stat().st_mtime_ns
     assert first.parent.name.endswith(".partial")
-    again = started(config, "--dry-run", env=environment)
-    assert again.communicate()[0] is None and again.returncode == 0
+    again = processes.start("train", config, "--dry-run", first=caching(cache))
+    assert again.wait() == 0, again.said()
     (kept,) = cache.rglob("00000.arrow")
     assert kept.stat().st_mtime_ns == written
     assert {path.name for path in kept.parent.glob("*.arrow")} == {"00000.arrow", "00001.arrow"}
 
 
-def until(there: Callable[[], Any], running: "subprocess.Popen[str]") -> None:
-    while not there():
-        assert running.poll() is None, "ended by itself"
-        time.sleep(0.02)
-
-
-def test_memory(run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_memory(run_config: Callable[..., Path], tmp_path: Path, processes: Nursery) -> None:
     """It does not grow with the rows, of which the smaller set already fills what is held at once; one row of 50 MB is
     streamed and cut as the policy says, in a few times its size."""
 
@@ -611,9 +598,10 @@ def test_memory(run_config: Callable[..., Path], tmp_path: Path) -> None:
     }
     some, many, long = (
         peak(
+            processes,
             run_config(
                 f"{name}.yaml", data={"train": str(write_rows(tmp_path / f"{name}.jsonl", given)), "max_length": 512}
-            )
+            ),
         )
         for name, given in sets.items()
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, meanings, process, tiny_llama, tree
+from conftest import Ran, meanings, tiny_llama, tree
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -406,9 +406,9 @@ def test_layers_that_llama_cpp_does_not_read(model: Callable[[], Any], names: li
     assert told == [] if kind is None else f"do not read an adapter of {kind}" in told[0]
 
 
-def test_it_is_told_at_config_time(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+def test_it_is_told_at_config_time(run_config: MakeConfig, cli: Cli, tmp_path: Path, forked: Cli) -> None:
     path = run_config(lora={"use_dora": True}, data={"train": str(tmp_path / "gone.jsonl")})
-    ran = process("train", path)
+    ran = forked("train", path)
     assert ran.code == 4
     told, failed = ran.err.splitlines()
     assert told.startswith("lora.use_dora: vLLM, llama.cpp and Ollama do not read DoRA")
