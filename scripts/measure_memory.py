@@ -64,10 +64,12 @@ transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 """
 FORETELL = """
 import pathlib, sys
-from loratune import config, preflight, train, workspace
+from loratune import config
+from loratune.commands import train
+from loratune.training import preflight, run_dir
 from loratune.data.watching import unwatched
 run = config.load(pathlib.Path(sys.argv[1]), sys.argv[2:])
-space = workspace.inspect(run.output_dir, resume=False, overwrite=False)
+space = run_dir.inspect(run.output_dir, resume=False, overwrite=False)
 print(train.plan(preflight.check(run, space, unwatched), unwatched).memory.total)
 """
 TRAIN = """

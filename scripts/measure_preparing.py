@@ -27,7 +27,7 @@ import json, re, resource, sys, time
 from transformers import AutoTokenizer
 from loratune import data
 from loratune.config import DataSection
-from loratune.data.render import Renderer
+from loratune.data.rendering import Renderer
 path, model = sys.argv[1:]
 
 def now():

@@ -497,19 +497,19 @@ HASHED = """
 import sys
 from pathlib import Path
 from torch import nn
-from loratune import adapter
+from loratune.lora import attach
 from loratune.config import LoraSection
 
 out = Path(sys.argv[1])
 names = ["q_proj", "k_proj", "v_proj", "o_proj"]
 base = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
-model = adapter.attach(base, LoraSection(), {"target_modules": names}, seed=0)
-start = adapter.begin(model, LoraSection())
+model = attach.attach(base, LoraSection(), {"target_modules": names}, seed=0)
+start = attach.initialize_adapter(model, LoraSection())
 for name, parameter in model.named_parameters():
     if "lora_B" in name:
         parameter.data.fill_(1.0)
 model.save_pretrained(str(out / "stock"))
-adapter.save(model, out / "ours", start)
+attach.save(model, out / "ours", start)
 """
 
 

@@ -124,8 +124,8 @@ def test_a_signal_after_the_last_look(processes: Nursery, run_config: MakeConfig
     """Row 48: the trainer has taken all of its steps; what was told holds, and nothing is published."""
     script = """
 import signal
-from loratune import train
-from loratune.trainer import fit
+from loratune.commands import train
+from loratune.training.trainer import fit
 
 def fit_and_be_stopped(*arguments, **keywords):
     outcome = fit(*arguments, **keywords)

@@ -33,13 +33,13 @@ PLACES = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "script
 FOREVER = """
 import sys
 sys.path[:0] = PLACES
-from loratune import limits
-limits.SECONDS = 2
+from loratune.system import sandbox
+sandbox.SECONDS = 2
 from test_limits import CHAT, LOOP, splitting
 from test_render import changed
 from fuzz import byte_level
 from loratune.data.formats import Plain
-from loratune.data.render import Renderer
+from loratune.data.rendering import Renderer
 tokenizer = byte_level()
 FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
 FOREVER += "{% endfor %}"
@@ -148,10 +148,10 @@ sys.path[:0] = PLACES
 from test_limits import GREEDY, LOOP
 from test_render import changed
 from fuzz import byte_level
-from loratune import limits
-from loratune.boundary import boundary
+from loratune.system import sandbox
+from loratune.commands.boundary import boundary
 from loratune.config import ModelSection
-from loratune.data.render import Renderer
+from loratune.data.rendering import Renderer
 threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
 with boundary(False):
     Renderer(changed(byte_level(), chat_template=LOOP + "{% endfor %}" + GREEDY["a product"]))
@@ -232,7 +232,7 @@ def test_a_template_without_end_in_train(forked: Callable[..., Ran], run_config:
     rows = write_rows(tmp_path / "chat.jsonl", [{"messages": list(CHAT.messages)}])
     config = run_config(data={"train": str(rows), "chat_template": str(template)})
     assert sandbox.SECONDS == 20
-    done = forked("train", config, first="from loratune import limits\nlimits.SECONDS = 2")
+    done = forked("train", config, first="from loratune.system import sandbox\nsandbox.SECONDS = 2")
     assert done.code == 3, done.err
     assert done.err.splitlines()[-1].startswith("error: data.chat_template: the chat template takes longer than 2 s")
     assert "Traceback" not in done.err
