@@ -51,7 +51,28 @@ class Code(StrEnum):
 
     # Data: sources and formats (data.*)
 
-    # Data: templates, rendering, packing, cache (data.*, template.*)
+    # Data: templates, rendering, packing, cache (data.*, template.*, tokenizer.*)
+
+    TOKENIZER_NO_EOS = "tokenizer.no_eos", "The tokenizer has no end-of-sequence token."
+    TOKENIZER_FAILS = "tokenizer.fails", "The tokenizer fails on every text, or takes too long."
+    TOKENIZER_FAILS_ON_ROW = "tokenizer.fails_on_row", "The tokenizer fails on the text of one row or prompt."
+    TOKENIZER_ID_BEYOND_MODEL = "tokenizer.id_beyond_model", "The model has no embedding for a token."
+    TEMPLATE_MISSING = "template.missing", "Conversations need a chat template, and the tokenizer has none."
+    TEMPLATE_NOT_JINJA = "template.not_jinja", "The chat template of the tokenizer cannot be compiled."
+    TEMPLATE_BEYOND_LIMIT = "template.beyond_limit", "The chat template takes too long, or too much memory."
+    TEMPLATE_REFUSES_MESSAGES = "template.refuses_messages", "The chat template raises an error for a conversation."
+    TEMPLATE_OMITS_TOOLS = "template.omits_tools", "The chat template does not render the tools of a conversation."
+    TEMPLATE_OMITS_MESSAGE = "template.omits_message", "The chat template does not render the result of a tool call."
+    TEMPLATE_OMITS_REASONING = "template.omits_reasoning", "The chat template does not render an answer's reasoning."
+    TEMPLATE_OMITS_TOOL_CALLS = "template.omits_tool_calls", "The chat template does not render an answer's tool calls."
+    TEMPLATE_HIDES_ANSWER = "template.hides_answer", "Where a supervised answer begins and ends cannot be found."
+    TEMPLATE_PROMPT_DIFFERS = "template.prompt_differs", "The prompt ends in a text that the answer lacks."
+    TEMPLATE_UNMARKED_ANSWER = "template.unmarked_answer", "The generation marks of the template leave out an answer."
+    DATA_NO_SUPERVISED_TURN = "data.no_supervised_turn", "A conversation has no assistant turn to train on."
+    DATA_ROW_TOO_LONG = "data.row_too_long", "A row is longer than data.max_length, and data.truncation is error."
+    DATA_NOTHING_TO_LEARN = "data.nothing_to_learn", "No row of a dataset split has a supervised token."
+    DATA_TOO_MANY_DROPPED = "data.too_many_dropped", "More rows would be dropped than data.max_dropped allows."
+    DATA_CACHE_NOT_WRITTEN = "data.cache_not_written", "The tokenized rows cannot be written to the disk."
 
     # Base model and tokenizer (model.*)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from datasets import config
 
 from loratune.data import cache_dir, token_cache
-from loratune.data.rendering import Tokens
+from loratune.data.rendering import TokenizedRow
 from loratune.data.report import Report
 from loratune.data.token_cache import TokenCache, Writer
 
@@ -30,7 +30,7 @@ def key(number: int) -> str:
 def fill(writer: Writer) -> None:
     """Twelve rows; the first token of each is its number."""
     for number in range(writer.read, COUNT):
-        writer.add(Report(rows=1, tokens=3), [Tokens(f"row {number}", (number, 1, 2), ((1, 3),))])
+        writer.add(Report(rows=1, tokens=3), [TokenizedRow(f"row {number}", (number, 1, 2), ((1, 3),))])
 
 
 def whole(rows: TokenCache) -> bool:

@@ -702,8 +702,8 @@ def test_what_is_odd_about_the_bos(tmp_path: Path, tokenizer: PreTrainedTokenize
     ):
         bos.chat_template = "{{ bos_token }}" * count + CHAT_TEMPLATE
         made = Renderer(bos)
-        assert made.remark(prepared(made, path).rows.row(0).ids) == remark
-    assert made.remark(prepared(made, write_rows(tmp_path / "plain.jsonl", ROWS)).rows.row(0).ids) is None
+        assert made.remark_on_bos(prepared(made, path).rows.row(0).ids) == remark
+    assert made.remark_on_bos(prepared(made, write_rows(tmp_path / "plain.jsonl", ROWS)).rows.row(0).ids) is None
 
 
 REPLACED = {"type": "Replace", "content": ""}

@@ -13,7 +13,7 @@ from loratune.data import cache_dir, formats, repeats
 from loratune.data.cache_dir import forget_old as forget_old
 from loratune.data.formats import Conversation, Example, Ids, Plain
 from loratune.data.formats.examples import no_loss_reason
-from loratune.data.rendering import Renderer, Tokens, shorten
+from loratune.data.rendering import Renderer, TokenizedRow, truncate
 from loratune.data.report import Leaks, Report
 from loratune.data.sources import MAX_PROBLEMS
 from loratune.data.splits import DatasetSplit as DatasetSplit
@@ -88,7 +88,7 @@ def find_leaks(rows: RawDatasets) -> Leaks | None:
     return repeats.shared(rows.train, rows.validation) if rows.validation else None
 
 
-def dropped(part: DatasetSplit, renderer: Renderer, section: DataSection) -> str | None:
+def remark_on_lost_characters(part: DatasetSplit, renderer: Renderer, section: DataSection) -> str | None:
     """A line about what the tokenizer drops of the answers in the first rows, where it drops anything."""
     spoken: list[Example] = []
     characters = 0
@@ -98,7 +98,7 @@ def dropped(part: DatasetSplit, renderer: Renderer, section: DataSection) -> str
             break
         if not no_loss_reason(example, section.loss_on):
             spoken.append(example)
-    return renderer.dropped(spoken, section.loss_on) if spoken else None
+    return renderer.remark_on_lost_characters(spoken, section.loss_on) if spoken else None
 
 
 @cache
@@ -119,7 +119,7 @@ class _Worker:
     section: DataSection
     vocabulary_size: int
 
-    def prepare(self, some: Sequence[Example]) -> tuple[Report, list[Tokens]]:
+    def prepare(self, some: Sequence[Example]) -> tuple[Report, list[TokenizedRow]]:
         report, spoken = Report(rows=len(some)), []
         for example in some:
             if reason := no_loss_reason(example, self.section.loss_on):
@@ -156,7 +156,7 @@ class _Worker:
         if problems:
             raise DataError(problems[:MAX_PROBLEMS])
 
-    def _fit(self, row: Tokens) -> Tokens | None:
+    def _fit(self, row: TokenizedRow) -> TokenizedRow | None:
         section = self.section
         if len(row.ids) <= section.max_length:
             return row
@@ -165,7 +165,7 @@ class _Worker:
             raise DataError(Problem(what, row.where, fix="raise it, or set data.truncation to keep_completion or drop"))
         if section.truncation == "drop":
             return None
-        return shorten(row, section.max_length, self.renderer.tokenizer.bos_token_id)
+        return truncate(row, section.max_length, self.renderer.tokenizer.bos_token_id)
 
 
 def _check(report: Report, part: DatasetSplit, section: DataSection) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from loratune.data.rendering import Tokens
+from loratune.data.rendering import TokenizedRow
 from loratune.data.report import Report, total
 from loratune.system import private
 from loratune.system.digests import sha256
@@ -68,7 +68,7 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         row = self.row(number)
         return {"input_ids": list(row.ids), "labels": row.labels}
 
-    def row(self, number: int) -> Tokens:
+    def row(self, number: int) -> TokenizedRow:
         """A row with its place and its learnt spans."""
         if not 0 <= number < len(self):
             raise IndexError(number)
@@ -77,9 +77,9 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         at = number - (self._ends[shard] - len(table))
         flat = table["spans"][at].as_py()
         spans = tuple(zip(flat[::2], flat[1::2], strict=True))
-        return Tokens(table["where"][at].as_py(), tuple(table["ids"][at].as_py()), spans)
+        return TokenizedRow(table["where"][at].as_py(), tuple(table["ids"][at].as_py()), spans)
 
-    def rows(self) -> Iterator[Tokens]:
+    def rows(self) -> Iterator[TokenizedRow]:
         """All rows in order."""
         return map(self.row, range(len(self)))
 
@@ -123,7 +123,7 @@ class Writer:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
             return None
 
-    def add(self, report: Report, rows: Sequence[Tokens]) -> None:
+    def add(self, report: Report, rows: Sequence[TokenizedRow]) -> None:
         """Take the rows that were made of the next ones that were read, and what became of those."""
         if self._shard is None:
             self._shard = _Shard(self._directory / f"{self._shards:05}.arrow")
@@ -162,7 +162,7 @@ class _Shard:
         self._rows = 0
         self.whole = True
 
-    def add(self, report: Report, rows: Sequence[Tokens]) -> None:
+    def add(self, report: Report, rows: Sequence[TokenizedRow]) -> None:
         self.whole = False
         self.report.extend(report)
         batch = _batch(rows)
@@ -232,7 +232,7 @@ def _opened(path: Path, record: dict[str, Any], *, held: bool) -> Any:
     return pa.ipc.open_file(pa.py_buffer(path.read_bytes()) if held else pa.memory_map(os.fsencode(path))).read_all()
 
 
-def _batch(rows: Sequence[Tokens]) -> Any:
+def _batch(rows: Sequence[TokenizedRow]) -> Any:
     return pa.record_batch(
         [
             pa.array([row.where.encode(errors="backslashreplace").decode() for row in rows], pa.string()),

@@ -58,11 +58,11 @@ def tokenised(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group
     for name, prepared in (("train", train), ("validation", validation)):
         if prepared is not None and prepared.rows.remark:
             remarks[name].append(prepared.rows.remark)
-    if odd := renderer.remark(train.rows.row(0).ids):
+    if odd := renderer.remark_on_bos(train.rows.row(0).ids):
         remarks["train"].append(odd)
     if ready.rows.train.chat and (odd := renderer.remark_on_ends()):
         remarks["train"].append(odd)
-    if lost := data.dropped(ready.rows.train, renderer, run.data):
+    if lost := data.remark_on_lost_characters(ready.rows.train, renderer, run.data):
         remarks["train"].append(lost)
     return TokenizedDatasets(train, validation, remarks, leaks.remarks() if leaks else [], run.data.max_length)
 

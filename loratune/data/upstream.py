@@ -1,0 +1,62 @@
+"""What this package needs of other libraries beyond their documented interfaces, each name with its reason.
+
+tests/test_upstream_data.py has one test for each of them, which fails when a release takes the name away.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from datasets import config as datasets_config
+from transformers.utils.chat_template_utils import (
+    _alias_reasoning_fields,
+    _compile_jinja_template,
+    render_jinja_template,
+)
+
+
+def chat_template_environment(source: str) -> jinja2.Environment:
+    """Returns the Jinja environment in which `apply_chat_template` renders: its sandbox, filters and extensions.
+
+    A template whose loops are marked must be rendered in the same environment, and transformers builds it privately.
+
+    Raises:
+        jinja2.TemplateSyntaxError, SyntaxError, RecursionError: The source cannot be compiled.
+    """
+    return _compile_jinja_template(source).environment
+
+
+def alias_reasoning_fields(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the messages with their reasoning under every field name that `apply_chat_template` gives to templates.
+
+    A template that is rendered without `apply_chat_template` must see the same fields.
+    """
+    return list(_alias_reasoning_fields(list(messages)))
+
+
+def generation_ranges(
+    messages: Sequence[dict[str, Any]], tools: Sequence[Any], source: str, special_tokens: dict[str, Any]
+) -> list[tuple[int, int]]:
+    """Returns the ranges of characters that a template marks with `{% generation %}`.
+
+    `apply_chat_template` turns these ranges into a mask of tokens and does not return them; `render_jinja_template`
+    does, and is not documented.
+    """
+    _, ranges = render_jinja_template(
+        conversations=[list(messages)],
+        tools=list(tools) or None,
+        chat_template=source,
+        return_assistant_tokens_mask=True,
+        **special_tokens,
+    )
+    return [(start, end) for start, end in ranges[0]]
+
+
+def datasets_cache_dir() -> Path:
+    """Returns the cache directory of `datasets`, as HF_DATASETS_CACHE or HF_HOME set it.
+
+    The environment variables are documented; the value that `datasets` derives from them is in a module that is not.
+    It is read at each call, because a program may change it.
+    """
+    return Path(datasets_config.HF_DATASETS_CACHE)
