@@ -148,7 +148,7 @@ def test_one_bos(name: str) -> None:
 
 def test_only_the_completion_of_message_lists_is_learnt(real: Any) -> None:
     messages = tuple(CHATS["three turns"])
-    row = Renderer(real).row(Conversation("", messages, first_learnt=3))
+    row = Renderer(real).row(Conversation("", messages, first_supervised=3))
     whole = Renderer(real).row(Conversation("", messages))
     assert (row.ids, row.spans) == (whole.ids, whole.spans[1:])
 

@@ -72,7 +72,7 @@ class Drafting:
         return made
 
     def _draft(self, example: Conversation, loss_on: str) -> Draft:
-        learnt: Sequence[int] = example.learnt(loss_on)
+        learnt: Sequence[int] = example.supervised_turns(loss_on)
         if loss_on == "all":
             learnt = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"][-1:]
         if not learnt:
