@@ -31,7 +31,7 @@ from loratune import config, data
 from loratune.commands import inference, train
 from loratune.config import DataSection
 from loratune.data.rendering import Renderer
-from loratune.data.watching import unwatched
+from loratune.data.watching import no_progress
 from loratune.errors import LoratuneError
 from loratune.training import preflight, run_dir
 
@@ -198,7 +198,7 @@ def rows(scratch: Path, ends: Ends) -> Callable[..., None]:
         section = DataSection.model_validate(values | {"max_dropped": 1})
 
         def case() -> Any:
-            return data.prepare(data.check(section, 0).train, renderer, section, 264)
+            return data.prepare(data.read_datasets(section, 0).train, renderer, section, 264)
 
         made = ended(ends, case)
         for row in made.rows.rows() if made is not None else ():
@@ -267,8 +267,8 @@ def trained(scratch: Path) -> Path:
     (scratch / "good.yaml").write_text(yaml.safe_dump(values))
     run = config.load(scratch / "good.yaml")
     space = run_dir.inspect(run.output_dir, resume=False, overwrite=False)
-    ready = preflight.check(run, space, unwatched)
-    train.train(ready, train.Reporter(lambda _: None, lambda _: None, unwatched, Silent()))
+    ready = preflight.check(run, space, no_progress)
+    train.train(ready, train.Reporter(lambda _: None, lambda _: None, no_progress, Silent()))
     return scratch / "good"
 
 

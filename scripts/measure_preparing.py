@@ -40,7 +40,7 @@ def peak():
 section = DataSection(train={"path": path})
 renderer = Renderer(AutoTokenizer.from_pretrained(model))
 before, start = peak(), now()
-rows = data.check(section, 0)
+rows = data.read_datasets(section, 0)
 read = now()
 made = data.prepare(rows.train, renderer, section, 49152)
 done, after = now(), peak()

@@ -132,7 +132,7 @@ def test_held_out_loss_of_training_is_the_adapters(scores: dict[str, Any], place
 
 def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None:
     tuned = inference.load(preflight.open_adapter(place / "adapter"))
-    part = data.check_source(Source(path=str(place / "held-out.jsonl")), tuned.data)
+    part = data.read_source(Source(path=str(place / "held-out.jsonl")), tuned.data)
     rows = data.prepare(part, tuned.renderer, tuned.data, 264).rows
     prompts = [row.prompt for row in rows.rows()]
     alone = [tuned.complete([prompt], 6)[0] for prompt in prompts]

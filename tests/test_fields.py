@@ -43,7 +43,7 @@ JSON = {
 
 def count(path: Path) -> int:
     """How many rows are accepted. Raises DataError."""
-    part = data.check(DataSection.model_validate({"train": str(path)}), 0).train
+    part = data.read_datasets(DataSection.model_validate({"train": str(path)}), 0).train
     assert part.remarks() and part.digest
     return len(list(part.examples()))
 

@@ -8,7 +8,7 @@ import pytest
 
 from loratune.config import DataSection
 from loratune.data import formats
-from loratune.data.formats import BadRow, Conversation, Example, Ids, Parser, Plain, key, question
+from loratune.data.formats import Conversation, Example, Ids, Parser, Plain, RowError, key, parse_question
 from loratune.data.formats.examples import no_loss_reason
 from loratune.data.sources import Row
 from loratune.errors import DataError
@@ -53,7 +53,7 @@ def refused(values: dict[str, Any], **section: Any) -> list[str]:
 def bad(values: dict[str, Any], first: dict[str, Any] | None = None, **section: Any) -> str:
     """What is said of this row in a file that begins with another, or with itself."""
     made = parser(first or values, **section)
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(RowError) as caught:
         made(Row("f:2", values))
     return str(caught.value)
 
@@ -142,7 +142,7 @@ def test_padding_in_the_data_is_not_trained_on() -> None:
 
 def test_ids_are_held_against_the_vocabulary() -> None:
     formats.check_ids(Ids("f:1", (0, 263)), 264)
-    with pytest.raises(BadRow, match="entry 2 of `input_ids` is 264, but the vocabulary has 264 tokens"):
+    with pytest.raises(RowError, match="entry 2 of `input_ids` is 264, but the vocabulary has 264 tokens"):
         formats.check_ids(Ids("f:1", (0, 264)), 264)
 
 
@@ -225,14 +225,14 @@ def test_parts_of_text_are_joined_as_they_stand() -> None:
 def test_weight_says_which_turns_are_learnt() -> None:
     turns = [USER, BOT | {"weight": 0}, USER | {"weight": 0}, BOT | {"weight": 1}, USER, BOT | {"weight": None}]
     example = said(*turns)
-    assert (example.messages, example.muted) == ((USER, BOT) * 3, {1})
-    assert example.learnt("completion") == example.learnt("assistant") == (3, 5)
+    assert (example.messages, example.zero_weight) == ((USER, BOT) * 3, {1})
+    assert example.supervised_turns("completion") == example.supervised_turns("assistant") == (3, 5)
     assert no_loss_reason(said(USER, BOT | {"weight": 0}), "completion") == "no assistant turn has weight"
 
 
 def test_loss_on_assistant_reaches_into_the_prompt() -> None:
     example = chat({"prompt": [USER, BOT, USER], "completion": [BOT]})
-    assert (example.learnt("completion"), example.learnt("assistant")) == ((3,), (1, 3))
+    assert (example.supervised_turns("completion"), example.supervised_turns("assistant")) == ((3,), (1, 3))
 
 
 CALLED = {
@@ -364,7 +364,7 @@ def test_sharegpt_calls_a_function() -> None:
     example = chat({"conversations": [HUMAN, call, seen, GPT | {"weight": 0}]})
     expected = {"type": "function", "function": CALL["function"]}
     assert example.messages[1:3] == (CALLS | {"tool_calls": [expected]}, {"role": "tool", "content": "18"})
-    assert example.learnt("completion") == (1,)
+    assert example.supervised_turns("completion") == (1,)
     both = chat({"conversations": [HUMAN, call | {"value": f"[{call['value']}, {call['value']}]"}]})
     assert both.messages[1]["tool_calls"] == [expected] * 2
 
@@ -397,8 +397,8 @@ def test_alpaca_in_full() -> None:
         ("system", "s"), ("user", "q"), ("assistant", "w"), ("user", "e"), ("assistant", ""), ("user", "a\ni"),
         ("assistant", "b"),
     ]  # fmt: skip
-    assert (example.learnt("completion"), example.learnt("assistant")) == ((6,), (2, 6))
-    assert example.answers("assistant") == (2, 4, 6)  # the one in between is empty
+    assert (example.supervised_turns("completion"), example.supervised_turns("assistant")) == ((6,), (2, 6))
+    assert example.selected_turns("assistant") == (2, 4, 6)  # the one in between is empty
 
 
 @pytest.mark.parametrize("blank", [{}, {"input": ""}, {"input": None, "system": None, "history": None}])
@@ -545,7 +545,11 @@ SILENT = {
     "chat, earlier": (Conversation("", (USER, BOT, USER, BOT | {"content": ""}), 3), "assistant", None),
     "chat, last": (Conversation("", (USER, BOT, USER, BOT | {"content": ""}), 3), "completion", "the completion is"),
     "call": (Conversation("", (USER, CALLS)), "completion", None),
-    "muted": (Conversation("", (USER, BOT), muted=frozenset({1})), "assistant", "no assistant turn has weight"),
+    "zero_weight": (
+        Conversation("", (USER, BOT), zero_weight=frozenset({1})),
+        "assistant",
+        "no assistant turn has weight",
+    ),
     "ids": (Ids("", (1, 2)), "completion", None),
     "one id": (Ids("", (1,)), "completion", "no token comes before"),
     "first label": (Ids("", (1, 2), (1, -100)), "completion", "no token comes before"),
@@ -582,7 +586,7 @@ def test_keys_tell_contents_apart_and_nothing_else() -> None:
     for folded in (False, True):
         assert len({key(example, folded) for example in DIFFERENT}) == len(DIFFERENT)
     assert key(Plain("x", "a", "b")) == key(Plain("y", "a", "b"))
-    assert key(Conversation("x", (USER, BOT), 1)) == key(Conversation("y", (USER, BOT), 0, muted=frozenset({1})))
+    assert key(Conversation("x", (USER, BOT), 1)) == key(Conversation("y", (USER, BOT), 0, zero_weight=frozenset({1})))
     assert key(Ids("x", (1, 2), (-100, 2))) == key(Ids("x", (1, 2)))
 
 
@@ -609,13 +613,13 @@ ASKED = {
 
 @pytest.mark.parametrize(("values", "prompt", "tools"), ASKED.values(), ids=ASKED)
 def test_question(values: dict[str, Any], prompt: Any, tools: tuple[Any, ...]) -> None:
-    asked = question(Row("f:1", values), ANY)
+    asked = parse_question(Row("f:1", values), ANY)
     assert (asked.prompt, asked.tools) == (prompt, tools)
 
 
 @pytest.mark.parametrize("values", [values for values, form, _ in READ.values() if form in formats.CHATS])
 def test_a_question_is_the_beginning_of_the_row_that_is_trained_on(values: dict[str, Any]) -> None:
-    asked, example = question(Row("f:1", values), ANY), chat(values)
+    asked, example = parse_question(Row("f:1", values), ANY), chat(values)
     assert (*asked.prompt, BOT) == example.messages
 
 
@@ -632,21 +636,21 @@ def test_a_question_is_the_beginning_of_the_row_that_is_trained_on(values: dict[
 )
 def test_rows_that_ask_nothing(row: dict[str, Any], expected: str) -> None:
     with pytest.raises(DataError) as caught:
-        question(Row("f:1", row), ANY)
+        parse_question(Row("f:1", row), ANY)
     assert str(caught.value).startswith(f"f:1: {expected}; give a prompt, messages, ")
 
 
 def test_a_question_is_asked_in_the_format_that_is_trained_on() -> None:
     """A prompt beside messages, as in ultrachat, is one of the fields that are not read."""
     row = {"prompt": "x", "messages": [USER, BOT]}
-    assert question(Row("f:1", row), ANY).prompt == [USER]
+    assert parse_question(Row("f:1", row), ANY).prompt == [USER]
     by_hand = ANY.model_copy(update={"format": "text"})
-    assert question(Row("f:1", row | {"text": "t"}), by_hand).prompt == "t"
+    assert parse_question(Row("f:1", row | {"text": "t"}), by_hand).prompt == "t"
 
 
 def test_question_by_columns() -> None:
     section = ANY.model_copy(update={"columns": {"prompt": "q", "completion": "r"}})
-    assert question(Row("f:1", {"q": "a", "prompt": "x"}), section).prompt == "a"
+    assert parse_question(Row("f:1", {"q": "a", "prompt": "x"}), section).prompt == "a"
 
 
 def test_lists_may_stand_as_json_in_text() -> None:

@@ -25,14 +25,14 @@ from loratune.config import DataSection
 from loratune.data import TokenizedDataset, cache_dir, mixing, token_cache
 from loratune.data.formats import Plain
 from loratune.data.rendering import Renderer
-from loratune.data.report import Found, Report
+from loratune.data.report import Report, RowTally
 from loratune.errors import DataError
 
 VOCABULARY = 264
 
 
 def checked(path: Path | str | list[Any], seed: int = 0, **section: Any) -> data.RawDatasets:
-    return data.check(DataSection.model_validate({"train": path, "max_dropped": 1.0} | section), seed)
+    return data.read_datasets(DataSection.model_validate({"train": path, "max_dropped": 1.0} | section), seed)
 
 
 def prepared(renderer: Renderer, path: Path | str | list[Any], **section: Any) -> TokenizedDataset:
@@ -202,7 +202,7 @@ def test_a_report_survives_json() -> None:
         report.drop("why", f"rows:{line}")
     again = Report.from_json(json.loads(json.dumps(report.as_json())))
     assert again == report
-    assert again.dropped["why"] == Found(5, ["rows:0", "rows:1", "rows:2"])
+    assert again.dropped["why"] == RowTally(5, ["rows:0", "rows:1", "rows:2"])
 
 
 SOME = [{"prompt": "p" * asked, "completion": "c" * said} for asked, said in ((9, 2), (3, 2), (3, 0), (3, 20), (3, 2))]
@@ -335,7 +335,7 @@ def test_answers_are_never_cut(tmp_path: Path, renderer: Renderer, loss_on: str)
     assert texts["pairs"] == [f"{LONG}the end<|endoftext|>"[-len("<|endoftext|>") - 31 :]]
     assert [found.first[0].rpartition(":")[2] for found in made["pairs"].report.dropped.values()] == ["2"]
     assert texts["chats"][0].endswith("<|assistant|>two<|end|>")
-    assert made["chats"].report.unlearnt == (loss_on == "completion") * ("one<|end|>" not in texts["chats"][0])
+    assert made["chats"].report.cut_answers == (loss_on == "completion") * ("one<|end|>" not in texts["chats"][0])
     assert texts["texts"] == [LONG[:32]]
 
 

@@ -1,7 +1,7 @@
 """Chat templates put together from random pieces, each of which knows what it writes.
 
-What must be supervised follows from the pieces alone: what the template writes from after the header that prompts for an
-answer to the end of the turn, and the end of sequence where the turn does not end in a token that ends it.
+What must be supervised follows from the pieces alone: what the template writes from after the header that prompts
+for an answer to the end of the turn, and the end of sequence where the turn does not end in a token that ends it.
 """
 
 import json
@@ -303,7 +303,7 @@ def test_answers_that_are_refused(template: str, code: Code, detail: str, tokeni
 
 TURN = "<|{{ m.role }}|>{{ m.content }}"
 ADDED = f"answers end in {EOS}, which the chat template does not write"
-UNSUPERVISED = "what the chat template writes after the last turn is not supervised: "
+FOOTER = "what the chat template writes after the last turn is not supervised: "
 
 
 @pytest.mark.parametrize(
@@ -312,9 +312,9 @@ UNSUPERVISED = "what the chat template writes after the last turn is not supervi
         (f"{FOR}{TURN}\n{{% endfor %}}{ASK}", ADDED),
         (
             f"[{FOR}{{{{ {{'role': m.role, 'content': m.content}}|tojson }}}}{{% endfor %}}]",
-            f"{ADDED}; {UNSUPERVISED}']'",
+            f"{ADDED}; {FOOTER}']'",
         ),
-        (f"{FOR}{TURN}{END}\n{{% endfor %}}</conversation>", f"{UNSUPERVISED}'</conversation>'"),
+        (f"{FOR}{TURN}{END}\n{{% endfor %}}</conversation>", f"{FOOTER}'</conversation>'"),
         (f"{FOR}{TURN}{END}\n{{% endfor %}}{ASK}", None),
         (f"{FOR}{TURN}{EOS}\n{{% endfor %}}{ASK}", None),
         (f"{FOR}{TURN}\n{{% endfor %}}{{% if not add_generation_prompt %}}{EOS}{{% endif %}}", None),

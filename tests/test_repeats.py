@@ -16,7 +16,7 @@ ROWS = [{"prompt": f"a {number}", "completion": "b"} for number in range(9)]
 
 def checked(train: Path, validation: Path | float | None = None, **section: Any) -> data.RawDatasets:
     held = str(validation) if isinstance(validation, Path) else validation
-    return data.check(DataSection.model_validate({"train": str(train), "validation": held} | section), 0)
+    return data.read_datasets(DataSection.model_validate({"train": str(train), "validation": held} | section), 0)
 
 
 def test_duplicates(tmp_path: Path) -> None:

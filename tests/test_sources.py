@@ -30,7 +30,7 @@ USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "
 
 
 def read(path: Path | str, split: str | None = None) -> list[Row]:
-    return sources.read(Source(path=str(path), split=split))
+    return sources.read_rows(Source(path=str(path), split=split))
 
 
 def problems(path: Path | str, split: str | None = None) -> list[str]:
@@ -207,7 +207,7 @@ def test_parquet_text_that_is_none(tmp_path: Path) -> None:
 def test_rows_come_before_the_problems(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(PAIR + b"\n{]\n" + PAIR + b"\n")
-    (one,) = sources.opened(Source(path=str(path)))
+    (one,) = sources.open_source(Source(path=str(path)))
     rows = one.rows()
     assert lines([next(rows), next(rows)]) == ["rows.jsonl:1", "rows.jsonl:3"]
     with pytest.raises(DataError, match=":2: not valid JSON"):
@@ -343,7 +343,7 @@ def test_bad_slices(tmp_path: Path, split: str, expected: str) -> None:
 
 
 def digests(path: Path | str, split: str | None = None) -> list[str]:
-    return [one.digest for one in sources.opened(Source(path=str(path), split=split))]
+    return [one.digest for one in sources.open_source(Source(path=str(path), split=split))]
 
 
 def test_digest_follows_content_kind_and_slice_but_not_the_name(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_progress_adds_up_to_the_size(tmp_path: Path, name: str, split: str | No
         path.write_bytes(gzip.compress("\n".join(["text", *(row["text"] for row in rows)]).encode(), 1))
     else:
         path.write_text(json.dumps(rows) if name == "rows.json" else "\n".join(map(json.dumps, rows)))
-    (one,) = sources.opened(Source(path=str(path), split=split))
+    (one,) = sources.open_source(Source(path=str(path), split=split))
     told: list[int] = []
     count = sum(1 for _ in one.rows(told.append))
     assert (count, sum(told), min(told) >= 0) == (5 if split else 40_000, path.stat().st_size, True)
@@ -417,7 +417,7 @@ def told_by_process(*paths: Path) -> list[int]:
         "import re, sys; from pathlib import Path\n"
         "from loratune.config import Source; from loratune.data import sources\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024\n"
-        "count = lambda path: sum(1 for one in sources.opened(Source(path=path)) for _ in one.rows())\n"
+        "count = lambda path: sum(1 for one in sources.open_source(Source(path=path)) for _ in one.rows())\n"
         "print(count(sys.argv[1])); before = peak(); print(count(sys.argv[2])); print(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, cwd=ROOT)
@@ -499,7 +499,7 @@ def test_hub_id_in_the_cache(tmp_path: Path) -> None:
     datasets.DatasetInfo(features=table.features, splits={"train": split}, **info).write_to_directory(str(place))
     code = (
         "from loratune.data import sources; from loratune.config import Source\n"
-        "def opened(split): return sources.opened(Source(path='some/rows', split=split))[0]\n"
+        "def opened(split): return sources.open_source(Source(path='some/rows', split=split))[0]\n"
         "one, told = opened('train[1:]'), []\n"
         "print(one.name, list(one.rows(told.append)), sum(told) == one.size > 0)\n"
         "print(len({opened(split).digest for split in (None, 'train', 'train[1:]', 'train[2:]')}), len(one.digest))\n"
@@ -578,12 +578,12 @@ def test_no_permission(public_dir: Path, asked: str, locked: str, named: str) ->
     try:
         os.seteuid(user or 65534)  # root may read everything, so be nobody for a moment
         if user == 0:
-            assert len(sources.opened(source)) == (2 if asked == "." else 1)
+            assert len(sources.open_source(source)) == (2 if asked == "." else 1)
         os.seteuid(user)
         (public_dir / locked).chmod(0)
         os.seteuid(user or 65534)
         with pytest.raises(DataError) as caught:
-            sources.opened(source)
+            sources.open_source(source)
     finally:
         os.seteuid(user)
     assert str(caught.value) == f"{public_dir / named}: cannot be read: Permission denied"
@@ -591,7 +591,7 @@ def test_no_permission(public_dir: Path, asked: str, locked: str, named: str) ->
 
 def test_gone_after_it_was_opened(tmp_path: Path) -> None:
     path = numbered(tmp_path / "rows.jsonl", range(3))
-    (one,) = sources.opened(Source(path=str(path)))
+    (one,) = sources.open_source(Source(path=str(path)))
     path.unlink()
     for ask in (lambda: one.digest, lambda: list(one.rows())):
         with pytest.raises(DataError, match="cannot be read: No such file"):

@@ -132,11 +132,11 @@ CHATS: dict[str, Conversation] = {
     ),
     "a call of a tool": Conversation("", (turn(USER, "Weather in Köln?"), said("", tool_calls=[CALL])), tools=TOOLS),
     "ends with a question": Conversation("", (turn(USER, "One?"), said("Uno"), turn(USER, "Two?"))),
-    "a muted answer": Conversation(
-        "", (turn(USER, "One?"), said("Uno"), turn(USER, "Two?"), said("Due")), muted=frozenset({1})
+    "an answer of weight 0": Conversation(
+        "", (turn(USER, "One?"), said("Uno"), turn(USER, "Two?"), said("Due")), zero_weight=frozenset({1})
     ),
     "the last turn alone": Conversation(
-        "", (turn(USER, "One?"), said("Uno"), turn(USER, "Two?"), said("Due")), first_learnt=3
+        "", (turn(USER, "One?"), said("Uno"), turn(USER, "Two?"), said("Due")), first_supervised=3
     ),
 }
 THINKERS = {"Qwen3", "Qwen3, newer", "Qwen3, marked", "Qwen3.5, thinking", "DeepSeek-R1"}
@@ -214,7 +214,7 @@ def test_conversation(renderer: Renderer, name: str, chat: str) -> None:
         assert meanings(caught.value) == [(code, "rows:7", key)] and detail in str(caught.value)
         return
     row = renderer.row(example)
-    turns = example.learnt("completion")
+    turns = example.supervised_turns("completion")
     prompt = renderer.prompt(example.messages[: turns[-1]], tools=example.tools)
     assert row.ids[: len(prompt)] == row.prompt == prompt
     end = MODELS[name].end
@@ -241,7 +241,7 @@ def test_ids_are_those_of_upstream(renderer: Renderer, name: str, chat: str) -> 
     example = CHATS[chat]
     if refusal(name, chat):
         return
-    last = example.learnt("completion")[-1]
+    last = example.supervised_turns("completion")[-1]
     tools = list(example.tools) or None
     whole = renderer.tokenizer.apply_chat_template(list(example.messages[: last + 1]), tools=tools, return_dict=False)
     asked = renderer.tokenizer.apply_chat_template(
@@ -259,13 +259,13 @@ def test_ids_are_those_of_upstream(renderer: Renderer, name: str, chat: str) -> 
     assert same != moved
 
 
-@pytest.mark.parametrize("chat", [chat for chat in CHATS if CHATS[chat].muted or CHATS[chat].first_learnt])
+@pytest.mark.parametrize("chat", [chat for chat in CHATS if CHATS[chat].zero_weight or CHATS[chat].first_supervised])
 def test_what_is_not_supervised_is_still_there(renderer: Renderer, chat: str) -> None:
     some = renderer.row(CHATS[chat])
     whole = renderer.row(Conversation("", CHATS[chat].messages))
     assert (some.ids, some.spans) == (whole.ids, whole.spans[1:])
     each = renderer.row(CHATS[chat], "assistant")
-    assert each.spans == (whole.spans if CHATS[chat].first_learnt else some.spans)
+    assert each.spans == (whole.spans if CHATS[chat].first_supervised else some.spans)
     every = renderer.row(CHATS[chat], "all")
     assert (every.ids, every.labels) == (whole.ids, [IGNORED, *whole.ids[1:]])
 

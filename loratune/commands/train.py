@@ -373,6 +373,6 @@ def _asked(example: Example) -> str:
     """What can be asked on a command line: raw text, or a single user's turn. Empty for anything else."""
     if isinstance(example, Plain):
         return " ".join(example.completion.split()[:8]) if example.whole else example.prompt
-    if isinstance(example, Conversation) and not example.tools and example.learnt("assistant")[:1] == (1,):
+    if isinstance(example, Conversation) and not example.tools and example.supervised_turns("assistant")[:1] == (1,):
         return str(example.messages[0]["content"]) if example.messages[0]["role"] == "user" else ""
     return ""

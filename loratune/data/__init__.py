@@ -18,11 +18,11 @@ from loratune.data.report import Leaks, Report
 from loratune.data.sources import MAX_PROBLEMS
 from loratune.data.splits import DatasetSplit as DatasetSplit
 from loratune.data.splits import RawDatasets as RawDatasets
-from loratune.data.splits import check as check
-from loratune.data.splits import check_source as check_source
+from loratune.data.splits import read_datasets as read_datasets
+from loratune.data.splits import read_source as read_source
 from loratune.data.token_cache import TokenCache, Writer
 from loratune.data.watching import ProgressFactory as ProgressFactory
-from loratune.data.watching import unwatched
+from loratune.data.watching import no_progress
 from loratune.errors import DataError, Problem
 
 _SAMPLE = 100
@@ -53,7 +53,7 @@ def prepare(
     renderer: Renderer,
     section: DataSection,
     vocabulary_size: int,
-    watch: ProgressFactory = unwatched,
+    watch: ProgressFactory = no_progress,
 ) -> TokenizedDataset:
     """Render every row and fit it to `max_length`, or take what is kept of doing so before; and count.
 
@@ -127,8 +127,8 @@ class _Worker:
             else:
                 spoken.append(example)
                 if isinstance(example, Conversation) and self.section.loss_on != "all":
-                    asked, learnt = example.answers(self.section.loss_on), example.learnt(self.section.loss_on)
-                    report.empty += len(asked) - len(learnt)
+                    selected = example.selected_turns(self.section.loss_on)
+                    report.empty_answers += len(selected) - len(example.supervised_turns(self.section.loss_on))
         self._check_ids(spoken)
         rows = []
         for whole in self.renderer.rows(spoken, self.section.loss_on):
@@ -139,7 +139,7 @@ class _Worker:
                 report.drop(f"{how} max_length {self.section.max_length}", whole.where)
                 continue
             report.truncated += len(row.ids) < len(whole.ids)
-            report.unlearnt += len(whole.spans) - len(row.spans)
+            report.cut_answers += len(whole.spans) - len(row.spans)
             report.tokens += len(row.ids)
             report.supervised += row.supervised
             rows.append(row)
@@ -151,7 +151,7 @@ class _Worker:
             if isinstance(example, Ids):
                 try:
                     formats.check_ids(example, self.vocabulary_size)
-                except formats.BadRow as error:
+                except formats.RowError as error:
                     problems.append(error.at(example.where))
         if problems:
             raise DataError(problems[:MAX_PROBLEMS])

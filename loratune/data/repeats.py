@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from loratune.data.report import FIRST, Found, Leaks
+from loratune.data.report import FIRST, Leaks, RowTally
 from loratune.data.row_index import EXACT, FOLDED
 from loratune.data.splits import DatasetSplit
 
@@ -13,7 +13,7 @@ _AT_ONCE = 1 << 18
 """Hashes that are sorted at once; of more, some are taken at a time, by their last bits."""
 
 
-def duplicates(part: DatasetSplit) -> Found:
+def duplicates(part: DatasetSplit) -> RowTally:
     """Rows of a part that are an earlier row of it, letter for letter."""
     numbers = [_repeated(hashes, rows) for hashes, rows in _groups(part, EXACT, len(part))]
     return _found(part, numbers)
@@ -53,7 +53,7 @@ def _repeated(hashes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.
     return np.delete(rows, first)
 
 
-def _found(part: DatasetSplit, groups: list[NDArray[np.int64]]) -> Found:
+def _found(part: DatasetSplit, groups: list[NDArray[np.int64]]) -> RowTally:
     count = sum(len(group) for group in groups)
     first = np.sort(np.concatenate([np.sort(group)[:FIRST] for group in groups]))[:FIRST]
-    return Found(count, [part.census.where(int(number)) for number in first])
+    return RowTally(count, [part.census.where(int(number)) for number in first])

@@ -10,7 +10,7 @@ FIRST = 3
 
 
 @dataclass
-class Found:
+class RowTally:
     """Rows of one kind: how many there are, and the places of the first few."""
 
     count: int = 0
@@ -22,7 +22,7 @@ class Found:
         if len(self.first) < FIRST:
             self.first.append(where)
 
-    def extend(self, other: "Found") -> None:
+    def extend(self, other: "RowTally") -> None:
         """Count the rows of another one, which come later."""
         self.count += other.count
         self.first += other.first[: FIRST - len(self.first)]
@@ -37,8 +37,8 @@ class Found:
 class Leaks:
     """Rows of the validation set that also stand in train. exact: letter for letter; folded: but for white space."""
 
-    exact: Found
-    folded: Found
+    exact: RowTally
+    folded: RowTally
 
     def remarks(self) -> list[str]:
         """A line for each kind of leak there is."""
@@ -53,12 +53,18 @@ class Leaks:
 
 @dataclass
 class Report:
-    """Counts over the rows of one part.
+    """Counts over the rows of one dataset split.
 
-    rows: read; tokens, supervised: of the rows that are kept; truncated: kept, but cut; unlearnt: answers of kept rows
-    that were cut off with what comes before the last one; empty: answers that say nothing, between others that do;
-    dropped: reason → rows; duplicates: rows that say what an earlier row says, kept all the same; lengths: tokens of a
-    row before it was cut → how many rows have them.
+    Attributes:
+        rows: Rows that were read.
+        tokens: Tokens of the rows that are trained on, after truncation.
+        supervised: Those of them that the loss is taken over.
+        truncated: Rows that are trained on, but were cut.
+        cut_answers: Answers that truncation removed from rows whose last answer is trained on.
+        empty_answers: Answers without content, in rows whose other answers are trained on.
+        dropped: Why rows are left out, and which.
+        duplicates: Rows with the content of an earlier row; they are trained on all the same.
+        lengths: For each length in tokens before truncation, how many rows have it.
     """
 
     COLUMNS: ClassVar = (
@@ -70,15 +76,15 @@ class Report:
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
-    unlearnt: int = 0
-    empty: int = 0
-    dropped: dict[str, Found] = field(default_factory=dict)
-    duplicates: Found = field(default_factory=Found)
+    cut_answers: int = 0
+    empty_answers: int = 0
+    dropped: dict[str, RowTally] = field(default_factory=dict)
+    duplicates: RowTally = field(default_factory=RowTally)
     lengths: Counter[int] = field(default_factory=Counter)
 
     def drop(self, reason: str, where: str) -> None:
         """Count a row that is left out."""
-        self.dropped.setdefault(reason, Found()).add(where)
+        self.dropped.setdefault(reason, RowTally()).add(where)
 
     def extend(self, other: Self) -> None:
         """Count the rows of another report, which come later."""
@@ -86,12 +92,12 @@ class Report:
         self.tokens += other.tokens
         self.supervised += other.supervised
         self.truncated += other.truncated
-        self.unlearnt += other.unlearnt
-        self.empty += other.empty
+        self.cut_answers += other.cut_answers
+        self.empty_answers += other.empty_answers
         self.lengths.update(other.lengths)
         self.duplicates.extend(other.duplicates)
         for reason, found in other.dropped.items():
-            self.dropped.setdefault(reason, Found()).extend(found)
+            self.dropped.setdefault(reason, RowTally()).extend(found)
 
     @property
     def dropped_rows(self) -> int:
@@ -140,9 +146,9 @@ class Report:
         return lines
 
     def _left_out(self) -> list[str]:
-        lost = f"{self.unlearnt:,} earlier answers are not learnt: cut off with the left of their rows"
-        empty = f"{self.empty:,} answers are not learnt: they are empty"
-        return [*([lost] if self.unlearnt else []), *([empty] if self.empty else []), *self.reasons()]
+        lost = f"{self.cut_answers:,} earlier answers are not learnt: cut off with the left of their rows"
+        empty = f"{self.empty_answers:,} answers are not learnt: they are empty"
+        return [*([lost] if self.cut_answers else []), *([empty] if self.empty_answers else []), *self.reasons()]
 
     def counts(self) -> dict[str, int]:
         """The totals, for a record."""
@@ -168,9 +174,9 @@ class Report:
 
         Raises KeyError, TypeError or ValueError: it is something else.
         """
-        numbers = ("rows", "tokens", "supervised", "truncated", "unlearnt", "empty")
+        numbers = ("rows", "tokens", "supervised", "truncated", "cut_answers", "empty_answers")
         counts: dict[str, Any] = {name: int(values[name]) for name in numbers}
-        dropped = {reason: Found(int(one["count"]), list(one["first"])) for reason, one in values["dropped"].items()}
+        dropped = {reason: RowTally(int(one["count"]), list(one["first"])) for reason, one in values["dropped"].items()}
         lengths = Counter({int(length): int(count) for length, count in values["lengths"].items()})
         return cls(**counts, dropped=dropped, lengths=lengths)
 

@@ -67,10 +67,10 @@ class RowIndex:
 def take(given: Sequence[Source], section: DataSection, watch: ProgressFactory) -> RowIndex:
     """Read and check every row of the sources.
 
-    Raises DataError: see `sources.opened`, `formats.Parser`; up to 10 rows that are not as their format asks; a
+    Raises DataError: see `sources.open_source`, `formats.Parser`; up to 10 rows that are not as their format asks; a
     source without rows.
     """
-    opened = [(source, sources.opened(source)) for source in given]
+    opened = [(source, sources.open_source(source)) for source in given]
     size = sum(one.size for _, files in opened for one in files)
     rows, files, counts = _Rows(), [], []
     with watch("reading", size) as advance:
@@ -78,7 +78,7 @@ def take(given: Sequence[Source], section: DataSection, watch: ProgressFactory) 
             before = rows.count
             files += [file for part in parts if (file := _count(part, section, rows, advance)) is not None]
             if rows.count == before:
-                raise sources.no_rows(source)
+                raise sources.no_rows_error(source)
             counts.append(rows.count - before)
     return RowIndex(tuple(files), tuple(counts), rows.file())
 
@@ -92,7 +92,7 @@ def _count(opened: RowSource, section: DataSection, rows: "_Rows", advance: Adva
                 parser, prefix = Parser(row, section), row.where[: -len(_line_of(row.where))]
             try:
                 rows.add(parser(row), int(_line_of(row.where)))
-            except formats.BadRow as error:
+            except formats.RowError as error:
                 problems.append(error.at(row.where))
                 if len(problems) == MAX_PROBLEMS:
                     break
@@ -159,7 +159,7 @@ def examples(census: RowIndex, kept: NDArray[np.bool_] | None, skip: int, advanc
                 continue
             try:
                 yield file.parser(row)
-            except formats.BadRow:
+            except formats.RowError:
                 raise _changed(file) from None
         if there:
             raise _changed(file)

@@ -14,7 +14,7 @@ from loratune.data.formats import CHATS, Example
 from loratune.data.mixing import Mask
 from loratune.data.row_index import RowIndex
 from loratune.data.sources.rows import Advance
-from loratune.data.watching import ProgressFactory, unwatched
+from loratune.data.watching import ProgressFactory, no_progress
 from loratune.errors import DataError, Problem
 
 
@@ -89,7 +89,7 @@ class RawDatasets:
     validation: DatasetSplit | None
 
 
-def check(section: DataSection, seed: int, watch: ProgressFactory = unwatched) -> RawDatasets:
+def read_datasets(section: DataSection, seed: int, watch: ProgressFactory = no_progress) -> RawDatasets:
     """Read and check all rows. No tokenizer is needed, and torch is not imported.
 
     Raises DataError: see `census.take`; a fraction that leaves no row to train on.
@@ -110,7 +110,7 @@ def check(section: DataSection, seed: int, watch: ProgressFactory = unwatched) -
     )
 
 
-def check_source(source: Source, section: DataSection, watch: ProgressFactory = unwatched) -> DatasetSplit:
+def read_source(source: Source, section: DataSection, watch: ProgressFactory = no_progress) -> DatasetSplit:
     """All rows of one source, read as `section` says. Raises DataError: see `census.take`."""
     return DatasetSplit("validation", row_index.take([source], section, watch), None, section)
 

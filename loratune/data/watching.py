@@ -11,6 +11,6 @@ ProgressFactory: TypeAlias = Callable[[str, int], AbstractContextManager[Advance
 
 
 @contextmanager
-def unwatched(what: str, size: int) -> Iterator[Advance]:
+def no_progress(what: str, size: int) -> Iterator[Advance]:
     """Nobody is told."""
     yield lambda _: None

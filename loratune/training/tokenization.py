@@ -42,7 +42,7 @@ def tokenised(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group
     renderer = Renderer(tokenizer, size)
 
     def made(name: str) -> TokenizedDataset:
-        given = ready.rows or data.check(run.data, run.training.seed, watch)
+        given = ready.rows or data.read_datasets(run.data, run.training.seed, watch)
         part: DatasetSplit | None = given.train if name == "train" else given.validation
         assert part is not None
         return data.prepare(part, renderer, run.data, size, watch)

@@ -10,15 +10,26 @@ from typing import Any
 
 from loratune.config import DataSection
 from loratune.data.formats import chats, plain
-from loratune.data.formats.checks import BadRow, Values, listed, text
+from loratune.data.formats.checks import RowError, Values, listed, text
 from loratune.data.formats.examples import Conversation, Example, Ids, Message, Plain, check_ids, key
 from loratune.data.formats.tools import schemas
 from loratune.data.sources import Row
 from loratune.errors import DataError, Problem
 
 __all__ = [
-    "CHATS", "FORMATS", "Asked", "BadRow", "Conversation", "Example", "Ids", "Message", "Parser", "Plain",
-    "check_ids", "key", "question", "silent",
+    "CHATS",
+    "FORMATS",
+    "Conversation",
+    "Example",
+    "Ids",
+    "Message",
+    "Parser",
+    "Plain",
+    "Question",
+    "RowError",
+    "check_ids",
+    "key",
+    "parse_question",
 ]  # fmt: skip
 
 
@@ -87,21 +98,21 @@ class Parser:
     def __call__(self, row: Row) -> Example:
         """The row as an example.
 
-        Raises BadRow: it lacks a key, or holds something else than the format asks for.
+        Raises RowError: it lacks a key, or holds something else than the format asks for.
         """
         values = _renamed(row.values, self._columns) if self._columns else row.values
         if self._recognised and "chosen" in values and "rejected" in values:
-            raise BadRow(_COMPARED, _chosen_alone(values))
+            raise RowError(_COMPARED, _chosen_alone(values))
         for name in self._format.keys:
             if name not in values:
                 absent = listed(self._columns.get(name, name) for name in self._format.keys if name not in values)
                 what = f"no field {absent} for the format {self.form}; its fields are {listed(row.values)}"
-                raise BadRow(what, f"all rows of a file have the format {self._chosen_by}")
+                raise RowError(what, f"all rows of a file have the format {self._chosen_by}")
         if not values.keys() <= self._known:
             self.unread |= values.keys() - self._known
         example = self._format.read(row.where, values)
-        if self._learn_all and isinstance(example, Conversation) and example.muted:
-            raise BadRow("a turn has weight 0, and data.loss_on: all learns every token", "set loss_on to assistant")
+        if self._learn_all and isinstance(example, Conversation) and example.zero_weight:
+            raise RowError("a turn has weight 0, and data.loss_on: all learns every token", "set loss_on to assistant")
         return example
 
 
@@ -155,7 +166,7 @@ def _contradictions(form: Format, section: DataSection, where: str) -> list[Prob
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """What a row asks. prompt: raw text, or messages for the chat template, which is given the tools."""
 
     prompt: str | list[Message]
@@ -171,7 +182,7 @@ QUESTIONS: dict[str, Callable[[Values], list[Message]]] = {
 """The field that asks → how its messages are read."""
 
 
-def question(row: Row, section: DataSection) -> Asked:
+def parse_question(row: Row, section: DataSection) -> Question:
     """What a row asks: its `prompt`, its `messages` or `conversations` up to the last answer, its `instruction` with
     input, system and history, or its `text`.
 
@@ -186,11 +197,11 @@ def question(row: Row, section: DataSection) -> Asked:
     name = next((name for name in (*known, *QUESTIONS, "text") if name in values), None)
     try:
         if name is None:
-            raise BadRow(f"nothing is asked; the fields are {listed(row.values)}")
+            raise RowError(f"nothing is asked; the fields are {listed(row.values)}")
         if name == "text" or (name == "prompt" and not isinstance(values["prompt"], list)):
-            return Asked(text(values, name), schemas(values))
-        return Asked(QUESTIONS[name](values), schemas(values))
-    except BadRow as error:
+            return Question(text(values, name), schemas(values))
+        return Question(QUESTIONS[name](values), schemas(values))
+    except RowError as error:
         fix = "give a prompt, messages, conversations, an instruction or text"
         raise DataError(Problem(str(error), row.where, fix=fix)) from None
 

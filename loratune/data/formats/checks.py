@@ -1,4 +1,4 @@
-"""What may stand in one field of a row; whatever else is found there is a `BadRow`."""
+"""What may stand in one field of a row; whatever else is found there is a `RowError`."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ Values = Mapping[str, Any]
 """A row under our names of its fields."""
 
 
-class BadRow(ValueError):
+class RowError(ValueError):
     """What is wrong with one row, without its place, and what to do about it."""
 
     def __init__(self, what: str, fix: str = "mend the row, or take it out"):
@@ -26,16 +26,16 @@ class BadRow(ValueError):
 def text(values: Values, key: str, place: str = "") -> str:
     """The text of a field. place: what in the row has the field, where it is not the row itself.
 
-    Raises BadRow: it holds something else, or a character that UTF-8 cannot write.
+    Raises RowError: it holds something else, or a character that UTF-8 cannot write.
     """
     value = values.get(key)
     if not isinstance(value, str):
-        raise BadRow(f"`{key}`{_of(place)} must be text, got {kind(value)}")
+        raise RowError(f"`{key}`{_of(place)} must be text, got {kind(value)}")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise BadRow(f"`{key}`{_of(place)} holds a lone surrogate, which is not a character") from None
+            raise RowError(f"`{key}`{_of(place)} holds a lone surrogate, which is not a character") from None
     return value
 
 
@@ -51,22 +51,22 @@ def optional_text(values: Values, key: str) -> str:
 def decoded(value: Any, what: str) -> Any:
     """A value that may be written as JSON inside of text; `what` names it in the message.
 
-    Raises BadRow: text that is not valid JSON, or a value that JSON and UTF-8 cannot write.
+    Raises RowError: text that is not valid JSON, or a value that JSON and UTF-8 cannot write.
     """
     try:
         value = json.loads(value) if isinstance(value, str) else value
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise BadRow(f"{what} holds a lone surrogate, which is not a character") from None
+        raise RowError(f"{what} holds a lone surrogate, which is not a character") from None
     except (ValueError, RecursionError):
-        raise BadRow(f"{what} must be valid JSON") from None
+        raise RowError(f"{what} must be valid JSON") from None
     except TypeError as error:
-        raise BadRow(f"{what} cannot be written as JSON: {error}") from None
+        raise RowError(f"{what} cannot be written as JSON: {error}") from None
     return value
 
 
 def unpacked(values: Values, key: str) -> Any:
-    """A field that holds a list, perhaps as JSON in text, as in a cell of CSV. Raises BadRow: text that is no JSON."""
+    """A field that holds a list, perhaps as JSON in text, as in a cell of CSV. Raises RowError: not JSON."""
     value = values.get(key)
     return decoded(value, f"`{key}`") if isinstance(value, str) and value.lstrip()[:1] == "[" else value
 
@@ -74,15 +74,15 @@ def unpacked(values: Values, key: str) -> Any:
 def whole_numbers(values: Values, key: str) -> tuple[int, ...]:
     """The whole numbers of a field, in order.
 
-    Raises BadRow: not a list, an empty one, or one with something else in it.
+    Raises RowError: not a list, an empty one, or one with something else in it.
     """
     value = unpacked(values, key)
     if not isinstance(value, list) or not value:
-        raise BadRow(f"`{key}` must be a list of whole numbers, got {kind(value)}")
+        raise RowError(f"`{key}` must be a list of whole numbers, got {kind(value)}")
     if set(map(type, value)) != {int}:
         number, odd = next((number, item) for number, item in enumerate(value, start=1) if type(item) is not int)
         shown = f"the number {odd}" if isinstance(odd, float) else kind(odd)
-        raise BadRow(f"entry {number} of `{key}` must be a whole number, got {shown}")
+        raise RowError(f"entry {number} of `{key}` must be a whole number, got {shown}")
     return tuple(value)
 
 

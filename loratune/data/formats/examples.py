@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from loratune.data.formats.checks import BadRow
+from loratune.data.formats.checks import RowError
 
 Message: TypeAlias = dict[str, Any]
 """A turn as chat templates take it. `role` and `content` are always there, and always text."""
@@ -31,29 +31,29 @@ class Plain:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages for the chat template; assistant turns from number `first_learnt` on are learnt.
+    """Messages for the chat template; assistant turns from number `first_supervised` on are learnt.
 
     tools: schemas for the template, each `{type: function, function: {name, ...}}` where the data did not say
-    otherwise; muted: numbers of the assistant turns whose weight is 0.
+    otherwise; zero_weight: numbers of the assistant turns whose weight is 0.
     """
 
     where: str
     messages: tuple[Message, ...]
-    first_learnt: int = 0
+    first_supervised: int = 0
     tools: tuple[Any, ...] = ()
-    muted: frozenset[int] = frozenset()
+    zero_weight: frozenset[int] = frozenset()
 
-    def learnt(self, loss_on: str) -> tuple[int, ...]:
+    def supervised_turns(self, loss_on: str) -> tuple[int, ...]:
         """The numbers of the assistant turns that are learnt, counted from 0; `loss_on` as in the configuration."""
-        return tuple(number for number in self.answers(loss_on) if _says_something(self.messages[number]))
+        return tuple(number for number in self.selected_turns(loss_on) if _says_something(self.messages[number]))
 
-    def answers(self, loss_on: str) -> tuple[int, ...]:
+    def selected_turns(self, loss_on: str) -> tuple[int, ...]:
         """The numbers of the assistant turns that are asked for, those included that say nothing."""
-        first = self.first_learnt if loss_on == "completion" else 0
+        first = self.first_supervised if loss_on == "completion" else 0
         return tuple(
             number
             for number, message in enumerate(self.messages)
-            if number >= first and message["role"] == "assistant" and number not in self.muted
+            if number >= first and message["role"] == "assistant" and number not in self.zero_weight
         )
 
 
@@ -79,9 +79,9 @@ def no_loss_reason(example: Example, loss_on: str) -> str | None:
         return None if learnt else "no token comes before the one that is learnt"
     if loss_on == "all":
         return None if any(map(_says_something, example.messages)) else "the completion is empty"
-    if not example.answers(loss_on):
+    if not example.selected_turns(loss_on):
         return "no assistant turn has weight"
-    return None if example.learnt(loss_on) else "the completion is empty"
+    return None if example.supervised_turns(loss_on) else "the completion is empty"
 
 
 def _says_something(message: Message) -> bool:
@@ -91,12 +91,12 @@ def _says_something(message: Message) -> bool:
 def check_ids(example: Ids, vocabulary_size: int) -> None:
     """Hold the ids of an example against the vocabulary.
 
-    Raises BadRow: an id that the vocabulary does not have.
+    Raises RowError: an id that the vocabulary does not have.
     """
     if max(example.ids) >= vocabulary_size:
         number = next(number for number, id in enumerate(example.ids, start=1) if id >= vocabulary_size)
         what = f"entry {number} of `input_ids` is {example.ids[number - 1]}"
-        raise BadRow(f"{what}, but the vocabulary has {vocabulary_size} tokens, from 0 to {vocabulary_size - 1}")
+        raise RowError(f"{what}, but the vocabulary has {vocabulary_size} tokens, from 0 to {vocabulary_size - 1}")
 
 
 def key(example: Example, folded: bool = False) -> bytes:

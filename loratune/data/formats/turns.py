@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratune.data.formats.checks import BadRow, Values, kind, listed, text, unpacked
+from loratune.data.formats.checks import RowError, Values, kind, listed, text, unpacked
 from loratune.data.formats.examples import Message
 from loratune.data.formats.tools import calls
 
@@ -27,7 +27,7 @@ class Turn:
     """A message for the template, and whether it is an answer of weight 0."""
 
     message: Message
-    muted: bool = False
+    zero_weight: bool = False
 
 
 def messages(said: list[Turn]) -> list[Message]:
@@ -43,16 +43,16 @@ def turns(
 ) -> list[Turn]:
     """The turns of a field. translate: brings an item, named by its place, under the names of OpenAI.
 
-    Raises BadRow: not a list, or one with a turn that is wrong or holds more than reaches the template.
+    Raises RowError: not a list, or one with a turn that is wrong or holds more than reaches the template.
     """
     value = unpacked(values, key)
     if not isinstance(value, list) or not value:
-        raise BadRow(f"`{key}` must be a list of messages, got {kind(value)}")
+        raise RowError(f"`{key}` must be a list of messages, got {kind(value)}")
     said = []
     for number, item in enumerate(value, start=1):
         place = f"message {number} of `{key}`"
         if not isinstance(item, Mapping):
-            raise BadRow(f"{place} must be an object with role and content")
+            raise RowError(f"{place} must be an object with role and content")
         said.append(_turn(translate(item, place), place, roles))
     return said
 
@@ -61,13 +61,13 @@ def _turn(item: Values, place: str, roles: Mapping[str, str]) -> Turn:
     said = item.get("role")
     role = roles.get(said) if isinstance(said, str) else None
     if role is None:
-        raise BadRow(f"{place} has the role {said!r}, not one of {', '.join(roles)}")
+        raise RowError(f"{place} has the role {said!r}, not one of {', '.join(roles)}")
     if extra := {field for field, value in item.items() if value is not None} - READ:
-        raise BadRow(f"{place} has {listed(extra)}, which would be left out of training")
+        raise RowError(f"{place} has {listed(extra)}, which would be left out of training")
     message: Message = {"role": role, "content": ""}
     if item.get("tool_calls"):
         if role != "assistant":
-            raise BadRow(f"{place} has `tool_calls`, but only the assistant calls tools")
+            raise RowError(f"{place} has `tool_calls`, but only the assistant calls tools")
         message["tool_calls"] = calls(item["tool_calls"], place)
     if item.get("content") or not item.get("tool_calls"):
         message["content"] = _content(item, place)
@@ -85,7 +85,7 @@ def _content(item: Values, place: str) -> str:
         form = part.get("type") if isinstance(part, Mapping) else None
         if form != "text":
             what = f"a part of the type {form!r}" if isinstance(part, Mapping) else f"{kind(part)} as a part"
-            raise BadRow(f"{place} has {what}, and only parts of the type 'text' are learnt")
+            raise RowError(f"{place} has {what}, and only parts of the type 'text' are learnt")
         joined.append(text(part, "text", f"a part of {place}"))
     return "".join(joined)
 
@@ -94,7 +94,7 @@ def _zero_weight(weight: Any, role: str, place: str) -> bool:
     if weight is None:
         return False
     if weight not in (0, 1):
-        raise BadRow(f"{place} has the weight {weight!r}, not 0 or 1")
+        raise RowError(f"{place} has the weight {weight!r}, not 0 or 1")
     if weight == 1 and role != "assistant":
-        raise BadRow(f"{place} has the weight 1, but only assistant turns are learnt")
+        raise RowError(f"{place} has the weight 1, but only assistant turns are learnt")
     return role == "assistant" and weight == 0

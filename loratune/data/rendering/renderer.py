@@ -335,7 +335,7 @@ class _ConversationRenderer:
         return texts
 
     def _text(self, chat: Conversation, loss_on: str) -> RenderedText:
-        supervised: Sequence[int] = chat.learnt(loss_on)
+        supervised: Sequence[int] = chat.supervised_turns(loss_on)
         if loss_on == "all":
             answers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
             supervised = answers[-1:]
