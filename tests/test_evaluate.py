@@ -18,7 +18,7 @@ from loratune import data
 from loratune.cli import app
 from loratune.commands import inference
 from loratune.config import Source
-from loratune.data.packing import Batches
+from loratune.data.packing import BatchLayout
 from loratune.training import preflight, scoring
 
 ENDS = ["<|endoftext|>", "<|end|>"]
@@ -137,7 +137,7 @@ def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None
     prompts = [row.prompt for row in rows.rows()]
     alone = [tuned.complete([prompt], 6)[0] for prompt in prompts]
     for size in (1, 7, 64):
-        loss = scoring.held_out_loss(tuned.model, Batches(rows, rows.lengths, "none", size, 1024, 0))
+        loss = scoring.held_out_loss(tuned.model, BatchLayout(rows, rows.lengths, "none", size, 1024, 0))
         assert loss.tokens == scores["adapter"]["tokens"]
         assert loss.mean == pytest.approx(scores["adapter"]["loss"], abs=1e-6)
         batches = [tuned.complete(prompts[at : at + size], 6) for at in range(0, len(prompts), size)]

@@ -1,4 +1,4 @@
-"""From checked rows to tokenised ones: which take part, what is counted, what is kept on disk and found again."""
+"""From checked rows to tokenized ones: which take part, what is counted, what is cached on disk and used again."""
 
 import copy
 import json
@@ -16,17 +16,17 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import CHAT_TEMPLATE, ROWS, Ran, tiny_llama, write_rows
+from conftest import CHAT_TEMPLATE, ROWS, Ran, check_refused, is_problem, meanings, tiny_llama, write_rows
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from loratune import data
 from loratune.config import DataSection
-from loratune.data import TokenizedDataset, cache_dir, mixing, token_cache
+from loratune.data import TokenizedDataset, mixing, token_cache, token_cache_dir
 from loratune.data.formats import Plain
 from loratune.data.rendering import Renderer
 from loratune.data.report import Report, RowTally
-from loratune.errors import DataError
+from loratune.errors import Code, DataError
 
 VOCABULARY = 264
 
@@ -238,10 +238,9 @@ def test_rows_of_a_dry_run(cli: Callable[..., Ran], run_config: Callable[..., Pa
 def test_truncation_error(tmp_path: Path, renderer: Renderer) -> None:
     path = write_rows(tmp_path / "r.jsonl", [{"prompt": n * "a", "completion": n * "b"} for n in (1, 4)])
     assert len(prepared(renderer, path, max_length=9, truncation="error").rows) == 2
-    with pytest.raises(
-        DataError, match=r"r\.jsonl:2: the row has 9 tokens, more than data.max_length 8; raise it, or "
-    ):
+    with pytest.raises(DataError, match=r"the row has 9 tokens, more than data.max_length 8 ") as caught:
         prepared(renderer, path, max_length=8, truncation="error")
+    assert meanings(caught.value) == [(Code.DATA_ROW_TOO_LONG, f"{path}:2", "")]
 
 
 def test_nothing_left_says_what_would_do(
@@ -251,10 +250,9 @@ def test_nothing_left_says_what_would_do(
     path = write_rows(tmp_path / "r.jsonl", rows)
     config = run_config(data={"train": str(path), "max_length": 8})
     ran = cli("train", config, "--set", "model.name_or_path=" + str(without_weights(config)))
-    assert ran.code == 4
-    assert "no row has anything to learn (1 row dropped: " in ran.err
-    assert f"the answer does not fit in max_length 8 ({path}:1)" in ran.err
-    assert ran.err.strip().endswith("data.max_length: 11 would keep all")
+    check_refused(ran, 4, (Code.DATA_NOTHING_TO_LEARN, str(path), ""))
+    assert "(1 row dropped: " in ran.err and f"the answer does not fit in max_length 8 ({path}:1)" in ran.err
+    assert ran.err.strip().endswith("raise data.max_length to 11")
     assert cli("train", config, "--set", "data.max_length=11", "--set", "data.max_dropped=1", "--dry-run").code == 0
 
 
@@ -298,8 +296,8 @@ def test_too_many_dropped(cli: Callable[..., Ran], run_config: Callable[..., Pat
     rows = [{"prompt": "a", "completion": "b" * (number % 4)} for number in range(20)]
     config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))})
     ran = cli("train", config, "--set", f"model.name_or_path={without_weights(config)}")
-    assert ran.code == 4
-    assert "data.max_dropped: 25% of the train rows would be dropped (5 rows dropped: nothing to learn" in ran.err
+    check_refused(ran, 4, (Code.DATA_TOO_MANY_DROPPED, str(tmp_path / "r.jsonl"), "data.max_dropped"))
+    assert "25% of the train rows would be dropped (5 rows dropped: nothing to learn" in ran.err
     assert ":1, " in ran.err and ":5, " in ran.err and ":9, ...)" in ran.err
     assert cli("train", config, "--dry-run", "--set", "data.max_dropped=0.25").code == 0
 
@@ -354,7 +352,7 @@ def test_the_loss_of_given_labels(cli: Callable[..., Ran], run_config: Callable[
     assert ["train", "8", "7", "0", "0", "32", "16", "4", "4", "4"] in [line.split() for line in ran.err.splitlines()]
 
 
-# What is kept
+# What is cached
 
 
 def test_the_same_rows_are_found_again(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
@@ -429,14 +427,14 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, renderer: Renderer, cache:
 
 def test_old_entries_are_forgotten(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     names = []
-    for number, days in enumerate((cache_dir.KEPT_DAYS + 1, cache_dir.KEPT_DAYS - 1)):
+    for number, days in enumerate((token_cache_dir.KEPT_DAYS + 1, token_cache_dir.KEPT_DAYS - 1)):
         prepared(renderer, write_rows(tmp_path / "rows.jsonl", ROWS[number:]))
         (new,) = set(entries(cache)) - set(names)
         names.append(new)
         os.utime(cache / new, (0, time.time() - days * 86400))
     prepared(renderer, write_rows(tmp_path / "rows.jsonl", ROWS[9:]))
     assert {*names} < {*entries(cache)}
-    data.forget_old()
+    data.remove_old_entries()
     assert names[0] not in entries(cache) and names[1] in entries(cache)
 
 
@@ -456,7 +454,7 @@ class Stopped(Renderer):
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_cache, "_SHARD_ROWS", 20)
-    monkeypatch.setattr(data, "_ROWS_AT_ONCE", 10)
+    monkeypatch.setattr(data, "_BATCH_ROWS", 10)
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 6, 9])
@@ -496,8 +494,9 @@ def test_shards_are_one_sequence(tmp_path: Path, renderer: Renderer, cache: Path
 
 def test_what_cannot_be_prepared_is_not_kept(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError) as caught:
         prepared(renderer, path, max_length=8, truncation="error")
+    assert {code for code, _, _ in meanings(caught.value)} == {Code.DATA_ROW_TOO_LONG}
     assert entries(cache) == []
 
 
@@ -558,7 +557,10 @@ def test_no_room_for_the_rows(run_config: Callable[..., Path], tmp_path: Path) -
     running = started(config, preexec_fn=limit, env=os.environ | cache)
     said = running.communicate()[1]
     assert running.returncode == 8, said
-    assert "the tokenised rows cannot be kept: " in said and "HF_DATASETS_CACHE" in said
+    (line,) = Ran(8, "", said).errors
+    entry = tmp_path / "cache" / "loratune"
+    assert is_problem(line, (Code.DATA_CACHE_NOT_WRITTEN, "", "")) and line.startswith(f"{entry}{os.sep}")
+    assert "HF_DATASETS_CACHE" in line
     assert entries(tmp_path / "cache" / "loratune") == []
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 

@@ -8,7 +8,7 @@ from loratune import data
 from loratune.commands import inference
 from loratune.commands.inference import LoadedAdapter
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
-from loratune.data.packing import Batches
+from loratune.data.packing import BatchLayout
 from loratune.data.rendering import TokenizedRow
 from loratune.model import load
 from loratune.training import scoring
@@ -55,7 +55,7 @@ def evaluate(
 def _score(tuned: LoadedAdapter, prepared: TokenizedDataset) -> Score:
     rows, lengths = prepared.rows, prepared.rows.lengths
     size = max(1, min(inference.BATCH, _BATCH_TOKENS // int(lengths.max())))
-    padded = Batches(rows, lengths, "none", size, tuned.data.max_length, load.pad_id(tuned.tokenizer))
+    padded = BatchLayout(rows, lengths, "none", size, tuned.data.max_length, load.pad_id(tuned.tokenizer))
     loss = scoring.held_out_loss(tuned.model, padded)
     exact, starts = _matches(tuned, [row for row in rows.rows() if _asks(row, tuned)])
     return Score(loss.mean, math.exp(loss.mean), exact, starts, len(rows), loss.tokens)

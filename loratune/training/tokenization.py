@@ -72,12 +72,12 @@ def _shared(make: Callable[[], TokenizedDataset], group: Group) -> TokenizedData
     own = make() if group.main else None
     place, fingerprint = group.broadcast([str(own.rows.directory), own.fingerprint] if own else ["", ""])
     where = Path(place)
-    made = own or data.opened(where)
+    made = own or data.open_tokenized(where)
     lacking = {name for name, found in group.all_gather([host(), made is not None]) if not found}
     if host() in lacking and group.leads_machine:
         made = own or make()
     places = group.all_gather([host(), str(made.rows.directory if made else where)])
-    made = made or data.opened(
+    made = made or data.open_tokenized(
         next((Path(other) for name, other in places if name == host() and other != place), where)
     )
     if made is None or made.fingerprint != fingerprint:
