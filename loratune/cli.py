@@ -375,7 +375,7 @@ def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -
 
 def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
     """One row per answer: as it was read, with `completion`, and `base`; its own `completion` becomes `reference`."""
-    from loratune.data.sources.rows import as_json
+    from loratune.data.sources.rows import to_json_line
 
     to = Screen(file) if file.isatty() else file
     for answer in answers:
@@ -385,7 +385,7 @@ def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
         row["completion"] = answer.completion
         if answer.base is not None:
             row["base"] = answer.base
-        print(as_json(row), file=to)
+        print(to_json_line(row), file=to)
 
 
 def _one_line(text: str | None) -> str:

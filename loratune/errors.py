@@ -51,6 +51,55 @@ class Code(StrEnum):
 
     # Data: sources and formats (data.*)
 
+    DATA_FILE_NOT_FOUND = "data.file_not_found", "A data path names nothing that exists."
+    DATA_NO_FILES = "data.no_files", "A directory or a glob holds no file of a type that is read."
+    DATA_NOT_A_FILE = "data.not_a_file", "A data path is neither a file nor a directory, such as a pipe."
+    DATA_FILE_UNREADABLE = "data.file_unreadable", "The operating system refuses to read a data file."
+    DATA_FILE_TYPE = "data.file_type", "A data file has an ending that is not read."
+    DATA_FILE_DAMAGED = "data.file_damaged", "A gzip or Parquet file cannot be unpacked."
+    DATA_FILE_CHANGED = "data.file_changed", "A data file changed between the check of its rows and their use."
+    DATA_SPLIT = "data.split", "`split` is not a slice that can be taken of a local source."
+    DATA_NO_ROWS = "data.no_rows", "A source has no rows, or none in its split."
+    DATA_HUB_ID = "data.hub_id", "A path is neither a file nor a valid id of a hub dataset."
+    DATA_HUB_UNREACHABLE = "data.hub_unreachable", "The hub does not answer, and the dataset is not in the cache."
+    DATA_HUB_LOADING = "data.hub_loading", "A hub dataset cannot be loaded."
+    DATA_ENCODING = "data.encoding", "A data file holds bytes that are not UTF-8."
+    DATA_JSON = "data.json", "A row or document is not valid JSON."
+    DATA_JSON_CUT_OFF = "data.json_cut_off", "A row or document ends in the middle of a JSON value."
+    DATA_JSON_DEPTH = "data.json_depth", "JSON is nested more deeply than it can be read."
+    DATA_JSON_DUPLICATE_KEY = "data.json_duplicate_key", "A JSON object has a key twice."
+    DATA_CSV = "data.csv", "A record is not valid CSV."
+    DATA_CSV_CELLS = "data.csv_cells", "A record of a CSV file has more or fewer cells than the header."
+    DATA_CSV_SEPARATOR = "data.csv_separator", "The header of a CSV file is separated by something else than commas."
+    DATA_DUPLICATE_COLUMN = "data.duplicate_column", "A CSV or Parquet file has two columns of one name."
+    DATA_ROW_NOT_OBJECT = "data.row_not_object", "A row is not an object with named fields."
+    DATA_INDEX_DISK = "data.index_disk", "The temporary index of the rows cannot be written."
+    DATA_EMPTY_TRAIN_SPLIT = "data.empty_train_split", "The validation fraction takes every row."
+    DATA_FORMAT_UNKNOWN = "data.format_unknown", "The fields of a file's first row fit no format."
+    DATA_FORMAT_AMBIGUOUS = "data.format_ambiguous", "The fields of a file's first row fit more than one format."
+    DATA_PREFERENCES = (
+        "data.preferences",
+        "Rows hold preferences between answers, which training does not compare.",
+    )
+    DATA_COLUMN_MISSING = "data.column_missing", "`columns` names a field that the first row of a file lacks."
+    DATA_COLUMN_UNUSED = "data.column_unused", "`columns` maps a field that the format does not read."
+    DATA_NOT_CHAT = "data.not_chat", "A setting is for conversations, and the rows are something else."
+    DATA_FIELD_MISSING = "data.field_missing", "A row lacks a field that its format needs."
+    DATA_FIELD_TYPE = "data.field_type", "A field holds a value of the wrong type."
+    DATA_FIELD_UNUSED = "data.field_unused", "A row holds something that would not reach training."
+    DATA_FIELD_CONFLICT = "data.field_conflict", "Two fields of a row contradict each other."
+    DATA_FIELD_JSON = "data.field_json", "A field must hold JSON, and its value cannot be read or written as JSON."
+    DATA_SURROGATE = "data.surrogate", "A field holds a lone surrogate, which is not a character."
+    DATA_ROLE = "data.role", "A message has an unknown role, or a field that its role may not have."
+    DATA_WEIGHT = "data.weight", "The weight of a message is not 0 or 1, or contradicts its role or `loss_on`."
+    DATA_NO_QUESTION = "data.no_question", "A row to be answered holds no prompt."
+    DATA_NO_ANSWER = "data.no_answer", "A row to be trained on holds no answer."
+    DATA_TOOL_CALL = "data.tool_call", "A tool call does not name a function."
+    DATA_TOKEN_ID = "data.token_id", "A token id is negative, or not in the vocabulary."
+    DATA_LABELS = "data.labels", "`labels` are neither the ids at their own places nor -100."
+    DATA_LENGTHS = "data.lengths", "`labels` or `attention_mask` have another length than `input_ids`."
+    DATA_PADDING = "data.padding", "`input_ids` come with padding."
+
     # Data: templates, rendering, packing, cache (data.*, template.*, tokenizer.*)
 
     TOKENIZER_NO_EOS = "tokenizer.no_eos", "The tokenizer has no end-of-sequence token."

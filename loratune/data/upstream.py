@@ -8,12 +8,50 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from datasets import ReadInstruction
 from datasets import config as datasets_config
+from datasets.naming import camelcase_to_snakecase
 from transformers.utils.chat_template_utils import (
     _alias_reasoning_fields,
     _compile_jinja_template,
     render_jinja_template,
 )
+
+
+def datasets_cache_dir() -> Path:
+    """Returns the cache directory of `datasets`, as HF_DATASETS_CACHE or HF_HOME set it.
+
+    The environment variables are documented; the value that `datasets` derives from them is in a module that is not.
+    It is read at each call, because a program may change it.
+    """
+    return Path(datasets_config.HF_DATASETS_CACHE)
+
+
+def hub_dataset_cache(hub_id: str) -> Path:
+    """Returns the directory in which `datasets` caches a hub dataset, whether it is there or not.
+
+    Nothing public says whether a dataset is cached, and without a connection `load_dataset` retries for 20 s before it
+    looks into its cache.
+    """
+    *owner, name = hub_id.split("/")
+    return datasets_cache_dir() / "___".join([*owner, camelcase_to_snakecase(name)])
+
+
+def dataset_fingerprint(dataset: Any) -> str:
+    """Returns the hash by which `datasets` tells the contents of two datasets apart; it has no public name."""
+    return str(dataset._fingerprint)
+
+
+def slice_bounds(split: str, rows: int) -> list[tuple[int, int]]:
+    """Returns first row and end of each slice that `split` adds up; `train` is the only split, and has `rows` rows.
+
+    `ReadInstruction` is public; the fields of what its `to_absolute` returns are not documented.
+
+    Raises:
+        ValueError, AssertionError: It is not a slice of `train`.
+    """
+    slices = ReadInstruction.from_spec(split).to_absolute({"train": rows})
+    return [(part.from_, part.to) for part in slices]
 
 
 def chat_template_environment(source: str) -> jinja2.Environment:
@@ -51,12 +89,3 @@ def generation_ranges(
         **special_tokens,
     )
     return [(start, end) for start, end in ranges[0]]
-
-
-def datasets_cache_dir() -> Path:
-    """Returns the cache directory of `datasets`, as HF_DATASETS_CACHE or HF_HOME set it.
-
-    The environment variables are documented; the value that `datasets` derives from them is in a module that is not.
-    It is read at each call, because a program may change it.
-    """
-    return Path(datasets_config.HF_DATASETS_CACHE)
