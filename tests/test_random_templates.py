@@ -138,9 +138,9 @@ class Pieces:
 
     def answer(self, content: str, last: bool) -> str:
         """What is supervised of an answer: to the end of its turn, of which space and what follows EOS are no part."""
-        told, closing = self.written(content), self.last_closing if last else self.closing
+        written, closing = self.written(content), self.last_closing if last else self.closing
         over = closing.find(EOS)
-        return self.before + (told + closing[: over + len(EOS)] if over >= 0 else (told + closing).rstrip())
+        return self.before + (written + closing[: over + len(EOS)] if over >= 0 else (written + closing).rstrip())
 
 
 def ended(text: str) -> str:
@@ -157,7 +157,7 @@ def chat(draw: random.Random) -> list[Message]:
 
 def expected(pieces: Pieces, messages: list[Message]) -> list[str]:
     """The supervised texts."""
-    found = []
+    texts = []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             last = number == len(messages) - 1
@@ -167,8 +167,8 @@ def expected(pieces: Pieces, messages: list[Message]) -> list[str]:
                 text = pieces.header.removeprefix(pieces.footer) + text
             if pieces.asks == "think" and last:
                 text = f"\n</think>\n\n{text}"
-            found.append(text)
-    return found
+            texts.append(text)
+    return texts
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -307,7 +307,7 @@ FOOTER = "what the chat template writes after the last turn is not supervised: "
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "remark"),
     [
         (f"{FOR}{TURN}\n{{% endfor %}}{ASK}", ADDED),
         (
@@ -336,7 +336,7 @@ FOOTER = "what the chat template writes after the last turn is not supervised: "
         "none",
     ],
 )
-def test_an_end_that_is_not_the_template_s_is_told(
-    template: str, told: str | None, tokenizer: PreTrainedTokenizerFast
+def test_an_end_that_the_template_does_not_write_is_remarked_on(
+    template: str, remark: str | None, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert Renderer(changed(tokenizer, chat_template=template)).remark_on_ends() == told
+    assert Renderer(changed(tokenizer, chat_template=template)).remark_on_ends() == remark

@@ -190,8 +190,8 @@ def test_a_dry_run_removes_nothing(cli: Cli, run_config: MakeConfig, cache: Path
 # Whoever plants rows, or could
 
 
-def trusted(cache: Path, remark: str, *, there: bool) -> None:
-    """Rows under a key are made anew, with a line; afterwards they are taken, unless the place is not ours."""
+def check_written_anew(cache: Path, remark: str, *, in_cache: bool) -> None:
+    """Rows are written anew, with a remark; the next run takes them from the cache, unless the cache is not ours."""
     calls: list[int] = []
 
     def counted(writer: token_cache.TokenCacheWriter) -> None:
@@ -200,9 +200,9 @@ def trusted(cache: Path, remark: str, *, there: bool) -> None:
 
     rows = token_cache_dir.load_or_write(key(1), counted)
     assert whole(rows) and calls == [1] and re.fullmatch(remark, rows.remark), rows.remark
-    assert rows.directory.is_relative_to(cache) == there
+    assert rows.directory.is_relative_to(cache) == in_cache
     rows = token_cache_dir.load_or_write(key(1), counted)
-    assert whole(rows) and len(calls) == (1 if there else 2) and bool(rows.remark) == (not there)
+    assert whole(rows) and len(calls) == (1 if in_cache else 2) and bool(rows.remark) == (not in_cache)
 
 
 def modes(path: Path) -> set[int]:
@@ -211,7 +211,7 @@ def modes(path: Path) -> set[int]:
 
 @pytest.mark.parametrize("umask", [0, 0o002, 0o022])
 def test_nobody_else_may_write_to_the_cache(umask: int, cache: Path) -> None:
-    """Whatever the umask is; and what a stopped preparation left is gone on from."""
+    """Whatever the umask is; and what a stopped preparation left is continued."""
 
     def stopped(writer: token_cache.TokenCacheWriter) -> None:
         fill(writer)
@@ -236,7 +236,7 @@ def test_rows_of_another_user_are_not_used(name: str, cache: Path) -> None:
     place = cache / key(1) / name
     os.chown(place, 4242, -1)
     assert token_cache_dir.open_trusted(cache / key(1)) is None
-    trusted(cache, f"the cached rows were not used: {place} belongs to another user", there=bool(name))
+    check_written_anew(cache, f"the cached rows were not used: {place} belongs to another user", in_cache=bool(name))
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
@@ -246,7 +246,7 @@ def test_rows_that_others_could_write_are_not_used(name: str, mode: int, cache: 
     (cache / key(1) / name).chmod(mode)
     assert token_cache_dir.open_trusted(cache / key(1)) is None
     place = cache / key(1) / name
-    trusted(cache, f"the cached rows were not used: {place} can be written to by others", there=True)
+    check_written_anew(cache, f"the cached rows were not used: {place} can be written to by others", in_cache=True)
     assert modes(cache) == {0}
 
 
@@ -255,21 +255,21 @@ def test_rows_by_a_link_are_not_used(cache: Path, tmp_path: Path) -> None:
     (cache / key(1)).rename(tmp_path / "elsewhere")
     (cache / key(1)).symlink_to(tmp_path / "elsewhere")
     assert token_cache_dir.open_trusted(cache / key(1)) is None
-    trusted(cache, f"the cached rows were not used: {cache / key(1)} is a link", there=False)
+    check_written_anew(cache, f"the cached rows were not used: {cache / key(1)} is a link", in_cache=False)
 
 
 def test_rows_of_another_key_are_not_used(cache: Path) -> None:
     """Whoever could write to the cache could exchange entries of ours."""
     token_cache_dir.load_or_write(key(2), fill)
     (cache / key(2)).rename(cache / key(1))
-    trusted(cache, "", there=True)
+    check_written_anew(cache, "", in_cache=True)
 
 
-def test_what_others_began_is_not_gone_on_from(cache: Path) -> None:
+def test_what_others_began_is_not_continued(cache: Path) -> None:
     token_cache_dir.load_or_write(key(1), fill)
     (cache / key(1)).rename(cache / f"{key(1)}.partial")
     (cache / f"{key(1)}.partial").chmod(0o777)
-    trusted(cache, "", there=True)
+    check_written_anew(cache, "", in_cache=True)
 
 
 def test_a_cache_that_others_could_write_to_is_made_private(cache: Path) -> None:
@@ -284,17 +284,19 @@ def test_a_cache_that_is_not_ours_is_not_used(cache: Path, tmp_path: Path) -> No
     before = tree(tmp_path)
     if os.geteuid() == 0:
         os.chown(cache, 4242, -1)
-        trusted(cache, f"the rows are tokenized for this run only: {cache} belongs to another user", there=False)
+        check_written_anew(
+            cache, f"the rows are tokenized for this run only: {cache} belongs to another user", in_cache=False
+        )
         os.chown(cache, 0, -1)
     cache.rename(tmp_path / "elsewhere")
     cache.symlink_to(tmp_path / "elsewhere")
-    trusted(cache, f"the rows are tokenized for this run only: {cache}: Not a directory", there=False)
+    check_written_anew(cache, f"the rows are tokenized for this run only: {cache}: Not a directory", in_cache=False)
     cache.unlink()
     (tmp_path / "elsewhere").rename(cache)
     assert tree(tmp_path) == before
 
 
-def test_rows_that_are_not_used_are_told_of(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
+def test_the_user_is_told_of_rows_that_are_not_used(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
     config = run_config(training={"max_steps": 1})
     assert cli("train", config, "--dry-run").code == 0
     (entry,) = cache.iterdir()

@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import jinja2
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from loratune.data import upstream
 
@@ -33,6 +34,10 @@ def test_slice_bounds() -> None:
     assert upstream.slice_bounds("train[:2]+train[50%:]", 8) == [(0, 2), (4, 8)]
     with pytest.raises(ValueError, match="test"):
         upstream.slice_bounds("test", 8)
+
+
+def test_tokenizer_settings(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert upstream.tokenizer_settings(tokenizer)["eos_token"] == tokenizer.eos_token
 
 
 def test_chat_template_environment() -> None:

@@ -54,6 +54,14 @@ def slice_bounds(split: str, rows: int) -> list[tuple[int, int]]:
     return [(part.from_, part.to) for part in slices]
 
 
+def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+    """Returns the arguments that a tokenizer was made with; the attribute that holds them is not documented.
+
+    They decide how a slow tokenizer encodes, which has no description of itself as a fast one has.
+    """
+    return dict(tokenizer.init_kwargs)
+
+
 def chat_template_environment(source: str) -> jinja2.Environment:
     """Returns the Jinja environment in which `apply_chat_template` renders: its sandbox, filters and extensions.
 
@@ -62,7 +70,8 @@ def chat_template_environment(source: str) -> jinja2.Environment:
     Raises:
         jinja2.TemplateSyntaxError, SyntaxError, RecursionError: The source cannot be compiled.
     """
-    return _compile_jinja_template(source).environment
+    environment: jinja2.Environment = _compile_jinja_template(source).environment
+    return environment
 
 
 def alias_reasoning_fields(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

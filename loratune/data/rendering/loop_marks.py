@@ -63,7 +63,8 @@ class MarkedTemplate:
         environment = chat_template_environment(source)
         tree = environment.parse(source)
         _mark_loops(tree, iter(range(0, MANY - 1, 2)))
-        self._template = environment.from_string(tree.set_environment(environment))
+        tree.set_environment(environment)  # of the nodes that were added
+        self._template = environment.from_string(tree)
 
     def render(self, values: Mapping[str, Any]) -> str:
         """Render the text with its marks. Raises whatever the template raises."""

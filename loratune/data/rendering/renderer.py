@@ -18,6 +18,7 @@ from loratune.data.rendering.answer_spans import RenderedText, check_tools_are_s
 from loratune.data.rendering.chat_template import KEY, OTHER_FILE, ChatTemplate, TemplateInput
 from loratune.data.rendering.encoding import Encoder, Span, TokenizedRow, TokenizerFailure
 from loratune.data.sources import MAX_PROBLEMS
+from loratune.data.upstream import tokenizer_settings
 from loratune.errors import Code, DataError, LoratuneError, ModelError, Problem
 from loratune.system.sandbox import MEMORY, Apart, Beat, BeyondLimit, limited
 
@@ -123,7 +124,9 @@ class Renderer:
             tokenizer.backend_tokenizer.no_padding()
             inner = tokenizer.backend_tokenizer.to_str()
         else:
-            inner = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
+            inner = repr(
+                (type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer_settings(tokenizer))
+            )
         date = datetime.date.today().isoformat() if "strftime_now" in template else ""
         versions = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
         parts = (inner, template, date, repr(sorted(tokenizer.special_tokens_map.items())), repr(versions))
