@@ -8,6 +8,7 @@ one. `token_cache_dir` decides where such directories are.
 
 import hashlib
 import json
+import logging
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,11 +22,14 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
+from loratune import records
 from loratune.data.rendering import TokenizedRow
 from loratune.data.report import Report, total
 from loratune.system import private
 from loratune.system.digests import sha256
 from loratune.system.plain import is_file, read_text
+
+_log = logging.getLogger(__name__)
 
 WHOLE = "whole"
 """The record of a directory that is complete."""
@@ -63,13 +67,13 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         """
         self._lifetime, self.directory = lifetime, directory
         whole = read_record(directory / WHOLE)
-        records = [read_record(directory / f"{number:05}.json") for number in range(whole["shards"])]
-        self.report: Report = total(Report.from_json(record["report"]) for record in records)
-        self.fingerprint = _fingerprint(lot for record in records for lot in record["lots"])
-        files = [directory / f"{number:05}.arrow" for number in range(len(records))]
+        shards = [read_record(directory / f"{number:05}.json") for number in range(whole["shards"])]
+        self.report: Report = total(Report.from_json(shard["report"]) for shard in shards)
+        self.fingerprint = _fingerprint(digest for shard in shards for digest in shard["lots"])
+        files = [directory / f"{number:05}.arrow" for number in range(len(shards))]
         in_memory = sum(path.lstat().st_size for path in files) <= _IN_MEMORY_BYTES
         self._tables = [
-            _open_shard(path, record, in_memory=in_memory) for path, record in zip(files, records, strict=True)
+            _open_shard(path, shard, in_memory=in_memory) for path, shard in zip(files, shards, strict=True)
         ]
         self._ends = list(accumulate(len(table) for table in self._tables))
         if len(self) != whole["rows"]:
@@ -122,6 +126,7 @@ def open_if_whole(directory: Path) -> TokenCache | None:
     try:
         return TokenCache(directory)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+        _log.debug("the rows in %s are not used", directory, exc_info=True)
         return None
 
 
@@ -144,7 +149,10 @@ class TokenCacheWriter:
             record = read_record(self._directory / f"{number:05}.json")
             table = _open_shard(self._directory / f"{number:05}.arrow", record, in_memory=False)
             return int(record["report"]["rows"]), len(table)
+        except FileNotFoundError:
+            return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+            _log.debug("shard %d of %s is written again", number, self._directory, exc_info=True)
             return None
 
     def add(self, report: Report, rows: Sequence[TokenizedRow]) -> None:
@@ -226,19 +234,28 @@ def _fingerprint(digests: Iterable[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Raises OSError, ValueError, KeyError or TypeError: it is not what `write_record` wrote."""
+def read_record(path: Path, *, any_version: bool = False) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: It is not what `write_record` wrote, or, unless `any_version`, a newer
+            release wrote it.
+    """
     record: dict[str, Any] = json.loads(read_text(path))
     if record.pop("check") != _check(record):
         raise ValueError(f"{path} is not what was written")
+    if (reason := records.newer(records.ROWS, record)) and not any_version:
+        raise ValueError(f"{path} {reason}")
+    record.pop(records.KEY, None)
     return record
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write JSON with a digest of itself; the file is whole as soon as it has its name."""
+    """Write JSON with its version and a digest of itself; the file is complete as soon as it has its name."""
     unfinished = path.with_suffix(".unfinished")
     private.create(unfinished)
-    unfinished.write_text(json.dumps(record | {"check": _check(record)}))
+    whole = records.versioned(records.ROWS, record)
+    unfinished.write_text(json.dumps(whole | {"check": _check(whole)}))
     unfinished.replace(path)
 
 

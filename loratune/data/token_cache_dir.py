@@ -10,6 +10,7 @@ left alone. Rows are trained on without a further check, so they are read only f
 can change.
 """
 
+import logging
 import os
 import re
 import tempfile
@@ -23,6 +24,8 @@ from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import Code, Problem, ResourceError
 from loratune.system import private
 from loratune.system.plain import is_directory, locked
+
+_log = logging.getLogger(__name__)
 
 KEPT_DAYS = 30
 """Entries that no run has used for so long are removed when a run begins."""
@@ -64,6 +67,7 @@ def open_trusted(directory: Path) -> TokenCache | None:
     try:
         return None if any(private.faults(directory)) else open_if_whole(directory)
     except OSError:
+        _log.debug("the rows of another process in %s are not used", directory, exc_info=True)
         return None
 
 
@@ -107,10 +111,14 @@ def _remark_on_distrust(entry: Path) -> str:
 
 def _load(entry: Path) -> TokenCache | None:
     """Load a published entry. It is marked as used before it is read, see `_remove`."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    try:
         if not any(private.faults(entry)) and read_record(entry / _ENTRY) == _record(entry.name):
             os.utime(entry)
             return open_if_whole(entry)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        _log.debug("the rows in %s are not used", entry, exc_info=True)
     return None
 
 
@@ -144,6 +152,7 @@ def _claim(root: Path, key: str) -> Iterator[bool]:
         try:
             claimed = stack.enter_context(locked(root / f"{key}.lock"))
         except OSError:
+            _log.debug("%s cannot be locked", key, exc_info=True)
             claimed = False
         yield claimed
 
@@ -167,6 +176,7 @@ def _begin(root: Path, key: str) -> Path | None:
         partial.mkdir(private.DIRECTORY_MODE, exist_ok=True)
         write_record(partial / _ENTRY, _record(key))
     except OSError:
+        _log.debug("rows cannot be written in %s", partial, exc_info=True)
         return None
     return partial
 
@@ -180,6 +190,7 @@ def _is_movable(partial: Path, key: str) -> bool:
         partial.rename(aside)
         aside.rename(partial)
     except OSError:
+        _log.debug("%s cannot be renamed", partial, exc_info=True)
         return False
     return True
 
@@ -232,8 +243,8 @@ def _is_own(path: Path) -> bool:
 def _says_so(path: Path, key: str) -> bool:
     for name in (_ENTRY, "00000.json"):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            record = read_record(path / name)
-            if record == _record(key) or record.keys() == {"sha256", "lots", "report"}:
+            record = read_record(path / name, any_version=True)
+            if record.items() >= _record(key).items() or record.keys() == {"sha256", "lots", "report"}:
                 return True
     return False
 

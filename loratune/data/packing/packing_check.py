@@ -3,6 +3,7 @@
 The first is found out by running the model, not looked up in a list of model families.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loratune.data.packing.batches import flatten
+
+_log = logging.getLogger(__name__)
 
 Row = dict[str, list[int]]
 
@@ -73,6 +76,7 @@ def packing_refusal(model: Any, longest: int, total: int = 0) -> str | None:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model may raise anything on input that it does not understand
+            _log.debug("%s does not run on flat rows", name, exc_info=True)
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             return f"packing: {name} does not run on flat rows: {type(error).__name__}: {reason}"
     if not difference <= _tolerance(model):

@@ -3,6 +3,7 @@
 Fast tokenizers encode in batches of their own; slow ones encode text by text.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,8 @@ from typing import Any, TypeAlias
 
 from loratune.data.formats.examples import IGNORED as IGNORED
 from loratune.system.sandbox import BeyondLimit, limited
+
+_log = logging.getLogger(__name__)
 
 Span: TypeAlias = tuple[int, int]
 """Half-open range of supervised positions: of tokens in a row, or of characters in a text."""
@@ -212,6 +215,7 @@ class Encoder:
         except KeyboardInterrupt:
             raise
         except BaseException:  # a panic of the Rust library `tokenizers` is no Exception
+            _log.debug("texts are encoded one by one, because they fail together", exc_info=True)
             ids = [self._encode_limited([text], encode, any_text=False)[0] for text in texts]
         if len(texts[0]) < PIECE // 2:
             return ids
