@@ -14,7 +14,7 @@ from loratune.cli import app
 
 PACKAGE = ROOT / "loratune"
 LEVELS = {
-    "escaping": 0, "errors": 1, "__init__": 1, "records": 1,
+    "escaping": 0, "errors": 1, "__init__": 1,
     "system": 2,
     "config": 3, "console": 3,
     "kernels": 4,

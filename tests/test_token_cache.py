@@ -1,7 +1,5 @@
 """The cache of tokenized rows: all of them or none, whoever else writes, reads or removes (rows 73 and 76)."""
 
-import hashlib
-import json
 import os
 import re
 import stat
@@ -82,40 +80,6 @@ def test_many_processes_on_new_entries(tmp_path: Path) -> None:
     rounds, failed = map(int, done.stdout.split())
     assert (failed, done.stderr) == (0, "") and rounds > 3
     assert not [path.name for path in (tmp_path / "cache" / "loratune").iterdir() if "." in path.name]
-
-
-# Other releases
-
-
-def sealed(path: Path, version: int | None) -> None:
-    """Give a record of the cache another version, or none, as a release would write it."""
-    record = json.loads(path.read_text())
-    del record["check"]
-    record.pop("schema_version", None)
-    record |= {} if version is None else {"schema_version": version}
-    check = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps(record | {"check": check}))
-
-
-@pytest.mark.parametrize("name", ["entry.json", "whole", "00003.json"])
-def test_records_of_other_releases(name: str, cache: Path) -> None:
-    """Rows of an older release are used; those of a newer one are written again, in their place."""
-    place = cache / key(1)
-    token_cache_dir.load_or_write(key(1), fill)
-    assert json.loads((place / name).read_text())["schema_version"] == 1
-    sealed(place / name, None)
-    assert whole(token_cache_dir.load_or_write(key(1), pytest.fail))
-    sealed(place / name, 2)
-    read: list[int] = []
-
-    def again(writer: token_cache.TokenCacheWriter) -> None:
-        read.append(writer.read)
-        fill(writer)
-
-    rows = token_cache_dir.load_or_write(key(1), again)
-    assert whole(rows) and rows.directory == place and read == [0] and len(rows) == COUNT
-    assert json.loads((place / name).read_text())["schema_version"] == 1
-    assert whole(token_cache_dir.load_or_write(key(1), pytest.fail))
 
 
 # Whoever removes

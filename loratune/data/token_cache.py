@@ -22,10 +22,9 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from loratune import records
 from loratune.data.rendering import TokenizedRow
 from loratune.data.report import Report, total
-from loratune.system import private
+from loratune.system import private, records
 from loratune.system.digests import sha256
 from loratune.system.plain import is_file, read_text
 
