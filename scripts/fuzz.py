@@ -30,8 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from loratune import config, data
 from loratune.commands import inference, train
 from loratune.config import DataSection
+from loratune.data import no_progress
 from loratune.data.rendering import Renderer
-from loratune.data.watching import no_progress
 from loratune.errors import LoratuneError
 from loratune.training import preflight, run_dir
 

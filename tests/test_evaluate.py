@@ -19,6 +19,7 @@ from loratune.cli import app
 from loratune.commands import inference
 from loratune.config import Source
 from loratune.data.packing import Batches
+from loratune.errors import Code
 from loratune.training import preflight, scoring
 
 ENDS = ["<|endoftext|>", "<|end|>"]
@@ -167,9 +168,9 @@ def test_rows_without_a_prompt_have_no_match(
 @pytest.mark.parametrize(
     ("rows", "code", "expected"),
     [
-        (None, 4, "no such file"),
-        ([], 4, "0 rows"),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], 4, "no field `completion`"),
+        (None, 4, Code.DATA_FILE_NOT_FOUND),
+        ([], 4, Code.DATA_NO_ROWS),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], 4, Code.DATA_FIELD_MISSING),
         (
             [chat_row("a", " ")],
             4,

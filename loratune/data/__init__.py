@@ -9,20 +9,22 @@ from itertools import islice
 from pathlib import Path
 
 from loratune.config import DataSection
-from loratune.data import cache_dir, formats, repeats
+from loratune.data import cache_dir, formats
 from loratune.data.cache_dir import forget_old as forget_old
 from loratune.data.formats import Conversation, Example, Ids, Plain
 from loratune.data.formats.examples import no_loss_reason
 from loratune.data.rendering import Renderer, Tokens, shorten
-from loratune.data.report import Leaks, Report
+from loratune.data.report import Report
+from loratune.data.row_index import ProgressFactory as ProgressFactory
+from loratune.data.row_index import no_progress as no_progress
 from loratune.data.sources import MAX_PROBLEMS
 from loratune.data.splits import DatasetSplit as DatasetSplit
 from loratune.data.splits import RawDatasets as RawDatasets
+from loratune.data.splits import find_duplicates
+from loratune.data.splits import find_leaks as find_leaks
 from loratune.data.splits import read_datasets as read_datasets
 from loratune.data.splits import read_source as read_source
 from loratune.data.token_cache import TokenCache, Writer
-from loratune.data.watching import ProgressFactory as ProgressFactory
-from loratune.data.watching import no_progress
 from loratune.errors import DataError, Problem
 
 _SAMPLE = 100
@@ -72,7 +74,7 @@ def prepare(
                 writer.add(report, rows)
 
     rows = cache_dir.kept(key, fill)
-    rows.report.duplicates = repeats.duplicates(part)
+    rows.report.duplicates = find_duplicates(part)
     _check(rows.report, part, section)
     return TokenizedDataset(rows)
 
@@ -81,11 +83,6 @@ def opened(directory: Path) -> TokenizedDataset | None:
     """Rows that another process has prepared; None where this one does not find them."""
     found = cache_dir.opened(directory)
     return TokenizedDataset(found) if found is not None else None
-
-
-def find_leaks(rows: RawDatasets) -> Leaks | None:
-    """Rows of the validation set that also stand in train; None without a validation set."""
-    return repeats.shared(rows.train, rows.validation) if rows.validation else None
 
 
 def dropped(part: DatasetSplit, renderer: Renderer, section: DataSection) -> str | None:
