@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from loratune.config import DataSection, Source
 from loratune.data.formats import Example, Parser, RowError, content_key
 from loratune.data.sources import MAX_PROBLEMS, RowSource, no_rows_error, open_source
-from loratune.data.sources.rows import Advance
+from loratune.data.sources.rows import Advance, no_advance
 from loratune.errors import Code, DataError, Problem, ResourceError
 
 RowMask: TypeAlias = NDArray[np.bool_]
@@ -31,7 +31,7 @@ ProgressFactory: TypeAlias = Callable[[str, int], AbstractContextManager[Advance
 @contextmanager
 def no_progress(what: str, size: int) -> Iterator[Advance]:
     """A ProgressFactory that shows nothing."""
-    yield lambda _: None
+    yield no_advance
 
 
 EXACT, FOLDED, LINE = range(3)

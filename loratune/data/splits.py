@@ -17,7 +17,7 @@ from loratune.data.formats import CHAT_FORMATS, Example
 from loratune.data.formats.fields import quote
 from loratune.data.report import MAX_PLACES, Leaks, RowTally
 from loratune.data.row_index import EXACT, FOLDED, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
-from loratune.data.sources.rows import Advance
+from loratune.data.sources.rows import Advance, no_advance
 from loratune.errors import Code, DataError, Problem
 
 _HASHES_AT_ONCE = 1 << 18
@@ -80,7 +80,7 @@ class DatasetSplit:
         """Where the rows come from, for a message about all of them."""
         return ", ".join(dict.fromkeys(file.source.name for file in self.index.files[:3]))
 
-    def examples(self, skip: int = 0, advance: Advance = lambda _: None) -> Iterator[Example]:
+    def examples(self, skip: int = 0, advance: Advance = no_advance) -> Iterator[Example]:
         """Read the rows once more, in order; see `RowIndex.examples`."""
         return self.index.examples(self.mask, skip, advance)
 
