@@ -193,12 +193,12 @@ class Report:
         return cls(**counts, dropped=dropped, lengths=lengths)
 
 
-def merge(reports: Iterable[Report]) -> Report:
+def total(reports: Iterable[Report]) -> Report:
     """One report over the rows of all, in order."""
-    total = Report()
+    merged = Report()
     for report in reports:
-        total.extend(report)
-    return total
+        merged.extend(report)
+    return merged
 
 
 def _rows(count: int) -> str:

@@ -22,7 +22,7 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from loratune.data.rendering import Tokens
-from loratune.data.report import Report, merge
+from loratune.data.report import Report, total
 from loratune.system import private
 from loratune.system.digests import sha256
 from loratune.system.plain import is_file, read_text
@@ -52,7 +52,7 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         self._lifetime, self.directory = lifetime, directory
         whole = read_record(directory / WHOLE)
         records = [read_record(directory / f"{number:05}.json") for number in range(whole["shards"])]
-        self.report: Report = merge(Report.from_json(record["report"]) for record in records)
+        self.report: Report = total(Report.from_json(record["report"]) for record in records)
         self.fingerprint = _fingerprint(lot for record in records for lot in record["lots"])
         files = [directory / f"{number:05}.arrow" for number in range(len(records))]
         held = sum(path.lstat().st_size for path in files) <= _MOST_HELD
