@@ -44,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, of what is passed over too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Use the adapter on another base, or with edited files.")]
 Assignments = Annotated[

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,9 +22,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.commands import inference
 from loratune.config import ModelSection
+from loratune.data.packing import packing_check
 from loratune.errors import ModelError
+from loratune.kernels import acceleration, parity_check
 from loratune.lora.adapter_files import WEIGHTS_FILE
-from loratune.model import load
+from loratune.model import device, load
+from loratune.model import gguf as gguf_module
 from loratune.model.gguf import BLOCKS, check
 from loratune.training import preflight
 
@@ -377,5 +382,45 @@ def test_the_real_model(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> Non
     assert "Paris" in ran.out
     few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
     ran = cli("evaluate", "--adapter", tmp_path / "out", "--data", few, "--json")
+    assert ran.code == 0, ran.err
     scores = json.loads(ran.out)
     assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1
+
+
+def test_what_a_run_asks_of_machine_and_model_is_asked_once(
+    pair: tuple[Path, Path], run_config: MakeConfig, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the file, which no other test has had checked."""
+    calls = Counter[str]()
+
+    def counted(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapped(*given: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return function(*given, **named)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    counted(device, "check_machine")
+    counted(device, "check_kernels")
+    counted(gguf_module, "_check_whole")
+    counted(acceleration, "_replace")
+    counted(parity_check, "ParityCheck")
+    counted(packing_check, "why_not")
+    base = run_config().parent / "base"
+    shutil.copytree(pair[0], base)
+    rows = {"validation": str(base.parent / "rows.jsonl")}
+    ran = cli("train", run_config(model={"name_or_path": str(base), "gguf_file": FILE}, data=rows))
+    assert ran.code == 0, ran.err
+    assert calls == dict.fromkeys(
+        ("check_machine", "check_kernels", "_check_whole", "_replace", "ParityCheck", "why_not"), 1
+    ), calls
+
+
+def test_a_file_that_was_changed_is_checked_again(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copy(pair[0] / FILE, tmp_path))
+    check(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="cut off"):
+        check(path)

@@ -33,9 +33,14 @@ def boundary(debug: bool, join: Callable[[], Group] = SingleProcess, *, scarce: 
     """Turn what goes wrong into `error:` lines and an exit code; keep the libraries' own remarks off the screen.
 
     join: meets the other processes of a run; a command without it is for one process. scarce: what to do where this
-    command runs out of memory.
+    command runs out of memory. debug: what the package logs is shown too, as where an error is no reason to stop.
     """
-    if not debug:
+    log, shown = logging.getLogger("loratune"), logging.StreamHandler()
+    if debug:
+        shown.setFormatter(logging.Formatter("debug: %(name)s: %(message)s"))
+        log.addHandler(shown)
+        log.setLevel(logging.DEBUG)
+    else:
         warnings.simplefilter("ignore")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     group: Group = SingleProcess()
@@ -60,6 +65,9 @@ def boundary(debug: bool, join: Callable[[], Group] = SingleProcess, *, scarce: 
         told = error if stop.asked is None or _says_so(error) else stop.asked()
         with signals.ending(hurried=_says_so(told)):
             _fail(group, told, debug, scarce)
+    finally:
+        log.removeHandler(shown)
+        log.setLevel(logging.NOTSET)
 
 
 _ENDS = {

@@ -10,6 +10,7 @@ Every directory holds a record of whose it is. What has no such record, or holds
 trained on as they are found, so that they are read only from what this user made and nobody else can change.
 """
 
+import logging
 import os
 import re
 import tempfile
@@ -25,6 +26,8 @@ from loratune.data.token_cache import TokenCache, Writer, read_record, write_rec
 from loratune.errors import Problem, ResourceError
 from loratune.system import private
 from loratune.system.plain import is_directory, locked
+
+_log = logging.getLogger(__name__)
 
 KEPT_DAYS = 30
 """Rows that nobody wanted for so long are removed when a run begins."""
@@ -57,6 +60,7 @@ def opened(directory: Path) -> TokenCache | None:
     try:
         return None if any(private.faults(directory)) else token_cache.opened(directory)
     except OSError:
+        _log.debug("the rows of another process in %s are not used", directory, exc_info=True)
         return None
 
 
@@ -114,10 +118,14 @@ def _distrust(final: Path) -> str:
 
 def _found(final: Path) -> TokenCache | None:
     """The rows that are published under a name. They are marked as used before they are read, see `_remove`."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    try:
         if not any(private.faults(final)) and read_record(final / _ENTRY) == _record(final.name):
             os.utime(final)
             return token_cache.opened(final)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        _log.debug("the rows in %s are not used", final, exc_info=True)
     return None
 
 
@@ -133,6 +141,7 @@ def _claimed(root: Path, key: str) -> Iterator[bool]:
         try:
             free = stack.enter_context(locked(root / f"{key}.lock"))
         except OSError:
+            _log.debug("%s cannot be locked", key, exc_info=True)
             free = False
         yield free
 
@@ -151,6 +160,7 @@ def _begun(root: Path, key: str) -> Path | None:
         partial.mkdir(private.DIRECTORY_MODE, exist_ok=True)
         write_record(partial / _ENTRY, _record(key))
     except OSError:
+        _log.debug("rows cannot be written in %s", partial, exc_info=True)
         return None
     return partial
 
@@ -164,6 +174,7 @@ def _is_movable(partial: Path, key: str) -> bool:
         partial.rename(aside)
         aside.rename(partial)
     except OSError:
+        _log.debug("%s cannot be renamed", partial, exc_info=True)
         return False
     return True
 
@@ -216,8 +227,8 @@ def _is_own(path: Path) -> bool:
 def _says_so(path: Path, key: str) -> bool:
     for name in (_ENTRY, "00000.json"):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            record = read_record(path / name)
-            if record == _record(key) or record.keys() == {"sha256", "lots", "report"}:
+            record = read_record(path / name, any_version=True)
+            if record.items() >= _record(key).items() or record.keys() == {"sha256", "lots", "report"}:
                 return True
     return False
 

@@ -8,6 +8,7 @@ one. `store` decides where such directories lie.
 
 import hashlib
 import json
+import logging
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,9 +24,11 @@ from numpy.typing import NDArray
 
 from loratune.data.rendering import Tokens
 from loratune.data.report import Report, total
-from loratune.system import private
+from loratune.system import private, records
 from loratune.system.digests import sha256
 from loratune.system.plain import is_file, read_text
+
+_log = logging.getLogger(__name__)
 
 WHOLE = "whole"
 """The record of a directory that is complete."""
@@ -120,7 +123,10 @@ class Writer:
         try:
             held = read_record(self._directory / f"{number:05}.json")
             return int(held["report"]["rows"]), len(_opened(self._directory / f"{number:05}.arrow", held, held=False))
+        except FileNotFoundError:
+            return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+            _log.debug("shard %d of %s is made again", number, self._directory, exc_info=True)
             return None
 
     def add(self, report: Report, rows: Sequence[Tokens]) -> None:
@@ -197,6 +203,7 @@ def opened(directory: Path) -> TokenCache | None:
     try:
         return TokenCache(directory)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+        _log.debug("the rows in %s are not used", directory, exc_info=True)
         return None
 
 
@@ -205,11 +212,15 @@ def _fingerprint(lots: Iterable[str]) -> str:
     return hashlib.sha256("".join(lots).encode()).hexdigest()
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Raises OSError, ValueError, KeyError or TypeError: it is not what `write_record` wrote."""
+def read_record(path: Path, *, any_version: bool = False) -> dict[str, Any]:
+    """Raises OSError, ValueError, KeyError or TypeError: it is not what `write_record` wrote, or, unless `any_version`,
+    what a newer release wrote."""
     record: dict[str, Any] = json.loads(read_text(path))
     if record.pop("check") != _check(record):
         raise ValueError(f"{path} is not what was written")
+    if (reason := records.newer(records.ROWS, record)) and not any_version:
+        raise ValueError(f"{path} {reason}")
+    record.pop(records.KEY, None)
     return record
 
 
@@ -217,7 +228,8 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write JSON with a digest of itself; the file is whole as soon as it has its name."""
     unfinished = path.with_suffix(".unfinished")
     private.create(unfinished)
-    unfinished.write_text(json.dumps(record | {"check": _check(record)}))
+    whole = records.versioned(records.ROWS, record)
+    unfinished.write_text(json.dumps(whole | {"check": _check(whole)}))
     unfinished.replace(path)
 
 

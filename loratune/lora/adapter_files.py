@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from safetensors import SafetensorError, safe_open
 
 from loratune.config import rules
 from loratune.errors import AdapterError, Problem
-from loratune.system import droppings
+from loratune.system import droppings, records
 from loratune.system.digests import sha256
+
+_log = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-RECORD_FILE = "loratune.json"
+RECORD_FILE = records.ADAPTER
 
 _FREE = ("README.md", RECORD_FILE)  # the card is the user's to edit, and the record cannot name itself
 _PLACES = ("base_model_name_or_path", "revision")  # the base may have moved: what it is, its fingerprint tells
@@ -71,7 +74,7 @@ def inspect(path: Path) -> AdapterFiles:
     """Open an adapter directory without loading weights. Never looks on the hub, never reads a pickle.
 
     Raises AdapterError: no directory, a file, no config, no weights, unreadable or not of LoRA; a link out of the
-    directory, a configuration that names code, or a base by a path that leaves it.
+    directory, a configuration that names code, or a base by a path that leaves it; a record of a newer version.
     """
     where = str(path)
     if not path.exists():
@@ -123,6 +126,7 @@ def _digest(path: Path) -> str:
     try:
         kept = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in _PLACES}
     except (ValueError, AttributeError):
+        _log.debug("%s has no digest", path, exc_info=True)
         return ""
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
@@ -148,6 +152,8 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(Problem(f"not readable as JSON: {error}", str(path))) from None
+    if reason := records.newer(RECORD_FILE, record):
+        raise AdapterError(Problem(reason, str(path), fix="upgrade loratune"))
     fingerprints, files = (record.get(key) if isinstance(record, dict) else None for key in ("fingerprints", "files"))
     whole = isinstance(files, dict) and {CONFIG_FILE, WEIGHTS_FILE} <= files.keys()
     if not whole or not isinstance(fingerprints, dict) or not isinstance(fingerprints.get("base"), str):

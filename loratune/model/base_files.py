@@ -6,6 +6,7 @@ copied, and whoever needs to know whether the files are still what was loaded as
 """
 
 import hashlib
+import logging
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+_log = logging.getLogger(__name__)
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json")
 _BLOCK = 64  # bytes that are read at each place of a sample
@@ -72,6 +75,7 @@ class Files:
             if stat is None or mark.digest is None or stat[0] != mark.stat[0] or _digest(path) != mark.digest:
                 return True
         except OSError:
+            _log.debug("%s counts as changed", path, exc_info=True)
             return True
         self._marks[path] = replace(mark, stat=stat)  # or it would be read again at each checkpoint
         return False
@@ -93,6 +97,7 @@ def _mark(path: Path, places: int) -> _Mark | None:
             return _Mark(stat, None, None) if stat else None
         digest, sample = _digest(path), _sample(path, places)
     except OSError:
+        _log.debug("%s counts as absent", path, exc_info=True)
         return None
     return _Mark(stat, digest if _stat(path) == stat else None, sample)
 

@@ -27,6 +27,8 @@ BLOCKS = {
     35: (256, 66), 39: (32, 17),
 }  # fmt: skip
 """ggml type → numbers in a block, bytes of a block (ggml.h, ggml-common.h)."""
+_checked: set[tuple[int, ...]] = set()
+"""Device, inode, size and time of change of the files that this process has found to be whole."""
 
 
 def check_name(gguf_file: str) -> None:
@@ -40,14 +42,24 @@ def check_name(gguf_file: str) -> None:
 
 
 def check(path: Path) -> None:
-    """Insist that transformers will be able to read this file.
+    """Insist that transformers will be able to read this file. It is read once, as long as it does not change.
 
     Raises ModelError: nothing there; a Git LFS pointer; not a GGUF file, of a version that transformers does not read,
     one part of several, cut off; the package gguf is missing.
     """
     if not path.is_file():
         raise ModelError(Problem("no such file", str(path), KEY, _beside(path)))
-    size = path.stat().st_size
+    now = path.stat()
+    version = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
+    if version not in _checked:
+        _check_content(path, now.st_size)
+        _checked.add(version)
+    if find_spec("gguf") is None:
+        fix = "pip install 'loratune[gguf]'"
+        raise ModelError(Problem("the package gguf is missing, which reads GGUF files", str(path), KEY, fix))
+
+
+def _check_content(path: Path, size: int) -> None:
     with path.open("rb") as file:
         start = file.read(len(LFS))
         if start == LFS:
@@ -58,9 +70,6 @@ def check(path: Path) -> None:
             raise ModelError(Problem("not a GGUF file", str(path), KEY))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _check_whole(_Reader(data), path, size)
-    if find_spec("gguf") is None:
-        fix = "pip install 'loratune[gguf]'"
-        raise ModelError(Problem("the package gguf is missing, which reads GGUF files", str(path), KEY, fix))
 
 
 class _Reader:

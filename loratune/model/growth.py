@@ -5,11 +5,14 @@ The library works in memory of its own, which no limit of ours can bound without
 
 import base64
 import json
+import logging
 from collections.abc import Iterator
 from math import prod
 from typing import Any
 
 from loratune.errors import ModelError, Problem
+
+_log = logging.getLogger(__name__)
 
 MOST, BESIDE = 64, 1024
 """Characters that may become of one, and that may be put beside a text. Real tokenizers make at most 18 (of U+FDFA)."""
@@ -29,6 +32,7 @@ def check_growth(tokenizer: Any, where: str) -> None:
         try:
             steps = list(_steps(json.loads(found.__getstate__()))) if found is not None else []
         except Exception:  # one that is written in Python has no state to be read
+            _log.debug("the %s of the tokenizer is not checked", part, exc_info=True)
             continue
         _check(part.replace("_", "-"), [(step["type"], _factor(step), _added(step)) for step in steps], where)
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):

@@ -1,6 +1,8 @@
 """Tokenizer and base model: where they come from, in which numbers, on which device."""
 
 import io
+import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import gguf, hub, recorded_quantization, remote_code
 from loratune.model.base_files import Files, copy_mapped
-from loratune.model.device import check_machine, compute_dtype, device
+from loratune.model.device import compute_dtype, device
 from loratune.model.faults import LOADING, damaged_weights, unreadable
 from loratune.model.growth import check_growth
 from loratune.model.quantization import check_trainable, keep_backward, settings
@@ -35,6 +37,8 @@ from loratune.model.weights import check_complete
 from loratune.system import launcher
 from loratune.system.sandbox import MEMORY, Apart, BeyondLimit, is_panic, limited
 from loratune.system.uncompiled import UNCOMPILED, reason
+
+_log = logging.getLogger(__name__)
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -110,7 +114,8 @@ def _check_syntax(tokenizer: Any, path: str) -> None:
     if not tokenizer.chat_template.strip():
         raise ConfigError(Problem("the file is empty", where, key, "name a Jinja file with a template in it"))
     try:
-        Apart(lambda _: tokenizer)(_ask, MEMORY)
+        if refusal := Apart(lambda _: tokenizer)(_ask, MEMORY):
+            _log.debug("the chat template refuses a single question\n%s", refusal)
     except BeyondLimit as error:
         raise ModelError(Problem(f"the chat template {error}", where, key, "mend it")) from None
     except UNCOMPILED as error:
@@ -119,25 +124,25 @@ def _check_syntax(tokenizer: Any, path: str) -> None:
         raise ConfigError(Problem(f"not a Jinja template: {reason(error)}", where, key, "mend it")) from None
 
 
-def _ask(tokenizer: Any) -> None:
+def _ask(tokenizer: Any) -> str:
     """Compile the chat template, and render one question. It may refuse this one for any reason of its own; it is
-    asked again with the user's. Raises one of `UNCOMPILED`."""
+    asked again with the user's. Returns the traceback of a refusal, if any. Raises one of `UNCOMPILED`."""
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
     except (*UNCOMPILED, MemoryError):
         raise
     except Exception:
-        pass
+        return traceback.format_exc()
+    return ""
 
 
 def load_base(section: ModelSection) -> PreTrainedModel:
     """The base model with its weights, on the GPU if there is one, in evaluation mode. A GGUF file is unpacked.
 
-    What becomes of its files afterwards has no effect on it. Raises ConfigError: as `check_machine`. Raises ModelError:
-    as `load_config`; weights that are missing, damaged, change while they are read, or do not fit the configuration; a
-    base that comes quantized, and is without its packages or cannot be trained.
+    What becomes of its files afterwards has no effect on it. The machine can hold it, see `check_machine`. Raises
+    ModelError: as `load_config`; weights that are missing, damaged, change while they are read, or do not fit the
+    configuration; a base that comes quantized, and is without its packages or cannot be trained.
     """
-    check_machine(section)
     found = _find(section)
     config = _read_config(section, found)
     quantization = settings(section, config)

@@ -5,12 +5,15 @@ Known without torch, but for bitsandbytes, which imports it.
 
 import importlib
 import json
+import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import ConfigError, ModelError, Problem
+
+_log = logging.getLogger(__name__)
 
 KEY = "model.quantization"
 
@@ -77,6 +80,7 @@ def check_directory(path: Path, name: str, quantization: str) -> None:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        _log.debug("%s is not looked at for its quantization", path, exc_info=True)
         return  # transformers reads it again, and says what is wrong
     found = found_in(config) if isinstance(config, dict) else None
     check_asked(found, name, quantization)
@@ -100,6 +104,7 @@ def without_bitsandbytes() -> str:
     try:
         extension = importlib.import_module("bitsandbytes.cextension")
     except Exception as error:  # a library that does not load, a version that does not fit torch
+        _log.debug("bitsandbytes cannot be imported", exc_info=True)
         return f"bitsandbytes cannot be imported ({error})"
     if isinstance(extension.lib, extension.ErrorHandlerMockBNBNativeLibrary):
         return "bitsandbytes has no native library for this machine"

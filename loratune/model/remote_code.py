@@ -7,6 +7,7 @@ names of kernels of the hub, which transformers would fetch and run without bein
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import ModelError, Problem
+
+_log = logging.getLogger(__name__)
 
 FILES = (
     "config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json",
@@ -37,6 +40,7 @@ def check_files(files: Iterable[Path], own: str = "") -> None:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
+            _log.debug("%s is not looked at for code", file, exc_info=True)
             continue
         named = _named(values)
         if own and file.name == "adapter_config.json" and isinstance(values, dict):

@@ -16,12 +16,12 @@ from loratune.system import launcher
 
 @dataclass(frozen=True)
 class Batched:
-    """The batches of a run. left: what of the model is not computed the fast way, see `kernels.accelerated`;
-    notes: on what could not be packed, and on what the fast way lacks, a line each."""
+    """The batches of a run. acceleration: what of the model the kernels compute; notes: on what could not be packed,
+    and on what the fast way lacks, a line each."""
 
     train: Batches
     validation: Batches | None
-    left: list[str]
+    acceleration: kernels.Acceleration
     notes: list[str]
 
 
@@ -37,8 +37,8 @@ def batch(
 
     model: a `PeftModel` with its weights, which stays as it is.
     """
-    sharded = bool(launcher.sharding())
-    with kernels.accelerated(model, linear.linear, sharded=sharded) as left:
+    acceleration = kernels.accelerate(model, linear.linear, sharded=bool(launcher.sharding()))
+    with acceleration.applied(model):
         packing, notes = _packing(model, train, data, training, mixed=not kernels.attends_by_rows(model))
 
     def made(rows: TokenizedDataset) -> Batches:
@@ -46,7 +46,7 @@ def batch(
         return Batches(rows.rows, rows.rows.lengths, packing, size, data.max_length, pad_id)
 
     notes += kernels.notes(model.get_input_embeddings().weight)
-    return Batched(made(train), made(validation) if validation else None, left, notes)
+    return Batched(made(train), made(validation) if validation else None, acceleration, notes)
 
 
 def _packing(

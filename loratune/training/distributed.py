@@ -6,6 +6,7 @@ thread in each process shows there that it is alive, and ends the process when a
 its main thread is waiting for.
 """
 
+import logging
 import os
 import sys
 import threading
@@ -25,6 +26,8 @@ from loratune.errors import LostError, Problem
 from loratune.system.launcher import Failure, host
 from loratune.training.rendezvous import own_store
 from loratune.training.signed_store import SignedStore, deleted
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -294,6 +297,7 @@ class _Heartbeat:
         try:
             return Failure.from_json(self._store.first("failed", failure.as_json()))
         except (RuntimeError, OSError):
+            _log.debug("the failure is not known to the others", exc_info=True)
             return failure
         except LostError as error:
             return self._forged(error)
@@ -310,6 +314,7 @@ class _Heartbeat:
                 time.sleep(0.02)
                 waiting = [rank for rank in waiting if not self._has_read(rank)]
         except (RuntimeError, OSError):
+            _log.debug("the others are not waited for", exc_info=True)
             return
 
     def _has_read(self, rank: int) -> bool:

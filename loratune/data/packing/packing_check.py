@@ -1,5 +1,6 @@
 """Whether a model keeps the rows of a flat batch apart: asked of the model itself, not of a list of families."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from loratune.data.packing.flat import flatten
+
+_log = logging.getLogger(__name__)
 
 Row = dict[str, list[int]]
 
@@ -46,6 +49,7 @@ def why_not(model: Any, longest: int, total: int = 0) -> str | None:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # what a model raises on what it does not understand is its own choice
+            _log.debug("%s does not run on flat rows", name, exc_info=True)
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             return f"packing: {name} does not run on flat rows: {type(error).__name__}: {reason}"
     if not changed <= _allowed(model):

@@ -1,11 +1,14 @@
 """Texts → ids, many at once: by the fast tokenizer's own batches, or one by one by a slow tokenizer."""
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 from loratune.system.sandbox import BeyondLimit, limited
+
+_log = logging.getLogger(__name__)
 
 LONG = 2**20
 """Characters from which on a text is encoded in pieces: the tokenizer needs some hundred bytes for each."""
@@ -104,6 +107,7 @@ class Encoder:
         except KeyboardInterrupt:
             raise
         except BaseException:  # a panic of tokenizers is no Exception
+            _log.debug("texts are encoded one by one, as they fail together", exc_info=True)
             ids = [self._tried([text], encode, broken=False)[0] for text in texts]
         if len(texts[0]) < PIECE // 2:
             return ids
