@@ -65,7 +65,7 @@ transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 FORETELL = """
 import pathlib, sys
 from loratune import config, preflight, train, workspace
-from loratune.data.watching import no_progress
+from loratune.data import no_progress
 run = config.load(pathlib.Path(sys.argv[1]), sys.argv[2:])
 space = workspace.inspect(run.output_dir, resume=False, overwrite=False)
 print(train.plan(preflight.check(run, space, no_progress), no_progress).memory.total)

@@ -22,14 +22,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.commands import inference
 from loratune.config import ModelSection
-from loratune.data.packing import packing_check
 from loratune.errors import ModelError
-from loratune.kernels import acceleration, parity_check
+from loratune.kernels import acceleration
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import device, load
 from loratune.model import gguf as gguf_module
 from loratune.model.gguf import BLOCKS, check
-from loratune.training import preflight
+from loratune.training import batching, preflight
 
 FILE = "tiny.gguf"
 Cli = Callable[..., Ran]

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune import data
 from loratune.config import DataSection
-from loratune.data import TokenizedDataset, mixing, token_cache, token_cache_dir
+from loratune.data import TokenizedDataset, splits, token_cache, token_cache_dir
 from loratune.data.formats import Plain
 from loratune.data.rendering import Renderer
 from loratune.data.report import Report, RowTally
@@ -85,7 +85,7 @@ def test_weights_set_the_shares(tmp_path: Path) -> None:
     rows = checked(given)
     letters = [prompt[0] for prompt in prompts(rows.train)]
     assert (letters.count("a"), letters.count("b")) == (30, 10)
-    assert rows.train.mixed == (f"{paths[0]}: 30 of 30 rows", f"{paths[1]}: 10 of 100 rows")
+    assert rows.train.mix == (f"{paths[0]}: 30 of 30 rows", f"{paths[1]}: 10 of 100 rows")
     assert prompts(checked(given).train) == prompts(rows.train) != prompts(checked(given, seed=1).train)
     assert checked(given).train.digest == rows.train.digest != checked(given, seed=1).train.digest
     assert len(set(prompts(rows.train))) == 40
@@ -102,7 +102,7 @@ def test_weights_set_the_shares(tmp_path: Path) -> None:
     ],
 )
 def test_shares(counts: tuple[int, ...], weights: tuple[float, ...], given: list[int]) -> None:
-    assert mixing.shares(counts, weights) == given
+    assert splits.mix_counts(counts, weights) == given
 
 
 def test_a_fraction_is_held_out(tmp_path: Path) -> None:
@@ -119,8 +119,10 @@ def test_a_fraction_is_held_out(tmp_path: Path) -> None:
 
 def test_a_fraction_that_leaves_nothing(tmp_path: Path) -> None:
     path = numbered(tmp_path / "rows.jsonl", 1)
-    with pytest.raises(DataError, match=r"data\.validation: a fraction of 0\.5 of 1 rows leaves none to train on"):
+    with pytest.raises(DataError) as caught:
         checked(str(path), validation=0.5)
+    assert meanings(caught.value) == [(Code.DATA_EMPTY_TRAIN_SPLIT, "", "data.validation")]
+    assert "0.5 of 1 rows" in str(caught.value)
 
 
 def test_problems_of_many_rows_at_once(tmp_path: Path) -> None:
@@ -143,8 +145,9 @@ def test_problems_of_rows_and_of_the_file_are_told_together(tmp_path: Path) -> N
 def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
     numbered(tmp_path / "a.jsonl", 2)
     (tmp_path / "b.jsonl").write_text("\n")
-    with pytest.raises(DataError, match=r"b\.jsonl: 0 rows"):
+    with pytest.raises(DataError) as caught:
         checked([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    assert meanings(caught.value) == [(Code.DATA_NO_ROWS, str(tmp_path / "b.jsonl"), "")]
     assert len(checked(str(tmp_path)).train) == 2  # of a directory, some file has rows
 
 
@@ -224,7 +227,7 @@ def test_the_table(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp
     assert f"train: 1 row dropped: the answer does not fit in max_length 8 ({path}:4)" in text
     assert f"train: 1 row repeated: {path}:5" in text
     assert "train: max_length 24 would keep everything" in text
-    assert f"1 of the validation rows also stands in train ({held}:2)" in text
+    assert f"1 of the validation rows is also in train ({held}:2)" in text
     assert "pppp⟦cc<|endoftext|>⟧" in text.replace(" ", "")
 
 
@@ -684,7 +687,7 @@ def test_empty_answers_between_others_are_not_learnt(renderer: Renderer, tmp_pat
     made = prepared(renderer, write_rows(tmp_path / "rows.jsonl", [row]))
     assert [made.rows.row(0).completion] == [tuple(renderer.tokenizer("c<|end|>").input_ids)]
     assert made.report.supervised == 2
-    assert "1 answers are not learnt: they are empty" in made.report.remarks(1024)
+    assert "1 answers are not supervised: they are empty" in made.report.remarks(1024)
 
 
 def test_what_is_odd_about_the_bos(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

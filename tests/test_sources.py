@@ -222,11 +222,11 @@ def test_refused(tmp_path: Path, name: str, content: bytes, expected: list[tuple
     path = tmp_path / name
     path.write_bytes(content)
     refused = problems(path)
-    assert [(one.where, one.code, one.key) for one in refused] == [
+    assert [(problem.where, problem.code, problem.key) for problem in refused] == [
         (f"{path}{place}", code, "") for place, code, _ in expected
     ]
-    for one, (_, _, detail) in zip(refused, expected, strict=True):
-        assert detail in one.what and one.fix
+    for refusal, (_, _, detail) in zip(refused, expected, strict=True):
+        assert detail in refusal.what and refusal.fix
 
 
 def test_parquet_damaged_in_the_middle(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from loratune import config
 from loratune.commands import train
 from loratune.config import LoraSection, ModelSection, TrainingSection, portability
+from loratune.data import no_progress
 from loratune.data.packing import pad
-from loratune.data.watching import no_progress
 from loratune.errors import DataError, ModelError
 from loratune.lora import attach, counts, optimizers, sharded, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect

@@ -12,20 +12,22 @@ from itertools import islice
 from pathlib import Path
 
 from loratune.config import DataSection
-from loratune.data import formats, repeats, token_cache_dir
+from loratune.data import formats, token_cache_dir
 from loratune.data.formats import Conversation, Example, Ids, Plain
 from loratune.data.formats.examples import no_loss_reason
 from loratune.data.rendering import Renderer, TokenizedRow, truncate
-from loratune.data.report import Leaks, Report
+from loratune.data.report import Report
+from loratune.data.row_index import ProgressFactory as ProgressFactory
+from loratune.data.row_index import no_progress as no_progress
 from loratune.data.sources import MAX_PROBLEMS
 from loratune.data.splits import DatasetSplit as DatasetSplit
 from loratune.data.splits import RawDatasets as RawDatasets
+from loratune.data.splits import find_duplicates
+from loratune.data.splits import find_leaks as find_leaks
 from loratune.data.splits import read_datasets as read_datasets
 from loratune.data.splits import read_source as read_source
 from loratune.data.token_cache import TokenCache, TokenCacheWriter
 from loratune.data.token_cache_dir import remove_old_entries as remove_old_entries
-from loratune.data.watching import ProgressFactory as ProgressFactory
-from loratune.data.watching import no_progress
 from loratune.errors import Code, DataError, Problem
 
 _DECODED_ROWS = 100
@@ -85,7 +87,7 @@ def prepare(
                 writer.add(*tokenizer.tokenize(batch))
 
     rows = token_cache_dir.load_or_write(key, write)
-    rows.report.duplicates = repeats.duplicates(split)
+    rows.report.duplicates = find_duplicates(split)
     _check_report(rows.report, split, section)
     return TokenizedDataset(rows)
 
@@ -94,11 +96,6 @@ def open_tokenized(directory: Path) -> TokenizedDataset | None:
     """Open rows that another process has tokenized; None where this one does not find them."""
     rows = token_cache_dir.open_trusted(directory)
     return TokenizedDataset(rows) if rows is not None else None
-
-
-def find_leaks(datasets: RawDatasets) -> Leaks | None:
-    """Find rows of the validation split that are also in train; None without a validation split."""
-    return repeats.shared(datasets.train, datasets.validation) if datasets.validation else None
 
 
 def remark_on_lost_characters(split: DatasetSplit, renderer: Renderer, section: DataSection) -> str | None:

@@ -78,7 +78,7 @@ def _duplicate_problem(error: _DuplicateKey, where: str, fix: str) -> Problem:
     return Problem(Code.DATA_JSON_DUPLICATE_KEY, f"an object has the key `{error}` twice", where, fix=fix)
 
 
-class _Refused(Exception):
+class _InvalidDocument(Exception):
     """The document cannot be read on, because of this problem."""
 
     def __init__(self, problem: Problem):
@@ -134,7 +134,7 @@ class _TextBuffer:
                 return ""
 
     def parse_value(self) -> Any:
-        """The JSON value that begins at the next character. Raises _Refused."""
+        """The JSON value that begins at the next character. Raises _InvalidDocument."""
         self.peek()
         while True:
             try:
@@ -144,10 +144,10 @@ class _TextBuffer:
                 if not (may_go_on and self.read_more()):
                     raise self.refused(error.msg, error.pos) from None
             except RecursionError:
-                raise _Refused(_depth_problem(self._name, self._FIX)) from None
+                raise _InvalidDocument(_depth_problem(self._name, self._FIX)) from None
             except _DuplicateKey as error:
                 where = f"{self._name}:{self.line(self.position)}"
-                raise _Refused(_duplicate_problem(error, where, self._FIX)) from None
+                raise _InvalidDocument(_duplicate_problem(error, where, self._FIX)) from None
             except ValueError:  # an integer of more digits than Python reads
                 if self._decode is _decode_long_integers:
                     raise
@@ -157,11 +157,11 @@ class _TextBuffer:
                     self.position = end
                     return value
 
-    def refused(self, message: str, position: int) -> _Refused:
+    def refused(self, message: str, position: int) -> _InvalidDocument:
         """The exception for a syntax error at a position in `text`."""
         at_end = position >= len(self.text.rstrip()) and not self.read_more()
         where, column = f"{self._name}:{self.line(position)}", self.column(position)
-        return _Refused(_syntax_problem(message, where, column, at_end, self._FIX))
+        return _InvalidDocument(_syntax_problem(message, where, column, at_end, self._FIX))
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """The unparsed rest as numbered lines."""
@@ -189,7 +189,7 @@ def json_document(pieces: Iterator[str], name: str) -> Iterator[RowOrProblem]:
             yield from _list_rows(buffer, name)
         elif first:
             yield from _object_rows(buffer, name)
-    except _Refused as refused:
+    except _InvalidDocument as refused:
         yield refused.problem
 
 
