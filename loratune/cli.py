@@ -17,8 +17,8 @@ from loratune.commands.boundary import boundary, printed, stopped
 from loratune.console import Screen, screened, verbatim
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.system import launcher
+from loratune.system.files import path_problem
 from loratune.system.launcher import Group
-from loratune.system.paths import unusable
 
 if TYPE_CHECKING:
     from loratune.commands.generate import Answer
@@ -119,7 +119,7 @@ def train(
         with _loading():
             from loratune.commands import show
             from loratune.commands import train as train_module
-            from loratune.console import TrainingProgress, note, watched
+            from loratune.console import TrainingProgress, log, watched
 
         try:
             if dry_run:
@@ -128,8 +128,8 @@ def train(
                 if group.main:
                     show.plan(planned, rows)
                 return
-            teller = train_module.Reporter(note, show.announce, watched, TrainingProgress())
-            made = train_module.train(ready, teller, group, allow_worse=allow_worse)
+            reporter = train_module.Reporter(log, show.announce, watched, TrainingProgress())
+            made = train_module.train(ready, reporter, group, allow_worse=allow_worse)
         except KeyboardInterrupt as stop:
             fix = "the rows that were tokenised are kept, and the same command goes on from there"
             if not dry_run and ready.space.is_resumable():
@@ -174,10 +174,10 @@ def generate(
         rows = _prompt_rows(prompts, source)
 
         with _loading():
-            from loratune.console import note
+            from loratune.console import log
             from loratune.training import preflight
 
-        opened = preflight.open_adapter(adapter, note, forced=force)
+        opened = preflight.open_adapter(adapter, log, forced=force)
         if place is not None:
             place = place.reading(Path(opened.base.name_or_path))
 
@@ -186,10 +186,10 @@ def generate(
 
         stream = len(rows) == 1 and output is None and not base and sys.stdout.isatty()
         answers = generate_module.generate(
-            opened, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream, note=note
+            opened, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream, log=log
         )
         if place is not None:
-            with place.opened(note) as file:
+            with place.opened(log) as file:
                 _write_answers(answers, file)
             return
         _print_answers(answers, base=base, streamed=stream)
@@ -244,20 +244,20 @@ def evaluate(
         _check_paths(adapter=adapter, data=data)
         with _loading():
             from loratune.config import Source
-            from loratune.console import note, watched
+            from loratune.console import log, watched
             from loratune.data import read_source
             from loratune.training import preflight
 
-        opened = preflight.open_adapter(adapter, note, forced=force, assignments=assignments)
+        opened = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
         part = read_source(Source(path=data), opened.data, watched)
 
         with _loading():
             from loratune.commands import show
             from loratune.commands.evaluate import evaluate as story
 
-        scores, remarks = story(opened, part, watched, note)
+        scores, remarks = story(opened, part, watched, log)
         for line in remarks:
-            note(line)
+            log(line)
         show.scores(scores, as_json)
 
 
@@ -299,10 +299,10 @@ def _checked(
 
 def _tell(lines: Iterable[str]) -> None:
     """What is lawful, and better known before the run than after it."""
-    from loratune.console import note
+    from loratune.console import log
 
     for line in lines:
-        note(line)
+        log(line)
 
 
 def _resume_line(config_file: Path, assignments: Iterable[str], changes: Iterable[str]) -> str:
@@ -346,7 +346,7 @@ def _typed() -> str:
 def _check_paths(**given: str | Path | None) -> None:
     """Raises ConfigError: the value of an option cannot be a path."""
     for option, path in given.items():
-        if path is not None and (reason := unusable(str(path)) or ("" if str(path) else "is empty")):
+        if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
             raise ConfigError(Problem(f"the path {reason}", key=f"--{option}"))
 
 

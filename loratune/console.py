@@ -172,7 +172,7 @@ _APART: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
 """For bars: rich would take what is printed beside them around the door."""
 
 
-def note(text: str) -> None:
+def log(text: str) -> None:
     """One line on stderr about what is going on."""
     err.print(escaping.line(text), markup=False)
 
@@ -246,7 +246,7 @@ def watched(what: str, size: int) -> Iterator[Callable[[int], None]]:
             bar.start()
         elif now > shown + 30:
             shown = now
-            note(f"{what}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB, {done / 1e6 / (now - begun):,.1f} MB/s")
+            log(f"{what}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB, {done / 1e6 / (now - begun):,.1f} MB/s")
 
     try:
         yield advance
@@ -302,9 +302,9 @@ class TrainingProgress:
         if self.bar:
             self.bar.update(self.task, state=self._state())
         if "eval_loss" in values and step:
-            note(f"step {step:>5}/{self.steps}  held-out loss {values['eval_loss']:.4f}")
+            log(f"step {step:>5}/{self.steps}  held-out loss {values['eval_loss']:.4f}")
         elif "loss" in values and not self.bar:
-            note(f"step {step:>5}/{self.steps}  {self._state()}  left {self._left()}")
+            log(f"step {step:>5}/{self.steps}  {self._state()}  left {self._left()}")
 
     def stop(self) -> None:
         """End the bar, if there is one."""

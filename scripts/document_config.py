@@ -31,10 +31,15 @@ def document(text: str, config: type[BaseModel] = RunConfig) -> str:
     Raises:
         ValueError: A marker is missing or occurs twice.
     """
-    if (text.count(BEGIN), text.count(END)) != (1, 1):
-        raise ValueError(f"{BEGIN.strip()} and {END.strip()} must each stand in the text once")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{tables(config)}\n{END}{rest.split(END)[1]}"
+    return between(text, BEGIN, tables(config), END)
+
+
+def between(text: str, begin: str, content: str, end: str) -> str:
+    """Put content between two markers of a text. Raises ValueError: a marker is missing or occurs twice."""
+    if (text.count(begin), text.count(end)) != (1, 1):
+        raise ValueError(f"{begin.strip()} and {end.strip()} must each stand in the text once")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def tables(config: type[BaseModel]) -> str:

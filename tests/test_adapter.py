@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROWS, Ran, tiny_llama, tree, write_rows
+from conftest import ROWS, Ran, check_refused, tiny_llama, tree, write_rows
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from loratune import config
 from loratune.cli import app
 from loratune.commands import inference
 from loratune.config import LoraSection
-from loratune.errors import NumericError
+from loratune.errors import Code, NumericError
 from loratune.lora import adapter_files, attach, counts, initialize, sharded
 from loratune.training import preflight
 
@@ -415,8 +415,8 @@ def test_another_base_is_refused(
 def test_a_base_that_is_gone_is_a_fault_of_the_model(copy: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
     configure(base_model_name_or_path=str(tmp_path / "gone"))(copy)
     ran = cli("generate", "x", "--adapter", copy)
-    assert (ran.code, ran.out) == (3, "")
-    assert "gone: no such directory; check the path; if the base has moved, set base_model_name_or_path" in ran.err
+    check_refused(ran, 3, (Code.MODEL_NO_DIRECTORY, str(tmp_path / "gone"), "model.name_or_path"))
+    assert ran.out == "" and "if the base has moved, set base_model_name_or_path" in ran.err
 
 
 # What is written.

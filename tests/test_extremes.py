@@ -10,7 +10,7 @@ from conftest import Ran
 from loratune import config
 from loratune.config.messages import known_keys
 from loratune.errors import ConfigError
-from loratune.system.paths import unusable
+from loratune.system.files import path_problem
 
 MakeConfig = Callable[..., Path]
 Cli = Callable[..., Ran]
@@ -63,7 +63,7 @@ def test_texts_that_are_no_paths(key: str, path: str, run_config: MakeConfig, tm
 
 @pytest.mark.parametrize("path", ["~", "a/b", "x" * 255, "é" * 127, "data/*.jsonl", "org/name", "/", "~/x"])
 def test_texts_that_are_paths(path: str) -> None:
-    assert unusable(path) == ""
+    assert path_problem(path) == ""
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import tiny_llama
+from conftest import check_refused, tiny_llama
 from nursery import Nursery
 from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, straight, until
 from transformers import PreTrainedTokenizerFast
 
 from loratune.commands.boundary import boundary
+from loratune.errors import Code
 from loratune.system import signals
 from loratune.training.checkpoints import Checkpoints
 
@@ -313,10 +314,8 @@ def test_two_runs_on_one_directory(processes: Nursery, run_config: MakeConfig, t
     until(lambda: checkpoints(tmp_path / "out.partial"), child)
     for arguments in ((), ("--overwrite",), ("--resume",), ("--dry-run",)):
         ran = cli("train", config, *arguments)
-        assert ran.code == 9
-        assert ran.err.endswith(
-            f"working there (process {child.pid} on {os.uname().nodename}); wait for it, or choose another\n"
-        )
+        check_refused(ran, 9, (Code.SYSTEM_LOCKED, str(tmp_path / "out"), "output_dir"))
+        assert f"(process {child.pid} on {os.uname().nodename})" in ran.errors[0]
     child.send(signal.SIGKILL)
     child.wait()
     assert (tmp_path / "out.partial" / "lock").exists()
@@ -391,8 +390,7 @@ def test_a_disk_that_is_full_at_the_end(disk: Path, processes: Nursery, run_conf
 def test_a_disk_that_is_too_small_from_the_start(disk: Path, run_config: MakeConfig, cli: Cli) -> None:
     fill(disk, 180_000)  # three checkpoints take 150 kB, and the tokenizer as much as itself
     ran = cli("train", run_config(output_dir=str(disk / "out")))
-    assert ran.code == 8
-    assert "checkpoints and the adapter directory take " in ran.err and "make room, or choose another disk" in ran.err
+    check_refused(ran, 8, (Code.SYSTEM_DISK_TOO_SMALL, str(disk / "out.partial"), "output_dir"))
     assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
@@ -400,7 +398,7 @@ def test_files_that_may_not_grow(processes: Nursery, run_config: MakeConfig, tmp
     """A quota, in place of a disk that cannot be mounted."""
     child = processes.start("train", run_config(training={"save_steps": 1}), limit=30_000)
     assert child.wait() == 8, child.said()
-    assert "no room for a checkpoint" in child.said() and "a file may hold 30,000 (ulimit -f)" in child.said()
+    assert "no room for a checkpoint" in child.said() and "a file may have at most 30,000 (ulimit -f)" in child.said()
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 

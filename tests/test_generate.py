@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from loratune.cli import app
 from loratune.errors import Code
-from loratune.system import plain as plain_module
+from loratune.system.files import kind
 
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(28)]
 ANSWERS = ["ox" if number % 2 else "yes" for number in range(28)]
@@ -320,7 +320,7 @@ def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: Nursery, tmp_
     os.mkfifo(tmp_path / "pipe")
     child = processes.start(*command, tmp_path / "pipe")
     assert (tmp_path / "pipe").read_text() == expected
-    assert child.wait() == 0 and plain_module.kind(tmp_path / "pipe") == "a named pipe"
+    assert child.wait() == 0 and kind(tmp_path / "pipe") == "a named pipe"
 
 
 def test_two_write_to_one_output(plain: Path, processes: Nursery, tmp_path: Path) -> None:

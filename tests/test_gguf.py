@@ -17,17 +17,18 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from conftest import ROOT, ROWS, Ran, process, tiny_llama, tree, write_rows
+from conftest import ROOT, ROWS, Ran, check_refused, meanings, process, tiny_llama, tree, write_rows
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.commands import inference
 from loratune.config import ModelSection
-from loratune.errors import ModelError
+from loratune.errors import Code, ModelError
 from loratune.kernels import acceleration
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import device, load
 from loratune.model import gguf as gguf_module
-from loratune.model.gguf import BLOCKS, check
+from loratune.model.gguf import BLOCKS, KEY, check
+from loratune.model.source import KEY as NAME
 from loratune.training import batching, preflight
 
 FILE = "tiny.gguf"
@@ -232,39 +233,41 @@ def cut(count: int) -> Callable[[bytes], bytes]:
     return lambda content: content[:count]
 
 
-FAULTY: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "text": (lambda content: b"hello", "{file}: model.gguf_file: not a GGUF file"),
-    "empty": (cut(0), "{file}: model.gguf_file: not a GGUF file"),
-    "LFS": (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "{file}: a Git LFS pointer, not the"),
-    "magic alone": (cut(4), "{file}: model.gguf_file: cut off within its header; fetch it again"),
-    "header": (cut(900), "{file}: model.gguf_file: cut off within its header; fetch it again"),
-    "last byte": (lambda content: content[:-1], "{file}: model.gguf_file: cut off: {short} bytes, of at least {size};"),
-    "version 1": (lambda content: content[:4] + b"\1" + content[5:], "{file}: model.gguf_file: GGUF version 1, and"),
-    "nonsense": (lambda content: content[:24] + b"\xff" * 200, "{file}: model.gguf_file: cut off within its header"),
-    "type": (lambda content: content[:24] + struct.pack("<QcI", 1, b"a", 99) + content[37:],
-             "{file}: model.gguf_file: damaged: metadata of the unknown type 99"),
+FAULTY: dict[str, tuple[Callable[[bytes], bytes], Code, str]] = {
+    "text": (lambda content: b"hello", Code.MODEL_NOT_GGUF, ""),
+    "empty": (cut(0), Code.MODEL_NOT_GGUF, ""),
+    "LFS": (lambda content: b"version https://git-lfs.github.com/spec/v1\n", Code.MODEL_LFS_POINTER, ""),
+    "magic alone": (cut(4), Code.MODEL_GGUF_TRUNCATED, "within its header"),
+    "header": (cut(900), Code.MODEL_GGUF_TRUNCATED, "within its header"),
+    "last byte": (lambda content: content[:-1], Code.MODEL_GGUF_TRUNCATED, "{short} bytes of at least {size} "),
+    "version 1": (lambda content: content[:4] + b"\1" + content[5:], Code.MODEL_GGUF_VERSION, "GGUF version 1;"),
+    "nonsense": (lambda content: content[:24] + b"\xff" * 200, Code.MODEL_GGUF_TRUNCATED, "within its header"),
+    "type": (lambda content: content[:24] + struct.pack("<QcI", 1, b"a", 99) + content[37:], Code.MODEL_GGUF_DAMAGED,
+             "metadata of the unknown type 99"),
 }  # fmt: skip
 
 WITHOUT_TORCH = """
-import sys
+import json, sys
 from typer.testing import CliRunner
 from loratune.cli import app
 ran = CliRunner().invoke(app, ["train", sys.argv[1]])
-print(ran.exit_code, "torch" in sys.modules, ran.stdout, ran.stderr)
+print(json.dumps(["torch" in sys.modules, ran.exit_code, ran.stdout, ran.stderr]))
 """
 
 
 @pytest.mark.parametrize("kind", FAULTY)
 def test_a_file_that_cannot_be_read(kind: str, pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path) -> None:
-    content, (damage, message) = (pair[0] / FILE).read_bytes(), FAULTY[kind]
+    content, (damage, code, text) = (pair[0] / FILE).read_bytes(), FAULTY[kind]
     file = tmp_path / "model" / FILE
     file.parent.mkdir()
     file.write_bytes(damage(content))
     config = run_config(model={"name_or_path": str(file.parent), "gguf_file": FILE})
     before = tree(tmp_path)
-    ran = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
-    expected = message.format(file=file, short=f"{len(content) - 1:,}", size=f"{len(content):,}")
-    assert ran.stdout.startswith(f"3 False  error: {expected}"), ran.stdout
+    child = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
+    with_torch, *ran = json.loads(child.stdout)
+    check_refused(Ran(*ran), 3, (code, str(file), "" if kind == "LFS" else KEY))
+    assert (with_torch, ran[1]) == (False, "")
+    assert text.format(short=f"{len(content) - 1:,}", size=f"{len(content):,}") in ran[2]
     assert tree(tmp_path) == before
 
 
@@ -273,28 +276,35 @@ def test_a_whole_file_is_not_refused(pair: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "message"),
+    ("file", "refusal", "text"),
     [
-        ("other.gguf", "{path}/other.gguf: model.gguf_file: no such file; there is tiny.gguf"),
-        ("../packed/tiny.gguf", "../packed/tiny.gguf: model.gguf_file: leads out of the model directory; name the"),
-        ("/tiny.gguf", "/tiny.gguf: model.gguf_file: leads out of the model directory; name the directory in"),
-        (None, "{path}: model.name_or_path: no config.json in this directory, so it holds no model; set "
-               "model.gguf_file to tiny.gguf"),
+        ("other.gguf", (Code.MODEL_GGUF_NOT_FOUND, "{path}/other.gguf", KEY), "there is tiny.gguf"),
+        ("../packed/tiny.gguf", (Code.MODEL_GGUF_OUTSIDE, "../packed/tiny.gguf", KEY), "name the directory"),
+        ("/tiny.gguf", (Code.MODEL_GGUF_OUTSIDE, "/tiny.gguf", KEY), "name the directory"),
+        (None, (Code.MODEL_NO_CONFIG, "{path}", NAME), "set model.gguf_file to tiny.gguf"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("command", ["train", "params"])
 def test_a_name_that_leads_nowhere(
-    command: str, file: str | None, message: str, pair: tuple[Path, Path], run_config: MakeConfig, cli: Cli
+    command: str,
+    file: str | None,
+    refusal: tuple[Code, str, str],
+    text: str,
+    pair: tuple[Path, Path],
+    run_config: MakeConfig,
+    cli: Cli,
 ) -> None:
     ran = cli(command, run_config(model={"name_or_path": str(pair[0]), "gguf_file": file}))
-    assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith(f"error: {message.format(path=pair[0])}")
+    code, where, key = refusal
+    check_refused(ran, 3, (code, where.format(path=pair[0]), key))
+    assert ran.out == "" and text in ran.err
 
 
 def test_one_part_of_several(pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     part = write_gguf(tmp_path / FILE, tiny_llama(vocab_size=len(tokenizer)), tokenizer, split_count=3)
-    with pytest.raises(ModelError, match=r"one of 3 parts, .*; join them with `llama-gguf-split --merge`"):
+    with pytest.raises(ModelError, match=r"one of 3 parts, .*; .*llama-gguf-split --merge") as caught:
         check(part)
+    assert meanings(caught.value) == [(Code.MODEL_GGUF_SPLIT, str(part), KEY)]
 
 
 def test_without_the_package(pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path) -> None:
@@ -302,8 +312,8 @@ def test_without_the_package(pair: tuple[Path, Path], run_config: MakeConfig, tm
     (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['gguf'] = None\n")
     config = run_config(model={"name_or_path": str(pair[0]), "gguf_file": FILE})
     ran = process("train", config, PYTHONPATH=str(tmp_path / "site"))
-    what = "the package gguf is missing, which reads GGUF files; pip install 'loratune[gguf]'"
-    assert ran == Ran(3, "", f"error: {pair[0] / FILE}: model.gguf_file: {what}\n")
+    check_refused(ran, 3, (Code.MODEL_MISSING_PACKAGE, str(pair[0] / FILE), KEY))
+    assert ran.out == "" and ran.err.endswith("; pip install 'loratune[gguf]'\n") and ran.err.count("\n") == 1
     assert "gguf" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -361,7 +371,8 @@ def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path
     ran = process("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make", **offline)
     assert ran.code == 0, ran.err
     ran = process("params", run_config(model=base | {"gguf_file": "gone.gguf"}), **local)
-    assert ran == Ran(3, "", "error: who/packed: model.gguf_file: the repository has no gone.gguf\n")
+    check_refused(ran, 3, (Code.MODEL_GGUF_NOT_FOUND, "who/packed", KEY))
+    assert ran.out == "" and "the repository has no gone.gguf" in ran.err and ran.err.count("\n") == 1
 
 
 # The real one
@@ -403,7 +414,7 @@ def test_what_a_run_asks_of_machine_and_model_is_asked_once(
 
     counted(device, "check_machine")
     counted(device, "check_kernels")
-    counted(gguf_module, "_check_whole")
+    counted(gguf_module, "_check_complete")
     counted(acceleration, "_replace")
     counted(acceleration, "ParityCheck")
     counted(batching, "packing_refusal")
@@ -413,7 +424,7 @@ def test_what_a_run_asks_of_machine_and_model_is_asked_once(
     ran = cli("train", run_config(model={"name_or_path": str(base), "gguf_file": FILE}, data=rows))
     assert ran.code == 0, ran.err
     assert calls == dict.fromkeys(
-        ("check_machine", "check_kernels", "_check_whole", "_replace", "ParityCheck", "packing_refusal"), 1
+        ("check_machine", "check_kernels", "_check_complete", "_replace", "ParityCheck", "packing_refusal"), 1
     ), calls
 
 

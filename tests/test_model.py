@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, Ran, tiny_llama, tree
+from conftest import ROWS, Ran, check_refused, tiny_llama, tree
 from safetensors.torch import load_file, save_file
 from transformers import (
     BartConfig,
@@ -28,6 +28,7 @@ from transformers import (
 
 from loratune.commands import inference
 from loratune.config import LoraSection, ModelSection
+from loratune.errors import Code
 from loratune.lora import attach
 from loratune.model import load
 from loratune.model.source import KEY as NAME
@@ -99,17 +100,18 @@ def test_what_the_hub_says_is_told_apart(hub: str, tmp_path: Path) -> None:
     offline = ask(["who/absent", "who/cached"], tmp_path, HF_HUB_OFFLINE="1")
     *lines, cached = [json.loads(line) for run in (online, offline) for line in run.communicate()[0].splitlines()]
     expected = [
-        "who/absent: model.name_or_path: no such directory, and no such repository on the hub; check the name",
-        "who/private: model.name_or_path: no such directory, and no such repository on the hub; check the name",
-        "who/gated: model.name_or_path: this repository is gated; accept its terms on https://huggingface.co/who/gated",
-        "who/empty: model.name_or_path: the repository has no config.json, so it holds no model",
-        "who/hangs-up: model.name_or_path: no such directory; the hub cannot be reached and the model is not cached",
-        "no such: name: model.name_or_path: no such directory, and not the id of a repository",
-        "who/absent: model.name_or_path: no such directory; the hub cannot be reached and the model is not cached",
+        ("who/absent", Code.MODEL_NO_REPOSITORY, "check the name"),
+        ("who/private", Code.MODEL_NO_REPOSITORY, "check the name"),
+        ("who/gated", Code.MODEL_GATED, "https://huggingface.co/who/gated"),
+        ("who/empty", Code.MODEL_NO_CONFIG, "config.json"),
+        ("who/hangs-up", Code.MODEL_HUB_UNREACHABLE, ""),
+        ("no such: name", Code.MODEL_INVALID_ID, ""),
+        ("who/absent", Code.MODEL_HUB_UNREACHABLE, ""),
     ]
     assert [(code, out, err.count("\n")) for code, out, err in lines] == [(3, "", 1)] * 7
-    for (_, _, err), message in zip(lines, expected, strict=True):
-        assert err.startswith(f"error: {message}")
+    for line, (name, code, text) in zip(lines, expected, strict=True):
+        check_refused(Ran(*line), 3, (code, name, NAME))
+        assert text in line[2]
     assert cached[0] == 0
     assert cached[1].startswith("trainable params: ")
 
@@ -117,19 +119,21 @@ def test_what_the_hub_says_is_told_apart(hub: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["./gone", "/gone", "~/gone", "a/b/c"])
 def test_a_path_is_never_looked_up_on_the_hub(name: str, cli: Callable[..., Ran]) -> None:
     ran = cli("params", "--model", name)
-    assert (ran.code, ran.out) == (3, "")
-    assert ran.err == f"error: {name}: model.name_or_path: no such directory; check the path\n"
+    check_refused(ran, 3, (Code.MODEL_NO_DIRECTORY, name, NAME))
+    assert (ran.out, ran.err.count("\n")) == ("", 1)
 
 
 def test_what_is_no_model_directory(tmp_path: Path, cli: Callable[..., Ran]) -> None:
-    for name, fix in (("model.bin", ""), ("model.gguf", ", and set model.gguf_file: model.gguf")):
+    for name, fix in (("model.bin", "; name its directory\n"), ("model.gguf", "set model.gguf_file: model.gguf\n")):
         file = tmp_path / "files" / name
         file.parent.mkdir(exist_ok=True)
         file.touch()
-        message = f"error: {file}: {NAME}: is a file, not a model directory; name its directory{fix}\n"
-        assert cli("params", "--model", file) == Ran(3, "", message)
-    what = f"{NAME}: no config.json in this directory, so it holds no model; name the directory that has one"
-    assert cli("params", "--model", tmp_path) == Ran(3, "", f"error: {tmp_path}: {what}\n")
+        ran = cli("params", "--model", file)
+        check_refused(ran, 3, (Code.MODEL_IS_FILE, str(file), NAME))
+        assert (ran.out, ran.err.count("\n")) == ("", 1) and ran.err.endswith(fix)
+    ran = cli("params", "--model", tmp_path)
+    check_refused(ran, 3, (Code.MODEL_NO_CONFIG, str(tmp_path), NAME))
+    assert (ran.out, ran.err.count("\n")) == ("", 1)
 
 
 def test_the_home_directory_may_be_written_as_a_tilde(
@@ -187,42 +191,54 @@ def pickled(path: Path) -> None:
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
-BROKEN = {
+Refusal = tuple[Code, str, str]
+"""A code, the name of the file that is blamed within the model directory, and what the message says besides."""
+
+BROKEN: dict[str, tuple[Damage, Refusal]] = {
     "T5": (lambda path: T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(path),
-           "T5ForConditionalGeneration (model type t5) is an encoder-decoder"),
+           (Code.MODEL_ENCODER_DECODER, "", "T5ForConditionalGeneration (model type t5)")),
     "Bart": (lambda path: BartConfig(architectures=["BartForCausalLM"]).save_pretrained(path),
-             "BartForCausalLM (model type bart) is an encoder-decoder"),
+             (Code.MODEL_ENCODER_DECODER, "", "BartForCausalLM (model type bart)")),
     "classifier": (configure(architectures=["LlamaForSequenceClassification"]),
-                   "LlamaForSequenceClassification (model type llama) is not a causal language model"),
+                   (Code.MODEL_NOT_CAUSAL, "", "LlamaForSequenceClassification (model type llama)")),
     "half of a pair": (lambda path: CLIPConfig(architectures=["CLIPModel"]).save_pretrained(path),
-                       "CLIPModel (model type clip) is not a causal language model"),
+                       (Code.MODEL_NOT_CAUSAL, "", "CLIPModel (model type clip)")),
     "multimodal": (lambda path: Blip2Config(architectures=["Blip2ForConditionalGeneration"]).save_pretrained(path),
-                   "Blip2ForConditionalGeneration (model type blip-2) is not a causal language model"),
+                   (Code.MODEL_NOT_CAUSAL, "", "Blip2ForConditionalGeneration (model type blip-2)")),
     "encoder": (lambda path: BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(path),
-                "BertForMaskedLM (model type bert) is not a causal language model"),
-    "unknown type": (configure(model_type="lama"), "model type `lama`"),
-    "cut": (cut, "model.safetensors: damaged or cut off: "),
-    "cut shard": (cut_shard, "model-00002-of-00004.safetensors: damaged or cut off: "),
-    "empty": (write("model.safetensors", b""), "model.safetensors: damaged or cut off: "),
-    "LFS": (write("model.safetensors", LFS), "model.safetensors: a Git LFS pointer, not the weights; fetch"),
-    "LFS shard": (lambda path: shards(path)[1].write_bytes(LFS), "model-00002-of-00004.safetensors: a Git LFS pointer"),
-    "LFS pickle": (pickled, "pytorch_model.bin: a Git LFS pointer"),
-    "no shard": (lambda path: shards(path)[1].unlink(), "model-00002-of-00004.safetensors"),
-    "no weights": (lambda path: (path / "model.safetensors").unlink(), "no file named model.safetensors"),
-    "missing tensor": (rewrite(lambda found: found.pop(UP)), f"lack 1 tensors of the model, among them {UP};"),
-    "more layers": (configure(num_hidden_layers=3), "lack 9 tensors of the model, among them model.layers.2."),
+                (Code.MODEL_NOT_CAUSAL, "", "BertForMaskedLM (model type bert)")),
+    "unknown type": (configure(model_type="lama"), (Code.MODEL_CONFIG_UNREADABLE, "", "model type `lama`")),
+    "cut": (cut, (Code.MODEL_WEIGHTS_DAMAGED, "model.safetensors", "")),
+    "cut shard": (cut_shard, (Code.MODEL_WEIGHTS_DAMAGED, "model-00002-of-00004.safetensors", "")),
+    "empty": (write("model.safetensors", b""), (Code.MODEL_WEIGHTS_DAMAGED, "model.safetensors", "")),
+    "LFS": (write("model.safetensors", LFS), (Code.MODEL_LFS_POINTER, "model.safetensors", "`git lfs pull`")),
+    "LFS shard": (lambda path: shards(path)[1].write_bytes(LFS),
+                  (Code.MODEL_LFS_POINTER, "model-00002-of-00004.safetensors", "")),
+    "LFS pickle": (pickled, (Code.MODEL_LFS_POINTER, "pytorch_model.bin", "")),
+    "no shard": (lambda path: shards(path)[1].unlink(),
+                 (Code.MODEL_UNREADABLE, "", "model-00002-of-00004.safetensors")),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(),
+                   (Code.MODEL_UNREADABLE, "", "no file named model.safetensors")),
+    "missing tensor": (rewrite(lambda found: found.pop(UP)),
+                       (Code.MODEL_WEIGHTS_MISSING, "", f"lack 1 tensors of the model, among them {UP} ")),
+    "more layers": (configure(num_hidden_layers=3),
+                    (Code.MODEL_WEIGHTS_MISSING, "", "lack 9 tensors of the model, among them model.layers.2.")),
     "fewer layers": (configure(num_hidden_layers=1),
-                     "hold 9 tensors more than config.json asks for, among them model.layers.1.input_layernorm.weight"),
+                (Code.MODEL_WEIGHTS_EXTRA, "",
+                 "hold 9 tensors more than config.json asks for, among them model.layers.1.input_layernorm.weight")),
     "a bias": (rewrite(lambda found: found.update({UP.replace("weight", "bias"): torch.zeros(64)})),
-               "hold 1 tensors more than config.json asks for, among them model.layers.1.mlp.up_proj.bias;"),
+               (Code.MODEL_WEIGHTS_EXTRA, "",
+                "hold 1 tensors more than config.json asks for, among them model.layers.1.mlp.up_proj.bias ")),
     "other shape": (rewrite(lambda found: found.update({UP: torch.ones(64, 33)})),
-                    f"1 tensors have another shape than config.json asks for, among them {UP} (64, 33) for (64, 32);"),
-    "no JSON": (write("config.json", b'{"a": '), "the configuration cannot be loaded: "),
-    "wrong value": (configure(num_hidden_layers="two"), "expected int, got str (value: 'two')"),
-    "no heads": (configure(num_attention_heads=0), "the configuration cannot be loaded: "),
-    "tokenizer": (write("tokenizer.json", b'{"a'), "the tokenizer cannot be loaded: "),
+                (Code.MODEL_WEIGHTS_SHAPE, "",
+                 f"1 tensors have another shape than config.json asks for, among them {UP} (64, 33) for (64, 32) ")),
+    "no JSON": (write("config.json", b'{"a": '), (Code.MODEL_CONFIG_UNREADABLE, "", "")),
+    "wrong value": (configure(num_hidden_layers="two"),
+                    (Code.MODEL_CONFIG_UNREADABLE, "", "expected int, got str (value: 'two')")),
+    "no heads": (configure(num_attention_heads=0), (Code.MODEL_CONFIG_UNREADABLE, "", "")),
+    "tokenizer": (write("tokenizer.json", b'{"a'), (Code.MODEL_TOKENIZER_UNREADABLE, "", "")),
     "no tokenizer": (lambda path: [file.unlink() for file in path.glob("tokenizer*")],
-                     "the tokenizer cannot be loaded: "),
+                     (Code.MODEL_TOKENIZER_UNREADABLE, "", "")),
 }  # fmt: skip
 
 
@@ -235,15 +251,14 @@ def copy(tiny_dir: Path, tmp_path: Path) -> Path:
 def test_a_model_that_cannot_be_trained(
     kind: str, copy: Path, tmp_path: Path, cli: Callable[..., Ran], run_config: Callable[..., Path]
 ) -> None:
-    damage, message = BROKEN[kind]
+    damage, (code, file, text) = BROKEN[kind]
     damage(copy)
     path = run_config(model={"name_or_path": str(copy)})
     before = tree(tmp_path)
     ran = cli("train", path)
-    assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith(f"error: {copy}")
-    assert ran.err.count("\n") == 1
-    assert message in ran.err
+    check_refused(ran, 3, (code, str(copy / file), ""))
+    assert (ran.out, ran.err.count("\n")) == ("", 1)
+    assert text in ran.err
     assert tree(tmp_path) == before
 
 
@@ -267,9 +282,8 @@ def test_code_from_a_repository_is_not_run(
     configure(model_type="strange", auto_map=classes)(copy)
     (copy / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
     ran = cli(command, run_config(model={"name_or_path": str(copy)}))
-    assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith(f"error: {copy}: the model needs code from its repository; read that code")
-    assert "model.trust_remote_code: true and model.revision" in ran.err
+    check_refused(ran, 3, (Code.MODEL_NEEDS_CODE, str(copy), ""))
+    assert ran.out == "" and "model.trust_remote_code: true and model.revision" in ran.err
     assert not marker.exists()
 
 
@@ -290,8 +304,8 @@ def test_code_from_a_repository_is_run_when_asked_for(
     trusted = {"name_or_path": str(copy), "trust_remote_code": True, "revision": "main"}
     ran = cli("params", run_config(model=trusted))
     assert marker.exists()
-    assert (ran.code, ran.out) == (3, "")  # there is a configuration, and no model for it
-    assert "the model cannot be loaded: Unrecognized configuration class" in ran.err
+    check_refused(ran, 3, (Code.MODEL_UNREADABLE, str(copy), ""))  # there is a configuration, and no model for it
+    assert ran.out == "" and "Unrecognized configuration class" in ran.err
 
 
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_head": 4, "n_layer": 2}

@@ -18,7 +18,6 @@ from loratune import escaping
 from loratune.commands import output_file
 from loratune.commands.output_file import Output
 from loratune.errors import ConfigError, ResourceError
-from loratune.system import plain
 
 
 def output(path: Path | str, *inputs: Path, overwrite: bool = False) -> Output:
@@ -177,7 +176,7 @@ def test_no_two_get_one_name_where_there_are_no_links(tmp_path: Path, monkeypatc
     assert tree(tmp_path) == {"a.txt": b"new\n"}
     place = output(tmp_path / "b.txt")
     monkeypatch.setattr(Output, "check", lambda _: (tmp_path / "b.txt").write_text("precious"))
-    monkeypatch.setattr(plain, "kind", lambda _: "")
+    monkeypatch.setattr(output_file, "kind", lambda _: "")
     with pytest.raises(ConfigError, match="put in place: File exists"), place.opened() as file:
         file.write("new")
     assert (tmp_path / "b.txt").read_text() == "precious"
@@ -234,11 +233,11 @@ def test_a_pipe_that_nobody_reads_is_told_of(tmp_path: Path) -> None:
     reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_text()))
     notes: list[str] = []
 
-    def note(line: str) -> None:
+    def log(line: str) -> None:
         notes.append(line)
         reader.start()
 
-    with output(tmp_path / "pipe").opened(note) as file:
+    with output(tmp_path / "pipe").opened(log) as file:
         file.write("through a pipe")
     reader.join()
     told = f"{tmp_path / 'pipe'}: a named pipe that nobody reads; waiting for a reader"

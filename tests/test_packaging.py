@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import document_codes
 import document_config
 import pytest
 import yaml
@@ -52,6 +53,11 @@ def test_deptry_sees_a_package_that_is_not_declared(tmp_path: Path) -> None:
 def test_the_table_of_keys_is_current() -> None:
     text = document_config.README.read_text(encoding="utf-8")
     assert document_config.document(text) == text, "run `python scripts/document_config.py`"
+
+
+def test_the_table_of_codes_is_current() -> None:
+    text = document_codes.README.read_text(encoding="utf-8")
+    assert document_codes.document(text) == text, "run `python scripts/document_codes.py`"
 
 
 def test_the_table_of_keys_follows_the_schema() -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ran
+from conftest import Ran, check_refused
 from transformers import FalconConfig, LlamaConfig, Phi3Config
 
 from loratune import config
 from loratune.commands import params
+from loratune.errors import Code
 from loratune.lora.adapter_files import WEIGHTS_FILE
 
 ROLES = {
@@ -165,42 +166,58 @@ def test_exactly_one_thing_is_counted(cli: Callable[..., Ran], run_config: Calla
     assert cli("params", run_config(), "--model", tiny_dir) == Ran(2, "", message)
 
 
+SIZE, CLASSES = Code.MODEL_IMPLAUSIBLE_SIZE, Code.MODEL_INVALID_ARCHITECTURES
+CONFIG, MODEL = Code.MODEL_CONFIG_UNREADABLE, Code.MODEL_UNREADABLE
 ODD = {
-    "a million layers": ({"num_hidden_layers": 10**6}, "num_hidden_layers: is 1,000,000; at most 4,096 are built"),
-    "layers without end": ({"num_hidden_layers": 10**30}, "num_hidden_layers: is beyond all bounds; at most 4,096"),
-    "a billion labels": ({"num_labels": 10**9}, "num_labels: is 1,000,000,000; at most 1,000,000 are built"),
-    "a million experts": ({"model_type": "mixtral", "num_local_experts": 10**6}, "num_local_experts: is 1,000,000;"),
+    "a million layers": (
+        {"num_hidden_layers": 10**6},
+        SIZE,
+        "num_hidden_layers: is 1,000,000, and must be at most",
+    ),
+    "layers without end": ({"num_hidden_layers": 10**30}, SIZE, "num_hidden_layers: is more than 10^18, and must be"),
+    "a billion labels": ({"num_labels": 10**9}, SIZE, "num_labels: is 1,000,000,000, and must be at most 1,000,000 "),
+    "a million experts": (
+        {"model_type": "mixtral", "num_local_experts": 10**6},
+        SIZE,
+        "num_local_experts: is 1,000,000,",
+    ),
     "layers within": (
         {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**6}},
-        "text_config.num_hidden_layers: is 1,000,000;",
+        SIZE,
+        "text_config.num_hidden_layers: is 1,000,000,",
     ),
-    "a number as class": ({"architectures": [5]}, "architectures: must be a list of names of classes; write it as"),
-    "a text of a class": ({"architectures": "LlamaForCausalLM"}, "architectures: must be a list of names of classes"),
-    "labels that are text": ({"id2label": "x"}, "the configuration cannot be loaded: "),
-    "a tie that is text": ({"tie_word_embeddings": "yes"}, "Field 'tie_word_embeddings' expected bool"),
+    "a number as class": ({"architectures": [5]}, CLASSES, "architectures: "),
+    "a text of a class": ({"architectures": "LlamaForCausalLM"}, CLASSES, "architectures: "),
+    "labels that are text": ({"id2label": "x"}, CONFIG, ""),
+    "a tie that is text": ({"tie_word_embeddings": "yes"}, CONFIG, "Field 'tie_word_embeddings' expected bool"),
     "more kinds than layers": (
         {"model_type": "qwen2", "layer_types": ["full_attention"] * 5},
+        CONFIG,
         "must be equal to the n",
     ),
-    "no configuration": ({"model_type": "gemma3", "text_config": 5}, "Field 'text_config' with value 5"),
-    "empty heads": ({"head_dim": 0}, "the model cannot be loaded: "),
-    "negative heads": ({"head_dim": -8}, "the model cannot be loaded: Trying to create tensor with negative dimension"),
-    "negative states": ({"hidden_size": -32}, "the model cannot be loaded: Trying to create tensor with negative"),
-    "no heads": ({"num_attention_heads": 0}, "the configuration cannot be loaded: "),
-    "states without end": ({"hidden_size": 2**62}, "the model cannot be loaded: Storage size calculation overflowed"),
-    "an unknown rope": ({"rope_scaling": {"type": "x"}}, "the model cannot be loaded: unknown: 'x'"),
-    "no layers": ({"num_hidden_layers": 0}, "lora.target_modules: llama has no attention"),
+    "no configuration": ({"model_type": "gemma3", "text_config": 5}, CONFIG, "Field 'text_config' with value 5"),
+    "empty heads": ({"head_dim": 0}, MODEL, ""),
+    "negative heads": ({"head_dim": -8}, MODEL, "Trying to create tensor with negative dimension"),
+    "negative states": ({"hidden_size": -32}, MODEL, "Trying to create tensor with negative"),
+    "no heads": ({"num_attention_heads": 0}, CONFIG, ""),
+    "states without end": ({"hidden_size": 2**62}, MODEL, "Storage size calculation overflowed"),
+    "an unknown rope": ({"rope_scaling": {"type": "x"}}, MODEL, "unknown: 'x'"),
+    "no layers": ({"num_hidden_layers": 0}, None, "lora.target_modules: llama has no attention"),
 }
 
 
-@pytest.mark.parametrize(("changes", "told"), ODD.values(), ids=ODD)
-def test_odd_configurations(changes: dict[str, Any], told: str, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+@pytest.mark.parametrize(("changes", "code", "text"), ODD.values(), ids=ODD)
+def test_odd_configurations(
+    changes: dict[str, Any], code: Code | None, text: str, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
     """Each ends soon, in an error of the model."""
     path = config_only(tmp_path / "odd", LlamaConfig(**SMALL))
     values = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(values | changes))
     ran = cli("params", "--model", path)
-    assert ran.code == 3 and told in ran.err and ran.err.startswith("error: "), ran.err
+    assert ran.code == 3 and text in ran.err and ran.err.startswith("error: "), ran.err
+    if code is not None:
+        check_refused(ran, 3, (code, str(path), ""))
 
 
 def test_a_huge_vocabulary_is_counted(tmp_path: Path) -> None:

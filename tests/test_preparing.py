@@ -639,28 +639,35 @@ def test_a_chat_template_of_ones_own(cli: Callable[..., Ran], run_config: Callab
     assert "[user]What?<|end|>[assistant]⟦That.<|end|>⟧" in ran.out
 
 
-BAD_TEMPLATES = {
-    "absent": (None, "no such file; name a Jinja file"),
-    "not Jinja": (
-        "{% for m in messages %}\n{{ m.content }\n",
-        ":2: data.chat_template: not a Jinja template: ",
-    ),
-    "not UTF-8": (b"\xff", "data.chat_template: cannot be read: it is not UTF-8; name a Jinja file"),
-    "empty": ("\n", "data.chat_template: the file is empty; name a Jinja file"),
+BAD_TEMPLATES: dict[str, tuple[Any, ...]] = {
+    "absent": (None, "data.chat_template: no such file"),
+    "not Jinja": ("{% for m in messages %}\n{{ m.content }\n", ":2: data.chat_template: ", Code.MODEL_TEMPLATE_INVALID),
+    "not UTF-8": (b"\xff", "it is not UTF-8", Code.MODEL_TEMPLATE_UNREADABLE),
+    "empty": ("\n", "", Code.MODEL_TEMPLATE_EMPTY),
     "nested ifs": (
         "{% if a %}" * 150 + "{% endif %}" * 150,
-        "data.chat_template: not a Jinja template: it is nested too deeply: too many levels of indentation; mend it",
+        "nested too deeply: too many levels of indentation",
+        Code.MODEL_TEMPLATE_INVALID,
     ),
-    "nested loops": ("{% for a in b %}" * 40 + "{% endfor %}" * 40, "nested too deeply: too many statically nested"),
-    "nested parentheses": ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "it is nested too deeply; mend it"),
+    "nested loops": (
+        "{% for a in b %}" * 40 + "{% endfor %}" * 40,
+        "nested too deeply: too many statically nested",
+        Code.MODEL_TEMPLATE_INVALID,
+    ),
+    "nested parentheses": (
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "it is nested too deeply ",
+        Code.MODEL_TEMPLATE_INVALID,
+    ),
 }
 
 
-@pytest.mark.parametrize(("content", "message"), BAD_TEMPLATES.values(), ids=BAD_TEMPLATES)
+@pytest.mark.parametrize("kind", BAD_TEMPLATES)
 def test_a_template_that_is_none(
-    content: str | bytes | None, message: str, cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+    kind: str, cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The file is blamed, not the rows."""
+    content, message, *codes = BAD_TEMPLATES[kind]
     template = tmp_path / "chat.jinja"
     if content is not None:
         template.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -668,7 +675,8 @@ def test_a_template_that_is_none(
     path = write_rows(tmp_path / "data.jsonl", [{"messages": turns}])
     ran = cli("train", run_config(data={"train": str(path), "chat_template": str(template)}), "--dry-run")
     assert ran.code == 2
-    assert ran.err.startswith(f"error: {template}") and message in ran.err
+    assert ran.err.startswith(f"error: {template}") and ": data.chat_template: " in ran.err and message in ran.err
+    assert all(f"[{code}]" in ran.err for code in codes)
 
 
 def test_rows_beyond_the_positions_of_the_model(

@@ -14,13 +14,13 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from conftest import Ran, process, tiny_llama, tree
+from conftest import Expected, Ran, check_refused, meanings, process, tiny_llama, tree
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from loratune.commands import inference
 from loratune.config import LoraSection, ModelSection
-from loratune.errors import ConfigError
+from loratune.errors import Code, ConfigError
 from loratune.lora import attach, sharded
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import device, load
@@ -356,11 +356,11 @@ def test_targets_are_looked_for_in_plain_layers(wide: Path, ready: Callable[[str
 
 
 WITHOUT_TORCH = """
-import sys
+import json, sys
 from typer.testing import CliRunner
 from loratune.cli import app
 ran = CliRunner().invoke(app, ["train", sys.argv[1]])
-print(ran.exit_code, "torch" in sys.modules, ran.stdout, ran.stderr)
+print(json.dumps(["torch" in sys.modules, ran.exit_code, ran.stdout, ran.stderr]))
 """
 
 
@@ -369,11 +369,13 @@ def test_a_package_that_is_missing(method: str, wide: Path, tmp_path: Path, run_
     path = packed(method, wide, tmp_path / "packed")
     config = run_config(model={"name_or_path": str(path)})
     before = tree(tmp_path)
-    ran = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
+    child = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
+    with_torch, *ran = json.loads(child.stdout)
     bits = "" if method == "compressed-tensors" else ", 4 bits"
-    what = f"the base is quantized ({method}{bits}), and what reads it is missing: "
-    assert ran.stdout.startswith(f"3 False  error: {path}: {what}"), ran.stdout
-    assert ran.stdout.rstrip().endswith(f"; pip install {PACKAGES[method]}")
+    check_refused(Ran(*ran), 3, (Code.MODEL_MISSING_PACKAGE, str(path), ""))
+    assert (with_torch, ran[1]) == (False, "")
+    assert f"({method}{bits})" in ran[2]
+    assert ran[2].endswith(f"; pip install {PACKAGES[method]}\n")
     assert tree(tmp_path) == before
 
 
@@ -385,16 +387,15 @@ def test_quantized_twice(
     path = packed(method, wide, tmp_path / "packed")
     ran = cli(command, run_config(model={"name_or_path": str(path), "quantization": "4bit"}))
     bits = f", {METHODS[method][0]['bits']} bits" if "bits" in METHODS[method][0] else ""
-    what = f"4bit is asked for, and the base is quantized already ({method}{bits})"
-    assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith(f"error: {path}: model.quantization: {what}; set it to none")
+    check_refused(ran, 3, (Code.MODEL_QUANTIZED_ALREADY, str(path), "model.quantization"))
+    assert ran.out == "" and f"({method}{bits})" in ran.err and "set it to none" in ran.err
 
 
 def test_a_method_without_a_backward(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
     path = packed("bitnet", wide, tmp_path / "packed")
     ran = cli("train", run_config(model={"name_or_path": str(path)}))
-    assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith(f"error: {path}: a base quantized with bitnet cannot be trained; take one that is not")
+    check_refused(ran, 3, (Code.MODEL_QUANTIZATION_FROZEN, str(path), ""))
+    assert ran.out == "" and "bitnet" in ran.err
 
 
 def test_a_method_that_nobody_knows(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
@@ -402,9 +403,8 @@ def test_a_method_that_nobody_knows(wide: Path, tmp_path: Path, cli: Cli, run_co
     shutil.copytree(wide, tmp_path / "packed")
     configure(tmp_path / "packed", quantization_config={"quant_method": "alchemy"})
     ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "packed")}))
-    what = "the base is quantized (alchemy), in a way that transformers does not know"
-    assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith(f"error: {tmp_path / 'packed'}: {what}; ")
+    check_refused(ran, 3, (Code.MODEL_QUANTIZATION_UNKNOWN, str(tmp_path / "packed"), ""))
+    assert ran.out == "" and "(alchemy)" in ran.err
 
 
 # What the machine cannot do
@@ -417,8 +417,8 @@ MACHINES = {
     "old CPU": Machine(None, bfloat16=False, bitsandbytes=""),
     "broken": Machine(None, bfloat16=True, bitsandbytes="no library"),
 }
-NO_BFLOAT16 = "model.dtype: Tesla T4 does not compute in bfloat16; set it to float16 or float32"
-NO_LIBRARY = "model.quantization: 4bit is not possible here: no library; mend bitsandbytes, or set it to none"
+NO_BFLOAT16 = (Code.MODEL_NO_BFLOAT16, "", "model.dtype"), "Tesla T4"
+NO_LIBRARY = (Code.MODEL_BITSANDBYTES, "", "model.quantization"), "no library"
 EMULATED = "model.dtype: this CPU has no instructions for bfloat16 and emulates it, slowly; auto is float32 here"
 
 
@@ -436,11 +436,14 @@ EMULATED = "model.dtype: this CPU has no instructions for bfloat16 and emulates 
         ("broken", {"dtype": "bfloat16"}, None, None),
     ],
 )
-def test_what_a_machine_can_do(machine: str, values: dict[str, Any], error: str | None, note: str | None) -> None:
+def test_what_a_machine_can_do(
+    machine: str, values: dict[str, Any], error: tuple[Expected, str] | None, note: str | None
+) -> None:
     section, where = ModelSection(name_or_path="base", **values), MACHINES[machine]
     if error:
-        with pytest.raises(ConfigError, match=re.escape(error)):
+        with pytest.raises(ConfigError, match=error[1]) as caught:
             device.check_machine(section, where)
+        assert meanings(caught.value) == [error[0]]
         return
     device.check_machine(section, where)
     assert [line[: len(note or "")] for line in device.notes(section, where)] == ([note] if note else [])
@@ -452,14 +455,15 @@ def test_this_machine_can_quantize() -> None:
 
 def test_kernels_for_a_gpu_are_refused_without_one() -> None:
     asked = ModelSection(name_or_path="base", device_map="auto", torch_compile=True, use_liger_kernel=True)
-    with pytest.raises(ConfigError, match="there is none") as caught:
+    with pytest.raises(ConfigError) as caught:
         device.check_kernels(asked, gpu=False)
     keys = ["model.device_map", "model.torch_compile", "model.use_liger_kernel"]
-    assert [problem.key for problem in caught.value.problems] == keys
+    assert meanings(caught.value) == [(Code.MODEL_NEEDS_GPU, "", key) for key in keys]
     device.check_kernels(ModelSection(name_or_path="base"), gpu=False)
     device.check_kernels(ModelSection(name_or_path="base", torch_compile=True), gpu=True)
-    with pytest.raises(ConfigError, match="pip install liger-kernel"):
+    with pytest.raises(ConfigError, match=r"pip install liger-kernel$") as caught:
         device.check_kernels(asked, gpu=True)
+    assert meanings(caught.value) == [(Code.MODEL_MISSING_PACKAGE, "", "model.use_liger_kernel")]
 
 
 def broken_installation(kind: str, path: Path) -> Path:
@@ -489,7 +493,7 @@ def test_4bit_with_a_broken_bitsandbytes(
     broken = str(broken_installation(kind, tmp_path / "site"))
     before = tree(tmp_path)
     ran = process("train", config, PYTHONPATH=broken, PYTHONDONTWRITEBYTECODE="1")
-    what = f"model.quantization: 4bit is not possible here: {reason}; mend bitsandbytes, or set it to none"
-    assert ran == Ran(2, "", f"error: {what}\n")
+    check_refused(ran, 2, (Code.MODEL_BITSANDBYTES, "", "model.quantization"))
+    assert ran.out == "" and f"4bit does not work here: {reason} [" in ran.err and ran.err.count("\n") == 1
     assert tree(tmp_path) == before
     assert process("train", config).code == 3  # the control: with all of bitsandbytes it is the model

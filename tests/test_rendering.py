@@ -23,7 +23,7 @@ from loratune.data.packing import pad
 from loratune.data.rendering import IGNORED, Renderer, TokenizedRow, truncate
 from loratune.errors import Code, DataError, ModelError
 from loratune.model import load
-from loratune.model.growth import check_growth
+from loratune.model.checks import check_growth
 
 VERSION = "3.7.2"
 NAMES = ("bytes", "llama3", "qwen3", "gemma3", "smollm2")

@@ -16,7 +16,7 @@ from conftest import Ran, tiny_llama, tree
 from nursery import Nursery
 from running import LONG, RESTLESS, WEIGHTS, Cli, MakeConfig, checkpoints, curve, flip, straight, until
 
-from loratune.system import plain
+from loratune.system.files import kind as kind_of_file
 from loratune.training import resume as resume_module
 from loratune.training import run_dir
 from loratune.training.checkpoints import newest_whole
@@ -390,7 +390,7 @@ def test_a_checkpoint_has_no_place(
         expected = f"error: {place}: is {kind} where a checkpoint is written, and is left alone; move it away, "
         assert child.said().splitlines()[-1] == f"{expected}and start again"
         assert [*(tmp_path / "outside").iterdir()] == []
-        assert plain.kind(place) == kind
+        assert kind_of_file(place) == kind
         shutil.rmtree(tmp_path / "out.partial")
 
 

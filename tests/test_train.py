@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROWS, Ran, process, tiny_llama, tree, write_rows
+from conftest import ROWS, Ran, check_refused, process, tiny_llama, tree, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-from loratune.errors import NumericError
+from loratune.errors import Code, NumericError
 from loratune.training.callbacks import check_finite
 
 Cli = Callable[..., Ran]
@@ -266,9 +266,9 @@ def test_a_base_with_nan_weights(
     sick.save_pretrained(tmp_path / "sick")
     tokenizer.save_pretrained(tmp_path / "sick")
     ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "sick")}))
-    assert ran.code == 3
-    what = "1 of its tensors hold NaN or inf, among them model.layers.1.mlp.down_proj.weight; fetch it again"
-    assert ran.err == f"error: {tmp_path / 'sick'}: {what}\n"
+    check_refused(ran, 3, (Code.MODEL_WEIGHTS_NOT_FINITE, str(tmp_path / "sick"), ""))
+    assert ran.err.count("\n") == 1
+    assert "1 of its tensors hold NaN or inf, among them model.layers.1.mlp.down_proj.weight " in ran.err
 
 
 def test_a_run_that_learns_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

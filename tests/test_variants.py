@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, process, tiny_llama, tree
+from conftest import Ran, meanings, process, tiny_llama, tree
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -23,11 +23,11 @@ from loratune.commands import train
 from loratune.config import LoraSection, ModelSection, TrainingSection, portability
 from loratune.data import no_progress
 from loratune.data.packing import pad
-from loratune.errors import DataError, ModelError
+from loratune.errors import Code, DataError, ModelError
 from loratune.lora import attach, counts, optimizers, sharded, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.initialize import AdapterInit
-from loratune.model import load, originals
+from loratune.model import base_files, load
 from loratune.training import preflight, run_dir, trainer
 from loratune.training.checkpoints import Checkpoints
 
@@ -132,8 +132,8 @@ def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
         space = run_dir.inspect(loaded.output_dir, resume=resume, overwrite=False)
         ready = preflight.check(loaded, space, no_progress, [] if resume else None)
-        teller = train.Reporter(lambda line: None, lambda plan: None, no_progress, Silent(interrupted_at))
-        train.train(ready, teller)
+        reporter = train.Reporter(lambda line: None, lambda plan: None, no_progress, Silent(interrupted_at))
+        train.train(ready, reporter)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
     path = run_config(lora=lora, training={"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2})
@@ -240,7 +240,7 @@ def test_loftq_starts_from_what_four_bits_lose(rslora: bool, tiny_dir: Path) -> 
     section = LoraSection(init_lora_weights="loftq", use_rslora=rslora)
     base, whole = load.load_base(held), tiny_llama()
     tuned = attach.attach(base, section, targets.find(base, section).peft(), seed=0)
-    attach.initialize_adapter(tuned, section, originals=partial(originals.original_weights, held, base))
+    attach.initialize_adapter(tuned, section, originals=partial(base_files.original_weights, held, base))
     for path, (layer, update) in factors(tuned).items():
         lost = whole.get_submodule(path).weight.detach() - dequantize_module_weight(layer.get_base_layer()).float()
         singular = torch.linalg.svdvals(lost)
@@ -263,10 +263,11 @@ def test_loftq_through_the_command_line(cli: Cli, run_config: MakeConfig, tmp_pa
 
 def test_loftq_of_weights_that_are_not_there(tiny_dir: Path, tmp_path: Path) -> None:
     base = tiny_llama()
-    read = originals.original_weights(ModelSection(name_or_path=str(tiny_dir)), base)
+    read = base_files.original_weights(ModelSection(name_or_path=str(tiny_dir)), base)
     assert torch.equal(read("model.layers.0.self_attn.q_proj"), base.model.layers[0].self_attn.q_proj.weight)
-    with pytest.raises(ModelError, match=r"has model\.layers\.9\.gone\.weight as it was before quantization"):
+    with pytest.raises(ModelError, match=r"model\.layers\.9\.gone\.weight") as caught:
         read("model.layers.9.gone")
+    assert meanings(caught.value) == [(Code.MODEL_ORIGINAL_MISSING, str(tiny_dir), "lora.init_lora_weights")]
 
 
 # --- refusals

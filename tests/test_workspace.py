@@ -19,7 +19,7 @@ from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
 
 from loratune.errors import ConfigError
 from loratune.lora import adapter_files
-from loratune.system import plain
+from loratune.system.files import kind as kind_of_file
 from loratune.training import belongings, overwriting, run_dir
 
 ONE_STEP = {"max_steps": 1}
@@ -41,7 +41,7 @@ def everything(path: Path) -> dict[str, Any]:
     """What is below a path, by name: kind, size, and content or target."""
     found: dict[str, Any] = {}
     for one in sorted(path.rglob("*")):
-        kind = plain.kind(one)
+        kind = kind_of_file(one)
         found[str(one.relative_to(path))] = (
             os.readlink(one) if kind == "a link" else one.read_bytes() if kind == "a file" else kind
         )
@@ -641,7 +641,7 @@ def test_a_working_directory_that_is_not_utf_8(
     config = run_config(data={"train": "rows.jsonl"}, output_dir="out")
     shutil.copy(tmp_path / "rows.jsonl", odd)
     ran = cli("train", config)
-    assert ran.code == 2 and "output_dir: the path is not UTF-8, and could not be recorded; start from" in ran.err
+    assert ran.code == 2 and "output_dir: the path is not UTF-8, so it could not be recorded; start from" in ran.err
     assert [path.name for path in odd.iterdir()] == ["rows.jsonl"]
 
 

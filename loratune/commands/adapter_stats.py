@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from loratune.lora.adapter_files import WEIGHTS_FILE, AdapterFiles
+from loratune.lora.module_names import pattern
 from loratune.lora.stats import Update, updates
-from loratune.system.paths import pattern
 
 
 @dataclass(frozen=True)

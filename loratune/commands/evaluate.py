@@ -37,13 +37,13 @@ class Score:
 
 
 def evaluate(
-    opened: AdapterInfo, part: DatasetSplit, watch: ProgressFactory, note: Callable[[str], None]
+    opened: AdapterInfo, part: DatasetSplit, watch: ProgressFactory, log: Callable[[str], None]
 ) -> tuple[dict[str, Score], list[str]]:
     """Score `base` and `adapter` on rows that are rendered as in training; and lines about what became of the rows.
 
     Raises AdapterError, ModelError, DataError; ConfigError: rows are longer than the model's context.
     """
-    tuned = inference.load(opened, note)
+    tuned = inference.load(opened, log)
     size = tuned.model.config.get_text_config().vocab_size
     rows = data.prepare(part, tuned.renderer, tuned.data, size, watch)
     check_positions(rows, tuned.data, load.context_length(tuned.model.config))

@@ -33,16 +33,16 @@ def generate(
     temperature: float,
     base: bool,
     stream: bool,
-    note: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Answer]:
     """Answer every row, in order. Everything is checked before the iterator is handed out.
 
-    stream: print the completion of a single prompt while it comes; note: takes lines about the adapter.
+    stream: print the completion of a single prompt while it comes; log: takes lines about the adapter.
     rows: of any format but input_ids, and those need no answer. Text is taken as training took it: raw, or as a user's
     turn where the adapter was trained on conversations.
     Raises AdapterError, ModelError, DataError; ConfigError: a prompt that leaves no room in the model's context.
     """
-    tuned = inference.load(opened, note)
+    tuned = inference.load(opened, log)
     questions = _questions(tuned, rows)
     prompts = [
         tuned.renderer.prompt(asked.prompt, row.where, asked.tools) for asked, row in zip(questions, rows, strict=True)

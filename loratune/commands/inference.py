@@ -85,7 +85,7 @@ class LoadedAdapter:
         return ids[: ends[0] + 1] if ends else ids
 
 
-def load(opened: AdapterInfo, note: Callable[[str], None] = lambda _: None) -> LoadedAdapter:
+def load(opened: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> LoadedAdapter:
     """Load the base of an adapter directory, and put the adapter on it.
 
     Raises ConfigError: see `model.check_machine`. Raises ModelError: the base cannot be loaded. Raises AdapterError:
@@ -108,16 +108,16 @@ def load(opened: AdapterInfo, note: Callable[[str], None] = lambda _: None) -> L
         raise AdapterError(error.problems) if own_tokenizer else error from None
     renderer = Renderer(tokenizer, base.config.get_text_config().vocab_size)
     for line in attach.ignored(opened.saved):
-        note(line)
+        log(line)
     identity = fingerprints.fingerprint(base, like=opened.saved.base_fingerprint)
     before = fingerprints.Sampled(base), attach.before_load(base, opened.saved)
     tuned = attach.load(base, opened.saved)
-    _check_base(opened, identity, note)
+    _check_base(opened, identity, log)
     _check_computes(tuned, opened, tokenizer.eos_token_id or 0)
     return LoadedAdapter(tuned, tokenizer, renderer, opened.data, opened.chat, before, str(path))
 
 
-def _check_base(opened: AdapterInfo, found: str, note: Callable[[str], None]) -> None:
+def _check_base(opened: AdapterInfo, found: str, log: Callable[[str], None]) -> None:
     recorded, where = opened.saved.base_fingerprint, str(opened.saved.path)
     if recorded in (None, found):
         return
@@ -127,7 +127,7 @@ def _check_base(opened: AdapterInfo, found: str, note: Callable[[str], None]) ->
         what, fix = "records its base in a way that this release of loratune does not know", "upgrade loratune"
     if not opened.forced:
         raise AdapterError(Problem(what, where, fix=f"{fix}, or use it all the same with --force"))
-    note(str(Problem(what, where)))
+    log(str(Problem(what, where)))
 
 
 @torch.inference_mode()

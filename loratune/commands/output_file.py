@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
-from loratune.system.disk import sync
-from loratune.system.plain import kind
+from loratune.system.files import kind, sync
 from loratune.training.overwriting import holds, is_stuck
 
 _OPEN_FILE = re.compile(
@@ -98,17 +97,17 @@ class Output:
         return None
 
     @contextmanager
-    def opened(self, note: Callable[[str], None] = lambda _: None) -> Iterator[TextIO]:
+    def opened(self, log: Callable[[str], None] = lambda _: None) -> Iterator[TextIO]:
         """The file, in UTF-8; a lone surrogate is written as JSON writes it. A regular file is complete at the end, and
         on the disk. If what is done inside fails, it does not appear, and one that was to be replaced stays.
 
-        note: takes a line where a named pipe has no reader yet, and is waited for.
+        log: takes a line where a named pipe has no reader yet, and is waited for.
 
         Raises ConfigError: it cannot be made; or it cannot take its name at the end, as another file has it by now, and
         then what was written is kept, and told where. Raises ResourceError: the disk is full.
         """
         try:
-            with self._beside() if self.handle is None and _is_regular(kind(self.path)) else self._stream(note) as file:
+            with self._beside() if self.handle is None and _is_regular(kind(self.path)) else self._stream(log) as file:
                 yield file
         except OSError as error:
             if not is_disk_full(error):
@@ -116,20 +115,20 @@ class Output:
             raise ResourceError(Problem("no room for what is written", self.named, self.key, "make room")) from None
 
     @contextmanager
-    def _stream(self, note: Callable[[str], None]) -> Iterator[TextIO]:
+    def _stream(self, log: Callable[[str], None]) -> Iterator[TextIO]:
         """What is written to as it comes; a file that is open already, from where it stands."""
         own = self.handle
-        with _text(os.dup(own) if own is not None else self._open(note)) as file:
+        with _text(os.dup(own) if own is not None else self._open(log)) as file:
             yield file
 
-    def _open(self, note: Callable[[str], None]) -> int:
+    def _open(self, log: Callable[[str], None]) -> int:
         flags = os.O_WRONLY | os.O_CLOEXEC
         try:
             handle = os.open(self.path, flags | os.O_NONBLOCK)
         except OSError as error:
             if error.errno != errno.ENXIO or kind(self.path) != "a named pipe":
                 raise
-            note(f"{self.named}: a named pipe that nobody reads; waiting for a reader")
+            log(f"{self.named}: a named pipe that nobody reads; waiting for a reader")
             return os.open(self.path, flags)
         os.set_blocking(handle, True)
         return handle

@@ -7,9 +7,9 @@ from loratune.config import RunConfig
 from loratune.lora import attach, counts, targets
 from loratune.lora.attach import PeftModel
 from loratune.lora.counts import Count
+from loratune.lora.module_names import number_of, pattern
 from loratune.lora.targets import Targets
 from loratune.model import device, load
-from loratune.system.paths import number_of, pattern
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from loratune import escaping
-from loratune.console import aligned, block, duration, err, marked, note, size, table
+from loratune.console import aligned, block, duration, err, log, marked, size, table
 from loratune.console import as_json as printed_json
-from loratune.system.paths import number_of, pattern, ranges, shortest
+from loratune.lora.module_names import number_of, pattern, ranges, shortest
 
 if TYPE_CHECKING:
     from loratune.commands.adapter_stats import Header
@@ -26,14 +26,14 @@ def _share(value: float | None) -> str:
 def announce(made: "Plan") -> None:
     """On stderr, what is about to be trained; above all what was cut or left out."""
     for line in _rows(made.rows):
-        note(line)
-    note("first row, with what is learnt marked:")
+        log(line)
+    log("first row, with what is learnt marked:")
     marked(_shortened(made.rendered()), err)
     for place, along in made.targets.along().items():
         if along:
-            note(f"{place} is one module for {', '.join(made.targets.fused[place])}: {_along(along)}")
+            log(f"{place} is one module for {', '.join(made.targets.fused[place])}: {_along(along)}")
     _notes(made)
-    note(str(made.count))
+    log(str(made.count))
 
 
 def _notes(made: "Plan") -> None:
@@ -43,11 +43,11 @@ def _notes(made: "Plan") -> None:
     batch = processes * training.per_device_train_batch_size * accumulated
     if processes > 1:
         items = "packs of rows" if made.config.data.packing == "full" and made.train.flat else "rows"
-        note(f"{processes} processes: {processes} x {made.train.size} x {accumulated} {items} a step")
+        log(f"{processes} processes: {processes} x {made.train.size} x {accumulated} {items} a step")
     if len(rows) < batch and made.train.size > 1:
-        note(f"rows: {len(rows)}, fewer than a batch of {batch}: each epoch is one step on all of them")
+        log(f"rows: {len(rows)}, fewer than a batch of {batch}: each epoch is one step on all of them")
     for line in made.notes:
-        note(line)
+        log(line)
 
 
 def _rows(rows: "TokenizedDatasets") -> Iterator[str]:
@@ -116,9 +116,9 @@ def result(made: "Result", program: str) -> None:
 def params(counted: "Params", as_json: bool) -> None:
     """Counts, a table of the modules, and the memory that training will need."""
     for line in counted.notes:
-        note(line)
+        log(line)
     for place, roles in counted.along.items():
-        note(f"{place} is one module for {', '.join(counted.fused[place])}: {_along(roles)}")
+        log(f"{place} is one module for {', '.join(counted.fused[place])}: {_along(roles)}")
     count = counted.count
     if as_json:
         values = {

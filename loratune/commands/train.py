@@ -23,8 +23,9 @@ from loratune.lora.counts import Count
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import Weights
 from loratune.lora.targets import Targets
-from loratune.model import base_files, device, fingerprints, load, originals, weights
-from loratune.system import disk, signals
+from loratune.model import base_files, checks, device, fingerprints, load
+from loratune.system import signals
+from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.system.signals import Stop
 from loratune.training import batching, callbacks, conditions, gain, resume, run_dir, trainer
@@ -48,10 +49,10 @@ _PLENTY = 2
 class Reporter:
     """Whoever is told how a run goes.
 
-    note: takes a line; plan: what is about to be trained; watch: passes over the data; progress: the steps.
+    log: takes a line; plan: what is about to be trained; watch: passes over the data; progress: the steps.
     """
 
-    note: Callable[[str], None]
+    log: Callable[[str], None]
     plan: Callable[["Plan"], None]
     watch: ProgressFactory
     progress: Progress
@@ -141,7 +142,7 @@ def plan(ready: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROC
         adapted,
         run.lora,
         batches=batching.first(batches.train),
-        originals=partial(originals.original_weights, run.model, base),
+        originals=partial(base_files.original_weights, run.model, base),
     )
     return Plan(
         config=run,
@@ -166,7 +167,7 @@ def plan(ready: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROC
 
 
 def train(
-    ready: ValidatedRun, teller: Reporter, group: Group = SINGLE_PROCESS, *, allow_worse: bool = False
+    ready: ValidatedRun, reporter: Reporter, group: Group = SINGLE_PROCESS, *, allow_worse: bool = False
 ) -> Result | None:
     """Train, check and publish. Returns None in all processes but the main one, which alone writes.
 
@@ -180,7 +181,7 @@ def train(
             group.on_end(space.leave)
             if ready.resumed is not None and not allow_worse:
                 gain.check_undecided(space, ready.resumed)
-        run = plan(ready, teller.watch, group)
+        run = plan(ready, reporter.watch, group)
         identity = _identity(run, ready)
         if group.main:
             space.begin(resume=ready.resumed is not None)
@@ -188,29 +189,29 @@ def train(
             data.remove_old_entries()
         group.all_gather(None)  # so that a signal finds all of them on this side of the next line, or none
         with signals.deferred(repeated=group.count > 1) as stop:
-            kept = _kept(run, ready, identity, teller, stop, group)
-            teller.plan(run)
+            kept = _kept(run, ready, identity, reporter, stop, group)
+            reporter.plan(run)
             outcome = _fit(run, kept)
         if kept.stopping() and stop.asked is not None:  # since the trainer looked for the last time
             raise stop.asked
         trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
         trained = sharded.whole(run.model)
-        gained = _compared(run, trained, outcome, kept, teller)
+        gained = _compared(run, trained, outcome, kept, reporter)
         if gained.verdict == "worse" and not allow_worse:
             gain.refuse(gained, outcome.steps, ready.space, group)
         _check_files(run, group, thoroughly=True)
         group.close()
         if not group.main:
             return None
-        return _publish(run, trained, outcome, gained, identity["changes"], space, teller.note)
+        return _publish(run, trained, outcome, gained, identity["changes"], space, reporter.log)
 
 
-def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, teller: Reporter) -> Gain:
+def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, reporter: Reporter) -> Gain:
     """How the adapter compares with its base. Raises NumericError: it gives a loss that is not finite."""
     validation = {"validation": run.rows.validation} if run.rows.validation else {}
     parts, pad_id = validation | {"training": run.rows.train}, load.pad_id(run.tokenizer)
     sample = run.model, run.start, trained, parts, pad_id, outcome.tokens
-    gained = gain.measure(*sample, run.acceleration, kept.group, teller.note)
+    gained = gain.measure(*sample, run.acceleration, kept.group, reporter.log)
     if not math.isfinite(gained.adapter):
         what, key = f"after the last step the loss of some {gained.split} rows is NaN or inf", "training.learning_rate"
         raise callbacks.diverged_error(Problem(what, key=key, fix="lower it"), kept.checkpoints, outcome.steps)
@@ -224,14 +225,14 @@ def _publish(
     gained: Gain,
     changes: Sequence[Mapping[str, Any]],
     space: RunDirectory,
-    note: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Result:
     size = run.count.adapter_bytes + load.tokenizer_bytes(run.tokenizer)
     try:
-        with disk.room_for("the adapter directory", size, space.partial, "make room, then --resume"):
+        with explain_full_disk("the adapter directory", size, space.partial, "make room, then --resume"):
             size = _stage(run, trained, outcome, gained, changes, space)
             for path in space.publish():
-                note(f"{path} is not of the run's making, and stays there")
+                log(f"{path} is not of the run's making, and stays there")
     except NumericError:
         space.forget_checkpoints()  # nothing was learnt, and going on from there would end the same
         raise
@@ -266,7 +267,7 @@ def _base(run: RunConfig, group: Group) -> tuple[Any, base_files.Files, str]:
     fingerprint. Raises ModelError: processes have different ones."""
     base = load.load_base(run.model)
     files = load.files(run.model) if group.leads_machine else base_files.Files(None)
-    weights.check_finite(base, run.model.name_or_path)
+    checks.check_finite(base, run.model.name_or_path)
     own = fingerprints.fingerprint(base)
     if group.broadcast(own) != own:
         what, fix = f"the base on {host()} is another than that of the main process", "give all machines the same files"
@@ -301,7 +302,7 @@ def _identity(run: Plan, ready: ValidatedRun) -> dict[str, Any]:
 
 
 def _kept(
-    run: Plan, ready: ValidatedRun, identity: Mapping[str, Any], teller: Reporter, stop: Stop, group: Group
+    run: Plan, ready: ValidatedRun, identity: Mapping[str, Any], reporter: Reporter, stop: Stop, group: Group
 ) -> trainer.Run:
     """What the run is kept in and led by, and where it goes on. Raises ResourceError: the disk is too small."""
     size, found = 2 * run.memory.adapter + run.memory.optimizer + _BESIDE, ready.resumed
@@ -309,24 +310,24 @@ def _kept(
     unchanged = partial(_check_files, run, group)
     if found is None:
         if group.main:
-            disk.check_room(ready.space.partial, (KEPT + 1) * size + load.tokenizer_bytes(run.tokenizer))
-        return trainer.Run(checkpoints, teller.progress, stop, group, after_checkpoint=unchanged)
+            check_free_space(ready.space.partial, (KEPT + 1) * size + load.tokenizer_bytes(run.tokenizer))
+        return trainer.Run(checkpoints, reporter.progress, stop, group, after_checkpoint=unchanged)
     for problem in found.skipped:
-        teller.note(str(problem))
+        reporter.log(str(problem))
     for key in found.forgotten:
-        teller.note(f"{key}: was empty in the release of loratune that began the run; this release has no such key")
+        reporter.log(f"{key}: was empty in the release of loratune that began the run; this release has no such key")
     for change in identity["changes"]:
         was, now = f"was {change['was']} up to step {change['step']}", f"is {change['is']} from there"
-        teller.note(f"{change['key']} {was}, and {now}")
+        reporter.log(f"{change['key']} {was}, and {now}")
     if resume.differences(found, identity):
-        teller.note("so the last bits of its numbers may be others than without the interruption")
+        reporter.log("so the last bits of its numbers may be others than without the interruption")
     elif "conditions" not in found.before:
-        teller.note("the checkpoint does not say what it was computed with: the last bits of numbers may be others")
-    teller.note(f"resuming from step {found.step}")
+        reporter.log("the checkpoint does not say what it was computed with: the last bits of numbers may be others")
+    reporter.log(f"resuming from step {found.step}")
     before = found.before.get("processes", 1)
     if before != group.count and run.config.lora.lora_dropout:
-        teller.note(f"dropout draws otherwise from there, with {group.count} processes in place of {before}")
-    return trainer.Run(checkpoints, teller.progress, stop, group, found.checkpoint, found.rescaled, unchanged)
+        reporter.log(f"dropout draws otherwise from there, with {group.count} processes in place of {before}")
+    return trainer.Run(checkpoints, reporter.progress, stop, group, found.checkpoint, found.rescaled, unchanged)
 
 
 def _stage(
@@ -359,7 +360,7 @@ def _stage(
     made = card.provenance(settings, metrics, outcome.curve, run.fingerprints)
     made |= {"formats": run.given.formats, "chat": run.given.chat, "processes": run.processes}
     made |= {"rows": run.rows.train.report.counts(), "changes": changes, "files": adapter_files.manifest(space.staging)}
-    disk.write_json(space.staging / "loratune.json", made)
+    write_json(space.staging / "loratune.json", made)
     return size
 
 

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from loratune.config.expressions import BadExpressionError, brief, compiled
-from loratune.system.paths import unusable
+from loratune.system.files import path_problem
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 """How many of something, or how large: beyond this, torch and its optimizers lose numbers in silence, or fail."""
 
 
 def _usable(path: str) -> str:
-    if reason := unusable(path):
+    if reason := path_problem(path):
         raise ValueError(reason)
     return path
 

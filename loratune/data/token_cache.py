@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 
 from loratune.data.rendering import TokenizedRow
 from loratune.data.report import Report, total
-from loratune.system import private, records
-from loratune.system.digests import sha256
-from loratune.system.plain import is_file, read_text
+from loratune.system import records
+from loratune.system.files import create_private_file, is_file, read_text, sha256
 
 _log = logging.getLogger(__name__)
 
@@ -192,7 +191,7 @@ class _ShardWriter:
         self.report = Report()
         self.consistent = True
         self._path, self._unfinished = path, path.with_suffix(".unfinished")
-        private.create(self._unfinished)
+        create_private_file(self._unfinished)
         self._file = pa.ipc.new_file(pa.OSFile(os.fsencode(self._unfinished), "wb"), _SCHEMA)
         self._digests: list[str] = []
         self._unwritten: list[Any] = []
@@ -252,7 +251,7 @@ def read_record(path: Path, *, any_version: bool = False) -> dict[str, Any]:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write JSON with its version and a digest of itself; the file is complete as soon as it has its name."""
     unfinished = path.with_suffix(".unfinished")
-    private.create(unfinished)
+    create_private_file(unfinished)
     whole = records.versioned(records.ROWS, record)
     unfinished.write_text(json.dumps(whole | {"check": _check(whole)}))
     unfinished.replace(path)

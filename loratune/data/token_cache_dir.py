@@ -22,8 +22,15 @@ from pathlib import Path
 from loratune.data.token_cache import TokenCache, TokenCacheWriter, open_if_whole, read_record, write_record
 from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import Code, Problem, ResourceError
-from loratune.system import private
-from loratune.system.plain import is_directory, locked
+from loratune.system.files import (
+    DIRECTORY_MODE,
+    UntrustedError,
+    is_directory,
+    make_private_directory,
+    open_private_directory,
+    ownership_problems,
+    try_lock,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +72,7 @@ def open_trusted(directory: Path) -> TokenCache | None:
         The rows, or None if there are none, or somebody else could have changed them.
     """
     try:
-        return None if any(private.faults(directory)) else open_if_whole(directory)
+        return None if any(ownership_problems(directory)) else open_if_whole(directory)
     except OSError:
         _log.debug("the rows of another process in %s are not used", directory, exc_info=True)
         return None
@@ -74,7 +81,7 @@ def open_trusted(directory: Path) -> TokenCache | None:
 def remove_old_entries() -> None:
     """Remove the entries that no run has used for `KEPT_DAYS`. A process that reads them keeps what it has mapped."""
     root = _root()
-    with suppress(OSError), private.opened(root):
+    with suppress(OSError), open_private_directory(root):
         for path in sorted(root.iterdir()):
             if (name := _NAMES.fullmatch(path.name)) and is_directory(path) and _is_old(path):
                 with _claim(root, name[1]) as claimed, suppress(OSError):
@@ -93,10 +100,10 @@ def _secure(root: Path) -> tuple[bool, str]:
         Whether it can be used, and a line for the user, or an empty one.
     """
     try:
-        private.make(root)
-        with private.opened(root, mend=True) as directory:
-            return True, f"others could write to {root}: now only you can" if directory.mended else ""
-    except private.Untrusted as error:
+        make_private_directory(root)
+        with open_private_directory(root, repair=True) as directory:
+            return True, f"others could write to {root}: now only you can" if directory.repaired else ""
+    except UntrustedError as error:
         return False, f"the rows are tokenized for this run only: {error}"
     except OSError as error:
         return False, f"the rows are tokenized for this run only: {root}: {error.strerror}" if root.is_symlink() else ""
@@ -105,14 +112,14 @@ def _secure(root: Path) -> tuple[bool, str]:
 def _remark_on_distrust(entry: Path) -> str:
     """Returns a line for the user if there is an entry that somebody else may have changed; else an empty one."""
     with suppress(OSError):
-        return next((f"the cached rows were not used: {reason}" for reason in private.faults(entry)), "")
+        return next((f"the cached rows were not used: {reason}" for reason in ownership_problems(entry)), "")
     return ""
 
 
 def _load(entry: Path) -> TokenCache | None:
     """Load a published entry. It is marked as used before it is read, see `_remove`."""
     try:
-        if not any(private.faults(entry)) and read_record(entry / _ENTRY) == _record(entry.name):
+        if not any(ownership_problems(entry)) and read_record(entry / _ENTRY) == _record(entry.name):
             os.utime(entry)
             return open_if_whole(entry)
     except FileNotFoundError:
@@ -150,7 +157,7 @@ def _claim(root: Path, key: str) -> Iterator[bool]:
     """Lock a key. Yields whether that succeeded: then no other process writes or removes what belongs to the key."""
     with ExitStack() as stack:
         try:
-            claimed = stack.enter_context(locked(root / f"{key}.lock"))
+            claimed = stack.enter_context(try_lock(root / f"{key}.lock"))
         except OSError:
             _log.debug("%s cannot be locked", key, exc_info=True)
             claimed = False
@@ -171,9 +178,9 @@ def _begin(root: Path, key: str) -> Path | None:
             return None
         if entry.exists():
             _clear(_rename_for_removal(entry))
-        if partial.exists() and (any(private.faults(partial)) or not _is_movable(partial, key)):
+        if partial.exists() and (any(ownership_problems(partial)) or not _is_movable(partial, key)):
             _clear(partial)
-        partial.mkdir(private.DIRECTORY_MODE, exist_ok=True)
+        partial.mkdir(DIRECTORY_MODE, exist_ok=True)
         write_record(partial / _ENTRY, _record(key))
     except OSError:
         _log.debug("rows cannot be written in %s", partial, exc_info=True)

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratune.system import private
+from loratune.system.files import make_private_directory, open_private_directory, ownership_problem
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def place() -> Path:
 def _kept(compiler: str, define: str) -> Library:
     """From the cache; built into it where it is not there, or is not what was put there, or cannot be loaded."""
     key, path = _key(compiler, define), place()
-    private.make(path)
+    make_private_directory(path)
     with _opened(path, mend=True) as directory:
         mended, name = directory.mended, f"{_name(key)}.so"
         if not mended and (content := directory.read(name, key)) is not None:
@@ -129,7 +129,7 @@ class _Directory:
             return None
         with os.fdopen(opened, "rb") as file:
             found = os.fstat(opened)
-            if not stat.S_ISREG(found.st_mode) or private.fault(found):
+            if not stat.S_ISREG(found.st_mode) or ownership_problem(found):
                 return None
             whole = file.read(_MOST)
         content, digest = whole[:-_DIGEST], whole[-_DIGEST:]
@@ -159,9 +159,9 @@ def _digest(key: str, content: bytes) -> bytes:
 
 @contextmanager
 def _opened(path: Path, *, mend: bool = False) -> Iterator[_Directory]:
-    """A directory that is ours alone, see `private.opened`."""
-    with private.opened(path, mend=mend) as directory:
-        yield _Directory(directory.descriptor, directory.mended)
+    """A directory that is ours alone, see `open_private_directory`."""
+    with open_private_directory(path, repair=mend) as directory:
+        yield _Directory(directory.descriptor, directory.repaired)
 
 
 def _compiled(compiler: str, define: str, directory: _Directory) -> bytes:

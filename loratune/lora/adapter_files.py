@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from loratune.config import rules
 from loratune.errors import AdapterError, Problem
-from loratune.system import droppings, records
-from loratune.system.digests import sha256
+from loratune.system import records
+from loratune.system.files import is_incidental_file, notebook_original, sha256
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _within(directory: Path) -> Iterator[Path]:
 
 def _is_dropping(name: str) -> bool:
     """Whether a file was left by an operating system or by Jupyter. No library reads it."""
-    return droppings.is_dropping(name) or droppings.original(name) is not None
+    return is_incidental_file(name) or notebook_original(name) is not None
 
 
 def _links(directory: Path) -> Iterator[str]:

@@ -28,9 +28,9 @@ from loratune.lora import initialize, optimizers
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.counts import Count, file_bytes
 from loratune.lora.initialize import AdapterInit
+from loratune.lora.module_names import ends_in
 from loratune.lora.sharded import Weights, weights
 from loratune.lora.untouched import Untouched, untouched
-from loratune.system.paths import ends_in
 
 # Keys of the section that are not fields of `peft.LoraConfig`, or that come resolved with the targets.
 _NOT_PEFT = {"init_lora_weights", "use_lorafa", "loraplus_lr_ratio"}

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.lora.initialize import WRAPPER_PREFIX
-from loratune.system.paths import counted, few, short
+from loratune.lora.module_names import counted, few, short
 
 
 @dataclass(frozen=True)

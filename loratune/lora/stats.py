@@ -13,7 +13,7 @@ from safetensors import safe_open
 from loratune.config.rules import Stated, stated
 from loratune.errors import AdapterError, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.system.paths import natural
+from loratune.lora.module_names import natural
 
 _PREFIX = "base_model.model."
 _A = re.compile(rf"^{re.escape(_PREFIX)}(?P<path>.*)\.lora_(?P<kind>embedding_)?A(?P<end>\.weight)?$")

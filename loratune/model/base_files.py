@@ -1,15 +1,15 @@
-"""The files that a base was loaded from, and the memory that it lies in.
+"""The files that a base is loaded from: whether they have changed since, and single weights as they were saved.
 
-transformers maps weights into memory instead of reading them: while such a mapping is in use, a file that is
-overwritten in place changes the weights, and one that is truncated ends the process with SIGBUS. So what is mapped is
-copied, and whoever needs to know whether the files are still what was loaded asks `Files`.
+transformers maps weights into memory instead of reading them. While such a mapping is in use, a file that is
+overwritten in place changes the weights, and one that is truncated ends the process with SIGBUS. `copy_mapped` copies
+what is mapped; `Files` tells whether the files are still what was loaded.
 """
 
 import hashlib
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,23 +17,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
+
+from loratune.config import ModelSection
+from loratune.errors import Code, ModelError, Problem
+from loratune.model import upstream
+from loratune.model.source import local_or_hub
 
 _log = logging.getLogger(__name__)
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json")
-_BLOCK = 64  # bytes that are read at each place of a sample
-_STEP = 64 << 10  # bytes between two places, at least
+_BLOCK = 64  # bytes of a block that a sample of a file reads
+_STEP = 64 << 10  # bytes between two blocks, at least
 _THREADS = 8  # files that are read at the same time
-_PLACES, _LEAST_PLACES = 8192, 256  # in all files together, and in each: fresh from a network drive, a few seconds
+_BLOCKS, _LEAST_BLOCKS = 8192, 256  # of all files together, and of each: a few seconds on a cold network drive
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """What a file is known by.
+class _State:
+    """A file as it was at one time.
 
-    stat: size, times, and place on the disk; digest: of its whole content, None if any other stat counts as a change or
-    if the file changed while it was read; sample: of a part of its content, likewise.
+    Attributes:
+        stat: Size, times, and place on the disk.
+        digest: Of the whole content; None if a different stat counts as a change, or the file changed while it was
+            read.
+        sample: Digest of a part of the content; None as above.
     """
 
     stat: tuple[int, ...]
@@ -42,113 +53,149 @@ class _Mark:
 
 
 class Files:
-    """The weights and the configuration in a model directory, or a single GGUF file, as they are now.
+    """The weights and the configuration in a model directory, or a single GGUF file, in their present state.
 
-    Files are read in whole, so that one that was only touched can be told from one in which a single number is another:
-    on one core some 1.5 GB a second where the processor has instructions for SHA-256, as long as they are in the cache
-    of the system, which is so after they were loaded. Several files are read at the same time.
+    Whole files are read, so that a file that was only touched differs from one in which a single number has changed: on
+    one core some 1.5 GB a second where the processor has instructions for SHA-256, while the files are in the cache of
+    the system, which they are after loading. Several files are read at the same time.
     """
 
     def __init__(self, directory: Path | None, gguf: Path | None = None, *, read: bool = True):
-        """Remember the files. directory: None if there are none yet; read: know them by their content, too."""
-        found = sorted(path for pattern in _WEIGHTS for path in directory.glob(pattern)) if directory else []
-        listed = [gguf] if gguf else found
-        self._places = max(_LEAST_PLACES, _PLACES // max(1, len(listed))) if read else 0
-        with ThreadPoolExecutor(max(1, min(_THREADS, len(listed)))) as threads:
-            marks = threads.map(partial(_mark, places=self._places), listed)
-            self._marks = {path: mark for path, mark in zip(listed, marks, strict=True) if mark is not None}
+        """Record the state of the files.
+
+        Args:
+            directory: The model directory; None if there are no files yet.
+            gguf: The GGUF file, if that is the only one.
+            read: Record the content of the files as well, not only size and times.
+        """
+        weights = sorted(path for pattern in _WEIGHTS for path in directory.glob(pattern)) if directory else []
+        paths = [gguf] if gguf else weights
+        self._blocks = max(_LEAST_BLOCKS, _BLOCKS // max(1, len(paths))) if read else 0
+        with ThreadPoolExecutor(max(1, min(_THREADS, len(paths)))) as threads:
+            states = threads.map(partial(_state, blocks=self._blocks), paths)
+            self._states = {path: state for path, state in zip(paths, states, strict=True) if state is not None}
 
     def changed(self, *, thoroughly: bool = False) -> list[str]:
-        """Paths of files whose content is another by now, or that have gone.
+        """Paths of the files whose content has changed, or that are gone.
 
         A file that was only touched, or replaced by a copy of itself, is not among them.
 
-        thoroughly: compare contents also where size, time, and place on the disk are the same.
+        Args:
+            thoroughly: Compare contents also where size, times, and place on the disk are the same.
         """
-        return [str(path) for path, mark in self._marks.items() if self._differs(path, mark, thoroughly)]
+        return [str(path) for path, state in self._states.items() if self._differs(path, state, thoroughly)]
 
-    def _differs(self, path: Path, mark: _Mark, thoroughly: bool) -> bool:
+    def _differs(self, path: Path, state: _State, thoroughly: bool) -> bool:
         stat = _stat(path)
         try:
-            if stat == mark.stat:
-                return thoroughly and mark.sample is not None and _sample(path, self._places) != mark.sample
-            if stat is None or mark.digest is None or stat[0] != mark.stat[0] or _digest(path) != mark.digest:
+            if stat == state.stat:
+                return thoroughly and state.sample is not None and _sample(path, self._blocks) != state.sample
+            if stat is None or state.digest is None or stat[0] != state.stat[0] or _digest(path) != state.digest:
                 return True
         except OSError:
             _log.debug("%s counts as changed", path, exc_info=True)
             return True
-        self._marks[path] = replace(mark, stat=stat)  # or it would be read again at each checkpoint
+        self._states[path] = replace(state, stat=stat)  # or it would be read again at each checkpoint
         return False
 
 
 def _stat(path: Path) -> tuple[int, ...] | None:
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev
 
 
-def _mark(path: Path, places: int) -> _Mark | None:
-    """places: of the sample; 0: the content is not read. None: the file is not there, or cannot be read."""
+def _state(path: Path, blocks: int) -> _State | None:
+    """The state of a file; None if it does not exist or cannot be read. Without blocks, the content is not read."""
     stat = _stat(path)
     try:
-        if stat is None or not places:
-            return _Mark(stat, None, None) if stat else None
-        digest, sample = _digest(path), _sample(path, places)
+        if stat is None or not blocks:
+            return _State(stat, None, None) if stat else None
+        digest, sample = _digest(path), _sample(path, blocks)
     except OSError:
         _log.debug("%s counts as absent", path, exc_info=True)
         return None
-    return _Mark(stat, digest if _stat(path) == stat else None, sample)
+    return _State(stat, digest if _stat(path) == stat else None, sample)
 
 
 def _digest(path: Path) -> bytes:
-    """SHA-256 of the whole content. The lock of the interpreter is free meanwhile."""
+    """SHA-256 of the whole content, computed without the lock of the interpreter."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _sample(path: Path, places: int) -> str:
+def _sample(path: Path, blocks: int) -> str:
     """SHA-256 of the size of a file, its first 64 KiB, and short blocks spread evenly up to its end."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(f"{size} ".encode() + os.pread(file.fileno(), 1 << 16, 0))
-        for place in (*range(0, size, max(_STEP, size // places)), max(0, size - _BLOCK)):
-            digest.update(os.pread(file.fileno(), _BLOCK, place))
+        for offset in (*range(0, size, max(_STEP, size // blocks)), max(0, size - _BLOCK)):
+            digest.update(os.pread(file.fileno(), _BLOCK, offset))
     return digest.hexdigest()
 
 
-def copy_mapped(model: nn.Module) -> None:
-    """Give a model memory of its own for all weights that are mapped from files; others stay where they are.
+def original_weights(section: ModelSection, base: PreTrainedModel) -> Callable[[str], torch.Tensor]:
+    """A reader of single weights as they were saved, before quantization.
 
-    Takes as much memory as what is mapped, which the kernel may have counted as cache so far, and a second for some
+    Returns:
+        A function from the path of a linear layer to its weight, (out, in). It raises ModelError where no safetensors
+        file has this weight.
+    """
+    directory = Path(local_or_hub(section.name_or_path))
+    if not directory.is_dir():
+        directory = Path(snapshot_download(section.name_or_path, revision=section.revision, local_files_only=True))
+    owners: dict[str, Path] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            owners |= dict.fromkeys(file.keys(), path)
+    prefix = f"{base.base_model_prefix}."
+
+    def read(layer: str) -> torch.Tensor:
+        for name in (f"{layer}.weight", f"{layer}.weight".removeprefix(prefix)):
+            if name in owners:
+                with safe_open(owners[name], framework="pt") as file:
+                    tensor: torch.Tensor = file.get_tensor(name)
+                    return tensor
+        what = f"loftq needs {layer}.weight as it was before quantization, and no safetensors file has it"
+        key, fix = "lora.init_lora_weights", "use another initialization"
+        raise ModelError(Problem(Code.MODEL_ORIGINAL_MISSING, what, section.name_or_path, key, fix))
+
+    return read
+
+
+def copy_mapped(model: nn.Module) -> None:
+    """Copy all weights that are mapped from files into memory of their own; others stay where they are.
+
+    This takes as much memory as the mappings, which the kernel may have counted as cache so far, and a second for some
     2 GB.
     """
-    mapped, copied = _mappings(), set()
+    mappings, copied = _mappings(), set()
     for tensor in _tensors(model):
-        if tensor.device.type == "cpu" and id(tensor) not in copied and _lies_in(tensor.data_ptr(), mapped):
+        if tensor.device.type == "cpu" and id(tensor) not in copied and _is_mapped(tensor.data_ptr(), mappings):
             tensor.data = tensor.data.clone()
             copied.add(id(tensor))
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters, buffers, and what bitsandbytes keeps beside its packed weights: scales, and the scales of these."""
+    """Parameters, buffers, and the scales that bitsandbytes keeps beside its packed weights, and their scales."""
     for tensor in (*model.parameters(), *model.buffers()):
         yield tensor
-        for held in vars(tensor).values() if isinstance(tensor, nn.Parameter) else ():
-            yield from _held(held)
+        for value in vars(tensor).values() if isinstance(tensor, nn.Parameter) else ():
+            yield from _scales(value)
 
 
-def _held(value: Any) -> Iterator[torch.Tensor]:
+def _scales(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
-    elif type(value).__name__ == "QuantState":
-        for one in vars(value).values():
-            yield from _held(one)
+    elif upstream.is_quant_state(value):
+        for inner in vars(value).values():
+            yield from _scales(inner)
 
 
 def _mappings() -> tuple[list[int], list[int]] | None:
-    """Where the mappings of files begin and end in this process, in order; None where the system does not say."""
+    """Starts and ends of this process's file mappings, in order; None where the system does not tell."""
     table = Path("/proc/self/maps")
     if not table.is_file():
         return None
@@ -161,9 +208,9 @@ def _mappings() -> tuple[list[int], list[int]] | None:
     return [start for start, _ in spans], [end for _, end in spans]
 
 
-def _lies_in(address: int, mapped: tuple[list[int], list[int]] | None) -> bool:
-    """Whether an address is one of a file; taken to be so where that cannot be known."""
-    if mapped is None:
+def _is_mapped(address: int, mappings: tuple[list[int], list[int]] | None) -> bool:
+    """Whether an address lies in a file mapping; assumed where that cannot be known."""
+    if mappings is None:
         return True
-    place = bisect_right(mapped[0], address) - 1
-    return place >= 0 and address < mapped[1][place]
+    index = bisect_right(mappings[0], address) - 1
+    return index >= 0 and address < mappings[1][index]

@@ -1,4 +1,4 @@
-"""What this machine computes in: the device, the dtype, and whether it can do what is asked of it."""
+"""The machine: its device, the dtype it computes in, and whether it can do what a configuration asks for."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,19 @@ import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
 from loratune.config import ModelSection
-from loratune.errors import ConfigError, Problem
-from loratune.model import recorded_quantization
+from loratune.errors import Code, ConfigError, Problem
+from loratune.model import quantization, upstream
 
 
 @dataclass(frozen=True)
 class Machine:
-    """gpu: its name, None without one; bfloat16: whether it multiplies in it natively; bitsandbytes: why not, or ""."""
+    """What matters of a machine.
+
+    Attributes:
+        gpu: Name of its GPU, None without one.
+        bfloat16: Whether it multiplies in bfloat16 natively.
+        bitsandbytes: Why bitsandbytes does not work; empty if it does.
+    """
 
     gpu: str | None
     bfloat16: bool
@@ -22,57 +28,68 @@ class Machine:
 def this_machine() -> Machine:
     """The machine of this process. Imports bitsandbytes."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return Machine(gpu, _computes_bfloat16(), recorded_quantization.without_bitsandbytes())
+    return Machine(gpu, _computes_bfloat16(), upstream.bitsandbytes_lacks())
 
 
 def check_machine(section: ModelSection, machine: Machine | None = None) -> None:
-    """Insist that the machine can hold a model in the numbers that are asked for; looks at no model.
+    """Check that the machine can hold a model in the dtype or quantization that is set, without looking at the model.
 
-    machine: this one, if not given.
-    Raises ConfigError: bfloat16 on a GPU that only emulates it; 8bit or 4bit where bitsandbytes does not work;
-    flash attention without its package or a GPU.
+    Args:
+        section: The settings of the model.
+        machine: The machine; by default that of this process.
+
+    Raises:
+        ConfigError: bfloat16 on a GPU that only emulates it; 8bit or 4bit where bitsandbytes does not work; flash
+            attention without its package or a GPU.
     """
     _check_attention(section.attn_implementation)
     if section.dtype != "bfloat16" and section.quantization == "none":
-        return  # bitsandbytes need not be looked at
+        return  # without importing bitsandbytes
     machine = machine or this_machine()
     problems = []
     if section.dtype == "bfloat16" and machine.gpu and not machine.bfloat16:
-        what = f"{machine.gpu} does not compute in bfloat16"
-        problems.append(Problem(what, key="model.dtype", fix="set it to float16 or float32"))
+        what, fix = f"{machine.gpu} does not compute in bfloat16", "set it to float16 or float32"
+        problems.append(Problem(Code.MODEL_NO_BFLOAT16, what, key="model.dtype", fix=fix))
     if section.quantization != "none" and machine.bitsandbytes:
-        problems.append(recorded_quantization.not_here(section.quantization, machine.bitsandbytes))
+        problems.append(quantization.bitsandbytes_problem(section.quantization, machine.bitsandbytes))
     if problems:
         raise ConfigError(problems)
 
 
 def check_kernels(section: ModelSection, *, gpu: bool) -> None:
-    """Raises ConfigError: training is to use what is not for this machine, or not installed."""
-    asked = {
+    """Check that this machine has what training is to use.
+
+    Raises:
+        ConfigError: A setting needs a GPU, or a package that is not installed.
+    """
+    settings = {
         "device_map": section.device_map is not None, "torch_compile": section.torch_compile,
         "use_liger_kernel": section.use_liger_kernel,
     }  # fmt: skip
-    what = "is for a GPU, and there is none"
+    what, fix = "needs a GPU, and there is none", "leave it out"
     problems = [
-        Problem(what, key=f"model.{key}", fix="leave it out") for key, wanted in asked.items() if wanted and not gpu
+        Problem(Code.MODEL_NEEDS_GPU, what, key=f"model.{name}", fix=fix)
+        for name, is_set in settings.items()
+        if is_set and not gpu
     ]
     if section.use_liger_kernel and gpu and not is_liger_kernel_available():
-        fix = "pip install liger-kernel, or leave it out"
-        problems.append(Problem("needs the package liger-kernel", key="model.use_liger_kernel", fix=fix))
+        what, fix = "needs the package liger-kernel", "leave it out, or: pip install liger-kernel"
+        problems.append(Problem(Code.MODEL_MISSING_PACKAGE, what, key="model.use_liger_kernel", fix=fix))
     if problems:
         raise ConfigError(problems)
 
 
 def _check_attention(name: str | None) -> None:
-    installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
-    if name in installed and not installed[name]():
+    checks = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if name in checks and not checks[name]():
         package = "flash-attn" if name == "flash_attention_2" else "flash-attn-3"
-        what = f"{name} needs a CUDA GPU and the package {package}, and one of them is not here"
-        raise ConfigError(Problem(what, key="model.attn_implementation", fix="leave it out, or set it to sdpa"))
+        what = f"{name} needs a CUDA GPU and the package {package}, and at least one of them is missing"
+        fix = "leave it out, or set it to sdpa"
+        raise ConfigError(Problem(Code.MODEL_FLASH_ATTENTION, what, key="model.attn_implementation", fix=fix))
 
 
 def notes(section: ModelSection, machine: Machine | None = None) -> list[str]:
-    """What works on this machine, and not well. machine: this one, if not given."""
+    """What works on this machine, but not well. Arguments as in `check_machine`."""
     if section.dtype == "float16":
         return ["model.dtype: float16 overflows above 65,504; bfloat16 and float32, one of which is auto, do not"]
     if section.dtype == "bfloat16" and not (machine.bfloat16 if machine else _computes_bfloat16()):
@@ -95,4 +112,4 @@ def compute_dtype(section: ModelSection) -> torch.dtype:
 def _computes_bfloat16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))

@@ -1,7 +1,7 @@
-"""Whether two bases are the same model, told from their numbers and from what of their configurations decides results.
+"""Whether two bases are the same model, by their weights and by the settings that decide what they compute.
 
-A fingerprint is written into checkpoints and published adapters. Its first characters name how it was computed, so that
-records of older releases stay comparable: `fingerprint(base, like=record)` computes what that record holds.
+A fingerprint is written into checkpoints and published adapters. It begins with the version of the method that computed
+it, so that records of older releases stay comparable: `fingerprint(base, like=record)` computes what that record holds.
 """
 
 import dataclasses
@@ -16,40 +16,40 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from loratune.model import upstream
+
 _log = logging.getLogger(__name__)
 
 VERSION = "2:"
 """How the fingerprints of this release begin. The first version had no such mark: 64 hexadecimal digits."""
-_LANES = 64
-"""Numbers of 8 bytes in a block, of which the sum is hashed."""
+_SUMMED = 64
+"""Integers of 8 bytes in a block; the sum of each block is hashed."""
 _PIECE = 1 << 26
-"""Values that are rounded and added up at once."""
-PLACES = 64
-"""Places within a tensor at which a sample of its values is read, spread evenly from its first value to its last."""
-RUN = 16
-"""Neighbouring values that are read at each place."""
+"""Values that are rounded and summed at once."""
+RUNS, RUN_LENGTH = 64, 16
+"""Runs of neighbouring values in a sample of a tensor, spread evenly from its first value to its last."""
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "quantization_config")
 """Keys of a configuration that the first version left out."""
-_IDLE = (
+_IRRELEVANT = (
     {field.name for field in dataclasses.fields(PreTrainedConfig)}  # what every model has: labels, names, outputs
     | GenerationConfig().to_dict().keys()
     | {"_name_or_path", "name_or_path", "torch_dtype", "quantization_config", "auto_map", "tokenizer_class"}
     | {"task_specific_params", "initializer_range", "output_attentions"}
 )
-"""Keys of a configuration that decide nothing of what a model with its weights computes in training."""
+"""Keys of a configuration that do not affect what a model with its weights computes in training."""
 
 
 def fingerprint(base: PreTrainedModel, like: str | None = None) -> str:
     """SHA-256 of the settings of a model that decide what it computes, and of names, shapes and values of its tensors.
 
-    All values enter, as the sums of short blocks: on one core some 10 GB of bfloat16 a second, or 2 GB of float32.
-    Floating-point values are rounded to bfloat16 first, so the dtype that the model was loaded in makes no difference.
-    Only a sample enters of what bitsandbytes packed as it loaded the model, since kernels of other devices may round a
-    few numbers otherwise.
+    All values count, as the sums of short blocks: on one core some 10 GB of bfloat16 a second, or 2 GB of float32.
+    Floating-point values are rounded to bfloat16 first, so the dtype in which the model was loaded makes no difference.
+    Only a sample counts of weights that bitsandbytes packed as it loaded the model, because the kernels of other
+    devices may round a few of them differently.
 
     Args:
         base: The model before PEFT wraps it, on any device.
-        like: The fingerprint that this one is to be compared with; it is computed in the same way. None, or a version
+        like: The fingerprint that this one is to be compared with; the same version is computed. None, or a version
             that this release does not know: the present version.
     """
     if like is not None and ":" not in like:
@@ -57,7 +57,7 @@ def fingerprint(base: PreTrainedModel, like: str | None = None) -> str:
     digest = hashlib.sha256(_as_json(_settings(base.config, _source(type(base)))))
     for name, tensor in _tensors(base):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(_sample(tensor) if _is_packed(tensor) else _sums(tensor))
+        digest.update(_sample(tensor) if upstream.is_packed(tensor) else _sums(tensor))
     return VERSION + digest.hexdigest()
 
 
@@ -72,42 +72,44 @@ def is_present(recorded: str) -> bool:
 
 
 class Sampled:
-    """A base with a sample of each of its tensors, to see later whether a model that was built on it still has them."""
+    """A base with a sample of each of its tensors, to check later whether a model built on it still has them."""
 
     def __init__(self, base: PreTrainedModel):
         self._samples = [(tensor, _sample(tensor)) for _, tensor in _tensors(base)]
 
     def is_in(self, model: torch.nn.Module) -> bool:
         """Whether all tensors are still parameters or buffers of `model`, with the same values."""
-        found = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        return all(id(tensor) in found and _sample(tensor) == sample for tensor, sample in self._samples)
+        present = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        return all(id(tensor) in present and _sample(tensor) == sample for tensor, sample in self._samples)
 
 
 def _settings(config: Any, source: str) -> dict[str, Any]:
     """The settings that decide what a model computes, and are not the defaults of the configuration's class.
 
-    A key that the class does not declare counts if the code of the model names it. Upstream adds keys to all
+    A key that the class does not declare counts if the code of the model mentions it. transformers adds keys to all
     configurations from release to release; a new one at its default must not make another model of the same files.
 
-    source: the code of the model.
+    Args:
+        config: The configuration.
+        source: The code of the model.
     """
-    declared, found = _defaults(type(config)), {"model_type": config.model_type}
+    declared, settings = _defaults(type(config)), {"model_type": config.model_type}
     for key, value in config.to_dict().items():
-        if key in _IDLE or key.endswith(("_token_id", "_token_ids", "_token_index")):
+        if key in _IRRELEVANT or key.endswith(("_token_id", "_token_ids", "_token_index")):
             continue
         inner = vars(config).get(key)
         if isinstance(inner, PreTrainedConfig):
-            found[key] = _settings(inner, source)
+            settings[key] = _settings(inner, source)
         elif key in declared:
             if value != declared[key]:
-                found[key] = value
+                settings[key] = value
         elif not source or re.search(rf"\b{re.escape(key)}\b", source):
-            found[key] = value
-    return found
+            settings[key] = value
+    return settings
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    """Keys that a class of configurations declares, with their defaults."""
+    """The keys that a class of configurations declares, with their defaults."""
     return {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(kind)
@@ -115,7 +117,7 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def _source(kind: type) -> str:
-    """The text of the module that a class is from; empty if there is none."""
+    """The source code of the module that defines a class; empty if there is none."""
     try:
         return inspect.getsource(inspect.getmodule(kind) or kind)
     except (OSError, TypeError):
@@ -124,43 +126,37 @@ def _source(kind: type) -> str:
 
 
 def _tensors(base: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """All parameters, and the buffers that are saved: GPTQ and AWQ keep their weights in those."""
+    """All parameters, and the buffers that are saved, in which GPTQ and AWQ keep their weights."""
     yield from base.named_parameters()
     saved = base.state_dict(keep_vars=True).keys()
     yield from ((name, buffer) for name, buffer in base.named_buffers() if name in saved)
 
 
-def _is_packed(tensor: torch.Tensor) -> bool:
-    """Whether bitsandbytes made the values, in 4 or 8 bits."""
-    return any(hasattr(tensor, name) for name in ("quant_state", "SCB"))
-
-
 def _sums(tensor: torch.Tensor) -> bytes:
-    """The sums of blocks of 512 bytes, without carry, so that they are exact and the same on every device; and the
-    bytes of the last, shorter block. Values that only change places in a block are not seen."""
+    """The sums of blocks of 512 bytes, modulo 2**64 so that they are exact and the same on every device, and the bytes
+    of the last, shorter block. Values that only change places within a block are not noticed."""
     parts: list[torch.Tensor] = []
     for piece in torch.split(tensor.detach().flatten(), _PIECE):
         raw = (piece.to(torch.bfloat16) if piece.is_floating_point() else piece).view(torch.uint8)
-        whole = raw.numel() // (8 * _LANES) * 8 * _LANES
+        whole = raw.numel() // (8 * _SUMMED) * 8 * _SUMMED
         aligned = raw[:whole].clone() if raw.storage_offset() % 8 else raw[:whole]
-        parts += [aligned.view(torch.int64).view(-1, _LANES).sum(1), raw[whole:]]
+        parts += [aligned.view(torch.int64).view(-1, _SUMMED).sum(1), raw[whole:]]
     return b"".join(part.cpu().numpy().tobytes() for part in parts)
 
 
 def _sample(tensor: torch.Tensor) -> bytes:
     flat = _flat(tensor)
-    if (last := flat.numel() - RUN) > PLACES * RUN:
-        starts = torch.arange(PLACES) * last // (PLACES - 1)
-        flat = flat[(starts[:, None] + torch.arange(RUN)).flatten().to(flat.device)]
+    if (last := flat.numel() - RUN_LENGTH) > RUNS * RUN_LENGTH:
+        starts = torch.arange(RUNS) * last // (RUNS - 1)
+        flat = flat[(starts[:, None] + torch.arange(RUN_LENGTH)).flatten().to(flat.device)]
     values = flat.cpu()
     return bytes((values.to(torch.bfloat16).float() if values.is_floating_point() else values).numpy().tobytes())
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The values in one dimension; those that are packed, or whole numbers, as bytes."""
+    """The values in one dimension; packed ones and whole numbers as bytes."""
     flat = tensor.detach().flatten()
-    packed = hasattr(tensor, "quant_state")  # the bits of 4-bit numbers, in whatever type they are kept
-    return flat.view(torch.uint8) if packed or not flat.is_floating_point() else flat
+    return flat.view(torch.uint8) if upstream.is_4bit(tensor) or not flat.is_floating_point() else flat
 
 
 def _first_version(base: PreTrainedModel) -> str:
@@ -170,7 +166,7 @@ def _first_version(base: PreTrainedModel) -> str:
     tensors = list(base.named_parameters())
     for name, tensor in tensors[:: max(1, len(tensors) // 16)]:
         flat = tensor.detach().flatten()
-        flat = flat.view(torch.uint8) if hasattr(tensor, "quant_state") else flat
+        flat = flat.view(torch.uint8) if upstream.is_4bit(tensor) else flat
         digest.update(name.encode() + flat[:64].cpu().to(torch.bfloat16).float().numpy().tobytes())
     return digest.hexdigest()
 

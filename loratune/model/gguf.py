@@ -1,4 +1,4 @@
-"""A GGUF file as it lies on the disk: is it one, and is it whole. Read without torch, and without its numbers.
+"""Checks of a GGUF file on the disk: whether it is one, and whether it is complete. Needs no torch, reads no weights.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -10,10 +10,11 @@ from math import prod
 from pathlib import Path, PurePath
 from typing import Any
 
-from loratune.errors import ModelError, Problem
+from loratune.errors import Code, ModelError, Problem
 
 KEY = "model.gguf_file"
-LFS = b"version https://git-lfs"
+LFS_START = b"version https://git-lfs"
+"""How a file begins that Git LFS left as a pointer to the real one."""
 
 # Value types of metadata → their code in struct. 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -32,48 +33,58 @@ _checked: set[tuple[int, ...]] = set()
 
 
 def check_name(gguf_file: str) -> None:
-    """Insist that the file is within its directory.
+    """Check that the file is within its directory.
 
-    Raises ModelError: an absolute path, or one that leads out of the directory.
+    Raises:
+        ModelError: An absolute path, or one that leads out of the directory.
     """
     if PurePath(gguf_file).is_absolute() or ".." in PurePath(gguf_file).parts:
-        fix = "name the directory in model.name_or_path, and the file alone here"
-        raise ModelError(Problem("leads out of the model directory", gguf_file, KEY, fix))
+        fix = "name the directory in model.name_or_path, and only the file here"
+        raise ModelError(Problem(Code.MODEL_GGUF_OUTSIDE, "leads out of the model directory", gguf_file, KEY, fix))
 
 
 def check(path: Path) -> None:
-    """Insist that transformers will be able to read this file. It is read once, as long as it does not change.
+    """Check that transformers will be able to read this file, which is read once as long as it does not change.
 
-    Raises ModelError: nothing there; a Git LFS pointer; not a GGUF file, of a version that transformers does not read,
-    one part of several, cut off; the package gguf is missing.
+    Raises:
+        ModelError: The file does not exist, is a Git LFS pointer, is not GGUF or of a version that transformers does
+            not read, is one part of several, or is cut off; the package gguf is missing.
     """
+    where = str(path)
     if not path.is_file():
-        raise ModelError(Problem("no such file", str(path), KEY, _beside(path)))
+        files = sorted(file.name for file in path.parent.glob("*.gguf"))
+        fix = f"there is {', '.join(files[:3])}" if files else "no GGUF file is in that directory"
+        raise ModelError(Problem(Code.MODEL_GGUF_NOT_FOUND, "no such file", where, KEY, fix))
     now = path.stat()
     version = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
     if version not in _checked:
-        _check_content(path, now.st_size)
+        _check_content(path)
         _checked.add(version)
     if find_spec("gguf") is None:
-        fix = "pip install 'loratune[gguf]'"
-        raise ModelError(Problem("the package gguf is missing, which reads GGUF files", str(path), KEY, fix))
+        what, fix = "the package gguf, which reads GGUF files, is not installed", "pip install 'loratune[gguf]'"
+        raise ModelError(Problem(Code.MODEL_MISSING_PACKAGE, what, where, KEY, fix))
 
 
-def _check_content(path: Path, size: int) -> None:
+def _check_content(path: Path) -> None:
+    where = str(path)
     with path.open("rb") as file:
-        start = file.read(len(LFS))
-        if start == LFS:
-            raise ModelError(
-                Problem("a Git LFS pointer, not the weights", str(path), fix="fetch them with `git lfs pull`")
-            )
+        start = file.read(len(LFS_START))
+        if start == LFS_START:
+            raise ModelError(lfs_pointer(path))
         if start[:4] != b"GGUF":
-            raise ModelError(Problem("not a GGUF file", str(path), KEY))
+            raise ModelError(Problem(Code.MODEL_NOT_GGUF, "not a GGUF file", where, KEY))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check_whole(_Reader(data), path, size)
+            _check_complete(_Reader(data), path)
+
+
+def lfs_pointer(path: Path) -> Problem:
+    """The problem of a file of weights that is only a pointer of Git LFS."""
+    what, fix = "a Git LFS pointer, not the weights", "fetch them with `git lfs pull`"
+    return Problem(Code.MODEL_LFS_POINTER, what, str(path), fix=fix)
 
 
 class _Reader:
-    """Takes values off the front of a file. Raises struct.error where the file ends."""
+    """Reads values one after another. Raises struct.error at the end of the file."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.at = data, 4
@@ -95,7 +106,7 @@ class _Reader:
         return self.data[start : self.at]
 
     def value(self, kind: int) -> Any:
-        """A value of metadata; None for an array, which is passed over."""
+        """A value of metadata; None for an array, which is skipped."""
         if kind in _SCALARS:
             return self.take(_SCALARS[kind])[0]
         if kind == _STRING:
@@ -111,31 +122,33 @@ class _Reader:
         return None
 
 
-def _check_whole(reader: _Reader, path: Path, size: int) -> None:
-    """Read the metadata and the table of tensors, and see whether the last tensor ends within the file."""
+def _check_complete(reader: _Reader, path: Path) -> None:
+    """Read the metadata and the table of tensors, and check that the last tensor ends within the file."""
+    where, again = str(path), "download it again"
     try:
         version, tensors, entries = reader.take("IQQ")
         if version not in (2, 3):
-            raise ModelError(Problem(f"GGUF version {version}, and only 2 and 3 can be read", str(path), KEY))
+            what = f"GGUF version {version}; only versions 2 and 3 can be read"
+            raise ModelError(Problem(Code.MODEL_GGUF_VERSION, what, where, KEY))
         metadata = {}
         for _ in range(entries):
             key = reader.text()
             metadata[key] = reader.value(*reader.take("I"))
         end = _end_of_tensors(reader, tensors, int(metadata.get(b"general.alignment") or 32))
     except struct.error:
-        raise ModelError(Problem("cut off within its header", str(path), KEY, "fetch it again")) from None
+        raise ModelError(Problem(Code.MODEL_GGUF_TRUNCATED, "cut off within its header", where, KEY, again)) from None
     except (ValueError, OverflowError) as error:
-        raise ModelError(Problem(f"damaged: {error}", str(path), KEY, "fetch it again")) from None
+        raise ModelError(Problem(Code.MODEL_GGUF_DAMAGED, f"damaged: {error}", where, KEY, again)) from None
     if (parts := metadata.get(b"split.count") or 1) > 1:
-        fix = "join them with `llama-gguf-split --merge`"
-        raise ModelError(Problem(f"one of {parts} parts, which transformers does not join", str(path), KEY, fix))
-    if end > size:
-        what = f"cut off: {size:,} bytes, of at least {end:,}"
-        raise ModelError(Problem(what, str(path), KEY, "fetch it again"))
+        what, fix = f"one of {parts} parts, which transformers does not join", "join them: llama-gguf-split --merge"
+        raise ModelError(Problem(Code.MODEL_GGUF_SPLIT, what, where, KEY, fix))
+    if end > (size := path.stat().st_size):
+        what = f"cut off: it has {size:,} bytes of at least {end:,}"
+        raise ModelError(Problem(Code.MODEL_GGUF_TRUNCATED, what, where, KEY, again))
 
 
 def _end_of_tensors(reader: _Reader, tensors: int, alignment: int) -> int:
-    """How many bytes the file must have for all of its tensors; one of an unknown type counts as empty."""
+    """How many bytes the file needs for all of its tensors; a tensor of an unknown type counts as empty."""
     end = 0
     for _ in range(tensors):
         reader.text()
@@ -145,8 +158,3 @@ def _end_of_tensors(reader: _Reader, tensors: int, alignment: int) -> int:
         numbers, width = BLOCKS.get(kind, (1, 0))
         end = max(end, offset + prod(shape) // numbers * width)
     return -(-reader.at // alignment) * alignment + end
-
-
-def _beside(path: Path) -> str:
-    files = sorted(file.name for file in path.parent.glob("*.gguf"))
-    return f"there is {', '.join(files[:3])}" if files else "no GGUF file is in that directory"

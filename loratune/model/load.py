@@ -1,19 +1,17 @@
-"""Tokenizer and base model: where they come from, in which numbers, on which device."""
+"""Loading the tokenizer and the base model: from where, in which dtype, on which device."""
 
 import io
 import logging
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from jinja2 import TemplateSyntaxError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,22 +19,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune.config import ModelSection
-from loratune.errors import ConfigError, ModelError, Problem
-from loratune.model import gguf, hub, recorded_quantization, remote_code
+from loratune.errors import Code, ModelError, Problem
+from loratune.model import checks, quantization, remote_code, upstream
 from loratune.model.base_files import Files, copy_mapped
 from loratune.model.device import compute_dtype, device
-from loratune.model.faults import LOADING, damaged_weights, unreadable
-from loratune.model.growth import check_growth
-from loratune.model.quantization import check_trainable, keep_backward, settings
-from loratune.model.sizes import check_sizes
-from loratune.model.source import is_directory, local_or_hub
-from loratune.model.weights import check_complete
+from loratune.model.source import ModelSource, local_or_hub, locate
 from loratune.system import launcher
-from loratune.system.sandbox import MEMORY, Apart, BeyondLimit, is_panic, limited
-from loratune.system.uncompiled import UNCOMPILED, reason
+from loratune.system.sandbox import is_panic, limited
 
 _log = logging.getLogger(__name__)
 
@@ -44,142 +35,96 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What transformers is given. name: an absolute path or a hub id; gguf: the absolute path of a GGUF file.
-
-    on_hub: the file comes from there, and what lies beside it in the cache is chance.
-    """
-
-    name: str
-    gguf: str | None = None
-    on_hub: bool = False
-
-    def instead_of(self, *files: str) -> dict[str, str]:
-        """The GGUF file as a keyword for `from_pretrained`, unless the directory has one of these files."""
-        if self.gguf is None or (not self.on_hub and any((Path(self.name) / file).is_file() for file in files)):
-            return {}
-        return {"gguf_file": self.gguf}
-
-
 def load_config(section: ModelSection) -> Any:
     """The model's configuration, without its weights. It is that of the GGUF file where there is no other.
 
-    Raises ModelError: path missing, repository absent, gated, offline and not cached; not a decoder-only causal
-    language model; remote code needed and not allowed; quantization asked for, and the base comes quantized.
+    Raises:
+        ModelError: The model does not exist or cannot be had from the hub; it is no decoder-only causal language model,
+            or needs remote code that is not trusted; it is to be quantized and is quantized already.
     """
-    return _read_config(section, _find(section))
+    return _read_config(section, locate(section))
 
 
 def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> Any:
     """The model's tokenizer, or that of an adapter directory, which has no model configuration.
 
-    chat_template: a Jinja file whose text replaces the tokenizer's own template.
-    Raises ModelError: as `load_config`; the tokenizer cannot be read. Raises ConfigError: the template cannot be read,
-    or is none.
+    Args:
+        section: The settings of the model.
+        chat_template: Path of a Jinja file whose text replaces the tokenizer's own template.
+
+    Raises:
+        ModelError: As `load_config`; the tokenizer cannot be read, or the template takes too long.
+        ConfigError: The template cannot be read, or is none.
     """
     path = Path(local_or_hub(section.name_or_path))
-    found = _Found(str(path))
+    source = ModelSource(str(path))
     if (path / "config.json").is_file() or not (path / "tokenizer_config.json").is_file():
-        found = _find(section)
-        _read_config(section, found)  # AutoTokenizer reads it too, and would report it as a fault of the tokenizer
-    source = found.instead_of("tokenizer_config.json", "tokenizer.json")
+        source = locate(section)
+        _read_config(section, source)  # AutoTokenizer reads it too, and would blame the tokenizer for what is wrong
+    file = source.gguf_unless("tokenizer_config.json", "tokenizer.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(found.name, **source, **_origin(section))
-        check_growth(tokenizer, section.name_or_path)
-        limited(lambda: tokenizer("loratune"))  # values of its configuration are first looked at when it is used
-    except BaseException as error:  # tokenizers raises plain Exception for a damaged file, and no Exception in a panic
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **file, **_trusted_origin(section))
+        checks.check_growth(tokenizer, section.name_or_path)
+        limited(lambda: tokenizer("loratune"))  # some values of its configuration are only read when it is used
+    except BaseException as error:  # a panic of tokenizers is no Exception
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        raise unreadable("tokenizer", section, error) from None
+        raise checks.unreadable(Code.MODEL_TOKENIZER_UNREADABLE, section, error) from None
     if chat_template is not None:
-        tokenizer.chat_template = _read_text(chat_template)
-        _check_syntax(tokenizer, chat_template)
+        tokenizer.chat_template = checks.template_text(chat_template)
+        checks.check_template(tokenizer, chat_template)
     return tokenizer
 
 
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(
-            Problem(f"cannot be read: {reason}", path, "data.chat_template", "name a Jinja file")
-        ) from None
-
-
-def _check_syntax(tokenizer: Any, path: str) -> None:
-    """Raises ConfigError: the file is no template. Raises ModelError: the template goes on for ever."""
-    where, key = path, "data.chat_template"
-    if not tokenizer.chat_template.strip():
-        raise ConfigError(Problem("the file is empty", where, key, "name a Jinja file with a template in it"))
-    try:
-        if refusal := Apart(lambda _: tokenizer)(_ask, MEMORY):
-            _log.debug("the chat template refuses a single question\n%s", refusal)
-    except BeyondLimit as error:
-        raise ModelError(Problem(f"the chat template {error}", where, key, "mend it")) from None
-    except UNCOMPILED as error:
-        line = getattr(error, "lineno", None) if isinstance(error, TemplateSyntaxError) else None
-        where = f"{path}:{line}" if line else path
-        raise ConfigError(Problem(f"not a Jinja template: {reason(error)}", where, key, "mend it")) from None
-
-
-def _ask(tokenizer: Any) -> str:
-    """Compile the chat template, and render one question. It may refuse this one for any reason of its own; it is
-    asked again with the user's. Returns the traceback of a refusal, if any. Raises one of `UNCOMPILED`."""
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
-    except (*UNCOMPILED, MemoryError):
-        raise
-    except Exception:
-        return traceback.format_exc()
-    return ""
-
-
 def load_base(section: ModelSection) -> PreTrainedModel:
-    """The base model with its weights, on the GPU if there is one, in evaluation mode. A GGUF file is unpacked.
+    """The base model with its weights, on the GPU if there is one, in evaluation mode. A GGUF file is dequantized.
 
-    What becomes of its files afterwards has no effect on it. The machine can hold it, see `check_machine`. Raises
-    ModelError: as `load_config`; weights that are missing, damaged, change while they are read, or do not fit the
-    configuration; a base that comes quantized, and is without its packages or cannot be trained.
+    Later changes of its files do not change the model. Whether the machine can hold it is `check_machine`'s to say.
+
+    Raises:
+        ModelError: As `load_config`; weights are missing or damaged, change while they are read, or do not fit the
+            configuration; a quantized base lacks its packages or cannot be trained.
     """
-    found = _find(section)
-    config = _read_config(section, found)
-    quantization = settings(section, config)
-    packed = quantization is not None or recorded_quantization.found_in(config.to_dict()) is not None
-    known = files(section, read=False)
+    source = locate(section)
+    config = _read_config(section, source)
+    quantization_config = quantization.loading_config(section, config, compute_dtype(section))
+    is_packed = quantization_config is not None or quantization.recorded(config.to_dict()) is not None
+    before = files(section, read=False)
     try:
-        with _quietly(found):
+        with _quietly(source):
             model, info = AutoModelForCausalLM.from_pretrained(
-                found.name,
+                source.name,
                 config=config,
                 dtype=compute_dtype(section),
-                quantization_config=quantization,
-                device_map=_device_map(section, packed=packed),
+                quantization_config=quantization_config,
+                device_map=_device_map(section, packed=is_packed),
                 attn_implementation=section.attn_implementation,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, with names
-                **found.instead_of(),
-                **_origin(section),
+                ignore_mismatched_sizes=True,  # `check_complete` reports them with their names
+                **source.gguf_unless(),
+                **_trusted_origin(section),
             )
-    except LOADING as error:
-        if problems := list(damaged_weights(section)):
+    except checks.LOADING_ERRORS as error:
+        if problems := list(checks.damaged_weights(section)):
             raise ModelError(problems) from None
-        raise unreadable("model", section, error) from None
-    _check_unchanged(known)  # a file that was cut off must not be copied from
+        raise checks.unreadable(Code.MODEL_UNREADABLE, section, error) from None
+    _check_unchanged(before)  # copying from a truncated file would end the process
     copy_mapped(model)
-    _check_unchanged(known)
-    check_complete(model, info, section.name_or_path)
-    check_trainable(model, section.name_or_path)
-    keep_backward(model)
-    model.generation_config = GenerationConfig()  # a base's own sampling defaults would make greedy less than greedy
+    _check_unchanged(before)
+    checks.check_complete(model, info, section.name_or_path)
+    quantization.check_trainable(model, section.name_or_path)
+    for module in model.modules():
+        upstream.keep_4bit_backward(module)
+    model.generation_config = GenerationConfig()  # a base's own sampling defaults would change greedy decoding
     return model.eval()
 
 
 def files(section: ModelSection, *, read: bool = True) -> Files:
-    """The files that a base is loaded from, as they are now; none, if it is on the hub and not in the cache.
+    """The files that a base is loaded from, in their present state; none if it is on the hub and not in the cache.
 
-    read: see `Files`.
+    Args:
+        section: The settings of the model.
+        read: As in `Files`.
     """
     name, file = section.name_or_path, section.gguf_file
     directory = Path(local_or_hub(name))
@@ -191,55 +136,57 @@ def files(section: ModelSection, *, read: bool = True) -> Files:
     return Files(directory, directory / file if file else None, read=read)
 
 
-def _check_unchanged(known: Files) -> None:
-    if found := known.changed():
-        raise ModelError([Problem("was changed while it was being loaded", path, fix="start again") for path in found])
+def _check_unchanged(before: Files) -> None:
+    if paths := before.changed():
+        what, fix = "was changed while it was being loaded", "start again"
+        raise ModelError([Problem(Code.MODEL_WEIGHTS_CHANGED, what, path, fix=fix) for path in paths])
 
 
 def _device_map(section: ModelSection, *, packed: bool) -> Any:
-    """Where `from_pretrained` is to put the weights; packed ones cannot be moved once they are there."""
+    """Where `from_pretrained` is to put the weights; packed ones cannot be moved later."""
     if section.device_map is not None:
         return section.device_map
     if launcher.sharding():
-        return None  # accelerate takes it from the memory of the machine to the devices, piece by piece
+        return None  # accelerate moves the weights from the machine's memory to the devices, shard by shard
     return {"": device()} if packed or torch.cuda.is_available() else None
 
 
 def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedModel:
-    """The model on the meta device: every shape and no numbers, whatever its size. A quantized one is dense here.
+    """The model on the meta device: every shape and no values, whatever its size. A quantized one is dense here.
 
-    Raises ModelError: no causal language model can be built from this configuration.
+    Raises:
+        ModelError: No causal language model can be built from this configuration.
     """
     section = section or ModelSection(name_or_path=config.name_or_path or config.model_type)
     try:
         with torch.device("meta"):
-            named = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
-            known = type(config) in AutoModelForCausalLM._model_mapping  # its class is there, from an earlier call
-            pinned = {"code_revision": section.revision} if section.trust_remote_code and named and not known else {}
+            remote = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
+            loaded = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # its class, by an earlier call
+            pinned = {"code_revision": section.revision} if section.trust_remote_code and remote and not loaded else {}
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=section.trust_remote_code, dtype=compute_dtype(section), **pinned
             )
     except Exception as error:  # values that the configuration accepts may fail wherever a layer first uses them
-        raise unreadable("model", section, error) from None
+        raise checks.unreadable(Code.MODEL_UNREADABLE, section, error) from None
 
 
 def unpacked(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
-    """The model in which targets are looked for: `base`, or its plain twin on the meta device.
+    """The model in which targets are looked for: `base`, or a dense model of its shape on the meta device.
 
-    The layers that GPTQ, AWQ and their like put into a model are no `nn.Linear`; those of bitsandbytes are.
+    The layers of GPTQ, AWQ and the like are no `nn.Linear`; those of bitsandbytes are.
     """
-    found = recorded_quantization.found_in(base.config.to_dict())
-    packed = found is not None and recorded_quantization.method(found) != "bitsandbytes"
-    return build_meta(base.config, section) if packed else base
+    record = quantization.recorded(base.config.to_dict())
+    is_dense = record is None or quantization.method(record) == "bitsandbytes"
+    return base if is_dense else build_meta(base.config, section)
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id that fills padding. It is masked by position, so the end of sequence will do where none is defined."""
+    """The id of padding, which is masked by position: the end of sequence will do where the tokenizer defines none."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
 def tokenizer_bytes(tokenizer: Any) -> int:
-    """About what a tokenizer takes on the disk; nearly all of it is one file."""
+    """About how many bytes a tokenizer takes on the disk; nearly all of them are in one file."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     return len(fast.to_str(pretty=True).encode()) if fast is not None else 0
 
@@ -251,63 +198,33 @@ def context_length(config: Any) -> int | None:
     return int(length) if length else None
 
 
-def _find(section: ModelSection) -> _Found:
-    """Look for the model, and fetch its GGUF file if it is on the hub.
-
-    The file goes to transformers by its absolute path: a relative one it would look for in the working directory first.
-    """
-    name, file = section.name_or_path, section.gguf_file
-    if is_directory(name, section.revision, file, trusted=section.trust_remote_code):
-        directory = local_or_hub(name)
-        return _Found(directory, str(Path(directory) / file) if file else None)
-    if file is None:
-        hub.check(name, section.revision)
-        return _Found(name)
-    fetched = hub.fetch(name, section.revision, file)
-    gguf.check(fetched)
-    return _Found(str(fetched.parent), str(fetched), on_hub=True)
-
-
-def _read_config(section: ModelSection, found: _Found) -> Any:
-    origin, instead = _origin(section), found.instead_of("config.json")
+def _read_config(section: ModelSection, source: ModelSource) -> Any:
+    origin, file = _trusted_origin(section), source.gguf_unless("config.json")
     try:
-        if not instead:
-            check_sizes(PreTrainedConfig.get_config_dict(found.name, **origin)[0], section.name_or_path)
-        config = AutoConfig.from_pretrained(found.name, **instead, **origin)
+        if not file:
+            checks.check_sizes(PreTrainedConfig.get_config_dict(source.name, **origin)[0], section.name_or_path)
+        config = AutoConfig.from_pretrained(source.name, **file, **origin)
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
-        raise unreadable("configuration", section, error) from None
+        raise checks.unreadable(Code.MODEL_CONFIG_UNREADABLE, section, error) from None
     remote_code.check_kernels(config, section.name_or_path)
-    _check_decoder(config, section)
-    recorded = recorded_quantization.found_in(config.to_dict())
-    recorded_quantization.check_asked(recorded, section.name_or_path, section.quantization)
+    checks.check_decoder(config, section)
+    record = quantization.recorded(config.to_dict())
+    quantization.check_not_quantized(record, section.name_or_path, section.quantization)
     return config
 
 
 @contextmanager
-def _quietly(found: _Found) -> Iterator[None]:
-    """Libraries of quantized bases greet on stdout, and transformers shows bars as it unpacks a GGUF file."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) if found.gguf else nullcontext():
+def _quietly(source: ModelSource) -> Iterator[None]:
+    """Keep libraries of quantized bases from printing to stdout, and transformers from showing bars for a GGUF file."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext():
         yield
 
 
-def _origin(section: ModelSection) -> dict[str, Any]:
-    """What goes to every `from_pretrained`, once no file names code of another repository. Raises ModelError."""
+def _trusted_origin(section: ModelSection) -> dict[str, Any]:
+    """Revision and trust for `from_pretrained`, after a check that trusted files name no code of another repository."""
     name = local_or_hub(section.name_or_path)
     if section.trust_remote_code and Path(name).is_dir():
         remote_code.check_directory(Path(name))
     elif section.trust_remote_code:
-        remote_code.check_files(hub.naming_code(name, section.revision), name)
+        remote_code.check_repository(name, section.revision)
     return section.model_dump(include={"revision", "trust_remote_code"})
-
-
-def _check_decoder(config: Any, section: ModelSection) -> None:
-    architectures = config.architectures or []
-    architecture = ", ".join(architectures) or config.model_type
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or section.trust_remote_code
-    other_head = architectures and not any(
-        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
-    )
-    if config.is_encoder_decoder or not known or other_head:
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "not a causal language model"
-        what = f"{architecture} (model type {config.model_type}) is {kind}"
-        raise ModelError(Problem(what, section.name_or_path, fix="loratune adapts decoder-only language models"))

@@ -1,40 +1,98 @@
-"""Where a model is: a directory of this machine, or a repository of the hub. Told apart without torch."""
+"""Where a base model comes from: a directory of this machine, or a repository of the hub. Needs no torch."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from loratune.errors import ModelError, Problem
+from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+from loratune.config import ModelSection
+from loratune.errors import Code, ModelError, Problem
 from loratune.model import gguf
 
 KEY = "model.name_or_path"
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that exists, named as transformers expects it.
+
+    Attributes:
+        name: The absolute path of a directory, or a hub id.
+        gguf_file: The absolute path of a GGUF file.
+        from_hub: The GGUF file was downloaded. Which other files lie beside it in the cache is chance.
+    """
+
+    name: str
+    gguf_file: str | None = None
+    from_hub: bool = False
+
+    def gguf_unless(self, *files: str) -> dict[str, str]:
+        """The GGUF file as a keyword for `from_pretrained`, unless the directory has one of these files."""
+        if self.gguf_file is None or (not self.from_hub and any((Path(self.name) / file).is_file() for file in files)):
+            return {}
+        return {"gguf_file": self.gguf_file}
+
+
+def locate(section: ModelSection) -> ModelSource:
+    """Find the model, and download its GGUF file if it is on the hub.
+
+    transformers gets the GGUF file by its absolute path: a relative one is first looked up in the working directory.
+
+    Raises:
+        ModelError: As `is_directory` and `check_repository`; the download fails; the GGUF file cannot be read.
+    """
+    name, file, revision = section.name_or_path, section.gguf_file, section.revision
+    if is_directory(name, revision, file, trusted=section.trust_remote_code):
+        directory = local_or_hub(name)
+        return ModelSource(directory, str(Path(directory) / file) if file else None)
+    if file is None:
+        check_repository(name, revision)
+        return ModelSource(name)
+    check_repository(name, revision, file)
+    try:
+        path = Path(hf_hub_download(name, file, revision=revision))
+    except Exception as error:  # whatever the network stack raises
+        what = f"{file} cannot be downloaded: {summary(error)}"
+        raise ModelError(Problem(Code.MODEL_DOWNLOAD_FAILED, what, name, gguf.KEY)) from None
+    gguf.check(path)
+    return ModelSource(str(path.parent), str(path), from_hub=True)
+
+
 def is_directory(
     name_or_path: str, revision: str | None = None, gguf_file: str | None = None, *, trusted: bool = False
 ) -> bool:
-    """Whether this is a model directory; False leaves a name that may be a hub id.
+    """Whether this is a model directory; False means that it may be a hub id.
 
-    revision is for hub ids only, but for trusted code, which is always pinned. With a gguf_file, the directory needs
-    nothing else.
-    Raises ModelError: a path where nothing is, a file, a directory without a model, a directory and a revision; what
-    `gguf.check` says of the GGUF file.
+    Args:
+        name_or_path: A path or a hub id.
+        revision: Only hub ids have one, except where code is trusted, which always needs a revision.
+        gguf_file: A file in the directory, which then needs no other.
+        trusted: Code of the model is trusted.
+
+    Raises:
+        ModelError: The path does not exist or is a file; the directory holds no model, or a revision is set for it;
+            as `gguf.check`.
     """
     path = Path(name_or_path).expanduser()
     if gguf_file is not None:
         gguf.check_name(gguf_file)
     if path.is_dir():
         if revision is not None and not trusted:
-            raise ModelError(Problem("a directory has no revisions", name_or_path, "model.revision", "leave it out"))
+            what, key = "a directory has no revisions", "model.revision"
+            raise ModelError(Problem(Code.MODEL_LOCAL_REVISION, what, name_or_path, key, "leave it out"))
         if gguf_file is not None:
             gguf.check(path / gguf_file)
         elif not (path / "config.json").is_file():
+            files = sorted(file.name for file in path.glob("*.gguf"))
+            fix = f"set {gguf.KEY} to {' or '.join(files[:3])}" if files else "name the directory that has one"
             what = "no config.json in this directory, so it holds no model"
-            raise ModelError(Problem(what, name_or_path, KEY, _other_than(path)))
+            raise ModelError(Problem(Code.MODEL_NO_CONFIG, what, name_or_path, KEY, fix))
         return True
     if path.exists():
         fix = f"name its directory, and set {gguf.KEY}: {path.name}" if path.suffix == ".gguf" else "name its directory"
-        raise ModelError(Problem("is a file, not a model directory", name_or_path, KEY, fix))
+        raise ModelError(Problem(Code.MODEL_IS_FILE, "is a file, not a model directory", name_or_path, KEY, fix))
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise ModelError(Problem("no such directory", name_or_path, KEY, "check the path"))
+        raise ModelError(Problem(Code.MODEL_NO_DIRECTORY, "no such directory", name_or_path, KEY, "check the path"))
     return False
 
 
@@ -44,7 +102,45 @@ def local_or_hub(name_or_path: str) -> str:
     return str(path.absolute()) if path.is_dir() else name_or_path
 
 
-def _other_than(directory: Path) -> str:
-    if files := sorted(file.name for file in directory.glob("*.gguf")):
-        return f"set {gguf.KEY} to {' or '.join(files[:3])}"
-    return "name the directory that has one"
+def check_repository(name: str, revision: str | None, file: str = "config.json") -> None:
+    """Tell apart why a model cannot be had from the hub; transformers reports most reasons as one OSError.
+
+    Raises:
+        ModelError: No such repository, or it is gated; no such revision or file; offline and not cached.
+    """
+    fix, key = "", KEY
+    try:
+        if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+            return
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=10)
+    except errors.GatedRepoError:
+        code, what = Code.MODEL_GATED, "this repository is gated"
+        fix = f"accept its terms on https://huggingface.co/{name} and log in with `hf auth login`"
+    except errors.RevisionNotFoundError:
+        code, what, key = Code.MODEL_NO_REVISION, f"the repository has no revision {revision}", "model.revision"
+    except errors.RepositoryNotFoundError:
+        code, what = Code.MODEL_NO_REPOSITORY, "no such directory, and no such repository on the hub"
+        fix = "check the name; private ones need `hf auth login`"
+    except errors.EntryNotFoundError:
+        if file == "config.json":
+            code, what = Code.MODEL_NO_CONFIG, f"the repository has no {file}, so it holds no model"
+        else:
+            code, what, key = Code.MODEL_GGUF_NOT_FOUND, f"the repository has no {file}", gguf.KEY
+    except errors.HFValidationError:
+        code, what = Code.MODEL_INVALID_ID, "no such directory, and not the id of a repository"
+    except Exception as error:  # whatever the network stack raises
+        code = Code.MODEL_HUB_UNREACHABLE
+        what = f"no such directory; the hub cannot be reached and the model is not cached ({summary(error)})"
+        fix = "check the path, or the connection"
+    else:
+        return
+    raise ModelError(Problem(code, what, name, key, fix))
+
+
+def summary(error: BaseException) -> str:
+    """The first line of an error, and the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, KeyError):
+        return f"unknown: {lines[0]}"
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text.partition(". ")[0]

@@ -13,8 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from loratune.system import droppings, records
-from loratune.system.plain import is_directory, read_text
+from loratune.system import records
+from loratune.system.files import (
+    is_directory,
+    is_incidental_directory,
+    is_incidental_file,
+    notebook_original,
+    read_text,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -63,9 +69,9 @@ def survey(directory: Path, is_own: Known, is_own_directory: Known = lambda _: F
     is_own: of files; is_own_directory: of directories that may be empty. Raises OSError: something cannot be read.
     """
     files, directories = list(_files(directory)), list(_directories(directory))
-    own = {name for name in files if is_own(name) or droppings.is_dropping(name) or _is_copy(name, is_own)}
+    own = {name for name in files if is_own(name) or is_incidental_file(name) or _is_copy(name, is_own)}
     around = {str(parent) for name in own for parent in PurePosixPath(name).parents}
-    expected = {one for one in directories if is_own_directory(one) or droppings.is_dropped_directory(one)}
+    expected = {one for one in directories if is_own_directory(one) or is_incidental_directory(one)}
     around |= {str(parent) for name in expected for parent in (PurePosixPath(name), *PurePosixPath(name).parents)}
     foreign = [f"{one}/" for one in directories if one not in around and _parent(one) in around | {"."}]
     foreign += [name for name in files if name not in own and _parent(name) in around | {"."}]
@@ -143,7 +149,7 @@ def _manifest(checkpoint: Path) -> set[str]:
 
 
 def _is_copy(name: str, is_own: Known) -> bool:
-    return (first := droppings.original(name)) is not None and is_own(first)
+    return (first := notebook_original(name)) is not None and is_own(first)
 
 
 def _parent(name: str) -> str:

@@ -17,9 +17,7 @@ from typing import Any
 
 from loratune.errors import Problem, ResourceError, ResumeError
 from loratune.system import records
-from loratune.system.digests import sha256
-from loratune.system.disk import room_for, sync, write_json
-from loratune.system.plain import is_directory, is_file, kind, read_text
+from loratune.system.files import explain_full_disk, is_directory, is_file, kind, read_text, sha256, sync, write_json
 from loratune.training.belongings import CHECKPOINT, MANIFEST, of_checkpoint, of_checkpoints, remove
 
 _log = logging.getLogger(__name__)
@@ -67,7 +65,7 @@ class Checkpoints:
                 raise ResourceError(Problem(what, str(path), fix=f"move it away, and {way_on}"))
         _remove(self.unfinished)
         try:
-            with room_for("a checkpoint", self.size, self.directory, f"make room, and {way_on}"):
+            with explain_full_disk("a checkpoint", self.size, self.directory, f"make room, and {way_on}"):
                 yield
                 write_json(written / RUN, records.versioned(RUN, self.run))
                 seal(written)

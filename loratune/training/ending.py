@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loratune.errors import Problem, ResumeError
 from loratune.system import records
-from loratune.system.plain import read_text
+from loratune.system.files import read_text
 
 _log = logging.getLogger(__name__)
 

@@ -160,7 +160,7 @@ def measure(
     budget: int,
     acceleration: kernels.Acceleration,
     group: Group,
-    note: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Gain:
     """Compare a trained adapter with its base on a sample of rows, a row at a time. All processes take a share.
 
@@ -174,14 +174,14 @@ def measure(
         budget: Tokens that the run was trained on.
         acceleration: What of the model the kernels compute, for adapter and base alike.
         group: The processes of the run.
-        note: Takes a line on what is being done.
+        log: Takes a line on what is being done.
     """
     samples = {split: _sample(rows, budget) for split, rows in parts.items()}
     split = next((name for name, found in samples.items() if len(found) >= LEAST_JUDGED), [*parts][-1])
     passed = len(samples["validation"]) if "validation" in parts and split != "validation" else None
     rows, sample = parts[split].rows, samples[split]
     batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
-    note(f"comparing the adapter with its base on {_counted(len(sample), f'{split} row')}")
+    log(f"comparing the adapter with its base on {_counted(len(sample), f'{split} row')}")
 
     def losses() -> list[Loss]:
         with acceleration.applied(model):

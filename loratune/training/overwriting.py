@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import ConfigError, Problem
-from loratune.system import droppings, records
-from loratune.system.digests import sha256
-from loratune.system.plain import is_file, read_text
+from loratune.system import records
+from loratune.system.files import is_file, is_incidental_file, read_text, sha256
 from loratune.training.belongings import CONFIG, KNOWN, RECORD, Belongings, of_adapter, survey
 from loratune.training.belongings import remove as clear
 
@@ -47,7 +46,7 @@ def check(directory: Path, where: str, inputs: Inputs, otherwise: str = "choose 
         what = f"{reason}, so --overwrite leaves it alone"
         raise ConfigError(Problem(what, str(directory / RECORD), "output_dir", fix))
     found = belongings(directory)
-    if not is_file(directory / CONFIG) and not all(map(droppings.is_dropping, (*found.own, *found.strangers))):
+    if not is_file(directory / CONFIG) and not all(map(is_incidental_file, (*found.own, *found.strangers))):
         raise ConfigError(Problem("holds no adapter, so --overwrite leaves it alone", where, "output_dir", fix))
     if found.strangers:
         what = f"also holds {shown(found.strangers)}, which no adapter record lists, so --overwrite leaves it alone"

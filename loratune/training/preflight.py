@@ -15,11 +15,11 @@ from loratune.data.sources import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import AdapterFiles
-from loratune.model import recorded_quantization
+from loratune.model import quantization
 from loratune.model.source import is_directory, local_or_hub
 from loratune.system import launcher
+from loratune.system.files import path_problem
 from loratune.system.launcher import Group
-from loratune.system.paths import unusable
 from loratune.training import resume as resuming
 from loratune.training.resume import Resumed
 from loratune.training.run_dir import RunDirectory
@@ -88,11 +88,9 @@ def check(
     if template is not None and not os.path.isfile(os.path.expanduser(template)):
         raise ConfigError(Problem("no such file", template, "data.chat_template", "name a Jinja file"))
     _check_sharding(run)
-    recorded_quantization.check_bitsandbytes(base.quantization)
+    quantization.check_bitsandbytes(base.quantization)
     if is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
-        recorded_quantization.check_directory(
-            Path(local_or_hub(base.name_or_path)), base.name_or_path, base.quantization
-        )
+        quantization.check_directory(Path(local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
     pinned = _pinned(run)
     resumed = resuming.find(space.checkpoints, pinned.resolved(), resume) if resume is not None else None
     return ValidatedRun(
@@ -154,13 +152,13 @@ def _check_recordable(run: RunConfig) -> None:
     paths += [("data.train", source.path) for source in rows.train_sources]
     paths += [("data.validation", source.path) for source in rows.validation_sources]
     fix = "start from a directory whose name is UTF-8"
-    if problems := [Problem(f"the path {why}", path, key, fix) for key, path in paths if (why := unusable(path))]:
+    if problems := [Problem(f"the path {why}", path, key, fix) for key, path in paths if (why := path_problem(path))]:
         raise ConfigError(problems)
 
 
 def open_adapter(
     directory: Path,
-    note: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     *,
     forced: bool = False,
     assignments: Sequence[str] = (),
@@ -168,17 +166,17 @@ def open_adapter(
     """Open an adapter directory. What its run.yaml says of code to trust is not believed.
 
     assignments: of keys of its data section, as of `config.load`; forced: go on where files have changed since they
-    were saved, and note it. Raises AdapterError: see `saved.inspect`; files that have changed; a run.yaml that is none.
+    were saved, and log it. Raises AdapterError: see `saved.inspect`; files that have changed; a run.yaml that is none.
     Raises ConfigError: see `config.load`.
     """
     found = adapter_files.inspect(directory)
     edits = found.edits()
     if not found.record.get("files"):
-        note(f"{directory}: keeps no record of its files and its base, so neither was verified")
+        log(f"{directory}: keeps no record of its files and its base, so neither was verified")
     if edits and not forced:
         raise AdapterError([replace(edit, fix="use it all the same with --force") for edit in edits])
     for edit in edits:
-        note(str(edit))
+        log(str(edit))
     try:
         base = ModelSection(name_or_path=found.base, revision=found.config.get("revision"))
     except ValidationError:

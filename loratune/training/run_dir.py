@@ -12,9 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.errors import ConfigError, LockedError, Problem, ResourceError, ResumeError, is_disk_full
-from loratune.system import droppings
-from loratune.system.disk import room_for, sync
-from loratune.system.plain import hold, is_directory, is_file, kind, open_lock
+from loratune.system.files import (
+    explain_full_disk,
+    hold_lock,
+    is_directory,
+    is_file,
+    is_incidental_file,
+    kind,
+    open_lock,
+    sync,
+)
 from loratune.training import belongings, ending, overwriting
 from loratune.training.belongings import CHECKPOINT, MANIFEST, Belongings
 from loratune.training.ending import PUBLISH, Ending
@@ -82,7 +89,7 @@ class RunDirectory:
         """What is in `partial`, by its path there, and not of a run's making. Raises OSError: it cannot be read."""
         own = {path.name for path in (*self._directories, *self._marks)}
         found = sorted(path.name for path in self.partial.iterdir() if path.name not in own)
-        found = [name for name in found if not droppings.is_dropping(name)]
+        found = [name for name in found if not is_incidental_file(name)]
         for path, survey in self._surveys.items():
             if is_directory(path):
                 found += [f"{path.name}/{name}" for name in survey(path).strangers]
@@ -247,7 +254,7 @@ class RunDirectory:
 
 
 def _is_dropping(path: Path) -> bool:
-    return droppings.is_dropping(path.name) and not is_directory(path)
+    return is_incidental_file(path.name) and not is_directory(path)
 
 
 def _odd(path: Path, right: str) -> Iterator[Problem]:
@@ -267,7 +274,7 @@ def inspect(output_dir: str, *, resume: bool, overwrite: bool, inputs: Inputs = 
         space = RunDirectory(*_siblings(output_dir), where, overwrite, inputs)
         if is_directory(space.partial) and is_file(space.lock):
             with open_lock(space.lock, os.O_RDONLY) as file:
-                hold(file, where)
+                hold_lock(file, where)
         _check_free(space, where, resume=resume, overwrite=overwrite)
     except OSError as error:
         raise ConfigError(Problem(f"cannot be looked at: {error.strerror}", where, key)) from None
@@ -347,7 +354,7 @@ def claimed(space: RunDirectory) -> Iterator[RunDirectory]:
 
     Raises LockedError: another run is working there. Raises ResourceError: the disk is full.
     """
-    with room_for("the work in progress", 4096, space.output.parent, "make room"):
+    with explain_full_disk("the work in progress", 4096, space.output.parent, "make room"):
         space.partial.mkdir(exist_ok=True)
     if odd := _fault_of(space.partial, space):
         raise ConfigError(Problem(odd, str(space.partial), "output_dir", _AWAY))
@@ -367,13 +374,13 @@ def _locked(space: RunDirectory, where: str) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             file = stack.enter_context(open_lock(space.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
-            hold(file, where)
+            hold_lock(file, where)
             if not os.path.samestat(os.fstat(file.fileno()), space.lock.stat()):
                 raise ended
         except FileNotFoundError:
             raise ended from None
         try:
-            with room_for("the work in progress", 4096, space.partial, "make room"):
+            with explain_full_disk("the work in progress", 4096, space.partial, "make room"):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {platform.node()}\n")
                 file.flush()

@@ -21,7 +21,7 @@ from loratune.data import upstream
 from loratune.data.sources import json_files, readers
 from loratune.data.sources.rows import BLOCK, MAX_PROBLEMS, Advance, Row, RowOrProblem, no_advance
 from loratune.errors import Code, DataError, Problem
-from loratune.system.digests import sha256
+from loratune.system.files import sha256
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in ENDINGS if ending != ".parquet")

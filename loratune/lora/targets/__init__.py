@@ -13,12 +13,12 @@ from torch import nn
 
 from loratune.config import LoraSection
 from loratune.errors import ModelError, Problem
+from loratune.lora import module_names
 from loratune.lora.targets import entries, notes, patterns, whole
 from loratune.lora.targets.names import ROLES as ROLES
 from loratune.lora.targets.names import SERVES as SERVES
 from loratune.lora.targets.names import STOCK as STOCK
 from loratune.lora.targets.survey import take
-from loratune.system import paths
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Targets:
 
     def patterns(self) -> dict[str, list[str]]:
         """Each role or entry → its module paths with layer numbers as `*`, once each."""
-        return {entry: list(dict.fromkeys(map(paths.pattern, found))) for entry, found in self.roles.items()}
+        return {entry: list(dict.fromkeys(map(module_names.pattern, found))) for entry, found in self.roles.items()}
 
     def places(self) -> dict[str, list[str]]:
         """Each path with `*` for its layer numbers → the roles or entries that led there."""
@@ -120,14 +120,16 @@ def resolve(
         problems = [*problems, *missing]
     chosen = {path for found in roles.values() for path in found}
     modules = tuple(path for path in read.modules if path in chosen)
-    names, alike = paths.endings(modules, read.modules, layers)
+    names, alike = module_names.endings(modules, read.modules, layers)
     problems += [_alike(path) for path in alike] + entries.lost(read, modules)
     ranks, rank_problems, rank_notes = patterns.values(read, modules, rank_pattern or {}, "lora.rank_pattern")
     alphas, alpha_problems, alpha_notes = patterns.values(read, modules, alpha_pattern or {}, "lora.alpha_pattern")
     saved, saved_problems, saved_notes = whole.names(read, modules, modules_to_save or ())
     if problems := [*problems, *rank_problems, *alpha_problems, *saved_problems]:
         raise ModelError(problems)
-    fused = {paths.pattern(path): tuple(read.serves[path]) for path in modules if len(read.serves.get(path, "")) > 1}
+    fused = {
+        module_names.pattern(path): tuple(read.serves[path]) for path in modules if len(read.serves.get(path, "")) > 1
+    }
     every = notes.of_all_linear(read) if "all-linear" in roles else notes.of_roles(read, list(roles), modules)
     lawful = [*every, *notes.of_fused(list(roles), modules), *notes.of_tied(read, modules)]
     said = tuple(dict.fromkeys([*lawful, *rank_notes, *alpha_notes, *saved_notes]))

@@ -9,10 +9,10 @@ from transformers.pytorch_utils import Conv1D
 
 from loratune.config.expressions import BadExpressionError, brief, compiled, limited
 from loratune.errors import ConfigError, Problem
+from loratune.lora import module_names
 from loratune.lora.targets import reach
 from loratune.lora.targets.names import ROLES, STOCK
 from loratune.lora.targets.survey import Survey
-from loratune.system import paths
 
 KEY = "lora.target_modules"
 _FIX = f"set {KEY} to names from this list, or to all-linear"
@@ -41,7 +41,7 @@ def by_list(survey: Survey, entries: Sequence[str]) -> Found:
 
 def named(survey: Survey, entry: str) -> list[str]:
     """The modules that an entry names; a role is no name."""
-    return [] if entry in ROLES else [path for path in survey.modules if paths.ends_in(path, entry)]
+    return [] if entry in ROLES else [path for path in survey.modules if module_names.ends_in(path, entry)]
 
 
 def as_role(survey: Survey, entry: str) -> str | None:
@@ -85,11 +85,11 @@ def by_string(survey: Survey, text: str) -> Found:
 def within(roles: dict[str, tuple[str, ...]], layers: Sequence[int]) -> Found:
     """Keep to the modules of some layers."""
     numbers = {
-        path: number for many in roles.values() for path in many if (number := paths.number_of(path)) is not None
+        path: number for many in roles.values() for path in many if (number := module_names.number_of(path)) is not None
     }
     absent = sorted(set(layers) - set(numbers.values()))
     there = sorted(set(numbers.values()))
-    fix = f"the layers with targets are {paths.ranges(there)}" if there else ""
+    fix = f"the layers with targets are {module_names.ranges(there)}" if there else ""
     problems = [Problem(f"no target in layer {layer}", key="lora.layers_to_transform", fix=fix) for layer in absent]
     return {
         entry: tuple(path for path in many if numbers.get(path) in layers) for entry, many in roles.items()
@@ -98,7 +98,7 @@ def within(roles: dict[str, tuple[str, ...]], layers: Sequence[int]) -> Found:
 
 def lost(survey: Survey, modules: Iterable[str]) -> list[Problem]:
     """Targets that PEFT would refuse with a traceback, train to no effect, or take for something else."""
-    blocked = {paths.short(path): survey.obstacles[path] for path in modules if path in survey.obstacles}
+    blocked = {module_names.short(path): survey.obstacles[path] for path in modules if path in survey.obstacles}
     return [Problem(f"`{name}`: {reason}", key=KEY, fix="leave it out") for name, reason in blocked.items()]
 
 
@@ -135,12 +135,12 @@ def _layers_without(survey: Survey, role: str) -> list[Problem]:
     if not strange:
         return []
     found = f"in {len(survey.layers) - len(lacking)} of {len(survey.layers)} attention layers"
-    what = f"role `{role}`: {survey.architecture} has it {found}, and not in {paths.few(strange, 4)}"
+    what = f"role `{role}`: {survey.architecture} has it {found}, and not in {module_names.few(strange, 4)}"
     return [Problem(f"{what}; {survey.has()}", key=KEY, fix=_FIX)]
 
 
 def _unsuitable(survey: Survey, entry: str, others: tuple[str, ...]) -> Problem:
-    listed = paths.few([f"{path} ({type(survey.modules[path]).__name__})" for path in others], 3)
+    listed = module_names.few([f"{path} ({type(survey.modules[path]).__name__})" for path in others], 3)
     what = f"{entry} matches {listed}, which LoRA does not adapt"
     return Problem(f"{what}; {survey.has()}", key=KEY, fix="match linear layers only")
 
@@ -154,6 +154,6 @@ def nearest(survey: Survey, entry: str) -> str:
     """What could have been meant: `nearest: q_proj`, or all that there is."""
     # Compared with endings that have as many parts: `attn.q_prj` is near `attn.q_proj`, not near `q_proj`.
     depth = entry.count(".")
-    there = {tail for path in survey.linears for tail in paths.tails(path) if tail.count(".") == depth}
+    there = {tail for path in survey.linears for tail in module_names.tails(path) if tail.count(".") == depth}
     near = difflib.get_close_matches(entry, sorted(there), n=3, cutoff=0.5)
     return f"nearest: {', '.join(near)}" if near else survey.has()

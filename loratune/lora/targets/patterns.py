@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from loratune.config.expressions import BadExpressionError, brief, compiled, limited
 from loratune.errors import ConfigError, Problem
+from loratune.lora import module_names
 from loratune.lora.targets import entries
 from loratune.lora.targets.names import ROLES
 from loratune.lora.targets.survey import Survey
-from loratune.system import paths
 
 
 def values(
@@ -54,13 +54,13 @@ def _meant(survey: Survey, modules: Sequence[str], entry: str, role: str | None)
     if role:
         return [path for path in modules if role in survey.serves.get(path, "")]
     if entries.named(survey, entry):
-        return [path for path in modules if paths.ends_in(path, entry)]
+        return [path for path in modules if module_names.ends_in(path, entry)]
     expression = compiled(rf"(.*\.)?({entry})$")
     return [path for path in modules if expression.match(path)]
 
 
 def _no_target(survey: Survey, modules: Sequence[str], entry: str, key: str) -> Problem:
-    there = f"the targets are {paths.counted(modules, 12)}"
+    there = f"the targets are {module_names.counted(modules, 12)}"
     if entry in ROLES:
         what = f"role `{entry}` is served by none of the targets"
     elif entries.named(survey, entry):
@@ -74,7 +74,7 @@ def _contradictions(survey: Survey, given: Mapping[str, Mapping[str, int]], key:
     problems: dict[str, Problem] = {}
     for path, of in given.items():
         if len(set(of.values())) > 1:
-            name = paths.short(path)
+            name = module_names.short(path)
             served = survey.serves.get(path, "")
             one = f", one module for {', '.join(served)}," if len(served) > 1 else ""
             said = ", ".join(f"{value} by `{entry}`" for entry, value in of.items())
@@ -85,7 +85,7 @@ def _contradictions(survey: Survey, given: Mapping[str, Mapping[str, int]], key:
 def _along(survey: Survey, found: Sequence[str], role: str, value: int, key: str) -> list[str]:
     """What else a value reaches, because a module serves several roles."""
     name = key.removeprefix("lora.")
-    fused = {paths.short(path): survey.serves[path] for path in found if len(survey.serves[path]) > 1}
+    fused = {module_names.short(path): survey.serves[path] for path in found if len(survey.serves[path]) > 1}
     return [
         f"{name}: {value} for {role} holds for {', '.join(other for other in served if other != role)} too, "
         f"which {place} serves as well"
@@ -96,7 +96,7 @@ def _along(survey: Survey, found: Sequence[str], role: str, value: int, key: str
 def _escaped(modules: Sequence[str], given: Mapping[str, int]) -> dict[str, int]:
     result: dict[str, int] = {}
     for value in dict.fromkeys(given.values()):
-        names, alike = paths.endings([path for path in given if given[path] == value], modules)
+        names, alike = module_names.endings([path for path in given if given[path] == value], modules)
         # A whole path that ends another one: PEFT allows anything before a dot, so the dot is what tells them apart.
         result |= dict.fromkeys([re.escape(name) for name in names], value)
         result |= dict.fromkeys([rf"(?<!\.){re.escape(path)}" for path in alike], value)

@@ -8,7 +8,7 @@ from torch import nn
 # PEFT reads this private table too, so it lives as long as PEFT needs it.
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
-from loratune.system.paths import last, parent
+from loratune.lora.module_names import last, parent
 
 # The kernels of a Mamba mixer read these weights directly, past an adapter. PEFT refuses the first two on some model
 # types (peft.tuners.tuners_utils._check_lora_target_modules_mamba) and lets the rest train to no effect.

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from loratune.lora import module_names
 from loratune.lora.targets import reach
 from loratune.lora.targets.names import SERVES
-from loratune.system import paths
 
 # An attention module is known by its own name or its class (`mixer` is one when it is a NemotronHAttention), unless it
 # looks elsewhere than at the text itself. Multimodal towers are left alone: roles mean the language model.
@@ -58,7 +58,7 @@ class Survey:
 
     def has(self) -> str:
         """What can be named instead: `its linear modules: attn.c_attn ×12, attn.c_proj ×12, …`."""  # noqa: RUF002
-        return f"its linear modules: {paths.counted(self.reachable(), 12)}"
+        return f"its linear modules: {module_names.counted(self.reachable(), 12)}"
 
     def roles_there(self) -> str:
         """The roles that some module serves, in the order q, k, v, o."""
@@ -78,7 +78,7 @@ def take(model: nn.Module) -> Survey:
         found = _place(path, modules)
         if found:
             attention, serves[path] = found
-            layers.setdefault(paths.layer_of(attention), []).append(path)
+            layers.setdefault(module_names.layer_of(attention), []).append(path)
     blocked = {path: reason for path in linears if (reason := reach.obstacle(path, modules, architecture))}
     raw = _raw(model, modules)
     in_attention = [name for name in raw if any(_is_self_attention(above, modules) for above in _above(name))]
@@ -94,16 +94,16 @@ def _above(path: str) -> list[str]:
 
 
 def _shown(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(paths.short(name.removesuffix(".weight")) for name in names))
+    return tuple(dict.fromkeys(module_names.short(name.removesuffix(".weight")) for name in names))
 
 
 def _place(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] | None:
     """The attention module that a linear layer belongs to and the roles it serves there; None outside attention."""
-    for name in list(paths.tails(path))[1::-1]:  # `output.dense` before `dense`
+    for name in list(module_names.tails(path))[1::-1]:  # `output.dense` before `dense`
         attention = path.removesuffix(name).rstrip(".")
         if name in SERVES and _is_self_attention(attention, modules):
             return attention, "kv" if _values_are_keys(modules[attention], name) else SERVES[name]
-    above = paths.parent(path)
+    above = module_names.parent(path)
     return (above, "") if _is_self_attention(above, modules) else None
 
 
@@ -116,7 +116,7 @@ def _is_self_attention(path: str, modules: Mapping[str, nn.Module]) -> bool:
     if path not in modules or _is_recurrent(path, modules):
         return False
     kind = type(modules[path]).__name__
-    known = _ATTENTION.search(paths.own_name(path)) or _ATTENTION.search(kind)
+    known = _ATTENTION.search(module_names.own_name(path)) or _ATTENTION.search(kind)
     return bool(known) and not _NOT_SELF.search(f"{path} {kind}")
 
 
@@ -130,7 +130,7 @@ def _raw(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     return [
         name
         for name, weight in model.named_parameters()
-        if not isinstance(modules.get(paths.parent(name)), plain)
-        and not _NO_MATRIX.search(paths.last(name))
+        if not isinstance(modules.get(module_names.parent(name)), plain)
+        and not _NO_MATRIX.search(module_names.last(name))
         and sum(size > 1 for size in weight.shape) > (1 if re.search(r"(^|\.)experts\.", name) else 2)
     ]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from loratune.errors import Problem
+from loratune.lora import module_names
 from loratune.lora.targets import entries
 from loratune.lora.targets.survey import Survey
-from loratune.system import paths
 
 KEY = "lora.modules_to_save"
 
@@ -53,7 +53,7 @@ def _problems(survey: Survey, modules: Sequence[str], entry: str, found: Sequenc
     clash = [path for path in modules if any(f"{path}.".startswith(f"{whole}.") for whole in found)]
     inside = [path for path in found if any(path.startswith(f"{target}.") for target in modules)]
     if clash or inside:
-        what = f"`{entry}` is or holds targets ({paths.counted(clash or inside, 3)}), which would get no adapter"
+        what = f"`{entry}` is or holds targets ({module_names.counted(clash or inside, 3)}), which would get no adapter"
         return [Problem(what, key=KEY, fix=f"leave it out here or in {entries.KEY}")]
     return [problem for path in found for problem in _untrainable(survey, entry, path)][:1]
 
@@ -73,7 +73,7 @@ def _untrainable(survey: Survey, entry: str, path: str) -> list[Problem]:
 def _near(survey: Survey, entry: str) -> str:
     end = entry.rpartition(".")[2].lower()
     like = [path for path in survey.modules if end and end in path.rpartition(".")[2].lower()]
-    return f"it has {paths.counted(like, 6)}" if like else entries.nearest(survey, entry)
+    return f"it has {module_names.counted(like, 6)}" if like else entries.nearest(survey, entry)
 
 
 def _names(survey: Survey, chosen: Sequence[str]) -> tuple[list[str], list[Problem]]:
@@ -85,12 +85,12 @@ def _names(survey: Survey, chosen: Sequence[str]) -> tuple[list[str], list[Probl
     for path in chosen:
         if any(path.endswith(name) for name in result):
             continue
-        hits = {tail: [other for other in every if other.endswith(tail)] for tail in paths.tails(path)}
+        hits = {tail: [other for other in every if other.endswith(tail)] for tail in module_names.tails(path)}
         name = next((tail for tail, hit in hits.items() if wanted.issuperset(hit)), None)
         if name:
             result.append(name)
         else:
-            what = f"PEFT cannot tell {path} from {paths.few([p for p in hits[path] if p not in wanted], 2)}"
+            what = f"PEFT cannot tell {path} from {module_names.few([p for p in hits[path] if p not in wanted], 2)}"
             problems.append(Problem(what, key=KEY, fix="save both or neither"))
     return sorted(result), problems
 

@@ -1,35 +1,11 @@
-"""Paths of modules as text: their layers, their endings, and how they are shown. No model is needed.
+"""Names of modules as text: their layers, their endings, and how they are shown. No model is needed."""
 
-And of files: what cannot be one.
-"""
-
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path
-
-_LONGEST, _LONGEST_NAME = 4095, 255  # bytes: PATH_MAX with its end, and NAME_MAX of every usual file system
 
 # PEFT's own rule for layers_to_transform (peft.tuners.tuners_utils.check_target_module_exists).
 _PEFT_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
-
-
-def unusable(path: str) -> str:
-    """Why a text cannot be the path of a file or directory, empty where it can: the system would fail in many ways."""
-    if "\0" in path:
-        return "holds a NUL character, which no path has"
-    try:
-        raw = path.encode()
-    except UnicodeEncodeError:
-        return "is not UTF-8, and could not be recorded"
-    if len(raw) > _LONGEST or any(len(name) > _LONGEST_NAME for name in raw.split(os.sep.encode())):
-        return "is longer than a path can be"
-    try:
-        Path(path).expanduser()
-    except RuntimeError:
-        return "names the home of a user who is not known here"
-    return ""
 
 
 def pattern(path: str) -> str:

@@ -1,0 +1,350 @@
+"""What can be wrong with a model's files: what a library could not load, implausible values, damaged weights."""
+
+import base64
+import logging
+import re
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from jinja2 import TemplateSyntaxError
+from safetensors import SafetensorError, safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from loratune.config import ModelSection
+from loratune.errors import Code, ConfigError, ModelError, Problem
+from loratune.model import gguf, upstream
+from loratune.model.source import local_or_hub, summary
+from loratune.system.sandbox import MEMORY, Apart, BeyondLimit
+from loratune.system.uncompiled import UNCOMPILED, reason
+
+_log = logging.getLogger(__name__)
+
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
+"""What transformers, torch and safetensors raise for a model that cannot be loaded."""
+
+# --- What a library could not load
+
+
+def unreadable(code: Code, section: ModelSection, error: BaseException) -> ModelError:
+    """The error for a part of a model that a library failed to load.
+
+    Args:
+        code: `MODEL_CONFIG_UNREADABLE`, `MODEL_TOKENIZER_UNREADABLE` or `MODEL_UNREADABLE`.
+        section: The settings of the model.
+        error: What the library raised; a ModelError is returned as it is.
+    """
+    if isinstance(error, ModelError):
+        return error
+    if "trust_remote_code" in str(error):
+        what = "the model needs code from its repository"
+        fix = "read that code, then set model.trust_remote_code: true and model.revision to the commit you read"
+        return ModelError(Problem(Code.MODEL_NEEDS_CODE, what, section.name_or_path, fix=fix))
+    part = _PARTS[code]
+    return ModelError(Problem(code, f"the {part} cannot be loaded: {summary(error)}", section.name_or_path))
+
+
+_PARTS = {
+    Code.MODEL_CONFIG_UNREADABLE: "configuration",
+    Code.MODEL_TOKENIZER_UNREADABLE: "tokenizer",
+    Code.MODEL_UNREADABLE: "model",
+}
+
+
+def damaged_weights(section: ModelSection) -> Iterator[Problem]:
+    """The weight files of a model that cannot be read; the libraries' own errors do not name the file."""
+    directory = Path(local_or_hub(section.name_or_path))
+    if not directory.is_dir():
+        cached = try_to_load_from_cache(section.name_or_path, "config.json", revision=section.revision)
+        directory = Path(str(cached)).parent
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+        with path.open("rb") as file:
+            is_pointer = file.read(len(gguf.LFS_START)) == gguf.LFS_START
+        if is_pointer:
+            yield gguf.lfs_pointer(path)
+        elif path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                what = f"damaged or cut off: {summary(error)}"
+                yield Problem(Code.MODEL_WEIGHTS_DAMAGED, what, str(path), fix="download it again")
+
+
+# --- config.json
+
+_MOST = {
+    re.compile(r"(num|n)(_\w+)?_(layers?|blocks)|(en|de)coder_layers"): 4096,
+    re.compile(r"(num|n)(_\w+)?_experts"): 65_536,
+    re.compile(r"num_labels"): 1_000_000,
+}
+"""Key → its largest plausible value. The largest models have some hundred layers, and some hundred experts in each;
+transformers creates an object for each of them, and a name for each label."""
+
+
+def check_sizes(values: Any, where: str) -> None:
+    """Check the counts in a config.json before any library builds something of them.
+
+    Args:
+        values: The content of config.json.
+        where: The name of the model.
+
+    Raises:
+        ModelError: `architectures` is no list of names; a number is so large that building the model would take hours,
+            or all memory.
+    """
+    if not isinstance(values, Mapping):
+        return
+    architectures = values.get("architectures") or []
+    if not isinstance(architectures, list) or any(not isinstance(name, str) for name in architectures):
+        what, fix = "must be a list of class names", 'write it as ["LlamaForCausalLM"]'
+        raise ModelError(Problem(Code.MODEL_INVALID_ARCHITECTURES, what, where, "architectures", fix))
+    problems = []
+    for key, count in _counts(values):
+        name = key.rpartition(".")[2]
+        most = next((most for pattern, most in _MOST.items() if pattern.fullmatch(name)), None)
+        if most is not None and count > most:
+            number = f"{count:,}" if count < 10**18 else "more than 10^18"
+            what = f"is {number}, and must be at most {most:,}"
+            problems.append(Problem(Code.MODEL_IMPLAUSIBLE_SIZE, what, where, key, "correct config.json"))
+    if problems:
+        raise ModelError(problems)
+
+
+def _counts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """The whole numbers above 1 with their keys, also those of nested configurations."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _counts(value, f"{prefix}{key}.")
+        elif isinstance(value, int) and value > 1:
+            yield f"{prefix}{key}", value
+
+
+def check_decoder(config: Any, section: ModelSection) -> None:
+    """Check that a configuration is that of a decoder-only causal language model.
+
+    Raises:
+        ModelError: It is not.
+    """
+    architectures = config.architectures or []
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or section.trust_remote_code
+    other_head = architectures and not any(
+        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
+    )
+    if config.is_encoder_decoder or not known or other_head:
+        code = Code.MODEL_ENCODER_DECODER if config.is_encoder_decoder else Code.MODEL_NOT_CAUSAL
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "not a causal language model"
+        what = f"{', '.join(architectures) or config.model_type} (model type {config.model_type}) is {kind}"
+        raise ModelError(Problem(code, what, section.name_or_path, fix="loratune adapts decoder-only language models"))
+
+
+# --- Weights
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def check_finite(model: PreTrainedModel, name: str) -> None:
+    """Look at every weight once.
+
+    Raises:
+        ModelError: One is NaN or inf.
+    """
+    summable = (torch.float16, torch.bfloat16, torch.float32)  # the sum of a tensor with NaN or inf is NaN or inf
+    bad = [
+        path
+        for path, weight in model.named_parameters()
+        if weight.dtype in summable
+        and not upstream.is_4bit(weight)
+        and not weight.detach().sum(dtype=torch.float32).isfinite()
+    ]
+    if bad:
+        what = f"{len(bad)} of its tensors hold NaN or inf, among them {', '.join(bad[:3])}"
+        raise ModelError(Problem(Code.MODEL_WEIGHTS_NOT_FINITE, what, name, fix="download it again"))
+
+
+def check_complete(model: PreTrainedModel, info: Any, name: str) -> None:
+    """Check that weights and model agree.
+
+    Args:
+        model: The model.
+        info: What `from_pretrained(output_loading_info=True)` returned with it.
+        name: The name of the model.
+
+    Raises:
+        ModelError: Tensors are missing, of another shape, or left over although the model has others like them.
+    """
+    problems, fix = [], "use weights and config.json of the same model"
+    if missing := sorted(info["missing_keys"]):
+        what = f"the files lack {len(missing)} tensors of the model, among them {', '.join(missing[:3])}"
+        code, download = Code.MODEL_WEIGHTS_MISSING, "they would be random; get the whole model"
+        problems.append(Problem(code, what, name, fix=download))
+    if mismatched := sorted(info["mismatched_keys"]):
+        shapes = ", ".join(f"{key} {tuple(actual)} for {tuple(asked)}" for key, actual, asked in mismatched[:3])
+        what = f"{len(mismatched)} tensors have another shape than config.json asks for, among them {shapes}"
+        problems.append(Problem(Code.MODEL_WEIGHTS_SHAPE, what, name, fix=fix))
+    if extra := sorted(_relevant(model, info["unexpected_keys"])):
+        what = f"the files hold {len(extra)} tensors more than config.json asks for, among them {', '.join(extra[:3])}"
+        problems.append(Problem(Code.MODEL_WEIGHTS_EXTRA, what, name, fix=fix))
+    if problems:
+        raise ModelError(problems)
+
+
+def _relevant(model: PreTrainedModel, unexpected: Iterable[str]) -> Iterator[str]:
+    """The unexpected tensors that matter: those of a further layer or expert like the model's own, and biases.
+
+    Others are harmless: buffers of other versions, heads of other tasks. transformers has removed what the model class
+    ignores on purpose, and layers that predict further tokens, but those only for the released model's number of
+    layers.
+    """
+    config = model.config.get_text_config().to_dict()
+    layers, predicting = config.get("num_hidden_layers") or 0, config.get("num_nextn_predict_layers") or 0
+    ignored = {str(layers + number) for number in range(predicting)}
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    patterns = {_NUMBER.sub("*", name) for name in known}
+    for name in unexpected:
+        module, _, last = name.rpartition(".")
+        number = _NUMBER.search(name)
+        further = number is not None and number.group() not in ignored and _NUMBER.sub("*", name) in patterns
+        if further or (last == "bias" and f"{module}.weight" in known):
+            yield name
+
+
+# --- Tokenizer
+
+MOST_PER_CHARACTER, MOST_ADDED = 64, 1024
+"""Characters that a tokenizer may make of one, and may add to a text. Real ones make at most 18 (of U+FDFA)."""
+
+_DOUBLING = ("ByteLevel", "BertNormalizer")
+
+
+def check_growth(tokenizer: Any, where: str) -> None:
+    """Check, before a fast tokenizer gets any text, that none of its parts makes an enormous text of a short one.
+
+    The library allocates memory of its own, which no limit of ours can bound without ending the process.
+
+    Raises:
+        ModelError: A part makes more than `MOST_PER_CHARACTER` characters of one, by one of its steps or by all of them
+            together, or adds more than `MOST_ADDED` characters to a text.
+    """
+    if not tokenizer.is_fast or getattr(tokenizer, "backend_tokenizer", None) is None:
+        return
+    for part, state in upstream.tokenizer_parts(tokenizer).items():
+        steps = [(step["type"], _factor(step), _added(step)) for step in _steps(state)]
+        _check_steps(part.replace("_", "-"), steps, where)
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
+        added = len(getattr(tokenizer.backend_tokenizer.model, name, None) or "")
+        _check_steps("model", [(name, 1, added)], where)
+
+
+def _check_steps(part: str, steps: list[tuple[str, int, int]], where: str) -> None:
+    """`check_growth` for one part.
+
+    Args:
+        part: What the part is called.
+        steps: Name, characters that it makes of one, and characters that it adds to a text, of each of its steps.
+        where: The name of the model.
+    """
+    code, fix = Code.MODEL_TOKENIZER_GROWTH, "use the tokenizer that belongs to the model"
+    for name, factor, added in steps:
+        if factor > MOST_PER_CHARACTER or added > MOST_ADDED:
+            is_factor = factor > MOST_PER_CHARACTER
+            size = f"makes up to {factor:,} characters of one" if is_factor else f"adds up to {added:,} characters"
+            raise ModelError(Problem(code, f"the {part} {name} of the tokenizer {size}", where, fix=fix))
+    if (total := prod(factor for _, factor, _ in steps)) > MOST_PER_CHARACTER:
+        names = ", ".join(dict.fromkeys(name for name, factor, _ in steps if factor > 1))
+        size = f"{float(min(total, 10**300)):.0e} characters of one"
+        what = f"the {part}s of the tokenizer ({names}) together make up to {size}"
+        raise ModelError(Problem(code, what, where, fix=fix))
+
+
+def _steps(part: Any) -> Iterator[dict[str, Any]]:
+    """A part, or those that it is a sequence of."""
+    keys = ("normalizers", "pretokenizers", "processors", "decoders")
+    inner = next((part[key] for key in keys if key in part), None)
+    if inner is None:
+        yield part
+        return
+    for step in inner:
+        yield from _steps(step)
+
+
+def _factor(step: dict[str, Any]) -> int:
+    """How many characters one step makes of one, at most."""
+    kind = step["type"]
+    if kind == "Replace":
+        replaced = step["pattern"].get("String")
+        # a regular expression may match nothing, beside every character
+        return -(-len(step["content"]) // max(len(replaced), 1)) or 1 if replaced else len(step["content"]) + 1
+    if kind == "Precompiled":
+        table = base64.b64decode(step["precompiled_charsmap"] or "")
+        start = 4 + int.from_bytes(table[:4], "little")
+        return max((len(text.decode(errors="replace")) for text in table[start:].split(b"\0")), default=1)
+    return 2 if kind in _DOUBLING else 1
+
+
+def _added(step: dict[str, Any]) -> int:
+    """How many characters, or tokens, one step adds to a text."""
+    if step["type"] == "TemplateProcessing":
+        pieces = [len(piece["ids"]) for piece in step["special_tokens"].values()]
+        return len(step["single"]) * max(pieces, default=1)
+    if step["type"] == "Replace":
+        return 0
+    texts = [step[name] for name in ("prepend", "prefix", "suffix", "content", "replacement") if name in step]
+    return max((len(text) for text in texts if isinstance(text, str)), default=0)
+
+
+def template_text(path: str) -> str:
+    """The text of a chat template file.
+
+    Raises:
+        ConfigError: It cannot be read, or is empty.
+    """
+    key, fix = "data.chat_template", "name a Jinja file"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(Problem(Code.MODEL_TEMPLATE_UNREADABLE, f"cannot be read: {cause}", path, key, fix)) from None
+    if not text.strip():
+        fix = "name a Jinja file with a template in it"
+        raise ConfigError(Problem(Code.MODEL_TEMPLATE_EMPTY, "the file is empty", path, key, fix))
+    return text
+
+
+def check_template(tokenizer: Any, path: str) -> None:
+    """Compile the tokenizer's chat template, which was read from a file, and render a conversation with it.
+
+    The template may refuse this conversation for reasons of its own; the user's rows decide about that later.
+
+    Raises:
+        ConfigError: The file is no template.
+        ModelError: The template takes too long, or too much memory.
+    """
+    key = "data.chat_template"
+    try:
+        if refusal := Apart(lambda _: tokenizer)(_render_question, MEMORY):
+            _log.debug("the chat template refuses a single question\n%s", refusal)
+    except BeyondLimit as error:
+        what, fix = f"the chat template {error}", "correct the template"
+        raise ModelError(Problem(Code.MODEL_TEMPLATE_LIMIT, what, path, key, fix)) from None
+    except UNCOMPILED as error:
+        line = error.lineno if isinstance(error, TemplateSyntaxError) else None
+        where = f"{path}:{line}" if line else path
+        what = f"not a Jinja template: {reason(error)}"
+        raise ConfigError(Problem(Code.MODEL_TEMPLATE_INVALID, what, where, key, "correct it")) from None
+
+
+def _render_question(tokenizer: Any) -> str:
+    """The traceback of the template's refusal, empty without one. Raises one of `UNCOMPILED`."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
+    except (*UNCOMPILED, MemoryError):
+        raise
+    except Exception:
+        return traceback.format_exc()
+    return ""

@@ -1,0 +1,87 @@
+"""What this package uses of other libraries although their documentation does not mention it.
+
+Each such name stands here once, with the reason why no documented one serves; tests/test_upstream_model.py names those
+that a release takes away. Importing this module imports no torch, which the checks before a run rely on.
+"""
+
+import importlib
+import json
+import logging
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+_SUB_TOKENIZERS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+
+
+def attention(config: Any) -> Any:
+    """The attention implementation that a configuration asks for.
+
+    transformers documents `attn_implementation` as an argument only, and keeps it under a private name.
+    """
+    return config._attn_implementation
+
+
+def quantizer(model: Any) -> Any:
+    """The `HfQuantizer` of a quantized model, None for others.
+
+    `is_trainable` of the quantizer is documented; the attribute of the model that holds the quantizer is not.
+    """
+    return getattr(model, "hf_quantizer", None)
+
+
+def is_4bit(tensor: Any) -> bool:
+    """Whether bitsandbytes packed this tensor in 4 bits; its dtype is then that of the storage, whatever that is.
+
+    To ask for the documented class `Params4bit` would import bitsandbytes, which most models do not need.
+    """
+    return hasattr(tensor, "quant_state")
+
+
+def is_packed(tensor: Any) -> bool:
+    """Whether bitsandbytes packed this tensor, in 4 or 8 bits: `SCB` holds the scales of `Int8Params`."""
+    return is_4bit(tensor) or hasattr(tensor, "SCB")
+
+
+def is_quant_state(value: Any) -> bool:
+    """Whether a value is the record that bitsandbytes keeps of a 4-bit tensor; the class is in no public module."""
+    return type(value).__name__ == "QuantState"
+
+
+def keep_4bit_backward(module: Any) -> None:
+    """Keep a `Linear4bit` from repacking its weight for AVX512-BF16 at its first evaluation.
+
+    There is no backward for the repacked form, and bitsandbytes has no setting for it.
+    """
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
+
+
+def bitsandbytes_lacks() -> str:
+    """Why bitsandbytes cannot be used here; empty if it can. Imports bitsandbytes, and with it torch.
+
+    Its import succeeds without its native library, which then is a stand-in that fails at the first call.
+    """
+    try:
+        extension = importlib.import_module("bitsandbytes.cextension")
+    except Exception as error:  # a library that does not load, a version that does not fit torch
+        return f"bitsandbytes cannot be imported ({error})"
+    if isinstance(extension.lib, extension.ErrorHandlerMockBNBNativeLibrary):
+        return "bitsandbytes has no native library for this machine"
+    return ""
+
+
+def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+    """The parts of a fast tokenizer that rewrite a text or its tokens, as they stand in tokenizer.json.
+
+    Parts that are not set, and those written in Python, which have no such state, are left out. A tokenizer as a whole
+    can be written as JSON by a documented method; of a single part only the state for pickling says what it is.
+    """
+    states = {}
+    for name in _SUB_TOKENIZERS:
+        part = getattr(tokenizer.backend_tokenizer, name)
+        try:
+            states[name] = json.loads(part.__getstate__()) if part is not None else None
+        except Exception:  # written in Python
+            _log.debug("the %s of the tokenizer is not checked", name, exc_info=True)
+    return {name: state for name, state in states.items() if state is not None}

@@ -1,0 +1,308 @@
+"""Files and directories: what they are, locks on them, room for them on the disk, and who may write to them.
+
+No function here follows a link where a file or directory is expected, and none waits at a named pipe.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from loratune.errors import Code, LockedError, Problem, ResourceError, is_disk_full
+
+_KINDS = {
+    stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a block device", stat.S_IFCHR: "a device",
+}  # fmt: skip
+MAX_TEXT_BYTES = 64 << 20
+"""Bytes of the largest text file that is read; the files that loratune writes take kilobytes."""
+
+_PATH_MAX, _NAME_MAX = 4095, 255  # bytes: PATH_MAX without its final NUL, and NAME_MAX of every usual file system
+
+FILE_MODE, DIRECTORY_MODE = 0o600, 0o700
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+_INCIDENTAL_NAMES = frozenset({".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"})
+_TEMPLATES = "additional_chat_templates/"  # transformers reads every file in it that ends in .jinja
+_NOTEBOOK_COPY = re.compile(r"(?P<place>(?:.*/)?)\.ipynb_checkpoints/(?P<stem>[^/]+)-checkpoint(?P<ending>\.[^./]+)?")
+
+
+def path_problem(path: str) -> str:
+    """Why a text cannot be the path of a file or directory; empty if it can be one."""
+    if "\0" in path:
+        return "contains a NUL character, which no path may contain"
+    try:
+        raw = path.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8, so it could not be recorded"
+    if len(raw) > _PATH_MAX or any(len(name) > _NAME_MAX for name in raw.split(os.sep.encode())):
+        return "is longer than a path can be"
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        return "names the home directory of a user who does not exist here"
+    return ""
+
+
+def kind(path: Path) -> str:
+    """What has this name, in words: "a file", "a directory", "a link", ...; empty if nothing has it.
+
+    Raises:
+        OSError: It cannot be looked at, which is not the same as being absent.
+    """
+    try:
+        return _KINDS.get(stat.S_IFMT(path.lstat().st_mode), "of an unknown kind")
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file has this name, and not a link to one."""
+    return kind(path) == "a file"
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a directory has this name, and not a link to one."""
+    return kind(path) == "a directory"
+
+
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The content of a regular file.
+
+    Raises:
+        OSError: The file cannot be read, is of another kind, or has more than `max_bytes` bytes.
+        ValueError: It is not UTF-8.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise OSError(errno.EFBIG, f"larger than {max_bytes:,} bytes", str(path))
+    return content.decode()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write indented JSON with a final newline; keys keep their order."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_free_space(directory: Path, needed: int) -> None:
+    """Check that `needed` bytes are free where a run writes. Raises ResourceError."""
+    if (free := shutil.disk_usage(directory).free) < needed:
+        what = f"checkpoints and the adapter directory need {needed:,} bytes, but {free:,} are free"
+        fix = "make room, or choose another disk"
+        raise ResourceError(Problem(Code.SYSTEM_DISK_TOO_SMALL, what, str(directory), "output_dir", fix))
+
+
+@contextmanager
+def explain_full_disk(what: str, size: int, where: Path, fix: str) -> Iterator[None]:
+    """Turn a full disk or an exceeded quota into a ResourceError.
+
+    Args:
+        what: What is written inside.
+        size: About how many bytes it takes.
+        where: The file or directory that is written.
+        fix: What the user can do about it.
+    """
+    try:
+        yield
+    except Exception as error:  # torch and safetensors raise errors of their own for it
+        if not is_disk_full(error):
+            raise
+        room, (limit, _) = f"{shutil.disk_usage(where).free:,} are free", resource.getrlimit(resource.RLIMIT_FSIZE)
+        if limit != resource.RLIM_INFINITY:
+            room += f", and a file may have at most {limit:,} (ulimit -f)"
+        message = f"no room for {what}: it takes {size:,} bytes, {room}"
+        raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, message, str(where), fix=fix)) from None
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Hold a lock that only one process has at a time; gives whether this process has it. Never waits.
+
+    The lock is on a file that exists only while the lock is held. Only its holder removes the file, and whoever gets
+    a lock checks that its file still has the name, so there are never two holders. The kernel releases the lock when
+    the process ends. Raises OSError if the file cannot be made.
+    """
+    handle = _lock(path)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _lock(path: Path) -> int | None:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(status, path.lstat()):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except FileNotFoundError:
+            pass  # the previous holder has just removed it
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def open_lock(path: Path, flags: int) -> TextIO:
+    """Open a lock file without following a link."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    return open(handle, "r" if flags == os.O_RDONLY else "a+", encoding="utf-8")
+
+
+def hold_lock(file: TextIO, where: str) -> None:
+    """Hold the lock of a run until the file is closed.
+
+    Args:
+        file: The lock file, in which its holder has written who it is.
+        where: The directory that it locks.
+
+    Raises:
+        LockedError: Another process holds the lock.
+    """
+    for attempt in range(5):  # another process may only be checking whether the lock is free
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.05 if attempt < 4 else 0)
+    else:
+        file.seek(0)
+        what = f"another run is using this directory ({file.read().strip() or 'it does not say which'})"
+        fix = "wait until it ends, or choose another directory"
+        raise LockedError(Problem(Code.SYSTEM_LOCKED, what, where, "output_dir", fix))
+
+
+def is_incidental_file(name: str) -> bool:
+    """Whether systems, Jupyter or the hub's client leave such a file in any directory; it holds nothing of a user's.
+
+    Such a file neither keeps a directory from being replaced nor counts as a change of it.
+
+    Args:
+        name: The path of the file within a directory that is taken as a whole, with `/`.
+    """
+    last = name.rpartition("/")[2]
+    by_name = last.lower() in _INCIDENTAL_NAMES or (last.startswith("._") and not name.startswith(_TEMPLATES))
+    return by_name or name == ".gitattributes" or name.startswith(".cache/huggingface/")
+
+
+def is_incidental_directory(name: str) -> bool:
+    """Whether an empty directory of this name is one that they leave, see `is_incidental_file`."""
+    return name == ".cache" or f"{name}/".startswith(".cache/huggingface/") or name.endswith(".ipynb_checkpoints")
+
+
+def notebook_original(name: str) -> str | None:
+    """The file that Jupyter keeps a copy of under this name; None if the name is not that of such a copy."""
+    match = _NOTEBOOK_COPY.fullmatch(name)
+    return f"{match['place']}{match['stem']}{match['ending'] or ''}" if match else None
+
+
+# What lies in a cache is used without asking: code that is loaded, rows that are trained on. So it must have been put
+# there by this user, and nobody else may have had the right to write to it.
+
+
+class UntrustedError(OSError):
+    """A directory or file that others can write to, or that belongs to another user. The message says which and why."""
+
+
+@dataclass(frozen=True)
+class PrivateDirectory:
+    """An open directory that only this user can write to. repaired: others could write to it until now."""
+
+    descriptor: int
+    repaired: bool
+
+
+def ownership_problem(status: os.stat_result) -> str:
+    """Why somebody else can write to a file or directory, in words; empty if only this user can."""
+    if status.st_uid != os.geteuid():
+        return "belongs to another user"
+    return "can be written to by others" if status.st_mode & _WRITABLE_BY_OTHERS else ""
+
+
+def ownership_problems(directory: Path) -> Iterator[str]:
+    """Why somebody else can write to a directory or to something directly in it, a line each; links count as such.
+
+    Raises:
+        OSError: The directory cannot be read, or does not exist.
+    """
+    for path in (directory, *sorted(directory.iterdir())):
+        status = path.lstat()
+        if reason := "is a link" if stat.S_ISLNK(status.st_mode) else ownership_problem(status):
+            yield f"{path} {reason}"
+
+
+def make_private_directory(path: Path) -> None:
+    """Make a directory and those above it, which nobody else can write to whatever the umask is. Raises OSError."""
+    if not path.parent.is_dir():
+        make_private_directory(path.parent)
+    with suppress(FileExistsError):
+        os.mkdir(path, DIRECTORY_MODE)
+
+
+def create_private_file(path: Path) -> None:
+    """Replace what has this name by an empty file, which nobody else can write to whatever the umask is."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE))
+
+
+@contextmanager
+def open_private_directory(path: Path, *, repair: bool = False) -> Iterator[PrivateDirectory]:
+    """Open a directory, not a link to one, that only this user can write to.
+
+    Args:
+        path: The directory.
+        repair: Take away the right of others to write to it, if they have it.
+
+    Raises:
+        UntrustedError: Others can write to it.
+        OSError: It is a link, is not a directory, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        repaired = repair and status.st_uid == os.geteuid() and bool(status.st_mode & _WRITABLE_BY_OTHERS)
+        if repaired:
+            os.fchmod(descriptor, DIRECTORY_MODE)
+        if reason := ownership_problem(os.fstat(descriptor)):
+            raise UntrustedError(f"{path} {reason}")
+        yield PrivateDirectory(descriptor, repaired)
+    finally:
+        os.close(descriptor)

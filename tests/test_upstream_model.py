@@ -1,0 +1,79 @@
+"""What loratune/model/upstream.py uses of other libraries is still there, and still means what it did."""
+
+import bitsandbytes
+import pytest
+import torch
+from bitsandbytes import cextension
+from conftest import tiny_llama
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from loratune.model import upstream
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedModel]:
+    """A model in 4 and in 8 bits."""
+    path = tmp_path_factory.mktemp("packed")
+    tiny_llama(hidden_size=64).save_pretrained(path)
+    ways = {"4bit": BitsAndBytesConfig(load_in_4bit=True), "8bit": BitsAndBytesConfig(load_in_8bit=True)}
+    return {
+        name: AutoModelForCausalLM.from_pretrained(path, quantization_config=way, device_map={"": "cpu"})
+        for name, way in ways.items()
+    }
+
+
+def test_attention() -> None:
+    assert upstream.attention(LlamaConfig(attn_implementation="who/kernel")) == "who/kernel"
+    assert upstream.attention(LlamaConfig()) is None
+
+
+def test_quantizer(packed: dict[str, PreTrainedModel]) -> None:
+    assert upstream.quantizer(tiny_llama()) is None
+    for model in packed.values():
+        assert upstream.quantizer(model).is_trainable is True
+        assert upstream.quantizer(model).quantization_config.quant_method.value == "bitsandbytes"
+
+
+def test_is_4bit_and_is_packed(packed: dict[str, PreTrainedModel]) -> None:
+    weights = {name: model.model.layers[0].mlp.up_proj.weight for name, model in packed.items()}
+    assert {name: upstream.is_4bit(weight) for name, weight in weights.items()} == {"4bit": True, "8bit": False}
+    assert {name: upstream.is_packed(weight) for name, weight in weights.items()} == {"4bit": True, "8bit": True}
+    assert not upstream.is_packed(packed["4bit"].model.norm.weight)
+
+
+def test_is_quant_state(packed: dict[str, PreTrainedModel]) -> None:
+    weight = packed["4bit"].model.layers[0].mlp.up_proj.weight
+    assert upstream.is_quant_state(weight.quant_state)
+    assert isinstance(weight.quant_state.absmax, torch.Tensor)
+    assert not upstream.is_quant_state(weight)
+
+
+def test_keep_4bit_backward() -> None:
+    layer = bitsandbytes.nn.Linear4bit(64, 64)
+    assert layer.support_avx512bf16_for_cpu in (False, True)
+    layer.support_avx512bf16_for_cpu = True
+    upstream.keep_4bit_backward(layer)
+    assert layer.support_avx512bf16_for_cpu is False
+    plain = torch.nn.Linear(2, 2)
+    upstream.keep_4bit_backward(plain)
+    assert not hasattr(plain, "support_avx512bf16_for_cpu")
+
+
+def test_bitsandbytes_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert upstream.bitsandbytes_lacks() == ""
+    monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("no such library"))
+    assert "native library" in upstream.bitsandbytes_lacks()
+
+
+def test_tokenizer_parts(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert upstream.tokenizer_parts(tokenizer).keys() >= {"pre_tokenizer", "decoder"}
+    assert upstream.tokenizer_parts(tokenizer)["decoder"]["type"] == "ByteLevel"
+    steps = normalizers.Sequence([normalizers.Replace("a", "b"), normalizers.NFC()])
+    known = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    before = known.backend_tokenizer.normalizer
+    known.backend_tokenizer.normalizer = steps
+    state = upstream.tokenizer_parts(known)["normalizer"]
+    known.backend_tokenizer.normalizer = before
+    assert [step["type"] for step in state["normalizers"]] == ["Replace", "NFC"]
+    assert state["normalizers"][0] == {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
