@@ -100,12 +100,14 @@ def ends(tokenizer: Any) -> dict[int, str]:
 def test_prompt_and_completion(real: Any, prompt: str, completion: str) -> None:
     renderer = Renderer(real)
     row = renderer.row(Plain("", prompt, completion))
-    asked = renderer.prompt(prompt)
-    assert row.ids[: len(asked)] == row.prompt == asked
+    prompt_ids = renderer.prompt(prompt)
+    assert row.ids[: len(prompt_ids)] == row.prompt == prompt_ids
     assert supervised(real, row) == [completion + real.eos_token]
     assert row.labels[-1] == row.ids[-1] == real.eos_token_id
-    assert row.labels[len(asked) : -1] == (list(row.ids[len(asked) : -1]) if asked else [IGNORED, *row.ids[1:-1]])
-    assert set(row.labels[: len(asked)]) <= {IGNORED}
+    assert row.labels[len(prompt_ids) : -1] == (
+        list(row.ids[len(prompt_ids) : -1]) if prompt_ids else [IGNORED, *row.ids[1:-1]]
+    )
+    assert set(row.labels[: len(prompt_ids)]) <= {IGNORED}
     assert row.ids.count(real.bos_token_id) == (real("a").input_ids[0] == real.bos_token_id)
 
 
@@ -129,10 +131,10 @@ def test_conversation(real: Any, messages: list[Message]) -> None:
 def test_conversation_begins_with_the_prompt_of_generate(real: Any, messages: list[Message]) -> None:
     renderer = Renderer(real)
     row = renderer.row(Conversation("", tuple(messages)))
-    asked = messages[: max(number for number, message in enumerate(messages) if message["role"] == "assistant")]
-    prompt = renderer.prompt(asked)
+    history = messages[: max(number for number, message in enumerate(messages) if message["role"] == "assistant")]
+    prompt = renderer.prompt(history)
     assert row.prompt == row.ids[: len(prompt)] == prompt
-    upstream = real.apply_chat_template(asked, tokenize=True, add_generation_prompt=True, return_dict=False)
+    upstream = real.apply_chat_template(history, tokenize=True, add_generation_prompt=True, return_dict=False)
     assert list(prompt) == upstream
 
 
@@ -141,8 +143,8 @@ def test_one_bos(name: str) -> None:
     """Both templates write it themselves; of the two tokenizers, only Gemma's would add it once more."""
     real = loaded(fetched(name))
     row = Renderer(real).row(Conversation("", tuple(CHATS["three turns"])))
-    asked = Renderer(real).prompt(real.bos_token + "a")
-    for ids in (row.ids, asked, Renderer(real).prompt(CHATS["one turn"][:1])):
+    prompt = Renderer(real).prompt(real.bos_token + "a")
+    for ids in (row.ids, prompt, Renderer(real).prompt(CHATS["one turn"][:1])):
         assert (ids[0], ids.count(real.bos_token_id)) == (real.bos_token_id, 1)
 
 

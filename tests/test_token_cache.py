@@ -30,15 +30,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # Whoever reads
 
 
-@pytest.mark.parametrize("left", range(COUNT + 1))
-def test_an_entry_in_removal_is_none(cache: Path, left: int) -> None:
-    """However many shards are left of it; it used to be taken for a smaller one."""
+@pytest.mark.parametrize("remaining", range(COUNT + 1))
+def test_an_entry_in_removal_is_none(cache: Path, remaining: int) -> None:
+    """However many of its shards remain; it used to be taken for a smaller one."""
     assert whole(token_cache_dir.load_or_write(key(1), fill))
-    for number in range(left, COUNT):
+    for number in range(remaining, COUNT):
         (cache / key(1) / f"{number:05}.json").unlink()
         (cache / key(1) / f"{number:05}.arrow").unlink()
     rows = token_cache.open_if_whole(cache / key(1))
-    assert rows is None if left < COUNT else rows is not None and whole(rows)
+    assert rows is None if remaining < COUNT else rows is not None and whole(rows)
     assert whole(token_cache_dir.load_or_write(key(1), fill))
 
 
@@ -206,7 +206,7 @@ def check_written_anew(cache: Path, remark: str, *, in_cache: bool) -> None:
 
 
 def modes(path: Path) -> set[int]:
-    return {stat.S_IMODE(one.stat().st_mode) & 0o077 for one in (path, *path.rglob("*"))}
+    return {stat.S_IMODE(file.stat().st_mode) & 0o077 for file in (path, *path.rglob("*"))}
 
 
 @pytest.mark.parametrize("umask", [0, 0o002, 0o022])

@@ -100,13 +100,13 @@ def _place(counts: Numbers, budget: int) -> tuple[Numbers, int]:
             place = bisect_left(rooms, length)
             room = rooms.pop(place) if place < len(rooms) else budget
             per_pack = room // length
-            wanted = -(-unplaced // per_pack)
+            needed = -(-unplaced // per_pack)
             if room < budget:
                 numbers = np.concatenate(packs_of.pop(room))
             else:
-                numbers = np.arange(packs, packs + wanted, dtype=pack_numbers.dtype)
-                packs += wanted
-            numbers, unused = numbers[:wanted], numbers[wanted:]
+                numbers = np.arange(packs, packs + needed, dtype=pack_numbers.dtype)
+                packs += needed
+            numbers, unused = numbers[:needed], numbers[needed:]
             put_back(room, unused)
             count = min(unplaced, len(numbers) * per_pack)
             pack_numbers[placed : placed + count] = np.repeat(numbers, per_pack)[:count]
