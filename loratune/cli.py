@@ -245,11 +245,11 @@ def evaluate(
         with _loading():
             from loratune.config import Source
             from loratune.console import log, watched
-            from loratune.data import check_source
+            from loratune.data import read_source
             from loratune.training import preflight
 
         opened = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
-        part = check_source(Source(path=data), opened.data, watched)
+        part = read_source(Source(path=data), opened.data, watched)
 
         with _loading():
             from loratune.commands import show
@@ -325,7 +325,7 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     from loratune.data import sources
 
     if source:
-        return sources.read(Source(path=str(source)))
+        return sources.read_rows(Source(path=str(source)))
     given = {f"prompt {number}": prompt for number, prompt in enumerate(prompts or [], start=1)} or {"stdin": _typed()}
     for name, prompt in given.items():
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # Python's stand-ins for bytes that are no text
@@ -375,7 +375,7 @@ def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -
 
 def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
     """One row per answer: as it was read, with `completion`, and `base`; its own `completion` becomes `reference`."""
-    from loratune.data.sources.rows import as_json
+    from loratune.data.sources.rows import to_json_line
 
     to = Screen(file) if file.isatty() else file
     for answer in answers:
@@ -385,7 +385,7 @@ def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
         row["completion"] = answer.completion
         if answer.base is not None:
             row["base"] = answer.base
-        print(as_json(row), file=to)
+        print(to_json_line(row), file=to)
 
 
 def _one_line(text: str | None) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 from loratune import kernels
 from loratune.commands.boundary import boundary
-from loratune.data.packing import why_not
+from loratune.data.packing import packing_refusal
 from loratune.lora import linear
 
 Cli = Callable[..., Ran]
@@ -121,7 +121,7 @@ def test_models_that_are_not_understood_are_told_of(capsys: pytest.CaptureFixtur
     for debug in (True, False):
         with boundary(debug):
             assert "loss" in kernels.accelerate(model, linear.linear).left
-            assert why_not(model, 9) is not None
+            assert packing_refusal(model, 9) is not None
         told = capsys.readouterr().err
         expected = (
             "the model does not run on rows end to end",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Ran, process, tree, write_rows
+from conftest import Ran, check_refused, process, tree, write_rows
 from nursery import Nursery
 from peft import PeftModel
 from running import until
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from loratune.cli import app
+from loratune.errors import Code
 from loratune.system.files import kind
 
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(28)]
@@ -190,7 +191,7 @@ def test_temperature(cli: Callable[..., Ran], plain: Path) -> None:
         (["a", ""], 2, "error: prompt 2: the prompt is empty"),
         (["a" * 600], 2, "prompt tokens and 256 new ones exceed the model's context of 512; shorten the prompt"),
         (["a", "a" * 400], 2, "error: prompt 2: "),
-        (["--input", "absent.jsonl"], 4, "error: absent.jsonl: no such file"),
+        (["--input", "absent.jsonl"], 4, f"[{Code.DATA_FILE_NOT_FOUND}]"),
         (["--input", "rows.jsonl", "a"], 2, "error: give prompts, or --input, not both"),
         (["--output", "absent/answers.jsonl", "a"], 2, "absent/answers.jsonl"),
         (["--adapter", "absent", "a"], 5, "absent"),
@@ -217,21 +218,21 @@ def test_too_long_says_what_fits(cli: Callable[..., Ran], plain: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    ("row", "code"),
     [
-        ({"question": "a"}, "nothing is asked; the fields are `question`"),
-        ({"prompt": None}, "`prompt` must be text, got null"),
-        ({"messages": []}, "`messages` must be a list of messages, got an empty list"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "no message comes before the answer"),
+        ({"question": "a"}, Code.DATA_NO_QUESTION),
+        ({"prompt": None}, Code.DATA_FIELD_TYPE),
+        ({"messages": []}, Code.DATA_FIELD_TYPE),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, Code.DATA_NO_QUESTION),
     ],
 )
 def test_rows_that_ask_nothing(
-    cli: Callable[..., Ran], chat: Path, tmp_path: Path, row: dict[str, Any], expected: str
+    cli: Callable[..., Ran], chat: Path, tmp_path: Path, row: dict[str, Any], code: Code
 ) -> None:
-    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a"}, row])
-    ran = cli("generate", "--adapter", chat, "--input", asked)
-    assert (ran.code, ran.out) == (4, "")
-    assert ran.err.startswith(f"error: {asked}:2: {expected}")
+    path = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a"}, row])
+    ran = cli("generate", "--adapter", chat, "--input", path)
+    check_refused(ran, 4, (code, f"{path}:2", ""))
+    assert ran.out == ""
 
 
 def test_a_refusal_leaves_the_output_alone(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:

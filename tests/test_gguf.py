@@ -23,15 +23,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.commands import inference
 from loratune.config import ModelSection
-from loratune.data.packing import packing_check
 from loratune.errors import Code, ModelError
-from loratune.kernels import acceleration, parity_check
+from loratune.kernels import acceleration
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import device, load
 from loratune.model import gguf as gguf_module
 from loratune.model.gguf import BLOCKS, KEY, check
 from loratune.model.source import KEY as NAME
-from loratune.training import preflight
+from loratune.training import batching, preflight
 
 FILE = "tiny.gguf"
 Cli = Callable[..., Ran]
@@ -421,15 +420,15 @@ def test_what_a_run_asks_of_machine_and_model_is_asked_once(
     counted(device, "check_kernels")
     counted(gguf_module, "_check_complete")
     counted(acceleration, "_replace")
-    counted(parity_check, "ParityCheck")
-    counted(packing_check, "why_not")
+    counted(acceleration, "ParityCheck")
+    counted(batching, "packing_refusal")
     base = run_config().parent / "base"
     shutil.copytree(pair[0], base)
     rows = {"validation": str(base.parent / "rows.jsonl")}
     ran = cli("train", run_config(model={"name_or_path": str(base), "gguf_file": FILE}, data=rows))
     assert ran.code == 0, ran.err
     assert calls == dict.fromkeys(
-        ("check_machine", "check_kernels", "_check_complete", "_replace", "ParityCheck", "why_not"), 1
+        ("check_machine", "check_kernels", "_check_complete", "_replace", "ParityCheck", "packing_refusal"), 1
     ), calls
 
 

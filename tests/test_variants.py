@@ -21,8 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from loratune import config
 from loratune.commands import train
 from loratune.config import LoraSection, ModelSection, TrainingSection, portability
+from loratune.data import no_progress
 from loratune.data.packing import pad
-from loratune.data.watching import unwatched
 from loratune.errors import Code, DataError, ModelError
 from loratune.lora import attach, counts, optimizers, sharded, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
@@ -131,8 +131,8 @@ def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
         space = run_dir.inspect(loaded.output_dir, resume=resume, overwrite=False)
-        ready = preflight.check(loaded, space, unwatched, [] if resume else None)
-        reporter = train.Reporter(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
+        ready = preflight.check(loaded, space, no_progress, [] if resume else None)
+        reporter = train.Reporter(lambda line: None, lambda plan: None, no_progress, Silent(interrupted_at))
         train.train(ready, reporter)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
