@@ -5,16 +5,16 @@ LoratuneError           1   unexpected
 ├── ModelError          3   model or tokenizer
 ├── DataError           4   data
 ├── AdapterError        5   adapter directory
-├── NumericError        6   NaN, inf, nothing learnt
+├── NumericError        6   NaN, inf, an adapter without effect
 ├── ResumeError         7   a checkpoint does not fit the run
 ├── ResourceError       8   memory or disk
 ├── LockedError         9   another run holds the directory
-├── LostError          10   another process of the run has gone
+├── LostError          10   another process of the run has ended
 ├── Interrupted       130   Ctrl-C
 └── Terminated        143   SIGTERM
 
-An error holds every problem that was found, so that the user mends them in one go. `cli` is the one place
-that turns an error into lines on stderr and an exit code.
+An error holds every problem, so that the user can fix all of them at once. `commands.boundary` is the one place that
+turns an error into lines on stderr and an exit code.
 """
 
 import errno
@@ -29,7 +29,8 @@ from loratune import escaping
 class Code(StrEnum):
     """The stable name of each kind of problem, for scripts and tests: wording may change, a code may not.
 
-    A member is its code; `meaning` says in one sentence when it is reported.
+    A member is its code; `meaning` says in one sentence when it is reported. A code without an area, such as
+    `interrupted`, is a word of the message itself, and is not printed once more.
     """
 
     meaning: str
@@ -44,8 +45,69 @@ class Code(StrEnum):
     UNEXPECTED = "unexpected", "An error that loratune has no code for; please report it."
 
     # Command line, configuration, console (usage.*, config.*, output.*)
+    INTERRUPTED = "interrupted", "The user stopped the command with Ctrl-C."
+    TERMINATED = "terminated", "A signal other than Ctrl-C asked the command to end."
+    USAGE_CONFLICT = "usage.conflict", "Two options or arguments cannot be given together, or exactly one is needed."
+    USAGE_NEEDS_OPTION = "usage.needs_option", "An option only works together with another one."
+    USAGE_NOT_FOR_ADAPTERS = "usage.not_for_adapters", "An option has no meaning for an adapter directory."
+    USAGE_BAD_PATH = "usage.bad_path", "The value of an option cannot be a path."
+    USAGE_OUT_OF_RANGE = "usage.out_of_range", "The value of an option is outside its range."
+    USAGE_NO_PROMPT = "usage.no_prompt", "There is no prompt as an argument, in a file, or on stdin."
+    USAGE_NOT_UTF8 = "usage.not_utf8", "A prompt is not UTF-8."
+    USAGE_SEVERAL_PROCESSES = "usage.several_processes", "A launcher started a command that is for one process."
+    CONFIG_UNREADABLE = "config.unreadable", "The config file cannot be read."
+    CONFIG_NOT_A_FILE = "config.not_a_file", "A directory or pipe is given in place of a config file."
+    CONFIG_TOO_LARGE = "config.too_large", "The file is too large to be a config file."
+    CONFIG_EMPTY_FILE = "config.empty_file", "The config file has no content."
+    CONFIG_NOT_UTF8 = "config.not_utf8", "The config file is not UTF-8."
+    CONFIG_SYNTAX = "config.syntax", "The config file, or a value of --set, is not valid YAML."
+    CONFIG_NOT_A_MAPPING = "config.not_a_mapping", "The config file is not a mapping of sections."
+    CONFIG_YAML_ALIAS = "config.yaml_alias", "The config file has a YAML alias."
+    CONFIG_YAML_TAG = "config.yaml_tag", "The config file has a YAML tag."
+    CONFIG_TOO_DEEP = "config.too_deep", "The config file is nested too deeply."
+    CONFIG_BAD_KEY = "config.bad_key", "A key is not a plain word."
+    CONFIG_DUPLICATE_KEY = "config.duplicate_key", "A key is written twice."
+    CONFIG_AMBIGUOUS_VALUE = "config.ambiguous_value", "YAML readers disagree on what a value means."
+    CONFIG_MORE_PROBLEMS = "config.more_problems", "There are more problems than are shown."
+    CONFIG_BAD_ASSIGNMENT = "config.bad_assignment", "An argument of --set is not section.key=value."
+    CONFIG_NOTHING_TO_REMOVE = "config.nothing_to_remove", "--set removes a key that the config does not have."
+    CONFIG_UNKNOWN_KEY = "config.unknown_key", "There is no such key."
+    CONFIG_MISSING_KEY = "config.missing_key", "A key without a default is missing."
+    CONFIG_WRONG_TYPE = "config.wrong_type", "A value is of the wrong type."
+    CONFIG_NOT_A_CHOICE = "config.not_a_choice", "A value is none of the allowed ones."
+    CONFIG_EMPTY_VALUE = "config.empty_value", "A text or list is empty."
+    CONFIG_OUT_OF_RANGE = "config.out_of_range", "A number is outside its range, or not finite."
+    CONFIG_NOT_A_PATH = "config.not_a_path", "A value cannot be a path."
+    CONFIG_NOT_A_FRACTION = "config.not_a_fraction", "A fraction does not lie between 0 and 1."
+    CONFIG_BAD_PATTERN = "config.bad_pattern", "A regular expression of the config is none, or is too large."
+    CONFIG_UNPINNED_CODE = "config.unpinned_code", "Code from a repository is trusted without a pinned revision."
+    CONFIG_GGUF_QUANTIZED = "config.gguf_quantized", "A GGUF file is to be quantized again."
+    CONFIG_RANDOM_INIT = "config.random_init", "The adapter would not start from zero."
+    CONFIG_ODD_RANK = "config.odd_rank", "Orthogonal initialization needs an even rank."
+    CONFIG_LORA_VARIANTS = "config.lora_variants", "Two variants of LoRA do not work together."
+    CONFIG_LORAFA_OPTIMIZER = "config.lorafa_optimizer", "LoRA-FA has an optimizer of its own."
+    CONFIG_INIT_QUANTIZATION = "config.init_quantization", "An initialization does not fit the base's quantization."
+    CONFIG_UNKNOWN_COLUMN = "config.unknown_column", "A row has no field of this name."
+    CONFIG_COLUMN_TWICE = "config.column_twice", "One column of the data is given for two fields."
+    CONFIG_SOURCE_WEIGHTS = "config.source_weights", "Some sources have a weight and some have none, or one has one."
+    CONFIG_FORMAT_WITHOUT_CHAT = "config.format_without_chat", "A key for chats is set for a format without chats."
+    CONFIG_NO_STEPS = "config.no_steps", "The run would have no steps."
+    CONFIG_LENGTH_TWICE = "config.length_twice", "Two keys set the length of the run."
+    CONFIG_WARMUP_NOT_WHOLE = "config.warmup_not_whole", "A number of warmup steps is not a whole number."
+    CONFIG_WARMUP_TOO_LONG = "config.warmup_too_long", "The warmup is longer than the run."
+    CONFIG_CONSTANT_WARMUP = "config.constant_warmup", "The constant schedule has no warmup."
+    CONFIG_NO_EVALUATION_ROWS = "config.no_evaluation_rows", "Evaluations are configured without rows for them."
+    CONFIG_SEVERAL_PROCESSES = "config.several_processes", "A key is for one process, and several were started."
+    CONFIG_ADAPTER_VALUE = "config.adapter_value", "A value of an adapter's configuration is of the wrong type."
+    CONFIG_ADAPTER_PATTERN = "config.adapter_pattern", "A pattern of an adapter is none, or takes too long to match."
+    CONFIG_ADAPTER_TOO_MANY = "config.adapter_too_many", "An adapter's configuration has more entries than modules."
+    CONFIG_ADAPTER_RANK = "config.adapter_rank", "The rank in an adapter's configuration is not that of its tensors."
+    OUTPUT_FULL = "output.full", "The disk is full that standard output is written to."
+    OUTPUT_FAILED = "output.failed", "Standard output cannot be written."
 
     # System (system.*)
+    SYSTEM_OUT_OF_MEMORY = "system.out_of_memory", "The process ran out of memory."
+    SYSTEM_CALL_FAILED = "system.call_failed", "The operating system refused to read or write a file."
     SYSTEM_DISK_TOO_SMALL = "system.disk_too_small", "The disk has too little room for what a run will write."
     SYSTEM_DISK_FULL = "system.disk_full", "The disk, a quota, or the limit of a file's size ran out during a write."
     SYSTEM_LOCKED = "system.locked", "Another run is using the same directory."
@@ -216,8 +278,8 @@ class Problem:
 
     def __str__(self) -> str:
         head = ": ".join(part for part in (self.where, self.key, self.what) if part)
-        coded = f"{head} [{self.code}]" if self.code is not Code.UNEXPECTED else head
-        return escaping.line(f"{coded}; {self.fix}" if self.fix else coded)
+        code = f" [{self.code}]" if "." in self.code else ""
+        return escaping.line(f"{head}{code}; {self.fix}" if self.fix else f"{head}{code}")
 
 
 class LoratuneError(Exception):
@@ -234,12 +296,12 @@ class LoratuneError(Exception):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["LoratuneError"], tuple[tuple[Problem, ...]]]:
-        """Errors cross from the process that runs a stranger's template: what makes them is their problems."""
+        """Errors are pickled as they leave the process of a `Sandbox`; they consist of their problems."""
         return type(self), (self.problems,)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Also where a quota is used up or a file may not grow, and in the words of safetensors and torch's zip writer."""
+    """Whether the disk is full, a quota is used up, or a file may not grow; also as safetensors and torch say it."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return any(
@@ -248,10 +310,10 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also in torch's words, which has a class for it on a GPU and none on a CPU; in those of the dynamic linker, as a
-    library is loaded; and where no thread can be started, for want of room for its stack."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if named or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    """Whether memory ran out; also in the words of torch, which has a class for it on a GPU and none on a CPU, of the
+    dynamic linker as a library is loaded, and of Python where there is no room for the stack of a thread."""
+    has_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if has_class or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 
@@ -278,7 +340,7 @@ class ModelError(LoratuneError):
 
 
 class DataError(LoratuneError):
-    """Data that is missing, unreadable, or teaches nothing."""
+    """Data that is missing, unreadable, or has no supervised tokens."""
 
     exit_code = 4
 
@@ -290,7 +352,7 @@ class AdapterError(LoratuneError):
 
 
 class NumericError(LoratuneError):
-    """A loss, gradient or weight that is not finite, or an adapter that learnt nothing."""
+    """A loss, gradient or weight that is not finite, or an adapter without effect."""
 
     exit_code = 6
 
@@ -314,7 +376,7 @@ class LockedError(LoratuneError):
 
 
 class LostError(LoratuneError):
-    """Another process of the run has gone, or cannot be reached."""
+    """Another process of the run has ended, or cannot be reached."""
 
     exit_code = 10
 
@@ -326,6 +388,6 @@ class Interrupted(LoratuneError):
 
 
 class Terminated(LoratuneError):
-    """The run was told to end, by SIGTERM."""
+    """The run was ended by SIGTERM or a similar signal."""
 
     exit_code = 143

@@ -192,7 +192,7 @@ def test_temperature(cli: Callable[..., Ran], plain: Path) -> None:
         (["a" * 600], 2, "prompt tokens and 256 new ones exceed the model's context of 512; shorten the prompt"),
         (["a", "a" * 400], 2, "error: prompt 2: "),
         (["--input", "absent.jsonl"], 4, f"[{Code.DATA_FILE_NOT_FOUND}]"),
-        (["--input", "rows.jsonl", "a"], 2, "error: give prompts, or --input, not both"),
+        (["--input", "rows.jsonl", "a"], 2, "[usage.conflict]"),
         (["--output", "absent/answers.jsonl", "a"], 2, "absent/answers.jsonl"),
         (["--adapter", "absent", "a"], 5, "absent"),
     ],
@@ -305,7 +305,8 @@ def test_an_output_is_replaced_only_if_asked(
         assert path.read_bytes() == content
     assert tree(tmp_path) == before
     ran = cli("generate", "--adapter", plain, "--overwrite", "a:")
-    assert ran == Ran(2, "", "error: --overwrite: replaces what --output names, and that is not given\n")
+    check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--overwrite"))
+    assert ran.out == ""
     ran = cli(*command, out, "--overwrite")
     assert (ran.code, ran.out) == (0, ""), ran.err
     assert json.loads(out.read_text())["prompt"] == "a:" and "precious" not in out.read_text()

@@ -23,7 +23,7 @@ from loratune.data.rendering import Renderer
 from loratune.errors import Code, DataError, ModelError
 from loratune.model.load import load_tokenizer
 from loratune.system import sandbox
-from loratune.system.sandbox import Apart, BeyondLimit, limited
+from loratune.system.sandbox import LimitExceededError, Sandbox, run_with_time_limit
 
 LOOP = "{% for m in messages %}"
 CHAT = Conversation("rows:3", ({"role": "user", "content": "aaaa"}, {"role": "assistant", "content": "b"}))
@@ -185,24 +185,24 @@ def big(made: object, count: int) -> int:
     return len(bytearray(count))
 
 
-def test_work_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_in_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it returns and raises; processes that end with work and without; none are left."""
-    apart = Apart(lambda beat: [os.getpid()])
-    first = apart(list.copy, 1 << 30)
-    assert first == apart(list.copy, 1 << 30) != [os.getpid()]
+    box = Sandbox(lambda timer: [os.getpid()])
+    first = box(list.copy, 1 << 30)
+    assert first == box(list.copy, 1 << 30) != [os.getpid()]
     with pytest.raises(IndexError):
-        apart(list.__getitem__, 1 << 30, 5)
-    with pytest.raises(BeyondLimit, match=r"needs more than 1\.0 GiB of memory"):
-        apart(big, 1 << 30, 2 << 30)
-    assert apart(big, 3 << 30, 2 << 30) == 2 << 30
-    with pytest.raises(BeyondLimit, match=r"ends the process that works on it \(SIGSEGV\)"):
-        apart(deep, 1 << 30)
+        box(list.__getitem__, 1 << 30, 5)
+    with pytest.raises(LimitExceededError, match=r"needs more than 1\.0 GiB of memory"):
+        box(big, 1 << 30, 2 << 30)
+    assert box(big, 3 << 30, 2 << 30) == 2 << 30
+    with pytest.raises(LimitExceededError, match=r"ends its process \(SIGSEGV\)"):
+        box(deep, 1 << 30)
     monkeypatch.setattr(sandbox, "_IDLE", 0.1)
-    idle = apart(list.copy, 1 << 30)
+    idle = box(list.copy, 1 << 30)
     time.sleep(1)
-    again = apart(list.copy, 1 << 30)  # it has ended, and another one is started
+    again = box(list.copy, 1 << 30)  # it has ended, and another one is started
     assert len({*first, *idle, *again}) == 3
-    other = Apart(lambda beat: [os.getpid()])
+    other = Sandbox(lambda timer: [os.getpid()])
     again = other(list.copy, 1 << 30)
     del other
     with pytest.raises(ProcessLookupError):
@@ -227,8 +227,8 @@ def test_what_the_work_raises_is_raised() -> None:
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        limited(work)
-    assert limited(lambda: 3) == 3
+        run_with_time_limit(work)
+    assert run_with_time_limit(lambda: 3) == 3
 
 
 def test_a_template_without_end_in_train(forked: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ SMALL = ["data.max_length=16", "training.per_device_train_batch_size=1"]
 def counted(model_type: str, where: Path) -> str:
     """How `params` ends on the configuration of a type: `counts`, or its error. Anything else is raised."""
     try:
-        found = params(config.of_model(str(where), SMALL))
+        found = params(config.for_model(str(where), SMALL))
     except ModelError as error:
         return str(error)
     assert found.count.trainable == sum(group.trainable for group in found.groups) > 0, model_type
@@ -56,5 +56,5 @@ def test_a_default_configuration(model_type: str, tmp_path: Path) -> None:
 
 def test_what_a_projection_computes_besides_is_told(tmp_path: Path) -> None:
     configure("axk2").save_pretrained(tmp_path / "axk2")
-    found = params(config.of_model(str(tmp_path / "axk2"), SMALL))
+    found = params(config.for_model(str(tmp_path / "axk2"), SMALL))
     assert "q_gate_proj computes the gate of the attention's output as well, which comes along" in found.notes

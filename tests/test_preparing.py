@@ -585,7 +585,7 @@ def test_ctrl_c_while_tokenizing(
     running.send(signal.SIGINT)
     assert running.wait() == 130
     said = running.said()
-    assert said.strip().endswith("the rows that were tokenised are kept, and the same command goes on from there")
+    assert said.strip().endswith("the tokenized rows are kept, so that the same command continues from there")
     (first,) = cache.rglob("00000.arrow")
     written = first.stat().st_mtime_ns
     assert first.parent.name.endswith(".partial")

@@ -378,7 +378,7 @@ LEAVES = [
     ),
     ({"init_lora_weights": "pissa", "r": 16}, "lora.r: the file's rank is 32; vLLM"),
     ({"init_lora_weights": "olora", "use_rslora": True}, "lora.use_rslora: with olora, lora_alpha is saved times"),
-    ({"init_lora_weights": "loftq"}, "lora.init_lora_weights: loftq makes up for what 4bit loses"),
+    ({"init_lora_weights": "loftq"}, "lora.init_lora_weights: loftq compensates for what 4bit loses"),
 ]
 
 

@@ -188,12 +188,12 @@ def train(
         if group.leads_machine:
             data.remove_old_entries()
         group.all_gather(None)  # so that a signal finds all of them on this side of the next line, or none
-        with signals.deferred(repeated=group.count > 1) as stop:
+        with signals.defer_signals(repeated=group.count > 1) as stop:
             kept = _kept(run, ready, identity, reporter, stop, group)
             reporter.plan(run)
             outcome = _fit(run, kept)
-        if kept.stopping() and stop.asked is not None:  # since the trainer looked for the last time
-            raise stop.asked
+        if kept.stopping() and stop.requested is not None:  # since the trainer looked for the last time
+            raise stop.requested
         trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
         trained = sharded.whole(run.model)
         gained = _compared(run, trained, outcome, kept, reporter)

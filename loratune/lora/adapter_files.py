@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from loratune.config import rules
+from loratune.config import patterns
 from loratune.errors import AdapterError, Problem
 from loratune.system import records
 from loratune.system.files import is_incidental_file, notebook_original, sha256
@@ -185,7 +185,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(Problem("does not name its base", str(path), "base_model_name_or_path"))
     if not isinstance(config.get("revision"), str | None):
         raise AdapterError(Problem("not the name of a revision", str(path), "revision"))
-    rules.check_values(config, str(path))
+    patterns.check_values(config, str(path))
     if not config.get("target_modules") or not isinstance(config["target_modules"], list | str):
         raise AdapterError(Problem("does not say which modules it adapts", str(path), "target_modules"))
     if named := [key for key in _CODE if config.get(key)]:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from loratune.config import LoraSection, rules
+from loratune.config import LoraSection, patterns
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
 from loratune.lora import initialize, optimizers
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
@@ -183,15 +183,15 @@ def ignored(saved: AdapterFiles) -> list[str]:
 def attach_saved(base: nn.Module, saved: AdapterFiles) -> PeftModel:
     """Put LoRA on `base`, which may be on the meta device, as a saved configuration says, without its weights.
 
-    Raises AdapterError: see `rules.check`; the configuration does not fit the base; tensors of the file are missing,
+    Raises AdapterError: see `check_patterns`; the configuration does not fit the base; tensors of the file are missing,
     extra or of another shape than this base asks for.
     """
     where = str(saved.path)
     paths = (path for path, _ in base.named_modules() if path)
-    rules.check(saved.config, saved.tensors, paths, str(saved.path / CONFIG_FILE))
+    patterns.check_patterns(saved.config, saved.tensors, paths, str(saved.path / CONFIG_FILE))
     with _fitting(saved):
         config = LoraConfig.from_pretrained(where)
-        config.r, config.rank_pattern = rules.bounded(saved.config, saved.tensors)
+        config.r, config.rank_pattern = patterns.bounded_ranks(saved.config, saved.tensors)
         config.inference_mode = False  # its parameters count as trained, which they were
         model = _wrap(base, config)
     expected = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}

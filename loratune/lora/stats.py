@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from loratune.config.rules import Stated, stated
+from loratune.config.patterns import ModuleSettings, module_settings
 from loratune.errors import AdapterError, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import natural
@@ -41,7 +41,7 @@ def updates(saved: AdapterFiles) -> list[Update]:
 
     Raises AdapterError: an A without its B, or of another rank than the configuration says; NaN or inf.
     """
-    found, said = [], stated(saved.config, saved.tensors, str(saved.path / CONFIG_FILE))
+    found, said = [], module_settings(saved.config, saved.tensors, str(saved.path / CONFIG_FILE))
     with safe_open(saved.path / WEIGHTS_FILE, framework="pt") as file:
         for name in saved.tensors:
             if match := _A.match(name):
@@ -56,7 +56,7 @@ def updates(saved: AdapterFiles) -> list[Update]:
     return sorted(found, key=lambda update: natural(update.module))
 
 
-def _update(saved: AdapterFiles, said: Stated, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:
+def _update(saved: AdapterFiles, said: ModuleSettings, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:
     a, b = a.double().flatten(1), b.double().flatten(1)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise AdapterError(Problem("holds NaN or inf", str(saved.path / WEIGHTS_FILE), path))

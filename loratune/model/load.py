@@ -27,7 +27,7 @@ from loratune.model.base_files import Files, copy_mapped
 from loratune.model.device import compute_dtype, device
 from loratune.model.source import ModelSource, local_or_hub, locate
 from loratune.system import launcher
-from loratune.system.sandbox import is_panic, limited
+from loratune.system.sandbox import is_rust_panic, run_with_time_limit
 
 _log = logging.getLogger(__name__)
 
@@ -65,9 +65,11 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **file, **_trusted_origin(section))
         checks.check_growth(tokenizer, section.name_or_path)
-        limited(lambda: tokenizer("loratune"))  # some values of its configuration are only read when it is used
+        run_with_time_limit(
+            lambda: tokenizer("loratune")
+        )  # some values of its configuration are only read when it is used
     except BaseException as error:  # a panic of tokenizers is no Exception
-        if not isinstance(error, Exception) and not is_panic(error):
+        if not isinstance(error, Exception) and not is_rust_panic(error):
             raise
         raise checks.unreadable(Code.MODEL_TOKENIZER_UNREADABLE, section, error) from None
     if chat_template is not None:

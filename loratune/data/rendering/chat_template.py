@@ -14,7 +14,7 @@ from loratune.data.rendering.encoding import Span
 from loratune.data.rendering.loop_marks import CONTENT, MANY, MARK, MarkedTemplate, read_marks
 from loratune.data.upstream import alias_reasoning_fields, generation_ranges
 from loratune.errors import Code, DataError, ModelError, Problem
-from loratune.system.uncompiled import UNCOMPILED, reason
+from loratune.system.sandbox import TEMPLATE_ERRORS, template_error_reason
 
 KEY = "data.chat_template"
 OTHER_FILE = "set data.chat_template to another Jinja file"
@@ -254,8 +254,8 @@ class ChatTemplate:
             return None
         try:
             return MarkedTemplate(self._source)
-        except UNCOMPILED as error:
-            self._syntax_error = reason(error)
+        except TEMPLATE_ERRORS as error:
+            self._syntax_error = template_error_reason(error)
             return None
 
     def _render(self, chat: TemplateInput, rendering: Callable[[TemplateInput], str]) -> str:

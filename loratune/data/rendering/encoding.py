@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 from loratune.data.formats.examples import IGNORED as IGNORED
-from loratune.system.sandbox import BeyondLimit, limited
+from loratune.system.sandbox import LimitExceededError, run_with_time_limit
 
 _log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class Encoder:
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         encode = self._encode_slowly if self._backend is None else self._encode_fast
         try:
-            ids = limited(lambda: encode(texts), more=_extra_seconds(texts))
+            ids = run_with_time_limit(lambda: encode(texts), extra_seconds=_extra_seconds(texts))
         except KeyboardInterrupt:
             raise
         except BaseException:  # a panic of the Rust library `tokenizers` is no Exception
@@ -239,10 +239,10 @@ class Encoder:
     ) -> list[list[int]]:
         """Encode one text. Raises TokenizerFailure."""
         try:
-            return limited(lambda: encode(texts), more=_extra_seconds(texts))
+            return run_with_time_limit(lambda: encode(texts), extra_seconds=_extra_seconds(texts))
         except KeyboardInterrupt:
             raise
-        except BeyondLimit as error:
+        except LimitExceededError as error:
             raise TokenizerFailure(texts[0], str(error), any_text=True) from None
         except BaseException as error:  # as in `_encode_batch`
             reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -58,7 +58,7 @@ class MarkedTemplate:
         """Parse a template and mark its loops.
 
         Raises:
-            One of `UNCOMPILED`: The source is not a template.
+            One of `TEMPLATE_ERRORS`: The source is not a template.
         """
         environment = chat_template_environment(source)
         tree = environment.parse(source)

@@ -20,7 +20,7 @@ from loratune.data.rendering.encoding import Encoder, Span, TokenizedRow, Tokeni
 from loratune.data.sources import MAX_PROBLEMS
 from loratune.data.upstream import tokenizer_settings
 from loratune.errors import Code, DataError, LoratuneError, ModelError, Problem
-from loratune.system.sandbox import MEMORY, Apart, Beat, BeyondLimit, limited
+from loratune.system.sandbox import MEMORY, LimitExceededError, PieceTimer, Sandbox, run_with_time_limit
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -53,7 +53,7 @@ class Renderer:
         self._size = vocabulary_size
         try:
             self._encode = Encoder(tokenizer)
-            self._sandbox = Apart(lambda beat: _ConversationRenderer(tokenizer, beat))
+            self._sandbox = Sandbox(lambda timer: _ConversationRenderer(tokenizer, timer))
             end_tokens = self._in_sandbox(_ConversationRenderer.end_tokens, [])
             turn_ids = [id for token in end_tokens for id in self._encode.one(token)[-1:]]
             self._starts_with_bos = self._adds_bos()
@@ -174,7 +174,7 @@ class Renderer:
     def _adds_bos(self) -> bool:
         """Whether the tokenizer itself begins a text with the BOS."""
         bos = self.tokenizer.bos_token_id
-        return bos is not None and list(limited(lambda: self.tokenizer("a").input_ids[:1])) == [bos]
+        return bos is not None and list(run_with_time_limit(lambda: self.tokenizer("a").input_ids[:1])) == [bos]
 
     def _bos_before(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Returns the BOS, where the tokenizer begins with one and these ids do not."""
@@ -221,7 +221,7 @@ class Renderer:
         memory = MEMORY + _BYTES_PER_CHARACTER * longest
         try:
             return self._sandbox(work, memory, chats, *more, **named)
-        except BeyondLimit as error:
+        except LimitExceededError as error:
             where = chats[error.at].where if 0 <= error.at < len(chats) else ""
             what = f"the chat template {error}"
             raise ModelError(Problem(Code.TEMPLATE_BEYOND_LIMIT, what, where, KEY, OTHER_FILE)) from None
@@ -304,8 +304,8 @@ class _ConversationRenderer:
     Each method takes the conversations first, and reports the number of the one that it is working on.
     """
 
-    def __init__(self, tokenizer: Any, beat: Beat):
-        self._template, self._beat = ChatTemplate(tokenizer), beat
+    def __init__(self, tokenizer: Any, timer: PieceTimer):
+        self._template, self._timer = ChatTemplate(tokenizer), timer
 
     def end_tokens(self, chats: Sequence[TemplateInput]) -> tuple[str, ...]:
         """Returns the special tokens that end an answer of any conversation."""
@@ -317,7 +317,7 @@ class _ConversationRenderer:
 
     def prompt(self, chats: Sequence[TemplateInput]) -> str:
         """Render the first conversation as a prompt. Raises DataError."""
-        self._beat(0)
+        self._timer(0)
         check_tools_are_shown(self._template, chats[0])
         return self._template.text(chats[0], prompt=True)
 
@@ -326,7 +326,7 @@ class _ConversationRenderer:
         texts: list[RenderedText] = []
         problems: list[Problem] = []
         for number, chat in enumerate(chats):
-            self._beat(number)
+            self._timer(number)
             try:
                 texts.append(self._text(chat, loss_on))
             except DataError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loratune.config.expressions import BadExpressionError, brief, compiled, limited
+from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
 from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets import reach
@@ -64,12 +64,12 @@ def by_string(survey: Survey, text: str) -> Found:
         what = f"all-linear: {survey.architecture} has no linear layer that LoRA takes effect on"
         return {"all-linear": chosen}, [] if chosen else [Problem(what, key=KEY)]
     try:
-        expression = compiled(text)
-        with limited():
+        expression = compile_pattern(text)
+        with match_time_limit():
             matched = [path for path in survey.modules if expression.fullmatch(path)]
-    except BadExpressionError as error:
+    except BadPatternError as error:
         fix = "mend it, or write names as a list: [q_proj, v_proj]"
-        raise ConfigError(Problem(f"`{brief(text)}` {error}", key=KEY, fix=fix)) from None
+        raise ConfigError(Problem(f"`{shorten(text)}` {error}", key=KEY, fix=fix)) from None
     suited, others = adaptable(survey, matched)
     if others:
         return {}, [_unsuitable(survey, f"the regular expression `{text}`", others)]

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from loratune.config.expressions import BadExpressionError, brief, compiled, limited
+from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
 from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets import entries
@@ -41,21 +41,21 @@ def _all_meant(survey: Survey, modules: Sequence[str], asked: Iterable[str], key
     found: dict[str, list[str]] = {}
     entry = ""
     try:
-        with limited():
+        with match_time_limit():
             for entry in asked:
                 found[entry] = _meant(survey, modules, entry, entries.as_role(survey, entry))
-    except BadExpressionError as error:
-        raise ConfigError(Problem(f"`{brief(entry)}` {error}", key=key, fix="mend it")) from None
+    except BadPatternError as error:
+        raise ConfigError(Problem(f"`{shorten(entry)}` {error}", key=key, fix="mend it")) from None
     return found
 
 
 def _meant(survey: Survey, modules: Sequence[str], entry: str, role: str | None) -> list[str]:
-    """The targets that an entry means. Raises BadExpressionError."""
+    """The targets that an entry means. Raises BadPatternError."""
     if role:
         return [path for path in modules if role in survey.serves.get(path, "")]
     if entries.named(survey, entry):
         return [path for path in modules if module_names.ends_in(path, entry)]
-    expression = compiled(rf"(.*\.)?({entry})$")
+    expression = compile_pattern(rf"(.*\.)?({entry})$")
     return [path for path in modules if expression.match(path)]
 
 
