@@ -201,7 +201,10 @@ class Code(StrEnum):
     MODEL_DOWNLOAD_FAILED = "model.download_failed", "The download of a file from the hub failed."
     MODEL_NEEDS_CODE = "model.needs_code", "The model needs code from its repository, which is not trusted."
     MODEL_FOREIGN_CODE = "model.foreign_code", "A file of the model names code of another repository."
-    MODEL_FOREIGN_KERNEL = "model.foreign_kernel", "config.json names an attention kernel of another repository."
+    MODEL_FOREIGN_KERNEL = (
+        "model.foreign_kernel",
+        "The file config.json names an attention kernel of another repository.",
+    )
     MODEL_CODE_NAME = "model.code_name", "A file of the model names code in no module of its own repository."
     MODEL_CODE_OUTSIDE = "model.code_outside", "Code in the model's directory is a link to a file outside of it."
     MODEL_LFS_POINTER = "model.lfs_pointer", "A file of weights is a Git LFS pointer."
@@ -213,9 +216,15 @@ class Code(StrEnum):
     MODEL_GGUF_TRUNCATED = "model.gguf_truncated", "The GGUF file is cut off."
     MODEL_GGUF_DAMAGED = "model.gguf_damaged", "The header of the GGUF file is damaged."
     MODEL_MISSING_PACKAGE = "model.missing_package", "A package that this model or setting needs is not installed."
-    MODEL_CONFIG_UNREADABLE = "model.config_unreadable", "transformers cannot load the configuration of the model."
-    MODEL_TOKENIZER_UNREADABLE = "model.tokenizer_unreadable", "transformers cannot load the tokenizer of the model."
-    MODEL_UNREADABLE = "model.unreadable", "transformers cannot build or load the model."
+    MODEL_CONFIG_UNREADABLE = (
+        "model.config_unreadable",
+        "The transformers library cannot load the configuration of the model.",
+    )
+    MODEL_TOKENIZER_UNREADABLE = (
+        "model.tokenizer_unreadable",
+        "The transformers library cannot load the tokenizer of the model.",
+    )
+    MODEL_UNREADABLE = "model.unreadable", "The transformers library cannot build or load the model."
     MODEL_INVALID_ARCHITECTURES = "model.invalid_architectures", "`architectures` in config.json is no list of names."
     MODEL_IMPLAUSIBLE_SIZE = "model.implausible_size", "A count in config.json is larger than any model has."
     MODEL_ENCODER_DECODER = "model.encoder_decoder", "The model is an encoder-decoder."
@@ -232,10 +241,13 @@ class Code(StrEnum):
     MODEL_TEMPLATE_INVALID = "model.template_invalid", "The chat template file is not a Jinja template."
     MODEL_TEMPLATE_LIMIT = "model.template_limit", "The chat template takes too long or too much memory."
     MODEL_QUANTIZED_ALREADY = "model.quantized_already", "The base to be quantized is quantized already."
-    MODEL_QUANTIZATION_UNKNOWN = "model.quantization_unknown", "transformers does not know how the base is quantized."
+    MODEL_QUANTIZATION_UNKNOWN = (
+        "model.quantization_unknown",
+        "The transformers library does not know how the base is quantized.",
+    )
     MODEL_QUANTIZATION_FROZEN = "model.quantization_frozen", "A base quantized in this way cannot be trained."
     MODEL_BITSANDBYTES = "model.bitsandbytes", "8bit or 4bit is set, and bitsandbytes does not work here."
-    MODEL_ORIGINAL_MISSING = "model.original_missing", "loftq does not find a weight as it was before quantization."
+    MODEL_ORIGINAL_MISSING = "model.original_missing", "LoftQ does not find a weight as it was before quantization."
     MODEL_NO_BFLOAT16 = "model.no_bfloat16", "The GPU does not compute in bfloat16."
     MODEL_NEEDS_GPU = "model.needs_gpu", "A setting of the model needs a GPU, and there is none."
     MODEL_FLASH_ATTENTION = "model.flash_attention", "Flash attention is set without its package or a CUDA GPU."

@@ -20,7 +20,7 @@ from loratune.lora import linear
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
-SILENT = {"signals.py: say", "sandbox.py: _answered"}
+SILENT = {"signals.py: write_line", "sandbox.py: _reply"}
 """The first writes to the screen from a signal handler, and there is no other place to say that this failed. The second
 tells the error of the work, in a process that has no screen, and not that this error cannot be pickled."""
 
