@@ -24,8 +24,8 @@ lint: .venv/dev.stamp
 types: .venv/dev.stamp
 	$(BIN)/mypy
 
-# Files are shared out among processes of one thread each: most tests wait for one core.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Tests are shared out among processes of one thread each, and whoever is done takes from the others.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 unit: .venv/dev.stamp
 	$(PYTEST) -m "not slow"

@@ -247,11 +247,11 @@ def evaluate(
         with _importing():
             from loratune.config import Source
             from loratune.console import log, show_progress
-            from loratune.data import check_source
+            from loratune.data import read_source
             from loratune.training import preflight
 
         info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
-        split = check_source(Source(path=data), info.data, show_progress)
+        split = read_source(Source(path=data), info.data, show_progress)
 
         with _importing():
             from loratune.commands import show
@@ -328,7 +328,7 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     from loratune.data import sources
 
     if source:
-        return sources.read(Source(path=str(source)))
+        return sources.read_rows(Source(path=str(source)))
     texts = {f"prompt {number}": prompt for number, prompt in enumerate(prompts or [], start=1)} or {"stdin": _stdin()}
     for name, prompt in texts.items():
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python represents undecodable bytes
@@ -379,7 +379,7 @@ def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -
 
 def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
     """Write each row with its `completion`, and `base`; the row's own `completion` becomes `reference`."""
-    from loratune.data.sources.rows import as_json
+    from loratune.data.sources.rows import to_json_line
 
     stream = EscapedStream(file) if file.isatty() else file
     for answer in answers:
@@ -389,7 +389,7 @@ def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
         row["completion"] = answer.completion
         if answer.base is not None:
             row["base"] = answer.base
-        print(as_json(row), file=stream)
+        print(to_json_line(row), file=stream)
 
 
 def _one_line(text: str | None) -> str:

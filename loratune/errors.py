@@ -116,7 +116,77 @@ class Code(StrEnum):
 
     # Data: sources and formats (data.*)
 
-    # Data: templates, rendering, packing, cache (data.*, template.*)
+    DATA_FILE_NOT_FOUND = "data.file_not_found", "A data path names nothing that exists."
+    DATA_NO_FILES = "data.no_files", "A directory or a glob holds no file of a type that is read."
+    DATA_NOT_A_FILE = "data.not_a_file", "A data path is neither a file nor a directory, such as a pipe."
+    DATA_FILE_UNREADABLE = "data.file_unreadable", "The operating system refuses to read a data file."
+    DATA_FILE_TYPE = "data.file_type", "A data file has an ending that is not read."
+    DATA_FILE_DAMAGED = "data.file_damaged", "A gzip or Parquet file cannot be unpacked."
+    DATA_FILE_CHANGED = "data.file_changed", "A data file changed between the check of its rows and their use."
+    DATA_SPLIT = "data.split", "`split` is not a slice that can be taken of a local source."
+    DATA_NO_ROWS = "data.no_rows", "A source has no rows, or none in its split."
+    DATA_HUB_ID = "data.hub_id", "A path is neither a file nor a valid id of a hub dataset."
+    DATA_HUB_UNREACHABLE = "data.hub_unreachable", "The hub does not answer, and the dataset is not in the cache."
+    DATA_HUB_LOADING = "data.hub_loading", "A hub dataset cannot be loaded."
+    DATA_ENCODING = "data.encoding", "A data file holds bytes that are not UTF-8."
+    DATA_JSON = "data.json", "A row or document is not valid JSON."
+    DATA_JSON_CUT_OFF = "data.json_cut_off", "A row or document ends in the middle of a JSON value."
+    DATA_JSON_DEPTH = "data.json_depth", "JSON is nested more deeply than it can be read."
+    DATA_JSON_DUPLICATE_KEY = "data.json_duplicate_key", "A JSON object has a key twice."
+    DATA_CSV = "data.csv", "A record is not valid CSV."
+    DATA_CSV_CELLS = "data.csv_cells", "A record of a CSV file has more or fewer cells than the header."
+    DATA_CSV_SEPARATOR = "data.csv_separator", "The header of a CSV file is separated by something else than commas."
+    DATA_DUPLICATE_COLUMN = "data.duplicate_column", "A CSV or Parquet file has two columns of one name."
+    DATA_ROW_NOT_OBJECT = "data.row_not_object", "A row is not an object with named fields."
+    DATA_INDEX_DISK = "data.index_disk", "The temporary index of the rows cannot be written."
+    DATA_EMPTY_TRAIN_SPLIT = "data.empty_train_split", "The validation fraction takes every row."
+    DATA_FORMAT_UNKNOWN = "data.format_unknown", "The fields of a file's first row fit no format."
+    DATA_FORMAT_AMBIGUOUS = "data.format_ambiguous", "The fields of a file's first row fit more than one format."
+    DATA_PREFERENCES = (
+        "data.preferences",
+        "Rows hold preferences between answers, which training does not compare.",
+    )
+    DATA_COLUMN_MISSING = "data.column_missing", "`columns` names a field that the first row of a file lacks."
+    DATA_COLUMN_UNUSED = "data.column_unused", "`columns` maps a field that the format does not read."
+    DATA_NOT_CHAT = "data.not_chat", "A setting is for conversations, and the rows are something else."
+    DATA_FIELD_MISSING = "data.field_missing", "A row lacks a field that its format needs."
+    DATA_FIELD_TYPE = "data.field_type", "A field holds a value of the wrong type."
+    DATA_FIELD_UNUSED = "data.field_unused", "A row holds something that would not reach training."
+    DATA_FIELD_CONFLICT = "data.field_conflict", "Two fields of a row contradict each other."
+    DATA_FIELD_JSON = "data.field_json", "A field must hold JSON, and its value cannot be read or written as JSON."
+    DATA_SURROGATE = "data.surrogate", "A field holds a lone surrogate, which is not a character."
+    DATA_ROLE = "data.role", "A message has an unknown role, or a field that its role may not have."
+    DATA_WEIGHT = "data.weight", "The weight of a message is not 0 or 1, or contradicts its role or `loss_on`."
+    DATA_NO_QUESTION = "data.no_question", "A row to be answered holds no prompt."
+    DATA_NO_ANSWER = "data.no_answer", "A row to be trained on holds no answer."
+    DATA_TOOL_CALL = "data.tool_call", "A tool call does not name a function."
+    DATA_TOKEN_ID = "data.token_id", "A token id is negative, or not in the vocabulary."
+    DATA_LABELS = "data.labels", "`labels` are neither the ids at their own places nor -100."
+    DATA_LENGTHS = "data.lengths", "`labels` or `attention_mask` have another length than `input_ids`."
+    DATA_PADDING = "data.padding", "`input_ids` come with padding."
+
+    # Data: templates, rendering, packing, cache (data.*, template.*, tokenizer.*)
+
+    TOKENIZER_NO_EOS = "tokenizer.no_eos", "The tokenizer has no end-of-sequence token."
+    TOKENIZER_FAILS = "tokenizer.fails", "The tokenizer fails on every text, or takes too long."
+    TOKENIZER_FAILS_ON_ROW = "tokenizer.fails_on_row", "The tokenizer fails on the text of one row or prompt."
+    TOKENIZER_ID_BEYOND_MODEL = "tokenizer.id_beyond_model", "The model has no embedding for a token."
+    TEMPLATE_MISSING = "template.missing", "Conversations need a chat template, and the tokenizer has none."
+    TEMPLATE_NOT_JINJA = "template.not_jinja", "The chat template of the tokenizer cannot be compiled."
+    TEMPLATE_BEYOND_LIMIT = "template.beyond_limit", "The chat template takes too long, or too much memory."
+    TEMPLATE_REFUSES_MESSAGES = "template.refuses_messages", "The chat template raises an error for a conversation."
+    TEMPLATE_OMITS_TOOLS = "template.omits_tools", "The chat template does not render the tools of a conversation."
+    TEMPLATE_OMITS_MESSAGE = "template.omits_message", "The chat template does not render the result of a tool call."
+    TEMPLATE_OMITS_REASONING = "template.omits_reasoning", "The chat template does not render an answer's reasoning."
+    TEMPLATE_OMITS_TOOL_CALLS = "template.omits_tool_calls", "The chat template does not render an answer's tool calls."
+    TEMPLATE_HIDES_ANSWER = "template.hides_answer", "Where a supervised answer begins and ends cannot be found."
+    TEMPLATE_PROMPT_DIFFERS = "template.prompt_differs", "The prompt ends in a text that the answer lacks."
+    TEMPLATE_UNMARKED_ANSWER = "template.unmarked_answer", "The generation marks of the template leave out an answer."
+    DATA_NO_SUPERVISED_TURN = "data.no_supervised_turn", "A conversation has no assistant turn to train on."
+    DATA_ROW_TOO_LONG = "data.row_too_long", "A row is longer than data.max_length, and data.truncation is error."
+    DATA_NOTHING_TO_LEARN = "data.nothing_to_learn", "No row of a dataset split has a supervised token."
+    DATA_TOO_MANY_DROPPED = "data.too_many_dropped", "More rows would be dropped than data.max_dropped allows."
+    DATA_CACHE_NOT_WRITTEN = "data.cache_not_written", "The tokenized rows cannot be written to the disk."
 
     # Base model and tokenizer (model.*)
     MODEL_NO_DIRECTORY = "model.no_directory", "The path of a base model names no directory."
@@ -131,7 +201,10 @@ class Code(StrEnum):
     MODEL_DOWNLOAD_FAILED = "model.download_failed", "The download of a file from the hub failed."
     MODEL_NEEDS_CODE = "model.needs_code", "The model needs code from its repository, which is not trusted."
     MODEL_FOREIGN_CODE = "model.foreign_code", "A file of the model names code of another repository."
-    MODEL_FOREIGN_KERNEL = "model.foreign_kernel", "config.json names an attention kernel of another repository."
+    MODEL_FOREIGN_KERNEL = (
+        "model.foreign_kernel",
+        "The file config.json names an attention kernel of another repository.",
+    )
     MODEL_CODE_NAME = "model.code_name", "A file of the model names code in no module of its own repository."
     MODEL_CODE_OUTSIDE = "model.code_outside", "Code in the model's directory is a link to a file outside of it."
     MODEL_LFS_POINTER = "model.lfs_pointer", "A file of weights is a Git LFS pointer."
@@ -143,9 +216,15 @@ class Code(StrEnum):
     MODEL_GGUF_TRUNCATED = "model.gguf_truncated", "The GGUF file is cut off."
     MODEL_GGUF_DAMAGED = "model.gguf_damaged", "The header of the GGUF file is damaged."
     MODEL_MISSING_PACKAGE = "model.missing_package", "A package that this model or setting needs is not installed."
-    MODEL_CONFIG_UNREADABLE = "model.config_unreadable", "transformers cannot load the configuration of the model."
-    MODEL_TOKENIZER_UNREADABLE = "model.tokenizer_unreadable", "transformers cannot load the tokenizer of the model."
-    MODEL_UNREADABLE = "model.unreadable", "transformers cannot build or load the model."
+    MODEL_CONFIG_UNREADABLE = (
+        "model.config_unreadable",
+        "The transformers library cannot load the configuration of the model.",
+    )
+    MODEL_TOKENIZER_UNREADABLE = (
+        "model.tokenizer_unreadable",
+        "The transformers library cannot load the tokenizer of the model.",
+    )
+    MODEL_UNREADABLE = "model.unreadable", "The transformers library cannot build or load the model."
     MODEL_INVALID_ARCHITECTURES = "model.invalid_architectures", "`architectures` in config.json is no list of names."
     MODEL_IMPLAUSIBLE_SIZE = "model.implausible_size", "A count in config.json is larger than any model has."
     MODEL_ENCODER_DECODER = "model.encoder_decoder", "The model is an encoder-decoder."
@@ -162,10 +241,13 @@ class Code(StrEnum):
     MODEL_TEMPLATE_INVALID = "model.template_invalid", "The chat template file is not a Jinja template."
     MODEL_TEMPLATE_LIMIT = "model.template_limit", "The chat template takes too long or too much memory."
     MODEL_QUANTIZED_ALREADY = "model.quantized_already", "The base to be quantized is quantized already."
-    MODEL_QUANTIZATION_UNKNOWN = "model.quantization_unknown", "transformers does not know how the base is quantized."
+    MODEL_QUANTIZATION_UNKNOWN = (
+        "model.quantization_unknown",
+        "The transformers library does not know how the base is quantized.",
+    )
     MODEL_QUANTIZATION_FROZEN = "model.quantization_frozen", "A base quantized in this way cannot be trained."
     MODEL_BITSANDBYTES = "model.bitsandbytes", "8bit or 4bit is set, and bitsandbytes does not work here."
-    MODEL_ORIGINAL_MISSING = "model.original_missing", "loftq does not find a weight as it was before quantization."
+    MODEL_ORIGINAL_MISSING = "model.original_missing", "LoftQ does not find a weight as it was before quantization."
     MODEL_NO_BFLOAT16 = "model.no_bfloat16", "The GPU does not compute in bfloat16."
     MODEL_NEEDS_GPU = "model.needs_gpu", "A setting of the model needs a GPU, and there is none."
     MODEL_FLASH_ATTENTION = "model.flash_attention", "Flash attention is set without its package or a CUDA GPU."

@@ -81,25 +81,24 @@ def test_a_run_that_needs_torch_imports_it(run_config: Callable[..., Path]) -> N
 
 
 @pytest.mark.parametrize(
-    "rows, expected",
+    "rows, place, code",
     [
-        (None, "{rows}: no such file"),
-        ("", "{rows}: 0 rows; there is nothing to learn from"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n', "{rows}:2: `prompt` must be text"),
-        ('{"prompt": "a", "completion": "b"}\n{"prom', "{rows}:2: not valid JSON: "),
+        (None, "", Code.DATA_FILE_NOT_FOUND),
+        ("", "", Code.DATA_NO_ROWS),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n', ":2", Code.DATA_FIELD_TYPE),
+        ('{"prompt": "a", "completion": "b"}\n{"prom', ":2", Code.DATA_JSON_CUT_OFF),
     ],
     ids=["missing", "empty", "type", "cut"],
 )
 def test_bad_rows_stop_before_torch_is_imported(
-    run_config: Callable[..., Path], tmp_path: Path, rows: str | None, expected: str
+    run_config: Callable[..., Path], tmp_path: Path, rows: str | None, place: str, code: Code
 ) -> None:
     config = run_config()
     path = tmp_path / "rows.jsonl"
     path.unlink() if rows is None else path.write_text(rows)
     before = tree(tmp_path)
     ran, heavy = imported("train", config)
-    assert ran.code == 4
-    assert ran.err.startswith(f"error: {expected.format(rows=path)}")
+    check_refused(ran, 4, (code, f"{path}{place}", ""))
     assert not heavy & {"torch", "peft", "bitsandbytes"}
     assert tree(tmp_path) == before
     assert not (tmp_path / "out.partial").exists()

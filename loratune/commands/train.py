@@ -15,7 +15,7 @@ from loratune.commands import card
 from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory
 from loratune.data.formats import Conversation, Example, Plain
-from loratune.data.packing import Batches
+from loratune.data.packing import BatchLayout
 from loratune.errors import ModelError, NumericError, Problem, ResourceError
 from loratune.lora import adapter_files, attach, counts, optimizers, sharded, targets
 from loratune.lora.attach import PeftModel
@@ -76,8 +76,8 @@ class Plan:
     start: AdapterInit
     count: Count
     rows: TokenizedDatasets
-    train: Batches
-    validation: Batches | None
+    train: BatchLayout
+    validation: BatchLayout | None
     memory: memory.Estimate
     notes: list[str]
     base_fingerprint: str
@@ -186,7 +186,7 @@ def train(
         if group.main:
             space.begin(resume=ready.resumed is not None)
         if group.leads_machine:
-            data.forget_old()
+            data.remove_old_entries()
         group.all_gather(None)  # so that a signal finds all of them on this side of the next line, or none
         with signals.defer_signals(repeated=group.count > 1) as stop:
             kept = _kept(run, ready, identity, reporter, stop, group)
@@ -375,6 +375,6 @@ def _asked(example: Example) -> str:
     """What can be asked on a command line: raw text, or a single user's turn. Empty for anything else."""
     if isinstance(example, Plain):
         return " ".join(example.completion.split()[:8]) if example.whole else example.prompt
-    if isinstance(example, Conversation) and not example.tools and example.learnt("assistant")[:1] == (1,):
+    if isinstance(example, Conversation) and not example.tools and example.supervised_turns("assistant")[:1] == (1,):
         return str(example.messages[0]["content"]) if example.messages[0]["role"] == "user" else ""
     return ""
