@@ -167,7 +167,7 @@ def test_generate_with_nobody_at_stdin(closed: bool) -> None:
 # Errors at the boundary
 
 
-@pytest.mark.parametrize("error", sorted(LoratuneError.__subclasses__(), key=lambda one: one.exit_code))
+@pytest.mark.parametrize("error", sorted(LoratuneError.__subclasses__(), key=lambda kind: kind.exit_code))
 def test_each_error_has_its_own_code_and_line(error: type[LoratuneError], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(cli_module.typer.Exit) as caught, boundary.boundary(debug=False):
         raise error("something is wrong")
@@ -238,7 +238,7 @@ def test_traceback_with_debug_only(tmp_path: Path) -> None:
 
 
 def blocked(kind: str, tmp_path: Path) -> tuple[str, str]:
-    """Makes an output_dir that cannot be; returns it and what is then said."""
+    """Makes an output_dir that cannot be; returns it and the start of the problem."""
     out = tmp_path / "out"
     if kind == "proc":
         return "/proc/out", "/proc/out: output_dir: cannot be written: No such file or directory"

@@ -241,7 +241,7 @@ def unknown(values: dict[str, Any]) -> set[str]:
     try:
         RunConfig.model_validate(values)
     except ValidationError as error:
-        return {str(one["loc"][-1]) for one in error.errors() if one["type"] == "extra_forbidden"}
+        return {str(details["loc"][-1]) for details in error.errors() if details["type"] == "extra_forbidden"}
     return set()
 
 
@@ -318,9 +318,9 @@ def test_duplicate_key_names_both_lines(
     ],
 )
 def test_values_are_read_as_meant(load: Callable[..., RunConfig], key: str, text: str, value: Any) -> None:
-    found = value_at(load(in_section(key, text)), key)
-    assert found == value
-    assert type(found) is type(value)
+    value_read = value_at(load(in_section(key, text)), key)
+    assert value_read == value
+    assert type(value_read) is type(value)
 
 
 TYPE, CHOICE = Code.CONFIG_WRONG_TYPE, Code.CONFIG_NOT_A_CHOICE
@@ -608,9 +608,9 @@ def test_sections_are_small_described_frozen_and_strict(section: type[config.Mod
     assert 0 < len(fields) <= 15
     if section is not RunConfig:
         assert [name for name, field in fields.items() if not field.description] == []
-    made = section.model_construct()
+    instance = section.model_construct()
     with pytest.raises(ValidationError, match="frozen"):
-        setattr(made, next(iter(fields)), None)
+        setattr(instance, next(iter(fields)), None)
     with pytest.raises(ValidationError, match="extra_forbidden"):
         section.model_validate({"nobody_knows_me": 1})
 

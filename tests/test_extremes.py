@@ -43,8 +43,8 @@ def test_every_key_takes_extreme_numbers_or_refuses_them_by_name(run_config: Mak
                 except ConfigError as error:
                     assert all(str(rest[0]) in problem.key for problem in error.problems), str(error)
                 else:
-                    kept = run.model_dump()[section][rest[0]]
-                    assert abs(number) <= 1e30 and (not isinstance(kept, int) or abs(kept) < 2**32), rest
+                    loaded = run.model_dump()[section][rest[0]]
+                    assert abs(number) <= 1e30 and (not isinstance(loaded, int) or abs(loaded) < 2**32), rest
                 checked += 1
     assert checked > 1000
 
@@ -75,7 +75,7 @@ def test_texts_that_are_paths(path: str) -> None:
         ["--max-new-tokens", "1" + "0" * 30], ["--input", "~nobody-of-this-name/x"], ["--output", "x" * 5000],
         ["--input", "é" * 200],
     ],
-    ids=lambda given: " ".join(given)[:30],
+    ids=lambda words: " ".join(words)[:30],
 )  # fmt: skip
 def test_options_of_generate(arguments: list[str], cli: Cli) -> None:
     ran = cli("generate", "--adapter", "x", *arguments, "hello")

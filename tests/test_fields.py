@@ -82,9 +82,9 @@ def test_fields_of_json(name: str, ending: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tools", ['[{"name": "f", "parameters": %s}]', r'[{"name": "\ud800"}]'])
 def test_tools_that_cannot_be_rendered(tools: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    said = '{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}'
+    messages = '{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}'
     deep = "[" * 900 + "]" * 900
-    path.write_text(f'{{"messages": [{said}], "tools": {tools.replace("%s", deep)}}}')
+    path.write_text(f'{{"messages": [{messages}], "tools": {tools.replace("%s", deep)}}}')
     with pytest.raises(DataError) as caught:
         count(path)
     ((code, place, _),) = meanings(caught.value)
@@ -101,8 +101,8 @@ def test_rows_with_such_fields_are_trained_on_and_answered(
     done = cli("train", run_config(data={"train": str(path)}, training={"max_steps": 1}))
     assert done.code == 0, done.err
     answers = tmp_path / "answers.jsonl"
-    asked = ("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "--output", answers, "--input")
-    done = cli(*asked, path)
+    command = ("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "--output", answers, "--input")
+    done = cli(*command, path)
     assert done.code == 0, done.err
     first, second = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
     assert (first["timestamp"], first["date"], first["decimal"]) == ("2026-01-02T03:04:05", "2026-01-02", "1.20")
@@ -110,7 +110,7 @@ def test_rows_with_such_fields_are_trained_on_and_answered(
     surrogate = tmp_path / "surrogate.jsonl"
     surrogate.write_text(r'{"prompt": "a", "x": "\ud800"}')
     answers.unlink()
-    done = cli(*asked, surrogate)
+    done = cli(*command, surrogate)
     assert done.code == 0, done.err
     assert json.loads(answers.read_text())["x"] == "\ud800"
 

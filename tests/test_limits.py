@@ -43,19 +43,19 @@ from loratune.data.rendering import Renderer
 tokenizer = byte_level()
 FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
 FOREVER += "{% endfor %}"
-def told(work):
+def report(work):
     try:
         work()
     except Exception as error:
         (problem,) = error.problems
         print(type(error).__name__, problem.code, problem.where, problem.key, problem.what, sep="|", flush=True)
 always = changed(tokenizer, chat_template=LOOP + "{{ m.content }}{% endfor %}" + FOREVER)
-told(lambda: Renderer(always))
+report(lambda: Renderer(always))
 once = LOOP + "{% if m.content == 'aaaa' %}" + FOREVER + "{% endif %}{{ m.content }}{% endfor %}"
-told(lambda: Renderer(changed(tokenizer, chat_template=once)).row(CHAT))
-told(lambda: Renderer(changed(tokenizer, chat_template=once)).prompt(CHAT.messages[:1], "asked:1"))
+report(lambda: Renderer(changed(tokenizer, chat_template=once)).row(CHAT))
+report(lambda: Renderer(changed(tokenizer, chat_template=once)).prompt(CHAT.messages[:1], "asked:1"))
 slow = splitting(tokenizer, r"\\w+?(?<=b)")
-told(lambda: Renderer(slow).rows([Plain("rows:1", "a", "b"), Plain("rows:2", "a" * 60_000, "b")]))
+report(lambda: Renderer(slow).rows([Plain("rows:1", "a", "b"), Plain("rows:2", "a" * 60_000, "b")]))
 sys.exit()
 """.replace("PLACES", repr(PLACES))
 
@@ -175,12 +175,12 @@ def test_a_template_may_raise_to_powers(tokenizer: PreTrainedTokenizerFast) -> N
     assert "b1024" in tokenizer.decode(row.completion)
 
 
-def deep(made: object) -> None:
+def deep(pids: object) -> None:
     """Ends the process in which it is called."""
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def big(made: object, count: int) -> int:
+def big(pids: object, count: int) -> int:
     """The size of a text of so many bytes."""
     return len(bytearray(count))
 
@@ -270,7 +270,7 @@ def test_a_row_with_a_token_beyond_the_embedding(
     assert cli("train", config).code == 0  # the rows have none of those tokens
     prompts = ("a", "a <more5>")
     rows = write_rows(tmp_path / "beyond.jsonl", [{"prompt": prompt, "completion": "b"} for prompt in prompts])
-    told = (
+    message = (
         "the token '<more5>' has the id 266, but the model has 264 embeddings, from 0 on; the tokenizer has 267 tokens"
     )
     other = run_config(
@@ -278,13 +278,13 @@ def test_a_row_with_a_token_beyond_the_embedding(
     )
     done = cli("train", other)
     check_refused(done, 3, (Code.TOKENIZER_ID_BEYOND_MODEL, f"{rows}:2", ""))
-    assert told in done.err
+    assert message in done.err
     done = cli("generate", "--adapter", tmp_path / "out", "a <more5>")
     check_refused(done, 3, (Code.TOKENIZER_ID_BEYOND_MODEL, "", ""))
-    assert told in done.err
+    assert message in done.err
     done = cli("evaluate", "--adapter", tmp_path / "out", "--data", rows)
     check_refused(done, 3, (Code.TOKENIZER_ID_BEYOND_MODEL, f"{rows}:2", ""))
-    assert told in done.err
+    assert message in done.err
 
 
 def test_a_token_beyond_the_embedding_is_told_once(larger: Callable[..., Path]) -> None:
@@ -316,10 +316,10 @@ def test_a_tokenizer_that_gives_up_on_any_text(
     """Its error is no Exception, and the fault is the tokenizer's: exit code 3."""
     path = tmp_path / "broken"
     shutil.copytree(tiny_dir, path)
-    known = json.loads((path / "tokenizer.json").read_text())
+    definition = json.loads((path / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": r"(.|\s|\S)+[^\s\S]"}, "behavior": "Isolated", "invert": False}
-    known["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, known["pre_tokenizer"]]}
-    (path / "tokenizer.json").write_text(json.dumps(known))
+    definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, definition["pre_tokenizer"]]}
+    (path / "tokenizer.json").write_text(json.dumps(definition))
     done = cli("train", run_config(model={"name_or_path": str(path)}))
     check_refused(done, 3, (Code.TOKENIZER_FAILS, str(path), ""))
     assert "the tokenizer fails: Onig" in done.err and "Traceback" not in done.err
@@ -371,26 +371,28 @@ GROWING = {
 }
 
 
-@pytest.mark.parametrize(("parts", "told"), GROWING.values(), ids=GROWING)
-def test_a_tokenizer_that_makes_texts_grow(parts: dict[str, object], told: str, tiny_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("parts", "message"), GROWING.values(), ids=GROWING)
+def test_a_tokenizer_that_makes_texts_grow(
+    parts: dict[str, object], message: str, tiny_dir: Path, tmp_path: Path
+) -> None:
     """Before any text is given to it: the library takes all memory, or aborts, which nothing can catch."""
     path = tmp_path / "growing"
     shutil.copytree(tiny_dir, path)
-    known = json.loads((path / "tokenizer.json").read_text())
-    (path / "tokenizer.json").write_text(json.dumps(known | parts))
+    definition = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(definition | parts))
     with pytest.raises(ModelError) as caught:
         load_tokenizer(ModelSection(name_or_path=str(path)))
     assert meanings(caught.value) == [(Code.MODEL_TOKENIZER_GROWTH, str(path), "")]
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_vocabulary_with_a_huge_id(tiny_dir: Path, tmp_path: Path) -> None:
     """Nothing is made for each id below it; the token is named where a row has it."""
     path = tmp_path / "huge"
     shutil.copytree(tiny_dir, path)
-    known = json.loads((path / "tokenizer.json").read_text())
-    known["model"]["vocab"]["z"] = 2**32 - 1
-    (path / "tokenizer.json").write_text(json.dumps(known))
+    definition = json.loads((path / "tokenizer.json").read_text())
+    definition["model"]["vocab"]["z"] = 2**32 - 1
+    (path / "tokenizer.json").write_text(json.dumps(definition))
     renderer = Renderer(load_tokenizer(ModelSection(name_or_path=str(path))), 264)
     before = Path("/proc/self/statm").read_text().split()[0]
     row = renderer.row(Plain("rows:1", "", "ab " * 100_000))
