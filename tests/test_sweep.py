@@ -1,12 +1,13 @@
 """The sweep: every causal language model that transformers knows, built on the meta device.
 
 `golden_targets.txt` is the reviewed table: model type → where attention is → what serves q, k, v, o there, and what
-`all-linear` leaves out. A new release of transformers shows as a difference; after a review of the modeling files,
-`python tests/test_sweep.py --write` writes the table anew.
+`all-linear` leaves out. Types that a newer release of transformers adds are listed in a warning; after a review of
+their modeling files, `python tests/test_sweep.py --write` adds them to the table.
 """
 
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ LONGER = {"deepseek_v4": 256}  # its compressors take 128 tokens at once
 def lines(targets: Targets) -> Iterator[str]:
     """`model.layers.* x4: self_attn.q_proj=q self_attn.kv_proj=kv ...`, a line for each stack of layers."""
     stacks: dict[str, dict[str, list[str]]] = {}
-    for place, roles in targets.places().items():
+    for place, roles in targets.module_patterns().items():
         stack, _, leaf = place.rpartition(".*.")
         stacks.setdefault(f"{stack}.*", {})[leaf] = roles
     for stack, leaves in stacks.items():
@@ -188,20 +189,31 @@ def fake() -> FakeTensorMode:
 
 @pytest.fixture(scope="module")
 def sweep() -> dict[str, Seen]:
-    return {model_type: visit(model_type) for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    known = reviewed_types()
+    return {model_type: visit(model_type) for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if model_type in known}
 
 
 def written(sweep: dict[str, Seen]) -> list[str]:
     return [f"{model_type}: {line}" for model_type, seen in sweep.items() for line in seen.table]
 
 
+def reviewed_lines() -> list[str]:
+    return [line for line in GOLDEN.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+
+
+def reviewed_types() -> set[str]:
+    return {line.partition(":")[0] for line in reviewed_lines()}
+
+
 def test_the_table_is_the_reviewed_one(sweep: dict[str, Seen]) -> None:
-    reviewed = [line for line in GOLDEN.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    assert written(sweep) == reviewed
+    assert written(sweep) == reviewed_lines()
 
 
 def test_every_type_is_built(sweep: dict[str, Seen]) -> None:
-    assert len(sweep) == 196
+    """At least those that were reviewed; a release may add others, which are listed."""
+    if newcomers := sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - reviewed_types()):
+        warnings.warn(f"not reviewed yet: {', '.join(newcomers)}", stacklevel=1)
+    assert len(sweep) >= 196
     assert [model_type for model_type, seen in sweep.items() if not seen.built] == []
 
 

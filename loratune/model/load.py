@@ -87,7 +87,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     source = locate(section)
     config = _read_config(section, source)
     quantization_config = quantization.loading_config(section, config, compute_dtype(section))
-    is_packed = quantization_config is not None or quantization.recorded(config.to_dict()) is not None
+    is_packed = quantization_config is not None or quantization.record_of(config.to_dict()) is not None
     before = files(section, read=False)
     try:
         with _quietly(source):
@@ -174,7 +174,7 @@ def unpacked(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
 
     The layers of GPTQ, AWQ and the like are no `nn.Linear`; those of bitsandbytes are.
     """
-    record = quantization.recorded(base.config.to_dict())
+    record = quantization.record_of(base.config.to_dict())
     is_dense = record is None or quantization.method(record) == "bitsandbytes"
     return base if is_dense else build_meta(base.config, section)
 
@@ -207,7 +207,7 @@ def _read_config(section: ModelSection, source: ModelSource) -> Any:
         raise checks.unreadable(Code.MODEL_CONFIG_UNREADABLE, section, error) from None
     remote_code.check_kernels(config, section.name_or_path)
     checks.check_decoder(config, section)
-    record = quantization.recorded(config.to_dict())
+    record = quantization.record_of(config.to_dict())
     quantization.check_not_quantized(record, section.name_or_path, section.quantization)
     return config
 
