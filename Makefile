@@ -1,11 +1,11 @@
-# The two commands of the README, and their parts.
+# `make quickstart` trains and tries an adapter; `make test` checks the code, `make test-all` its long tests as well.
 
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 ADAPTER := quickstart-adapter
 
-.PHONY: quickstart test lint types unit bench clean
+.PHONY: quickstart test test-all lint types unit unit-all bench clean
 
 quickstart: .venv/quickstart.stamp
 	$(BIN)/python scripts/fetch_smollm2.py $(MODEL)
@@ -15,6 +15,8 @@ quickstart: .venv/quickstart.stamp
 
 test: lint types unit
 
+test-all: lint types unit-all
+
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -22,9 +24,14 @@ lint: .venv/dev.stamp
 types: .venv/dev.stamp
 	$(BIN)/mypy
 
-# Files are shared out among processes of one thread each: most tests wait for one core.
+# Tests are shared out among processes of one thread each, and whoever is done takes from the others.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
 unit: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+unit-all: .venv/dev.stamp
+	$(PYTEST)
 
 # Hours, on a machine that does nothing else; BENCH="--sets natural --rounds 1" makes it less.
 bench: .venv/quickstart.stamp

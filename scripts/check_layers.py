@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from loratune import kernels
 from loratune.data.packing import flatten, pad
 from loratune.errors import ModelError
-from loratune.kernels import accelerate, masks
+from loratune.kernels import acceleration, masks
 from loratune.kernels.attention import Layout
 from loratune.kernels.parity_check import distance
 from loratune.kernels.recognition import LIST, Layer, checked
@@ -165,13 +165,13 @@ def _noted(calls: dict[nn.Module, Any]) -> Callable[..., None]:
 def candidates(module: nn.Module, sights: dict[nn.Module, masks.Sight]) -> Iterator[tuple[str, nn.Module]]:
     """Forms whose structure a layer has."""
     layouts = PerBatch(Layout.of)
-    if (norm := accelerate.norm(module)) is not None:
-        yield accelerate.NORM, norm
-    if (gated := accelerate.gated(module, linear.linear)) is not None:
-        yield accelerate.GATED, gated
+    if (norm := acceleration.norm(module)) is not None:
+        yield acceleration.NORM, norm
+    if (gated := acceleration.gated(module, linear.linear)) is not None:
+        yield acceleration.GATED, gated
     if module in sights:
-        for form, turned in ((accelerate.ATTENTION, True), (accelerate.UNTURNED, False)):
-            made = accelerate.attention(module, linear.linear, sights[module], layouts, turned=turned)
+        for form, turned in ((acceleration.ATTENTION, True), (acceleration.UNTURNED, False)):
+            made = acceleration.attention(module, linear.linear, sights[module], layouts, turned=turned)
             if made is not None:
                 yield form, made
 
@@ -184,7 +184,7 @@ def agrees(module: nn.Module, fast: nn.Module, given: tuple[Any, ...], named: di
     states = given[0] if given else named[name]
     if not isinstance(states, Tensor) or not states.is_floating_point():
         return False
-    for change in INPUTS if isinstance(fast, accelerate.FastAttention) else [*INPUTS, *LARGE]:
+    for change in INPUTS if isinstance(fast, acceleration.FastAttention) else [*INPUTS, *LARGE]:
         drawn = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
         for training in (False, True):
             outcomes = []
@@ -287,7 +287,7 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
     stock = {name: step(model, batch) for name, batch in batches.items()}
     with kernels.accelerated(model, linear.linear) as left:
         fast = {name: step(model, batch) for name, batch in batches.items()}
-    row.parts = ", ".join(part for part in (*accelerate.KINDS, "loss") if part not in left) or "nothing"
+    row.parts = ", ".join(part for part in (*acceleration.KINDS, "loss") if part not in left) or "nothing"
     _compare(row, stock, fast)
     if dtype == torch.bfloat16:
         exact = model.float()

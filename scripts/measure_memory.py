@@ -64,11 +64,13 @@ transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 """
 FORETELL = """
 import pathlib, sys
-from loratune import config, preflight, train, workspace
-from loratune.data.watching import unwatched
+from loratune import config
+from loratune.commands import train
+from loratune.training import preflight, run_dir
+from loratune.data import no_progress
 run = config.load(pathlib.Path(sys.argv[1]), sys.argv[2:])
-space = workspace.inspect(run.output_dir, resume=False, overwrite=False)
-print(train.plan(preflight.check(run, space, unwatched), unwatched).memory.total)
+space = run_dir.inspect(run.output_dir, resume=False, overwrite=False)
+print(train.plan(preflight.check(run, space, no_progress), no_progress).memory.total)
 """
 TRAIN = """
 import sys, torch

@@ -11,8 +11,14 @@ from typing import Any
 import pytest
 from conftest import Ran, meanings
 
-from loratune.config.expressions import BadExpressionError, compiled, limited
-from loratune.config.rules import bounded, check, stated
+from loratune.config.patterns import (
+    BadPatternError,
+    bounded_ranks,
+    check_patterns,
+    compile_pattern,
+    match_time_limit,
+    module_settings,
+)
 from loratune.errors import AdapterError, Code
 from loratune.lora.adapter_files import CONFIG_FILE, inspect
 
@@ -34,17 +40,17 @@ def within_memory_and_time(work: Callable[[], Any]) -> Any:
 
 
 def test_an_expression_that_runs_for_ever_is_ended() -> None:
-    with pytest.raises(BadExpressionError, match=r"takes more than 0\.2 s to match"), limited(0.2):
+    with pytest.raises(BadPatternError, match=r"takes more than 0\.2 s to match"), match_time_limit(0.2):
         re.fullmatch(ENDLESS, "model.layers.0.self_attn.q_proj")
 
 
 def test_a_limit_within_another_one_is_that_one() -> None:
-    with pytest.raises(BadExpressionError, match=r"takes more than 0\.3 s"), limited(0.3), limited(1e6):
+    with pytest.raises(BadPatternError, match=r"takes more than 0\.3 s"), match_time_limit(0.3), match_time_limit(1e6):
         re.fullmatch(ENDLESS, "model.layers.0.self_attn.q_proj")
 
 
 def test_the_limit_is_taken_back() -> None:
-    with limited(0.1):
+    with match_time_limit(0.1):
         pass
     end = time.process_time() + 0.3
     while time.process_time() < end:
@@ -55,7 +61,7 @@ def test_another_thread_has_no_limit() -> None:
     found: list[object] = []
 
     def match() -> None:
-        with limited(1e-3):
+        with match_time_limit(1e-3):
             found.append(re.fullmatch("a+", "a" * 99))
 
     thread = threading.Thread(target=match)
@@ -74,8 +80,8 @@ def test_another_thread_has_no_limit() -> None:
     ids=["open", "count", "deep"],
 )
 def test_what_is_no_expression(text: str, what: str) -> None:
-    with pytest.raises(BadExpressionError, match=what):
-        compiled(text)
+    with pytest.raises(BadPatternError, match=what):
+        compile_pattern(text)
 
 
 # A run's configuration
@@ -173,11 +179,11 @@ def test_what_holds_is_as_before(trained: Path, tmp_path: Path, cli: Cli) -> Non
     }  # fmt: skip
     path = edited(trained, tmp_path / "adapter", **changes)
     saved = inspect(path)
-    said = stated(saved.config, saved.tensors, "x")
+    said = module_settings(saved.config, saved.tensors, "x")
     assert {one.rank for one in said.values()} == {4.0}
     assert said["model.layers.0.self_attn.q_proj"].scaling == 0.5
-    assert bounded(saved.config, saved.tensors) == (5, {"q_proj|v_proj": 4, "q_proj": 5})
-    check(saved.config, saved.tensors, said, "x")
+    assert bounded_ranks(saved.config, saved.tensors) == (5, {"q_proj|v_proj": 4, "q_proj": 5})
+    check_patterns(saved.config, saved.tensors, said, "x")
     assert cli("generate", "--adapter", path, "--max-new-tokens", "1", "hello").code == 0
 
 

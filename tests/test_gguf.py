@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,17 +17,20 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from conftest import ROOT, ROWS, Ran, check_refused, meanings, process, tiny_llama, tree, write_rows
+from conftest import ROOT, ROWS, Ran, check_refused, is_problem, meanings, process, tiny_llama, tree, write_rows
+from nursery import Nursery, nursery
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.commands import inference
 from loratune.config import ModelSection
 from loratune.errors import Code, ModelError
+from loratune.kernels import acceleration
 from loratune.lora.adapter_files import WEIGHTS_FILE
-from loratune.model import load
+from loratune.model import device, load
+from loratune.model import gguf as gguf_module
 from loratune.model.gguf import BLOCKS, KEY, check
 from loratune.model.source import KEY as NAME
-from loratune.training import preflight
+from loratune.training import batching, preflight
 
 FILE = "tiny.gguf"
 Cli = Callable[..., Ran]
@@ -129,7 +134,7 @@ def test_trains_generates_and_evaluates_as_the_plain_model_does(
 
 
 @pytest.fixture(scope="module")
-def adapter_dir(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_dir(pair: tuple[Path, Path], processes: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter on the GGUF file, trained for one step."""
     path = tmp_path_factory.mktemp("adapter")
     (path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -138,8 +143,8 @@ def adapter_dir(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
         f"data: {{train: {path / 'rows.jsonl'}}}\ntraining: {{max_steps: 1, learning_rate: 0.01}}\n"
         f"output_dir: {path / 'out'}\n"
     )
-    ran = process("train", path / "run.yaml")
-    assert ran.code == 0, ran.err
+    child = processes.start("train", path / "run.yaml")
+    assert child.wait() == 0, child.said()
     return path / "out"
 
 
@@ -360,16 +365,19 @@ def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path
     local = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
     base = {"name_or_path": "who/packed", "gguf_file": FILE, "dtype": "float32"}
     config = run_config(model=base, training={"max_steps": 2})
-    ran = process("train", config, **local)
-    assert ran.code == 0, ran.err
+    with nursery(tmp_path, **local) as processes:
+        train = processes.start("train", config)
+        assert train.wait() == 0, train.said()
+        params = processes.start("params", run_config(model=base | {"gguf_file": "gone.gguf"}))
+        params.wait()
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "who/packed"
     offline = local | {"HF_HUB_OFFLINE": "1"}
     ran = process("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make", **offline)
     assert ran.code == 0, ran.err
-    ran = process("params", run_config(model=base | {"gguf_file": "gone.gguf"}), **local)
-    check_refused(ran, 3, (Code.MODEL_GGUF_NOT_FOUND, "who/packed", KEY))
-    assert ran.out == "" and "the repository has no gone.gguf" in ran.err and ran.err.count("\n") == 1
+    assert params.code == 3 and params.out.read_text() == ""
+    assert is_problem(params.said().removeprefix("error: "), (Code.MODEL_GGUF_NOT_FOUND, "who/packed", KEY))
+    assert "the repository has no gone.gguf" in params.said() and params.said().count("\n") == 1
 
 
 # The real one
@@ -389,5 +397,45 @@ def test_the_real_model(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> Non
     assert "Paris" in ran.out
     few = write_rows(tmp_path / "few.jsonl", ROWS[:4])
     ran = cli("evaluate", "--adapter", tmp_path / "out", "--data", few, "--json")
+    assert ran.code == 0, ran.err
     scores = json.loads(ran.out)
     assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1
+
+
+def test_what_a_run_asks_of_machine_and_model_is_asked_once(
+    pair: tuple[Path, Path], run_config: MakeConfig, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the file, which no other test has had checked."""
+    calls = Counter[str]()
+
+    def counted(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapped(*given: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return function(*given, **named)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    counted(device, "check_machine")
+    counted(device, "check_kernels")
+    counted(gguf_module, "_check_complete")
+    counted(acceleration, "_replace")
+    counted(acceleration, "ParityCheck")
+    counted(batching, "packing_refusal")
+    base = run_config().parent / "base"
+    shutil.copytree(pair[0], base)
+    rows = {"validation": str(base.parent / "rows.jsonl")}
+    ran = cli("train", run_config(model={"name_or_path": str(base), "gguf_file": FILE}, data=rows))
+    assert ran.code == 0, ran.err
+    assert calls == dict.fromkeys(
+        ("check_machine", "check_kernels", "_check_complete", "_replace", "ParityCheck", "packing_refusal"), 1
+    ), calls
+
+
+def test_a_file_that_was_changed_is_checked_again(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copy(pair[0] / FILE, tmp_path))
+    check(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="cut off"):
+        check(path)

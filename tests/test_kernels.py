@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from loratune import kernels
 from loratune.data.packing import flatten, pad
-from loratune.kernels import accelerate, gpu, native, varlen
+from loratune.kernels import acceleration, gpu, native, varlen
 from loratune.kernels import reference as exact
 from loratune.kernels.attention import Layout
 from loratune.lora import linear, sharded
@@ -321,7 +321,8 @@ def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
             assert slope == pytest.approx(expected, rel=0.05)
 
 
-def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> None:
+@pytest.mark.parametrize("count", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(count: int, smollm2: Path) -> None:
     """On the real model, held against float32, pooled over batches of rows that share no words: where rows begin alike,
     the rounding of what they share decides, as a coin does."""
     torch.manual_seed(0)
@@ -332,10 +333,10 @@ def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> 
     for parameter, other in zip(exact.parameters(), model.parameters(), strict=True):
         parameter.data.copy_(other.data.float())
     lines = (ROOT / "configs" / "quickstart" / "train.jsonl").read_text().splitlines()
-    texts = [json.loads(line)["prompt"].split("Definition: ")[1].split("Semantic")[0] for line in lines[:128]]
+    texts = [json.loads(line)["prompt"].split("Definition: ")[1].split("Semantic")[0] for line in lines[:count]]
     ids = AutoTokenizer.from_pretrained(smollm2)(texts)["input_ids"]
     stock = fast = 0.0
-    for first in range(0, 128, 16):
+    for first in range(0, count, 16):
         batch = flatten([{"input_ids": one, "labels": one} for one in ids[first : first + 16]])
         reference = step(exact, batch)[1]
         stock += distance(reference, step(model, batch)[1])
@@ -390,7 +391,7 @@ def test_afterwards_the_model_is_what_it_was() -> None:
     modules = {name: type(module) for name, module in model.named_modules()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(KeyError), kernels.accelerated(model, linear.linear):
-        assert isinstance(model.get_base_model().model.layers[0].self_attn, accelerate.FastAttention)
+        assert isinstance(model.get_base_model().model.layers[0].self_attn, acceleration.FastAttention)
         raise KeyError
     assert {name: type(module) for name, module in model.named_modules()} == modules
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -403,6 +404,34 @@ def test_weights_are_not_held_twice() -> None:
     with kernels.accelerated(model, linear.linear):
         stores = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
         assert sum(stores.values()) <= before
+
+
+def test_what_was_found_once_is_applied_again() -> None:
+    """With the adapter and without, after its weights have changed. What was joined stays where it is."""
+    model = adapted()
+    batch = flatten(rows())
+    acceleration = kernels.accelerate(model, linear.linear)
+    assert acceleration.left == []
+    key = model.get_base_model().model.layers[0].self_attn.k_proj.base_layer
+    joined = key.weight.data_ptr()
+    for parameter in model.parameters():
+        parameter.data += 0.01 * parameter.requires_grad
+    loss, gradients = step(model, batch)
+    with acceleration.applied(model):
+        assert any(isinstance(module, acceleration.FastAttention) for module in model.modules())
+        fast, others = step(model, batch)
+    assert fast == pytest.approx(loss, abs=1e-6) and apart(gradients, others) < 1e-5
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(**batch_of(batch), use_cache=False).logits
+        with acceleration.applied(model):
+            assert any(isinstance(module, acceleration.FastAttention) for module in model.modules())
+            bare = model(**batch_of(batch), use_cache=False).logits
+    assert torch.allclose(bare, expected, atol=1e-5) and key.weight.data_ptr() == joined
+
+
+def batch_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a model takes of a batch."""
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def test_checkpoints_have_the_same_names() -> None:
@@ -447,7 +476,7 @@ ON_GPU: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 def test_what_is_fitted_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with the kernel's reference in its place."""
     monkeypatch.setattr(varlen, "varlen_attn", row_by_row)
-    monkeypatch.setattr(accelerate, "_replace", gpu.replace)
+    monkeypatch.setattr(acceleration, "_replace", gpu.replace)
     kind, changes, left = ON_GPU[name]
     model = adapted(kind, changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
@@ -462,7 +491,7 @@ def test_what_is_fitted_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch
 def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are traced, with what is fitted on a GPU; the machine's own code for them is a GPU's business."""
     monkeypatch.setattr(varlen, "varlen_attn", torch.compiler.disable(row_by_row))
-    monkeypatch.setattr(accelerate, "_replace", gpu.replace)
+    monkeypatch.setattr(acceleration, "_replace", gpu.replace)
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
     with kernels.accelerated(model, linear.linear) as left:

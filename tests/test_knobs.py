@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loratune import data
 from loratune.config import DataSection, LoraSection, ModelSection, TrainingSection
-from loratune.data.packing import Batches
+from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
 from loratune.lora import attach, optimizers, targets
@@ -256,9 +256,9 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
             values["chat_template"] = str(tmp_path / values["chat_template"])
         section = DataSection(**values)
         words = load_module.load_tokenizer(ModelSection(name_or_path=str(tmp_path / "words")), section.chat_template)
-        rows = data.check(section, seed=1)
+        rows = data.read_datasets(section, seed=1)
         made = [data.prepare(part, Renderer(words), section, 264) for part in (rows.train, rows.validation) if part]
-        batches = [Batches(one.rows, one.rows.lengths, section.packing, 4, section.max_length, 0) for one in made]
+        batches = [BatchLayout(one.rows, one.rows.lengths, section.packing, 4, section.max_length, 0) for one in made]
         return [(one.fingerprint, len(batch.items)) for one, batch in zip(made, batches, strict=True)]
 
     tokenizer.save_pretrained(tmp_path / "words")

@@ -27,11 +27,20 @@ def test_configs_parse(path: Path) -> None:
     assert config.load(path, [f"output_dir={run.output_dir}"]) == run
 
 
-def test_the_config_of_the_readme_parses(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split("## A config")[1].split("```yaml\n")[1].split("```")[0]
+@pytest.mark.parametrize("name", ["README.md", "configs/README.md"])
+def test_the_config_of_a_readme_parses(name: str, tmp_path: Path) -> None:
+    blocks = (ROOT / name).read_text(encoding="utf-8").split("```yaml\n")[1:]
+    (block,) = [block.split("```")[0] for block in blocks if block.startswith("model:")]
     (tmp_path / "readme.yaml").write_text(block, encoding="utf-8")
     assert config.load(tmp_path / "readme.yaml").lora.target_modules == ["q", "k", "v", "o"]
+
+
+def test_the_example_of_sources_in_the_readme_parses(tmp_path: Path) -> None:
+    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    (block,) = [block.split("```")[0] for block in text.split("```yaml\n")[1:] if block.startswith("data:")]
+    rest = "model: {name_or_path: model}\noutput_dir: adapter\n"
+    (tmp_path / "readme.yaml").write_text(block + rest, encoding="utf-8")
+    assert [source.weight for source in config.load(tmp_path / "readme.yaml").data.train_sources] == [3, 1]
 
 
 def test_the_classic_recipe_says_what_the_textbook_says() -> None:

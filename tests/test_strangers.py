@@ -243,25 +243,12 @@ def test_machines_without_a_secret_in_common_end(processes: Nursery, run_config:
     homes = [tmp_path / "a", tmp_path / "b"]
     for home in homes:
         home.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = f"import os, sys; sys.argv = ['loratune', 'train', {str(config)!r}]; import loratune.__main__ as m; m.main()"
 
     def run(**more: str) -> list[tuple[int, str]]:
-        started = []
-        for rank, home in enumerate(homes):
-            environment = os.environ | {
-                "HOME": str(home), "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            } | more  # fmt: skip
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", code], cwd=home, env=environment, stderr=subprocess.PIPE, text=True
-                )
-            )
-        return [(one.wait(150), one.stderr.read()) for one in started]  # type: ignore[union-attr]
+        one = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **more}
+        own = [{**one, "HOME": str(home), "first": f"import os; os.chdir({str(home)!r})"} for home in homes]
+        children = processes.launch(2, "train", config, each=own)
+        return [(child.wait(150), child.said()) for child in children]
 
     ended = run()
     assert [code for code, _ in ended] == [10, 10], ended

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, meanings, process, tiny_llama, tree
+from conftest import Ran, meanings, tiny_llama, tree
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -21,8 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from loratune import config
 from loratune.commands import train
 from loratune.config import LoraSection, ModelSection, TrainingSection, portability
+from loratune.data import no_progress
 from loratune.data.packing import pad
-from loratune.data.watching import unwatched
 from loratune.errors import Code, DataError, ModelError
 from loratune.lora import attach, counts, optimizers, sharded, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
@@ -132,8 +132,8 @@ def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
         space = run_dir.inspect(loaded.output_dir, resume=resume, overwrite=False)
-        ready = preflight.check(loaded, space, unwatched, [] if resume else None)
-        reporter = train.Reporter(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
+        ready = preflight.check(loaded, space, no_progress, [] if resume else None)
+        reporter = train.Reporter(lambda line: None, lambda plan: None, no_progress, Silent(interrupted_at))
         train.train(ready, reporter)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
@@ -387,7 +387,7 @@ LEAVES = [
     ),
     ({"init_lora_weights": "pissa", "r": 16}, "lora.r: the file's rank is 32; vLLM"),
     ({"init_lora_weights": "olora", "use_rslora": True}, "lora.use_rslora: with olora, lora_alpha is saved times"),
-    ({"init_lora_weights": "loftq"}, "lora.init_lora_weights: loftq makes up for what 4bit loses"),
+    ({"init_lora_weights": "loftq"}, "lora.init_lora_weights: loftq compensates for what 4bit loses"),
 ]
 
 
@@ -415,9 +415,9 @@ def test_layers_that_llama_cpp_does_not_read(model: Callable[[], Any], names: li
     assert told == [] if kind is None else f"do not read an adapter of {kind}" in told[0]
 
 
-def test_it_is_told_at_config_time(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+def test_it_is_told_at_config_time(run_config: MakeConfig, cli: Cli, tmp_path: Path, forked: Cli) -> None:
     path = run_config(lora={"use_dora": True}, data={"train": str(tmp_path / "gone.jsonl")})
-    ran = process("train", path)
+    ran = forked("train", path)
     assert ran.code == 4
     told, failed = ran.err.splitlines()
     assert told.startswith("lora.use_dora: vLLM, llama.cpp and Ollama do not read DoRA")

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from loratune import escaping
+from loratune.system import records
 
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
@@ -26,6 +27,7 @@ def provenance(
 ) -> dict[str, Any]:
     """What made an adapter. settings: the resolved config."""
     return {
+        records.KEY: records.VERSIONS[records.ADAPTER],
         "versions": {name: version(name) for name in PACKAGES},
         "machine": {"python": platform.python_version(), "platform": platform.platform()},
         "base": {key: settings["model"][key] for key in ("name_or_path", "revision", "gguf_file")},

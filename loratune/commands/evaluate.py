@@ -8,8 +8,8 @@ from loratune import data
 from loratune.commands import inference
 from loratune.commands.inference import LoadedAdapter
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
-from loratune.data.packing import Batches
-from loratune.data.rendering import Tokens
+from loratune.data.packing import BatchLayout
+from loratune.data.rendering import TokenizedRow
 from loratune.model import load
 from loratune.training import scoring
 from loratune.training.preflight import AdapterInfo
@@ -55,18 +55,18 @@ def evaluate(
 def _score(tuned: LoadedAdapter, prepared: TokenizedDataset) -> Score:
     rows, lengths = prepared.rows, prepared.rows.lengths
     size = max(1, min(inference.BATCH, _BATCH_TOKENS // int(lengths.max())))
-    padded = Batches(rows, lengths, "none", size, tuned.data.max_length, load.pad_id(tuned.tokenizer))
+    padded = BatchLayout(rows, lengths, "none", size, tuned.data.max_length, load.pad_id(tuned.tokenizer))
     loss = scoring.held_out_loss(tuned.model, padded)
     exact, starts = _matches(tuned, [row for row in rows.rows() if _asks(row, tuned)])
     return Score(loss.mean, math.exp(loss.mean), exact, starts, len(rows), loss.tokens)
 
 
-def _asks(row: Tokens, tuned: LoadedAdapter) -> bool:
+def _asks(row: TokenizedRow, tuned: LoadedAdapter) -> bool:
     """Whether there is a prompt: more than the token that begins every row."""
     return row.prompt not in ((), (tuned.tokenizer.bos_token_id,))
 
 
-def _matches(tuned: LoadedAdapter, rows: Sequence[Tokens]) -> tuple[float | None, float | None]:
+def _matches(tuned: LoadedAdapter, rows: Sequence[TokenizedRow]) -> tuple[float | None, float | None]:
     """Shares of rows completed exactly, and begun right. Rows with completions of like length share a batch."""
     if not rows:
         return None, None
@@ -79,10 +79,10 @@ def _matches(tuned: LoadedAdapter, rows: Sequence[Tokens]) -> tuple[float | None
     return exact / len(rows), starts / len(rows)
 
 
-def _batches(rows: Sequence[Tokens], limit: int | None) -> Iterator[list[Tokens]]:
+def _batches(rows: Sequence[TokenizedRow], limit: int | None) -> Iterator[list[TokenizedRow]]:
     """Batches of rows with completions of like length. Their prompts are completed to the longest of these; none
     then goes beyond the model's context, if no row did. limit: see `model.context_length`."""
-    batch: list[Tokens] = []
+    batch: list[TokenizedRow] = []
     for row in sorted(rows, key=lambda row: len(row.completion)):
         longest_prompt = max(len(one.prompt) for one in (*batch, row))
         too_long = limit is not None and longest_prompt + len(row.completion) > limit

@@ -8,7 +8,7 @@ from transformers import TextStreamer
 from loratune.commands import inference
 from loratune.commands.inference import LoadedAdapter
 from loratune.data import formats
-from loratune.data.formats import Asked
+from loratune.data.formats import Question
 from loratune.data.sources import Row
 from loratune.errors import ConfigError, Problem
 from loratune.model import load
@@ -66,15 +66,15 @@ def generate(
     return answers()
 
 
-def _questions(tuned: LoadedAdapter, rows: Sequence[Row]) -> list[Asked]:
+def _questions(tuned: LoadedAdapter, rows: Sequence[Row]) -> list[Question]:
     """What the rows ask; bare text is the user's turn where the adapter was trained on conversations."""
-    asked = [formats.question(row, tuned.data) for row in rows]
+    asked = [formats.parse_question(row, tuned.data) for row in rows]
     if empty := [row.where for row, one in zip(rows, asked, strict=True) if not one.prompt]:
         raise ConfigError([Problem("the prompt is empty", where) for where in empty])
     if not tuned.chat:
         return asked
     return [
-        Asked([{"role": "user", "content": one.prompt}], one.tools) if isinstance(one.prompt, str) else one
+        Question([{"role": "user", "content": one.prompt}], one.tools) if isinstance(one.prompt, str) else one
         for one in asked
     ]
 

@@ -16,7 +16,7 @@ from loratune.errors import AdapterError, ModelError, Problem
 from loratune.lora import attach, linear
 from loratune.lora.attach import PeftModel
 from loratune.lora.base_comparison import Untouched
-from loratune.model import fingerprints
+from loratune.model import device, fingerprints
 from loratune.model import load as load_module
 from loratune.model.fingerprints import Sampled
 from loratune.training.preflight import AdapterInfo
@@ -88,9 +88,11 @@ class LoadedAdapter:
 def load(opened: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> LoadedAdapter:
     """Load the base of an adapter directory, and put the adapter on it.
 
-    Raises ModelError: the base cannot be loaded. Raises AdapterError: see `adapter.load`; another base than the one it
-    was trained on, which is noted where it is forced; no finite numbers come out.
+    Raises ConfigError: see `model.check_machine`. Raises ModelError: the base cannot be loaded. Raises AdapterError:
+    see `adapter.load`; another base than the one it was trained on, which is noted where it is forced; no finite
+    numbers come out.
     """
+    device.check_machine(opened.base)
     path = opened.saved.path
     own_tokenizer = (path / "tokenizer_config.json").is_file()
     try:

@@ -5,8 +5,17 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from loratune import escaping
-from loratune.console import aligned, block, duration, err, log, marked, size, table
-from loratune.console import as_json as printed_json
+from loratune.console import (
+    align,
+    err,
+    format_duration,
+    format_size,
+    log,
+    print_block,
+    print_json,
+    print_marked,
+    print_table,
+)
 from loratune.lora.module_names import number_of, pattern, ranges, shortest
 
 if TYPE_CHECKING:
@@ -28,7 +37,7 @@ def announce(made: "Plan") -> None:
     for line in _rows(made.rows):
         log(line)
     log("first row, with what is learnt marked:")
-    marked(_shortened(made.rendered()), err)
+    print_marked(_shortened(made.rendered()), err)
     for place, along in made.targets.shared_roles().items():
         if along:
             log(f"{place} is one module for {', '.join(made.targets.fused[place])}: {_along(along)}")
@@ -54,7 +63,7 @@ def _rows(rows: "TokenizedDatasets") -> Iterator[str]:
     """The table of what became of the rows, and what else is to be said of them."""
     parts = {"train": rows.train, "validation": rows.validation}
     cells = [[name, *part.report.cells()] for name, part in parts.items() if part]
-    yield from aligned(["", *rows.train.report.COLUMNS], cells)
+    yield from align(["", *rows.train.report.COLUMNS], cells)
     for name, part in parts.items():
         if part:
             lines = [*rows.remarks[name], *part.report.remarks(rows.max_length)]
@@ -77,15 +86,15 @@ def plan(made: "Plan", rows: int) -> None:
         along = made.targets.shared_roles().get(place)
         fused = f", fused: {_along(along)}" if along else ", fused" if along is not None else ""
         lines.append((", ".join(roles), f"{place} x {count}{fused}"))
-    block("targets", lines)
+    print_block("targets", lines)
     print(made.count)
     for line in _rows(made.rows):
         print(escaping.line(line))
     _notes(made)
     for number in range(min(rows, len(made.rows.train.rows))):
         print(f"{escaping.line(made.rows.train.rows.row(number).where)}, with what is learnt marked")
-        marked(made.rendered(number))
-    print(f"adapter file: {size(made.count.adapter_bytes)}")
+        print_marked(made.rendered(number))
+    print(f"adapter file: {format_size(made.count.adapter_bytes)}")
     print(f"memory at the longest batch: {_memory(made.memory)}")
 
 
@@ -99,8 +108,8 @@ def result(made: "Result", program: str) -> None:
     outcome = made.outcome
     lines = [
         ("adapter", str(made.directory)),
-        ("size", size(made.adapter_bytes)),
-        ("trained", f"{outcome.tokens:,} tokens in {outcome.steps:,} steps, {duration(outcome.seconds)}"),
+        ("size", format_size(made.adapter_bytes)),
+        ("trained", f"{outcome.tokens:,} tokens in {outcome.steps:,} steps, {format_duration(outcome.seconds)}"),
         ("loss", f"{outcome.first_loss:.4f} → {outcome.last_loss:.4f}"),
     ]
     if outcome.held_out_loss is not None:
@@ -110,7 +119,7 @@ def result(made: "Result", program: str) -> None:
         rest = "" if made.left[0].startswith("all") else " (all else by the fast code of loratune)"
         lines.append(("by PyTorch", ", ".join(made.left) + rest))
     lines.append(("try it", f"{program} generate --adapter {made.shown} {made.try_it}"))
-    block("done", lines)
+    print_block("done", lines)
 
 
 def params(counted: "Params", as_json: bool) -> None:
@@ -132,7 +141,7 @@ def params(counted: "Params", as_json: bool) -> None:
             "others": counted.others,
             "memory": counted.memory.parts(),
         }
-        printed_json(values)
+        print_json(values)
         return
     print(count)
     rows = [
@@ -147,11 +156,11 @@ def params(counted: "Params", as_json: bool) -> None:
         for one in counted.groups
     ]
     rows += [["", place, "", "", "", f"{size:,}"] for place, size in counted.others.items()]
-    table(["role", "modules", "count", "shape", "rank", "trainable"], rows)
+    print_table(["role", "modules", "count", "shape", "rank", "trainable"], rows)
     for place, served in counted.fused.items():
         print(f"  {', '.join(served)}: {place}, fused")
     print(f"per layer: {_per_layer(counted.layers)}")
-    print(f"adapter file: {size(count.adapter_bytes)}")
+    print(f"adapter file: {format_size(count.adapter_bytes)}")
     print(f"memory to train, {counted.batch} rows of {counted.length:,} tokens: {_memory(counted.memory)}")
 
 
@@ -161,7 +170,7 @@ def _memory(estimate: "Estimate") -> str:
     total = parts.pop("total")
     told = [f"{name} {value / (1 << 30):.1f}" for name, value in parts.items() if value >= 0.05 * (1 << 30)]
     coarse = "" if estimate.traced else ", by a coarse formula"
-    return f"about {size(total)} ({', '.join(told)}{coarse})"
+    return f"about {format_size(total)} ({', '.join(told)}{coarse})"
 
 
 def _per_layer(layers: "Mapping[int, int]") -> str:
@@ -178,13 +187,13 @@ def _per_layer(layers: "Mapping[int, int]") -> str:
 def header(path: str, read: "Header", as_json: bool) -> None:
     """What an adapter says of itself, and how far it moves each module."""
     if as_json:
-        printed_json(asdict(read))
+        print_json(asdict(read))
         return
     lines = [
         ("adapter", path),
         ("base", read.base),
         ("rank", _span([one.rank for one in read.updates] or [read.r], "d") + _kind(read)),
-        ("size", f"{size(read.adapter_bytes)}, {read.parameters:,} numbers"),
+        ("size", f"{format_size(read.adapter_bytes)}, {read.parameters:,} numbers"),
     ]
     lines += [("also", f"{name}: {count:,} numbers") for name, count in read.others.items()]
     width = max(len(name) for name, _ in lines)
@@ -204,7 +213,7 @@ def header(path: str, read: "Header", as_json: bool) -> None:
         ]
         for place, group in by_place.items()
     ]
-    table(["modules", "count", "shape", "rank", "norm of ΔW", "effective rank"], rows)
+    print_table(["modules", "count", "shape", "rank", "norm of ΔW", "effective rank"], rows)
     _by_layer(by_place)
 
 
@@ -227,7 +236,7 @@ def _by_layer(by_place: "Mapping[str, list[Update]]") -> None:
     rows = [[f"{number}", *(cells.get((number, place), "-") for place in by_place)] for number in layers]
     if rows:
         print("norm of ΔW (effective rank) by layer")
-        table(["layer", *names], rows)
+        print_table(["layer", *names], rows)
 
 
 def _span(values: Sequence[float], form: str) -> str:
@@ -239,11 +248,11 @@ def _span(values: Sequence[float], form: str) -> str:
 def scores(found: "Mapping[str, Score]", as_json: bool) -> None:
     """Base and adapter, one below the other."""
     if as_json:
-        printed_json({name: asdict(score) for name, score in found.items()})
+        print_json({name: asdict(score) for name, score in found.items()})
         return
     rows = [
         [name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", _share(one.exact_match), _share(one.label_accuracy)]
         for name, one in found.items()
     ]
     print(f"{found['base'].rows:,} rows, {found['base'].tokens:,} learnt tokens")
-    table(["", "loss", "perplexity", "exact match", "label accuracy"], rows)
+    print_table(["", "loss", "perplexity", "exact match", "label accuracy"], rows)

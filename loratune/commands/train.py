@@ -15,16 +15,16 @@ from loratune.commands import card
 from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory
 from loratune.data.formats import Conversation, Example, Plain
-from loratune.data.packing import Batches
+from loratune.data.packing import BatchLayout
 from loratune.errors import ModelError, NumericError, Problem, ResourceError
-from loratune.lora import adapter_files, attach, counts, linear, optimizers, sharded, targets
+from loratune.lora import adapter_files, attach, counts, optimizers, sharded, targets
 from loratune.lora.attach import PeftModel
 from loratune.lora.counts import Count
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import Weights
 from loratune.lora.targets import Targets
 from loratune.model import base_files, checks, device, fingerprints, load
-from loratune.system import launcher, signals
+from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.system.signals import Stop
@@ -64,7 +64,7 @@ class Plan:
 
     config: with absolute paths; processes: of the run; given: the rows as read, None in processes that did not read
     them; base_as_recorded: the base's fingerprint in the version that the checkpoint holds which is resumed; files:
-    those of the base; left: what of the model is not computed the fast way, see `kernels.accelerated`.
+    those of the base; acceleration: what of the model the kernels compute.
     """
 
     config: RunConfig
@@ -76,14 +76,14 @@ class Plan:
     start: AdapterInit
     count: Count
     rows: TokenizedDatasets
-    train: Batches
-    validation: Batches | None
+    train: BatchLayout
+    validation: BatchLayout | None
     memory: memory.Estimate
     notes: list[str]
     base_fingerprint: str
     base_as_recorded: str
     files: base_files.Files
-    left: list[str]
+    acceleration: kernels.Acceleration
     try_it: str
 
     @property
@@ -161,7 +161,7 @@ def plan(ready: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROC
         base_fingerprint=identity,
         base_as_recorded=as_recorded,
         files=files,
-        left=batches.left,
+        acceleration=batches.acceleration,
         try_it=_prompt_of(ready.rows.train) if ready.rows else "",
     )
 
@@ -186,14 +186,14 @@ def train(
         if group.main:
             space.begin(resume=ready.resumed is not None)
         if group.leads_machine:
-            data.forget_old()
+            data.remove_old_entries()
         group.all_gather(None)  # so that a signal finds all of them on this side of the next line, or none
-        with signals.deferred(repeated=group.count > 1) as stop:
+        with signals.defer_signals(repeated=group.count > 1) as stop:
             kept = _kept(run, ready, identity, reporter, stop, group)
             reporter.plan(run)
             outcome = _fit(run, kept)
-        if kept.stopping() and stop.asked is not None:  # since the trainer looked for the last time
-            raise stop.asked
+        if kept.stopping() and stop.requested is not None:  # since the trainer looked for the last time
+            raise stop.requested
         trainer.check_sound(run.model, run.train, kept.checkpoints, outcome.steps)
         trained = sharded.whole(run.model)
         gained = _compared(run, trained, outcome, kept, reporter)
@@ -210,7 +210,8 @@ def _compared(run: Plan, trained: Weights, outcome: Outcome, kept: trainer.Run, 
     """How the adapter compares with its base. Raises NumericError: it gives a loss that is not finite."""
     validation = {"validation": run.rows.validation} if run.rows.validation else {}
     parts, pad_id = validation | {"training": run.rows.train}, load.pad_id(run.tokenizer)
-    gained = gain.measure(run.model, run.start, trained, parts, pad_id, outcome.tokens, kept.group, reporter.log)
+    sample = run.model, run.start, trained, parts, pad_id, outcome.tokens
+    gained = gain.measure(*sample, run.acceleration, kept.group, reporter.log)
     if not math.isfinite(gained.adapter):
         what, key = f"after the last step the loss of some {gained.split} rows is NaN or inf", "training.learning_rate"
         raise callbacks.diverged_error(Problem(what, key=key, fix="lower it"), kept.checkpoints, outcome.steps)
@@ -235,7 +236,7 @@ def _publish(
     except NumericError:
         space.forget_checkpoints()  # nothing was learnt, and going on from there would end the same
         raise
-    return Result(space.output, escaping.shell(space.named), size, outcome, gained, run.left, run.try_it)
+    return Result(space.output, escaping.shell(space.named), size, outcome, gained, run.acceleration.left, run.try_it)
 
 
 def _fit(run: Plan, kept: trainer.Run) -> Outcome:
@@ -247,7 +248,7 @@ def _fit(run: Plan, kept: trainer.Run) -> Outcome:
             kernels.use_liger(run.model)
         gc.collect()
         gc.freeze()  # rows and model stay: the collector need not walk them at every few steps
-        with kernels.accelerated(run.model, linear.linear, sharded=bool(launcher.sharding())):
+        with run.acceleration.applied(run.model):
             if run.config.model.torch_compile:
                 kernels.compile_layers(run.model)
             return trainer.fit(training, run.model, run.train, run.validation, kept, optimizer, rehearsed=scarce)
@@ -292,7 +293,7 @@ def _check_files(run: Plan, group: Group, *, thoroughly: bool = False) -> None:
 def _identity(run: Plan, ready: ValidatedRun) -> dict[str, Any]:
     """What is kept of the run in its checkpoints. Raises ResumeError: it is not the one that was interrupted."""
     found, counts = ready.resumed, run.rows.train.report.counts()
-    computed = conditions.conditions(run.model, run.left)
+    computed = conditions.conditions(run.model, run.acceleration.left)
     identity = resume.identity(run.config.resolved(), run.fingerprints, counts, computed)
     if found is None:
         return identity
@@ -374,6 +375,6 @@ def _asked(example: Example) -> str:
     """What can be asked on a command line: raw text, or a single user's turn. Empty for anything else."""
     if isinstance(example, Plain):
         return " ".join(example.completion.split()[:8]) if example.whole else example.prompt
-    if isinstance(example, Conversation) and not example.tools and example.learnt("assistant")[:1] == (1,):
+    if isinstance(example, Conversation) and not example.tools and example.supervised_turns("assistant")[:1] == (1,):
         return str(example.messages[0]["content"]) if example.messages[0]["role"] == "user" else ""
     return ""

@@ -1,10 +1,13 @@
 """The numerics that make training fast: loss, LoRA arithmetic, attention, norms, each with its reference.
 
-`accelerated` puts them into a model for as long as it is trained; `plain` says what they compute.
+`accelerate` finds out what of a model they can compute, and `Acceleration.applied` puts them into it for as long as it
+is trained; `plain` says what they compute.
 """
 
-from loratune.kernels.accelerate import accelerated as accelerated
-from loratune.kernels.accelerate import expect as expect
+from loratune.kernels.acceleration import Acceleration as Acceleration
+from loratune.kernels.acceleration import accelerate as accelerate
+from loratune.kernels.acceleration import accelerated as accelerated
+from loratune.kernels.acceleration import expect as expect
 from loratune.kernels.allocator import keep_pages as keep_pages
 from loratune.kernels.decoding import inference_lora as inference_lora
 from loratune.kernels.gpu import compile_layers as compile_layers

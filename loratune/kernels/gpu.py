@@ -1,7 +1,8 @@
 """What is fitted on a GPU: LoRA in the dtype of the base, and attention row by row. The other layers are left to
 `compile_layers` and to Liger's kernels, where they are asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,17 +32,36 @@ class FastLinear(Replacement):
         return y + functional.linear(inner, (up * part.scaling).to(x.dtype))
 
 
+Layers = Iterable[tuple[str, nn.Module]]
+"""Path and module of each layer that goes."""
+
+
 def replace(
     base: Any, reader: Callable[[nn.Module], Adapted | None], replaced: list[tuple[str, nn.Module]]
-) -> list[str]:
-    """Fit the layers of `base`. replaced: gets path and module of each that went. Returns what stays, in words."""
+) -> tuple[list[Callable[[Any], Layers]], list[str]]:
+    """Fit the layers of `base`. replaced: gets path and module of each that went. Returns what fits them again, and
+    what stays, in words."""
+    steps: list[Callable[[Any], Layers]] = [partial(_put_linear, reader)]
+    replaced += _put_linear(reader, base)
+    left = [] if replaced else ["LoRA"]
+    if _attends(base):
+        return [*steps, partial(_put_attention, varlen.RowAttention())], left
+    return steps, [*left, "attention"]
+
+
+def _put_linear(reader: Callable[[nn.Module], Adapted | None], base: Any) -> Iterator[tuple[str, nn.Module]]:
     for name, module in list(base.named_modules()):
         part = reader(module)
         if part is not None and part.down is not None and part.up is not None:
-            replaced.append((name, module))
+            yield name, module
             base.set_submodule(name, FastLinear(module, part, part.down, part.up).train(module.training))
-    left = [] if any(type(base.get_submodule(name)) is FastLinear for name, _ in replaced) else ["LoRA"]
-    return left if _attends(base) else [*left, "attention"]
+
+
+def _put_attention(function: varlen.RowAttention, base: Any) -> Layers:
+    AttentionInterface.register(varlen.NAME, function)
+    AttentionMaskInterface.register(varlen.NAME, no_mask)
+    base.set_attn_implementation(varlen.NAME)
+    return ()
 
 
 def _attends(base: Any) -> bool:
@@ -50,9 +70,7 @@ def _attends(base: Any) -> bool:
         return False
     own, function = base.config._attn_implementation, varlen.RowAttention()
     trial = ParityCheck(base)
-    AttentionInterface.register(varlen.NAME, function)
-    AttentionMaskInterface.register(varlen.NAME, no_mask)
-    base.set_attn_implementation(varlen.NAME)
+    _put_attention(function, base)
     if trial.agrees() and (function.windowed or not windows(base.config)):
         return True
     base.set_attn_implementation(own)

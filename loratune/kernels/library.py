@@ -8,6 +8,7 @@ shorten it while it is used.
 import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.system.files import make_private_directory, open_private_directory, ownership_problem
+
+_log = logging.getLogger(__name__)
 
 SOURCES = [Path(__file__).parent / "csrc" / name for name in ("numbers.h", "passes.c", "attention.c")]
 FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
@@ -93,8 +96,10 @@ def _kept(compiler: str, define: str) -> Library:
     with _opened(path, mend=True) as directory:
         mended, name = directory.mended, f"{_name(key)}.so"
         if not mended and (content := directory.read(name, key)) is not None:
-            with suppress(OSError):
+            try:
                 return Library(_linked(content), name=_name(key))
+            except OSError:
+                _log.debug("%s from the cache cannot be loaded, and is built again", name, exc_info=True)
         content = _compiled(compiler, define, directory)
         functions = _linked(content)
         try:
@@ -117,7 +122,10 @@ class _Directory:
         """What `write` has put there, or None: it is not there, not ours alone, or not whole."""
         try:
             opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.descriptor)
+        except FileNotFoundError:
+            return None
         except OSError:
+            _log.debug("%s is not read from the cache", name, exc_info=True)
             return None
         with os.fdopen(opened, "rb") as file:
             found = os.fstat(opened)

@@ -51,7 +51,9 @@ class Projection:
     def __init__(self, layers: Sequence[Adapted]):
         parts = [part.layer for part in layers]
         self.weight = parts[0].weight.detach()
-        if len(parts) > 1:
+        if len(parts) > 1 and (joined := _joined([part.weight.detach() for part in parts])) is not None:
+            self.weight = joined
+        elif len(parts) > 1:
             self.weight = torch.cat([part.weight.detach() for part in parts])
             for part, rows in zip(parts, torch.split(self.weight, [part.out_features for part in parts]), strict=True):
                 part.weight = nn.Parameter(rows, requires_grad=False)
@@ -125,6 +127,21 @@ class Projection:
         """For each adapter, what dropout did to its input, and its ranks."""
         for (part, _), ranks, mask in zip(self._adapted, self._ranks, passed.masks, strict=True):
             yield partial(_keep, mask, 1 / (1 - part.dropout)), ranks
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor | None:
+    """The one tensor of which these are views, one below the other, as an earlier projection left them; None: there is
+    none. weights: (out, in) each."""
+    first = weights[0]
+    ends = accumulate((weight.numel() for weight in weights), initial=first.storage_offset())
+    if not all(
+        weight.is_contiguous()
+        and weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and (weight.shape[1:], weight.dtype, weight.storage_offset()) == (first.shape[1:], first.dtype, start)
+        for weight, start in zip(weights, ends, strict=False)
+    ):
+        return None
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
 
 
 def _keep(mask: Tensor, scale: float, x: Tensor) -> Tensor:

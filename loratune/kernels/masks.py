@@ -5,6 +5,7 @@ its queries, keys and values to a function that is looked up by name. Under a na
 function is called with positions far beyond any window, at no cost but these calls.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loratune.kernels.parity_check import evaluating
+
+_log = logging.getLogger(__name__)
 
 NAME = "loratune-probe"
 REACH = 1 << 18
@@ -83,6 +86,7 @@ class _Probe:
             try:
                 self._windows[id(mask.function)] = window_of(mask.function)
             except Exception:  # a function of a family's own may look at what there is not here
+                _log.debug("a mask is not understood", exc_info=True)
                 self._windows[id(mask.function)] = 0
         return self._windows[id(mask.function)]
 
@@ -143,6 +147,7 @@ def survey(base: Any) -> Survey:
         with probing(base, probe), evaluating(base), torch.no_grad():
             base.get_decoder()(ids, use_cache=False)
     except Exception:  # what a family lacks, or raises on what it does not know, is its own choice
+        _log.debug("attention is not understood: the model does not run on a bare row", exc_info=True)
         return Survey({}, plain=False)
     found = {module: sight for module, sight in probe.sights.items() if module not in probe.refused}
     return Survey(found, plain=not probe.altered)

@@ -3,6 +3,7 @@
 Two rows end to end and a row far from the first position go through the whole decoder, forward and backward.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from loratune.errors import is_out_of_memory
+
+_log = logging.getLogger(__name__)
 
 ROWS = (29, 19)
 """Tokens of the rows that stand end to end."""
@@ -106,6 +109,7 @@ def outcome(
         except Exception as error:  # what a family lacks, or raises on what it does not know, is its own choice
             if is_out_of_memory(error):
                 raise
+            _log.debug("the model does not run on rows end to end, distant: %s", distant, exc_info=True)
             return None
 
 

@@ -14,6 +14,7 @@ import ast
 import hashlib
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+_log = logging.getLogger(__name__)
 
 LIST = Path(__file__).with_name("checked_layers.json")
 SHAPES = frozenset({
@@ -58,6 +61,7 @@ class Layer:
             digest = source_digest(kind)
             switches = _switches(module)
         except (OSError, TypeError, SyntaxError, KeyError):
+            _log.debug("%s has no source to be compared", _name(kind), exc_info=True)
             return None
         return cls(_name(kind), digest, json.dumps(switches, sort_keys=True))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from loratune.config import rules
+from loratune.config import patterns
 from loratune.errors import AdapterError, Code, Problem
+from loratune.system import records
 from loratune.system.files import is_incidental_file, notebook_original, sha256
+
+_log = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-RECORD_FILE = "loratune.json"
+RECORD_FILE = records.ADAPTER
 
 _UNLISTED = ("README.md", RECORD_FILE)
 """Files without a digest: users may edit the card, and the record cannot hold its own digest."""
@@ -93,7 +97,8 @@ def inspect(path: Path) -> AdapterFiles:
 
     Raises:
         AdapterError: No such directory; no config or no weights in it; files that are unreadable or not of LoRA; a link
-            out of the directory; a configuration that names code, or a base by a path that leads out of the directory.
+            out of the directory; a configuration that names code, or a base by a path that leads out of the directory;
+            a record of a newer version.
     """
     where = str(path)
     if not path.exists():
@@ -143,6 +148,7 @@ def _digest(path: Path) -> str:
         config = json.loads(path.read_text(encoding="utf-8"))
         values = {key: value for key, value in config.items() if key not in _BASE_KEYS}
     except (ValueError, AttributeError):
+        _log.debug("%s has no digest", path, exc_info=True)
         return ""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -180,6 +186,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     record = _read_json(path)
+    if reason := records.newer(RECORD_FILE, record):
+        raise AdapterError(Problem(Code.ADAPTER_NEWER_RECORD, reason, str(path), fix="upgrade loratune"))
     fingerprints, files = (record.get(key) if isinstance(record, dict) else None for key in ("fingerprints", "files"))
     lists_files = isinstance(files, dict) and {CONFIG_FILE, WEIGHTS_FILE} <= files.keys()
     if not lists_files or not isinstance(fingerprints, dict) or not isinstance(fingerprints.get("base"), str):
@@ -201,7 +209,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(Problem(Code.ADAPTER_NO_BASE, "does not name its base", where, "base_model_name_or_path"))
     if not isinstance(config.get("revision"), str | None):
         raise AdapterError(Problem(Code.ADAPTER_INVALID_REVISION, "not the name of a revision", where, "revision"))
-    rules.check_values(config, where)
+    patterns.check_values(config, where)
     if not config.get("target_modules") or not isinstance(config["target_modules"], list | str):
         what = "does not say which modules it adapts"
         raise AdapterError(Problem(Code.ADAPTER_NO_TARGETS, what, where, "target_modules"))

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from loratune.config import LoraSection, rules
+from loratune.config import LoraSection, patterns
 from loratune.errors import AdapterError, Code, ModelError, NumericError, Problem
 from loratune.lora import initialize, optimizers
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
@@ -228,15 +228,15 @@ def attach_saved(base: nn.Module, files: AdapterFiles) -> PeftModel:
     """Put LoRA on `base`, which may be on the meta device, as a saved configuration says, without its weights.
 
     Raises:
-        AdapterError: As `rules.check`; the configuration does not fit the base; tensors are missing from the file, or
-            it has others, or of other shapes, than this base needs.
+        AdapterError: As `check_patterns`; the configuration does not fit the base; tensors are missing from the file,
+            or it has others, or of other shapes, than this base needs.
     """
     where = str(files.path)
     paths = (path for path, _ in base.named_modules() if path)
-    rules.check(files.config, files.tensors, paths, str(files.path / CONFIG_FILE))
+    patterns.check_patterns(files.config, files.tensors, paths, str(files.path / CONFIG_FILE))
     with _as_mismatch(files):
         config = LoraConfig.from_pretrained(where)
-        config.r, config.rank_pattern = rules.bounded(files.config, files.tensors)
+        config.r, config.rank_pattern = patterns.bounded_ranks(files.config, files.tensors)
         config.inference_mode = False  # so that its parameters count as trained
         model = _wrap(base, config)
     expected = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from loratune.config.rules import Stated, stated
+from loratune.config.patterns import ModuleSettings, module_settings
 from loratune.errors import AdapterError, Code, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import natural
@@ -49,7 +49,7 @@ def updates(files: AdapterFiles) -> list[Update]:
     Raises:
         AdapterError: An A without its B, or of another rank than the configuration says; NaN or inf.
     """
-    measured, settings = [], stated(files.config, files.tensors, str(files.path / CONFIG_FILE))
+    measured, settings = [], module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
     with safe_open(files.path / WEIGHTS_FILE, framework="pt") as file:
         for name in files.tensors:
             if match := _A.match(name):
@@ -63,7 +63,7 @@ def updates(files: AdapterFiles) -> list[Update]:
     return sorted(measured, key=lambda update: natural(update.module))
 
 
-def _update(files: AdapterFiles, settings: Stated, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:
+def _update(files: AdapterFiles, settings: ModuleSettings, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:
     a, b, where = a.double().flatten(1), b.double().flatten(1), str(files.path / WEIGHTS_FILE)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, "holds NaN or inf", where, path))

@@ -9,6 +9,8 @@ from torch import nn
 
 from loratune.memory.trace import Step, Traced, run, unweighted
 
+_log = logging.getLogger(__name__)
+
 SHALLOW = 16
 """Models of up to so many layers are traced whole."""
 LONGEST_PERIOD = 8
@@ -33,6 +35,7 @@ def traced(model: Any, step: Step, saving: Set[str]) -> Traced | None:
             less, more = (_at_depth(model, stack, kept, step, saving) for kept in (deep - period, deep))
             return more.extended(less, (len(stack) - deep) // period)
         except Exception:  # code that reads numbers fails without them, in as many ways as there are models
+            _log.debug("activations are estimated by a formula: the model does not run without data", exc_info=True)
             return None
 
 

@@ -1,10 +1,13 @@
 """How much memory a process may still take."""
 
+import logging
 import resource
 from pathlib import Path
 
 import psutil
 import torch
+
+_log = logging.getLogger(__name__)
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -23,5 +26,5 @@ def available(device: torch.device) -> int:
         if most != "max":
             bounds.append(int(most) - int((_CGROUP / "memory.current").read_text()))
     except (OSError, ValueError):  # no container, or an older kernel's
-        pass
+        _log.debug("no limit of a container is known", exc_info=True)
     return max(0, min(bounds))

@@ -6,6 +6,7 @@ what is mapped; `Files` tells whether the files are still what was loaded.
 """
 
 import hashlib
+import logging
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from loratune.config import ModelSection
 from loratune.errors import Code, ModelError, Problem
 from loratune.model import upstream
 from loratune.model.source import local_or_hub
+
+_log = logging.getLogger(__name__)
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json")
 _BLOCK = 64  # bytes of a block that a sample of a file reads
@@ -90,6 +93,7 @@ class Files:
             if stat is None or state.digest is None or stat[0] != state.stat[0] or _digest(path) != state.digest:
                 return True
         except OSError:
+            _log.debug("%s counts as changed", path, exc_info=True)
             return True
         self._states[path] = replace(state, stat=stat)  # or it would be read again at each checkpoint
         return False
@@ -111,6 +115,7 @@ def _state(path: Path, blocks: int) -> _State | None:
             return _State(stat, None, None) if stat else None
         digest, sample = _digest(path), _sample(path, blocks)
     except OSError:
+        _log.debug("%s counts as absent", path, exc_info=True)
         return None
     return _State(stat, digest if _stat(path) == stat else None, sample)
 

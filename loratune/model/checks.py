@@ -1,7 +1,9 @@
 """What can be wrong with a model's files: what a library could not load, implausible values, damaged weights."""
 
 import base64
+import logging
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -18,8 +20,9 @@ from loratune.config import ModelSection
 from loratune.errors import Code, ConfigError, ModelError, Problem
 from loratune.model import gguf, upstream
 from loratune.model.source import local_or_hub, summary
-from loratune.system.sandbox import MEMORY, Apart, BeyondLimit
-from loratune.system.uncompiled import UNCOMPILED, reason
+from loratune.system.sandbox import MEMORY, TEMPLATE_ERRORS, LimitExceededError, Sandbox, template_error_reason
+
+_log = logging.getLogger(__name__)
 
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
 """What transformers, torch and safetensors raise for a model that cannot be loaded."""
@@ -323,22 +326,24 @@ def check_template(tokenizer: Any, path: str) -> None:
     """
     key = "data.chat_template"
     try:
-        Apart(lambda _: tokenizer)(_render_question, MEMORY)
-    except BeyondLimit as error:
+        if refusal := Sandbox(lambda _: tokenizer)(_render_question, MEMORY):
+            _log.debug("the chat template refuses a single question\n%s", refusal)
+    except LimitExceededError as error:
         what, fix = f"the chat template {error}", "correct the template"
         raise ModelError(Problem(Code.MODEL_TEMPLATE_LIMIT, what, path, key, fix)) from None
-    except UNCOMPILED as error:
+    except TEMPLATE_ERRORS as error:
         line = error.lineno if isinstance(error, TemplateSyntaxError) else None
         where = f"{path}:{line}" if line else path
-        what = f"not a Jinja template: {reason(error)}"
+        what = f"not a Jinja template: {template_error_reason(error)}"
         raise ConfigError(Problem(Code.MODEL_TEMPLATE_INVALID, what, where, key, "correct it")) from None
 
 
-def _render_question(tokenizer: Any) -> None:
-    """Raises one of `UNCOMPILED`."""
+def _render_question(tokenizer: Any) -> str:
+    """The traceback of the template's refusal, empty without one. Raises one of `TEMPLATE_ERRORS`."""
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
-    except (*UNCOMPILED, MemoryError):
+    except (*TEMPLATE_ERRORS, MemoryError):
         raise
     except Exception:
-        pass
+        return traceback.format_exc()
+    return ""

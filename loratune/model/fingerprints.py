@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from loratune.model import upstream
+
+_log = logging.getLogger(__name__)
 
 VERSION = "2:"
 """How the fingerprints of this release begin. The first version had no such mark: 64 hexadecimal digits."""
@@ -118,6 +121,7 @@ def _source(kind: type) -> str:
     try:
         return inspect.getsource(inspect.getmodule(kind) or kind)
     except (OSError, TypeError):
+        _log.debug("the source of %s is not in the fingerprint", kind, exc_info=True)
         return ""
 
 

@@ -28,6 +28,8 @@ BLOCKS = {
     35: (256, 66), 39: (32, 17),
 }  # fmt: skip
 """ggml type → numbers in a block, bytes of a block (ggml.h, ggml-common.h)."""
+_checked: set[tuple[int, ...]] = set()
+"""Device, inode, size and time of change of the files that this process has found to be whole."""
 
 
 def check_name(gguf_file: str) -> None:
@@ -42,7 +44,7 @@ def check_name(gguf_file: str) -> None:
 
 
 def check(path: Path) -> None:
-    """Check that transformers will be able to read this file.
+    """Check that transformers will be able to read this file, which is read once as long as it does not change.
 
     Raises:
         ModelError: The file does not exist, is a Git LFS pointer, is not GGUF or of a version that transformers does
@@ -53,6 +55,18 @@ def check(path: Path) -> None:
         files = sorted(file.name for file in path.parent.glob("*.gguf"))
         fix = f"there is {', '.join(files[:3])}" if files else "no GGUF file is in that directory"
         raise ModelError(Problem(Code.MODEL_GGUF_NOT_FOUND, "no such file", where, KEY, fix))
+    now = path.stat()
+    version = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
+    if version not in _checked:
+        _check_content(path)
+        _checked.add(version)
+    if find_spec("gguf") is None:
+        what, fix = "the package gguf, which reads GGUF files, is not installed", "pip install 'loratune[gguf]'"
+        raise ModelError(Problem(Code.MODEL_MISSING_PACKAGE, what, where, KEY, fix))
+
+
+def _check_content(path: Path) -> None:
+    where = str(path)
     with path.open("rb") as file:
         start = file.read(len(LFS_START))
         if start == LFS_START:
@@ -61,9 +75,6 @@ def check(path: Path) -> None:
             raise ModelError(Problem(Code.MODEL_NOT_GGUF, "not a GGUF file", where, KEY))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _check_complete(_Reader(data), path)
-    if find_spec("gguf") is None:
-        what, fix = "the package gguf, which reads GGUF files, is not installed", "pip install 'loratune[gguf]'"
-        raise ModelError(Problem(Code.MODEL_MISSING_PACKAGE, what, where, KEY, fix))
 
 
 def lfs_pointer(path: Path) -> Problem:

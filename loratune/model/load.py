@@ -1,6 +1,7 @@
 """Loading the tokenizer and the base model: from where, in which dtype, on which device."""
 
 import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -23,10 +24,12 @@ from loratune.config import ModelSection
 from loratune.errors import Code, ModelError, Problem
 from loratune.model import checks, quantization, remote_code, upstream
 from loratune.model.base_files import Files, copy_mapped
-from loratune.model.device import check_machine, compute_dtype, device
+from loratune.model.device import compute_dtype, device
 from loratune.model.source import ModelSource, local_or_hub, locate
 from loratune.system import launcher
-from loratune.system.sandbox import is_panic, limited
+from loratune.system.sandbox import is_rust_panic, run_with_time_limit
+
+_log = logging.getLogger(__name__)
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -62,9 +65,9 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **file, **_trusted_origin(section))
         checks.check_growth(tokenizer, section.name_or_path)
-        limited(lambda: tokenizer("loratune"))  # some values of its configuration are only read when it is used
+        run_with_time_limit(lambda: tokenizer("loratune"))  # some of its configuration is only read when it is used
     except BaseException as error:  # a panic of tokenizers is no Exception
-        if not isinstance(error, Exception) and not is_panic(error):
+        if not isinstance(error, Exception) and not is_rust_panic(error):
             raise
         raise checks.unreadable(Code.MODEL_TOKENIZER_UNREADABLE, section, error) from None
     if chat_template is not None:
@@ -76,14 +79,12 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
 def load_base(section: ModelSection) -> PreTrainedModel:
     """The base model with its weights, on the GPU if there is one, in evaluation mode. A GGUF file is dequantized.
 
-    Later changes of its files do not change the model.
+    Later changes of its files do not change the model. Whether the machine can hold it is `check_machine`'s to say.
 
     Raises:
-        ConfigError: As `check_machine`.
         ModelError: As `load_config`; weights are missing or damaged, change while they are read, or do not fit the
             configuration; a quantized base lacks its packages or cannot be trained.
     """
-    check_machine(section)
     source = locate(section)
     config = _read_config(section, source)
     quantization_config = quantization.loading_config(section, config, compute_dtype(section))

@@ -7,6 +7,7 @@ names of hub kernels, which transformers downloads and runs without asking (tran
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -17,6 +18,8 @@ from huggingface_hub import errors, hf_hub_download
 
 from loratune.errors import Code, ModelError, Problem
 from loratune.model import upstream
+
+_log = logging.getLogger(__name__)
 
 FILES = (
     "config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json",
@@ -71,6 +74,7 @@ def check_files(files: Iterable[Path], own: str = "") -> None:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
+            _log.debug("%s is not looked at for code", file, exc_info=True)
             continue
         names = _code_names(values)
         if own and file.name == "adapter_config.json" and isinstance(values, dict):

@@ -6,7 +6,10 @@ that a release takes away. Importing this module imports no torch, which the che
 
 import importlib
 import json
+import logging
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 _SUB_TOKENIZERS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
@@ -80,5 +83,5 @@ def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
         try:
             states[name] = json.loads(part.__getstate__()) if part is not None else None
         except Exception:  # written in Python
-            continue
+            _log.debug("the %s of the tokenizer is not checked", name, exc_info=True)
     return {name: state for name, state in states.items() if state is not None}

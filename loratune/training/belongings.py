@@ -5,6 +5,7 @@ link is a file, and an empty directory that is not expected belongs to someone a
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from loratune.system import records
 from loratune.system.files import (
     is_directory,
     is_incidental_directory,
@@ -20,11 +22,13 @@ from loratune.system.files import (
     read_text,
 )
 
+_log = logging.getLogger(__name__)
+
 CHECKPOINT = "checkpoint-"
 """How the name of a checkpoint begins; the step follows."""
-MANIFEST = "manifest.json"
+MANIFEST = records.MANIFEST
 """The file that is written last to a checkpoint. It lists the others."""
-RECORD, CONFIG = "loratune.json", "adapter_config.json"
+RECORD, CONFIG = records.ADAPTER, "adapter_config.json"
 KNOWN = frozenset({
     RECORD, CONFIG, "README.md", "adapter_model.safetensors", "adapter_model.bin", "run.yaml", "training_args.bin",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -136,8 +140,11 @@ def _is_template(name: str) -> bool:
 def _manifest(checkpoint: Path) -> set[str]:
     """The files that the manifest of a checkpoint lists; none if it cannot be read."""
     try:
-        return set(json.loads(read_text(checkpoint / MANIFEST)))
+        return set(json.loads(read_text(checkpoint / MANIFEST))) - {records.KEY}
+    except FileNotFoundError:
+        return set()
     except (OSError, ValueError, TypeError, RecursionError):
+        _log.debug("the manifest of %s counts as absent", checkpoint, exc_info=True)
         return set()
 
 

@@ -6,19 +6,23 @@ written last, and one rename gives the checkpoint its name.
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratune.errors import Problem, ResourceError, ResumeError
+from loratune.system import records
 from loratune.system.files import explain_full_disk, is_directory, is_file, kind, read_text, sha256, sync, write_json
 from loratune.training.belongings import CHECKPOINT, MANIFEST, of_checkpoint, of_checkpoints, remove
 
-RUN = "run.json"
+_log = logging.getLogger(__name__)
+
+RUN = records.RUN
 KEPT = 2
 """How many whole checkpoints are kept."""
 _NEEDED = (
@@ -63,7 +67,7 @@ class Checkpoints:
         try:
             with explain_full_disk("a checkpoint", self.size, self.directory, f"make room, and {way_on}"):
                 yield
-                write_json(written / RUN, self.run)
+                write_json(written / RUN, records.versioned(RUN, self.run))
                 seal(written)
                 _remove(final)  # it was passed over when the run was resumed
                 written.rename(final)
@@ -101,7 +105,7 @@ def seal(checkpoint: Path) -> None:
         if path.is_file():
             name = str(path.relative_to(checkpoint))
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(checkpoint / MANIFEST, files)
+    write_json(checkpoint / MANIFEST, records.versioned(MANIFEST, files))
     sync(checkpoint / MANIFEST)
     sync(checkpoint)
 
@@ -112,12 +116,15 @@ def newest_whole(
     """The newest checkpoint whose files are what its manifest says, what it keeps of its run, and why newer ones were
     passed over.
 
-    fault_of_run: what is wrong with what was kept of a run, if anything. Raises ResumeError: no checkpoint is whole.
+    fault_of_run: what is wrong with what was kept of a run, if anything. Raises ResumeError: no checkpoint is whole;
+    one is of a newer release, whose records cannot be read here.
     """
     skipped: list[Problem] = []
     for path in _found(checkpoints):
+        _check_version(path / MANIFEST)
         fault, run = _fault(path), None
         if not fault:
+            _check_version(path / RUN)
             try:
                 run = json.loads(read_text(path / RUN))
                 fault = fault_of_run(run)
@@ -129,6 +136,16 @@ def newest_whole(
         skipped.append(Problem(f"passed over: {fault}", str(path)))
     fix = "start afresh with --overwrite"
     raise ResumeError([*skipped, Problem("no whole checkpoint to resume from", str(checkpoints), fix=fix)])
+
+
+def _check_version(path: Path) -> None:
+    """Raises ResumeError: a record is of a newer version. One that cannot be read is left to its reader."""
+    try:
+        reason = records.newer(path.name, json.loads(read_text(path)))
+    except (OSError, ValueError, RecursionError):
+        return
+    if reason:
+        raise ResumeError(Problem(reason, str(path), fix="upgrade loratune, or start afresh with --overwrite"))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -148,8 +165,10 @@ def _remove(directory: Path) -> None:
     link or a file in its place is left alone."""
     if is_directory(directory):
         survey = of_checkpoint if directory.name.startswith(CHECKPOINT) else of_checkpoints
-        with suppress(OSError):
+        try:
             remove(directory, survey(directory))
+        except OSError:
+            _log.debug("%s cannot be removed", directory, exc_info=True)
 
 
 def _fault(checkpoint: Path) -> str:
@@ -160,12 +179,14 @@ def _fault(checkpoint: Path) -> str:
         files = json.loads(read_text(checkpoint / MANIFEST))
         if absent := [names for names in _NEEDED if not any(file.startswith(names) for file in files)]:
             return f"{MANIFEST} does not name {absent[0][0]}"
-        listed = [(checkpoint / name, expected["bytes"], expected["sha256"]) for name, expected in files.items()]
+        names = files.keys() - {records.KEY}
+        listed = [(checkpoint / name, files[name]["bytes"], files[name]["sha256"]) for name in sorted(names)]
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files):
             return f"{MANIFEST} names files elsewhere"
     except FileNotFoundError:
         return "it was not written to its end"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        _log.debug("%s of %s is damaged", MANIFEST, checkpoint, exc_info=True)
         return f"{MANIFEST} is damaged"
     for path, size, digest in listed:
         try:

@@ -24,7 +24,7 @@ def conditions(model: PeftModel, left: Sequence[str]) -> dict[str, str]:
 
     Args:
         model: The model on the device where it is trained.
-        left: What of it is not computed the fast way, see `kernels.accelerated`.
+        left: What of it is not computed the fast way, see `kernels.Acceleration`.
     """
     on_gpu = model.device.type == "cuda"
     return {

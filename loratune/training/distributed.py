@@ -6,6 +6,7 @@ thread in each process shows there that it is alive, and ends the process when a
 its main thread is waiting for.
 """
 
+import logging
 import os
 import sys
 import threading
@@ -20,11 +21,13 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from loratune.console import Screen
+from loratune.console import EscapedStream
 from loratune.errors import LostError, Problem
 from loratune.system.launcher import Failure, host
 from loratune.training.rendezvous import own_store
 from loratune.training.signed_store import SignedStore, deleted
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -105,7 +108,7 @@ class DistributedGroup:
             mine = self._watch.why(SOON, only_if_gone=isinstance(error, KeyboardInterrupt)) or mine
         first = self._watch.end(mine)
         told = first if first.code != code else mine
-        return (told.told(self.rank) if self._watch.tells(first) else []), told.code
+        return (told.problems_for(self.rank) if self._watch.tells(first) else []), told.code
 
     def close(self) -> None:
         """Wait for all, then stop watching them."""
@@ -179,7 +182,7 @@ class _Heartbeat:
         self._seen: dict[int, tuple[int, float]] = {}
         self._answered = time.monotonic()
         self._over, self._ending = threading.Event(), threading.Lock()
-        self._screen = sys.stderr if self._main else Screen(sys.__stderr__)
+        self._screen = sys.stderr if self._main else EscapedStream(sys.__stderr__)
         self._beat()
 
     def start(self, members: list[_Member]) -> None:
@@ -294,6 +297,7 @@ class _Heartbeat:
         try:
             return Failure.from_json(self._store.first("failed", failure.as_json()))
         except (RuntimeError, OSError):
+            _log.debug("the failure is not known to the others", exc_info=True)
             return failure
         except LostError as error:
             return self._forged(error)
@@ -310,6 +314,7 @@ class _Heartbeat:
                 time.sleep(0.02)
                 waiting = [rank for rank in waiting if not self._has_read(rank)]
         except (RuntimeError, OSError):
+            _log.debug("the others are not waited for", exc_info=True)
             return
 
     def _has_read(self, rank: int) -> bool:
@@ -326,7 +331,7 @@ class _Heartbeat:
         backstop = threading.Timer(2 * SOON, os._exit, [failure.code])
         backstop.start()
         if self.tells(failure):
-            lines = [f"error: {problem}" for problem in failure.told(self._rank)]
+            lines = [f"error: {problem}" for problem in failure.problems_for(self._rank)]
             print(*lines, sep="\n", file=self._screen, flush=True)
         if self._main or failure.rank != 0:
             self._meet()

@@ -19,13 +19,12 @@ import numpy as np
 
 from loratune import kernels
 from loratune.data import TokenizedDataset
-from loratune.data.packing import Batches
+from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
-from loratune.lora import base_comparison, linear
+from loratune.lora import base_comparison
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import Weights
-from loratune.system import launcher
 from loratune.system.launcher import Group
 from loratune.training import scoring
 from loratune.training.ending import PUBLISH, Ending
@@ -159,6 +158,7 @@ def measure(
     parts: Mapping[str, TokenizedDataset],
     pad_id: int,
     budget: int,
+    acceleration: kernels.Acceleration,
     group: Group,
     log: Callable[[str], None],
 ) -> Gain:
@@ -172,6 +172,7 @@ def measure(
             the last if there is none; it is the same one for the same rows and budget.
         pad_id: Of the tokenizer.
         budget: Tokens that the run was trained on.
+        acceleration: What of the model the kernels compute, for adapter and base alike.
         group: The processes of the run.
         log: Takes a line on what is being done.
     """
@@ -179,11 +180,11 @@ def measure(
     split = next((name for name, found in samples.items() if len(found) >= LEAST_JUDGED), [*parts][-1])
     passed = len(samples["validation"]) if "validation" in parts and split != "validation" else None
     rows, sample = parts[split].rows, samples[split]
-    batches = Batches(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
+    batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
     log(f"comparing the adapter with its base on {_counted(len(sample), f'{split} row')}")
 
     def losses() -> list[Loss]:
-        with kernels.accelerated(model, linear.linear, sharded=bool(launcher.sharding())):
+        with acceleration.applied(model):
             return scoring.batch_losses(model, batches, [*sample], group)
 
     tuned = losses()

@@ -6,6 +6,7 @@ and tokenizers are known to write, see `belongings.KNOWN`.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import ConfigError, Problem
+from loratune.system import records
 from loratune.system.files import is_file, is_incidental_file, read_text, sha256
 from loratune.training.belongings import CONFIG, KNOWN, RECORD, Belongings, of_adapter, survey
 from loratune.training.belongings import remove as clear
+
+_log = logging.getLogger(__name__)
 
 Inputs = Sequence[tuple[str, str]]
 """What a run reads: how the user names it, e.g. `data.train`, and its path."""
@@ -33,11 +37,14 @@ def check(directory: Path, where: str, inputs: Inputs, otherwise: str = "choose 
 
     where: as the user named it; otherwise: what to do where that is refused, besides moving the directory away.
 
-    Raises ConfigError: it is needed, see `check_unneeded`; it holds no adapter, or other files than an adapter's; its
-    files may not be removed. Raises OSError: it cannot be read.
+    Raises ConfigError: it is needed, see `check_unneeded`; it holds no adapter, or one of a newer release, or other
+    files than an adapter's; its files may not be removed. Raises OSError: it cannot be read.
     """
     check_unneeded(directory, where, inputs)
     fix = f"move it away, {_joined(otherwise)}"
+    if reason := records.newer(RECORD, _record(directory)):
+        what = f"{reason}, so --overwrite leaves it alone"
+        raise ConfigError(Problem(what, str(directory / RECORD), "output_dir", fix))
     found = belongings(directory)
     if not is_file(directory / CONFIG) and not all(map(is_incidental_file, (*found.own, *found.strangers))):
         raise ConfigError(Problem("holds no adapter, so --overwrite leaves it alone", where, "output_dir", fix))
@@ -96,6 +103,7 @@ def is_recorded(directory: Path, path: Path) -> bool:
         name = path.resolve().relative_to(directory.resolve()).as_posix()
         return is_file(directory / name) and (_listed(directory) or {}).get(name) == sha256(directory / name)
     except (OSError, ValueError):
+        _log.debug("%s counts as changed", path, exc_info=True)
         return False
 
 
@@ -154,11 +162,20 @@ def holds(directory: Path, path: Path) -> bool:
 def _listed(directory: Path) -> dict[str, Any] | None:
     """The files that the record of an adapter lists, with their digests; None if there is no record, or none that can
     be read."""
-    try:
-        files = json.loads(read_text(directory / RECORD))["files"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
+    record = _record(directory)
+    files = record.get("files") if isinstance(record, dict) else None
     return files if isinstance(files, dict) else None
+
+
+def _record(directory: Path) -> Any:
+    """The record of an adapter; None if there is none, or none that can be read."""
+    try:
+        return json.loads(read_text(directory / RECORD))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        _log.debug("the record of %s counts as absent", directory, exc_info=True)
+        return None
 
 
 def _mounts(directory: Path) -> Iterator[str]:

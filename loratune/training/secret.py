@@ -4,6 +4,7 @@ The launcher's run id is none: torchrun keeps it as a key in a store that answer
 """
 
 import hmac
+import logging
 import os
 import secrets
 import stat
@@ -12,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from loratune.errors import LostError, Problem
+
+_log = logging.getLogger(__name__)
 
 VARIABLE = "LORATUNE_SECRET"
 """The environment variable by which machines without a common directory are given one secret."""
@@ -37,11 +40,13 @@ def write(name: str, *, one_machine: bool) -> Path | None:
     """
     for directory in _places(one_machine=one_machine):
         path = directory / _file(name)
-        with suppress(OSError):
+        try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             with os.fdopen(handle, "w") as file:
                 file.write(secrets.token_hex(32))
             return path
+        except OSError:
+            _log.debug("no secret can be shared in %s", directory, exc_info=True)
     return None
 
 

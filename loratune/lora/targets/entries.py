@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loratune.config.expressions import BadExpressionError, brief, compiled, limited
+from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
 from loratune.errors import Code, ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets.names import ROLES, STOCK
@@ -57,12 +57,12 @@ def by_string(survey: Survey, text: str) -> Meaning:
         what = f"all-linear: {survey.architecture} has no linear layer on which LoRA has an effect"
         return {"all-linear": paths}, [] if paths else [Problem(Code.LORA_NO_LINEAR, what, key=KEY)]
     try:
-        expression = compiled(text)
-        with limited():
+        expression = compile_pattern(text)
+        with match_time_limit():
             matches = [path for path in survey.modules if expression.fullmatch(path)]
-    except BadExpressionError as error:
+    except BadPatternError as error:
         fix = "correct it, or write names as a list: [q_proj, v_proj]"
-        problem = Problem(Code.LORA_EXPRESSION, f"`{brief(text)}` {error}", key=KEY, fix=fix)
+        problem = Problem(Code.LORA_EXPRESSION, f"`{shorten(text)}` {error}", key=KEY, fix=fix)
         raise ConfigError(problem) from None
     suitable, others = split_adaptable(survey, matches)
     if others:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from loratune.config.expressions import BadExpressionError, brief, compiled, limited
+from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
 from loratune.errors import Code, ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets import entries
@@ -50,22 +50,22 @@ def _meanings(survey: Survey, targets: Sequence[str], pattern: Iterable[str], ke
     meanings: dict[str, list[str]] = {}
     entry = ""
     try:
-        with limited():
+        with match_time_limit():
             for entry in pattern:
                 meanings[entry] = _meaning(survey, targets, entry, entries.as_role(survey, entry))
-    except BadExpressionError as error:
-        what = f"`{brief(entry)}` {error}"
+    except BadPatternError as error:
+        what = f"`{shorten(entry)}` {error}"
         raise ConfigError(Problem(Code.LORA_EXPRESSION, what, key=key, fix="correct it")) from None
     return meanings
 
 
 def _meaning(survey: Survey, targets: Sequence[str], entry: str, role: str | None) -> list[str]:
-    """The targets that an entry means. Raises BadExpressionError."""
+    """The targets that an entry means. Raises BadPatternError."""
     if role:
         return [path for path in targets if role in survey.serves.get(path, "")]
     if entries.named(survey, entry):
         return [path for path in targets if module_names.ends_in(path, entry)]
-    expression = compiled(rf"(.*\.)?({entry})$")
+    expression = compile_pattern(rf"(.*\.)?({entry})$")
     return [path for path in targets if expression.match(path)]
 
 

@@ -5,9 +5,11 @@ what a layer sees must be what the model's own mask says (`masks`); then the who
 numbers, forward and backward (`trial`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from loratune.kernels.parity_check import LONG_ROWS, ParityCheck, evaluating
 from loratune.kernels.recognition import form_of
 from loratune.kernels.reference import FusedOps
 from loratune.kernels.replacing import PerBatch, Replacement, restore
+
+_log = logging.getLogger(__name__)
 
 Reader = Callable[[nn.Module], Adapted | None]
 """From a module to the linear layer and the LoRA that it is, or None: it is something else."""
@@ -105,35 +109,74 @@ class FastNorm(Replacement):
 
 
 SHARDED = "all layers, as the base is spread over processes"
+Maker = Callable[[], nn.Module | None]
+"""Makes the replacement of a layer; None: there is none for it."""
+Step = Callable[[Any], Iterable[tuple[str, nn.Module]]]
+"""Puts kernels into a base. Yields path and module of each layer that goes, before it goes."""
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """Which layers of a model are computed by the kernels, as `accelerate` found it.
+
+    left: what stays as it is, in words; steps: what puts the kernels into the model, in this order.
+    """
+
+    left: list[str]
+    steps: Sequence[Step] = ()
+
+    @contextmanager
+    def applied(self, model: Any) -> Iterator[None]:
+        """Inside, these layers are computed by the kernels; nothing is tried again.
+
+        model: the one that `accelerate` looked at; its adapter may be disabled. Batches must be padded at the end of
+        rows, if at all, and come without a cache.
+        """
+        with _restored(model.get_base_model()) as (base, replaced):
+            for step in self.steps:
+                replaced += step(base)
+            yield
+
+
+def accelerate(model: Any, reader: Reader, *, sharded: bool = False) -> Acceleration:
+    """Find out which layers of a model the kernels can compute. The model is run for it, and stays as it is.
+
+    model: a `PeftModel` around a causal language model of transformers; on a GPU, see `gpu.replace`. sharded: no
+    process will hold whole layers while it trains, so all stay as they are.
+    """
+    if sharded:
+        return Acceleration([SHARDED])
+    with _restored(model.get_base_model()) as (base, replaced):
+        fit = _replace if base.device.type == "cpu" else gpu.replace
+        steps, left = fit(base, reader, replaced)
+        head = _head(base)
+    return Acceleration(left, [*steps, partial(_put_head, *head)]) if head else Acceleration([*left, "loss"], steps)
 
 
 @contextmanager
 def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[list[str]]:
-    """Inside, the layers of a model that are understood are computed by this room; the rest is left alone.
+    """`accelerate`, and inside that applied. Yields what stays as it is."""
+    acceleration = accelerate(model, reader, sharded=sharded)
+    with acceleration.applied(model):
+        yield acceleration.left
 
-    model: a `PeftModel` around a causal language model of transformers; on a GPU, see `gpu.replace`. Yields what stays,
-    in words. Batches must be padded at the end of rows, if at all, and come without a cache.
 
-    sharded: no process will hold whole layers while it trains, so all stay as they are.
-    """
-    if sharded:
-        yield [SHARDED]
-        return
-    base = model.get_base_model()
+@contextmanager
+def _restored(base: Any) -> Iterator[tuple[Any, list[tuple[str, nn.Module]]]]:
+    """Yields a base, and a list of path and module of those that are replaced inside; afterwards it is as it was."""
     replaced: list[tuple[str, nn.Module]] = []
     implementation = base.config._attn_implementation
     try:
-        fit = _replace if base.device.type == "cpu" else gpu.replace
-        left = fit(base, reader, replaced)
-        yield left if _headed(base, replaced) else [*left, "loss"]
+        yield base, replaced
     finally:
         if base.config._attn_implementation != implementation:
             base.set_attn_implementation(implementation)
         restore(base, replaced)
 
 
-def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -> list[str]:
-    """Put fast modules in their places. replaced: gets path and module of each that went. Returns what stays."""
+def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -> tuple[list[Step], list[str]]:
+    """Put fast modules in their places. replaced: gets path and module of each that went. Returns what does so again,
+    and what stays."""
     trial, over = ParityCheck(base), fused_ops(base.get_input_embeddings().weight)
     survey = masks.survey(base)
     kinds = (
@@ -142,36 +185,40 @@ def _replace(base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]) -
     if over is reference:
         kinds = [kind for kind in kinds if kind.what != "attention"]  # torch's own is faster than the reference
     for kind in kinds:
-        kind.put(base)
+        replaced += kind.put(base)
     if kinds and not trial.agrees():
         for kind in reversed(kinds):
             kind.take_back(base)
         trial.prepare()
-        kinds = [kind for kind in kinds if kind.agreed(base, trial)]
-    replaced += [(name, module) for kind in kinds for name, module, _ in kind.fits]
+        kinds = [kind for kind in kinds if kind.agreed(base, trial, replaced)]
+    steps: list[Step] = [kind.put for kind in kinds]
     if trial.runs and survey.plain and not any(kind.what == "attention" for kind in kinds):
-        rowwise.attend(base, ParityCheck(base, LONG_ROWS).agrees)
+        steps += [_put_rowwise] if rowwise.attend(base, ParityCheck(base, LONG_ROWS).agrees) else []
     left = [what for what in KINDS if not any(kind.what == what and kind.whole for kind in kinds)]
     if over is reference:  # torch computes all that would be one pass over memory in C
-        return [*(what for what in left if what != "norms"), "norms, rotations and activations"]
-    return left
+        left = [*(what for what in left if what != "norms"), "norms, rotations and activations"]
+    return steps, left
 
 
 @dataclass
 class _Kind:
     """Layers that are replaced, or left, together.
 
-    fits: path, module and replacement of each; whole: these are all there are; own: the model's attention.
+    fits: path and module of each, and what makes its replacement, of weights and adapter as they are then; whole: these
+    are all there are; own: the model's attention.
     """
 
     what: str
-    fits: list[tuple[str, nn.Module, nn.Module]]
+    fits: list[tuple[str, nn.Module, Maker]]
     whole: bool
     own: str
 
-    def put(self, base: Any) -> None:
-        for name, module, made in self.fits:
-            base.set_submodule(name, made.train(module.training))
+    def put(self, base: Any) -> Iterator[tuple[str, nn.Module]]:
+        for name, module, make in self.fits:
+            replacement = make()
+            assert replacement is not None, name
+            yield name, module
+            base.set_submodule(name, replacement.train(module.training))
         if self.what == "attention" and self.whole:
             AttentionInterface.register(UNMASKED, _never)
             AttentionMaskInterface.register(UNMASKED, gpu.no_mask)
@@ -184,9 +231,9 @@ class _Kind:
         if self.what == "attention":
             base.set_attn_implementation(self.own)
 
-    def agreed(self, base: Any, trial: ParityCheck) -> bool:
+    def agreed(self, base: Any, trial: ParityCheck, replaced: list[tuple[str, nn.Module]]) -> bool:
         """Put in, if the whole model then gives the same."""
-        self.put(base)
+        replaced += self.put(base)
         if trial.agrees():
             return True
         self.take_back(base)
@@ -200,13 +247,13 @@ KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
 def _kinds(base: Any, reader: Reader, sights: Mapping[nn.Module, Sight], *, plain: bool) -> list[_Kind]:
     """What could be replaced, by the classes of the layers and their masks."""
     layouts = PerBatch(Layout.of)
-    fast: dict[str, list[tuple[str, nn.Module, nn.Module]]] = {what: [] for what in KINDS}
+    fast: dict[str, list[tuple[str, nn.Module, Maker]]] = {what: [] for what in KINDS}
     rest = dict.fromkeys(KINDS, 0)
     for name, module in list(base.get_decoder().named_modules(prefix=_decoder_path(base))):
         what = next((what for what, ending in KINDS.items() if name.endswith(ending)), "")
-        made_as, made = _made(module, reader, sights.get(module), layouts)
-        if made is not None:
-            fast[made_as].append((name, module, made))
+        made_as, make = _maker(module, reader, sights.get(module), layouts)
+        if make() is not None:
+            fast[made_as].append((name, module, make))
         elif what or module in sights:
             rest[what or "attention"] += 1
     own = base.config._attn_implementation
@@ -219,18 +266,16 @@ def _decoder_path(base: Any) -> str:
     return next((name for name, module in base.named_modules() if module is decoder), "")
 
 
-def _made(
-    module: nn.Module, reader: Reader, sight: Sight | None, layouts: PerBatch[Layout]
-) -> tuple[str, nn.Module | None]:
-    """What kind a layer is of, and what can stand in its place."""
+def _maker(module: nn.Module, reader: Reader, sight: Sight | None, layouts: PerBatch[Layout]) -> tuple[str, Maker]:
+    """What kind a layer is of, and what makes that which can stand in its place."""
     form = form_of(module)
     if form == GATED:
-        return "feed-forward layers", gated(module, reader)
+        return "feed-forward layers", partial(gated, module, reader)
     if form == NORM:
-        return "norms", norm(module)
+        return "norms", partial(norm, module)
     if form in (ATTENTION, UNTURNED) and sight is not None:
-        return "attention", attention(module, reader, sight, layouts, turned=form == ATTENTION)
-    return "", None
+        return "attention", partial(attention, module, reader, sight, layouts, turned=form == ATTENTION)
+    return "", lambda: None
 
 
 def attention(
@@ -301,13 +346,16 @@ def norm(module: Any) -> FastNorm | None:
     return FastNorm(module, epsilon, fused_ops(weight))
 
 
-def _headed(base: Any, replaced: list[tuple[str, nn.Module]]) -> bool:
-    """Let the output layer make the loss, if it can."""
-    if (head := _head(base)) is None:
-        return False
-    replaced.append(head)
-    base.set_submodule(head[0], LossHead(head[1]))
-    return True
+def _put_rowwise(base: Any) -> list[tuple[str, nn.Module]]:
+    """Have the model's own attention go row by row; no layer goes."""
+    rowwise.register(base)
+    return []
+
+
+def _put_head(name: str, head: nn.Linear, base: Any) -> list[tuple[str, nn.Module]]:
+    """Let the output layer make the loss."""
+    base.set_submodule(name, LossHead(head))
+    return [(name, head)]
 
 
 def _head(base: PreTrainedModel) -> tuple[str, nn.Linear] | None:
@@ -328,6 +376,7 @@ def _is_all(base: PreTrainedModel, head: nn.Linear) -> bool:
             hidden = base.get_decoder()(ids, use_cache=False).last_hidden_state
             return torch.equal(base(ids, use_cache=False).logits, head(hidden))
     except Exception:
+        _log.debug("the loss is left to the model, which does not run on bare ids", exc_info=True)
         return False
 
 

@@ -1,0 +1,30 @@
+"""Versions of the records that one release writes to the disk and another one reads.
+
+A record is a JSON object with its version as `schema_version`; without one it is of version 1, as releases wrote it
+before there were versions. Keys may be added within a version; whatever an older reader would take for something else
+makes a new one. Readers go on reading all older versions, and refuse newer ones; a cache makes its entry anew.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+KEY = "schema_version"
+ADAPTER, RUN, MANIFEST, ENDED = "loratune.json", "run.json", "manifest.json", "ended"
+"""Files: what made an adapter; of a checkpoint, the run and the list of files; the end of a run without an adapter."""
+ROWS = "tokenized rows"
+"""The records of the cache of rows."""
+VERSIONS = {ADAPTER: 1, RUN: 1, MANIFEST: 1, ENDED: 1, ROWS: 1}
+"""The version that this release writes, and the newest that it reads."""
+
+
+def versioned(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A record to be written. kind: a key of `VERSIONS`."""
+    return {KEY: VERSIONS[kind], **values}
+
+
+def newer(kind: str, record: Any) -> str:
+    """Why this release cannot read a record, in words; empty if it can, or if it is no JSON object at all."""
+    version = record.get(KEY, 1) if isinstance(record, Mapping) else 1
+    if type(version) is int and 1 <= version <= VERSIONS[kind]:
+        return ""
+    return f"has {KEY} {version!r}, and this release of loratune reads versions up to {VERSIONS[kind]}"

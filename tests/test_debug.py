@@ -1,0 +1,133 @@
+"""What is passed over is told with `--debug`, and nothing of it without."""
+
+import ast
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import CHAT_TEMPLATE, ROOT, Ran, write_rows
+from test_kernels import adapted
+from torch import nn
+
+from loratune import kernels
+from loratune.commands.boundary import boundary
+from loratune.data.packing import packing_refusal
+from loratune.lora import linear
+
+Cli = Callable[..., Ran]
+MakeConfig = Callable[..., Path]
+SILENT = {"signals.py: write_line", "sandbox.py: _reply"}
+"""The first writes to the screen from a signal handler, and there is no other place to say that this failed. The second
+tells the error of the work, in a process that has no screen, and not that this error cannot be pickled."""
+
+
+def catches_all(handled: ast.expr | None) -> bool:
+    """Whether a clause, or `suppress`, takes whatever comes."""
+    names = {node.id for node in ast.walk(handled) if isinstance(node, ast.Name)} if handled else {"BaseException"}
+    return bool(names & {"Exception", "BaseException"})
+
+
+def tells(handler: ast.ExceptHandler) -> bool:
+    """Whether a clause raises, uses the error that it has caught, or logs it."""
+    nodes = [node for line in handler.body for node in ast.walk(line)]
+    used = any(isinstance(node, ast.Name) and node.id == handler.name for node in nodes)
+    called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    return used or any(isinstance(node, ast.Raise) for node in nodes) or bool(called & TELLING)
+
+
+TELLING = {"_log.debug", "traceback.format_exc"}
+
+
+def mute(tree: ast.Module) -> Iterator[str]:
+    """The functions that catch all, and tell nothing of it."""
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.ExceptHandler) and catches_all(node.type) and not tells(node):
+                yield function.name
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Name) and called.id == "suppress" and any(map(catches_all, node.args)):  # type: ignore[attr-defined]
+                yield function.name
+
+
+def test_nothing_is_caught_in_silence() -> None:
+    package = ROOT / "loratune"
+    assert {
+        f"{path.name}: {name}" for path in package.rglob("*.py") for name in mute(ast.parse(path.read_text("utf-8")))
+    } == SILENT
+
+
+@pytest.mark.parametrize(
+    "clause, is_mute",
+    [
+        ("except Exception:\n  pass", True),
+        ("except (KeyError, Exception):\n  return None", True),
+        ("except:\n  x = 1", True),
+        ("except Exception as error:\n  return None", True),
+        ("except Exception as error:\n  return str(error)", False),
+        ("except Exception:\n  _log.debug('what', exc_info=True)", False),
+        ("except BaseException:\n  raise", False),
+        ("except KeyError:\n  pass", False),
+    ],
+)
+def test_silence_is_seen(clause: str, is_mute: bool) -> None:
+    body = f"try:\n  y = 1\n{clause}".replace("\n", "\n  ")
+    assert [*mute(ast.parse(f"def f():\n  {body}"))] == ["f"] * is_mute
+    assert [*mute(ast.parse("def f():\n  with suppress(Exception):\n    pass"))] == ["f"]
+
+
+def test_what_a_run_passes_over_is_told_with_debug(
+    run_config: MakeConfig, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template that refuses the question it is tried with, and rows in the cache that are damaged."""
+    template = tmp_path / "chat.jinja"
+    refusal = "{% if messages[0].content == 'loratune?' %}{{ raise_exception('no such question') }}{% endif %}"
+    template.write_text(refusal + CHAT_TEMPLATE)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in map(str, range(9))]
+    rows = write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in turns])
+    data = {"train": str(rows), "chat_template": str(template)}
+    config = run_config(data=data, training={"max_steps": 1})
+    runs = []
+    for arguments in ((), ("--debug",), ()):
+        for path in (tmp_path / "cache").glob("loratune/*/whole"):
+            path.write_text("{}")
+        runs.append(cli("train", config, "--overwrite", "--allow-worse", *arguments))
+        assert runs[-1].code == 0, runs[-1].err
+    for quiet in (runs[0], runs[2]):
+        assert "debug:" not in quiet.err and "Traceback" not in quiet.err
+    told = runs[1].err
+    assert re.search(r"^debug: loratune\.[\w.]+: the chat template refuses a single question\nTraceback ", told, re.M)
+    assert "no such question" in told
+    assert re.search(r"^debug: loratune\.[\w.]+: the rows in \S+ are not used\nTraceback ", told, re.M)
+    assert logging.getLogger("loratune").handlers == []
+
+
+class Failing(nn.Module):
+    """Fails on whatever it is given."""
+
+    def forward(self, *_: object, **__: object) -> torch.Tensor:
+        raise ValueError("it fails on purpose")
+
+
+def test_models_that_are_not_understood_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapted()
+    model.get_base_model().model.layers[1] = Failing()
+    for debug in (True, False):
+        with boundary(debug):
+            assert "loss" in kernels.accelerate(model, linear.linear).left
+            assert packing_refusal(model, 9) is not None
+        told = capsys.readouterr().err
+        expected = (
+            "the model does not run on rows end to end",
+            "attention is not understood",
+            "the loss is left to the model",
+            "llama does not run on flat rows",
+        )
+        assert [line in told for line in expected] == [debug] * 4
+        assert told.count("ValueError: it fails on purpose") == (5 if debug else 0)

@@ -1,0 +1,161 @@
+"""Records that a later release reads: with the version of this one, without any, and of a release to come."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import Ran, tree
+from rows_at_once import COUNT, fill, key, whole
+
+from loratune.data import token_cache, token_cache_dir
+from loratune.errors import ResumeError
+from loratune.system import records
+from loratune.training import belongings, ending
+from loratune.training.checkpoints import Checkpoints, newest_whole
+from loratune.training.ending import Ending
+
+Cli = Callable[..., Ran]
+MakeConfig = Callable[..., Path]
+NEWER = "has schema_version 2, and this release of loratune reads versions up to 1"
+WRONG = (2, 0, -1, True, "1", None, 1.0)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change a record; a key of None goes."""
+    record = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in record.items() if value is not None}))
+
+
+def test_only_whole_numbers_up_to_the_own_version_are_read() -> None:
+    for kind, version in records.VERSIONS.items():
+        assert records.newer(kind, {}) == records.newer(kind, records.versioned(kind, {})) == ""
+        for other in (*WRONG, version + 1):
+            assert (records.newer(kind, {records.KEY: other}) != "") == (type(other) is not int or other != version)
+
+
+def test_the_record_of_an_adapter(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    config = run_config(training={"max_steps": 1})
+    assert cli("train", config, "--allow-worse").code == 0
+    path = tmp_path / "out" / "loratune.json"
+    assert json.loads(path.read_text())["schema_version"] == 1
+    commands = [
+        ("params", "--adapter", tmp_path / "out"),
+        ("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 1, "3 and 3 make"),
+        ("evaluate", "--adapter", tmp_path / "out", "--data", tmp_path / "rows.jsonl"),
+    ]
+    for version, code, told in ((1, 0, ""), (None, 0, ""), (2, 5, f"error: {path}: {NEWER}; upgrade loratune\n")):
+        edit(path, schema_version=version)
+        for command in commands:
+            ran = cli(*command)
+            assert (ran.code, ran.err if code else "") == (code, told), ran.err
+    before = tree(tmp_path / "out")
+    ran = cli("train", config, "--overwrite")
+    assert ran.code == 2 and f"{path}: output_dir: {NEWER}, so --overwrite leaves it alone" in ran.err
+    assert tree(tmp_path / "out") == before
+    edit(path, schema_version=None)
+    ran = cli("train", config, "--overwrite", "--allow-worse")
+    assert ran.code == 0, ran.err
+    assert json.loads(path.read_text())["schema_version"] == 1
+
+
+NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """Two checkpoints of a run, as far as their records go."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", {"config": {}}, 0)
+    for step in (1, 2):
+        with checkpoints.writing(step):
+            directory = checkpoints.unfinished / f"checkpoint-{step}"
+            directory.mkdir(parents=True)
+            for name in NEEDED:
+                (directory / name).write_text(name)
+    return checkpoints.directory
+
+
+@pytest.mark.parametrize("name", ["run.json", "manifest.json"])
+def test_the_records_of_a_checkpoint(name: str, kept: Path) -> None:
+    """Nothing older is gone on from where the newest checkpoint is of a newer release."""
+    newest = kept / "checkpoint-2"
+    path, manifest = newest / name, newest / "manifest.json"
+    assert json.loads(path.read_text())["schema_version"] == 1
+    for version in (1, None, 2):
+        edit(path, schema_version=version)
+        if name == "run.json":
+            content = path.read_bytes()
+            edit(manifest, **{name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
+        if version != 2:
+            found, run, skipped = newest_whole(kept)
+            assert (found, run["config"], skipped) == (newest, {}, [])
+            continue
+        with pytest.raises(ResumeError) as caught:
+            newest_whole(kept)
+        told = f"{path}: {NEWER}; upgrade loratune, or start afresh with --overwrite"
+        assert [str(problem) for problem in caught.value.problems] == [told]
+
+
+def test_a_newer_checkpoint_is_not_resumed(kept: Path, run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    kept.rename(tmp_path / "out.partial" / "checkpoints")
+    path = tmp_path / "out.partial" / "checkpoints" / "checkpoint-2" / "manifest.json"
+    edit(path, schema_version=2)
+    before = tree(tmp_path / "out.partial")
+    ran = cli("train", run_config(), "--resume")
+    assert ran.code == 7 and ran.err.startswith(f"error: {path}: {NEWER};"), ran.err
+    assert tree(tmp_path / "out.partial") == before
+
+
+def test_what_a_checkpoint_lists_is_not_the_version(kept: Path) -> None:
+    (kept / "checkpoint-1" / "schema_version").write_text("a stranger")
+    assert belongings.of_checkpoint(kept / "checkpoint-1").strangers == ["schema_version"]
+
+
+def test_the_record_of_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "ended"
+    Ending(3, "worse").keep(path)
+    assert json.loads(path.read_text()) == {"schema_version": 1, "step": 3, "told": "worse"}
+    assert ending.read(path) == Ending(3, "worse")
+    edit(path, schema_version=None)
+    assert ending.read(path) == Ending(3, "worse")
+    edit(path, schema_version=2)
+    with pytest.raises(ResumeError, match=NEWER) as caught:
+        ending.read(path)
+    assert caught.value.problems[0].where == str(path)
+
+
+def sealed(path: Path, version: int | None) -> None:
+    """Give a record of the cache another version, or none, as a release would write it."""
+    record = json.loads(path.read_text())
+    del record["check"]
+    record.pop("schema_version", None)
+    record |= {} if version is None else {"schema_version": version}
+    check = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(record | {"check": check}))
+
+
+@pytest.mark.parametrize("name", ["entry.json", "whole", "00003.json"])
+def test_the_records_of_the_cache(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of an older release are used; those of a newer one are made again, in their place."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(token_cache, "_SHARD_ROWS", 1)
+    place = tmp_path / "cache" / "loratune" / key(1)
+    token_cache_dir.load_or_write(key(1), fill)
+    assert json.loads((place / name).read_text())["schema_version"] == 1
+    sealed(place / name, None)
+    assert whole(token_cache_dir.load_or_write(key(1), pytest.fail))
+    sealed(place / name, 2)
+    read: list[int] = []
+
+    def again(writer: token_cache.TokenCacheWriter) -> None:
+        read.append(writer.read)
+        fill(writer)
+
+    rows = token_cache_dir.load_or_write(key(1), again)
+    assert whole(rows) and rows.directory == place and read == [0] and len(rows) == COUNT
+    assert json.loads((place / name).read_text())["schema_version"] == 1
+    assert whole(token_cache_dir.load_or_write(key(1), pytest.fail))
