@@ -1,12 +1,13 @@
 """The sweep: every causal language model that transformers knows, built on the meta device.
 
 `golden_targets.txt` is the reviewed table: model type → where attention is → what serves q, k, v, o there, and what
-`all-linear` leaves out. A new release of transformers shows as a difference; after a review of the modeling files,
-`python tests/test_sweep.py --write` writes the table anew.
+`all-linear` leaves out. Types that a newer release of transformers adds are listed in a warning; after a review of
+their modeling files, `python tests/test_sweep.py --write` adds them to the table.
 """
 
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -51,7 +52,7 @@ layers of the same kinds, such as gemma3n_text, inkling2_text and qwen3_next, ta
 def lines(targets: Targets) -> Iterator[str]:
     """`model.layers.* x4: self_attn.q_proj=q self_attn.kv_proj=kv ...`, a line for each stack of layers."""
     stacks: dict[str, dict[str, list[str]]] = {}
-    for place, roles in targets.places().items():
+    for place, roles in targets.module_patterns().items():
         stack, _, leaf = place.rpartition(".*.")
         stacks.setdefault(f"{stack}.*", {})[leaf] = roles
     for stack, leaves in stacks.items():
@@ -199,13 +200,14 @@ def fake() -> FakeTensorMode:
 # --- tests
 
 
-TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+REVIEWED = [line for line in GOLDEN.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+TYPES = tuple(dict.fromkeys(line.partition(":")[0] for line in REVIEWED))
 SHARDS = 8
 
 
 @pytest.fixture(scope="module", params=range(SHARDS), ids=lambda shard: f"{shard + 1} of {SHARDS}")
 def sweep(request: pytest.FixtureRequest) -> dict[str, Seen]:
-    """A part of all types, so that test processes share them out; but for `LOOPING`, see there."""
+    """A part of the reviewed types, so that test processes share them out; but for `LOOPING`, see there."""
     return {
         model_type: visit(model_type, backward=model_type not in LOOPING)
         for model_type in TYPES[request.param :: SHARDS]
@@ -222,14 +224,18 @@ def written(sweep: dict[str, Seen]) -> list[str]:
 
 
 def test_the_table_is_the_reviewed_one(sweep: dict[str, Seen]) -> None:
-    reviewed = [line for line in GOLDEN.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    types = [line.partition(":")[0] for line in reviewed]
-    assert tuple(dict.fromkeys(types)) == TYPES
-    assert written(sweep) == [line for line, model_type in zip(reviewed, types, strict=True) if model_type in sweep]
+    assert written(sweep) == [line for line in REVIEWED if line.partition(":")[0] in sweep]
+
+
+def test_the_reviewed_types_are_still_known() -> None:
+    """A release may add others, which are listed."""
+    if newcomers := sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - TYPES):
+        warnings.warn(f"not reviewed yet: {', '.join(newcomers)}", stacklevel=1)
+    assert len(TYPES) >= 196
+    assert [model_type for model_type in TYPES if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES] == []
 
 
 def test_every_type_is_built(sweep: dict[str, Seen]) -> None:
-    assert len(TYPES) == 196
     assert [model_type for model_type, seen in sweep.items() if not seen.built] == []
 
 

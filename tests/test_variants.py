@@ -26,6 +26,7 @@ from loratune.data.packing import pad
 from loratune.errors import Code, DataError, ModelError
 from loratune.lora import attach, counts, optimizers, sharded, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
+from loratune.lora.initialize import KEY as INIT
 from loratune.lora.initialize import AdapterInit
 from loratune.model import base_files, load
 from loratune.training import preflight, run_dir, trainer
@@ -196,10 +197,9 @@ def test_eva_needs_more_learnt_tokens_than_directions() -> None:
     )
     few = dict(BATCHES[0], labels=torch.full_like(BATCHES[0]["labels"], -100))
     few["labels"][0, :8] = 1
-    with pytest.raises(
-        DataError, match="more learnt tokens in a batch than r = 8, and the first batches have 8 at most"
-    ):
+    with pytest.raises(DataError, match="r = 8; the first batches have at most 8 ") as caught:
         attach.initialize_adapter(model, section, batches=[few])
+    assert meanings(caught.value) == [(Code.LORA_EVA_TOKENS, "", INIT)]
     few["labels"][0, :9] = 1
     attach.initialize_adapter(model, section, batches=[few])
 
@@ -320,22 +320,29 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def test_starts_that_do_not_fit_a_layer() -> None:
-    with pytest.raises(ModelError, match="olora does not know the transposed weights of a Conv1D"):
+    with pytest.raises(ModelError, match=r"olora .* Conv1D") as caught:
         begun(gpt2(), init_lora_weights="olora")
-    with pytest.raises(ModelError, match=r"pissa starts from .*; model\.embed_tokens is a Embedding"):
+    assert meanings(caught.value) == [(Code.LORA_INIT_LAYER, "", INIT)]
+    with pytest.raises(ModelError, match=r"pissa .*; model\.embed_tokens is a Embedding") as caught:
         begun(init_lora_weights="pissa", target_modules=["q", "embed_tokens"])
-    with pytest.raises(ModelError, match="LoRA-FA adapts linear layers"):
+    assert meanings(caught.value) == [(Code.LORA_INIT_LAYER, "", INIT)]
+    with pytest.raises(ModelError) as caught:
         begun(use_lorafa=True, target_modules=["q", "embed_tokens"])
+    assert meanings(caught.value) == [(Code.LORA_FA_LAYER, "", "lora.use_lorafa")]
     for start in ("pissa", "olora", "eva"):
-        with pytest.raises(ModelError, match=rf"{start} takes 17 directions .* has only 16; lower lora\.r to 16"):
+        with pytest.raises(
+            ModelError, match=rf"{start} needs 17 directions .* has only 16 .*; lower lora\.r to 16"
+        ) as caught:
             begun(init_lora_weights=start, r=17)
+        assert meanings(caught.value) == [(Code.LORA_INIT_RANK, "", INIT)]
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_would_change_what_is_tied(start: str) -> None:
     """The embedding would lose what is taken out of the head that shares its weight."""
-    with pytest.raises(ModelError, match=rf"{start} changes the weight it starts from, and that of lm_head belongs to"):
+    with pytest.raises(ModelError, match=rf"{start} .*lm_head") as caught:
         begun(tiny_llama(tie_word_embeddings=True), init_lora_weights=start, target_modules=["q", "lm_head"])
+    assert meanings(caught.value) == [(Code.LORA_INIT_SHARED, "", INIT)]
     before = outputs(tiny_llama())
     assert torch.allclose(
         outputs(begun(tiny_llama(), init_lora_weights=start, target_modules=["lm_head"])[0]), before, atol=1e-5
@@ -350,8 +357,10 @@ def test_tokens_of_an_embedding_that_is_adapted_itself(tied: bool, key: str, nam
     if name == "lm_head" and not tied:
         begun(tiny_llama(tie_word_embeddings=tied), **lora)
         return
-    with pytest.raises(ModelError, match=rf"lora\.{key} and lora\.trainable_token_indices: both adapt .*{name}, which"):
+    with pytest.raises(ModelError, match=rf"both adapt .*{name}, which") as caught:
         begun(tiny_llama(tie_word_embeddings=tied), **lora)
+    keys = f"lora.{key} and lora.trainable_token_indices"
+    assert meanings(caught.value) == [(Code.LORA_EMBEDDING_TWICE, "", keys)]
 
 
 @pytest.mark.parametrize("start", ["pissa", "eva", "orthogonal"])

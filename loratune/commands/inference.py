@@ -15,7 +15,7 @@ from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ModelError, Problem
 from loratune.lora import attach, linear
 from loratune.lora.attach import PeftModel
-from loratune.lora.untouched import Untouched
+from loratune.lora.base_comparison import Untouched
 from loratune.model import device, fingerprints
 from loratune.model import load as load_module
 from loratune.model.fingerprints import Sampled
@@ -107,7 +107,7 @@ def load(opened: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> Lo
     except ModelError as error:
         raise AdapterError(error.problems) if own_tokenizer else error from None
     renderer = Renderer(tokenizer, base.config.get_text_config().vocab_size)
-    for line in attach.ignored(opened.saved):
+    for line in attach.unknown_keys(opened.saved):
         log(line)
     identity = fingerprints.fingerprint(base, like=opened.saved.base_fingerprint)
     before = fingerprints.Sampled(base), attach.before_load(base, opened.saved)

@@ -75,9 +75,9 @@ def params(run: RunConfig) -> Params:
         groups=groups(adapted, found),
         layers=layers,
         others=_others(adapted, found),
-        targets=found.patterns(),
+        targets=found.entry_patterns(),
         fused=found.fused,
-        along={place: roles for place, roles in found.along().items() if roles},
+        along={place: roles for place, roles in found.shared_roles().items() if roles},
         notes=[*found.notes, *counts.notes(adapted)],
         memory=_memory(run, adapted),
         batch=run.training.per_device_train_batch_size,
@@ -96,7 +96,7 @@ def _memory(run: RunConfig, adapted: PeftModel) -> memory.Estimate:
 def groups(adapted: PeftModel, found: Targets) -> list[Group]:
     """The adapted modules by place, shape and rank, with all the roles that a place serves."""
     result = []
-    for place, roles in found.places().items():
+    for place, roles in found.module_patterns().items():
         alike: dict[tuple[tuple[int, int], int], list[int]] = {}
         for path in found.modules:
             if pattern(path) == place:

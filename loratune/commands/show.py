@@ -38,7 +38,7 @@ def announce(made: "Plan") -> None:
         log(line)
     log("first row, with what is learnt marked:")
     print_marked(_shortened(made.rendered()), err)
-    for place, along in made.targets.along().items():
+    for place, along in made.targets.shared_roles().items():
         if along:
             log(f"{place} is one module for {', '.join(made.targets.fused[place])}: {_along(along)}")
     _notes(made)
@@ -81,9 +81,9 @@ def _shortened(pieces: Iterable[tuple[str, bool]], most: int = 600) -> Iterator[
 def plan(made: "Plan", rows: int) -> None:
     """What `train --dry-run` shows. rows: how many training rows."""
     lines = []
-    for place, roles in made.targets.places().items():
+    for place, roles in made.targets.module_patterns().items():
         count = sum(pattern(path) == place for path in made.targets.modules)
-        along = made.targets.along().get(place)
+        along = made.targets.shared_roles().get(place)
         fused = f", fused: {_along(along)}" if along else ", fused" if along is not None else ""
         lines.append((", ".join(roles), f"{place} x {count}{fused}"))
     print_block("targets", lines)

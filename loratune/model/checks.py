@@ -183,7 +183,7 @@ def check_complete(model: PreTrainedModel, info: Any, name: str) -> None:
         code, download = Code.MODEL_WEIGHTS_MISSING, "they would be random; get the whole model"
         problems.append(Problem(code, what, name, fix=download))
     if mismatched := sorted(info["mismatched_keys"]):
-        shapes = ", ".join(f"{key} {tuple(actual)} for {tuple(asked)}" for key, actual, asked in mismatched[:3])
+        shapes = ", ".join(f"{key} {tuple(actual)} for {tuple(expected)}" for key, actual, expected in mismatched[:3])
         what = f"{len(mismatched)} tensors have another shape than config.json asks for, among them {shapes}"
         problems.append(Problem(Code.MODEL_WEIGHTS_SHAPE, what, name, fix=fix))
     if extra := sorted(_relevant(model, info["unexpected_keys"])):

@@ -21,7 +21,7 @@ from loratune import kernels
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
-from loratune.lora import untouched
+from loratune.lora import base_comparison
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import Weights
@@ -188,7 +188,7 @@ def measure(
             return scoring.batch_losses(model, batches, [*sample], group)
 
     tuned = losses()
-    with untouched.as_begun(model, start, trained):
+    with base_comparison.as_initialized(model, start, trained):
         plain = losses()
     return compare(plain, tuned, split, [*sample.values()], len(rows), passed)
 
