@@ -11,17 +11,19 @@ except KeyboardInterrupt:  # before there is a handler
 
 
 def main() -> None:
-    """Hear signals from the start, then load the command line and obey it. Of several processes one is heard; another
-    one speaks by `sys.__stderr__`, should that one have gone."""
+    """Handle signals from the start, then load the command line and run it.
+
+    Of several processes only rank 0 prints; another one uses `sys.__stderr__` if rank 0 has gone.
+    """
     try:
-        with signals.immediate():
+        with signals.exit_on_signals():
             _run()
     finally:
-        signals.ignore()  # nothing is left to be stopped, and nobody to say so nicely
+        signals.ignore_signals()  # nothing is left to stop, and no handler to report a signal
 
 
 def _run() -> None:
-    from loratune.errors import LoratuneError, ResourceError, is_out_of_memory
+    from loratune.errors import Code, LoratuneError, Problem, ResourceError, is_out_of_memory
     from loratune.system import launcher, streams
 
     streams.secure()
@@ -29,14 +31,14 @@ def _run() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
     try:
         from loratune.cli import app
-        from loratune.console import Patient
+        from loratune.console import LossyStream
 
-        sys.stderr = Patient(sys.stderr)
+        sys.stderr = LossyStream(sys.stderr)
         try:
             app(prog_name="loratune")
         finally:  # by SystemExit
             sys.stdout.flush()
-    except BrokenPipeError:  # of a text that no command prints, such as --help
+    except BrokenPipeError:  # while --help or the like was printed
         sys.exit(0)
     except LoratuneError as error:
         for problem in error.problems:
@@ -45,7 +47,8 @@ def _run() -> None:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory while the program was loaded; raise ulimit -v", file=sys.stderr)
+        what = "out of memory while the program was loading"
+        print(f"error: {Problem(Code.SYSTEM_OUT_OF_MEMORY, what, fix='raise ulimit -v')}", file=sys.stderr)
         sys.exit(ResourceError.exit_code)
 
 

@@ -1,4 +1,4 @@
-"""The command line: parse, call one story, print. Everything heavy is imported inside the commands."""
+"""The command line: parse, call one command, print. Everything heavy is imported inside the commands."""
 
 import gc
 import os
@@ -13,9 +13,9 @@ import typer
 from typer.core import TyperGroup
 
 from loratune import __version__, escaping
-from loratune.commands.boundary import boundary, printed, stopped
-from loratune.console import Screen, screened, verbatim
-from loratune.errors import ConfigError, DataError, Problem
+from loratune.commands.boundary import boundary, checked_output, stop_error
+from loratune.console import EscapedStream, escape_output, print_raw
+from loratune.errors import Code, ConfigError, DataError, Problem
 from loratune.system import launcher
 from loratune.system.files import path_problem
 from loratune.system.launcher import Group
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from loratune.training import preflight
 
 
-class _Screened(TyperGroup):
-    """The commands, with all that they print, usage errors too, made harmless for a terminal."""
+class _EscapedGroup(TyperGroup):
+    """The commands, with all that they print, usage errors too, escaped for the terminal."""
 
     def main(self, *arguments: Any, **keywords: Any) -> Any:
-        """As upstream, behind the door to the screen."""
-        with screened():
+        """Run a command as upstream does, with its output escaped."""
+        with escape_output():
             return super().main(*arguments, **keywords)
 
 
 app = typer.Typer(
-    cls=_Screened,
+    cls=_EscapedGroup,
     help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
     no_args_is_help=True,
     add_completion=False,
@@ -51,13 +51,13 @@ Assignments = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.learning_rate=1e-4.")
 ]
 
-_MOST = 2**31 - 1
-"""What a number of tokens or rows may be."""
+_MAX_COUNT = 2**31 - 1
+"""The largest number of tokens or rows that an option takes."""
 
 
 @contextmanager
-def _loading() -> Iterator[None]:
-    """Imports make a million objects that stay; the collector need not walk them, neither now nor later."""
+def _importing() -> Iterator[None]:
+    """Keep the garbage collector from walking the million objects that imports make and that stay, now and later."""
     gc.disable()
     try:
         yield
@@ -66,8 +66,8 @@ def _loading() -> Iterator[None]:
         gc.enable()
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"loratune {__version__}")
         raise typer.Exit
 
@@ -85,9 +85,9 @@ def _options(
 def train(
     config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")],
     assignments: Assignments = [],  # noqa: B006  typer copies it
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     changes: Annotated[
-        list[str], typer.Option("--allow-change", metavar="KEY", help="With --resume: take on the new value of KEY.")
+        list[str], typer.Option("--allow-change", metavar="KEY", help="With --resume: accept a changed value of KEY.")
     ] = [],  # noqa: B006  typer copies it
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the adapter at output_dir, or an unfinished run.")
@@ -97,49 +97,50 @@ def train(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
     rows: Annotated[
-        int, typer.Option("--rows", min=1, max=_MOST, metavar="N", help="With --dry-run: show N rendered rows.")
+        int, typer.Option("--rows", min=1, max=_MAX_COUNT, metavar="N", help="With --dry-run: show N rendered rows.")
     ] = 1,
     debug: Debug = False,
 ) -> None:
     """Train an adapter as CONFIG says, and write it to its output_dir."""
-    with boundary(debug, _join, scarce="free memory, or hold the base in less: model.quantization: 4bit") as group:
+    memory_fix = "free memory, or load the base in fewer bits with --set model.quantization=4bit"
+    with boundary(debug, _join, memory_fix=memory_fix) as group:
         if resume and overwrite:
-            raise ConfigError(Problem("--resume and --overwrite contradict each other; keep one"))
+            what = "--resume and --overwrite contradict each other"
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="give one of them"))
         if changes and not resume:
-            raise ConfigError(Problem("a run that starts takes every value as it is", key="--allow-change"))
+            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --resume", key="--allow-change"))
         checked = None
         if group.main:
-            checked = _checked(config_file, assignments, changes if resume else None, overwrite=overwrite)
+            checked = _check_run(config_file, assignments, changes if resume else None, overwrite=overwrite)
 
-        with _loading():
+        with _importing():
             from loratune.training import preflight
 
         ready = preflight.shared(checked, group)
 
-        with _loading():
+        with _importing():
             from loratune.commands import report
-            from loratune.commands import train as train_module
-            from loratune.console import TrainingProgress, log, watched
+            from loratune.commands import train as training
+            from loratune.console import TrainingProgress, log, show_progress
 
         try:
             if dry_run:
-                planned = train_module.make_plan(ready, watched, group)
+                plan = training.make_plan(ready, show_progress, group)
                 group.close()
                 if group.main:
-                    report.print_plan(planned, rows)
+                    report.print_plan(plan, rows)
                 return
-            reporter = train_module.Reporter(log, report.log_plan, watched, TrainingProgress())
-            made = train_module.train(ready, reporter, group, allow_worse=allow_worse)
+            reporter = training.Reporter(log, report.log_plan, show_progress, TrainingProgress())
+            result = training.train(ready, reporter, group, allow_worse=allow_worse)
         except KeyboardInterrupt as stop:
-            fix = "the rows that were tokenised are kept, and the same command goes on from there"
+            fix = "the tokenized rows are kept, so that the same command continues from there"
             if not dry_run and ready.space.is_resumable():
-                fix = f"continue with: {_resume_line(config_file, assignments, changes)}"
-                fix += f", on {group.count} processes as before" if group.count > 1 else ""
-            what, kind = stopped(stop)
-            raise kind(Problem(what, fix=fix)) from None
-        if made is not None:
-            with printed():
-                report.print_result(made, _program())
+                processes = f"on {group.count} processes, as before, " if group.count > 1 else ""
+                fix = f"{processes}continue with: {_resume_command(config_file, assignments, changes)}"
+            raise stop_error(stop, fix) from None
+        if result is not None:
+            with checked_output():
+                report.print_result(result, _program())
 
 
 @app.command()
@@ -154,7 +155,7 @@ def generate(
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Write rows as JSONL to FILE.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=_MOST, help="Longest completion, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=_MAX_COUNT, help="Longest completion, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token; 0.001 to 1000: sample.")] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside it.")] = False,
@@ -162,35 +163,35 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Complete prompts with an adapter on its base."""
-    with boundary(debug, scarce="free memory, lower --max-new-tokens, or give fewer prompts at once"):
+    with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or give fewer prompts at once"):
         _check_paths(adapter=adapter, input=source, output=output)
         _check_answers(prompts, source, output, temperature, overwrite=overwrite)
 
         from loratune.commands import output_file
 
-        read = (adapter, source) if source else (adapter,)
-        place = output_file.output(output, "--output", overwrite=overwrite, inputs=read) if output is not None else None
+        inputs = (adapter, source) if source else (adapter,)
+        file = output_file.output(output, "--output", overwrite=overwrite, inputs=inputs) if output else None
 
         rows = _prompt_rows(prompts, source)
 
-        with _loading():
+        with _importing():
             from loratune.console import log
             from loratune.training import preflight
 
-        opened = preflight.open_adapter(adapter, log, forced=force)
-        if place is not None:
-            place = place.reading(Path(opened.base.name_or_path))
+        info = preflight.open_adapter(adapter, log, forced=force)
+        if file is not None:
+            file = file.reading(Path(info.base.name_or_path))
 
-        with _loading():
-            from loratune.commands import generate as generate_module
+        with _importing():
+            from loratune.commands.generate import generate
 
         stream = len(rows) == 1 and output is None and not base and sys.stdout.isatty()
-        answers = generate_module.generate(
-            opened, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream, log=log
+        answers = generate(
+            info, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream, log=log
         )
-        if place is not None:
-            with place.opened(log) as file:
-                _write_answers(answers, file)
+        if file is not None:
+            with file.opened(log) as opened:
+                _write_answers(answers, opened)
             return
         _print_answers(answers, base=base, streamed=stream)
 
@@ -206,11 +207,12 @@ def params(
 ) -> None:
     """Count what would be trained, from the model's configuration alone: no weights are loaded or downloaded."""
     with boundary(debug):
-        if sum(given is not None for given in (config_file, model, adapter)) != 1:
-            raise ConfigError(Problem("give one of CONFIG, --model and --adapter"))
+        if sum(value is not None for value in (config_file, model, adapter)) != 1:
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of CONFIG, --model and --adapter"))
         _check_paths(adapter=adapter)
         if adapter and assignments:
-            raise ConfigError(Problem("an adapter is read as it is", key="--set", fix="leave it out"))
+            what = "does not work with --adapter, which has its settings"
+            raise ConfigError(Problem(Code.USAGE_NOT_FOR_ADAPTERS, what, key="--set", fix="leave it out"))
 
         from loratune import config
 
@@ -221,14 +223,14 @@ def params(
             stats = adapter_stats.adapter_stats(adapter_files.inspect(adapter))
             adapter_stats.print_stats(str(adapter), stats, as_json)
             return
-        run = config.load(config_file, assignments) if config_file else config.of_model(str(model), assignments)
-        _tell(config.portability(run.lora))
+        run = config.load(config_file, assignments) if config_file else config.for_model(str(model), assignments)
+        _log_all(config.portability(run.lora))
 
-        with _loading():
-            from loratune.commands import params as params_module
+        with _importing():
             from loratune.commands import report
+            from loratune.commands.params import params
 
-        report.print_params(params_module.params(run), as_json)
+        report.print_params(params(run), as_json)
 
 
 @app.command()
@@ -241,83 +243,84 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score base and adapter on the same held-out rows."""
-    with boundary(debug, scarce="free memory, or shorten the rows with --set data.max_length"):
+    with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
         _check_paths(adapter=adapter, data=data)
-        with _loading():
+        with _importing():
             from loratune.config import Source
-            from loratune.console import log, watched
-            from loratune.data import check_source
+            from loratune.console import log, show_progress
+            from loratune.data import read_source
             from loratune.training import preflight
 
-        opened = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
-        part = check_source(Source(path=data), opened.data, watched)
+        info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
+        split = read_source(Source(path=data), info.data, show_progress)
 
-        with _loading():
+        with _importing():
             from loratune.commands import report
-            from loratune.commands.evaluate import evaluate as score_models
+            from loratune.commands.evaluate import evaluate
 
-        scores, remarks = score_models(opened, part, watched, log)
-        for line in remarks:
-            log(line)
+        scores, remarks = evaluate(info, split, show_progress, log)
+        _log_all(remarks)
         report.print_scores(scores, as_json)
 
 
 def _join() -> Group:
-    """The processes of this run; torch is imported for it only where there are several."""
-    if launcher.count() == 1:
+    """Join the processes of this run; torch is imported for it only where there are several."""
+    if launcher.world_size() == 1:
         return launcher.SingleProcess()
 
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch says of connections that end is ours to say
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # loratune reports lost connections itself
 
-    with _loading():
+    with _importing():
         from loratune.training import distributed
 
     return distributed.join()
 
 
-def _checked(
+def _check_run(
     config_file: Path, assignments: list[str], resume: list[str] | None, *, overwrite: bool
 ) -> "preflight.ValidatedRun":
-    """What can be known of a run before torch is imported, see `preflight.check`. resume: keys with new values."""
+    """Check what can be known of a run before torch is imported, see `preflight.check`.
+
+    resume: the keys whose values may have changed; None to start a run.
+    """
     from loratune import config
     from loratune.training import run_dir
 
     run = config.load(config_file, assignments)
-    if run.model.device_map is not None and launcher.count() > 1:
-        what = f"auto spreads one model over all GPUs, and each of {launcher.count()} processes would do so"
+    if run.model.device_map is not None and (size := launcher.world_size()) > 1:
+        what = f"auto spreads one model over all GPUs, and each of {size} processes would do so"
         fix = f"leave it out, or start one process: loratune train {escaping.shell(str(config_file))}"
-        raise ConfigError(Problem(what, str(config_file), "model.device_map", fix))
-    _tell(config.portability(run.lora))
-    read = config.inputs(config_file, run)
-    space = run_dir.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=read)
+        raise ConfigError(Problem(Code.CONFIG_SEVERAL_PROCESSES, what, str(config_file), "model.device_map", fix))
+    _log_all(config.portability(run.lora))
+    inputs = config.input_paths(config_file, run)
+    space = run_dir.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=inputs)
 
-    with _loading():
-        from loratune.console import watched
+    with _importing():
+        from loratune.console import show_progress
         from loratune.training import preflight
 
-    return preflight.check(run, space, watched, resume)
+    return preflight.check(run, space, show_progress, resume)
 
 
-def _tell(lines: Iterable[str]) -> None:
-    """What is lawful, and better known before the run than after it."""
+def _log_all(lines: Iterable[str]) -> None:
     from loratune.console import log
 
     for line in lines:
         log(line)
 
 
-def _resume_line(config_file: Path, assignments: Iterable[str], changes: Iterable[str]) -> str:
-    """The command that goes on with a run."""
-    given = [part for one in assignments for part in ("--set", one)]
-    allowed = [part for one in changes for part in ("--allow-change", one)]
-    words = [_program(), "train", str(config_file), *given, "--resume", *allowed]
+def _resume_command(config_file: Path, assignments: Iterable[str], changes: Iterable[str]) -> str:
+    """The command that continues a run."""
+    overrides = [word for assignment in assignments for word in ("--set", assignment)]
+    allowed = [word for key in changes for word in ("--allow-change", key)]
+    words = [_program(), "train", str(config_file), *overrides, "--resume", *allowed]
     return " ".join(map(escaping.shell, words))
 
 
 def _program() -> str:
-    """What to type for this program: its path, where the shell would not find it by its name."""
-    called = sys.argv[0]
-    return called if Path(called).name == "loratune" and shutil.which("loratune") is None else "loratune"
+    """What to type to run this program: its path, if the shell would not find it by its name."""
+    path = sys.argv[0]
+    return path if Path(path).name == "loratune" and shutil.which("loratune") is None else "loratune"
 
 
 def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
@@ -326,59 +329,60 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     from loratune.data import sources
 
     if source:
-        return sources.read(Source(path=str(source)))
-    given = {f"prompt {number}": prompt for number, prompt in enumerate(prompts or [], start=1)} or {"stdin": _typed()}
-    for name, prompt in given.items():
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # Python's stand-ins for bytes that are no text
-            raise DataError(Problem("not UTF-8", name, fix="give the prompt as text"))
-    return [sources.Row(name, {"prompt": prompt}) for name, prompt in given.items()]
+        return sources.read_rows(Source(path=str(source)))
+    texts = {f"prompt {number}": prompt for number, prompt in enumerate(prompts or [], start=1)} or {"stdin": _stdin()}
+    for name, prompt in texts.items():
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python represents undecodable bytes
+            raise DataError(Problem(Code.USAGE_NOT_UTF8, "not UTF-8", name, fix="give the prompt as text"))
+    return [sources.Row(name, {"prompt": prompt}) for name, prompt in texts.items()]
 
 
-def _typed() -> str:
-    """All of stdin as one prompt. Raises DataError: there is none."""
+def _stdin() -> str:
+    """All of stdin as one prompt. Raises DataError: it is empty."""
     if sys.stdin.isatty():
         print("type one prompt, and end it with Ctrl-D", file=sys.stderr)
     text = "" if sys.stdin.closed else sys.stdin.read()
     if not text.strip():
-        raise DataError(Problem("no prompt", fix="give it as an argument, with --input, or on stdin"))
+        fix = "give one as an argument, with --input, or on stdin"
+        raise DataError(Problem(Code.USAGE_NO_PROMPT, "there is no prompt", fix=fix))
     return text.rstrip("\n")
 
 
-def _check_paths(**given: str | Path | None) -> None:
+def _check_paths(**options: str | Path | None) -> None:
     """Raises ConfigError: the value of an option cannot be a path."""
-    for option, path in given.items():
+    for option, path in options.items():
         if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
-            raise ConfigError(Problem(f"the path {reason}", key=f"--{option}"))
+            raise ConfigError(Problem(Code.USAGE_BAD_PATH, f"the path {reason}", key=f"--{option}"))
 
 
 def _check_answers(
     prompts: list[str] | None, source: Path | None, output: Path | None, temperature: float, *, overwrite: bool
 ) -> None:
     """Raises ConfigError: options of `generate` that do not go together, or a temperature out of range."""
-    if temperature and not 1e-3 <= temperature <= 1e3:  # logits over it are inf, or all the same; NaN is neither
-        what, fix = f"{temperature:g} is not between 0.001 and 1,000", "0: take the likeliest token"
-        raise ConfigError(Problem(what, key="--temperature", fix=fix))
+    if temperature and not 1e-3 <= temperature <= 1e3:  # logits divided by it would be inf, or all equal; or it is NaN
+        what, fix = f"{temperature:g} is not between 0.001 and 1,000", "0 takes the likeliest token"
+        raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key="--temperature", fix=fix))
     if prompts and source:
-        raise ConfigError(Problem("give prompts, or --input, not both"))
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, "give prompts or --input, not both"))
     if overwrite and output is None:
-        raise ConfigError(Problem("replaces what --output names, and that is not given", key="--overwrite"))
+        raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --output", key="--overwrite"))
 
 
 def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -> None:
-    """One after another, as they come. streamed: they are printed already, token by token."""
+    """Print answers as soon as they are there. streamed: they have been printed already, token by token."""
     for answer in answers:
         if base:
             print(f"{answer.prompt}\n  base     {_one_line(answer.base)}")
             print(f"  adapter  {_one_line(answer.completion)}", flush=True)
         elif not streamed:
-            verbatim(answer.completion)
+            print_raw(answer.completion)
 
 
 def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
-    """One row per answer: as it was read, with `completion`, and `base`; its own `completion` becomes `reference`."""
-    from loratune.data.sources.rows import as_json
+    """Write each row with its `completion`, and `base`; the row's own `completion` becomes `reference`."""
+    from loratune.data.sources.rows import to_json_line
 
-    to = Screen(file) if file.isatty() else file
+    stream = EscapedStream(file) if file.isatty() else file
     for answer in answers:
         row = dict(answer.row.values)
         if "completion" in row:
@@ -386,7 +390,7 @@ def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
         row["completion"] = answer.completion
         if answer.base is not None:
             row["base"] = answer.base
-        print(as_json(row), file=to)
+        print(to_json_line(row), file=stream)
 
 
 def _one_line(text: str | None) -> str:

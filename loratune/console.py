@@ -1,4 +1,4 @@
-"""What the user sees: progress and notes on stderr, results in small aligned blocks on stdout."""
+"""What the user sees: progress and messages on stderr, results in small aligned blocks on stdout."""
 
 import io
 import json
@@ -26,72 +26,75 @@ from loratune import escaping
 from loratune.system import signals
 
 
-class Screen(io.TextIOBase):
-    """The door to the screen: a stream on which nothing that a terminal would obey is written, whoever writes.
+class EscapedStream(io.TextIOBase):
+    """A stream that escapes all that a terminal would obey, whoever writes it.
 
-    raw: the stream behind it, for sequences of our own (`err` and `out` write their bars and colours there).
+    raw: the stream behind it, to which `err` and `out` write their own bars and colours.
     """
 
     def __init__(self, stream: Any):
         self.raw = stream
 
     def write(self, text: str) -> int:
-        """Write it escaped; a bar of a library may begin its line again."""
-        again = text.startswith("\r") and self.isatty()
-        safe = f"\r{escaping.text(text[1:])}" if again else escaping.text(text)
+        """Write the text escaped; only a carriage return at its start stays, for progress bars of libraries."""
+        restarts_line = text.startswith("\r") and self.isatty()
+        safe = f"\r{escaping.text(text[1:])}" if restarts_line else escaping.text(text)
         self.raw.write(safe)
         return len(text)
 
     def flush(self) -> None:
-        """Of the stream."""
+        """As the stream behind it."""
         self.raw.flush()
 
     def close(self) -> None:
-        """Nothing: Python closes what nobody holds, and would hide that the stream behind it cannot be written."""
+        """Nothing: Python closes an unreferenced stream, which would hide that the one behind it cannot be written."""
 
     def isatty(self) -> bool:
-        """Of the stream."""
+        """As the stream behind it."""
         return bool(self.raw.isatty())
 
     def fileno(self) -> int:
-        """Of the stream."""
+        """As the stream behind it."""
         return int(self.raw.fileno())
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the stream."""
+        """As the stream behind it."""
         return str(self.raw.encoding)
 
 
 @contextmanager
-def screened() -> Iterator[None]:
-    """Inside, all that is printed goes through a `Screen`."""
-    screens = {name: Screen(getattr(sys, name)) for name in ("stdout", "stderr") if getattr(sys, name) is not None}
-    before = {name: getattr(sys, name) for name in screens}
+def escape_output() -> Iterator[None]:
+    """Inside, all that is printed goes through an `EscapedStream`."""
+    originals = {name: stream for name in ("stdout", "stderr") if (stream := getattr(sys, name)) is not None}
+    streams = {name: EscapedStream(stream) for name, stream in originals.items()}
     try:
-        for name, screen in screens.items():
-            setattr(sys, name, screen)
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
         yield
     finally:
-        for name, screen in screens.items():
-            if getattr(sys, name) is screen:  # another one was put there because its reader has gone
-                setattr(sys, name, before[name])
+        for name, stream in streams.items():
+            if getattr(sys, name) is stream:  # else it was replaced because its reader has gone
+                setattr(sys, name, originals[name])
 
 
-def verbatim(text: str) -> None:
-    """A line of text on stdout as it is, for another program; on a terminal it is escaped as all else."""
+def print_raw(text: str) -> None:
+    """Print a line on stdout unchanged, for another program; on a terminal it is escaped like everything else."""
     stream = sys.stdout
-    print(text, file=stream.raw if isinstance(stream, Screen) and not stream.isatty() else stream, flush=True)
+    print(text, file=stream.raw if isinstance(stream, EscapedStream) and not stream.isatty() else stream, flush=True)
 
 
 class _Console(Console):
-    """Writes behind the door, so that its own colours and bars come through; what it is given is escaped before."""
+    """A console that writes to the stream behind an `EscapedStream`, so that its own colours and bars come through.
+
+    Its callers escape what they print with it.
+    """
 
     @property
     def file(self) -> Any:
-        """The stream behind the door."""
+        """The stream behind the `EscapedStream`."""
         stream = super().file
-        return stream.raw if isinstance(stream, Screen) else stream
+        return stream.raw if isinstance(stream, EscapedStream) else stream
 
     @file.setter
     def file(self, new: Any) -> None:
@@ -102,31 +105,31 @@ err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 out = _Console(highlight=False, soft_wrap=True, emoji=False)
 
 
-class Patient(io.TextIOBase):
-    """A stream for what is told on the way: a run does not end because its reader has gone, or the disk of its log is
-    full; and one that was asked to end does not wait for a reader that does not read.
+class LossyStream(io.TextIOBase):
+    """A stream for messages, which may get lost: a run does not end because their reader has gone or the disk is full,
+    and a run that should end does not wait for a reader that does not read.
 
     Whole lines go to the file descriptor, past Python's buffers: a signal may raise an exception or run its handler in
-    the middle of a write, and finds no lock held, and nothing that is written twice.
+    the middle of a write, without a lock being held or anything being written twice.
     """
 
     def __init__(self, stream: Any):
-        self._stream, self._held = stream, ""
+        self._stream, self._pending = stream, ""
         self._handle: int | None = None
         with suppress(OSError, ValueError):
             stream.flush()
             self._handle = stream.fileno()
 
     def write(self, text: str) -> int:
-        """As the stream does, or as if it did."""
-        self._held += text
+        """Write, or pretend to."""
+        self._pending += text
         if "\n" in text or "\r" in text:
             self.flush()
         return len(text)
 
     def flush(self) -> None:
-        """As the stream does, or not at all."""
-        text, self._held = self._held, ""
+        """Write what is pending, or drop it."""
+        text, self._pending = self._pending, ""
         with suppress(OSError, ValueError):
             if self._handle is None:
                 self._stream.write(text)
@@ -135,50 +138,50 @@ class Patient(io.TextIOBase):
                 _send(self._handle, text.encode(self.encoding, self._stream.errors))
 
     def isatty(self) -> bool:
-        """Of the stream."""
+        """As the stream behind it."""
         return bool(self._stream.isatty())
 
     def fileno(self) -> int:
-        """Of the stream."""
+        """As the stream behind it."""
         return int(self._stream.fileno())
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the stream."""
+        """As the stream behind it."""
         return str(self._stream.encoding)
 
 
 _PATIENCE = 10
-"""Tenths of a second for which a process that is to end waits for room in a full pipe, or in a stopped terminal."""
+"""Tenths of a second that a process which should end waits for room in a full pipe, or for a stopped terminal."""
 
 
 def _send(handle: int, data: bytes) -> None:
-    """Write all of it to a file descriptor, and drop the rest once a signal has come and nothing is read.
+    """Write to a file descriptor; once a signal has come and nothing is read, drop the rest.
 
     A pipe that has room takes PIPE_BUF bytes without waiting, and no other process's line comes between them.
     """
-    room = select.poll()
-    room.register(handle, select.POLLOUT)
+    poll = select.poll()
+    poll.register(handle, select.POLLOUT)
     while data:
         waited = 0
-        while not room.poll(100):
-            waited += signals.asked()
+        while not poll.poll(100):
+            waited += signals.stop_requested()
             if waited > _PATIENCE:
                 return
         data = data[os.write(handle, data[: select.PIPE_BUF]) :]
 
 
-_APART: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
-"""For bars: rich would take what is printed beside them around the door."""
+_NO_REDIRECT: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
+"""For progress bars: by default rich prints what others write without escaping it."""
 
 
 def log(text: str) -> None:
-    """One line on stderr about what is going on."""
+    """Print one line on stderr about what is going on."""
     err.print(escaping.line(text), markup=False)
 
 
-def block(title: str, lines: Iterable[tuple[str, str]]) -> None:
-    """A titled block of `name  value` lines on stdout, values aligned."""
+def print_block(title: str, lines: Iterable[tuple[str, str]]) -> None:
+    """Print a title and `name  value` lines on stdout, values aligned."""
     rows = list(lines)
     width = max(len(name) for name, _ in rows)
     print(title)
@@ -186,8 +189,8 @@ def block(title: str, lines: Iterable[tuple[str, str]]) -> None:
         print(escaping.line(f"  {name:<{width}}  {value}"))
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The lines of an aligned table: the first column to the left, all others to the right."""
+def align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table whose first column is aligned to the left and all others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     for row in [header, *rows]:
         cells = [
@@ -197,32 +200,39 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
         yield "  " + "  ".join(cells).rstrip()
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """An aligned table on stdout."""
-    for line in aligned(header, rows):
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print an aligned table on stdout."""
+    for line in align(header, rows):
         print(escaping.line(line))
 
 
-def as_json(values: Any) -> None:
-    """Indented JSON on stdout, of which nothing is left to be escaped: `json` passes DEL on."""
+def print_json(values: Any) -> None:
+    """Print indented JSON on stdout, with everything escaped that a terminal would obey: `json` does not escape DEL."""
     print(json.dumps(values, indent=2).replace("\x7f", "\\u007f"))
 
 
-def marked(pieces: Iterable[tuple[str, bool]], console: Console = out) -> None:
-    """Text whose learnt pieces are green in a terminal, and stand between ⟦ ⟧ elsewhere."""
+def print_marked(pieces: Iterable[tuple[str, bool]], console: Console = out) -> None:
+    """Print text whose supervised pieces are green in a terminal, and stand between ⟦ ⟧ elsewhere.
+
+    pieces: each with whether it is supervised.
+    """
     if console.is_terminal:
-        safe = [(escaping.text(piece), learnt) for piece, learnt in pieces]
-        console.print(Text.assemble(*[(piece, "bold green" if learnt else "dim") for piece, learnt in safe]))
+        safe = [(escaping.text(piece), supervised) for piece, supervised in pieces]
+        console.print(Text.assemble(*[(piece, "bold green" if supervised else "dim") for piece, supervised in safe]))
     else:
-        text = "".join(f"⟦{piece}⟧" if learnt else piece for piece, learnt in pieces)
+        text = "".join(f"⟦{piece}⟧" if supervised else piece for piece, supervised in pieces)
         console.print(escaping.text(text), markup=False)
 
 
 @contextmanager
-def watched(what: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Shows how far a pass over `size` bytes is (0: unknown): a bar in a terminal, in a log a line every half minute.
+def show_progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Show the progress of a pass over data: a bar in a terminal, elsewhere a line every half minute.
 
-    Gives what takes the bytes done since its last call. A bar appears only once the pass has taken a second.
+    A bar appears only once the pass has taken a second. Gives a function that takes the bytes done since its last call.
+
+    Args:
+        what: What is done.
+        size: Bytes of the data; 0 if unknown.
     """
     begun = shown = time.monotonic()
     done = 0
@@ -241,7 +251,7 @@ def watched(what: str, size: int) -> Iterator[Callable[[int], None]]:
                 DownloadColumn(),
                 TransferSpeedColumn(),
             )
-            bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True, **_APART)
+            bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True, **_NO_REDIRECT)
             bar.add_task("", total=size or None, completed=done)
             bar.start()
         elif now > shown + 30:
@@ -255,14 +265,14 @@ def watched(what: str, size: int) -> Iterator[Callable[[int], None]]:
             bar.stop()
 
 
-def size(count: int) -> str:
-    """Bytes in the unit that reads best: `1,843,200 bytes (1.8 MB)`, `3.2 GiB`."""
+def format_size(count: int) -> str:
+    """A number of bytes in the unit that reads best: `1,843,200 bytes (1.8 MB)`, `3.2 GiB`."""
     if count >= 1 << 28:
         return f"{count / (1 << 30):.1f} GiB"
     return f"{count:,} bytes ({f'{count / 1e6:.1f} MB' if count >= 1e6 else f'{count / 1e3:.1f} kB'})"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`42 s`, `1:05 min`, `2:03:04 h`."""
     whole = round(seconds)
     minutes, rest = divmod(whole, 60)
@@ -272,7 +282,7 @@ def duration(seconds: float) -> str:
 
 
 class TrainingProgress:
-    """Shows a training run: a bar in a terminal, a line per report in a log. Implements `trainer.Progress`."""
+    """Shows the progress of training: a bar in a terminal, else a line per report. Implements `trainer.Progress`."""
 
     def __init__(self) -> None:
         self.bar: Bar | None = None
@@ -280,18 +290,18 @@ class TrainingProgress:
         self.shown: dict[str, float] = {}
 
     def start(self, steps: int, done: int) -> None:
-        """Begin the clock."""
+        """Start the clock. steps: of the whole run; done: those before an interruption."""
         self.steps, self.begun, self.done, self.started = steps, done, done, time.monotonic()
         if err.is_terminal:
             self.bar = Bar(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
-                TextColumn("left"), TimeRemainingColumn(), console=err, **_APART,
+                TextColumn("left"), TimeRemainingColumn(), console=err, **_NO_REDIRECT,
             )  # fmt: skip
             self.task = self.bar.add_task("", total=steps, completed=done, state="")
             self.bar.start()
 
     def step(self, done: int, tokens: int) -> None:
-        """Advance to `done` steps and `tokens` tokens read."""
+        """Show that `done` steps are done, with `tokens` tokens since the start."""
         self.done, self.tokens = done, tokens
         if self.bar:
             self.bar.update(self.task, completed=done, state=self._state())
@@ -319,5 +329,5 @@ class TrainingProgress:
         return f"loss {self.shown['loss']:.4f}  lr {self.shown.get('learning_rate', 0):.2e}  {speed}"
 
     def _left(self) -> str:
-        passed = time.monotonic() - self.started
-        return duration(passed / max(self.done - self.begun, 1) * (self.steps - self.done))
+        elapsed = time.monotonic() - self.started
+        return format_duration(elapsed / max(self.done - self.begun, 1) * (self.steps - self.done))

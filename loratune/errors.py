@@ -5,16 +5,16 @@ LoratuneError           1   unexpected
 ├── ModelError          3   model or tokenizer
 ├── DataError           4   data
 ├── AdapterError        5   adapter directory
-├── NumericError        6   NaN, inf, nothing learnt
+├── NumericError        6   NaN, inf, an adapter without effect
 ├── ResumeError         7   a checkpoint does not fit the run
 ├── ResourceError       8   memory or disk
 ├── LockedError         9   another run holds the directory
-├── LostError          10   another process of the run has gone
+├── LostError          10   another process of the run has ended
 ├── Interrupted       130   Ctrl-C
 └── Terminated        143   SIGTERM
 
-An error holds every problem that was found, so that the user mends them in one go. `cli` is the one place
-that turns an error into lines on stderr and an exit code.
+An error holds every problem, so that the user can fix all of them at once. `commands.boundary` is the one place that
+turns an error into lines on stderr and an exit code.
 """
 
 import errno
@@ -29,7 +29,8 @@ from loratune import escaping
 class Code(StrEnum):
     """The stable name of each kind of problem, for scripts and tests: wording may change, a code may not.
 
-    A member is its code; `meaning` says in one sentence when it is reported.
+    A member is its code; `meaning` says in one sentence when it is reported. A code without an area, such as
+    `interrupted`, is a word of the message itself, and is not printed once more.
     """
 
     meaning: str
@@ -44,8 +45,69 @@ class Code(StrEnum):
     UNEXPECTED = "unexpected", "An error that loratune has no code for; please report it."
 
     # Command line, configuration, console (usage.*, config.*, output.*)
+    INTERRUPTED = "interrupted", "The user stopped the command with Ctrl-C."
+    TERMINATED = "terminated", "A signal other than Ctrl-C asked the command to end."
+    USAGE_CONFLICT = "usage.conflict", "Two options or arguments cannot be given together, or exactly one is needed."
+    USAGE_NEEDS_OPTION = "usage.needs_option", "An option only works together with another one."
+    USAGE_NOT_FOR_ADAPTERS = "usage.not_for_adapters", "An option has no meaning for an adapter directory."
+    USAGE_BAD_PATH = "usage.bad_path", "The value of an option cannot be a path."
+    USAGE_OUT_OF_RANGE = "usage.out_of_range", "The value of an option is outside its range."
+    USAGE_NO_PROMPT = "usage.no_prompt", "There is no prompt as an argument, in a file, or on stdin."
+    USAGE_NOT_UTF8 = "usage.not_utf8", "A prompt is not UTF-8."
+    USAGE_SEVERAL_PROCESSES = "usage.several_processes", "A launcher started a command that is for one process."
+    CONFIG_UNREADABLE = "config.unreadable", "The config file cannot be read."
+    CONFIG_NOT_A_FILE = "config.not_a_file", "A directory or pipe is given in place of a config file."
+    CONFIG_TOO_LARGE = "config.too_large", "The file is too large to be a config file."
+    CONFIG_EMPTY_FILE = "config.empty_file", "The config file has no content."
+    CONFIG_NOT_UTF8 = "config.not_utf8", "The config file is not UTF-8."
+    CONFIG_SYNTAX = "config.syntax", "The config file, or a value of --set, is not valid YAML."
+    CONFIG_NOT_A_MAPPING = "config.not_a_mapping", "The config file is not a mapping of sections."
+    CONFIG_YAML_ALIAS = "config.yaml_alias", "The config file has a YAML alias."
+    CONFIG_YAML_TAG = "config.yaml_tag", "The config file has a YAML tag."
+    CONFIG_TOO_DEEP = "config.too_deep", "The config file is nested too deeply."
+    CONFIG_BAD_KEY = "config.bad_key", "A key is not a plain word."
+    CONFIG_DUPLICATE_KEY = "config.duplicate_key", "A key is written twice."
+    CONFIG_AMBIGUOUS_VALUE = "config.ambiguous_value", "YAML readers disagree on what a value means."
+    CONFIG_MORE_PROBLEMS = "config.more_problems", "There are more problems than are shown."
+    CONFIG_BAD_ASSIGNMENT = "config.bad_assignment", "An argument of --set is not section.key=value."
+    CONFIG_NOTHING_TO_REMOVE = "config.nothing_to_remove", "--set removes a key that the config does not have."
+    CONFIG_UNKNOWN_KEY = "config.unknown_key", "There is no such key."
+    CONFIG_MISSING_KEY = "config.missing_key", "A key without a default is missing."
+    CONFIG_WRONG_TYPE = "config.wrong_type", "A value is of the wrong type."
+    CONFIG_NOT_A_CHOICE = "config.not_a_choice", "A value is none of the allowed ones."
+    CONFIG_EMPTY_VALUE = "config.empty_value", "A text or list is empty."
+    CONFIG_OUT_OF_RANGE = "config.out_of_range", "A number is outside its range, or not finite."
+    CONFIG_NOT_A_PATH = "config.not_a_path", "A value cannot be a path."
+    CONFIG_NOT_A_FRACTION = "config.not_a_fraction", "A fraction does not lie between 0 and 1."
+    CONFIG_BAD_PATTERN = "config.bad_pattern", "A regular expression of the config is none, or is too large."
+    CONFIG_UNPINNED_CODE = "config.unpinned_code", "Code from a repository is trusted without a pinned revision."
+    CONFIG_GGUF_QUANTIZED = "config.gguf_quantized", "A GGUF file is to be quantized again."
+    CONFIG_RANDOM_INIT = "config.random_init", "The adapter would not start from zero."
+    CONFIG_ODD_RANK = "config.odd_rank", "Orthogonal initialization needs an even rank."
+    CONFIG_LORA_VARIANTS = "config.lora_variants", "Two variants of LoRA do not work together."
+    CONFIG_LORAFA_OPTIMIZER = "config.lorafa_optimizer", "LoRA-FA has an optimizer of its own."
+    CONFIG_INIT_QUANTIZATION = "config.init_quantization", "An initialization does not fit the base's quantization."
+    CONFIG_UNKNOWN_COLUMN = "config.unknown_column", "A row has no field of this name."
+    CONFIG_COLUMN_TWICE = "config.column_twice", "One column of the data is given for two fields."
+    CONFIG_SOURCE_WEIGHTS = "config.source_weights", "Some sources have a weight and some have none, or one has one."
+    CONFIG_FORMAT_WITHOUT_CHAT = "config.format_without_chat", "A key for chats is set for a format without chats."
+    CONFIG_NO_STEPS = "config.no_steps", "The run would have no steps."
+    CONFIG_LENGTH_TWICE = "config.length_twice", "Two keys set the length of the run."
+    CONFIG_WARMUP_NOT_WHOLE = "config.warmup_not_whole", "A number of warmup steps is not a whole number."
+    CONFIG_WARMUP_TOO_LONG = "config.warmup_too_long", "The warmup is longer than the run."
+    CONFIG_CONSTANT_WARMUP = "config.constant_warmup", "The constant schedule has no warmup."
+    CONFIG_NO_EVALUATION_ROWS = "config.no_evaluation_rows", "Evaluations are configured without rows for them."
+    CONFIG_SEVERAL_PROCESSES = "config.several_processes", "A key is for one process, and several were started."
+    CONFIG_ADAPTER_VALUE = "config.adapter_value", "A value of an adapter's configuration is of the wrong type."
+    CONFIG_ADAPTER_PATTERN = "config.adapter_pattern", "A pattern of an adapter is none, or takes too long to match."
+    CONFIG_ADAPTER_TOO_MANY = "config.adapter_too_many", "An adapter's configuration has more entries than modules."
+    CONFIG_ADAPTER_RANK = "config.adapter_rank", "The rank in an adapter's configuration is not that of its tensors."
+    OUTPUT_FULL = "output.full", "The disk is full that standard output is written to."
+    OUTPUT_FAILED = "output.failed", "Standard output cannot be written."
 
     # System (system.*)
+    SYSTEM_OUT_OF_MEMORY = "system.out_of_memory", "The process ran out of memory."
+    SYSTEM_CALL_FAILED = "system.call_failed", "The operating system refused to read or write a file."
     SYSTEM_DISK_TOO_SMALL = "system.disk_too_small", "The disk has too little room for what a run will write."
     SYSTEM_DISK_FULL = "system.disk_full", "The disk, a quota, or the limit of a file's size ran out during a write."
     SYSTEM_LOCKED = "system.locked", "Another run is using the same directory."
@@ -56,7 +118,77 @@ class Code(StrEnum):
 
     # Data: sources and formats (data.*)
 
-    # Data: templates, rendering, packing, cache (data.*, template.*)
+    DATA_FILE_NOT_FOUND = "data.file_not_found", "A data path names nothing that exists."
+    DATA_NO_FILES = "data.no_files", "A directory or a glob holds no file of a type that is read."
+    DATA_NOT_A_FILE = "data.not_a_file", "A data path is neither a file nor a directory, such as a pipe."
+    DATA_FILE_UNREADABLE = "data.file_unreadable", "The operating system refuses to read a data file."
+    DATA_FILE_TYPE = "data.file_type", "A data file has an ending that is not read."
+    DATA_FILE_DAMAGED = "data.file_damaged", "A gzip or Parquet file cannot be unpacked."
+    DATA_FILE_CHANGED = "data.file_changed", "A data file changed between the check of its rows and their use."
+    DATA_SPLIT = "data.split", "`split` is not a slice that can be taken of a local source."
+    DATA_NO_ROWS = "data.no_rows", "A source has no rows, or none in its split."
+    DATA_HUB_ID = "data.hub_id", "A path is neither a file nor a valid id of a hub dataset."
+    DATA_HUB_UNREACHABLE = "data.hub_unreachable", "The hub does not answer, and the dataset is not in the cache."
+    DATA_HUB_LOADING = "data.hub_loading", "A hub dataset cannot be loaded."
+    DATA_ENCODING = "data.encoding", "A data file holds bytes that are not UTF-8."
+    DATA_JSON = "data.json", "A row or document is not valid JSON."
+    DATA_JSON_CUT_OFF = "data.json_cut_off", "A row or document ends in the middle of a JSON value."
+    DATA_JSON_DEPTH = "data.json_depth", "JSON is nested more deeply than it can be read."
+    DATA_JSON_DUPLICATE_KEY = "data.json_duplicate_key", "A JSON object has a key twice."
+    DATA_CSV = "data.csv", "A record is not valid CSV."
+    DATA_CSV_CELLS = "data.csv_cells", "A record of a CSV file has more or fewer cells than the header."
+    DATA_CSV_SEPARATOR = "data.csv_separator", "The header of a CSV file is separated by something else than commas."
+    DATA_DUPLICATE_COLUMN = "data.duplicate_column", "A CSV or Parquet file has two columns of one name."
+    DATA_ROW_NOT_OBJECT = "data.row_not_object", "A row is not an object with named fields."
+    DATA_INDEX_DISK = "data.index_disk", "The temporary index of the rows cannot be written."
+    DATA_EMPTY_TRAIN_SPLIT = "data.empty_train_split", "The validation fraction takes every row."
+    DATA_FORMAT_UNKNOWN = "data.format_unknown", "The fields of a file's first row fit no format."
+    DATA_FORMAT_AMBIGUOUS = "data.format_ambiguous", "The fields of a file's first row fit more than one format."
+    DATA_PREFERENCES = (
+        "data.preferences",
+        "Rows hold preferences between answers, which training does not compare.",
+    )
+    DATA_COLUMN_MISSING = "data.column_missing", "`columns` names a field that the first row of a file lacks."
+    DATA_COLUMN_UNUSED = "data.column_unused", "`columns` maps a field that the format does not read."
+    DATA_NOT_CHAT = "data.not_chat", "A setting is for conversations, and the rows are something else."
+    DATA_FIELD_MISSING = "data.field_missing", "A row lacks a field that its format needs."
+    DATA_FIELD_TYPE = "data.field_type", "A field holds a value of the wrong type."
+    DATA_FIELD_UNUSED = "data.field_unused", "A row holds something that would not reach training."
+    DATA_FIELD_CONFLICT = "data.field_conflict", "Two fields of a row contradict each other."
+    DATA_FIELD_JSON = "data.field_json", "A field must hold JSON, and its value cannot be read or written as JSON."
+    DATA_SURROGATE = "data.surrogate", "A field holds a lone surrogate, which is not a character."
+    DATA_ROLE = "data.role", "A message has an unknown role, or a field that its role may not have."
+    DATA_WEIGHT = "data.weight", "The weight of a message is not 0 or 1, or contradicts its role or `loss_on`."
+    DATA_NO_QUESTION = "data.no_question", "A row to be answered holds no prompt."
+    DATA_NO_ANSWER = "data.no_answer", "A row to be trained on holds no answer."
+    DATA_TOOL_CALL = "data.tool_call", "A tool call does not name a function."
+    DATA_TOKEN_ID = "data.token_id", "A token id is negative, or not in the vocabulary."
+    DATA_LABELS = "data.labels", "`labels` are neither the ids at their own places nor -100."
+    DATA_LENGTHS = "data.lengths", "`labels` or `attention_mask` have another length than `input_ids`."
+    DATA_PADDING = "data.padding", "`input_ids` come with padding."
+
+    # Data: templates, rendering, packing, cache (data.*, template.*, tokenizer.*)
+
+    TOKENIZER_NO_EOS = "tokenizer.no_eos", "The tokenizer has no end-of-sequence token."
+    TOKENIZER_FAILS = "tokenizer.fails", "The tokenizer fails on every text, or takes too long."
+    TOKENIZER_FAILS_ON_ROW = "tokenizer.fails_on_row", "The tokenizer fails on the text of one row or prompt."
+    TOKENIZER_ID_BEYOND_MODEL = "tokenizer.id_beyond_model", "The model has no embedding for a token."
+    TEMPLATE_MISSING = "template.missing", "Conversations need a chat template, and the tokenizer has none."
+    TEMPLATE_NOT_JINJA = "template.not_jinja", "The chat template of the tokenizer cannot be compiled."
+    TEMPLATE_BEYOND_LIMIT = "template.beyond_limit", "The chat template takes too long, or too much memory."
+    TEMPLATE_REFUSES_MESSAGES = "template.refuses_messages", "The chat template raises an error for a conversation."
+    TEMPLATE_OMITS_TOOLS = "template.omits_tools", "The chat template does not render the tools of a conversation."
+    TEMPLATE_OMITS_MESSAGE = "template.omits_message", "The chat template does not render the result of a tool call."
+    TEMPLATE_OMITS_REASONING = "template.omits_reasoning", "The chat template does not render an answer's reasoning."
+    TEMPLATE_OMITS_TOOL_CALLS = "template.omits_tool_calls", "The chat template does not render an answer's tool calls."
+    TEMPLATE_HIDES_ANSWER = "template.hides_answer", "Where a supervised answer begins and ends cannot be found."
+    TEMPLATE_PROMPT_DIFFERS = "template.prompt_differs", "The prompt ends in a text that the answer lacks."
+    TEMPLATE_UNMARKED_ANSWER = "template.unmarked_answer", "The generation marks of the template leave out an answer."
+    DATA_NO_SUPERVISED_TURN = "data.no_supervised_turn", "A conversation has no assistant turn to train on."
+    DATA_ROW_TOO_LONG = "data.row_too_long", "A row is longer than data.max_length, and data.truncation is error."
+    DATA_NOTHING_TO_LEARN = "data.nothing_to_learn", "No row of a dataset split has a supervised token."
+    DATA_TOO_MANY_DROPPED = "data.too_many_dropped", "More rows would be dropped than data.max_dropped allows."
+    DATA_CACHE_NOT_WRITTEN = "data.cache_not_written", "The tokenized rows cannot be written to the disk."
 
     # Base model and tokenizer (model.*)
     MODEL_NO_DIRECTORY = "model.no_directory", "The path of a base model names no directory."
@@ -71,7 +203,10 @@ class Code(StrEnum):
     MODEL_DOWNLOAD_FAILED = "model.download_failed", "The download of a file from the hub failed."
     MODEL_NEEDS_CODE = "model.needs_code", "The model needs code from its repository, which is not trusted."
     MODEL_FOREIGN_CODE = "model.foreign_code", "A file of the model names code of another repository."
-    MODEL_FOREIGN_KERNEL = "model.foreign_kernel", "config.json names an attention kernel of another repository."
+    MODEL_FOREIGN_KERNEL = (
+        "model.foreign_kernel",
+        "The file config.json names an attention kernel of another repository.",
+    )
     MODEL_CODE_NAME = "model.code_name", "A file of the model names code in no module of its own repository."
     MODEL_CODE_OUTSIDE = "model.code_outside", "Code in the model's directory is a link to a file outside of it."
     MODEL_LFS_POINTER = "model.lfs_pointer", "A file of weights is a Git LFS pointer."
@@ -83,9 +218,15 @@ class Code(StrEnum):
     MODEL_GGUF_TRUNCATED = "model.gguf_truncated", "The GGUF file is cut off."
     MODEL_GGUF_DAMAGED = "model.gguf_damaged", "The header of the GGUF file is damaged."
     MODEL_MISSING_PACKAGE = "model.missing_package", "A package that this model or setting needs is not installed."
-    MODEL_CONFIG_UNREADABLE = "model.config_unreadable", "transformers cannot load the configuration of the model."
-    MODEL_TOKENIZER_UNREADABLE = "model.tokenizer_unreadable", "transformers cannot load the tokenizer of the model."
-    MODEL_UNREADABLE = "model.unreadable", "transformers cannot build or load the model."
+    MODEL_CONFIG_UNREADABLE = (
+        "model.config_unreadable",
+        "The transformers library cannot load the configuration of the model.",
+    )
+    MODEL_TOKENIZER_UNREADABLE = (
+        "model.tokenizer_unreadable",
+        "The transformers library cannot load the tokenizer of the model.",
+    )
+    MODEL_UNREADABLE = "model.unreadable", "The transformers library cannot build or load the model."
     MODEL_INVALID_ARCHITECTURES = "model.invalid_architectures", "`architectures` in config.json is no list of names."
     MODEL_IMPLAUSIBLE_SIZE = "model.implausible_size", "A count in config.json is larger than any model has."
     MODEL_ENCODER_DECODER = "model.encoder_decoder", "The model is an encoder-decoder."
@@ -102,15 +243,86 @@ class Code(StrEnum):
     MODEL_TEMPLATE_INVALID = "model.template_invalid", "The chat template file is not a Jinja template."
     MODEL_TEMPLATE_LIMIT = "model.template_limit", "The chat template takes too long or too much memory."
     MODEL_QUANTIZED_ALREADY = "model.quantized_already", "The base to be quantized is quantized already."
-    MODEL_QUANTIZATION_UNKNOWN = "model.quantization_unknown", "transformers does not know how the base is quantized."
+    MODEL_QUANTIZATION_UNKNOWN = (
+        "model.quantization_unknown",
+        "The transformers library does not know how the base is quantized.",
+    )
     MODEL_QUANTIZATION_FROZEN = "model.quantization_frozen", "A base quantized in this way cannot be trained."
     MODEL_BITSANDBYTES = "model.bitsandbytes", "8bit or 4bit is set, and bitsandbytes does not work here."
-    MODEL_ORIGINAL_MISSING = "model.original_missing", "loftq does not find a weight as it was before quantization."
+    MODEL_ORIGINAL_MISSING = "model.original_missing", "LoftQ does not find a weight as it was before quantization."
     MODEL_NO_BFLOAT16 = "model.no_bfloat16", "The GPU does not compute in bfloat16."
     MODEL_NEEDS_GPU = "model.needs_gpu", "A setting of the model needs a GPU, and there is none."
     MODEL_FLASH_ATTENTION = "model.flash_attention", "Flash attention is set without its package or a CUDA GPU."
 
     # LoRA and adapter directories (lora.*, adapter.*)
+    LORA_NO_TARGETS = "lora.no_targets", "The list of targets, or a name in it, is empty."
+    LORA_UNKNOWN_TARGET = "lora.unknown_target", "A name or regular expression matches no module."
+    LORA_UNSUITABLE_TARGET = "lora.unsuitable_target", "A target is no linear layer or embedding."
+    LORA_AMBIGUOUS_TARGET = "lora.ambiguous_target", "PEFT cannot tell a target from another module."
+    LORA_NO_EFFECT = "lora.no_effect", "PEFT cannot adapt a target, or an adapter on it has no effect."
+    LORA_NO_LINEAR = "lora.no_linear", "The model has no linear layer that LoRA can adapt."
+    LORA_NO_ATTENTION = "lora.no_attention", "Roles are named, and the model has no attention."
+    LORA_NO_ROLE = "lora.no_role", "No module of the model's attention is known to serve a role."
+    LORA_ROLE_PARTIAL = "lora.role_partial", "A role is known in some attention layers only."
+    LORA_NO_LAYER = "lora.no_layer", "`layers_to_transform` names a layer without targets."
+    LORA_EXPRESSION = "lora.expression", "A regular expression does not compile, or takes too long to match."
+    LORA_PATTERN_UNUSED = "lora.pattern_unused", "An entry of a pattern matches no target."
+    LORA_PATTERN_CONFLICT = "lora.pattern_conflict", "A pattern gives a target two values."
+    LORA_SAVED_UNKNOWN = "lora.saved_unknown", "`modules_to_save` names a module that does not exist."
+    LORA_SAVED_TARGET = "lora.saved_target", "A module to save is a target, or holds one, or is within one."
+    LORA_SAVED_CONTAINER = "lora.saved_container", "A module to save is a list of modules."
+    LORA_SAVED_NO_PARAMETERS = "lora.saved_no_parameters", "A module to save has no parameters."
+    LORA_SAVED_QUANTIZED = "lora.saved_quantized", "A module to save is quantized."
+    LORA_SAVED_AMBIGUOUS = "lora.saved_ambiguous", "PEFT cannot tell a module to save from another module."
+    LORA_UNSUPPORTED = "lora.unsupported", "PEFT cannot adapt this model."
+    LORA_NO_BIAS = "lora.no_bias", "`lora.bias` is set, and the model has no such biases."
+    LORA_EMBEDDING_TWICE = "lora.embedding_twice", "Two settings adapt the embedding of the trained tokens."
+    LORA_NO_TOKEN = "lora.no_token", "A token to train is not in the vocabulary."
+    LORA_INIT_LAYER = "lora.init_layer", "The initialization does not support the kind of a target."
+    LORA_INIT_SHARED = "lora.init_shared", "The initialization changes a weight that modules share."
+    LORA_INIT_RANK = "lora.init_rank", "The initialization needs more directions than a layer has."
+    LORA_FA_LAYER = "lora.fa_layer", "LoRA-FA does not support the kind of a target."
+    LORA_EVA_TOKENS = "lora.eva_tokens", "No batch has enough supervised tokens for eva."
+    LORA_EVA_UNSETTLED = "lora.eva_unsettled", "The directions of eva do not settle."
+    LORA_LOFTQ_LAYER = "lora.loftq_layer", "loftq is set, and a target is not a 4-bit layer."
+    LORA_NOT_FINITE = "lora.not_finite", "The trained adapter holds NaN or inf."
+    LORA_UNCHANGED = "lora.unchanged", "Training did not change the adapter."
+    ADAPTER_NO_DIRECTORY = "adapter.no_directory", "The path of an adapter names no directory."
+    ADAPTER_IS_FILE = "adapter.is_file", "The path of an adapter is a file."
+    ADAPTER_NO_CONFIG = "adapter.no_config", "The directory has no adapter_config.json."
+    ADAPTER_NO_WEIGHTS = "adapter.no_weights", "The directory has no adapter_model.safetensors."
+    ADAPTER_BROKEN_LINK = "adapter.broken_link", "A link in an adapter directory leads to no file."
+    ADAPTER_SPECIAL_FILE = "adapter.special_file", "An adapter directory has a pipe, socket or device."
+    ADAPTER_LINK_OUTSIDE = "adapter.link_outside", "A link leads out of an adapter directory."
+    ADAPTER_NOT_JSON = "adapter.not_json", "A file of an adapter is not readable as JSON."
+    ADAPTER_UNREADABLE = "adapter.unreadable", "A file of an adapter cannot be read."
+    ADAPTER_DAMAGED = "adapter.damaged", "The weights of an adapter are damaged."
+    ADAPTER_INVALID_RECORD = "adapter.invalid_record", "loratune.json is not the record of a run."
+    ADAPTER_NEWER_RECORD = "adapter.newer_record", "A newer release of loratune wrote loratune.json."
+    ADAPTER_CONFIG_SIZE = "adapter.config_size", "adapter_config.json is too large to be one."
+    ADAPTER_NOT_LORA = "adapter.not_lora", "The configuration is not that of a LoRA adapter."
+    ADAPTER_NO_BASE = "adapter.no_base", "The configuration does not name the base."
+    ADAPTER_BASE_OUTSIDE = "adapter.base_outside", "The path of the base leads out of the directory it starts from."
+    ADAPTER_INVALID_REVISION = "adapter.invalid_revision", "The revision of the base is not a name."
+    ADAPTER_NO_TARGETS = "adapter.no_targets", "The configuration does not say which modules are adapted."
+    ADAPTER_NAMES_CODE = "adapter.names_code", "The configuration names code."
+    ADAPTER_UNKNOWN_KEY = "adapter.unknown_key", "This version of PEFT does not know a key that is set."
+    ADAPTER_TOO_MANY_TENSORS = "adapter.too_many_tensors", "The file has more tensors than any model has modules."
+    ADAPTER_FILE_MISSING = "adapter.file_missing", "A file is missing since the adapter was saved."
+    ADAPTER_FILE_CHANGED = "adapter.file_changed", "A file has changed since the adapter was saved."
+    ADAPTER_FILE_ADDED = "adapter.file_added", "A file that would be read was added since the adapter was saved."
+    ADAPTER_MISMATCH = "adapter.mismatch", "The configuration does not fit the base."
+    ADAPTER_TENSORS_MISSING = "adapter.tensors_missing", "The file lacks tensors that the base needs."
+    ADAPTER_TENSORS_EXTRA = "adapter.tensors_extra", "The file has tensors for modules that the base does not have."
+    ADAPTER_TENSORS_SHAPE = "adapter.tensors_shape", "Tensors have another shape than the base needs."
+    ADAPTER_TENSORS_LOST = "adapter.tensors_lost", "PEFT finds no module for tensors that it has renamed."
+    ADAPTER_NOT_FLOAT = "adapter.not_float", "Tensors of an adapter are no floating-point numbers."
+    ADAPTER_NOT_FINITE = "adapter.not_finite", "Tensors of an adapter hold NaN or inf."
+    ADAPTER_NO_FACTOR = "adapter.no_factor", "A lora_A has no lora_B of its rank."
+    ADAPTER_RANK = "adapter.rank", "The rank of a tensor is not that of the configuration."
+    ADAPTER_SCALING = "adapter.scaling", "The scaled update of a module is not finite."
+    ADAPTER_NO_COMPARISON = "adapter.no_comparison", "The base's output cannot be computed beside this adapter."
+    ADAPTER_WRITE_FAILED = "adapter.write_failed", "The saved file does not hold the weights in memory."
 
     # Memory and disk (memory.*, disk.*)
 
@@ -171,8 +383,8 @@ class Problem:
 
     def __str__(self) -> str:
         head = ": ".join(part for part in (self.where, self.key, self.what) if part)
-        coded = f"{head} [{self.code}]" if self.code is not Code.UNEXPECTED else head
-        return escaping.line(f"{coded}; {self.fix}" if self.fix else coded)
+        code = f" [{self.code}]" if "." in self.code else ""
+        return escaping.line(f"{head}{code}; {self.fix}" if self.fix else f"{head}{code}")
 
 
 class LoratuneError(Exception):
@@ -189,12 +401,12 @@ class LoratuneError(Exception):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["LoratuneError"], tuple[tuple[Problem, ...]]]:
-        """Errors cross from the process that runs a stranger's template: what makes them is their problems."""
+        """Errors are pickled as they leave the process of a `Sandbox`; they consist of their problems."""
         return type(self), (self.problems,)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Also where a quota is used up or a file may not grow, and in the words of safetensors and torch's zip writer."""
+    """Whether the disk is full, a quota is used up, or a file may not grow; also as safetensors and torch say it."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return any(
@@ -203,10 +415,10 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also in torch's words, which has a class for it on a GPU and none on a CPU; in those of the dynamic linker, as a
-    library is loaded; and where no thread can be started, for want of room for its stack."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if named or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    """Whether memory ran out; also in the words of torch, which has a class for it on a GPU and none on a CPU, of the
+    dynamic linker as a library is loaded, and of Python where there is no room for the stack of a thread."""
+    has_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if has_class or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 
@@ -233,7 +445,7 @@ class ModelError(LoratuneError):
 
 
 class DataError(LoratuneError):
-    """Data that is missing, unreadable, or teaches nothing."""
+    """Data that is missing, unreadable, or has no supervised tokens."""
 
     exit_code = 4
 
@@ -245,7 +457,7 @@ class AdapterError(LoratuneError):
 
 
 class NumericError(LoratuneError):
-    """A loss, gradient or weight that is not finite, or an adapter that learnt nothing."""
+    """A loss, gradient or weight that is not finite, or an adapter without effect."""
 
     exit_code = 6
 
@@ -269,7 +481,7 @@ class LockedError(LoratuneError):
 
 
 class LostError(LoratuneError):
-    """Another process of the run has gone, or cannot be reached."""
+    """Another process of the run has ended, or cannot be reached."""
 
     exit_code = 10
 
@@ -281,6 +493,6 @@ class Interrupted(LoratuneError):
 
 
 class Terminated(LoratuneError):
-    """The run was told to end, by SIGTERM."""
+    """The run was ended by SIGTERM or a similar signal."""
 
     exit_code = 143

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from test_render import fetched  # type: ignore[import-not-found]
+from test_rendering import fetched  # type: ignore[import-not-found]
 from test_templates import CALLERS, MODELS, TOOLS, rendering  # type: ignore[import-not-found]
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 from trl.chat_template_utils import get_training_chat_template  # type: ignore[import-not-found]
 
 from loratune.data.formats import Conversation, Example, Message, Plain
-from loratune.data.rendering import IGNORED, Renderer, Tokens
+from loratune.data.rendering import IGNORED, Renderer, TokenizedRow
 
 ROOT = Path(__file__).resolve().parent.parent
 Labelled = tuple[list[int], list[int]]
@@ -252,7 +252,7 @@ def compare(name: str, renderer: Renderer, kind: Kind, count: int) -> Counter[st
     return reasons
 
 
-def show(name: str, renderer: Renderer, ours: Tokens, theirs: Labelled) -> None:
+def show(name: str, renderer: Renderer, ours: TokenizedRow, theirs: Labelled) -> None:
     """Print a difference that nothing explains, as text with the learnt parts in brackets."""
     for who, (ids, labels) in (("loratune", (ours.ids, ours.labels)), ("TRL", theirs)):
         pieces = [

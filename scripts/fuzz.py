@@ -1,10 +1,10 @@
-"""Configs, rows and adapter directories that nobody would write: each ends in a clean result or a documented error.
+"""Fuzzing of configs, rows and adapter directories: each case ends in a result or in one of loratune's own errors.
 
     python scripts/fuzz.py --cases 10000 [config rows adapters]
 
-Hypothesis makes the cases: sound ones with values replaced, keys added and lost, bytes turned over, cut and put in. Any
-exception that is not of loratune's own family fails, as does a case that takes longer than 20 s, and anything that
-reaches for the network or starts a process. Prints how the cases ended.
+Hypothesis makes the cases: valid ones with values replaced, keys added and removed, and bytes flipped, deleted and
+inserted. Any other exception fails, as does a case that takes longer than 20 s, and one that uses the network or starts
+a process. Prints how the cases ended.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from loratune import config, data
 from loratune.commands import inference, train
 from loratune.config import DataSection
+from loratune.data import no_progress
 from loratune.data.rendering import Renderer
-from loratune.data.watching import unwatched
 from loratune.errors import LoratuneError
 from loratune.training import preflight, run_dir
 
-LONGEST = 20
-"""Seconds that a case may take."""
+MAX_SECONDS = 20
+"""How long a case may take."""
 FORBIDDEN = (
     "socket.connect",
     "socket.getaddrinfo",
@@ -50,35 +50,36 @@ FORBIDDEN = (
 Ends = Counter[str]
 
 
-class Reached(BaseException):
-    """Something reached beyond the process."""
+class ForbiddenCall(BaseException):
+    """A case used the network, started a process, or unpickled a foreign class."""
 
 
-def watch(armed: list[bool]) -> None:
-    """While `armed` is not empty, refuse what no fuzzed file may cause."""
+def install_audit_hook(armed: list[bool]) -> None:
+    """Raise ForbiddenCall at each forbidden call while `armed` is not empty. The hook cannot be removed."""
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-        ours = event == "pickle.find_class" and str(arguments[0]).startswith("loratune.")
-        if armed and event in FORBIDDEN and not ours:  # rows come back by a pipe from the process that renders them
-            raise Reached(f"{event} {arguments}")
+        # tokenized rows are sent as pickles from the process that renders them
+        own = event == "pickle.find_class" and str(arguments[0]).startswith("loratune.")
+        if armed and event in FORBIDDEN and not own:
+            raise ForbiddenCall(f"{event} {arguments}")
 
     sys.addaudithook(refuse)
 
 
-def ended(ends: Ends, case: Callable[[], object]) -> Any:
-    """Run a case and count how it ended; its result, or None after one of our errors."""
-    began = time.monotonic()
+def run_case(ends: Ends, case: Callable[[], object]) -> Any:
+    """Run a case and count how it ended; its result, or None after one of loratune's errors."""
+    start = time.monotonic()
     result = None
-    faulthandler.dump_traceback_later(3 * LONGEST, exit=True)  # a case that hangs
+    faulthandler.dump_traceback_later(3 * MAX_SECONDS, exit=True)  # in case it hangs
     try:
         result = case()
-        ends["sound"] += 1
+        ends["valid"] += 1
     except LoratuneError as error:
         assert error.problems and all(problem.what for problem in error.problems)
         ends[type(error).__name__] += 1
     finally:
         faulthandler.cancel_dump_traceback_later()
-    assert time.monotonic() - began < LONGEST, "too slow"
+    assert time.monotonic() - start < MAX_SECONDS, "too slow"
     return result
 
 
@@ -115,38 +116,38 @@ KINDS = (
     VALUES,
 )
 FILES = st.one_of(*(st.lists(kind, max_size=5) for kind in KINDS), st.lists(st.one_of(*KINDS), max_size=5))
-EDITS = st.tuples(st.sampled_from(["flip", "cut", "put", "double"]), st.integers(0), st.integers(0))
+EDITS = st.tuples(st.sampled_from(["flip", "delete", "insert", "repeat"]), st.integers(0), st.integers(0))
 BYTES: st.SearchStrategy[list[tuple[str, int, int]]] = st.just([]) | st.lists(EDITS, max_size=3)
 
 
-def mangled(raw: bytes, edits: list[tuple[str, int, int]]) -> bytes:
-    """Bytes after some damage."""
-    for kind, place, what in edits:
-        at = place % (len(raw) + 1)
-        if kind == "flip" and at < len(raw):
-            raw = raw[:at] + bytes([raw[at] ^ 1 << what % 8]) + raw[at + 1 :]
-        elif kind == "cut":
-            raw = raw[:at] + raw[at + what % 64 :]
-        elif kind == "put":
-            raw = raw[:at] + bytes([what % 256]) * (what % 4) + raw[at:]
-        elif kind == "double":
-            raw = raw[:at] + raw[at : at + what % 64] + raw[at:]
+def damage(raw: bytes, edits: list[tuple[str, int, int]]) -> bytes:
+    """The bytes after some edits."""
+    for kind, position, number in edits:
+        start = position % (len(raw) + 1)
+        if kind == "flip" and start < len(raw):
+            raw = raw[:start] + bytes([raw[start] ^ 1 << number % 8]) + raw[start + 1 :]
+        elif kind == "delete":
+            raw = raw[:start] + raw[start + number % 64 :]
+        elif kind == "insert":
+            raw = raw[:start] + bytes([number % 256]) * (number % 4) + raw[start:]
+        elif kind == "repeat":
+            raw = raw[:start] + raw[start : start + number % 64] + raw[start:]
     return raw
 
 
-def replaced(values: Any, path: list[int], new: Any, drop: bool) -> Any:
-    """Nested values with one of them replaced or left out, found by numbers that lead to it."""
+def replace(values: Any, path: list[int], new: Any, drop: bool) -> Any:
+    """Nested values with one of them replaced or dropped; the path leads to it, as numbers of keys or items."""
     if not path or not isinstance(values, dict | list) or not values:
         return new
     keys = list(values) if isinstance(values, dict) else list(range(len(values)))
     key = keys[path[0] % len(keys)]
     if len(path) == 1 and drop:
-        kept = [one for one in keys if one != key]
-        return {one: values[one] for one in kept} if isinstance(values, dict) else [values[one] for one in kept]
-    changed = replaced(values[key], path[1:], new, drop)
+        others = [other for other in keys if other != key]
+        return {other: values[other] for other in others} if isinstance(values, dict) else [values[n] for n in others]
+    value = replace(values[key], path[1:], new, drop)
     if isinstance(values, dict):
-        return values | {key: changed}
-    return [changed if one == key else values[one] for one in keys]
+        return values | {key: value}
+    return [value if number == key else values[number] for number in keys]
 
 
 PATHS = st.lists(st.integers(0, 40), min_size=1, max_size=3)
@@ -159,25 +160,25 @@ CHANGES: st.SearchStrategy[list[Any]] = st.just([]) | st.lists(
 
 def configs(scratch: Path, ends: Ends) -> Callable[..., None]:
     """A config file is read into one that `dump` writes and `load` reads back, or is refused."""
-    sound = yaml.safe_load((Path(__file__).parent.parent / "configs" / "quickstart" / "config.yaml").read_text())
+    valid = yaml.safe_load((Path(__file__).parent.parent / "configs" / "quickstart" / "config.yaml").read_text())
     for name in ("model", "lora", "data", "training"):
         section = getattr(config, f"{name.capitalize()}Section")
         fields = {key: field.default for key, field in section.model_fields.items() if not field.is_required()}
-        sound[name] = {key: value for key, value in fields.items() if value is not None} | sound.get(name, {})
-    del sound["training"]["max_steps"]
+        valid[name] = {key: value for key, value in fields.items() if value is not None} | valid.get(name, {})
+    del valid["training"]["max_steps"]
     path, again = scratch / "config.yaml", scratch / "again.yaml"
 
     @given(CHANGES, BYTES, st.sampled_from([True, False]))
     def property(changes: list[Any], edits: list[Any], flow: bool) -> None:
-        values = sound
+        values = valid
         for change in changes:
-            values = replaced(values, *change)
+            values = replace(values, *change)
         try:
             text = yaml.safe_dump(values, default_flow_style=flow, allow_unicode=True)
         except (yaml.YAMLError, UnicodeError):
             text = repr(values)
-        path.write_bytes(mangled(text.encode(errors="surrogatepass"), edits))
-        run = ended(ends, lambda: config.load(path))
+        path.write_bytes(damage(text.encode(errors="surrogatepass"), edits))
+        run = run_case(ends, lambda: config.load(path))
         if run is not None:
             again.write_text(config.dump(run), encoding="utf-8")
             assert config.load(again) == run
@@ -186,22 +187,22 @@ def configs(scratch: Path, ends: Ends) -> Callable[..., None]:
 
 
 def rows(scratch: Path, ends: Ends) -> Callable[..., None]:
-    """A file of rows becomes tokens of which the last learnt one ends an answer, or is refused."""
+    """A file of rows becomes tokens of which some are supervised, or is refused."""
     renderer, path = Renderer(byte_level()), scratch / "rows.jsonl"
     choices = st.sampled_from(["completion", "assistant", "all"])
 
     @given(FILES, BYTES, choices, st.sampled_from(["keep_completion", "drop", "error"]))
-    def property(given: list[Any], edits: list[Any], loss_on: str, truncation: str) -> None:
-        raw = b"".join(json.dumps(row).encode() + b"\n" for row in given)
-        path.write_bytes(mangled(raw, edits))
+    def property(file_rows: list[Any], edits: list[Any], loss_on: str, truncation: str) -> None:
+        raw = b"".join(json.dumps(row).encode() + b"\n" for row in file_rows)
+        path.write_bytes(damage(raw, edits))
         values = {"train": {"path": str(path)}, "loss_on": loss_on, "truncation": truncation, "max_length": 24}
         section = DataSection.model_validate(values | {"max_dropped": 1})
 
         def case() -> Any:
-            return data.prepare(data.check(section, 0).train, renderer, section, 264)
+            return data.prepare(data.read_datasets(section, 0).train, renderer, section, 264)
 
-        made = ended(ends, case)
-        for row in made.rows.rows() if made is not None else ():
+        dataset = run_case(ends, case)
+        for row in dataset.rows.rows() if dataset is not None else ():
             assert 0 < len(row.ids) <= 24 and row.supervised > 0
             assert all(0 <= start < end <= len(row.ids) for start, end in row.spans)
 
@@ -222,9 +223,9 @@ def adapters(scratch: Path, ends: Ends) -> Callable[..., None]:
         if name.endswith(".json"):
             values = json.loads(raw)
             for change in changes:
-                values = replaced(values, *change)
+                values = replace(values, *change)
             raw = json.dumps(values).encode()
-        (bad / name).write_bytes(mangled(raw, edits))
+        (bad / name).write_bytes(damage(raw, edits))
         if not recorded:
             (bad / "loratune.json").unlink()
 
@@ -232,7 +233,7 @@ def adapters(scratch: Path, ends: Ends) -> Callable[..., None]:
             tuned = inference.load(preflight.open_adapter(bad, forced=forced))
             assert tuned.model(ids).logits.isfinite().all()
 
-        ended(ends, case)
+        run_case(ends, case)
 
     return property
 
@@ -243,13 +244,13 @@ def byte_level() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
-    made.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]})
-    made.chat_template = (
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]})
+    tokenizer.chat_template = (
         "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    return made
+    return tokenizer
 
 
 def trained(scratch: Path) -> Path:
@@ -267,8 +268,8 @@ def trained(scratch: Path) -> Path:
     (scratch / "good.yaml").write_text(yaml.safe_dump(values))
     run = config.load(scratch / "good.yaml")
     space = run_dir.inspect(run.output_dir, resume=False, overwrite=False)
-    ready = preflight.check(run, space, unwatched)
-    train.train(ready, train.Reporter(lambda _: None, lambda _: None, unwatched, Silent()))
+    ready = preflight.check(run, space, no_progress)
+    train.train(ready, train.Reporter(lambda _: None, lambda _: None, no_progress, Silent()))
     return scratch / "good"
 
 
@@ -311,19 +312,19 @@ def fuzz(name: str, cases: int, armed: list[bool]) -> Ends:
 
 
 def main() -> None:
-    """Fuzz what is asked for, and tell."""
-    parser = argparse.ArgumentParser(description="Feed loratune with what nobody would write.")
+    """Fuzz the properties named on the command line, and print how their cases ended."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", default=list(PROPERTIES), help=", ".join(PROPERTIES))
     parser.add_argument("--cases", type=int, default=10_000, help="of each kind")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # as the command line does
     armed: list[bool] = []
-    watch(armed)
-    for name in asked.names:
-        began = time.monotonic()
-        ends = fuzz(name, asked.cases, armed)
-        told = ", ".join(f"{count:,} {end}" for end, count in ends.most_common())
-        print(f"{name}: {ends.total():,} cases in {time.monotonic() - began:.0f} s: {told}", flush=True)
+    install_audit_hook(armed)
+    for name in arguments.names:
+        start = time.monotonic()
+        ends = fuzz(name, arguments.cases, armed)
+        counts = ", ".join(f"{count:,} {end}" for end, count in ends.most_common())
+        print(f"{name}: {ends.total():,} cases in {time.monotonic() - start:.0f} s: {counts}", flush=True)
 
 
 if __name__ == "__main__":

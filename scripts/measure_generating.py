@@ -39,7 +39,7 @@ def main(
     """Compare, and print a line per round."""
     tuned = inference.load(preflight.open_adapter(directory, print))
     merged: Any = copy.deepcopy(tuned.model).merge_and_unload()
-    rows = sources.read(Source(path=str(prompts)))[:batch]
+    rows = sources.read_rows(Source(path=str(prompts)))[:batch]
     ids = [tuned.tokenizer(row.values["prompt"])["input_ids"] for row in rows]
     settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
 

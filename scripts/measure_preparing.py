@@ -1,10 +1,10 @@
-"""How fast rows become tokens, and in how much memory: reading, checking and tokenizing short rows, in a process of
-their own, with the tokenizer of the quickstart.
+"""How fast rows become tokens, and in how much memory: reading, checking and tokenizing short rows, in a separate
+process, with the tokenizer of the quickstart.
 
     python scripts/measure_preparing.py 100000 1000000
 
-prints a table with a line for each number of rows. MB/s are of JSONL input per second of processor time, so that it
-does not matter how many cores share the work; seconds are of the clock.
+prints a table with a line for each number of rows. MB/s are of JSONL input per second of processor time, so they do not
+depend on how many cores share the work; seconds are wall time. "Again" is the time to take the rows from the cache.
 """
 
 import argparse
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "configs" / "quickstart" / "train.jsonl"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 
-# The child; the pass over the rows and what comes of them, as `loratune train` does it before the model is loaded.
+# The measured process: it reads and tokenizes the rows as `loratune train` does before the model is loaded.
 PREPARE = """
 import json, re, resource, sys, time
 from transformers import AutoTokenizer
 from loratune import data
 from loratune.config import DataSection
-from loratune.data.render import Renderer
+from loratune.data.rendering import Renderer
 path, model = sys.argv[1:]
 
 def now():
@@ -40,13 +40,13 @@ def peak():
 section = DataSection(train={"path": path})
 renderer = Renderer(AutoTokenizer.from_pretrained(model))
 before, start = peak(), now()
-rows = data.check(section, 0)
+datasets = data.read_datasets(section, 0)
 read = now()
-made = data.prepare(rows.train, renderer, section, 49152)
+tokenized = data.prepare(datasets.train, renderer, section, 49152)
 done, after = now(), peak()
-again = data.prepare(rows.train, renderer, section, 49152)
-print(json.dumps({"tokens": made.report.tokens, "read": [b - a for a, b in zip(start, read)],
-    "made": [b - a for a, b in zip(read, done)], "found": [b - a for a, b in zip(done, now())],
+data.prepare(datasets.train, renderer, section, 49152)
+print(json.dumps({"tokens": tokenized.report.tokens, "read": [b - a for a, b in zip(start, read)],
+    "tokenize": [b - a for a, b in zip(read, done)], "cached": [b - a for a, b in zip(done, now())],
     "before": before, "peak": after}))
 """
 
@@ -71,11 +71,12 @@ def measure(count: int) -> str:
         done = subprocess.run(
             command, env=os.environ | {"HF_DATASETS_CACHE": scratch}, stdout=subprocess.PIPE, text=True, check=True
         )
-    found = json.loads(done.stdout.splitlines()[-1])
-    (read, read_cpu), (made, made_cpu) = found["read"], found["made"]
+    result = json.loads(done.stdout.splitlines()[-1])
+    (read, read_cpu), (tokenize, tokenize_cpu) = result["read"], result["tokenize"]
     cells = [
-        f"{count:,}", f"{size:,.0f}", f"{found['tokens']:,}", f"{read:.0f}", f"{size / read_cpu:.0f}", f"{made:.0f}",
-        f"{size / made_cpu:.1f}", f"{found['found'][0]:.1f}", f"{found['before'] >> 20:,}", f"{found['peak'] >> 20:,}",
+        f"{count:,}", f"{size:,.0f}", f"{result['tokens']:,}", f"{read:.0f}", f"{size / read_cpu:.0f}",
+        f"{tokenize:.0f}", f"{size / tokenize_cpu:.1f}", f"{result['cached'][0]:.1f}",
+        f"{result['before'] >> 20:,}", f"{result['peak'] >> 20:,}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

@@ -2,12 +2,13 @@
 
     python scripts/nursery.py
 
-reads a JSON object a line, {"argv": [...], "err": "FILE", "out": "FILE", "limit": bytes or null, "env": {...}}, and
+reads a JSON object a line, {"argv": [...], "err": "FILE", "out": "FILE", "env": {...}, ...} (see `Nursery.start`), and
 answers with the process id of the fork; then, whenever one ends, with [process id, exit code], negative for the signal
 that killed it. The parent never computes, so that a fork finds no thread of torch's half way through anything.
 `Nursery` is the other end of it, for tests and scripts.
 """
 
+import gc
 import json
 import os
 import resource
@@ -78,15 +79,41 @@ class Nursery:
         self._born: list[int] = []
 
     def start(
-        self, *arguments: object, limit: int | None = None, pipe: Path | None = None, **environment: str
+        self,
+        *arguments: object,
+        limit: int | None = None,
+        memory: int | None = None,
+        ignored: int | None = None,
+        first: str = "",
+        stdout: str | Path | None = None,
+        stderr: str | Path | None = None,
+        **environment: str,
     ) -> Child:
-        """Start `loratune ARGUMENTS`. limit: the bytes beyond which no file may grow, as on a disk that is full; pipe:
-        a named pipe to be its stderr, which somebody has opened."""
+        """Start `loratune ARGUMENTS`.
+
+        Args:
+            limit: The bytes beyond which no file may grow, as on a disk that is full.
+            memory: The bytes that it may take beyond what its imports take.
+            ignored: A signal that is ignored, as under nohup.
+            first: Python code that is run before the command.
+            stdout: Where its output goes, such as a named pipe that somebody has opened, in place of a file.
+            stderr: The same for its messages.
+            environment: Variables. Those that libraries read when they are imported come too late.
+        """
         number = len(self._children)
-        out, err = self._scratch / f"{number}.out", pipe or self._scratch / f"{number}.err"
-        given = {"argv": [*map(str, arguments)], "out": str(out), "err": str(err), "limit": limit, "env": environment}
+        out, err = (
+            Path(stream or self._scratch / f"{number}.{end}") for stream, end in ((stdout, "out"), (stderr, "err"))
+        )
+        order: dict[str, Any] = {
+            "argv": [*map(str, arguments)],
+            "out": str(out),
+            "err": str(err),
+            "env": environment,
+            "first": first,
+        }
+        order |= {"limit": limit, "memory": memory, "ignored": ignored}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(given).encode() + b"\n")
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
         while not self._born:
             self.listen(1)
@@ -140,28 +167,34 @@ def nursery(scratch: Path, **environment: str) -> Iterator[Nursery]:
         made.close()
 
 
-def born(given: dict[str, Any]) -> int:
+def born(order: dict[str, Any]) -> int:
     """Fork, and be `loratune` in the child."""
     if child := os.fork():
         return child
     os.setpgid(0, 0)
     for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(given[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.close(0)
-    os.environ |= given.get("env", {})
+    os.environ |= order["env"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if limit := given.get("limit"):
+    if order["ignored"]:
+        signal.signal(order["ignored"], signal.SIG_IGN)
+    if limit := order["limit"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    sys.argv = ["loratune", *given["argv"]]
-    from loratune.__main__ import main  # noqa: PLC0415  imported already, see `serve`
-
+    if memory := order["memory"]:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (taken + memory, resource.RLIM_INFINITY))
+    sys.argv = ["loratune", *order["argv"]]
     code = 1
     try:
+        exec(order["first"], {})
+        from loratune.__main__ import main  # noqa: PLC0415  imported already, see `prepare`
+
         main()
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # what the boundary let through is shown, and is a fault
         sys.excepthook(*sys.exc_info())
     finally:
@@ -175,9 +208,22 @@ def tell(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
+def prepare() -> None:
+    """Do what every command does and what computes nothing: imports, and the tables that transformers makes of names.
+
+    The collector leaves alone what is there: to look at it would make a copy of most of its memory in each fork.
+    """
+    import transformers.models.llama.modeling_llama  # noqa: F401, PLC0415
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
+
+    get_checkpoint_conversion_mapping("llama")
+    gc.collect()
+    gc.freeze()
+
+
 def serve() -> None:
     """Until stdin ends."""
-
+    prepare()
     waiting, pending = 0, b""
     while True:
         ready, _, _ = select.select([0], [], [], 0.01 if waiting else None)

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,21 @@ def alone(what: str) -> Iterator[None]:
         yield
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that is filled once for all test processes of this session: by the first that asks; the others wait."""
+    base = factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, fetched by the script that the quickstart uses."""
@@ -138,7 +154,7 @@ def smollm2() -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cli() -> Callable[..., Ran]:
     """Runs `loratune ARGS` in this process, which has the libraries imported already."""
 
@@ -169,27 +185,32 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 ROWS = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(40)]
 
 
+def config_in(folder: Path, model: Path) -> Callable[..., Path]:
+    """See `run_config`, whose folder is that of a test."""
+
+    def make(name: str = "run.yaml", **sections: Any) -> Path:
+        values: dict[str, Any] = {
+            "model": {"name_or_path": str(model), "dtype": "float32"},
+            "data": {"train": str(write_rows(folder / "rows.jsonl", ROWS))},
+            "training": {"learning_rate": 1e-2, "logging_steps": 1},
+            "output_dir": str(folder / "out"),
+        }
+        for key, value in sections.items():
+            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+        path = folder / name
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return make
+
+
 @pytest.fixture
 def run_config(tmp_path: Path, tiny_dir: Path) -> Callable[..., Path]:
     """Writes a config of the tiny model on 40 short rows; sections given as keywords are merged over it.
 
     `run_config(training={"max_steps": 2})` → path of the YAML; its output_dir is `tmp_path / "out"`.
     """
-
-    def make(name: str = "run.yaml", **sections: Any) -> Path:
-        values: dict[str, Any] = {
-            "model": {"name_or_path": str(tiny_dir), "dtype": "float32"},
-            "data": {"train": str(write_rows(tmp_path / "rows.jsonl", ROWS))},
-            "training": {"learning_rate": 1e-2, "logging_steps": 1},
-            "output_dir": str(tmp_path / "out"),
-        }
-        for key, value in sections.items():
-            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump(values), encoding="utf-8")
-        return path
-
-    return make
+    return config_in(tmp_path, tiny_dir)
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -200,5 +221,17 @@ def tree(path: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     """Where commands are run as processes of their own."""
-    with nursery(tmp_path_factory.mktemp("processes")) as made:
+    with nursery(tmp_path_factory.mktemp("processes"), PYTHONHASHSEED="2") as made:
         yield made
+
+
+@pytest.fixture
+def forked(processes: Nursery) -> Callable[..., Ran]:
+    """Runs `loratune ARGS` as a process of its own, without the imports that `process` starts with."""
+
+    def run(*arguments: object, **keywords: Any) -> Ran:
+        child = processes.start(*arguments, **keywords)
+        code = child.wait()
+        return Ran(code, child.out.read_text(), child.said())
+
+    return run

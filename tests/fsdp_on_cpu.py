@@ -20,4 +20,5 @@ def patched(self: Any, *arguments: Any, **keywords: Any) -> None:
 
 
 PartialState.__init__ = patched
-main()
+if __name__ == "__main__":  # and not in a process that is forked, which goes on to the command by itself
+    main()

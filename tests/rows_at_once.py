@@ -1,4 +1,4 @@
-"""Many processes at one cache of tokenised rows: `python rows_at_once.py CACHE SECONDS`. Torch is not imported.
+"""Many processes at one cache of tokenized rows: `python rows_at_once.py CACHE SECONDS`. Torch is not imported.
 
 A round is twelve forked processes: nine want the same new rows, three times each, while three say that these are old
 and have old ones removed. Prints how many rounds there were, and how many processes found other rows or failed.
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from datasets import config
 
-from loratune.data import cache_dir, token_cache
-from loratune.data.rendering import Tokens
+from loratune.data import token_cache, token_cache_dir
+from loratune.data.rendering import TokenizedRow
 from loratune.data.report import Report
-from loratune.data.token_cache import TokenCache, Writer
+from loratune.data.token_cache import TokenCache, TokenCacheWriter
 
 COUNT = 12
-OLD = time.time() - (cache_dir.KEPT_DAYS + 1) * 86400
+OLD = time.time() - (token_cache_dir.KEPT_DAYS + 1) * 86400
 
 
 def key(number: int) -> str:
@@ -27,10 +27,10 @@ def key(number: int) -> str:
     return f"{number:064x}"
 
 
-def fill(writer: Writer) -> None:
+def fill(writer: TokenCacheWriter) -> None:
     """Twelve rows; the first token of each is its number."""
     for number in range(writer.read, COUNT):
-        writer.add(Report(rows=1, tokens=3), [Tokens(f"row {number}", (number, 1, 2), ((1, 3),))])
+        writer.add(Report(rows=1, tokens=3), [TokenizedRow(f"row {number}", (number, 1, 2), ((1, 3),))])
 
 
 def whole(rows: TokenCache) -> bool:
@@ -44,8 +44,8 @@ def take_part(cache: Path, number: int, role: int) -> int:
         if role % 4 == 3:
             with suppress(FileNotFoundError):
                 os.utime(cache / "loratune" / key(number), (OLD, OLD))
-            cache_dir.forget_old()
-        elif not whole(cache_dir.kept(key(number), fill)):
+            token_cache_dir.remove_old_entries()
+        elif not whole(token_cache_dir.load_or_write(key(number), fill)):
             print("other rows than there are", file=sys.stderr)
             return 1
     return 0
@@ -66,20 +66,19 @@ def started(cache: Path, number: int, role: int, gate: int) -> int:
         os._exit(code)
 
 
-def main(cache: Path, seconds: float) -> None:
-    """Rounds, as long as there is time."""
+def main(cache: Path, rounds: int) -> None:
+    """So many rounds."""
     config.HF_DATASETS_CACHE, token_cache._SHARD_ROWS = str(cache), 4
-    end, number, failed = time.monotonic() + seconds, 0, 0
-    while time.monotonic() < end:
-        number += 1
+    failed = 0
+    for number in range(1, rounds + 1):
         there, gate = os.pipe()
         children = [started(cache, number, role, there) for role in range(12)]
         os.close(there)
         os.write(gate, bytes(12))
         os.close(gate)
         failed += sum(os.waitpid(child, 0)[1] != 0 for child in children)
-    print(number, failed)
+    print(rounds, failed)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

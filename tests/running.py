@@ -1,6 +1,7 @@
 """What the tests of faults share: runs in processes of their own, watched and stopped at a chosen moment."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from conftest import Ran
 from nursery import Child, Nursery
 
@@ -35,6 +37,24 @@ def checkpoints(partial: Path) -> list[Path]:
     """The newest first."""
     found = (partial / "checkpoints").glob("checkpoint-*")
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def interrupt(processes: Nursery, config: Path, partial: Path) -> None:
+    """Start a run and stop it with two checkpoints."""
+    child = processes.start("train", config)
+    until(lambda: len(checkpoints(partial)) > 1, child)
+    child.send(signal.SIGINT)
+    assert child.wait() == 130
+    assert len(checkpoints(partial)) == 2
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    """Copy what an interrupted run left, and its config and rows, to another folder. Returns the config there."""
+    shutil.copytree(run / "out.partial", folder / "out.partial")
+    shutil.copy(run / "rows.jsonl", folder / "rows.jsonl")
+    values = yaml.safe_load((run / "run.yaml").read_text()) | {"output_dir": str(folder / "out")}
+    (folder / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return folder / "run.yaml"
 
 
 def straight(processes: Nursery, config: Path, tmp_path: Path) -> bytes:

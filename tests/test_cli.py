@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ran, process, tree
+from conftest import Ran, check_refused, process, tree
 
 from loratune import __version__
 from loratune import cli as cli_module
 from loratune.commands import boundary
-from loratune.errors import ConfigError, LoratuneError
+from loratune.errors import Code, ConfigError, LoratuneError
 from loratune.training import run_dir
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
@@ -60,7 +60,8 @@ def test_config_errors_import_nothing_heavy(command: str, run_config: Callable[.
     path = run_config(lora={"rank": 8})
     ran, heavy = imported(command, path)
     line = path.read_text().splitlines().index("  rank: 8") + 1
-    assert ran == Ran(2, "", f"error: {path}:{line}: lora.rank: unknown key; did you mean `lora.r`?\n")
+    check_refused(ran, 2, (Code.CONFIG_UNKNOWN_KEY, f"{path}:{line}", "lora.rank"))
+    assert ran.out == "" and ran.err.endswith("; did you mean `lora.r`?\n") and ran.err.count("\n") == 1
     assert heavy == set()
 
 
@@ -80,25 +81,24 @@ def test_a_run_that_needs_torch_imports_it(run_config: Callable[..., Path]) -> N
 
 
 @pytest.mark.parametrize(
-    "rows, expected",
+    "rows, place, code",
     [
-        (None, "{rows}: no such file"),
-        ("", "{rows}: 0 rows; there is nothing to learn from"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n', "{rows}:2: `prompt` must be text"),
-        ('{"prompt": "a", "completion": "b"}\n{"prom', "{rows}:2: not valid JSON: "),
+        (None, "", Code.DATA_FILE_NOT_FOUND),
+        ("", "", Code.DATA_NO_ROWS),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n', ":2", Code.DATA_FIELD_TYPE),
+        ('{"prompt": "a", "completion": "b"}\n{"prom', ":2", Code.DATA_JSON_CUT_OFF),
     ],
     ids=["missing", "empty", "type", "cut"],
 )
 def test_bad_rows_stop_before_torch_is_imported(
-    run_config: Callable[..., Path], tmp_path: Path, rows: str | None, expected: str
+    run_config: Callable[..., Path], tmp_path: Path, rows: str | None, place: str, code: Code
 ) -> None:
     config = run_config()
     path = tmp_path / "rows.jsonl"
     path.unlink() if rows is None else path.write_text(rows)
     before = tree(tmp_path)
     ran, heavy = imported("train", config)
-    assert ran.code == 4
-    assert ran.err.startswith(f"error: {expected.format(rows=path)}")
+    check_refused(ran, 4, (code, f"{path}{place}", ""))
     assert not heavy & {"torch", "peft", "bitsandbytes"}
     assert tree(tmp_path) == before
     assert not (tmp_path / "out.partial").exists()
@@ -123,11 +123,18 @@ def test_bad_rows_stop_before_torch_is_imported(
         (["generate", "--adapter", "x", "--max-new-tokens", "few", "hello"], "Input should be a valid integer"),
         (["generate", "--adapter", "x", "--temperature", "-1", "hello"], "Input should be greater than or equal to 0"),
         (["evaluate", "--adapter", "x"], "Missing option '--data'"),
-        (["params"], "give one of CONFIG, --model and --adapter"),
-        (["params", "a.yaml", "--model", "b"], "give one of CONFIG, --model and --adapter"),
-        (["params", "a.yaml", "--adapter", "b"], "give one of CONFIG, --model and --adapter"),
-        (["params", "--model", "b", "--adapter", "b"], "give one of CONFIG, --model and --adapter"),
-        (["generate", "--adapter", "x", "hello", "--input", "rows.jsonl"], "give prompts, or --input, not both"),
+        (["params"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
+        (["params", "a.yaml", "--model", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
+        (["params", "a.yaml", "--adapter", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
+        (["params", "--model", "b", "--adapter", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
+        (["params", "--adapter", "b", "--set", "lora.r=4"], f"[{Code.USAGE_NOT_FOR_ADAPTERS}]"),
+        (
+            ["generate", "--adapter", "x", "hello", "--input", "rows.jsonl"],
+            f"not both [{Code.USAGE_CONFLICT}]",
+        ),
+        (["generate", "--adapter", "x", "hello", "--temperature", "0.0001"], f"[{Code.USAGE_OUT_OF_RANGE}]"),
+        (["generate", "--adapter", "x", "hello", "--overwrite"], f"--output [{Code.USAGE_NEEDS_OPTION}]"),
+        (["train", "a.yaml", "--allow-change", "lora.r"], f"--resume [{Code.USAGE_NEEDS_OPTION}]"),
         (
             ["generate", "--adapter", "x", "hello", "--output", "no/such/file"],
             "--output: its directory no/such does not",
@@ -145,21 +152,22 @@ def test_usage_errors(cli: Callable[..., Ran], arguments: list[str], expected: s
 @pytest.mark.parametrize("stdin", ["", "\n \n"])
 def test_generate_without_a_prompt(cli: Callable[..., Ran], stdin: str) -> None:
     ran = cli("generate", "--adapter", "x", stdin=stdin)
-    assert ran == Ran(4, "", "error: no prompt; give it as an argument, with --input, or on stdin\n")
+    check_refused(ran, 4, (Code.USAGE_NO_PROMPT, "", ""))
+    assert ran.out == "" and ran.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("closed", [False, True], ids=["at its end", "closed"])
 def test_generate_with_nobody_at_stdin(closed: bool) -> None:
     shell = f'"{sys.executable}" -m loratune generate --adapter x {"<&-" if closed else "</dev/null"}'
-    ran = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stdout) == (4, "")
-    assert ran.stderr == "error: no prompt; give it as an argument, with --input, or on stdin\n"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    check_refused(Ran(done.returncode, done.stdout, done.stderr), 4, (Code.USAGE_NO_PROMPT, "", ""))
+    assert done.stdout == "" and done.stderr.count("\n") == 1
 
 
 # Errors at the boundary
 
 
-@pytest.mark.parametrize("error", sorted(LoratuneError.__subclasses__(), key=lambda one: one.exit_code))
+@pytest.mark.parametrize("error", sorted(LoratuneError.__subclasses__(), key=lambda kind: kind.exit_code))
 def test_each_error_has_its_own_code_and_line(error: type[LoratuneError], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(cli_module.typer.Exit) as caught, boundary.boundary(debug=False):
         raise error("something is wrong")
@@ -179,9 +187,14 @@ def test_exit_codes_are_those_of_the_design() -> None:
     "error, code, line",
     [
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
-        (MemoryError(), 8, "error: out of memory; free memory\n"),
-        (OSError(28, "No space left on device", "a.bin"), 8, "error: a.bin: No space left on device; make room\n"),
-        (OSError(5, "Input/output error"), 1, "error: Input/output error\n"),
+        (MemoryError(), 8, "error: out of memory [system.out_of_memory]; free memory\n"),
+        (
+            OSError(28, "No space left on device", "a.bin"),
+            8,
+            "error: a.bin: No space left on device [system.disk_full]; make room\n",
+        ),
+        (OSError(13, "Permission denied", "a.bin"), 2, "error: a.bin: Permission denied [system.call_failed]; check"),
+        (OSError(5, "Input/output error"), 1, "error: Input/output error [system.call_failed]\n"),
         (ZeroDivisionError("oh"), 1, "error: unexpected ZeroDivisionError: oh; run again with --debug\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -214,7 +227,8 @@ def test_debug_adds_a_traceback_and_nothing_else(cli: Callable[..., Ran], argume
 def test_traceback_with_debug_only(tmp_path: Path) -> None:
     path = tmp_path / "no.yaml"
     plain, debugged = process("train", path), process("train", path, "--debug")
-    assert plain == Ran(2, "", f"error: {path}: cannot be read: No such file or directory\n")
+    check_refused(plain, 2, (Code.CONFIG_UNREADABLE, str(path), ""))
+    assert plain.out == "" and plain.err.count("\n") == 1
     assert debugged.code != 0
     assert debugged.out == ""
     assert debugged.err.startswith("Traceback (most recent call last)")
@@ -224,7 +238,7 @@ def test_traceback_with_debug_only(tmp_path: Path) -> None:
 
 
 def blocked(kind: str, tmp_path: Path) -> tuple[str, str]:
-    """Makes an output_dir that cannot be; returns it and what is then said."""
+    """Makes an output_dir that cannot be; returns it and the start of the problem."""
     out = tmp_path / "out"
     if kind == "proc":
         return "/proc/out", "/proc/out: output_dir: cannot be written: No such file or directory"
@@ -244,7 +258,7 @@ def blocked(kind: str, tmp_path: Path) -> tuple[str, str]:
         return str(out), f"{out}: output_dir: is a file; name a directory that does not exist yet"
     if kind == "long name":
         path = tmp_path / ("x" * 300)
-        return str(path), "--set: output_dir: is longer than a path can be, got text '"
+        return str(path), "--set: output_dir: is longer than a path can be, got text '/"
     if kind == "partial of another":
         (tmp_path / "out.partial").mkdir()
         (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
@@ -317,7 +331,8 @@ def test_resume_contradicts_overwrite(cli: Callable[..., Ran], run_config: Calla
     old_adapter(tmp_path / "out")
     before = tree(tmp_path)
     ran = cli("train", config, "--resume", "--overwrite")
-    assert ran == Ran(2, "", "error: --resume and --overwrite contradict each other; keep one\n")
+    check_refused(ran, 2, (Code.USAGE_CONFLICT, "", ""))
+    assert ran.out == "" and ran.err.startswith("error: --resume and --overwrite ") and ran.err.count("\n") == 1
     assert tree(tmp_path) == before
 
 

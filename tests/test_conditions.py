@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, process
-from running import WEIGHTS, MakeConfig, checkpoints, stopped
+from conftest import Ran, config_in
+from running import WEIGHTS, checkpoints, copy_of, stopped
 
 from loratune.training import conditions
 from loratune.training.checkpoints import seal
@@ -17,12 +17,19 @@ from loratune.training.checkpoints import seal
 Edit = Callable[[dict[str, Any]], Any]
 
 
+@pytest.fixture(scope="module")
+def stopped_run(cli: Callable[..., Ran], tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
+    """The folder of a run that was stopped with two checkpoints."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = config_in(folder, tiny_dir)(training={"save_steps": 1, "num_train_epochs": 8})
+    assert stopped(cli, folder / "out.partial", "train", config).code == 130
+    return folder
+
+
 @pytest.fixture
-def interrupted(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> Path:
-    """The config of a run that was stopped with two checkpoints."""
-    config = run_config(training={"save_steps": 1, "num_train_epochs": 20})
-    assert stopped(cli, tmp_path / "out.partial", "train", config).code == 130
-    return config
+def interrupted(stopped_run: Path, tmp_path: Path) -> Path:
+    """The config of a copy of that run."""
+    return copy_of(stopped_run, tmp_path)
 
 
 def edited(partial: Path, edit: Edit) -> int:
@@ -67,9 +74,9 @@ def test_the_same_conditions_are_not_mentioned(cli: Callable[..., Ran], interrup
     assert ran.code == 0 and " up to step " not in ran.err and "last digits" not in ran.err
 
 
-def test_without_the_compiled_kernels(interrupted: Path, tmp_path: Path) -> None:
+def test_without_the_compiled_kernels(forked: Callable[..., Ran], interrupted: Path, tmp_path: Path) -> None:
     """For real."""
-    ran = process("train", interrupted, "--resume", LORATUNE_NATIVE="0", OMP_NUM_THREADS=str(torch.get_num_threads()))
+    ran = forked("train", interrupted, "--resume", LORATUNE_NATIVE="0", OMP_NUM_THREADS=str(torch.get_num_threads()))
     assert ran.code == 0, ran.err
     told = [re.sub(r"build \w+", "build ID", re.sub(r"step \d+", "step N", line)) for line in ran.err.splitlines()]
     assert [line for line in told if " up to step " in line] == [

@@ -1,21 +1,21 @@
-"""The config: every fault of a YAML file is told with its line, its key and what to do, before anything is touched."""
+"""The config: every problem of a YAML file has its line, its key and what to do, before anything is touched."""
 
-import re
 import resource
 import string
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ran, process, tree
+from conftest import Expected, Ran, check_refused, process, tree
 from pydantic import ValidationError
 
 from loratune import config
 from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
 from loratune.config.messages import known_keys
 from loratune.config.yaml_reader import dotted
-from loratune.errors import ConfigError
+from loratune.errors import Code, ConfigError, Problem
 
 SECTIONS = (RunConfig, ModelSection, LoraSection, DataSection, TrainingSection, Source)
 SOUND = """\
@@ -38,15 +38,21 @@ def load(tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 @pytest.fixture
-def problems(load: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., list[str]]:
-    """What `load` complains of, one line each, the file called FILE."""
+def problems(load: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., list[Problem]]:
+    """The problems that `load` raises, the file called FILE."""
 
-    def run(text: str | bytes, *assignments: str) -> list[str]:
+    def run(text: str | bytes, *assignments: str) -> list[Problem]:
         with pytest.raises(ConfigError) as caught:
             load(text, *assignments)
-        return [str(problem).replace(str(tmp_path / "run.yaml"), "FILE") for problem in caught.value.problems]
+        path = str(tmp_path / "run.yaml")
+        return [replace(problem, where=problem.where.replace(path, "FILE")) for problem in caught.value.problems]
 
     return run
+
+
+def meaning(problem: Problem) -> Expected:
+    """Its code, place and key."""
+    return problem.code, problem.where, problem.key
 
 
 def in_section(key: str, value: str) -> str:
@@ -68,53 +74,65 @@ def value_at(run: RunConfig, key: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    "text, code, where, what",
     [
-        ("model:\n\tname_or_path: x\n", "FILE:2:1: not valid YAML: found character '\\t'"),
-        ("model: [a, b\n", "FILE:2:1: not valid YAML: expected ',' or ']'"),
-        ("model: {a: b\ndata: c\n", "FILE:2:5: not valid YAML: expected ',' or '}'"),
-        ("model: 'a\n", "FILE:2:1: not valid YAML: found unexpected end of stream"),
-        ("model: a: b\n", "FILE:1:9: not valid YAML: mapping values are not allowed here"),
-        ("a: 1\n---\nb: 2\n", "FILE:2:1: not valid YAML: but found another document"),
-        ("a: 1\nb: \x07\n", "FILE:2: not valid YAML: the control character U+0007"),
-        (bytes(100), "FILE:1: not valid YAML: the control character U+0000"),
-        ("", "FILE: the file is empty; see configs/ for examples"),
-        ("# nothing yet\n", "FILE: the file is empty"),
-        ("{}", "FILE: the file is empty"),
-        ("null", "FILE:1: expected a mapping of sections, got nothing"),
-        ("# rows\n- a\n", "FILE:2: expected a mapping of sections, got a list; begin with `model:`"),
-        ("word", "FILE:1: expected a mapping of sections, got text 'word'"),
-        (b"model:\n  name: \xff\n", "FILE:2: byte 15 is not UTF-8"),
-        (SOUND.encode("utf-16"), "FILE:1: byte 0 is not UTF-8"),
-        ("? [a, b]\n: c\n", "FILE:1: keys must be plain words"),
-        (SOUND + "<<: {lora: 1}\n", "FILE:4: keys must be plain words; merges are not supported"),
-        (SOUND + "lora: &a {r: 8}\ntraining: *a\n", "FILE:5:11: YAML aliases are not supported; write the value out"),
-        (SOUND + 'a: "\\UFFFFFFFF"\n', "FILE:4:7: not valid YAML: an escape that names no character"),
-        (SOUND + 'a: "\\U00110000"\n', "FILE:4:7: not valid YAML: an escape that names no character"),
-        (SOUND + "lora: !mine {r: 8}\n", "FILE:4:7: the YAML tag `!mine` is not supported"),
-        ("output_dir: !!binary b3V0\n", "FILE:1:13: the YAML tag `!!binary` is not supported"),
+        ("model:\n\tname_or_path: x\n", Code.CONFIG_SYNTAX, "FILE:2:1", "found character '\\t'"),
+        ("model: [a, b\n", Code.CONFIG_SYNTAX, "FILE:2:1", "expected ',' or ']'"),
+        ("model: {a: b\ndata: c\n", Code.CONFIG_SYNTAX, "FILE:2:5", "expected ',' or '}'"),
+        ("model: 'a\n", Code.CONFIG_SYNTAX, "FILE:2:1", "found unexpected end of stream"),
+        ("model: a: b\n", Code.CONFIG_SYNTAX, "FILE:1:9", "mapping values are not allowed here"),
+        ("a: 1\n---\nb: 2\n", Code.CONFIG_SYNTAX, "FILE:2:1", "but found another document"),
+        ("a: 1\nb: \x07\n", Code.CONFIG_SYNTAX, "FILE:2", "U+0007"),
+        (bytes(100), Code.CONFIG_SYNTAX, "FILE:1", "U+0000"),
+        ("", Code.CONFIG_EMPTY_FILE, "FILE", ""),
+        ("# nothing yet\n", Code.CONFIG_EMPTY_FILE, "FILE", ""),
+        ("{}", Code.CONFIG_EMPTY_FILE, "FILE", ""),
+        ("null", Code.CONFIG_NOT_A_MAPPING, "FILE:1", "got nothing"),
+        ("# rows\n- a\n", Code.CONFIG_NOT_A_MAPPING, "FILE:2", "got a list"),
+        ("word", Code.CONFIG_NOT_A_MAPPING, "FILE:1", "got text 'word'"),
+        (b"model:\n  name: \xff\n", Code.CONFIG_NOT_UTF8, "FILE:2", "byte 15 "),
+        (SOUND.encode("utf-16"), Code.CONFIG_NOT_UTF8, "FILE:1", "byte 0 "),
+        ("? [a, b]\n: c\n", Code.CONFIG_BAD_KEY, "FILE:1", ""),
+        (SOUND + "<<: {lora: 1}\n", Code.CONFIG_BAD_KEY, "FILE:4", "merges"),
+        (SOUND + "lora: &a {r: 8}\ntraining: *a\n", Code.CONFIG_YAML_ALIAS, "FILE:5:11", ""),
+        (SOUND + 'a: "\\UFFFFFFFF"\n', Code.CONFIG_SYNTAX, "FILE:4:7", "an escape that names no character"),
+        (SOUND + 'a: "\\U00110000"\n', Code.CONFIG_SYNTAX, "FILE:4:7", "an escape that names no character"),
+        (SOUND + "lora: !mine {r: 8}\n", Code.CONFIG_YAML_TAG, "FILE:4:7", "`!mine`"),
+        ("output_dir: !!binary b3V0\n", Code.CONFIG_YAML_TAG, "FILE:1:13", "`!!binary`"),
     ],
 )
-def test_not_a_mapping(problems: Callable[..., list[str]], text: str | bytes, expected: str) -> None:
-    found = problems(text)
-    assert len(found) == 1
-    assert found[0].startswith(expected)
+def test_not_a_mapping(
+    problems: Callable[..., list[Problem]], text: str | bytes, code: Code, where: str, what: str
+) -> None:
+    [problem] = problems(text)
+    assert meaning(problem) == (code, where, "")
+    assert what in problem.what
 
 
-def test_a_tab_is_told_how_to_be_mended(problems: Callable[..., list[str]]) -> None:
-    assert problems("model:\n\tname_or_path: x\n")[0].endswith("; indent with spaces")
+@pytest.mark.parametrize(
+    "text, fix",
+    [
+        ("model:\n\tname_or_path: x\n", "indent with spaces"),
+        ("", "see configs/ for examples"),
+        ("# rows\n- a\n", "begin with `model:`"),
+        (SOUND + "lora: &a {r: 8}\ntraining: *a\n", "write the value out"),
+    ],
+)
+def test_the_fix_is_named(problems: Callable[..., list[Problem]], text: str, fix: str) -> None:
+    assert [problem.fix for problem in problems(text)] == [fix]
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
-    for path, what in [
-        (tmp_path / "absent.yaml", "cannot be read: No such file or directory"),
-        (tmp_path, "this is a directory, not a config file"),
-        (tmp_path / "absent" / "run.yaml", "cannot be read: No such file or directory"),
-        (Path("/dev/zero"), "larger than 256 KiB, so this is not a config file"),
+    for path, code, what in [
+        (tmp_path / "absent.yaml", Code.CONFIG_UNREADABLE, "No such file or directory"),
+        (tmp_path, Code.CONFIG_NOT_A_FILE, "a directory"),
+        (tmp_path / "absent" / "run.yaml", Code.CONFIG_UNREADABLE, "No such file or directory"),
+        (Path("/dev/zero"), Code.CONFIG_TOO_LARGE, "256 KiB"),
     ]:
         with pytest.raises(ConfigError) as caught:
             config.load(path)
-        assert str(caught.value) == f"{path}: {what}"
+        [problem] = caught.value.problems
+        assert meaning(problem) == (code, str(path), "") and what in problem.what
 
 
 def test_byte_order_mark_and_crlf_are_accepted(load: Callable[..., RunConfig]) -> None:
@@ -129,41 +147,43 @@ BOMB = "a: &a [x, x]\n" + "".join(
 @pytest.mark.parametrize(
     "make, expected",
     [
-        (lambda: "x" * (100 << 20), "FILE: larger than 256 KiB"),
-        (lambda: BOMB, "FILE:2:8: YAML aliases are not supported"),
-        (lambda: "a: &a [*a]\n", "FILE:1:8: YAML aliases are not supported"),
-        (lambda: "[" * 200_000, "FILE:1:34: nested more than 32 levels deep"),
-        (lambda: "{a: " * 50_000, "FILE:1:130: nested more than 32 levels deep"),
-        (lambda: "- " * 100_000, "FILE:1:67: nested more than 32 levels deep"),
-        (lambda: "".join(f"k{number}: 1\n" for number in range(20_000)), "FILE: model: missing"),
-        (lambda: "k: 1\n" * 20_000, "FILE:2: k: written twice, in line 1 and in line 2; keep one"),
-        (lambda: SOUND + "lora: {r: " + "x" * 200_000 + "}", "FILE:4: lora.r: expected a whole number, got text 'xxx"),
+        (lambda: "x" * (100 << 20), (Code.CONFIG_TOO_LARGE, "FILE", "")),
+        (lambda: BOMB, (Code.CONFIG_YAML_ALIAS, "FILE:2:8", "")),
+        (lambda: "a: &a [*a]\n", (Code.CONFIG_YAML_ALIAS, "FILE:1:8", "")),
+        (lambda: "[" * 200_000, (Code.CONFIG_TOO_DEEP, "FILE:1:34", "")),
+        (lambda: "{a: " * 50_000, (Code.CONFIG_TOO_DEEP, "FILE:1:130", "")),
+        (lambda: "- " * 100_000, (Code.CONFIG_TOO_DEEP, "FILE:1:67", "")),
+        (lambda: "".join(f"k{number}: 1\n" for number in range(20_000)), (Code.CONFIG_MISSING_KEY, "FILE", "model")),
+        (lambda: "k: 1\n" * 20_000, (Code.CONFIG_DUPLICATE_KEY, "FILE:2", "k")),
+        (lambda: SOUND + "lora: {r: " + "x" * 200_000 + "}", (Code.CONFIG_WRONG_TYPE, "FILE:4", "lora.r")),
     ],
     ids=["100MB", "aliases", "loop", "brackets", "braces", "dashes", "keys", "duplicates", "long"],
 )
-def test_hostile_files_cost_little(problems: Callable[..., list[str]], make: Callable[[], str], expected: str) -> None:
+def test_hostile_files_cost_little(
+    problems: Callable[..., list[Problem]], make: Callable[[], str], expected: Expected
+) -> None:
     text = make()
     before = resource.getrusage(resource.RUSAGE_SELF)
-    found = problems(text)
+    refused = problems(text)
     after = resource.getrusage(resource.RUSAGE_SELF)
-    assert found[0].startswith(expected)
-    assert sum(map(len, found)) < 10_000
+    assert meaning(refused[0]) == expected
+    assert sum(len(str(problem)) for problem in refused) < 10_000
     assert after.ru_utime - before.ru_utime < 20  # seconds of work, whatever else the machine does
     assert after.ru_maxrss - before.ru_maxrss < 300 << 10  # KiB
 
 
-def test_problems_beyond_the_first_twenty_are_counted(problems: Callable[..., list[str]]) -> None:
+def test_problems_beyond_the_first_twenty_are_counted(problems: Callable[..., list[Problem]]) -> None:
     text = SOUND + "".join(f"k{number}: 1\n" for number in range(1234))
-    assert problems(text)[-1] == "and 1,214 more problems"
-    assert problems("".join(["k: 1\n"] * 1235))[-1] == "and 1,214 more problems"
+    for last in (problems(text)[-1], problems("".join(["k: 1\n"] * 1235))[-1]):
+        assert last.code == Code.CONFIG_MORE_PROBLEMS and "1,214" in last.what
 
 
 @pytest.mark.parametrize("where", ["model: ", "output_dir: ", "model: {name_or_path: base, revision: ", ""])
 @pytest.mark.parametrize("call", ["!!python/object/apply:os.system", "!!python/object/new:os.system"])
-def test_python_tags_run_nothing(problems: Callable[..., list[str]], tmp_path: Path, where: str, call: str) -> None:
+def test_python_tags_run_nothing(problems: Callable[..., list[Problem]], tmp_path: Path, where: str, call: str) -> None:
     target = tmp_path / "executed"
-    found = problems(f"{where}{call} ['touch {target}']" + "}" * where.count("{") + "\n")
-    assert found == [f"FILE:1:{len(where) + 1}: the YAML tag `{call}` is not supported"]
+    [problem] = problems(f"{where}{call} ['touch {target}']" + "}" * where.count("{") + "\n")
+    assert meaning(problem) == (Code.CONFIG_YAML_TAG, f"FILE:1:{len(where) + 1}", "") and f"`{call}`" in problem.what
     assert not target.exists()
 
 
@@ -171,27 +191,26 @@ def test_python_tags_run_nothing(problems: Callable[..., list[str]], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    "text, where, key, fix",
     [
-        (in_section("lora.lora_alhpa", "16"), "FILE:5: lora.lora_alhpa: unknown key; did you mean `lora_alpha`?"),
-        (in_section("training.lr", "1"), "FILE:5: training.lr: unknown key; did you mean `training.learning_rate`?"),
-        (in_section("lora.learning_rate", "1"), "FILE:5: lora.learning_rate: unknown key; did you mean `training.le"),
-        (in_section("model.load_in_4bit", "true"), "FILE:5: model.load_in_4bit: unknown key; did you mean `model.qu"),
-        (in_section("data.train", "{path: a, splt: b}"), "FILE:5: data.train.splt: unknown key; did you mean `split`?"),
-        (
-            in_section("data.validation", "{path: a, s: b}"),
-            "FILE:5: data.validation.s: unknown key; known here: path, ",
-        ),
-        (SOUND + "outputdir: x\n", "FILE:4: outputdir: unknown key; did you mean `output_dir`?"),
-        (SOUND + "str: x\n", "FILE:4: str: unknown key; known here: model, lora, data, training, output_dir"),
-        (SOUND + "'x[0]': x\n", "FILE:4: x[0]: unknown key; known here: model"),
-        (SOUND + "1: x\n", "FILE:4: 1: unknown key; known here: model"),
+        (in_section("lora.lora_alhpa", "16"), "FILE:5", "lora.lora_alhpa", "did you mean `lora_alpha`?"),
+        (in_section("training.lr", "1"), "FILE:5", "training.lr", "did you mean `training.learning_rate`?"),
+        (in_section("lora.learning_rate", "1"), "FILE:5", "lora.learning_rate", "did you mean `training.learning_rate"),
+        (in_section("model.load_in_4bit", "true"), "FILE:5", "model.load_in_4bit", "did you mean `model.quantization`"),
+        (in_section("data.train", "{path: a, splt: b}"), "FILE:5", "data.train.splt", "did you mean `split`?"),
+        (in_section("data.validation", "{path: a, s: b}"), "FILE:5", "data.validation.s", "known here: path, "),
+        (SOUND + "outputdir: x\n", "FILE:4", "outputdir", "did you mean `output_dir`?"),
+        (SOUND + "str: x\n", "FILE:4", "str", "known here: model, lora, data, training, output_dir"),
+        (SOUND + "'x[0]': x\n", "FILE:4", "x[0]", "known here: model"),
+        (SOUND + "1: x\n", "FILE:4", "1", "known here: model"),
     ],
 )
-def test_unknown_key_names_the_nearest(problems: Callable[..., list[str]], text: str, expected: str) -> None:
-    found = problems(text)
-    assert len(found) == 1
-    assert found[0].startswith(expected)
+def test_unknown_key_names_the_nearest(
+    problems: Callable[..., list[Problem]], text: str, where: str, key: str, fix: str
+) -> None:
+    [problem] = problems(text)
+    assert meaning(problem) == (Code.CONFIG_UNKNOWN_KEY, where, key)
+    assert problem.fix.startswith(fix)
 
 
 def slips(word: str) -> Iterator[str]:
@@ -222,7 +241,7 @@ def unknown(values: dict[str, Any]) -> set[str]:
     try:
         RunConfig.model_validate(values)
     except ValidationError as error:
-        return {str(one["loc"][-1]) for one in error.errors() if one["type"] == "extra_forbidden"}
+        return {str(details["loc"][-1]) for details in error.errors() if details["type"] == "extra_forbidden"}
     return set()
 
 
@@ -236,27 +255,30 @@ def test_every_slip_in_every_key_is_caught(path: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("path", [key for key in known_keys() if len(key) == 2 and len(str(key[1])) > 4], ids=dotted)
-def test_a_letter_left_out_leads_to_the_key(problems: Callable[..., list[str]], path: tuple[str, str]) -> None:
+def test_a_letter_left_out_leads_to_the_key(problems: Callable[..., list[Problem]], path: tuple[str, str]) -> None:
     slip = path[1][:2] + path[1][3:]
-    assert f"FILE:5: {path[0]}.{slip}: unknown key; did you mean `{path[1]}`?" in problems(
-        in_section(f"{path[0]}.{slip}", "1")
-    )
+    fixes = {meaning(problem): problem.fix for problem in problems(in_section(f"{path[0]}.{slip}", "1"))}
+    assert fixes[Code.CONFIG_UNKNOWN_KEY, "FILE:5", f"{path[0]}.{slip}"] == f"did you mean `{path[1]}`?"
 
 
 # Row 3: duplicates
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    "text, line, key, lines",
     [
-        (SOUND + "output_dir: other\n", "FILE:4: output_dir: written twice, in line 3 and in line 4; keep one"),
-        (SOUND + "lora:\n  r: 8\n  r: 8\n", "FILE:6: lora.r: written twice, in line 5 and in line 6; keep one"),
-        (SOUND + "lora: {r: 4}\nlora: {r: 8}\n", "FILE:5: lora: written twice, in line 4 and in line 5; keep one"),
-        (SOUND + "lora: {r: 8, 'r': 8}\n", "FILE:4: lora.r: written twice, in line 4 and in line 4; keep one"),
+        (SOUND + "output_dir: other\n", 4, "output_dir", "in line 3 and in line 4"),
+        (SOUND + "lora:\n  r: 8\n  r: 8\n", 6, "lora.r", "in line 5 and in line 6"),
+        (SOUND + "lora: {r: 4}\nlora: {r: 8}\n", 5, "lora", "in line 4 and in line 5"),
+        (SOUND + "lora: {r: 8, 'r': 8}\n", 4, "lora.r", "in line 4 and in line 4"),
     ],
 )
-def test_duplicate_key_names_both_lines(problems: Callable[..., list[str]], text: str, expected: str) -> None:
-    assert problems(text) == [expected]
+def test_duplicate_key_names_both_lines(
+    problems: Callable[..., list[Problem]], text: str, line: int, key: str, lines: str
+) -> None:
+    [problem] = problems(text)
+    assert meaning(problem) == (Code.CONFIG_DUPLICATE_KEY, f"FILE:{line}", key)
+    assert problem.what.endswith(lines) and problem.fix == "keep one"
 
 
 # Rows 4 to 8: values
@@ -296,152 +318,201 @@ def test_duplicate_key_names_both_lines(problems: Callable[..., list[str]], text
     ],
 )
 def test_values_are_read_as_meant(load: Callable[..., RunConfig], key: str, text: str, value: Any) -> None:
-    found = value_at(load(in_section(key, text)), key)
-    assert found == value
-    assert type(found) is type(value)
+    value_read = value_at(load(in_section(key, text)), key)
+    assert value_read == value
+    assert type(value_read) is type(value)
+
+
+TYPE, CHOICE = Code.CONFIG_WRONG_TYPE, Code.CONFIG_NOT_A_CHOICE
+RANGE, EMPTY = Code.CONFIG_OUT_OF_RANGE, Code.CONFIG_EMPTY_VALUE
 
 
 @pytest.mark.parametrize(
-    "key, text, expected",
+    "key, text, code, what",
     [
-        ("lora.r", "eight", "expected a whole number, got text 'eight'"),
-        ("lora.r", "true", "expected a whole number, got true/false True"),
-        ("lora.r", "8.5", "expected a whole number, got a number 8.5"),
-        ("lora.r", "'8'", "expected a whole number, got text '8'"),
-        ("lora.r", "[8]", "expected a whole number, got a list"),
-        ("lora.r", "", "expected a whole number, got nothing"),
-        ("lora.r", "0", "must be greater than 0, got a number 0"),
-        ("lora.r", "-1", "must be greater than 0, got a number -1"),
-        ("lora.lora_alpha", "0", "must be greater than 0, got a number 0"),
-        ("lora.lora_alpha", "-16", "must be greater than 0, got a number -16"),
-        ("lora.lora_dropout", "1.0", "must be less than 1, got a number 1.0"),
-        ("lora.lora_dropout", "-0.1", "must be greater than or equal to 0, got a number -0.1"),
-        ("lora.lora_dropout", ".nan", "must be a finite number, got a number nan"),
-        ("lora.use_dora", "1", "expected true or false, got a number 1"),
-        ("lora.bias", "lora", "expected 'none', 'all' or 'lora_only', got text 'lora'"),
-        ("lora.target_modules", "3", "expected a list or text, got a number 3"),
-        ("lora.target_modules", "[]", "must not be empty"),
-        ("lora.target_modules", "''", "must not be empty"),
-        ("lora.layers_to_transform", "[]", "must not be empty"),
-        ("lora.init_lora_weights", "pisa", "expected 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4', "),
-        ("lora.init_lora_weights", "false", "false starts from a random update"),
-        ("training.learning_rate", "0", "must be greater than 0, got a number 0"),
-        ("training.learning_rate", "-1", "must be greater than 0, got a number -1"),
-        ("training.learning_rate", ".nan", "must be a finite number, got a number nan"),
-        ("training.learning_rate", "nan", "expected a number, got text 'nan'"),
-        ("training.learning_rate", ".inf", "must be a finite number, got a number inf"),
-        ("training.learning_rate", "-.INF", "must be a finite number, got a number -inf"),
-        ("training.learning_rate", "1e400", "must be a finite number, got a number inf"),
-        ("training.learning_rate", "1_000", "expected a number, got text '1_000'"),
-        ("training.learning_rate", "'1e-4'", "expected a number, got text '1e-4'"),
-        ("training.max_steps", "0", "0 steps train nothing"),
-        ("training.seed", "4294967296", "must be less than 4294967296, got a number 4294967296"),
-        ("training.optim", "adamw", "expected 'adamw_torch', "),
-        ("model.dtype", "fp16", "expected 'auto', 'float32', 'bfloat16' or 'float16', got text 'fp16'"),
-        ("model.dtype", "bfloat", "expected 'auto', 'float32', 'bfloat16' or 'float16', got text 'bfloat'; did you me"),
-        ("model.name_or_path", "''", "must not be empty"),
-        ("model.revision", "1.5", "expected text, got a number 1.5"),
-        ("data.validation", "0", "a fraction lies between 0 and 1"),
-        ("data.validation", "1.5", "a fraction lies between 0 and 1"),
-        ("data.validation", "true", "expected a section or a list or a number, got true/false True"),
-        ("data.columns", "[prompt]", "expected a mapping, got a list"),
-        ("data.max_length", "1", "must be greater than or equal to 2, got a number 1"),
+        ("lora.r", "eight", TYPE, "expected a whole number, got text 'eight'"),
+        ("lora.r", "true", TYPE, "expected a whole number, got true/false True"),
+        ("lora.r", "8.5", TYPE, "expected a whole number, got a number 8.5"),
+        ("lora.r", "'8'", TYPE, "expected a whole number, got text '8'"),
+        ("lora.r", "[8]", TYPE, "expected a whole number, got a list"),
+        ("lora.r", "", TYPE, "expected a whole number, got nothing"),
+        ("lora.r", "0", RANGE, "must be greater than 0, got a number 0"),
+        ("lora.r", "-1", RANGE, "must be greater than 0, got a number -1"),
+        ("lora.lora_alpha", "0", RANGE, "must be greater than 0, got a number 0"),
+        ("lora.lora_alpha", "-16", RANGE, "must be greater than 0, got a number -16"),
+        ("lora.lora_dropout", "1.0", RANGE, "must be less than 1, got a number 1.0"),
+        (
+            "lora.lora_dropout",
+            "-0.1",
+            RANGE,
+            "must be greater than or equal to 0, got a number -0.1",
+        ),
+        ("lora.lora_dropout", ".nan", RANGE, "must be a finite number, got a number nan"),
+        ("lora.use_dora", "1", TYPE, "expected true or false, got a number 1"),
+        ("lora.bias", "lora", CHOICE, "expected 'none', 'all' or 'lora_only', got text 'lora'"),
+        ("lora.target_modules", "3", TYPE, "expected a list or text, got a number 3"),
+        ("lora.target_modules", "[]", EMPTY, ""),
+        ("lora.target_modules", "''", EMPTY, ""),
+        ("lora.layers_to_transform", "[]", EMPTY, ""),
+        (
+            "lora.init_lora_weights",
+            "pisa",
+            CHOICE,
+            "expected 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4', ",
+        ),
+        ("lora.init_lora_weights", "false", Code.CONFIG_RANDOM_INIT, ""),
+        ("training.learning_rate", "0", RANGE, "must be greater than 0, got a number 0"),
+        ("training.learning_rate", "-1", RANGE, "must be greater than 0, got a number -1"),
+        ("training.learning_rate", ".nan", RANGE, "must be a finite number, got a number nan"),
+        ("training.learning_rate", "nan", TYPE, "expected a number, got text 'nan'"),
+        ("training.learning_rate", ".inf", RANGE, "must be a finite number, got a number inf"),
+        ("training.learning_rate", "-.INF", RANGE, "must be a finite number, got a number -inf"),
+        ("training.learning_rate", "1e400", RANGE, "must be a finite number, got a number inf"),
+        ("training.learning_rate", "1_000", TYPE, "expected a number, got text '1_000'"),
+        ("training.learning_rate", "'1e-4'", TYPE, "expected a number, got text '1e-4'"),
+        ("training.max_steps", "0", Code.CONFIG_NO_STEPS, ""),
+        (
+            "training.seed",
+            "4294967296",
+            RANGE,
+            "must be less than 4294967296, got a number 4294967296",
+        ),
+        ("training.optim", "adamw", CHOICE, "expected 'adamw_torch', "),
+        (
+            "model.dtype",
+            "fp16",
+            CHOICE,
+            "expected 'auto', 'float32', 'bfloat16' or 'float16', got text 'fp16'",
+        ),
+        (
+            "model.dtype",
+            "bfloat",
+            CHOICE,
+            "expected 'auto', 'float32', 'bfloat16' or 'float16', got text 'bfloat'",
+        ),
+        ("model.name_or_path", "''", EMPTY, ""),
+        ("model.revision", "1.5", TYPE, "expected text, got a number 1.5"),
+        ("data.validation", "0", Code.CONFIG_NOT_A_FRACTION, ""),
+        ("data.validation", "1.5", Code.CONFIG_NOT_A_FRACTION, ""),
+        (
+            "data.validation",
+            "true",
+            TYPE,
+            "expected a section or a list or a number, got true/false True",
+        ),
+        ("data.columns", "[prompt]", TYPE, "expected a mapping, got a list"),
+        ("data.max_length", "1", RANGE, "must be greater than or equal to 2, got a number 1"),
         *[
-            (key, text, f"`{text}` means different things to different YAML readers; quote it if text is meant")
+            (key, text, Code.CONFIG_AMBIGUOUS_VALUE, f"`{text}`")
             for key in ("lora.r", "training.learning_rate", "model.revision", "training.activation_checkpointing")
             for text in ("010", "12:30", "no", "On", "y", "0x1F", "0b11", "1:2:3", "-010")
         ],
     ],
 )
 def test_wrong_value_names_line_key_and_what_is_expected(
-    problems: Callable[..., list[str]], key: str, text: str, expected: str
+    problems: Callable[..., list[Problem]], key: str, text: str, code: Code, what: str
 ) -> None:
-    found = problems(in_section(key, text))
-    assert len(found) == 1
-    assert found[0].startswith(f"FILE:5: {key}: {expected}")
+    [problem] = problems(in_section(key, text))
+    assert meaning(problem) == (code, "FILE:5", key)
+    assert problem.what.startswith(what)
+
+
+def test_the_nearest_choice_is_named(problems: Callable[..., list[Problem]]) -> None:
+    [problem] = problems(in_section("model.dtype", "bfloat"))
+    assert problem.fix == "did you mean `bfloat16`?"
+    [problem] = problems(in_section("lora.r", "010"))
+    assert problem.fix.startswith("quote it if text is meant")
 
 
 @pytest.mark.parametrize(
-    "key, text, expected",
+    "key, text, code, item, what",
     [
-        ("lora.target_modules", "[q, 5]", "lora.target_modules[1]: expected text, got a number 5"),
-        ("lora.layers_to_transform", "[0, 1, -1]", "lora.layers_to_transform[2]: must be greater than or equal to 0"),
-        ("data.columns", "{prompt: 5}", "data.columns.prompt: expected text, got a number 5"),
+        ("lora.target_modules", "[q, 5]", Code.CONFIG_WRONG_TYPE, "[1]", "expected text, got a number 5"),
+        ("lora.layers_to_transform", "[0, 1, -1]", Code.CONFIG_OUT_OF_RANGE, "[2]", "must be greater than or equal to"),
+        ("data.columns", "{prompt: 5}", Code.CONFIG_WRONG_TYPE, ".prompt", "expected text, got a number 5"),
     ],
 )
-def test_a_wrong_item_is_named(problems: Callable[..., list[str]], key: str, text: str, expected: str) -> None:
-    found = problems(in_section(key, text))
-    assert len(found) == 1
-    assert found[0].startswith(f"FILE:5: {expected}")
+def test_a_wrong_item_is_named(
+    problems: Callable[..., list[Problem]], key: str, text: str, code: Code, item: str, what: str
+) -> None:
+    [problem] = problems(in_section(key, text))
+    assert meaning(problem) == (code, "FILE:5", key + item)
+    assert problem.what.startswith(what)
 
 
 @pytest.mark.parametrize("section, got", [("", "nothing"), ("[]", "a list"), ("x", "text 'x'")])
-def test_a_section_must_be_one(problems: Callable[..., list[str]], section: str, got: str) -> None:
-    assert problems(SOUND + f"lora: {section}\n") == [f"FILE:4: lora: expected a section, got {got}"]
+def test_a_section_must_be_one(problems: Callable[..., list[Problem]], section: str, got: str) -> None:
+    [problem] = problems(SOUND + f"lora: {section}\n")
+    assert meaning(problem) == (Code.CONFIG_WRONG_TYPE, "FILE:4", "lora")
+    assert problem.what == f"expected a section, got {got}"
 
 
-def test_all_problems_are_told_at_once(problems: Callable[..., list[str]]) -> None:
-    found = problems("model: {dtype: auto}\nlora: {r: 0, q: 1}\ntraining:\n  learning_rate: fast\n")
-    assert found == [
-        "FILE:1: model.name_or_path: missing; this key has no default",
-        "FILE:2: lora.r: must be greater than 0, got a number 0",
-        f"FILE:2: lora.q: unknown key; known here: {', '.join(LoraSection.model_fields)}",
-        "FILE: data: missing; this key has no default",
-        "FILE:4: training.learning_rate: expected a number, got text 'fast'",
-        "FILE: output_dir: missing; this key has no default",
+def test_all_problems_are_reported_at_once(problems: Callable[..., list[Problem]]) -> None:
+    refused = problems("model: {dtype: auto}\nlora: {r: 0, q: 1}\ntraining:\n  learning_rate: fast\n")
+    assert [meaning(problem) for problem in refused] == [
+        (Code.CONFIG_MISSING_KEY, "FILE:1", "model.name_or_path"),
+        (Code.CONFIG_OUT_OF_RANGE, "FILE:2", "lora.r"),
+        (Code.CONFIG_UNKNOWN_KEY, "FILE:2", "lora.q"),
+        (Code.CONFIG_MISSING_KEY, "FILE", "data"),
+        (Code.CONFIG_WRONG_TYPE, "FILE:4", "training.learning_rate"),
+        (Code.CONFIG_MISSING_KEY, "FILE", "output_dir"),
     ]
+    assert "got a number 0" in refused[1].what and "got text 'fast'" in refused[4].what
+    assert refused[2].fix == f"known here: {', '.join(LoraSection.model_fields)}"
 
 
 # Row 9: contradictions
 
 
 @pytest.mark.parametrize(
-    "section, first, second, what",
+    "section, first, second, code",
     [
-        ("training", "max_steps: 5", "num_train_epochs: 2", "both set the length of the run; keep one"),
-        ("training", "warmup_steps: 6", "max_steps: 5", "the learning rate would never reach its peak"),
-        ("training", "lr_scheduler_type: constant", "warmup_steps: 5", "constant has no warmup"),
-        ("data", "format: text", "chat_template: a.jinja", "text goes through no template"),
+        ("training", "max_steps: 5", "num_train_epochs: 2", Code.CONFIG_LENGTH_TWICE),
+        ("training", "warmup_steps: 6", "max_steps: 5", Code.CONFIG_WARMUP_TOO_LONG),
+        ("training", "lr_scheduler_type: constant", "warmup_steps: 5", Code.CONFIG_CONSTANT_WARMUP),
+        ("data", "format: text", "chat_template: a.jinja", Code.CONFIG_FORMAT_WITHOUT_CHAT),
     ],
 )
 def test_contradiction_names_both_keys(
-    problems: Callable[..., list[str]], load: Callable[..., RunConfig], section: str, first: str, second: str, what: str
+    problems: Callable[..., list[Problem]],
+    load: Callable[..., RunConfig],
+    section: str,
+    first: str,
+    second: str,
+    code: Code,
 ) -> None:
     base = "# rows\n" + SOUND if section != "data" else "model: {name_or_path: b}\noutput_dir: o\n# rows\n"
     start = f"{base}{section}:\n" + ("  train: rows.jsonl\n" if section == "data" else "")
     line = start.count("\n") + 1
     keys = " and ".join(f"{section}.{entry.partition(':')[0]}" for entry in (first, second))
-    found = problems(f"{start}  {first}\n  {second}\n")
-    assert len(found) == 1
-    assert found[0].startswith(f"FILE:{line}: {keys}: {what}")
+    refused = problems(f"{start}  {first}\n  {second}\n")
+    assert [meaning(problem) for problem in refused] == [(code, f"FILE:{line}", keys)]
     load(f"{start}  {first}\n")
     load(f"{start}  {second}\n")
 
 
 @pytest.mark.parametrize(
-    "key, value, other, what",
+    "key, value, other, code",
     [
-        ("training.eval_steps", "5", "data.validation", "there are no rows to evaluate on"),
-        (
-            "model.trust_remote_code",
-            "true",
-            "model.revision",
-            "code from a repository is only run at a pinned revision",
-        ),
+        ("training.eval_steps", "5", "data.validation", Code.CONFIG_NO_EVALUATION_ROWS),
+        ("model.trust_remote_code", "true", "model.revision", Code.CONFIG_UNPINNED_CODE),
     ],
 )
 def test_a_key_that_needs_another(
-    problems: Callable[..., list[str]], load: Callable[..., RunConfig], key: str, value: str, other: str, what: str
+    problems: Callable[..., list[Problem]], load: Callable[..., RunConfig], key: str, value: str, other: str, code: Code
 ) -> None:
-    assert problems(in_section(key, value)) == [f"FILE:5: {key} and {other}: {what}"]
+    refused = problems(in_section(key, value))
+    assert [meaning(problem) for problem in refused] == [(code, "FILE:5", f"{key} and {other}")]
     load(in_section(key, value), f"{other}=held.jsonl")
 
 
 def test_warmup_above_one_counts_whole_steps(
-    problems: Callable[..., list[str]], load: Callable[..., RunConfig]
+    problems: Callable[..., list[Problem]], load: Callable[..., RunConfig]
 ) -> None:
-    found = problems(in_section("training.warmup_steps", "1.5"))
-    assert found == ["FILE:5: training.warmup_steps: above 1 it counts steps, so it must be whole"]
+    refused = problems(in_section("training.warmup_steps", "1.5"))
+    assert [meaning(problem) for problem in refused] == [
+        (Code.CONFIG_WARMUP_NOT_WHOLE, "FILE:5", "training.warmup_steps")
+    ]
     assert load(in_section("training.warmup_steps", "10")).training.warmup_steps == 10
 
 
@@ -471,28 +542,30 @@ def test_the_last_set_wins(load: Callable[..., RunConfig]) -> None:
 
 
 @pytest.mark.parametrize(
-    "assignment, expected",
+    "assignment, code, key, detail",
     [
-        ("lora.r=eight", "lora.r: expected a whole number, got text 'eight'"),
-        ("lora.r=null", "lora.r: expected a whole number, got nothing"),
-        ("lora.alhpa=", "lora.alhpa: is not in the file, so there is nothing to take out"),
-        ("lora.lora_alhpa=8", "lora.lora_alhpa: unknown key; did you mean `lora_alpha`?"),
-        ("lora={r: 0}", "lora.r: must be greater than 0, got a number 0"),
-        ("lora.r=010", "lora.r: `010` means different things"),
-        ("data={train: a, format: no}", "data.format: `no` means different things"),
-        ("lora.r=[", "lora.r: not valid YAML"),
-        ("lora.r=8\nlora_alpha: 3", "lora.r: one value is expected, not several lines"),
-        ("lora.r=!!python/name:os.system", "lora.r: the YAML tag `!!python/name:os.system` is not supported"),
-        ("lora", "`lora` is not of the form section.key=value"),
-        ("=8", "`=8` is not of the form section.key=value"),
-        ("lora..r=8", "`lora..r=8` is not of the form section.key=value"),
-        ("output_dir.x=8", "output_dir.x: `output_dir` is text 'out', not a section"),
+        ("lora.r=eight", Code.CONFIG_WRONG_TYPE, "lora.r", "expected a whole number, got text 'eight'"),
+        ("lora.r=null", Code.CONFIG_WRONG_TYPE, "lora.r", "expected a whole number, got nothing"),
+        ("lora.alhpa=", Code.CONFIG_NOTHING_TO_REMOVE, "lora.alhpa", ""),
+        ("lora.lora_alhpa=8", Code.CONFIG_UNKNOWN_KEY, "lora.lora_alhpa", "did you mean `lora_alpha`?"),
+        ("lora={r: 0}", Code.CONFIG_OUT_OF_RANGE, "lora.r", "must be greater than 0, got a number 0"),
+        ("lora.r=010", Code.CONFIG_AMBIGUOUS_VALUE, "lora.r", "`010`"),
+        ("data={train: a, format: no}", Code.CONFIG_AMBIGUOUS_VALUE, "data.format", "`no`"),
+        ("lora.r=[", Code.CONFIG_SYNTAX, "lora.r", ""),
+        ("lora.r=8\nlora_alpha: 3", Code.CONFIG_BAD_ASSIGNMENT, "lora.r", "one value"),
+        ("lora.r=!!python/name:os.system", Code.CONFIG_YAML_TAG, "lora.r", "`!!python/name:os.system`"),
+        ("lora", Code.CONFIG_BAD_ASSIGNMENT, "", "`lora` is not of the form section.key=value"),
+        ("=8", Code.CONFIG_BAD_ASSIGNMENT, "", "`=8` is not of the form section.key=value"),
+        ("lora..r=8", Code.CONFIG_BAD_ASSIGNMENT, "", "`lora..r=8` is not of the form section.key=value"),
+        ("output_dir.x=8", Code.CONFIG_BAD_ASSIGNMENT, "output_dir.x", "`output_dir` is text 'out', not a section"),
     ],
 )
-def test_wrong_set_is_told_as_such(problems: Callable[..., list[str]], assignment: str, expected: str) -> None:
-    found = problems(SOUND + "lora: {r: 8}\n", assignment)
-    assert len(found) == 1
-    assert found[0].startswith(f"--set: {expected}")
+def test_a_wrong_assignment_is_reported_as_such(
+    problems: Callable[..., list[Problem]], assignment: str, code: Code, key: str, detail: str
+) -> None:
+    [problem] = problems(SOUND + "lora: {r: 8}\n", assignment)
+    assert meaning(problem) == (code, "--set", key)
+    assert detail in f"{problem.what}; {problem.fix}"
 
 
 # dump
@@ -535,9 +608,9 @@ def test_sections_are_small_described_frozen_and_strict(section: type[config.Mod
     assert 0 < len(fields) <= 15
     if section is not RunConfig:
         assert [name for name, field in fields.items() if not field.description] == []
-    made = section.model_construct()
+    instance = section.model_construct()
     with pytest.raises(ValidationError, match="frozen"):
-        setattr(made, next(iter(fields)), None)
+        setattr(instance, next(iter(fields)), None)
     with pytest.raises(ValidationError, match="extra_forbidden"):
         section.model_validate({"nobody_knows_me": 1})
 
@@ -545,24 +618,34 @@ def test_sections_are_small_described_frozen_and_strict(section: type[config.Mod
 # Through the command line
 
 
+def test_a_problem_is_one_line(cli: Callable[..., Ran], tmp_path: Path) -> None:
+    """Place, key, what is wrong, code, and what to do."""
+    path = tmp_path / "run.yaml"
+    path.write_text(in_section("lora.bais", "all"))
+    line = f"error: {path}:5: lora.bais: unknown key [config.unknown_key]; did you mean `bias`?\n"
+    assert cli("train", path) == Ran(2, "", line)
+
+
 @pytest.mark.parametrize(
-    "text, line",
+    "text, code, line, key",
     [
-        ("model:\n\tname: x\n", "FILE:2:1: not valid YAML: found character '\\t' that cannot start any token, while "
-         "scanning for the next token; indent with spaces"),
-        (in_section("lora.bais", "all"), "FILE:5: lora.bais: unknown key; did you mean `bias`?"),
-        (in_section("lora.r", "eight"), "FILE:5: lora.r: expected a whole number, got text 'eight'"),
-        (SOUND + "output_dir: x\n", "FILE:4: output_dir: written twice, in line 3 and in line 4; keep one"),
-        ("", "FILE: the file is empty; see configs/ for examples"),
-        ("a: \x07\n", "FILE:1: not valid YAML: the control character U+0007"),
+        ("model:\n\tname: x\n", Code.CONFIG_SYNTAX, ":2:1", ""),
+        (in_section("lora.bais", "all"), Code.CONFIG_UNKNOWN_KEY, ":5", "lora.bais"),
+        (in_section("lora.r", "eight"), Code.CONFIG_WRONG_TYPE, ":5", "lora.r"),
+        (SOUND + "output_dir: x\n", Code.CONFIG_DUPLICATE_KEY, ":4", "output_dir"),
+        ("", Code.CONFIG_EMPTY_FILE, "", ""),
+        ("a: \x07\n", Code.CONFIG_SYNTAX, ":1", ""),
     ],
-)  # fmt: skip
-def test_command_line_prints_the_problem(cli: Callable[..., Ran], tmp_path: Path, text: str, line: str) -> None:
+)
+def test_command_line_prints_the_problem(
+    cli: Callable[..., Ran], tmp_path: Path, text: str, code: Code, line: str, key: str
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     before = tree(tmp_path)
     for ran in (cli("train", path), cli("params", path)):
-        assert ran == Ran(2, "", f"error: {line.replace('FILE', str(path))}\n")
+        check_refused(ran, 2, (code, f"{path}{line}", key))
+        assert ran.out == "" and ran.err.count("\n") == 1
     assert tree(tmp_path) == before
 
 
@@ -570,11 +653,10 @@ def test_command_line_prints_every_problem(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(SOUND)
     ran = process("train", path, "--set", "lora.r=0", "--set", "lora.lora_alpha=-1")
-    assert ran.code == 2
-    assert ran.err.splitlines() == [
-        "error: --set: lora.r: must be greater than 0, got a number 0",
-        "error: --set: lora.lora_alpha: must be greater than 0, got a number -1",
-    ]
+    expected = [(Code.CONFIG_OUT_OF_RANGE, "--set", key) for key in ("lora.r", "lora.lora_alpha")]
+    check_refused(ran, 2, *expected)
+    assert "got a number 0" in ran.errors[0] and "got a number -1" in ran.errors[1]
+    assert ran.err.count("\n") == 2
 
 
 def test_set_without_a_value_takes_the_key_out(run_config: Callable[..., Path]) -> None:
@@ -584,12 +666,16 @@ def test_set_without_a_value_takes_the_key_out(run_config: Callable[..., Path]) 
 
 
 @pytest.mark.parametrize(
-    "section, said",
+    "section, code, key, name",
     [
-        ({"lora": {"target_modules": "(unclosed"}}, "lora.target_modules: `(unclosed` is not a regular expression"),
-        ({"data": {"columns": {"promt": "question"}}}, "data.columns: `promt` is none of our names"),
+        ({"lora": {"target_modules": "(unclosed"}}, Code.CONFIG_BAD_PATTERN, "lora.target_modules", "`(unclosed`"),
+        ({"data": {"columns": {"promt": "question"}}}, Code.CONFIG_UNKNOWN_COLUMN, "data.columns", "`promt`"),
     ],
 )
-def test_what_upstream_would_find_late(run_config: Callable[..., Path], section: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_what_upstream_would_find_late(
+    run_config: Callable[..., Path], section: dict[str, Any], code: Code, key: str, name: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
         config.load(run_config(**section))
+    [problem] = caught.value.problems
+    assert (problem.code, problem.key) == (code, key) and name in problem.what

@@ -15,12 +15,12 @@ from torch import nn
 
 from loratune import kernels
 from loratune.commands.boundary import boundary
-from loratune.data.packing import why_not
+from loratune.data.packing import packing_refusal
 from loratune.lora import linear
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
-SILENT = {"signals.py: say", "sandbox.py: _answered"}
+SILENT = {"signals.py: write_line", "sandbox.py: _reply"}
 """The first writes to the screen from a signal handler, and there is no other place to say that this failed. The second
 tells the error of the work, in a process that has no screen, and not that this error cannot be pickled."""
 
@@ -121,7 +121,7 @@ def test_models_that_are_not_understood_are_told_of(capsys: pytest.CaptureFixtur
     for debug in (True, False):
         with boundary(debug):
             assert "loss" in kernels.accelerate(model, linear.linear).fallbacks
-            assert why_not(model, 9) is not None
+            assert packing_refusal(model, 9) is not None
         told = capsys.readouterr().err
         expected = (
             "the model does not run on packed rows",

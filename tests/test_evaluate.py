@@ -18,7 +18,8 @@ from loratune import data
 from loratune.cli import app
 from loratune.commands import inference
 from loratune.config import Source
-from loratune.data.packing import Batches
+from loratune.data.packing import BatchLayout
+from loratune.errors import Code
 from loratune.training import preflight, scoring
 
 ENDS = ["<|endoftext|>", "<|end|>"]
@@ -132,12 +133,12 @@ def test_held_out_loss_of_training_is_the_adapters(scores: dict[str, Any], place
 
 def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None:
     loaded = inference.load(preflight.open_adapter(place / "adapter"))
-    part = data.check_source(Source(path=str(place / "held-out.jsonl")), loaded.data)
-    rows = data.prepare(part, loaded.renderer, loaded.data, 264).rows
+    split = data.read_source(Source(path=str(place / "held-out.jsonl")), loaded.data)
+    rows = data.prepare(split, loaded.renderer, loaded.data, 264).rows
     prompts = [row.prompt for row in rows.rows()]
     alone = [loaded.complete([prompt], 6)[0] for prompt in prompts]
     for size in (1, 7, 64):
-        loss = scoring.held_out_loss(loaded.model, Batches(rows, rows.lengths, "none", size, 1024, 0))
+        loss = scoring.held_out_loss(loaded.model, BatchLayout(rows, rows.lengths, "none", size, 1024, 0))
         assert loss.tokens == scores["adapter"]["tokens"]
         assert loss.mean == pytest.approx(scores["adapter"]["loss"], abs=1e-6)
         batches = [loaded.complete(prompts[at : at + size], 6) for at in range(0, len(prompts), size)]
@@ -165,26 +166,27 @@ def test_rows_without_a_prompt_have_no_match(
 
 
 @pytest.mark.parametrize(
-    ("rows", "code", "expected"),
+    ("rows", "code", "detail"),
     [
-        (None, 4, "no such file"),
-        ([], 4, "0 rows"),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], 4, "no field `completion`"),
+        (None, Code.DATA_FILE_NOT_FOUND, ""),
+        ([], Code.DATA_NO_ROWS, ""),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], Code.DATA_FIELD_MISSING, ""),
         (
             [chat_row("a", " ")],
-            4,
-            "no row has anything to learn (1 row dropped: nothing to learn: the completion is empty (",
+            Code.DATA_NOTHING_TO_LEARN,
+            "(1 row dropped: nothing to learn: the completion is empty (",
         ),
-        ([chat_row("a", "b" * 2000)], 4, "the answer does not fit in max_length 1024"),
+        ([chat_row("a", "b" * 2000)], Code.DATA_NOTHING_TO_LEARN, "the answer does not fit in max_length 1024"),
     ],
 )
-def test_refused(cli: Callable[..., Ran], place: Path, tmp_path: Path, rows: Any, code: int, expected: str) -> None:
+def test_refused(cli: Callable[..., Ran], place: Path, tmp_path: Path, rows: Any, code: Code, detail: str) -> None:
     path = tmp_path / "rows.jsonl"
     if rows is not None:
         write_rows(path, rows)
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", path)
-    assert (ran.code, ran.out) == (code, "")
-    assert ran.err.startswith(f"error: {path}") and expected in ran.err
+    assert (ran.code, ran.out) == (4, "")
+    (line,) = ran.errors
+    assert line.startswith(str(path)) and f" [{code}]" in line and detail in line
 
 
 def test_rows_may_be_read_otherwise_than_in_training(place: Path, cli: Callable[..., Ran], tmp_path: Path) -> None:

@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ran
+from conftest import Ran, meanings
 
-from loratune.config.expressions import BadExpressionError, compiled, limited
-from loratune.config.rules import bounded, check, stated
-from loratune.errors import AdapterError
+from loratune.config.patterns import (
+    BadPatternError,
+    bounded_ranks,
+    check_patterns,
+    check_values,
+    compile_pattern,
+    match_time_limit,
+    module_settings,
+)
+from loratune.errors import AdapterError, Code
 from loratune.lora.adapter_files import CONFIG_FILE, inspect
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
 ENDLESS = "((((((((((.+)+)+)+)+)+)+)+)+)+)+X"
 """It matches no path, after more tries than there is time."""
+PROJECTION = "model.layers.0.self_attn.q_proj"
 
 
 def within_memory_and_time(work: Callable[[], Any]) -> Any:
@@ -34,17 +42,17 @@ def within_memory_and_time(work: Callable[[], Any]) -> Any:
 
 
 def test_an_expression_that_runs_for_ever_is_ended() -> None:
-    with pytest.raises(BadExpressionError, match=r"takes more than 0\.2 s to match"), limited(0.2):
-        re.fullmatch(ENDLESS, "model.layers.0.self_attn.q_proj")
+    with pytest.raises(BadPatternError, match=r"takes more than 0\.2 s to match"), match_time_limit(0.2):
+        re.fullmatch(ENDLESS, PROJECTION)
 
 
 def test_a_limit_within_another_one_is_that_one() -> None:
-    with pytest.raises(BadExpressionError, match=r"takes more than 0\.3 s"), limited(0.3), limited(1e6):
-        re.fullmatch(ENDLESS, "model.layers.0.self_attn.q_proj")
+    with pytest.raises(BadPatternError, match=r"takes more than 0\.3 s"), match_time_limit(0.3), match_time_limit(1e6):
+        re.fullmatch(ENDLESS, PROJECTION)
 
 
 def test_the_limit_is_taken_back() -> None:
-    with limited(0.1):
+    with match_time_limit(0.1):
         pass
     end = time.process_time() + 0.3
     while time.process_time() < end:
@@ -52,16 +60,16 @@ def test_the_limit_is_taken_back() -> None:
 
 
 def test_another_thread_has_no_limit() -> None:
-    found: list[object] = []
+    matches: list[object] = []
 
     def match() -> None:
-        with limited(1e-3):
-            found.append(re.fullmatch("a+", "a" * 99))
+        with match_time_limit(1e-3):
+            matches.append(re.fullmatch("a+", "a" * 99))
 
     thread = threading.Thread(target=match)
     thread.start()
     thread.join()
-    assert found and found[0] is not None
+    assert matches and matches[0] is not None
 
 
 @pytest.mark.parametrize(
@@ -74,8 +82,8 @@ def test_another_thread_has_no_limit() -> None:
     ids=["open", "count", "deep"],
 )
 def test_what_is_no_expression(text: str, what: str) -> None:
-    with pytest.raises(BadExpressionError, match=what):
-        compiled(text)
+    with pytest.raises(BadPatternError, match=what):
+        compile_pattern(text)
 
 
 # A run's configuration
@@ -87,6 +95,7 @@ def test_expressions_of_a_config(key: str, text: str, run_config: MakeConfig, cl
     value = text if key == "target_modules" else {text: 4}
     ran = within_memory_and_time(lambda: cli("params", run_config(lora={key: value})))
     assert ran.code == 2 and f"lora.{key}: " in ran.err and len(ran.err) < 1000, ran.err
+    assert (str(Code.CONFIG_BAD_PATTERN) in ran.err) == (text != ENDLESS), ran.err
 
 
 def test_many_slow_expressions_share_one_limit(run_config: MakeConfig, cli: Cli) -> None:
@@ -137,9 +146,32 @@ BAD: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
+KINDS: list[tuple[dict[str, Any], Code, str]] = [
+    ({"r": -1}, Code.CONFIG_ADAPTER_VALUE, "r"),
+    ({"use_dora": 1}, Code.CONFIG_ADAPTER_VALUE, "use_dora"),
+    ({"rank_pattern": {"(": 4}}, Code.CONFIG_ADAPTER_PATTERN, "rank_pattern"),
+    ({"alpha_pattern": {ENDLESS: 4}}, Code.CONFIG_ADAPTER_PATTERN, "alpha_pattern"),
+    ({"target_modules": ENDLESS}, Code.CONFIG_ADAPTER_PATTERN, "target_modules"),
+    ({"rank_pattern": {f"a{n}": 4 for n in range(10**5)}}, Code.CONFIG_ADAPTER_TOO_MANY, "rank_pattern"),
+    ({"target_modules": ["q"] * 10**6}, Code.CONFIG_ADAPTER_TOO_MANY, "target_modules"),
+    ({"layer_replication": [[0, 2]] * 500}, Code.CONFIG_ADAPTER_TOO_MANY, "layer_replication"),
+    ({"r": 8}, Code.CONFIG_ADAPTER_RANK, PROJECTION),
+]
+
+
+@pytest.mark.parametrize(("values", "code", "key"), KINDS, ids=lambda value: str(value)[:24])
+def test_the_kind_of_each_problem(values: dict[str, Any], code: Code, key: str) -> None:
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | values
+    tensors = {f"base_model.model.{PROJECTION}.lora_A.weight": (4, 8)}
+    with pytest.raises(AdapterError) as caught:
+        check_values(config, "x")
+        check_patterns(config, tensors, [PROJECTION], "x")
+    assert meanings(caught.value) == [(code, "x", key)]
+
+
 @pytest.mark.parametrize(("key", "value"), BAD, ids=lambda one: str(one)[:24])
 def test_values_of_an_adapter(key: str, value: Any, trained: Path, tmp_path: Path, cli: Cli) -> None:
-    """Without its base, by `params`."""
+    """By `params`, without its base."""
     path = edited(trained, tmp_path / "adapter", **{key: value})
     ran = within_memory_and_time(lambda: cli("params", "--adapter", path))
     assert ran.code == 5 and ran.out == "" and "unexpected" not in ran.err, ran.err
@@ -173,11 +205,11 @@ def test_what_holds_is_as_before(trained: Path, tmp_path: Path, cli: Cli) -> Non
     }  # fmt: skip
     path = edited(trained, tmp_path / "adapter", **changes)
     saved = inspect(path)
-    said = stated(saved.config, saved.tensors, "x")
-    assert {one.rank for one in said.values()} == {4.0}
-    assert said["model.layers.0.self_attn.q_proj"].scaling == 0.5
-    assert bounded(saved.config, saved.tensors) == (5, {"q_proj|v_proj": 4, "q_proj": 5})
-    check(saved.config, saved.tensors, said, "x")
+    settings = module_settings(saved.config, saved.tensors, "x")
+    assert {module.rank for module in settings.values()} == {4.0}
+    assert settings[PROJECTION].scaling == 0.5
+    assert bounded_ranks(saved.config, saved.tensors) == (5, {"q_proj|v_proj": 4, "q_proj": 5})
+    check_patterns(saved.config, saved.tensors, settings, "x")
     assert cli("generate", "--adapter", path, "--max-new-tokens", "1", "hello").code == 0
 
 
@@ -191,8 +223,9 @@ def test_a_file_that_names_what_no_model_has(trained: Path, tmp_path: Path) -> N
         {f"{number}": np.zeros(0, "f4") for number in range(300_001)},
     ):
         save_file(tensors, path / "adapter_model.safetensors")
-        with pytest.raises(AdapterError, match="has more tensors, or longer names"):
+        with pytest.raises(AdapterError) as caught:
             inspect(path)
+        assert meanings(caught.value) == [(Code.ADAPTER_TOO_MANY_TENSORS, str(path / "adapter_model.safetensors"), "")]
 
 
 def test_a_json_that_is_deep_or_large(trained: Path, tmp_path: Path, cli: Cli) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Ran
+from conftest import Ran, check_refused
 
 from loratune import config
 from loratune.config.messages import known_keys
-from loratune.errors import ConfigError
+from loratune.errors import Code, ConfigError, Problem
 from loratune.system.files import path_problem
 
 MakeConfig = Callable[..., Path]
@@ -19,11 +19,11 @@ PATHS = ["~nobody-of-this-name/x", "a\0b", "x" * 5000, "y/" + "é" * 200, "\ud80
 FILES = ["model.name_or_path", "model.gguf_file", "data.train", "data.validation", "data.chat_template", "output_dir"]
 
 
-def refused(values: dict[str, object], path: Path) -> str:
+def refused(values: dict[str, object], path: Path) -> tuple[Problem, ...]:
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
         config.load(path)
-    return str(caught.value)
+    return caught.value.problems
 
 
 def test_every_key_takes_extreme_numbers_or_refuses_them_by_name(run_config: MakeConfig, tmp_path: Path) -> None:
@@ -43,8 +43,8 @@ def test_every_key_takes_extreme_numbers_or_refuses_them_by_name(run_config: Mak
                 except ConfigError as error:
                     assert all(str(rest[0]) in problem.key for problem in error.problems), str(error)
                 else:
-                    kept = run.model_dump()[section][rest[0]]
-                    assert abs(number) <= 1e30 and (not isinstance(kept, int) or abs(kept) < 2**32), rest
+                    loaded = run.model_dump()[section][rest[0]]
+                    assert abs(number) <= 1e30 and (not isinstance(loaded, int) or abs(loaded) < 2**32), rest
                 checked += 1
     assert checked > 1000
 
@@ -58,7 +58,9 @@ def test_texts_that_are_no_paths(key: str, path: str, run_config: MakeConfig, tm
         values[section][name] = path
     else:
         values[section] = path
-    assert key in refused(values, tmp_path / "bad.yaml")
+    [problem] = refused(values, tmp_path / "bad.yaml")
+    code = Code.CONFIG_WRONG_TYPE if path == "\ud800" else Code.CONFIG_NOT_A_PATH
+    assert problem.code == code and problem.key.removesuffix(".path") == key
 
 
 @pytest.mark.parametrize("path", ["~", "a/b", "x" * 255, "é" * 127, "data/*.jsonl", "org/name", "/", "~/x"])
@@ -73,7 +75,7 @@ def test_texts_that_are_paths(path: str) -> None:
         ["--max-new-tokens", "1" + "0" * 30], ["--input", "~nobody-of-this-name/x"], ["--output", "x" * 5000],
         ["--input", "é" * 200],
     ],
-    ids=lambda given: " ".join(given)[:30],
+    ids=lambda words: " ".join(words)[:30],
 )  # fmt: skip
 def test_options_of_generate(arguments: list[str], cli: Cli) -> None:
     ran = cli("generate", "--adapter", "x", *arguments, "hello")
@@ -84,5 +86,5 @@ def test_paths_of_the_other_commands(cli: Cli) -> None:
     long = "x" * 5000
     assert cli("params", "--adapter", long).code == 2
     assert cli("evaluate", "--adapter", "x", "--data", long).code == 2
-    assert cli("evaluate", "--adapter", "x", "--data", "").err == "error: --data: the path is empty\n"
+    check_refused(cli("evaluate", "--adapter", "x", "--data", ""), 2, (Code.USAGE_BAD_PATH, "", "--data"))
     assert cli("train", long).code == 2

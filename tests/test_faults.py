@@ -10,12 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import typer
-from conftest import check_refused, tiny_llama
+from conftest import check_refused, is_problem, tiny_llama
 from nursery import Nursery
 from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, straight, until
 from transformers import PreTrainedTokenizerFast
@@ -70,13 +69,14 @@ def pipe(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     os.close(end)
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_while_a_line_is_written(
-    pipe: tuple[Path, int], processes: Nursery, run_config: MakeConfig, tmp_path: Path
+    times: int, pipe: tuple[Path, int], processes: Nursery, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """Row 48: its reader answers a line with the signal, which then finds the program in the middle of its write."""
     config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
-    for number, code, _ in ENDING * 2:
-        child = processes.start("train", config, "--overwrite", pipe=pipe[0])
+    for number, code, _ in ENDING * times:
+        child = processes.start("train", config, "--overwrite", stderr=pipe[0])
         said = b""
         while b"step     3/" not in said:
             assert child.poll() is None, said.decode()
@@ -106,7 +106,7 @@ def test_a_signal_where_nobody_reads(
     """Row 48: a run that waits for room in a pipe finishes its step and keeps it, and does not wait for the reader."""
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
-        child = processes.start("train", config, "--overwrite", pipe=pipe[0])
+        child = processes.start("train", config, "--overwrite", stderr=pipe[0])
         said = b""
         while b"step     1/" not in said:
             said += os.read(pipe[1], 4096)
@@ -124,8 +124,8 @@ def test_a_signal_after_the_last_look(processes: Nursery, run_config: MakeConfig
     """Row 48: the trainer has taken all of its steps; what was told holds, and nothing is published."""
     script = """
 import signal
-from loratune import train
-from loratune.trainer import fit
+from loratune.commands import train
+from loratune.training.trainer import fit
 
 def fit_and_be_stopped(*arguments, **keywords):
     outcome = fit(*arguments, **keywords)
@@ -133,13 +133,10 @@ def fit_and_be_stopped(*arguments, **keywords):
     return outcome
 
 train.trainer.fit = fit_and_be_stopped
-from loratune.__main__ import main
-main()
 """
-    command = [sys.executable, "-c", script, "train", str(run_config())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 143, done.stderr
-    assert "stopping after this step" in done.stderr and "error: terminated; continue with: " in done.stderr
+    child = processes.start("train", run_config(), first=script)
+    assert child.wait() == 143, child.said()
+    assert "stopping after this step" in child.said() and "error: terminated; continue with: " in child.said()
     assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
 
 
@@ -210,28 +207,26 @@ def test_signals_that_come_more_than_once_unasked(processes: Nursery, run_config
         assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
 
 
-def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_path: Path, processes: Nursery) -> None:
     """Row 86: as nohup ignores it for what it starts."""
-    command = [sys.executable, "-m", "loratune", "train", str(run_config(training={"num_train_epochs": 30}))]
-    ignored = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
-    pipe = subprocess.PIPE
-    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=ignored)
+    child = processes.start("train", run_config(training={"num_train_epochs": 30}), ignored=signal.SIGHUP)
+    until(lambda: not heeds(child.pid, signal.SIGHUP) and heeds(child.pid, signal.SIGTERM), child)
     while not (tmp_path / "out.partial").exists():
         assert child.poll() is None
-        child.send_signal(signal.SIGHUP)
+        child.send(signal.SIGHUP)
         time.sleep(0.02)
-    child.send_signal(signal.SIGHUP)
-    said = child.communicate()[1]
-    assert child.returncode == 0 and (tmp_path / "out" / WEIGHTS).is_file(), said
+    child.send(signal.SIGHUP)
+    assert child.wait() == 0 and (tmp_path / "out" / WEIGHTS).is_file(), child.said()
 
 
 @pytest.mark.parametrize(("number", "code", "word"), ENDING)
+@pytest.mark.parametrize("pauses", [(0.0, 0.08), pytest.param((0.02, 0.05, 0.12, 0.2), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arguments", [["params", "--model", "/no/such"], ["train", "no.yaml"]], ids=lambda one: one[0])
 def test_a_signal_in_the_first_moments(
-    arguments: list[str], number: signal.Signals, code: int, word: str, processes: Nursery
+    pauses: tuple[float, ...], arguments: list[str], number: signal.Signals, code: int, word: str
 ) -> None:
     """Row 86: from the moment that handlers stand, while the command line is loaded and read, its code and line."""
-    for pause in (0.0, 0.02, 0.05, 0.08, 0.12, 0.2):
+    for pause in pauses:
         command = [sys.executable, "-m", "loratune", *arguments]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while child.poll() is None and not heeds(child.pid, signal.SIGUSR2):
@@ -274,17 +269,15 @@ def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, pro
     assert {path.name for path in tmp_path.iterdir()} - before <= {"run.yaml", "rows.jsonl"}
 
 
-def test_sigterm_while_the_model_is_loaded(run_config: MakeConfig, tmp_path: Path, smollm2: Path) -> None:
-    """Row 48, in a process of its own: importing and loading take seconds."""
-    config = run_config(model={"name_or_path": str(smollm2)})
-    running = subprocess.Popen([sys.executable, "-m", "loratune", "train", config], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "out.partial").exists():
-        assert running.poll() is None
-        time.sleep(0.01)
+def test_sigterm_while_the_model_is_loaded(
+    run_config: MakeConfig, tmp_path: Path, smollm2: Path, processes: Nursery
+) -> None:
+    """Row 48: loading takes seconds."""
+    running = processes.start("train", run_config(model={"name_or_path": str(smollm2)}))
+    until((tmp_path / "out.partial").exists, running)
     time.sleep(0.5)
-    running.terminate()
-    said = running.communicate()[1]
-    assert running.returncode == 143 and said.splitlines()[-1].startswith("error: terminated"), said
+    running.send(signal.SIGTERM)
+    assert running.wait() == 143 and running.said().splitlines()[-1].startswith("error: terminated"), running.said()
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists()
 
 
@@ -295,10 +288,10 @@ def test_a_signal_whose_exception_python_drops(capfd: pytest.CaptureFixture[str]
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGTERM)
 
-    with signals.terminable():
+    with signals.raise_on_signals():
         Dropped()
-        with signals.deferred(print) as stop:
-            assert stop.asked is signals.Termination
+        with signals.defer_signals(print) as stop:
+            assert stop.requested is signals.Termination
         with pytest.raises(signals.Termination):
             signal.raise_signal(signal.SIGTERM)
     assert "Exception ignored" not in capfd.readouterr().err
@@ -406,24 +399,24 @@ def test_files_that_may_not_grow(processes: Nursery, run_config: MakeConfig, tmp
 
 
 def test_memory_that_is_short_shows_at_once(
-    run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, forked: Cli
 ) -> None:
     """Row 63: one long row among short ones asks for more than there is, at the first step, whenever its turn is."""
     tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=1024).save_pretrained(tmp_path / "wide")
     tokenizer.save_pretrained(tmp_path / "wide")
-    rows = [{"prompt": "a", "completion": "b"}] * 200 + [{"prompt": "a " * 4000, "completion": "b"}]
+    rows = [{"prompt": "a", "completion": "b"}] * 200 + [{"prompt": "a " * 1000, "completion": "b"}]
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = run_config(
         model={"name_or_path": str(tmp_path / "wide")},
         data={"train": str(tmp_path / "uneven.jsonl"), "max_length": 8192, "packing": "none"},
         training={"per_device_train_batch_size": 8},
     )
-    done = starved(config)
-    assert done.returncode == 8, done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: out of memory at step 1, on a batch of 8 x 80"), line
+    done = forked("train", config, memory=1 << 28)
+    assert done.code == 8, done.err
+    line = done.err.splitlines()[-1]
+    assert line.startswith("error: out of memory at step 1, on a batch of 8 x 20"), line
     assert (
-        "; set data.max_length: 4001 (saves about " in line
+        "; set data.max_length: 1001 (saves about " in line
         and "training.activation_checkpointing: true (saves about " in line
     )
     assert "training.per_device_train_batch_size: 4 with training.gradient_accumulation_steps: 2 (saves" in line
@@ -431,32 +424,19 @@ def test_memory_that_is_short_shows_at_once(
 
 
 def test_memory_that_is_short_for_an_evaluation(
-    run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, forked: Cli
 ) -> None:
     """It shows before the first step too, and is not blamed on a batch of training."""
     tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=1024).save_pretrained(tmp_path / "wide")
     tokenizer.save_pretrained(tmp_path / "wide")
-    rows = [{"prompt": "a " * 4000, "completion": "b"}] * 8
+    rows = [{"prompt": "a " * 1000, "completion": "b"}] * 8
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"validation": str(tmp_path / "long.jsonl"), "max_length": 8192, "packing": "none"}
-    done = starved(run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data))
-    assert done.returncode == 8, done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: out of memory in the evaluation after step 0, on a batch of 8 x 80"), line
+    done = forked("train", run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data), memory=1 << 27)
+    assert done.code == 8, done.err
+    line = done.err.splitlines()[-1]
+    assert line.startswith("error: out of memory in the evaluation after step 0, on a batch of 8 x 20"), line
     assert "lower training.per_device_train_batch_size, which evaluations use too" in line
-
-
-def starved(config: Path) -> "subprocess.CompletedProcess[str]":
-    """A run that may take 1 GiB beyond what its imports take."""
-    code = (
-        "import resource, sys, loratune.train, loratune.show\n"
-        "from loratune.__main__ import main\n"
-        "held = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (held + (1 << 30), resource.RLIM_INFINITY))\n"
-        "main()\n"
-    )
-    command = [sys.executable, "-c", code, "train", str(config)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 # Numbers
@@ -595,26 +575,25 @@ def test_a_damaged_checkpoint_does_not_count_when_old_ones_go(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("reader", ["gone", "full"])
-def test_a_run_goes_on_when_nobody_can_be_told(reader: str, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_run_goes_on_when_nobody_can_be_told(
+    reader: str, run_config: MakeConfig, tmp_path: Path, processes: Nursery
+) -> None:
     """Row 47: stderr is a pipe whose end has gone, or a file on a full disk."""
     listening, telling = os.pipe()
     os.close(listening)
-    full = os.open("/dev/full", os.O_WRONLY)
-    command = [sys.executable, "-m", "loratune", "train", str(run_config())]
-    done = subprocess.run(command, stderr=telling if reader == "gone" else full, stdout=subprocess.PIPE, check=False)
-    for handle in (telling, full):
-        os.close(handle)
-    assert done.returncode == 0
-    assert (tmp_path / "out" / WEIGHTS).is_file() and b"steps" in done.stdout
+    gone = f"/proc/{os.getpid()}/fd/{telling}"
+    child = processes.start("train", run_config(), stderr=gone if reader == "gone" else "/dev/full")
+    code = child.wait()
+    os.close(telling)
+    assert code == 0
+    assert (tmp_path / "out" / WEIGHTS).is_file() and "steps" in child.out.read_text()
 
 
-def test_what_is_printed_has_no_room(run_config: MakeConfig, tmp_path: Path) -> None:
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "loratune", "train", str(run_config())]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 8
-    expected = "error: standard output: no room for what was to be printed; all that was done stands; make room"
-    assert done.stderr.splitlines()[-1] == expected
+def test_what_is_printed_has_no_room(run_config: MakeConfig, tmp_path: Path, processes: Nursery) -> None:
+    child = processes.start("train", run_config(), stdout="/dev/full")
+    assert child.wait() == 8
+    last = child.said().splitlines()[-1].removeprefix("error: ")
+    assert is_problem(last, (Code.OUTPUT_FULL, "standard output", ""))
     assert (tmp_path / "out" / WEIGHTS).is_file()
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Ran
+from conftest import Ran, meanings
 from running import MakeConfig
 
 from loratune import data
 from loratune.config import DataSection
-from loratune.errors import DataError
+from loratune.errors import Code, DataError
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 FAR = pa.array([0, 2**60], pa.timestamp("ms"))  # Python has no such year
@@ -43,7 +43,7 @@ JSON = {
 
 def count(path: Path) -> int:
     """How many rows are accepted. Raises DataError."""
-    part = data.check(DataSection.model_validate({"train": str(path)}), 0).train
+    part = data.read_datasets(DataSection.model_validate({"train": str(path)}), 0).train
     assert part.remarks() and part.digest
     return len(list(part.examples()))
 
@@ -56,7 +56,7 @@ def test_columns_of_tables(name: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a", "b"], "completion": COLUMNS[name]}), path)
     with pytest.raises(DataError) as caught:
         count(path)
-    assert f"{path}:row 2: `completion` must be text, got " in str(caught.value)
+    assert (Code.DATA_FIELD_TYPE, f"{path}:row 2", "") in meanings(caught.value)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
@@ -74,17 +74,21 @@ def test_fields_of_json(name: str, ending: str, tmp_path: Path) -> None:
     write(f'{{"prompt": "a", "completion": {JSON[name]}}}')
     with pytest.raises(DataError) as caught:
         count(path)
-    assert str(caught.value).startswith(f"{where}: `completion` ")
+    ((code, place, _),) = meanings(caught.value)
+    assert code in (Code.DATA_FIELD_TYPE, Code.DATA_SURROGATE) and place == where
+    assert caught.value.problems[0].what.startswith("`completion` ")
 
 
 @pytest.mark.parametrize("tools", ['[{"name": "f", "parameters": %s}]', r'[{"name": "\ud800"}]'])
 def test_tools_that_cannot_be_rendered(tools: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    said = '{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}'
+    messages = '{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}'
     deep = "[" * 900 + "]" * 900
-    path.write_text(f'{{"messages": [{said}], "tools": {tools.replace("%s", deep)}}}')
-    with pytest.raises(DataError, match=r"^\S+rows\.jsonl:1: .*(nested too deeply|valid JSON|lone surrogate)"):
+    path.write_text(f'{{"messages": [{messages}], "tools": {tools.replace("%s", deep)}}}')
+    with pytest.raises(DataError) as caught:
         count(path)
+    ((code, place, _),) = meanings(caught.value)
+    assert code in (Code.DATA_FIELD_JSON, Code.DATA_SURROGATE) and place == f"{path}:1"
 
 
 def test_rows_with_such_fields_are_trained_on_and_answered(
@@ -97,8 +101,8 @@ def test_rows_with_such_fields_are_trained_on_and_answered(
     done = cli("train", run_config(data={"train": str(path)}, training={"max_steps": 1}))
     assert done.code == 0, done.err
     answers = tmp_path / "answers.jsonl"
-    asked = ("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "--output", answers, "--input")
-    done = cli(*asked, path)
+    command = ("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "--output", answers, "--input")
+    done = cli(*command, path)
     assert done.code == 0, done.err
     first, second = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
     assert (first["timestamp"], first["date"], first["decimal"]) == ("2026-01-02T03:04:05", "2026-01-02", "1.20")
@@ -106,7 +110,7 @@ def test_rows_with_such_fields_are_trained_on_and_answered(
     surrogate = tmp_path / "surrogate.jsonl"
     surrogate.write_text(r'{"prompt": "a", "x": "\ud800"}')
     answers.unlink()
-    done = cli(*asked, surrogate)
+    done = cli(*command, surrogate)
     assert done.code == 0, done.err
     assert json.loads(answers.read_text())["x"] == "\ud800"
 

@@ -1,17 +1,18 @@
-"""Keys → formats → examples: what every common shape of a row becomes, and what is refused and how it is said."""
+"""Fields → formats → examples: what every usual shape of a row becomes, and what is refused, with which code."""
 
 import json
 import pickle
 from typing import Any
 
 import pytest
+from conftest import meanings
 
 from loratune.config import DataSection
 from loratune.data import formats
-from loratune.data.formats import BadRow, Conversation, Example, Ids, Parser, Plain, key, question
+from loratune.data.formats import Conversation, Example, Ids, Parser, Plain, RowError, content_key, parse_question
 from loratune.data.formats.examples import no_loss_reason
 from loratune.data.sources import Row
-from loratune.errors import DataError
+from loratune.errors import Code, DataError, Problem
 
 PAIR = {"prompt": "a", "completion": "b"}
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -39,23 +40,32 @@ def chat(values: dict[str, Any], **section: Any) -> Conversation:
     return example
 
 
-def said(*messages: dict[str, Any], **row: Any) -> Conversation:
+def conversation(*messages: dict[str, Any], **row: Any) -> Conversation:
     return chat({"messages": list(messages)} | row)
 
 
-def refused(values: dict[str, Any], **section: Any) -> list[str]:
-    """What is said of a file that begins like this."""
+def refused(values: dict[str, Any], **section: Any) -> list[Problem]:
+    """The problems of a file that begins with this row."""
     with pytest.raises(DataError) as caught:
         parser(values, **section)
-    return [str(problem) for problem in caught.value.problems]
+    return list(caught.value.problems)
 
 
-def bad(values: dict[str, Any], first: dict[str, Any] | None = None, **section: Any) -> str:
-    """What is said of this row in a file that begins with another, or with itself."""
-    made = parser(first or values, **section)
-    with pytest.raises(BadRow) as caught:
-        made(Row("f:2", values))
-    return str(caught.value)
+def row_error(values: dict[str, Any], first: dict[str, Any] | None = None, **section: Any) -> RowError:
+    """The error of this row in a file that begins with another, or with itself."""
+    parse_row = parser(first or values, **section)
+    with pytest.raises(RowError) as caught:
+        parse_row(Row("f:2", values))
+    problem = caught.value.at("f:2")
+    assert (problem.code, problem.where, problem.key) == (caught.value.code, "f:2", "") and problem.fix
+    return caught.value
+
+
+def check_row_error(error: RowError, code: Code, *details: str) -> None:
+    """The code, and what the message must name: the place within the row, names of fields, values."""
+    assert error.code == code, error
+    for detail in details:
+        assert detail in str(error)
 
 
 READ = {
@@ -76,132 +86,130 @@ READ = {
 }
 
 
-@pytest.mark.parametrize(("values", "form", "expected"), READ.values(), ids=READ)
-def test_every_format_by_itself_and_by_hand(values: dict[str, Any], form: str, expected: Example) -> None:
-    made = pickle.loads(pickle.dumps(parser(values)))
-    assert (made.form, made(Row("f:1", values))) == (form, expected)
-    assert parse(values, format=form) == expected
-    assert (made.form in formats.CHATS) == isinstance(expected, Conversation)
+@pytest.mark.parametrize(("values", "name", "expected"), READ.values(), ids=READ)
+def test_every_format_by_itself_and_by_hand(values: dict[str, Any], name: str, expected: Example) -> None:
+    copy = pickle.loads(pickle.dumps(parser(values)))
+    assert (copy.format_name, copy(Row("f:1", values))) == (name, expected)
+    assert parse(values, format=name) == expected
+    assert (copy.format_name in formats.CHAT_FORMATS) == isinstance(expected, Conversation)
 
 
 def test_message_lists_are_read_under_either_name() -> None:
     lists = {"prompt": [USER], "completion": [BOT]}
-    assert [parser(lists, format=form).form for form in ("messages", "prompt_completion")] == ["messages"] * 2
+    assert [parser(lists, format=name).format_name for name in ("messages", "prompt_completion")] == ["messages"] * 2
     assert parse(lists, format="prompt_completion") == parse(lists)
 
 
-BAD_ROWS = {
+BAD_ROWS: dict[str, tuple[dict[str, Any], Code, list[str]]] = {
     "missing": (
         {"prompt": "a", "n": 1},
-        "no field `completion` for the format prompt_completion; its fields are `n`, ",
+        Code.DATA_FIELD_MISSING,
+        ["no field `completion`", "prompt_completion", "fields are `n`, `prompt`"],
     ),
-    "null": ({"prompt": None, "completion": "b"}, "`prompt` must be text, got null"),
-    "number": ({"prompt": "a", "completion": 3}, "`completion` must be text, got a number"),
-    "bool": ({"prompt": "a", "completion": True}, "`completion` must be text, got true or false"),
-    "list": ({"prompt": "a", "completion": ["b"]}, "`completion` must be text, got a list"),
-    "object": ({"prompt": {}, "completion": "b"}, "`prompt` must be text, got an object"),
-    "surrogate": ({"prompt": "a\ud800", "completion": "b"}, "`prompt` holds a lone surrogate"),
+    "null": ({"prompt": None, "completion": "b"}, Code.DATA_FIELD_TYPE, ["`prompt`", "got null"]),
+    "number": ({"prompt": "a", "completion": 3}, Code.DATA_FIELD_TYPE, ["`completion`", "got a number"]),
+    "bool": ({"prompt": "a", "completion": True}, Code.DATA_FIELD_TYPE, ["`completion`", "got true or false"]),
+    "list": ({"prompt": "a", "completion": ["b"]}, Code.DATA_FIELD_TYPE, ["`completion`", "got a list"]),
+    "object": ({"prompt": {}, "completion": "b"}, Code.DATA_FIELD_TYPE, ["`prompt`", "got an object"]),
+    "surrogate": ({"prompt": "a\ud800", "completion": "b"}, Code.DATA_SURROGATE, ["`prompt`"]),
 }
 
 
-@pytest.mark.parametrize(("values", "expected"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_bad_row(values: dict[str, Any], expected: str) -> None:
-    assert bad(values, PAIR).startswith(expected)
+@pytest.mark.parametrize(("values", "code", "details"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_row(values: dict[str, Any], code: Code, details: list[str]) -> None:
+    check_row_error(row_error(values, PAIR), code, *details)
 
 
-BAD_IDS = {
-    "text": ("1 2", None, "`input_ids` must be a list of whole numbers, got text"),
-    "empty": ([], None, "`input_ids` must be a list of whole numbers, got an empty list"),
-    "negative": ([1, -1], None, "entry 2 of `input_ids` is -1, and ids are not negative"),
-    "bool": ([1, True], None, "entry 2 of `input_ids` must be a whole number, got true or false"),
-    "float": ([1, 2.0], None, "entry 2 of `input_ids` must be a whole number, got the number 2.0"),
-    "null": ([None, 1], None, "entry 1 of `input_ids` must be a whole number, got null"),
-    "batch": ([[1, 2]], None, "entry 1 of `input_ids` must be a whole number, got a list"),
-    "short": ([1, 2, 3], [2, 3], "`labels` has 2 entries, but `input_ids` has 3"),
-    "silent": ([1, 2], [-100, -100], "nothing to learn: all `labels` are -100"),
-    "float label": ([1, 2], [1, 2.0], "entry 2 of `labels` must be a whole number"),
+BAD_IDS: dict[str, tuple[Any, Any, Code, list[str]]] = {
+    "text": ("1 2", None, Code.DATA_FIELD_TYPE, ["`input_ids`", "list of whole numbers", "got text"]),
+    "empty": ([], None, Code.DATA_FIELD_TYPE, ["`input_ids`", "list of whole numbers", "got an empty list"]),
+    "negative": ([1, -1], None, Code.DATA_TOKEN_ID, ["entry 2 of `input_ids` is -1"]),
+    "bool": ([1, True], None, Code.DATA_FIELD_TYPE, ["entry 2 of `input_ids`", "got true or false"]),
+    "float": ([1, 2.0], None, Code.DATA_FIELD_TYPE, ["entry 2 of `input_ids`", "got the number 2.0"]),
+    "null": ([None, 1], None, Code.DATA_FIELD_TYPE, ["entry 1 of `input_ids`", "got null"]),
+    "batch": ([[1, 2]], None, Code.DATA_FIELD_TYPE, ["entry 1 of `input_ids`", "got a list"]),
+    "short": ([1, 2, 3], [2, 3], Code.DATA_LENGTHS, ["`labels` has 2", "`input_ids` has 3"]),
+    "no labels": ([1, 2], [-100, -100], Code.DATA_NO_ANSWER, ["all `labels` are -100"]),
+    "float label": ([1, 2], [1, 2.0], Code.DATA_FIELD_TYPE, ["entry 2 of `labels`", "whole number"]),
     "shifted": (
         [1, 2, 3],
         [2, 3, -100],
-        "entry 1 of `labels` is 2, but that of `input_ids` is 1; a label is the id at",
+        Code.DATA_LABELS,
+        ["entry 1 of `labels` is 2", "`input_ids` is 1"],
     ),
 }
 
 
-@pytest.mark.parametrize(("ids", "labels", "expected"), BAD_IDS.values(), ids=BAD_IDS)
-def test_bad_ids(ids: Any, labels: Any, expected: str) -> None:
-    assert bad({"input_ids": ids, "labels": labels}).startswith(expected)
+@pytest.mark.parametrize(("ids", "labels", "code", "details"), BAD_IDS.values(), ids=BAD_IDS)
+def test_bad_ids(ids: Any, labels: Any, code: Code, details: list[str]) -> None:
+    check_row_error(row_error({"input_ids": ids, "labels": labels}), code, *details)
 
 
 def test_padding_in_the_data_is_not_trained_on() -> None:
-    assert bad({"input_ids": [1, 0], "attention_mask": [1, 0]}).startswith("`attention_mask` leaves tokens out")
-    for mask, found in (([1], "1 entries"), ([1, 1, 1], "3 entries"), (1, "a number")):
-        told = f"`attention_mask` must have 2 entries, as `input_ids` has, and is {found}"
-        assert bad({"input_ids": [1, 0], "attention_mask": mask}) == told
+    padded = row_error({"input_ids": [1, 0], "attention_mask": [1, 0]})
+    check_row_error(padded, Code.DATA_PADDING, "`attention_mask`")
+    for mask, description in (([1], "1 entries"), ([1, 1, 1], "3 entries"), (1, "a number")):
+        error = row_error({"input_ids": [1, 0], "attention_mask": mask})
+        check_row_error(error, Code.DATA_LENGTHS, "`attention_mask` must have 2 entries", f"is {description}")
 
 
 def test_ids_are_held_against_the_vocabulary() -> None:
     formats.check_ids(Ids("f:1", (0, 263)), 264)
-    with pytest.raises(BadRow, match="entry 2 of `input_ids` is 264, but the vocabulary has 264 tokens"):
+    with pytest.raises(RowError) as caught:
         formats.check_ids(Ids("f:1", (0, 264)), 264)
+    check_row_error(caught.value, Code.DATA_TOKEN_ID, "entry 2 of `input_ids` is 264", "the vocabulary has 264 tokens")
 
 
-BAD_CHATS: dict[str, tuple[Any, str]] = {
-    "role": ([USER, BOT | {"role": "bot"}], "message 2 of `messages` has the role 'bot', not one of system, "),
-    "no role": ([{"content": "a"}], "message 1 of `messages` has the role None"),
-    "odd role": ([BOT | {"role": ["user"]}], "message 1 of `messages` has the role ['user']"),
-    "no content": ([USER, {"role": "assistant"}], "`content` of message 2 of `messages` must be text, got null"),
-    "no calls": ([USER, {"role": "assistant", "tool_calls": []}], "`content` of message 2 of `messages` must be"),
-    "no parts": ([USER | {"content": []}], "`content` of message 1 of `messages` must be text, got an empty list"),
-    "part without text": (
-        [USER | {"content": [{"type": "text"}]}],
-        "`text` of a part of message 1 of `messages` must be",
-    ),
-    "image": (
-        [USER | {"content": [{"type": "image_url"}]}],
-        "message 1 of `messages` has a part of the type 'image_url'",
-    ),
-    "string part": ([USER | {"content": ["a"]}], "message 1 of `messages` has text as a part, and only parts of the"),
-    "text": ("hello", "`messages` must be a list of messages, got text"),
-    "null": (None, "`messages` must be a list of messages, got null"),
-    "empty": ([], "`messages` must be a list of messages, got an empty list"),
-    "strings": (["a"], "message 1 of `messages` must be an object"),
-    "unknown": (
-        [USER, BOT | {"function_call": {}}],
-        "message 2 of `messages` has `function_call`, which would be left",
-    ),
-    "unanswered": ([USER], "no assistant message"),
-    "surrogate": ([USER | {"name": "\udc00"}], "`name` of message 1 of `messages` holds a lone surrogate"),
-    "weight": ([USER, BOT | {"weight": 0.5}], "message 2 of `messages` has the weight 0.5, not 0 or 1"),
-    "user's weight": (
-        [USER | {"weight": 1}, BOT],
-        "message 1 of `messages` has the weight 1, but only assistant turns",
-    ),
-    "user's call": (
-        [USER | {"tool_calls": [CALL]}],
-        "message 1 of `messages` has `tool_calls`, but only the assistant",
-    ),
+ROLE, TYPE, UNUSED = Code.DATA_ROLE, Code.DATA_FIELD_TYPE, Code.DATA_FIELD_UNUSED
+FIRST, SECOND = "message 1 of `messages`", "message 2 of `messages`"
+BAD_CHATS: dict[str, tuple[Any, Code, list[str]]] = {
+    "role": ([USER, BOT | {"role": "bot"}], ROLE, [f"{SECOND} has the role 'bot', not one of system, "]),
+    "no role": ([{"content": "a"}], ROLE, [f"{FIRST} has the role None"]),
+    "odd role": ([BOT | {"role": ["user"]}], ROLE, [f"{FIRST} has the role ['user']"]),
+    "no content": ([USER, {"role": "assistant"}], TYPE, [f"`content` of {SECOND}", "got null"]),
+    "no calls": ([USER, {"role": "assistant", "tool_calls": []}], TYPE, [f"`content` of {SECOND}"]),
+    "no parts": ([USER | {"content": []}], TYPE, [f"`content` of {FIRST}", "got an empty list"]),
+    "part without text": ([USER | {"content": [{"type": "text"}]}], TYPE, [f"`text` of a part of {FIRST}"]),
+    "image": ([USER | {"content": [{"type": "image_url"}]}], UNUSED, [f"{FIRST} has a part of the type 'image_url'"]),
+    "string part": ([USER | {"content": ["a"]}], UNUSED, [f"{FIRST} has text as a part"]),
+    "text": ("hello", TYPE, ["`messages` must be a list of messages, got text"]),
+    "null": (None, TYPE, ["`messages` must be a list of messages, got null"]),
+    "empty": ([], TYPE, ["`messages` must be a list of messages, got an empty list"]),
+    "strings": (["a"], TYPE, [f"{FIRST} must be an object"]),
+    "unknown": ([USER, BOT | {"function_call": {}}], UNUSED, [f"{SECOND} has `function_call`"]),
+    "unanswered": ([USER], Code.DATA_NO_ANSWER, []),
+    "surrogate": ([USER | {"name": "\udc00"}], Code.DATA_SURROGATE, [f"`name` of {FIRST}"]),
+    "weight": ([USER, BOT | {"weight": 0.5}], Code.DATA_WEIGHT, [f"{SECOND} has the weight 0.5", "0 or 1"]),
+    "user's weight": ([USER | {"weight": 1}, BOT], Code.DATA_WEIGHT, [f"{FIRST} has the weight 1", "assistant"]),
+    "user's call": ([USER | {"tool_calls": [CALL]}], ROLE, [f"{FIRST} has `tool_calls`", "assistant"]),
 }
 
 
-@pytest.mark.parametrize(("messages", "expected"), BAD_CHATS.values(), ids=BAD_CHATS)
-def test_bad_chat(messages: Any, expected: str) -> None:
-    assert bad({"messages": messages}, {"messages": [USER, BOT]}).startswith(expected)
+@pytest.mark.parametrize(("messages", "code", "details"), BAD_CHATS.values(), ids=BAD_CHATS)
+def test_bad_chat(messages: Any, code: Code, details: list[str]) -> None:
+    check_row_error(row_error({"messages": messages}, {"messages": [USER, BOT]}), code, *details)
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("values", "code", "detail"),
     [
-        ({"prompt": [USER], "completion": [USER]}, "no assistant message"),
-        ({"prompt": [USER, BOT], "completion": [USER]}, "no assistant message"),
-        ({"prompt": [USER], "completion": "b"}, "`completion` must be a list of messages, got text"),
-        ({"messages": [USER, BOT], "functions": [{"name": "f"}]}, "the row has `functions`, which would not be learnt"),
-        ({"messages": [SYSTEM, USER, BOT], "system": "t"}, "`system` and the system message differ"),
-        ({"messages": [USER, BOT], "system": 3}, "`system` must be text, got a number"),
+        ({"prompt": [USER], "completion": [USER]}, Code.DATA_NO_ANSWER, "no assistant message"),
+        ({"prompt": [USER, BOT], "completion": [USER]}, Code.DATA_NO_ANSWER, "no assistant message"),
+        ({"prompt": [USER], "completion": "b"}, TYPE, "`completion` must be a list of messages, got text"),
+        ({"messages": [USER, BOT], "functions": [{"name": "f"}]}, UNUSED, "`functions`"),
+        ({"messages": [SYSTEM, USER, BOT], "system": "t"}, Code.DATA_FIELD_CONFLICT, "`system`"),
+        ({"messages": [USER, BOT], "system": 3}, TYPE, "`system` must be text, got a number"),
     ],
 )
-def test_bad_conversation(values: dict[str, Any], expected: str) -> None:
-    assert bad(values).startswith(expected)
+def test_bad_conversation(values: dict[str, Any], code: Code, detail: str) -> None:
+    check_row_error(row_error(values), code, detail)
+
+
+def test_functions_are_read_as_tools_by_columns() -> None:
+    """As the message about them says."""
+    row = {"messages": [USER, BOT], "functions": [WEATHER["function"]]}
+    assert "{tools: functions}" in row_error(row).fix
+    assert chat(row, columns={"tools": "functions"}).tools == (WEATHER,)
 
 
 def test_a_message_reaches_the_template_whole() -> None:
@@ -209,7 +217,7 @@ def test_a_message_reaches_the_template_whole() -> None:
     user = USER | {"role": "developer", "name": "Ann", "tool_calls": None, "weight": None}
     bot = BOT | {"reasoning_content": "r", "thinking": "t", "tool_calls": []}
     tool = {"role": "tool", "content": "18", "tool_call_id": "c1", "name": "weather"}
-    example = said(user, tool, bot)
+    example = conversation(user, tool, bot)
     assert example.messages == (
         {"role": "developer", "content": "a", "name": "Ann"},
         tool,
@@ -219,20 +227,25 @@ def test_a_message_reaches_the_template_whole() -> None:
 
 def test_parts_of_text_are_joined_as_they_stand() -> None:
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image_url": None}]
-    assert said(USER | {"content": parts}, BOT).messages[0] == {"role": "user", "content": "a b"}
+    assert conversation(USER | {"content": parts}, BOT).messages[0] == {"role": "user", "content": "a b"}
 
 
-def test_weight_says_which_turns_are_learnt() -> None:
+def test_weight_decides_which_turns_are_supervised() -> None:
     turns = [USER, BOT | {"weight": 0}, USER | {"weight": 0}, BOT | {"weight": 1}, USER, BOT | {"weight": None}]
-    example = said(*turns)
-    assert (example.messages, example.muted) == ((USER, BOT) * 3, {1})
-    assert example.learnt("completion") == example.learnt("assistant") == (3, 5)
-    assert no_loss_reason(said(USER, BOT | {"weight": 0}), "completion") == "no assistant turn has weight"
+    example = conversation(*turns)
+    assert (example.messages, example.zero_weight) == ((USER, BOT) * 3, {1})
+    assert example.supervised_turns("completion") == example.supervised_turns("assistant") == (3, 5)
+    assert no_loss_reason(conversation(USER, BOT | {"weight": 0}), "completion") == "no assistant turn has weight"
+
+
+def test_a_weight_of_zero_does_not_go_with_a_loss_on_all() -> None:
+    error = row_error({"messages": [USER, BOT | {"weight": 0}]}, {"messages": [USER, BOT]}, loss_on="all")
+    check_row_error(error, Code.DATA_WEIGHT, "data.loss_on: all")
 
 
 def test_loss_on_assistant_reaches_into_the_prompt() -> None:
     example = chat({"prompt": [USER, BOT, USER], "completion": [BOT]})
-    assert (example.learnt("completion"), example.learnt("assistant")) == ((3,), (1, 3))
+    assert (example.supervised_turns("completion"), example.supervised_turns("assistant")) == ((3,), (1, 3))
 
 
 CALLED = {
@@ -245,46 +258,39 @@ CALLED = {
 @pytest.mark.parametrize("call", CALLED.values(), ids=CALLED)
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": []}])
 def test_tool_calls_come_in_one_shape(call: dict[str, Any], content: dict[str, Any]) -> None:
-    example = said(USER, {"role": "assistant", "tool_calls": [call]} | content)
+    example = conversation(USER, {"role": "assistant", "tool_calls": [call]} | content)
     assert example.messages[1] == CALLS
     assert no_loss_reason(example, "completion") is None
 
 
 def test_a_call_may_stand_beside_text_and_without_arguments() -> None:
     calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ("", None, "{}", {})]
-    message = said(USER, BOT | {"tool_calls": calls}).messages[1]
+    message = conversation(USER, BOT | {"tool_calls": calls}).messages[1]
     assert message["content"] == "b"
     assert message["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}] * 4
 
 
-BAD_CALLS: dict[str, tuple[Any, str]] = {
-    "text": ("f()", "`tool_calls` of message 2 of `messages` must be a list, got text"),
-    "number": ([3], "tool call 1 of message 2 of `messages` must be an object with a function, got a number"),
-    "nameless": ([CALL, {"arguments": {}}], "`name` of tool call 2 of message 2 of `messages` must be text, got null"),
-    "empty name": ([{"name": ""}], "tool call 1 of message 2 of `messages` names no function"),
-    "cut off": (
-        [{"name": "f", "arguments": '{"a"'}],
-        "`arguments` of tool call 1 of message 2 of `messages` must be val",
-    ),
-    "a list": (
-        [{"name": "f", "arguments": "[1]"}],
-        "`arguments` of tool call 1 of message 2 of `messages` must be an ob",
-    ),
-    "empty list": (
-        [{"name": "f", "arguments": []}],
-        "`arguments` of tool call 1 of message 2 of `messages` must be an",
-    ),
-    "parameters": ([{"name": "f", "parameters": {}}], "tool call 1 of message 2 of `messages` has `parameters`, which"),
+PLACE = "of message 2 of `messages`"
+BAD_CALLS: dict[str, tuple[Any, Code, list[str]]] = {
+    "text": ("f()", TYPE, [f"`tool_calls` {PLACE} must be a list, got text"]),
+    "number": ([3], TYPE, [f"tool call 1 {PLACE}", "got a number"]),
+    "nameless": ([CALL, {"arguments": {}}], TYPE, [f"`name` of tool call 2 {PLACE}", "got null"]),
+    "empty name": ([{"name": ""}], Code.DATA_TOOL_CALL, [f"tool call 1 {PLACE} names no function"]),
+    "cut off": ([{"name": "f", "arguments": '{"a"'}], Code.DATA_FIELD_JSON, [f"`arguments` of tool call 1 {PLACE}"]),
+    "a list": ([{"name": "f", "arguments": "[1]"}], TYPE, [f"`arguments` of tool call 1 {PLACE}", "an object"]),
+    "empty list": ([{"name": "f", "arguments": []}], TYPE, [f"`arguments` of tool call 1 {PLACE}", "an object"]),
+    "parameters": ([{"name": "f", "parameters": {}}], UNUSED, [f"tool call 1 {PLACE} has `parameters`"]),
     "surrogate": (
         [{"name": "f", "arguments": {"a": "\ud800"}}],
-        "`arguments` of tool call 1 of message 2 of `messages` h",
+        Code.DATA_SURROGATE,
+        [f"`arguments` of tool call 1 {PLACE}"],
     ),
 }
 
 
-@pytest.mark.parametrize(("calls", "expected"), BAD_CALLS.values(), ids=BAD_CALLS)
-def test_bad_calls(calls: Any, expected: str) -> None:
-    assert bad({"messages": [USER, {"role": "assistant", "tool_calls": calls}]}).startswith(expected)
+@pytest.mark.parametrize(("calls", "code", "details"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls(calls: Any, code: Code, details: list[str]) -> None:
+    check_row_error(row_error({"messages": [USER, {"role": "assistant", "tool_calls": calls}]}), code, *details)
 
 
 @pytest.mark.parametrize(
@@ -307,8 +313,8 @@ def test_tools_come_in_one_shape(tools: Any) -> None:
 def test_nulls_of_a_table_leave_the_schemas_but_a_null_that_means_something_stays() -> None:
     columns = {"x": {"type": "string", "enum": ["a", None], "default": None}, "y": None}
     tool = {"name": "f", "description": None, "parameters": {"properties": columns}}
-    (made,) = said(USER, BOT, tools=[tool]).tools
-    assert made["function"] == {
+    (schema,) = conversation(USER, BOT, tools=[tool]).tools
+    assert schema["function"] == {
         "name": "f",
         "parameters": {"properties": {"x": {"type": "string", "enum": ["a", None], "default": None}}},
     }
@@ -316,30 +322,30 @@ def test_nulls_of_a_table_leave_the_schemas_but_a_null_that_means_something_stay
 
 @pytest.mark.parametrize("none", [None, [], "", "[]", "null"])
 def test_no_tools(none: Any) -> None:
-    assert said(USER, BOT, tools=none).tools == ()
+    assert conversation(USER, BOT, tools=none).tools == ()
 
 
 @pytest.mark.parametrize(
-    ("tools", "expected"),
+    ("tools", "code", "detail"),
     [
-        ("{", "`tools` must be valid JSON"),
-        ("[" * 100_000, "`tools` must be valid JSON"),
-        ({"name": "f"}, "`tools` must be a list of JSON schemas, got an object"),
-        ([3], "entry 1 of `tools` must be a JSON schema, got a number"),
-        (["x"], "entry 1 of `tools` must be valid JSON"),
-        ([{"name": "\ud800"}], "`tools` holds a lone surrogate"),
-        ([{"name": b"f"}], "`tools` cannot be written as JSON"),
+        ("{", Code.DATA_FIELD_JSON, "`tools` must be valid JSON"),
+        ("[" * 100_000, Code.DATA_FIELD_JSON, "`tools` must be valid JSON"),
+        ({"name": "f"}, TYPE, "`tools` must be a list of JSON schemas, got an object"),
+        ([3], TYPE, "entry 1 of `tools` must be a JSON schema, got a number"),
+        (["x"], Code.DATA_FIELD_JSON, "entry 1 of `tools` must be valid JSON"),
+        ([{"name": "\ud800"}], Code.DATA_SURROGATE, "`tools`"),
+        ([{"name": b"f"}], Code.DATA_FIELD_JSON, "`tools` cannot be written as JSON"),
     ],
 )
-def test_bad_tools(tools: Any, expected: str) -> None:
-    assert bad({"messages": [USER, BOT], "tools": tools}).startswith(expected)
+def test_bad_tools(tools: Any, code: Code, detail: str) -> None:
+    check_row_error(row_error({"messages": [USER, BOT], "tools": tools}), code, detail)
 
 
 @pytest.mark.parametrize("row", [{"messages": [USER, BOT]}, {"conversations": [HUMAN, GPT]}])
 def test_system_of_the_row_comes_first(row: dict[str, Any]) -> None:
     assert chat(row | {"system": "s"}).messages == (SYSTEM, USER, BOT)
     assert chat(row | {"system": ""}).messages == chat(row | {"system": None}).messages == (USER, BOT)
-    assert said(SYSTEM, USER, BOT, system="s").messages == (SYSTEM, USER, BOT)
+    assert conversation(SYSTEM, USER, BOT, system="s").messages == (SYSTEM, USER, BOT)
 
 
 SPEAKERS = {
@@ -364,29 +370,30 @@ def test_sharegpt_calls_a_function() -> None:
     example = chat({"conversations": [HUMAN, call, seen, GPT | {"weight": 0}]})
     expected = {"type": "function", "function": CALL["function"]}
     assert example.messages[1:3] == (CALLS | {"tool_calls": [expected]}, {"role": "tool", "content": "18"})
-    assert example.learnt("completion") == (1,)
+    assert example.supervised_turns("completion") == (1,)
     both = chat({"conversations": [HUMAN, call | {"value": f"[{call['value']}, {call['value']}]"}]})
     assert both.messages[1]["tool_calls"] == [expected] * 2
 
 
 @pytest.mark.parametrize(
-    ("turn", "expected"),
+    ("turn", "code", "details"),
     [
-        ({"from": "robot", "value": "b"}, "message 2 of `conversations` has the role 'robot', not one of system, "),
-        ({"from": "gpt", "value": None}, "`value` of message 2 of `conversations` must be text, got null"),
-        ({"from": "gpt", "value": "b", "content": "c"}, "message 2 of `conversations` has both `from` and `content`"),
-        ({"from": "gpt", "value": "b", "image": "x"}, "message 2 of `conversations` has `image`, which would be left"),
-        ({"from": "function_call", "value": "f()"}, "the function call of message 2 of `conversations` must be valid"),
+        ({"from": "robot", "value": "b"}, ROLE, ["message 2 of", "has the role 'robot', not one of system, "]),
+        ({"from": "gpt", "value": None}, TYPE, ["`value` of message 2 of", "got null"]),
+        ({"from": "gpt", "value": "b", "content": "c"}, Code.DATA_FIELD_CONFLICT, ["message 2", "`from`", "`content`"]),
+        ({"from": "gpt", "value": "b", "image": "x"}, UNUSED, ["message 2 of", "`image`"]),
+        ({"from": "function_call", "value": "f()"}, Code.DATA_FIELD_JSON, ["the function call of message 2 of"]),
+        ({"from": "function_call", "value": "3"}, Code.DATA_TOOL_CALL, ["the function call of message 2 of"]),
         (
-            {"from": "function_call", "value": "3"},
-            "the function call of message 2 of `conversations` must be JSON with",
+            {"from": "function_call", "value": '{"name": "f"}'},
+            Code.DATA_TOOL_CALL,
+            ["the function call of message 2 of"],
         ),
-        ({"from": "function_call", "value": '{"name": "f"}'}, "the function call of message 2 of `conversations` must"),
-        ("b", "message 2 of `conversations` must be an object"),
+        ("b", TYPE, ["message 2 of", "must be an object"]),
     ],
 )
-def test_bad_sharegpt(turn: Any, expected: str) -> None:
-    assert bad({"conversations": [HUMAN, turn]}).startswith(expected)
+def test_bad_sharegpt(turn: Any, code: Code, details: list[str]) -> None:
+    check_row_error(row_error({"conversations": [HUMAN, turn]}), code, "`conversations`", *details)
 
 
 def test_alpaca_in_full() -> None:
@@ -397,8 +404,8 @@ def test_alpaca_in_full() -> None:
         ("system", "s"), ("user", "q"), ("assistant", "w"), ("user", "e"), ("assistant", ""), ("user", "a\ni"),
         ("assistant", "b"),
     ]  # fmt: skip
-    assert (example.learnt("completion"), example.learnt("assistant")) == ((6,), (2, 6))
-    assert example.answers("assistant") == (2, 4, 6)  # the one in between is empty
+    assert (example.supervised_turns("completion"), example.supervised_turns("assistant")) == ((6,), (2, 6))
+    assert example.selected_turns("assistant") == (2, 4, 6)  # the one in between is empty
 
 
 @pytest.mark.parametrize("blank", [{}, {"input": ""}, {"input": None, "system": None, "history": None}])
@@ -407,24 +414,26 @@ def test_alpaca_without_its_options(blank: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "expected"),
+    ("fields", "detail"),
     [
         ({"instruction": None}, "`instruction` must be text, got null"),
         ({"output": 3}, "`output` must be text, got a number"),
         ({"input": ["i"]}, "`input` must be text, got a list"),
         ({"history": "q"}, "`history` must be a list of pairs of question and answer, got text"),
         ({"history": [["q"]]}, "entry 1 of `history` must be a pair of question and answer"),
-        ({"history": [["q", None]]}, "`answer` must be text, got null"),
+        ({"history": [["q", None]]}, "`answer` of entry 1 of `history` must be text, got null"),
     ],
 )
-def test_bad_alpaca(fields: dict[str, Any], expected: str) -> None:
-    assert bad({"instruction": "a", "output": "b"} | fields).startswith(expected)
+def test_bad_alpaca(fields: dict[str, Any], detail: str) -> None:
+    check_row_error(row_error({"instruction": "a", "output": "b"} | fields), TYPE, detail)
 
 
 def test_keys_that_fit_no_format() -> None:
     (problem,) = refused({"question": "a", "answer": "b"})
-    assert problem.startswith("f:1: the keys `answer`, `question` fit no format; set data.format to one of input_ids, ")
-    assert problem.endswith("alpaca, text, and data.columns to map its keys to yours")
+    assert (problem.code, problem.where, problem.key) == (Code.DATA_FORMAT_UNKNOWN, "f:1", "")
+    assert "`answer`, `question`" in problem.what
+    assert "data.format" in problem.fix and "data.columns" in problem.fix
+    assert all(form.name in problem.fix for form in formats.FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -438,8 +447,9 @@ def test_keys_that_fit_no_format() -> None:
 )
 def test_ambiguous_keys_and_the_setting_that_decides(others: dict[str, Any], names: str) -> None:
     keys = ", ".join(f"`{key}`" for key in sorted(PAIR | others))
-    expected = f"f:1: the keys {keys} fit more than one format; set data.format to one of {names}"
-    assert refused(PAIR | others) == [expected]
+    (problem,) = refused(PAIR | others)
+    assert (problem.code, problem.where, problem.key) == (Code.DATA_FORMAT_AMBIGUOUS, "f:1", "")
+    assert keys in problem.what and problem.fix == f"set data.format to one of {names}"
     assert parse(PAIR | others, format="prompt_completion") == Plain("f:1", "a", "b")
 
 
@@ -454,14 +464,14 @@ def test_ambiguous_keys_and_the_setting_that_decides(others: dict[str, Any], nam
 )
 def test_preferences_are_refused_and_what_would_do(row: dict[str, Any], ours: str, expected: Example) -> None:
     (problem,) = refused(row)
-    assert problem.startswith("f:1: `chosen` and `rejected` are preference data")
-    assert problem.endswith(f"set data.columns to {{{ours}: chosen}}")
+    assert (problem.code, problem.where) == (Code.DATA_PREFERENCES, "f:1")
+    assert "`chosen` and `rejected`" in problem.what and problem.fix.endswith(f"{{{ours}: chosen}}")
     assert parse(row, columns={ours: "chosen"}) == expected
 
 
 def test_answers_marked_good_or_bad_are_refused() -> None:
     (problem,) = refused(PAIR | {"label": False})
-    assert problem.startswith("f:1: `label` is true or false beside a completion: preference data")
+    assert (problem.code, problem.where) == (Code.DATA_PREFERENCES, "f:1") and "`label`" in problem.what
     assert parse(PAIR | {"label": True}, format="prompt_completion") == Plain("f:1", "a", "b")
     assert parse(PAIR | {"label": "pos"}) == Plain("f:1", "a", "b")
 
@@ -470,10 +480,10 @@ def test_answers_marked_good_or_bad_are_refused() -> None:
 def test_columns(others: dict[str, str]) -> None:
     """A mapped field wins over one that has our name by chance, whichever comes first."""
     row = {"question": "a", "answer": "b"}
-    there, back = {"prompt": "question", "completion": "answer"}, {"completion": "question", "prompt": "answer"}
+    straight, crossed = {"prompt": "question", "completion": "answer"}, {"completion": "question", "prompt": "answer"}
     for values in (row | others, others | row):
-        assert parse(values, columns=there) == Plain("f:1", "a", "b")
-        assert parse(values, columns=back) == Plain("f:1", "b", "a")
+        assert parse(values, columns=straight) == Plain("f:1", "a", "b")
+        assert parse(values, columns=crossed) == Plain("f:1", "b", "a")
 
 
 def test_a_mapped_field_no_longer_counts_under_its_own_name() -> None:
@@ -484,57 +494,60 @@ def test_a_mapped_field_no_longer_counts_under_its_own_name() -> None:
 
 def test_a_later_row_without_a_mapped_field() -> None:
     first = {"question": "a", "completion": "b"}
-    expected = "no field `question` for the format prompt_completion; its fields are `completion`, `prompt`"
-    assert bad(PAIR, first, columns={"prompt": "question"}) == expected
+    error = row_error(PAIR, first, columns={"prompt": "question"})
+    details = ("no field `question`", "prompt_completion", "fields are `completion`, `prompt`")
+    check_row_error(error, Code.DATA_FIELD_MISSING, *details)
 
 
 def test_columns_of_a_field_that_is_not_there() -> None:
-    expected = "f:1: data.columns: no field `question`; the fields are `completion`, `prompt`; "
-    expected += "it holds for all files of train and validation"
-    assert refused(PAIR, columns={"prompt": "question"}) == [expected]
+    (problem,) = refused(PAIR, columns={"prompt": "question"})
+    assert (problem.code, problem.where, problem.key) == (Code.DATA_COLUMN_MISSING, "f:1", "data.columns")
+    assert problem.what == "no field `question`; the fields are `completion`, `prompt`"
+    assert "all files of train and validation" in problem.fix
     (problem,) = refused({"instruction": "a", "output": "b"}, columns={"input": "context"})
-    assert problem.endswith("no field `context`; the fields are `instruction`, `output`; "
-                            "where only some rows have it, put it into the first one too, as null")  # fmt: skip
+    assert (problem.code, problem.key) == (Code.DATA_COLUMN_MISSING, "data.columns")
+    assert problem.what == "no field `context`; the fields are `instruction`, `output`"
+    assert "first row too, as null" in problem.fix
     row = {"instruction": "a", "output": "b", "context": None}
     assert chat(row, columns={"input": "context"}).messages == (USER, BOT)
 
 
 def test_settings_that_do_not_go_with_the_rows() -> None:
-    found = refused(PAIR | {"s": "x"}, columns={"system": "s"}, chat_template="t.jinja", loss_on="assistant")
-    columns = (
-        "`system` is not read from rows of the format prompt_completion, which has prompt, completion; leave it out"
-    )
-    assert found == [
-        f"f:1: data.columns: {columns}",
-        "f:1: data.chat_template: the rows are prompt_completion, which go through no chat template; leave it out",
-        "f:1: data.loss_on: the rows are prompt_completion, which have no assistant turns; set it to completion or all",
+    problems = refused(PAIR | {"s": "x"}, columns={"system": "s"}, chat_template="t.jinja", loss_on="assistant")
+    assert [(problem.code, problem.where, problem.key) for problem in problems] == [
+        (Code.DATA_COLUMN_UNUSED, "f:1", "data.columns"),
+        (Code.DATA_NOT_CHAT, "f:1", "data.chat_template"),
+        (Code.DATA_NOT_CHAT, "f:1", "data.loss_on"),
     ]
+    assert "`system`" in problems[0].what and "has prompt, completion" in problems[0].what
+    assert all("prompt_completion" in problem.what for problem in problems)
+    assert "completion or all" in problems[2].fix
 
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"input_ids": [1, 2]}, {"instruction": "a", "output": "b"}])
 def test_assistant_turns_and_templates_are_for_conversations(row: dict[str, Any]) -> None:
     for section in ({"loss_on": "assistant"}, {"chat_template": "t.jinja"}):
         if "output" in row:
-            assert parser(row, **section).form == "alpaca"
+            assert parser(row, **section).format_name == "alpaca"
         else:
-            assert len(refused(row, **section)) == 1
+            assert [problem.code for problem in refused(row, **section)] == [Code.DATA_NOT_CHAT]
 
 
 def test_fields_that_are_not_read() -> None:
-    assert unread(PAIR, PAIR | {"id": 1}, PAIR | {"system": "s"}) == {"id", "system"}
-    assert unread({"q": "a", "completion": "b", "prompt": "x"}, columns={"prompt": "q"}) == set()
-    assert unread({"messages": [USER, BOT], "tools": None, "id": 1}) == {"id"}
+    assert unused_fields(PAIR, PAIR | {"id": 1}, PAIR | {"system": "s"}) == {"id", "system"}
+    assert unused_fields({"q": "a", "completion": "b", "prompt": "x"}, columns={"prompt": "q"}) == set()
+    assert unused_fields({"messages": [USER, BOT], "tools": None, "id": 1}) == {"id"}
 
 
-def unread(*rows: dict[str, Any], **section: Any) -> set[str]:
-    """The fields that are read nowhere, once all rows were parsed."""
-    made = parser(rows[0], **section)
+def unused_fields(*rows: dict[str, Any], **section: Any) -> set[str]:
+    """The fields that are not read, once all rows were parsed."""
+    parse_row = parser(rows[0], **section)
     for number, values in enumerate(rows, start=1):
-        made(Row(f"f:{number}", values))
-    return made.unread
+        parse_row(Row(f"f:{number}", values))
+    return parse_row.unused_fields
 
 
-SILENT = {
+NO_LOSS = {
     "plain": (Plain("", "a", ""), "completion", "the completion is empty"),
     "plain, blank": (Plain("", "a", " \n"), "completion", "the completion is empty"),
     "plain, all": (Plain("", "a", ""), "all", None),
@@ -545,16 +558,20 @@ SILENT = {
     "chat, earlier": (Conversation("", (USER, BOT, USER, BOT | {"content": ""}), 3), "assistant", None),
     "chat, last": (Conversation("", (USER, BOT, USER, BOT | {"content": ""}), 3), "completion", "the completion is"),
     "call": (Conversation("", (USER, CALLS)), "completion", None),
-    "muted": (Conversation("", (USER, BOT), muted=frozenset({1})), "assistant", "no assistant turn has weight"),
+    "zero_weight": (
+        Conversation("", (USER, BOT), zero_weight=frozenset({1})),
+        "assistant",
+        "no assistant turn has weight",
+    ),
     "ids": (Ids("", (1, 2)), "completion", None),
-    "one id": (Ids("", (1,)), "completion", "no token comes before"),
-    "first label": (Ids("", (1, 2), (1, -100)), "completion", "no token comes before"),
+    "one id": (Ids("", (1,)), "completion", "only the first token"),
+    "first label": (Ids("", (1, 2), (1, -100)), "completion", "only the first token"),
     "second label": (Ids("", (1, 2), (-100, 2)), "completion", None),
 }
 
 
-@pytest.mark.parametrize(("example", "loss_on", "expected"), SILENT.values(), ids=SILENT)
-def test_silent(example: Example, loss_on: str, expected: str | None) -> None:
+@pytest.mark.parametrize(("example", "loss_on", "expected"), NO_LOSS.values(), ids=NO_LOSS)
+def test_no_loss_reason(example: Example, loss_on: str, expected: str | None) -> None:
     reason = no_loss_reason(example, loss_on)
     assert reason is None if expected is None else reason is not None and reason.startswith(expected)
 
@@ -580,21 +597,27 @@ DIFFERENT: list[Example] = [
 
 def test_keys_tell_contents_apart_and_nothing_else() -> None:
     for folded in (False, True):
-        assert len({key(example, folded) for example in DIFFERENT}) == len(DIFFERENT)
-    assert key(Plain("x", "a", "b")) == key(Plain("y", "a", "b"))
-    assert key(Conversation("x", (USER, BOT), 1)) == key(Conversation("y", (USER, BOT), 0, muted=frozenset({1})))
-    assert key(Ids("x", (1, 2), (-100, 2))) == key(Ids("x", (1, 2)))
+        assert len({content_key(example, folded) for example in DIFFERENT}) == len(DIFFERENT)
+    assert content_key(Plain("x", "a", "b")) == content_key(Plain("y", "a", "b"))
+    assert content_key(Conversation("x", (USER, BOT), 1)) == content_key(
+        Conversation("y", (USER, BOT), 0, zero_weight=frozenset({1}))
+    )
+    assert content_key(Ids("x", (1, 2), (-100, 2))) == content_key(Ids("x", (1, 2)))
 
 
 def test_keys_fold_white_space() -> None:
-    one, other = Plain("x", "a  b\n", "c"), Plain("x", " a\u00a0b", "c ")
-    assert key(one) != key(other)
-    assert key(one, folded=True) == key(other, folded=True) != key(Plain("x", "ab", "c"), folded=True)
+    some, same = Plain("x", "a  b\n", "c"), Plain("x", " a\u00a0b", "c ")
+    assert content_key(some) != content_key(same)
+    assert (
+        content_key(some, folded=True)
+        == content_key(same, folded=True)
+        != content_key(Plain("x", "ab", "c"), folded=True)
+    )
     spaced = Conversation("x", (USER | {"content": "a \n"}, BOT))
-    assert key(spaced, folded=True) == key(Conversation("x", (USER, BOT)), folded=True)
+    assert content_key(spaced, folded=True) == content_key(Conversation("x", (USER, BOT)), folded=True)
 
 
-ASKED = {
+QUESTIONS = {
     "prompt": (PAIR, "a", ()),
     "prompt with tools": ({"prompt": "a", "tools": [WEATHER]}, "a", (WEATHER,)),
     "lists": ({"prompt": [USER], "tools": [WEATHER]}, [USER], (WEATHER,)),
@@ -607,46 +630,48 @@ ASKED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("values", "prompt", "tools"), ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize(("values", "prompt", "tools"), QUESTIONS.values(), ids=QUESTIONS)
 def test_question(values: dict[str, Any], prompt: Any, tools: tuple[Any, ...]) -> None:
-    asked = question(Row("f:1", values), ANY)
-    assert (asked.prompt, asked.tools) == (prompt, tools)
+    question = parse_question(Row("f:1", values), ANY)
+    assert (question.prompt, question.tools) == (prompt, tools)
 
 
-@pytest.mark.parametrize("values", [values for values, form, _ in READ.values() if form in formats.CHATS])
+@pytest.mark.parametrize("values", [values for values, name, _ in READ.values() if name in formats.CHAT_FORMATS])
 def test_a_question_is_the_beginning_of_the_row_that_is_trained_on(values: dict[str, Any]) -> None:
-    asked, example = question(Row("f:1", values), ANY), chat(values)
-    assert (*asked.prompt, BOT) == example.messages
+    question, example = parse_question(Row("f:1", values), ANY), chat(values)
+    assert (*question.prompt, BOT) == example.messages
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    ("row", "code", "detail"),
     [
-        ({"question": "a"}, "nothing is asked; the fields are `question`"),
-        ({"prompt": None}, "`prompt` must be text, got null"),
-        ({"messages": []}, "`messages` must be a list of messages, got an empty list"),
-        ({"messages": [BOT]}, "no message comes before the answer"),
-        ({"conversations": [GPT]}, "no message comes before the answer"),
-        ({"instruction": 3}, "`instruction` must be text, got a number"),
+        ({"question": "a"}, Code.DATA_NO_QUESTION, "fields are `question`"),
+        ({"prompt": None}, TYPE, "`prompt` must be text, got null"),
+        ({"messages": []}, TYPE, "`messages` must be a list of messages, got an empty list"),
+        ({"messages": [BOT]}, Code.DATA_NO_QUESTION, "before the answer"),
+        ({"conversations": [GPT]}, Code.DATA_NO_QUESTION, "before the answer"),
+        ({"instruction": 3}, TYPE, "`instruction` must be text, got a number"),
     ],
 )
-def test_rows_that_ask_nothing(row: dict[str, Any], expected: str) -> None:
+def test_rows_that_ask_nothing(row: dict[str, Any], code: Code, detail: str) -> None:
     with pytest.raises(DataError) as caught:
-        question(Row("f:1", row), ANY)
-    assert str(caught.value).startswith(f"f:1: {expected}; give a prompt, messages, ")
+        parse_question(Row("f:1", row), ANY)
+    assert meanings(caught.value) == [(code, "f:1", "")]
+    (problem,) = caught.value.problems
+    assert detail in problem.what and "prompt, messages, conversations" in problem.fix
 
 
 def test_a_question_is_asked_in_the_format_that_is_trained_on() -> None:
     """A prompt beside messages, as in ultrachat, is one of the fields that are not read."""
     row = {"prompt": "x", "messages": [USER, BOT]}
-    assert question(Row("f:1", row), ANY).prompt == [USER]
+    assert parse_question(Row("f:1", row), ANY).prompt == [USER]
     by_hand = ANY.model_copy(update={"format": "text"})
-    assert question(Row("f:1", row | {"text": "t"}), by_hand).prompt == "t"
+    assert parse_question(Row("f:1", row | {"text": "t"}), by_hand).prompt == "t"
 
 
 def test_question_by_columns() -> None:
     section = ANY.model_copy(update={"columns": {"prompt": "q", "completion": "r"}})
-    assert question(Row("f:1", {"q": "a", "prompt": "x"}), section).prompt == "a"
+    assert parse_question(Row("f:1", {"q": "a", "prompt": "x"}), section).prompt == "a"
 
 
 def test_lists_may_stand_as_json_in_text() -> None:
@@ -654,4 +679,4 @@ def test_lists_may_stand_as_json_in_text() -> None:
     assert chat({"messages": json.dumps([USER, BOT])}).messages == (USER, BOT)
     assert parse({"input_ids": "[1, 2]"}) == Ids("f:1", (1, 2))
     assert chat({"instruction": "a", "output": "b", "history": ""}).messages == (USER, BOT)
-    assert bad({"messages": "[{"}) == "`messages` must be valid JSON"
+    check_row_error(row_error({"messages": "[{"}), Code.DATA_FIELD_JSON, "`messages`")

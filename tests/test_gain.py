@@ -16,7 +16,7 @@ from running import MakeConfig, checkpoints
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune.data import TokenizedDataset
-from loratune.data.rendering import Tokens
+from loratune.data.rendering import TokenizedRow
 from loratune.training import gain
 from loratune.training.gain import Gain
 from loratune.training.scoring import Loss
@@ -129,9 +129,9 @@ class Made:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def row(self, number: int) -> Tokens:
+    def row(self, number: int) -> TokenizedRow:
         key = self.keys[number] if self.keys is not None else number
-        return Tokens("", (key, *range(1, self.lengths[number])), ((1, int(self.lengths[number])),))
+        return TokenizedRow("", (key, *range(1, self.lengths[number])), ((1, int(self.lengths[number])),))
 
 
 def sampled(lengths: Any, budget: int, keys: Sequence[int] | None = None) -> dict[int, int]:

@@ -187,8 +187,8 @@ def test_temperature(cli: Callable[..., Ran], plain: Path) -> None:
     [
         (["--max-new-tokens", 0, "a"], 2, "max-new-tokens"),
         (["--temperature", -1, "a"], 2, "temperature"),
-        (["--input", "absent.jsonl"], 4, "error: absent.jsonl: no such file"),
-        (["--input", "rows.jsonl", "a"], 2, "error: give prompts, or --input, not both"),
+        (["--input", "absent.jsonl"], 4, f"[{Code.DATA_FILE_NOT_FOUND}]"),
+        (["--input", "rows.jsonl", "a"], 2, "[usage.conflict]"),
         (["--adapter", "absent", "a"], 5, "absent"),
     ],
 )
@@ -243,21 +243,21 @@ def test_too_long_says_what_fits(cli: Callable[..., Ran], plain: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    ("row", "code"),
     [
-        ({"question": "a"}, "nothing is asked; the fields are `question`"),
-        ({"prompt": None}, "`prompt` must be text, got null"),
-        ({"messages": []}, "`messages` must be a list of messages, got an empty list"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "no message comes before the answer"),
+        ({"question": "a"}, Code.DATA_NO_QUESTION),
+        ({"prompt": None}, Code.DATA_FIELD_TYPE),
+        ({"messages": []}, Code.DATA_FIELD_TYPE),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, Code.DATA_NO_QUESTION),
     ],
 )
 def test_rows_that_ask_nothing(
-    cli: Callable[..., Ran], chat: Path, tmp_path: Path, row: dict[str, Any], expected: str
+    cli: Callable[..., Ran], chat: Path, tmp_path: Path, row: dict[str, Any], code: Code
 ) -> None:
-    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a"}, row])
-    ran = cli("generate", "--adapter", chat, "--input", asked)
-    assert (ran.code, ran.out) == (4, "")
-    assert ran.err.startswith(f"error: {asked}:2: {expected}")
+    path = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a"}, row])
+    ran = cli("generate", "--adapter", chat, "--input", path)
+    check_refused(ran, 4, (code, f"{path}:2", ""))
+    assert ran.out == ""
 
 
 def test_a_refusal_leaves_the_output_alone(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:
@@ -283,15 +283,17 @@ def test_stdout_holds_the_completions_only(chat: Path) -> None:
     assert process("generate", "--adapter", chat, "a:", "b:") == Ran(0, "yes\nox\n", "")
 
 
-def test_a_reader_that_leaves(chat: Path, tmp_path: Path) -> None:
+def test_a_reader_that_leaves(chat: Path, tmp_path: Path, processes: Nursery) -> None:
     """`generate ... | head -1`: the second batch finds nobody there."""
     asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 64)
-    command = [sys.executable, "-m", "loratune", "generate", "--adapter", str(chat), "--input", str(asked)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stdout is not None and running.stderr is not None
-        assert running.stdout.readline() == "yes\n"
-        running.stdout.close()
-        assert (running.wait(), running.stderr.read()) == (0, "")
+    reading, writing = os.pipe()
+    running = processes.start(
+        "generate", "--adapter", chat, "--input", asked, stdout=f"/proc/{os.getpid()}/fd/{writing}"
+    )
+    with open(reading) as reader:
+        assert reader.readline() == "yes\n"
+        os.close(writing)
+    assert (running.wait(), running.said()) == (0, "")
 
 
 def test_output_to_a_pipe_a_link_and_a_directory(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:
@@ -330,7 +332,8 @@ def test_an_output_is_replaced_only_if_asked(
         assert path.read_bytes() == content
     assert tree(tmp_path) == before
     ran = cli("generate", "--adapter", plain, "--overwrite", "a:")
-    assert ran == Ran(2, "", "error: --overwrite: replaces what --output names, and that is not given\n")
+    check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--overwrite"))
+    assert ran.out == ""
     ran = cli(*command, out, "--overwrite")
     assert (ran.code, ran.out) == (0, ""), ran.err
     assert json.loads(out.read_text())["prompt"] == "a:" and "precious" not in out.read_text()

@@ -17,20 +17,20 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from conftest import ROOT, ROWS, Ran, check_refused, meanings, process, tiny_llama, tree, write_rows
+from conftest import ROOT, ROWS, Ran, check_refused, is_problem, meanings, process, tiny_llama, tree, write_rows
+from nursery import Nursery, nursery
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.commands import inference
 from loratune.config import ModelSection
-from loratune.data.packing import packing_check
 from loratune.errors import Code, ModelError
-from loratune.kernels import acceleration, parity_check
+from loratune.kernels import acceleration
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import device, load
 from loratune.model import gguf as gguf_module
-from loratune.model.gguf import BLOCKS, KEY, check
+from loratune.model.gguf import KEY, check
 from loratune.model.source import KEY as NAME
-from loratune.training import preflight
+from loratune.training import batching, preflight
 
 FILE = "tiny.gguf"
 Cli = Callable[..., Ran]
@@ -134,7 +134,7 @@ def test_trains_generates_and_evaluates_as_the_plain_model_does(
 
 
 @pytest.fixture(scope="module")
-def adapter_dir(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_dir(pair: tuple[Path, Path], processes: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter on the GGUF file, trained for one step."""
     path = tmp_path_factory.mktemp("adapter")
     (path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -143,8 +143,8 @@ def adapter_dir(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
         f"data: {{train: {path / 'rows.jsonl'}}}\ntraining: {{max_steps: 1, learning_rate: 0.01}}\n"
         f"output_dir: {path / 'out'}\n"
     )
-    ran = process("train", path / "run.yaml")
-    assert ran.code == 0, ran.err
+    child = processes.start("train", path / "run.yaml")
+    assert child.wait() == 0, child.said()
     return path / "out"
 
 
@@ -181,9 +181,9 @@ def test_the_adapter_says_how_to_load_its_base(
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ("[]", "not the record of a run"),
-        ("{", "not readable as JSON"),
-        ('{"base": {"gguf_file": 3}}', "base.gguf_file: "),
+        ("[]", f"[{Code.ADAPTER_INVALID_RECORD}]"),
+        ("{", f"[{Code.ADAPTER_NOT_JSON}]"),
+        ('{"base": {"gguf_file": 3}}', "loratune.json: base.gguf_file: "),
     ],
 )
 def test_a_record_that_does_not_say_it(record: str, said: str, adapter_dir: Path, tmp_path: Path, cli: Cli) -> None:
@@ -197,7 +197,8 @@ def test_a_record_that_does_not_say_it(record: str, said: str, adapter_dir: Path
     (tmp_path / "loratune.json").write_text(record)
     ran = cli("generate", "x", "--adapter", tmp_path)
     assert (ran.code, ran.out) == (5, "")
-    assert ran.err.splitlines()[-1].startswith(f"error: {tmp_path / 'loratune.json'}: {said}")
+    last = ran.err.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'loratune.json'}: ") and said in last
 
 
 def test_the_working_directory_is_not_looked_at(
@@ -318,12 +319,6 @@ def test_without_the_package(pair: tuple[Path, Path], run_config: MakeConfig, tm
     assert "gguf" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
-def test_sizes_of_blocks_are_those_of_ggml() -> None:
-    theirs = {int(kind): size for kind, size in gguf.constants.GGML_QUANT_SIZES.items()}
-    assert {kind: theirs[kind] for kind in BLOCKS} == BLOCKS
-    assert len(BLOCKS) > 30
-
-
 # On the hub
 
 
@@ -364,16 +359,19 @@ def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path
     local = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
     base = {"name_or_path": "who/packed", "gguf_file": FILE, "dtype": "float32"}
     config = run_config(model=base, training={"max_steps": 2})
-    ran = process("train", config, **local)
-    assert ran.code == 0, ran.err
+    with nursery(tmp_path, **local) as processes:
+        train = processes.start("train", config)
+        assert train.wait() == 0, train.said()
+        params = processes.start("params", run_config(model=base | {"gguf_file": "gone.gguf"}))
+        params.wait()
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "who/packed"
     offline = local | {"HF_HUB_OFFLINE": "1"}
     ran = process("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make", **offline)
     assert ran.code == 0, ran.err
-    ran = process("params", run_config(model=base | {"gguf_file": "gone.gguf"}), **local)
-    check_refused(ran, 3, (Code.MODEL_GGUF_NOT_FOUND, "who/packed", KEY))
-    assert ran.out == "" and "the repository has no gone.gguf" in ran.err and ran.err.count("\n") == 1
+    assert params.code == 3 and params.out.read_text() == ""
+    assert is_problem(params.said().removeprefix("error: "), (Code.MODEL_GGUF_NOT_FOUND, "who/packed", KEY))
+    assert "the repository has no gone.gguf" in params.said() and params.said().count("\n") == 1
 
 
 # The real one
@@ -417,15 +415,15 @@ def test_what_a_run_asks_of_machine_and_model_is_asked_once(
     counted(device, "check_kernels")
     counted(gguf_module, "_check_complete")
     counted(acceleration, "_replace")
-    counted(parity_check, "ParityCheck")
-    counted(packing_check, "why_not")
+    counted(acceleration, "ParityCheck")
+    counted(batching, "packing_refusal")
     base = run_config().parent / "base"
     shutil.copytree(pair[0], base)
     rows = {"validation": str(base.parent / "rows.jsonl")}
     ran = cli("train", run_config(model={"name_or_path": str(base), "gguf_file": FILE}, data=rows))
     assert ran.code == 0, ran.err
     assert calls == dict.fromkeys(
-        ("check_machine", "check_kernels", "_check_complete", "_replace", "ParityCheck", "why_not"), 1
+        ("check_machine", "check_kernels", "_check_complete", "_replace", "ParityCheck", "packing_refusal"), 1
     ), calls
 
 

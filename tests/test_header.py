@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, process, tiny_llama
+from conftest import Ran, check_refused, process, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from loratune.commands.adapter_stats import adapter_stats
+from loratune.errors import Code
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -118,22 +119,29 @@ def test_our_own_adapter(
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "code"),
     [
-        (lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)), "has no lora_B of its rank"),
-        (lambda tensors: next(t for n, t in tensors.items() if "lora_B" in n).fill_(float("nan")), "holds NaN or inf"),
-        (lambda tensors: next(t for n, t in tensors.items() if "lora_A" in n).fill_(float("inf")), "holds NaN or inf"),
+        (lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)), Code.ADAPTER_NO_FACTOR),
+        (
+            lambda tensors: next(t for n, t in tensors.items() if "lora_B" in n).fill_(float("nan")),
+            Code.ADAPTER_NOT_FINITE,
+        ),
+        (
+            lambda tensors: next(t for n, t in tensors.items() if "lora_A" in n).fill_(float("inf")),
+            Code.ADAPTER_NOT_FINITE,
+        ),
     ],
 )
-def test_what_cannot_be_measured(change: Any, what: str, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_what_cannot_be_measured(change: Any, code: Code, tmp_path: Path, cli: Callable[..., Ran]) -> None:
     made(tmp_path / "good")
     shutil.copytree(tmp_path / "good", tmp_path / "bad")
     tensors = load_file(tmp_path / "bad" / WEIGHTS_FILE)
     change(tensors)
     save_file(tensors, tmp_path / "bad" / WEIGHTS_FILE, {"format": "pt"})
     ran = cli("params", "--adapter", tmp_path / "bad")
-    assert (ran.code, ran.out) == (5, "")
-    assert what in ran.err and WEIGHTS_FILE in ran.err
+    key = ran.errors[0].split(": ")[1]
+    check_refused(ran, 5, (code, str(tmp_path / "bad" / WEIGHTS_FILE), key))
+    assert ran.out == "" and key.startswith("model.layers.")
 
 
 def test_a_rank_that_the_config_does_not_say(tmp_path: Path, cli: Callable[..., Ran]) -> None:
@@ -141,8 +149,8 @@ def test_a_rank_that_the_config_does_not_say(tmp_path: Path, cli: Callable[..., 
     settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"r": 4}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
     ran = cli("params", "--adapter", tmp_path)
-    assert ran.code == 5
-    assert "model.layers.0.self_attn.o_proj: has rank 8 where adapter_config.json says 4" in ran.err
+    check_refused(ran, 5, (Code.ADAPTER_RANK, str(tmp_path / WEIGHTS_FILE), "model.layers.0.self_attn.o_proj"))
+    assert "has rank 8 where adapter_config.json says 4" in ran.err
 
 
 @pytest.mark.parametrize(("key", "value"), [("r", 0), ("r", "8"), ("lora_alpha", None), ("lora_alpha", True)])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loratune import data
 from loratune.config import DataSection, LoraSection, ModelSection, TrainingSection
-from loratune.data.packing import Batches
+from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
 from loratune.lora import attach, optimizers, targets
@@ -91,10 +91,10 @@ def test_every_field_has_a_change_here(section: Any, changes: dict[str, Any]) ->
 
 
 def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What PEFT was told, and what it made: shape, scaling, dropout, values and learning rates of what is trained."""
+    """PEFT's configuration, and what it built: shape, scaling, dropout, values and learning rates of its weights."""
     base = tiny_llama(attention_bias=True)
     built = attach.attach(base, section, targets.find(base, section).peft(), seed=0)
-    told = built.peft_config["default"].to_dict()
+    settings = built.peft_config["default"].to_dict()
     layers = {
         name: (repr(module), getattr(module, "scaling", None))
         for name, module in built.named_modules()
@@ -103,7 +103,7 @@ def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
     trained = {name: weight.tolist() for name, weight in built.named_parameters() if weight.requires_grad}
     kind, keywords = optimizers.split(built, section, (torch.optim.AdamW, {"lr": 1.0}), 0.0)
     rates = [group["lr"] for group in keywords.get("params", [])]
-    return told, {"layers": layers, "trained": trained, "optimizer": (kind, rates)}
+    return settings, {"layers": layers, "trained": trained, "optimizer": (kind, rates)}
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +112,17 @@ def default_lora() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def test_the_same_section_builds_the_same(default_lora: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    told, made = attached(LoraSection())
-    assert {name: value for name, value in told.items() if value != default_lora[0][name]} == {}
-    assert made == default_lora[1]
+    settings, parts = attached(LoraSection())
+    assert {name: value for name, value in settings.items() if value != default_lora[0][name]} == {}
+    assert parts == default_lora[1]
 
 
 @pytest.mark.parametrize("name, value", LORA.items(), ids=LORA)
 def test_lora(default_lora: tuple[dict[str, Any], dict[str, Any]], name: str, value: Any) -> None:
-    told, made = attached(LoraSection(**{name: value}))
+    settings, parts = attached(LoraSection(**{name: value}))
     ours = {"use_lorafa", "loraplus_lr_ratio"}  # optimizers, of which PEFT's configuration knows nothing
-    assert {key for key in told if told[key] != default_lora[0][key]} == {name} - ours
-    assert made != default_lora[1]
+    assert {key for key in settings if settings[key] != default_lora[0][key]} == {name} - ours
+    assert parts != default_lora[1]
 
 
 # TrainingSection → TrainingArguments
@@ -166,17 +166,17 @@ def test_model_dtype_quantization_and_attention(tiny_dir: Path) -> None:
 
 
 def test_model_device_map(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What transformers is asked for: on a machine without a GPU the model that comes back shows no difference."""
-    asked, load = [], AutoModelForCausalLM.from_pretrained
+    """The argument that transformers gets: on a machine without a GPU the model that comes back shows no difference."""
+    device_maps, load = [], AutoModelForCausalLM.from_pretrained
 
     def spy(*arguments: Any, **keywords: Any) -> Any:
-        asked.append(keywords["device_map"])
+        device_maps.append(keywords["device_map"])
         return load(*arguments, **keywords)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
     for name in (None, MODEL["device_map"]):
         load_module.load_base(ModelSection(name_or_path=str(tiny_dir), device_map=name))
-    assert asked == [None, "auto"]
+    assert device_maps == [None, "auto"]
 
 
 def test_model_name(tiny_dir: Path, tmp_path: Path) -> None:
@@ -256,10 +256,12 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
             values["chat_template"] = str(tmp_path / values["chat_template"])
         section = DataSection(**values)
         words = load_module.load_tokenizer(ModelSection(name_or_path=str(tmp_path / "words")), section.chat_template)
-        rows = data.check(section, seed=1)
-        made = [data.prepare(part, Renderer(words), section, 264) for part in (rows.train, rows.validation) if part]
-        batches = [Batches(one.rows, one.rows.lengths, section.packing, 4, section.max_length, 0) for one in made]
-        return [(one.fingerprint, len(batch.items)) for one, batch in zip(made, batches, strict=True)]
+        rows = data.read_datasets(section, seed=1)
+        splits = [split for split in (rows.train, rows.validation) if split]
+        datasets = [data.prepare(split, Renderer(words), section, 264) for split in splits]
+        packing, length = section.packing, section.max_length
+        batches = [BatchLayout(each.rows, each.rows.lengths, packing, 4, length, 0) for each in datasets]
+        return [(dataset.fingerprint, len(batch.items)) for dataset, batch in zip(datasets, batches, strict=True)]
 
     tokenizer.save_pretrained(tmp_path / "words")
     return run

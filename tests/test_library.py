@@ -289,11 +289,10 @@ def test_many_processes_build_it_at_once_and_a_file_that_is_cut_hurts_none(tmp_p
     assert cut.returncode == 0 and path.stat().st_size == 0, err
 
 
-def test_a_run_says_that_there_is_no_compiler(run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_says_that_there_is_no_compiler(
+    run_config: Callable[..., Path], tmp_path: Path, forked: Callable[..., Ran]
+) -> None:
     config = run_config(model={"dtype": "float32"})
     (tmp_path / "none").mkdir()
-    command = [sys.executable, "-m", "loratune", "train", str(config)]
-    environment = os.environ | {"PATH": str(tmp_path / "none")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    ran = Ran(done.returncode, done.stdout, done.stderr)
+    ran = forked("train", config, PATH=str(tmp_path / "none"))
     assert ran.code == 0 and ran.err.count("there is no C compiler (gcc, cc or clang)") == 1

@@ -1,4 +1,4 @@
-"""Batches: rows end to end see themselves only, whatever the model, and packs hold every row once."""
+"""Batches: rows end to end attend to themselves only, whatever the model, and packs hold every row once."""
 
 import pickle
 import tracemalloc
@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from loratune.data.packing import Batches, best_fit, flatten, why_not
+from loratune.data.packing import BatchLayout, best_fit, flatten, packing_refusal
 from loratune.kernels import next_token_loss
 
 VOCABULARY = 264
@@ -33,7 +33,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 CODEBOOKS = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 64, "num_attention_heads": 4,
 }  # fmt: skip
-APART: dict[str, transformers.PreTrainedConfig] = {
+SUPPORTED: dict[str, transformers.PreTrainedConfig] = {
     "llama": transformers.LlamaConfig(**SHAPE),
     "qwen3": transformers.Qwen3Config(**SHAPE),
     "qwen3_moe": transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS),
@@ -46,7 +46,7 @@ APART: dict[str, transformers.PreTrainedConfig] = {
     "mistral": transformers.MistralConfig(**SHAPE, sliding_window=8),
     "falcon": transformers.FalconConfig(**FALCON),
 }
-MIX: dict[str, transformers.PreTrainedConfig] = {
+MIXING: dict[str, transformers.PreTrainedConfig] = {
     "bloom": transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "mamba": transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
     "rwkv": transformers.RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
@@ -65,17 +65,17 @@ def built(config: transformers.PreTrainedConfig, attention: str = "eager") -> An
 
 
 def rows(*lengths: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Random rows; the first third of each is not learnt."""
+    """Random rows; the first third of each is not supervised."""
     drawn = torch.Generator().manual_seed(seed)
     ids = [torch.randint(VOCABULARY, (length,), generator=drawn).tolist() for length in lengths]
     return [{"input_ids": row, "labels": [-100] * (len(row) // 3) + row[len(row) // 3 :]} for row in ids]
 
 
 @torch.no_grad()
-def difference(model: Any, several: list[dict[str, Any]], **given: Any) -> float:
+def difference(model: Any, several: list[dict[str, Any]], **inputs: Any) -> float:
     """How far, at most, the logits of the rows in one flat batch are from those of the rows one by one."""
     batch = flatten(several)
-    together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **{"use_cache": False} | given)
+    together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **{"use_cache": False} | inputs)
     parts = together.logits[0].split([len(row["input_ids"]) for row in several])
     alone = [model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0] for row in several]
     return max(float((one - part).abs().max()) for one, part in zip(alone, parts, strict=True))
@@ -84,7 +84,7 @@ def difference(model: Any, several: list[dict[str, Any]], **given: Any) -> float
 # --- rows end to end
 
 
-def test_rows_stand_end_to_end_and_none_learns_its_first_token_from_another() -> None:
+def test_rows_stand_end_to_end_and_the_first_token_of_each_is_not_supervised() -> None:
     batch = flatten([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]},
                      {"input_ids": [4], "labels": [4]}])  # fmt: skip
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
@@ -95,56 +95,56 @@ def test_rows_stand_end_to_end_and_none_learns_its_first_token_from_another() ->
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", APART)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_a_row_in_a_flat_batch_has_the_logits_that_it_has_alone(family: str, attention: str) -> None:
-    model = built(APART[family], attention)
+    model = built(SUPPORTED[family], attention)
     assert model.config._attn_implementation == attention
     assert difference(model, rows(5, 40, 1, 1, 23, 12)) < 1e-5
-    assert why_not(model, 40, 300) is None
+    assert packing_refusal(model, 40, 300) is None
 
 
-@pytest.mark.parametrize("family", MIX)
+@pytest.mark.parametrize("family", MIXING)
 def test_a_model_that_mixes_rows_is_refused(family: str) -> None:
-    model = built(MIX[family])
+    model = built(MIXING[family])
     assert difference(model, rows(5, 40, 1, 1, 23, 12)) > 1e-4
-    assert why_not(model, 40) == f"packing: {model.config.model_type} mixes rows: {MEET}"
+    assert packing_refusal(model, 40) == f"packing: {model.config.model_type} mixes rows: {MIXES}"
 
 
-MEET = "what it makes of one depends on the others in a flat batch"
+MIXES = "what it computes for one depends on the others in a flat batch"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe", "bloom", "mamba", "lfm2", "qwen3_next"])
 def test_the_verdict_is_the_same_in_bfloat16(family: str) -> None:
-    model = built((APART | MIX)[family], "eager").to(torch.bfloat16)
-    assert (why_not(model, 40) is None) == (family in APART)
+    model = built((SUPPORTED | MIXING)[family], "eager").to(torch.bfloat16)
+    assert (packing_refusal(model, 40) is None) == (family in SUPPORTED)
 
 
 def test_a_weak_leak_is_seen_below_the_rounding_of_bfloat16() -> None:
     config = transformers.Lfm2Config(**SHAPE | {"initializer_range": 0.01}, layer_types=["conv", "full_attention"])
     model = built(config).to(torch.bfloat16)
     assert difference(model, rows(5, 40, 23)) < 0.02
-    assert MEET in str(why_not(model, 40))
+    assert MIXES in str(packing_refusal(model, 40))
 
 
-def test_rows_meet_where_there_is_a_cache_or_a_mask() -> None:
-    model, several = built(APART["llama"]), rows(5, 40, 23)
+def test_rows_mix_where_there_is_a_cache_or_a_mask() -> None:
+    model, several = built(SUPPORTED["llama"]), rows(5, 40, 23)
     assert difference(model, several, use_cache=True) > 1e-3
     assert difference(model, several, attention_mask=torch.ones(1, 68, dtype=torch.long)) > 1e-3
 
 
 @pytest.mark.parametrize("longest", [1, 2, 3])
-def test_the_shortest_rows_are_told_apart_too(longest: int) -> None:
-    assert why_not(built(APART["gpt2"]), longest) is None
-    assert why_not(built(MIX["lfm2"]), longest)
+def test_the_shortest_rows_are_checked_too(longest: int) -> None:
+    assert packing_refusal(built(SUPPORTED["gpt2"]), longest) is None
+    assert packing_refusal(built(MIXING["lfm2"]), longest)
 
 
 class Counting(transformers.GPT2LMHeadModel):
     """Lets no row see another, but makes logits smaller the longer the batch is."""
 
-    def forward(self, input_ids: Tensor, **given: Any) -> Any:
-        made = super().forward(input_ids=input_ids, **given)
-        made.logits = made.logits / input_ids.shape[1]
-        return made
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
+        output = super().forward(input_ids=input_ids, **inputs)
+        output.logits = output.logits / input_ids.shape[1]
+        return output
 
 
 class Wavering(transformers.GPT2LMHeadModel):
@@ -152,24 +152,24 @@ class Wavering(transformers.GPT2LMHeadModel):
 
     wrong = 1
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **given: Any) -> Any:
-        made = super().forward(input_ids=input_ids, position_ids=position_ids, **given)
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **inputs: Any) -> Any:
+        output = super().forward(input_ids=input_ids, position_ids=position_ids, **inputs)
         if self.wrong and position_ids is not None and not torch.is_grad_enabled():
             self.wrong -= 1
-            made.logits = made.logits * 1.1
-        return made
+            output.logits = output.logits * 1.1
+        return output
 
 
 class Greedy(transformers.GPT2LMHeadModel):
     """Asks for more memory than there is."""
 
-    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
 
 def test_what_has_no_gradient_is_seen_too() -> None:
-    told = str(why_not(Counting(transformers.GPT2Config(**GPT2)), 40))
-    assert told.startswith("packing: gpt2 mixes rows: logits differ by ")
+    refusal = str(packing_refusal(Counting(transformers.GPT2Config(**GPT2)), 40))
+    assert refusal.startswith("packing: gpt2 mixes rows: logits differ by ")
 
 
 @pytest.mark.parametrize(("short", "longest"), [(64, 65), (64, 500), (400, 500)])
@@ -177,43 +177,45 @@ def test_angles_that_follow_the_longest_row_are_seen(short: int, longest: int) -
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
     shape = SHAPE | {"original_max_position_embeddings": short}
     model = built(transformers.Phi3Config(**shape, rope_parameters=rope | {"original_max_position_embeddings": short}))
-    assert difference(model, rows(5, short)) < 1e-5 and why_not(model, short) is None
-    assert difference(model, rows(5, longest)) > 1e-3 and "logits differ" in str(why_not(model, longest))
+    assert difference(model, rows(5, short)) < 1e-5 and packing_refusal(model, short) is None
+    assert difference(model, rows(5, longest)) > 1e-3 and "logits differ" in str(packing_refusal(model, longest))
 
 
 def test_what_is_exact_in_a_small_batch_only_is_seen() -> None:
     model = built(
         transformers.FalconConfig(**FALCON, alibi=True)
     )  # its distances are counted over the batch, in bfloat16
-    assert difference(model, rows(5, 40, 40)) < 1e-5 and why_not(model, 40) is None
-    assert difference(model, rows(*[40] * 20)) > 1e-3 and "logits differ" in str(why_not(model, 40, 800))
+    assert difference(model, rows(5, 40, 40)) < 1e-5 and packing_refusal(model, 40) is None
+    assert difference(model, rows(*[40] * 20)) > 1e-3 and "logits differ" in str(packing_refusal(model, 40, 800))
 
 
 def test_a_table_shorter_than_a_flat_batch_is_seen() -> None:
     shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 128, "window_size": 8}
     model = built(transformers.GPTNeoConfig(vocab_size=VOCABULARY, attention_types=[[["global", "local"], 1]], **shape))
-    assert difference(model, rows(40, 40, 40)) < 1e-5 and why_not(model, 40, 128) is None
-    told = str(why_not(model, 40, 200))
-    assert told.startswith("packing: gpt_neo does not run on flat rows: RuntimeError: ")
+    assert difference(model, rows(40, 40, 40)) < 1e-5 and packing_refusal(model, 40, 128) is None
+    refusal = str(packing_refusal(model, 40, 200))
+    assert refusal.startswith("packing: gpt_neo does not run on flat rows: RuntimeError: ")
 
 
 def test_rows_are_tried_no_further_than_a_model_has_positions() -> None:
-    assert why_not(built(APART["gpt2"]), 1000, 500) is None
+    assert packing_refusal(built(SUPPORTED["gpt2"]), 1000, 500) is None
 
 
 def test_a_slip_of_rounding_is_no_mixing() -> None:
     model = Wavering(transformers.GPT2Config(**GPT2))
-    assert why_not(model, 40) is None and model.wrong == 0
+    assert packing_refusal(model, 40) is None and model.wrong == 0
 
 
 def test_a_model_that_fails_on_flat_rows_is_refused_in_one_line() -> None:
-    told = str(why_not(transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(**CODEBOOKS)), 40))
-    assert told.startswith("packing: musicgen_decoder does not run on flat rows: ") and "\n" not in told
+    refusal = str(
+        packing_refusal(transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(**CODEBOOKS)), 40)
+    )
+    assert refusal.startswith("packing: musicgen_decoder does not run on flat rows: ") and "\n" not in refusal
 
 
 def test_running_out_of_memory_is_not_a_verdict() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        why_not(Greedy(transformers.GPT2Config(**GPT2)), 40)
+        packing_refusal(Greedy(transformers.GPT2Config(**GPT2)), 40)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "rwkv", "musicgen"])
@@ -221,18 +223,18 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     if family == "musicgen":
         model: Any = transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(**CODEBOOKS))
     else:
-        model = built((APART | MIX)[family])
+        model = built((SUPPORTED | MIXING)[family])
     model.train()
     next(model.children()).eval()
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)
-    wanted = [weight.requires_grad for weight in model.parameters()]
+    trainable = [weight.requires_grad for weight in model.parameters()]
     modes = [module.training for module in model.modules()]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     config, state = model.config.to_dict(), torch.get_rng_state()
-    why_not(model, 40)
+    packing_refusal(model, 40)
     assert [module.training for module in model.modules()] == modes
-    assert [weight.requires_grad for weight in model.parameters()] == wanted
+    assert [weight.requires_grad for weight in model.parameters()] == trainable
     assert all(bool((weight.grad == 1).all()) for weight in model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert model.config.to_dict() == config and torch.equal(torch.get_rng_state(), state)
@@ -242,9 +244,9 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
 def test_a_model_with_an_adapter_is_judged_as_its_base() -> None:
     for family in ("llama", "lfm2"):
         adapted = get_peft_model(
-            built((APART | MIX)[family]), LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
+            built((SUPPORTED | MIXING)[family]), LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
         )
-        assert (why_not(adapted.train(), 40) is None) == (family in APART)
+        assert (packing_refusal(adapted.train(), 40) is None) == (family in SUPPORTED)
 
 
 # --- packs
@@ -285,7 +287,7 @@ def test_every_row_is_in_one_pack_and_packs_are_those_of_best_fit(seed: int) -> 
 def test_best_fit_takes_no_more_packs_than_first_fit() -> None:
     several = [(natural(400, seed), 2048 * (1 + seed % 3)) for seed in range(20)]
     first = [len(by_hand(lengths.tolist(), budget, fullest=False)) for lengths, budget in several]
-    assert all(len(best_fit(*given)) <= one for given, one in zip(several, first, strict=True))
+    assert all(len(best_fit(*case)) <= count for case, count in zip(several, first, strict=True))
 
 
 def test_packs_are_the_same_each_time() -> None:
@@ -327,21 +329,21 @@ LENGTHS = (5, 40, 1, 23, 12, 40, 33, 2, 2, 17)
 Packing = Literal["none", "batch", "full"]
 
 
-def batches(packing: Packing, several: list[dict[str, Any]], size: int = 2) -> Batches:
-    return Batches(several, np.array([len(row["input_ids"]) for row in several], int), packing, size, 40, pad_id=0)
+def batches(packing: Packing, several: list[dict[str, Any]], size: int = 2) -> BatchLayout:
+    return BatchLayout(several, np.array([len(row["input_ids"]) for row in several], int), packing, size, 40, pad_id=0)
 
 
 @pytest.mark.parametrize(("packing", "items", "size"), [("none", 10, 2), ("batch", 10, 2), ("full", 3, 1)])
 def test_a_loader_gives_every_row_once(packing: Packing, items: int, size: int) -> None:
     several = rows(*LENGTHS)
-    made = batches(packing, several)
-    assert (len(made.items), made.size, made.flat) == (items, size, packing != "none")
-    collate = pickle.loads(pickle.dumps(made.collate))
-    loader = DataLoader(made.items, batch_size=made.size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+    layout = batches(packing, several)
+    assert (len(layout.items), layout.size, layout.flat) == (items, size, packing != "none")
+    collate = pickle.loads(pickle.dumps(layout.collate))
+    loader = DataLoader(layout.items, batch_size=layout.size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
     seen = []
     for batch in loader:
         assert batch["input_ids"].numel() <= 2 * 40
-        if made.flat:
+        if layout.flat:
             assert "attention_mask" not in batch
             starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
             seen += [batch["input_ids"][0, a:b].tolist() for a, b in pairwise(starts)]
@@ -353,15 +355,15 @@ def test_a_loader_gives_every_row_once(packing: Packing, items: int, size: int) 
 
 @pytest.mark.parametrize("packing", ["none", "batch", "full"])
 def test_the_heaviest_batch_is_the_one_with_the_most_tokens(packing: Packing) -> None:
-    made = batches(packing, rows(*LENGTHS))
-    counted = [
+    layout = batches(packing, rows(*LENGTHS))
+    tokens = [
         sum(len(row["input_ids"]) for row in (item if packing == "full" else [item]))
-        for item in map(made.items.__getitem__, range(len(made.items)))
+        for item in map(layout.items.__getitem__, range(len(layout.items)))
     ]
-    assert [made.tokens(number) for number in range(len(made.items))] == counted
-    heaviest = made.heaviest()
-    assert len(set(heaviest)) == made.size
-    assert [made.tokens(number) for number in heaviest] == sorted(counted, reverse=True)[: made.size]
+    assert [layout.tokens(number) for number in range(len(layout.items))] == tokens
+    heaviest = layout.heaviest()
+    assert len(set(heaviest)) == layout.size
+    assert [layout.tokens(number) for number in heaviest] == sorted(tokens, reverse=True)[: layout.size]
 
 
 def test_fewer_rows_than_a_batch_and_none_at_all() -> None:
@@ -373,13 +375,13 @@ def test_fewer_rows_than_a_batch_and_none_at_all() -> None:
 # --- the loss
 
 
-def learnt(packing: Packing, several: list[dict[str, Any]], attention: str) -> tuple[float, int, list[Tensor]]:
+def train(packing: Packing, several: list[dict[str, Any]], attention: str) -> tuple[float, int, list[Tensor]]:
     """The loss over all batches, its number of tokens, and the gradients."""
     model = tiny_llama(attention_dropout=0.0)
     model.set_attn_implementation(attention)
-    made = batches(packing, several)
+    layout = batches(packing, several)
     total, tokens = 0.0, 0
-    for batch in DataLoader(made.items, batch_size=made.size, collate_fn=made.collate):  # type: ignore[arg-type]
+    for batch in DataLoader(layout.items, batch_size=layout.size, collate_fn=layout.collate):  # type: ignore[arg-type]
         labels = batch.pop("labels")
         loss, count = next_token_loss(model(**batch, use_cache=False).logits, labels)
         loss.backward()
@@ -391,8 +393,8 @@ def learnt(packing: Packing, several: list[dict[str, Any]], attention: str) -> t
 @pytest.mark.parametrize("packing", ["batch", "full"])
 def test_loss_and_gradients_are_those_of_padded_rows(packing: Packing, attention: str) -> None:
     several = rows(*LENGTHS)
-    several[1]["labels"] = list(several[1]["input_ids"])  # learns from its first token on
-    padded, flat = learnt("none", several, attention), learnt(packing, several, attention)
+    several[1]["labels"] = list(several[1]["input_ids"])  # supervised from its first token on
+    padded, flat = train("none", several, attention), train(packing, several, attention)
     assert flat[0] == pytest.approx(padded[0], abs=1e-5) and flat[1] == padded[1]
     assert len(flat[2]) == len(padded[2]) > 0
     for one, other in zip(flat[2], padded[2], strict=True):

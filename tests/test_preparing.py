@@ -1,38 +1,36 @@
-"""From checked rows to tokenised ones: which take part, what is counted, what is kept on disk and found again."""
+"""From checked rows to tokenized ones: which take part, what is counted, what is cached on disk and used again."""
 
 import copy
 import json
 import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from conftest import CHAT_TEMPLATE, ROWS, Ran, tiny_llama, write_rows
+from conftest import CHAT_TEMPLATE, ROWS, Ran, check_refused, is_problem, meanings, tiny_llama, write_rows
+from nursery import Nursery
+from running import until
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from loratune import data
 from loratune.config import DataSection
-from loratune.data import TokenizedDataset, cache_dir, mixing, token_cache
+from loratune.data import TokenizedDataset, splits, token_cache, token_cache_dir
 from loratune.data.formats import Plain
 from loratune.data.rendering import Renderer
-from loratune.data.report import Found, Report
+from loratune.data.report import Report, RowTally
 from loratune.errors import Code, DataError
 
 VOCABULARY = 264
 
 
 def checked(path: Path | str | list[Any], seed: int = 0, **section: Any) -> data.RawDatasets:
-    return data.check(DataSection.model_validate({"train": path, "max_dropped": 1.0} | section), seed)
+    return data.read_datasets(DataSection.model_validate({"train": path, "max_dropped": 1.0} | section), seed)
 
 
 def prepared(renderer: Renderer, path: Path | str | list[Any], **section: Any) -> TokenizedDataset:
@@ -81,18 +79,18 @@ def test_several_sources_in_order_and_their_formats(tmp_path: Path) -> None:
 
 def test_weights_set_the_shares(tmp_path: Path) -> None:
     paths = [numbered(tmp_path / f"{letter}.jsonl", count, letter) for letter, count in (("a", 30), ("b", 100))]
-    given = [{"path": str(path), "weight": weight} for path, weight in zip(paths, (3, 1), strict=True)]
-    rows = checked(given)
+    sources = [{"path": str(path), "weight": weight} for path, weight in zip(paths, (3, 1), strict=True)]
+    rows = checked(sources)
     letters = [prompt[0] for prompt in prompts(rows.train)]
     assert (letters.count("a"), letters.count("b")) == (30, 10)
-    assert rows.train.mixed == (f"{paths[0]}: 30 of 30 rows", f"{paths[1]}: 10 of 100 rows")
-    assert prompts(checked(given).train) == prompts(rows.train) != prompts(checked(given, seed=1).train)
-    assert checked(given).train.digest == rows.train.digest != checked(given, seed=1).train.digest
+    assert rows.train.mix == (f"{paths[0]}: 30 of 30 rows", f"{paths[1]}: 10 of 100 rows")
+    assert prompts(checked(sources).train) == prompts(rows.train) != prompts(checked(sources, seed=1).train)
+    assert checked(sources).train.digest == rows.train.digest != checked(sources, seed=1).train.digest
     assert len(set(prompts(rows.train))) == 40
 
 
 @pytest.mark.parametrize(
-    ("counts", "weights", "given"),
+    ("counts", "weights", "expected"),
     [
         ((10, 10), (1.0, 1.0), [10, 10]),
         ((10, 1000), (1.0, 3.0), [10, 30]),
@@ -101,26 +99,28 @@ def test_weights_set_the_shares(tmp_path: Path) -> None:
         ((5, 100), (1e6, 1e-6), [5, 1]),
     ],
 )
-def test_shares(counts: tuple[int, ...], weights: tuple[float, ...], given: list[int]) -> None:
-    assert mixing.shares(counts, weights) == given
+def test_shares(counts: tuple[int, ...], weights: tuple[float, ...], expected: list[int]) -> None:
+    assert splits.mix_counts(counts, weights) == expected
 
 
 def test_a_fraction_is_held_out(tmp_path: Path) -> None:
     path = str(numbered(tmp_path / "rows.jsonl", 40))
     rows = checked(path, validation=0.25)
-    learnt, evaluated = prompts(rows.train), prompts(rows.validation)
-    assert (len(learnt), len(evaluated)) == (30, 10)
-    assert sorted([*learnt, *evaluated]) == sorted(prompts(checked(path).train))
-    assert [learnt, evaluated] == [sorted(part, key=lambda prompt: int(prompt[1:])) for part in (learnt, evaluated)]
-    assert prompts(checked(path, validation=0.25).validation) == evaluated
-    assert prompts(checked(path, seed=1, validation=0.25).validation) != evaluated
+    train, held_out = prompts(rows.train), prompts(rows.validation)
+    assert (len(train), len(held_out)) == (30, 10)
+    assert sorted([*train, *held_out]) == sorted(prompts(checked(path).train))
+    assert [train, held_out] == [sorted(part, key=lambda prompt: int(prompt[1:])) for part in (train, held_out)]
+    assert prompts(checked(path, validation=0.25).validation) == held_out
+    assert prompts(checked(path, seed=1, validation=0.25).validation) != held_out
     assert len(prompts(checked(path, validation=0.001).validation)) == 1
 
 
 def test_a_fraction_that_leaves_nothing(tmp_path: Path) -> None:
     path = numbered(tmp_path / "rows.jsonl", 1)
-    with pytest.raises(DataError, match=r"data\.validation: a fraction of 0\.5 of 1 rows leaves none to train on"):
+    with pytest.raises(DataError) as caught:
         checked(str(path), validation=0.5)
+    assert meanings(caught.value) == [(Code.DATA_EMPTY_TRAIN_SPLIT, "", "data.validation")]
+    assert "0.5 of 1 rows" in str(caught.value)
 
 
 def test_problems_of_many_rows_at_once(tmp_path: Path) -> None:
@@ -143,8 +143,9 @@ def test_problems_of_rows_and_of_the_file_are_told_together(tmp_path: Path) -> N
 def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
     numbered(tmp_path / "a.jsonl", 2)
     (tmp_path / "b.jsonl").write_text("\n")
-    with pytest.raises(DataError, match=r"b\.jsonl: 0 rows"):
+    with pytest.raises(DataError) as caught:
         checked([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    assert meanings(caught.value) == [(Code.DATA_NO_ROWS, str(tmp_path / "b.jsonl"), "")]
     assert len(checked(str(tmp_path)).train) == 2  # of a directory, some file has rows
 
 
@@ -171,16 +172,16 @@ def test_report_counts(tmp_path: Path, renderer: Renderer, truncation: str, loss
     path = write_rows(tmp_path / "rows.jsonl", ({"prompt": "p" * a, "completion": "c" * s} for a, s in sizes))
     report = prepared(renderer, path, max_length=9, truncation=truncation, loss_on=loss_on).report
     tokens = supervised = truncated = empty = dropped = 0
-    for asked, said in sizes:
-        length = asked + said + 1
-        if not said and (loss_on == "completion" or not asked):
+    for prompt, completion in sizes:
+        length = prompt + completion + 1
+        if not completion and (loss_on == "completion" or not prompt):
             empty += 1
         elif length > 9 and truncation == "drop":
             dropped += 1
         else:
-            kept = min(length, 9)
-            tokens += kept
-            supervised += kept - 1 if loss_on == "all" else min(said + 1, kept - 1)
+            length_left = min(length, 9)
+            tokens += length_left
+            supervised += length_left - 1 if loss_on == "all" else min(completion + 1, length_left - 1)
             truncated += length > 9
     assert (report.rows, report.tokens, report.supervised, report.truncated) == (91, tokens, supervised, truncated)
     assert sorted(found.count for found in report.dropped.values()) == sorted(n for n in (empty, dropped) if n)
@@ -202,10 +203,13 @@ def test_a_report_survives_json() -> None:
         report.drop("why", f"rows:{line}")
     again = Report.from_json(json.loads(json.dumps(report.as_json())))
     assert again == report
-    assert again.dropped["why"] == Found(5, ["rows:0", "rows:1", "rows:2"])
+    assert again.dropped["why"] == RowTally(5, ["rows:0", "rows:1", "rows:2"])
 
 
-SOME = [{"prompt": "p" * asked, "completion": "c" * said} for asked, said in ((9, 2), (3, 2), (3, 0), (3, 20), (3, 2))]
+SOME = [
+    {"prompt": "p" * prompt, "completion": "c" * completion}
+    for prompt, completion in ((9, 2), (3, 2), (3, 0), (3, 20), (3, 2))
+]
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -224,7 +228,7 @@ def test_the_table(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp
     assert f"train: 1 row dropped: the answer does not fit in max_length 8 ({path}:4)" in text
     assert f"train: 1 row repeated: {path}:5" in text
     assert "train: max_length 24 would keep everything" in text
-    assert f"1 of the validation rows also stands in train ({held}:2)" in text
+    assert f"1 of the validation rows is also in train ({held}:2)" in text
     assert "pppp⟦cc<|endoftext|>⟧" in text.replace(" ", "")
 
 
@@ -238,10 +242,9 @@ def test_rows_of_a_dry_run(cli: Callable[..., Ran], run_config: Callable[..., Pa
 def test_truncation_error(tmp_path: Path, renderer: Renderer) -> None:
     path = write_rows(tmp_path / "r.jsonl", [{"prompt": n * "a", "completion": n * "b"} for n in (1, 4)])
     assert len(prepared(renderer, path, max_length=9, truncation="error").rows) == 2
-    with pytest.raises(
-        DataError, match=r"r\.jsonl:2: the row has 9 tokens, more than data.max_length 8; raise it, or "
-    ):
+    with pytest.raises(DataError, match=r"the row has 9 tokens, more than data.max_length 8 ") as caught:
         prepared(renderer, path, max_length=8, truncation="error")
+    assert meanings(caught.value) == [(Code.DATA_ROW_TOO_LONG, f"{path}:2", "")]
 
 
 def test_nothing_left_says_what_would_do(
@@ -251,10 +254,9 @@ def test_nothing_left_says_what_would_do(
     path = write_rows(tmp_path / "r.jsonl", rows)
     config = run_config(data={"train": str(path), "max_length": 8})
     ran = cli("train", config, "--set", "model.name_or_path=" + str(without_weights(config)))
-    assert ran.code == 4
-    assert "no row has anything to learn (1 row dropped: " in ran.err
-    assert f"the answer does not fit in max_length 8 ({path}:1)" in ran.err
-    assert ran.err.strip().endswith("data.max_length: 11 would keep all")
+    check_refused(ran, 4, (Code.DATA_NOTHING_TO_LEARN, str(path), ""))
+    assert "(1 row dropped: " in ran.err and f"the answer does not fit in max_length 8 ({path}:1)" in ran.err
+    assert ran.err.strip().endswith("raise data.max_length to 11")
     assert cli("train", config, "--set", "data.max_length=11", "--set", "data.max_dropped=1", "--dry-run").code == 0
 
 
@@ -272,15 +274,15 @@ def without_weights(config: Path) -> Path:
 
 def test_empty_sides_and_nul(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
     """An empty prompt and a NUL are trained on; an empty completion is dropped and counted."""
-    asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows = [
         {"prompt": "", "completion": "b\0"},
         {"prompt": "a", "completion": ""},
-        {"prompt": [asked], "completion": [said]},
-        {"prompt": [asked], "completion": [said | {"content": " "}]},
+        {"prompt": [question], "completion": [answer]},
+        {"prompt": [question], "completion": [answer | {"content": " "}]},
     ]
-    for kept in (rows[:2], rows[2:]):
-        path = write_rows(tmp_path / "data.jsonl", kept)
+    for pair in (rows[:2], rows[2:]):
+        path = write_rows(tmp_path / "data.jsonl", pair)
         ran = cli("train", run_config(data={"train": str(path), "max_dropped": 0.5}), "--dry-run")
         assert ran.code == 0, ran.err
         assert ["train", "2", "0", "1"] in [line.split()[:4] for line in ran.out.splitlines()]
@@ -298,8 +300,8 @@ def test_too_many_dropped(cli: Callable[..., Ran], run_config: Callable[..., Pat
     rows = [{"prompt": "a", "completion": "b" * (number % 4)} for number in range(20)]
     config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))})
     ran = cli("train", config, "--set", f"model.name_or_path={without_weights(config)}")
-    assert ran.code == 4
-    assert "data.max_dropped: 25% of the train rows would be dropped (5 rows dropped: nothing to learn" in ran.err
+    check_refused(ran, 4, (Code.DATA_TOO_MANY_DROPPED, str(tmp_path / "r.jsonl"), "data.max_dropped"))
+    assert "25% of the train rows would be dropped (5 rows dropped: nothing to learn" in ran.err
     assert ":1, " in ran.err and ":5, " in ran.err and ":9, ...)" in ran.err
     assert cli("train", config, "--dry-run", "--set", "data.max_dropped=0.25").code == 0
 
@@ -319,7 +321,7 @@ LONG = "word " * 40
 
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
 def test_answers_are_never_cut(tmp_path: Path, renderer: Renderer, loss_on: str) -> None:
-    """Neither where the prompt is learnt too, nor where it is empty; an earlier turn that is lost is counted."""
+    """Neither where the prompt is supervised too, nor where it is empty; an earlier turn that is lost is counted."""
     turns = [("user", LONG), ("assistant", "one"), ("user", "more"), ("assistant", "two")]
     chat = [{"role": role, "content": content} for role, content in turns]
     sets: dict[str, list[dict[str, Any]]] = {
@@ -327,21 +329,26 @@ def test_answers_are_never_cut(tmp_path: Path, renderer: Renderer, loss_on: str)
         "chats": [{"messages": chat}],
         "texts": [{"text": LONG}],
     }
-    made = {
+    prepared_sets = {
         name: prepared(renderer, write_rows(tmp_path / f"{name}.jsonl", rows), max_length=32, loss_on=loss_on)
         for name, rows in sets.items()
     }
-    texts = {name: [renderer.tokenizer.decode(row.ids) for row in one.rows.rows()] for name, one in made.items()}
+    texts = {
+        name: [renderer.tokenizer.decode(row.ids) for row in dataset.rows.rows()]
+        for name, dataset in prepared_sets.items()
+    }
     assert texts["pairs"] == [f"{LONG}the end<|endoftext|>"[-len("<|endoftext|>") - 31 :]]
-    assert [found.first[0].rpartition(":")[2] for found in made["pairs"].report.dropped.values()] == ["2"]
+    assert [tally.first[0].rpartition(":")[2] for tally in prepared_sets["pairs"].report.dropped.values()] == ["2"]
     assert texts["chats"][0].endswith("<|assistant|>two<|end|>")
-    assert made["chats"].report.unlearnt == (loss_on == "completion") * ("one<|end|>" not in texts["chats"][0])
+    assert prepared_sets["chats"].report.cut_answers == (loss_on == "completion") * (
+        "one<|end|>" not in texts["chats"][0]
+    )
     assert texts["texts"] == [LONG[:32]]
 
 
 def test_the_same_keys_read_as_another_format(tmp_path: Path, renderer: Renderer) -> None:
-    asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    row = {"messages": [asked, said], "prompt": [asked], "completion": [said | {"content": "other"}]}
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    row = {"messages": [question, answer], "prompt": [question], "completion": [answer | {"content": "other"}]}
     path = write_rows(tmp_path / "rows.jsonl", [row])
     first, second = (prepared(renderer, path, format=form) for form in ("messages", "prompt_completion"))
     assert first.fingerprint != second.fingerprint
@@ -354,17 +361,17 @@ def test_the_loss_of_given_labels(cli: Callable[..., Ran], run_config: Callable[
     assert ["train", "8", "7", "0", "0", "32", "16", "4", "4", "4"] in [line.split() for line in ran.err.splitlines()]
 
 
-# What is kept
+# What is cached
 
 
 def test_the_same_rows_are_found_again(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     first = prepared(renderer, path)
-    (kept,) = entries(cache)
-    stamps = {file: file.stat().st_mtime_ns for file in (cache / kept).iterdir()}
+    (entry,) = entries(cache)
+    stamps = {file: file.stat().st_mtime_ns for file in (cache / entry).iterdir()}
     again = prepared(renderer, path)
-    assert entries(cache) == [kept]
-    assert {file: file.stat().st_mtime_ns for file in (cache / kept).iterdir()} == stamps
+    assert entries(cache) == [entry]
+    assert {file: file.stat().st_mtime_ns for file in (cache / entry).iterdir()} == stamps
     assert [*first.rows] == [*again.rows]
     assert (first.fingerprint, first.report) == (again.fingerprint, again.report)
 
@@ -429,26 +436,26 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, renderer: Renderer, cache:
 
 def test_old_entries_are_forgotten(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     names = []
-    for number, days in enumerate((cache_dir.KEPT_DAYS + 1, cache_dir.KEPT_DAYS - 1)):
+    for number, days in enumerate((token_cache_dir.KEPT_DAYS + 1, token_cache_dir.KEPT_DAYS - 1)):
         prepared(renderer, write_rows(tmp_path / "rows.jsonl", ROWS[number:]))
         (new,) = set(entries(cache)) - set(names)
         names.append(new)
         os.utime(cache / new, (0, time.time() - days * 86400))
     prepared(renderer, write_rows(tmp_path / "rows.jsonl", ROWS[9:]))
     assert {*names} < {*entries(cache)}
-    data.forget_old()
+    data.remove_old_entries()
     assert names[0] not in entries(cache) and names[1] in entries(cache)
 
 
 class Stopped(Renderer):
-    """A renderer at which the user presses Ctrl-C in lot number `at`. lots: how many rows each lot had."""
+    """A renderer at which the user presses Ctrl-C in batch number `at`. batches: how many rows each batch had."""
 
     at = 99
-    lots: list[int]
+    batches: list[int]
 
     def rows(self, examples: Any, loss_on: str = "completion") -> Any:
-        self.lots.append(len(examples))
-        if len(self.lots) > self.at:
+        self.batches.append(len(examples))
+        if len(self.batches) > self.at:
             raise KeyboardInterrupt
         return super().rows(examples, loss_on)
 
@@ -456,7 +463,7 @@ class Stopped(Renderer):
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_cache, "_SHARD_ROWS", 20)
-    monkeypatch.setattr(data, "_ROWS_AT_ONCE", 10)
+    monkeypatch.setattr(data, "_BATCH_ROWS", 10)
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 6, 9])
@@ -467,12 +474,12 @@ def test_interrupted_and_picked_up(
     rows = [{"prompt": f"p{number}", "completion": "c" * (number % 11)} for number in range(95)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     renderer = Stopped(tokenizer)
-    renderer.at, renderer.lots = at, []
+    renderer.at, renderer.batches = at, []
     with pytest.raises(KeyboardInterrupt):
         prepared(renderer, path)
-    renderer.at, renderer.lots = 99, []
+    renderer.at, renderer.batches = 99, []
     resumed = prepared(renderer, path)
-    assert len(renderer.lots) == 10 - at  # what is there of a shard is kept
+    assert len(renderer.batches) == 10 - at  # what is there of a shard is kept
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
     straight = prepared(Renderer(tokenizer), path)
     assert [*resumed.rows.rows()] == [*straight.rows.rows()]
@@ -496,8 +503,9 @@ def test_shards_are_one_sequence(tmp_path: Path, renderer: Renderer, cache: Path
 
 def test_what_cannot_be_prepared_is_not_kept(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError) as caught:
         prepared(renderer, path, max_length=8, truncation="error")
+    assert {code for code, _, _ in meanings(caught.value)} == {Code.DATA_ROW_TOO_LONG}
     assert entries(cache) == []
 
 
@@ -526,11 +534,6 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, renderer: Renderer, cach
 # Real processes
 
 
-def started(config: Path, *arguments: str, **keywords: Any) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "loratune", "train", str(config), *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **keywords)
-
-
 MEASURED = """
 import re, sys
 from loratune.__main__ import main
@@ -541,30 +544,35 @@ finally:
 """
 
 
-def peak(config: Path) -> int:
+def peak(processes: Nursery, config: Path) -> int:
     """Bytes of the peak resident set of a dry run that has to succeed."""
-    command = [sys.executable, "-c", MEASURED, "train", str(config), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return int(done.stderr.split()[-1]) * 1024
+    child = processes.start("train", config, "--dry-run", first=MEASURED)
+    assert child.wait() == 0, child.said()
+    return int(child.said().split()[-1]) * 1024
 
 
-def test_no_room_for_the_rows(run_config: Callable[..., Path], tmp_path: Path) -> None:
+def caching(path: Path) -> str:
+    """What has to be run before a command that keeps its rows in another cache."""
+    return f"import datasets; datasets.config.HF_DATASETS_CACHE = {str(path)!r}"
+
+
+def test_no_room_for_the_rows(run_config: Callable[..., Path], tmp_path: Path, processes: Nursery) -> None:
     """No file may grow beyond 64 kB; the rows would take more."""
     rows = ({"prompt": f"{number}" * 500, "completion": "c"} for number in range(100, 200))
     config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows))})
-    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-    running = started(config, preexec_fn=limit, env=os.environ | cache)
-    said = running.communicate()[1]
-    assert running.returncode == 8, said
-    assert "the tokenised rows cannot be kept: " in said and "HF_DATASETS_CACHE" in said
+    running = processes.start("train", config, limit=1 << 16, first=caching(tmp_path / "cache"))
+    code, stderr = running.wait(), running.said()
+    assert code == 8, stderr
+    (line,) = Ran(8, "", stderr).errors
+    entry = tmp_path / "cache" / "loratune"
+    assert is_problem(line, (Code.DATA_CACHE_NOT_WRITTEN, "", "")) and line.startswith(f"{entry}{os.sep}")
+    assert "HF_DATASETS_CACHE" in line
     assert entries(tmp_path / "cache" / "loratune") == []
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_ctrl_c_while_tokenizing(
-    run_config: Callable[..., Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    run_config: Callable[..., Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processes: Nursery
 ) -> None:
     tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "long")
     tokenizer.save_pretrained(tmp_path / "long")
@@ -572,31 +580,23 @@ def test_ctrl_c_while_tokenizing(
     rows = ({"prompt": f"{number} " * 300, "completion": "c"} for number in range(10_000, 17_000))
     config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows)), "max_length": 4096}, model=model)
     cache = tmp_path / "cache"
-    environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
-    unignored = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    running = started(config, env=environment, preexec_fn=unignored)
+    running = processes.start("train", config, first=caching(cache))
     until(lambda: [*cache.rglob("00000.json")], running)
-    running.send_signal(signal.SIGINT)
-    said = running.communicate()[1]
-    assert running.returncode == 130
-    assert said.strip().endswith("the rows that were tokenised are kept, and the same command goes on from there")
+    running.send(signal.SIGINT)
+    assert running.wait() == 130
+    said = running.said()
+    assert said.strip().endswith("the tokenized rows are kept, so that the same command continues from there")
     (first,) = cache.rglob("00000.arrow")
     written = first.stat().st_mtime_ns
     assert first.parent.name.endswith(".partial")
-    again = started(config, "--dry-run", env=environment)
-    assert again.communicate()[0] is None and again.returncode == 0
-    (kept,) = cache.rglob("00000.arrow")
-    assert kept.stat().st_mtime_ns == written
-    assert {path.name for path in kept.parent.glob("*.arrow")} == {"00000.arrow", "00001.arrow"}
+    again = processes.start("train", config, "--dry-run", first=caching(cache))
+    assert again.wait() == 0, again.said()
+    (shard,) = cache.rglob("00000.arrow")
+    assert shard.stat().st_mtime_ns == written
+    assert {path.name for path in shard.parent.glob("*.arrow")} == {"00000.arrow", "00001.arrow"}
 
 
-def until(there: Callable[[], Any], running: "subprocess.Popen[str]") -> None:
-    while not there():
-        assert running.poll() is None, "ended by itself"
-        time.sleep(0.02)
-
-
-def test_memory(run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_memory(run_config: Callable[..., Path], tmp_path: Path, processes: Nursery) -> None:
     """It does not grow with the rows, of which the smaller set already fills what is held at once; one row of 50 MB is
     streamed and cut as the policy says, in a few times its size."""
 
@@ -611,11 +611,13 @@ def test_memory(run_config: Callable[..., Path], tmp_path: Path) -> None:
     }
     some, many, long = (
         peak(
+            processes,
             run_config(
-                f"{name}.yaml", data={"train": str(write_rows(tmp_path / f"{name}.jsonl", given)), "max_length": 512}
-            )
+                f"{name}.yaml",
+                data={"train": str(write_rows(tmp_path / f"{name}.jsonl", rows_of_set)), "max_length": 512},
+            ),
         )
-        for name, given in sets.items()
+        for name, rows_of_set in sets.items()
     )
     assert many - some < 32 << 20
     assert long - some < 40 * len(words)  # a token a byte, at 8 bytes in each of the two lists that are held at once
@@ -684,13 +686,13 @@ def test_rows_beyond_the_positions_of_the_model(
     assert cli("train", run_config(data={"train": str(path), "max_length": 512}), "--dry-run").code == 0
 
 
-def test_empty_answers_between_others_are_not_learnt(renderer: Renderer, tmp_path: Path) -> None:
+def test_empty_answers_between_others_are_not_supervised(renderer: Renderer, tmp_path: Path) -> None:
     turns = [("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    made = prepared(renderer, write_rows(tmp_path / "rows.jsonl", [row]))
-    assert [made.rows.row(0).completion] == [tuple(renderer.tokenizer("c<|end|>").input_ids)]
-    assert made.report.supervised == 2
-    assert "1 answers are not learnt: they are empty" in made.report.remarks(1024)
+    dataset = prepared(renderer, write_rows(tmp_path / "rows.jsonl", [row]))
+    assert [dataset.rows.row(0).completion] == [tuple(renderer.tokenizer("c<|end|>").input_ids)]
+    assert dataset.report.supervised == 2
+    assert "1 answers are not supervised: they are empty" in dataset.report.remarks(1024)
 
 
 def test_what_is_odd_about_the_bos(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -709,9 +711,11 @@ def test_what_is_odd_about_the_bos(tmp_path: Path, tokenizer: PreTrainedTokenize
         (2, "rows begin with 2 x <|bos|>"),
     ):
         bos.chat_template = "{{ bos_token }}" * count + CHAT_TEMPLATE
-        made = Renderer(bos)
-        assert made.remark(prepared(made, path).rows.row(0).ids) == remark
-    assert made.remark(prepared(made, write_rows(tmp_path / "plain.jsonl", ROWS)).rows.row(0).ids) is None
+        renderer = Renderer(bos)
+        assert renderer.remark_on_bos(prepared(renderer, path).rows.row(0).ids) == remark
+    assert (
+        renderer.remark_on_bos(prepared(renderer, write_rows(tmp_path / "plain.jsonl", ROWS)).rows.row(0).ids) is None
+    )
 
 
 REPLACED = {"type": "Replace", "content": ""}
@@ -724,10 +728,10 @@ DROPPING: dict[str, tuple[dict[str, Any], str | None]] = {
 }
 
 
-@pytest.mark.parametrize(("parts", "told"), DROPPING.values(), ids=DROPPING)
-def test_what_a_tokenizer_drops_is_told(
+@pytest.mark.parametrize(("parts", "remark"), DROPPING.values(), ids=DROPPING)
+def test_what_a_tokenizer_drops_is_remarked_on(
     parts: dict[str, Any],
-    told: str | None,
+    remark: str | None,
     tiny_dir: Path,
     cli: Callable[..., Ran],
     run_config: Callable[..., Path],
@@ -741,14 +745,14 @@ def test_what_a_tokenizer_drops_is_told(
     rows = write_rows(tmp_path / "data.jsonl", [{"prompt": "1x", "completion": text} for text in ("Éa", "1x", "2x")])
     ran = cli("train", run_config(model={"name_or_path": str(path)}, data={"train": str(rows)}), "--dry-run")
     assert ran.code == 0, ran.err
-    if told is None:
+    if remark is None:
         assert "the tokenizer drops" not in ran.out + ran.err
         return
     line = next(line for line in (ran.out + ran.err).splitlines() if "the tokenizer drops" in line)
-    assert f"{told} of answers, e.g. " in line and f"{rows}:2: '1x' -> '" in line
+    assert f"{remark} of answers, e.g. " in line and f"{rows}:2: '1x' -> '" in line
 
 
-def test_a_template_without_an_end_is_told(
+def test_a_template_without_an_end_is_remarked_on(
     cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     template = tmp_path / "chat.jinja"
@@ -759,5 +763,5 @@ def test_a_template_without_an_end_is_told(
     path = write_rows(tmp_path / "data.jsonl", [{"messages": turns}])
     ran = cli("train", run_config(data={"train": str(path), "chat_template": str(template)}), "--dry-run")
     assert ran.code == 0, ran.err
-    told = "answers end in <|endoftext|>, which the chat template does not write; what the chat template writes after"
-    assert (ran.out + ran.err).count(told) == 1
+    remark = "answers end in <|endoftext|>, which the chat template does not write; what the chat template writes after"
+    assert (ran.out + ran.err).count(remark) == 1

@@ -3,9 +3,9 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,8 @@ import bitsandbytes
 import pytest
 import torch
 from conftest import Expected, Ran, check_refused, meanings, process, tiny_llama, tree
+from nursery import Nursery
+from running import until
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
@@ -127,7 +129,7 @@ def test_gradients_are_lost_without_the_guard(wide: Path) -> None:
 
 @pytest.mark.parametrize("quantization", LAYER)
 def test_kill_and_resume_gives_the_same_bytes(
-    quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+    quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig, processes: Nursery
 ) -> None:
     config = run_config(
         model={"name_or_path": str(wide), "dtype": "auto", "quantization": quantization},
@@ -136,10 +138,9 @@ def test_kill_and_resume_gives_the_same_bytes(
         training={"num_train_epochs": 4, "gradient_accumulation_steps": 2, "save_steps": 2, "eval_steps": 3},
     )
     assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
-    running = subprocess.Popen([sys.executable, "-m", "loratune", "train", config], stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("out.partial/checkpoints/*/manifest.json")) and running.poll() is None:
-        time.sleep(0.002)
-    running.kill()
+    running = processes.start("train", config)
+    until(lambda: list(tmp_path.glob("out.partial/checkpoints/*/manifest.json")), running)
+    running.send(signal.SIGKILL)
     running.wait()
     assert not (tmp_path / "out").exists()
     ran = cli("train", config, "--resume")
@@ -151,17 +152,19 @@ def test_kill_and_resume_gives_the_same_bytes(
 
 @pytest.mark.parametrize("quantization", LAYER)
 def test_nothing_is_printed_but_what_loratune_says(
-    quantization: str, wide: Path, tmp_path: Path, run_config: MakeConfig
+    quantization: str, wide: Path, tmp_path: Path, run_config: MakeConfig, forked: Cli
 ) -> None:
+    """Importing bitsandbytes prints; the libraries of a process that is forked are imported already."""
     section = {"name_or_path": str(wide), "dtype": "auto", "quantization": quantization}
     data = {"validation": str(tmp_path / "rows.jsonl")}
-    ran = process("train", run_config(model=section, data=data, training={"max_steps": 2}))
+    run = process if quantization == "4bit" else forked
+    ran = run("train", run_config(model=section, data=data, training={"max_steps": 2}))
     assert ran.code == 0
     ours = r" *(rows  duplicates|train  |validation  |40 of the validation rows|first row, |.*⟦|trainable params|step "
     ours += "|comparing the adapter )"
     foreign = [line for line in ran.err.splitlines() if not re.match(ours, line)]
     assert (foreign, ran.out.splitlines()[0]) == ([], "done")
-    ran = process("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make")
+    ran = run("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make")
     assert (ran.code, ran.err, ran.out.count("\n")) == (0, "", 1)
 
 
@@ -485,7 +488,7 @@ def broken_installation(kind: str, path: Path) -> Path:
     ],
 )
 def test_4bit_with_a_broken_bitsandbytes(
-    kind: str, reason: str, wide: Path, tmp_path: Path, run_config: MakeConfig
+    kind: str, reason: str, wide: Path, tmp_path: Path, run_config: MakeConfig, forked: Cli
 ) -> None:
     """Told before the model is looked for: its weights are not there, which is an error of its own."""
     shutil.copytree(wide, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -496,4 +499,4 @@ def test_4bit_with_a_broken_bitsandbytes(
     check_refused(ran, 2, (Code.MODEL_BITSANDBYTES, "", "model.quantization"))
     assert ran.out == "" and f"4bit does not work here: {reason} [" in ran.err and ran.err.count("\n") == 1
     assert tree(tmp_path) == before
-    assert process("train", config).code == 3  # the control: with all of bitsandbytes it is the model
+    assert forked("train", config).code == 3  # the control: with all of bitsandbytes it is the model

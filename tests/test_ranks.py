@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, tiny_llama, write_rows
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from conftest import ROOT, config_in, tiny_llama, write_rows
 from nursery import Child, Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, curve, until
 from safetensors.torch import load_file
@@ -46,15 +48,27 @@ def shared(size: int, accumulated: int = 1) -> tuple[str, str]:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ((2, shared(2, 2)), (4, shared(2))),
+        pytest.param(((2, shared(4)), (4, shared(1, 2))), marks=pytest.mark.slow),
+    ],
+    ids=["some", "others"],
+)
 @pytest.mark.parametrize("packing", ["none", "batch"])
 def test_two_and_four_processes_do_what_one_does(
-    packing: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+    packing: str,
+    layouts: tuple[tuple[int, tuple[str, str]], ...],
+    processes: Nursery,
+    run_config: MakeConfig,
+    tmp_path: Path,
 ) -> None:
     rows = str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))
     training = {"num_train_epochs": 3, "eval_steps": 4}
     config = run_config(data={"train": rows, "packing": packing, **EVALUATED}, training=training)
     alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
-    for count, settings in ((2, shared(4)), (2, shared(2, 2)), (4, shared(2)), (4, shared(1, 2))):
+    for count, settings in layouts:
         out = tmp_path / f"{count} {settings}"
         same(trained(processes, config, out, count, *settings), alone)
         tensors, expected = load_file(out / WEIGHTS), load_file(tmp_path / "1" / WEIGHTS)
@@ -142,7 +156,7 @@ def test_one_writes_and_tells(processes: Nursery, run_config: MakeConfig, tmp_pa
 RUNNING: dict[str, Any] = {
     "lora": {"lora_dropout": 0.3},
     "training": {
-        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 20, "save_steps": 2,
+        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 10, "save_steps": 2,
     },
 }  # fmt: skip
 
@@ -166,16 +180,24 @@ def finished(children: list[Child]) -> list[int]:
     return [child.wait() for child in children]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(processes: Nursery, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> bytes:
+    """The adapter of `RUNNING` when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return straight(processes, config_in(folder, tiny_dir)(**RUNNING), folder)
+
+
 def straight(processes: Nursery, config: Path, tmp_path: Path) -> bytes:
     trained(processes, config, tmp_path / "straight", 2)
     return (tmp_path / "straight" / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_is_killed(rank: int, processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_one_is_killed(
+    rank: int, processes: Nursery, run_config: MakeConfig, tmp_path: Path, undisturbed: bytes
+) -> None:
     """The other one ends too, says who has gone, and the run goes on to the same bytes."""
     config = run_config(**RUNNING)
-    expected = straight(processes, config, tmp_path)
     children = begun(processes, config, tmp_path)
     time.sleep(random.Random(rank).random() * 0.05)
     children[rank].send(signal.SIGKILL)
@@ -187,7 +209,7 @@ def test_one_is_killed(rank: int, processes: Nursery, run_config: MakeConfig, tm
         "or start again if no checkpoint was kept"
     )
     assert finished(processes.launch(2, "train", config, "--resume")) == [0, 0]
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == undisturbed
 
 
 @pytest.mark.parametrize(
@@ -200,7 +222,14 @@ def test_one_is_killed(rank: int, processes: Nursery, run_config: MakeConfig, tm
     ],
 )
 def test_a_signal_stops_all_at_one_step(
-    told: tuple[int, ...], number: int, code: int, word: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+    told: tuple[int, ...],
+    number: int,
+    code: int,
+    word: str,
+    processes: Nursery,
+    run_config: MakeConfig,
+    tmp_path: Path,
+    undisturbed: bytes,
 ) -> None:
     """However many hear it, and if the launcher passes it on as well."""
     config = run_config(**RUNNING)
@@ -209,11 +238,11 @@ def test_a_signal_stops_all_at_one_step(
         children[rank].send(number)
     assert ended(children) == [code, code], children[0].said()
     line = children[0].said().splitlines()[-1]
-    assert line.startswith(f"error: {word}; continue with: ") and line.endswith("--resume, on 2 processes as before")
+    assert line.startswith(f"error: {word}; on 2 processes, as before, continue with: ") and line.endswith(" --resume")
     assert children[1].said() == ""
     if told == (0, 1):
         assert finished(processes.launch(2, "train", config, "--resume")) == [0, 0]
-        assert (tmp_path / "out" / WEIGHTS).read_bytes() == straight(processes, config, tmp_path)
+        assert (tmp_path / "out" / WEIGHTS).read_bytes() == undisturbed
 
 
 def test_a_fault_of_one_ends_all(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -252,7 +281,7 @@ def test_one_model_over_all_gpus_is_for_one_process(processes: Nursery, run_conf
     assert ended(children) == [2, 2]
     assert children[0].said().splitlines()[-1] == (
         f"error: {config}: model.device_map: auto spreads one model over all GPUs, and each of 2 processes would do "
-        f"so; leave it out, or start one process: loratune train {config}"
+        f"so [config.several_processes]; leave it out, or start one process: loratune train {config}"
     )
 
 
@@ -265,8 +294,8 @@ def test_a_wrong_command_line_is_told_once(processes: Nursery) -> None:
 def test_other_commands_are_for_one_process(processes: Nursery, run_config: MakeConfig) -> None:
     children = processes.launch(2, "params", run_config())
     assert ended(children) == [2, 2]
-    line = "error: was started 2 times, and is for one process; start it without a launcher\n"
-    assert (children[0].said(), children[1].said()) == (line, "")
+    assert " 2 times" in children[0].said() and "[usage.several_processes]" in children[0].said()
+    assert (children[0].said().count("\n"), children[1].said()) == (1, "")
 
 
 def test_a_dry_run_may_take_its_time_to_print(processes: Nursery, run_config: MakeConfig) -> None:
@@ -374,8 +403,6 @@ def test_launchers(launcher: tuple[str, ...], run_config: MakeConfig, tmp_path: 
 
 def spread(how: str, config: Path, out: Path, *arguments: str) -> "subprocess.Popen[str]":
     """With the config file that is shipped, on two CPUs."""
-    if how == "zero3" and find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
     program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
     started = ["-m", "loratune"] if how == "zero3" else [ROOT / "tests/fsdp_on_cpu.py"]
     command = [*program, ROOT / f"configs/accelerate/{how}.yaml", *started, "train", config]
@@ -385,7 +412,34 @@ def spread(how: str, config: Path, out: Path, *arguments: str) -> "subprocess.Po
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("how, quantization", [("fsdp2", "none"), ("fsdp2", "4bit"), ("zero3", "none")])
+def sharded(processes: Nursery, config: Path, out: Path, *arguments: str) -> list[Child]:
+    """With FSDP2 as `spread`: the processes are forked, with the variables that accelerate's launcher sets."""
+    path = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
+    words = launch_command_parser().parse_args(["--num_processes", "2", "--config_file", str(path), "train"])
+    told = prepare_multi_gpu_env(_validate_launch_command(words)[0])
+    own = {name: value for name, value in told.items() if os.environ.get(name) != value}
+    assert own["ACCELERATE_USE_FSDP"] == "true"
+    own["first"] = (ROOT / "tests" / "fsdp_on_cpu.py").read_text()
+    return processes.launch(2, "train", config, "--set", f"output_dir={out}", *arguments, each=[own, own])
+
+
+def spread_to_the_end(how: str, processes: Nursery, config: Path, out: Path, *arguments: str) -> None:
+    """A run whose base is spread has to succeed."""
+    if how == "fsdp2":
+        children = sharded(processes, config, out, *arguments)
+        assert finished(children) == [0, 0], children[0].said() + children[1].said()
+    else:
+        child = spread(how, config, out, *arguments)
+        said = child.communicate()[1]
+        assert child.returncode == 0, said
+
+
+ZERO3 = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+@pytest.mark.parametrize(
+    "how, quantization", [("fsdp2", "none"), ("fsdp2", "4bit"), pytest.param("zero3", "none", marks=ZERO3)]
+)
 def test_a_base_that_is_spread_learns_the_same(
     how: str, quantization: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -396,9 +450,7 @@ def test_a_base_that_is_spread_learns_the_same(
     )
     alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
     settings = [part for one in shared(4) for part in ("--set", one)]
-    child = spread(how, config, tmp_path / "2", *settings)
-    said = child.communicate()[1]
-    assert child.returncode == 0, said
+    spread_to_the_end(how, processes, config, tmp_path / "2", *settings)
     record = json.loads((tmp_path / "2" / "loratune.json").read_text())
     if quantization == "none":
         same(record, alone)
@@ -417,16 +469,15 @@ def test_the_base_beside_a_spread_adapter_is_the_base(
         model={"name_or_path": str(tmp_path / "biased")}, lora={"bias": "all"}, training={"max_steps": 5}
     )
     alone = trained(processes, config, tmp_path / "1", 1, *shared(8))["metrics"]["gain"]
-    child = spread("fsdp2", config, tmp_path / "2", *[part for one in shared(4) for part in ("--set", one)])
-    said = child.communicate()[1]
-    assert child.returncode == 0, said
+    settings = [part for one in shared(4) for part in ("--set", one)]
+    spread_to_the_end("fsdp2", processes, config, tmp_path / "2", *settings)
     found = json.loads((tmp_path / "2" / "loratune.json").read_text())["metrics"]["gain"]
     for name, value in alone.items():
         assert found[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), name
 
 
 def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir: Path, tmp_path: Path) -> None:
-    """QLoRA with checkpointed activations over FSDP2, on a stand-in."""
+    """QLoRA with checkpointed activations over FSDP2, on a stand-in, by accelerate's own launcher."""
     rows = write_rows(tmp_path / "uneven.jsonl", UNEVEN)
     child = spread(
         "fsdp2", ROOT / "configs" / "llama-70b-qlora.yaml", tmp_path / "out", "--set", f"model.name_or_path={tiny_dir}",
@@ -438,20 +489,22 @@ def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir
     assert any("mlp.down_proj" in name for name in tensors) and all(one.isfinite().all() for one in tensors.values())
 
 
-@pytest.mark.parametrize("how", ["fsdp2", "zero3"])
-def test_a_base_that_is_spread_goes_on_to_the_same_bytes(how: str, run_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=ZERO3)])
+def test_a_base_that_is_spread_goes_on_to_the_same_bytes(
+    how: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+) -> None:
     config = run_config(**RUNNING | {"training": RUNNING["training"] | {"num_train_epochs": 5}})
-    child = spread(how, config, tmp_path / "straight")
-    assert child.wait() == 0, child.communicate()[1]
-    child = spread(how, config, tmp_path / "out")
+    spread_to_the_end(how, processes, config, tmp_path / "straight")
+    children = (
+        sharded(processes, config, tmp_path / "out") if how == "fsdp2" else [spread(how, config, tmp_path / "out")]
+    )
     while not checkpoints(tmp_path / "out.partial"):
-        assert child.poll() is None
+        assert children[0].poll() is None
         time.sleep(0.01)
     main = (tmp_path / "out.partial" / "lock").read_text().split()[1]  # "process 123 on host"
     os.kill(int(main), signal.SIGKILL)
-    assert child.wait() != 0
-    child = spread(how, config, tmp_path / "out", "--resume")
-    assert child.wait() == 0, child.communicate()[1]
+    assert all(child.wait() != 0 for child in children)
+    spread_to_the_end(how, processes, config, tmp_path / "out", "--resume")
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
 
 

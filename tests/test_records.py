@@ -11,7 +11,7 @@ import pytest
 from conftest import Ran, tree
 from rows_at_once import COUNT, fill, key, whole
 
-from loratune.data import cache_dir, token_cache
+from loratune.data import token_cache, token_cache_dir
 from loratune.errors import ResumeError
 from loratune.system import records
 from loratune.training import belongings, ending
@@ -144,18 +144,18 @@ def test_the_records_of_the_cache(name: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(token_cache, "_SHARD_ROWS", 1)
     place = tmp_path / "cache" / "loratune" / key(1)
-    cache_dir.kept(key(1), fill)
+    token_cache_dir.load_or_write(key(1), fill)
     assert json.loads((place / name).read_text())["schema_version"] == 1
     sealed(place / name, None)
-    assert whole(cache_dir.kept(key(1), pytest.fail))
+    assert whole(token_cache_dir.load_or_write(key(1), pytest.fail))
     sealed(place / name, 2)
     read: list[int] = []
 
-    def again(writer: token_cache.Writer) -> None:
+    def again(writer: token_cache.TokenCacheWriter) -> None:
         read.append(writer.read)
         fill(writer)
 
-    rows = cache_dir.kept(key(1), again)
+    rows = token_cache_dir.load_or_write(key(1), again)
     assert whole(rows) and rows.directory == place and read == [0] and len(rows) == COUNT
     assert json.loads((place / name).read_text())["schema_version"] == 1
-    assert whole(cache_dir.kept(key(1), pytest.fail))
+    assert whole(token_cache_dir.load_or_write(key(1), pytest.fail))

@@ -1,4 +1,4 @@
-"""Rows that processes share: taken from the main process's cache, or made once on a machine that does not see it."""
+"""Tokenized rows that processes share: read from the main process's cache, or made on a machine that lacks it."""
 
 import threading
 from collections.abc import Callable
@@ -30,16 +30,16 @@ class Pair:
     def all_gather(self, value: Any) -> list[Any]:
         self.box[self.rank] = value
         self.barrier.wait(10)
-        found = list(self.box)
+        values = list(self.box)
         self.barrier.wait(10)
-        return found
+        return values
 
     def broadcast(self, value: Any) -> Any:
         return self.all_gather(value)[0]
 
 
-def both(makes: list[Callable[[], Any]]) -> list[Any]:
-    """What `_shared` gives in each, or raises."""
+def share(makes: list[Callable[[], Any]]) -> list[Any]:
+    """What `_shared` returns in each process, or the error that it raises."""
     results: list[Any] = [None, None]
     box, barrier = [None, None], threading.Barrier(2)
 
@@ -57,23 +57,23 @@ def both(makes: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def prepared(directory: Path, fingerprint: str) -> Any:
+def dataset(directory: Path, fingerprint: str) -> Any:
     return SimpleNamespace(rows=SimpleNamespace(directory=directory), fingerprint=fingerprint)
 
 
 @pytest.mark.parametrize("own", ["the same", "another"])
 def test_a_machine_that_does_not_see_the_cache_makes_its_own(own: str, tmp_path: Path) -> None:
-    made = [prepared(tmp_path / "not here", "the same"), prepared(tmp_path, own)]
+    datasets = [dataset(tmp_path / "not here", "the same"), dataset(tmp_path, own)]
     calls: list[int] = []
 
     def make(rank: int) -> Any:
         calls.append(rank)
-        return made[rank]
+        return datasets[rank]
 
-    found = both([lambda: make(0), lambda: make(1)])
+    results = share([lambda: make(0), lambda: make(1)])
     assert sorted(calls) == [0, 1]
-    assert found[0] is made[0]
+    assert results[0] is datasets[0]
     if own == "the same":
-        assert found[1] is made[1]
+        assert results[1] is datasets[1]
     else:
-        assert "are others than those of the main process; give all machines the same files" in str(found[1])
+        assert "are others than those of the main process; give all machines the same files" in str(results[1])

@@ -15,14 +15,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, Ran, tree, write_rows
+from conftest import ROOT, Ran, check_refused, meanings, tree, write_rows
 from datasets.arrow_writer import ArrowWriter
 
 from loratune.config import Source
 from loratune.data import sources
 from loratune.data.sources import Row
 from loratune.data.sources.rows import Unreadable
-from loratune.errors import DataError
+from loratune.errors import Code, DataError, Problem
 
 PAIR = b'{"prompt": "a", "completion": "b"}'
 VALUES = {"prompt": "a", "completion": "b"}
@@ -30,13 +30,19 @@ USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "
 
 
 def read(path: Path | str, split: str | None = None) -> list[Row]:
-    return sources.read(Source(path=str(path), split=split))
+    return sources.read_rows(Source(path=str(path), split=split))
 
 
-def problems(path: Path | str, split: str | None = None) -> list[str]:
+def problems(path: Path | str, split: str | None = None) -> list[Problem]:
     with pytest.raises(DataError) as caught:
         read(path, split)
-    return [str(problem) for problem in caught.value.problems]
+    return list(caught.value.problems)
+
+
+def problem(path: Path | str, split: str | None = None) -> Problem:
+    """The one problem of a source."""
+    (only,) = problems(path, split)
+    return only
 
 
 def values(rows: list[Row]) -> list[dict[str, Any]]:
@@ -107,81 +113,120 @@ def test_parquet(tmp_path: Path) -> None:
     assert lines(read(path, "train[-2:]")) == ["rows.parquet:row 4999", "rows.parquet:row 5000"]
 
 
-REFUSED = {
-    "empty": ("rows.jsonl", b"", [": 0 rows"]),
-    "blank": ("rows.jsonl", b"\n  \n", [": 0 rows"]),
-    "empty list": ("rows.json", b"[]", [": 0 rows"]),
-    "header only": ("rows.csv", b"prompt,completion\n", [": 0 rows"]),
-    "bad JSON": ("rows.jsonl", PAIR + b"\n{'a': 1}\n" + PAIR + b"\n{]\n", [":2: not valid JSON", ":4: not valid JSON"]),
-    "trailing comma": ("rows.jsonl", b'{"a": "b",}', [":1: not valid JSON: Expecting property name"]),
-    "at most ten": ("rows.jsonl", b"{]\n" * 12, [f":{line}: not valid JSON" for line in range(1, 11)]),
-    "too deep": ("rows.jsonl", b"[" * 100_000, [":1: not valid JSON: nested too deeply"]),
-    "cut off in text": ("rows.jsonl", PAIR + b"\n" + PAIR[:-4], [":2: not valid JSON: cut off"]),
-    "cut off after text": ("rows.jsonl", PAIR + b"\n" + PAIR[:-1], [":2: not valid JSON: cut off"]),
-    "cut off after a key": ("rows.jsonl", PAIR + b"\n" + PAIR[:-5] + b"\n", [":2: not valid JSON: cut off"]),
-    "bad JSON over lines": ("rows.json", b"[\n" + PAIR + b",\n{]", [":3: not valid JSON"]),
-    "bad JSON, second row": ("rows.json", PAIR + b"\n{]\n", [":2: not valid JSON"]),
-    "not an object": (
+REFUSED: dict[str, tuple[str, bytes, list[tuple[str, Code, str]]]] = {
+    "empty": ("rows.jsonl", b"", [("", Code.DATA_NO_ROWS, "0 rows")]),
+    "blank": ("rows.jsonl", b"\n  \n", [("", Code.DATA_NO_ROWS, "0 rows")]),
+    "empty list": ("rows.json", b"[]", [("", Code.DATA_NO_ROWS, "0 rows")]),
+    "header only": ("rows.csv", b"prompt,completion\n", [("", Code.DATA_NO_ROWS, "0 rows")]),
+    "bad JSON": (
         "rows.jsonl",
-        PAIR + b"\n[1]\n",
-        [":2: a row must be an object with named fields, got a list; write"],
+        PAIR + b"\n{'a': 1}\n" + PAIR + b"\n{]\n",
+        [(":2", Code.DATA_JSON, ""), (":4", Code.DATA_JSON, "")],
     ),
-    "a number": ("rows.json", b"3", [": expected a list of objects"]),
-    "Latin-1": ("rows.jsonl", PAIR + b'\n{"prompt": "\xe9"}\n' + PAIR, [":2: byte 13 of the line (0xe9) is not UTF-8"]),
-    "Latin-1 after a BOM": ("rows.txt", b"\xef\xbb\xbfab\xe9\n", [":1: byte 6 of the line (0xe9) is not UTF-8"]),
-    "Latin-1 in a list": ("rows.json", b'[\n{"prompt":\n"\xe9"}\n]', [":3: byte 2 of the line (0xe9) is not UTF-8"]),
-    "Latin-1 in CSV": ("rows.csv", b"prompt,completion\n\xe9,b\nc\n", [":2: byte 1 of the line (0xe9)", ":3: 1 cells"]),
+    "trailing comma": ("rows.jsonl", b'{"a": "b",}', [(":1", Code.DATA_JSON, "Expecting property name")]),
+    "at most ten": ("rows.jsonl", b"{]\n" * 12, [(f":{line}", Code.DATA_JSON, "") for line in range(1, 11)]),
+    "too deep": ("rows.jsonl", b"[" * 100_000, [(":1", Code.DATA_JSON_DEPTH, "")]),
+    "cut off in text": ("rows.jsonl", PAIR + b"\n" + PAIR[:-4], [(":2", Code.DATA_JSON_CUT_OFF, "")]),
+    "cut off after text": ("rows.jsonl", PAIR + b"\n" + PAIR[:-1], [(":2", Code.DATA_JSON_CUT_OFF, "")]),
+    "cut off after a key": ("rows.jsonl", PAIR + b"\n" + PAIR[:-5] + b"\n", [(":2", Code.DATA_JSON_CUT_OFF, "")]),
+    "bad JSON over lines": ("rows.json", b"[\n" + PAIR + b",\n{]", [(":3", Code.DATA_JSON, "")]),
+    "bad JSON, second row": ("rows.json", PAIR + b"\n{]\n", [(":2", Code.DATA_JSON, "")]),
+    "not an object": ("rows.jsonl", PAIR + b"\n[1]\n", [(":2", Code.DATA_ROW_NOT_OBJECT, "got a list")]),
+    "a number": ("rows.json", b"3", [("", Code.DATA_ROW_NOT_OBJECT, "list of objects")]),
+    "Latin-1": (
+        "rows.jsonl",
+        PAIR + b'\n{"prompt": "\xe9"}\n' + PAIR,
+        [(":2", Code.DATA_ENCODING, "byte 13 of the line (0xe9)")],
+    ),
+    "Latin-1 after a BOM": (
+        "rows.txt",
+        b"\xef\xbb\xbfab\xe9\n",
+        [(":1", Code.DATA_ENCODING, "byte 6 of the line (0xe9)")],
+    ),
+    "Latin-1 in a list": (
+        "rows.json",
+        b'[\n{"prompt":\n"\xe9"}\n]',
+        [(":3", Code.DATA_ENCODING, "byte 2 of the line (0xe9)")],
+    ),
+    "Latin-1 in CSV": (
+        "rows.csv",
+        b"prompt,completion\n\xe9,b\nc\n",
+        [(":2", Code.DATA_ENCODING, "byte 1 of the line (0xe9)"), (":3", Code.DATA_CSV_CELLS, "1 cells")],
+    ),
     "ragged": (
         "rows.csv",
         b"prompt,completion\na,b\nc\nd,e,f\n",
-        [":3: 1 cells, but the header names 2", ":4: 3 cells"],
+        [(":3", Code.DATA_CSV_CELLS, "1 cells, but the header has 2"), (":4", Code.DATA_CSV_CELLS, "3 cells")],
     ),
-    "open quote": ("rows.csv", b'prompt,completion\na,b\n"c,d\ne,f\n', [":3: not valid CSV"]),
+    "open quote": ("rows.csv", b'prompt,completion\na,b\n"c,d\ne,f\n', [(":3", Code.DATA_CSV, "")]),
     "a name twice": (
         "rows.jsonl",
         b'{"prompt": "a", "completion": "b", "completion": "c"}\n',
-        [":1: not valid JSON: the name `completion` stands twice in an object; mend"],
+        [(":1", Code.DATA_JSON_DUPLICATE_KEY, "`completion`")],
     ),
-    "a name twice in a document": (
+    "a name twice in a document": ("rows.json", b'[{"a": 1, "a": 2}]', [(":1", Code.DATA_JSON_DUPLICATE_KEY, "`a`")]),
+    "semicolons": ("rows.csv", b"prompt;completion\na;b\n", [(":1", Code.DATA_CSV_SEPARATOR, "';'")]),
+    "tabs": ("rows.csv", b"prompt\tcompletion\na\tb\n", [(":1", Code.DATA_CSV_SEPARATOR, "'\\t'")]),
+    "column twice": ("rows.csv", b"prompt,prompt\na,b\n", [(":1", Code.DATA_DUPLICATE_COLUMN, "`prompt`")]),
+    "unknown ending": ("rows.xml", b"<a/>", [("", Code.DATA_FILE_TYPE, "`.xml`")]),
+    "blank, then bad": ("rows.jsonl", b"\n\n{]\n", [(":3", Code.DATA_JSON, "Expecting property name")]),
+    "list cut off": ("rows.json", b"[" + PAIR + b",\n", [(":2", Code.DATA_JSON_CUT_OFF, "at column 1")]),
+    "list cut off in a row": (
         "rows.json",
-        b'[{"a": 1, "a": 2}]',
-        [":1: not valid JSON: the name `a` stands twice in an object; mend"],
+        b"[" + PAIR + b',\n {"prom',
+        [(":2", Code.DATA_JSON_CUT_OFF, "at column 3")],
     ),
-    "semicolons": ("rows.csv", b"prompt;completion\na;b\n", [":1: the header has no comma, but ';'; write"]),
-    "tabs": ("rows.csv", b"prompt\tcompletion\na\tb\n", [":1: the header has no comma, but '\\t'; write"]),
-    "column twice": ("rows.csv", b"prompt,prompt\na,b\n", [":1: the header names prompt more than once"]),
-    "unknown ending": ("rows.xml", b"<a/>", [": unknown kind of file `.xml`; use .jsonl, "]),
-    "blank, then bad": ("rows.jsonl", b"\n\n{]\n", [":3: not valid JSON: Expecting property name"]),
-    "list cut off": ("rows.json", b"[" + PAIR + b",\n", [":2: not valid JSON: cut off at column 1"]),
-    "list cut off in a row": ("rows.json", b"[" + PAIR + b',\n {"prom', [":2: not valid JSON: cut off at column 3"]),
-    "list without a comma": ("rows.json", b"[" + PAIR + b"\n" + PAIR + b"]", [":2: not valid JSON: Expecting ','"]),
-    "more after a list": ("rows.json", b"[" + PAIR + b"]\n\n x", [":3: not valid JSON: Extra data at column 2"]),
-    "list of lists": ("rows.json", b"[[], 1]", [f":row {n}: a row must be an object" for n in (1, 2)]),
-    "two objects on a line": ("rows.json", PAIR + b" " + PAIR, [":1: not valid JSON: Extra data at column 36"]),
-    "deep list": ("rows.json", b"[" * 100_000, [": not valid JSON: nested too deeply"]),
+    "list without a comma": ("rows.json", b"[" + PAIR + b"\n" + PAIR + b"]", [(":2", Code.DATA_JSON, "Expecting ','")]),
+    "more after a list": (
+        "rows.json",
+        b"[" + PAIR + b"]\n\n x",
+        [(":3", Code.DATA_JSON, "Extra data at column 2")],
+    ),
+    "list of lists": ("rows.json", b"[[], 1]", [(f":row {n}", Code.DATA_ROW_NOT_OBJECT, "") for n in (1, 2)]),
+    "two objects on a line": (
+        "rows.json",
+        PAIR + b" " + PAIR,
+        [(":1", Code.DATA_JSON, "Extra data at column 36")],
+    ),
+    "deep list": ("rows.json", b"[" * 100_000, [("", Code.DATA_JSON_DEPTH, "")]),
     "digits in a list": (
         "rows.json",
         b"[\n\n" + b"1" * 5000 + b"]",
-        [":row 1: a row must be an object with named fields, got a number"],
+        [(":row 1", Code.DATA_ROW_NOT_OBJECT, "got a number")],
     ),
-    "cut in a letter": ("rows.json", b'[{"a": "\xc3', [":1: byte 9 of the line (0xc3) is not UTF-8"]),
-    "ten of many": ("rows.txt", b"\xff\n" * 12, [f":{line}: byte 1 of the line" for line in range(1, 11)]),
-    "both at once": ("rows.jsonl", b"{]\n\xff\n[]\n", [":1: not valid", ":2: byte 1", ":3: a row must be an object"]),
-    "no Parquet": ("rows.parquet", b"PAR1, it says", [": damaged Parquet file: "]),
-    "empty Parquet": ("rows.parquet", b"", [": damaged Parquet file: "]),
-    "no gzip": ("rows.jsonl.gz", PAIR, [": damaged gzip file: Not a gzipped file"]),
-    "gzip cut off": ("rows.jsonl.gz", gzip.compress(PAIR)[:-9], [": damaged gzip file: Compressed file ended"]),
+    "cut in a letter": ("rows.json", b'[{"a": "\xc3', [(":1", Code.DATA_ENCODING, "byte 9 of the line (0xc3)")]),
+    "ten of many": (
+        "rows.txt",
+        b"\xff\n" * 12,
+        [(f":{line}", Code.DATA_ENCODING, "byte 1 of the line") for line in range(1, 11)],
+    ),
+    "both at once": (
+        "rows.jsonl",
+        b"{]\n\xff\n[]\n",
+        [(":1", Code.DATA_JSON, ""), (":2", Code.DATA_ENCODING, "byte 1"), (":3", Code.DATA_ROW_NOT_OBJECT, "")],
+    ),
+    "no Parquet": ("rows.parquet", b"PAR1, it says", [("", Code.DATA_FILE_DAMAGED, "Parquet")]),
+    "empty Parquet": ("rows.parquet", b"", [("", Code.DATA_FILE_DAMAGED, "Parquet")]),
+    "no gzip": ("rows.jsonl.gz", PAIR, [("", Code.DATA_FILE_DAMAGED, "gzip file: Not a gzipped file")]),
+    "gzip cut off": (
+        "rows.jsonl.gz",
+        gzip.compress(PAIR)[:-9],
+        [("", Code.DATA_FILE_DAMAGED, "gzip file: Compressed file ended")],
+    ),
 }
 
 
 @pytest.mark.parametrize(("name", "content", "expected"), REFUSED.values(), ids=REFUSED)
-def test_refused(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
+def test_refused(tmp_path: Path, name: str, content: bytes, expected: list[tuple[str, Code, str]]) -> None:
+    """expected: behind the path; the code; what the message must name."""
     path = tmp_path / name
     path.write_bytes(content)
-    found = problems(path)
-    assert len(found) == len(expected)
-    for line, start in zip(found, expected, strict=True):
-        assert line.startswith(f"{path}{start}")
+    refused = problems(path)
+    assert [(problem.where, problem.code, problem.key) for problem in refused] == [
+        (f"{path}{place}", code, "") for place, code, _ in expected
+    ]
+    for refusal, (_, _, detail) in zip(refused, expected, strict=True):
+        assert detail in refusal.what and refusal.fix
 
 
 def test_parquet_damaged_in_the_middle(tmp_path: Path) -> None:
@@ -192,8 +237,8 @@ def test_parquet_damaged_in_the_middle(tmp_path: Path) -> None:
     assert len(read(path)) == 2_000
     whole[100_000] ^= 1
     path.write_bytes(whole)
-    (problem,) = problems(path)
-    assert problem.startswith(f"{path}: damaged Parquet file: ")
+    damage = problem(path)
+    assert (damage.code, damage.where) == (Code.DATA_FILE_DAMAGED, str(path)) and "Parquet" in damage.what
 
 
 def test_parquet_text_that_is_none(tmp_path: Path) -> None:
@@ -207,11 +252,12 @@ def test_parquet_text_that_is_none(tmp_path: Path) -> None:
 def test_rows_come_before_the_problems(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(PAIR + b"\n{]\n" + PAIR + b"\n")
-    (one,) = sources.opened(Source(path=str(path)))
-    rows = one.rows()
+    (file,) = sources.open_source(Source(path=str(path)))
+    rows = file.rows()
     assert lines([next(rows), next(rows)]) == ["rows.jsonl:1", "rows.jsonl:3"]
-    with pytest.raises(DataError, match=":2: not valid JSON"):
+    with pytest.raises(DataError) as caught:
         next(rows)
+    assert meanings(caught.value) == [(Code.DATA_JSON, f"{path}:2", "")]
 
 
 LETTERS = 'aé€😀\u2028\\ "'
@@ -235,12 +281,13 @@ def test_places_of_problems_behind_long_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(f"[{row},\n{row}, {row}, {{]")
     column = 2 * len(row) + 6
-    assert problems(path)[0].startswith(f"{path}:2: not valid JSON: Expecting property name")
-    assert problems(path)[0].endswith(f" at column {column}; mend the file, or write it again")
+    first = problems(path)[0]
+    assert (first.code, first.where) == (Code.DATA_JSON, f"{path}:2")
+    assert "Expecting property name" in first.what and first.what.endswith(f" at column {column}")
     path.write_bytes(f"[{row},\n{row}, ".encode() + b'"\xff"]')
-    assert problems(path)[0] == (
-        f"{path}:2: byte {len(row.encode()) + 4} of the line (0xff) is not UTF-8; save the file as UTF-8"
-    )
+    first = problems(path)[0]
+    assert (first.code, first.where) == (Code.DATA_ENCODING, f"{path}:2")
+    assert f"byte {len(row.encode()) + 4} of the line (0xff)" in first.what
 
 
 def test_directory_is_read_by_name(tmp_path: Path) -> None:
@@ -275,8 +322,9 @@ def test_a_glob_that_matches_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.md").write_bytes(PAIR)
     (tmp_path / "data1").mkdir()
-    (problem,) = problems(pattern)
-    assert problem.startswith(f"{pattern}: no data files match this glob; looked for .jsonl, ")
+    refusal = problem(pattern)
+    assert (refusal.code, refusal.where) == (Code.DATA_NO_FILES, pattern)
+    assert "glob" in refusal.what and ".jsonl, " in refusal.fix
 
 
 def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,29 +369,31 @@ def test_a_slice_reads_no_further_than_it_must(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(PAIR + b"\n\n" + PAIR + b"\n{]\n")
     assert lines(read(path, "train[:2]")) == ["rows.jsonl:1", "rows.jsonl:3"]
-    assert problems(path, "train[3:]")[0].startswith(f"{path}:4: not valid JSON")
-    assert problems(path, "train[:100%]")[0].startswith(f"{path}:4: not valid JSON")
+    for split in ("train[3:]", "train[:100%]"):
+        first = problems(path, split)[0]
+        assert (first.code, first.where) == (Code.DATA_JSON, f"{path}:4")
 
 
 @pytest.mark.parametrize(
-    ("split", "expected"),
+    ("split", "code", "expected"),
     [
-        ("test", 'split `test`: Unknown split "test"'),
-        ("train[", "split `train[`"),
-        ("train[:200%]", "split `train[:200%]`: Percent slice"),
-        ("train[:50%](pct1_dropremainder)", "split `train[:50%](pct1_dropremainder)`: Using"),
-        ("train[5:2]", "0 rows in train[5:2]"),
-        ("train[9:]", "0 rows in train[9:]"),
+        ("test", Code.DATA_SPLIT, 'split `test`: Unknown split "test"'),
+        ("train[", Code.DATA_SPLIT, "split `train[`"),
+        ("train[:200%]", Code.DATA_SPLIT, "split `train[:200%]`: Percent slice"),
+        ("train[:50%](pct1_dropremainder)", Code.DATA_SPLIT, "split `train[:50%](pct1_dropremainder)`: Using"),
+        ("train[5:2]", Code.DATA_NO_ROWS, "0 rows in train[5:2]"),
+        ("train[9:]", Code.DATA_NO_ROWS, "0 rows in train[9:]"),
     ],
 )
-def test_bad_slices(tmp_path: Path, split: str, expected: str) -> None:
+def test_bad_slices(tmp_path: Path, split: str, code: Code, expected: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 9)
-    (problem,) = problems(path, split)
-    assert problem.startswith(f"{path}: {expected}")
+    refusal = problem(path, split)
+    assert (refusal.code, refusal.where) == (code, str(path))
+    assert refusal.what.startswith(expected)
 
 
 def digests(path: Path | str, split: str | None = None) -> list[str]:
-    return [one.digest for one in sources.opened(Source(path=str(path), split=split))]
+    return [part.digest for part in sources.open_source(Source(path=str(path), split=split))]
 
 
 def test_digest_follows_content_kind_and_slice_but_not_the_name(tmp_path: Path) -> None:
@@ -376,16 +426,16 @@ def test_progress_adds_up_to_the_size(tmp_path: Path, name: str, split: str | No
         path.write_bytes(gzip.compress("\n".join(["text", *(row["text"] for row in rows)]).encode(), 1))
     else:
         path.write_text(json.dumps(rows) if name == "rows.json" else "\n".join(map(json.dumps, rows)))
-    (one,) = sources.opened(Source(path=str(path), split=split))
-    told: list[int] = []
-    count = sum(1 for _ in one.rows(told.append))
-    assert (count, sum(told), min(told) >= 0) == (5 if split else 40_000, path.stat().st_size, True)
-    assert one.size == path.stat().st_size
-    assert len(told) > (0 if split == "train[:5]" else 1)
+    (file,) = sources.open_source(Source(path=str(path), split=split))
+    advances: list[int] = []
+    count = sum(1 for _ in file.rows(advances.append))
+    assert (count, sum(advances), min(advances) >= 0) == (5 if split else 40_000, path.stat().st_size, True)
+    assert file.size == path.stat().st_size
+    assert len(advances) > (0 if split == "train[:5]" else 1)
 
 
 def write_many(path: Path, thousands: int) -> None:
-    """Rows of 200 letters, as many thousands as asked."""
+    """Write `thousands` times 1,000 rows of 200 letters."""
     rows = [{"text": os.urandom(100).hex()} for _ in range(1_000)]
     if path.suffix == ".parquet":
         table = pa.concat_tables([pa.Table.from_pylist(rows)] * thousands)
@@ -406,18 +456,18 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
     small, path = tmp_path / f"small.{kind}", tmp_path / f"rows.{kind}"
     write_many(small, 10)
     write_many(path, 200)
-    small_count, count, rise = told_by_process(small, path)
+    small_count, count, rise = read_in_process(small, path)
     assert (small_count, count) == (10_000, 200_000)
     assert rise < 25
 
 
-def told_by_process(*paths: Path) -> list[int]:
+def read_in_process(*paths: Path) -> list[int]:
     """Rows of each file, and by how many MiB the peak rose after the first (`ru_maxrss` would be the parent's)."""
     code = (
         "import re, sys; from pathlib import Path\n"
         "from loratune.config import Source; from loratune.data import sources\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024\n"
-        "count = lambda path: sum(1 for one in sources.opened(Source(path=path)) for _ in one.rows())\n"
+        "count = lambda path: sum(1 for part in sources.open_source(Source(path=path)) for _ in part.rows())\n"
         "print(count(sys.argv[1])); before = peak(); print(count(sys.argv[2])); print(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, cwd=ROOT)
@@ -441,16 +491,25 @@ def test_one_row_of_50_mb(tmp_path: Path, kind: str) -> None:
         for _ in range(50):
             file.write("word " * 200_000)
         file.write(f"{tail}\n")
-    small_count, count, rise = told_by_process(small, path)
+    small_count, count, rise = read_in_process(small, path)
     assert (small_count, count) == (1, 1)
     assert rise < (500 if kind == "csv" else 200)
 
 
-@pytest.mark.parametrize("hub_id", ["nobody/nothing-of-this-name", "nothing-of-this-name", "not a name"])
-def test_hub_id_that_cannot_be_had(hub_id: str) -> None:
+@pytest.mark.parametrize(
+    ("hub_id", "codes"),
+    [
+        ("nobody/nothing-of-this-name", {Code.DATA_HUB_UNREACHABLE, Code.DATA_HUB_LOADING}),
+        ("nothing-of-this-name", {Code.DATA_HUB_UNREACHABLE, Code.DATA_HUB_LOADING}),
+        ("not a name", {Code.DATA_HUB_ID}),
+    ],
+)
+def test_hub_id_that_cannot_be_loaded(hub_id: str, codes: set[Code]) -> None:
+    """With or without a connection. It may also be a file that is not there, and the message says so first."""
     start = time.monotonic()
-    (problem,) = problems(hub_id)
-    assert problem.startswith(f"{hub_id}: no such file")
+    refusal = problem(hub_id)
+    assert refusal.code in codes and refusal.where == hub_id
+    assert refusal.what.startswith("no such file")
     assert time.monotonic() - start < 15
 
 
@@ -478,13 +537,15 @@ def test_what_may_be_a_hub_id(path: str, expected: bool) -> None:
 
 
 def test_a_path_is_not_looked_up(tmp_path: Path) -> None:
-    assert problems(f"{tmp_path}/none") == [f"{tmp_path}/none: no such file; check the path"]
-    assert problems("none.jsonl") == ["none.jsonl: no such file; check the path"]
+    for path in (f"{tmp_path}/none", "none.jsonl"):
+        refusal = problem(path)
+        assert (refusal.code, refusal.where) == (Code.DATA_FILE_NOT_FOUND, path)
 
 
 def test_neither_file_nor_directory(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
-    assert problems(tmp_path / "rows.jsonl") == [f"{tmp_path}/rows.jsonl: neither a file nor a directory"]
+    refusal = problem(tmp_path / "rows.jsonl")
+    assert (refusal.code, refusal.where) == (Code.DATA_NOT_A_FILE, f"{tmp_path}/rows.jsonl")
 
 
 def test_hub_id_in_the_cache(tmp_path: Path) -> None:
@@ -499,12 +560,12 @@ def test_hub_id_in_the_cache(tmp_path: Path) -> None:
     datasets.DatasetInfo(features=table.features, splits={"train": split}, **info).write_to_directory(str(place))
     code = (
         "from loratune.data import sources; from loratune.config import Source\n"
-        "def opened(split): return sources.opened(Source(path='some/rows', split=split))[0]\n"
-        "one, told = opened('train[1:]'), []\n"
-        "print(one.name, list(one.rows(told.append)), sum(told) == one.size > 0)\n"
-        "print(len({opened(split).digest for split in (None, 'train', 'train[1:]', 'train[2:]')}), len(one.digest))\n"
-        "print(one.digest == opened('train[1:]').digest)\n"
-        "opened('other')"
+        "def load(split): return sources.open_source(Source(path='some/rows', split=split))[0]\n"
+        "rows, advances = load('train[1:]'), []\n"
+        "print(rows.name, list(rows.rows(advances.append)), sum(advances) == rows.size > 0)\n"
+        "print(len({load(split).digest for split in (None, 'train', 'train[1:]', 'train[2:]')}), len(rows.digest))\n"
+        "print(rows.digest == load('train[1:]').digest)\n"
+        "load('other')"
     )
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -514,7 +575,8 @@ def test_hub_id_in_the_cache(tmp_path: Path) -> None:
         Row(f"{name}:2", {"prompt": "e", "completion": "f"}),
     ]
     assert done.stdout == f"{name} {rows} True\n3 64\nTrue\n", done.stderr
-    assert "DataError: some/rows: no such file, and it cannot be loaded as a hub dataset (ValueError: " in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if "DataError: " in line]
+    assert "some/rows: " in error and "(ValueError: " in error and f"[{Code.DATA_HUB_LOADING}]" in error
 
 
 def test_a_cell_may_be_long(tmp_path: Path) -> None:
@@ -524,19 +586,25 @@ def test_a_cell_may_be_long(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "expected"),
+    ("name", "content", "place", "code"),
     [
-        ("absent.jsonl", None, ": no such file"),
-        ("absent*", None, ": no data files match this glob"),
-        ("directory", None, ": no data files in this directory"),
-        ("rows.jsonl", b"\n\n", ": 0 rows"),
-        ("rows.jsonl", PAIR + b"\n{", ":2: not valid JSON: cut off"),
-        ("rows.jsonl", PAIR + b"\n\xff", ":2: byte 1 of the line (0xff) is not UTF-8"),
-        ("rows.parquet", b"PAR1", ": damaged Parquet file"),
+        ("absent.jsonl", None, "", Code.DATA_FILE_NOT_FOUND),
+        ("absent*", None, "", Code.DATA_NO_FILES),
+        ("directory", None, "", Code.DATA_NO_FILES),
+        ("rows.jsonl", b"\n\n", "", Code.DATA_NO_ROWS),
+        ("rows.jsonl", PAIR + b"\n{", ":2", Code.DATA_JSON_CUT_OFF),
+        ("rows.jsonl", PAIR + b"\n\xff", ":2", Code.DATA_ENCODING),
+        ("rows.parquet", b"PAR1", "", Code.DATA_FILE_DAMAGED),
     ],
 )
 def test_exit_code(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, name: str, content: Any, expected: str
+    cli: Callable[..., Ran],
+    run_config: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    content: bytes | None,
+    place: str,
+    code: Code,
 ) -> None:
     path = tmp_path / "data" / name
     (path if name == "directory" else path.parent).mkdir(parents=True)
@@ -545,8 +613,8 @@ def test_exit_code(
     config = run_config(data={"train": str(path)})
     before = tree(tmp_path)
     ran = cli("train", config)
-    assert (ran.code, ran.out) == (4, "")
-    assert ran.err.startswith(f"error: {path}{expected}")
+    check_refused(ran, 4, (code, f"{path}{place}", ""))
+    assert ran.out == ""
     assert tree(tmp_path) == before
 
 
@@ -560,7 +628,7 @@ def public_dir() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("asked", "locked", "named"),
+    ("pattern", "locked", "named"),
     [
         ("rows.jsonl", "rows.jsonl", "rows.jsonl"),
         ("rows.jsonl", ".", "rows.jsonl"),
@@ -570,29 +638,32 @@ def public_dir() -> Iterator[Path]:
         ("*.jsonl", ".", "*.jsonl"),
     ],
 )
-def test_no_permission(public_dir: Path, asked: str, locked: str, named: str) -> None:
+def test_no_permission(public_dir: Path, pattern: str, locked: str, named: str) -> None:
     (public_dir / "rows.jsonl").write_bytes(PAIR)
     pq.write_table(pa.table({"text": ["a"]}), public_dir / "rows.parquet")
-    source = Source(path=str(public_dir / asked))
+    source = Source(path=str(public_dir / pattern))
     user = os.geteuid()
     try:
         os.seteuid(user or 65534)  # root may read everything, so be nobody for a moment
         if user == 0:
-            assert len(sources.opened(source)) == (2 if asked == "." else 1)
+            assert len(sources.open_source(source)) == (2 if pattern == "." else 1)
         os.seteuid(user)
         (public_dir / locked).chmod(0)
         os.seteuid(user or 65534)
         with pytest.raises(DataError) as caught:
-            sources.opened(source)
+            sources.open_source(source)
     finally:
         os.seteuid(user)
-    assert str(caught.value) == f"{public_dir / named}: cannot be read: Permission denied"
+    assert meanings(caught.value) == [(Code.DATA_FILE_UNREADABLE, str(public_dir / named), "")]
+    assert "Permission denied" in str(caught.value)
 
 
 def test_gone_after_it_was_opened(tmp_path: Path) -> None:
     path = numbered(tmp_path / "rows.jsonl", range(3))
-    (one,) = sources.opened(Source(path=str(path)))
+    (file,) = sources.open_source(Source(path=str(path)))
     path.unlink()
-    for ask in (lambda: one.digest, lambda: list(one.rows())):
-        with pytest.raises(DataError, match="cannot be read: No such file"):
-            ask()
+    for use in (lambda: file.digest, lambda: list(file.rows())):
+        with pytest.raises(DataError) as caught:
+            use()
+        assert meanings(caught.value) == [(Code.DATA_FILE_UNREADABLE, str(path), "")]
+        assert "No such file" in str(caught.value)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import meanings
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import replace_with_bnb_linear
 
-from loratune.errors import ConfigError, LoratuneError, ModelError
+from loratune.errors import Code, ConfigError, LoratuneError, ModelError
 from loratune.lora.targets import ROLES, STOCK, Targets, resolve
 
 # Two layers of the real class, small enough to build and wrap on the CPU.
@@ -153,11 +154,13 @@ def attach(model: PreTrainedModel, targets: Targets, r: int = 4, **config: Any) 
     return list(adapted(wrapped.base_model.model)), wrapped.get_nb_trainable_parameters()[0]
 
 
-def failure(kind: type[LoratuneError], model: PreTrainedModel, target_modules: list[str] | str) -> str:
+def failure(kind: type[LoratuneError], model: PreTrainedModel, target_modules: list[str] | str, *codes: Code) -> str:
+    """The message of an error whose problems have these codes, in this order."""
     with pytest.raises(kind) as caught:
         resolve(model, target_modules)
     assert type(caught.value) is kind
-    assert all(problem.key == "lora.target_modules" and problem.fix for problem in caught.value.problems)
+    assert meanings(caught.value) == [(code, "", "lora.target_modules") for code in codes]
+    assert all(problem.fix for problem in caught.value.problems)
     return str(caught.value)
 
 
@@ -169,7 +172,7 @@ def test_roles_are_found_by_architecture(name: str) -> None:
     prefix, leaves, names = GOLDEN[name]
     targets = resolve(small(name), list(ROLES))
     expected = {role: [f"{prefix}.{leaf}"] for role, leaf in zip(ROLES, leaves.split(), strict=True)}
-    assert targets.patterns() == expected
+    assert targets.entry_patterns() == expected
     assert targets.names == tuple(names.split())
     assert {role: len(paths) for role, paths in targets.roles.items()} == dict.fromkeys(ROLES, 2)
     assert targets.roles["o"] == tuple(f"{prefix}.{leaves.split()[3]}".replace("*", str(layer)) for layer in (0, 1))
@@ -199,7 +202,7 @@ def test_roles_in_other_shapes_of_attention(name: str) -> None:
     targets = resolve(model, list(ROLES))
     # As a set: a hybrid model's layers come in an order of its own.
     expected = {role: {f"{prefix}.{leaf}" for leaf in names.split()} for role, names in leaves.items()}
-    assert {role: set(patterns) for role, patterns in targets.patterns().items()} == expected
+    assert {role: set(patterns) for role, patterns in targets.entry_patterns().items()} == expected
     assert attach(model, targets)[0] == list(targets.modules)
 
 
@@ -232,7 +235,7 @@ def test_a_projection_of_two_roles() -> None:
 def test_keys_that_are_the_values_too() -> None:
     model = build("gemma4_text", num_hidden_layers=6, attention_k_eq_v=True)
     targets = resolve(model, ["v"])
-    assert targets.patterns() == {"v": ["model.layers.*.self_attn.v_proj", "model.layers.*.self_attn.k_proj"]}
+    assert targets.entry_patterns() == {"v": ["model.layers.*.self_attn.v_proj", "model.layers.*.self_attn.k_proj"]}
     assert targets.names == ("5.self_attn.k_proj", "v_proj")  # the one layer of full attention
     assert targets.fused == {"model.layers.*.self_attn.k_proj": ("k", "v")}
 
@@ -276,7 +279,7 @@ def test_quantized_layers_are_seen(name: str, bits: dict[str, bool]) -> None:
 
 def test_names_and_longer_endings_mix_with_roles() -> None:
     targets = resolve(small("opt"), ["fc1", "self_attn.q_proj", "o"])
-    assert targets.patterns() == {
+    assert targets.entry_patterns() == {
         "fc1": ["model.decoder.layers.*.fc1"],
         "self_attn.q_proj": ["model.decoder.layers.*.self_attn.q_proj"],
         "o": ["model.decoder.layers.*.self_attn.out_proj"],
@@ -286,7 +289,7 @@ def test_names_and_longer_endings_mix_with_roles() -> None:
 
 def test_a_name_means_all_that_ends_in_it() -> None:
     targets = resolve(small("gpt2"), ["c_proj"])
-    assert targets.patterns() == {"c_proj": ["transformer.h.*.attn.c_proj", "transformer.h.*.mlp.c_proj"]}
+    assert targets.entry_patterns() == {"c_proj": ["transformer.h.*.attn.c_proj", "transformer.h.*.mlp.c_proj"]}
     assert targets.names == ("c_proj",)
 
 
@@ -350,15 +353,16 @@ def test_all_linear_in_capitals() -> None:
 
 
 def test_a_state_that_is_carried_along_is_no_attention() -> None:
-    message = failure(ModelError, build("rwkv", vocab_size=64, hidden_size=32, num_hidden_layers=2), list(ROLES))
-    assert "rwkv has no attention in which roles (q, k, v, o) could be found" in message
+    model = build("rwkv", vocab_size=64, hidden_size=32, num_hidden_layers=2)
+    message = failure(ModelError, model, list(ROLES), Code.LORA_NO_ATTENTION)
+    assert "rwkv has no attention" in message
     assert "attention.receptance ×2, attention.output ×2, feed_forward.key ×2" in message  # noqa: RUF001
     assert message.endswith("set lora.target_modules to names from this list, or to all-linear")
 
 
 def test_roles_that_nothing_serves() -> None:
     model = build("jetmoe", vocab_size=64, hidden_size=32, num_hidden_layers=2)
-    message = failure(ModelError, model, list(ROLES))
+    message = failure(ModelError, model, list(ROLES), Code.LORA_NO_ROLE)
     assert "role `q`, `o`: nothing in the attention of jetmoe is known to serve it" in message
     assert "these weights of its attention are no linear layers: experts.input_linear, experts.output_linear" in message
     assert "ask for [k, v] alone" in message
@@ -370,7 +374,7 @@ def test_a_role_that_only_some_layers_have() -> None:
     attention = model.get_submodule("model.layers.1.self_attn")
     attention.odd_proj = attention.o_proj
     del attention.o_proj
-    message = failure(ModelError, model, list(ROLES))
+    message = failure(ModelError, model, list(ROLES), Code.LORA_ROLE_PARTIAL)
     assert "role `o`: llama has it in 1 of 2 attention layers" in message
     assert "not in model.layers.1 (unknown there: self_attn.odd_proj)" in message
     assert len(message.splitlines()) == 1
@@ -382,14 +386,15 @@ def test_an_attention_that_is_unknown_in_every_layer() -> None:
     for block in model.transformer.h:
         block.attn.inward, block.attn.outward = block.attn.c_attn, block.attn.c_proj
         del block.attn.c_attn, block.attn.c_proj
-    message = failure(ModelError, model, ["q_proj", "o_proj"])
+    message = failure(ModelError, model, ["q_proj", "o_proj"], Code.LORA_NO_ROLE)
     assert "role `q`, `o`: nothing in the attention of gpt2 is known" in message
     assert "its linear modules: attn.inward ×2, attn.outward ×2, mlp.c_fc ×2, mlp.c_proj ×2" in message  # noqa: RUF001
     assert resolve(model, ["inward", "attn.outward"]).names == ("inward", "outward")
 
 
 def test_unknown_names_are_all_told_with_their_nearest() -> None:
-    message = failure(ModelError, small("llama"), ["q_prj", "self_attn.o_prj", "v", "zzz"])
+    unknown = [Code.LORA_UNKNOWN_TARGET] * 3
+    message = failure(ModelError, small("llama"), ["q_prj", "self_attn.o_prj", "v", "zzz"], *unknown)
     assert "`q_prj` matches no module of llama; nearest: q_proj" in message
     assert "`self_attn.o_prj` matches no module of llama; nearest: self_attn.o_proj" in message
     assert "`zzz` matches no module of llama; its linear modules: self_attn.q_proj ×2" in message  # noqa: RUF001
@@ -398,38 +403,38 @@ def test_unknown_names_are_all_told_with_their_nearest() -> None:
 
 @pytest.mark.parametrize("entry", ["all-linear", r".*q_proj"])
 def test_a_string_within_a_list(entry: str) -> None:
-    message = failure(ModelError, small("llama"), [entry])
+    message = failure(ModelError, small("llama"), [entry], Code.LORA_UNKNOWN_TARGET)
     assert "all-linear or a regular expression stands alone, without brackets" in message
 
 
 def test_a_name_of_something_that_is_not_a_linear_layer() -> None:
-    message = failure(ModelError, small("llama"), ["self_attn"])
+    message = failure(ModelError, small("llama"), ["self_attn"], Code.LORA_UNSUITABLE_TARGET)
     assert "`self_attn` matches model.layers.0.self_attn (LlamaAttention), model.layers.1.self_attn" in message
-    message = failure(ModelError, small("qwen3"), r".*self_attn\..*")
+    message = failure(ModelError, small("qwen3"), r".*self_attn\..*", Code.LORA_UNSUITABLE_TARGET)
     assert "(Qwen3RMSNorm)" in message and "match linear layers only" in message
 
 
 @pytest.mark.parametrize("text", ["q", "q_proj", "self_attn.q_proj"])
 def test_a_name_as_a_string_is_not_taken_for_a_list(text: str) -> None:
-    message = failure(ModelError, small("llama"), text)
+    message = failure(ModelError, small("llama"), text, Code.LORA_UNKNOWN_TARGET)
     assert f"the regular expression `{text}` matches no module's whole path in llama" in message
-    assert f"write a list to go by roles or names, [{text}]" in message
+    assert f"[{text}]; or match whole paths" in message
     assert "model.layers.0.self_attn.q_proj" in message
 
 
 def test_a_regular_expression_that_matches_nothing() -> None:
-    message = failure(ModelError, small("llama"), r"layers\.\d+\.q_proj")
+    message = failure(ModelError, small("llama"), r"layers\.\d+\.q_proj", Code.LORA_UNKNOWN_TARGET)
     assert message.endswith("match whole paths, such as model.layers.0.self_attn.q_proj")
 
 
 def test_a_regular_expression_that_does_not_compile() -> None:
-    message = failure(ConfigError, small("llama"), "*_proj")
+    message = failure(ConfigError, small("llama"), "*_proj", Code.LORA_EXPRESSION)
     assert "`*_proj` is not a regular expression: nothing to repeat at position 0" in message
 
 
 @pytest.mark.parametrize("entries", [[], [""], ["q", ""]])
 def test_an_empty_list_or_name(entries: list[str]) -> None:
-    assert "an empty list or name adapts nothing" in failure(ConfigError, small("llama"), entries)
+    failure(ConfigError, small("llama"), entries, Code.LORA_NO_TARGETS)
 
 
 def mamba() -> PreTrainedModel:
@@ -438,22 +443,23 @@ def mamba() -> PreTrainedModel:
 
 @pytest.mark.parametrize("entries", [list(ROLES), list(STOCK)])
 def test_a_model_without_attention(entries: list[str]) -> None:
-    message = failure(ModelError, mamba(), entries)
-    assert "mamba has no attention in which roles (q, k, v, o) could be found" in message
-    assert "its linear modules: mixer.in_proj ×2; set lora.target_modules to names from this list" in message  # noqa: RUF001
+    message = failure(ModelError, mamba(), entries, Code.LORA_NO_ATTENTION)
+    assert "mamba has no attention" in message
+    assert "its linear modules: mixer.in_proj ×2 " in message  # noqa: RUF001
+    assert "set lora.target_modules to names from this list" in message
     assert len(message.splitlines()) == 1
     assert resolve(mamba(), ["in_proj"]).names == ("in_proj",)
 
 
 def test_a_model_without_attention_is_offered_all_linear_where_it_works() -> None:
     model = build("xlnet", vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
-    assert failure(ModelError, model, list(ROLES)).endswith("or to all-linear")
+    assert failure(ModelError, model, list(ROLES), Code.LORA_NO_ATTENTION).endswith("or to all-linear")
     assert len(resolve(model, "all-linear").modules) == 4
 
 
 def test_weights_that_the_kernels_of_mamba_read_past_an_adapter() -> None:
-    message = failure(ModelError, mamba(), ["in_proj", "dt_proj", "out_proj"])
-    assert "`mixer.dt_proj`: MambaMixer reads the weight directly, past an adapter; leave it out" in message
+    message = failure(ModelError, mamba(), ["in_proj", "dt_proj", "out_proj"], *[Code.LORA_NO_EFFECT] * 2)
+    assert "`mixer.dt_proj`: MambaMixer reads the weight directly, past an adapter" in message
     assert "`mixer.out_proj`" in message and "in_proj`" not in message
     with pytest.raises(ValueError, match="incompatible with Mamba"):  # what PEFT would say
         get_peft_model(mamba(), LoraConfig(target_modules="all-linear"))
@@ -466,7 +472,7 @@ def test_weights_that_the_kernels_of_mamba_read_past_an_adapter() -> None:
 
 def test_experts_in_stacked_tensors() -> None:
     model = build("qwen3_moe", **(MOE | dict(mlp_only_layers=[0])))
-    message = failure(ModelError, model, ["q", "down_proj"])
+    message = failure(ModelError, model, ["q", "down_proj"], Code.LORA_NO_EFFECT)
     assert "`mlp.down_proj`: PEFT takes a target of this name for the experts' stacked tensors" in message
     # What would happen: the dense layer that has a down_proj module is left out, without a word.
     stock = get_peft_model(model, LoraConfig(target_modules=["down_proj"]))
@@ -502,19 +508,19 @@ def test_all_linear_leaves_out_what_text_does_not_pass() -> None:
 def test_a_linear_layer_of_another_kind_is_refused() -> None:
     config = LLAMA_LIKE | dict(intermediate_size_mlp=48, num_local_experts=2, layer_types=["full_attention"] * 2)
     model = build("llama4_text", **config)
-    assert "Llama4Router is not a plain linear layer" in failure(ModelError, model, ["router"])
+    assert "Llama4Router is not a plain linear layer" in failure(ModelError, model, ["router"], Code.LORA_NO_EFFECT)
     assert "router" not in resolve(model, "all-linear").names
 
 
 def test_an_indexer_learns_nothing() -> None:
     model = build("deepseek_v32", num_hidden_layers=1)
-    assert "no gradient passes a choice" in failure(ModelError, model, ["wq_b"])
+    assert "no gradient passes a choice" in failure(ModelError, model, ["wq_b"], Code.LORA_NO_EFFECT)
     assert not [path for path in resolve(model, list(ROLES)).modules if "indexer" in path]
 
 
 def test_a_module_that_no_ending_can_tell_from_another() -> None:
     model = small("llama")
     model.model.lm_head = nn.Linear(32, 64, device="meta")
-    message = failure(ModelError, model, "lm_head")
-    assert "PEFT cannot tell lm_head from a module whose path ends in the same way; target both or neither" in message
+    message = failure(ModelError, model, "lm_head", Code.LORA_AMBIGUOUS_TARGET)
+    assert "PEFT cannot tell lm_head from" in message
     assert resolve(model, r"model\.lm_head").names == ("model.lm_head",)

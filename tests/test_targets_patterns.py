@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import meanings
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from loratune.errors import ConfigError, LoratuneError, ModelError
+from loratune.errors import Code, ConfigError, LoratuneError, ModelError
 from loratune.lora.targets import ROLES, Targets, resolve
 
 LLAMA: dict[str, Any] = dict(
@@ -44,10 +45,12 @@ def saved(adapted: PeftModel) -> list[str]:
     return [path for path, module in modules if isinstance(module, ModulesToSaveWrapper)]
 
 
-def failure(model: nn.Module, kind: type[LoratuneError] = ModelError, **asked: Any) -> str:
+def failure(model: nn.Module, *problems: tuple[Code, str], kind: type[LoratuneError] = ModelError, **asked: Any) -> str:
+    """The message of an error with these codes and keys, in this order."""
     with pytest.raises(kind) as caught:
         resolve(model, **({"target_modules": list(ROLES)} | asked))
     assert type(caught.value) is kind
+    assert meanings(caught.value) == [(code, "", f"lora.{key}") for code, key in problems]
     return str(caught.value)
 
 
@@ -81,7 +84,7 @@ def test_a_role_or_its_stock_name_on_another_architecture(entry: str) -> None:
     targets = resolve(model, list(ROLES), rank_pattern={entry: 16})
     assert targets.rank_pattern == {"query_key_value": 16}
     assert targets.notes == (
-        "rank_pattern: 16 for q holds for k, v too, which attention.query_key_value serves as well",
+        "rank_pattern: 16 for q applies to k, v too, which attention.query_key_value serves as well",
     )
     assert {path.rpartition(".")[2]: value for path, value in values(attach(model, targets)).items()} == {
         "query_key_value": (16, 8),
@@ -116,12 +119,13 @@ def test_the_same_value_twice_is_no_contradiction() -> None:
 
 
 def test_two_values_for_one_module() -> None:
-    message = failure(build("gpt2", **GPT2), rank_pattern={"q": 16, "k": 8}, alpha_pattern={"v": 1, "c_attn": 2})
-    assert message.splitlines() == [
-        "lora.rank_pattern: attn.c_attn, one module for q, k, v, is given 16 by `q`, 8 by `k`; give it one value",
-        "lora.alpha_pattern: attn.c_attn, one module for q, k, v, is given 1 by `v`, 2 by `c_attn`; give it one value",
-    ]
-    message = failure(build("llama", **LLAMA), rank_pattern={"q": 16, r".*\.0\..*": 8})
+    code = Code.LORA_PATTERN_CONFLICT
+    both = (code, "rank_pattern"), (code, "alpha_pattern")
+    message = failure(build("gpt2", **GPT2), *both, rank_pattern={"q": 16, "k": 8}, alpha_pattern={"v": 1, "c_attn": 2})
+    ranks, alphas = message.splitlines()
+    assert "attn.c_attn, one module for q, k, v, is given 16 by `q`, 8 by `k`" in ranks
+    assert "attn.c_attn, one module for q, k, v, is given 1 by `v`, 2 by `c_attn`" in alphas
+    message = failure(build("llama", **LLAMA), both[0], rank_pattern={"q": 16, r".*\.0\..*": 8})
     assert "self_attn.q_proj is given 16 by `q`, 8 by `.*\\.0\\..*`" in message
 
 
@@ -135,16 +139,17 @@ def test_two_values_for_one_module() -> None:
     ],
 )
 def test_a_key_that_hits_no_target(entry: str, what: str) -> None:
-    message = failure(build("llama", **LLAMA), target_modules=["q", "v"], rank_pattern={entry: 16})
-    assert message == (
-        f"lora.rank_pattern: {what}; the targets are self_attn.q_proj ×3, self_attn.v_proj ×3; "  # noqa: RUF001
-        "use one of these, or add it to lora.target_modules"
-    )
+    unused = (Code.LORA_PATTERN_UNUSED, "rank_pattern")
+    message = failure(build("llama", **LLAMA), unused, target_modules=["q", "v"], rank_pattern={entry: 16})
+    targets = "the targets are self_attn.q_proj ×3, self_attn.v_proj ×3"  # noqa: RUF001
+    assert message.startswith(f"lora.rank_pattern: {what}; {targets} ")
+    assert message.endswith("add it to lora.target_modules")
 
 
 def test_a_key_that_does_not_compile() -> None:
-    message = failure(build("llama", **LLAMA), ConfigError, alpha_pattern={"*_proj": 16})
-    assert message.startswith("lora.alpha_pattern: `*_proj` is not a regular expression")
+    invalid = (Code.LORA_EXPRESSION, "alpha_pattern")
+    message = failure(build("llama", **LLAMA), invalid, kind=ConfigError, alpha_pattern={"*_proj": 16})
+    assert "`*_proj` is not a regular expression" in message
 
 
 # --- layers_to_transform
@@ -170,8 +175,9 @@ def test_layers_do_not_hold_for_a_whole_path() -> None:
 
 
 def test_a_layer_without_targets_is_told_beside_other_problems() -> None:
-    message = failure(build("llama", **LLAMA), layers=[1, 9], rank_pattern={"zzz": 1})
-    assert "lora.layers_to_transform: no target in layer 9; the layers with targets are 0-2" in message
+    problems = (Code.LORA_NO_LAYER, "layers_to_transform"), (Code.LORA_PATTERN_UNUSED, "rank_pattern")
+    message = failure(build("llama", **LLAMA), *problems, layers=[1, 9], rank_pattern={"zzz": 1})
+    assert "layer 9 " in message and "the layers with targets are 0-2" in message
     assert "lora.rank_pattern: `zzz`" in message
 
 
@@ -203,8 +209,8 @@ def test_peft_takes_a_name_letter_by_letter() -> None:
     assert len(saved(stock)) == 7
     model = build("llama", **LLAMA)
     model.overlm_head = nn.Linear(32, 64, device="meta")
-    message = failure(model, modules_to_save=["lm_head"])
-    assert message == "lora.modules_to_save: PEFT cannot tell lm_head from overlm_head; save both or neither"
+    message = failure(model, (Code.LORA_SAVED_AMBIGUOUS, "modules_to_save"), modules_to_save=["lm_head"])
+    assert "PEFT cannot tell lm_head from overlm_head" in message
 
 
 def test_none_are_saved_unless_asked_for() -> None:
@@ -217,33 +223,35 @@ def test_none_are_saved_unless_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "what"),
+    ("asked", "code", "what"),
     [
-        ("self_attn", "`self_attn` is or holds targets (self_attn.q_proj ×3, self_attn.v_proj ×3)"),  # noqa: RUF001
-        ("q", "`q` is or holds targets (self_attn.q_proj ×3)"),  # noqa: RUF001
-        ("layers", "`layers` is or holds targets"),
-        ("head", "`head` is no module of llama; it has lm_head ×1; name a module by its path or the end of it"),  # noqa: RUF001
-        ("zzz", "`zzz` is no module of llama; its linear modules: self_attn.q_proj ×3"),  # noqa: RUF001
-        ("act_fn", "`act_fn` (SiLUActivation) has no parameters to train"),
+        ("self_attn", Code.LORA_SAVED_TARGET,
+         "`self_attn` is or holds targets (self_attn.q_proj ×3, self_attn.v_proj ×3)"),  # noqa: RUF001
+        ("q", Code.LORA_SAVED_TARGET, "`q` is or holds targets (self_attn.q_proj ×3)"),  # noqa: RUF001
+        ("layers", Code.LORA_SAVED_TARGET, "`layers` is or holds targets"),
+        ("head", Code.LORA_SAVED_UNKNOWN, "`head` is no module of llama; it has lm_head ×1 "),  # noqa: RUF001
+        ("zzz", Code.LORA_SAVED_UNKNOWN, "`zzz` is no module of llama; its linear modules: self_attn.q_proj ×3"),  # noqa: RUF001
+        ("act_fn", Code.LORA_SAVED_NO_PARAMETERS, "`act_fn` (SiLUActivation) has no parameters to train"),
     ],
-)
-def test_modules_that_cannot_be_saved(asked: str, what: str) -> None:
-    message = failure(build("llama", **LLAMA), target_modules=["q", "v"], modules_to_save=[asked])
+)  # fmt: skip
+def test_modules_that_cannot_be_saved(asked: str, code: Code, what: str) -> None:
+    problem = (code, "modules_to_save")
+    message = failure(build("llama", **LLAMA), problem, target_modules=["q", "v"], modules_to_save=[asked])
     assert message.startswith(f"lora.modules_to_save: {what}")
 
 
 def test_a_list_of_modules_is_no_module() -> None:
     model = build("opt", vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4)
-    message = failure(model, target_modules=["project_in"], modules_to_save=["layers"])
-    assert "`layers` is a list of modules; name one of them" in message
+    problem = (Code.LORA_SAVED_CONTAINER, "modules_to_save")
+    assert "`layers`" in failure(model, problem, target_modules=["embed_tokens"], modules_to_save=["layers"])
 
 
 def test_a_quantized_module_cannot_be_trained_whole() -> None:
     model = build("llama", **LLAMA)
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = nn.Parameter(layer.mlp.down_proj.weight.to(torch.int8), requires_grad=False)
-    message = failure(model, target_modules=["q", "v"], modules_to_save=["down_proj"])
-    assert message == "lora.modules_to_save: `down_proj` is quantized, and cannot be trained whole; leave it out"
+    problem = (Code.LORA_SAVED_QUANTIZED, "modules_to_save")
+    assert "`down_proj`" in failure(model, problem, target_modules=["q", "v"], modules_to_save=["down_proj"])
     assert resolve(model, ["q", "v"], modules_to_save=["up_proj"]).modules_to_save == ("up_proj",)
 
 
@@ -254,7 +262,7 @@ def test_tied_weights_come_apart_and_it_is_said() -> None:
     targets = resolve(model, ["q"], modules_to_save=[head])
     assert targets.notes == (f"modules_to_save: {share}; {embedding} keeps the one of the base",)
     both = resolve(model, ["q"], modules_to_save=[head, embedding])
-    assert both.notes == (f"modules_to_save: {share}; they are trained apart",)
+    assert both.notes == (f"modules_to_save: {share}; they are trained separately",)
     assert resolve(build("gpt2", **GPT2, tie_word_embeddings=False), ["q"], modules_to_save=[head]).notes == ()
 
     adapted = attach(model, targets)
@@ -267,7 +275,7 @@ def test_tied_weights_come_apart_and_it_is_said() -> None:
 
 def test_a_target_with_a_tied_weight_is_noted() -> None:
     [note] = resolve(build("gpt2", **GPT2), ["q", "lm_head"]).notes
-    assert note.startswith("lm_head: the weight belongs to further modules; each module has its own adapter")
+    assert note.startswith("lm_head: the weight is shared with other modules; each module has its own adapter")
     assert resolve(build("gpt2", **GPT2, tie_word_embeddings=False), ["q", "lm_head"]).notes == ()
 
 
@@ -281,7 +289,7 @@ def test_a_hybrid_model_says_where_attention_is() -> None:
     model = build("qwen3_next", **HYBRID)
     targets = resolve(model, list(ROLES))
     assert targets.notes == (
-        "attention is in 2 of 8 layers; the linear_attn modules stay as they are: "
+        "attention is in 2 of 8 layers; the linear_attn modules are not adapted: "
         "name them (linear_attn.in_proj_qkvz, linear_attn.in_proj_ba, linear_attn.out_proj) to adapt them",
     )
     named = resolve(model, ["o", "linear_attn.in_proj_qkvz", "in_proj_ba", "linear_attn.out_proj"])
@@ -291,4 +299,4 @@ def test_a_hybrid_model_says_where_attention_is() -> None:
 
 def test_mixers_that_share_their_name_with_attention_go_by_their_class() -> None:
     [note] = resolve(build("kimi_linear", num_hidden_layers=5), list(ROLES)).notes
-    assert note.startswith("attention is in 1 of 5 layers; the KimiLinearDeltaAttention modules stay as they are")
+    assert note.startswith("attention is in 1 of 5 layers; the KimiLinearDeltaAttention modules are not adapted")

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_render import fetched, learnt, loaded, turn
+from conftest import meanings
+from test_rendering import fetched, loaded, supervised, turn
 from tokenizers import AddedToken
 
 from loratune.data.formats import Conversation, Message
 from loratune.data.rendering import IGNORED, Renderer
-from loratune.data.rendering.template import Chat, Template
-from loratune.data.rendering.turns import locate
-from loratune.errors import DataError
+from loratune.data.rendering.answer_spans import render_conversation
+from loratune.data.rendering.chat_template import ChatTemplate, TemplateInput
+from loratune.errors import Code, DataError
 
 TRL = "trl-1.16.0"
 PHI = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
@@ -131,26 +132,27 @@ CHATS: dict[str, Conversation] = {
     ),
     "a call of a tool": Conversation("", (turn(USER, "Weather in Köln?"), said("", tool_calls=[CALL])), tools=TOOLS),
     "ends with a question": Conversation("", (turn(USER, "One?"), said("Uno"), turn(USER, "Two?"))),
-    "a muted answer": Conversation(
-        "", (turn(USER, "One?"), said("Uno"), turn(USER, "Two?"), said("Due")), muted=frozenset({1})
+    "an answer of weight 0": Conversation(
+        "", (turn(USER, "One?"), said("Uno"), turn(USER, "Two?"), said("Due")), zero_weight=frozenset({1})
     ),
     "the last turn alone": Conversation(
-        "", (turn(USER, "One?"), said("Uno"), turn(USER, "Two?"), said("Due")), first_learnt=3
+        "", (turn(USER, "One?"), said("Uno"), turn(USER, "Two?"), said("Due")), first_supervised=3
     ),
 }
 THINKERS = {"Qwen3", "Qwen3, newer", "Qwen3, marked", "Qwen3.5, thinking", "DeepSeek-R1"}
 CALLERS = {name for name in MODELS if name.startswith(("Llama-3.2", "Qwen", "Mistral"))}
+KEY = "data.chat_template"
 REASONING, CALLS = {"reasoning beside"}, {"tools", "a call of a tool"}
 
 
-def refusal(name: str, chat: str) -> str | None:
-    """What is said where a template cannot show a conversation."""
+def refusal(name: str, chat: str) -> tuple[Code, str, str] | None:
+    """Code, key and a detail of the error where a template cannot show a conversation."""
     if chat in REASONING and name not in THINKERS:
-        return "the chat template leaves out the reasoning of message 4 (assistant)"
+        return Code.TEMPLATE_OMITS_REASONING, KEY, "message 4 (assistant)"
     if chat == "tools" and name.startswith("Gemma"):
-        return "the chat template refuses these messages: Conversation roles must alternate"
+        return Code.TEMPLATE_REFUSES_MESSAGES, "", "Conversation roles must alternate"
     if chat in CALLS and name not in CALLERS:
-        return "the chat template leaves out the `tools` of the row"
+        return Code.TEMPLATE_OMITS_TOOLS, KEY, "`tools`"
     return None
 
 
@@ -208,16 +210,17 @@ def test_conversation(renderer: Renderer, name: str, chat: str) -> None:
     if expected := refusal(name, chat):
         with pytest.raises(DataError) as caught:
             renderer.row(Conversation("rows:7", example.messages, tools=example.tools))
-        assert str(caught.value).startswith("rows:7: ") and expected in str(caught.value)
+        code, key, detail = expected
+        assert meanings(caught.value) == [(code, "rows:7", key)] and detail in str(caught.value)
         return
     row = renderer.row(example)
-    turns = example.learnt("completion")
+    turns = example.supervised_turns("completion")
     prompt = renderer.prompt(example.messages[: turns[-1]], tools=example.tools)
     assert row.ids[: len(prompt)] == row.prompt == prompt
     end = MODELS[name].end
     if not (chat == "an empty answer" and "marked" in name):  # its template is given nothing to mark there
         assert len(row.spans) == len(turns)
-    for span, number in zip(learnt(tokenizer, row), turns, strict=False):
+    for span, number in zip(supervised(tokenizer, row), turns, strict=False):
         message = example.messages[number]
         for call in message.get("tool_calls", ()):
             assert all(part in span for part in (call["function"]["name"], "city", "Köln"))
@@ -238,7 +241,7 @@ def test_ids_are_those_of_upstream(renderer: Renderer, name: str, chat: str) -> 
     example = CHATS[chat]
     if refusal(name, chat):
         return
-    last = example.learnt("completion")[-1]
+    last = example.supervised_turns("completion")[-1]
     tools = list(example.tools) or None
     whole = renderer.tokenizer.apply_chat_template(list(example.messages[: last + 1]), tools=tools, return_dict=False)
     asked = renderer.tokenizer.apply_chat_template(
@@ -256,13 +259,13 @@ def test_ids_are_those_of_upstream(renderer: Renderer, name: str, chat: str) -> 
     assert same != moved
 
 
-@pytest.mark.parametrize("chat", [chat for chat in CHATS if CHATS[chat].muted or CHATS[chat].first_learnt])
-def test_what_is_not_learnt_is_still_there(renderer: Renderer, chat: str) -> None:
+@pytest.mark.parametrize("chat", [chat for chat in CHATS if CHATS[chat].zero_weight or CHATS[chat].first_supervised])
+def test_what_is_not_supervised_is_still_there(renderer: Renderer, chat: str) -> None:
     some = renderer.row(CHATS[chat])
     whole = renderer.row(Conversation("", CHATS[chat].messages))
     assert (some.ids, some.spans) == (whole.ids, whole.spans[1:])
     each = renderer.row(CHATS[chat], "assistant")
-    assert each.spans == (whole.spans if CHATS[chat].first_learnt else some.spans)
+    assert each.spans == (whole.spans if CHATS[chat].first_supervised else some.spans)
     every = renderer.row(CHATS[chat], "all")
     assert (every.ids, every.labels) == (whole.ids, [IGNORED, *whole.ids[1:]])
 
@@ -271,10 +274,10 @@ def text_of(renderer: Renderer, chat: str) -> str:
     return str(renderer.tokenizer.decode(renderer.row(CHATS[chat]).ids))
 
 
-def test_reasoning_of_the_last_turn_is_learnt(renderer: Renderer, name: str) -> None:
+def test_reasoning_of_the_last_turn_is_supervised(renderer: Renderer, name: str) -> None:
     """A template that strips it from earlier turns may do so; one that strips it from the last is seen through."""
     row = renderer.row(CHATS["reasoning"])
-    first, last = learnt(renderer.tokenizer, row)
+    first, last = supervised(renderer.tokenizer, row)
     assert "Hmm two." in last and last.endswith(f"Beta{MODELS[name].end}")
     assert first.endswith(f"Alpha{MODELS[name].end}")
     stripping = {"Qwen3", "Qwen3, newer", "Qwen3.5, thinking", "Qwen3.5, not thinking", "DeepSeek-R1"}
@@ -296,21 +299,24 @@ def test_a_prompt_that_opens_the_reasoning() -> None:
     deepseek = rendering("DeepSeek-R1", fetched("deepseek_v3"))
     end = MODELS["DeepSeek-R1"].end
     closed = "\n</think>\n\n"
-    assert learnt(deepseek.tokenizer, deepseek.row(CHATS["one turn"])) == [f"{closed}Four{end}"]
+    assert supervised(deepseek.tokenizer, deepseek.row(CHATS["one turn"])) == [f"{closed}Four{end}"]
     for chat in ("reasoning", "reasoning beside"):
-        assert learnt(deepseek.tokenizer, deepseek.row(CHATS[chat])) == [f"Alpha{end}", f"Hmm two.{closed}Beta{end}"]
+        assert supervised(deepseek.tokenizer, deepseek.row(CHATS[chat])) == [
+            f"Alpha{end}",
+            f"Hmm two.{closed}Beta{end}",
+        ]
 
 
-def test_marks_of_rounds_change_no_text(renderer: Renderer, name: str) -> None:
+def test_loop_marks_change_no_text(renderer: Renderer, name: str) -> None:
     """Each real template is a loop over the messages, so where each turn begins and ends is known; and rendering with
     marks, by upstream's names that are no promise of theirs, gives the text of `apply_chat_template`."""
-    template = Template(renderer.tokenizer)
+    template = ChatTemplate(renderer.tokenizer)
     for chat in ("four turns", "reasoning beside", "system and turns"):
         if refusal(name, chat):
             continue
-        shown = template.show(Chat(CHATS[chat].messages))
-        answers = [number for number, one in enumerate(CHATS[chat].messages) if one["role"] == "assistant"]
-        assert shown.marked and set(answers) <= shown.opens.keys() & shown.closes.keys()
+        rendered = template.render(TemplateInput(CHATS[chat].messages))
+        answers = {number for number, message in enumerate(CHATS[chat].messages) if message["role"] == "assistant"}
+        assert rendered.marked and answers <= rendered.turn_starts.keys() & rendered.turn_ends.keys()
 
 
 def test_a_conversation_of_many_turns_takes_few_renderings(name: str, renderer: Renderer) -> None:
@@ -320,7 +326,7 @@ def test_a_conversation_of_many_turns_takes_few_renderings(name: str, renderer: 
     )
     row = renderer.row(Conversation("", messages))
     assert len(row.spans) == 60
-    texts = learnt(renderer.tokenizer, row)
+    texts = supervised(renderer.tokenizer, row)
     assert all(f"That {number}.{MODELS[name].end}" in text for number, text in enumerate(texts))
     calls: list[int] = []
     apply = renderer.tokenizer.apply_chat_template
@@ -331,7 +337,7 @@ def test_a_conversation_of_many_turns_takes_few_renderings(name: str, renderer: 
 
     renderer.tokenizer.apply_chat_template = counted
     try:
-        locate(Template(renderer.tokenizer), Chat(messages), range(1, 120, 2))
+        render_conversation(ChatTemplate(renderer.tokenizer), TemplateInput(messages), range(1, 120, 2))
     finally:
         del renderer.tokenizer.apply_chat_template
     assert 0 < len(calls) <= 12

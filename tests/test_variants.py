@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, meanings, process, tiny_llama, tree
+from conftest import Ran, meanings, tiny_llama, tree
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -21,11 +21,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from loratune import config
 from loratune.commands import train
 from loratune.config import LoraSection, ModelSection, TrainingSection, portability
+from loratune.data import no_progress
 from loratune.data.packing import pad
-from loratune.data.watching import unwatched
 from loratune.errors import Code, DataError, ModelError
 from loratune.lora import attach, counts, optimizers, sharded, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
+from loratune.lora.initialize import KEY as INIT
 from loratune.lora.initialize import AdapterInit
 from loratune.model import base_files, load
 from loratune.training import preflight, run_dir, trainer
@@ -131,8 +132,8 @@ def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
         space = run_dir.inspect(loaded.output_dir, resume=resume, overwrite=False)
-        ready = preflight.check(loaded, space, unwatched, [] if resume else None)
-        reporter = train.Reporter(lambda line: None, lambda plan: None, unwatched, Silent(interrupted_at))
+        ready = preflight.check(loaded, space, no_progress, [] if resume else None)
+        reporter = train.Reporter(lambda line: None, lambda plan: None, no_progress, Silent(interrupted_at))
         train.train(ready, reporter)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
@@ -196,10 +197,9 @@ def test_eva_needs_more_learnt_tokens_than_directions() -> None:
     )
     few = dict(BATCHES[0], labels=torch.full_like(BATCHES[0]["labels"], -100))
     few["labels"][0, :8] = 1
-    with pytest.raises(
-        DataError, match="more learnt tokens in a batch than r = 8, and the first batches have 8 at most"
-    ):
+    with pytest.raises(DataError, match="r = 8; the first batches have at most 8 ") as caught:
         attach.initialize_adapter(model, section, batches=[few])
+    assert meanings(caught.value) == [(Code.LORA_EVA_TOKENS, "", INIT)]
     few["labels"][0, :9] = 1
     attach.initialize_adapter(model, section, batches=[few])
 
@@ -320,22 +320,29 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def test_starts_that_do_not_fit_a_layer() -> None:
-    with pytest.raises(ModelError, match="olora does not know the transposed weights of a Conv1D"):
+    with pytest.raises(ModelError, match=r"olora .* Conv1D") as caught:
         begun(gpt2(), init_lora_weights="olora")
-    with pytest.raises(ModelError, match=r"pissa starts from .*; model\.embed_tokens is a Embedding"):
+    assert meanings(caught.value) == [(Code.LORA_INIT_LAYER, "", INIT)]
+    with pytest.raises(ModelError, match=r"pissa .*; model\.embed_tokens is a Embedding") as caught:
         begun(init_lora_weights="pissa", target_modules=["q", "embed_tokens"])
-    with pytest.raises(ModelError, match="LoRA-FA adapts linear layers"):
+    assert meanings(caught.value) == [(Code.LORA_INIT_LAYER, "", INIT)]
+    with pytest.raises(ModelError) as caught:
         begun(use_lorafa=True, target_modules=["q", "embed_tokens"])
+    assert meanings(caught.value) == [(Code.LORA_FA_LAYER, "", "lora.use_lorafa")]
     for start in ("pissa", "olora", "eva"):
-        with pytest.raises(ModelError, match=rf"{start} takes 17 directions .* has only 16; lower lora\.r to 16"):
+        with pytest.raises(
+            ModelError, match=rf"{start} needs 17 directions .* has only 16 .*; lower lora\.r to 16"
+        ) as caught:
             begun(init_lora_weights=start, r=17)
+        assert meanings(caught.value) == [(Code.LORA_INIT_RANK, "", INIT)]
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_would_change_what_is_tied(start: str) -> None:
     """The embedding would lose what is taken out of the head that shares its weight."""
-    with pytest.raises(ModelError, match=rf"{start} changes the weight it starts from, and that of lm_head belongs to"):
+    with pytest.raises(ModelError, match=rf"{start} .*lm_head") as caught:
         begun(tiny_llama(tie_word_embeddings=True), init_lora_weights=start, target_modules=["q", "lm_head"])
+    assert meanings(caught.value) == [(Code.LORA_INIT_SHARED, "", INIT)]
     before = outputs(tiny_llama())
     assert torch.allclose(
         outputs(begun(tiny_llama(), init_lora_weights=start, target_modules=["lm_head"])[0]), before, atol=1e-5
@@ -350,8 +357,10 @@ def test_tokens_of_an_embedding_that_is_adapted_itself(tied: bool, key: str, nam
     if name == "lm_head" and not tied:
         begun(tiny_llama(tie_word_embeddings=tied), **lora)
         return
-    with pytest.raises(ModelError, match=rf"lora\.{key} and lora\.trainable_token_indices: both adapt .*{name}, which"):
+    with pytest.raises(ModelError, match=rf"both adapt .*{name}, which") as caught:
         begun(tiny_llama(tie_word_embeddings=tied), **lora)
+    keys = f"lora.{key} and lora.trainable_token_indices"
+    assert meanings(caught.value) == [(Code.LORA_EMBEDDING_TWICE, "", keys)]
 
 
 @pytest.mark.parametrize("start", ["pissa", "eva", "orthogonal"])
@@ -378,7 +387,7 @@ LEAVES = [
     ),
     ({"init_lora_weights": "pissa", "r": 16}, "lora.r: the file's rank is 32; vLLM"),
     ({"init_lora_weights": "olora", "use_rslora": True}, "lora.use_rslora: with olora, lora_alpha is saved times"),
-    ({"init_lora_weights": "loftq"}, "lora.init_lora_weights: loftq makes up for what 4bit loses"),
+    ({"init_lora_weights": "loftq"}, "lora.init_lora_weights: loftq compensates for what 4bit loses"),
 ]
 
 
@@ -406,9 +415,9 @@ def test_layers_that_llama_cpp_does_not_read(model: Callable[[], Any], names: li
     assert told == [] if kind is None else f"do not read an adapter of {kind}" in told[0]
 
 
-def test_it_is_told_at_config_time(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+def test_it_is_told_at_config_time(run_config: MakeConfig, cli: Cli, tmp_path: Path, forked: Cli) -> None:
     path = run_config(lora={"use_dora": True}, data={"train": str(tmp_path / "gone.jsonl")})
-    ran = process("train", path)
+    ran = forked("train", path)
     assert ran.code == 4
     told, failed = ran.err.splitlines()
     assert told.startswith("lora.use_dora: vLLM, llama.cpp and Ollama do not read DoRA")

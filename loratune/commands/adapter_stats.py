@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from loratune import escaping
-from loratune.console import as_json as print_json
-from loratune.console import size, table
+from loratune.console import format_size, print_json, print_table
 from loratune.lora.adapter_files import WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import number_of, pattern, shortest
 from loratune.lora.stats import Update, updates
@@ -75,7 +74,7 @@ def print_stats(path: str, stats: AdapterStats, as_json: bool) -> None:
         ("adapter", path),
         ("base", stats.base),
         ("rank", _span([update.rank for update in stats.updates] or [stats.r], "d") + _scaling(stats)),
-        ("size", f"{size(stats.adapter_bytes)}, {stats.parameters:,} numbers"),
+        ("size", f"{format_size(stats.adapter_bytes)}, {stats.parameters:,} numbers"),
     ]
     lines += [("also", f"{name}: {count:,} numbers") for name, count in stats.others.items()]
     width = max(len(name) for name, _ in lines)
@@ -95,7 +94,7 @@ def print_stats(path: str, stats: AdapterStats, as_json: bool) -> None:
         ]
         for module_pattern, group in by_pattern.items()
     ]
-    table(["modules", "count", "shape", "rank", "norm of ΔW", "effective rank"], rows)
+    print_table(["modules", "count", "shape", "rank", "norm of ΔW", "effective rank"], rows)
     _print_layers(by_pattern)
 
 
@@ -117,7 +116,7 @@ def _print_layers(by_pattern: Mapping[str, Sequence[Update]]) -> None:
     rows = [[f"{number}", *(cells.get((number, name), "-") for name in by_pattern)] for number in layers]
     if rows:
         print("norm of ΔW (effective rank) by layer")
-        table(["layer", *shortest([*by_pattern])], rows)
+        print_table(["layer", *shortest([*by_pattern])], rows)
 
 
 def _span(values: Sequence[float], form: str) -> str:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 import typer
 
-from loratune.console import Screen
+from loratune.console import EscapedStream
 from loratune.errors import (
+    Code,
     ConfigError,
     Interrupted,
     LoratuneError,
@@ -25,72 +26,81 @@ from loratune.errors import (
 )
 from loratune.system import launcher, signals
 from loratune.system.launcher import Group, SingleProcess
-from loratune.system.signals import Stop, Termination, terminable
+from loratune.system.signals import Stop, Termination, raise_on_signals
+
+_DISK_FULL = (Code.SYSTEM_DISK_FULL, 8, "make room")
+_TOO_MANY_FILES = (Code.SYSTEM_CALL_FAILED, 8, "raise ulimit -n")
+_BAD_PATH = (Code.SYSTEM_CALL_FAILED, 2, "check the path")
+_OS_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _DISK_FULL),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), _TOO_MANY_FILES),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM), _BAD_PATH),
+}
+"""Error number → code, exit code, and what to do, where no command knows better."""
 
 
 @contextmanager
-def boundary(debug: bool, join: Callable[[], Group] = SingleProcess, *, scarce: str = "free memory") -> Iterator[Group]:
-    """Turn what goes wrong into `error:` lines and an exit code; keep the libraries' own remarks off the screen.
+def boundary(
+    debug: bool, join: Callable[[], Group] = SingleProcess, *, memory_fix: str = "free memory"
+) -> Iterator[Group]:
+    """Turn errors into `error:` lines and an exit code, and keep the warnings of libraries off the screen.
 
-    join: meets the other processes of a run; a command without it is for one process. scarce: what to do where this
-    command runs out of memory. debug: what the package logs is shown too, as where an error is no reason to stop.
+    Args:
+        debug: Print tracebacks, warnings, and what the package logs, such as errors that are no reason to stop.
+        join: Joins the other processes of a run; a command without it is for one process.
+        memory_fix: What to do where this command runs out of memory.
     """
-    log, shown = logging.getLogger("loratune"), logging.StreamHandler()
+    logger, handler = logging.getLogger("loratune"), logging.StreamHandler()
     if debug:
-        shown.setFormatter(logging.Formatter("debug: %(name)s: %(message)s"))
-        log.addHandler(shown)
-        log.setLevel(logging.DEBUG)
+        handler.setFormatter(logging.Formatter("debug: %(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
     else:
         warnings.simplefilter("ignore")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     group: Group = SingleProcess()
     stop = Stop()
     try:
-        with terminable() as stop:
-            if join is SingleProcess and (started := launcher.count()) > 1:
+        with raise_on_signals() as stop:
+            if join is SingleProcess and (size := launcher.world_size()) > 1:
+                what = f"was started {size} times, but this command runs in one process"
                 fix = "start it without a launcher"
-                raise ConfigError(Problem(f"was started {started} times, and is for one process", fix=fix))
+                raise ConfigError(Problem(Code.USAGE_SEVERAL_PROCESSES, what, fix=fix))
             group = join()
             yield group
-        with printed():
-            pass  # what was printed before and is still on its way
+        with checked_output():
+            pass  # what was printed before may still be in a buffer
     except typer.Exit:
         raise
     except BrokenPipeError:
-        sys.stdout = open("/dev/null", "w")  # noqa: SIM115  whoever read us has gone; the exit must not flush to it
+        sys.stdout = open("/dev/null", "w")  # noqa: SIM115  the reader has gone; the exit must not flush to it
         raise typer.Exit(0) from None
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
-        told = error if stop.asked is None or _says_so(error) else stop.asked()
-        with signals.ending(hurried=_says_so(told)):
-            _fail(group, told, debug, scarce)
+        cause = error if stop.requested is None or _is_stop(error) else stop.requested()
+        with signals.hold_signals(requested=_is_stop(cause)):
+            _fail(group, cause, debug, memory_fix)
     finally:
-        log.removeHandler(shown)
-        log.setLevel(logging.NOTSET)
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
-_ENDS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (8, "make room")),
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), (8, "raise ulimit -n")),
-    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM), (2, "check the path")),
-}
-"""Error of the system → exit code, and what to do, where no command knows better."""
-
-
-def _says_so(error: BaseException) -> bool:
-    """Whether an error is that of a signal; a library may have turned the signal into one of its own."""
+def _is_stop(error: BaseException) -> bool:
+    """Whether an error is that of a signal; a library may have turned the signal into an error of its own."""
     return isinstance(error, KeyboardInterrupt | Interrupted | Terminated)
 
 
-def stopped(stop: KeyboardInterrupt) -> tuple[str, type[LoratuneError]]:
-    """What happened, and the error that ends the command."""
-    return ("terminated", Terminated) if isinstance(stop, Termination) else ("interrupted", Interrupted)
+def stop_error(stop: KeyboardInterrupt, fix: str = "") -> LoratuneError:
+    """The error that ends a command after a signal. fix: how to continue."""
+    if isinstance(stop, Termination):
+        return Terminated(Problem(Code.TERMINATED, "terminated", fix=fix))
+    return Interrupted(Problem(Code.INTERRUPTED, "interrupted", fix=fix))
 
 
 @contextmanager
-def printed() -> Iterator[None]:
-    """Results are printed inside, when all else is done. Raises ResourceError: there is no room for them."""
+def checked_output() -> Iterator[None]:
+    """Results are printed inside, when all other work is done. Raises ResourceError: there is no room for them."""
     try:
         yield
         if sys.stdout is not None:
@@ -99,38 +109,39 @@ def printed() -> Iterator[None]:
         if not is_disk_full(error):
             raise
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115  the exit must not try it again
-        what = "no room for what was to be printed; all else is done"
-        raise ResourceError(Problem(what, "standard output", fix="make room")) from None
+        what = "not everything was printed, because the disk is full; all other work is done"
+        raise ResourceError(Problem(Code.OUTPUT_FULL, what, "standard output", fix="make room")) from None
 
 
-def _fail(group: Group, error: BaseException, debug: bool, scarce: str) -> None:
-    problems, code = group.fail(error, *_explained(error, scarce))
-    screen = sys.stderr if group.main else Screen(sys.__stderr__)
+def _fail(group: Group, error: BaseException, debug: bool, memory_fix: str) -> None:
+    problems, exit_code = group.fail(error, *_explain(error, memory_fix))
+    stream = sys.stderr if group.main else EscapedStream(sys.__stderr__)
     if debug:
-        traceback.print_exception(error, file=screen)
+        traceback.print_exception(error, file=stream)
     for problem in problems:
-        print(f"error: {problem}", file=screen, flush=True)
+        print(f"error: {problem}", file=stream, flush=True)
     if group.count > 1:
-        os._exit(code)  # torch may wait for the others as Python ends, and they are gone
-    raise typer.Exit(code) from None
+        os._exit(exit_code)  # torch may wait for the others as Python ends, and they are gone
+    raise typer.Exit(exit_code) from None
 
 
-def _explained(error: BaseException, scarce: str) -> tuple[Sequence[Problem], int]:
-    """What is said of an error, and its exit code. scarce: the way out where memory is short."""
+def _explain(error: BaseException, memory_fix: str) -> tuple[Sequence[Problem], int]:
+    """The problems of an error, and its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        error = stop_error(error)
     if isinstance(error, LoratuneError):
         return error.problems, error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        what, kind = stopped(error)
-        return [Problem(what)], kind.exit_code
     if is_out_of_memory(error):
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         allowed = "" if limit == resource.RLIM_INFINITY else f"; this process may have {limit:,} bytes (ulimit -v)"
-        return [Problem(f"out of memory{allowed}", fix=scarce)], 8
+        return [Problem(Code.SYSTEM_OUT_OF_MEMORY, f"out of memory{allowed}", fix=memory_fix)], 8
     if isinstance(error, OSError):
         what, where = error.strerror or str(error), str(error.filename or "")
-        code, fix = _ENDS.get(error.errno or 0, (1, ""))
-        return [Problem(what, where, fix=fix)], code
+        code, exit_code, fix = _OS_ERRORS.get(error.errno or 0, (Code.SYSTEM_CALL_FAILED, 1, ""))
+        return [Problem(code, what, where, fix=fix)], exit_code
     if is_disk_full(error):
-        return [Problem("no room on the disk", fix="make room")], 8
+        code, exit_code, fix = _DISK_FULL
+        return [Problem(code, "no room on the disk", fix=fix)], exit_code
     first = next(iter(str(error).splitlines()), "")
-    return [Problem(f"unexpected {type(error).__name__}: {first}", fix="run again with --debug")], 1
+    what, fix = f"unexpected {type(error).__name__}: {first}", "run again with --debug"
+    return [Problem(Code.UNEXPECTED, what, fix=fix)], 1

@@ -121,7 +121,7 @@ def _prompt_text(example: Example) -> str:
     """Raw text, or a single turn of the user; empty for a row whose prompt cannot be typed on a command line."""
     if isinstance(example, Plain):
         return " ".join(example.completion.split()[:8]) if example.whole else example.prompt
-    if isinstance(example, Conversation) and not example.tools and example.learnt("assistant")[:1] == (1,):
+    if isinstance(example, Conversation) and not example.tools and example.supervised_turns("assistant")[:1] == (1,):
         return str(example.messages[0]["content"]) if example.messages[0]["role"] == "user" else ""
     return ""
 

@@ -8,15 +8,15 @@ from loratune import data
 from loratune.commands import inference
 from loratune.commands.inference import LoadedAdapter
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
-from loratune.data.packing import Batches
-from loratune.data.rendering import Tokens
+from loratune.data.packing import BatchLayout
+from loratune.data.rendering import TokenizedRow
 from loratune.model import load
 from loratune.training import scoring
 from loratune.training.preflight import AdapterInfo
 from loratune.training.tokenization import check_positions
 
 _BATCH_TOKENS = 8192
-"""Tokens of a batch whose logits are held at once: 1.6 GB in float32 with a vocabulary of 50,000."""
+"""TokenizedRow of a batch whose logits are held at once: 1.6 GB in float32 with a vocabulary of 50,000."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,18 @@ def evaluate(
 def _score(loaded: LoadedAdapter, dataset: TokenizedDataset) -> Score:
     rows, lengths = dataset.rows, dataset.rows.lengths
     size = max(1, min(inference.BATCH, _BATCH_TOKENS // int(lengths.max())))
-    batches = Batches(rows, lengths, "none", size, loaded.data.max_length, load.pad_id(loaded.tokenizer))
+    batches = BatchLayout(rows, lengths, "none", size, loaded.data.max_length, load.pad_id(loaded.tokenizer))
     loss = scoring.held_out_loss(loaded.model, batches)
     exact_match, label_accuracy = _accuracies(loaded, [row for row in rows.rows() if _has_prompt(row, loaded)])
     return Score(loss.mean, math.exp(loss.mean), exact_match, label_accuracy, len(rows), loss.tokens)
 
 
-def _has_prompt(row: Tokens, loaded: LoadedAdapter) -> bool:
+def _has_prompt(row: TokenizedRow, loaded: LoadedAdapter) -> bool:
     """Whether a row has a prompt: more than the token that begins every row."""
     return row.prompt not in ((), (loaded.tokenizer.bos_token_id,))
 
 
-def _accuracies(loaded: LoadedAdapter, rows: Sequence[Tokens]) -> tuple[float | None, float | None]:
+def _accuracies(loaded: LoadedAdapter, rows: Sequence[TokenizedRow]) -> tuple[float | None, float | None]:
     """Shares of rows whose completion is exactly the expected one, and begins with it."""
     if not rows:
         return None, None
@@ -90,13 +90,13 @@ def _accuracies(loaded: LoadedAdapter, rows: Sequence[Tokens]) -> tuple[float | 
     return exact / len(rows), begun / len(rows)
 
 
-def _batches(rows: Sequence[Tokens], context_length: int | None) -> Iterator[list[Tokens]]:
-    """Batches of rows with completions of similar length.
+def _batches(rows: Sequence[TokenizedRow], context_length: int | None) -> Iterator[list[TokenizedRow]]:
+    """BatchLayout of rows with completions of similar length.
 
     The prompts of a batch are all completed to the longest expected completion. So a batch takes another row only if
     its longest prompt and its longest completion fit in the context together.
     """
-    batch: list[Tokens] = []
+    batch: list[TokenizedRow] = []
     for row in sorted(rows, key=lambda row: len(row.completion)):
         longest_prompt = max(len(member.prompt) for member in (*batch, row))
         is_too_long = context_length is not None and longest_prompt + len(row.completion) > context_length

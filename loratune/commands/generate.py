@@ -8,7 +8,7 @@ from transformers import TextStreamer
 from loratune.commands import inference
 from loratune.commands.inference import LoadedAdapter
 from loratune.data import formats
-from loratune.data.formats import Asked
+from loratune.data.formats import Question
 from loratune.data.sources import Row
 from loratune.errors import Code, ConfigError, Problem
 from loratune.model import load
@@ -83,15 +83,15 @@ def generate(
     return answers()
 
 
-def _questions(loaded: LoadedAdapter, rows: Sequence[Row]) -> list[Asked]:
+def _questions(loaded: LoadedAdapter, rows: Sequence[Row]) -> list[Question]:
     """The prompts of the rows; text is the user's turn if the adapter was trained on conversations."""
-    questions = [formats.question(row, loaded.data) for row in rows]
+    questions = [formats.parse_question(row, loaded.data) for row in rows]
     if empty := [row.where for row, question in zip(rows, questions, strict=True) if not question.prompt]:
         raise ConfigError([Problem(Code.GENERATE_EMPTY_PROMPT, "the prompt is empty", where) for where in empty])
     if not loaded.chat:
         return questions
     return [
-        Asked([{"role": "user", "content": question.prompt}], question.tools)
+        Question([{"role": "user", "content": question.prompt}], question.tools)
         if isinstance(question.prompt, str)
         else question
         for question in questions

@@ -15,7 +15,7 @@ from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Code, ModelError, Problem
 from loratune.lora import attach, linear
 from loratune.lora.attach import PeftModel
-from loratune.lora.untouched import Untouched
+from loratune.lora.base_comparison import Untouched
 from loratune.model import device, fingerprints
 from loratune.model.fingerprints import Sampled
 from loratune.model.load import load_base, load_tokenizer, pad_id
@@ -121,7 +121,7 @@ def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> L
     except ModelError as error:
         raise AdapterError(error.problems) if own_tokenizer else error from None
     renderer = Renderer(tokenizer, base.config.get_text_config().vocab_size)
-    for line in attach.ignored(adapter.saved):
+    for line in attach.unknown_keys(adapter.saved):
         log(line)
     fingerprint = fingerprints.fingerprint(base, like=adapter.saved.base_fingerprint)
     base_sample = fingerprints.Sampled(base), attach.before_load(base, adapter.saved)

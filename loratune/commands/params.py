@@ -105,9 +105,9 @@ def params(run: RunConfig) -> Params:
         groups=_groups(adapted, matched),
         layers=layers,
         others=_others(adapted, matched),
-        targets=matched.patterns(),
+        targets=matched.entry_patterns(),
         fused=matched.fused,
-        shared_roles={module_pattern: roles for module_pattern, roles in matched.along().items() if roles},
+        shared_roles={module_pattern: roles for module_pattern, roles in matched.shared_roles().items() if roles},
         notes=[*matched.notes, *counts.notes(adapted)],
         memory=_memory(run, adapted),
         batch=run.training.per_device_train_batch_size,
@@ -126,7 +126,7 @@ def _memory(run: RunConfig, adapted: PeftModel) -> memory.Estimate:
 def _groups(adapted: PeftModel, matched: Targets) -> list[ModuleGroup]:
     """The adapted modules by pattern, shape and rank, each with all roles that it serves."""
     groups = []
-    for module_pattern, roles in matched.places().items():
+    for module_pattern, roles in matched.module_patterns().items():
         sizes_by_kind: dict[tuple[tuple[int, int], int], list[int]] = {}
         for path in matched.modules:
             if pattern(path) == module_pattern:

@@ -5,8 +5,17 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from loratune import escaping
-from loratune.console import aligned, block, duration, err, log, marked, size, table
-from loratune.console import as_json as print_json
+from loratune.console import (
+    align,
+    err,
+    format_duration,
+    format_size,
+    log,
+    print_block,
+    print_json,
+    print_marked,
+    print_table,
+)
 from loratune.lora.module_names import pattern, ranges
 
 if TYPE_CHECKING:
@@ -22,8 +31,8 @@ def log_plan(plan: "Plan") -> None:
     for line in _dataset_lines(plan.datasets):
         log(line)
     log("first row, supervised text marked:")
-    marked(_shorten(plan.row_text()), err)
-    for module_pattern, roles in plan.targets.along().items():
+    print_marked(_shorten(plan.row_text()), err)
+    for module_pattern, roles in plan.targets.shared_roles().items():
         if roles:
             log(_shared_module(module_pattern, plan.targets.fused[module_pattern], roles))
     _log_notes(plan)
@@ -33,20 +42,20 @@ def log_plan(plan: "Plan") -> None:
 def print_plan(plan: "Plan", rows: int) -> None:
     """What `train --dry-run` shows, with this many training rows."""
     lines = []
-    for module_pattern, roles in plan.targets.places().items():
+    for module_pattern, roles in plan.targets.module_patterns().items():
         count = sum(pattern(path) == module_pattern for path in plan.targets.modules)
-        shared = plan.targets.along().get(module_pattern)
+        shared = plan.targets.shared_roles().get(module_pattern)
         fused = f", fused: {_adapted_too(shared)}" if shared else ", fused" if shared is not None else ""
         lines.append((", ".join(roles), f"{module_pattern} x {count}{fused}"))
-    block("targets", lines)
+    print_block("targets", lines)
     print(plan.count)
     for line in _dataset_lines(plan.datasets):
         print(escaping.line(line))
     _log_notes(plan)
     for number in range(min(rows, len(plan.datasets.train.rows))):
         print(f"{escaping.line(plan.datasets.train.rows.row(number).where)}, supervised text marked")
-        marked(plan.row_text(number))
-    print(f"adapter file: {size(plan.count.adapter_bytes)}")
+        print_marked(plan.row_text(number))
+    print(f"adapter file: {format_size(plan.count.adapter_bytes)}")
     print(f"memory at the longest batch: {_memory(plan.memory)}")
 
 
@@ -68,7 +77,7 @@ def _dataset_lines(datasets: "TokenizedDatasets") -> Iterator[str]:
     """A table of how many rows of each split were used, truncated or dropped, and remarks on them."""
     splits = {"train": datasets.train, "validation": datasets.validation}
     cells = [[name, *split.report.cells()] for name, split in splits.items() if split]
-    yield from aligned(["", *datasets.train.report.COLUMNS], cells)
+    yield from align(["", *datasets.train.report.COLUMNS], cells)
     for name, split in splits.items():
         if split:
             lines = [*datasets.remarks[name], *split.report.remarks(datasets.max_length)]
@@ -98,8 +107,8 @@ def print_result(result: "Result", program: str) -> None:
     outcome = result.outcome
     lines = [
         ("adapter", str(result.directory)),
-        ("size", size(result.adapter_bytes)),
-        ("trained", f"{outcome.tokens:,} tokens in {outcome.steps:,} steps, {duration(outcome.seconds)}"),
+        ("size", format_size(result.adapter_bytes)),
+        ("trained", f"{outcome.tokens:,} tokens in {outcome.steps:,} steps, {format_duration(outcome.seconds)}"),
         ("loss", f"{outcome.first_loss:.4f} → {outcome.last_loss:.4f}"),
     ]
     if outcome.held_out_loss is not None:
@@ -108,7 +117,7 @@ def print_result(result: "Result", program: str) -> None:
     if result.fallbacks:
         lines.append(("not accelerated", ", ".join(result.fallbacks)))
     lines.append(("try it", f"{program} generate --adapter {result.quoted_directory} {result.example_prompt}"))
-    block("done", lines)
+    print_block("done", lines)
 
 
 def print_params(params: "Params", as_json: bool) -> None:
@@ -134,11 +143,11 @@ def print_params(params: "Params", as_json: bool) -> None:
         for group in params.groups
     ]
     rows += [["", name, "", "", "", f"{trainable:,}"] for name, trainable in params.others.items()]
-    table(["role", "modules", "count", "shape", "rank", "trainable"], rows)
+    print_table(["role", "modules", "count", "shape", "rank", "trainable"], rows)
     for module_pattern, fused_roles in params.fused.items():
         print(f"  {', '.join(fused_roles)}: {module_pattern}, fused")
     print(f"per layer: {_per_layer(params.layers)}")
-    print(f"adapter file: {size(count.adapter_bytes)}")
+    print(f"adapter file: {format_size(count.adapter_bytes)}")
     print(f"memory to train, {params.batch} rows of {params.length:,} tokens: {_memory(params.memory)}")
 
 
@@ -148,7 +157,7 @@ def _memory(estimate: "Estimate") -> str:
     total = parts.pop("total")
     texts = [f"{name} {value / (1 << 30):.1f}" for name, value in parts.items() if value >= 0.05 * (1 << 30)]
     coarse = "" if estimate.traced else ", by a coarse formula"
-    return f"about {size(total)} ({', '.join(texts)}{coarse})"
+    return f"about {format_size(total)} ({', '.join(texts)}{coarse})"
 
 
 def _per_layer(layers: Mapping[int, int]) -> str:
@@ -172,7 +181,7 @@ def print_scores(scores: "Mapping[str, Score]", as_json: bool) -> None:
         for name, score in scores.items()
     ]
     print(f"{scores['base'].rows:,} rows, {scores['base'].tokens:,} supervised tokens")
-    table(["", "loss", "perplexity", "exact match", "label accuracy"], rows)
+    print_table(["", "loss", "perplexity", "exact match", "label accuracy"], rows)
 
 
 def _share(value: float | None) -> str:

@@ -18,7 +18,7 @@ from loratune import config, data, escaping, kernels, memory
 from loratune.commands import card
 from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory
-from loratune.data.packing import Batches
+from loratune.data.packing import BatchLayout
 from loratune.errors import Code, ModelError, NumericError, Problem, ResourceError
 from loratune.lora import adapter_files, attach, counts, optimizers, sharded, targets
 from loratune.lora.attach import PeftModel
@@ -83,8 +83,8 @@ class Plan:
     adapter_init: AdapterInit
     count: Count
     datasets: TokenizedDatasets
-    train_batches: Batches
-    validation_batches: Batches | None
+    train_batches: BatchLayout
+    validation_batches: BatchLayout | None
     memory: memory.Estimate
     notes: list[str]
     base_fingerprint: str
@@ -175,14 +175,14 @@ def train(
         if group.main:
             space.begin(resume=validated.resumed is not None)
         if group.leads_machine:
-            data.forget_old()
+            data.remove_old_entries()
         group.all_gather(None)  # A signal now finds either all processes before the next line, or all behind it.
-        with signals.deferred(repeated=group.count > 1) as stop:
+        with signals.defer_signals(repeated=group.count > 1) as stop:
             control = _control(plan, validated, identity, reporter, stop, group)
             reporter.plan(plan)
             outcome = _fit(plan, control)
-        if control.stopping() and stop.asked is not None:  # A signal can come after the trainer's last check.
-            raise stop.asked
+        if control.stopping() and stop.requested is not None:  # A signal can come after the trainer's last check.
+            raise stop.requested
         trainer.check_sound(plan.model, plan.train_batches, control.checkpoints, outcome.steps)
         weights = sharded.whole(plan.model)
         comparison = _compare_with_base(plan, weights, outcome, control, reporter)

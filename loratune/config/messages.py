@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in the user's words: where, which key, what was expected, what to do."""
+"""Errors of pydantic as problems: where, which key, what was expected, what to do."""
 
 import difflib
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from loratune.config.schema import Contradiction, RunConfig, Section
-from loratune.config.yaml_reader import MAX_PROBLEMS, Document, KeyPath, dotted, kind_of, limited
-from loratune.errors import Problem
+from loratune.config.schema import InvalidSettingError, RunConfig, Section
+from loratune.config.yaml_reader import MAX_PROBLEMS, Document, KeyPath, dotted, first_problems, kind_of
+from loratune.errors import Code, Problem
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -49,13 +49,12 @@ _KNOWN_AS = {
 
 def translate(error: ValidationError, document: Document) -> list[Problem]:
     """One problem for each error of pydantic, in the order of the keys; alternatives of a union count once."""
-    found: dict[KeyPath, list[ErrorDetails]] = {}
+    groups: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors():
-        path = _key_path(details)
-        found.setdefault(path, []).append(details)
-    outermost = list(_outermost(found))
-    problems = [_problem(path, group, document) for path, group in outermost[:MAX_PROBLEMS]]
-    return limited(problems, len(outermost))
+        groups.setdefault(_key_path(details), []).append(details)
+    groups = _without_alternatives(groups)
+    problems = [_problem(path, group, document) for path, group in [*groups.items()][:MAX_PROBLEMS]]
+    return first_problems(problems, len(groups))
 
 
 def known_keys(section: type[Section] = RunConfig, prefix: KeyPath = ()) -> Iterator[KeyPath]:
@@ -82,42 +81,43 @@ def _key_path(details: ErrorDetails) -> KeyPath:
     return (*(part for part in above if isinstance(part, int) or not (part in alternatives or "[" in part)), *own)
 
 
-def _outermost(found: dict[KeyPath, list[ErrorDetails]]) -> Iterator[tuple[KeyPath, list[ErrorDetails]]]:
+def _without_alternatives(groups: dict[KeyPath, list[ErrorDetails]]) -> dict[KeyPath, list[ErrorDetails]]:
     """Drop `a: not a number` where `a.b: unknown key` says what is wrong with the alternative that was meant."""
-    inner = {path[:end] for path in found for end in range(1, len(path))}
-    for path, group in found.items():
-        if path not in inner or not all(details["type"] in _EXPECTED for details in group):
-            yield path, group
+    parents = {path[:end] for path in groups for end in range(1, len(path))}
+    return {
+        path: group
+        for path, group in groups.items()
+        if path not in parents or not all(details["type"] in _EXPECTED for details in group)
+    }
 
 
 def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Problem:
-    details = group[0]
-    where, key = document.where(path), dotted(path)
-    if details["type"] == "extra_forbidden":
-        return Problem("unknown key", where, key, _suggestion(path))
-    if details["type"] == "missing":
-        return Problem("missing", document.where(path[:-1]), key, "this key has no default")
-    if isinstance(cause := details.get("ctx", {}).get("error"), Contradiction):
-        keys = [dotted((*path, *name.split("."))) for name in cause.keys]
-        where = document.where((*path, *cause.keys[0].split(".")))
-        return Problem(str(cause), where, " and ".join(keys))
-    got = kind_of(details["input"])
-    if all(details["type"] in _EXPECTED for details in group):
+    details = next((details for details in group if details["type"] not in _EXPECTED), group[0])
+    where, key, value = document.where(path), dotted(path), f"got {kind_of(details['input'])}"
+    kind, context = details["type"], details.get("ctx", {})
+    if group[0]["type"] == "extra_forbidden":
+        return Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", where, key, _suggestion(path))
+    if group[0]["type"] == "missing":
+        where = document.where(path[:-1])
+        return Problem(Code.CONFIG_MISSING_KEY, "missing", where, key, "this key has no default")
+    if isinstance(error := context.get("error"), InvalidSettingError):
+        if not error.keys:
+            return Problem(error.code, f"{error}, {value}", where, key, error.fix)
+        where = document.where((*path, *error.keys[0].split(".")))
+        keys = " and ".join(dotted((*path, *name.split("."))) for name in error.keys)
+        return Problem(error.code, str(error), where, keys, error.fix)
+    if kind in _EXPECTED:
         expected = " or ".join(dict.fromkeys(_EXPECTED[details["type"]] for details in group))
-        return Problem(f"expected {expected}, got {got}", where, key)
-    return Problem(*_refusal(next(one for one in group if one["type"] not in _EXPECTED), got, where, key))
-
-
-def _refusal(details: ErrorDetails, got: str, where: str, key: str) -> tuple[str, str, str, str]:
-    """The right type, but not a value that is allowed."""
-    if details["type"] == "literal_error":
-        expected = details["ctx"]["expected"]
-        choices = [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
-        return f"expected {expected}, got {got}", where, key, _nearest(str(details["input"]), choices)
-    if details["type"].endswith("too_short"):
-        return "must not be empty", where, key, ""
+        return Problem(Code.CONFIG_WRONG_TYPE, f"expected {expected}, {value}", where, key)
+    if kind == "literal_error":
+        choices = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
+        fix = _nearest(str(details["input"]), choices)
+        return Problem(Code.CONFIG_NOT_A_CHOICE, f"expected {context['expected']}, {value}", where, key, fix)
+    if kind.endswith("too_short"):
+        return Problem(Code.CONFIG_EMPTY_VALUE, "must not be empty", where, key)
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")
-    return f"{message}, got {got}", where, key, ""
+    code = Code.CONFIG_WRONG_TYPE if kind == "string_unicode" else Code.CONFIG_OUT_OF_RANGE
+    return Problem(code, f"{message}, {value}", where, key)
 
 
 def _nearest(word: str, choices: list[str]) -> str:

@@ -8,21 +8,36 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from loratune.config.expressions import BadExpressionError, brief, compiled
+from loratune.config.patterns import BadPatternError, compile_pattern, shorten
+from loratune.errors import Code
 from loratune.system.files import path_problem
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 """How many of something, or how large: beyond this, torch and its optimizers lose numbers in silence, or fail."""
 
 
-def _usable(path: str) -> str:
+class InvalidSettingError(ValueError):
+    """A value that a check of ours refuses, or several that cannot hold together.
+
+    Attributes:
+        code: What kind of problem it is.
+        keys: Relative to the section that is being validated; none for the key itself.
+        fix: What to do about it.
+    """
+
+    def __init__(self, code: Code, message: str, *keys: str, fix: str = ""):
+        super().__init__(message)
+        self.code, self.keys, self.fix = code, keys, fix
+
+
+def _check_path(path: str) -> str:
     if reason := path_problem(path):
-        raise ValueError(reason)
+        raise InvalidSettingError(Code.CONFIG_NOT_A_PATH, reason)
     return path
 
 
-FilePath = Annotated[str, Field(min_length=1), AfterValidator(_usable)]
-"""A path, or what else stands in its place: a glob, a hub id."""
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
+"""A path, or a glob or hub id in the place of one."""
 
 
 class Section(BaseModel):
@@ -31,16 +46,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class Contradiction(ValueError):
-    """Two keys that cannot both hold; `keys` are relative to the section that is being validated."""
-
-    def __init__(self, message: str, *keys: str):
-        super().__init__(message)
-        self.keys = keys
-
-
 class ModelSection(Section):
-    """Which base model, in which numbers it is held, and by what it is computed."""
+    """Which base model, in which dtype or quantization it is held, and what computes it."""
 
     name_or_path: FilePath = Field(description="a local directory or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
@@ -57,21 +64,23 @@ class ModelSection(Section):
     )
     trust_remote_code: bool = Field(False, description="run code from the model's repository; needs revision")
     torch_compile: bool = Field(False, description="compile each layer for training; on a GPU")
-    use_liger_kernel: bool = Field(False, description="train with Liger's norms, rotations and activations; on a GPU")
+    use_liger_kernel: bool = Field(
+        False, description="train with Liger's norms, rotary embeddings, activations; on a GPU"
+    )
 
     @model_validator(mode="after")
     def _pinned_remote_code(self) -> Self:
         if self.trust_remote_code and self.revision is None:
-            raise Contradiction(
-                "code from a repository is only run at a pinned revision", "trust_remote_code", "revision"
-            )
+            message, fix = "code from a repository only runs at a pinned revision", "set model.revision to a commit"
+            raise InvalidSettingError(Code.CONFIG_UNPINNED_CODE, message, "trust_remote_code", "revision", fix=fix)
         return self
 
     @model_validator(mode="after")
     def _one_form_of_weights(self) -> Self:
         if self.gguf_file is not None and self.quantization != "none":
             message = "a GGUF file is unpacked to dtype, and cannot be quantized again while it is loaded"
-            raise Contradiction(message, "gguf_file", "quantization")
+            fix = "leave quantization at none"
+            raise InvalidSettingError(Code.CONFIG_GGUF_QUANTIZED, message, "gguf_file", "quantization", fix=fix)
         return self
 
 
@@ -92,10 +101,11 @@ class LoraSection(Section):
     init_lora_weights: (
         bool | Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "loftq"]
     ) = Field(
-        True, description="how A and B start: true (Kaiming, zero), or by the base (pissa, olora, loftq) or data (eva)"
+        True,
+        description="start of A and B; true: Kaiming and zero; pissa, olora, loftq: from the base; eva: from the data",
     )
     use_lorafa: bool = Field(
-        False, description="A stays as it starts, and B's gradient allows for it, arXiv:2308.03303"
+        False, description="LoRA-FA: only B is trained, with a corrected gradient, arXiv:2308.03303"
     )
     loraplus_lr_ratio: float | None = Field(
         None, ge=1, le=1e6, description="LoRA+: B learns this many times as fast as A, arXiv:2402.12354"
@@ -113,44 +123,61 @@ class LoraSection(Section):
     )
 
     @model_validator(mode="after")
-    def _compiles(self) -> Self:
+    def _patterns_compile(self) -> Self:
         patterns = {"rank_pattern": list(self.rank_pattern), "alpha_pattern": list(self.alpha_pattern)}
         if isinstance(self.target_modules, str):
             patterns["target_modules"] = [self.target_modules]
         for key, texts in patterns.items():
             for text in texts:
                 try:
-                    compiled(text)
-                except BadExpressionError as error:
-                    raise Contradiction(f"`{brief(text)}` {error}", key) from None
+                    compile_pattern(text)
+                except BadPatternError as error:
+                    message = f"`{shorten(text)}` {error}"
+                    raise InvalidSettingError(Code.CONFIG_BAD_PATTERN, message, key) from None
         return self
 
     @model_validator(mode="after")
-    def _zero_start(self) -> Self:
+    def _update_starts_at_zero(self) -> Self:
         if self.init_lora_weights is False:
-            raise Contradiction("false starts from a random update, which is for PEFT's own tests", "init_lora_weights")
+            message = "false starts from a random update, which is meant for PEFT's own tests"
+            raise InvalidSettingError(Code.CONFIG_RANDOM_INIT, message, "init_lora_weights", fix="leave it out")
         return self
 
     @model_validator(mode="after")
-    def _halves(self) -> Self:
+    def _rank_is_even(self) -> Self:
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
-            raise Contradiction("orthogonal starts from two halves, so the rank is even", "init_lora_weights", "r")
+            message = "orthogonal initialization splits the rank into two halves, so the rank must be even"
+            raise InvalidSettingError(Code.CONFIG_ODD_RANK, message, "init_lora_weights", "r")
         return self
 
     @model_validator(mode="after")
     def _variants_agree(self) -> Self:
-        if self.use_lorafa and self.loraplus_lr_ratio is not None:
-            message = "LoRA+ makes B learn faster than A, and LoRA-FA leaves A as it is"
-            raise Contradiction(message, "use_lorafa", "loraplus_lr_ratio")
-        if str(self.init_lora_weights).startswith(("pissa", "olora")) and self.use_dora:
-            message = f"{self.init_lora_weights} takes a part of the base out, and DoRA would measure what is left"
-            raise Contradiction(message, "init_lora_weights", "use_dora")
-        if self.use_lorafa and self.use_dora:
-            message = "PEFT's LoRA-FA pairs each A with its B, and loses count where DoRA has a third tensor"
-            raise Contradiction(message, "use_lorafa", "use_dora")
-        if self.init_lora_weights == "eva" and self.rank_pattern:
-            message = "eva shares directions between layers that read the same input, so they have one rank"
-            raise Contradiction(message, "init_lora_weights", "rank_pattern")
+        init = str(self.init_lora_weights)
+        conflicts = [
+            (
+                self.use_lorafa and self.loraplus_lr_ratio is not None,
+                ("use_lorafa", "loraplus_lr_ratio"),
+                "LoRA+ makes B learn faster than A, but LoRA-FA does not train A",
+            ),
+            (
+                init.startswith(("pissa", "olora")) and self.use_dora,
+                ("init_lora_weights", "use_dora"),
+                f"{init} takes a part out of the base, and DoRA would measure the rest",
+            ),
+            (
+                self.use_lorafa and self.use_dora,
+                ("use_lorafa", "use_dora"),
+                "PEFT's LoRA-FA pairs each A with its B, and miscounts where DoRA has a third tensor",
+            ),
+            (
+                init == "eva" and bool(self.rank_pattern),
+                ("init_lora_weights", "rank_pattern"),
+                "eva shares directions between layers that read the same input, so they must have one rank",
+            ),
+        ]
+        for conflict, keys, message in conflicts:
+            if conflict:
+                raise InvalidSettingError(Code.CONFIG_LORA_VARIANTS, message, *keys, fix="choose one of the two")
         return self
 
 
@@ -169,7 +196,7 @@ def _as_source(value: Any) -> Any:
 
 
 def _as_sources(value: Any) -> Any:
-    return [_as_source(one) for one in value] if isinstance(value, list) else _as_source(value)
+    return [_as_source(source) for source in value] if isinstance(value, list) else _as_source(value)
 
 
 Sources = Source | Annotated[list[Source], Field(min_length=1)]
@@ -179,11 +206,11 @@ COLUMNS = (
     "input_ids", "labels", "prompt", "completion", "messages", "tools", "conversations", "system",
     "instruction", "input", "output", "history", "text",
 )  # fmt: skip
-"""Our names of the fields of a row; `data.columns` maps them to the data's."""
+"""The names of the fields of a row; `data.columns` maps them to those in the data."""
 
 
 class DataSection(Section):
-    """Which rows, and what of them is learnt."""
+    """Which rows, and which of their tokens are supervised."""
 
     train: Annotated[Sources, BeforeValidator(_as_sources)] = Field(
         description="a path, a glob, a hub id, {path, split, weight}, or a list of these"
@@ -196,7 +223,7 @@ class DataSection(Section):
     )
     columns: dict[str, str] = Field(
         {},
-        description="our name → the data's name, e.g. {prompt: question}, for all files; it hides a field of our name",
+        description="field of a row → its name in the data, e.g. {prompt: question}; hides a field of that name",
     )
     chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
     loss_on: Literal["completion", "assistant", "all"] = Field(
@@ -207,9 +234,11 @@ class DataSection(Section):
     max_length: int = Field(1024, ge=2, lt=2**31, description="tokens of a row, its end-of-sequence token included")
     truncation: Literal["keep_completion", "drop", "error"] = Field(
         "keep_completion",
-        description="for rows over max_length: shorten the prompt from its left, drop the row, or stop",
+        description="for rows over max_length: shorten the prompt from its left, drop the row, or refuse the run",
     )
-    max_dropped: float = Field(0.1, ge=0, le=1, description="the share of rows that may be dropped before it stops")
+    max_dropped: float = Field(
+        0.1, ge=0, le=1, description="share of rows that may be dropped before the run is refused"
+    )
     packing: Literal["none", "batch", "full"] = Field(
         "batch", description="batch: a batch without padding; full: batches filled up with whole rows by best fit"
     )
@@ -229,34 +258,40 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _known_columns(self) -> Self:
         if unknown := [name for name in self.columns if name not in COLUMNS]:
-            raise Contradiction(f"`{unknown[0]}` is none of our names, which are {', '.join(COLUMNS)}", "columns")
-        theirs = list(self.columns.values())
-        if twice := [name for name in theirs if theirs.count(name) > 1]:
-            raise Contradiction(f"`{twice[0]}` cannot be two of our fields at once", "columns")
+            message = f"`{unknown[0]}` is not a field of a row; the fields are {', '.join(COLUMNS)}"
+            raise InvalidSettingError(Code.CONFIG_UNKNOWN_COLUMN, message, "columns")
+        names = list(self.columns.values())
+        if repeated := [name for name in names if names.count(name) > 1]:
+            message = f"the data's `{repeated[0]}` is given for two fields of a row"
+            raise InvalidSettingError(Code.CONFIG_COLUMN_TWICE, message, "columns", fix="give each field its own")
         return self
 
     @model_validator(mode="after")
     def _weights(self) -> Self:
         for key, sources in (("train", self.train_sources), ("validation", self.validation_sources)):
-            given = [source for source in sources if source.weight is not None]
-            if given and len(given) < len(sources):
-                raise Contradiction("some sources have a weight and some have none; give one to each, or to none", key)
-            if given and len(sources) == 1:
-                raise Contradiction("one source alone has no weight; take it out", key)
+            weighted = sum(source.weight is not None for source in sources)
+            if 0 < weighted < len(sources):
+                message, fix = "some sources have a weight and some have none", "give one to each, or to none"
+                raise InvalidSettingError(Code.CONFIG_SOURCE_WEIGHTS, message, key, fix=fix)
+            if weighted == len(sources) == 1:
+                message = "a single source takes no weight"
+                raise InvalidSettingError(Code.CONFIG_SOURCE_WEIGHTS, message, key, fix="leave the weight out")
         return self
 
     @model_validator(mode="after")
-    def _fraction(self) -> Self:
+    def _validation_is_a_fraction(self) -> Self:
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
-            raise Contradiction("a fraction lies between 0 and 1", "validation")
+            raise InvalidSettingError(Code.CONFIG_NOT_A_FRACTION, "a fraction must lie between 0 and 1", "validation")
         return self
 
     @model_validator(mode="after")
     def _templates_render_chats(self) -> Self:
         if self.format in ("text", "input_ids") and self.chat_template is not None:
-            raise Contradiction(f"{self.format} goes through no template", "format", "chat_template")
+            message = f"{self.format} rows do not go through a chat template"
+            raise InvalidSettingError(Code.CONFIG_FORMAT_WITHOUT_CHAT, message, "format", "chat_template")
         if self.format in ("text", "input_ids") and self.loss_on == "assistant":
-            raise Contradiction(f"{self.format} has no assistant turns", "format", "loss_on")
+            message = f"{self.format} rows have no assistant turns"
+            raise InvalidSettingError(Code.CONFIG_FORMAT_WITHOUT_CHAT, message, "format", "loss_on")
         return self
 
 
@@ -265,45 +300,47 @@ class TrainingSection(Section):
 
     learning_rate: float = Field(2e-4, gt=0, le=1e30, description="peak learning rate")
     num_train_epochs: float = Field(1.0, gt=0, le=1e9, description="passes over the data")
-    max_steps: int = Field(-1, ge=-1, lt=2**31, description="optimizer steps; -1: as num_train_epochs says")
+    max_steps: int = Field(-1, ge=-1, lt=2**31, description="optimizer steps; -1: num_train_epochs sets the length")
     per_device_train_batch_size: Count = Field(8, description="rows per device and micro-step")
     gradient_accumulation_steps: Count = Field(1, description="micro-steps per optimizer step")
     warmup_steps: float = Field(0.0, ge=0, lt=2**31, description="steps, or a fraction of all steps if below 1")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="how the learning rate falls"
+        "linear", description="schedule of the learning rate"
     )
     weight_decay: float = Field(0.0, ge=0, le=1e30, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0, le=1e30, description="gradients are clipped to this norm; 0: not at all")
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = (
         Field("adamw_torch", description="optimizer")
     )
-    seed: int = Field(42, ge=0, lt=2**32, description="of the adapter's start, the order of rows, and dropout")
+    seed: int = Field(42, ge=0, lt=2**32, description="for the adapter's initial values, the order of rows, dropout")
     logging_steps: Count = Field(10, description="steps between two reports of the loss")
     save_steps: Count = Field(200, description="steps between two checkpoints")
     eval_steps: Count | None = Field(None, description="steps between two evaluations; one always ends the run")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _length_is_set_once(self) -> Self:
         if self.max_steps == 0:
-            raise Contradiction("0 steps train nothing; -1 leaves the length to num_train_epochs", "max_steps")
+            fix = "-1 leaves the length of the run to num_train_epochs"
+            raise InvalidSettingError(Code.CONFIG_NO_STEPS, "0 steps train nothing", "max_steps", fix=fix)
         if self.max_steps > 0 and {"max_steps", "num_train_epochs"} <= self.model_fields_set:
-            raise Contradiction(
-                "both set the length of the run; keep one (`--set training.num_train_epochs=` takes one out)",
-                "max_steps",
-                "num_train_epochs",
-            )
+            message = "both set the length of the run"
+            fix = "keep one; to remove the other: --set training.num_train_epochs="
+            raise InvalidSettingError(Code.CONFIG_LENGTH_TWICE, message, "max_steps", "num_train_epochs", fix=fix)
         return self
 
     @model_validator(mode="after")
     def _warmup(self) -> Self:
         if self.warmup_steps > 1 and not self.warmup_steps.is_integer():
-            raise Contradiction("above 1 it counts steps, so it must be whole", "warmup_steps")
+            message = "above 1 it counts steps, so it must be a whole number"
+            raise InvalidSettingError(Code.CONFIG_WARMUP_NOT_WHOLE, message, "warmup_steps")
         if self.warmup_steps > self.max_steps > 0:
-            raise Contradiction("the learning rate would never reach its peak", "warmup_steps", "max_steps")
+            message = "the run is shorter than its warmup, so the learning rate would never reach its peak"
+            raise InvalidSettingError(Code.CONFIG_WARMUP_TOO_LONG, message, "warmup_steps", "max_steps")
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
-            message = "constant has no warmup; take constant_with_warmup"
-            raise Contradiction(message, "lr_scheduler_type", "warmup_steps")
+            message, fix = "the constant schedule has no warmup", "use constant_with_warmup"
+            keys = ("lr_scheduler_type", "warmup_steps")
+            raise InvalidSettingError(Code.CONFIG_CONSTANT_WARMUP, message, *keys, fix=fix)
         return self
 
 
@@ -319,24 +356,27 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _evaluations_need_rows(self) -> Self:
         if self.training.eval_steps is not None and self.data.validation is None:
-            raise Contradiction("there are no rows to evaluate on", "training.eval_steps", "data.validation")
+            message, fix = "there are no rows to evaluate on", "set data.validation, or leave out eval_steps"
+            keys = ("training.eval_steps", "data.validation")
+            raise InvalidSettingError(Code.CONFIG_NO_EVALUATION_ROWS, message, *keys, fix=fix)
         return self
 
     @model_validator(mode="after")
-    def _start_fits_the_base(self) -> Self:
-        start, held = self.lora.init_lora_weights, self.model.quantization
-        keys = ("lora.init_lora_weights", "model.quantization")
-        if held != "none" and str(start).startswith(("pissa", "olora", "orthogonal")):
-            raise Contradiction(f"{start} starts from the base's weights in full, and {held} does not hold them", *keys)
-        if start == "loftq" and held != "4bit":
-            raise Contradiction("loftq starts from what 4bit quantization loses, so it needs 4bit", *keys)
+    def _init_fits_the_base(self) -> Self:
+        init, quantization = self.lora.init_lora_weights, self.model.quantization
+        code, keys = Code.CONFIG_INIT_QUANTIZATION, ("lora.init_lora_weights", "model.quantization")
+        if quantization != "none" and str(init).startswith(("pissa", "olora", "orthogonal")):
+            message = f"{init} starts from the base's weights in full precision, which {quantization} does not hold"
+            raise InvalidSettingError(code, message, *keys)
+        if init == "loftq" and quantization != "4bit":
+            raise InvalidSettingError(code, "loftq starts from what 4bit quantization loses, so it needs 4bit", *keys)
         return self
 
     @model_validator(mode="after")
     def _lorafa_is_an_optimizer(self) -> Self:
         if self.lora.use_lorafa and self.training.optim != "adamw_torch":
-            message = "LoRA-FA has an AdamW of its own; leave optim at adamw_torch"
-            raise Contradiction(message, "lora.use_lorafa", "training.optim")
+            message, keys = "LoRA-FA has an AdamW of its own", ("lora.use_lorafa", "training.optim")
+            raise InvalidSettingError(Code.CONFIG_LORAFA_OPTIMIZER, message, *keys, fix="leave optim at adamw_torch")
         return self
 
     def resolved(self) -> dict[str, Any]:

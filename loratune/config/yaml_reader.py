@@ -1,7 +1,7 @@
 """YAML text → plain values, with the line of every key and the traps of YAML 1.1 closed.
 
-What is refused rather than guessed: duplicate keys, aliases and merges, tags, and plain scalars which YAML 1.1 and
-1.2 read differently (`no`, `010`, `12:30`). What is read as people mean it: `1e-4` is a number.
+Refused rather than guessed: duplicate keys, aliases and merges, tags, and plain scalars that YAML 1.1 and 1.2 read
+differently (`no`, `010`, `12:30`). Read as people mean it: `1e-4` is a number.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from yaml.reader import ReaderError
 
-from loratune.errors import ConfigError, Problem
+from loratune.errors import Code, ConfigError, Problem
 
 KeyPath = tuple[str | int, ...]
 
@@ -57,7 +57,8 @@ def read(path: Path) -> Document:
     """
     document = parse(_read_text(path), str(path))
     if not document.values:
-        raise ConfigError(Problem("the file is empty", str(path), fix="see configs/ for examples"))
+        problem = Problem(Code.CONFIG_EMPTY_FILE, "the file is empty", str(path), fix="see configs/ for examples")
+        raise ConfigError(problem)
     return document
 
 
@@ -70,48 +71,55 @@ def parse(text: str, source: str) -> Document:
         raise ConfigError(_syntax_problem(error, source)) from None
     except ReaderError as error:
         where = f"{source}:{text.count(chr(10), 0, error.position) + 1}"
-        raise ConfigError(Problem(f"not valid YAML: the control character U+{error.character:04X}", where)) from None
-    except (ValueError, OverflowError):  # of `chr`, which PyYAML asks for whatever an escape names
+        what = f"not valid YAML: the control character U+{error.character:04X}"
+        raise ConfigError(Problem(Code.CONFIG_SYNTAX, what, where)) from None
+    except (ValueError, OverflowError):  # of `chr`, to which PyYAML passes whatever number an escape has
         mark = loader.get_mark()
-        what, fix = "not valid YAML: an escape that names no character", "characters end at \\U0010FFFF"
-        raise ConfigError(Problem(what, f"{source}:{mark.line + 1}:{mark.column + 1}", fix=fix)) from None
+        where = f"{source}:{mark.line + 1}:{mark.column + 1}"
+        what, fix = "not valid YAML: an escape that names no character", "the last character is \\U0010FFFF"
+        raise ConfigError(Problem(Code.CONFIG_SYNTAX, what, where, fix=fix)) from None
     document = Document(source)
     builder = _Builder(document)
     value = builder.build(node, ()) if node is not None else {}
     if node is not None and not isinstance(value, dict) and not builder.problems:
-        builder.add((), node, f"expected a mapping of sections, got {kind_of(value)}", "begin with `model:`")
+        what = f"expected a mapping of sections, got {kind_of(value)}"
+        builder.add(Code.CONFIG_NOT_A_MAPPING, (), node, what, "begin with `model:`")
     if builder.problems:
-        raise ConfigError(limited(builder.problems))
+        raise ConfigError(first_problems(builder.problems))
     document.values = value
     return document
 
 
 def override(document: Document, assignment: str) -> None:
-    """Apply one `section.key=value`; the value is read by the rules of the file, and no value takes the key out.
+    """Apply one `section.key=value`. The value is read by the rules of the file; an empty one removes the key.
 
-    Raises ConfigError: no `=`, an empty key, a key below something that is no mapping.
+    Raises:
+        ConfigError: There is no `=`, a key is empty, or a key stands below something that is not a mapping.
     """
+    code = Code.CONFIG_BAD_ASSIGNMENT
     name, equals, text = assignment.partition("=")
     name = name.strip()
     path = tuple(name.split("."))
     if not equals or not all(path):
-        raise ConfigError(Problem(f"`{assignment}` is not of the form section.key=value", OPTION))
+        raise ConfigError(Problem(code, f"`{assignment}` is not of the form section.key=value", OPTION))
     try:
         parsed = parse(f"value: {text}", OPTION).values
     except ConfigError as error:
-        problems = [replace(one, where=OPTION, key=one.key.replace("value", name, 1) or name) for one in error.problems]
+        keys = [problem.key.replace("value", name, 1) or name for problem in error.problems]
+        problems = [replace(problem, where=OPTION, key=key) for problem, key in zip(error.problems, keys, strict=True)]
         raise ConfigError(problems) from None
     if len(parsed) > 1:
-        raise ConfigError(Problem("one value is expected, not several lines", OPTION, name))
+        raise ConfigError(Problem(code, "expected one value, not several lines", OPTION, name))
     target = document.values
     for part in path[:-1]:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
-            raise ConfigError(Problem(f"`{part}` is {kind_of(target)}, not a section", OPTION, name))
+            raise ConfigError(Problem(code, f"`{part}` is {kind_of(target)}, not a section", OPTION, name))
     if text.strip():
         target[path[-1]] = parsed["value"]
     elif target.pop(path[-1], None) is None:
-        raise ConfigError(Problem("is not in the file, so there is nothing to take out", OPTION, name))
+        what = "is not in the file, so there is nothing to remove"
+        raise ConfigError(Problem(Code.CONFIG_NOTHING_TO_REMOVE, what, OPTION, name))
     document.lines = {key: line for key, line in document.lines.items() if key[: len(path)] != path}
     document.overridden.add(path)
 
@@ -119,35 +127,41 @@ def override(document: Document, assignment: str) -> None:
 def _read_text(path: Path) -> str:
     where = str(path)
     try:
-        if path.is_dir():
-            raise ConfigError(Problem("this is a directory, not a config file", where))
-        if path.is_fifo():
-            raise ConfigError(Problem("this is a pipe, not a config file", where))
+        if path.is_dir() or path.is_fifo():
+            kind = "a directory" if path.is_dir() else "a pipe"
+            raise ConfigError(Problem(Code.CONFIG_NOT_A_FILE, f"this is {kind}, not a config file", where))
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(Problem(f"cannot be read: {error.strerror}", where)) from None
+        raise ConfigError(Problem(Code.CONFIG_UNREADABLE, f"cannot be read: {error.strerror}", where)) from None
     if len(raw) > MAX_BYTES:
-        raise ConfigError(Problem("larger than 256 KiB, so this is not a config file", where))
+        what = "larger than 256 KiB, so this is not a config file"
+        raise ConfigError(Problem(Code.CONFIG_TOO_LARGE, what, where))
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(Problem(f"byte {error.start} is not UTF-8", f"{where}:{line}")) from None
+        raise ConfigError(
+            Problem(Code.CONFIG_NOT_UTF8, f"byte {error.start} is not UTF-8", f"{where}:{line}")
+        ) from None
 
 
 def _syntax_problem(error: yaml.MarkedYAMLError, source: str) -> Problem:
     mark = error.problem_mark or error.context_mark
     where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-    if isinstance(error, _Refused):
-        return Problem(str(error.problem), where, fix=str(error.note))
+    if isinstance(error, _UnsupportedYAMLError):
+        return Problem(error.code, str(error.problem), where, fix=error.fix)
     parts = [part for part in (error.problem, error.context) if part]
     fix = "indent with spaces" if "'\\t'" in str(error.problem) else ""
-    return Problem(f"not valid YAML: {', '.join(parts)}", where, fix=fix)
+    return Problem(Code.CONFIG_SYNTAX, f"not valid YAML: {', '.join(parts)}", where, fix=fix)
 
 
-class _Refused(yaml.MarkedYAMLError):
-    """Valid YAML that a config has no use for; `note` says what to do."""
+class _UnsupportedYAMLError(yaml.MarkedYAMLError):
+    """Valid YAML that a config has no use for."""
+
+    def __init__(self, code: Code, event: yaml.Event, what: str, fix: str = ""):
+        super().__init__(problem=what, problem_mark=event.start_mark)  # type: ignore[arg-type]
+        self.code, self.fix = code, fix
 
 
 class _Loader(yaml.SafeLoader):
@@ -158,18 +172,17 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
-            self._refuse(event, "YAML aliases are not supported", "write the value out")
+            fix = "write the value out"
+            raise _UnsupportedYAMLError(Code.CONFIG_YAML_ALIAS, event, "YAML aliases are not supported", fix)
         if event.tag is not None:
-            self._refuse(event, f"the YAML tag `{event.tag.replace('tag:yaml.org,2002:', '!!')}` is not supported")
+            what = f"the YAML tag `{event.tag.replace('tag:yaml.org,2002:', '!!')}` is not supported"
+            raise _UnsupportedYAMLError(Code.CONFIG_YAML_TAG, event, what)
         if self.depth > MAX_DEPTH:
-            self._refuse(event, f"nested more than {MAX_DEPTH} levels deep")
+            raise _UnsupportedYAMLError(Code.CONFIG_TOO_DEEP, event, f"nested more than {MAX_DEPTH} levels deep")
         self.depth += 1
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
         return node
-
-    def _refuse(self, event: yaml.Event, what: str, fix: str = "") -> None:
-        raise _Refused(problem=what, problem_mark=event.start_mark, note=fix)  # type: ignore[arg-type]
 
 
 class _Builder:
@@ -179,9 +192,9 @@ class _Builder:
         self.document = document
         self.problems: list[Problem] = []
 
-    def add(self, path: KeyPath, node: yaml.Node, what: str, fix: str = "") -> None:
+    def add(self, code: Code, path: KeyPath, node: yaml.Node, what: str, fix: str = "") -> None:
         where = f"{self.document.source}:{node.start_mark.line + 1}"
-        self.problems.append(Problem(what, where, dotted(path), fix))
+        self.problems.append(Problem(code, what, where, dotted(path), fix))
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
         if isinstance(node, yaml.MappingNode):
@@ -196,10 +209,11 @@ class _Builder:
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-                self.add(path, key_node, "keys must be plain words; merges are not supported")
+                self.add(Code.CONFIG_BAD_KEY, path, key_node, "keys must be plain words; merges are not supported")
                 continue
             if key in first:
-                self.add((*path, key), key_node, f"written twice, in line {first[key]} and in line {line}", "keep one")
+                what = f"written twice, in line {first[key]} and in line {line}"
+                self.add(Code.CONFIG_DUPLICATE_KEY, (*path, key), key_node, what, "keep one")
                 continue
             first[key] = line
             self.document.lines[(*path, key)] = line
@@ -213,7 +227,8 @@ class _Builder:
             return _CONSTANTS[text.lower()]
         if _AMBIGUOUS.fullmatch(text):
             fix = "quote it if text is meant, else write true, false or a decimal number"
-            self.add(path, node, f"`{text}` means different things to different YAML readers", fix)
+            what = f"`{text}` means different things to different YAML readers"
+            self.add(Code.CONFIG_AMBIGUOUS_VALUE, path, node, what, fix)
             return None
         if _INT.fullmatch(text) and len(text) < 100:
             return int(text)
@@ -227,10 +242,11 @@ def dotted(path: KeyPath) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
 
 
-def limited(problems: Sequence[Problem], total: int | None = None) -> list[Problem]:
+def first_problems(problems: Sequence[Problem], total: int | None = None) -> list[Problem]:
     """The first of `total` problems, and how many more there are: a wrong file may have tens of thousands."""
     more = (len(problems) if total is None else total) - MAX_PROBLEMS
-    return [*problems[:MAX_PROBLEMS], *([Problem(f"and {more:,} more problems")] if more > 0 else [])]
+    rest = [Problem(Code.CONFIG_MORE_PROBLEMS, f"and {more:,} more problems")] if more > 0 else []
+    return [*problems[:MAX_PROBLEMS], *rest]
 
 
 def reads_as_text(text: str) -> bool:

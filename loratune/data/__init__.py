@@ -1,4 +1,7 @@
-"""Rows in, `input_ids` and `labels` out: read → recognise → render → fit to length → keep → report."""
+"""Rows in, `input_ids` and `labels` out: read → recognise → render → truncate → cache → report.
+
+`read_datasets` reads and checks the rows of a run; `prepare` tokenizes those of one dataset split.
+"""
 
 import hashlib
 import json
@@ -9,31 +12,34 @@ from itertools import islice
 from pathlib import Path
 
 from loratune.config import DataSection
-from loratune.data import cache_dir, formats, repeats
-from loratune.data.cache_dir import forget_old as forget_old
+from loratune.data import formats, token_cache_dir
 from loratune.data.formats import Conversation, Example, Ids, Plain
 from loratune.data.formats.examples import no_loss_reason
-from loratune.data.rendering import Renderer, Tokens, shorten
-from loratune.data.report import Leaks, Report
+from loratune.data.rendering import Renderer, TokenizedRow, truncate
+from loratune.data.report import Report
+from loratune.data.row_index import ProgressFactory as ProgressFactory
+from loratune.data.row_index import no_progress as no_progress
 from loratune.data.sources import MAX_PROBLEMS
 from loratune.data.splits import DatasetSplit as DatasetSplit
 from loratune.data.splits import RawDatasets as RawDatasets
-from loratune.data.splits import check as check
-from loratune.data.splits import check_source as check_source
-from loratune.data.token_cache import TokenCache, Writer
-from loratune.data.watching import ProgressFactory as ProgressFactory
-from loratune.data.watching import unwatched
-from loratune.errors import DataError, Problem
+from loratune.data.splits import find_duplicates
+from loratune.data.splits import find_leaks as find_leaks
+from loratune.data.splits import read_datasets as read_datasets
+from loratune.data.splits import read_source as read_source
+from loratune.data.token_cache import TokenCache, TokenCacheWriter
+from loratune.data.token_cache_dir import remove_old_entries as remove_old_entries
+from loratune.errors import Code, DataError, Problem
 
-_SAMPLE = 100
-"""How many rows are decoded again."""
+_DECODED_ROWS = 100
+"""How many rows are decoded again, to find characters that the tokenizer loses."""
 
-_ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 4_000_000
+_BATCH_ROWS, _BATCH_CHARACTERS = 1024, 4_000_000
+"""How many examples are tokenized at once."""
 
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """What the trainer learns from. rows: `input_ids` and `labels`, mapped from disk."""
+    """A dataset split as the trainer takes it. rows: `input_ids` and `labels`, mapped from disk."""
 
     rows: TokenCache
 
@@ -44,67 +50,71 @@ class TokenizedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every id and learnt span in order."""
+        """SHA-256 over every id and supervised span in order."""
         return self.rows.fingerprint
 
 
 def prepare(
-    part: DatasetSplit,
+    split: DatasetSplit,
     renderer: Renderer,
     section: DataSection,
     vocabulary_size: int,
-    watch: ProgressFactory = unwatched,
+    watch: ProgressFactory = no_progress,
 ) -> TokenizedDataset:
-    """Render every row and fit it to `max_length`, or take what is kept of doing so before; and count.
+    """Tokenize every row of a dataset split and truncate it to `max_length`, or take the rows from the cache.
 
-    Raises DataError: a row that the chat template refuses, or over `max_length` where `truncation` is error; an id
-    that the vocabulary does not have; no row with anything to learn; more rows dropped than `max_dropped` allows.
+    Args:
+        split: The rows.
+        renderer: What tokenizes them.
+        section: The data section of the configuration.
+        vocabulary_size: How many tokens the model has; rows of ids are checked against it.
+        watch: Shows progress.
+
+    Raises:
+        DataError: The chat template refuses a row; a row is longer than `max_length` where `truncation` is error; an id
+            is not in the vocabulary; no row has a supervised token; more rows are dropped than `max_dropped` allows.
+        ModelError: As `Renderer.rows`.
+        ResourceError: There is no room on the disk.
     """
-    deciding = {"loss_on": section.loss_on, "max_length": section.max_length, "truncation": section.truncation}
-    named = json.dumps([_code(), part.digest, renderer.digest, vocabulary_size, deciding], sort_keys=True)
-    key = hashlib.sha256(named.encode()).hexdigest()
-    worker = _Worker(renderer, section, vocabulary_size)
+    settings = {"loss_on": section.loss_on, "max_length": section.max_length, "truncation": section.truncation}
+    parts = json.dumps([_code_digest(), split.digest, renderer.digest, vocabulary_size, settings], sort_keys=True)
+    key = hashlib.sha256(parts.encode()).hexdigest()
+    tokenizer = _ExampleTokenizer(renderer, section, vocabulary_size)
 
-    def fill(writer: Writer) -> None:
-        with watch(f"tokenizing {part.name}", part.size) as advance:
-            for some in _at_once(part.examples(writer.read, advance)):
-                report, rows = worker.prepare(some)
-                writer.add(report, rows)
+    def write(writer: TokenCacheWriter) -> None:
+        with watch(f"tokenizing {split.name}", split.size) as advance:
+            for batch in _batches(split.examples(writer.read, advance)):
+                writer.add(*tokenizer.tokenize(batch))
 
-    rows = cache_dir.kept(key, fill)
-    rows.report.duplicates = repeats.duplicates(part)
-    _check(rows.report, part, section)
+    rows = token_cache_dir.load_or_write(key, write)
+    rows.report.duplicates = find_duplicates(split)
+    _check_report(rows.report, split, section)
     return TokenizedDataset(rows)
 
 
-def opened(directory: Path) -> TokenizedDataset | None:
-    """Rows that another process has prepared; None where this one does not find them."""
-    found = cache_dir.opened(directory)
-    return TokenizedDataset(found) if found is not None else None
+def open_tokenized(directory: Path) -> TokenizedDataset | None:
+    """Open rows that another process has tokenized; None where this one does not find them."""
+    rows = token_cache_dir.open_trusted(directory)
+    return TokenizedDataset(rows) if rows is not None else None
 
 
-def find_leaks(rows: RawDatasets) -> Leaks | None:
-    """Rows of the validation set that also stand in train; None without a validation set."""
-    return repeats.shared(rows.train, rows.validation) if rows.validation else None
-
-
-def dropped(part: DatasetSplit, renderer: Renderer, section: DataSection) -> str | None:
-    """A line about what the tokenizer drops of the answers in the first rows, where it drops anything."""
-    spoken: list[Example] = []
+def remark_on_lost_characters(split: DatasetSplit, renderer: Renderer, section: DataSection) -> str | None:
+    """Returns a line about what the tokenizer drops of the answers in the first rows, where it drops anything."""
+    supervised: list[Example] = []
     characters = 0
-    for example in islice(part.examples(), _SAMPLE):
+    for example in islice(split.examples(), _DECODED_ROWS):
         characters += _characters(example)
-        if characters > _ROWS_AT_ONCE * _SAMPLE:
+        if characters > _BATCH_ROWS * _DECODED_ROWS:
             break
         if not no_loss_reason(example, section.loss_on):
-            spoken.append(example)
-    return renderer.dropped(spoken, section.loss_on) if spoken else None
+            supervised.append(example)
+    return renderer.remark_on_lost_characters(supervised, section.loss_on) if supervised else None
 
 
 @cache
-def _code() -> str:
-    """SHA-256 of what makes rows of files: this package's source. Another release never finds rows that it would make
-    otherwise."""
+def _code_digest() -> str:
+    """SHA-256 of the source of this package, which decides the rows: another release never takes rows from the cache
+    that it would tokenize in another way."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -112,91 +122,95 @@ def _code() -> str:
 
 
 @dataclass(frozen=True)
-class _Worker:
-    """From examples to rows that fit."""
+class _ExampleTokenizer:
+    """From examples to tokenized rows of at most `max_length` tokens."""
 
     renderer: Renderer
     section: DataSection
     vocabulary_size: int
 
-    def prepare(self, some: Sequence[Example]) -> tuple[Report, list[Tokens]]:
-        report, spoken = Report(rows=len(some)), []
-        for example in some:
-            if reason := no_loss_reason(example, self.section.loss_on):
+    def tokenize(self, examples: Sequence[Example]) -> tuple[Report, list[TokenizedRow]]:
+        """Returns the rows that are trained on, and what became of all of them. Raises as `prepare` does."""
+        report, supervised = Report(rows=len(examples)), []
+        loss_on, max_length = self.section.loss_on, self.section.max_length
+        for example in examples:
+            if reason := no_loss_reason(example, loss_on):
                 report.drop(f"nothing to learn: {reason}", example.where)
-            else:
-                spoken.append(example)
-                if isinstance(example, Conversation) and self.section.loss_on != "all":
-                    asked, learnt = example.answers(self.section.loss_on), example.learnt(self.section.loss_on)
-                    report.empty += len(asked) - len(learnt)
-        self._check_ids(spoken)
+                continue
+            supervised.append(example)
+            if isinstance(example, Conversation) and loss_on != "all":
+                report.empty_answers += len(example.selected_turns(loss_on)) - len(example.supervised_turns(loss_on))
+        self._check_ids(supervised)
         rows = []
-        for whole in self.renderer.rows(spoken, self.section.loss_on):
+        for whole in self.renderer.rows(supervised, loss_on):
             report.lengths[len(whole.ids)] += 1
-            row = self._fit(whole)
+            row = self._truncate(whole)
             if row is None or not row.supervised:
                 how = "longer than" if self.section.truncation == "drop" else "the answer does not fit in"
-                report.drop(f"{how} max_length {self.section.max_length}", whole.where)
+                report.drop(f"{how} max_length {max_length}", whole.where)
                 continue
             report.truncated += len(row.ids) < len(whole.ids)
-            report.unlearnt += len(whole.spans) - len(row.spans)
+            report.cut_answers += len(whole.spans) - len(row.spans)
             report.tokens += len(row.ids)
             report.supervised += row.supervised
             rows.append(row)
         return report, rows
 
-    def _check_ids(self, some: Sequence[Example]) -> None:
+    def _check_ids(self, examples: Sequence[Example]) -> None:
         problems = []
-        for example in some:
+        for example in examples:
             if isinstance(example, Ids):
                 try:
                     formats.check_ids(example, self.vocabulary_size)
-                except formats.BadRow as error:
+                except formats.RowError as error:
                     problems.append(error.at(example.where))
         if problems:
             raise DataError(problems[:MAX_PROBLEMS])
 
-    def _fit(self, row: Tokens) -> Tokens | None:
+    def _truncate(self, row: TokenizedRow) -> TokenizedRow | None:
+        """Returns the row as `truncation` says, or None where it is dropped."""
         section = self.section
         if len(row.ids) <= section.max_length:
             return row
         if section.truncation == "error":
             what = f"the row has {len(row.ids)} tokens, more than data.max_length {section.max_length}"
-            raise DataError(Problem(what, row.where, fix="raise it, or set data.truncation to keep_completion or drop"))
+            fix = "raise data.max_length, or set data.truncation to keep_completion or drop"
+            raise DataError(Problem(Code.DATA_ROW_TOO_LONG, what, row.where, fix=fix))
         if section.truncation == "drop":
             return None
-        return shorten(row, section.max_length, self.renderer.tokenizer.bos_token_id)
+        return truncate(row, section.max_length, self.renderer.tokenizer.bos_token_id)
 
 
-def _check(report: Report, part: DatasetSplit, section: DataSection) -> None:
-    """Raises DataError: nothing is left to learn from, or too little of what was read."""
+def _check_report(report: Report, split: DatasetSplit, section: DataSection) -> None:
+    """Raises DataError: there is no supervised token, or more rows are dropped than `max_dropped` allows."""
     reasons = "; ".join(report.reasons())
-    longer = report.longest > section.max_length
     if not report.supervised:
-        fix = f"data.max_length: {report.longest} would keep all" if longer else ""
-        raise DataError(Problem(f"no row has anything to learn ({reasons})", part.source, fix=fix))
+        what = f"no row has anything to learn ({reasons})"
+        fix = f"raise data.max_length to {report.longest}" if report.longest > section.max_length else ""
+        raise DataError(Problem(Code.DATA_NOTHING_TO_LEARN, what, split.source, fix=fix))
     share = report.dropped_rows / report.rows
     if share > section.max_dropped:
-        what = f"{share:.0%} of the {part.name} rows would be dropped ({reasons})"
-        fix = f"mend them, or raise data.max_dropped above {section.max_dropped}"
-        raise DataError(Problem(what, part.source, "data.max_dropped", fix))
+        what = f"{share:.0%} of the {split.name} rows would be dropped ({reasons})"
+        fix = f"correct the rows, or raise data.max_dropped above {section.max_dropped}"
+        raise DataError(Problem(Code.DATA_TOO_MANY_DROPPED, what, split.source, "data.max_dropped", fix))
 
 
-def _at_once(examples: Iterator[Example]) -> Iterator[list[Example]]:
-    """Examples in lots that are small in rows and in characters."""
-    lot: list[Example] = []
+def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    """Yields examples in batches that are small in rows and in characters."""
+    batch: list[Example] = []
     characters = 0
     for example in examples:
-        lot.append(example)
+        batch.append(example)
         characters += _characters(example)
-        if len(lot) >= _ROWS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
-            yield lot
-            lot, characters = [], 0
-    if lot:
-        yield lot
+        if len(batch) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _characters(example: Example) -> int:
+    """Returns about how many characters an example has."""
     if isinstance(example, Plain):
         return len(example.prompt) + len(example.completion)
     if isinstance(example, Conversation):

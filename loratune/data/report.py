@@ -1,17 +1,17 @@
-"""What became of the rows: counted while they are prepared, and told in one table."""
+"""What became of the rows: counts that are taken while they are tokenized, and the lines that report them."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-FIRST = 3
-"""How many places of rows are kept to be named."""
+MAX_PLACES = 3
+"""How many places of rows a message names."""
 
 
 @dataclass
-class Found:
-    """Rows of one kind: how many there are, and the places of the first few."""
+class RowTally:
+    """How many rows of one kind there are, and the places of the first few."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -19,13 +19,13 @@ class Found:
     def add(self, where: str) -> None:
         """Count one more row."""
         self.count += 1
-        if len(self.first) < FIRST:
+        if len(self.first) < MAX_PLACES:
             self.first.append(where)
 
-    def extend(self, other: "Found") -> None:
+    def extend(self, other: "RowTally") -> None:
         """Count the rows of another one, which come later."""
         self.count += other.count
-        self.first += other.first[: FIRST - len(self.first)]
+        self.first += other.first[: MAX_PLACES - len(self.first)]
 
     @property
     def places(self) -> str:
@@ -35,30 +35,41 @@ class Found:
 
 @dataclass(frozen=True)
 class Leaks:
-    """Rows of the validation set that also stand in train. exact: letter for letter; folded: but for white space."""
+    """Rows of the validation set that are also in train.
 
-    exact: Found
-    folded: Found
+    Attributes:
+        exact: Letter for letter.
+        folded: Different in white space alone.
+    """
+
+    exact: RowTally
+    folded: RowTally
 
     def remarks(self) -> list[str]:
         """A line for each kind of leak there is."""
-        kinds = ((self.exact, ""), (self.folded, " but for white space"))
+        kinds = ((self.exact, ""), (self.folded, ", apart from white space"))
         return [
-            f"{found.count:,} of the validation rows also {'stands' if found.count == 1 else 'stand'} in train"
-            f"{how} ({found.places})"
-            for found, how in kinds
-            if found.count
+            f"{tally.count:,} of the validation rows {'is' if tally.count == 1 else 'are'} also in train"
+            f"{difference} ({tally.places})"
+            for tally, difference in kinds
+            if tally.count
         ]
 
 
 @dataclass
 class Report:
-    """Counts over the rows of one part.
+    """Counts over the rows of one dataset split.
 
-    rows: read; tokens, supervised: of the rows that are kept; truncated: kept, but cut; unlearnt: answers of kept rows
-    that were cut off with what comes before the last one; empty: answers that say nothing, between others that do;
-    dropped: reason → rows; duplicates: rows that say what an earlier row says, kept all the same; lengths: tokens of a
-    row before it was cut → how many rows have them.
+    Attributes:
+        rows: Rows that were read.
+        tokens: Tokens of the rows that are trained on, after truncation.
+        supervised: Those of them that the loss is taken over.
+        truncated: Rows that are trained on, but were cut.
+        cut_answers: Answers that truncation removed from rows whose last answer is trained on.
+        empty_answers: Answers without content, in rows whose other answers are trained on.
+        dropped: Why rows are left out, and which.
+        duplicates: Rows with the content of an earlier row; they are trained on all the same.
+        lengths: For each length in tokens before truncation, how many rows have it.
     """
 
     COLUMNS: ClassVar = (
@@ -70,15 +81,15 @@ class Report:
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
-    unlearnt: int = 0
-    empty: int = 0
-    dropped: dict[str, Found] = field(default_factory=dict)
-    duplicates: Found = field(default_factory=Found)
+    cut_answers: int = 0
+    empty_answers: int = 0
+    dropped: dict[str, RowTally] = field(default_factory=dict)
+    duplicates: RowTally = field(default_factory=RowTally)
     lengths: Counter[int] = field(default_factory=Counter)
 
     def drop(self, reason: str, where: str) -> None:
         """Count a row that is left out."""
-        self.dropped.setdefault(reason, Found()).add(where)
+        self.dropped.setdefault(reason, RowTally()).add(where)
 
     def extend(self, other: Self) -> None:
         """Count the rows of another report, which come later."""
@@ -86,17 +97,17 @@ class Report:
         self.tokens += other.tokens
         self.supervised += other.supervised
         self.truncated += other.truncated
-        self.unlearnt += other.unlearnt
-        self.empty += other.empty
+        self.cut_answers += other.cut_answers
+        self.empty_answers += other.empty_answers
         self.lengths.update(other.lengths)
         self.duplicates.extend(other.duplicates)
-        for reason, found in other.dropped.items():
-            self.dropped.setdefault(reason, Found()).extend(found)
+        for reason, tally in other.dropped.items():
+            self.dropped.setdefault(reason, RowTally()).extend(tally)
 
     @property
     def dropped_rows(self) -> int:
         """How many rows were left out."""
-        return sum(found.count for found in self.dropped.values())
+        return sum(tally.count for tally in self.dropped.values())
 
     @property
     def longest(self) -> int:
@@ -105,10 +116,10 @@ class Report:
 
     def percentile(self, share: float) -> int:
         """The least length that this share of the rows does not exceed (nearest rank); 0 without rows."""
-        rank, seen = share * self.lengths.total(), 0
+        rank, rows = share * self.lengths.total(), 0
         for length, count in sorted(self.lengths.items()):
-            seen += count
-            if seen >= rank:
+            rows += count
+            if rows >= rank:
                 return length
         return 0
 
@@ -121,28 +132,32 @@ class Report:
     def reasons(self) -> list[str]:
         """Why rows were left out: `2 rows dropped: the completion is empty (rows.jsonl:3, rows.jsonl:9)`."""
         return [
-            f"{_rows(found.count)} dropped: {reason} ({found.places})"
-            for reason, found in sorted(self.dropped.items(), key=lambda item: -item[1].count)
+            f"{_rows(tally.count)} dropped: {reason} ({tally.places})"
+            for reason, tally in sorted(self.dropped.items(), key=lambda item: -item[1].count)
         ]
 
     def losses(self) -> list[str]:
         """What was cut or left out, a line each."""
-        cut = [f"{_rows(self.truncated)} cut to max_length"] if self.truncated else []
-        return cut + self._left_out()
+        truncated = [f"{_rows(self.truncated)} cut to max_length"] if self.truncated else []
+        return truncated + self._unsupervised()
 
     def remarks(self, max_length: int) -> list[str]:
         """Everything about the rows that the table does not say."""
-        lines = self._left_out()
+        lines = self._unsupervised()
         if self.duplicates.count:
             lines.append(f"{_rows(self.duplicates.count)} repeated: {self.duplicates.places}")
         if self.longest > max_length:
             lines.append(f"max_length {self.longest:,} would keep everything")
         return lines
 
-    def _left_out(self) -> list[str]:
-        lost = f"{self.unlearnt:,} earlier answers are not learnt: cut off with the left of their rows"
-        empty = f"{self.empty:,} answers are not learnt: they are empty"
-        return [*([lost] if self.unlearnt else []), *([empty] if self.empty else []), *self.reasons()]
+    def _unsupervised(self) -> list[str]:
+        """Answers and rows that are not trained on, a line each."""
+        lines = []
+        if self.cut_answers:
+            lines.append(f"{self.cut_answers:,} earlier answers are not supervised: max_length cuts them off")
+        if self.empty_answers:
+            lines.append(f"{self.empty_answers:,} answers are not supervised: they are empty")
+        return lines + self.reasons()
 
     def counts(self) -> dict[str, int]:
         """The totals, for a record."""
@@ -159,28 +174,31 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Plain values, which `from_json` reads back."""
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
-        dropped = {reason: vars(found) for reason, found in self.dropped.items()}
+        dropped = {reason: vars(tally) for reason, tally in self.dropped.items()}
         return numbers | {"dropped": dropped, "lengths": {str(key): count for key, count in self.lengths.items()}}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """What `as_json` gave; duplicates are not part of it.
+        """The report that `as_json` was called on, without its duplicates.
 
-        Raises KeyError, TypeError or ValueError: it is something else.
+        Raises:
+            KeyError, TypeError, ValueError: The values are something else.
         """
-        numbers = ("rows", "tokens", "supervised", "truncated", "unlearnt", "empty")
+        numbers = ("rows", "tokens", "supervised", "truncated", "cut_answers", "empty_answers")
         counts: dict[str, Any] = {name: int(values[name]) for name in numbers}
-        dropped = {reason: Found(int(one["count"]), list(one["first"])) for reason, one in values["dropped"].items()}
+        dropped = {
+            reason: RowTally(int(tally["count"]), list(tally["first"])) for reason, tally in values["dropped"].items()
+        }
         lengths = Counter({int(length): int(count) for length, count in values["lengths"].items()})
         return cls(**counts, dropped=dropped, lengths=lengths)
 
 
 def total(reports: Iterable[Report]) -> Report:
-    """All reports as one, in order."""
-    whole = Report()
+    """One report over the rows of all, in order."""
+    merged = Report()
     for report in reports:
-        whole.extend(report)
-    return whole
+        merged.extend(report)
+    return merged
 
 
 def _rows(count: int) -> str:

@@ -1,40 +1,60 @@
-"""The first pass over the data: every row of every file is read and checked, and what is needed of it later is kept.
+"""The first pass over the data: every row of every file is read and checked, and an index of them is written.
 
-That is three numbers a row, in a file without a name: its line, and two hashes of its content. So memory does not grow
-with the data.
+The index has three numbers a row, in a file without a name: two hashes of its content, and its line. So memory does
+not grow with the data.
 """
 
 import os
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loratune.config import DataSection, Source
-from loratune.data import formats, sources
-from loratune.data.formats import Example, Parser
-from loratune.data.sources import MAX_PROBLEMS, RowSource
-from loratune.data.sources.rows import Advance
-from loratune.data.watching import ProgressFactory
-from loratune.errors import DataError, Problem, ResourceError
+from loratune.data.formats import Example, Parser, RowError, content_key
+from loratune.data.sources import MAX_PROBLEMS, RowSource, no_rows_error, open_source
+from loratune.data.sources.rows import Advance, no_advance
+from loratune.errors import Code, DataError, Problem, ResourceError
+
+RowMask: TypeAlias = NDArray[np.bool_]
+"""(rows,) bool: which rows take part."""
+
+ProgressFactory: TypeAlias = Callable[[str, int], AbstractContextManager[Advance]]
+"""Takes what is being done and its size in bytes (0: unknown); the context gives the function that takes progress."""
+
+
+@contextmanager
+def no_progress(what: str, size: int) -> Iterator[Advance]:
+    """A ProgressFactory that shows nothing."""
+    yield no_advance
+
 
 EXACT, FOLDED, LINE = range(3)
-"""The columns of the census: a hash of the content, one of the content with white space folded, the line or row."""
+"""The columns of the index: a hash of the content, one of the content with white space folded, the line or row."""
 
-_ROW_BYTES = 3 * 8
-_HELD = 1 << 16  # rows in memory before they are written
+_COLUMNS = 3
+_ROW_BYTES = _COLUMNS * 8
+_ROWS_PER_WRITE = 1 << 16
 
 
 @dataclass(frozen=True)
-class File:
-    """One file of rows, or one split of a hub dataset. start: the number of its first row among all; prefix: what a
-    row's place begins with, before its line."""
+class IndexedFile:
+    """One file of rows, or one split of a hub dataset.
 
-    opened: RowSource
+    Attributes:
+        source: Where its rows are read from.
+        parser: What makes examples of them.
+        start: The number of its first row among the rows of all files.
+        rows: How many there are.
+        prefix: What the place of a row begins with, before its line.
+    """
+
+    source: RowSource
     parser: Parser
     start: int
     rows: int
@@ -43,11 +63,17 @@ class File:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """All rows of some sources. counts: rows of each source; kept: a file of int64, three a row, see `EXACT`."""
+    """All rows of some sources.
 
-    files: tuple[File, ...]
+    Attributes:
+        files: Those that have rows.
+        counts: Rows of each source.
+        data: A file of int64, row by row; for the columns see `EXACT`.
+    """
+
+    files: tuple[IndexedFile, ...]
     counts: tuple[int, ...]
-    kept: IO[bytes]
+    data: IO[bytes]
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -55,52 +81,94 @@ class RowIndex:
     def column(self, column: int, start: int, stop: int) -> NDArray[np.int64]:
         """A column of the rows from `start` up to `stop`. It is read, not mapped: mapped pages count as memory."""
         stop = min(stop, len(self))
-        held = os.pread(self.kept.fileno(), (stop - start) * _ROW_BYTES, start * _ROW_BYTES)
-        return np.frombuffer(held, dtype=np.int64).reshape(-1, 3)[:, column].copy()
+        raw = os.pread(self.data.fileno(), (stop - start) * _ROW_BYTES, start * _ROW_BYTES)
+        return np.frombuffer(raw, dtype=np.int64).reshape(-1, _COLUMNS)[:, column].copy()
 
     def where(self, number: int) -> str:
         """The place of a row, by its number among all rows."""
         file = next(file for file in self.files if number < file.start + file.rows)
         return f"{file.prefix}{self.column(LINE, number, number + 1)[0]}"
 
+    def examples(self, mask: RowMask | None, skip: int, advance: Advance) -> Iterator[Example]:
+        """Read the rows once more, in order, as examples.
 
-def take(given: Sequence[Source], section: DataSection, watch: ProgressFactory) -> RowIndex:
+        Args:
+            mask: Which rows; None for all.
+            skip: How many of those to leave out at the beginning.
+            advance: See `RowSource.rows`.
+
+        Raises:
+            DataError: A file has changed since it was indexed.
+        """
+        for file in self.files:
+            file_mask = mask[file.start : file.start + file.rows] if mask is not None else None
+            remaining = file.rows if file_mask is None else int(np.count_nonzero(file_mask))
+            if skip >= remaining:
+                skip -= remaining
+                advance(file.source.size)
+                continue
+            for number, row in enumerate(file.source.rows(advance)):
+                if file_mask is not None and number < file.rows and not file_mask[number]:
+                    continue
+                remaining -= 1
+                if remaining < 0:
+                    raise _changed_error(file)
+                if skip:
+                    skip -= 1
+                    continue
+                try:
+                    yield file.parser(row)
+                except RowError:
+                    raise _changed_error(file) from None
+            if remaining:
+                raise _changed_error(file)
+
+
+def _changed_error(file: IndexedFile) -> DataError:
+    what, fix = "the file has changed while it was being read", "start again"
+    return DataError(Problem(Code.DATA_FILE_CHANGED, what, file.source.name, fix=fix))
+
+
+def index_rows(sources: Sequence[Source], section: DataSection, progress: ProgressFactory) -> RowIndex:
     """Read and check every row of the sources.
 
-    Raises DataError: see `sources.opened`, `formats.Parser`; up to 10 rows that are not as their format asks; a
-    source without rows.
+    Raises:
+        DataError: As `open_source` and `Parser`; up to 10 rows that do not fit their format; or a
+            source without rows.
     """
-    opened = [(source, sources.opened(source)) for source in given]
-    size = sum(one.size for _, files in opened for one in files)
-    rows, files, counts = _Rows(), [], []
-    with watch("reading", size) as advance:
+    opened = [(source, open_source(source)) for source in sources]
+    size = sum(part.size for _, parts in opened for part in parts)
+    writer, files, counts = _IndexWriter(), [], []
+    with progress("reading", size) as advance:
         for source, parts in opened:
-            before = rows.count
-            files += [file for part in parts if (file := _count(part, section, rows, advance)) is not None]
-            if rows.count == before:
-                raise sources.no_rows(source)
-            counts.append(rows.count - before)
-    return RowIndex(tuple(files), tuple(counts), rows.file())
+            before = writer.rows
+            files += [file for part in parts if (file := _index_file(part, section, writer, advance)) is not None]
+            if writer.rows == before:
+                raise no_rows_error(source)
+            counts.append(writer.rows - before)
+    return RowIndex(tuple(files), tuple(counts), writer.finish())
 
 
-def _count(opened: RowSource, section: DataSection, rows: "_Rows", advance: Advance) -> File | None:
-    """One file, or None if it has no rows."""
-    start, problems, parser, prefix = rows.count, [], None, ""
+def _index_file(
+    source: RowSource, section: DataSection, writer: "_IndexWriter", advance: Advance
+) -> IndexedFile | None:
+    """Index one file; None if it has no rows."""
+    start, problems, parser, prefix = writer.rows, [], None, ""
     try:
-        for row in opened.rows(advance):
+        for row in source.rows(advance):
             if parser is None:
                 parser, prefix = Parser(row, section), row.where[: -len(_line_of(row.where))]
             try:
-                rows.add(parser(row), int(_line_of(row.where)))
-            except formats.BadRow as error:
+                writer.add(parser(row), int(_line_of(row.where)))
+            except RowError as error:
                 problems.append(error.at(row.where))
                 if len(problems) == MAX_PROBLEMS:
                     break
-    except DataError as error:  # what the file is, beside what its rows are
-        problems = sorted([*problems, *error.problems], key=lambda one: int(_line_of(one.where) or 0))
+    except DataError as error:  # problems of the file come at its end, so put them in order with those of rows
+        problems = sorted([*problems, *error.problems], key=lambda problem: int(_line_of(problem.where) or 0))
     if problems:
         raise DataError(problems[:MAX_PROBLEMS])
-    return None if parser is None else File(opened, parser, start, rows.count - start, prefix)
+    return None if parser is None else IndexedFile(source, parser, start, writer.rows - start, prefix)
 
 
 def _line_of(where: str) -> str:
@@ -108,62 +176,30 @@ def _line_of(where: str) -> str:
     return where[len(where.rstrip("0123456789")) :]
 
 
-class _Rows:
-    """Numbers of rows, written to a file without a name as they come."""
+class _IndexWriter:
+    """Writes the index to a file without a name."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self._held = array("q")
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  it goes with the census
+        self.rows = 0
+        self._buffer = array("q")
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  the RowIndex keeps it open
 
     def add(self, example: Example, line: int) -> None:
-        self._held.extend((hash(formats.key(example)), hash(formats.key(example, folded=True)), line))
-        self.count += 1
-        if len(self._held) >= 3 * _HELD:
+        exact, folded = content_key(example), content_key(example, folded=True)
+        self._buffer.extend((hash(exact), hash(folded), line))
+        self.rows += 1
+        if len(self._buffer) >= _COLUMNS * _ROWS_PER_WRITE:
             self._write()
 
-    def file(self) -> IO[bytes]:
+    def finish(self) -> IO[bytes]:
         self._write()
         return self._file
 
     def _write(self) -> None:
         try:
-            self._file.write(self._held.tobytes())
+            self._file.write(self._buffer.tobytes())
             self._file.flush()
         except OSError as error:
-            what = f"no room for notes on the rows: {error.strerror}"
-            raise ResourceError(Problem(what, tempfile.gettempdir(), fix="make room, or set TMPDIR")) from None
-        self._held = array("q")
-
-
-def examples(census: RowIndex, kept: NDArray[np.bool_] | None, skip: int, advance: Advance) -> Iterator[Example]:
-    """The rows once more, in order, as examples: those that are kept (None: all), without the first `skip` of them.
-
-    Raises DataError: a file has changed since the census.
-    """
-    for file in census.files:
-        mask = kept[file.start : file.start + file.rows] if kept is not None else None
-        there = file.rows if mask is None else int(np.count_nonzero(mask))
-        if skip >= there:
-            skip -= there
-            advance(file.opened.size)
-            continue
-        for number, row in enumerate(file.opened.rows(advance)):
-            if mask is not None and number < file.rows and not mask[number]:
-                continue
-            there -= 1
-            if there < 0:
-                raise _changed(file)
-            if skip:
-                skip -= 1
-                continue
-            try:
-                yield file.parser(row)
-            except formats.BadRow:
-                raise _changed(file) from None
-        if there:
-            raise _changed(file)
-
-
-def _changed(file: File) -> DataError:
-    return DataError(Problem("the file has changed while it was being read", file.opened.name, fix="start again"))
+            what, fix = f"no space for the index of the rows: {error.strerror}", "free some space, or set TMPDIR"
+            raise ResourceError(Problem(Code.DATA_INDEX_DISK, what, tempfile.gettempdir(), fix=fix)) from None
+        self._buffer = array("q")

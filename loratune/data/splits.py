@@ -1,4 +1,7 @@
-"""Which rows a run learns from, and which it is evaluated on: read and checked one by one, before torch is imported."""
+"""Which rows a run trains on and which it is evaluated on, and what the two have in common.
+
+Rows are read and checked here one by one, before torch is imported.
+"""
 
 import hashlib
 import json
@@ -7,122 +10,231 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loratune.config import DataSection, Source
-from loratune.data import mixing, row_index
-from loratune.data.formats import CHATS, Example
-from loratune.data.mixing import Mask
-from loratune.data.row_index import RowIndex
-from loratune.data.sources.rows import Advance
-from loratune.data.watching import ProgressFactory, unwatched
-from loratune.errors import DataError, Problem
+from loratune.data.formats import CHAT_FORMATS, Example
+from loratune.data.formats.fields import quote
+from loratune.data.report import MAX_PLACES, Leaks, RowTally
+from loratune.data.row_index import EXACT, FOLDED, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
+from loratune.data.sources.rows import Advance, no_advance
+from loratune.errors import Code, DataError, Problem
+
+_HASHES_AT_ONCE = 1 << 18
+"""Hashes that are sorted at once; more of them are divided into groups by their last bits."""
 
 
 @dataclass(frozen=True)
 class DatasetSplit:
-    """Some rows of a census. name: `train` or `validation`; kept: which of them, None for all; mixed: what became of
-    sources that were mixed by weight, a line each."""
+    """The rows that a run trains on, or those that it is evaluated on.
+
+    Attributes:
+        name: `train` or `validation`.
+        index: All rows of the sources.
+        mask: Which of them belong to the split; None for all.
+        section: How they are read.
+        mix: How many rows of each source there are, a line each, where sources are mixed by weight.
+    """
 
     name: str
-    census: RowIndex
-    kept: Mask | None
+    index: RowIndex
+    mask: RowMask | None
     section: DataSection
-    mixed: tuple[str, ...] = ()
+    mix: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.census) if self.kept is None else int(np.count_nonzero(self.kept))
+        return len(self.index) if self.mask is None else int(np.count_nonzero(self.mask))
 
     @property
     def formats(self) -> list[str]:
         """The formats of the files."""
-        return sorted({file.parser.form for file in self.census.files})
+        return sorted({file.parser.format_name for file in self.index.files})
 
     @property
     def chat(self) -> bool:
         """Whether rows go through the chat template."""
-        return not CHATS.isdisjoint(self.formats)
+        return not CHAT_FORMATS.isdisjoint(self.formats)
 
     def remarks(self) -> list[str]:
         """A line each: the files if there are several, how sources were mixed, the fields that are not read."""
-        fields: dict[frozenset[str], list[str]] = {}
-        for file in self.census.files:
-            if file.parser.unread:
-                fields.setdefault(frozenset(file.parser.unread), []).append(file.opened.name)
-        unread = [
-            f"not read: {', '.join(f'`{name}`' for name in sorted(names))} ({files[0]}{', ...' if files[1:] else ''})"
-            for names, files in fields.items()
-        ]
-        files = [f"{file.opened.name} ({file.parser.form}, {file.rows:,} rows)" for file in self.census.files]
+        files = [f"{file.source.name} ({file.parser.format_name}, {file.rows:,} rows)" for file in self.index.files]
         more = f", and {len(files) - 5:,} more" if files[5:] else ""
         several = [f"{len(files):,} files: {', '.join(files[:5])}{more}"] if files[1:] else []
-        return [*several, *(f"mixed: {line}" for line in self.mixed), *unread]
+        files_by_fields: dict[frozenset[str], list[str]] = {}
+        for file in self.index.files:
+            if file.parser.unused_fields:
+                files_by_fields.setdefault(frozenset(file.parser.unused_fields), []).append(file.source.name)
+        unused = [
+            f"fields not read: {quote(fields)} ({names[0]}{', ...' if names[1:] else ''})"
+            for fields, names in files_by_fields.items()
+        ]
+        return [*several, *(f"mixed: {line}" for line in self.mix), *unused]
 
     @property
     def size(self) -> int:
         """Bytes of the files on disk."""
-        return sum(file.opened.size for file in self.census.files)
+        return sum(file.source.size for file in self.index.files)
 
     @property
     def source(self) -> str:
         """Where the rows come from, for a message about all of them."""
-        return ", ".join(dict.fromkeys(file.opened.name for file in self.census.files[:3]))
+        return ", ".join(dict.fromkeys(file.source.name for file in self.index.files[:3]))
 
-    def examples(self, skip: int = 0, advance: Advance = lambda _: None) -> Iterator[Example]:
-        """The rows in order, read once more. Raises DataError: a file has changed since it was checked."""
-        return row_index.examples(self.census, self.kept, skip, advance)
+    def examples(self, skip: int = 0, advance: Advance = no_advance) -> Iterator[Example]:
+        """Read the rows once more, in order; see `RowIndex.examples`."""
+        return self.index.examples(self.mask, skip, advance)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what decides the examples and their places: the files, how they are read, which rows are kept."""
-        files = [(file.opened.name, file.opened.digest, file.parser.reads, file.rows) for file in self.census.files]
+        """SHA-256 of what decides the examples and their places: the files, how they are read, which rows belong."""
+        files = [(file.source.name, file.source.digest, file.parser.identity, file.rows) for file in self.index.files]
         digest = hashlib.sha256(json.dumps([files, self.section.columns], sort_keys=True).encode())
-        if self.kept is not None:
-            digest.update(np.packbits(self.kept).tobytes())
+        if self.mask is not None:
+            digest.update(np.packbits(self.mask).tobytes())
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class RawDatasets:
-    """The rows of a run. validation: None where nothing is evaluated."""
+    """The rows of a run before they are tokenized. validation: None where nothing is evaluated."""
 
     train: DatasetSplit
     validation: DatasetSplit | None
 
 
-def check(section: DataSection, seed: int, watch: ProgressFactory = unwatched) -> RawDatasets:
+def read_datasets(section: DataSection, seed: int, progress: ProgressFactory = no_progress) -> RawDatasets:
     """Read and check all rows. No tokenizer is needed, and torch is not imported.
 
-    Raises DataError: see `census.take`; a fraction that leaves no row to train on.
+    Args:
+        section: Names the sources.
+        seed: Decides which rows are drawn where sources are mixed, and which are held out.
+        progress: Shows how far reading is.
+
+    Raises:
+        DataError: As `index_rows`; or the validation fraction leaves no row to train on.
     """
-    train = _part("train", section.train_sources, section, seed, watch)
+    train = _read_split("train", section.train_sources, section, seed, progress)
     if section.validation_sources:
-        return RawDatasets(train, _part("validation", section.validation_sources, section, seed, watch))
+        return RawDatasets(train, _read_split("validation", section.validation_sources, section, seed, progress))
     if not isinstance(section.validation, float):
         return RawDatasets(train, None)
-    kept = train.kept if train.kept is not None else np.ones(len(train), dtype=np.bool_)
-    learnt, evaluated = mixing.held_out(kept, section.validation, seed)
-    if not learnt.any():
+    mask = train.mask if train.mask is not None else np.ones(len(train), dtype=np.bool_)
+    train_mask, validation_mask = _hold_out(mask, section.validation, seed)
+    if not train_mask.any():
         what = f"a fraction of {section.validation} of {len(train)} rows leaves none to train on"
-        raise DataError(Problem(what, key="data.validation"))
+        fix = "lower it, or name a validation file"
+        raise DataError(Problem(Code.DATA_EMPTY_TRAIN_SPLIT, what, key="data.validation", fix=fix))
     return RawDatasets(
-        DatasetSplit("train", train.census, learnt, section, train.mixed),
-        DatasetSplit("validation", train.census, evaluated, section),
+        DatasetSplit("train", train.index, train_mask, section, train.mix),
+        DatasetSplit("validation", train.index, validation_mask, section),
     )
 
 
-def check_source(source: Source, section: DataSection, watch: ProgressFactory = unwatched) -> DatasetSplit:
-    """All rows of one source, read as `section` says. Raises DataError: see `census.take`."""
-    return DatasetSplit("validation", row_index.take([source], section, watch), None, section)
+def read_source(source: Source, section: DataSection, progress: ProgressFactory = no_progress) -> DatasetSplit:
+    """All rows of one source, read as `section` says. Raises DataError as `index_rows`."""
+    return DatasetSplit("validation", index_rows([source], section, progress), None, section)
 
 
-def _part(name: str, given: Sequence[Source], section: DataSection, seed: int, watch: ProgressFactory) -> DatasetSplit:
-    counted = row_index.take(given, section, watch)
-    weights = [source.weight for source in given if source.weight is not None]
+def _read_split(
+    name: str, sources: Sequence[Source], section: DataSection, seed: int, progress: ProgressFactory
+) -> DatasetSplit:
+    index = index_rows(sources, section, progress)
+    weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
-        return DatasetSplit(name, counted, None, section)
-    taken = mixing.shares(counted.counts, weights)
-    lines = (
-        f"{source.path}: {some:,} of {count:,} rows"
-        for source, some, count in zip(given, taken, counted.counts, strict=True)
+        return DatasetSplit(name, index, None, section)
+    shares = mix_counts(index.counts, weights)
+    mix = (
+        f"{source.path}: {share:,} of {count:,} rows"
+        for source, share, count in zip(sources, shares, index.counts, strict=True)
     )
-    return DatasetSplit(name, counted, mixing.chosen(counted.counts, taken, seed), section, tuple(lines))
+    random = np.random.default_rng(seed)
+    masks = [_draw(count, share, random) for count, share in zip(index.counts, shares, strict=True)]
+    return DatasetSplit(name, index, np.concatenate(masks), section, tuple(mix))
+
+
+# Mixing by weight, and holding out
+
+
+def mix_counts(counts: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """How many rows to take of each source, so that they are in the proportion of the weights.
+
+    No row is taken twice, so the source that is scarcest for its weight gives all its rows and sets the size of the
+    mix; every source gives at least one row. As `datasets.interleave_datasets` with probabilities and
+    stopping_strategy="first_exhausted", but exact instead of drawn.
+    """
+    size = min(count / weight for count, weight in zip(counts, weights, strict=True))
+    exact = (round(size * weight) for weight in weights)
+    return [min(count, max(1, share)) for count, share in zip(counts, exact, strict=True)]
+
+
+def _hold_out(mask: RowMask, fraction: float, seed: int) -> tuple[RowMask, RowMask]:
+    """Divide the rows of a mask into those to train on and the fraction, at least one row, to evaluate on."""
+    random = np.random.default_rng([seed, 1])
+    rows = np.flatnonzero(mask)
+    drawn = _draw(len(rows), max(1, round(len(rows) * fraction)), random)
+    validation = np.zeros_like(mask)
+    validation[rows[drawn]] = True
+    return mask & ~validation, validation
+
+
+def _draw(count: int, share: int, random: np.random.Generator) -> RowMask:
+    """A mask over `count` rows with `share` of them drawn at random."""
+    mask = np.zeros(count, dtype=np.bool_)
+    if share >= count:
+        mask[:] = True
+    else:
+        mask[random.choice(count, share, replace=False, shuffle=False)] = True
+    return mask
+
+
+# Rows that are in the data twice, by the hashes of the index, in memory that does not grow with the data
+
+
+def find_duplicates(split: DatasetSplit) -> RowTally:
+    """Rows of a split whose content an earlier row of it has, letter for letter."""
+    groups = [_repeated(hashes, rows) for hashes, rows in _hash_groups(split, EXACT, len(split))]
+    return _tally(split, groups)
+
+
+def find_leaks(datasets: RawDatasets) -> Leaks | None:
+    """Rows of the validation set that are also in train; None without a validation set."""
+    if datasets.validation is None:
+        return None
+    exact = _in_both(datasets.train, datasets.validation, EXACT)
+    folded = np.setdiff1d(_in_both(datasets.train, datasets.validation, FOLDED), exact, assume_unique=True)
+    return Leaks(_tally(datasets.validation, [exact]), _tally(datasets.validation, [folded]))
+
+
+def _in_both(train: DatasetSplit, validation: DatasetSplit, column: int) -> NDArray[np.int64]:
+    """Numbers of the validation rows whose hash a train row has."""
+    size = max(len(train), len(validation))
+    pairs = zip(_hash_groups(train, column, size), _hash_groups(validation, column, size), strict=True)
+    return np.concatenate([rows[np.isin(hashes, train_hashes)] for (train_hashes, _), (hashes, rows) in pairs])
+
+
+def _hash_groups(split: DatasetSplit, column: int, size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Hashes and row numbers of a split, a group at a time; the number of groups follows from `size` alone."""
+    groups = max(1, -(-size // _HASHES_AT_ONCE))
+    for group in range(groups):
+        hashes, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for start in range(0, len(split.index), _HASHES_AT_ONCE):
+            chunk = split.index.column(column, start, start + _HASHES_AT_ONCE)
+            mask = (chunk.view(np.uint64) % np.uint64(groups)) == group
+            if split.mask is not None:
+                mask &= split.mask[start : start + _HASHES_AT_ONCE]
+            hashes.append(chunk[mask])
+            rows.append(np.flatnonzero(mask) + start)
+        yield np.concatenate(hashes), np.concatenate(rows)
+
+
+def _repeated(hashes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows whose hash an earlier row has."""
+    _, first = np.unique(hashes, return_index=True)
+    return np.delete(rows, first)
+
+
+def _tally(split: DatasetSplit, groups: list[NDArray[np.int64]]) -> RowTally:
+    """How many row numbers the groups have, and the places of the first."""
+    count = sum(len(group) for group in groups)
+    first = np.sort(np.concatenate([np.sort(group)[:MAX_PLACES] for group in groups]))[:MAX_PLACES]
+    return RowTally(count, [split.index.where(int(number)) for number in first])

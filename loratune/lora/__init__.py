@@ -1,1 +1,1 @@
-"""LoRA on a base model, by PEFT: which modules get it, how it begins, and the adapter directory it is kept in."""
+"""LoRA on a base model, by PEFT: its target modules, its initialization, and its adapter directory."""

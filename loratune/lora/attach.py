@@ -1,4 +1,4 @@
-"""The LoRA adapter: attach, save, verify, load, count. The only room that imports peft.
+"""The LoRA adapter: attach it to a base, save, load and verify it. Only this package imports PEFT.
 
 LoRA: y = Wx + (alpha / r) B A x, W frozen, B zero at the start (Hu et al. 2021, arXiv:2106.09685).
 """
@@ -22,21 +22,21 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from loratune.config import LoraSection, rules
-from loratune.errors import AdapterError, ModelError, NumericError, Problem
+from loratune.config import LoraSection, patterns
+from loratune.errors import AdapterError, Code, ModelError, NumericError, Problem
 from loratune.lora import initialize, optimizers
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
+from loratune.lora.base_comparison import Untouched, untouched
 from loratune.lora.counts import Count, file_bytes
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.module_names import ends_in
 from loratune.lora.sharded import Weights, weights
-from loratune.lora.untouched import Untouched, untouched
 
-# Keys of the section that are not fields of `peft.LoraConfig`, or that come resolved with the targets.
 _NOT_PEFT = {"init_lora_weights", "use_lorafa", "loraplus_lr_ratio"}
+"""Keys of the section that are not fields of `peft.LoraConfig`, or are passed separately."""
 
-
-_PLAIN = {"format": "pt"}  # what readers of safetensors ask for
+_METADATA = {"format": "pt"}
+"""What readers of safetensors files expect."""
 
 
 def attach(
@@ -48,18 +48,26 @@ def attach(
     base_name: str | None = None,
     revision: str | None = None,
 ) -> PeftModel:
-    """Freeze `base` and put LoRA on the modules that PEFT finds by `targeting`; its output stays as it is.
+    """Freeze `base` and put LoRA on its targets; the model's output does not change.
 
-    targeting: `target_modules`, and the patterns and modules to save that go with them, resolved to this base's names.
-    seed: of the start of A. base_name, revision: recorded as where the base comes from.
-    Raises ModelError: what PEFT cannot adapt, or a start that does not fit these layers.
+    Args:
+        base: The model, which may be on the meta device.
+        section: The settings of LoRA.
+        targeting: Keywords for `LoraConfig`: `target_modules`, and the patterns and modules to save that go with them,
+            resolved to the names of this base. See `Targets.peft`.
+        seed: Seed of the random values of A.
+        base_name: Recorded as the name of the base.
+        revision: Recorded as its revision.
+
+    Raises:
+        ModelError: PEFT cannot adapt the model; an initialization or a setting does not fit its layers.
     """
-    on_paper = next(base.parameters()).is_meta  # where there are no numbers to decompose
+    is_meta = next(base.parameters()).is_meta  # there are no values to initialize from
     config = LoraConfig(
         task_type="CAUSAL_LM" if isinstance(base, PreTrainedModel) else None,
         base_model_name_or_path=base_name,
         revision=revision,
-        init_lora_weights=True if on_paper else initialize.peft_start(section),
+        init_lora_weights=True if is_meta else initialize.peft_init(section),
         **section.model_dump(exclude=_NOT_PEFT | targeting.keys()) | dict(targeting),
     )
     _check_tokens(base, section, targeting)
@@ -68,36 +76,37 @@ def attach(
     try:
         model = _wrap(base, config)
     except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise ModelError(Problem(f"PEFT cannot adapt this model: {error}", key="lora")) from None
+        what = f"PEFT cannot adapt this model: {error}"
+        raise ModelError(Problem(Code.LORA_UNSUPPORTED, what, key="lora")) from None
     initialize.check_ranks(model, section)
     if initialize.becomes_plain_lora(section):
         config.init_lora_weights = True  # what is published is plain LoRA, see `AdapterInit`
     if section.bias != "none" and not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("bias")):
-        raise ModelError(Problem("the model has no such biases", key="lora.bias", fix="set it to none"))
+        what = "the model has no such biases"
+        raise ModelError(Problem(Code.LORA_NO_BIAS, what, key="lora.bias", fix="set it to none"))
     if section.use_lorafa:
         optimizers.freeze_a(model)
     return model
 
 
 def _check_tokens(base: nn.Module, section: LoraSection, targeting: Mapping[str, Any]) -> None:
-    """Tokens that the model has, in an embedding that nothing else adapts."""
+    """Check that the tokens to train exist, and that no other setting adapts their embedding."""
     if section.trainable_token_indices is None or not isinstance(base, PreTrainedModel):
         return
     embedding = base.get_input_embeddings()
-    known = embedding.num_embeddings
     for path, module in base.named_modules():
         if getattr(module, "weight", None) is not embedding.weight:
             continue
         for key in ("target_modules", "modules_to_save"):
             if any(ends_in(path, name) for name in targeting.get(key) or ()):
-                what, keys = (
-                    f"both adapt {path}, which holds the embeddings",
-                    f"lora.{key} and lora.trainable_token_indices",
-                )
-                raise ModelError(Problem(what, key=keys, fix="keep one of them"))
-    if beyond := [token for token in section.trainable_token_indices if token >= known]:
-        key, fix = "lora.trainable_token_indices", f"ids go from 0 to {known - 1}"
-        raise ModelError(Problem(f"the model has no token {', '.join(map(str, beyond[:3]))}", key=key, fix=fix))
+                what = f"both adapt {path}, which holds the embeddings"
+                keys = f"lora.{key} and lora.trainable_token_indices"
+                raise ModelError(Problem(Code.LORA_EMBEDDING_TWICE, what, key=keys, fix="keep one of them"))
+    size = embedding.num_embeddings
+    if unknown := [token for token in section.trainable_token_indices if token >= size]:
+        what = f"the model has no token {', '.join(map(str, unknown[:3]))}"
+        key, fix = "lora.trainable_token_indices", f"ids go from 0 to {size - 1}"
+        raise ModelError(Problem(Code.LORA_NO_TOKEN, what, key=key, fix=fix))
 
 
 def initialize_adapter(
@@ -107,10 +116,21 @@ def initialize_adapter(
     batches: Sequence[Mapping[str, torch.Tensor]] = (),
     originals: Callable[[], Callable[[str], torch.Tensor]] | None = None,
 ) -> AdapterInit:
-    """Bring a fresh adapter to where it starts, and keep what it is there.
+    """Initialize a fresh adapter beyond what PEFT does while it attaches it.
 
-    batches: collated training rows, for eva; originals: opens the weights before quantization, for loftq, as a reader
-    from the path of a linear layer to its weight. Raises ModelError: see `starts.eva` and `starts.loftq`.
+    Args:
+        model: The model with the fresh adapter.
+        section: The settings of LoRA.
+        batches: Collated training rows, for eva.
+        originals: Opens the weights before quantization, for loftq: returns a function from the path of a linear layer
+            to its weight.
+
+    Returns:
+        The values with which the adapter starts.
+
+    Raises:
+        ModelError: As `initialize.eva` and `initialize.loftq`.
+        DataError: As `initialize.eva`.
     """
     first: torch.Tensor = next(model.parameters())
     if not first.is_meta:
@@ -118,37 +138,55 @@ def initialize_adapter(
             initialize.eva(model, batches)
         elif section.init_lora_weights == "loftq" and originals is not None:
             initialize.loftq(model, originals())
-    return AdapterInit(
-        {name: tensor.clone() for name, tensor in weights(model).items()}, initialize.becomes_plain_lora(section)
-    )
+    tensors = {name: tensor.clone() for name, tensor in weights(model).items()}
+    return AdapterInit(tensors, initialize.becomes_plain_lora(section))
 
 
 def check_trained(state: Mapping[str, torch.Tensor], start: AdapterInit) -> None:
-    """Refuse an adapter that cannot be of use.
+    """Refuse an adapter that is of no use.
 
-    Raises NumericError: a tensor holds NaN or inf, or every B is as it started.
+    Raises:
+        NumericError: A tensor holds NaN or inf, or every B is still as it was initialized.
     """
     if bad := _not_finite(state):
-        raise NumericError(Problem(f"{len(bad)} adapter tensors hold NaN or inf, among them {_few(bad)}"))
-    if not start.moved(state):
-        fix = "is the learning rate too small, or the loss constant?"
-        raise NumericError(Problem("nothing was learnt: every lora_B is as it started", fix=fix))
+        what = f"{len(bad)} adapter tensors hold NaN or inf, among them {_few(bad)}"
+        raise NumericError(Problem(Code.LORA_NOT_FINITE, what))
+    if not start.has_changed(state):
+        what = "training changed nothing: every lora_B still has its initial values"
+        fix = "check that the learning rate is not too small and that the loss depends on the data"
+        raise NumericError(Problem(Code.LORA_UNCHANGED, what, fix=fix))
 
 
 def write(model: PeftModel, directory: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write the two files that PEFT reads. state: see `weights`."""
+    """Write the two files that PEFT reads.
+
+    Args:
+        model: The model with the adapter.
+        directory: Where to; created if it does not exist.
+        state: The adapter's tensors, see `weights`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     config = copy(model.peft_config[model.active_adapter])
     config.inference_mode = True
     config.save_pretrained(str(directory))
-    save_file({name: tensor.cpu().clone() for name, tensor in state.items()}, directory / WEIGHTS_FILE, _PLAIN)
+    save_file({name: tensor.cpu().clone() for name, tensor in state.items()}, directory / WEIGHTS_FILE, _METADATA)
 
 
 def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights | None = None) -> int:
-    """Write the two files that PEFT reads, and read them back. Returns the size of the weights in bytes.
+    """Write the two files that PEFT reads, and read them back.
 
-    state: the trained tensors, if the model holds only a part of them, see `sharded.whole`.
-    Raises NumericError as `check_trained`. Raises AdapterError: what is on the disk is not what is in memory.
+    Args:
+        model: The model with the trained adapter.
+        directory: Where to.
+        start: The adapter as it was initialized.
+        state: The trained tensors, if the model holds only a part of them, see `sharded.whole`.
+
+    Returns:
+        The size of the file of weights in bytes.
+
+    Raises:
+        NumericError: As `check_trained`.
+        AdapterError: The file does not hold what is in memory.
     """
     state = weights(model) if state is None else state
     check_trained(state, start)
@@ -159,78 +197,94 @@ def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights |
     start.publish_config(config)
     for key, value in config.items():
         if isinstance(value, list):
-            config[key] = sorted(value)  # peft writes its sets in hash order
+            config[key] = sorted(value)  # PEFT writes its sets in hash order
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     disk = _read_tensors(directory / WEIGHTS_FILE)
     if memory.keys() != disk.keys() or not all(torch.equal(memory[name], disk[name]) for name in memory):
-        raise AdapterError(Problem("the file differs from the weights in memory", str(directory / WEIGHTS_FILE)))
+        what = "the file differs from the weights in memory"
+        raise AdapterError(Problem(Code.ADAPTER_WRITE_FAILED, what, str(directory / WEIGHTS_FILE)))
     return (directory / WEIGHTS_FILE).stat().st_size
 
 
-def ignored(saved: AdapterFiles) -> list[str]:
-    """A line on the keys of the configuration that this PEFT does not know, and that have no value.
+def unknown_keys(files: AdapterFiles) -> list[str]:
+    """A note on the keys of the configuration that this version of PEFT does not know, and that have no value.
 
-    Raises AdapterError: such a key with a value, which would be left out of account.
+    Raises:
+        AdapterError: Such a key has a value, which PEFT would ignore.
     """
-    where, known = str(saved.path / CONFIG_FILE), {field.name for field in fields(LoraConfig)}
-    unknown = {key: value for key, value in saved.config.items() if key not in known}
-    if given := sorted(key for key, value in unknown.items() if value not in (None, False, {}, [])):
-        fix = "upgrade peft, or take it out"
-        raise AdapterError([Problem("this version of PEFT does not know it", where, key, fix) for key in given])
+    where, known = str(files.path / CONFIG_FILE), {field.name for field in fields(LoraConfig)}
+    unknown = {key: value for key, value in files.config.items() if key not in known}
+    if effective := sorted(key for key, value in unknown.items() if value not in (None, False, {}, [])):
+        code, what, fix = (
+            Code.ADAPTER_UNKNOWN_KEY,
+            "this version of PEFT does not know it",
+            "upgrade peft, or remove it",
+        )
+        raise AdapterError([Problem(code, what, where, key, fix) for key in effective])
     return [f"{where}: this version of PEFT does not know {', '.join(sorted(unknown))}"] if unknown else []
 
 
-def attach_saved(base: nn.Module, saved: AdapterFiles) -> PeftModel:
+def attach_saved(base: nn.Module, files: AdapterFiles) -> PeftModel:
     """Put LoRA on `base`, which may be on the meta device, as a saved configuration says, without its weights.
 
-    Raises AdapterError: see `rules.check`; the configuration does not fit the base; tensors of the file are missing,
-    extra or of another shape than this base asks for.
+    Raises:
+        AdapterError: As `check_patterns`; the configuration does not fit the base; tensors are missing from the file,
+            or it has others, or of other shapes, than this base needs.
     """
-    where = str(saved.path)
+    where = str(files.path)
     paths = (path for path, _ in base.named_modules() if path)
-    rules.check(saved.config, saved.tensors, paths, str(saved.path / CONFIG_FILE))
-    with _fitting(saved):
+    patterns.check_patterns(files.config, files.tensors, paths, str(files.path / CONFIG_FILE))
+    with _as_mismatch(files):
         config = LoraConfig.from_pretrained(where)
-        config.r, config.rank_pattern = rules.bounded(saved.config, saved.tensors)
-        config.inference_mode = False  # its parameters count as trained, which they were
+        config.r, config.rank_pattern = patterns.bounded_ranks(files.config, files.tensors)
+        config.inference_mode = False  # so that its parameters count as trained
         model = _wrap(base, config)
     expected = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}
-    if problems := _differences(expected, saved, where):
+    if problems := _differences(expected, files):
         raise AdapterError(problems)
     return model
 
 
-def before_load(base: PreTrainedModel, saved: AdapterFiles) -> Untouched:
-    """What `load` may change of the base, as it is before. Raises AdapterError: the configuration does not fit it."""
-    with _fitting(saved):
-        return untouched(base, LoraConfig.from_pretrained(str(saved.path)))
+def before_load(base: PreTrainedModel, files: AdapterFiles) -> Untouched:
+    """The parameters that `load` may change in the base, with their present values.
+
+    Raises:
+        AdapterError: The configuration does not fit the base.
+    """
+    with _as_mismatch(files):
+        return untouched(base, LoraConfig.from_pretrained(str(files.path)))
 
 
 @contextmanager
-def _fitting(saved: AdapterFiles) -> Iterator[None]:
+def _as_mismatch(files: AdapterFiles) -> Iterator[None]:
+    """Whatever PEFT raises inside means that the adapter does not fit its base: values that PEFT does not check fail
+    wherever it first uses them."""
     try:
         yield
-    except Exception as error:  # values that PEFT does not check fail wherever it first uses them
+    except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise AdapterError(Problem(f"does not fit its base {saved.base}: {reason}", str(saved.path))) from None
+        what = f"does not fit its base {files.base}: {reason}"
+        raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path))) from None
 
 
-def load(base: PreTrainedModel, saved: AdapterFiles) -> PeftModel:
-    """Put a saved adapter on its base.
+def load(base: PreTrainedModel, files: AdapterFiles) -> PeftModel:
+    """Put a saved adapter on its base, in evaluation mode.
 
-    Raises AdapterError: as `attach_saved`; a tensor holds NaN or inf.
+    Raises:
+        AdapterError: As `attach_saved`; tensors hold NaN or inf or are no floating-point numbers, or PEFT loses some.
     """
-    model = attach_saved(base, saved)
-    tensors = _read_tensors(saved.path / WEIGHTS_FILE)
-    if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise AdapterError(Problem(f"{len(odd)} tensors hold no fractions, among them {_few(odd)}", str(saved.path)))
+    model, where = attach_saved(base, files), str(files.path)
+    tensors = _read_tensors(files.path / WEIGHTS_FILE)
+    if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        what = f"{len(integers)} tensors hold no floating-point numbers, among them {_few(integers)}"
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FLOAT, what, where))
     if bad := _not_finite(tensors):
-        raise AdapterError(Problem(f"{len(bad)} tensors hold NaN or inf, among them {_few(bad)}", str(saved.path)))
+        what = f"{len(bad)} tensors hold NaN or inf, among them {_few(bad)}"
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, what, where))
     result = set_peft_model_state_dict(model, tensors)
-    if lost := list(result.unexpected_keys):  # PEFT renames some modules as it loads, and says nothing of what it loses
-        raise AdapterError(
-            Problem(f"PEFT finds no place for {len(lost)} tensors, among them {_few(lost)}", str(saved.path))
-        )
+    if lost := list(result.unexpected_keys):  # PEFT renames some modules as it loads, and does not report what it loses
+        what = f"PEFT finds no module for {len(lost)} tensors, among them {_few(lost)}"
+        raise AdapterError(Problem(Code.ADAPTER_TENSORS_LOST, what, where))
     return model.eval()
 
 
@@ -241,12 +295,12 @@ def count(model: PeftModel, start: AdapterInit) -> Count:
 
 
 def _wrap(base: nn.Module, config: LoraConfig) -> PeftModel:
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # packages of quantized bases greet as PEFT finds them
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # peft corrects it for Conv1D, and says so
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # packages of quantized bases print on import
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT corrects it for Conv1D, and warns
         warnings.filterwarnings("ignore", message=".*was renamed from.*")
         base_name = config.base_model_name_or_path
         model = get_peft_model(base, config)
-    config.base_model_name_or_path = base_name  # peft put there what the base calls itself
+    config.base_model_name_or_path = base_name  # PEFT has replaced it by the name that the base records
     return model
 
 
@@ -255,21 +309,22 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _differences(expected: Mapping[str, tuple[int, ...]], saved: AdapterFiles, where: str) -> list[Problem]:
-    """Each way in which the tensors of a file differ from those that the base asks for."""
-    found = {
-        "missing": sorted(expected.keys() - saved.tensors.keys()),
-        "not asked for": sorted(saved.tensors.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {saved.tensors[name]} where the base asks for {shape}"
-            for name, shape in expected.items()
-            if name in saved.tensors and saved.tensors[name] != shape
-        ],
-    }
-    fix = f"is {saved.base} the base it was trained on?"
+def _differences(expected: Mapping[str, tuple[int, ...]], files: AdapterFiles) -> list[Problem]:
+    """Each way in which the tensors of a file differ from those that the base needs."""
+    shapes = [
+        f"{name} {files.tensors[name]} where the base needs {shape}"
+        for name, shape in expected.items()
+        if name in files.tensors and files.tensors[name] != shape
+    ]
+    differences = (
+        (Code.ADAPTER_TENSORS_MISSING, "are missing", sorted(expected.keys() - files.tensors.keys())),
+        (Code.ADAPTER_TENSORS_EXTRA, "belong to no module", sorted(files.tensors.keys() - expected.keys())),
+        (Code.ADAPTER_TENSORS_SHAPE, "have another shape", shapes),
+    )
+    fix = f"is {files.base} the base it was trained on?"
     return [
-        Problem(f"{len(names)} tensors are {kind}, among them {_few(names)}", where, fix=fix)
-        for kind, names in found.items()
+        Problem(code, f"{len(names)} tensors {kind}, among them {_few(names)}", str(files.path), fix=fix)
+        for code, kind, names in differences
         if names
     ]
 

@@ -1,4 +1,4 @@
-"""How many numbers an adapter has, and how many bytes its file, before or after it is made."""
+"""Parameter counts and file size of an adapter, and notes on its layers; none of it needs values."""
 
 import json
 import re
@@ -18,7 +18,13 @@ from loratune.lora.module_names import counted, few, short
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters: trained, all of them with the adapter, and bytes of the adapter file."""
+    """Size of an adapter.
+
+    Attributes:
+        trainable: Trained parameters.
+        total: All parameters, those of the adapter included.
+        adapter_bytes: Size of the adapter file.
+    """
 
     trainable: int
     total: int
@@ -26,7 +32,7 @@ class Count:
 
     @property
     def percent(self) -> float:
-        """Trained share of all parameters, in percent."""
+        """Share of trained parameters in percent."""
         return 100 * self.trainable / self.total
 
     def __str__(self) -> str:
@@ -44,11 +50,13 @@ def count_of(model: PeftModel, module: str) -> int:
 
 
 def trained(model: PeftModel) -> dict[str, int]:
-    """What is trained, as it is called in the base → how many numbers it has."""
-    return {_called(name): parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Trained parameters, named as in the base → their sizes."""
+    return {
+        _base_name(name): parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
-def _called(parameter: str) -> str:
+def _base_name(parameter: str) -> str:
     """The name of a parameter without PEFT's wrappers: `lm_head, whole`, `model.embed_tokens, tokens`."""
     name = parameter.removeprefix(WRAPPER_PREFIX).replace(".base_layer.", ".")
     if ".modules_to_save." in name:
@@ -62,12 +70,12 @@ def rank_of(model: PeftModel, module: str) -> int:
 
 
 def notes(model: PeftModel) -> list[str]:
-    """What is lawful and better known: ranks that a layer cannot have, whole modules in 16 bit, clients that fail."""
-    return [*_ranks_to_spare(model), *_coarse_modules(model), *_unportable(model)]
+    """Notes for the user: ranks above what a layer can use, modules trained in 16 bit, clients that cannot load it."""
+    return [*_excessive_ranks(model), *_modules_in_16_bit(model), *_unportable(model)]
 
 
-def _ranks_to_spare(model: PeftModel) -> Iterator[str]:
-    """A rank above the smaller side of a layer, which bounds the rank of any update."""
+def _excessive_ranks(model: PeftModel) -> Iterator[str]:
+    """Ranks above the smaller side of a layer, which bounds the rank of any update."""
     highest: dict[int, int] = {}
     layers: dict[int, list[str]] = {}
     for name, layer in model.named_modules():
@@ -80,41 +88,41 @@ def _ranks_to_spare(model: PeftModel) -> Iterator[str]:
     for limit, names in sorted(layers.items()):
         key = "lora.r" if highest[limit] == common else "lora.rank_pattern"
         yield (
-            f"{key}: {highest[limit]} is more than the {limit} inputs or outputs of {counted(names, 4)}; {limit} can "
-            "express every update of theirs"
+            f"{key}: {highest[limit]} is more than the {limit} inputs or outputs of {counted(names, 4)}; {limit} is "
+            "enough for every update of them"
         )
 
 
 def _unportable(model: PeftModel) -> Iterator[str]:
-    """Layers whose adapters llama.cpp's convert_lora_to_gguf.py refuses, or makes a file of that does not load."""
+    """Layers whose adapters llama.cpp's convert_lora_to_gguf.py refuses, or converts to a file that does not load."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         base = layer.get_base_layer()
-        place = short(name.removeprefix(WRAPPER_PREFIX))
+        layer_name = short(name.removeprefix(WRAPPER_PREFIX))
         if isinstance(base, Conv1D):
-            found[place] = "a Conv1D"
+            kinds[layer_name] = "a Conv1D"
         elif isinstance(base, nn.Embedding):
-            found[place] = "an Embedding"
+            kinds[layer_name] = "an Embedding"
         elif id(base.weight) in embeddings:
-            found[place] = "a Linear with the weight of the embeddings"
-    for kind in dict.fromkeys(found.values()):
-        places = [place for place, its in found.items() if its == kind]
-        yield f"lora.target_modules: llama.cpp and Ollama do not read an adapter of {few(places, 4)}, {kind}"
+            kinds[layer_name] = "a Linear with the weight of the embeddings"
+    for kind in dict.fromkeys(kinds.values()):
+        names = [layer_name for layer_name, of_layer in kinds.items() if of_layer == kind]
+        yield f"lora.target_modules: llama.cpp and Ollama do not read an adapter of {few(names, 4)}, {kind}"
 
 
-def _coarse_modules(model: PeftModel) -> Iterator[str]:
-    """PEFT trains a whole module in the dtype of the base; of its own weights it keeps float32 copies."""
-    coarse = {
+def _modules_in_16_bit(model: PeftModel) -> Iterator[str]:
+    """Modules to save in 16 bit: PEFT trains them in the dtype of the base, and only its own weights in float32."""
+    modules = {
         name.partition(".modules_to_save.")[0].removeprefix(WRAPPER_PREFIX): parameter.dtype
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and ".modules_to_save." in name and parameter.dtype.itemsize < 4
     }
-    for name, dtype in coarse.items():
-        number = str(dtype).removeprefix("torch.")
-        yield f"lora.modules_to_save: {name} is trained in {number}, which rounds small steps away; float32 does not"
+    for name, dtype in modules.items():
+        bits = str(dtype).removeprefix("torch.")
+        yield f"lora.modules_to_save: {name} is trained in {bits}, which rounds small steps away; float32 does not"
 
 
 def shape_of(model: PeftModel, module: str) -> tuple[int, int]:
@@ -126,7 +134,7 @@ def shape_of(model: PeftModel, module: str) -> tuple[int, int]:
 def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     """Size of the safetensors file that holds `tensors`, to the byte.
 
-    8 bytes of length, a JSON header padded to a multiple of 8, then the data in order of dtype and name:
+    The file has 8 bytes of length, a JSON header padded to a multiple of 8, then the data in order of dtype and name:
     https://github.com/huggingface/safetensors#format
     """
     dtypes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

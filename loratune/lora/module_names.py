@@ -42,8 +42,8 @@ def layer_of(path: str) -> str:
 
 def number_of(path: str) -> int | None:
     """The layer that PEFT counts a module to: the first number in its path."""
-    found = _PEFT_LAYER.match(path)
-    return int(found[1]) if found else None
+    match = _PEFT_LAYER.match(path)
+    return int(match[1]) if match else None
 
 
 def tails(path: str) -> Iterator[str]:
@@ -62,15 +62,18 @@ def endings(
 ) -> tuple[tuple[str, ...], list[str]]:
     """The shortest endings that by PEFT's rule select exactly `chosen` out of `every`, and the paths without one.
 
-    layers: of `layers_to_transform`, which PEFT applies to endings and not to whole paths.
+    Args:
+        chosen: The paths to select.
+        every: All paths.
+        layers: Those of `layers_to_transform`, which PEFT applies to endings and not to whole paths.
     """
     total: Counter[str] = Counter()
     for path in every:
         total.update(tails(path) if layers is None or number_of(path) in layers else (path,))
     wanted = Counter(tail for path in chosen for tail in tails(path))
-    found = {path: next((tail for tail in tails(path) if wanted[tail] == total[tail]), None) for path in chosen}
-    names = {name for name in found.values() if name}
-    return tuple(sorted(names)), [path for path, name in found.items() if not name]
+    exact = {path: next((tail for tail in tails(path) if wanted[tail] == total[tail]), None) for path in chosen}
+    names = {name for name in exact.values() if name}
+    return tuple(sorted(names)), [path for path, name in exact.items() if not name]
 
 
 def few(items: Sequence[str], most: int) -> str:
@@ -101,10 +104,10 @@ def shortest(paths: Sequence[str]) -> list[str]:
 
 def ranges(numbers: list[int]) -> str:
     """`[0, 1, 2, 5]` → `0-2, 5`."""
-    found: list[list[int]] = []
+    spans: list[list[int]] = []
     for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
         else:
-            found.append([number, number])
-    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in found)
+            spans.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)

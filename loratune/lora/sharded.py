@@ -1,4 +1,4 @@
-"""The adapter's tensors, also where each process holds a part of them only: DTensors of FSDP2, partitions of ZeRO-3."""
+"""The adapter's tensors, also where each process holds only a part of them: DTensors of FSDP2, partitions of ZeRO-3."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,25 +11,26 @@ from peft.utils import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from loratune.kernels import full
+from loratune.lora import upstream
 
 Weights = dict[str, torch.Tensor]
-"""The tensors of an adapter under the names they are saved by."""
+"""Name in the adapter file → tensor."""
 
 
 def weights(model: PeftModel) -> Weights:
-    """The adapter's tensors under the names they are saved by."""
+    """The adapter's tensors under their names in the adapter file."""
     state: Weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     return state
 
 
 def whole(model: PeftModel) -> Weights:
-    """The same, put together from all processes that hold a part of them; all must take part."""
+    """The same, whole, collected from all processes that hold a part of them, which all must call this."""
     with _gathered(model):
         return {name: full(tensor).detach().clone() for name, tensor in weights(model).items()}
 
 
 def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, spread over the processes as `target` is."""
+    """A whole tensor, distributed over the processes as `target` is."""
     if not isinstance(target, DTensor):
         return value
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
@@ -37,22 +38,23 @@ def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def restore(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
-    """Put whole tensors into a model that may hold a part of them; then all processes must take part. Raises KeyError:
-    they are of another adapter."""
-    with _gathered(model, changed=True):
+    """Copy whole tensors into a model that may hold only a part of them; then all processes must call this.
+
+    Raises:
+        KeyError: They belong to another adapter.
+    """
+    with _gathered(model, write=True):
         for name, target in weights(model).items():
             target.copy_(alike(saved[name].to(target.device), target))
 
 
 @contextmanager
-def _gathered(model: Any, *, changed: bool = False) -> Iterator[None]:
-    """Inside, what ZeRO-3 has partitioned of the adapter is whole (deepspeed.readthedocs.io, GatheredParameters).
-
-    changed: what the main process makes of it is kept.
-    """
-    parts = [one for one in model.parameters() if one.requires_grad and hasattr(one, "ds_id")]
-    if not parts:
+def _gathered(model: Any, *, write: bool = False) -> Iterator[None]:
+    """Inside, parameters of the adapter that ZeRO-3 has partitioned are whole (deepspeed.readthedocs.io,
+    GatheredParameters). With `write`, their values in the main process are distributed at the end."""
+    partitioned = [p for p in model.parameters() if p.requires_grad and upstream.is_partitioned(p)]
+    if not partitioned:
         yield
         return
-    with import_module("deepspeed").zero.GatheredParameters(parts, modifier_rank=0 if changed else None):
+    with import_module("deepspeed").zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield

@@ -1,7 +1,7 @@
-"""What an adapter file holds, module by module: rank, scaling, and size and effective rank of each update.
+"""Statistics of an adapter file, module by module: rank, scaling, and norm and effective rank of each update.
 
-Everything comes from the small factors: with B = Qb·Rb and Aᵀ = Qa·Ra, the singular values of s·B·A are those of
-s·Rb·Raᵀ, a matrix of rank x rank. The full update is never formed, and neither base nor PEFT is needed.
+All are computed from the small factors: with B = Qb·Rb and Aᵀ = Qa·Ra, the singular values of s·B·A are those of
+s·Rb·Raᵀ, a matrix of rank x rank. The full update is never formed, and neither the base nor PEFT is needed.
 """
 
 import re
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from loratune.config.rules import Stated, stated
-from loratune.errors import AdapterError, Problem
+from loratune.config.patterns import ModuleSettings, module_settings
+from loratune.errors import AdapterError, Code, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import natural
 
@@ -21,10 +21,17 @@ _A = re.compile(rf"^{re.escape(_PREFIX)}(?P<path>.*)\.lora_(?P<kind>embedding_)?
 
 @dataclass(frozen=True)
 class Update:
-    """ΔW of one module. shape: inputs and outputs; scaling: what B·A is multiplied by; parameters: in A and B.
+    """ΔW = scaling·B·A of one module.
 
-    norm: Frobenius norm of ΔW = scaling·B·A. effective_rank: exp of the entropy of its singular values' shares, between
-    1 and rank (Roy & Vetterli 2007, "The effective rank"); 0 where ΔW is zero.
+    Attributes:
+        module: Path of the module in the base.
+        rank: Rank of A and B.
+        shape: Inputs and outputs of the module.
+        scaling: The factor of B·A.
+        norm: Frobenius norm of ΔW.
+        effective_rank: exp of the entropy of the shares of its singular values, between 1 and rank (Roy & Vetterli
+            2007, "The effective rank"); 0 where ΔW is zero.
+        parameters: Number of values in A and B.
     """
 
     module: str
@@ -36,39 +43,38 @@ class Update:
     parameters: int
 
 
-def updates(saved: AdapterFiles) -> list[Update]:
+def updates(files: AdapterFiles) -> list[Update]:
     """Measure the update of each module of an adapter directory, in the order of its layers.
 
-    Raises AdapterError: an A without its B, or of another rank than the configuration says; NaN or inf.
+    Raises:
+        AdapterError: An A without its B, or of another rank than the configuration says; NaN or inf.
     """
-    found, said = [], stated(saved.config, saved.tensors, str(saved.path / CONFIG_FILE))
-    with safe_open(saved.path / WEIGHTS_FILE, framework="pt") as file:
-        for name in saved.tensors:
+    measured, settings = [], module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
+    with safe_open(files.path / WEIGHTS_FILE, framework="pt") as file:
+        for name in files.tensors:
             if match := _A.match(name):
-                path, partner = (
-                    match["path"],
-                    f"{_PREFIX}{match['path']}.lora_{match['kind'] or ''}B{match['end'] or ''}",
-                )
-                shapes = saved.tensors[name], saved.tensors.get(partner, ())
+                path = match["path"]
+                partner = f"{_PREFIX}{path}.lora_{match['kind'] or ''}B{match['end'] or ''}"
+                shapes = files.tensors[name], files.tensors.get(partner, ())
                 if min(map(len, shapes)) < 2 or shapes[1][1] != shapes[0][0]:
-                    raise AdapterError(Problem("has no lora_B of its rank", str(saved.path / WEIGHTS_FILE), path))
-                found.append(_update(saved, said[path], path, file.get_tensor(name), file.get_tensor(partner)))
-    return sorted(found, key=lambda update: natural(update.module))
+                    what, where = "has no lora_B of its rank", str(files.path / WEIGHTS_FILE)
+                    raise AdapterError(Problem(Code.ADAPTER_NO_FACTOR, what, where, path))
+                measured.append(_update(files, settings[path], path, file.get_tensor(name), file.get_tensor(partner)))
+    return sorted(measured, key=lambda update: natural(update.module))
 
 
-def _update(saved: AdapterFiles, said: Stated, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:
-    a, b = a.double().flatten(1), b.double().flatten(1)
+def _update(files: AdapterFiles, settings: ModuleSettings, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:
+    a, b, where = a.double().flatten(1), b.double().flatten(1), str(files.path / WEIGHTS_FILE)
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise AdapterError(Problem("holds NaN or inf", str(saved.path / WEIGHTS_FILE), path))
-    if said.rank != len(a):
-        what = f"has rank {len(a)} where {CONFIG_FILE} says {said.rank:g}"
-        raise AdapterError(Problem(what, str(saved.path / WEIGHTS_FILE), path))
-    singular = said.scaling * torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, "holds NaN or inf", where, path))
+    if settings.rank != len(a):
+        what = f"has rank {len(a)} where {CONFIG_FILE} says {settings.rank:g}"
+        raise AdapterError(Problem(Code.ADAPTER_RANK, what, where, path))
+    singular = settings.scaling * torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
     total = singular.sum()
     if not total.isfinite():
-        what = f"its update, scaled by {said.scaling:g}, is not finite"
-        raise AdapterError(Problem(what, str(saved.path / CONFIG_FILE), path))
-    effective = torch.special.entr(singular / total).sum().exp().item() if total > 0 else 0.0
-    return Update(
-        path, len(a), (a.shape[1], b.shape[0]), said.scaling, singular.norm().item(), effective, a.numel() + b.numel()
-    )
+        what = f"its update, scaled by {settings.scaling:g}, is not finite"
+        raise AdapterError(Problem(Code.ADAPTER_SCALING, what, str(files.path / CONFIG_FILE), path))
+    effective_rank = torch.special.entr(singular / total).sum().exp().item() if total > 0 else 0.0
+    shape, size = (a.shape[1], b.shape[0]), a.numel() + b.numel()
+    return Update(path, len(a), shape, settings.scaling, singular.norm().item(), effective_rank, size)

@@ -20,8 +20,7 @@ from loratune.config import ModelSection
 from loratune.errors import Code, ConfigError, ModelError, Problem
 from loratune.model import gguf, upstream
 from loratune.model.source import local_or_hub, summary
-from loratune.system.sandbox import MEMORY, Apart, BeyondLimit
-from loratune.system.uncompiled import UNCOMPILED, reason
+from loratune.system.sandbox import MEMORY, TEMPLATE_ERRORS, LimitExceededError, Sandbox, template_error_reason
 
 _log = logging.getLogger(__name__)
 
@@ -184,7 +183,7 @@ def check_complete(model: PreTrainedModel, info: Any, name: str) -> None:
         code, download = Code.MODEL_WEIGHTS_MISSING, "they would be random; get the whole model"
         problems.append(Problem(code, what, name, fix=download))
     if mismatched := sorted(info["mismatched_keys"]):
-        shapes = ", ".join(f"{key} {tuple(actual)} for {tuple(asked)}" for key, actual, asked in mismatched[:3])
+        shapes = ", ".join(f"{key} {tuple(actual)} for {tuple(expected)}" for key, actual, expected in mismatched[:3])
         what = f"{len(mismatched)} tensors have another shape than config.json asks for, among them {shapes}"
         problems.append(Problem(Code.MODEL_WEIGHTS_SHAPE, what, name, fix=fix))
     if extra := sorted(_relevant(model, info["unexpected_keys"])):
@@ -327,23 +326,23 @@ def check_template(tokenizer: Any, path: str) -> None:
     """
     key = "data.chat_template"
     try:
-        if refusal := Apart(lambda _: tokenizer)(_render_question, MEMORY):
+        if refusal := Sandbox(lambda _: tokenizer)(_render_question, MEMORY):
             _log.debug("the chat template refuses a single question\n%s", refusal)
-    except BeyondLimit as error:
+    except LimitExceededError as error:
         what, fix = f"the chat template {error}", "correct the template"
         raise ModelError(Problem(Code.MODEL_TEMPLATE_LIMIT, what, path, key, fix)) from None
-    except UNCOMPILED as error:
+    except TEMPLATE_ERRORS as error:
         line = error.lineno if isinstance(error, TemplateSyntaxError) else None
         where = f"{path}:{line}" if line else path
-        what = f"not a Jinja template: {reason(error)}"
+        what = f"not a Jinja template: {template_error_reason(error)}"
         raise ConfigError(Problem(Code.MODEL_TEMPLATE_INVALID, what, where, key, "correct it")) from None
 
 
 def _render_question(tokenizer: Any) -> str:
-    """The traceback of the template's refusal, empty without one. Raises one of `UNCOMPILED`."""
+    """The traceback of the template's refusal, empty without one. Raises one of `TEMPLATE_ERRORS`."""
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
-    except (*UNCOMPILED, MemoryError):
+    except (*TEMPLATE_ERRORS, MemoryError):
         raise
     except Exception:
         return traceback.format_exc()

@@ -5,6 +5,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import mmap
 import struct
+from importlib import import_module
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path, PurePath
@@ -20,14 +21,6 @@ LFS_START = b"version https://git-lfs"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-BLOCKS = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40),
-    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66),
-    17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136),
-    24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54),
-    35: (256, 66), 39: (32, 17),
-}  # fmt: skip
-"""ggml type → numbers in a block, bytes of a block (ggml.h, ggml-common.h)."""
 _checked: set[tuple[int, ...]] = set()
 """Device, inode, size and time of change of the files that this process has found to be whole."""
 
@@ -55,14 +48,14 @@ def check(path: Path) -> None:
         files = sorted(file.name for file in path.parent.glob("*.gguf"))
         fix = f"there is {', '.join(files[:3])}" if files else "no GGUF file is in that directory"
         raise ModelError(Problem(Code.MODEL_GGUF_NOT_FOUND, "no such file", where, KEY, fix))
+    if find_spec("gguf") is None:
+        what, fix = "the package gguf, which reads GGUF files, is not installed", "pip install 'loratune[gguf]'"
+        raise ModelError(Problem(Code.MODEL_MISSING_PACKAGE, what, where, KEY, fix))
     now = path.stat()
     version = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
     if version not in _checked:
         _check_content(path)
         _checked.add(version)
-    if find_spec("gguf") is None:
-        what, fix = "the package gguf, which reads GGUF files, is not installed", "pip install 'loratune[gguf]'"
-        raise ModelError(Problem(Code.MODEL_MISSING_PACKAGE, what, where, KEY, fix))
 
 
 def _check_content(path: Path) -> None:
@@ -148,13 +141,14 @@ def _check_complete(reader: _Reader, path: Path) -> None:
 
 
 def _end_of_tensors(reader: _Reader, tensors: int, alignment: int) -> int:
-    """How many bytes the file needs for all of its tensors; a tensor of an unknown type counts as empty."""
-    end = 0
+    """How many bytes the file needs for all of its tensors; a tensor of an unknown type counts as empty. The package
+    gguf says how many numbers and how many bytes a block of each type has."""
+    end, sizes = 0, import_module("gguf").GGML_QUANT_SIZES
     for _ in range(tensors):
         reader.text()
         (rank,) = reader.take("I")
         shape = reader.take(f"{rank}Q")
         kind, offset = reader.take("IQ")
-        numbers, width = BLOCKS.get(kind, (1, 0))
+        numbers, width = sizes.get(kind, (1, 0))
         end = max(end, offset + prod(shape) // numbers * width)
     return -(-reader.at // alignment) * alignment + end

@@ -27,7 +27,7 @@ from loratune.model.base_files import Files, copy_mapped
 from loratune.model.device import compute_dtype, device
 from loratune.model.source import ModelSource, local_or_hub, locate
 from loratune.system import launcher
-from loratune.system.sandbox import is_panic, limited
+from loratune.system.sandbox import is_rust_panic, run_with_time_limit
 
 _log = logging.getLogger(__name__)
 
@@ -65,9 +65,9 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **file, **_trusted_origin(section))
         checks.check_growth(tokenizer, section.name_or_path)
-        limited(lambda: tokenizer("loratune"))  # some values of its configuration are only read when it is used
+        run_with_time_limit(lambda: tokenizer("loratune"))  # some of its configuration is only read when it is used
     except BaseException as error:  # a panic of tokenizers is no Exception
-        if not isinstance(error, Exception) and not is_panic(error):
+        if not isinstance(error, Exception) and not is_rust_panic(error):
             raise
         raise checks.unreadable(Code.MODEL_TOKENIZER_UNREADABLE, section, error) from None
     if chat_template is not None:
@@ -88,7 +88,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     source = locate(section)
     config = _read_config(section, source)
     quantization_config = quantization.loading_config(section, config, compute_dtype(section))
-    is_packed = quantization_config is not None or quantization.recorded(config.to_dict()) is not None
+    is_packed = quantization_config is not None or quantization.record_of(config.to_dict()) is not None
     before = files(section, read=False)
     try:
         with _quietly(source):
@@ -175,7 +175,7 @@ def unpacked(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
 
     The layers of GPTQ, AWQ and the like are no `nn.Linear`; those of bitsandbytes are.
     """
-    record = quantization.recorded(base.config.to_dict())
+    record = quantization.record_of(base.config.to_dict())
     is_dense = record is None or quantization.method(record) == "bitsandbytes"
     return base if is_dense else build_meta(base.config, section)
 
@@ -208,7 +208,7 @@ def _read_config(section: ModelSection, source: ModelSource) -> Any:
         raise checks.unreadable(Code.MODEL_CONFIG_UNREADABLE, section, error) from None
     remote_code.check_kernels(config, section.name_or_path)
     checks.check_decoder(config, section)
-    record = quantization.recorded(config.to_dict())
+    record = quantization.record_of(config.to_dict())
     quantization.check_not_quantized(record, section.name_or_path, section.quantization)
     return config
 

@@ -50,7 +50,7 @@ _DEQUANTIZED = {
 computes with them, but does not have a backward for them on every machine."""
 
 
-def recorded(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def record_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a model's configuration records of its quantization; None for a plain model. Multimodal ones may nest it."""
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping):
@@ -105,7 +105,7 @@ def check_directory(path: Path, name: str, quantization: str) -> None:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # transformers reads it again, and reports what is wrong
-    record = recorded(config) if isinstance(config, dict) else None
+    record = record_of(config) if isinstance(config, dict) else None
     check_not_quantized(record, name, quantization)
     check_packages(record, name)
 
@@ -139,7 +139,7 @@ def loading_config(section: ModelSection, config: Any, compute_dtype: "torch.dty
     """
     if section.gguf_file is not None:
         return transformers.GgufConfig(dequantize=True)
-    if (record := recorded(config.to_dict())) is not None:
+    if (record := record_of(config.to_dict())) is not None:
         name = method(record)
         # transformers would ignore a method that it does not know, and take the weights for plain ones
         if name != "bitsandbytes" and not transformers.quantizers.AutoHfQuantizer.supports_quant_method(

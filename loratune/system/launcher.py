@@ -1,7 +1,8 @@
-"""One process, or several that a launcher started: who they are, and what they can say to each other.
+"""One process, or several that a launcher started: their ranks, and how they communicate.
 
-torchrun, and accelerate through it, tell a process by its environment (docs.pytorch.org/docs/stable/elastic/run.html).
-`SingleProcess` is a group of one; `training.distributed.join`, which needs torch, makes one of several.
+torchrun, and accelerate through it, describe a process in its environment
+(docs.pytorch.org/docs/stable/elastic/run.html). `SingleProcess` is a group of one; `training.distributed.join`, which
+needs torch, makes a group of several.
 """
 
 import os
@@ -17,8 +18,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a process. rank: its number; host: its machine; code: its exit code; gone: it ended without a word, or
-    cannot be reached, and another process says so."""
+    """Why a process ended.
+
+    Attributes:
+        rank: The number of the process.
+        host: The name of its machine.
+        problems: What it reported.
+        code: Its exit code.
+        gone: It ended without a report, or cannot be reached, and another process reports that.
+    """
 
     rank: int
     host: str
@@ -26,13 +34,13 @@ class Failure:
     code: int
     gone: bool = False
 
-    def told(self, rank: int) -> list[Problem]:
-        """The problems as the process `rank` tells them: those of another one begin with who that is, unless they say
+    def problems_for(self, rank: int) -> list[Problem]:
+        """The problems as the process `rank` prints them: those of another one begin with its name, unless they say
         that it has gone."""
         if rank == self.rank or self.gone:
             return list(self.problems)
         who = f"process {self.rank} on {self.host}"
-        return [replace(one, what=f"{who}: {one.what}") for one in self.problems]
+        return [replace(problem, what=f"{who}: {problem.what}") for problem in self.problems]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -41,12 +49,19 @@ class Failure:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Failure":
         """From plain values."""
-        return cls(**values | {"problems": tuple(Problem(Code(one.pop("code")), **one) for one in values["problems"])})
+        problems = tuple(Problem(**fields | {"code": Code(fields["code"])}) for fields in values["problems"])
+        return cls(**values | {"problems": problems})
 
 
 class Group(Protocol):
-    """The processes of a run. rank: the number of this one; count: of all. Rank 0 is the main process, the only one
-    that writes and tells. All must call the same methods in the same order."""
+    """The processes of a run. Rank 0 is the main process, the only one that writes files and prints.
+
+    All processes must call the same methods in the same order.
+
+    Attributes:
+        rank: The number of this process.
+        count: How many processes there are.
+    """
 
     rank: int
     count: int
@@ -60,37 +75,37 @@ class Group(Protocol):
         """Whether this is the first process of its machine."""
 
     def broadcast(self, value: T) -> T:
-        """What the main process gives, in all of them; it may take its time. Of several processes, values are such as
-        JSON has."""
+        """The main process's value, in all processes; the others wait for it as long as it takes. Between several
+        processes, a value must be such as JSON has."""
 
     def all_gather(self, value: T) -> list[T]:
-        """What all of them give, by rank; they may take their time. Values are as in `broadcast`."""
+        """The values of all processes, by rank; each waits for the others. Values are as in `broadcast`."""
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """The sums over all of them, of numbers that all have at hand."""
+        """The sums of numbers over all processes, which have them at hand."""
 
     def on_end(self, clear: Callable[[], None]) -> None:
-        """What this process clears away when another one ends them all."""
+        """Set what this process cleans up when another one ends them all."""
 
     def fail(self, error: BaseException, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:
-        """This process ends by an error, and so do all. Returns what it is to print, which is nothing if another one
-        does, and its exit code."""
+        """End all processes because of an error in this one. Returns the problems that this process is to print, which
+        are none if another one prints them, and its exit code."""
 
     def close(self) -> None:
-        """The others are not needed any more; what happens to one no longer matters to another."""
+        """Part from the others: what happens to one process no longer matters to another."""
 
 
 class SingleProcess:
-    """The group of a process that was started by itself."""
+    """The group of a process that was started alone."""
 
     rank, count, main, leads_machine = 0, 1, True, True
 
     def broadcast(self, value: T) -> T:
-        """What it gives."""
+        """The value."""
         return value
 
     def all_gather(self, value: T) -> list[T]:
-        """What it gives, alone in a list."""
+        """The value, alone in a list."""
         return [value]
 
     def total(self, values: Sequence[float]) -> list[float]:
@@ -98,34 +113,34 @@ class SingleProcess:
         return list(values)
 
     def on_end(self, clear: Callable[[], None]) -> None:
-        """There is no other one."""
+        """Nothing: there is no other process."""
 
     def fail(self, error: BaseException, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:
-        """All of it is to be printed."""
+        """All problems are to be printed."""
         return list(problems), code
 
     def close(self) -> None:
-        """There is nobody to part from."""
+        """Nothing: there is no other process."""
 
 
 SINGLE_PROCESS = SingleProcess()
 
 
-def count() -> int:
-    """How many processes the launcher started; 1 without one."""
-    given = os.environ.get("WORLD_SIZE", "1")
-    return int(given) if given.isdecimal() and "RANK" in os.environ else 1
+def world_size() -> int:
+    """How many processes the launcher started; 1 without a launcher."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() and "RANK" in os.environ else 1
 
 
 def rank() -> int:
     """The number of this process."""
-    return int(os.environ["RANK"]) if count() > 1 and os.environ["RANK"].isdecimal() else 0
+    return int(os.environ["RANK"]) if world_size() > 1 and os.environ["RANK"].isdecimal() else 0
 
 
 def sharding() -> str:
-    """By what accelerate spreads the weights of the base over the processes: `fsdp`, `deepspeed`, or nothing.
+    """By what accelerate shards the weights of the base over the processes: `fsdp`, `deepspeed`, or an empty text.
 
-    It says so in the environment (huggingface.co/docs/accelerate, `accelerate launch --config_file`).
+    Accelerate says so in the environment (huggingface.co/docs/accelerate, `accelerate launch --config_file`).
     """
     for name in ("fsdp", "deepspeed"):
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("1", "true", "yes"):

@@ -9,7 +9,7 @@ import numpy as np
 from loratune import kernels
 from loratune.config import DataSection, TrainingSection
 from loratune.data import TokenizedDataset
-from loratune.data.packing import Batches, Packing, padding_is_cheaper, why_not
+from loratune.data.packing import BatchLayout, Packing, packing_refusal, padding_is_cheaper
 from loratune.lora import linear
 from loratune.system import launcher
 
@@ -19,8 +19,8 @@ class Batched:
     """The batches of a run. acceleration: what of the model the kernels compute; notes: on what could not be packed,
     and on what the fast way lacks, a line each."""
 
-    train: Batches
-    validation: Batches | None
+    train: BatchLayout
+    validation: BatchLayout | None
     acceleration: kernels.Acceleration
     notes: list[str]
 
@@ -41,9 +41,9 @@ def batch(
     with acceleration.applied(model):
         packing, notes = _packing(model, train, data, training, mixed=not kernels.attends_by_rows(model))
 
-    def made(rows: TokenizedDataset) -> Batches:
+    def made(rows: TokenizedDataset) -> BatchLayout:
         size = training.per_device_train_batch_size
-        return Batches(rows.rows, rows.rows.lengths, packing, size, data.max_length, pad_id)
+        return BatchLayout(rows.rows, rows.rows.lengths, packing, size, data.max_length, pad_id)
 
     notes += kernels.notes(model.get_input_embeddings().weight)
     return Batched(made(train), made(validation) if validation else None, acceleration, notes)
@@ -64,7 +64,7 @@ def _packing(
         name = model.config.model_type
         return "none", [f"data.packing: {name} attends to all rows of a batch at once, which costs more than padding"]
     largest = lengths[-size:].sum() if data.packing == "batch" else min(lengths.sum(), size * data.max_length)
-    if (reason := why_not(model, int(lengths[-1]), int(largest) if mixed else 0)) is None:
+    if (reason := packing_refusal(model, int(lengths[-1]), int(largest) if mixed else 0)) is None:
         return data.packing, []
     return "none", [f"data.{reason}; rows are padded instead"]
 
@@ -74,7 +74,7 @@ def _width(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[1])
 
 
-def largest(batches: Batches, rows: TokenizedDataset) -> tuple[list[tuple[int, int]], int]:
+def largest(batches: BatchLayout, rows: TokenizedDataset) -> tuple[list[tuple[int, int]], int]:
     """(length, learnt tokens) of the rows of the largest batch, and how many rows there are; flat ones count as one."""
     heaviest = batches.heaviest()
     if not batches.flat:
@@ -84,7 +84,7 @@ def largest(batches: Batches, rows: TokenizedDataset) -> tuple[list[tuple[int, i
     return [(labels.numel(), int((labels >= 0).sum()))], 1
 
 
-def first(batches: Batches, most: int = 64) -> list[Mapping[str, Any]]:
+def first(batches: BatchLayout, most: int = 64) -> list[Mapping[str, Any]]:
     """The first batches of the rows, in their order."""
     count, size = len(batches.items), batches.size
     starts = range(0, min(count, most * size), size)

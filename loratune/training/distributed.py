@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from loratune.console import Screen
+from loratune.console import EscapedStream
 from loratune.errors import LostError, Problem
 from loratune.system.launcher import Failure, host
 from loratune.training.rendezvous import own_store
@@ -108,7 +108,7 @@ class DistributedGroup:
             mine = self._watch.why(SOON, only_if_gone=isinstance(error, KeyboardInterrupt)) or mine
         first = self._watch.end(mine)
         told = first if first.code != code else mine
-        return (told.told(self.rank) if self._watch.tells(first) else []), told.code
+        return (told.problems_for(self.rank) if self._watch.tells(first) else []), told.code
 
     def close(self) -> None:
         """Wait for all, then stop watching them."""
@@ -182,7 +182,7 @@ class _Heartbeat:
         self._seen: dict[int, tuple[int, float]] = {}
         self._answered = time.monotonic()
         self._over, self._ending = threading.Event(), threading.Lock()
-        self._screen = sys.stderr if self._main else Screen(sys.__stderr__)
+        self._screen = sys.stderr if self._main else EscapedStream(sys.__stderr__)
         self._beat()
 
     def start(self, members: list[_Member]) -> None:
@@ -331,7 +331,7 @@ class _Heartbeat:
         backstop = threading.Timer(2 * SOON, os._exit, [failure.code])
         backstop.start()
         if self.tells(failure):
-            lines = [f"error: {problem}" for problem in failure.told(self._rank)]
+            lines = [f"error: {problem}" for problem in failure.problems_for(self._rank)]
             print(*lines, sep="\n", file=self._screen, flush=True)
         if self._main or failure.rank != 0:
             self._meet()

@@ -19,9 +19,9 @@ import numpy as np
 
 from loratune import kernels
 from loratune.data import TokenizedDataset
-from loratune.data.packing import Batches
+from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
-from loratune.lora import untouched
+from loratune.lora import base_comparison
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import Weights
@@ -180,7 +180,7 @@ def measure(
     split = next((name for name, found in samples.items() if len(found) >= LEAST_JUDGED), [*parts][-1])
     passed = len(samples["validation"]) if "validation" in parts and split != "validation" else None
     rows, sample = parts[split].rows, samples[split]
-    batches = Batches(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
+    batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
     log(f"comparing the adapter with its base on {_counted(len(sample), f'{split} row')}")
 
     def losses() -> list[Loss]:
@@ -188,7 +188,7 @@ def measure(
             return scoring.batch_losses(model, batches, [*sample], group)
 
     tuned = losses()
-    with untouched.as_begun(model, start, trained):
+    with base_comparison.as_initialized(model, start, trained):
         plain = losses()
     return compare(plain, tuned, split, [*sample.values()], len(rows), passed)
 

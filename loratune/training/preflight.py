@@ -81,8 +81,8 @@ def check(
     resume: go on from a checkpoint, with other values of these keys; None: start.
 
     Raises ConfigError: see `quantized.check_bitsandbytes`; no such chat template; what sharded weights exclude. Raises
-    ModelError: see `places.is_directory`, `quantized.check_directory`. Raises DataError: see `data.check`. Raises
-    ResumeError: see `resuming.find`.
+    ModelError: see `places.is_directory`, `quantized.check_directory`. Raises DataError: see `data.read_datasets`.
+    Raises ResumeError: see `resuming.find`.
     """
     base, template = run.model, run.data.chat_template
     if template is not None and not os.path.isfile(os.path.expanduser(template)):
@@ -93,7 +93,9 @@ def check(
         quantization.check_directory(Path(local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
     pinned = _pinned(run)
     resumed = resuming.find(space.checkpoints, pinned.resolved(), resume) if resume is not None else None
-    return ValidatedRun(pinned, space, data.check(run.data, run.training.seed, watch), tuple(resume or ()), resumed)
+    return ValidatedRun(
+        pinned, space, data.read_datasets(run.data, run.training.seed, watch), tuple(resume or ()), resumed
+    )
 
 
 def _check_sharding(run: RunConfig) -> None:

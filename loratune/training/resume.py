@@ -74,7 +74,7 @@ def identity(
     """
     return {
         "config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows), "conditions": dict(conditions),
-        "processes": launcher.count(), "sharding": launcher.sharding(), "changes": [],
+        "processes": launcher.world_size(), "sharding": launcher.sharding(), "changes": [],
     }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -
     old = _completed(before["config"], config, RunConfig)
     unknown = dict(_unknown(before["config"], RunConfig))
     problems = [*_refused(old, config, allowed), *_lost(unknown, before)]
-    if problems := problems or [*_reordered(before, config, launcher.count()), *_respread(before)]:
+    if problems := problems or [*_reordered(before, config, launcher.world_size()), *_respread(before)]:
         raise ResumeError([*skipped, *problems])
     changed = [
         {"step": step_of(checkpoint), "key": key, "was": was, "is": now} for key, was, now in _changes(old, config)
@@ -241,7 +241,7 @@ def _reordered(before: Mapping[str, Any], now: Mapping[str, Any], processes: int
 def _respread(before: Mapping[str, Any]) -> Iterator[Problem]:
     """DeepSpeed keeps the optimizer in a file for each process; all else is kept whole."""
     old = (before.get("sharding", ""), before.get("processes", 1))
-    new = (launcher.sharding(), launcher.count())
+    new = (launcher.sharding(), launcher.world_size())
     if old != new and "deepspeed" in (old[0], new[0]):
         told = [f"{_processes(count)} with {how or 'no sharding'}" for how, count in (old, new)]
         what = f"the run was one of {told[0]}, and is now one of {told[1]}"

@@ -42,7 +42,7 @@ def tokenised(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group
     renderer = Renderer(tokenizer, size)
 
     def made(name: str) -> TokenizedDataset:
-        given = ready.rows or data.check(run.data, run.training.seed, watch)
+        given = ready.rows or data.read_datasets(run.data, run.training.seed, watch)
         part: DatasetSplit | None = given.train if name == "train" else given.validation
         assert part is not None
         return data.prepare(part, renderer, run.data, size, watch)
@@ -58,11 +58,11 @@ def tokenised(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group
     for name, prepared in (("train", train), ("validation", validation)):
         if prepared is not None and prepared.rows.remark:
             remarks[name].append(prepared.rows.remark)
-    if odd := renderer.remark(train.rows.row(0).ids):
+    if odd := renderer.remark_on_bos(train.rows.row(0).ids):
         remarks["train"].append(odd)
     if ready.rows.train.chat and (odd := renderer.remark_on_ends()):
         remarks["train"].append(odd)
-    if lost := data.dropped(ready.rows.train, renderer, run.data):
+    if lost := data.remark_on_lost_characters(ready.rows.train, renderer, run.data):
         remarks["train"].append(lost)
     return TokenizedDatasets(train, validation, remarks, leaks.remarks() if leaks else [], run.data.max_length)
 
@@ -72,12 +72,12 @@ def _shared(make: Callable[[], TokenizedDataset], group: Group) -> TokenizedData
     own = make() if group.main else None
     place, fingerprint = group.broadcast([str(own.rows.directory), own.fingerprint] if own else ["", ""])
     where = Path(place)
-    made = own or data.opened(where)
+    made = own or data.open_tokenized(where)
     lacking = {name for name, found in group.all_gather([host(), made is not None]) if not found}
     if host() in lacking and group.leads_machine:
         made = own or make()
     places = group.all_gather([host(), str(made.rows.directory if made else where)])
-    made = made or data.opened(
+    made = made or data.open_tokenized(
         next((Path(other) for name, other in places if name == host() and other != place), where)
     )
     if made is None or made.fingerprint != fingerprint:

@@ -43,10 +43,10 @@ class Run:
 
     def stopping(self) -> bool:
         """Whether any process was asked to stop. All ask at the same moment, and all of them know from then on."""
-        asked = self.stop.asked
-        told = self.group.total([asked is kind for kind in (Interruption, Termination)])
-        self.stop.asked = Termination if told[1] else Interruption if told[0] else None
-        return self.stop.asked is not None
+        requested = self.stop.requested
+        told = self.group.total([requested is kind for kind in (Interruption, Termination)])
+        self.stop.requested = Termination if told[1] else Interruption if told[0] else None
+        return self.stop.requested is not None
 
 
 class OutOfMemory(ResourceError):
@@ -126,10 +126,10 @@ def fit(
         with suppress(_Done):
             trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
         seconds = time.monotonic() - start
-        if validation is not None and run.stop.asked is None:
+        if validation is not None and run.stop.requested is None:
             trainer.catch_up()
-        if run.stop.asked is not None:
-            raise run.stop.asked
+        if run.stop.requested is not None:
+            raise run.stop.requested
     except Exception as error:
         if not is_out_of_memory(error):
             raise

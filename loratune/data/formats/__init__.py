@@ -1,204 +1,240 @@
-"""Recognising rows: the keys of a file's first row → one of the formats of the field → every row an Example.
+"""Recognising rows: the fields of a file's first row → one of the usual formats → every row an Example.
 
-A new format is one entry in `FORMATS`: its name, the keys it is known by, how its row becomes an Example, and the
-further keys that it reads.
+A new format is one entry in `FORMATS`: its name, the fields it is known by, the function that turns the fields of a row
+into an Example, and the further fields that it reads.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loratune.config import DataSection
-from loratune.data.formats import chats, plain
-from loratune.data.formats.checks import BadRow, Values, listed, text
-from loratune.data.formats.examples import Conversation, Example, Ids, Message, Plain, check_ids, key
-from loratune.data.formats.tools import schemas
+from loratune.data.formats import chats, examples
+from loratune.data.formats.examples import Conversation, Example, Ids, Message, Plain, check_ids, content_key
+from loratune.data.formats.fields import Fields, RowError, quote, text
 from loratune.data.sources import Row
-from loratune.errors import DataError, Problem
+from loratune.errors import Code, DataError, Problem
 
 __all__ = [
-    "CHATS", "FORMATS", "Asked", "BadRow", "Conversation", "Example", "Ids", "Message", "Parser", "Plain",
-    "check_ids", "key", "question", "silent",
+    "CHAT_FORMATS", "FORMATS", "Conversation", "Example", "Ids", "Message", "Parser", "Plain", "Question", "RowError",
+    "check_ids", "content_key", "parse_question",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format: the keys a row must have, how it is read from its place and values, and the keys it may have."""
+    """A format of rows.
+
+    Attributes:
+        name: As `data.format` names it.
+        keys: Fields that a row must have, and by which the format is recognised.
+        parse: Takes the place and the fields of a row. Raises RowError.
+        optional: Further fields that are read.
+    """
 
     name: str
     keys: tuple[str, ...]
-    read: Callable[[str, Values], Example]
+    parse: Callable[[str, Fields], Example]
     optional: tuple[str, ...] = ()
 
 
 FORMATS = (
-    Format("input_ids", ("input_ids",), plain.token_ids, ("labels",)),
-    Format("prompt_completion", ("prompt", "completion"), plain.prompt_completion),
-    Format("messages", ("messages",), chats.one_list, ("tools", "system")),
-    Format("conversations", ("conversations",), chats.sharegpt, ("tools", "system")),
-    Format("alpaca", ("instruction", "output"), chats.alpaca, ("input", "system", "history", "tools")),
-    Format("text", ("text",), plain.whole_text),
+    Format("input_ids", ("input_ids",), examples.parse_ids, ("labels",)),
+    Format("prompt_completion", ("prompt", "completion"), examples.parse_prompt_completion),
+    Format("messages", ("messages",), chats.parse_messages, ("tools", "system")),
+    Format("conversations", ("conversations",), chats.parse_sharegpt, ("tools", "system")),
+    Format("alpaca", ("instruction", "output"), chats.parse_alpaca, ("input", "system", "history", "tools")),
+    Format("text", ("text",), examples.parse_text),
 )
 
-OPTIONAL = frozenset(key for form in FORMATS for key in form.optional)
-"""Fields that no format asks for."""
+OPTIONAL_FIELDS = frozenset(name for format in FORMATS for name in format.optional)
+"""Fields that some format reads and none needs."""
 
-TWO_LISTS = Format("messages", ("prompt", "completion"), chats.two_lists, ("tools",))
-"""Conversations too, but in two lists: what is given and what is learnt."""
+TWO_LISTS = Format("messages", ("prompt", "completion"), chats.parse_two_lists, ("tools",))
+"""Conversations in two lists of messages, of which the second is supervised."""
 
-CHATS = frozenset({"messages", "conversations", "alpaca"})
+CHAT_FORMATS = frozenset({"messages", "conversations", "alpaca"})
 """The formats whose rows go through the chat template."""
 
-
-_COMPARED = "`chosen` and `rejected` are preference data, and training here compares no answers"
+_PREFERENCES = "`chosen` and `rejected` are preference data, and training here does not compare answers"
 
 
 class Parser:
-    """Makes examples of the rows of one file. form: the name of their format; reads: what tells it from all others.
+    """Makes examples of the rows of one file.
 
-    unread: the fields of the rows so far that the format does not read.
+    Attributes:
+        format_name: The format of the rows.
+        identity: What tells this way of reading rows from all others.
+        unused_fields: The fields of the rows parsed so far that the format does not read.
     """
 
     def __init__(self, first: Row, section: DataSection):
         """Recognise the format of a file by its first row, or take the one that the section names.
 
-        Raises DataError: no format fits, or more than one; preferences; `columns` maps a field that the row lacks or
-        the format does not read; a template, or a loss on assistant turns, for rows that are no conversations.
+        Raises:
+            DataError: No format fits, or more than one; the rows are preferences; `columns` maps a field that the row
+                lacks or the format does not read; a chat template, or a loss on assistant turns, is set for rows that
+                are not conversations.
         """
         self._columns, self._recognised = dict(section.columns), section.format == "auto"
-        self._chosen_by = "of its first row" if self._recognised else "that data.format names"
-        self._learn_all = section.loss_on == "all"
-        if absent := {ours: theirs for ours, theirs in self._columns.items() if theirs not in first.values}:
-            what = f"no field {listed(absent.values())}; the fields are {listed(first.values)}"
-            fix = "it holds for all files of train and validation"
-            if OPTIONAL.issuperset(absent):
-                fix = "where only some rows have it, put it into the first one too, as null"
-            raise DataError(Problem(what, first.where, "data.columns", fix))
-        values = _renamed(first.values, self._columns)
-        self._format = _recognised(first.where, values, section)
-        self.form = self._format.name
-        self.reads = (self.form, *self._format.keys)
+        self._supervise_all = section.loss_on == "all"
+        self._check_columns(first)
+        fields = _rename(first.values, self._columns)
+        self._format = _recognise(first.where, fields, section)
+        self.format_name = self._format.name
+        self.identity = (self.format_name, *self._format.keys)
         self._known = {*self._format.keys, *self._format.optional}
-        self.unread: set[str] = set()
+        self.unused_fields: set[str] = set()
         if problems := list(_contradictions(self._format, section, first.where)):
             raise DataError(problems)
+
+    def _check_columns(self, first: Row) -> None:
+        absent = {ours: theirs for ours, theirs in self._columns.items() if theirs not in first.values}
+        if absent:
+            what = f"no field {quote(absent.values())}; the fields are {quote(first.values)}"
+            fix = "set columns that all files of train and validation have"
+            if OPTIONAL_FIELDS.issuperset(absent):
+                fix = "where only some rows have it, put it into the first row too, as null"
+            raise DataError(Problem(Code.DATA_COLUMN_MISSING, what, first.where, "data.columns", fix))
 
     def __call__(self, row: Row) -> Example:
         """The row as an example.
 
-        Raises BadRow: it lacks a key, or holds something else than the format asks for.
+        Raises:
+            RowError: It lacks a field, or holds something that the format does not allow.
         """
-        values = _renamed(row.values, self._columns) if self._columns else row.values
-        if self._recognised and "chosen" in values and "rejected" in values:
-            raise BadRow(_COMPARED, _chosen_alone(values))
+        fields = _rename(row.values, self._columns) if self._columns else row.values
+        if self._recognised and "chosen" in fields and "rejected" in fields:
+            raise RowError(Code.DATA_PREFERENCES, _PREFERENCES, _chosen_fix(fields))
         for name in self._format.keys:
-            if name not in values:
-                absent = listed(self._columns.get(name, name) for name in self._format.keys if name not in values)
-                what = f"no field {absent} for the format {self.form}; its fields are {listed(row.values)}"
-                raise BadRow(what, f"all rows of a file have the format {self._chosen_by}")
-        if not values.keys() <= self._known:
-            self.unread |= values.keys() - self._known
-        example = self._format.read(row.where, values)
-        if self._learn_all and isinstance(example, Conversation) and example.muted:
-            raise BadRow("a turn has weight 0, and data.loss_on: all learns every token", "set loss_on to assistant")
+            if name not in fields:
+                absent = quote(self._columns.get(name, name) for name in self._format.keys if name not in fields)
+                what = f"no field {absent} for the format {self.format_name}; its fields are {quote(row.values)}"
+                chosen_by = "its first row" if self._recognised else "data.format"
+                fix = f"give all rows of a file one format, which {chosen_by} decides"
+                raise RowError(Code.DATA_FIELD_MISSING, what, fix)
+        if not fields.keys() <= self._known:
+            self.unused_fields |= fields.keys() - self._known
+        example = self._format.parse(row.where, fields)
+        if self._supervise_all and isinstance(example, Conversation) and example.zero_weight:
+            what = "a turn has the weight 0, but with data.loss_on: all every token is supervised"
+            raise RowError(Code.DATA_WEIGHT, what, "set data.loss_on to assistant")
         return example
 
 
-def _recognised(where: str, values: Values, section: DataSection) -> Format:
-    keys = set(values)
+def _recognise(where: str, fields: Fields, section: DataSection) -> Format:
+    keys = set(fields)
     pair = keys.issuperset(TWO_LISTS.keys)
     if section.format == "messages" and pair and "messages" not in keys:
         return TWO_LISTS
-    if section.format == "prompt_completion" and pair and isinstance(values["prompt"], list):
+    if section.format == "prompt_completion" and pair and isinstance(fields["prompt"], list):
         return TWO_LISTS
     if section.format != "auto":
-        return next(form for form in FORMATS if form.name == section.format)
+        return next(format for format in FORMATS if format.name == section.format)
     if {"chosen", "rejected"} <= keys:
-        raise DataError(Problem(_COMPARED, where, fix=_chosen_alone(values)))
-    if pair and isinstance(values.get("label"), bool):
-        what = "`label` is true or false beside a completion: preference data, of which the false ones would be learnt"
-        raise DataError(Problem(what, where, fix="keep the rows that are true, and set data.format"))
-    fitting = [form for form in FORMATS if keys.issuperset(form.keys)]
+        raise DataError(Problem(Code.DATA_PREFERENCES, _PREFERENCES, where, fix=_chosen_fix(fields)))
+    if pair and isinstance(fields.get("label"), bool):
+        what = (
+            "`label` is true or false beside a completion: preference data, whose bad answers would be trained on too"
+        )
+        fix = "keep the rows whose label is true, and set data.format to prompt_completion"
+        raise DataError(Problem(Code.DATA_PREFERENCES, what, where, fix=fix))
+    fitting = [format for format in FORMATS if keys.issuperset(format.keys)]
     if len(fitting) == 1:
-        lists = fitting[0].keys == TWO_LISTS.keys and isinstance(values["prompt"], list)
+        lists = fitting[0].keys == TWO_LISTS.keys and isinstance(fields["prompt"], list)
         return TWO_LISTS if lists else fitting[0]
-    names = ", ".join(form.name for form in fitting or FORMATS)
-    what = f"the keys {listed(keys)} fit {'more than one format' if fitting else 'no format'}"
-    fix = f"set data.format to one of {names}" + ("" if fitting else ", and data.columns to map its keys to yours")
-    raise DataError(Problem(what, where, fix=fix))
+    names = ", ".join(format.name for format in fitting or FORMATS)
+    if fitting:
+        what, fix = f"the fields {quote(keys)} fit more than one format", f"set data.format to one of {names}"
+        raise DataError(Problem(Code.DATA_FORMAT_AMBIGUOUS, what, where, fix=fix))
+    what = f"the fields {quote(keys)} fit no format"
+    fix = f"set data.format to one of {names}, and data.columns to map its fields to yours"
+    raise DataError(Problem(Code.DATA_FORMAT_UNKNOWN, what, where, fix=fix))
 
 
-def _chosen_alone(values: Values) -> str:
-    """What to do about pairs of answers, which are learnt by comparing them: another kind of training."""
-    lists = isinstance(values["chosen"], list)
-    prompt = values.get("prompt")
-    apart = isinstance(prompt, list) if lists else "prompt" in values
-    ours = "completion" if apart else "messages" if lists else "text"
-    return f"to learn the chosen ones alone, set data.columns to {{{ours}: chosen}}"
+def _chosen_fix(fields: Fields) -> str:
+    """How to train on the chosen answers alone; comparing answers is another kind of training."""
+    lists = isinstance(fields["chosen"], list)
+    has_prompt = isinstance(fields.get("prompt"), list) if lists else "prompt" in fields
+    name = "completion" if has_prompt else "messages" if lists else "text"
+    return f"to train on the chosen answers alone, set data.columns to {{{name}: chosen}}"
 
 
-def _contradictions(form: Format, section: DataSection, where: str) -> list[Problem]:
-    """Settings that do not go with rows of this format."""
-    problems = []
-    read = (*form.keys, *form.optional)
+def _contradictions(format: Format, section: DataSection, where: str) -> Iterator[Problem]:
+    """Settings that do not apply to rows of this format."""
+    read = (*format.keys, *format.optional)
     if unused := sorted(set(section.columns) - set(read)):
-        what = f"`{unused[0]}` is not read from rows of the format {form.name}, which has {', '.join(read)}"
-        problems.append(Problem(what, where, "data.columns", "leave it out"))
-    if section.chat_template and form.name not in CHATS:
-        what = f"the rows are {form.name}, which go through no chat template"
-        problems.append(Problem(what, where, "data.chat_template", "leave it out"))
-    if section.loss_on == "assistant" and form.name not in CHATS:
-        what = f"the rows are {form.name}, which have no assistant turns"
-        problems.append(Problem(what, where, "data.loss_on", "set it to completion or all"))
-    return problems
+        what = f"`{unused[0]}` is not read from rows of the format {format.name}, which has {', '.join(read)}"
+        yield Problem(Code.DATA_COLUMN_UNUSED, what, where, "data.columns", f"remove `{unused[0]}`")
+    if format.name in CHAT_FORMATS:
+        return
+    if section.chat_template:
+        what = f"the rows are {format.name}, which use no chat template"
+        yield Problem(Code.DATA_NOT_CHAT, what, where, "data.chat_template", "remove the setting")
+    if section.loss_on == "assistant":
+        what = f"the rows are {format.name}, which have no assistant turns"
+        yield Problem(Code.DATA_NOT_CHAT, what, where, "data.loss_on", "set it to completion or all")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a row asks. prompt: raw text, or messages for the chat template, which is given the tools."""
+class Question:
+    """What a row asks.
+
+    Attributes:
+        prompt: Plain text, or messages for the chat template.
+        tools: Schemas for the chat template.
+    """
 
     prompt: str | list[Message]
     tools: tuple[Any, ...] = ()
 
 
-QUESTIONS: dict[str, Callable[[Values], list[Message]]] = {
-    "prompt": chats.asked_two_lists,
-    "messages": chats.asked_one_list,
-    "conversations": chats.asked_sharegpt,
-    "instruction": chats.asked_alpaca,
+_QUESTIONS: dict[str, Callable[[Fields], list[Message]]] = {
+    "prompt": chats.two_lists_question,
+    "messages": chats.messages_question,
+    "conversations": chats.sharegpt_question,
+    "instruction": chats.alpaca_question,
 }
-"""The field that asks → how its messages are read."""
+"""The field that holds a question → how its messages are read."""
 
 
-def question(row: Row, section: DataSection) -> Asked:
+def parse_question(row: Row, section: DataSection) -> Question:
     """What a row asks: its `prompt`, its `messages` or `conversations` up to the last answer, its `instruction` with
     input, system and history, or its `text`.
 
-    Where it has several of these, the format that training would find counts, and without one the first of them.
-    Raises DataError: the row has none of them, or they hold something else.
+    Where a row has several of these, the format that training would recognise decides; without one, the first of them.
+
+    Raises:
+        DataError: The row has none of them, or they hold something else.
     """
     columns = {ours: theirs for ours, theirs in section.columns.items() if theirs in row.values}
-    values = _renamed(row.values, columns)
-    fitting = [form for form in FORMATS if values.keys() >= set(form.keys) and section.format in ("auto", form.name)]
+    fields = _rename(row.values, columns)
+    fitting = [
+        format for format in FORMATS if fields.keys() >= set(format.keys) and section.format in ("auto", format.name)
+    ]
     sure = len(fitting) == 1 and (section.format != "auto" or fitting[0].name != "text")
-    known = (fitting[0].keys[0],) if sure and fitting[0].name != "input_ids" else ()
-    name = next((name for name in (*known, *QUESTIONS, "text") if name in values), None)
+    first = (fitting[0].keys[0],) if sure and fitting[0].name != "input_ids" else ()
+    name = next((name for name in (*first, *_QUESTIONS, "text") if name in fields), None)
     try:
         if name is None:
-            raise BadRow(f"nothing is asked; the fields are {listed(row.values)}")
-        if name == "text" or (name == "prompt" and not isinstance(values["prompt"], list)):
-            return Asked(text(values, name), schemas(values))
-        return Asked(QUESTIONS[name](values), schemas(values))
-    except BadRow as error:
+            raise RowError(Code.DATA_NO_QUESTION, f"the row has no prompt; its fields are {quote(row.values)}")
+        if name == "text" or (name == "prompt" and not isinstance(fields["prompt"], list)):
+            return Question(text(fields, name), chats.parse_tools(fields))
+        return Question(_QUESTIONS[name](fields), chats.parse_tools(fields))
+    except RowError as error:
         fix = "give a prompt, messages, conversations, an instruction or text"
-        raise DataError(Problem(str(error), row.where, fix=fix)) from None
+        raise DataError(Problem(error.code, str(error), row.where, fix=fix)) from None
 
 
-def _renamed(values: Values, columns: Mapping[str, str]) -> Values:
-    """The values under our names: `columns` maps ours to the data's, over a field that has our name by chance."""
+def _rename(fields: Fields, columns: Mapping[str, str]) -> Fields:
+    """The fields under loratune's names.
+
+    Args:
+        fields: Under the names of the data.
+        columns: loratune's name → the data's name. It wins over a field that has loratune's name by chance.
+    """
     if not columns:
-        return values
-    taken = {*columns.values(), *columns}
-    kept = {name: value for name, value in values.items() if name not in taken}
-    return kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
+        return fields
+    replaced = {*columns.values(), *columns}
+    others = {name: value for name, value in fields.items() if name not in replaced}
+    return others | {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}

@@ -1,26 +1,32 @@
-"""What a row is once it was read: the three kinds of examples, and what can be told of them without a tokenizer."""
+"""Examples: what a row is once it was read, and the formats of rows that go through no chat template."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from loratune.data.formats.checks import BadRow
+from loratune.data.formats.fields import Fields, RowError, describe, integers, parse_list, text
+from loratune.errors import Code
 
 Message: TypeAlias = dict[str, Any]
-"""A turn as chat templates take it. `role` and `content` are always there, and always text."""
+"""A message as chat templates take it. `role` and `content` are always there, and always text."""
 
 IGNORED = -100
-"""The label of a token that is not learnt."""
+"""The label of a token that is not supervised."""
 
-_BORDER = "\ud800"  # stands between two texts of a key; no text holds it
+_SEPARATOR = "\ud800"
+"""Stands between the texts of a content key; no text of a row holds it."""
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Text that is joined raw; `completion` and the end of sequence after it are learnt.
+    """Text without a chat template: the prompt and the completion, joined as they stand.
 
-    whole: there is no prompt to the completion, not even an empty one, and a part of it is worth learning.
+    Attributes:
+        where: The place of the row.
+        prompt: Not supervised, unless `loss_on` is `all`.
+        completion: Supervised, with the end of sequence behind it.
+        whole: Whether the row is one text without any prompt; such a text may be truncated.
     """
 
     where: str
@@ -31,35 +37,46 @@ class Plain:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages for the chat template; assistant turns from number `first_learnt` on are learnt.
+    """Messages for the chat template.
 
-    tools: schemas for the template, each `{type: function, function: {name, ...}}` where the data did not say
-    otherwise; muted: numbers of the assistant turns whose weight is 0.
+    Attributes:
+        where: The place of the row.
+        messages: In order.
+        first_supervised: The first message that belongs to the completion: with `loss_on` `completion`, only assistant
+            turns from it on are supervised.
+        tools: Schemas for the template, usually `{type: function, function: {name, ...}}`.
+        zero_weight: Numbers, from 0, of the assistant turns whose weight is 0.
     """
 
     where: str
     messages: tuple[Message, ...]
-    first_learnt: int = 0
+    first_supervised: int = 0
     tools: tuple[Any, ...] = ()
-    muted: frozenset[int] = frozenset()
+    zero_weight: frozenset[int] = frozenset()
 
-    def learnt(self, loss_on: str) -> tuple[int, ...]:
-        """The numbers of the assistant turns that are learnt, counted from 0; `loss_on` as in the configuration."""
-        return tuple(number for number in self.answers(loss_on) if _says_something(self.messages[number]))
+    def supervised_turns(self, loss_on: str) -> tuple[int, ...]:
+        """The numbers, from 0, of the assistant turns that the loss is taken over. loss_on: as in the configuration."""
+        return tuple(number for number in self.selected_turns(loss_on) if _has_content(self.messages[number]))
 
-    def answers(self, loss_on: str) -> tuple[int, ...]:
-        """The numbers of the assistant turns that are asked for, those included that say nothing."""
-        first = self.first_learnt if loss_on == "completion" else 0
+    def selected_turns(self, loss_on: str) -> tuple[int, ...]:
+        """The assistant turns that `loss_on` and the weights select, the empty ones among them."""
+        first = self.first_supervised if loss_on == "completion" else 0
         return tuple(
             number
             for number, message in enumerate(self.messages)
-            if number >= first and message["role"] == "assistant" and number not in self.muted
+            if number >= first and message["role"] == "assistant" and number not in self.zero_weight
         )
 
 
 @dataclass(frozen=True)
 class Ids:
-    """Token ids as they are given. labels: the id itself where it is learnt, else -100; None: all are learnt."""
+    """Token ids as the data has them.
+
+    Attributes:
+        where: The place of the row.
+        ids: Token ids, without padding.
+        labels: For each token its own id where it is supervised, else -100; None: all are supervised.
+    """
 
     where: str
     ids: tuple[int, ...]
@@ -70,55 +87,99 @@ Example: TypeAlias = Plain | Conversation | Ids
 
 
 def no_loss_reason(example: Example, loss_on: str) -> str | None:
-    """Why nothing is learnt in an example, or None."""
+    """Why no token of an example is supervised, as far as that is known without a tokenizer; None if one is."""
     if isinstance(example, Plain):
-        heard = example.completion.strip() or (loss_on == "all" and example.prompt.strip())
-        return None if heard else f"the {'text' if example.whole else 'completion'} is empty"
+        supervised = example.completion.strip() or (loss_on == "all" and example.prompt.strip())
+        return None if supervised else f"the {'text' if example.whole else 'completion'} is empty"
     if isinstance(example, Ids):
-        learnt = example.ids[1:] if example.labels is None else [id for id in example.labels[1:] if id != IGNORED]
-        return None if learnt else "no token comes before the one that is learnt"
+        ids = example.ids[1:] if example.labels is None else [id for id in example.labels[1:] if id != IGNORED]
+        return None if ids else "only the first token is supervised, and nothing predicts it"
     if loss_on == "all":
-        return None if any(map(_says_something, example.messages)) else "the completion is empty"
-    if not example.answers(loss_on):
+        return None if any(map(_has_content, example.messages)) else "the completion is empty"
+    if not example.selected_turns(loss_on):
         return "no assistant turn has weight"
-    return None if example.learnt(loss_on) else "the completion is empty"
+    return None if example.supervised_turns(loss_on) else "the completion is empty"
 
 
-def _says_something(message: Message) -> bool:
+def _has_content(message: Message) -> bool:
     return bool(message["content"].strip() or message.keys() & {"tool_calls", "reasoning_content", "thinking"})
 
 
 def check_ids(example: Ids, vocabulary_size: int) -> None:
-    """Hold the ids of an example against the vocabulary.
-
-    Raises BadRow: an id that the vocabulary does not have.
-    """
+    """Raises RowError: an id that the vocabulary does not have."""
     if max(example.ids) >= vocabulary_size:
         number = next(number for number, id in enumerate(example.ids, start=1) if id >= vocabulary_size)
         what = f"entry {number} of `input_ids` is {example.ids[number - 1]}"
-        raise BadRow(f"{what}, but the vocabulary has {vocabulary_size} tokens, from 0 to {vocabulary_size - 1}")
+        what = f"{what}, but the vocabulary has {vocabulary_size} tokens, from 0 to {vocabulary_size - 1}"
+        raise RowError(Code.DATA_TOKEN_ID, what, "use the tokenizer of this model for `input_ids`")
 
 
-def key(example: Example, folded: bool = False) -> bytes:
-    """All that an example says, as bytes: equal for two examples if and only if they say the same.
+def content_key(example: Example, folded: bool = False) -> bytes:
+    """The content of an example as bytes, which are equal for two examples exactly if their contents are equal.
 
-    folded: white space counts as one space, and at the ends of a text as nothing. What is learnt does not count.
-    The bytes are about as many as the example's own: hash them to keep them.
+    What is supervised does not count. The key is about as long as the example: hash it to keep it.
+
+    Args:
+        example: Any example.
+        folded: Whether any run of white space counts as one space, and as nothing at both ends of a text.
     """
     if isinstance(example, Ids):
         return repr(example.ids).encode()
     texts = [example.prompt, example.completion] if isinstance(example, Plain) else _text_parts(example)
     if folded:
         texts = (" ".join(text.split()) for text in texts)
-    return _BORDER.join(texts).encode(errors="surrogatepass")
+    return _SEPARATOR.join(texts).encode(errors="surrogatepass")
 
 
 def _text_parts(example: Conversation) -> Iterator[str]:
-    yield ""  # three texts at least, where plain text has two
+    yield ""  # at least three texts, where a Plain has two
     for message in example.messages:
         yield message["role"]
         yield message["content"]
         if len(message) > 2:
-            yield json.dumps({field: message[field] for field in message if field != "content"}, sort_keys=True)
+            yield json.dumps({name: message[name] for name in message if name != "content"}, sort_keys=True)
     if example.tools:
         yield json.dumps(example.tools, sort_keys=True)
+
+
+def parse_prompt_completion(where: str, fields: Fields) -> Plain:
+    """A row with `prompt` and `completion` as text. Raises RowError."""
+    return Plain(where, text(fields, "prompt"), text(fields, "completion"))
+
+
+def parse_text(where: str, fields: Fields) -> Plain:
+    """A row with `text`, all of it supervised. Raises RowError."""
+    return Plain(where, "", text(fields, "text"), whole=True)
+
+
+def parse_ids(where: str, fields: Fields) -> Ids:
+    """A row with `input_ids`, and perhaps `labels`: for each token its own id or -100, not shifted.
+
+    Raises:
+        RowError: They are something else, or no token is supervised.
+    """
+    ids = integers(fields, "input_ids")
+    if min(ids) < 0:
+        number = next(number for number, id in enumerate(ids, start=1) if id < 0)
+        what = f"entry {number} of `input_ids` is {ids[number - 1]}, and token ids are not negative"
+        raise RowError(Code.DATA_TOKEN_ID, what)
+    mask = parse_list(fields, "attention_mask")
+    if mask not in (None, "") and (not isinstance(mask, list) or len(mask) != len(ids)):
+        mask_kind = f"{len(mask)} entries" if isinstance(mask, list) else describe(mask)
+        what = f"`attention_mask` must have {len(ids)} entries, as `input_ids` has, and is {mask_kind}"
+        raise RowError(Code.DATA_LENGTHS, what)
+    if isinstance(mask, list) and mask.count(1) != len(mask):
+        what = "`attention_mask` is not 1 for every token"
+        raise RowError(Code.DATA_PADDING, what, "give `input_ids` without padding")
+    if fields.get("labels") is None:
+        return Ids(where, ids)
+    labels = integers(fields, "labels")
+    if len(labels) != len(ids):
+        raise RowError(Code.DATA_LENGTHS, f"`labels` has {len(labels)} entries, but `input_ids` has {len(ids)}")
+    if set(labels) == {IGNORED}:
+        raise RowError(Code.DATA_NO_ANSWER, "no token is supervised: all `labels` are -100")
+    for number, (label, id) in enumerate(zip(labels, ids, strict=True), start=1):
+        if label not in (id, IGNORED):
+            what = f"entry {number} of `labels` is {label}, but that of `input_ids` is {id}"
+            raise RowError(Code.DATA_LABELS, what, "set each label to the id at its own place, or to -100")
+    return Ids(where, ids, labels)

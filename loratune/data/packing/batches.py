@@ -1,4 +1,7 @@
-"""What the trainer iterates: the items of a set, how many of them make a batch, and how they become tensors."""
+"""Rows → batches: what the trainer draws, how many of them make a batch, and how they become tensors.
+
+A batch is padded to its longest row, or flat: its rows stand end to end in one long row.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,16 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loratune.data.packing.flat import flatten, flatten_packs
 from loratune.data.packing.packs import Packs, best_fit
-from loratune.data.packing.padding import pad
+from loratune.data.rendering import IGNORED
 
 Packing: TypeAlias = Literal["none", "batch", "full"]
 """As in the configuration."""
 
 
 class Items(Protocol):
-    """A set as torch's DataLoader takes it: rows of `input_ids` and `labels`, or packs, which are lists of them."""
+    """A dataset as torch's DataLoader takes it: rows of `input_ids` and `labels`, or packs, which are lists of them."""
 
     def __len__(self) -> int: ...
 
@@ -27,7 +29,7 @@ class Items(Protocol):
 
 @dataclass(frozen=True)
 class PackedRows:
-    """A set of packs: item i is the list of the rows of pack i."""
+    """A dataset of packs: item i is the list of the rows of pack i."""
 
     rows: Items
     packs: Packs
@@ -39,12 +41,15 @@ class PackedRows:
         return [self.rows[int(row)] for row in self.packs[number]]
 
 
-class Batches:
-    """A set of rows as the trainer takes it.
+class BatchLayout:
+    """How the rows of a dataset split make batches.
 
-    items: what it draws, one row each, or one pack of rows. size: how many items make a batch. collate: makes a list of
-    items a dict of tensors; it can be pickled. flat: whether rows stand end to end in a batch (see `flatten` for what
-    the model must then be given), or are padded.
+    Attributes:
+        items: What the trainer draws: rows, or packs of rows.
+        size: How many items make a batch.
+        collate: Makes a list of items a dict of tensors. It can be pickled.
+        flat: Whether the rows of a batch stand end to end (see `flatten` for what the model must then be given), or are
+            padded.
     """
 
     items: Items
@@ -63,10 +68,17 @@ class Batches:
     ) -> None:
         """Lay out the batches.
 
-        dataset: rows, `input_ids` and `labels` as lists; lengths: (rows,), tokens of each, from 1 to max_length.
-        packing: `none` pads each batch of `size` rows to its longest; `batch` puts the rows of a batch end to end;
-        `full` makes packs of any number of rows, at most size * max_length tokens, and a batch is one pack.
-        Raises ValueError for lengths out of range, with `full`.
+        Args:
+            dataset: Rows, with `input_ids` and `labels` as lists.
+            lengths: (rows,), the tokens of each row, from 1 to max_length.
+            packing: `none` pads each batch of `size` rows to its longest; `batch` puts the rows of a batch end to end;
+                `full` makes packs of any number of rows, at most size * max_length tokens, and a batch is one pack.
+            size: Rows of a batch.
+            max_length: The most tokens that a row has.
+            pad_id: The id of the padding token.
+
+        Raises:
+            ValueError: A length is out of range, with `full`.
         """
         self.flat = packing != "none"
         if packing == "full":
@@ -79,10 +91,66 @@ class Batches:
             self._tokens = lengths
 
     def tokens(self, number: int) -> int:
-        """How many tokens item `number` holds, without padding."""
+        """Returns how many tokens item `number` holds, without padding."""
         return int(self._tokens[number])
 
     def heaviest(self) -> list[int]:
-        """The numbers of the items that make the largest batch of all that can be drawn, the largest item first."""
-        falling = np.argsort(-self._tokens.astype(np.int64), kind="stable")
-        return [int(number) for number in falling[: self.size]]
+        """Returns the numbers of the items that make the largest possible batch, the largest item first."""
+        descending = np.argsort(-self._tokens.astype(np.int64), kind="stable")
+        return [int(number) for number in descending[: self.size]]
+
+
+def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Put rows end to end.
+
+    There is no `attention_mask`: without one, and without a cache, transformers reads from the positions where a row
+    begins, and lets a token attend to its own row only (`masking_utils.find_packed_sequence_indices`). So the caller
+    must call the model with `use_cache=False` and without a mask; with either, tokens attend to other rows, and there
+    is no error. `packing_refusal` finds out whether a model understands the positions.
+
+    Args:
+        rows: `input_ids` and `labels`, lists of equal length for each row, at least one token each.
+
+    Returns:
+        int64 tensors of shape (1, tokens of all rows): `input_ids`; `labels`, in which the first of each row is -100,
+        because the token before it is another row's; `position_ids`, which begin at 0 in each row.
+    """
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "labels": torch.tensor([[label for row in rows for label in (IGNORED, *row["labels"][1:])]]),
+        "position_ids": torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]]),
+    }
+
+
+def flatten_packs(packs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+    """Put the rows of all packs end to end, as `flatten` does."""
+    return flatten([row for pack in packs for row in pack])
+
+
+def pad(
+    rows: Sequence[dict[str, Any]], pad_id: int, side: Literal["left", "right"] = "right"
+) -> dict[str, torch.Tensor]:
+    """Pad rows to the longest of them. Padding is masked by position, never by token id.
+
+    Args:
+        rows: `input_ids` and optionally `labels`, lists of equal length for each row.
+        pad_id: The id of the padding token.
+        side: Where the padding stands.
+
+    Returns:
+        int64 tensors of shape (rows, longest): `input_ids`, `attention_mask` (1 on tokens, 0 on padding), and `labels`
+        (-100 on padding) if the rows have them.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: Sequence[int], filler: int) -> list[int]:
+        padding = [filler] * (longest - len(values))
+        return [*values, *padding] if side == "right" else [*padding, *values]
+
+    batch = {
+        "input_ids": torch.tensor([padded(row["input_ids"], pad_id) for row in rows]),
+        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
+    }
+    if "labels" in rows[0]:
+        batch["labels"] = torch.tensor([padded(row["labels"], IGNORED) for row in rows])
+    return batch

@@ -1,14 +1,22 @@
-"""Texts → ids, many at once: by the fast tokenizer's own batches, or one by one by a slow tokenizer."""
+"""Encoding: texts → token ids, many at once, and the tokenized row that comes of them.
+
+Fast tokenizers encode in batches of their own; slow ones encode text by text.
+"""
 
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
-from loratune.system.sandbox import BeyondLimit, limited
+from loratune.data.formats.examples import IGNORED as IGNORED
+from loratune.system.sandbox import LimitExceededError, run_with_time_limit
 
 _log = logging.getLogger(__name__)
+
+Span: TypeAlias = tuple[int, int]
+"""Half-open range of supervised positions: of tokens in a row, or of characters in a text."""
 
 LONG = 2**20
 """Characters from which on a text is encoded in pieces: the tokenizer needs some hundred bytes for each."""
@@ -20,133 +28,234 @@ TAIL = 160
 """Characters at the end of a prompt that are encoded once more together with what follows it."""
 
 _PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
-_LINE = re.compile(r"(?<=\S)\n(?=\S)")
-_WORD = re.compile(r"(?<=\w)(?= \w)")
+_LINE_BORDER = re.compile(r"(?<=\S)\n(?=\S)")
+_WORD_BORDER = re.compile(r"(?<=\w)(?= \w)")
+_CHARACTERS_PER_SECOND = 20_000
+"""The speed that every tokenizer must reach on long texts; the usual slow tokenizer is five times as fast."""
 
 
-class Unencodable(Exception):
-    """The tokenizer fails on a text. broken: whatever the text, or because it takes too long."""
+@dataclass(frozen=True)
+class TokenizedRow:
+    """A row of token ids, and which of them are supervised.
 
-    def __init__(self, text: str, reason: str, broken: bool):
+    Attributes:
+        where: The place of the row in its file, for messages.
+        ids: Token ids.
+        spans: The supervised ranges of positions, in order, none of them empty.
+        answer: The position at which the last answer to a prompt begins; None in a row that answers no prompt.
+    """
+
+    where: str
+    ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+    answer: int | None = field(default=None, compare=False)
+
+    @classmethod
+    def from_ids(cls, where: str, ids: Sequence[int], labels: Sequence[int] | None) -> "TokenizedRow":
+        """Returns the row of given ids. labels: the id itself or -100 at each position; None supervises all."""
+        if labels is None:
+            return cls(where, tuple(ids), ((0, len(ids)),) if ids else ())
+        supervised = [False, *(label != IGNORED for label in labels), False]
+        borders = [place for place in range(len(labels) + 1) if supervised[place] != supervised[place + 1]]
+        spans = tuple(zip(borders[::2], borders[1::2], strict=True))
+        return cls(where, tuple(ids), spans, spans[-1][0] if spans and spans[0][0] else None)
+
+    @property
+    def labels(self) -> list[int]:
+        """One label per token: its own id where it is supervised, else -100.
+
+        The first token is never supervised: there is no token before it to predict it from.
+        """
+        labels = [IGNORED] * len(self.ids)
+        for start, end in self.spans:
+            labels[start:end] = self.ids[start:end]
+        if labels:
+            labels[0] = IGNORED
+        return labels
+
+    @property
+    def supervised(self) -> int:
+        """The number of supervised tokens."""
+        return sum(end - max(start, 1) for start, end in self.spans)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The ids before the last span: what `generate` would be given."""
+        return self.ids[: self.spans[-1][0]]
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        """The ids of the last span, its end included: what `generate` should return."""
+        return self.ids[self.spans[-1][0] : self.spans[-1][1]]
+
+
+def truncate(row: TokenizedRow, max_length: int, bos: int | None) -> TokenizedRow | None:
+    """Cut a row to at most `max_length` tokens.
+
+    The prompt of a row is cut at its left, after the BOS. The last answer is kept whole; each earlier answer is kept
+    whole, or is no longer supervised. A row that answers no prompt is cut at its end.
+
+    Returns:
+        The row, or None if nothing supervised is left.
+    """
+    excess, ids = len(row.ids) - max_length, row.ids
+    if excess <= 0:
+        return row
+    if row.answer is None:
+        spans = tuple((start, min(end, max_length)) for start, end in row.spans if start < max_length)
+        return replace(row, ids=ids[:max_length], spans=spans) if spans else None
+    keep = 1 if ids[0] == bos and ids.count(bos) == 1 else 0  # some templates begin every turn with the BOS
+    if row.answer < keep + excess:
+        return None
+    ids = ids[:keep] + ids[keep + excess :]
+    if row.spans == ((0, len(row.ids)),):  # the prompt is supervised too
+        return replace(row, ids=ids, spans=((0, max_length),), answer=row.answer - excess)
+    spans = tuple((start - excess, end - excess) for start, end in row.spans if start >= keep + excess)
+    return replace(row, ids=ids, spans=spans, answer=row.answer - excess) if spans else None
+
+
+class TokenizerFailure(Exception):
+    """The tokenizer fails on a text, or takes too long for it.
+
+    Attributes:
+        text: The text.
+        any_text: The tokenizer is of no use at all: it fails on every text, or it takes too long.
+    """
+
+    def __init__(self, text: str, reason: str, any_text: bool):
         super().__init__(reason)
-        self.text, self.broken = text, broken
+        self.text, self.any_text = text, any_text
 
 
 class Encoder:
-    """Encodes texts with one tokenizer; no special token is added, those that a text spells out are ids of theirs."""
+    """Encodes texts with one tokenizer.
+
+    No special token is added; a special token that a text spells out becomes its id.
+    """
 
     def __init__(self, tokenizer: Any):
-        """Raises Unencodable: the tokenizer fails on any text."""
+        """Try the tokenizer on a few texts.
+
+        Raises:
+            TokenizerFailure: The tokenizer fails on every text.
+        """
         self._tokenizer = tokenizer
-        # each id once: long rows share these numbers, where each would else be an object of its own
-        self._numbers: dict[int, int] = {}
+        # One object for each id: the ids of a long row would otherwise be objects of their own.
+        self._shared_ids: dict[int, int] = {}
         self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        slow = [self._tried([text], self._slowly)[0] for text in (_PROBE, "\n", "\na", "a")]
-        probe, self._line, word, letter = slow
-        if self._backend is not None and self._tried([_PROBE], self._quick) != [probe]:
+        probe, self._newline, newline_letter, letter = (
+            self._encode_limited([text], self._encode_slowly)[0] for text in (_PROBE, "\n", "\na", "a")
+        )
+        if self._backend is not None and self._encode_limited([_PROBE], self._encode_fast) != [probe]:
             self._backend = None
-        line = self._line
-        self._adds_space = word[: len(line)] == line and word[len(line) :] != letter
+        count = len(self._newline)
+        self._adds_space = newline_letter[:count] == self._newline and newline_letter[count:] != letter
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text. A text that comes twice is encoded once; the empty text has no ids.
+        """Encode texts. A text that occurs twice is encoded once; the empty text has no ids.
 
-        A text over a million characters is encoded in pieces that end at words or lines.
-        Raises Unencodable: the tokenizer fails on one of the texts, or takes too long for it.
+        A text of more than a million characters is encoded in pieces that end at words or lines.
+
+        Raises:
+            TokenizerFailure: The tokenizer fails on one of the texts, or takes too long for it.
         """
-        found: dict[str, list[int]] = {"": []}
+        ids_of: dict[str, list[int]] = {"": []}
         for batch in _batches([text for text in dict.fromkeys(texts) if 0 < len(text) <= LONG]):
-            found.update(zip(batch, self._batch(batch), strict=True))
+            ids_of.update(zip(batch, self._encode_batch(batch), strict=True))
         for text in texts:
-            if text not in found:
-                found[text] = [*chain.from_iterable(self._batch([piece])[0] for piece in self._pieces(text))]
-        return [found[text] for text in texts]
-
-    def continued(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, list[int]]]:
-        """For each prompt and the text after it: how many ids the prompt has, and the ids of both, the prompt's first.
-
-        The two are encoded as one text where the prompt's ids are the beginning of that text's, and apart where they
-        are not. Of a longer prompt only the last words are encoded again: words do not change those before them.
-        """
-        tails = [(prompt, self._last_words(prompt), rest) for prompt, rest in pairs]
-        found = iter(self([text for prompt, tail, rest in tails for text in (prompt, tail, tail + rest)]))
-        results: list[tuple[int, list[int]]] = []
-        for prompt, rest in pairs:
-            ids, end, both = next(found), next(found), next(found)
-            if ids[len(ids) - len(end) :] != end:
-                end, both = ids, self.one(prompt + rest)
-            results.append((len(ids), ids + (both[len(end) :] if both[: len(end)] == end else self._apart(rest))))
-        return results
+            if text not in ids_of:
+                pieces = _pieces(text, without_space=self._adds_space)
+                ids_of[text] = [*chain.from_iterable(self._encode_batch([piece])[0] for piece in pieces)]
+        return [ids_of[text] for text in texts]
 
     def one(self, text: str) -> list[int]:
-        """The ids of one text."""
+        """Encode one text."""
         return self([text])[0]
 
-    def _apart(self, rest: str) -> list[int]:
-        """The ids of a text that goes on from another: without the space that some tokenizers put before any text."""
-        if self._adds_space:
-            ids = self.one(f"\n{rest}")
-            if ids[: len(self._line)] == self._line:
-                return ids[len(self._line) :]
-        return self.one(rest)
+    def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, list[int]]]:
+        """Encode prompts, each together with the text after it.
 
-    def _pieces(self, text: str) -> Iterator[str]:
-        pieces = _pieces(text)
-        yield next(pieces)
-        yield from (piece.removeprefix(" ") if self._adds_space else piece for piece in pieces)
+        A prompt and its continuation are encoded as one text where the ids of that text begin with those of the prompt,
+        and separately where they do not. Of a long prompt only the last words are encoded a second time, because words
+        do not change the ids of the words before them.
+
+        Returns:
+            For each pair the number of ids of the prompt, and the ids of both, which begin with those of the prompt.
+        """
+        tails = [(prompt, self._last_words(prompt), rest) for prompt, rest in pairs]
+        encoded = iter(self([text for prompt, tail, rest in tails for text in (prompt, tail, tail + rest)]))
+        results: list[tuple[int, list[int]]] = []
+        for prompt, rest in pairs:
+            ids, tail_ids, joint_ids = next(encoded), next(encoded), next(encoded)
+            if ids[len(ids) - len(tail_ids) :] != tail_ids:
+                tail_ids, joint_ids = ids, self.one(prompt + rest)
+            joint = joint_ids[: len(tail_ids)] == tail_ids
+            results.append((len(ids), ids + (joint_ids[len(tail_ids) :] if joint else self._continuation(rest))))
+        return results
+
+    def _continuation(self, text: str) -> list[int]:
+        """Encode a text that follows another, without the space that some tokenizers put before every text."""
+        if self._adds_space:
+            ids = self.one(f"\n{text}")
+            if ids[: len(self._newline)] == self._newline:
+                return ids[len(self._newline) :]
+        return self.one(text)
 
     def _last_words(self, prompt: str) -> str:
-        """The end of a prompt from a border of words on; all of it if it has no words near its end."""
-        borders = [border.end() for border in _WORD.finditer(prompt, max(0, len(prompt) - TAIL), len(prompt) - 8)]
+        """Returns the end of a prompt, from a border between words on; all of it if there are no words near its end."""
+        borders = [
+            border.end() for border in _WORD_BORDER.finditer(prompt, max(0, len(prompt) - TAIL), len(prompt) - 8)
+        ]
         return prompt[borders[-1] + self._adds_space :] if borders else prompt
 
-    def _batch(self, texts: list[str]) -> list[list[int]]:
-        encode = self._slowly if self._backend is None else self._quick
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        encode = self._encode_slowly if self._backend is None else self._encode_fast
         try:
-            ids = limited(lambda: encode(texts), more=_more(texts))
+            ids = run_with_time_limit(lambda: encode(texts), extra_seconds=_extra_seconds(texts))
         except KeyboardInterrupt:
             raise
-        except BaseException:  # a panic of tokenizers is no Exception
-            _log.debug("texts are encoded one by one, as they fail together", exc_info=True)
-            ids = [self._tried([text], encode, broken=False)[0] for text in texts]
+        except BaseException:  # a panic of the Rust library `tokenizers` is no Exception
+            _log.debug("texts are encoded one by one, because they fail together", exc_info=True)
+            ids = [self._encode_limited([text], encode, any_text=False)[0] for text in texts]
         if len(texts[0]) < PIECE // 2:
             return ids
-        known = self._numbers
-        return [[known.setdefault(number, number) for number in row] for row in ids]
+        shared = self._shared_ids
+        return [[shared.setdefault(number, number) for number in row] for row in ids]
 
-    def _quick(self, texts: list[str]) -> list[list[int]]:
-        # only where it changes something: both wait, with the interpreter, for a thread that was given up to be done
+    def _encode_fast(self, texts: list[str]) -> list[list[int]]:
+        # Switched off only where it is on: each of these calls waits, holding the interpreter, until a thread that was
+        # given up as too slow has finished with the tokenizer.
         if self._backend.truncation is not None:
             self._backend.no_truncation()
         if self._backend.padding is not None:
             self._backend.no_padding()
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _slowly(self, texts: list[str]) -> list[list[int]]:
+    def _encode_slowly(self, texts: list[str]) -> list[list[int]]:
         return [self._tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
-    def _tried(
-        self, texts: list[str], encode: Callable[[list[str]], list[list[int]]], *, broken: bool = True
+    def _encode_limited(
+        self, texts: list[str], encode: Callable[[list[str]], list[list[int]]], *, any_text: bool = True
     ) -> list[list[int]]:
-        """The ids of one text. Raises Unencodable."""
+        """Encode one text. Raises TokenizerFailure."""
         try:
-            return limited(lambda: encode(texts), more=_more(texts))
+            return run_with_time_limit(lambda: encode(texts), extra_seconds=_extra_seconds(texts))
         except KeyboardInterrupt:
             raise
-        except BeyondLimit as error:
-            raise Unencodable(texts[0], str(error), broken=True) from None
-        except BaseException as error:  # as above
+        except LimitExceededError as error:
+            raise TokenizerFailure(texts[0], str(error), any_text=True) from None
+        except BaseException as error:  # as in `_encode_batch`
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise Unencodable(texts[0], f"fails: {reason}", broken) from None
+            raise TokenizerFailure(texts[0], f"fails: {reason}", any_text) from None
 
 
-def _more(texts: list[str]) -> int:
-    """Seconds for the length of texts: a slow tokenizer takes one for some hundred thousand characters."""
-    return sum(map(len, texts)) // 20_000
+def _extra_seconds(texts: list[str]) -> int:
+    """Returns the seconds that texts may take for their length."""
+    return sum(map(len, texts)) // _CHARACTERS_PER_SECOND
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Runs of texts of at most `PIECE` characters, or of a single text."""
+    """Yields batches of texts of at most `PIECE` characters together, or of a single longer text."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -159,14 +268,19 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """The text itself, or its pieces where it is long; each piece ends at the last word or line that fits."""
+def _pieces(text: str, *, without_space: bool) -> Iterator[str]:
+    """Yields the pieces of a text; each ends at the last word or line that fits.
+
+    without_space: the tokenizer puts a space before every text, so that of a later piece is left out.
+    """
     start = 0
     while len(text) - start > (PIECE if start else LONG):
         window = start + PIECE // 2, start + PIECE
-        words = [border.end() for border in _WORD.finditer(text, *window)]
-        lines = [] if words else [border.end() for border in _LINE.finditer(text, *window)]
+        words = [border.end() for border in _WORD_BORDER.finditer(text, *window)]
+        lines = [] if words else [border.end() for border in _LINE_BORDER.finditer(text, *window)]
         end = [window[1], *lines, *words][-1]
-        yield text[start:end]
+        piece = text[start:end]
+        yield piece.removeprefix(" ") if start and without_space else piece
         start = end
-    yield text[start:]
+    last = text[start:]
+    yield last.removeprefix(" ") if start and without_space else last

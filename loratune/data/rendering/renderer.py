@@ -1,7 +1,9 @@
-"""Examples → rows of ids. Train, evaluate and generate render with the same methods."""
+"""Examples → rows of token ids. Train, evaluate and generate render with the same methods."""
 
 import datetime
 import hashlib
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
@@ -12,162 +14,102 @@ import tokenizers
 import transformers
 
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain
-from loratune.data.rendering.drafts import Draft, Drafting, plain
-from loratune.data.rendering.dropped import dropped
-from loratune.data.rendering.encoding import Encoder, Unencodable
-from loratune.data.rendering.template import KEY, Chat
-from loratune.data.rendering.tokens import Span, Tokens, given
+from loratune.data.rendering.answer_spans import RenderedText, check_tools_are_shown, render_conversation
+from loratune.data.rendering.chat_template import KEY, OTHER_FILE, ChatTemplate, TemplateInput
+from loratune.data.rendering.encoding import Encoder, Span, TokenizedRow, TokenizerFailure
 from loratune.data.sources import MAX_PROBLEMS
-from loratune.errors import DataError, LoratuneError, ModelError, Problem
-from loratune.system.sandbox import MEMORY, Apart, BeyondLimit, limited
+from loratune.data.upstream import tokenizer_settings
+from loratune.errors import Code, DataError, LoratuneError, ModelError, Problem
+from loratune.system.sandbox import MEMORY, LimitExceededError, PieceTimer, Sandbox, run_with_time_limit
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
-_COPIES = 64
-"""Bytes that rendering may take for each character of the messages: some texts of them at once, four bytes each."""
+_BYTES_PER_CHARACTER = 64
+"""What rendering may take for each character of the messages: several texts of them at once, four bytes each."""
+
+_SHOWN_CHARACTERS = 40
 
 
 class Renderer:
     """Renders examples with one tokenizer; `end_ids` are the ids that end an answer."""
 
     def __init__(self, tokenizer: Any, vocabulary_size: int | None = None):
-        """vocabulary_size: how many tokens the model has embeddings for; None if there is no model to hold ids against.
+        """Try the tokenizer and its chat template.
 
-        Raises ModelError: the tokenizer has no end of sequence, or fails; its template never ends, or takes too much
-        memory; its special tokens are more than the model has.
+        Args:
+            tokenizer: A tokenizer of transformers, fast or slow.
+            vocabulary_size: How many tokens the model has embeddings for; None if there is no model to compare with.
+
+        Raises:
+            ModelError: The tokenizer has no end of sequence, or fails; its template takes too long or too much memory;
+                it has more special tokens than the model.
         """
+        name = tokenizer.name_or_path
         if tokenizer.eos_token_id is None:
-            raise ModelError(Problem("the tokenizer has no end-of-sequence token", tokenizer.name_or_path))
+            raise ModelError(Problem(Code.TOKENIZER_NO_EOS, "the tokenizer has no end-of-sequence token", name))
         self.tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
         self._size = vocabulary_size
         try:
             self._encode = Encoder(tokenizer)
-            self._drafting = Apart(lambda beat: Drafting(tokenizer, beat))
-            turn_ids = [id for end in self._templating(Drafting.ends, []) for id in self._encode.one(end)[-1:]]
-            self._starts_with_bos = self._begins()
-        except Unencodable as error:
-            raise self._failed(error, "") from None
+            self._sandbox = Sandbox(lambda timer: _ConversationRenderer(tokenizer, timer))
+            end_tokens = self._in_sandbox(_ConversationRenderer.end_tokens, [])
+            turn_ids = [id for token in end_tokens for id in self._encode.one(token)[-1:]]
+            self._starts_with_bos = self._adds_bos()
+        except TokenizerFailure as error:
+            raise self._tokenizer_error(error, "") from None
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos, *turn_ids]))
         self._bos = tokenizer.bos_token_id
         special = [self.eos, *turn_ids, tokenizer.pad_token_id or 0]
-        self._check_sizes([("", special)])
+        self._check_ids([("", special)])
 
-    def _begins(self) -> bool:
-        """Whether the tokenizer itself begins a text with the BOS."""
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and list(limited(lambda: self.tokenizer("a").input_ids[:1])) == [bos]
+    def rows(self, examples: Sequence[Example], loss_on: str = "completion") -> list[TokenizedRow]:
+        """Render examples whole, in order, encoded as one batch.
 
-    @cached_property
-    def _beyond(self) -> bool:
-        """Whether the tokenizer knows ids that the model has no embedding for, so that rows must be looked through."""
-        return self._size is not None and max(self.tokenizer.get_vocab().values()) >= self._size
+        Args:
+            examples: Texts, conversations, and ids, which stay as they are.
+            loss_on: As in the configuration.
 
-    def _check_sizes(self, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
-        """Raises ModelError: ids that the model has no embedding for. rows: places and ids."""
-        if not self._beyond or self._size is None:
-            return
-        found: dict[int, list[str]] = {}
-        for where, ids in rows:
-            for id in {id for id in ids if id >= self._size}:
-                found.setdefault(id, []).append(where or self.tokenizer.name_or_path)
-        problems = []
-        for id, places in [*found.items()][:MAX_PROBLEMS]:
-            token = self.tokenizer.convert_ids_to_tokens(id)
-            what = f"the token {token!r} has the id {id}, but the model has {self._size} embeddings, from 0 on"
-            known = f"the tokenizer has {max(self.tokenizer.get_vocab().values()) + 1} tokens"
-            more = f"; {len(places) - 1} more rows have it" if len(places) > 2 else ""
-            more = "; 1 more row has it" if len(places) == 2 else more
-            fix = "take the tokenizer that belongs to the model"
-            problems.append(Problem(f"{what}; {known}{more}", places[0], fix=fix))
-        if problems:
-            raise ModelError(problems)
-
-    def _templating(
-        self,
-        work: Callable[Concatenate[Drafting, Sequence[Any], P], T],
-        chats: Sequence[Chat | Conversation],
-        *more: P.args,
-        **named: P.kwargs,
-    ) -> T:
-        """What work with the template returns for some messages.
-
-        Raises ModelError: it goes on for ever, or takes too much memory. Raises what the work raises.
+        Raises:
+            DataError: With the first 10 rows that cannot be rendered: there is no supervised turn; the chat template
+                refuses the messages, leaves out what is supervised, or hides where an answer lies; the tokenizer fails
+                on a row.
+            ModelError: There is no chat template, or it takes too long; an id has no embedding in the model.
         """
-        longest = max((sum(len(message["content"]) for message in chat.messages) for chat in chats), default=0)
-        memory = MEMORY + _COPIES * longest
+        rendered = self._texts(examples, loss_on)
+        texts = [text for text in rendered if isinstance(text, RenderedText)]
         try:
-            return self._drafting(work, memory, chats, *more, **named)
-        except BeyondLimit as error:
-            where = chats[error.at].where if 0 <= error.at < len(chats) else ""
-            fix = "set data.chat_template to another Jinja file"
-            raise ModelError(Problem(f"the chat template {error}", where, KEY, fix)) from None
-
-    def _failed(self, error: Unencodable, where: str) -> LoratuneError:
-        """What to raise where the tokenizer fails on the text of a row; where: empty for any text."""
-        if error.broken:
-            return ModelError(Problem(f"the tokenizer {error}", where or self.tokenizer.name_or_path))
-        return DataError(Problem(f"the tokenizer {error}", where, fix="take the row out, or take another tokenizer"))
-
-    def rows(self, examples: Sequence[Example], loss_on: str = "completion") -> list[Tokens]:
-        """Whole rows, in order, encoded as one batch. loss_on: as in the configuration; rows of ids come as they are.
-
-        Raises DataError, with the first 10 rows that cannot be rendered: no learnt turn; the chat template refuses the
-        messages, leaves out what is to be learnt, or hides where an answer lies; the tokenizer fails on a row. Raises
-        ModelError: no chat template, or one without an end; ids that the model has no embedding for.
-        """
-        made = self._drafts(examples, loss_on)
-        drafts = [one for one in made if isinstance(one, Draft)]
-        try:
-            encoded = self._encoded(drafts, loss_on)
-        except Unencodable as error:
-            raise self._failed(error, next((one.where for one in drafts if error.text in one.text), "")) from None
-        self._check_sizes([(row.where, row.ids) for row in encoded])
+            encoded = self._encode_texts(texts, loss_on)
+        except TokenizerFailure as error:
+            where = next((text.where for text in texts if error.text in text.text), "")
+            raise self._tokenizer_error(error, where) from None
+        self._check_ids([(row.where, row.ids) for row in encoded])
         rows = iter(encoded)
-        return [next(rows) if isinstance(one, Draft) else one for one in made]
+        return [next(rows) if isinstance(row, RenderedText) else row for row in rendered]
 
-    def dropped(self, examples: Sequence[Example], loss_on: str = "completion") -> str | None:
-        """A line about what the tokenizer drops of the answers of some rows; see `dropped`. Raises as `rows` does."""
-        drafts = [one for one in self._drafts(examples, loss_on) if isinstance(one, Draft)]
-        answers = []
-        for draft, row in zip(drafts, self._encoded(drafts, "completion"), strict=True):
-            said = "".join(draft.text[start:end] for start, end in draft.spans)
-            answers.append((draft.where, said, [id for start, end in row.spans for id in row.ids[start:end]]))
-        return dropped(self.tokenizer, answers)
-
-    def _drafts(self, examples: Sequence[Example], loss_on: str) -> list[Draft | Tokens]:
-        """The texts of examples, and the rows of those that are ids. Raises DataError."""
-        chats = [one for one in examples if isinstance(one, Conversation)]
-        conversations = iter(self._templating(Drafting.drafts, chats, loss_on) if chats else [])
-        made: list[Draft | Tokens] = []
-        for example in examples:
-            if isinstance(example, Ids):
-                made.append(given(example.where, example.ids, example.labels))
-            else:
-                made.append(plain(example) if isinstance(example, Plain) else next(conversations))
-        return made
-
-    def row(self, example: Example, loss_on: str = "completion") -> Tokens:
-        """One whole row; see `rows`."""
+    def row(self, example: Example, loss_on: str = "completion") -> TokenizedRow:
+        """Render one example; see `rows`."""
         return self.rows([example], loss_on)[0]
 
     def prompt(
         self, prompt: str | Sequence[Message], where: str = "prompt", tools: Sequence[Any] = ()
     ) -> tuple[int, ...]:
-        """The ids that an answer follows: of raw text, or of messages through the chat template.
+        """Render a prompt, of raw text or of messages, to the ids that an answer follows.
 
-        Raises ModelError, DataError: see `rows`.
+        Raises:
+            ModelError, DataError: As in `rows`.
         """
         try:
             if isinstance(prompt, str):
                 ids = self._encode.one(prompt)
-                ids = [*self._before(ids), *ids]
+                ids = [*self._bos_before(ids), *ids]
             else:
-                ids = self._encode.one(self._templating(Drafting.asked, [Chat(prompt, tools, where)]))
-        except Unencodable as error:
-            raise self._failed(error, where) from None
-        self._check_sizes([(where, ids)])
+                chat = TemplateInput(prompt, tools, where)
+                ids = self._encode.one(self._in_sandbox(_ConversationRenderer.prompt, [chat]))
+        except TokenizerFailure as error:
+            raise self._tokenizer_error(error, where) from None
+        self._check_ids([(where, ids)])
         return tuple(ids)
 
     @cached_property
@@ -182,65 +124,16 @@ class Renderer:
             tokenizer.backend_tokenizer.no_padding()
             inner = tokenizer.backend_tokenizer.to_str()
         else:
-            inner = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
+            inner = repr(
+                (type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer_settings(tokenizer))
+            )
         date = datetime.date.today().isoformat() if "strftime_now" in template else ""
         versions = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
         parts = (inner, template, date, repr(sorted(tokenizer.special_tokens_map.items())), repr(versions))
         return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()
 
-    def _encoded(self, drafts: Sequence[Draft], loss_on: str) -> list[Tokens]:
-        """Rows of drafts; every border of a span is a border of tokens."""
-        pairs = self._encode.continued([(draft.text[: draft.prompt], draft.text[draft.prompt :]) for draft in drafts])
-        inner = [_inner_pieces(draft) for draft in drafts]
-        found = iter(self._encode([piece for pieces in inner for piece in pieces]))
-        rows = []
-        for draft, (prompt, ids), pieces in zip(drafts, pairs, inner, strict=True):
-            apart = [next(found) for _ in pieces]
-            places = self._places(draft, pieces, apart, ids) if pieces else {}
-            places |= {draft.prompt: prompt, len(draft.text): len(ids)}
-            spans = [(places[start], places[end]) for start, end in draft.spans]
-            rows.append(self._finished(draft, ids, spans, prompt, loss_on))
-        return rows
-
-    def _places(
-        self, draft: Draft, pieces: Sequence[str], apart: Sequence[Sequence[int]], ids: list[int]
-    ) -> dict[int, int]:
-        """Border in the text → border in the ids, for the borders between the pieces.
-
-        Where a token reaches over the border, the place is after the token where a span begins, before it where one
-        ends.
-        """
-        characters = [*accumulate(map(len, pieces))][:-1]
-        borders = [*accumulate(map(len, apart))][:-1]
-        if [number for part in apart for number in part] == ids:
-            return dict(zip(characters, borders, strict=True))
-        starts = {start for start, _ in draft.spans}
-        places = {}
-        for character, grown in zip(characters, self._encode([draft.text[:end] for end in characters]), strict=True):
-            pairs = zip(grown, ids, strict=False)
-            alike = next((place for place, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(grown), len(ids)))
-            places[character] = alike + (alike < len(grown) and character in starts)
-        return places
-
-    def _finished(self, draft: Draft, ids: list[int], spans: list[Span], prompt: int, loss_on: str) -> Tokens:
-        """The row with its BOS and its end, and without spans of no token."""
-        before = () if draft.templated else self._before(ids)
-        spans = [(start + len(before), end + len(before)) for start, end in spans]
-        ended = {self.eos, *(self.end_ids if draft.templated else ())}.intersection((*before, *ids[-1:])[-1:])
-        whole = tuple(chain(before, ids, () if ended else (self.eos,)))  # one copy: a row may be very long
-        if not ended:
-            spans[-1] = (spans[-1][0], len(whole))
-        if loss_on == "all":
-            spans = [(0, len(whole))]
-        answer = prompt + len(before) if draft.asked else None
-        return Tokens(draft.where, whole, tuple(span for span in spans if span[0] < span[1]), answer)
-
-    def remark_on_ends(self) -> str | None:
-        """What is odd about how the chat template ends answers; see `Template.remark`."""
-        return self._templating(Drafting.remark, [])
-
-    def remark(self, ids: Sequence[int]) -> str | None:
-        """What is odd about the beginning of a row, where the tokenizer puts one BOS before a text."""
+    def remark_on_bos(self, ids: Sequence[int]) -> str | None:
+        """Returns a line about the beginning of a row without one BOS, where the tokenizer puts one before a text."""
         count = next((place for place, id in enumerate(ids) if id != self._bos), len(ids))
         if not self._starts_with_bos or count == 1:
             return None
@@ -249,14 +142,221 @@ class Renderer:
             f"rows begin with {count} x {name}" if count else f"rows begin without {name}, which the tokenizer writes"
         )
 
-    def _before(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """The BOS, where the tokenizer begins with one and these do not."""
+    def remark_on_ends(self) -> str | None:
+        """Returns a line about how the chat template ends answers; see `ChatTemplate.remark_on_ends`."""
+        return self._in_sandbox(_ConversationRenderer.remark_on_ends, [])
+
+    def remark_on_lost_characters(self, examples: Sequence[Example], loss_on: str = "completion") -> str | None:
+        """Returns a line about letters and digits of answers that their ids do not give back; None if all are there.
+
+        What a tokenizer normalises is no loss: upper case, accents, compatibility forms, white space, punctuation.
+        Raises as `rows` does.
+        """
+        texts = [text for text in self._texts(examples, loss_on) if isinstance(text, RenderedText)]
+        special = [*zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True)]
+        count = lost = 0
+        example = ""
+        for text, row in zip(texts, self._encode_texts(texts, "completion"), strict=True):
+            answer = "".join(text.text[start:end] for start, end in text.spans)
+            ids = [id for start, end in row.spans for id in row.ids[start:end]]
+            added = {id for token, id in special if token not in answer}  # the end of sequence, the unknown token
+            decoded = self.tokenizer.decode([id for id in ids if id not in added], skip_special_tokens=False)
+            characters = _letters_and_digits(answer)
+            missing = (characters - _letters_and_digits(decoded)).total()
+            count, lost = count + characters.total(), lost + missing
+            if missing and not example:
+                example = f"{text.where}: {answer[:_SHOWN_CHARACTERS]!r} -> {decoded[:_SHOWN_CHARACTERS]!r}"
+        if not lost:
+            return None
+        share = f"{lost / count:.0%}" if lost / count >= 0.01 else "less than 1%"
+        return f"the tokenizer drops {share} of the letters and digits of answers, e.g. {example}"
+
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer itself begins a text with the BOS."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and list(run_with_time_limit(lambda: self.tokenizer("a").input_ids[:1])) == [bos]
+
+    def _bos_before(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Returns the BOS, where the tokenizer begins with one and these ids do not."""
         return (self._bos,) if self._starts_with_bos and [*ids[:1]] != [self._bos] else ()
 
+    @cached_property
+    def _has_ids_beyond_model(self) -> bool:
+        """Whether the tokenizer has ids that the model has no embedding for, so that every row must be checked."""
+        return self._size is not None and max(self.tokenizer.get_vocab().values()) >= self._size
 
-def _inner_pieces(draft: Draft) -> list[str]:
-    """The text cut at every border, where it has others than the prompt's and its own."""
-    borders = {border for span in draft.spans for border in span} | {draft.prompt, len(draft.text)}
-    if borders == {draft.prompt, len(draft.text)}:
+    def _check_ids(self, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Raises ModelError: ids that the model has no embedding for. rows: places and ids."""
+        if not self._has_ids_beyond_model or self._size is None:
+            return
+        places_of: dict[int, list[str]] = {}
+        for where, ids in rows:
+            for id in {id for id in ids if id >= self._size}:
+                places_of.setdefault(id, []).append(where or self.tokenizer.name_or_path)
+        problems = []
+        for id, places in [*places_of.items()][:MAX_PROBLEMS]:
+            token = self.tokenizer.convert_ids_to_tokens(id)
+            what = f"the token {token!r} has the id {id}, but the model has {self._size} embeddings, from 0 on"
+            what += f"; the tokenizer has {max(self.tokenizer.get_vocab().values()) + 1} tokens"
+            if len(places) > 1:
+                what += f"; {len(places) - 1} more {'row has' if len(places) == 2 else 'rows have'} it"
+            fix = "use the tokenizer that belongs to the model"
+            problems.append(Problem(Code.TOKENIZER_ID_BEYOND_MODEL, what, places[0], fix=fix))
+        if problems:
+            raise ModelError(problems)
+
+    def _in_sandbox(
+        self,
+        work: Callable[Concatenate["_ConversationRenderer", Sequence[Any], P], T],
+        chats: Sequence[TemplateInput | Conversation],
+        *more: P.args,
+        **named: P.kwargs,
+    ) -> T:
+        """Call a method of `_ConversationRenderer` in its own process, and return what it returns.
+
+        Raises:
+            ModelError: The template takes too long, or too much memory. Whatever the method raises is raised too.
+        """
+        longest = max((sum(len(message["content"]) for message in chat.messages) for chat in chats), default=0)
+        memory = MEMORY + _BYTES_PER_CHARACTER * longest
+        try:
+            return self._sandbox(work, memory, chats, *more, **named)
+        except LimitExceededError as error:
+            where = chats[error.at].where if 0 <= error.at < len(chats) else ""
+            what = f"the chat template {error}"
+            raise ModelError(Problem(Code.TEMPLATE_BEYOND_LIMIT, what, where, KEY, OTHER_FILE)) from None
+
+    def _tokenizer_error(self, error: TokenizerFailure, where: str) -> LoratuneError:
+        """Returns what to raise where the tokenizer fails on the text of a row; where: empty for any text."""
+        if error.any_text:
+            what = f"the tokenizer {error}"
+            return ModelError(Problem(Code.TOKENIZER_FAILS, what, where or self.tokenizer.name_or_path))
+        fix = "take the row out, or use another tokenizer"
+        return DataError(Problem(Code.TOKENIZER_FAILS_ON_ROW, f"the tokenizer {error}", where, fix=fix))
+
+    def _texts(self, examples: Sequence[Example], loss_on: str) -> list[RenderedText | TokenizedRow]:
+        """Returns the texts of examples, and the rows of those that are ids already. Raises DataError."""
+        chats = [example for example in examples if isinstance(example, Conversation)]
+        conversations = iter(self._in_sandbox(_ConversationRenderer.texts, chats, loss_on) if chats else [])
+        texts: list[RenderedText | TokenizedRow] = []
+        for example in examples:
+            if isinstance(example, Ids):
+                texts.append(TokenizedRow.from_ids(example.where, example.ids, example.labels))
+            elif isinstance(example, Plain):
+                text, border = example.prompt + example.completion, len(example.prompt)
+                spans, has_prompt = ((border, len(text)),), not example.whole
+                texts.append(RenderedText(example.where, text, border, spans, templated=False, has_prompt=has_prompt))
+            else:
+                texts.append(next(conversations))
+        return texts
+
+    def _encode_texts(self, texts: Sequence[RenderedText], loss_on: str) -> list[TokenizedRow]:
+        """Encode texts so that every border of a span is a border of tokens."""
+        pairs = self._encode.pairs([(text.text[: text.prompt], text.text[text.prompt :]) for text in texts])
+        pieces_of = [_inner_pieces(text) for text in texts]
+        encoded = iter(self._encode([piece for pieces in pieces_of for piece in pieces]))
+        rows = []
+        for text, (prompt, ids), pieces in zip(texts, pairs, pieces_of, strict=True):
+            ids_of_pieces = [next(encoded) for _ in pieces]
+            places = self._token_borders(text, pieces, ids_of_pieces, ids) if pieces else {}
+            places |= {text.prompt: prompt, len(text.text): len(ids)}
+            spans = [(places[start], places[end]) for start, end in text.spans]
+            rows.append(self._finish(text, ids, spans, prompt, loss_on))
+        return rows
+
+    def _token_borders(
+        self, text: RenderedText, pieces: Sequence[str], ids_of_pieces: Sequence[Sequence[int]], ids: list[int]
+    ) -> dict[int, int]:
+        """Returns border in the text → border in the ids, for the borders between the pieces.
+
+        Where a token reaches over the border, its border is after the token where a span begins, and before it where a
+        span ends.
+        """
+        characters = [*accumulate(map(len, pieces))][:-1]
+        borders = [*accumulate(map(len, ids_of_pieces))][:-1]
+        if [number for piece in ids_of_pieces for number in piece] == ids:
+            return dict(zip(characters, borders, strict=True))
+        starts = {start for start, _ in text.spans}
+        places = {}
+        for character, part in zip(characters, self._encode([text.text[:end] for end in characters]), strict=True):
+            pairs = zip(part, ids, strict=False)
+            alike = next((place for place, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(part), len(ids)))
+            places[character] = alike + (alike < len(part) and character in starts)
+        return places
+
+    def _finish(self, text: RenderedText, ids: list[int], spans: list[Span], prompt: int, loss_on: str) -> TokenizedRow:
+        """Returns the row with its BOS and its end, and without spans of no token."""
+        before = () if text.templated else self._bos_before(ids)
+        spans = [(start + len(before), end + len(before)) for start, end in spans]
+        ended = {self.eos, *(self.end_ids if text.templated else ())}.intersection((*before, *ids[-1:])[-1:])
+        whole = tuple(chain(before, ids, () if ended else (self.eos,)))  # copied once only: a row may be very long
+        if not ended:
+            spans[-1] = (spans[-1][0], len(whole))
+        if loss_on == "all":
+            spans = [(0, len(whole))]
+        answer = prompt + len(before) if text.has_prompt else None
+        return TokenizedRow(text.where, whole, tuple(span for span in spans if span[0] < span[1]), answer)
+
+
+class _ConversationRenderer:
+    """Renders conversations with the chat template of one tokenizer, in a process of its own; see `sandbox`.
+
+    Each method takes the conversations first, and reports the number of the one that it is working on.
+    """
+
+    def __init__(self, tokenizer: Any, timer: PieceTimer):
+        self._template, self._timer = ChatTemplate(tokenizer), timer
+
+    def end_tokens(self, chats: Sequence[TemplateInput]) -> tuple[str, ...]:
+        """Returns the special tokens that end an answer of any conversation."""
+        return self._template.end_tokens
+
+    def remark_on_ends(self, chats: Sequence[TemplateInput]) -> str | None:
+        """See `ChatTemplate.remark_on_ends`."""
+        return self._template.remark_on_ends
+
+    def prompt(self, chats: Sequence[TemplateInput]) -> str:
+        """Render the first conversation as a prompt. Raises DataError."""
+        self._timer(0)
+        check_tools_are_shown(self._template, chats[0])
+        return self._template.text(chats[0], prompt=True)
+
+    def texts(self, chats: Sequence[Conversation], loss_on: str) -> list[RenderedText]:
+        """Render rows. Raises DataError, with the first 10 rows that cannot be rendered."""
+        texts: list[RenderedText] = []
+        problems: list[Problem] = []
+        for number, chat in enumerate(chats):
+            self._timer(number)
+            try:
+                texts.append(self._text(chat, loss_on))
+            except DataError as error:
+                problems += error.problems
+                if len(problems) >= MAX_PROBLEMS:
+                    break
+        if problems:
+            raise DataError(problems[:MAX_PROBLEMS])
+        return texts
+
+    def _text(self, chat: Conversation, loss_on: str) -> RenderedText:
+        supervised: Sequence[int] = chat.supervised_turns(loss_on)
+        if loss_on == "all":
+            answers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
+            supervised = answers[-1:]
+        if not supervised:
+            what = "no assistant turn is supervised"
+            raise DataError(Problem(Code.DATA_NO_SUPERVISED_TURN, what, chat.where))
+        return render_conversation(self._template, TemplateInput(chat.messages, chat.tools, chat.where), supervised)
+
+
+def _letters_and_digits(text: str) -> Counter[str]:
+    """Returns how often a text has each letter and digit, without case, accents and compatibility forms."""
+    decomposed = unicodedata.normalize("NFKD", text).casefold()
+    return Counter(character for character in decomposed if character.isalnum())
+
+
+def _inner_pieces(text: RenderedText) -> list[str]:
+    """Returns the text cut at every border of a span; empty where there are no borders but the prompt's and its own."""
+    borders = {border for span in text.spans for border in span} | {text.prompt, len(text.text)}
+    if borders == {text.prompt, len(text.text)}:
         return []
-    return [draft.text[start:end] for start, end in pairwise(sorted(borders | {0}))]
+    return [text.text[start:end] for start, end in pairwise(sorted(borders | {0}))]

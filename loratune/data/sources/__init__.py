@@ -1,46 +1,124 @@
-"""Reading rows: files, directories, globs and hub ids → rows that know the place they came from.
+"""Reading rows from files, directories, globs and hub datasets; each row knows the place it comes from.
 
 Rows are streamed: what is held in memory is a block of a file (or one row, where that is longer), never the file.
 """
 
+import hashlib
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from loratune.config import Source
-from loratune.data.sources import hub, local
-from loratune.data.sources.files import find, looks_like_hub_id
-from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowSource
-from loratune.errors import DataError, Problem
+from loratune.data import upstream
+from loratune.data.sources.local import file_slices, find_files, looks_like_hub_id
+from loratune.data.sources.rows import MAX_PROBLEMS, Advance, Row, RowSource, no_advance, rows_per_batch
+from loratune.errors import Code, DataError, Problem
 
-__all__ = ["MAX_PROBLEMS", "Row", "RowSource", "looks_like_hub_id", "no_rows", "opened", "read"]
+__all__ = ["MAX_PROBLEMS", "Row", "RowSource", "looks_like_hub_id", "no_rows_error", "open_source", "read_rows"]
 
 
-def opened(source: Source) -> list[RowSource]:
+def open_source(source: Source) -> list[RowSource]:
     """The files of a source in order, or its one split on the hub; no row is read yet.
 
     A slice goes over the rows of all files together, so that a file may have no row in it; where `split` adds up
     several slices, the files come once for each.
 
-    Raises DataError: nothing there, no permission, an unknown kind of file, a slice that is none, a hub dataset that
-    cannot be had.
+    Raises:
+        DataError: There is nothing, no permission, a type of file that is not read, a slice that is not valid, or a
+            hub dataset that cannot be loaded.
     """
     path = Path(source.path).expanduser()
     if looks_like_hub_id(source.path) and not os.path.exists(path):
-        return [hub.load(source)]
-    return list(local.slices(find(path), source))
+        return [_load_hub_split(source)]
+    return list(file_slices(find_files(path), source))
 
 
-def read(source: Source) -> list[Row]:
+def read_rows(source: Source) -> list[Row]:
     """All rows of a source at once, in order, after its slice.
 
-    Raises DataError: as `opened`; not UTF-8 or not valid (up to 10 lines named); no rows.
+    Raises:
+        DataError: As `open_source` and `RowSource.rows`; or there are no rows.
     """
-    if rows := [row for part in opened(source) for row in part.rows()]:
+    if rows := [row for part in open_source(source) for row in part.rows()]:
         return rows
-    raise no_rows(source)
+    raise no_rows_error(source)
 
 
-def no_rows(source: Source) -> DataError:
-    """What to raise about a source none of whose files had a row."""
-    split = f" in {source.split}" if source.split else ""
-    return DataError(Problem(f"0 rows{split}", source.path, fix="there is nothing to learn from"))
+def no_rows_error(source: Source) -> DataError:
+    """The error for a source none of whose files has a row."""
+    what = f"0 rows in {source.split}" if source.split else "0 rows"
+    return DataError(Problem(Code.DATA_NO_ROWS, what, source.path, fix="name a source that has rows"))
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """A split of a hub dataset, or a slice of one. Implements `RowSource`.
+
+    `datasets` loads it into its cache of Arrow files, which are mapped and not held in memory.
+    """
+
+    name: str
+    dataset: Any
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the fingerprint by which `datasets` tells contents apart."""
+        return hashlib.sha256(
+            f"{upstream.dataset_fingerprint(self.dataset)} {self.dataset.num_rows}".encode()
+        ).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of its Arrow table."""
+        return int(self.dataset.data.nbytes)
+
+    def rows(self, advance: Advance = no_advance) -> Iterator[Row]:
+        """See `RowSource.rows`."""
+        size, total, number = self.size, self.dataset.num_rows, 0
+        for batch in self.dataset.iter(rows_per_batch(size, total)):
+            first = number
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield Row(f"{self.name}:{number}", dict(zip(batch, values, strict=True)))
+            advance(size * number // total - size * first // total)
+
+
+def _load_hub_split(source: Source) -> HubSplit:
+    """A dataset of the hub, from the cache or downloaded into it. Raises DataError."""
+    split = source.split or "train"
+    _check_reachable(source.path)
+    try:
+        dataset = load_dataset(source.path, split=split)
+    except Exception as error:  # every kind of failure of the hub, its cache and its builders ends up here
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        what = f"no such file, and it cannot be loaded as a hub dataset ({reason})"
+        raise DataError(Problem(Code.DATA_HUB_LOADING, what, source.path, fix="check the path or hub id")) from None
+    return HubSplit(f"{source.path}[{split}]", dataset)
+
+
+def _check_reachable(hub_id: str) -> None:
+    """Fail at once without a connection: `load_dataset` retries for 20 s before it looks into its cache.
+
+    Raises:
+        DataError: Not a hub id; or there is no connection, and the dataset is not cached.
+    """
+    if upstream.hub_dataset_cache(hub_id).is_dir():
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(hub_id, "README.md", repo_type="dataset"), timeout=10)
+    except HFValidationError:
+        code, what = Code.DATA_HUB_ID, "no such file, and not a valid id of a hub dataset"
+    except HfHubHTTPError:
+        return  # the hub answers; `load_dataset` reports what it says
+    except Exception as error:  # whatever the network stack raises
+        code = Code.DATA_HUB_UNREACHABLE
+        what = f"no such file; the hub cannot be reached and no such dataset is cached ({error})"
+    else:
+        return
+    raise DataError(Problem(code, what, hub_id, fix="check the path, or the connection"))

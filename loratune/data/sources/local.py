@@ -1,5 +1,6 @@
-"""Data files on disk, and the slices that `split` makes of them."""
+"""Local data files: which ones a path, a directory or a glob names, and the slices that `split` makes of them."""
 
+import glob
 import gzip
 import hashlib
 import io
@@ -7,7 +8,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,71 +16,149 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from datasets import ReadInstruction
-
 from loratune.config import Source
-from loratune.data.sources import documents, lines, tables, text
-from loratune.data.sources.files import kind
-from loratune.data.sources.rows import BLOCK, MAX_PROBLEMS, Advance, Item, Row, unseen
-from loratune.errors import DataError, Problem
+from loratune.data import upstream
+from loratune.data.sources import json_files, readers
+from loratune.data.sources.rows import BLOCK, MAX_PROBLEMS, Advance, Row, RowOrProblem, no_advance
+from loratune.errors import Code, DataError, Problem
 from loratune.system.files import sha256
 
-ALL = sys.maxsize
+ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
+GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in ENDINGS if ending != ".parquet")
+UNBOUNDED = sys.maxsize
 
-_LINES: dict[str, Callable[[lines.Lines, str], Iterator[Item]]] = {
-    ".jsonl": lines.jsonl,
-    ".csv": lines.csv_records,
-    ".txt": lines.txt,
+_LINE_READERS: dict[str, Callable[[Iterator[tuple[int, str]], str], Iterator[RowOrProblem]]] = {
+    ".jsonl": json_files.json_lines,
+    ".csv": readers.csv_rows,
+    ".txt": readers.text_rows,
 }
+
+
+def data_ending(path: Path) -> str:
+    """`.jsonl`, `.csv.gz`, ...; empty for a file of another type."""
+    name = path.name.lower()
+    return next((ending for ending in (*GZIP_ENDINGS, *ENDINGS) if name.endswith(ending) and name != ending), "")
+
+
+def looks_like_hub_id(path: str) -> bool:
+    """Whether a path reads `name` or `owner/name` without a data file's ending; everything else is a local path."""
+    parts = path.split("/")
+    if parts[0] in ("", ".", "..") or path.startswith("~") or glob.has_magic(path):
+        return False
+    return len(parts) <= 2 and bool(parts[-1]) and not data_ending(Path(path))
+
+
+def find_files(path: Path) -> list[Path]:
+    """The data files that a path names, in the order of their names.
+
+    Args:
+        path: A file, a directory (only the files directly in it count), or a glob.
+
+    Raises:
+        DataError: There is nothing, no permission, or no file of a type that is read.
+    """
+    try:
+        if path.is_dir():
+            return _data_files(path.iterdir(), path, "no data files in this directory")
+        if not path.exists():
+            if glob.has_magic(str(path)):
+                return _data_files(_glob(path), path, "no data files match this glob")
+            raise DataError(Problem(Code.DATA_FILE_NOT_FOUND, "no such file", str(path), fix="check the path"))
+        if not path.is_file():
+            what, fix = "neither a file nor a directory", "write the rows to a file first"
+            raise DataError(Problem(Code.DATA_NOT_A_FILE, what, str(path), fix=fix))
+    except OSError as error:
+        raise _unreadable_error(error, path) from None
+    if not data_ending(path):
+        what = f"files of the type `{path.suffix}` are not read"
+        raise DataError(Problem(Code.DATA_FILE_TYPE, what, str(path), fix=f"use {_known_endings()}"))
+    return [path]
+
+
+def _data_files(paths: Iterable[Path], parent: Path, otherwise: str) -> list[Path]:
+    if files := sorted(path for path in paths if data_ending(path) and path.is_file()):
+        return files
+    fix = f"name files that end in {_known_endings()}"
+    raise DataError(Problem(Code.DATA_NO_FILES, otherwise, str(parent), fix=fix))
+
+
+def _glob(pattern: Path) -> set[Path]:
+    """Raises OSError where the first directory may not be listed, which `glob` passes over in silence."""
+    fixed = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
+    if fixed.is_dir():
+        os.listdir(fixed)
+    return {Path(name) for name in glob.iglob(str(pattern), recursive=True)}
+
+
+def _known_endings() -> str:
+    return ", ".join(ending for ending in ENDINGS if ending != ".parquet") + " (each also as .gz), .parquet"
+
+
+def _unreadable_error(error: OSError, path: Path) -> DataError:
+    return DataError(Problem(Code.DATA_FILE_UNREADABLE, f"cannot be read: {error.strerror}", str(path)))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns errors of the operating system and of gzip into a DataError."""
+    try:
+        yield
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        what = f"damaged gzip file: {error}"
+        problem = Problem(Code.DATA_FILE_DAMAGED, what, str(path), fix="download it or compress it again")
+        raise DataError(problem) from None
+    except OSError as error:
+        raise _unreadable_error(error, path) from None
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file. size: bytes."""
+    """One data file, and its size in bytes."""
 
     path: Path
     size: int
 
     @cached_property
-    def content(self) -> str:
-        """SHA-256 of its bytes and its kind."""
-        with _readable(self.path):
+    def content_digest(self) -> str:
+        """SHA-256 of its bytes and its ending."""
+        with _reading(self.path):
             digest = sha256(self.path)
-        return hashlib.sha256(f"{kind(self.path)} {digest}".encode()).hexdigest()
+        return hashlib.sha256(f"{data_ending(self.path)} {digest}".encode()).hexdigest()
 
     @cached_property
     def length(self) -> int:
-        """How many rows it has, the bad ones included. Raises DataError: as `rows`."""
-        return self.count(ALL)
+        """How many rows it has, bad ones included. Raises DataError as `rows`."""
+        return self.count(UNBOUNDED)
 
     def count(self, limit: int) -> int:
-        """How many rows it has, counted no further than `limit`. Raises DataError: as `rows`."""
-        if kind(self.path) == ".parquet":
-            with _readable(self.path):
-                return min(tables.count(self.path), limit)
-        ending = ".txt" if kind(self.path).startswith(".jsonl") else ""  # a row a line: no need to parse them
-        return sum(1 for _ in self._collected(unseen, limit, ending))
+        """How many rows it has, counted no further than `limit`. Raises DataError as `rows`."""
+        if data_ending(self.path) == ".parquet":
+            with _reading(self.path):
+                return min(readers.count_parquet_rows(self.path), limit)
+        # JSON lines need not be parsed to be counted
+        ending = ".txt" if data_ending(self.path).startswith(".jsonl") else ""
+        return sum(1 for _ in self._rows_or_none(no_advance, limit, ending))
 
     def rows(self, advance: Advance, start: int, stop: int) -> Iterator[Row]:
-        """Rows number `start` to `stop` (from 0, without the last), see `Opened.rows`."""
-        told = 0
+        """Rows number `start` (from 0) up to `stop`, which is not included; see `RowSource.rows`."""
+        read = 0
 
-        def tell(count: int) -> None:
-            nonlocal told
-            told += count
-            advance(count)
+        def count(number: int) -> None:
+            nonlocal read
+            read += number
+            advance(number)
 
-        for number, row in enumerate(self._collected(tell, stop)):
+        for number, row in enumerate(self._rows_or_none(count, stop)):
             if number >= start and row is not None:
                 yield row
-        if told < self.size:
-            advance(self.size - told)
+        if read < self.size:
+            advance(self.size - read)
 
-    def _collected(self, advance: Advance, stop: int, ending: str = "") -> Iterator[Row | None]:
-        """The rows up to `stop`, None for a bad one; at the end the problems are raised."""
+    def _rows_or_none(self, advance: Advance, stop: int, ending: str = "") -> Iterator[Row | None]:
+        """The rows up to `stop`, None for each bad one; the problems are raised at the end."""
         problems: list[Problem] = []
-        with _readable(self.path):
-            for item in islice(self._items(advance, problems, ending), stop):
+        with _reading(self.path):
+            for item in islice(self._read(advance, problems, ending), stop):
                 if not isinstance(item, Problem):
                     yield item
                 else:
@@ -91,23 +170,23 @@ class DataFile:
         if problems:
             raise DataError(problems[:MAX_PROBLEMS])
 
-    def _items(self, advance: Advance, problems: list[Problem], ending: str) -> Iterator[Item]:
-        name, ending = str(self.path), ending or kind(self.path).removesuffix(".gz")
+    def _read(self, advance: Advance, problems: list[Problem], ending: str) -> Iterator[RowOrProblem]:
+        name, ending = str(self.path), ending or data_ending(self.path).removesuffix(".gz")
         if ending == ".parquet":
-            yield from tables.parquet(self.path, advance)
+            yield from readers.parquet_rows(self.path, advance)
             return
         with self.path.open("rb", buffering=0) as raw:
-            file: BinaryIO = io.BufferedReader(_Watched(raw, advance), BLOCK)
-            if kind(self.path).endswith(".gz"):
+            file: BinaryIO = io.BufferedReader(_CountingFile(raw, advance), BLOCK)
+            if data_ending(self.path).endswith(".gz"):
                 file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
             if ending == ".json":
-                yield from documents.document(text.pieces(file, name, problems), name)
+                yield from json_files.json_document(readers.decode_pieces(file, name, problems), name)
             else:
-                yield from _LINES[ending](text.lines(file, name, problems), name)
+                yield from _LINE_READERS[ending](readers.decode_lines(file, name, problems), name)
 
 
-class _Watched(io.RawIOBase):
-    """Passes bytes on, and tells how many."""
+class _CountingFile(io.RawIOBase):
+    """A file that reports how many bytes are read from it."""
 
     def __init__(self, raw: io.FileIO, advance: Advance):
         self._raw, self._advance = raw, advance
@@ -121,19 +200,16 @@ class _Watched(io.RawIOBase):
         return count
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(Problem(f"damaged gzip file: {error}", str(path), fix="fetch or pack it again")) from None
-    except OSError as error:
-        raise DataError(Problem(f"cannot be read: {error.strerror}", str(path))) from None
-
-
 @dataclass(frozen=True)
-class Slice:
-    """The rows of one file that belong to a slice over several. part: which of the slices that `split` adds up."""
+class FileSlice:
+    """The rows of one file that belong to a slice over several files. Implements `RowSource`.
+
+    Attributes:
+        files: All files that the slice goes over.
+        number: Which of them this is.
+        source: The source that names them.
+        part: Which of the slices that `split` adds up.
+    """
 
     files: tuple[DataFile, ...]
     number: int
@@ -152,54 +228,54 @@ class Slice:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides which rows these are: with a slice, the other files as well."""
+        """SHA-256 of all that decides which rows these are; with a slice, that includes the other files."""
         if self.source.split is None:
-            return self.files[self.number].content
-        parts = [self.source.split, self.part, self.number, *(file.content for file in self.files)]
+            return self.files[self.number].content_digest
+        parts = [self.source.split, self.part, self.number, *(file.content_digest for file in self.files)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def rows(self, advance: Advance = unseen) -> Iterator[Row]:
-        """See `Opened.rows`; files are counted before, where the slice goes over them too or counts from the end."""
+    def rows(self, advance: Advance = no_advance) -> Iterator[Row]:
+        """See `RowSource.rows`. Rows of earlier files, or of all, are counted first where the slice depends on them."""
         start, stop = self._bounds()
         for file in self.files[: self.number]:
-            passed = file.length if self._relative else file.count(start if stop == ALL else stop)
-            start, stop = max(0, start - passed), stop if stop == ALL else max(0, stop - passed)
+            passed = file.length if self._needs_length else file.count(start if stop == UNBOUNDED else stop)
+            start, stop = max(0, start - passed), stop if stop == UNBOUNDED else max(0, stop - passed)
         return self.files[self.number].rows(advance, start, max(start, stop))
 
     @property
-    def _relative(self) -> bool:
-        """Whether the slice cannot be told before the rows are counted."""
+    def _needs_length(self) -> bool:
+        """Whether the slice has percentages, or counts from the end."""
         return self.source.split is not None and ("%" in self.source.split or "-" in self.source.split)
 
     def _bounds(self) -> tuple[int, int]:
-        """First row and end in all files together; `ALL` where the end need not be known."""
+        """First row and end over all files together; `UNBOUNDED` where the end need not be known."""
         if self.source.split is None:
-            return 0, ALL
-        counted = sum(file.length for file in self.files) if self._relative else ALL
-        return _parts(self.source.split, counted, self.source)[self.part]
+            return 0, UNBOUNDED
+        total = sum(file.length for file in self.files) if self._needs_length else UNBOUNDED
+        return _slice_bounds(self.source.split, total, self.source)[self.part]
 
 
-def slices(paths: list[Path], source: Source) -> Iterator[Slice]:
-    """The files, once for each slice that `split` adds up.
+def file_slices(paths: list[Path], source: Source) -> Iterator[FileSlice]:
+    """The files in order, once for each slice that `split` adds up.
 
-    Raises DataError: not a slice; no permission.
+    Raises:
+        DataError: `split` is not a slice, or a file may not be read.
     """
-    files = tuple(DataFile(path, _size(path)) for path in paths)
-    parts = 1 if source.split is None else len(_parts(source.split, 1_000, source))
+    files = tuple(DataFile(path, _file_size(path)) for path in paths)
+    parts = 1 if source.split is None else len(_slice_bounds(source.split, 1_000, source))
     for part in range(parts):
-        yield from (Slice(files, number, source, part) for number in range(len(files)))
+        yield from (FileSlice(files, number, source, part) for number in range(len(files)))
 
 
-def _size(path: Path) -> int:
-    with _readable(path), path.open("rb") as file:
+def _file_size(path: Path) -> int:
+    with _reading(path), path.open("rb") as file:
         return os.fstat(file.fileno()).st_size
 
 
-def _parts(split: str, rows: int, source: Source) -> list[tuple[int, int]]:
-    """The slices that `split` adds up. As in `datasets`, a local source is one split, called train."""
+def _slice_bounds(split: str, rows: int, source: Source) -> list[tuple[int, int]]:
+    """First row and end of each slice that `split` adds up, over `rows` rows of the one split `train`."""
     try:
-        parts = ReadInstruction.from_spec(split).to_absolute({"train": rows})
+        return upstream.slice_bounds(split, rows)
     except (ValueError, AssertionError) as error:
-        fix = "a local file has the one split `train`; write a slice as train[:2000] or train[10%:20%]"
-        raise DataError(Problem(f"split `{split}`: {error}", source.path, fix=fix)) from None
-    return [(part.from_, part.to) for part in parts]
+        fix = "a local file has only the split `train`; write a slice as train[:2000] or train[10%:20%]"
+        raise DataError(Problem(Code.DATA_SPLIT, f"split `{split}`: {error}", source.path, fix=fix)) from None

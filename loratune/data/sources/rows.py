@@ -1,4 +1,4 @@
-"""A row and its place, and what all sources of rows have in common."""
+"""Rows, the place that each comes from, and the interface of everything that rows are read from."""
 
 import base64
 import datetime
@@ -7,18 +7,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from loratune.errors import Problem
+from loratune.errors import Code, Problem
 
 MAX_PROBLEMS = 10
+"""How many problems of a file are collected before reading stops."""
+
 BLOCK = 1 << 20
 """Bytes that are read and held at a time."""
 
 Advance = Callable[[int], None]
+"""Takes the number of bytes that were read since the last call."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in the data. where: `file:line`, `file:row N` or `hub-id[split]:N`, counted from 1."""
+    """One row as the data has it.
+
+    Attributes:
+        where: Its place, counted from 1: `file:line`, `file:row N` or `hub-id[split]:N`.
+        values: Its fields under the names of the data.
+    """
 
     where: str
     values: dict[str, Any]
@@ -26,74 +34,75 @@ class Row:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a value that Python cannot hold, such as a date after the year 9999. reason: why, or what it is."""
+    """Stands for a value that Python cannot hold, such as a date after the year 9999. reason: what the value is."""
 
     reason: str
 
 
-Item = Row | Problem
-"""What stands at the place of a row: the row, or what is wrong with it."""
+RowOrProblem = Row | Problem
+"""What a reader yields for each row: the row, or what is wrong with it."""
 
 
-def unseen(count: int) -> None:
-    """For `Opened.rows` where nobody watches the progress."""
+def no_advance(count: int) -> None:
+    """Ignores progress."""
 
 
 class RowSource(Protocol):
-    """Rows of one file, or of one split on the hub, that are there to be read."""
+    """The rows of one file, or of one split of a hub dataset."""
 
     @property
     def name(self) -> str:
-        """As messages name it: the path, or `hub-id[split]`."""
+        """The path, or `hub-id[split]`, for messages."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 that changes whenever the rows may have changed, and not with the name; reads the whole file."""
+        """SHA-256 that changes with the content and not with the name; reads the whole file."""
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
 
-    def rows(self, advance: Advance = unseen) -> Iterator[Row]:
-        """Stream the rows in order, as often as asked.
+    def rows(self, advance: Advance = no_advance) -> Iterator[Row]:
+        """Stream the rows in order; may be called more than once.
 
-        advance: called with numbers of bytes, which add up to `size` once all rows are read.
+        Args:
+            advance: Called with numbers of bytes, which add up to `size` once all rows are read.
 
-        Raises DataError: up to 10 problems, at the end or when there are ten; damaged; changed or gone meanwhile.
+        Raises:
+            DataError: Up to 10 problems of rows, raised at the end or once there are ten; or the file is damaged, has
+                changed, or is gone.
         """
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError: a name stands in it twice."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(
-            f"the name `{next(name for name in names if names.count(name) > 1)}` stands twice in an object"
-        )
-    return values
+def to_row(values: Any, where: str) -> RowOrProblem:
+    """The row of a JSON value; a problem where the value is not an object."""
+    if isinstance(values, dict):
+        return Row(where, values)
+    kinds = {type(None): "null", bool: "true or false", list: "a list", str: "text"}
+    what = f"a row must be an object with named fields, got {kinds.get(type(values), 'a number')}"
+    return Problem(Code.DATA_ROW_NOT_OBJECT, what, where, fix="write each row as {...}")
 
 
-def whole(digits: str) -> int | Unreadable:
-    """A whole number of JSON, however many digits it has: Python reads no more than some thousand."""
-    try:
-        return int(digits)
-    except ValueError:
-        return Unreadable(f"a number of {len(digits.lstrip('-')):,} digits")
+def rows_per_batch(size: int, rows: int) -> int:
+    """How many rows of a table to hold at once, where all its `rows` take `size` bytes."""
+    return max(1, min(2048, 8 * BLOCK * rows // max(size, 1)))
 
 
-def as_json(values: dict[str, Any]) -> str:
-    """A row as a line of JSON. What JSON has no type for is text: dates as ISO 8601 has them, bytes as UTF-8 or base64;
-    a value that cannot be read is null. A lone surrogate is escaped."""
-    line = json.dumps(values, ensure_ascii=False, default=_as_text)
+def to_json_line(values: dict[str, Any]) -> str:
+    """The fields of a row as one line of JSON.
+
+    Values that JSON has no type for become text: dates in ISO 8601, bytes as UTF-8 or else base64. An `Unreadable`
+    becomes null. If there is a lone surrogate, the line is pure ASCII with escapes.
+    """
+    line = json.dumps(values, ensure_ascii=False, default=_to_json_value)
     try:
         line.encode()
     except UnicodeEncodeError:
-        return json.dumps(values, default=_as_text)
+        return json.dumps(values, default=_to_json_value)
     return line
 
 
-def _as_text(value: Any) -> str | None:
+def _to_json_value(value: Any) -> str | None:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, bytes):
@@ -102,17 +111,3 @@ def _as_text(value: Any) -> str | None:
         except UnicodeDecodeError:
             return base64.b64encode(value).decode()
     return None if isinstance(value, Unreadable) else str(value)
-
-
-def mapping(values: Any, where: str) -> Item:
-    """The row, or the problem that it is none."""
-    if isinstance(values, dict):
-        return Row(where, values)
-    kinds = {type(None): "null", bool: "true or false", list: "a list", str: "text"}
-    what = f"a row must be an object with named fields, got {kinds.get(type(values), 'a number')}"
-    return Problem(what, where, fix="write it as {...}")
-
-
-def batch_rows(size: int, rows: int) -> int:
-    """How many rows of a table to hold at once, where all its `rows` take `size` bytes."""
-    return max(1, min(2048, 8 * BLOCK * rows // max(size, 1)))

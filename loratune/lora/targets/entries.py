@@ -1,4 +1,4 @@
-"""The entries of `lora.target_modules` → the modules that they mean, or why there are none."""
+"""What the entries of `lora.target_modules` and `lora.modules_to_save` mean on a model, or why they mean nothing."""
 
 import difflib
 import re
@@ -7,36 +7,73 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loratune.config.expressions import BadExpressionError, brief, compiled, limited
-from loratune.errors import ConfigError, Problem
+from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
+from loratune.errors import Code, ConfigError, Problem
 from loratune.lora import module_names
-from loratune.lora.targets import reach
 from loratune.lora.targets.names import ROLES, STOCK
-from loratune.lora.targets.survey import Survey
+from loratune.lora.targets.survey import Survey, unused_part
 
 KEY = "lora.target_modules"
+SAVED_KEY = "lora.modules_to_save"
 _FIX = f"set {KEY} to names from this list, or to all-linear"
+_CONTAINERS = nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict
+"""PEFT wraps a module to save; these have no forward to wrap (peft.utils.other.ModulesToSaveWrapper)."""
 
-Found = tuple[dict[str, tuple[str, ...]], list[Problem]]
+Meaning = tuple[dict[str, tuple[str, ...]], list[Problem]]
+"""Entry → paths of modules; problems."""
 
 
-def by_list(survey: Survey, entries: Sequence[str]) -> Found:
-    """Roles and names. Raises ConfigError for an empty list or name."""
+def by_list(survey: Survey, entries: Sequence[str]) -> Meaning:
+    """The meaning of a list of roles and names.
+
+    Raises:
+        ConfigError: The list or a name is empty.
+    """
     if not entries or not all(entries):
-        fix = "name roles (q, k, v, o) or modules"
-        raise ConfigError(Problem("an empty list or name adapts nothing", key=KEY, fix=fix))
+        what, fix = "an empty list or name adapts nothing", "name roles (q, k, v, o) or modules"
+        raise ConfigError(Problem(Code.LORA_NO_TARGETS, what, key=KEY, fix=fix))
     roles: dict[str, tuple[str, ...]] = {}
     problems: list[Problem] = []
     for entry in dict.fromkeys(entries):
-        suited, others = adaptable(survey, named(survey, entry))
+        suitable, others = split_adaptable(survey, named(survey, entry))
         role = as_role(survey, entry)
         if role:
             roles[role] = serving(survey, role)
-        elif suited and not others:
-            roles[entry] = suited
+        elif suitable and not others:
+            roles[entry] = suitable
         else:
             problems.append(_unsuitable(survey, f"`{entry}`", others) if others else _unknown_name(survey, entry))
     return roles, problems + _role_problems(survey, {role: roles[role] for role in ROLES if role in roles})
+
+
+def by_string(survey: Survey, text: str) -> Meaning:
+    """The meaning of `all-linear`, or of a regular expression for whole paths.
+
+    Raises:
+        ConfigError: The expression does not compile, or takes too long.
+    """
+    if text.lower() == "all-linear":
+        paths = tuple(path for path in survey.reachable() if not unused_part(path, survey.modules))
+        what = f"all-linear: {survey.architecture} has no linear layer on which LoRA has an effect"
+        return {"all-linear": paths}, [] if paths else [Problem(Code.LORA_NO_LINEAR, what, key=KEY)]
+    try:
+        expression = compile_pattern(text)
+        with match_time_limit():
+            matches = [path for path in survey.modules if expression.fullmatch(path)]
+    except BadPatternError as error:
+        fix = "correct it, or write names as a list: [q_proj, v_proj]"
+        problem = Problem(Code.LORA_EXPRESSION, f"`{shorten(text)}` {error}", key=KEY, fix=fix)
+        raise ConfigError(problem) from None
+    suitable, others = split_adaptable(survey, matches)
+    if others:
+        return {}, [_unsuitable(survey, f"the regular expression `{text}`", others)]
+    if suitable:
+        return {text: suitable}, []
+    what = f"the regular expression `{text}` matches no module's whole path in {survey.architecture}"
+    fix = f"match whole paths, such as {next(iter(survey.linears), 'none')}"
+    if re.fullmatch(r"[\w.]+", text):
+        fix = f"write a list to name roles or modules, [{text}]; or {fix}"
+    return {}, [Problem(Code.LORA_UNKNOWN_TARGET, what, key=KEY, fix=fix)]
 
 
 def named(survey: Survey, entry: str) -> list[str]:
@@ -48,8 +85,8 @@ def as_role(survey: Survey, entry: str) -> str | None:
     """The role that an entry means: `q`, or `q_proj` where that is no layer's name (or a container's, as in Moshi)."""
     if entry in ROLES:
         return entry
-    suited, others = adaptable(survey, named(survey, entry))
-    return None if suited and not others else STOCK.get(entry)
+    suitable, others = split_adaptable(survey, named(survey, entry))
+    return None if suitable and not others else STOCK.get(entry)
 
 
 def serving(survey: Survey, role: str) -> tuple[str, ...]:
@@ -57,54 +94,37 @@ def serving(survey: Survey, role: str) -> tuple[str, ...]:
     return tuple(path for path, served in survey.serves.items() if role in served)
 
 
-def by_string(survey: Survey, text: str) -> Found:
-    """`all-linear`, or a regular expression for whole paths. Raises ConfigError where it does not compile."""
-    if text.lower() == "all-linear":
-        chosen = tuple(path for path in survey.reachable() if not reach.idle(path, survey.modules))
-        what = f"all-linear: {survey.architecture} has no linear layer that LoRA takes effect on"
-        return {"all-linear": chosen}, [] if chosen else [Problem(what, key=KEY)]
-    try:
-        expression = compiled(text)
-        with limited():
-            matched = [path for path in survey.modules if expression.fullmatch(path)]
-    except BadExpressionError as error:
-        fix = "mend it, or write names as a list: [q_proj, v_proj]"
-        raise ConfigError(Problem(f"`{brief(text)}` {error}", key=KEY, fix=fix)) from None
-    suited, others = adaptable(survey, matched)
-    if others:
-        return {}, [_unsuitable(survey, f"the regular expression `{text}`", others)]
-    if suited:
-        return {text: suited}, []
-    what = f"the regular expression `{text}` matches no module's whole path in {survey.architecture}"
-    fix = f"match whole paths, such as {next(iter(survey.linears), 'none')}"
-    if re.fullmatch(r"[\w.]+", text):
-        fix = f"write a list to go by roles or names, [{text}]; or {fix}"
-    return {}, [Problem(what, key=KEY, fix=fix)]
-
-
-def within(roles: dict[str, tuple[str, ...]], layers: Sequence[int]) -> Found:
-    """Keep to the modules of some layers."""
+def in_layers(roles: dict[str, tuple[str, ...]], layers: Sequence[int]) -> Meaning:
+    """Restrict a meaning to the modules of some layers."""
     numbers = {
-        path: number for many in roles.values() for path in many if (number := module_names.number_of(path)) is not None
+        path: number
+        for paths in roles.values()
+        for path in paths
+        if (number := module_names.number_of(path)) is not None
     }
-    absent = sorted(set(layers) - set(numbers.values()))
-    there = sorted(set(numbers.values()))
-    fix = f"the layers with targets are {module_names.ranges(there)}" if there else ""
-    problems = [Problem(f"no target in layer {layer}", key="lora.layers_to_transform", fix=fix) for layer in absent]
+    existing = sorted(set(numbers.values()))
+    fix = f"the layers with targets are {module_names.ranges(existing)}" if existing else ""
+    problems = [
+        Problem(Code.LORA_NO_LAYER, f"no target in layer {layer}", key="lora.layers_to_transform", fix=fix)
+        for layer in sorted(set(layers) - set(existing))
+    ]
     return {
-        entry: tuple(path for path in many if numbers.get(path) in layers) for entry, many in roles.items()
+        entry: tuple(path for path in paths if numbers.get(path) in layers) for entry, paths in roles.items()
     }, problems
 
 
-def lost(survey: Survey, modules: Iterable[str]) -> list[Problem]:
-    """Targets that PEFT would refuse with a traceback, train to no effect, or take for something else."""
-    blocked = {module_names.short(path): survey.obstacles[path] for path in modules if path in survey.obstacles}
-    return [Problem(f"`{name}`: {reason}", key=KEY, fix="leave it out") for name, reason in blocked.items()]
+def without_effect(survey: Survey, modules: Iterable[str]) -> list[Problem]:
+    """Problems of targets that PEFT would refuse with a traceback, train to no effect, or take for something else."""
+    reasons = {module_names.short(path): survey.obstacles[path] for path in modules if path in survey.obstacles}
+    return [
+        Problem(Code.LORA_NO_EFFECT, f"`{name}`: {reason}", key=KEY, fix="leave it out")
+        for name, reason in reasons.items()
+    ]
 
 
-def adaptable(survey: Survey, found: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def split_adaptable(survey: Survey, paths: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split paths into those of a kind that LoRA adapts, and the others."""
-    suits = {path: isinstance(survey.modules[path], nn.Linear | Conv1D | nn.Embedding) for path in found}
+    suits = {path: isinstance(survey.modules[path], nn.Linear | Conv1D | nn.Embedding) for path in paths}
     return tuple(path for path in suits if suits[path]), tuple(path for path in suits if not suits[path])
 
 
@@ -113,47 +133,158 @@ def _role_problems(survey: Survey, roles: dict[str, tuple[str, ...]]) -> list[Pr
     raw = raw if survey.raw_attention else ""
     if roles and not survey.layers:
         what = f"{survey.architecture} has no attention in which roles (q, k, v, o) could be found"
-        return [Problem(f"{what}{raw}; {survey.has()}", key=KEY, fix=_FIX)]
+        return [Problem(Code.LORA_NO_ATTENTION, f"{what}{raw}; {survey.candidates()}", key=KEY, fix=_FIX)]
     problems = [problem for role in roles if roles[role] for problem in _layers_without(survey, role)]
     absent = ", ".join(f"`{role}`" for role in roles if not roles[role])
     if absent:
         what = f"role {absent}: nothing in the attention of {survey.architecture} is known to serve it"
-        there = survey.roles_there()
-        fix = f"ask for [{', '.join(there)}] alone; or {_FIX}" if there else _FIX
-        problems.append(Problem(f"{what}{raw}; {survey.has()}", key=KEY, fix=fix))
+        existing = survey.existing_roles()
+        fix = f"ask for [{', '.join(existing)}] alone; or {_FIX}" if existing else _FIX
+        problems.append(Problem(Code.LORA_NO_ROLE, f"{what}{raw}; {survey.candidates()}", key=KEY, fix=fix))
     return problems
 
 
 def _layers_without(survey: Survey, role: str) -> list[Problem]:
-    """A layer whose projections are all known simply has no such role (shared keys, say); an unknown one may be it."""
+    """A layer whose projections are all known simply lacks the role (shared keys, say); an unknown one may serve it."""
     lacking = {
         layer: [path.removeprefix(f"{layer}.") for path in inside if not survey.serves[path]]
         for layer, inside in survey.layers.items()
         if not any(role in survey.serves[path] for path in inside)
     }
-    strange = [f"{layer} (unknown there: {', '.join(unknown)})" for layer, unknown in lacking.items() if unknown]
-    if not strange:
+    unclear = [f"{layer} (unknown there: {', '.join(unknown)})" for layer, unknown in lacking.items() if unknown]
+    if not unclear:
         return []
-    found = f"in {len(survey.layers) - len(lacking)} of {len(survey.layers)} attention layers"
-    what = f"role `{role}`: {survey.architecture} has it {found}, and not in {module_names.few(strange, 4)}"
-    return [Problem(f"{what}; {survey.has()}", key=KEY, fix=_FIX)]
+    layers = f"in {len(survey.layers) - len(lacking)} of {len(survey.layers)} attention layers"
+    what = f"role `{role}`: {survey.architecture} has it {layers}, and not in {module_names.few(unclear, 4)}"
+    return [Problem(Code.LORA_ROLE_PARTIAL, f"{what}; {survey.candidates()}", key=KEY, fix=_FIX)]
 
 
 def _unsuitable(survey: Survey, entry: str, others: tuple[str, ...]) -> Problem:
-    listed = module_names.few([f"{path} ({type(survey.modules[path]).__name__})" for path in others], 3)
-    what = f"{entry} matches {listed}, which LoRA does not adapt"
-    return Problem(f"{what}; {survey.has()}", key=KEY, fix="match linear layers only")
+    examples = module_names.few([f"{path} ({type(survey.modules[path]).__name__})" for path in others], 3)
+    what = f"{entry} matches {examples}, which LoRA does not adapt; {survey.candidates()}"
+    return Problem(Code.LORA_UNSUITABLE_TARGET, what, key=KEY, fix="match linear layers only")
 
 
 def _unknown_name(survey: Survey, entry: str) -> Problem:
+    what = f"`{entry}` matches no module of {survey.architecture}; {nearest(survey, entry)}"
     fix = "a list holds roles (q, k, v, o) and names; all-linear or a regular expression stands alone, without brackets"
-    return Problem(f"`{entry}` matches no module of {survey.architecture}; {nearest(survey, entry)}", key=KEY, fix=fix)
+    return Problem(Code.LORA_UNKNOWN_TARGET, what, key=KEY, fix=fix)
 
 
 def nearest(survey: Survey, entry: str) -> str:
     """What could have been meant: `nearest: q_proj`, or all that there is."""
     # Compared with endings that have as many parts: `attn.q_prj` is near `attn.q_proj`, not near `q_proj`.
     depth = entry.count(".")
-    there = {tail for path in survey.linears for tail in module_names.tails(path) if tail.count(".") == depth}
-    near = difflib.get_close_matches(entry, sorted(there), n=3, cutoff=0.5)
-    return f"nearest: {', '.join(near)}" if near else survey.has()
+    endings = {tail for path in survey.linears for tail in module_names.tails(path) if tail.count(".") == depth}
+    near = difflib.get_close_matches(entry, sorted(endings), n=3, cutoff=0.5)
+    return f"nearest: {', '.join(near)}" if near else survey.candidates()
+
+
+# --- modules_to_save
+
+
+def modules_to_save(
+    survey: Survey, targets: Sequence[str], entries: Sequence[str]
+) -> tuple[list[str], list[Problem], list[str]]:
+    """The names that make PEFT copy exactly the modules meant.
+
+    PEFT copies every module whose path ends in the name, letter by letter, so that `head` is `overhead` too, and leaves
+    out all targets within a copy (peft.utils.other._set_trainable, check_target_module_exists).
+
+    Args:
+        survey: The model.
+        targets: Paths of the targets.
+        entries: Roles and endings of paths.
+
+    Returns:
+        The names; problems; notes for the user.
+    """
+    chosen: dict[str, None] = {}
+    problems: list[Problem] = []
+    for entry in entries:
+        role = as_role(survey, entry)
+        paths = serving(survey, role) if role else tuple(named(survey, entry) if entry else ())
+        chosen |= dict.fromkeys(paths)
+        problems += _saving_problems(survey, targets, entry, paths)
+    outer = [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
+    names, ambiguous = _saved_names(survey, outer)
+    if not problems:
+        problems = [_excluded(path, name) for path in targets for name in names if _excludes(name, path)]
+    return names, problems + ambiguous, _untied(survey, outer)
+
+
+def _excludes(name: str, path: str) -> bool:
+    """PEFT's rule (check_target_module_exists), in which a dot matches any letter."""
+    return re.match(rf"(^|.*\.){name}($|\..*)", path) is not None
+
+
+def _excluded(path: str, name: str) -> Problem:
+    what = f"PEFT takes the target {path} for `{name}`"
+    return Problem(Code.LORA_SAVED_AMBIGUOUS, what, key=SAVED_KEY, fix="save both or neither")
+
+
+def _saving_problems(survey: Survey, targets: Sequence[str], entry: str, paths: Sequence[str]) -> list[Problem]:
+    if not paths:
+        end = entry.rpartition(".")[2].lower()
+        similar = [path for path in survey.modules if end and end in path.rpartition(".")[2].lower()]
+        near = f"it has {module_names.counted(similar, 6)}" if similar else nearest(survey, entry)
+        what = f"`{entry}` is no module of {survey.architecture}; {near}"
+        fix = "name a module by its path or the end of it"
+        return [Problem(Code.LORA_SAVED_UNKNOWN, what, key=SAVED_KEY, fix=fix)]
+    within = [path for path in targets if any(f"{path}.".startswith(f"{outer}.") for outer in paths)]
+    inside = [path for path in paths if any(path.startswith(f"{target}.") for target in targets)]
+    if within or inside:
+        examples = module_names.counted(within or inside, 3)
+        what = f"`{entry}` is or holds targets ({examples}), which would get no adapter"
+        return [Problem(Code.LORA_SAVED_TARGET, what, key=SAVED_KEY, fix=f"leave it out here or in {KEY}")]
+    return [problem for path in paths for problem in _untrainable(survey, entry, path)][:1]
+
+
+def _untrainable(survey: Survey, entry: str, path: str) -> list[Problem]:
+    module = survey.modules[path]
+    weights = list(module.parameters())
+    if isinstance(module, _CONTAINERS):
+        code, what, fix = Code.LORA_SAVED_CONTAINER, f"`{entry}` is a list of modules", "name one of them"
+    elif not weights:
+        what, fix = f"`{entry}` ({type(module).__name__}) has no parameters to train", "leave it out"
+        code = Code.LORA_SAVED_NO_PARAMETERS
+    elif not all(weight.is_floating_point() for weight in weights):
+        what, fix = f"`{entry}` is quantized, and cannot be trained whole", "leave it out"
+        code = Code.LORA_SAVED_QUANTIZED
+    else:
+        return []
+    return [Problem(code, what, key=SAVED_KEY, fix=fix)]
+
+
+def _saved_names(survey: Survey, chosen: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    every = [path for path, _ in survey.model.named_modules(remove_duplicate=False) if path]
+    names: list[str] = []
+    problems: list[Problem] = []
+    chosen_ids = {id(survey.modules[path]) for path in chosen}
+    wanted = {path for path, module in survey.model.named_modules(remove_duplicate=False) if id(module) in chosen_ids}
+    for path in chosen:
+        if any(path.endswith(name) for name in names):
+            continue
+        matches = {tail: [other for other in every if other.endswith(tail)] for tail in module_names.tails(path)}
+        name = next((tail for tail, paths in matches.items() if wanted.issuperset(paths)), None)
+        if name:
+            names.append(name)
+        else:
+            others = module_names.few([other for other in matches[path] if other not in wanted], 2)
+            what, fix = f"PEFT cannot tell {path} from {others}", "save both or neither"
+            problems.append(Problem(Code.LORA_SAVED_AMBIGUOUS, what, key=SAVED_KEY, fix=fix))
+    return sorted(names), problems
+
+
+def _untied(survey: Survey, chosen: Sequence[str]) -> list[str]:
+    """Notes on tied weights that become separate: PEFT trains a copy, and the other module keeps the base's weight."""
+    notes: dict[frozenset[str], str] = {}
+    for path in chosen:
+        own = {id(weight) for weight in survey.modules[path].parameters()}
+        for other, module in survey.modules.items():
+            is_tied = any(id(weight) in own for weight in module.parameters(recurse=False))
+            if is_tied and not f"{other}.".startswith(f"{path}."):
+                effect = "they are trained separately" if other in chosen else f"{other} keeps the one of the base"
+                note = f"modules_to_save: {path} and {other} share one weight in the base; {effect}"
+                notes.setdefault(frozenset((path, other)), note)
+    return list(notes.values())

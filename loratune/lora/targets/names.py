@@ -1,8 +1,8 @@
-"""What projections are called: the table that a new architecture extends by one line."""
+"""Names of projections: the table that a new architecture extends by one line."""
 
 ROLES = ("q", "k", "v", "o")
 
-# What a projection is called, seen from its attention module → the roles that it serves.
+# Name of a projection within its attention module → the roles that it serves.
 SERVES = {
     "q_proj": "q",
     "k_proj": "k",
@@ -37,7 +37,7 @@ SERVES = {
     "attention_out": "o",
     "q_a_proj": "q",  # DeepSeek's latent attention: both halves of a factored projection
     "q_b_proj": "q",
-    "q_gate_proj": "q",  # A.X K2: the second half, see ALONG
+    "q_gate_proj": "q",  # A.X K2: the second half, see SHARED_ROLES
     "kv_a_proj_with_mqa": "kv",
     "kv_b_proj": "kv",
     "kv_proj": "kv",  # DeepSeek-V4, JetMoE
@@ -53,8 +53,8 @@ SERVES = {
     "qkv_proj.v_proj_delayed": "v",
 }
 
-# What a projection computes besides its roles, and has no name of its own for.
+# What a projection computes besides its roles.
 SHARED_ROLES = {"q_gate_proj": "the gate of the attention's output"}
 
-# The names that most recipes list: on a model without them they stand for the roles.
+# Names that most recipes list; on a model without them they stand for the roles.
 STOCK = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}

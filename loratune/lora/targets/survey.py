@@ -1,4 +1,5 @@
-"""What a model is made of, as far as targets are concerned; read once."""
+"""What a model is made of, as far as targets are concerned: its linear layers, which of them serve attention, and on
+which of them an adapter has an effect."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,37 +9,44 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from loratune.lora import module_names
-from loratune.lora.targets import reach
+from loratune.lora import module_names, upstream
+from loratune.lora.module_names import last, parent
 from loratune.lora.targets.names import SERVES
 
-# An attention module is known by its own name or its class (`mixer` is one when it is a NemotronHAttention), unless it
-# looks elsewhere than at the text itself. Multimodal towers are left alone: roles mean the language model.
 _ATTENTION = re.compile(r"(attn|attentions?)$", re.IGNORECASE)
 _NOT_SELF = re.compile(r"cross|encoder_attn|vision|image|audio|patcher", re.IGNORECASE)
+"""Self-attention is recognized by the name or the class of a module (`mixer` is one if it is a NemotronHAttention),
+unless it attends to something else than the text. Roles mean the language model of a multimodal one."""
 
-# Mixers that carry a state along instead of attending with a softmax: they are no attention, whatever they are called.
-# Known by their class, because Kimi Linear has both kinds under the name `self_attn`.
 _RECURRENT = re.compile(
     r"(Mixer|MambaLayer|DeltaNet|DeltaAttention|LightningAttention|RecurrentBlock|ShortConv|xLSTMLayer|RwkvSelfAttention)$"
 )
+"""Classes of mixers with a recurrent state instead of a softmax: they are no attention, whatever their name. Kimi
+Linear has both kinds under the name `self_attn`."""
 
-# Tensors of many dimensions that are added, not multiplied with.
 _NO_MATRIX = re.compile(r"bias|embed|A_log")
+"""Tensors of several dimensions that are added, not multiplied with."""
+
+_CONVOLUTIONS = (
+    nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Survey:
     """What `resolve` needs to know about a model.
 
-    modules: path → module; a module that is shared between layers counts once, as PEFT counts it.
-    linears: paths of linear layers, without the output embedding.
-    serves: path of a linear layer inside attention → its roles, "" when SERVES does not know it.
-    layers: the layer of each attention module → those of its paths that are in `serves`.
-    mixers: path of a linear layer inside a recurrent mixer → that mixer's path.
-    raw: names of weights that multiply like a linear layer's and are tensors of another form, such as stacked experts.
-    raw_attention: those of them that are in attention.
-    obstacles: path of a linear layer → why an adapter on it takes no effect.
+    Attributes:
+        model: The model.
+        architecture: Its model type, or its class.
+        modules: Path → module; a module that layers share counts once, as for PEFT.
+        linears: Paths of linear layers, without the output embedding.
+        serves: Path of a linear layer inside attention → its roles, "" when SERVES does not know it.
+        layers: The layer of each attention module → those of its paths that are in `serves`.
+        mixers: Path of a linear layer inside a recurrent mixer → the path of that mixer.
+        raw: Names of weights that multiply like those of linear layers but are other tensors, such as stacked experts.
+        raw_attention: Those of them that are in attention.
+        obstacles: Path of a linear layer → why an adapter on it has no effect.
     """
 
     model: nn.Module
@@ -53,20 +61,20 @@ class Survey:
     obstacles: dict[str, str]
 
     def reachable(self) -> list[str]:
-        """The linear layers that an adapter takes effect on."""
+        """The linear layers on which an adapter has an effect."""
         return [path for path in self.linears if path not in self.obstacles]
 
-    def has(self) -> str:
+    def candidates(self) -> str:
         """What can be named instead: `its linear modules: attn.c_attn ×12, attn.c_proj ×12, …`."""  # noqa: RUF002
         return f"its linear modules: {module_names.counted(self.reachable(), 12)}"
 
-    def roles_there(self) -> str:
+    def existing_roles(self) -> str:
         """The roles that some module serves, in the order q, k, v, o."""
         return "".join(role for role in "qkvo" if any(role in served for served in self.serves.values()))
 
 
 def take(model: nn.Module) -> Survey:
-    """Read a model, which may be on the meta device."""
+    """Survey a model, which may be on the meta device."""
     modules = {path: module for path, module in model.named_modules() if path}
     architecture, output = type(model).__name__, None
     if isinstance(model, PreTrainedModel):
@@ -75,40 +83,41 @@ def take(model: nn.Module) -> Survey:
     serves: dict[str, str] = {}
     layers: dict[str, list[str]] = {}
     for path in linears:
-        found = _place(path, modules)
-        if found:
-            attention, serves[path] = found
+        service = _service(path, modules)
+        if service:
+            attention, serves[path] = service
             layers.setdefault(module_names.layer_of(attention), []).append(path)
-    blocked = {path: reason for path in linears if (reason := reach.obstacle(path, modules, architecture))}
+    obstacles = {path: reason for path in linears if (reason := obstacle(path, modules, architecture))}
     raw = _raw(model, modules)
-    in_attention = [name for name in raw if any(_is_self_attention(above, modules) for above in _above(name))]
-    mixers = {path: above for path in linears for above in _above(path) if _is_recurrent(above, modules)}
+    in_attention = [name for name in raw if any(_is_self_attention(above, modules) for above in _ancestors(name))]
+    mixers = {path: above for path in linears for above in _ancestors(path) if _is_recurrent(above, modules)}
     return Survey(
-        model, architecture, modules, linears, serves, layers, mixers, _shown(raw), _shown(in_attention), blocked
+        model, architecture, modules, linears, serves, layers, mixers, _short(raw), _short(in_attention), obstacles
     )
 
 
-def _above(path: str) -> list[str]:
+def _ancestors(path: str) -> list[str]:
+    """The modules that contain a path, the innermost first."""
     parts = path.split(".")
     return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
 
 
-def _shown(names: Iterable[str]) -> tuple[str, ...]:
+def _short(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(module_names.short(name.removesuffix(".weight")) for name in names))
 
 
-def _place(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] | None:
+def _service(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] | None:
     """The attention module that a linear layer belongs to and the roles it serves there; None outside attention."""
     for name in list(module_names.tails(path))[1::-1]:  # `output.dense` before `dense`
         attention = path.removesuffix(name).rstrip(".")
         if name in SERVES and _is_self_attention(attention, modules):
             return attention, "kv" if _values_are_keys(modules[attention], name) else SERVES[name]
-    above = module_names.parent(path)
+    above = parent(path)
     return (above, "") if _is_self_attention(above, modules) else None
 
 
 def _values_are_keys(attention: nn.Module, name: str) -> bool:
-    """Gemma 4 on some layers: `v_proj` is None there, and what `k_proj` gives is used as values too."""
+    """Some layers of Gemma 4: `v_proj` is None, and the output of `k_proj` is used as values too."""
     return name == "k_proj" and vars(attention).get("v_proj", name) is None
 
 
@@ -116,8 +125,8 @@ def _is_self_attention(path: str, modules: Mapping[str, nn.Module]) -> bool:
     if path not in modules or _is_recurrent(path, modules):
         return False
     kind = type(modules[path]).__name__
-    known = _ATTENTION.search(module_names.own_name(path)) or _ATTENTION.search(kind)
-    return bool(known) and not _NOT_SELF.search(f"{path} {kind}")
+    is_attention = _ATTENTION.search(module_names.own_name(path)) or _ATTENTION.search(kind)
+    return bool(is_attention) and not _NOT_SELF.search(f"{path} {kind}")
 
 
 def _is_recurrent(path: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -126,11 +135,89 @@ def _is_recurrent(path: str, modules: Mapping[str, nn.Module]) -> bool:
 
 def _raw(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """Weights of more than two dimensions, or of experts, whose owner is neither linear, embedding nor convolution."""
-    plain = nn.Linear | Conv1D | nn.Embedding | nn.modules.conv._ConvNd
+    known = nn.Linear | Conv1D | nn.Embedding | _CONVOLUTIONS
     return [
         name
         for name, weight in model.named_parameters()
-        if not isinstance(modules.get(module_names.parent(name)), plain)
-        and not _NO_MATRIX.search(module_names.last(name))
+        if not isinstance(modules.get(parent(name)), known)
+        and not _NO_MATRIX.search(last(name))
         and sum(size > 1 for size in weight.shape) > (1 if re.search(r"(^|\.)experts\.", name) else 2)
     ]
+
+
+# --- On which linear layers an adapter has an effect, and why not on the others
+
+_BYPASSED = frozenset({"out_proj", "conv1d", "x_proj", "dt_proj"})
+_BYPASSED_IN = re.compile(r"mamba|mixer", re.IGNORECASE)
+"""The kernels of a Mamba mixer read these weights directly, past an adapter. PEFT refuses the first two on some model
+types (peft.tuners.tuners_utils._check_lora_target_modules_mamba) and trains the others to no effect."""
+
+_ALSO_BYPASSED = {"MultiheadAttention": "out_proj", "Gemma3nTextAltUp": "correction_coefs"}
+"""Class of the parent → the layer whose weight it reads past an adapter: `nn.MultiheadAttention` passes the weight to a
+function, and AltUp of Gemma 3n clamps it in training."""
+
+_TAKEN_FOR_EXPERTS = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
+"""Last names that PEFT rewrites into the stacked tensors of experts, on the model types whose checkpoints transformers
+converts like these (peft.utils.transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING). A list, a regular expression
+and a whole path all end in the name, so a linear layer with it cannot be a target."""
+
+_LOST_ON_LOADING = {
+    "laguna": re.compile(r"\.shared_experts\."),
+    "inkling2_text": re.compile(r"\.sconv\."),
+    "inkling2_loop_text": re.compile(r"\.sconv\."),
+}
+"""PEFT renames an adapter's weights on loading as transformers renames those of a checkpoint
+(convert_peft_adapter_state_dict_for_transformers). On these model types it renames some to names that no module has,
+and drops them silently."""
+
+_STILL_LINEAR = frozenset({"FalconLinear"})
+"""Classes of linear layers with a forward of their own that computes the same as that of `nn.Linear`."""
+
+_CHOOSER = re.compile(r"^(.*\.)?(indexer|patcher)(?=\.)")
+"""Parts that choose by rank which keys to attend to, or where a patch ends; no gradient passes such a choice."""
+
+_OFF_TEXT = re.compile(
+    r"^.*?(vision|visual|image|audio|speech|multi_?modal|(?<![^.])(encoder_attn|cross_attn|crossattention|pooler)(?![^.]))"
+    r"[^.]*",
+    re.IGNORECASE,
+)
+_ONE_OF_MANY = re.compile(r"^.*?adapter_list(?=\.\d)")
+_OFF_TEXT_LAYER = re.compile(r"CrossAttentionDecoderLayer$")
+"""Parts for images, sound or the states of another model, or that a language model does not use: an adapter there would
+stay at zero. So would one on those adapters of Zamba 2 that belong to another use of a shared block."""
+
+
+def obstacle(path: str, modules: Mapping[str, nn.Module], model_type: str) -> str | None:
+    """Why an adapter on this linear layer would fail, get lost, or train to no effect; None where it has an effect."""
+    kind, within, name = type(modules[path]), type(modules.get(parent(path))).__name__, last(path)
+    converted_as = "mixtral" if model_type == "mixtral" else upstream.conversion_of(model_type)
+    if name in _TAKEN_FOR_EXPERTS.get(str(converted_as), ()):
+        return "PEFT takes a target of this name for the experts' stacked tensors"
+    if model_type in _LOST_ON_LOADING and _LOST_ON_LOADING[model_type].search(path):
+        return "PEFT loses its weights when it loads an adapter"
+    if (name in _BYPASSED and _BYPASSED_IN.search(within)) or _ALSO_BYPASSED.get(within) == name:
+        return f"{within} reads the weight directly, past an adapter"
+    own_forward = kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.models.")
+    if issubclass(kind, nn.Linear) and own_forward and kind.__name__ not in _STILL_LINEAR:
+        return f"{kind.__name__} is not a plain linear layer"
+    return "it chooses by rank, and no gradient passes a choice" if chooser(path) else None
+
+
+def chooser(path: str) -> str:
+    """The part that chooses by rank in which a module lies, "" where there is none."""
+    match = _CHOOSER.match(path)
+    return match.group() if match else ""
+
+
+def unused_part(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] | None:
+    """The part in which a linear layer lies and why text alone would not train an adapter there; None elsewhere."""
+    if match := _ONE_OF_MANY.match(path):
+        return match.group(), "one of many is in use"
+    parts = path.split(".")
+    ancestors = (type(modules.get(".".join(parts[:end]))).__name__ for end in range(1, len(parts)))
+    match = _OFF_TEXT.match(path)
+    part = next((kind for kind in ancestors if _OFF_TEXT_LAYER.search(kind)), match.group() if match else "")
+    return (part, "text does not pass there") if part else None

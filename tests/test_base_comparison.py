@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, Ran, meanings, tiny_llama, write_rows
+from conftest import ROWS, Ran, check_refused, meanings, tiny_llama, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from running import MakeConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from loratune import errors
 from loratune.commands import inference
 from loratune.config import LoraSection
-from loratune.lora import attach, sharded, targets, untouched
+from loratune.errors import AdapterError, Code
+from loratune.lora import attach, base_comparison, sharded, targets
 from loratune.training import preflight
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34]])
@@ -90,7 +90,8 @@ def test_what_cannot_be_undone_is_refused(base_dir: Path, tmp_path: Path, cli: C
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     for arguments in (("evaluate", "--data", rows), ("generate", "1 and 1 make", "--base", "--max-new-tokens", 1)):
         ran = cli(*arguments, "--adapter", tmp_path / "made")
-        assert ran.code == 5 and "made: its base cannot be computed beside it: lora.layer_replication" in ran.err
+        check_refused(ran, 5, (Code.ADAPTER_NO_COMPARISON, str(tmp_path / "made"), ""))
+        assert "lora.layer_replication" in ran.err
     assert cli("generate", "1 and 1 make", "--adapter", tmp_path / "made", "--max-new-tokens", 1).code == 0
 
 
@@ -98,9 +99,9 @@ def test_a_change_that_nobody_foresaw_is_refused(base_dir: Path, tmp_path: Path)
     made_by_peft(base_dir, tmp_path / "made")
     tuned = opened(tmp_path / "made")
     tuned.model.get_base_model().model.layers[1].mlp.down_proj.weight.data[-1, -1] += 1
-    with pytest.raises(errors.AdapterError) as error, tuned.without_adapter():
+    with pytest.raises(AdapterError) as error, tuned.without_adapter():
         pass
-    assert meanings(error.value) == [(errors.Code.INFERENCE_BASE_CHANGED, str(tmp_path / "made"), "")]
+    assert meanings(error.value) == [(Code.INFERENCE_BASE_CHANGED, str(tmp_path / "made"), "")]
 
 
 def test_scores_and_answers_of_the_base(
@@ -145,6 +146,6 @@ def test_the_base_after_training(kind: str, base_dir: Path) -> None:
         if parameter.requires_grad:
             parameter.data += 0.1
     trained, expected = sharded.whole(model), logits(model)
-    with untouched.as_begun(model, start, trained):
+    with base_comparison.as_initialized(model, start, trained):
         assert torch.allclose(logits(model), alone, rtol=0, atol=1e-4 if start.to_plain_lora else 0)
     assert torch.equal(logits(model), expected)

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import alone
+from conftest import alone, meanings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain
 from loratune.data.packing import pad
-from loratune.data.rendering import IGNORED, Renderer, Tokens, shorten
-from loratune.errors import DataError, ModelError
+from loratune.data.rendering import IGNORED, Renderer, TokenizedRow, truncate
+from loratune.errors import Code, DataError, ModelError
 from loratune.model import load
 from loratune.model.checks import check_growth
 
@@ -85,7 +85,7 @@ def real(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> 
     return loaded(request.getfixturevalue("smollm2") if request.param == "smollm2" else fetched(request.param))
 
 
-def learnt(tokenizer: Any, row: Tokens) -> list[str]:
+def supervised(tokenizer: Any, row: TokenizedRow) -> list[str]:
     return [tokenizer.decode(row.ids[start:end]) for start, end in row.spans]
 
 
@@ -100,12 +100,14 @@ def ends(tokenizer: Any) -> dict[int, str]:
 def test_prompt_and_completion(real: Any, prompt: str, completion: str) -> None:
     renderer = Renderer(real)
     row = renderer.row(Plain("", prompt, completion))
-    asked = renderer.prompt(prompt)
-    assert row.ids[: len(asked)] == row.prompt == asked
-    assert learnt(real, row) == [completion + real.eos_token]
+    prompt_ids = renderer.prompt(prompt)
+    assert row.ids[: len(prompt_ids)] == row.prompt == prompt_ids
+    assert supervised(real, row) == [completion + real.eos_token]
     assert row.labels[-1] == row.ids[-1] == real.eos_token_id
-    assert row.labels[len(asked) : -1] == (list(row.ids[len(asked) : -1]) if asked else [IGNORED, *row.ids[1:-1]])
-    assert set(row.labels[: len(asked)]) <= {IGNORED}
+    assert row.labels[len(prompt_ids) : -1] == (
+        list(row.ids[len(prompt_ids) : -1]) if prompt_ids else [IGNORED, *row.ids[1:-1]]
+    )
+    assert set(row.labels[: len(prompt_ids)]) <= {IGNORED}
     assert row.ids.count(real.bos_token_id) == (real("a").input_ids[0] == real.bos_token_id)
 
 
@@ -114,7 +116,7 @@ def test_conversation(real: Any, messages: list[Message]) -> None:
     renderer = Renderer(real)
     row = renderer.row(Conversation("", tuple(messages)))
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    spans = learnt(real, row)
+    spans = supervised(real, row)
     assert len(spans) == len(answers)
     for span, (_, end), answer in zip(spans, row.spans, answers, strict=True):
         turn_end = ends(real)[row.ids[end - 1]]
@@ -129,10 +131,10 @@ def test_conversation(real: Any, messages: list[Message]) -> None:
 def test_conversation_begins_with_the_prompt_of_generate(real: Any, messages: list[Message]) -> None:
     renderer = Renderer(real)
     row = renderer.row(Conversation("", tuple(messages)))
-    asked = messages[: max(number for number, message in enumerate(messages) if message["role"] == "assistant")]
-    prompt = renderer.prompt(asked)
+    history = messages[: max(number for number, message in enumerate(messages) if message["role"] == "assistant")]
+    prompt = renderer.prompt(history)
     assert row.prompt == row.ids[: len(prompt)] == prompt
-    upstream = real.apply_chat_template(asked, tokenize=True, add_generation_prompt=True, return_dict=False)
+    upstream = real.apply_chat_template(history, tokenize=True, add_generation_prompt=True, return_dict=False)
     assert list(prompt) == upstream
 
 
@@ -141,14 +143,14 @@ def test_one_bos(name: str) -> None:
     """Both templates write it themselves; of the two tokenizers, only Gemma's would add it once more."""
     real = loaded(fetched(name))
     row = Renderer(real).row(Conversation("", tuple(CHATS["three turns"])))
-    asked = Renderer(real).prompt(real.bos_token + "a")
-    for ids in (row.ids, asked, Renderer(real).prompt(CHATS["one turn"][:1])):
+    prompt = Renderer(real).prompt(real.bos_token + "a")
+    for ids in (row.ids, prompt, Renderer(real).prompt(CHATS["one turn"][:1])):
         assert (ids[0], ids.count(real.bos_token_id)) == (real.bos_token_id, 1)
 
 
-def test_only_the_completion_of_message_lists_is_learnt(real: Any) -> None:
+def test_only_the_completion_of_message_lists_is_supervised(real: Any) -> None:
     messages = tuple(CHATS["three turns"])
-    row = Renderer(real).row(Conversation("", messages, first_learnt=3))
+    row = Renderer(real).row(Conversation("", messages, first_supervised=3))
     whole = Renderer(real).row(Conversation("", messages))
     assert (row.ids, row.spans) == (whole.ids, whole.spans[1:])
 
@@ -174,9 +176,10 @@ def test_a_conversation_may_begin_with_an_answer(real: Any) -> None:
     try:
         row = Renderer(real).row(Conversation("rows:1", messages))
     except DataError as error:  # Gemma's template insists on a user's turn
-        assert str(error).startswith("rows:1: the chat template refuses these messages: Conversation roles must")
+        assert meanings(error) == [(Code.TEMPLATE_REFUSES_MESSAGES, "rows:1", "")]
+        assert "Conversation roles must" in str(error)
         return
-    first, second = learnt(real, row)
+    first, second = supervised(real, row)
     assert first.startswith("Hello!") and second.endswith("b" + first.removeprefix("Hello!"))
 
 
@@ -200,7 +203,7 @@ def test_ids_as_given(tokenizer: PreTrainedTokenizerFast) -> None:
     assert (whole.ids, whole.labels, whole.supervised) == ((5, 6, 7), [IGNORED, 6, 7], 2)
     some = renderer.row(Ids("a:2", (5, 6, 7, 8, 9), (IGNORED, 6, IGNORED, 8, 9)))
     assert (some.spans, some.labels) == (((1, 2), (3, 5)), [IGNORED, 6, IGNORED, 8, 9])
-    cut = shorten(some, 4, bos=None)
+    cut = truncate(some, 4, bos=None)
     assert cut is not None
     assert (cut.ids, cut.labels) == ((6, 7, 8, 9), [IGNORED, IGNORED, 8, 9])
     assert renderer.row(Ids("a:4", (5, 6), (IGNORED, IGNORED))).spans == ()
@@ -317,7 +320,7 @@ def test_characters_that_merge_over_the_border_are_encoded_apart() -> None:
     merging.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     row = Renderer(merging).row(Conversation("", (turn("user", "xa"), turn("assistant", "by"))))
     assert row.ids == (*map(letters.__getitem__, "xaby"), merging.eos_token_id)
-    assert learnt(merging, row) == ["by<eos>"]
+    assert supervised(merging, row) == ["by<eos>"]
 
 
 def test_a_tokenizer_that_puts_a_space_before_any_text() -> None:
@@ -334,7 +337,7 @@ def test_a_tokenizer_that_puts_a_space_before_any_text() -> None:
         assert list(renderer.row(Plain("", prompt, "end")).prompt) == real(prompt).input_ids
 
 
-def test_a_token_that_reaches_over_the_border_of_an_earlier_turn_is_not_learnt() -> None:
+def test_a_token_that_reaches_over_the_border_of_an_earlier_turn_is_not_supervised() -> None:
     """As `generate` has it in its prompt; the last turn alone is encoded apart."""
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = Tokenizer(models.BPE(vocab=letters | {"ab": 256, "yz": 257}, merges=[("a", "b"), ("y", "z")]))
@@ -345,12 +348,12 @@ def test_a_token_that_reaches_over_the_border_of_an_earlier_turn_is_not_learnt()
     row = Renderer(merging).row(Conversation("", messages))
     assert row.prompt == Renderer(merging).prompt(messages[:3])
     assert [merging.decode([number]) for number in row.ids] == ["x", "ab", "c", "yz", "a", "b", "d", "<eos>"]
-    assert learnt(merging, row) == ["c", "bd<eos>"]
+    assert supervised(merging, row) == ["c", "bd<eos>"]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_masked_by_position(tokenizer: PreTrainedTokenizerFast, side: Any) -> None:
-    """The pad token is the end of sequence here, and the end stays learnt."""
+    """The pad token is the end of sequence here, and the end stays supervised."""
     renderer = Renderer(tokenizer)
     rows = [renderer.row(Plain("", "ab", "c" * length)) for length in (1, 4)]
     eos = load.pad_id(tokenizer)
@@ -367,8 +370,8 @@ def test_padding_is_masked_by_position(tokenizer: PreTrainedTokenizerFast, side:
     assert batch["attention_mask"][0].tolist() == ([0, 0, 0, 1, 1, 1, 1] if side == "left" else [1, 1, 1, 1, 0, 0, 0])
 
 
-def cut(ids: Sequence[int], spans: Sequence[tuple[int, int]], length: int, answer: int) -> tuple[Any, Any] | None:
-    row = shorten(Tokens("", tuple(ids), tuple(spans), None if answer < 0 else answer), length, bos=1)
+def truncated(ids: Sequence[int], spans: Sequence[tuple[int, int]], length: int, answer: int) -> tuple[Any, Any] | None:
+    row = truncate(TokenizedRow("", tuple(ids), tuple(spans), None if answer < 0 else answer), length, bos=1)
     return None if row is None else (row.ids, row.spans)
 
 
@@ -395,27 +398,27 @@ def cut(ids: Sequence[int], spans: Sequence[tuple[int, int]], length: int, answe
         *("fits", "prompt cut", "prompt gone", "answer too long"),
         *("BOS stays", "BOS alone", "answer and BOS too long", "a token that begins turns"),
         *("first answer let go", "a prompt of one token", "an empty prompt", "an empty prompt after BOS"),
-        *("all is learnt", "text", "text after BOS"),
+        *("all is supervised", "text", "text after BOS"),
     ],
 )
-def test_shorten(ids: list[int], spans: list[tuple[int, int]], answer: int, length: int, expected: Any) -> None:
-    assert cut(ids, spans, length, answer) == expected
+def test_truncate(ids: list[int], spans: list[tuple[int, int]], answer: int, length: int, expected: Any) -> None:
+    assert truncated(ids, spans, length, answer) == expected
 
 
 @pytest.mark.parametrize("max_length", [2, 4, 8, 14, 40])
-def test_shortened_rows_keep_whole_answers(real: Any, max_length: int) -> None:
+def test_truncated_rows_keep_whole_answers(real: Any, max_length: int) -> None:
     """Every row that is left fits, and each answer in it is whole, with its end."""
     examples: list[Example] = [Plain("", f"{'word ' * count}?", " the answer") for count in range(30)]
     examples += [Conversation("", tuple(messages)) for messages in CHATS.values()]
     rows = Renderer(real).rows(examples)
     last, starts_with_bos = ends(real), real("a").input_ids[0] == real.bos_token_id
     for whole in rows:
-        row = shorten(whole, max_length, real.bos_token_id)
+        row = truncate(whole, max_length, real.bos_token_id)
         if row is None:
             assert whole.spans[-1][1] - whole.spans[-1][0] > max_length - 1
             continue
         assert len(row.ids) == min(max_length, len(whole.ids))
-        assert learnt(real, whole)[len(whole.spans) - len(row.spans) :] == learnt(real, row)
+        assert supervised(real, whole)[len(whole.spans) - len(row.spans) :] == supervised(real, row)
         assert row.labels[-1] == row.ids[-1] in last
         assert row.ids[0] == real.bos_token_id or not starts_with_bos
 
@@ -429,34 +432,31 @@ def changed(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> PreTrainedTok
 
 CHAT = Conversation("rows:1", (turn("user", "a"), turn("assistant", "b")))
 FOR = "{% for m in messages %}"
+HIDDEN = (Code.TEMPLATE_HIDES_ANSWER, "data.chat_template", "message 2 (assistant)")
 
 
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        (
-            "{{ raise_exception('roles must alternate') }}",
-            "the chat template refuses these messages: roles must alternate",
-        ),
-        (
-            FOR + "{{ m.role }}{% endfor %}",
-            "the chat template does not show where the answer begins and ends of message 2",
-        ),
-        (FOR + "{{ m.content | upper }}{% endfor %}", "the chat template does not show where"),
+        ("{{ raise_exception('roles must alternate') }}", (Code.TEMPLATE_REFUSES_MESSAGES, "", "roles must alternate")),
+        (FOR + "{{ m.role }}{% endfor %}", HIDDEN),
+        (FOR + "{{ m.content | upper }}{% endfor %}", HIDDEN),
         (FOR + "{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}?", None),
     ],
     ids=["raises", "without content", "changes content", "last message only"],
 )
-def test_templates_that_will_not_do(tokenizer: PreTrainedTokenizerFast, template: str, expected: str | None) -> None:
+def test_templates_that_will_not_do(
+    tokenizer: PreTrainedTokenizerFast, template: str, expected: tuple[Code, str, str] | None
+) -> None:
     renderer = Renderer(changed(tokenizer, chat_template=template))
     if expected is None:  # odd, but the answer is there, and the prompt is the one of `generate`
         assert tokenizer.decode(renderer.row(CHAT).ids) == "a?b<|endoftext|>"
         return
     with pytest.raises(DataError) as caught:
         renderer.row(CHAT)
-    assert expected in str(caught.value)
-    assert str(caught.value).startswith("rows:1: ")
-    assert learnt(tokenizer, renderer.row(Plain("", "a", "b"))) == ["b<|endoftext|>"]
+    code, key, named = expected
+    assert meanings(caught.value) == [(code, "rows:1", key)] and named in str(caught.value)
+    assert supervised(tokenizer, renderer.row(Plain("", "a", "b"))) == ["b<|endoftext|>"]
 
 
 @pytest.mark.parametrize(
@@ -476,9 +476,9 @@ def test_templates_that_cannot_be_compiled(tokenizer: PreTrainedTokenizerFast, t
     for work in (lambda: renderer.row(CHAT), lambda: renderer.prompt(CHAT.messages[:1])):
         with pytest.raises(ModelError) as caught:
             work()
-        what = f"data.chat_template: the chat template is not a Jinja template: {reason}"
-        assert str(caught.value) == f"{what}; set data.chat_template to another Jinja file"
-    assert learnt(tokenizer, renderer.row(Plain("", "a", "b"))) == ["b<|endoftext|>"]
+        assert meanings(caught.value) == [(Code.TEMPLATE_NOT_JINJA, "", "data.chat_template")]
+        assert caught.value.problems[0].what == f"the chat template is not a Jinja template: {reason}"
+    assert supervised(tokenizer, renderer.row(Plain("", "a", "b"))) == ["b<|endoftext|>"]
 
 
 def test_a_prompt_that_is_no_beginning_of_the_messages(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -488,19 +488,21 @@ def test_a_prompt_that_is_no_beginning_of_the_messages(tokenizer: PreTrainedToke
     )
     row = renderer.row(CHAT)
     assert tokenizer.decode(row.ids) == "1ab<|endoftext|>"
-    assert (row.prompt, learnt(tokenizer, row)) == (renderer.prompt(CHAT.messages[:1]), ["b<|endoftext|>"])
+    assert (row.prompt, supervised(tokenizer, row)) == (renderer.prompt(CHAT.messages[:1]), ["b<|endoftext|>"])
 
 
 def test_bad_rows_are_told_together(tokenizer: PreTrainedTokenizerFast) -> None:
     renderer = Renderer(changed(tokenizer, chat_template="{{ raise_exception('no') }}"))
     with pytest.raises(DataError) as caught:
         renderer.rows([Conversation(f"rows:{number}", CHAT.messages) for number in range(1, 13)])
-    assert [problem.where for problem in caught.value.problems] == [f"rows:{number}" for number in range(1, 11)]
+    refused = Code.TEMPLATE_REFUSES_MESSAGES
+    assert meanings(caught.value) == [(refused, f"rows:{number}", "") for number in range(1, 11)]
 
 
 def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ModelError, match=r"the tokenizer has no chat template; set data.chat_template to a Jinja file"):
+    with pytest.raises(ModelError, match=r"set data.chat_template to a Jinja file") as caught:
         Renderer(changed(tokenizer)).row(CHAT)
+    assert meanings(caught.value) == [(Code.TEMPLATE_MISSING, "", "")]
 
 
 def test_real_tokenizers_make_texts_grow_little(real: Any) -> None:
@@ -508,5 +510,6 @@ def test_real_tokenizers_make_texts_grow_little(real: Any) -> None:
 
 
 def test_no_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ModelError, match="the tokenizer has no end-of-sequence token"):
+    with pytest.raises(ModelError) as caught:
         Renderer(changed(tokenizer, eos_token=None))
+    assert meanings(caught.value) == [(Code.TOKENIZER_NO_EOS, "", "")]

@@ -1,4 +1,4 @@
-"""The rules of the house, held over the source itself; each rule is shown to see a planted violation."""
+"""Rules of the source, checked on the source itself; each rule is shown to find a planted violation."""
 
 import ast
 import tomllib
@@ -11,6 +11,7 @@ from conftest import ROOT
 from setuptools import find_packages
 
 from loratune.cli import app
+from loratune.errors import Code
 
 PACKAGE = ROOT / "loratune"
 LEVELS = {
@@ -30,11 +31,11 @@ Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 Rule = Callable[[Path], Iterator[str]]
 
 
-def modules(package: Path) -> Iterator[tuple[Path, str, ast.Module]]:
-    """Every file of the package: its path, the room that it belongs to, its syntax tree."""
-    for path in sorted(package.rglob("*.py")):
-        room = path.relative_to(package).parts[0].removesuffix(".py")
-        yield path.relative_to(package), room, ast.parse(path.read_text(encoding="utf-8"))
+def modules(root: Path) -> Iterator[tuple[Path, str, ast.Module]]:
+    """Every file below a directory: its path, the package that it belongs to, its syntax tree."""
+    for path in sorted(root.rglob("*.py")):
+        package = path.relative_to(root).parts[0].removesuffix(".py")
+        yield path.relative_to(root), package, ast.parse(path.read_text(encoding="utf-8"))
 
 
 def for_type_checkers(node: ast.AST) -> bool:
@@ -62,27 +63,29 @@ def body_lines(function: Function) -> int:
     return body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
 
 
-def imports_point_down(package: Path) -> Iterator[str]:
-    for path, room, tree in modules(package):
-        if room not in LEVELS:
+def imports_point_down(root: Path) -> Iterator[str]:
+    for path, package, tree in modules(root):
+        if package not in LEVELS:
             yield f"{path}: a package without a level"
             continue
         for line, name in imports(tree):
             first, *rest = name.split(".")
             other = rest[0] if rest and rest[0] in LEVELS else "__init__"
-            if first == "" or (first == "loratune" and other != room and LEVELS[other] >= LEVELS[room]):
-                yield f"{path}:{line}: {room} imports {name}"
+            if first == "" or (first == "loratune" and other != package and LEVELS[other] >= LEVELS[package]):
+                yield f"{path}:{line}: {package} imports {name}"
 
 
-def only_lora_imports_peft(package: Path) -> Iterator[str]:
-    for path, room, tree in modules(package):
-        yield from (f"{path}:{line}" for line, name in imports(tree) if name.split(".")[0] == "peft" != room != "lora")
+def only_lora_imports_peft(root: Path) -> Iterator[str]:
+    for path, package, tree in modules(root):
+        yield from (
+            f"{path}:{line}" for line, name in imports(tree) if name.split(".")[0] == "peft" != package != "lora"
+        )
 
 
-def only_config_reads_yaml(package: Path) -> Iterator[str]:
+def only_config_reads_yaml(root: Path) -> Iterator[str]:
     writing = {"yaml.safe_dump", "yaml.dump"}
-    for path, room, tree in modules(package):
-        if room == "config":
+    for path, package, tree in modules(root):
+        if package == "config":
             continue
         yield from (f"{path}:{line}: {name}" for line, name in imports(tree) if name.startswith("yaml."))
         for node in ast.walk(tree):
@@ -94,45 +97,45 @@ def only_config_reads_yaml(package: Path) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: {ast.unparse(node)}"
 
 
-def files_are_short(package: Path) -> Iterator[str]:
-    for path, _, _ in modules(package):
-        if (lines := len((package / path).read_text(encoding="utf-8").splitlines())) > 400:
+def files_are_short(root: Path) -> Iterator[str]:
+    for path, _, _ in modules(root):
+        if (lines := len((root / path).read_text(encoding="utf-8").splitlines())) > 400:
             yield f"{path}: {lines} lines"
 
 
-def functions_are_short(package: Path) -> Iterator[str]:
-    for path, _, tree in modules(package):
+def functions_are_short(root: Path) -> Iterator[str]:
+    for path, _, tree in modules(root):
         for function in functions(tree):
             if (lines := body_lines(function)) > 40:
                 yield f"{path}:{function.lineno}: {function.name} has {lines} lines"
 
 
-def nothing_global_no_utils(package: Path) -> Iterator[str]:
-    for path, _, tree in modules(package):
+def nothing_global_no_utils(root: Path) -> Iterator[str]:
+    for path, _, tree in modules(root):
         if "util" in path.stem or any("util" in part for part in path.parts):
             yield f"{path}: utils"
         yield from (f"{path}:{node.lineno}: global" for node in ast.walk(tree) if isinstance(node, ast.Global))
 
 
-def config_is_not_probed(package: Path) -> Iterator[str]:
-    """By name: sections are called config, run, section, or after the section; room `model` has a model's config."""
+def config_is_not_probed(root: Path) -> Iterator[str]:
+    """By name: sections are called config, run, section, or after the section; package `model` has a model's config."""
     sections = {"config", "run", "section", "lora", "training", "data"}
-    for path, room, tree in modules(package):
+    for path, package, tree in modules(root):
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr") and node.args:
                 names = {part for part in ast.unparse(node.args[0]).split(".") if part not in ("self",)}
-                if names & sections and not (room == "model" and "model" in names):
+                if names & sections and not (package == "model" and "model" in names):
                     yield f"{path}:{node.lineno}: {ast.unparse(node)}"
 
 
-def imports_stand_on_top(package: Path) -> Iterator[str]:
-    for path, room, tree in modules(package):
-        if room not in ("cli", "__main__"):
+def imports_stand_on_top(root: Path) -> Iterator[str]:
+    for path, package, tree in modules(root):
+        if package not in ("cli", "__main__"):
             for function in functions(tree):
                 yield from (f"{path}:{line}: {name} in {function.name}" for line, name in imports(function))
 
 
-def public_things_are_documented(package: Path) -> Iterator[str]:
+def public_things_are_documented(root: Path) -> Iterator[str]:
     def public(node: ast.AST, prefix: str) -> Iterator[tuple[str, Documented]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, Documented) and not child.name.startswith("_"):
@@ -140,12 +143,31 @@ def public_things_are_documented(package: Path) -> Iterator[str]:
                 if isinstance(child, ast.ClassDef):
                     yield from public(child, f"{prefix}{child.name}.")
 
-    for path, _, tree in modules(package):
+    for path, _, tree in modules(root):
         if ast.get_docstring(tree) is None:
             yield f"{path}: no docstring"
         for name, node in public(tree, ""):
             if ast.get_docstring(node) is None:
                 yield f"{path}:{node.lineno}: {name} has no docstring"
+
+
+def codes_in(tree: ast.Module) -> set[str]:
+    """The names in `Code.NAME`."""
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in attributes if ast.unparse(node.value) == "Code"}
+
+
+def definitions(tree: ast.Module) -> dict[str, str]:
+    """Name → value of the members of the class `Code`, if the module has it."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Code"]
+    members = [node for owner in classes for node in owner.body if isinstance(node, ast.Assign)]
+    return {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in members}
+
+
+def every_code_is_used(root: Path) -> Iterator[str]:
+    trees = [tree for _, _, tree in modules(root)]
+    used = {name for tree in trees for name in codes_in(tree)}
+    yield from (name for tree in trees for name in definitions(tree) if name not in used)
 
 
 LONG_BODY = 'def f():\n    """Doc."""\n' + "    x = 1\n" * 41
@@ -156,7 +178,7 @@ RULES: list[tuple[Rule, str, str]] = [
     (imports_point_down, "config/schema.py", "def f():\n    from loratune.training import run_dir"),
     (imports_point_down, "training/trainer.py", "from loratune.commands import evaluate"),
     (imports_point_down, "commands/train.py", "from . import generate"),
-    (imports_point_down, "newroom.py", ""),
+    (imports_point_down, "new_package.py", ""),
     (only_lora_imports_peft, "model.py", "from peft.utils import x"),
     (only_lora_imports_peft, "cli.py", "def f():\n    import peft"),
     (only_config_reads_yaml, "card.py", "import yaml\nyaml.safe_load('')"),
@@ -172,6 +194,7 @@ RULES: list[tuple[Rule, str, str]] = [
     (public_things_are_documented, "model.py", '"""Doc."""\ndef f(): pass'),
     (public_things_are_documented, "model.py", '"""Doc."""\nclass C:\n    """Doc."""\n    def f(self): pass'),
     (public_things_are_documented, "model.py", "x = 1"),
+    (every_code_is_used, "errors.py", "class Code:\n    ONE = 'a.one', 'One.'\n    TWO = 'a.two', 'Two.'\nCode.ONE"),
 ]
 
 
@@ -219,6 +242,15 @@ def test_rule_allows_what_is_right(rule: Rule, name: str, text: str, tmp_path: P
     assert list(rule(tmp_path)) == []
 
 
+def test_codes_are_unique_explained_and_named_after_their_value() -> None:
+    """`__members__` lists aliases too, which is what a second member of the same value becomes."""
+    assert len(Code) == len(Code.__members__) > 50
+    for name, code in Code.__members__.items():
+        assert code.name == name == code.value.replace(".", "_").upper()
+        assert code.meaning.endswith("."), code
+    assert len({code.meaning for code in Code}) == len(Code)
+
+
 def options(application: typer.Typer) -> dict[str, int]:
     """Command → number of its options, `--help` not counted."""
     commands = typer.main.get_command(application).commands  # type: ignore[attr-defined]
@@ -229,9 +261,9 @@ def options(application: typer.Typer) -> dict[str, int]:
 
 
 def test_commands_have_at_most_twelve_options() -> None:
-    found = options(app)
-    assert {"train", "generate", "params", "evaluate"} <= set(found)
-    assert {name: count for name, count in found.items() if not 1 <= count <= 12} == {}
+    counts = options(app)
+    assert {"train", "generate", "params", "evaluate"} <= set(counts)
+    assert {name: count for name, count in counts.items() if not 1 <= count <= 12} == {}
 
 
 def test_thirteen_options_are_seen() -> None:

@@ -1,0 +1,239 @@
+"""Regular expressions that users and strangers write, and what an adapter's configuration says of modules by them.
+
+`re` tries every way in which an expression may match, and `(a+)+b` has exponentially many; but it looks for signals as
+it goes. A timer of the process ends it, and PEFT later matches, by the same module, what was tried here.
+
+An adapter's configuration may come from anybody. PEFT checks little of it, and matches expressions and makes tensors
+without a limit, so it is checked here by PEFT's rules before PEFT reads it.
+"""
+
+import math
+import re
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from loratune.errors import AdapterError, Code, Problem
+
+SECONDS = 2.0
+"""Of processor time, so that a busy machine does not count: matching a thousand paths takes milliseconds."""
+MAX_LAYERS = 1_000
+"""Layers that `layer_replication` may make; each is a copy of its own."""
+MIN_ALLOWED = 64
+"""So many names and patterns are allowed, however few modules there are."""
+
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying")
+_NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
+_PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+_LORA_A = re.compile(r"^base_model\.model\.(?P<path>.*)\.lora_(embedding_)?A(\.weight)?$")
+
+_EXPRESSIONS = {
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\..*",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+}
+"""The expressions that PEFT makes of these entries (peft.tuners.tuners_utils.check_target_module_exists)."""
+_LIST_OF_EXPRESSIONS = ("layers_pattern", "modules_to_save")
+"""Where PEFT takes each entry of a list for an expression."""
+
+
+class BadPatternError(ValueError):
+    """A text that is no regular expression, or one that takes too long to match."""
+
+
+class _OutOfTime(BaseException):
+    """Raised by the timer."""
+
+
+def shorten(text: str) -> str:
+    """An expression as an error shows it, in at most 80 characters."""
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def compile_pattern(text: str) -> re.Pattern[str]:
+    """Compile an expression. Raises BadPatternError: it is no expression, or too large to be compiled."""
+    try:
+        with match_time_limit():
+            return re.compile(text)
+    except re.error as error:
+        raise BadPatternError(f"is not a regular expression: {error}") from None
+    except (OverflowError, RecursionError, MemoryError):
+        raise BadPatternError("is too large for a regular expression") from None
+
+
+@contextmanager
+def match_time_limit(seconds: float = SECONDS) -> Iterator[None]:
+    """Limit the processor time of the expressions that are matched inside.
+
+    Only the main thread receives signals, so in another thread there is no limit. Within another limit, that one holds.
+
+    Raises:
+        BadPatternError: Matching takes longer.
+    """
+    nested = signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 0
+    if nested or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _OutOfTime
+
+    previous = signal.signal(signal.SIGVTALRM, end)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        yield
+    except _OutOfTime:
+        raise BadPatternError(f"takes more than {seconds:g} s to match") from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)
+
+
+def check_values(config: Mapping[str, Any], where: str) -> None:
+    """Check the types of values that PEFT does not check. Raises AdapterError with each that is wrong."""
+    wrong = {key: "not a positive number" for key in ("r", "lora_alpha") if not _is_positive(config.get(key))}
+    wrong |= {key: "neither true nor false" for key in _SWITCHES if not isinstance(config.get(key), bool | None)}
+    wrong |= {key: "not a list of names" for key in _NAMES if not _is_names(config.get(key))}
+    for key in _PATTERNS:
+        values = config.get(key)
+        if values is not None and not (isinstance(values, dict) and all(map(_is_positive, values.values()))):
+            wrong[key] = "not a mapping of patterns to positive numbers"
+    layers = config.get("layers_to_transform")
+    if not (layers is None or _is_whole(layers) or (isinstance(layers, list) and all(map(_is_whole, layers)))):
+        wrong["layers_to_transform"] = "not a list of numbers"
+    if not _is_replication(config.get("layer_replication")):
+        wrong["layer_replication"] = f"not a list of ranges with at most {MAX_LAYERS:,} layers"
+    if wrong:
+        raise AdapterError([Problem(Code.CONFIG_ADAPTER_VALUE, what, where, key) for key, what in wrong.items()])
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1e300  # a larger number has no float, or is inf
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str | None) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_replication(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, list) or len(value) > MAX_LAYERS:
+        return False
+    pairs = all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_whole, pair)) for pair in value)
+    return pairs and sum(max(0, end - start) for start, end in value) <= MAX_LAYERS
+
+
+def adapted_modules(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Path → rank of each module, by the shapes of an adapter's tensors."""
+    matches = {name: _LORA_A.match(name) for name in tensors}
+    return {match["path"]: tensors[name][0] for name, match in matches.items() if match and tensors[name]}
+
+
+@dataclass(frozen=True)
+class ModuleSettings:
+    """What a configuration says of a module. rank: r, a whole number unless it is wrong; scaling: of B·A."""
+
+    rank: float
+    scaling: float
+
+
+def module_settings(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, ModuleSettings]:
+    """Path → what the configuration says of each module that an adapter's tensors belong to.
+
+    Args:
+        config: The adapter's configuration.
+        tensors: Name → shape of each of its tensors.
+        where: The configuration's file.
+
+    Raises:
+        AdapterError: A pattern is no regular expression or takes too long, or there are too many.
+    """
+    modules = adapted_modules(tensors)
+    values: dict[str, dict[str, float]] = {}
+    for key, default in _PATTERNS.items():
+        entries = config.get(key) or {}
+        _check_number(len(entries), len(modules), where, key)
+        try:
+            with match_time_limit():  # PEFT takes the first that matches (peft.utils.other.get_pattern_key)
+                patterns = [(compile_pattern(rf"(.*\.)?({text})$"), float(value)) for text, value in entries.items()]
+                for path in modules:
+                    matching = (value for pattern, value in patterns if pattern.match(path))
+                    values.setdefault(path, {})[key] = next(matching, float(config[default]))
+        except BadPatternError as error:
+            raise AdapterError(_bad_pattern(f"one of its patterns {error}", where, key)) from None
+    settings: dict[str, ModuleSettings] = {}
+    for path, of in values.items():  # PEFT multiplies B·A by lora_alpha over the rank, or over its root
+        rank, alpha = of["rank_pattern"], of["alpha_pattern"]
+        settings[path] = ModuleSettings(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return settings
+
+
+def _bad_pattern(what: str, where: str, key: str) -> Problem:
+    return Problem(Code.CONFIG_ADAPTER_PATTERN, what, where, key)
+
+
+def _check_number(count: int, modules: int, where: str, key: str) -> None:
+    if count > max(MIN_ALLOWED, modules):
+        what = f"has {count:,} entries for {modules:,} modules"
+        raise AdapterError(Problem(Code.CONFIG_ADAPTER_TOO_MANY, what, where, key))
+
+
+def check_patterns(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], paths: Iterable[str], where: str
+) -> None:
+    """Try what PEFT will do as it attaches an adapter: match its expressions with a model's paths, and compare ranks.
+
+    Args:
+        config: The adapter's configuration.
+        tensors: Name → shape of each of its tensors.
+        paths: Those of the modules of the model.
+        where: The configuration's file.
+
+    Raises:
+        AdapterError: An expression is none or takes too long, there are more entries than modules, or a rank is not
+            that of the tensor, which PEFT would notice only after it has made a tensor of that rank.
+    """
+    modules = adapted_modules(tensors)
+    ranks = {path: settings.rank for path, settings in module_settings(config, tensors, where).items()}
+    stacked = config.get("target_parameters")  # there A holds the rows of all experts
+    if not stacked and (wrong := next((path for path, rank in modules.items() if ranks[path] != rank), None)):
+        what = f"has rank {modules[wrong]} where the configuration says {ranks[wrong]:g}"
+        raise AdapterError(Problem(Code.CONFIG_ADAPTER_RANK, what, where, wrong))
+    layers = sum(end - start for start, end in config.get("layer_replication") or [] if end > start)
+    _check_number(layers, len(modules), where, "layer_replication")
+    names = list(paths)
+    for key, form in _EXPRESSIONS.items():
+        value = config.get(key) or []
+        if isinstance(value, list):
+            _check_number(len(value), len(names), where, key)
+        entries = [value] if isinstance(value, str) else value if key in _LIST_OF_EXPRESSIONS else []
+        try:
+            with match_time_limit():
+                for expression in [compile_pattern(form.format(entry)) for entry in entries]:
+                    for name in names:
+                        expression.fullmatch(name)
+        except BadPatternError as error:
+            raise AdapterError(_bad_pattern(f"its expression {error}", where, key)) from None
+
+
+def bounded_ranks(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, int]]:
+    """`r` and `rank_pattern`, no larger than one more than the largest rank of the tensors.
+
+    The modules of the tensors have their own rank, see `check_patterns`. Any other module that PEFT matches is an
+    error, whatever its rank, and should not cost the memory of a rank of 10⁹ before that shows.
+    """
+    most = max(adapted_modules(tensors).values(), default=0) + 1
+    patterns = config.get("rank_pattern") or {}
+    return min(int(config["r"]), most), {pattern: min(int(rank), most) for pattern, rank in patterns.items()}

@@ -1,0 +1,100 @@
+"""What this package needs of other libraries beyond their documented interfaces, each name with its reason.
+
+tests/test_upstream_data.py has one test for each of them, which fails when a release takes the name away.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from datasets import ReadInstruction
+from datasets import config as datasets_config
+from datasets.naming import camelcase_to_snakecase
+from transformers.utils.chat_template_utils import (
+    _alias_reasoning_fields,
+    _compile_jinja_template,
+    render_jinja_template,
+)
+
+
+def datasets_cache_dir() -> Path:
+    """Returns the cache directory of `datasets`, as HF_DATASETS_CACHE or HF_HOME set it.
+
+    The environment variables are documented; the value that `datasets` derives from them is in a module that is not.
+    It is read at each call, because a program may change it.
+    """
+    return Path(datasets_config.HF_DATASETS_CACHE)
+
+
+def hub_dataset_cache(hub_id: str) -> Path:
+    """Returns the directory in which `datasets` caches a hub dataset, whether it is there or not.
+
+    Nothing public says whether a dataset is cached, and without a connection `load_dataset` retries for 20 s before it
+    looks into its cache.
+    """
+    *owner, name = hub_id.split("/")
+    return datasets_cache_dir() / "___".join([*owner, camelcase_to_snakecase(name)])
+
+
+def dataset_fingerprint(dataset: Any) -> str:
+    """Returns the hash by which `datasets` tells the contents of two datasets apart; it has no public name."""
+    return str(dataset._fingerprint)
+
+
+def slice_bounds(split: str, rows: int) -> list[tuple[int, int]]:
+    """Returns first row and end of each slice that `split` adds up; `train` is the only split, and has `rows` rows.
+
+    `ReadInstruction` is public; the fields of what its `to_absolute` returns are not documented.
+
+    Raises:
+        ValueError, AssertionError: It is not a slice of `train`.
+    """
+    slices = ReadInstruction.from_spec(split).to_absolute({"train": rows})
+    return [(part.from_, part.to) for part in slices]
+
+
+def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+    """Returns the arguments that a tokenizer was made with; the attribute that holds them is not documented.
+
+    They decide how a slow tokenizer encodes, which has no description of itself as a fast one has.
+    """
+    return dict(tokenizer.init_kwargs)
+
+
+def chat_template_environment(source: str) -> jinja2.Environment:
+    """Returns the Jinja environment in which `apply_chat_template` renders: its sandbox, filters and extensions.
+
+    A template whose loops are marked must be rendered in the same environment, and transformers builds it privately.
+
+    Raises:
+        jinja2.TemplateSyntaxError, SyntaxError, RecursionError: The source cannot be compiled.
+    """
+    environment: jinja2.Environment = _compile_jinja_template(source).environment
+    return environment
+
+
+def alias_reasoning_fields(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the messages with their reasoning under every field name that `apply_chat_template` gives to templates.
+
+    A template that is rendered without `apply_chat_template` must see the same fields.
+    """
+    return list(_alias_reasoning_fields(list(messages)))
+
+
+def generation_ranges(
+    messages: Sequence[dict[str, Any]], tools: Sequence[Any], source: str, special_tokens: dict[str, Any]
+) -> list[tuple[int, int]]:
+    """Returns the ranges of characters that a template marks with `{% generation %}`.
+
+    `apply_chat_template` turns these ranges into a mask of tokens and does not return them; `render_jinja_template`
+    does, and is not documented.
+    """
+    _, ranges = render_jinja_template(
+        conversations=[list(messages)],
+        tools=list(tools) or None,
+        chat_template=source,
+        return_assistant_tokens_mask=True,
+        **special_tokens,
+    )
+    return [(start, end) for start, end in ranges[0]]
