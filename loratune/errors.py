@@ -284,7 +284,7 @@ class Code(StrEnum):
     LORA_FA_LAYER = "lora.fa_layer", "LoRA-FA does not support the kind of a target."
     LORA_EVA_TOKENS = "lora.eva_tokens", "No batch has enough supervised tokens for eva."
     LORA_EVA_UNSETTLED = "lora.eva_unsettled", "The directions of eva do not settle."
-    LORA_LOFTQ_LAYER = "lora.loftq_layer", "loftq is set, and a target is not a 4-bit layer."
+    LORA_LOFTQ_LAYER = "lora.loftq_layer", "A target of loftq is not a 4-bit layer."
     LORA_NOT_FINITE = "lora.not_finite", "The trained adapter holds NaN or inf."
     LORA_UNCHANGED = "lora.unchanged", "Training did not change the adapter."
     ADAPTER_NO_DIRECTORY = "adapter.no_directory", "The path of an adapter names no directory."
