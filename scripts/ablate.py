@@ -61,14 +61,18 @@ def main(
     if only:
         print(json.dumps(_measured(only, _batches(rows, only), model, profile=profile)))
         return
-    found: dict[str, list[float]] = {name: [] for name in WITHOUT}
+    rates_by_name: dict[str, list[float]] = {name: [] for name in WITHOUT}
     for number in range(rounds):
         for name in [*WITHOUT][:: -1 if number % 2 else 1]:
-            found[name].append(_child(rows, model, name)["rate"])
-            print(f"round {number + 1}: without {name}: {found[name][-1]:.0f} tokens/s", file=sys.stderr, flush=True)
+            rates_by_name[name].append(_child(rows, model, name)["rate"])
+            print(
+                f"round {number + 1}: without {name}: {rates_by_name[name][-1]:.0f} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
     print("| without | tokens/s | of all pieces (range) | in its place |\n|---|---|---|---|")
-    for name, rates in found.items():
-        ratios = [rate / whole for rate, whole in zip(rates, found["nothing"], strict=True)]
+    for name, rates in rates_by_name.items():
+        ratios = [rate / whole for rate, whole in zip(rates, rates_by_name["nothing"], strict=True)]
         share = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         print(f"| {name} | {median(rates):.0f} | {share} | {WITHOUT[name]} |")
     print("\n" + _child(rows, model, "nothing", "--profile")["profile"])
@@ -118,10 +122,10 @@ def _measured(without: str, batches: Sequence[Mapping[str, Any]], path: Path, *,
 
 
 def _step(model: Any, batch: Mapping[str, Any]) -> None:
-    given = dict(batch)
-    labels = given.pop("labels")
+    inputs = dict(batch)
+    labels = inputs.pop("labels")
     kernels.expect(model, labels)
-    total, count = kernels.next_token_loss(model(**given, use_cache=False).logits, labels)
+    total, count = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
     (total / count).backward()  # type: ignore[no-untyped-call]
     model.zero_grad()
 

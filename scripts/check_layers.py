@@ -1,10 +1,10 @@
-"""Holds the layers of every family against the kernels that stand in for them, and writes what came of it.
+"""Compares the layers of every family with the kernels that may replace them, and writes the results.
 
     python scripts/check_layers.py             # both files, about half an hour on one core
     python scripts/check_layers.py llama olmo  # prints what it finds of some families, writes nothing
 
 `loratune/kernels/checked_layers.json` lists the classes whose layers may be replaced, see `kernels.recognition`. A
-layer is held against its replacement alone, in float32, in training mode and in eval mode, on inputs of mean 0 and of
+layer is compared with its replacement alone, in float32, in training mode and in eval mode, on inputs of mean 0 and of
 another mean, of size 1 and 10, in rows longer than every window and every limit that the configuration calls original.
 All layers with the same source and switches must agree, in all families, or none is listed.
 
@@ -57,13 +57,13 @@ VARIANTS: list[dict[str, Any]] = [
 
 @dataclass
 class Findings:
-    """What the layers of all families came to. verdicts: layer → form → whether every one of them agreed."""
+    """The results for the layers of all families. verdicts: layer → form → whether every one of them agreed."""
 
     verdicts: dict[Layer, dict[str, bool]] = field(default_factory=dict)
     kinds: dict[Layer, str] = field(default_factory=dict)
 
     def note(self, layer: Layer, form: str, agreed: bool) -> None:
-        """One layer held against one form."""
+        """The result of comparing one layer with one form."""
         forms = self.verdicts.setdefault(layer, {})
         forms[form] = forms.get(form, True) and agreed
 
@@ -98,13 +98,13 @@ def variants(model_type: str) -> Iterator[dict[str, Any]]:
 
 
 def check_family(model_type: str, findings: Findings) -> None:
-    """Hold the layers of a family against their replacements, in every variant that can be built and run."""
+    """Compare the layers of a family with their replacements, in every variant that can be built and run."""
     for changes in variants(model_type):
         try:
             check(small(model_type, **changes), findings)
         except Exception as error:
-            told = f"{model_type} with {changes}: {type(error).__name__}: {str(error)[:100]}"
-            print(told, file=sys.stderr, flush=True)
+            message = f"{model_type} with {changes}: {type(error).__name__}: {str(error)[:100]}"
+            print(message, file=sys.stderr, flush=True)
 
 
 def disturb(model: PreTrainedModel) -> None:
@@ -117,7 +117,7 @@ def disturb(model: PreTrainedModel) -> None:
 
 
 def adapted(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with an adapter that has learnt something on all linear layers, if PEFT can."""
+    """The model with an adapter that has been trained on all linear layers, if PEFT can."""
     torch.manual_seed(1)
     try:
         targets = resolve(model, "all-linear").peft()
@@ -132,25 +132,25 @@ def adapted(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check(model: PreTrainedModel, findings: Findings) -> None:
-    """Hold every layer of a model that has the structure of one that can be replaced against its replacement."""
+    """Compare every layer of a model that has the structure of a replacement with it."""
     disturb(model)
     model = adapted(model)
     sights = masks.survey(model).sights
     model.set_attn_implementation("eager")
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     decoder = model.get_decoder()
-    found = {}
+    modules = {}
     for module in decoder.modules():
-        layer, made = Layer.of(module), dict(candidates(module, sights))
-        if layer is not None and made:
-            found[module] = (layer, made)
+        layer, forms = Layer.of(module), dict(candidates(module, sights))
+        if layer is not None and forms:
+            modules[module] = (layer, forms)
             module.register_forward_pre_hook(_noted(calls), with_kwargs=True)
     ids = torch.randint(8, 300, (1, POSITIONS - 3), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         decoder.eval()(ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False)
-    for module, (layer, made) in found.items():
+    for module, (layer, forms) in modules.items():
         module._forward_pre_hooks.clear()
-        for form, fast in made.items() if module in calls else ():
+        for form, fast in forms.items() if module in calls else ():
             findings.note(layer, form, agrees(module, fast, *calls[module]))
 
 
@@ -170,9 +170,9 @@ def candidates(module: nn.Module, sights: dict[nn.Module, masks.Sight]) -> Itera
         yield acceleration.GATED, gated
     if module in sights:
         for form, rotary in ((acceleration.ATTENTION, True), (acceleration.ATTENTION_WITHOUT_ROTARY, False)):
-            made = replacements.replace_attention(module, linear.linear, sights[module], layouts, rotary=rotary)
-            if made is not None:
-                yield form, made
+            fast = replacements.replace_attention(module, linear.linear, sights[module], layouts, rotary=rotary)
+            if fast is not None:
+                yield form, fast
 
 
 def agrees(module: nn.Module, fast: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> bool:
@@ -254,8 +254,8 @@ LENGTHS = (40, 7, 100, 1, 90)
 def rows() -> list[dict[str, list[int]]]:
     """Longer and shorter than the windows and than the limits that configurations call original."""
     drawn = torch.Generator().manual_seed(1)
-    made = [torch.randint(8, 300, (length,), generator=drawn).tolist() for length in LENGTHS]
-    return [{"input_ids": ids, "labels": [-100 if at % 5 == 0 else one for at, one in enumerate(ids)]} for ids in made]
+    every = [torch.randint(8, 300, (length,), generator=drawn).tolist() for length in LENGTHS]
+    return [{"input_ids": ids, "labels": [-100 if at % 5 == 0 else one for at, one in enumerate(ids)]} for ids in every]
 
 
 def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes: Any) -> Row:
@@ -322,22 +322,23 @@ def _compare(row: Row, stock: Steps, fast: Steps) -> None:
 
 def _own(model: Any, batches: dict[str, dict[str, Tensor]], stock: Steps, seed: int = 0) -> list[float]:
     """Differences of the stock model to itself in float32, of loss and gradient. seed: of what it drops out."""
-    found = [0.0, 0.0]
+    largest = [0.0, 0.0]
     for name, batch in batches.items():
         exact, old = step(model, batch, seed), stock[name]
         if not isinstance(exact, str) and not isinstance(old, str):
-            found = [max(found[0], abs(exact[0] - old[0])), max(found[1], relative_rms(exact[1], old[1]))]
-    return found
+            loss = max(largest[0], abs(exact[0] - old[0]))
+            largest = [loss, max(largest[1], relative_rms(exact[1], old[1]))]
+    return largest
 
 
 def step(model: Any, batch: dict[str, Tensor], seed: int = 0) -> tuple[float, Tensor] | str:
     """The loss of a batch and all gradients as one vector; what went wrong, where the model fails."""
-    given = dict(batch)
-    labels = given.pop("labels")
+    inputs = dict(batch)
+    labels = inputs.pop("labels")
     torch.manual_seed(seed)
     try:
         kernels.expect(model, labels)
-        total, count = kernels.next_token_loss(model(**given, use_cache=False).logits, labels)
+        total, count = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
         (total / count).backward()  # type: ignore[no-untyped-call]
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"

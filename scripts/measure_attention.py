@@ -39,12 +39,12 @@ def rows(lengths: list[int]) -> list[dict[str, list[int]]]:
 def timed(model: Any, batch: dict[str, torch.Tensor], *, fast: bool) -> float:
     """CPU seconds of a forward and backward pass; what is done once for a run does not count."""
     with kernels.accelerated(model, linear.linear) if fast else nullcontext():
-        given = dict(batch)
-        labels = given.pop("labels")
+        inputs = dict(batch)
+        labels = inputs.pop("labels")
         start = time.process_time()
         if fast:
             kernels.expect(model, labels)
-        total, count = kernels.next_token_loss(model(**given, use_cache=False).logits, labels)
+        total, count = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
         torch.autograd.backward(total / count)
         return time.process_time() - start
 
@@ -53,12 +53,12 @@ def compared(
     title: str, model: Any, ways: Mapping[str, tuple[dict[str, torch.Tensor], bool]], steps: int, tokens: int
 ) -> None:
     """Print the median of each way: a batch, and whether the model is fitted. The first pass does not count."""
-    found: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(steps + 1):
         for way, (batch, fast) in ways.items():
-            found[way].append(timed(model, batch, fast=fast))
+            seconds[way].append(timed(model, batch, fast=fast))
     print(title)
-    for way, times in found.items():
+    for way, times in seconds.items():
         median = sorted(times[1:])[len(times[1:]) // 2]
         print(f"  {way:<28}{median:7.2f} s  {tokens / median:7.0f} tokens/s", flush=True)
 
@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     os.environ["LORATUNE_NATIVE"] = "0"
     for title, config, lengths in (
         ("Llama of SmolLM2-135M's shape, 1 x 1,024, no compiler", SMOLLM2, [1024]),
@@ -79,7 +79,7 @@ def main() -> None:
         if title.endswith("compiled"):
             del os.environ["LORATUNE_NATIVE"]
         torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, asked.dtype))
+        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
         lora = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
         model = get_peft_model(base, lora)
         batches = {"padded": dict(pad(rows(lengths), 0)), "packed": flatten(rows(lengths))}
@@ -89,7 +89,7 @@ def main() -> None:
             for who, fast in (("stock PEFT", False), ("loratune", True))
             if len(lengths) > 1 or how == "padded"
         }
-        compared(f"{title}, {asked.dtype}", model, ways, asked.steps, sum(lengths))
+        compared(f"{title}, {options.dtype}", model, ways, options.steps, sum(lengths))
 
 
 if __name__ == "__main__":

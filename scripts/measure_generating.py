@@ -43,21 +43,21 @@ def main(
     ids = [tuned.tokenizer(row.values["prompt"])["input_ids"] for row in rows]
     settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
 
-    def answer(model: Any, asked: Sequence[list[int]]) -> None:
-        model.generate(**pad([{"input_ids": one} for one in asked], 0, "left"), generation_config=settings)
+    def answer(model: Any, prompts: Sequence[list[int]]) -> None:
+        model.generate(**pad([{"input_ids": one} for one in prompts], 0, "left"), generation_config=settings)
 
-    def lean(asked: Sequence[list[int]]) -> None:
+    def with_inference_lora(prompts: Sequence[list[int]]) -> None:
         with kernels.inference_lora(tuned.model, linear.linear):
-            answer(tuned.model, asked)
+            answer(tuned.model, prompts)
 
     def one_by_one(way: Callable[[Sequence[list[int]]], None]) -> None:
         for one in ids[:LOOPED]:
             way([one])
 
     runs: dict[str, tuple[Callable[[], None], int]] = {
-        "batch": (lambda: lean(ids), len(ids)),
+        "batch": (lambda: with_inference_lora(ids), len(ids)),
         "batch, merged": (lambda: answer(merged, ids), len(ids)),
-        "loop": (lambda: one_by_one(lean), LOOPED),
+        "loop": (lambda: one_by_one(with_inference_lora), LOOPED),
         "loop, merged": (lambda: one_by_one(partial(answer, merged)), LOOPED),
         "loop, PEFT as it is": (lambda: one_by_one(partial(answer, tuned.model)), LOOPED),
     }
@@ -69,8 +69,8 @@ def main(
             ("batch", "loop, PEFT as it is"), ("batch", "batch, merged"), ("loop", "loop, merged"),
         ):  # fmt: skip
             ratios.setdefault(f"{over} / {under}", []).append(rates[over] / rates[under])
-    for name, found in ratios.items():
-        print(f"{name}: {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
+    for name, values in ratios.items():
+        print(f"{name}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
 
 
 @torch.inference_mode()

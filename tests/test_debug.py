@@ -1,4 +1,4 @@
-"""What is passed over is told with `--debug`, and nothing of it without."""
+"""What is passed over is logged with `--debug`, and nothing of it without."""
 
 import ast
 import logging
@@ -101,10 +101,12 @@ def test_what_a_run_passes_over_is_told_with_debug(
         assert runs[-1].code == 0, runs[-1].err
     for quiet in (runs[0], runs[2]):
         assert "debug:" not in quiet.err and "Traceback" not in quiet.err
-    told = runs[1].err
-    assert re.search(r"^debug: loratune\.[\w.]+: the chat template refuses a single question\nTraceback ", told, re.M)
-    assert "no such question" in told
-    assert re.search(r"^debug: loratune\.[\w.]+: the rows in \S+ are not used\nTraceback ", told, re.M)
+    messages = runs[1].err
+    assert re.search(
+        r"^debug: loratune\.[\w.]+: the chat template refuses a single question\nTraceback ", messages, re.M
+    )
+    assert "no such question" in messages
+    assert re.search(r"^debug: loratune\.[\w.]+: the rows in \S+ are not used\nTraceback ", messages, re.M)
     assert logging.getLogger("loratune").handlers == []
 
 
@@ -122,12 +124,12 @@ def test_models_that_are_not_understood_are_told_of(capsys: pytest.CaptureFixtur
         with boundary(debug):
             assert "loss" in kernels.accelerate(model, linear.linear).fallbacks
             assert packing_refusal(model, 9) is not None
-        told = capsys.readouterr().err
+        messages = capsys.readouterr().err
         expected = (
             "the model does not run on packed rows",
             "attention is not understood",
             "the loss is left to the model",
             "llama does not run on flat rows",
         )
-        assert [line in told for line in expected] == [debug] * 4
-        assert told.count("ValueError: it fails on purpose") == (5 if debug else 0)
+        assert [line in messages for line in expected] == [debug] * 4
+        assert messages.count("ValueError: it fails on purpose") == (5 if debug else 0)

@@ -193,8 +193,8 @@ def test_rows_may_be_read_otherwise_than_in_training(place: Path, cli: Callable[
     rows = write_rows(tmp_path / "rows.jsonl", [{"q": "a:", "r": "yes"}])
     refused = cli("evaluate", "--adapter", place / "adapter", "--data", rows)
     assert refused.code == 4
-    asked = ("--set", "data.columns={prompt: q, completion: r}")
-    ran = cli("evaluate", "--adapter", place / "adapter", "--data", rows, *asked)
+    columns = ("--set", "data.columns={prompt: q, completion: r}")
+    ran = cli("evaluate", "--adapter", place / "adapter", "--data", rows, *columns)
     assert ran.code == 0, ran.err
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", rows, "--set", "lora.r=4")
     assert (ran.code, ran.err) == (2, "error: --set: `lora.r=4` is decided by training; only data.* can be set\n")

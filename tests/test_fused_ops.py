@@ -13,16 +13,16 @@ from loratune.kernels import fused_ops, reference
 from loratune.kernels.attention import Layout
 
 OVER = {
-    "plain": (lambda like: reference, torch.float32),
-    "plain in bfloat16": (lambda like: reference, torch.bfloat16),
+    "reference": (lambda like: reference, torch.float32),
+    "reference in bfloat16": (lambda like: reference, torch.bfloat16),
     "C": (fused_ops.fused_ops, torch.float32),
     "C in bfloat16": (fused_ops.fused_ops, torch.bfloat16),
 }  # fmt: skip
 
 
-def attended(ops: Any, positions: Tensor, given: list[Tensor], window: int | None) -> list[Tensor]:
+def attended(ops: Any, positions: Tensor, arguments: list[Tensor], window: int | None) -> list[Tensor]:
     """The result and the gradients of queries, keys and values, token by token."""
-    query, key, value, gradient = given
+    query, key, value, gradient = arguments
     layout = Layout.of(positions, window, tile=48)
     around = (layout.starts, layout.tiles, query.shape[-1] ** -0.5)
     result, total = ops.attend(query, key, value, *around)
@@ -31,28 +31,28 @@ def attended(ops: Any, positions: Tensor, given: list[Tensor], window: int | Non
 
 
 @pytest.mark.parametrize("name", OVER)
-def test_what_is_not_finite_in_one_row_stays_in_it(name: str) -> None:
-    """At each place of a block of four, in what each function is given, in rows that share a block, a pair, a tile."""
+def test_values_that_are_not_finite_stay_in_their_row(name: str) -> None:
+    """At each place of a block of four, in every argument, in rows that share a block, a pair, a tile."""
     choose, dtype = OVER[name]
     lengths = (5, 3, 1, 70, 2, 6)
     positions = torch.cat([torch.arange(length) for length in lengths])
     spans = [(sum(lengths[:n]), sum(lengths[: n + 1])) for n in range(len(lengths))]
     for size, heads, window in ((16, 1, None), (8, 3, None), (72, 2, 4)):
         shapes = [(2, 87, heads, size), (2, 87, size), (2, 87, size), (87, 2 * heads * size)]
-        given = [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
-        ops = choose(given[0])
-        whole = attended(ops, positions, given, window)
+        arguments = [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
+        ops = choose(arguments[0])
+        whole = attended(ops, positions, arguments, window)
         for number, (first, end) in enumerate(spans):
             others = torch.ones(87, dtype=torch.bool)
             others[first:end] = False
             for which, lost in ((0, math.nan), (1, math.inf), (2, math.nan), (2, -math.inf), (3, math.nan)):
-                broken = [one.clone() for one in given]
+                broken = [one.clone() for one in arguments]
                 tokens = broken[which] if which == 3 else broken[which].transpose(0, 1)
                 place = first + (end - first) * number // len(spans)
                 tokens[(place, *[-(number % 2)] * (tokens.dim() - 1))] = lost
-                made = attended(ops, positions, broken, window)
-                assert not all(bool(one[first:end].isfinite().all()) for one in made), (which, number)
-                for old, new in zip(whole, made, strict=True):
+                results = attended(ops, positions, broken, window)
+                assert not all(bool(one[first:end].isfinite().all()) for one in results), (which, number)
+                for old, new in zip(whole, results, strict=True):
                     assert torch.equal(old[others], new[others]), (which, number, size)
 
 
@@ -60,15 +60,19 @@ def test_what_is_not_finite_in_one_row_stays_in_it(name: str) -> None:
 def test_what_is_not_finite_reaches_all_that_see_it_and_nothing_before(name: str) -> None:
     """As in a model: a value reaches the tokens from its own on, a gradient the keys up to its own."""
     choose, dtype = OVER[name]
-    given = [normal(*shape, seed=n).to(dtype) for n, shape in enumerate([(1, 9, 2, 8), (1, 9, 8), (1, 9, 8), (9, 16)])]
-    given[2][0, 4, 3] = math.nan
-    result, dquery, dkey, dvalue = attended(choose(given[0]), torch.arange(9), given, None)
+    arguments = [
+        normal(*shape, seed=n).to(dtype) for n, shape in enumerate([(1, 9, 2, 8), (1, 9, 8), (1, 9, 8), (9, 16)])
+    ]
+    arguments[2][0, 4, 3] = math.nan
+    result, dquery, dkey, dvalue = attended(choose(arguments[0]), torch.arange(9), arguments, None)
     assert result.view(9, 2, 8)[:, :, 3].isnan().all(1).tolist() == [False] * 4 + [True] * 5
     assert result.view(9, 2, 8)[:, :, [0, 1, 2, 4, 5, 6, 7]].isfinite().all()
     assert dquery.isfinite().flatten(1).all(1).tolist() == [True] * 4 + [False] * 5
-    given = [normal(*shape, seed=n).to(dtype) for n, shape in enumerate([(1, 9, 2, 8), (1, 9, 8), (1, 9, 8), (9, 16)])]
-    given[3][4, 3] = math.inf
-    result, dquery, dkey, dvalue = attended(choose(given[0]), torch.arange(9), given, None)
+    arguments = [
+        normal(*shape, seed=n).to(dtype) for n, shape in enumerate([(1, 9, 2, 8), (1, 9, 8), (1, 9, 8), (9, 16)])
+    ]
+    arguments[3][4, 3] = math.inf
+    result, dquery, dkey, dvalue = attended(choose(arguments[0]), torch.arange(9), arguments, None)
     assert result.isfinite().all() and dquery.isfinite().flatten(1).all(1).tolist() == [n != 4 for n in range(9)]
     assert dvalue.isfinite().flatten(1).all(1).tolist() == [False] * 5 + [True] * 4
     assert dkey.isfinite().flatten(1).all(1).tolist() == [False] * 5 + [True] * 4
@@ -83,20 +87,20 @@ ROWS_OF = {"rms_norm": [0], "rms_norm_backward": [0, 1], "swiglu": [0], "swiglu_
 def test_other_passes_keep_rows_apart(name: str, dtype: torch.dtype) -> None:
     """For inputs that lie row by row."""
 
-    def made(ops: Any, broken: int | None = None, lost: float = 0) -> list[Tensor]:
-        given = FUSED_OPS[name](dtype)
+    def results_of(ops: Any, broken: int | None = None, lost: float = 0) -> list[Tensor]:
+        arguments = FUSED_OPS[name](dtype)
         if broken is not None:
-            given[broken][6, 1] = lost
-        result = getattr(ops, name)(*given)
-        parts = [*(result if isinstance(result, tuple) else (result,)), given[0]]
+            arguments[broken][6, 1] = lost
+        result = getattr(ops, name)(*arguments)
+        parts = [*(result if isinstance(result, tuple) else (result,)), arguments[0]]
         tensors = [one for one in parts if isinstance(one, Tensor)]
         return [one if len(one) == 37 else one.transpose(0, 1) for one in tensors]
 
     for ops in (reference, fused_ops.fused_ops(torch.empty(0, dtype=dtype))):
-        others, whole = torch.arange(37) != 6, made(ops)
+        others, whole = torch.arange(37) != 6, results_of(ops)
         for broken in ROWS_OF[name]:
             for lost in (math.nan, math.inf):
-                for old, new in zip(whole, made(ops, broken, lost), strict=True):
+                for old, new in zip(whole, results_of(ops, broken, lost), strict=True):
                     assert torch.equal(old[others], new[others])
 
 
@@ -117,17 +121,17 @@ LOOSE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FUSED_OPS)
 def test_a_pass_takes_what_is_not_dense(name: str, dtype: torch.dtype, how: str) -> None:
-    """The numbers are those of dense tensors, also where they are written into what was given."""
+    """The numbers are those of dense tensors, also where they are written into the arguments."""
 
     def loose(one: Any) -> Any:
         return LOOSE[how](one) if isinstance(one, Tensor) and (one.dim() > 1 or how == "every other number") else one
 
     for ops in (reference, fused_ops.fused_ops(torch.empty(0, dtype=dtype))):
-        given, again = FUSED_OPS[name](dtype), [loose(one) for one in FUSED_OPS[name](dtype)]
-        assert any(isinstance(one, Tensor) and not one.is_contiguous() for one in again)
-        expected, made = getattr(ops, name)(*given), getattr(ops, name)(*again)
-        pairs = [*zip(*(one if isinstance(one, tuple) else (one,) for one in (expected, made)), strict=True)]
-        for old, new in [*pairs, *zip(given, again, strict=True)]:
+        arguments, copies = FUSED_OPS[name](dtype), [loose(one) for one in FUSED_OPS[name](dtype)]
+        assert any(isinstance(one, Tensor) and not one.is_contiguous() for one in copies)
+        expected, results = getattr(ops, name)(*arguments), getattr(ops, name)(*copies)
+        pairs = [*zip(*(one if isinstance(one, tuple) else (one,) for one in (expected, results)), strict=True)]
+        for old, new in [*pairs, *zip(arguments, copies, strict=True)]:
             if isinstance(old, Tensor):
                 assert torch.allclose(old.float(), new.float(), rtol=1e-5, atol=1e-6)
 
@@ -149,11 +153,11 @@ def test_angles_may_be_in_float32() -> None:
     joined, cosine, _, *counts = FUSED_OPS["split_heads"](torch.bfloat16)
     angles = normal(*cosine.shape, seed=3)
     turned = angles.cos(), angles.sin()
-    made = [ops.split_heads(joined, *turned, *counts) for ops in (reference, fused_ops.fused_ops(joined))]
+    results = [ops.split_heads(joined, *turned, *counts) for ops in (reference, fused_ops.fused_ops(joined))]
     back = [
         ops.join_heads(*heads, *turned)
-        for ops, heads in zip((reference, fused_ops.fused_ops(joined)), made, strict=True)
+        for ops, heads in zip((reference, fused_ops.fused_ops(joined)), results, strict=True)
     ]
-    for old, new in [*zip(*made, strict=True), back]:
+    for old, new in [*zip(*results, strict=True), back]:
         assert torch.allclose(old.float(), new.float(), rtol=2**-7, atol=1e-6)
         assert float((old != new).float().mean()) < 0.01

@@ -92,9 +92,11 @@ def test_batches_of_uneven_prompts_equal_one_by_one(
 ) -> None:
     """Greedy answers to more prompts than a batch holds, each rendered as its training row began."""
     adapter = request.getfixturevalue(name)
-    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": prompt, "id": 7} for prompt in UNEVEN])
+    questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": prompt, "id": 7} for prompt in UNEVEN])
     out = tmp_path / "answers.jsonl"
-    ran = cli("generate", "--adapter", adapter, "--input", asked, "--output", out, "--base", "--max-new-tokens", NEW)
+    ran = cli(
+        "generate", "--adapter", adapter, "--input", questions, "--output", out, "--base", "--max-new-tokens", NEW
+    )
     assert (ran.code, ran.out) == (0, ""), ran.err
     frame = "{}" if name == "plain" else "<|user|>{}<|end|>\n<|assistant|>"
     tuned, base = Stock(adapter, tiny_dir), Stock(adapter, tiny_dir, on=False)
@@ -285,10 +287,10 @@ def test_stdout_holds_the_completions_only(chat: Path) -> None:
 
 def test_a_reader_that_leaves(chat: Path, tmp_path: Path, processes: Nursery) -> None:
     """`generate ... | head -1`: the second batch finds nobody there."""
-    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 64)
+    questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 64)
     reading, writing = os.pipe()
     running = processes.start(
-        "generate", "--adapter", chat, "--input", asked, stdout=f"/proc/{os.getpid()}/fd/{writing}"
+        "generate", "--adapter", chat, "--input", questions, stdout=f"/proc/{os.getpid()}/fd/{writing}"
     )
     with open(reading) as reader:
         assert reader.readline() == "yes\n"
@@ -313,17 +315,17 @@ def test_an_output_is_replaced_only_if_asked(
     cli: Callable[..., Ran], plain: Path, tiny_dir: Path, tmp_path: Path
 ) -> None:
     """Row 75: refused before anything is loaded; what is read is never replaced."""
-    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}])
+    questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}])
     out = tmp_path / "answers.jsonl"
     out.write_text("precious\n")
-    (tmp_path / ".answers.jsonl.unfinished").symlink_to(asked)
+    (tmp_path / ".answers.jsonl.unfinished").symlink_to(questions)
     before = tree(tmp_path)
-    command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", asked, "--output")
+    command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", questions, "--output")
     ran = cli(*command, out)
     check_refused(ran, 2, (Code.OUTPUT_FILE_EXISTS, str(out), "--output"))
     assert ran.out == "" and ran.err.endswith("--overwrite\n") and ran.err.count("\n") == 1
     for path, read in {
-        asked: asked, plain / "adapter_model.safetensors": plain, tiny_dir / "config.json": tiny_dir
+        questions: questions, plain / "adapter_model.safetensors": plain, tiny_dir / "config.json": tiny_dir
     }.items():  # fmt: skip
         content = path.read_bytes()
         ran = cli(*command, path, "--overwrite")
@@ -337,7 +339,7 @@ def test_an_output_is_replaced_only_if_asked(
     ran = cli(*command, out, "--overwrite")
     assert (ran.code, ran.out) == (0, ""), ran.err
     assert json.loads(out.read_text())["prompt"] == "a:" and "precious" not in out.read_text()
-    assert (tmp_path / ".answers.jsonl.unfinished").is_symlink() and asked.read_text() == '{"prompt": "a:"}\n'
+    assert (tmp_path / ".answers.jsonl.unfinished").is_symlink() and questions.read_text() == '{"prompt": "a:"}\n'
 
 
 def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: Nursery, tmp_path: Path) -> None:
@@ -354,20 +356,20 @@ def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: Nursery, tmp_
 
 
 def test_two_write_to_one_output(plain: Path, processes: Nursery, tmp_path: Path) -> None:
-    """Row 75: the lines of one of them, whichever; without --overwrite the other one is told."""
+    """Row 75: the lines of one of them, whichever; without --overwrite the other command is refused."""
     for overwrite in ((), ("--overwrite",)):
         out = tmp_path / f"answers{len(overwrite)}.jsonl"
         children = []
         for name in ("one", "two"):
-            asked = write_rows(tmp_path / f"{name}.jsonl", [{"prompt": "a:", "of": name}] * 64)
-            more = ("--input", asked, "--output", out, *overwrite)
+            questions = write_rows(tmp_path / f"{name}.jsonl", [{"prompt": "a:", "of": name}] * 64)
+            more = ("--input", questions, "--output", out, *overwrite)
             children.append(processes.start("generate", "--adapter", plain, "--max-new-tokens", 8, *more))
         codes = sorted(child.wait() for child in children)
         assert codes == ([0, 0] if overwrite else [0, 2])
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert len(rows) == 64 and len({row["of"] for row in rows}) == 1
-        kept = [path for path in tmp_path.iterdir() if path.name.endswith(".unfinished")]
-        for path in kept:  # what the second one had written, if it was told at the end only
+        unfinished = [path for path in tmp_path.iterdir() if path.name.endswith(".unfinished")]
+        for path in unfinished:  # of the command that was refused only at the end
             assert f"the output is kept in {path}" in "".join(child.said() for child in children)
             assert len({json.loads(line)["of"] for line in path.read_text().splitlines()}) == 1
             path.unlink()
@@ -378,21 +380,21 @@ def test_an_output_of_a_command_that_is_ended(
     number: signal.Signals, plain: Path, processes: Nursery, tmp_path: Path
 ) -> None:
     """Row 75: nothing has the name; what a killed one leaves can be told from all else."""
-    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 20_000)
+    questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 20_000)
     out = tmp_path / "answers.jsonl"
-    child = processes.start("generate", "--adapter", plain, "--input", asked, "--output", out)
+    child = processes.start("generate", "--adapter", plain, "--input", questions, "--output", out)
     until(lambda: [*tmp_path.glob(".answers.jsonl.*.unfinished")], child)
     child.send(number)
     assert child.wait() == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
-    left = {path.name for path in tmp_path.iterdir()} - {"asked.jsonl"}
-    assert len(left) == (number == signal.SIGKILL)
-    assert not left or re.fullmatch(r"\.answers\.jsonl\.[0-9a-f]{12}\.unfinished", left.pop())
+    remaining = {path.name for path in tmp_path.iterdir()} - {"asked.jsonl"}
+    assert len(remaining) == (number == signal.SIGKILL)
+    assert not remaining or re.fullmatch(r"\.answers\.jsonl\.[0-9a-f]{12}\.unfinished", remaining.pop())
 
 
 def test_an_output_without_room(plain: Path, processes: Nursery, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:", "note": "x" * 5000}])
-    command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", asked, "--output", out)
+    questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:", "note": "x" * 5000}])
+    command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", questions, "--output", out)
     child = processes.start(*command, limit=3000)
     ran = Ran(child.wait(), "", child.said())
     check_refused(ran, 8, (Code.SYSTEM_DISK_FULL, str(out), "--output"))
@@ -415,8 +417,8 @@ def test_files_of_several_formats_are_one_kind_of_rows(tmp_path: Path, tiny_dir:
     assert cli("train", tmp_path / "run.yaml").code == 0
     record = json.loads((tmp_path / "out" / "loratune.json").read_text())
     assert (record["formats"], record["chat"]) == (["conversations", "messages"], True)
-    asked = write_rows(tmp_path / "asked.jsonl", [{"messages": user("a")}])
-    as_rows = cli("generate", "--adapter", tmp_path / "out", "--input", asked, "--max-new-tokens", NEW)
+    questions = write_rows(tmp_path / "asked.jsonl", [{"messages": user("a")}])
+    as_rows = cli("generate", "--adapter", tmp_path / "out", "--input", questions, "--max-new-tokens", NEW)
     assert cli("generate", "--adapter", tmp_path / "out", "a", "--max-new-tokens", NEW).out == as_rows.out != ""
     here = os.getcwd()
     os.chdir("/")

@@ -84,12 +84,12 @@ def test_attention_of_any_size_is_the_reference(size: int, lengths: tuple[int, .
         shapes = ((2, len(positions), count, size), (2, len(positions), size), (2, len(positions), size))
         query, key, value = (normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes))
         gradient = normal(len(positions), 2 * count * size, seed=3).to(dtype)
-        made = []
+        results = []
         for ops in (reference, fused_ops.fused_ops(query)):
             around = (layout.starts, layout.tiles, size**-0.5)
             result, total = ops.attend(query, key, value, *around)
-            made.append([result, total, *ops.attend_backward(gradient, result, total, query, key, value, *around)])
-        for old, new in zip(*made, strict=True):
+            results.append([result, total, *ops.attend_backward(gradient, result, total, query, key, value, *around)])
+        for old, new in zip(*results, strict=True):
             loose = 1e-5 if dtype == torch.float32 else 0.02
             assert float((old.float() - new.float()).norm()) <= loose * float(old.float().norm()) + 1e-4
 
@@ -103,10 +103,10 @@ def test_a_compiled_operation_is_the_reference(name: str, dtype: torch.dtype) ->
     """Results, and what is written into the arguments."""
     built = fused_ops.fused_ops(torch.empty(0, dtype=dtype))
     assert isinstance(built, fused_ops.CompiledOps), "these tests want a C compiler"
-    given, again = FUSED_OPS[name](dtype), FUSED_OPS[name](dtype)
-    expected, made = getattr(reference, name)(*given), getattr(built, name)(*again)
-    pairs = [*zip(*(one if isinstance(one, tuple) else (one,) for one in (expected, made)), strict=True)]
-    for old, new in [*pairs, *zip(given, again, strict=True)]:
+    arguments, copies = FUSED_OPS[name](dtype), FUSED_OPS[name](dtype)
+    results = getattr(reference, name)(*arguments), getattr(built, name)(*copies)
+    pairs = [*zip(*(result if isinstance(result, tuple) else (result,) for result in results), strict=True)]
+    for old, new in [*pairs, *zip(arguments, copies, strict=True)]:
         if isinstance(old, Tensor):
             loose = 1e-5 if old.dtype == torch.float32 else 2 * torch.finfo(dtype).eps
             sums = float(old.float().std()) if name in SUMMED else 0.0  # of what was rounded before
@@ -115,18 +115,18 @@ def test_a_compiled_operation_is_the_reference(name: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attend", "cross_entropy"])
 def test_a_compiled_operation_hides_no_nan(name: str) -> None:
-    given = FUSED_OPS[name](torch.bfloat16)
-    given[0].view(-1)[given[0].numel() // 4] = math.nan
-    made = getattr(fused_ops.fused_ops(given[0]), name)(*given)
-    assert not (made[0] if isinstance(made, tuple) else made).isfinite().all()
+    arguments = FUSED_OPS[name](torch.bfloat16)
+    arguments[0].view(-1)[arguments[0].numel() // 4] = math.nan
+    result = getattr(fused_ops.fused_ops(arguments[0]), name)(*arguments)
+    assert not (result[0] if isinstance(result, tuple) else result).isfinite().all()
 
 
 def test_the_exponential_is_that_of_torch() -> None:
     """Through a softmax of two: exp(-x) / (1 + exp(-x)) over the whole range."""
     gates = torch.linspace(-100, 100, 4001)
     both = torch.cat([gates, torch.ones_like(gates)])[None]
-    made = fused_ops.fused_ops(both).swiglu(both)
-    assert torch.allclose(made[0], torch.nn.functional.silu(gates), rtol=1e-6, atol=1e-36)
+    result = fused_ops.fused_ops(both).swiglu(both)
+    assert torch.allclose(result[0], torch.nn.functional.silu(gates), rtol=1e-6, atol=1e-36)
 
 
 def test_gradients_of_the_reference_are_those_of_autograd() -> None:
@@ -166,10 +166,10 @@ def test_a_layout_knows_rows_windows_and_tiles() -> None:
 def rows(interval: int = 5) -> list[dict[str, list[int]]]:
     """Rows of which one token in `interval` is not supervised."""
     drawn = torch.Generator().manual_seed(1)
-    made = [torch.randint(1, 300, (length,), generator=drawn).tolist() for length in LENGTHS]
+    every = [torch.randint(1, 300, (length,), generator=drawn).tolist() for length in LENGTHS]
     return [
         {"input_ids": ids, "labels": [-100 if place % interval == 0 else token for place, token in enumerate(ids)]}
-        for ids in made
+        for ids in every
     ]
 
 
@@ -199,11 +199,11 @@ def with_lora(base: Any, targets: Any = ROLES, **lora: Any) -> Any:
 
 def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
     """The loss of a batch, and the gradients."""
-    given = dict(batch)
-    labels = given.pop("labels")
+    inputs = dict(batch)
+    labels = inputs.pop("labels")
     kernels.expect(model, labels)
     torch.manual_seed(0)
-    total, count = kernels.next_token_loss(model(**given, use_cache=False).logits, labels)
+    total, count = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
     (total / count).backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -324,7 +324,7 @@ def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
 
 @pytest.mark.parametrize("count", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(count: int, smollm2: Path) -> None:
-    """On the real model, held against float32, pooled over batches of rows that share no words: where rows begin alike,
+    """On the real model, against float32, pooled over batches of rows that share no words: where rows begin alike,
     the rounding of what they share decides, as a coin does."""
     torch.manual_seed(0)
     model, exact = (
@@ -523,9 +523,9 @@ def test_other_variants_of_lora_answer_as_peft_has_it() -> None:
     model = adapted(use_dora=True).eval()
     ids = torch.arange(1, 9)[None]
     with torch.inference_mode(), kernels.inference_lora(model, linear.linear):
-        made = model(ids).logits
+        logits = model(ids).logits
     with torch.inference_mode():
-        assert torch.equal(model(ids).logits, made)
+        assert torch.equal(model(ids).logits, logits)
 
 
 # Without a compiler

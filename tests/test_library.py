@@ -66,13 +66,13 @@ def calls(cache: Path) -> int:
 
 def loaded(cache: Path, called: int, note: str | None = None) -> None:
     """Loads the library, which must work; called: how often the compiler must have been."""
-    found = library.load(DEFINE)
-    assert found.functions is not None and found.functions.swiglu
+    cached = library.load(DEFINE)
+    assert cached.functions is not None and cached.functions.swiglu
     assert calls(cache) == called
-    assert found.note == note if note is None else re.search(note, found.note or ""), found.note
+    assert cached.note == note if note is None else re.search(note, cached.note or ""), cached.note
 
 
-def kept(cache: Path) -> Path:
+def cached_file(cache: Path) -> Path:
     """The file in the cache, which is all that lies there."""
     (path,) = cache.iterdir()
     return path
@@ -122,10 +122,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_file_is_built_anew(cache: Path, how: str) -> None:
     loaded(cache, called=1)
-    path, whole = kept(cache), kept(cache).read_bytes()
+    path, whole = cached_file(cache), cached_file(cache).read_bytes()
     DAMAGES[how](path)
     loaded(cache, called=1)
-    assert kept(cache).read_bytes() == whole
+    assert cached_file(cache).read_bytes() == whole
     loaded(cache, called=0)
 
 
@@ -139,7 +139,7 @@ def planted(cache: Path, tmp_path: Path) -> Iterator[Path]:
     )  # fmt: skip
     subprocess.run(["/usr/bin/gcc", "-shared", "-fPIC", source, "-o", tmp_path / "planted.so"], check=True)
     loaded(cache, called=1)
-    path = kept(cache)
+    path = cached_file(cache)
     key, content = path.stem.removeprefix("native-"), (tmp_path / "planted.so").read_bytes()
     path.write_bytes(signed(key, content))
     yield path
@@ -173,12 +173,12 @@ def test_a_link_is_not_followed(planted: Path, cache: Path, tmp_path: Path) -> N
     planted.rename(tmp_path / "elsewhere.so")
     planted.symlink_to(tmp_path / "elsewhere.so")
     loaded(cache, called=1)
-    assert not kept(cache).is_symlink()
+    assert not cached_file(cache).is_symlink()
 
 
 def test_a_pipe_does_not_stop_the_run(cache: Path) -> None:
     loaded(cache, called=1)
-    path = kept(cache)
+    path = cached_file(cache)
     path.unlink()
     os.mkfifo(path)
     loaded(cache, called=1)
@@ -197,10 +197,10 @@ def test_a_directory_that_others_could_write_to_is_mended_and_not_believed(
 @needs_root
 def test_a_directory_of_another_user_is_not_used(planted: Path, cache: Path) -> None:
     os.chown(cache, 65534, -1)
-    told = f"the fast CPU code is built anew for this run: {cache} belongs to another user"
+    line = f"the fast CPU code is built anew for this run: {cache} belongs to another user"
     for _ in range(2):
-        loaded(cache, called=1, note=told)
-    assert kept(cache) == planted
+        loaded(cache, called=1, note=line)
+    assert cached_file(cache) == planted
 
 
 def test_a_directory_behind_a_link_is_not_used(planted: Path, cache: Path, tmp_path: Path) -> None:
@@ -248,21 +248,21 @@ BROKEN = {
 @pytest.mark.parametrize("does", BROKEN)
 def test_a_compiler_that_fails_is_told_of(cache: Path, tmp_path: Path, does: str) -> None:
     compiler(tmp_path, does)
-    found = library.load(DEFINE)
-    assert found.functions is None and re.search(BROKEN[does], found.note or ""), found.note
-    assert "\n" not in (found.note or "") and list(cache.iterdir()) == []
+    cached = library.load(DEFINE)
+    assert cached.functions is None and re.search(BROKEN[does], cached.note or ""), cached.note
+    assert "\n" not in (cached.note or "") and list(cache.iterdir()) == []
 
 
 def test_a_library_that_no_longer_loads_is_built_anew(cache: Path, tmp_path: Path, built: Path) -> None:
     """As where OpenMP's own library has gone; if that does not help, it is said."""
     loaded(cache, called=1)
-    path = kept(cache)
+    path = cached_file(cache)
     key, content = path.stem.removeprefix("native-"), path.read_bytes()[:-32].replace(b"libgomp.so.1", b"libgone.so.1")
     path.write_bytes(signed(key, content))
     loaded(cache, called=1)
     compiler(tmp_path, f"sed s/libgomp.so.1/libgone.so.1/ {built} > made.so")
-    found = library.load(DEFINE)
-    assert found.functions is None and "not used: libgone.so.1: cannot open shared object" in (found.note or "")
+    cached = library.load(DEFINE)
+    assert cached.functions is None and "not used: libgone.so.1: cannot open shared object" in (cached.note or "")
 
 
 def test_without_a_compiler_it_is_said(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_many_processes_build_it_at_once_and_a_file_that_is_cut_hurts_none(tmp_p
     for process in running:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0 and out.strip() == "", err
-    path = kept(tmp_path / "cache" / "loratune")
+    path = cached_file(tmp_path / "cache" / "loratune")
     cut = used(tmp_path / "cache", path)
     out, err = cut.communicate(timeout=300)
     assert cut.returncode == 0 and path.stat().st_size == 0, err

@@ -110,7 +110,7 @@ def test_what_is_read_is_never_replaced(by: Callable[[Path], Path], as_input: st
 
 
 def test_nothing_planted_is_followed(tmp_path: Path) -> None:
-    """Neither under the old name of unfinished files, nor, as names are random and files made anew, under another."""
+    """Neither under the old name of unfinished files, nor, as names are random and files always new, under another."""
     (tmp_path / "victim").write_text("precious")
     (tmp_path / ".a.txt.unfinished").symlink_to(tmp_path / "victim")
     write(tmp_path / "a.txt")
@@ -228,18 +228,18 @@ def test_devices_and_pipes(tmp_path: Path) -> None:
     assert meanings(error.value) == [(Code.SYSTEM_DISK_FULL, "/dev/full", "--output")]
     assert error.value.problems[0].fix == "make room"
     os.mkfifo(tmp_path / "pipe")
-    heard: list[str] = []
-    reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_text()))
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_text()))
     reader.start()
     write(tmp_path / "pipe", "through a pipe")
     reader.join()
-    assert heard == ["through a pipe"] and [one.name for one in tmp_path.iterdir()] == ["pipe"]
+    assert received == ["through a pipe"] and [one.name for one in tmp_path.iterdir()] == ["pipe"]
 
 
-def test_a_pipe_that_nobody_reads_is_told_of(tmp_path: Path) -> None:
+def test_a_pipe_that_nobody_reads_is_logged(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    heard: list[str] = []
-    reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_text()))
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_text()))
     notes: list[str] = []
 
     def log(line: str) -> None:
@@ -249,12 +249,12 @@ def test_a_pipe_that_nobody_reads_is_told_of(tmp_path: Path) -> None:
     with output(tmp_path / "pipe").opened(log) as file:
         file.write("through a pipe")
     reader.join()
-    told = f"{tmp_path / 'pipe'}: a named pipe that nobody reads; waiting for a reader"
-    assert (notes, heard) == ([told], ["through a pipe"])
+    line = f"{tmp_path / 'pipe'}: a named pipe that nobody reads; waiting for a reader"
+    assert (notes, received) == ([line], ["through a pipe"])
 
 
 def test_a_file_of_another_in_a_sticky_directory(tmp_path: Path) -> None:
-    """It could not be replaced, and that is said before anything is computed."""
+    """It could not be replaced, and the command says so before it computes anything."""
     if os.geteuid() != 0:
         pytest.skip("only root becomes someone else")
     (tmp_path / "a.txt").write_text("precious")
@@ -294,8 +294,8 @@ def test_open_files(name: str, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_to(tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(str(tmp_path / "socket"))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
     reading = os.open("/dev/null", os.O_RDONLY)
     os.close(closed := os.dup(reading))
     for path, code, detail in (

@@ -49,22 +49,22 @@ def config_only(path: Path, config: Any) -> Path:
 
 def counted(ran: Ran) -> dict[str, Any]:
     assert ran.code == 0, ran.err
-    found: dict[str, Any] = json.loads(ran.out)
-    return found
+    counts: dict[str, Any] = json.loads(ran.out)
+    return counts
 
 
 def test_counts_by_formula(cli: Callable[..., Ran], tiny_dir: Path) -> None:
-    found = counted(cli("params", "--model", tiny_dir, "--json"))
+    counts = counted(cli("params", "--model", tiny_dir, "--json"))
     trainable = 2 * 8 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))  # layers x r x (in + out) of q, k, v, o
     base = 2 * 264 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
-    assert list(found)[:5] == ["trainable", "total", "percent", "adapter_bytes", "targets"]
-    assert list(found)[5:] == ["roles", "layers", "others", "memory"]
-    assert found["roles"] == {role: 2 * 8 * (32 + size) for role, size in {"q": 32, "k": 16, "v": 16, "o": 32}.items()}
-    assert found["layers"] == {"0": trainable // 2, "1": trainable // 2}
-    assert found["others"] == {}
-    assert (found["trainable"], found["total"]) == (trainable, base + trainable)
-    assert found["percent"] == pytest.approx(100 * trainable / (base + trainable))
-    assert found["targets"] == ROLES
+    assert list(counts)[:5] == ["trainable", "total", "percent", "adapter_bytes", "targets"]
+    assert list(counts)[5:] == ["roles", "layers", "others", "memory"]
+    assert counts["roles"] == {role: 2 * 8 * (32 + size) for role, size in {"q": 32, "k": 16, "v": 16, "o": 32}.items()}
+    assert counts["layers"] == {"0": trainable // 2, "1": trainable // 2}
+    assert counts["others"] == {}
+    assert (counts["trainable"], counts["total"]) == (trainable, base + trainable)
+    assert counts["percent"] == pytest.approx(100 * trainable / (base + trainable))
+    assert counts["targets"] == ROLES
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_the_size_of_the_file_is_known_before_training(
     tiny_dir: Path,
 ) -> None:
     path = run_config(lora=lora, model={"name_or_path": str(tiny_dir), "dtype": dtype}, training={"max_steps": 1})
-    foretold = counted(cli("params", path, "--json"))
+    estimated = counted(cli("params", path, "--json"))
     ran = cli("train", path)
     assert ran.code == 0, ran.err
-    assert foretold["adapter_bytes"] == (tmp_path / "out" / WEIGHTS_FILE).stat().st_size
-    assert sum(foretold["roles"].values()) == sum(foretold["layers"].values())
-    assert sum(foretold["roles"].values()) + sum(foretold["others"].values()) == foretold["trainable"]
+    assert estimated["adapter_bytes"] == (tmp_path / "out" / WEIGHTS_FILE).stat().st_size
+    assert sum(estimated["roles"].values()) == sum(estimated["layers"].values())
+    assert sum(estimated["roles"].values()) + sum(estimated["others"].values()) == estimated["trainable"]
 
 
 def test_a_model_is_counted_with_the_default_lora(
@@ -126,12 +126,12 @@ def test_the_text_begins_with_the_line_of_peft(cli: Callable[..., Ran], tmp_path
         (FalconConfig, ["v"], "  q, k, v: transformer.h.*.self_attention.query_key_value, fused"),
     ],
 )
-def test_fused_modules_are_told(
+def test_fused_modules_are_named(
     config: Any, role: list[str], line: str, cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    made = config_only(tmp_path / "fused", config(**shape, vocab_size=264, pad_token_id=0, multi_query=False))
-    path = run_config(model={"name_or_path": str(made)}, lora={"target_modules": role})
+    directory = config_only(tmp_path / "fused", config(**shape, vocab_size=264, pad_token_id=0, multi_query=False))
+    path = run_config(model={"name_or_path": str(directory)}, lora={"target_modules": role})
     ran = cli("params", path)
     assert ran.code == 0, ran.err
     assert line in ran.out.splitlines()
@@ -140,22 +140,22 @@ def test_fused_modules_are_told(
 
 def test_a_fused_module_is_counted_once(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    made = config_only(tmp_path, Phi3Config(**shape, vocab_size=264, pad_token_id=0))
-    found = params.params(config.for_model(str(made)))
-    assert [(group.role, group.modules, group.shape) for group in found.groups] == [
+    directory = config_only(tmp_path, Phi3Config(**shape, vocab_size=264, pad_token_id=0))
+    counts = params.params(config.for_model(str(directory)))
+    assert [(group.role, group.modules, group.shape) for group in counts.groups] == [
         ("q, k, v", 3, (32, 96)),
         ("o", 3, (32, 32)),
     ]
-    assert sum(group.trainable for group in found.groups) == found.count.trainable
+    assert sum(group.trainable for group in counts.groups) == counts.count.trainable
 
 
 def test_70b_in_a_gigabyte(tmp_path: Path) -> None:
-    made = config_only(tmp_path, LlamaConfig(vocab_size=32000, **LLAMA_2_70B))
-    command = [sys.executable, "-c", PEAK, sys.executable, "-m", "loratune", "params", "--model", made, "--json"]
+    directory = config_only(tmp_path, LlamaConfig(vocab_size=32000, **LLAMA_2_70B))
+    command = [sys.executable, "-c", PEAK, sys.executable, "-m", "loratune", "params", "--model", directory, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = counted(Ran(done.returncode, done.stdout, done.stderr))
+    counts = counted(Ran(done.returncode, done.stdout, done.stderr))
     trainable = 80 * 8 * 2 * ((8192 + 8192) + (8192 + 1024))
-    assert (found["trainable"], found["total"]) == (trainable, 68_976_648_192 + trainable)
+    assert (counts["trainable"], counts["total"]) == (trainable, 68_976_648_192 + trainable)
     kilobytes = int(done.stderr.splitlines()[-1])
     assert kilobytes < 1 << 20
 
@@ -220,5 +220,5 @@ def test_odd_configurations(
 
 
 def test_a_huge_vocabulary_is_counted(tmp_path: Path) -> None:
-    made = config_only(tmp_path, LlamaConfig(**SMALL | {"vocab_size": 10**12}))
-    assert params.params(config.for_model(str(made))).count.total > 2 * 32 * 10**12
+    directory = config_only(tmp_path, LlamaConfig(**SMALL | {"vocab_size": 10**12}))
+    assert params.params(config.for_model(str(directory))).count.total > 2 * 32 * 10**12

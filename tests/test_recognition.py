@@ -50,8 +50,8 @@ class Patched(LlamaRMSNorm):
 class Doubled(LlamaAttention):
     """Another forward, in a file of its own."""
 
-    def forward(self, *given: Any, **named: Any) -> Any:
-        states, weights = super().forward(*given, **named)
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        states, weights = super().forward(*inputs, **keywords)
         return 2 * states, weights
 
 
@@ -60,11 +60,11 @@ def own_forward(norm: nn.Module) -> None:
 
 
 def hooked(norm: nn.Module) -> None:
-    norm.register_forward_hook(lambda module, given, made: 2 * made)
+    norm.register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
 def gated_before(norm: nn.Module) -> None:
-    norm.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    norm.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
 
 
 def with_a_buffer(norm: nn.Module) -> None:

@@ -45,16 +45,16 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that was made."""
+    """The most elements of any tensor that an operation returns."""
 
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and "alias" not in str(func):
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return made
+        return result
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -97,9 +97,9 @@ def test_nothing_is_as_large_as_the_square_of_a_batch() -> None:
     square = batch["input_ids"].numel() ** 2
     with Largest() as stock:
         step(model, batch)
-    with kernels.accelerated(model, linear.linear), Largest() as made:
+    with kernels.accelerated(model, linear.linear), Largest() as by_rows:
         step(model, batch)
-    assert stock.elements >= square > 2 * made.elements
+    assert stock.elements >= square > 2 * by_rows.elements
 
 
 def test_padding_on_the_left_and_odd_masks_are_left_to_torch() -> None:
@@ -125,16 +125,16 @@ def test_the_padding_of_one_row_does_not_reach_another() -> None:
         broken = flatten(rows()[:3])
         whole = model(**{name: broken[name] for name in ("input_ids", "position_ids")}, use_cache=False).logits
         hook = model.get_input_embeddings().register_forward_hook(
-            lambda module, given, made: made.index_fill(1, torch.arange(40, 47), float("nan"))
+            lambda module, inputs, output: output.index_fill(1, torch.arange(40, 47), float("nan"))
         )
-        made = model(**{name: broken[name] for name in ("input_ids", "position_ids")}, use_cache=False).logits
+        changed = model(**{name: broken[name] for name in ("input_ids", "position_ids")}, use_cache=False).logits
         hook.remove()
-    assert made[:, 40:47].isnan().all()
-    assert torch.equal(whole[:, :40], made[:, :40]) and torch.equal(whole[:, 47:], made[:, 47:])
+    assert changed[:, 40:47].isnan().all()
+    assert torch.equal(whole[:, :40], changed[:, :40]) and torch.equal(whole[:, 47:], changed[:, 47:])
 
 
 def test_attention_that_drops_out_does_so() -> None:
-    """With the share that was asked for: over many draws the gradient is that of stock attention, which differs from
+    """With the configured probability: over many draws the gradient is that of stock attention, which differs from
     that without."""
     model = adapted(changes={"attention_dropout": 0.4})
     batch = flatten(rows()[:2])
@@ -142,21 +142,21 @@ def test_attention_that_drops_out_does_so() -> None:
     def mean(draws: int = 60) -> Tensor:
         total = []
         for number in range(draws):
-            given = dict(batch)
-            labels = given.pop("labels")
+            inputs = dict(batch)
+            labels = inputs.pop("labels")
             kernels.expect(model, labels)
             torch.manual_seed(number)
-            total.append(kernels.next_token_loss(model(**given, use_cache=False).logits, labels)[0].detach())
+            total.append(kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)[0].detach())
         return torch.stack(total)
 
     stock, (still, _) = mean(), step(model.eval(), batch)
     model.train()
     with kernels.accelerated(model, linear.linear):
         assert kernels.attends_by_rows(model)
-        made = mean()
-    error = (stock.var() / 60 + made.var() / 60).sqrt()
-    assert made.std() > 0 and abs(float(stock.mean() - made.mean())) < 4 * float(error)
-    assert 0.5 < float(made.std() / stock.std()) < 2 and still > 0
+        by_rows = mean()
+    error = (stock.var() / 60 + by_rows.var() / 60).sqrt()
+    assert by_rows.std() > 0 and abs(float(stock.mean() - by_rows.mean())) < 4 * float(error)
+    assert 0.5 < float(by_rows.std() / stock.std()) < 2 and still > 0
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_torchs_attention_stays_as_it_is(name: str) -> None:
+def test_other_attention_than_torchs_is_not_accelerated(name: str) -> None:
     kind, changes = REFUSED[name]
     model = adapted(kind, targets=["query_key_value"] if kind == "bloom" else ["q_proj", "v_proj"], changes=changes)
     own = model.config._attn_implementation
@@ -190,7 +190,7 @@ MASKS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[list[int], i
     "a window": (windows, {"local_size": 300}, ([500], 300)),
     "chunks": (lambda s, h, q, k: (k <= q) & (k // 300 == q // 300), {"local_size": 300}, ([300, 200], 300)),
     "a window of another size": (windows, {"local_size": 301}, None),
-    "a window that is not told": (windows, {}, None),
+    "a window that is not an argument": (windows, {}, None),
     "both ways": (lambda s, h, q, k: k >= 0 * q, {}, None),
     "both ways in a block": (lambda s, h, q, k: (k <= q) | (torch.minimum(q, k) > 400), {}, None),
     "a hole in the middle": (lambda s, h, q, k: (k <= q) & ((k != 7) | (q == 7)), {"length": 200}, None),
@@ -202,10 +202,10 @@ MASKS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[list[int], i
 
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_is_read_as_rows_or_not_at_all(name: str) -> None:
-    function, given, expected = MASKS[name]
-    length = given.pop("length", 500)
+    function, arguments, expected = MASKS[name]
+    length = arguments.pop("length", 500)
     sizes = {"batch_size": 1, "q_length": length, "kv_length": length, "allow_is_causal_skip": False}
-    made = rowwise.mask(mask_function=function, **sizes | given)
-    assert isinstance(made, rowwise.RowMask) == (expected is not None)
+    row_mask = rowwise.mask(mask_function=function, **sizes | arguments)
+    assert isinstance(row_mask, rowwise.RowMask) == (expected is not None)
     if expected is not None:
-        assert (made.lengths, made.window) == expected
+        assert (row_mask.lengths, row_mask.window) == expected

@@ -82,7 +82,9 @@ def test_batches_of_8_4_and_2_give_one_result(cli: Cli, run_config: MakeConfig, 
     assert losses(tmp_path / "out2") == pytest.approx(losses(tmp_path / "out8"), abs=1e-5)
 
 
-def test_loss_is_a_mean_over_learnt_tokens(cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path) -> None:
+def test_loss_is_the_mean_of_supervised_tokens(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
+) -> None:
     """The first loss is that of the untouched base, computed row by row without batching."""
     rows = ROWS[:8]
     write_rows(tmp_path / "eight.jsonl", rows)

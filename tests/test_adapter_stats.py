@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def made(path: Path, **fields: Any) -> PeftModel:
+def save_adapter(path: Path, **fields: Any) -> PeftModel:
     """An adapter of stock PEFT with random factors, saved at `path`."""
     config = LoraConfig(**({"target_modules": ["q_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"} | fields))
     torch.manual_seed(1)
@@ -42,13 +42,13 @@ def made(path: Path, **fields: Any) -> PeftModel:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_norm_and_effective_rank_are_those_of_the_full_update(variant: str, tmp_path: Path) -> None:
-    model = made(tmp_path, **VARIANTS[variant])
+    model = save_adapter(tmp_path, **VARIANTS[variant])
     layers = {
         name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, LoraLayer)
     }
-    read = adapter_stats(inspect(tmp_path))
-    assert {update.module for update in read.updates} == layers.keys()
-    for update in read.updates:
+    stats = adapter_stats(inspect(tmp_path))
+    assert {update.module for update in stats.updates} == layers.keys()
+    for update in stats.updates:
         layer = layers[update.module]
         full = layer.get_delta_weight("default").detach().double()
         singular = torch.linalg.svdvals(full)[: update.rank]
@@ -58,13 +58,13 @@ def test_norm_and_effective_rank_are_those_of_the_full_update(variant: str, tmp_
         assert (update.rank, update.scaling) == (layer.r["default"], layer.scaling["default"])
         assert sorted(update.shape) == sorted(full.shape)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert read.parameters == trained
-    assert read.adapter_bytes == (tmp_path / WEIGHTS_FILE).stat().st_size
+    assert stats.parameters == trained
+    assert stats.adapter_bytes == (tmp_path / WEIGHTS_FILE).stat().st_size
 
 
 def test_known_updates(tmp_path: Path) -> None:
     """Rank 4 with two equal directions has effective rank 2; an untouched B has none."""
-    made(tmp_path, r=4, lora_alpha=8)
+    save_adapter(tmp_path, r=4, lora_alpha=8)
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     prefix = "base_model.model.model.layers.0.self_attn.{}.lora_{}.weight"
     a, b = tensors[prefix.format("q_proj", "A")], tensors[prefix.format("q_proj", "B")]
@@ -72,8 +72,8 @@ def test_known_updates(tmp_path: Path) -> None:
     b.copy_(torch.eye(b.shape[0], 4) * torch.tensor([3.0, 3.0, 0.0, 0.0]))
     tensors[prefix.format("o_proj", "B")].zero_()
     save_file(tensors, tmp_path / WEIGHTS_FILE, {"format": "pt"})
-    found = {update.module: update for update in adapter_stats(inspect(tmp_path)).updates}
-    q, o = found["model.layers.0.self_attn.q_proj"], found["model.layers.0.self_attn.o_proj"]
+    updates = {update.module: update for update in adapter_stats(inspect(tmp_path)).updates}
+    q, o = updates["model.layers.0.self_attn.q_proj"], updates["model.layers.0.self_attn.o_proj"]
     assert (q.norm, q.effective_rank) == (pytest.approx(2 * (9 + 9) ** 0.5), pytest.approx(2.0))
     assert (o.norm, o.effective_rank) == (0.0, 0.0)
 
@@ -89,7 +89,7 @@ def test_layers_come_in_their_order(tmp_path: Path) -> None:
 
 
 def test_the_command_needs_neither_base_nor_peft(tmp_path: Path, cli: Callable[..., Ran]) -> None:
-    made(tmp_path / "adapter")
+    save_adapter(tmp_path / "adapter")
     block = "import sys; sys.modules['peft'] = sys.modules['transformers'] = None"
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(block)
@@ -111,11 +111,11 @@ def test_our_own_adapter(
 ) -> None:
     config = run_config(training={"max_steps": 1})
     assert cli("train", config).code == 0
-    foretold = json.loads(cli("params", config, "--json").out)
-    read = json.loads(cli("params", "--adapter", tmp_path / "out", "--json").out)
-    assert (read["parameters"], read["adapter_bytes"]) == (foretold["trainable"], foretold["adapter_bytes"])
-    assert read["base"] == str(tiny_dir)
-    assert all(update["norm"] > 0 for update in read["updates"])
+    estimated = json.loads(cli("params", config, "--json").out)
+    stats = json.loads(cli("params", "--adapter", tmp_path / "out", "--json").out)
+    assert (stats["parameters"], stats["adapter_bytes"]) == (estimated["trainable"], estimated["adapter_bytes"])
+    assert stats["base"] == str(tiny_dir)
+    assert all(update["norm"] > 0 for update in stats["updates"])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_our_own_adapter(
     ],
 )
 def test_what_cannot_be_measured(change: Any, code: Code, tmp_path: Path, cli: Callable[..., Ran]) -> None:
-    made(tmp_path / "good")
+    save_adapter(tmp_path / "good")
     shutil.copytree(tmp_path / "good", tmp_path / "bad")
     tensors = load_file(tmp_path / "bad" / WEIGHTS_FILE)
     change(tensors)
@@ -145,7 +145,7 @@ def test_what_cannot_be_measured(change: Any, code: Code, tmp_path: Path, cli: C
 
 
 def test_a_rank_that_the_config_does_not_say(tmp_path: Path, cli: Callable[..., Ran]) -> None:
-    made(tmp_path)
+    save_adapter(tmp_path)
     settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"r": 4}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
     ran = cli("params", "--adapter", tmp_path)
@@ -155,7 +155,7 @@ def test_a_rank_that_the_config_does_not_say(tmp_path: Path, cli: Callable[..., 
 
 @pytest.mark.parametrize(("key", "value"), [("r", 0), ("r", "8"), ("lora_alpha", None), ("lora_alpha", True)])
 def test_numbers_of_the_config_are_checked(key: str, value: Any, tmp_path: Path, cli: Callable[..., Ran]) -> None:
-    made(tmp_path)
+    save_adapter(tmp_path)
     settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {key: value}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
     ran = cli("params", "--adapter", tmp_path)
