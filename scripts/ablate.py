@@ -111,7 +111,7 @@ def _measured(without: str, batches: Sequence[Mapping[str, Any]], path: Path, *,
     off = [*PIECES] if without == "everything" else [piece for piece in PIECES if piece == without]
     with ExitStack() as stack:
         for piece in off:  # patched, because nobody but this script wants a piece to be missing
-            stack.enter_context(patch(f"loratune.kernels.{PIECES[piece]}", lambda *_: None))
+            stack.enter_context(patch(f"loratune.kernels.{PIECES[piece]}", lambda *_, **__: None))
         stack.enter_context(kernels.accelerated(model, linear.linear))
         _step(model, batches[0])
         start = time.monotonic()

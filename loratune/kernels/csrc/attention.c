@@ -26,7 +26,7 @@ static inline vector dot(vector sum, units a, units b) { return sum + (vector)a 
 #define CHUNK 64 /* columns that are computed at once */
 static inline int64_t up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static void *room(int64_t count, int64_t size) { return aligned_alloc(64, up(count * size + 64, 64)); }
+static void *allocate(int64_t count, int64_t size) { return aligned_alloc(64, up(count * size + 64, 64)); }
 
 /* Four rows by so many vectors of columns: the sum over k of left[row][k * step] times right[k * width ...]. */
 static inline __attribute__((always_inline)) void multiply(int vectors, float *product, int64_t stride,
@@ -174,7 +174,7 @@ static void add_seen(float *sum, const real *weights, const real *keys, const ui
             add_lost(sum, get(weights[j]), keys + (group * t->tokens + t->begin + j) * t->size, columns);
 }
 
-/* Four rows of a tile. value: as given; keys, values, lost: of the tile; scores, weights: room for (4, width). */
+/* Four rows of a tile. value: the argument; keys, values, lost: of the tile; scores, weights: space for (4, width). */
 static void attend_block(real *result, float *total, const real *query, const real *value, const unit *keys,
                          const unit *values, const uint8_t *lost, const tile *t, float scale, int64_t group,
                          int64_t row, float *scores, real *weights) {
@@ -211,11 +211,11 @@ int attend(real *result, float *total, const real *query, const real *key, const
             const int64_t *tiles, int64_t count, float scale, int64_t tokens, int64_t groups, int64_t heads,
             int64_t size) {
     int64_t width = most_keys(tiles, count);
-    unit *keys = room(groups * size / STEP * width, sizeof(unit));
-    unit *values = room(groups * width / STEP * up(size, LANES), sizeof(unit));
-    float *all_scores = room(omp_get_max_threads() * 4 * width, sizeof(float));
-    real *all_weights = room(omp_get_max_threads() * 4 * up(width, 32), sizeof(real));
-    uint8_t *lost = room(groups * width, 1);
+    unit *keys = allocate(groups * size / STEP * width, sizeof(unit));
+    unit *values = allocate(groups * width / STEP * up(size, LANES), sizeof(unit));
+    float *all_scores = allocate(omp_get_max_threads() * 4 * width, sizeof(float));
+    real *all_weights = allocate(omp_get_max_threads() * 4 * up(width, 32), sizeof(real));
+    uint8_t *lost = allocate(groups * width, 1);
     int short_of_memory = !(keys && values && all_scores && all_weights && lost);
 #pragma omp parallel if (!short_of_memory)
     if (!short_of_memory) {
@@ -397,9 +397,9 @@ int attend_backward(real *dquery, float *dkey, float *dvalue, const real *gradie
                        rows / STEP * padded, rows / STEP * width, rows / STEP * width};
     unit *parts[7];
     int short_of_memory = 0;
-    for (int n = 0; n < 7; n++) short_of_memory |= !(parts[n] = room(groups * each[n], sizeof(unit)));
-    real *all_dscores = room(omp_get_max_threads() * 4 * up(width, 32), sizeof(real));
-    uint8_t *lost = room(groups * (width + 2 * rows), 1);
+    for (int n = 0; n < 7; n++) short_of_memory |= !(parts[n] = allocate(groups * each[n], sizeof(unit)));
+    real *all_dscores = allocate(omp_get_max_threads() * 4 * up(width, 32), sizeof(real));
+    uint8_t *lost = allocate(groups * (width + 2 * rows), 1);
     short_of_memory |= !(all_dscores && lost);
     back all = {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6],
                 lost, lost + groups * width, lost + groups * (width + rows)};
