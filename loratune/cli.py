@@ -116,7 +116,7 @@ def train(
         with _importing():
             from loratune.training import preflight
 
-        ready = preflight.shared(checked, group)
+        ready = preflight.broadcast_run(checked, group)
 
         with _importing():
             from loratune.commands import report
@@ -134,7 +134,7 @@ def train(
             result = training.train(ready, reporter, group, allow_worse=allow_worse)
         except KeyboardInterrupt as stop:
             fix = "the tokenized rows are kept, so that the same command continues from there"
-            if not dry_run and ready.space.is_resumable():
+            if not dry_run and ready.directory.is_resumable():
                 processes = f"on {group.count} processes, as before, " if group.count > 1 else ""
                 fix = f"{processes}continue with: {_resume_command(config_file, assignments, changes)}"
             raise stop_error(stop, fix) from None
@@ -284,7 +284,7 @@ def _check_run(
     resume: the keys whose values may have changed; None to start a run.
     """
     from loratune import config
-    from loratune.training import run_dir
+    from loratune.training import output_dir
 
     run = config.load(config_file, assignments)
     if run.model.device_map is not None and (size := launcher.world_size()) > 1:
@@ -293,13 +293,13 @@ def _check_run(
         raise ConfigError(Problem(Code.CONFIG_SEVERAL_PROCESSES, what, str(config_file), "model.device_map", fix))
     _log_all(config.portability(run.lora))
     inputs = config.input_paths(config_file, run)
-    space = run_dir.inspect(run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=inputs)
+    directory = output_dir.check(run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=inputs)
 
     with _importing():
         from loratune.console import show_progress
         from loratune.training import preflight
 
-    return preflight.check(run, space, show_progress, resume)
+    return preflight.check(run, directory, show_progress, resume)
 
 
 def _log_all(lines: Iterable[str]) -> None:

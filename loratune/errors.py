@@ -325,10 +325,76 @@ class Code(StrEnum):
     ADAPTER_WRITE_FAILED = "adapter.write_failed", "The saved file does not hold the weights in memory."
 
     # Memory and disk (memory.*, disk.*)
+    MEMORY_TRAINING = "memory.training", "A training step needs more memory than there is."
+    MEMORY_EVALUATION = "memory.evaluation", "An evaluation during training needs more memory than there is."
 
     # Training, run directory, checkpoints, resuming (run.*, training.*, resume.*)
+    RUN_OUTPUT_EXISTS = "run.output_exists", "The output directory exists, and --overwrite is not set."
+    RUN_OUTPUT_IS_FILE = "run.output_is_file", "The output directory is a file."
+    RUN_OUTPUT_IS_LINK = "run.output_is_link", "The output directory is a symbolic link, which is not followed."
+    RUN_OUTPUT_IS_ROOT = "run.output_is_root", "The output directory is the root of the file system."
+    RUN_OUTPUT_NO_PARENT = "run.output_no_parent", "The directory around the output directory does not exist."
+    RUN_OUTPUT_UNREADABLE = "run.output_unreadable", "The output directory cannot be looked at."
+    RUN_OUTPUT_NOT_WRITABLE = "run.output_not_writable", "The directory around the output directory is not writable."
+    RUN_OUTPUT_APPEARED = "run.output_appeared", "Something came to a place of the run while the run was working."
+    RUN_OUTPUT_NOT_MOVED = "run.output_not_moved", "The finished adapter cannot be moved to the output directory."
+    RUN_PATH_INVALID = "run.path_invalid", "A path of the config, made absolute, cannot be used or recorded."
+    RUN_OVERWRITE_MOUNT = "run.overwrite_mount", "The directory to be replaced is, or holds, a mount point."
+    RUN_OVERWRITE_WORKING_DIRECTORY = (
+        "run.overwrite_working_directory",
+        "The directory to be replaced is, or holds, the working directory.",
+    )
+    RUN_OVERWRITE_INPUT = "run.overwrite_input", "The directory to be replaced is, or holds, what the run reads."
+    RUN_OVERWRITE_NO_ADAPTER = "run.overwrite_no_adapter", "The directory to be replaced holds no adapter."
+    RUN_OVERWRITE_OTHER_FILES = "run.overwrite_other_files", "The directory to be replaced also holds other files."
+    RUN_OVERWRITE_READ_ONLY = "run.overwrite_read_only", "The directory to be replaced is, or holds, a read-only one."
+    RUN_OVERWRITE_STICKY = "run.overwrite_sticky", "Only its owner may replace the directory, which is in a sticky one."
+    RUN_OVERWRITE_NEWER = "run.overwrite_newer", "The adapter to be replaced was made by a newer release."
+    RUN_PARTIAL_OTHER_FILES = "run.partial_other_files", "The work in progress holds files that no run made."
+    RUN_PARTIAL_KIND = "run.partial_kind", "The place of the work in progress is a link, or not a directory."
+    RUN_PARTIAL_ENTRY_KIND = "run.partial_entry_kind", "A link, a pipe or the like stands in the work in progress."
+    RUN_CHECKPOINT_BLOCKED = "run.checkpoint_blocked", "Something stands where a checkpoint is to be written."
+    RUN_INTERRUPTED = "run.interrupted", "An interrupted run is there, and neither --resume nor --overwrite is set."
+    RUN_LEFTOVERS = "run.leftovers", "An interrupted run left files there, but no whole checkpoint."
+    RUN_JUST_ENDED = "run.just_ended", "Another run used the same directory and ended at this moment."
+    RESUME_NO_RUN = "resume.no_run", "There is no interrupted run to resume."
+    RESUME_CHECKPOINT_SKIPPED = "resume.checkpoint_skipped", "A checkpoint is damaged or incomplete, and not used."
+    RESUME_NO_CHECKPOINT = "resume.no_checkpoint", "No checkpoint is whole."
+    RESUME_NEWER_RECORD = "resume.newer_record", "A record of the run was written by a newer release."
+    RESUME_NOT_CHANGEABLE = "resume.not_changeable", "--allow-change names a key that a resumed run cannot change."
+    RESUME_CONFIG_CHANGED = "resume.config_changed", "A key has another value than before the interruption."
+    RESUME_UNKNOWN_KEY = "resume.unknown_key", "The run was started with a key that this release does not have."
+    RESUME_ROWS_PER_STEP = "resume.rows_per_step", "An optimizer step would take another number of rows."
+    RESUME_PACKS = "resume.packs", "Rows would be packed in another way."
+    RESUME_PROCESSES = "resume.processes", "DeepSpeed's checkpoint is of another number or kind of processes."
+    RESUME_TRAIN_CHANGED = "resume.train_changed", "The training rows have changed since the interruption."
+    RESUME_VALIDATION_CHANGED = "resume.validation_changed", "The validation rows have changed since the interruption."
+    RESUME_BASE_CHANGED = "resume.base_changed", "The base model has changed since the interruption."
+    RESUME_FEWER_STEPS = "resume.fewer_steps", "More steps were taken than the config asks for."
+    RESUME_NO_STEP_LEFT = "resume.no_step_left", "A changed learning rate has no effect, as all steps were taken."
+    TRAINING_CONTEXT_LENGTH = "training.context_length", "Rows are longer than the context of the model."
+    TRAINING_LOSS_NOT_FINITE = "training.loss_not_finite", "The loss of a training step is NaN or inf."
+    TRAINING_GRADIENT_NOT_FINITE = "training.gradient_not_finite", "The gradient norm of a step is NaN or inf."
+    TRAINING_WEIGHT_NOT_FINITE = "training.weight_not_finite", "A step made a weight of the adapter NaN or inf."
+    TRAINING_HELD_OUT_NOT_FINITE = "training.held_out_not_finite", "The loss on the validation rows is NaN or inf."
+    TRAINING_FINAL_LOSS_NOT_FINITE = "training.final_loss_not_finite", "The loss after the last step is NaN or inf."
+    TRAINING_WORSE_THAN_BASE = "training.worse_than_base", "The adapter does worse than its base."
+    ADAPTER_NO_RUN_CONFIG = "adapter.no_run_config", "--set is used with an adapter that has no run.yaml."
+    ADAPTER_SET_NOT_DATA = "adapter.set_not_data", "--set names a key that training has decided."
 
     # Several processes (distributed.*)
+    DISTRIBUTED_NOT_MET = "distributed.not_met", "The processes of the run cannot reach each other at the start."
+    DISTRIBUTED_LOST = "distributed.lost", "Another process of the run has ended, or cannot be reached any more."
+    DISTRIBUTED_CANNOT_LISTEN = "distributed.cannot_listen", "The main process cannot listen on its own address."
+    DISTRIBUTED_NO_SECRET = "distributed.no_secret", "The processes of the run have no secret in common."
+    DISTRIBUTED_WEAK_SECRET = "distributed.weak_secret", "The secret in LORATUNE_SECRET can be guessed."
+    DISTRIBUTED_VALUE_FORGED = "distributed.value_forged", "Another program wrote a value of the run."
+    DISTRIBUTED_VALUE_REMOVED = (
+        "distributed.value_removed",
+        "Another program removed a value of the run.",
+    )
+    DISTRIBUTED_ROWS_DIFFER = "distributed.rows_differ", "The files of two machines hold different rows."
+    DISTRIBUTED_SHARDING = "distributed.sharding", "A setting does not work with sharded weights."
 
     # Commands after training (generate.*, evaluate.*, params.*)
     TRAIN_BASES_DIFFER = "train.bases_differ", "Processes of one run have loaded different bases."

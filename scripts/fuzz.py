@@ -33,7 +33,7 @@ from loratune.config import DataSection
 from loratune.data import no_progress
 from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError
-from loratune.training import preflight, run_dir
+from loratune.training import output_dir, preflight
 
 MAX_SECONDS = 20
 """How long a case may take."""
@@ -267,14 +267,14 @@ def trained(scratch: Path) -> Path:
     }  # fmt: skip
     (scratch / "good.yaml").write_text(yaml.safe_dump(values))
     run = config.load(scratch / "good.yaml")
-    space = run_dir.inspect(run.output_dir, resume=False, overwrite=False)
-    ready = preflight.check(run, space, no_progress)
+    directory = output_dir.check(run.output_dir, resume=False, overwrite=False)
+    ready = preflight.check(run, directory, no_progress)
     train.train(ready, train.Reporter(lambda _: None, lambda _: None, no_progress, Silent()))
     return scratch / "good"
 
 
 class Silent:
-    """Shows nothing. Implements `trainer.Progress`."""
+    """Shows nothing. Implements `callbacks.Progress`."""
 
     def start(self, steps: int, done: int) -> None:
         """Nothing."""

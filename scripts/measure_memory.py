@@ -66,11 +66,11 @@ FORETELL = """
 import pathlib, sys
 from loratune import config
 from loratune.commands import train
-from loratune.training import preflight, run_dir
+from loratune.training import output_dir, preflight
 from loratune.data import no_progress
 run = config.load(pathlib.Path(sys.argv[1]), sys.argv[2:])
-space = run_dir.inspect(run.output_dir, resume=False, overwrite=False)
-print(train.make_plan(preflight.check(run, space, no_progress), no_progress).memory.total)
+directory = output_dir.check(run.output_dir, resume=False, overwrite=False)
+print(train.make_plan(preflight.check(run, directory, no_progress), no_progress).memory.total)
 """
 TRAIN = """
 import sys, torch

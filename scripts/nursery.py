@@ -216,6 +216,13 @@ def prepare() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401, PLC0415
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
 
+    import loratune.cli  # noqa: PLC0415  once for all forks, and not where only `Nursery` is wanted
+    import loratune.commands.evaluate  # noqa: PLC0415
+    import loratune.commands.generate  # noqa: PLC0415
+    import loratune.commands.report  # noqa: PLC0415
+    import loratune.commands.train  # noqa: PLC0415
+    import loratune.training.distributed  # noqa: F401, PLC0415
+
     get_checkpoint_conversion_mapping("llama")
     gc.collect()
     gc.freeze()

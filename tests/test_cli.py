@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ran, check_refused, process, tree
+from conftest import Expected, Ran, check_refused, meanings, process, tree
 
 from loratune import __version__
 from loratune import cli as cli_module
 from loratune.commands import boundary
 from loratune.errors import Code, ConfigError, LoratuneError
-from loratune.training import run_dir
+from loratune.training import output_dir, run_dir
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
 OLD = {"adapter_config.json": b'{"old": true}', "adapter_model.safetensors": b"old weights"}
@@ -237,41 +237,41 @@ def test_traceback_with_debug_only(tmp_path: Path) -> None:
 # Rows 55 and 56: where the output goes
 
 
-def blocked(kind: str, tmp_path: Path) -> tuple[str, str]:
-    """Makes an output_dir that cannot be; returns it and the start of the problem."""
-    out = tmp_path / "out"
+def blocked(kind: str, tmp_path: Path) -> tuple[str, Expected, str]:
+    """Makes an output_dir that cannot be; returns it, the problem, and what else the message says."""
+    out, key = tmp_path / "out", "output_dir"
     if kind == "proc":
-        return "/proc/out", "/proc/out: output_dir: cannot be written: No such file or directory"
+        return "/proc/out", (Code.RUN_OUTPUT_NOT_WRITABLE, "/proc/out", key), "No such file or directory"
     if kind == "root":
-        return "/", "/: output_dir: is the root of the file system"
+        return "/", (Code.RUN_OUTPUT_IS_ROOT, "/", key), ""
     if kind == "parent missing":
         path = tmp_path / "no" / "out"
-        return str(path), f"{path}: output_dir: its parent {path.parent} is no directory; create it first"
+        return str(path), (Code.RUN_OUTPUT_NO_PARENT, str(path), key), f" {path.parent} "
     if kind == "parent is a file":
         path = tmp_path / "rows.jsonl" / "out"
-        return str(path), f"{path}: output_dir: its parent {path.parent} is no directory; create it first"
+        return str(path), (Code.RUN_OUTPUT_NO_PARENT, str(path), key), f" {path.parent} "
     if kind == "file":
         out.write_text("precious")
-        return str(out), f"{out}: output_dir: is a file; name a directory that does not exist yet"
+        return str(out), (Code.RUN_OUTPUT_IS_FILE, str(out), key), ""
     if kind == "dangling link":
         out.symlink_to(tmp_path / "nowhere")
-        return str(out), f"{out}: output_dir: is a file; name a directory that does not exist yet"
+        return str(out), (Code.RUN_OUTPUT_IS_FILE, str(out), key), ""
     if kind == "long name":
         path = tmp_path / ("x" * 300)
-        return str(path), "--set: output_dir: is longer than a path can be, got text '/"
+        return str(path), (Code.CONFIG_NOT_A_PATH, "--set", key), "is longer than a path can be, got text '/"
     if kind == "partial of another":
         (tmp_path / "out.partial").mkdir()
         (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
-        return str(out), f"{out}: output_dir: out.partial, the place of work in progress, holds thesis.txt, which is"
+        return str(out), (Code.RUN_PARTIAL_OTHER_FILES, str(out), key), " holds thesis.txt,"
     if kind == "partial is a file":
         (tmp_path / "out.partial").write_text("precious")
-        return str(out), f"{out}: output_dir: out.partial, the place of work in progress, is a file; move that away"
+        return str(out), (Code.RUN_PARTIAL_KIND, str(out), key), " is a file "
     if kind == "interrupted":
         (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
         (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1" / "manifest.json").write_text("precious")
-        return str(out), f"{out}: output_dir: out.partial holds an interrupted run; continue it with --resume, or start"
+        return str(out), (Code.RUN_INTERRUPTED, str(out), key), "out.partial"
     old_adapter(out)
-    return str(out), f"{out}: output_dir: already exists; choose another, or replace it with --overwrite"
+    return str(out), (Code.RUN_OUTPUT_EXISTS, str(out), key), "; choose another, or replace it with --overwrite"
 
 
 @pytest.mark.parametrize(
@@ -283,22 +283,21 @@ def test_output_that_cannot_be(
     cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
     config = run_config()
-    output, expected = blocked(kind, tmp_path)
+    output, expected, detail = blocked(kind, tmp_path)
     before, names = tree(tmp_path), sorted(tmp_path.rglob("*"))
     overridable = kind in ("interrupted", "exists")
     for more in [[], ["--dry-run"]] if overridable else [[], ["--overwrite"]]:
         ran = cli("train", config, "--set", f"output_dir={output}", *more)
-        assert (ran.code, ran.out) == (2, "")
-        assert ran.err.startswith(f"error: {expected}")
-        assert ran.err.count("\n") == 1
+        check_refused(ran, 2, expected)
+        assert ran.out == "" and detail in ran.err and ran.err.count("\n") == 1
+        assert kind != "interrupted" or "; continue it with --resume, or start" in ran.err
     assert (tree(tmp_path), sorted(tmp_path.rglob("*"))) == (before, names)
 
 
 def test_output_is_judged_before_rows_and_model(run_config: Callable[..., Path], tmp_path: Path) -> None:
     old_adapter(tmp_path / "out")
     ran, heavy = imported("train", run_config(data={"train": "absent.jsonl"}, model={"name_or_path": "./absent"}))
-    assert ran.code == 2
-    assert "output_dir: already exists" in ran.err
+    check_refused(ran, 2, (Code.RUN_OUTPUT_EXISTS, str(tmp_path / "out"), "output_dir"))
     assert not heavy & {"torch", "transformers", "peft"}
 
 
@@ -310,8 +309,8 @@ def test_overwrite_leaves_alone_what_is_no_adapter(
     config = run_config(training=ONE_STEP)
     before = tree(tmp_path)
     ran = cli("train", config, "--overwrite")
-    what = "holds no adapter, so --overwrite leaves it alone; move it away, or choose another output_dir"
-    assert ran == Ran(2, "", f"error: {tmp_path / 'out'}: output_dir: {what}\n")
+    check_refused(ran, 2, (Code.RUN_OVERWRITE_NO_ADAPTER, str(tmp_path / "out"), "output_dir"))
+    assert ran.out == "" and ran.err.count("\n") == 1
     assert tree(tmp_path) == before
 
 
@@ -321,8 +320,8 @@ def test_resume_without_anything_to_resume(
     config = run_config()
     before = tree(tmp_path)
     ran = cli("train", config, "--resume")
-    what = "no interrupted run to resume; leave out --resume to start one"
-    assert ran == Ran(7, "", f"error: {tmp_path / 'out'}: {what}\n")
+    check_refused(ran, 7, (Code.RESUME_NO_RUN, str(tmp_path / "out"), ""))
+    assert ran.out == "" and ran.err.count("\n") == 1
     assert tree(tmp_path) == before
 
 
@@ -376,37 +375,38 @@ def test_healthy_overwrite_replaces_it_whole(
 def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: dict[str, bool]) -> None:
     """The old adapter had been moved away, and the new one had not yet taken its place."""
     out = old_adapter(tmp_path / "out")
-    space = run_dir.inspect(str(out), resume=False, overwrite=True)
-    with run_dir.claimed(space):
-        space.begin(resume=False)
-        (space.checkpoints / "checkpoint-1").mkdir()
-        (space.checkpoints / "checkpoint-1" / "manifest.json").touch()
-    space.staging.mkdir()
-    space.output.rename(space.replaced)
+    directory = output_dir.check(str(out), resume=False, overwrite=True)
+    with run_dir.locked(directory):
+        directory.prepare(resume=False)
+        (directory.checkpoints / "checkpoint-1").mkdir()
+        (directory.checkpoints / "checkpoint-1" / "manifest.json").touch()
+    directory.staging.mkdir()
+    directory.output.rename(directory.replaced)
     with pytest.raises(ConfigError, match="--resume, or start afresh with --overwrite"):
-        run_dir.inspect(str(out), resume=False, overwrite=False)
+        output_dir.check(str(out), resume=False, overwrite=False)
 
-    again = run_dir.inspect(str(out), **how)
-    with run_dir.claimed(again):
+    again = output_dir.check(str(out), **how)
+    with run_dir.locked(again):
         assert tree(out) == OLD
-        again.begin(resume=how["resume"])
-        assert not space.staging.exists()
-        assert space.has_checkpoints() == how["resume"]
-        space.staging.mkdir()
-        (space.staging / "adapter_config.json").write_text("new")
-        space.publish()
+        again.prepare(resume=how["resume"])
+        assert not directory.staging.exists()
+        assert directory.has_checkpoints() == how["resume"]
+        directory.staging.mkdir()
+        (directory.staging / "adapter_config.json").write_text("new")
+        directory.publish()
     assert tree(tmp_path) == {"out/adapter_config.json": b"new"}
 
 
 def test_resume_may_not_replace_what_came_meanwhile(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with run_dir.claimed(run_dir.inspect(str(out), resume=False, overwrite=False)) as space:
-        space.begin(resume=False)
-        (space.checkpoints / "checkpoint-1").mkdir()
-    run_dir.inspect(str(out), resume=True, overwrite=False)
+    with run_dir.locked(output_dir.check(str(out), resume=False, overwrite=False)) as directory:
+        directory.prepare(resume=False)
+        (directory.checkpoints / "checkpoint-1").mkdir()
+    output_dir.check(str(out), resume=True, overwrite=False)
     old_adapter(out)
-    with pytest.raises(ConfigError, match="already exists"):
-        run_dir.inspect(str(out), resume=True, overwrite=False)
+    with pytest.raises(ConfigError) as caught:
+        output_dir.check(str(out), resume=True, overwrite=False)
+    assert meanings(caught.value) == [(Code.RUN_OUTPUT_EXISTS, str(out), "output_dir")]
 
 
 def test_dry_run_writes_nothing(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, config_in
+from conftest import Ran, check_refused, config_in, is_problem
 from running import WEIGHTS, checkpoints, copy_of, stopped
 
-from loratune.training import conditions
+from loratune.errors import Code
+from loratune.training import trainer
 from loratune.training.checkpoints import seal
 
 Edit = Callable[[dict[str, Any]], Any]
@@ -45,7 +46,7 @@ def edited(partial: Path, edit: Edit) -> int:
 
 def test_a_checkpoint_says_what_it_was_computed_with(interrupted: Path, tmp_path: Path) -> None:
     kept = json.loads((checkpoints(tmp_path / "out.partial")[0] / "run.json").read_text())["conditions"]
-    assert {*conditions.PACKAGES} <= kept.keys() and kept["torch"] == torch.__version__
+    assert {*trainer.PACKAGES} <= kept.keys() and kept["torch"] == torch.__version__
     assert kept["the number of threads"] == str(torch.get_num_threads())
     assert re.fullmatch(r"in use \(build \w+\)", kept["the compiled CPU code"])
     assert kept["what PyTorch computes instead of fast code"] == "nothing"
@@ -101,7 +102,8 @@ def test_keys_that_an_older_release_did_not_have_take_their_defaults(
     edited(tmp_path / "out.partial", older)
     for key, value in (("lora.use_lorafa", "true"), ("lora.rank_pattern", "{q: 4}")):
         refused = cli("train", interrupted, "--resume", "--set", f"{key}={value}")
-        assert refused.code == 7 and f"error: {key}" in refused.err and "change it back" in refused.err
+        check_refused(refused, 7, (Code.RESUME_CONFIG_CHANGED, "", key if value == "true" else f"{key}.q"))
+        assert "change it back" in refused.err
     ran = cli("train", interrupted, "--resume")
     assert ran.code == 0, ran.err
     assert (
@@ -120,9 +122,9 @@ def test_keys_that_this_release_does_not_have(cli: Callable[..., Ran], interrupt
     refused = cli("train", interrupted, "--resume")
     assert refused.code == 7
     for key, value in (("lora.use_telepathy", "3"), ("telepathy", '{"on": true}')):
-        what = f"was {value} in the release of loratune that began the run; this release has no such key"
-        fix = "finish the run with loratune 9.9, which began it, or start afresh with --overwrite"
-        assert f"error: {key}: {what}; {fix}\n" in refused.err
+        (line,) = [line for line in refused.errors if is_problem(line, (Code.RESUME_UNKNOWN_KEY, "", key))]
+        assert f": was {value} in the release of loratune " in line
+        assert line.endswith("; finish the run with loratune 9.9, which started it, or start afresh with --overwrite")
 
     def empty(run: dict[str, Any]) -> None:
         run["config"]["lora"]["use_telepathy"] = None

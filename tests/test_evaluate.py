@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Ran, tree, write_rows
+from conftest import Ran, check_refused, tree, write_rows
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
@@ -197,7 +197,8 @@ def test_rows_may_be_read_otherwise_than_in_training(place: Path, cli: Callable[
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", rows, *columns)
     assert ran.code == 0, ran.err
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", rows, "--set", "lora.r=4")
-    assert (ran.code, ran.err) == (2, "error: --set: `lora.r=4` is decided by training; only data.* can be set\n")
+    check_refused(ran, 2, (Code.ADAPTER_SET_NOT_DATA, "", "--set"))
+    assert "`lora.r=4`" in ran.err and ran.err.count("\n") == 1
 
 
 GPT2: dict[str, Any] = {"vocab_size": 264, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -213,9 +214,9 @@ def test_rows_beyond_the_positions_of_the_model(
     for adapter, positions in ((place / "adapter", 512), (tmp_path / "out", 64)):
         rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a" * (positions + 8), "completion": "b"}])
         ran = cli("evaluate", "--adapter", adapter, "--data", rows)
-        assert (ran.code, ran.out) == (2, "")
-        assert ran.err.startswith("error: data.max_length: is 1024, and the longest row has ")
-        assert ran.err.endswith(f"but the model has {positions} positions; set it to {positions}\n")
+        check_refused(ran, 2, (Code.TRAINING_CONTEXT_LENGTH, "", "data.max_length"))
+        assert ran.out == "" and ran.err.startswith("error: data.max_length: is 1024, and the longest row has ")
+        assert f" {positions} positions [" in ran.err and ran.err.endswith(f"; set it to {positions}\n")
         ran = cli("evaluate", "--adapter", adapter, "--data", rows, "--set", f"data.max_length={positions}")
         assert ran.code == 0, ran.err
     mixed = [{"prompt": "a" * 60, "completion": "b"}, {"prompt": "a", "completion": "b" * 50}]  # 110 if taken together

@@ -351,9 +351,8 @@ def test_a_disk_that_is_full_at_a_checkpoint(
     fill(disk, 20_000)
     child.send(signal.SIGCONT)
     assert child.wait() == 8, child.said()
-    assert (
-        "no room for a checkpoint: it takes " in child.said() and "make room, and go on with --resume" in child.said()
-    )
+    assert f"[{Code.SYSTEM_DISK_FULL}]; make room, and continue with --resume" in child.said()
+    assert "no room for a checkpoint: it takes " in child.said()
     assert checkpoints(disk / "out.partial") and not (disk / "out.partial" / "checkpoints" / "unfinished").exists()
     (disk / "ballast").unlink()
     child = processes.start("train", config, "--resume")
@@ -414,6 +413,7 @@ def test_memory_that_is_short_shows_at_once(
     done = forked("train", config, memory=1 << 28)
     assert done.code == 8, done.err
     line = done.err.splitlines()[-1]
+    assert is_problem(line.removeprefix("error: "), (Code.MEMORY_TRAINING, "", "")), line
     assert line.startswith("error: out of memory at step 1, on a batch of 8 x 20"), line
     assert (
         "; set data.max_length: 1001 (saves about " in line
@@ -435,6 +435,7 @@ def test_memory_that_is_short_for_an_evaluation(
     done = forked("train", run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data), memory=1 << 27)
     assert done.code == 8, done.err
     line = done.err.splitlines()[-1]
+    assert is_problem(line.removeprefix("error: "), (Code.MEMORY_EVALUATION, "", "")), line
     assert line.startswith("error: out of memory in the evaluation after step 0, on a batch of 8 x 20"), line
     assert "lower training.per_device_train_batch_size, which evaluations use too" in line
 
@@ -446,8 +447,8 @@ def test_a_held_out_loss_that_is_not_finite(run_config: MakeConfig, cli: Cli, tm
     """Weights that are finite, and overflow where only a row of the validation set leads."""
     config = run_config(data={"validation": 0.2}, training={"learning_rate": 1e30, "max_steps": 1, "eval_steps": 1})
     ran = cli("train", config)
-    assert ran.code == 6
-    assert "error: data.validation: the held-out loss after step 1 is nan; lower training.learning_rate" in ran.err
+    check_refused(ran, 6, (Code.TRAINING_HELD_OUT_NOT_FINITE, "", "data.validation"))
+    assert " after step 1 is nan [" in ran.err and "; lower training.learning_rate" in ran.err
     assert not (tmp_path / "out").exists()
 
 
@@ -456,7 +457,7 @@ def test_a_poisoned_checkpoint_goes(run_config: MakeConfig, cli: Cli, tmp_path: 
     config = run_config(training={"learning_rate": 1e30, "save_steps": 1, "warmup_steps": 2})
     ran = cli("train", config)
     assert ran.code == 6
-    assert "; step 1 is kept: --resume with --allow-change training.learning_rate, or --overwrite" in ran.err
+    assert "; step 1 is kept: continue from there with --resume --allow-change training.learning_rate, or" in ran.err
     assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
     mended = ("--resume", "--allow-change", "training.learning_rate", "--set", "training.learning_rate=0.01")
     ran = cli("train", config, *mended)
@@ -489,7 +490,9 @@ def test_a_resumed_run_that_diverges_at_its_end(
     more = ("--set", f"training.max_steps={step + 1}", "--set", "training.num_train_epochs=")
     ran = cli("train", config, "--resume", *allowed, *more, "--set", "training.learning_rate=1e30")
     assert ran.code == 6, ran.err
-    assert f"; step {step} is kept: --resume with --allow-change training.learning_rate, or --overwrite" in ran.err
+    assert (
+        f"; step {step} is kept: continue from there with --resume --allow-change training.learning_rate, or" in ran.err
+    )
     assert checkpoints(tmp_path / "out.partial")[0] == kept
     ran = cli("train", config, "--resume", *allowed, *more, "--set", "training.learning_rate=0.001")
     assert ran.code == 0, ran.err
@@ -506,7 +509,11 @@ def test_what_appears_at_the_output_is_left_alone(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert child.wait() == 2
-    assert "has appeared since the run began, and is left alone; move it away, and go on with --resume" in child.said()
+    line = child.said().splitlines()[-1]
+    assert is_problem(line.removeprefix("error: "), (Code.RUN_OUTPUT_APPEARED, str(tmp_path / "out"), "output_dir")), (
+        line
+    )
+    assert line.endswith("; move it away, and continue with --resume")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert cli("train", config, "--resume").code == 0
@@ -521,8 +528,8 @@ def test_a_finished_run_that_was_not_cleared_away(run_config: MakeConfig, cli: C
     (tmp_path / "out.partial" / "checkpoints" / "checkpoint-5").mkdir(parents=True)
     for arguments in ((), ("--resume",)):
         ran = cli("train", config, *arguments)
-        assert ran.code == 2
-        assert "already exists; if it is what you want, the run had ended: remove out.partial;" in ran.err
+        check_refused(ran, 2, (Code.RUN_OUTPUT_EXISTS, str(tmp_path / "out"), "output_dir"))
+        assert "; if it is the adapter you want, remove out.partial; " in ran.err
     assert cli("train", config, "--overwrite").code == 0
 
 

@@ -225,7 +225,7 @@ def test_a_run_is_resumed_on_its_base_only(
     assert stopped(cli, partial, "train", config).code == 130
     before = json.loads((checkpoints(partial)[0] / "run.json").read_text())
     moved = ("--resume", "--set", f"model.name_or_path={merged}", "--allow-change", "model.name_or_path")
-    changed = "model.name_or_path: the base model has changed since the run was interrupted"
+    changed = f"[{Code.RESUME_BASE_CHANGED}]"
     refused = cli("train", config, *moved)
     assert refused.code == 7 and changed in refused.err
 

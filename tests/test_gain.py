@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROWS, Ran, tiny_llama, tree, write_rows
+from conftest import ROWS, Ran, check_refused, tiny_llama, tree, write_rows
 from peft import PeftModel
 from running import MakeConfig, checkpoints
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune.data import TokenizedDataset
 from loratune.data.rendering import TokenizedRow
+from loratune.errors import Code
 from loratune.training import gain
 from loratune.training.gain import Gain
 from loratune.training.scoring import Loss
@@ -229,8 +230,8 @@ def test_worse_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig,
     """Nor anything else; the checkpoints stay, and the user may have it all the same."""
     config = run_config(training={"learning_rate": 1e9, "max_steps": 5, "save_steps": 2})
     ran = cli("train", config)
-    assert (ran.code, ran.out) == (6, "")
-    assert ran.err.splitlines()[-1].startswith("error: the adapter is worse than the base on 40 training rows: -")
+    check_refused(ran, 6, (Code.TRAINING_WORSE_THAN_BASE, "", ""))
+    assert ran.out == "" and "error: the adapter is worse than the base on 40 training rows: -" in ran.err
     assert ran.err.endswith("or publish it with --resume --allow-worse\n")
     assert not (tmp_path / "out").exists()
     assert checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-5"
@@ -239,17 +240,21 @@ def test_worse_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig,
         "publish it with --resume --allow-worse, or start afresh with --overwrite and a lower training.learning_rate"
     )
     again = cli("train", config)
-    what = "output_dir: out.partial holds a run that ended with an adapter worse than its base"
-    assert (again.code, again.err) == (2, f"error: {tmp_path / 'out'}: {what}; {publish}\n")
+    check_refused(again, 2, (Code.TRAINING_WORSE_THAN_BASE, str(tmp_path / "out"), "output_dir"))
+    assert again.err.count("\n") == 1 and "out.partial" in again.err and again.err.endswith(f"; {publish}\n")
     ran = cli("train", config, "--resume")
-    assert ran.code == 6 and "trainable" not in ran.err  # nothing was loaded for it
-    what = f"{tmp_path / 'out'}: the run there has taken all its 5 steps, and its adapter is worse than the base on 40 "
-    assert what in ran.err and ran.err.endswith(f"; {publish}\n")
+    problem = Code.TRAINING_WORSE_THAN_BASE, str(tmp_path / "out"), ""
+    check_refused(ran, 6, problem)
+    assert "trainable" not in ran.err  # nothing was loaded for it
+    assert " all its 5 steps, and its adapter is worse than the base on 40 " in ran.err
+    assert ran.err.endswith(f"; {publish}\n")
     lower = ("--resume", "--set", "training.learning_rate=1e-3", "--allow-change", "training.learning_rate")
     ran = cli("train", config, *lower)
-    assert ran.code == 6 and "; no step is left that could take the new training.learning_rate; publish it" in ran.err
+    check_refused(ran, 6, problem)
+    assert "; no step is left for the new training.learning_rate [" in ran.err and "; publish it with" in ran.err
     ran = cli("train", config, *lower, "--allow-worse")
-    assert ran.code == 7 and "error: training.learning_rate: the run has taken all its 5 steps, and none is" in ran.err
+    check_refused(ran, 7, (Code.RESUME_NO_STEP_LEFT, "", "training.learning_rate"))
+    assert " all its 5 steps" in ran.err
     assert checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-5"
     ran = cli("train", config, "--resume")  # whose record has gone, so that it is compared once more
     assert ran.code == 6 and tree(tmp_path / "out.partial") == kept

@@ -17,8 +17,9 @@ from machines import Machine, Machines
 from nursery import Child, Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, curve
 from running import until as wait_until
-from test_ranks import UNEVEN, straight
+from test_distributed import UNEVEN, straight
 
+from loratune.errors import Code
 from loratune.training import distributed
 
 LONG: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 25, "save_steps": 25}}
@@ -109,7 +110,7 @@ def test_a_cable_that_stays_out_ends_the_run_which_goes_on_where_it_can(
     first, _ = begun(two, config, tmp_path)
     two.cut()
     assert first.wait(PATIENT) == 1
-    lost = "has gone, or cannot be reached; once all is back, go on with --resume"
+    lost = f"has ended, or cannot be reached any more [{Code.DISTRIBUTED_LOST}]"
     said = [(tmp_path / address).read_text() for address in machines.ADDRESSES]
     assert f"error: process 1 on {machines.ADDRESSES[1]} {lost}" in said[0]
     assert "exitcode  : 10 " in said[0]  # as torchrun tells it, which ends with 1 whatever its processes end with

@@ -637,7 +637,7 @@ def test_a_chat_template_of_ones_own(cli: Callable[..., Ran], run_config: Callab
 
 
 BAD_TEMPLATES: dict[str, tuple[Any, ...]] = {
-    "absent": (None, "data.chat_template: no such file"),
+    "absent": (None, "no such file", Code.MODEL_TEMPLATE_UNREADABLE),
     "not Jinja": ("{% for m in messages %}\n{{ m.content }\n", ":2: data.chat_template: ", Code.MODEL_TEMPLATE_INVALID),
     "not UTF-8": (b"\xff", "it is not UTF-8", Code.MODEL_TEMPLATE_UNREADABLE),
     "empty": ("\n", "", Code.MODEL_TEMPLATE_EMPTY),
@@ -681,8 +681,9 @@ def test_rows_beyond_the_positions_of_the_model(
 ) -> None:
     path = write_rows(tmp_path / "data.jsonl", [{"prompt": "a" * 600, "completion": "b"}])
     ran = cli("train", run_config(data={"train": str(path)}), "--dry-run")
-    what = "is 1024, and the longest row has 602 tokens, but the model has 512 positions; set it to 512"
-    assert (ran.code, ran.err) == (2, f"error: data.max_length: {what}\n")
+    check_refused(ran, 2, (Code.TRAINING_CONTEXT_LENGTH, "", "data.max_length"))
+    assert "is 1024, and the longest row has 602 tokens, but the model has 512 positions [" in ran.err
+    assert ran.err.endswith("; set it to 512\n") and ran.err.count("\n") == 1
     assert cli("train", run_config(data={"train": str(path), "max_length": 512}), "--dry-run").code == 0
 
 

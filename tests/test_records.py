@@ -8,15 +8,15 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import Ran, check_refused, tree
+from conftest import Ran, check_refused, meanings, tree
 from rows_at_once import COUNT, fill, key, whole
 
 from loratune.data import token_cache, token_cache_dir
 from loratune.errors import Code, ResumeError
 from loratune.system import records
-from loratune.training import belongings, ending
+from loratune.training import run_dir_files
 from loratune.training.checkpoints import Checkpoints, newest_whole
-from loratune.training.ending import Ending
+from loratune.training.run_dir_files import RejectedAdapter
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -58,7 +58,8 @@ def test_the_record_of_an_adapter(run_config: MakeConfig, cli: Cli, tmp_path: Pa
             assert NEWER in ran.err and ran.err.count("\n") == 1
     before = tree(tmp_path / "out")
     ran = cli("train", config, "--overwrite")
-    assert ran.code == 2 and f"{path}: output_dir: {NEWER}, so --overwrite leaves it alone" in ran.err
+    check_refused(ran, 2, (Code.RUN_OVERWRITE_NEWER, str(path), "output_dir"))
+    assert f"{path}: output_dir: {NEWER}" in ran.err
     assert tree(tmp_path / "out") == before
     edit(path, schema_version=None)
     ran = cli("train", config, "--overwrite", "--allow-worse")
@@ -99,8 +100,8 @@ def test_the_records_of_a_checkpoint(name: str, kept: Path) -> None:
             continue
         with pytest.raises(ResumeError) as caught:
             newest_whole(kept)
-        told = f"{path}: {NEWER}; upgrade loratune, or start afresh with --overwrite"
-        assert [str(problem) for problem in caught.value.problems] == [told]
+        assert meanings(caught.value) == [(Code.RESUME_NEWER_RECORD, str(path), "")]
+        assert f"{path}: {NEWER}" in str(caught.value)
 
 
 def test_a_newer_checkpoint_is_not_resumed(kept: Path, run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
@@ -110,26 +111,27 @@ def test_a_newer_checkpoint_is_not_resumed(kept: Path, run_config: MakeConfig, c
     edit(path, schema_version=2)
     before = tree(tmp_path / "out.partial")
     ran = cli("train", run_config(), "--resume")
-    assert ran.code == 7 and ran.err.startswith(f"error: {path}: {NEWER};"), ran.err
+    check_refused(ran, 7, (Code.RESUME_NEWER_RECORD, str(path), ""))
+    assert f"error: {path}: {NEWER}" in ran.err
     assert tree(tmp_path / "out.partial") == before
 
 
 def test_what_a_checkpoint_lists_is_not_the_version(kept: Path) -> None:
     (kept / "checkpoint-1" / "schema_version").write_text("a stranger")
-    assert belongings.of_checkpoint(kept / "checkpoint-1").strangers == ["schema_version"]
+    assert run_dir_files.scan_checkpoint(kept / "checkpoint-1").foreign == ["schema_version"]
 
 
 def test_the_record_of_an_end(tmp_path: Path) -> None:
     path = tmp_path / "ended"
-    Ending(3, "worse").keep(path)
+    RejectedAdapter(3, "worse").write(path)
     assert json.loads(path.read_text()) == {"schema_version": 1, "step": 3, "told": "worse"}
-    assert ending.read(path) == Ending(3, "worse")
+    assert RejectedAdapter.read(path) == RejectedAdapter(3, "worse")
     edit(path, schema_version=None)
-    assert ending.read(path) == Ending(3, "worse")
+    assert RejectedAdapter.read(path) == RejectedAdapter(3, "worse")
     edit(path, schema_version=2)
     with pytest.raises(ResumeError, match=NEWER) as caught:
-        ending.read(path)
-    assert caught.value.problems[0].where == str(path)
+        RejectedAdapter.read(path)
+    assert meanings(caught.value) == [(Code.RESUME_NEWER_RECORD, str(path), "")]
 
 
 def sealed(path: Path, version: int | None) -> None:

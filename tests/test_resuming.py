@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ran, check_refused, config_in, tiny_llama, tree
+from conftest import check_refused, config_in, is_problem, tiny_llama, tree
 from nursery import Nursery
 from running import (
     LONG,
@@ -31,10 +31,11 @@ from running import (
 
 from loratune.errors import Code
 from loratune.system.files import kind as kind_of_file
+from loratune.training import output_dir
 from loratune.training import resume as resume_module
-from loratune.training import run_dir
 from loratune.training.checkpoints import newest_whole
 
+SKIPPED = Code.RESUME_CHECKPOINT_SKIPPED
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
@@ -143,7 +144,8 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, interrupted: Path, cli: 
     damage(newest)
     ran = cli("train", interrupted, "--resume")
     assert ran.code == 0, ran.err
-    assert f"{newest}: passed over: {reason}" in ran.err
+    (skipped,) = [line for line in ran.err.splitlines() if is_problem(line, (SKIPPED, str(newest), ""))]
+    assert f": checkpoint skipped: {reason}" in skipped
     assert f"resuming from step {older.name.split('-')[1]}\n" in ran.err
 
 
@@ -162,11 +164,15 @@ def test_without_a_whole_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path)
     flip(older / "trainer_state.json")
     before = tree(tmp_path / "out.partial")
     ran = cli("train", interrupted, "--resume")
-    assert ran.code == 7
-    first, second, third = ran.err.splitlines()[-3:]
-    assert first == f"error: {newest}: passed over: optimizer.pt is missing"
-    assert second == f"error: {older}: passed over: trainer_state.json is damaged"
-    assert third.endswith("no whole checkpoint to resume from; start afresh with --overwrite")
+    problems = (
+        (SKIPPED, str(newest), ""),
+        (SKIPPED, str(older), ""),
+        (Code.RESUME_NO_CHECKPOINT, str(newest.parent), ""),
+    )
+    check_refused(ran, 7, *problems)
+    first, second, third = ran.errors
+    assert ": optimizer.pt is missing [" in first and ": trainer_state.json is damaged [" in second
+    assert third.endswith("; start afresh with --overwrite")
     assert tree(tmp_path / "out.partial").items() >= {k: v for k, v in before.items() if k != "lock"}.items()
 
 
@@ -228,26 +234,22 @@ def test_a_record_of_the_run_that_is_damaged(interrupted: Path, cli: Cli, tmp_pa
         reseal(newest, content)
         checkpoint, before, skipped = newest_whole(tmp_path / "out.partial" / "checkpoints", resume_module._fault)
         assert (checkpoint, before) == (older, run | {"changes": []}), name
-        assert [str(problem).startswith(f"{newest}: passed over: run.json is damaged: ") for problem in skipped] == [
-            True
-        ]
+        assert [(problem.code, problem.where) for problem in skipped] == [(SKIPPED, str(newest))]
+        assert ": run.json is damaged: " in skipped[0].what
     for damaged in (newest, older):
         reseal(damaged, "[]")
     before = tree(tmp_path / "out.partial")
     ran = cli("train", interrupted, "--resume")
-    assert ran.code == 7
-    assert ran.err.splitlines() == [
-        *(
-            f"error: {path}: passed over: run.json is damaged: it is not the record of a run"
-            for path in (newest, older)
-        ),
-        f"error: {newest.parent}: no whole checkpoint to resume from; start afresh with --overwrite",
-    ]
+    problems = [(SKIPPED, str(path), "") for path in (newest, older)]
+    check_refused(ran, 7, *problems, (Code.RESUME_NO_CHECKPOINT, str(newest.parent), ""))
+    assert ran.err.count("\n") == 3 and ran.err.endswith("; start afresh with --overwrite\n")
+    assert all(": run.json is damaged: it is not the record of a run [" in line for line in ran.errors[:2])
     assert tree(tmp_path / "out.partial") == before
     reseal(older, json.dumps(run))
     ran = cli("train", interrupted, "--resume")
     assert ran.code == 0, ran.err
-    assert f"{newest}: passed over: run.json is damaged: it is not the record of a run\n" in ran.err
+    (skipped_line,) = [line for line in ran.err.splitlines() if is_problem(line, (SKIPPED, str(newest), ""))]
+    assert ": run.json is damaged: it is not the record of a run [" in skipped_line
 
 
 ODD_FILES = ("optimizer.pt", "run.json", "manifest.json", "trainer_state.json", "added")
@@ -268,7 +270,8 @@ def test_odd_files_in_a_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) 
             make(path)
             checkpoint, _, skipped = newest_whole(kept)
             assert checkpoint == older
-            assert [str(one) for one in skipped] == [f"{newest}: passed over: {name} is {kind}"]
+            assert [(problem.code, problem.where) for problem in skipped] == [(SKIPPED, str(newest))]
+            assert skipped[0].what.endswith(f": {name} is {kind}")
             path.unlink()
         if aside.exists():
             path.mkdir()
@@ -281,7 +284,7 @@ def test_odd_files_in_a_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) 
         entry = {"bytes": 0, "sha256": ""}
         (newest / "manifest.json").write_text(json.dumps(manifest | {name: entry}))
         (fault,) = newest_whole(kept)[2]
-        assert fault.what == "passed over: manifest.json names files elsewhere"
+        assert fault.code is SKIPPED and "manifest.json names files outside" in fault.what
 
 
 def test_what_has_changed_since_is_refused(
@@ -291,28 +294,32 @@ def test_what_has_changed_since_is_refused(
     interrupted = run_config(**STOPPED)
     interrupt(processes, interrupted, tmp_path / "out.partial")
     ran = cli("train", interrupted, "--resume", "--set", "lora.r=4", "--set", "training.learning_rate=0.5")
-    assert ran.code == 7
-    rank, rate = ran.err.splitlines()[-2:]
-    assert rank == "error: lora.r: was 8 when the run was interrupted, and is now 4; change it back"
-    assert rate.endswith("change it back, or take it on with --allow-change training.learning_rate")
+    changed = Code.RESUME_CONFIG_CHANGED
+    check_refused(ran, 7, (changed, "", "lora.r"), (changed, "", "training.learning_rate"))
+    rank, rate = ran.errors
+    assert "was 8 when the run was interrupted, and is now 4 [" in rank and rank.endswith("; change it back")
+    assert rate.endswith("; change it back, or allow the change with --allow-change training.learning_rate")
     rows = tmp_path / "rows.jsonl"
     kept = rows.read_text()
     rows.write_text(kept.replace("0 and 0 make", "9 and 9 make"))
     ran = cli("train", interrupted, "--resume")
-    assert ran.code == 7 and "data.train: the training rows have changed since the run was interrupted;" in ran.err
+    check_refused(ran, 7, (Code.RESUME_TRAIN_CHANGED, "", "data.train"))
+    assert "the training rows have changed since the run was interrupted [" in ran.err  # as many of them, and of tokens
     rows.write_text(kept + kept.splitlines()[0] + "\n")
     ran = cli("train", interrupted, "--resume")
-    assert ran.code == 7 and "interrupted (40 rows with 695 tokens, now 41 rows with 710 tokens); put" in ran.err
+    check_refused(ran, 7, (Code.RESUME_TRAIN_CHANGED, "", "data.train"))
+    assert "interrupted (40 rows with 695 tokens, now 41 rows with 710 tokens) [" in ran.err
     rows.write_text(kept)
     other = shutil.copytree(tiny_dir, tmp_path / "other")
     ran = cli("train", interrupted, "--resume", "--set", f"model.name_or_path={other}")
-    assert ran.code == 7 and "--allow-change model.name_or_path" in ran.err
+    check_refused(ran, 7, (changed, "", "model.name_or_path"))
+    assert ran.err.endswith(" with --allow-change model.name_or_path\n")
     sick = tiny_llama()
     sick.model.embed_tokens.weight.data[0, 0] += 1
     sick.save_pretrained(other)
     moved = ("--set", f"model.name_or_path={other}", "--allow-change", "model.name_or_path")
     ran = cli("train", interrupted, "--resume", *moved)
-    assert ran.code == 7 and "model.name_or_path: the base model has changed since the run was interrupted" in ran.err
+    check_refused(ran, 7, (Code.RESUME_BASE_CHANGED, "", "model.name_or_path"))
     shutil.rmtree(other)
     shutil.copytree(tiny_dir, other)
     ran = cli("train", interrupted, "--resume", *moved)
@@ -331,10 +338,10 @@ def test_a_changed_validation_set_is_refused(
     assert child.wait() == 130
     held.write_text('{"prompt": "1 and 2 make", "completion": " 4"}\n')
     ran = cli("train", config, "--resume")
-    assert ran.code == 7
-    assert "data.validation: the validation rows have changed since" in ran.err
+    check_refused(ran, 7, (Code.RESUME_VALIDATION_CHANGED, "", "data.validation"))
     ran = cli("train", config, "--resume", "--allow-change", "data.validation", "--set", "training.num_train_epochs=1")
-    assert ran.code == 7 and "training.num_train_epochs: was 500.0" in ran.err
+    check_refused(ran, 7, (Code.RESUME_CONFIG_CHANGED, "", "training.num_train_epochs"))
+    assert "training.num_train_epochs: was 500.0" in ran.err
 
 
 def test_a_change_that_is_allowed_takes_effect(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
@@ -375,10 +382,8 @@ def test_other_changes_take_effect(key: str, interrupted: Path, cli: Cli, tmp_pa
 
 def test_changes_that_cannot_take_effect(interrupted: Path, cli: Cli, run_config: MakeConfig) -> None:
     ran = cli("train", interrupted, "--resume", "--set", "lora.r=4", "--allow-change", "lora.r")
-    assert ran.code == 7
-    assert (
-        "error: --allow-change lora.r: cannot take effect in a run that goes on; leave it out; these can: " in ran.err
-    )
+    check_refused(ran, 7, (Code.RESUME_NOT_CHANGEABLE, "", "--allow-change lora.r"))
+    assert f"; leave it out; these keys can be changed: {', '.join(resume_module.CHANGEABLE)}\n" in ran.err
     ran = cli("train", run_config(output_dir="new"), "--allow-change", "training.learning_rate")
     check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--allow-change"))
     assert "--resume" in ran.err and ran.err.count("\n") == 1
@@ -395,8 +400,8 @@ def test_an_overwrite_that_fails_keeps_the_interrupted_run(interrupted: Path, cl
 def test_fewer_steps_than_were_taken_are_refused(interrupted: Path, cli: Cli) -> None:
     allowed = ("--resume", "--allow-change", "training.num_train_epochs", "--set", "training.num_train_epochs=0.2")
     ran = cli("train", interrupted, *allowed)
-    assert ran.code == 7
-    assert "error: training: the run has taken " in ran.err and " steps, and is to take 1; ask for more" in ran.err
+    check_refused(ran, 7, (Code.RESUME_FEWER_STEPS, "", "training"))
+    assert " steps, but only 1 are set [" in ran.err
 
 
 @pytest.mark.parametrize("kind", ["a file", "a link", "a named pipe"])
@@ -417,8 +422,9 @@ def test_a_checkpoint_has_no_place(
         until(lambda child=child: "step     1/" in child.said(), child)
         make[kind](place)
         assert child.wait() == 8, child.said()
-        expected = f"error: {place}: is {kind} where a checkpoint is written, and is left alone; move it away, "
-        assert child.said().splitlines()[-1] == f"{expected}and start again"
+        line = child.said().splitlines()[-1].removeprefix("error: ")
+        assert is_problem(line, (Code.RUN_CHECKPOINT_BLOCKED, str(place), "")), line
+        assert f": is {kind} " in line and line.endswith("; move it away, and start again")
         assert [*(tmp_path / "outside").iterdir()] == []
         assert kind_of_file(place) == kind
         shutil.rmtree(tmp_path / "out.partial")
@@ -430,16 +436,17 @@ def test_resume_is_spoken_of_only_where_something_was_kept(
     """What a run leaves that was killed in its first save, and one whose first save has no room."""
     config = run_config(training={"save_steps": 1})
     (tmp_path / "out.partial" / "checkpoints" / "unfinished" / "checkpoint-1").mkdir(parents=True)
-    assert not run_dir.inspect(str(tmp_path / "out"), resume=False, overwrite=False).is_resumable()
+    assert not output_dir.check(str(tmp_path / "out"), resume=False, overwrite=False).is_resumable()
     child = processes.start("train", config, limit=30_000)
     assert child.wait() == 8
     last = child.said().splitlines()[-1]
-    assert "no room for a checkpoint" in last and last.endswith("; make room, and start again"), last
+    assert f"[{Code.SYSTEM_DISK_FULL}]" in last and last.endswith("; make room, and start again"), last
+    assert "no room for a checkpoint" in last
     damaged = tmp_path / "out.partial" / "checkpoints" / "checkpoint-3"
     damaged.mkdir(parents=True)
     ran = cli("train", config)
-    what = "out.partial holds what an interrupted run left, and no whole checkpoint; start afresh with --overwrite"
-    assert ran == Ran(2, "", f"error: {tmp_path / 'out'}: output_dir: {what}\n")
+    check_refused(ran, 2, (Code.RUN_LEFTOVERS, str(tmp_path / "out"), "output_dir"))
+    assert ran.out == "" and ran.err.endswith("; start afresh with --overwrite\n") and ran.err.count("\n") == 1
     child = processes.start("train", config, "--overwrite")
     until(lambda: "trainable params" in child.said(), child)
     child.send(signal.SIGINT)

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import meanings
 
-from loratune.errors import DataError
-from loratune.training import tokenization
+from loratune.errors import Code, DataError
+from loratune.training import batching
 
 
 @dataclass
@@ -39,13 +40,13 @@ class Pair:
 
 
 def share(makes: list[Callable[[], Any]]) -> list[Any]:
-    """What `_shared` returns in each process, or the error that it raises."""
+    """What `shared_rows` returns in each process, or the error that it raises."""
     results: list[Any] = [None, None]
     box, barrier = [None, None], threading.Barrier(2)
 
     def run(rank: int) -> None:
         try:
-            results[rank] = tokenization._shared(makes[rank], Pair(rank, box, barrier))  # type: ignore[arg-type]
+            results[rank] = batching.shared_rows(makes[rank], Pair(rank, box, barrier))  # type: ignore[arg-type]
         except DataError as error:
             results[rank] = error
 
@@ -76,4 +77,4 @@ def test_a_machine_that_does_not_see_the_cache_makes_its_own(own: str, tmp_path:
     if own == "the same":
         assert results[1] is datasets[1]
     else:
-        assert "are others than those of the main process; give all machines the same files" in str(results[1])
+        assert meanings(results[1]) == [(Code.DISTRIBUTED_ROWS_DIFFER, "", "data.train")]

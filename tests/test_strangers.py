@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import transformers
 import yaml
-from conftest import ROWS, check_refused, write_rows
+from conftest import ROWS, check_refused, meanings, write_rows
 from nursery import Child, Nursery
 from running import Cli, MakeConfig, checkpoints, until
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -31,8 +31,8 @@ from loratune import escaping
 from loratune.cli import app
 from loratune.errors import Code, LostError, Problem
 from loratune.lora import adapter_files
-from loratune.training import secret
-from loratune.training.signed_store import SignedStore
+from loratune.training import rendezvous
+from loratune.training.rendezvous import SignedStore
 
 # Several processes
 
@@ -68,8 +68,8 @@ def test_a_store_gives_back_what_was_put() -> None:
     for number, value in enumerate(VALUES):
         store.put(f"{number}", value)
     assert [store.get(f"{number}") for number in range(len(VALUES))] == VALUES
-    assert (store.first("one", 1), store.first("one", 2), store.get("one")) == (1, 1, 1)
-    store.forget(["one", *(f"{number}" for number in range(len(VALUES)))])
+    assert (store.put_first("one", 1), store.put_first("one", 2), store.get("one")) == (1, 1, 1)
+    store.remove(["one", *(f"{number}" for number in range(len(VALUES)))])
     assert raw.values == {}
 
 
@@ -101,14 +101,16 @@ def test_a_store_refuses_what_a_stranger_wrote(name: str, tmp_path: Path) -> Non
     store.put("mine", "a")
     store.put("other", "b")
     FORGERIES[name](raw, tmp_path / "mark")
-    for read in (store.get, lambda key: store.first(key, 1)):
-        with pytest.raises(LostError, match="the value `mine` in the store of this run was not written by one of"):
+    for read in (store.get, lambda key: store.put_first(key, 1)):
+        with pytest.raises(LostError, match="the value `mine` ") as caught:
             read("mine")
+        assert meanings(caught.value) == [(Code.DISTRIBUTED_VALUE_FORGED, "", "")]
     assert not (tmp_path / "mark").exists()
     store.put("long", "x" * (9 << 20))
     raw.set("long/1", b"y" * 10)
-    with pytest.raises(LostError, match="the value `long/1`"):
+    with pytest.raises(LostError, match="the value `long/1`") as caught:
         store.get("long")
+    assert meanings(caught.value) == [(Code.DISTRIBUTED_VALUE_FORGED, "", "")]
 
 
 def test_a_secret_is_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,30 +118,31 @@ def test_a_secret_is_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(tmp_path))
     before = os.umask(0)
     try:
-        path = secret.write("name", one_machine=False)
+        path = rendezvous.write_secret("name", one_machine=False)
     finally:
         os.umask(before)
     assert path is not None and stat.S_IMODE(path.stat().st_mode) == 0o600
-    known = secret.read("name", one_machine=False)
+    known = rendezvous.read_secret("name", one_machine=False)
     assert known is not None and len(known) == 64
-    assert secret.read("other", one_machine=False) is None
+    assert rendezvous.read_secret("other", one_machine=False) is None
     path.chmod(0o640)
-    assert secret.read("name", one_machine=False) is None
+    assert rendezvous.read_secret("name", one_machine=False) is None
     path.chmod(0o600)
     path.rename(tmp_path / "moved")
     path.symlink_to(tmp_path / "moved")
-    assert secret.read("name", one_machine=False) is None
+    assert rendezvous.read_secret("name", one_machine=False) is None
     path.unlink()
     os.mkfifo(path, 0o600)
-    assert secret.read("name", one_machine=False) is None
-    assert secret.derived(known, [b"a", b"b"]) != secret.derived(known, [b"a", b"c"])
+    assert rendezvous.read_secret("name", one_machine=False) is None
+    assert rendezvous.run_secret(known, [b"a", b"b"]) != rendezvous.run_secret(known, [b"a", b"c"])
 
 
 @pytest.mark.parametrize("text", ["", "short", "a" * 40, "abababababababababababab"])
 def test_a_secret_that_can_be_guessed_ends_the_run(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORATUNE_SECRET", text)
-    with pytest.raises(LostError, match="so it can be guessed"):
-        secret.given()
+    with pytest.raises(LostError) as caught:
+        rendezvous.secret_of_user()
+    assert meanings(caught.value) == [(Code.DISTRIBUTED_WEAK_SECRET, "LORATUNE_SECRET", "")]
 
 
 def listening(pid: int) -> list[tuple[str, int]]:
@@ -232,8 +235,8 @@ def test_a_stranger_at_the_store(what: str, processes: Nursery, run_config: Make
     assert codes == [10, 10], children[0].said()
     said = children[0].said() + children[1].said()
     assert said.count("error: ") == 1 and "\x1b" not in said
-    if what != "deleted":
-        assert "in the store of this run was not written by one of its processes; another program reaches" in said
+    code = Code.DISTRIBUTED_VALUE_REMOVED if what == "deleted" else Code.DISTRIBUTED_VALUE_FORGED
+    assert f"by none of its processes [{code}]; another program reaches" in said, said
     assert not mark.exists() and checkpoints(tmp_path / "out.partial")
 
 
@@ -252,10 +255,9 @@ def test_machines_without_a_secret_in_common_end(processes: Nursery, run_config:
 
     ended = run()
     assert [code for code, _ in ended] == [10, 10], ended
-    assert ended[0][1].splitlines()[-1] == (
-        "error: the machines share no secret, as neither the home nor the working directory is one that all of them "
-        "see; set LORATUNE_SECRET to the same long random text on all of them"
-    )
+    line = ended[0][1].splitlines()[-1]
+    assert line.startswith("error: the machines ") and f"[{Code.DISTRIBUTED_NO_SECRET}]" in line, line
+    assert line.endswith("; set LORATUNE_SECRET to the same long random text on all of them")
     assert not list(tmp_path.rglob(".loratune-*"))
     ended = run(LORATUNE_SECRET="0123456789abcdef0123")
     assert [code for code, _ in ended] == [0, 0], ended

@@ -29,7 +29,7 @@ from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.initialize import KEY as INIT
 from loratune.lora.initialize import AdapterInit
 from loratune.model import base_files, load
-from loratune.training import preflight, run_dir, trainer
+from loratune.training import output_dir, preflight, trainer
 from loratune.training.checkpoints import Checkpoints
 
 Cli = Callable[..., Ran]
@@ -94,7 +94,7 @@ def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> 
     choose = partial(optimizers.split, model, section, weight_decay=settings.weight_decay)
     size = settings.per_device_train_batch_size
     batches = SimpleNamespace(items=ROWS, size=size, collate=COLLATE, flat=False, heaviest=lambda: range(size))
-    run = trainer.Run(Checkpoints(path / "checkpoints", {}, 0), Silent())
+    run = trainer.RunContext(Checkpoints(path / "checkpoints", {}, 0), Silent())
     return trainer.fit(settings, model, batches, None, run, choose)
 
 
@@ -131,8 +131,8 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
 def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp_path: Path) -> None:
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
-        space = run_dir.inspect(loaded.output_dir, resume=resume, overwrite=False)
-        ready = preflight.check(loaded, space, no_progress, [] if resume else None)
+        directory = output_dir.check(loaded.output_dir, resume=resume, overwrite=False)
+        ready = preflight.check(loaded, directory, no_progress, [] if resume else None)
         reporter = train.Reporter(lambda line: None, lambda plan: None, no_progress, Silent(interrupted_at))
         train.train(ready, reporter)
 

@@ -12,8 +12,8 @@ from loratune.data.packing import BatchLayout
 from loratune.data.rendering import TokenizedRow
 from loratune.model import load
 from loratune.training import scoring
+from loratune.training.batching import check_positions
 from loratune.training.preflight import AdapterInfo
-from loratune.training.tokenization import check_positions
 
 _BATCH_TOKENS = 8192
 """TokenizedRow of a batch whose logits are held at once: 1.6 GB in float32 with a vocabulary of 50,000."""

@@ -104,7 +104,7 @@ def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> L
             instead where the user forces it; base and adapter do not give finite numbers.
     """
     device.check_machine(adapter.base)
-    path = adapter.saved.path
+    path = adapter.files.path
     own_tokenizer = (path / "tokenizer_config.json").is_file()
     try:
         base = load_base(adapter.base)
@@ -121,11 +121,11 @@ def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> L
     except ModelError as error:
         raise AdapterError(error.problems) if own_tokenizer else error from None
     renderer = Renderer(tokenizer, base.config.get_text_config().vocab_size)
-    for line in attach.unknown_keys(adapter.saved):
+    for line in attach.unknown_keys(adapter.files):
         log(line)
-    fingerprint = fingerprints.fingerprint(base, like=adapter.saved.base_fingerprint)
-    base_sample = fingerprints.Sampled(base), attach.before_load(base, adapter.saved)
-    model = attach.load(base, adapter.saved)
+    fingerprint = fingerprints.fingerprint(base, like=adapter.files.base_fingerprint)
+    base_sample = fingerprints.Sampled(base), attach.before_load(base, adapter.files)
+    model = attach.load(base, adapter.files)
     _check_base(adapter, fingerprint, log)
     _check_output(model, adapter, tokenizer.eos_token_id or 0)
     return LoadedAdapter(model, tokenizer, renderer, adapter.data, adapter.chat, base_sample, str(path))
@@ -133,7 +133,7 @@ def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> L
 
 def _check_base(adapter: AdapterInfo, fingerprint: str, log: Callable[[str], None]) -> None:
     """Raises AdapterError: the base has another fingerprint than the one recorded, and this is not forced."""
-    recorded, where = adapter.saved.base_fingerprint, str(adapter.saved.path)
+    recorded, where = adapter.files.base_fingerprint, str(adapter.files.path)
     if recorded in (None, fingerprint):
         return
     code, fix = Code.INFERENCE_OTHER_BASE, "use its base"
@@ -152,7 +152,7 @@ def _check_output(model: PeftModel, adapter: AdapterInfo, token: int) -> None:
 
     Raises AdapterError: base and adapter fail, or give NaN or inf.
     """
-    where, name = str(adapter.saved.path), adapter.base.name_or_path
+    where, name = str(adapter.files.path), adapter.base.name_or_path
     try:
         logits = model(input_ids=torch.tensor([[token]], device=model.device), use_cache=False).logits
     except Exception as error:

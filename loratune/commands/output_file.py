@@ -20,7 +20,7 @@ from typing import TextIO
 
 from loratune.errors import Code, ConfigError, Problem, ResourceError, is_disk_full
 from loratune.system.files import kind, sync
-from loratune.training.overwriting import holds, is_stuck
+from loratune.training.overwrite import contains, is_sticky
 
 _OPEN_FILE = re.compile(
     r"/dev/(?P<name>stdout|stderr)|(/dev/fd|/proc/(self|thread-self|(?P<process>\d+))/fd)/(?P<number>\d+)"
@@ -88,7 +88,7 @@ class Output:
         elif file_kind == "a file" and not self.overwrite:
             code, what = Code.OUTPUT_FILE_EXISTS, "already exists"
             fix = "choose another path, or replace the file with --overwrite"
-        elif file_kind == "a file" and is_stuck(self.path):
+        elif file_kind == "a file" and is_sticky(self.path):
             code = Code.OUTPUT_FILE_STICKY
             what = f"cannot be replaced: {parent} is sticky, so only the file's owner may do so"
         else:
@@ -103,7 +103,7 @@ class Output:
         for source in self.inputs:
             for path in [source] if os.path.lexists(source) else map(Path, glob.iglob(str(source), recursive=True)):
                 with suppress(OSError):
-                    if holds(path, self.path):
+                    if contains(path, self.path):
                         return source
         return None
 

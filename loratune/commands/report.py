@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loratune.commands.params import Params
     from loratune.commands.train import Plan, Result
     from loratune.memory import Estimate
-    from loratune.training.tokenization import TokenizedDatasets
+    from loratune.training.batching import TokenizedDatasets
 
 
 def log_plan(plan: "Plan") -> None:

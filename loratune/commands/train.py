@@ -31,15 +31,15 @@ from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.system.signals import Stop
-from loratune.training import batching, callbacks, conditions, gain, resume, run_dir, trainer
+from loratune.training import batching, callbacks, gain, resume, run_dir, trainer
+from loratune.training.batching import TokenizedDatasets
 from loratune.training.callbacks import Progress
-from loratune.training.checkpoints import KEPT, Checkpoints
+from loratune.training.checkpoints import MOST_CHECKPOINTS, Checkpoints
 from loratune.training.gain import Gain
 from loratune.training.preflight import ValidatedRun
-from loratune.training.resume import Resumed
+from loratune.training.resume import ResumePoint
 from loratune.training.run_dir import RunDirectory
-from loratune.training.tokenization import TokenizedDatasets, tokenised
-from loratune.training.trainer import Outcome
+from loratune.training.trainer import Outcome, RunContext
 
 _CHECKPOINT_OVERHEAD = 40_000
 """Bytes of a checkpoint besides weights and optimizer: random states, the trainer's own state, and a model card."""
@@ -165,34 +165,34 @@ def train(
         LostError: Another process of the run is gone.
         KeyboardInterrupt: The user stopped the run.
     """
-    with run_dir.claimed(validated.space) if group.main else nullcontext(validated.space) as space:
+    with run_dir.locked(validated.directory) if group.main else nullcontext(validated.directory) as directory:
         if group.main:
-            group.on_end(space.leave)
-            if validated.resumed is not None and not allow_worse:
-                gain.check_undecided(space, validated.resumed)
+            group.on_end(directory.clean_up)
+            if validated.resume_point is not None and not allow_worse:
+                gain.check_not_rejected(directory, validated.resume_point)
         plan = make_plan(validated, reporter.watch, group)
         identity = _identity(plan, validated)
         if group.main:
-            space.begin(resume=validated.resumed is not None)
+            directory.prepare(resume=validated.resume_point is not None)
         if group.leads_machine:
             data.remove_old_entries()
         group.all_gather(None)  # A signal now finds either all processes before the next line, or all behind it.
         with signals.defer_signals(repeated=group.count > 1) as stop:
-            control = _control(plan, validated, identity, reporter, stop, group)
+            context = _control(plan, validated, identity, reporter, stop, group)
             reporter.plan(plan)
-            outcome = _fit(plan, control)
-        if control.stopping() and stop.requested is not None:  # A signal can come after the trainer's last check.
+            outcome = _fit(plan, context)
+        if context.stopping() and stop.requested is not None:  # A signal can come after the trainer's last check.
             raise stop.requested
-        trainer.check_sound(plan.model, plan.train_batches, control.checkpoints, outcome.steps)
+        callbacks.check_final_loss(plan.model, plan.train_batches, context.checkpoints, outcome.steps)
         weights = sharded.whole(plan.model)
-        comparison = _compare_with_base(plan, weights, outcome, control, reporter)
+        comparison = _compare_with_base(plan, weights, outcome, context, reporter)
         if comparison.verdict == "worse" and not allow_worse:
-            gain.refuse(comparison, outcome.steps, validated.space, group)
+            gain.reject(comparison, outcome.steps, validated.directory, group)
         _check_base_files(plan, group, thoroughly=True)
         group.close()
         if not group.main:
             return None
-        return _publish(_Trained(plan, weights, outcome, comparison, identity["changes"]), space, reporter.log)
+        return _publish(_Trained(plan, weights, outcome, comparison, identity["changes"]), directory, reporter.log)
 
 
 def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
@@ -205,7 +205,7 @@ def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SI
     device.check_kernels(run.model, gpu=device.device().type != "cpu")
     kernels.keep_pages()
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
-    datasets = tokenised(validated, tokenizer, watch, group)
+    datasets = batching.tokenize(validated, tokenizer, watch, group)
     base, files, fingerprint, recorded_fingerprint = _load_base(validated, group)
     matched = targets.find(load.unpacked(base, run.model), run.lora)
     origin = {"base_name": run.model.name_or_path, "revision": run.model.revision}
@@ -249,60 +249,62 @@ def _load_base(validated: ValidatedRun, group: Group) -> tuple[Any, base_files.F
     if group.broadcast(fingerprint) != fingerprint:
         what, fix = f"the base on {host()} differs from that of the main process", "give all machines the same files"
         raise ModelError(Problem(Code.TRAIN_BASES_DIFFER, what, model.name_or_path, "model.name_or_path", fix))
-    recorded = validated.resumed.base_fingerprint if validated.resumed else fingerprint
+    recorded = validated.resume_point.base_fingerprint if validated.resume_point else fingerprint
     present = fingerprints.is_present(recorded)
     return base, files, fingerprint, fingerprint if present else fingerprints.fingerprint(base, like=recorded)
 
 
 def _identity(plan: Plan, validated: ValidatedRun) -> dict[str, Any]:
     """What checkpoints record of the run. Raises ResumeError: it differs from the run that was interrupted."""
-    resumed, row_counts = validated.resumed, plan.datasets.train.report.counts()
-    computation = conditions.conditions(plan.model, plan.acceleration.fallbacks)
+    resumed, row_counts = validated.resume_point, plan.datasets.train.report.counts()
+    computation = trainer.environment(plan.model, plan.acceleration.fallbacks)
     identity = resume.identity(plan.config.resolved(), plan.fingerprints, row_counts, computation)
     if resumed is None:
         return identity
-    resume.check_same(resumed, identity, validated.allowed, base=plan.recorded_fingerprint)
-    return identity | {"changes": [*resumed.changes, *resume.differences(resumed, identity)]}
+    resume.check_same(resumed, identity, validated.allowed_changes, base=plan.recorded_fingerprint)
+    return identity | {"changes": [*resumed.changes, *resume.environment_changes(resumed, identity)]}
 
 
 def _control(
     plan: Plan, validated: ValidatedRun, identity: Mapping[str, Any], reporter: Reporter, stop: Stop, group: Group
-) -> trainer.Run:
+) -> RunContext:
     """Checkpoints, progress and the point to continue from. Raises ResourceError: the disk is too small."""
-    size, resumed = 2 * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD, validated.resumed
-    checkpoints = Checkpoints(validated.space.checkpoints, identity, size, written=group.main)
+    size, resumed = 2 * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD, validated.resume_point
+    checkpoints = Checkpoints(validated.directory.checkpoints, identity, size, is_writer=group.main)
     after_checkpoint = partial(_check_base_files, plan, group)
     if resumed is None:
         if group.main:
-            check_free_space(validated.space.partial, (KEPT + 1) * size + load.tokenizer_bytes(plan.tokenizer))
-        return trainer.Run(checkpoints, reporter.progress, stop, group, after_checkpoint=after_checkpoint)
+            check_free_space(
+                validated.directory.partial, (MOST_CHECKPOINTS + 1) * size + load.tokenizer_bytes(plan.tokenizer)
+            )
+        return RunContext(checkpoints, reporter.progress, stop, group, after_checkpoint=after_checkpoint)
     for line in _resume_notes(plan, resumed, identity):
         reporter.log(line)
-    place, rescaled = resumed.checkpoint, resumed.rescaled
-    return trainer.Run(checkpoints, reporter.progress, stop, group, place, rescaled, after_checkpoint)
+    place, factor = resumed.checkpoint, resumed.learning_rate_factor
+    return RunContext(checkpoints, reporter.progress, stop, group, place, factor, after_checkpoint)
 
 
-def _resume_notes(plan: Plan, resumed: Resumed, identity: Mapping[str, Any]) -> Iterator[str]:
+def _resume_notes(plan: Plan, resumed: ResumePoint, identity: Mapping[str, Any]) -> Iterator[str]:
     """Lines about the checkpoint that the run continues from, and what has changed since."""
     yield from map(str, resumed.skipped)
-    for key in resumed.forgotten:
+    for key in resumed.dropped_keys:
         yield f"{key}: was empty in the release of loratune that began the run; this release has no such key"
     for change in identity["changes"]:
         yield f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
-    if resume.differences(resumed, identity):
+    if resume.environment_changes(resumed, identity):
         yield "so the result may differ in its last digits from that of an uninterrupted run"
-    elif "conditions" not in resumed.before:
+    elif "conditions" not in resumed.identity:
         yield "the checkpoint does not record what it was computed with: the result may differ in its last digits"
     yield f"resuming from step {resumed.step}"
-    before = resumed.before.get("processes", 1)
+    before = resumed.identity.get("processes", 1)
     if before != plan.processes and plan.config.lora.lora_dropout:
         yield f"dropout is drawn differently from here on: {plan.processes} processes instead of {before}"
 
 
-def _fit(plan: Plan, control: trainer.Run) -> Outcome:
+def _fit(plan: Plan, context: RunContext) -> Outcome:
     """Train the adapter. Raises ResourceError: out of memory; it names settings that would save some."""
     training = plan.config.training
-    scarce = any(control.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
+    scarce = any(context.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
     optimizer = partial(optimizers.split, plan.model, plan.config.lora, weight_decay=training.weight_decay)
     batches = plan.train_batches, plan.validation_batches
     try:
@@ -313,7 +315,7 @@ def _fit(plan: Plan, control: trainer.Run) -> Outcome:
         with plan.acceleration.applied(plan.model):
             if plan.config.model.torch_compile:
                 kernels.compile_layers(plan.model)
-            return trainer.fit(training, plan.model, *batches, control, optimizer, rehearsed=scarce)
+            return trainer.fit(training, plan.model, *batches, context, optimizer, oom_dry_run=scarce)
     except trainer.OutOfMemory as error:
         problem, evaluating = error.problems[0], error.evaluating
     if evaluating:
@@ -324,18 +326,16 @@ def _fit(plan: Plan, control: trainer.Run) -> Outcome:
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _compare_with_base(
-    plan: Plan, weights: Weights, outcome: Outcome, control: trainer.Run, reporter: Reporter
-) -> Gain:
+def _compare_with_base(plan: Plan, weights: Weights, outcome: Outcome, context: RunContext, reporter: Reporter) -> Gain:
     """Measure how much better than its base the adapter is. Raises NumericError: it gives a loss that is NaN or inf."""
     validation = {"validation": plan.datasets.validation} if plan.datasets.validation else {}
     splits, pad_id = validation | {"training": plan.datasets.train}, load.pad_id(plan.tokenizer)
     sample = plan.model, plan.adapter_init, weights, splits, pad_id, outcome.tokens
-    comparison = gain.measure(*sample, plan.acceleration, control.group, reporter.log)
+    comparison = gain.measure(*sample, plan.acceleration, context.group, reporter.log)
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
         problem = Problem(Code.TRAIN_LOSS_NOT_FINITE, what, key="training.learning_rate", fix="lower it")
-        raise callbacks.diverged_error(problem, control.checkpoints, outcome.steps)
+        raise callbacks.diverged_error(problem, context.checkpoints, outcome.steps)
     return comparison
 
 
@@ -350,46 +350,46 @@ def _check_base_files(plan: Plan, group: Group, *, thoroughly: bool = False) -> 
         raise ModelError(problems)
 
 
-def _publish(trained: _Trained, space: RunDirectory, log: Callable[[str], None]) -> Result:
+def _publish(trained: _Trained, directory: RunDirectory, log: Callable[[str], None]) -> Result:
     """Put the adapter directory in its place, whole or not at all."""
     plan = trained.plan
     size = plan.count.adapter_bytes + load.tokenizer_bytes(plan.tokenizer)
     try:
-        with explain_full_disk("the adapter directory", size, space.partial, "make room, then --resume"):
-            size = _stage(trained, space)
-            for path in space.publish():
+        with explain_full_disk("the adapter directory", size, directory.partial, "make room, then --resume"):
+            size = _stage(trained, directory)
+            for path in directory.publish():
                 log(f"{path} is kept: this run did not write it")
     except NumericError:
-        space.forget_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
+        directory.remove_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
         raise
-    named, fallbacks = escaping.shell(space.named), plan.acceleration.fallbacks
-    return Result(space.output, named, size, trained.outcome, trained.gain, fallbacks, plan.example_prompt)
+    named, fallbacks = escaping.shell(directory.display_name), plan.acceleration.fallbacks
+    return Result(directory.output, named, size, trained.outcome, trained.gain, fallbacks, plan.example_prompt)
 
 
-def _stage(trained: _Trained, space: RunDirectory) -> int:
+def _stage(trained: _Trained, directory: RunDirectory) -> int:
     """Write the whole adapter directory beside its place. Returns the size of the adapter's weights in bytes."""
     plan, outcome, changes = trained.plan, trained.outcome, trained.changes
     assert plan.train_split is not None
-    space.stage()
-    size = attach.save(plan.model, space.staging, plan.adapter_init, trained.weights)
-    plan.tokenizer.save_pretrained(space.staging)
+    directory.create_staging()
+    size = attach.save(plan.model, directory.staging, plan.adapter_init, trained.weights)
+    plan.tokenizer.save_pretrained(directory.staging)
     settings = plan.config.resolved()
-    (space.staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
+    (directory.staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
     text = card.model_card(
         settings,
         outcome.metrics,
-        space.output.name,
+        directory.output.name,
         plan.example_prompt,
         gain=str(trained.gain),
         formats=plan.train_split.formats,
         changes=changes,
         processes=plan.processes,
     )
-    (space.staging / "README.md").write_text(text, encoding="utf-8")
+    (directory.staging / "README.md").write_text(text, encoding="utf-8")
     metrics = outcome.metrics | {"gain": trained.gain.as_json()}
     record = card.provenance(settings, metrics, outcome.curve, plan.fingerprints)
     record |= {"formats": plan.train_split.formats, "chat": plan.train_split.chat, "processes": plan.processes}
     record |= {"rows": plan.datasets.train.report.counts(), "changes": changes}
-    record["files"] = adapter_files.manifest(space.staging)
-    write_json(space.staging / "loratune.json", record)
+    record["files"] = adapter_files.manifest(directory.staging)
+    write_json(directory.staging / "loratune.json", record)
     return size

@@ -25,19 +25,19 @@ class Failure:
         host: The name of its machine.
         problems: What it reported.
         code: Its exit code.
-        gone: It ended without a report, or cannot be reached, and another process reports that.
+        lost: It ended without a report, or cannot be reached, and another process reports that.
     """
 
     rank: int
     host: str
     problems: tuple[Problem, ...]
     code: int
-    gone: bool = False
+    lost: bool = False
 
     def problems_for(self, rank: int) -> list[Problem]:
         """The problems as the process `rank` prints them: those of another one begin with its name, unless they say
-        that it has gone."""
-        if rank == self.rank or self.gone:
+        that it is lost."""
+        if rank == self.rank or self.lost:
             return list(self.problems)
         who = f"process {self.rank} on {self.host}"
         return [replace(problem, what=f"{who}: {problem.what}") for problem in self.problems]

@@ -1,23 +1,136 @@
-"""How the rows of a run become the batches that its model can be given."""
+"""The rows of a run: tokenized once for all of its processes, and laid out in batches that its model can take."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loratune import kernels
+from loratune import data, kernels
 from loratune.config import DataSection, TrainingSection
-from loratune.data import TokenizedDataset
+from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
 from loratune.data.packing import BatchLayout, Packing, packing_refusal, padding_is_cheaper
+from loratune.data.rendering import Renderer
+from loratune.errors import Code, ConfigError, DataError, Problem
 from loratune.lora import linear
+from loratune.model import load
 from loratune.system import launcher
+from loratune.system.launcher import Group, host
+from loratune.training.preflight import ValidatedRun
 
 
 @dataclass(frozen=True)
-class Batched:
-    """The batches of a run. acceleration: what of the model the kernels compute; notes: on what could not be packed,
-    and on what the fast way lacks, a line each."""
+class TokenizedDatasets:
+    """The rows of a run as tokens.
+
+    Attributes:
+        train: The training rows.
+        validation: The validation rows, if there are any.
+        remarks: For each split by its name, lines on how it was read. Known to the main process only.
+        leaks: Lines on validation rows that are also training rows. Known to the main process only.
+        max_length: The number of tokens to which rows were cut.
+    """
+
+    train: TokenizedDataset
+    validation: TokenizedDataset | None
+    remarks: dict[str, list[str]]
+    leaks: list[str]
+    max_length: int
+
+
+def tokenize(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group: Group) -> TokenizedDatasets:
+    """Tokenize the rows, or take them from the cache.
+
+    The main process does it for all processes that see its cache. On a machine that does not see it, one process does
+    it for the others there.
+
+    Args:
+        ready: The run.
+        tokenizer: Its tokenizer.
+        watch: Shows the passes over the rows.
+        group: The processes of the run.
+
+    Raises:
+        DataError: See `data.prepare`; or the files of another machine hold other rows.
+        ConfigError: Rows are longer than the context of the model.
+    """
+    section, model_config = ready.config.data, load.load_config(ready.config.model)
+    vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
+    renderer = Renderer(tokenizer, vocabulary)
+
+    def prepare(name: str) -> TokenizedDataset:
+        raw = ready.rows or data.read_datasets(section, ready.config.training.seed, watch)
+        split: DatasetSplit | None = raw.train if name == "train" else raw.validation
+        assert split is not None
+        return data.prepare(split, renderer, section, vocabulary, watch)
+
+    train = shared_rows(lambda: prepare("train"), group)
+    validation = shared_rows(lambda: prepare("validation"), group) if section.validation is not None else None
+    for rows in (train, validation) if validation else (train,):
+        check_positions(rows, section, context)
+    if ready.rows is None:
+        return TokenizedDatasets(train, validation, {"train": [], "validation": []}, [], section.max_length)
+    leaks = data.find_leaks(ready.rows)
+    remarks = {split.name: split.remarks() for split in (ready.rows.train, ready.rows.validation) if split}
+    for name, split_rows in (("train", train), ("validation", validation)):
+        if split_rows is not None and split_rows.rows.remark:
+            remarks[name].append(split_rows.rows.remark)
+    if remark := renderer.remark_on_bos(train.rows.row(0).ids):
+        remarks["train"].append(remark)
+    if ready.rows.train.chat and (remark := renderer.remark_on_ends()):
+        remarks["train"].append(remark)
+    if remark := data.remark_on_lost_characters(ready.rows.train, renderer, section):
+        remarks["train"].append(remark)
+    return TokenizedDatasets(train, validation, remarks, leaks.remarks() if leaks else [], section.max_length)
+
+
+def shared_rows(prepare: Callable[[], TokenizedDataset], group: Group) -> TokenizedDataset:
+    """The rows that the main process prepares, in all processes.
+
+    Raises:
+        DataError: See `tokenize`.
+    """
+    own = prepare() if group.main else None
+    directory, fingerprint = group.broadcast([str(own.rows.directory), own.fingerprint] if own else ["", ""])
+    main_directory = Path(directory)
+    rows = own or data.open_tokenized(main_directory)
+    hosts_without = {name for name, has_rows in group.all_gather([host(), rows is not None]) if not has_rows}
+    if host() in hosts_without and group.leads_machine:
+        rows = own or prepare()
+    directories = group.all_gather([host(), str(rows.rows.directory if rows else main_directory)])
+    if rows is None:
+        other = (Path(path) for name, path in directories if name == host() and path != directory)
+        rows = data.open_tokenized(next(other, main_directory))
+    if rows is None or rows.fingerprint != fingerprint:
+        what = f"the rows on {host()} are not those of the main process"
+        fix = "give all machines the same files"
+        raise DataError(Problem(Code.DISTRIBUTED_ROWS_DIFFER, what, key="data.train", fix=fix))
+    return rows
+
+
+def check_positions(rows: TokenizedDataset, section: DataSection, limit: int | None) -> None:
+    """Check that rows fit into the context of the model. limit: see `model.load.context_length`.
+
+    Raises:
+        ConfigError: A row is longer.
+    """
+    longest = int(rows.rows.lengths.max())
+    if limit is not None and longest > limit:
+        what = f"is {section.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
+        raise ConfigError(Problem(Code.TRAINING_CONTEXT_LENGTH, what, key="data.max_length", fix=f"set it to {limit}"))
+
+
+@dataclass(frozen=True)
+class BatchedDatasets:
+    """The batches of a run.
+
+    Attributes:
+        train: The training batches.
+        validation: The validation batches, if there are validation rows.
+        acceleration: What of the model the kernels compute.
+        notes: Lines on why rows could not be packed, and on what is not accelerated.
+    """
 
     train: BatchLayout
     validation: BatchLayout | None
@@ -30,52 +143,60 @@ def batch(
     pad_id: int,
     train: TokenizedDataset,
     validation: TokenizedDataset | None,
-    data: DataSection,
+    data_section: DataSection,
     training: TrainingSection,
-) -> Batched:
-    """Lay out rows as the configuration says, or padded, where the model would mix them.
+) -> BatchedDatasets:
+    """Lay out rows as the configuration says; or padded, where the model would mix packed rows.
 
-    model: a `PeftModel` with its weights, which stays as it is.
+    Args:
+        model: A `PeftModel` with its weights, which stays as it is.
+        pad_id: The token for padding.
+        train: The training rows.
+        validation: The validation rows.
+        data_section: How rows are to be packed.
+        training: How many rows a batch has.
     """
     acceleration = kernels.accelerate(model, linear.linear, sharded=bool(launcher.sharding()))
     with acceleration.applied(model):
-        packing, notes = _packing(model, train, data, training, mixed=not kernels.attends_by_rows(model))
-
-    def made(rows: TokenizedDataset) -> BatchLayout:
-        size = training.per_device_train_batch_size
-        return BatchLayout(rows.rows, rows.rows.lengths, packing, size, data.max_length, pad_id)
-
+        packing, notes = _packing(model, train, data_section, training, mixed=not kernels.attends_by_rows(model))
+    size, length = training.per_device_train_batch_size, data_section.max_length
+    train_batches, validation_batches = (
+        BatchLayout(split.rows, split.rows.lengths, packing, size, length, pad_id) if split else None
+        for split in (train, validation)
+    )
+    assert train_batches is not None
     notes += kernels.notes(model.get_input_embeddings().weight)
-    return Batched(made(train), made(validation) if validation else None, acceleration, notes)
+    return BatchedDatasets(train_batches, validation_batches, acceleration, notes)
 
 
 def _packing(
-    model: Any, rows: TokenizedDataset, data: DataSection, training: TrainingSection, *, mixed: bool
+    model: Any, rows: TokenizedDataset, section: DataSection, training: TrainingSection, *, mixed: bool
 ) -> tuple[Packing, list[str]]:
-    """How rows are batched, with a line of why where that is not as asked.
+    """How rows are packed, with a line on the reason where that is not as the configuration says.
 
-    mixed: attention is the model's own, and goes over all rows of a batch. Then a batch is tried in its full size, and
-    rows are padded where that costs less; packs that were asked for stay, as another batch would mean other steps.
+    mixed: whether attention is the model's own, and goes over all rows of a batch. Then a batch is tried in its full
+    size, and rows are padded where that costs less. Packs that the user asked for stay, as other batches would mean
+    other steps.
     """
-    if data.packing == "none":
+    if section.packing == "none":
         return "none", []
     lengths, size = np.sort(rows.rows.lengths), training.per_device_train_batch_size
-    if mixed and data.packing == "batch" and padding_is_cheaper(lengths, size, _width(model)):
+    hidden_size = int(model.get_input_embeddings().weight.shape[1])
+    if mixed and section.packing == "batch" and padding_is_cheaper(lengths, size, hidden_size):
         name = model.config.model_type
         return "none", [f"data.packing: {name} attends to all rows of a batch at once, which costs more than padding"]
-    largest = lengths[-size:].sum() if data.packing == "batch" else min(lengths.sum(), size * data.max_length)
-    if (reason := packing_refusal(model, int(lengths[-1]), int(largest) if mixed else 0)) is None:
-        return data.packing, []
+    most_tokens = lengths[-size:].sum() if section.packing == "batch" else min(lengths.sum(), size * section.max_length)
+    if (reason := packing_refusal(model, int(lengths[-1]), int(most_tokens) if mixed else 0)) is None:
+        return section.packing, []
     return "none", [f"data.{reason}; rows are padded instead"]
 
 
-def _width(model: Any) -> int:
-    """How many numbers a hidden state has."""
-    return int(model.get_input_embeddings().weight.shape[1])
-
-
 def largest(batches: BatchLayout, rows: TokenizedDataset) -> tuple[list[tuple[int, int]], int]:
-    """(length, learnt tokens) of the rows of the largest batch, and how many rows there are; flat ones count as one."""
+    """The size of the largest batch.
+
+    Returns:
+        (length, supervised tokens) of its rows, and how many rows there are. Packed rows count as one.
+    """
     heaviest = batches.heaviest()
     if not batches.flat:
         supervised = rows.rows.supervised
@@ -88,4 +209,7 @@ def first(batches: BatchLayout, most: int = 64) -> list[Mapping[str, Any]]:
     """The first batches of the rows, in their order."""
     count, size = len(batches.items), batches.size
     starts = range(0, min(count, most * size), size)
-    return [batches.collate([batches.items[n] for n in range(at, min(at + size, count))]) for at in starts]
+    return [
+        batches.collate([batches.items[number] for number in range(start, min(start + size, count))])
+        for start in starts
+    ]

@@ -1,4 +1,4 @@
-"""What is done between the trainer's steps: numbers are guarded, the user is told and obeyed."""
+"""What happens between the trainer's steps: numbers are checked, progress is shown, a stop is obeyed."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -6,35 +6,42 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
-from loratune.errors import NumericError, Problem
+from loratune.errors import Code, NumericError, Problem
 from loratune.kernels import global_norm, next_token_loss
 from loratune.system.launcher import Group
 from loratune.training.checkpoints import Checkpoints
+from loratune.training.scoring import Batches, held_out_loss
 
 
 class Progress(Protocol):
-    """Whoever shows a run while it lasts."""
+    """What shows a run while it lasts."""
 
     def start(self, steps: int, done: int) -> None:
         """The run has this many steps, of which some are done already."""
 
     def step(self, done: int, tokens: int) -> None:
-        """An optimizer step ended; tokens: how many the model has read in this process, without padding."""
+        """An optimizer step ended.
+
+        Args:
+            done: How many steps are done.
+            tokens: How many tokens the model has read since the process started, without padding.
+        """
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """The trainer reported: `loss`, `learning_rate`, or `eval_loss`."""
+        """The trainer reported `loss`, `learning_rate`, or `eval_loss`."""
 
     def stop(self) -> None:
-        """The run is over, for better or worse."""
+        """The run is over, whether it succeeded or not."""
 
 
 class NonFiniteGuard(TrainerCallback):
-    """The loss of every micro-step, and the stop as soon as a number is not finite.
+    """Computes the loss of every micro-step, and ends the run as soon as a number is not finite.
 
-    tokens: read by this process since the last optimizer step. norm: that of the gradients of a step, to be set once
-    there is a trainer that knows it.
+    Attributes:
+        tokens: How many tokens this process has read since the last optimizer step.
+        norm: Gives the norm of the gradients of a step; set once there is a trainer that knows it.
     """
 
     norm: Callable[[], torch.Tensor]
@@ -45,83 +52,117 @@ class NonFiniteGuard(TrainerCallback):
         self.tokens = 0
 
     def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-        """The summed loss over the learnt tokens of the whole optimizer step, of all processes: neither accumulation
-        nor their number changes anything."""
+        """The summed loss of a micro-step, divided by the supervised tokens of the whole optimizer step.
+
+        These are counted over all processes, so neither accumulation nor the number of processes changes the result.
+
+        Args:
+            outputs: What the model gives.
+            labels: Of shape (rows, length), -100 where a token is not supervised.
+            num_items_in_batch: Supervised tokens of the step; those of the micro-step if not given.
+        """
         total, count = next_token_loss(outputs.logits, labels)
         value = total / (count if num_items_in_batch is None else num_items_in_batch)
         own = value.detach().clone()  # Trainer multiplies the loss in place, by the number of processes
         self.sum = own if self.sum is None else self.sum + own
         return value
 
-    def forget(self) -> None:
-        """Begin a step anew."""
+    def reset(self) -> None:
+        """Forget the micro-steps since the last optimizer step."""
         self.sum, self.tokens = None, 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the weights take anything on. One transfer from the device per optimizer step."""
+        """Check loss and gradients before they change the weights. One transfer from the device per optimizer step."""
         norm = self.norm()
         assert self.sum is not None
         loss, norm = torch.stack([self.sum.float(), norm.to(self.sum.device).float()]).tolist()
         loss, tokens = self.group.total([loss, self.tokens])
         state.num_input_tokens_seen += int(tokens)
-        self.forget()
-        for name, value in (("loss", loss), ("gradient norm", norm)):
+        self.reset()
+        for code, name, value in (
+            (Code.TRAINING_LOSS_NOT_FINITE, "loss", loss),
+            (Code.TRAINING_GRADIENT_NOT_FINITE, "gradient norm", norm),
+        ):
             if not abs(value) < float("inf"):
-                fix = "lower training.learning_rate, or train in float32" if state.global_step else "is the base sound?"
-                problem = Problem(f"the {name} of step {state.global_step + 1} is {value}", fix=fix)
+                fix = "lower training.learning_rate, or train in float32"
+                if not state.global_step:
+                    fix = "check that the base model works by itself"
+                problem = Problem(code, f"the {name} of step {state.global_step + 1} is {value}", fix=fix)
                 raise diverged_error(problem, self.checkpoints, state.global_step)
 
 
 def diverged_error(problem: Problem, checkpoints: Checkpoints, step: int) -> NumericError:
-    """The error of a run whose weights after a step lead to numbers that are not finite. A checkpoint of them goes."""
-    if (kept := checkpoints.forget(step)) is None:
+    """The error of a run whose weights after a step lead to numbers that are not finite.
+
+    The checkpoint of that step is removed.
+    """
+    if (earlier := checkpoints.discard(step)) is None:
         return NumericError(problem)
-    way = f"step {kept} is kept: --resume with --allow-change training.learning_rate, or --overwrite"
+    resume = "--resume --allow-change training.learning_rate"
+    way = f"step {earlier} is kept: continue from there with {resume}, or start afresh with --overwrite"
     return NumericError(replace(problem, fix=f"{problem.fix}; {way}"))
 
 
 def check_finite(weights: Iterable[torch.Tensor], step: int) -> None:
-    """Look at the trained weights. Raises NumericError: one of them is NaN or inf."""
+    """Check the trained weights.
+
+    Raises:
+        NumericError: One of them is NaN or inf.
+    """
     if not global_norm(list(weights), math.inf).isfinite():
-        what = f"step {step} made a weight of the adapter NaN or inf"
-        raise NumericError(Problem(what, key="training.learning_rate", fix="lower it, or train in float32"))
+        what, fix = f"step {step} made a weight of the adapter NaN or inf", "lower it, or train in float32"
+        raise NumericError(Problem(Code.TRAINING_WEIGHT_NOT_FINITE, what, key="training.learning_rate", fix=fix))
+
+
+def check_final_loss(model: PreTrainedModel, train: Batches, checkpoints: Checkpoints, step: int) -> None:
+    """Check that the model gives a finite loss after the last step, which no later step has shown.
+
+    Raises:
+        NumericError: The loss of the first rows is NaN or inf. The checkpoint of the step is removed then.
+    """
+    loss = held_out_loss(model, train, range(min(train.size, len(train.items))))
+    if not loss.total < float("inf"):
+        what, fix = f"after the last step the loss is {loss.mean}", "lower training.learning_rate"
+        problem = Problem(Code.TRAINING_FINAL_LOSS_NOT_FINITE, what, key="training.learning_rate", fix=fix)
+        raise diverged_error(problem, checkpoints, step)
 
 
 class OomDryRun(TrainerCallback):
-    """Takes the step of the largest batch before all others, so that memory that is short shows at once.
+    """Computes the largest batch before all others, so that a lack of memory shows at once.
 
-    rehearse: the step, to be set once there is a trainer to take it; nothing of it stays, in the guard neither.
+    Attributes:
+        run: Computes it; set once there is a trainer to do so. Nothing of it stays, in the guard neither.
     """
 
-    rehearse: Callable[[], None]
+    run: Callable[[], None]
 
     def __init__(self, guard: NonFiniteGuard):
         self.guard = guard
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step, also of a resumed run."""
-        self.rehearse()
-        self.guard.forget()
+        self.run()
+        self.guard.reset()
 
 
-class Stopper(TrainerCallback):
-    """Ends a run at the next step, with a checkpoint, once that is asked for.
+class StopCallback(TrainerCallback):
+    """Ends a run after the current step, with a checkpoint, once that is asked for.
 
-    asked: whether any process was asked to stop; all of them call it together.
+    stopping: whether any process was asked to stop; all of them call it together.
     """
 
-    def __init__(self, asked: Callable[[], bool]):
-        self.asked = asked
+    def __init__(self, stopping: Callable[[], bool]):
+        self.stopping = stopping
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each optimizer step."""
-        if self.asked():
+        if self.stopping():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
 
 class ProgressCallback(TrainerCallback):
-    """Tells a `Progress` what the trainer does."""
+    """Passes on to a `Progress` what the trainer does."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
@@ -129,14 +170,14 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step."""
         state.compute_steps(args, state.max_steps)  # a checkpoint brings those of the run that wrote it
-        self.seen_before = int(state.num_input_tokens_seen)
+        self.tokens_before = int(state.num_input_tokens_seen)
         self.progress.start(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each optimizer step."""
         if state.global_step >= state.max_steps:
-            control.should_log = True  # the last loss is the one that the run is known by
-        self.progress.step(state.global_step, int(state.num_input_tokens_seen) - self.seen_before)
+            control.should_log = True  # the last loss is reported as the result of the run
+        self.progress.step(state.global_step, int(state.num_input_tokens_seen) - self.tokens_before)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """When a loss is reported."""

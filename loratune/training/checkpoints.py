@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints that are either whole or absent.
 
-`transformers.Trainer` writes a checkpoint file by file under its final name, and finds the newest by name alone. Here
-it writes into `unfinished/`; files and directory are flushed to the disk, a manifest with their sizes and SHA-256 is
-written last, and one rename gives the checkpoint its name.
+`transformers.Trainer` writes a checkpoint file by file under its final name, and finds the newest by its name alone.
+Here the trainer writes into `unfinished/`; its files and the directory are flushed to the disk, a manifest with their
+sizes and SHA-256 is written last, and one rename gives the checkpoint its name.
 """
 
 import json
@@ -15,85 +15,100 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loratune.errors import Problem, ResourceError, ResumeError
+from loratune.errors import Code, Problem, ResourceError, ResumeError
 from loratune.system import records
 from loratune.system.files import explain_full_disk, is_directory, is_file, kind, read_text, sha256, sync, write_json
-from loratune.training.belongings import CHECKPOINT, MANIFEST, of_checkpoint, of_checkpoints, remove
+from loratune.training.run_dir_files import (
+    CHECKPOINT,
+    MANIFEST,
+    newer_record_error,
+    remove_own,
+    scan_checkpoint,
+    scan_checkpoints,
+)
 
 _log = logging.getLogger(__name__)
 
 RUN = records.RUN
-KEPT = 2
-"""How many whole checkpoints are kept."""
+MOST_CHECKPOINTS = 2
+"""How many whole checkpoints a run keeps."""
 _NEEDED = (
     ("adapter_model.safetensors",), ("optimizer.pt", "global_step"), ("scheduler.pt",), ("rng_state",),
     ("trainer_state.json",), (RUN,),
 )  # fmt: skip
-"""How the names of its files begin, one at least of each: DeepSpeed keeps its optimizer in a directory for the step,
-and there is a random state for each process."""
+"""A checkpoint needs a file of each of these kinds; its name begins in one of the ways that are given.
+
+DeepSpeed keeps its optimizer in a directory named after the step, and there is a random state for each process.
+"""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run in a directory. run: what was run, kept in each of them as JSON; size: bytes that one
-    takes, about; written: by this process, and not by another one."""
+    """The checkpoints of one run.
+
+    Attributes:
+        directory: Where they are.
+        identity: What the run is, as JSON; see `resume.identity`. It is kept in each checkpoint.
+        size: About how many bytes a checkpoint takes.
+        is_writer: Whether this process writes them, and no other one.
+    """
 
     directory: Path
-    run: Mapping[str, Any]
+    identity: Mapping[str, Any]
     size: int
-    written: bool = True
+    is_writer: bool = True
 
     @property
     def unfinished(self) -> Path:
-        """Where the trainer writes; what lies there is no checkpoint yet."""
+        """Where the trainer writes. What is there is no checkpoint yet."""
         return self.directory / "unfinished"
 
     @contextmanager
     def writing(self, step: int) -> Iterator[None]:
-        """Inside, the trainer writes `unfinished/checkpoint-<step>`; after it, that is a checkpoint, or there is none.
+        """Turn what the trainer writes to `unfinished/checkpoint-<step>` inside into a checkpoint, or remove it.
 
-        Raises ResourceError: the disk is full; something else has one of the names.
+        Raises:
+            ResourceError: The disk is full, or something else has the name of the checkpoint.
         """
-        if not self.written:
+        if not self.is_writer:
             yield
             return
-        written, final = self.unfinished / f"{CHECKPOINT}{step}", self.directory / f"{CHECKPOINT}{step}"
-        way_on = self._way_on()
-        for path in (self.directory, self.unfinished, final):
+        source, target = self.unfinished / f"{CHECKPOINT}{step}", self.directory / f"{CHECKPOINT}{step}"
+        resumable = any(is_file(path / MANIFEST) for path in _newest_first(self.directory))
+        proceed = "continue with --resume" if resumable else "start again"
+        for path in (self.directory, self.unfinished, target):
             if kind(path) not in ("", "a directory"):
-                what = f"is {kind(path)} where a checkpoint is written, and is left alone"
-                raise ResourceError(Problem(what, str(path), fix=f"move it away, and {way_on}"))
+                what, fix = f"is {kind(path)} where a checkpoint is to be written", f"move it away, and {proceed}"
+                raise ResourceError(Problem(Code.RUN_CHECKPOINT_BLOCKED, what, str(path), fix=fix))
         _remove(self.unfinished)
         try:
-            with explain_full_disk("a checkpoint", self.size, self.directory, f"make room, and {way_on}"):
+            with explain_full_disk("a checkpoint", self.size, self.directory, f"make room, and {proceed}"):
                 yield
-                write_json(written / RUN, records.versioned(RUN, self.run))
-                seal(written)
-                _remove(final)  # it was passed over when the run was resumed
-                written.rename(final)
+                write_json(source / RUN, records.versioned(RUN, self.identity))
+                seal(source)
+                _remove(target)  # a damaged checkpoint of this step may have been skipped when the run was resumed
+                source.rename(target)
                 sync(self.directory)
         finally:
             _remove(self.unfinished)
-        self._rotate(final)
+        self._rotate(target)
 
-    def _way_on(self) -> str:
-        """What to do after an error: whether there is something to go on from."""
-        there = any(is_file(path / MANIFEST) for path in _found(self.directory))
-        return "go on with --resume" if there else "start again"
+    def discard(self, step: int) -> int | None:
+        """Remove the checkpoint of a step whose weights turned out to be bad.
 
-    def forget(self, step: int) -> int | None:
-        """Remove the checkpoint of a step whose weights turned out to be bad; the step of the whole one before it, if
-        any."""
-        if self.written:
+        Returns:
+            The step of the newest whole checkpoint that is left, None without one.
+        """
+        if self.is_writer:
             _remove(self.directory / f"{CHECKPOINT}{step}")
-        return next((step_of(path) for path in _found(self.directory) if not _fault(path)), None)
+        return next((step_of(path) for path in _newest_first(self.directory) if not _fault(path)), None)
 
-    def _rotate(self, written: Path) -> None:
-        """Keep the newest whole ones, the one that was just written among them."""
-        others = [path for path in _found(self.directory) if path != written]
+    def _rotate(self, newest: Path) -> None:
+        """Remove all but the newest whole checkpoints; `newest` is known to be whole."""
+        others = [path for path in _newest_first(self.directory) if path != newest]
         whole = [path for path in others if not _fault(path)]
         for path in others:
-            if path not in whole[: KEPT - 1]:
+            if path not in whole[: MOST_CHECKPOINTS - 1]:
                 _remove(path)
 
 
@@ -111,31 +126,37 @@ def seal(checkpoint: Path) -> None:
 
 
 def newest_whole(
-    checkpoints: Path, fault_of_run: Callable[[Any], str] = lambda _: ""
+    checkpoints: Path, identity_fault: Callable[[Any], str] = lambda _: ""
 ) -> tuple[Path, Any, list[Problem]]:
-    """The newest checkpoint whose files are what its manifest says, what it keeps of its run, and why newer ones were
-    passed over.
+    """Find the newest checkpoint whose files are what its manifest says.
 
-    fault_of_run: what is wrong with what was kept of a run, if anything. Raises ResumeError: no checkpoint is whole;
-    one is of a newer release, whose records cannot be read here.
+    Args:
+        checkpoints: The directory of all checkpoints.
+        identity_fault: What is wrong with the identity of a run, as read from a checkpoint; empty if nothing is.
+
+    Returns:
+        The checkpoint, the identity that is kept in it, and a problem for each newer one that was skipped.
+
+    Raises:
+        ResumeError: No checkpoint is whole, or a record was written by a newer release.
     """
     skipped: list[Problem] = []
-    for path in _found(checkpoints):
+    for path in _newest_first(checkpoints):
         _check_version(path / MANIFEST)
-        fault, run = _fault(path), None
+        fault, identity = _fault(path), None
         if not fault:
             _check_version(path / RUN)
             try:
-                run = json.loads(read_text(path / RUN))
-                fault = fault_of_run(run)
+                identity = json.loads(read_text(path / RUN))
+                fault = identity_fault(identity)
             except (OSError, ValueError, RecursionError) as error:
                 fault = f"cannot be read: {error}"
             fault = fault and f"{RUN} is damaged: {fault}"
         if not fault:
-            return path, run, skipped
-        skipped.append(Problem(f"passed over: {fault}", str(path)))
-    fix = "start afresh with --overwrite"
-    raise ResumeError([*skipped, Problem("no whole checkpoint to resume from", str(checkpoints), fix=fix)])
+            return path, identity, skipped
+        skipped.append(Problem(Code.RESUME_CHECKPOINT_SKIPPED, f"checkpoint skipped: {fault}", str(path)))
+    what, fix = "there is no whole checkpoint to resume from", "start afresh with --overwrite"
+    raise ResumeError([*skipped, Problem(Code.RESUME_NO_CHECKPOINT, what, str(checkpoints), fix=fix)])
 
 
 def _check_version(path: Path) -> None:
@@ -145,50 +166,52 @@ def _check_version(path: Path) -> None:
     except (OSError, ValueError, RecursionError):
         return
     if reason:
-        raise ResumeError(Problem(reason, str(path), fix="upgrade loratune, or start afresh with --overwrite"))
+        raise newer_record_error(path, reason)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer steps that were taken before it was written."""
+    """How many optimizer steps were taken before the checkpoint was written."""
     return int(checkpoint.name.removeprefix(CHECKPOINT))
 
 
-def _found(directory: Path) -> list[Path]:
-    """The directories that have the name of a checkpoint, the newest first; links to directories are none."""
-    named = re.compile(rf"{re.escape(CHECKPOINT)}(0|[1-9][0-9]*)")
-    there = [path for path in directory.glob(f"{CHECKPOINT}*") if named.fullmatch(path.name) and is_directory(path)]
-    return sorted(there, key=step_of, reverse=True)
+def _newest_first(directory: Path) -> list[Path]:
+    """The directories that are named like a checkpoint, the newest first. Links to directories do not count."""
+    pattern = re.compile(rf"{re.escape(CHECKPOINT)}(0|[1-9][0-9]*)")
+    paths = [path for path in directory.glob(f"{CHECKPOINT}*") if pattern.fullmatch(path.name) and is_directory(path)]
+    return sorted(paths, key=step_of, reverse=True)
 
 
 def _remove(directory: Path) -> None:
-    """Remove a checkpoint, or the directory in which one is written, but for what is not of the trainer's making; a
-    link or a file in its place is left alone."""
+    """Remove a checkpoint, or the directory in which one is written, except for files that no trainer made.
+
+    A link or a file in its place is left alone.
+    """
     if is_directory(directory):
-        survey = of_checkpoint if directory.name.startswith(CHECKPOINT) else of_checkpoints
+        scan = scan_checkpoint if directory.name.startswith(CHECKPOINT) else scan_checkpoints
         try:
-            remove(directory, survey(directory))
+            remove_own(directory, scan(directory))
         except OSError:
             _log.debug("%s cannot be removed", directory, exc_info=True)
 
 
 def _fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty if it is whole."""
-    if odd := next(_odd(checkpoint), ""):
-        return odd
+    if special := next(_special_files(checkpoint), ""):
+        return special
     try:
         files = json.loads(read_text(checkpoint / MANIFEST))
-        if absent := [names for names in _NEEDED if not any(file.startswith(names) for file in files)]:
-            return f"{MANIFEST} does not name {absent[0][0]}"
+        if missing := [prefixes for prefixes in _NEEDED if not any(name.startswith(prefixes) for name in files)]:
+            return f"{MANIFEST} does not name {missing[0][0]}"
         names = files.keys() - {records.KEY}
-        listed = [(checkpoint / name, files[name]["bytes"], files[name]["sha256"]) for name in sorted(names)]
+        expected = [(checkpoint / name, files[name]["bytes"], files[name]["sha256"]) for name in sorted(names)]
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files):
-            return f"{MANIFEST} names files elsewhere"
+            return f"{MANIFEST} names files outside of the checkpoint"
     except FileNotFoundError:
         return "it was not written to its end"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         _log.debug("%s of %s is damaged", MANIFEST, checkpoint, exc_info=True)
         return f"{MANIFEST} is damaged"
-    for path, size, digest in listed:
+    for path, size, digest in expected:
         try:
             if path.stat().st_size != size or sha256(path) != digest:
                 return f"{path.name} is damaged"
@@ -199,8 +222,8 @@ def _fault(checkpoint: Path) -> str:
     return ""
 
 
-def _odd(checkpoint: Path) -> Iterator[str]:
-    """What is in a checkpoint that is neither a file nor a directory: nothing of it is followed or opened."""
+def _special_files(checkpoint: Path) -> Iterator[str]:
+    """What is in a checkpoint that is neither a file nor a directory. It is neither followed nor opened."""
     for place, directories, files in os.walk(checkpoint):
         for path in (Path(place, name) for name in sorted([*directories, *files])):
             if (found := kind(path)) not in ("a file", "a directory"):

@@ -1,9 +1,9 @@
 """Several processes as one run, on torch.distributed as accelerate sets it up.
 
-What they agree on while steps are taken goes through torch's collectives; what one of them may take minutes for, and
-what ends them, through a store of their own (`store`), which no collective blocks and no stranger can speak in. A
-thread in each process shows there that it is alive, and ends the process when another one has failed or gone, whatever
-its main thread is waiting for.
+What they exchange while steps are taken goes through torch's collectives. What a process may take minutes for, and what
+ends them, goes through a store of their own (`rendezvous`), which no collective blocks and in which no other program
+can speak. A thread in each process writes a heartbeat there, and ends the process when another one has failed or
+disappeared, whatever its main thread is waiting for.
 """
 
 import logging
@@ -22,129 +22,148 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from loratune.console import EscapedStream
-from loratune.errors import LostError, Problem
+from loratune.errors import Code, LostError, Problem
 from loratune.system.launcher import Failure, host
-from loratune.training.rendezvous import own_store
-from loratune.training.signed_store import SignedStore, deleted
+from loratune.training.rendezvous import SignedStore, open_store, removed_error
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BEAT = 0.5
-"""Seconds between two signs of life."""
+HEARTBEAT = 0.5
+"""Seconds between two heartbeats."""
 PATIENCE = 30.0
-"""Seconds without a sign of life after which a process is given up. A cable that is out for 10 s costs no run."""
-SILENT = 2.0
-"""The same, where a connection broke, or everything is being stopped: then it needs no second look."""
-SOON = 3.0
+"""Seconds without a heartbeat after which a process counts as lost. A cable that is out for 10 s costs no run."""
+SHORT_PATIENCE = 2.0
+"""The same where a connection broke, or all processes are being stopped: then there is other evidence."""
+GRACE = 3.0
 """Seconds that processes which are ending wait for each other."""
-_RESUME = "once all is back, go on with --resume, or start again if no checkpoint was kept"
 
 
 def join() -> "DistributedGroup":
-    """Meet the other processes, on the device that is this one's. Raises LostError: they do not come together."""
+    """Meet the other processes of the run, on the device of this process.
+
+    Raises:
+        LostError: The processes cannot reach each other.
+    """
     try:
         return DistributedGroup(PartialState(cpu=not torch.accelerator.is_available()))
-    except (RuntimeError, ValueError, OSError) as error:  # torch's errors of the network are RuntimeErrors
+    except (RuntimeError, ValueError, OSError) as error:  # torch's network errors are RuntimeErrors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-        what = f"the processes do not come together: {reason}"
-        raise LostError(Problem(what, where, fix="is that address right, and reachable from each machine?")) from None
+        what = f"the processes of the run cannot reach each other: {reason}"
+        fix = "check that this address is right, and that each machine can reach it"
+        raise LostError(Problem(Code.DISTRIBUTED_NOT_MET, what, where, fix=fix)) from None
 
 
 class DistributedGroup:
-    """A group of several processes; see `launched.Group`."""
+    """A group of several processes; see `launcher.Group`."""
 
     def __init__(self, state: PartialState):
         self.rank, self.count = state.process_index, state.num_processes
         self.main, self.leads_machine = self.rank == 0, state.local_process_index == 0
         self._device = state.device
-        self._store, clear = own_store(self.rank, self.count, self._device)
-        self._said, self._parted = 0, False
-        self._own: list[str] = []  # keys of what this process has said and others may not have read yet
+        self._store, clean_up = open_store(self.rank, self.count, self._device)
+        self._exchanges, self._closed = 0, False
+        self._own_keys: list[str] = []  # values of this process that others may not have read yet
         try:
-            self._watch = _Heartbeat(self._store, self.rank, self.count, self._missing)
-            members = [_Member(**one) for one in self.all_gather(asdict(_Member.this()))]
+            self._heartbeat = _Heartbeat(self._store, self.rank, self.count, self._removed_key)
+            members = [_Member(**values) for values in self.all_gather(asdict(_Member.this()))]
         finally:
-            clear()
-        self._watch.start(members)
+            clean_up()
+        self._heartbeat.start(members)
 
     def broadcast(self, value: T) -> T:
-        """What the main process gives, in all of them; values are such as JSON has."""
-        key = self._next()
+        """The value of the main process, in all processes. Values are such as JSON has."""
+        key = self._next_key()
         if self.main:
             self._put(key, value)
             return value
-        found: T = self._get(key)
-        return found
+        received: T = self._get(key)
+        return received
 
     def all_gather(self, value: T) -> list[T]:
-        """What all of them give, by rank; values are such as JSON has."""
-        key, before = self._next(), self._own
-        self._own = []
+        """The values of all processes, by rank. Values are such as JSON has."""
+        key, earlier_keys = self._next_key(), self._own_keys
+        self._own_keys = []
         self._put(f"{key}/{self.rank}", value)
-        found: list[T] = [self._get(f"{key}/{rank}") for rank in range(self.count)]
-        self._store.forget(before)  # whoever has said this has read all that was said before
-        return found
+        values: list[T] = [self._get(f"{key}/{rank}") for rank in range(self.count)]
+        self._store.remove(earlier_keys)  # a process that has written this value has read all earlier ones
+        return values
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """The sums over all of them."""
-        sums = torch.tensor(list(values), dtype=torch.float64, device=self._device)
-        dist.all_reduce(sums)
-        found: list[float] = sums.tolist()
-        return found
+        """The sums over all processes."""
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=self._device)
+        dist.all_reduce(tensor)
+        sums: list[float] = tensor.tolist()
+        return sums
 
-    def on_end(self, clear: Callable[[], None]) -> None:
-        """What this process clears away when another one ends them all."""
-        self._watch.clear = clear
+    def on_end(self, clean_up: Callable[[], None]) -> None:
+        """Set what this process cleans up when another one ends all of them."""
+        self._heartbeat.clean_up = clean_up
 
     def fail(self, error: BaseException, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:
-        """All of them end. What is printed is the first failure of all, or this one's own if it is of the same kind."""
-        if self._parted:
+        """End all processes because of an error in this one.
+
+        Returns:
+            The problems that this process prints, and its exit code. They are those of the first failure of all
+            processes, or its own if the exit codes are the same; only one process prints any.
+        """
+        if self._closed:
             return list(problems), code
-        mine = Failure(self.rank, host(), tuple(problems), code)
-        if _is_broken(error) or isinstance(error, KeyboardInterrupt):  # because another one has gone, perhaps
-            mine = self._watch.why(SOON, only_if_gone=isinstance(error, KeyboardInterrupt)) or mine
-        first = self._watch.end(mine)
-        told = first if first.code != code else mine
-        return (told.problems_for(self.rank) if self._watch.tells(first) else []), told.code
+        own = Failure(self.rank, host(), tuple(problems), code)
+        if _is_broken_connection(error) or isinstance(error, KeyboardInterrupt):  # perhaps another process was lost
+            lost_only = isinstance(error, KeyboardInterrupt)
+            own = self._heartbeat.find_cause(GRACE, lost_only=lost_only) or own
+        first = self._heartbeat.end(own)
+        printed = first if first.code != code else own
+        problems = printed.problems_for(self.rank) if self._heartbeat.is_reporter(first) else []
+        return list(problems), printed.code
 
     def close(self) -> None:
-        """Wait for all, then stop watching them."""
+        """Wait for all processes, then stop watching them."""
         self.all_gather(None)
-        self._parted = True
-        self._watch.leave()
+        self._closed = True
+        self._heartbeat.stop()
         dist.destroy_process_group()
 
-    def _next(self) -> str:
-        self._said += 1
-        return f"said/{self._said}"
+    def _next_key(self) -> str:
+        self._exchanges += 1
+        return f"said/{self._exchanges}"
 
     def _put(self, key: str, value: Any) -> None:
         self._store.put(key, value)
-        self._own.append(key)
+        self._own_keys.append(key)
 
-    def _missing(self) -> str | None:
-        """A key of what this process has said and has not taken back, which is there no more. What the others wait for
-        would never come: each process looks after its own keys, as it alone removes them."""
-        missing = next((key for key in list(self._own) if not self._store.has(key)), None)
-        return missing if missing in self._own else None  # the main thread takes keys out before it removes them
+    def _removed_key(self) -> str | None:
+        """A key that this process has put and not removed, and that is gone from the store, if there is one.
+
+        The others would wait for its value without end. Each process looks after its own keys, as it alone removes
+        them.
+        """
+        removed = next((key for key in list(self._own_keys) if not self._store.has(key)), None)
+        return removed if removed in self._own_keys else None  # the main thread unlists keys before it removes them
 
     def _get(self, key: str) -> Any:
-        while not self._store.has(key):  # to wait inside the store would keep the other thread out of it
+        while not self._store.has(key):  # to wait inside the store would lock the heartbeat's thread out of it
             time.sleep(0.02)
         return self._store.get(key)
 
 
-def _is_broken(error: BaseException) -> bool:
+def _is_broken_connection(error: BaseException) -> bool:
     """Whether a collective failed because a connection did. Gloo's errors have no class of their own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 @dataclass(frozen=True)
 class _Member:
-    """A process. host: the name of its machine; machine: what tells machines, and containers on them, apart."""
+    """A process of the run.
+
+    Attributes:
+        host: The name of its machine.
+        machine: What tells machines, and containers on them, apart.
+        pid: Its process id.
+    """
 
     host: str
     machine: str
@@ -158,8 +177,8 @@ class _Member:
             return cls(host(), f"{boot} {os.stat('/proc/self/ns/pid').st_ino}", os.getpid())
         return cls(host(), "", os.getpid())
 
-    def dead(self) -> bool:
-        """Of one on this machine: whether it has ended. It may still have a number, until its parent has taken note."""
+    def has_ended(self) -> bool:
+        """Whether a process on this machine has ended, be it a zombie that its parent has not waited for yet."""
         try:
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
         except OSError:
@@ -167,144 +186,154 @@ class _Member:
 
 
 class _Heartbeat:
-    """Shows that its process is alive, and sees that the others are: the main one looks at all, they look at it.
+    """Shows that its process is alive, and watches the others: the main process watches all, and all watch it.
 
-    One thread talks to the store. What it asks across a cable that is cut never returns, so a second thread looks at
+    One thread talks to the store. What it asks across a cable that is cut never returns, so a second thread watches
     nothing but the time since the last answer.
     """
 
-    def __init__(self, store: SignedStore, rank: int, count: int, missing: Callable[[], str | None]):
+    def __init__(self, store: SignedStore, rank: int, count: int, removed_key: Callable[[], str | None]):
         self.members: list[_Member] = []
-        self._beside: list[int] = []
-        self.clear: Callable[[], None] = lambda: None
-        self._store, self._rank, self._count, self._missing = store, rank, count, missing
+        self._local_ranks: list[int] = []
+        self.clean_up: Callable[[], None] = lambda: None
+        self._store, self._rank, self._count, self._removed_key = store, rank, count, removed_key
         self._main, self._beats = rank == 0, 0
-        self._seen: dict[int, tuple[int, float]] = {}
+        self._last_beats: dict[int, tuple[int, float]] = {}
         self._answered = time.monotonic()
         self._over, self._ending = threading.Event(), threading.Lock()
         self._screen = sys.stderr if self._main else EscapedStream(sys.__stderr__)
         self._beat()
 
     def start(self, members: list[_Member]) -> None:
-        """Begin to look. members: all processes, by rank."""
+        """Start to watch. members: all processes, by rank."""
         self.members, own = members, members[self._rank]
-        self._beside = [rank for rank, one in enumerate(members) if one.machine == own.machine and own.machine]
-        for loop in (self._talk, self._listen):
+        self._local_ranks = [rank for rank, one in enumerate(members) if one.machine == own.machine and own.machine]
+        for loop in (self._watch_members, self._watch_answers):
             threading.Thread(target=loop, name=f"loratune{loop.__name__}", daemon=True).start()
 
     def end(self, failure: Failure) -> Failure:
-        """Tell all of a failure. Returns the one that was told first. No other thread ends the process after this, but
-        if the store does not answer."""
+        """Publish a failure, and wait until the others have read it.
+
+        No other thread ends this process afterwards, unless the store does not answer.
+
+        Returns:
+            The failure that was published first.
+        """
         if not self._ending.acquire(blocking=False):
-            time.sleep(PATIENCE)  # another thread is ending it
+            time.sleep(PATIENCE)  # another thread is ending the process
         self._over.set()
-        backstop = threading.Timer(2 * SOON, os._exit, [failure.code])
+        backstop = threading.Timer(2 * GRACE, os._exit, [failure.code])
         backstop.daemon = True
         backstop.start()
-        first = self._published(failure)
-        self._meet()
+        first = self._publish(failure)
+        self._await_readers()
         backstop.cancel()
         return first
 
-    def tells(self, failure: Failure) -> bool:
-        """Whether this process tells the user: the main one, or the first of its machine if that has gone."""
-        if failure.rank != 0 or not failure.gone:
+    def is_reporter(self, failure: Failure) -> bool:
+        """Whether this process prints the failure: the main one does, or the first of its machine if that is lost."""
+        if failure.rank != 0 or not failure.lost:
             return self._main
-        beside = [rank for rank, one in enumerate(self.members) if one.host == self.members[self._rank].host]
-        return self._rank == next(rank for rank in beside if rank != 0)
+        ranks = [rank for rank, one in enumerate(self.members) if one.host == self.members[self._rank].host]
+        return self._rank == next(rank for rank in ranks if rank != 0)
 
-    def why(self, seconds: float, *, only_if_gone: bool) -> Failure | None:
-        """What another process failed of, or which one has gone, as soon as that is known. A signal that all were sent
-        shows in the failures of the others, and is none of these."""
-        begun = time.monotonic()
-        while time.monotonic() < begun + seconds:
+    def find_cause(self, seconds: float, *, lost_only: bool) -> Failure | None:
+        """Look for so many seconds for the failure or the loss of another process that explains an error in this one.
+
+        lost_only: whether a failure that another process published explains nothing. A signal that was sent to all
+        processes shows in their failures too.
+        """
+        start = time.monotonic()
+        while time.monotonic() < start + seconds:
             try:
-                if (failure := self._failure()) is not None:
-                    return None if only_if_gone else failure
-                if (failure := self._given_up(SILENT)) is not None:
+                if (failure := self._published()) is not None:
+                    return None if lost_only else failure
+                if (failure := self._lost_member(SHORT_PATIENCE)) is not None:
                     return failure
             except (RuntimeError, OSError):
-                return self._gone(0)
+                return self._loss_of(0)
             except LostError as error:
-                return self._forged(error)
-            time.sleep(BEAT / 5)
+                return self._own_failure(error)
+            time.sleep(HEARTBEAT / 5)
         return None
 
-    def leave(self) -> None:
-        """Stop, when all have come to this point."""
+    def stop(self) -> None:
+        """Stop to watch once all processes have come to this point."""
         self._store.put(f"left/{self._rank}", True)
         self._over.set()
-        self._meet()
+        self._await_readers()
 
-    def _talk(self) -> None:
-        while not self._over.wait(BEAT):
+    def _watch_members(self) -> None:
+        while not self._over.wait(HEARTBEAT):
             try:
                 self._beat()
-                if (key := self._missing()) is not None:
-                    raise deleted(key)
-                failure = self._failure() or self._given_up(PATIENCE)
+                if (key := self._removed_key()) is not None:
+                    raise removed_error(key)
+                failure = self._published() or self._lost_member(PATIENCE)
                 self._answered = time.monotonic()
-            except (RuntimeError, OSError):  # the store has gone, and with it the process that kept it
-                failure = self._gone(0)
+            except (RuntimeError, OSError):  # the store is gone, and with it the main process, which serves it
+                failure = self._loss_of(0)
             except LostError as error:
-                failure = self._forged(error)
+                failure = self._own_failure(error)
             if failure is not None and not self._over.is_set():
-                self._end_here(self._published(failure))
+                self._exit(self._publish(failure))
                 return
 
-    def _listen(self) -> None:
-        while not self._over.wait(BEAT):
+    def _watch_answers(self) -> None:
+        while not self._over.wait(HEARTBEAT):
             if time.monotonic() - self._answered > PATIENCE:
-                self._end_here(self._gone(0))
+                self._exit(self._loss_of(0))
                 return
 
     def _beat(self) -> None:
         self._beats += 1
         self._store.put(f"beat/{self._rank}", self._beats)
 
-    def _failure(self) -> Failure | None:
+    def _published(self) -> Failure | None:
         return Failure.from_json(self._store.get("failed")) if self._store.has("failed") else None
 
-    def _given_up(self, patience: float) -> Failure | None:
-        """A process on this machine that has ended, or any that has not shown that it is alive for so many seconds."""
-        for rank in self._beside:
-            if self.members[rank].dead() and not self._has(f"left/{rank}"):
-                return self._gone(rank)
+    def _lost_member(self, patience: float) -> Failure | None:
+        """The loss of a process on this machine that has ended, or of any without a heartbeat for so many seconds."""
+        for rank in self._local_ranks:
+            if self.members[rank].has_ended() and not self._has_value(f"left/{rank}"):
+                return self._loss_of(rank)
         for rank in range(1, self._count) if self._main else [0]:
             beat, now = self._store.get(f"beat/{rank}"), time.monotonic()
-            known, since = self._seen.get(rank, (0, now))
-            if beat > known:  # an older one could be written again by a stranger who has read it
-                self._seen[rank] = (beat, now)
+            last, since = self._last_beats.get(rank, (0, now))
+            if beat > last:  # another program that has read an older one could write it again
+                self._last_beats[rank] = (beat, now)
             elif now - since > patience:
-                return self._gone(rank)
+                return self._loss_of(rank)
         return None
 
-    def _gone(self, rank: int) -> Failure:
-        which = "the main process" if rank == 0 else f"process {rank}"
-        where = self.members[rank].host
-        what = f"{which} on {where} has gone, or cannot be reached"
-        return Failure(rank, where, (Problem(what, fix=_RESUME),), LostError.exit_code, gone=True)
+    def _loss_of(self, rank: int) -> Failure:
+        process, where = "the main process" if rank == 0 else f"process {rank}", self.members[rank].host
+        what = f"{process} on {where} has ended, or cannot be reached any more"
+        fix = "start all processes again, with --resume if a checkpoint was written"
+        problem = Problem(Code.DISTRIBUTED_LOST, what, fix=fix)
+        return Failure(rank, where, (problem,), LostError.exit_code, lost=True)
 
-    def _forged(self, error: LostError) -> Failure:
-        """The failure of this process to believe what stands in the store."""
+    def _own_failure(self, error: LostError) -> Failure:
+        """The failure of this process because another program wrote to the store."""
         return Failure(self._rank, host(), error.problems, error.exit_code)
 
-    def _has(self, key: str) -> bool:
-        """Whether a process of this run has put something there."""
+    def _has_value(self, key: str) -> bool:
+        """Whether a process of this run has put a value there."""
         return self._store.has(key) and self._store.get(key) is not None
 
-    def _published(self, failure: Failure) -> Failure:
+    def _publish(self, failure: Failure) -> Failure:
+        """Tell the other processes of a failure. Returns the one that was published first."""
         try:
-            return Failure.from_json(self._store.first("failed", failure.as_json()))
+            return Failure.from_json(self._store.put_first("failed", failure.as_json()))
         except (RuntimeError, OSError):
             _log.debug("the failure is not known to the others", exc_info=True)
             return failure
         except LostError as error:
-            return self._forged(error)
+            return self._own_failure(error)
 
-    def _meet(self) -> None:
-        """The main process, which keeps the store, stays until the others have read it."""
-        deadline = time.monotonic() + SOON
+    def _await_readers(self) -> None:
+        """Let the main process, which serves the store, stay until the others have read it."""
+        deadline = time.monotonic() + GRACE
         try:
             if not self._main:
                 self._store.put(f"read/{self._rank}", True)
@@ -318,24 +347,24 @@ class _Heartbeat:
             return
 
     def _has_read(self, rank: int) -> bool:
-        """Whether a process says that it has read why all end. What a stranger wrote in its place says nothing."""
+        """Whether a process says that it has read why all end. What another program wrote in its place says nothing."""
         try:
-            return self._has(f"read/{rank}")
+            return self._has_value(f"read/{rank}")
         except LostError:
             return False
 
-    def _end_here(self, failure: Failure) -> None:
-        """End the process from beside its main thread, which may be waiting for what never comes."""
+    def _exit(self, failure: Failure) -> None:
+        """End the process from another thread than the main one, which may be waiting without end."""
         if not self._ending.acquire(blocking=False):
             return  # another thread is ending it
-        backstop = threading.Timer(2 * SOON, os._exit, [failure.code])
+        backstop = threading.Timer(2 * GRACE, os._exit, [failure.code])
         backstop.start()
-        if self.tells(failure):
+        if self.is_reporter(failure):
             lines = [f"error: {problem}" for problem in failure.problems_for(self._rank)]
             print(*lines, sep="\n", file=self._screen, flush=True)
         if self._main or failure.rank != 0:
-            self._meet()
+            self._await_readers()
         try:
-            self.clear()
+            self.clean_up()
         finally:
             os._exit(failure.code)

@@ -1,12 +1,12 @@
 """Whether an adapter does better than its base: the losses of both on the same rows, compared in pairs.
 
-The measure is that of training, of the held-out loss and of `evaluate`: nats per learnt token, over all learnt tokens.
-What was drawn at random is rows, though, as the tokens of one row depend on each other. So the difference is a ratio of
-two sums over rows, of nats saved and of learnt tokens, and its 95 % interval is that of the delete-one jackknife with
-Student's t (R. G. Miller, "The jackknife: a review", Biometrika 61, 1974). Where all rows have as many tokens, this is
-the interval of a paired t test.
+The measure is that of training, of the held-out loss and of `evaluate`: nats per supervised token, over all supervised
+tokens. The sample, however, is one of rows, as the tokens of one row depend on each other. So the difference is a ratio
+of two sums over rows, of nats saved and of supervised tokens, and its 95 % interval is that of the delete-one jackknife
+with Student's t (R. G. Miller, "The jackknife: a review", Biometrika 61, 1974). Where all rows have as many tokens,
+this is the interval of a paired t test.
 
-Copies of a row tell nothing new: they are computed once, weigh as much as they are many, and count as one row.
+Copies of a row add no information: they are computed once, have the weight of all of them, and count as one row.
 """
 
 import math
@@ -20,41 +20,41 @@ import numpy as np
 from loratune import kernels
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
-from loratune.errors import NumericError, Problem
+from loratune.errors import Code, NumericError, Problem
 from loratune.lora import base_comparison
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import Weights
 from loratune.system.launcher import Group
 from loratune.training import scoring
-from loratune.training.ending import PUBLISH, Ending
-from loratune.training.resume import Resumed
+from loratune.training.resume import ResumePoint
 from loratune.training.run_dir import RunDirectory
+from loratune.training.run_dir_files import PUBLISH_WORSE, RejectedAdapter
 from loratune.training.scoring import Loss
 
-LEAST_JUDGED = 5
-"""Distinct rows below which no verdict is given. The interval of fewer rests on a spread that is hardly known."""
+LEAST_ROWS = 5
+"""Distinct rows below which no verdict is given. The interval of fewer rests on a variance that is hardly known."""
 _MOST_ROWS, _MOST_DRAWN = 64, 4096
-"""Distinct rows that are compared at most, and rows that are looked at for them."""
+"""At most so many distinct rows are compared, and so many rows are looked at to find them."""
 _WANTED_ROWS = 8
-"""Distinct rows that are compared where the tokens of training, though not `_SHARE`, allow it."""
+"""Distinct rows that are compared even beyond `_SHARE`, as long as training read more tokens than they have."""
 _SHARE = 32
-"""The rows hold at most this part of the tokens that were trained on, within the bounds below. A pass forward of base
-and adapter costs as much as training on the same tokens, so comparing takes some 3 % of the time of a long run."""
+"""The sample holds at most this part of the tokens that were trained on, within the bounds below. A forward pass of
+base and adapter costs as much as training on the same tokens, so comparing takes some 3 % of the time of a long run."""
 _LEAST_TOKENS, _MOST_TOKENS = 2048, 32_768
 """Bounds of that part. Below the lower one comparing takes little time by itself."""
-_SHOWN = 5e-4
-"""Nats below which a difference is none: it would not show in the decimals that the gain is told with."""
+_VISIBLE = 5e-4
+"""Nats below which a difference counts as none: it would not show in the decimals of the report."""
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Losses of base and adapter on the same rows, in nats per learnt token.
+    """Losses of base and adapter on the same rows, in nats per supervised token.
 
     Attributes:
         split: Which rows, `validation` or `training`.
-        rows: How many distinct ones were compared.
-        drawn: How many rows these stand for, copies among them.
+        rows: How many distinct rows were compared.
+        drawn: How many rows these stand for, with their copies.
         total: Rows of the split.
         base: Loss of the base.
         adapter: Loss of the adapter.
@@ -77,13 +77,13 @@ class Gain:
 
     @property
     def verdict(self) -> Literal["gain", "no gain", "worse", "not judged"]:
-        """`gain` or `worse` where the whole interval lies on one side of 0, by more than can be shown."""
+        """`gain` or `worse` where the whole interval is on one side of 0, and the difference is visible."""
         if not math.isfinite(self.adapter):
             return "worse"
         if self.low is None or self.high is None:
             return "not judged"
-        apart = abs(self.better_by) >= _SHOWN
-        return "gain" if apart and self.low > 0 else "worse" if apart and self.high < 0 else "no gain"
+        visible = abs(self.better_by) >= _VISIBLE
+        return "gain" if visible and self.low > 0 else "worse" if visible and self.high < 0 else "no gain"
 
     def __str__(self) -> str:
         """A line with the verdict and its figures."""
@@ -91,12 +91,12 @@ class Gain:
         if not math.isfinite(self.better_by):
             return f"not judged: not all losses on {self._rows()} are finite ({losses})"
         if self.validation_rows is not None:
-            losses += f"; validation gave {_counted(self.validation_rows, 'distinct row')}, too few"
+            losses += f"; validation gave {_plural(self.validation_rows, 'distinct row')}, too few"
         if self.low is None or self.high is None:
             what = f"{self._rows()} {'is' if self.rows == 1 else 'are'} too few"
             if self.drawn < self.total:
                 what = f"a run this short compares only {self._rows()}"
-            return f"not judged: {what}, {LEAST_JUDGED} are needed ({losses})"
+            return f"not judged: {what}, {LEAST_ROWS} are needed ({losses})"
         nats = f"{_nats(self.better_by)} nats per token"
         figures = f"(95 % interval {_nats(self.low)} to {_nats(self.high)}; {losses})"
         match self.verdict:
@@ -109,45 +109,56 @@ class Gain:
     def _rows(self) -> str:
         """`12 validation rows`, `64 of 500 validation rows`, `3 distinct of 9 validation rows`."""
         if self.rows == self.total:
-            return _counted(self.rows, f"{self.split} row")
+            return _plural(self.rows, f"{self.split} row")
         distinct = " distinct" if self.drawn > self.rows else ""
-        return f"{self.rows:,}{distinct} of {_counted(self.total, f'{self.split} row')}"
+        return f"{self.rows:,}{distinct} of {_plural(self.total, f'{self.split} row')}"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, the verdict among them. The sign of `better_by`, `low` and `high`: above 0 is better."""
         return asdict(self) | {"verdict": self.verdict}
 
 
-def refuse(gained: Gain, step: int, space: RunDirectory, group: Group) -> NoReturn:
-    """End a run whose adapter does worse than its base, and keep a record of that beside its checkpoints.
+def reject(gain: Gain, step: int, directory: RunDirectory, group: Group) -> NoReturn:
+    """End a run whose adapter does worse than its base, and record that beside its checkpoints.
 
-    step: the last one. Raises NumericError.
+    Args:
+        gain: The comparison.
+        step: The last optimizer step.
+        directory: Where the run works.
+        group: The processes of the run.
+
+    Raises:
+        NumericError: Always.
     """
     if group.main:
-        Ending(step, str(gained)).keep(space.ended)
-    group.all_gather(None)  # the others end only once it is written
-    fix = f"lower training.learning_rate and start with --overwrite, or {PUBLISH}"
-    raise NumericError(Problem(f"the adapter is {gained}", fix=fix))
+        RejectedAdapter(step, str(gain)).write(directory.rejection)
+    group.all_gather(None)  # the others end only once the record is written
+    fix = f"lower training.learning_rate and start with --overwrite, or {PUBLISH_WORSE}"
+    raise NumericError(Problem(Code.TRAINING_WORSE_THAN_BASE, f"the adapter is {gain}", fix=fix))
 
 
-def check_undecided(space: RunDirectory, resumed: Resumed) -> None:
-    """Raises NumericError: the run that is resumed ended worse than its base, and would end so again after no step."""
-    ending, changed = space.ending(), {change["key"] for change in resumed.changed}
-    if ending is None or ending.step != resumed.step or changed - {"training.learning_rate"}:
+def check_not_rejected(directory: RunDirectory, point: ResumePoint) -> None:
+    """Check that a resumed run would not end as it did before, without taking a step.
+
+    Raises:
+        NumericError: The run that is resumed ended worse than its base.
+    """
+    rejected, changed = directory.rejected_adapter(), {change["key"] for change in point.new_changes}
+    if rejected is None or rejected.step != point.step or changed - {"training.learning_rate"}:
         return
-    what = f"the run there has taken all its {ending.step:,} steps, and its adapter is {ending.told}"
+    what = f"the run has taken all its {rejected.step:,} steps, and its adapter is {rejected.comparison}"
     if changed:
-        what += "; no step is left that could take the new training.learning_rate"
-    fix = f"{PUBLISH}, or start afresh with --overwrite and a lower training.learning_rate"
-    raise NumericError(Problem(what, space.named, fix=fix))
+        what += "; no step is left for the new training.learning_rate"
+    fix = f"{PUBLISH_WORSE}, or start afresh with --overwrite and a lower training.learning_rate"
+    raise NumericError(Problem(Code.TRAINING_WORSE_THAN_BASE, what, directory.display_name, fix=fix))
 
 
 def _nats(value: float) -> str:
     """Three decimals, and never a negative zero."""
-    return f"{value:.3f}" if not abs(value) < _SHOWN else "0.000"
+    return f"{value:.3f}" if not abs(value) < _VISIBLE else "0.000"
 
 
-def _counted(number: int, what: str) -> str:
+def _plural(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -155,7 +166,7 @@ def measure(
     model: PeftModel,
     start: AdapterInit,
     trained: Weights,
-    parts: Mapping[str, TokenizedDataset],
+    splits: Mapping[str, TokenizedDataset],
     pad_id: int,
     budget: int,
     acceleration: kernels.Acceleration,
@@ -168,64 +179,64 @@ def measure(
         model: The base with the adapter, as it was trained.
         start: The adapter before its first step.
         trained: Its tensors now, whole.
-        parts: Rows by the name of their split. The sample is drawn from the first with enough distinct rows, and from
-            the last if there is none; it is the same one for the same rows and budget.
-        pad_id: Of the tokenizer.
+        splits: Rows by the name of their split. The sample is drawn from the first split with enough distinct rows, and
+            from the last if there is none; it is the same sample for the same rows and budget.
+        pad_id: The token for padding.
         budget: Tokens that the run was trained on.
         acceleration: What of the model the kernels compute, for adapter and base alike.
         group: The processes of the run.
         log: Takes a line on what is being done.
     """
-    samples = {split: _sample(rows, budget) for split, rows in parts.items()}
-    split = next((name for name, found in samples.items() if len(found) >= LEAST_JUDGED), [*parts][-1])
-    passed = len(samples["validation"]) if "validation" in parts and split != "validation" else None
-    rows, sample = parts[split].rows, samples[split]
+    samples = {name: _sample(rows, budget) for name, rows in splits.items()}
+    split = next((name for name, sample in samples.items() if len(sample) >= LEAST_ROWS), [*splits][-1])
+    too_few = len(samples["validation"]) if "validation" in splits and split != "validation" else None
+    rows, sample = splits[split].rows, samples[split]
     batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
-    log(f"comparing the adapter with its base on {_counted(len(sample), f'{split} row')}")
+    log(f"comparing the adapter with its base on {_plural(len(sample), f'{split} row')}")
 
     def losses() -> list[Loss]:
         with acceleration.applied(model):
             return scoring.batch_losses(model, batches, [*sample], group)
 
-    tuned = losses()
+    adapter_losses = losses()
     with base_comparison.as_initialized(model, start, trained):
-        plain = losses()
-    return compare(plain, tuned, split, [*sample.values()], len(rows), passed)
+        base_losses = losses()
+    return compare(base_losses, adapter_losses, split, [*sample.values()], len(rows), too_few)
 
 
 def compare(
     base: Sequence[Loss],
-    tuned: Sequence[Loss],
+    adapter: Sequence[Loss],
     split: str,
     copies: Sequence[int] | None = None,
     total: int | None = None,
     validation_rows: int | None = None,
 ) -> Gain:
-    """The gain that the losses of base and adapter on distinct rows amount to.
+    """The gain that follows from the losses of base and adapter on distinct rows.
 
     Args:
         base: Loss of each row on the base.
-        tuned: The same with the adapter.
+        adapter: The same with the adapter.
         split: What to call these rows.
         copies: How often each row occurs; once, if not given.
         total: Rows of the split; those that are given and their copies, if not given.
         validation_rows: See `Gain`.
     """
-    times = np.asarray(copies if copies is not None else [1] * len(base), dtype=np.float64)
-    tokens = times * [loss.tokens for loss in base]
-    sums = [times * [loss.total for loss in side] for side in (base, tuned)]
-    saved = sums[0] - sums[1]
-    plain, adapted, better = (float(side.sum() / tokens.sum()) for side in (*sums, saved))
-    rows, drawn = len(base), int(times.sum())
+    weights = np.asarray(copies if copies is not None else [1] * len(base), dtype=np.float64)
+    tokens = weights * [loss.tokens for loss in base]
+    base_nats, adapter_nats = (weights * [loss.total for loss in losses] for losses in (base, adapter))
+    saved = base_nats - adapter_nats
+    base_mean, adapter_mean, better_by = (float(nats.sum() / tokens.sum()) for nats in (base_nats, adapter_nats, saved))
+    rows, drawn = len(base), int(weights.sum())
     low = high = None
-    if rows >= LEAST_JUDGED and math.isfinite(better):
+    if rows >= LEAST_ROWS and math.isfinite(better_by):
         half = _quantile(rows - 1) * _standard_error(saved, tokens)
-        low, high = better - half, better + half
-    return Gain(split, rows, drawn, total or drawn, plain, adapted, better, low, high, validation_rows)
+        low, high = better_by - half, better_by + half
+    return Gain(split, rows, drawn, total or drawn, base_mean, adapter_mean, better_by, low, high, validation_rows)
 
 
 def _standard_error(saved: Any, tokens: Any) -> float:
-    """That of the ratio of two sums over rows, by the delete-one jackknife."""
+    """The standard error of the ratio of two sums over rows, by the delete-one jackknife."""
     without = (saved.sum() - saved) / (tokens.sum() - tokens)
     rows = len(saved)
     return float(np.sqrt((rows - 1) / rows * ((without - without.mean()) ** 2).sum()))
@@ -244,27 +255,30 @@ def _quantile(degrees: int) -> float:
     return sum(term / float(degrees) ** power for power, term in enumerate(terms))
 
 
-def _sample(part: TokenizedDataset, budget: int) -> dict[int, int]:
-    """Numbers of distinct rows that are compared, and how many of the rows that were drawn are the same as each.
+def _sample(split: TokenizedDataset, budget: int) -> dict[int, int]:
+    """Draw the rows that are compared.
 
-    They are few enough to take little time beside the training, and always fewer tokens than it read or than
+    They are few enough to take little time beside the training: always fewer tokens than it read, or than
     `_LEAST_TOKENS`, so that a short run is not followed by a long comparison.
+
+    Returns:
+        The numbers of distinct rows, and how many of the rows that were drawn are copies of each, itself included.
     """
-    rows = part.rows
+    rows = split.rows
     lengths, count = rows.lengths, len(rows)
     share = min(max(budget // _SHARE, _LEAST_TOKENS), _MOST_TOKENS)
     copies: dict[int, int] = {}
-    known: dict[Any, int] = {}
+    first_numbers: dict[Any, int] = {}
     tokens = 0
     for number in np.random.default_rng(0).choice(count, min(count, _MOST_DRAWN), replace=False).tolist():
         row = rows.row(number)
         if not row.supervised:
             continue
-        first = known.setdefault((row.ids, tuple(row.labels)), number)
+        first = first_numbers.setdefault((row.ids, tuple(row.labels)), number)
         if first == number:
             tokens += int(lengths[number])
-            most = max(share, budget) if len(copies) < _WANTED_ROWS else share
-            if len(copies) == _MOST_ROWS or tokens > most:
+            limit = max(share, budget) if len(copies) < _WANTED_ROWS else share
+            if len(copies) == _MOST_ROWS or tokens > limit:
                 break
         copies[first] = copies.get(first, 0) + 1
     return dict(sorted(copies.items()))

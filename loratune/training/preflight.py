@@ -1,4 +1,4 @@
-"""What can be known before torch is imported: is the output free, are the rows sound, is the adapter readable."""
+"""What can be checked before torch is imported: rows, the place of the model, resuming, and adapter directories."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from loratune import config, data
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import ProgressFactory, RawDatasets
 from loratune.data.sources import looks_like_hub_id
-from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.errors import AdapterError, Code, ConfigError, Problem
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.model import quantization
@@ -20,52 +20,61 @@ from loratune.model.source import is_directory, local_or_hub
 from loratune.system import launcher
 from loratune.system.files import path_problem
 from loratune.system.launcher import Group
-from loratune.training import resume as resuming
-from loratune.training.resume import Resumed
+from loratune.training.resume import ResumePoint, find_resume_point
 from loratune.training.run_dir import RunDirectory
 
 
 @dataclass(frozen=True)
 class ValidatedRun:
-    """A run that may begin.
+    """A run that may start.
 
-    config: with absolute paths; rows: None in a process that takes them as the main one leaves them; allowed: keys with
-    other values than before; resumed: where it goes on, if it does.
+    Attributes:
+        config: The config, with absolute paths.
+        directory: Where the run works.
+        rows: The rows as they were read; None in a process that takes them as the main process tokenizes them.
+        allowed_changes: Keys that may have other values than before the interruption.
+        resume_point: Where the run is resumed, if it is.
     """
 
     config: RunConfig
-    space: RunDirectory
+    directory: RunDirectory
     rows: RawDatasets | None
-    allowed: Sequence[str] = ()
-    resumed: Resumed | None = None
+    allowed_changes: Sequence[str] = ()
+    resume_point: ResumePoint | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """All but the rows, as plain values, for the processes that take them as the main one leaves them."""
+        """Everything but the rows, as plain values, for the other processes."""
         plain = {name: _PLAIN[name].dump_python(getattr(self, name), mode="json") for name in _PLAIN}
         return {"config": self.config.resolved(), **plain}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ValidatedRun":
-        """What `as_json` gave, without rows."""
+        """The run of which `as_json` made these values, without rows."""
         plain = {name: _PLAIN[name].validate_python(values[name]) for name in _PLAIN}
         return cls(RunConfig.model_validate(values["config"]), rows=None, **plain)
 
 
 _PLAIN: dict[str, TypeAdapter[Any]] = {
-    "space": TypeAdapter(RunDirectory), "allowed": TypeAdapter(tuple[str, ...]), "resumed": TypeAdapter(Resumed | None),
+    "directory": TypeAdapter(RunDirectory), "allowed_changes": TypeAdapter(tuple[str, ...]),
+    "resume_point": TypeAdapter(ResumePoint | None),
 }  # fmt: skip
-"""How the fields of `ValidatedRun` that are no sections become plain values and come back, by their types."""
+"""How the fields of `ValidatedRun` that are no sections become plain values and back, by their types."""
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
     """An adapter directory and what it says of its training.
 
-    base: how the base was held; data: how rows were read; chat: they went through the chat template; run: the recorded
-    config, None if loratune did not write it; forced: the user wants it used whatever it was trained on.
+    Attributes:
+        files: Its files.
+        base: How the base was loaded.
+        data: How rows were read.
+        chat: Whether they went through the chat template.
+        run: The recorded config; None if loratune did not write the adapter.
+        forced: Whether the user wants to use it whatever it was trained on.
     """
 
-    saved: AdapterFiles
+    files: AdapterFiles
     base: ModelSection
     data: DataSection
     chat: bool
@@ -74,86 +83,101 @@ class AdapterInfo:
 
 
 def check(
-    run: RunConfig, space: RunDirectory, watch: ProgressFactory, resume: Sequence[str] | None = None
+    run: RunConfig, directory: RunDirectory, watch: ProgressFactory, resume: Sequence[str] | None = None
 ) -> ValidatedRun:
-    """Look for the model, and read and check the rows, of a run whose output directory is free; nothing is written.
+    """Look for the model, and read and check the rows, of a run whose output directory is free. Nothing is written.
 
-    resume: go on from a checkpoint, with other values of these keys; None: start.
+    Args:
+        run: The config.
+        directory: Where the run will work.
+        watch: Shows the passes over the rows.
+        resume: Keys that may have other values than before the interruption; None to start a new run.
 
-    Raises ConfigError: see `quantized.check_bitsandbytes`; no such chat template; what sharded weights exclude. Raises
-    ModelError: see `places.is_directory`, `quantized.check_directory`. Raises DataError: see `data.read_datasets`.
-    Raises ResumeError: see `resuming.find`.
+    Raises:
+        ConfigError: See `quantization.check_bitsandbytes`; there is no such chat template; a setting does not work
+            with sharded weights.
+        ModelError: See `source.is_directory` and `quantization.check_directory`.
+        DataError: See `data.read_datasets`.
+        ResumeError: See `resume.find_resume_point`.
     """
     base, template = run.model, run.data.chat_template
     if template is not None and not os.path.isfile(os.path.expanduser(template)):
-        raise ConfigError(Problem("no such file", template, "data.chat_template", "name a Jinja file"))
+        what, fix = "there is no such file", "name a Jinja file"
+        raise ConfigError(Problem(Code.MODEL_TEMPLATE_UNREADABLE, what, template, "data.chat_template", fix))
     _check_sharding(run)
     quantization.check_bitsandbytes(base.quantization)
     if is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
         quantization.check_directory(Path(local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
-    pinned = _pinned(run)
-    resumed = resuming.find(space.checkpoints, pinned.resolved(), resume) if resume is not None else None
-    return ValidatedRun(
-        pinned, space, data.read_datasets(run.data, run.training.seed, watch), tuple(resume or ()), resumed
-    )
+    absolute = _with_absolute_paths(run)
+    point = None
+    if resume is not None:
+        point = find_resume_point(directory.checkpoints, absolute.resolved(), resume)
+    rows = data.read_datasets(run.data, run.training.seed, watch)
+    return ValidatedRun(absolute, directory, rows, tuple(resume or ()), point)
 
 
 def _check_sharding(run: RunConfig) -> None:
-    """Raises ConfigError: what does not work where weights are spread over processes: upstream's own failures."""
-    how = launcher.sharding()
-    bad = {"fsdp": ("8bit",), "deepspeed": ("8bit", "4bit")}.get(how, ())
-    held, optim = run.model.quantization, run.training.optim
-    asked = {
-        "model.quantization": held if held in bad else None,
+    """Raises ConfigError: a setting fails in upstream's code where weights are sharded."""
+    if not (sharding := launcher.sharding()):
+        return
+    excluded = {"fsdp": ("8bit",), "deepspeed": ("8bit", "4bit")}[sharding]
+    quantized, optim = run.model.quantization, run.training.optim
+    settings = {
+        "model.quantization": quantized if quantized in excluded else None,
         "lora.use_lorafa": "true" if run.lora.use_lorafa else None,
         "training.optim": optim if optim not in ("adamw_torch", "adamw_torch_fused") else None,
     }
-    if how:
-        what, fix = f"does not work with weights that are spread by {how}", "change it, or start without"
-        if problems := [Problem(f"{value} {what}", key=key, fix=fix) for key, value in asked.items() if value]:
-            raise ConfigError(problems)
+    what, fix = f"does not work with weights that {sharding} shards", "change it, or start without sharding"
+    if problems := [
+        Problem(Code.DISTRIBUTED_SHARDING, f"{value} {what}", key=key, fix=fix)
+        for key, value in settings.items()
+        if value
+    ]:
+        raise ConfigError(problems)
 
 
-def shared(ready: ValidatedRun | None, group: Group) -> ValidatedRun:
-    """What the main process has checked, in all of them; the others have no rows yet."""
-    known = group.broadcast(ready.as_json() if ready else None)
-    assert known is not None
-    return ready or ValidatedRun.from_json(known)
+def broadcast_run(ready: ValidatedRun | None, group: Group) -> ValidatedRun:
+    """The run that the main process has checked, in all processes; the others have no rows yet."""
+    values = group.broadcast(ready.as_json() if ready else None)
+    assert values is not None
+    return ready or ValidatedRun.from_json(values)
 
 
-def _pinned(run: RunConfig) -> RunConfig:
-    """The config as it would repeat this run from anywhere: with absolute paths."""
+def _with_absolute_paths(run: RunConfig) -> RunConfig:
+    """The config as it repeats this run from any directory.
+
+    Raises:
+        ConfigError: A path that begins with the working directory is not UTF-8, and could not be recorded.
+    """
 
     def absolute(path: str) -> str:
-        there = Path(path).expanduser()
-        return path if looks_like_hub_id(path) and not there.exists() else str(there.absolute())
+        expanded = Path(path).expanduser()
+        return path if looks_like_hub_id(path) and not expanded.exists() else str(expanded.absolute())
 
-    def pinned(value: Any) -> Any:
+    def absolute_sources(value: Any) -> Any:
         if isinstance(value, list):
-            return [pinned(one) for one in value]
+            return [absolute_sources(item) for item in value]
         return value.model_copy(update={"path": absolute(value.path)}) if isinstance(value, Source) else value
 
     rows = run.data
-    changes: dict[str, Any] = {"train": pinned(rows.train), "validation": pinned(rows.validation)}
+    changes: dict[str, Any] = {"train": absolute_sources(rows.train), "validation": absolute_sources(rows.validation)}
     if rows.chat_template:
         changes["chat_template"] = absolute(rows.chat_template)
-    named = run.model.model_copy(update={"name_or_path": local_or_hub(run.model.name_or_path)})
+    rows = rows.model_copy(update=changes)
+    model = run.model.model_copy(update={"name_or_path": local_or_hub(run.model.name_or_path)})
     output = str(Path(run.output_dir).expanduser().absolute())
-    made = run.model_copy(update={"data": rows.model_copy(update=changes), "model": named, "output_dir": output})
-    _check_recordable(made)
-    return made
-
-
-def _check_recordable(run: RunConfig) -> None:
-    """Raises ConfigError: a path that begins with the working directory is no text, and could not be recorded."""
-    rows = run.data
-    paths = [("output_dir", run.output_dir), ("model.name_or_path", run.model.name_or_path)]
+    paths = [("output_dir", output), ("model.name_or_path", model.name_or_path)]
     paths += [("data.chat_template", rows.chat_template)] if rows.chat_template else []
     paths += [("data.train", source.path) for source in rows.train_sources]
     paths += [("data.validation", source.path) for source in rows.validation_sources]
     fix = "start from a directory whose name is UTF-8"
-    if problems := [Problem(f"the path {why}", path, key, fix) for key, path in paths if (why := path_problem(path))]:
+    if problems := [
+        Problem(Code.RUN_PATH_INVALID, f"the path {reason}", path, key, fix)
+        for key, path in paths
+        if (reason := path_problem(path))
+    ]:
         raise ConfigError(problems)
+    return run.model_copy(update={"data": rows, "model": model, "output_dir": output})
 
 
 def open_adapter(
@@ -165,47 +189,56 @@ def open_adapter(
 ) -> AdapterInfo:
     """Open an adapter directory. What its run.yaml says of code to trust is not believed.
 
-    assignments: of keys of its data section, as of `config.load`; forced: go on where files have changed since they
-    were saved, and log it. Raises AdapterError: see `saved.inspect`; files that have changed; a run.yaml that is none.
-    Raises ConfigError: see `config.load`.
+    Args:
+        directory: The adapter directory.
+        log: Takes lines on what could not be verified.
+        forced: Whether files that have changed since they were saved are logged instead of refused.
+        assignments: Assignments to keys of its data section, as of `config.load`.
+
+    Raises:
+        AdapterError: See `adapter_files.inspect`; files have changed; run.yaml is not a config.
+        ConfigError: See `config.load`.
     """
-    found = adapter_files.inspect(directory)
-    edits = found.edits()
-    if not found.record.get("files"):
+    files = adapter_files.inspect(directory)
+    edits = files.edits()
+    if not files.record.get("files"):
         log(f"{directory}: keeps no record of its files and its base, so neither was verified")
     if edits and not forced:
         raise AdapterError([replace(edit, fix="use it all the same with --force") for edit in edits])
     for edit in edits:
         log(str(edit))
     try:
-        base = ModelSection(name_or_path=found.base, revision=found.config.get("revision"))
+        base = ModelSection(name_or_path=files.base, revision=files.config.get("revision"))
     except ValidationError:
-        where = str(directory / adapter_files.CONFIG_FILE)
-        raise AdapterError(Problem("not the name of a base", where, "base_model_name_or_path")) from None
+        where, key = str(directory / adapter_files.CONFIG_FILE), "base_model_name_or_path"
+        raise AdapterError(Problem(Code.ADAPTER_NO_BASE, "is not the name of a base model", where, key)) from None
     if not (directory / "run.yaml").is_file():
         if assignments:
-            raise ConfigError(Problem("the adapter has no run.yaml whose keys could be set", str(directory), "--set"))
-        recorded = base.model_copy(update={"gguf_file": _recorded_gguf(found)})
-        return AdapterInfo(found, recorded, DataSection(train=Source(path="unknown")), False, None, forced)
+            what, fix = "the adapter has no run.yaml whose keys could be set", "leave out --set"
+            raise ConfigError(Problem(Code.ADAPTER_NO_RUN_CONFIG, what, str(directory), "--set", fix))
+        recorded = base.model_copy(update={"gguf_file": _recorded_gguf(files)})
+        return AdapterInfo(files, recorded, DataSection(train=Source(path="unknown")), False, None, forced)
     try:
         run = config.load(directory / "run.yaml")
     except ConfigError as error:
         raise AdapterError(error.problems) from None
-    if beyond := [one for one in assignments if not one.startswith("data.")]:
-        raise ConfigError(Problem(f"`{beyond[0]}` is decided by training", key="--set", fix="only data.* can be set"))
+    if other := [assignment for assignment in assignments if not assignment.startswith("data.")]:
+        what, fix = f"`{other[0]}` was decided by training", "set keys of data.* only"
+        raise ConfigError(Problem(Code.ADAPTER_SET_NOT_DATA, what, key="--set", fix=fix))
     run = config.load(directory / "run.yaml", assignments) if assignments else run
-    held = run.model.model_dump(include={"gguf_file", "dtype", "quantization", "attn_implementation"})
-    return AdapterInfo(found, base.model_copy(update=held), run.data, found.record.get("chat") is True, run, forced)
+    loading = run.model.model_dump(include={"gguf_file", "dtype", "quantization", "attn_implementation"})
+    return AdapterInfo(files, base.model_copy(update=loading), run.data, files.record.get("chat") is True, run, forced)
 
 
-def _recorded_gguf(found: AdapterFiles) -> str | None:
-    """Which GGUF file the provenance of an adapter names within its base; None without a record, or a GGUF file."""
-    if not found.record:
+def _recorded_gguf(files: AdapterFiles) -> str | None:
+    """The GGUF file that the record of an adapter names within its base; None without a record, or a GGUF file."""
+    if not files.record:
         return None
-    where = str(found.path / adapter_files.RECORD_FILE)
-    if not isinstance(base := found.record.get("base"), dict):
-        raise AdapterError(Problem("does not say what the base is", where, "base"))
-    file = base.get("gguf_file")
-    if file is not None and (not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts):
-        raise AdapterError(Problem(f"not the name of a file: {file!r}", where, "base.gguf_file"))
-    return file
+    where = str(files.path / adapter_files.RECORD_FILE)
+    if not isinstance(base := files.record.get("base"), dict):
+        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, "does not say what the base model is", where, "base"))
+    gguf = base.get("gguf_file")
+    if gguf is not None and (not isinstance(gguf, str) or Path(gguf).is_absolute() or ".." in Path(gguf).parts):
+        what = f"is not the name of a file: {gguf!r}"
+        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, where, "base.gguf_file"))
+    return gguf

@@ -1,4 +1,4 @@
-"""What a run is, by what decides its result; and whether a resumed one is the same."""
+"""What a run is, by everything that decides its result, and whether a resumed run is the same one."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from loratune.config import RunConfig
-from loratune.errors import Problem, ResumeError
+from loratune.errors import Code, Problem, ResumeError
 from loratune.system import launcher
 from loratune.training.checkpoints import newest_whole, step_of
 
@@ -21,95 +21,113 @@ CHANGEABLE = (
     "lora.lora_dropout", "data.train", "data.validation", "model.name_or_path", "model.attn_implementation",
     "model.torch_compile", "model.use_liger_kernel",
 )  # fmt: skip
-"""Keys that a resumed run can take on: each has its effect from the next step on, and the rows stay as they were.
+"""Keys that a resumed run can change: each has its effect from the next step on, and the rows stay the same.
 
-`data.train` and `model.name_or_path` may name another place; what is found there has to be the same. So has the number
-of rows that an optimizer step takes, over all processes.
+`data.train` and `model.name_or_path` may name another place, at which there has to be the same as before. The number
+of rows that an optimizer step takes, over all processes, has to stay the same as well.
 """
-_PLACES = ("output_dir",)  # the checkpoints were found, wherever they lie now
+_NOT_COMPARED = ("output_dir",)  # the checkpoints were found, so the run directory may have been moved
+_RESTART = "start afresh with --overwrite"
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """Where a run goes on.
+class ResumePoint:
+    """Where a resumed run continues.
 
-    skipped: checkpoints that were passed over, and why; changes: keys that were taken on, at which step, and from what
-    to what; rescaled: the new learning rate over the old one; before: the identity of the run that was interrupted;
-    forgotten: keys without a value that the release which wrote the checkpoint knew, and this one does not.
+    Attributes:
+        checkpoint: The directory of the checkpoint.
+        skipped: A problem for each newer checkpoint that is not whole.
+        changes: The keys that were changed with --allow-change, now and in earlier resumptions: at which step, and
+            from which value to which.
+        learning_rate_factor: The new learning rate divided by the old one.
+        identity: The identity of the interrupted run, as its checkpoint holds it; see `identity`.
+        dropped_keys: Keys without a value that the release which wrote the checkpoint knew, and this one does not.
     """
 
     checkpoint: Path
     skipped: tuple[Problem, ...]
     changes: list[dict[str, Any]]
-    rescaled: float
-    before: Mapping[str, Any]
-    forgotten: tuple[str, ...] = ()
+    learning_rate_factor: float
+    identity: Mapping[str, Any]
+    dropped_keys: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
-        """Optimizer steps that are done."""
+        """How many optimizer steps were taken."""
         return step_of(self.checkpoint)
 
     @property
-    def changed(self) -> list[dict[str, Any]]:
-        """Those of `changes` that are taken on now."""
-        return self.changes[len(self.before["changes"]) :]
+    def new_changes(self) -> list[dict[str, Any]]:
+        """Those of `changes` that this resumption makes."""
+        return self.changes[len(self.identity["changes"]) :]
 
     @property
     def base_fingerprint(self) -> str:
-        """That of the base of the run that was interrupted."""
-        return str(self.before["fingerprints"]["base"])
+        """The fingerprint of the base of the interrupted run."""
+        return str(self.identity["fingerprints"]["base"])
 
 
 def identity(
     config: Mapping[str, Any],
     fingerprints: Mapping[str, str | None],
     rows: Mapping[str, int],
-    conditions: Mapping[str, str],
+    environment: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its run, as JSON. Beside what is given, how many processes there are, and what spreads
-    the base over them.
+    """What a checkpoint keeps of its run, as JSON.
 
-    config: resolved; rows: counts of the training rows; conditions: what it is computed with, see `conditions`.
+    Args:
+        config: The resolved config.
+        fingerprints: Of the base, the training rows and the validation rows.
+        rows: Counts of the training rows.
+        environment: What the run is computed with; see `trainer.environment`.
+
+    Returns:
+        All of these, with the number of processes and how they shard the weights.
     """
     return {
-        "config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows), "conditions": dict(conditions),
+        "config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows), "conditions": dict(environment),
         "processes": launcher.world_size(), "sharding": launcher.sharding(), "changes": [],
     }  # fmt: skip
 
 
-def find(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -> Resumed:
-    """Find the newest whole checkpoint, and insist that it is of a run with the same config.
+def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -> ResumePoint:
+    """Find the newest whole checkpoint, and check that it is of a run with the same config.
 
-    allowed: keys of `CHANGEABLE` whose values may differ. Raises ResumeError: no checkpoint is whole; the config has
-    changed; a key that cannot be allowed; with the processes that there are now, steps would take other rows, or
-    DeepSpeed's files cannot be read.
+    Args:
+        checkpoints: The directory of all checkpoints.
+        config: The resolved config of this run.
+        allowed: Keys of `CHANGEABLE` whose values may differ.
+
+    Raises:
+        ResumeError: No checkpoint is whole; the config has changed; a key cannot be changed; with the processes that
+            there are now, a step would take other rows, or DeepSpeed's files cannot be read.
     """
     if problems := [
         Problem(
-            "cannot take effect in a run that goes on",
+            Code.RESUME_NOT_CHANGEABLE,
+            "a resumed run cannot change this key",
             key=f"--allow-change {key}",
-            fix=f"leave it out; these can: {', '.join(CHANGEABLE)}",
+            fix=f"leave it out; these keys can be changed: {', '.join(CHANGEABLE)}",
         )
         for key in allowed
         if key not in CHANGEABLE
     ]:
         raise ResumeError(problems)
     checkpoint, before, skipped = newest_whole(checkpoints, _fault)
-    old = _completed(before["config"], config, RunConfig)
-    unknown = dict(_unknown(before["config"], RunConfig))
-    problems = [*_refused(old, config, allowed), *_lost(unknown, before)]
-    if problems := problems or [*_reordered(before, config, launcher.world_size()), *_respread(before)]:
+    old = _migrated(before["config"], config, RunConfig)
+    unknown = dict(_unknown_keys(before["config"], RunConfig))
+    problems = [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
+    if problems := problems or [*_other_steps(before, config, launcher.world_size()), *_other_processes(before)]:
         raise ResumeError([*skipped, *problems])
-    changed = [
-        {"step": step_of(checkpoint), "key": key, "was": was, "is": now} for key, was, now in _changes(old, config)
+    changes = [
+        {"step": step_of(checkpoint), "key": key, "was": was, "is": now} for key, was, now in _differences(old, config)
     ]
-    rescaled = config["training"]["learning_rate"] / old["training"]["learning_rate"]
-    return Resumed(checkpoint, tuple(skipped), before["changes"] + changed, rescaled, before, tuple(unknown))
+    factor = config["training"]["learning_rate"] / old["training"]["learning_rate"]
+    return ResumePoint(checkpoint, tuple(skipped), before["changes"] + changes, factor, before, tuple(unknown))
 
 
 def _fault(run: Any) -> str:
-    """What is wrong with what a checkpoint keeps of its run, see `identity`; empty if it can be gone on from."""
+    """What is wrong with an identity that was read from a checkpoint; empty if the run can be resumed by it."""
     try:
         training = run["config"]["training"]
         rate = training["learning_rate"]
@@ -132,145 +150,159 @@ def _fault(run: Any) -> str:
     return "" if all(sound) else "it is not the record of a run"
 
 
-def check_same(resumed: Resumed, now: Mapping[str, Any], allowed: Sequence[str], *, base: str) -> None:
-    """Insist that rows and base are the same.
+def check_same(point: ResumePoint, current: Mapping[str, Any], allowed: Sequence[str], *, base: str) -> None:
+    """Check that rows and base are the same as before the interruption.
 
-    now: see `identity`; base: the fingerprint of the base, in the version of the one that the checkpoint holds. Raises
-    ResumeError: they have changed.
+    Args:
+        point: Where the run is resumed.
+        current: The identity of this run.
+        allowed: Keys that may differ.
+        base: The fingerprint of the base, in the version of the one that the checkpoint holds.
+
+    Raises:
+        ResumeError: Rows or base have changed.
     """
-    comparable = {**now, "fingerprints": now["fingerprints"] | {"base": base}}
-    if problems := list(_moved(resumed.before, comparable, allowed)):
+    comparable = {**current, "fingerprints": current["fingerprints"] | {"base": base}}
+    if problems := list(_changed_contents(point.identity, comparable, allowed)):
         raise ResumeError(problems)
 
 
-def differences(resumed: Resumed, now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the run is computed with that it was not computed with before, as `Resumed.changes`. now: see `identity`.
+def environment_changes(point: ResumePoint, current: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a resumed run is computed with that it was not computed with before, in the form of `ResumePoint.changes`.
 
-    The run goes on all the same: the numbers are as good, but their last bits may be others. A checkpoint of a release
-    that kept no conditions differs in nothing that is known.
+    The run continues all the same: its numbers are as good, but their last bits may differ. Nothing is known of a
+    checkpoint whose release did not record the environment. current: the identity of this run.
     """
-    old, new = resumed.before.get("conditions", {}), now["conditions"]
+    old, new = point.identity.get("conditions", {}), current["conditions"]
     return [
-        {"step": resumed.step, "key": name, "was": old[name], "is": new[name]}
+        {"step": point.step, "key": name, "was": old[name], "is": new[name]}
         for name in new
         if name in old and old[name] != new[name]
     ]
 
 
-def _completed(before: Any, now: Any, section: type[BaseModel] | None) -> Any:
-    """A configuration as this release would have written it: a key that came with a later release has its default, and
-    one that has gone is left out, see `_unknown`.
+def _migrated(before: Any, now: Any, section: type[BaseModel] | None) -> Any:
+    """A configuration as this release would have written it.
 
-    before: resolved values, as a checkpoint holds them; now: those of this run; section: what they are values of.
+    A key that a later release added has its default, and one that was removed is left out; see `_unknown_keys`.
+
+    Args:
+        before: Resolved values, as a checkpoint holds them.
+        now: Those of this run.
+        section: The class of the values, None for plain ones.
     """
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [_completed(old, new, section) for old, new in zip(before, now, strict=True)]
+        return [_migrated(old, new, section) for old, new in zip(before, now, strict=True)]
     if not isinstance(before, dict) or not isinstance(now, dict) or section is None:
         return before
-    made = {
-        key: _completed(old, now.get(key), _section_of(section, key))
+    values = {
+        key: _migrated(old, now.get(key), _section_of(section, key))
         for key, old in before.items()
         if key in section.model_fields
     }
     for key in now.keys() - before.keys():
         if key in section.model_fields and not section.model_fields[key].is_required():
             default = section.model_fields[key].get_default(call_default_factory=True)
-            made[key] = default.model_dump() if isinstance(default, BaseModel) else default
-    return made
+            values[key] = default.model_dump() if isinstance(default, BaseModel) else default
+    return values
 
 
 def _section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The class that the values of a key have, alone or in a list, if they are not plain."""
-    open_: list[Any] = [section.model_fields[key].annotation] if key in section.model_fields else []
-    for kind in open_:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-        open_.extend(get_args(kind))
+    """The class of the values of a key, alone or in a list; None for plain values."""
+    annotations: list[Any] = [section.model_fields[key].annotation] if key in section.model_fields else []
+    for annotation in annotations:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+        annotations.extend(get_args(annotation))
     return None
 
 
-def _unknown(before: Mapping[str, Any], section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _unknown_keys(before: Mapping[str, Any], section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Keys, with values, that this release does not know."""
     for key, value in before.items():
         if key not in section.model_fields:
             yield f"{prefix}{key}", value
         elif (inner := _section_of(section, key)) is not None:
-            for one in value if isinstance(value, list) else [value]:
-                if isinstance(one, dict):
-                    yield from _unknown(one, inner, f"{prefix}{key}.")
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, dict):
+                    yield from _unknown_keys(item, inner, f"{prefix}{key}.")
 
 
-def _lost(unknown: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[Problem]:
-    """Unknown keys whose values had an effect that would end here. Empty ones are told, see `Resumed.forgotten`."""
+def _lost_values(unknown: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[Problem]:
+    """Unknown keys whose values had an effect that would end here. Empty ones are `ResumePoint.dropped_keys`."""
     release = before.get("conditions", {}).get("loratune")
-    fix = f"finish the run with loratune {release}, which began it" if release else "finish the run with that release"
+    fix = f"finish the run with loratune {release}, which started it" if release else "finish the run with that release"
     for key, value in unknown.items():
         if value not in (None, False, "", "none", [], {}):
-            what = f"was {_shown(value)} in the release of loratune that began the run; this release has no such key"
-            yield Problem(what, key=key, fix=f"{fix}, or start afresh with --overwrite")
+            what = f"was {_json(value)} in the release of loratune that started the run; this release has no such key"
+            yield Problem(Code.RESUME_UNKNOWN_KEY, what, key=key, fix=f"{fix}, or {_RESTART}")
 
 
-def _refused(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
-    for key, old, new in _changes(before, now):
+def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
+    for key, old, new in _differences(before, now):
         if any(key == name or key.startswith(f"{name}.") for name in allowed):
             continue
-        may = next((name for name in CHANGEABLE if key == name or key.startswith(f"{name}.")), None)
-        fix = "change it back" + (f", or take it on with --allow-change {may}" if may else "")
-        yield Problem(f"was {_shown(old)} when the run was interrupted, and is now {_shown(new)}", key=key, fix=fix)
+        option = next((name for name in CHANGEABLE if key == name or key.startswith(f"{name}.")), None)
+        what = f"was {_json(old)} when the run was interrupted, and is now {_json(new)}"
+        fix = "change it back" + (f", or allow the change with --allow-change {option}" if option else "")
+        yield Problem(Code.RESUME_CONFIG_CHANGED, what, key=key, fix=fix)
 
 
-def _reordered(before: Mapping[str, Any], now: Mapping[str, Any], processes: int) -> Iterator[Problem]:
-    """The rows of a step would be others, as there are more or fewer of them, or other packs."""
+def _other_steps(before: Mapping[str, Any], now: Mapping[str, Any], processes: int) -> Iterator[Problem]:
+    """An optimizer step would take other rows: more, fewer, or packed in another way."""
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
     old, new = (
         (count, *(config["training"][key] for key in keys))
         for count, config in ((before.get("processes", 1), before["config"]), (processes, now))
     )
-    taken = [f"{math.prod(one)} ({_processes(one[0])} x {one[1]} x {one[2]})" for one in (old, new)]
+    rows = [f"{math.prod(sizes)} ({_processes(sizes[0])} x {sizes[1]} x {sizes[2]})" for sizes in (old, new)]
     if math.prod(old) != math.prod(new):
-        what = f"a step took {taken[0]} rows when the run was interrupted, and would now take {taken[1]}"
-        fix = f"start {_processes(old[0])}, or change it with --allow-change so that the product stays"
+        what = f"a step took {rows[0]} rows when the run was interrupted, and would now take {rows[1]}"
+        fix = f"start {_processes(old[0])}, or change this key so that the product stays the same, with --allow-change"
         if old[0] == new[0]:
-            fix = "change it back, or the other one as well, so that the product stays"
-        yield Problem(what, key=f"training.{keys[0] if old[1] != new[1] else keys[1]}", fix=fix)
+            fix = "change it back, or change the other factor as well, so that the product stays the same"
+        key = f"training.{keys[0] if old[1] != new[1] else keys[1]}"
+        yield Problem(Code.RESUME_ROWS_PER_STEP, what, key=key, fix=fix)
     elif old[1] != new[1] and now["data"]["packing"] == "full":
         what, fix = f"was {old[1]} when the run was interrupted, and packs are made for it", "change it back"
-        yield Problem(what, key=f"training.{keys[0]}", fix=fix)
+        yield Problem(Code.RESUME_PACKS, what, key=f"training.{keys[0]}", fix=fix)
 
 
-def _respread(before: Mapping[str, Any]) -> Iterator[Problem]:
-    """DeepSpeed keeps the optimizer in a file for each process; all else is kept whole."""
+def _other_processes(before: Mapping[str, Any]) -> Iterator[Problem]:
+    """DeepSpeed keeps the optimizer in a file for each process; everything else is kept whole."""
     old = (before.get("sharding", ""), before.get("processes", 1))
     new = (launcher.sharding(), launcher.world_size())
     if old != new and "deepspeed" in (old[0], new[0]):
-        told = [f"{_processes(count)} with {how or 'no sharding'}" for how, count in (old, new)]
-        what = f"the run was one of {told[0]}, and is now one of {told[1]}"
-        yield Problem(what, fix="start it as it was; checkpoints of DeepSpeed are read by as many processes only")
+        was, now = (f"{_processes(count)} with {sharding or 'no sharding'}" for sharding, count in (old, new))
+        what = f"the run had {was}, and now has {now}; a checkpoint of DeepSpeed needs the same processes"
+        yield Problem(Code.RESUME_PROCESSES, what, fix="start it as before")
 
 
-def _moved(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
-    """What the config names, and is no longer what it was."""
+def _changed_contents(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
+    """What the config names has another content than before."""
     old, new = before["fingerprints"], now["fingerprints"]
-    since, fix = "since the run was interrupted", "put them back, or start afresh with --overwrite"
+    since, fix = "since the run was interrupted", f"put the old ones back, or {_RESTART}"
     if old["data"] != new["data"]:
         counts = [f"{run['rows']['rows']:,} rows with {run['rows']['tokens']:,} tokens" for run in (before, now)]
-        told = f" ({counts[0]}, now {counts[1]})" if counts[0] != counts[1] else ""
-        yield Problem(f"the training rows have changed {since}{told}", key="data.train", fix=fix)
+        change = f" ({counts[0]}, now {counts[1]})" if counts[0] != counts[1] else ""
+        what = f"the training rows have changed {since}{change}"
+        yield Problem(Code.RESUME_TRAIN_CHANGED, what, key="data.train", fix=fix)
     if old["validation"] != new["validation"] and "data.validation" not in allowed:
-        fix = "put them back, or take them on with --allow-change data.validation"
-        yield Problem(f"the validation rows have changed {since}", key="data.validation", fix=fix)
+        fix = "put the old ones back, or allow the change with --allow-change data.validation"
+        what = f"the validation rows have changed {since}"
+        yield Problem(Code.RESUME_VALIDATION_CHANGED, what, key="data.validation", fix=fix)
     if old["base"] != new["base"]:
-        fix = "put it back, or start afresh with --overwrite"
-        yield Problem(f"the base model has changed {since}", key="model.name_or_path", fix=fix)
+        what, fix = f"the base model has changed {since}", f"put the old one back, or {_RESTART}"
+        yield Problem(Code.RESUME_BASE_CHANGED, what, key="model.name_or_path", fix=fix)
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Key, old and new value of all that differs."""
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Key, old value and new value of everything that differs."""
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changes(old, new, f"{prefix}{key}.")
-        elif old != new and f"{prefix}{key}" not in _PLACES:
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new and f"{prefix}{key}" not in _NOT_COMPARED:
             yield f"{prefix}{key}", old, new
 
 
@@ -278,5 +310,5 @@ def _processes(number: int) -> str:
     return f"{number} process" if number == 1 else f"{number} processes"
 
 
-def _shown(value: Any) -> str:
+def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)

@@ -10,10 +10,17 @@ from loratune.system.launcher import Group
 
 
 class DistributedBatchSampler(Sampler[list[int]]):
-    """The batches of one process. A micro-step takes the next `size` items for each process, in an order that is drawn
-    anew for each epoch; so processes, batch size and accumulation share out the same steps.
+    """The batches of one process.
 
-    At the end of an epoch fewer items may be left; they are spread evenly, and a process may get none.
+    A micro-step takes the next `size` items for each process, in an order that is drawn anew for each epoch. So the
+    number of processes, the batch size and the accumulation only share out the same steps in other ways. At the end of
+    an epoch fewer items may be left; they are spread evenly, and a process may get none.
+
+    Args:
+        items: How many items there are.
+        size: Items of a micro-step for each process.
+        seed: Of the order; the number of the epoch is added to it.
+        group: The processes of the run.
     """
 
     def __init__(self, items: int, size: int, seed: int, group: Group):
@@ -21,7 +28,7 @@ class DistributedBatchSampler(Sampler[list[int]]):
         self.rank, self.processes = group.rank, group.count
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next pass is of."""
+        """Set the epoch of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -30,43 +37,41 @@ class DistributedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)  # as accelerate's SeedableRandomSampler
-        drawn = torch.randperm(self.items, generator=generator).tolist()
+        order = torch.randperm(self.items, generator=generator).tolist()
         for start in range(0, self.items, self.size * self.processes):
-            yield self._share(drawn[start : start + self.size * self.processes])
+            yield self._share(order[start : start + self.size * self.processes])
 
     def _share(self, numbers: list[int]) -> list[int]:
+        """The part of a micro-step's items that this process takes."""
         least, more = divmod(len(numbers), self.processes)
         start = self.rank * least + min(self.rank, more)
         return numbers[start : start + least + (self.rank < more)]
 
 
 class Loader(DataLoader[Any]):
-    """Batches of a `DistributedBatchSampler`, which Trainer tells the epoch; accelerate shares them out no further."""
+    """Loads the batches of a `DistributedBatchSampler`. Trainer sets its epoch; accelerate shares them out no further.
+
+    A micro-step without items for this process is a batch of the first row in which nothing is supervised, as all
+    processes must take every step.
+    """
 
     def __init__(
         self,
         items: Any,
-        order: DistributedBatchSampler,
+        sampler: DistributedBatchSampler,
         collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
         *,
-        pinned: bool,
+        pin_memory: bool,
     ):
-        self.order = order
-        super().__init__(items, batch_sampler=order, collate_fn=_Collator(items, collate), pin_memory=pinned)
+        def batch(selected: Sequence[Any]) -> dict[str, torch.Tensor]:
+            if selected:
+                return collate(selected)
+            idle = collate([items[0]])
+            return idle | {"labels": torch.full_like(idle["labels"], -100)}
+
+        self.rows_sampler = sampler
+        super().__init__(items, batch_sampler=sampler, collate_fn=batch, pin_memory=pin_memory)
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next pass is of."""
-        self.order.set_epoch(epoch)
-
-
-class _Collator:
-    """Makes batches; one without items is of the first row, of which nothing is learnt: all must take every step."""
-
-    def __init__(self, items: Any, collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]):
-        self._items, self._collate = items, collate
-
-    def __call__(self, some: Sequence[Any]) -> dict[str, torch.Tensor]:
-        if some:
-            return self._collate(some)
-        idle = self._collate([self._items[0]])
-        return idle | {"labels": torch.full_like(idle["labels"], -100)}
+        """Set the epoch of the next pass."""
+        self.rows_sampler.set_epoch(epoch)

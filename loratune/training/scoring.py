@@ -1,4 +1,4 @@
-"""The loss over rows that nothing is learnt from."""
+"""The loss of a model on rows that it is not trained on."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,14 @@ from loratune.system.launcher import SINGLE_PROCESS, Group
 
 
 class Batches(Protocol):
-    """A set of rows as it is iterated. items: rows, or lists of them; size: items of a batch; collate: items → a batch
-    of tensors; flat: the rows of a batch stand end to end, without padding."""
+    """A set of rows as it is iterated.
+
+    Attributes:
+        items: Rows, or lists of rows.
+        size: Items of a batch.
+        collate: From items to a batch of tensors.
+        flat: Whether the rows of a batch stand end to end, without padding.
+    """
 
     items: Any
     size: int
@@ -27,14 +33,14 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy summed over `tokens` learnt tokens, in nats."""
+    """Cross-entropy in nats, summed over `tokens` supervised tokens."""
 
     total: float
     tokens: int
 
     @property
     def mean(self) -> float:
-        """Nats per learnt token."""
+        """Nats per supervised token."""
         return self.total / self.tokens
 
 
@@ -45,13 +51,17 @@ def held_out_loss(
     before_batch: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
     group: Group = SINGLE_PROCESS,
 ) -> Loss:
-    """The loss over all learnt tokens of some items, each token counting once however they are batched and shared out.
+    """The loss over all supervised tokens, each of which counts once however rows are batched and shared out.
 
-    numbers: of the items; None: all; group: what takes a share of them each. Raises what `before_batch` raises, which
-    is shown every batch.
+    Args:
+        model: Left in the mode, training or evaluation, in which it is.
+        rows: The rows.
+        numbers: Which of its items to take; None for all.
+        before_batch: Called with every batch; it may raise an error, which ends the pass.
+        group: The processes, each of which takes a share of the batches.
     """
-    chosen = range(len(rows.items)) if numbers is None else numbers
-    own = [loss for _, loss in _batch_losses(model, rows, chosen, before_batch, group)]
+    selected = range(len(rows.items)) if numbers is None else numbers
+    own = [loss for _, loss in _own_losses(model, rows, selected, before_batch, group)]
     total, tokens = group.total([sum(loss.total for loss in own), sum(loss.tokens for loss in own)])
     return Loss(total, int(tokens))
 
@@ -59,37 +69,38 @@ def held_out_loss(
 def batch_losses(
     model: PreTrainedModel, rows: Batches, numbers: Sequence[int], group: Group = SINGLE_PROCESS
 ) -> list[Loss]:
-    """The loss of each batch of some items, in their order. group: all of them take a share, and get all losses."""
-    own = [(place, loss.total, loss.tokens) for place, loss in _batch_losses(model, rows, numbers, _seen, group)]
+    """The loss of each batch of some items, in their order.
+
+    group: the processes, each of which takes a share of the batches and gets all losses.
+    """
+    losses = _own_losses(model, rows, numbers, lambda _: None, group)
+    own = [(position, loss.total, loss.tokens) for position, loss in losses]
     return [Loss(total, tokens) for _, total, tokens in sorted(chain.from_iterable(group.all_gather(own)))]
 
 
-def _seen(batch: dict[str, torch.Tensor]) -> None:
-    pass
-
-
 @torch.no_grad()
-def _batch_losses(
+def _own_losses(
     model: PreTrainedModel,
     rows: Batches,
-    chosen: Sequence[int],
+    numbers: Sequence[int],
     before_batch: Callable[[dict[str, torch.Tensor]], None],
     group: Group,
 ) -> list[tuple[int, Loss]]:
-    """Place and loss of each batch that falls to this process."""
+    """Position and loss of each batch that this process takes."""
     was_training = model.training
     model.eval()
-    found = []
-    batches = [chosen[start : start + rows.size] for start in range(0, len(chosen), rows.size)]
+    losses = []
+    batches = [numbers[start : start + rows.size] for start in range(0, len(numbers), rows.size)]
     for first in range(0, len(batches), group.count):
-        place = first + group.rank
-        batch = rows.collate([rows.items[number] for number in batches[place % len(batches)]])
+        position = first + group.rank
+        # Beyond the last batch a process takes one again, as all must take part in every forward pass.
+        batch = rows.collate([rows.items[number] for number in batches[position % len(batches)]])
         before_batch(batch)
         labels = batch.pop("labels").to(model.device)
         expect(model, labels)
         logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits
         loss, count = next_token_loss(logits, labels)
-        if place < len(batches):  # where none is left, one is read again, so that all take part in every pass
-            found.append((place, Loss(loss.item(), int(count))))
+        if position < len(batches):
+            losses.append((position, Loss(loss.item(), int(count))))
     model.train(was_training)
-    return found
+    return losses

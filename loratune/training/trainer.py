@@ -1,36 +1,51 @@
-"""Section + model + datasets → `transformers.Trainer`, its callbacks and checkpoints."""
+"""The training loop: `transformers.Trainer` with this package's batches, callbacks and checkpoints."""
 
+import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
+from loratune import kernels
 from loratune.config import TrainingSection
-from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
-from loratune.kernels import expect
+from loratune.errors import Code, Problem, ResourceError, ResumeError, is_out_of_memory
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
-from loratune.training.callbacks import NonFiniteGuard, OomDryRun, Progress, ProgressCallback, Stopper, diverged_error
+from loratune.training.callbacks import (
+    NonFiniteGuard,
+    OomDryRun,
+    Progress,
+    ProgressCallback,
+    StopCallback,
+    diverged_error,
+)
 from loratune.training.checkpoints import Checkpoints
 from loratune.training.sampler import DistributedBatchSampler, Loader
 from loratune.training.scoring import Batches, Loss, held_out_loss
 from loratune.training.sharded_trainer import ShardedTrainer
+from loratune.training.upstream import exclude_from_ddp, scale_learning_rates, use_one_gpu
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run is kept in and led by.
+class RunContext:
+    """What surrounds a training loop.
 
-    group: the processes that share it; resume_from: a whole checkpoint; rescaled: by what its learning rates are
-    multiplied; after_checkpoint: called in all processes once a checkpoint is whole, and may raise what ends the run.
+    Attributes:
+        checkpoints: Where its checkpoints go.
+        progress: What shows its steps.
+        stop: The signal that asked this process to stop, if any.
+        group: The processes that share the run.
+        resume_from: A whole checkpoint from which the run is resumed.
+        learning_rate_factor: By what the learning rates of that checkpoint are multiplied.
+        after_checkpoint: Called in all processes after each checkpoint; it may raise an error, which ends the run.
     """
 
     checkpoints: Checkpoints
@@ -38,32 +53,42 @@ class Run:
     stop: Stop = field(default_factory=Stop)
     group: Group = SINGLE_PROCESS
     resume_from: Path | None = None
-    rescaled: float = 1.0
+    learning_rate_factor: float = 1.0
     after_checkpoint: Callable[[], None] = lambda: None
 
     def stopping(self) -> bool:
-        """Whether any process was asked to stop. All ask at the same moment, and all of them know from then on."""
-        requested = self.stop.requested
-        told = self.group.total([requested is kind for kind in (Interruption, Termination)])
-        self.stop.requested = Termination if told[1] else Interruption if told[0] else None
+        """Whether any process was asked to stop. All processes call it together, and from then on all know."""
+        requests = self.group.total([self.stop.requested is kind for kind in (Interruption, Termination)])
+        self.stop.requested = Termination if requests[1] else Interruption if requests[0] else None
         return self.stop.requested is not None
 
 
 class OutOfMemory(ResourceError):
-    """A step, or an evaluation, asked for more memory than there is."""
+    """A step, or an evaluation, needs more memory than there is."""
 
-    def __init__(self, place: str, *, evaluating: bool):
-        super().__init__(Problem(f"out of memory {place}"))
+    def __init__(self, position: str, *, evaluating: bool):
+        code = Code.MEMORY_EVALUATION if evaluating else Code.MEMORY_TRAINING
+        super().__init__(Problem(code, f"out of memory {position}"))
         self.evaluating = evaluating
 
 
 OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
-"""A class and its keywords."""
+"""A class and its keyword arguments."""
 
 
 @dataclass
 class Outcome:
-    """What a run came to. loss: per learnt token in nats; tokens: read in training, without padding."""
+    """What a training loop came to.
+
+    Attributes:
+        steps: Optimizer steps.
+        first_loss: The loss of the first step, in nats per supervised token.
+        last_loss: The loss of the last step.
+        held_out_loss: The last loss on the validation rows, None without any.
+        tokens: How many tokens were read in training, without padding.
+        seconds: How long it took.
+        curve: What the trainer logged.
+    """
 
     steps: int
     first_loss: float
@@ -79,11 +104,18 @@ class Outcome:
         return {name: value for name, value in vars(self).items() if name != "curve"}
 
 
-def arguments(
+def training_arguments(
     section: TrainingSection, checkpoints: Path, *, evaluated: bool, experts: bool = False, bfloat16: bool = False
 ) -> TrainingArguments:
-    """The upstream arguments of a run. evaluated: there are rows to evaluate on; experts: a step may leave some of the
-    trained weights out; bfloat16: DeepSpeed is to leave the base in it, which it would otherwise make float32."""
+    """The upstream arguments of a run.
+
+    Args:
+        section: The config.
+        checkpoints: Where checkpoints go.
+        evaluated: Whether there are validation rows.
+        experts: Whether a step may leave some of the trained weights unused.
+        bfloat16: Whether DeepSpeed is to keep the base in bfloat16; otherwise it makes it float32.
+    """
     return TrainingArguments(
         output_dir=str(checkpoints),
         **section.model_dump(),
@@ -93,10 +125,10 @@ def arguments(
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0
         ddp_find_unused_parameters=experts,
-        ddp_broadcast_buffers=False,  # angles of rotations and the like, which are the same everywhere
+        ddp_broadcast_buffers=False,  # buffers such as rotation angles are the same in all processes
         remove_unused_columns=False,
         bf16=bfloat16,
-        use_cpu=not torch.accelerator.is_available(),  # or accelerate takes many processes for one
+        use_cpu=not torch.accelerator.is_available(),  # otherwise accelerate takes many processes for one
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to="none",
@@ -108,87 +140,45 @@ def fit(
     model: PreTrainedModel,
     train: Batches,
     validation: Batches | None,
-    run: Run,
-    optimizer: Callable[[OptimizerChoice], OptimizerChoice] = lambda plain: plain,
+    context: RunContext,
+    optimizer: Callable[[OptimizerChoice], OptimizerChoice] = lambda choice: choice,
     *,
-    rehearsed: bool = True,
+    oom_dry_run: bool = True,
 ) -> Outcome:
     """Train the trainable weights of `model` in place.
 
-    rehearsed: the largest batch is tried before all others, so that memory that is short shows at once. optimizer: from
-    the optimizer that the section names to the one that is used, for variants with parameter groups of their own.
-    Raises NumericError: a loss, gradient or weight that is not finite, within one step of it. Raises OutOfMemory;
-    ResourceError: the disk is full. Raises KeyboardInterrupt: the run was stopped, after a checkpoint.
+    Args:
+        section: The config.
+        model: The base with the adapter.
+        train: The training batches.
+        validation: The validation batches.
+        context: Checkpoints, progress and processes.
+        optimizer: From the optimizer that the section names to the one that is used, for LoRA variants that need
+            parameter groups of their own.
+        oom_dry_run: Whether the largest batch is computed before all others, so that a lack of memory shows at once.
+
+    Raises:
+        NumericError: A loss, gradient or weight is not finite; at most one step after it became so.
+        OutOfMemory: A batch needs more memory than there is.
+        ResourceError: The disk is full.
+        KeyboardInterrupt: The run was stopped, after a checkpoint.
     """
-    trainer = _made(section, model, train, validation, run, optimizer, rehearsed=rehearsed)
+    trainer = _build(section, model, train, validation, context, optimizer, oom_dry_run=oom_dry_run)
     start = time.monotonic()
     try:
-        with suppress(_Done):
-            trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+        with suppress(_AllStepsTaken):
+            trainer.train(resume_from_checkpoint=str(context.resume_from) if context.resume_from else None)
         seconds = time.monotonic() - start
-        if validation is not None and run.stop.requested is None:
-            trainer.catch_up()
-        if run.stop.requested is not None:
-            raise run.stop.requested
+        if validation is not None and context.stop.requested is None:
+            trainer.evaluate_once()
+        if context.stop.requested is not None:
+            raise context.stop.requested
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(trainer.place(), evaluating=trainer.evaluating) from None
+        raise OutOfMemory(trainer.position(), evaluating=trainer.evaluating) from None
     finally:
-        run.progress.stop()
-    return _outcome(trainer, seconds)
-
-
-def _made(
-    section: TrainingSection,
-    model: PreTrainedModel,
-    train: Batches,
-    validation: Batches | None,
-    run: Run,
-    optimizer: Callable[[OptimizerChoice], OptimizerChoice],
-    *,
-    rehearsed: bool,
-) -> "_Trainer":
-    guard = NonFiniteGuard(run.checkpoints, run.group)
-    rehearsal = OomDryRun(guard)
-    settings = _settings(section, model, train, run, evaluated=validation is not None)
-    _keep_apart(model)
-    trainer = _Trainer(
-        run,
-        train,
-        guard,
-        model=model,
-        args=settings,
-        optimizer_cls_and_kwargs=optimizer(Trainer.get_optimizer_cls_and_kwargs(settings, model)),
-        train_dataset=train.items,
-        eval_dataset=validation,
-        data_collator=train.collate,
-        compute_loss_func=guard.loss,
-        callbacks=[guard, rehearsal, Stopper(run.stopping), ProgressCallback(run.progress)],
-    )
-    trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own bars are off; `progress` shows the run
-    guard.norm = trainer.gradient_norm
-    rehearsal.rehearse = partial(trainer.rehearse, validation, rehearsed)
-    if run.group.rank:
-        torch.manual_seed(section.seed + run.group.rank)  # or all would drop the same of different rows
-    return trainer
-
-
-def _settings(
-    section: TrainingSection, model: PreTrainedModel, train: Batches, run: Run, *, evaluated: bool
-) -> TrainingArguments:
-    settings = arguments(
-        section.model_copy(update={"per_device_train_batch_size": train.size}),
-        run.checkpoints.directory,
-        evaluated=evaluated,
-        experts=any("expert" in name for name, one in model.named_parameters() if one.requires_grad),
-        bfloat16=launcher.sharding() == "deepspeed" and model.dtype == torch.bfloat16,
-    )
-    settings._n_gpu = min(settings.n_gpu, 1)  # Trainer would share batches out among all GPUs of a process
-    return settings
-
-
-def _outcome(trainer: Trainer, seconds: float) -> Outcome:
+        context.progress.stop()
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     return Outcome(
@@ -202,148 +192,207 @@ def _outcome(trainer: Trainer, seconds: float) -> Outcome:
     )
 
 
-def _keep_apart(model: PreTrainedModel) -> None:
-    """Leave what is frozen out of what DDP sends around: every process has loaded it."""
-    names = [name for name, one in model.named_parameters() if not one.requires_grad]
-    names += [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # type: ignore[no-untyped-call]
+def _build(
+    section: TrainingSection,
+    model: PreTrainedModel,
+    train: Batches,
+    validation: Batches | None,
+    context: RunContext,
+    optimizer: Callable[[OptimizerChoice], OptimizerChoice],
+    *,
+    oom_dry_run: bool,
+) -> "_RunTrainer":
+    guard = NonFiniteGuard(context.checkpoints, context.group)
+    dry_run = OomDryRun(guard)
+    arguments = training_arguments(
+        section.model_copy(update={"per_device_train_batch_size": train.size}),
+        context.checkpoints.directory,
+        evaluated=validation is not None,
+        experts=any("expert" in name for name, parameter in model.named_parameters() if parameter.requires_grad),
+        bfloat16=launcher.sharding() == "deepspeed" and model.dtype == torch.bfloat16,
+    )
+    use_one_gpu(arguments)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    exclude_from_ddp(model, [*frozen, *(name for name, _ in model.named_buffers())])
+    trainer = _RunTrainer(
+        context,
+        train,
+        guard,
+        model=model,
+        args=arguments,
+        optimizer_cls_and_kwargs=optimizer(Trainer.get_optimizer_cls_and_kwargs(arguments, model)),
+        train_dataset=train.items,
+        eval_dataset=validation,
+        data_collator=train.collate,
+        compute_loss_func=guard.loss,
+        callbacks=[guard, dry_run, StopCallback(context.stopping), ProgressCallback(context.progress)],
+    )
+    trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own progress bar is off
+    guard.norm = trainer.gradient_norm
+    dry_run.run = partial(trainer.before_first_step, validation, oom_dry_run)
+    if context.group.rank:
+        torch.manual_seed(section.seed + context.group.rank)  # processes draw different dropout masks
+    return trainer
 
 
-def check_sound(model: PreTrainedModel, train: Batches, checkpoints: Checkpoints, step: int) -> None:
-    """See whether what the last step made still gives a loss, which no step after it has shown.
+PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+"""The packages that compute. Others only read, and what they read is known by its fingerprint."""
 
-    Raises NumericError: the loss of the first rows is NaN or inf; the checkpoint of the step is gone then.
+
+def environment(model: PreTrainedModel, fallbacks: Sequence[str]) -> dict[str, str]:
+    """What a run is computed with. Any of it may change the last bits of a result.
+
+    Args:
+        model: The model on the device on which it is trained.
+        fallbacks: What of it PyTorch computes as no kernel accelerates it, see `kernels.Acceleration`.
+
+    Returns:
+        Names and values. Both are shown to the user: "NAME was VALUE up to step 5, and is VALUE from there".
     """
-    loss = held_out_loss(model, train, range(min(train.size, len(train.items))))
-    if not loss.total < float("inf"):
-        fix = "lower training.learning_rate"
-        problem = Problem(f"after the last step the loss is {loss.mean}", key="training.learning_rate", fix=fix)
-        raise diverged_error(problem, checkpoints, step)
+    path, on_gpu = Path("/proc/cpuinfo"), model.device.type == "cuda"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    processors = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {
+        **{name: version(name) for name in PACKAGES},
+        "the processor": next(processors, platform.processor() or platform.machine()),
+        "the device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
+        "the number of threads": str(torch.get_num_threads()),
+        "the compiled CPU code": kernels.variant(model.get_input_embeddings().weight),
+        "what PyTorch computes instead of fast code": ", ".join(fallbacks) or "nothing",
+    }
 
 
-def _tokens(batch: dict[str, torch.Tensor]) -> int:
-    """Tokens of a batch without padding, and none of one that stands in for no rows, see `Loader`. The batch still lies
-    in the machine's memory, so no device is waited for."""
+def _count_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of a batch on the CPU, without padding; none of a batch that stands in for no rows, see `Loader`."""
     if not (batch["labels"] >= 0).any():
         return 0
     mask = batch.get("attention_mask")
     return batch["labels"].numel() if mask is None else int(mask.sum())
 
 
-class _Done(Exception):
+class _AllStepsTaken(Exception):
     """The checkpoint is that of the last step. Trainer would take one more if that is in the middle of an epoch."""
 
 
-class _Stopped(Exception):
-    """The user does not want to wait for the rest of an evaluation."""
+class _EvaluationStopped(Exception):
+    """The run was stopped while it was evaluating."""
 
 
-class _Trainer(ShardedTrainer):
-    """Trainer that writes whole checkpoints, and evaluates to a mean over tokens; upstream's is a mean over batches."""
+class _RunTrainer(ShardedTrainer):
+    """A Trainer that writes whole checkpoints, and whose held-out loss is a mean over tokens, not over batches."""
 
-    def __init__(self, run: Run, rows: Batches, guard: NonFiniteGuard, **arguments: Any):
-        self.run, self.rows, self.guard, self.group = run, rows, guard, run.group
+    def __init__(self, context: RunContext, rows: Batches, guard: NonFiniteGuard, **arguments: Any):
+        self.context, self.rows, self.guard, self.group = context, rows, guard, context.group
         self.shape: tuple[int, ...] = ()
         self.evaluating = False
         super().__init__(**arguments)
 
     def get_train_dataloader(self) -> Loader:
         """The batches of this process."""
-        order = DistributedBatchSampler(len(self.rows.items), self.rows.size, self.args.seed, self.run.group)
-        return Loader(self.rows.items, order, self.rows.collate, pinned=self.args.dataloader_pin_memory)
+        sampler = DistributedBatchSampler(len(self.rows.items), self.rows.size, self.args.seed, self.group)
+        return Loader(self.rows.items, sampler, self.rows.collate, pin_memory=self.args.dataloader_pin_memory)
 
-    def rehearse(self, validation: Batches | None, wanted: bool) -> None:
-        """If it is wanted, forward and backward of the largest batch, and the largest evaluation; nothing of it stays.
+    def before_first_step(self, validation: Batches | None, oom_dry_run: bool) -> None:
+        """Check that steps are left, dry-run the largest batches if that is wanted, and evaluate if that is due.
 
-        A run that was stopped in an evaluation takes it now. Raises ResumeError: more steps were taken than are asked,
-        or none is left for a new learning rate. Raises _Done: all were taken.
+        An evaluation is due where the run was stopped during one. Nothing of a dry run stays.
+
+        Raises:
+            ResumeError: More steps were taken than the config asks for, or none is left for a new learning rate.
+            _AllStepsTaken: All steps were taken.
         """
         done, steps = self.state.global_step, self.state.max_steps
         if done > steps:
-            what = f"the run has taken {done} steps, and is to take {steps}"
-            raise ResumeError(Problem(what, key="training", fix="ask for more, or start afresh with --overwrite"))
-        if done == steps and self.run.rescaled != 1:
-            what = f"the run has taken all its {steps} steps, and none is left that could take another one"
-            fix = "change it back, or ask for more with training.num_train_epochs or training.max_steps"
-            raise ResumeError(Problem(what, key="training.learning_rate", fix=fix))
+            what, fix = (
+                f"the run has taken {done} steps, but only {steps} are set",
+                "set more, or start with --overwrite",
+            )
+            raise ResumeError(Problem(Code.RESUME_FEWER_STEPS, what, key="training", fix=fix))
+        if done == steps and self.context.learning_rate_factor != 1:
+            what = f"the run has taken all its {steps} steps, so a new learning rate has no effect"
+            fix = "change it back, or set more steps with training.num_train_epochs or training.max_steps"
+            raise ResumeError(Problem(Code.RESUME_NO_STEP_LEFT, what, key="training.learning_rate", fix=fix))
         if done == steps:
-            raise _Done
-        if wanted:
+            raise _AllStepsTaken
+        if oom_dry_run:
             batch = self.rows.collate([self.rows.items[number] for number in self.rows.heaviest()])
             with torch.random.fork_rng():
-                self.rehearsal_step(batch)
+                self.dry_run_step(batch)
         if validation is None:
             return
-        if wanted:
-            self._loss(validation, validation.heaviest())
+        if oom_dry_run:
+            self._held_out_loss(validation, validation.heaviest())
         if self.args.eval_strategy == "steps" and done and done % self.state.eval_steps == 0:
-            self.catch_up()
+            self.evaluate_once()
 
-    def catch_up(self) -> None:
+    def evaluate_once(self) -> None:
         """Evaluate, unless that was done at this step."""
-        known = (entry["step"] for entry in self.state.log_history if "eval_loss" in entry)
-        if self.state.global_step not in known:
+        evaluated = (entry["step"] for entry in self.state.log_history if "eval_loss" in entry)
+        if self.state.global_step not in evaluated:
             self.evaluate()
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Nobody asks; upstream's walks over the whole model at each micro-step."""
+        """Not counted: nothing uses the number, and upstream walks over the whole model at each micro-step for it."""
         return 0
 
-    def place(self) -> str:
-        """What is being done, and the shape of its batch."""
-        what = "in the evaluation after" if self.evaluating else "at"
+    def position(self) -> str:
+        """What is being computed, and the shape of its batch."""
+        where = "in the evaluation after" if self.evaluating else "at"
         step = self.state.global_step + (not self.evaluating)
-        return f"{what} step {step}, on a batch of {' x '.join(map(str, self.shape))} tokens"
+        return f"{where} step {step}, on a batch of {' x '.join(map(str, self.shape))} tokens"
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         try:
-            loss = self._loss(rows)
-        except _Stopped:
+            loss = self._held_out_loss(rows)
+        except _EvaluationStopped:
             self.control.should_save = self.control.should_training_stop = True
             return {}
         if not abs(loss.mean) < float("inf"):
             what = f"the held-out loss after step {self.state.global_step} is {loss.mean}"
-            problem = Problem(what, key="data.validation", fix="lower training.learning_rate")
-            raise diverged_error(problem, self.run.checkpoints, self.state.global_step)
+            fix = "lower training.learning_rate"
+            problem = Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.validation", fix=fix)
+            raise diverged_error(problem, self.context.checkpoints, self.state.global_step)
         metrics = {f"{metric_key_prefix}_loss": loss.mean}
         self.log(dict(metrics))
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.notify_evaluation(metrics)
         return metrics
 
-    def _loss(self, rows: Batches, numbers: Sequence[int] | None = None) -> Loss:
+    def _held_out_loss(self, rows: Batches, numbers: Sequence[int] | None = None) -> Loss:
         self.evaluating = True
-        loss = held_out_loss(self.model, rows, numbers, before_batch=self._go_on, group=self.run.group)
+        loss = held_out_loss(self.model, rows, numbers, before_batch=self._before_batch, group=self.group)
         self.evaluating = False
         return loss
 
-    def _go_on(self, batch: dict[str, torch.Tensor]) -> None:
-        if self.run.stopping():
+    def _before_batch(self, batch: dict[str, torch.Tensor]) -> None:
+        if self.context.stopping():
             self.evaluating = False
-            raise _Stopped
+            raise _EvaluationStopped
         self.shape = tuple(batch["input_ids"].shape)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Without a cache, which a model would otherwise make, and then take rows that stand end to end for one."""
-        self.guard.tokens += _tokens(inputs)
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+    def prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch as it goes into the model, without a cache.
+
+        With a cache, which a model makes unless told otherwise, it would take packed rows for one row.
+        """
+        self.guard.tokens += _count_tokens(inputs)
+        prepared = super().prepare_inputs(inputs)
         self.shape = tuple(prepared["input_ids"].shape)
-        expect(self.model, prepared["labels"])
+        kernels.expect(self.model, prepared["labels"])
         return prepared | {"use_cache": False}
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.run.checkpoints.unfinished)
+    def checkpoint_parent(self) -> str:
+        """Where the trainer writes a checkpoint before it is whole."""
+        return str(self.context.checkpoints.unfinished)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self.run.checkpoints.writing(self.state.global_step):
-            super()._save_checkpoint(model, trial)
-        self.run.after_checkpoint()
+    def save_checkpoint(self, model: Any) -> None:
+        """Write a checkpoint that is whole, or absent."""
+        with self.context.checkpoints.writing(self.state.global_step):
+            super().save_checkpoint(model)
+        self.context.after_checkpoint()
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.run.rescaled != 1:
-            for group in self.optimizer.param_groups:
-                group["initial_lr"] *= self.run.rescaled
-                group["lr"] *= self.run.rescaled
-            for rates in (self.lr_scheduler.base_lrs, self.lr_scheduler.get_last_lr()):
-                rates[:] = [rate * self.run.rescaled for rate in rates]
+    def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore optimizer and scheduler, with a new learning rate if the user has set one."""
+        super().load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.context.learning_rate_factor != 1:
+            scale_learning_rates(self.optimizer, self.lr_scheduler, self.context.learning_rate_factor)

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import transformers
 import yaml
-from conftest import Ran, tiny_llama, tree
+from conftest import check_refused, is_problem, meanings, tiny_llama, tree
 from nursery import Nursery
 from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
 
-from loratune.errors import ConfigError
+from loratune.errors import Code, ConfigError
 from loratune.lora import adapter_files
 from loratune.system.files import kind as kind_of_file
-from loratune.training import belongings, overwriting, run_dir
+from loratune.training import output_dir, overwrite, run_dir, run_dir_files
 
 ONE_STEP = {"max_steps": 1}
 
@@ -70,77 +70,83 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 # Row 74: what is at output_dir
 
 
-ALSO = "also holds {}, which no adapter record lists, so --overwrite leaves it alone"
+Refusal = tuple[Code, str]
+"""A code, and what else a message says, behind its place and key."""
 
 
-def foreign_file(tmp_path: Path) -> str:
+def other_files(names: str) -> Refusal:
+    """Of a directory in which these names do not belong to the adapter."""
+    return Code.RUN_OVERWRITE_OTHER_FILES, f"also holds {names}, "
+
+
+def foreign_file(tmp_path: Path) -> Refusal:
     (adapter(tmp_path / "out") / "thesis.txt").write_text("precious")
-    return ALSO.format("thesis.txt") + "; move or delete them, or choose another output_dir"
+    return other_files("thesis.txt")
 
 
 def repository(tmp_path: Path) -> str:
     adapter(tmp_path / "out", ".git/objects/a")
     for name in "bcde":
         (tmp_path / "out" / ".git" / "objects" / name).write_text("precious")
-    return ALSO.format(".git/objects/b, .git/objects/c, .git/objects/d (and 1 more)")
+    return other_files(".git/objects/b, .git/objects/c, .git/objects/d (and 1 more)")
 
 
-def foreign_link(tmp_path: Path) -> str:
+def foreign_link(tmp_path: Path) -> Refusal:
     (adapter(tmp_path / "out") / "link").symlink_to(tmp_path)
-    return ALSO.format("link")
+    return other_files("link")
 
 
-def foreign_pipe(tmp_path: Path) -> str:
+def foreign_pipe(tmp_path: Path) -> Refusal:
     os.mkfifo(adapter(tmp_path / "out") / "pipe")
-    return ALSO.format("pipe")
+    return other_files("pipe")
 
 
-def own_repository(tmp_path: Path) -> str:
+def own_repository(tmp_path: Path) -> Refusal:
     (adapter(tmp_path / "out") / ".git" / "objects").mkdir(parents=True)
     (tmp_path / "out" / ".git" / "HEAD").write_text("precious")
-    return ALSO.format(".git/")
+    return other_files(".git/")
 
 
-def empty_directory(tmp_path: Path) -> str:
+def empty_directory(tmp_path: Path) -> Refusal:
     (adapter(tmp_path / "out", "deeper/words.txt") / "deeper" / "thesis").mkdir()
-    return ALSO.format("deeper/thesis/")
+    return other_files("deeper/thesis/")
 
 
-def notebook(tmp_path: Path) -> str:
+def notebook(tmp_path: Path) -> Refusal:
     place = adapter(tmp_path / "out") / ".ipynb_checkpoints"
     place.mkdir()
     (place / "thesis-checkpoint.ipynb").write_text("precious")
-    return ALSO.format(".ipynb_checkpoints/thesis-checkpoint.ipynb")
+    return other_files(".ipynb_checkpoints/thesis-checkpoint.ipynb")
 
 
-def of_the_trainer(tmp_path: Path) -> str:
+def of_the_trainer(tmp_path: Path) -> Refusal:
     (
         adapter(tmp_path / "out", "checkpoint-5/optimizer.pt", "trainer_state.json", "rng_state.pth") / "loratune.json"
     ).unlink()
-    return ALSO.format("checkpoint-5/, rng_state.pth, trainer_state.json")
+    return other_files("checkpoint-5/, rng_state.pth, trainer_state.json")
 
 
-def damaged_record(tmp_path: Path) -> str:
+def damaged_record(tmp_path: Path) -> Refusal:
     (adapter(tmp_path / "out", "words.bin") / "loratune.json").write_text("{")
-    return ALSO.format("words.bin")
+    return other_files("words.bin")
 
 
-def of_peft(tmp_path: Path) -> str:
+def of_peft(tmp_path: Path) -> Refusal:
     (adapter(tmp_path / "out", "tokenizer.json", "optimizer.pt") / "loratune.json").unlink()
-    return ALSO.format("optimizer.pt")
+    return other_files("optimizer.pt")
 
 
-def base_model(tmp_path: Path) -> str:
+def base_model(tmp_path: Path) -> Refusal:
     tiny_llama().save_pretrained(tmp_path / "out")
-    return "holds no adapter, so --overwrite leaves it alone; move it away, or choose another"
+    return Code.RUN_OVERWRITE_NO_ADAPTER, "move it away, or choose another"
 
 
-def link(tmp_path: Path) -> str:
+def link(tmp_path: Path) -> Refusal:
     (tmp_path / "out").symlink_to(adapter(tmp_path / "real"))
-    return f"is a link, and is not followed; name {tmp_path / 'real'}"
+    return Code.RUN_OUTPUT_IS_LINK, f"name {tmp_path / 'real'} "
 
 
-HELD: dict[str, Callable[[Path], str]] = {
+HELD: dict[str, Callable[[Path], Refusal]] = {
     made.__name__: made
     for made in (
         foreign_file,
@@ -163,13 +169,13 @@ HELD: dict[str, Callable[[Path], str]] = {
 def test_overwrite_is_refused(name: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     """Before anything is read: the rows and the base are not even there."""
     config = run_config(data={"train": "absent.jsonl"}, model={"name_or_path": "./absent"})
-    expected = HELD[name](tmp_path)
+    code, detail = HELD[name](tmp_path)
     before = everything(tmp_path)
     for more in ((), ("--dry-run",)):
         ran = cli("train", config, "--overwrite", *more)
-        assert (ran.code, ran.out) == (2, ""), ran.err
-        assert ran.err.startswith(f"error: {tmp_path / 'out'}: output_dir: {expected}"), ran.err
-        assert ran.err.count("\n") == 1
+        check_refused(ran, 2, (code, str(tmp_path / "out"), "output_dir"))
+        assert ran.out == "" and detail in ran.err and ran.err.count("\n") == 1, ran.err
+        assert code is not Code.RUN_OVERWRITE_OTHER_FILES or "; move or delete these files, or choose an" in ran.err
     assert everything(tmp_path) == before
 
 
@@ -230,7 +236,7 @@ def test_known_names_of_tokenizer_files() -> None:
         for table in listed.findall(path.read_text(encoding="utf-8"))
         for name in named.findall(table)
     }
-    assert len(found) > 15 and found - belongings.KNOWN == {"config.json"} & found
+    assert len(found) > 15 and found - run_dir_files.ADAPTER_FILES == {"config.json"} & found
 
 
 def test_a_run_repeats_itself(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -239,8 +245,9 @@ def test_a_run_repeats_itself(cli: Cli, run_config: MakeConfig, tmp_path: Path) 
     out, config = tmp_path / "out", tmp_path / "out" / "run.yaml"
     before = tree(out)
     ran = cli("train", config)
-    expected = "already exists; choose another with --set output_dir=NEW, or replace it with --overwrite"
-    assert ran == Ran(2, "", f"error: {out}: output_dir: {expected}\n")
+    check_refused(ran, 2, (Code.RUN_OUTPUT_EXISTS, str(out), "output_dir"))
+    assert ran.err.endswith("; choose another with --set output_dir=NEW, or replace it with --overwrite\n")
+    assert ran.out == "" and ran.err.count("\n") == 1
     ran = cli("train", config, "--overwrite")
     assert ran.code == 0, ran.err
     assert tree(out)[WEIGHTS] == before[WEIGHTS]
@@ -248,7 +255,8 @@ def test_a_run_repeats_itself(cli: Cli, run_config: MakeConfig, tmp_path: Path) 
         (out / name).write_text(config.read_text() + "# precious\n")
         before = tree(out)
         ran = cli("train", out / name, "--overwrite")
-        assert ran.code == 2 and "is, or holds, what the run reads (the config file" in ran.err
+        check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(out), "output_dir"))
+        assert "(the config file" in ran.err
         assert tree(out) == before
         (out / "mine.yaml").unlink(missing_ok=True)
 
@@ -262,7 +270,7 @@ def test_the_working_directory(
     for place, named in ((out, "."), (out / "deeper", ".."), (out / "deeper", str(out))):
         monkeypatch.chdir(place)
         ran = cli("train", config, "--overwrite", "--set", f"output_dir={named}")
-        assert ran.code == 2 and "is, or holds, the working directory, so it cannot be replaced" in ran.err, ran.err
+        check_refused(ran, 2, (Code.RUN_OVERWRITE_WORKING_DIRECTORY, named, "output_dir"))
     assert tree(tmp_path) == before
 
 
@@ -297,15 +305,16 @@ def test_what_a_run_reads(
         config.write_text((tmp_path / "run.yaml").read_text())
     before = tree(tmp_path)
     ran = cli("train", config, "--overwrite")
-    expected = f"is, or holds, what the run reads ({name}: {place}), so it cannot be replaced; choose another"
-    assert ran.code == 2 and expected in ran.err, ran.err
+    check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(out), "output_dir"))
+    assert f"({name}: {place})" in ran.err and "; choose another" in ran.err, ran.err
     assert tree(tmp_path) == before
 
 
 def test_a_glob_that_searches_what_is_to_be_replaced(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     adapter(tmp_path / "out", "rows.jsonl")
     ran = cli("train", run_config(data={"train": str(tmp_path / "out" / "*.jsonl")}), "--overwrite")
-    assert ran.code == 2 and "is, or holds, what the run reads (data.train: " in ran.err, ran.err
+    check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(tmp_path / "out"), "output_dir"))
+    assert "(data.train: " in ran.err
 
 
 def test_mount_points(cli: Cli, run_config: MakeConfig, tmp_path: Path, mounted: Callable[..., Path]) -> None:
@@ -318,7 +327,7 @@ def test_mount_points(cli: Cli, run_config: MakeConfig, tmp_path: Path, mounted:
     mounted(tmp_path / "out.partial")
     before = tree(tmp_path)
     for name, expected in {
-        "empty volume": "is a mount point, so it cannot be replaced; name a directory in it that does not exist yet",
+        "empty volume": "is a mount point, so it cannot be replaced",
         "full": "is a mount point, so it cannot be replaced",
         "bound": "is a mount point, so it cannot be replaced",
         "around": f"holds the mount point {tmp_path / 'around' / 'volume'}, so it cannot be replaced",
@@ -326,7 +335,10 @@ def test_mount_points(cli: Cli, run_config: MakeConfig, tmp_path: Path, mounted:
     }.items():
         for more in ((), ("--overwrite",)):
             ran = cli("train", config, "--set", f"output_dir={tmp_path / name}", *more)
-            assert ran.code == 2 and f": output_dir: {expected}" in ran.err, ran.err
+            place = str(tmp_path / ("out.partial" if name == "out" else name))
+            check_refused(ran, 2, (Code.RUN_OVERWRITE_MOUNT, place, "output_dir"))
+            assert f": output_dir: {expected} [" in ran.err, ran.err
+            assert ("name a directory inside it that does not exist yet" in ran.err) == (name != "around")
     assert tree(tmp_path) == before
     ran = cli("train", config, "--set", f"output_dir={tmp_path / 'full' / 'new'}", "--set", "training.max_steps=1")
     assert ran.code == 0, ran.err
@@ -343,13 +355,13 @@ def test_a_directory_that_may_not_be_removed(sticky: bool, tmp_path: Path) -> No
         if not place.stat().st_mode & 0o001:
             place.chmod(place.stat().st_mode | 0o011)
     tmp_path.chmod(0o1777 if sticky else 0o777)
-    expected = "which is sticky" if sticky else "may not be written"
+    expected = Code.RUN_OVERWRITE_STICKY if sticky else Code.RUN_OVERWRITE_READ_ONLY
     if not (child := os.fork()):
         try:
             os.setuid(12345)
-            run_dir.inspect(str(out), resume=False, overwrite=True)
+            output_dir.check(str(out), resume=False, overwrite=True)
         except ConfigError as error:
-            os._exit(7 if expected in str(error) else 1)
+            os._exit(7 if meanings(error) == [(expected, str(out), "output_dir")] else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
@@ -369,11 +381,14 @@ def test_files_that_come_to_the_old_adapter_meanwhile(
     (tmp_path / "out" / "thesis.txt").write_text("precious")
     before = tree(tmp_path / "out")
     assert child.wait() == 2
-    expected = f"{ALSO.format('thesis.txt')}; move or delete them, and go on with --resume"
-    assert f"{tmp_path / 'out'}: output_dir: {expected}" in child.said()
+    (error,) = [line for line in child.said().splitlines() if line.startswith("error: ")]
+    problem = Code.RUN_OVERWRITE_OTHER_FILES, str(tmp_path / "out"), "output_dir"
+    assert is_problem(error.removeprefix("error: "), problem) and "also holds thesis.txt, " in error, error
+    assert error.endswith("; move or delete these files, and continue with --resume")
     assert tree(tmp_path / "out") == before
     ran = cli("train", config, "--resume")
-    assert ran.code == 2 and "also holds thesis.txt" in ran.err
+    check_refused(ran, 2, problem)
+    assert "also holds thesis.txt, " in ran.err
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     ran = cli("train", config, "--resume")
     assert ran.code == 0, ran.err
@@ -383,7 +398,7 @@ def test_files_that_come_to_the_old_adapter_meanwhile(
 def test_a_file_that_comes_at_the_last_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the last look at the directory, in the moment in which it is moved: it is put back."""
     out = adapter(tmp_path / "out")
-    space = run_dir.inspect(str(out), resume=False, overwrite=True)
+    directory = output_dir.check(str(out), resume=False, overwrite=True)
     move = Path.rename
 
     def late(path: Path, target: Path) -> Path:
@@ -391,32 +406,33 @@ def test_a_file_that_comes_at_the_last_moment(tmp_path: Path, monkeypatch: pytes
             (out / "thesis.txt").write_text("precious")
         return move(path, target)
 
-    with pytest.raises(ConfigError, match="thesis"), run_dir.claimed(space):
-        space.begin(resume=False)
-        (space.checkpoints / "checkpoint-1").mkdir()
-        adapter(space.staging)
+    with pytest.raises(ConfigError, match="thesis") as caught, run_dir.locked(directory):
+        directory.prepare(resume=False)
+        (directory.checkpoints / "checkpoint-1").mkdir()
+        adapter(directory.staging)
         monkeypatch.setattr(Path, "rename", late)
-        space.publish()
+        directory.publish()
+    assert meanings(caught.value) == [(Code.RUN_OVERWRITE_OTHER_FILES, str(out), "output_dir")]
     assert (out / "thesis.txt").read_text() == "precious" and (out / "README.md").exists()
-    assert space.checkpoints.is_dir() and not space.staging.exists() and not space.replaced.exists()
+    assert directory.checkpoints.is_dir() and not directory.staging.exists() and not directory.replaced.exists()
 
 
 def test_removal_spares_what_no_record_lists(tmp_path: Path) -> None:
     out = adapter(tmp_path / "out", "deeper/words.txt", "deeper/more.txt")
-    assert overwriting.remove(adapter(tmp_path / "whole", "deeper/words.txt"))
+    assert overwrite.remove_adapter(adapter(tmp_path / "whole", "deeper/words.txt"))
     (out / "deeper" / "thesis.txt").write_text("precious")
-    assert not overwriting.remove(out)
+    assert not overwrite.remove_adapter(out)
     assert tree(out) == {"deeper/thesis.txt": b"precious"}
 
 
 def test_what_is_put_into_the_work_in_progress_stays(tmp_path: Path) -> None:
-    with run_dir.claimed(run_dir.inspect(str(tmp_path / "out"), resume=False, overwrite=False)) as space:
-        space.begin(resume=False)
-        (space.partial / "thesis.txt").write_text("precious")
-        adapter(space.staging)
-        space.publish()
+    with run_dir.locked(output_dir.check(str(tmp_path / "out"), resume=False, overwrite=False)) as directory:
+        directory.prepare(resume=False)
+        (directory.partial / "thesis.txt").write_text("precious")
+        adapter(directory.staging)
+        directory.publish()
     assert (tmp_path / "out" / WEIGHTS).is_file()
-    assert tree(space.partial) == {"thesis.txt": b"precious"}
+    assert tree(directory.partial) == {"thesis.txt": b"precious"}
 
 
 THEIRS = (
@@ -442,10 +458,9 @@ def test_what_the_user_keeps_in_the_work_in_progress(cli: Cli, run_config: MakeC
         before = everything(tmp_path)
         for more in ((), ("--overwrite",), ("--resume",)):
             ran = cli("train", config, *more)
-            assert ran.code == 2 and ran.err.count("\n") == 1, (name, ran.err)
-            start = f"{tmp_path / 'out'}: output_dir: out.partial, the place of work in progress, holds "
-            assert start + name.partition("/")[0] in ran.err, ran.err
-            assert "which is not of a run's making; move that away" in ran.err
+            check_refused(ran, 2, (Code.RUN_PARTIAL_OTHER_FILES, str(tmp_path / "out"), "output_dir"))
+            assert ran.err.count("\n") == 1, (name, ran.err)
+            assert ": out.partial, " in ran.err and f" holds {name.partition('/')[0]}" in ran.err, ran.err
         assert everything(tmp_path) == before
         shutil.rmtree(tmp_path / "out.partial")
 
@@ -453,25 +468,28 @@ def test_what_the_user_keeps_in_the_work_in_progress(cli: Cli, run_config: MakeC
 @pytest.mark.parametrize("how", ["published", "left", "begun anew"])
 def test_what_the_user_puts_there_meanwhile(how: str, tmp_path: Path) -> None:
     """Only what is of a run's making is removed."""
-    with run_dir.claimed(run_dir.inspect(str(tmp_path / "out"), resume=False, overwrite=False)) as space:
-        space.begin(resume=False)
-        adapter(space.staging)
+    with run_dir.locked(output_dir.check(str(tmp_path / "out"), resume=False, overwrite=False)) as directory:
+        directory.prepare(resume=False)
+        adapter(directory.staging)
         names = ("adapter/notes/", *THEIRS[2:-1]) if how == "published" else THEIRS[:-2]
         for name in ("checkpoints/unfinished/checkpoint-3/optimizer.pt", "checkpoints/checkpoint-5/run.json", *names):
-            put(space.partial, name)
-        (space.checkpoints / "checkpoint-7").mkdir()
-        (space.checkpoints / "checkpoint-7" / "manifest.json").write_text('{"of a release to come": {}}')
-        (space.checkpoints / "checkpoint-7" / "of a release to come").touch()
+            put(directory.partial, name)
+        (directory.checkpoints / "checkpoint-7").mkdir()
+        (directory.checkpoints / "checkpoint-7" / "manifest.json").write_text('{"of a release to come": {}}')
+        (directory.checkpoints / "checkpoint-7" / "of a release to come").touch()
         if how == "published":
-            (space.staging / "notes").rmdir()
-            left = space.publish()
-            assert space.partial / "replaced" / "notes.txt" in left
+            (directory.staging / "notes").rmdir()
+            left = directory.publish()
+            assert directory.partial / "replaced" / "notes.txt" in left
         elif how == "begun anew":
-            with pytest.raises(ConfigError, match="which is not of a run's making; move that away"):
-                space.begin(resume=False)
+            with pytest.raises(ConfigError) as caught:
+                directory.prepare(resume=False)
+            assert meanings(caught.value) == [(Code.RUN_PARTIAL_OTHER_FILES, str(directory.partial), "")]
         else:
-            space.forget_checkpoints()
-    kept = {name for name in everything(space.partial) if (space.partial / name).is_file() or f"{name}/" in names}
+            directory.remove_checkpoints()
+    kept = {
+        name for name in everything(directory.partial) if (directory.partial / name).is_file() or f"{name}/" in names
+    }
     assert kept - {"lock"} == {name.rstrip("/") for name in names if name != "adapter/notes/"}
 
 
@@ -533,23 +551,23 @@ def test_an_adapter_of_an_image_is_whole_or_not_there(moves: int, image: Path, m
         assert "adapter_config.json" not in names or names == {path.name for path in (image / "old").iterdir()}
 
     shutil.copytree(image / "out", image / "old")
-    space = run_dir.inspect(str(image / "out"), resume=False, overwrite=True)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt), run_dir.claimed(space):
-        space.begin(resume=False)
-        (space.checkpoints / "checkpoint-1").mkdir()
-        adapter(space.staging)
+    directory = output_dir.check(str(image / "out"), resume=False, overwrite=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt), run_dir.locked(directory):
+        directory.prepare(resume=False)
+        (directory.checkpoints / "checkpoint-1").mkdir()
+        adapter(directory.staging)
         patch.setattr(shutil, "move", killed)
-        space.publish()
+        directory.publish()
         raise KeyboardInterrupt
-    with run_dir.claimed(space):
+    with run_dir.locked(directory):
         pass
     now = tree(image)
-    assert {name: now[name] for name in before} == before and not space.moving.exists()
+    assert {name: now[name] for name in before} == before and not directory.moving.exists()
 
 
 def test_a_file_that_comes_to_an_adapter_of_an_image(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While its files are moved: all are put back, and the work is kept."""
-    move, space = shutil.move, run_dir.inspect(str(image / "out"), resume=False, overwrite=True)
+    move, directory = shutil.move, output_dir.check(str(image / "out"), resume=False, overwrite=True)
     before = tree(image / "out")
 
     def late(source: Path, target: Path) -> None:
@@ -557,13 +575,14 @@ def test_a_file_that_comes_to_an_adapter_of_an_image(image: Path, monkeypatch: p
         move(source, target)
 
     monkeypatch.setattr(shutil, "move", late)
-    told = "cannot be put in its place: Directory not empty; mend that, or move away what is there, and go on with --re"
-    with pytest.raises(ConfigError, match=told), run_dir.claimed(space):
-        space.begin(resume=False)
-        (space.checkpoints / "checkpoint-1").mkdir()
-        adapter(space.staging)
-        space.publish()
-    assert tree(image / "out") == before | {"thesis.txt": b"precious"} and space.checkpoints.is_dir()
+    with pytest.raises(ConfigError) as caught, run_dir.locked(directory):
+        directory.prepare(resume=False)
+        (directory.checkpoints / "checkpoint-1").mkdir()
+        adapter(directory.staging)
+        directory.publish()
+    assert meanings(caught.value) == [(Code.RUN_OUTPUT_NOT_MOVED, str(image / "out"), "output_dir")]
+    assert "Directory not empty" in str(caught.value) and str(caught.value).endswith("continue with --resume")
+    assert tree(image / "out") == before | {"thesis.txt": b"precious"} and directory.checkpoints.is_dir()
 
 
 # Rows 74 and 88: links, named pipes, and files in the place of directories
@@ -576,8 +595,8 @@ def test_a_link_in_the_place_of_the_work(cli: Cli, run_config: MakeConfig, tmp_p
     before = everything(tmp_path)
     for more in ((), ("--overwrite",), ("--resume",)):
         ran = cli("train", config, *more)
-        expected = "out.partial, the place of work in progress, is a link, and is not followed; move that away"
-        assert ran == Ran(2, "", f"error: {tmp_path / 'out'}: output_dir: {expected}\n")
+        check_refused(ran, 2, (Code.RUN_PARTIAL_KIND, str(tmp_path / "out"), "output_dir"))
+        assert ran.out == "" and ran.err.count("\n") == 1 and ": out.partial, " in ran.err and "is a link," in ran.err
     assert everything(tmp_path) == before
 
 
@@ -618,8 +637,10 @@ def test_odd_things_in_the_work(interrupted: Path, cli: Cli, tmp_path: Path) -> 
             make(place, tmp_path / "outside")
             before = everything(tmp_path)
             for more in ("--resume", "--overwrite"):
-                expected = f"error: {place}: is {kind} where {right} belongs, and is left alone; move it away\n"
-                assert cli("train", interrupted, more) == Ran(7, "", expected)
+                ran = cli("train", interrupted, more)
+                check_refused(ran, 7, (Code.RUN_PARTIAL_ENTRY_KIND, str(place), ""))
+                assert ran.out == "" and ran.err.count("\n") == 1
+                assert f": is {kind} and should be {right} [" in ran.err, ran.err
             assert everything(tmp_path) == before
             place.rmdir() if kind == "a directory" else place.unlink()
         if aside.exists():
@@ -641,7 +662,10 @@ def test_a_working_directory_that_is_not_utf_8(
     config = run_config(data={"train": "rows.jsonl"}, output_dir="out")
     shutil.copy(tmp_path / "rows.jsonl", odd)
     ran = cli("train", config)
-    assert ran.code == 2 and "output_dir: the path is not UTF-8, so it could not be recorded; start from" in ran.err
+    assert (
+        ran.code == 2
+        and f": output_dir: the path is not UTF-8, so it could not be recorded [{Code.RUN_PATH_INVALID}]; " in ran.err
+    )
     assert [path.name for path in odd.iterdir()] == ["rows.jsonl"]
 
 

@@ -1,0 +1,151 @@
+"""What loratune/training/upstream.py uses of other libraries is still there, and still means what it did."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import tiny_llama
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
+
+from loratune.training import upstream
+from loratune.training.upstream import HookedTrainer
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_exclude_from_ddp(process_group: None) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    upstream.exclude_from_ddp(model, ["0.bias", "1.running_mean"])
+    wrapped = DistributedDataParallel(model)
+    assert wrapped.parameters_to_ignore == {"0.bias", "1.running_mean"}
+    model(torch.ones(3, 2)).sum().backward()
+    assert model[0].bias.grad is not None  # it is trained as before, by this process alone
+
+
+def test_use_one_gpu(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments._n_gpu = 4
+    assert arguments.n_gpu == 4
+    upstream.use_one_gpu(arguments)
+    assert arguments.n_gpu == 1
+    arguments._n_gpu = 0
+    upstream.use_one_gpu(arguments)
+    assert arguments.n_gpu == 0
+
+
+def test_scale_learning_rates() -> None:
+    """From then on all rates, also those that the scheduler has not computed yet, are multiplied."""
+    rates: dict[float, list[float]] = {}
+    for factor in (1.0, 0.1):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+        scheduler = get_linear_schedule_with_warmup(optimizer, 1, 6)
+        for _ in range(2):
+            optimizer.step()
+            scheduler.step()
+        upstream.scale_learning_rates(optimizer, scheduler, factor)
+        assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]
+        rates[factor] = [optimizer.param_groups[0]["lr"]]
+        for _ in range(3):
+            optimizer.step()
+            scheduler.step()
+            rates[factor].append(optimizer.param_groups[0]["lr"])
+    assert rates[0.1] == pytest.approx([0.1 * rate for rate in rates[1.0]]) and len({*rates[1.0]}) == 4
+
+
+def test_discard_deepspeed_step() -> None:
+    engine = pytest.importorskip("deepspeed").DeepSpeedEngine
+    assert "self.micro_steps += 1" in inspect.getsource(engine)
+    assert "self.optimizer" in inspect.getsource(engine)
+
+
+def test_uses_deepspeed_and_fsdp(tmp_path: Path) -> None:
+    trainer = HookedTrainer(tiny_llama(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
+    assert (trainer.uses_deepspeed, trainer.uses_fsdp) == (False, False)
+    trainer.is_deepspeed_enabled = True
+    assert (trainer.uses_deepspeed, trainer.uses_fsdp) == (True, False)
+    trainer.is_fsdp_enabled = True
+    assert (trainer.uses_deepspeed, trainer.uses_fsdp) == (True, True)
+
+
+HOOKS = {
+    "prepare_inputs": "_prepare_inputs",
+    "checkpoint_parent": "_get_output_dir",
+    "save_checkpoint": "_save_checkpoint",
+    "save_optimizer_and_scheduler": "_save_optimizer_and_scheduler",
+    "load_optimizer_and_scheduler": "_load_optimizer_and_scheduler",
+    "save_random_state": "_save_rng_state",
+    "load_random_state": "_load_rng_state",
+    "load_weights": "_load_from_checkpoint",
+}
+"""Public name → the private step of Trainer that it stands for."""
+
+
+class Recorder(HookedTrainer):
+    """Lists the public names in the order of their calls."""
+
+    def __init__(self, **arguments: Any):
+        self.calls: list[str] = []
+        super().__init__(**arguments)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in HOOKS:
+            self.calls.append(name)
+        return super().__getattribute__(name)
+
+    def evaluate(self, *_: Any, **__: Any) -> Any:
+        self.notify_evaluation({"eval_loss": 1.5})
+
+
+class Evaluations(TrainerCallback):
+    """The metrics of each evaluation."""
+
+    def __init__(self) -> None:
+        self.metrics: list[Any] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.metrics.append(kwargs["metrics"])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recorder, Recorder, Evaluations]:
+    """A run of one step with a checkpoint, and one that is resumed from it."""
+    evaluations, path = Evaluations(), tmp_path_factory.mktemp("runs")
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8
+
+    def trainer(max_steps: int) -> Recorder:
+        arguments = TrainingArguments(
+            output_dir=str(path), max_steps=max_steps, save_steps=1, eval_strategy="steps", eval_steps=1, use_cpu=True,
+            report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        return Recorder(
+            model=tiny_llama(), args=arguments, train_dataset=rows, eval_dataset=rows, callbacks=[evaluations]
+        )
+
+    first, second = trainer(1), trainer(2)
+    first.train()
+    second.train(resume_from_checkpoint=str(path / "checkpoint-1"))
+    return first, second, evaluations
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_trainer_calls_its_hook(name: str, runs: tuple[Recorder, Recorder, Evaluations]) -> None:
+    """In place of the private step, which is still Trainer's own."""
+    first, second, _ = runs
+    assert callable(getattr(HookedTrainer.__base__, HOOKS[name]))
+    assert name in second.calls and "load_weights" not in first.calls
+
+
+def test_notify_evaluation(runs: tuple[Recorder, Recorder, Evaluations]) -> None:
+    assert runs[2].metrics == [{"eval_loss": 1.5}] * 2
