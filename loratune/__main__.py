@@ -23,7 +23,8 @@ def main() -> None:
 
 
 def _run() -> None:
-    from loratune.errors import Code, LoratuneError, Problem, ResourceError, is_out_of_memory
+    from loratune.codes import Code
+    from loratune.errors import LoratuneError, Problem, ResourceError, is_out_of_memory
     from loratune.system import launcher, streams
 
     streams.secure()

@@ -13,9 +13,10 @@ import typer
 from typer.core import TyperGroup
 
 from loratune import __version__, escaping
+from loratune.codes import Code
 from loratune.commands.boundary import boundary, checked_output, stop_error
 from loratune.console import EscapedStream, escape_output, print_raw
-from loratune.errors import Code, ConfigError, DataError, Problem
+from loratune.errors import ConfigError, DataError, Problem
 from loratune.system import launcher
 from loratune.system.files import path_problem
 from loratune.system.launcher import Group

@@ -2,7 +2,7 @@
 
     python scripts/document_codes.py
 
-The table comes from `loratune.errors.Code` and stands between two markers; everything else in the file stays as it is.
+The table comes from `loratune.codes.Code` and stands between two markers; everything else in the file stays as it is.
 `tests/test_packaging.py` fails where it is not current.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from document_config import between
 
-from loratune.errors import Code
+from loratune.codes import Code
 
 README = Path(__file__).parent.parent / "loratune" / "README.md"
 BEGIN, END = "<!-- codes: written by scripts/document_codes.py -->\n", "<!-- /codes -->\n"

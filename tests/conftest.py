@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from loratune.cli import app
-from loratune.errors import Code, LoratuneError
+from loratune.codes import Code
+from loratune.errors import LoratuneError
 
 ROOT = Path(__file__).parent.parent
 # Under nohup, or in the background of a script, these are ignored, and `loratune` leaves ignored signals alone.

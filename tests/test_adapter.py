@@ -25,9 +25,10 @@ from typer.testing import CliRunner
 
 from loratune import config
 from loratune.cli import app
+from loratune.codes import Code
 from loratune.commands import inference
 from loratune.config import LoraSection
-from loratune.errors import Code, NumericError
+from loratune.errors import NumericError
 from loratune.lora import adapter_files, attach, counts, initialize, sharded
 from loratune.training import preflight
 

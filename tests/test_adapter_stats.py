@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
+from loratune.codes import Code
 from loratune.commands.adapter_stats import adapter_stats
-from loratune.errors import Code
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 
 VARIANTS: dict[str, dict[str, Any]] = {

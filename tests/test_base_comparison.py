@@ -13,9 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from running import MakeConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from loratune.codes import Code
 from loratune.commands import inference
 from loratune.config import LoraSection
-from loratune.errors import AdapterError, Code
+from loratune.errors import AdapterError
 from loratune.lora import attach, base_comparison, sharded, targets
 from loratune.training import preflight
 

@@ -14,9 +14,9 @@ from nursery import Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, straight, until
 from safetensors.torch import load_file, save_file
 
+from loratune.codes import Code
 from loratune.commands import inference
 from loratune.config import ModelSection
-from loratune.errors import Code
 from loratune.model import load
 from loratune.training import preflight
 

@@ -12,8 +12,9 @@ from conftest import Expected, Ran, check_refused, meanings, process, tree
 
 from loratune import __version__
 from loratune import cli as cli_module
+from loratune.codes import Code
 from loratune.commands import boundary
-from loratune.errors import Code, ConfigError, LoratuneError
+from loratune.errors import ConfigError, LoratuneError
 from loratune.training import output_dir, run_dir
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes")

@@ -11,7 +11,7 @@ import torch
 from conftest import Ran, check_refused, config_in, is_problem
 from running import WEIGHTS, checkpoints, copy_of, stopped
 
-from loratune.errors import Code
+from loratune.codes import Code
 from loratune.training import trainer
 from loratune.training.checkpoints import seal
 

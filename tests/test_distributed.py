@@ -22,7 +22,7 @@ from nursery import Child, Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, curve, until
 from safetensors.torch import load_file
 
-from loratune.errors import Code
+from loratune.codes import Code
 from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
 from loratune.training.sampler import DistributedBatchSampler
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from loratune import data
 from loratune.cli import app
+from loratune.codes import Code
 from loratune.commands import inference
 from loratune.config import Source
 from loratune.data.packing import BatchLayout
-from loratune.errors import Code
 from loratune.training import preflight, scoring
 
 ENDS = ["<|endoftext|>", "<|end|>"]

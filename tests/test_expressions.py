@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import Ran, meanings
 
+from loratune.codes import Code
 from loratune.config.patterns import (
     BadPatternError,
     bounded_ranks,
@@ -20,7 +21,7 @@ from loratune.config.patterns import (
     match_time_limit,
     module_settings,
 )
-from loratune.errors import AdapterError, Code
+from loratune.errors import AdapterError
 from loratune.lora.adapter_files import CONFIG_FILE, inspect
 
 Cli = Callable[..., Ran]

@@ -8,8 +8,9 @@ import yaml
 from conftest import Ran, check_refused
 
 from loratune import config
+from loratune.codes import Code
 from loratune.config.messages import known_keys
-from loratune.errors import Code, ConfigError, Problem
+from loratune.errors import ConfigError, Problem
 from loratune.system.files import path_problem
 
 MakeConfig = Callable[..., Path]

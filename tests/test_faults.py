@@ -19,8 +19,8 @@ from nursery import Nursery
 from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, straight, until
 from transformers import PreTrainedTokenizerFast
 
+from loratune.codes import Code
 from loratune.commands.boundary import boundary
-from loratune.errors import Code
 from loratune.system import signals
 from loratune.training.checkpoints import Checkpoints
 

@@ -14,8 +14,9 @@ from conftest import Ran, meanings
 from running import MakeConfig
 
 from loratune import data
+from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.errors import Code, DataError
+from loratune.errors import DataError
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 FAR = pa.array([0, 2**60], pa.timestamp("ms"))  # Python has no such year

@@ -13,7 +13,7 @@ from conftest import Ran, check_refused, tiny_llama
 from running import MakeConfig, checkpoints, stopped
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from loratune.errors import Code
+from loratune.codes import Code
 from loratune.model import fingerprints
 from loratune.training.checkpoints import seal
 

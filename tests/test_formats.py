@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from conftest import meanings
 
+from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import formats
 from loratune.data.formats import Conversation, Example, Ids, Parser, Plain, RowError, content_key, parse_question
 from loratune.data.formats.examples import no_loss_reason
 from loratune.data.sources import Row
-from loratune.errors import Code, DataError, Problem
+from loratune.errors import DataError, Problem
 
 PAIR = {"prompt": "a", "completion": "b"}
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

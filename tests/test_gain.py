@@ -15,9 +15,9 @@ from peft import PeftModel
 from running import MakeConfig, checkpoints
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loratune.codes import Code
 from loratune.data import TokenizedDataset
 from loratune.data.rendering import TokenizedRow
-from loratune.errors import Code
 from loratune.training import gain
 from loratune.training.gain import Gain
 from loratune.training.scoring import Loss

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from loratune.cli import app
-from loratune.errors import Code
+from loratune.codes import Code
 from loratune.system.files import kind
 
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(28)]

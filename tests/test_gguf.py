@@ -21,9 +21,10 @@ from conftest import ROOT, ROWS, Ran, check_refused, is_problem, meanings, proce
 from nursery import Nursery, nursery
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loratune.codes import Code
 from loratune.commands import inference
 from loratune.config import ModelSection
-from loratune.errors import Code, ModelError
+from loratune.errors import ModelError
 from loratune.kernels import acceleration
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import device, load

@@ -16,11 +16,12 @@ from test_rendering import changed
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from loratune.codes import Code
 from loratune.commands.boundary import boundary
 from loratune.config import ModelSection
 from loratune.data.formats import Conversation, Plain
 from loratune.data.rendering import Renderer
-from loratune.errors import Code, DataError, ModelError
+from loratune.errors import DataError, ModelError
 from loratune.model.load import load_tokenizer
 from loratune.system import sandbox
 from loratune.system.sandbox import LimitExceededError, Sandbox, run_with_time_limit

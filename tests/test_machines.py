@@ -19,7 +19,7 @@ from running import WEIGHTS, MakeConfig, checkpoints, curve
 from running import until as wait_until
 from test_distributed import UNEVEN, straight
 
-from loratune.errors import Code
+from loratune.codes import Code
 from loratune.training import distributed
 
 LONG: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 25, "save_steps": 25}}

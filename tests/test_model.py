@@ -26,9 +26,9 @@ from transformers import (
     T5Config,
 )
 
+from loratune.codes import Code
 from loratune.commands import inference
 from loratune.config import LoraSection, ModelSection
-from loratune.errors import Code
 from loratune.lora import attach
 from loratune.model import load
 from loratune.model.source import KEY as NAME

@@ -15,9 +15,10 @@ import pytest
 from conftest import meanings, tree
 
 from loratune import escaping
+from loratune.codes import Code
 from loratune.commands import output_file
 from loratune.commands.output_file import Output
-from loratune.errors import Code, ConfigError, Problem, ResourceError
+from loratune.errors import ConfigError, Problem, ResourceError
 
 
 def output(path: Path | str, *inputs: Path, overwrite: bool = False) -> Output:

@@ -11,11 +11,11 @@ from conftest import ROOT
 from setuptools import find_packages
 
 from loratune.cli import app
-from loratune.errors import Code
+from loratune.codes import Code
 
 PACKAGE = ROOT / "loratune"
 LEVELS = {
-    "escaping": 0, "errors": 1, "__init__": 1,
+    "escaping": 0, "codes": 0, "errors": 1, "__init__": 1,
     "system": 2,
     "config": 3, "console": 3,
     "kernels": 4,
@@ -196,7 +196,7 @@ RULES: list[tuple[Rule, str, str]] = [
     (public_things_are_documented, "model.py", '"""Doc."""\ndef f(): pass'),
     (public_things_are_documented, "model.py", '"""Doc."""\nclass C:\n    """Doc."""\n    def f(self): pass'),
     (public_things_are_documented, "model.py", "x = 1"),
-    (every_code_is_used, "errors.py", "class Code:\n    ONE = 'a.one', 'One.'\n    TWO = 'a.two', 'Two.'\nCode.ONE"),
+    (every_code_is_used, "codes.py", "class Code:\n    ONE = 'a.one', 'One.'\n    TWO = 'a.two', 'Two.'\nCode.ONE"),
 ]
 
 
@@ -231,7 +231,7 @@ def test_rule_sees_a_violation(rule: Rule, name: str, text: str, tmp_path: Path)
         (only_config_reads_yaml, "card.py", "import yaml\nyaml.safe_dump({})"),
         (only_config_reads_yaml, "config/yaml_reader.py", "import yaml\nyaml.safe_load('')"),
         (files_are_short, "model.py", "x = 1\n" * 400),
-        (files_are_short, "errors.py", "class Code:\n" + "    ONE = 'a.one', 'One.'\n" * 2 + "x = 1\n" * 398),
+        (files_are_short, "codes.py", "class Code:\n" + "    ONE = 'a.one', 'One.'\n" * 2 + "x = 1\n" * 398),
         (functions_are_short, "model.py", LONG_BODY.replace("    x = 1\n", "", 1)),
         (imports_stand_on_top, "cli.py", "def f():\n    import torch"),
         (public_things_are_documented, "model.py", '"""Doc."""\nclass _C:\n    def f(self): pass\ndef _g(): pass'),

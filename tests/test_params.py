@@ -12,8 +12,8 @@ from conftest import Ran, check_refused
 from transformers import FalconConfig, LlamaConfig, Phi3Config
 
 from loratune import config
+from loratune.codes import Code
 from loratune.commands import params
-from loratune.errors import Code
 from loratune.lora.adapter_files import WEIGHTS_FILE
 
 ROLES = {

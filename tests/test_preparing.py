@@ -19,12 +19,13 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from loratune import data
+from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import TokenizedDataset, splits, token_cache, token_cache_dir
 from loratune.data.formats import Plain
 from loratune.data.rendering import Renderer
 from loratune.data.report import Report, RowTally
-from loratune.errors import Code, DataError
+from loratune.errors import DataError
 
 VOCABULARY = 264
 

@@ -20,9 +20,10 @@ from running import until
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from loratune.codes import Code
 from loratune.commands import inference
 from loratune.config import LoraSection, ModelSection
-from loratune.errors import Code, ConfigError
+from loratune.errors import ConfigError
 from loratune.lora import attach, sharded
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import device, load

@@ -13,9 +13,10 @@ from conftest import meanings
 from test_rendering import changed, supervised, turn
 from transformers import PreTrainedTokenizerFast
 
+from loratune.codes import Code
 from loratune.data.formats import Conversation, Message
 from loratune.data.rendering import Renderer
-from loratune.errors import Code, DataError
+from loratune.errors import DataError
 
 EOS, END = "<|endoftext|>", "<|end|>"
 SPECIAL = (EOS, END, "<|system|>", "<|user|>", "<|assistant|>")

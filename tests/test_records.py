@@ -11,8 +11,9 @@ import pytest
 from conftest import Ran, check_refused, meanings, tree
 from rows_at_once import COUNT, fill, key, whole
 
+from loratune.codes import Code
 from loratune.data import token_cache, token_cache_dir
-from loratune.errors import Code, ResumeError
+from loratune.errors import ResumeError
 from loratune.system import records
 from loratune.training import run_dir_files
 from loratune.training.checkpoints import Checkpoints, newest_whole

@@ -18,10 +18,11 @@ from conftest import alone, meanings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from loratune.codes import Code
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain
 from loratune.data.packing import pad
 from loratune.data.rendering import IGNORED, Renderer, TokenizedRow, truncate
-from loratune.errors import Code, DataError, ModelError
+from loratune.errors import DataError, ModelError
 from loratune.model import load
 from loratune.model.checks import check_growth
 

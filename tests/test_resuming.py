@@ -29,7 +29,7 @@ from running import (
     until,
 )
 
-from loratune.errors import Code
+from loratune.codes import Code
 from loratune.system.files import kind as kind_of_file
 from loratune.training import output_dir
 from loratune.training import resume as resume_module

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from conftest import meanings
 
-from loratune.errors import Code, DataError
+from loratune.codes import Code
+from loratune.errors import DataError
 from loratune.training import batching
 
 

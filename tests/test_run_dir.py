@@ -17,7 +17,8 @@ from conftest import check_refused, is_problem, meanings, tiny_llama, tree
 from nursery import Nursery
 from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
 
-from loratune.errors import Code, ConfigError
+from loratune.codes import Code
+from loratune.errors import ConfigError
 from loratune.lora import adapter_files
 from loratune.system.files import kind as kind_of_file
 from loratune.training import output_dir, overwrite, run_dir, run_dir_files

@@ -18,11 +18,12 @@ import pytest
 from conftest import ROOT, Ran, check_refused, meanings, tree, write_rows
 from datasets.arrow_writer import ArrowWriter
 
+from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import sources
 from loratune.data.sources import Row
 from loratune.data.sources.rows import Unreadable
-from loratune.errors import Code, DataError, Problem
+from loratune.errors import DataError, Problem
 
 PAIR = b'{"prompt": "a", "completion": "b"}'
 VALUES = {"prompt": "a", "completion": "b"}

@@ -29,7 +29,8 @@ from typer.testing import CliRunner
 
 from loratune import escaping
 from loratune.cli import app
-from loratune.errors import Code, LostError, Problem
+from loratune.codes import Code
+from loratune.errors import LostError, Problem
 from loratune.lora import adapter_files
 from loratune.training import rendezvous
 from loratune.training.rendezvous import SignedStore
@@ -503,7 +504,8 @@ def test_escaping() -> None:
         assert "\n" not in quoted
         said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True).stdout
         assert said == word.encode("utf-8", "surrogateescape")
-    assert str(Problem("a\nb", "c\nd", "e\x1b", "f\r")) == "c\\nd: e\\x1b: a\\nb; f\\r"
+    problem = Problem(Code.UNEXPECTED, "a\nb", "c\nd", "e\x1b", "f\r")
+    assert str(problem) == "c\\nd: e\\x1b: a\\nb; f\\r"
 
 
 def test_a_run_on_evil_rows_shows_nothing_raw(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import Expected, Ran, check_refused
 from running import WEIGHTS
 
-from loratune.errors import Code
+from loratune.codes import Code
 
 MakeConfig = Callable[..., Path]
 NO_ROOM: Expected = (Code.OUTPUT_FULL, "standard output", "")

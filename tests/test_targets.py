@@ -14,7 +14,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import replace_with_bnb_linear
 
-from loratune.errors import Code, ConfigError, LoratuneError, ModelError
+from loratune.codes import Code
+from loratune.errors import ConfigError, LoratuneError, ModelError
 from loratune.lora.targets import ROLES, STOCK, Targets, resolve
 
 # Two layers of the real class, small enough to build and wrap on the CPU.

@@ -11,7 +11,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from loratune.errors import Code, ConfigError, LoratuneError, ModelError
+from loratune.codes import Code
+from loratune.errors import ConfigError, LoratuneError, ModelError
 from loratune.lora.targets import ROLES, Targets, resolve
 
 LLAMA: dict[str, Any] = dict(

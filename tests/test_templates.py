@@ -20,11 +20,12 @@ from conftest import meanings
 from test_rendering import fetched, loaded, supervised, turn
 from tokenizers import AddedToken
 
+from loratune.codes import Code
 from loratune.data.formats import Conversation, Message
 from loratune.data.rendering import IGNORED, Renderer
 from loratune.data.rendering.answer_spans import render_conversation
 from loratune.data.rendering.chat_template import ChatTemplate, TemplateInput
-from loratune.errors import Code, DataError
+from loratune.errors import DataError
 
 TRL = "trl-1.16.0"
 PHI = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]

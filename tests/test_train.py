@@ -17,7 +17,8 @@ from running import until
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-from loratune.errors import Code, NumericError
+from loratune.codes import Code
+from loratune.errors import NumericError
 from loratune.training.callbacks import check_finite
 
 Cli = Callable[..., Ran]

@@ -19,11 +19,12 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from loratune import config
+from loratune.codes import Code
 from loratune.commands import train
 from loratune.config import LoraSection, ModelSection, TrainingSection, portability
 from loratune.data import no_progress
 from loratune.data.packing import pad
-from loratune.errors import Code, DataError, ModelError
+from loratune.errors import DataError, ModelError
 from loratune.lora import attach, counts, optimizers, sharded, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.initialize import KEY as INIT

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import typer
 
+from loratune.codes import Code
 from loratune.console import EscapedStream
 from loratune.errors import (
-    Code,
     ConfigError,
     Interrupted,
     LoratuneError,

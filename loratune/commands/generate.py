@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from transformers import TextStreamer
 
+from loratune.codes import Code
 from loratune.commands import inference
 from loratune.commands.inference import LoadedAdapter
 from loratune.data import formats
 from loratune.data.formats import Question
 from loratune.data.sources import Row
-from loratune.errors import Code, ConfigError, Problem
+from loratune.errors import ConfigError, Problem
 from loratune.model import load
 from loratune.training.preflight import AdapterInfo
 

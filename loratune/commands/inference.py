@@ -9,10 +9,11 @@ import torch
 from transformers import GenerationConfig
 
 from loratune import kernels
+from loratune.codes import Code
 from loratune.config import DataSection, ModelSection
 from loratune.data.packing import pad
 from loratune.data.rendering import Renderer
-from loratune.errors import AdapterError, Code, ModelError, Problem
+from loratune.errors import AdapterError, ModelError, Problem
 from loratune.lora import attach, linear
 from loratune.lora.attach import PeftModel
 from loratune.lora.base_comparison import Untouched

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from loratune.errors import Code, ConfigError, Problem, ResourceError, is_disk_full
+from loratune.codes import Code
+from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
 from loratune.system.files import kind, sync
 from loratune.training.overwrite import contains, is_sticky
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from loratune import config, data, escaping, kernels, memory
+from loratune.codes import Code
 from loratune.commands import card
 from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory
 from loratune.data.packing import BatchLayout
-from loratune.errors import Code, ModelError, NumericError, Problem, ResourceError
+from loratune.errors import ModelError, NumericError, Problem, ResourceError
 from loratune.lora import adapter_files, attach, counts, optimizers, sharded, targets
 from loratune.lora.attach import PeftModel
 from loratune.lora.counts import Count

@@ -7,9 +7,10 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from loratune.codes import Code
 from loratune.config.schema import InvalidSettingError, RunConfig, Section
 from loratune.config.yaml_reader import MAX_PROBLEMS, Document, KeyPath, dotted, first_problems, kind_of
-from loratune.errors import Code, Problem
+from loratune.errors import Problem
 
 _EXPECTED = {
     "int_type": "a whole number",

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from loratune.errors import AdapterError, Code, Problem
+from loratune.codes import Code
+from loratune.errors import AdapterError, Problem
 
 SECONDS = 2.0
 """Of processor time, so that a busy machine does not count: matching a thousand paths takes milliseconds."""

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from loratune.codes import Code
 from loratune.config.patterns import BadPatternError, compile_pattern, shorten
-from loratune.errors import Code
 from loratune.system.files import path_problem
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from yaml.reader import ReaderError
 
-from loratune.errors import Code, ConfigError, Problem
+from loratune.codes import Code
+from loratune.errors import ConfigError, Problem
 
 KeyPath = tuple[str | int, ...]
 

@@ -11,6 +11,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
+from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import formats, token_cache_dir
 from loratune.data.formats import Conversation, Example, Ids, Plain
@@ -28,7 +29,7 @@ from loratune.data.splits import read_datasets as read_datasets
 from loratune.data.splits import read_source as read_source
 from loratune.data.token_cache import TokenCache, TokenCacheWriter
 from loratune.data.token_cache_dir import remove_old_entries as remove_old_entries
-from loratune.errors import Code, DataError, Problem
+from loratune.errors import DataError, Problem
 
 _DECODED_ROWS = 100
 """How many rows are decoded again, to find characters that the tokenizer loses."""

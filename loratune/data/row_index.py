@@ -15,11 +15,12 @@ from typing import IO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data.formats import Example, Parser, RowError, content_key
 from loratune.data.sources import MAX_PROBLEMS, RowSource, no_rows_error, open_source
 from loratune.data.sources.rows import Advance, no_advance
-from loratune.errors import Code, DataError, Problem, ResourceError
+from loratune.errors import DataError, Problem, ResourceError
 
 RowMask: TypeAlias = NDArray[np.bool_]
 """(rows,) bool: which rows take part."""

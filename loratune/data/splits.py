@@ -12,13 +12,14 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data.formats import CHAT_FORMATS, Example
 from loratune.data.formats.fields import quote
 from loratune.data.report import MAX_PLACES, Leaks, RowTally
 from loratune.data.row_index import EXACT, FOLDED, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
 from loratune.data.sources.rows import Advance, no_advance
-from loratune.errors import Code, DataError, Problem
+from loratune.errors import DataError, Problem
 
 _HASHES_AT_ONCE = 1 << 18
 """Hashes that are sorted at once; more of them are divided into groups by their last bits."""

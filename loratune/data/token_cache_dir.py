@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from loratune.codes import Code
 from loratune.data.token_cache import TokenCache, TokenCacheWriter, open_if_whole, read_record, write_record
 from loratune.data.upstream import datasets_cache_dir
-from loratune.errors import Code, Problem, ResourceError
+from loratune.errors import Problem, ResourceError
 from loratune.system.files import (
     DIRECTORY_MODE,
     UntrustedError,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune.errors import Code, ModelError, Problem
+from loratune.codes import Code
+from loratune.errors import ModelError, Problem
 from loratune.kernels import attention, upstream
 from loratune.kernels.attention import VarlenAttention
 from loratune.kernels.lora_linear import Adapted

@@ -10,8 +10,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from loratune.codes import Code
 from loratune.config import patterns
-from loratune.errors import AdapterError, Code, Problem
+from loratune.errors import AdapterError, Problem
 from loratune.system import records
 from loratune.system.files import is_incidental_file, notebook_original, sha256
 

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from loratune.codes import Code
 from loratune.config import LoraSection, patterns
-from loratune.errors import AdapterError, Code, ModelError, NumericError, Problem
+from loratune.errors import AdapterError, ModelError, NumericError, Problem
 from loratune.lora import initialize, optimizers
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.base_comparison import Untouched, untouched

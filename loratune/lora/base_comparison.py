@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from loratune.errors import AdapterError, Code, Problem
+from loratune.codes import Code
+from loratune.errors import AdapterError, Problem
 from loratune.lora import upstream
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.sharded import restore

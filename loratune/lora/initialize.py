@@ -17,8 +17,9 @@ from peft.tuners.lora import LoraLayer, get_eva_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loratune.codes import Code
 from loratune.config import LoraSection
-from loratune.errors import Code, DataError, ModelError, Problem
+from loratune.errors import DataError, ModelError, Problem
 from loratune.lora import upstream
 
 KEY = "lora.init_lora_weights"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
+from loratune.codes import Code
 from loratune.config.patterns import ModuleSettings, module_settings
-from loratune.errors import AdapterError, Code, Problem
+from loratune.errors import AdapterError, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import natural
 

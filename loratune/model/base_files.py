@@ -22,8 +22,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.errors import Code, ModelError, Problem
+from loratune.errors import ModelError, Problem
 from loratune.model import upstream
 from loratune.model.source import local_or_hub
 

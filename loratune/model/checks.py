@@ -16,8 +16,9 @@ from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.errors import Code, ConfigError, ModelError, Problem
+from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import gguf, upstream
 from loratune.model.source import local_or_hub, summary
 from loratune.system.sandbox import MEMORY, TEMPLATE_ERRORS, LimitExceededError, Sandbox, template_error_reason

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
+from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.errors import Code, ConfigError, Problem
+from loratune.errors import ConfigError, Problem
 from loratune.model import quantization, upstream
 
 

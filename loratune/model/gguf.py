@@ -11,7 +11,8 @@ from math import prod
 from pathlib import Path, PurePath
 from typing import Any
 
-from loratune.errors import Code, ModelError, Problem
+from loratune.codes import Code
+from loratune.errors import ModelError, Problem
 
 KEY = "model.gguf_file"
 LFS_START = b"version https://git-lfs"

@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.errors import Code, ModelError, Problem
+from loratune.errors import ModelError, Problem
 from loratune.model import checks, quantization, remote_code, upstream
 from loratune.model.base_files import Files, copy_mapped
 from loratune.model.device import compute_dtype, device

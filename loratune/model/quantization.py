@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
+from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.errors import Code, ConfigError, ModelError, Problem
+from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import upstream
 from loratune.system.launcher import sharding
 

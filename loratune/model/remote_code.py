@@ -16,7 +16,8 @@ from typing import Any
 
 from huggingface_hub import errors, hf_hub_download
 
-from loratune.errors import Code, ModelError, Problem
+from loratune.codes import Code
+from loratune.errors import ModelError, Problem
 from loratune.model import upstream
 
 _log = logging.getLogger(__name__)

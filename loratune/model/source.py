@@ -5,8 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
+from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.errors import Code, ModelError, Problem
+from loratune.errors import ModelError, Problem
 from loratune.model import gguf
 
 KEY = "model.name_or_path"

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from loratune.errors import Code, LockedError, Problem, ResourceError, is_disk_full
+from loratune.codes import Code
+from loratune.errors import LockedError, Problem, ResourceError, is_disk_full
 
 _KINDS = {
     stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a named pipe",

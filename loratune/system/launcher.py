@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from loratune.errors import Code, Problem
+from loratune.codes import Code
+from loratune.errors import Problem
 
 T = TypeVar("T")
 

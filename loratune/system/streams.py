@@ -9,7 +9,8 @@ import os
 import sys
 from typing import Any
 
-from loratune.errors import Code, Problem, ResourceError, is_disk_full
+from loratune.codes import Code
+from loratune.errors import Problem, ResourceError, is_disk_full
 
 
 def secure() -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from loratune import data, kernels
+from loratune.codes import Code
 from loratune.config import DataSection, TrainingSection
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
 from loratune.data.packing import BatchLayout, Packing, packing_refusal, padding_is_cheaper
 from loratune.data.rendering import Renderer
-from loratune.errors import Code, ConfigError, DataError, Problem
+from loratune.errors import ConfigError, DataError, Problem
 from loratune.lora import linear
 from loratune.model import load
 from loratune.system import launcher

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from loratune.errors import Code, NumericError, Problem
+from loratune.codes import Code
+from loratune.errors import NumericError, Problem
 from loratune.kernels import global_norm, next_token_loss
 from loratune.system.launcher import Group
 from loratune.training.checkpoints import Checkpoints

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loratune.errors import Code, Problem, ResourceError, ResumeError
+from loratune.codes import Code
+from loratune.errors import Problem, ResourceError, ResumeError
 from loratune.system import records
 from loratune.system.files import explain_full_disk, is_directory, is_file, kind, read_text, sha256, sync, write_json
 from loratune.training.run_dir_files import (

@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from loratune.codes import Code
 from loratune.console import EscapedStream
-from loratune.errors import Code, LostError, Problem
+from loratune.errors import LostError, Problem
 from loratune.system.launcher import Failure, host
 from loratune.training.rendezvous import SignedStore, open_store, removed_error
 

@@ -18,9 +18,10 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from loratune import kernels
+from loratune.codes import Code
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
-from loratune.errors import Code, NumericError, Problem
+from loratune.errors import NumericError, Problem
 from loratune.lora import base_comparison
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit

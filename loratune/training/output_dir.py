@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from loratune.errors import Code, ConfigError, Problem, ResourceError, ResumeError, is_disk_full
+from loratune.codes import Code
+from loratune.errors import ConfigError, Problem, ResourceError, ResumeError, is_disk_full
 from loratune.system.files import hold_lock, is_directory, is_file, open_lock
 from loratune.training.overwrite import CONFIG_INPUT, KEY, Inputs, check_replaceable, check_unused, contains
 from loratune.training.run_dir import RunDirectory

@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from loratune.errors import Code, ConfigError, Problem
+from loratune.codes import Code
+from loratune.errors import ConfigError, Problem
 from loratune.system import records
 from loratune.system.files import is_file, is_incidental_file, read_text, sha256
 from loratune.training.run_dir_files import CONFIG, RECORD, Contents, remove_own, scan, scan_adapter

@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from loratune import config, data
+from loratune.codes import Code
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import ProgressFactory, RawDatasets
 from loratune.data.sources import looks_like_hub_id
-from loratune.errors import AdapterError, Code, ConfigError, Problem
+from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.model import quantization

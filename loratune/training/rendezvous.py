@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from loratune.errors import Code, LostError, Problem
+from loratune.codes import Code
+from loratune.errors import LostError, Problem
 
 _log = logging.getLogger(__name__)
 

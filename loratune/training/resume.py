@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from loratune.codes import Code
 from loratune.config import RunConfig
-from loratune.errors import Code, Problem, ResumeError
+from loratune.errors import Problem, ResumeError
 from loratune.system import launcher
 from loratune.training.checkpoints import newest_whole, step_of
 

@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratune.errors import Code, ConfigError, LockedError, Problem, ResourceError, ResumeError, is_disk_full
+from loratune.codes import Code
+from loratune.errors import ConfigError, LockedError, Problem, ResourceError, ResumeError, is_disk_full
 from loratune.system.files import (
     explain_full_disk,
     hold_lock,

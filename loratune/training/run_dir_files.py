@@ -14,7 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from loratune.errors import Code, Problem, ResumeError
+from loratune.codes import Code
+from loratune.errors import Problem, ResumeError
 from loratune.system import records
 from loratune.system.files import (
     is_directory,

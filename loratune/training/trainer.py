@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from loratune import kernels
+from loratune.codes import Code
 from loratune.config import TrainingSection
-from loratune.errors import Code, Problem, ResourceError, ResumeError, is_out_of_memory
+from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data.formats import chats, examples
 from loratune.data.formats.examples import Conversation, Example, Ids, Message, Plain, check_ids, content_key
 from loratune.data.formats.fields import Fields, RowError, quote, text
 from loratune.data.sources import Row
-from loratune.errors import Code, DataError, Problem
+from loratune.errors import DataError, Problem
 
 __all__ = [
     "CHAT_FORMATS", "FORMATS", "Conversation", "Example", "Ids", "Message", "Parser", "Plain", "Question", "RowError",

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratune.codes import Code
 from loratune.data.formats.examples import Conversation, Message
 from loratune.data.formats.fields import (
     Fields,
@@ -15,7 +16,6 @@ from loratune.data.formats.fields import (
     quote,
     text,
 )
-from loratune.errors import Code
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 SHAREGPT_ROLES = ROLES | {

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from loratune.codes import Code
 from loratune.data.formats.fields import Fields, RowError, describe, integers, parse_list, text
-from loratune.errors import Code
 
 Message: TypeAlias = dict[str, Any]
 """A message as chat templates take it. `role` and `content` are always there, and always text."""

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loratune.codes import Code
 from loratune.data.sources.rows import Unreadable
-from loratune.errors import Code, Problem
+from loratune.errors import Problem
 
 Fields = Mapping[str, Any]
 """The fields of a row, under the names that loratune gives to them."""

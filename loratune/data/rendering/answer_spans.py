@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from loratune.codes import Code
 from loratune.data.formats import Message
 from loratune.data.rendering.chat_template import ChatTemplate, RenderedMessages, TemplateInput
 from loratune.data.rendering.encoding import Span
-from loratune.errors import Code, DataError
+from loratune.errors import DataError
 
 _REASONING_OPENED = re.compile(r"<(think|thinking|thought|thoughts|reason|reasoning)>\s*\Z")
 _REASONING_IN_CONTENT = re.compile(r"\s*<think>(.*)</think>", re.DOTALL)

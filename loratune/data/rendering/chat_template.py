@@ -9,11 +9,12 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from loratune.codes import Code
 from loratune.data.formats import Message
 from loratune.data.rendering.encoding import Span
 from loratune.data.rendering.loop_marks import CONTENT, MANY, MARK, MarkedTemplate, read_marks
 from loratune.data.upstream import alias_reasoning_fields, generation_ranges
-from loratune.errors import Code, DataError, ModelError, Problem
+from loratune.errors import DataError, ModelError, Problem
 from loratune.system.sandbox import TEMPLATE_ERRORS, template_error_reason
 
 KEY = "data.chat_template"

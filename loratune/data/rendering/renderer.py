@@ -13,13 +13,14 @@ import jinja2
 import tokenizers
 import transformers
 
+from loratune.codes import Code
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain
 from loratune.data.rendering.answer_spans import RenderedText, check_tools_are_shown, render_conversation
 from loratune.data.rendering.chat_template import KEY, OTHER_FILE, ChatTemplate, TemplateInput
 from loratune.data.rendering.encoding import Encoder, Span, TokenizedRow, TokenizerFailure
 from loratune.data.sources import MAX_PROBLEMS
 from loratune.data.upstream import tokenizer_settings
-from loratune.errors import Code, DataError, LoratuneError, ModelError, Problem
+from loratune.errors import DataError, LoratuneError, ModelError, Problem
 from loratune.system.sandbox import MEMORY, LimitExceededError, PieceTimer, Sandbox, run_with_time_limit
 
 T = TypeVar("T")

@@ -14,11 +14,12 @@ from datasets import load_dataset
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
 from loratune.data.sources.local import file_slices, find_files, looks_like_hub_id
 from loratune.data.sources.rows import MAX_PROBLEMS, Advance, Row, RowSource, no_advance, rows_per_batch
-from loratune.errors import Code, DataError, Problem
+from loratune.errors import DataError, Problem
 
 __all__ = ["MAX_PROBLEMS", "Row", "RowSource", "looks_like_hub_id", "no_rows_error", "open_source", "read_rows"]
 

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from loratune.codes import Code
 from loratune.data.sources.rows import BLOCK, RowOrProblem, Unreadable, to_row
-from loratune.errors import Code, Problem
+from loratune.errors import Problem
 
 _LONGEST_TOKEN = 16
 """More characters than any JSON literal or escape has that may be cut in two at the end of a piece of text."""

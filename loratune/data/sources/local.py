@@ -16,11 +16,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
 from loratune.data.sources import json_files, readers
 from loratune.data.sources.rows import BLOCK, MAX_PROBLEMS, Advance, Row, RowOrProblem, no_advance
-from loratune.errors import Code, DataError, Problem
+from loratune.errors import DataError, Problem
 from loratune.system.files import sha256
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")

@@ -8,8 +8,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from loratune.codes import Code
 from loratune.data.sources.rows import BLOCK, MAX_PROBLEMS, Advance, Row, RowOrProblem, Unreadable, rows_per_batch
-from loratune.errors import Code, DataError, Problem
+from loratune.errors import DataError, Problem
 
 BOM = "\ufeff"
 csv.field_size_limit(1 << 28)  # csv's own limit of 128 KiB a cell is shorter than a document

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from loratune.errors import Code, Problem
+from loratune.codes import Code
+from loratune.errors import Problem
 
 MAX_PROBLEMS = 10
 """How many problems of a file are collected before reading stops."""

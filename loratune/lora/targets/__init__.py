@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from loratune.codes import Code
 from loratune.config import LoraSection
-from loratune.errors import Code, ModelError, Problem
+from loratune.errors import ModelError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets import entries
 from loratune.lora.targets.names import ROLES as ROLES

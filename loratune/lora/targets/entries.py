@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loratune.codes import Code
 from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
-from loratune.errors import Code, ConfigError, Problem
+from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets.names import ROLES, STOCK
 from loratune.lora.targets.survey import Survey, unused_part

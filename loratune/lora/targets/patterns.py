@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from loratune.codes import Code
 from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
-from loratune.errors import Code, ConfigError, Problem
+from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets import entries
 from loratune.lora.targets.names import ROLES
