@@ -14,7 +14,7 @@ from loratune import __version__
 from loratune import cli as cli_module
 from loratune.codes import Code
 from loratune.commands import boundary
-from loratune.errors import ConfigError, LoratuneError
+from loratune.errors import ConfigError, LoratuneError, Problem
 from loratune.training import output_dir, run_dir
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
@@ -171,7 +171,7 @@ def test_generate_with_nobody_at_stdin(closed: bool) -> None:
 @pytest.mark.parametrize("error", sorted(LoratuneError.__subclasses__(), key=lambda kind: kind.exit_code))
 def test_each_error_has_its_own_code_and_line(error: type[LoratuneError], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(cli_module.typer.Exit) as caught, boundary.boundary(debug=False):
-        raise error("something is wrong")
+        raise error(Problem(Code.UNEXPECTED, "something is wrong"))
     assert caught.value.exit_code == error.exit_code
     assert capsys.readouterr().err == "error: something is wrong\n"
 
