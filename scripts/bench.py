@@ -38,7 +38,7 @@ from peers.sets import SETS, SHAPES, Kind, accumulate, census, rows_file
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("torch", "transformers", "peft", "accelerate", "trl", "llamafactory", "unsloth", "litgpt", "lightning")
 LOST = 0.98
-"""Of the tokens to be learnt, the least that a contestant must have trained on; some mask the first of each pack."""
+"""The least share of the supervised tokens that a contestant must have trained on; some mask the first of each pack."""
 REHEARSED = 2500
 """Tokens of the uncounted run, about."""
 
@@ -218,8 +218,8 @@ def train(bench: Bench, name: str, given: Job) -> dict[str, Any]:
     if not answer["updates"]:
         raise Failure("too few rows for one update")
     rows = census(read(Path(given.train)))
-    if answer["learnt"] is not None and answer["learnt"] < LOST * rows.learnt:
-        raise Failure(f"learnt {answer['learnt']:,} tokens of {rows.learnt:,}: it dropped or cut rows")
+    if answer["supervised"] is not None and answer["supervised"] < LOST * rows.supervised:
+        raise Failure(f"supervised {answer['supervised']:,} tokens of {rows.supervised:,}: it dropped or cut rows")
     answer["first_step"] -= child.started
     return answer | {"process": child.seconds, "rss": child.rss, "adapter": given.adapter}
 
@@ -301,7 +301,8 @@ def publish(bench: Bench) -> None:
         base = f"{cell['base_loss']:.4f}" if cell["base_loss"] else "unknown"
         lines += [
             f"## {title} loss", "",
-            f"{counted.rows} rows, {counted.tokens:,} tokens ({counted.learnt:,} learnt), mean {counted.mean:.0f}, "
+            f"{counted.rows} rows, {counted.tokens:,} tokens ({counted.supervised:,} supervised), "
+            f"mean {counted.mean:.0f}, "
             f"longest {counted.longest}. GEMM probes: {', '.join(f'{one:.3f}' for one in speeds)} TFLOP/s in bf16, a "
             f"roof of {limit:,.0f} tokens/s. Held-out loss of the base: {base}.", "",
             *table(cell["runs"], list(CONTESTANTS), counted, limit), "",

@@ -7,7 +7,7 @@
 
 TRL stands in a virtual environment of its own, and sees this one's packages. ROWS: of each kind (30). For every
 template a real SFTTrainer prepares the rows: pairs and text with their end, pairs of message lists (the completion
-learnt), and conversations with `assistant_only_loss` where TRL has a training template for the model. Where the two
+supervised), and conversations with `assistant_only_loss` where TRL has a training template for the model. Where the two
 differ, one of the reasons below must explain all of it, each with a check of its own; it ends with 1 if one does not.
 """
 
@@ -46,7 +46,7 @@ ENDS = ["", ".", "?", "!", " ", "\n", "\n\n", "12"]
 TRAILING = "TRL learns what stands after the end of a turn, loratune cuts it off"
 FIRST = "TRL keeps a label on the first token, which no position predicts"
 MERGED = "characters merge over the border: loratune encodes prompt and answer apart, TRL learns the merged token"
-HEADER = "TRL's training template marks the end of the header as learnt, which the prompt of `generate` holds already"
+HEADER = "TRL's training template marks the end of the header as supervised, which `generate`'s prompt holds already"
 PATCHED = "TRL swaps in a template of its own: under that one one of the other lines holds"
 MOVED = "the prompt of `generate` is no beginning of TRL's row: loratune's row begins with it"
 
@@ -57,7 +57,7 @@ Pair = tuple[dict[str, Any], Example]
 
 @dataclass(frozen=True)
 class Kind:
-    """Rows of one shape. marks: every answer is learnt, by the marks of TRL's training template."""
+    """Rows of one shape. marks: every answer is supervised, by the marks of TRL's training template."""
 
     name: str
     make: Callable[[random.Random], Pair]
@@ -97,7 +97,7 @@ def whole_text(rng: random.Random) -> Pair:
 
 
 def conversation(rng: random.Random, longest: int, system: bool, tools: bool, marks: bool) -> Pair:
-    """1 to `longest` turns; marks: every answer is learnt, else the last one, as the completion of the others."""
+    """1 to `longest` turns; marks: every answer is supervised, else the last one, as the completion of the others."""
     messages = chat(rng, rng.randint(1, longest), system, tools)
     schemas = TOOLS if tools else ()
     extra = {"tools": list(TOOLS)} if tools else {}
@@ -115,7 +115,7 @@ def kinds(tools: bool, training: bool) -> Iterator[Kind]:
     for name, shape in shapes.items():
         for marks in (False, True) if training else (False,):
             make = partial(_shaped, shape=shape, marks=marks)
-            yield Kind(f"{name}, {'all' if marks else 'last'} learnt", make, marks)
+            yield Kind(f"{name}, {'all' if marks else 'last'} supervised", make, marks)
 
 
 def _shaped(rng: random.Random, shape: tuple[int, bool, bool], marks: bool) -> Pair:
@@ -149,7 +149,7 @@ def with_trl(tokenizer: Any, rows: list[dict[str, Any]], assistant: bool) -> lis
 
 
 def trimmed(row: Labelled, ends: tuple[int, ...]) -> Labelled:
-    """Without labels between the end of a turn and the next learnt turn, and cut after the last end."""
+    """Without labels between the end of a turn and the next supervised turn, and cut after the last end."""
     ids, labels = row[0], list(row[1])
     over, last = False, len(ids)
     for place, label in enumerate(labels):
@@ -208,13 +208,13 @@ def last_answer(renderer: Renderer, row: Labelled) -> str:
     return str(renderer.tokenizer.decode(ids[start:], skip_special_tokens=True)).strip()
 
 
-def without_header(row: Labelled, learnt: list[int]) -> Labelled:
-    """Without labels on the tokens that stand right before a range of `learnt`, one after the other."""
+def without_header(row: Labelled, supervised: list[int]) -> Labelled:
+    """Without labels on the tokens that stand right before a range of `supervised`, one after the other."""
     labels = list(row[1])
     before = False
     for place in reversed(range(len(labels))):
-        before = learnt[place] != IGNORED or (before and labels[place] != IGNORED)
-        if before and learnt[place] == IGNORED:
+        before = supervised[place] != IGNORED or (before and labels[place] != IGNORED)
+        if before and supervised[place] == IGNORED:
             labels[place] = IGNORED
     return row[0], labels
 
@@ -253,7 +253,7 @@ def compare(name: str, renderer: Renderer, kind: Kind, count: int) -> Counter[st
 
 
 def show(name: str, renderer: Renderer, ours: TokenizedRow, theirs: Labelled) -> None:
-    """Print a difference that nothing explains, as text with the learnt parts in brackets."""
+    """Print a difference that nothing explains, as text with the supervised parts in brackets."""
     for who, (ids, labels) in (("loratune", (ours.ids, ours.labels)), ("TRL", theirs)):
         pieces = [
             f"⟦{text_of(renderer, [number])}⟧" if label != IGNORED else text_of(renderer, [number])

@@ -14,7 +14,7 @@ FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 # What the default configuration lacks for a model to be built, or for each kind of its layers to show.
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-MENDED: dict[str, tuple[str, dict[str, Any]]] = {
+ADJUSTED: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere_compass_text": ("no rope", {"rope_parameters": {"full_attention": ROPE}}),
     "dbrx": ("no rope", {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}}),
     "deepseek_v2": ("no number of experts", {"num_experts_per_tok": 2, "moe_intermediate_size": 1408}),
@@ -35,18 +35,18 @@ MENDED: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("no convolution layer", {"layer_types": ["conv", "full_attention"] * 16}),
     "lfm2_moe": ("no layer types", {"layer_types": ["conv", "full_attention"] * 16}),
 }  # fmt: skip
-MENDED["minimax_m3_vl_text"] = ("no indexer", {"layer_types": ["full_attention", "minimax_m3_sparse"] * 30})
-MENDED["zamba"] = ("many layers", {"num_hidden_layers": 16})
-MENDED["zamba2"] = ("many layers", {
+ADJUSTED["minimax_m3_vl_text"] = ("no indexer", {"layer_types": ["full_attention", "minimax_m3_sparse"] * 30})
+ADJUSTED["zamba"] = ("many layers", {"num_hidden_layers": 16})
+ADJUSTED["zamba2"] = ("many layers", {
     "num_hidden_layers": 14, "layers_block_type": [*["linear_attention"] * 6, "hybrid"] * 2,
 })  # fmt: skip
-MENDED["xlstm"] = ("many layers", {"num_hidden_layers": 4, "num_blocks": 4})
+ADJUSTED["xlstm"] = ("many layers", {"num_hidden_layers": 4, "num_blocks": 4})
 INDEXER = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64,
     "indexer_compress_ratio": 4,
 }  # fmt: skip
-MENDED["qwen4_exp_text"] = ("no indexer", INDEXER)
-MENDED["qwen4_exp"] = ("no indexer", {"text_config": INDEXER})
+ADJUSTED["qwen4_exp_text"] = ("no indexer", INDEXER)
+ADJUSTED["qwen4_exp"] = ("no indexer", {"text_config": INDEXER})
 
 # Built with all of their layers: which layers share keys and values, or a whole block, follows from the number.
 WHOLE = frozenset({"gemma3n", "gemma3n_text", "gemma4_assistant", "gemma4_unified_assistant", "zamba", "zamba2"})
@@ -63,7 +63,7 @@ DECODERS = {"musicgen": transformers.MusicgenDecoderConfig, "musicgen_melody": t
 def configure(model_type: str) -> PreTrainedConfig:
     """The default configuration with few layers."""
     kind: Callable[..., PreTrainedConfig] = DECODERS.get(model_type) or CONFIG_MAPPING[model_type]
-    config = kind(**MENDED.get(model_type, ("", {}))[1])
+    config = kind(**ADJUSTED.get(model_type, ("", {}))[1])
     if model_type == "gemma3n":  # its own vision tower needs the package timm
         vars(config)["vision_config"] = SiglipVisionConfig(vocab_size=128, vocab_offset=262144, rms_norm_eps=1e-6)
     if getattr(config, "is_decoder", True) is False:  # BERT and its kin, which attend both ways otherwise

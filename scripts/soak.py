@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from nursery import Child, Nursery, nursery
+from fork_server import Child, ForkServer, fork_server
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ class Soak:
     reached: the step of the newest whole one that was ever seen."""
 
     config: Path
-    commands: Nursery
+    commands: ForkServer
     dice: random.Random
     counts: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
@@ -165,7 +165,7 @@ def main() -> None:
         scratch = Path(name)
         os.environ["HF_DATASETS_CACHE"] = str(scratch / "cache")
         config = prepare(scratch, given.steps)
-        with nursery(scratch) as commands:
+        with fork_server(scratch) as commands:
             sys.exit(run(Soak(config, commands, random.Random(given.seed)), given.kills))
 
 

@@ -18,7 +18,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from nursery import Nursery, nursery
+from fork_server import ForkServer, fork_server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -220,14 +220,14 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """Where commands are run as processes of their own."""
-    with nursery(tmp_path_factory.mktemp("processes"), PYTHONHASHSEED="2") as made:
+    with fork_server(tmp_path_factory.mktemp("processes"), PYTHONHASHSEED="2") as made:
         yield made
 
 
 @pytest.fixture
-def forked(processes: Nursery) -> Callable[..., Ran]:
+def forked(processes: ForkServer) -> Callable[..., Ran]:
     """Runs `loratune ARGS` as a process of its own, without the imports that `process` starts with."""
 
     def run(*arguments: object, **keywords: Any) -> Ran:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from conftest import Ran
-from nursery import Child, Nursery
+from fork_server import Child, ForkServer
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -39,7 +39,7 @@ def checkpoints(partial: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
-def interrupt(processes: Nursery, config: Path, partial: Path) -> None:
+def interrupt(processes: ForkServer, config: Path, partial: Path) -> None:
     """Start a run and stop it with two checkpoints."""
     child = processes.start("train", config)
     until(lambda: len(checkpoints(partial)) > 1, child)
@@ -57,7 +57,7 @@ def copy_of(run: Path, folder: Path) -> Path:
     return folder / "run.yaml"
 
 
-def straight(processes: Nursery, config: Path, tmp_path: Path) -> bytes:
+def straight(processes: ForkServer, config: Path, tmp_path: Path) -> bytes:
     """The adapter of the same run when nothing happens to it."""
     child = processes.start("train", config, "--set", f"output_dir={tmp_path / 'straight'}")
     assert child.wait() == 0, child.said()

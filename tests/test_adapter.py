@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROWS, Ran, check_refused, is_problem, meanings, tiny_llama, tree, write_rows
-from nursery import Nursery
+from fork_server import ForkServer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -456,7 +456,7 @@ def fill(model: PeftModel, name: str, value: float) -> PeftModel:
     return model
 
 
-def test_an_adapter_that_learnt_nothing_is_not_saved(tmp_path: Path) -> None:
+def test_an_adapter_that_learned_nothing_is_not_saved(tmp_path: Path) -> None:
     began = start(small())
     attach.check_trained(sharded.weights(fill(small(), "1.lora_B", 0.5)), began)  # one B that moved is enough
     with pytest.raises(NumericError) as caught:
@@ -529,7 +529,7 @@ attach.save(model, out / "ours", start)
 """
 
 
-def test_the_files_do_not_depend_on_the_hash_seed(tmp_path: Path, processes: Nursery) -> None:
+def test_the_files_do_not_depend_on_the_hash_seed(tmp_path: Path, processes: ForkServer) -> None:
     """That of the fork server is 2."""
     command = [sys.executable, "-c", HASHED, str(tmp_path / "1")]
     first = subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": "1"})

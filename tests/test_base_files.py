@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Expected, Ran, check_refused, tiny_llama
-from nursery import Nursery
+from fork_server import ForkServer
 from running import WEIGHTS, MakeConfig, checkpoints, straight, until
 from safetensors.torch import load_file, save_file
 
@@ -134,7 +134,7 @@ def test_a_change_of_any_one_tensor_is_seen(base_dir: Path) -> None:
 
 
 def test_one_norm_that_changes_while_a_run_lasts_ends_it(
-    run_config: MakeConfig, tmp_path: Path, base_dir: Path, processes: Nursery
+    run_config: MakeConfig, tmp_path: Path, base_dir: Path, processes: ForkServer
 ) -> None:
     """One tensor of 128 bytes, of which no sample of the file need know."""
     config = run_config(
@@ -149,7 +149,7 @@ def test_one_norm_that_changes_while_a_run_lasts_ends_it(
 
 @pytest.mark.parametrize("name", ["overwritten", "cut off", "removed"])
 def test_a_run_ends_with_its_last_checkpoint(
-    name: str, run_config: MakeConfig, tmp_path: Path, base_dir: Path, processes: Nursery
+    name: str, run_config: MakeConfig, tmp_path: Path, base_dir: Path, processes: ForkServer
 ) -> None:
     """Noticed at the next checkpoint; with the files put back, the run goes on as if nothing had been."""
     config = run_config(

@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT, config_in, is_problem, tiny_llama, write_rows
-from nursery import Child, Nursery
+from fork_server import Child, ForkServer
 from running import WEIGHTS, MakeConfig, checkpoints, curve, until
 from safetensors.torch import load_file
 
@@ -34,7 +34,7 @@ UNEVEN = [
 EVALUATED: dict[str, Any] = {"validation": 0.2}
 
 
-def trained(processes: Nursery, config: Path, out: Path, count: int, *settings: str) -> dict[str, Any]:
+def trained(processes: ForkServer, config: Path, out: Path, count: int, *settings: str) -> dict[str, Any]:
     """What a run of so many processes records."""
     assignments = [part for one in (f"output_dir={out}", *settings) for part in ("--set", one)]
     children = processes.launch(count, "train", config, *assignments)
@@ -61,7 +61,7 @@ def shared(size: int, accumulated: int = 1) -> tuple[str, str]:
 def test_two_and_four_processes_do_what_one_does(
     packing: str,
     layouts: tuple[tuple[int, tuple[str, str]], ...],
-    processes: Nursery,
+    processes: ForkServer,
     run_config: MakeConfig,
     tmp_path: Path,
 ) -> None:
@@ -76,7 +76,7 @@ def test_two_and_four_processes_do_what_one_does(
         assert all((tensors[name] - expected[name]).abs().max() < 1e-4 for name in expected)
 
 
-def test_packs_are_shared_out(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_packs_are_shared_out(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """A pack is what one process takes in a micro-step, so two processes take what one accumulates."""
     data = {"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN)), "packing": "full", "max_length": 60}
     config = run_config(data={**data, **EVALUATED}, training={"num_train_epochs": 3, "eval_steps": 4})
@@ -85,7 +85,7 @@ def test_packs_are_shared_out(processes: Nursery, run_config: MakeConfig, tmp_pa
         same(trained(processes, config, tmp_path / f"{count}", count, *shared(2, accumulated)), alone)
 
 
-def test_a_start_from_the_data_is_the_same(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_start_from_the_data_is_the_same(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """EVA looks at the first batches, which all processes have; PEFT would count them once for each."""
     data = {"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))}
     config = run_config(lora={"init_lora_weights": "eva"}, data=data)
@@ -137,7 +137,7 @@ def test_epochs_have_orders_of_their_own() -> None:
     assert list(DistributedBatchSampler(40, 8, 8, SINGLE_PROCESS)) != first
 
 
-def test_one_writes_and_tells(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_one_writes_and_tells(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """The other process has a cache and a directory for temporary files of its own, in which nothing is found."""
     config = run_config(data={"train": str(write_rows(tmp_path / "new.jsonl", UNEVEN))}, training={"save_steps": 1})
     own = {name: tmp_path / name for name in ("HF_DATASETS_CACHE", "TMPDIR")}
@@ -162,7 +162,7 @@ RUNNING: dict[str, Any] = {
 }  # fmt: skip
 
 
-def begun(processes: Nursery, config: Path, tmp_path: Path, *arguments: str) -> list[Child]:
+def begun(processes: ForkServer, config: Path, tmp_path: Path, *arguments: str) -> list[Child]:
     """A run of two processes, some checkpoints further than it was."""
     before = checkpoints(tmp_path / "out.partial")[:1]
     children = processes.launch(2, "train", config, *arguments)
@@ -182,20 +182,20 @@ def finished(children: list[Child]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(processes: Nursery, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> bytes:
+def undisturbed(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> bytes:
     """The adapter of `RUNNING` when nothing happens to it."""
     folder = tmp_path_factory.mktemp("undisturbed")
     return straight(processes, config_in(folder, tiny_dir)(**RUNNING), folder)
 
 
-def straight(processes: Nursery, config: Path, tmp_path: Path) -> bytes:
+def straight(processes: ForkServer, config: Path, tmp_path: Path) -> bytes:
     trained(processes, config, tmp_path / "straight", 2)
     return (tmp_path / "straight" / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_is_killed(
-    rank: int, processes: Nursery, run_config: MakeConfig, tmp_path: Path, undisturbed: bytes
+    rank: int, processes: ForkServer, run_config: MakeConfig, tmp_path: Path, undisturbed: bytes
 ) -> None:
     """The other one ends too, says who has gone, and the run goes on to the same bytes."""
     config = run_config(**RUNNING)
@@ -225,7 +225,7 @@ def test_a_signal_stops_all_at_one_step(
     number: int,
     code: int,
     word: str,
-    processes: Nursery,
+    processes: ForkServer,
     run_config: MakeConfig,
     tmp_path: Path,
     undisturbed: bytes,
@@ -244,7 +244,7 @@ def test_a_signal_stops_all_at_one_step(
         assert (tmp_path / "out" / WEIGHTS).read_bytes() == undisturbed
 
 
-def test_a_fault_of_one_ends_all(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_fault_of_one_ends_all(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Process 1 has no room for its temporary files; the main process says so, and all end with that code."""
     config = run_config(**RUNNING)
     children = processes.launch(2, "train", config, each=[{}, {"limit": 100}])
@@ -253,7 +253,7 @@ def test_a_fault_of_one_ends_all(processes: Nursery, run_config: MakeConfig, tmp
     assert children[1].said() == ""
 
 
-def test_a_fault_of_all_is_told_once(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_fault_of_all_is_told_once(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     config = run_config(training={"learning_rate": 1e30, "max_grad_norm": 0.0})
     children = processes.launch(2, "train", config)
     assert ended(children) == [6, 6]
@@ -264,7 +264,7 @@ def test_a_fault_of_all_is_told_once(processes: Nursery, run_config: MakeConfig,
     assert children[0].said().count("error: ") == 1 and children[1].said() == ""
 
 
-def test_one_that_never_comes(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_one_that_never_comes(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """It is killed while the other one still reads."""
     config = run_config(**RUNNING)
     children = processes.launch(2, "train", config)
@@ -274,7 +274,7 @@ def test_one_that_never_comes(processes: Nursery, run_config: MakeConfig, tmp_pa
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_one_model_over_all_gpus_is_for_one_process(processes: Nursery, run_config: MakeConfig) -> None:
+def test_one_model_over_all_gpus_is_for_one_process(processes: ForkServer, run_config: MakeConfig) -> None:
     config = run_config(model={"device_map": "auto"})
     children = processes.launch(2, "train", config)
     assert ended(children) == [2, 2]
@@ -284,20 +284,20 @@ def test_one_model_over_all_gpus_is_for_one_process(processes: Nursery, run_conf
     )
 
 
-def test_a_wrong_command_line_is_told_once(processes: Nursery) -> None:
+def test_a_wrong_command_line_is_told_once(processes: ForkServer) -> None:
     children = processes.launch(2, "train", "--nonsense")
     assert ended(children) == [2, 2]
     assert "No such option" in children[0].said() and children[1].said() == ""
 
 
-def test_other_commands_are_for_one_process(processes: Nursery, run_config: MakeConfig) -> None:
+def test_other_commands_are_for_one_process(processes: ForkServer, run_config: MakeConfig) -> None:
     children = processes.launch(2, "params", run_config())
     assert ended(children) == [2, 2]
     assert " 2 times" in children[0].said() and "[usage.several_processes]" in children[0].said()
     assert (children[0].said().count("\n"), children[1].said()) == (1, "")
 
 
-def test_a_dry_run_may_take_its_time_to_print(processes: Nursery, run_config: MakeConfig) -> None:
+def test_a_dry_run_may_take_its_time_to_print(processes: ForkServer, run_config: MakeConfig) -> None:
     config = run_config()
     children = processes.launch(2, "train", config, "--dry-run")
     assert finished(children) == [0, 0]
@@ -313,7 +313,7 @@ def test_a_dry_run_may_take_its_time_to_print(processes: Nursery, run_config: Ma
     ],
 )
 def test_what_sharded_weights_exclude(
-    how: str, key: str, value: str, processes: Nursery, run_config: MakeConfig
+    how: str, key: str, value: str, processes: ForkServer, run_config: MakeConfig
 ) -> None:
     environment = {f"ACCELERATE_USE_{how}": "true"}
     child = processes.start("train", run_config(), "--set", f"{key}={value}", **environment)
@@ -331,7 +331,7 @@ WHOLE_STEP = ("--set", f"{ACCUMULATION}=4", "--allow-change", ACCUMULATION)
 """For one process in place of two that accumulate twice."""
 
 
-def test_resuming_on_more_or_fewer(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_resuming_on_more_or_fewer(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Refused where a step would take other rows; exact where it takes the same."""
     training = {
         "per_device_train_batch_size": 2,
@@ -362,7 +362,9 @@ def test_resuming_on_more_or_fewer(processes: Nursery, run_config: MakeConfig, t
     same(json.loads((tmp_path / "out" / "loratune.json").read_text()), expected)
 
 
-def test_deepspeed_reads_its_own_checkpoints_only(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_deepspeed_reads_its_own_checkpoints_only(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
     config = run_config(**RUNNING)
     children = begun(processes, config, tmp_path)
     for child in children:
@@ -409,7 +411,7 @@ def spread(how: str, config: Path, out: Path, *arguments: str) -> "subprocess.Po
     )  # fmt: skip
 
 
-def sharded(processes: Nursery, config: Path, out: Path, *arguments: str) -> list[Child]:
+def sharded(processes: ForkServer, config: Path, out: Path, *arguments: str) -> list[Child]:
     """With FSDP2 as `spread`: the processes are forked, with the variables that accelerate's launcher sets."""
     path = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
     words = launch_command_parser().parse_args(["--num_processes", "2", "--config_file", str(path), "train"])
@@ -420,7 +422,7 @@ def sharded(processes: Nursery, config: Path, out: Path, *arguments: str) -> lis
     return processes.launch(2, "train", config, "--set", f"output_dir={out}", *arguments, each=[own, own])
 
 
-def spread_to_the_end(how: str, processes: Nursery, config: Path, out: Path, *arguments: str) -> None:
+def spread_to_the_end(how: str, processes: ForkServer, config: Path, out: Path, *arguments: str) -> None:
     """A run whose base is spread has to succeed."""
     if how == "fsdp2":
         children = sharded(processes, config, out, *arguments)
@@ -438,7 +440,7 @@ ZERO3 = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is 
     "how, quantization", [("fsdp2", "none"), ("fsdp2", "4bit"), pytest.param("zero3", "none", marks=ZERO3)]
 )
 def test_a_base_that_is_spread_learns_the_same(
-    how: str, quantization: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+    how: str, quantization: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     rows = str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))
     model = {"quantization": quantization, "dtype": "float32" if quantization == "none" else "bfloat16"}
@@ -456,7 +458,7 @@ def test_a_base_that_is_spread_learns_the_same(
 
 
 def test_the_base_beside_a_spread_adapter_is_the_base(
-    processes: Nursery, run_config: MakeConfig, tiny_dir: Path, tmp_path: Path
+    processes: ForkServer, run_config: MakeConfig, tiny_dir: Path, tmp_path: Path
 ) -> None:
     """With biases that were trained: each process sets its part of them back, and then forth."""
     tiny_llama(attention_bias=True).save_pretrained(tmp_path / "biased")
@@ -488,7 +490,7 @@ def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir
 
 @pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=ZERO3)])
 def test_a_base_that_is_spread_goes_on_to_the_same_bytes(
-    how: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+    how: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = run_config(**RUNNING | {"training": RUNNING["training"] | {"num_train_epochs": 5}})
     spread_to_the_end(how, processes, config, tmp_path / "straight")

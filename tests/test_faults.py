@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import check_refused, is_problem, tiny_llama
-from nursery import Nursery
+from fork_server import ForkServer
 from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, straight, until
 from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +39,7 @@ ENDING = [
 
 @pytest.mark.parametrize(("number", "code", "word"), ENDING)
 def test_a_signal_in_a_step(
-    number: signal.Signals, code: int, word: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+    number: signal.Signals, code: int, word: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """Rows 46, 48 and 86: the step is finished and kept, and the way to go on is one line."""
     config = run_config(**LONG)
@@ -71,7 +71,7 @@ def pipe(tmp_path: Path) -> Iterator[tuple[Path, int]]:
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_while_a_line_is_written(
-    times: int, pipe: tuple[Path, int], processes: Nursery, run_config: MakeConfig, tmp_path: Path
+    times: int, pipe: tuple[Path, int], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """Row 48: its reader answers a line with the signal, which then finds the program in the middle of its write."""
     config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
@@ -101,7 +101,7 @@ def left(end: int) -> bytes:
 
 
 def test_a_signal_where_nobody_reads(
-    pipe: tuple[Path, int], processes: Nursery, run_config: MakeConfig, tmp_path: Path
+    pipe: tuple[Path, int], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """Row 48: a run that waits for room in a pipe finishes its step and keeps it, and does not wait for the reader."""
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -120,7 +120,7 @@ def test_a_signal_where_nobody_reads(
         left(pipe[1])
 
 
-def test_a_signal_after_the_last_look(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_signal_after_the_last_look(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Row 48: the trainer has taken all of its steps; what was told holds, and nothing is published."""
     script = """
 import signal
@@ -140,7 +140,7 @@ train.trainer.fit = fit_and_be_stopped
     assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_signal_in_an_evaluation(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_signal_in_an_evaluation(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """It is left at the next batch, and the step before it is kept."""
     held = tmp_path / "held.jsonl"
     held.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 30_000)
@@ -154,7 +154,7 @@ def test_a_signal_in_an_evaluation(processes: Nursery, run_config: MakeConfig, t
     assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
 
 
-def test_a_second_signal_stops_at_once(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_second_signal_stops_at_once(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Row 47: in a step of 4,000 batches, which lasts for many seconds; the first signal alone does not end it."""
     rows = tmp_path / "many.jsonl"
     rows.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 4_000)
@@ -171,7 +171,7 @@ def test_a_second_signal_stops_at_once(processes: Nursery, run_config: MakeConfi
     assert "step     1/" not in child.said() and not (tmp_path / "out.partial").exists()
 
 
-def test_a_signal_during_a_save(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_signal_during_a_save(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Row 47: two signals while a checkpoint is written leave the last one whole, and nothing half written."""
     config = run_config(training={"num_train_epochs": 500, "save_steps": 1})
     child = processes.start("train", config)
@@ -185,7 +185,9 @@ def test_a_signal_during_a_save(processes: Nursery, run_config: MakeConfig, tmp_
     assert all((path / "manifest.json").exists() for path in checkpoints(tmp_path / "out.partial"))
 
 
-def test_signals_that_come_more_than_once_unasked(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_signals_that_come_more_than_once_unasked(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
     """Row 86: SIGHUP of shell and kernel, and SIGTERM with SIGCONT after SIGUSR1, as SLURM sends them."""
     rows = tmp_path / "many.jsonl"
     rows.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 1_000)
@@ -207,7 +209,7 @@ def test_signals_that_come_more_than_once_unasked(processes: Nursery, run_config
         assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
 
 
-def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_path: Path, processes: Nursery) -> None:
+def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     """Row 86: as nohup ignores it for what it starts."""
     child = processes.start("train", run_config(training={"num_train_epochs": 30}), ignored=signal.SIGHUP)
     until(lambda: not heeds(child.pid, signal.SIGHUP) and heeds(child.pid, signal.SIGTERM), child)
@@ -255,7 +257,7 @@ def heeds(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
-def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, processes: Nursery) -> None:
+def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     """Row 48: nothing is left where there is nothing to go on from."""
     rows = tmp_path / "many.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2_000_000)
@@ -270,7 +272,7 @@ def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, pro
 
 
 def test_sigterm_while_the_model_is_loaded(
-    run_config: MakeConfig, tmp_path: Path, smollm2: Path, processes: Nursery
+    run_config: MakeConfig, tmp_path: Path, smollm2: Path, processes: ForkServer
 ) -> None:
     """Row 48: loading takes seconds."""
     running = processes.start("train", run_config(model={"name_or_path": str(smollm2)}))
@@ -300,7 +302,7 @@ def test_a_signal_whose_exception_python_drops(capfd: pytest.CaptureFixture[str]
 # Locks
 
 
-def test_two_runs_on_one_directory(processes: Nursery, run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
+def test_two_runs_on_one_directory(processes: ForkServer, run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
     """Row 57; the lock of a process that was killed is taken over."""
     config = run_config(training={"num_train_epochs": 500, "save_steps": 1})
     child = processes.start("train", config)
@@ -340,7 +342,7 @@ def fill(disk: Path, left: int) -> None:
 
 
 def test_a_disk_that_is_full_at_a_checkpoint(
-    disk: Path, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+    disk: Path, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """Row 53: the checkpoint before it stays, what was half written goes; with room the run goes on to the same end."""
     config = run_config(output_dir=str(disk / "out"), training={"num_train_epochs": 20, "save_steps": 1})
@@ -360,7 +362,9 @@ def test_a_disk_that_is_full_at_a_checkpoint(
     assert (disk / "out" / WEIGHTS).read_bytes() == expected
 
 
-def test_a_disk_that_is_full_at_the_end(disk: Path, processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_the_end(
+    disk: Path, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
     """Row 54: the last step is kept as a checkpoint, so that only the publishing has to be done again."""
     config = run_config(output_dir=str(disk / "out"), training={"num_train_epochs": 20, "save_steps": 1000})
     expected = straight(processes, config, tmp_path)
@@ -386,7 +390,7 @@ def test_a_disk_that_is_too_small_from_the_start(disk: Path, run_config: MakeCon
     assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
-def test_files_that_may_not_grow(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_files_that_may_not_grow(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """A quota, in place of a disk that cannot be mounted."""
     child = processes.start("train", run_config(training={"save_steps": 1}), limit=30_000)
     assert child.wait() == 8, child.said()
@@ -475,7 +479,7 @@ def test_a_poisoned_checkpoint_goes(run_config: MakeConfig, cli: Cli, tmp_path: 
 
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_a_resumed_run_that_diverges_at_its_end(
-    evaluated: bool, processes: Nursery, run_config: MakeConfig, cli: Cli, tmp_path: Path
+    evaluated: bool, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     data = {"validation": 0.2} if evaluated else {}
     config = run_config(data=data, training={"save_steps": 3, "num_train_epochs": 500})
@@ -499,7 +503,7 @@ def test_a_resumed_run_that_diverges_at_its_end(
 
 
 def test_what_appears_at_the_output_is_left_alone(
-    processes: Nursery, run_config: MakeConfig, tmp_path: Path, cli: Cli
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path, cli: Cli
 ) -> None:
     """The last step, in the middle of an epoch, is kept, so that only the publishing is done again."""
     config = run_config(training={"max_steps": 203})
@@ -583,7 +587,7 @@ def test_a_damaged_checkpoint_does_not_count_when_old_ones_go(tmp_path: Path) ->
 
 @pytest.mark.parametrize("reader", ["gone", "full"])
 def test_a_run_goes_on_when_nobody_can_be_told(
-    reader: str, run_config: MakeConfig, tmp_path: Path, processes: Nursery
+    reader: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
 ) -> None:
     """Row 47: stderr is a pipe whose end has gone, or a file on a full disk."""
     listening, telling = os.pipe()
@@ -596,7 +600,7 @@ def test_a_run_goes_on_when_nobody_can_be_told(
     assert (tmp_path / "out" / WEIGHTS).is_file() and "steps" in child.out.read_text()
 
 
-def test_what_is_printed_has_no_room(run_config: MakeConfig, tmp_path: Path, processes: Nursery) -> None:
+def test_what_is_printed_has_no_room(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     child = processes.start("train", run_config(), stdout="/dev/full")
     assert child.wait() == 8
     last = child.said().splitlines()[-1].removeprefix("error: ")

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import Expected, Ran, check_refused, process, tree, write_rows
-from nursery import Nursery
+from fork_server import ForkServer
 from peft import PeftModel
 from running import until
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -285,7 +285,7 @@ def test_stdout_holds_the_completions_only(chat: Path) -> None:
     assert process("generate", "--adapter", chat, "a:", "b:") == Ran(0, "yes\nox\n", "")
 
 
-def test_a_reader_that_leaves(chat: Path, tmp_path: Path, processes: Nursery) -> None:
+def test_a_reader_that_leaves(chat: Path, tmp_path: Path, processes: ForkServer) -> None:
     """`generate ... | head -1`: the second batch finds nobody there."""
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 64)
     reading, writing = os.pipe()
@@ -342,7 +342,7 @@ def test_an_output_is_replaced_only_if_asked(
     assert (tmp_path / ".answers.jsonl.unfinished").is_symlink() and questions.read_text() == '{"prompt": "a:"}\n'
 
 
-def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: Nursery, tmp_path: Path) -> None:
+def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
     """Row 75: answers go where stdout stands; a pipe is written to as it is."""
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "a:", "b:", "--output")
     child = processes.start(*command, "/dev/stdout")
@@ -355,7 +355,7 @@ def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: Nursery, tmp_
     assert child.wait() == 0 and kind(tmp_path / "pipe") == "a named pipe"
 
 
-def test_two_write_to_one_output(plain: Path, processes: Nursery, tmp_path: Path) -> None:
+def test_two_write_to_one_output(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
     """Row 75: the lines of one of them, whichever; without --overwrite the other command is refused."""
     for overwrite in ((), ("--overwrite",)):
         out = tmp_path / f"answers{len(overwrite)}.jsonl"
@@ -377,7 +377,7 @@ def test_two_write_to_one_output(plain: Path, processes: Nursery, tmp_path: Path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_an_output_of_a_command_that_is_ended(
-    number: signal.Signals, plain: Path, processes: Nursery, tmp_path: Path
+    number: signal.Signals, plain: Path, processes: ForkServer, tmp_path: Path
 ) -> None:
     """Row 75: nothing has the name; what a killed one leaves can be told from all else."""
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 20_000)
@@ -391,7 +391,7 @@ def test_an_output_of_a_command_that_is_ended(
     assert not remaining or re.fullmatch(r"\.answers\.jsonl\.[0-9a-f]{12}\.unfinished", remaining.pop())
 
 
-def test_an_output_without_room(plain: Path, processes: Nursery, tmp_path: Path) -> None:
+def test_an_output_without_room(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:", "note": "x" * 5000}])
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", questions, "--output", out)

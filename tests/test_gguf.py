@@ -18,7 +18,7 @@ import gguf
 import pytest
 import torch
 from conftest import ROOT, ROWS, Ran, check_refused, is_problem, meanings, process, tiny_llama, tree, write_rows
-from nursery import Nursery, nursery
+from fork_server import ForkServer, fork_server
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.codes import Code
@@ -135,7 +135,7 @@ def test_trains_generates_and_evaluates_as_the_plain_model_does(
 
 
 @pytest.fixture(scope="module")
-def adapter_dir(pair: tuple[Path, Path], processes: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_dir(pair: tuple[Path, Path], processes: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter on the GGUF file, trained for one step."""
     path = tmp_path_factory.mktemp("adapter")
     (path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -360,7 +360,7 @@ def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path
     local = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
     base = {"name_or_path": "who/packed", "gguf_file": FILE, "dtype": "float32"}
     config = run_config(model=base, training={"max_steps": 2})
-    with nursery(tmp_path, **local) as processes:
+    with fork_server(tmp_path, **local) as processes:
         train = processes.start("train", config)
         assert train.wait() == 0, train.said()
         params = processes.start("params", run_config(model=base | {"gguf_file": "gone.gguf"}))

@@ -234,7 +234,7 @@ def test_model_trust_remote_code(run_config: Callable[..., Path], tmp_path: Path
     assert executed.exists()
 
 
-# DataSection → the ids and labels that are learnt
+# DataSection → the ids and labels that are supervised
 
 
 @pytest.fixture

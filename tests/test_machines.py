@@ -13,8 +13,8 @@ from typing import Any
 import machines
 import pytest
 from conftest import ROOT, write_rows
+from fork_server import Child, ForkServer
 from machines import Machine, Machines
-from nursery import Child, Nursery
 from running import WEIGHTS, MakeConfig, checkpoints, curve
 from running import until as wait_until
 from test_distributed import UNEVEN, straight
@@ -55,7 +55,7 @@ distributed.PATIENCE = {patience}
 """Before a command: the namespaces of a machine, and how long it waits for the others."""
 
 
-def launch(two: Machines, processes: Nursery, config: Path, patience: float) -> list[Child]:
+def launch(two: Machines, processes: ForkServer, config: Path, patience: float) -> list[Child]:
     """As `start` on both, in processes that are forked, as torchrun would start them."""
     names = [*([] if os.geteuid() == 0 else ["user"]), "net", "uts"]
     own = [
@@ -86,7 +86,7 @@ def until(seen: Any, tmp_path: Path) -> None:
     ("seconds", "patience"), [(4, 12), pytest.param(10, distributed.PATIENCE, marks=pytest.mark.slow)]
 )
 def test_a_cable_that_is_out_for_a_while_costs_nothing(
-    seconds: float, patience: float, two: Machines, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+    seconds: float, patience: float, two: Machines, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """A third of the time after which the other machine is given up."""
     config = run_config(**LONG, data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))})
@@ -102,7 +102,7 @@ def test_a_cable_that_is_out_for_a_while_costs_nothing(
 
 
 def test_a_cable_that_stays_out_ends_the_run_which_goes_on_where_it_can(
-    two: Machines, processes: Nursery, run_config: MakeConfig, tmp_path: Path
+    two: Machines, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """On the machine that is left, and to the result that two would have had."""
     config = run_config(**LONG, data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))})

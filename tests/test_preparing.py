@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import pytest
 from conftest import CHAT_TEMPLATE, ROWS, Ran, check_refused, is_problem, meanings, tiny_llama, write_rows
-from nursery import Nursery
+from fork_server import ForkServer
 from running import until
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
@@ -545,7 +545,7 @@ finally:
 """
 
 
-def peak(processes: Nursery, config: Path) -> int:
+def peak(processes: ForkServer, config: Path) -> int:
     """Bytes of the peak resident set of a dry run that has to succeed."""
     child = processes.start("train", config, "--dry-run", first=MEASURED)
     assert child.wait() == 0, child.said()
@@ -557,7 +557,7 @@ def caching(path: Path) -> str:
     return f"import datasets; datasets.config.HF_DATASETS_CACHE = {str(path)!r}"
 
 
-def test_no_room_for_the_rows(run_config: Callable[..., Path], tmp_path: Path, processes: Nursery) -> None:
+def test_no_room_for_the_rows(run_config: Callable[..., Path], tmp_path: Path, processes: ForkServer) -> None:
     """No file may grow beyond 64 kB; the rows would take more."""
     rows = ({"prompt": f"{number}" * 500, "completion": "c"} for number in range(100, 200))
     config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows))})
@@ -573,7 +573,7 @@ def test_no_room_for_the_rows(run_config: Callable[..., Path], tmp_path: Path, p
 
 
 def test_ctrl_c_while_tokenizing(
-    run_config: Callable[..., Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processes: Nursery
+    run_config: Callable[..., Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processes: ForkServer
 ) -> None:
     tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "long")
     tokenizer.save_pretrained(tmp_path / "long")
@@ -597,7 +597,7 @@ def test_ctrl_c_while_tokenizing(
     assert {path.name for path in shard.parent.glob("*.arrow")} == {"00000.arrow", "00001.arrow"}
 
 
-def test_memory(run_config: Callable[..., Path], tmp_path: Path, processes: Nursery) -> None:
+def test_memory(run_config: Callable[..., Path], tmp_path: Path, processes: ForkServer) -> None:
     """It does not grow with the rows, of which the smaller set already fills what is held at once; one row of 50 MB is
     streamed and cut as the policy says, in a few times its size."""
 

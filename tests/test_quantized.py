@@ -15,7 +15,7 @@ import bitsandbytes
 import pytest
 import torch
 from conftest import Expected, Ran, check_refused, meanings, process, tiny_llama, tree
-from nursery import Nursery
+from fork_server import ForkServer
 from running import until
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
@@ -130,7 +130,7 @@ def test_gradients_are_lost_without_the_guard(wide: Path) -> None:
 
 @pytest.mark.parametrize("quantization", LAYER)
 def test_kill_and_resume_gives_the_same_bytes(
-    quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig, processes: Nursery
+    quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig, processes: ForkServer
 ) -> None:
     config = run_config(
         model={"name_or_path": str(wide), "dtype": "auto", "quantization": quantization},

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Ran, once, process
-from nursery import Nursery
+from fork_server import ForkServer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,7 +84,7 @@ def trained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("steps", [4, pytest.param(24, marks=pytest.mark.slow)])
-def test_same_bytes_on_the_real_model(steps: int, smollm2: Path, tmp_path: Path, processes: Nursery) -> None:
+def test_same_bytes_on_the_real_model(steps: int, smollm2: Path, tmp_path: Path, processes: ForkServer) -> None:
     """bfloat16, dropout and shuffled rows, in two processes."""
     for name in ("one", "two"):
         words = [*settings(smollm2, tmp_path / name, steps), "--set", f"training.warmup_steps={steps // 2}"]

@@ -165,7 +165,7 @@ def test_loss_on_all(real: Any) -> None:
         assert row.supervised == len(row.ids) - 1
 
 
-def test_text_is_learnt_from_its_second_token(real: Any) -> None:
+def test_text_is_supervised_from_its_second_token(real: Any) -> None:
     row = Renderer(real).row(Plain("", "", "some text"))
     starts_with_bos = row.ids[0] == real.bos_token_id
     assert real.decode(row.ids) == (real.bos_token if starts_with_bos else "") + "some text" + real.eos_token

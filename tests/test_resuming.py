@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import check_refused, config_in, is_problem, tiny_llama, tree
-from nursery import Nursery
+from fork_server import ForkServer
 from running import (
     LONG,
     RESTLESS,
@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_killed_and_resumed_is_as_if_nothing_had_been(
-    name: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
+    name: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
 ) -> None:
     """Killed twice, somewhere behind the first checkpoint and somewhere behind the next, in mid-epoch."""
     sections = {key: RESTLESS.get(key, {}) | VARIANTS[name].get(key, {}) for key in {**RESTLESS, **VARIANTS[name]}}
@@ -72,7 +72,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
 
 
 @pytest.mark.parametrize("asked", [10, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(asked: int, processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_killed_at_random_moments(asked: int, processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Row 49: so many kills, many of them while a checkpoint is being written. A checkpoint a step."""
     training = RESTLESS["training"] | {"num_train_epochs": 6 if asked < 50 else 30, "save_steps": 1}
     config = run_config(lora=RESTLESS["lora"], training=training)
@@ -106,7 +106,7 @@ STOPPED: dict[str, Any] = {"training": {"save_steps": 1, "num_train_epochs": STE
 
 
 @pytest.fixture(scope="module")
-def stopped_run(processes: Nursery, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
+def stopped_run(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
     """The folder of a run that was stopped with two checkpoints."""
     folder = tmp_path_factory.mktemp("stopped")
     interrupt(processes, config_in(folder, tiny_dir)(**STOPPED), folder / "out.partial")
@@ -114,7 +114,7 @@ def stopped_run(processes: Nursery, tmp_path_factory: pytest.TempPathFactory, ti
 
 
 @pytest.fixture(scope="module")
-def undisturbed(processes: Nursery, stopped_run: Path) -> bytes:
+def undisturbed(processes: ForkServer, stopped_run: Path) -> bytes:
     """The adapter of the same run when nothing happens to it."""
     return straight(processes, stopped_run / "run.yaml", stopped_run)
 
@@ -288,7 +288,7 @@ def test_odd_files_in_a_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) 
 
 
 def test_what_has_changed_since_is_refused(
-    processes: Nursery, run_config: MakeConfig, cli: Cli, tmp_path: Path, tiny_dir: Path
+    processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path, tiny_dir: Path
 ) -> None:
     """Rows 28 and 60; a run of its own, as its rows are changed."""
     interrupted = run_config(**STOPPED)
@@ -327,7 +327,7 @@ def test_what_has_changed_since_is_refused(
 
 
 def test_a_changed_validation_set_is_refused(
-    processes: Nursery, run_config: MakeConfig, cli: Cli, tmp_path: Path
+    processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     held = tmp_path / "held.jsonl"
     held.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n')
@@ -406,7 +406,7 @@ def test_fewer_steps_than_were_taken_are_refused(interrupted: Path, cli: Cli) ->
 
 @pytest.mark.parametrize("kind", ["a file", "a link", "a named pipe"])
 def test_a_checkpoint_has_no_place(
-    kind: str, processes: Nursery, run_config: MakeConfig, cli: Cli, tmp_path: Path
+    kind: str, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     """Row 88: what comes to its place, or to that where it is written, while the run lasts is named and left alone."""
     (tmp_path / "outside").mkdir()
@@ -431,7 +431,7 @@ def test_a_checkpoint_has_no_place(
 
 
 def test_resume_is_spoken_of_only_where_something_was_kept(
-    processes: Nursery, run_config: MakeConfig, cli: Cli, tmp_path: Path
+    processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     """What a run leaves that was killed in its first save, and one whose first save has no room."""
     config = run_config(training={"save_steps": 1})

@@ -14,7 +14,7 @@ import pytest
 import transformers
 import yaml
 from conftest import check_refused, is_problem, meanings, tiny_llama, tree
-from nursery import Nursery
+from fork_server import ForkServer
 from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
 
 from loratune.codes import Code
@@ -372,7 +372,7 @@ def test_a_directory_that_may_not_be_removed(sticky: bool, tmp_path: Path) -> No
 
 
 def test_files_that_come_to_the_old_adapter_meanwhile(
-    processes: Nursery, run_config: MakeConfig, cli: Cli, tmp_path: Path
+    processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     """They are left alone, and so is the work: moved away, the run goes on to its end."""
     config = run_config(training={"max_steps": 203})
@@ -494,7 +494,9 @@ def test_what_the_user_puts_there_meanwhile(how: str, tmp_path: Path) -> None:
     assert kept - {"lock"} == {name.rstrip("/") for name in names if name != "adapter/notes/"}
 
 
-def test_a_file_that_stays_in_the_work_is_told_of(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_file_that_stays_in_the_work_is_told_of(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
     child = processes.start("train", run_config(training={"max_steps": 203, "save_steps": 50}))
     until(lambda: checkpoints(tmp_path / "out.partial"), child)
     (tmp_path / "out.partial" / "checkpoints" / "notes.txt").write_text("precious")
@@ -602,7 +604,7 @@ def test_a_link_in_the_place_of_the_work(cli: Cli, run_config: MakeConfig, tmp_p
 
 
 @pytest.fixture
-def interrupted(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> Path:
+def interrupted(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> Path:
     """The config of a run that was stopped with a checkpoint."""
     config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
     child = processes.start("train", config)

@@ -22,7 +22,7 @@ import pytest
 import transformers
 import yaml
 from conftest import ROWS, check_refused, meanings, write_rows
-from nursery import Child, Nursery
+from fork_server import Child, ForkServer
 from running import Cli, MakeConfig, checkpoints, until
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from typer.testing import CliRunner
@@ -187,13 +187,15 @@ def stores(child: Child) -> dict[int, TCPStore]:
 SHARED: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 2000, "save_steps": 5}}
 
 
-def begun(processes: Nursery, config: Path, partial: Path) -> list[Child]:
+def begun(processes: ForkServer, config: Path, partial: Path) -> list[Child]:
     children = processes.launch(2, "train", config)
     until(lambda: checkpoints(partial), children[0])
     return children
 
 
-def test_no_other_machine_reaches_the_store_of_one(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_no_other_machine_reaches_the_store_of_one(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
     """It listens on the loopback; what else listens is torch's own store, and gloo."""
     children = begun(processes, run_config(**SHARED), tmp_path / "out.partial")
     answering = stores(children[0])
@@ -209,7 +211,7 @@ def test_no_other_machine_reaches_the_store_of_one(processes: Nursery, run_confi
 
 
 @pytest.mark.parametrize("what", ["a pickle", "garbage", "huge", "deleted", "noise"])
-def test_a_stranger_at_the_store(what: str, processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_stranger_at_the_store(what: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Row 68: nothing of theirs runs; the run goes on, or ends with 10 in all processes, and says why."""
     children = begun(processes, run_config(**SHARED), tmp_path / "out.partial")
     mark = tmp_path / "mark"
@@ -241,7 +243,7 @@ def test_a_stranger_at_the_store(what: str, processes: Nursery, run_config: Make
     assert not mark.exists() and checkpoints(tmp_path / "out.partial")
 
 
-def test_machines_without_a_secret_in_common_end(processes: Nursery, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_machines_without_a_secret_in_common_end(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Two "machines" whose home and working directories are their own; with a secret that both are given, they run."""
     config = run_config()
     homes = [tmp_path / "a", tmp_path / "b"]

@@ -65,7 +65,7 @@ def test_an_error_keeps_its_code(redirected: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1:strict", "utf-8"])
 def test_signs_that_the_encoding_lacks(encoding: str, arrows: Path, tmp_path: Path) -> None:
-    """Rows, marks of what is learnt and the block at the end are escaped, and the adapter is published."""
+    """Rows, marks of what is supervised and the block at the end are escaped, and the adapter is published."""
     ran = shell("train", arrows, redirected="", PYTHONIOENCODING=encoding)
     assert ran.code == 0, ran.err
     assert (tmp_path / "out" / WEIGHTS).is_file()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROWS, Ran, check_refused, meanings, process, tiny_llama, tree, write_rows
-from nursery import Nursery, nursery
+from fork_server import ForkServer, fork_server
 from running import until
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
@@ -136,7 +136,7 @@ def test_run_yaml_repeats_the_run(cli: Cli, run_config: MakeConfig, tmp_path: Pa
 
 
 def test_kill_and_resume_gives_the_same_bytes(
-    run_config: MakeConfig, tmp_path: Path, cli: Cli, processes: Nursery
+    run_config: MakeConfig, tmp_path: Path, cli: Cli, processes: ForkServer
 ) -> None:
     config = run_config(**RESTLESS)
     assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
@@ -157,7 +157,7 @@ def test_rows_end_to_end_learn_as_padded_ones(cli: Cli, run_config: MakeConfig, 
 
 
 def test_packs_are_filled_and_resume_to_the_same_bytes(
-    cli: Cli, run_config: MakeConfig, tmp_path: Path, processes: Nursery
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
 ) -> None:
     """30 rows of 18 tokens, three to a pack of at most 3 x 20, two packs to a step."""
     config = run_config(**RESTLESS, data={"packing": "full", "max_length": 20, "validation": 10 / 40})
@@ -202,7 +202,7 @@ def test_resume_without_an_interrupted_run(cli: Cli, run_config: MakeConfig) -> 
     assert ran.code == 7 and f"[{Code.RESUME_NO_RUN}]" in ran.err
 
 
-def stop_midway(processes: Nursery, config: Path, partial: Path) -> None:
+def stop_midway(processes: ForkServer, config: Path, partial: Path) -> None:
     """Run until the first checkpoint is whole, and kill."""
     running = processes.start("train", config)
     until(lambda: list(partial.glob("checkpoints/*/manifest.json")), running)
@@ -212,7 +212,7 @@ def stop_midway(processes: Nursery, config: Path, partial: Path) -> None:
 
 
 def test_resume_refuses_what_is_not_the_same_run(
-    cli: Cli, run_config: MakeConfig, tmp_path: Path, processes: Nursery
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
 ) -> None:
     config = run_config(training={"save_steps": 1, "num_train_epochs": 20})
     stop_midway(processes, config, tmp_path / "out.partial")
@@ -303,7 +303,7 @@ def test_without_a_network(run_config: MakeConfig, tmp_path: Path) -> None:
     )  # fmt: skip
     assert control.returncode == 99
     config = run_config()
-    with nursery(tmp_path, **blocked) as processes:  # which imports what the commands do
+    with fork_server(tmp_path, **blocked) as processes:  # which imports what the commands do
         for arguments in (
             ("train", config),
             ("generate", "--adapter", tmp_path / "out", "1 and 1 make", "--max-new-tokens", 3),

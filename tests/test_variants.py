@@ -192,7 +192,7 @@ def test_eva_starts_from_the_main_directions_of_the_inputs() -> None:
         assert not update.any()
 
 
-def test_eva_needs_more_learnt_tokens_than_directions() -> None:
+def test_eva_needs_more_supervised_tokens_than_directions() -> None:
     model = attach.attach(
         tiny_llama(), section := LoraSection(init_lora_weights="eva"), {"target_modules": ["q_proj"]}, seed=0
     )

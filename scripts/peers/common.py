@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 IGNORED = -100
-"""The label of a token that is not learnt."""
+"""The label of a token that is not supervised."""
 
 
 class Row(TypedDict):
@@ -61,14 +61,14 @@ class Job:
 @dataclass(frozen=True)
 class Answer:
     """What a run took. seconds: of the training loop; first_step: when the first update was made, as time.time();
-    updates: how many there were; gpu_bytes: the most that torch had allocated, 0 without a GPU; learnt: tokens to be
-    learnt, None where it is not known."""
+    updates: how many there were; gpu_bytes: the most that torch had allocated, 0 without a GPU; supervised: the
+    tokens with a label, None where it is not known."""
 
     seconds: float
     first_step: float
     updates: int
     gpu_bytes: int = 0
-    learnt: int | None = None
+    supervised: int | None = None
 
 
 class Clock:
@@ -77,12 +77,12 @@ class Clock:
     def __init__(self) -> None:
         self.begun = self.first = self.ended = 0.0
         self.updates = 0
-        self.learnt: int | None = None
+        self.supervised: int | None = None
 
     def begin(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         """Before the first update. rows: what will be trained on, as the contestant made it."""
         with suppress(KeyError, TypeError):
-            self.learnt = sum(int(label) != IGNORED for row in rows for label in row["labels"]) or None
+            self.supervised = sum(int(label) != IGNORED for row in rows for label in row["labels"]) or None
         self.begun = time.time()
 
     def step(self) -> None:
@@ -96,7 +96,7 @@ class Clock:
 
     def answer(self, gpu_bytes: int = 0) -> Answer:
         """What was measured."""
-        return Answer(self.ended - self.begun, self.first, self.updates, gpu_bytes, self.learnt)
+        return Answer(self.ended - self.begun, self.first, self.updates, gpu_bytes, self.supervised)
 
 
 def read(path: Path) -> list[Row]:

@@ -83,7 +83,7 @@ def encoded(tokenizer: Any, texts: list[Text], longest: int, shortest: int) -> I
 
 
 def labelled(ids: list[int], prompt: int, loss: str) -> Row:
-    """A row. The first token follows nothing, so it is never learnt."""
+    """A row. The first token follows nothing, so it is never supervised."""
     masked = prompt if loss == "completion" else 1
     return {"input_ids": ids, "labels": [IGNORED] * masked + ids[masked:]}
 

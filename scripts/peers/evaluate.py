@@ -1,6 +1,6 @@
 """The neutral judge: `python -P -m peers.evaluate MODEL ROWS DEVICE [ADAPTER ...]`.
 
-Plain transformers and PEFT in fp32, one row at a time. Prints JSON: the loss in nats per learnt token, of the base
+Plain transformers and PEFT in fp32, one row at a time. Prints JSON: the loss in nats per supervised token, of the base
 without an adapter and with each adapter in turn.
 """
 
@@ -19,7 +19,7 @@ from peers.common import Row, read
 
 @torch.inference_mode()
 def loss(model: Any, rows: list[Row], device: str) -> float:
-    """Nats per learnt token."""
+    """Nats per supervised token."""
     total, count = 0.0, 0
     for row in rows:
         ids, labels = (torch.tensor([row[name]], device=device) for name in ("input_ids", "labels"))

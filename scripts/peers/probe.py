@@ -1,8 +1,9 @@
 """How fast this machine multiplies bf16 matrices of a model's shapes: `python -P -m peers.probe MODEL DEVICE`.
 
 Prints JSON: FLOP/s over the frozen GEMMs of one step on 2,048 tokens (forward, and the gradient of the input), outputs
-allocated once; FLOP of a learnt and of any token without attention; FLOP of a token per token of its row's length. The
-count is that of LoRA training: 4 per weight of the body, and of the head where a token is learnt, 6 per LoRA weight.
+allocated once; FLOP of a supervised and of any token without attention; FLOP of a token per token of its row's length.
+The count is that of LoRA training: 4 per weight of the body, and of the head where a token is supervised, 6 per LoRA
+weight.
 """
 
 import json
@@ -70,7 +71,7 @@ def main() -> None:
     answer = {
         "flops": measured(shapes, sys.argv[2]),
         "per_token": 4 * body + 6 * rank,
-        "per_learnt": 4 * shapes[-1][0] * shapes[-1][1],
+        "per_supervised": 4 * shapes[-1][0] * shapes[-1][1],
         "per_length": 7 * shapes[0][1] * config.num_hidden_layers,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if sys.argv[2] == "cuda" else "",

@@ -11,7 +11,8 @@ Runs = Sequence[Mapping[str, Any]]
 """Finished runs of one set and loss: contestant, pass, seconds, process, first_step, rss, gpu_bytes, updates, loss."""
 
 HEADER = (
-    "contestant", "tokens/s", "learnt tokens/s", "loratune's speed / its own (range)", "of the roof", "peak RSS, GiB",
+    "contestant", "tokens/s", "supervised tokens/s", "loratune's speed / its own (range)", "of the roof",
+    "peak RSS, GiB",
     "to the first update, s", "whole process, s", "updates of tokens", "held-out loss (range)",
 )  # fmt: skip
 
@@ -32,8 +33,8 @@ def ratios(runs: Runs, name: str, reference: str = "loratune") -> list[float]:
 
 def roof(census: Census, probe: Mapping[str, float]) -> float:
     """Tokens/s at the measured GEMM rate; `peers.probe` says what is counted."""
-    learnt = census.learnt / census.tokens
-    per_token = probe["per_token"] + probe["per_learnt"] * learnt + probe["per_length"] * census.attended
+    supervised = census.supervised / census.tokens
+    per_token = probe["per_token"] + probe["per_supervised"] * supervised + probe["per_length"] * census.attended
     return probe["flops"] / per_token
 
 
@@ -50,7 +51,7 @@ def table(runs: Runs, names: Sequence[str], census: Census, limit: float) -> lis
         cells = [
             f"**{name}**" if name == "loratune" else name,
             f"{census.tokens / seconds:,.0f}",
-            f"{census.learnt / seconds:,.0f}",
+            f"{census.supervised / seconds:,.0f}",
             "1" if name == "loratune" else spread(compared, ".2f") if compared else "",
             f"{census.tokens / seconds / limit:.1%}",
             f"{median(run['rss'] for run in own) / 2**30:.1f}" + (f", GPU {memory / 2**30:.1f}" if memory else ""),

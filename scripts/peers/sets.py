@@ -55,7 +55,7 @@ class Census:
 
     rows: int
     tokens: int
-    learnt: int
+    supervised: int
     longest: int
     attended: float
 
@@ -73,8 +73,8 @@ def rows_file(work: Path, name: str, loss: str, part: str, count: int) -> Path:
 def census(rows: list[Row]) -> Census:
     """Count a set."""
     lengths = [len(row["input_ids"]) for row in rows]
-    learnt = sum(label != IGNORED for row in rows for label in row["labels"])
-    return Census(len(rows), sum(lengths), learnt, max(lengths), sum(n * n for n in lengths) / sum(lengths))
+    supervised = sum(label != IGNORED for row in rows for label in row["labels"])
+    return Census(len(rows), sum(lengths), supervised, max(lengths), sum(n * n for n in lengths) / sum(lengths))
 
 
 def accumulate(kind: Kind, mean: float, batch: int) -> int:

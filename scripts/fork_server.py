@@ -1,11 +1,11 @@
 """Real processes of `loratune` without the 6 s of imports for each: one process imports, and forks for every command.
 
-    python scripts/nursery.py
+    python scripts/fork_server.py
 
-reads a JSON object a line, {"argv": [...], "err": "FILE", "out": "FILE", "env": {...}, ...} (see `Nursery.start`), and
-answers with the process id of the fork; then, whenever one ends, with [process id, exit code], negative for the signal
-that killed it. The parent never computes, so that a fork finds no thread of torch's half way through anything.
-`Nursery` is the other end of it, for tests and scripts.
+reads a JSON object a line, {"argv": [...], "err": "FILE", "out": "FILE", "env": {...}, ...} (see `ForkServer.start`),
+and answers with the process id of the fork; then, whenever one ends, with [process id, exit code], negative for the
+signal that killed it. The parent never computes, so that a fork finds no thread of torch's half way through anything.
+`ForkServer` is the other end of it, for tests and scripts.
 """
 
 import gc
@@ -29,7 +29,7 @@ from typing import Any
 class Child:
     """A command that was started. code: its exit code once it has ended, negative for the signal that killed it."""
 
-    nursery: "Nursery"
+    server: "ForkServer"
     pid: int
     err: Path
     out: Path
@@ -37,11 +37,11 @@ class Child:
     @property
     def code(self) -> int | None:
         """As far as it has been told."""
-        return self.nursery.ended.get(self.pid)
+        return self.server.ended.get(self.pid)
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
-        self.nursery.listen(0)
+        self.server.listen(0)
         return self.code
 
     def wait(self, seconds: float = 120) -> int:
@@ -51,7 +51,7 @@ class Child:
             if time.monotonic() > end:
                 self.send(signal.SIGKILL)
                 raise TimeoutError(self.said())
-            self.nursery.listen(0.05)
+            self.server.listen(0.05)
         return code
 
     def send(self, number: int) -> None:
@@ -64,7 +64,7 @@ class Child:
         return self.err.read_text() if self.err.exists() else ""
 
 
-class Nursery:
+class ForkServer:
     """Starts commands. ended: process id → exit code of those that have."""
 
     def __init__(self, scratch: Path, **environment: str):
@@ -139,7 +139,7 @@ class Nursery:
             return
         block = os.read(stream, 1 << 16)
         if not block:
-            raise RuntimeError("the nursery has ended")
+            raise RuntimeError("the fork server has ended")
         *lines, self._held = (self._held + block).split(b"\n")
         for told in map(json.loads, lines):
             if isinstance(told, int):
@@ -158,9 +158,9 @@ class Nursery:
 
 
 @contextmanager
-def nursery(scratch: Path, **environment: str) -> Iterator[Nursery]:
-    """A nursery that is closed again. scratch: a directory for what commands write."""
-    made = Nursery(scratch, **environment)
+def fork_server(scratch: Path, **environment: str) -> Iterator[ForkServer]:
+    """A fork server that is closed again. scratch: a directory for what commands write."""
+    made = ForkServer(scratch, **environment)
     try:
         yield made
     finally:
@@ -216,7 +216,7 @@ def prepare() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401, PLC0415
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
 
-    import loratune.cli  # noqa: PLC0415  once for all forks, and not where only `Nursery` is wanted
+    import loratune.cli  # noqa: PLC0415  once for all forks, and not where only `ForkServer` is wanted
     import loratune.commands.evaluate  # noqa: PLC0415
     import loratune.commands.generate  # noqa: PLC0415
     import loratune.commands.report  # noqa: PLC0415
