@@ -37,6 +37,13 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that take the real model are marked so."""
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.real_model)
+
+
 @dataclass(frozen=True)
 class Ran:
     """What a command did: its exit code, and what it printed on either stream."""

@@ -26,6 +26,8 @@ from loratune.codes import Code
 from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
 from loratune.training.sampler import DistributedBatchSampler
 
+pytestmark = pytest.mark.distributed
+
 SOON = 20  # seconds in which all processes have ended when one has, with room for a machine that is busy
 UNEVEN = [
     {"prompt": "q" * (7 * number % 29 + 1), "completion": " " + "ab" * (5 * number % 13 + 1)} for number in range(45)

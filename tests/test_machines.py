@@ -50,6 +50,8 @@ for name in {names}:
     handle = os.open(f"/proc/{holder}/ns/{{name}}", os.O_RDONLY)
     assert libc.setns(handle, 0) == 0, os.strerror(ctypes.get_errno())
 from loratune.training import distributed
+
+pytestmark = pytest.mark.distributed
 distributed.PATIENCE = {patience}
 """
 """Before a command: the namespaces of a machine, and how long it waits for the others."""
