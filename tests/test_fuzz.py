@@ -16,7 +16,7 @@ def _audit_hook() -> None:
     install_audit_hook(ARMED)  # for the rest of the process: an audit hook cannot be removed
 
 
-@pytest.mark.parametrize("cases", [30, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [60, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_every_case_ends_well(name: str, cases: int) -> None:
     ends = fuzz(name, cases, ARMED)

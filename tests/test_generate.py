@@ -272,13 +272,15 @@ def test_a_refusal_leaves_the_output_alone(cli: Callable[..., Ran], plain: Path,
 @pytest.mark.parametrize("stdin", ["", "  \n"])
 def test_nothing_on_stdin(cli: Callable[..., Ran], plain: Path, stdin: str) -> None:
     ran = cli("generate", "--adapter", plain, stdin=stdin)
-    assert (ran.code, ran.out, ran.err[:16]) == (4, "", "error: no prompt")
+    check_refused(ran, 4, (Code.USAGE_NO_PROMPT, "", ""))
+    assert ran.out == ""
 
 
 def test_stdin_closed(plain: Path) -> None:
     command = shlex.join([sys.executable, "-m", "loratune", "generate", "--adapter", str(plain)])
     done = subprocess.run(f"{command} <&-", shell=True, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr[:16]) == (4, "", "error: no prompt")
+    check_refused(Ran(done.returncode, done.stdout, done.stderr), 4, (Code.USAGE_NO_PROMPT, "", ""))
+    assert done.stdout == ""
 
 
 def test_stdout_holds_the_completions_only(chat: Path) -> None:
