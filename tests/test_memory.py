@@ -1,5 +1,6 @@
 """The memory that a run needs: its parts by formula, its activations against autograd, its total against a real run."""
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -54,13 +55,15 @@ def deep(layers: int, **changes: Any) -> PeftModel:
 
 
 def test_what_stays_by_formula() -> None:
-    found = memory.estimate(adapted(tiny_llama()), ROWS, 2)
+    estimate = memory.estimate(adapted(tiny_llama()), ROWS, 2)
     base = 2 * 264 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
     trained = 2 * 8 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))
-    assert (found.weights, found.adapter, found.gradients) == (4 * base, 4 * trained, 4 * trained)
-    assert found.optimizer == 2 * 4 * trained
+    assert (estimate.weights, estimate.adapter, estimate.gradients) == (4 * base, 4 * trained, 4 * trained)
+    assert estimate.optimizer == 2 * 4 * trained
     assert (
-        found.parts()["total"] == found.total == sum(value for name, value in found.parts().items() if name != "total")
+        estimate.parts()["total"]
+        == estimate.total
+        == sum(value for name, value in estimate.parts().items() if name != "total")
     )
 
 
@@ -81,18 +84,18 @@ def test_moments_are_those_of_the_optimizer(optim: str, make: Callable[..., Any]
     optimizer = make([parameter])
     optimizer.step()
     state = {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
-    kept = [tensor for name, tensor in state.items() if "qmap" not in name and tensor.dim()]  # the maps are shared
-    assert moments(parameter, optim) == sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    saved = [tensor for name, tensor in state.items() if "qmap" not in name and tensor.dim()]  # the maps are shared
+    assert moments(parameter, optim) == sum(tensor.numel() * tensor.element_size() for tensor in saved)
 
 
 def saved_bytes(model: nn.Module, rows: int, length: int) -> int:
     """What autograd keeps of a real forward by the modules that train, the weights and logits not counted."""
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     ids = torch.ones(rows, length, dtype=torch.long)
@@ -101,7 +104,7 @@ def saved_bytes(model: nn.Module, rows: int, length: int) -> int:
         kernels.expect(model, ids)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             logits = model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return sum(size for pointer, size in kept.items() if pointer != logits.untyped_storage().data_ptr())
+    return sum(size for pointer, size in saved.items() if pointer != logits.untyped_storage().data_ptr())
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
@@ -125,9 +128,9 @@ def test_activations_are_what_autograd_keeps(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("LORATUNE_NATIVE", str(int(native)))
     model = adapted(make().to(dtype), **lora)
-    found = memory.estimate(model, [(64, 63)] * 4, 4)
-    assert found.traced
-    assert found.activations == pytest.approx(saved_bytes(model, 4, 64), rel=0.02)
+    estimate = memory.estimate(model, [(64, 63)] * 4, 4)
+    assert estimate.traced
+    assert estimate.activations == pytest.approx(saved_bytes(model, 4, 64), rel=0.02)
 
 
 def keep_kernels_away(model: PeftModel) -> None:
@@ -140,7 +143,7 @@ def test_the_kernels_keep_less() -> None:
     """The estimate follows the modules that train."""
     model, hooked = deep(2), deep(2)
     keep_kernels_away(hooked)
-    fused, stock = (memory.estimate(one, ROWS, 2) for one in (model, hooked))
+    fused, stock = (memory.estimate(candidate, ROWS, 2) for candidate in (model, hooked))
     assert fused.traced and stock.traced
     assert fused.activations < 0.8 * stock.activations
 
@@ -279,23 +282,28 @@ def test_accumulated_gradients_wait() -> None:
 )
 @pytest.mark.parametrize("rows", [[(32, 32)] * 2, [(32, 4), (20, 4)]])
 def test_other_architectures_are_traced(config: Any, targets: list[str], rows: list[tuple[int, int]]) -> None:
-    found = memory.estimate(on_meta(config, target_modules=targets), rows, 2)
-    assert found.traced
-    assert found.activations > 0 < found.logits
+    estimate = memory.estimate(on_meta(config, target_modules=targets), rows, 2)
+    assert estimate.traced
+    assert estimate.activations > 0 < estimate.logits
 
 
-def reads_numbers(module: nn.Module, given: Any) -> None:
+def reads_numbers(module: nn.Module, inputs: Any) -> None:
     """A hook that does what data-dependent code does."""
-    if given[0].sum().item() < 0:
+    if inputs[0].sum().item() < 0:
         raise AssertionError
 
 
-def test_a_formula_where_a_model_reads_its_numbers(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_formula_where_a_model_reads_its_numbers(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "loratune")
     model = deep(4)
     keep_kernels_away(model)  # the formula is for a model's own layers
     exact = memory.estimate(model, ROWS, 2)
     model.get_base_model().model.layers[1].mlp.register_forward_pre_hook(reads_numbers)
+    assert "estimated by a formula" not in caplog.text
     rough = memory.estimate(model, ROWS, 2)
+    assert "estimated by a formula" in caplog.text
     assert (exact.traced, rough.traced) == (True, False)
     assert (rough.weights, rough.adapter, rough.optimizer) == (exact.weights, exact.adapter, exact.optimizer)
     assert 0.5 < rough.activations / exact.activations < 2

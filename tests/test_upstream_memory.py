@@ -27,7 +27,7 @@ def test_fake_tensor_log(caplog: pytest.LogCaptureFixture) -> None:
         weight = torch.empty(2, 2)
     with mode, pytest.raises(RuntimeError):
         torch.nn.functional.linear(torch.empty(2, 3), weight)
-    assert upstream.FAKE_TENSOR_LOG.name == "torch._subclasses.fake_tensor"
+    assert upstream.FAKE_TENSOR_LOG.name in {record.name for record in caplog.records}
 
 
 def test_torch_dispatch_mode() -> None:
