@@ -1,15 +1,16 @@
-"""Compare the memory that loratune foretells with what training then takes at its peak.
+"""Compare the memory that loratune estimates with what training then takes at its peak.
 
     python scripts/measure_memory.py [--device cpu|cuda] [SHAPE ...]      # without SHAPE: all of them
 
-Each shape trains for a few steps in a process of its own, as `loratune train` does. On a CPU the peak is the resident
-set of that process (ru_maxrss, which also counts pages of the weight files), on a GPU torch's max_memory_allocated.
+Each shape trains for a few steps in a process of its own, as `loratune train` does, which also makes the estimate. On a
+CPU the peak is the resident set of that process (ru_maxrss, all that it maps), on a GPU torch's max_memory_allocated.
 Needs the model of the quickstart (scripts/fetch_smollm2.py); the others are random models that are made here.
 """
 
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -23,33 +24,68 @@ QUICKSTART = ROOT / "configs" / "quickstart"
 
 @dataclass(frozen=True)
 class Shape:
-    """One run. model: a directory, or a class of `RANDOM`; length: of every row, 0: the quickstart's own rows."""
+    """One run.
+
+    Attributes:
+        batch: Rows of a batch.
+        length: Tokens of every row; of the longest, where they are uneven; 0: the quickstart's own rows.
+        model: A directory, or a key of `RANDOM`.
+        settings: Further keys of the run.
+        steps: Optimizer steps, where the command line gives no other number.
+        uneven: Whether rows have any number of tokens up to `length`.
+    """
 
     batch: int
     length: int
     model: str = str(SMOLLM2)
     settings: dict[str, object] = field(default_factory=dict)
+    steps: int = 3
+    uneven: bool = False
 
 
-ALL_LINEAR = {"lora.target_modules": "all-linear", "lora.r": 16, "lora.lora_dropout": 0.05}
+ALL_LINEAR: dict[str, object] = {"lora.target_modules": "all-linear", "lora.r": 16, "lora.lora_dropout": 0.05}
+CHECKPOINTING: dict[str, object] = {"training.activation_checkpointing": "true"}
+FLOAT32: dict[str, object] = {"model.dtype": "float32"}
 SHAPES = {
     "quickstart": Shape(8, 0),
-    "8x128-float32": Shape(8, 128, settings={"model.dtype": "float32"}),
-    "8x256-float32": Shape(8, 256, settings={"model.dtype": "float32"}),
-    "4x512": Shape(4, 512),
-    "1x2048": Shape(1, 2048),
-    "4x512-checkpointing": Shape(4, 512, settings={"training.activation_checkpointing": "true"}),
-    "4x512-4bit": Shape(4, 512, settings={"model.quantization": "4bit"}),
-    "4x512-8bit": Shape(4, 512, settings={"model.quantization": "8bit"}),
-    "4x512-all-linear": Shape(4, 512, settings=ALL_LINEAR),
-    "2x512-gpt2": Shape(2, 512, model="GPT2"),
-    "2x512-qwen2": Shape(2, 512, model="Qwen2"),
-}
+    "quickstart, 200 steps": Shape(8, 0, steps=200),
+    "8 x up to 64, 100 steps": Shape(8, 64, steps=100, uneven=True),
+    "8 x 128, float32": Shape(8, 128, settings=FLOAT32),
+    "8 x 256, float32": Shape(8, 256, settings=FLOAT32),
+    "8 x up to 512, padded": Shape(8, 512, settings={"data.packing": "none"}, uneven=True),
+    "4 x 512": Shape(4, 512),
+    "16 x 256": Shape(16, 256),
+    "1 x 2,048": Shape(1, 2048),
+    "1 x 4,096": Shape(1, 4096),
+    "2 x 4,096, checkpointing": Shape(2, 4096, settings=CHECKPOINTING),
+    "4 x 512, checkpointing": Shape(4, 512, settings=CHECKPOINTING),
+    "4 x 512, 4bit": Shape(4, 512, settings={"model.quantization": "4bit"}),
+    "4 x 512, 8bit": Shape(4, 512, settings={"model.quantization": "8bit"}),
+    "4 x 512, all-linear, r=16, dropout": Shape(4, 512, settings=ALL_LINEAR),
+    "4 x 512, r=128": Shape(4, 512, settings={"lora.r": 128}),
+    "2 x 512, Llama, 128,256 tokens known": Shape(2, 512, model="Llama"),
+    "2 x 512, GPT2": Shape(2, 512, model="GPT2"),
+    "2 x 512, Qwen2": Shape(2, 512, model="Qwen2"),
+    "2 x 1,024, Gemma3Text": Shape(2, 1024, model="Gemma3Text"),
+    "2 x 512, Mixtral": Shape(2, 512, model="Mixtral"),
+}  # fmt: skip
 RANDOM: dict[str, dict[str, object]] = {
     "GPT2": {"vocab_size": 49152, "n_embd": 768, "n_layer": 12, "n_head": 12},
     "Qwen2": {
         "vocab_size": 49152, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
         "num_attention_heads": 14, "num_key_value_heads": 2,
+    },
+    "Llama": {
+        "vocab_size": 128256, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
+        "num_attention_heads": 16, "num_key_value_heads": 4,
+    },
+    "Gemma3Text": {
+        "vocab_size": 49152, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 12,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,
+    },
+    "Mixtral": {
+        "vocab_size": 49152, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "num_local_experts": 4,
     },
 }  # fmt: skip
 
@@ -62,23 +98,21 @@ model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat
 model.save_pretrained(directory)
 transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 """
-FORETELL = """
-import pathlib, sys
-from loratune import config
-from loratune.commands import train
-from loratune.training import output_dir, preflight
-from loratune.data import no_progress
-run = config.load(pathlib.Path(sys.argv[1]), sys.argv[2:])
-directory = output_dir.check(run.output_dir, resume=False, overwrite=False)
-print(train.make_plan(preflight.check(run, directory, no_progress), no_progress).memory.total)
-"""
 TRAIN = """
-import sys, torch
+import json, pathlib, sys, torch
 from loratune.__main__ import main
+from loratune.commands import train
+result, make_plan = pathlib.Path(sys.argv.pop(1)), train.make_plan
+def make_and_record(*arguments):
+    plan = make_plan(*arguments)
+    result.write_text(json.dumps(plan.memory.parts()))
+    return plan
+train.make_plan = make_and_record
 try:
     main()
 finally:
-    print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    if torch.cuda.is_available():
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"peak": torch.cuda.max_memory_allocated()}))
 """
 
 
@@ -87,8 +121,7 @@ def settings(shape: Shape, work: Path, steps: int) -> list[str]:
     model = Path(shape.model)
     if shape.model in RANDOM:
         model = work / shape.model
-        if not model.exists():
-            python(MAKE, shape.model, json.dumps(RANDOM[shape.model]), str(SMOLLM2), str(model))
+        python(MAKE, shape.model, json.dumps(RANDOM[shape.model]), str(SMOLLM2), str(model))
     values: dict[str, object] = {
         "model.name_or_path": model,
         "training.per_device_train_batch_size": shape.batch,
@@ -97,53 +130,57 @@ def settings(shape: Shape, work: Path, steps: int) -> list[str]:
         "output_dir": work / "adapter",
     }
     if shape.length:
-        rows = work / f"{shape.length}.jsonl"
-        rows.write_text(f"{json.dumps({'text': ' the' * shape.length})}\n" * (shape.batch * 4))
+        rows, draw = work / "rows.jsonl", random.Random(0)
+        lengths = [draw.randint(8, shape.length) if shape.uneven else shape.length for _ in range(shape.batch * steps)]
+        rows.write_text("".join(f"{json.dumps({'text': ' the' * length})}\n" for length in lengths))
         values |= {"data.train": rows, "data.validation": "null", "data.max_length": shape.length}
     else:
         values |= {"data.train": QUICKSTART / "train.jsonl", "data.validation": QUICKSTART / "eval.jsonl"}
-    words = [f"{key}={value}" for key, value in (values | shape.settings).items()]
-    return [str(QUICKSTART / "config.yaml"), *words]
+    return [f"{key}={value}" for key, value in (values | shape.settings).items()]
 
 
-def python(code: str, *arguments: str) -> tuple[str, int]:
-    """Run code in a process of its own. Returns its output, and its largest resident set in bytes."""
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+def python(code: str, *arguments: str) -> int:
+    """Run code in a process of its own. Returns its largest resident set in bytes."""
+    with tempfile.TemporaryFile("w+") as output:
         command = [sys.executable, "-c", code, *arguments]
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         _, status, usage = os.wait4(child.pid, 0)
         output.seek(0)
-        errors.seek(0)
         if status:
-            sys.exit(f"{errors.read()}error: the run with {' '.join(arguments)} failed")
-        return output.read(), usage.ru_maxrss * 1024
+            sys.exit(f"{output.read()}error: the run with {' '.join(arguments)} failed")
+        return usage.ru_maxrss * 1024
 
 
-def measure(shape: Shape, steps: int) -> tuple[int, int]:
-    """Bytes foretold and bytes taken."""
+def measure(shape: Shape, steps: int) -> tuple[dict[str, int], int]:
+    """The parts of the estimate, and the peak, in bytes."""
     with tempfile.TemporaryDirectory() as name:
-        config, *words = settings(shape, Path(name), steps)
-        foretold, _ = python(FORETELL, config, *words)
-        output, resident = python(TRAIN, "train", config, *(part for word in words for part in ("--set", word)))
-    return int(foretold.split()[-1]), int(output.split()[-1]) or resident
+        result, words = Path(name, "parts.json"), settings(shape, Path(name), steps)
+        assignments = [part for word in words for part in ("--set", word)]
+        options = ["train", str(QUICKSTART / "config.yaml"), "--allow-worse", *assignments]
+        resident = python(TRAIN, str(result), *options)
+        parts: dict[str, int] = json.loads(result.read_text())
+    return parts, parts.pop("peak", resident)
 
 
 def main() -> None:
     """Print a row of the table for each shape."""
-    parser = argparse.ArgumentParser(description="Compare the memory that loratune foretells with what training takes.")
-    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)} (default: all)")
+    parser = argparse.ArgumentParser(description="Compare the memory that loratune estimates with what training takes.")
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"one of: {'; '.join(SHAPES)} (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each run (default: 3)")
-    given = parser.parse_args()
-    if unknown := set(given.shapes) - set(SHAPES):
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: 3; more in long ones)")
+    parser.add_argument("--parts", action="store_true", help="print the parts of each estimate, too")
+    options = parser.parse_args()
+    if unknown := set(options.shapes) - set(SHAPES):
         parser.error(f"no such shape: {', '.join(sorted(unknown))}")
-    if given.device == "cpu":
+    if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    print("| shape | foretold, MiB | measured, MiB | foretold / measured |\n|---|---|---|---|", flush=True)
-    for name in given.shapes or SHAPES:
-        foretold, taken = measure(SHAPES[name], given.steps)
-        print(f"| {name} | {foretold >> 20:,} | {taken >> 20:,} | {foretold / taken:.2f} |", flush=True)
+    print("| rows x tokens | estimated, MiB | measured, MiB | measured / estimated |\n|---|---|---|---|", flush=True)
+    for name in options.shapes or SHAPES:
+        parts, peak = measure(SHAPES[name], options.steps or SHAPES[name].steps)
+        print(f"| {name} | {parts['total'] >> 20:,} | {peak >> 20:,} | {peak / parts['total']:.2f} |", flush=True)
+        if options.parts:
+            print({part: value >> 20 for part, value in parts.items()}, flush=True)
 
 
 if __name__ == "__main__":

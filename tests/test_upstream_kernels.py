@@ -1,11 +1,13 @@
 """What loratune/kernels/upstream.py uses of other libraries is still there, and still means what it did."""
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import tiny_llama
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loratune.kernels import upstream
@@ -53,6 +55,25 @@ def test_has_hooks(register: object) -> None:
     assert upstream.has_hooks(module)
     hook.remove()
     assert not upstream.has_hooks(module)
+
+
+def fakes() -> tuple[torch.Tensor, torch.Tensor]:
+    with FakeTensorMode():
+        return torch.empty(3), torch.empty(3)
+
+
+def test_is_fake() -> None:
+    first, _ = fakes()
+    assert upstream.is_fake(first) and upstream.is_fake(nn.Parameter(first))
+    assert not upstream.is_fake(torch.empty(3))
+
+
+@pytest.mark.parametrize("make", [lambda: (torch.ones(3), torch.ones(3)), fakes], ids=["with data", "fake"])
+def test_storage_id(make: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
+    first, second = (tensor.untyped_storage() for tensor in make())
+    tensor, _ = make()
+    assert upstream.storage_id(tensor[1:].untyped_storage()) == upstream.storage_id(tensor.untyped_storage())
+    assert upstream.storage_id(first) != upstream.storage_id(second)
 
 
 def test_dropout() -> None:

@@ -118,9 +118,10 @@ def params(run: RunConfig) -> Params:
 def _memory(run: RunConfig, adapted: PeftModel) -> memory.Estimate:
     """The estimate for the configured batch of rows of `max_length`, all of whose tokens are supervised."""
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
-    held = memory.Held(device.compute_dtype(run.model), run.model.quantization)
     rows = [(length, length - 1)] * batch
-    return memory.estimate(adapted, rows, batch, run.training, held=held, device=device.device())
+    return memory.estimate(
+        adapted, rows, batch, run.training, weight_format=run.model.quantization, device=device.device()
+    )
 
 
 def _groups(adapted: PeftModel, matched: Targets) -> list[ModuleGroup]:

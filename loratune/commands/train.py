@@ -184,7 +184,6 @@ def train(
             outcome = _fit(plan, context)
         if context.stopping() and stop.requested is not None:  # A signal can come after the trainer's last check.
             raise stop.requested
-        callbacks.check_final_loss(plan.model, plan.train_batches, context.checkpoints, outcome.steps)
         weights = sharded.whole(plan.model)
         comparison = _compare_with_base(plan, weights, outcome, context, reporter)
         if comparison.verdict == "worse" and not allow_worse:
@@ -215,6 +214,8 @@ def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SI
     batches = batching.batch(model, pad_id, datasets.train, datasets.validation, run.data, run.training)
     first, originals = batching.first(batches.train), partial(base_files.original_weights, run.model, base)
     adapter_init = attach.initialize_adapter(model, run.lora, batches=first, originals=originals)
+    largest = batching.largest(batches.train, datasets.train)
+    batch_tokens = batches.train.total_tokens(run.training.max_steps).tolist()
     return Plan(
         config=run,
         processes=group.count,
@@ -227,7 +228,7 @@ def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SI
         datasets=datasets,
         train_batches=batches.train,
         validation_batches=batches.validation,
-        memory=memory.estimate(model, *batching.largest(batches.train, datasets.train), run.training),
+        memory=memory.estimate(model, *largest, run.training, packed=batches.train.flat, batch_tokens=batch_tokens),
         notes=[*device.notes(run.model), *batches.notes, *matched.notes, *counts.notes(model)],
         base_fingerprint=fingerprint,
         recorded_fingerprint=recorded_fingerprint,
@@ -316,13 +317,18 @@ def _fit(plan: Plan, context: RunContext) -> Outcome:
         with plan.acceleration.applied(plan.model):
             if plan.config.model.torch_compile:
                 kernels.compile_layers(plan.model)
-            return trainer.fit(training, plan.model, *batches, context, optimizer, oom_dry_run=scarce)
+            kernels.give_back_pages()
+            outcome = trainer.fit(training, plan.model, *batches, context, optimizer, oom_dry_run=scarce)
+            if not context.stopping():  # Still accelerated: the model's own logits can need more memory than training.
+                callbacks.check_final_loss(plan.model, plan.train_batches, context.checkpoints, outcome.steps)
+            return outcome
     except trainer.OutOfMemory as error:
         problem, evaluating = error.problems[0], error.evaluating
     if evaluating:
         fix = "lower training.per_device_train_batch_size, which evaluations use too, or data.max_length"
         raise ResourceError(replace(problem, fix=fix))
-    savings = memory.savings(plan.model, *batching.largest(plan.train_batches, plan.datasets.train), training)
+    rows, batch = batching.largest(plan.train_batches, plan.datasets.train)
+    savings = memory.savings(plan.model, rows, batch, training, packed=plan.train_batches.flat)
     fixes = [f"{change} (saves about {size / (1 << 20):,.0f} MiB)" for change, size in savings]
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
@@ -344,11 +350,9 @@ def _check_base_files(plan: Plan, group: Group, *, thoroughly: bool = False) -> 
     """Raises ModelError: files of the base have changed since it was loaded, on any machine."""
     what = "has changed since the run began"
     fix = "restore it and continue from the last checkpoint with --resume, or start again with --overwrite"
-    changed = chain.from_iterable(group.all_gather(plan.base_files.changed(thoroughly=thoroughly)))
-    if problems := [
-        Problem(Code.TRAIN_BASE_CHANGED, what, path, "model.name_or_path", fix) for path in dict.fromkeys(changed)
-    ]:
-        raise ModelError(problems)
+    paths = dict.fromkeys(chain.from_iterable(group.all_gather(plan.base_files.changed(thoroughly=thoroughly))))
+    if paths:
+        raise ModelError([Problem(Code.TRAIN_BASE_CHANGED, what, path, "model.name_or_path", fix) for path in paths])
 
 
 def _publish(trained: _Trained, directory: RunDirectory, log: Callable[[str], None]) -> Result:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loratune.kernels import library, reference
 from loratune.kernels.library import Library
+from loratune.kernels.upstream import is_fake
 
 DEFINES = {torch.bfloat16: "-DBFLOAT16", torch.float32: "-DFLOAT32"}
 
@@ -74,8 +75,13 @@ class CompiledOps:
         self._functions, self._dtype = functions, dtype
 
     def _call(self, name: str, outputs: Sequence[Tensor], *inputs: Tensor | float) -> Any:
-        """Call a function of the library. Outputs are its first arguments; it writes into them."""
+        """Call a function of the library. Outputs are its first arguments; it writes into them.
+
+        Nothing is computed for fake tensors: their shapes are all there is.
+        """
         tensors = [argument for argument in (*outputs, *inputs) if isinstance(argument, Tensor)]
+        if any(map(is_fake, tensors)):
+            return None
         if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
             raise ValueError(f"{name} needs contiguous tensors on the CPU")
         return getattr(self._functions, name)(*map(_c_argument, (*outputs, *inputs)))
@@ -91,7 +97,7 @@ class CompiledOps:
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """See `reference.rms_norm`."""
         x, weight = self._contiguous(x, weight)
-        y, inverse = x.new_empty(x.shape), torch.empty(x.shape[:-1])
+        y, inverse = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
         self._call("rms_norm", [y, inverse], x, weight, float(epsilon), inverse.numel(), x.shape[-1])
         return y, inverse
 
@@ -142,7 +148,8 @@ class CompiledOps:
         query, key, value = self._contiguous(query, key, value)
         layout = _checked(starts, torch.int32), _checked(tiles, torch.int64)
         groups, tokens, heads, size = query.shape
-        outputs = [query.new_empty(tokens, groups * heads * size), torch.empty(groups, tokens, heads)]
+        totals = query.new_empty(groups, tokens, heads, dtype=torch.float32)
+        outputs = [query.new_empty(tokens, groups * heads * size), totals]
         sizes = (tokens, groups, heads, size)
         self._call_with_scratch("attend", outputs, query, key, value, *layout, len(tiles), float(scale), *sizes)
         return outputs[0], outputs[1]
@@ -155,7 +162,8 @@ class CompiledOps:
         gradient, result, query, key, value = self._contiguous(gradient, result, query, key, value)
         total, layout = _checked(total, torch.float32), (_checked(starts, torch.int32), _checked(tiles, torch.int64))
         groups, tokens, heads, size = query.shape
-        outputs = [query.new_empty(query.shape), *(torch.zeros(groups, tokens, size) for _ in range(2))]
+        sums = (query.new_zeros(groups, tokens, size, dtype=torch.float32) for _ in range(2))
+        outputs = [query.new_empty(query.shape), *sums]
         inputs = (gradient, result, total, query, key, value, *layout, len(tiles), float(scale))
         self._call_with_scratch("attend_backward", outputs, *inputs, tokens, groups, heads, size)
         dquery, dkey, dvalue = outputs
@@ -175,7 +183,7 @@ class CompiledOps:
         (dense,), targets = self._contiguous(logits), _checked(targets, torch.int64)
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
             raise IndexError(f"targets from {int(targets.min())} to {int(targets.max())} of {logits.shape[1]} tokens")
-        loss = torch.empty(len(targets))
+        loss = dense.new_empty(len(targets), dtype=torch.float32)
         self._call("cross_entropy", [dense, loss], targets, len(targets), logits.shape[1])
         if dense is not logits:
             logits.copy_(dense)

@@ -162,7 +162,7 @@ def _joined_weight(weights: Sequence[Tensor]) -> Tensor | None:
     ends = accumulate((weight.numel() for weight in weights), initial=first.storage_offset())
     if not all(
         weight.is_contiguous()
-        and weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and upstream.storage_id(weight.untyped_storage()) == upstream.storage_id(first.untyped_storage())
         and (weight.shape[1:], weight.dtype, weight.storage_offset()) == (first.shape[1:], first.dtype, start)
         for weight, start in zip(weights, ends, strict=False)
     ):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.liger import apply_liger_kernel as apply_liger_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask as sdpa_mask
@@ -20,6 +21,19 @@ from transformers.masking_utils import sdpa_mask as sdpa_mask
 def attn_implementation(model: Any) -> str:
     """The attention implementation that a model uses. transformers documents how it is set, and not how it is read."""
     return str(model.config._attn_implementation)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and a dtype but no data, as those have that memory is estimated with.
+
+    torch documents fake tensors for authors of compilers, under this underscored name only.
+    """
+    return isinstance(tensor, FakeTensor)
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """The identity of a storage. The documented address of its data is the same for all fake tensors."""
+    return int(storage._cdata)
 
 
 def has_hooks(module: nn.Module) -> bool:

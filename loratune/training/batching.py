@@ -196,14 +196,16 @@ def largest(batches: BatchLayout, rows: TokenizedDataset) -> tuple[list[tuple[in
     """The size of the largest batch.
 
     Returns:
-        (length, supervised tokens) of its rows, and how many rows there are. Packed rows count as one.
+        (length, supervised tokens) of its rows, and how many rows there are.
     """
     heaviest = batches.heaviest()
     if not batches.flat:
         supervised = rows.rows.supervised
         return [(batches.tokens(number), int(supervised[number])) for number in heaviest], batches.size
-    labels = batches.collate([batches.items[number] for number in heaviest])["labels"]
-    return [(labels.numel(), int((labels >= 0).sum()))], 1
+    items = [batches.items[number] for number in heaviest]
+    flat = [row for item in items for row in (item if isinstance(item, list) else [item])]
+    lengths = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in flat]
+    return lengths, len(lengths)
 
 
 def first(batches: BatchLayout, most: int = 64) -> list[Mapping[str, Any]]:

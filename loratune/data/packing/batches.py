@@ -99,6 +99,22 @@ class BatchLayout:
         descending = np.argsort(-self._tokens.astype(np.int64), kind="stable")
         return [int(number) for number in descending[: self.size]]
 
+    def total_tokens(self, most: int) -> NDArray[np.integer[Any]]:
+        """The tokens of batches drawn at random.
+
+        Args:
+            most: How many batches are drawn at most; 0 or less: as many as one pass over the rows has.
+
+        Returns:
+            (batches,), the tokens of each with its padding.
+        """
+        order = np.random.default_rng(0).permutation(len(self._tokens))
+        count = len(order) // self.size
+        if most > 0:
+            count = min(count, most)
+        drawn = self._tokens[order[: count * self.size]].reshape(-1, self.size)
+        return np.asarray(drawn.sum(1) if self.flat else drawn.max(1) * self.size)
+
 
 def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Put rows end to end.
