@@ -22,6 +22,8 @@ from test_distributed import UNEVEN, straight
 from loratune.codes import Code
 from loratune.training import distributed
 
+pytestmark = pytest.mark.distributed
+
 LONG: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 25, "save_steps": 25}}
 PATIENT = 120  # seconds in which a run has begun, or ended, on a machine that is busy
 
@@ -50,8 +52,6 @@ for name in {names}:
     handle = os.open(f"/proc/{holder}/ns/{{name}}", os.O_RDONLY)
     assert libc.setns(handle, 0) == 0, os.strerror(ctypes.get_errno())
 from loratune.training import distributed
-
-pytestmark = pytest.mark.distributed
 distributed.PATIENCE = {patience}
 """
 """Before a command: the namespaces of a machine, and how long it waits for the others."""
