@@ -7,7 +7,6 @@ still compute the same, forward and backward (`parity_check`).
 
 import ctypes
 import logging
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,9 +34,6 @@ ATTENTION, ATTENTION_WITHOUT_ROTARY, GATED, NORM = "attention", "attention witho
 """The forms of replacements, as the list of checked layers names them."""
 UNMASKED = "loratune"
 """The attention implementation of a model all of whose layers of attention are replaced."""
-CACHED_PRIMITIVES = 64
-"""Matrix products that oneDNN keeps prepared unless the user says otherwise, instead of 1,024 of about 0.2 MiB each. A
-step has fewer, and rows of other lengths need others."""
 SHARDED = "all layers, as the base is spread over processes"
 KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
 """The kinds of layers that are replaced, and how the names of such layers end."""
@@ -110,12 +106,11 @@ def expect(model: Any, labels: Tensor) -> None:
 
 
 def keep_pages() -> None:
-    """Keep freed memory in the process, where the C library is glibc; and have oneDNN keep less of it.
+    """Keep freed memory in the process, where the C library is glibc.
 
     By default each large tensor gets fresh pages from the kernel, and each of them costs a page fault: 0.35 s of system
-    time per GB. oneDNN reads the size of its cache at its first matrix product, so this must come before that.
+    time per GB.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(CACHED_PRIMITIVES))
     trim_threshold, mmap_max = -1, -4  # Options of mallopt(3).
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
