@@ -420,9 +420,10 @@ def test_a_file_that_comes_at_the_last_moment(tmp_path: Path, monkeypatch: pytes
 
 def test_removal_spares_what_no_record_lists(tmp_path: Path) -> None:
     out = adapter(tmp_path / "out", "deeper/words.txt", "deeper/more.txt")
-    assert overwrite.remove_adapter(adapter(tmp_path / "whole", "deeper/words.txt"))
+    whole = adapter(tmp_path / "whole", "deeper/words.txt")
+    assert overwrite.remove_own(whole, overwrite.scan_recorded(whole))
     (out / "deeper" / "thesis.txt").write_text("precious")
-    assert not overwrite.remove_adapter(out)
+    assert not overwrite.remove_own(out, overwrite.scan_recorded(out))
     assert tree(out) == {"deeper/thesis.txt": b"precious"}
 
 

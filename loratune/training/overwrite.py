@@ -127,11 +127,6 @@ def scan_recorded(directory: Path) -> Contents:
     return scan_adapter(directory) if digests is None else scan(directory, (digests.keys() | _UNLISTED).__contains__)
 
 
-def remove_adapter(directory: Path) -> bool:
-    """Remove an adapter directory except for foreign files. Returns whether nothing of it is left."""
-    return remove_own(directory, scan_recorded(directory))
-
-
 def move_files(directory: Path, target: Path) -> None:
     """Move an adapter file by file to a directory beside it, where the system does not move directories.
 
