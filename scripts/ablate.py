@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from loratune import kernels
 from loratune.config import LoraSection
 from loratune.data.packing import flatten, pad
-from loratune.lora import attach, linear, targets
+from loratune.lora import attach, targets
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT = {
@@ -112,7 +112,7 @@ def _measured(without: str, batches: Sequence[Mapping[str, Any]], path: Path, *,
     with ExitStack() as stack:
         for piece in off:  # patched, because nobody but this script wants a piece to be missing
             stack.enter_context(patch(f"loratune.kernels.{PIECES[piece]}", lambda *_, **__: None))
-        stack.enter_context(kernels.accelerated(model, linear.linear))
+        stack.enter_context(kernels.accelerated(model, attach.adapted_linear))
         _step(model, batches[0])
         start = time.monotonic()
         for batch in batches:

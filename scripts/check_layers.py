@@ -34,7 +34,7 @@ from loratune.kernels import acceleration, masks, replacements
 from loratune.kernels.attention import Layout, PerBatch
 from loratune.kernels.parity_check import relative_rms
 from loratune.kernels.recognition import LIST, Layer, checked
-from loratune.lora import linear
+from loratune.lora import attach
 from loratune.lora.targets import resolve
 
 TABLE = Path(__file__).parent.parent / "tests" / "golden_kernels.txt"
@@ -166,11 +166,11 @@ def candidates(module: nn.Module, sights: dict[nn.Module, masks.Sight]) -> Itera
     layouts = PerBatch(Layout.of)
     if (norm := replacements.replace_norm(module)) is not None:
         yield acceleration.NORM, norm
-    if (gated := replacements.replace_gated(module, linear.linear)) is not None:
+    if (gated := replacements.replace_gated(module, attach.adapted_linear)) is not None:
         yield acceleration.GATED, gated
     if module in sights:
         for form, rotary in ((acceleration.ATTENTION, True), (acceleration.ATTENTION_WITHOUT_ROTARY, False)):
-            fast = replacements.replace_attention(module, linear.linear, sights[module], layouts, rotary=rotary)
+            fast = replacements.replace_attention(module, attach.adapted_linear, sights[module], layouts, rotary=rotary)
             if fast is not None:
                 yield form, fast
 
@@ -284,7 +284,7 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
     model.train()
     batches = {"packed": flatten(rows()), "padded": dict(pad(rows(), 0))}
     stock = {name: step(model, batch) for name, batch in batches.items()}
-    with kernels.accelerated(model, linear.linear) as fallbacks:
+    with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
         fast = {name: step(model, batch) for name, batch in batches.items()}
     row.parts = ", ".join(part for part in (*acceleration.KINDS, "loss") if part not in fallbacks) or "nothing"
     _compare(row, stock, fast)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
 from loratune import kernels
 from loratune.data.packing import flatten, pad
-from loratune.lora import linear
+from loratune.lora import attach
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -38,7 +38,7 @@ def rows(lengths: list[int]) -> list[dict[str, list[int]]]:
 
 def timed(model: Any, batch: dict[str, torch.Tensor], *, fast: bool) -> float:
     """CPU seconds of a forward and backward pass; what is done once for a run does not count."""
-    with kernels.accelerated(model, linear.linear) if fast else nullcontext():
+    with kernels.accelerated(model, attach.adapted_linear) if fast else nullcontext():
         inputs = dict(batch)
         labels = inputs.pop("labels")
         start = time.process_time()

@@ -22,7 +22,7 @@ from loratune.commands import inference
 from loratune.config import Source
 from loratune.data import sources
 from loratune.data.packing import pad
-from loratune.lora import linear
+from loratune.lora import attach
 from loratune.training import preflight
 
 LOOPED = 8
@@ -47,7 +47,7 @@ def main(
         model.generate(**pad([{"input_ids": one} for one in prompts], 0, "left"), generation_config=settings)
 
     def with_inference_lora(prompts: Sequence[list[int]]) -> None:
-        with kernels.inference_lora(tuned.model, linear.linear):
+        with kernels.inference_lora(tuned.model, attach.adapted_linear):
             answer(tuned.model, prompts)
 
     def one_by_one(way: Callable[[Sequence[list[int]]], None]) -> None:

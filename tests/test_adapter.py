@@ -29,7 +29,7 @@ from loratune.codes import Code
 from loratune.commands import inference
 from loratune.config import LoraSection
 from loratune.errors import NumericError
-from loratune.lora import adapter_files, attach, counts, initialize, sharded
+from loratune.lora import adapter_files, attach, initialize, parameters, tensors
 from loratune.training import preflight
 
 WEIGHTS, CONFIG = adapter_files.WEIGHTS_FILE, adapter_files.CONFIG_FILE
@@ -458,7 +458,7 @@ def fill(model: PeftModel, name: str, value: float) -> PeftModel:
 
 def test_an_adapter_that_learned_nothing_is_not_saved(tmp_path: Path) -> None:
     began = start(small())
-    attach.check_trained(sharded.weights(fill(small(), "1.lora_B", 0.5)), began)  # one B that moved is enough
+    attach.check_trained(tensors.weights(fill(small(), "1.lora_B", 0.5)), began)  # one B that moved is enough
     with pytest.raises(NumericError) as caught:
         attach.save(fill(small(), "lora_A", 0.5), tmp_path, began)
     assert meanings(caught.value) == [(Code.LORA_UNCHANGED, "", "")]
@@ -487,7 +487,7 @@ def test_an_adapter_that_is_not_finite_is_not_saved(value: float, tmp_path: Path
 def test_file_bytes_is_the_size_of_the_file(tensors: dict[str, Any], tmp_path: Path) -> None:
     made = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}
     save_file(made, tmp_path / "file", {"format": "pt"})
-    assert counts.file_bytes(made) == (tmp_path / "file").stat().st_size
+    assert parameters.file_bytes(made) == (tmp_path / "file").stat().st_size
 
 
 @pytest.mark.parametrize("fields", [{}, {"r": 7}, {"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}])
@@ -540,10 +540,10 @@ def test_the_files_do_not_depend_on_the_hash_seed(tmp_path: Path, processes: For
 
 
 def test_a_rank_above_the_layer_is_noted() -> None:
-    assert counts.notes(small(r=4)) == []
-    (note,) = counts.notes(small(r=8))
+    assert parameters.notes(small(r=4)) == []
+    (note,) = parameters.notes(small(r=8))
     assert note.startswith("lora.r: 8 is more than the 4 inputs or outputs of * ×1;")  # noqa: RUF001
-    assert [note[:32] for note in counts.notes(small(r=16))] == [
+    assert [note[:32] for note in parameters.notes(small(r=16))] == [
         "lora.r: 16 is more than the 4 in",
         "lora.r: 16 is more than the 12 i",
     ]

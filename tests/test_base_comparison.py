@@ -17,7 +17,7 @@ from loratune.codes import Code
 from loratune.commands import inference
 from loratune.config import LoraSection
 from loratune.errors import AdapterError
-from loratune.lora import attach, base_comparison, sharded, targets
+from loratune.lora import attach, targets, tensors
 from loratune.training import preflight
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34]])
@@ -146,7 +146,7 @@ def test_the_base_after_training(kind: str, base_dir: Path) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1
-    trained, expected = sharded.whole(model), logits(model)
-    with base_comparison.as_initialized(model, start, trained):
+    trained, expected = tensors.whole(model), logits(model)
+    with tensors.as_initialized(model, start, trained):
         assert torch.allclose(logits(model), alone, rtol=0, atol=1e-4 if start.to_plain_lora else 0)
     assert torch.equal(logits(model), expected)

@@ -10,7 +10,7 @@ from conftest import Ran, write_rows
 from test_kernels import SHAPE
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from loratune.data.packing import padding_is_cheaper
+from loratune.data.packing_check import padding_is_cheaper
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from torch import nn
 
 from loratune import kernels
 from loratune.commands.boundary import boundary
-from loratune.data.packing import packing_refusal
-from loratune.lora import linear
+from loratune.data.packing_check import packing_refusal
+from loratune.lora import attach
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -122,7 +122,7 @@ def test_models_that_are_not_understood_are_told_of(capsys: pytest.CaptureFixtur
     model.get_base_model().model.layers[1] = Failing()
     for debug in (True, False):
         with boundary(debug):
-            assert "loss" in kernels.accelerate(model, linear.linear).fallbacks
+            assert "loss" in kernels.accelerate(model, attach.adapted_linear).fallbacks
             assert packing_refusal(model, 9) is not None
         messages = capsys.readouterr().err
         expected = (

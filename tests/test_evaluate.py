@@ -20,7 +20,7 @@ from loratune.codes import Code
 from loratune.commands import inference
 from loratune.config import Source
 from loratune.data.packing import BatchLayout
-from loratune.training import preflight, scoring
+from loratune.training import gain, preflight
 
 ENDS = ["<|endoftext|>", "<|end|>"]
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(45)]
@@ -138,7 +138,7 @@ def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None
     prompts = [row.prompt for row in rows.rows()]
     alone = [loaded.complete([prompt], 6)[0] for prompt in prompts]
     for size in (1, 7, 64):
-        loss = scoring.held_out_loss(loaded.model, BatchLayout(rows, rows.lengths, "none", size, 1024, 0))
+        loss = gain.held_out_loss(loaded.model, BatchLayout(rows, rows.lengths, "none", size, 1024, 0))
         assert loss.tokens == scores["adapter"]["tokens"]
         assert loss.mean == pytest.approx(scores["adapter"]["loss"], abs=1e-6)
         batches = [loaded.complete(prompts[at : at + size], 6) for at in range(0, len(prompts), size)]

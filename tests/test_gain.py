@@ -19,8 +19,7 @@ from loratune.codes import Code
 from loratune.data import TokenizedDataset
 from loratune.data.rendering import TokenizedRow
 from loratune.training import gain
-from loratune.training.gain import Gain
-from loratune.training.scoring import Loss
+from loratune.training.gain import Gain, Loss
 
 
 def compared(differences: Sequence[float], tokens: Sequence[int] = (), **others: Any) -> Gain:

@@ -19,7 +19,7 @@ from loratune import kernels
 from loratune.data.packing import flatten, pad
 from loratune.kernels import acceleration, attention, fused_ops, gpu, reference, replacements
 from loratune.kernels.attention import Layout
-from loratune.lora import linear, sharded
+from loratune.lora import attach, tensors
 
 ROLES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LENGTHS = (40, 7, 300, 1, 90)  # longer and shorter than a tile, and across its border
@@ -259,7 +259,7 @@ def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
     model = adapted(kind, targets=targets, changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
         loss, gradients = step(model, batch)
-        with kernels.accelerated(model, linear.linear) as fallbacks:
+        with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
             fast, others = step(model, batch)
         assert fallbacks == expected
         assert fast == pytest.approx(loss, abs=1e-6)
@@ -279,7 +279,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 def test_choices_of_lora_give_the_same_gradients(name: str) -> None:
     model = adapted(**CHOICES[name])
     loss, gradients = step(model, flatten(rows()))
-    with kernels.accelerated(model, linear.linear) as fallbacks:
+    with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
         fast, others = step(model, flatten(rows()))
     assert fallbacks == [] and fast == pytest.approx(loss, abs=1e-6)
     assert relative_rms(gradients, others) < 1e-5
@@ -289,7 +289,7 @@ def test_choices_of_lora_give_the_same_gradients(name: str) -> None:
 def test_other_variants_of_lora_are_not_accelerated(changes: dict[str, Any]) -> None:
     model = adapted(changes={"attention_bias": True}, **changes)
     loss, gradients = step(model, flatten(rows()))
-    with kernels.accelerated(model, linear.linear) as fallbacks:
+    with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
         fast, others = step(model, flatten(rows()))
     assert "attention" in fallbacks and fast == pytest.approx(loss, abs=1e-6)
     assert relative_rms(gradients, others) < 1e-5
@@ -298,7 +298,7 @@ def test_other_variants_of_lora_are_not_accelerated(changes: dict[str, Any]) -> 
 def test_a_trained_head_is_not_accelerated() -> None:
     model = adapted(modules_to_save=["lm_head"])
     loss, gradients = step(model, flatten(rows()))
-    with kernels.accelerated(model, linear.linear) as fallbacks:
+    with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
         fast, others = step(model, flatten(rows()))
     assert fallbacks == ["loss"] and fast == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
 
@@ -307,7 +307,7 @@ def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
     """By finite differences along a direction, with the same random state."""
     model = adapted(lora_dropout=0.5)
     batch = flatten(rows())
-    with kernels.accelerated(model, linear.linear):
+    with kernels.accelerated(model, attach.adapted_linear):
         loss, gradients = step(model, batch)
         model.eval()
         assert abs(step(model, batch)[0] - loss) > 1e-5
@@ -341,7 +341,7 @@ def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(count: int, smollm
         batch = flatten([{"input_ids": one, "labels": one} for one in ids[first : first + 16]])
         true_gradients = step(exact, batch)[1]
         stock += distance(true_gradients, step(model, batch)[1])
-        with kernels.accelerated(model, linear.linear):
+        with kernels.accelerated(model, attach.adapted_linear):
             fast += distance(true_gradients, step(model, batch)[1])
     assert fast <= stock
 
@@ -354,7 +354,7 @@ def curve(seed: int, *, fast: bool) -> Tensor:
     model, drawn = with_lora(base), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=3e-3)
     losses = []
-    with kernels.accelerated(model, linear.linear) if fast else nullcontext():
+    with kernels.accelerated(model, attach.adapted_linear) if fast else nullcontext():
         for number in range(50):
             batch = flatten([rows()[place] for place in torch.randperm(5, generator=drawn)[:3].tolist()])
             loss, gradients = step(model, batch)
@@ -380,7 +380,7 @@ def test_fifty_steps_go_as_they_do_without() -> None:
 
 def test_activations_that_are_computed_again_change_nothing() -> None:
     model = adapted()
-    with kernels.accelerated(model, linear.linear):
+    with kernels.accelerated(model, attach.adapted_linear):
         loss, gradients = step(model, flatten(rows()))
         model.gradient_checkpointing_enable({"use_reentrant": False})
         again, others = step(model, flatten(rows()))
@@ -391,7 +391,7 @@ def test_afterwards_the_model_is_what_it_was() -> None:
     model = adapted()
     modules = {name: type(module) for name, module in model.named_modules()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(KeyError), kernels.accelerated(model, linear.linear):
+    with pytest.raises(KeyError), kernels.accelerated(model, attach.adapted_linear):
         assert isinstance(model.get_base_model().model.layers[0].self_attn, replacements.FastAttention)
         raise KeyError
     assert {name: type(module) for name, module in model.named_modules()} == modules
@@ -402,7 +402,7 @@ def test_afterwards_the_model_is_what_it_was() -> None:
 def test_weights_are_not_held_twice() -> None:
     model = adapted()
     before = sum(parameter.untyped_storage().nbytes() for parameter in set(model.parameters()))
-    with kernels.accelerated(model, linear.linear):
+    with kernels.accelerated(model, attach.adapted_linear):
         stores = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
         assert sum(stores.values()) <= before
 
@@ -411,7 +411,7 @@ def test_what_was_found_once_is_applied_again() -> None:
     """With the adapter and without, after its weights have changed. What was joined stays where it is."""
     model = adapted()
     batch = flatten(rows())
-    acceleration = kernels.accelerate(model, linear.linear)
+    acceleration = kernels.accelerate(model, attach.adapted_linear)
     assert acceleration.fallbacks == []
     key = model.get_base_model().model.layers[0].self_attn.k_proj.base_layer
     joined = key.weight.data_ptr()
@@ -437,9 +437,9 @@ def batch_of(batch: dict[str, Any]) -> dict[str, Any]:
 
 def test_checkpoints_have_the_same_names() -> None:
     model = adapted()
-    names = sharded.weights(model).keys()
-    with kernels.accelerated(model, linear.linear):
-        assert sharded.weights(model).keys() == names
+    names = tensors.weights(model).keys()
+    with kernels.accelerated(model, attach.adapted_linear):
+        assert tensors.weights(model).keys() == names
 
 
 # On a GPU
@@ -482,7 +482,7 @@ def test_acceleration_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch: 
     model = adapted(kind, changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
         loss, gradients = step(model, batch)
-        with kernels.accelerated(model, linear.linear) as fallbacks:
+        with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
             fast, others = step(model, batch)
             assert any(isinstance(module, gpu.FastLinear) for module in model.modules())
         assert fallbacks == expected and fast == pytest.approx(loss, abs=1e-6)
@@ -495,7 +495,7 @@ def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(acceleration, "_replace", gpu.replace)
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
-    with kernels.accelerated(model, linear.linear) as fallbacks:
+    with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
         kernels.compile_layers(model, backend="aot_eager")
         fast, others = step(model, flatten(rows()))
     assert fallbacks == [] and fast == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
@@ -512,9 +512,9 @@ def test_inference_lora_gives_what_peft_gives(tokens: int) -> None:
         expected, bare = model(ids).logits, None
         with model.disable_adapter():
             bare = model(ids).logits
-            with kernels.inference_lora(model, linear.linear):
+            with kernels.inference_lora(model, attach.adapted_linear):
                 assert torch.equal(model(ids).logits, bare)
-        with kernels.inference_lora(model, linear.linear):
+        with kernels.inference_lora(model, attach.adapted_linear):
             assert torch.allclose(model(ids).logits, expected, atol=1e-5)
         assert not torch.allclose(bare, expected, atol=1e-3) and torch.equal(model(ids).logits, expected)
 
@@ -522,7 +522,7 @@ def test_inference_lora_gives_what_peft_gives(tokens: int) -> None:
 def test_other_variants_of_lora_answer_as_peft_has_it() -> None:
     model = adapted(use_dora=True).eval()
     ids = torch.arange(1, 9)[None]
-    with torch.inference_mode(), kernels.inference_lora(model, linear.linear):
+    with torch.inference_mode(), kernels.inference_lora(model, attach.adapted_linear):
         logits = model(ids).logits
     with torch.inference_mode():
         assert torch.equal(model(ids).logits, logits)
@@ -540,7 +540,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_a_compiler_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
-    with without_compiler(monkeypatch), kernels.accelerated(model, linear.linear) as fallbacks:
+    with without_compiler(monkeypatch), kernels.accelerated(model, attach.adapted_linear) as fallbacks:
         fast, others = step(model, flatten(rows()))
     assert (
         fallbacks == ["attention", "norms, rotations and activations"]

@@ -15,7 +15,7 @@ from loratune.config import DataSection, LoraSection, ModelSection, TrainingSect
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
-from loratune.lora import attach, optimizers, targets
+from loratune.lora import attach, parameters, targets
 from loratune.model import load as load_module
 from loratune.training import trainer
 
@@ -101,7 +101,7 @@ def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
         if hasattr(module, "lora_A")
     }
     trained = {name: weight.tolist() for name, weight in built.named_parameters() if weight.requires_grad}
-    kind, keywords = optimizers.split(built, section, (torch.optim.AdamW, {"lr": 1.0}), 0.0)
+    kind, keywords = parameters.split(built, section, (torch.optim.AdamW, {"lr": 1.0}), 0.0)
     rates = [group["lr"] for group in keywords.get("params", [])]
     return settings, {"layers": layers, "trained": trained, "optimizer": (kind, rates)}
 

@@ -28,9 +28,8 @@ from transformers import (
 
 from loratune import kernels, memory
 from loratune.config import TrainingSection
-from loratune.lora import linear
-from loratune.memory import activations
-from loratune.memory.machine import moments
+from loratune.lora import attach
+from loratune.memory import activations, moments
 
 ROLES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ROWS = [(32, 8), (32, 32)]
@@ -99,7 +98,7 @@ def saved_bytes(model: nn.Module, rows: int, length: int) -> int:
         return tensor
 
     ids = torch.ones(rows, length, dtype=torch.long)
-    with kernels.accelerated(model, linear.linear):
+    with kernels.accelerated(model, attach.adapted_linear):
         known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
         kernels.expect(model, ids)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -24,7 +24,7 @@ from loratune.codes import Code
 from loratune.commands import inference
 from loratune.config import LoraSection, ModelSection
 from loratune.errors import ConfigError
-from loratune.lora import attach, sharded
+from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import device, load
 from loratune.model.device import Machine
@@ -78,7 +78,7 @@ def test_trains_evaluates_and_generates(
         {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
         seed=0,
     )
-    assert shapes(saved) == shapes(sharded.weights(plain))
+    assert shapes(saved) == shapes(tensors.weights(plain))
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
     assert LAYER[quantization] in layers_of(out)

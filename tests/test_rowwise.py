@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from loratune import kernels
 from loratune.data.packing import flatten, pad
 from loratune.kernels import rowwise
-from loratune.lora import linear
+from loratune.lora import attach
 
 MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
 UNDROPPED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -64,7 +64,7 @@ def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
     model = adapted(kind, targets=TARGETS.get(kind, ["q_proj", "v_proj"]), changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0)), flatten(rows()[:1])):
         loss, gradients = step(model, batch)
-        with kernels.accelerated(model, linear.linear) as fallbacks:
+        with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
             assert "attention" in fallbacks and kernels.attends_by_rows(model)
             again, others = step(model, batch)
         assert not kernels.attends_by_rows(model)
@@ -97,7 +97,7 @@ def test_nothing_is_as_large_as_the_square_of_a_batch() -> None:
     square = batch["input_ids"].numel() ** 2
     with Largest() as stock:
         step(model, batch)
-    with kernels.accelerated(model, linear.linear), Largest() as by_rows:
+    with kernels.accelerated(model, attach.adapted_linear), Largest() as by_rows:
         step(model, batch)
     assert stock.elements >= square > 2 * by_rows.elements
 
@@ -111,7 +111,7 @@ def test_padding_on_the_left_and_odd_masks_are_left_to_torch() -> None:
     holes["attention_mask"][0, 5] = 0
     for odd in (batch, holes):
         loss, gradients = step(model, odd)
-        with kernels.accelerated(model, linear.linear):
+        with kernels.accelerated(model, attach.adapted_linear):
             again, others = step(model, odd)
         assert again == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
 
@@ -119,7 +119,7 @@ def test_padding_on_the_left_and_odd_masks_are_left_to_torch() -> None:
 def test_the_padding_of_one_row_does_not_reach_another() -> None:
     """Nor do the tokens of the others."""
     model = adapted()
-    with kernels.accelerated(model, linear.linear):
+    with kernels.accelerated(model, attach.adapted_linear):
         losses = [step(model, dict(pad(rows()[:n], 0)))[0] for n in (1, 1)]
         assert losses[0] == losses[1]
         broken = flatten(rows()[:3])
@@ -151,7 +151,7 @@ def test_attention_that_drops_out_does_so() -> None:
 
     stock, (still, _) = mean(), step(model.eval(), batch)
     model.train()
-    with kernels.accelerated(model, linear.linear):
+    with kernels.accelerated(model, attach.adapted_linear):
         assert kernels.attends_by_rows(model)
         by_rows = mean()
     error = (stock.var() / 60 + by_rows.var() / 60).sqrt()
@@ -171,7 +171,7 @@ def test_other_attention_than_torchs_is_not_accelerated(name: str) -> None:
     kind, changes = REFUSED[name]
     model = adapted(kind, targets=["query_key_value"] if kind == "bloom" else ["q_proj", "v_proj"], changes=changes)
     own = model.config._attn_implementation
-    with kernels.accelerated(model, linear.linear):
+    with kernels.accelerated(model, attach.adapted_linear):
         assert model.config._attn_implementation == own and not kernels.attends_by_rows(model)
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from loratune.config import LoraSection
 from loratune.lora import attach as attach_module
-from loratune.lora import sharded, targets
+from loratune.lora import targets, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load
 
@@ -99,7 +99,7 @@ def test_output_is_unchanged_at_step_0(mlp: nn.Module, rows: tuple[Tensor, Tenso
     before = mlp(rows[0])
     ours = attach(mlp)
     assert torch.equal(ours(rows[0]), before)
-    state = sharded.weights(ours)
+    state = tensors.weights(ours)
     assert [bool(tensor.any()) for name, tensor in sorted(state.items())] == [True, False, True, False]  # A, B, A, B
 
 
@@ -107,7 +107,7 @@ def test_only_a_and_b_are_trained(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -
     base = deepcopy(mlp.state_dict())
     ours = attach(mlp)
     trained = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
-    start = deepcopy(sharded.weights(ours))
+    start = deepcopy(tensors.weights(ours))
     steps = torch.optim.AdamW(ours.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(3):
         steps.zero_grad()
@@ -115,7 +115,7 @@ def test_only_a_and_b_are_trained(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -
         steps.step()
     assert trained == [f"base_model.model.{layer}.{name}" for layer in ("fc1", "fc2") for name in PEFT_NAMES.values()]
     assert [name for name, parameter in ours.named_parameters() if parameter.grad is not None] == trained
-    assert not any(torch.equal(tensor, start[name]) for name, tensor in sharded.weights(ours).items())
+    assert not any(torch.equal(tensor, start[name]) for name, tensor in tensors.weights(ours).items())
     assert len(base) == 6
     for name, tensor in ours.get_base_model().state_dict().items():
         if "lora_" not in name:

@@ -21,11 +21,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from loratune import config
 from loratune.codes import Code
 from loratune.commands import train
-from loratune.config import LoraSection, ModelSection, TrainingSection, portability
+from loratune.config import LoraSection, ModelSection, TrainingSection
 from loratune.data import no_progress
 from loratune.data.packing import pad
 from loratune.errors import DataError, ModelError
-from loratune.lora import attach, counts, optimizers, sharded, targets
+from loratune.lora import attach, parameters, targets, tensors
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.initialize import KEY as INIT
 from loratune.lora.initialize import AdapterInit
@@ -92,7 +92,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
     settings = TrainingSection(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
-    choose = partial(optimizers.split, model, section, weight_decay=settings.weight_decay)
+    choose = partial(parameters.split, model, section, weight_decay=settings.weight_decay)
     size = settings.per_device_train_batch_size
     batches = SimpleNamespace(items=ROWS, size=size, collate=COLLATE, flat=False, heaviest=lambda: range(size))
     run = trainer.RunContext(Checkpoints(path / "checkpoints", {}, 0), Silent())
@@ -208,7 +208,7 @@ def test_eva_needs_more_supervised_tokens_than_directions() -> None:
 def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path) -> None:
     model, section, start = begun(loraplus_lr_ratio=16.0)
     fit(model, section, tmp_path, max_steps=1, lr_scheduler_type="constant")
-    moved = {name: (tensor - start.tensors[name]).abs().max().item() for name, tensor in sharded.weights(model).items()}
+    moved = {name: (tensor - start.tensors[name]).abs().max().item() for name, tensor in tensors.weights(model).items()}
     # Adam's first step is as long as its learning rate; A has no gradient as long as B is zero.
     assert {round(step, 4) for name, step in moved.items() if "lora_B" in name} == {0.16}
     assert {step for name, step in moved.items() if "lora_A" in name} == {0.0}
@@ -218,7 +218,7 @@ def test_loraplus_trains_an_embedding_at_the_rate_of_the_config(tmp_path: Path) 
     model, section, start = begun(loraplus_lr_ratio=1.0, target_modules=["embed_tokens", "q"])
     fit(model, section, tmp_path, max_steps=1, lr_scheduler_type="constant")
     moved = max(
-        (tensor - start.tensors[n]).abs().max() for n, tensor in sharded.weights(model).items() if "embedding" in n
+        (tensor - start.tensors[n]).abs().max() for n, tensor in tensors.weights(model).items() if "embedding" in n
     )
     assert moved == pytest.approx(0.01, rel=1e-3)
 
@@ -228,7 +228,7 @@ def test_lorafa_leaves_a_as_it_starts(tmp_path: Path) -> None:
     model, section, start = lorafa
     assert attach.count(model, start).trainable < plain.get_nb_trainable_parameters()[0]
     fit(model, section, tmp_path)
-    for name, tensor in sharded.weights(model).items():
+    for name, tensor in tensors.weights(model).items():
         assert torch.equal(tensor, start.tensors[name]) == ("lora_A" in name)
 
 
@@ -394,12 +394,12 @@ LEAVES = [
 
 @pytest.mark.parametrize(("lora", "line"), LEAVES)
 def test_leaving_the_portable_set_is_told(lora: dict[str, Any], line: str) -> None:
-    assert any(found.startswith(line) for found in portability(LoraSection(**lora)))
+    assert any(found.startswith(line) for found in config.portability(LoraSection(**lora)))
 
 
 @pytest.mark.parametrize("lora", [{}, {"r": 16}, {"init_lora_weights": "eva"}, {"use_lorafa": True}])
 def test_the_portable_set_is_silent(lora: dict[str, Any]) -> None:
-    assert [*portability(LoraSection(**lora))] == []
+    assert [*config.portability(LoraSection(**lora))] == []
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_the_portable_set_is_silent(lora: dict[str, Any]) -> None:
     ],
 )
 def test_layers_that_llama_cpp_does_not_read(model: Callable[[], Any], names: list[str], kind: str | None) -> None:
-    told = counts.notes(begun(model(), target_modules=names)[0])
+    told = parameters.notes(begun(model(), target_modules=names)[0])
     assert told == [] if kind is None else f"do not read an adapter of {kind}" in told[0]
 
 

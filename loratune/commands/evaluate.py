@@ -11,7 +11,7 @@ from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import TokenizedRow
 from loratune.model import load
-from loratune.training import scoring
+from loratune.training import gain
 from loratune.training.batching import check_positions
 from loratune.training.preflight import AdapterInfo
 
@@ -67,7 +67,7 @@ def _score(loaded: LoadedAdapter, dataset: TokenizedDataset) -> Score:
     rows, lengths = dataset.rows, dataset.rows.lengths
     size = max(1, min(inference.BATCH, _BATCH_TOKENS // int(lengths.max())))
     batches = BatchLayout(rows, lengths, "none", size, loaded.data.max_length, load.pad_id(loaded.tokenizer))
-    loss = scoring.held_out_loss(loaded.model, batches)
+    loss = gain.held_out_loss(loaded.model, batches)
     exact_match, label_accuracy = _accuracies(loaded, [row for row in rows.rows() if _has_prompt(row, loaded)])
     return Score(loss.mean, math.exp(loss.mean), exact_match, label_accuracy, len(rows), loss.tokens)
 

@@ -14,9 +14,9 @@ from loratune.config import DataSection, ModelSection
 from loratune.data.packing import pad
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ModelError, Problem
-from loratune.lora import attach, linear
+from loratune.lora import attach
 from loratune.lora.attach import PeftModel
-from loratune.lora.base_comparison import Untouched
+from loratune.lora.tensors import Untouched
 from loratune.model import device, fingerprints
 from loratune.model.fingerprints import Sampled
 from loratune.model.load import load_base, load_tokenizer, pad_id
@@ -80,7 +80,7 @@ class LoadedAdapter:
         )
         batch = pad([{"input_ids": ids} for ids in prompts], padding, "left")
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        with kernels.inference_lora(self.model, linear.linear):
+        with kernels.inference_lora(self.model, attach.adapted_linear):
             ids = self.model.generate(**batch, generation_config=settings, streamer=streamer)
         return [self._until_end(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from loratune import memory
 from loratune.config import RunConfig
-from loratune.lora import attach, counts, targets
+from loratune.lora import attach, parameters, targets
 from loratune.lora.attach import PeftModel
-from loratune.lora.counts import Count
 from loratune.lora.module_names import number_of, pattern
+from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
 from loratune.model import device, load
 
@@ -99,7 +99,7 @@ def params(run: RunConfig) -> Params:
     layers: dict[int, int] = {}
     for path in matched.modules:
         if (number := number_of(path)) is not None:
-            layers[number] = layers.get(number, 0) + counts.count_of(adapted, path)
+            layers[number] = layers.get(number, 0) + parameters.count_of(adapted, path)
     return Params(
         count=attach.count(adapted, adapter_init),
         groups=_groups(adapted, matched),
@@ -108,7 +108,7 @@ def params(run: RunConfig) -> Params:
         targets=matched.entry_patterns(),
         fused=matched.fused,
         shared_roles={module_pattern: roles for module_pattern, roles in matched.shared_roles().items() if roles},
-        notes=[*matched.notes, *counts.notes(adapted)],
+        notes=[*matched.notes, *parameters.notes(adapted)],
         memory=_memory(run, adapted),
         batch=run.training.per_device_train_batch_size,
         length=run.data.max_length,
@@ -131,8 +131,8 @@ def _groups(adapted: PeftModel, matched: Targets) -> list[ModuleGroup]:
         sizes_by_kind: dict[tuple[tuple[int, int], int], list[int]] = {}
         for path in matched.modules:
             if pattern(path) == module_pattern:
-                kind = counts.shape_of(adapted, path), counts.rank_of(adapted, path)
-                sizes_by_kind.setdefault(kind, []).append(counts.count_of(adapted, path))
+                kind = parameters.shape_of(adapted, path), parameters.rank_of(adapted, path)
+                sizes_by_kind.setdefault(kind, []).append(parameters.count_of(adapted, path))
         groups += [
             ModuleGroup(", ".join(roles), module_pattern, len(sizes), shape, rank, sum(sizes))
             for (shape, rank), sizes in sizes_by_kind.items()
@@ -144,7 +144,7 @@ def _others(adapted: PeftModel, matched: Targets) -> dict[str, int]:
     """Trained parameters outside the adapted modules, by the pattern of their names."""
     prefixes = tuple(f"{path}." for path in matched.modules)
     others: dict[str, int] = {}
-    for name, size in counts.trained(adapted).items():
+    for name, size in parameters.trained(adapted).items():
         if not name.startswith(prefixes):
             others[pattern(name)] = others.get(pattern(name), 0) + size
     return others

@@ -21,12 +21,12 @@ from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory
 from loratune.data.packing import BatchLayout
 from loratune.errors import ModelError, NumericError, Problem, ResourceError
-from loratune.lora import adapter_files, attach, counts, optimizers, sharded, targets
+from loratune.lora import adapter_files, attach, parameters, targets, tensors
 from loratune.lora.attach import PeftModel
-from loratune.lora.counts import Count
 from loratune.lora.initialize import AdapterInit
-from loratune.lora.sharded import Weights
+from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
+from loratune.lora.tensors import Weights
 from loratune.model import base_files, checks, device, fingerprints, load
 from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
@@ -184,7 +184,7 @@ def train(
             outcome = _fit(plan, context)
         if context.stopping() and stop.requested is not None:  # A signal can come after the trainer's last check.
             raise stop.requested
-        weights = sharded.whole(plan.model)
+        weights = tensors.whole(plan.model)
         comparison = _compare_with_base(plan, weights, outcome, context, reporter)
         if comparison.verdict == "worse" and not allow_worse:
             gain.reject(comparison, outcome.steps, validated.directory, group)
@@ -229,7 +229,7 @@ def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SI
         train_batches=batches.train,
         validation_batches=batches.validation,
         memory=memory.estimate(model, *largest, run.training, packed=batches.train.flat, batch_tokens=batch_tokens),
-        notes=[*device.notes(run.model), *batches.notes, *matched.notes, *counts.notes(model)],
+        notes=[*device.notes(run.model), *batches.notes, *matched.notes, *parameters.notes(model)],
         base_fingerprint=fingerprint,
         recorded_fingerprint=recorded_fingerprint,
         base_files=files,
@@ -307,7 +307,7 @@ def _fit(plan: Plan, context: RunContext) -> Outcome:
     """Train the adapter. Raises ResourceError: out of memory; it names settings that would save some."""
     training = plan.config.training
     scarce = any(context.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
-    optimizer = partial(optimizers.split, plan.model, plan.config.lora, weight_decay=training.weight_decay)
+    optimizer = partial(parameters.split, plan.model, plan.config.lora, weight_decay=training.weight_decay)
     batches = plan.train_batches, plan.validation_batches
     try:
         if plan.config.model.use_liger_kernel:

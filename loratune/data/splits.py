@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data.formats import CHAT_FORMATS, Example
-from loratune.data.formats.fields import quote
+from loratune.data.formats.examples import quote
 from loratune.data.report import MAX_PLACES, Leaks, RowTally
 from loratune.data.row_index import EXACT, FOLDED, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
 from loratune.data.sources.rows import Advance, no_advance

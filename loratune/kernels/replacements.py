@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from loratune.kernels.attention import HeadNorms, Layout, PerBatch, SelfAttention
 from loratune.kernels.fused_ops import fused_ops
-from loratune.kernels.lora_linear import Adapted, Projection
+from loratune.kernels.lora_linear import Adapted, GatedLayer, Projection, rms_norm
 from loratune.kernels.masks import Sight
-from loratune.kernels.mlp import GatedLayer, rms_norm
 from loratune.kernels.reference import FusedOps
 
 Reader = Callable[[nn.Module], Adapted | None]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft import PeftModel as PeftModel
+from peft.tuners.lora import Linear
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -25,13 +26,13 @@ from transformers import PreTrainedModel, set_seed
 from loratune.codes import Code
 from loratune.config import LoraSection, patterns
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
-from loratune.lora import initialize, optimizers
+from loratune.kernels import Adapted
+from loratune.lora import initialize, parameters
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.lora.base_comparison import Untouched, untouched
-from loratune.lora.counts import Count, file_bytes
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.module_names import ends_in
-from loratune.lora.sharded import Weights, weights
+from loratune.lora.parameters import Count, file_bytes
+from loratune.lora.tensors import Untouched, Weights, untouched, weights
 
 _NOT_PEFT = {"init_lora_weights", "use_lorafa", "loraplus_lr_ratio"}
 """Keys of the section that are not fields of `peft.LoraConfig`, or are passed separately."""
@@ -86,7 +87,7 @@ def attach(
         what = "the model has no such biases"
         raise ModelError(Problem(Code.LORA_NO_BIAS, what, key="lora.bias", fix="set it to none"))
     if section.use_lorafa:
-        optimizers.freeze_a(model)
+        parameters.freeze_a(model)
     return model
 
 
@@ -336,3 +337,34 @@ def _not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3])
+
+
+def adapted_linear(module: Any) -> Adapted | None:
+    """A frozen linear layer, with plain LoRA, or without any, as where adapters are disabled.
+
+    Args:
+        module: Any module of a model.
+
+    Returns:
+        Its frozen layer, A and B, scaling and dropout; None for every other kind of module, such as DoRA and quantized
+        layers.
+    """
+    if type(module) is nn.Linear:
+        return None if _is_trained(module) else Adapted(module)
+    if type(module) is not Linear or type(module.base_layer) is not nn.Linear or _is_trained(module.base_layer):
+        return None
+    if module.disable_adapters:
+        return Adapted(module.base_layer)
+    if list(module.active_adapters) != list(module.lora_A) or len(module.lora_A) != 1 or module.merged:
+        return None
+    (name,) = module.lora_A
+    if module.lora_variant or module.fan_in_fan_out or module.lora_bias[name]:
+        return None
+    dropout = module.lora_dropout[name]
+    probability = float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
+    down, up = module.lora_A[name].weight, module.lora_B[name].weight
+    return Adapted(module.base_layer, down, up, float(module.scaling[name]), probability)
+
+
+def _is_trained(layer: nn.Linear) -> bool:
+    return any(parameter.requires_grad for parameter in layer.parameters())

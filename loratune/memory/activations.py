@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from loratune import kernels
 from loratune.kernels import Adapted
 from loratune.kernels.upstream import is_fake, storage_id
-from loratune.memory.machine import WeightFormat
+from loratune.memory import WeightFormat
 from loratune.memory.upstream import (
     FAKE_TENSOR_LOG,
     FakeTensorMode,

@@ -23,10 +23,17 @@ from transformers import (
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
-from loratune.model import checks, quantization, remote_code, upstream
+from loratune.model import checks, quantization, upstream
 from loratune.model.base_files import Files, copy_mapped
 from loratune.model.device import compute_dtype, device
-from loratune.model.source import ModelSource, local_or_hub, locate
+from loratune.model.source import (
+    ModelSource,
+    check_directory_code,
+    check_hub_kernels,
+    check_repository_code,
+    local_or_hub,
+    locate,
+)
 from loratune.system import launcher
 from loratune.system.sandbox import is_rust_panic, run_with_time_limit
 
@@ -207,7 +214,7 @@ def _read_config(section: ModelSection, source: ModelSource) -> Any:
         config = AutoConfig.from_pretrained(source.name, **file, **origin)
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
         raise checks.unreadable(Code.MODEL_CONFIG_UNREADABLE, section, error) from None
-    remote_code.check_kernels(config, section.name_or_path)
+    check_hub_kernels(config, section.name_or_path)
     checks.check_decoder(config, section)
     record = quantization.record_of(config.to_dict())
     quantization.check_not_quantized(record, section.name_or_path, section.quantization)
@@ -225,7 +232,7 @@ def _trusted_origin(section: ModelSection) -> dict[str, Any]:
     """Revision and trust for `from_pretrained`, after a check that trusted files name no code of another repository."""
     name = local_or_hub(section.name_or_path)
     if section.trust_remote_code and Path(name).is_dir():
-        remote_code.check_directory(Path(name))
+        check_directory_code(Path(name))
     elif section.trust_remote_code:
-        remote_code.check_repository(name, section.revision)
+        check_repository_code(name, section.revision)
     return section.model_dump(include={"revision", "trust_remote_code"})

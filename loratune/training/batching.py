@@ -1,20 +1,25 @@
-"""The rows of a run: tokenized once for all of its processes, and laid out in batches that its model can take."""
+"""The rows of a run: tokenized once for all of its processes, laid out in batches that its model can take, and shared
+out: which rows each process takes in each micro-step.
+"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
 
 from loratune import data, kernels
 from loratune.codes import Code
 from loratune.config import DataSection, TrainingSection
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
-from loratune.data.packing import BatchLayout, Packing, packing_refusal, padding_is_cheaper
+from loratune.data.packing import BatchLayout, Packing
+from loratune.data.packing_check import packing_refusal, padding_is_cheaper
 from loratune.data.rendering import Renderer
 from loratune.errors import ConfigError, DataError, Problem
-from loratune.lora import linear
+from loratune.lora import attach
 from loratune.model import load
 from loratune.system import launcher
 from loratune.system.launcher import Group, host
@@ -157,7 +162,7 @@ def batch(
         data_section: How rows are to be packed.
         training: How many rows a batch has.
     """
-    acceleration = kernels.accelerate(model, linear.linear, sharded=bool(launcher.sharding()))
+    acceleration = kernels.accelerate(model, attach.adapted_linear, sharded=bool(launcher.sharding()))
     with acceleration.applied(model):
         packing, notes = _packing(model, train, data_section, training, mixed=not kernels.attends_by_rows(model))
     size, length = training.per_device_train_batch_size, data_section.max_length
@@ -216,3 +221,71 @@ def first(batches: BatchLayout, most: int = 64) -> list[Mapping[str, Any]]:
         batches.collate([batches.items[number] for number in range(start, min(start + size, count))])
         for start in starts
     ]
+
+
+class DistributedBatchSampler(Sampler[list[int]]):
+    """The batches of one process.
+
+    A micro-step takes the next `size` items for each process, in an order that is drawn anew for each epoch. So the
+    number of processes, the batch size and the accumulation only share out the same steps in other ways. At the end of
+    an epoch fewer items may be left; they are spread evenly, and a process may get none.
+
+    Args:
+        items: How many items there are.
+        size: Items of a micro-step for each process.
+        seed: Of the order; the number of the epoch is added to it.
+        group: The processes of the run.
+    """
+
+    def __init__(self, items: int, size: int, seed: int, group: Group):
+        self.items, self.size, self.seed, self.epoch = items, size, seed, 0
+        self.rank, self.processes = group.rank, group.count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Micro-steps of an epoch, the same for every process."""
+        return -(-self.items // (self.size * self.processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)  # as accelerate's SeedableRandomSampler
+        order = torch.randperm(self.items, generator=generator).tolist()
+        for start in range(0, self.items, self.size * self.processes):
+            yield self._share(order[start : start + self.size * self.processes])
+
+    def _share(self, numbers: list[int]) -> list[int]:
+        """The part of a micro-step's items that this process takes."""
+        least, more = divmod(len(numbers), self.processes)
+        start = self.rank * least + min(self.rank, more)
+        return numbers[start : start + least + (self.rank < more)]
+
+
+class Loader(DataLoader[Any]):
+    """Loads the batches of a `DistributedBatchSampler`. Trainer sets its epoch; accelerate shares them out no further.
+
+    A micro-step without items for this process is a batch of the first row in which nothing is supervised, as all
+    processes must take every step.
+    """
+
+    def __init__(
+        self,
+        items: Any,
+        sampler: DistributedBatchSampler,
+        collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+        *,
+        pin_memory: bool,
+    ):
+        def batch(selected: Sequence[Any]) -> dict[str, torch.Tensor]:
+            if selected:
+                return collate(selected)
+            idle = collate([items[0]])
+            return idle | {"labels": torch.full_like(idle["labels"], -100)}
+
+        self.rows_sampler = sampler
+        super().__init__(items, batch_sampler=sampler, collate_fn=batch, pin_memory=pin_memory)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next pass."""
+        self.rows_sampler.set_epoch(epoch)

@@ -13,7 +13,7 @@ from loratune.errors import NumericError, Problem
 from loratune.kernels import global_norm, next_token_loss
 from loratune.system.launcher import Group
 from loratune.training.checkpoints import Checkpoints
-from loratune.training.scoring import Batches, held_out_loss
+from loratune.training.gain import Batches, held_out_loss
 
 
 class Progress(Protocol):

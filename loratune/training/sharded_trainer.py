@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from loratune.kernels import full, global_norm
-from loratune.lora import attach, sharded
+from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
-from loratune.lora.sharded import alike
+from loratune.lora.tensors import alike
 from loratune.system.launcher import Group
 from loratune.training.callbacks import check_finite
 from loratune.training.upstream import HookedTrainer, discard_deepspeed_step
@@ -36,7 +36,7 @@ class ShardedTrainer(HookedTrainer):
         Raises:
             NumericError: A weight is NaN or inf.
         """
-        state = sharded.whole(self.model)
+        state = tensors.whole(self.model)
         check_finite(state.values(), self.state.global_step)
         if self.group.main:
             attach.write(self.model, Path(str(output_dir)), state)
@@ -99,7 +99,7 @@ class ShardedTrainer(HookedTrainer):
     def load_weights(self, checkpoint: str, model: Any = None) -> None:
         """Restore the trained weights, each process its shard of them."""
         if self.uses_fsdp:
-            sharded.restore(self.model, load_file(Path(checkpoint) / WEIGHTS_FILE))
+            tensors.restore(self.model, load_file(Path(checkpoint) / WEIGHTS_FILE))
         else:
             super().load_weights(checkpoint, model)
 

@@ -20,6 +20,7 @@ from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memor
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
+from loratune.training.batching import DistributedBatchSampler, Loader
 from loratune.training.callbacks import (
     NonFiniteGuard,
     OomDryRun,
@@ -29,8 +30,7 @@ from loratune.training.callbacks import (
     diverged_error,
 )
 from loratune.training.checkpoints import Checkpoints
-from loratune.training.sampler import DistributedBatchSampler, Loader
-from loratune.training.scoring import Batches, Loss, held_out_loss
+from loratune.training.gain import Batches, Loss, held_out_loss
 from loratune.training.sharded_trainer import ShardedTrainer
 from loratune.training.upstream import exclude_from_ddp, scale_learning_rates, use_one_gpu
 

@@ -11,8 +11,19 @@ from typing import Any
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data.formats import chats, examples
-from loratune.data.formats.examples import Conversation, Example, Ids, Message, Plain, check_ids, content_key
-from loratune.data.formats.fields import Fields, RowError, quote, text
+from loratune.data.formats.examples import (
+    Conversation,
+    Example,
+    Fields,
+    Ids,
+    Message,
+    Plain,
+    RowError,
+    check_ids,
+    content_key,
+    quote,
+    text,
+)
 from loratune.data.sources import Row
 from loratune.errors import DataError, Problem
 

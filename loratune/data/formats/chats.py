@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratune.codes import Code
-from loratune.data.formats.examples import Conversation, Message
-from loratune.data.formats.fields import (
+from loratune.data.formats.examples import (
+    Conversation,
     Fields,
+    Message,
     RowError,
     describe,
     optional_text,

@@ -1,22 +1,69 @@
-"""Computing what the base computes with a model that has an adapter, to compare the two.
-
-`PeftModel.disable_adapter` disables only the adapter's own layers. Trained biases are parameters of the base and keep
-their trained values; PiSSA, OLoRA and CorDA take a part of each adapted weight out of the base.
-"""
+"""The adapter's tensors: gathered whole from all processes, and taken out again to compare with the base."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
+from loratune.kernels import full
 from loratune.lora import upstream
 from loratune.lora.initialize import AdapterInit
-from loratune.lora.sharded import restore
+
+Weights = dict[str, torch.Tensor]
+"""Name in the adapter file → tensor."""
+
+
+def weights(model: PeftModel) -> Weights:
+    """The adapter's tensors under their names in the adapter file."""
+    state: Weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
+def whole(model: PeftModel) -> Weights:
+    """The same, whole, collected from all processes that hold a part of them, which all must call this."""
+    with _gathered(model):
+        return {name: full(tensor).detach().clone() for name, tensor in weights(model).items()}
+
+
+def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, distributed over the processes as `target` is."""
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+
+
+@torch.no_grad()
+def restore(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy whole tensors into a model that may hold only a part of them; then all processes must call this.
+
+    Raises:
+        KeyError: They belong to another adapter.
+    """
+    with _gathered(model, write=True):
+        for name, target in weights(model).items():
+            target.copy_(alike(saved[name].to(target.device), target))
+
+
+@contextmanager
+def _gathered(model: Any, *, write: bool = False) -> Iterator[None]:
+    """Inside, parameters of the adapter that ZeRO-3 has partitioned are whole (deepspeed.readthedocs.io,
+    GatheredParameters). With `write`, their values in the main process are distributed at the end."""
+    partitioned = [p for p in model.parameters() if p.requires_grad and upstream.is_partitioned(p)]
+    if not partitioned:
+        yield
+        return
+    with import_module("deepspeed").zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
+        yield
+
 
 _UNCHANGING = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
 """Values of init_lora_weights with which PEFT does not change the base when it loads a saved adapter."""

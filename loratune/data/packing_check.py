@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loratune.data.packing.batches import flatten
+from loratune.data.packing import flatten
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Parameter counts and file size of an adapter, and notes on its layers; none of it needs values."""
+"""The trained parameters: how many there are, what is noteworthy about them, and the optimizer that they get."""
 
 import json
 import re
@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
+from loratune.config import LoraSection
 from loratune.lora.initialize import WRAPPER_PREFIX
 from loratune.lora.module_names import counted, few, short
 
@@ -148,3 +151,57 @@ def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
         offset = end
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + offset
+
+
+Choice = tuple[type[Optimizer], dict[str, Any]]
+"""A class of optimizers and its keywords, for `Trainer(optimizer_cls_and_kwargs=...)`."""
+
+
+def freeze_a(model: PeftModel) -> None:
+    """Exclude every A from training."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+
+
+def split(model: PeftModel, section: LoraSection, plain: Choice, weight_decay: float) -> Choice:
+    """The optimizer of the run's LoRA variant.
+
+    Args:
+        model: The model with the adapter.
+        section: The settings of LoRA.
+        plain: Class and keywords, `lr` among them, of the optimizer without a variant.
+        weight_decay: Weight decay of the run.
+
+    Returns:
+        Class and keywords. PEFT groups the parameters; as the keyword `params` they replace Trainer's own groups.
+    """
+    kind, keywords = plain
+    if section.use_lorafa:
+        optimizer = create_lorafa_optimizer(
+            model, section.r, section.lora_alpha, lr=keywords["lr"], weight_decay=weight_decay
+        )
+        groups = [_without_base(group) for group in optimizer.param_groups]
+        return type(optimizer), {"params": groups, "lr": keywords["lr"]}
+    if section.loraplus_lr_ratio is not None:
+        optimizer = create_loraplus_optimizer(
+            model,
+            kind,
+            loraplus_lr_ratio=section.loraplus_lr_ratio,
+            loraplus_lr_embedding=keywords["lr"],  # PEFT's own default, 1e-6, would hardly train embeddings
+            loraplus_weight_decay=weight_decay,
+            **keywords,
+        )
+        return kind, keywords | {"params": [group for group in optimizer.param_groups if group["params"]]}
+    return plain
+
+
+def _without_base(group: dict[str, Any]) -> dict[str, Any]:
+    """LoRA-FA's group without the frozen base, whose parameters it would only skip."""
+    indices = [
+        index
+        for index, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True))
+        if parameter.requires_grad or "lora_A" in name
+    ]
+    columns = ("params", "names", "scaling_factors")
+    return group | {column: [group[column][index] for index in indices] for column in columns}
