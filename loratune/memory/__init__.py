@@ -222,7 +222,8 @@ def estimate(
     weight_format = weight_format or format_of(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = size(trained)
-    traced = trace(model, step, adapted_linear, quantizable(model) if weight_format != "none" else set(), weight_format)
+    quantized = quantizable(model) if weight_format != "none" else set()
+    traced = trace(model, step, adapted_linear, quantized, keeps_input=weight_format == "8bit")
     activations, peak = traced or _by_formula(model, step)
     tensors = Estimate(
         weights=weights(model, weight_format),

@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 from loratune import kernels
 from loratune.kernels import Adapted
 from loratune.kernels.upstream import is_fake, storage_id
-from loratune.memory import WeightFormat
 from loratune.memory.upstream import (
     FAKE_TENSOR_LOG,
     FakeTensorMode,
@@ -96,7 +95,8 @@ def trace(
     step: TracedStep,
     reader: Callable[[nn.Module], Adapted | None],
     quantized: Set[str],
-    weight_format: WeightFormat,
+    *,
+    keeps_input: bool,
 ) -> tuple[int, int] | None:
     """Trace one training step.
 
@@ -105,7 +105,7 @@ def trace(
         step: The step. Where its rows are too long, shorter ones are traced, and the result is extrapolated.
         reader: Takes a module to its linear layer and LoRA; see `kernels.accelerate`.
         quantized: Names of the modules that are quantized, or would be.
-        weight_format: How they are quantized.
+        keeps_input: Whether these keep their inputs for the backward pass.
 
     Returns:
         Bytes that the forward pass keeps for the backward pass, and the most that is allocated at once, gradients
@@ -113,7 +113,7 @@ def trace(
     """
     with _silenced():
         try:
-            fake = _fake_copy(model, step, quantized, weight_format)
+            fake = _fake_copy(model, step, quantized, keeps_input=keeps_input)
             with kernels.accelerated(fake, reader):
                 with suppress(_TooLong):
                     return _trace(fake, step)
@@ -165,7 +165,7 @@ def _trace(fake: Any, step: TracedStep, *, limited: bool = True) -> tuple[int, i
     return activations, tracker.peak
 
 
-def _fake_copy(model: Any, step: TracedStep, quantized: Set[str], weight_format: WeightFormat) -> Any:
+def _fake_copy(model: Any, step: TracedStep, quantized: Set[str], *, keeps_input: bool) -> Any:
     """A copy of a model that is ready to train, and whose tensors are fake."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -178,7 +178,7 @@ def _fake_copy(model: Any, step: TracedStep, quantized: Set[str], weight_format:
     for name in quantized:
         module = model.get_submodule(name)
         with mode:
-            memo[id(module)] = _Quantized(module, dtype, step.device, keeps_input=weight_format == "8bit")
+            memo[id(module)] = _Quantized(module, dtype, step.device, keeps_input=keeps_input)
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(empty(parameter), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
