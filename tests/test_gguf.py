@@ -28,8 +28,8 @@ from loratune.errors import ModelError
 from loratune.kernels import acceleration
 from loratune.kernels.upstream import is_fake
 from loratune.lora.adapter_files import WEIGHTS_FILE
-from loratune.model import device, load
 from loratune.model import gguf as gguf_module
+from loratune.model import load
 from loratune.model.gguf import KEY, check
 from loratune.model.source import KEY as NAME
 from loratune.training import batching, preflight
@@ -415,8 +415,8 @@ def test_what_a_run_asks_of_machine_and_model_is_asked_once(
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    counted(device, "check_machine")
-    counted(device, "check_kernels")
+    counted(load, "check_machine")
+    counted(load, "check_kernels")
     counted(gguf_module, "_check_complete")
     counted(acceleration, "_replace")
     counted(acceleration, "ParityCheck")

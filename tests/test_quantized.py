@@ -26,8 +26,8 @@ from loratune.config import LoraSection, ModelSection
 from loratune.errors import ConfigError
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
-from loratune.model import device, load
-from loratune.model.device import Machine
+from loratune.model import load
+from loratune.model.load import Machine
 from loratune.training import preflight
 
 Cli = Callable[..., Ran]
@@ -446,27 +446,27 @@ def test_what_a_machine_can_do(
     section, where = ModelSection(name_or_path="base", **values), MACHINES[machine]
     if error:
         with pytest.raises(ConfigError, match=error[1]) as caught:
-            device.check_machine(section, where)
+            load.check_machine(section, where)
         assert meanings(caught.value) == [error[0]]
         return
-    device.check_machine(section, where)
-    assert [line[: len(note or "")] for line in device.notes(section, where)] == ([note] if note else [])
+    load.check_machine(section, where)
+    assert [line[: len(note or "")] for line in load.machine_notes(section, where)] == ([note] if note else [])
 
 
 def test_this_machine_can_quantize() -> None:
-    device.check_machine(ModelSection(name_or_path="base", quantization="4bit"))
+    load.check_machine(ModelSection(name_or_path="base", quantization="4bit"))
 
 
 def test_kernels_for_a_gpu_are_refused_without_one() -> None:
     asked = ModelSection(name_or_path="base", device_map="auto", torch_compile=True, use_liger_kernel=True)
     with pytest.raises(ConfigError) as caught:
-        device.check_kernels(asked, gpu=False)
+        load.check_kernels(asked, gpu=False)
     keys = ["model.device_map", "model.torch_compile", "model.use_liger_kernel"]
     assert meanings(caught.value) == [(Code.MODEL_NEEDS_GPU, "", key) for key in keys]
-    device.check_kernels(ModelSection(name_or_path="base"), gpu=False)
-    device.check_kernels(ModelSection(name_or_path="base", torch_compile=True), gpu=True)
+    load.check_kernels(ModelSection(name_or_path="base"), gpu=False)
+    load.check_kernels(ModelSection(name_or_path="base", torch_compile=True), gpu=True)
     with pytest.raises(ConfigError, match=r"pip install liger-kernel$") as caught:
-        device.check_kernels(asked, gpu=True)
+        load.check_kernels(asked, gpu=True)
     assert meanings(caught.value) == [(Code.MODEL_MISSING_PACKAGE, "", "model.use_liger_kernel")]
 
 

@@ -17,9 +17,9 @@ from loratune.errors import AdapterError, ModelError, Problem
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import Untouched
-from loratune.model import device, fingerprints
+from loratune.model import fingerprints
 from loratune.model.fingerprints import Sampled
-from loratune.model.load import load_base, load_tokenizer, pad_id
+from loratune.model.load import check_machine, load_base, load_tokenizer, pad_id
 from loratune.training.preflight import AdapterInfo
 
 BATCH = 32
@@ -99,12 +99,12 @@ def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> L
     """Load the base of an adapter directory and attach the adapter.
 
     Raises:
-        ConfigError: See `device.check_machine`.
+        ConfigError: See `model.load.check_machine`.
         ModelError: The base cannot be loaded.
         AdapterError: See `attach.load`; the base is not the one that the adapter was trained on, which is logged
             instead where the user forces it; base and adapter do not give finite numbers.
     """
-    device.check_machine(adapter.base)
+    check_machine(adapter.base)
     path = adapter.files.path
     own_tokenizer = (path / "tokenizer_config.json").is_file()
     try:

@@ -5,12 +5,12 @@ from typing import Any
 
 from loratune import memory
 from loratune.config import RunConfig
-from loratune.lora import attach, parameters, targets
+from loratune.lora import attach, parameters
 from loratune.lora.attach import PeftModel
 from loratune.lora.module_names import number_of, pattern
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
-from loratune.model import device, load
+from loratune.model import load
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ def params(run: RunConfig) -> Params:
     Raises ModelError: the model's configuration cannot be read, or the targets match no module.
     """
     base = load.build_meta(load.load_config(run.model), run.model)
-    matched = targets.find(base, run.lora)
-    adapted = attach.attach(base, run.lora, matched.peft(), seed=0)
+    adapted, matched = attach.adapt(base, run.lora, seed=0)
     adapter_init = attach.initialize_adapter(adapted, run.lora)
     layers: dict[int, int] = {}
     for path in matched.modules:
@@ -108,7 +107,7 @@ def params(run: RunConfig) -> Params:
         targets=matched.entry_patterns(),
         fused=matched.fused,
         shared_roles={module_pattern: roles for module_pattern, roles in matched.shared_roles().items() if roles},
-        notes=[*matched.notes, *parameters.notes(adapted)],
+        notes=[*matched.notes],
         memory=_memory(run, adapted),
         batch=run.training.per_device_train_batch_size,
         length=run.data.max_length,
@@ -120,7 +119,7 @@ def _memory(run: RunConfig, adapted: PeftModel) -> memory.Estimate:
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
     rows = [(length, length - 1)] * batch
     return memory.estimate(
-        adapted, rows, batch, run.training, weight_format=run.model.quantization, device=device.device()
+        adapted, rows, batch, run.training, weight_format=run.model.quantization, device=load.device()
     )
 
 

@@ -62,10 +62,10 @@ def print_plan(plan: "Plan", rows: int) -> None:
 def _log_notes(plan: "Plan") -> None:
     """Log what is allowed but may not be intended."""
     training, rows = plan.config.training, plan.datasets.train.rows
-    batch_size, accumulation = plan.train_batches.size, training.gradient_accumulation_steps
+    batch_size, accumulation = plan.batches.train.size, training.gradient_accumulation_steps
     batch = plan.processes * training.per_device_train_batch_size * accumulation
     if plan.processes > 1:
-        items = "packs of rows" if plan.config.data.packing == "full" and plan.train_batches.flat else "rows"
+        items = "packs of rows" if plan.config.data.packing == "full" and plan.batches.train.flat else "rows"
         log(f"{plan.processes} processes: {plan.processes} x {batch_size} x {accumulation} {items} a step")
     if len(rows) < batch and batch_size > 1:
         log(f"rows: {len(rows)}, fewer than a batch of {batch}: each epoch is one step on all of them")
@@ -116,7 +116,9 @@ def print_result(result: "Result", program: str) -> None:
     lines.append(("gain", str(result.gain)))
     if result.fallbacks:
         lines.append(("not accelerated", ", ".join(result.fallbacks)))
-    lines.append(("try it", f"{program} generate --adapter {result.quoted_directory} {result.example_prompt}"))
+    lines.append(
+        ("try it", f"{program} generate --adapter {escaping.shell(result.display_name)} {result.example_prompt}")
+    )
     print_block("done", lines)
 
 

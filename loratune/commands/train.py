@@ -10,31 +10,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from loratune import config, data, escaping, kernels, memory
+from loratune import config, data, kernels, memory
 from loratune.codes import Code
 from loratune.commands import card
 from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory
-from loratune.data.packing import BatchLayout
-from loratune.errors import ModelError, NumericError, Problem, ResourceError
-from loratune.lora import adapter_files, attach, parameters, targets, tensors
+from loratune.errors import NumericError, Problem, ResourceError
+from loratune.lora import adapter_files, attach, parameters, tensors
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
 from loratune.lora.tensors import Weights
-from loratune.model import base_files, checks, device, fingerprints, load
+from loratune.model import load
+from loratune.model.load import Base
 from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
-from loratune.system.launcher import SINGLE_PROCESS, Group, host
+from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Stop
-from loratune.training import batching, callbacks, gain, resume, run_dir, trainer
-from loratune.training.batching import TokenizedDatasets
-from loratune.training.callbacks import Progress
+from loratune.training import batching, gain, resume, run_dir, trainer
+from loratune.training.batching import BatchedDatasets, TokenizedDatasets
+from loratune.training.callbacks import Progress, diverged_error
 from loratune.training.checkpoints import MOST_CHECKPOINTS, Checkpoints
 from loratune.training.gain import Gain
 from loratune.training.preflight import ValidatedRun
@@ -66,40 +65,38 @@ class Plan:
         config: The configuration, with absolute paths.
         processes: How many processes the run has.
         train_split: The training rows as read; None in a process that did not read them.
+        base: The base, whose files must not change.
         model: The base with the adapter attached.
+        batches: What is trained on, and which layers the kernels compute.
         memory: The estimate of the memory that training needs.
         notes: Lines that the user should see.
-        recorded_fingerprint: That of the base, in the version that the checkpoint to resume from uses.
-        base_files: The files of the base, to see whether they change.
-        acceleration: Which layers the kernels compute.
-        example_prompt: A prompt to try the adapter with, quoted for a shell.
     """
 
     config: RunConfig
     processes: int
     train_split: DatasetSplit | None
     tokenizer: Any
+    base: Base
     model: PeftModel
     targets: Targets
     adapter_init: AdapterInit
     count: Count
     datasets: TokenizedDatasets
-    train_batches: BatchLayout
-    validation_batches: BatchLayout | None
+    batches: BatchedDatasets
     memory: memory.Estimate
     notes: list[str]
-    base_fingerprint: str
-    recorded_fingerprint: str
-    base_files: base_files.Files
-    acceleration: kernels.Acceleration
-    example_prompt: str
+
+    @property
+    def example_prompt(self) -> str:
+        """A prompt to try the adapter with, quoted for a shell; empty in a process that did not read the rows."""
+        return card.example_prompt(self.train_split) if self.train_split else ""
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
         """Of the base, the training rows and the validation rows."""
         datasets = self.datasets
         validation = datasets.validation.fingerprint if datasets.validation else None
-        return {"base": self.base_fingerprint, "data": datasets.train.fingerprint, "validation": validation}
+        return {"base": self.base.fingerprint, "data": datasets.train.fingerprint, "validation": validation}
 
     def row_text(self, number: int = 0) -> Iterator[tuple[str, bool]]:
         """A training row as pieces of text, each with whether it is supervised."""
@@ -117,14 +114,14 @@ class Result:
     """A published adapter.
 
     Attributes:
-        quoted_directory: The adapter directory as the user wrote it, quoted for a shell.
+        display_name: The adapter directory as the user wrote it.
         adapter_bytes: The size of the file of weights.
         fallbacks: Kinds of layers that were not accelerated.
         example_prompt: A prompt to try the adapter with, quoted for a shell.
     """
 
     directory: Path
-    quoted_directory: str
+    display_name: str
     adapter_bytes: int
     outcome: Outcome
     gain: Gain
@@ -184,11 +181,10 @@ def train(
             outcome = _fit(plan, context)
         if context.stopping() and stop.requested is not None:  # A signal can come after the trainer's last check.
             raise stop.requested
-        weights = tensors.whole(plan.model)
-        comparison = _compare_with_base(plan, weights, outcome, context, reporter)
+        weights, comparison = _compare_with_base(plan, outcome, context, reporter)
         if comparison.verdict == "worse" and not allow_worse:
             gain.reject(comparison, outcome.steps, validated.directory, group)
-        _check_base_files(plan, group, thoroughly=True)
+        plan.base.check_unchanged(group, thoroughly=True)
         group.close()
         if not group.main:
             return None
@@ -200,70 +196,42 @@ def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SI
 
     Raises ModelError, DataError.
     """
-    run = validated.config
-    device.check_machine(run.model)
-    device.check_kernels(run.model, gpu=device.device().type != "cpu")
+    run, resumed = validated.config, validated.resume_point
+    load.check_machine(run.model)
+    load.check_kernels(run.model, gpu=load.device().type != "cpu")
     kernels.keep_pages()
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     datasets = batching.tokenize(validated, tokenizer, watch, group)
-    base, files, fingerprint, recorded_fingerprint = _load_base(validated, group)
-    matched = targets.find(load.unpacked(base, run.model), run.lora)
-    origin = {"base_name": run.model.name_or_path, "revision": run.model.revision}
-    model = attach.attach(base, run.lora, matched.peft(), seed=run.training.seed, **origin)
-    pad_id = load.pad_id(tokenizer)
-    batches = batching.batch(model, pad_id, datasets.train, datasets.validation, run.data, run.training)
-    first, originals = batching.first(batches.train), partial(base_files.original_weights, run.model, base)
-    adapter_init = attach.initialize_adapter(model, run.lora, batches=first, originals=originals)
-    largest = batching.largest(batches.train, datasets.train)
-    batch_tokens = batches.train.total_tokens(run.training.max_steps).tolist()
+    base = load.load_for_run(run.model, group, resumed.base_fingerprint if resumed else None)
+    dense, origin = load.unpacked(base.model, run.model), (run.model.name_or_path, run.model.revision)
+    model, matched = attach.adapt(base.model, run.lora, dense=dense, seed=run.training.seed, origin=origin)
+    batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training)
+    originals = partial(load.original_weights, run.model, base.model)
+    adapter_init = attach.initialize_adapter(model, run.lora, batches=batches.first(), originals=originals)
     return Plan(
         config=run,
         processes=group.count,
         train_split=validated.rows.train if validated.rows else None,
         tokenizer=tokenizer,
+        base=base,
         model=model,
         targets=matched,
         adapter_init=adapter_init,
         count=attach.count(model, adapter_init),
         datasets=datasets,
-        train_batches=batches.train,
-        validation_batches=batches.validation,
-        memory=memory.estimate(model, *largest, run.training, packed=batches.train.flat, batch_tokens=batch_tokens),
-        notes=[*device.notes(run.model), *batches.notes, *matched.notes, *parameters.notes(model)],
-        base_fingerprint=fingerprint,
-        recorded_fingerprint=recorded_fingerprint,
-        base_files=files,
-        acceleration=batches.acceleration,
-        example_prompt=card.example_prompt(validated.rows.train) if validated.rows else "",
+        batches=batches,
+        memory=batches.memory(model, run.training),
+        notes=[*load.machine_notes(run.model), *batches.notes, *matched.notes],
     )
-
-
-def _load_base(validated: ValidatedRun, group: Group) -> tuple[Any, base_files.Files, str, str]:
-    """The base, its files (which one process of each machine watches), its fingerprint, and the recorded fingerprint.
-
-    Raises ModelError: the base has weights that are not finite, or processes have loaded different bases.
-    """
-    model = validated.config.model
-    base = load.load_base(model)
-    files = load.files(model) if group.leads_machine else base_files.Files(None)
-    checks.check_finite(base, model.name_or_path)
-    fingerprint = fingerprints.fingerprint(base)
-    if group.broadcast(fingerprint) != fingerprint:
-        what, fix = f"the base on {host()} differs from that of the main process", "give all machines the same files"
-        raise ModelError(Problem(Code.TRAIN_BASES_DIFFER, what, model.name_or_path, "model.name_or_path", fix))
-    recorded = validated.resume_point.base_fingerprint if validated.resume_point else fingerprint
-    present = fingerprints.is_present(recorded)
-    return base, files, fingerprint, fingerprint if present else fingerprints.fingerprint(base, like=recorded)
 
 
 def _identity(plan: Plan, validated: ValidatedRun) -> dict[str, Any]:
     """What checkpoints record of the run. Raises ResumeError: it differs from the run that was interrupted."""
-    resumed, row_counts = validated.resume_point, plan.datasets.train.report.counts()
-    computation = trainer.environment(plan.model, plan.acceleration.fallbacks)
-    identity = resume.identity(plan.config.resolved(), plan.fingerprints, row_counts, computation)
+    resumed, computation = validated.resume_point, trainer.environment(plan.model, plan.batches.acceleration.fallbacks)
+    identity = resume.identity(plan.config, plan.fingerprints, plan.datasets.train, computation)
     if resumed is None:
         return identity
-    resume.check_same(resumed, identity, validated.allowed_changes, base=plan.recorded_fingerprint)
+    resume.check_same(resumed, identity, validated.allowed_changes, base=plan.base.recorded_fingerprint)
     return identity | {"changes": [*resumed.changes, *resume.environment_changes(resumed, identity)]}
 
 
@@ -273,7 +241,7 @@ def _control(
     """Checkpoints, progress and the point to continue from. Raises ResourceError: the disk is too small."""
     size, resumed = 2 * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD, validated.resume_point
     checkpoints = Checkpoints(validated.directory.checkpoints, identity, size, is_writer=group.main)
-    after_checkpoint = partial(_check_base_files, plan, group)
+    after_checkpoint = partial(plan.base.check_unchanged, group)
     if resumed is None:
         if group.main:
             check_free_space(
@@ -308,51 +276,39 @@ def _fit(plan: Plan, context: RunContext) -> Outcome:
     training = plan.config.training
     scarce = any(context.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
     optimizer = partial(parameters.split, plan.model, plan.config.lora, weight_decay=training.weight_decay)
-    batches = plan.train_batches, plan.validation_batches
+    acceleration, batches = plan.batches.acceleration, (plan.batches.train, plan.batches.validation)
     try:
         if plan.config.model.use_liger_kernel:
             kernels.use_liger(plan.model)
         gc.collect()
         gc.freeze()  # Rows and model stay until the end, so the collector does not have to visit them again.
-        with plan.acceleration.applied(plan.model):
+        with acceleration.applied(plan.model):
             if plan.config.model.torch_compile:
                 kernels.compile_layers(plan.model)
             kernels.give_back_pages()
-            outcome = trainer.fit(training, plan.model, *batches, context, optimizer, oom_dry_run=scarce)
-            if not context.stopping():  # Still accelerated: the model's own logits can need more memory than training.
-                callbacks.check_final_loss(plan.model, plan.train_batches, context.checkpoints, outcome.steps)
-            return outcome
+            return trainer.fit(training, plan.model, *batches, context, optimizer, oom_dry_run=scarce)
     except trainer.OutOfMemory as error:
         problem, evaluating = error.problems[0], error.evaluating
     if evaluating:
         fix = "lower training.per_device_train_batch_size, which evaluations use too, or data.max_length"
         raise ResourceError(replace(problem, fix=fix))
-    rows, batch = batching.largest(plan.train_batches, plan.datasets.train)
-    savings = memory.savings(plan.model, rows, batch, training, packed=plan.train_batches.flat)
+    savings = plan.batches.savings(plan.model, training)
     fixes = [f"{change} (saves about {size / (1 << 20):,.0f} MiB)" for change, size in savings]
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _compare_with_base(plan: Plan, weights: Weights, outcome: Outcome, context: RunContext, reporter: Reporter) -> Gain:
-    """Measure how much better than its base the adapter is. Raises NumericError: it gives a loss that is NaN or inf."""
+def _compare_with_base(plan: Plan, outcome: Outcome, context: RunContext, reporter: Reporter) -> tuple[Weights, Gain]:
+    """The adapter's weights, and how much better than its base they do. Raises NumericError: a loss is NaN or inf."""
+    weights = tensors.whole(plan.model)
     validation = {"validation": plan.datasets.validation} if plan.datasets.validation else {}
     splits, pad_id = validation | {"training": plan.datasets.train}, load.pad_id(plan.tokenizer)
     sample = plan.model, plan.adapter_init, weights, splits, pad_id, outcome.tokens
-    comparison = gain.measure(*sample, plan.acceleration, context.group, reporter.log)
+    comparison = gain.measure(*sample, plan.batches.acceleration, context.group, reporter.log)
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
         problem = Problem(Code.TRAIN_LOSS_NOT_FINITE, what, key="training.learning_rate", fix="lower it")
-        raise callbacks.diverged_error(problem, context.checkpoints, outcome.steps)
-    return comparison
-
-
-def _check_base_files(plan: Plan, group: Group, *, thoroughly: bool = False) -> None:
-    """Raises ModelError: files of the base have changed since it was loaded, on any machine."""
-    what = "has changed since the run began"
-    fix = "restore it and continue from the last checkpoint with --resume, or start again with --overwrite"
-    paths = dict.fromkeys(chain.from_iterable(group.all_gather(plan.base_files.changed(thoroughly=thoroughly))))
-    if paths:
-        raise ModelError([Problem(Code.TRAIN_BASE_CHANGED, what, path, "model.name_or_path", fix) for path in paths])
+        raise diverged_error(problem, context.checkpoints, outcome.steps)
+    return weights, comparison
 
 
 def _publish(trained: _Trained, directory: RunDirectory, log: Callable[[str], None]) -> Result:
@@ -367,8 +323,8 @@ def _publish(trained: _Trained, directory: RunDirectory, log: Callable[[str], No
     except NumericError:
         directory.remove_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
         raise
-    named, fallbacks = escaping.shell(directory.display_name), plan.acceleration.fallbacks
-    return Result(directory.output, named, size, trained.outcome, trained.gain, fallbacks, plan.example_prompt)
+    name, fallbacks = directory.display_name, plan.batches.acceleration.fallbacks
+    return Result(directory.output, name, size, trained.outcome, trained.gain, fallbacks, plan.example_prompt)
 
 
 def _stage(trained: _Trained, directory: RunDirectory) -> int:

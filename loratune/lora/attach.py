@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from copy import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from loratune.codes import Code
 from loratune.config import LoraSection, patterns
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
 from loratune.kernels import Adapted
-from loratune.lora import initialize, parameters
+from loratune.lora import initialize, parameters, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.module_names import ends_in
 from loratune.lora.parameters import Count, file_bytes
+from loratune.lora.targets import Targets
 from loratune.lora.tensors import Untouched, Weights, untouched, weights
 
 _NOT_PEFT = {"init_lora_weights", "use_lorafa", "loraplus_lr_ratio"}
@@ -39,6 +40,34 @@ _NOT_PEFT = {"init_lora_weights", "use_lorafa", "loraplus_lr_ratio"}
 
 _METADATA = {"format": "pt"}
 """What readers of safetensors files expect."""
+
+
+def adapt(
+    base: nn.Module,
+    section: LoraSection,
+    *,
+    seed: int,
+    dense: nn.Module | None = None,
+    origin: tuple[str | None, str | None] = (None, None),
+) -> tuple[PeftModel, Targets]:
+    """Find the modules that `lora.target_modules` and its like mean, and put LoRA on them.
+
+    Args:
+        base: The model, which may be on the meta device.
+        section: The settings of LoRA.
+        seed: Seed of the random values of A.
+        dense: The model in which modules are looked for, of the names of `base`, where its layers are packed.
+        origin: Recorded as the name of the base, and as its revision.
+
+    Returns:
+        The model, and its targets with notes on all that may surprise.
+
+    Raises:
+        ModelError, ConfigError: As `targets.find` and `attach`.
+    """
+    matched = targets.find(base if dense is None else dense, section)
+    model = attach(base, section, matched.peft(), seed=seed, base_name=origin[0], revision=origin[1])
+    return model, replace(matched, notes=(*matched.notes, *parameters.notes(model)))
 
 
 def attach(

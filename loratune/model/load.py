@@ -1,9 +1,11 @@
-"""Loading the tokenizer and the base model: from where, in which dtype, on which device."""
+"""Loading the tokenizer and the base model: from where, in which dtype, on which device, if this machine can."""
 
 import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
 from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.errors import ModelError, Problem
-from loratune.model import checks, quantization, upstream
+from loratune.errors import ConfigError, ModelError, Problem
+from loratune.model import checks, fingerprints, quantization, upstream
 from loratune.model.base_files import Files, copy_mapped
-from loratune.model.device import compute_dtype, device
+from loratune.model.base_files import original_weights as original_weights
 from loratune.model.source import (
+    KEY,
     ModelSource,
     check_directory_code,
     check_hub_kernels,
@@ -125,6 +129,56 @@ def load_base(section: ModelSection) -> PreTrainedModel:
         upstream.keep_4bit_backward(module)
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would change greedy decoding
     return model.eval()
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that a run has loaded.
+
+    Attributes:
+        model: The model with its weights.
+        files: Those it was loaded from, in one process of each machine; none in the others.
+        fingerprint: Of the model.
+        recorded_fingerprint: The same, in the version of fingerprints that the checkpoint to resume from uses.
+    """
+
+    model: PreTrainedModel
+    files: Files
+    fingerprint: str
+    recorded_fingerprint: str
+
+    def check_unchanged(self, group: launcher.Group, *, thoroughly: bool = False) -> None:
+        """Raises ModelError: files of the base have changed since it was loaded, on any machine."""
+        what = "has changed since the run began"
+        fix = "restore it and continue from the last checkpoint with --resume, or start again with --overwrite"
+        paths = dict.fromkeys(chain.from_iterable(group.all_gather(self.files.changed(thoroughly=thoroughly))))
+        if paths:
+            raise ModelError([Problem(Code.TRAIN_BASE_CHANGED, what, path, KEY, fix) for path in paths])
+
+
+def load_for_run(section: ModelSection, group: launcher.Group, recorded: str | None = None) -> Base:
+    """The base of a run, with its fingerprint and the state of its files.
+
+    Args:
+        section: The settings of the model.
+        group: The processes of the run, each of which loads the base.
+        recorded: The fingerprint that the checkpoint to resume from records.
+
+    Raises:
+        ModelError: As `load_base`; the base has weights that are not finite, or processes have loaded different bases.
+    """
+    model = load_base(section)
+    base_files = files(section) if group.leads_machine else Files(None)
+    checks.check_finite(model, section.name_or_path)
+    fingerprint = fingerprints.fingerprint(model)
+    if group.broadcast(fingerprint) != fingerprint:
+        what = f"the base on {launcher.host()} differs from that of the main process"
+        fix = "give all machines the same files"
+        raise ModelError(Problem(Code.TRAIN_BASES_DIFFER, what, section.name_or_path, KEY, fix))
+    is_present = recorded is None or fingerprints.is_present(recorded)
+    return Base(
+        model, base_files, fingerprint, fingerprint if is_present else fingerprints.fingerprint(model, recorded)
+    )
 
 
 def files(section: ModelSection, *, read: bool = True) -> Files:
@@ -236,3 +290,108 @@ def _trusted_origin(section: ModelSection) -> dict[str, Any]:
     elif section.trust_remote_code:
         check_repository_code(name, section.revision)
     return section.model_dump(include={"revision", "trust_remote_code"})
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What matters of a machine.
+
+    Attributes:
+        gpu: Name of its GPU, None without one.
+        bfloat16: Whether it multiplies in bfloat16 natively.
+        bitsandbytes: Why bitsandbytes does not work; empty if it does.
+    """
+
+    gpu: str | None
+    bfloat16: bool
+    bitsandbytes: str
+
+
+def this_machine() -> Machine:
+    """The machine of this process. Imports bitsandbytes."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return Machine(gpu, _computes_bfloat16(), upstream.bitsandbytes_lacks())
+
+
+def check_machine(section: ModelSection, machine: Machine | None = None) -> None:
+    """Check that the machine can hold a model in the dtype or quantization that is set, without looking at the model.
+
+    Args:
+        section: The settings of the model.
+        machine: The machine; by default that of this process.
+
+    Raises:
+        ConfigError: bfloat16 on a GPU that only emulates it; 8bit or 4bit where bitsandbytes does not work; flash
+            attention without its package or a GPU.
+    """
+    _check_attention(section.attn_implementation)
+    if section.dtype != "bfloat16" and section.quantization == "none":
+        return  # without importing bitsandbytes
+    machine = machine or this_machine()
+    problems = []
+    if section.dtype == "bfloat16" and machine.gpu and not machine.bfloat16:
+        what, fix = f"{machine.gpu} does not compute in bfloat16", "set it to float16 or float32"
+        problems.append(Problem(Code.MODEL_NO_BFLOAT16, what, key="model.dtype", fix=fix))
+    if section.quantization != "none" and machine.bitsandbytes:
+        problems.append(quantization.bitsandbytes_problem(section.quantization, machine.bitsandbytes))
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_kernels(section: ModelSection, *, gpu: bool) -> None:
+    """Check that this machine has what training is to use.
+
+    Raises:
+        ConfigError: A setting needs a GPU, or a package that is not installed.
+    """
+    settings = {
+        "device_map": section.device_map is not None, "torch_compile": section.torch_compile,
+        "use_liger_kernel": section.use_liger_kernel,
+    }  # fmt: skip
+    what, fix = "needs a GPU, and there is none", "leave it out"
+    problems = [
+        Problem(Code.MODEL_NEEDS_GPU, what, key=f"model.{name}", fix=fix)
+        for name, is_set in settings.items()
+        if is_set and not gpu
+    ]
+    if section.use_liger_kernel and gpu and not is_liger_kernel_available():
+        what, fix = "needs the package liger-kernel", "leave it out, or: pip install liger-kernel"
+        problems.append(Problem(Code.MODEL_MISSING_PACKAGE, what, key="model.use_liger_kernel", fix=fix))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_attention(name: str | None) -> None:
+    checks = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if name in checks and not checks[name]():
+        package = "flash-attn" if name == "flash_attention_2" else "flash-attn-3"
+        what = f"{name} needs a CUDA GPU and the package {package}, and at least one of them is missing"
+        fix = "leave it out, or set it to sdpa"
+        raise ConfigError(Problem(Code.MODEL_FLASH_ATTENTION, what, key="model.attn_implementation", fix=fix))
+
+
+def machine_notes(section: ModelSection, machine: Machine | None = None) -> list[str]:
+    """What works on this machine, but not well. Arguments as in `check_machine`."""
+    if section.dtype == "float16":
+        return ["model.dtype: float16 overflows above 65,504; bfloat16 and float32, one of which is auto, do not"]
+    if section.dtype == "bfloat16" and not (machine.bfloat16 if machine else _computes_bfloat16()):
+        return ["model.dtype: this CPU has no instructions for bfloat16 and emulates it, slowly; auto is float32 here"]
+    return []
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(section: ModelSection) -> torch.dtype:
+    """The dtype of the frozen weights; `auto` is bfloat16 where the machine multiplies in it, else float32."""
+    if section.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[section.dtype]
+    return torch.bfloat16 if _computes_bfloat16() else torch.float32
+
+
+def _computes_bfloat16() -> bool:
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))

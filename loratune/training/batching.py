@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from loratune import data, kernels
+from loratune import data, kernels, memory
 from loratune.codes import Code
 from loratune.config import DataSection, TrainingSection
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
@@ -20,6 +20,7 @@ from loratune.data.packing_check import packing_refusal, padding_is_cheaper
 from loratune.data.rendering import Renderer
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.lora import attach
+from loratune.lora.attach import PeftModel
 from loratune.model import load
 from loratune.system import launcher
 from loratune.system.launcher import Group, host
@@ -133,22 +134,56 @@ class BatchedDatasets:
 
     Attributes:
         train: The training batches.
+        train_rows: Their rows.
         validation: The validation batches, if there are validation rows.
         acceleration: What of the model the kernels compute.
         notes: Lines on why rows could not be packed, and on what is not accelerated.
     """
 
     train: BatchLayout
+    train_rows: TokenizedDataset
     validation: BatchLayout | None
     acceleration: kernels.Acceleration
     notes: list[str]
+
+    def first(self, most: int = 64) -> list[Mapping[str, Any]]:
+        """The first batches of the training rows, in their order."""
+        count, size = len(self.train.items), self.train.size
+        starts = range(0, min(count, most * size), size)
+        return [
+            self.train.collate([self.train.items[number] for number in range(start, min(start + size, count))])
+            for start in starts
+        ]
+
+    def largest(self) -> tuple[list[tuple[int, int]], int]:
+        """The size of the largest training batch.
+
+        Returns:
+            (length, supervised tokens) of its rows, and how many rows there are.
+        """
+        heaviest = self.train.heaviest()
+        if not self.train.flat:
+            supervised = self.train_rows.rows.supervised
+            return [(self.train.tokens(number), int(supervised[number])) for number in heaviest], self.train.size
+        items = [self.train.items[number] for number in heaviest]
+        flat = [row for item in items for row in (item if isinstance(item, list) else [item])]
+        lengths = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in flat]
+        return lengths, len(lengths)
+
+    def memory(self, model: PeftModel, training: TrainingSection) -> memory.Estimate:
+        """The estimate of the memory that training the model on these batches needs."""
+        tokens = self.train.total_tokens(training.max_steps).tolist()
+        return memory.estimate(model, *self.largest(), training, packed=self.train.flat, batch_tokens=tokens)
+
+    def savings(self, model: PeftModel, training: TrainingSection) -> list[tuple[str, int]]:
+        """Settings that would save memory, each with about how many bytes."""
+        return [*memory.savings(model, *self.largest(), training, packed=self.train.flat)]
 
 
 def batch(
     model: Any,
     pad_id: int,
-    train: TokenizedDataset,
-    validation: TokenizedDataset | None,
+    datasets: TokenizedDatasets,
     data_section: DataSection,
     training: TrainingSection,
 ) -> BatchedDatasets:
@@ -157,22 +192,23 @@ def batch(
     Args:
         model: A `PeftModel` with its weights, which stays as it is.
         pad_id: The token for padding.
-        train: The training rows.
-        validation: The validation rows.
+        datasets: The rows.
         data_section: How rows are to be packed.
         training: How many rows a batch has.
     """
     acceleration = kernels.accelerate(model, attach.adapted_linear, sharded=bool(launcher.sharding()))
     with acceleration.applied(model):
-        packing, notes = _packing(model, train, data_section, training, mixed=not kernels.attends_by_rows(model))
+        packing, notes = _packing(
+            model, datasets.train, data_section, training, mixed=not kernels.attends_by_rows(model)
+        )
     size, length = training.per_device_train_batch_size, data_section.max_length
     train_batches, validation_batches = (
         BatchLayout(split.rows, split.rows.lengths, packing, size, length, pad_id) if split else None
-        for split in (train, validation)
+        for split in (datasets.train, datasets.validation)
     )
     assert train_batches is not None
     notes += kernels.notes(model.get_input_embeddings().weight)
-    return BatchedDatasets(train_batches, validation_batches, acceleration, notes)
+    return BatchedDatasets(train_batches, datasets.train, validation_batches, acceleration, notes)
 
 
 def _packing(
@@ -197,30 +233,12 @@ def _packing(
     return "none", [f"data.{reason}; rows are padded instead"]
 
 
-def largest(batches: BatchLayout, rows: TokenizedDataset) -> tuple[list[tuple[int, int]], int]:
-    """The size of the largest batch.
-
-    Returns:
-        (length, supervised tokens) of its rows, and how many rows there are.
-    """
-    heaviest = batches.heaviest()
-    if not batches.flat:
-        supervised = rows.rows.supervised
-        return [(batches.tokens(number), int(supervised[number])) for number in heaviest], batches.size
-    items = [batches.items[number] for number in heaviest]
-    flat = [row for item in items for row in (item if isinstance(item, list) else [item])]
-    lengths = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in flat]
-    return lengths, len(lengths)
-
-
-def first(batches: BatchLayout, most: int = 64) -> list[Mapping[str, Any]]:
-    """The first batches of the rows, in their order."""
-    count, size = len(batches.items), batches.size
-    starts = range(0, min(count, most * size), size)
-    return [
-        batches.collate([batches.items[number] for number in range(start, min(start + size, count))])
-        for start in starts
-    ]
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """Tokens of a batch on the CPU, without padding; none of a batch that stands in for no rows, see `Loader`."""
+    if not (batch["labels"] >= 0).any():
+        return 0
+    mask = batch.get("attention_mask")
+    return batch["labels"].numel() if mask is None else int(mask.sum())
 
 
 class DistributedBatchSampler(Sampler[list[int]]):

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from loratune.codes import Code
 from loratune.config import RunConfig
+from loratune.data import TokenizedDataset
 from loratune.errors import Problem, ResumeError
 from loratune.system import launcher
 from loratune.training.checkpoints import newest_whole, step_of
@@ -69,26 +70,31 @@ class ResumePoint:
 
 
 def identity(
-    config: Mapping[str, Any],
+    config: RunConfig,
     fingerprints: Mapping[str, str | None],
-    rows: Mapping[str, int],
+    rows: TokenizedDataset,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
     """What a checkpoint keeps of its run, as JSON.
 
     Args:
-        config: The resolved config.
+        config: The config, with absolute paths.
         fingerprints: Of the base, the training rows and the validation rows.
-        rows: Counts of the training rows.
+        rows: The training rows, whose counts are kept.
         environment: What the run is computed with; see `trainer.environment`.
 
     Returns:
         All of these, with the number of processes and how they shard the weights.
     """
     return {
-        "config": dict(config), "fingerprints": dict(fingerprints), "rows": dict(rows), "conditions": dict(environment),
-        "processes": launcher.world_size(), "sharding": launcher.sharding(), "changes": [],
-    }  # fmt: skip
+        "config": config.resolved(),
+        "fingerprints": dict(fingerprints),
+        "rows": rows.report.counts(),
+        "conditions": dict(environment),
+        "processes": launcher.world_size(),
+        "sharding": launcher.sharding(),
+        "changes": [],
+    }
 
 
 def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -> ResumePoint:

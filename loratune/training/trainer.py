@@ -20,13 +20,14 @@ from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memor
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
-from loratune.training.batching import DistributedBatchSampler, Loader
+from loratune.training.batching import DistributedBatchSampler, Loader, count_tokens
 from loratune.training.callbacks import (
     NonFiniteGuard,
     OomDryRun,
     Progress,
     ProgressCallback,
     StopCallback,
+    check_final_loss,
     diverged_error,
 )
 from loratune.training.checkpoints import Checkpoints
@@ -180,6 +181,8 @@ def fit(
         raise OutOfMemory(trainer.position(), evaluating=trainer.evaluating) from None
     finally:
         context.progress.stop()
+    if not context.stopping():  # Where the model is still accelerated: without, its logits can need more memory.
+        check_final_loss(model, train, context.checkpoints, trainer.state.global_step)
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     return Outcome(
@@ -261,14 +264,6 @@ def environment(model: PreTrainedModel, fallbacks: Sequence[str]) -> dict[str, s
         "the compiled CPU code": kernels.variant(model.get_input_embeddings().weight),
         "what PyTorch computes instead of fast code": ", ".join(fallbacks) or "nothing",
     }
-
-
-def _count_tokens(batch: dict[str, torch.Tensor]) -> int:
-    """Tokens of a batch on the CPU, without padding; none of a batch that stands in for no rows, see `Loader`."""
-    if not (batch["labels"] >= 0).any():
-        return 0
-    mask = batch.get("attention_mask")
-    return batch["labels"].numel() if mask is None else int(mask.sum())
 
 
 class _AllStepsTaken(Exception):
@@ -376,7 +371,7 @@ class _RunTrainer(ShardedTrainer):
 
         With a cache, which a model makes unless told otherwise, it would take packed rows for one row.
         """
-        self.guard.tokens += _count_tokens(inputs)
+        self.guard.tokens += count_tokens(inputs)
         prepared = super().prepare_inputs(inputs)
         self.shape = tuple(prepared["input_ids"].shape)
         kernels.expect(self.model, prepared["labels"])
