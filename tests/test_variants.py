@@ -51,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA-FA with rsLoRA": {"use_lorafa": True, "use_rslora": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "PiSSA with modules_to_save": {"init_lora_weights": "pissa", "modules_to_save": ["lm_head"]},
-    "trainable_token_indices": {"trainable_token_indices": [1, 2, 3]},
+    "trainable_token_indices": {"trainable_token_indices": [3, 1, 2]},
     "patterns": {"rank_pattern": {"q": 16}, "alpha_pattern": {"q": 4, r"layers\.1\..*v_proj": 64}},
 }
 

@@ -227,7 +227,7 @@ def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights |
     config = json.loads(path.read_text())
     start.publish_config(config)
     for key, value in config.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and key != "trainable_token_indices":  # whose order is that of the tensor's rows
             config[key] = sorted(value)  # PEFT writes its sets in hash order
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     disk = _read_tensors(directory / WEIGHTS_FILE)
