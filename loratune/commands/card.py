@@ -55,6 +55,7 @@ def model_card(
     prompt: str,
     *,
     gain: str,
+    forgetting: str,
     formats: Sequence[str],
     changes: Sequence[Mapping[str, Any]],
     processes: int = 1,
@@ -69,6 +70,7 @@ def model_card(
         name: The name of the adapter directory.
         prompt: A prompt to try the adapter with, quoted for a shell.
         gain: How the adapter compares with its base, in a line.
+        forgetting: How it does on the rows of the run before, in a line, where it started from another adapter.
         formats: The formats of the rows.
         changes: Settings that were changed when the run was resumed.
         processes: How many processes the run had.
@@ -81,6 +83,7 @@ def model_card(
         metadata |= {"base_model": base, "tags": ["lora", "loratune", f"base_model:adapter:{base}"]}
     held_out = f", held-out {metrics['held_out_loss']:.4f}" if metrics["held_out_loss"] is not None else ""
     process_note = f", on {processes} processes" if processes > 1 else ""
+    history = _start_lines(settings, forgetting) + _change_lines(changes)
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
@@ -92,7 +95,7 @@ A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 - **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
 - **Gain:** {gain}
-{_change_lines(changes)}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
+{history}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
 
 ## Use
 
@@ -124,6 +127,18 @@ def _prompt_text(example: Example) -> str:
     if isinstance(example, Conversation) and not example.tools and example.supervised_turns("assistant")[:1] == (1,):
         return str(example.messages[0]["content"]) if example.messages[0]["role"] == "user" else ""
     return ""
+
+
+def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
+    """The adapter that this one started from, and what was forgotten of it."""
+    start, replay = settings["lora"]["start_from"], settings["data"]["replay"]
+    if start is None:
+        return ""
+    replayed = f"; {replay:.1%} of the rows are replayed from its run" if replay is not None else ""
+    return f"""- **Started from:** the adapter `{escaping.line(start)}`{replayed}.
+  It is part of this one, which stands alone: use it on the base without the other
+- **Forgetting:** {forgetting}
+"""
 
 
 def _change_lines(changes: Sequence[Mapping[str, Any]]) -> str:

@@ -1,11 +1,12 @@
 """`loratune params`: exact counts from the model's configuration alone, before anything is downloaded."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loratune import memory
 from loratune.config import RunConfig
-from loratune.lora import attach, parameters
+from loratune.lora import adapter_files, attach, parameters
 from loratune.lora.attach import PeftModel
 from loratune.lora.module_names import number_of, pattern
 from loratune.lora.parameters import Count
@@ -90,11 +91,13 @@ class Params:
 def params(run: RunConfig) -> Params:
     """Count on the meta device: neither weights nor memory are needed, whatever the size of the model.
 
-    Raises ModelError: the model's configuration cannot be read, or the targets match no module.
+    Raises ModelError: the model's configuration cannot be read, or the targets match no module; and ConfigError,
+    AdapterError: the adapter of `lora.start_from` does not fit.
     """
     base = load.build_meta(load.load_config(run.model), run.model)
     adapted, matched = attach.adapt(base, run.lora, seed=0)
-    adapter_init = attach.initialize_adapter(adapted, run.lora)
+    start = adapter_files.inspect(Path(run.lora.start_from).expanduser()) if run.lora.start_from else None
+    adapter_init = attach.initialize_adapter(adapted, run.lora, start_from=start)
     layers: dict[int, int] = {}
     for path in matched.modules:
         if (number := number_of(path)) is not None:

@@ -114,6 +114,9 @@ def print_result(result: "Result", program: str) -> None:
     if outcome.held_out_loss is not None:
         lines.append(("held-out", f"{outcome.held_out_loss:.4f}"))
     lines.append(("gain", str(result.gain)))
+    if result.forgetting is not None:
+        lines.append(("forgetting", str(result.forgetting)))
+        lines.append(("stands alone", "it holds the adapter that it started from"))
     if result.fallbacks:
         lines.append(("not accelerated", ", ".join(result.fallbacks)))
     lines.append(

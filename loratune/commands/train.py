@@ -31,10 +31,11 @@ from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Stop
-from loratune.training import batching, gain, resume, run_dir, trainer
+from loratune.training import batching, continuing, gain, resume, run_dir, trainer
 from loratune.training.batching import BatchedDatasets, TokenizedDatasets
 from loratune.training.callbacks import Progress, diverged_error
 from loratune.training.checkpoints import MOST_CHECKPOINTS, Checkpoints
+from loratune.training.continuing import EarlierRun, Forgetting
 from loratune.training.gain import Gain
 from loratune.training.preflight import ValidatedRun
 from loratune.training.resume import ResumePoint
@@ -69,6 +70,7 @@ class Plan:
         model: The base with the adapter attached.
         batches: What is trained on, and which layers the kernels compute.
         memory: The estimate of the memory that training needs.
+        earlier: The run that made the adapter of `lora.start_from`; None where the run starts from none.
         notes: Lines that the user should see.
     """
 
@@ -84,6 +86,7 @@ class Plan:
     datasets: TokenizedDatasets
     batches: BatchedDatasets
     memory: memory.Estimate
+    earlier: EarlierRun | None
     notes: list[str]
 
     @property
@@ -93,10 +96,11 @@ class Plan:
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
-        """Of the base, the training rows and the validation rows."""
+        """Of the base, the training rows and the validation rows, and of the adapter that the run starts from."""
         datasets = self.datasets
         validation = datasets.validation.fingerprint if datasets.validation else None
-        return {"base": self.base.fingerprint, "data": datasets.train.fingerprint, "validation": validation}
+        start = {"start": self.earlier.start.digest} if self.earlier else {}
+        return {"base": self.base.fingerprint, "data": datasets.train.fingerprint, "validation": validation, **start}
 
     def row_text(self, number: int = 0) -> Iterator[tuple[str, bool]]:
         """A training row as pieces of text, each with whether it is supervised."""
@@ -125,6 +129,7 @@ class Result:
     adapter_bytes: int
     outcome: Outcome
     gain: Gain
+    forgetting: Forgetting | None
     fallbacks: list[str]
     example_prompt: str
 
@@ -137,6 +142,7 @@ class _Trained:
     weights: Weights
     outcome: Outcome
     gain: Gain
+    forgetting: Forgetting | None
     changes: Sequence[Mapping[str, Any]]
 
 
@@ -184,17 +190,19 @@ def train(
         weights, comparison = _compare_with_base(plan, outcome, context, reporter)
         if comparison.verdict == "worse" and not allow_worse:
             gain.reject(comparison, outcome.steps, validated.directory, group)
+        forgetting = _measure_forgetting(plan, weights, outcome, context, reporter)
         plan.base.check_unchanged(group, thoroughly=True)
         group.close()
         if not group.main:
             return None
-        return _publish(_Trained(plan, weights, outcome, comparison, identity["changes"]), directory, reporter.log)
+        trained = _Trained(plan, weights, outcome, comparison, forgetting, identity["changes"])
+        return _publish(trained, directory, reporter.log)
 
 
 def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
     """Load the tokenizer and tokenize the rows; then load the base and attach the adapter.
 
-    Raises ModelError, DataError.
+    Raises ModelError, DataError; and AdapterError, ConfigError: the adapter to start from does not fit.
     """
     run, resumed = validated.config, validated.resume_point
     load.check_machine(run.model)
@@ -202,12 +210,17 @@ def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SI
     kernels.keep_pages()
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     datasets = batching.tokenize(validated, tokenizer, watch, group)
+    datasets, earlier = continuing.earlier_run(validated, datasets, watch, group)
     base = load.load_for_run(run.model, group, resumed.base_fingerprint if resumed else None)
+    continuing.check_base(validated.start, base)
     dense, origin = load.unpacked(base.model, run.model), (run.model.name_or_path, run.model.revision)
     model, matched = attach.adapt(base.model, run.lora, dense=dense, seed=run.training.seed, origin=origin)
     batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training)
     originals = partial(load.original_weights, run.model, base.model)
-    adapter_init = attach.initialize_adapter(model, run.lora, batches=batches.first(), originals=originals)
+    start_from = earlier.start.info.files if earlier else None
+    adapter_init = attach.initialize_adapter(
+        model, run.lora, batches=batches.first(), originals=originals, start_from=start_from
+    )
     return Plan(
         config=run,
         processes=group.count,
@@ -221,7 +234,8 @@ def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SI
         datasets=datasets,
         batches=batches,
         memory=batches.memory(model, run.training),
-        notes=[*load.machine_notes(run.model), *batches.notes, *matched.notes],
+        earlier=earlier,
+        notes=[*load.machine_notes(run.model), *batches.notes, *matched.notes, *(earlier.notes() if earlier else ())],
     )
 
 
@@ -302,13 +316,25 @@ def _compare_with_base(plan: Plan, outcome: Outcome, context: RunContext, report
     weights = tensors.whole(plan.model)
     validation = {"validation": plan.datasets.validation} if plan.datasets.validation else {}
     splits, pad_id = validation | {"training": plan.datasets.train}, load.pad_id(plan.tokenizer)
-    sample = plan.model, plan.adapter_init, weights, splits, pad_id, outcome.tokens
+    base = tensors.as_initialized(plan.model, plan.adapter_init, weights)
+    sample = plan.model, base, splits, pad_id, outcome.tokens
     comparison = gain.measure(*sample, plan.batches.acceleration, context.group, reporter.log)
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
         problem = Problem(Code.TRAIN_LOSS_NOT_FINITE, what, key="training.learning_rate", fix="lower it")
         raise diverged_error(problem, context.checkpoints, outcome.steps)
     return weights, comparison
+
+
+def _measure_forgetting(
+    plan: Plan, weights: Weights, outcome: Outcome, context: RunContext, reporter: Reporter
+) -> Forgetting | None:
+    """What the adapter does on the rows of the run before; None where it started from no adapter."""
+    if plan.earlier is None:
+        return None
+    adapter = plan.earlier, plan.model, plan.adapter_init, weights
+    sample = load.pad_id(plan.tokenizer), outcome.tokens, plan.batches.acceleration
+    return continuing.measure_forgetting(*adapter, *sample, context.group, reporter.log)
 
 
 def _publish(trained: _Trained, directory: RunDirectory, log: Callable[[str], None]) -> Result:
@@ -324,7 +350,8 @@ def _publish(trained: _Trained, directory: RunDirectory, log: Callable[[str], No
         directory.remove_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
         raise
     name, fallbacks = directory.display_name, plan.batches.acceleration.fallbacks
-    return Result(directory.output, name, size, trained.outcome, trained.gain, fallbacks, plan.example_prompt)
+    outcome, comparison, forgetting = trained.outcome, trained.gain, trained.forgetting
+    return Result(directory.output, name, size, outcome, comparison, forgetting, fallbacks, plan.example_prompt)
 
 
 def _stage(trained: _Trained, directory: RunDirectory) -> int:
@@ -342,15 +369,18 @@ def _stage(trained: _Trained, directory: RunDirectory) -> int:
         directory.output.name,
         plan.example_prompt,
         gain=str(trained.gain),
+        forgetting=str(trained.forgetting or ""),
         formats=plan.train_split.formats,
         changes=changes,
         processes=plan.processes,
     )
     (directory.staging / "README.md").write_text(text, encoding="utf-8")
     metrics = outcome.metrics | {"gain": trained.gain.as_json()}
+    metrics |= {"forgetting": trained.forgetting.as_json()} if trained.forgetting else {}
     record = card.provenance(settings, metrics, outcome.curve, plan.fingerprints)
     record |= {"formats": plan.train_split.formats, "chat": plan.train_split.chat, "processes": plan.processes}
     record |= {"rows": plan.datasets.train.report.counts(), "changes": changes}
+    record |= {"start_from": plan.earlier.record()} if plan.earlier else {}
     record["files"] = adapter_files.manifest(directory.staging)
     write_json(directory.staging / "loratune.json", record)
     return size

@@ -72,6 +72,8 @@ def _inputs(config_file: Path, run: RunConfig) -> Iterator[tuple[str, str]]:
     yield "model.name_or_path", os.path.expanduser(run.model.name_or_path)
     if run.data.chat_template is not None:
         yield "data.chat_template", os.path.expanduser(run.data.chat_template)
+    if run.lora.start_from is not None:
+        yield "lora.start_from", os.path.expanduser(run.lora.start_from)
     for key, sources in (("data.train", run.data.train_sources), ("data.validation", run.data.validation_sources)):
         for source in sources:
             path = os.path.expanduser(source.path)

@@ -121,6 +121,7 @@ class LoraSection(Section):
     trainable_token_indices: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
         None, min_length=1, description="ids of the tokens whose embeddings are trained"
     )
+    start_from: FilePath | None = Field(None, description="an adapter directory to train further from")
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> Self:
@@ -153,6 +154,7 @@ class LoraSection(Section):
     @model_validator(mode="after")
     def _variants_agree(self) -> Self:
         init = str(self.init_lora_weights)
+        twice = self.start_from is not None and self.init_lora_weights is not True
         conflicts = [
             (
                 self.use_lorafa and self.loraplus_lr_ratio is not None,
@@ -174,6 +176,7 @@ class LoraSection(Section):
                 ("init_lora_weights", "rank_pattern"),
                 "eva shares directions between layers that read the same input, so they must have one rank",
             ),
+            (twice, ("start_from", "init_lora_weights"), "the values of the adapter it starts from are its start"),
         ]
         for conflict, keys, message in conflicts:
             if conflict:
@@ -241,6 +244,9 @@ class DataSection(Section):
     )
     packing: Literal["none", "batch", "full"] = Field(
         "batch", description="batch: a batch without padding; full: batches filled up with whole rows by best fit"
+    )
+    replay: float | None = Field(
+        None, gt=0, lt=1, description="share of the training rows that is drawn from those of lora.start_from"
     )
 
     @property
@@ -359,6 +365,13 @@ class RunConfig(Section):
             message, fix = "there are no rows to evaluate on", "set data.validation, or leave out eval_steps"
             keys = ("training.eval_steps", "data.validation")
             raise InvalidSettingError(Code.CONFIG_NO_EVALUATION_ROWS, message, *keys, fix=fix)
+        return self
+
+    @model_validator(mode="after")
+    def _replayed_rows_need_a_run(self) -> Self:
+        if self.data.replay is not None and self.lora.start_from is None:
+            message, keys = "there is no earlier run to take rows from", ("data.replay", "lora.start_from")
+            raise InvalidSettingError(Code.CONFIG_REPLAY, message, *keys, fix="set lora.start_from")
         return self
 
     @model_validator(mode="after")

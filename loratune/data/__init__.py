@@ -5,10 +5,11 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from loratune.codes import Code
@@ -17,7 +18,7 @@ from loratune.data import formats, token_cache_dir
 from loratune.data.formats import Conversation, Example, Ids, Plain
 from loratune.data.formats.examples import no_loss_reason
 from loratune.data.rendering import Renderer, TokenizedRow, truncate
-from loratune.data.report import Report
+from loratune.data.report import Report, total
 from loratune.data.row_index import ProgressFactory as ProgressFactory
 from loratune.data.row_index import no_progress as no_progress
 from loratune.data.sources import MAX_PROBLEMS
@@ -27,6 +28,7 @@ from loratune.data.splits import find_duplicates
 from loratune.data.splits import find_leaks as find_leaks
 from loratune.data.splits import read_datasets as read_datasets
 from loratune.data.splits import read_source as read_source
+from loratune.data.splits import replay_numbers as replay_numbers
 from loratune.data.token_cache import TokenCache, TokenCacheWriter
 from loratune.data.token_cache_dir import remove_old_entries as remove_old_entries
 from loratune.errors import DataError, Problem
@@ -91,6 +93,37 @@ def prepare(
     rows.report.duplicates = find_duplicates(split)
     _check_report(rows.report, split, section)
     return TokenizedDataset(rows)
+
+
+def mix_in(own: TokenizedDataset, earlier: TokenizedDataset, numbers: Sequence[int]) -> TokenizedDataset:
+    """The rows of a dataset, and after them some of another one, in one directory of the cache.
+
+    Args:
+        own: The rows that all become part of it.
+        earlier: The other rows.
+        numbers: Which of them are taken; some may be taken more than once.
+
+    Raises:
+        ResourceError: There is no room on the disk.
+    """
+    places = [own.rows.directory.name, own.fingerprint, earlier.fingerprint]
+    parts = json.dumps([_code_digest(), places, list(numbers)])
+
+    def write(writer: TokenCacheWriter) -> None:
+        rows = islice(chain(own.rows.rows(), map(earlier.rows.row, numbers)), writer.read, None)
+        while batch := list(islice(rows, _BATCH_ROWS)):
+            writer.add(_report(batch), batch)
+
+    rows = token_cache_dir.load_or_write(hashlib.sha256(parts.encode()).hexdigest(), write)
+    rows.report = total([own.report, _report([earlier.rows.row(number) for number in numbers])])
+    return TokenizedDataset(rows)
+
+
+def _report(rows: Sequence[TokenizedRow]) -> Report:
+    """The report on rows that are taken as they are."""
+    lengths = Counter(len(row.ids) for row in rows)
+    supervised = sum(row.supervised for row in rows)
+    return Report(rows=len(rows), tokens=sum(len(row.ids) for row in rows), supervised=supervised, lengths=lengths)
 
 
 def open_tokenized(directory: Path) -> TokenizedDataset | None:

@@ -168,6 +168,25 @@ def mix_counts(counts: Sequence[int], weights: Sequence[float]) -> list[int]:
     return [min(count, max(1, share)) for count, share in zip(counts, exact, strict=True)]
 
 
+def replay_numbers(own: int, earlier: int, share: float, seed: int) -> list[int]:
+    """Which rows of an earlier run are mixed into those of a run, so that they are a share of the whole.
+
+    Where there are too few of them, each is taken once, or as often as all can be, before some are drawn once more.
+
+    Args:
+        own: Rows of the run.
+        earlier: Rows of the earlier run.
+        share: Their share of all rows, between 0 and 1; at least one row is taken.
+        seed: Decides which are drawn.
+
+    Returns:
+        Numbers of rows of the earlier run.
+    """
+    whole, rest = divmod(max(1, round(own * share / (1 - share))), earlier)
+    drawn = np.flatnonzero(_draw(earlier, rest, np.random.default_rng([seed, 2])))
+    return [*range(earlier)] * whole + drawn.tolist()
+
+
 def _hold_out(mask: RowMask, fraction: float, seed: int) -> tuple[RowMask, RowMask]:
     """Divide the rows of a mask into those to train on and the fraction, at least one row, to evaluate on."""
     random = np.random.default_rng([seed, 1])

@@ -66,6 +66,12 @@ class AdapterFiles:
         value = fingerprints.get("base") if isinstance(fingerprints, Mapping) else None
         return value if isinstance(value, str) else None
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights and of the configuration without the place of the base: what the adapter computes."""
+        digests = [_digest(self.path / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
     def edits(self) -> list[Problem]:
         """Files that have changed since the adapter was saved, or were added and would be read; none if no record
         lists the files."""

@@ -37,10 +37,13 @@ class AdapterInit:
         tensors: Name → initial value.
         to_plain_lora: The values were taken out of the base, so that the adapter is saved as a plain LoRA of twice the
             rank.
+        base: The values, its biases among them, with which the model computes what its base computes, where those of
+            `tensors` are of another adapter.
     """
 
     tensors: dict[str, torch.Tensor]
     to_plain_lora: bool
+    base: dict[str, torch.Tensor] | None = None
 
     def published(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of a file that fits the unchanged base; `state` holds those that were trained."""

@@ -1,14 +1,16 @@
 """The adapter's tensors: gathered whole from all processes, and taken out again to compare with the base."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -16,6 +18,7 @@ from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.kernels import full
 from loratune.lora import upstream
+from loratune.lora.adapter_files import WEIGHTS_FILE, AdapterFiles
 from loratune.lora.initialize import AdapterInit
 
 Weights = dict[str, torch.Tensor]
@@ -65,7 +68,7 @@ def _gathered(model: Any, *, write: bool = False) -> Iterator[None]:
         yield
 
 
-_UNCHANGING = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
+UNCHANGING = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
 """Values of init_lora_weights with which PEFT does not change the base when it loads a saved adapter."""
 
 
@@ -115,16 +118,44 @@ def untouched(base: nn.Module, config: LoraConfig) -> Untouched:
         return Untouched((), "lora.layer_replication repeats its layers")
     values = []
     for path, module in base.named_modules():
-        is_changed = config.init_lora_weights not in _UNCHANGING and upstream.is_target(config, path)
+        is_changed = config.init_lora_weights not in UNCHANGING and upstream.is_target(config, path)
         for name, parameter in module.named_parameters(recurse=False):
             if (is_changed and parameter.dim() > 1) or (config.bias != "none" and "bias" in name):
                 values.append((parameter, parameter.detach().clone()))
     return Untouched(tuple(values))
 
 
+def read(path: Path) -> Weights:
+    """All tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read_adapter(files: AdapterFiles) -> Weights:
+    """The tensors of an adapter directory. Raises AdapterError: some hold NaN or inf, or no floating-point numbers."""
+    tensors, where = read(files.path / WEIGHTS_FILE), str(files.path)
+    if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        what = f"{len(integers)} tensors hold no floating-point numbers, among them {few(integers)}"
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FLOAT, what, where))
+    if bad := not_finite(tensors):
+        what = f"{len(bad)} tensors hold NaN or inf, among them {few(bad)}"
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, what, where))
+    return tensors
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of tensors that hold NaN or inf."""
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of some names, for a message."""
+    return ", ".join(names[:3])
+
+
 @contextmanager
 def as_initialized(model: PeftModel, start: AdapterInit, trained: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside, a trained model computes what it did before its first step, which is what its base computes.
+    """Inside, a trained model computes what its base computes.
 
     An initialization that took a part out of the base (PiSSA, OLoRA) equals the base up to rounding, so the initial
     adapter replaces the trained one; otherwise the adapter is disabled, and only trained biases are set back. Where
@@ -133,11 +164,11 @@ def as_initialized(model: PeftModel, start: AdapterInit, trained: Mapping[str, t
     Args:
         model: The trained model.
         start: The adapter as it was initialized.
-        trained: The trained tensors, see `sharded.whole`; the model has them again afterwards.
+        trained: The trained tensors, see `whole`; the model has them again afterwards.
     """
     is_replaced = start.to_plain_lora or model.peft_config["default"].bias != "none"
     if is_replaced:
-        restore(model, start.tensors)
+        restore(model, start.tensors if start.base is None else start.base)
     try:
         if start.to_plain_lora:
             yield
@@ -147,3 +178,13 @@ def as_initialized(model: PeftModel, start: AdapterInit, trained: Mapping[str, t
     finally:
         if is_replaced:
             restore(model, trained)
+
+
+@contextmanager
+def as_started(model: PeftModel, start: AdapterInit, trained: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, a trained model computes what it did before its first step. Arguments as in `as_initialized`."""
+    restore(model, start.tensors)
+    try:
+        yield
+    finally:
+        restore(model, trained)

@@ -11,6 +11,7 @@ Copies of a row add no information: they are computed once, have the weight of a
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from statistics import NormalDist
@@ -26,10 +27,7 @@ from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
 from loratune.kernels import expect, next_token_loss
-from loratune.lora import tensors
 from loratune.lora.attach import PeftModel
-from loratune.lora.initialize import AdapterInit
-from loratune.lora.tensors import Weights
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training.resume import ResumePoint
 from loratune.training.run_dir import RunDirectory
@@ -187,24 +185,24 @@ class Gain:
         """A line with the verdict and its figures."""
         losses = f"base {_nats(self.base)}, adapter {_nats(self.adapter)}"
         if not math.isfinite(self.better_by):
-            return f"not judged: not all losses on {self._rows()} are finite ({losses})"
+            return f"not judged: not all losses on {self.sampled_rows()} are finite ({losses})"
         if self.validation_rows is not None:
             losses += f"; validation gave {_plural(self.validation_rows, 'distinct row')}, too few"
         if self.low is None or self.high is None:
-            what = f"{self._rows()} {'is' if self.rows == 1 else 'are'} too few"
+            what = f"{self.sampled_rows()} {'is' if self.rows == 1 else 'are'} too few"
             if self.drawn < self.total:
-                what = f"a run this short compares only {self._rows()}"
+                what = f"a run this short compares only {self.sampled_rows()}"
             return f"not judged: {what}, {LEAST_ROWS} are needed ({losses})"
         nats = f"{_nats(self.better_by)} nats per token"
         figures = f"(95 % interval {_nats(self.low)} to {_nats(self.high)}; {losses})"
         match self.verdict:
             case "gain":
-                return f"{nats} on {self._rows()} {figures}"
+                return f"{nats} on {self.sampled_rows()} {figures}"
             case "worse":
-                return f"worse than the base on {self._rows()}: {nats} {figures}"
-        return f"none over the base on {self._rows()}: {nats} {figures}"
+                return f"worse than the base on {self.sampled_rows()}: {nats} {figures}"
+        return f"none over the base on {self.sampled_rows()}: {nats} {figures}"
 
-    def _rows(self) -> str:
+    def sampled_rows(self) -> str:
         """`12 validation rows`, `64 of 500 validation rows`, `3 distinct of 9 validation rows`."""
         if self.rows == self.total:
             return _plural(self.rows, f"{self.split} row")
@@ -262,21 +260,22 @@ def _plural(number: int, what: str) -> str:
 
 def measure(
     model: PeftModel,
-    start: AdapterInit,
-    trained: Weights,
+    other: AbstractContextManager[None],
     splits: Mapping[str, TokenizedDataset],
     pad_id: int,
     budget: int,
     acceleration: kernels.Acceleration,
     group: Group,
     log: Callable[[str], None],
+    name: str = "its base",
 ) -> Gain:
-    """Compare a trained adapter with its base on a sample of rows, a row at a time. All processes take a share.
+    """Compare a trained adapter with its base, or another model, on a sample of rows, a row at a time.
+
+    All processes take a share.
 
     Args:
         model: The base with the adapter, as it was trained.
-        start: The adapter before its first step.
-        trained: Its tensors now, whole.
+        other: Inside, the model computes what it is compared with, see `tensors.as_initialized`.
         splits: Rows by the name of their split. The sample is drawn from the first split with enough distinct rows, and
             from the last if there is none; it is the same sample for the same rows and budget.
         pad_id: The token for padding.
@@ -284,20 +283,21 @@ def measure(
         acceleration: What of the model the kernels compute, for adapter and base alike.
         group: The processes of the run.
         log: Takes a line on what is being done.
+        name: What the adapter is compared with.
     """
     samples = {name: _sample(rows, budget) for name, rows in splits.items()}
     split = next((name for name, sample in samples.items() if len(sample) >= LEAST_ROWS), [*splits][-1])
     too_few = len(samples["validation"]) if "validation" in splits and split != "validation" else None
     rows, sample = splits[split].rows, samples[split]
     batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
-    log(f"comparing the adapter with its base on {_plural(len(sample), f'{split} row')}")
+    log(f"comparing the adapter with {name} on {_plural(len(sample), f'{split} row')}")
 
     def losses() -> list[Loss]:
         with acceleration.applied(model):
             return batch_losses(model, batches, [*sample], group)
 
     adapter_losses = losses()
-    with tensors.as_initialized(model, start, trained):
+    with other:
         base_losses = losses()
     return compare(base_losses, adapter_losses, split, [*sample.values()], len(rows), too_few)
 

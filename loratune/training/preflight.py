@@ -13,7 +13,7 @@ from loratune.codes import Code
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import ProgressFactory, RawDatasets
 from loratune.data.sources import looks_like_hub_id
-from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.errors import AdapterError, ConfigError, DataError, Problem, ResumeError
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.model import quantization
@@ -21,7 +21,7 @@ from loratune.model.source import is_directory, local_or_hub
 from loratune.system import launcher
 from loratune.system.files import path_problem
 from loratune.system.launcher import Group
-from loratune.training.resume import ResumePoint, find_resume_point
+from loratune.training.resume import ResumePoint, find_resume_point, start_problem
 from loratune.training.run_dir import RunDirectory
 
 
@@ -35,6 +35,7 @@ class ValidatedRun:
         rows: The rows as they were read; None in a process that takes them as the main process tokenizes them.
         allowed_changes: Keys that may have other values than before the interruption.
         resume_point: Where the run is resumed, if it is.
+        start: The adapter that the run starts from, if it does from one.
     """
 
     config: RunConfig
@@ -42,6 +43,7 @@ class ValidatedRun:
     rows: RawDatasets | None
     allowed_changes: Sequence[str] = ()
     resume_point: ResumePoint | None = None
+    start: "StartAdapter | None" = None
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the rows, as plain values, for the other processes."""
@@ -52,7 +54,8 @@ class ValidatedRun:
     def from_json(cls, values: Mapping[str, Any]) -> "ValidatedRun":
         """The run of which `as_json` made these values, without rows."""
         plain = {name: _PLAIN[name].validate_python(values[name]) for name in _PLAIN}
-        return cls(RunConfig.model_validate(values["config"]), rows=None, **plain)
+        run = RunConfig.model_validate(values["config"])
+        return cls(run, rows=None, start=_open_start(run), **plain)
 
 
 _PLAIN: dict[str, TypeAdapter[Any]] = {
@@ -83,6 +86,25 @@ class AdapterInfo:
     forced: bool = False
 
 
+@dataclass(frozen=True)
+class StartAdapter:
+    """The adapter of `lora.start_from`, and the rows of the run that made it.
+
+    Attributes:
+        info: The adapter directory.
+        digest: See `AdapterFiles.digest`.
+        rows: The rows as they were read; None where they are not known, and in a process that has not read them.
+        unknown: Why they are not known, or empty.
+        notes: Lines that the user should see.
+    """
+
+    info: AdapterInfo
+    digest: str
+    rows: RawDatasets | None
+    unknown: str
+    notes: tuple[str, ...]
+
+
 def check(
     run: RunConfig, directory: RunDirectory, watch: ProgressFactory, resume: Sequence[str] | None = None
 ) -> ValidatedRun:
@@ -98,8 +120,10 @@ def check(
         ConfigError: See `quantization.check_bitsandbytes`; there is no such chat template; a setting does not work
             with sharded weights.
         ModelError: See `source.is_directory` and `quantization.check_directory`.
+        AdapterError: The adapter to start from cannot be used, see `open_adapter`; or it does not say which rows are to
+            be replayed.
         DataError: See `data.read_datasets`.
-        ResumeError: See `resume.find_resume_point`.
+        ResumeError: See `resume.find_resume_point`; the adapter to start from has changed since the interruption.
     """
     base, template = run.model, run.data.chat_template
     if template is not None and not os.path.isfile(os.path.expanduser(template)):
@@ -113,8 +137,52 @@ def check(
     point = None
     if resume is not None:
         point = find_resume_point(directory.checkpoints, absolute.resolved(), resume)
+    start = _open_start(absolute, watch, point)
     rows = data.read_datasets(run.data, run.training.seed, watch)
-    return ValidatedRun(absolute, directory, rows, tuple(resume or ()), point)
+    return ValidatedRun(absolute, directory, rows, tuple(resume or ()), point, start)
+
+
+def _open_start(
+    run: RunConfig, watch: ProgressFactory | None = None, point: ResumePoint | None = None
+) -> StartAdapter | None:
+    """Open the adapter of `lora.start_from`, and read the rows of its run if `watch` is given. Raises as `check`."""
+    if run.lora.start_from is None:
+        return None
+    directory, notes = Path(run.lora.start_from), list[str]()
+    try:
+        digest = adapter_files.inspect(directory).digest
+        if point is not None and point.identity["fingerprints"].get("start", digest) != digest:
+            raise ResumeError(start_problem())
+        fix = f"restore the file; or remove {adapter_files.RECORD_FILE}, and the adapter is used without verification"
+        info = open_adapter(directory, notes.append, fix=fix)
+    except AdapterError as error:
+        raise AdapterError(
+            [replace(problem, key=problem.key or "lora.start_from") for problem in error.problems]
+        ) from None
+    rows, unknown = _earlier_rows(run, info, watch) if watch is not None else (None, "")
+    return StartAdapter(info, digest, rows, unknown, tuple(notes))
+
+
+def _earlier_rows(run: RunConfig, info: AdapterInfo, watch: ProgressFactory) -> tuple[RawDatasets | None, str]:
+    """The rows of the run that made an adapter; or why they are not known, which only a run without replay can be.
+
+    Raises AdapterError, DataError.
+    """
+    earlier, where = info.run, str(info.files.path)
+    if earlier is None or not info.files.record:
+        unknown = "the adapter does not record the rows that it was trained on"
+        if run.data.replay is not None:
+            fix = "leave data.replay out, and name the rows in data.train"
+            raise AdapterError(Problem(Code.DATA_REPLAY_UNKNOWN, unknown, where, "data.replay", fix))
+        return None, unknown
+    try:
+        return data.read_datasets(earlier.data, earlier.training.seed, watch), ""
+    except DataError as error:
+        unknown = f"the rows of the earlier run cannot be read: {error.problems[0].where}: {error.problems[0].what}"
+        if run.data.replay is not None:
+            fix = "put the rows back as they were, or leave data.replay out"
+            raise DataError(Problem(Code.DATA_REPLAY_CHANGED, unknown, where, "data.replay", fix)) from None
+        return None, unknown
 
 
 def _check_sharding(run: RunConfig) -> None:
@@ -164,11 +232,14 @@ def _with_absolute_paths(run: RunConfig) -> RunConfig:
     changes: dict[str, Any] = {"train": absolute_sources(rows.train), "validation": absolute_sources(rows.validation)}
     if rows.chat_template:
         changes["chat_template"] = absolute(rows.chat_template)
-    rows = rows.model_copy(update=changes)
+    rows, lora = rows.model_copy(update=changes), run.lora
+    if lora.start_from is not None:
+        lora = lora.model_copy(update={"start_from": str(Path(lora.start_from).expanduser().absolute())})
     model = run.model.model_copy(update={"name_or_path": local_or_hub(run.model.name_or_path)})
     output = str(Path(run.output_dir).expanduser().absolute())
     paths = [("output_dir", output), ("model.name_or_path", model.name_or_path)]
     paths += [("data.chat_template", rows.chat_template)] if rows.chat_template else []
+    paths += [("lora.start_from", lora.start_from)] if lora.start_from else []
     paths += [("data.train", source.path) for source in rows.train_sources]
     paths += [("data.validation", source.path) for source in rows.validation_sources]
     fix = "start from a directory whose name is UTF-8"
@@ -178,7 +249,7 @@ def _with_absolute_paths(run: RunConfig) -> RunConfig:
         if (reason := path_problem(path))
     ]:
         raise ConfigError(problems)
-    return run.model_copy(update={"data": rows, "model": model, "output_dir": output})
+    return run.model_copy(update={"data": rows, "model": model, "lora": lora, "output_dir": output})
 
 
 def open_adapter(
@@ -187,6 +258,7 @@ def open_adapter(
     *,
     forced: bool = False,
     assignments: Sequence[str] = (),
+    fix: str = "use it all the same with --force",
 ) -> AdapterInfo:
     """Open an adapter directory. What its run.yaml says of code to trust is not believed.
 
@@ -195,6 +267,7 @@ def open_adapter(
         log: Takes lines on what could not be verified.
         forced: Whether files that have changed since they were saved are logged instead of refused.
         assignments: Assignments to keys of its data section, as of `config.load`.
+        fix: What to do about files that have changed.
 
     Raises:
         AdapterError: See `adapter_files.inspect`; files have changed; run.yaml is not a config.
@@ -205,7 +278,7 @@ def open_adapter(
     if not files.record.get("files"):
         log(f"{directory}: keeps no record of its files and its base, so neither was verified")
     if edits and not forced:
-        raise AdapterError([replace(edit, fix="use it all the same with --force") for edit in edits])
+        raise AdapterError([replace(edit, fix=fix) for edit in edits])
     for edit in edits:
         log(str(edit))
     try:

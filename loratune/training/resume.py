@@ -20,13 +20,13 @@ CHANGEABLE = (
     "training.learning_rate", "training.num_train_epochs", "training.max_steps", "training.max_grad_norm",
     "training.logging_steps", "training.save_steps", "training.eval_steps", "training.activation_checkpointing",
     "training.per_device_train_batch_size", "training.gradient_accumulation_steps",
-    "lora.lora_dropout", "data.train", "data.validation", "model.name_or_path", "model.attn_implementation",
-    "model.torch_compile", "model.use_liger_kernel",
+    "lora.lora_dropout", "lora.start_from", "data.train", "data.validation", "model.name_or_path",
+    "model.attn_implementation", "model.torch_compile", "model.use_liger_kernel",
 )  # fmt: skip
 """Keys that a resumed run can change: each has its effect from the next step on, and the rows stay the same.
 
-`data.train` and `model.name_or_path` may name another place, at which there has to be the same as before. The number
-of rows that an optimizer step takes, over all processes, has to stay the same as well.
+`data.train`, `lora.start_from` and `model.name_or_path` may name another place, at which there has to be the same as
+before. The number of rows that an optimizer step takes, over all processes, has to stay the same as well.
 """
 _NOT_COMPARED = ("output_dir",)  # the checkpoints were found, so the run directory may have been moved
 _RESTART = "start afresh with --overwrite"
@@ -298,9 +298,18 @@ def _changed_contents(before: Mapping[str, Any], now: Mapping[str, Any], allowed
         fix = "put the old ones back, or allow the change with --allow-change data.validation"
         what = f"the validation rows have changed {since}"
         yield Problem(Code.RESUME_VALIDATION_CHANGED, what, key="data.validation", fix=fix)
+    if old.get("start") != new.get("start"):
+        yield start_problem()
     if old["base"] != new["base"]:
         what, fix = f"the base model has changed {since}", f"put the old one back, or {_RESTART}"
         yield Problem(Code.RESUME_BASE_CHANGED, what, key="model.name_or_path", fix=fix)
+
+
+def start_problem() -> Problem:
+    """The problem of an adapter of `lora.start_from` that has another content than before."""
+    what = "the adapter that the run started from has changed since the run was interrupted"
+    fix = f"put the old one back, or {_RESTART}"
+    return Problem(Code.RESUME_START_CHANGED, what, key="lora.start_from", fix=fix)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

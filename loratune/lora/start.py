@@ -1,0 +1,204 @@
+"""Starting from another adapter: its values as those of a new one, so that both compute the same before the first step.
+
+The scale of B·A may differ, by lora_alpha, r, rsLoRA or patterns: B is multiplied by the old scale over the new one. A
+larger rank keeps the fresh values of the added rows of A and columns of B, of which PEFT initializes one to zero and
+the other at random: their product is zero, and they can learn. Modules that are adapted for the first time start fresh.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+
+from loratune.codes import Code
+from loratune.config import LoraSection, patterns
+from loratune.config.patterns import adapted_modules, module_settings
+from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
+from loratune.lora.initialize import WRAPPER_PREFIX
+from loratune.lora.module_names import counted, few, short
+from loratune.lora.tensors import UNCHANGING, Weights, read_adapter
+
+KEY = "lora.start_from"
+
+_FACTOR = re.compile(
+    rf"^{re.escape(WRAPPER_PREFIX)}(?P<path>.*)\.lora_(?P<kind>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?$"
+)
+_TAKEN_INTO_ACCOUNT = {
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "modules_to_save",
+    "trainable_token_indices", "target_modules", "init_lora_weights",
+}  # fmt: skip
+"""Keys of an adapter's configuration that decide what it computes, and that are compared with those of the run."""
+_WITHOUT_EFFECT = {
+    "base_model_name_or_path", "revision", "peft_type", "task_type", "inference_mode", "lora_dropout",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "peft_version", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+}  # fmt: skip
+"""Keys that do not count: of training alone, or choosing modules, which are known by their tensors."""
+
+
+def start_values(
+    model: PeftModel, section: LoraSection, files: AdapterFiles, fresh: Mapping[str, torch.Tensor]
+) -> Weights:
+    """The values with which a fresh adapter computes what a saved one computes.
+
+    Args:
+        model: The base with the fresh adapter, which may be on the meta device; then only the fit is checked.
+        section: The settings of the fresh adapter.
+        files: The saved one.
+        fresh: The tensors of the fresh one.
+
+    Returns:
+        The tensors of the fresh one with the values of the saved one.
+
+    Raises:
+        ConfigError: The settings contradict those of the saved adapter, or would lose a part of it.
+        AdapterError: As `patterns.check_patterns` and `tensors.read_adapter`; the saved adapter does not fit the base,
+            or is of a kind that is not trained further.
+    """
+    _check_kind(files)
+    paths = (path for path, _ in model.get_base_model().named_modules() if path)
+    patterns.check_patterns(files.config, files.tensors, paths, str(files.path / CONFIG_FILE))
+    problems = [*_setting_problems(section, files), *_target_problems(fresh, files)]
+    if problems := problems or [*_rank_problems(model, files)]:
+        raise ConfigError(problems)
+    _check_shapes(fresh, files)
+    if next(iter(fresh.values())).is_meta:
+        return dict(fresh)
+    scales, saved = _scales(model, files), read_adapter(files)
+    return {
+        name: _grown(name, tensor, saved[name], scales) if name in saved else tensor for name, tensor in fresh.items()
+    }
+
+
+def _grown(name: str, fresh: torch.Tensor, saved: torch.Tensor, scales: Mapping[str, float]) -> torch.Tensor:
+    """A fresh tensor with the values of a saved one, whose rank may be lower. scales: path → factor of B."""
+    match = _FACTOR.match(name)
+    values = fresh.clone()
+    if match and match["kind"].endswith("B"):
+        scaled = saved.double() * scales[match["path"]] if scales[match["path"]] != 1 else saved
+        values[:, : saved.shape[1]] = scaled.to(fresh)
+    elif match and match["kind"].endswith("A"):
+        values[: len(saved)] = saved.to(fresh)
+    else:
+        values.copy_(saved)
+    return values
+
+
+def _scales(model: PeftModel, files: AdapterFiles) -> dict[str, float]:
+    """Path → the scale of B·A in the saved adapter over that in the fresh one."""
+    settings = module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
+    layers = _layers(model)
+    return {path: setting.scaling / float(layers[path].scaling["default"]) for path, setting in settings.items()}
+
+
+def _layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """Path in the base → the adapted layer."""
+    modules = model.named_modules()
+    return {name.removeprefix(WRAPPER_PREFIX): layer for name, layer in modules if isinstance(layer, LoraLayer)}
+
+
+def _check_kind(files: AdapterFiles) -> None:
+    """Raises AdapterError: the saved adapter changes its base, or uses what this package does not train."""
+    where, config, defaults = str(files.path / CONFIG_FILE), files.config, LoraConfig().to_dict()
+    known = _TAKEN_INTO_ACCOUNT | _WITHOUT_EFFECT
+    effective = [
+        key
+        for key, value in config.items()
+        if key not in known and value not in (defaults.get(key), None, False, {}, [])
+    ]
+    problems = [
+        Problem(Code.LORA_START_KIND, "changes what the adapter computes, and is not trained here", where, key)
+        for key in sorted(effective)
+    ]
+    if (init := config.get("init_lora_weights", True)) not in UNCHANGING:
+        what = f"{init} changes the base as PEFT loads the adapter, so it is no plain LoRA of its base"
+        problems.append(Problem(Code.LORA_START_KIND, what, where, "init_lora_weights"))
+    if problems:
+        raise AdapterError(problems)
+
+
+def _setting_problems(section: LoraSection, files: AdapterFiles) -> Iterator[Problem]:
+    """Settings that have to be those of the saved adapter."""
+    old = files.config
+    pairs: list[tuple[str, Any, Any]] = [
+        ("use_dora", bool(old.get("use_dora")), section.use_dora),
+        ("bias", old.get("bias") or "none", section.bias),
+        ("modules_to_save", _names(old.get("modules_to_save")), _names(section.modules_to_save)),
+        ("trainable_token_indices", old.get("trainable_token_indices"), section.trainable_token_indices),
+    ]
+    for key, was, now in pairs:
+        if key == "modules_to_save" and bool(was) == bool(now):
+            continue  # roles and names are compared by the tensors that they lead to
+        if was != now:
+            old_value, new_value = json.dumps(was), json.dumps(now)
+            what = f"the adapter has {key} {old_value} and this run {new_value}, so it would not start as the adapter"
+            yield Problem(Code.LORA_START_SETTING, what, str(files.path), KEY, f"set lora.{key} to {old_value}")
+
+
+def _names(value: Any) -> list[str]:
+    return sorted([value] if isinstance(value, str) else value or [])
+
+
+def _target_problems(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> Iterator[Problem]:
+    """What the saved adapter adapts and this run does not, or trains whole and the other does not."""
+    where, targets = str(files.path), adapted_modules({name: tuple(tensor.shape) for name, tensor in fresh.items()})
+    if lost := [path for path in adapted_modules(files.tensors) if path not in targets]:
+        what = f"the adapter also adapts {counted([*dict.fromkeys(lost)], 4)}, which this run does not"
+        fix = "name them in lora.target_modules, and leave out lora.layers_to_transform if it excludes them"
+        yield Problem(Code.LORA_START_TARGETS, what, where, KEY, fix)
+    old, new = ({name for name in names if not _FACTOR.match(name)} for names in (files.tensors, fresh))
+    new -= {name for name in new if name.endswith("bias")}  # those of modules that are adapted for the first time
+    if other := sorted((old - {*fresh}) | (new - old)):
+        what = f"one of the adapter and this run trains {few([short(_plain(name)) for name in other], 3)} whole"
+        fix = "set lora.modules_to_save, lora.bias and lora.trainable_token_indices as they were"
+        yield Problem(Code.LORA_START_SETTING, what, where, KEY, fix)
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix(WRAPPER_PREFIX)
+
+
+def _rank_problems(model: PeftModel, files: AdapterFiles) -> Iterator[Problem]:
+    """Modules whose rank would become smaller."""
+    layers = _layers(model)
+    ranks = {path: (rank, int(layers[path].r["default"])) for path, rank in adapted_modules(files.tensors).items()}
+    if lower := [path for path, (old, new) in ranks.items() if new < old]:
+        old, new = ranks[lower[0]]
+        most = max(ranks[path][0] for path in lower)
+        what = f"the adapter has rank {old}, and this run {new}, on {counted(lower, 4)}: a part of it would be lost"
+        yield Problem(Code.LORA_START_RANK, what, str(files.path), KEY, f"raise lora.r, or its rank_pattern, to {most}")
+
+
+def _check_shapes(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> None:
+    """Raises AdapterError: tensors are missing, or have another shape than this base needs, ranks left aside."""
+    adapted = adapted_modules(files.tensors)
+    missing, differing = [], []
+    for name, tensor in fresh.items():
+        match = _FACTOR.match(name)
+        if name not in files.tensors:
+            missing += [name] if match and match["path"] in adapted else []
+            continue
+        old, new = list(files.tensors[name]), list(tensor.shape)
+        if match and match["kind"].endswith(("A", "B")) and len(old) == len(new) == 2:
+            side = 0 if match["kind"].endswith("A") else 1
+            if old[side] != adapted[match["path"]]:
+                missing.append(name)
+            old[side] = new[side]
+        if old != new:
+            differing.append(f"{name} {tuple(old)} where the base needs {tuple(new)}")
+    fix = f"is {files.base} the base it was trained on?"
+    kinds: list[tuple[Code, str, Sequence[str]]] = [
+        (Code.ADAPTER_TENSORS_MISSING, "are missing", missing),
+        (Code.ADAPTER_TENSORS_SHAPE, "have another shape", differing),
+    ]
+    if problems := [
+        Problem(code, f"{len(names)} tensors {kind}, among them {few(names, 3)}", str(files.path), KEY, fix)
+        for code, kind, names in kinds
+        if names
+    ]:
+        raise AdapterError(problems)

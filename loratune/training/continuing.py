@@ -1,0 +1,254 @@
+"""Going on from an adapter: its base is checked, rows of the run that made it are replayed, and what is forgotten of
+them is measured.
+
+The rows are those of the earlier run's own config, read, rendered and cut as it did; that they are the same is known by
+the fingerprints that the adapter records. They are mixed in as tokens, so the two runs may read, render and supervise
+their rows in different ways.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loratune import data, kernels
+from loratune.codes import Code
+from loratune.config import ModelSection, RunConfig
+from loratune.data import ProgressFactory, TokenizedDataset
+from loratune.data.rendering import Renderer
+from loratune.errors import AdapterError, ConfigError, DataError, ModelError, Problem
+from loratune.lora import tensors
+from loratune.lora.attach import PeftModel
+from loratune.lora.initialize import AdapterInit
+from loratune.lora.start import KEY
+from loratune.lora.tensors import Weights
+from loratune.model import fingerprints, load
+from loratune.model.load import Base
+from loratune.system.launcher import Group
+from loratune.training import gain
+from loratune.training.batching import TokenizedDatasets, shared_rows
+from loratune.training.gain import Gain
+from loratune.training.preflight import StartAdapter, ValidatedRun
+
+REPLAY = "data.replay"
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """The run that made the adapter which another run starts from.
+
+    Attributes:
+        start: The adapter.
+        held_out: The rows on which forgetting is measured: its validation rows, or its training rows if it had none;
+            None if they are not known.
+        split: `validation` or `training`.
+        unknown: Why they are not known, or empty.
+        replay: What loratune.json records of the rows that are replayed: their share and number, and the fingerprint
+            of the run's own training rows; None if none are.
+    """
+
+    start: StartAdapter
+    held_out: TokenizedDataset | None
+    split: str
+    unknown: str = ""
+    replay: dict[str, Any] | None = None
+
+    def notes(self) -> list[str]:
+        """Lines for the user on what the run starts from."""
+        path = self.start.info.files.path
+        line = f"{KEY}: starts as {path}, which becomes part of the new adapter; that is used alone, on the base"
+        unknown = [f"what is forgotten will not be measured: {self.unknown}"] if self.unknown else []
+        return [line, *self.start.notes, *unknown]
+
+    def record(self) -> dict[str, Any]:
+        """What loratune.json says of it."""
+        return {"adapter": str(self.start.info.files.path), "digest": self.start.digest, "replay": self.replay}
+
+
+def earlier_run(
+    ready: ValidatedRun, datasets: TokenizedDatasets, watch: ProgressFactory, group: Group
+) -> tuple[TokenizedDatasets, EarlierRun | None]:
+    """Tokenize the rows of the run that made the adapter of `lora.start_from`, and mix in those that are replayed.
+
+    Args:
+        ready: The run that starts from the adapter.
+        datasets: Its own rows.
+        watch: Shows the passes over the rows.
+        group: The processes of the run.
+
+    Returns:
+        The rows with those that are replayed; and the earlier run, None where the run starts from no adapter.
+
+    Raises:
+        DataError, ModelError: The rows to be replayed have changed, or cannot be tokenized any more.
+        ConfigError: They are longer than `data.max_length`.
+    """
+    start, share = ready.start, ready.config.data.replay
+    if start is None:
+        return datasets, None
+    earlier = start.info.run
+    has_validation = earlier is not None and earlier.data.validation is not None
+    split = "validation" if has_validation else "training"
+    wanted = dict.fromkeys([split, *(["training"] if share is not None else [])])
+    prepare = _preparing(ready, start, watch)
+    own: dict[str, TokenizedDataset] = {}
+    unknown = start.unknown
+    if group.main and not unknown:
+        try:
+            own = {name: prepare(name) for name in wanted}
+        except (DataError, ModelError) as error:
+            if share is not None:
+                raise
+            unknown = error.problems[0].what
+    if unknown := group.broadcast(unknown):
+        return datasets, EarlierRun(start, None, split, unknown)
+    rows = {name: shared_rows(lambda name=name: own.get(name) or prepare(name), group) for name in wanted}  # type: ignore[misc]
+    run = EarlierRun(start, rows[split], split)
+    return _with_replay(datasets, run, rows["training"], ready.config, group) if share is not None else (datasets, run)
+
+
+def _preparing(ready: ValidatedRun, start: StartAdapter, watch: ProgressFactory) -> Callable[[str], TokenizedDataset]:
+    """A function that tokenizes a split of the earlier run, `training` or `validation`, as that run did."""
+
+    def prepare(name: str) -> TokenizedDataset:
+        run, path = start.info.run, start.info.files.path
+        assert run is not None
+        raw = start.rows or data.read_datasets(run.data, run.training.seed, watch)
+        split = raw.train if name == "training" else raw.validation
+        assert split is not None
+        if (path / "tokenizer_config.json").is_file():
+            tokenizer = load.load_tokenizer(ModelSection(name_or_path=str(path)))
+        else:
+            tokenizer = load.load_tokenizer(ready.config.model, run.data.chat_template)
+        vocabulary = load.load_config(ready.config.model).get_text_config().vocab_size
+        rows = data.prepare(split, Renderer(tokenizer, vocabulary), run.data, vocabulary, watch)
+        if rows.fingerprint != _recorded(start, name):
+            what = f"the {name} rows of the earlier run are not those that it recorded"
+            fix = "put the rows back as they were, or leave data.replay out"
+            raise DataError(Problem(Code.DATA_REPLAY_CHANGED, what, str(path), REPLAY, fix))
+        return rows
+
+    return prepare
+
+
+def _recorded(start: StartAdapter, name: str) -> Any:
+    """The fingerprint that an adapter records of the rows of its own run, without those that it replayed."""
+    record = start.info.files.record
+    if name == "validation":
+        return record["fingerprints"].get("validation")
+    started = record.get("start_from")
+    replay = started.get("replay") if isinstance(started, dict) else None
+    return replay.get("own") if isinstance(replay, dict) else record["fingerprints"].get("data")
+
+
+def _with_replay(
+    datasets: TokenizedDatasets, run: EarlierRun, earlier: TokenizedDataset, config: RunConfig, group: Group
+) -> tuple[TokenizedDatasets, EarlierRun]:
+    """Mix rows of the earlier run into those of this one. Raises ConfigError: they are longer than `max_length`."""
+    own, share = datasets.train, config.data.replay
+    assert share is not None
+    numbers = data.replay_numbers(len(own.rows), len(earlier.rows), share, config.training.seed)
+    longest = int(earlier.rows.lengths[numbers].max())
+    if longest > config.data.max_length:
+        what = f"is {config.data.max_length}, and a row of the earlier run that is replayed has {longest} tokens"
+        raise ConfigError(Problem(Code.DATA_REPLAY_TOO_LONG, what, key="data.max_length", fix=f"raise it to {longest}"))
+    mixed = shared_rows(lambda: data.mix_in(own, earlier, numbers), group)
+    remark = f"{len(numbers):,} of the {len(mixed.rows):,} rows are replayed from {run.start.info.files.path}"
+    if len(numbers) > len(earlier.rows):
+        remark += f", whose {len(earlier.rows):,} rows are taken more than once"
+    remarks = datasets.remarks | {"train": [*datasets.remarks["train"], remark]}
+    record = {"share": share, "rows": len(numbers), "own": own.fingerprint}
+    return replace(datasets, train=mixed, remarks=remarks), replace(run, replay=record)
+
+
+def check_base(start: StartAdapter | None, base: Base) -> None:
+    """Check that an adapter that a run starts from was trained on its base, before that is adapted.
+
+    Raises:
+        AdapterError: The adapter records another fingerprint, or one that this release cannot compute.
+    """
+    recorded = start.info.files.base_fingerprint if start else None
+    if start is None or recorded is None:
+        return
+    where = str(start.info.files.path)
+    if not fingerprints.is_comparable(recorded):
+        what = "records the fingerprint of its base in a version that this release of loratune does not know"
+        raise AdapterError(Problem(Code.INFERENCE_UNKNOWN_FINGERPRINT, what, where, KEY, "upgrade loratune"))
+    present = fingerprints.is_present(recorded)
+    if recorded != (base.fingerprint if present else fingerprints.fingerprint(base.model, like=recorded)):
+        quantization = start.info.base.quantization
+        held = f" in {quantization}" if quantization != "none" else ""
+        what = f"was trained on another base, by its settings and weights: {start.info.files.base}{held}"
+        raise AdapterError(Problem(Code.LORA_START_BASE, what, where, KEY, "set model to that base"))
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What training further has changed on the rows of the earlier run.
+
+    Attributes:
+        comparison: The adapter that the run started from, as `base`, and the new one, on the same rows; None if the
+            rows are not known.
+        unknown: Why they are not known.
+    """
+
+    comparison: Gain | None
+    unknown: str = ""
+
+    def __str__(self) -> str:
+        """A line with the loss before and after."""
+        if (measured := self.comparison) is None:
+            return f"not measured: {self.unknown}"
+        change = -measured.better_by
+        interval = ""
+        if measured.low is not None and measured.high is not None:
+            interval = f", 95 % interval {-measured.high:+.4f} to {-measured.low:+.4f}"
+        rows = f"{measured.sampled_rows()} of the earlier run"
+        return f"loss {measured.base:.4f} → {measured.adapter:.4f} on {rows} ({change:+.4f}{interval})"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values: losses in nats per supervised token, and their `change`, above 0 where rows were forgotten."""
+        if (measured := self.comparison) is None:
+            return {"not_measured": self.unknown}
+        low, high = measured.low, measured.high
+        return {
+            "split": measured.split,
+            "rows": measured.rows,
+            "drawn": measured.drawn,
+            "total": measured.total,
+            "before": measured.base,
+            "after": measured.adapter,
+            "change": -measured.better_by,
+            "low": None if high is None else -high,
+            "high": None if low is None else -low,
+        }
+
+
+def measure_forgetting(
+    run: EarlierRun,
+    model: PeftModel,
+    start: AdapterInit,
+    trained: Weights,
+    pad_id: int,
+    budget: int,
+    acceleration: kernels.Acceleration,
+    group: Group,
+    log: Callable[[str], None],
+) -> Forgetting:
+    """Compare a trained adapter with the one that it started from, on rows of the earlier run; see `gain.measure`.
+
+    Args:
+        run: The earlier run.
+        model: The base with the adapter, as it was trained.
+        start: The adapter before its first step.
+        trained: Its tensors now, whole.
+        pad_id: The token for padding.
+        budget: Tokens that the run was trained on.
+        acceleration: What of the model the kernels compute.
+        group: The processes of the run.
+        log: Takes a line on what is being done.
+    """
+    if run.held_out is None:
+        return Forgetting(None, run.unknown)
+    before = tensors.as_started(model, start, trained)
+    rows, name = {run.split: run.held_out}, f"the one it started from, {run.start.info.files.path},"
+    return Forgetting(gain.measure(model, before, rows, pad_id, budget, acceleration, group, log, name))
