@@ -15,7 +15,7 @@ from loratune.config import DataSection, LoraSection, ModelSection, TrainingSect
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
-from loratune.lora import attach, parameters, targets
+from loratune.lora import adapter_files, attach, parameters, targets
 from loratune.model import load as load_module
 from loratune.training import trainer
 
@@ -35,6 +35,7 @@ LORA: dict[str, Any] = {
     "alpha_pattern": {"q": 4},
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
+    "start_from": "other",
 }
 TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -76,6 +77,7 @@ DATA: dict[str, Any] = {
     "truncation": "drop",
     "max_dropped": 0.0,
     "packing": "full",
+    "replay": 0.5,
 }
 
 
@@ -117,12 +119,34 @@ def test_the_same_section_builds_the_same(default_lora: tuple[dict[str, Any], di
     assert parts == default_lora[1]
 
 
-@pytest.mark.parametrize("name, value", LORA.items(), ids=LORA)
+@pytest.mark.parametrize("name, value", [item for item in LORA.items() if item[0] != "start_from"])
 def test_lora(default_lora: tuple[dict[str, Any], dict[str, Any]], name: str, value: Any) -> None:
     settings, parts = attached(LoraSection(**{name: value}))
     ours = {"use_lorafa", "loraplus_lr_ratio"}  # optimizers, of which PEFT's configuration knows nothing
     assert {key for key in settings if settings[key] != default_lora[0][key]} == {name} - ours
     assert parts != default_lora[1]
+
+
+def test_lora_start_from(tmp_path: Path) -> None:
+    """Only the values are others; see also `test_continuing`."""
+
+    def started(section: LoraSection) -> tuple[Any, dict[str, Any]]:
+        base = tiny_llama()
+        built = attach.attach(base, section, targets.find(base, section).peft(), seed=0, base_name="base")
+        files = adapter_files.inspect(Path(section.start_from)) if section.start_from else None
+        attach.initialize_adapter(built, section, start_from=files)
+        return built, {name: weight.tolist() for name, weight in built.named_parameters() if weight.requires_grad}
+
+    model, values = started(LoraSection())
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(weight.requires_grad)
+    state = {name: tensor.clone() for name, tensor in attach.weights(model).items()}
+    attach.write(model, tmp_path / LORA["start_from"], state)
+    other, others = started(LoraSection(start_from=str(tmp_path / LORA["start_from"])))
+    assert other.peft_config["default"].to_dict() == model.peft_config["default"].to_dict()
+    assert others.keys() == values.keys()
+    assert others != values
 
 
 # TrainingSection → TrainingArguments
@@ -267,7 +291,7 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
     return run
 
 
-@pytest.mark.parametrize("name, value", [item for item in DATA.items() if item[0] != "max_dropped"])
+@pytest.mark.parametrize("name, value", [item for item in DATA.items() if item[0] not in ("max_dropped", "replay")])
 def test_data(prepared: Callable[..., Any], name: str, value: Any) -> None:
     base: dict[str, Any] = {
         "chat_template": {"train": {"path": "chat.jsonl"}, "format": "messages"},
@@ -276,6 +300,13 @@ def test_data(prepared: Callable[..., Any], name: str, value: Any) -> None:
     }.get(name, {})
     assert prepared(**base) == prepared(**base)
     assert prepared(**base) != prepared(**base | {name: value})
+
+
+def test_replayed_rows_are_mixed_in() -> None:
+    """How many is `data.replay`; whole runs stand in `test_continuing`."""
+    numbers = data.replay_numbers(3, 3, DATA["replay"], seed=1)
+    assert numbers == [0, 1, 2]
+    assert data.replay_numbers(3, 3, 0.8, seed=1) == [0, 1, 2] * 4
 
 
 def test_rows_may_be_dropped(prepared: Callable[..., Any]) -> None:
