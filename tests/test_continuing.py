@@ -79,6 +79,7 @@ FITTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DoRA": ({"use_dora": True}, {"use_dora": True, "r": 10, "lora_alpha": 3}),
     "DoRA on more": ({"use_dora": True, "target_modules": ["o", "v"]}, {"use_dora": True}),
     "biases": ({"bias": "lora_only"}, {"bias": "lora_only", "r": 10}),
+    "all biases": ({"bias": "all"}, {"bias": "all", "r": 10}),
     "biases of more": ({"bias": "lora_only", "target_modules": ["o", "v"]}, {"bias": "lora_only"}),
     "a whole module": ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"], "lora_alpha": 2}),
     "tokens": ({"trainable_token_indices": [9, 7]}, {"trainable_token_indices": [9, 7], "r": 10}),
@@ -343,6 +344,9 @@ def test_replayed_rows_are_training_rows_of_the_old_run(going_on: Make, earlier:
     assert len({row.where for row in replayed}) == 13
     report = plan.datasets.train.report
     assert (report.rows, report.tokens) == (51, sum(len(row.ids) for row in rows))
+    assert plan.datasets.leaks == []
+    leaking = plan_of(going_on(data={"replay": 0.6, "validation": str(earlier / "old.jsonl")}))
+    assert leaking.datasets.leaks == ["40 of the validation rows are also replayed"]
     assert plan.fingerprints["data"] == plan_of(going_on(data={"replay": 0.25})).fingerprints["data"]
     others = plan_of(going_on(data={"replay": 0.25}), "training.seed=7").fingerprints["data"]
     assert plan.fingerprints["data"] != others

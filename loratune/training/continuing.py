@@ -6,9 +6,11 @@ the fingerprints that the adapter records. They are mixed in as tokens, so the t
 their rows in different ways.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from loratune import data, kernels
 from loratune.codes import Code
@@ -156,8 +158,19 @@ def _with_replay(
     if len(numbers) > len(earlier.rows):
         remark += f", whose {len(earlier.rows):,} rows are taken more than once"
     remarks = datasets.remarks | {"train": [*datasets.remarks["train"], remark]}
+    leaks = [*datasets.leaks, *_leaks(datasets.validation, earlier, numbers)]
     record = {"share": share, "rows": len(numbers), "own": own.fingerprint}
-    return replace(datasets, train=mixed, remarks=remarks), replace(run, replay=record)
+    return replace(datasets, train=mixed, remarks=remarks, leaks=leaks), replace(run, replay=record)
+
+
+def _leaks(validation: TokenizedDataset | None, earlier: TokenizedDataset, numbers: Sequence[int]) -> Iterator[str]:
+    """A line on validation rows that are replayed, if there are any."""
+    if validation is None:
+        return
+    replayed = {earlier.rows.row(number).ids for number in numbers}
+    likely = np.flatnonzero(np.isin(validation.rows.lengths, [*{len(ids) for ids in replayed}]))
+    if count := sum(validation.rows.row(number).ids in replayed for number in likely.tolist()):
+        yield f"{count:,} of the validation rows {'is' if count == 1 else 'are'} also replayed"
 
 
 def check_base(start: StartAdapter | None, base: Base) -> None:
