@@ -25,7 +25,7 @@ from loratune.config import LoraSection
 from loratune.data import no_progress
 from loratune.errors import AdapterError, ConfigError, LoratuneError, NumericError
 from loratune.lora import attach, targets, tensors
-from loratune.lora.adapter_files import CONFIG_FILE, inspect
+from loratune.lora.adapter_files import CONFIG_FILE, inspect, manifest
 from loratune.lora.initialize import AdapterInit
 from loratune.training import output_dir, preflight
 
@@ -468,7 +468,9 @@ def test_another_base_ends_with_5(going_on: Make, cli: Callable[..., Ran], tmp_p
     """Of the same shape, one value apart."""
     shutil.copytree(tiny_dir, tmp_path / "base")
     path = going_on(model={"name_or_path": str(tmp_path / "base")})
-    assert cli("train", path, "--dry-run").code == 0
+    shown = cli("train", path, "--dry-run")
+    assert shown.code == 0
+    assert f"lora.start_from: starts as {tmp_path / 'first'}" in shown.err
     other_base(tmp_path / "base")
     check_refused(cli("train", path), 5, (Code.LORA_START_BASE, str(tmp_path / "first"), "lora.start_from"))
 
@@ -497,11 +499,10 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     processes: ForkServer, going_on: Make, cli: Callable[..., Ran], tmp_path: Path
 ) -> None:
     """Not where the adapter that it started from has become another one, by a byte or as a whole."""
-    settings: dict[str, Any] = {
-        "lora": {"lora_dropout": 0.3, "lora_alpha": 9}, "data": {"replay": 0.2},
-        "training": {"max_steps": 45, "save_steps": 3, "per_device_train_batch_size": 3},
-    }  # fmt: skip
-    path = going_on(**settings)
+    path = going_on(
+        lora={"lora_dropout": 0.3, "lora_alpha": 9}, data={"replay": 0.2},
+        training={"max_steps": 45, "save_steps": 3, "per_device_train_batch_size": 3},
+    )  # fmt: skip
     child = processes.start("train", path)
     until(lambda: len(checkpoints(tmp_path / "out.partial")) > 1, child)
     child.send(signal.SIGKILL)
@@ -511,11 +512,10 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     flip(tmp_path / "first" / WEIGHTS)
     check_refused(cli("train", path, "--resume"), 7, changed)
     flip(tmp_path / "first" / WEIGHTS)
-    other = tmp_path / "other"
-    assert cli("train", going_on(training={"max_steps": 1}), "--set", f"output_dir={other}").code == 0
-    (tmp_path / "first").rename(tmp_path / "kept")
-    other.rename(tmp_path / "first")
-    path = going_on(**settings)
+    shutil.copytree(tmp_path / "first", tmp_path / "kept")
+    spoil(tmp_path / "first", lora_B=lambda tensor: 2 * tensor)
+    whole = record_of(tmp_path / "first") | {"files": manifest(tmp_path / "first")}
+    (tmp_path / "first" / "loratune.json").write_text(json.dumps(whole))
     check_refused(cli("train", path, "--resume"), 7, changed)
     shutil.rmtree(tmp_path / "first")
     (tmp_path / "kept").rename(tmp_path / "first")

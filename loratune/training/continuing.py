@@ -188,8 +188,8 @@ def check_base(start: StartAdapter | None, base: Base) -> None:
         raise AdapterError(Problem(Code.INFERENCE_UNKNOWN_FINGERPRINT, what, where, KEY, "upgrade loratune"))
     present = fingerprints.is_present(recorded)
     if recorded != (base.fingerprint if present else fingerprints.fingerprint(base.model, like=recorded)):
-        quantization = start.info.base.quantization
-        held = f" in {quantization}" if quantization != "none" else ""
+        before = start.info.base
+        held = f" in {before.quantization}, dtype {before.dtype}" if before.quantization != "none" else ""
         what = f"was trained on another base, by its settings and weights: {start.info.files.base}{held}"
         raise AdapterError(Problem(Code.LORA_START_BASE, what, where, KEY, "set model to that base"))
 
