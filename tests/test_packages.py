@@ -22,9 +22,10 @@ LEVELS = {
     "data": 5, "model": 5, "lora": 5,
     "memory": 6,
     "training": 7,
-    "commands": 8,
-    "cli": 9,
-    "__main__": 10,
+    "export": 8,
+    "commands": 9,
+    "cli": 10,
+    "__main__": 11,
 }  # fmt: skip
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
