@@ -110,6 +110,11 @@ def scan_adapter(directory: Path) -> Contents:
     return scan(directory, lambda name: name in ADAPTER_FILES or _is_template(name))
 
 
+def scan_all(directory: Path) -> Contents:
+    """What is in a directory to which only one program writes: all of it belongs to it."""
+    return scan(directory, lambda _: True, lambda _: True)
+
+
 def scan_staging(directory: Path) -> Contents:
     """What is in a directory in which an adapter is being put together."""
     passing = re.compile(rf"{_TEMPORARY}|[^/]+\.py")  # the code of a tokenizer that the user trusts is saved with it
