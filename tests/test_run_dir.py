@@ -582,6 +582,7 @@ def test_a_file_that_comes_to_an_adapter_of_an_image(image: Path, monkeypatch: p
     with pytest.raises(ConfigError) as caught, run_dir.locked(directory):
         directory.prepare(resume=False)
         (directory.checkpoints / "checkpoint-1").mkdir()
+        (directory.checkpoints / "checkpoint-1" / "manifest.json").touch()
         adapter(directory.staging)
         directory.publish()
     assert meanings(caught.value) == [(Code.RUN_OUTPUT_NOT_MOVED, str(image / "out"), "output_dir")]
