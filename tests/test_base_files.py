@@ -97,7 +97,7 @@ def test_pickled_weights_are_not_mapped_either(base_dir: Path) -> None:
     assert mapped(base_dir) == []
 
 
-def test_changed_files_are_told_from_touched_ones(base_dir: Path) -> None:
+def test_changed_files_are_distinguished_from_touched_ones(base_dir: Path) -> None:
     section = ModelSection(name_or_path=str(base_dir))
     weights, config = base_dir / "model.safetensors", base_dir / "config.json"
     known, strictly = load.files(section), load.files(section, read=False)

@@ -255,7 +255,7 @@ def test_a_fault_of_one_ends_all(processes: ForkServer, run_config: MakeConfig, 
     assert children[1].said() == ""
 
 
-def test_a_fault_of_all_is_told_once(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_fault_of_all_is_reported_once(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     config = run_config(training={"learning_rate": 1e30, "max_grad_norm": 0.0})
     children = processes.launch(2, "train", config)
     assert ended(children) == [6, 6]
@@ -286,7 +286,7 @@ def test_one_model_over_all_gpus_is_for_one_process(processes: ForkServer, run_c
     )
 
 
-def test_a_wrong_command_line_is_told_once(processes: ForkServer) -> None:
+def test_a_wrong_command_line_is_reported_once(processes: ForkServer) -> None:
     children = processes.launch(2, "train", "--nonsense")
     assert ended(children) == [2, 2]
     assert "No such option" in children[0].said() and children[1].said() == ""

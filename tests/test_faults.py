@@ -586,7 +586,7 @@ def test_a_damaged_checkpoint_does_not_count_when_old_ones_go(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("reader", ["gone", "full"])
-def test_a_run_goes_on_when_nobody_can_be_told(
+def test_a_run_continues_when_stderr_cannot_be_written(
     reader: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
 ) -> None:
     """Row 47: stderr is a pipe whose end has gone, or a file on a full disk."""
@@ -600,7 +600,7 @@ def test_a_run_goes_on_when_nobody_can_be_told(
     assert (tmp_path / "out" / WEIGHTS).is_file() and "steps" in child.out.read_text()
 
 
-def test_what_is_printed_has_no_room(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
+def test_no_space_for_the_output(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     child = processes.start("train", run_config(), stdout="/dev/full")
     assert child.wait() == 8
     last = child.said().splitlines()[-1].removeprefix("error: ")

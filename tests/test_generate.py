@@ -393,7 +393,7 @@ def test_an_output_of_a_command_that_is_ended(
     assert not remaining or re.fullmatch(r"\.answers\.jsonl\.[0-9a-f]{12}\.unfinished", remaining.pop())
 
 
-def test_an_output_without_room(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
+def test_no_disk_space_for_the_output(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:", "note": "x" * 5000}])
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", questions, "--output", out)

@@ -181,14 +181,14 @@ def test_the_adapter_says_how_to_load_its_base(
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "problem"),
     [
         ("[]", f"[{Code.ADAPTER_INVALID_RECORD}]"),
         ("{", f"[{Code.ADAPTER_NOT_JSON}]"),
         ('{"base": {"gguf_file": 3}}', "loratune.json: base.gguf_file: "),
     ],
 )
-def test_a_record_that_does_not_say_it(record: str, said: str, adapter_dir: Path, tmp_path: Path, cli: Cli) -> None:
+def test_an_invalid_record_of_the_base(record: str, problem: str, adapter_dir: Path, tmp_path: Path, cli: Cli) -> None:
     for file in adapter_dir.iterdir():
         if file.name != "run.yaml":
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -200,7 +200,7 @@ def test_a_record_that_does_not_say_it(record: str, said: str, adapter_dir: Path
     ran = cli("generate", "x", "--adapter", tmp_path)
     assert (ran.code, ran.out) == (5, "")
     last = ran.err.splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path / 'loratune.json'}: ") and said in last
+    assert last.startswith(f"error: {tmp_path / 'loratune.json'}: ") and problem in last
 
 
 def test_the_working_directory_is_not_looked_at(

@@ -197,7 +197,7 @@ def test_a_directory_that_others_could_write_to_is_mended_and_not_believed(
 @needs_root
 def test_a_directory_of_another_user_is_not_used(planted: Path, cache: Path) -> None:
     os.chown(cache, 65534, -1)
-    line = f"the fast CPU code is built anew for this run: {cache} belongs to another user"
+    line = f"the fast CPU code is built again for this run: {cache} belongs to another user"
     for _ in range(2):
         loaded(cache, called=1, note=line)
     assert cached_file(cache) == planted
@@ -206,7 +206,7 @@ def test_a_directory_of_another_user_is_not_used(planted: Path, cache: Path) -> 
 def test_a_directory_behind_a_link_is_not_used(planted: Path, cache: Path, tmp_path: Path) -> None:
     cache.rename(tmp_path / "elsewhere")
     cache.symlink_to(tmp_path / "elsewhere")
-    loaded(cache, called=1, note="is built anew for this run: Not a directory: .*cache/loratune")
+    loaded(cache, called=1, note="is built again for this run: Not a directory: .*cache/loratune")
 
 
 def test_a_cache_that_cannot_be_made_is_done_without(cache: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(cache: Path, monkeypatch: p
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     monkeypatch.setenv("XDG_CACHE_HOME", str(built))
-    loaded(cache, called=1, note="is built anew for this run: Not a directory: .*/native.so/loratune")
+    loaded(cache, called=1, note="is built again for this run: Not a directory: .*/native.so/loratune")
     assert list(scratch.iterdir()) == []
 
 
@@ -246,7 +246,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("does", BROKEN)
-def test_a_compiler_that_fails_is_told_of(cache: Path, tmp_path: Path, does: str) -> None:
+def test_a_compiler_that_fails_is_reported(cache: Path, tmp_path: Path, does: str) -> None:
     compiler(tmp_path, does)
     cached = library.load(DEFINE)
     assert cached.functions is None and re.search(BROKEN[does], cached.note or ""), cached.note
@@ -265,7 +265,7 @@ def test_a_library_that_no_longer_loads_is_built_anew(cache: Path, tmp_path: Pat
     assert cached.functions is None and "not used: libgone.so.1: cannot open shared object" in (cached.note or "")
 
 
-def test_without_a_compiler_it_is_said(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "none").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert library.load(DEFINE).note == "there is no C compiler (gcc, cc or clang), and training is slower without one"

@@ -288,7 +288,7 @@ def test_a_row_with_a_token_beyond_the_embedding(
     assert message in done.err
 
 
-def test_a_token_beyond_the_embedding_is_told_once(larger: Callable[..., Path]) -> None:
+def test_a_token_beyond_the_embedding_is_reported_once(larger: Callable[..., Path]) -> None:
     renderer = Renderer(load_tokenizer(ModelSection(name_or_path=str(larger()))), 264)
     rows = [Plain(f"rows:{number}", "a <more5>", "b") for number in range(1, 13)]
     with pytest.raises(ModelError) as caught:

@@ -59,7 +59,7 @@ def test_a_default_configuration(model_type: str, tmp_path: Path) -> None:
     assert counted(model_type, tmp_path / model_type) == "counts"
 
 
-def test_what_a_projection_computes_besides_is_told(tmp_path: Path) -> None:
+def test_what_a_projection_computes_besides_is_reported(tmp_path: Path) -> None:
     configure("axk2").save_pretrained(tmp_path / "axk2")
     found = params(config.for_model(str(tmp_path / "axk2"), SMALL))
     assert "q_gate_proj computes the gate of the attention's output as well, which is adapted with it" in found.notes

@@ -304,8 +304,8 @@ def test_a_module_too_many_is_seen() -> None:
 
 
 def test_an_adapter_that_is_lost_on_loading_is_seen() -> None:
-    [told] = lost(get_peft_model(build("laguna"), LoraConfig(r=R, target_modules=["shared_experts.down_proj"])))
-    assert told.startswith("lost on loading: ['base_model.model.model.layers.1.mlp.shared_experts..down_proj.lora_A")
+    [problem] = lost(get_peft_model(build("laguna"), LoraConfig(r=R, target_modules=["shared_experts.down_proj"])))
+    assert problem.startswith("lost on loading: ['base_model.model.model.layers.1.mlp.shared_experts..down_proj.lora_A")
 
 
 def test_an_adapter_without_effect_is_seen() -> None:

@@ -297,7 +297,7 @@ def test_a_cache_that_is_not_ours_is_not_used(cache: Path, tmp_path: Path) -> No
     assert tree(tmp_path) == before
 
 
-def test_the_user_is_told_of_rows_that_are_not_used(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
+def test_rows_that_are_not_used_are_reported(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
     config = run_config(training={"max_steps": 1})
     assert cli("train", config, "--dry-run").code == 0
     (entry,) = cache.iterdir()

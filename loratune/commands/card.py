@@ -82,6 +82,7 @@ def model_card(
         metadata |= {"base_model": base, "tags": ["lora", "loratune", f"base_model:adapter:{base}"]}
     held_out = f", held-out {metrics['held_out_loss']:.4f}" if metrics["held_out_loss"] is not None else ""
     process_note = f", on {processes} processes" if processes > 1 else ""
+    # Not huggingface_hub's ModelCardData.to_yaml: it leaves marks of direction and invisible characters unescaped.
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 

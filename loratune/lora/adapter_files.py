@@ -155,7 +155,7 @@ def _digest(path: Path) -> str:
 
 
 def _is_read(name: str) -> bool:
-    name = name.lower()  # some file systems do not tell capitals apart
+    name = name.lower()  # some file systems ignore case
     return name.endswith((*_READ_SUFFIXES, "merges.txt", "vocab.txt", "dict.txt"))
 
 

@@ -138,8 +138,8 @@ class RunDirectory:
         Raises:
             ConfigError: It is of another kind, or holds other files.
         """
-        if (found := kind(self.partial)) not in ("", "a directory"):
-            what = f"{subject}is {found}" + (", which is not followed" if self.partial.is_symlink() else "")
+        if (actual := kind(self.partial)) not in ("", "a directory"):
+            what = f"{subject}is {actual}" + (", which is not followed" if self.partial.is_symlink() else "")
             raise ConfigError(Problem(Code.RUN_PARTIAL_KIND, what, where, self.kind.key, "move it away"))
         if os.path.lexists(self.partial) and (foreign := self.foreign_files()):
             raise _foreign_files_error(f"{subject}holds {shortened(foreign)}", where, self.kind.key)
@@ -158,10 +158,10 @@ class RunDirectory:
             del expected[self.unfinished]
         if problems := [
             Problem(
-                Code.RUN_PARTIAL_ENTRY_KIND, f"is {found} and should be {right}", str(path), fix="move or delete it"
+                Code.RUN_PARTIAL_ENTRY_KIND, f"is {actual} and should be {right}", str(path), fix="move or delete it"
             )
             for path, right in expected.items()
-            if (found := kind(path)) not in ("", right)
+            if (actual := kind(path)) not in ("", right)
         ]:
             raise ResumeError(problems)
 
