@@ -6,17 +6,18 @@ import resource
 import shutil
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import Ran
+from fork_server import ForkServer
 
 from loratune.kernels import library
 
 DEFINE = "-DFLOAT32"
+# In a process that has imported all of this.
 USED = """
 import os, sys, torch
 from loratune.kernels import fused_ops, library
@@ -27,6 +28,7 @@ for name in sys.argv[1:]:
 y = ops.swiglu(torch.ones(3, 4000))
 assert abs(float(y[0, 0]) - 0.7310586) < 1e-6
 print(*fused_ops.notes(torch.empty(0)))
+sys.exit()
 """
 
 
@@ -271,22 +273,17 @@ def test_a_missing_compiler_is_reported(cache: Path, tmp_path: Path, monkeypatch
     assert library.load(DEFINE).note == "there is no C compiler (gcc, cc or clang), and training is slower without one"
 
 
-def used(cache: Path, *arguments: object) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", USED, *map(str, arguments)]
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PATH": "/usr/bin:/bin"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_many_processes_build_it_at_once_and_a_file_that_is_cut_hurts_none(tmp_path: Path) -> None:
+def test_many_processes_build_it_at_once_and_a_file_that_is_cut_hurts_none(
+    tmp_path: Path, processes: ForkServer
+) -> None:
     """With the real compiler, as that of a fresh machine."""
-    running = [used(tmp_path / "cache") for _ in range(3)]
-    for process in running:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0 and out.strip() == "", err
+    fresh = {"first": USED, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"}
+    running = [processes.start(**fresh) for _ in range(3)]
+    for child in running:
+        assert child.wait(300) == 0 and child.out.read_text().strip() == "", child.said()
     path = cached_file(tmp_path / "cache" / "loratune")
-    cut = used(tmp_path / "cache", path)
-    out, err = cut.communicate(timeout=300)
-    assert cut.returncode == 0 and path.stat().st_size == 0, err
+    cut = processes.start(path, **fresh)
+    assert cut.wait(300) == 0 and path.stat().st_size == 0, cut.said()
 
 
 def test_a_run_says_that_there_is_no_compiler(

@@ -110,7 +110,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=64, n_layer=2, n_head=4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(
     ("make", "lora"),
@@ -326,6 +326,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_are() -> None:
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+@pytest.mark.slow
 def test_a_real_run_takes_what_was_estimated(smollm2: Path) -> None:
     script = ROOT / "scripts" / "measure_memory.py"
     command = [sys.executable, script, "8 x 128, float32", "--steps", "2"]

@@ -597,6 +597,7 @@ def test_ctrl_c_while_tokenizing(
     assert {path.name for path in shard.parent.glob("*.arrow")} == {"00000.arrow", "00001.arrow"}
 
 
+@pytest.mark.slow
 def test_memory(run_config: Callable[..., Path], tmp_path: Path, processes: ForkServer) -> None:
     """It does not grow with the rows, of which the smaller set already fills what is held at once; one row of 50 MB is
     streamed and cut as the policy says, in a few times its size."""

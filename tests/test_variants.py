@@ -128,7 +128,16 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
     )
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS])
+AT_LENGTH = (
+    "PiSSA, fast", "PiSSA with rsLoRA", "PiSSA with patterns", "LoRA-FA with rsLoRA", "PiSSA with modules_to_save",
+    "rsLoRA", "patterns", "OLoRA", "modules_to_save", "orthogonal",
+)  # fmt: skip
+"""Variants whose state is of the kinds that others have: a base that was changed, factors that are trained."""
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(one, marks=pytest.mark.slow) if one in AT_LENGTH else one for one in VARIANTS]
+)
 def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp_path: Path) -> None:
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
