@@ -255,6 +255,24 @@ def test_checkpointing_keeps_less() -> None:
     assert less.total < plain.total
 
 
+def test_products_of_other_shapes_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps its code for each number of tokens, until its cache is full and code makes room for other code."""
+
+    def runtime(*batch_tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        return memory.estimate(on_meta(LlamaConfig(**TINY), dtype), ROWS, 2, batch_tokens=batch_tokens).runtime
+
+    code = memory.PRIMITIVES_PER_SIZE * memory.PRIMITIVE_SIZE
+    assert runtime() == runtime(64, 64) == runtime(64, 70) - code
+    assert runtime(64, 70, 64, 80) == runtime() + 2 * code
+    full = runtime(*range(1, 1000))
+    assert (
+        full == runtime(*range(1, 2000)) < runtime() + memory.CACHED_PRIMITIVES * memory.PRIMITIVE_SIZE + memory.HOLES
+    )
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    assert full - runtime(*range(1, 1000)) == (memory.CACHED_PRIMITIVES - 64) * memory.PRIMITIVE_SIZE
+    assert runtime(64, 70, dtype=torch.float32) == runtime(64, dtype=torch.float32)
+
+
 def test_accumulated_gradients_wait() -> None:
     """A trained head whose gradient is large: it lies there from the second micro-step on."""
     model = deep(1, modules_to_save=["lm_head"])
