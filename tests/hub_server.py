@@ -134,7 +134,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
         if token not in ("", TOKEN, READ_ONLY):
-            self.send(401, {"error": "Invalid credentials"}, X_Error_Message="Invalid credentials in Authorization header")
+            self.send(
+                401, {"error": "Invalid credentials"}, X_Error_Message="Invalid credentials in Authorization header"
+            )
         elif self.command == "POST" and token != TOKEN:
             self.send(403 if token else 401, {"error": "You need a token with write access"})
         elif path == "/api/repos/create":
@@ -146,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
             self._model("/".join(parts[2:4]), parts[4:], token)
         elif parts[1].endswith(".git"):
             self._batch(json.loads(self.body)["objects"])
-        elif parts[2] == "resolve":
+        elif parts[2:3] == ["resolve"]:
             self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]), token)
         else:
             self.send(404, {"error": "no such page"})
@@ -171,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
     def _model(self, name: str, rest: list[str], token: str) -> None:
         if (found := self._found(name, token)) is None:
             return
-        if not rest:
+        if rest in ([], ["revision", "main"]):
             siblings = [{"rfilename": file} for file in found.files]
             self.send(200, {"id": name, "private": found.private, "sha": found.head, "siblings": siblings})
         elif rest[0] == "preupload":
@@ -237,10 +239,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         oid = hashlib.sha256(content).hexdigest()
         self.state.objects.setdefault(oid, content)
-        self.send(
-            302, Location=f"http://localhost:{self.server.server_port}/cdn/{oid}", ETag=f'"{oid}"', X_Repo_Commit=commit,
-            X_Linked_ETag=f'"{oid}"', X_Linked_Size=str(len(content)),
-        )  # fmt: skip
+        place = f"http://localhost:{self.server.server_port}/cdn/{oid}"
+        linked = {"X-Linked-ETag": f'"{oid}"', "X-Linked-Size": str(len(content))}
+        self.send(302, Location=place, ETag=f'"{oid}"', X_Repo_Commit=commit, **linked)
 
 
 class Hub(ThreadingHTTPServer):

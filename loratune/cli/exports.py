@@ -1,5 +1,6 @@
 """`loratune push`: what hands an adapter to others."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +26,14 @@ def push(
     with boundary(debug):
         check_paths(adapter=adapter)
         with importing():
+            from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # exported lazily
+
             from loratune.commands import report
             from loratune.commands.push import push
             from loratune.console import log
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         try:
             upload = push(adapter, repository, public=public, base=base, log=log)
         except KeyboardInterrupt as stop:

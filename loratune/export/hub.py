@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, errors, get_session, get_token
@@ -140,7 +141,7 @@ def push(
         ResourceError, LockedError: See `explained`.
     """
     check_name(repository)
-    with tempfile.TemporaryDirectory(prefix="loratune-push-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="loratune-push-", ignore_cleanup_errors=True) as scratch:
         base = base_on_hub(adapter, base)
         copy = local_paths.copy(adapter, Path(scratch) / "copy", repository, base)
         with explained(repository):
@@ -170,20 +171,43 @@ def _push(
     sizes = {name: (copy.path / name).stat().st_size for name in copy.files}
     log(f"{repository}: uploading {len(sizes)} files, {sum(sizes.values()):,} bytes")
     additions = [CommitOperationAdd(name, copy.path / name) for name in copy.files]
-    for addition in additions:  # one at a time, in this thread, so that Ctrl-C does not wait for threads of the client
-        api.preupload_lfs_files(repository, [addition], free_memory=False)
+    _interruptible(lambda: _send(api, repository, additions))
     commit = api.create_commit(
         repository,
         [*additions, *(CommitOperationDelete(name, is_folder=False) for name in removed)],
         commit_message="Upload adapter with loratune",
         parent_commit=info.sha,
     )
-    _check_equal(api, repository, copy, commit.oid, scratch / "again")
+    _interruptible(lambda: _check_equal(api, repository, copy, commit.oid, scratch / "again"))
     files = tuple(UploadedFile(name, sizes[name], digest) for name, digest in copy.files.items())
     unchanged = commit.oid == info.sha
     return Upload(
         repository, url, public, created, commit.oid, unchanged, copy.base, files, copy.changed, removed, copy.left_out
     )
+
+
+def _send(api: HfApi, repository: str, additions: Sequence[CommitOperationAdd]) -> None:
+    """Send large files to where they are kept, one at a time: for several, the client has threads that Python would
+    wait for at the end."""
+    for addition in additions:
+        api.preupload_lfs_files(repository, [addition], free_memory=False)
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Work in a thread that is left behind at Ctrl-C: while Xet waits for the network, no signal is handled."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _info(api: HfApi, repository: str) -> ModelInfo | None:

@@ -77,12 +77,13 @@ def _explain(error: BaseException, where: str, token: str) -> LoratuneError:
         fix = "correct the lines between --- at the start of the card"
         return ConfigError(Problem(Code.PUSH_BAD_CARD, f"the hub does not accept the card: {said}", where, fix=fix))
     if "LFS batch API returned errors" in said:
-        return _refused(403, {}, said, where)
+        return _refused(403 if any(words in said.lower() for words in _QUOTA) else 400, {}, said, where)
     if isinstance(error, _PARSING):
         what = f"the answer is not that of a hub ({type(error).__name__}: {said})"
         return ResourceError(Problem(Code.PUSH_BAD_ANSWER, what, where, fix="check HF_ENDPOINT and the proxy"))
     what = f"the connection to the hub failed ({type(error).__name__}: {said})"
-    return ResourceError(Problem(Code.PUSH_UNREACHABLE, what, where, fix=f"check the connection; {AGAIN}"))
+    fix = "set HF_HUB_DISABLE_XET=1, as this hub has no Xet storage" if "xet" in said else "check the connection"
+    return ResourceError(Problem(Code.PUSH_UNREACHABLE, what, where, fix=f"{fix}, and {AGAIN}"))
 
 
 def _refused(status: int, headers: Any, said: str, where: str) -> LoratuneError:
