@@ -1,8 +1,11 @@
 """`loratune push`, as processes, against a hub on this machine that speaks what huggingface_hub speaks."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +20,8 @@ from running import WEIGHTS, flip, until
 
 from loratune import config
 from loratune.codes import Code
-from loratune.errors import ConfigError
-from loratune.export import local_paths
 from loratune.lora import adapter_files
+from loratune.system.files import sha256
 
 Cli = Callable[..., Ran]
 Push = Callable[..., Ran]
@@ -267,18 +269,29 @@ def test_no_login(token: str, adapter: Path, state: State, push: Push) -> None:
     assert [seen for seen in state.seen if "agent" not in seen.line] == []
 
 
-def test_a_path_that_is_not_recognized(trained: Path, adapter: Path) -> None:
-    """Written by YAML over two lines."""
-    (adapter / "README.md").write_text("see /home/ada/x\n")
-    files = adapter_files.inspect(adapter)
-    copy = local_paths.copy(files, adapter.parent / "copy", ME, BASE)
-    assert (copy.path / "README.md").read_text() == "see x\n"
-    record = json.loads((adapter / "loratune.json").read_text())
-    record["notes"] = {"/home/ada/key": 1}
-    (adapter / "loratune.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError) as caught:
-        local_paths.copy(adapter_files.inspect(adapter), adapter.parent / "again", ME, BASE)
-    assert [problem.code for problem in caught.value.problems] == [Code.PUSH_LOCAL_PATH]
+def test_a_path_that_cannot_be_replaced(adapter: Path, state: State, push: Push) -> None:
+    """As the name of a value, which is left as it is."""
+    file = adapter / "loratune.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"notes": {"/home/ada/key": 1}}))
+    ran = push("--adapter", adapter, ME)
+    check_refused(ran, 2, (Code.PUSH_LOCAL_PATH, str(file), ""))
+    assert "/home/ada/key" in ran.err and [seen for seen in state.seen if "agent" not in seen.line] == []
+
+
+def test_a_record_that_lists_a_file_outside(adapter: Path, state: State, push: Push) -> None:
+    (adapter.parent / "secret").write_text("secret")
+    file = adapter / "loratune.json"
+    record = json.loads(file.read_text())
+    record["files"]["../secret"] = sha256(adapter.parent / "secret")
+    file.write_text(json.dumps(record))
+    check_refused(push("--adapter", adapter, ME), 5, (Code.ADAPTER_FILE_MISSING, str(adapter / "../secret"), ""))
+    assert state.seen == []
+
+
+def test_no_room_for_the_copy(adapter: Path, state: State, clients: ForkServer) -> None:
+    child = clients.start("push", "--adapter", adapter, ME, limit=5_000, HF_TOKEN=TOKEN)
+    assert child.wait() == 8 and f" [{Code.SYSTEM_DISK_FULL}]" in child.said() and child.said().count("\n") == 1
+    assert [seen for seen in state.seen if "agent" not in seen.line] == []
 
 
 # What the repository is
@@ -474,6 +487,17 @@ def test_a_connection_that_breaks_while_the_weights_are_sent(adapter: Path, stat
     assert push("--adapter", adapter, ME).code == 0
 
 
+@pytest.mark.parametrize("place", [INFO, CREATE, COMMIT])
+def test_a_hub_that_does_not_answer(place: str, adapter: Path, state: State, clients: ForkServer) -> None:
+    over = Event()
+    state.fault = at(place, lambda handler: over.wait(60))
+    patience = "from loratune.export import hub; hub._SECONDS = 1.0"
+    child = clients.start("push", "--adapter", adapter, ME, first=patience, HF_TOKEN=TOKEN)
+    code = child.wait(20)
+    over.set()
+    assert code == 8 and f"{ME}: the connection to the hub failed (ReadTimeout: " in child.said()
+
+
 # Processes of their own: what is read when the client is imported
 
 
@@ -506,14 +530,17 @@ def test_neither_torch_nor_transformers_is_waited_for(adapter: Path, state: Stat
 # Ctrl-C
 
 
-def interrupted(child: Child, reached: Event) -> int:
+def stopped(child: Child, reached: Event, number: int = signal.SIGINT) -> int:
     until(reached.is_set, child)
     time.sleep(0.2)  # the client is waiting for the answer by then
-    child.send(signal.SIGINT)
+    child.send(number)
     return child.wait(20)
 
 
-def test_stopped_while_the_weights_are_sent(adapter: Path, state: State, clients: ForkServer) -> None:
+@pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_stopped_while_the_weights_are_sent(
+    number: int, expected: int, adapter: Path, state: State, clients: ForkServer, push: Push
+) -> None:
     reached, over = Event(), Event()
 
     def hold(handler: Handler) -> None:
@@ -522,11 +549,13 @@ def test_stopped_while_the_weights_are_sent(adapter: Path, state: State, clients
 
     state.fault = at("PUT", hold)
     child = clients.start("push", "--adapter", adapter, ME, HF_TOKEN=TOKEN)
-    code = interrupted(child, reached)
+    code = stopped(child, reached, number)
     over.set()
-    assert code == 130 and child.said().count("error: ") == 1
-    assert "the same command completes it" in child.said()
+    assert code == expected
+    assert child.said().count("error: ") == child.said().count("the same command completes it") == (code > 0)
     assert state.repositories[ME].files.keys() == {".gitattributes"}
+    state.fault = State().fault
+    assert push("--adapter", adapter, ME).code == 0
 
 
 def test_stopped_while_xet_waits(adapter: Path, state: State, hub: Hub, home: Path) -> None:
@@ -538,11 +567,15 @@ def test_stopped_while_xet_waits(adapter: Path, state: State, hub: Hub, home: Pa
         over.wait(60)
 
     state.fault = at("xet-write-token", hold)
-    with fork_server(home, **environment(hub, home) | {"HF_HUB_DISABLE_XET": "0"}) as clients:
-        child = clients.start("push", "--adapter", adapter, ME, HF_TOKEN=TOKEN)
-        code = interrupted(child, reached)
+    settings = os.environ | environment(hub, home) | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "0"}
+    command = [sys.executable, "-m", "loratune", "push", "--adapter", str(adapter), ME]
+    with subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True) as child:
+        assert reached.wait(60)
+        time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        said = child.communicate(timeout=20)[1]
     over.set()
-    assert code == 130 and child.said().count("error: ") == 1
+    assert child.returncode == 130 and said.count("error: ") == 1
     assert state.repositories[ME].files.keys() == {".gitattributes"}
 
 
@@ -557,7 +590,7 @@ def test_stopped_while_the_commit_is_made(adapter: Path, state: State, clients: 
 
     state.fault = at(COMMIT, hold)
     child = clients.start("push", "--adapter", adapter, ME, HF_TOKEN=TOKEN)
-    code = interrupted(child, reached)
+    code = stopped(child, reached)
     over.set()
     assert code == 130 and child.said().count("error: ") == 1
     assert state.repositories[ME].files.keys() == {*tree(adapter), ".gitattributes"}

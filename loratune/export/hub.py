@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from loratune.codes import Code
 from loratune.errors import AdapterError, ConfigError, ModelError, Problem
 from loratune.export import local_paths
-from loratune.export.hub_errors import LOGIN, explained
+from loratune.export.hub_errors import LOGIN, explained, without
 from loratune.export.local_paths import CARD, PortableCopy
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
@@ -118,7 +118,9 @@ def base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
     try:
         source.check_repository(given, None, file if isinstance(file, str) else "config.json")
     except ModelError as error:
-        raise ModelError([replace(problem, key="--base") for problem in error.problems]) from None
+        token = get_token() or ""
+        problems = [replace(one, what=without(one.what, token), key="--base") for one in error.problems]
+        raise ModelError(problems) from None
     return given
 
 
@@ -217,7 +219,7 @@ def _info(api: HfApi, repository: str) -> ModelInfo | None:
         ValueError: The answer lacks what a hub says.
     """
     try:
-        info = api.model_info(repository)
+        info = api.model_info(repository, timeout=_SECONDS)
     except errors.RepositoryNotFoundError as error:
         if error.response.status_code != 404:
             raise

@@ -52,7 +52,7 @@ def explained(repository: str, token: str = "") -> Iterator[None]:
             raise  # of the disk on this machine
         if is_disk_full(error) or is_out_of_memory(error):
             raise
-        _log.debug("the hub's client: %s", _without("".join(traceback.format_exception(error)), token))
+        _log.debug("the hub's client: %s", without("".join(traceback.format_exception(error)), token))
         raise _explain(_cause(error), repository, token) from None
 
 
@@ -64,7 +64,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _explain(error: BaseException, where: str, token: str) -> LoratuneError:
-    said = _without(_said(error), token)
+    said = without(_said(error), token)
     response = getattr(error, "response", None)
     if response is not None:
         return _refused(response.status_code, response.headers, said, where)
@@ -121,5 +121,6 @@ def _said(error: BaseException) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [...]"
 
 
-def _without(text: str, token: str) -> str:
+def without(text: str, token: str) -> str:
+    """A text in which the token, if there is one, is not shown."""
     return text.replace(token, "[token]") if token else text
