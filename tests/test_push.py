@@ -126,6 +126,9 @@ def test_an_adapter_is_uploaded_as_others_can_use_it(
     files = adapter_files.inspect(copy)
     assert files.edits() == [] and files.base == BASE and files.record["base"]["name_or_path"] == BASE
     assert set(repository.files) == {*before, ".gitattributes"}
+    original = json.loads(before["loratune.json"])
+    assert original.keys() - files.record.keys() == {"prompts"} and original["prompts"]
+    assert "prompts of the training rows are left out" in ran.err
     assert repository.files[WEIGHTS] == before[WEIGHTS]
     said = read_files(copy)
     for path in (trained, trained.parent, tiny_dir, tiny_dir.parent):

@@ -146,6 +146,8 @@ def push(
     with tempfile.TemporaryDirectory(prefix="loratune-push-", ignore_cleanup_errors=True) as scratch:
         base = base_on_hub(adapter, base)
         copy = local_paths.copy(adapter, Path(scratch) / "copy", repository, base)
+        if adapter.record.get(local_paths.PROMPTS):
+            log("prompts of the training rows are left out of loratune.json; the card is uploaded with its example")
         with explained(repository):
             token = get_token() or ""
         if re.fullmatch(r"[!-~]+", token) is None:

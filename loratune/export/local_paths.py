@@ -28,6 +28,8 @@ from loratune.training import run_dir_files
 _log = logging.getLogger(__name__)
 
 CARD, RUN, TOKENIZER = "README.md", "run.yaml", "tokenizer_config.json"
+PROMPTS = "prompts"
+"""A key of the record with prompts of the training rows. They are data, which a copy for others does not hold."""
 _PICKLES = ("adapter_model.bin", "training_args.bin")
 _HOME = r"(?:/home/[^/\s\"'`]+|/Users/[^/\s\"'`]+|/root)"
 _REST = r"(?:/[^\s\"'`<>|()\[\]{},;]*)?"
@@ -59,7 +61,9 @@ def is_local(name_or_path: str) -> bool:
 
 
 def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> PortableCopy:
-    """Copy the files of an adapter to a new directory, without paths of this machine, and with a record to fit.
+    """Copy the files of an adapter to a new directory, without paths of this machine and prompts of the training rows.
+
+    Digests in the record are those of the new files.
 
     Args:
         adapter: The adapter, whose files are as its record says.
@@ -86,7 +90,7 @@ def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> Por
         text = paths.without(_text(card, adapter.path))
         card.write_text(_card_for(text, adapter, run, repository, base), encoding="utf-8")
     if adapter.record:
-        record = paths.values_without(adapter.record)
+        record = paths.values_without({key: value for key, value in adapter.record.items() if key != PROMPTS})
         record["base"] = {**record.get("base", {}), "name_or_path": base}
         write_json(target / RECORD_FILE, record | {"files": adapter_files.manifest(target)})
     paths.check_none_left(target, adapter.path)
