@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from conftest import Expected, Ran, check_refused, meanings, process, tree
 
 from loratune import __version__
-from loratune import cli as cli_module
 from loratune.codes import Code
 from loratune.commands import boundary
 from loratune.errors import ConfigError, LoratuneError, Problem
@@ -170,7 +170,7 @@ def test_generate_with_nobody_at_stdin(closed: bool) -> None:
 
 @pytest.mark.parametrize("error", sorted(LoratuneError.__subclasses__(), key=lambda kind: kind.exit_code))
 def test_each_error_has_its_own_code_and_line(error: type[LoratuneError], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(cli_module.typer.Exit) as caught, boundary.boundary(debug=False):
+    with pytest.raises(typer.Exit) as caught, boundary.boundary(debug=False):
         raise error(Problem(Code.UNEXPECTED, "something is wrong"))
     assert caught.value.exit_code == error.exit_code
     assert capsys.readouterr().err == "error: something is wrong\n"
@@ -201,7 +201,7 @@ def test_exit_codes_are_those_of_the_design() -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_what_else_may_come(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(cli_module.typer.Exit) as caught, boundary.boundary(debug=False):
+    with pytest.raises(typer.Exit) as caught, boundary.boundary(debug=False):
         raise error
     assert caught.value.exit_code == code
     assert capsys.readouterr().err.startswith(line)

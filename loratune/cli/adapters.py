@@ -1,0 +1,168 @@
+"""`loratune generate` and `loratune evaluate`: what uses an adapter."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from loratune.cli.application import MAX_COUNT, Assignments, Debug, Force, Json, app, check_paths, importing, log_all
+from loratune.codes import Code
+from loratune.commands.boundary import boundary
+from loratune.console import EscapedStream, print_raw
+from loratune.errors import ConfigError, DataError, Problem
+
+if TYPE_CHECKING:
+    from loratune.commands.generate import Answer
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Without any, stdin is one prompt.")
+    ] = None,
+    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")] = ...,  # type: ignore[assignment]
+    source: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="Rows with prompts or messages.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write rows as JSONL to FILE.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Longest completion, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token; 0.001 to 1000: sample.")] = 0.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside it.")] = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Complete prompts with an adapter on its base."""
+    with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or give fewer prompts at once"):
+        check_paths(adapter=adapter, input=source, output=output)
+        _check_answers(prompts, source, output, temperature, overwrite=overwrite)
+
+        from loratune.commands import output_file
+
+        inputs = (adapter, source) if source else (adapter,)
+        file = output_file.output(output, "--output", overwrite=overwrite, inputs=inputs) if output else None
+
+        rows = _prompt_rows(prompts, source)
+
+        with importing():
+            from loratune.console import log
+            from loratune.training import preflight
+
+        info = preflight.open_adapter(adapter, log, forced=force)
+        if file is not None:
+            file = file.reading(Path(info.base.name_or_path))
+
+        with importing():
+            from loratune.commands.generate import generate
+
+        stream = len(rows) == 1 and output is None and not base and sys.stdout.isatty()
+        answers = generate(
+            info, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream, log=log
+        )
+        if file is not None:
+            with file.opened(log) as opened:
+                _write_answers(answers, opened)
+            return
+        _print_answers(answers, base=base, streamed=stream)
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
+    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Held-out rows, in the format of training.")],
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Score base and adapter on the same held-out rows."""
+    with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
+        check_paths(adapter=adapter, data=data)
+        with importing():
+            from loratune.config import Source
+            from loratune.console import log, show_progress
+            from loratune.data import read_source
+            from loratune.training import preflight
+
+        info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
+        split = read_source(Source(path=data), info.data, show_progress)
+
+        with importing():
+            from loratune.commands import report
+            from loratune.commands.evaluate import evaluate
+
+        scores, remarks = evaluate(info, split, show_progress, log)
+        log_all(remarks)
+        report.print_scores(scores, as_json)
+
+
+def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
+    """The prompts as rows; they come from arguments, a file, or stdin as a whole."""
+    from loratune.config import Source
+    from loratune.data import sources
+
+    if source:
+        return sources.read_rows(Source(path=str(source)))
+    texts = {f"prompt {number}": prompt for number, prompt in enumerate(prompts or [], start=1)} or {"stdin": _stdin()}
+    for name, prompt in texts.items():
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python represents undecodable bytes
+            raise DataError(Problem(Code.USAGE_NOT_UTF8, "not UTF-8", name, fix="give the prompt as text"))
+    return [sources.Row(name, {"prompt": prompt}) for name, prompt in texts.items()]
+
+
+def _stdin() -> str:
+    """All of stdin as one prompt. Raises DataError: it is empty."""
+    if sys.stdin.isatty():
+        print("type one prompt, and end it with Ctrl-D", file=sys.stderr)
+    text = "" if sys.stdin.closed else sys.stdin.read()
+    if not text.strip():
+        fix = "give one as an argument, with --input, or on stdin"
+        raise DataError(Problem(Code.USAGE_NO_PROMPT, "there is no prompt", fix=fix))
+    return text.rstrip("\n")
+
+
+def _check_answers(
+    prompts: list[str] | None, source: Path | None, output: Path | None, temperature: float, *, overwrite: bool
+) -> None:
+    """Raises ConfigError: options of `generate` that do not go together, or a temperature out of range."""
+    if temperature and not 1e-3 <= temperature <= 1e3:  # logits divided by it would be inf, or all equal; or it is NaN
+        what, fix = f"{temperature:g} is not between 0.001 and 1,000", "0 takes the likeliest token"
+        raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key="--temperature", fix=fix))
+    if prompts and source:
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, "give prompts or --input, not both"))
+    if overwrite and output is None:
+        raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --output", key="--overwrite"))
+
+
+def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -> None:
+    """Print answers as soon as they are there. streamed: they have been printed already, token by token."""
+    for answer in answers:
+        if base:
+            print(f"{answer.prompt}\n  base     {_one_line(answer.base)}")
+            print(f"  adapter  {_one_line(answer.completion)}", flush=True)
+        elif not streamed:
+            print_raw(answer.completion)
+
+
+def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
+    """Write each row with its `completion`, and `base`; the row's own `completion` becomes `reference`."""
+    from loratune.data.sources.rows import to_json_line
+
+    stream = EscapedStream(file) if file.isatty() else file
+    for answer in answers:
+        row = dict(answer.row.values)
+        if "completion" in row:
+            row["reference"] = row.pop("completion")
+        row["completion"] = answer.completion
+        if answer.base is not None:
+            row["base"] = answer.base
+        print(to_json_line(row), file=stream)
+
+
+def _one_line(text: str | None) -> str:
+    text = text or ""
+    return " ↵ ".join(line.strip() for line in text.strip().splitlines() if line.strip())

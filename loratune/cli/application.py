@@ -1,0 +1,106 @@
+"""The application that commands are registered with, and the options that several of them share."""
+
+import gc
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from loratune import __version__
+from loratune.codes import Code
+from loratune.console import escape_output
+from loratune.errors import ConfigError, Problem
+from loratune.system.files import path_problem
+
+if TYPE_CHECKING:
+    pass
+
+
+class _EscapedGroup(TyperGroup):
+    """The commands, with all that they print, usage errors too, escaped for the terminal."""
+
+    def main(self, *arguments: Any, **keywords: Any) -> Any:
+        """Run a command as upstream does, with its output escaped."""
+        with escape_output():
+            return super().main(*arguments, **keywords)
+
+
+app = typer.Typer(
+    cls=_EscapedGroup,
+    help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, of what is passed over too.")]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+Force = Annotated[bool, typer.Option("--force", help="Use the adapter on another base, or with edited files.")]
+
+
+Assignments = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.learning_rate=1e-4.")
+]
+
+
+MAX_COUNT = 2**31 - 1
+"""The largest number of tokens or rows that an option takes."""
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Keep the garbage collector from walking the million objects that imports make and that stay, now and later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _version(requested: bool) -> None:
+    if requested:
+        print(f"loratune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def log_all(lines: Iterable[str]) -> None:
+    """Show lines on stderr."""
+    from loratune.console import log
+
+    for line in lines:
+        log(line)
+
+
+def program() -> str:
+    """What to type to run this program: its path, if the shell would not find it by its name."""
+    path = sys.argv[0]
+    return path if Path(path).name == "loratune" and shutil.which("loratune") is None else "loratune"
+
+
+def check_paths(**options: str | Path | None) -> None:
+    """Raises ConfigError: the value of an option cannot be a path."""
+    for option, path in options.items():
+        if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
+            raise ConfigError(Problem(Code.USAGE_BAD_PATH, f"the path {reason}", key=f"--{option}"))
