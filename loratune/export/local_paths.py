@@ -153,6 +153,9 @@ def _portable(run: RunConfig, base: str) -> RunConfig:
         rows["chat_template"] = _name(run.data.chat_template)
     parts = {
         "model": run.model.model_copy(update={"name_or_path": base}),
+        "lora": run.lora.model_copy(update={"start_from": _name(start)})
+        if (start := run.lora.start_from)
+        else run.lora,
         "data": run.data.model_copy(update=rows),
         "output_dir": _name(run.output_dir),
     }
@@ -196,7 +199,7 @@ class _Paths:
         if run is not None:
             bases.append(run.model.name_or_path)
             sources = [*run.data.train_sources, *run.data.validation_sources]
-            others = [run.output_dir, run.data.chat_template, *(source.path for source in sources)]
+            others = [run.output_dir, run.data.chat_template, run.lora.start_from, *(source.path for source in sources)]
             names |= {path: Path(path).name for path in others if path is not None}
         names |= {path: base for path in bases if isinstance(path, str)}
         known = {path: name for path, name in names.items() if path.startswith(("/", "~")) and len(path) > 1}

@@ -178,11 +178,12 @@ def _earlier_rows(run: RunConfig, info: AdapterInfo, watch: ProgressFactory) -> 
     try:
         return data.read_datasets(earlier.data, earlier.training.seed, watch), ""
     except DataError as error:
-        unknown = f"the rows of the earlier run cannot be read: {error.problems[0].where}: {error.problems[0].what}"
+        place, what = error.problems[0].where, error.problems[0].what
         if run.data.replay is not None:
+            unknown = f"the rows of the earlier run cannot be read: {place}: {what}"
             fix = "put the rows back as they were, or leave data.replay out"
             raise DataError(Problem(Code.DATA_REPLAY_CHANGED, unknown, where, "data.replay", fix)) from None
-        return None, unknown
+        return None, f"the rows of the earlier run cannot be read: {Path(place).name}: {what}"  # in the card too
 
 
 def _check_sharding(run: RunConfig) -> None:
