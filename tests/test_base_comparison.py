@@ -1,4 +1,4 @@
-"""Row 80: the base's numbers beside an adapter are those of the base as it lies on the disk, or there are none."""
+"""The numbers of the base beside an adapter are those of the base as it is on the disk, or there are none."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Row 83: a run that goes on under other conditions is told so; a checkpoint of another release is read by its keys."""
+"""A run that is resumed in another environment reports that; a checkpoint of another release is read by its keys."""
 
 import json
 import re

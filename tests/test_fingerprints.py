@@ -1,4 +1,4 @@
-"""Row 77: a base is told from another by every one of its tensors, in this version of the fingerprint and the first."""
+"""Every tensor of a base counts for its fingerprint, in the present version of the fingerprint and in the first."""
 
 import hashlib
 import json

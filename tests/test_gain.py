@@ -1,4 +1,4 @@
-"""Row 82: an adapter is compared with its base, pair by pair; no gain is said, and worse is not published."""
+"""An adapter is compared with its base, row by row; no gain is reported, and a worse one is not published."""
 
 import json
 import math

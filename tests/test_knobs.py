@@ -87,7 +87,7 @@ def test_every_field_has_a_change_here(section: Any, changes: dict[str, Any]) ->
     assert list(changes) == list(section.model_fields)
 
 
-# LoraSection → the model that `adapter.attach` builds
+# LoraSection → the model that `attach.attach` builds
 
 
 def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -16,7 +16,7 @@ from loratune.training.batching import check_positions
 from loratune.training.preflight import AdapterInfo
 
 _BATCH_TOKENS = 8192
-"""TokenizedRow of a batch whose logits are held at once: 1.6 GB in float32 with a vocabulary of 50,000."""
+"""Tokens of a batch, whose logits are in memory at once: 1.6 GB in float32 with a vocabulary of 50,000."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _accuracies(loaded: LoadedAdapter, rows: Sequence[TokenizedRow]) -> tuple[fl
 
 
 def _batches(rows: Sequence[TokenizedRow], context_length: int | None) -> Iterator[list[TokenizedRow]]:
-    """BatchLayout of rows with completions of similar length.
+    """Batches of rows with completions of similar length.
 
     The prompts of a batch are all completed to the longest expected completion. So a batch takes another row only if
     its longest prompt and its longest completion fit in the context together.

@@ -133,7 +133,7 @@ def as_initialized(model: PeftModel, start: AdapterInit, trained: Mapping[str, t
     Args:
         model: The trained model.
         start: The adapter as it was initialized.
-        trained: The trained tensors, see `sharded.whole`; the model has them again afterwards.
+        trained: The trained tensors, see `whole`; the model has them again afterwards.
     """
     is_replaced = start.to_plain_lora or model.peft_config["default"].bias != "none"
     if is_replaced:

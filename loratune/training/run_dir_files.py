@@ -141,7 +141,7 @@ def scan_checkpoints(directory: Path) -> Contents:
 
     def is_own(name: str) -> bool:
         if (match := _IN_CHECKPOINT.fullmatch(name)) is None:
-            return _CHECKPOINT_DIRECTORY.fullmatch(name) is not None  # of another kind; see `RunDirectory.wrong_kinds`
+            return _CHECKPOINT_DIRECTORY.fullmatch(name) is not None  # see `RunDirectory.check_kinds`
         if match["checkpoint"] not in manifests:
             manifests[match["checkpoint"]] = _listed(directory / match["checkpoint"])
         return _is_checkpoint_file(match["name"], manifests[match["checkpoint"]])
