@@ -71,7 +71,7 @@ def read(path: Path) -> Document:
 def parse(text: str, source: str) -> Document:
     """Parse YAML text whose problems are reported as `source:line`."""
     try:
-        loader = _Loader(text)
+        loader = _PlainLoader(text)
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_syntax_problem(error, source)) from None
@@ -170,7 +170,7 @@ class _UnsupportedYAMLError(yaml.MarkedYAMLError):
         self.code, self.fix = code, fix
 
 
-class _Loader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):
     """Composes plain nodes only, each once and to a bounded depth: nine lines of aliases could mean a billion nodes."""
 
     depth = 0

@@ -227,12 +227,12 @@ class GatedLayer:
     def __call__(self, x: Tensor, *, training: bool) -> Tensor:
         """x: (tokens, in). Returns (tokens, out)."""
         parameters = (*self.joined.parameters(), *self.down.parameters())
-        apply: Any = _GatedLayer.apply
+        apply: Any = _GatedLayerFunction.apply
         result: Tensor = apply(x, self, training, *parameters)
         return result
 
 
-class _GatedLayer(torch.autograd.Function):
+class _GatedLayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: GatedLayer, training: bool, *parameters: Tensor) -> Tensor:
         count = len(layer.joined.parameters())
