@@ -131,7 +131,7 @@ def test_lora(default_lora: tuple[dict[str, Any], dict[str, Any]], name: str, va
 @pytest.mark.parametrize("name, value", TRAINING.items(), ids=TRAINING)
 def test_training(tmp_path: Path, name: str, value: Any) -> None:
     default, changed = (
-        trainer.training_arguments(section, tmp_path, evaluated=True).to_dict()
+        trainer.training_arguments(section, tmp_path, has_validation=True).to_dict()
         for section in (TrainingSection(), TrainingSection(**{name: value}))
     )
     follows = {

@@ -107,14 +107,14 @@ class Outcome:
 
 
 def training_arguments(
-    section: TrainingSection, checkpoints: Path, *, evaluated: bool, experts: bool = False, bfloat16: bool = False
+    section: TrainingSection, checkpoints: Path, *, has_validation: bool, experts: bool = False, bfloat16: bool = False
 ) -> TrainingArguments:
     """The upstream arguments of a run.
 
     Args:
         section: The config.
         checkpoints: Where checkpoints go.
-        evaluated: Whether there are validation rows.
+        has_validation: Whether there are validation rows.
         experts: Whether a step may leave some of the trained weights unused.
         bfloat16: Whether DeepSpeed is to keep the base in bfloat16; otherwise it makes it float32.
     """
@@ -123,7 +123,7 @@ def training_arguments(
         **section.model_dump(),
         per_device_eval_batch_size=section.per_device_train_batch_size,
         activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
-        eval_strategy="steps" if evaluated and section.eval_steps else "no",
+        eval_strategy="steps" if has_validation and section.eval_steps else "no",
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0
         ddp_find_unused_parameters=experts,
@@ -211,7 +211,7 @@ def _build(
     arguments = training_arguments(
         section.model_copy(update={"per_device_train_batch_size": train.size}),
         context.checkpoints.directory,
-        evaluated=validation is not None,
+        has_validation=validation is not None,
         experts=any("expert" in name for name, parameter in model.named_parameters() if parameter.requires_grad),
         bfloat16=launcher.sharding() == "deepspeed" and model.dtype == torch.bfloat16,
     )
@@ -299,10 +299,8 @@ class _RunTrainer(ShardedTrainer):
         """
         done, steps = self.state.global_step, self.state.max_steps
         if done > steps:
-            what, fix = (
-                f"the run has taken {done} steps, but only {steps} are set",
-                "set more, or start with --overwrite",
-            )
+            what = f"the run has taken {done} steps, but only {steps} are set"
+            fix = "set more, or start with --overwrite"
             raise ResumeError(Problem(Code.RESUME_FEWER_STEPS, what, key="training", fix=fix))
         if done == steps and self.context.learning_rate_factor != 1:
             what = f"the run has taken all its {steps} steps, so a new learning rate has no effect"
@@ -323,8 +321,8 @@ class _RunTrainer(ShardedTrainer):
 
     def evaluate_once(self) -> None:
         """Evaluate, unless that was done at this step."""
-        evaluated = (entry["step"] for entry in self.state.log_history if "eval_loss" in entry)
-        if self.state.global_step not in evaluated:
+        evaluation_steps = (entry["step"] for entry in self.state.log_history if "eval_loss" in entry)
+        if self.state.global_step not in evaluation_steps:
             self.evaluate()
 
     def floating_point_ops(self, inputs: Any) -> int:
