@@ -204,11 +204,10 @@ def hold_lock(file: TextIO, where: str) -> None:
             return
         except BlockingIOError:
             time.sleep(0.05 if attempt < 4 else 0)
-    else:
-        file.seek(0)
-        what = f"another run is using this directory ({file.read().strip() or 'it does not say which'})"
-        fix = "wait until it ends, or choose another directory"
-        raise LockedError(Problem(Code.SYSTEM_LOCKED, what, where, "output_dir", fix))
+    file.seek(0)
+    what = f"another run is using this directory ({file.read().strip() or 'it does not say which'})"
+    fix = "wait until it ends, or choose another directory"
+    raise LockedError(Problem(Code.SYSTEM_LOCKED, what, where, "output_dir", fix))
 
 
 def is_incidental_file(name: str) -> bool:

@@ -38,7 +38,7 @@ from loratune.training.upstream import exclude_from_ddp, scale_learning_rates, u
 
 @dataclass(frozen=True)
 class RunContext:
-    """What surrounds a training loop.
+    """Where a training loop reports to and writes to, and what it continues from.
 
     Attributes:
         checkpoints: Where its checkpoints go.
@@ -181,7 +181,7 @@ def fit(
         raise OutOfMemory(trainer.position(), evaluating=trainer.evaluating) from None
     finally:
         context.progress.stop()
-    if not context.stopping():  # Where the model is still accelerated: without, its logits can need more memory.
+    if not context.stopping():  # The model is still accelerated here; afterwards its logits can need more memory.
         check_final_loss(model, train, context.checkpoints, trainer.state.global_step)
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     losses = [entry["loss"] for entry in curve if "loss" in entry]
@@ -277,16 +277,16 @@ class _EvaluationStopped(Exception):
 class _RunTrainer(ShardedTrainer):
     """A Trainer that writes whole checkpoints, and whose held-out loss is a mean over tokens, not over batches."""
 
-    def __init__(self, context: RunContext, rows: Batches, guard: NonFiniteGuard, **arguments: Any):
-        self.context, self.rows, self.guard, self.group = context, rows, guard, context.group
+    def __init__(self, context: RunContext, batches: Batches, guard: NonFiniteGuard, **arguments: Any):
+        self.context, self.batches, self.guard, self.group = context, batches, guard, context.group
         self.shape: tuple[int, ...] = ()
         self.evaluating = False
         super().__init__(**arguments)
 
     def get_train_dataloader(self) -> Loader:
         """The batches of this process."""
-        sampler = DistributedBatchSampler(len(self.rows.items), self.rows.size, self.args.seed, self.group)
-        return Loader(self.rows.items, sampler, self.rows.collate, pin_memory=self.args.dataloader_pin_memory)
+        sampler = DistributedBatchSampler(len(self.batches.items), self.batches.size, self.args.seed, self.group)
+        return Loader(self.batches.items, sampler, self.batches.collate, pin_memory=self.args.dataloader_pin_memory)
 
     def before_first_step(self, validation: Batches | None, oom_dry_run: bool) -> None:
         """Check that steps are left, dry-run the largest batches if that is wanted, and evaluate if that is due.
@@ -309,7 +309,7 @@ class _RunTrainer(ShardedTrainer):
         if done == steps:
             raise _AllStepsTaken
         if oom_dry_run:
-            batch = self.rows.collate([self.rows.items[number] for number in self.rows.heaviest()])
+            batch = self.batches.collate([self.batches.items[number] for number in self.batches.heaviest()])
             with torch.random.fork_rng():
                 self.dry_run_step(batch)
         if validation is None:
@@ -336,9 +336,9 @@ class _RunTrainer(ShardedTrainer):
         return f"{where} step {step}, on a batch of {' x '.join(map(str, self.shape))} tokens"
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        batches = eval_dataset if eval_dataset is not None else self.eval_dataset
         try:
-            loss = self._held_out_loss(rows)
+            loss = self._held_out_loss(batches)
         except _EvaluationStopped:
             self.control.should_save = self.control.should_training_stop = True
             return {}
@@ -352,9 +352,9 @@ class _RunTrainer(ShardedTrainer):
         self.notify_evaluation(metrics)
         return metrics
 
-    def _held_out_loss(self, rows: Batches, numbers: Sequence[int] | None = None) -> Loss:
+    def _held_out_loss(self, batches: Batches, numbers: Sequence[int] | None = None) -> Loss:
         self.evaluating = True
-        loss = held_out_loss(self.model, rows, numbers, before_batch=self._before_batch, group=self.group)
+        loss = held_out_loss(self.model, batches, numbers, before_batch=self._before_batch, group=self.group)
         self.evaluating = False
         return loss
 
