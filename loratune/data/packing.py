@@ -219,8 +219,8 @@ class BatchLayout:
         count = len(order) // self.size
         if most > 0:
             count = min(count, most)
-        drawn = self._tokens[order[: count * self.size]].reshape(-1, self.size)
-        return np.asarray(drawn.sum(1) if self.flat else drawn.max(1) * self.size)
+        batches = self._tokens[order[: count * self.size]].reshape(-1, self.size)
+        return np.asarray(batches.sum(1) if self.flat else batches.max(1) * self.size)
 
 
 def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -122,7 +122,7 @@ def compute(
     Returns:
         The results; None if the model does not run on such rows.
     """
-    with torch.random.fork_rng(_devices(base)):
+    with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         try:
             return _compute(base, seed, rounded, distant, rows)
         except Exception as error:  # Families raise all kinds of errors where they need other inputs.
@@ -176,10 +176,6 @@ def _forward_backward(base: Any, ids: Tensor, positions: Tensor, rounded: bool) 
     count = len(embeddings)
     adapter = [torch.cat([dx.detach().float().flatten() for dx in filled[count:]])] if trained else []
     return states.detach(), [*(dx.detach() for dx in filled[:count]), *adapter]
-
-
-def _devices(base: Any) -> list[Any]:
-    return [base.device] if base.device.type == "cuda" else []
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
-from loratune.kernels import full
+from loratune.kernels import full_tensor
 from loratune.lora import upstream
 from loratune.lora.initialize import AdapterInit
 
@@ -31,7 +31,7 @@ def weights(model: PeftModel) -> Weights:
 def whole(model: PeftModel) -> Weights:
     """The same, whole, collected from all processes that hold a part of them, which all must call this."""
     with _gathered(model):
-        return {name: full(tensor).detach().clone() for name, tensor in weights(model).items()}
+        return {name: full_tensor(tensor).detach().clone() for name, tensor in weights(model).items()}
 
 
 def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -333,7 +333,7 @@ class _Heartbeat:
             return self._own_failure(error)
 
     def _await_readers(self) -> None:
-        """Wait until the others have read what is in the store: the main process serves it, and would take it with it."""
+        """Wait until the others have read why all end: the store is gone as soon as the main process has ended."""
         deadline = time.monotonic() + GRACE
         try:
             if not self._main:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from loratune.kernels import full, global_norm
+from loratune.kernels import full_tensor, global_norm
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.tensors import alike
@@ -122,7 +122,9 @@ class ShardedTrainer(HookedTrainer):
 
 def _whole(entry: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's state of one parameter, with whole tensors on the CPU."""
-    return {name: full(value).cpu() if isinstance(value, torch.Tensor) else value for name, value in entry.items()}
+    return {
+        name: full_tensor(value).cpu() if isinstance(value, torch.Tensor) else value for name, value in entry.items()
+    }
 
 
 def _encoded_files(directory: Path) -> Iterable[list[str]]:

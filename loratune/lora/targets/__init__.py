@@ -57,19 +57,23 @@ class Targets:
         return {entry: list(dict.fromkeys(map(module_names.pattern, paths))) for entry, paths in self.roles.items()}
 
     def module_patterns(self) -> dict[str, list[str]]:
-        """Each module path with layer numbers as `*` → the roles or entries that led there."""
-        led: dict[str, list[str]] = {}
+        """Each module path with layer numbers as `*` → the roles or entries that mean it."""
+        entries_by_pattern: dict[str, list[str]] = {}
         for entry, patterns in self.entry_patterns().items():
             for pattern in patterns:
-                led.setdefault(pattern, []).append(entry)
-        return led
+                entries_by_pattern.setdefault(pattern, []).append(entry)
+        return entries_by_pattern
 
     def shared_roles(self) -> dict[str, list[str]]:
-        """Each fused pattern that roles led to → the other roles that are adapted with them."""
-        led = self.module_patterns()
+        """Each fused pattern → its roles that were not asked for, and are adapted with those that were.
+
+        There are none where the module is a target by its name, or by an expression.
+        """
+        entries_by_pattern = self.module_patterns()
         return {
-            pattern: [role for role in roles if role not in led[pattern]] if {*roles} & {*led[pattern]} else []
+            pattern: [role for role in roles if role not in entries] if {*roles} & {*entries} else []
             for pattern, roles in self.fused.items()
+            for entries in [entries_by_pattern[pattern]]
         }
 
     def peft(self) -> dict[str, Any]:
@@ -160,7 +164,7 @@ def notes(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> lis
 
     Args:
         survey: The model.
-        entries: The roles, names or `all-linear` that led to the targets.
+        entries: The roles, names or `all-linear` that mean the targets.
         targets: Paths of the targets.
     """
     coverage = _left_out(survey) if "all-linear" in entries else _hybrid(survey, entries, targets)
@@ -175,10 +179,10 @@ def _hybrid(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> l
         return []
     kinds = ", ".join(dict.fromkeys(_kind(survey, survey.mixers[path]) for path in free))
     others = "other " if any(path in adapted for path in survey.mixers) else ""
-    attending, every = _attention_layers(survey)
-    where = (
-        f"attention is in {attending} of {every} layers" if attending < every else f"all {every} layers have attention"
-    )
+    attention_layers, layers = _attention_layers(survey)
+    where = f"all {layers} layers have attention"
+    if attention_layers < layers:
+        where = f"attention is in {attention_layers} of {layers} layers"
     names = module_names.few(list(dict.fromkeys(map(module_names.short, free))), 6)
     return [f"{where}; the {others}{kinds} modules are not adapted: name them ({names}) to adapt them"]
 
@@ -186,15 +190,15 @@ def _hybrid(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> l
 def _kind(survey: Survey, mixer: str) -> str:
     """What a mixer is called: its class, where attention has the same name."""
     name = module_names.own_name(mixer)
-    is_taken = any(f".{name}." in f".{module_names.parent(path)}." for path in survey.serves)
-    return type(survey.modules[mixer]).__name__ if is_taken else name
+    is_attention_name = any(f".{name}." in f".{module_names.parent(path)}." for path in survey.serves)
+    return type(survey.modules[mixer]).__name__ if is_attention_name else name
 
 
 def _attention_layers(survey: Survey) -> tuple[int, int]:
-    """How many layers attend, and how many there are, in the stacks that have attention."""
-    attending = {id(survey.modules[path]) for path in survey.serves}
+    """How many layers have attention, and how many there are, in the stacks that have attention."""
+    projections = {id(survey.modules[path]) for path in survey.serves}
     modules = survey.model.named_modules(remove_duplicate=False)
-    layers = {module_names.layer_of(module_names.parent(path)) for path, module in modules if id(module) in attending}
+    layers = {module_names.layer_of(module_names.parent(path)) for path, module in modules if id(module) in projections}
     stacks = {module_names.parent(layer) for layer in layers}
     sizes = [len(stack) for name in stacks if isinstance(stack := survey.modules.get(name), nn.ModuleList)]
     return len(layers), sum(sizes)
