@@ -79,8 +79,8 @@ def test_without_the_compiled_kernels(forked: Callable[..., Ran], interrupted: P
     """For real."""
     ran = forked("train", interrupted, "--resume", LORATUNE_NATIVE="0", OMP_NUM_THREADS=str(torch.get_num_threads()))
     assert ran.code == 0, ran.err
-    told = [re.sub(r"build \w+", "build ID", re.sub(r"step \d+", "step N", line)) for line in ran.err.splitlines()]
-    assert [line for line in told if " up to step " in line] == [
+    lines = [re.sub(r"build \w+", "build ID", re.sub(r"step \d+", "step N", line)) for line in ran.err.splitlines()]
+    assert [line for line in lines if " up to step " in line] == [
         "the compiled CPU code was in use (build ID) up to step N, and is not in use (LORATUNE_NATIVE is 0: unset it) "
         "from there",
         "what PyTorch computes instead of fast code was nothing up to step N, and is attention, norms, rotations and "

@@ -51,9 +51,9 @@ def test_a_signal_in_a_step(
     until(lambda: "step     3/" in child.said(), child)
     child.send(number)
     assert child.wait() == code
-    *told, last = child.said().splitlines()
+    *lines, last = child.said().splitlines()
     insistent = number in (signal.SIGINT, signal.SIGTERM)
-    assert f"stopping after this step{'; once more stops at once' if insistent else ''}" in told
+    assert f"stopping after this step{'; once more stops at once' if insistent else ''}" in lines
     line = f"loratune train {config} --set training.num_train_epochs=12 --resume"
     assert last == f"error: {word}; continue with: {line}"
     assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
@@ -605,12 +605,12 @@ def test_a_run_continues_when_stderr_cannot_be_written(
     reader: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
 ) -> None:
     """Stderr is a pipe whose end has gone, or a file on a full disk."""
-    listening, telling = os.pipe()
-    os.close(listening)
-    gone = f"/proc/{os.getpid()}/fd/{telling}"
+    reading_end, writing_end = os.pipe()
+    os.close(reading_end)
+    gone = f"/proc/{os.getpid()}/fd/{writing_end}"
     child = processes.start("train", run_config(), stderr=gone if reader == "gone" else "/dev/full")
     code = child.wait()
-    os.close(telling)
+    os.close(writing_end)
     assert code == 0
     assert (tmp_path / "out" / WEIGHTS).is_file() and "steps" in child.out.read_text()
 
@@ -627,7 +627,7 @@ def test_no_space_for_the_output(run_config: MakeConfig, tmp_path: Path, process
 def test_signals_one_after_the_other_end_without_a_traceback(
     pause: float, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Wherever the second one comes: while the first is told, or on the way out."""
+    """Wherever the second one comes: while the first is reported, or as the program ends."""
     command = [sys.executable, "-m", "loratune", "train", str(run_config())]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not heeds(child.pid, signal.SIGTERM):

@@ -383,7 +383,7 @@ def test_two_write_to_one_output(plain: Path, processes: ForkServer, tmp_path: P
 def test_an_output_of_a_command_that_is_ended(
     number: signal.Signals, plain: Path, processes: ForkServer, tmp_path: Path
 ) -> None:
-    """Nothing has the name; what a killed one leaves can be told from all else."""
+    """Nothing has the name; what a killed one leaves has a name of its own."""
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 4_000)
     out = tmp_path / "answers.jsonl"
     child = processes.start("generate", "--adapter", plain, "--input", questions, "--output", out)

@@ -147,7 +147,7 @@ def test_a_secret_that_can_be_guessed_ends_the_run(text: str, monkeypatch: pytes
 
 
 def listening(pid: int) -> list[tuple[str, int]]:
-    """Address (in hexadecimal, as the kernel tells it) and port of each socket on which a process listens."""
+    """Address (in hexadecimal, as the kernel lists it) and port of each socket on which a process listens."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:

@@ -114,13 +114,13 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
     before = outputs(tiny_llama())
     model, section, start = begun(**VARIANTS[variant])
     assert torch.allclose(outputs(model), before, atol=1e-6)
-    foretold = attach.count(model, start)
+    count = attach.count(model, start)
     outcome = fit(model, section, tmp_path)
     assert outcome.last_loss < outcome.first_loss
     trained = outputs(model)
     assert (trained - before).abs().max() > 0.01
     (tmp_path / "out").mkdir()
-    assert attach.save(model, tmp_path / "out", start) == foretold.adapter_bytes
+    assert attach.save(model, tmp_path / "out", start) == count.adapter_bytes
     exact = 0.0 if not start.to_plain_lora else 1e-6  # what was taken out of the base comes back with rounding
     assert torch.allclose(outputs(attach.load(tiny_llama(), inspect(tmp_path / "out"))), trained, rtol=0, atol=exact)
     assert torch.allclose(

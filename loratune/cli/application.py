@@ -38,7 +38,7 @@ app = typer.Typer(
 )
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, of what is passed over too.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, also of errors that stop nothing.")]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

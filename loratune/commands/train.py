@@ -213,7 +213,7 @@ def make_plan(validated_run: ValidatedRun, watch: ProgressFactory, group: Group 
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     datasets = batching.tokenize(validated_run, tokenizer, watch, group)
     base = load.load_for_run(run.model, group, resume_point.base_fingerprint if resume_point else None)
-    dense, origin = load.unpacked(base.model, run.model), (run.model.name_or_path, run.model.revision)
+    dense, origin = load.dense_model(base.model, run.model), (run.model.name_or_path, run.model.revision)
     model, targets = attach.adapt(base.model, run.lora, dense=dense, seed=run.training.seed, origin=origin)
     batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training)
     originals = partial(load.original_weights, run.model, base.model)

@@ -137,10 +137,11 @@ def explain_full_disk(what: str, size: int, where: Path, fix: str) -> Iterator[N
     except Exception as error:  # torch and safetensors raise errors of their own for it
         if not is_disk_full(error):
             raise
-        room, (limit, _) = f"{shutil.disk_usage(where).free:,} are free", resource.getrlimit(resource.RLIMIT_FSIZE)
+        free_space = f"{shutil.disk_usage(where).free:,} are free"
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         if limit != resource.RLIM_INFINITY:
-            room += f", and a file may have at most {limit:,} (ulimit -f)"
-        message = f"no room for {what}: it takes {size:,} bytes, {room}"
+            free_space += f", and a file may have at most {limit:,} (ulimit -f)"
+        message = f"no room for {what}: it takes {size:,} bytes, {free_space}"
         raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, message, str(where), fix=fix)) from None
 
 
