@@ -146,7 +146,7 @@ def test_the_base_after_training(kind: str, base_dir: Path) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1
-    trained, expected = tensors.whole(model), logits(model)
+    trained, expected = tensors.full_weights(model), logits(model)
     with tensors.as_initialized(model, start, trained):
         assert torch.allclose(logits(model), alone, rtol=0, atol=1e-4 if start.to_plain_lora else 0)
     assert torch.equal(logits(model), expected)

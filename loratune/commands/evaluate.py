@@ -81,13 +81,13 @@ def _accuracies(loaded: LoadedAdapter, rows: Sequence[TokenizedRow]) -> tuple[fl
     """Shares of rows whose completion is exactly the expected one, and begins with it."""
     if not rows:
         return None, None
-    exact = begun = 0
+    exact_matches = label_matches = 0
     for batch in _batches(rows, load.context_length(loaded.model.config)):
         longest = max(len(row.completion) for row in batch)
         for row, ids in zip(batch, loaded.complete([row.prompt for row in batch], longest), strict=True):
-            exact += tuple(ids) == row.completion
-            begun += loaded.text(ids).startswith(loaded.text(row.completion))
-    return exact / len(rows), begun / len(rows)
+            exact_matches += tuple(ids) == row.completion
+            label_matches += loaded.text(ids).startswith(loaded.text(row.completion))
+    return exact_matches / len(rows), label_matches / len(rows)
 
 
 def _batches(rows: Sequence[TokenizedRow], context_length: int | None) -> Iterator[list[TokenizedRow]]:

@@ -318,7 +318,7 @@ def _fit(plan: Plan, context: RunContext) -> Outcome:
 
 def _compare_with_base(plan: Plan, outcome: Outcome, context: RunContext, reporter: Reporter) -> tuple[Weights, Gain]:
     """The adapter's weights, and how much better than its base they do. Raises NumericError: a loss is NaN or inf."""
-    weights = tensors.whole(plan.model)
+    weights = tensors.full_weights(plan.model)
     validation = {"validation": plan.datasets.validation} if plan.datasets.validation else {}
     splits, pad_id = validation | {"training": plan.datasets.train}, load.pad_id(plan.tokenizer)
     sample = plan.model, plan.adapter_init, weights, splits, pad_id, outcome.tokens

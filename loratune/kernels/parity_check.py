@@ -167,14 +167,14 @@ def _forward_backward(base: Any, ids: Tensor, positions: Tensor, rounded: bool) 
             output = base.get_decoder()(ids, position_ids=positions, use_cache=False)
             states = output.logits if "logits" in output else output.last_hidden_state
             weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
-            trained = [weight for weight in base.parameters() if weight.requires_grad and weight.numel() <= MAX_SIZE]
-            inputs = [*embeddings, *trained]
+            trainable = [weight for weight in base.parameters() if weight.requires_grad and weight.numel() <= MAX_SIZE]
+            inputs = [*embeddings, *trainable]
             gradients = torch.autograd.grad((states.float() * weights).sum(), inputs, allow_unused=True)
     finally:
         hook.remove()
     filled = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(inputs, gradients, strict=True)]
     count = len(embeddings)
-    adapter = [torch.cat([dx.detach().float().flatten() for dx in filled[count:]])] if trained else []
+    adapter = [torch.cat([dx.detach().float().flatten() for dx in filled[count:]])] if trainable else []
     return states.detach(), [*(dx.detach() for dx in filled[:count]), *adapter]
 
 

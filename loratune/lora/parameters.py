@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loratune.config import LoraSection
 from loratune.lora.initialize import WRAPPER_PREFIX
-from loratune.lora.module_names import counted, few, short
+from loratune.lora.module_names import join_counts, join_first, short
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def _excessive_ranks(model: PeftModel) -> Iterator[str]:
     for limit, names in sorted(layers.items()):
         key = "lora.r" if highest[limit] == common else "lora.rank_pattern"
         yield (
-            f"{key}: {highest[limit]} is more than the {limit} inputs or outputs of {counted(names, 4)}; {limit} is "
-            "enough for every update of them"
+            f"{key}: {highest[limit]} is more than the {limit} inputs or outputs of {join_counts(names, 4)}; "
+            f"{limit} is enough for every update of them"
         )
 
 
@@ -113,7 +113,7 @@ def _unportable(model: PeftModel) -> Iterator[str]:
             kinds[layer_name] = "a Linear with the weight of the embeddings"
     for kind in dict.fromkeys(kinds.values()):
         names = [layer_name for layer_name, of_layer in kinds.items() if of_layer == kind]
-        yield f"lora.target_modules: llama.cpp and Ollama do not read an adapter of {few(names, 4)}, {kind}"
+        yield f"lora.target_modules: llama.cpp and Ollama do not read an adapter of {join_first(names, 4)}, {kind}"
 
 
 def _modules_in_16_bit(model: PeftModel) -> Iterator[str]:

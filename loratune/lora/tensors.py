@@ -28,21 +28,21 @@ def weights(model: PeftModel) -> Weights:
     return state
 
 
-def whole(model: PeftModel) -> Weights:
-    """The same, whole, collected from all processes that hold a part of them, which all must call this."""
+def full_weights(model: PeftModel) -> Weights:
+    """The same as whole tensors. Where processes hold parts of them, all of these must call this."""
     with _gathered(model):
         return {name: full_tensor(tensor).detach().clone() for name, tensor in weights(model).items()}
 
 
-def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, distributed over the processes as `target` is."""
+def distribute_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, distributed over the processes in the same way as `target`."""
     if not isinstance(target, DTensor):
         return value
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
 @torch.no_grad()
-def restore(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
+def restore(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy whole tensors into a model that may hold only a part of them; then all processes must call this.
 
     Raises:
@@ -50,7 +50,7 @@ def restore(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
     """
     with _gathered(model, write=True):
         for name, target in weights(model).items():
-            target.copy_(alike(saved[name].to(target.device), target))
+            target.copy_(distribute_like(tensors[name].to(target.device), target))
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def untouched(base: nn.Module, config: LoraConfig) -> Untouched:
 
 
 @contextmanager
-def as_initialized(model: PeftModel, start: AdapterInit, trained: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def as_initialized(model: PeftModel, start: AdapterInit, trained_weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Inside, a trained model computes what it did before its first step, which is what its base computes.
 
     An initialization that took a part out of the base (PiSSA, OLoRA) equals the base up to rounding, so the initial
@@ -133,7 +133,7 @@ def as_initialized(model: PeftModel, start: AdapterInit, trained: Mapping[str, t
     Args:
         model: The trained model.
         start: The adapter as it was initialized.
-        trained: The trained tensors, see `whole`; the model has them again afterwards.
+        trained_weights: The trained tensors, see `full_weights`; the model has them again afterwards.
     """
     is_replaced = start.to_plain_lora or model.peft_config["default"].bias != "none"
     if is_replaced:
@@ -146,4 +146,4 @@ def as_initialized(model: PeftModel, start: AdapterInit, trained: Mapping[str, t
                 yield
     finally:
         if is_replaced:
-            restore(model, trained)
+            restore(model, trained_weights)

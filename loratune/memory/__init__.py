@@ -227,8 +227,8 @@ def estimate(
         accumulated=training.gradient_accumulation_steps > 1,
     )
     weight_format = weight_format or format_of(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = size(trained)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = size(trainable)
     quantized = quantizable(model) if weight_format != "none" else set()
     traced = trace(model, step, adapted_linear, quantized, keeps_input=weight_format == "8bit")
     activations, peak = traced or _by_formula(model, step)
@@ -236,7 +236,7 @@ def estimate(
         weights=weights(model, weight_format),
         adapter=gradients + size(p for name, p in model.named_parameters() if not p.requires_grad and "lora_" in name),
         gradients=gradients,
-        optimizer=sum(moments(parameter, training.optim) for parameter in trained),
+        optimizer=sum(moments(parameter, training.optim) for parameter in trainable),
         activations=activations,
         logits=max(0, peak - activations - (0 if step.accumulated else gradients)),
         runtime=0,

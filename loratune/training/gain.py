@@ -264,7 +264,7 @@ def _plural(number: int, what: str) -> str:
 def measure(
     model: PeftModel,
     start: AdapterInit,
-    trained: Weights,
+    trained_weights: Weights,
     splits: Mapping[str, TokenizedDataset],
     pad_id: int,
     budget: int,
@@ -277,12 +277,12 @@ def measure(
     Args:
         model: The base with the adapter, as it was trained.
         start: The adapter before its first step.
-        trained: Its tensors now, whole.
+        trained_weights: Its tensors now, whole.
         splits: Rows by the name of their split. The sample is drawn from the first split with enough distinct rows, and
             from the last if there is none; it is the same sample for the same rows and budget.
         pad_id: The token for padding.
         budget: Tokens that the run was trained on.
-        acceleration: What of the model the kernels compute, for adapter and base alike.
+        acceleration: Which layers the kernels compute, both with the adapter and without.
         group: The processes of the run.
         log: Takes a line on what is being done.
     """
@@ -298,7 +298,7 @@ def measure(
             return batch_losses(model, batches, [*sample], group)
 
     adapter_losses = losses()
-    with tensors.as_initialized(model, start, trained):
+    with tensors.as_initialized(model, start, trained_weights):
         base_losses = losses()
     return compare(base_losses, adapter_losses, split, [*sample.values()], len(rows), too_few)
 

@@ -173,17 +173,17 @@ def notes(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> lis
 
 def _hybrid(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> list[str]:
     """On a hybrid model: where attention is, and which mixers are not adapted."""
-    adapted = set(targets)
-    free = [path for path in survey.mixers if path not in survey.obstacles and path not in adapted]
+    target_paths = set(targets)
+    free = [path for path in survey.mixers if path not in survey.obstacles and path not in target_paths]
     if not free or not any(entry in ROLES for entry in entries):
         return []
     kinds = ", ".join(dict.fromkeys(_kind(survey, survey.mixers[path]) for path in free))
-    others = "other " if any(path in adapted for path in survey.mixers) else ""
+    others = "other " if any(path in target_paths for path in survey.mixers) else ""
     attention_layers, layers = _attention_layers(survey)
     where = f"all {layers} layers have attention"
     if attention_layers < layers:
         where = f"attention is in {attention_layers} of {layers} layers"
-    names = module_names.few(list(dict.fromkeys(map(module_names.short, free))), 6)
+    names = module_names.join_first(list(dict.fromkeys(map(module_names.short, free))), 6)
     return [f"{where}; the {others}{kinds} modules are not adapted: name them ({names}) to adapt them"]
 
 
@@ -218,11 +218,11 @@ def _tied(survey: Survey, targets: Sequence[str]) -> list[str]:
     """Targets that share their weight with another module, such as `lm_head` with the embedding, or whole blocks."""
     owners = [(path, id(weight)) for path, module in survey.modules.items() for weight in module.parameters(False)]
     count = Counter(weight for _, weight in owners)
-    adapted = set(targets)
-    tied = {module_names.short(path): None for path, weight in owners if path in adapted and count[weight] > 1}
+    target_paths = set(targets)
+    tied = {module_names.short(path): None for path, weight in owners if path in target_paths and count[weight] > 1}
     if not tied:
         return []
-    what = f"{module_names.few(list(tied), 6)}: the weight is shared with other modules"
+    what = f"{module_names.join_first(list(tied), 6)}: the weight is shared with other modules"
     return [f"{what}; each module has its own adapter, which therefore cannot be merged into the base"]
 
 
@@ -238,6 +238,6 @@ def _left_out(survey: Survey) -> list[str]:
     if survey.raw:
         parts["no linear layers, but tensors of another form"] = list(survey.raw)
     return [
-        f"all-linear leaves out {module_names.few(list(dict.fromkeys(names)), 6)}: {reason}"
+        f"all-linear leaves out {module_names.join_first(list(dict.fromkeys(names)), 6)}: {reason}"
         for reason, names in parts.items()
     ]
