@@ -101,7 +101,7 @@ def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
         if hasattr(module, "lora_A")
     }
     trained = {name: weight.tolist() for name, weight in built.named_parameters() if weight.requires_grad}
-    kind, keywords = parameters.split(built, section, (torch.optim.AdamW, {"lr": 1.0}), 0.0)
+    kind, keywords = parameters.choose_optimizer(built, section, (torch.optim.AdamW, {"lr": 1.0}), 0.0)
     rates = [group["lr"] for group in keywords.get("params", [])]
     return settings, {"layers": layers, "trained": trained, "optimizer": (kind, rates)}
 

@@ -92,7 +92,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
     settings = TrainingSection(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
-    choose = partial(parameters.split, model, section, weight_decay=settings.weight_decay)
+    choose = partial(parameters.choose_optimizer, model, section, weight_decay=settings.weight_decay)
     size = settings.per_device_train_batch_size
     batches = SimpleNamespace(items=ROWS, size=size, collate=COLLATE, flat=False, heaviest=lambda: range(size))
     run = trainer.RunContext(Checkpoints(path / "checkpoints", {}, 0), Silent())

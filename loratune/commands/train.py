@@ -294,7 +294,7 @@ def _fit(plan: Plan, context: RunContext) -> Outcome:
     """Train the adapter. Raises ResourceError: out of memory; it names settings that would save some."""
     training = plan.config.training
     scarce = any(context.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
-    optimizer = partial(parameters.split, plan.model, plan.config.lora, weight_decay=training.weight_decay)
+    optimizer = partial(parameters.choose_optimizer, plan.model, plan.config.lora, weight_decay=training.weight_decay)
     acceleration, batches = plan.batches.acceleration, (plan.batches.train, plan.batches.validation)
     try:
         if plan.config.model.use_liger_kernel:

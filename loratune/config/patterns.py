@@ -1,4 +1,4 @@
-"""Regular expressions that users and strangers write, and what an adapter's configuration says of modules by them.
+"""Regular expressions of users and of downloaded adapters: limits for them, and what they say of an adapter's modules.
 
 `re` tries every way in which an expression may match, and `(a+)+b` has exponentially many. It handles signals while it
 matches, so a timer of the process ends a match that takes too long. PEFT uses `re` too, so an expression that was tried

@@ -78,8 +78,8 @@ def _ordered_by(keys: Numbers) -> Numbers:
 def _place(counts: Numbers, budget: int) -> tuple[Numbers, int]:
     """Place rows in packs.
 
-    The fullest pack with room for a row stays the fullest until it has no more room. So it takes as many rows of this
-    length as fit, and so do all packs of equal room after it.
+    Of the packs with space for a row, the fullest one stays the fullest until it has no more space for one. So it takes
+    as many rows of this length as fit, and so do all packs with the same space after it.
 
     Args:
         counts: (budget + 1,), how many rows have each length.

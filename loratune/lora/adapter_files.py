@@ -67,8 +67,10 @@ class AdapterFiles:
         return value if isinstance(value, str) else None
 
     def edits(self) -> list[Problem]:
-        """Files that have changed since the adapter was saved, or were added and would be read; none if no record
-        lists the files."""
+        """A problem for each file that has changed since the adapter was saved, or was added and would be read.
+
+        There are none if no record lists the files.
+        """
         if not self.record:
             return []
         recorded_digests, digests = self.record["files"], manifest(self.path)

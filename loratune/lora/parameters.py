@@ -153,7 +153,7 @@ def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return 8 + -(-length // 8) * 8 + offset
 
 
-Choice = tuple[type[Optimizer], dict[str, Any]]
+OptimizerChoice = tuple[type[Optimizer], dict[str, Any]]
 """A class of optimizers and its keywords, for `Trainer(optimizer_cls_and_kwargs=...)`."""
 
 
@@ -164,19 +164,21 @@ def freeze_a(model: PeftModel) -> None:
             parameter.requires_grad_(False)
 
 
-def split(model: PeftModel, section: LoraSection, plain: Choice, weight_decay: float) -> Choice:
+def choose_optimizer(
+    model: PeftModel, section: LoraSection, default: OptimizerChoice, weight_decay: float
+) -> OptimizerChoice:
     """The optimizer of the run's LoRA variant.
 
     Args:
         model: The model with the adapter.
         section: The settings of LoRA.
-        plain: Class and keywords, `lr` among them, of the optimizer without a variant.
+        default: Class and keywords, `lr` among them, of the optimizer without a variant.
         weight_decay: Weight decay of the run.
 
     Returns:
         Class and keywords. PEFT groups the parameters; as the keyword `params` they replace Trainer's own groups.
     """
-    kind, keywords = plain
+    kind, keywords = default
     if section.use_lorafa:
         optimizer = create_lorafa_optimizer(
             model, section.r, section.lora_alpha, lr=keywords["lr"], weight_decay=weight_decay
@@ -193,7 +195,7 @@ def split(model: PeftModel, section: LoraSection, plain: Choice, weight_decay: f
             **keywords,
         )
         return kind, keywords | {"params": [group for group in optimizer.param_groups if group["params"]]}
-    return plain
+    return default
 
 
 def _without_base(group: dict[str, Any]) -> dict[str, Any]:

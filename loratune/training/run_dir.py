@@ -85,7 +85,7 @@ class RunDirectory:
 
     @property
     def overwrite_mark(self) -> Path:
-        """A file that exists if the run was started with --overwrite; a resumed run then need not be."""
+        """A file that exists if the run was started with --overwrite: then --resume alone may replace the adapter."""
         return self.partial / "may_replace"
 
     @property

@@ -17,6 +17,7 @@ from loratune import kernels
 from loratune.codes import Code
 from loratune.config import TrainingSection
 from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
+from loratune.lora.parameters import OptimizerChoice
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
@@ -72,10 +73,6 @@ class OutOfMemory(ResourceError):
         code = Code.MEMORY_EVALUATION if evaluating else Code.MEMORY_TRAINING
         super().__init__(Problem(code, f"out of memory {position}"))
         self.evaluating = evaluating
-
-
-OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
-"""A class and its keyword arguments."""
 
 
 @dataclass
@@ -239,8 +236,8 @@ def _build(
     return trainer
 
 
-PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
-"""The packages that compute. Others only read, and what they read is known by its fingerprint."""
+COMPUTING_PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+"""The packages that compute. Others only read, and what they have read has a fingerprint."""
 
 
 def environment(model: PreTrainedModel, fallbacks: Sequence[str]) -> dict[str, str]:
@@ -257,7 +254,7 @@ def environment(model: PreTrainedModel, fallbacks: Sequence[str]) -> dict[str, s
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     processors = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in COMPUTING_PACKAGES},
         "the processor": next(processors, platform.processor() or platform.machine()),
         "the device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
         "the number of threads": str(torch.get_num_threads()),
