@@ -141,7 +141,7 @@ def _others(model: PeftModel, targets: Targets) -> dict[str, int]:
     """Trained parameters outside the adapted modules, by the pattern of their names."""
     prefixes = tuple(f"{path}." for path in targets.modules)
     others: dict[str, int] = {}
-    for name, size in parameters.trained(model).items():
+    for name, size in parameters.trained_sizes(model).items():
         if not name.startswith(prefixes):
             others[pattern(name)] = others.get(pattern(name), 0) + size
     return others

@@ -52,7 +52,7 @@ def count_of(model: PeftModel, module: str) -> int:
     )
 
 
-def trained(model: PeftModel) -> dict[str, int]:
+def trained_sizes(model: PeftModel) -> dict[str, int]:
     """Trained parameters, named as in the base → their sizes."""
     return {
         _base_name(name): parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad
