@@ -234,17 +234,17 @@ def show_progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
         what: What is done.
         size: Bytes of the data; 0 if unknown.
     """
-    begun = shown = time.monotonic()
+    start = last_report = time.monotonic()
     done = 0
     bar: Bar | None = None
 
     def advance(count: int) -> None:
-        nonlocal done, shown, bar
+        nonlocal done, last_report, bar
         done += count
         now = time.monotonic()
         if bar is not None:
             bar.update(bar.task_ids[0], completed=done)
-        elif err.is_terminal and now > begun + 1:
+        elif err.is_terminal and now > start + 1:
             columns = (
                 TextColumn(escaping.line(what), markup=False),
                 BarColumn(),
@@ -254,9 +254,9 @@ def show_progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
             bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True, **_NO_REDIRECT)
             bar.add_task("", total=size or None, completed=done)
             bar.start()
-        elif now > shown + 30:
-            shown = now
-            log(f"{what}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB, {done / 1e6 / (now - begun):,.1f} MB/s")
+        elif now > last_report + 30:
+            last_report = now
+            log(f"{what}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB, {done / 1e6 / (now - start):,.1f} MB/s")
 
     try:
         yield advance
@@ -286,12 +286,12 @@ class TrainingProgress:
 
     def __init__(self) -> None:
         self.bar: Bar | None = None
-        self.steps = self.done = self.begun = self.tokens = 0
-        self.shown: dict[str, float] = {}
+        self.steps = self.done = self.first_step = self.tokens = 0
+        self.last_values: dict[str, float] = {}
 
     def start(self, steps: int, done: int) -> None:
         """Start the clock. steps: of the whole run; done: those before an interruption."""
-        self.steps, self.begun, self.done, self.started = steps, done, done, time.monotonic()
+        self.steps, self.first_step, self.done, self.start_time = steps, done, done, time.monotonic()
         if err.is_terminal:
             self.bar = Bar(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
@@ -308,13 +308,13 @@ class TrainingProgress:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Show a report of the trainer."""
-        self.shown |= {name: value for name, value in values.items() if name in ("loss", "learning_rate")}
+        self.last_values |= {name: value for name, value in values.items() if name in ("loss", "learning_rate")}
         if self.bar:
             self.bar.update(self.task, state=self._state())
         if "eval_loss" in values and step:
             log(f"step {step:>5}/{self.steps}  held-out loss {values['eval_loss']:.4f}")
         elif "loss" in values and not self.bar:
-            log(f"step {step:>5}/{self.steps}  {self._state()}  left {self._left()}")
+            log(f"step {step:>5}/{self.steps}  {self._state()}  left {self._remaining()}")
 
     def stop(self) -> None:
         """End the bar, if there is one."""
@@ -323,11 +323,11 @@ class TrainingProgress:
             self.bar = None
 
     def _state(self) -> str:
-        speed = f"{self.tokens / max(time.monotonic() - self.started, 1e-9):,.0f} tokens/s"
-        if "loss" not in self.shown:
+        speed = f"{self.tokens / max(time.monotonic() - self.start_time, 1e-9):,.0f} tokens/s"
+        if "loss" not in self.last_values:
             return speed
-        return f"loss {self.shown['loss']:.4f}  lr {self.shown.get('learning_rate', 0):.2e}  {speed}"
+        return f"loss {self.last_values['loss']:.4f}  lr {self.last_values.get('learning_rate', 0):.2e}  {speed}"
 
-    def _left(self) -> str:
-        elapsed = time.monotonic() - self.started
-        return format_duration(elapsed / max(self.done - self.begun, 1) * (self.steps - self.done))
+    def _remaining(self) -> str:
+        elapsed = time.monotonic() - self.start_time
+        return format_duration(elapsed / max(self.done - self.first_step, 1) * (self.steps - self.done))

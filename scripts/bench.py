@@ -121,12 +121,12 @@ def run(
 
 
 def why(log: Path, code: int, late: bool) -> str:
-    """The line of a log that tells most."""
+    """The exit code, and the last line of a log, if possible one with an error."""
     if late:
         return "took too long"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line.split(" ")[0] or line.startswith("error:")]
-    return f"exit code {code}: {(telling or lines or ['nothing was said'])[-1][:200]} (see {log})"
+    error_lines = [line for line in lines if "Error" in line.split(" ")[0] or line.startswith("error:")]
+    return f"exit code {code}: {(error_lines or lines or ['no output'])[-1][:200]} (see {log})"
 
 
 def module(bench: Bench, venv: str, name: str, *arguments: object) -> list[str]:

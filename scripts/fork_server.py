@@ -36,7 +36,7 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """As far as it has been told."""
+        """The exit code, if the server has reported it."""
         return self.server.ended.get(self.pid)
 
     def poll(self) -> int | None:
@@ -69,14 +69,14 @@ class ForkServer:
 
     def __init__(self, scratch: Path, **environment: str):
         self.ended: dict[int, int] = {}
-        self._scratch, self._children, self._held = scratch, list[Child](), b""
+        self._scratch, self._children, self._incomplete_line = scratch, list[Child](), b""
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         )
-        self._born: list[int] = []
+        self._started: list[int] = []
 
     def start(
         self,
@@ -115,14 +115,14 @@ class ForkServer:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
-        while not self._born:
+        while not self._started:
             self.listen(1)
-        child = Child(self, self._born.pop(), err, out)
+        child = Child(self, self._started.pop(), err, out)
         self._children.append(child)
         return child
 
     def launch(self, count: int, *arguments: object, each: Sequence[dict[str, Any]] = ()) -> list[Child]:
-        """Start so many processes of one run, each told what torchrun would tell it. each: more keywords of `start`."""
+        """Start so many processes of one run, with the variables that torchrun sets. each: more keywords of `start`."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -132,7 +132,7 @@ class ForkServer:
         return [self.start(*arguments, **shared | one | further) for one, further in zip(own, more, strict=True)]
 
     def listen(self, seconds: float) -> None:
-        """Take in what the process has told, waiting for at most so long."""
+        """Read what the server reports, waiting at most so many seconds."""
         assert self._process.stdout is not None
         stream = self._process.stdout.fileno()
         if not select.select([stream], [], [], seconds)[0]:
@@ -140,13 +140,13 @@ class ForkServer:
         block = os.read(stream, 1 << 16)
         if not block:
             raise RuntimeError("the fork server has ended")
-        *lines, self._held = (self._held + block).split(b"\n")
-        for told in map(json.loads, lines):
-            if isinstance(told, int):
-                self.ended.pop(told, None)  # of an earlier process that had the same number
-                self._born.append(told)
+        *lines, self._incomplete_line = (self._incomplete_line + block).split(b"\n")
+        for report in map(json.loads, lines):
+            if isinstance(report, int):
+                self.ended.pop(report, None)  # of an earlier process that had the same number
+                self._started.append(report)
             else:
-                self.ended[told[0]] = told[1]
+                self.ended[report[0]] = report[1]
 
     def close(self) -> None:
         """End all that still runs."""

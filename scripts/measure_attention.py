@@ -52,7 +52,7 @@ def timed(model: Any, batch: dict[str, torch.Tensor], *, fast: bool) -> float:
 def compared(
     title: str, model: Any, ways: Mapping[str, tuple[dict[str, torch.Tensor], bool]], steps: int, tokens: int
 ) -> None:
-    """Print the median of each way: a batch, and whether the model is fitted. The first pass does not count."""
+    """Print the median of each way: a batch, and whether the model is accelerated. The first pass does not count."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(steps + 1):
         for way, (batch, fast) in ways.items():

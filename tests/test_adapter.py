@@ -134,7 +134,7 @@ def test_file_modes_follow_the_umask(tiny_dir: Path, tmp_path: Path, mask: int, 
     assert {stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*") if path.is_file()} == {mode}
 
 
-# Fault rows 36 to 40 and 43. Each damage is done to a copy of a good directory.
+# Damaged directories: each damage is done to a copy of a good one.
 
 
 def rewrite(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
@@ -276,7 +276,7 @@ EDITS = {
 
 @pytest.mark.parametrize("name", EDITS)
 def test_a_file_that_was_edited_is_refused(name: str, copy: Path, cli: Callable[..., Ran]) -> None:
-    """Row 42, and all other files that decide what an adapter does; `--force` uses them all the same."""
+    """The weights, and all other files that decide what an adapter does; `--force` uses them all the same."""
     damage = EDITS[name]
     damage(copy / name if damage is Path.unlink else copy)
     code = Code.ADAPTER_FILE_MISSING if damage is Path.unlink else Code.ADAPTER_FILE_CHANGED

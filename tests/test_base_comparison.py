@@ -1,4 +1,4 @@
-"""Row 80: the base's numbers beside an adapter are those of the base as it lies on the disk, or there are none."""
+"""The numbers of the base beside an adapter are those of the base as it is on the disk, or there are none."""
 
 import json
 from collections.abc import Callable
@@ -146,7 +146,7 @@ def test_the_base_after_training(kind: str, base_dir: Path) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1
-    trained, expected = tensors.whole(model), logits(model)
+    trained, expected = tensors.full_weights(model), logits(model)
     with tensors.as_initialized(model, start, trained):
         assert torch.allclose(logits(model), alone, rtol=0, atol=1e-4 if start.to_plain_lora else 0)
     assert torch.equal(logits(model), expected)

@@ -1,4 +1,4 @@
-"""Row 78: the files of the base are overwritten, cut off or removed while a command runs."""
+"""The files of the base are overwritten, cut off or removed while a command runs."""
 
 import os
 import shutil

@@ -43,5 +43,5 @@ def test_a_run_packs_only_where_that_costs_less(
     )
     ran = cli("train", config_path)
     assert ran.code == 0, ran.err
-    told = "data.packing: gemma2 attends to all rows of a batch at once, which costs more than padding"
-    assert (told in ran.err) == padded and ("data.packing" in ran.err) == padded
+    note = "data.packing: gemma2 attends to all rows of a batch at once, which costs more than padding"
+    assert (note in ran.err) == padded and ("data.packing" in ran.err) == padded

@@ -235,7 +235,7 @@ def test_traceback_with_debug_only(tmp_path: Path) -> None:
     assert debugged.err.startswith("Traceback (most recent call last)")
 
 
-# Rows 55 and 56: where the output goes
+# Where the output goes
 
 
 def blocked(kind: str, tmp_path: Path) -> tuple[str, Expected, str]:

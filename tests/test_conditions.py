@@ -1,4 +1,4 @@
-"""Row 83: a run that goes on under other conditions is told so; a checkpoint of another release is read by its keys."""
+"""A run that is resumed in another environment reports that; a checkpoint of another release is read by its keys."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def edited(partial: Path, edit: Edit) -> int:
 
 def test_a_checkpoint_says_what_it_was_computed_with(interrupted: Path, tmp_path: Path) -> None:
     kept = json.loads((checkpoints(tmp_path / "out.partial")[0] / "run.json").read_text())["conditions"]
-    assert {*trainer.PACKAGES} <= kept.keys() and kept["torch"] == torch.__version__
+    assert {*trainer.COMPUTING_PACKAGES} <= kept.keys() and kept["torch"] == torch.__version__
     assert kept["the number of threads"] == str(torch.get_num_threads())
     assert re.fullmatch(r"in use \(build \w+\)", kept["the compiled CPU code"])
     assert kept["what PyTorch computes instead of fast code"] == "nothing"
@@ -79,8 +79,8 @@ def test_without_the_compiled_kernels(forked: Callable[..., Ran], interrupted: P
     """For real."""
     ran = forked("train", interrupted, "--resume", LORATUNE_NATIVE="0", OMP_NUM_THREADS=str(torch.get_num_threads()))
     assert ran.code == 0, ran.err
-    told = [re.sub(r"build \w+", "build ID", re.sub(r"step \d+", "step N", line)) for line in ran.err.splitlines()]
-    assert [line for line in told if " up to step " in line] == [
+    lines = [re.sub(r"build \w+", "build ID", re.sub(r"step \d+", "step N", line)) for line in ran.err.splitlines()]
+    assert [line for line in lines if " up to step " in line] == [
         "the compiled CPU code was in use (build ID) up to step N, and is not in use (LORATUNE_NATIVE is 0: unset it) "
         "from there",
         "what PyTorch computes instead of fast code was nothing up to step N, and is attention, norms, rotations and "

@@ -70,7 +70,7 @@ def value_at(run: RunConfig, key: str) -> Any:
     return run.model_dump()[section][name]
 
 
-# Rows 1 and 10: not a YAML mapping at all
+# Not a YAML mapping at all
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_python_tags_run_nothing(problems: Callable[..., list[Problem]], tmp_pat
     assert not target.exists()
 
 
-# Row 2: unknown keys
+# Unknown keys
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_letter_left_out_leads_to_the_key(problems: Callable[..., list[Problem
     assert fixes[Code.CONFIG_UNKNOWN_KEY, "FILE:5", f"{path[0]}.{slip}"] == f"did you mean `{path[1]}`?"
 
 
-# Row 3: duplicates
+# Duplicates
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_duplicate_key_names_both_lines(
     assert problem.what.endswith(lines) and problem.fix == "keep one"
 
 
-# Rows 4 to 8: values
+# Values
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_all_problems_are_reported_at_once(problems: Callable[..., list[Problem]
     assert refused[2].fix == f"known here: {', '.join(LoraSection.model_fields)}"
 
 
-# Row 9: contradictions
+# Contradictions
 
 
 @pytest.mark.parametrize(

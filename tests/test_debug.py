@@ -1,4 +1,4 @@
-"""What is passed over is logged with `--debug`, and nothing of it without."""
+"""Errors that stop nothing are logged with `--debug`, and only then."""
 
 import ast
 import logging
@@ -21,8 +21,8 @@ from loratune.lora import attach
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
 SILENT = {"signals.py: write_line", "sandbox.py: _reply"}
-"""The first writes to the screen from a signal handler, and there is no other place to say that this failed. The second
-tells the error of the work, in a process that has no screen, and not that this error cannot be pickled."""
+"""The first writes to the screen from a signal handler, and there is no other place to report that this failed. The
+second sends the error of the work to the parent process, and does not report that this error cannot be pickled."""
 
 
 def catches_all(handled: ast.expr | None) -> bool:
@@ -31,24 +31,24 @@ def catches_all(handled: ast.expr | None) -> bool:
     return bool(names & {"Exception", "BaseException"})
 
 
-def tells(handler: ast.ExceptHandler) -> bool:
+def reports_error(handler: ast.ExceptHandler) -> bool:
     """Whether a clause raises, uses the error that it has caught, or logs it."""
     nodes = [node for line in handler.body for node in ast.walk(line)]
     used = any(isinstance(node, ast.Name) and node.id == handler.name for node in nodes)
     called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
-    return used or any(isinstance(node, ast.Raise) for node in nodes) or bool(called & TELLING)
+    return used or any(isinstance(node, ast.Raise) for node in nodes) or bool(called & REPORTS)
 
 
-TELLING = {"_log.debug", "traceback.format_exc"}
+REPORTS = {"_log.debug", "traceback.format_exc"}
 
 
-def mute(tree: ast.Module) -> Iterator[str]:
-    """The functions that catch all, and tell nothing of it."""
+def silent_functions(tree: ast.Module) -> Iterator[str]:
+    """The functions that catch every exception and do not report it."""
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef):
             continue
         for node in ast.walk(function):
-            if isinstance(node, ast.ExceptHandler) and catches_all(node.type) and not tells(node):
+            if isinstance(node, ast.ExceptHandler) and catches_all(node.type) and not reports_error(node):
                 yield function.name
             called = node.func if isinstance(node, ast.Call) else None
             if isinstance(called, ast.Name) and called.id == "suppress" and any(map(catches_all, node.args)):  # type: ignore[attr-defined]
@@ -58,12 +58,14 @@ def mute(tree: ast.Module) -> Iterator[str]:
 def test_nothing_is_caught_in_silence() -> None:
     package = ROOT / "loratune"
     assert {
-        f"{path.name}: {name}" for path in package.rglob("*.py") for name in mute(ast.parse(path.read_text("utf-8")))
+        f"{path.name}: {name}"
+        for path in package.rglob("*.py")
+        for name in silent_functions(ast.parse(path.read_text("utf-8")))
     } == SILENT
 
 
 @pytest.mark.parametrize(
-    "clause, is_mute",
+    "clause, is_silent",
     [
         ("except Exception:\n  pass", True),
         ("except (KeyError, Exception):\n  return None", True),
@@ -75,10 +77,10 @@ def test_nothing_is_caught_in_silence() -> None:
         ("except KeyError:\n  pass", False),
     ],
 )
-def test_silence_is_seen(clause: str, is_mute: bool) -> None:
+def test_silence_is_seen(clause: str, is_silent: bool) -> None:
     body = f"try:\n  y = 1\n{clause}".replace("\n", "\n  ")
-    assert [*mute(ast.parse(f"def f():\n  {body}"))] == ["f"] * is_mute
-    assert [*mute(ast.parse("def f():\n  with suppress(Exception):\n    pass"))] == ["f"]
+    assert [*silent_functions(ast.parse(f"def f():\n  {body}"))] == ["f"] * is_silent
+    assert [*silent_functions(ast.parse("def f():\n  with suppress(Exception):\n    pass"))] == ["f"]
 
 
 def test_what_a_run_passes_over_is_logged_with_debug(

@@ -221,7 +221,7 @@ def test_one_is_killed(
 
 
 @pytest.mark.parametrize(
-    "told, number, code, word",
+    "signalled_ranks, number, code, word",
     [
         pytest.param((0,), signal.SIGTERM, 143, "terminated", marks=SLOW),
         ((1,), signal.SIGINT, 130, "interrupted"),
@@ -230,7 +230,7 @@ def test_one_is_killed(
     ],
 )
 def test_a_signal_stops_all_at_one_step(
-    told: tuple[int, ...],
+    signalled_ranks: tuple[int, ...],
     number: int,
     code: int,
     word: str,
@@ -242,13 +242,13 @@ def test_a_signal_stops_all_at_one_step(
     """However many hear it, and if the launcher passes it on as well."""
     config = run_config(**RUNNING)
     children = begun(processes, config, tmp_path)
-    for rank in told:
+    for rank in signalled_ranks:
         children[rank].send(number)
     assert ended(children) == [code, code], children[0].said()
     line = children[0].said().splitlines()[-1]
     assert line.startswith(f"error: {word}; on 2 processes, as before, continue with: ") and line.endswith(" --resume")
     assert children[1].said() == ""
-    if told == (0, 1):
+    if signalled_ranks == (0, 1):
         assert finished(processes.launch(2, "train", config, "--resume")) == [0, 0]
         assert (tmp_path / "out" / WEIGHTS).read_bytes() == undisturbed
 
@@ -426,8 +426,8 @@ def sharded(processes: ForkServer, config: Path, out: Path, *arguments: str) -> 
     """With FSDP2 as `spread`: the processes are forked, with the variables that accelerate's launcher sets."""
     path = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
     words = launch_command_parser().parse_args(["--num_processes", "2", "--config_file", str(path), "train"])
-    told = prepare_multi_gpu_env(_validate_launch_command(words)[0])
-    own = {name: value for name, value in told.items() if os.environ.get(name) != value}
+    environment = prepare_multi_gpu_env(_validate_launch_command(words)[0])
+    own = {name: value for name, value in environment.items() if os.environ.get(name) != value}
     assert own["ACCELERATE_USE_FSDP"] == "true"
     own["first"] = (ROOT / "tests" / "fsdp_on_cpu.py").read_text()
     return processes.launch(2, "train", config, "--set", f"output_dir={out}", *arguments, each=[own, own])

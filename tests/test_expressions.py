@@ -1,4 +1,4 @@
-"""Regular expressions that run for ever, and values of an adapter's configuration that fill the memory (row 87)."""
+"""Regular expressions that run for ever, and values of an adapter's configuration that fill the memory."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Values that are of the right type and of no use (row 89): refused with their key, before anything is loaded."""
+"""Values that are of the right type and of no use are refused with their key, before anything is loaded."""
 
 from collections.abc import Callable
 from pathlib import Path

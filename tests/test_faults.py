@@ -1,4 +1,4 @@
-"""What may go wrong while a run lasts (rows 46 to 64 of the fault matrix): real processes, signals and full disks."""
+"""What may go wrong while a run lasts: real processes, signals and full disks."""
 
 import fcntl
 import json
@@ -45,15 +45,15 @@ SOME = [
 def test_a_signal_in_a_step(
     number: signal.Signals, code: int, word: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Rows 46, 48 and 86: the step is finished and kept, and the way to go on is one line."""
+    """The step is finished and kept, and one line says how to continue."""
     config = run_config(**LONG)
     child = processes.start("train", config, "--set", "training.num_train_epochs=12")
     until(lambda: "step     3/" in child.said(), child)
     child.send(number)
     assert child.wait() == code
-    *told, last = child.said().splitlines()
+    *lines, last = child.said().splitlines()
     insistent = number in (signal.SIGINT, signal.SIGTERM)
-    assert f"stopping after this step{'; once more stops at once' if insistent else ''}" in told
+    assert f"stopping after this step{'; once more stops at once' if insistent else ''}" in lines
     line = f"loratune train {config} --set training.num_train_epochs=12 --resume"
     assert last == f"error: {word}; continue with: {line}"
     assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
@@ -81,7 +81,7 @@ def test_a_signal_while_a_line_is_written(
     run_config: MakeConfig,
     tmp_path: Path,
 ) -> None:
-    """Row 48: its reader answers a line with the signal, which then finds the program in the middle of its write."""
+    """The reader of stderr sends the signal as soon as it has a line, so the program is in the middle of a write."""
     config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
     for number, code, _ in endings:
         child = processes.start("train", config, "--overwrite", stderr=pipe[0])
@@ -114,7 +114,7 @@ def left(end: int) -> bytes:
 def test_a_signal_where_nobody_reads(
     number: int, code: int, pipe: tuple[Path, int], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Row 48: a run that waits for room in a pipe finishes its step and keeps it, and does not wait for the reader."""
+    """A run that waits for room in a pipe finishes its step and keeps it, and does not wait for the reader."""
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
         child = processes.start("train", config, "--overwrite", stderr=pipe[0])
@@ -132,7 +132,7 @@ def test_a_signal_where_nobody_reads(
 
 
 def test_a_signal_after_the_last_look(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Row 48: the trainer has taken all of its steps; what was told holds, and nothing is published."""
+    """The trainer has taken all of its steps; the run ends as it has reported, and nothing is published."""
     script = """
 import signal
 from loratune.commands import train
@@ -166,7 +166,7 @@ def test_a_signal_in_an_evaluation(processes: ForkServer, run_config: MakeConfig
 
 
 def test_a_second_signal_stops_at_once(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Row 47: in a step of 4,000 batches, which lasts for many seconds; the first signal alone does not end it."""
+    """In a step of 4,000 batches, which lasts for many seconds; the first signal alone does not end it."""
     rows = tmp_path / "many.jsonl"
     rows.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 4_000)
     training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4_000}
@@ -183,7 +183,7 @@ def test_a_second_signal_stops_at_once(processes: ForkServer, run_config: MakeCo
 
 
 def test_a_signal_during_a_save(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Row 47: two signals while a checkpoint is written leave the last one whole, and nothing half written."""
+    """Two signals while a checkpoint is written leave the last one whole, and nothing half written."""
     config = run_config(training={"num_train_epochs": 500, "save_steps": 1})
     child = processes.start("train", config)
     unfinished = tmp_path / "out.partial" / "checkpoints" / "unfinished"
@@ -208,7 +208,7 @@ def test_a_signal_during_a_save(processes: ForkServer, run_config: MakeConfig, t
 def test_signals_that_come_more_than_once_unasked(
     numbers: list[signal.Signals], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Row 86: SIGHUP of shell and kernel, and SIGTERM with SIGCONT after SIGUSR1, as SLURM sends them."""
+    """SIGHUP of shell and kernel, and SIGTERM with SIGCONT after SIGUSR1, as SLURM sends them."""
     rows = tmp_path / "many.jsonl"
     rows.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 1_000)
     training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 500}
@@ -225,7 +225,7 @@ def test_signals_that_come_more_than_once_unasked(
 
 
 def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
-    """Row 86: as nohup ignores it for what it starts."""
+    """As nohup ignores SIGHUP for the program that it starts."""
     child = processes.start("train", run_config(training={"num_train_epochs": 30}), ignored=signal.SIGHUP)
     until(lambda: not heeds(child.pid, signal.SIGHUP) and heeds(child.pid, signal.SIGTERM), child)
     while not (tmp_path / "out.partial").exists():
@@ -242,7 +242,7 @@ def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_pat
 def test_a_signal_in_the_first_moments(
     pauses: tuple[float, ...], arguments: list[str], number: signal.Signals, code: int, word: str
 ) -> None:
-    """Row 86: from the moment that handlers stand, while the command line is loaded and read, its code and line."""
+    """From the moment that there are handlers, while the command line is imported and parsed: exit code and line."""
     for pause in pauses:
         command = [sys.executable, "-m", "loratune", *arguments]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -255,7 +255,7 @@ def test_a_signal_in_the_first_moments(
 
 
 def test_a_signal_that_a_library_makes_an_error_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    """Row 86: transformers reports one that comes while it imports as a module that is missing."""
+    """transformers turns an exception that is raised during its imports into the error of a missing module."""
     with pytest.raises(typer.Exit) as caught, boundary(debug=False):
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -273,7 +273,7 @@ def heeds(pid: int, number: signal.Signals) -> bool:
 
 
 def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
-    """Row 48: nothing is left where there is nothing to go on from."""
+    """Nothing is left where there is nothing to go on from."""
     rows = tmp_path / "many.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2_000_000)
     before = {path.name for path in tmp_path.iterdir()}
@@ -289,7 +289,7 @@ def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, pro
 def test_sigterm_while_the_model_is_loaded(
     run_config: MakeConfig, tmp_path: Path, smollm2: Path, processes: ForkServer
 ) -> None:
-    """Row 48: loading takes seconds."""
+    """Loading takes seconds."""
     running = processes.start("train", run_config(model={"name_or_path": str(smollm2)}))
     until((tmp_path / "out.partial").exists, running)
     time.sleep(0.5)
@@ -318,7 +318,7 @@ def test_a_signal_whose_exception_python_drops(capfd: pytest.CaptureFixture[str]
 
 
 def test_two_runs_on_one_directory(processes: ForkServer, run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
-    """Row 57; the lock of a process that was killed is taken over."""
+    """The lock of a process that was killed is taken over."""
     config = run_config(training={"num_train_epochs": 500, "save_steps": 1})
     child = processes.start("train", config)
     until(lambda: checkpoints(tmp_path / "out.partial"), child)
@@ -359,7 +359,7 @@ def fill(disk: Path, left: int) -> None:
 def test_a_disk_that_is_full_at_a_checkpoint(
     disk: Path, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Row 53: the checkpoint before it stays, what was half written goes; with room the run goes on to the same end."""
+    """The checkpoint before it stays, what was half written goes; with room the run goes on to the same end."""
     config = run_config(output_dir=str(disk / "out"), training={"num_train_epochs": 20, "save_steps": 1})
     expected = straight(processes, config, tmp_path)
     child = processes.start("train", config)
@@ -380,7 +380,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(
 def test_a_disk_that_is_full_at_the_end(
     disk: Path, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Row 54: the last step is kept as a checkpoint, so that only the publishing has to be done again."""
+    """The last step is kept as a checkpoint, so that only the publishing has to be done again."""
     config = run_config(output_dir=str(disk / "out"), training={"num_train_epochs": 8, "save_steps": 1000})
     expected = straight(processes, config, tmp_path)
     child = processes.start("train", config)
@@ -419,7 +419,7 @@ def test_files_that_may_not_grow(processes: ForkServer, run_config: MakeConfig, 
 def test_memory_that_is_short_shows_at_once(
     run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, forked: Cli
 ) -> None:
-    """Row 63: one long row among short ones asks for more than there is, at the first step, whenever its turn is."""
+    """One long row among short ones needs too much memory: that shows at the first step, wherever the row is."""
     tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=1024).save_pretrained(tmp_path / "wide")
     tokenizer.save_pretrained(tmp_path / "wide")
     rows = [{"prompt": "a", "completion": "b"}] * 200 + [{"prompt": "a " * 2000, "completion": "b"}]
@@ -604,13 +604,13 @@ def test_a_damaged_checkpoint_does_not_count_when_old_ones_go(tmp_path: Path) ->
 def test_a_run_continues_when_stderr_cannot_be_written(
     reader: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
 ) -> None:
-    """Row 47: stderr is a pipe whose end has gone, or a file on a full disk."""
-    listening, telling = os.pipe()
-    os.close(listening)
-    gone = f"/proc/{os.getpid()}/fd/{telling}"
+    """Stderr is a pipe whose end has gone, or a file on a full disk."""
+    reading_end, writing_end = os.pipe()
+    os.close(reading_end)
+    gone = f"/proc/{os.getpid()}/fd/{writing_end}"
     child = processes.start("train", run_config(), stderr=gone if reader == "gone" else "/dev/full")
     code = child.wait()
-    os.close(telling)
+    os.close(writing_end)
     assert code == 0
     assert (tmp_path / "out" / WEIGHTS).is_file() and "steps" in child.out.read_text()
 
@@ -627,7 +627,7 @@ def test_no_space_for_the_output(run_config: MakeConfig, tmp_path: Path, process
 def test_signals_one_after_the_other_end_without_a_traceback(
     pause: float, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Wherever the second one comes: while the first is told, or on the way out."""
+    """Wherever the second one comes: while the first is reported, or as the program ends."""
     command = [sys.executable, "-m", "loratune", "train", str(run_config())]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not heeds(child.pid, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""Row 77: a base is told from another by every one of its tensors, in this version of the fingerprint and the first."""
+"""Every tensor of a base counts for its fingerprint, in the present version of the fingerprint and in the first."""
 
 import hashlib
 import json
@@ -112,13 +112,13 @@ def test_tensors_of_any_layout() -> None:
     assert fingerprints._sums(torch.zeros(0)) == b"" and len(fingerprints._sums(torch.tensor(1.0))) == 2
 
 
-IDLE: dict[str, Any] = {
+IRRELEVANT: dict[str, Any] = {
     "use_cache": False, "pad_token_id": 3, "eos_token_id": [256, 257], "bos_token_id": 1, "architectures": ["Other"],
     "temperature": 0.3, "max_length": 77, "id2label": {0: "no", 1: "yes"}, "unsloth_version": "2026.1",
     "task_specific_params": {"a": 1}, "initializer_range": 0.5, "tokenizer_class": "Other",
     "auto_map": {"AutoConfig": "a.B"},
 }  # fmt: skip
-TELLING: dict[str, Any] = {
+RELEVANT: dict[str, Any] = {
     "rms_norm_eps": 1e-5, "hidden_act": "relu", "rope_theta": 5e4, "attention_dropout": 0.1, "num_key_value_heads": 1,
     "max_position_embeddings": 100, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "tie_word_embeddings": True,
 }  # fmt: skip
@@ -137,8 +137,8 @@ def test_only_settings_that_decide_the_computation_count(tmp_path: Path) -> None
         return fingerprints.fingerprint(found)
 
     known = having({})
-    assert {key for key, value in IDLE.items() if having({key: value}) != known} == set()
-    assert {key for key, value in TELLING.items() if having({key: value}) == known} == set()
+    assert {key for key, value in IRRELEVANT.items() if having({key: value}) != known} == set()
+    assert {key for key, value in RELEVANT.items() if having({key: value}) == known} == set()
     del written["head_dim"]
     assert having({}) == known
 

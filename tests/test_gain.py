@@ -1,4 +1,4 @@
-"""Row 82: an adapter is compared with its base, pair by pair; no gain is said, and worse is not published."""
+"""An adapter is compared with its base, row by row; no gain is reported, and a worse one is not published."""
 
 import json
 import math
@@ -163,7 +163,7 @@ def test_the_sample_holds_distinct_rows() -> None:
     assert max(found.values()) == 1001
 
 
-def told(ran: Ran) -> str:
+def gain_line(ran: Ran) -> str:
     """The line on the gain in the block at the end."""
     (line,) = [line for line in ran.out.splitlines() if line.startswith("  gain ")]
     return line.removeprefix("  gain ").strip()
@@ -213,15 +213,17 @@ def test_the_figures_are_those_of_stock_peft(
     assert (found["verdict"], found["rows"], found["total"], found["split"]) == ("gain", 40, 40, "training")
     for name, value in found.items():
         assert value == (pytest.approx(expected[name], abs=2e-5) if isinstance(value, float) else expected[name]), name
-    assert told(ran).startswith(f"{expected['better_by']:.3f} nats per token on 40 training rows (95 % interval ")
+    assert gain_line(ran).startswith(f"{expected['better_by']:.3f} nats per token on 40 training rows (95 % interval ")
     assert "\ncomparing the adapter with its base on 40 training rows\n" in ran.err
-    assert f"- **Gain:** {told(ran)}\n" in (tmp_path / "out" / "README.md").read_text()
+    assert f"- **Gain:** {gain_line(ran)}\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_no_gain_is_reported(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", run_config(training={"learning_rate": 1e-9, "max_steps": 5}))
     assert ran.code == 0, ran.err
-    assert told(ran).startswith("none over the base on 40 training rows: 0.000 nats per token (95 % interval 0.000 to ")
+    assert gain_line(ran).startswith(
+        "none over the base on 40 training rows: 0.000 nats per token (95 % interval 0.000 to "
+    )
     assert "- **Gain:** none over the base" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -259,7 +261,7 @@ def test_worse_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig,
     assert ran.code == 6 and tree(tmp_path / "out.partial") == kept
     ran = cli("train", config, "--resume", "--allow-worse")
     assert ran.code == 0, ran.err
-    assert told(ran).startswith("worse than the base on 40 training rows: -")
+    assert gain_line(ran).startswith("worse than the base on 40 training rows: -")
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["gain"]["verdict"] == "worse"
 
 
@@ -280,7 +282,7 @@ def test_a_worse_run_goes_on_when_it_has_steps_to_take(
     more = ("--set", "training.max_steps=62", "--allow-change", "training.max_steps")
     ran = cli("train", config, "--resume", *more, *other)
     assert ran.code == 0, ran.err
-    assert " nats per token on 40 validation rows" in told(ran) and not (tmp_path / "out.partial").exists()
+    assert " nats per token on 40 validation rows" in gain_line(ran) and not (tmp_path / "out.partial").exists()
 
 
 def test_held_out_rows_decide_where_there_are_any(
@@ -296,8 +298,8 @@ def test_held_out_rows_decide_where_there_are_any(
     config = run_config(data={"validation": few}, **hard, output_dir=str(tmp_path / "other"))
     ran = cli("train", config)
     assert ran.code == 0, ran.err
-    assert " nats per token on 40 training rows (95 % interval " in told(ran)
-    assert told(ran).endswith("; validation gave 4 distinct rows, too few)")
+    assert " nats per token on 40 training rows (95 % interval " in gain_line(ran)
+    assert gain_line(ran).endswith("; validation gave 4 distinct rows, too few)")
     found = json.loads((tmp_path / "other" / "loratune.json").read_text())["metrics"]["gain"]
     assert (found["split"], found["verdict"], found["validation_rows"]) == ("training", "gain", 4)
 
@@ -314,4 +316,4 @@ def test_the_losses_are_those_of_evaluate(cli: Callable[..., Ran], run_config: M
     for side in ("base", "adapter"):
         assert metrics["gain"][side] == pytest.approx(scored[side]["loss"], abs=1e-5)
     assert (metrics["gain"]["rows"], metrics["gain"]["drawn"], metrics["gain"]["total"]) == (7, 9, 9)
-    assert " on 7 distinct of 9 validation rows" in told(ran)
+    assert " on 7 distinct of 9 validation rows" in gain_line(ran)

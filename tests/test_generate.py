@@ -316,7 +316,7 @@ def test_output_to_a_pipe_a_link_and_a_directory(cli: Callable[..., Ran], plain:
 def test_an_output_is_replaced_only_if_asked(
     cli: Callable[..., Ran], plain: Path, tiny_dir: Path, tmp_path: Path
 ) -> None:
-    """Row 75: refused before anything is loaded; what is read is never replaced."""
+    """Refused before anything is loaded; what is read is never replaced."""
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}])
     out = tmp_path / "answers.jsonl"
     out.write_text("precious\n")
@@ -345,7 +345,7 @@ def test_an_output_is_replaced_only_if_asked(
 
 
 def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
-    """Row 75: answers go where stdout stands; a pipe is written to as it is."""
+    """Answers go where stdout stands; a pipe is written to as it is."""
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "a:", "b:", "--output")
     child = processes.start(*command, "/dev/stdout")
     assert child.wait() == 0, child.said()
@@ -358,7 +358,7 @@ def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: ForkServer, t
 
 
 def test_two_write_to_one_output(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
-    """Row 75: the lines of one of them, whichever; without --overwrite the other command is refused."""
+    """The lines of one of them, whichever; without --overwrite the other command is refused."""
     for overwrite in ((), ("--overwrite",)):
         out = tmp_path / f"answers{len(overwrite)}.jsonl"
         children = []
@@ -383,7 +383,7 @@ def test_two_write_to_one_output(plain: Path, processes: ForkServer, tmp_path: P
 def test_an_output_of_a_command_that_is_ended(
     number: signal.Signals, plain: Path, processes: ForkServer, tmp_path: Path
 ) -> None:
-    """Row 75: nothing has the name; what a killed one leaves can be told from all else."""
+    """Nothing has the name; what a killed one leaves has a name of its own."""
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 4_000)
     out = tmp_path / "answers.jsonl"
     child = processes.start("generate", "--adapter", plain, "--input", questions, "--output", out)

@@ -117,7 +117,7 @@ def test_trains_generates_and_evaluates_as_the_plain_model_does(
     pair: tuple[Path, Path], run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     sections: dict[str, Any] = {"data": {"validation": str(tmp_path / "rows.jsonl")}, "training": {"max_steps": 4}}
-    told = {}
+    outputs = {}
     for kind, path, file in zip(("packed", "plain"), pair, (FILE, None), strict=True):
         base = {"name_or_path": str(path), "gguf_file": file}
         config = run_config(f"{kind}.yaml", model=base, output_dir=str(tmp_path / kind), **sections)
@@ -128,11 +128,11 @@ def test_trains_generates_and_evaluates_as_the_plain_model_does(
         answered = cli("generate", *out, "--max-new-tokens", 4, "3 and 3 make")
         scored = cli("evaluate", *out, "--data", tmp_path / "rows.jsonl", "--json")
         read = cli("params", *out).out.splitlines()[2:]  # below the names of adapter and base
-        told[kind] = [counted, trained.err, answered, scored, read, tree(tmp_path / kind)[WEIGHTS_FILE]]
+        outputs[kind] = [counted, trained.err, answered, scored, read, tree(tmp_path / kind)[WEIGHTS_FILE]]
         assert [ran.code for ran in (counted, trained, answered, scored)] == [0, 0, 0, 0]
-    told["plain"][1] = re.sub(r"[\d,]+ tokens/s.*", "", told["plain"][1])
-    told["packed"][1] = re.sub(r"[\d,]+ tokens/s.*", "", told["packed"][1])
-    assert told["packed"] == told["plain"]
+    outputs["plain"][1] = re.sub(r"[\d,]+ tokens/s.*", "", outputs["plain"][1])
+    outputs["packed"][1] = re.sub(r"[\d,]+ tokens/s.*", "", outputs["packed"][1])
+    assert outputs["packed"] == outputs["plain"]
 
 
 @pytest.fixture(scope="module")

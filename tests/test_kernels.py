@@ -470,7 +470,7 @@ ON_GPU: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "qwen3": ("qwen3", {}, []),
     "mistral with a window": ("mistral", {"sliding_window": 25}, []),
     "gemma2, which caps its scores": ("gemma2", {}, ["attention", "loss"]),
-    "a window that the mask alone tells": ("qwen2_moe", WINDOWED_BY_MASK, ["attention"]),
+    "a window that is known from the mask alone": ("qwen2_moe", WINDOWED_BY_MASK, ["attention"]),
 }
 
 

@@ -89,7 +89,7 @@ def test_every_field_has_a_change_here(section: Any, changes: dict[str, Any]) ->
     assert list(changes) == list(section.model_fields)
 
 
-# LoraSection → the model that `adapter.attach` builds
+# LoraSection → the model that `attach.attach` builds
 
 
 def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -103,7 +103,7 @@ def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
         if hasattr(module, "lora_A")
     }
     trained = {name: weight.tolist() for name, weight in built.named_parameters() if weight.requires_grad}
-    kind, keywords = parameters.split(built, section, (torch.optim.AdamW, {"lr": 1.0}), 0.0)
+    kind, keywords = parameters.choose_optimizer(built, section, (torch.optim.AdamW, {"lr": 1.0}), 0.0)
     rates = [group["lr"] for group in keywords.get("params", [])]
     return settings, {"layers": layers, "trained": trained, "optimizer": (kind, rates)}
 
@@ -155,7 +155,7 @@ def test_lora_start_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name, value", TRAINING.items(), ids=TRAINING)
 def test_training(tmp_path: Path, name: str, value: Any) -> None:
     default, changed = (
-        trainer.training_arguments(section, tmp_path, evaluated=True).to_dict()
+        trainer.training_arguments(section, tmp_path, has_validation=True).to_dict()
         for section in (TrainingSection(), TrainingSection(**{name: value}))
     )
     follows = {

@@ -45,7 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> Path:
     """An empty cache, and a compiler that takes no time."""
-    compiler(tmp_path, f"cp {built} made.so")
+    compiler(tmp_path, f"cp {built} library.so")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "loratune"
@@ -191,7 +191,7 @@ def test_a_directory_that_others_could_write_to_is_mended_and_not_believed(
     planted: Path, cache: Path, mode: int
 ) -> None:
     cache.chmod(mode)
-    loaded(cache, called=1, note=f"others could write to {cache}: now only you can, and what lay there was not used")
+    loaded(cache, called=1, note=f"others could write to {cache}: now only you can, and what was there was not used")
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     loaded(cache, called=0)
 
@@ -242,8 +242,8 @@ def test_a_full_disk_costs_the_cache_only(cache: Path) -> None:
 BROKEN = {
     "exit 3": r"gcc ended with 3$",
     "echo 'In function' >&2; echo 'x.c:3: error: no such' >&2; exit 1": "gcc ended with 1: x.c:3: error: no such$",
-    "echo garbage > made.so": r"the fast CPU code is not used: .*(invalid ELF header|file too short)",
-    "true": "No such file or directory: made.so",
+    "echo garbage > library.so": r"the fast CPU code is not used: .*(invalid ELF header|file too short)",
+    "true": "No such file or directory: library.so",
 }  # fmt: skip
 
 
@@ -262,7 +262,7 @@ def test_a_library_that_no_longer_loads_is_built_anew(cache: Path, tmp_path: Pat
     key, content = path.stem.removeprefix("native-"), path.read_bytes()[:-32].replace(b"libgomp.so.1", b"libgone.so.1")
     path.write_bytes(signed(key, content))
     loaded(cache, called=1)
-    compiler(tmp_path, f"sed s/libgomp.so.1/libgone.so.1/ {built} > made.so")
+    compiler(tmp_path, f"sed s/libgomp.so.1/libgone.so.1/ {built} > library.so")
     cached = library.load(DEFINE)
     assert cached.functions is None and "not used: libgone.so.1: cannot open shared object" in (cached.note or "")
 

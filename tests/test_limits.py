@@ -71,7 +71,7 @@ def splitting(tokenizer: PreTrainedTokenizerFast, pattern: str) -> PreTrainedTok
 
 
 def test_what_runs_for_ever(forked: Callable[..., Ran]) -> None:
-    """Row 87: named with the row, whether a template or a regular expression."""
+    """Named with the row, whether a template or a regular expression."""
     done = forked(first=FOREVER)
     assert done.code == 0, done.err
     always, once, asked, slow = done.out.splitlines()
@@ -83,7 +83,7 @@ def test_what_runs_for_ever(forked: Callable[..., Ran]) -> None:
 
 
 def test_a_template_that_takes_all_memory(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Rows 63 and 87: the template is named, and no batch size; for any messages, or for those of one row."""
+    """The template is named, and no batch size; for any messages, or for those of one row."""
     grown = "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}"
     with pytest.raises(ModelError, match=r"needs more than 2.0 GiB of memory") as caught:
         Renderer(changed(tokenizer, chat_template=f"{LOOP}{{{{ m.content }}}}{{% endfor %}}{grown}"))
@@ -265,7 +265,7 @@ def larger(tiny_dir: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -
 def test_a_row_with_a_token_beyond_the_embedding(
     larger: Callable[..., Path], run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]
 ) -> None:
-    """Row 85: row and token are named, in train, generate and evaluate."""
+    """Row and token are named, in train, generate and evaluate."""
     path = larger()
     config = run_config(model={"name_or_path": str(path)}, training={"max_steps": 1})
     assert cli("train", config).code == 0  # the rows have none of those tokens

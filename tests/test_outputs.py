@@ -1,4 +1,4 @@
-"""Files that commands write to a path that the user names: whole or absent, and never in place of others (row 75)."""
+"""Files that commands write to a path that the user names: whole or absent, and never in place of others."""
 
 import os
 import re

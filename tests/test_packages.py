@@ -174,6 +174,53 @@ def every_code_is_used(root: Path) -> Iterator[str]:
     yield from (name for tree in trees for name in definitions(tree) if name not in used)
 
 
+def no_two_classes_have_one_name(root: Path) -> Iterator[str]:
+    """A leading underscore makes no other name, and names in the package are looked up without their module."""
+    owners: dict[str, str] = {}
+    for path, _, tree in modules(root):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                place = f"{path}:{node.lineno}"
+                other = owners.setdefault(node.name.removeprefix("_"), place)
+                if other != place:
+                    yield f"{place}: {node.name}, as in {other}"
+
+
+def is_private(name: str) -> bool:
+    """Whether a name is private; `__name__` and enum's `_value_` are documented."""
+    return name.startswith("_") and not name.endswith("_")
+
+
+def own_private_names(root: Path) -> set[str]:
+    """The private attributes and functions that the package defines itself."""
+    names = set[str]()
+    for _, _, tree in modules(root):
+        for node in ast.walk(tree):
+            if isinstance(node, Documented):
+                names.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names |= {node.attr} if ast.unparse(node.value) in ("self", "cls") else set()
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+    return names
+
+
+def only_upstream_modules_use_private_names(root: Path) -> Iterator[str]:
+    """Private names of other libraries stand in the modules called `upstream`."""
+    own = own_private_names(root)
+    for path, _, tree in modules(root):
+        if path.stem == "upstream":
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+                yield f"{path}:{node.lineno}: {ast.unparse(node)}"
+        yield from (
+            f"{path}:{line}: {name}"
+            for line, name in imports(tree)
+            if name.partition(".")[0] != "loratune" and any(map(is_private, name.split(".")))
+        )
+
+
 LONG_BODY = 'def f():\n    """Doc."""\n' + "    x = 1\n" * 41
 RULES: list[tuple[Rule, str, str]] = [
     (imports_point_down, "model.py", "from loratune.training.trainer import fit"),
@@ -198,6 +245,11 @@ RULES: list[tuple[Rule, str, str]] = [
     (public_things_are_documented, "model.py", '"""Doc."""\ndef f(): pass'),
     (public_things_are_documented, "model.py", '"""Doc."""\nclass C:\n    """Doc."""\n    def f(self): pass'),
     (public_things_are_documented, "model.py", "x = 1"),
+    (no_two_classes_have_one_name, "model.py", "class Loader: pass\nclass _Loader: pass"),
+    (only_upstream_modules_use_private_names, "model.py", "def f(config): return config._attn_implementation"),
+    (only_upstream_modules_use_private_names, "model.py", "from torch._subclasses import FakeTensor"),
+    (only_upstream_modules_use_private_names, "model.py", "from peft.utils import _set_trainable"),
+    (only_upstream_modules_use_private_names, "model.py", "def f(trainer):\n    trainer._n_gpu = 1"),
     (every_code_is_used, "codes.py", "class Code:\n    ONE = 'a.one', 'One.'\n    TWO = 'a.two', 'Two.'\nCode.ONE"),
 ]
 
@@ -236,6 +288,8 @@ def test_rule_sees_a_violation(rule: Rule, name: str, text: str, tmp_path: Path)
         (files_are_short, "codes.py", "class Code:\n" + "    ONE = 'a.one', 'One.'\n" * 2 + "x = 1\n" * 398),
         (functions_are_short, "model.py", LONG_BODY.replace("    x = 1\n", "", 1)),
         (imports_stand_on_top, "cli.py", "def f():\n    import torch"),
+        (only_upstream_modules_use_private_names, "lora/upstream.py", "from peft.utils import _set_trainable"),
+        (only_upstream_modules_use_private_names, "model.py", "class C:\n    def f(self): self._x = self.__dict__"),
         (public_things_are_documented, "model.py", '"""Doc."""\nclass _C:\n    def f(self): pass\ndef _g(): pass'),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -1,4 +1,4 @@
-"""`params` on every causal language model that transformers knows: counts, or a documented error (row 91)."""
+"""`params` on every causal language model that transformers knows: counts, or a documented error."""
 
 import re
 import warnings

@@ -356,7 +356,7 @@ def test_targets_are_looked_for_in_plain_layers(wide: Path, ready: Callable[[str
         base = load.load_base(section)
         if changes:
             base.config.quantization_config = changes
-        found = load.unpacked(base, section)
+        found = load.dense_model(base, section)
         assert (found is base, found.device.type) == ((False, "meta") if changes else (True, "cpu"))
         assert isinstance(found.model.layers[1].self_attn.q_proj, torch.nn.Linear)
 
@@ -493,7 +493,7 @@ def broken_installation(kind: str, path: Path) -> Path:
 def test_4bit_with_a_broken_bitsandbytes(
     kind: str, reason: str, wide: Path, tmp_path: Path, run_config: MakeConfig, forked: Cli
 ) -> None:
-    """Told before the model is looked for: its weights are not there, which is an error of its own."""
+    """Reported before the model is looked for: its weights are not there, which is an error of its own."""
     shutil.copytree(wide, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     config = run_config(model={"name_or_path": str(tmp_path / "model"), "quantization": "4bit"})
     broken = str(broken_installation(kind, tmp_path / "site"))

@@ -1,4 +1,4 @@
-"""A run goes on where it was stopped, or says why not (rows 28, 49 to 52, 58 and 60 of the fault matrix)."""
+"""A run continues where it was stopped, or reports why it does not."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
 
 @pytest.mark.parametrize("asked", [4, *(pytest.param(kills, marks=pytest.mark.slow) for kills in (10, 50))])
 def test_killed_at_random_moments(asked: int, processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Row 49: so many kills, many of them while a checkpoint is being written. A checkpoint a step."""
+    """Many kills, some of them while a checkpoint is being written; there is a checkpoint at each step."""
     training = RESTLESS["training"] | {"num_train_epochs": 6 if asked < 50 else 30, "save_steps": 1}
     config = run_config(lora=RESTLESS["lora"], training=training)
     expected = straight(processes, config, tmp_path)
@@ -87,7 +87,7 @@ def test_killed_at_random_moments(asked: int, processes: ForkServer, run_config:
         before = len(checkpoints(tmp_path / "out.partial")) and checkpoints(tmp_path / "out.partial")[0]
         writing = tmp_path / "out.partial" / "checkpoints" / "unfinished"
         until(lambda before=before: checkpoints(tmp_path / "out.partial")[:1] not in ([], [before]), child)
-        moment = dice.choice(["any", "writing", "rotating"])  # the last one is row 58
+        moment = dice.choice(["any", "writing", "rotating"])
         if moment == "writing":
             until(writing.exists, child, 0)
         elif moment == "rotating":
@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_is_seen(name: str, interrupted: Path, tmp_path: Pa
     "name", [one if one in ("partial", "a bit") else pytest.param(one, marks=pytest.mark.slow) for one in DAMAGES]
 )
 def test_a_damaged_checkpoint_is_passed_over(name: str, interrupted: Path, cli: Cli, tmp_path: Path) -> None:
-    """Row 50; the older one gives the same adapter."""
+    """The older checkpoint gives the same adapter."""
     damage, reason = DAMAGES[name]
     newest, older = checkpoints(tmp_path / "out.partial")
     damage(newest)
@@ -174,7 +174,7 @@ def test_the_older_checkpoint_gives_the_same_adapter(
 
 
 def test_without_a_whole_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
-    """Rows 51 and 52: never a silent restart."""
+    """A run never restarts without saying so."""
     newest, older = checkpoints(tmp_path / "out.partial")
     (newest / "optimizer.pt").unlink()
     flip(older / "trainer_state.json")
@@ -243,7 +243,7 @@ TEXTS = {
 
 
 def test_a_record_of_the_run_that_is_damaged(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
-    """Row 89, with a manifest that agrees: it is named, and the older checkpoint serves, or 7 where there is none."""
+    """With a manifest that agrees: it is reported, and the older checkpoint is used, or exit code 7 without one."""
     newest, older = checkpoints(tmp_path / "out.partial")
     run = json.loads((newest / "run.json").read_text())
     for name, content in {**TEXTS, **{name: json.dumps(make(run)) for name, make in RECORDS.items()}}.items():
@@ -272,7 +272,7 @@ ODD_FILES = ("optimizer.pt", "run.json", "manifest.json", "trainer_state.json", 
 
 
 def test_odd_files_in_a_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
-    """Row 88: links are not followed, though their targets be the same bytes, and nothing waits at a named pipe."""
+    """Links are not followed, even if their targets have the same bytes, and nothing waits at a named pipe."""
     newest, older = checkpoints(tmp_path / "out.partial")
     kept = newest.parent
     for name in ODD_FILES:
@@ -306,7 +306,7 @@ def test_odd_files_in_a_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) 
 def test_what_has_changed_since_is_refused(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path, tiny_dir: Path
 ) -> None:
-    """Rows 28 and 60; a run of its own, as its rows are changed."""
+    """This run is not shared with other tests, because its rows are changed."""
     interrupted = run_config(**STOPPED)
     interrupt(processes, interrupted, tmp_path / "out.partial")
     ran = cli("train", interrupted, "--resume", "--set", "lora.r=4", "--set", "training.learning_rate=0.5")
@@ -426,7 +426,7 @@ def test_fewer_steps_than_were_taken_are_refused(interrupted: Path, cli: Cli) ->
 def test_a_checkpoint_has_no_place(
     kind: str, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
-    """Row 88: what comes to its place, or to that where it is written, while the run lasts is named and left alone."""
+    """What appears during the run under its name, or where it is written, is reported and left alone."""
     (tmp_path / "outside").mkdir()
     make: dict[str, Callable[[Path], Any]] = {
         "a file": lambda path: path.write_text("mine"),

@@ -27,7 +27,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral that sees one token": ("mistral", {"sliding_window": 1}),
     "gemma3, with windows and without": ("gemma3_text", {"sliding_window": 40, **MIXED}),
     "cohere2, with windows and without": ("cohere2", {"sliding_window": 40, **MIXED}),
-    "qwen2_moe, whose window the mask alone tells": ("qwen2_moe", WINDOWED_BY_MASK),
+    "qwen2_moe, whose window is known from the mask alone": ("qwen2_moe", WINDOWED_BY_MASK),
     "granite, which hands no positions on": ("granitemoehybrid", WITHOUT_POSITIONS),
     "gpt_neox": ("gpt_neox", {}),
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, **UNDROPPED}),

@@ -1,4 +1,4 @@
-"""What a run may write over, and what it never follows, waits at or removes (rows 74 and 88 of the fault matrix)."""
+"""What a run may write over, and what it never follows, waits at or removes."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-# Row 74: what is at output_dir
+# What is at output_dir
 
 
 Refusal = tuple[Code, str]
@@ -590,7 +590,7 @@ def test_a_file_that_comes_to_an_adapter_of_an_image(image: Path, monkeypatch: p
     assert tree(image / "out") == before | {"thesis.txt": b"precious"} and directory.checkpoints.is_dir()
 
 
-# Rows 74 and 88: links, named pipes, and files in the place of directories
+# Links, named pipes, and files in the place of directories
 
 
 def test_a_link_in_the_place_of_the_work(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

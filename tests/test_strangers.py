@@ -147,7 +147,7 @@ def test_a_secret_that_can_be_guessed_ends_the_run(text: str, monkeypatch: pytes
 
 
 def listening(pid: int) -> list[tuple[str, int]]:
-    """Address (in hexadecimal, as the kernel tells it) and port of each socket on which a process listens."""
+    """Address (in hexadecimal, as the kernel lists it) and port of each socket on which a process listens."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -215,11 +215,11 @@ def test_no_other_machine_reaches_the_store_of_one(
     ["a pickle", "deleted", "noise", *(pytest.param(one, marks=pytest.mark.slow) for one in ("garbage", "huge"))],
 )
 def test_a_stranger_at_the_store(what: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Row 68: nothing of theirs runs; the run goes on, or ends with 10 in all processes, and says why."""
+    """Nothing of theirs is run; the run continues, or ends with exit code 10 in all processes and reports why."""
     children = begun(processes, run_config(**SHARED), tmp_path / "out.partial")
     mark = tmp_path / "mark"
     forged = {"a pickle": pickle.dumps(Bomb(mark)), "garbage": b"\x1b]0;owned\x07\n", "huge": b"9" * (7 << 20)}
-    keys = ["failed", "beat/0", "beat/1", "left/1", "read/1", *(f"said/{one}" for one in range(40))]
+    keys = ["failed", "beat/0", "beat/1", "closed/1", "read/1", *(f"exchange/{one}" for one in range(40))]
     keys += [f"{key}/{rank}" for key in keys[5:] for rank in (0, 1)]
     for port, store in stores(children[0]).items():
         if what == "noise":
@@ -242,7 +242,7 @@ def test_a_stranger_at_the_store(what: str, processes: ForkServer, run_config: M
     said = children[0].said() + children[1].said()
     assert said.count("error: ") == 1 and "\x1b" not in said
     code = Code.DISTRIBUTED_VALUE_REMOVED if what == "deleted" else Code.DISTRIBUTED_VALUE_FORGED
-    assert f"by none of its processes [{code}]; another program reaches" in said, said
+    assert f"exchange values [{code}]; keep the network of the machines private" in said, said
     assert not mark.exists() and checkpoints(tmp_path / "out.partial")
 
 
@@ -321,7 +321,7 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_code_of_another_repository_is_refused(
     command: str, name: str, evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
-    """Row 70: exit code 3, the file and the key are named, and nothing has run."""
+    """Exit code 3, the file and the key are named, and nothing has run."""
     base = tmp_path / "base"
     shutil.copytree(tiny_dir, base)
     (base / "mine.py").write_text("from transformers import LlamaConfig as Config\n")
@@ -433,7 +433,7 @@ ADDED = [
     "name", [*ADDED[::4], *(pytest.param(one, marks=pytest.mark.slow) for one in ADDED if one not in ADDED[::4])]
 )
 def test_a_file_that_was_added_at_any_depth(name: str, copy: Path, cli: Cli) -> None:
-    """Row 71. What no library reads may lie beside it."""
+    """What no library reads may lie beside it."""
     for other in ("notes.txt", "plots/loss.png", ".git/config.json", ".cache/huggingface/download/x.json"):
         (copy / other).parent.mkdir(parents=True, exist_ok=True)
         (copy / other).write_text("{}")
@@ -549,7 +549,7 @@ PLACES: dict[str, Callable[[Path, Path], list[Any]]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_nothing_raw_from_anywhere(place: str, copy: Path, cli: Cli, run_config: MakeConfig) -> None:
-    """Row 72. An error stays one line."""
+    """An error stays one line."""
     write_rows(copy.parent / "evil.jsonl", [{f"key{EVIL}\n": 1, f"other{EVIL}": "\x1b"}])
     add(copy / "adapter_config.json", {"base_model_name_or_path": f"/no{EVIL}\nx"})
     ran = cli(*PLACES[place](run_config(), copy))

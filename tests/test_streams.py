@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, or cannot say what is printed (row 84), in real processes."""
+"""Standard streams that are closed, full, or cannot encode what is printed, in real processes."""
 
 import json
 import os

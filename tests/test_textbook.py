@@ -1,4 +1,4 @@
-"""`adapter.attach` against LoRA written by hand: same outputs, gradients, losses and counts."""
+"""`attach.attach` against LoRA written by hand: same outputs, gradients, losses and counts."""
 
 from collections import OrderedDict
 from copy import deepcopy

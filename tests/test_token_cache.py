@@ -1,4 +1,4 @@
-"""The cache of tokenized rows: all of them or none, whoever else writes, reads or removes (rows 73 and 76)."""
+"""The cache of tokenized rows: all of them or none, whoever else writes, reads or removes."""
 
 import os
 import re
@@ -74,7 +74,7 @@ def test_what_is_published_is_not_written_again(cache: Path) -> None:
 
 @pytest.mark.parametrize("asked", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_many_processes_on_new_entries(asked: int, tmp_path: Path) -> None:
-    """Row 76, and removal at the same time: see `rows_at_once`."""
+    """Entries are removed at the same time: see `rows_at_once`."""
     command = [sys.executable, rows_at_once.__file__, str(tmp_path / "cache"), str(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | WITH_PACKAGE)
     assert done.returncode == 0, done.stderr
@@ -109,7 +109,6 @@ def foreign(cache: Path) -> None:
 
 
 def test_only_entries_of_ours_are_removed(cache: Path) -> None:
-    """Row 73."""
     foreign(cache)
     before = tree(cache)
     for number in (20, 21, 22):
@@ -171,7 +170,7 @@ def test_what_is_in_the_way_is_left_alone(cache: Path) -> None:
 
 
 def test_a_dry_run_removes_nothing(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
-    """Row 73; a run does."""
+    """A run removes them."""
     token_cache_dir.load_or_write(key(20), fill)
     foreign(cache)
     age(cache / key(20))

@@ -264,7 +264,7 @@ def test_a_run_whose_last_step_diverges(cli: Cli, run_config: MakeConfig, tmp_pa
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_are_looked_at_before_they_are_kept(value: float) -> None:
-    """Row 61. Large ones are no fault: their squares would be, and are not taken."""
+    """Large weights are no problem: their squares would be infinite, and are not computed."""
     weight = torch.full((3,), 1e30)
     check_finite([weight], 7)
     weight[1] = value

@@ -35,6 +35,11 @@ def test_quantizer(packed: dict[str, PreTrainedModel]) -> None:
         assert upstream.quantizer(model).quantization_config.quant_method.value == "bitsandbytes"
 
 
+def test_is_quantization_known() -> None:
+    known = ("gptq", "awq", "fp8", "compressed-tensors")
+    assert all(map(upstream.is_quantization_known, known)) and not upstream.is_quantization_known("unheard-of")
+
+
 def test_is_4bit_and_is_packed(packed: dict[str, PreTrainedModel]) -> None:
     weights = {name: model.model.layers[0].mlp.up_proj.weight for name, model in packed.items()}
     assert {name: upstream.is_4bit(weight) for name, weight in weights.items()} == {"4bit": True, "8bit": False}

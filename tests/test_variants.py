@@ -92,7 +92,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
     settings = TrainingSection(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
-    choose = partial(parameters.split, model, section, weight_decay=settings.weight_decay)
+    choose = partial(parameters.choose_optimizer, model, section, weight_decay=settings.weight_decay)
     size = settings.per_device_train_batch_size
     batches = SimpleNamespace(items=ROWS, size=size, collate=COLLATE, flat=False, heaviest=lambda: range(size))
     run = trainer.RunContext(Checkpoints(path / "checkpoints", {}, 0), Silent())
@@ -114,13 +114,13 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
     before = outputs(tiny_llama())
     model, section, start = begun(**VARIANTS[variant])
     assert torch.allclose(outputs(model), before, atol=1e-6)
-    foretold = attach.count(model, start)
+    count = attach.count(model, start)
     outcome = fit(model, section, tmp_path)
     assert outcome.last_loss < outcome.first_loss
     trained = outputs(model)
     assert (trained - before).abs().max() > 0.01
     (tmp_path / "out").mkdir()
-    assert attach.save(model, tmp_path / "out", start) == foretold.adapter_bytes
+    assert attach.save(model, tmp_path / "out", start) == count.adapter_bytes
     exact = 0.0 if not start.to_plain_lora else 1e-6  # what was taken out of the base comes back with rounding
     assert torch.allclose(outputs(attach.load(tiny_llama(), inspect(tmp_path / "out"))), trained, rtol=0, atol=exact)
     assert torch.allclose(

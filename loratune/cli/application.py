@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -16,9 +16,6 @@ from loratune.codes import Code
 from loratune.console import escape_output
 from loratune.errors import ConfigError, Problem
 from loratune.system.files import path_problem
-
-if TYPE_CHECKING:
-    pass
 
 
 class _EscapedGroup(TyperGroup):
@@ -41,7 +38,7 @@ app = typer.Typer(
 )
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, of what is passed over too.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, also of errors that stop nothing.")]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

@@ -47,14 +47,14 @@ def train(
             raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="give one of them"))
         if changes and not resume:
             raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --resume", key="--allow-change"))
-        checked = None
+        validated_run = None
         if group.main:
-            checked = _check_run(config_file, assignments, changes if resume else None, overwrite=overwrite)
+            validated_run = _check_run(config_file, assignments, changes if resume else None, overwrite=overwrite)
 
         with importing():
             from loratune.training import preflight
 
-        ready = preflight.broadcast_run(checked, group)
+        validated_run = preflight.broadcast_run(validated_run, group)
 
         with importing():
             from loratune.commands import report
@@ -63,16 +63,16 @@ def train(
 
         try:
             if dry_run:
-                plan = training.make_plan(ready, show_progress, group)
+                plan = training.make_plan(validated_run, show_progress, group)
                 group.close()
                 if group.main:
                     report.print_plan(plan, rows)
                 return
             reporter = training.Reporter(log, report.log_plan, show_progress, TrainingProgress())
-            result = training.train(ready, reporter, group, allow_worse=allow_worse)
+            result = training.train(validated_run, reporter, group, allow_worse=allow_worse)
         except KeyboardInterrupt as stop:
             fix = "the tokenized rows are kept, so that the same command continues from there"
-            if not dry_run and ready.directory.is_resumable():
+            if not dry_run and validated_run.directory.is_resumable():
                 processes = f"on {group.count} processes, as before, " if group.count > 1 else ""
                 fix = f"{processes}continue with: {_resume_command(config_file, assignments, changes)}"
             raise stop_error(stop, fix) from None

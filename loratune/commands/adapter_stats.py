@@ -42,9 +42,9 @@ class AdapterStats:
 
 def adapter_stats(files: AdapterFiles) -> AdapterStats:
     """Compute the statistics of an adapter. Raises AdapterError: see `lora.stats.updates`."""
-    measured = updates(files)
+    module_updates = updates(files)
     targets: dict[str, list[str]] = {}
-    for module_pattern in dict.fromkeys(pattern(update.module) for update in measured):
+    for module_pattern in dict.fromkeys(pattern(update.module) for update in module_updates):
         targets.setdefault(module_pattern.rpartition(".")[2], []).append(module_pattern)
     others: dict[str, int] = {}
     for name, shape in files.tensors.items():
@@ -60,7 +60,7 @@ def adapter_stats(files: AdapterFiles) -> AdapterStats:
         parameters=sum(math.prod(shape) for shape in files.tensors.values()),
         adapter_bytes=(files.path / WEIGHTS_FILE).stat().st_size,
         targets=targets,
-        updates=measured,
+        updates=module_updates,
         others=others,
     )
 

@@ -16,7 +16,7 @@ from loratune.training.batching import check_positions
 from loratune.training.preflight import AdapterInfo
 
 _BATCH_TOKENS = 8192
-"""TokenizedRow of a batch whose logits are held at once: 1.6 GB in float32 with a vocabulary of 50,000."""
+"""Tokens of a batch, whose logits are in memory at once: 1.6 GB in float32 with a vocabulary of 50,000."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,17 @@ def _accuracies(loaded: LoadedAdapter, rows: Sequence[TokenizedRow]) -> tuple[fl
     """Shares of rows whose completion is exactly the expected one, and begins with it."""
     if not rows:
         return None, None
-    exact = begun = 0
+    exact_matches = label_matches = 0
     for batch in _batches(rows, load.context_length(loaded.model.config)):
         longest = max(len(row.completion) for row in batch)
         for row, ids in zip(batch, loaded.complete([row.prompt for row in batch], longest), strict=True):
-            exact += tuple(ids) == row.completion
-            begun += loaded.text(ids).startswith(loaded.text(row.completion))
-    return exact / len(rows), begun / len(rows)
+            exact_matches += tuple(ids) == row.completion
+            label_matches += loaded.text(ids).startswith(loaded.text(row.completion))
+    return exact_matches / len(rows), label_matches / len(rows)
 
 
 def _batches(rows: Sequence[TokenizedRow], context_length: int | None) -> Iterator[list[TokenizedRow]]:
-    """BatchLayout of rows with completions of similar length.
+    """Batches of rows with completions of similar length.
 
     The prompts of a batch are all completed to the longest expected completion. So a batch takes another row only if
     its longest prompt and its longest completion fit in the context together.

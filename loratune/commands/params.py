@@ -95,46 +95,44 @@ def params(run: RunConfig) -> Params:
     AdapterError: the adapter of `lora.start_from` does not fit.
     """
     base = load.build_meta(load.load_config(run.model), run.model)
-    adapted, matched = attach.adapt(base, run.lora, seed=0)
+    model, targets = attach.adapt(base, run.lora, seed=0)
     start = adapter_files.inspect(Path(run.lora.start_from).expanduser()) if run.lora.start_from else None
-    adapter_init = attach.initialize_adapter(adapted, run.lora, start_from=start)
+    adapter_init = attach.initialize_adapter(model, run.lora, start_from=start)
     layers: dict[int, int] = {}
-    for path in matched.modules:
+    for path in targets.modules:
         if (number := number_of(path)) is not None:
-            layers[number] = layers.get(number, 0) + parameters.count_of(adapted, path)
+            layers[number] = layers.get(number, 0) + parameters.count_of(model, path)
     return Params(
-        count=attach.count(adapted, adapter_init),
-        groups=_groups(adapted, matched),
+        count=attach.count(model, adapter_init),
+        groups=_groups(model, targets),
         layers=layers,
-        others=_others(adapted, matched),
-        targets=matched.entry_patterns(),
-        fused=matched.fused,
-        shared_roles={module_pattern: roles for module_pattern, roles in matched.shared_roles().items() if roles},
-        notes=[*matched.notes],
-        memory=_memory(run, adapted),
+        others=_others(model, targets),
+        targets=targets.entry_patterns(),
+        fused=targets.fused,
+        shared_roles={module_pattern: roles for module_pattern, roles in targets.shared_roles().items() if roles},
+        notes=[*targets.notes],
+        memory=_memory(run, model),
         batch=run.training.per_device_train_batch_size,
         length=run.data.max_length,
     )
 
 
-def _memory(run: RunConfig, adapted: PeftModel) -> memory.Estimate:
+def _memory(run: RunConfig, model: PeftModel) -> memory.Estimate:
     """The estimate for the configured batch of rows of `max_length`, all of whose tokens are supervised."""
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
     rows = [(length, length - 1)] * batch
-    return memory.estimate(
-        adapted, rows, batch, run.training, weight_format=run.model.quantization, device=load.device()
-    )
+    return memory.estimate(model, rows, batch, run.training, weight_format=run.model.quantization, device=load.device())
 
 
-def _groups(adapted: PeftModel, matched: Targets) -> list[ModuleGroup]:
+def _groups(model: PeftModel, targets: Targets) -> list[ModuleGroup]:
     """The adapted modules by pattern, shape and rank, each with all roles that it serves."""
     groups = []
-    for module_pattern, roles in matched.module_patterns().items():
+    for module_pattern, roles in targets.module_patterns().items():
         sizes_by_kind: dict[tuple[tuple[int, int], int], list[int]] = {}
-        for path in matched.modules:
+        for path in targets.modules:
             if pattern(path) == module_pattern:
-                kind = parameters.shape_of(adapted, path), parameters.rank_of(adapted, path)
-                sizes_by_kind.setdefault(kind, []).append(parameters.count_of(adapted, path))
+                kind = parameters.shape_of(model, path), parameters.rank_of(model, path)
+                sizes_by_kind.setdefault(kind, []).append(parameters.count_of(model, path))
         groups += [
             ModuleGroup(", ".join(roles), module_pattern, len(sizes), shape, rank, sum(sizes))
             for (shape, rank), sizes in sizes_by_kind.items()
@@ -142,11 +140,11 @@ def _groups(adapted: PeftModel, matched: Targets) -> list[ModuleGroup]:
     return groups
 
 
-def _others(adapted: PeftModel, matched: Targets) -> dict[str, int]:
+def _others(model: PeftModel, targets: Targets) -> dict[str, int]:
     """Trained parameters outside the adapted modules, by the pattern of their names."""
-    prefixes = tuple(f"{path}." for path in matched.modules)
+    prefixes = tuple(f"{path}." for path in targets.modules)
     others: dict[str, int] = {}
-    for name, size in parameters.trained(adapted).items():
+    for name, size in parameters.trained_sizes(model).items():
         if not name.startswith(prefixes):
             others[pattern(name)] = others.get(pattern(name), 0) + size
     return others

@@ -66,9 +66,14 @@ class Plan:
         config: The configuration, with absolute paths.
         processes: How many processes the run has.
         train_split: The training rows as read; None in a process that did not read them.
+        tokenizer: The tokenizer of the base.
         base: The base, whose files must not change.
         model: The base with the adapter attached.
-        batches: What is trained on, and which layers the kernels compute.
+        targets: The modules that the adapter is attached to.
+        adapter_init: The adapter before its first step.
+        count: Trainable parameters, and all parameters.
+        datasets: The rows as tokens.
+        batches: The same rows in batches, and which layers the kernels compute.
         memory: The estimate of the memory that training needs.
         earlier: The run that made the adapter of `lora.start_from`; None where the run starts from none.
         notes: Lines that the user should see.
@@ -118,8 +123,11 @@ class Result:
     """A published adapter.
 
     Attributes:
+        directory: The adapter directory.
         display_name: The adapter directory as the user wrote it.
         adapter_bytes: The size of the file of weights.
+        outcome: Losses, tokens and time of the training.
+        gain: How much better than its base the adapter does.
         fallbacks: Kinds of layers that were not accelerated.
         example_prompt: A prompt to try the adapter with, quoted for a shell.
     """
@@ -135,8 +143,8 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Trained:
-    """A finished run that is to be published. changes: settings that were changed when it was resumed."""
+class _FinishedRun:
+    """A run that has taken all its steps. changes: settings that were changed when it was resumed."""
 
     plan: Plan
     weights: Weights
@@ -147,12 +155,12 @@ class _Trained:
 
 
 def train(
-    validated: ValidatedRun, reporter: Reporter, group: Group = SINGLE_PROCESS, *, allow_worse: bool = False
+    validated_run: ValidatedRun, reporter: Reporter, group: Group = SINGLE_PROCESS, *, allow_worse: bool = False
 ) -> Result | None:
     """Train an adapter, check it, and publish its directory.
 
     Args:
-        validated: The run, with its config, rows and output directory checked.
+        validated_run: The run, with its config, rows and output directory checked.
         reporter: Receives lines, the plan, and the progress.
         group: The processes of the run.
         allow_worse: Also publish an adapter that does worse than its base.
@@ -169,52 +177,52 @@ def train(
         LostError: Another process of the run is gone.
         KeyboardInterrupt: The user stopped the run.
     """
-    with run_dir.locked(validated.directory) if group.main else nullcontext(validated.directory) as directory:
+    with run_dir.locked(validated_run.directory) if group.main else nullcontext(validated_run.directory) as directory:
         if group.main:
             group.on_end(directory.clean_up)
-            if validated.resume_point is not None and not allow_worse:
-                gain.check_not_rejected(directory, validated.resume_point)
-        plan = make_plan(validated, reporter.watch, group)
-        identity = _identity(plan, validated)
+            if validated_run.resume_point is not None and not allow_worse:
+                gain.check_not_rejected(directory, validated_run.resume_point)
+        plan = make_plan(validated_run, reporter.watch, group)
+        identity = _identity(plan, validated_run)
         if group.main:
-            directory.prepare(resume=validated.resume_point is not None)
+            directory.prepare(resume=validated_run.resume_point is not None)
         if group.leads_machine:
             data.remove_old_entries()
         group.all_gather(None)  # A signal now finds either all processes before the next line, or all behind it.
         with signals.defer_signals(repeated=group.count > 1) as stop:
-            context = _control(plan, validated, identity, reporter, stop, group)
+            context = _run_context(plan, validated_run, identity, reporter, stop, group)
             reporter.plan(plan)
             outcome = _fit(plan, context)
         if context.stopping() and stop.requested is not None:  # A signal can come after the trainer's last check.
             raise stop.requested
         weights, comparison = _compare_with_base(plan, outcome, context, reporter)
         if comparison.verdict == "worse" and not allow_worse:
-            gain.reject(comparison, outcome.steps, validated.directory, group)
+            gain.reject(comparison, outcome.steps, validated_run.directory, group)
         forgetting = _measure_forgetting(plan, weights, outcome, context, reporter)
         plan.base.check_unchanged(group, thoroughly=True)
         group.close()
         if not group.main:
             return None
-        trained = _Trained(plan, weights, outcome, comparison, forgetting, identity["changes"])
-        return _publish(trained, directory, reporter.log)
+        finished_run = _FinishedRun(plan, weights, outcome, comparison, forgetting, identity["changes"])
+        return _publish(finished_run, directory, reporter.log)
 
 
-def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
-    """Load the tokenizer and tokenize the rows; then load the base and attach the adapter.
+def make_plan(validated_run: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
+    """Load the tokenizer and tokenize the rows; then load the base, attach the adapter, and lay out the batches.
 
     Raises ModelError, DataError; and AdapterError, ConfigError: the adapter to start from does not fit.
     """
-    run, resumed = validated.config, validated.resume_point
+    run, resume_point = validated_run.config, validated_run.resume_point
     load.check_machine(run.model)
     load.check_kernels(run.model, gpu=load.device().type != "cpu")
     kernels.keep_pages()
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
-    datasets = batching.tokenize(validated, tokenizer, watch, group)
-    datasets, earlier = continuing.earlier_run(validated, datasets, watch, group)
-    base = load.load_for_run(run.model, group, resumed.base_fingerprint if resumed else None)
-    continuing.check_base(validated.start, base)
-    dense, origin = load.unpacked(base.model, run.model), (run.model.name_or_path, run.model.revision)
-    model, matched = attach.adapt(base.model, run.lora, dense=dense, seed=run.training.seed, origin=origin)
+    datasets = batching.tokenize(validated_run, tokenizer, watch, group)
+    datasets, earlier = continuing.earlier_run(validated_run, datasets, watch, group)
+    base = load.load_for_run(run.model, group, resume_point.base_fingerprint if resume_point else None)
+    continuing.check_base(validated_run.start, base)
+    dense, origin = load.dense_model(base.model, run.model), (run.model.name_or_path, run.model.revision)
+    model, targets = attach.adapt(base.model, run.lora, dense=dense, seed=run.training.seed, origin=origin)
     batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training)
     originals = partial(load.original_weights, run.model, base.model)
     start_from = earlier.start.info.files if earlier else None
@@ -224,63 +232,72 @@ def make_plan(validated: ValidatedRun, watch: ProgressFactory, group: Group = SI
     return Plan(
         config=run,
         processes=group.count,
-        train_split=validated.rows.train if validated.rows else None,
+        train_split=validated_run.rows.train if validated_run.rows else None,
         tokenizer=tokenizer,
         base=base,
         model=model,
-        targets=matched,
+        targets=targets,
         adapter_init=adapter_init,
         count=attach.count(model, adapter_init),
         datasets=datasets,
         batches=batches,
         memory=batches.memory(model, run.training),
         earlier=earlier,
-        notes=[*load.machine_notes(run.model), *batches.notes, *matched.notes, *(earlier.notes() if earlier else ())],
+        notes=[*load.machine_notes(run.model), *batches.notes, *targets.notes, *(earlier.notes() if earlier else ())],
     )
 
 
-def _identity(plan: Plan, validated: ValidatedRun) -> dict[str, Any]:
+def _identity(plan: Plan, validated_run: ValidatedRun) -> dict[str, Any]:
     """What checkpoints record of the run. Raises ResumeError: it differs from the run that was interrupted."""
-    resumed, computation = validated.resume_point, trainer.environment(plan.model, plan.batches.acceleration.fallbacks)
-    identity = resume.identity(plan.config, plan.fingerprints, plan.datasets.train, computation)
-    if resumed is None:
+    resume_point = validated_run.resume_point
+    environment = trainer.environment(plan.model, plan.batches.acceleration.fallbacks)
+    identity = resume.identity(plan.config, plan.fingerprints, plan.datasets.train, environment)
+    if resume_point is None:
         return identity
-    resume.check_same(resumed, identity, validated.allowed_changes, base=plan.base.recorded_fingerprint)
-    return identity | {"changes": [*resumed.changes, *resume.environment_changes(resumed, identity)]}
+    resume.check_same(resume_point, identity, validated_run.allowed_changes, base=plan.base.recorded_fingerprint)
+    return identity | {"changes": [*resume_point.changes, *resume.environment_changes(resume_point, identity)]}
 
 
-def _control(
-    plan: Plan, validated: ValidatedRun, identity: Mapping[str, Any], reporter: Reporter, stop: Stop, group: Group
+def _run_context(
+    plan: Plan, validated_run: ValidatedRun, identity: Mapping[str, Any], reporter: Reporter, stop: Stop, group: Group
 ) -> RunContext:
     """Checkpoints, progress and the point to continue from. Raises ResourceError: the disk is too small."""
-    size, resumed = 2 * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD, validated.resume_point
-    checkpoints = Checkpoints(validated.directory.checkpoints, identity, size, is_writer=group.main)
+    resume_point = validated_run.resume_point
+    size = 2 * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD
+    checkpoints = Checkpoints(validated_run.directory.checkpoints, identity, size, is_writer=group.main)
     after_checkpoint = partial(plan.base.check_unchanged, group)
-    if resumed is None:
+    if resume_point is None:
         if group.main:
             check_free_space(
-                validated.directory.partial, (MOST_CHECKPOINTS + 1) * size + load.tokenizer_bytes(plan.tokenizer)
+                validated_run.directory.partial, (MOST_CHECKPOINTS + 1) * size + load.tokenizer_bytes(plan.tokenizer)
             )
         return RunContext(checkpoints, reporter.progress, stop, group, after_checkpoint=after_checkpoint)
-    for line in _resume_notes(plan, resumed, identity):
+    for line in _resume_notes(plan, resume_point, identity):
         reporter.log(line)
-    place, factor = resumed.checkpoint, resumed.learning_rate_factor
-    return RunContext(checkpoints, reporter.progress, stop, group, place, factor, after_checkpoint)
+    return RunContext(
+        checkpoints,
+        reporter.progress,
+        stop,
+        group,
+        resume_from=resume_point.checkpoint,
+        learning_rate_factor=resume_point.learning_rate_factor,
+        after_checkpoint=after_checkpoint,
+    )
 
 
-def _resume_notes(plan: Plan, resumed: ResumePoint, identity: Mapping[str, Any]) -> Iterator[str]:
+def _resume_notes(plan: Plan, resume_point: ResumePoint, identity: Mapping[str, Any]) -> Iterator[str]:
     """Lines about the checkpoint that the run continues from, and what has changed since."""
-    yield from map(str, resumed.skipped)
-    for key in resumed.dropped_keys:
+    yield from map(str, resume_point.skipped)
+    for key in resume_point.dropped_keys:
         yield f"{key}: was empty in the release of loratune that began the run; this release has no such key"
     for change in identity["changes"]:
         yield f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
-    if resume.environment_changes(resumed, identity):
+    if resume.environment_changes(resume_point, identity):
         yield "so the result may differ in its last digits from that of an uninterrupted run"
-    elif "conditions" not in resumed.identity:
+    elif "conditions" not in resume_point.identity:
         yield "the checkpoint does not record what it was computed with: the result may differ in its last digits"
-    yield f"resuming from step {resumed.step}"
-    before = resumed.identity.get("processes", 1)
+    yield f"resuming from step {resume_point.step}"
+    before = resume_point.identity.get("processes", 1)
     if before != plan.processes and plan.config.lora.lora_dropout:
         yield f"dropout is drawn differently from here on: {plan.processes} processes instead of {before}"
 
@@ -289,7 +306,7 @@ def _fit(plan: Plan, context: RunContext) -> Outcome:
     """Train the adapter. Raises ResourceError: out of memory; it names settings that would save some."""
     training = plan.config.training
     scarce = any(context.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
-    optimizer = partial(parameters.split, plan.model, plan.config.lora, weight_decay=training.weight_decay)
+    optimizer = partial(parameters.choose_optimizer, plan.model, plan.config.lora, weight_decay=training.weight_decay)
     acceleration, batches = plan.batches.acceleration, (plan.batches.train, plan.batches.validation)
     try:
         if plan.config.model.use_liger_kernel:
@@ -313,7 +330,7 @@ def _fit(plan: Plan, context: RunContext) -> Outcome:
 
 def _compare_with_base(plan: Plan, outcome: Outcome, context: RunContext, reporter: Reporter) -> tuple[Weights, Gain]:
     """The adapter's weights, and how much better than its base they do. Raises NumericError: a loss is NaN or inf."""
-    weights = tensors.whole(plan.model)
+    weights = tensors.full_weights(plan.model)
     validation = {"validation": plan.datasets.validation} if plan.datasets.validation else {}
     splits, pad_id = validation | {"training": plan.datasets.train}, load.pad_id(plan.tokenizer)
     base = tensors.as_initialized(plan.model, plan.adapter_init, weights)
@@ -337,29 +354,29 @@ def _measure_forgetting(
     return continuing.measure_forgetting(*adapter, *sample, context.group, reporter.log)
 
 
-def _publish(trained: _Trained, directory: RunDirectory, log: Callable[[str], None]) -> Result:
+def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[[str], None]) -> Result:
     """Put the adapter directory in its place, whole or not at all."""
-    plan = trained.plan
+    plan = finished_run.plan
     size = plan.count.adapter_bytes + load.tokenizer_bytes(plan.tokenizer)
     try:
         with explain_full_disk("the adapter directory", size, directory.partial, "make room, then --resume"):
-            size = _stage(trained, directory)
+            size = _stage(finished_run, directory)
             for path in directory.publish():
                 log(f"{path} is kept: this run did not write it")
     except NumericError:
         directory.remove_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
         raise
     name, fallbacks = directory.display_name, plan.batches.acceleration.fallbacks
-    outcome, comparison, forgetting = trained.outcome, trained.gain, trained.forgetting
+    outcome, comparison, forgetting = finished_run.outcome, finished_run.gain, finished_run.forgetting
     return Result(directory.output, name, size, outcome, comparison, forgetting, fallbacks, plan.example_prompt)
 
 
-def _stage(trained: _Trained, directory: RunDirectory) -> int:
+def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
     """Write the whole adapter directory beside its place. Returns the size of the adapter's weights in bytes."""
-    plan, outcome, changes = trained.plan, trained.outcome, trained.changes
+    plan, outcome, changes = finished_run.plan, finished_run.outcome, finished_run.changes
     assert plan.train_split is not None
     directory.create_staging()
-    size = attach.save(plan.model, directory.staging, plan.adapter_init, trained.weights)
+    size = attach.save(plan.model, directory.staging, plan.adapter_init, finished_run.weights)
     plan.tokenizer.save_pretrained(directory.staging)
     settings = plan.config.resolved()
     (directory.staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
@@ -368,15 +385,15 @@ def _stage(trained: _Trained, directory: RunDirectory) -> int:
         outcome.metrics,
         directory.output.name,
         plan.example_prompt,
-        gain=str(trained.gain),
-        forgetting=str(trained.forgetting or ""),
+        gain=str(finished_run.gain),
+        forgetting=str(finished_run.forgetting or ""),
         formats=plan.train_split.formats,
         changes=changes,
         processes=plan.processes,
     )
     (directory.staging / "README.md").write_text(text, encoding="utf-8")
-    metrics = outcome.metrics | {"gain": trained.gain.as_json()}
-    metrics |= {"forgetting": trained.forgetting.as_json()} if trained.forgetting else {}
+    metrics = outcome.metrics | {"gain": finished_run.gain.as_json()}
+    metrics |= {"forgetting": finished_run.forgetting.as_json()} if finished_run.forgetting else {}
     record = card.provenance(settings, metrics, outcome.curve, plan.fingerprints)
     record |= {"formats": plan.train_split.formats, "chat": plan.train_split.chat, "processes": plan.processes}
     record |= {"rows": plan.datasets.train.report.counts(), "changes": changes}

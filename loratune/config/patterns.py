@@ -1,7 +1,8 @@
-"""Regular expressions that users and strangers write, and what an adapter's configuration says of modules by them.
+"""Regular expressions of users and of downloaded adapters: limits for them, and what they say of an adapter's modules.
 
-`re` tries every way in which an expression may match, and `(a+)+b` has exponentially many; but it looks for signals as
-it goes. A timer of the process ends it, and PEFT later matches, by the same module, what was tried here.
+`re` tries every way in which an expression may match, and `(a+)+b` has exponentially many. It handles signals while it
+matches, so a timer of the process ends a match that takes too long. PEFT uses `re` too, so an expression that was tried
+here does not take too long there.
 
 An adapter's configuration may come from anybody. PEFT checks little of it, and matches expressions and makes tensors
 without a limit, so it is checked here by PEFT's rules before PEFT reads it.
@@ -25,7 +26,7 @@ SECONDS = 2.0
 MAX_LAYERS = 1_000
 """Layers that `layer_replication` may make; each is a copy of its own."""
 MIN_ALLOWED = 64
-"""So many names and patterns are allowed, however few modules there are."""
+"""How many names and patterns are always allowed, even if there are fewer modules."""
 
 _SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying")
 _NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
@@ -96,21 +97,21 @@ def match_time_limit(seconds: float = SECONDS) -> Iterator[None]:
 
 
 def check_values(config: Mapping[str, Any], where: str) -> None:
-    """Check the types of values that PEFT does not check. Raises AdapterError with each that is wrong."""
-    wrong = {key: "not a positive number" for key in ("r", "lora_alpha") if not _is_positive(config.get(key))}
-    wrong |= {key: "neither true nor false" for key in _SWITCHES if not isinstance(config.get(key), bool | None)}
-    wrong |= {key: "not a list of names" for key in _NAMES if not _is_names(config.get(key))}
+    """Check the types of values that PEFT does not check. Raises AdapterError with every wrong value."""
+    reasons = {key: "not a positive number" for key in ("r", "lora_alpha") if not _is_positive(config.get(key))}
+    reasons |= {key: "neither true nor false" for key in _SWITCHES if not isinstance(config.get(key), bool | None)}
+    reasons |= {key: "not a list of names" for key in _NAMES if not _is_names(config.get(key))}
     for key in _PATTERNS:
         values = config.get(key)
         if values is not None and not (isinstance(values, dict) and all(map(_is_positive, values.values()))):
-            wrong[key] = "not a mapping of patterns to positive numbers"
+            reasons[key] = "not a mapping of patterns to positive numbers"
     layers = config.get("layers_to_transform")
     if not (layers is None or _is_whole(layers) or (isinstance(layers, list) and all(map(_is_whole, layers)))):
-        wrong["layers_to_transform"] = "not a list of numbers"
+        reasons["layers_to_transform"] = "not a list of numbers"
     if not _is_replication(config.get("layer_replication")):
-        wrong["layer_replication"] = f"not a list of ranges with at most {MAX_LAYERS:,} layers"
-    if wrong:
-        raise AdapterError([Problem(Code.CONFIG_ADAPTER_VALUE, what, where, key) for key, what in wrong.items()])
+        reasons["layer_replication"] = f"not a list of ranges with at most {MAX_LAYERS:,} layers"
+    if reasons:
+        raise AdapterError([Problem(Code.CONFIG_ADAPTER_VALUE, what, where, key) for key, what in reasons.items()])
 
 
 def _is_positive(value: Any) -> bool:
@@ -175,8 +176,8 @@ def module_settings(
         except BadPatternError as error:
             raise AdapterError(_bad_pattern(f"one of its patterns {error}", where, key)) from None
     settings: dict[str, ModuleSettings] = {}
-    for path, of in values.items():  # PEFT multiplies B·A by lora_alpha over the rank, or over its root
-        rank, alpha = of["rank_pattern"], of["alpha_pattern"]
+    for path, by_key in values.items():  # PEFT multiplies B·A by lora_alpha over the rank, or over its root
+        rank, alpha = by_key["rank_pattern"], by_key["alpha_pattern"]
         settings[path] = ModuleSettings(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     return settings
 

@@ -1,8 +1,8 @@
 """YAML text → plain values, with the line of every key and the traps of YAML 1.1 closed; errors → problems.
 
 Refused rather than guessed: duplicate keys, aliases and merges, tags, and plain scalars that YAML 1.1 and 1.2 read
-differently (`no`, `010`, `12:30`). Read as people mean it: `1e-4` is a number. What pydantic then finds wrong is said
-as where, which key, what was expected, what to do.
+differently (`no`, `010`, `12:30`). `1e-4` is a number, as people mean it. Errors of pydantic become problems with file,
+line, key, what was expected, and what to do.
 """
 
 import difflib
@@ -71,7 +71,7 @@ def read(path: Path) -> Document:
 def parse(text: str, source: str) -> Document:
     """Parse YAML text whose problems are reported as `source:line`."""
     try:
-        loader = _Loader(text)
+        loader = _PlainLoader(text)
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_syntax_problem(error, source)) from None
@@ -170,7 +170,7 @@ class _UnsupportedYAMLError(yaml.MarkedYAMLError):
         self.code, self.fix = code, fix
 
 
-class _Loader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):
     """Composes plain nodes only, each once and to a bounded depth: nine lines of aliases could mean a billion nodes."""
 
     depth = 0
@@ -280,7 +280,6 @@ _EXPECTED = {
     "model_attributes_type": "a section",
 }
 
-# What other tools call our keys.
 _KNOWN_AS = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
@@ -302,6 +301,7 @@ _KNOWN_AS = {
     "dataset": "train",
     "scheduler": "lr_scheduler_type",
 }
+"""What other tools call a key → its name here."""
 
 
 def translate(error: ValidationError, document: Document) -> list[Problem]:
@@ -389,7 +389,7 @@ def _suggestion(path: KeyPath) -> str:
     siblings = [str(key[-1]) for key in keys if key[:-1] == section]
     if near := difflib.get_close_matches(name, siblings, n=1, cutoff=0.6):
         return f"did you mean `{near[0]}`?"
-    wanted = _KNOWN_AS.get(name, name)
-    if elsewhere := [key for key in keys if key[-1] == wanted]:
+    own_name = _KNOWN_AS.get(name, name)
+    if elsewhere := [key for key in keys if key[-1] == own_name]:
         return f"did you mean `{dotted(elsewhere[0])}`?"
     return f"known here: {', '.join(siblings)}" if siblings else "remove it"

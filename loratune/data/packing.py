@@ -78,8 +78,8 @@ def _ordered_by(keys: Numbers) -> Numbers:
 def _place(counts: Numbers, budget: int) -> tuple[Numbers, int]:
     """Place rows in packs.
 
-    The fullest pack with room for a row stays the fullest until it has no more room. So it takes as many rows of this
-    length as fit, and so do all packs of equal room after it.
+    Of the packs with space for a row, the fullest one stays the fullest until it has no more space for one. So it takes
+    as many rows of this length as fit, and so do all packs with the same space after it.
 
     Args:
         counts: (budget + 1,), how many rows have each length.
@@ -219,8 +219,8 @@ class BatchLayout:
         count = len(order) // self.size
         if most > 0:
             count = min(count, most)
-        drawn = self._tokens[order[: count * self.size]].reshape(-1, self.size)
-        return np.asarray(drawn.sum(1) if self.flat else drawn.max(1) * self.size)
+        batches = self._tokens[order[: count * self.size]].reshape(-1, self.size)
+        return np.asarray(batches.sum(1) if self.flat else batches.max(1) * self.size)
 
 
 def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -137,11 +137,11 @@ def index_rows(sources: Sequence[Source], section: DataSection, progress: Progre
         DataError: As `open_source` and `Parser`; up to 10 rows that do not fit their format; or a
             source without rows.
     """
-    opened = [(source, open_source(source)) for source in sources]
-    size = sum(part.size for _, parts in opened for part in parts)
+    parts_by_source = [(source, open_source(source)) for source in sources]
+    size = sum(part.size for _, parts in parts_by_source for part in parts)
     writer, files, counts = _IndexWriter(), [], []
     with progress("reading", size) as advance:
-        for source, parts in opened:
+        for source, parts in parts_by_source:
             before = writer.rows
             files += [file for part in parts if (file := _index_file(part, section, writer, advance)) is not None]
             if writer.rows == before:

@@ -149,7 +149,7 @@ def _read_split(
         for source, share, count in zip(sources, shares, index.counts, strict=True)
     )
     random = np.random.default_rng(seed)
-    masks = [_draw(count, share, random) for count, share in zip(index.counts, shares, strict=True)]
+    masks = [_random_mask(count, share, random) for count, share in zip(index.counts, shares, strict=True)]
     return DatasetSplit(name, index, np.concatenate(masks), section, tuple(mix))
 
 
@@ -183,7 +183,7 @@ def replay_numbers(own: int, earlier: int, share: float, seed: int) -> list[int]
         Numbers of rows of the earlier run.
     """
     whole, rest = divmod(max(1, round(own * share / (1 - share))), earlier)
-    drawn = np.flatnonzero(_draw(earlier, rest, np.random.default_rng([seed, 2])))
+    drawn = np.flatnonzero(_random_mask(earlier, rest, np.random.default_rng([seed, 2])))
     return [*range(earlier)] * whole + drawn.tolist()
 
 
@@ -191,13 +191,13 @@ def _hold_out(mask: RowMask, fraction: float, seed: int) -> tuple[RowMask, RowMa
     """Divide the rows of a mask into those to train on and the fraction, at least one row, to evaluate on."""
     random = np.random.default_rng([seed, 1])
     rows = np.flatnonzero(mask)
-    drawn = _draw(len(rows), max(1, round(len(rows) * fraction)), random)
+    validation_rows = _random_mask(len(rows), max(1, round(len(rows) * fraction)), random)
     validation = np.zeros_like(mask)
-    validation[rows[drawn]] = True
+    validation[rows[validation_rows]] = True
     return mask & ~validation, validation
 
 
-def _draw(count: int, share: int, random: np.random.Generator) -> RowMask:
+def _random_mask(count: int, share: int, random: np.random.Generator) -> RowMask:
     """A mask over `count` rows with `share` of them drawn at random."""
     mask = np.zeros(count, dtype=np.bool_)
     if share >= count:
@@ -212,7 +212,7 @@ def _draw(count: int, share: int, random: np.random.Generator) -> RowMask:
 
 def find_duplicates(split: DatasetSplit) -> RowTally:
     """Rows of a split whose content an earlier row of it has, letter for letter."""
-    groups = [_repeated(hashes, rows) for hashes, rows in _hash_groups(split, EXACT, len(split))]
+    groups = [_later_copies(hashes, rows) for hashes, rows in _hash_groups(split, EXACT, len(split))]
     return _tally(split, groups)
 
 
@@ -247,7 +247,7 @@ def _hash_groups(split: DatasetSplit, column: int, size: int) -> Iterator[tuple[
         yield np.concatenate(hashes), np.concatenate(rows)
 
 
-def _repeated(hashes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _later_copies(hashes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """The rows whose hash an earlier row has."""
     _, first = np.unique(hashes, return_index=True)
     return np.delete(rows, first)

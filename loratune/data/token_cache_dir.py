@@ -41,7 +41,7 @@ _ENTRY = "entry.json"
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _NAMES = re.compile(rf"([0-9a-f]{{64}})({re.escape(_PARTIAL)}|{re.escape(_REMOVED)})?")
 _FILES = re.compile(rf"[0-9]{{5}}\.(arrow|json|unfinished)|{re.escape(_ENTRY)}|entry\.unfinished|whole(\.unfinished)?")
-_MADE_BY = "loratune, tokenised rows"
+_WRITER = "loratune, tokenised rows"
 
 
 def load_or_write(key: str, write: Callable[[TokenCacheWriter], None]) -> TokenCache:
@@ -136,11 +136,11 @@ def _write(root: Path, key: str, write: Callable[[TokenCacheWriter], None], *, u
     with _claim(root, key) if usable else nullcontext(False) as claimed:
         if claimed and (published := _load(entry)) is not None:
             return published
-        partial, lifetime = _begin(root, key) if claimed else None, None
+        partial, lifetime = _prepare_partial(root, key) if claimed else None, None
         if partial is None:
             lifetime = tempfile.TemporaryDirectory(prefix="loratune-rows-")
             partial = Path(lifetime.name)
-        _fill(partial, write)
+        _write_or_clear(partial, write)
         rows = TokenCache(partial, lifetime)
         if lifetime is None:
             partial.rename(entry)
@@ -150,7 +150,7 @@ def _write(root: Path, key: str, write: Callable[[TokenCacheWriter], None], *, u
 
 def _record(key: str) -> dict[str, str]:
     """Returns the record that says whose an entry is, and which."""
-    return {"made_by": _MADE_BY, "key": key}
+    return {"made_by": _WRITER, "key": key}
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def _claim(root: Path, key: str) -> Iterator[bool]:
         yield claimed
 
 
-def _begin(root: Path, key: str) -> Path | None:
+def _prepare_partial(root: Path, key: str) -> Path | None:
     """Prepare the directory to write an entry in, which keeps the shards that it has already. The key is claimed.
 
     A damaged entry under the key is removed.
@@ -203,7 +203,7 @@ def _is_movable(partial: Path, key: str) -> bool:
     return True
 
 
-def _fill(directory: Path, write: Callable[[TokenCacheWriter], None]) -> None:
+def _write_or_clear(directory: Path, write: Callable[[TokenCacheWriter], None]) -> None:
     """Write the rows, and remove the directory where that fails, unless the user stopped it."""
     writer = TokenCacheWriter(directory)
     try:
@@ -234,8 +234,8 @@ def _is_unused(path: Path) -> bool:
 def _is_own(path: Path) -> bool:
     """Whether a directory was written by this module, for this user, and holds nothing else.
 
-    Its record says so, or, if an older release wrote it, the record of its first shard. An empty one is a loss to
-    nobody.
+    Its record says so, or, if an older release wrote it, the record of its first shard. An empty directory counts as
+    own, since nothing is lost with it.
     """
     name, files = _NAMES.fullmatch(path.name), set[str]()
     if name is None or not is_directory(path) or path.lstat().st_uid != os.geteuid():
@@ -245,10 +245,11 @@ def _is_own(path: Path) -> bool:
             if not _FILES.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
                 return False
             files.add(entry.name)
-    return files <= {"entry.unfinished"} or _says_so(path, name[1])
+    return files <= {"entry.unfinished"} or _has_own_record(path, name[1])
 
 
-def _says_so(path: Path, key: str) -> bool:
+def _has_own_record(path: Path, key: str) -> bool:
+    """Whether a directory has the record of an entry under this key, or that of a shard of an older release."""
     for name in (_ENTRY, "00000.json"):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             record = read_record(path / name, any_version=True)
@@ -270,7 +271,7 @@ def _remove(path: Path) -> None:
 
 
 def _rename_for_removal(path: Path) -> Path:
-    """Take the name of an entry away, so that only those find it who read it already. Returns its new path."""
+    """Rename an entry, so that only processes that read it already still use it. Returns its new path."""
     renamed = path.with_name(f"{path.name}{_REMOVED}")
     if renamed.exists() and _is_own(renamed):
         _clear(renamed)

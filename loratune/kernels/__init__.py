@@ -17,7 +17,7 @@ from loratune.kernels.gpu import use_liger as use_liger
 from loratune.kernels.lora_linear import Adapted as Adapted
 from loratune.kernels.lora_linear import inference_lora as inference_lora
 from loratune.kernels.loss import LossHead as LossHead
-from loratune.kernels.loss import full as full
+from loratune.kernels.loss import full_tensor as full_tensor
 from loratune.kernels.loss import global_norm as global_norm
 from loratune.kernels.loss import next_token_loss as next_token_loss
 from loratune.kernels.rowwise import attends_by_rows as attends_by_rows

@@ -92,7 +92,7 @@ def accelerate(model: Any, reader: Reader, *, sharded: bool = False) -> Accelera
 
 @contextmanager
 def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[list[str]]:
-    """`accelerate`, and inside that applied. Yields the kinds of layers that are not accelerated."""
+    """Inside, the layers that `accelerate` finds are accelerated. Yields the kinds of layers that are not."""
     acceleration = accelerate(model, reader, sharded=sharded)
     with acceleration.applied(model):
         yield acceleration.fallbacks
@@ -152,8 +152,8 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
     survey = masks.survey(base)
     kinds: list[_Kind] = []
     if check.runs:
-        every = _kinds(base, reader, survey.sights, stock_masks=survey.stock_masks)
-        kinds = [kind for kind in every if kind.layers]
+        kinds = _kinds(base, reader, survey.sights, stock_masks=survey.stock_masks)
+        kinds = [kind for kind in kinds if kind.layers]
     if ops is reference:
         kinds = [kind for kind in kinds if kind.name != "attention"]  # torch's own is faster than the reference.
     for kind in kinds:
@@ -228,10 +228,13 @@ def _kinds(base: Any, reader: Reader, sights: Mapping[nn.Module, Sight], *, stoc
             layers[kind].append((name, module, factory))
         elif kind_by_name or module in sights:
             others[kind_by_name or "attention"] += 1
-    own = attn_implementation(base)
-    kinds = [_Kind(name, fits, not others[name] and bool(fits), own) for name, fits in layers.items()]
-    by_rows = own == "sdpa" and stock_masks
-    return [kind for kind in kinds if kind.complete or kind.name != "attention" or by_rows]
+    implementation = attn_implementation(base)
+    kinds = [
+        _Kind(name, members, complete=bool(members) and not others[name], implementation=implementation)
+        for name, members in layers.items()
+    ]
+    rest_by_rows = implementation == "sdpa" and stock_masks  # Attention that is not replaced can go row by row.
+    return [kind for kind in kinds if kind.complete or kind.name != "attention" or rest_by_rows]
 
 
 def _decoder_path(base: Any) -> str:

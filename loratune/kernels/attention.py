@@ -148,7 +148,7 @@ class SelfAttention:
     def __call__(self, x: Tensor, cosine: Tensor, sine: Tensor, layout: Layout, *, training: bool) -> Tensor:
         """x: (tokens, in); cosine, sine: (tokens, size) float32. Returns (tokens, out)."""
         parameters = (*self.joined.parameters(), *self.out.parameters())
-        apply: Any = _SelfAttention.apply
+        apply: Any = _SelfAttentionFunction.apply
         result: Tensor = apply(x, cosine, sine, layout, self, training, *parameters)
         return result
 
@@ -158,7 +158,7 @@ class SelfAttention:
         return [self.size * count for count in (self.groups * self.heads, self.groups, self.groups)]
 
 
-class _SelfAttention(torch.autograd.Function):
+class _SelfAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, layout: Layout, layer: SelfAttention, training: bool,

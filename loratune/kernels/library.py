@@ -109,7 +109,7 @@ def _load_cached(compiler: str, define: str) -> Library:
             directory.write(name, key, content)
         except OSError as error:
             return Library(functions, f"the fast CPU code could not be kept in {path}: {_reason(error)}", _name(key))
-    note = f"others could write to {path}: now only you can, and what lay there was not used"
+    note = f"others could write to {path}: now only you can, and what was there was not used"
     return Library(functions, note if repaired else None, _name(key))
 
 
@@ -176,25 +176,25 @@ def _open_directory(path: Path, *, repair: bool = False) -> Iterator[_Directory]
 def _compile(compiler: str, define: str, directory: _Directory) -> bytes:
     """Build the library in a scratch directory, and return its bytes."""
     sources = [str(source) for source in SOURCES if source.suffix == ".c"]
-    wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
+    vectors = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
     scratch = f"build-{uuid.uuid4().hex}"
     os.mkdir(scratch, 0o700, dir_fd=directory.descriptor)
     try:
-        inside = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory.descriptor)
+        descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory.descriptor)
         try:
             subprocess.run(
-                [compiler, *FLAGS.split(), *wide, define, *sources, "-o", "made.so", "-lm"],
-                cwd=f"/proc/self/fd/{inside}",  # The compiler's process inherits the descriptor.
+                [compiler, *FLAGS.split(), *vectors, define, *sources, "-o", "library.so", "-lm"],
+                cwd=f"/proc/self/fd/{descriptor}",  # The compiler's process inherits the descriptor.
                 env={**os.environ, "TMPDIR": ".", "LC_ALL": "C"},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 check=True,
                 timeout=_MAX_SECONDS,
             )
-            with os.fdopen(os.open("made.so", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=inside), "rb") as file:
+            with os.fdopen(os.open("library.so", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=descriptor), "rb") as file:
                 return file.read(_MAX_BYTES)
         finally:
-            os.close(inside)
+            os.close(descriptor)
     finally:
         shutil.rmtree(scratch, ignore_errors=True, dir_fd=directory.descriptor)
 

@@ -203,16 +203,18 @@ def inference_lora(model: Any, reader: Callable[[nn.Module], Adapted | None]) ->
     """
     base = model.get_base_model()
     layers = [(name, module, reader(module)) for name, module in base.named_modules()]
-    adapted = [(name, module, part) for name, module, part in layers if part is not None and part.layer is not module]
+    lora_layers = [
+        (name, module, part) for name, module, part in layers if part is not None and part.layer is not module
+    ]
     try:
-        for name, _, part in adapted:
+        for name, _, part in lora_layers:
             if part.down is None or part.up is None:
                 base.set_submodule(name, part.layer)
             else:
                 base.set_submodule(name, InferenceLinear(part.layer, part.down, part.up, part.scaling))
         yield
     finally:
-        for name, module, _ in adapted:
+        for name, module, _ in lora_layers:
             base.set_submodule(name, module)
 
 
@@ -227,12 +229,12 @@ class GatedLayer:
     def __call__(self, x: Tensor, *, training: bool) -> Tensor:
         """x: (tokens, in). Returns (tokens, out)."""
         parameters = (*self.joined.parameters(), *self.down.parameters())
-        apply: Any = _GatedLayer.apply
+        apply: Any = _GatedLayerFunction.apply
         result: Tensor = apply(x, self, training, *parameters)
         return result
 
 
-class _GatedLayer(torch.autograd.Function):
+class _GatedLayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: GatedLayer, training: bool, *parameters: Tensor) -> Tensor:
         count = len(layer.joined.parameters())

@@ -91,9 +91,9 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     order: inf for the largest absolute value, which cannot overflow.
     """
     norm: Tensor = torch.nn.utils.get_total_norm(tensors, norm_type=order)
-    return full(norm)
+    return full_tensor(norm)
 
 
-def full(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """A tensor itself; a sharded one is gathered, in which all processes must take part."""
     return value.full_tensor() if isinstance(value, DTensor) else value

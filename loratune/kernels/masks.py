@@ -148,7 +148,7 @@ def window_of(function: Callable[..., Tensor]) -> int | None:
 
 
 @dataclass(frozen=True)
-class Survey:
+class AttentionSurvey:
     """How the layers of a model attend that use transformers' attention interface.
 
     Attributes:
@@ -160,7 +160,7 @@ class Survey:
     stock_masks: bool
 
 
-def survey(base: Any) -> Survey:
+def survey(base: Any) -> AttentionSurvey:
     """Examine a causal language model of transformers; the result is empty if it does not run on a row of ids."""
     probe = _Probe()
     ids = (torch.arange(8) + 8).view(1, -1).to(base.device) % base.config.get_text_config().vocab_size
@@ -169,9 +169,9 @@ def survey(base: Any) -> Survey:
             base.get_decoder()(ids, use_cache=False)
     except Exception:  # Families raise all kinds of errors where they need other inputs.
         _log.debug("attention is not understood: the model does not run on a bare row", exc_info=True)
-        return Survey({}, stock_masks=False)
+        return AttentionSurvey({}, stock_masks=False)
     sights = {module: sight for module, sight in probe.sights.items() if module not in probe.refused}
-    return Survey(sights, stock_masks=not probe.altered)
+    return AttentionSurvey(sights, stock_masks=not probe.altered)
 
 
 @contextmanager

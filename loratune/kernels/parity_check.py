@@ -122,7 +122,7 @@ def compute(
     Returns:
         The results; None if the model does not run on such rows.
     """
-    with torch.random.fork_rng(_devices(base)):
+    with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         try:
             return _compute(base, seed, rounded, distant, rows)
         except Exception as error:  # Families raise all kinds of errors where they need other inputs.
@@ -167,19 +167,15 @@ def _forward_backward(base: Any, ids: Tensor, positions: Tensor, rounded: bool) 
             output = base.get_decoder()(ids, position_ids=positions, use_cache=False)
             states = output.logits if "logits" in output else output.last_hidden_state
             weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
-            trained = [weight for weight in base.parameters() if weight.requires_grad and weight.numel() <= MAX_SIZE]
-            inputs = [*embeddings, *trained]
+            trainable = [weight for weight in base.parameters() if weight.requires_grad and weight.numel() <= MAX_SIZE]
+            inputs = [*embeddings, *trainable]
             gradients = torch.autograd.grad((states.float() * weights).sum(), inputs, allow_unused=True)
     finally:
         hook.remove()
     filled = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(inputs, gradients, strict=True)]
     count = len(embeddings)
-    adapter = [torch.cat([dx.detach().float().flatten() for dx in filled[count:]])] if trained else []
+    adapter = [torch.cat([dx.detach().float().flatten() for dx in filled[count:]])] if trainable else []
     return states.detach(), [*(dx.detach() for dx in filled[:count]), *adapter]
-
-
-def _devices(base: Any) -> list[Any]:
-    return [base.device] if base.device.type == "cuda" else []
 
 
 @contextmanager

@@ -73,11 +73,11 @@ class Layer:
 @cache
 def checked() -> Mapping[Layer, str]:
     """Every layer of the list, and the form of the replacement that computes the same."""
-    listed = json.loads(LIST.read_text(encoding="utf-8"))["layers"]
+    digests_by_name = json.loads(LIST.read_text(encoding="utf-8"))["layers"]
     return {
         Layer(name, digest, json.dumps(entry["switches"], sort_keys=True)): entry["form"]
-        for name, releases in listed.items()
-        for digest, entries in releases.items()
+        for name, entries_by_digest in digests_by_name.items()
+        for digest, entries in entries_by_digest.items()
         for entry in entries
     }
 
@@ -159,12 +159,12 @@ def source_digest(kind: type) -> str:
 def _trees(kind: type) -> Iterator[ast.AST]:
     """A class, its bases but torch's, and the functions and constants of transformers that they refer to."""
     queue = [(base.__module__, base.__qualname__) for base in kind.__mro__ if not _is_torch(base)]
-    seen: set[tuple[str, str]] = set()
+    visited: set[tuple[str, str]] = set()
     while queue:
         definition = queue.pop(0)
-        if definition in seen:
+        if definition in visited:
             continue
-        seen.add(definition)
+        visited.add(definition)
         module_name, qualified_name = definition
         module = sys.modules[module_name]
         local = _definitions(str(module.__file__))

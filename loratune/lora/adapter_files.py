@@ -73,23 +73,25 @@ class AdapterFiles:
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
     def edits(self) -> list[Problem]:
-        """Files that have changed since the adapter was saved, or were added and would be read; none if no record
-        lists the files."""
+        """A problem for each file that has changed since the adapter was saved, or was added and would be read.
+
+        There are none if no record lists the files.
+        """
         if not self.record:
             return []
-        listed, present = self.record["files"], manifest(self.path)
+        recorded_digests, digests = self.record["files"], manifest(self.path)
         edits = {
             name: (Code.ADAPTER_FILE_MISSING, "missing")
-            if name not in present
+            if name not in digests
             else (Code.ADAPTER_FILE_CHANGED, "changed since the adapter was saved")
-            for name, digest in listed.items()
-            if present.get(name) != digest
+            for name, digest in recorded_digests.items()
+            if digests.get(name) != digest
         }
         added = Code.ADAPTER_FILE_ADDED
         edits |= {
             name: (added, "was added since the adapter was saved")
-            for name in present
-            if is_read(name) and name not in listed
+            for name in digests
+            if is_read(name) and name not in recorded_digests
         }
         links = (path for path in _walk(self.path) if path.is_dir())  # `_walk` yields no other directories
         edits |= {

@@ -67,28 +67,28 @@ def endings(
         every: All paths.
         layers: Those of `layers_to_transform`, which PEFT applies to endings and not to whole paths.
     """
-    total: Counter[str] = Counter()
+    all_counts: Counter[str] = Counter()
     for path in every:
-        total.update(tails(path) if layers is None or number_of(path) in layers else (path,))
-    wanted = Counter(tail for path in chosen for tail in tails(path))
-    exact = {path: next((tail for tail in tails(path) if wanted[tail] == total[tail]), None) for path in chosen}
-    names = {name for name in exact.values() if name}
-    return tuple(sorted(names)), [path for path, name in exact.items() if not name]
+        all_counts.update(tails(path) if layers is None or number_of(path) in layers else (path,))
+    counts = Counter(tail for path in chosen for tail in tails(path))
+    name_of = {path: next((tail for tail in tails(path) if counts[tail] == all_counts[tail]), None) for path in chosen}
+    names = {name for name in name_of.values() if name}
+    return tuple(sorted(names)), [path for path, name in name_of.items() if not name]
 
 
-def few(items: Sequence[str], most: int) -> str:
+def join_first(items: Sequence[str], most: int) -> str:
     """`a, b, c and 9 more`."""
     rest = len(items) - most
     return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def counted(paths: Iterable[str], most: int) -> str:
+def join_counts(paths: Iterable[str], most: int) -> str:
     """`attn.c_attn ×12, attn.c_proj ×12 and 2 more`."""  # noqa: RUF002
     counts = Counter(map(short, paths))
-    return few([f"{name} ×{count}" for name, count in counts.items()], most)  # noqa: RUF001
+    return join_first([f"{name} ×{count}" for name, count in counts.items()], most)  # noqa: RUF001
 
 
-def natural(path: str) -> list[tuple[int, str]]:
+def natural_sort_key(path: str) -> list[tuple[int, str]]:
     """A key that sorts layer 2 before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 

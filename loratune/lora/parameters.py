@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loratune.config import LoraSection
 from loratune.lora.initialize import WRAPPER_PREFIX
-from loratune.lora.module_names import counted, few, short
+from loratune.lora.module_names import join_counts, join_first, short
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def count_of(model: PeftModel, module: str) -> int:
     )
 
 
-def trained(model: PeftModel) -> dict[str, int]:
+def trained_sizes(model: PeftModel) -> dict[str, int]:
     """Trained parameters, named as in the base → their sizes."""
     return {
         _base_name(name): parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -91,8 +91,8 @@ def _excessive_ranks(model: PeftModel) -> Iterator[str]:
     for limit, names in sorted(layers.items()):
         key = "lora.r" if highest[limit] == common else "lora.rank_pattern"
         yield (
-            f"{key}: {highest[limit]} is more than the {limit} inputs or outputs of {counted(names, 4)}; {limit} is "
-            "enough for every update of them"
+            f"{key}: {highest[limit]} is more than the {limit} inputs or outputs of {join_counts(names, 4)}; "
+            f"{limit} is enough for every update of them"
         )
 
 
@@ -113,7 +113,7 @@ def _unportable(model: PeftModel) -> Iterator[str]:
             kinds[layer_name] = "a Linear with the weight of the embeddings"
     for kind in dict.fromkeys(kinds.values()):
         names = [layer_name for layer_name, of_layer in kinds.items() if of_layer == kind]
-        yield f"lora.target_modules: llama.cpp and Ollama do not read an adapter of {few(names, 4)}, {kind}"
+        yield f"lora.target_modules: llama.cpp and Ollama do not read an adapter of {join_first(names, 4)}, {kind}"
 
 
 def _modules_in_16_bit(model: PeftModel) -> Iterator[str]:
@@ -153,7 +153,7 @@ def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return 8 + -(-length // 8) * 8 + offset
 
 
-Choice = tuple[type[Optimizer], dict[str, Any]]
+OptimizerChoice = tuple[type[Optimizer], dict[str, Any]]
 """A class of optimizers and its keywords, for `Trainer(optimizer_cls_and_kwargs=...)`."""
 
 
@@ -164,19 +164,21 @@ def freeze_a(model: PeftModel) -> None:
             parameter.requires_grad_(False)
 
 
-def split(model: PeftModel, section: LoraSection, plain: Choice, weight_decay: float) -> Choice:
+def choose_optimizer(
+    model: PeftModel, section: LoraSection, default: OptimizerChoice, weight_decay: float
+) -> OptimizerChoice:
     """The optimizer of the run's LoRA variant.
 
     Args:
         model: The model with the adapter.
         section: The settings of LoRA.
-        plain: Class and keywords, `lr` among them, of the optimizer without a variant.
+        default: Class and keywords, `lr` among them, of the optimizer without a variant.
         weight_decay: Weight decay of the run.
 
     Returns:
         Class and keywords. PEFT groups the parameters; as the keyword `params` they replace Trainer's own groups.
     """
-    kind, keywords = plain
+    kind, keywords = default
     if section.use_lorafa:
         optimizer = create_lorafa_optimizer(
             model, section.r, section.lora_alpha, lr=keywords["lr"], weight_decay=weight_decay
@@ -193,7 +195,7 @@ def split(model: PeftModel, section: LoraSection, plain: Choice, weight_decay: f
             **keywords,
         )
         return kind, keywords | {"params": [group for group in optimizer.param_groups if group["params"]]}
-    return plain
+    return default
 
 
 def _without_base(group: dict[str, Any]) -> dict[str, Any]:

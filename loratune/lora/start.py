@@ -20,7 +20,7 @@ from loratune.config.patterns import adapted_modules, module_settings
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
 from loratune.lora.initialize import WRAPPER_PREFIX
-from loratune.lora.module_names import counted, few, short
+from loratune.lora.module_names import join_counts, join_first, short
 from loratune.lora.tensors import UNCHANGING, Weights, read_adapter
 
 KEY = "lora.start_from"
@@ -148,13 +148,13 @@ def _target_problems(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> 
     """What the saved adapter adapts and this run does not, or trains whole and the other does not."""
     where, targets = str(files.path), adapted_modules({name: tuple(tensor.shape) for name, tensor in fresh.items()})
     if lost := [path for path in adapted_modules(files.tensors) if path not in targets]:
-        what = f"the adapter also adapts {counted([*dict.fromkeys(lost)], 4)}, which this run does not"
+        what = f"the adapter also adapts {join_counts([*dict.fromkeys(lost)], 4)}, which this run does not"
         fix = "name them in lora.target_modules, and leave out lora.layers_to_transform if it excludes them"
         yield Problem(Code.LORA_START_TARGETS, what, where, KEY, fix)
     old, new = ({name for name in names if not _FACTOR.match(name)} for names in (files.tensors, fresh))
     new -= {name for name in new if name.endswith("bias")}  # those of modules that are adapted for the first time
     if other := sorted((old - {*fresh}) | (new - old)):
-        what = f"one of the adapter and this run trains {few([short(_plain(name)) for name in other], 3)} whole"
+        what = f"one of the adapter and this run trains {join_first([short(_plain(name)) for name in other], 3)} whole"
         fix = "set lora.modules_to_save, lora.bias and lora.trainable_token_indices as they were"
         yield Problem(Code.LORA_START_SETTING, what, where, KEY, fix)
 
@@ -170,7 +170,7 @@ def _rank_problems(model: PeftModel, files: AdapterFiles) -> Iterator[Problem]:
     if lower := [path for path, (old, new) in ranks.items() if new < old]:
         old, new = ranks[lower[0]]
         most = max(ranks[path][0] for path in lower)
-        what = f"the adapter has rank {old}, and this run {new}, on {counted(lower, 4)}: a part of it would be lost"
+        what = f"the adapter has rank {old}, and this run {new}, on {join_counts(lower, 4)}: a part of it would be lost"
         yield Problem(Code.LORA_START_RANK, what, str(files.path), KEY, f"raise lora.r, or its rank_pattern, to {most}")
 
 
@@ -197,7 +197,7 @@ def _check_shapes(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> Non
         (Code.ADAPTER_TENSORS_SHAPE, "have another shape", differing),
     ]
     if problems := [
-        Problem(code, f"{len(names)} tensors {kind}, among them {few(names, 3)}", str(files.path), KEY, fix)
+        Problem(code, f"{len(names)} tensors {kind}, among them {join_first(names, 3)}", str(files.path), KEY, fix)
         for code, kind, names in kinds
         if names
     ]:

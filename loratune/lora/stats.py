@@ -14,7 +14,7 @@ from loratune.codes import Code
 from loratune.config.patterns import ModuleSettings, module_settings
 from loratune.errors import AdapterError, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.lora.module_names import natural
+from loratune.lora.module_names import natural_sort_key
 
 _PREFIX = "base_model.model."
 _A = re.compile(rf"^{re.escape(_PREFIX)}(?P<path>.*)\.lora_(?P<kind>embedding_)?A(?P<end>\.weight)?$")
@@ -50,7 +50,7 @@ def updates(files: AdapterFiles) -> list[Update]:
     Raises:
         AdapterError: An A without its B, or of another rank than the configuration says; NaN or inf.
     """
-    measured, settings = [], module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
+    module_updates, settings = [], module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
     with safe_open(files.path / WEIGHTS_FILE, framework="pt") as file:
         for name in files.tensors:
             if match := _A.match(name):
@@ -60,8 +60,10 @@ def updates(files: AdapterFiles) -> list[Update]:
                 if min(map(len, shapes)) < 2 or shapes[1][1] != shapes[0][0]:
                     what, where = "has no lora_B of its rank", str(files.path / WEIGHTS_FILE)
                     raise AdapterError(Problem(Code.ADAPTER_NO_FACTOR, what, where, path))
-                measured.append(_update(files, settings[path], path, file.get_tensor(name), file.get_tensor(partner)))
-    return sorted(measured, key=lambda update: natural(update.module))
+                module_updates.append(
+                    _update(files, settings[path], path, file.get_tensor(name), file.get_tensor(partner))
+                )
+    return sorted(module_updates, key=lambda update: natural_sort_key(update.module))
 
 
 def _update(files: AdapterFiles, settings: ModuleSettings, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:

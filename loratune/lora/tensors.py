@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
-from loratune.kernels import full
+from loratune.kernels import full_tensor
 from loratune.lora import upstream
 from loratune.lora.adapter_files import WEIGHTS_FILE, AdapterFiles
 from loratune.lora.initialize import AdapterInit
@@ -31,21 +31,21 @@ def weights(model: PeftModel) -> Weights:
     return state
 
 
-def whole(model: PeftModel) -> Weights:
-    """The same, whole, collected from all processes that hold a part of them, which all must call this."""
+def full_weights(model: PeftModel) -> Weights:
+    """The same as whole tensors. Where processes hold parts of them, all of these must call this."""
     with _gathered(model):
-        return {name: full(tensor).detach().clone() for name, tensor in weights(model).items()}
+        return {name: full_tensor(tensor).detach().clone() for name, tensor in weights(model).items()}
 
 
-def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, distributed over the processes as `target` is."""
+def distribute_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, distributed over the processes in the same way as `target`."""
     if not isinstance(target, DTensor):
         return value
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
 @torch.no_grad()
-def restore(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
+def restore(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy whole tensors into a model that may hold only a part of them; then all processes must call this.
 
     Raises:
@@ -53,7 +53,7 @@ def restore(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
     """
     with _gathered(model, write=True):
         for name, target in weights(model).items():
-            target.copy_(alike(saved[name].to(target.device), target))
+            target.copy_(distribute_like(tensors[name].to(target.device), target))
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def few(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def as_initialized(model: PeftModel, start: AdapterInit, trained: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def as_initialized(model: PeftModel, start: AdapterInit, trained_weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Inside, a trained model computes what its base computes.
 
     An initialization that took a part out of the base (PiSSA, OLoRA) equals the base up to rounding, so the initial
@@ -164,7 +164,7 @@ def as_initialized(model: PeftModel, start: AdapterInit, trained: Mapping[str, t
     Args:
         model: The trained model.
         start: The adapter as it was initialized.
-        trained: The trained tensors, see `whole`; the model has them again afterwards.
+        trained_weights: The trained tensors, see `full_weights`; the model has them again afterwards.
     """
     is_replaced = start.to_plain_lora or model.peft_config["default"].bias != "none"
     if is_replaced:
@@ -177,14 +177,14 @@ def as_initialized(model: PeftModel, start: AdapterInit, trained: Mapping[str, t
                 yield
     finally:
         if is_replaced:
-            restore(model, trained)
+            restore(model, trained_weights)
 
 
 @contextmanager
-def as_started(model: PeftModel, start: AdapterInit, trained: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def as_started(model: PeftModel, start: AdapterInit, trained_weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Inside, a trained model computes what it did before its first step. Arguments as in `as_initialized`."""
     restore(model, start.tensors)
     try:
         yield
     finally:
-        restore(model, trained)
+        restore(model, trained_weights)

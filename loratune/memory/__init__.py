@@ -227,8 +227,8 @@ def estimate(
         accumulated=training.gradient_accumulation_steps > 1,
     )
     weight_format = weight_format or format_of(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = size(trained)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = size(trainable)
     quantized = quantizable(model) if weight_format != "none" else set()
     traced = trace(model, step, adapted_linear, quantized, keeps_input=weight_format == "8bit")
     activations, peak = traced or _by_formula(model, step)
@@ -236,7 +236,7 @@ def estimate(
         weights=weights(model, weight_format),
         adapter=gradients + size(p for name, p in model.named_parameters() if not p.requires_grad and "lora_" in name),
         gradients=gradients,
-        optimizer=sum(moments(parameter, training.optim) for parameter in trained),
+        optimizer=sum(moments(parameter, training.optim) for parameter in trainable),
         activations=activations,
         logits=max(0, peak - activations - (0 if step.accumulated else gradients)),
         runtime=0,
@@ -268,9 +268,10 @@ def _primitives(sizes: int) -> int:
     sizes: how many numbers of tokens the batches of the run have.
     """
     value = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
-    made = PRIMITIVES_PER_SIZE * (CHECKED_SIZES + sizes)
-    kept = min(made, int(value) if value.isdecimal() else CACHED_PRIMITIVES)
-    return PRIMITIVE_SIZE * kept + min(HOLES, PRIMITIVE_SIZE * (made - kept) // 2)
+    capacity = int(value) if value.isdecimal() else CACHED_PRIMITIVES
+    primitives = PRIMITIVES_PER_SIZE * (CHECKED_SIZES + sizes)
+    cached = min(primitives, capacity)
+    return PRIMITIVE_SIZE * cached + min(HOLES, PRIMITIVE_SIZE * (primitives - cached) // 2)
 
 
 def _by_formula(model: Any, step: TracedStep) -> tuple[int, int]:
@@ -317,14 +318,14 @@ def _changes(
     """Changes of the config as `key: value`, and the arguments of `estimate` with each of them."""
     arguments = {"rows": rows, "batch": batch, "training": training}
     if not training.activation_checkpointing:
-        changed = training.model_copy(update={"activation_checkpointing": True})
-        yield "training.activation_checkpointing: true", arguments | {"training": changed}
+        new_section = training.model_copy(update={"activation_checkpointing": True})
+        yield "training.activation_checkpointing: true", arguments | {"training": new_section}
     if (size := training.per_device_train_batch_size) > 1:
         half, steps = size // 2, training.gradient_accumulation_steps * 2
-        changed = training.model_copy(update={"gradient_accumulation_steps": steps})
+        new_section = training.model_copy(update={"gradient_accumulation_steps": steps})
         change = f"training.per_device_train_batch_size: {half} with training.gradient_accumulation_steps: {steps}"
         shrunk = rows if batch > 1 else [(length * half // size, labels * half // size) for length, labels in rows]
-        yield change, arguments | {"rows": shrunk, "batch": max(1, batch * half // size), "training": changed}
+        yield change, arguments | {"rows": shrunk, "batch": max(1, batch * half // size), "training": new_section}
     if batch > 1 and (longest := max(length for length, _ in rows)) > 1:
         half = longest // 2
         yield (

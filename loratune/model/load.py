@@ -222,17 +222,20 @@ def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedMo
     section = section or ModelSection(name_or_path=config.name_or_path or config.model_type)
     try:
         with torch.device("meta"):
-            remote = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
-            loaded = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # its class, by an earlier call
-            pinned = {"code_revision": section.revision} if section.trust_remote_code and remote and not loaded else {}
+            has_code = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
+            is_imported = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # by an earlier call
+            needs_code = section.trust_remote_code and has_code and not is_imported
             return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=section.trust_remote_code, dtype=compute_dtype(section), **pinned
+                config,
+                trust_remote_code=section.trust_remote_code,
+                dtype=compute_dtype(section),
+                **({"code_revision": section.revision} if needs_code else {}),
             )
     except Exception as error:  # values that the configuration accepts may fail wherever a layer first uses them
         raise checks.unreadable(Code.MODEL_UNREADABLE, section, error) from None
 
 
-def unpacked(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
+def dense_model(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
     """The model in which targets are looked for: `base`, or a dense model of its shape on the meta device.
 
     The layers of GPTQ, AWQ and the like are no `nn.Linear`; those of bitsandbytes are.

@@ -142,10 +142,7 @@ def loading_config(section: ModelSection, config: Any, compute_dtype: "torch.dty
         return transformers.GgufConfig(dequantize=True)
     if (record := record_of(config.to_dict())) is not None:
         name = method(record)
-        # transformers would ignore a method that it does not know, and take the weights for plain ones
-        if name != "bitsandbytes" and not transformers.quantizers.AutoHfQuantizer.supports_quant_method(
-            {"quant_method": name}
-        ):
+        if name != "bitsandbytes" and not upstream.is_quantization_known(name):
             what = f"the base is quantized by a method that transformers does not know ({name})"
             fix = "use one that is not quantized, or by GPTQ"
             raise ModelError(Problem(Code.MODEL_QUANTIZATION_UNKNOWN, what, section.name_or_path, fix=fix))

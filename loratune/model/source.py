@@ -203,7 +203,7 @@ def _downloads(name: str, revision: str | None) -> Iterator[Path]:
 
 
 def check_code(files: Iterable[Path], own: str = "") -> None:
-    """Check that these JSON files name no code of another repository. Files that are not JSON are passed over.
+    """Check that these JSON files name no code of another repository. Files that are not JSON are ignored.
 
     Args:
         files: The files.

@@ -9,6 +9,8 @@ import json
 import logging
 from typing import Any
 
+import transformers
+
 _log = logging.getLogger(__name__)
 
 _SUB_TOKENIZERS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -28,6 +30,15 @@ def quantizer(model: Any) -> Any:
     `is_trainable` of the quantizer is documented; the attribute of the model that holds the quantizer is not.
     """
     return getattr(model, "hf_quantizer", None)
+
+
+def is_quantization_known(method: str) -> bool:
+    """Whether transformers knows a `quant_method` of config.json. Imports torch.
+
+    It would ignore one that it does not know, and take the weights for plain ones. Its documentation has a table of
+    methods, and no function that says which of them a release knows.
+    """
+    return bool(transformers.quantizers.AutoHfQuantizer.supports_quant_method({"quant_method": method}))
 
 
 def is_4bit(tensor: Any) -> bool:

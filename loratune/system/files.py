@@ -137,10 +137,11 @@ def explain_full_disk(what: str, size: int, where: Path, fix: str) -> Iterator[N
     except Exception as error:  # torch and safetensors raise errors of their own for it
         if not is_disk_full(error):
             raise
-        room, (limit, _) = f"{shutil.disk_usage(where).free:,} are free", resource.getrlimit(resource.RLIMIT_FSIZE)
+        free_space = f"{shutil.disk_usage(where).free:,} are free"
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         if limit != resource.RLIM_INFINITY:
-            room += f", and a file may have at most {limit:,} (ulimit -f)"
-        message = f"no room for {what}: it takes {size:,} bytes, {room}"
+            free_space += f", and a file may have at most {limit:,} (ulimit -f)"
+        message = f"no room for {what}: it takes {size:,} bytes, {free_space}"
         raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, message, str(where), fix=fix)) from None
 
 
@@ -204,11 +205,10 @@ def hold_lock(file: TextIO, where: str) -> None:
             return
         except BlockingIOError:
             time.sleep(0.05 if attempt < 4 else 0)
-    else:
-        file.seek(0)
-        what = f"another run is using this directory ({file.read().strip() or 'it does not say which'})"
-        fix = "wait until it ends, or choose another directory"
-        raise LockedError(Problem(Code.SYSTEM_LOCKED, what, where, "output_dir", fix))
+    file.seek(0)
+    what = f"another run is using this directory ({file.read().strip() or 'it does not say which'})"
+    fix = "wait until it ends, or choose another directory"
+    raise LockedError(Problem(Code.SYSTEM_LOCKED, what, where, "output_dir", fix))
 
 
 def is_incidental_file(name: str) -> bool:

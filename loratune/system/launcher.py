@@ -83,9 +83,9 @@ class Group(Protocol):
         """The values of all processes, by rank; each waits for the others. Values are as in `broadcast`."""
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """The sums of numbers over all processes, which have them at hand."""
+        """The sums of numbers over all processes, each of which must have its own numbers by now."""
 
-    def on_end(self, clear: Callable[[], None]) -> None:
+    def on_end(self, clean_up: Callable[[], None]) -> None:
         """Set what this process cleans up when another one ends them all."""
 
     def fail(self, error: BaseException, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:
@@ -93,7 +93,7 @@ class Group(Protocol):
         are none if another one prints them, and its exit code."""
 
     def close(self) -> None:
-        """Part from the others: what happens to one process no longer matters to another."""
+        """Leave the group once all processes call this: from then on the end of one does not end the others."""
 
 
 class SingleProcess:
@@ -102,7 +102,7 @@ class SingleProcess:
     rank, count, main, leads_machine = 0, 1, True, True
 
     def broadcast(self, value: T) -> T:
-        """The value."""
+        """The value itself."""
         return value
 
     def all_gather(self, value: T) -> list[T]:
@@ -110,10 +110,10 @@ class SingleProcess:
         return [value]
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """The numbers."""
+        """The numbers themselves."""
         return list(values)
 
-    def on_end(self, clear: Callable[[], None]) -> None:
+    def on_end(self, clean_up: Callable[[], None]) -> None:
         """Nothing: there is no other process."""
 
     def fail(self, error: BaseException, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:

@@ -267,8 +267,8 @@ def _mapped() -> int:
         return 1 << 60
 
 
-def _limit(what: int, wanted: int) -> None:
-    """Set a limit of this process, or the hard limit if that is lower."""
-    _, hard = resource.getrlimit(what)
+def _limit(resource_number: int, value: int) -> None:
+    """Set a limit of this process to a value, or to the hard limit if that is lower."""
+    _, hard = resource.getrlimit(resource_number)
     with suppress(ValueError, OSError):
-        resource.setrlimit(what, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+        resource.setrlimit(resource_number, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))

@@ -40,7 +40,7 @@ _EXCEPTIONS: dict[signal.Signals, type[KeyboardInterrupt]] = {
     signal.SIGXCPU: Termination,
 }
 _REPEATABLE = (signal.SIGINT, signal.SIGTERM)
-"""A second one of these stops at once. The others come more than once without anybody's intent: shell and kernel both
+"""A second one of these stops at once. The others come more than once although nobody asks twice: shell and kernel both
 send SIGHUP as a terminal closes, and SIGXCPU comes every second."""
 
 RELAY_SECONDS = 2.0
@@ -110,7 +110,7 @@ def write_line(line: str) -> None:
 
     In a terminal it begins on a line of its own, below a progress bar.
     """
-    with suppress(Exception):  # there is nobody to tell
+    with suppress(Exception):  # there is no other place to report to
         handle = sys.stderr.fileno()
         poll = select.poll()
         poll.register(handle, select.POLLOUT)

@@ -43,10 +43,10 @@ def _escape(stream: Any) -> None:
 
 
 def _output(original: Any) -> io.TextIOWrapper:
-    """Standard output over `_Output`, otherwise like the original, which is None if it was closed."""
+    """Standard output over `_StandardOutput`, otherwise like the original, which is None if it was closed."""
     if original is not None:
         original.flush()
-    raw = _Output(1, "w", closefd=False)
+    raw = _StandardOutput(1, "w", closefd=False)
     unbuffered = original is not None and isinstance(original.buffer, io.RawIOBase)  # by python -u
     stream = io.TextIOWrapper(
         raw if unbuffered else io.BufferedWriter(raw),
@@ -59,7 +59,7 @@ def _output(original: Any) -> io.TextIOWrapper:
     return stream
 
 
-class _Output(io.FileIO):
+class _StandardOutput(io.FileIO):
     """The bytes of standard output. The first that cannot be written raise an error, and the rest is dropped.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What happens between the trainer's steps: numbers are checked, progress is shown, a stop is obeyed."""
+"""Callbacks of the trainer: they check numbers, show progress, and stop the run when a signal has asked for it."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -42,7 +42,7 @@ class NonFiniteGuard(TrainerCallback):
 
     Attributes:
         tokens: How many tokens this process has read since the last optimizer step.
-        norm: Gives the norm of the gradients of a step; set once there is a trainer that knows it.
+        norm: Returns the norm of the gradients of a step; set once there is a trainer to compute it.
     """
 
     norm: Callable[[], torch.Tensor]
@@ -100,8 +100,8 @@ def diverged_error(problem: Problem, checkpoints: Checkpoints, step: int) -> Num
     if (earlier := checkpoints.discard(step)) is None:
         return NumericError(problem)
     resume = "--resume --allow-change training.learning_rate"
-    way = f"step {earlier} is kept: continue from there with {resume}, or start afresh with --overwrite"
-    return NumericError(replace(problem, fix=f"{problem.fix}; {way}"))
+    continuation = f"step {earlier} is kept: continue from there with {resume}, or start afresh with --overwrite"
+    return NumericError(replace(problem, fix=f"{problem.fix}; {continuation}"))
 
 
 def check_finite(weights: Iterable[torch.Tensor], step: int) -> None:
@@ -132,7 +132,7 @@ class OomDryRun(TrainerCallback):
     """Computes the largest batch before all others, so that a lack of memory shows at once.
 
     Attributes:
-        run: Computes it; set once there is a trainer to do so. Nothing of it stays, in the guard neither.
+        run: Computes it; set once there is a trainer to do so. Afterwards model, trainer and guard are as before.
     """
 
     run: Callable[[], None]

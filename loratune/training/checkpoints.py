@@ -37,7 +37,7 @@ _NEEDED = (
     ("adapter_model.safetensors",), ("optimizer.pt", "global_step"), ("scheduler.pt",), ("rng_state",),
     ("trainer_state.json",), (RUN,),
 )  # fmt: skip
-"""A checkpoint needs a file of each of these kinds; its name begins in one of the ways that are given.
+"""A checkpoint needs a file of each of these kinds, whose name begins with one of the given texts.
 
 DeepSpeed keeps its optimizer in a directory named after the step, and there is a random state for each process.
 """

@@ -130,7 +130,7 @@ class DistributedGroup:
 
     def _next_key(self) -> str:
         self._exchanges += 1
-        return f"said/{self._exchanges}"
+        return f"exchange/{self._exchanges}"
 
     def _put(self, key: str, value: Any) -> None:
         self._store.put(key, value)
@@ -189,8 +189,8 @@ class _Member:
 class _Heartbeat:
     """Shows that its process is alive, and watches the others: the main process watches all, and all watch it.
 
-    One thread talks to the store. What it asks across a cable that is cut never returns, so a second thread watches
-    nothing but the time since the last answer.
+    One thread reads and writes the store. Across a cable that is cut its calls never return, so a second thread watches
+    nothing but the time since the store last answered.
     """
 
     def __init__(self, store: SignedStore, rank: int, count: int, removed_key: Callable[[], str | None]):
@@ -260,7 +260,7 @@ class _Heartbeat:
 
     def stop(self) -> None:
         """Stop to watch once all processes have come to this point."""
-        self._store.put(f"left/{self._rank}", True)
+        self._store.put(f"closed/{self._rank}", True)
         self._over.set()
         self._await_readers()
 
@@ -296,7 +296,7 @@ class _Heartbeat:
     def _lost_member(self, patience: float) -> Failure | None:
         """The loss of a process on this machine that has ended, or of any without a heartbeat for so many seconds."""
         for rank in self._local_ranks:
-            if self.members[rank].has_ended() and not self._has_value(f"left/{rank}"):
+            if self.members[rank].has_ended() and not self._has_value(f"closed/{rank}"):
                 return self._loss_of(rank)
         for rank in range(1, self._count) if self._main else [0]:
             beat, now = self._store.get(f"beat/{rank}"), time.monotonic()
@@ -327,28 +327,27 @@ class _Heartbeat:
         try:
             return Failure.from_json(self._store.put_first("failed", failure.as_json()))
         except (RuntimeError, OSError):
-            _log.debug("the failure is not known to the others", exc_info=True)
+            _log.debug("the failure could not be published", exc_info=True)
             return failure
         except LostError as error:
             return self._own_failure(error)
 
     def _await_readers(self) -> None:
-        """Let the main process, which serves the store, stay until the others have read it."""
+        """Wait until the others have read why all end: the store is gone as soon as the main process has ended."""
         deadline = time.monotonic() + GRACE
         try:
             if not self._main:
                 self._store.put(f"read/{self._rank}", True)
                 return
-            waiting = list(range(1, self._count))
-            while waiting and time.monotonic() < deadline:
+            ranks = list(range(1, self._count))
+            while ranks and time.monotonic() < deadline:
                 time.sleep(0.02)
-                waiting = [rank for rank in waiting if not self._has_read(rank)]
+                ranks = [rank for rank in ranks if not self._has_read(rank)]
         except (RuntimeError, OSError):
-            _log.debug("the others are not waited for", exc_info=True)
-            return
+            _log.debug("this process ends without waiting for the others", exc_info=True)
 
     def _has_read(self, rank: int) -> bool:
-        """Whether a process says that it has read why all end. What another program wrote in its place says nothing."""
+        """Whether a process has read why all end. A value that another program wrote in its place does not count."""
         try:
             return self._has_value(f"read/{rank}")
         except LostError:

@@ -68,34 +68,34 @@ class Loss:
 
 def held_out_loss(
     model: PreTrainedModel,
-    rows: Batches,
+    batches: Batches,
     numbers: Sequence[int] | None = None,
     before_batch: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
     group: Group = SINGLE_PROCESS,
 ) -> Loss:
-    """The loss over all supervised tokens, each of which counts once however rows are batched and shared out.
+    """The loss over all supervised tokens, each of which counts once, however rows are batched and divided.
 
     Args:
         model: Left in the mode, training or evaluation, in which it is.
-        rows: The rows.
-        numbers: Which of its items to take; None for all.
+        batches: The rows.
+        numbers: Which of their items to take; None for all.
         before_batch: Called with every batch; it may raise an error, which ends the pass.
         group: The processes, each of which takes a share of the batches.
     """
-    selected = range(len(rows.items)) if numbers is None else numbers
-    own = [loss for _, loss in _own_losses(model, rows, selected, before_batch, group)]
+    numbers = range(len(batches.items)) if numbers is None else numbers
+    own = [loss for _, loss in _own_losses(model, batches, numbers, before_batch, group)]
     total, tokens = group.total([sum(loss.total for loss in own), sum(loss.tokens for loss in own)])
     return Loss(total, int(tokens))
 
 
 def batch_losses(
-    model: PreTrainedModel, rows: Batches, numbers: Sequence[int], group: Group = SINGLE_PROCESS
+    model: PreTrainedModel, batches: Batches, numbers: Sequence[int], group: Group = SINGLE_PROCESS
 ) -> list[Loss]:
     """The loss of each batch of some items, in their order.
 
     group: the processes, each of which takes a share of the batches and gets all losses.
     """
-    losses = _own_losses(model, rows, numbers, lambda _: None, group)
+    losses = _own_losses(model, batches, numbers, lambda _: None, group)
     own = [(position, loss.total, loss.tokens) for position, loss in losses]
     return [Loss(total, tokens) for _, total, tokens in sorted(chain.from_iterable(group.all_gather(own)))]
 
@@ -103,7 +103,7 @@ def batch_losses(
 @torch.no_grad()
 def _own_losses(
     model: PreTrainedModel,
-    rows: Batches,
+    batches: Batches,
     numbers: Sequence[int],
     before_batch: Callable[[dict[str, torch.Tensor]], None],
     group: Group,
@@ -112,17 +112,18 @@ def _own_losses(
     was_training = model.training
     model.eval()
     losses = []
-    batches = [numbers[start : start + rows.size] for start in range(0, len(numbers), rows.size)]
-    for first in range(0, len(batches), group.count):
+    numbers_by_batch = [numbers[start : start + batches.size] for start in range(0, len(numbers), batches.size)]
+    for first in range(0, len(numbers_by_batch), group.count):
         position = first + group.rank
-        # Beyond the last batch a process takes one again, as all must take part in every forward pass.
-        batch = rows.collate([rows.items[number] for number in batches[position % len(batches)]])
+        # Beyond the last batch a process repeats one, as all processes must take part in every forward pass.
+        batch_numbers = numbers_by_batch[position % len(numbers_by_batch)]
+        batch = batches.collate([batches.items[number] for number in batch_numbers])
         before_batch(batch)
         labels = batch.pop("labels").to(model.device)
         expect(model, labels)
         logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits
         loss, count = next_token_loss(logits, labels)
-        if position < len(batches):
+        if position < len(numbers_by_batch):
             losses.append((position, Loss(loss.item(), int(count))))
     model.train(was_training)
     return losses
@@ -280,7 +281,7 @@ def measure(
             from the last if there is none; it is the same sample for the same rows and budget.
         pad_id: The token for padding.
         budget: Tokens that the run was trained on.
-        acceleration: What of the model the kernels compute, for adapter and base alike.
+        acceleration: Which layers the kernels compute, both with the adapter and without.
         group: The processes of the run.
         log: Takes a line on what is being done.
         name: What the adapter is compared with.

@@ -206,11 +206,11 @@ def _check_sharding(run: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def broadcast_run(ready: ValidatedRun | None, group: Group) -> ValidatedRun:
+def broadcast_run(validated_run: ValidatedRun | None, group: Group) -> ValidatedRun:
     """The run that the main process has checked, in all processes; the others have no rows yet."""
-    values = group.broadcast(ready.as_json() if ready else None)
+    values = group.broadcast(validated_run.as_json() if validated_run else None)
     assert values is not None
-    return ready or ValidatedRun.from_json(values)
+    return validated_run or ValidatedRun.from_json(values)
 
 
 def _with_absolute_paths(run: RunConfig) -> RunConfig:

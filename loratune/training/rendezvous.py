@@ -130,9 +130,6 @@ def _no_secret_error(*, one_machine: bool) -> LostError:
     return LostError(Problem(Code.DISTRIBUTED_NO_SECRET, what, fix=fix))
 
 
-# The secret of a run
-
-
 def secret_of_user() -> bytes | None:
     """The secret that the user set, None without one.
 
@@ -200,9 +197,6 @@ def _common_directories(*, one_machine: bool) -> list[Path]:
     with suppress(RuntimeError):
         return [Path.home(), Path.cwd()]
     return [Path.cwd()]
-
-
-# The store
 
 
 class _RawStore(Protocol):
@@ -295,7 +289,7 @@ class SignedStore:
 class _ChunkList:
     """The digests of a long value's chunks, which are stored in its place. JSON never begins with the mark."""
 
-    MARK = b"pieces:"
+    MARK = b"chunks:"
 
     @classmethod
     def of(cls, chunks: Sequence[bytes]) -> bytes:
@@ -303,20 +297,20 @@ class _ChunkList:
 
     @classmethod
     def digests(cls, content: bytes) -> list[bytes]:
-        listed = content[len(cls.MARK) :]
-        return [listed[start : start + _TAG] for start in range(0, len(listed), _TAG)]
+        digests = content[len(cls.MARK) :]
+        return [digests[start : start + _TAG] for start in range(0, len(digests), _TAG)]
 
 
 def removed_error(key: str) -> LostError:
     """The error of a value that disappeared although no process of this run removed it."""
-    return _tampered_error(Code.DISTRIBUTED_VALUE_REMOVED, key, "removed")
+    return _tampered_error(Code.DISTRIBUTED_VALUE_REMOVED, f"removed the value `{key}` from")
 
 
 def _forged_error(key: str) -> LostError:
-    return _tampered_error(Code.DISTRIBUTED_VALUE_FORGED, key, "written")
+    return _tampered_error(Code.DISTRIBUTED_VALUE_FORGED, f"wrote the value `{key}` to")
 
 
-def _tampered_error(code: Code, key: str, deed: str) -> LostError:
-    what = f"the value `{key}` in the store of this run was {deed} by none of its processes"
-    fix = "another program reaches its port: keep the network of the machines private, then continue with --resume"
+def _tampered_error(code: Code, action: str) -> LostError:
+    what = f"another program {action} the store in which the processes of this run exchange values"
+    fix = "keep the network of the machines private, then continue with --resume"
     return LostError(Problem(code, what, fix=fix))

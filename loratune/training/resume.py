@@ -124,7 +124,10 @@ def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Seq
     old = _migrated(before["config"], config, RunConfig)
     unknown = dict(_unknown_keys(before["config"], RunConfig))
     problems = [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
-    if problems := problems or [*_other_steps(before, config, launcher.world_size()), *_other_processes(before)]:
+    if problems := problems or [
+        *_changed_step_sizes(before, config, launcher.world_size()),
+        *_changed_processes(before),
+    ]:
         raise ResumeError([*skipped, *problems])
     changes = [
         {"step": step_of(checkpoint), "key": key, "was": was, "is": now} for key, was, now in _differences(old, config)
@@ -146,7 +149,7 @@ def _fault(run: Any) -> str:
         return f"{error} is missing"
     except (TypeError, AttributeError):
         return "it is not the record of a run"
-    sound = (
+    checks = (
         all(type(number) is int and 0 <= number < 1 << 63 for number in numbers),
         all(isinstance(text, str) for text in texts),
         isinstance(run["fingerprints"].get("validation"), str | None),
@@ -154,7 +157,7 @@ def _fault(run: Any) -> str:
         len(changes) == 4 * len(run["changes"]) and isinstance(run["changes"], list),
         type(rate) in (int, float) and 0 < rate < math.inf,
     )
-    return "" if all(sound) else "it is not the record of a run"
+    return "" if all(checks) else "it is not the record of a run"
 
 
 def check_same(point: ResumePoint, current: Mapping[str, Any], allowed: Sequence[str], *, base: str) -> None:
@@ -255,8 +258,8 @@ def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Se
         yield Problem(Code.RESUME_CONFIG_CHANGED, what, key=key, fix=fix)
 
 
-def _other_steps(before: Mapping[str, Any], now: Mapping[str, Any], processes: int) -> Iterator[Problem]:
-    """An optimizer step would take other rows: more, fewer, or packed in another way."""
+def _changed_step_sizes(before: Mapping[str, Any], now: Mapping[str, Any], processes: int) -> Iterator[Problem]:
+    """Settings with which an optimizer step would take other rows: more, fewer, or packed in another way."""
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
     old, new = (
         (count, *(config["training"][key] for key in keys))
@@ -275,8 +278,8 @@ def _other_steps(before: Mapping[str, Any], now: Mapping[str, Any], processes: i
         yield Problem(Code.RESUME_PACKS, what, key=f"training.{keys[0]}", fix=fix)
 
 
-def _other_processes(before: Mapping[str, Any]) -> Iterator[Problem]:
-    """DeepSpeed keeps the optimizer in a file for each process; everything else is kept whole."""
+def _changed_processes(before: Mapping[str, Any]) -> Iterator[Problem]:
+    """Processes that DeepSpeed's files do not fit: it writes a file with a part of the optimizer for each process."""
     old = (before.get("sharding", ""), before.get("processes", 1))
     new = (launcher.sharding(), launcher.world_size())
     if old != new and "deepspeed" in (old[0], new[0]):
@@ -286,7 +289,7 @@ def _other_processes(before: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _changed_contents(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
-    """What the config names has another content than before."""
+    """Rows and a base whose content is not that of the interrupted run."""
     old, new = before["fingerprints"], now["fingerprints"]
     since, fix = "since the run was interrupted", f"put the old ones back, or {_RESTART}"
     if old["data"] != new["data"]:

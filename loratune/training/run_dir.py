@@ -85,7 +85,7 @@ class RunDirectory:
 
     @property
     def overwrite_mark(self) -> Path:
-        """A file that exists if the run was started with --overwrite; a resumed run then need not be."""
+        """A file that exists if the run was started with --overwrite: then --resume alone may replace the adapter."""
         return self.partial / "may_replace"
 
     @property
@@ -343,7 +343,7 @@ def locked(directory: RunDirectory) -> Iterator[RunDirectory]:
 def _hold(directory: RunDirectory) -> Iterator[None]:
     """Hold the lock. The kernel releases it when the process ends, in whatever way."""
     where = str(directory.output)
-    ended = LockedError(
+    just_ended = LockedError(
         Problem(
             Code.RUN_JUST_ENDED, "another run has just ended there", where, directory.kind.key, "start loratune again"
         )
@@ -353,9 +353,9 @@ def _hold(directory: RunDirectory) -> Iterator[None]:
             file = stack.enter_context(open_lock(directory.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
             hold_lock(file, where)
             if not os.path.samestat(os.fstat(file.fileno()), directory.lock.stat()):
-                raise ended
+                raise just_ended
         except FileNotFoundError:
-            raise ended from None
+            raise just_ended from None
         try:
             with explain_full_disk("the work in progress", 4096, directory.partial, "make room"):
                 file.truncate(0)

@@ -122,20 +122,20 @@ def scan_all(directory: Path) -> Contents:
 
 def scan_staging(directory: Path) -> Contents:
     """What is in a directory in which an adapter is being put together."""
-    passing = re.compile(rf"{_TEMPORARY}|[^/]+\.py")  # the code of a tokenizer that the user trusts is saved with it
+    temporary = re.compile(rf"{_TEMPORARY}|[^/]+\.py")  # the code of a tokenizer that the user trusts is saved with it
     return scan(
         directory,
-        lambda name: is_adapter_file(name) or passing.fullmatch(name) is not None,
+        lambda name: is_adapter_file(name) or temporary.fullmatch(name) is not None,
         lambda name: name == _TEMPLATES,
     )
 
 
 def scan_checkpoint(directory: Path) -> Contents:
     """What is in a checkpoint: what its manifest lists, and what the trainer is known to write."""
-    listed = _listed(directory)
+    manifest = _listed_files(directory)
     return scan(
         directory,
-        lambda name: _is_checkpoint_file(name, listed),
+        lambda name: _is_checkpoint_file(name, manifest),
         lambda name: _TRAINER_DIRECTORIES.fullmatch(name) is not None,
     )
 
@@ -146,9 +146,9 @@ def scan_checkpoints(directory: Path) -> Contents:
 
     def is_own(name: str) -> bool:
         if (match := _IN_CHECKPOINT.fullmatch(name)) is None:
-            return _CHECKPOINT_DIRECTORY.fullmatch(name) is not None  # of another kind; see `RunDirectory.wrong_kinds`
+            return _CHECKPOINT_DIRECTORY.fullmatch(name) is not None  # see `RunDirectory.check_kinds`
         if match["checkpoint"] not in manifests:
-            manifests[match["checkpoint"]] = _listed(directory / match["checkpoint"])
+            manifests[match["checkpoint"]] = _listed_files(directory / match["checkpoint"])
         return _is_checkpoint_file(match["name"], manifests[match["checkpoint"]])
 
     def is_own_directory(name: str) -> bool:
@@ -159,15 +159,15 @@ def scan_checkpoints(directory: Path) -> Contents:
     return scan(directory, is_own, is_own_directory)
 
 
-def _is_checkpoint_file(name: str, listed: set[str]) -> bool:
-    return name in listed or is_adapter_file(name) or _TRAINER_FILES.fullmatch(name) is not None
+def _is_checkpoint_file(name: str, manifest: set[str]) -> bool:
+    return name in manifest or is_adapter_file(name) or _TRAINER_FILES.fullmatch(name) is not None
 
 
 def _is_template(name: str) -> bool:
     return _parent(name) == _TEMPLATES and name.endswith(".jinja")
 
 
-def _listed(checkpoint: Path) -> set[str]:
+def _listed_files(checkpoint: Path) -> set[str]:
     """The files that the manifest of a checkpoint lists; none if it cannot be read."""
     try:
         return set(json.loads(read_text(checkpoint / MANIFEST))) - {records.KEY}

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from loratune.kernels import full, global_norm
+from loratune.kernels import full_tensor, global_norm
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
-from loratune.lora.tensors import alike
+from loratune.lora.tensors import distribute_like
 from loratune.system.launcher import Group
 from loratune.training.callbacks import check_finite
 from loratune.training.upstream import HookedTrainer, discard_deepspeed_step
@@ -36,7 +36,7 @@ class ShardedTrainer(HookedTrainer):
         Raises:
             NumericError: A weight is NaN or inf.
         """
-        state = tensors.whole(self.model)
+        state = tensors.full_weights(self.model)
         check_finite(state.values(), self.state.global_step)
         if self.group.main:
             attach.write(self.model, Path(str(output_dir)), state)
@@ -112,7 +112,7 @@ class ShardedTrainer(HookedTrainer):
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for number, entry in state["state"].items():
             entry |= {
-                name: alike(value, parameters[number])
+                name: distribute_like(value, parameters[number])
                 for name, value in entry.items()
                 if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape
             }
@@ -122,7 +122,9 @@ class ShardedTrainer(HookedTrainer):
 
 def _whole(entry: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's state of one parameter, with whole tensors on the CPU."""
-    return {name: full(value).cpu() if isinstance(value, torch.Tensor) else value for name, value in entry.items()}
+    return {
+        name: full_tensor(value).cpu() if isinstance(value, torch.Tensor) else value for name, value in entry.items()
+    }
 
 
 def _encoded_files(directory: Path) -> Iterable[list[str]]:

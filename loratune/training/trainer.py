@@ -17,6 +17,7 @@ from loratune import kernels
 from loratune.codes import Code
 from loratune.config import TrainingSection
 from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
+from loratune.lora.parameters import OptimizerChoice
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
@@ -38,7 +39,7 @@ from loratune.training.upstream import exclude_from_ddp, scale_learning_rates, u
 
 @dataclass(frozen=True)
 class RunContext:
-    """What surrounds a training loop.
+    """Where a training loop reports to and writes to, and what it continues from.
 
     Attributes:
         checkpoints: Where its checkpoints go.
@@ -74,10 +75,6 @@ class OutOfMemory(ResourceError):
         self.evaluating = evaluating
 
 
-OptimizerChoice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
-"""A class and its keyword arguments."""
-
-
 @dataclass
 class Outcome:
     """What a training loop came to.
@@ -107,14 +104,14 @@ class Outcome:
 
 
 def training_arguments(
-    section: TrainingSection, checkpoints: Path, *, evaluated: bool, experts: bool = False, bfloat16: bool = False
+    section: TrainingSection, checkpoints: Path, *, has_validation: bool, experts: bool = False, bfloat16: bool = False
 ) -> TrainingArguments:
     """The upstream arguments of a run.
 
     Args:
         section: The config.
         checkpoints: Where checkpoints go.
-        evaluated: Whether there are validation rows.
+        has_validation: Whether there are validation rows.
         experts: Whether a step may leave some of the trained weights unused.
         bfloat16: Whether DeepSpeed is to keep the base in bfloat16; otherwise it makes it float32.
     """
@@ -123,7 +120,7 @@ def training_arguments(
         **section.model_dump(),
         per_device_eval_batch_size=section.per_device_train_batch_size,
         activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
-        eval_strategy="steps" if evaluated and section.eval_steps else "no",
+        eval_strategy="steps" if has_validation and section.eval_steps else "no",
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0
         ddp_find_unused_parameters=experts,
@@ -181,7 +178,7 @@ def fit(
         raise OutOfMemory(trainer.position(), evaluating=trainer.evaluating) from None
     finally:
         context.progress.stop()
-    if not context.stopping():  # Where the model is still accelerated: without, its logits can need more memory.
+    if not context.stopping():  # The model is still accelerated here; afterwards its logits can need more memory.
         check_final_loss(model, train, context.checkpoints, trainer.state.global_step)
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     losses = [entry["loss"] for entry in curve if "loss" in entry]
@@ -211,7 +208,7 @@ def _build(
     arguments = training_arguments(
         section.model_copy(update={"per_device_train_batch_size": train.size}),
         context.checkpoints.directory,
-        evaluated=validation is not None,
+        has_validation=validation is not None,
         experts=any("expert" in name for name, parameter in model.named_parameters() if parameter.requires_grad),
         bfloat16=launcher.sharding() == "deepspeed" and model.dtype == torch.bfloat16,
     )
@@ -239,8 +236,8 @@ def _build(
     return trainer
 
 
-PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
-"""The packages that compute. Others only read, and what they read is known by its fingerprint."""
+COMPUTING_PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+"""The packages that compute. Others only read, and what they have read has a fingerprint."""
 
 
 def environment(model: PreTrainedModel, fallbacks: Sequence[str]) -> dict[str, str]:
@@ -257,7 +254,7 @@ def environment(model: PreTrainedModel, fallbacks: Sequence[str]) -> dict[str, s
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     processors = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in COMPUTING_PACKAGES},
         "the processor": next(processors, platform.processor() or platform.machine()),
         "the device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
         "the number of threads": str(torch.get_num_threads()),
@@ -277,16 +274,16 @@ class _EvaluationStopped(Exception):
 class _RunTrainer(ShardedTrainer):
     """A Trainer that writes whole checkpoints, and whose held-out loss is a mean over tokens, not over batches."""
 
-    def __init__(self, context: RunContext, rows: Batches, guard: NonFiniteGuard, **arguments: Any):
-        self.context, self.rows, self.guard, self.group = context, rows, guard, context.group
+    def __init__(self, context: RunContext, batches: Batches, guard: NonFiniteGuard, **arguments: Any):
+        self.context, self.batches, self.guard, self.group = context, batches, guard, context.group
         self.shape: tuple[int, ...] = ()
         self.evaluating = False
         super().__init__(**arguments)
 
     def get_train_dataloader(self) -> Loader:
         """The batches of this process."""
-        sampler = DistributedBatchSampler(len(self.rows.items), self.rows.size, self.args.seed, self.group)
-        return Loader(self.rows.items, sampler, self.rows.collate, pin_memory=self.args.dataloader_pin_memory)
+        sampler = DistributedBatchSampler(len(self.batches.items), self.batches.size, self.args.seed, self.group)
+        return Loader(self.batches.items, sampler, self.batches.collate, pin_memory=self.args.dataloader_pin_memory)
 
     def before_first_step(self, validation: Batches | None, oom_dry_run: bool) -> None:
         """Check that steps are left, dry-run the largest batches if that is wanted, and evaluate if that is due.
@@ -299,10 +296,8 @@ class _RunTrainer(ShardedTrainer):
         """
         done, steps = self.state.global_step, self.state.max_steps
         if done > steps:
-            what, fix = (
-                f"the run has taken {done} steps, but only {steps} are set",
-                "set more, or start with --overwrite",
-            )
+            what = f"the run has taken {done} steps, but only {steps} are set"
+            fix = "set more, or start with --overwrite"
             raise ResumeError(Problem(Code.RESUME_FEWER_STEPS, what, key="training", fix=fix))
         if done == steps and self.context.learning_rate_factor != 1:
             what = f"the run has taken all its {steps} steps, so a new learning rate has no effect"
@@ -311,7 +306,7 @@ class _RunTrainer(ShardedTrainer):
         if done == steps:
             raise _AllStepsTaken
         if oom_dry_run:
-            batch = self.rows.collate([self.rows.items[number] for number in self.rows.heaviest()])
+            batch = self.batches.collate([self.batches.items[number] for number in self.batches.heaviest()])
             with torch.random.fork_rng():
                 self.dry_run_step(batch)
         if validation is None:
@@ -323,8 +318,8 @@ class _RunTrainer(ShardedTrainer):
 
     def evaluate_once(self) -> None:
         """Evaluate, unless that was done at this step."""
-        evaluated = (entry["step"] for entry in self.state.log_history if "eval_loss" in entry)
-        if self.state.global_step not in evaluated:
+        evaluation_steps = (entry["step"] for entry in self.state.log_history if "eval_loss" in entry)
+        if self.state.global_step not in evaluation_steps:
             self.evaluate()
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -338,9 +333,9 @@ class _RunTrainer(ShardedTrainer):
         return f"{where} step {step}, on a batch of {' x '.join(map(str, self.shape))} tokens"
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        batches = eval_dataset if eval_dataset is not None else self.eval_dataset
         try:
-            loss = self._held_out_loss(rows)
+            loss = self._held_out_loss(batches)
         except _EvaluationStopped:
             self.control.should_save = self.control.should_training_stop = True
             return {}
@@ -354,9 +349,9 @@ class _RunTrainer(ShardedTrainer):
         self.notify_evaluation(metrics)
         return metrics
 
-    def _held_out_loss(self, rows: Batches, numbers: Sequence[int] | None = None) -> Loss:
+    def _held_out_loss(self, batches: Batches, numbers: Sequence[int] | None = None) -> Loss:
         self.evaluating = True
-        loss = held_out_loss(self.model, rows, numbers, before_batch=self._before_batch, group=self.group)
+        loss = held_out_loss(self.model, batches, numbers, before_batch=self._before_batch, group=self.group)
         self.evaluating = False
         return loss
 

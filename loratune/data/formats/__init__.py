@@ -88,7 +88,7 @@ class Parser:
                 lacks or the format does not read; a chat template, or a loss on assistant turns, is set for rows that
                 are not conversations.
         """
-        self._columns, self._recognised = dict(section.columns), section.format == "auto"
+        self._columns, self._is_recognised = dict(section.columns), section.format == "auto"
         self._supervise_all = section.loss_on == "all"
         self._check_columns(first)
         fields = _rename(first.values, self._columns)
@@ -116,13 +116,13 @@ class Parser:
             RowError: It lacks a field, or holds something that the format does not allow.
         """
         fields = _rename(row.values, self._columns) if self._columns else row.values
-        if self._recognised and "chosen" in fields and "rejected" in fields:
+        if self._is_recognised and "chosen" in fields and "rejected" in fields:
             raise RowError(Code.DATA_PREFERENCES, _PREFERENCES, _chosen_fix(fields))
         for name in self._format.keys:
             if name not in fields:
                 absent = quote(self._columns.get(name, name) for name in self._format.keys if name not in fields)
                 what = f"no field {absent} for the format {self.format_name}; its fields are {quote(row.values)}"
-                chosen_by = "its first row" if self._recognised else "data.format"
+                chosen_by = "its first row" if self._is_recognised else "data.format"
                 fix = f"give all rows of a file one format, which {chosen_by} decides"
                 raise RowError(Code.DATA_FIELD_MISSING, what, fix)
         if not fields.keys() <= self._known:
@@ -151,12 +151,12 @@ def _recognise(where: str, fields: Fields, section: DataSection) -> Format:
         )
         fix = "keep the rows whose label is true, and set data.format to prompt_completion"
         raise DataError(Problem(Code.DATA_PREFERENCES, what, where, fix=fix))
-    fitting = [format for format in FORMATS if keys.issuperset(format.keys)]
-    if len(fitting) == 1:
-        lists = fitting[0].keys == TWO_LISTS.keys and isinstance(fields["prompt"], list)
-        return TWO_LISTS if lists else fitting[0]
-    names = ", ".join(format.name for format in fitting or FORMATS)
-    if fitting:
+    candidates = [format for format in FORMATS if keys.issuperset(format.keys)]
+    if len(candidates) == 1:
+        lists = candidates[0].keys == TWO_LISTS.keys and isinstance(fields["prompt"], list)
+        return TWO_LISTS if lists else candidates[0]
+    names = ", ".join(format.name for format in candidates or FORMATS)
+    if candidates:
         what, fix = f"the fields {quote(keys)} fit more than one format", f"set data.format to one of {names}"
         raise DataError(Problem(Code.DATA_FORMAT_AMBIGUOUS, what, where, fix=fix))
     what = f"the fields {quote(keys)} fit no format"
@@ -174,9 +174,9 @@ def _chosen_fix(fields: Fields) -> str:
 
 def _contradictions(format: Format, section: DataSection, where: str) -> Iterator[Problem]:
     """Settings that do not apply to rows of this format."""
-    read = (*format.keys, *format.optional)
-    if unused := sorted(set(section.columns) - set(read)):
-        what = f"`{unused[0]}` is not read from rows of the format {format.name}, which has {', '.join(read)}"
+    fields = (*format.keys, *format.optional)
+    if unused := sorted(set(section.columns) - set(fields)):
+        what = f"`{unused[0]}` is not read from rows of the format {format.name}, which has {', '.join(fields)}"
         yield Problem(Code.DATA_COLUMN_UNUSED, what, where, "data.columns", f"remove `{unused[0]}`")
     if format.name in CHAT_FORMATS:
         return
@@ -221,11 +221,11 @@ def parse_question(row: Row, section: DataSection) -> Question:
     """
     columns = {ours: theirs for ours, theirs in section.columns.items() if theirs in row.values}
     fields = _rename(row.values, columns)
-    fitting = [
+    candidates = [
         format for format in FORMATS if fields.keys() >= set(format.keys) and section.format in ("auto", format.name)
     ]
-    sure = len(fitting) == 1 and (section.format != "auto" or fitting[0].name != "text")
-    first = (fitting[0].keys[0],) if sure and fitting[0].name != "input_ids" else ()
+    is_recognised = len(candidates) == 1 and (section.format != "auto" or candidates[0].name != "text")
+    first = (candidates[0].keys[0],) if is_recognised and candidates[0].name != "input_ids" else ()
     name = next((name for name in (*first, *_QUESTIONS, "text") if name in fields), None)
     try:
         if name is None:

@@ -20,7 +20,7 @@ from loratune.errors import DataError
 _REASONING_OPENED = re.compile(r"<(think|thinking|thought|thoughts|reason|reasoning)>\s*\Z")
 _REASONING_IN_CONTENT = re.compile(r"\s*<think>(.*)</think>", re.DOTALL)
 _REASONING_TAGS = re.compile(r"\s*<\w+>\s*(</\w+>\s*)?")
-_TAG_BEGUN = re.compile(r"<[|/]?\w*\Z")
+_INCOMPLETE_TAG = re.compile(r"<[|/]?\w*\Z")
 _CLOSING_TAG = re.compile(r"</\w+>|<\w+\|>|\[/\w+\]")
 
 
@@ -114,18 +114,19 @@ def _answer_after_other_prompt(
     last = supervised[-1]
     history = template.render(chat.first(last), prompt=True)
     finder = _TurnFinder(template, chat, whole)
-    start, unshown = finder.start(last, history)
-    closed = bool(_CLOSING_TAG.search(unshown))
-    if unshown.strip() and not closed and not _REASONING_OPENED.search(unshown):
-        ending = f"the chat template ends the prompt in {unshown.strip()!r}"
+    start, prompt_tail = finder.start(last, history)
+    closed = bool(_CLOSING_TAG.search(prompt_tail))
+    if prompt_tail.strip() and not closed and not _REASONING_OPENED.search(prompt_tail):
+        ending = f"the chat template ends the prompt in {prompt_tail.strip()!r}"
         what = f"{ending}, which it does not write in the answer of {chat.name(last)}"
         raise chat.error(Code.TEMPLATE_PROMPT_DIFFERS, what)
     answer = finder.find(last, start, reasoning_closed=closed)
-    text = _continuation(unshown, chat.messages[last], whole.text, answer)
+    text = _continuation(prompt_tail, chat.messages[last], whole.text, answer)
     border = len(history.text)
-    ((marked, _),) = _within_generation_marks(template, chat, [(answer.start, answer.end)])
-    unmarked = marked - answer.start if text.endswith(whole.text[marked : answer.end]) and not unshown.strip() else 0
-    spans: list[Span] = [(border + unmarked, border + len(text))]
+    ((mark_start, _),) = _within_generation_marks(template, chat, [(answer.start, answer.end)])
+    has_mark = text.endswith(whole.text[mark_start : answer.end]) and not prompt_tail.strip()
+    start_in_text = mark_start - answer.start if has_mark else 0
+    spans: list[Span] = [(border + start_in_text, border + len(text))]
     if supervised[:-1]:
         turns = map(_TurnFinder(template, chat, history).find, supervised[:-1])
         earlier = [(turn.start, turn.end) for turn in turns]
@@ -168,18 +169,21 @@ class _TurnSpan:
     end: int
 
 
-def _continuation(unshown: str, message: Message, text: str, answer: _TurnSpan) -> str:
-    """Returns the answer as it follows a prompt that ends in something the text does not show, e.g. `<think>`."""
-    shown = text[answer.start : answer.end]
+def _continuation(prompt_tail: str, message: Message, text: str, answer: _TurnSpan) -> str:
+    """Returns the answer as it follows a prompt whose end is not in the text of all messages.
+
+    prompt_tail: the end that is missing there, e.g. `<think>`.
+    """
+    answer_text = text[answer.start : answer.end]
     # `<think>\n` of Qwen3.5 or DeepSeek-R1: the reasoning comes first, and is empty where the answer has none.
-    tag = _REASONING_OPENED.search(unshown)
+    tag = _REASONING_OPENED.search(prompt_tail)
     if tag is None:
-        return shown
+        return answer_text
     content, closing_tag = message["content"].strip(), f"</{tag[1]}>"
     if closing_tag in content and answer.content_end is not None:
         inner: str = content.removeprefix(f"<{tag[1]}>").removeprefix("\n")
         return inner + text[answer.content_end : answer.end]
-    return f"{_reasoning(message)}\n{closing_tag}\n\n{shown}"
+    return f"{_reasoning(message)}\n{closing_tag}\n\n{answer_text}"
 
 
 def _written_forms(content: str) -> Iterator[str]:
@@ -197,7 +201,7 @@ def _common_prefix(text: str, other: str) -> int:
 
 def _common_header(header: str, text: str) -> int:
     """Returns how much of a header a text begins with, leaving out a tag that is only begun."""
-    return len(_TAG_BEGUN.sub("", header[: _common_prefix(header, text)]))
+    return len(_INCOMPLETE_TAG.sub("", header[: _common_prefix(header, text)]))
 
 
 class _TurnFinder:
@@ -220,8 +224,8 @@ class _TurnFinder:
         text, message = self._rendered.text, self._chat.messages[number]
         content = self._content_start(number)
         if start is None:
-            start, unshown = self.start(number)
-            reasoning_closed = bool(unshown)
+            start, prompt_tail = self.start(number)
+            reasoning_closed = bool(prompt_tail)
         if reasoning_closed and content is not None:
             start = self._past_reasoning(number, start, content)
         end = self._end(number, start)
@@ -229,11 +233,11 @@ class _TurnFinder:
         if any(name not in text[start:end] for name in calls):
             what = f"the chat template leaves out the tool calls of {self._chat.name(number)}"
             raise self._chat.error(Code.TEMPLATE_OMITS_TOOL_CALLS, what)
-        unseen = content is None and bool(message["content"].strip()) and not calls
-        if unseen and (self._rendered.marked or message["content"].strip() not in text[start:end]):
+        is_missing = content is None and bool(message["content"].strip()) and not calls
+        if is_missing and (self._rendered.marked or message["content"].strip() not in text[start:end]):
             raise self._hidden(number)
-        early = content is not None and content < start and not _REASONING_OPENED.fullmatch(text[content:start])
-        if end < start or early:
+        starts_inside = content is not None and content < start and not _REASONING_OPENED.fullmatch(text[content:start])
+        if end < start or starts_inside:
             raise self._hidden(number)
         return _TurnSpan(start, self._rendered.content_ends.get(number), end)
 
@@ -245,7 +249,7 @@ class _TurnFinder:
             prompt: The prompt for the answer, if it has been rendered already.
 
         Returns:
-            The position, and what the prompt for the answer ends in beyond the header in this text.
+            The position, and the end of the prompt for the answer that this text lacks.
         """
         text, content = self._rendered.text, self._content_start(number)
         before, begin = self._rendered.content_ends.get(number - 1), self._rendered.turn_starts.get(number)

@@ -149,8 +149,8 @@ class ChatTemplate:
             return None
         start = max(start, rendered.content_ends.get(number, 0))
         end = start + len(rendered.text[start:limit].rstrip())
-        over = rendered.text.find(eos, start, end) if (eos := self._tokenizer.eos_token) else -1
-        return over + len(eos) if over >= 0 else end
+        eos_start = rendered.text.find(eos, start, end) if (eos := self._tokenizer.eos_token) else -1
+        return eos_start + len(eos) if eos_start >= 0 else end
 
     def end_at(self, text: str, position: int) -> int | None:
         """Returns where the end of turn that stands at a position ends, leaving out space before it."""
@@ -182,7 +182,7 @@ class ChatTemplate:
 
     @cached_property
     def header(self) -> str | None:
-        """What is written behind a user's turn where an answer is to follow; None where that is not known."""
+        """What the template writes after a user's turn to begin an answer; None where that is not known."""
         rendered = self._probe([_QUESTION], prompt=True)
         return rendered.text[rendered.turn_ends[0] :] if rendered is not None and 0 in rendered.turn_ends else None
 
@@ -205,9 +205,9 @@ class ChatTemplate:
         end = self.turn_end(rendered, 1, 0)
         footer = rendered.text[max(rendered.turn_ends.values()) :].strip() if rendered.turn_ends else ""
         footer = "" if footer.startswith(eos) else footer
-        ended = self._special_token_at_end(rendered.text[:end].rstrip())
-        ended_by_eos = rendered.text[end:].lstrip().startswith(eos)
-        lines = [] if ended or ended_by_eos else [f"answers end in {eos}, which the chat template does not write"]
+        end_token = self._special_token_at_end(rendered.text[:end].rstrip())
+        has_eos = rendered.text[end:].lstrip().startswith(eos)
+        lines = [] if end_token or has_eos else [f"answers end in {eos}, which the chat template does not write"]
         if footer:
             lines.append(f"what the chat template writes after the last turn is not supervised: {footer[:80]!r}")
         return "; ".join(lines) or None

@@ -281,17 +281,18 @@ class Renderer:
         places = {}
         for character, part in zip(characters, self._encode([text.text[:end] for end in characters]), strict=True):
             pairs = zip(part, ids, strict=False)
-            alike = next((place for place, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(part), len(ids)))
-            places[character] = alike + (alike < len(part) and character in starts)
+            common = next((place for place, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(part), len(ids)))
+            places[character] = common + (common < len(part) and character in starts)
         return places
 
     def _finish(self, text: RenderedText, ids: list[int], spans: list[Span], prompt: int, loss_on: str) -> TokenizedRow:
         """Returns the row with its BOS and its end, and without spans of no token."""
         before = () if text.templated else self._bos_before(ids)
         spans = [(start + len(before), end + len(before)) for start, end in spans]
-        ended = {self.eos, *(self.end_ids if text.templated else ())}.intersection((*before, *ids[-1:])[-1:])
-        whole = tuple(chain(before, ids, () if ended else (self.eos,)))  # copied once only: a row may be very long
-        if not ended:
+        end_ids = {self.eos, *(self.end_ids if text.templated else ())}
+        has_end = not end_ids.isdisjoint((*before, *ids[-1:])[-1:])
+        whole = tuple(chain(before, ids, () if has_end else (self.eos,)))  # copied once only: a row may be very long
+        if not has_end:
             spans[-1] = (spans[-1][0], len(whole))
         if loss_on == "all":
             spans = [(0, len(whole))]

@@ -106,8 +106,8 @@ class _TextBuffer:
     def read_more(self) -> bool:
         """Read at least as much as is unparsed, so that parsing it once more costs little; False at the end."""
         pieces: list[str] = []
-        length, wanted = 0, max(BLOCK, len(self.text) - self.position)
-        while length < wanted and (piece := next(self._pieces, "")):
+        length, min_length = 0, max(BLOCK, len(self.text) - self.position)
+        while length < min_length and (piece := next(self._pieces, "")):
             pieces.append(piece)
             length += len(piece)
         if pieces:
@@ -141,9 +141,9 @@ class _TextBuffer:
             try:
                 value, end = self._decode(self.text, self.position)
             except json.JSONDecodeError as error:
-                may_go_on = error.pos >= len(self.text) - _LONGEST_TOKEN or "Unterminated" in error.msg
-                if not (may_go_on and self.read_more()):
-                    raise self.refused(error.msg, error.pos) from None
+                is_incomplete = error.pos >= len(self.text) - _LONGEST_TOKEN or "Unterminated" in error.msg
+                if not (is_incomplete and self.read_more()):
+                    raise self.syntax_error(error.msg, error.pos) from None
             except RecursionError:
                 raise _InvalidDocument(_depth_problem(self._name, self._FIX)) from None
             except _DuplicateKey as error:
@@ -158,7 +158,7 @@ class _TextBuffer:
                     self.position = end
                     return value
 
-    def refused(self, message: str, position: int) -> _InvalidDocument:
+    def syntax_error(self, message: str, position: int) -> _InvalidDocument:
         """The exception for a syntax error at a position in `text`."""
         at_end = position >= len(self.text.rstrip()) and not self.read_more()
         where, column = f"{self._name}:{self.line(position)}", self.column(position)
@@ -190,8 +190,8 @@ def json_document(pieces: Iterator[str], name: str) -> Iterator[RowOrProblem]:
             yield from _list_rows(buffer, name)
         elif first:
             yield from _object_rows(buffer, name)
-    except _InvalidDocument as refused:
-        yield refused.problem
+    except _InvalidDocument as error:
+        yield error.problem
 
 
 def _list_rows(buffer: _TextBuffer, name: str) -> Iterator[RowOrProblem]:
@@ -203,11 +203,11 @@ def _list_rows(buffer: _TextBuffer, name: str) -> Iterator[RowOrProblem]:
         if (mark := buffer.peek()) == "]":
             break
         if mark != ",":
-            raise buffer.refused("Expecting ',' delimiter", buffer.position)
+            raise buffer.syntax_error("Expecting ',' delimiter", buffer.position)
         buffer.position += 1
     buffer.position += 1
     if buffer.peek():
-        raise buffer.refused("Extra data", buffer.position)
+        raise buffer.syntax_error("Extra data", buffer.position)
 
 
 def _object_rows(buffer: _TextBuffer, name: str) -> Iterator[RowOrProblem]:
@@ -217,7 +217,7 @@ def _object_rows(buffer: _TextBuffer, name: str) -> Iterator[RowOrProblem]:
     last_line = buffer.line(buffer.position)
     if buffer.peek():
         if not first_line == last_line < buffer.line(buffer.position):
-            raise buffer.refused("Extra data", buffer.position)
+            raise buffer.syntax_error("Extra data", buffer.position)
         yield to_row(value, f"{name}:{first_line}")
         yield from json_lines(buffer.lines(), name)
         return

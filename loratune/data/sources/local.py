@@ -142,18 +142,18 @@ class DataFile:
 
     def rows(self, advance: Advance, start: int, stop: int) -> Iterator[Row]:
         """Rows number `start` (from 0) up to `stop`, which is not included; see `RowSource.rows`."""
-        read = 0
+        bytes_read = 0
 
         def count(number: int) -> None:
-            nonlocal read
-            read += number
+            nonlocal bytes_read
+            bytes_read += number
             advance(number)
 
         for number, row in enumerate(self._rows_or_none(count, stop)):
             if number >= start and row is not None:
                 yield row
-        if read < self.size:
-            advance(self.size - read)
+        if bytes_read < self.size:
+            advance(self.size - bytes_read)
 
     def _rows_or_none(self, advance: Advance, stop: int, ending: str = "") -> Iterator[Row | None]:
         """The rows up to `stop`, None for each bad one; the problems are raised at the end."""
@@ -239,8 +239,8 @@ class FileSlice:
         """See `RowSource.rows`. Rows of earlier files, or of all, are counted first where the slice depends on them."""
         start, stop = self._bounds()
         for file in self.files[: self.number]:
-            passed = file.length if self._needs_length else file.count(start if stop == UNBOUNDED else stop)
-            start, stop = max(0, start - passed), stop if stop == UNBOUNDED else max(0, stop - passed)
+            earlier_rows = file.length if self._needs_length else file.count(start if stop == UNBOUNDED else stop)
+            start, stop = max(0, start - earlier_rows), stop if stop == UNBOUNDED else max(0, stop - earlier_rows)
         return self.files[self.number].rows(advance, start, max(start, stop))
 
     @property

@@ -57,19 +57,23 @@ class Targets:
         return {entry: list(dict.fromkeys(map(module_names.pattern, paths))) for entry, paths in self.roles.items()}
 
     def module_patterns(self) -> dict[str, list[str]]:
-        """Each module path with layer numbers as `*` → the roles or entries that led there."""
-        led: dict[str, list[str]] = {}
+        """Each module path with layer numbers as `*` → the roles or entries that mean it."""
+        entries_by_pattern: dict[str, list[str]] = {}
         for entry, patterns in self.entry_patterns().items():
             for pattern in patterns:
-                led.setdefault(pattern, []).append(entry)
-        return led
+                entries_by_pattern.setdefault(pattern, []).append(entry)
+        return entries_by_pattern
 
     def shared_roles(self) -> dict[str, list[str]]:
-        """Each fused pattern that roles led to → the other roles that are adapted with them."""
-        led = self.module_patterns()
+        """Each fused pattern → its roles that were not asked for, and are adapted with those that were.
+
+        There are none where the module is a target by its name, or by an expression.
+        """
+        entries_by_pattern = self.module_patterns()
         return {
-            pattern: [role for role in roles if role not in led[pattern]] if {*roles} & {*led[pattern]} else []
+            pattern: [role for role in roles if role not in entries] if {*roles} & {*entries} else []
             for pattern, roles in self.fused.items()
+            for entries in [entries_by_pattern[pattern]]
         }
 
     def peft(self) -> dict[str, Any]:
@@ -160,7 +164,7 @@ def notes(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> lis
 
     Args:
         survey: The model.
-        entries: The roles, names or `all-linear` that led to the targets.
+        entries: The roles, names or `all-linear` that mean the targets.
         targets: Paths of the targets.
     """
     coverage = _left_out(survey) if "all-linear" in entries else _hybrid(survey, entries, targets)
@@ -169,32 +173,32 @@ def notes(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> lis
 
 def _hybrid(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> list[str]:
     """On a hybrid model: where attention is, and which mixers are not adapted."""
-    adapted = set(targets)
-    free = [path for path in survey.mixers if path not in survey.obstacles and path not in adapted]
+    target_paths = set(targets)
+    free = [path for path in survey.mixers if path not in survey.obstacles and path not in target_paths]
     if not free or not any(entry in ROLES for entry in entries):
         return []
     kinds = ", ".join(dict.fromkeys(_kind(survey, survey.mixers[path]) for path in free))
-    others = "other " if any(path in adapted for path in survey.mixers) else ""
-    attending, every = _attention_layers(survey)
-    where = (
-        f"attention is in {attending} of {every} layers" if attending < every else f"all {every} layers have attention"
-    )
-    names = module_names.few(list(dict.fromkeys(map(module_names.short, free))), 6)
+    others = "other " if any(path in target_paths for path in survey.mixers) else ""
+    attention_layers, layers = _attention_layers(survey)
+    where = f"all {layers} layers have attention"
+    if attention_layers < layers:
+        where = f"attention is in {attention_layers} of {layers} layers"
+    names = module_names.join_first(list(dict.fromkeys(map(module_names.short, free))), 6)
     return [f"{where}; the {others}{kinds} modules are not adapted: name them ({names}) to adapt them"]
 
 
 def _kind(survey: Survey, mixer: str) -> str:
     """What a mixer is called: its class, where attention has the same name."""
     name = module_names.own_name(mixer)
-    is_taken = any(f".{name}." in f".{module_names.parent(path)}." for path in survey.serves)
-    return type(survey.modules[mixer]).__name__ if is_taken else name
+    is_attention_name = any(f".{name}." in f".{module_names.parent(path)}." for path in survey.serves)
+    return type(survey.modules[mixer]).__name__ if is_attention_name else name
 
 
 def _attention_layers(survey: Survey) -> tuple[int, int]:
-    """How many layers attend, and how many there are, in the stacks that have attention."""
-    attending = {id(survey.modules[path]) for path in survey.serves}
+    """How many layers have attention, and how many there are, in the stacks that have attention."""
+    projections = {id(survey.modules[path]) for path in survey.serves}
     modules = survey.model.named_modules(remove_duplicate=False)
-    layers = {module_names.layer_of(module_names.parent(path)) for path, module in modules if id(module) in attending}
+    layers = {module_names.layer_of(module_names.parent(path)) for path, module in modules if id(module) in projections}
     stacks = {module_names.parent(layer) for layer in layers}
     sizes = [len(stack) for name in stacks if isinstance(stack := survey.modules.get(name), nn.ModuleList)]
     return len(layers), sum(sizes)
@@ -214,11 +218,11 @@ def _tied(survey: Survey, targets: Sequence[str]) -> list[str]:
     """Targets that share their weight with another module, such as `lm_head` with the embedding, or whole blocks."""
     owners = [(path, id(weight)) for path, module in survey.modules.items() for weight in module.parameters(False)]
     count = Counter(weight for _, weight in owners)
-    adapted = set(targets)
-    tied = {module_names.short(path): None for path, weight in owners if path in adapted and count[weight] > 1}
+    target_paths = set(targets)
+    tied = {module_names.short(path): None for path, weight in owners if path in target_paths and count[weight] > 1}
     if not tied:
         return []
-    what = f"{module_names.few(list(tied), 6)}: the weight is shared with other modules"
+    what = f"{module_names.join_first(list(tied), 6)}: the weight is shared with other modules"
     return [f"{what}; each module has its own adapter, which therefore cannot be merged into the base"]
 
 
@@ -234,6 +238,6 @@ def _left_out(survey: Survey) -> list[str]:
     if survey.raw:
         parts["no linear layers, but tensors of another form"] = list(survey.raw)
     return [
-        f"all-linear leaves out {module_names.few(list(dict.fromkeys(names)), 6)}: {reason}"
+        f"all-linear leaves out {module_names.join_first(list(dict.fromkeys(names)), 6)}: {reason}"
         for reason, names in parts.items()
     ]

@@ -157,12 +157,12 @@ def _layers_without(survey: Survey, role: str) -> list[Problem]:
     if not unclear:
         return []
     layers = f"in {len(survey.layers) - len(lacking)} of {len(survey.layers)} attention layers"
-    what = f"role `{role}`: {survey.architecture} has it {layers}, and not in {module_names.few(unclear, 4)}"
+    what = f"role `{role}`: {survey.architecture} has it {layers}, and not in {module_names.join_first(unclear, 4)}"
     return [Problem(Code.LORA_ROLE_PARTIAL, f"{what}; {survey.candidates()}", key=KEY, fix=_FIX)]
 
 
 def _unsuitable(survey: Survey, entry: str, others: tuple[str, ...]) -> Problem:
-    examples = module_names.few([f"{path} ({type(survey.modules[path]).__name__})" for path in others], 3)
+    examples = module_names.join_first([f"{path} ({type(survey.modules[path]).__name__})" for path in others], 3)
     what = f"{entry} matches {examples}, which LoRA does not adapt; {survey.candidates()}"
     return Problem(Code.LORA_UNSUITABLE_TARGET, what, key=KEY, fix="match linear layers only")
 
@@ -211,16 +211,19 @@ def modules_to_save(
     outer = [path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)]
     names, ambiguous = _saved_names(survey, outer)
     if not problems:
-        problems = [_excluded(path, name) for path in targets for name in names if _excludes(name, path)]
+        problems = [_excluded_problem(path, name) for path in targets for name in names if _excludes(name, path)]
     return names, problems + ambiguous, _untied(survey, outer)
 
 
 def _excludes(name: str, path: str) -> bool:
-    """PEFT's rule (check_target_module_exists), in which a dot matches any letter."""
+    """Whether PEFT gives a target no adapter because of a name in modules_to_save, in which a dot matches any letter.
+
+    Its rule: check_target_module_exists.
+    """
     return re.match(rf"(^|.*\.){name}($|\..*)", path) is not None
 
 
-def _excluded(path: str, name: str) -> Problem:
+def _excluded_problem(path: str, name: str) -> Problem:
     what = f"PEFT takes the target {path} for `{name}`"
     return Problem(Code.LORA_SAVED_AMBIGUOUS, what, key=SAVED_KEY, fix="save both or neither")
 
@@ -229,14 +232,14 @@ def _saving_problems(survey: Survey, targets: Sequence[str], entry: str, paths: 
     if not paths:
         end = entry.rpartition(".")[2].lower()
         similar = [path for path in survey.modules if end and end in path.rpartition(".")[2].lower()]
-        near = f"it has {module_names.counted(similar, 6)}" if similar else nearest(survey, entry)
+        near = f"it has {module_names.join_counts(similar, 6)}" if similar else nearest(survey, entry)
         what = f"`{entry}` is no module of {survey.architecture}; {near}"
         fix = "name a module by its path or the end of it"
         return [Problem(Code.LORA_SAVED_UNKNOWN, what, key=SAVED_KEY, fix=fix)]
     within = [path for path in targets if any(f"{path}.".startswith(f"{outer}.") for outer in paths)]
     inside = [path for path in paths if any(path.startswith(f"{target}.") for target in targets)]
     if within or inside:
-        examples = module_names.counted(within or inside, 3)
+        examples = module_names.join_counts(within or inside, 3)
         what = f"`{entry}` is or holds targets ({examples}), which would get no adapter"
         return [Problem(Code.LORA_SAVED_TARGET, what, key=SAVED_KEY, fix=f"leave it out here or in {KEY}")]
     return [problem for path in paths for problem in _untrainable(survey, entry, path)][:1]
@@ -272,7 +275,7 @@ def _saved_names(survey: Survey, chosen: Sequence[str]) -> tuple[list[str], list
         if name:
             names.append(name)
         else:
-            others = module_names.few([other for other in matches[path] if other not in wanted], 2)
+            others = module_names.join_first([other for other in matches[path] if other not in wanted], 2)
             what, fix = f"PEFT cannot tell {path} from {others}", "save both or neither"
             problems.append(Problem(Code.LORA_SAVED_AMBIGUOUS, what, key=SAVED_KEY, fix=fix))
     return sorted(names), problems
@@ -357,7 +360,7 @@ def _no_target(survey: Survey, targets: Sequence[str], entry: str, key: str) -> 
         what = f"`{entry}` is no target"
     else:
         what = f"`{entry}` matches none of the targets"
-    what += f"; the targets are {module_names.counted(targets, 12)}"
+    what += f"; the targets are {module_names.join_counts(targets, 12)}"
     return Problem(Code.LORA_PATTERN_UNUSED, what, key=key, fix=f"use one of these, or add it to {KEY}")
 
 

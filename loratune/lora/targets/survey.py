@@ -128,7 +128,7 @@ class Survey:
 
     def candidates(self) -> str:
         """What can be named instead: `its linear modules: attn.c_attn ×12, attn.c_proj ×12, …`."""  # noqa: RUF002
-        return f"its linear modules: {module_names.counted(self.reachable(), 12)}"
+        return f"its linear modules: {module_names.join_counts(self.reachable(), 12)}"
 
     def existing_roles(self) -> str:
         """The roles that some module serves, in the order q, k, v, o."""
