@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -22,10 +24,16 @@ Weights = dict[str, torch.Tensor]
 """Name in the adapter file → tensor."""
 
 
-def weights(model: PeftModel) -> Weights:
-    """The adapter's tensors under their names in the adapter file."""
-    state: Weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+def weights(model: PeftModel, name: str = "default") -> Weights:
+    """The tensors of an adapter under their names in the adapter file. name: PEFT's for the adapter."""
+    state: Weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return state
+
+
+def read_weights(path: Path) -> Weights:
+    """The tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def whole(model: PeftModel) -> Weights:
@@ -65,7 +73,7 @@ def _gathered(model: Any, *, write: bool = False) -> Iterator[None]:
         yield
 
 
-_UNCHANGING = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
+UNCHANGING = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
 """Values of init_lora_weights with which PEFT does not change the base when it loads a saved adapter."""
 
 
@@ -115,7 +123,7 @@ def untouched(base: nn.Module, config: LoraConfig) -> Untouched:
         return Untouched((), "lora.layer_replication repeats its layers")
     values = []
     for path, module in base.named_modules():
-        is_changed = config.init_lora_weights not in _UNCHANGING and upstream.is_target(config, path)
+        is_changed = config.init_lora_weights not in UNCHANGING and upstream.is_target(config, path)
         for name, parameter in module.named_parameters(recurse=False):
             if (is_changed and parameter.dim() > 1) or (config.bias != "none" and "bias" in name):
                 values.append((parameter, parameter.detach().clone()))
