@@ -2,11 +2,11 @@
 
     python scripts/measure_adapters.py models/SmolLM2-135M-Instruct
 
-makes adapters of random weights. A switch is everything between two answers that the next adapter needs and the same one
-would not: PEFT's own switch, and the layers that the answers are computed with. The rates are those of the same batch of
-prompts: all with one adapter; spread over all adapters; spread, and computed by PEFT (`adapter_names`); spread, one
-adapter after the other. Each round runs them there and back; the medians of the rounds' ratios are printed, and their
-range.
+makes adapters of random weights. A switch is all that stands between an answer with one adapter and the first token
+with another: the layers of the other one take their places. The rates are those of the same batch of prompts: all with
+one adapter; spread over all adapters; spread, and computed by PEFT (`adapter_names`); spread, one adapter after the
+other. Each round runs them there and back; the medians of the rounds' ratios are printed, and their range. With
+--cpu-time the seconds are those of the processor, for a machine on which other programs run.
 """
 
 import statistics
@@ -39,6 +39,7 @@ def main(
     batch: int = 32,
     new_tokens: int = 48,
     rounds: int = 3,
+    cpu_time: bool = False,
 ) -> None:
     """Measure, and print a line per round."""
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +49,7 @@ def main(
     assert all(adapter.mixes for adapter in loaded)
     switches = [_switch(loaded[number % adapters]) for number in range(8 * adapters)]
     median, most = 1e3 * statistics.median(switches), 1e3 * max(switches)
-    print(f"switch: median {median:.2f} ms, {1e3 * min(switches):.2f} to {most:.2f}, over {len(switches)}")
+    print(f"switch: median {median:.2f} ms, {1e3 * min(switches):.2f} to {most:.2f}, over {len(switches)}", flush=True)
 
     tokenizer = load_tokenizer(section)
     ids = [tokenizer(PROMPT.format(number, "ABCDEFGH"[number % 8]))["input_ids"] for number in range(batch)]
@@ -61,8 +62,11 @@ def main(
     }
     ratios: dict[str, list[float]] = {}
     for number in range(rounds):
-        rates = _round(runs, batch * new_tokens)
-        print(f"round {number + 1}: " + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items()) + " tokens/s")
+        rates = _round(runs, batch * new_tokens, time.process_time if cpu_time else time.monotonic)
+        print(
+            f"round {number + 1}: " + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items()) + " tokens/s",
+            flush=True,
+        )
         for name in list(rates)[1:]:
             ratios.setdefault(f"{name} / one adapter", []).append(rates[name] / rates["one adapter"])
     for name, values in ratios.items():
@@ -71,9 +75,8 @@ def main(
 
 def _random_adapter(section: ModelSection, directory: Path, rank: int, seed: int) -> Path:
     """Write an adapter of all linear layers whose B is random too."""
-    model, _ = attach.adapt(
-        load_base(section), LoraSection(r=rank, target_modules="all-linear"), seed=seed, origin=(section.name_or_path, None)
-    )
+    lora = LoraSection(r=rank, target_modules="all-linear")
+    model, _ = attach.adapt(load_base(section), lora, seed=seed, origin=(section.name_or_path, None))
     for name, tensor in weights(model).items():
         if "lora_B" in name:
             tensor.normal_(std=1e-3)
@@ -85,7 +88,7 @@ def _random_adapter(section: ModelSection, directory: Path, rank: int, seed: int
 def _switch(adapter: inference.LoadedAdapter) -> float:
     """Seconds to be ready for an adapter after another one."""
     start = time.perf_counter()
-    with inference.adapters_of_rows(adapter.model, [adapter.key]):
+    with inference.adapters_of_rows([adapter]):
         return time.perf_counter() - start
 
 
@@ -95,7 +98,7 @@ def _settings(new_tokens: int) -> GenerationConfig:
 
 def _answer(adapters: Sequence[inference.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int) -> None:
     model: Any = adapters[0].model
-    with inference.adapters_of_rows(model, [adapter.key for adapter in adapters]):
+    with inference.adapters_of_rows(adapters):
         model.generate(**pad([{"input_ids": one} for one in ids], 0, "left"), generation_config=_settings(new_tokens))
 
 
@@ -117,13 +120,13 @@ def _one_after_the_other(
 
 
 @torch.inference_mode()
-def _round(runs: dict[str, Callable[[], None]], tokens: int) -> dict[str, float]:
+def _round(runs: dict[str, Callable[[], None]], tokens: int, clock: Callable[[], float]) -> dict[str, float]:
     """Tokens per second of each, there and back."""
     seconds = dict.fromkeys(runs, 0.0)
     for name in [*runs, *reversed(runs)]:
-        start = time.monotonic()
+        start = clock()
         runs[name]()
-        seconds[name] += time.monotonic() - start
+        seconds[name] += clock() - start
     return {name: 2 * tokens / seconds[name] for name in runs}
 
 

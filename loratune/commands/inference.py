@@ -45,7 +45,9 @@ class LoadedAdapter:
             the adapter was attached.
         where: The path of the adapter, for messages.
         key: PEFT's name of the adapter.
+        layers: Those that compute with this adapter alone.
         mixes: Whether rows of this adapter may share a batch with rows of others that may.
+        is_enough: Whether `layers` are all that makes the model compute with this adapter, and not with another one.
     """
 
     model: PeftModel
@@ -56,7 +58,9 @@ class LoadedAdapter:
     base_sample: tuple[Sampled, Untouched]
     where: str
     key: str
+    layers: kernels.InferenceLayers
     mixes: bool
+    is_enough: bool
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -152,7 +156,7 @@ def _complete(
     )
     batch = pad([{"input_ids": ids} for _, ids in requests], padding, "left")
     batch = {name: tensor.to(first.model.device) for name, tensor in batch.items()}
-    with adapters_of_rows(first.model, [adapter.key for adapter, _ in requests]):
+    with adapters_of_rows([adapter for adapter, _ in requests]):
         ids = first.model.generate(
             **batch, generation_config=settings, streamer=streamer, stopping_criteria=[_Stopped(stopped)]
         )
@@ -161,14 +165,22 @@ def _complete(
 
 
 @contextmanager
-def adapters_of_rows(model: PeftModel, keys: Sequence[str]) -> Iterator[None]:
-    """Inside, each row of a batch is computed with its adapter. keys: PEFT's name of the adapter of each row."""
-    distinct = list(dict.fromkeys(keys))
-    if model.active_adapter != distinct[0]:
-        model.set_adapter(distinct[0])
-    readers = [partial(attach.adapted_linear, name=key) for key in distinct]
-    with kernels.inference_lora(model, *readers, rows=[distinct.index(key) for key in keys]):
+def adapters_of_rows(adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
+    """Inside, each row of a batch is computed with its adapter; several of them must be such that mix."""
+    first, keys = adapters[0], list(dict.fromkeys(adapter.key for adapter in adapters))
+    if not first.is_enough and first.model.active_adapter != first.key:
+        first.model.set_adapter(first.key)
+    layers = first.layers
+    if len(keys) > 1:
+        rows = [keys.index(adapter.key) for adapter in adapters]
+        layers = kernels.InferenceLayers(first.model, *map(_reader, keys), rows=rows)
+    with layers.applied():
         yield
+
+
+def _reader(key: str) -> kernels.Reader:
+    """Reads the layers of one adapter."""
+    return partial(attach.adapted_linear, name=key)
 
 
 @dataclass(frozen=True)
@@ -276,11 +288,12 @@ def _attach_all(
         model = attach.load(model, files, key)
     for (adapter, _), tokenizer, key in zip(attached, tokenizers, keys, strict=True):
         _check_output(model, adapter, key, tokenizer.eos_token_id or 0)
-    mixes = len(keys) > 1 and _takes_rows(model)
+    plain = [key for key in keys if attach.is_plain(model, key)]
+    mixing = plain if len(plain) > 1 and _takes_rows(model, plain) else []
     return [
         LoadedAdapter(
             model, tokenizer, renderer, adapter.data, adapter.chat, (sample, before), str(adapter.files.path), key,
-            mixes=mixes and attach.is_plain(model, key),
+            kernels.InferenceLayers(model, _reader(key)), mixes=key in mixing, is_enough=plain == keys,
         )
         for (adapter, _), tokenizer, renderer, before, key in zip(
             attached, tokenizers, renderers, untouched, keys, strict=True
@@ -358,13 +371,11 @@ def _check_output(model: PeftModel, adapter: AdapterInfo, key: str, token: int) 
 
 
 @torch.inference_mode()
-def _takes_rows(model: PeftModel) -> bool:
-    """Whether every layer with plain LoRA is given the rows of a batch one by one, as shown by a batch of two."""
-    keys = [key for key in model.peft_config if attach.is_plain(model, key)]
-    if len(keys) < 2:
-        return False
+def _takes_rows(model: PeftModel, keys: Sequence[str]) -> bool:
+    """Whether each layer of plain adapters is given the rows of a batch one by one, as a batch with a row for each
+    adapter shows."""
     try:
-        with adapters_of_rows(model, keys):
+        with kernels.inference_lora(model, *map(_reader, keys), rows=range(len(keys))):
             ids = torch.zeros(len(keys), len(keys) + 1, dtype=torch.long, device=model.device)
             model(input_ids=ids, use_cache=False)
     except kernels.RowsMixedError:

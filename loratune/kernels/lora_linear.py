@@ -227,30 +227,59 @@ Reader = Callable[[nn.Module], Adapted | None]
 """Takes a module to its linear layer and LoRA, or to None: quantized layers and DoRA stay PEFT's."""
 
 
+@dataclass(frozen=True)
+class _Replaced:
+    """A layer with LoRA, where it is, and what stands for it with the adapters and where they are disabled."""
+
+    parent: nn.Module
+    name: str
+    layer: nn.Module
+    fast: nn.Module
+    bare: nn.Module
+
+
+class InferenceLayers:
+    """Layers that cost little more than those of the base, made once for as many answers as there are to come."""
+
+    def __init__(self, model: Any, *readers: Reader, rows: Sequence[int] = (0,)):
+        """Make them from the adapters as they are now.
+
+        Args:
+            model: A `PeftModel`.
+            readers: One for each adapter. Only a single one may take a layer with LoRA to None.
+            rows: The number of the reader for each row of a batch, where there are several.
+        """
+        self._reader, self._replaced = readers[0], list[_Replaced]()
+        base: nn.Module = model.get_base_model()
+        for path, module in base.named_modules():
+            parts = [part for reader in readers if (part := reader(module)) is not None]
+            if len(parts) < len(readers) or parts[0].layer is module:
+                continue
+            bare = parts[0].layer
+            fast = InferenceLinear(bare, parts, rows) if any(part.down is not None for part in parts) else bare
+            parent, _, name = path.rpartition(".")
+            self._replaced.append(_Replaced(base.get_submodule(parent), name, module, fast, bare))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, they stand in the model, which must run under `torch.inference_mode`. Where its adapters are
+        disabled, the layers of the base stand there."""
+        adapted = next((one.layer for one in self._replaced if one.fast is not one.bare), None)
+        read = None if adapted is None else self._reader(adapted)
+        try:
+            for one in self._replaced:
+                setattr(one.parent, one.name, one.bare if read is not None and read.down is None else one.fast)
+            yield
+        finally:
+            for one in self._replaced:
+                setattr(one.parent, one.name, one.layer)
+
+
 @contextmanager
 def inference_lora(model: Any, *readers: Reader, rows: Sequence[int] = (0,)) -> Iterator[None]:
-    """Inside, layers with LoRA cost little more than those of the base.
-
-    Args:
-        model: A `PeftModel`. It must run under `torch.inference_mode`.
-        readers: One for each adapter. Only a single one may take a layer with LoRA to None.
-        rows: The number of the reader for each row of a batch, where there are several.
-    """
-    base = model.get_base_model()
-    layers = [(name, module, [reader(module) for reader in readers]) for name, module in base.named_modules()]
-    replaced = []
-    for name, module, read in layers:
-        parts = [part for part in read if part is not None]
-        if len(parts) == len(readers) and parts[0].layer is not module:
-            replaced.append((name, module, parts))
-    try:
-        for name, _, parts in replaced:
-            has_lora = any(part.down is not None for part in parts)
-            base.set_submodule(name, InferenceLinear(parts[0].layer, parts, rows) if has_lora else parts[0].layer)
+    """Inside, `InferenceLayers` stand in the model."""
+    with InferenceLayers(model, *readers, rows=rows).applied():
         yield
-    finally:
-        for name, module, _ in replaced:
-            base.set_submodule(name, module)
 
 
 @dataclass(frozen=True)
