@@ -382,7 +382,7 @@ class Code(StrEnum):
     DISTRIBUTED_ROWS_DIFFER = "distributed.rows_differ", "The files of two machines hold different rows."
     DISTRIBUTED_SHARDING = "distributed.sharding", "A setting does not work with sharded weights."
 
-    # Commands after training (generate.*, evaluate.*, params.*)
+    # Commands after training (generate.*, chat.*, evaluate.*, params.*)
     TRAIN_BASES_DIFFER = "train.bases_differ", "Processes of one run have loaded different bases."
     TRAIN_BASE_CHANGED = "train.base_changed", "A file of the base has changed since the run began."
     TRAIN_LOSS_NOT_FINITE = "train.loss_not_finite", "The trained adapter gives a loss that is NaN or inf."
@@ -401,6 +401,10 @@ class Code(StrEnum):
     GENERATE_EMPTY_PROMPT = "generate.empty_prompt", "A prompt is empty."
     GENERATE_TOO_LONG = "generate.too_long", "A prompt and its new tokens exceed the model's context."
     GENERATE_UNKNOWN_ADAPTER = "generate.unknown_adapter", "A row names an adapter that the command does not have."
+    CHAT_UNKNOWN_COMMAND = "chat.unknown_command", "A line of a chat begins with / and is no command."
+    CHAT_NOTHING_YET = "chat.nothing_yet", "A command of a chat needs a turn or an answer that there is not yet."
+    CHAT_NO_SYSTEM = "chat.no_system", "A system message is given to an adapter that was trained on raw prompts."
+    CHAT_CONTEXT_FULL = "chat.context_full", "A conversation leaves no room for an answer in the model's context."
     OUTPUT_FILE_EXISTS = "output_file.exists", "The file that a command is to write exists, without --overwrite."
     OUTPUT_FILE_IS_INPUT = "output_file.is_input", "The file to write is, or belongs to, an input of the command."
     OUTPUT_FILE_IS_DIRECTORY = "output_file.is_directory", "The file to write is a directory."
