@@ -20,6 +20,10 @@ from typer.testing import CliRunner
 
 from loratune.cli import app
 from loratune.codes import Code
+from loratune.commands import inference, selection
+from loratune.commands.chat import Chat, Exchange
+from loratune.errors import ConfigError
+from loratune.training import preflight
 
 Cli = Callable[..., Ran]
 NEW = 8
@@ -53,13 +57,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short(place: Path, tiny_dir: Path) -> Path:
     """Trained on conversations with answers of one token and their end, in a context of 512."""
     rows = [conversation(f"{number}:", "xyz"[number % 3]) for number in range(12)]
-    return train(place / "short", tiny_dir, rows, 15)
+    return train(place / "short", tiny_dir, rows, 60)
 
 
 @pytest.fixture(scope="module")
 def raw(place: Path, tiny_dir: Path) -> Path:
     rows = [{"prompt": f"{number}:", "completion": " ab"} for number in range(12)]
     return train(place / "raw", tiny_dir, rows, 8)
+
+
+@pytest.fixture(scope="module")
+def babbling(place: Path, tiny_dir: Path) -> Path:
+    """An adapter that answers `aaaa` without an end, in a context of 512."""
+    return train(place / "babbling", tiny_dir, [conversation("go:", "a" * 200)] * 12, 25)
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +167,14 @@ def test_adapters_take_turns(cli: Cli, short: Path, raw: Path, tmp_path: Path) -
 
 
 def test_a_saved_conversation_is_trained_on(cli: Cli, short: Path, raw: Path, tmp_path: Path) -> None:
-    """One row of messages, or one row for each raw prompt."""
+    """One row of messages, or one row for each raw prompt; with a Ü that stays a Ü."""
     chat, pairs = tmp_path / "chat.jsonl", tmp_path / "pairs.jsonl"
     ran = cli("chat", "--adapter", short, "--system", "Ü", stdin=f"5:\n//etc\n/save {chat}\n")
     assert ran.code == 0 and ran.err == f"{chat}: 1 row written\n"
     first, second = ran.out.splitlines()
     (row,) = [json.loads(line) for line in chat.read_text().splitlines()]
     texts = [("system", "Ü"), ("user", "5:"), ("assistant", first), ("user", "/etc"), ("assistant", second)]
+    assert "Ü" in chat.read_text()
     assert row == {"messages": [{"role": role, "content": text} for role, text in texts]}
     train(tmp_path / "again", Path(json.loads((short / "adapter_config.json").read_text())["base_model_name_or_path"]),
           [row] * 4, 1)  # fmt: skip
@@ -200,13 +211,41 @@ def test_files_are_replaced_only_if_asked(cli: Cli, short: Path, tmp_path: Path)
     assert json.loads(path.read_text())["messages"][0] == {"role": "user", "content": "5:"}
 
 
+def test_rows_of_a_conversation(short: Path, raw: Path) -> None:
+    """An answer that was cut off has the weight 0, and of raw prompts it is left out; without a whole one, no rows."""
+    cut, whole = Exchange("a", "b", is_whole=False), Exchange("c", "d", is_whole=True)
+    paths = {"short": short, "raw": raw}
+    selected = selection.parse([f"{name}={path}" for name, path in paths.items()])
+    opened = {name: preflight.open_adapter(path) for name, path in paths.items()}
+    talk = Chat(inference.load_selection(opened, selected), system="s")
+    talk.exchanges.extend([cut, whole])
+    assert talk.rows() == [
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "weight": 0},
+                {"role": "user", "content": "c"},
+                {"role": "assistant", "content": "d"},
+            ]
+        }
+    ]
+    talk.use("raw")
+    assert talk.rows() == [{"prompt": "c", "completion": "d"}]
+    talk.exchanges.remove(whole)
+    for name in ("raw", "short"):
+        talk.use(name)
+        with pytest.raises(ConfigError):
+            talk.rows()
+
+
 @pytest.mark.parametrize(
     ("lines", "code", "expected"),
     [
         ("/bye\n", 2, (Code.CHAT_UNKNOWN_COMMAND, "", "")),
         ("/base\n", 2, (Code.CHAT_NOTHING_YET, "", "/base")),
         ("/save x\n", 2, (Code.CHAT_NOTHING_YET, "", "/save")),
-        ("a" * 500, 2, (Code.CHAT_CONTEXT_FULL, "", "")),
+        ("a" * 600, 2, (Code.CHAT_CONTEXT_FULL, "", "")),
     ],
 )
 def test_lines_that_are_refused_end_a_pipe(
@@ -217,18 +256,17 @@ def test_lines_that_are_refused_end_a_pipe(
     assert ran.out == ""
 
 
-def test_a_full_context_is_said(cli: Cli, short: Path) -> None:
-    """First an answer ends at the limit, then there is room for none."""
-    ran = cli("chat", "--adapter", short, stdin="b" * 480 + "\n")
-    assert ran.code == 0
-    longest = 512 - len("<|user|><|end|>\n<|assistant|>".replace("<|user|>", "u").replace("<|end|>", "e").replace(
-        "<|assistant|>", "a"
-    ))  # fmt: skip
-    ran = cli("chat", "--adapter", short, stdin="b" * (longest - 1) + "\n")
-    assert ran.code == 0 and "cut off: the model's context of 512 tokens is full; /reset begins anew\n" in ran.err
-    ran = cli("chat", "--adapter", short, stdin="b" * longest + "\n")
+def test_a_full_context_is_said(cli: Cli, babbling: Path) -> None:
+    """First an answer ends at the limit, then there is room for none, and after a reset there is."""
+    question = "b" * 400  # the template adds <|user|>, <|end|>, a line break and <|assistant|>
+    full = "cut off: the model's context of 512 tokens is full; /reset begins anew\n"
+    ran = cli("chat", "--adapter", babbling, "--max-new-tokens", 107, stdin=f"{question}\n")
+    assert ran.code == 0 and "cut off: --max-new-tokens is 107\n" in ran.err and len(ran.out) == 108
+    ran = cli("chat", "--adapter", babbling, stdin=f"{question}\n/reset\n{question}\n")
+    assert (ran.code, ran.err.count(full)) == (0, 2) and [len(line) for line in ran.out.splitlines()] == [108, 108]
+    ran = cli("chat", "--adapter", babbling, stdin=f"{question}\nmore\n")
     check_refused(ran, 2, (Code.CHAT_CONTEXT_FULL, "", ""))
-    assert "the conversation has 512 tokens, and the model's context 512" in ran.err
+    assert "the conversation has 522 tokens, and the model's context 512" in ran.err and full in ran.err
 
 
 def test_bytes_that_are_no_text(processes: ForkServer, short: Path, tmp_path: Path) -> None:
@@ -361,16 +399,6 @@ def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(
         window.until("> ")
         window.press("\x04")
         assert window.child.wait() == 0
-
-
-def test_twice_ctrl_c_ends_the_chat(processes: ForkServer, endless: Path) -> None:
-    with terminal(processes, "--adapter", endless, "--max-new-tokens", 50_000) as window:
-        window.until("> ")
-        window.press("go:\n")
-        window.until("aaaaaaaa")
-        window.press("\x03\x03")
-        code = window.child.wait()
-        assert code == 130 or (code == 0 and pytest.fail("the second Ctrl-C came after the answer had ended"))
 
 
 def test_a_terminal_that_goes_away_ends_the_chat(processes: ForkServer, endless: Path) -> None:

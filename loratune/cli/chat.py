@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,9 @@ from loratune.system.files import path_problem
 
 if TYPE_CHECKING:
     from loratune.commands.chat import Chat
+
+_OUTPUT_GONE = (Code.OUTPUT_FAILED, Code.OUTPUT_FULL)
+"""Nothing more can be printed, so that a chat has no sense."""
 
 _HELP = (
     "/base           answer the last turn without the adapter",
@@ -98,7 +101,7 @@ class _Session:
             try:
                 self._take(line.rstrip("\r\n"))
             except LoratuneError as error:
-                if not self._terminal:
+                if not self._terminal or any(problem.code in _OUTPUT_GONE for problem in error.problems):
                     raise
                 log_all(f"error: {problem}" for problem in error.problems)
 
@@ -140,11 +143,12 @@ class _Session:
             reply = ask()
             print_raw(reply.text)
         else:
-            with ExitStack() as stack:
-                stop = stack.enter_context(signals.defer_signals(_report_stop))
-                reply = ask(_streamer(self._talk), lambda: stop.requested is not None)
-            if stop.requested is signals.Termination:
-                raise signals.Termination
+            with signals.defer_signals(_report_stop) as stop:
+                try:
+                    reply = ask(_streamer(self._talk), lambda: stop.requested is not None)
+                finally:  # a terminal that has gone sends a signal, and cannot be printed on
+                    if stop.requested is signals.Termination:
+                        raise signals.Termination
         if reply.cut:
             kept = "the beginning of the answer is kept" if reply.text else "there is no answer yet"
             log(f"cut off: {reply.cut}{f'; {kept}' if reply.cut == 'stopped' else ''}")
