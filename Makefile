@@ -25,7 +25,7 @@ types: .venv/dev.stamp
 	$(BIN)/mypy
 
 # Tests are shared out among processes of one thread each, and whoever is done takes from the others.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 unit: .venv/dev.stamp
 	$(PYTEST) -m "not slow"
@@ -34,11 +34,12 @@ unit-all: .venv/dev.stamp
 	$(PYTEST)
 
 # The newest versions that pyproject.toml allows, in an environment of their own: is everything undocumented that we use
-# still there, and does a run still do what it did?
+# still there, and does a run still do what it did? A module that cannot be imported does not hide the others' failures.
+test-latest: BIN := .venv-latest/bin
 test-latest:
 	$(PYTHON) -m venv .venv-latest
-	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
-	OMP_NUM_THREADS=1 .venv-latest/bin/pytest tests/test_upstream_*.py tests/test_sweep.py tests/test_train.py
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	$(PYTEST) -m "not slow" --continue-on-collection-errors tests/test_upstream_*.py tests/test_sweep.py tests/test_train.py
 
 # Hours, on a machine that does nothing else; BENCH="--sets natural --rounds 1" makes it less.
 bench: .venv/quickstart.stamp

@@ -27,7 +27,7 @@ from loratune.system import signals
 
 
 class EscapedStream(io.TextIOBase):
-    """A stream that escapes all that a terminal would obey, whoever writes it.
+    """A stream that escapes everything that a terminal would interpret, whichever code writes it.
 
     raw: the stream behind it, to which `err` and `out` write their own bars and colours.
     """

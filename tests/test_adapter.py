@@ -529,8 +529,9 @@ attach.save(model, out / "ours", start)
 """
 
 
+@pytest.mark.slow
 def test_the_files_do_not_depend_on_the_hash_seed(tmp_path: Path, processes: ForkServer) -> None:
-    """That of the fork server is 2."""
+    """Of an adapter that is not trained; `test_train.py` has runs. The seed of the fork server is 2."""
     command = [sys.executable, "-c", HASHED, str(tmp_path / "1")]
     first = subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": "1"})
     second = processes.start(tmp_path / "2", first=f"{HASHED}\nsys.exit()")

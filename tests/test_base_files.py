@@ -97,7 +97,7 @@ def test_pickled_weights_are_not_mapped_either(base_dir: Path) -> None:
     assert mapped(base_dir) == []
 
 
-def test_changed_files_are_told_from_touched_ones(base_dir: Path) -> None:
+def test_changed_files_are_distinguished_from_touched_ones(base_dir: Path) -> None:
     section = ModelSection(name_or_path=str(base_dir))
     weights, config = base_dir / "model.safetensors", base_dir / "config.json"
     known, strictly = load.files(section), load.files(section, read=False)
@@ -138,7 +138,7 @@ def test_one_norm_that_changes_while_a_run_lasts_ends_it(
 ) -> None:
     """One tensor of 128 bytes, of which no sample of the file need know."""
     config = run_config(
-        model={"name_or_path": str(base_dir)}, training={"save_steps": 20, "num_train_epochs": 20, "logging_steps": 1}
+        model={"name_or_path": str(base_dir)}, training={"save_steps": 20, "num_train_epochs": 8, "logging_steps": 1}
     )
     child = processes.start("train", config)
     until(lambda: "step     5/" in child.said(), child)
@@ -153,7 +153,7 @@ def test_a_run_ends_with_its_last_checkpoint(
 ) -> None:
     """Noticed at the next checkpoint; with the files put back, the run goes on as if nothing had been."""
     config = run_config(
-        model={"name_or_path": str(base_dir)}, training={"save_steps": 20, "num_train_epochs": 20, "logging_steps": 1}
+        model={"name_or_path": str(base_dir)}, training={"save_steps": 20, "num_train_epochs": 8, "logging_steps": 1}
     )
     kept = shutil.copytree(base_dir, tmp_path / "kept")
     expected = straight(processes, config, tmp_path) if name == "overwritten" else None

@@ -52,7 +52,7 @@ def test_a_checkpoint_says_what_it_was_computed_with(interrupted: Path, tmp_path
     assert kept["what PyTorch computes instead of fast code"] == "nothing"
 
 
-def test_other_conditions_are_told_and_recorded(cli: Callable[..., Ran], interrupted: Path, tmp_path: Path) -> None:
+def test_other_conditions_are_reported_and_recorded(cli: Callable[..., Ran], interrupted: Path, tmp_path: Path) -> None:
     """Here by a checkpoint that says it was computed with others."""
     step = edited(
         tmp_path / "out.partial", lambda run: run["conditions"].update({"torch": "2.0", "the number of threads": "64"})

@@ -81,7 +81,7 @@ def test_silence_is_seen(clause: str, is_mute: bool) -> None:
     assert [*mute(ast.parse("def f():\n  with suppress(Exception):\n    pass"))] == ["f"]
 
 
-def test_what_a_run_passes_over_is_told_with_debug(
+def test_what_a_run_passes_over_is_logged_with_debug(
     run_config: MakeConfig, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A template that refuses the question it is tried with, and rows in the cache that are damaged."""
@@ -117,7 +117,7 @@ class Failing(nn.Module):
         raise ValueError("it fails on purpose")
 
 
-def test_models_that_are_not_understood_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_that_are_not_understood_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     model = adapted()
     model.get_base_model().model.layers[1] = Failing()
     for debug in (True, False):

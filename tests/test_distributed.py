@@ -51,15 +51,20 @@ def shared(size: int, accumulated: int = 1) -> tuple[str, str]:
     )  # fmt: skip
 
 
+SLOW = pytest.mark.slow
+LAYOUTS = ((2, shared(2, 2)), (4, shared(2)), (2, shared(4)), (4, shared(1, 2)))
+
+
 @pytest.mark.parametrize(
-    "layouts",
+    ("packing", "layouts"),
     [
-        ((2, shared(2, 2)), (4, shared(2))),
-        pytest.param(((2, shared(4)), (4, shared(1, 2))), marks=pytest.mark.slow),
+        ("none", LAYOUTS[:1]),
+        ("batch", LAYOUTS[1:2]),
+        pytest.param("none", LAYOUTS[1:], marks=SLOW),
+        pytest.param("batch", (LAYOUTS[0], *LAYOUTS[2:]), marks=SLOW),
     ],
-    ids=["some", "others"],
+    ids=["none on two", "batch on four", "none", "batch"],
 )
-@pytest.mark.parametrize("packing", ["none", "batch"])
 def test_two_and_four_processes_do_what_one_does(
     packing: str,
     layouts: tuple[tuple[int, tuple[str, str]], ...],
@@ -78,13 +83,15 @@ def test_two_and_four_processes_do_what_one_does(
         assert all((tensors[name] - expected[name]).abs().max() < 1e-4 for name in expected)
 
 
-def test_packs_are_shared_out(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "accumulated"), [(2, 2), pytest.param(4, 1, marks=SLOW)])
+def test_packs_are_shared_out(
+    count: int, accumulated: int, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
     """A pack is what one process takes in a micro-step, so two processes take what one accumulates."""
     data = {"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN)), "packing": "full", "max_length": 60}
     config = run_config(data={**data, **EVALUATED}, training={"num_train_epochs": 3, "eval_steps": 4})
     alone = trained(processes, config, tmp_path / "1", 1, *shared(2, 4))
-    for count, accumulated in ((2, 2), (4, 1)):
-        same(trained(processes, config, tmp_path / f"{count}", count, *shared(2, accumulated)), alone)
+    same(trained(processes, config, tmp_path / f"{count}", count, *shared(2, accumulated)), alone)
 
 
 def test_a_start_from_the_data_is_the_same(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -216,10 +223,10 @@ def test_one_is_killed(
 @pytest.mark.parametrize(
     "told, number, code, word",
     [
-        ((0,), signal.SIGTERM, 143, "terminated"),
+        pytest.param((0,), signal.SIGTERM, 143, "terminated", marks=SLOW),
         ((1,), signal.SIGINT, 130, "interrupted"),
         ((0, 1), signal.SIGTERM, 143, "terminated"),
-        ((0, 1, 0, 1), signal.SIGINT, 130, "interrupted"),
+        pytest.param((0, 1, 0, 1), signal.SIGINT, 130, "interrupted", marks=SLOW),
     ],
 )
 def test_a_signal_stops_all_at_one_step(
@@ -255,7 +262,7 @@ def test_a_fault_of_one_ends_all(processes: ForkServer, run_config: MakeConfig, 
     assert children[1].said() == ""
 
 
-def test_a_fault_of_all_is_told_once(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_fault_of_all_is_reported_once(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     config = run_config(training={"learning_rate": 1e30, "max_grad_norm": 0.0})
     children = processes.launch(2, "train", config)
     assert ended(children) == [6, 6]
@@ -286,7 +293,7 @@ def test_one_model_over_all_gpus_is_for_one_process(processes: ForkServer, run_c
     )
 
 
-def test_a_wrong_command_line_is_told_once(processes: ForkServer) -> None:
+def test_a_wrong_command_line_is_reported_once(processes: ForkServer) -> None:
     children = processes.launch(2, "train", "--nonsense")
     assert ended(children) == [2, 2]
     assert "No such option" in children[0].said() and children[1].said() == ""
@@ -386,7 +393,9 @@ def test_deepspeed_reads_its_own_checkpoints_only(
     "launcher",
     [
         ("torchrun", "--nproc-per-node", "2"),
-        ("accelerate", "launch", "--config_file", str(ROOT / "configs" / "accelerate" / "cpu.yaml")),
+        pytest.param(
+            ("accelerate", "launch", "--config_file", str(ROOT / "configs" / "accelerate" / "cpu.yaml")), marks=SLOW
+        ),
     ],
     ids=["torchrun", "accelerate"],
 )
@@ -439,7 +448,7 @@ ZERO3 = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is 
 
 
 @pytest.mark.parametrize(
-    "how, quantization", [("fsdp2", "none"), ("fsdp2", "4bit"), pytest.param("zero3", "none", marks=ZERO3)]
+    "how, quantization", [("fsdp2", "none"), ("fsdp2", "4bit"), pytest.param("zero3", "none", marks=[ZERO3, SLOW])]
 )
 def test_a_base_that_is_spread_learns_the_same(
     how: str, quantization: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
@@ -477,6 +486,7 @@ def test_the_base_beside_a_spread_adapter_is_the_base(
         assert found[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), name
 
 
+@SLOW
 def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir: Path, tmp_path: Path) -> None:
     """QLoRA with checkpointed activations over FSDP2, on a stand-in, by accelerate's own launcher."""
     rows = write_rows(tmp_path / "uneven.jsonl", UNEVEN)
@@ -490,7 +500,7 @@ def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir
     assert any("mlp.down_proj" in name for name in tensors) and all(one.isfinite().all() for one in tensors.values())
 
 
-@pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=ZERO3)])
+@pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=[ZERO3, SLOW])])
 def test_a_base_that_is_spread_goes_on_to_the_same_bytes(
     how: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:

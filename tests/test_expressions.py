@@ -31,6 +31,17 @@ ENDLESS = "((((((((((.+)+)+)+)+)+)+)+)+)+)+X"
 PROJECTION = "model.layers.0.self_attn.q_proj"
 
 
+def one_endless(cases: list[Any]) -> list[Any]:
+    """Cases, of which all with `ENDLESS` but the first are slow: each runs until the limit of seconds is over."""
+    _, *others = [case for case in cases if ENDLESS in str(case)]
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        if case in others
+        else case
+        for case in cases
+    ]
+
+
 def within_memory_and_time(work: Callable[[], Any]) -> Any:
     """Run; a minute is far more than a limit of seconds needs, and far less than what has none."""
     began = time.monotonic()
@@ -90,8 +101,13 @@ def test_what_is_no_expression(text: str, what: str) -> None:
 # A run's configuration
 
 
-@pytest.mark.parametrize("text", [ENDLESS, "a{99999999999999999999}", "(" * 9_000 + ")" * 9_000, "(" * 90])
-@pytest.mark.parametrize("key", ["target_modules", "rank_pattern", "alpha_pattern"])
+TEXTS = [ENDLESS, "a{99999999999999999999}", "(" * 9_000 + ")" * 9_000, "(" * 90]
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    one_endless([(key, text) for key in ("target_modules", "rank_pattern", "alpha_pattern") for text in TEXTS]),
+)
 def test_expressions_of_a_config(key: str, text: str, run_config: MakeConfig, cli: Cli) -> None:
     value = text if key == "target_modules" else {text: 4}
     ran = within_memory_and_time(lambda: cli("params", run_config(lora={key: value})))
@@ -160,7 +176,7 @@ KINDS: list[tuple[dict[str, Any], Code, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("values", "code", "key"), KINDS, ids=lambda value: str(value)[:24])
+@pytest.mark.parametrize(("values", "code", "key"), one_endless(KINDS), ids=lambda value: str(value)[:24])
 def test_the_kind_of_each_problem(values: dict[str, Any], code: Code, key: str) -> None:
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | values
     tensors = {f"base_model.model.{PROJECTION}.lora_A.weight": (4, 8)}
@@ -170,7 +186,7 @@ def test_the_kind_of_each_problem(values: dict[str, Any], code: Code, key: str) 
     assert meanings(caught.value) == [(code, "x", key)]
 
 
-@pytest.mark.parametrize(("key", "value"), BAD, ids=lambda one: str(one)[:24])
+@pytest.mark.parametrize(("key", "value"), one_endless(BAD), ids=lambda one: str(one)[:24])
 def test_values_of_an_adapter(key: str, value: Any, trained: Path, tmp_path: Path, cli: Cli) -> None:
     """By `params`, without its base."""
     path = edited(trained, tmp_path / "adapter", **{key: value})
@@ -190,7 +206,7 @@ ATTACHED: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", ATTACHED, ids=lambda one: str(one)[:60])
+@pytest.mark.parametrize("changes", one_endless(ATTACHED), ids=lambda one: str(one)[:60])
 def test_an_adapter_that_is_attached(changes: dict[str, Any], trained: Path, tmp_path: Path, cli: Cli) -> None:
     """By `generate`, where PEFT would match the expressions and make the tensors."""
     path = edited(trained, tmp_path / "adapter", **changes)

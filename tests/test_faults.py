@@ -35,22 +35,26 @@ ENDING = [
     (signal.SIGUSR2, 143, "terminated"),
     (signal.SIGXCPU, 143, "terminated"),
 ]
+SOME = [
+    one if one[0] in (signal.SIGINT, signal.SIGHUP) else pytest.param(*one, marks=pytest.mark.slow) for one in ENDING
+]
+"""Of each kind one every time: what a second time stops at once, and what comes more than once unasked."""
 
 
-@pytest.mark.parametrize(("number", "code", "word"), ENDING)
+@pytest.mark.parametrize(("number", "code", "word"), SOME)
 def test_a_signal_in_a_step(
     number: signal.Signals, code: int, word: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """Rows 46, 48 and 86: the step is finished and kept, and the way to go on is one line."""
     config = run_config(**LONG)
-    child = processes.start("train", config, "--set", "training.num_train_epochs=30")
+    child = processes.start("train", config, "--set", "training.num_train_epochs=12")
     until(lambda: "step     3/" in child.said(), child)
     child.send(number)
     assert child.wait() == code
     *told, last = child.said().splitlines()
     insistent = number in (signal.SIGINT, signal.SIGTERM)
     assert f"stopping after this step{'; once more stops at once' if insistent else ''}" in told
-    line = f"loratune train {config} --set training.num_train_epochs=30 --resume"
+    line = f"loratune train {config} --set training.num_train_epochs=12 --resume"
     assert last == f"error: {word}; continue with: {line}"
     assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
     child = processes.start(*line.split()[1:])
@@ -69,13 +73,17 @@ def pipe(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     os.close(end)
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("endings", [ENDING[:1], pytest.param(ENDING * 2, marks=pytest.mark.slow)], ids=["one", "all"])
 def test_a_signal_while_a_line_is_written(
-    times: int, pipe: tuple[Path, int], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+    endings: list[tuple[signal.Signals, int, str]],
+    pipe: tuple[Path, int],
+    processes: ForkServer,
+    run_config: MakeConfig,
+    tmp_path: Path,
 ) -> None:
     """Row 48: its reader answers a line with the signal, which then finds the program in the middle of its write."""
     config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
-    for number, code, _ in ENDING * times:
+    for number, code, _ in endings:
         child = processes.start("train", config, "--overwrite", stderr=pipe[0])
         said = b""
         while b"step     3/" not in said:
@@ -100,8 +108,11 @@ def left(end: int) -> bytes:
     return b"".join(parts)
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_where_nobody_reads(
-    pipe: tuple[Path, int], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+    number: int, code: int, pipe: tuple[Path, int], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """Row 48: a run that waits for room in a pipe finishes its step and keeps it, and does not wait for the reader."""
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -185,28 +196,32 @@ def test_a_signal_during_a_save(processes: ForkServer, run_config: MakeConfig, t
     assert all((path / "manifest.json").exists() for path in checkpoints(tmp_path / "out.partial"))
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGHUP, signal.SIGHUP, signal.SIGCONT],
+        [signal.SIGUSR1, signal.SIGTERM, signal.SIGCONT],
+        pytest.param([signal.SIGXCPU, signal.SIGXCPU, signal.SIGXCPU], marks=pytest.mark.slow),
+    ],
+    ids=["SIGHUP", "SIGTERM", "SIGXCPU"],
+)
 def test_signals_that_come_more_than_once_unasked(
-    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+    numbers: list[signal.Signals], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """Row 86: SIGHUP of shell and kernel, and SIGTERM with SIGCONT after SIGUSR1, as SLURM sends them."""
     rows = tmp_path / "many.jsonl"
     rows.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 1_000)
     training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 500}
-    for numbers in (
-        [signal.SIGHUP, signal.SIGHUP, signal.SIGCONT],
-        [signal.SIGUSR1, signal.SIGTERM, signal.SIGCONT],
-        [signal.SIGXCPU, signal.SIGXCPU, signal.SIGXCPU],
-    ):
-        child = processes.start("train", run_config(data={"train": str(rows)}, training=training), "--overwrite")
-        until(lambda child=child: "trainable params" in child.said(), child)
-        time.sleep(0.5)
-        for number in numbers:
-            child.send(number)
-            time.sleep(0.1)
-        assert child.poll() is None and "step     1/" not in child.said()
-        assert child.wait() == 143
-        assert child.said().splitlines()[-1].startswith("error: terminated; continue with: ")
-        assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
+    child = processes.start("train", run_config(data={"train": str(rows)}, training=training))
+    until(lambda: "trainable params" in child.said(), child)
+    time.sleep(0.5)
+    for number in numbers:
+        child.send(number)
+        time.sleep(0.1)
+    assert child.poll() is None and "step     1/" not in child.said()
+    assert child.wait() == 143
+    assert child.said().splitlines()[-1].startswith("error: terminated; continue with: ")
+    assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
 
 
 def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
@@ -221,7 +236,7 @@ def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_pat
     assert child.wait() == 0 and (tmp_path / "out" / WEIGHTS).is_file(), child.said()
 
 
-@pytest.mark.parametrize(("number", "code", "word"), ENDING)
+@pytest.mark.parametrize(("number", "code", "word"), SOME)
 @pytest.mark.parametrize("pauses", [(0.0, 0.08), pytest.param((0.02, 0.05, 0.12, 0.2), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arguments", [["params", "--model", "/no/such"], ["train", "no.yaml"]], ids=lambda one: one[0])
 def test_a_signal_in_the_first_moments(
@@ -366,7 +381,7 @@ def test_a_disk_that_is_full_at_the_end(
     disk: Path, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """Row 54: the last step is kept as a checkpoint, so that only the publishing has to be done again."""
-    config = run_config(output_dir=str(disk / "out"), training={"num_train_epochs": 20, "save_steps": 1000})
+    config = run_config(output_dir=str(disk / "out"), training={"num_train_epochs": 8, "save_steps": 1000})
     expected = straight(processes, config, tmp_path)
     child = processes.start("train", config)
     until(lambda: checkpoints(disk / "out.partial"), child, 0)
@@ -376,7 +391,7 @@ def test_a_disk_that_is_full_at_the_end(
     assert child.wait() == 8, child.said()
     assert "no room for the adapter directory: it takes " in child.said()
     assert not (disk / "out").exists()
-    assert [path.name for path in checkpoints(disk / "out.partial")] == ["checkpoint-100"]
+    assert [path.name for path in checkpoints(disk / "out.partial")] == ["checkpoint-40"]
     (disk / "ballast").unlink()
     child = processes.start("train", config, "--resume")
     assert child.wait() == 0, child.said()
@@ -477,7 +492,7 @@ def test_a_poisoned_checkpoint_goes(run_config: MakeConfig, cli: Cli, tmp_path: 
 # What others do meanwhile
 
 
-@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("evaluated", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resumed_run_that_diverges_at_its_end(
     evaluated: bool, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
@@ -506,7 +521,7 @@ def test_what_appears_at_the_output_is_left_alone(
     processes: ForkServer, run_config: MakeConfig, tmp_path: Path, cli: Cli
 ) -> None:
     """The last step, in the middle of an epoch, is kept, so that only the publishing is done again."""
-    config = run_config(training={"max_steps": 203})
+    config = run_config(training={"max_steps": 103})
     expected = straight(processes, config, tmp_path)
     child = processes.start("train", config)
     until(lambda: "step     1/" in child.said(), child)
@@ -522,7 +537,7 @@ def test_what_appears_at_the_output_is_left_alone(
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert cli("train", config, "--resume").code == 0
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
-    assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["steps"] == 203
+    assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["steps"] == 103
 
 
 def test_a_finished_run_that_was_not_cleared_away(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
@@ -586,7 +601,7 @@ def test_a_damaged_checkpoint_does_not_count_when_old_ones_go(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("reader", ["gone", "full"])
-def test_a_run_goes_on_when_nobody_can_be_told(
+def test_a_run_continues_when_stderr_cannot_be_written(
     reader: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
 ) -> None:
     """Row 47: stderr is a pipe whose end has gone, or a file on a full disk."""
@@ -600,7 +615,7 @@ def test_a_run_goes_on_when_nobody_can_be_told(
     assert (tmp_path / "out" / WEIGHTS).is_file() and "steps" in child.out.read_text()
 
 
-def test_what_is_printed_has_no_room(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
+def test_no_space_for_the_output(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     child = processes.start("train", run_config(), stdout="/dev/full")
     assert child.wait() == 8
     last = child.said().splitlines()[-1].removeprefix("error: ")
@@ -608,16 +623,18 @@ def test_what_is_printed_has_no_room(run_config: MakeConfig, tmp_path: Path, pro
     assert (tmp_path / "out" / WEIGHTS).is_file()
 
 
-def test_signals_one_after_the_other_end_without_a_traceback(run_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pause", [0.01, *(pytest.param(one, marks=pytest.mark.slow) for one in (0.0, 0.05))])
+def test_signals_one_after_the_other_end_without_a_traceback(
+    pause: float, run_config: MakeConfig, tmp_path: Path
+) -> None:
     """Wherever the second one comes: while the first is told, or on the way out."""
     command = [sys.executable, "-m", "loratune", "train", str(run_config())]
-    for pause in (0.0, 0.01, 0.05):
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        while not heeds(child.pid, signal.SIGTERM):
-            time.sleep(0.01)
-        time.sleep(1)
-        for _ in range(2):
-            child.send_signal(signal.SIGTERM)
-            time.sleep(pause)
-        said = child.communicate()[1]
-        assert child.returncode == 143 and "Traceback" not in said, said
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not heeds(child.pid, signal.SIGTERM):
+        time.sleep(0.01)
+    time.sleep(1)
+    for _ in range(2):
+        child.send_signal(signal.SIGTERM)
+        time.sleep(pause)
+    said = child.communicate()[1]
+    assert child.returncode == 143 and "Traceback" not in said, said

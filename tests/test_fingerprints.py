@@ -38,7 +38,9 @@ def first_version(base: Any) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(one, marks=pytest.mark.slow) if "2-7B" in one or "70B" in one else one for one in SHAPES]
+)
 def test_a_change_of_any_one_tensor_is_seen(shape: str) -> None:
     """By rank 1, scaled to a hundredth of the tensor, as a merged LoRA on a single module of a single layer does."""
     base = tiny_llama(**SHAPES[shape])

@@ -32,7 +32,8 @@ def test_forbidden_calls_are_seen() -> None:
         ARMED.clear()
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(3, 30), pytest.param(8, 60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "steps"), [(3, 30), (8, 60)])
 def test_a_short_soak(kills: int, steps: int, smollm2: Path) -> None:
     command = [sys.executable, ROOT / "scripts" / "soak.py", "--kills", str(kills), "--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -101,7 +101,7 @@ def test_verdicts(name: str) -> None:
     assert len(str(found)) < 140 and "-0.000" not in str(found)
 
 
-def test_above_zero_is_better_wherever_it_is_told() -> None:
+def test_above_zero_is_better_wherever_it_is_reported() -> None:
     found = compared([-0.2, -0.3, -0.25, -0.3, -0.2])
     assert str(found) == (
         "0.250 nats per token on 5 training rows (95 % interval 0.188 to 0.312; base 2.000, adapter 1.750)"
@@ -218,7 +218,7 @@ def test_the_figures_are_those_of_stock_peft(
     assert f"- **Gain:** {told(ran)}\n" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_no_gain_is_said(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
+def test_no_gain_is_reported(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", run_config(training={"learning_rate": 1e-9, "max_steps": 5}))
     assert ran.code == 0, ran.err
     assert told(ran).startswith("none over the base on 40 training rows: 0.000 nats per token (95 % interval 0.000 to ")

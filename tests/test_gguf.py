@@ -181,14 +181,14 @@ def test_the_adapter_says_how_to_load_its_base(
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "problem"),
     [
         ("[]", f"[{Code.ADAPTER_INVALID_RECORD}]"),
         ("{", f"[{Code.ADAPTER_NOT_JSON}]"),
         ('{"base": {"gguf_file": 3}}', "loratune.json: base.gguf_file: "),
     ],
 )
-def test_a_record_that_does_not_say_it(record: str, said: str, adapter_dir: Path, tmp_path: Path, cli: Cli) -> None:
+def test_an_invalid_record_of_the_base(record: str, problem: str, adapter_dir: Path, tmp_path: Path, cli: Cli) -> None:
     for file in adapter_dir.iterdir():
         if file.name != "run.yaml":
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -200,7 +200,7 @@ def test_a_record_that_does_not_say_it(record: str, said: str, adapter_dir: Path
     ran = cli("generate", "x", "--adapter", tmp_path)
     assert (ran.code, ran.out) == (5, "")
     last = ran.err.splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path / 'loratune.json'}: ") and said in last
+    assert last.startswith(f"error: {tmp_path / 'loratune.json'}: ") and problem in last
 
 
 def test_the_working_directory_is_not_looked_at(
@@ -259,19 +259,32 @@ print(json.dumps(["torch" in sys.modules, ran.exit_code, ran.stdout, ran.stderr]
 """
 
 
-@pytest.mark.parametrize("kind", FAULTY)
-def test_a_file_that_cannot_be_read(kind: str, pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path) -> None:
+def without_torch(config: Path) -> Ran:
+    """What a run does that must end before torch is imported."""
+    child = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
+    with_torch, *ran = json.loads(child.stdout)
+    assert not with_torch
+    return Ran(*ran)
+
+
+APART = [pytest.param(kind, True, marks=() if kind == "header" else pytest.mark.slow) for kind in FAULTY]
+"""In a process of its own, which shows that torch is not imported for it."""
+
+
+@pytest.mark.parametrize(("kind", "apart"), [*((kind, False) for kind in FAULTY), *APART])
+def test_a_file_that_cannot_be_read(
+    kind: str, apart: bool, pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path, cli: Cli
+) -> None:
     content, (damage, code, text) = (pair[0] / FILE).read_bytes(), FAULTY[kind]
     file = tmp_path / "model" / FILE
     file.parent.mkdir()
     file.write_bytes(damage(content))
     config = run_config(model={"name_or_path": str(file.parent), "gguf_file": FILE})
     before = tree(tmp_path)
-    child = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
-    with_torch, *ran = json.loads(child.stdout)
-    check_refused(Ran(*ran), 3, (code, str(file), "" if kind == "LFS" else KEY))
-    assert (with_torch, ran[1]) == (False, "")
-    assert text.format(short=f"{len(content) - 1:,}", size=f"{len(content):,}") in ran[2]
+    ran = without_torch(config) if apart else cli("train", config)
+    check_refused(ran, 3, (code, str(file), "" if kind == "LFS" else KEY))
+    assert ran.out == ""
+    assert text.format(short=f"{len(content) - 1:,}", size=f"{len(content):,}") in ran.err
     assert tree(tmp_path) == before
 
 
@@ -366,11 +379,12 @@ def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path
         assert train.wait() == 0, train.said()
         params = processes.start("params", run_config(model=base | {"gguf_file": "gone.gguf"}))
         params.wait()
+        offline = "import huggingface_hub.constants as hub; hub.HF_HUB_OFFLINE = True"
+        words = ("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make")
+        generate = processes.start(*words, first=offline)
+        assert generate.wait() == 0, generate.said()
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "who/packed"
-    offline = local | {"HF_HUB_OFFLINE": "1"}
-    ran = process("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make", **offline)
-    assert ran.code == 0, ran.err
     assert params.code == 3 and params.out.read_text() == ""
     assert is_problem(params.said().removeprefix("error: "), (Code.MODEL_GGUF_NOT_FOUND, "who/packed", KEY))
     assert "the repository has no gone.gguf" in params.said() and params.said().count("\n") == 1
@@ -379,6 +393,7 @@ def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path
 # The real one
 
 
+@pytest.mark.slow
 def test_the_real_model(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
     path = ROOT / "models" / "SmolLM2-135M-Instruct-GGUF"
     subprocess.run([sys.executable, ROOT / "scripts" / "fetch_smollm2.py", "--gguf", path], check=True)

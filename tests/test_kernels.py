@@ -322,7 +322,8 @@ def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
             assert slope == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("count", [64, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [64, 128])
 def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(count: int, smollm2: Path) -> None:
     """On the real model, against float32, pooled over batches of rows that share no words: where rows begin alike,
     the rounding of what they share decides, as a coin does."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, process, tiny_llama, write_rows
+from conftest import CHAT_TEMPLATE, Ran, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loratune import data
@@ -192,9 +192,14 @@ def test_model_gguf_file(tiny_dir: Path) -> None:
         load_module.load_config(ModelSection(name_or_path=str(tiny_dir), gguf_file=MODEL["gguf_file"]))
 
 
-def counted(config: Path, hub: Path) -> int:
+def counted(forked: Callable[..., Ran], config: Path, home: Path) -> int:
     """`loratune params` as a process without a network, on a hub cache of its own."""
-    ran = process("params", config, "--json", HF_HOME=str(hub), HF_HUB_CACHE=str(hub / "hub"), HF_HUB_OFFLINE="1")
+    settled = f"""
+import huggingface_hub.constants, transformers.dynamic_module_utils
+huggingface_hub.constants.HF_HUB_CACHE, huggingface_hub.constants.HF_HUB_OFFLINE = {str(home / "hub")!r}, True
+transformers.dynamic_module_utils.HF_MODULES_CACHE = {str(home / "modules")!r}
+"""
+    ran = forked("params", config, "--json", first=settled)
     assert ran.code == 0, ran.err
     return int(json.loads(ran.out)["trainable"])
 
@@ -202,17 +207,17 @@ def counted(config: Path, hub: Path) -> int:
 PER_LAYER = 8 * (64 + 48 + 48 + 64)  # r times inputs + outputs of q, k, v, o
 
 
-def test_model_revision(run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_model_revision(run_config: Callable[..., Path], tmp_path: Path, forked: Callable[..., Ran]) -> None:
     cached = tmp_path / "hub" / "models--owner--name"
     (cached / "refs").mkdir(parents=True)
     for revision, layers in (("main", 2), (MODEL["revision"], 3)):
         (cached / "refs" / revision).write_text(str(layers) * 40)
         tiny_llama(num_hidden_layers=layers).config.save_pretrained(cached / "snapshots" / (str(layers) * 40))
     config = run_config(model={"name_or_path": "owner/name", "revision": MODEL["revision"]})
-    assert counted(config, tmp_path) == 3 * PER_LAYER
+    assert counted(forked, config, tmp_path) == 3 * PER_LAYER
 
 
-def test_model_trust_remote_code(run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_model_trust_remote_code(run_config: Callable[..., Path], tmp_path: Path, forked: Callable[..., Ran]) -> None:
     custom, executed = tmp_path / "custom", tmp_path / "executed"
     tiny_llama().config.save_pretrained(custom)
     settings = json.loads((custom / "config.json").read_text())
@@ -230,7 +235,7 @@ def test_model_trust_remote_code(run_config: Callable[..., Path], tmp_path: Path
         load_module.load_config(ModelSection(name_or_path=str(custom)))
     assert not executed.exists()
     config = run_config(model=section | {"trust_remote_code": MODEL["trust_remote_code"]})
-    assert counted(config, tmp_path) == 2 * PER_LAYER
+    assert counted(forked, config, tmp_path) == 2 * PER_LAYER
     assert executed.exists()
 
 

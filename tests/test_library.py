@@ -6,17 +6,18 @@ import resource
 import shutil
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import Ran
+from fork_server import ForkServer
 
 from loratune.kernels import library
 
 DEFINE = "-DFLOAT32"
+# In a process that has imported all of this.
 USED = """
 import os, sys, torch
 from loratune.kernels import fused_ops, library
@@ -27,6 +28,7 @@ for name in sys.argv[1:]:
 y = ops.swiglu(torch.ones(3, 4000))
 assert abs(float(y[0, 0]) - 0.7310586) < 1e-6
 print(*fused_ops.notes(torch.empty(0)))
+sys.exit()
 """
 
 
@@ -197,7 +199,7 @@ def test_a_directory_that_others_could_write_to_is_mended_and_not_believed(
 @needs_root
 def test_a_directory_of_another_user_is_not_used(planted: Path, cache: Path) -> None:
     os.chown(cache, 65534, -1)
-    line = f"the fast CPU code is built anew for this run: {cache} belongs to another user"
+    line = f"the fast CPU code is built again for this run: {cache} belongs to another user"
     for _ in range(2):
         loaded(cache, called=1, note=line)
     assert cached_file(cache) == planted
@@ -206,7 +208,7 @@ def test_a_directory_of_another_user_is_not_used(planted: Path, cache: Path) -> 
 def test_a_directory_behind_a_link_is_not_used(planted: Path, cache: Path, tmp_path: Path) -> None:
     cache.rename(tmp_path / "elsewhere")
     cache.symlink_to(tmp_path / "elsewhere")
-    loaded(cache, called=1, note="is built anew for this run: Not a directory: .*cache/loratune")
+    loaded(cache, called=1, note="is built again for this run: Not a directory: .*cache/loratune")
 
 
 def test_a_cache_that_cannot_be_made_is_done_without(cache: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> None:
@@ -215,7 +217,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(cache: Path, monkeypatch: p
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     monkeypatch.setenv("XDG_CACHE_HOME", str(built))
-    loaded(cache, called=1, note="is built anew for this run: Not a directory: .*/native.so/loratune")
+    loaded(cache, called=1, note="is built again for this run: Not a directory: .*/native.so/loratune")
     assert list(scratch.iterdir()) == []
 
 
@@ -246,7 +248,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("does", BROKEN)
-def test_a_compiler_that_fails_is_told_of(cache: Path, tmp_path: Path, does: str) -> None:
+def test_a_compiler_that_fails_is_reported(cache: Path, tmp_path: Path, does: str) -> None:
     compiler(tmp_path, does)
     cached = library.load(DEFINE)
     assert cached.functions is None and re.search(BROKEN[does], cached.note or ""), cached.note
@@ -265,28 +267,23 @@ def test_a_library_that_no_longer_loads_is_built_anew(cache: Path, tmp_path: Pat
     assert cached.functions is None and "not used: libgone.so.1: cannot open shared object" in (cached.note or "")
 
 
-def test_without_a_compiler_it_is_said(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "none").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert library.load(DEFINE).note == "there is no C compiler (gcc, cc or clang), and training is slower without one"
 
 
-def used(cache: Path, *arguments: object) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", USED, *map(str, arguments)]
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PATH": "/usr/bin:/bin"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_many_processes_build_it_at_once_and_a_file_that_is_cut_hurts_none(tmp_path: Path) -> None:
+def test_many_processes_build_it_at_once_and_a_file_that_is_cut_hurts_none(
+    tmp_path: Path, processes: ForkServer
+) -> None:
     """With the real compiler, as that of a fresh machine."""
-    running = [used(tmp_path / "cache") for _ in range(3)]
-    for process in running:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0 and out.strip() == "", err
+    fresh = {"first": USED, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"}
+    running = [processes.start(**fresh) for _ in range(3)]
+    for child in running:
+        assert child.wait(300) == 0 and child.out.read_text().strip() == "", child.said()
     path = cached_file(tmp_path / "cache" / "loratune")
-    cut = used(tmp_path / "cache", path)
-    out, err = cut.communicate(timeout=300)
-    assert cut.returncode == 0 and path.stat().st_size == 0, err
+    cut = processes.start(path, **fresh)
+    assert cut.wait(300) == 0 and path.stat().st_size == 0, cut.said()
 
 
 def test_a_run_says_that_there_is_no_compiler(

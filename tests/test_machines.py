@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,12 @@ def start(machine: Machine, config: Path, said: Path, *arguments: str) -> "subpr
 
 
 ENTERED = """
-import ctypes, os
+import ctypes, os, platform
 libc = ctypes.CDLL(None, use_errno=True)
 for name in {names}:
     handle = os.open(f"/proc/{holder}/ns/{{name}}", os.O_RDONLY)
     assert libc.setns(handle, 0) == 0, os.strerror(ctypes.get_errno())
+platform._uname_cache = None  # which the fork server has filled, with the name of this computer
 from loratune.training import distributed
 distributed.PATIENCE = {patience}
 """
@@ -103,22 +104,43 @@ def test_a_cable_that_is_out_for_a_while_costs_nothing(
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
 
 
+LOST = f"has ended, or cannot be reached any more [{Code.DISTRIBUTED_LOST}]"
+LOST_BY = (
+    f"error: process 1 on {machines.ADDRESSES[1]} {LOST}",
+    f"error: the main process on {machines.ADDRESSES[0]} {LOST}",
+)
+"""What each of the two machines says of the other."""
+
+
+def lose(two: Machines, processes: ForkServer, config: Path, tmp_path: Path) -> None:
+    """Begin a run on both, and cut the cable until both have ended."""
+    both = launch(two, processes, config, 6)
+    wait_until(lambda: checkpoints(tmp_path / "out.partial"), both[0])
+    two.cut()
+    assert [child.wait(PATIENT) for child in both] == [10, 10]
+    for line, child in zip(LOST_BY, both, strict=True):
+        assert line in child.said(), child.said()
+
+
+def lose_by_torchrun(two: Machines, _: ForkServer, config: Path, tmp_path: Path) -> None:
+    """As `lose`, by torchrun, which ends with 1 whatever its processes end with."""
+    first, _second = begun(two, config, tmp_path)
+    two.cut()
+    assert first.wait(PATIENT) == 1
+    said = (tmp_path / machines.ADDRESSES[0]).read_text()
+    assert LOST_BY[0] in said and "exitcode  : 10 " in said
+    until(lambda: LOST_BY[1] in (tmp_path / machines.ADDRESSES[1]).read_text(), tmp_path)
+    two.two.kill()  # torchrun itself waits there for longer than a test may take
+
+
+@pytest.mark.parametrize("how", [lose, pytest.param(lose_by_torchrun, marks=pytest.mark.slow)])
 def test_a_cable_that_stays_out_ends_the_run_which_goes_on_where_it_can(
-    two: Machines, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+    how: Callable[..., None], two: Machines, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """On the machine that is left, and to the result that two would have had."""
     config = run_config(**LONG, data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))})
     straight(processes, config, tmp_path)
-    first, _ = begun(two, config, tmp_path)
-    two.cut()
-    assert first.wait(PATIENT) == 1
-    lost = f"has ended, or cannot be reached any more [{Code.DISTRIBUTED_LOST}]"
-    said = [(tmp_path / address).read_text() for address in machines.ADDRESSES]
-    assert f"error: process 1 on {machines.ADDRESSES[1]} {lost}" in said[0]
-    assert "exitcode  : 10 " in said[0]  # as torchrun tells it, which ends with 1 whatever its processes end with
-    until(lambda: f"error: the main process on {machines.ADDRESSES[0]} {lost}" in
-          (tmp_path / machines.ADDRESSES[1]).read_text(), tmp_path)  # fmt: skip
-    two.two.kill()  # torchrun itself waits there for longer than a test may take
+    how(two, processes, config, tmp_path)
     assert not (tmp_path / "out").exists()
     key = "training.gradient_accumulation_steps"
     child = processes.start("train", config, "--resume", "--set", f"{key}=2", "--allow-change", key)

@@ -110,7 +110,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=64, n_layer=2, n_head=4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(
     ("make", "lora"),
@@ -255,6 +255,24 @@ def test_checkpointing_keeps_less() -> None:
     assert less.total < plain.total
 
 
+def test_products_of_other_shapes_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps its code for each number of tokens, until its cache is full and code makes room for other code."""
+
+    def runtime(*batch_tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        return memory.estimate(on_meta(LlamaConfig(**TINY), dtype), ROWS, 2, batch_tokens=batch_tokens).runtime
+
+    code = memory.PRIMITIVES_PER_SIZE * memory.PRIMITIVE_SIZE
+    assert runtime() == runtime(64, 64) == runtime(64, 70) - code
+    assert runtime(64, 70, 64, 80) == runtime() + 2 * code
+    full = runtime(*range(1, 1000))
+    assert (
+        full == runtime(*range(1, 2000)) < runtime() + memory.CACHED_PRIMITIVES * memory.PRIMITIVE_SIZE + memory.HOLES
+    )
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    assert full - runtime(*range(1, 1000)) == (memory.CACHED_PRIMITIVES - 64) * memory.PRIMITIVE_SIZE
+    assert runtime(64, 70, dtype=torch.float32) == runtime(64, dtype=torch.float32)
+
+
 def test_accumulated_gradients_wait() -> None:
     """A trained head whose gradient is large: it lies there from the second micro-step on."""
     model = deep(1, modules_to_save=["lm_head"])
@@ -326,6 +344,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_are() -> None:
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+@pytest.mark.slow
 def test_a_real_run_takes_what_was_estimated(smollm2: Path) -> None:
     script = ROOT / "scripts" / "measure_memory.py"
     command = [sys.executable, script, "8 x 128, float32", "--steps", "2"]

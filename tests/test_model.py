@@ -93,7 +93,7 @@ def cache_model(home: Path, name: str) -> None:
     (repository / "refs" / "main").write_text(commit)
 
 
-def test_what_the_hub_says_is_told_apart(hub: str, tmp_path: Path) -> None:
+def test_errors_of_the_hub_are_distinguished(hub: str, tmp_path: Path) -> None:
     cache_model(tmp_path, "who/cached")
     names = ["who/absent", "who/private", "who/gated", "who/empty", "who/hangs-up", "no such: name"]
     online = ask(names, tmp_path, HF_ENDPOINT=hub)

@@ -321,7 +321,7 @@ def test_names_and_contents_of_all_kinds(tmp_path: Path) -> None:
     assert (tmp_path / name).read_bytes() == rb"\udcff"
 
 
-def test_a_disk_without_room(tmp_path: Path) -> None:
+def test_a_full_disk_for_the_output(tmp_path: Path) -> None:
     """No file may grow beyond 1,000 bytes; what was written of it goes."""
     script = (
         "import resource, sys; from pathlib import Path; from loratune.commands import output_file\n"

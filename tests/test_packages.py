@@ -1,6 +1,7 @@
 """Rules of the source, checked on the source itself; each rule is shown to find a planted violation."""
 
 import ast
+import re
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -244,6 +245,13 @@ def test_rule_allows_what_is_right(rule: Rule, name: str, text: str, tmp_path: P
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     assert list(rule(tmp_path)) == []
+
+
+def test_the_table_of_packages_has_the_levels() -> None:
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", text, flags=re.MULTILINE)
+    table = {name: int(level) for level, names in rows for name in re.findall(r"`(\w+)(?:\.py|/)`", names)}
+    assert table == LEVELS
 
 
 def test_codes_are_unique_explained_and_named_after_their_value() -> None:

@@ -313,7 +313,7 @@ def test_no_rows_make_no_packs() -> None:
     assert len(best_fit(np.array([], dtype=np.int64), 8)) == 0
 
 
-def test_a_million_rows_of_natural_length_leave_little_room_and_take_little_memory() -> None:
+def test_a_million_rows_of_natural_length_fill_packs_and_take_little_memory() -> None:
     lengths = natural(1_000_000)
     tracemalloc.start()
     packs = best_fit(lengths, 2048)

@@ -67,23 +67,31 @@ def test_counts_by_formula(cli: Callable[..., Ran], tiny_dir: Path) -> None:
     assert counts["targets"] == ROLES
 
 
+SIZED: list[dict[str, Any]] = [
+    {},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "olora", "rank_pattern": {"q": 4, "o": 12}},
+    {"init_lora_weights": "eva"},
+    {"use_lorafa": True},
+    {"modules_to_save": ["lm_head", "norm"], "bias": "none"},
+    {"trainable_token_indices": [5, 7, 9]},
+    {"r": 3, "target_modules": ["q", "down_proj"]},
+    {"use_dora": True, "target_modules": "all-linear"},
+    {"layers_to_transform": [1]},
+    {"r": 64, "use_rslora": True, "target_modules": [r"v_proj"]},
+]
+OTHERWISE = {"float32": (3, 4, 9, 10), "bfloat16": (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)}
+"""For each dtype the places of those that `make test-all` alone tries in it: others of their kind are tried always."""
+
+
 @pytest.mark.parametrize(
-    "lora",
+    ("dtype", "lora"),
     [
-        {},
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "olora", "rank_pattern": {"q": 4, "o": 12}},
-        {"init_lora_weights": "eva"},
-        {"use_lorafa": True},
-        {"modules_to_save": ["lm_head", "norm"], "bias": "none"},
-        {"trainable_token_indices": [5, 7, 9]},
-        {"r": 3, "target_modules": ["q", "down_proj"]},
-        {"use_dora": True, "target_modules": "all-linear"},
-        {"layers_to_transform": [1]},
-        {"r": 64, "use_rslora": True, "target_modules": [r"v_proj"]},
+        pytest.param(dtype, lora, marks=pytest.mark.slow if place in OTHERWISE[dtype] else ())
+        for dtype in OTHERWISE
+        for place, lora in enumerate(SIZED)
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_size_of_the_file_is_known_before_training(
     lora: dict[str, Any],
     dtype: str,

@@ -132,7 +132,7 @@ def test_problems_of_many_rows_at_once(tmp_path: Path) -> None:
     assert [problem.where for problem in caught.value.problems] == [f"{path}:{line}" for line in range(2, 12)]
 
 
-def test_problems_of_rows_and_of_the_file_are_told_together(tmp_path: Path) -> None:
+def test_problems_of_rows_and_of_the_file_are_reported_together(tmp_path: Path) -> None:
     """What is no JSON comes up at the end of a file, what is no row of the format at its line."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n{]\n{"prompt": 3, "completion": "b"}\n')
@@ -557,7 +557,7 @@ def caching(path: Path) -> str:
     return f"import datasets; datasets.config.HF_DATASETS_CACHE = {str(path)!r}"
 
 
-def test_no_room_for_the_rows(run_config: Callable[..., Path], tmp_path: Path, processes: ForkServer) -> None:
+def test_no_disk_space_for_the_rows(run_config: Callable[..., Path], tmp_path: Path, processes: ForkServer) -> None:
     """No file may grow beyond 64 kB; the rows would take more."""
     rows = ({"prompt": f"{number}" * 500, "completion": "c"} for number in range(100, 200))
     config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows))})
@@ -597,6 +597,7 @@ def test_ctrl_c_while_tokenizing(
     assert {path.name for path in shard.parent.glob("*.arrow")} == {"00000.arrow", "00001.arrow"}
 
 
+@pytest.mark.slow
 def test_memory(run_config: Callable[..., Path], tmp_path: Path, processes: ForkServer) -> None:
     """It does not grow with the rows, of which the smaller set already fills what is held at once; one row of 50 MB is
     streamed and cut as the policy says, in a few times its size."""

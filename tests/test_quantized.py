@@ -33,6 +33,7 @@ from loratune.training import preflight
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
 LAYER = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}
+MAINLY_4BIT = ["4bit", pytest.param("8bit", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_gradients_are_lost_without_the_guard(wide: Path) -> None:
     assert [len(found) for found in gradients_around_an_evaluation(section, repack=True)] == [4, 0]
 
 
-@pytest.mark.parametrize("quantization", LAYER)
+@pytest.mark.parametrize("quantization", MAINLY_4BIT)
 def test_kill_and_resume_gives_the_same_bytes(
     quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig, processes: ForkServer
 ) -> None:
@@ -151,7 +152,7 @@ def test_kill_and_resume_gives_the_same_bytes(
     assert curve(tmp_path / "out", "loss") == curve(tmp_path / "straight", "loss")
 
 
-@pytest.mark.parametrize("quantization", LAYER)
+@pytest.mark.parametrize("quantization", MAINLY_4BIT)
 def test_nothing_is_printed_but_what_loratune_says(
     quantization: str, wide: Path, tmp_path: Path, run_config: MakeConfig, forked: Cli
 ) -> None:
@@ -165,10 +166,11 @@ def test_nothing_is_printed_but_what_loratune_says(
     ours += "|comparing the adapter )"
     foreign = [line for line in ran.err.splitlines() if not re.match(ours, line)]
     assert (foreign, ran.out.splitlines()[0]) == ([], "done")
-    ran = run("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make")
+    ran = forked("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make")
     assert (ran.code, ran.err, ran.out.count("\n")) == (0, "", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", LAYER)
 def test_the_real_model(quantization: str, smollm2: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
     section = {"name_or_path": str(smollm2), "dtype": "auto", "quantization": quantization}
@@ -211,7 +213,7 @@ def ready(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return make
 
 
-@pytest.mark.parametrize("quantization", LAYER)
+@pytest.mark.parametrize("quantization", MAINLY_4BIT)
 def test_a_base_that_was_saved_quantized(
     quantization: str, wide: Path, ready: Callable[[str], Path], tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
@@ -484,7 +486,7 @@ def broken_installation(kind: str, path: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("no library", "bitsandbytes has no native library for this machine"),
+        pytest.param("no library", "bitsandbytes has no native library for this machine", marks=pytest.mark.slow),
         ("no import", "bitsandbytes cannot be imported (libfoo.so.1: no such file)"),
     ],
 )

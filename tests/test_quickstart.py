@@ -55,14 +55,14 @@ def test_the_rows_are_those_that_the_script_builds(tmp_path: Path) -> None:
         assert (tmp_path / "built" / name).read_bytes() == (FOLDER / name).read_bytes()
 
 
-def settings(smollm2: Path, output: Path, steps: int) -> list[str]:
-    """The quickstart's first steps."""
+def settings(smollm2: Path, output: Path, steps: int, logged: int = 4) -> list[str]:
+    """The quickstart's first steps. logged: every how many of them."""
     values = {
         "model.name_or_path": smollm2,
         "data.train": FOLDER / "train.jsonl",
         "data.validation": "null",
         "training.max_steps": steps,
-        "training.logging_steps": 4,
+        "training.logging_steps": logged,
         "lora.lora_dropout": 0.1,
         "output_dir": output,
     }
@@ -83,7 +83,31 @@ def trained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once(tmp_path_factory, "quickstart", train) / "adapter"
 
 
-@pytest.mark.parametrize("steps", [4, pytest.param(24, marks=pytest.mark.slow)])
+def stock_logits(adapter: Path, smollm2: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the first held-out prompt gives: with stock PEFT, and with our own loading."""
+    ours = inference.load(preflight.open_adapter(adapter)).model
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=ours.dtype)
+    stock = PeftModel.from_pretrained(base, adapter).eval()
+    ids = torch.tensor([AutoTokenizer.from_pretrained(adapter)(rows("eval.jsonl")[0]["prompt"]).input_ids])
+    with torch.inference_mode():
+        return stock(ids).logits, ours(ids).logits
+
+
+def test_four_steps(smollm2: Path, tmp_path: Path, processes: ForkServer) -> None:
+    """What the tests below look at after 24 steps, as far as four show it."""
+    before = digest(smollm2 / "model.safetensors")
+    words = [*settings(smollm2, tmp_path / "adapter", 4, logged=1), "--set", "training.warmup_steps=2"]
+    child = processes.start("train", FOLDER / "config.yaml", *words)
+    assert child.wait(600) == 0, child.said()
+    assert digest(smollm2 / "model.safetensors") == before
+    curve = [entry["loss"] for entry in json.loads((tmp_path / "adapter" / "loratune.json").read_text())["curve"]]
+    assert len(curve) == 4 and curve[-1] < curve[0]
+    assert (tmp_path / "adapter" / WEIGHTS).stat().st_size <= 5_000_000
+    assert torch.equal(*stock_logits(tmp_path / "adapter", smollm2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [4, 24])
 def test_same_bytes_on_the_real_model(steps: int, smollm2: Path, tmp_path: Path, processes: ForkServer) -> None:
     """bfloat16, dropout and shuffled rows, in two processes."""
     for name in ("one", "two"):
@@ -93,25 +117,24 @@ def test_same_bytes_on_the_real_model(steps: int, smollm2: Path, tmp_path: Path,
     assert digest(tmp_path / "one" / WEIGHTS) == digest(tmp_path / "two" / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_the_loss_falls(trained: Path) -> None:
     curve = json.loads((trained / "loratune.json").read_text())["curve"]
     assert curve[-1]["loss"] < curve[0]["loss"] / 3
 
 
+@pytest.mark.slow
 def test_the_adapter_is_small_and_so_is_the_memory(trained: Path) -> None:
     assert (trained / WEIGHTS).stat().st_size <= 5_000_000
     assert int((trained.parent / "peak").read_text()) <= 4 << 30
 
 
+@pytest.mark.slow
 def test_stock_peft_computes_the_same(trained: Path, smollm2: Path) -> None:
-    ours = inference.load(preflight.open_adapter(trained)).model
-    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=ours.dtype)
-    stock = PeftModel.from_pretrained(base, trained).eval()
-    ids = torch.tensor([AutoTokenizer.from_pretrained(trained)(rows("eval.jsonl")[0]["prompt"]).input_ids])
-    with torch.inference_mode():
-        assert torch.equal(stock(ids).logits, ours(ids).logits)
+    assert torch.equal(*stock_logits(trained, smollm2))
 
 
+@pytest.mark.slow
 def test_generate_and_evaluate(trained: Path, cli: Callable[..., Ran], tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in rows("eval.jsonl")[:16]))

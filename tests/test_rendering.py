@@ -492,7 +492,7 @@ def test_a_prompt_that_is_no_beginning_of_the_messages(tokenizer: PreTrainedToke
     assert (row.prompt, supervised(tokenizer, row)) == (renderer.prompt(CHAT.messages[:1]), ["b<|endoftext|>"])
 
 
-def test_bad_rows_are_told_together(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_bad_rows_are_reported_together(tokenizer: PreTrainedTokenizerFast) -> None:
     renderer = Renderer(changed(tokenizer, chat_template="{{ raise_exception('no') }}"))
     with pytest.raises(DataError) as caught:
         renderer.rows([Conversation(f"rows:{number}", CHAT.messages) for number in range(1, 13)])

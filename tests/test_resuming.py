@@ -46,9 +46,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cosine": {"training": {"lr_scheduler_type": "cosine", "warmup_steps": 3}},
     "checkpointed": {"training": {"activation_checkpointing": True}},
 }
+SOME = ("bfloat16", "evaluated on the way", "adafactor")
+"""`test_train.py` has float32 and packs."""
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [one if one in SOME else pytest.param(one, marks=pytest.mark.slow) for one in VARIANTS]
+)
 def test_killed_and_resumed_is_as_if_nothing_had_been(
     name: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
 ) -> None:
@@ -71,7 +75,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("asked", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("asked", [4, *(pytest.param(kills, marks=pytest.mark.slow) for kills in (10, 50))])
 def test_killed_at_random_moments(asked: int, processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Row 49: so many kills, many of them while a checkpoint is being written. A checkpoint a step."""
     training = RESTLESS["training"] | {"num_train_epochs": 6 if asked < 50 else 30, "save_steps": 1}
@@ -137,6 +141,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_seen(name: str, interrupted: Path, tmp_path: Path) -> None:
+    damage, reason = DAMAGES[name]
+    newest, older = checkpoints(tmp_path / "out.partial")
+    damage(newest)
+    checkpoint, _, (problem,) = newest_whole(newest.parent)
+    assert checkpoint == older and (problem.code, problem.where) == (SKIPPED, str(newest))
+    assert f"checkpoint skipped: {reason}" in problem.what
+
+
+@pytest.mark.parametrize(
+    "name", [one if one in ("partial", "a bit") else pytest.param(one, marks=pytest.mark.slow) for one in DAMAGES]
+)
 def test_a_damaged_checkpoint_is_passed_over(name: str, interrupted: Path, cli: Cli, tmp_path: Path) -> None:
     """Row 50; the older one gives the same adapter."""
     damage, reason = DAMAGES[name]
@@ -404,7 +420,9 @@ def test_fewer_steps_than_were_taken_are_refused(interrupted: Path, cli: Cli) ->
     assert " steps, but only 1 are set [" in ran.err
 
 
-@pytest.mark.parametrize("kind", ["a file", "a link", "a named pipe"])
+@pytest.mark.parametrize(
+    "kind", ["a link", *(pytest.param(one, marks=pytest.mark.slow) for one in ("a file", "a named pipe"))]
+)
 def test_a_checkpoint_has_no_place(
     kind: str, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:

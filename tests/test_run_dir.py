@@ -495,7 +495,7 @@ def test_what_the_user_puts_there_meanwhile(how: str, tmp_path: Path) -> None:
     assert kept - {"lock"} == {name.rstrip("/") for name in names if name != "adapter/notes/"}
 
 
-def test_a_file_that_stays_in_the_work_is_told_of(
+def test_a_file_that_stays_in_the_work_is_reported(
     processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     child = processes.start("train", run_config(training={"max_steps": 203, "save_steps": 50}))
@@ -582,6 +582,7 @@ def test_a_file_that_comes_to_an_adapter_of_an_image(image: Path, monkeypatch: p
     with pytest.raises(ConfigError) as caught, run_dir.locked(directory):
         directory.prepare(resume=False)
         (directory.checkpoints / "checkpoint-1").mkdir()
+        (directory.checkpoints / "checkpoint-1" / "manifest.json").touch()
         adapter(directory.staging)
         directory.publish()
     assert meanings(caught.value) == [(Code.RUN_OUTPUT_NOT_MOVED, str(image / "out"), "output_dir")]

@@ -451,7 +451,10 @@ def write_many(path: Path, thousands: int) -> None:
                 file.write(block)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", *(pytest.param(one, marks=SLOW) for one in ("json", "jsonl.gz"))])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
     """40 MB of rows, read by a fresh process, take hardly more than 2 MB of them."""
     small, path = tmp_path / f"small.{kind}", tmp_path / f"rows.{kind}"
@@ -476,7 +479,7 @@ def read_in_process(*paths: Path) -> list[int]:
     return [int(number) for number in done.stdout.split()]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", *(pytest.param(one, marks=SLOW) for one in ("json", "txt"))])
 def test_one_row_of_50_mb(tmp_path: Path, kind: str) -> None:
     """It passes, at a few times its size. csv holds four bytes for each letter of the cell that it is in."""
     (head, tail) = {

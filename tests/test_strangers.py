@@ -5,6 +5,7 @@ import os
 import pickle
 import pty
 import re
+import select
 import shutil
 import socket
 import stat
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,10 @@ def test_no_other_machine_reaches_the_store_of_one(
     assert [child.wait(60) for child in children] == [143, 143]
 
 
-@pytest.mark.parametrize("what", ["a pickle", "garbage", "huge", "deleted", "noise"])
+@pytest.mark.parametrize(
+    "what",
+    ["a pickle", "deleted", "noise", *(pytest.param(one, marks=pytest.mark.slow) for one in ("garbage", "huge"))],
+)
 def test_a_stranger_at_the_store(what: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Row 68: nothing of theirs runs; the run goes on, or ends with 10 in all processes, and says why."""
     children = begun(processes, run_config(**SHARED), tmp_path / "out.partial")
@@ -426,7 +429,9 @@ ADDED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ADDED)
+@pytest.mark.parametrize(
+    "name", [*ADDED[::4], *(pytest.param(one, marks=pytest.mark.slow) for one in ADDED if one not in ADDED[::4])]
+)
 def test_a_file_that_was_added_at_any_depth(name: str, copy: Path, cli: Cli) -> None:
     """Row 71. What no library reads may lie beside it."""
     for other in ("notes.txt", "plots/loss.png", ".git/config.json", ".cache/huggingface/download/x.json"):
@@ -555,28 +560,28 @@ def test_nothing_raw_from_anywhere(place: str, copy: Path, cli: Cli, run_config:
         assert json.loads(ran.out)["base"] == f"/no{EVIL}\nx"
 
 
-def terminal(command: list[Any], **environment: str) -> str:
+def terminal(processes: ForkServer, *command: Any) -> str:
     """What a command writes to a terminal, stdout and stderr together."""
     main, end = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "loratune", *map(str, command)], stdin=end, stdout=end, stderr=end,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"} | environment,
-    )  # fmt: skip
-    os.close(end)
-    said = b""
-    with suppress(OSError):  # which is how a terminal ends
-        while block := os.read(main, 1 << 16):
-            said += block
-    child.wait(60)
-    os.close(main)
+    name = os.ttyname(end)
+    child = processes.start(*command, stdout=name, stderr=name, TERM="xterm")
+    said, ended = b"", False
+    while not ended:
+        ended = child.poll() is not None  # so that what it wrote last is read once more
+        while select.select([main], [], [], 0.02)[0]:
+            said += os.read(main, 1 << 16)
+    for handle in (main, end):
+        os.close(handle)
     return said.decode()
 
 
-def test_a_terminal_gets_escapes_of_ours_only(copy: Path, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_terminal_gets_escapes_of_ours_only(
+    copy: Path, run_config: MakeConfig, tmp_path: Path, processes: ForkServer, forked: Cli
+) -> None:
     """In a real terminal: the first row in colours, with the bar; and an answer that a tokenizer makes evil."""
     rows = [{"prompt": f"{EVIL} {number}", "completion": f" {EVIL}{number}"} for number in range(8)]
     config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))}, training={"max_steps": 3})
-    said = terminal(["train", config])
+    said = terminal(processes, "train", config)
     assert "\x1b[" in said and "done" in said  # colours and bars
     assert "\x1b]" not in said and "\x9b" not in said and "\u202e" not in said and "\x07" not in said
     assert "\\x1b]52;c;aGk=\\x07" in said
@@ -584,15 +589,11 @@ def test_a_terminal_gets_escapes_of_ours_only(copy: Path, run_config: MakeConfig
     replaced = {"type": "Replace", "pattern": {"Regex": ".+"}, "content": "\x1b]0;t\x07\tz\n"}
     values["decoder"] = {"type": "Sequence", "decoders": [replaced, {"type": "Fuse"}]}
     (copy / "tokenizer.json").write_text(json.dumps(values))  # each token of an answer is an escape sequence
-    said = terminal(["generate", "x", "--adapter", copy, "--force", "--max-new-tokens", 3])
+    said = terminal(processes, "generate", "x", "--adapter", copy, "--force", "--max-new-tokens", 3)
     assert "\x1b]" not in said and "\x07" not in said and "\\x1b]0;t\\x07\tz\r\n" in said, said
     asked = write_rows(tmp_path / "q.jsonl", [{"prompt": "x\x9b\x7f\u202e"}])
-    said = terminal(
-        ["generate", "--adapter", copy, "--force", "--max-new-tokens", 1, "--input", asked, "--output", "/dev/stdout"]
-    )
+    to_stdout = ("--input", asked, "--output", "/dev/stdout")
+    said = terminal(processes, "generate", "--adapter", copy, "--force", "--max-new-tokens", 1, *to_stdout)
     assert '"completion"' in said and "\x9b" not in said and "\x7f" not in said and "\u202e" not in said
-    piped = subprocess.run(
-        [sys.executable, "-m", "loratune", "generate", "x", "--adapter", copy, "--force", "--max-new-tokens", "3"],
-        capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert "\x1b]0;t\x07\tz\n" in piped.stdout
+    plain = forked("generate", "x", "--adapter", copy, "--force", "--max-new-tokens", 3)
+    assert plain.code == 0 and "\x1b]0;t\x07\tz\n" in plain.out

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,9 @@ def arrows(run_config: MakeConfig, tmp_path: Path) -> Path:
     return run_config(data={"train": str(rows)}, training={"max_steps": 1})
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--version"], pytest.param(["--help"], marks=pytest.mark.slow), ["train", "--help"]], ids=" ".join
+)
 @pytest.mark.parametrize(
     ("redirected", "code", "problems"),
     [
@@ -63,18 +66,33 @@ def test_an_error_keeps_its_code(redirected: str) -> None:
         assert ran.err.count("\n") == 1
 
 
+def test_signs_that_ascii_lacks(arrows: Path, tmp_path: Path, forked: Callable[..., Ran]) -> None:
+    """Rows, marks of what is supervised and the block at the end are escaped, and the adapter is published."""
+    settled = (
+        "import sys; sys.stdout.reconfigure(encoding='ascii');"
+        "sys.stderr.reconfigure(encoding='ascii', errors='backslashreplace')"
+    )
+    check_escaped(partial(forked, first=settled), "\\u2192", arrows, tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1:strict", "utf-8"])
 def test_signs_that_the_encoding_lacks(encoding: str, arrows: Path, tmp_path: Path) -> None:
-    """Rows, marks of what is supervised and the block at the end are escaped, and the adapter is published."""
-    ran = shell("train", arrows, redirected="", PYTHONIOENCODING=encoding)
+    """As the interpreter settles it when it starts."""
+    run = partial(shell, redirected="", PYTHONIOENCODING=encoding)
+    check_escaped(run, "→" if encoding == "utf-8" else "\\u2192", arrows, tmp_path)
+
+
+def check_escaped(run: Callable[..., Ran], arrow: str, arrows: Path, tmp_path: Path) -> None:
+    ran = run("train", arrows)
     assert ran.code == 0, ran.err
     assert (tmp_path / "out" / WEIGHTS).is_file()
-    arrow = "→" if encoding == "utf-8" else "\\u2192"
     assert arrow in ran.out and f"é {arrow}" in ran.err.replace("\\xe9", "é").replace("�", "é")
-    ran = shell("train", arrows, "--dry-run", "--overwrite", redirected="", PYTHONIOENCODING=encoding)
+    ran = run("train", arrows, "--dry-run", "--overwrite")
     assert ran.code == 0 and arrow in ran.out, ran.err
 
 
+@pytest.mark.slow
 def test_a_run_whose_streams_are_all_closed(arrows: Path, tmp_path: Path) -> None:
     """The files that it opens do not get what it prints."""
     ran = shell("train", arrows, redirected="<&- >&- 2>&-")

@@ -393,7 +393,7 @@ def test_an_attention_that_is_unknown_in_every_layer() -> None:
     assert resolve(model, ["inward", "attn.outward"]).names == ("inward", "outward")
 
 
-def test_unknown_names_are_all_told_with_their_nearest() -> None:
+def test_unknown_names_are_all_reported_with_their_nearest() -> None:
     unknown = [Code.LORA_UNKNOWN_TARGET] * 3
     message = failure(ModelError, small("llama"), ["q_prj", "self_attn.o_prj", "v", "zzz"], *unknown)
     assert "`q_prj` matches no module of llama; nearest: q_proj" in message

@@ -175,7 +175,7 @@ def test_layers_do_not_hold_for_a_whole_path() -> None:
     assert list(values(attach(model, targets, layers_to_transform=[1]))) == ["model.layers.1.self_attn.q_proj"]
 
 
-def test_a_layer_without_targets_is_told_beside_other_problems() -> None:
+def test_a_layer_without_targets_is_reported_beside_other_problems() -> None:
     problems = (Code.LORA_NO_LAYER, "layers_to_transform"), (Code.LORA_PATTERN_UNUSED, "rank_pattern")
     message = failure(build("llama", **LLAMA), *problems, layers=[1, 9], rank_pattern={"zzz": 1})
     assert "layer 9 " in message and "the layers with targets are 0-2" in message
@@ -256,7 +256,7 @@ def test_a_quantized_module_cannot_be_trained_whole() -> None:
     assert resolve(model, ["q", "v"], modules_to_save=["up_proj"]).modules_to_save == ("up_proj",)
 
 
-def test_tied_weights_come_apart_and_it_is_said() -> None:
+def test_untied_weights_are_reported() -> None:
     model = build("gpt2", "cpu", **GPT2)
     head, embedding = "lm_head", "transformer.wte"
     share = f"{head} and {embedding} share one weight in the base"

@@ -72,7 +72,7 @@ def test_what_is_published_is_not_written_again(cache: Path) -> None:
     assert [path.name for path in cache.iterdir()] == [key(1)]
 
 
-@pytest.mark.parametrize("asked", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("asked", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_many_processes_on_new_entries(asked: int, tmp_path: Path) -> None:
     """Row 76, and removal at the same time: see `rows_at_once`."""
     command = [sys.executable, rows_at_once.__file__, str(tmp_path / "cache"), str(asked)]
@@ -297,7 +297,7 @@ def test_a_cache_that_is_not_ours_is_not_used(cache: Path, tmp_path: Path) -> No
     assert tree(tmp_path) == before
 
 
-def test_the_user_is_told_of_rows_that_are_not_used(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
+def test_rows_that_are_not_used_are_reported(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
     config = run_config(training={"max_steps": 1})
     assert cli("train", config, "--dry-run").code == 0
     (entry,) = cache.iterdir()

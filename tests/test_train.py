@@ -1,17 +1,14 @@
 """`loratune train`, run as a user runs it, on the tiny model."""
 
 import json
-import os
 import shlex
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROWS, Ran, check_refused, meanings, process, tiny_llama, tree, write_rows
+from conftest import ROWS, Ran, check_refused, meanings, tiny_llama, tree, write_rows
 from fork_server import ForkServer, fork_server
 from running import until
 from safetensors.torch import load_file
@@ -106,12 +103,29 @@ def _reference_loss(base: torch.nn.Module, row: dict[str, str], directory: Path)
     return -sum(scores[place - 1, ids[0, place]].item() for place in range(len(prompt), ids.shape[1]))
 
 
-def test_same_config_same_bytes(run_config: MakeConfig, tmp_path: Path, forked: Cli) -> None:
-    """Two processes with different hash seeds: that of the fork server is 2."""
+@pytest.fixture(scope="module")
+def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Commands whose every attempt to reach a host ends them, with the hash seed 1."""
+    folder = tmp_path_factory.mktemp("cut-off")
+    (folder / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "def refuse(event, args):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo'):\n"
+        "        os.write(2, f'reached out: {event} {args}'.encode())\n"
+        "        os._exit(99)\n"
+        "sys.addaudithook(refuse)\n"
+    )
+    accounts = {"WANDB_API_KEY": "x", "COMET_API_KEY": "x"}
+    with fork_server(folder, PYTHONPATH=str(folder), PYTHONHASHSEED="1", **accounts) as made:
+        yield made  # it imports what the commands do
+
+
+def test_same_config_same_bytes(run_config: MakeConfig, tmp_path: Path, forked: Cli, cut_off: ForkServer) -> None:
+    """Two processes with different hash seeds: that of the other fork server is 2."""
     config = run_config(**RESTLESS)
-    one = process("train", config, "--set", f"output_dir={tmp_path / 'one'}", PYTHONHASHSEED="1")
+    one = cut_off.start("train", config, "--set", f"output_dir={tmp_path / 'one'}")
     two = forked("train", config, "--set", f"output_dir={tmp_path / 'two'}")
-    assert [one.code, two.code] == [0, 0], one.err + two.err
+    assert [one.wait(), two.code] == [0, 0], one.said() + two.err
     for file in (WEIGHTS, "adapter_config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -285,32 +299,18 @@ def test_a_run_that_learns_nothing(cli: Cli, run_config: MakeConfig, tmp_path: P
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_without_a_network(run_config: MakeConfig, tmp_path: Path) -> None:
-    """Every attempt to reach a host ends the process."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "def refuse(event, args):\n"
-        "    if event in ('socket.connect', 'socket.getaddrinfo'):\n"
-        "        os.write(2, f'reached out: {event} {args}'.encode())\n"
-        "        os._exit(99)\n"
-        "sys.addaudithook(refuse)\n"
-    )
-    blocked = {"PYTHONPATH": str(tmp_path / "site"), "WANDB_API_KEY": "x", "COMET_API_KEY": "x"}
-    control = subprocess.run(
-        [sys.executable, "-c", "import socket; socket.create_connection(('127.0.0.1', 9))"],
-        env=os.environ | blocked, check=False, capture_output=True,
-    )  # fmt: skip
-    assert control.returncode == 99
+def test_without_a_network(run_config: MakeConfig, tmp_path: Path, cut_off: ForkServer) -> None:
+    reaching = "import socket; socket.create_connection(('127.0.0.1', 9))"
+    control = cut_off.start("params", first=reaching)
+    assert control.wait() == 99 and "reached out" in control.said()
     config = run_config()
-    with fork_server(tmp_path, **blocked) as processes:  # which imports what the commands do
-        for arguments in (
-            ("train", config),
-            ("generate", "--adapter", tmp_path / "out", "1 and 1 make", "--max-new-tokens", 3),
-            ("params", config),
-        ):
-            child = processes.start(*arguments)
-            assert child.wait() == 0, child.said()
+    for arguments in (
+        ("train", config),
+        ("generate", "--adapter", tmp_path / "out", "1 and 1 make", "--max-new-tokens", 3),
+        ("params", config),
+    ):
+        child = cut_off.start(*arguments)
+        assert child.wait() == 0, child.said()
 
 
 def test_dry_run_shows_the_plan_and_leaves_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_is_target() -> None:
 
 
 def test_is_partitioned() -> None:
-    """DeepSpeed marks the parameters that it has partitioned; test_ranks.py trains with it where it is installed."""
+    """DeepSpeed marks the parameters that it has partitioned; test_distributed.py uses it where it is installed."""
     weight = torch.nn.Parameter(torch.ones(2))
     assert not upstream.is_partitioned(weight)
     weight.ds_id = 3  # type: ignore[attr-defined]

@@ -20,8 +20,9 @@ def test_unset_fake_temporarily() -> None:
         assert torch.ones(3).nonzero().shape == (3, 1)
 
 
-def test_fake_tensor_log(caplog: pytest.LogCaptureFixture) -> None:
-    """An operation on data that a fake tensor lacks is logged there."""
+def test_fake_tensor_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation on data that a fake tensor lacks is logged there, whether torch's loggers propagate or not."""
+    monkeypatch.setattr(upstream.FAKE_TENSOR_LOG, "handlers", [caplog.handler])
     mode = upstream.FakeTensorMode()
     with mode:
         weight = torch.empty(2, 2)

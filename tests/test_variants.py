@@ -128,7 +128,16 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
     )
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS])
+AT_LENGTH = (
+    "PiSSA, fast", "PiSSA with rsLoRA", "PiSSA with patterns", "LoRA-FA with rsLoRA", "PiSSA with modules_to_save",
+    "rsLoRA", "patterns", "OLoRA", "modules_to_save", "orthogonal",
+)  # fmt: skip
+"""Variants whose state is of the kinds that others have: a base that was changed, factors that are trained."""
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(one, marks=pytest.mark.slow) if one in AT_LENGTH else one for one in VARIANTS]
+)
 def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp_path: Path) -> None:
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
@@ -304,7 +313,7 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(("values", "keys"), CONTRADICTIONS)
-def test_what_does_not_go_together_is_told_before_anything_is_read(
+def test_incompatible_keys_are_reported_before_anything_is_read(
     values: dict[str, str], keys: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     path = run_config()
@@ -393,12 +402,12 @@ LEAVES = [
 
 
 @pytest.mark.parametrize(("lora", "line"), LEAVES)
-def test_leaving_the_portable_set_is_told(lora: dict[str, Any], line: str) -> None:
-    assert any(found.startswith(line) for found in config.portability(LoraSection(**lora)))
+def test_leaving_the_portable_set_is_reported(lora: dict[str, Any], line: str) -> None:
+    assert any(note.startswith(line) for note in config.portability(LoraSection(**lora)))
 
 
 @pytest.mark.parametrize("lora", [{}, {"r": 16}, {"init_lora_weights": "eva"}, {"use_lorafa": True}])
-def test_the_portable_set_is_silent(lora: dict[str, Any]) -> None:
+def test_the_portable_set_gives_no_note(lora: dict[str, Any]) -> None:
     assert [*config.portability(LoraSection(**lora))] == []
 
 
@@ -412,15 +421,17 @@ def test_the_portable_set_is_silent(lora: dict[str, Any]) -> None:
     ],
 )
 def test_layers_that_llama_cpp_does_not_read(model: Callable[[], Any], names: list[str], kind: str | None) -> None:
-    told = parameters.notes(begun(model(), target_modules=names)[0])
-    assert told == [] if kind is None else f"do not read an adapter of {kind}" in told[0]
+    notes = parameters.notes(begun(model(), target_modules=names)[0])
+    assert notes == [] if kind is None else f"do not read an adapter of {kind}" in notes[0]
 
 
-def test_it_is_told_at_config_time(run_config: MakeConfig, cli: Cli, tmp_path: Path, forked: Cli) -> None:
+def test_non_portable_keys_are_reported_at_config_time(
+    run_config: MakeConfig, cli: Cli, tmp_path: Path, forked: Cli
+) -> None:
     path = run_config(lora={"use_dora": True}, data={"train": str(tmp_path / "gone.jsonl")})
     ran = forked("train", path)
     assert ran.code == 4
-    told, failed = ran.err.splitlines()
-    assert told.startswith("lora.use_dora: vLLM, llama.cpp and Ollama do not read DoRA")
+    note, failed = ran.err.splitlines()
+    assert note.startswith("lora.use_dora: vLLM, llama.cpp and Ollama do not read DoRA")
     assert failed.startswith(f"error: {tmp_path / 'gone.jsonl'}")
     assert "lora.use_dora: vLLM" in cli("params", run_config(lora={"use_dora": True})).err

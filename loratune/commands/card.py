@@ -12,6 +12,7 @@ import yaml
 from loratune import escaping
 from loratune.data import DatasetSplit
 from loratune.data.formats import Conversation, Example, Plain
+from loratune.data.formats.examples import IGNORED
 from loratune.system import records
 
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
@@ -81,6 +82,7 @@ def model_card(
         metadata |= {"base_model": base, "tags": ["lora", "loratune", f"base_model:adapter:{base}"]}
     held_out = f", held-out {metrics['held_out_loss']:.4f}" if metrics["held_out_loss"] is not None else ""
     process_note = f", on {processes} processes" if processes > 1 else ""
+    # Not huggingface_hub's ModelCardData.to_yaml: it leaves marks of direction and invisible characters unescaped.
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
@@ -115,6 +117,35 @@ def example_prompt(rows: DatasetSplit, max_length: int = 200) -> str:
     texts = (text for text in map(_prompt_text, islice(rows.examples(), 100)) if 0 < len(text) <= max_length)
     prompt = min(texts, key=lambda text: (not escaping.is_plain(text), len(text)), default="...")
     return ("-- " if prompt.startswith("-") else "") + escaping.shell(prompt)  # `--`: it is not an option
+
+
+def recorded_prompts(rows: DatasetSplit, most: int = 8, max_length: int = 2000) -> list[dict[str, Any]]:
+    """A few prompts of the rows, on which the adapter can be compared with what is made from it.
+
+    Args:
+        rows: The training rows.
+        most: How many prompts.
+        max_length: The most characters, or token ids, of one.
+
+    Returns:
+        Rows of one of the keys `prompt`, `messages` (with `tools`, if there are any) and `input_ids`.
+    """
+    prompts = (_recorded_prompt(example) for example in islice(rows.examples(), 100))
+    texts = {text: prompt for prompt in prompts if prompt and len(text := json.dumps(prompt)) <= max_length}
+    return list(islice(texts.values(), most))
+
+
+def _recorded_prompt(example: Example) -> dict[str, Any]:
+    if isinstance(example, Plain):
+        prompt = " ".join(example.completion.split()[:8]) if example.whole else example.prompt
+        return {"prompt": prompt} if prompt else {}
+    if isinstance(example, Conversation):
+        turns = example.supervised_turns("assistant")
+        messages = [*example.messages[: turns[0]]] if turns else []
+        tools = {"tools": [*example.tools]} if example.tools else {}
+        return {"messages": messages, **tools} if messages else {}
+    supervised = (number for number, label in enumerate(example.labels or ()) if label != IGNORED)
+    return {"input_ids": [*example.ids[: max(next(supervised, 8), 1)]]}
 
 
 def _prompt_text(example: Example) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loratune.commands.evaluate import Score
     from loratune.commands.params import Params
     from loratune.commands.train import Plan, Result
+    from loratune.export.hub import Upload
     from loratune.memory import Estimate
     from loratune.training.batching import TokenizedDatasets
 
@@ -188,3 +189,25 @@ def print_scores(scores: "Mapping[str, Score]", as_json: bool) -> None:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
+
+
+def print_upload(upload: "Upload", as_json: bool) -> None:
+    """Where an adapter was uploaded to, what of it, and how that was checked."""
+    if as_json:
+        print_json(upload.as_json())
+        return
+    count, size = len(upload.files), format_size(sum(file.bytes for file in upload.files))
+    lines = [
+        ("repository", upload.url),
+        ("visibility", f"{'public' if upload.public else 'private'}{', new' if upload.created else ''}"),
+        ("base", upload.base),
+        ("files", f"{count}, {size}: {', '.join(file.name for file in upload.files)}"),
+        ("commit", f"{upload.commit}{', which held these files already' if upload.unchanged else ''}"),
+        ("checked", f"{count} files re-read, equal"),
+    ]
+    optional = {
+        "paths replaced": upload.paths_replaced, "removed there": upload.removed, "left out": upload.left_out
+    }  # fmt: skip
+    lines += [(name, ", ".join(names)) for name, names in optional.items() if names]
+    lines.append(("get it", f"hf download {upload.repository} --local-dir {upload.repository.rpartition('/')[2]}"))
+    print_block("pushed", lines)

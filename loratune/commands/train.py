@@ -351,6 +351,7 @@ def _stage(trained: _Trained, directory: RunDirectory) -> int:
     record = card.provenance(settings, metrics, outcome.curve, plan.fingerprints)
     record |= {"formats": plan.train_split.formats, "chat": plan.train_split.chat, "processes": plan.processes}
     record |= {"rows": plan.datasets.train.report.counts(), "changes": changes}
+    record["prompts"] = card.recorded_prompts(plan.train_split)
     record["files"] = adapter_files.manifest(directory.staging)
     write_json(directory.staging / "loratune.json", record)
     return size

@@ -1,4 +1,4 @@
-"""Whether rows may stand end to end: a model must keep them apart, and it should not take longer than padding does.
+"""Whether rows may be packed end to end: a model must not mix them, and it should not take longer than padding does.
 
 The first is found out by running the model, not looked up in a list of model families.
 """
@@ -29,7 +29,7 @@ TOLERANCES = {torch.float16: 0.02, torch.bfloat16: 0.1}
 """The allowed relative RMS difference by dtype: at least ten times the rounding of dozens of layers."""
 TOLERANCE = 1e-4
 DRAWS = 3
-"""How often rows are drawn anew where the difference is too large."""
+"""How often other rows are drawn where the difference is too large."""
 
 _MASKED_PAIR_COST = 4
 """What a multiplication of attention under a mask costs, relative to one of a linear layer.

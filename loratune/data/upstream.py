@@ -38,7 +38,7 @@ def hub_dataset_cache(hub_id: str) -> Path:
 
 
 def dataset_fingerprint(dataset: Any) -> str:
-    """Returns the hash by which `datasets` tells the contents of two datasets apart; it has no public name."""
+    """Returns the hash by which `datasets` distinguishes the contents of two datasets; it has no public name."""
     return str(dataset._fingerprint)
 
 

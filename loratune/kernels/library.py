@@ -66,7 +66,7 @@ def load(define: str) -> Library:
     try:
         with tempfile.TemporaryDirectory(prefix="loratune-") as scratch, _open_directory(Path(scratch)) as directory:
             functions = _link(_compile(compiler, define, directory))
-        note = f"the fast CPU code is built anew for this run: {reason}"
+        note = f"the fast CPU code is built again for this run: {reason}"
         return Library(functions, note, _name(_key(compiler, define)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return Library(None, f"the fast CPU code is not used: {_reason(error)}")

@@ -29,7 +29,7 @@ MIN_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.1}
 """The relative difference that is always allowed, 1e-3 in other dtypes."""
 ROUNDING_FACTOR = 2.0
 """The difference that rounding of the inputs alone makes, times this factor, is allowed where it is larger. In bfloat16
-it can be half of a gradient, also in the real SmolLM2-135M, and nothing smaller can be told from rounding."""
+it can be half of a gradient, also in the real SmolLM2-135M, and nothing smaller can be distinguished from rounding."""
 MAX_TOLERANCE = 0.7
 """The relative difference that is never allowed: a gradient that is lost altogether differs by 1."""
 DRAWS = 3

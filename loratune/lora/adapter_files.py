@@ -83,7 +83,7 @@ class AdapterFiles:
         edits |= {
             name: (added, "was added since the adapter was saved")
             for name in present
-            if _is_read(name) and name not in listed
+            if is_read(name) and name not in listed
         }
         links = (path for path in _walk(self.path) if path.is_dir())  # `_walk` yields no other directories
         edits |= {
@@ -154,8 +154,9 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _is_read(name: str) -> bool:
-    name = name.lower()  # some file systems do not tell capitals apart
+def is_read(name: str) -> bool:
+    """Whether transformers, tokenizers or PEFT would read a file of this name beside an adapter."""
+    name = name.lower()  # some file systems ignore case
     return name.endswith((*_READ_SUFFIXES, "merges.txt", "vocab.txt", "dict.txt"))
 
 

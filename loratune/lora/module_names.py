@@ -94,7 +94,7 @@ def natural(path: str) -> list[tuple[int, str]]:
 
 
 def shortest(paths: Sequence[str]) -> list[str]:
-    """The shortest endings that tell some paths apart: `attn.c_proj` and `mlp.c_proj`, but `q_proj`."""
+    """The shortest suffixes that distinguish some paths: `attn.c_proj` and `mlp.c_proj`, but `q_proj`."""
     for parts in range(1, 1 + max((path.count(".") + 1 for path in paths), default=0)):
         ends = [".".join(path.split(".")[-parts:]) for path in paths]
         if len({*ends}) == len(ends):

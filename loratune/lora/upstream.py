@@ -28,7 +28,7 @@ def conversion_of(model_type: str) -> str | None:
 def is_target(config: LoraConfig, path: str) -> bool:
     """Whether PEFT puts an adapter on the module at this path.
 
-    The rule combines six keys of the configuration; `model.targeted_module_names` tells only after the adapter is
+    The rule combines six keys of the configuration; `model.targeted_module_names` is known only after the adapter is
     attached, when the base has been changed already.
     """
     return bool(check_target_module_exists(config, path))

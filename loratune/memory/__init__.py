@@ -1,6 +1,7 @@
 """How much memory a training run needs at its peak, from shapes alone, and how much the machine has left."""
 
 import logging
+import os
 import resource
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -131,12 +132,18 @@ def available(device: torch.device) -> int:
 RUNTIME = 570 << 20
 """Bytes of the process before the base is loaded: its resident set with everything imported, SmolLM2's tokenizer loaded
 and rows rendered (torch 2.13+cpu on Linux). On a GPU torch counts nothing of the process itself."""
-ALLOCATOR_OVERHEAD = 0.13
-"""What the CPU allocator holds beyond the tensors of a step, as a fraction of them (`scripts/measure_memory.py`)."""
-CODE_SIZE, TILE, CHECKED_REMAINDERS = 15 << 19, 64, 6
-"""In 16 bit oneDNN compiles code for each remainder of a batch's tokens divided by TILE, and keeps it: CODE_SIZE bytes
-for each. The checks before training have 6 remainders. The heap of SmolLM2-135M grew by 5.4 MiB per step over uneven
-rows."""
+ALLOCATOR_OVERHEAD, ALLOCATOR_OVERHEAD_8BIT = 0.13, 0.24
+"""What the CPU allocator holds beyond the tensors of a step, as a fraction of them (`scripts/measure_memory.py`). In 8
+bit it is more, as the inputs that are kept lie between tensors that are freed: per layer of SmolLM2-135M 73.6 MiB of
+heap for 59.7 MiB of tensors with 2,048 tokens, and 36.8 for 29.8 with 1,024 (mallinfo2)."""
+PRIMITIVE_SIZE, PRIMITIVES_PER_SIZE, CHECKED_SIZES, CACHED_PRIMITIVES = 9 << 16, 22, 4, 1024
+"""In 16 bit oneDNN compiles a primitive for each matrix product of other shapes, and keeps CACHED_PRIMITIVES of them.
+For SmolLM2-135M it makes PRIMITIVES_PER_SIZE for each number of tokens of a batch (`ONEDNN_VERBOSE=profile_create`):
+12.3 MiB of the heap (mallinfo2), and 574 MiB when the cache is full. The checks before training make about as many as
+CHECKED_SIZES such numbers."""
+HOLES = 256 << 20
+"""Bytes of holes in the heap, at most, where primitives made room for others; until then, half of what these took.
+After 110 steps over uneven rows there were 237 MiB of them."""
 CHECKED_LENGTH = 384
 """Tokens of the longest row that is computed to check whether a model understands packed rows."""
 
@@ -237,22 +244,33 @@ def estimate(
     )
     if device.type != "cpu":
         return tensors
-    return replace(tensors, runtime=_runtime(model, tensors, peak, step, batch_tokens))
+    overhead = int(peak * (ALLOCATOR_OVERHEAD_8BIT if weight_format == "8bit" else ALLOCATOR_OVERHEAD))
+    return replace(tensors, runtime=_runtime(model, tensors, overhead, step, batch_tokens))
 
 
-def _runtime(model: Any, tensors: Estimate, peak: int, step: TracedStep, batch_tokens: Sequence[int]) -> int:
+def _runtime(model: Any, tensors: Estimate, overhead: int, step: TracedStep, batch_tokens: Sequence[int]) -> int:
     """What the process needs besides tensors, on a CPU.
 
     Loading can need more than the steps: weights are there twice while they are read, and one and a half times while
     layers are joined and logits compared.
     """
     vocabulary, itemsize = len(model.get_input_embeddings().weight), int(model.get_base_model().dtype.itemsize)
-    remainders = CHECKED_REMAINDERS + len({tokens % TILE for tokens in batch_tokens or (0,)})
-    code = CODE_SIZE * remainders if itemsize <= 2 else 0
+    code = _primitives(len(set(batch_tokens)) or 1) if itemsize <= 2 else 0
     length = min(step.length, CHECKED_LENGTH)
     logits = vocabulary * (length * 3 // 2 * itemsize + length * (itemsize + 8))
     loading = RUNTIME + max(2 * tensors.weights, tensors.weights * 3 // 2 + logits)
-    return max(RUNTIME + int(ALLOCATOR_OVERHEAD * peak) + code, loading - tensors.total)
+    return max(RUNTIME + overhead + code, loading - tensors.total)
+
+
+def _primitives(sizes: int) -> int:
+    """What oneDNN keeps of its primitives, and the holes that others left.
+
+    sizes: how many numbers of tokens the batches of the run have.
+    """
+    value = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    made = PRIMITIVES_PER_SIZE * (CHECKED_SIZES + sizes)
+    kept = min(made, int(value) if value.isdecimal() else CACHED_PRIMITIVES)
+    return PRIMITIVE_SIZE * kept + min(HOLES, PRIMITIVE_SIZE * (made - kept) // 2)
 
 
 def _by_formula(model: Any, step: TracedStep) -> tuple[int, int]:

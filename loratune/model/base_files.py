@@ -2,7 +2,7 @@
 
 transformers maps weights into memory instead of reading them. While such a mapping is in use, a file that is
 overwritten in place changes the weights, and one that is truncated ends the process with SIGBUS. `copy_mapped` copies
-what is mapped; `Files` tells whether the files are still what was loaded.
+what is mapped; `Files` reports whether the files are still those that were loaded.
 """
 
 import hashlib

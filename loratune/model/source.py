@@ -119,7 +119,7 @@ def local_or_hub(name_or_path: str) -> str:
 
 
 def check_repository(name: str, revision: str | None, file: str = "config.json") -> None:
-    """Tell apart why a model cannot be had from the hub; transformers reports most reasons as one OSError.
+    """Determine why a model cannot be downloaded from the hub; transformers reports most reasons as one OSError.
 
     Raises:
         ModelError: No such repository, or it is gated; no such revision or file; offline and not cached.

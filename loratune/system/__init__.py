@@ -1,1 +1,1 @@
-"""What `loratune` asks of the operating system: files, signals, processes, and limits for code that strangers wrote."""
+"""What `loratune` asks of the operating system: files, signals, processes, and limits for foreign code."""

@@ -2,7 +2,7 @@
 
 A record is a JSON object with its version as `schema_version`; without one it is of version 1, as releases wrote it
 before there were versions. Keys may be added within a version; whatever an older reader would take for something else
-makes a new one. Readers go on reading all older versions, and refuse newer ones; a cache makes its entry anew.
+makes a new one. Readers go on reading all older versions, and refuse newer ones; a cache writes its entry again.
 """
 
 from collections.abc import Mapping

@@ -49,7 +49,7 @@ class LimitExceededError(Exception):
     """The work takes longer, or needs more memory, than it may; the message says which.
 
     Attributes:
-        at: The number of the piece that was worked on, as `PieceTimer` was told; -1 if none was.
+        at: The number of the piece that was worked on, as reported to `PieceTimer`; -1 if none was.
     """
 
     def __init__(self, what: str, at: int = -1):

@@ -244,7 +244,7 @@ def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
 class DistributedBatchSampler(Sampler[list[int]]):
     """The batches of one process.
 
-    A micro-step takes the next `size` items for each process, in an order that is drawn anew for each epoch. So the
+    A micro-step takes the next `size` items for each process, in an order that is drawn again for each epoch. So the
     number of processes, the batch size and the accumulation only share out the same steps in other ways. At the end of
     an epoch fewer items may be left; they are spread evenly, and a process may get none.
 

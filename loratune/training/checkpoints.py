@@ -227,5 +227,5 @@ def _special_files(checkpoint: Path) -> Iterator[str]:
     """What is in a checkpoint that is neither a file nor a directory. It is neither followed nor opened."""
     for place, directories, files in os.walk(checkpoint):
         for path in (Path(place, name) for name in sorted([*directories, *files])):
-            if (found := kind(path)) not in ("a file", "a directory"):
-                yield f"{path.relative_to(checkpoint)} is {found}"
+            if (file_kind := kind(path)) not in ("a file", "a directory"):
+                yield f"{path.relative_to(checkpoint)} is {file_kind}"

@@ -162,7 +162,7 @@ class _Member:
 
     Attributes:
         host: The name of its machine.
-        machine: What tells machines, and containers on them, apart.
+        machine: An id that differs between machines, and between containers on one machine.
         pid: Its process id.
     """
 

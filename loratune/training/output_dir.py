@@ -6,12 +6,22 @@ from pathlib import Path
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError, ResumeError, is_disk_full
 from loratune.system.files import hold_lock, is_directory, is_file, open_lock
-from loratune.training.overwrite import CONFIG_INPUT, KEY, Inputs, check_replaceable, check_unused, contains
+from loratune.training.overwrite import (
+    ADAPTER,
+    CONFIG_INPUT,
+    Inputs,
+    OutputKind,
+    check_replaceable,
+    check_unused,
+    contains,
+)
 from loratune.training.run_dir import RunDirectory
 from loratune.training.run_dir_files import PUBLISH_WORSE
 
 
-def check(output_dir: str, *, resume: bool, overwrite: bool, inputs: Inputs = ()) -> RunDirectory:
+def check(
+    output_dir: str, *, resume: bool = False, overwrite: bool, inputs: Inputs = (), kind: OutputKind = ADAPTER
+) -> RunDirectory:
     """Check that a run may write to `output_dir`. Nothing is changed.
 
     Args:
@@ -19,6 +29,7 @@ def check(output_dir: str, *, resume: bool, overwrite: bool, inputs: Inputs = ()
         resume: Whether an interrupted run is to be continued.
         overwrite: Whether what is there may be replaced.
         inputs: What the run reads.
+        kind: What is to be written there.
 
     Raises:
         ConfigError: The directory exists, is a file, a link or a mount point, or cannot be written; its parent is
@@ -29,10 +40,12 @@ def check(output_dir: str, *, resume: bool, overwrite: bool, inputs: Inputs = ()
     """
     output = Path(os.path.abspath(Path(output_dir).expanduser()))
     if not output.name:
-        raise _refused(Code.RUN_OUTPUT_IS_ROOT, "is the root of the file system", output_dir, "name a directory in it")
+        raise _refused(
+            kind, Code.RUN_OUTPUT_IS_ROOT, "is the root of the file system", output_dir, "name a directory in it"
+        )
     try:
-        partial = output.with_name(f"{output.name}.partial")
-        directory = RunDirectory(output, partial, str(output_dir), overwrite, inputs)
+        partial = output.with_name(f"{output.name}.{kind.unfinished}")
+        directory = RunDirectory(output, partial, str(output_dir), overwrite, inputs, kind)
         if is_directory(partial) and is_file(directory.lock):
             with open_lock(directory.lock, os.O_RDONLY) as file:
                 hold_lock(file, directory.display_name)
@@ -40,13 +53,13 @@ def check(output_dir: str, *, resume: bool, overwrite: bool, inputs: Inputs = ()
         _check_state(directory, resume=resume)
     except OSError as error:
         what = f"cannot be looked at: {error.strerror}"
-        raise _refused(Code.RUN_OUTPUT_UNREADABLE, what, str(output_dir), "check the path") from None
+        raise _refused(kind, Code.RUN_OUTPUT_UNREADABLE, what, str(output_dir), "check the path") from None
     _check_writable(directory)
     return directory
 
 
-def _refused(code: Code, what: str, where: str, fix: str) -> ConfigError:
-    return ConfigError(Problem(code, what, where, KEY, fix))
+def _refused(kind: OutputKind, code: Code, what: str, where: str, fix: str) -> ConfigError:
+    return ConfigError(Problem(code, what, where, kind.key, fix))
 
 
 def _check_places(directory: RunDirectory, *, resume: bool) -> None:
@@ -54,20 +67,22 @@ def _check_places(directory: RunDirectory, *, resume: bool) -> None:
     output, partial, where = directory.output, directory.partial, directory.display_name
     if output.is_symlink() and output.is_dir():
         fix = f"name {os.path.realpath(output)} instead"
-        raise _refused(Code.RUN_OUTPUT_IS_LINK, "is a symbolic link, which is not followed", where, fix)
+        raise _refused(directory.kind, Code.RUN_OUTPUT_IS_LINK, "is a symbolic link, which is not followed", where, fix)
     if os.path.lexists(output) and not output.is_dir():
-        raise _refused(Code.RUN_OUTPUT_IS_FILE, "is a file", where, "name a directory that does not exist yet")
+        raise _refused(
+            directory.kind, Code.RUN_OUTPUT_IS_FILE, "is a file", where, "name a directory that does not exist yet"
+        )
     if not output.parent.is_dir():
         what = f"its parent {output.parent} is not a directory"
-        raise _refused(Code.RUN_OUTPUT_NO_PARENT, what, where, "create it first")
-    directory.check_partial(f"{partial.name}, where the run keeps its work in progress, ", where)
+        raise _refused(directory.kind, Code.RUN_OUTPUT_NO_PARENT, what, where, "create it first")
+    directory.check_partial(f"{partial.name}, where work in progress is kept, ", where)
     if resume and not partial.is_dir():
         fix = "start one without --resume"
         raise ResumeError(Problem(Code.RESUME_NO_RUN, "there is no interrupted run to resume", where, fix=fix))
     directory.check_kinds()
     for path in (output, partial):
         if path.exists():
-            check_unused(path, where if path == output else str(partial), directory.inputs)
+            check_unused(path, where if path == output else str(partial), directory.inputs, directory.kind)
 
 
 def _check_state(directory: RunDirectory, *, resume: bool) -> None:
@@ -79,21 +94,21 @@ def _check_state(directory: RunDirectory, *, resume: bool) -> None:
         fix = f"choose another{' with --set output_dir=NEW' if inside else ''}, or replace it with --overwrite"
         if directory.has_checkpoints():
             fix = f"if it is the adapter you want, remove {partial}; to train again and replace both, use --overwrite"
-        raise _refused(Code.RUN_OUTPUT_EXISTS, "already exists", where, fix)
+        raise _refused(directory.kind, Code.RUN_OUTPUT_EXISTS, "already exists", where, fix)
     if output.exists():
-        check_replaceable(output, where, directory.inputs)
+        check_replaceable(output, where, directory.inputs, output=directory.kind)
     if not directory.has_checkpoints() or resume or directory.overwrite:
         return
     fix = "start afresh with --overwrite"
     if not directory.is_resumable():
         what = f"{partial} holds files of an interrupted run, but no whole checkpoint"
-        raise _refused(Code.RUN_LEFTOVERS, what, where, fix)
+        raise _refused(directory.kind, Code.RUN_LEFTOVERS, what, where, fix)
     if directory.rejected_adapter() is not None:
         what = f"{partial} holds a finished run whose adapter does worse than its base"
         fix = f"{PUBLISH_WORSE}, or {fix} and a lower training.learning_rate"
-        raise _refused(Code.TRAINING_WORSE_THAN_BASE, what, where, fix)
+        raise _refused(directory.kind, Code.TRAINING_WORSE_THAN_BASE, what, where, fix)
     what = f"{partial} holds an interrupted run"
-    raise _refused(Code.RUN_INTERRUPTED, what, where, f"continue it with --resume, or {fix}")
+    raise _refused(directory.kind, Code.RUN_INTERRUPTED, what, where, f"continue it with --resume, or {fix}")
 
 
 def _check_writable(directory: RunDirectory) -> None:
@@ -104,7 +119,9 @@ def _check_writable(directory: RunDirectory) -> None:
     except OSError as error:
         where = directory.display_name
         if is_disk_full(error):
-            problem = Problem(Code.SYSTEM_DISK_FULL, "the disk is full", where, KEY, "make room")
+            problem = Problem(Code.SYSTEM_DISK_FULL, "the disk is full", where, directory.kind.key, "make room")
             raise ResourceError(problem) from None
         what = f"cannot be written: {error.strerror}"
-        raise _refused(Code.RUN_OUTPUT_NOT_WRITABLE, what, where, "choose another, or change permissions") from None
+        raise _refused(
+            directory.kind, Code.RUN_OUTPUT_NOT_WRITABLE, what, where, "choose another, or change permissions"
+        ) from None

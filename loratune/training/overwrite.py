@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,40 @@ Inputs = Sequence[tuple[str, str]]
 """What a run reads: how the user names it, e.g. `data.train`, and its path."""
 CONFIG_INPUT = "the config file"
 """How the config of a run is named among its inputs. It is not read again once the run has started."""
-KEY = "output_dir"
-"""The config key of the directory that is replaced."""
 _UNLISTED = frozenset({RECORD, "README.md"})  # of a recorded adapter; the user may edit its card
 _MOST_NAMES = 3
 
 
+@dataclass(frozen=True)
+class OutputKind:
+    """What is written to an output directory.
+
+    Attributes:
+        noun: What messages call it.
+        key: The config key, or the option, by which the user names the directory.
+        unfinished: The end of the name of the directory beside it in which it is put together.
+    """
+
+    noun: str
+    key: str
+    unfinished: str
+
+    def is_in(self, directory: Path) -> bool:
+        """Whether the directory holds one."""
+        if self == ADAPTER:
+            return is_file(directory / CONFIG)
+        record = _record(directory)
+        return isinstance(record, dict) and isinstance(record.get("kind"), str)
+
+
+ADAPTER = OutputKind("adapter", "output_dir", "partial")
+"""What training writes."""
+EXPORT = OutputKind("exported model or adapter", "--output", "export")
+"""What is made from an adapter. Its record says of which kind it is."""
+
+
 def check_replaceable(
-    directory: Path, display_name: str, inputs: Inputs, alternative: str = "or choose another output_dir"
+    directory: Path, display_name: str, inputs: Inputs, alternative: str = "", output: OutputKind = ADAPTER
 ) -> None:
     """Check that a directory may be replaced.
 
@@ -43,26 +70,29 @@ def check_replaceable(
         directory: The directory.
         display_name: The directory as the user named it.
         inputs: What the run reads.
-        alternative: What a user can do who has moved the directory away, or does not want to.
+        alternative: What a user can do who has moved the directory away; by default, or instead, choose another one.
+        output: What is to be written there.
 
     Raises:
-        ConfigError: The directory is in use, see `check_unused`; it holds no adapter, one of a newer release, or files
-            that belong to no adapter; its files may not be removed.
+        ConfigError: The directory is in use, see `check_unused`; it holds no such output, one of a newer release, or
+            other files; its files may not be removed.
         OSError: The directory cannot be read.
     """
-    check_unused(directory, display_name, inputs)
+    check_unused(directory, display_name, inputs, output)
+    alternative = alternative or f"or choose another {output.key}"
 
     def refuse(code: Code, what: str, fix: str = f"move it away, {alternative}") -> ConfigError:
-        return ConfigError(Problem(code, what, display_name, KEY, fix))
+        return ConfigError(Problem(code, what, display_name, output.key, fix))
 
     if reason := records.newer(RECORD, _record(directory)):
         what, fix = f"{reason}, so --overwrite does not replace it", f"move it away, {alternative}"
-        raise ConfigError(Problem(Code.RUN_OVERWRITE_NEWER, what, str(directory / RECORD), KEY, fix))
+        raise ConfigError(Problem(Code.RUN_OVERWRITE_NEWER, what, str(directory / RECORD), output.key, fix))
     contents = scan_recorded(directory)
-    if not is_file(directory / CONFIG) and not all(map(is_incidental_file, (*contents.files, *contents.foreign))):
-        raise refuse(Code.RUN_OVERWRITE_NO_ADAPTER, "holds no adapter, so --overwrite does not replace it")
+    if not output.is_in(directory) and not all(map(is_incidental_file, (*contents.files, *contents.foreign))):
+        raise refuse(Code.RUN_OVERWRITE_NO_ADAPTER, f"holds no {output.noun}, so --overwrite does not replace it")
     if contents.foreign:
-        what = f"also holds {shortened(contents.foreign)}, not part of the adapter, so --overwrite does not replace it"
+        names = shortened(contents.foreign)
+        what = f"also holds {names}, not part of the {output.noun}, so --overwrite does not replace it"
         raise refuse(Code.RUN_OVERWRITE_OTHER_FILES, what, f"move or delete these files, {alternative}")
     for place, _, _ in os.walk(directory):
         if not os.access(place, os.W_OK | os.X_OK):
@@ -84,7 +114,7 @@ def shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + rest
 
 
-def check_unused(directory: Path, display_name: str, inputs: Inputs = ()) -> None:
+def check_unused(directory: Path, display_name: str, inputs: Inputs = (), output: OutputKind = ADAPTER) -> None:
     """Check that a directory can be moved and removed without harm to anything else.
 
     Raises:
@@ -92,7 +122,7 @@ def check_unused(directory: Path, display_name: str, inputs: Inputs = ()) -> Non
     """
 
     def refuse(code: Code, what: str, fix: str) -> ConfigError:
-        return ConfigError(Problem(code, f"{what}, so it cannot be replaced", display_name, KEY, fix))
+        return ConfigError(Problem(code, f"{what}, so it cannot be replaced", display_name, output.key, fix))
 
     if (mount := next(_mount_points(directory), None)) is not None:
         if os.path.samefile(mount, directory):

@@ -1,6 +1,6 @@
 """How the processes of a run meet in a store of their own, to which no other program can write.
 
-torch's `TCPStore` answers whoever connects, so what is read from it is not trusted: every value is JSON, never a
+torch's `TCPStore` accepts every connection, so what is read from it is not trusted: every value is JSON, never a
 pickle, and carries an HMAC (RFC 2104, SHA-256) over its key and its bytes, made with a secret that only the processes
 of this run have. A value that another program wrote, or moved from another key or another run, is refused. A program
 that reaches the port can still delete values or fill the memory: then the run ends, with exit code 10.

@@ -26,8 +26,9 @@ from loratune.system.files import (
 )
 from loratune.training import run_dir_files
 from loratune.training.overwrite import (
-    KEY,
+    ADAPTER,
     Inputs,
+    OutputKind,
     check_replaceable,
     move_files,
     move_files_back,
@@ -47,6 +48,7 @@ class RunDirectory:
         display_name: The output directory as the user named it.
         overwrite: Whether an adapter at `output`, and the work of an interrupted run, may be replaced.
         inputs: What the run reads and must therefore not remove.
+        kind: What is put together and published.
     """
 
     output: Path
@@ -54,6 +56,7 @@ class RunDirectory:
     display_name: str
     overwrite: bool = False
     inputs: Inputs = ()
+    kind: OutputKind = ADAPTER
 
     @property
     def checkpoints(self) -> Path:
@@ -107,7 +110,7 @@ class RunDirectory:
     def _scanners(self) -> dict[Path, Callable[[Path], Contents]]:
         return {
             self.checkpoints: run_dir_files.scan_checkpoints,
-            self.staging: run_dir_files.scan_staging,
+            self.staging: run_dir_files.scan_staging if self.kind == ADAPTER else run_dir_files.scan_all,
             self.replaced: scan_recorded,
         }
 
@@ -135,11 +138,11 @@ class RunDirectory:
         Raises:
             ConfigError: It is of another kind, or holds other files.
         """
-        if (found := kind(self.partial)) not in ("", "a directory"):
-            what = f"{subject}is {found}" + (", which is not followed" if self.partial.is_symlink() else "")
-            raise ConfigError(Problem(Code.RUN_PARTIAL_KIND, what, where, KEY, "move it away"))
+        if (actual := kind(self.partial)) not in ("", "a directory"):
+            what = f"{subject}is {actual}" + (", which is not followed" if self.partial.is_symlink() else "")
+            raise ConfigError(Problem(Code.RUN_PARTIAL_KIND, what, where, self.kind.key, "move it away"))
         if os.path.lexists(self.partial) and (foreign := self.foreign_files()):
-            raise _foreign_files_error(f"{subject}holds {shortened(foreign)}", where)
+            raise _foreign_files_error(f"{subject}holds {shortened(foreign)}", where, self.kind.key)
 
     def check_kinds(self) -> None:
         """Check that no link, pipe or the like has the name of a file or directory of the run. None is followed.
@@ -155,10 +158,10 @@ class RunDirectory:
             del expected[self.unfinished]
         if problems := [
             Problem(
-                Code.RUN_PARTIAL_ENTRY_KIND, f"is {found} and should be {right}", str(path), fix="move or delete it"
+                Code.RUN_PARTIAL_ENTRY_KIND, f"is {actual} and should be {right}", str(path), fix="move or delete it"
             )
             for path, right in expected.items()
-            if (found := kind(path)) not in ("", right)
+            if (actual := kind(path)) not in ("", right)
         ]:
             raise ResumeError(problems)
 
@@ -193,16 +196,20 @@ class RunDirectory:
         if self.overwrite:
             self.overwrite_mark.touch()
         self._check_output()
-        self.checkpoints.mkdir(exist_ok=True)
+        if self.kind == ADAPTER:
+            self.checkpoints.mkdir(exist_ok=True)
         sync(self.partial)
         sync(self.partial.parent)
 
+    @property
+    def _proceed(self) -> str:
+        return "continue with --resume" if self.is_resumable() else "start again"
+
     def _check_output(self) -> None:
-        proceed = "continue with --resume" if self.is_resumable() else "start again"
         if os.path.lexists(self.output):
             if not is_file(self.overwrite_mark) or not is_directory(self.output):
-                raise _appeared_error(self.output, KEY, proceed)
-            check_replaceable(self.output, str(self.output), self.inputs, f"and {proceed}")
+                raise _appeared_error(self.output, self.kind.key, self._proceed)
+            check_replaceable(self.output, str(self.output), self.inputs, f"and {self._proceed}", self.kind)
 
     def create_staging(self) -> None:
         """Make the directory in which the adapter is put together.
@@ -211,7 +218,7 @@ class RunDirectory:
             ConfigError: Something has its name.
         """
         if os.path.lexists(self.staging):
-            raise _appeared_error(self.staging, "", "continue with --resume")
+            raise _appeared_error(self.staging, "", self._proceed)
         self.staging.mkdir()
 
     def publish(self) -> list[Path]:
@@ -237,15 +244,15 @@ class RunDirectory:
             if os.path.lexists(self.output):
                 self._move_old_adapter()
                 # Nobody finds the old adapter by its name any more, so this is the last look at what is in it.
-                check_replaceable(self.replaced, str(self.output), self.inputs)
+                check_replaceable(self.replaced, str(self.output), self.inputs, output=self.kind)
             self.staging.rename(self.output)
         except OSError as error:
             self.restore_old_adapter()
             if is_disk_full(error):
                 raise
-            what = f"the finished adapter cannot be moved there: {error.strerror}"
-            fix = "repair that, or move away what is there, and continue with --resume"
-            raise ConfigError(Problem(Code.RUN_OUTPUT_NOT_MOVED, what, str(self.output), KEY, fix)) from None
+            what = f"the finished {self.kind.noun} cannot be moved there: {error.strerror}"
+            fix = f"repair that, or move away what is there, and {self._proceed}"
+            raise ConfigError(Problem(Code.RUN_OUTPUT_NOT_MOVED, what, str(self.output), self.kind.key, fix)) from None
         except BaseException:
             self.restore_old_adapter()
             raise
@@ -305,7 +312,7 @@ def _appeared_error(path: Path, key: str, proceed: str) -> ConfigError:
     return ConfigError(Problem(Code.RUN_OUTPUT_APPEARED, what, str(path), key, fix))
 
 
-def _foreign_files_error(what: str, where: str, key: str = KEY) -> ConfigError:
+def _foreign_files_error(what: str, where: str, key: str) -> ConfigError:
     return ConfigError(
         Problem(Code.RUN_PARTIAL_OTHER_FILES, f"{what}, which no run made", where, key, "move that away")
     )
@@ -337,7 +344,9 @@ def _hold(directory: RunDirectory) -> Iterator[None]:
     """Hold the lock. The kernel releases it when the process ends, in whatever way."""
     where = str(directory.output)
     ended = LockedError(
-        Problem(Code.RUN_JUST_ENDED, "another run has just ended there", where, KEY, "start loratune again")
+        Problem(
+            Code.RUN_JUST_ENDED, "another run has just ended there", where, directory.kind.key, "start loratune again"
+        )
     )
     with ExitStack() as stack:
         try:

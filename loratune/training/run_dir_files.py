@@ -105,9 +105,19 @@ def remove_own(directory: Path, contents: Contents) -> bool:
     return not os.path.lexists(directory)
 
 
+def is_adapter_file(name: str) -> bool:
+    """Whether an adapter may have a file of this name, by its path relative to the directory, with `/`."""
+    return name in ADAPTER_FILES or _is_template(name)
+
+
 def scan_adapter(directory: Path) -> Contents:
     """What is in an adapter directory that has no record of its files."""
-    return scan(directory, lambda name: name in ADAPTER_FILES or _is_template(name))
+    return scan(directory, is_adapter_file)
+
+
+def scan_all(directory: Path) -> Contents:
+    """What is in a directory to which only one program writes: all of it belongs to it."""
+    return scan(directory, lambda _: True, lambda _: True)
 
 
 def scan_staging(directory: Path) -> Contents:
@@ -115,7 +125,7 @@ def scan_staging(directory: Path) -> Contents:
     passing = re.compile(rf"{_TEMPORARY}|[^/]+\.py")  # the code of a tokenizer that the user trusts is saved with it
     return scan(
         directory,
-        lambda name: name in ADAPTER_FILES or _is_template(name) or passing.fullmatch(name) is not None,
+        lambda name: is_adapter_file(name) or passing.fullmatch(name) is not None,
         lambda name: name == _TEMPLATES,
     )
 
@@ -150,7 +160,7 @@ def scan_checkpoints(directory: Path) -> Contents:
 
 
 def _is_checkpoint_file(name: str, listed: set[str]) -> bool:
-    return name in listed or name in ADAPTER_FILES or _is_template(name) or _TRAINER_FILES.fullmatch(name) is not None
+    return name in listed or is_adapter_file(name) or _TRAINER_FILES.fullmatch(name) is not None
 
 
 def _is_template(name: str) -> bool:

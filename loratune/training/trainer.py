@@ -369,7 +369,7 @@ class _RunTrainer(ShardedTrainer):
     def prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch as it goes into the model, without a cache.
 
-        With a cache, which a model makes unless told otherwise, it would take packed rows for one row.
+        With a key-value cache, which a model uses by default, it would treat packed rows as one row.
         """
         self.guard.tokens += count_tokens(inputs)
         prepared = super().prepare_inputs(inputs)

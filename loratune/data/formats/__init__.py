@@ -76,7 +76,7 @@ class Parser:
 
     Attributes:
         format_name: The format of the rows.
-        identity: What tells this way of reading rows from all others.
+        identity: An id of this way of reading rows, which differs from all others.
         unused_fields: The fields of the rows parsed so far that the format does not read.
     """
 

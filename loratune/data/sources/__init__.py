@@ -69,7 +69,7 @@ class HubSplit:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the fingerprint by which `datasets` tells contents apart."""
+        """SHA-256 of the fingerprint by which `datasets` distinguishes contents."""
         return hashlib.sha256(
             f"{upstream.dataset_fingerprint(self.dataset)} {self.dataset.num_rows}".encode()
         ).hexdigest()

@@ -1,9 +1,10 @@
 """The modules that get an adapter: attention roles (q, k, v, o) and names → modules of this architecture.
 
-PEFT raises an error only when no target matches at all, so a name that this model does not have is ignored silently.
-Here every entry of `lora.target_modules` means some modules or is an error, and the names that PEFT gets select exactly
-the modules that were meant. A model with another name for a projection needs one line in `survey.SERVES`. What may
-surprise, such as layers that roles do not adapt or what all-linear leaves out, is said in notes.
+PEFT raises an error only when no target matches at all, so a name that this model does not have is ignored without a
+message. Here every entry of `lora.target_modules` means some modules or is an error, and the names that PEFT gets
+select exactly the modules that were meant. A model with another name for a projection needs one line in
+`survey.SERVES`. What may surprise, such as layers that roles do not adapt or what all-linear leaves out, is reported in
+notes.
 """
 
 from collections import Counter

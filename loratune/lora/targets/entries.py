@@ -389,7 +389,7 @@ def _escaped(targets: Sequence[str], values: Mapping[str, int]) -> dict[str, int
     pattern: dict[str, int] = {}
     for value in dict.fromkeys(values.values()):
         names, ambiguous = module_names.endings([path for path in values if values[path] == value], targets)
-        # A whole path that is the end of another: PEFT allows anything before a dot, so the dot tells them apart.
+        # A whole path that is the end of another: PEFT allows anything before a dot, so the dot distinguishes them.
         pattern |= dict.fromkeys([re.escape(name) for name in names], value)
         pattern |= dict.fromkeys([rf"(?<!\.){re.escape(path)}" for path in ambiguous], value)
     return dict(sorted(pattern.items()))

@@ -1,0 +1,289 @@
+"""An adapter directory as a repository of the hub: one commit, of files that are then downloaded and compared.
+
+A repository is created, or one of the same visibility that holds an adapter, or nothing yet, is brought up to date.
+Files of the former adapter that the new one does not have are removed in the same commit; others stay, unless they
+would be read beside the adapter. So what is downloaded afterwards is this adapter, or the one that was there before.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, errors, get_session, get_token
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, and exported lazily
+
+from loratune.codes import Code
+from loratune.errors import AdapterError, ConfigError, ModelError, Problem
+from loratune.export import local_paths
+from loratune.export.hub_errors import LOGIN, explained, without
+from loratune.export.local_paths import CARD, PortableCopy
+from loratune.lora import adapter_files
+from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
+from loratune.model import source
+from loratune.system.files import sha256
+from loratune.training import run_dir_files
+
+_SECONDS = 120.0
+"""How long a single read or write on a connection may take; the client itself would wait for ever."""
+_NEW = (".gitattributes", CARD)
+"""What the hub itself puts into a repository that was just created."""
+
+
+@dataclass(frozen=True)
+class UploadedFile:
+    """A file in the repository. bytes: its size. sha256: of what was sent, and of what was downloaded again."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What was uploaded.
+
+    Attributes:
+        repository: USER/NAME.
+        url: Where it can be seen.
+        public: Whether everyone can see it; else only its owners.
+        created: The repository is new.
+        commit: The commit that holds these files.
+        unchanged: The repository held them already, and no commit was made.
+        base: The id of the base that the uploaded configuration names.
+        files: Each was downloaded again, and is equal.
+        paths_replaced: The files in which paths of this machine were replaced.
+        removed: Files of the former adapter.
+        left_out: What the directory holds and is no part of the adapter.
+    """
+
+    repository: str
+    url: str
+    public: bool
+    created: bool
+    commit: str
+    unchanged: bool
+    base: str
+    files: tuple[UploadedFile, ...]
+    paths_replaced: tuple[str, ...]
+    removed: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, with the sums."""
+        totals = {"bytes": sum(file.bytes for file in self.files), "files_equal": len(self.files)}
+        return asdict(self) | totals
+
+
+def check_name(name: str, key: str = "") -> None:
+    """Raises ConfigError: this cannot be the name of a repository, with its owner. key: the option that gives it."""
+    try:
+        validate_repo_id(name)
+        if name.count("/") == 1:
+            return
+        reason = "has no owner"
+    except errors.HFValidationError as error:
+        reason = str(error).replace(f": '{name}'", "").rstrip(".")
+    fix = "give it as USER/NAME, of letters, digits, - _ and ."
+    raise ConfigError(Problem(Code.PUSH_BAD_NAME, f"not the name of a repository: {reason}", name, key, fix))
+
+
+def base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
+    """The id on the hub of the base that the uploaded adapter is to name.
+
+    Args:
+        adapter: The adapter.
+        given: The id that the user gives for a base that the adapter knows by its path.
+
+    Raises:
+        ConfigError: The base is only a path, and no id is given; or another id than that of the adapter.
+        ModelError: The hub has no such model.
+    """
+    where, key = str(adapter.path / CONFIG_FILE), "base_model_name_or_path"
+    if not local_paths.is_local(adapter.base):
+        if given in (None, adapter.base):
+            return adapter.base
+        what, fix = f"the adapter was trained on {adapter.base}", "leave the option out"
+        raise ConfigError(Problem(Code.PUSH_OTHER_BASE, what, given or "", "--base", fix))
+    if given is None:
+        what = f"names the base by a path of this machine, {adapter.base}, so nobody else could load the adapter"
+        fix = "say what it is called on the hub, with --base USER/MODEL"
+        raise ConfigError(Problem(Code.PUSH_LOCAL_BASE, what, where, key, fix))
+    check_name(given, "--base")
+    recorded = adapter.record.get("base")
+    file = recorded.get("gguf_file") if isinstance(recorded, dict) else None
+    try:
+        source.check_repository(given, None, file if isinstance(file, str) else "config.json")
+    except ModelError as error:
+        token = get_token() or ""
+        problems = [replace(one, what=without(one.what, token), key="--base") for one in error.problems]
+        raise ModelError(problems) from None
+    return given
+
+
+def push(
+    adapter: AdapterFiles, repository: str, *, public: bool, base: str | None, log: Callable[[str], None]
+) -> Upload:
+    """Upload an adapter, and compare what the hub then holds with it.
+
+    Args:
+        adapter: The adapter, whose files are as its record says.
+        repository: USER/NAME.
+        public: Whether everyone is to see it.
+        base: See `base_on_hub`.
+        log: Takes lines on what is being done.
+
+    Raises:
+        ConfigError: The repository is of the other visibility, has another name by now, or holds something else; see
+            also `check_name`, `base_on_hub`, `explained`.
+        AdapterError: See `local_paths.copy`; a file that was downloaded again is not what was sent.
+        ResourceError, LockedError: See `explained`.
+    """
+    check_name(repository)
+    with tempfile.TemporaryDirectory(prefix="loratune-push-", ignore_cleanup_errors=True) as scratch:
+        base = base_on_hub(adapter, base)
+        copy = local_paths.copy(adapter, Path(scratch) / "copy", repository, base)
+        if adapter.record.get(local_paths.PROMPTS):
+            log("prompts of the training rows are left out of loratune.json; the card is uploaded with its example")
+        with explained(repository):
+            token = get_token() or ""
+        if re.fullmatch(r"[!-~]+", token) is None:
+            what = "the token has characters that none has" if token else "no login to the hub is found"
+            raise ConfigError(Problem(Code.PUSH_NO_TOKEN, what, fix=LOGIN))
+        with explained(repository, token):
+            return _push(HfApi(token=token), repository, copy, public, Path(scratch), log)
+
+
+def _push(
+    api: HfApi, repository: str, copy: PortableCopy, public: bool, scratch: Path, log: Callable[[str], None]
+) -> Upload:
+    get_session().timeout = _SECONDS
+    info = _info(api, repository)
+    created = info is None
+    if info is None:
+        api.create_repo(repository, private=not public)
+        info = _info(api, repository)
+        if info is None:
+            raise ValueError("the repository that was just created does not exist")
+    url = f"{api.endpoint}/{repository}"
+    _check_visibility(info, repository, url, public, created)
+    removed = _stale_files([file.rfilename for file in info.siblings or ()], copy, repository)
+
+    sizes = {name: (copy.path / name).stat().st_size for name in copy.files}
+    log(f"{repository}: uploading {len(sizes)} files, {sum(sizes.values()):,} bytes")
+    additions = [CommitOperationAdd(name, copy.path / name) for name in copy.files]
+    _interruptible(lambda: _send(api, repository, additions))
+    commit = api.create_commit(
+        repository,
+        [*additions, *(CommitOperationDelete(name, is_folder=False) for name in removed)],
+        commit_message="Upload adapter with loratune",
+        parent_commit=info.sha,
+    )
+    _interruptible(lambda: _check_equal(api, repository, copy, commit.oid, scratch / "again"))
+    files = tuple(UploadedFile(name, sizes[name], digest) for name, digest in copy.files.items())
+    unchanged = commit.oid == info.sha
+    return Upload(
+        repository, url, public, created, commit.oid, unchanged, copy.base, files, copy.changed, removed, copy.left_out
+    )
+
+
+def _send(api: HfApi, repository: str, additions: Sequence[CommitOperationAdd]) -> None:
+    """Send large files to where they are kept, one at a time: for several, the client has threads that Python would
+    wait for at the end."""
+    for addition in additions:
+        api.preupload_lfs_files(repository, [addition], free_memory=False)
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Work in a thread that is left behind at Ctrl-C: while Xet waits for the network, no signal is handled."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _info(api: HfApi, repository: str) -> ModelInfo | None:
+    """What the hub says of a repository; None if there is none, or none that this login can see.
+
+    Raises:
+        ValueError: The answer lacks what a hub says.
+    """
+    try:
+        info = api.model_info(repository, timeout=_SECONDS)
+    except errors.RepositoryNotFoundError as error:
+        if error.response.status_code != 404:
+            raise
+        return None
+    if type(info.private) is not bool or not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
+        raise ValueError("it says neither who can see the repository nor what its last commit is")
+    return info
+
+
+def _check_visibility(info: ModelInfo, repository: str, url: str, public: bool, created: bool) -> None:
+    if info.id != repository:
+        what, fix = f"is called {info.id} on the hub", "push to that name"
+        raise ConfigError(Problem(Code.PUSH_RENAMED, what, repository, fix=fix))
+    if info.private is not public:
+        return
+    if created:
+        what = f"the hub created the repository as {'private' if info.private else 'public'}; nothing was uploaded"
+        fix = f"look at {url}/settings"
+    elif public:
+        what, fix = "exists and is private", f"leave out --public, or first make it public on {url}/settings"
+    else:
+        what = "exists and is public, so everyone would see the adapter"
+        fix = f"add --public, or first make it private on {url}/settings"
+    raise ConfigError(Problem(Code.PUSH_VISIBILITY, what, repository, fix=fix))
+
+
+def _stale_files(present: Sequence[str], copy: PortableCopy, repository: str) -> tuple[str, ...]:
+    """The files of a former adapter in the repository that this one does not have.
+
+    Raises:
+        ConfigError: The repository holds something else than an adapter, or what would be read beside one.
+    """
+    others = [name for name in present if name not in copy.files]
+    stale = tuple(sorted(name for name in others if run_dir_files.is_adapter_file(name) and name != CARD))
+    if CONFIG_FILE in present:
+        foreign = [name for name in others if name not in stale and adapter_files.is_read(name)]
+        what = "holds files that would be read beside the adapter"
+    else:
+        foreign = [name for name in present if name not in _NEW]
+        what = f"holds something else than an adapter, as it has no {CONFIG_FILE}"
+    if foreign:
+        shown = ", ".join(sorted(foreign)[:3]) + (f" and {len(foreign) - 3:,} more" if len(foreign) > 3 else "")
+        fix = "push to another name, or remove them there"
+        raise ConfigError(Problem(Code.PUSH_OTHER_FILES, f"{what}: {shown}", repository, fix=fix))
+    return stale
+
+
+def _check_equal(api: HfApi, repository: str, copy: PortableCopy, commit: str, scratch: Path) -> None:
+    """Download what was uploaded, as others will. Raises AdapterError: a file is missing or differs."""
+    problems = []
+    for name, digest in copy.files.items():
+        what = ""
+        try:
+            path = Path(api.hf_hub_download(repository, name, revision=commit, local_dir=scratch))
+        except errors.RemoteEntryNotFoundError:
+            what = "is not in the repository after the upload"
+        else:
+            if sha256(path) != digest:
+                what = "is not in the repository as it was sent"
+            path.unlink()
+        if what:
+            fix = f"do not use {repository} at {commit[:10]}; push again"
+            problems.append(Problem(Code.PUSH_DIFFERS, what, name, fix=fix))
+    if problems:
+        raise AdapterError(problems)

@@ -1,0 +1,96 @@
+"""The texts on which an export is compared with the adapter it was made from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from loratune import data
+from loratune.codes import Code
+from loratune.data import DatasetSplit, ProgressFactory
+from loratune.data.rendering import Renderer
+from loratune.errors import AdapterError, Problem
+from loratune.system import records
+from loratune.training.preflight import AdapterInfo
+
+MOST_TEXTS = 32
+"""Rows of a file that are compared on."""
+FIXED = (
+    "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Q: What is the largest planet of the solar system?\nA:",
+    "Once upon a time, in a small village by the sea, there lived",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "Translate to German: Good morning, how are you?",
+)
+"""Texts for adapters whose training rows are not known."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is compared on.
+
+    Attributes:
+        origin: Where the texts come from, for the user.
+        ids: The token ids of each.
+        complete: Whether answers are part of them; otherwise each is a prompt.
+    """
+
+    origin: str
+    ids: tuple[tuple[int, ...], ...]
+    complete: bool
+
+
+def texts(
+    source: AdapterInfo,
+    renderer: Renderer,
+    vocabulary_size: int,
+    split: DatasetSplit | None = None,
+    watch: ProgressFactory = data.no_progress,
+) -> Texts:
+    """The rows of a file; without one the prompts that training recorded; without those, fixed texts.
+
+    Args:
+        source: The adapter.
+        renderer: What renders its rows.
+        vocabulary_size: How many tokens the model has.
+        split: The rows of the file that the user named.
+        watch: Shows progress.
+
+    Raises:
+        DataError: Rows of the file cannot be used.
+    """
+    if split is not None:
+        rows = data.prepare(split, renderer, source.data, vocabulary_size, watch).rows
+        ids = tuple(tuple(row.ids) for row in islice(rows.rows(), MOST_TEXTS))
+        return Texts(f"{_counted(len(ids), 'row')} of {split.name}", ids, complete=True)
+    if prompts := _recorded(source, renderer):
+        return Texts(f"{_counted(len(prompts), 'prompt')} of the training rows", prompts, complete=False)
+    fixed = tuple(renderer.prompt(text, "") for text in FIXED)
+    return Texts(f"{len(fixed)} fixed texts", fixed, complete=False)
+
+
+def _recorded(source: AdapterInfo, renderer: Renderer) -> tuple[tuple[int, ...], ...]:
+    """The prompts that the record of a run holds; see `card.recorded_prompts`. Raises AdapterError: they are none."""
+    recorded = source.files.record.get("prompts", ())
+    try:
+        return tuple(_prompt(row, renderer) for row in recorded)
+    except Exception as error:  # the record may be a stranger's, and then anything may be wrong with it
+        what = f"the prompts recorded there cannot be used: {error}"
+        where = str(source.files.path / records.ADAPTER)
+        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, where, "prompts")) from None
+
+
+def _prompt(row: Any, renderer: Renderer) -> tuple[int, ...]:
+    if "input_ids" in row:
+        return tuple(row["input_ids"])
+    return renderer.prompt(row.get("messages", row.get("prompt")), "", row.get("tools") or ())
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def longest(ids: Sequence[Sequence[int]]) -> int:
+    """The number of tokens of the longest text."""
+    return max(map(len, ids), default=0)

@@ -1,0 +1,602 @@
+"""`loratune push`, as processes, against a hub on this machine that speaks what huggingface_hub speaks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from conftest import Ran, check_refused, config_in, process, tree
+from fork_server import Child, ForkServer, fork_server
+from hub_server import READ_ONLY, TOKEN, Fault, Files, Handler, Hub, State
+from running import WEIGHTS, flip, until
+
+from loratune import config
+from loratune.codes import Code
+from loratune.lora import adapter_files
+from loratune.system.files import sha256
+
+Cli = Callable[..., Ran]
+Push = Callable[..., Ran]
+BASE = "who/base"
+ME = "me/skill"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    made = Hub()
+    Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def state(hub: Hub) -> State:
+    hub.state = State()
+    hub.state.add(BASE, private=False, config__json=b"{}")
+    return hub.state
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub-home")
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """Where the client looks; what it reads when it is imported."""
+    return {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clients(hub: Hub, home: Path) -> Iterator[ForkServer]:
+    with fork_server(home, **environment(hub, home)) as made:
+        yield made
+
+
+@pytest.fixture
+def push(clients: ForkServer) -> Push:
+    """Runs `loratune push ARGS`, logged in with a token that may write. Nothing of it is ever printed."""
+
+    def run(*arguments: object, token: str = TOKEN) -> Ran:
+        child = clients.start("push", *arguments, HF_TOKEN=token)
+        ran = Ran(child.wait(), child.out.read_text(), child.said())
+        assert not token or token not in ran.out + ran.err
+        return ran
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, cli: Cli) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    ran = cli("train", config_in(folder, tiny_dir)(training={"max_steps": 3}))
+    assert ran.code == 0, ran.err
+    return folder / "out"
+
+
+@pytest.fixture
+def adapter(trained: Path, tmp_path: Path) -> Path:
+    """A trained adapter whose base is on the hub by now, which is no edit; all else names where it was trained."""
+    path = tmp_path / "skill"
+    shutil.copytree(trained, path)
+    point_to(path, BASE)
+    return path
+
+
+def point_to(adapter: Path, base: str) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+
+
+def downloaded(files: Files, path: Path) -> Path:
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return path
+
+
+def read_files(path: Path) -> str:
+    """What stands in the files that tell of a run."""
+    return "".join(file.read_text() for file in path.iterdir() if file.suffix in (".md", ".json", ".yaml"))
+
+
+# What is uploaded
+
+
+def test_an_adapter_is_uploaded_as_others_can_use_it(
+    trained: Path, tiny_dir: Path, state: State, push: Push, hub: Hub, tmp_path: Path, cli: Cli
+) -> None:
+    before = tree(trained)
+    ran = push("--adapter", trained, ME, "--base", BASE)
+    assert ran.code == 0, ran.err
+    assert tree(trained) == before
+    repository = state.repositories[ME]
+    assert repository.private and len(repository.commits) == 2
+    copy = downloaded(repository.files, tmp_path / "copy")
+    files = adapter_files.inspect(copy)
+    assert files.edits() == [] and files.base == BASE and files.record["base"]["name_or_path"] == BASE
+    assert set(repository.files) == {*before, ".gitattributes"}
+    original = json.loads(before["loratune.json"])
+    assert original.keys() - files.record.keys() == {"prompts"} and original["prompts"]
+    assert "prompts of the training rows are left out" in ran.err
+    assert repository.files[WEIGHTS] == before[WEIGHTS]
+    said = read_files(copy)
+    for path in (trained, trained.parent, tiny_dir, tiny_dir.parent):
+        assert str(path) in read_files(trained) or path == trained.parent
+        assert str(path) not in said
+    run = config.load(copy / "run.yaml")
+    assert (run.model.name_or_path, run.data.train_sources[0].path, run.output_dir) == (BASE, "rows.jsonl", "./out")
+    card = (copy / "README.md").read_text()
+    assert f"base_model: {BASE}\n" in card and f"- base_model:adapter:{BASE}\n" in card
+    assert f'AutoPeftModelForCausalLM.from_pretrained("{ME}")' in card
+
+    lines = dict(line.strip().split(maxsplit=1) for line in ran.out.splitlines()[1:])
+    assert lines["repository"] == f"{hub.url}/{ME}" and lines["visibility"] == "private, new"
+    assert lines["commit"] == repository.head and lines["checked"] == f"{len(before)} files re-read, equal"
+    for seen in state.seen:  # the token goes to the hub, and not to where large files lie
+        is_told = not seen.host.startswith("localhost") and "/api/agent" not in seen.line
+        assert seen.authorization == (f"Bearer {TOKEN}" if is_told else None), seen
+    assert any("/cdn/" in seen.line for seen in state.seen)
+
+    point_to(copy, str(tiny_dir))
+    answers = [cli("generate", "--adapter", path, "--max-new-tokens", 4, "3 and 3 make") for path in (trained, copy)]
+    assert answers[0] == answers[1] and answers[0].code == 0
+
+
+def test_a_second_push_of_the_same_makes_no_commit(adapter: Path, state: State, push: Push) -> None:
+    first = json.loads(push("--adapter", adapter, ME, "--json").out)
+    again = json.loads(push("--adapter", adapter, ME, "--json").out)
+    assert (first["created"], first["unchanged"]) == (True, False)
+    assert again == first | {"created": False, "unchanged": True}
+    assert len(state.repositories[ME].commits) == 2
+    assert first["bytes"] == sum(len(state.repositories[ME].files[file["name"]]) for file in first["files"])
+    assert first["files_equal"] == len(first["files"]) == len(tree(adapter))
+    (adapter / "README.md").write_text("# Mine\n")
+    third = json.loads(push("--adapter", adapter, ME, "--json").out)
+    assert third["commit"] == state.repositories[ME].head != first["commit"]
+    assert len(state.lines("PUT")) == 1
+
+
+def test_a_former_adapter_is_replaced_whole(adapter: Path, state: State, push: Push, tmp_path: Path) -> None:
+    old = {"adapter_config__json": b"{}", "spiece__model": b"old", "LICENSE": b"mine", "plot__png": b"x"}
+    state.add(ME, **old)
+    ran = push("--adapter", adapter, ME)
+    assert ran.code == 0, ran.err
+    assert len(state.repositories[ME].commits) == 2
+    assert set(state.repositories[ME].files) == {*tree(adapter), ".gitattributes", "LICENSE", "plot.png"}
+    assert "removed there   spiece.model" in ran.out
+    assert adapter_files.inspect(downloaded(state.repositories[ME].files, tmp_path / "copy")).edits() == []
+
+
+def test_what_is_no_part_of_the_adapter_stays_here(adapter: Path, state: State, push: Push) -> None:
+    for name in (".env", "notes.txt", "runs/events", ".git/config"):
+        (adapter / name).parent.mkdir(exist_ok=True)
+        (adapter / name).write_text("secret")
+    values = json.loads(push("--adapter", adapter, ME, "--json").out)
+    assert values["left_out"] == [".env", ".git/", "notes.txt", "runs/"]
+    assert not [name for name in state.repositories[ME].files if b"secret" in state.repositories[ME].files[name]]
+
+
+def test_an_adapter_that_loratune_did_not_write(adapter: Path, state: State, push: Push, trained: Path) -> None:
+    for name in ("loratune.json", "run.yaml"):
+        (adapter / name).unlink()
+    for name in ("training_args.bin", "notes.txt"):
+        (adapter / name).write_bytes(b"pickle")
+    (adapter / "README.md").write_text(
+        f"---\nbase_model: {trained}\n---\nTrained at /home/ada/x y, by /home/ada/run.sh.\n"
+    )
+    point_to(adapter, str(trained))
+    ran = push("--adapter", adapter, ME, "--base", BASE)
+    assert ran.code == 0, ran.err
+    assert "keeps no record of its files and its base, so neither was verified" in ran.err
+    assert "left out        notes.txt, training_args.bin" in ran.out
+    card = state.repositories[ME].files["README.md"].decode()
+    assert card.startswith(f"---\nbase_model: {BASE}\ntags:\n- base_model:adapter:{BASE}\n---\n")
+    assert card.endswith("Trained at x y, by run.sh.\n")
+
+
+def test_a_new_repository_is_public_where_that_is_asked_for(adapter: Path, state: State, push: Push) -> None:
+    ran = push("--adapter", adapter, ME, "--public")
+    assert ran.code == 0, ran.err
+    assert not state.repositories[ME].private and "visibility      public, new" in ran.out
+    assert push("--adapter", adapter, ME, "--public").code == 0
+
+
+def test_the_login_of_the_hubs_own_client_is_used(adapter: Path, state: State, push: Push, home: Path) -> None:
+    (home / "token").write_text(TOKEN)
+    try:
+        ran = push("--adapter", adapter, ME, token="")
+    finally:
+        (home / "token").unlink()
+    assert ran.code == 0, ran.err
+    assert TOKEN not in ran.out + ran.err
+
+
+# Refused before anything is sent
+
+
+@pytest.mark.parametrize("name", ["skill", "a/b/c", "me/", "-me/x", "me/a--b", "me/x.git", "https://hub/me/x", "me/ü"])
+def test_no_name_of_a_repository(name: str, adapter: Path, state: State, push: Push) -> None:
+    ran = push("--adapter", adapter, "--", name)
+    check_refused(ran, 2, (Code.PUSH_BAD_NAME, name, ""))
+    assert state.seen == []
+
+
+def test_a_damaged_adapter(adapter: Path, state: State, push: Push, tmp_path: Path) -> None:
+    check_refused(push("--adapter", tmp_path / "gone", ME), 5, (Code.ADAPTER_NO_DIRECTORY, str(tmp_path / "gone"), ""))
+    flip(adapter / WEIGHTS)
+    (adapter / "tokenizer.model").write_bytes(b"added")
+    expected = [(Code.ADAPTER_FILE_CHANGED, WEIGHTS), (Code.ADAPTER_FILE_ADDED, "tokenizer.model")]
+    ran = push("--adapter", adapter, ME)
+    check_refused(ran, 5, *((code, str(adapter / name), "") for code, name in expected))
+    (adapter / WEIGHTS).write_bytes(b"")
+    check_refused(push("--adapter", adapter, ME), 5, (Code.ADAPTER_DAMAGED, str(adapter / WEIGHTS), ""))
+    assert state.seen == []
+
+
+def test_a_base_that_only_this_machine_has(trained: Path, state: State, push: Push) -> None:
+    ran = push("--adapter", trained, ME)
+    where, key = str(trained / "adapter_config.json"), "base_model_name_or_path"
+    check_refused(ran, 2, (Code.PUSH_LOCAL_BASE, where, key))
+    assert "--base USER/MODEL" in ran.err and state.seen == []
+    check_refused(push("--adapter", trained, ME, "--base", "nobody"), 2, (Code.PUSH_BAD_NAME, "nobody", "--base"))
+    assert state.seen == []
+    ran = push("--adapter", trained, ME, "--base", "who/absent")
+    check_refused(ran, 3, (Code.MODEL_NO_REPOSITORY, "who/absent", "--base"))
+    assert set(state.repositories) == {BASE}
+
+
+def test_another_base_than_the_adapters(adapter: Path, state: State, push: Push) -> None:
+    check_refused(
+        push("--adapter", adapter, ME, "--base", "who/other"), 2, (Code.PUSH_OTHER_BASE, "who/other", "--base")
+    )
+    assert state.seen == []
+    assert push("--adapter", adapter, ME, "--base", BASE).code == 0
+
+
+@pytest.mark.parametrize("token", ["", "hf_\x01secret", "hf_ö"])
+def test_no_login(token: str, adapter: Path, state: State, push: Push) -> None:
+    ran = push("--adapter", adapter, ME, token=token)
+    check_refused(ran, 2, (Code.PUSH_NO_TOKEN, "", ""))
+    assert "hf auth login" in ran.err and "secret" not in ran.err
+    assert [seen for seen in state.seen if "agent" not in seen.line] == []
+
+
+def test_a_path_that_cannot_be_replaced(adapter: Path, state: State, push: Push) -> None:
+    """As the name of a value, which is left as it is."""
+    file = adapter / "loratune.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"notes": {"/home/ada/key": 1}}))
+    ran = push("--adapter", adapter, ME)
+    check_refused(ran, 2, (Code.PUSH_LOCAL_PATH, str(file), ""))
+    assert "/home/ada/key" in ran.err and [seen for seen in state.seen if "agent" not in seen.line] == []
+
+
+def test_a_record_that_lists_a_file_outside(adapter: Path, state: State, push: Push) -> None:
+    (adapter.parent / "secret").write_text("secret")
+    file = adapter / "loratune.json"
+    record = json.loads(file.read_text())
+    record["files"]["../secret"] = sha256(adapter.parent / "secret")
+    file.write_text(json.dumps(record))
+    check_refused(push("--adapter", adapter, ME), 5, (Code.ADAPTER_FILE_MISSING, str(adapter / "../secret"), ""))
+    assert state.seen == []
+
+
+def test_no_room_for_the_copy(adapter: Path, state: State, clients: ForkServer) -> None:
+    child = clients.start("push", "--adapter", adapter, ME, limit=5_000, HF_TOKEN=TOKEN)
+    assert child.wait() == 8 and f" [{Code.SYSTEM_DISK_FULL}]" in child.said() and child.said().count("\n") == 1
+    assert [seen for seen in state.seen if "agent" not in seen.line] == []
+
+
+# What the repository is
+
+
+def test_never_into_a_repository_of_the_other_visibility(adapter: Path, state: State, push: Push) -> None:
+    for private, arguments, fix in ((False, (), "add --public"), (True, ("--public",), "leave out --public")):
+        repository = state.add(ME, private=private)
+        ran = push("--adapter", adapter, ME, *arguments)
+        check_refused(ran, 2, (Code.PUSH_VISIBILITY, ME, ""))
+        assert fix in ran.err and f"{ME}/settings" in ran.err
+        assert len(repository.commits) == 1
+    assert state.lines("POST") == []
+
+
+def test_a_hub_that_creates_it_with_the_other_visibility(adapter: Path, state: State, push: Push) -> None:
+    def create(handler: Handler, path: str) -> bool:
+        if path == "/api/repos/create":
+            state.add(ME, private=False)
+            handler.send(200, {"url": f"{handler.server.url}/{ME}"})
+            return True
+        return False
+
+    state.fault = create
+    ran = push("--adapter", adapter, ME)
+    check_refused(ran, 2, (Code.PUSH_VISIBILITY, ME, ""))
+    assert "created the repository as public; nothing was uploaded" in ran.err
+    assert state.lines("POST") == ["POST /api/repos/create"]
+
+
+@pytest.mark.parametrize(
+    "files, shown",
+    [
+        ({"config__json": b"{}", "model__safetensors": b"x"}, "as it has no adapter_config.json: config.json, model"),
+        ({name: b"" for name in "abcde"}, "a, b, c and 2 more"),
+        ({"adapter_config__json": b"{}", "model__safetensors": b"x"}, "read beside the adapter: model.safetensors"),
+    ],
+)
+def test_a_repository_of_something_else(files: Files, shown: str, adapter: Path, state: State, push: Push) -> None:
+    repository = state.add(ME, **files)
+    ran = push("--adapter", adapter, ME)
+    check_refused(ran, 2, (Code.PUSH_OTHER_FILES, ME, ""))
+    assert shown in ran.err
+    assert len(repository.commits) == 1 and state.lines("POST") == []
+
+
+def test_a_repository_with_a_card_only_is_empty(adapter: Path, state: State, push: Push) -> None:
+    state.add(ME, README__md=b"# To come\n")
+    assert push("--adapter", adapter, ME).code == 0
+    assert state.repositories[ME].files["README.md"] != b"# To come\n"
+
+
+# What the hub says
+
+
+def at(place: str, answer: Callable[[Handler], Any]) -> Fault:
+    """Another answer to requests whose line has this in it."""
+
+    def fault(handler: Handler, path: str) -> bool:
+        if place in f"{handler.command} {path}":
+            answer(handler)
+            return True
+        return False
+
+    return fault
+
+
+def says(status: int, content: Any = b"", **headers: str) -> Callable[[Handler], None]:
+    return lambda handler: handler.send(status, content, **headers)
+
+
+def elsewhere(handler: Handler) -> None:
+    """A redirect to another host, and what stands there."""
+    handler.send(302, Location=f"http://localhost:{handler.server.server_port}/login")
+
+
+def redirected(handler: Handler, path: str) -> bool:
+    if path == "/login":
+        handler.send(200, b"<html>Please log in</html>", Content_Type="text/html")
+        return True
+    return at("GET /api/models/", elsewhere)(handler, path)
+
+
+def ignored(handler: Handler, path: str) -> bool:
+    """A .gitignore in the repository makes the client leave a file out."""
+    if "/preupload/" not in path:
+        return False
+    files = json.loads(handler.body)["files"]
+    modes = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": "yaml" in one["path"]} for one in files]
+    handler.send(200, {"files": modes})
+    return True
+
+
+def changed_meanwhile(handler: Handler, path: str) -> bool:
+    if path.endswith("/commit/main"):
+        handler.state.repositories[ME].commit({"README.md": b"by somebody else"})
+    return False
+
+
+INFO, CREATE, COMMIT, BATCH = "GET /api/models/me", "/repos/create", "/commit/main", "/objects/batch"
+HTML, HUGE = b"<html><p>Hello</p></html>", b"x" * 20_000_000
+FULL = {"error": "Private repository storage limit reached, please upgrade your plan"}
+LFS = {"objects": [{"oid": "0" * 64, "size": 1, "error": {"code": 422, "message": "virus found"}}]}
+FAULTS: dict[str, tuple[Fault, int, Code, str]] = {
+    "unauthorized": (at(INFO, says(401)), 2, Code.PUSH_UNAUTHORIZED, "hf auth login"),
+    "forbidden": (at(CREATE, says(403, {"error": "no right here"})), 2, Code.PUSH_FORBIDDEN, "no right here"),
+    "gated": (at(INFO, says(403, X_Error_Code="GatedRepo")), 2, Code.PUSH_FORBIDDEN, ""),
+    "no owner": (at(CREATE, says(404, {"error": "no such user"})), 2, Code.PUSH_NOT_FOUND, "no such user"),
+    "rate limit": (at(CREATE, says(429, Retry_After="17")), 8, Code.PUSH_RATE_LIMIT, "wait 17 s, and try again"),
+    "failure": (at(INFO, says(500, b"oh no")), 8, Code.PUSH_HUB_FAILED, "oh no"),
+    "gateway": (at(COMMIT, says(503)), 8, Code.PUSH_HUB_FAILED, "try again later"),
+    "quota": (at(COMMIT, says(403, FULL)), 8, Code.PUSH_QUOTA, "storage limit reached"),
+    "payment": (at(CREATE, says(402)), 8, Code.PUSH_QUOTA, ""),
+    "too large": (at(COMMIT, says(413)), 8, Code.PUSH_QUOTA, ""),
+    "conflict": (at(CREATE, says(409, {"error": "exists"})), 9, Code.PUSH_CHANGED_MEANWHILE, "exists"),
+    "changed": (changed_meanwhile, 9, Code.PUSH_CHANGED_MEANWHILE, "push again"),
+    "refused": (at(COMMIT, says(400, {"error": "too long a path"})), 2, Code.PUSH_REFUSED, "too long a path"),
+    "refused file": (at(BATCH, says(200, LFS)), 2, Code.PUSH_REFUSED, "virus found"),
+    "card": (at("yaml", says(400, {"errors": [{"message": "bad tag"}]})), 2, Code.PUSH_BAD_CARD, "bad tag"),
+    "html": (at(INFO, says(200, HTML, Content_Type="text/html")), 8, Code.PUSH_BAD_ANSWER, "HF_ENDPOINT"),
+    "html at last": (at(COMMIT, says(200, HTML)), 8, Code.PUSH_BAD_ANSWER, ""),
+    "a list": (at(INFO, says(200, [1, 2])), 8, Code.PUSH_BAD_ANSWER, ""),
+    "no commit": (at(INFO, says(200, {"id": ME, "private": True})), 8, Code.PUSH_BAD_ANSWER, "last commit"),
+    "no modes": (at("/preupload/", says(200, {"files": 1})), 8, Code.PUSH_BAD_ANSWER, ""),
+    "redirect": (redirected, 8, Code.PUSH_BAD_ANSWER, ""),
+    "dropped": (at(INFO, Handler.drop), 8, Code.PUSH_UNREACHABLE, "check the connection"),
+    "dropped at last": (at(COMMIT, Handler.drop), 8, Code.PUSH_UNREACHABLE, "not sent again"),
+    "huge": (at(CREATE, says(418, HUGE, Content_Type="text/plain")), 2, Code.PUSH_REFUSED, "xxx [...] ["),
+    "huge page": (at(INFO, says(200, HUGE)), 8, Code.PUSH_BAD_ANSWER, ""),
+    "an echo": (at(CREATE, says(403, {"error": f"not with {TOKEN}"})), 2, Code.PUSH_FORBIDDEN, "not with [token]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_the_hub_says_is_told_apart(name: str, adapter: Path, state: State, push: Push) -> None:
+    state.fault, exit_code, code, text = FAULTS[name]
+    ran = push("--adapter", adapter, ME)
+    check_refused(ran, exit_code, (code, ME, ""))
+    assert text in ran.err and len(ran.err) < 1500 and ran.out == ""
+    assert ME not in state.repositories or state.repositories[ME].files.keys() <= {".gitattributes", "README.md"}
+    assert not any(seen.authorization for seen in state.seen if seen.host.startswith("localhost"))
+
+
+def test_nothing_of_the_token_is_shown_with_debug(adapter: Path, state: State, push: Push) -> None:
+    state.fault = FAULTS["an echo"][0]
+    ran = push("--adapter", adapter, ME, "--debug")
+    assert ran.code == 2 and "Traceback" in ran.err and "not with [token]" in ran.err
+
+
+def test_a_token_that_the_hub_does_not_know(adapter: Path, state: State, push: Push) -> None:
+    check_refused(push("--adapter", adapter, ME, token="hf_other"), 2, (Code.PUSH_UNAUTHORIZED, ME, ""))
+    check_refused(push("--adapter", adapter, ME, token=READ_ONLY), 2, (Code.PUSH_FORBIDDEN, ME, ""))
+    check_refused(push("--adapter", adapter, "you/skill"), 2, (Code.PUSH_FORBIDDEN, "you/skill", ""))
+    assert set(state.repositories) == {BASE}
+
+
+def test_a_repository_that_has_moved(adapter: Path, state: State, push: Push) -> None:
+    info = {"id": "me/renamed", "private": True, "sha": "0" * 40, "siblings": []}
+    state.fault = at(INFO, says(200, info))
+    ran = push("--adapter", adapter, ME)
+    check_refused(ran, 2, (Code.PUSH_RENAMED, ME, ""))
+    assert "me/renamed" in ran.err and state.lines("POST") == []
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "run.yaml"])
+def test_a_hub_that_stores_something_else(name: str, adapter: Path, state: State, push: Push) -> None:
+    def spoil(handler: Handler, path: str) -> bool:
+        if "/resolve/" in path:
+            for repository in state.repositories.values():
+                if content := repository.files.get(name):
+                    repository.files[name] = content[:-1] + b"?"
+        return False
+
+    state.fault = spoil
+    ran = push("--adapter", adapter, ME)
+    check_refused(ran, 5, (Code.PUSH_DIFFERS, name, ""))
+    assert "is not in the repository as it was sent" in ran.err and ran.out == ""
+
+
+def test_a_file_that_the_hub_leaves_out(adapter: Path, state: State, push: Push) -> None:
+    state.fault = ignored
+    ran = push("--adapter", adapter, ME)
+    check_refused(ran, 5, (Code.PUSH_DIFFERS, "run.yaml", ""))
+    assert "is not in the repository after the upload" in ran.err
+
+
+@pytest.mark.slow  # the client tries five times more, for 23 s
+def test_a_connection_that_breaks_while_the_weights_are_sent(adapter: Path, state: State, push: Push) -> None:
+    state.fault = at("PUT", Handler.drop)
+    check_refused(push("--adapter", adapter, ME), 8, (Code.PUSH_UNREACHABLE, ME, ""))
+    assert state.repositories[ME].files.keys() == {".gitattributes"}
+    state.fault = State().fault
+    assert push("--adapter", adapter, ME).code == 0
+
+
+@pytest.mark.parametrize("place", [INFO, CREATE, COMMIT])
+def test_a_hub_that_does_not_answer(place: str, adapter: Path, state: State, clients: ForkServer) -> None:
+    over = Event()
+    state.fault = at(place, lambda handler: over.wait(60))
+    patience = "from loratune.export import hub; hub._SECONDS = 1.0"
+    child = clients.start("push", "--adapter", adapter, ME, first=patience, HF_TOKEN=TOKEN)
+    code = child.wait(20)
+    over.set()
+    assert code == 8 and f"{ME}: the connection to the hub failed (ReadTimeout: " in child.said()
+
+
+# Processes of their own: what is read when the client is imported
+
+
+def test_no_network(adapter: Path, state: State, hub: Hub, home: Path) -> None:
+    settings = environment(hub, home) | {"HF_TOKEN": TOKEN}
+    ran = process("push", "--adapter", adapter, ME, **settings | {"HF_HUB_OFFLINE": "1"})
+    check_refused(ran, 8, (Code.PUSH_OFFLINE, ME, ""))
+    assert "unset HF_HUB_OFFLINE" in ran.err and state.seen == []
+    ran = process("push", "--adapter", adapter, ME, **settings | {"HF_ENDPOINT": "http://127.0.0.1:9"})
+    check_refused(ran, 8, (Code.PUSH_UNREACHABLE, ME, ""))
+
+
+def test_a_hub_without_xet(adapter: Path, state: State, hub: Hub, home: Path) -> None:
+    settings = environment(hub, home) | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "0"}
+    ran = process("push", "--adapter", adapter, ME, **settings)
+    check_refused(ran, 8, (Code.PUSH_UNREACHABLE, ME, ""))
+    assert "HF_HUB_DISABLE_XET=1" in ran.err and state.repositories[ME].files.keys() == {".gitattributes"}
+
+
+def test_neither_torch_nor_transformers_is_waited_for(adapter: Path, state: State, hub: Hub, home: Path) -> None:
+    first = "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'datasets', 'peft')))"
+    (home / "site").mkdir(exist_ok=True)
+    (home / "site" / "sitecustomize.py").write_text(first)
+    settings = environment(hub, home) | {"HF_TOKEN": TOKEN}
+    path = f"{home / 'site'}:{Path(adapter_files.__file__).parents[2]}"
+    ran = process("push", "--adapter", adapter, ME, **settings, PYTHONPATH=path)
+    assert ran.code == 0, ran.err
+
+
+# Ctrl-C
+
+
+def stopped(child: Child, reached: Event, number: int = signal.SIGINT) -> int:
+    until(reached.is_set, child)
+    time.sleep(0.2)  # the client is waiting for the answer by then
+    child.send(number)
+    return child.wait(20)
+
+
+@pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_stopped_while_the_weights_are_sent(
+    number: int, expected: int, adapter: Path, state: State, clients: ForkServer, push: Push
+) -> None:
+    reached, over = Event(), Event()
+
+    def hold(handler: Handler) -> None:
+        reached.set()
+        over.wait(60)
+
+    state.fault = at("PUT", hold)
+    child = clients.start("push", "--adapter", adapter, ME, HF_TOKEN=TOKEN)
+    code = stopped(child, reached, number)
+    over.set()
+    assert code == expected
+    assert child.said().count("error: ") == child.said().count("the same command completes it") == (code > 0)
+    assert state.repositories[ME].files.keys() == {".gitattributes"}
+    state.fault = State().fault
+    assert push("--adapter", adapter, ME).code == 0
+
+
+def test_stopped_while_xet_waits(adapter: Path, state: State, hub: Hub, home: Path) -> None:
+    """Its library waits for the network in code of its own, where Python handles no signal."""
+    reached, over = Event(), Event()
+
+    def hold(handler: Handler) -> None:
+        reached.set()
+        over.wait(60)
+
+    state.fault = at("xet-write-token", hold)
+    settings = os.environ | environment(hub, home) | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "0"}
+    command = [sys.executable, "-m", "loratune", "push", "--adapter", str(adapter), ME]
+    with subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True) as child:
+        assert reached.wait(60)
+        time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        said = child.communicate(timeout=20)[1]
+    over.set()
+    assert child.returncode == 130 and said.count("error: ") == 1
+    assert state.repositories[ME].files.keys() == {".gitattributes"}
+
+
+def test_stopped_while_the_commit_is_made(adapter: Path, state: State, clients: ForkServer, push: Push) -> None:
+    reached, over = Event(), Event()
+
+    def hold(handler: Handler) -> None:
+        handler.send = lambda *arguments, **headers: None  # type: ignore[method-assign]
+        handler.respond(handler.path)
+        reached.set()
+        over.wait(60)
+
+    state.fault = at(COMMIT, hold)
+    child = clients.start("push", "--adapter", adapter, ME, HF_TOKEN=TOKEN)
+    code = stopped(child, reached)
+    over.set()
+    assert code == 130 and child.said().count("error: ") == 1
+    assert state.repositories[ME].files.keys() == {*tree(adapter), ".gitattributes"}
+    state.fault = State().fault
+    values = json.loads(push("--adapter", adapter, ME, "--json").out)
+    assert values["unchanged"] and values["commit"] == state.repositories[ME].head
