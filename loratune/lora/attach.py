@@ -367,7 +367,7 @@ def adapted_linear(module: Any, name: str | None = None) -> Adapted | None:
         return None
     if module.disable_adapters:
         return Adapted(module.base_layer)
-    if module.merged or (name is None and [*module.active_adapters] != [*module.lora_A][:1]):
+    if module.merged or (name is None and (len(module.lora_A) != 1 or [*module.active_adapters] != [*module.lora_A])):
         return None
     name = next(iter(module.lora_A)) if name is None else name
     if name not in module.lora_A:
