@@ -226,7 +226,8 @@ def load_all(adapters: Sequence[AdapterInfo], log: Log = lambda _: None) -> list
             where the user forces it; base and adapter do not give finite numbers; one of several adapters changes the
             base.
     """
-    return _attach_all(_load_base(adapters, log), [(adapter, adapter.files) for adapter in adapters], log)
+    base, check = _load_base(adapters, log)
+    return _attach_all(base, [(adapter, adapter.files) for adapter in adapters], check)
 
 
 def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> LoadedAdapter:
@@ -241,13 +242,16 @@ def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> Lo
                 f"{other.files.path}: was trained on {kinds[other.chat]}; the mixture renders prompts as its first "
                 f"adapter does, {first.files.path}, which was trained on {kinds[first.chat]}"
             )
-    base = _load_base(adapters, log)
+    base, check = _load_base(adapters, log)
     with TemporaryDirectory() as directory:
-        return _attach_all(base, [(first, mixture.write(Path(directory), *mixed))], log)[0]
+        return _attach_all(base, [(first, mixture.write(Path(directory), *mixed))], check)[0]
 
 
-def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> PreTrainedModel:
-    """The base of the first adapter, after a check that it is that of the others too."""
+def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> tuple[PreTrainedModel, Callable[[], None]]:
+    """The base of the first adapter, and a check that it is that of all, by what it was before anything is attached.
+
+    The check is for after the adapters are attached: tensors that do not fit say more than another fingerprint.
+    """
     first = adapters[0]
     check_machine(first.base)
     path = first.files.path
@@ -262,6 +266,7 @@ def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> PreTrainedModel:
             ]
         ) from None
     prints: dict[bool, str] = {}  # whether in the first version → fingerprint
+    checks: list[Callable[[], None]] = []
     for adapter in adapters:
         for line in attach.unknown_keys(adapter.files):
             log(line)
@@ -269,14 +274,25 @@ def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> PreTrainedModel:
         is_old = recorded is not None and ":" not in recorded
         if is_old not in prints:
             prints[is_old] = fingerprints.fingerprint(base, like=recorded)
-        _check_base(adapter, first.base, prints[is_old], log)
-    return base
+        checks.append(partial(_check_base, adapter, first.base, prints[is_old], log))
+
+    def check() -> None:
+        for one in checks:
+            one()
+
+    return base, check
 
 
 def _attach_all(
-    base: PreTrainedModel, attached: Sequence[tuple[AdapterInfo, AdapterFiles]], log: Log
+    base: PreTrainedModel, attached: Sequence[tuple[AdapterInfo, AdapterFiles]], check: Callable[[], None]
 ) -> list[LoadedAdapter]:
-    """Attach adapters to their base. attached: how each was trained, and what is attached for it."""
+    """Attach adapters to their base.
+
+    Args:
+        base: The base.
+        attached: How each adapter was trained, and what is attached for it.
+        check: Checks that the base is theirs.
+    """
     tokenizers = [_load_tokenizer(adapter) for adapter, _ in attached]
     renderers = [Renderer(tokenizer, base.config.get_text_config().vocab_size) for tokenizer in tokenizers]
     sample, untouched = Sampled(base), [attach.before_load(base, files) for _, files in attached]
@@ -286,6 +302,7 @@ def _attach_all(
     model: Any = base
     for (_, files), key in zip(attached, keys, strict=True):
         model = attach.load(model, files, key)
+    check()
     for (adapter, _), tokenizer, key in zip(attached, tokenizers, keys, strict=True):
         _check_output(model, adapter, key, tokenizer.eos_token_id or 0)
     plain = [key for key in keys if attach.is_plain(model, key)]
