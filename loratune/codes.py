@@ -32,6 +32,9 @@ class Code(StrEnum):
     USAGE_NO_PROMPT = "usage.no_prompt", "There is no prompt as an argument, in a file, or on stdin."
     USAGE_NOT_UTF8 = "usage.not_utf8", "A prompt is not UTF-8."
     USAGE_SEVERAL_PROCESSES = "usage.several_processes", "A launcher started a command that is for one process."
+    USAGE_ADAPTER_NAME = "usage.adapter_name", "A name for an adapter is none, or is no adapter of this command."
+    USAGE_ADAPTER_TWICE = "usage.adapter_twice", "Two adapters of a command have one name, or one directory."
+    USAGE_BAD_MIX = "usage.bad_mix", "The value of --mix is not a list of adapters with weights."
     CONFIG_UNREADABLE = "config.unreadable", "The config file cannot be read."
     CONFIG_NOT_A_FILE = "config.not_a_file", "A directory or pipe is given in place of a config file."
     CONFIG_TOO_LARGE = "config.too_large", "The file is too large to be a config file."
@@ -309,6 +312,12 @@ class Code(StrEnum):
     ADAPTER_SCALING = "adapter.scaling", "The scaled update of a module is not finite."
     ADAPTER_NO_COMPARISON = "adapter.no_comparison", "The base's output cannot be computed beside this adapter."
     ADAPTER_WRITE_FAILED = "adapter.write_failed", "The saved file does not hold the weights in memory."
+    ADAPTER_CANNOT_SHARE = (
+        "adapter.cannot_share",
+        "The adapter changes its base, so that no other one can be beside it.",
+    )
+    ADAPTER_MIX_UNSUPPORTED = "adapter.mix_unsupported", "The adapter is more than a plain LoRA, and cannot be mixed."
+    ADAPTER_MIX_SHAPES = "adapter.mix_shapes", "Adapters to be mixed have other shapes for one module."
 
     # Memory and disk (memory.*, disk.*)
     MEMORY_TRAINING = "memory.training", "A training step needs more memory than there is."
@@ -383,7 +392,7 @@ class Code(StrEnum):
     DISTRIBUTED_ROWS_DIFFER = "distributed.rows_differ", "The files of two machines hold different rows."
     DISTRIBUTED_SHARDING = "distributed.sharding", "A setting does not work with sharded weights."
 
-    # Commands after training (generate.*, evaluate.*, params.*, push.*)
+    # Commands after training (generate.*, chat.*, evaluate.*, params.*, push.*)
     TRAIN_BASES_DIFFER = "train.bases_differ", "Processes of one run have loaded different bases."
     TRAIN_BASE_CHANGED = "train.base_changed", "A file of the base has changed since the run began."
     TRAIN_LOSS_NOT_FINITE = "train.loss_not_finite", "The trained adapter gives a loss that is NaN or inf."
@@ -393,10 +402,19 @@ class Code(StrEnum):
         "The adapter records its base in a version that this release does not know.",
     )
     INFERENCE_BASE_CHANGED = "inference.base_changed", "PEFT has changed the base, so it cannot be computed alone."
+    INFERENCE_BASE_UNVERIFIED = (
+        "inference.base_unverified",
+        "An adapter without a record names another base than the adapters beside it.",
+    )
     INFERENCE_FAILED = "inference.failed", "Base and adapter cannot be computed together."
     INFERENCE_NOT_FINITE = "inference.not_finite", "Base and adapter together give NaN or inf."
     GENERATE_EMPTY_PROMPT = "generate.empty_prompt", "A prompt is empty."
     GENERATE_TOO_LONG = "generate.too_long", "A prompt and its new tokens exceed the model's context."
+    GENERATE_UNKNOWN_ADAPTER = "generate.unknown_adapter", "A row names an adapter that the command does not have."
+    CHAT_UNKNOWN_COMMAND = "chat.unknown_command", "A line of a chat begins with / and is no command."
+    CHAT_NOTHING_YET = "chat.nothing_yet", "A command of a chat needs a turn or an answer that there is not yet."
+    CHAT_NO_SYSTEM = "chat.no_system", "A system message is given to an adapter that was trained on raw prompts."
+    CHAT_CONTEXT_FULL = "chat.context_full", "A conversation leaves no room for an answer in the model's context."
     OUTPUT_FILE_EXISTS = "output_file.exists", "The file that a command is to write exists, without --overwrite."
     OUTPUT_FILE_IS_INPUT = "output_file.is_input", "The file to write is, or belongs to, an input of the command."
     OUTPUT_FILE_IS_DIRECTORY = "output_file.is_directory", "The file to write is a directory."

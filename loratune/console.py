@@ -62,6 +62,11 @@ class EscapedStream(io.TextIOBase):
         """As the stream behind it."""
         return str(self.raw.encoding)
 
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        """As the stream behind it; `input` edits lines only where it knows them."""
+        return str(self.raw.errors)
+
 
 @contextmanager
 def escape_output() -> Iterator[None]:

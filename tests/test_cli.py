@@ -19,7 +19,7 @@ from loratune.training import output_dir, run_dir
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
 OLD = {"adapter_config.json": b'{"old": true}', "adapter_model.safetensors": b"old weights"}
-COMMANDS = ("train", "generate", "params", "evaluate")
+COMMANDS = ("train", "generate", "chat", "params", "evaluate")
 ONE_STEP = {"max_steps": 1}
 
 

@@ -191,7 +191,7 @@ def test_temperature(cli: Callable[..., Ran], plain: Path) -> None:
         (["--temperature", -1, "a"], 2, "temperature"),
         (["--input", "absent.jsonl"], 4, f"[{Code.DATA_FILE_NOT_FOUND}]"),
         (["--input", "rows.jsonl", "a"], 2, "[usage.conflict]"),
-        (["--adapter", "absent", "a"], 5, "absent"),
+        (["--adapter", "absent", "a"], 2, "[usage.adapter_name]"),
     ],
 )
 @pytest.mark.parametrize("name", ["plain", "chat"])
@@ -206,6 +206,12 @@ def test_refused(
     ran = cli("generate", "--adapter", request.getfixturevalue(name), *arguments)
     assert (ran.code, ran.out) == (code, "")
     assert expected in ran.err
+
+
+def test_no_such_directory(cli: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = cli("generate", "--adapter", tmp_path / "absent", "a")
+    check_refused(ran, 5, (Code.ADAPTER_NO_DIRECTORY, str(tmp_path / "absent"), ""))
+    assert ran.out == ""
 
 
 EMPTY, TOO_LONG, NO_DIRECTORY = Code.GENERATE_EMPTY_PROMPT, Code.GENERATE_TOO_LONG, Code.OUTPUT_FILE_NO_DIRECTORY

@@ -1,6 +1,7 @@
 """The command line: parse, call one command, print. Everything heavy is imported inside the commands."""
 
 from loratune.cli import adapters as adapters
+from loratune.cli import chat as chat
 from loratune.cli import exports as exports
 from loratune.cli import training as training
 from loratune.cli.application import app as app

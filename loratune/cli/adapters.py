@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from loratune.cli.application import MAX_COUNT, Assignments, Debug, Force, Json, app, check_paths, importing, log_all
+from loratune.cli.application import (
+    Adapters,
+    Assignments,
+    Debug,
+    Force,
+    Json,
+    MaxNewTokens,
+    Temperature,
+    app,
+    check_paths,
+    check_temperature,
+    importing,
+    log_all,
+)
 from loratune.codes import Code
 from loratune.commands.boundary import boundary
 from loratune.console import EscapedStream, print_raw
@@ -22,28 +35,36 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT", help="Without any, stdin is one prompt.")
     ] = None,
-    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")] = ...,  # type: ignore[assignment]
+    adapters: Adapters = ...,  # type: ignore[assignment]
+    use: Annotated[
+        str | None, typer.Option("--use", metavar="NAME", help="The adapter for what names none; else the first.")
+    ] = None,
+    mix: Annotated[
+        str | None, typer.Option("--mix", metavar="NAME:WEIGHT,...", help="Add adapters, each with its weight.")
+    ] = None,
     source: Annotated[
         Path | None, typer.Option("--input", metavar="FILE", help="Rows with prompts or messages.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Write rows as JSONL to FILE.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Longest completion, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token; 0.001 to 1000: sample.")] = 0.0,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside it.")] = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Complete prompts with an adapter on its base."""
+    """Complete prompts with an adapter on its base, or with several."""
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or give fewer prompts at once"):
-        check_paths(adapter=adapter, input=source, output=output)
-        _check_answers(prompts, source, output, temperature, overwrite=overwrite)
+        check_paths(input=source, output=output)
+        _check_answers(prompts, source, output, overwrite=overwrite)
+        check_temperature(temperature)
 
-        from loratune.commands import output_file
+        from loratune.commands import output_file, selection
 
-        inputs = (adapter, source) if source else (adapter,)
+        selected = selection.parse(adapters, use, mix)
+        inputs = (*selected.directories.values(), *([source] if source else []))
         file = output_file.output(output, "--output", overwrite=overwrite, inputs=inputs) if output else None
 
         rows = _prompt_rows(prompts, source)
@@ -52,20 +73,21 @@ def generate(
             from loratune.console import log
             from loratune.training import preflight
 
-        info = preflight.open_adapter(adapter, log, forced=force)
+        opened = {name: preflight.open_adapter(path, log, forced=force) for name, path in selected.directories.items()}
         if file is not None:
-            file = file.reading(Path(info.base.name_or_path))
+            file = file.reading(*(Path(adapter.base.name_or_path) for adapter in opened.values()))
 
         with importing():
             from loratune.commands.generate import generate
 
         stream = len(rows) == 1 and output is None and not base and sys.stdout.isatty()
         answers = generate(
-            info, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream, log=log
-        )
+            opened, selected, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream,
+            log=log,
+        )  # fmt: skip
         if file is not None:
-            with file.opened(log) as opened:
-                _write_answers(answers, opened)
+            with file.opened(log) as writable:
+                _write_answers(answers, writable)
             return
         _print_answers(answers, base=base, streamed=stream)
 
@@ -125,13 +147,8 @@ def _stdin() -> str:
     return text.rstrip("\n")
 
 
-def _check_answers(
-    prompts: list[str] | None, source: Path | None, output: Path | None, temperature: float, *, overwrite: bool
-) -> None:
-    """Raises ConfigError: options of `generate` that do not go together, or a temperature out of range."""
-    if temperature and not 1e-3 <= temperature <= 1e3:  # logits divided by it would be inf, or all equal; or it is NaN
-        what, fix = f"{temperature:g} is not between 0.001 and 1,000", "0 takes the likeliest token"
-        raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key="--temperature", fix=fix))
+def _check_answers(prompts: list[str] | None, source: Path | None, output: Path | None, *, overwrite: bool) -> None:
+    """Raises ConfigError: options of `generate` that do not go together."""
     if prompts and source:
         raise ConfigError(Problem(Code.USAGE_CONFLICT, "give prompts or --input, not both"))
     if overwrite and output is None:
@@ -143,7 +160,7 @@ def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -
     for answer in answers:
         if base:
             print(f"{answer.prompt}\n  base     {_one_line(answer.base)}")
-            print(f"  adapter  {_one_line(answer.completion)}", flush=True)
+            print(f"  {answer.adapter:<7}  {_one_line(answer.completion)}", flush=True)
         elif not streamed:
             print_raw(answer.completion)
 

@@ -56,6 +56,17 @@ MAX_COUNT = 2**31 - 1
 """The largest number of tokens or rows that an option takes."""
 
 
+Adapters = Annotated[
+    list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="An adapter directory; several with their names.")
+]
+
+
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Longest completion, in tokens.")]
+
+
+Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token; 0.001 to 1000: sample.")]
+
+
 @contextmanager
 def importing() -> Iterator[None]:
     """Keep the garbage collector from walking the million objects that imports make and that stay, now and later."""
@@ -101,3 +112,10 @@ def check_paths(**options: str | Path | None) -> None:
     for option, path in options.items():
         if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
             raise ConfigError(Problem(Code.USAGE_BAD_PATH, f"the path {reason}", key=f"--{option}"))
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ConfigError: it is out of range."""
+    if temperature and not 1e-3 <= temperature <= 1e3:  # logits divided by it would be inf, or all equal; or it is NaN
+        what, fix = f"{temperature:g} is not between 0.001 and 1,000", "0 takes the likeliest token"
+        raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key="--temperature", fix=fix))

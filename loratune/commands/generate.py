@@ -1,17 +1,18 @@
 """`loratune generate`: completes prompts, which are rendered as in training."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import TextStreamer
 
 from loratune.codes import Code
 from loratune.commands import inference
-from loratune.commands.inference import LoadedAdapter
+from loratune.commands.inference import LoadedAdapter, Request
+from loratune.commands.selection import UNNAMED, Selection
 from loratune.data import formats
 from loratune.data.formats import Question
-from loratune.data.sources import Row
-from loratune.errors import ConfigError, Problem
+from loratune.data.sources import MAX_PROBLEMS, Row
+from loratune.errors import ConfigError, DataError, Problem
 from loratune.model import load
 from loratune.training.preflight import AdapterInfo
 
@@ -21,12 +22,14 @@ class Answer:
     """The completion of one prompt.
 
     Attributes:
+        adapter: The name of the adapter that answers.
         row: The row that holds the prompt.
         prompt: The prompt as text; of a conversation, its last message.
         completion: What base and adapter give.
         base: What the base alone gives; None where that is not wanted.
     """
 
+    adapter: str
     row: Row
     prompt: str
     completion: str
@@ -34,7 +37,8 @@ class Answer:
 
 
 def generate(
-    adapter: AdapterInfo,
+    adapters: Mapping[str, AdapterInfo],
+    selection: Selection,
     rows: Sequence[Row],
     *,
     max_new_tokens: int,
@@ -46,9 +50,11 @@ def generate(
     """Answer every row, in order. Everything is checked before the iterator is returned.
 
     Args:
-        adapter: The adapter directory.
+        adapters: Name → adapter directory, as the user has selected them.
+        selection: Which of them answers what.
         rows: Rows of any format but input_ids; they need no completion. Text is used as in training: raw, or as the
-            user's turn if the adapter was trained on conversations.
+            user's turn if the adapter was trained on conversations. Where adapters have names, a field `adapter` of a
+            row says which one answers it.
         max_new_tokens: The longest completion.
         temperature: 0 for the likeliest token; above it, tokens are sampled.
         base: Also answer with the base alone.
@@ -56,56 +62,84 @@ def generate(
         log: Takes lines about the adapter.
 
     Raises:
-        AdapterError, ModelError, DataError: The adapter, its base or the rows cannot be used.
+        AdapterError, ModelError, DataError: An adapter, the base or the rows cannot be used.
         ConfigError: A prompt is empty, or leaves too little of the model's context for new tokens.
     """
-    loaded = inference.load(adapter, log)
-    questions = _questions(loaded, rows)
-    prompts = [
-        loaded.renderer.prompt(question.prompt, row.where, question.tools)
-        for question, row in zip(questions, rows, strict=True)
+    names = _names(selection, rows)
+    loaded = inference.load_selection(adapters, selection, log)
+    answering = [loaded.by_name.get(name, loaded.default) for name in names]
+    questions = _questions(answering, rows)
+    requests = [
+        (adapter, adapter.renderer.prompt(question.prompt, row.where, question.tools))
+        for adapter, question, row in zip(answering, questions, rows, strict=True)
     ]
-    _check_lengths(loaded, rows, prompts, max_new_tokens)
-    streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    _check_lengths(requests, rows, max_new_tokens)
+    streamer = TextStreamer(answering[0].tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
 
     def answers() -> Iterator[Answer]:
-        for start in range(0, len(prompts), inference.BATCH):
-            batch = prompts[start : start + inference.BATCH]
+        for start in range(0, len(requests), inference.BATCH):
+            batch = requests[start : start + inference.BATCH]
             base_texts: list[str] | list[None] = [None] * len(batch)
             if base:
-                with loaded.without_adapter():
-                    base_texts = [loaded.text(ids) for ids in loaded.complete(batch, max_new_tokens, temperature)]
-            completions = loaded.complete(batch, max_new_tokens, temperature, streamer)
-            for number, (ids, base_text) in enumerate(zip(completions, base_texts, strict=True), start):
+                with loaded.default.without_adapter():
+                    base_texts = _texts(batch, inference.complete(batch, max_new_tokens, temperature))
+            texts = _texts(batch, inference.complete(batch, max_new_tokens, temperature, streamer))
+            for number, (text, base_text) in enumerate(zip(texts, base_texts, strict=True), start):
                 prompt = questions[number].prompt
-                text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-                yield Answer(rows[number], text, loaded.text(ids), base_text)
+                shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+                yield Answer(names[number] or loaded.label, rows[number], shown, text, base_text)
 
     return answers()
 
 
-def _questions(loaded: LoadedAdapter, rows: Sequence[Row]) -> list[Question]:
-    """The prompts of the rows; text is the user's turn if the adapter was trained on conversations."""
-    questions = [formats.parse_question(row, loaded.data) for row in rows]
+def _texts(batch: Sequence[Request], completions: Sequence[Sequence[int]]) -> list[str]:
+    return [adapter.text(ids) for (adapter, _), ids in zip(batch, completions, strict=True)]
+
+
+def _names(selection: Selection, rows: Sequence[Row]) -> list[str]:
+    """The name of the adapter that each row asks for, the default's where it asks for none.
+
+    A field `adapter` of a row means nothing where the only adapter has no name.
+
+    Raises:
+        DataError: A row names an adapter that the command does not have; with a mixture, it names any.
+    """
+    known = {} if selection.mix else selection.directories
+    if UNNAMED in known:
+        return [UNNAMED] * len(rows)
+    names, problems = [], []
+    for row in rows:
+        name = row.values.get("adapter")
+        if name is not None and not (isinstance(name, str) and name in known):
+            what = f"there is no adapter {name!r}"
+            fix = (
+                f"the adapters are {', '.join(known)}" if known else "with --mix, all rows are answered by the mixture"
+            )
+            problems.append(Problem(Code.GENERATE_UNKNOWN_ADAPTER, what, row.where, "adapter", fix))
+        names.append(UNNAMED if selection.mix else name or selection.default)
+    if problems:
+        raise DataError(problems[:MAX_PROBLEMS])
+    return names
+
+
+def _questions(answering: Sequence[LoadedAdapter], rows: Sequence[Row]) -> list[Question]:
+    """The prompts of the rows; text is the user's turn if the row's adapter was trained on conversations."""
+    questions = [formats.parse_question(row, adapter.data) for adapter, row in zip(answering, rows, strict=True)]
     if empty := [row.where for row, question in zip(rows, questions, strict=True) if not question.prompt]:
         raise ConfigError([Problem(Code.GENERATE_EMPTY_PROMPT, "the prompt is empty", where) for where in empty])
-    if not loaded.chat:
-        return questions
     return [
         Question([{"role": "user", "content": question.prompt}], question.tools)
-        if isinstance(question.prompt, str)
+        if adapter.chat and isinstance(question.prompt, str)
         else question
-        for question in questions
+        for adapter, question in zip(answering, questions, strict=True)
     ]
 
 
-def _check_lengths(
-    loaded: LoadedAdapter, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], max_new_tokens: int
-) -> None:
+def _check_lengths(requests: Sequence[Request], rows: Sequence[Row], max_new_tokens: int) -> None:
     """Raises ConfigError: prompts with their new tokens exceed the model's context."""
-    limit = load.context_length(loaded.model.config)
     problems = []
-    for row, ids in zip(rows, prompts, strict=True):
+    for row, (adapter, ids) in zip(rows, requests, strict=True):
+        limit = load.context_length(adapter.model.config)
         if limit is not None and len(ids) + max_new_tokens > limit:
             what = f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the model's context of {limit}"
             fix = f"set --max-new-tokens to {limit - len(ids)}" if len(ids) < limit else "shorten the prompt"

@@ -1,40 +1,53 @@
-"""An adapter directory that is loaded for use: base, adapter, tokenizer and renderer as they were in training."""
+"""Adapter directories that are loaded for use: one base, its adapters, and how prompts are rendered for each."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
 from loratune import kernels
 from loratune.codes import Code
+from loratune.commands.selection import Selection
 from loratune.config import DataSection, ModelSection
 from loratune.data.packing import pad
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ModelError, Problem
-from loratune.lora import attach
+from loratune.lora import attach, mixture
+from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import Untouched
 from loratune.model import fingerprints
 from loratune.model.fingerprints import Sampled
 from loratune.model.load import check_machine, load_base, load_tokenizer, pad_id
+from loratune.model.source import local_or_hub
 from loratune.training.preflight import AdapterInfo
 
 BATCH = 32
-"""How many prompts the commands hand to `LoadedAdapter.complete` at once."""
+"""How many prompts the commands hand to `complete` at once."""
+
+Log = Callable[[str], None]
+"""Takes a line for the user."""
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """A base with its adapter attached, and how prompts are rendered for it.
+    """An adapter on its base, beside which the base may have others, and how prompts are rendered for it.
 
     Attributes:
         chat: Whether the rows of training went through the chat template.
         base_sample: A sample of the base's weights, and the parts of the base that PEFT may change, both from before
             the adapter was attached.
         where: The path of the adapter, for messages.
+        key: PEFT's name of the adapter.
+        layers: Those that compute with this adapter alone.
+        mixes: Whether rows of this adapter may share a batch with rows of others that may.
+        is_enough: Whether `layers` are all that makes the model compute with this adapter, and not with another one.
     """
 
     model: PeftModel
@@ -44,6 +57,10 @@ class LoadedAdapter:
     chat: bool
     base_sample: tuple[Sampled, Untouched]
     where: str
+    key: str
+    layers: kernels.InferenceLayers
+    mixes: bool
+    is_enough: bool
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -55,60 +72,191 @@ class LoadedAdapter:
                 raise AdapterError(Problem(Code.INFERENCE_BASE_CHANGED, what, self.where))
             yield
 
-    @torch.inference_mode()
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, streamer: Any = None
     ) -> list[list[int]]:
-        """Complete a batch of prompts.
-
-        Args:
-            prompts: The ids of each prompt.
-            max_new_tokens: The longest completion.
-            temperature: 0 for the likeliest token; above it, tokens are sampled.
-            streamer: A streamer of transformers, for a single prompt.
-
-        Returns:
-            The new ids of each prompt, with the token that ends the completion.
-        """
-        padding = pad_id(self.tokenizer)
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature if temperature > 0 else None,
-            eos_token_id=list(self.renderer.end_ids),
-            pad_token_id=padding,
-        )
-        batch = pad([{"input_ids": ids} for ids in prompts], padding, "left")
-        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        with kernels.inference_lora(self.model, attach.adapted_linear):
-            ids = self.model.generate(**batch, generation_config=settings, streamer=streamer)
-        return [self._until_end(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
+        """Complete a batch of prompts with this adapter, see `complete`."""
+        return complete([(self, ids) for ids in prompts], max_new_tokens, temperature, streamer)
 
     def text(self, ids: Sequence[int]) -> str:
         """A completion as text, without the token that ends it."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    def _until_end(self, ids: list[int]) -> list[int]:
+    def until_end(self, ids: list[int]) -> list[int]:
         """The ids up to the first end token; what follows it is padding."""
         ends = [position for position, token in enumerate(ids) if token in self.renderer.end_ids]
         return ids[: ends[0] + 1] if ends else ids
 
 
-def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> LoadedAdapter:
-    """Load the base of an adapter directory and attach the adapter.
+Request = tuple[LoadedAdapter, Sequence[int]]
+"""An adapter, and the ids of the prompt that it completes."""
+
+
+class _Stopped(StoppingCriteria):
+    """Ends all completions as soon as a function says so."""
+
+    def __init__(self, stopped: Callable[[], bool]):
+        self._stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._stopped(), device=input_ids.device)
+
+
+def complete(
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    streamer: Any = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[list[int]]:
+    """Complete prompts, each with its adapter; all adapters are on the same model.
+
+    Prompts of different adapters are computed as one batch where that is possible: where each of the adapters is plain
+    LoRA of linear layers, and the same tokens end their answers.
+
+    Args:
+        requests: Adapters and prompts.
+        max_new_tokens: The longest completion.
+        temperature: 0 for the likeliest token; above it, tokens are sampled.
+        streamer: A streamer of transformers, for a single prompt.
+        stopped: Asked after each token whether to stop here.
+
+    Returns:
+        The new ids of each prompt, with the token that ends the completion.
+    """
+    batches: dict[Any, list[int]] = {}
+    for number, (adapter, _) in enumerate(requests):
+        key = (adapter.renderer.end_ids, None if adapter.mixes else adapter.key)
+        batches.setdefault(key, []).append(number)
+    answers: dict[int, list[int]] = {}
+    for numbers in batches.values():
+        batch = [requests[number] for number in numbers]
+        answers |= zip(numbers, _complete(batch, max_new_tokens, temperature, streamer, stopped), strict=True)
+    return [answers[number] for number in range(len(requests))]
+
+
+@torch.inference_mode()
+def _complete(
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    temperature: float,
+    streamer: Any,
+    stopped: Callable[[], bool],
+) -> Iterator[list[int]]:
+    """The completions of one batch."""
+    first = requests[0][0]
+    padding = pad_id(first.tokenizer)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else None,
+        eos_token_id=list(first.renderer.end_ids),
+        pad_token_id=padding,
+    )
+    batch = pad([{"input_ids": ids} for _, ids in requests], padding, "left")
+    batch = {name: tensor.to(first.model.device) for name, tensor in batch.items()}
+    with adapters_of_rows([adapter for adapter, _ in requests]):
+        ids = first.model.generate(
+            **batch, generation_config=settings, streamer=streamer, stopping_criteria=[_Stopped(stopped)]
+        )
+    rows = ids[:, batch["input_ids"].shape[1] :].tolist()
+    return (adapter.until_end(row) for (adapter, _), row in zip(requests, rows, strict=True))
+
+
+@contextmanager
+def adapters_of_rows(adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
+    """Inside, each row of a batch is computed with its adapter; several of them must be such that mix."""
+    first, keys = adapters[0], list(dict.fromkeys(adapter.key for adapter in adapters))
+    if not first.is_enough and first.model.active_adapter != first.key:
+        first.model.set_adapter(first.key)
+    layers = first.layers
+    if len(keys) > 1:
+        rows = [keys.index(adapter.key) for adapter in adapters]
+        layers = kernels.InferenceLayers(first.model, *map(_reader, keys), rows=rows)
+    with layers.applied():
+        yield
+
+
+def _reader(key: str) -> kernels.Reader:
+    """Reads the layers of one adapter."""
+    return partial(attach.adapted_linear, name=key)
+
+
+@dataclass(frozen=True)
+class LoadedAdapters:
+    """The adapters of a command, all on one base.
+
+    Attributes:
+        by_name: Name → adapter; without names, and for a mixture, there are none.
+        default: The one that is used where nothing else is said.
+        label: How the default is called.
+    """
+
+    by_name: Mapping[str, LoadedAdapter]
+    default: LoadedAdapter
+    label: str
+
+
+def load(adapter: AdapterInfo, log: Log = lambda _: None) -> LoadedAdapter:
+    """Load the base of an adapter directory and attach the adapter. Raises as `load_all` does."""
+    return load_all([adapter], log)[0]
+
+
+def load_selection(
+    adapters: Mapping[str, AdapterInfo], selection: Selection, log: Log = lambda _: None
+) -> LoadedAdapters:
+    """Load the adapters of a command. adapters: those of the selection, opened. Raises as `load_all` and `mixture.mix`
+    do."""
+    if selection.mix:
+        mixed = _load_mixture([(adapters[name], weight) for name, weight in selection.mix.items()], log)
+        return LoadedAdapters({}, mixed, "mix")
+    loaded = dict(zip(adapters, load_all(list(adapters.values()), log), strict=True))
+    named = {name: adapter for name, adapter in loaded.items() if name}
+    return LoadedAdapters(named, loaded[selection.default], selection.default or "adapter")
+
+
+def load_all(adapters: Sequence[AdapterInfo], log: Log = lambda _: None) -> list[LoadedAdapter]:
+    """Load the base of adapter directories once, as the first of them says, and attach the adapters.
 
     Raises:
         ConfigError: See `model.load.check_machine`.
         ModelError: The base cannot be loaded.
-        AdapterError: See `attach.load`; the base is not the one that the adapter was trained on, which is logged
-            instead where the user forces it; base and adapter do not give finite numbers.
+        AdapterError: See `attach.load`; the base is not the one that an adapter was trained on, which is logged instead
+            where the user forces it; base and adapter do not give finite numbers; one of several adapters changes the
+            base.
     """
-    check_machine(adapter.base)
-    path = adapter.files.path
-    own_tokenizer = (path / "tokenizer_config.json").is_file()
+    base, check = _load_base(adapters, log)
+    return _attach_all(base, [(adapter, adapter.files) for adapter in adapters], check)
+
+
+def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> LoadedAdapter:
+    """The sum of adapters as one, for whose prompts the first of them decides."""
+    adapters = [adapter for adapter, _ in weighted]
+    mixed = mixture.mix([(adapter.files, weight) for adapter, weight in weighted])
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.chat != first.chat:
+            kinds = {True: "conversations", False: "raw prompts"}
+            log(
+                f"{other.files.path}: was trained on {kinds[other.chat]}; the mixture renders prompts as its first "
+                f"adapter does, {first.files.path}, which was trained on {kinds[first.chat]}"
+            )
+    base, check = _load_base(adapters, log)
+    with TemporaryDirectory() as directory:
+        return _attach_all(base, [(first, mixture.write(Path(directory), *mixed))], check)[0]
+
+
+def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> tuple[PreTrainedModel, Callable[[], None]]:
+    """The base of the first adapter, and a check that it is that of all, by what it was before anything is attached.
+
+    The check is for after the adapters are attached: tensors that do not fit say more than another fingerprint.
+    """
+    first = adapters[0]
+    check_machine(first.base)
+    path = first.files.path
     try:
-        base = load_base(adapter.base)
+        base = load_base(first.base)
     except ModelError as error:
         fix = f"if the base has moved, set base_model_name_or_path in {path / 'adapter_config.json'}"
         raise ModelError(
@@ -117,29 +265,87 @@ def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> L
                 for problem in error.problems
             ]
         ) from None
+    prints: dict[bool, str] = {}  # whether in the first version → fingerprint
+    checks: list[Callable[[], None]] = []
+    for adapter in adapters:
+        for line in attach.unknown_keys(adapter.files):
+            log(line)
+        recorded = adapter.files.base_fingerprint
+        is_old = recorded is not None and ":" not in recorded
+        if is_old not in prints:
+            prints[is_old] = fingerprints.fingerprint(base, like=recorded)
+        checks.append(partial(_check_base, adapter, first.base, prints[is_old], log))
+
+    def check() -> None:
+        for one in checks:
+            one()
+
+    return base, check
+
+
+def _attach_all(
+    base: PreTrainedModel, attached: Sequence[tuple[AdapterInfo, AdapterFiles]], check: Callable[[], None]
+) -> list[LoadedAdapter]:
+    """Attach adapters to their base.
+
+    Args:
+        base: The base.
+        attached: How each adapter was trained, and what is attached for it.
+        check: Checks that the base is theirs.
+    """
+    tokenizers = [_load_tokenizer(adapter) for adapter, _ in attached]
+    renderers = [Renderer(tokenizer, base.config.get_text_config().vocab_size) for tokenizer in tokenizers]
+    sample, untouched = Sampled(base), [attach.before_load(base, files) for _, files in attached]
+    if len(attached) > 1:
+        _check_sharing([(adapter, before) for (adapter, _), before in zip(attached, untouched, strict=True)])
+    keys = ["default" if number == 1 else f"adapter{number}" for number in range(1, len(attached) + 1)]
+    model: Any = base
+    for (_, files), key in zip(attached, keys, strict=True):
+        model = attach.load(model, files, key)
+    check()
+    for (adapter, _), tokenizer, key in zip(attached, tokenizers, keys, strict=True):
+        _check_output(model, adapter, key, tokenizer.eos_token_id or 0)
+    plain = [key for key in keys if attach.is_plain(model, key)]
+    mixing = plain if len(plain) > 1 and _takes_rows(model, plain) else []
+    return [
+        LoadedAdapter(
+            model, tokenizer, renderer, adapter.data, adapter.chat, (sample, before), str(adapter.files.path), key,
+            kernels.InferenceLayers(model, _reader(key)), mixes=key in mixing, is_enough=plain == keys,
+        )
+        for (adapter, _), tokenizer, renderer, before, key in zip(
+            attached, tokenizers, renderers, untouched, keys, strict=True
+        )
+    ]  # fmt: skip
+
+
+def _load_tokenizer(adapter: AdapterInfo) -> Any:
+    path = adapter.files.path
+    own = (path / "tokenizer_config.json").is_file()
     try:
-        tokenizer = load_tokenizer(ModelSection(name_or_path=str(path)) if own_tokenizer else adapter.base)
+        return load_tokenizer(ModelSection(name_or_path=str(path)) if own else adapter.base)
     except ModelError as error:
-        raise AdapterError(error.problems) if own_tokenizer else error from None
-    renderer = Renderer(tokenizer, base.config.get_text_config().vocab_size)
-    for line in attach.unknown_keys(adapter.files):
-        log(line)
-    fingerprint = fingerprints.fingerprint(base, like=adapter.files.base_fingerprint)
-    base_sample = fingerprints.Sampled(base), attach.before_load(base, adapter.files)
-    model = attach.load(base, adapter.files)
-    _check_base(adapter, fingerprint, log)
-    _check_output(model, adapter, tokenizer.eos_token_id or 0)
-    return LoadedAdapter(model, tokenizer, renderer, adapter.data, adapter.chat, base_sample, str(path))
+        raise AdapterError(error.problems) if own else error from None
 
 
-def _check_base(adapter: AdapterInfo, fingerprint: str, log: Callable[[str], None]) -> None:
-    """Raises AdapterError: the base has another fingerprint than the one recorded, and this is not forced."""
+def _check_base(adapter: AdapterInfo, base: ModelSection, fingerprint: str, log: Log) -> None:
+    """Raises AdapterError: the base has another fingerprint than the one recorded, and this is not forced.
+
+    An adapter without a record is trusted to have the base that it names.
+    """
     recorded, where = adapter.files.base_fingerprint, str(adapter.files.path)
-    if recorded in (None, fingerprint):
+    for key in ("dtype", "quantization", "attn_implementation", "gguf_file"):
+        own, used = getattr(adapter.base, key), getattr(base, key)
+        if own != used:
+            log(f"{where}: was trained with model.{key} {own}, and the base is loaded with {used}")
+    is_named = local_or_hub(adapter.base.name_or_path) == local_or_hub(base.name_or_path)
+    if recorded == fingerprint or (recorded is None and is_named):
         return
     code, fix = Code.INFERENCE_OTHER_BASE, "use its base"
-    what = f"was trained on another base than {adapter.base.name_or_path}, by its shape and a sample of its weights"
-    if not fingerprints.is_comparable(str(recorded)):
+    what = f"was trained on another base than {base.name_or_path}, by its shape and a sample of its weights"
+    if recorded is None:
+        code = Code.INFERENCE_BASE_UNVERIFIED
+        what = f"names the base {adapter.base.name_or_path}, not {base.name_or_path}, and has no record to compare"
+    elif not fingerprints.is_comparable(recorded):
         code, fix = Code.INFERENCE_UNKNOWN_FINGERPRINT, "upgrade loratune"
         what = "records the fingerprint of its base in a version that this release of loratune does not know"
     if not adapter.forced:
@@ -147,17 +353,48 @@ def _check_base(adapter: AdapterInfo, fingerprint: str, log: Callable[[str], Non
     log(str(Problem(code, what, where)))
 
 
+def _check_sharing(adapters: Sequence[tuple[AdapterInfo, Untouched]]) -> None:
+    """Raises AdapterError: one of several adapters comes with changes of the base."""
+    problems = [
+        Problem(
+            Code.ADAPTER_CANNOT_SHARE,
+            f"cannot be loaded beside other adapters: {before.refusal or 'it changes weights or biases of the base'}",
+            str(adapter.files.path),
+            fix="use it alone",
+        )
+        for adapter, before in adapters
+        if before.refusal or before.values
+    ]
+    if problems:
+        raise AdapterError(problems)
+
+
 @torch.inference_mode()
-def _check_output(model: PeftModel, adapter: AdapterInfo, token: int) -> None:
+def _check_output(model: PeftModel, adapter: AdapterInfo, key: str, token: int) -> None:
     """Compute the logits of one token: values in a configuration that PEFT does not check show only here.
 
     Raises AdapterError: base and adapter fail, or give NaN or inf.
     """
     where, name = str(adapter.files.path), adapter.base.name_or_path
     try:
+        if model.active_adapter != key:
+            model.set_adapter(key)
         logits = model(input_ids=torch.tensor([[token]], device=model.device), use_cache=False).logits
     except Exception as error:
         what = f"cannot be computed with its base {name}: {error}"
         raise AdapterError(Problem(Code.INFERENCE_FAILED, what, where)) from None
     if not logits.isfinite().all():
         raise AdapterError(Problem(Code.INFERENCE_NOT_FINITE, f"gives NaN or inf with its base {name}", where))
+
+
+@torch.inference_mode()
+def _takes_rows(model: PeftModel, keys: Sequence[str]) -> bool:
+    """Whether each layer of plain adapters is given the rows of a batch one by one, as a batch with a row for each
+    adapter shows."""
+    try:
+        with kernels.inference_lora(model, *map(_reader, keys), rows=range(len(keys))):
+            ids = torch.zeros(len(keys), len(keys) + 1, dtype=torch.long, device=model.device)
+            model(input_ids=ids, use_cache=False)
+    except kernels.RowsMixedError:
+        return False
+    return True

@@ -15,6 +15,9 @@ from loratune.kernels.fused_ops import variant as variant
 from loratune.kernels.gpu import compile_layers as compile_layers
 from loratune.kernels.gpu import use_liger as use_liger
 from loratune.kernels.lora_linear import Adapted as Adapted
+from loratune.kernels.lora_linear import InferenceLayers as InferenceLayers
+from loratune.kernels.lora_linear import Reader as Reader
+from loratune.kernels.lora_linear import RowsMixedError as RowsMixedError
 from loratune.kernels.lora_linear import inference_lora as inference_lora
 from loratune.kernels.loss import LossHead as LossHead
 from loratune.kernels.loss import full_tensor as full_tensor

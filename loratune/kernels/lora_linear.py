@@ -176,46 +176,110 @@ def _apply_mask(mask: Tensor, scale: float, x: Tensor) -> Tensor:
     return (x * mask).mul_(scale)
 
 
-class InferenceLinear(nn.Module):
-    """y = W x + b + scaling * up (down x), without dropout and without gradients: two thin products, in W's dtype."""
+class RowsMixedError(ValueError):
+    """A layer does not take the rows of a batch one by one, as where a router sends tokens to experts."""
 
-    def __init__(self, layer: nn.Linear, down: Tensor, up: Tensor, scaling: float):
+
+class InferenceLinear(nn.Module):
+    """y = W x + b + scaling * up (down x), without dropout and without gradients: two thin products, in W's dtype.
+
+    Several adapters stand side by side in `down` and `up`. Each row of a batch keeps the values of its own between the
+    two products, and the others become zero: with few adapters that is faster than a product for each of them.
+    """
+
+    def __init__(self, layer: nn.Linear, adapters: Sequence[Adapted], rows: Sequence[int] = (0,)):
+        """rows: the number of the adapter that each row of a batch takes, where there are several."""
         super().__init__()
         self._weight, self._bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-        self._down = down.detach().to(layer.weight.dtype)
-        self._up = (up.detach() * scaling).to(layer.weight.dtype).t().contiguous()
+        present = [(number, part.down, part.up, part) for number, part in enumerate(adapters)]
+        ranks, downs, ups = [], [], []
+        for number, down, up, part in present:
+            if down is not None and up is not None:
+                downs.append(down.detach())
+                ups.append(up.detach() * part.scaling)
+                ranks += [number] * len(down)
+        self._down = torch.cat(downs).to(layer.weight.dtype)
+        self._up = torch.cat(ups, 1).to(layer.weight.dtype).t().contiguous()
         self._ops = fused_ops(self._weight)
+        self._foreign: Tensor | None = None
+        if len(adapters) > 1:
+            of_row, of_rank = (torch.tensor(numbers, device=self._down.device) for numbers in (rows, ranks))
+            self._foreign = of_row[:, None, None] != of_rank
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in). Returns (..., out)."""
+        """x: (..., in), with several adapters (rows, tokens, in). Returns (..., out).
+
+        Raises:
+            RowsMixedError: With several adapters: x has another shape.
+        """
         y = functional.linear(x, self._weight, self._bias)
-        self._ops.add_lora(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._down, self._up)
+        if self._foreign is None:
+            self._ops.add_lora(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._down, self._up)
+            return y
+        if x.dim() != 3 or len(x) != len(self._foreign):
+            raise RowsMixedError(f"{tuple(x.shape)} does not begin with the {len(self._foreign)} rows of the batch")
+        inner = (x @ self._down.t()).masked_fill_(self._foreign, 0)
+        y.view(-1, y.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), self._up)
         return y
 
 
-@contextmanager
-def inference_lora(model: Any, reader: Callable[[nn.Module], Adapted | None]) -> Iterator[None]:
-    """Inside, layers with LoRA cost little more than those of the base.
+Reader = Callable[[nn.Module], Adapted | None]
+"""Takes a module to its linear layer and LoRA, or to None: quantized layers and DoRA stay PEFT's."""
 
-    Args:
-        model: A `PeftModel`. It must run under `torch.inference_mode`.
-        reader: Takes a module to its linear layer and LoRA, or to None: quantized layers and DoRA stay PEFT's.
-    """
-    base = model.get_base_model()
-    layers = [(name, module, reader(module)) for name, module in base.named_modules()]
-    lora_layers = [
-        (name, module, part) for name, module, part in layers if part is not None and part.layer is not module
-    ]
-    try:
-        for name, _, part in lora_layers:
-            if part.down is None or part.up is None:
-                base.set_submodule(name, part.layer)
-            else:
-                base.set_submodule(name, InferenceLinear(part.layer, part.down, part.up, part.scaling))
+
+@dataclass(frozen=True)
+class _Replaced:
+    """A layer with LoRA, where it is, and what stands for it with the adapters and where they are disabled."""
+
+    parent: nn.Module
+    name: str
+    layer: nn.Module
+    fast: nn.Module
+    bare: nn.Module
+
+
+class InferenceLayers:
+    """Layers that cost little more than those of the base, made once for as many answers as there are to come."""
+
+    def __init__(self, model: Any, *readers: Reader, rows: Sequence[int] = (0,)):
+        """Make them from the adapters as they are now.
+
+        Args:
+            model: A `PeftModel`.
+            readers: One for each adapter. Only a single one may take a layer with LoRA to None.
+            rows: The number of the reader for each row of a batch, where there are several.
+        """
+        self._reader, self._replaced = readers[0], list[_Replaced]()
+        base: nn.Module = model.get_base_model()
+        for path, module in base.named_modules():
+            parts = [part for reader in readers if (part := reader(module)) is not None]
+            if len(parts) < len(readers) or parts[0].layer is module:
+                continue
+            bare = parts[0].layer
+            fast = InferenceLinear(bare, parts, rows) if any(part.down is not None for part in parts) else bare
+            parent, _, name = path.rpartition(".")
+            self._replaced.append(_Replaced(base.get_submodule(parent), name, module, fast, bare))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, they stand in the model, which must run under `torch.inference_mode`. Where its adapters are
+        disabled, the layers of the base stand there."""
+        adapted = next((one.layer for one in self._replaced if one.fast is not one.bare), None)
+        read = None if adapted is None else self._reader(adapted)
+        try:
+            for one in self._replaced:
+                setattr(one.parent, one.name, one.bare if read is not None and read.down is None else one.fast)
+            yield
+        finally:
+            for one in self._replaced:
+                setattr(one.parent, one.name, one.layer)
+
+
+@contextmanager
+def inference_lora(model: Any, *readers: Reader, rows: Sequence[int] = (0,)) -> Iterator[None]:
+    """Inside, `InferenceLayers` stand in the model."""
+    with InferenceLayers(model, *readers, rows=rows).applied():
         yield
-    finally:
-        for name, module, _ in lora_layers:
-            base.set_submodule(name, module)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft import PeftModel as PeftModel
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -29,11 +29,20 @@ from loratune.kernels import Adapted
 from loratune.lora import initialize, parameters, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.initialize import AdapterInit
-from loratune.lora.module_names import ends_in
 from loratune.lora.parameters import Count, file_bytes
 from loratune.lora.start import start_values
 from loratune.lora.targets import Targets
-from loratune.lora.tensors import Untouched, Weights, few, not_finite, read, read_adapter, restore, untouched, weights
+from loratune.lora.tensors import (
+    Untouched,
+    Weights,
+    few,
+    not_finite,
+    read_adapter,
+    read_weights,
+    restore,
+    untouched,
+    weights,
+)
 
 _NOT_PEFT = {"init_lora_weights", "use_lorafa", "loraplus_lr_ratio", "start_from"}
 """Keys of the section that are not fields of `peft.LoraConfig`, or are passed separately."""
@@ -101,7 +110,7 @@ def attach(
         init_lora_weights=True if is_meta else initialize.peft_init(section),
         **section.model_dump(exclude=_NOT_PEFT | targeting.keys()) | dict(targeting),
     )
-    _check_tokens(base, section, targeting)
+    targets.check_tokens(base, section, targeting)
     initialize.check_layers(base, section, tuple(f".{name}" for name in targeting["target_modules"]))
     set_seed(seed)
     try:
@@ -118,26 +127,6 @@ def attach(
     if section.use_lorafa:
         parameters.freeze_a(model)
     return model
-
-
-def _check_tokens(base: nn.Module, section: LoraSection, targeting: Mapping[str, Any]) -> None:
-    """Check that the tokens to train exist, and that no other setting adapts their embedding."""
-    if section.trainable_token_indices is None or not isinstance(base, PreTrainedModel):
-        return
-    embedding = base.get_input_embeddings()
-    for path, module in base.named_modules():
-        if getattr(module, "weight", None) is not embedding.weight:
-            continue
-        for key in ("target_modules", "modules_to_save"):
-            if any(ends_in(path, name) for name in targeting.get(key) or ()):
-                what = f"both adapt {path}, which holds the embeddings"
-                keys = f"lora.{key} and lora.trainable_token_indices"
-                raise ModelError(Problem(Code.LORA_EMBEDDING_TWICE, what, key=keys, fix="keep one of them"))
-    size = embedding.num_embeddings
-    if unknown := [token for token in section.trainable_token_indices if token >= size]:
-        what = f"the model has no token {', '.join(map(str, unknown[:3]))}"
-        key, fix = "lora.trainable_token_indices", f"ids go from 0 to {size - 1}"
-        raise ModelError(Problem(Code.LORA_NO_TOKEN, what, key=key, fix=fix))
 
 
 def initialize_adapter(
@@ -238,7 +227,7 @@ def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights |
         if isinstance(value, list) and key != "trainable_token_indices":  # whose order is that of the tensor's rows
             config[key] = sorted(value)  # PEFT writes its sets in hash order
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    disk = read(directory / WEIGHTS_FILE)
+    disk = read_weights(directory / WEIGHTS_FILE)
     if memory.keys() != disk.keys() or not all(torch.equal(memory[name], disk[name]) for name in memory):
         what = "the file differs from the weights in memory"
         raise AdapterError(Problem(Code.ADAPTER_WRITE_FAILED, what, str(directory / WEIGHTS_FILE)))
@@ -263,22 +252,28 @@ def unknown_keys(files: AdapterFiles) -> list[str]:
     return [f"{where}: this version of PEFT does not know {', '.join(sorted(unknown))}"] if unknown else []
 
 
-def attach_saved(base: nn.Module, files: AdapterFiles) -> PeftModel:
+def attach_saved(base: nn.Module, files: AdapterFiles, name: str = "default") -> PeftModel:
     """Put LoRA on `base`, which may be on the meta device, as a saved configuration says, without its weights.
+
+    Args:
+        base: The base, or a model that has other adapters already.
+        files: The adapter.
+        name: PEFT's name for it.
 
     Raises:
         AdapterError: As `check_patterns`; the configuration does not fit the base; tensors are missing from the file,
             or it has others, or of other shapes, than this base needs.
     """
     where = str(files.path)
-    paths = (path for path, _ in base.named_modules() if path)
+    plain: nn.Module = base.get_base_model() if isinstance(base, PeftModel) else base
+    paths = (path for path, _ in plain.named_modules() if path)
     patterns.check_patterns(files.config, files.tensors, paths, str(files.path / CONFIG_FILE))
     with _as_mismatch(files):
         config = LoraConfig.from_pretrained(where)
         config.r, config.rank_pattern = patterns.bounded_ranks(files.config, files.tensors)
         config.inference_mode = False  # so that its parameters count as trained
-        model = _wrap(base, config)
-    expected = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}
+        model = _wrap(base, config, name)
+    expected = {key: tuple(tensor.shape) for key, tensor in weights(model, name).items()}
     if problems := _differences(expected, files):
         raise AdapterError(problems)
     return model
@@ -306,14 +301,14 @@ def _as_mismatch(files: AdapterFiles) -> Iterator[None]:
         raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path))) from None
 
 
-def load(base: PreTrainedModel, files: AdapterFiles) -> PeftModel:
-    """Put a saved adapter on its base, in evaluation mode.
+def load(base: PreTrainedModel | PeftModel, files: AdapterFiles, name: str = "default") -> PeftModel:
+    """Put a saved adapter on its base, in evaluation mode. Arguments as in `attach_saved`.
 
     Raises:
         AdapterError: As `attach_saved`; tensors hold NaN or inf or are no floating-point numbers, or PEFT loses some.
     """
-    model, where = attach_saved(base, files), str(files.path)
-    result = set_peft_model_state_dict(model, read_adapter(files))
+    model, where = attach_saved(base, files, name), str(files.path)
+    result = set_peft_model_state_dict(model, read_adapter(files), name)
     if lost := list(result.unexpected_keys):  # PEFT renames some modules as it loads, and does not report what it loses
         what = f"PEFT finds no module for {len(lost)} tensors, among them {few(lost)}"
         raise AdapterError(Problem(Code.ADAPTER_TENSORS_LOST, what, where))
@@ -326,12 +321,15 @@ def count(model: PeftModel, start: AdapterInit) -> Count:
     return Count(trainable, total, file_bytes(start.published(weights(model))))
 
 
-def _wrap(base: nn.Module, config: LoraConfig) -> PeftModel:
+def _wrap(base: nn.Module, config: LoraConfig, name: str = "default") -> PeftModel:
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # packages of quantized bases print on import
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT corrects it for Conv1D, and warns
         warnings.filterwarnings("ignore", message=".*was renamed from.*")
         base_name = config.base_model_name_or_path
-        model = get_peft_model(base, config)
+        if isinstance(base, PeftModel):
+            base.add_adapter(name, config)
+            return base
+        model = get_peft_model(base, config, name)
     config.base_model_name_or_path = base_name  # PEFT has replaced it by the name that the base records
     return model
 
@@ -356,11 +354,12 @@ def _differences(expected: Mapping[str, tuple[int, ...]], files: AdapterFiles) -
     ]
 
 
-def adapted_linear(module: Any) -> Adapted | None:
+def adapted_linear(module: Any, name: str | None = None) -> Adapted | None:
     """A frozen linear layer, with plain LoRA, or without any, as where adapters are disabled.
 
     Args:
         module: Any module of a model.
+        name: PEFT's name of the adapter; None for the only one that the module has, which must be active.
 
     Returns:
         Its frozen layer, A and B, scaling and dropout; None for every other kind of module, such as DoRA and quantized
@@ -372,10 +371,12 @@ def adapted_linear(module: Any) -> Adapted | None:
         return None
     if module.disable_adapters:
         return Adapted(module.base_layer)
-    if list(module.active_adapters) != list(module.lora_A) or len(module.lora_A) != 1 or module.merged:
+    if module.merged or (name is None and (len(module.lora_A) != 1 or [*module.active_adapters] != [*module.lora_A])):
         return None
-    (name,) = module.lora_A
-    if module.lora_variant or module.fan_in_fan_out or module.lora_bias[name]:
+    name = next(iter(module.lora_A)) if name is None else name
+    if name not in module.lora_A:
+        return Adapted(module.base_layer)
+    if name in module.lora_variant or module.fan_in_fan_out or module.lora_bias[name]:
         return None
     dropout = module.lora_dropout[name]
     probability = float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
@@ -385,3 +386,11 @@ def adapted_linear(module: Any) -> Adapted | None:
 
 def _is_trained(layer: nn.Linear) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def is_plain(model: PeftModel, name: str) -> bool:
+    """Whether an adapter consists of nothing but LoRA of layers that `adapted_linear` reads. name: PEFT's for it."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    own = [layer for layer in layers if name in layer.lora_A or name in layer.lora_embedding_A]
+    are_read = all((part := adapted_linear(layer, name)) is not None and part.down is not None for layer in own)
+    return are_read and len(weights(model, name)) == 2 * len(own)  # A and B, and no whole modules

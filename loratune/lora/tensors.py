@@ -25,10 +25,16 @@ Weights = dict[str, torch.Tensor]
 """Name in the adapter file → tensor."""
 
 
-def weights(model: PeftModel) -> Weights:
-    """The adapter's tensors under their names in the adapter file."""
-    state: Weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+def weights(model: PeftModel, name: str = "default") -> Weights:
+    """The tensors of an adapter under their names in the adapter file. name: PEFT's for the adapter."""
+    state: Weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return state
+
+
+def read_weights(path: Path) -> Weights:
+    """The tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def full_weights(model: PeftModel) -> Weights:
@@ -125,15 +131,9 @@ def untouched(base: nn.Module, config: LoraConfig) -> Untouched:
     return Untouched(tuple(values))
 
 
-def read(path: Path) -> Weights:
-    """All tensors of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 def read_adapter(files: AdapterFiles) -> Weights:
     """The tensors of an adapter directory. Raises AdapterError: some hold NaN or inf, or no floating-point numbers."""
-    tensors, where = read(files.path / WEIGHTS_FILE), str(files.path)
+    tensors, where = read_weights(files.path / WEIGHTS_FILE), str(files.path)
     if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         what = f"{len(integers)} tensors hold no floating-point numbers, among them {few(integers)}"
         raise AdapterError(Problem(Code.ADAPTER_NOT_FLOAT, what, where))

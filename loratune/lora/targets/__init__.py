@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from loratune.codes import Code
 from loratune.config import LoraSection
@@ -241,3 +242,32 @@ def _left_out(survey: Survey) -> list[str]:
         f"all-linear leaves out {module_names.join_first(list(dict.fromkeys(names)), 6)}: {reason}"
         for reason, names in parts.items()
     ]
+
+
+def check_tokens(base: nn.Module, section: LoraSection, targeting: Mapping[str, Any]) -> None:
+    """Check that the tokens to train exist, and that no other setting adapts their embedding.
+
+    Args:
+        base: The model.
+        section: The settings of LoRA.
+        targeting: As `Targets.peft` gives it.
+
+    Raises:
+        ModelError: A token does not exist, or another setting adapts the embedding.
+    """
+    if section.trainable_token_indices is None or not isinstance(base, PreTrainedModel):
+        return
+    embedding = base.get_input_embeddings()
+    for path, module in base.named_modules():
+        if getattr(module, "weight", None) is not embedding.weight:
+            continue
+        for key in ("target_modules", "modules_to_save"):
+            if any(module_names.ends_in(path, name) for name in targeting.get(key) or ()):
+                what = f"both adapt {path}, which holds the embeddings"
+                keys = f"lora.{key} and lora.trainable_token_indices"
+                raise ModelError(Problem(Code.LORA_EMBEDDING_TWICE, what, key=keys, fix="keep one of them"))
+    size = embedding.num_embeddings
+    if unknown := [token for token in section.trainable_token_indices if token >= size]:
+        what = f"the model has no token {', '.join(map(str, unknown[:3]))}"
+        key, fix = "lora.trainable_token_indices", f"ids go from 0 to {size - 1}"
+        raise ModelError(Problem(Code.LORA_NO_TOKEN, what, key=key, fix=fix))

@@ -1,0 +1,187 @@
+"""`loratune chat`: a conversation in the terminal, or over pipes."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loratune.cli.application import (
+    Adapters,
+    Debug,
+    Force,
+    MaxNewTokens,
+    Temperature,
+    app,
+    check_temperature,
+    importing,
+    log_all,
+)
+from loratune.codes import Code
+from loratune.commands.boundary import boundary
+from loratune.console import log, print_raw
+from loratune.errors import ConfigError, DataError, LoratuneError, Problem
+from loratune.system import signals
+from loratune.system.files import path_problem
+
+if TYPE_CHECKING:
+    from loratune.commands.chat import Chat
+
+_OUTPUT_GONE = (Code.OUTPUT_FAILED, Code.OUTPUT_FULL)
+"""Nothing more can be printed, so that a chat has no sense."""
+
+_HELP = (
+    "/base           answer the last turn without the adapter",
+    "/adapter NAME   let another adapter answer; without NAME, list them",
+    "/system TEXT    set the system message; without TEXT, remove it",
+    "/save FILE      write the conversation to FILE, as rows to train on; to replace a file: /save --overwrite FILE",
+    "/reset          forget the turns so far",
+    "/help           show this",
+    "//...           a turn that begins with /",
+    "Ctrl-C stops an answer, whose beginning is kept; Ctrl-D ends the chat",
+)
+
+
+@app.command()
+def chat(
+    adapters: Adapters,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Talk with an adapter on its base; /help lists what can be typed. Of a pipe, each line is a turn."""
+    with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or begin anew with /reset"):
+        check_temperature(temperature)
+
+        from loratune.commands import selection
+
+        selected = selection.parse(adapters)
+
+        with importing():
+            from loratune.training import preflight
+
+        opened = {name: preflight.open_adapter(path, log, forced=force) for name, path in selected.directories.items()}
+
+        with importing():
+            from loratune.commands import inference
+            from loratune.commands.chat import RAW_NOTE, Chat
+
+        loaded = inference.load_selection(opened, selected, log)
+        talk = Chat(loaded, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+        log_all(f"{one.where}: {RAW_NOTE}" for one in (loaded.by_name.values() or [loaded.default]) if not one.chat)
+        inputs = [*selected.directories.values(), *(Path(info.base.name_or_path) for info in opened.values())]
+        _Session(talk, tuple(inputs), terminal=sys.stdin.isatty() and sys.stdout.isatty()).run()
+
+
+class _Session:
+    """Lines in, answers out. In a terminal, what is wrong with a line is said; elsewhere it ends the command."""
+
+    def __init__(self, talk: "Chat", inputs: tuple[Path, ...], *, terminal: bool):
+        self._talk, self._inputs, self._terminal = talk, inputs, terminal
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/base": lambda _: self._answer(talk.ask_base),
+            "/adapter": self._use,
+            "/system": self._set_system,
+            "/save": self._save,
+            "/reset": lambda _: talk.reset(),
+            "/help": lambda _: log_all(_HELP),
+        }
+
+    def run(self) -> None:
+        """Until there are no more lines."""
+        if self._terminal:
+            log(f"{self._talk.adapter.where}; /help lists what can be typed, Ctrl-D ends")
+        for line in self._typed() if self._terminal else sys.stdin:
+            if not line.strip():
+                continue
+            try:
+                self._take(line.rstrip("\r\n"))
+            except LoratuneError as error:
+                if not self._terminal or any(problem.code in _OUTPUT_GONE for problem in error.problems):
+                    raise
+                log_all(f"error: {problem}" for problem in error.problems)
+
+    def _typed(self) -> Iterator[str]:
+        """The lines that are typed. Editing and history are those of Python's readline, which needs no dependency."""
+        with suppress(ImportError):
+            import readline  # noqa: F401  `input` uses it once it is imported
+        while True:
+            name = self._talk.name if self._talk.names else ""
+            try:
+                with signals.raise_on_signals():
+                    line = input(f"{name}> ")
+            except EOFError:
+                print()
+                return
+            except signals.Termination:
+                raise
+            except KeyboardInterrupt:  # Ctrl-C at the prompt: the line is dropped, as in a shell
+                print()
+                continue
+            yield line
+
+    def _take(self, line: str) -> None:
+        if any("\ud800" <= character <= "\udfff" for character in line):  # how Python represents undecodable bytes
+            raise DataError(Problem(Code.USAGE_NOT_UTF8, "not UTF-8", "the line", fix="give it as text"))
+        if not line.startswith("/") or line.startswith("//"):
+            text = line[1:] if line.startswith("/") else line
+            self._answer(lambda *how: self._talk.ask(text, *how))
+            return
+        name, _, argument = line.partition(" ")
+        if name not in self._commands:
+            fix = "/help lists the commands; a turn that begins with / is written with //"
+            raise ConfigError(Problem(Code.CHAT_UNKNOWN_COMMAND, f"there is no command {name}", fix=fix))
+        self._commands[name](argument.strip())
+
+    def _answer(self, ask: Callable[..., Any]) -> None:
+        """Print an answer, in a terminal as it comes. ask: takes a streamer, and what says whether to stop."""
+        if not self._terminal:
+            reply = ask()
+            print_raw(reply.text)
+        else:
+            with signals.defer_signals(_report_stop) as stop:
+                try:
+                    reply = ask(_streamer(self._talk), lambda: stop.requested is not None)
+                finally:  # a terminal that has gone sends a signal, and cannot be printed on
+                    if stop.requested is signals.Termination:
+                        raise signals.Termination
+        if reply.cut:
+            kept = "the beginning of the answer is kept" if reply.text else "there is no answer yet"
+            log(f"cut off: {reply.cut}{f'; {kept}' if reply.cut == 'stopped' else ''}")
+
+    def _use(self, name: str) -> None:
+        if name:
+            self._talk.use(name)
+        else:
+            log(f"{self._talk.name} answers, of {', '.join(self._talk.names) or 'one adapter without a name'}")
+
+    def _set_system(self, text: str) -> None:
+        self._talk.set_system(text)
+
+    def _save(self, argument: str) -> None:
+        from loratune.commands import output_file
+        from loratune.data.sources.rows import to_json_line
+
+        rows = self._talk.rows()
+        name = argument.removeprefix("--overwrite ").strip()
+        if reason := path_problem(name) or ("" if name else "is empty"):
+            raise ConfigError(Problem(Code.USAGE_BAD_PATH, f"the path {reason}", key="/save", fix="write /save FILE"))
+        file = output_file.output(Path(name).expanduser(), "/save", overwrite=name != argument, inputs=self._inputs)
+        with file.opened(log) as opened:
+            opened.writelines(f"{to_json_line(row)}\n" for row in rows)
+        log(f"{name}: {len(rows)} {'row' if len(rows) == 1 else 'rows'} written")
+
+
+def _streamer(talk: "Chat") -> Any:
+    """Prints the answer token by token."""
+    from transformers import TextStreamer
+
+    return TextStreamer(talk.adapter.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _report_stop(_: str) -> None:
+    signals.write_line("stopping; once more ends the chat")

@@ -1,0 +1,161 @@
+"""`loratune chat`: a conversation with adapters, each of whose turns is rendered as the rows of its training were."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from loratune.codes import Code
+from loratune.commands import inference
+from loratune.commands.inference import LoadedAdapter, LoadedAdapters
+from loratune.data.formats import Message
+from loratune.errors import ConfigError, Problem
+from loratune.model import load
+
+RAW_NOTE = (
+    "was trained on raw prompts, which have no turns: it completes each line by itself, as in training, without the "
+    "lines before and without a system message"
+)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A turn of the user and the answer. is_whole: the answer was not cut off."""
+
+    question: str
+    answer: str
+    is_whole: bool
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer. cut: why it was cut off; empty if it was not."""
+
+    text: str
+    cut: str
+
+
+class Chat:
+    """A conversation.
+
+    Attributes:
+        name: Of the adapter that answers.
+        exchanges: What has been said, whichever adapters answered.
+    """
+
+    def __init__(
+        self, loaded: LoadedAdapters, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0
+    ):
+        """Raises ConfigError: a system message is given for an adapter that was trained on raw prompts."""
+        self._loaded, self._new_tokens, self._temperature = loaded, max_new_tokens, temperature
+        self.name, self.exchanges = loaded.label, list[Exchange]()
+        self.system = ""
+        if system is not None:
+            self.set_system(system)
+
+    @property
+    def adapter(self) -> LoadedAdapter:
+        """The adapter that answers."""
+        return self._loaded.by_name.get(self.name, self._loaded.default)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all adapters; none where the only one has no name."""
+        return list(self._loaded.by_name)
+
+    def use(self, name: str) -> None:
+        """Let another adapter answer from here on. Raises ConfigError: there is none of this name."""
+        if name not in self._loaded.by_name:
+            fix = f"the adapters are {', '.join(self.names)}" if self.names else "start with --adapter NAME=DIR"
+            raise ConfigError(
+                Problem(Code.USAGE_ADAPTER_NAME, f"there is no adapter {name!r}", key="/adapter", fix=fix)
+            )
+        self.name = name
+
+    def set_system(self, text: str) -> None:
+        """Set the system message from here on; an empty text removes it. Raises ConfigError: raw prompts have none."""
+        if text and not self.adapter.chat:
+            what = f"{self.adapter.where} {RAW_NOTE}"
+            raise ConfigError(Problem(Code.CHAT_NO_SYSTEM, what, fix="leave the system message out"))
+        self.system = text
+
+    def reset(self) -> None:
+        """Forget what has been said; the system message and the adapter stay."""
+        self.exchanges.clear()
+
+    def ask(self, question: str, streamer: Any = None, stopped: Callable[[], bool] = lambda: False) -> Reply:
+        """Answer a turn. The answer becomes part of the conversation, also one that was cut off, unless it is empty.
+
+        Args:
+            question: The user's turn.
+            streamer: A streamer of transformers.
+            stopped: Asked after each token whether to stop here.
+
+        Raises:
+            ConfigError: The conversation fills the context.
+            DataError, ModelError: It cannot be rendered.
+        """
+        reply = self._answer(self.exchanges, question, streamer, stopped)
+        if reply.text:
+            self.exchanges.append(Exchange(question, reply.text, is_whole=not reply.cut))
+        return reply
+
+    def ask_base(self, streamer: Any = None, stopped: Callable[[], bool] = lambda: False) -> Reply:
+        """Answer the last turn without the adapter; the conversation stays as it is.
+
+        Raises:
+            AdapterError: PEFT has changed the base for this adapter. Otherwise as `ask`; there is no turn yet.
+        """
+        if not self.exchanges:
+            what, fix = "there is no turn to answer yet", "ask something first"
+            raise ConfigError(Problem(Code.CHAT_NOTHING_YET, what, key="/base", fix=fix))
+        with self.adapter.without_adapter():
+            return self._answer(self.exchanges[:-1], self.exchanges[-1].question, streamer, stopped)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The conversation as rows to train on: one of messages, or for raw prompts one of each prompt and completion.
+
+        An answer that was cut off is not to be learned: in messages it has the weight 0, and a raw one is left out.
+
+        Raises:
+            ConfigError: No answer is whole.
+        """
+        if not any(exchange.is_whole for exchange in self.exchanges):
+            what, fix = "there is no whole answer to train on", "ask something first"
+            raise ConfigError(Problem(Code.CHAT_NOTHING_YET, what, key="/save", fix=fix))
+        if not self.adapter.chat:
+            whole = (exchange for exchange in self.exchanges if exchange.is_whole)
+            return [{"prompt": exchange.question, "completion": exchange.answer} for exchange in whole]
+        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        for exchange in self.exchanges:
+            messages += _messages(exchange)
+            if not exchange.is_whole:
+                messages[-1]["weight"] = 0
+        return [{"messages": messages}]
+
+    def _answer(self, before: list[Exchange], question: str, streamer: Any, stopped: Callable[[], bool]) -> Reply:
+        adapter = self.adapter
+        ids = adapter.renderer.prompt(self._prompt(before, question), "the conversation")
+        limit = load.context_length(adapter.model.config)
+        room = self._new_tokens if limit is None else min(self._new_tokens, limit - len(ids))
+        if room < 1:
+            what = f"the context is full: the conversation has {len(ids)} tokens, and the model's context {limit}"
+            raise ConfigError(Problem(Code.CHAT_CONTEXT_FULL, what, fix="begin anew with /reset"))
+        (new,) = inference.complete([(adapter, ids)], room, self._temperature, streamer, stopped)
+        cut = ""
+        if new[-1] not in adapter.renderer.end_ids:
+            full = f"the model's context of {limit} tokens is full; /reset begins anew"
+            cut = full if room < self._new_tokens else f"--max-new-tokens is {self._new_tokens}"
+            cut = "stopped" if len(new) < room or stopped() else cut
+        return Reply(adapter.text(new), cut)
+
+    def _prompt(self, before: list[Exchange], question: str) -> str | list[Message]:
+        if not self.adapter.chat:
+            return question
+        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        for exchange in before:
+            messages += _messages(exchange)
+        return [*messages, {"role": "user", "content": question}]
+
+
+def _messages(exchange: Exchange) -> list[Message]:
+    return [{"role": "user", "content": exchange.question}, {"role": "assistant", "content": exchange.answer}]
