@@ -38,7 +38,6 @@ from loratune.training.checkpoints import MOST_CHECKPOINTS, Checkpoints
 from loratune.training.continuing import EarlierRun, Forgetting
 from loratune.training.gain import Gain
 from loratune.training.preflight import ValidatedRun
-from loratune.training.resume import ResumePoint
 from loratune.training.run_dir import RunDirectory
 from loratune.training.trainer import Outcome, RunContext
 
@@ -272,7 +271,7 @@ def _run_context(
                 validated_run.directory.partial, (MOST_CHECKPOINTS + 1) * size + load.tokenizer_bytes(plan.tokenizer)
             )
         return RunContext(checkpoints, reporter.progress, stop, group, after_checkpoint=after_checkpoint)
-    for line in _resume_notes(plan, resume_point, identity):
+    for line in resume.notes(resume_point, identity, dropout=plan.config.lora.lora_dropout > 0):
         reporter.log(line)
     return RunContext(
         checkpoints,
@@ -283,23 +282,6 @@ def _run_context(
         learning_rate_factor=resume_point.learning_rate_factor,
         after_checkpoint=after_checkpoint,
     )
-
-
-def _resume_notes(plan: Plan, resume_point: ResumePoint, identity: Mapping[str, Any]) -> Iterator[str]:
-    """Lines about the checkpoint that the run continues from, and what has changed since."""
-    yield from map(str, resume_point.skipped)
-    for key in resume_point.dropped_keys:
-        yield f"{key}: was empty in the release of loratune that began the run; this release has no such key"
-    for change in identity["changes"]:
-        yield f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
-    if resume.environment_changes(resume_point, identity):
-        yield "so the result may differ in its last digits from that of an uninterrupted run"
-    elif "conditions" not in resume_point.identity:
-        yield "the checkpoint does not record what it was computed with: the result may differ in its last digits"
-    yield f"resuming from step {resume_point.step}"
-    before = resume_point.identity.get("processes", 1)
-    if before != plan.processes and plan.config.lora.lora_dropout:
-        yield f"dropout is drawn differently from here on: {plan.processes} processes instead of {before}"
 
 
 def _fit(plan: Plan, context: RunContext) -> Outcome:

@@ -97,6 +97,29 @@ def identity(
     }
 
 
+def notes(resume_point: ResumePoint, identity: Mapping[str, Any], *, dropout: bool) -> Iterator[str]:
+    """Lines about the checkpoint that the run continues from, and what has changed since.
+
+    Args:
+        resume_point: The checkpoint.
+        identity: That of the run as it continues, see `identity`.
+        dropout: Whether the run uses dropout.
+    """
+    yield from map(str, resume_point.skipped)
+    for key in resume_point.dropped_keys:
+        yield f"{key}: was empty in the release of loratune that began the run; this release has no such key"
+    for change in identity["changes"]:
+        yield f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
+    if environment_changes(resume_point, identity):
+        yield "so the result may differ in its last digits from that of an uninterrupted run"
+    elif "conditions" not in resume_point.identity:
+        yield "the checkpoint does not record what it was computed with: the result may differ in its last digits"
+    yield f"resuming from step {resume_point.step}"
+    before, now = resume_point.identity.get("processes", 1), identity["processes"]
+    if before != now and dropout:
+        yield f"dropout is drawn differently from here on: {now} processes instead of {before}"
+
+
 def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -> ResumePoint:
     """Find the newest whole checkpoint, and check that it is of a run with the same config.
 
