@@ -131,7 +131,7 @@ def test_added_ranks_learn_and_equal_ones_keep_their_bytes(tmp_path: Path) -> No
 
 def test_has_learned_nothing_means_since_the_start(tmp_path: Path) -> None:
     model, start = begun(LoraSection(start_from=str(saved(tmp_path / "old"))))
-    state = tensors.whole(model)
+    state = tensors.full_weights(model)
     with pytest.raises(NumericError) as caught:
         attach.check_trained(state, start)
     assert meanings(caught.value) == [(Code.LORA_UNCHANGED, "", "")]
