@@ -127,13 +127,15 @@ def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> L
     fingerprint = fingerprints.fingerprint(base, like=adapter.files.base_fingerprint)
     base_sample = fingerprints.Sampled(base), attach.before_load(base, adapter.files)
     model = attach.load(base, adapter.files)
-    _check_base(adapter, fingerprint, log)
+    check_base(adapter, fingerprint, log)
     _check_output(model, adapter, tokenizer.eos_token_id or 0)
     return LoadedAdapter(model, tokenizer, renderer, adapter.data, adapter.chat, base_sample, str(path))
 
 
-def _check_base(adapter: AdapterInfo, fingerprint: str, log: Callable[[str], None]) -> None:
-    """Raises AdapterError: the base has another fingerprint than the one recorded, and this is not forced."""
+def check_base(adapter: AdapterInfo, fingerprint: str, log: Callable[[str], None]) -> None:
+    """Compare the fingerprint of a base with the one that an adapter records.
+
+    Raises AdapterError: the base has another fingerprint than the one recorded, and this is not forced."""
     recorded, where = adapter.files.base_fingerprint, str(adapter.files.path)
     if recorded in (None, fingerprint):
         return

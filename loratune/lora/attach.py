@@ -17,8 +17,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft import PeftModel as PeftModel
 from peft.tuners.lora import Linear
-from peft.utils import set_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -33,7 +31,7 @@ from loratune.lora.initialize import AdapterInit
 from loratune.lora.module_names import ends_in
 from loratune.lora.parameters import Count, file_bytes
 from loratune.lora.targets import Targets
-from loratune.lora.tensors import Untouched, Weights, untouched, weights
+from loratune.lora.tensors import Untouched, Weights, few, fill, not_finite, read_tensors, untouched, weights
 
 _NOT_PEFT = {"init_lora_weights", "use_lorafa", "loraplus_lr_ratio"}
 """Keys of the section that are not fields of `peft.LoraConfig`, or are passed separately."""
@@ -179,8 +177,8 @@ def check_trained(state: Mapping[str, torch.Tensor], start: AdapterInit) -> None
     Raises:
         NumericError: A tensor holds NaN or inf, or every B is still as it was initialized.
     """
-    if bad := _not_finite(state):
-        what = f"{len(bad)} adapter tensors hold NaN or inf, among them {_few(bad)}"
+    if bad := not_finite(state):
+        what = f"{len(bad)} adapter tensors hold NaN or inf, among them {few(bad)}"
         raise NumericError(Problem(Code.LORA_NOT_FINITE, what))
     if not start.has_changed(state):
         what = "training changed nothing: every lora_B still has its initial values"
@@ -230,7 +228,7 @@ def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights |
         if isinstance(value, list):
             config[key] = sorted(value)  # PEFT writes its sets in hash order
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    disk = _read_tensors(directory / WEIGHTS_FILE)
+    disk = read_tensors(directory / WEIGHTS_FILE)
     if memory.keys() != disk.keys() or not all(torch.equal(memory[name], disk[name]) for name in memory):
         what = "the file differs from the weights in memory"
         raise AdapterError(Problem(Code.ADAPTER_WRITE_FAILED, what, str(directory / WEIGHTS_FILE)))
@@ -269,6 +267,8 @@ def attach_saved(base: nn.Module, files: AdapterFiles) -> PeftModel:
         config = LoraConfig.from_pretrained(where)
         config.r, config.rank_pattern = patterns.bounded_ranks(files.config, files.tensors)
         config.inference_mode = False  # so that its parameters count as trained
+        if next(base.parameters()).is_meta:
+            config.init_lora_weights = True  # there are no values to initialize from
         model = _wrap(base, config)
     expected = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}
     if problems := _differences(expected, files):
@@ -302,20 +302,10 @@ def load(base: PreTrainedModel, files: AdapterFiles) -> PeftModel:
     """Put a saved adapter on its base, in evaluation mode.
 
     Raises:
-        AdapterError: As `attach_saved`; tensors hold NaN or inf or are no floating-point numbers, or PEFT loses some.
+        AdapterError: As `attach_saved` and `fill`.
     """
-    model, where = attach_saved(base, files), str(files.path)
-    tensors = _read_tensors(files.path / WEIGHTS_FILE)
-    if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        what = f"{len(integers)} tensors hold no floating-point numbers, among them {_few(integers)}"
-        raise AdapterError(Problem(Code.ADAPTER_NOT_FLOAT, what, where))
-    if bad := _not_finite(tensors):
-        what = f"{len(bad)} tensors hold NaN or inf, among them {_few(bad)}"
-        raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, what, where))
-    result = set_peft_model_state_dict(model, tensors)
-    if lost := list(result.unexpected_keys):  # PEFT renames some modules as it loads, and does not report what it loses
-        what = f"PEFT finds no module for {len(lost)} tensors, among them {_few(lost)}"
-        raise AdapterError(Problem(Code.ADAPTER_TENSORS_LOST, what, where))
+    model = attach_saved(base, files)
+    fill(model, files)
     return model.eval()
 
 
@@ -335,11 +325,6 @@ def _wrap(base: nn.Module, config: LoraConfig) -> PeftModel:
     return model
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 def _differences(expected: Mapping[str, tuple[int, ...]], files: AdapterFiles) -> list[Problem]:
     """Each way in which the tensors of a file differ from those that the base needs."""
     shapes = [
@@ -354,18 +339,10 @@ def _differences(expected: Mapping[str, tuple[int, ...]], files: AdapterFiles) -
     )
     fix = f"is {files.base} the base it was trained on?"
     return [
-        Problem(code, f"{len(names)} tensors {kind}, among them {_few(names)}", str(files.path), fix=fix)
+        Problem(code, f"{len(names)} tensors {kind}, among them {few(names)}", str(files.path), fix=fix)
         for code, kind, names in differences
         if names
     ]
-
-
-def _not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3])
 
 
 def adapted_linear(module: Any) -> Adapted | None:

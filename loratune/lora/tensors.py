@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -16,6 +18,7 @@ from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.kernels import full
 from loratune.lora import upstream
+from loratune.lora.adapter_files import WEIGHTS_FILE, AdapterFiles
 from loratune.lora.initialize import AdapterInit
 
 Weights = dict[str, torch.Tensor]
@@ -63,6 +66,42 @@ def _gathered(model: Any, *, write: bool = False) -> Iterator[None]:
         return
     with import_module("deepspeed").zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield
+
+
+def fill(model: PeftModel, files: AdapterFiles) -> None:
+    """Load the tensors of a saved adapter that is attached.
+
+    Raises:
+        AdapterError: They hold NaN or inf or are no floating-point numbers, or PEFT loses some.
+    """
+    where = str(files.path)
+    tensors = read_tensors(files.path / WEIGHTS_FILE)
+    if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        what = f"{len(integers)} tensors hold no floating-point numbers, among them {few(integers)}"
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FLOAT, what, where))
+    if bad := not_finite(tensors):
+        what = f"{len(bad)} tensors hold NaN or inf, among them {few(bad)}"
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, what, where))
+    result = set_peft_model_state_dict(model, tensors)
+    if lost := list(result.unexpected_keys):  # PEFT renames some modules as it loads, and does not report what it loses
+        what = f"PEFT finds no module for {len(lost)} tensors, among them {few(lost)}"
+        raise AdapterError(Problem(Code.ADAPTER_TENSORS_LOST, what, where))
+
+
+def read_tensors(path: Path) -> Weights:
+    """All tensors of a file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of tensors that hold NaN or inf."""
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+
+
+def few(names: list[str]) -> str:
+    """The first of some names."""
+    return ", ".join(names[:3])
 
 
 _UNCHANGING = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
