@@ -106,7 +106,6 @@ def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> L
     """
     check_machine(adapter.base)
     path = adapter.files.path
-    own_tokenizer = (path / "tokenizer_config.json").is_file()
     try:
         base = load_base(adapter.base)
     except ModelError as error:
@@ -117,10 +116,7 @@ def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> L
                 for problem in error.problems
             ]
         ) from None
-    try:
-        tokenizer = load_tokenizer(ModelSection(name_or_path=str(path)) if own_tokenizer else adapter.base)
-    except ModelError as error:
-        raise AdapterError(error.problems) if own_tokenizer else error from None
+    tokenizer = load_tokenizer_of(adapter)
     renderer = Renderer(tokenizer, base.config.get_text_config().vocab_size)
     for line in attach.unknown_keys(adapter.files):
         log(line)
@@ -132,10 +128,27 @@ def load(adapter: AdapterInfo, log: Callable[[str], None] = lambda _: None) -> L
     return LoadedAdapter(model, tokenizer, renderer, adapter.data, adapter.chat, base_sample, str(path))
 
 
+def load_tokenizer_of(adapter: AdapterInfo) -> Any:
+    """The tokenizer in an adapter directory, else that of the base.
+
+    Raises:
+        AdapterError: The adapter has one, and it cannot be read.
+        ModelError: That of the base cannot be read.
+    """
+    path = adapter.files.path
+    own_tokenizer = (path / "tokenizer_config.json").is_file()
+    try:
+        return load_tokenizer(ModelSection(name_or_path=str(path)) if own_tokenizer else adapter.base)
+    except ModelError as error:
+        raise AdapterError(error.problems) if own_tokenizer else error from None
+
+
 def check_base(adapter: AdapterInfo, fingerprint: str, log: Callable[[str], None]) -> None:
     """Compare the fingerprint of a base with the one that an adapter records.
 
-    Raises AdapterError: the base has another fingerprint than the one recorded, and this is not forced."""
+    Raises:
+        AdapterError: They differ, and the user does not force the use of another base.
+    """
     recorded, where = adapter.files.base_fingerprint, str(adapter.files.path)
     if recorded in (None, fingerprint):
         return

@@ -67,18 +67,20 @@ class LoadedMerge:
         self.config = _dense(config)
         self._model = load.build_meta(self.config)
         computed = load.compute_dtype(source.base)
-        recorded = getattr(config, "dtype", None)
-        is_known = isinstance(recorded, torch.dtype) and recorded.is_floating_point and not source.base.gguf_file
-        self._dtype: torch.dtype = dtype or (recorded if is_known else computed)
-        values = sum(tensor.numel() for tensor in self._model.parameters())
-        needed, free = values * (computed.itemsize + self._dtype.itemsize), memory.available(torch.device("cpu"))
+        recorded = config.dtype if isinstance(config.dtype, torch.dtype) and not source.base.gguf_file else computed
+        self._dtype: torch.dtype = dtype or recorded
+        self.parameters = sum(tensor.numel() for tensor in self._model.parameters())
+        needed, free = (
+            self.parameters * (computed.itemsize + self._dtype.itemsize),
+            memory.available(torch.device("cpu")),
+        )
         if needed > free:
             what = f"cannot be merged here: the base has to be loaded ({reason}), which takes about "
             what += f"{format_size(needed)} of memory, and {format_size(free)} are free"
             raise AdapterError(Problem(Code.MERGE_TOO_LARGE, what, str(source.files.path), fix="use a larger machine"))
         self._changes: Changes = merging.changes(load.build_meta(self.config), source.files)
         self._base = load.load_base(source.base)
-        self.size = values * self._dtype.itemsize
+        self.size = self.parameters * self._dtype.itemsize
         record = quantization.record_of(config.to_dict())
         is_quantized = source.base.gguf_file or record is not None or source.base.quantization != "none"
         self.note = f"the base was loaded: {reason}"

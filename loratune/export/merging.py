@@ -117,6 +117,11 @@ class StreamedMerge:
         return sum(torch.Size(shape).numel() * tensor_files.WIDTHS[name] for name, shape in self.layout.values())
 
     @property
+    def parameters(self) -> int:
+        """How many values the model has."""
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
     def untied(self) -> bool:
         """Whether embeddings that the base ties are stored apart."""
         return bool(self._apart)
@@ -210,7 +215,7 @@ class StreamedMerge:
     def _run(self, write: Write, watch: ProgressFactory, what: str) -> tuple[Kept, ...]:
         """Compute all tensors, each from its first byte to its last."""
         kept: list[Kept] = []
-        seen = set()
+        seen: set[str] = set()
         with watch(what, len(self.layout)) as advance:
             for group in {id(group): group for group in self.base.groups.values()}.values():
                 if group.is_converted and any(self._changes.get(name) for name in group.members):

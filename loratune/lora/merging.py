@@ -104,7 +104,8 @@ class Tokens:
         """See `Change`."""
         inside = [place for place, token in enumerate(self.indices) if start <= token < start + len(weight)]
         rows = torch.tensor([self.indices[place] - start for place in inside], dtype=torch.int64)
-        return weight.index_copy(0, rows, self.values[inside].float())
+        replaced: Tensor = weight.index_copy(0, rows, self.values[inside].float())
+        return replaced
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,11 @@ class LowRank:
     def apply(self, weight: Tensor, start: int) -> Tensor:
         """See `Change`."""
         rows = slice(start, start + len(weight))
-        changed = torch.addmm(weight, self.left[rows].float(), self.right.float(), alpha=self.scaling)
+        changed: Tensor = torch.addmm(weight, self.left[rows].float(), self.right.float(), alpha=self.scaling)
         if self.magnitude is None:
             return changed
-        return changed * (self.magnitude[rows].float() / torch.linalg.norm(changed, dim=1))[:, None]
+        factors: Tensor = self.magnitude[rows].float() / torch.linalg.norm(changed, dim=1)
+        return changed * factors[:, None]
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ class Experts:
         # As PEFT decides it: (experts, outputs, inputs), or (experts, inputs, outputs).
         is_transposed = getattr(self.layer.get_base_layer(), "is_transposed", False)
         equation = "ore,eri->eio" if is_transposed else "ore,eri->eoi"
-        return weight + torch.einsum(equation, up[:, :, rows], down[rows]) * scaling
+        delta: Tensor = torch.einsum(equation, up[:, :, rows], down[rows])
+        return weight + delta * scaling
 
 
 @dataclass(frozen=True)
@@ -343,15 +346,14 @@ def are_same(one: Sequence[Change], other: Sequence[Change]) -> bool:
 def dense(module: nn.Module, attribute: str) -> Tensor:
     """A parameter or buffer of a loaded base; a quantized weight in its dequantized form."""
     tensor: Any = getattr(module, attribute, None)
-    if attribute != "weight" or isinstance(module, nn.Embedding) or type(module) is nn.Linear:
-        return tensor.detach()
-    if type(tensor).__name__ in ("Params4bit", "Int8Params"):
-        return upstream.dequantize_module_weight(module).detach()
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dim() < 3:
-        return tensor.detach()
-    # GPTQ, AWQ and the like: what the layer computes for each unit vector is a column of its weight.
-    layer: Any = module
-    device = next((value.device for value in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    columns = layer(torch.eye(layer.in_features, device=device, dtype=torch.float16)).float()
-    bias = getattr(layer, "bias", None)
-    return (columns - bias.float() if bias is not None else columns).T
+    if attribute == "weight" and type(tensor).__name__ in ("Params4bit", "Int8Params"):
+        tensor = upstream.dequantize_module_weight(module)
+    elif attribute == "weight" and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+        # GPTQ, AWQ and the like: what the layer computes for each unit vector is a column of its weight.
+        layer: Any = module
+        device = next(value.device for value in (*module.parameters(), *module.buffers()))
+        columns = layer(torch.eye(layer.in_features, device=device, dtype=torch.float16)).float()
+        bias = getattr(layer, "bias", None)
+        tensor = (columns - bias.float() if bias is not None else columns).T
+    made: Tensor = tensor.detach()
+    return made

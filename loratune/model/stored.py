@@ -74,7 +74,8 @@ class Group:
     def convert(self) -> dict[str, torch.Tensor]:
         """The tensors of the model."""
         if not self.is_converted:
-            return {self.first: values(*(tensor for _, tensor in self.parts.values()))}
+            ((_, tensor),) = self.parts.values()
+            return {self.first: values(tensor)}
         read = {name: (str(pattern), values(tensor)) for name, (pattern, tensor) in self.parts.items()}
         return self.layout.convert(self.first, read)
 
@@ -158,13 +159,13 @@ def open_stored(section: ModelSection, config: Any, model: PreTrainedModel) -> S
 
 def _paths(section: ModelSection) -> list[Path]:
     """The files that transformers would read: one with all weights, else those of an index."""
-    if (single := _file(section, _SINGLE)) is not None:
+    if (single := file(section, _SINGLE)) is not None:
         return [single]
-    if (index := _file(section, _INDEX)) is None:
+    if (index := file(section, _INDEX)) is None:
         raise NotStreamableError("its weights are not in safetensors files")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [_file(section, name) for name in names if Path(name).name == name]
+        paths = [file(section, name) for name in names if Path(name).name == name]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise NotStreamableError(f"{index} cannot be read ({error})") from None
     if len(paths) < len(names) or None in paths or not paths:
@@ -172,8 +173,8 @@ def _paths(section: ModelSection) -> list[Path]:
     return [path for path in paths if path is not None]
 
 
-def _file(section: ModelSection, name: str) -> Path | None:
-    """A file of the base; None if it does not exist."""
+def file(section: ModelSection, name: str) -> Path | None:
+    """A file of a base, downloaded if need be; None if it does not exist. Raises ModelError: see `open_stored`."""
     directory = Path(local_or_hub(section.name_or_path))
     if directory.is_dir():
         return directory / name if (directory / name).is_file() else None
@@ -215,7 +216,8 @@ def _members(first: str, parts: Mapping[str, tuple[str | None, Tensor]], layout:
     if all(pattern is None for pattern, _ in parts.values()):
         if len(parts) > 1:
             raise NotStreamableError(f"its files hold {first} more than once")
-        return {first: torch.Size(tensor.shape) for _, tensor in parts.values()}
+        ((_, tensor),) = parts.values()
+        return {first: torch.Size(tensor.shape)}
     empty = {
         name: (str(pattern), torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta"))
         for name, (pattern, tensor) in parts.items()
