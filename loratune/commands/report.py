@@ -217,7 +217,7 @@ def print_merged(merged: "Merged", as_json: bool) -> None:
     if written.untied:
         lines.append(("embeddings", "stored apart, tie_word_embeddings is false"))
     if shares:
-        lines.append(("change kept", f"{shares[len(shares) // 2]:.2%} (median), {shares[0]:.2%} (least)"))
+        lines.append(("change kept", f"{shares[len(shares) // 2]:.1%} (median), {shares[0]:.1%} (least)"))
     if "tensors" in found:
         what = f"{found['tensors']} tensors with base and adapter computed again: all are equal, byte for byte"
         lines.append(("compared", f"{what}; there is too little memory to compute logits"))

@@ -5,6 +5,7 @@ factor, whatever the size of the base. Plain LoRA and DoRA on linear layers are 
 rows; every other case by PEFT's own `merge` of the layer, which then gets its whole weight.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -154,7 +155,7 @@ class Experts:
 
     def apply(self, weight: Tensor, start: int) -> Tensor:
         """See `Change`."""
-        a, b = self.layer.lora_A[ADAPTER].weight.float(), self.layer.lora_B[ADAPTER].weight.float()
+        a, b = self.layer.lora_A[ADAPTER].weight.data, self.layer.lora_B[ADAPTER].weight.data
         experts, scaling = self.layer.num_experts, self.layer.scaling[ADAPTER]
         up, down = b.reshape(len(b), -1, experts), a.reshape(experts, -1, a.shape[-1])
         rows = slice(start, start + len(weight))
@@ -235,7 +236,9 @@ def _attach(base: nn.Module, files: AdapterFiles) -> Any:
         renamed.update(state)
 
     hook = model.register_load_state_dict_pre_hook(keep)
-    tensors.fill(model, files)  # PEFT renames the tensors for this, and copies them to the device of the base: nowhere
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*which is a no-op.*")
+        tensors.fill(model, files)  # PEFT renames the tensors, and copies them to the device of the base: nowhere
     hook.remove()
     model.load_state_dict(renamed, strict=False, assign=True)
     return model
