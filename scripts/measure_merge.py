@@ -3,8 +3,8 @@
     python scripts/measure_merge.py [FOLDER] [--gib 5]
 
 The base is written tensor by tensor, in the shape of a Llama of any size. The peak is that of the resident set of the
-merging process (VmHWM), whose counter is set back once everything is imported. The bound is 2 x the largest tensor + the
-adapter + 1 GiB. The folder is removed at the end.
+merging process (VmHWM), whose counter is set back once everything is imported. The bound is 2 x the largest tensor +
+the adapter + 1 GiB. The folder is removed at the end.
 """
 
 import argparse
