@@ -162,8 +162,8 @@ class Experts:
         # As PEFT decides it: (experts, outputs, inputs), or (experts, inputs, outputs).
         is_transposed = getattr(self.layer.get_base_layer(), "is_transposed", False)
         equation = "ore,eri->eio" if is_transposed else "ore,eri->eoi"
-        delta: Tensor = torch.einsum(equation, up[:, :, rows], down[rows])
-        return weight + delta * scaling
+        changed: Tensor = weight + torch.einsum(equation, up[:, :, rows], down[rows]) * scaling
+        return changed
 
 
 @dataclass(frozen=True)
