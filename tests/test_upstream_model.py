@@ -88,7 +88,10 @@ def test_tokenizer_parts(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_layout_of_a_checkpoint() -> None:
     """The tensors of experts are stacked as they are loaded, and taken apart as they are saved."""
-    config = MixtralConfig(hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_local_experts=2, vocab_size=9)
+    config = MixtralConfig(
+        hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_local_experts=2, vocab_size=9,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
     with torch.device("meta"):
         layout = upstream.Layout(AutoModelForCausalLM.from_config(config))
     experts = "model.layers.0.block_sparse_moe.experts"

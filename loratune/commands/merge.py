@@ -15,6 +15,7 @@ from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
 from loratune.export import loaded_merge, model_files, output
 from loratune.export import texts as export_texts
+from loratune.export.loaded_merge import LoadedMerge
 from loratune.export.merging import Kept, Written
 from loratune.export.texts import Texts
 from loratune.lora import attach
@@ -111,6 +112,8 @@ def merge(
         )
         model_files.write_tokenizer(staging, adapter, tokenizer)
         computed = merge_check.dtype_that_fits(plan.parameters, written.dtypes)
+        if computed is None and isinstance(plan, LoadedMerge):
+            computed = written.dtypes[0]  # it was in memory
         comparison = merge_check.compare(adapter, staging, compared_on, computed, dtype)
         merged = Merged(directory.output, written, compared_on, comparison, plan.note)
         _check_nearer(merged, adapter)
