@@ -12,11 +12,12 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from conftest import Ran, check_refused, meanings, tree, write_rows
+from conftest import Ran, check_refused, meanings, tiny_llama, tree, write_rows
 from fork_server import ForkServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from running import until
 from safetensors.torch import load_file
+from test_gguf import write_gguf
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -139,12 +140,13 @@ def make(folder: Path, family: str, settings: dict[str, Any], size: float = 0.1,
 def written(case: Case, folder: Path, stored: torch.dtype | None = None, **changes: Any) -> tuple[Any, Any, Any]:
     """The plan, what it wrote, and the model that stock transformers loads from it in float32."""
     info = case.info
-    plan = loaded_merge.prepare(replace(info, base=info.base.model_copy(update=changes)), stored)
+    section = info.base.model_copy(update=changes)
+    plan = loaded_merge.prepare(replace(info, base=section), stored)
     folder.mkdir()
     made = plan.write(folder, no_progress, most=20_000)
     merging_command.model_files.write_configs(
-        folder, info, plan.config, dtype=str(stored).removeprefix("torch.") if stored else None, untied=made.untied,
-        end_ids=(256,),
+        folder, replace(info, base=section), plan.config, untied=made.untied, end_ids=(256,),
+        dtype=str(stored).removeprefix("torch.") if stored else None,
     )  # fmt: skip
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -237,6 +239,21 @@ def test_a_quantized_base_is_merged_in_its_dequantized_form(tmp_path: Path, tiny
     if quantization == "4bit":  # in 8 bits the activations are rounded too
         adapted = PeftModel.from_pretrained(base, tiny.adapter).eval()
         assert (merged(IDS).logits - adapted(IDS).logits).abs().max() < 1e-4
+
+
+def test_a_gguf_file_is_merged_in_its_dequantized_form(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    llama = tiny_llama(vocab_size=len(tokenizer))
+    (tmp_path / "base").mkdir()
+    write_gguf(tmp_path / "base" / "tiny.gguf", llama, tokenizer)
+    torch.manual_seed(0)
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(llama, settings).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    changes = {"gguf_file": "tiny.gguf", "dtype": "float32"}
+    plan, _, merged = written(Case(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out", **changes)
+    assert isinstance(plan, LoadedMerge) and "dequantized" in plan.note
+    assert (merged(IDS).logits - adapted(IDS).logits).abs().max() < 1e-5
 
 
 def test_weights_in_another_format_are_loaded(tmp_path: Path) -> None:

@@ -97,10 +97,10 @@ class LoadedMerge:
         kept: list[Kept] = []
         state: dict[str, Tensor] = {}
         dense = load.build_meta(self.config)
-        with watch("merging", len(dense.state_dict())) as advance:
+        with watch("merging", self.size) as advance:
             for name in dense.state_dict():
                 state[name] = self._merged(name, kept)
-                advance(1)
+                advance(state[name].nbytes)
         untied = self._untie(dense)
         dense.load_state_dict(state, assign=True)
         if not untied:

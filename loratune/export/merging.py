@@ -114,7 +114,12 @@ class StreamedMerge:
     @property
     def size(self) -> int:
         """Bytes of the tensors that will be written."""
-        return sum(torch.Size(shape).numel() * tensor_files.WIDTHS[name] for name, shape in self.layout.values())
+        return sum(map(self._bytes, self.layout))
+
+    def _bytes(self, name: str) -> int:
+        """Bytes of a tensor as it will be stored."""
+        dtype, shape = self.layout[name]
+        return torch.Size(shape).numel() * tensor_files.WIDTHS[dtype]
 
     @property
     def parameters(self) -> int:
@@ -158,11 +163,11 @@ class StreamedMerge:
         with shards:
             kept = self._run(write, watch, "merging")
         shards.write_index()
-        with watch("verifying", len(digests)) as advance:
+        with watch("verifying", self.size) as advance:
             for name, digest in digests.items():
                 if shards.tensors[name].digest() != digest.hexdigest():
                     raise _differs(staging, name)
-                advance(1)
+                advance(shards.tensors[name].size)
         floating = {name for name, _ in self.layout.values() if DTYPES[name].is_floating_point}
         dtypes = tuple(sorted(str(DTYPES[name]).removeprefix("torch.") for name in floating))
         return Written(kept, self.size, len(shards.paths), self.untied, dtypes)
@@ -216,7 +221,7 @@ class StreamedMerge:
         """Compute all tensors, each from its first byte to its last."""
         kept: list[Kept] = []
         seen: set[str] = set()
-        with watch(what, len(self.layout)) as advance:
+        with watch(what, self.size) as advance:
             for group in {id(group): group for group in self.base.groups.values()}.values():
                 if group.is_converted and any(self._changes.get(name) for name in group.members):
                     kept += self._convert(group, write)
@@ -224,7 +229,7 @@ class StreamedMerge:
                     for name, (_, tensor) in group.parts.items():
                         kept += self._change(name, tensor, group.first, write)
                 seen |= group.parts.keys()
-                advance(len(group.parts))
+                advance(sum(map(self._bytes, group.parts)))
             for name in self.base.tensors.keys() - seen:
                 kept += self._change(name, self.base.tensors[name], "", write)
             for name, renamed in self._apart.items():
