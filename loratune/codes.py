@@ -408,6 +408,12 @@ class Code(StrEnum):
     )
     INFERENCE_FAILED = "inference.failed", "Base and adapter cannot be computed together."
     INFERENCE_NOT_FINITE = "inference.not_finite", "Base and adapter together give NaN or inf."
+    MERGE_UNSUPPORTED = "merge.unsupported", "The adapter changes its base in a way that no merged model has."
+    MERGE_NOT_FINITE = "merge.not_finite", "A merged value is not finite in the dtype in which it is stored."
+    MERGE_TOO_LARGE = "merge.too_large", "The base has to be loaded to be merged, and does not fit in memory."
+    MERGE_NOT_NEARER = "merge.not_nearer", "The merged model is not nearer to the adapter than to the base."
+    MERGE_COMPARISON = "merge.comparison", "The process that compares the merged model with the adapter failed."
+    EXPORT_INSIDE_INPUT = "export.inside_input", "The output directory lies in one that the command reads."
     GENERATE_EMPTY_PROMPT = "generate.empty_prompt", "A prompt is empty."
     GENERATE_TOO_LONG = "generate.too_long", "A prompt and its new tokens exceed the model's context."
     GENERATE_UNKNOWN_ADAPTER = "generate.unknown_adapter", "A row names an adapter that the command does not have."

@@ -6,7 +6,14 @@ import torch
 from bitsandbytes import cextension
 from conftest import tiny_llama
 from tokenizers import normalizers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from loratune.model import upstream
 
@@ -82,3 +89,24 @@ def test_tokenizer_parts(tokenizer: PreTrainedTokenizerFast) -> None:
     known.backend_tokenizer.normalizer = before
     assert [step["type"] for step in state["normalizers"]] == ["Replace", "NFC"]
     assert state["normalizers"][0] == {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
+
+
+def test_layout_of_a_checkpoint() -> None:
+    """The tensors of experts are stacked as they are loaded, and taken apart as they are saved."""
+    config = MixtralConfig(
+        hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_local_experts=2, vocab_size=9,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        layout = upstream.Layout(AutoModelForCausalLM.from_config(config))
+    experts = "model.layers.0.block_sparse_moe.experts"
+    stored = {f"{experts}.{number}.{part}.weight": torch.randn(6, 8) for number in (1, 0) for part in ("w3", "w1")}
+    names = layout.in_order(stored)
+    assert [name[len(experts) :] for name in names][::2] == [".0.w1.weight", ".1.w1.weight"]
+    targets = {name: layout.target(name) for name in names}
+    (first,) = {name for name, _ in targets.values()}
+    made = layout.convert(first, {name: (str(targets[name][1]), stored[name]) for name in names})
+    assert first == "model.layers.0.mlp.experts.gate_up_proj" and made[first].shape == (2, 12, 8)
+    back = layout.revert(made)
+    assert back.keys() == stored.keys() and all(torch.equal(back[name], stored[name]) for name in names)
+    assert layout.target("lm_head.weight") == ("lm_head.weight", None)

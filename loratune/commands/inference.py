@@ -274,7 +274,7 @@ def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> tuple[PreTrainedMod
         is_old = recorded is not None and ":" not in recorded
         if is_old not in prints:
             prints[is_old] = fingerprints.fingerprint(base, like=recorded)
-        checks.append(partial(_check_base, adapter, first.base, prints[is_old], log))
+        checks.append(partial(check_base, adapter, first.base, prints[is_old], log))
 
     def check() -> None:
         for one in checks:
@@ -293,7 +293,7 @@ def _attach_all(
         attached: How each adapter was trained, and what is attached for it.
         check: Checks that the base is theirs.
     """
-    tokenizers = [_load_tokenizer(adapter) for adapter, _ in attached]
+    tokenizers = [load_tokenizer_of(adapter) for adapter, _ in attached]
     renderers = [Renderer(tokenizer, base.config.get_text_config().vocab_size) for tokenizer in tokenizers]
     sample, untouched = Sampled(base), [attach.before_load(base, files) for _, files in attached]
     if len(attached) > 1:
@@ -318,7 +318,13 @@ def _attach_all(
     ]  # fmt: skip
 
 
-def _load_tokenizer(adapter: AdapterInfo) -> Any:
+def load_tokenizer_of(adapter: AdapterInfo) -> Any:
+    """The tokenizer in an adapter directory, else that of the base.
+
+    Raises:
+        AdapterError: The adapter has one, and it cannot be read.
+        ModelError: That of the base cannot be read.
+    """
     path = adapter.files.path
     own = (path / "tokenizer_config.json").is_file()
     try:
@@ -327,10 +333,13 @@ def _load_tokenizer(adapter: AdapterInfo) -> Any:
         raise AdapterError(error.problems) if own else error from None
 
 
-def _check_base(adapter: AdapterInfo, base: ModelSection, fingerprint: str, log: Log) -> None:
-    """Raises AdapterError: the base has another fingerprint than the one recorded, and this is not forced.
+def check_base(adapter: AdapterInfo, base: ModelSection, fingerprint: str, log: Log) -> None:
+    """Compare the fingerprint of a base with the one that an adapter records.
 
     An adapter without a record is trusted to have the base that it names.
+
+    Raises:
+        AdapterError: They differ, and the user does not force the use of another base.
     """
     recorded, where = adapter.files.base_fingerprint, str(adapter.files.path)
     for key in ("dtype", "quantization", "attn_implementation", "gguf_file"):

@@ -20,6 +20,7 @@ from loratune.lora.module_names import pattern, ranges
 
 if TYPE_CHECKING:
     from loratune.commands.evaluate import Score
+    from loratune.commands.merge import Merged
     from loratune.commands.params import Params
     from loratune.commands.train import Plan, Result
     from loratune.export.hub import Upload
@@ -214,3 +215,46 @@ def print_upload(upload: "Upload", as_json: bool) -> None:
     lines += [(name, ", ".join(names)) for name, names in optional.items() if names]
     lines.append(("get it", f"hf download {upload.repository} --local-dir {upload.repository.rpartition('/')[2]}"))
     print_block("pushed", lines)
+
+
+def print_merged(merged: "Merged", as_json: bool) -> None:
+    """What was merged, how it compares with base and adapter, and how it is used."""
+    if merged.low:
+        worst = merged.low[0]
+        count = f"{len(merged.low)} of {len(merged.written.kept)} parameters keep"
+        log(
+            f"{count} less than {merged.LOW_SHARE:.0%} of their change in {worst.dtype}, the least {worst.share:.1%} "
+            f"({worst.name}); --dtype float32 keeps all of it"
+        )
+    if as_json:
+        print_json(merged.as_json())
+        return
+    written, found = merged.written, merged.comparison
+    changed: dict[str, int] = {}
+    for kept in written.kept:
+        changed[pattern(kept.name)] = changed.get(pattern(kept.name), 0) + 1
+    shares = sorted(kept.share for kept in written.kept)
+    files = f"{written.files} file{'s' if written.files != 1 else ''}"
+    lines = [
+        ("model", str(merged.directory)),
+        ("weights", f"{format_size(written.size)} in {files}, {', '.join(written.dtypes)}"),
+        ("merged", ", ".join(f"{name} x {count}" for name, count in changed.items())),
+    ]
+    if written.untied:
+        lines.append(("embeddings", "stored apart, tie_word_embeddings is false"))
+    if shares:
+        lines.append(("change kept", f"{shares[len(shares) // 2]:.1%} (median), {shares[0]:.1%} (least)"))
+    if "tensors" in found:
+        what = f"{found['tensors']} tensors with base and adapter computed again: all are equal, byte for byte"
+        lines.append(("compared", f"{what}; there is too little memory to compute logits"))
+    else:
+        count = f"{found['adapter']['positions']:,} tokens, in {found['dtype']}"
+        lines.append(("compared", f"on {merged.texts.origin}, {count}"))
+    lines.append(("use it", f"AutoModelForCausalLM.from_pretrained({str(merged.directory)!r})"))
+    print_block("merged", lines)
+    if "tensors" not in found:
+        rows = [
+            [name, f"{one['largest']:.3g}", f"{one['divergence']:.3g}", f"{one['top1']:.1%}"]
+            for name, one in (("base and adapter", found["adapter"]), ("base", found["base"]))
+        ]
+        print_table(["merged against", "largest logit difference", "KL (nats a token)", "same top-1"], rows)

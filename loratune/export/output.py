@@ -6,11 +6,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loratune.codes import Code
+from loratune.errors import ConfigError, Problem
 from loratune.lora import adapter_files
 from loratune.system import records
 from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.training import output_dir, run_dir
-from loratune.training.overwrite import EXPORT
+from loratune.training.overwrite import EXPORT, contains
 from loratune.training.preflight import AdapterInfo
 from loratune.training.run_dir import RunDirectory
 
@@ -28,6 +30,10 @@ def check(named: Path, *, overwrite: bool, inputs: Mapping[str, Path]) -> RunDir
     Raises:
         ConfigError, LockedError, ResourceError: See `output_dir.check`.
     """
+    for name, path in inputs.items():
+        if path.is_dir() and contains(path, named):
+            what, fix = f"lies in what the command reads ({name}: {path})", "choose another directory"
+            raise ConfigError(Problem(Code.EXPORT_INSIDE_INPUT, what, str(named), EXPORT.key, fix))
     read = [(name, str(path)) for name, path in inputs.items()]
     return output_dir.check(str(named), overwrite=overwrite, inputs=read, kind=EXPORT)
 

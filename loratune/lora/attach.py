@@ -17,7 +17,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft import PeftModel as PeftModel
 from peft.tuners.lora import Linear, LoraLayer
-from peft.utils import set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -36,8 +35,8 @@ from loratune.lora.tensors import (
     Untouched,
     Weights,
     few,
+    fill,
     not_finite,
-    read_adapter,
     read_weights,
     restore,
     untouched,
@@ -272,6 +271,8 @@ def attach_saved(base: nn.Module, files: AdapterFiles, name: str = "default") ->
         config = LoraConfig.from_pretrained(where)
         config.r, config.rank_pattern = patterns.bounded_ranks(files.config, files.tensors)
         config.inference_mode = False  # so that its parameters count as trained
+        if next(base.parameters()).is_meta:
+            config.init_lora_weights = True  # there are no values to initialize from
         model = _wrap(base, config, name)
     expected = {key: tuple(tensor.shape) for key, tensor in weights(model, name).items()}
     if problems := _differences(expected, files):
@@ -305,13 +306,10 @@ def load(base: PreTrainedModel | PeftModel, files: AdapterFiles, name: str = "de
     """Put a saved adapter on its base, in evaluation mode. Arguments as in `attach_saved`.
 
     Raises:
-        AdapterError: As `attach_saved`; tensors hold NaN or inf or are no floating-point numbers, or PEFT loses some.
+        AdapterError: As `attach_saved` and `fill`.
     """
-    model, where = attach_saved(base, files, name), str(files.path)
-    result = set_peft_model_state_dict(model, read_adapter(files), name)
-    if lost := list(result.unexpected_keys):  # PEFT renames some modules as it loads, and does not report what it loses
-        what = f"PEFT finds no module for {len(lost)} tensors, among them {few(lost)}"
-        raise AdapterError(Problem(Code.ADAPTER_TENSORS_LOST, what, where))
+    model = attach_saved(base, files, name)
+    fill(model, files, name)
     return model.eval()
 
 

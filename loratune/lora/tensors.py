@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -72,6 +72,18 @@ def _gathered(model: Any, *, write: bool = False) -> Iterator[None]:
         return
     with import_module("deepspeed").zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield
+
+
+def fill(model: PeftModel, files: AdapterFiles, name: str = "default") -> None:
+    """Load the tensors of a saved adapter that is attached under a name.
+
+    Raises:
+        AdapterError: As `read_adapter`; or PEFT loses some.
+    """
+    result = set_peft_model_state_dict(model, read_adapter(files), name)
+    if lost := list(result.unexpected_keys):  # PEFT renames some modules as it loads, and does not report what it loses
+        what = f"PEFT finds no module for {len(lost)} tensors, among them {few(lost)}"
+        raise AdapterError(Problem(Code.ADAPTER_TENSORS_LOST, what, str(files.path)))
 
 
 UNCHANGING = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")

@@ -4,6 +4,7 @@ Each such name stands here once, with the reason why no documented one serves; t
 that a release takes away. Importing this module imports no torch, which the checks before a run rely on.
 """
 
+import copy
 import importlib
 import json
 import logging
@@ -96,3 +97,55 @@ def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
         except Exception:  # written in Python
             _log.debug("the %s of the tokenizer is not checked", name, exc_info=True)
     return {name: state for name, state in states.items() if state is not None}
+
+
+class Layout:
+    """How transformers makes the tensors of a model from those of a checkpoint, and back.
+
+    Both are done within `from_pretrained` and `save_pretrained`, for a whole model that is in memory; of the documented
+    classes of conversions (`WeightConverter`, `WeightRenaming`) no method says which tensors of a file belong together.
+    """
+
+    def __init__(self, model: Any):
+        """Look up the conversions of a model, which may be on the meta device."""
+        loading = importlib.import_module("transformers.core_model_loading")
+        mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+        self._loading, self._model, self._mapping = loading, model, mapping
+        self._renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
+        self._shapes = model.state_dict()
+
+    def target(self, stored: str) -> tuple[str, str | None]:
+        """The tensor of the model that a stored one becomes, or becomes a part of; and the pattern of its conversion,
+        None where it is only renamed. As `convert_and_load_state_dict_in_model` decides it."""
+        prefix, shapes = self._model.base_model_prefix, self._shapes
+        rename = self._loading.rename_source_key
+        name, pattern = rename(stored, self._renamings, self._converters, prefix, shapes)
+        if name not in shapes and stored in shapes:
+            name, pattern = rename(stored, [], [], base_model_prefix=prefix, meta_state_dict=shapes)
+        return str(name), pattern
+
+    def convert(self, first: str, parts: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+        """The tensors of the model that some stored ones become.
+
+        Args:
+            first: The name that `target` gives for them.
+            parts: The pattern and the tensor of each, in the order of the checkpoint's names.
+        """
+        patterns = {pattern: converter for converter in self._converters for pattern in converter.source_patterns}
+        converter = copy.deepcopy(patterns[next(iter(parts.values()))[0]])
+        for name, (pattern, tensor) in parts.items():
+            converter.add_tensor(first, name, pattern, tensor)
+        made = converter.convert(first, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def revert(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The stored tensors that some of the model become as it is saved. All names must have been looked up before:
+        only conversions that were used are reverted."""
+        self._model._weight_conversions = [entry for entry in self._mapping if entry.was_used()]
+        reverted: dict[str, Any] = self._loading.revert_weight_conversion(self._model, tensors)
+        return reverted
+
+    def in_order(self, names: Any) -> list[str]:
+        """Names in the order in which transformers collects what it stacks: numbers count as numbers."""
+        return sorted(names, key=self._loading.dot_natural_key)

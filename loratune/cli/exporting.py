@@ -1,0 +1,58 @@
+"""`loratune merge`: what makes something else of an adapter."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loratune.cli.application import Debug, Force, Json, app, check_paths, importing
+from loratune.commands.boundary import boundary, checked_output
+
+
+class Dtype(StrEnum):
+    """The dtypes of a merged model."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
+    out: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the model goes.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the merged model; by default that of the base.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Rows to compare on; else prompts from training.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at --output.")] = False,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its base: a model for programs that know nothing of adapters."""
+    with boundary(debug, memory_fix="free memory, or merge on a larger machine"):
+        check_paths(adapter=adapter, output=out, data=data)
+        with importing():
+            from loratune.config import Source
+            from loratune.console import log, show_progress
+            from loratune.data import read_source
+            from loratune.export import output
+            from loratune.model.source import local_or_hub
+            from loratune.training import preflight
+
+        info = preflight.open_adapter(adapter, log, forced=force)
+        inputs = {"--adapter": adapter, "the base": Path(local_or_hub(info.base.name_or_path))}
+        inputs |= {"--data": Path(data)} if data is not None else {}
+        directory = output.check(out, overwrite=overwrite, inputs=inputs)
+        split = read_source(Source(path=data), info.data, show_progress) if data is not None else None
+
+        with importing():
+            from loratune.commands import report
+            from loratune.commands.merge import merge
+
+        chosen = dtype.value if dtype else None
+        merged = merge(info, directory, split, dtype=chosen, watch=show_progress, log=log)
+        with checked_output():
+            report.print_merged(merged, as_json)

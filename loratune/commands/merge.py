@@ -1,0 +1,154 @@
+"""`loratune merge`: an adapter and its base as one model, for programs that know nothing of adapters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+import torch
+
+from loratune.codes import Code
+from loratune.commands import inference, merge_check
+from loratune.data import DatasetSplit, ProgressFactory
+from loratune.data.rendering import Renderer
+from loratune.errors import AdapterError, Problem
+from loratune.export import loaded_merge, model_files, output
+from loratune.export import texts as export_texts
+from loratune.export.loaded_merge import LoadedMerge
+from loratune.export.merging import Kept, Written
+from loratune.export.texts import Texts
+from loratune.lora import attach
+from loratune.model.load import check_machine
+from loratune.training.preflight import AdapterInfo
+from loratune.training.run_dir import RunDirectory
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `loratune merge` has made.
+
+    Attributes:
+        directory: Where.
+        written: The weights.
+        texts: What was compared on.
+        comparison: How it came out, see `merge_check.compare`.
+        note: How the base was read, if not tensor by tensor.
+    """
+
+    LOW_SHARE: ClassVar = 0.9
+    """A parameter that keeps less of its change than this is named."""
+
+    directory: Path
+    written: Written
+    texts: Texts
+    comparison: dict[str, Any]
+    note: str
+
+    @property
+    def low(self) -> list[Kept]:
+        """Parameters that lose much of their change to rounding, the one that loses most first."""
+        return sorted((kept for kept in self.written.kept if kept.share < self.LOW_SHARE), key=lambda kept: kept.share)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, as they are also recorded."""
+        written = self.written
+        shares = {kept.name: round(kept.share, 6) for kept in written.kept}
+        kept = (
+            {"median": median(shares.values()), "least": min(shares.values()), "parameters": shares} if shares else {}
+        )
+        return {
+            "output": str(self.directory),
+            "dtypes": list(written.dtypes),
+            "bytes": written.size,
+            "files": written.files,
+            "untied": written.untied,
+            "note": self.note,
+            "compared_on": self.texts.origin,
+            "comparison": self.comparison,
+            "kept": kept,
+        }
+
+
+def merge(
+    adapter: AdapterInfo,
+    directory: RunDirectory,
+    split: DatasetSplit | None,
+    *,
+    dtype: str | None,
+    watch: ProgressFactory,
+    log: Callable[[str], None],
+) -> Merged:
+    """Merge, read back, compare, and publish.
+
+    Args:
+        adapter: The adapter.
+        directory: The output, see `output.check`.
+        split: Rows to compare on.
+        dtype: The dtype of the merged model; None keeps that of the base.
+        watch: Shows progress.
+        log: Takes lines about the adapter.
+
+    Raises:
+        AdapterError: The adapter cannot be merged, has another base, or the merged model is not nearer to it than to
+            its base.
+        ConfigError, ModelError, DataError, ResourceError, LockedError: See `output.staged`, `inference.load`, `texts`.
+    """
+    check_machine(adapter.base)
+    for line in attach.unknown_keys(adapter.files):
+        log(line)
+    plan = loaded_merge.prepare(adapter, getattr(torch, dtype) if dtype else None)
+    if plan.note:
+        log(plan.note)
+    inference.check_base(adapter, adapter.base, plan.fingerprint(), log)
+    tokenizer = inference.load_tokenizer_of(adapter)
+    vocabulary = plan.config.get_text_config().vocab_size
+    renderer = Renderer(tokenizer, vocabulary)
+    compared_on = export_texts.texts(adapter, renderer, vocabulary, split, watch)
+    with output.staged(directory, plan.size + (64 << 20), "the merged model") as staging:
+        written = plan.write(staging, watch)
+        model_files.write_configs(
+            staging, adapter, plan.config, dtype=dtype, untied=written.untied, end_ids=renderer.end_ids
+        )
+        model_files.write_tokenizer(staging, adapter, tokenizer)
+        computed = merge_check.dtype_that_fits(plan.parameters, written.dtypes)
+        if computed is None and isinstance(plan, LoadedMerge):
+            computed = written.dtypes[0]  # it was in memory
+        comparison = merge_check.compare(adapter, staging, compared_on, computed, dtype)
+        merged = Merged(directory.output, written, compared_on, comparison, plan.note)
+        _check_nearer(merged, adapter)
+        model_files.write_card(staging, adapter, [*summary(merged)])
+        output.write_record(staging, "merged model", adapter, {"merge": merged.as_json()})
+    return merged
+
+
+def _check_nearer(merged: Merged, adapter: AdapterInfo) -> None:
+    """Raises AdapterError: the merged model is not nearer to base and adapter than to the base."""
+    found, where = merged.comparison, str(adapter.files.path)
+    if "tensors" in found:
+        nearer, what = found["nearer"], "the merged weights are not nearer to base and adapter than to the base"
+    else:
+        to_adapter, to_base = float(found["adapter"]["divergence"]), float(found["base"]["divergence"])
+        nearer = to_adapter < to_base
+        what = "the merged model is not nearer to base and adapter than to the base: "
+        what += f"KL {to_adapter:.3g} and {to_base:.3g} nats a token"
+    if not nearer:
+        fix = "use --dtype float32, or use the adapter with PEFT"
+        raise AdapterError(Problem(Code.MERGE_NOT_NEARER, f"{what}; nothing was written", where, fix=fix))
+
+
+def summary(merged: Merged) -> list[str]:
+    """What was merged and how it compares, a line each, for the card."""
+    written, found = merged.written, merged.comparison
+    lines = [f"{len(written.kept)} parameters changed, stored as {', '.join(written.dtypes)}"]
+    if merged.note:
+        lines.append(merged.note)
+    if "tensors" in found:
+        lines.append(f"compared tensor by tensor with base and adapter: {found['tensors']} tensors are equal")
+    else:
+        for name, other in (("base and adapter", found["adapter"]), ("the base", found["base"])):
+            lines.append(
+                f"compared with {name} on {merged.texts.origin}: KL {other['divergence']:.3g} nats a token, "
+                f"top-1 agreement {other['top1']:.1%}, largest logit difference {other['largest']:.3g}"
+            )
+    return lines

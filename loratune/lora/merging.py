@@ -1,0 +1,362 @@
+"""What a saved adapter makes of each parameter of its base, computed in float32, one parameter or block at a time.
+
+The adapter is attached to the base on the meta device, so that PEFT decides which parameters it changes and by which
+factor, whatever the size of the base. Plain LoRA and DoRA on linear layers are computed by their formulas, on blocks of
+rows; every other case by PEFT's own `merge` of the layer, which then gets its whole weight.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
+from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from loratune.codes import Code
+from loratune.errors import AdapterError, Problem
+from loratune.lora import attach, tensors, upstream
+from loratune.lora.adapter_files import AdapterFiles
+
+ADAPTER = "default"
+_FROM_BASE = ("pissa", "olora")
+"""Values of init_lora_weights with which PEFT takes the part out of the base again that the adapter started from."""
+UNCHANGING = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights with which PEFT does not change the base as it loads a saved adapter."""
+_WRAPPERS = (".base_layer", ".original_module")
+
+
+class Change(Protocol):
+    """What an adapter does to one parameter.
+
+    Attributes:
+        whole: Whether the parameter is needed as a whole; otherwise a block of its first dimension is enough.
+    """
+
+    @property
+    def whole(self) -> bool:
+        """See above."""
+
+    @property
+    def key(self) -> object:
+        """Equal for changes that make the same of the same parameter."""
+
+    def apply(self, weight: Tensor, start: int) -> Tensor:
+        """The changed values, which may share memory with the given ones.
+
+        Args:
+            weight: The parameter in float32, or rows of it.
+            start: The number of the first row.
+        """
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A trained copy takes the parameter's place: `modules_to_save`, biases."""
+
+    values: Tensor
+    whole = False
+
+    @property
+    def key(self) -> object:
+        """See `Change`."""
+        return self.values.data_ptr(), self.values.shape
+
+    def apply(self, weight: Tensor, start: int) -> Tensor:
+        """See `Change`."""
+        return self.values[start : start + len(weight)].float() if weight.dim() else self.values.float()
+
+
+@dataclass(frozen=True)
+class Added:
+    """Values are added: the bias of B, scaled."""
+
+    values: Tensor
+    whole = False
+
+    @property
+    def key(self) -> object:
+        """See `Change`."""
+        return self.values.data_ptr()
+
+    def apply(self, weight: Tensor, start: int) -> Tensor:
+        """See `Change`."""
+        return weight + self.values[start : start + len(weight)]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some rows of an embedding are replaced."""
+
+    indices: tuple[int, ...]
+    values: Tensor
+    whole = False
+
+    @property
+    def key(self) -> object:
+        """See `Change`."""
+        return self.indices, self.values.data_ptr()
+
+    def apply(self, weight: Tensor, start: int) -> Tensor:
+        """See `Change`."""
+        inside = [place for place, token in enumerate(self.indices) if start <= token < start + len(weight)]
+        rows = torch.tensor([self.indices[place] - start for place in inside], dtype=torch.int64)
+        replaced: Tensor = weight.index_copy(0, rows, self.values[inside].float())
+        return replaced
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """LoRA, or DoRA, on rows of a weight.
+
+    Attributes:
+        left: The factor whose rows belong to those of the stored weight: B, or A transposed where the weight is.
+        right: The other factor.
+        scaling: The factor of their product.
+        magnitude: DoRA's norms of the rows; None for LoRA.
+    """
+
+    left: Tensor
+    right: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+    whole = False
+
+    @property
+    def key(self) -> object:
+        """See `Change`."""
+        return self.left.data_ptr(), self.right.data_ptr(), self.left.shape, self.scaling
+
+    def apply(self, weight: Tensor, start: int) -> Tensor:
+        """See `Change`."""
+        rows = slice(start, start + len(weight))
+        changed: Tensor = torch.addmm(weight, self.left[rows].float(), self.right.float(), alpha=self.scaling)
+        if self.magnitude is None:
+            return changed
+        factors: Tensor = self.magnitude[rows].float() / torch.linalg.norm(changed, dim=1)
+        return changed * factors[:, None]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """LoRA on a parameter that holds the weights of several experts; a row is an expert."""
+
+    layer: ParamWrapper
+    whole = False
+
+    @property
+    def key(self) -> object:
+        """See `Change`."""
+        return id(self.layer)
+
+    def apply(self, weight: Tensor, start: int) -> Tensor:
+        """See `Change`."""
+        a, b = self.layer.lora_A[ADAPTER].weight.data, self.layer.lora_B[ADAPTER].weight.data
+        experts, scaling = self.layer.num_experts, self.layer.scaling[ADAPTER]
+        up, down = b.reshape(len(b), -1, experts), a.reshape(experts, -1, a.shape[-1])
+        rows = slice(start, start + len(weight))
+        # As PEFT decides it: (experts, outputs, inputs), or (experts, inputs, outputs).
+        is_transposed = getattr(self.layer.get_base_layer(), "is_transposed", False)
+        equation = "ore,eri->eio" if is_transposed else "ore,eri->eoi"
+        changed: Tensor = weight + torch.einsum(equation, up[:, :, rows], down[rows]) * scaling
+        return changed
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Whatever PEFT's own `merge` of the layer makes of its whole weight.
+
+    Attributes:
+        layer: The layer, whose base is on the meta device.
+        init: How the adapter was initialized, where PEFT takes a part out of the base again.
+    """
+
+    layer: Any
+    init: str = ""
+    whole = True
+
+    @property
+    def key(self) -> object:
+        """See `Change`."""
+        return id(self.layer)
+
+    def apply(self, weight: Tensor, start: int) -> Tensor:
+        """See `Change`."""
+        base, layer = self.layer.get_base_layer(), self.layer
+        placeholder = base.weight
+        base.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        try:
+            if self.init:
+                trained = {name: value.clone() for name, value in layer.state_dict().items() if "lora_" in name}
+                layer.olora_init(ADAPTER) if self.init == "olora" else layer.pissa_init(ADAPTER, self.init)
+                layer.load_state_dict(trained, strict=False)
+            layer.merge(adapter_names=[ADAPTER])
+            merged: Tensor = base.weight.data
+            return merged
+        finally:
+            layer.merged_adapters.clear()
+            base.weight = placeholder
+
+
+@torch.no_grad()
+def changes(base: nn.Module, files: AdapterFiles) -> dict[str, tuple[Change, ...]]:
+    """The parameters of a base that an adapter changes, with the changes in their order.
+
+    Args:
+        base: The base on the meta device, which PEFT then has changed.
+        files: The adapter.
+
+    Raises:
+        AdapterError: As `attach.load`; the adapter is of a variant that cannot be merged.
+    """
+    _check_config(files)
+    model = _attach(base, files)
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.float()
+    found: dict[str, list[Change]] = {}
+    for name, parameter in _base_parameters(model.get_base_model()):
+        if not parameter.is_meta:
+            found.setdefault(name, []).append(Replaced(parameter.data))
+    for path, module in model.get_base_model().named_modules():
+        for name, change in _module_changes(_plain(path), module, files):
+            found.setdefault(name, []).append(change)
+    return {name: tuple(made) for name, made in found.items()}
+
+
+def _attach(base: nn.Module, files: AdapterFiles) -> Any:
+    """The base on the meta device with the adapter's tensors, which are not."""
+    model, renamed = attach.attach_saved(base, files), {}
+
+    def keep(_: nn.Module, state: dict[str, Tensor], *__: Any) -> None:
+        renamed.update(state)
+
+    hook = model.register_load_state_dict_pre_hook(keep)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*which is a no-op.*")
+        tensors.fill(model, files)  # PEFT renames the tensors, and copies them to the device of the base: nowhere
+    hook.remove()
+    model.load_state_dict(renamed, strict=False, assign=True)
+    return model
+
+
+def _check_config(files: AdapterFiles) -> None:
+    """Raises AdapterError: the configuration changes the base in a way that no merged model has."""
+    init = files.config.get("init_lora_weights", True)
+    reason = ""
+    if files.config.get("layer_replication"):
+        reason = "layer_replication repeats layers of the base"
+    elif init not in UNCHANGING and init not in _FROM_BASE:
+        reason = f"init_lora_weights {init} takes a part out of the base that the adapter does not record"
+    if reason:
+        raise _unsupported(files, reason)
+
+
+def _unsupported(files: AdapterFiles, reason: str) -> AdapterError:
+    what = f"cannot be merged: {reason}"
+    return AdapterError(Problem(Code.MERGE_UNSUPPORTED, what, str(files.path), fix="use the adapter with PEFT"))
+
+
+def _plain(path: str) -> str:
+    """The path of a module in the base without what PEFT has put around it."""
+    for wrapper in _WRAPPERS:
+        path = path.replace(wrapper, "")
+    return path
+
+
+def _base_parameters(inner: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the base itself, by their names without PEFT."""
+    for path, module in inner.named_modules():
+        if any(part.startswith("lora_") or part in ("modules_to_save", "token_adapter") for part in path.split(".")):
+            continue
+        if not isinstance(module, LoraLayer | AuxiliaryTrainingWrapper | TrainableTokensLayer):
+            for name, parameter in module.named_parameters(recurse=False):
+                yield _plain(f"{path}.{name}"), parameter
+
+
+def _module_changes(path: str, module: nn.Module, files: AdapterFiles) -> Iterator[tuple[str, Change]]:
+    """What a module of PEFT does to parameters of the base."""
+    if isinstance(module, ModulesToSaveWrapper):
+        saved = module.modules_to_save[ADAPTER]
+        for name, tensor in (*saved.named_parameters(), *saved.named_buffers()):
+            yield f"{path}.{name}", Replaced(tensor.data)
+    elif isinstance(module, TrainableTokensLayer):
+        values = module.trainable_tokens_delta[ADAPTER].data
+        yield f"{path.removesuffix('.token_adapter')}.weight", Tokens(tuple(module.token_indices[ADAPTER]), values)
+    elif isinstance(module, ParamWrapper):
+        name = f"{path}.{module.parameter_name}"
+        yield name, Experts(module) if module.get_param().dim() == 3 else _single(module)
+    elif isinstance(module, LoraLayer):
+        yield from _layer_changes(path, module, files)
+
+
+def _single(module: ParamWrapper) -> LowRank:
+    """LoRA on a parameter of two dimensions."""
+    a, b = module.lora_A[ADAPTER].weight.data, module.lora_B[ADAPTER].weight.data
+    return LowRank(b, a, module.scaling[ADAPTER])
+
+
+def _layer_changes(path: str, layer: Any, files: AdapterFiles) -> Iterator[tuple[str, Change]]:
+    """What LoRA on a linear layer or an embedding does to its weight and its bias."""
+    variant, init = layer.lora_variant.get(ADAPTER), files.config.get("init_lora_weights", True)
+    if type(layer) not in (Linear, Embedding):
+        raise _unsupported(files, f"{path} is a {type(layer).__name__}, and only linear layers and embeddings can be")
+    if variant is not None and not isinstance(variant, DoraLinearVariant | DoraEmbeddingVariant):
+        raise _unsupported(files, f"{path} has a variant of LoRA that is not a change of its weight")
+    if layer.lora_bias[ADAPTER]:
+        if layer.get_base_layer().bias is None:
+            raise _unsupported(files, f"the adapter has a bias for {path}, and the base has none there")
+        yield f"{path}.bias", Added(layer.lora_B[ADAPTER].bias.data * layer.scaling[ADAPTER])
+        layer.lora_bias[ADAPTER] = False  # or PEFT's `merge` of the layer would add it as well
+    yield f"{path}.weight", _weight_change(layer, variant, init if init in _FROM_BASE else "")
+
+
+def _weight_change(layer: Any, variant: Any, init: str) -> Change:
+    scaling: float = layer.scaling[ADAPTER]
+    if init:
+        return Layer(layer, init)
+    if isinstance(layer, Embedding):
+        a, b = layer.lora_embedding_A[ADAPTER].data, layer.lora_embedding_B[ADAPTER].data
+        return Layer(layer) if variant is not None else LowRank(a.T, b.T, scaling)
+    a, b = layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data
+    if layer.fan_in_fan_out:
+        return Layer(layer) if variant is not None else LowRank(a.T, b.T, scaling)
+    return LowRank(b, a, scaling, layer.lora_magnitude_vector[ADAPTER].weight.data if variant is not None else None)
+
+
+def needs_whole(made: Sequence[Change]) -> bool:
+    """Whether a parameter is needed as a whole for these changes."""
+    return any(change.whole for change in made)
+
+
+def apply(made: Sequence[Change], weight: Tensor, start: int = 0) -> Tensor:
+    """Apply changes to a parameter in float32, or to rows of it. start: the number of the first row."""
+    for change in made:
+        weight = change.apply(weight, start)
+    return weight
+
+
+def are_same(one: Sequence[Change], other: Sequence[Change]) -> bool:
+    """Whether tied parameters stay the same under these changes."""
+    return [change.key for change in one] == [change.key for change in other]
+
+
+@torch.no_grad()
+def dense(module: nn.Module, attribute: str) -> Tensor:
+    """A parameter or buffer of a loaded base; a quantized weight in its dequantized form."""
+    tensor: Any = getattr(module, attribute, None)
+    if attribute == "weight" and type(tensor).__name__ in ("Params4bit", "Int8Params"):
+        tensor = upstream.dequantize_module_weight(module)
+    elif attribute == "weight" and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+        # GPTQ, AWQ and the like: what the layer computes for each unit vector is a column of its weight.
+        layer: Any = module
+        device = next(value.device for value in (*module.parameters(), *module.buffers()))
+        columns = layer(torch.eye(layer.in_features, device=device, dtype=torch.float16)).float()
+        bias = getattr(layer, "bias", None)
+        tensor = (columns - bias.float() if bias is not None else columns).T
+    made: Tensor = tensor.detach()
+    return made

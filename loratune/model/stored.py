@@ -1,0 +1,260 @@
+"""A base as it lies in safetensors files, read tensor by tensor instead of loaded.
+
+transformers may name, stack, split or permute tensors differently in memory than in the files. `open_stored` finds for
+each tensor of the model the stored ones that it comes from, and shows on shapes alone that the way back ends where it
+began; `Group.revert` shows the same on values.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import errors, hf_hub_download
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from loratune.codes import Code
+from loratune.config import ModelSection
+from loratune.errors import ModelError, Problem
+from loratune.model import checks, quantization
+from loratune.model.source import local_or_hub, summary
+from loratune.model.upstream import Layout
+from loratune.system import tensor_files
+from loratune.system.tensor_files import Tensor
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""The dtypes of stored tensors that can be computed with."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class NotStreamableError(Exception):
+    """The base has to be loaded; the message says why."""
+
+
+def values(tensor: Tensor, first: int = 0, rows: int | None = None) -> torch.Tensor:
+    """A stored tensor, or some of its rows."""
+    if not tensor.shape:
+        return torch.frombuffer(tensor.read(0, tensor.size), dtype=DTYPES[tensor.dtype]).reshape(())
+    rows = tensor.shape[0] - first if rows is None else rows
+    shape = (rows, *tensor.shape[1:])
+    if not (count := torch.Size(shape).numel()):
+        return torch.empty(shape, dtype=DTYPES[tensor.dtype])
+    width = count // rows * tensor_files.WIDTHS[tensor.dtype]
+    data = tensor.read(first * width, rows * width)
+    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stored tensors that become tensors of the model together.
+
+    Attributes:
+        first: The first of these.
+        parts: Name → the pattern of its conversion, and the stored tensor, in the order of the conversion.
+        members: The tensors of the model that they become. Without a conversion there is one part and one member.
+    """
+
+    first: str
+    parts: Mapping[str, tuple[str | None, Tensor]]
+    members: tuple[str, ...]
+    layout: Layout
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the parts are more than renamed."""
+        return next(iter(self.parts.values()))[0] is not None
+
+    def convert(self) -> dict[str, torch.Tensor]:
+        """The tensors of the model."""
+        if not self.is_converted:
+            ((_, tensor),) = self.parts.values()
+            return {self.first: values(tensor)}
+        read = {name: (str(pattern), values(tensor)) for name, (pattern, tensor) in self.parts.items()}
+        return self.layout.convert(self.first, read)
+
+    def revert(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The stored tensors that these of the model become."""
+        return self.layout.revert(tensors)
+
+
+@dataclass(frozen=True)
+class StoredBase:
+    """The tensors in the files of a base, and what they are in the model.
+
+    Attributes:
+        directory: Where the files are.
+        tensors: All stored tensors by their names, in the order of the files.
+        groups: By each tensor of the model, the stored ones that it comes from.
+        ties: Names of the model under which it holds one tensor, of which the first is stored.
+    """
+
+    directory: Path
+    tensors: Mapping[str, Tensor]
+    groups: Mapping[str, Group]
+    ties: tuple[tuple[str, ...], ...]
+
+    def owner(self, name: str) -> str:
+        """The name under which a tensor of the model is stored."""
+        if name in self.groups:
+            return name
+        return next(tied[0] for tied in self.ties if name in tied)
+
+    def reader(self) -> Any:
+        """A function from the name of a tensor of the model to its values. It keeps the group that was read last, whose
+        other tensors are likely to be next."""
+        last: dict[str, torch.Tensor] = {}
+
+        def read(name: str) -> torch.Tensor:
+            name = self.owner(name)
+            if name not in last:
+                last.clear()
+                last.update(self.groups[name].convert())
+            return last.pop(name)
+
+        return read
+
+
+def open_stored(section: ModelSection, config: Any, model: PreTrainedModel) -> StoredBase:
+    """Find the files of a base, downloaded if they are on the hub.
+
+    Args:
+        section: The settings of the model.
+        config: Its configuration.
+        model: The model on the meta device.
+
+    Raises:
+        NotStreamableError: The base must be loaded to know its tensors.
+        ModelError: A file is damaged, or cannot be downloaded.
+    """
+    if section.gguf_file is not None:
+        raise NotStreamableError("it is a GGUF file")
+    record = quantization.record_of(config.to_dict())
+    if record is not None or section.quantization != "none":
+        name = section.quantization if record is None else quantization.method(record)
+        raise NotStreamableError(f"it is quantized ({name})")
+    paths = _paths(section)
+    if problems := list(checks.damaged_weights(section)):
+        raise ModelError(problems)
+    stored: dict[str, Tensor] = {}
+    try:
+        for path in paths:
+            with safe_open(path, framework="pt"):
+                stored |= tensor_files.tensors(path)
+    except (KeyError, ValueError) as error:
+        raise NotStreamableError(f"{path} holds values of an unknown kind ({error})") from None
+    if other := {tensor.dtype for tensor in stored.values()} - DTYPES.keys():
+        raise NotStreamableError(f"its files hold {', '.join(sorted(other))}")
+    groups, unused = _groups(stored, model)
+    ties = tuple(_ties(model, groups))
+    _check_complete(model, groups, ties, unused, section.name_or_path)
+    return StoredBase(paths[0].parent, stored, groups, ties)
+
+
+def _paths(section: ModelSection) -> list[Path]:
+    """The files that transformers would read: one with all weights, else those of an index."""
+    if (single := file(section, _SINGLE)) is not None:
+        return [single]
+    if (index := file(section, _INDEX)) is None:
+        raise NotStreamableError("its weights are not in safetensors files")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [file(section, name) for name in names if Path(name).name == name]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise NotStreamableError(f"{index} cannot be read ({error})") from None
+    if len(paths) < len(names) or None in paths or not paths:
+        raise NotStreamableError(f"{index} names files that do not exist")
+    return [path for path in paths if path is not None]
+
+
+def file(section: ModelSection, name: str) -> Path | None:
+    """A file of a base, downloaded if need be; None if it does not exist. Raises ModelError: see `open_stored`."""
+    directory = Path(local_or_hub(section.name_or_path))
+    if directory.is_dir():
+        return directory / name if (directory / name).is_file() else None
+    try:
+        return Path(hf_hub_download(section.name_or_path, name, revision=section.revision))
+    except errors.LocalEntryNotFoundError as error:
+        what = f"{name} cannot be downloaded: {summary(error)}"
+        raise ModelError(Problem(Code.MODEL_DOWNLOAD_FAILED, what, section.name_or_path)) from None
+    except errors.EntryNotFoundError:
+        return None
+    except Exception as error:  # whatever the network stack raises
+        what = f"{name} cannot be downloaded: {summary(error)}"
+        raise ModelError(Problem(Code.MODEL_DOWNLOAD_FAILED, what, section.name_or_path)) from None
+
+
+def _groups(stored: Mapping[str, Tensor], model: PreTrainedModel) -> tuple[dict[str, Group], list[str]]:
+    """The groups by the tensors of the model, and the stored tensors that it does not use."""
+    layout, shapes = Layout(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found: dict[str, dict[str, tuple[str | None, Tensor]]] = {}
+    unused = []
+    for name in layout.in_order(stored):
+        target, pattern = layout.target(name)
+        if target in shapes:
+            found.setdefault(target, {})[name] = pattern, stored[name]
+        else:
+            unused.append(name)
+    groups: dict[str, Group] = {}
+    for first, parts in found.items():
+        members = _members(first, parts, layout)
+        for member, shape in members.items():
+            if shapes.get(member) != shape or member in groups:
+                raise NotStreamableError(f"its files hold {member} as {tuple(shape)}")
+        groups |= dict.fromkeys(members, Group(first, parts, tuple(members), layout))
+    return groups, unused
+
+
+def _members(first: str, parts: Mapping[str, tuple[str | None, Tensor]], layout: Layout) -> dict[str, torch.Size]:
+    """The names and shapes of what stored tensors become, tried on tensors without values, there and back."""
+    if all(pattern is None for pattern, _ in parts.values()):
+        if len(parts) > 1:
+            raise NotStreamableError(f"its files hold {first} more than once")
+        ((_, tensor),) = parts.values()
+        return {first: torch.Size(tensor.shape)}
+    empty = {
+        name: (str(pattern), torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta"))
+        for name, (pattern, tensor) in parts.items()
+    }
+    try:
+        members = layout.convert(first, empty)
+        back = {name: tuple(tensor.shape) for name, tensor in layout.revert(dict(members)).items()}
+    except Exception as error:  # an operation of transformers that needs values, or cannot be reversed
+        raise NotStreamableError(f"the conversion of {first} cannot be reversed ({summary(error)})") from None
+    if back != {name: tensor.shape for name, (_, tensor) in parts.items()}:
+        raise NotStreamableError(f"the conversion of {first} is not reversed by saving")
+    return {name: tensor.shape for name, tensor in members.items()}
+
+
+def _ties(model: PreTrainedModel, groups: Mapping[str, Group]) -> Iterator[tuple[str, ...]]:
+    """Names of each tensor that the model holds under several names, those that are stored first."""
+    by_tensor: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        by_tensor.setdefault(id(tensor), []).append(name)
+    for names in by_tensor.values():
+        if len(names) < 2:
+            continue
+        stored = [name for name in names if name in groups]
+        parts = [tensor for name in stored for _, tensor in groups[name].parts.values()]
+        if len({tensor.digest() for tensor in parts}) > 1:
+            raise NotStreamableError(f"its files hold different values for {' and '.join(stored)}, which are tied")
+        if stored:
+            yield (*stored, *(name for name in names if name not in groups))
+
+
+def _check_complete(
+    model: PreTrainedModel, groups: Iterable[str], ties: Iterable[tuple[str, ...]], unused: list[str], name: str
+) -> None:
+    known = {*groups, *(name for tied in ties for name in tied)}
+    missing = [name for name in model.state_dict() if name not in known]
+    info = {"missing_keys": missing, "mismatched_keys": [], "unexpected_keys": unused}
+    try:
+        checks.check_complete(model, info, name)
+    except ModelError as error:  # loading reports it, unless transformers knows better
+        raise NotStreamableError(error.problems[0].what) from None

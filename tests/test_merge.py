@@ -1,0 +1,445 @@
+"""`loratune merge`: the merged model is base and adapter, in every family and variant, or there is none."""
+
+import errno
+import json
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from conftest import Ran, check_refused, meanings, tiny_llama, tree, write_rows
+from fork_server import ForkServer
+from peft import LoraConfig, PeftModel, get_peft_model
+from running import until
+from safetensors.torch import load_file
+from test_gguf import write_gguf
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from loratune.codes import Code
+from loratune.commands import merge as merging_command
+from loratune.commands import merge_check
+from loratune.data import no_progress
+from loratune.errors import AdapterError
+from loratune.export import loaded_merge, output
+from loratune.export.loaded_merge import LoadedMerge
+from loratune.export.merging import StreamedMerge
+from loratune.export.texts import Texts
+from loratune.lora.adapter_files import inspect
+from loratune.model import fingerprints, load
+from loratune.system.tensor_files import Shards
+from loratune.training import preflight, run_dir
+
+IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200]])
+SMALL: dict[str, Any] = {
+    "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 256,
+}  # fmt: skip
+GROUPED = SMALL | {"num_key_value_heads": 2}
+FAMILIES: dict[str, Any] = {
+    "llama": LlamaConfig(**GROUPED, attention_bias=True),
+    "llama, tied": LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=8),
+    "mistral": MistralConfig(**GROUPED),
+    "phi3": Phi3Config(**GROUPED, pad_token_id=0),
+    "gemma": GemmaConfig(**GROUPED, head_dim=8),
+    "gpt2": GPT2Config(vocab_size=264, n_embd=32, n_layer=2, n_head=4, n_positions=512, eos_token_id=256),
+    "neox": GPTNeoXConfig(**SMALL),
+    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
+    "qwen3 moe": Qwen3MoeConfig(**GROUPED, head_dim=8, num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2),
+}
+TARGETS = {"phi3": ["qkv_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "neox": ["query_key_value", "dense"]}
+EXPERTS: dict[str, Any] = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+PATTERNS: dict[str, Any] = {
+    "use_rslora": True, "rank_pattern": {"layers.0.self_attn.q_proj": 8},
+    "alpha_pattern": {"layers.1.self_attn.v_proj": 3},
+}  # fmt: skip
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", {"use_dora": True}),
+    ("llama", PATTERNS),
+    ("llama", {"bias": "all"}),
+    ("llama", {"bias": "lora_only"}),
+    ("llama", {"lora_bias": True}),
+    ("llama", {"modules_to_save": ["lm_head"]}),
+    ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ("llama", {"trainable_token_indices": [3, 5, 200]}),
+    ("llama", {"init_lora_weights": "pissa"}),
+    ("llama", {"init_lora_weights": "olora"}),
+    ("llama", {"init_lora_weights": "orthogonal"}),
+    ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
+    ("llama", {"target_modules": "all-linear"}),
+    ("llama, tied", {"target_modules": ["q_proj", "lm_head"]}),
+    ("llama, tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ("llama, tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+    ("llama, tied", {"modules_to_save": ["lm_head"]}),
+    ("llama, tied", {"modules_to_save": ["embed_tokens"]}),
+    ("llama, tied", {"trainable_token_indices": [3, 5, 200]}),
+    ("gpt2", {"use_dora": True}),
+    ("gpt2", {"target_modules": ["c_attn", "wte"]}),
+    ("gpt2", {"init_lora_weights": "pissa", "fan_in_fan_out": True}),
+    ("mixtral", EXPERTS),
+    ("qwen3 moe", EXPERTS),
+    ("mixtral", {"modules_to_save": ["gate"]}),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An adapter on a base, both on the disk."""
+
+    base: Path
+    adapter: Path
+
+    @property
+    def info(self) -> preflight.AdapterInfo:
+        return preflight.open_adapter(self.adapter)
+
+    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the base, and of base and adapter as PEFT computes them, in float32."""
+        base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
+        with torch.no_grad():
+            alone = base(IDS).logits
+            return alone, PeftModel.from_pretrained(base, self.adapter).eval()(IDS).logits
+
+
+def make(folder: Path, family: str, settings: dict[str, Any], size: float = 0.1, shard: str = "20KB") -> Case:
+    """A base of many files in bfloat16, and an adapter that looks trained: nothing in it is zero."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES[family]).bfloat16().save_pretrained(folder / "base", max_shard_size=shard)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    defaults = {"target_modules": TARGETS.get(family, ["q_proj", "v_proj"]), "r": 4, "lora_alpha": 16}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **defaults | settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * size)
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder / "base")
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return Case(folder / "base", folder / "adapter")
+
+
+def written(case: Case, folder: Path, stored: torch.dtype | None = None, **changes: Any) -> tuple[Any, Any, Any]:
+    """The plan, what it wrote, and the model that stock transformers loads from it in float32."""
+    info = case.info
+    section = info.base.model_copy(update=changes)
+    plan = loaded_merge.prepare(replace(info, base=section), stored)
+    folder.mkdir()
+    made = plan.write(folder, no_progress, most=20_000)
+    merging_command.model_files.write_configs(
+        folder, replace(info, base=section), plan.config, untied=made.untied, end_ids=(256,),
+        dtype=str(stored).removeprefix("torch.") if stored else None,
+    )  # fmt: skip
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    return plan, made, model.eval()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Case:
+    case = make(tmp_path_factory.mktemp("merge"), "llama", {})
+    tokenizer.save_pretrained(case.base)
+    return case
+
+
+@pytest.mark.parametrize(("family", "settings"), VARIANTS, ids=[f"{name} {kind or ''}" for name, kind in VARIANTS])
+def test_in_float32_the_merged_model_is_base_and_adapter(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
+    case = make(tmp_path, family, settings)
+    base, adapter = case.logits()
+    plan, _, merged = written(case, tmp_path / "out", torch.float32)
+    assert isinstance(plan, StreamedMerge)
+    difference = (merged(IDS).logits - adapter).abs().max()
+    assert difference < 1e-5 < 1e-2 < (base - adapter).abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_value_is_rounded_once(tmp_path: Path, family: str) -> None:
+    """Weights are those of PEFT's merge in float32, rounded to bfloat16; all others are those of the base."""
+    case = make(tmp_path, family, EXPERTS if "mo" in family or family == "mixtral" else {})
+    plan, made, merged = written(case, tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32)
+    original = {name: value.clone() for name, value in base.state_dict().items()}
+    reference = PeftModel.from_pretrained(base, case.adapter).merge_and_unload().state_dict()
+    changed = {kept.name for kept in made.kept}
+    for name, value in merged.state_dict().items():
+        assert torch.equal(value, value.bfloat16().float())
+        if name in changed:
+            assert ((value - reference[name]).abs() <= reference[name].abs() * 2**-8 + 1e-30).all(), name
+        else:
+            assert torch.equal(value, original[name]), name
+    assert {name for name in reference if not torch.equal(reference[name], original[name])} == changed
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == made.files > 1
+    names = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert names.keys() == json.loads((case.base / "model.safetensors.index.json").read_text())["weight_map"].keys()
+    plan = loaded_merge.prepare(case.info, None)
+    assert len(plan.compare(tmp_path / "out", no_progress)) == len(changed)
+    assert plan.fingerprint() == fingerprints.fingerprint(load.load_base(case.info.base))
+
+
+def test_tied_embeddings_stay_tied_or_are_stored_apart(tmp_path: Path) -> None:
+    for number, (settings, untied) in enumerate(
+        [({"trainable_token_indices": [3]}, False), ({"modules_to_save": ["lm_head"]}, True), ({}, False)]
+    ):
+        folder = tmp_path / str(number)
+        _, made, merged = written(make(folder, "llama, tied", settings), folder / "out")
+        assert made.untied == untied
+        assert (merged.lm_head.weight is merged.model.embed_tokens.weight) != untied
+        assert merged.config.tie_word_embeddings != untied
+
+
+def test_a_change_that_rounding_loses_shows_in_its_share(tmp_path: Path) -> None:
+    case = make(tmp_path, "llama", {}, size=1e-5)
+    _, made, _ = written(case, tmp_path / "rounded")
+    _, exact, _ = written(case, tmp_path / "exact", torch.float32)
+    assert max(kept.share for kept in made.kept) < 0.9
+    assert min(kept.share for kept in exact.kept) > 0.999
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantized_base_is_merged_in_its_dequantized_form(tmp_path: Path, tiny: Case, quantization: Any) -> None:
+    info = tiny.info
+    section = info.base.model_copy(update={"quantization": quantization, "dtype": "float32"})
+    base = load.load_base(section)
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(tiny.adapter / "adapter_model.safetensors").items():
+        path, _, factor = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        factors.setdefault(path, {})[factor] = tensor
+    plan, _, merged = written(tiny, tmp_path / "out", torch.float32, quantization=quantization, dtype="float32")
+    assert isinstance(plan, LoadedMerge)
+    assert "dequantized" in plan.note and quantization in plan.note
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    for name, layer in base.named_modules():
+        if not isinstance(layer, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt):
+            continue
+        if quantization == "4bit":
+            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        else:
+            weight = layer.weight.data.float() * (layer.weight.SCB / 127)[:, None]
+        if adapter := factors.get(name.replace(".base_layer", "")):
+            weight = weight + 4 * adapter["B"] @ adapter["A"]
+        assert torch.allclose(merged.get_submodule(name).weight, weight.float(), rtol=0, atol=1e-7), name
+    if quantization == "4bit":  # in 8 bits the activations are rounded too
+        adapted = PeftModel.from_pretrained(base, tiny.adapter).eval()
+        assert (merged(IDS).logits - adapted(IDS).logits).abs().max() < 1e-4
+
+
+def test_a_gguf_file_is_merged_in_its_dequantized_form(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    llama = tiny_llama(vocab_size=len(tokenizer))
+    (tmp_path / "base").mkdir()
+    write_gguf(tmp_path / "base" / "tiny.gguf", llama, tokenizer)
+    torch.manual_seed(0)
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(llama, settings).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    changes = {"gguf_file": "tiny.gguf", "dtype": "float32"}
+    plan, _, merged = written(Case(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out", **changes)
+    assert isinstance(plan, LoadedMerge) and "dequantized" in plan.note
+    assert (merged(IDS).logits - adapted(IDS).logits).abs().max() < 1e-5
+
+
+def test_weights_in_another_format_are_loaded(tmp_path: Path) -> None:
+    case = make(tmp_path, "llama, tied", {})
+    model = AutoModelForCausalLM.from_pretrained(case.base)
+    torch.save(model.state_dict(), case.base / "pytorch_model.bin")
+    for path in case.base.glob("model*"):
+        path.unlink()
+    adapter = case.logits()[1]
+    plan, _, merged = written(case, tmp_path / "out", torch.float32)
+    assert isinstance(plan, LoadedMerge)
+    assert (merged(IDS).logits - adapter).abs().max() < 1e-5
+
+
+def test_what_cannot_be_merged_is_refused(tmp_path: Path, tiny: Case) -> None:
+    for key, value in {"layer_replication": [[0, 2], [1, 2]], "init_lora_weights": "pissa_niter_4"}.items():
+        files = inspect(tiny.adapter)
+        info = replace(tiny.info, files=replace(files, config=files.config | {key: value}))
+        with pytest.raises(AdapterError) as refused:
+            loaded_merge.prepare(info, None)
+        assert meanings(refused.value) == [(Code.MERGE_UNSUPPORTED, str(tiny.adapter), "")]
+        assert str(value) in str(refused.value) or key in str(refused.value)
+
+
+def test_a_value_beyond_the_dtype_is_refused(tmp_path: Path) -> None:
+    case = make(tmp_path, "llama", {}, size=1000.0)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(AdapterError) as refused:
+        loaded_merge.prepare(case.info, torch.float16).write(tmp_path / "out", no_progress)
+    assert meanings(refused.value) == [(Code.MERGE_NOT_FINITE, str(case.adapter), "")]
+
+
+def test_the_command_compares_in_a_process_of_its_own(tmp_path: Path, tiny: Case, cli: Callable[..., Ran]) -> None:
+    out = tmp_path / "out"
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1 and 1 make", "completion": " 2"}])
+    ran = cli("merge", "--adapter", tiny.adapter, "--output", out, "--data", rows, "--json")
+    assert ran.code == 0, ran.err
+    result = json.loads(ran.out)
+    found = result["comparison"]
+    assert found["adapter"]["divergence"] < 1e-6 < found["base"]["divergence"]
+    assert found["texts"] == 1 and result["dtypes"] == ["bfloat16"]
+    assert 0.9 < result["kept"]["least"] <= result["kept"]["median"]
+    record = json.loads((out / "loratune.json").read_text())
+    assert record["kind"] == "merged model" and record["merge"]["comparison"] == found
+    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= record["files"].keys()
+    assert AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == [256, 260]  # <|end|>
+
+
+class Fails:
+    """Stands for the comparison, which takes seconds."""
+
+    def __init__(self, divergences: tuple[float, float]):
+        self.divergences = divergences
+
+    def __call__(self, *_: Any) -> dict[str, Any]:
+        figures = {"largest": 1.0, "top1": 0.5, "positions": 9}
+        to_adapter, to_base = (figures | {"divergence": value} for value in self.divergences)
+        return {"adapter": to_adapter, "base": to_base, "dtype": "float32", "texts": 1}
+
+
+def test_what_is_not_nearer_to_the_adapter_is_not_written(
+    tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_check, "compare", Fails((0.2, 0.1)))
+    ran = cli("merge", "--adapter", tiny.adapter, "--output", tmp_path / "out")
+    check_refused(ran, 5, (Code.MERGE_NOT_NEARER, str(tiny.adapter), ""))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_is_replaced_only_if_it_is_one_of_ours(
+    tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_check, "compare", Fails((0.1, 0.2)))
+    out, arguments = tmp_path / "out", ("merge", "--adapter", tiny.adapter, "--output")
+    assert cli(*arguments, out).code == 0
+    first = tree(out)
+    check_refused(cli(*arguments, out), 2, (Code.RUN_OUTPUT_EXISTS, str(out), "--output"))
+    assert tree(out) == first
+    assert cli(*arguments, out, "--overwrite", "--dtype", "float32").code == 0
+    assert tree(out)["model.safetensors"] != first["model.safetensors"]
+    (out / "notes.txt").write_text("mine")
+    ran = cli(*arguments, out, "--overwrite")
+    check_refused(ran, 2, (Code.RUN_OVERWRITE_OTHER_FILES, str(out), "--output"))
+    before = tree(tiny.base), tree(tiny.adapter)
+    for path in (tiny.base, tiny.adapter, tiny.base / "x", tiny.adapter / "x"):
+        ran = cli(*arguments, path, "--overwrite")
+        check_refused(ran, 2, (Code.EXPORT_INSIDE_INPUT, str(path), "--output"))
+    assert (tree(tiny.base), tree(tiny.adapter)) == before
+
+
+def test_another_base_is_refused_unless_forced(
+    tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_check, "compare", Fails((0.1, 0.2)))
+    case = make(tmp_path, "llama", {})
+    adapter = case.adapter
+    record = {
+        "fingerprints": {"base": f"{fingerprints.VERSION}0"},
+        "base": {},
+        "files": output.adapter_files.manifest(adapter),
+    }
+    (adapter / "loratune.json").write_text(json.dumps(record))
+    case.base.joinpath("tokenizer.json").write_bytes((tiny.base / "tokenizer.json").read_bytes())
+    case.base.joinpath("tokenizer_config.json").write_bytes((tiny.base / "tokenizer_config.json").read_bytes())
+    arguments = ("merge", "--adapter", adapter, "--output", tmp_path / "out")
+    check_refused(cli(*arguments), 5, (Code.INFERENCE_OTHER_BASE, str(adapter), ""))
+    assert not (tmp_path / "out").exists()
+    ran = cli(*arguments, "--force")
+    assert ran.code == 0, ran.err
+    assert Code.INFERENCE_OTHER_BASE in ran.err
+    missing = tmp_path / "none"
+    ran = cli("merge", "--adapter", missing, "--output", tmp_path / "other")
+    check_refused(ran, 5, (Code.ADAPTER_NO_DIRECTORY, str(missing), ""))
+
+
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written_tensors = []
+
+    def write(shards: Shards, name: str, offset: int, data: Any) -> None:
+        written_tensors.append(name)
+        if len(written_tensors) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Shards, "write", write)
+    ran = cli("merge", "--adapter", tiny.adapter, "--output", tmp_path / "out")
+    partial = str(tmp_path / "out.export")
+    check_refused(ran, 8, (Code.SYSTEM_DISK_FULL, partial, ""))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_at_once_on_one_output(tmp_path: Path, tiny: Case, cli: Callable[..., Ran]) -> None:
+    directory = output.check(tmp_path / "out", overwrite=False, inputs={})
+    with run_dir.locked(directory):
+        ran = cli("merge", "--adapter", tiny.adapter, "--output", tmp_path / "out")
+    check_refused(ran, 9, (Code.SYSTEM_LOCKED, str(tmp_path / "out"), "output_dir"))
+
+
+def test_tensor_by_tensor_a_changed_file_is_noticed(tmp_path: Path, tiny: Case) -> None:
+    written(tiny, tmp_path / "out")
+    found = merge_check.compare_tensors(tiny.info, tmp_path / "out", None)
+    assert found == {"tensors": 29, "nearer": True}
+    path = sorted((tmp_path / "out").glob("*.safetensors"))[2]
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(AdapterError) as refused:
+        merge_check.compare_tensors(tiny.info, tmp_path / "out", None)
+    assert meanings(refused.value) == [(Code.ADAPTER_WRITE_FAILED, str(tmp_path / "out"), "")]
+
+
+def test_the_comparison_tells_the_adapter_from_the_base(tmp_path: Path, tiny: Case) -> None:
+    """A copy of the base in place of the merged model is nearer to the base."""
+    texts = Texts("a test", ((1, 2, 3, 5, 8),), complete=False)
+    found = merge_check.compare_models(tiny.info, tiny.base, texts, "float32")
+    assert found["base"]["divergence"] == 0 < found["adapter"]["divergence"]
+    assert found["base"]["positions"] > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_stopped_in_the_middle_it_works_again(
+    tmp_path: Path, tiny: Case, processes: ForkServer, number: signal.Signals, code: int
+) -> None:
+    out, staging = tmp_path / "out", tmp_path / "out.export" / "adapter"
+    arguments = ("merge", "--adapter", tiny.adapter, "--output", out)
+    child = processes.start(*arguments)
+    until(lambda: (staging / "tokenizer.json").exists(), child)
+    child.send(number)
+    with suppress(ProcessLookupError):
+        assert child.wait() == code
+    assert not out.exists()
+    assert staging.exists() == (number == signal.SIGKILL)
+    again = processes.start(*arguments)
+    assert again.wait() == 0, again.said()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_an_adapter_too_small_for_bfloat16_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, cli: Callable[..., Ran]
+) -> None:
+    case = make(tmp_path, "llama", {}, size=1e-7)
+    tokenizer.save_pretrained(case.base)
+    ran = cli("merge", "--adapter", case.adapter, "--output", tmp_path / "out")
+    check_refused(ran, 5, (Code.MERGE_NOT_NEARER, str(case.adapter), ""))
+    ran = cli("merge", "--adapter", case.adapter, "--output", tmp_path / "out", "--dtype", "float32")
+    assert ran.code == 0, ran.err
