@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ def whole(model: PeftModel) -> Weights:
     """The same, whole, collected from all processes that hold a part of them, which all must call this."""
     with _gathered(model):
         return {name: full(tensor).detach().clone() for name, tensor in weights(model).items()}
+
+
+def stock(base: nn.Module, directory: Path) -> PeftModel:
+    """The base with a saved adapter, as PEFT alone loads it."""
+    return PeftModel.from_pretrained(base, str(directory)).eval()
 
 
 def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,92 @@
+"""`loratune export`: what makes something of an adapter for other programs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loratune.cli.application import Assignments, Debug, Force, Json, app, check_paths, importing
+from loratune.codes import Code
+from loratune.commands.boundary import boundary
+from loratune.errors import ConfigError, Problem
+
+_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
+    to: Annotated[str, typer.Option("--to", metavar="CLIENT", help="peft, vllm, gguf or ollama.")],
+    output: Annotated[Path, typer.Option("--output", metavar="OUT", help="The directory to write.")],
+    merged: Annotated[bool, typer.Option("--merged", help="With gguf: base and adapter as one model.")] = False,
+    outtype: Annotated[
+        str | None, typer.Option("--outtype", metavar="TYPE", help="Of a merged GGUF file: f32, f16, bf16 or q8_0.")
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option("--llama-cpp", metavar="DIR", help="A checkout of llama.cpp, for its converters.")
+    ] = None,
+    base_gguf: Annotated[
+        Path | None, typer.Option("--base-gguf", metavar="FILE", help="A GGUF file of the base: its tokenizer is used.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="What the client calls it; by default as OUT.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Rows to compare on, in the format of training.")
+    ] = None,
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at OUT.")] = False,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter as another program reads it, read it back, and compare."""
+    with boundary(debug):
+        check_paths(adapter=adapter, output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
+        _check_client(to, llama_cpp, base_gguf, outtype, merged=merged)
+        with importing():
+            from loratune.config import Source
+            from loratune.console import log, show_progress
+            from loratune.data import read_source
+            from loratune.export import output as outputs
+            from loratune.training import preflight
+
+        inputs = {"--adapter": adapter, "--llama-cpp": llama_cpp, "--base-gguf": base_gguf}
+        inputs["--data"] = Path(data) if data else None
+        read = {option: path for option, path in inputs.items() if path}
+        directory = outputs.check(output, overwrite=overwrite, inputs=read)
+        info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
+        split = read_source(Source(path=data), info.data, show_progress) if data else None
+
+        with importing():
+            from loratune.commands import export as exporting
+            from loratune.commands import export_report
+
+        order = exporting.Order(to, name or output.name, outtype or "f16", llama_cpp, base_gguf, merged=merged)
+        result = exporting.export(info, directory, order, split, show_progress, log)
+        export_report.print_exported(result, as_json)
+
+
+def _check_client(
+    to: str, llama_cpp: Path | None, base_gguf: Path | None, outtype: str | None, *, merged: bool
+) -> None:
+    """Raises ConfigError: there is no such client or type, or an option is of no use for it."""
+    if to not in ("peft", "vllm", "gguf", "ollama"):
+        fix = "choose peft, vllm, gguf or ollama"
+        raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, f"{to} is no client", key="--to", fix=fix))
+    if outtype not in (None, *_OUTTYPES):
+        fix = f"choose {', '.join(_OUTTYPES)}"
+        raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, f"{outtype} is no type", key="--outtype", fix=fix))
+    one_file = to == "ollama" or (to == "gguf" and merged)
+    needed = {
+        "--merged": ("--to gguf", merged and to != "gguf"),
+        "--outtype": ("--to ollama, and with --to gguf --merged", outtype is not None and not one_file),
+        "--llama-cpp": ("--to gguf or ollama", llama_cpp is not None and to not in ("gguf", "ollama")),
+        "--base-gguf": ("--to gguf or ollama", base_gguf is not None and to not in ("gguf", "ollama")),
+    }
+    if problems := [
+        Problem(Code.USAGE_NEEDS_OPTION, f"only works with {what}", key=option)
+        for option, (what, wrong) in needed.items()
+        if wrong
+    ]:
+        raise ConfigError(problems)
