@@ -1,1 +1,2 @@
-"""x."""
+"""x"""
+from dataclasses import dataclass

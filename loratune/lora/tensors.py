@@ -40,6 +40,32 @@ def stock(base: nn.Module, directory: Path) -> PeftModel:
     return PeftModel.from_pretrained(base, str(directory)).eval()
 
 
+def merged(model: PeftModel, where: str) -> nn.Module:
+    """The base with the adapter merged into it, which uses up the model.
+
+    Args:
+        model: The base, with its weights as they are, and the adapter.
+        where: The adapter, for messages.
+
+    Raises:
+        AdapterError: The base is quantized.
+    """
+    _check_dense(model, where)
+    return model.merge_and_unload(safe_merge=True)
+
+
+def unloaded(model: PeftModel, where: str) -> nn.Module:
+    """The base without the adapter, which uses up the model. Arguments and errors as in `merged`."""
+    _check_dense(model, where)
+    return model.unload()
+
+
+def _check_dense(model: PeftModel, where: str) -> None:
+    if getattr(model.get_base_model(), "is_quantized", False):
+        what, fix = "its base is quantized, and this writes whole weights", "train or merge on the base as it is"
+        raise AdapterError(Problem(Code.EXPORT_CONVERSION, what, where, fix=fix))
+
+
 def alike(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """A whole tensor, distributed over the processes as `target` is."""
     if not isinstance(target, DTensor):
