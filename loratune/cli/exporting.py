@@ -10,7 +10,8 @@ from loratune.codes import Code
 from loratune.commands.boundary import boundary
 from loratune.errors import ConfigError, Problem
 
-_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
+_CLIENTS = ("peft", "vllm", "gguf", "ollama")
+_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 @app.command()
@@ -18,18 +19,14 @@ def export(
     adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
     to: Annotated[str, typer.Option("--to", metavar="CLIENT", help="peft, vllm, gguf or ollama.")],
     output: Annotated[Path, typer.Option("--output", metavar="OUT", help="The directory to write.")],
-    merged: Annotated[bool, typer.Option("--merged", help="With gguf: base and adapter as one model.")] = False,
-    outtype: Annotated[
-        str | None, typer.Option("--outtype", metavar="TYPE", help="Of a merged GGUF file: f32, f16, bf16 or q8_0.")
+    merged: Annotated[
+        str | None, typer.Option("--merged", metavar="TYPE", help="One file of base and adapter: f32, f16, bf16, q8_0.")
     ] = None,
     llama_cpp: Annotated[
         Path | None, typer.Option("--llama-cpp", metavar="DIR", help="A checkout of llama.cpp, for its converters.")
     ] = None,
     base_gguf: Annotated[
         Path | None, typer.Option("--base-gguf", metavar="FILE", help="A GGUF file of the base: its tokenizer is used.")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="What the client calls it; by default as OUT.")
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="FILE", help="Rows to compare on, in the format of training.")
@@ -43,7 +40,7 @@ def export(
     """Write an adapter as another program reads it, read it back, and compare."""
     with boundary(debug):
         check_paths(adapter=adapter, output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
-        _check_client(to, llama_cpp, base_gguf, outtype, merged=merged)
+        _check_client(to, merged, llama_cpp, base_gguf)
         with importing():
             from loratune.config import Source
             from loratune.console import log, show_progress
@@ -62,31 +59,18 @@ def export(
             from loratune.commands import export as exporting
             from loratune.commands import export_report
 
-        order = exporting.Order(to, name or output.name, outtype or "f16", llama_cpp, base_gguf, merged=merged)
+        order = exporting.Order(to, directory.output.name, merged, llama_cpp, base_gguf)
         result = exporting.export(info, directory, order, split, show_progress, log)
         export_report.print_exported(result, as_json)
 
 
-def _check_client(
-    to: str, llama_cpp: Path | None, base_gguf: Path | None, outtype: str | None, *, merged: bool
-) -> None:
+def _check_client(to: str, merged: str | None, llama_cpp: Path | None, base_gguf: Path | None) -> None:
     """Raises ConfigError: there is no such client or type, or an option is of no use for it."""
-    if to not in ("peft", "vllm", "gguf", "ollama"):
-        fix = "choose peft, vllm, gguf or ollama"
-        raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, f"{to} is no client", key="--to", fix=fix))
-    if outtype not in (None, *_OUTTYPES):
-        fix = f"choose {', '.join(_OUTTYPES)}"
-        raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, f"{outtype} is no type", key="--outtype", fix=fix))
-    one_file = to == "ollama" or (to == "gguf" and merged)
-    needed = {
-        "--merged": ("--to gguf", merged and to != "gguf"),
-        "--outtype": ("--to ollama, and with --to gguf --merged", outtype is not None and not one_file),
-        "--llama-cpp": ("--to gguf or ollama", llama_cpp is not None and to not in ("gguf", "ollama")),
-        "--base-gguf": ("--to gguf or ollama", base_gguf is not None and to not in ("gguf", "ollama")),
-    }
-    if problems := [
-        Problem(Code.USAGE_NEEDS_OPTION, f"only works with {what}", key=option)
-        for option, (what, wrong) in needed.items()
-        if wrong
-    ]:
-        raise ConfigError(problems)
+    for option, value, choices in (("--to", to, _CLIENTS), ("--merged", merged, _TYPES)):
+        if value not in (None, *choices):
+            what, fix = f"{value} is not one of its values", f"choose {', '.join(choices)}"
+            raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key=option, fix=fix))
+    given = {"--merged": merged, "--llama-cpp": llama_cpp, "--base-gguf": base_gguf}
+    what = "only works with --to gguf and --to ollama"
+    if to in ("peft", "vllm") and (wrong := [option for option, value in given.items() if value is not None]):
+        raise ConfigError([Problem(Code.USAGE_NEEDS_OPTION, what, key=option) for option in wrong])

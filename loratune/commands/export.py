@@ -29,8 +29,10 @@ from loratune.training.run_dir import RunDirectory
 
 _LOGITS = 1 << 24
 """Logits that are kept to be compared, of 4 bytes each."""
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank of vLLM can be (vllm/config/lora.py)."""
+_TYPE = "f16"
+"""The type of the weights of a merged GGUF file, if the user names none."""
 _ANSWER = 16
 """The longest answer that is compared in llama.cpp, in tokens."""
 _Log = Callable[[str], None]
@@ -43,18 +45,16 @@ class Order:
     Attributes:
         to: The client: peft, vllm, gguf or ollama.
         name: What the client is to call the adapter.
-        outtype: The type of the weights of a GGUF file of a whole model.
+        merged: The type of the weights of a GGUF file of base and adapter; None for the adapter alone, or the default.
         llama_cpp: A checkout of llama.cpp.
         base_gguf: A GGUF file of the base.
-        merged: Whether a GGUF file is to hold base and adapter.
     """
 
     to: str
     name: str
-    outtype: str = "f16"
+    merged: str | None = None
     llama_cpp: Path | None = None
     base_gguf: Path | None = None
-    merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _plain(
     plain.check_plain(files, order.to)
     meta = load.build_meta(load.load_config(source.base), source.base)
     adapter = plain.fold(files, [path for path, _ in meta.named_modules()])
-    exact = _in_float32(source)
+    exact = in_float32(source)
     needed, free = 5 * sum(p.numel() for p in meta.parameters()), memory.available(load.device())
     figures: dict[str, Any] = {"rank": adapter.rank, "modules": len(adapter.tensors) // 2}
     expected = []
@@ -171,11 +171,11 @@ def _plain(
 def _serve(source: AdapterInfo, directory: RunDirectory, order: Order, rank: int) -> str:
     """The line that serves it with vLLM."""
     base, module = escaping.shell(source.base.name_or_path), escaping.shell(f"{order.name}={directory.output}")
-    most = next((most for most in _VLLM_RANKS if rank <= most), rank)
+    most = next((most for most in VLLM_RANKS if rank <= most), rank)
     return f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {module}"
 
 
-def _in_float32(source: AdapterInfo) -> AdapterInfo:
+def in_float32(source: AdapterInfo) -> AdapterInfo:
     """The adapter on its base in float32, where rounding does not hide a difference."""
     return replace(source, base=source.base.model_copy(update={"dtype": "float32"}))
 
@@ -207,8 +207,8 @@ def _adapter_gguf(
     meta = load.build_meta(load.load_config(source.base), source.base)
     adapter = plain.fold(files, [path for path, _ in meta.named_modules()])
     gguf.check_layers(meta, patterns.adapted_modules(files.tensors), str(files.path))
-    loaded = inference.load(_in_float32(source), log)
-    asked = _questions(loaded, source, split)
+    loaded = inference.load(in_float32(source), log)
+    asked = questions(loaded, source, split)
     own_base = llama_cpp.is_installed() and not _base_gguf(source, order)
     size = 2 * file_bytes(adapter.tensors) + (8 * _count(meta) if own_base else 0)
     with output.staged(directory, size, "the GGUF file") as staging, _work(staging) as work:
@@ -237,8 +237,8 @@ def _merged_gguf(
     source: AdapterInfo, directory: RunDirectory, order: Order, split: DatasetSplit | None, log: _Log, converters: Path
 ) -> Exported:
     """Base and adapter as one GGUF file."""
-    loaded = inference.load(_in_float32(source), log)
-    asked = _questions(loaded, source, split)
+    loaded = inference.load(in_float32(source), log)
+    asked = questions(loaded, source, split)
     with output.staged(directory, _merged_size(loaded), "the GGUF file") as staging:
         file, lines, figures = _convert_merged(loaded, source, order, asked, staging, converters)
         output.write_record(staging, "GGUF model", source, {"comparison": figures, "chat": source.chat})
@@ -250,9 +250,9 @@ def _ollama(
     source: AdapterInfo, directory: RunDirectory, order: Order, split: DatasetSplit | None, log: _Log, converters: Path
 ) -> Exported:
     """Base and adapter as one GGUF file, with a Modelfile."""
-    loaded = inference.load(_in_float32(source), log)
+    loaded = inference.load(in_float32(source), log)
     modelfile = ollama.modelfile(loaded.renderer, f"{order.name}.gguf", chat=source.chat)
-    asked = _questions(loaded, source, split)
+    asked = questions(loaded, source, split)
     with output.staged(directory, _merged_size(loaded), "the GGUF file") as staging:
         _, lines, figures = _convert_merged(loaded, source, order, asked, staging, converters)
         (staging / "Modelfile").write_text(modelfile.text, encoding="utf-8")
@@ -281,13 +281,13 @@ def _convert_merged(
         tensors.merged(loaded.model, str(source.files.path)).save_pretrained(work)
         loaded.tokenizer.save_pretrained(work)
         _write_template(work, loaded.tokenizer)
-        converter.model(converters, work, file, order.outtype, tokenizer)
+        converter.model(converters, work, file, order.merged or _TYPE, tokenizer)
     compared = None
     if llama_cpp.is_installed():
         compared = llama_cpp.compare(file, None, None, asked, loaded.renderer.end_ids)
     text = str(compared) if compared else f"not run: {llama_cpp.INSTALL}"
-    figures = {"outtype": order.outtype, "llama.cpp": compared.as_json() if compared else None}
-    return file, [("weights", order.outtype), ("llama.cpp", text)], figures
+    figures = {"type": order.merged or _TYPE, "llama.cpp": compared.as_json() if compared else None}
+    return file, [("weights", order.merged or _TYPE), ("llama.cpp", text)], figures
 
 
 def _base_for_llama_cpp(
@@ -317,15 +317,17 @@ def _base_gguf(source: AdapterInfo, order: Order) -> Path | None:
     return file if file.is_file() else None
 
 
-def _questions(loaded: LoadedAdapter, source: AdapterInfo, split: DatasetSplit | None) -> list[Question]:
+def questions(loaded: LoadedAdapter, source: AdapterInfo, split: DatasetSplit | None) -> list[Question]:
     """Prompts of the rows, or of the training rows and fixed ones, with the adapter's likeliest answers."""
     rows = card.recorded_prompts(split, most=MOST_TEXTS) if split else [*source.files.record.get("prompts", ())]
     if not split:
-        rows += [{"messages": [{"role": "user", "content": text}]} if source.chat else {"prompt": text} for text in FIXED]
+        rows += [
+            {"messages": [{"role": "user", "content": text}]} if source.chat else {"prompt": text} for text in FIXED
+        ]
     prompts = [
         tuple(row["input_ids"])
         if "input_ids" in row
-        else loaded.renderer.prompt(row.get("messages", row.get("prompt")), "", row.get("tools") or ())
+        else loaded.renderer.prompt(row["messages"] if "messages" in row else row["prompt"], "", row.get("tools") or ())
         for row in rows
     ]
     answers = [loaded.complete([prompt], _ANSWER)[0] for prompt in prompts]

@@ -53,7 +53,16 @@ def adapter(converters: Path, directory: Path, base: Path, file: Path) -> None:
     Raises:
         AdapterError: See `_run`.
     """
-    arguments = [str(converters / LORA), "--base", str(base), "--outtype", "f32", "--outfile", str(file), str(directory)]
+    arguments = [
+        str(converters / LORA),
+        "--base",
+        str(base),
+        "--outtype",
+        "f32",
+        "--outfile",
+        str(file),
+        str(directory),
+    ]
     _run(arguments, directory, file)
 
 

@@ -1,7 +1,7 @@
 """A program: llama.cpp's converter of models, with the tokenizer of a GGUF file that is there already.
 
-The converter recognises a tokenizer by a hash of what it makes of a text, and refuses the ones it does not know, such as
-those that transformers made from a GGUF file. What such a file says of its tokenizer can be written as it is.
+The converter recognises a tokenizer by a hash of what it makes of a text, and refuses those it does not know, such as
+the ones that transformers made from a GGUF file. What such a file says of its tokenizer can be written as it is.
 
     python -m loratune.export.converter_tokenizer CONVERTERS MODEL_DIRECTORY FILE OUTTYPE TOKENIZER_FILE
 """
@@ -23,7 +23,7 @@ def convert(converters: Path, directory: Path, file: Path, outtype: str, tokeniz
     kind: Any = conversion.get_model_class(conversion.get_model_architecture(hparams, conversion.ModelType.TEXT))
     fields = gguf.GGUFReader(tokenizer).fields
 
-    class WithTokenizer(kind):  # type: ignore[misc]  # a class that only the checkout knows
+    class WithTokenizer(kind):
         """The converter of this architecture, but for the tokenizer."""
 
         model_arch = kind.model_arch

@@ -44,7 +44,9 @@ def check_layers(base: Any, modules: Collection[str], where: str) -> None:
         reason = "it adapts the output layer, whose weight is that of the embeddings, and llama.cpp does not load that"
     if reason:
         fix = "give --merged, which writes base and adapter as one model"
-        raise AdapterError(Problem(Code.EXPORT_NOT_PLAIN, f"cannot be an adapter of llama.cpp: {reason}", where, fix=fix))
+        raise AdapterError(
+            Problem(Code.EXPORT_NOT_PLAIN, f"cannot be an adapter of llama.cpp: {reason}", where, fix=fix)
+        )
 
 
 def check_adapter(file: Path, adapter: PlainAdapter) -> int:

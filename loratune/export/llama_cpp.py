@@ -160,7 +160,9 @@ def _check_greedy(
         else:
             gap = question.adapted[at] - question.second[at]
             what = f"in llama.cpp the answer to {json.dumps(dict(question.request))[:80]} differs at token {at + 1}"
-            what += f", which the adapter prefers to any other by {gap:.3f} nats, and rounding explains {2 * largest:.3f}"
+            what += (
+                f", which the adapter prefers to any other by {gap:.3f} nats, and rounding explains {2 * largest:.3f}"
+            )
             raise AdapterError(Problem(Code.EXPORT_DIFFERS, what))
     return exact, ties
 

@@ -22,16 +22,18 @@ class Turns:
     """What a chat template puts around the messages of a conversation.
 
     Attributes:
+        begin: What stands before the first message.
         system: The texts before and after the system message; None if the template takes none.
         user: Before and after the user's; what begins the next answer is part of the latter.
-        assistant: After an answer.
+        assistant: Before and after an answer.
         default: The system message of a conversation without one; empty if there is none.
         joined: Whether the first message of the user follows the system message without `user[0]`.
     """
 
+    begin: str
     system: tuple[str, str] | None
     user: tuple[str, str]
-    assistant: str
+    assistant: tuple[str, str]
     default: str
     joined: bool
 
@@ -39,11 +41,10 @@ class Turns:
         """The text of a conversation that ends with a question."""
         if self.default and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default}, *messages]
-        parts = []
+        around = {"system": self.system or ("", ""), "user": self.user, "assistant": self.assistant}
+        parts = [self.begin]
         for at, message in enumerate(messages):
-            before, after = {"system": self.system or ("", ""), "user": self.user, "assistant": ("", self.assistant)}[
-                message["role"]
-            ]
+            before, after = around[message["role"]]
             if self.joined and at == 1 and messages[0]["role"] == "system":
                 before = ""
             parts.append(f"{before}{message['content']}{after}")
@@ -54,12 +55,12 @@ class Turns:
         before, after = self.user
         if self.joined:
             before = f"{{{{ if not (and $.System (eq $index 1)) }}}}{before}{{{{ end }}}}"
-        branches = f'{{{{ if eq $message.Role "user" }}}}{before}{{{{ $message.Content }}}}{after}'
-        if self.system is not None:
-            start, end = self.system
-            branches += f'{{{{ else if eq $message.Role "system" }}}}{start}{{{{ $message.Content }}}}{end}'
-        branches += f'{{{{ else if eq $message.Role "assistant" }}}}{{{{ $message.Content }}}}{self.assistant}'
-        return f"{{{{ range $index, $message := .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}"
+        content = "{{ $message.Content }}"
+        branches = f'{{{{ if eq $message.Role "user" }}}}{before}{content}{after}'
+        for role, pair in (("system", self.system), ("assistant", self.assistant)):
+            if pair is not None:
+                branches += f'{{{{ else if eq $message.Role "{role}" }}}}{pair[0]}{content}{pair[1]}'
+        return f"{self.begin}{{{{ range $index, $message := .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}"
 
 
 @dataclass(frozen=True)
@@ -117,30 +118,31 @@ def find_turns(renderer: Renderer) -> tuple[Turns, int]:
     if bare is None:
         raise _refused(where, "renders no conversation")
     first, after, between, last = _between(bare, _USER, _ANSWER, _NEXT)
-    after_system = _between(system, _SYSTEM, _USER, _ANSWER, _NEXT)[1] if system else between
-    user = _common_end(first, between, after_system)
-    joined = bool(system) and not user
-    if joined:  # the system message is a part of the user's first one
-        user = _common_end(first, between)
-    assistant, default, pair = between.removesuffix(user), "", None
+    user = _common_end(first, between)
+    before_system, after_system = _between(system, _SYSTEM, _USER)[:2] if system else ("", "")
+    joined = bool(user) and before_system.endswith(user) and not after_system.endswith(user)
+    if system and not joined:
+        user = _common_end(first, between, after_system)
+    begin, default, pair = first.removesuffix(user), "", None
     if system:
-        pair = (system.partition(_SYSTEM)[0], after_system if joined else after_system.removesuffix(user))
-        start = first if joined else first.removesuffix(user)
-        if start and start.startswith(pair[0]) and start.endswith(pair[1]) and not joined:
-            default = start[len(pair[0]) : len(start) - len(pair[1])]
-    turns = Turns(pair, (user, last), assistant, default, joined)
+        end = after_system if joined else after_system.removesuffix(user)
+        if not joined and begin and begin.startswith(before_system) and begin.endswith(end):
+            begin, default = "", begin[len(before_system) : len(begin) - len(end)]
+        pair = (before_system.removeprefix(begin), end)
+    answer = (after.removeprefix(last), between.removesuffix(user))
+    turns = Turns(begin, pair, (user, last), answer, default, joined)
     return turns, _check(renderer, turns, where)
 
 
 def _check(renderer: Renderer, turns: Turns, where: str) -> int:
     """Compare with the chat template. Raises AdapterError: they differ, or Ollama cannot read the pieces."""
-    text = "".join((*(turns.system or ()), *turns.user, turns.assistant))
+    text = "".join((turns.begin, *(turns.system or ()), *turns.user, *turns.assistant))
     if any(mark in text for mark in ("{{", "}}")) or '"""' in f"{text}{turns.default}":
         raise _refused(where, "holds double braces or triple quotes, which Ollama reads otherwise")
     if any(not character.isprintable() and character not in "\n\t" for character in f"{text}{turns.default}"):
         raise _refused(where, "holds characters that Ollama leaves out of a Modelfile")
     compared = 0
-    for system in ([None] if turns.system is None else [None, "Answer in verse.", "a\n\nb {x}"]):
+    for system in [None] if turns.system is None else [None, "Answer in verse.", "a\n\nb {x}"]:
         for pairs in range(3):
             messages = [{"role": "system", "content": system}] if system else []
             for number in range(pairs):
@@ -167,7 +169,7 @@ def _text(renderer: Renderer, system: str | None = None) -> str | None:
 def _rendered(renderer: Renderer, messages: Messages) -> str | None:
     """A conversation as text, without the token that the tokenizer puts before every text itself."""
     try:
-        text = renderer.prompt_text(messages)
+        text = renderer.prompt_text([dict(message) for message in messages])
     except DataError:
         return None
     return text.removeprefix(renderer.tokenizer.bos_token) if renderer.starts_with_bos else text
@@ -183,7 +185,7 @@ def _between(text: str, *words: str) -> list[str]:
 
 
 def _common_end(*texts: str) -> str:
-    """The end that some texts have in common, from where a marker begins: `<|im_start|>user`, but not the `>` before."""
+    """The end that some texts have in common, from where a marker begins: `<|im_start|>user`, and no `>` before it."""
     length = 0
     while length < min(map(len, texts)) and len({text[-length - 1] for text in texts}) == 1:
         length += 1
@@ -198,5 +200,7 @@ def _quoted(text: str) -> str:
 
 
 def _refused(where: str, what: str) -> AdapterError:
-    fix = "export it --to gguf --merged, whose file holds the chat template itself, and run it with llama-server --jinja"
+    fix = (
+        "export it --to gguf --merged, whose file holds the chat template itself, and run it with llama-server --jinja"
+    )
     return AdapterError(Problem(Code.EXPORT_TEMPLATE, f"Ollama cannot render it: {what}", where, fix=fix))

@@ -1,7 +1,7 @@
 """A plain LoRA directory, for clients that know of an adapter only `r` and `lora_alpha`, and add B·A·alpha/r.
 
-Older releases of vLLM, and llama.cpp, ignore `rank_pattern`, `alpha_pattern` and `use_rslora` in silence. Here the scale
-of each module stands in its B, A and B are padded with zeros to one rank, and `lora_alpha` equals `r`.
+Older releases of vLLM, and llama.cpp, ignore `rank_pattern`, `alpha_pattern` and `use_rslora` in silence. Here the
+scale of each module stands in its B, A and B are padded with zeros to one rank, and `lora_alpha` equals `r`.
 """
 
 import json
@@ -103,7 +103,9 @@ def check_plain(files: AdapterFiles, client: str) -> None:
     if client != "peft" and any(".lora_embedding_" in name for name in files.tensors):
         reasons.append(f"it adapts embeddings, and {CLIENTS[client]} reads that for few models only")
     if reasons:
-        fix = f"`loratune merge` makes a model of it{', and PEFT reads the adapter as it is' if client == 'peft' else ''}"
+        fix = (
+            f"`loratune merge` makes a model of it{', and PEFT reads the adapter as it is' if client == 'peft' else ''}"
+        )
         what = f"cannot be plain LoRA for {CLIENTS[client]}: {'; '.join(reasons)}"
         raise AdapterError(Problem(Code.EXPORT_NOT_PLAIN, what, where, fix=fix))
 
@@ -111,7 +113,7 @@ def check_plain(files: AdapterFiles, client: str) -> None:
 def fold(files: AdapterFiles, paths: Collection[str]) -> PlainAdapter:
     """An adapter that `check_plain` has passed, as plain LoRA.
 
-    Scales are multiplied in float32. Where the result is not exact in the dtype of the file, all tensors become float32.
+    Scales are multiplied in float32. Where that is not exact in the dtype of the file, all tensors become float32.
 
     Args:
         files: The adapter.

@@ -40,7 +40,7 @@ def stock(base: nn.Module, directory: Path) -> PeftModel:
     return PeftModel.from_pretrained(base, str(directory)).eval()
 
 
-def merged(model: PeftModel, where: str) -> nn.Module:
+def merged(model: PeftModel, where: str) -> Any:
     """The base with the adapter merged into it, which uses up the model.
 
     Args:
@@ -54,7 +54,7 @@ def merged(model: PeftModel, where: str) -> nn.Module:
     return model.merge_and_unload(safe_merge=True)
 
 
-def unloaded(model: PeftModel, where: str) -> nn.Module:
+def unloaded(model: PeftModel, where: str) -> Any:
     """The base without the adapter, which uses up the model. Arguments and errors as in `merged`."""
     _check_dense(model, where)
     return model.unload()
