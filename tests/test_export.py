@@ -340,8 +340,18 @@ ZEPHYR = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+NEMO = (  # the system message stands in the last question
+    "{% if messages[0].role == 'system' %}{% set s = messages[0].content ~ '\n\n' %}{% set messages = messages[1:] %}"
+    "{% else %}{% set s = '' %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}"
+    "[INST]{{ s if loop.last else '' }}{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
 FAMILIES = {
     "Llama-3": LLAMA3, "ChatML": CHATML, "Gemma": GEMMA, "Mistral": MISTRAL, "Phi-3": PHI3, "Zephyr": ZEPHYR,
+    "thinking": THINKING, "Nemo": NEMO,
 }  # fmt: skip
 
 
@@ -357,7 +367,7 @@ def test_a_modelfile_renders_what_the_chat_template_renders(tokenizer: Any, fami
     modelfile = ollama.modelfile(Renderer(made), "model.gguf", chat=True)
     said = [{"role": "user", "content": 'a "b"\n{{ .X }}'}, {"role": "assistant", "content": "<|c|>"}]
     conversations = [said[:1], [*said, *said[:1]], [*said, *said, *said[:1]]]
-    if family != "Mistral":
+    if family not in ("Mistral", "Nemo"):
         conversations += [[{"role": "system", "content": "be\nbrief"}, *chat] for chat in conversations]
     for messages in conversations:
         expected = made.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -365,7 +375,7 @@ def test_a_modelfile_renders_what_the_chat_template_renders(tokenizer: Any, fami
     commands = parse_modelfile(modelfile.text)
     assert commands[0] == ("FROM", "./model.gguf") and ("stop", "<|endoftext|>") in commands
     assert ("SYSTEM", "You are {kind}.") in commands or family != "ChatML"
-    assert bool(modelfile.notes) == (family == "Mistral")
+    assert bool(modelfile.notes) == (family in ("Mistral", "Nemo"))
 
 
 def test_an_adapter_of_raw_text_gets_its_prompts_as_they_are(tokenizer: Any) -> None:
@@ -381,8 +391,9 @@ def test_an_adapter_of_raw_text_gets_its_prompts_as_they_are(tokenizer: Any) -> 
         "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}",
         "{% for m in messages %}{{ '{{' }}{{ m.role }}>{{ m.content }}{% endfor %}",
         "{% for m in messages %}<\u200b{{ m.role }}>{{ m.content }}{% endfor %}",
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ strftime_now('%d') }}",
     ],
-    ids=["numbers", "capitals", "braces", "invisible"],
+    ids=["numbers", "capitals", "braces", "invisible", "date"],
 )
 def test_a_chat_template_that_ollama_cannot_render_is_refused(tokenizer: Any, template: str) -> None:
     with pytest.raises(AdapterError) as error:
@@ -410,7 +421,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, processe
     }
     config = config_in(folder, smollm2)(**sections)
     child = processes.start("train", config)
-    assert child.wait() == 0, child.said()
+    assert child.wait(900) == 0, child.said()
     return folder / "out"
 
 

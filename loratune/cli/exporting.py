@@ -59,7 +59,7 @@ def export(
             from loratune.commands import export as exporting
             from loratune.commands import export_report
 
-        order = exporting.Order(to, directory.output.name, merged, llama_cpp, base_gguf)
+        order = exporting.Order(to, exporting.name_of(directory), merged, llama_cpp, base_gguf)
         result = exporting.export(info, directory, order, split, show_progress, log)
         export_report.print_exported(result, as_json)
 

@@ -1,6 +1,7 @@
 """`loratune export`: writes an adapter as another program reads it, reads it back, and compares."""
 
 import gc
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -175,6 +176,11 @@ def _serve(source: AdapterInfo, directory: RunDirectory, order: Order, rank: int
     return f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {module}"
 
 
+def name_of(directory: RunDirectory) -> str:
+    """What the client is to call the adapter: the name of the output, of the characters that all clients take."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", directory.output.name).strip("-.") or "adapter"
+
+
 def in_float32(source: AdapterInfo) -> AdapterInfo:
     """The adapter on its base in float32, where rounding does not hide a difference."""
     return replace(source, base=source.base.model_copy(update={"dtype": "float32"}))
@@ -279,8 +285,7 @@ def _convert_merged(
         gguf.check_tokenizer(tokenizer, loaded.model.config.get_text_config().vocab_size)
     with _work(staging) as work:
         tensors.merged(loaded.model, str(source.files.path)).save_pretrained(work)
-        loaded.tokenizer.save_pretrained(work)
-        _write_template(work, loaded.tokenizer)
+        _write_tokenizer(work, loaded.tokenizer, source)
         converter.model(converters, work, file, order.merged or _TYPE, tokenizer)
     compared = None
     if llama_cpp.is_installed():
@@ -301,7 +306,7 @@ def _base_for_llama_cpp(
     try:
         directory, file = _made(work / "model"), work / "base.gguf"
         tensors.unloaded(loaded.model, str(source.files.path)).save_pretrained(directory)
-        loaded.tokenizer.save_pretrained(directory)
+        _write_tokenizer(directory, loaded.tokenizer, source)
         converter.model(converters, directory, file, "f32")
     except AdapterError as error:
         reasons = "; ".join(problem.what for problem in error.problems)
@@ -351,6 +356,15 @@ def _log_probabilities(
     tokens = torch.tensor(answer)[:, None]
     own = chances.gather(1, tokens)[:, 0].tolist()
     return own, chances.scatter(1, tokens, -torch.inf).amax(-1).tolist()
+
+
+def _write_tokenizer(directory: Path, tokenizer: Any, source: AdapterInfo) -> None:
+    """Write a tokenizer, with the template as a file, and with SentencePiece's model, which some converters ask for."""
+    tokenizer.save_pretrained(directory)
+    _write_template(directory, tokenizer)
+    model = Path(local_or_hub(source.base.name_or_path)) / "tokenizer.model"
+    if model.is_file() and not (directory / model.name).exists():
+        shutil.copyfile(model, directory / model.name)
 
 
 def _write_template(directory: Path, tokenizer: Any) -> str | None:

@@ -6,7 +6,7 @@ if it gives the text of the chat template for each of several conversations. Too
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
@@ -23,14 +23,16 @@ class Turns:
 
     Attributes:
         begin: What stands before the first message.
+        ask: What stands after the last one, and begins the next answer.
         system: The texts before and after the system message; None if the template takes none.
-        user: Before and after the user's; what begins the next answer is part of the latter.
+        user: Before and after the user's.
         assistant: Before and after an answer.
         default: The system message of a conversation without one; empty if there is none.
         joined: Whether the first message of the user follows the system message without `user[0]`.
     """
 
     begin: str
+    ask: str
     system: tuple[str, str] | None
     user: tuple[str, str]
     assistant: tuple[str, str]
@@ -48,7 +50,7 @@ class Turns:
             if self.joined and at == 1 and messages[0]["role"] == "system":
                 before = ""
             parts.append(f"{before}{message['content']}{after}")
-        return "".join(parts)
+        return "".join([*parts, self.ask])
 
     def template(self) -> str:
         """The same as a template of Ollama."""
@@ -60,7 +62,9 @@ class Turns:
         for role, pair in (("system", self.system), ("assistant", self.assistant)):
             if pair is not None:
                 branches += f'{{{{ else if eq $message.Role "{role}" }}}}{pair[0]}{content}{pair[1]}'
-        return f"{self.begin}{{{{ range $index, $message := .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}"
+        return (
+            f"{self.begin}{{{{ range $index, $message := .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}{self.ask}"
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
         turns, compared = find_turns(renderer)
         lines.append(f"TEMPLATE {_quoted(turns.template())}")
         if turns.system is None:
-            notes.append("the chat template takes no system message, so Ollama's is left out of the prompt")
+            notes.append("system messages are left out of prompts: the chat template takes none, or not in one place")
         if turns.default:
             lines.append(f"SYSTEM {_quoted(turns.default)}")
     else:
@@ -113,6 +117,8 @@ def find_turns(renderer: Renderer) -> tuple[Turns, int]:
         AdapterError: The pieces do not give what the template renders.
     """
     where = "the chat template"
+    if "strftime_now" in str(renderer.tokenizer.chat_template):
+        raise _refused(where, "it writes the day's date")
     system = _text(renderer, _SYSTEM)
     bare = _text(renderer)
     if bare is None:
@@ -126,17 +132,25 @@ def find_turns(renderer: Renderer) -> tuple[Turns, int]:
     begin, default, pair = first.removesuffix(user), "", None
     if system:
         end = after_system if joined else after_system.removesuffix(user)
-        if not joined and begin and begin.startswith(before_system) and begin.endswith(end):
-            begin, default = "", begin[len(before_system) : len(begin) - len(end)]
+        inside = begin[len(before_system) : len(begin) - len(end)]
+        if not joined and inside and begin == f"{before_system}{inside}{end}":
+            begin, default = "", inside
         pair = (before_system.removeprefix(begin), end)
-    answer = (after.removeprefix(last), between.removesuffix(user))
-    turns = Turns(begin, pair, (user, last), answer, default, joined)
-    return turns, _check(renderer, turns, where)
+    shared = _common_start(after, last)
+    answer = (after.removeprefix(shared), between.removesuffix(user))
+    turns = Turns(begin, last.removeprefix(shared), pair, (user, shared), answer, default, joined)
+    try:
+        return turns, _check(renderer, turns, where)
+    except AdapterError:
+        if system is None or default:
+            raise
+        alone = replace(turns, system=None, joined=False)
+        return alone, _check(renderer, alone, where)
 
 
 def _check(renderer: Renderer, turns: Turns, where: str) -> int:
     """Compare with the chat template. Raises AdapterError: they differ, or Ollama cannot read the pieces."""
-    text = "".join((turns.begin, *(turns.system or ()), *turns.user, *turns.assistant))
+    text = "".join((turns.begin, turns.ask, *(turns.system or ()), *turns.user, *turns.assistant))
     if any(mark in text for mark in ("{{", "}}")) or '"""' in f"{text}{turns.default}":
         raise _refused(where, "holds double braces or triple quotes, which Ollama reads otherwise")
     if any(not character.isprintable() and character not in "\n\t" for character in f"{text}{turns.default}"):
@@ -182,6 +196,10 @@ def _between(text: str, *words: str) -> list[str]:
         before, _, text = text.partition(word)
         parts.append(before)
     return [*parts, text]
+
+
+def _common_start(one: str, two: str) -> str:
+    return next((one[:at] for at, pair in enumerate(zip(one, two, strict=False)) if len({*pair}) == 2), min(one, two))
 
 
 def _common_end(*texts: str) -> str:
