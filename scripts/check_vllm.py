@@ -106,19 +106,22 @@ def environment(venv: Path) -> Path:
 
 def questions(adapter: Path, export: Path, data: str | None) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     """What vLLM is asked, and for each row our log-probabilities by the adapter and by the base alone."""
-    from loratune.commands import export as exporting  # noqa: PLC0415  slow, and of no use if vLLM is not there
-    from loratune.commands import inference  # noqa: PLC0415
+    from loratune.commands import (  # noqa: PLC0415  slow, and of no use without vLLM
+        export_order,
+        export_plain,
+        inference,
+    )
     from loratune.config import Source, patterns  # noqa: PLC0415
     from loratune.data import no_progress, read_source  # noqa: PLC0415
     from loratune.training import preflight  # noqa: PLC0415
 
     source = preflight.open_adapter(adapter)
     split = read_source(Source(path=data), source.data, no_progress) if data else None
-    loaded = inference.load(exporting.in_float32(source))
-    asked = exporting.questions(loaded, source, split)
+    loaded = inference.load(export_order.in_float32(source))
+    asked = export_order.questions(loaded, source, split)
     rows = [{"prompt": [*one.prompt], "answer": [*one.answer]} for one in asked]
     config = json.loads((export / "adapter_config.json").read_text())
-    rank = next(most for most in exporting.VLLM_RANKS if config["r"] <= most)
+    rank = next(most for most in export_plain.VLLM_RANKS if config["r"] <= most)
     modules = len(patterns.adapted_modules(preflight.open_adapter(export).files.tensors))
     request = {
         "base": source.base.name_or_path, "export": str(export.absolute()), "rank": rank, "rows": rows,

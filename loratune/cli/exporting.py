@@ -56,11 +56,12 @@ def export(
         split = read_source(Source(path=data), info.data, show_progress) if data else None
 
         with importing():
-            from loratune.commands import export as exporting
             from loratune.commands import export_report
+            from loratune.commands.export import export
+            from loratune.commands.export_order import Order, name_of
 
-        order = exporting.Order(to, exporting.name_of(directory), merged, llama_cpp, base_gguf)
-        result = exporting.export(info, directory, order, split, show_progress, log)
+        order = Order(to, name_of(directory), merged, llama_cpp, base_gguf)
+        result = export(info, directory, order, split, show_progress, log)
         export_report.print_exported(result, as_json)
 
 

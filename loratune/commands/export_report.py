@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from loratune.console import print_block, print_json
 
 if TYPE_CHECKING:
-    from loratune.commands.export import Exported
+    from loratune.commands.export_order import Exported
 
 
 def print_exported(exported: "Exported", as_json: bool) -> None:
