@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -222,6 +223,22 @@ def test_bad_input_leaves_nothing(trained: Path, tmp_path: Path, cli: Callable[.
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.export").exists()
 
 
+def test_another_base_is_refused_unless_forced(
+    trained: Path, tmp_path: Path, tiny_dir: Path, cli: Callable[..., Ran]
+) -> None:
+    shutil.copytree(tiny_dir, tmp_path / "base")
+    other = tiny_llama()
+    other.model.norm.weight.data += 1
+    other.save_pretrained(tmp_path / "base")
+    shutil.copytree(trained, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    arguments = ("export", "--adapter", tmp_path / "adapter", "--to", "vllm", "--output", tmp_path / "out")
+    check_refused(cli(*arguments), 5, (Code.INFERENCE_OTHER_BASE, str(tmp_path / "adapter"), ""))
+    assert not (tmp_path / "out").exists()
+    assert cli(*arguments, "--force").code == 0
+
+
 @pytest.mark.slow
 def test_a_killed_export_can_be_repeated(trained: Path, tmp_path: Path, processes: ForkServer) -> None:
     arguments = ("export", "--adapter", trained, "--to", "vllm", "--output", tmp_path / "out")
@@ -266,7 +283,7 @@ def test_what_a_converter_says_is_passed_on(tmp_path: Path, says: str, code: Cod
     with pytest.raises(AdapterError) as error:
         converter.model(converter.find(tmp_path), tmp_path, tmp_path / "out.gguf", "f16")
     assert [problem.code for problem in error.value.problems] == [code]
-    assert "OddForCausalLM" in str(error.value) or code != Code.EXPORT_ARCHITECTURE
+    assert "architecture OddForCausalLM" in str(error.value) or code != Code.EXPORT_ARCHITECTURE
 
 
 def test_layers_that_llama_cpp_gets_wrong_are_refused() -> None:

