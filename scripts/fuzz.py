@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune import config, data
-from loratune.commands import inference, train
+from loratune.commands import loading, train
 from loratune.config import DataSection
 from loratune.data import no_progress
 from loratune.data.rendering import Renderer
@@ -230,7 +230,7 @@ def adapters(scratch: Path, ends: Ends) -> Callable[..., None]:
             (bad / "loratune.json").unlink()
 
         def case() -> None:
-            tuned = inference.load(preflight.open_adapter(bad, forced=forced))
+            tuned = loading.load(preflight.open_adapter(bad, forced=forced))
             assert tuned.model(ids).logits.isfinite().all()
 
         run_case(ends, case)

@@ -21,7 +21,7 @@ import torch
 import typer
 from transformers import GenerationConfig
 
-from loratune.commands import inference
+from loratune.commands import inference, loading
 from loratune.config import LoraSection, ModelSection
 from loratune.data.packing import pad
 from loratune.lora import attach
@@ -45,7 +45,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         section = ModelSection(name_or_path=str(model.resolve()))
         directories = [_random_adapter(section, Path(folder) / str(seed), rank, seed) for seed in range(adapters)]
-        loaded = inference.load_all([preflight.open_adapter(directory) for directory in directories])
+        loaded = loading.load_all([preflight.open_adapter(directory) for directory in directories])
     assert all(adapter.mixes for adapter in loaded)
     switches = [_switch(loaded[number % adapters]) for number in range(8 * adapters)]
     median, most = 1e3 * statistics.median(switches), 1e3 * max(switches)

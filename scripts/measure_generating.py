@@ -18,7 +18,7 @@ import typer
 from transformers import GenerationConfig
 
 from loratune import kernels
-from loratune.commands import inference
+from loratune.commands import loading
 from loratune.config import Source
 from loratune.data import sources
 from loratune.data.packing import pad
@@ -37,7 +37,7 @@ def main(
     rounds: int = 3,
 ) -> None:
     """Compare, and print a line per round."""
-    tuned = inference.load(preflight.open_adapter(directory, print))
+    tuned = loading.load(preflight.open_adapter(directory, print))
     merged: Any = copy.deepcopy(tuned.model).merge_and_unload()
     rows = sources.read_rows(Source(path=str(prompts)))[:batch]
     ids = [tuned.tokenizer(row.values["prompt"])["input_ids"] for row in rows]

@@ -14,7 +14,7 @@ from running import MakeConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loratune.codes import Code
-from loratune.commands import inference
+from loratune.commands import inference, loading
 from loratune.config import LoraSection
 from loratune.errors import AdapterError
 from loratune.lora import attach, targets, tensors
@@ -64,7 +64,7 @@ def made_by_peft(base_dir: Path, out: Path, **settings: Any) -> None:
 
 def opened(path: Path) -> inference.LoadedAdapter:
     found = preflight.open_adapter(path)
-    return inference.load(replace(found, base=found.base.model_copy(update={"dtype": "float32"})))
+    return loading.load(replace(found, base=found.base.model_copy(update={"dtype": "float32"})))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.commands import inference, selection
+from loratune.commands import loading, selection
 from loratune.commands.chat import Chat, Exchange
 from loratune.errors import ConfigError
 from loratune.training import preflight
@@ -217,7 +217,7 @@ def test_rows_of_a_conversation(short: Path, raw: Path) -> None:
     paths = {"short": short, "raw": raw}
     selected = selection.parse([f"{name}={path}" for name, path in paths.items()])
     opened = {name: preflight.open_adapter(path) for name, path in paths.items()}
-    talk = Chat(inference.load_selection(opened, selected), system="s")
+    talk = Chat(loading.load_selection(opened, selected), system="s")
     talk.exchanges.extend([cut, whole])
     assert talk.rows() == [
         {

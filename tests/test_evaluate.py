@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from loratune import data
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.commands import inference
+from loratune.commands import loading
 from loratune.config import Source
 from loratune.data.packing import BatchLayout
 from loratune.training import gain, preflight
@@ -132,7 +132,7 @@ def test_held_out_loss_of_training_is_the_adapters(scores: dict[str, Any], place
 
 
 def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None:
-    loaded = inference.load(preflight.open_adapter(place / "adapter"))
+    loaded = loading.load(preflight.open_adapter(place / "adapter"))
     split = data.read_source(Source(path=str(place / "held-out.jsonl")), loaded.data)
     rows = data.prepare(split, loaded.renderer, loaded.data, 264).rows
     prompts = [row.prompt for row in rows.rows()]

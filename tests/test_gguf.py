@@ -22,7 +22,7 @@ from fork_server import ForkServer, fork_server
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.codes import Code
-from loratune.commands import inference
+from loratune.commands import loading
 from loratune.config import ModelSection
 from loratune.errors import ModelError
 from loratune.kernels import acceleration
@@ -161,7 +161,7 @@ def test_the_adapter_says_how_to_load_its_base(
     assert json.loads((adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"] == str(pair[0])
     record = json.loads((adapter_dir / "loratune.json").read_text())
     assert record["base"] == {"name_or_path": str(pair[0]), "revision": None, "gguf_file": FILE}
-    with_config = inference.load(preflight.open_adapter(adapter_dir)).model
+    with_config = loading.load(preflight.open_adapter(adapter_dir)).model
 
     (alone := tmp_path / "alone").mkdir()
     for file in adapter_dir.iterdir():

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from loratune import kernels
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.commands import inference
+from loratune.commands import inference, loading
 from loratune.errors import AdapterError
 from loratune.kernels import Adapted, RowsMixedError
 from loratune.kernels.lora_linear import InferenceLinear
@@ -103,7 +103,7 @@ def options(adapters: dict[str, Path], *names: str) -> list[str]:
 
 
 def opened(adapters: dict[str, Path], *names: str) -> list[inference.LoadedAdapter]:
-    return inference.load_all([preflight.open_adapter(adapters[name]) for name in names])
+    return loading.load_all([preflight.open_adapter(adapters[name]) for name in names])
 
 
 class Stock:
@@ -199,7 +199,7 @@ def test_switching_leaves_no_trace(adapters: dict[str, Path]) -> None:
             assert torch.equal(logits(loaded[after]), first[after])
     for adapter, name in zip(loaded, ("chat", "head", "dora", "ranks"), strict=True):
         info = preflight.open_adapter(adapters[name])
-        alone = inference.load(replace(info, base=info.base.model_copy(update={"dtype": "float32"})))
+        alone = loading.load(replace(info, base=info.base.model_copy(update={"dtype": "float32"})))
         assert torch.equal(logits(alone), logits(adapter))
         with adapter.without_adapter():
             bare = logits(adapter)

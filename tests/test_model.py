@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from loratune.codes import Code
-from loratune.commands import inference
+from loratune.commands import loading
 from loratune.config import LoraSection, ModelSection
 from loratune.lora import attach
 from loratune.model import load
@@ -346,7 +346,7 @@ def test_a_model_without_pad_token_trains(
     )  # so batches of shuffled rows are padded
     ran = cli("train", run_config(training={"max_steps": 2}))
     assert ran.code == 0, ran.err
-    opened = inference.load(preflight.open_adapter(tmp_path / "out"))
+    opened = loading.load(preflight.open_adapter(tmp_path / "out"))
     assert (opened.model.config.vocab_size, len(opened.tokenizer)) == (264, len(tokenizer))
     assert opened.model.get_input_embeddings().weight.shape[0] == 264
     assert opened.tokenizer.pad_token_id is None

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from loratune.codes import Code
-from loratune.commands import inference
+from loratune.commands import loading
 from loratune.config import LoraSection, ModelSection
 from loratune.errors import ConfigError
 from loratune.lora import attach, tensors
@@ -55,7 +55,7 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def layers_of(out: Path) -> set[str]:
-    base = inference.load(preflight.open_adapter(out)).model.get_base_model()
+    base = loading.load(preflight.open_adapter(out)).model.get_base_model()
     return {type(module).__name__ for module in base.modules()}
 
 

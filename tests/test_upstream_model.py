@@ -98,7 +98,7 @@ def test_layout_of_a_checkpoint() -> None:
         num_attention_heads=2, num_key_value_heads=1,
     )  # fmt: skip
     with torch.device("meta"):
-        layout = upstream.Layout(AutoModelForCausalLM.from_config(config))
+        layout = upstream.CheckpointLayout(AutoModelForCausalLM.from_config(config))
     experts = "model.layers.0.block_sparse_moe.experts"
     stored = {f"{experts}.{number}.{part}.weight": torch.randn(6, 8) for number in (1, 0) for part in ("w3", "w1")}
     names = layout.in_order(stored)

@@ -2,7 +2,8 @@
 
 from loratune.cli import adapters as adapters
 from loratune.cli import chat as chat
-from loratune.cli import exporting as exporting
-from loratune.cli import exports as exports
+from loratune.cli import export as export
+from loratune.cli import merge as merge
+from loratune.cli import push as push
 from loratune.cli import training as training
 from loratune.cli.application import app as app

@@ -67,10 +67,10 @@ def chat(
         opened = {name: preflight.open_adapter(path, log, forced=force) for name, path in selected.directories.items()}
 
         with importing():
-            from loratune.commands import inference
+            from loratune.commands import loading
             from loratune.commands.chat import RAW_NOTE, Chat
 
-        loaded = inference.load_selection(opened, selected, log)
+        loaded = loading.load_selection(opened, selected, log)
         talk = Chat(loaded, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
         log_all(f"{one.where}: {RAW_NOTE}" for one in (loaded.by_name.values() or [loaded.default]) if not one.chat)
         inputs = [*selected.directories.values(), *(Path(info.base.name_or_path) for info in opened.values())]

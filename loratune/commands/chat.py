@@ -6,7 +6,8 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.commands import inference
-from loratune.commands.inference import LoadedAdapter, LoadedAdapters
+from loratune.commands.inference import LoadedAdapter
+from loratune.commands.loading import LoadedAdapters
 from loratune.data.formats import Message
 from loratune.errors import ConfigError, Problem
 from loratune.model import load

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loratune import data
-from loratune.commands import inference
+from loratune.commands import inference, loading
 from loratune.commands.inference import LoadedAdapter
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
 from loratune.data.packing import BatchLayout
@@ -54,7 +54,7 @@ def evaluate(
         AdapterError, ModelError, DataError: The adapter, its base or the rows cannot be used.
         ConfigError: Rows are longer than the model's context.
     """
-    loaded = inference.load(adapter, log)
+    loaded = loading.load(adapter, log)
     vocabulary_size = loaded.model.config.get_text_config().vocab_size
     rows = data.prepare(split, loaded.renderer, loaded.data, vocabulary_size, watch)
     check_positions(rows, loaded.data, load.context_length(loaded.model.config))

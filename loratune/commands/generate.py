@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import TextStreamer
 
 from loratune.codes import Code
-from loratune.commands import inference
+from loratune.commands import inference, loading
 from loratune.commands.inference import LoadedAdapter, Request
 from loratune.commands.selection import UNNAMED, Selection
 from loratune.data import formats
@@ -66,7 +66,7 @@ def generate(
         ConfigError: A prompt is empty, or leaves too little of the model's context for new tokens.
     """
     names = _names(selection, rows)
-    loaded = inference.load_selection(adapters, selection, log)
+    loaded = loading.load_selection(adapters, selection, log)
     answering = [loaded.by_name.get(name, loaded.default) for name in names]
     questions = _questions(answering, rows)
     requests = [

@@ -1,32 +1,25 @@
 """Adapter directories that are loaded for use: one base, its adapters, and how prompts are rendered for each."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from loratune import kernels
 from loratune.codes import Code
-from loratune.commands.selection import Selection
-from loratune.config import DataSection, ModelSection
+from loratune.config import DataSection
 from loratune.data.packing import pad
 from loratune.data.rendering import Renderer
-from loratune.errors import AdapterError, ModelError, Problem
-from loratune.lora import attach, mixture
-from loratune.lora.adapter_files import AdapterFiles
+from loratune.errors import AdapterError, Problem
+from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import Untouched
-from loratune.model import fingerprints
 from loratune.model.fingerprints import Sampled
-from loratune.model.load import check_machine, load_base, load_tokenizer, pad_id
-from loratune.model.source import local_or_hub
-from loratune.training.preflight import AdapterInfo
+from loratune.model.load import pad_id
 
 BATCH = 32
 """How many prompts the commands hand to `complete` at once."""
@@ -173,237 +166,11 @@ def adapters_of_rows(adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
     layers = first.layers
     if len(keys) > 1:
         rows = [keys.index(adapter.key) for adapter in adapters]
-        layers = kernels.InferenceLayers(first.model, *map(_reader, keys), rows=rows)
+        layers = kernels.InferenceLayers(first.model, *map(reader, keys), rows=rows)
     with layers.applied():
         yield
 
 
-def _reader(key: str) -> kernels.Reader:
-    """Reads the layers of one adapter."""
+def reader(key: str) -> kernels.Reader:
+    """What reads the layers of one adapter, by its name in the model."""
     return partial(attach.adapted_linear, name=key)
-
-
-@dataclass(frozen=True)
-class LoadedAdapters:
-    """The adapters of a command, all on one base.
-
-    Attributes:
-        by_name: Name → adapter; without names, and for a mixture, there are none.
-        default: The one that is used where nothing else is said.
-        label: How the default is called.
-    """
-
-    by_name: Mapping[str, LoadedAdapter]
-    default: LoadedAdapter
-    label: str
-
-
-def load(adapter: AdapterInfo, log: Log = lambda _: None) -> LoadedAdapter:
-    """Load the base of an adapter directory and attach the adapter. Raises as `load_all` does."""
-    return load_all([adapter], log)[0]
-
-
-def load_selection(
-    adapters: Mapping[str, AdapterInfo], selection: Selection, log: Log = lambda _: None
-) -> LoadedAdapters:
-    """Load the adapters of a command. adapters: those of the selection, opened. Raises as `load_all` and `mixture.mix`
-    do."""
-    if selection.mix:
-        mixed = _load_mixture([(adapters[name], weight) for name, weight in selection.mix.items()], log)
-        return LoadedAdapters({}, mixed, "mix")
-    loaded = dict(zip(adapters, load_all(list(adapters.values()), log), strict=True))
-    named = {name: adapter for name, adapter in loaded.items() if name}
-    return LoadedAdapters(named, loaded[selection.default], selection.default or "adapter")
-
-
-def load_all(adapters: Sequence[AdapterInfo], log: Log = lambda _: None) -> list[LoadedAdapter]:
-    """Load the base of adapter directories once, as the first of them says, and attach the adapters.
-
-    Raises:
-        ConfigError: See `model.load.check_machine`.
-        ModelError: The base cannot be loaded.
-        AdapterError: See `attach.load`; the base is not the one that an adapter was trained on, which is logged instead
-            where the user forces it; base and adapter do not give finite numbers; one of several adapters changes the
-            base.
-    """
-    base, check = _load_base(adapters, log)
-    return _attach_all(base, [(adapter, adapter.files) for adapter in adapters], check)
-
-
-def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> LoadedAdapter:
-    """The sum of adapters as one, for whose prompts the first of them decides."""
-    adapters = [adapter for adapter, _ in weighted]
-    mixed = mixture.mix([(adapter.files, weight) for adapter, weight in weighted])
-    first = adapters[0]
-    for other in adapters[1:]:
-        if other.chat != first.chat:
-            kinds = {True: "conversations", False: "raw prompts"}
-            log(
-                f"{other.files.path}: was trained on {kinds[other.chat]}; the mixture renders prompts as its first "
-                f"adapter does, {first.files.path}, which was trained on {kinds[first.chat]}"
-            )
-    base, check = _load_base(adapters, log)
-    with TemporaryDirectory() as directory:
-        return _attach_all(base, [(first, mixture.write(Path(directory), *mixed))], check)[0]
-
-
-def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> tuple[PreTrainedModel, Callable[[], None]]:
-    """The base of the first adapter, and a check that it is that of all, by what it was before anything is attached.
-
-    The check is for after the adapters are attached: tensors that do not fit say more than another fingerprint.
-    """
-    first = adapters[0]
-    check_machine(first.base)
-    path = first.files.path
-    try:
-        base = load_base(first.base)
-    except ModelError as error:
-        fix = f"if the base has moved, set base_model_name_or_path in {path / 'adapter_config.json'}"
-        raise ModelError(
-            [
-                replace(problem, key="", fix=f"{problem.fix}; {fix}" if problem.fix else fix)
-                for problem in error.problems
-            ]
-        ) from None
-    prints: dict[bool, str] = {}  # whether in the first version → fingerprint
-    checks: list[Callable[[], None]] = []
-    for adapter in adapters:
-        for line in attach.unknown_keys(adapter.files):
-            log(line)
-        recorded = adapter.files.base_fingerprint
-        is_old = recorded is not None and ":" not in recorded
-        if is_old not in prints:
-            prints[is_old] = fingerprints.fingerprint(base, like=recorded)
-        checks.append(partial(check_base, adapter, first.base, prints[is_old], log))
-
-    def check() -> None:
-        for one in checks:
-            one()
-
-    return base, check
-
-
-def _attach_all(
-    base: PreTrainedModel, attached: Sequence[tuple[AdapterInfo, AdapterFiles]], check: Callable[[], None]
-) -> list[LoadedAdapter]:
-    """Attach adapters to their base.
-
-    Args:
-        base: The base.
-        attached: How each adapter was trained, and what is attached for it.
-        check: Checks that the base is theirs.
-    """
-    tokenizers = [load_tokenizer_of(adapter) for adapter, _ in attached]
-    renderers = [Renderer(tokenizer, base.config.get_text_config().vocab_size) for tokenizer in tokenizers]
-    sample, untouched = Sampled(base), [attach.before_load(base, files) for _, files in attached]
-    if len(attached) > 1:
-        _check_sharing([(adapter, before) for (adapter, _), before in zip(attached, untouched, strict=True)])
-    keys = ["default" if number == 1 else f"adapter{number}" for number in range(1, len(attached) + 1)]
-    model: Any = base
-    for (_, files), key in zip(attached, keys, strict=True):
-        model = attach.load(model, files, key)
-    check()
-    for (adapter, _), tokenizer, key in zip(attached, tokenizers, keys, strict=True):
-        _check_output(model, adapter, key, tokenizer.eos_token_id or 0)
-    plain = [key for key in keys if attach.is_plain(model, key)]
-    mixing = plain if len(plain) > 1 and _takes_rows(model, plain) else []
-    return [
-        LoadedAdapter(
-            model, tokenizer, renderer, adapter.data, adapter.chat, (sample, before), str(adapter.files.path), key,
-            kernels.InferenceLayers(model, _reader(key)), mixes=key in mixing, is_enough=plain == keys,
-        )
-        for (adapter, _), tokenizer, renderer, before, key in zip(
-            attached, tokenizers, renderers, untouched, keys, strict=True
-        )
-    ]  # fmt: skip
-
-
-def load_tokenizer_of(adapter: AdapterInfo) -> Any:
-    """The tokenizer in an adapter directory, else that of the base.
-
-    Raises:
-        AdapterError: The adapter has one, and it cannot be read.
-        ModelError: That of the base cannot be read.
-    """
-    path = adapter.files.path
-    own = (path / "tokenizer_config.json").is_file()
-    try:
-        return load_tokenizer(ModelSection(name_or_path=str(path)) if own else adapter.base)
-    except ModelError as error:
-        raise AdapterError(error.problems) if own else error from None
-
-
-def check_base(adapter: AdapterInfo, base: ModelSection, fingerprint: str, log: Log) -> None:
-    """Compare the fingerprint of a base with the one that an adapter records.
-
-    An adapter without a record is trusted to have the base that it names.
-
-    Raises:
-        AdapterError: They differ, and the user does not force the use of another base.
-    """
-    recorded, where = adapter.files.base_fingerprint, str(adapter.files.path)
-    for key in ("dtype", "quantization", "attn_implementation", "gguf_file"):
-        own, used = getattr(adapter.base, key), getattr(base, key)
-        if own != used:
-            log(f"{where}: was trained with model.{key} {own}, and the base is loaded with {used}")
-    is_named = local_or_hub(adapter.base.name_or_path) == local_or_hub(base.name_or_path)
-    if recorded == fingerprint or (recorded is None and is_named):
-        return
-    code, fix = Code.INFERENCE_OTHER_BASE, "use its base"
-    what = f"was trained on another base than {base.name_or_path}, by its shape and a sample of its weights"
-    if recorded is None:
-        code = Code.INFERENCE_BASE_UNVERIFIED
-        what = f"names the base {adapter.base.name_or_path}, not {base.name_or_path}, and has no record to compare"
-    elif not fingerprints.is_comparable(recorded):
-        code, fix = Code.INFERENCE_UNKNOWN_FINGERPRINT, "upgrade loratune"
-        what = "records the fingerprint of its base in a version that this release of loratune does not know"
-    if not adapter.forced:
-        raise AdapterError(Problem(code, what, where, fix=f"{fix}, or use the adapter all the same with --force"))
-    log(str(Problem(code, what, where)))
-
-
-def _check_sharing(adapters: Sequence[tuple[AdapterInfo, Untouched]]) -> None:
-    """Raises AdapterError: one of several adapters comes with changes of the base."""
-    problems = [
-        Problem(
-            Code.ADAPTER_CANNOT_SHARE,
-            f"cannot be loaded beside other adapters: {before.refusal or 'it changes weights or biases of the base'}",
-            str(adapter.files.path),
-            fix="use it alone",
-        )
-        for adapter, before in adapters
-        if before.refusal or before.values
-    ]
-    if problems:
-        raise AdapterError(problems)
-
-
-@torch.inference_mode()
-def _check_output(model: PeftModel, adapter: AdapterInfo, key: str, token: int) -> None:
-    """Compute the logits of one token: values in a configuration that PEFT does not check show only here.
-
-    Raises AdapterError: base and adapter fail, or give NaN or inf.
-    """
-    where, name = str(adapter.files.path), adapter.base.name_or_path
-    try:
-        if model.active_adapter != key:
-            model.set_adapter(key)
-        logits = model(input_ids=torch.tensor([[token]], device=model.device), use_cache=False).logits
-    except Exception as error:
-        what = f"cannot be computed with its base {name}: {error}"
-        raise AdapterError(Problem(Code.INFERENCE_FAILED, what, where)) from None
-    if not logits.isfinite().all():
-        raise AdapterError(Problem(Code.INFERENCE_NOT_FINITE, f"gives NaN or inf with its base {name}", where))
-
-
-@torch.inference_mode()
-def _takes_rows(model: PeftModel, keys: Sequence[str]) -> bool:
-    """Whether each layer of plain adapters is given the rows of a batch one by one, as a batch with a row for each
-    adapter shows."""
-    try:
-        with kernels.inference_lora(model, *map(_reader, keys), rows=range(len(keys))):
-            ids = torch.zeros(len(keys), len(keys) + 1, dtype=torch.long, device=model.device)
-            model(input_ids=ids, use_cache=False)
-    except kernels.RowsMixedError:
-        return False
-    return True

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from loratune.codes import Code
-from loratune.commands import inference, merge_check
+from loratune.commands import loading, merge_check
 from loratune.data import DatasetSplit, ProgressFactory
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
@@ -92,7 +92,7 @@ def merge(
     Raises:
         AdapterError: The adapter cannot be merged, has another base, or the merged model is not nearer to it than to
             its base.
-        ConfigError, ModelError, DataError, ResourceError, LockedError: See `output.staged`, `inference.load`, `texts`.
+        ConfigError, ModelError, DataError, ResourceError, LockedError: See `output.staged`, `loading.load`, `texts`.
     """
     check_machine(adapter.base)
     for line in attach.unknown_keys(adapter.files):
@@ -100,8 +100,8 @@ def merge(
     plan = loaded_merge.prepare(adapter, getattr(torch, dtype) if dtype else None)
     if plan.note:
         log(plan.note)
-    inference.check_base(adapter, adapter.base, plan.fingerprint(), log)
-    tokenizer = inference.load_tokenizer_of(adapter)
+    loading.check_base(adapter, adapter.base, plan.fingerprint(), log)
+    tokenizer = loading.load_tokenizer_of(adapter)
     vocabulary = plan.config.get_text_config().vocab_size
     renderer = Renderer(tokenizer, vocabulary)
     compared_on = export_texts.texts(adapter, renderer, vocabulary, split, watch)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from loratune import data, errors, memory
 from loratune.codes import Code
-from loratune.commands import inference
+from loratune.commands import loading
 from loratune.errors import AdapterError, LoratuneError, Problem, ResourceError, is_out_of_memory
 from loratune.export import loaded_merge
 from loratune.export.comparison import agreement
@@ -155,7 +155,7 @@ def compare_models(source: AdapterInfo, staging: Path, texts: Texts, dtype: str)
     Returns:
         `adapter` and `base`: how the merged model agrees with each, see `Agreement`; `dtype`.
     """
-    loaded = inference.load(replace(source, base=source.base.model_copy(update={"dtype": dtype})))
+    loaded = loading.load(replace(source, base=source.base.model_copy(update={"dtype": dtype})))
     device, context = loaded.model.device, load.context_length(loaded.model.config) or _MOST_TOKENS
     ids = [list(text)[: min(_MOST_TOKENS, context)] for text in texts.ids]
     if not texts.complete:

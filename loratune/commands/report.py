@@ -20,6 +20,7 @@ from loratune.lora.module_names import pattern, ranges
 
 if TYPE_CHECKING:
     from loratune.commands.evaluate import Score
+    from loratune.commands.export_request import Exported
     from loratune.commands.merge import Merged
     from loratune.commands.params import Params
     from loratune.commands.train import Plan, Result
@@ -258,3 +259,12 @@ def print_merged(merged: "Merged", as_json: bool) -> None:
             for name, one in (("base and adapter", found["adapter"]), ("base", found["base"]))
         ]
         print_table(["merged against", "largest logit difference", "KL (nats a token)", "same top-1"], rows)
+
+
+def print_exported(exported: "Exported", as_json: bool) -> None:
+    """What was written and compared, and what to type."""
+    if as_json:
+        print_json(exported.as_json())
+        return
+    lines = [("written", str(exported.directory)), *exported.lines]
+    print_block(f"exported for {exported.client}", [*lines, *(("type", command) for command in exported.commands)])

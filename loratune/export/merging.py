@@ -271,7 +271,7 @@ class StreamedMerge:
             kept.add(base, target, rounded)
         return rounded
 
-    def _convert(self, group: stored.Group, write: Write) -> Iterator[Kept]:
+    def _convert(self, group: stored.StoredGroup, write: Write) -> Iterator[Kept]:
         """Compute tensors that are stored in another form than the model has them in."""
         members = group.convert()
         for name, tensor in group.revert(dict(members)).items():

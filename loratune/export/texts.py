@@ -22,6 +22,12 @@ FIXED = (
     "Once upon a time, in a small village by the sea, there lived",
     "1, 1, 2, 3, 5, 8, 13,",
     "Translate to German: Good morning, how are you?",
+    "The opposite of cold is",
+    "Water boils at a temperature of",
+    "Write a haiku about the moon.",
+    "SELECT name FROM users WHERE",
+    "The three primary colours are",
+    "Why is the sky blue?",
 )
 """Texts for adapters whose training rows are not known."""
 

@@ -55,7 +55,7 @@ class Change(Protocol):
 
 
 @dataclass(frozen=True)
-class Replaced:
+class TrainedCopy:
     """A trained copy takes the parameter's place: `modules_to_save`, biases."""
 
     values: Tensor
@@ -167,7 +167,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Layer:
+class WholeLayer:
     """Whatever PEFT's own `merge` of the layer makes of its whole weight.
 
     Attributes:
@@ -221,7 +221,7 @@ def changes(base: nn.Module, files: AdapterFiles) -> dict[str, tuple[Change, ...
     found: dict[str, list[Change]] = {}
     for name, parameter in _base_parameters(model.get_base_model()):
         if not parameter.is_meta:
-            found.setdefault(name, []).append(Replaced(parameter.data))
+            found.setdefault(name, []).append(TrainedCopy(parameter.data))
     for path, module in model.get_base_model().named_modules():
         for name, change in _module_changes(_plain(path), module, files):
             found.setdefault(name, []).append(change)
@@ -283,7 +283,7 @@ def _module_changes(path: str, module: nn.Module, files: AdapterFiles) -> Iterat
     if isinstance(module, ModulesToSaveWrapper):
         saved = module.modules_to_save[ADAPTER]
         for name, tensor in (*saved.named_parameters(), *saved.named_buffers()):
-            yield f"{path}.{name}", Replaced(tensor.data)
+            yield f"{path}.{name}", TrainedCopy(tensor.data)
     elif isinstance(module, TrainableTokensLayer):
         values = module.trainable_tokens_delta[ADAPTER].data
         yield f"{path.removesuffix('.token_adapter')}.weight", Tokens(tuple(module.token_indices[ADAPTER]), values)
@@ -318,13 +318,13 @@ def _layer_changes(path: str, layer: Any, files: AdapterFiles) -> Iterator[tuple
 def _weight_change(layer: Any, variant: Any, init: str) -> Change:
     scaling: float = layer.scaling[ADAPTER]
     if init:
-        return Layer(layer, init)
+        return WholeLayer(layer, init)
     if isinstance(layer, Embedding):
         a, b = layer.lora_embedding_A[ADAPTER].data, layer.lora_embedding_B[ADAPTER].data
-        return Layer(layer) if variant is not None else LowRank(a.T, b.T, scaling)
+        return WholeLayer(layer) if variant is not None else LowRank(a.T, b.T, scaling)
     a, b = layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data
     if layer.fan_in_fan_out:
-        return Layer(layer) if variant is not None else LowRank(a.T, b.T, scaling)
+        return WholeLayer(layer) if variant is not None else LowRank(a.T, b.T, scaling)
     return LowRank(b, a, scaling, layer.lora_magnitude_vector[ADAPTER].weight.data if variant is not None else None)
 
 

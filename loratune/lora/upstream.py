@@ -6,7 +6,7 @@ that a release takes away.
 
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig as LoraConfig
 from peft.tuners.lora.bnb import Linear4bit as Linear4bit  # PEFT exports the class of no quantized layer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.integrations import dequantize_module_weight as dequantize_module_weight

@@ -2,7 +2,7 @@
 
 transformers may name, stack, split or permute tensors differently in memory than in the files. `open_stored` finds for
 each tensor of the model the stored ones that it comes from, and shows on shapes alone that the way back ends where it
-began; `Group.revert` shows the same on values.
+began; `StoredGroup.revert` shows the same on values.
 """
 
 import json
@@ -21,7 +21,7 @@ from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
 from loratune.model import checks, quantization
 from loratune.model.source import local_or_hub, summary
-from loratune.model.upstream import Layout
+from loratune.model.upstream import CheckpointLayout
 from loratune.system import tensor_files
 from loratune.system.tensor_files import Tensor
 
@@ -52,7 +52,7 @@ def values(tensor: Tensor, first: int = 0, rows: int | None = None) -> torch.Ten
 
 
 @dataclass(frozen=True)
-class Group:
+class StoredGroup:
     """Stored tensors that become tensors of the model together.
 
     Attributes:
@@ -64,7 +64,7 @@ class Group:
     first: str
     parts: Mapping[str, tuple[str | None, Tensor]]
     members: tuple[str, ...]
-    layout: Layout
+    layout: CheckpointLayout
 
     @property
     def is_converted(self) -> bool:
@@ -97,7 +97,7 @@ class StoredBase:
 
     directory: Path
     tensors: Mapping[str, Tensor]
-    groups: Mapping[str, Group]
+    groups: Mapping[str, StoredGroup]
     ties: tuple[tuple[str, ...], ...]
 
     def owner(self, name: str) -> str:
@@ -190,9 +190,9 @@ def file(section: ModelSection, name: str) -> Path | None:
         raise ModelError(Problem(Code.MODEL_DOWNLOAD_FAILED, what, section.name_or_path)) from None
 
 
-def _groups(stored: Mapping[str, Tensor], model: PreTrainedModel) -> tuple[dict[str, Group], list[str]]:
+def _groups(stored: Mapping[str, Tensor], model: PreTrainedModel) -> tuple[dict[str, StoredGroup], list[str]]:
     """The groups by the tensors of the model, and the stored tensors that it does not use."""
-    layout, shapes = Layout(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
+    layout, shapes = CheckpointLayout(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
     found: dict[str, dict[str, tuple[str | None, Tensor]]] = {}
     unused = []
     for name in layout.in_order(stored):
@@ -201,17 +201,19 @@ def _groups(stored: Mapping[str, Tensor], model: PreTrainedModel) -> tuple[dict[
             found.setdefault(target, {})[name] = pattern, stored[name]
         else:
             unused.append(name)
-    groups: dict[str, Group] = {}
+    groups: dict[str, StoredGroup] = {}
     for first, parts in found.items():
         members = _members(first, parts, layout)
         for member, shape in members.items():
             if shapes.get(member) != shape or member in groups:
                 raise NotStreamableError(f"its files hold {member} as {tuple(shape)}")
-        groups |= dict.fromkeys(members, Group(first, parts, tuple(members), layout))
+        groups |= dict.fromkeys(members, StoredGroup(first, parts, tuple(members), layout))
     return groups, unused
 
 
-def _members(first: str, parts: Mapping[str, tuple[str | None, Tensor]], layout: Layout) -> dict[str, torch.Size]:
+def _members(
+    first: str, parts: Mapping[str, tuple[str | None, Tensor]], layout: CheckpointLayout
+) -> dict[str, torch.Size]:
     """The names and shapes of what stored tensors become, tried on tensors without values, there and back."""
     if all(pattern is None for pattern, _ in parts.values()):
         if len(parts) > 1:
@@ -232,7 +234,7 @@ def _members(first: str, parts: Mapping[str, tuple[str | None, Tensor]], layout:
     return {name: tensor.shape for name, tensor in members.items()}
 
 
-def _ties(model: PreTrainedModel, groups: Mapping[str, Group]) -> Iterator[tuple[str, ...]]:
+def _ties(model: PreTrainedModel, groups: Mapping[str, StoredGroup]) -> Iterator[tuple[str, ...]]:
     """Names of each tensor that the model holds under several names, those that are stored first."""
     by_tensor: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

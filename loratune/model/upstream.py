@@ -99,7 +99,7 @@ def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
     return {name: state for name, state in states.items() if state is not None}
 
 
-class Layout:
+class CheckpointLayout:
     """How transformers makes the tensors of a model from those of a checkpoint, and back.
 
     Both are done within `from_pretrained` and `save_pretrained`, for a whole model that is in memory; of the documented

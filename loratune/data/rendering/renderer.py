@@ -57,7 +57,7 @@ class Renderer:
             self._sandbox = Sandbox(lambda timer: _ConversationRenderer(tokenizer, timer))
             end_tokens = self._in_sandbox(_ConversationRenderer.end_tokens, [])
             turn_ids = [id for token in end_tokens for id in self._encode.one(token)[-1:]]
-            self._starts_with_bos = self._adds_bos()
+            self.starts_with_bos = self._adds_bos()
         except TokenizerFailure as error:
             raise self._tokenizer_error(error, "") from None
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos, *turn_ids]))
@@ -113,6 +113,11 @@ class Renderer:
         self._check_ids([(where, ids)])
         return tuple(ids)
 
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """A prompt of messages as the chat template renders it. Raises DataError: the template refuses it."""
+        text: str = self._in_sandbox(_ConversationRenderer.prompt, [TemplateInput(messages, (), "messages")])
+        return text
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what decides the ids beside the code: tokenizer, special tokens, template, libraries.
@@ -136,7 +141,7 @@ class Renderer:
     def remark_on_bos(self, ids: Sequence[int]) -> str | None:
         """Returns a line about the beginning of a row without one BOS, where the tokenizer puts one before a text."""
         count = next((place for place, id in enumerate(ids) if id != self._bos), len(ids))
-        if not self._starts_with_bos or count == 1:
+        if not self.starts_with_bos or count == 1:
             return None
         name = self.tokenizer.bos_token
         return (
@@ -179,7 +184,7 @@ class Renderer:
 
     def _bos_before(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Returns the BOS, where the tokenizer begins with one and these ids do not."""
-        return (self._bos,) if self._starts_with_bos and [*ids[:1]] != [self._bos] else ()
+        return (self._bos,) if self.starts_with_bos and [*ids[:1]] != [self._bos] else ()
 
     @cached_property
     def _has_ids_beyond_model(self) -> bool:

@@ -1,0 +1,77 @@
+"""`loratune export`: what makes something of an adapter for other programs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loratune.cli.application import Assignments, Debug, Force, Json, app, check_paths, importing
+from loratune.codes import Code
+from loratune.commands.boundary import boundary
+from loratune.errors import ConfigError, Problem
+
+_CLIENTS = ("peft", "vllm", "gguf", "ollama")
+_TYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
+    to: Annotated[str, typer.Option("--to", metavar="CLIENT", help="peft, vllm, gguf or ollama.")],
+    output: Annotated[Path, typer.Option("--output", metavar="OUT", help="The directory to write.")],
+    merged: Annotated[
+        str | None, typer.Option("--merged", metavar="TYPE", help="One file of base and adapter: f32, f16, bf16, q8_0.")
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option("--llama-cpp", metavar="DIR", help="A checkout of llama.cpp, for its converters.")
+    ] = None,
+    base_gguf: Annotated[
+        Path | None, typer.Option("--base-gguf", metavar="FILE", help="A GGUF file of the base: its tokenizer is used.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Rows to compare on, in the format of training.")
+    ] = None,
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at OUT.")] = False,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter as another program reads it, read it back, and compare."""
+    with boundary(debug):
+        check_paths(adapter=adapter, output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
+        _check_client(to, merged, llama_cpp, base_gguf)
+        with importing():
+            from loratune.config import Source
+            from loratune.console import log, show_progress
+            from loratune.data import read_source
+            from loratune.export import output as outputs
+            from loratune.training import preflight
+
+        inputs = {"--adapter": adapter, "--llama-cpp": llama_cpp, "--base-gguf": base_gguf}
+        inputs["--data"] = Path(data) if data else None
+        read = {option: path for option, path in inputs.items() if path}
+        directory = outputs.check(output, overwrite=overwrite, inputs=read)
+        info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
+        split = read_source(Source(path=data), info.data, show_progress) if data else None
+
+        with importing():
+            from loratune.commands import report
+            from loratune.commands.export import export
+            from loratune.commands.export_request import ExportRequest, name_of
+
+        request = ExportRequest(to, name_of(directory), merged, llama_cpp, base_gguf)
+        result = export(info, directory, request, split, show_progress, log)
+        report.print_exported(result, as_json)
+
+
+def _check_client(to: str, merged: str | None, llama_cpp: Path | None, base_gguf: Path | None) -> None:
+    """Raises ConfigError: there is no such client or type, or an option is of no use for it."""
+    for option, value, choices in (("--to", to, _CLIENTS), ("--merged", merged, _TYPES)):
+        if value not in (None, *choices):
+            what, fix = f"{value} is not one of its values", f"choose {', '.join(choices)}"
+            raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key=option, fix=fix))
+    given = {"--merged": merged, "--llama-cpp": llama_cpp, "--base-gguf": base_gguf}
+    what = "only works with --to gguf and --to ollama"
+    if to in ("peft", "vllm") and (wrong := [option for option, value in given.items() if value is not None]):
+        raise ConfigError([Problem(Code.USAGE_NEEDS_OPTION, what, key=option) for option in wrong])

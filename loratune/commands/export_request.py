@@ -1,0 +1,112 @@
+"""What the ways of exporting an adapter share: what is wanted, what was made, and what is asked to compare."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratune.commands import card
+from loratune.commands.inference import LoadedAdapter
+from loratune.data import DatasetSplit
+from loratune.export.llama_cpp import ScoredAnswer
+from loratune.export.texts import FIXED, MOST_TEXTS
+from loratune.training.preflight import AdapterInfo
+from loratune.training.run_dir import RunDirectory
+
+_ANSWER = 16
+"""The longest answer that is asked for, in tokens."""
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What the user wants.
+
+    Attributes:
+        to: The client: peft, vllm, gguf or ollama.
+        name: What the client is to call the adapter.
+        merged: The type of the weights of a GGUF file of base and adapter; None for the adapter alone, or the default.
+        llama_cpp: A checkout of llama.cpp.
+        base_gguf: A GGUF file of the base.
+    """
+
+    to: str
+    name: str
+    merged: str | None = None
+    llama_cpp: Path | None = None
+    base_gguf: Path | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        directory: Where.
+        client: The program that it is for.
+        lines: What was compared and how it came out, as names and texts.
+        figures: The same by name, for JSON.
+        commands: What to type to use it.
+    """
+
+    directory: Path
+    client: str
+    lines: Sequence[tuple[str, str]]
+    figures: dict[str, Any]
+    commands: Sequence[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything by name."""
+        return {
+            "directory": str(self.directory), "client": self.client, "comparison": self.figures,
+            "commands": list(self.commands),
+        }  # fmt: skip
+
+
+def name_of(directory: RunDirectory) -> str:
+    """What the client is to call the adapter: the name of the output, of the characters that all clients take."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", directory.output.name).strip("-.") or "adapter"
+
+
+def in_float32(source: AdapterInfo) -> AdapterInfo:
+    """The adapter on its base in float32, where rounding does not hide a difference."""
+    return replace(source, base=source.base.model_copy(update={"dtype": "float32"}))
+
+
+def questions(loaded: LoadedAdapter, source: AdapterInfo, split: DatasetSplit | None) -> list[ScoredAnswer]:
+    """Prompts of the rows, or of the training rows and fixed ones, with the adapter's likeliest answers."""
+    rows = card.recorded_prompts(split, most=MOST_TEXTS) if split else [*source.files.record.get("prompts", ())]
+    if not split:
+        rows += [
+            {"messages": [{"role": "user", "content": text}]} if source.chat else {"prompt": text} for text in FIXED
+        ]
+    prompts = [
+        tuple(row["input_ids"])
+        if "input_ids" in row
+        else loaded.renderer.prompt(row["messages"] if "messages" in row else row["prompt"], "", row.get("tools") or ())
+        for row in rows
+    ]
+    answers = [loaded.complete([prompt], _ANSWER)[0] for prompt in prompts]
+    adapted = [_log_probabilities(loaded, *pair) for pair in zip(prompts, answers, strict=True)]
+    with loaded.without_adapter():
+        base = [_log_probabilities(loaded, *pair) for pair in zip(prompts, answers, strict=True)]
+    return [
+        ScoredAnswer({} if "input_ids" in row else row, prompt, answer, first, alone, second)
+        for row, prompt, answer, (first, second), (alone, _) in zip(rows, prompts, answers, adapted, base, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _log_probabilities(
+    loaded: LoadedAdapter, prompt: Sequence[int], answer: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """The log-probability of each token of an answer, and that of the likeliest other token."""
+    row = torch.tensor([[*prompt, *answer]], device=loaded.model.device)
+    logits = loaded.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].double().cpu()
+    chances = logits.log_softmax(-1)
+    tokens = torch.tensor(answer)[:, None]
+    own = chances.gather(1, tokens)[:, 0].tolist()
+    return own, chances.scatter(1, tokens, -torch.inf).amax(-1).tolist()

