@@ -176,6 +176,30 @@ def test_export_writes_a_whole_directory(trained: Path, tmp_path: Path, cli: Cal
     assert answers[0].out == answers[1].out and answers[1].code == 0
 
 
+def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    """One adapter at weight 1 is itself, and two halves of it are too: the sum of their changes."""
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    answer = cli("generate", "--adapter", trained, "--max-new-tokens", 4, "7 and 7 make")
+    for name, weights in (("one", "a:1.0"), ("halves", "a:0.5,b:0.5")):
+        mixed = ("--adapter", f"a={trained}", "--adapter", f"b={copy}", "--mix", weights)
+        ran = cli("export", *mixed, "--to", "peft", "--output", tmp_path / name, "--json")
+        assert ran.code == 0, ran.err
+        assert cli("generate", "--adapter", tmp_path / name, "--max-new-tokens", 4, "7 and 7 make").out == answer.out
+        record = json.loads((tmp_path / name / "loratune.json").read_text())
+        assert record["mix"] == dict(zip("ab", [float(part[2:]) for part in weights.split(",")], strict=False))
+    ran = cli(
+        "export", "--adapter", f"a={trained}", "--adapter", f"b={copy}", "--to", "peft", "--output", tmp_path / "x"
+    )
+    check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--mix"))
+    other = json.loads((copy / "loratune.json").read_text())
+    other["fingerprints"]["base"] = "2:" + "0" * 64
+    (copy / "loratune.json").write_text(json.dumps(other))
+    ran = cli("export", *mixed, "--to", "peft", "--output", tmp_path / "x")
+    check_refused(ran, 5, (Code.INFERENCE_OTHER_BASE, str(copy), ""))
+    assert not (tmp_path / "x").exists()
+
+
 def test_an_existing_output_is_replaced_only_if_it_is_an_export(
     trained: Path, tmp_path: Path, cli: Callable[..., Ran]
 ) -> None:

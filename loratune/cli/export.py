@@ -1,12 +1,14 @@
 """`loratune export`: what makes something of an adapter for other programs."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
-from loratune.cli.application import Assignments, Debug, Force, Json, app, check_paths, importing
+from loratune.cli.application import Debug, Force, Json, app, check_paths, importing
 from loratune.codes import Code
+from loratune.commands import selection
 from loratune.commands.boundary import boundary
 from loratune.errors import ConfigError, Problem
 
@@ -16,7 +18,9 @@ _TYPES = ("f32", "f16", "bf16", "q8_0")
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
+    adapters: Annotated[
+        list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="The adapter directory; several with --mix.")
+    ],
     to: Annotated[str, typer.Option("--to", metavar="CLIENT", help="peft, vllm, gguf or ollama.")],
     output: Annotated[Path, typer.Option("--output", metavar="OUT", help="The directory to write.")],
     merged: Annotated[
@@ -31,7 +35,9 @@ def export(
     data: Annotated[
         str | None, typer.Option("--data", metavar="FILE", help="Rows to compare on, in the format of training.")
     ] = None,
-    assignments: Assignments = [],  # noqa: B006  typer copies it
+    mix: Annotated[
+        str | None, typer.Option("--mix", metavar="NAME:WEIGHT,...", help="Export the weighted sum of adapters.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at OUT.")] = False,
     as_json: Json = False,
     force: Force = False,
@@ -39,8 +45,11 @@ def export(
 ) -> None:
     """Write an adapter as another program reads it, read it back, and compare."""
     with boundary(debug):
-        check_paths(adapter=adapter, output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
+        check_paths(output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
         _check_client(to, merged, llama_cpp, base_gguf)
+        selected = selection.parse(adapters, mix=mix)
+        if len(selected.directories) > 1 and not selected.mix:
+            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "several adapters are exported as a sum", key="--mix"))
         with importing():
             from loratune.config import Source
             from loratune.console import log, show_progress
@@ -48,20 +57,25 @@ def export(
             from loratune.export import output as outputs
             from loratune.training import preflight
 
-        inputs = {"--adapter": adapter, "--llama-cpp": llama_cpp, "--base-gguf": base_gguf}
-        inputs["--data"] = Path(data) if data else None
-        read = {option: path for option, path in inputs.items() if path}
-        directory = outputs.check(output, overwrite=overwrite, inputs=read)
-        info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
+        inputs = {f"--adapter {name}".strip(): path for name, path in selected.directories.items()}
+        options = {"--llama-cpp": llama_cpp, "--base-gguf": base_gguf, "--data": Path(data) if data else None}
+        inputs |= {option: path for option, path in options.items() if path}
+        directory = outputs.check(output, overwrite=overwrite, inputs=inputs)
+        opened = {name: preflight.open_adapter(path, log, forced=force) for name, path in selected.directories.items()}
+        info = next(iter(opened.values()))
         split = read_source(Source(path=data), info.data, show_progress) if data else None
 
         with importing():
-            from loratune.commands import report
+            from loratune.commands import loading, report
             from loratune.commands.export import export
             from loratune.commands.export_request import ExportRequest, name_of
 
-        request = ExportRequest(to, name_of(directory), merged, llama_cpp, base_gguf)
-        result = export(info, directory, request, split, show_progress, log)
+        request = ExportRequest(to, name_of(directory), merged, llama_cpp, base_gguf, selected.mix)
+        with TemporaryDirectory() as place:
+            if selected.mix:
+                weighted = [(opened[name], weight) for name, weight in selected.mix.items()]
+                info = loading.write_mixture(Path(place), weighted)
+            result = export(info, directory, request, split, show_progress, log)
         report.print_exported(result, as_json)
 
 

@@ -1,8 +1,8 @@
 """What the ways of exporting an adapter share: what is wanted, what was made, and what is asked to compare."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class ExportRequest:
         merged: The type of the weights of a GGUF file of base and adapter; None for the adapter alone, or the default.
         llama_cpp: A checkout of llama.cpp.
         base_gguf: A GGUF file of the base.
+        mix: Name → weight of the adapters whose sum is exported; empty for a single adapter.
     """
 
     to: str
@@ -38,6 +39,7 @@ class ExportRequest:
     merged: str | None = None
     llama_cpp: Path | None = None
     base_gguf: Path | None = None
+    mix: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

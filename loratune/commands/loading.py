@@ -1,5 +1,6 @@
 """Loading adapter directories for use: one base, checked to be theirs, and the adapters attached to it."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from loratune.commands.selection import Selection
 from loratune.config import ModelSection
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ModelError, Problem
+from loratune.export import output
 from loratune.lora import attach, mixture
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import PeftModel
@@ -90,6 +92,32 @@ def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> Lo
     base, check = _load_base(adapters, log)
     with TemporaryDirectory() as directory:
         return _attach_all(base, [(first, mixture.write(Path(directory), *mixed))], check)[0]
+
+
+def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]) -> AdapterInfo:
+    """Write the weighted sum of adapters as one adapter, with the tokenizer and the settings of the first.
+
+    Args:
+        directory: An empty directory.
+        weighted: Adapters of one base, each with its weight.
+
+    Raises:
+        AdapterError: As `mixture.mix`; the adapters record different bases, which is not forced.
+    """
+    first, recorded = weighted[0][0], [adapter.files.base_fingerprint for adapter, _ in weighted]
+    for (adapter, _), fingerprint in zip(weighted, recorded, strict=True):
+        is_same = fingerprint == recorded[0] if fingerprint and recorded[0] else adapter.files.base == first.files.base
+        if not is_same and not adapter.forced:
+            what, fix = f"was trained on another base than {first.files.path}", "mix adapters of one base"
+            raise AdapterError(Problem(Code.INFERENCE_OTHER_BASE, what, str(adapter.files.path), fix=fix))
+    files = mixture.write(directory, *mixture.mix([(adapter.files, weight) for adapter, weight in weighted]))
+    for path in (*output.tokenizer_files(first), *first.files.path.glob("run.yaml")):
+        place = directory / path.relative_to(first.files.path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    fingerprint = next(filter(None, recorded), None)
+    record = {"fingerprints": {"base": fingerprint}, "prompts": first.files.record.get("prompts", [])}
+    return replace(first, files=replace(files, record=record))
 
 
 def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> tuple[PreTrainedModel, Callable[[], None]]:

@@ -26,18 +26,10 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem
-from loratune.model import checks, fingerprints, quantization, upstream
+from loratune.model import checks, fingerprints, quantization, remote_code, upstream
 from loratune.model.base_files import Files, copy_mapped
 from loratune.model.base_files import original_weights as original_weights
-from loratune.model.source import (
-    KEY,
-    ModelSource,
-    check_directory_code,
-    check_hub_kernels,
-    check_repository_code,
-    local_or_hub,
-    locate,
-)
+from loratune.model.source import KEY, ModelSource, local_or_hub, locate
 from loratune.system import launcher
 from loratune.system.sandbox import is_rust_panic, run_with_time_limit
 
@@ -271,7 +263,7 @@ def _read_config(section: ModelSection, source: ModelSource) -> Any:
         config = AutoConfig.from_pretrained(source.name, **file, **origin)
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
         raise checks.unreadable(Code.MODEL_CONFIG_UNREADABLE, section, error) from None
-    check_hub_kernels(config, section.name_or_path)
+    remote_code.check_kernels(config, section.name_or_path)
     checks.check_decoder(config, section)
     record = quantization.record_of(config.to_dict())
     quantization.check_not_quantized(record, section.name_or_path, section.quantization)
@@ -289,9 +281,9 @@ def _trusted_origin(section: ModelSection) -> dict[str, Any]:
     """Revision and trust for `from_pretrained`, after a check that trusted files name no code of another repository."""
     name = local_or_hub(section.name_or_path)
     if section.trust_remote_code and Path(name).is_dir():
-        check_directory_code(Path(name))
+        remote_code.check_directory(Path(name))
     elif section.trust_remote_code:
-        check_repository_code(name, section.revision)
+        remote_code.check_repository(name, section.revision)
     return section.model_dump(include={"revision", "trust_remote_code"})
 
 
