@@ -212,7 +212,7 @@ def test_an_existing_output_is_replaced_only_if_it_is_an_export(
     ran = cli(*arguments, tmp_path / "mine", "--overwrite")
     check_refused(ran, 2, (Code.RUN_OVERWRITE_NO_ADAPTER, str(tmp_path / "mine"), "--output"))
     ran = cli(*arguments, trained, "--overwrite")
-    assert ran.code == 2 and f"[{Code.RUN_OVERWRITE_INPUT}]" in ran.err
+    check_refused(ran, 2, (Code.EXPORT_INSIDE_INPUT, str(trained), "--output"))
     assert {name: content for name, content in tree(tmp_path).items() if name.startswith("out/")} == before
     assert cli(*arguments, tmp_path / "out", "--overwrite").code == 0
 
@@ -284,8 +284,9 @@ def test_without_converters_it_is_said_how_to_get_them(
     trained: Path, tmp_path: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("export", "--adapter", trained, "--to", "gguf", "--output", tmp_path / "out")
-    ran = cli(*arguments, "--llama-cpp", tmp_path)
-    check_refused(ran, 2, (Code.EXPORT_NO_CONVERTER, str(tmp_path), "--llama-cpp"))
+    (tmp_path / "empty").mkdir()
+    ran = cli(*arguments, "--llama-cpp", tmp_path / "empty")
+    check_refused(ran, 2, (Code.EXPORT_NO_CONVERTER, str(tmp_path / "empty"), "--llama-cpp"))
     monkeypatch.setattr(converter, "_PACKAGE", "a_package_that_does_not_exist")
     with pytest.raises(ConfigError) as error:
         converter.find(None)

@@ -32,7 +32,7 @@ def check(named: Path, *, overwrite: bool, inputs: Mapping[str, Path]) -> RunDir
     """
     for name, path in inputs.items():
         if path.is_dir() and contains(path, named):
-            what, fix = f"lies in what the command reads ({name}: {path})", "choose another directory"
+            what, fix = f"is, or lies in, what the command reads ({name}: {path})", "choose another directory"
             raise ConfigError(Problem(Code.EXPORT_INSIDE_INPUT, what, str(named), EXPORT.key, fix))
     read = [(name, str(path)) for name, path in inputs.items()]
     return output_dir.check(str(named), overwrite=overwrite, inputs=read, kind=EXPORT)
