@@ -202,7 +202,7 @@ def straight(processes: ForkServer, config: Path, tmp_path: Path) -> bytes:
     return (tmp_path / "straight" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=SLOW)])
 def test_one_is_killed(
     rank: int, processes: ForkServer, run_config: MakeConfig, tmp_path: Path, undisturbed: bytes
 ) -> None:
@@ -500,7 +500,8 @@ def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir
     assert any("mlp.down_proj" in name for name in tensors) and all(one.isfinite().all() for one in tensors.values())
 
 
-@pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=[ZERO3, SLOW])])
+@SLOW
+@pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=ZERO3)])
 def test_a_base_that_is_spread_goes_on_to_the_same_bytes(
     how: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:

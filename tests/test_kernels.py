@@ -490,6 +490,7 @@ def test_acceleration_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch: 
         assert relative_rms(gradients, others) < 1e-5
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are traced, with the acceleration of a GPU; the machine's own code for them is a GPU's business."""
     monkeypatch.setattr(attention, "varlen_attn", torch.compiler.disable(row_by_row))

@@ -157,6 +157,7 @@ def test_a_fused_module_is_counted_once(tmp_path: Path) -> None:
     assert sum(group.trainable for group in counts.groups) == counts.count.trainable
 
 
+@pytest.mark.slow
 def test_70b_in_a_gigabyte(tmp_path: Path) -> None:
     directory = config_only(tmp_path, LlamaConfig(vocab_size=32000, **LLAMA_2_70B))
     command = [sys.executable, "-c", PEAK, sys.executable, "-m", "loratune", "params", "--model", directory, "--json"]

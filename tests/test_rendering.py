@@ -215,7 +215,7 @@ def test_an_end_that_is_spelt_out_is_not_doubled(real: Any) -> None:
     assert row == Renderer(real).row(Plain("", "a", " b"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:])])
 def test_long_prompts(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     """Only the last words are encoded twice, and texts over a million characters in pieces: the ids stay the same."""
     if name == "bytes":

@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cosine": {"training": {"lr_scheduler_type": "cosine", "warmup_steps": 3}},
     "checkpointed": {"training": {"activation_checkpointing": True}},
 }
-SOME = ("bfloat16", "evaluated on the way", "adafactor")
+SOME = ("bfloat16", "evaluated on the way")
 """`test_train.py` has float32 and packs."""
 
 
