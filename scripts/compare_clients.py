@@ -1,0 +1,186 @@
+"""What comes of an adapter in each program that can use it: a table of client x base family x variant of LoRA.
+
+    python scripts/compare_clients.py [FOLDER] [--families llama,phi3] [--vllm PYTHON]
+
+Bases are random, of each family's own class, with the tokenizer of SmolLM2; adapters are random too, and large enough
+to change what the base says. `merge` and `export` write, read back and compare, and their figures are the table's.
+llama.cpp needs `pip install '.[llama-cpp]'`, and vLLM an environment of its own, whose Python `--vllm` names and
+`scripts/check_vllm.py` makes. What a client refuses is shown by the code of the error.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from loratune.cli import app
+from loratune.console import print_table
+from loratune.errors import LoratuneError
+from loratune.export import converter
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "models" / "SmolLM2-135M-Instruct"
+GGUF = ROOT / "models" / "SmolLM2-135M-Instruct-GGUF"
+SIZE: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SIZE,
+    "qwen2": SIZE,
+    "qwen3": SIZE,
+    "mistral": SIZE,
+    "phi3": SIZE | {"pad_token_id": 0},
+    "gemma": SIZE,
+    "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 512, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": {key: SIZE[key] for key in SIZE if key not in ("num_key_value_heads", "head_dim")},
+    "qwen3_moe": SIZE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}
+TARGETS = {
+    "phi3": ["qkv_proj", "o_proj"], "gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"],
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rsLoRA": {"use_rslora": True},
+    "patterns": {"rank_pattern": {r"layers\.0\..*": 16}, "alpha_pattern": {r"layers\.1\..*": 3}},
+    "DoRA": {"use_dora": True},
+    "4bit base": {},
+}
+
+
+def write(folder: Path, family: str, variant: str) -> Path:
+    """A random base and a random adapter of it. Returns the adapter's directory."""
+    torch.manual_seed(0)
+    base = folder / "base"
+    if not base.exists():
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **FAMILIES[family])
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+        tokenizer.save_pretrained(base)
+    targets = TARGETS.get(family, ["q_proj", "v_proj", "o_proj"])
+    settings = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets, **VARIANTS[variant])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapter = folder / variant.replace(" ", "-")
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    if variant == "4bit base":
+        (adapter / "run.yaml").write_text(
+            f"model: {{name_or_path: {base}, quantization: 4bit}}\ndata: {{train: rows.jsonl}}\noutput_dir: {adapter}\n"
+        )
+    return adapter
+
+
+def run(*arguments: object) -> tuple[int, Any]:
+    """A command with --json: its exit code, and what it printed, or the code of its error."""
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            app([*map(str, arguments), "--json"], prog_name="loratune", standalone_mode=False)
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except Exception as error:
+            code = getattr(error, "exit_code", 1)
+    if code == 0 and out.getvalue().strip():
+        return 0, json.loads(out.getvalue())
+    errors = [line for line in err.getvalue().splitlines() if line.startswith("error:")]
+    print(*errors, sep="\n", file=sys.stderr)
+    return code, errors[0].rpartition("[")[2].partition("]")[0] if errors else f"exit {code}"
+
+
+def of_transformers(adapter: Path, out: Path) -> str:
+    """The merged model in stock transformers."""
+    code, said = run("merge", "--adapter", adapter, "--output", out, "--dtype", "float32")
+    if code:
+        return f"refused: {said}"
+    to_adapter, to_base = said["comparison"]["adapter"], said["comparison"]["base"]
+    return f"{to_adapter['largest']:.0e}, base {to_base['largest']:.1f}"
+
+
+def of_peft(adapter: Path, out: Path) -> str:
+    """The plain adapter in stock PEFT."""
+    code, said = run("export", "--adapter", adapter, "--to", "vllm", "--output", out)
+    return f"refused: {said}" if code else f"{said['comparison']['logits']:.0e}"
+
+
+def base_gguf(base: Path) -> tuple[object, ...]:
+    """The option that names the base as a GGUF file, with the tokenizer of SmolLM2's own; empty if there is none."""
+    file, tokenizer = base.with_name("base.gguf"), next(GGUF.glob("*.gguf"), None)
+    try:
+        if tokenizer is not None and not file.exists():
+            converter.model(converter.find(None), base, file, "f32", tokenizer)
+    except LoratuneError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+    return ("--base-gguf", file) if file.exists() else ()
+
+
+def of_llama_cpp(adapter: Path, out: Path, *options: str) -> str:
+    """The adapter, or the merged model, in llama.cpp."""
+    base = base_gguf(adapter.parent / "base")
+    code, said = run("export", "--adapter", adapter, "--to", "gguf", "--output", out, *options, *base)
+    if code:
+        return f"refused: {said}"
+    found = said["comparison"].get("llama.cpp")
+    return f"{found['mean']:.3f}, {found['share']:.1%}" if found else "not run"
+
+
+def of_vllm(adapter: Path, plain: Path, python: Path) -> str:
+    """The plain adapter in vLLM."""
+    if not plain.exists():
+        return "-"
+    command = [sys.executable, str(ROOT / "scripts" / "check_vllm.py"), "--adapter", str(adapter)]
+    command += ["--export", str(plain), "--venv", str(python.parents[1])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = dict(line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line)
+    if done.returncode > 1 or "modules applied" not in lines:
+        print(done.stdout, done.stderr[-2000:], file=sys.stderr)
+        return "does not run"
+    return f"{lines['modules applied'].strip()}; {lines['log-probabilities'].split()[0]}"
+
+
+def rows(folder: Path, families: list[str], variants: list[str], python: Path | None) -> Iterator[list[str]]:
+    """The table's rows: one for each family and variant."""
+    for family in families:
+        for variant in variants:
+            place = folder / family
+            adapter = write(place, family, variant)
+            out = {name: place / f"{adapter.name}.{name}" for name in ("merged", "plain", "gguf", "whole")}
+            cells = [of_transformers(adapter, out["merged"]), of_peft(adapter, out["plain"])]
+            cells += [of_llama_cpp(adapter, out["gguf"]), of_llama_cpp(adapter, out["whole"], "--merged", "f32")]
+            cells.append(of_vllm(adapter, out["plain"], python) if python else "-")
+            print(family, variant, *cells, sep=" | ", flush=True)
+            yield [family, variant, *cells]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        table = list(rows(folder, options.families.split(","), options.variants.split(","), options.vllm))
+    head = ["family", "variant", "transformers (merged)", "PEFT (plain)", "llama.cpp", "llama.cpp (merged)", "vLLM"]
+    print_table(head, table)
+
+
+if __name__ == "__main__":
+    main()
