@@ -89,13 +89,7 @@ def run(*arguments: object) -> tuple[int, Any]:
     """A command with --json: its exit code, and what it printed, or the code of its error."""
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        try:
-            app([*map(str, arguments), "--json"], prog_name="loratune", standalone_mode=False)
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except Exception as error:
-            code = getattr(error, "exit_code", 1)
+        code = app([*map(str, arguments), "--json"], prog_name="loratune", standalone_mode=False) or 0
     if code == 0 and out.getvalue().strip():
         return 0, json.loads(out.getvalue())
     errors = [line for line in err.getvalue().splitlines() if line.startswith("error:")]

@@ -403,6 +403,15 @@ def templated(tokenizer: Any, template: str) -> Any:
     return made
 
 
+@pytest.mark.parametrize(
+    ("choice", "tokens"),
+    [({}, []), ({"logprobs": None}, []), ({"logprobs": {"content": [{"id": 3}]}}, [{"id": 3}])],
+)
+def test_an_answer_of_llama_cpp_without_tokens(choice: dict[str, Any], tokens: list[dict[str, Any]]) -> None:
+    """One that ends at once, or whose bytes are not a whole character yet."""
+    assert llama_cpp._content(choice) == tokens
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_modelfile_renders_what_the_chat_template_renders(tokenizer: Any, family: str) -> None:
     made = templated(tokenizer, FAMILIES[family])

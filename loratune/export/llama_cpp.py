@@ -7,6 +7,7 @@ As a program, `python -m loratune.export.llama_cpp` reads a request as JSON from
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 
+_ERROR = re.compile(r"\w+(Error|Exception)\b")
 PACKAGE = "xllamacpp"
 INSTALL = "pip install 'loratune[llama-cpp]'"
 SHARE = (0.9, 1.1)
@@ -182,8 +184,9 @@ def _run(request: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:
             what = f"llama.cpp took longer than {seconds:.0f} s"
             raise AdapterError(Problem(Code.EXPORT_LLAMA_FAILED, what, str(request["model"]))) from None
         if done.returncode or not file.is_file():
-            last = " | ".join([line for line in done.stderr.splitlines() if line.strip()][-3:])
-            what = f"llama.cpp failed: {last or f'exit code {done.returncode}'}"
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            errors = [line for line in lines if _ERROR.match(line)]  # What llama.cpp logs as it ends comes after them.
+            what = f"llama.cpp failed: {' | '.join((errors or lines)[-3:]) or f'exit code {done.returncode}'}"
             raise AdapterError(Problem(Code.EXPORT_LLAMA_FAILED, what, str(request["model"])))
         said: list[dict[str, Any]] = json.loads(file.read_text())
         return said
@@ -219,17 +222,24 @@ class _Server:
     def log_probability(self, ids: Sequence[int], token: int) -> float:
         """That of one token after others."""
         for candidates in (_CANDIDATES, self._vocabulary):
-            answer = self._complete([*ids], 1, candidates)
-            tops = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            tops = self._first_token([*ids], candidates)["top_logprobs"]
             found = next((top["logprob"] for top in tops if top["id"] == token), None)
             if found is not None:
                 return float(found)
         return -math.inf
 
+    def _first_token(self, ids: Sequence[int], candidates: int) -> dict[str, Any]:
+        """What is said of the first token of an answer. It is held back until its bytes are whole characters."""
+        for tokens in (1, 8, 64):
+            content = _content(self._complete([*ids], tokens, candidates)["choices"][0])
+            if content:
+                return content[0]
+        raise RuntimeError("llama.cpp says nothing of the next token")
+
     def greedy(self, ids: Sequence[int], tokens: int) -> list[int]:
         """The likeliest answer of at most so many tokens, without the one that ends it."""
         choice = self._complete([*ids], tokens, 1)["choices"][0]
-        found = [int(token["id"]) for token in choice["logprobs"]["content"]]
+        found = [int(token["id"]) for token in _content(choice)]
         return found[:-1] if choice["finish_reason"] == "stop" else found
 
     def count(self, request: Mapping[str, Any]) -> int | None:
@@ -244,6 +254,11 @@ class _Server:
         else:
             return None
         return int(answer["usage"]["prompt_tokens"])
+
+
+def _content(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tokens of an answer; none where it is empty."""
+    return [*((choice.get("logprobs") or {}).get("content") or ())]
 
 
 def _answer(request: Mapping[str, Any]) -> list[dict[str, Any]]:
