@@ -94,7 +94,8 @@ class _Session:
     def run(self) -> None:
         """Until there are no more lines."""
         if self._terminal:
-            log(f"{self._talk.adapter.where}; /help lists what can be typed, Ctrl-D ends")
+            names = ", ".join(self._talk.names)
+            log(f"{names or self._talk.adapter.where}; /help lists what can be typed, Ctrl-D ends")
         for line in self._typed() if self._terminal else sys.stdin:
             if not line.strip():
                 continue
