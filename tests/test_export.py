@@ -192,6 +192,7 @@ def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli
         "export", "--adapter", f"a={trained}", "--adapter", f"b={copy}", "--to", "peft", "--output", tmp_path / "x"
     )
     check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--mix"))
+    assert "--mix sql:0.7,tone:0.3" in ran.err
     other = json.loads((copy / "loratune.json").read_text())
     other["fingerprints"]["base"] = "2:" + "0" * 64
     (copy / "loratune.json").write_text(json.dumps(other))

@@ -94,6 +94,14 @@ def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> Lo
         return _attach_all(base, [(first, mixture.write(Path(directory), *mixed))], check)[0]
 
 
+def copy_settings(adapter: AdapterInfo, directory: Path) -> None:
+    """Copy the tokenizer and the config of an adapter's run."""
+    for path in (*output.tokenizer_files(adapter), *adapter.files.path.glob("run.yaml")):
+        place = directory / path.relative_to(adapter.files.path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+
+
 def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]) -> AdapterInfo:
     """Write the weighted sum of adapters as one adapter, with the tokenizer and the settings of the first.
 
@@ -111,10 +119,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]
             what, fix = f"was trained on another base than {first.files.path}", "mix adapters of one base"
             raise AdapterError(Problem(Code.INFERENCE_OTHER_BASE, what, str(adapter.files.path), fix=fix))
     files = mixture.write(directory, *mixture.mix([(adapter.files, weight) for adapter, weight in weighted]))
-    for path in (*output.tokenizer_files(first), *first.files.path.glob("run.yaml")):
-        place = directory / path.relative_to(first.files.path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
+    copy_settings(first, directory)
     fingerprint = next(filter(None, recorded), None)
     record = {"fingerprints": {"base": fingerprint}, "prompts": first.files.record.get("prompts", [])}
     return replace(first, files=replace(files, record=record))
