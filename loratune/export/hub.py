@@ -85,10 +85,8 @@ def check_name(name: str, key: str = "") -> None:
         with suppress(errors.HFValidationError):
             validate_repo_id(name)
             return
-    what, fix = (
-        "not the name of a repository on the hub",
-        "give it as USER/NAME: letters, digits, and single - _ . within",
-    )
+    what = "not the name of a repository on the hub"
+    fix = "give it as USER/NAME, at most 96 letters and digits with single - _ . between them"
     raise ConfigError(Problem(Code.PUSH_BAD_NAME, what, name or "''", key, fix))
 
 
