@@ -48,7 +48,7 @@ def export_plain(
     """A plain LoRA directory."""
     files = source.files
     plain.check_plain(files, request.to)
-    meta = load.build_meta(load.load_config(source.base), source.base)
+    meta = _meta(source)
     adapter = plain.fold(files, [path for path, _ in meta.named_modules()])
     exact = in_float32(source)
     needed, free = 5 * sum(p.numel() for p in meta.parameters()), memory.available(load.device())
@@ -84,6 +84,12 @@ def export_plain(
     lines += [("rank", f"{adapter.rank}, lora_alpha {adapter.rank}"), *(("note", note) for note in adapter.notes)]
     commands = [_serve(source, directory, request, adapter.rank)] if request.to == "vllm" else []
     return Exported(directory.output, plain.CLIENTS[request.to], lines, figures, commands)
+
+
+def _meta(source: AdapterInfo) -> Any:
+    """The base without its weights."""
+    with loading.finding_base(source):
+        return load.build_meta(load.load_config(source.base), source.base)
 
 
 def _difference(share: float, whole: str) -> str:
@@ -131,7 +137,7 @@ def export_adapter(
     """The adapter as a GGUF file, for a GGUF file of its base."""
     files = source.files
     plain.check_plain(files, "gguf")
-    meta = load.build_meta(load.load_config(source.base), source.base)
+    meta = _meta(source)
     adapter = plain.fold(files, [path for path, _ in meta.named_modules()])
     gguf.check_layers(meta, patterns.adapted_modules(files.tensors), str(files.path))
     loaded = loading.load(in_float32(source), log)

@@ -1,7 +1,8 @@
 """Loading adapter directories for use: one base, checked to be theirs, and the adapters attached to it."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,21 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]
     return replace(first, files=replace(files, record=record))
 
 
+@contextmanager
+def finding_base(adapter: AdapterInfo) -> Iterator[None]:
+    """Let errors about the base that an adapter names say where to name another. Raises ModelError."""
+    try:
+        yield
+    except ModelError as error:
+        fix = f"if the base has moved, set base_model_name_or_path in {adapter.files.path / 'adapter_config.json'}"
+        raise ModelError(
+            [
+                replace(problem, key="", fix=f"{problem.fix}; {fix}" if problem.fix else fix)
+                for problem in error.problems
+            ]
+        ) from None
+
+
 def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> tuple[PreTrainedModel, Callable[[], None]]:
     """The base of the first adapter, and a check that it is that of all, by what it was before anything is attached.
 
@@ -132,17 +148,8 @@ def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> tuple[PreTrainedMod
     """
     first = adapters[0]
     check_machine(first.base)
-    path = first.files.path
-    try:
+    with finding_base(first):
         base = load_base(first.base)
-    except ModelError as error:
-        fix = f"if the base has moved, set base_model_name_or_path in {path / 'adapter_config.json'}"
-        raise ModelError(
-            [
-                replace(problem, key="", fix=f"{problem.fix}; {fix}" if problem.fix else fix)
-                for problem in error.problems
-            ]
-        ) from None
     prints: dict[bool, str] = {}  # whether in the first version → fingerprint
     checks: list[Callable[[], None]] = []
     for adapter in adapters:
