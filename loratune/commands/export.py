@@ -101,7 +101,9 @@ def _serve(source: AdapterInfo, directory: RunDirectory, request: ExportRequest,
     """The line that serves it with vLLM."""
     base, module = escaping.shell(source.base.name_or_path), escaping.shell(f"{request.name}={directory.output}")
     most = next((most for most in VLLM_RANKS if rank <= most), rank)
-    return f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {module}"
+    template = directory.output / gguf.TEMPLATE  # vLLM would take that of the base
+    rendering = f" --chat-template {escaping.shell(str(template))}" if source.chat and template.is_file() else ""
+    return f"vllm serve {base} --enable-lora --max-lora-rank {most}{rendering} --lora-modules {module}"
 
 
 def _within(ids: Sequence[Sequence[int]], vocabulary_size: int) -> list[Sequence[int]]:
