@@ -428,9 +428,13 @@ def test_another_base_is_refused(
     assert f"is {other} the base it was trained on?" in ran.err
 
 
-def test_a_base_that_is_gone_is_a_fault_of_the_model(copy: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+@pytest.mark.parametrize("command", [("generate", "x"), ("merge",), ("export", "--to", "peft")], ids=" ".join)
+def test_a_base_that_is_gone_is_a_fault_of_the_model(
+    command: tuple[str, ...], copy: Path, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
     configure(base_model_name_or_path=str(tmp_path / "gone"))(copy)
-    ran = cli("generate", "x", "--adapter", copy)
+    output = ("--output", tmp_path / "out") if command[0] != "generate" else ()
+    ran = cli(*command, "--adapter", copy, *output)
     check_refused(ran, 3, (Code.MODEL_NO_DIRECTORY, str(tmp_path / "gone"), ""))
     assert ran.out == "" and "if the base has moved, set base_model_name_or_path" in ran.err
 

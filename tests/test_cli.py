@@ -19,7 +19,8 @@ from loratune.training import output_dir, run_dir
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
 OLD = {"adapter_config.json": b'{"old": true}', "adapter_model.safetensors": b"old weights"}
-COMMANDS = ("train", "generate", "chat", "params", "evaluate")
+COMMANDS = ("train", "params", "evaluate", "generate", "chat", "merge", "export", "push")
+"""In the order in which the help lists them."""
 ONE_STEP = {"max_steps": 1}
 
 
@@ -54,6 +55,12 @@ def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
     assert ran.code == 0
     assert (__version__ if "--version" in arguments else "Usage: loratune") in ran.out
     assert heavy == set()
+
+
+def test_the_help_says_in_a_sentence_what_each_command_does(cli: Callable[..., Ran]) -> None:
+    listed = cli("--help").out.partition("Commands:\n")[2].splitlines()
+    assert tuple(line.split()[0] for line in listed) == COMMANDS
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
 
 
 @pytest.mark.parametrize("command", ["train", "params"])

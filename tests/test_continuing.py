@@ -401,6 +401,22 @@ def test_rows_that_are_not_the_old_ones_are_not_replayed(
     check_refused(ran, 5, (Code.DATA_REPLAY_UNKNOWN, str(first), "data.replay"))
 
 
+def test_an_export_has_no_rows_to_replay(
+    going_on: Make, run_config: MakeConfig, cli: Callable[..., Ran], tmp_path: Path
+) -> None:
+    """It has the run.yaml of the run that made its adapter, and not what that run recorded of its rows."""
+    first, exported = tmp_path / "one", tmp_path / "exported"
+    old = write_rows(tmp_path / "old.jsonl", OLD_ROWS)
+    settings = {"data": {"train": str(old)}, "training": {"max_steps": 2}, "output_dir": str(first)}
+    assert cli("train", run_config("one.yaml", **settings)).code == 0
+    assert cli("export", "--adapter", first, "--to", "peft", "--output", exported).code == 0
+    path = going_on(lora={"start_from": str(exported)}, data={"replay": 0.1}, output_dir=str(tmp_path / "two"))
+    check_refused(cli("train", path), 5, (Code.DATA_REPLAY_UNKNOWN, str(exported), "data.replay"))
+    ran = cli("train", path, "--set", "data.replay=null")
+    assert ran.code == 0, ran.err
+    assert "not measured: the adapter does not record the rows that it was trained on" in ran.out
+
+
 def test_rows_that_do_not_fit_are_not_replayed(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
     ran = cli("train", going_on(data={"replay": 0.5, "max_length": 12}))
     check_refused(ran, 2, (Code.DATA_REPLAY_TOO_LONG, "", "data.max_length"))

@@ -176,6 +176,20 @@ def test_export_writes_a_whole_directory(trained: Path, tmp_path: Path, cli: Cal
     assert answers[0].out == answers[1].out and answers[1].code == 0
 
 
+def test_a_conversation_is_served_with_the_template_of_training(
+    tmp_path: Path, tiny_dir: Path, cli: Callable[..., Ran]
+) -> None:
+    turns = [{"role": "user", "content": "7 and 7 make"}, {"role": "assistant", "content": "14"}]
+    rows = write_rows(tmp_path / "chats.jsonl", [{"messages": turns}] * 8)
+    config = config_in(tmp_path, tiny_dir)(data={"train": str(rows)}, training={"max_steps": 2})
+    assert cli("train", config, "--allow-worse").code == 0
+    out = tmp_path / "served"
+    ran = cli("export", "--adapter", tmp_path / "out", "--to", "vllm", "--output", out, "--json")
+    assert ran.code == 0, ran.err
+    (command,) = json.loads(ran.out)["commands"]
+    assert f" --chat-template {out / 'chat_template.jinja'} " in command and (out / "chat_template.jinja").is_file()
+
+
 def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
     """One adapter at weight 1 is itself, and two halves of it are too: the sum of their changes."""
     copy = tmp_path / "copy"
@@ -192,6 +206,7 @@ def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli
         "export", "--adapter", f"a={trained}", "--adapter", f"b={copy}", "--to", "peft", "--output", tmp_path / "x"
     )
     check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--mix"))
+    assert "--mix sql:0.7,tone:0.3" in ran.err
     other = json.loads((copy / "loratune.json").read_text())
     other["fingerprints"]["base"] = "2:" + "0" * 64
     (copy / "loratune.json").write_text(json.dumps(other))

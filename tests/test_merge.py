@@ -294,7 +294,7 @@ def test_the_command_compares_in_a_process_of_its_own(tmp_path: Path, tiny: Case
     result = json.loads(ran.out)
     found = result["comparison"]
     assert found["adapter"]["divergence"] < 1e-6 < found["base"]["divergence"]
-    assert found["texts"] == 1 and result["dtypes"] == ["bfloat16"]
+    assert found["texts"] == 1 and result["dtypes"] == ["bfloat16"] and result["compared_on"] == "1 row of rows.jsonl"
     assert 0.9 < result["kept"]["least"] <= result["kept"]["median"]
     record = json.loads((out / "loratune.json").read_text())
     assert record["kind"] == "merged model" and record["merge"]["comparison"] == found

@@ -253,6 +253,7 @@ def test_a_base_that_only_this_machine_has(trained: Path, state: State, push: Pu
     assert state.seen == []
     ran = push("--adapter", trained, ME, "--base", "who/absent")
     check_refused(ran, 3, (Code.MODEL_NO_REPOSITORY, "who/absent", "--base"))
+    assert "directory" not in ran.err
     assert set(state.repositories) == {BASE}
 
 
@@ -511,6 +512,13 @@ def test_no_network(adapter: Path, state: State, hub: Hub, home: Path) -> None:
     assert "unset HF_HUB_OFFLINE" in ran.err and state.seen == []
     ran = process("push", "--adapter", adapter, ME, **settings | {"HF_ENDPOINT": "http://127.0.0.1:9"})
     check_refused(ran, 8, (Code.PUSH_UNREACHABLE, ME, ""))
+
+
+def test_no_network_to_look_up_the_base(trained: Path, hub: Hub, home: Path) -> None:
+    settings = environment(hub, home) | {"HF_TOKEN": TOKEN, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    ran = process("push", "--adapter", trained, ME, "--base", BASE, **settings)
+    check_refused(ran, 8, (Code.PUSH_UNREACHABLE, BASE, "--base"))
+    assert "directory" not in ran.err and ran.err.endswith("; check the connection\n")
 
 
 def test_a_hub_without_xet(adapter: Path, state: State, hub: Hub, home: Path) -> None:

@@ -17,9 +17,15 @@ from loratune.console import escape_output
 from loratune.errors import ConfigError, Problem
 from loratune.system.files import path_problem
 
+_COMMANDS = ("train", "params", "evaluate", "generate", "chat", "merge", "export", "push")
 
-class _EscapedGroup(TyperGroup):
+
+class _Commands(TyperGroup):
     """The commands, with all that they print, usage errors too, escaped for the terminal."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names as the help lists them: in the order in which the commands are used."""
+        return sorted(super().list_commands(ctx), key=_COMMANDS.index)
 
     def main(self, *arguments: Any, **keywords: Any) -> Any:
         """Run a command as upstream does, with its output escaped."""
@@ -28,7 +34,7 @@ class _EscapedGroup(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_EscapedGroup,
+    cls=_Commands,
     help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
     no_args_is_help=True,
     add_completion=False,

@@ -94,7 +94,9 @@ class _Session:
     def run(self) -> None:
         """Until there are no more lines."""
         if self._terminal:
-            log(f"{self._talk.adapter.where}; /help lists what can be typed, Ctrl-D ends")
+            talk = self._talk
+            several = f", which is {talk.name} of {', '.join(talk.names)}" if talk.names[1:] else ""
+            log(f"{talk.adapter.where}{several}; /help lists what can be typed, Ctrl-D ends")
         for line in self._typed() if self._terminal else sys.stdin:
             if not line.strip():
                 continue

@@ -43,13 +43,14 @@ def export(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write an adapter as another program reads it, read it back, and compare."""
+    """Write an adapter for vLLM, llama.cpp, Ollama or PEFT. It is read back as they do, and compared."""
     with boundary(debug):
         check_paths(output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
         _check_client(to, merged, llama_cpp, base_gguf)
         selected = selection.parse(adapters, mix=mix)
         if len(selected.directories) > 1 and not selected.mix:
-            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "several adapters are exported as a sum", key="--mix"))
+            what, fix = "several adapters are exported as one, their sum", "give weights, like --mix sql:0.7,tone:0.3"
+            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, what, key="--mix", fix=fix))
         with importing():
             from loratune.config import Source
             from loratune.console import log, show_progress

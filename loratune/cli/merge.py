@@ -31,7 +31,7 @@ def merge(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Merge an adapter into its base: a model for programs that know nothing of adapters."""
+    """Merge an adapter into its base, as one model. It is read back, and compared with the adapter and the base."""
     with boundary(debug, memory_fix="free memory, or merge on a larger machine"):
         check_paths(adapter=adapter, output=out, data=data)
         with importing():

@@ -22,7 +22,7 @@ def push(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Upload an adapter to the hub in one commit, without paths of this machine, and compare what is there then."""
+    """Upload an adapter to the hub. In one commit, without paths of this machine; what is there then is compared."""
     with boundary(debug):
         check_paths(adapter=adapter)
         with importing():

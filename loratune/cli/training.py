@@ -90,7 +90,7 @@ def params(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Count what would be trained, from the model's configuration alone: no weights are loaded or downloaded."""
+    """Count what would be trained, and the memory it takes. No weights of the base are loaded or downloaded."""
     with boundary(debug):
         if sum(value is not None for value in (config_file, model, adapter)) != 1:
             raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of CONFIG, --model and --adapter"))

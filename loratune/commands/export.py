@@ -48,7 +48,7 @@ def export_plain(
     """A plain LoRA directory."""
     files = source.files
     plain.check_plain(files, request.to)
-    meta = load.build_meta(load.load_config(source.base), source.base)
+    meta = _meta(source)
     adapter = plain.fold(files, [path for path, _ in meta.named_modules()])
     exact = in_float32(source)
     needed, free = 5 * sum(p.numel() for p in meta.parameters()), memory.available(load.device())
@@ -63,39 +63,47 @@ def export_plain(
         gc.collect()
     with output.staged(directory, file_bytes(adapter.tensors) + (1 << 20), "the adapter") as staging:
         adapter.write(staging)
-        for path in (*output.tokenizer_files(source), *files.path.glob("run.yaml")):
-            (staging / path.relative_to(files.path)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, staging / path.relative_to(files.path))
+        loading.copy_settings(source, staging)
         figures["tensors"] = plain.check_tensors(files, staging)
-        lines = [("each ΔW", f"equal to {figures['tensors']:.0e} of itself, {figures['modules']} modules")]
+        lines = [("each ΔW", f"{_difference(figures['tensors'], 'its norm')}, {figures['modules']} modules")]
         fingerprint = files.base_fingerprint
         if expected:
             base = load.load_base(exact.base)
             fingerprint = fingerprint or fingerprints.fingerprint(base)
             found = _logits(tensors.stock(base, staging), ids)
             figures |= {"texts": compared.origin, "logits": plain.check_logits(files, expected, found)}
-            lines.append(("in PEFT", f"logits equal to {figures['logits']:.0e} of the largest, {compared.origin}"))
+            difference = _difference(figures["logits"], "the largest")
+            lines.append(("in PEFT", f"logits {difference}, on {compared.origin}"))
         else:
             figures["logits"] = None
             need = f"the base in float32 needs {format_size(needed)}, {format_size(free)} are free"
             lines.append(("in PEFT", f"not compared: {need}"))
-        details = {
-            "comparison": figures,
-            "chat": source.chat,
-            "fingerprints": {"base": fingerprint},
-            "mix": dict(request.mix),
-        }
+        details = {"comparison": figures, "chat": source.chat, "mix": dict(request.mix)}
+        details["fingerprints"] = {"base": fingerprint}
         output.write_record(staging, f"plain LoRA for {plain.CLIENTS[request.to]}", source, details)
     lines += [("rank", f"{adapter.rank}, lora_alpha {adapter.rank}"), *(("note", note) for note in adapter.notes)]
     commands = [_serve(source, directory, request, adapter.rank)] if request.to == "vllm" else []
     return Exported(directory.output, plain.CLIENTS[request.to], lines, figures, commands)
 
 
+def _meta(source: AdapterInfo) -> Any:
+    """The base without its weights."""
+    with loading.finding_base(source):
+        return load.build_meta(load.load_config(source.base), source.base)
+
+
+def _difference(share: float, whole: str) -> str:
+    """How far two things differ, for the user. share: of the whole."""
+    return f"equal to within {share:.0e} of {whole}" if share else "equal"
+
+
 def _serve(source: AdapterInfo, directory: RunDirectory, request: ExportRequest, rank: int) -> str:
     """The line that serves it with vLLM."""
     base, module = escaping.shell(source.base.name_or_path), escaping.shell(f"{request.name}={directory.output}")
     most = next((most for most in VLLM_RANKS if rank <= most), rank)
-    return f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {module}"
+    template = directory.output / gguf.TEMPLATE  # vLLM would take that of the base
+    rendering = f" --chat-template {escaping.shell(str(template))}" if source.chat and template.is_file() else ""
+    return f"vllm serve {base} --enable-lora --max-lora-rank {most}{rendering} --lora-modules {module}"
 
 
 def _within(ids: Sequence[Sequence[int]], vocabulary_size: int) -> list[Sequence[int]]:
@@ -131,7 +139,7 @@ def export_adapter(
     """The adapter as a GGUF file, for a GGUF file of its base."""
     files = source.files
     plain.check_plain(files, "gguf")
-    meta = load.build_meta(load.load_config(source.base), source.base)
+    meta = _meta(source)
     adapter = plain.fold(files, [path for path, _ in meta.named_modules()])
     gguf.check_layers(meta, patterns.adapted_modules(files.tensors), str(files.path))
     loaded = loading.load(in_float32(source), log)

@@ -1,7 +1,8 @@
 """Loading adapter directories for use: one base, checked to be theirs, and the adapters attached to it."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,14 @@ def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> Lo
         return _attach_all(base, [(first, mixture.write(Path(directory), *mixed))], check)[0]
 
 
+def copy_settings(adapter: AdapterInfo, directory: Path) -> None:
+    """Copy the tokenizer and the config of an adapter's run."""
+    for path in (*output.tokenizer_files(adapter), *adapter.files.path.glob("run.yaml")):
+        place = directory / path.relative_to(adapter.files.path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+
+
 def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]) -> AdapterInfo:
     """Write the weighted sum of adapters as one adapter, with the tokenizer and the settings of the first.
 
@@ -111,13 +120,25 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]
             what, fix = f"was trained on another base than {first.files.path}", "mix adapters of one base"
             raise AdapterError(Problem(Code.INFERENCE_OTHER_BASE, what, str(adapter.files.path), fix=fix))
     files = mixture.write(directory, *mixture.mix([(adapter.files, weight) for adapter, weight in weighted]))
-    for path in (*output.tokenizer_files(first), *first.files.path.glob("run.yaml")):
-        place = directory / path.relative_to(first.files.path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
+    copy_settings(first, directory)
     fingerprint = next(filter(None, recorded), None)
     record = {"fingerprints": {"base": fingerprint}, "prompts": first.files.record.get("prompts", [])}
     return replace(first, files=replace(files, record=record))
+
+
+@contextmanager
+def finding_base(adapter: AdapterInfo) -> Iterator[None]:
+    """Let errors about the base that an adapter names say where to name another. Raises ModelError."""
+    try:
+        yield
+    except ModelError as error:
+        fix = f"if the base has moved, set base_model_name_or_path in {adapter.files.path / 'adapter_config.json'}"
+        raise ModelError(
+            [
+                replace(problem, key="", fix=f"{problem.fix}; {fix}" if problem.fix else fix)
+                for problem in error.problems
+            ]
+        ) from None
 
 
 def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> tuple[PreTrainedModel, Callable[[], None]]:
@@ -127,17 +148,8 @@ def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> tuple[PreTrainedMod
     """
     first = adapters[0]
     check_machine(first.base)
-    path = first.files.path
-    try:
+    with finding_base(first):
         base = load_base(first.base)
-    except ModelError as error:
-        fix = f"if the base has moved, set base_model_name_or_path in {path / 'adapter_config.json'}"
-        raise ModelError(
-            [
-                replace(problem, key="", fix=f"{problem.fix}; {fix}" if problem.fix else fix)
-                for problem in error.problems
-            ]
-        ) from None
     prints: dict[bool, str] = {}  # whether in the first version → fingerprint
     checks: list[Callable[[], None]] = []
     for adapter in adapters:

@@ -97,7 +97,8 @@ def merge(
     check_machine(adapter.base)
     for line in attach.unknown_keys(adapter.files):
         log(line)
-    plan = loaded_merge.prepare(adapter, getattr(torch, dtype) if dtype else None)
+    with loading.finding_base(adapter):
+        plan = loaded_merge.prepare(adapter, getattr(torch, dtype) if dtype else None)
     if plan.note:
         log(plan.note)
     loading.check_base(adapter, adapter.base, plan.fingerprint(), log)

@@ -8,6 +8,7 @@ would be read beside the adapter. So what is downloaded afterwards is this adapt
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -17,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, and exported lazily
 
 from loratune.codes import Code
-from loratune.errors import AdapterError, ConfigError, ModelError, Problem
+from loratune.errors import AdapterError, ConfigError, ModelError, Problem, ResourceError
 from loratune.export import local_paths
 from loratune.export.hub_errors import LOGIN, explained, without
 from loratune.export.local_paths import CARD, PortableCopy
@@ -80,15 +81,13 @@ class Upload:
 
 def check_name(name: str, key: str = "") -> None:
     """Raises ConfigError: this cannot be the name of a repository, with its owner. key: the option that gives it."""
-    try:
-        validate_repo_id(name)
-        if name.count("/") == 1:
+    if name.count("/") == 1:
+        with suppress(errors.HFValidationError):
+            validate_repo_id(name)
             return
-        reason = "has no owner"
-    except errors.HFValidationError as error:
-        reason = str(error).replace(f": '{name}'", "").rstrip(".")
-    fix = "give it as USER/NAME, of letters, digits, - _ and ."
-    raise ConfigError(Problem(Code.PUSH_BAD_NAME, f"not the name of a repository: {reason}", name, key, fix))
+    what = "not the name of a repository on the hub"
+    fix = "give it as USER/NAME, at most 96 letters and digits with single - _ . between them"
+    raise ConfigError(Problem(Code.PUSH_BAD_NAME, what, name or "''", key, fix))
 
 
 def base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
@@ -101,6 +100,7 @@ def base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
     Raises:
         ConfigError: The base is only a path, and no id is given; or another id than that of the adapter.
         ModelError: The hub has no such model.
+        ResourceError: The hub cannot be reached.
     """
     where, key = str(adapter.path / CONFIG_FILE), "base_model_name_or_path"
     if not local_paths.is_local(adapter.base):
@@ -116,11 +116,14 @@ def base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
     recorded = adapter.record.get("base")
     file = recorded.get("gguf_file") if isinstance(recorded, dict) else None
     try:
-        source.check_repository(given, None, file if isinstance(file, str) else "config.json")
+        file = file if isinstance(file, str) else "config.json"
+        source.check_repository(given, None, file, perhaps_path=False)
     except ModelError as error:
         token = get_token() or ""
-        problems = [replace(one, what=without(one.what, token), key="--base") for one in error.problems]
-        raise ModelError(problems) from None
+        problem = replace(error.problems[0], what=without(error.problems[0].what, token), key="--base")
+        if problem.code is Code.MODEL_HUB_UNREACHABLE:
+            raise ResourceError(replace(problem, code=Code.PUSH_UNREACHABLE)) from None
+        raise ModelError(problem) from None
     return given
 
 

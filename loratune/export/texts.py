@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from loratune import data
@@ -69,11 +70,17 @@ def texts(
     if split is not None:
         rows = data.prepare(split, renderer, source.data, vocabulary_size, watch).rows
         ids = tuple(tuple(row.ids) for row in islice(rows.rows(), MOST_TEXTS))
-        return Texts(f"{_counted(len(ids), 'row')} of {split.name}", ids, complete=True)
+        return Texts(f"{_counted(len(ids), 'row')} of {_files(split)}", ids, complete=True)
     if prompts := _recorded(source, renderer):
         return Texts(f"{_counted(len(prompts), 'prompt')} of the training rows", prompts, complete=False)
     fixed = tuple(renderer.prompt(text, "") for text in FIXED)
     return Texts(f"{len(fixed)} fixed texts", fixed, complete=False)
+
+
+def _files(split: DatasetSplit) -> str:
+    """The files of the user's rows, without their directories, as the record and the card of an export name them."""
+    names = [Path(file.source.name).name for file in split.index.files]
+    return names[0] if len(names) == 1 else _counted(len(names), "file")
 
 
 def _recorded(source: AdapterInfo, renderer: Renderer) -> tuple[tuple[int, ...], ...]:

@@ -103,13 +103,20 @@ def local_or_hub(name_or_path: str) -> str:
     return str(path.absolute()) if path.is_dir() else name_or_path
 
 
-def check_repository(name: str, revision: str | None, file: str = "config.json") -> None:
+def check_repository(name: str, revision: str | None, file: str = "config.json", *, perhaps_path: bool = True) -> None:
     """Determine why a model cannot be downloaded from the hub; transformers reports most reasons as one OSError.
+
+    Args:
+        name: The repository.
+        revision: A branch, tag or commit of it.
+        file: One that it must have.
+        perhaps_path: Whether the name might have been meant as the path of a directory.
 
     Raises:
         ModelError: No such repository, or it is gated; no such revision or file; offline and not cached.
     """
     fix, key = "", KEY
+    neither = "no such directory, and " if perhaps_path else ""
     try:
         if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return
@@ -120,7 +127,7 @@ def check_repository(name: str, revision: str | None, file: str = "config.json")
     except errors.RevisionNotFoundError:
         code, what, key = Code.MODEL_NO_REVISION, f"the repository has no revision {revision}", "model.revision"
     except errors.RepositoryNotFoundError:
-        code, what = Code.MODEL_NO_REPOSITORY, "no such directory, and no such repository on the hub"
+        code, what = Code.MODEL_NO_REPOSITORY, f"{neither}no such repository on the hub"
         fix = "check the name; private ones need `hf auth login`"
     except errors.EntryNotFoundError:
         if file == "config.json":
@@ -128,11 +135,11 @@ def check_repository(name: str, revision: str | None, file: str = "config.json")
         else:
             code, what, key = Code.MODEL_GGUF_NOT_FOUND, f"the repository has no {file}", gguf.KEY
     except errors.HFValidationError:
-        code, what = Code.MODEL_INVALID_ID, "no such directory, and not the id of a repository"
+        code, what = Code.MODEL_INVALID_ID, f"{neither}not the id of a repository"
     except Exception as error:  # whatever the network stack raises
         code = Code.MODEL_HUB_UNREACHABLE
-        what = f"no such directory; the hub cannot be reached and the model is not cached ({summary(error)})"
-        fix = "check the path, or the connection"
+        what = f"{neither}the hub cannot be reached and the model is not cached ({summary(error)})"
+        fix = f"check {'the path, or ' if perhaps_path else ''}the connection"
     else:
         return
     raise ModelError(Problem(code, what, name, key, fix))

@@ -169,7 +169,7 @@ def _earlier_rows(run: RunConfig, info: AdapterInfo, watch: ProgressFactory) -> 
     Raises AdapterError, DataError.
     """
     earlier, where = info.run, str(info.files.path)
-    if earlier is None or not info.files.record:
+    if earlier is None or not _records_rows(info):
         unknown = "the adapter does not record the rows that it was trained on"
         if run.data.replay is not None:
             fix = "leave data.replay out, and name the rows in data.train"
@@ -184,6 +184,12 @@ def _earlier_rows(run: RunConfig, info: AdapterInfo, watch: ProgressFactory) -> 
             fix = "put the rows back as they were, or leave data.replay out"
             raise DataError(Problem(Code.DATA_REPLAY_CHANGED, unknown, where, "data.replay", fix)) from None
         return None, f"the rows of the earlier run cannot be read: {Path(place).name}: {what}"  # in the card too
+
+
+def _records_rows(info: AdapterInfo) -> bool:
+    """Whether the adapter records what its rows were, as a run does; an export keeps the config of its run alone."""
+    fingerprints = info.files.record.get("fingerprints")
+    return isinstance(fingerprints, dict) and "data" in fingerprints
 
 
 def _check_sharding(run: RunConfig) -> None:
