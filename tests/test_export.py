@@ -21,9 +21,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError
-from loratune.export import converter, gguf, llama_cpp, ollama, plain
+from loratune.export import converter, gguf, llama_cpp, ollama, output, plain
 from loratune.export.llama_cpp import ScoredAnswer
-from loratune.lora.adapter_files import inspect
+from loratune.lora.adapter_files import inspect, manifest
+from loratune.training import preflight
 
 PATTERNS: dict[str, Any] = {
     "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj", "model.layers.1.self_attn.v_proj"],
@@ -174,6 +175,142 @@ def test_export_writes_a_whole_directory(trained: Path, tmp_path: Path, cli: Cal
         for path in (trained, tmp_path / "out")
     ]
     assert answers[0].out == answers[1].out and answers[1].code == 0
+
+
+def edited(adapter: Path, path: Path, files: dict[str, bytes], **record: Any) -> Path:
+    """A copy of an adapter with other files in it, and a record that knows of them."""
+    shutil.copytree(adapter, path)
+    for name, content in files.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(content)
+    values = json.loads((path / "loratune.json").read_text()) | {"files": manifest(path)} | record
+    (path / "loratune.json").write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [None, 3, "abc", {"a": 1}, [None], [{"prompt": 5}], [{"prompt": "\ud800"}], [{"input_ids": "abc"}],
+     [{"input_ids": ["a"]}], [{"input_ids": [-1]}], [{"input_ids": [264]}], [{"input_ids": [10**30]}],
+     [{"input_ids": [1.5]}], [{"input_ids": [True]}], [{"input_ids": [[1], [2]]}]],
+)  # fmt: skip
+def test_recorded_prompts_that_are_none_are_refused(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran], prompts: Any
+) -> None:
+    adapter = edited(trained, tmp_path / "a", {}, prompts=prompts)
+    ran = cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out")
+    check_refused(ran, 5, (Code.ADAPTER_INVALID_RECORD, str(adapter / "loratune.json"), "prompts"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "origin"),
+    [([{"input_ids": [1, 2]}] * 1000, "32 prompts of the training rows"), ([{"input_ids": []}], "12 fixed texts")],
+)
+def test_of_recorded_prompts_those_that_say_something_count(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran], prompts: Any, origin: str
+) -> None:
+    adapter = edited(trained, tmp_path / "a", {}, prompts=prompts)
+    ran = cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["comparison"]["texts"] == origin
+
+
+def test_only_the_tokenizer_comes_along(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    names = ("config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin", "evil.py", ".env",
+             "training_args.bin", "adapter_model.bin", "checkpoint-5/optimizer.pt")  # fmt: skip
+    settings = json.loads((trained / "tokenizer_config.json").read_text())
+    config = json.dumps({"model_type": "llama", "auto_map": {"AutoConfig": "evil.Evil"}}).encode()
+    files = dict.fromkeys(names, b"{}") | {
+        "config.json": config,
+        "words.tiktoken": b"",
+        "additional_chat_templates/tool.jinja": b"x",
+    }
+    own = {"adapter_config.json", "adapter_model.safetensors", "run.yaml", "loratune.json", "tokenizer.json",
+           "tokenizer_config.json", "chat_template.jinja", *files.keys() - {*names}}  # fmt: skip
+    adapter = edited(trained, tmp_path / "a", files)
+    assert cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out").code == 0
+    assert tree(tmp_path / "out").keys() == own
+    code = json.dumps(settings | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}).encode()
+    adapter = edited(trained, tmp_path / "b", files | {"tokenizer_config.json": code})
+    found = {path.name for path in output.tokenizer_files(preflight.open_adapter(adapter))}
+    assert "evil.py" in found and "config.json" not in found
+
+
+def test_a_base_is_not_replaced(trained: Path, tiny_dir: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    """Not even where it is itself an export, as a merged model is one."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    record = {"schema_version": 1, "kind": "merged model", "files": manifest(base)}
+    (base / "loratune.json").write_text(json.dumps(record))
+    adapter = Path(shutil.copytree(trained, tmp_path / "a"))
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    before = tree(base)
+    for output_dir in (base, base / "x"):
+        for adapters in (("--adapter", adapter), ("--adapter", f"a={adapter}", "--mix", "a:1")):
+            ran = cli("export", *adapters, "--to", "peft", "--output", output_dir, "--overwrite")
+            check_refused(ran, 2, (Code.EXPORT_INSIDE_INPUT, str(output_dir), "--output"))
+    assert tree(base) == before
+
+
+def halves(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if part in name}
+
+
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+BAD_TENSORS: dict[str, tuple[Change, Code]] = {
+    "none": (lambda _: {}, Code.ADAPTER_TENSORS_MISSING),
+    "only A": (lambda t: halves(t, "lora_A"), Code.ADAPTER_TENSORS_MISSING),
+    "only B": (lambda t: halves(t, "lora_B"), Code.ADAPTER_TENSORS_MISSING),
+    "an A alone": (lambda t: dict(sorted(t.items())[:-1]), Code.ADAPTER_TENSORS_MISSING),
+    "NaN": (lambda t: {name: tensor * torch.nan for name, tensor in t.items()}, Code.ADAPTER_NOT_FINITE),
+    "float8, NaN": (
+        lambda t: {name: (tensor * torch.nan).to(torch.float8_e4m3fn) for name, tensor in t.items()},
+        Code.ADAPTER_NOT_FINITE,
+    ),
+    "whole numbers": (lambda t: {name: tensor.int() for name, tensor in t.items()}, Code.ADAPTER_NOT_FLOAT),
+    "complex": (lambda t: {name: tensor.cfloat() for name, tensor in t.items()}, Code.ADAPTER_NOT_FLOAT),
+    "rank 0": (lambda t: {n: x[:0] if "A" in n else x[:, :0] for n, x in t.items()}, Code.CONFIG_ADAPTER_RANK),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_TENSORS)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_tensors_that_are_no_adapter_are_refused(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran], bad: str, mixed: bool
+) -> None:
+    change, code = BAD_TENSORS[bad]
+    adapter = Path(shutil.copytree(trained, tmp_path / "a"))
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(file)).items()}, file)
+    (adapter / "loratune.json").unlink()
+    named = ("--adapter", f"a={adapter}", "--mix", "a:1") if mixed else ("--adapter", adapter)
+    ran = cli("export", *named, "--to", "peft", "--output", tmp_path / "out")
+    assert ran.code == 5, ran.err
+    assert len(ran.errors) == 1 and f" [{code}]" in ran.errors[0] and ran.errors[0].startswith(str(adapter)), ran.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2])
+def test_other_dtypes_become_float32(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran], dtype: torch.dtype
+) -> None:
+    adapter = Path(shutil.copytree(trained, tmp_path / "a"))
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    (adapter / "loratune.json").unlink()
+    ran = cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / file.name).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("weights", ["a:1e300", "a:1e39,b:1e-300"])
+def test_a_sum_beyond_float32_is_refused(trained: Path, tmp_path: Path, cli: Callable[..., Ran], weights: str) -> None:
+    adapters = [Path(shutil.copytree(trained, tmp_path / name)) for name in "ab"]
+    named = ("--adapter", f"a={adapters[0]}", "--adapter", f"b={adapters[1]}", "--mix", weights)
+    ran = cli("export", *named, "--to", "peft", "--output", tmp_path / "out")
+    check_refused(ran, 5, (Code.ADAPTER_NOT_FINITE, str(adapters[0]), "--mix"))
 
 
 def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:

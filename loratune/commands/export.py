@@ -63,9 +63,7 @@ def export_plain(
         gc.collect()
     with output.staged(directory, file_bytes(adapter.tensors) + (1 << 20), "the adapter") as staging:
         adapter.write(staging)
-        for path in (*output.tokenizer_files(source), *files.path.glob("run.yaml")):
-            (staging / path.relative_to(files.path)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, staging / path.relative_to(files.path))
+        output.copy_tokenizer(source, staging, "run.yaml")
         figures["tensors"] = plain.check_tensors(files, staging)
         lines = [("each ΔW", f"equal to {figures['tensors']:.0e} of itself, {figures['modules']} modules")]
         fingerprint = files.base_fingerprint

@@ -1,6 +1,5 @@
 """Loading adapter directories for use: one base, checked to be theirs, and the adapters attached to it."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,10 +110,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]
             what, fix = f"was trained on another base than {first.files.path}", "mix adapters of one base"
             raise AdapterError(Problem(Code.INFERENCE_OTHER_BASE, what, str(adapter.files.path), fix=fix))
     files = mixture.write(directory, *mixture.mix([(adapter.files, weight) for adapter, weight in weighted]))
-    for path in (*output.tokenizer_files(first), *first.files.path.glob("run.yaml")):
-        place = directory / path.relative_to(first.files.path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
+    output.copy_tokenizer(first, directory, "run.yaml")
     fingerprint = next(filter(None, recorded), None)
     record = {"fingerprints": {"base": fingerprint}, "prompts": first.files.record.get("prompts", [])}
     return replace(first, files=replace(files, record=record))
