@@ -77,12 +77,8 @@ def export_plain(
             figures["logits"] = None
             need = f"the base in float32 needs {format_size(needed)}, {format_size(free)} are free"
             lines.append(("in PEFT", f"not compared: {need}"))
-        details = {
-            "comparison": figures,
-            "chat": source.chat,
-            "fingerprints": {"base": fingerprint},
-            "mix": dict(request.mix),
-        }
+        details = {"comparison": figures, "chat": source.chat, "mix": dict(request.mix)}
+        details["fingerprints"] = {"base": fingerprint}
         output.write_record(staging, f"plain LoRA for {plain.CLIENTS[request.to]}", source, details)
     lines += [("rank", f"{adapter.rank}, lora_alpha {adapter.rank}"), *(("note", note) for note in adapter.notes)]
     commands = [_serve(source, directory, request, adapter.rank)] if request.to == "vllm" else []

@@ -106,7 +106,7 @@ def tokenizer_files(source: AdapterInfo) -> Sequence[Path]:
 
 
 def copy_tokenizer(source: AdapterInfo, target: Path, *others: str) -> None:
-    """Copy the files of an adapter's tokenizer to another directory. others: further files to copy, if there are any."""
+    """Copy the files of an adapter's tokenizer to another directory. others: further files, where there are any."""
     path = source.files.path
     for file in (*tokenizer_files(source), *(path / name for name in others if (path / name).is_file())):
         place = target / file.relative_to(path)
