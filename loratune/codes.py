@@ -339,7 +339,10 @@ class Code(StrEnum):
         "run.overwrite_working_directory",
         "The directory to be replaced is, or holds, the working directory.",
     )
-    RUN_OVERWRITE_INPUT = "run.overwrite_input", "The directory to be replaced is, or holds, what the run reads."
+    RUN_OVERWRITE_INPUT = (
+        "run.overwrite_input",
+        "The output directory is, or holds, what the run reads, or lies in the adapter that it starts from.",
+    )
     RUN_OVERWRITE_NO_ADAPTER = "run.overwrite_no_adapter", "The directory to be replaced holds no adapter."
     RUN_OVERWRITE_OTHER_FILES = "run.overwrite_other_files", "The directory to be replaced also holds other files."
     RUN_OVERWRITE_READ_ONLY = "run.overwrite_read_only", "The directory to be replaced is, or holds, a read-only one."

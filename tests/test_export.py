@@ -16,6 +16,7 @@ from fork_server import ForkServer
 from go_template import ollama_prompt, parse_modelfile
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_gguf import write_gguf
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from loratune.codes import Code
@@ -446,6 +447,61 @@ def test_what_a_converter_says_is_passed_on(tmp_path: Path, says: str, code: Cod
         converter.model(converter.find(tmp_path), tmp_path, tmp_path / "out.gguf", "f16")
     assert [problem.code for problem in error.value.problems] == [code]
     assert "architecture OddForCausalLM" in str(error.value) or code != Code.EXPORT_ARCHITECTURE
+
+
+WRITES: dict[str, tuple[str, Code]] = {
+    "nothing": ("pass", Code.EXPORT_CONVERSION),
+    "a directory": ("out.mkdir()", Code.EXPORT_CONVERSION),
+    "a pipe": ("os.mkfifo(out)", Code.EXPORT_CONVERSION),
+    "a link": ("os.symlink('/etc/passwd', out)", Code.EXPORT_CONVERSION),
+    "an empty file": ("out.write_bytes(b'')", Code.EXPORT_DIFFERS),
+    "other bytes": ("out.write_bytes(b'GGUF' + b'\\xff' * 100)", Code.EXPORT_DIFFERS),
+    "a GGUF file without anything": (
+        "import gguf; w = gguf.GGUFWriter(out, 'llama'); w.add_string('adapter.lora.alpha', 'x')\n"
+        "w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()",
+        Code.EXPORT_DIFFERS,
+    ),
+}  # fmt: skip
+
+
+def converters_that(path: Path, do: str) -> Path:
+    """A checkout of llama.cpp, as far as `--llama-cpp` looks, whose converters do something else."""
+    path.mkdir()
+    for name in (converter.LORA, converter.MODEL):
+        head = "import os, pathlib, shutil, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1])\n"
+        (path / name).write_text(head + do)
+    return path
+
+
+@pytest.mark.parametrize("writes", WRITES)
+@pytest.mark.parametrize("options", [("gguf",), ("gguf", "--merged", "f16"), ("ollama",)], ids=" ".join)
+def test_what_a_converter_writes_is_read_back(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, writes: str, options: Any
+) -> None:
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    do, code = WRITES[writes]
+    checkout = converters_that(tmp_path / "llama.cpp", do)
+    ran = cli("export", "--adapter", trained, "--output", tmp_path / "out", "--llama-cpp", checkout, "--to", *options)
+    assert ran.code == 5 and len(ran.errors) == 1 and f" [{code}]" in ran.errors[0], ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+@pytest.mark.parametrize(("layers", "code"), [(2, 0), (1, 5)])
+def test_a_model_file_has_all_weights(
+    trained: Path, tmp_path: Path, tokenizer: Any, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch,
+    layers: int, code: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    file = write_gguf(
+        tmp_path / "made.gguf", tiny_llama(vocab_size=len(tokenizer), num_hidden_layers=layers), tokenizer
+    )
+    checkout = converters_that(tmp_path / "llama.cpp", f"shutil.copy({str(file)!r}, out)")
+    out = tmp_path / "out"
+    ran = cli(
+        "export", "--adapter", trained, "--output", out, "--llama-cpp", checkout, "--to", "gguf", "--merged", "f16"
+    )
+    assert ran.code == code, ran.err
+    assert out.exists() == (code == 0)
 
 
 def test_layers_that_llama_cpp_gets_wrong_are_refused() -> None:

@@ -209,14 +209,16 @@ def _convert_merged(
     if tokenizer:
         gguf.check_tokenizer(tokenizer, loaded.model.config.get_text_config().vocab_size)
     with _work(staging) as work:
-        tensors.merged(loaded.model, str(source.files.path)).save_pretrained(work)
+        merged = tensors.merged(loaded.model, str(source.files.path))
+        merged.save_pretrained(work)
         _write_tokenizer(work, loaded.tokenizer, source)
         converter.model(converters, work, file, request.merged or _TYPE, tokenizer)
+    figures: dict[str, Any] = {"type": request.merged or _TYPE, "tensors": gguf.check_model(file, _count(merged))}
     compared = None
     if llama_cpp.is_installed():
         compared = llama_cpp.compare(file, None, None, asked, loaded.renderer.end_ids)
     text = str(compared) if compared else f"not run: {llama_cpp.INSTALL}"
-    figures = {"type": request.merged or _TYPE, "llama.cpp": compared.as_json() if compared else None}
+    figures["llama.cpp"] = compared.as_json() if compared else None
     return file, [("weights", request.merged or _TYPE), ("llama.cpp", text)], figures
 
 
