@@ -216,7 +216,7 @@ class Code(StrEnum):
     MODEL_ENCODER_DECODER = "model.encoder_decoder", "The model is an encoder-decoder."
     MODEL_NOT_CAUSAL = "model.not_causal", "The model is not a causal language model."
     MODEL_WEIGHTS_DAMAGED = "model.weights_damaged", "A file of weights is damaged or cut off."
-    MODEL_WEIGHTS_CHANGED = "model.weights_changed", "A file of the model changed while it was being loaded."
+    MODEL_WEIGHTS_CHANGED = "model.weights_changed", "A file of the model changed while it was being read."
     MODEL_WEIGHTS_MISSING = "model.weights_missing", "The files lack tensors that config.json asks for."
     MODEL_WEIGHTS_EXTRA = "model.weights_extra", "The files hold more layers or biases than config.json asks for."
     MODEL_WEIGHTS_SHAPE = "model.weights_shape", "Tensors have another shape than config.json asks for."

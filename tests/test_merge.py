@@ -379,6 +379,25 @@ def test_a_damaged_file_of_the_base_is_named(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.export").exists()
 
 
+def test_a_base_that_changes_in_the_meantime_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of another model are in its place before the comparison, which would not know of the first ones."""
+    case = make(tmp_path, "llama", {}, shard="1GB")
+    tokenizer.save_pretrained(case.base)
+    file = case.base / "model.safetensors"
+
+    def replace_base(*arguments: Any) -> dict[str, Any]:
+        (tmp_path / "new").write_bytes(file.read_bytes()[::-1])
+        (tmp_path / "new").rename(file)
+        return Fails((0.1, 0.2))(*arguments)
+
+    monkeypatch.setattr(merge_check, "compare", replace_base)
+    ran = cli("merge", "--adapter", case.adapter, "--output", tmp_path / "out")
+    check_refused(ran, 3, (Code.MODEL_WEIGHTS_CHANGED, str(file), ""))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.export").exists()
+
+
 def test_another_base_is_refused_unless_forced(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
