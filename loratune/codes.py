@@ -216,7 +216,7 @@ class Code(StrEnum):
     MODEL_ENCODER_DECODER = "model.encoder_decoder", "The model is an encoder-decoder."
     MODEL_NOT_CAUSAL = "model.not_causal", "The model is not a causal language model."
     MODEL_WEIGHTS_DAMAGED = "model.weights_damaged", "A file of weights is damaged or cut off."
-    MODEL_WEIGHTS_CHANGED = "model.weights_changed", "A file of the model changed while it was being loaded."
+    MODEL_WEIGHTS_CHANGED = "model.weights_changed", "A file of the model changed while it was being read."
     MODEL_WEIGHTS_MISSING = "model.weights_missing", "The files lack tensors that config.json asks for."
     MODEL_WEIGHTS_EXTRA = "model.weights_extra", "The files hold more layers or biases than config.json asks for."
     MODEL_WEIGHTS_SHAPE = "model.weights_shape", "Tensors have another shape than config.json asks for."
@@ -339,7 +339,10 @@ class Code(StrEnum):
         "run.overwrite_working_directory",
         "The directory to be replaced is, or holds, the working directory.",
     )
-    RUN_OVERWRITE_INPUT = "run.overwrite_input", "The directory to be replaced is, or holds, what the run reads."
+    RUN_OVERWRITE_INPUT = (
+        "run.overwrite_input",
+        "The output directory is, or holds, what the run reads, or lies in the adapter that it starts from.",
+    )
     RUN_OVERWRITE_NO_ADAPTER = "run.overwrite_no_adapter", "The directory to be replaced holds no adapter."
     RUN_OVERWRITE_OTHER_FILES = "run.overwrite_other_files", "The directory to be replaced also holds other files."
     RUN_OVERWRITE_READ_ONLY = "run.overwrite_read_only", "The directory to be replaced is, or holds, a read-only one."

@@ -495,6 +495,8 @@ def test_the_adapter_it_starts_from_is_not_replaced(going_on: Make, cli: Callabl
     before = tree(tmp_path / "first")
     ran = cli("train", going_on(output_dir=str(tmp_path / "first")), "--overwrite")
     check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(tmp_path / "first"), "output_dir"))
+    ran = cli("train", going_on(output_dir=str(tmp_path / "first" / "second")))
+    check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(tmp_path / "first" / "second"), "output_dir"))
     assert tree(tmp_path / "first") == before
 
 

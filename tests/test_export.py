@@ -16,14 +16,16 @@ from fork_server import ForkServer
 from go_template import ollama_prompt, parse_modelfile
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_gguf import write_gguf
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError
-from loratune.export import converter, gguf, llama_cpp, ollama, plain
+from loratune.export import converter, gguf, llama_cpp, ollama, output, plain
 from loratune.export.llama_cpp import ScoredAnswer
-from loratune.lora.adapter_files import inspect
+from loratune.lora.adapter_files import inspect, manifest
+from loratune.training import preflight
 
 PATTERNS: dict[str, Any] = {
     "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj", "model.layers.1.self_attn.v_proj"],
@@ -190,6 +192,142 @@ def test_a_conversation_is_served_with_the_template_of_training(
     assert f" --chat-template {out / 'chat_template.jinja'} " in command and (out / "chat_template.jinja").is_file()
 
 
+def edited(adapter: Path, path: Path, files: dict[str, bytes], **record: Any) -> Path:
+    """A copy of an adapter with other files in it, and a record that knows of them."""
+    shutil.copytree(adapter, path)
+    for name, content in files.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(content)
+    values = json.loads((path / "loratune.json").read_text()) | {"files": manifest(path)} | record
+    (path / "loratune.json").write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [None, 3, "abc", {"a": 1}, [None], [{"prompt": 5}], [{"prompt": "\ud800"}], [{"input_ids": "abc"}],
+     [{"input_ids": ["a"]}], [{"input_ids": [-1]}], [{"input_ids": [264]}], [{"input_ids": [10**30]}],
+     [{"input_ids": [1.5]}], [{"input_ids": [True]}], [{"input_ids": [[1], [2]]}]],
+)  # fmt: skip
+def test_recorded_prompts_that_are_none_are_refused(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran], prompts: Any
+) -> None:
+    adapter = edited(trained, tmp_path / "a", {}, prompts=prompts)
+    ran = cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out")
+    check_refused(ran, 5, (Code.ADAPTER_INVALID_RECORD, str(adapter / "loratune.json"), "prompts"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "origin"),
+    [([{"input_ids": [1, 2]}] * 1000, "32 prompts of the training rows"), ([{"input_ids": []}], "12 fixed texts")],
+)
+def test_of_recorded_prompts_those_that_say_something_count(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran], prompts: Any, origin: str
+) -> None:
+    adapter = edited(trained, tmp_path / "a", {}, prompts=prompts)
+    ran = cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["comparison"]["texts"] == origin
+
+
+def test_only_the_tokenizer_comes_along(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    names = ("config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin", "evil.py", ".env",
+             "training_args.bin", "adapter_model.bin", "checkpoint-5/optimizer.pt")  # fmt: skip
+    settings = json.loads((trained / "tokenizer_config.json").read_text())
+    config = json.dumps({"model_type": "llama", "auto_map": {"AutoConfig": "evil.Evil"}}).encode()
+    files = dict.fromkeys(names, b"{}") | {
+        "config.json": config,
+        "words.tiktoken": b"",
+        "additional_chat_templates/tool.jinja": b"x",
+    }
+    own = {"adapter_config.json", "adapter_model.safetensors", "run.yaml", "loratune.json", "tokenizer.json",
+           "tokenizer_config.json", "chat_template.jinja", *files.keys() - {*names}}  # fmt: skip
+    adapter = edited(trained, tmp_path / "a", files)
+    assert cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out").code == 0
+    assert tree(tmp_path / "out").keys() == own
+    code = json.dumps(settings | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}).encode()
+    adapter = edited(trained, tmp_path / "b", files | {"tokenizer_config.json": code})
+    found = {path.name for path in output.tokenizer_files(preflight.open_adapter(adapter))}
+    assert "evil.py" in found and "config.json" not in found
+
+
+def test_a_base_is_not_replaced(trained: Path, tiny_dir: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    """Not even where it is itself an export, as a merged model is one."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    record = {"schema_version": 1, "kind": "merged model", "files": manifest(base)}
+    (base / "loratune.json").write_text(json.dumps(record))
+    adapter = Path(shutil.copytree(trained, tmp_path / "a"))
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    before = tree(base)
+    for output_dir in (base, base / "x"):
+        for adapters in (("--adapter", adapter), ("--adapter", f"a={adapter}", "--mix", "a:1")):
+            ran = cli("export", *adapters, "--to", "peft", "--output", output_dir, "--overwrite")
+            check_refused(ran, 2, (Code.EXPORT_INSIDE_INPUT, str(output_dir), "--output"))
+    assert tree(base) == before
+
+
+def halves(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if part in name}
+
+
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+BAD_TENSORS: dict[str, tuple[Change, Code]] = {
+    "none": (lambda _: {}, Code.ADAPTER_TENSORS_MISSING),
+    "only A": (lambda t: halves(t, "lora_A"), Code.ADAPTER_TENSORS_MISSING),
+    "only B": (lambda t: halves(t, "lora_B"), Code.ADAPTER_TENSORS_MISSING),
+    "an A alone": (lambda t: dict(sorted(t.items())[:-1]), Code.ADAPTER_TENSORS_MISSING),
+    "NaN": (lambda t: {name: tensor * torch.nan for name, tensor in t.items()}, Code.ADAPTER_NOT_FINITE),
+    "float8, NaN": (
+        lambda t: {name: (tensor * torch.nan).to(torch.float8_e4m3fn) for name, tensor in t.items()},
+        Code.ADAPTER_NOT_FINITE,
+    ),
+    "whole numbers": (lambda t: {name: tensor.int() for name, tensor in t.items()}, Code.ADAPTER_NOT_FLOAT),
+    "complex": (lambda t: {name: tensor.cfloat() for name, tensor in t.items()}, Code.ADAPTER_NOT_FLOAT),
+    "rank 0": (lambda t: {n: x[:0] if "A" in n else x[:, :0] for n, x in t.items()}, Code.CONFIG_ADAPTER_RANK),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_TENSORS)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_tensors_that_are_no_adapter_are_refused(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran], bad: str, mixed: bool
+) -> None:
+    change, code = BAD_TENSORS[bad]
+    adapter = Path(shutil.copytree(trained, tmp_path / "a"))
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(file)).items()}, file)
+    (adapter / "loratune.json").unlink()
+    named = ("--adapter", f"a={adapter}", "--mix", "a:1") if mixed else ("--adapter", adapter)
+    ran = cli("export", *named, "--to", "peft", "--output", tmp_path / "out")
+    assert ran.code == 5, ran.err
+    assert len(ran.errors) == 1 and f" [{code}]" in ran.errors[0] and ran.errors[0].startswith(str(adapter)), ran.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2])
+def test_other_dtypes_become_float32(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran], dtype: torch.dtype
+) -> None:
+    adapter = Path(shutil.copytree(trained, tmp_path / "a"))
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    (adapter / "loratune.json").unlink()
+    ran = cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / file.name).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("weights", ["a:1e300", "a:1e39,b:1e-300"])
+def test_a_sum_beyond_float32_is_refused(trained: Path, tmp_path: Path, cli: Callable[..., Ran], weights: str) -> None:
+    adapters = [Path(shutil.copytree(trained, tmp_path / name)) for name in "ab"]
+    named = ("--adapter", f"a={adapters[0]}", "--adapter", f"b={adapters[1]}", "--mix", weights)
+    ran = cli("export", *named, "--to", "peft", "--output", tmp_path / "out")
+    check_refused(ran, 5, (Code.ADAPTER_NOT_FINITE, str(adapters[0]), "--mix"))
+
+
 def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
     """One adapter at weight 1 is itself, and two halves of it are too: the sum of their changes."""
     copy = tmp_path / "copy"
@@ -324,6 +462,61 @@ def test_what_a_converter_says_is_passed_on(tmp_path: Path, says: str, code: Cod
         converter.model(converter.find(tmp_path), tmp_path, tmp_path / "out.gguf", "f16")
     assert [problem.code for problem in error.value.problems] == [code]
     assert "architecture OddForCausalLM" in str(error.value) or code != Code.EXPORT_ARCHITECTURE
+
+
+WRITES: dict[str, tuple[str, Code]] = {
+    "nothing": ("pass", Code.EXPORT_CONVERSION),
+    "a directory": ("out.mkdir()", Code.EXPORT_CONVERSION),
+    "a pipe": ("os.mkfifo(out)", Code.EXPORT_CONVERSION),
+    "a link": ("os.symlink('/etc/passwd', out)", Code.EXPORT_CONVERSION),
+    "an empty file": ("out.write_bytes(b'')", Code.EXPORT_DIFFERS),
+    "other bytes": ("out.write_bytes(b'GGUF' + b'\\xff' * 100)", Code.EXPORT_DIFFERS),
+    "a GGUF file without anything": (
+        "import gguf; w = gguf.GGUFWriter(out, 'llama'); w.add_string('adapter.lora.alpha', 'x')\n"
+        "w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()",
+        Code.EXPORT_DIFFERS,
+    ),
+}  # fmt: skip
+
+
+def converters_that(path: Path, do: str) -> Path:
+    """A checkout of llama.cpp, as far as `--llama-cpp` looks, whose converters do something else."""
+    path.mkdir()
+    for name in (converter.LORA, converter.MODEL):
+        head = "import os, pathlib, shutil, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1])\n"
+        (path / name).write_text(head + do)
+    return path
+
+
+@pytest.mark.parametrize("writes", WRITES)
+@pytest.mark.parametrize("options", [("gguf",), ("gguf", "--merged", "f16"), ("ollama",)], ids=" ".join)
+def test_what_a_converter_writes_is_read_back(
+    trained: Path, tmp_path: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, writes: str, options: Any
+) -> None:
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    do, code = WRITES[writes]
+    checkout = converters_that(tmp_path / "llama.cpp", do)
+    ran = cli("export", "--adapter", trained, "--output", tmp_path / "out", "--llama-cpp", checkout, "--to", *options)
+    assert ran.code == 5 and len(ran.errors) == 1 and f" [{code}]" in ran.errors[0], ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+@pytest.mark.parametrize(("layers", "code"), [(2, 0), (1, 5)])
+def test_a_model_file_has_all_weights(
+    trained: Path, tmp_path: Path, tokenizer: Any, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch,
+    layers: int, code: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    file = write_gguf(
+        tmp_path / "made.gguf", tiny_llama(vocab_size=len(tokenizer), num_hidden_layers=layers), tokenizer
+    )
+    checkout = converters_that(tmp_path / "llama.cpp", f"shutil.copy({str(file)!r}, out)")
+    out = tmp_path / "out"
+    ran = cli(
+        "export", "--adapter", trained, "--output", out, "--llama-cpp", checkout, "--to", "gguf", "--merged", "f16"
+    )
+    assert ran.code == code, ran.err
+    assert out.exists() == (code == 0)
 
 
 def test_layers_that_llama_cpp_gets_wrong_are_refused() -> None:

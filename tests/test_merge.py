@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -342,6 +343,59 @@ def test_an_output_is_replaced_only_if_it_is_one_of_ours(
         ran = cli(*arguments, path, "--overwrite")
         check_refused(ran, 2, (Code.EXPORT_INSIDE_INPUT, str(path), "--output"))
     assert (tree(tiny.base), tree(tiny.adapter)) == before
+
+
+def test_nothing_of_the_adapter_takes_the_place_of_the_model(
+    tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_check, "compare", Fails((0.1, 0.2)))
+    clean, strange = tmp_path / "clean", tmp_path / "strange"
+    assert cli("merge", "--adapter", tiny.adapter, "--output", clean).code == 0
+    adapter = Path(shutil.copytree(tiny.adapter, tmp_path / "adapter"))
+    for path in (*tiny.base.glob("tokenizer*"), *tiny.base.glob("*.jinja")):
+        shutil.copy(path, adapter)
+    for name in ("config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py"):
+        (adapter / name).write_text("{}")
+    config = json.loads((tiny.base / "config.json").read_text()) | {
+        "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}
+    }
+    (adapter / "config.json").write_text(json.dumps(config))
+    assert cli("merge", "--adapter", adapter, "--output", strange).code == 0
+    own = {"loratune.json", "README.md", "tokenizer_config.json", "chat_template.jinja"}
+    assert {n: c for n, c in tree(strange).items() if n not in own} == {
+        n: c for n, c in tree(clean).items() if n not in own
+    }
+
+
+@pytest.mark.parametrize("content", ["[1]", "{bad", "[" * 100_000])
+def test_a_damaged_file_of_the_base_is_named(
+    tmp_path: Path, tiny: Case, tokenizer: PreTrainedTokenizerFast, cli: Callable[..., Ran], content: str
+) -> None:
+    case = make(tmp_path, "llama", {})
+    tokenizer.save_pretrained(case.base)
+    (case.base / "generation_config.json").write_text(content)
+    ran = cli("merge", "--adapter", case.adapter, "--output", tmp_path / "out")
+    check_refused(ran, 3, (Code.MODEL_CONFIG_UNREADABLE, str(case.base / "generation_config.json"), ""))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.export").exists()
+
+
+def test_a_base_that_changes_in_the_meantime_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of another model are in its place before the comparison, which would not know of the first ones."""
+    case = make(tmp_path, "llama", {}, shard="1GB")
+    tokenizer.save_pretrained(case.base)
+    file = case.base / "model.safetensors"
+
+    def replace_base(*arguments: Any) -> dict[str, Any]:
+        (tmp_path / "new").write_bytes(file.read_bytes()[::-1])
+        (tmp_path / "new").rename(file)
+        return Fails((0.1, 0.2))(*arguments)
+
+    monkeypatch.setattr(merge_check, "compare", replace_base)
+    ran = cli("merge", "--adapter", case.adapter, "--output", tmp_path / "out")
+    check_refused(ran, 3, (Code.MODEL_WEIGHTS_CHANGED, str(file), ""))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.export").exists()
 
 
 def test_another_base_is_refused_unless_forced(

@@ -56,13 +56,16 @@ def export(
             from loratune.console import log, show_progress
             from loratune.data import read_source
             from loratune.export import output as outputs
+            from loratune.model.source import local_or_hub
             from loratune.training import preflight
 
         inputs = {f"--adapter {name}".strip(): path for name, path in selected.directories.items()}
         options = {"--llama-cpp": llama_cpp, "--base-gguf": base_gguf, "--data": Path(data) if data else None}
         inputs |= {option: path for option, path in options.items() if path}
-        directory = outputs.check(output, overwrite=overwrite, inputs=inputs)
         opened = {name: preflight.open_adapter(path, log, forced=force) for name, path in selected.directories.items()}
+        for name, one in opened.items():
+            inputs[f"the base of {name}" if name else "the base"] = Path(local_or_hub(one.base.name_or_path))
+        directory = outputs.check(output, overwrite=overwrite, inputs=inputs)
         info = next(iter(opened.values()))
         split = read_source(Source(path=data), info.data, show_progress) if data else None
 

@@ -63,7 +63,7 @@ def export_plain(
         gc.collect()
     with output.staged(directory, file_bytes(adapter.tensors) + (1 << 20), "the adapter") as staging:
         adapter.write(staging)
-        loading.copy_settings(source, staging)
+        output.copy_tokenizer(source, staging, "run.yaml")
         figures["tensors"] = plain.check_tensors(files, staging)
         lines = [("each ΔW", f"{_difference(figures['tensors'], 'its norm')}, {figures['modules']} modules")]
         fingerprint = files.base_fingerprint
@@ -223,14 +223,16 @@ def _convert_merged(
     if tokenizer:
         gguf.check_tokenizer(tokenizer, loaded.model.config.get_text_config().vocab_size)
     with _work(staging) as work:
-        tensors.merged(loaded.model, str(source.files.path)).save_pretrained(work)
+        merged = tensors.merged(loaded.model, str(source.files.path))
+        merged.save_pretrained(work)
         _write_tokenizer(work, loaded.tokenizer, source)
         converter.model(converters, work, file, request.merged or _TYPE, tokenizer)
+    figures: dict[str, Any] = {"type": request.merged or _TYPE, "tensors": gguf.check_model(file, _count(merged))}
     compared = None
     if llama_cpp.is_installed():
         compared = llama_cpp.compare(file, None, None, asked, loaded.renderer.end_ids)
     text = str(compared) if compared else f"not run: {llama_cpp.INSTALL}"
-    figures = {"type": request.merged or _TYPE, "llama.cpp": compared.as_json() if compared else None}
+    figures["llama.cpp"] = compared.as_json() if compared else None
     return file, [("weights", request.merged or _TYPE), ("llama.cpp", text)], figures
 
 

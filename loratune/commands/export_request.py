@@ -12,7 +12,7 @@ from loratune.commands import card
 from loratune.commands.inference import LoadedAdapter
 from loratune.data import DatasetSplit
 from loratune.export.llama_cpp import ScoredAnswer
-from loratune.export.texts import FIXED, MOST_TEXTS
+from loratune.export.texts import FIXED, MOST_TEXTS, Asked, recorded
 from loratune.training.preflight import AdapterInfo
 from loratune.training.run_dir import RunDirectory
 
@@ -80,25 +80,31 @@ def in_float32(source: AdapterInfo) -> AdapterInfo:
 
 def questions(loaded: LoadedAdapter, source: AdapterInfo, split: DatasetSplit | None) -> list[ScoredAnswer]:
     """Prompts of the rows, or of the training rows and fixed ones, with the adapter's likeliest answers."""
-    rows = card.recorded_prompts(split, most=MOST_TEXTS) if split else [*source.files.record.get("prompts", ())]
-    if not split:
-        rows += [
+    known: list[Asked] = []
+    if split:
+        rows = card.recorded_prompts(split, most=MOST_TEXTS)
+    else:
+        known = recorded(source, loaded.renderer, loaded.model.config.get_text_config().vocab_size)
+        rows = [
             {"messages": [{"role": "user", "content": text}]} if source.chat else {"prompt": text} for text in FIXED
         ]
-    prompts = [
-        tuple(row["input_ids"])
-        if "input_ids" in row
-        else loaded.renderer.prompt(row["messages"] if "messages" in row else row["prompt"], "", row.get("tools") or ())
-        for row in rows
-    ]
+    known += [(row, _rendered(row, loaded)) for row in rows]
+    prompts = [prompt for _, prompt in known]
     answers = [loaded.complete([prompt], _ANSWER)[0] for prompt in prompts]
     adapted = [_log_probabilities(loaded, *pair) for pair in zip(prompts, answers, strict=True)]
     with loaded.without_adapter():
         base = [_log_probabilities(loaded, *pair) for pair in zip(prompts, answers, strict=True)]
     return [
         ScoredAnswer({} if "input_ids" in row else row, prompt, answer, first, alone, second)
-        for row, prompt, answer, (first, second), (alone, _) in zip(rows, prompts, answers, adapted, base, strict=True)
+        for (row, prompt), answer, (first, second), (alone, _) in zip(known, answers, adapted, base, strict=True)
     ]
+
+
+def _rendered(row: Mapping[str, Any], loaded: LoadedAdapter) -> tuple[int, ...]:
+    """The token ids of a prompt."""
+    if "input_ids" in row:
+        return tuple(row["input_ids"])
+    return loaded.renderer.prompt(row["messages"] if "messages" in row else row["prompt"], "", row.get("tools") or ())
 
 
 @torch.inference_mode()

@@ -1,6 +1,5 @@
 """Loading adapter directories for use: one base, checked to be theirs, and the adapters attached to it."""
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -95,14 +94,6 @@ def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> Lo
         return _attach_all(base, [(first, mixture.write(Path(directory), *mixed))], check)[0]
 
 
-def copy_settings(adapter: AdapterInfo, directory: Path) -> None:
-    """Copy the tokenizer and the config of an adapter's run."""
-    for path in (*output.tokenizer_files(adapter), *adapter.files.path.glob("run.yaml")):
-        place = directory / path.relative_to(adapter.files.path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
-
-
 def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]) -> AdapterInfo:
     """Write the weighted sum of adapters as one adapter, with the tokenizer and the settings of the first.
 
@@ -120,7 +111,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]
             what, fix = f"was trained on another base than {first.files.path}", "mix adapters of one base"
             raise AdapterError(Problem(Code.INFERENCE_OTHER_BASE, what, str(adapter.files.path), fix=fix))
     files = mixture.write(directory, *mixture.mix([(adapter.files, weight) for adapter, weight in weighted]))
-    copy_settings(first, directory)
+    output.copy_tokenizer(first, directory, "run.yaml")
     fingerprint = next(filter(None, recorded), None)
     record = {"fingerprints": {"base": fingerprint}, "prompts": first.files.record.get("prompts", [])}
     return replace(first, files=replace(files, record=record))

@@ -19,7 +19,7 @@ from loratune.export.loaded_merge import LoadedMerge
 from loratune.export.merging import Kept, Written
 from loratune.export.texts import Texts
 from loratune.lora import attach
-from loratune.model.load import check_machine
+from loratune.model import load
 from loratune.training.preflight import AdapterInfo
 from loratune.training.run_dir import RunDirectory
 
@@ -92,11 +92,13 @@ def merge(
     Raises:
         AdapterError: The adapter cannot be merged, has another base, or the merged model is not nearer to it than to
             its base.
-        ConfigError, ModelError, DataError, ResourceError, LockedError: See `output.staged`, `loading.load`, `texts`.
+        ModelError: Files of the base changed in the meantime, or as `loading.load`.
+        ConfigError, DataError, ResourceError, LockedError: See `output.staged`, `loading.load`, `texts`.
     """
-    check_machine(adapter.base)
+    load.check_machine(adapter.base)
     for line in attach.unknown_keys(adapter.files):
         log(line)
+    before = load.files(adapter.base, read=False)
     with loading.finding_base(adapter):
         plan = loaded_merge.prepare(adapter, getattr(torch, dtype) if dtype else None)
     if plan.note:
@@ -116,6 +118,7 @@ def merge(
         if computed is None and isinstance(plan, LoadedMerge):
             computed = written.dtypes[0]  # it was in memory
         comparison = merge_check.compare(adapter, staging, compared_on, computed, dtype)
+        load.check_unchanged(before)
         merged = Merged(directory.output, written, compared_on, comparison, plan.note)
         _check_nearer(merged, adapter)
         model_files.write_card(staging, adapter, [*summary(merged)])

@@ -192,6 +192,22 @@ def _check_number(count: int, modules: int, where: str, key: str) -> None:
         raise AdapterError(Problem(Code.CONFIG_ADAPTER_TOO_MANY, what, where, key))
 
 
+def checked_settings(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, ModuleSettings]:
+    """`module_settings`, with the same arguments and errors.
+
+    Raises:
+        AdapterError: Also if a rank is not that of the tensor.
+    """
+    modules, settings = adapted_modules(tensors), module_settings(config, tensors, where)
+    stacked = config.get("target_parameters")  # there A holds the rows of all experts
+    if not stacked and (wrong := next((path for path, rank in modules.items() if settings[path].rank != rank), None)):
+        what = f"has rank {modules[wrong]} where the configuration says {settings[wrong].rank:g}"
+        raise AdapterError(Problem(Code.CONFIG_ADAPTER_RANK, what, where, wrong))
+    return settings
+
+
 def check_patterns(
     config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], paths: Iterable[str], where: str
 ) -> None:
@@ -208,11 +224,7 @@ def check_patterns(
             that of the tensor, which PEFT would notice only after it has made a tensor of that rank.
     """
     modules = adapted_modules(tensors)
-    ranks = {path: settings.rank for path, settings in module_settings(config, tensors, where).items()}
-    stacked = config.get("target_parameters")  # there A holds the rows of all experts
-    if not stacked and (wrong := next((path for path, rank in modules.items() if ranks[path] != rank), None)):
-        what = f"has rank {modules[wrong]} where the configuration says {ranks[wrong]:g}"
-        raise AdapterError(Problem(Code.CONFIG_ADAPTER_RANK, what, where, wrong))
+    checked_settings(config, tensors, where)
     layers = sum(end - start for start, end in config.get("layer_replication") or [] if end > start)
     _check_number(layers, len(modules), where, "layer_replication")
     names = list(paths)

@@ -107,7 +107,7 @@ def _run(arguments: Sequence[str], directory: Path, file: Path) -> None:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise _failed(Code.EXPORT_CONVERSION, f"took longer than {limit:.0f} s", "") from None
-    if done.returncode == 0 and file.is_file():
+    if done.returncode == 0 and file.is_file() and not file.is_symlink():
         return
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     if unknown := next(filter(None, map(_UNKNOWN.search, reversed(lines))), None):
@@ -120,7 +120,8 @@ def _run(arguments: Sequence[str], directory: Path, file: Path) -> None:
     if any("No module named 'sentencepiece'" in line for line in lines):
         fix = "pip install sentencepiece, or name a GGUF file of the base with --base-gguf"
         raise _failed(Code.EXPORT_TOKENIZER, "llama.cpp's converter needs the package sentencepiece", fix)
-    raise _failed(Code.EXPORT_CONVERSION, f"llama.cpp's converter failed: {' | '.join(lines[-3:])}", "")
+    said = " | ".join(lines[-3:]) or (f"exit code {done.returncode}" if done.returncode else "it wrote no file")
+    raise _failed(Code.EXPORT_CONVERSION, f"llama.cpp's converter failed: {said}", "")
 
 
 def _failed(code: Code, what: str, fix: str) -> AdapterError:

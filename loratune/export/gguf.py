@@ -15,6 +15,8 @@ from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.export.plain import CLOSENESS, PlainAdapter
 
 TEMPLATE = "chat_template.jinja"
+_MOST_OF_IT = 0.9
+"""The share of a model's values that its file must have."""
 
 
 def check_package() -> None:
@@ -60,9 +62,12 @@ def check_adapter(file: Path, adapter: PlainAdapter) -> int:
     Raises:
         AdapterError: alpha is not the rank, or tensors differ.
     """
-    reader = import_module("gguf").GGUFReader(file)
-    alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    try:
+        reader = import_module("gguf").GGUFReader(file)
+        alpha = float(reader.fields["adapter.lora.alpha"].contents())
+        found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    except Exception as error:  # whatever the reader meets in bytes that are no such file
+        raise _unreadable(file, "an adapter", error) from None
     ups = [tensor for name, tensor in found.items() if name.endswith(".lora_b")]
     expected = _norm({name: t for name, t in adapter.tensors.items() if name.endswith(".lora_B.weight")})
     other = float(torch.stack([tensor.double().square().sum() for tensor in ups]).sum().sqrt()) if ups else 0.0
@@ -76,6 +81,36 @@ def check_adapter(file: Path, adapter: PlainAdapter) -> int:
     return len(ups)
 
 
+def check_model(file: Path, parameters: int) -> int:
+    """Read a model file back. Whether it computes what it should, only llama.cpp can tell.
+
+    Args:
+        file: The file.
+        parameters: How many values the model has. llama.cpp may store a few more, or leave a few out.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        AdapterError: The file cannot be read, has no tokenizer, or lacks weights.
+    """
+    try:
+        reader = import_module("gguf").GGUFReader(file)
+        tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
+        stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    except Exception as error:  # as above
+        raise _unreadable(file, "a model", error) from None
+    if not tokens or stored < _MOST_OF_IT * parameters:
+        what = f"the GGUF file is not the model: it has {tokens:,} tokens, and {stored:,} of {parameters:,} values"
+        raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, str(file)))
+    return len(reader.tensors)
+
+
+def _unreadable(file: Path, what: str, error: Exception) -> AdapterError:
+    reason = f"the converter's file cannot be read as the GGUF file of {what}: {type(error).__name__}: {error}"
+    return AdapterError(Problem(Code.EXPORT_DIFFERS, reason, str(file)))
+
+
 def check_tokenizer(file: Path, vocabulary_size: int) -> None:
     """Check that the tokenizer of a GGUF file is one for this model.
 
@@ -84,7 +119,7 @@ def check_tokenizer(file: Path, vocabulary_size: int) -> None:
     """
     try:
         tokens = len(import_module("gguf").GGUFReader(file).fields["tokenizer.ggml.tokens"].data)
-    except (OSError, KeyError, ValueError) as error:
+    except Exception as error:  # as above
         what = f"cannot be read as a GGUF file with a tokenizer: {error}"
         raise AdapterError(Problem(Code.EXPORT_TOKENIZER, what, str(file), "--base-gguf")) from None
     if tokens != vocabulary_size:

@@ -1,13 +1,14 @@
 """The files of a merged model beside its weights: configurations, tokenizer, card."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
+from loratune.codes import Code
+from loratune.errors import ModelError, Problem
 from loratune.export import output
 from loratune.model import stored
 from loratune.model.source import local_or_hub
@@ -35,16 +36,29 @@ def write_configs(
         values = json.loads(file.read_text(encoding="utf-8")) if file else config.to_dict()
         _change(values, dtype, untied)
         write_json(staging / CONFIG, values)
-    file = stored.file(source.base, GENERATION)
-    if file is not None:
-        generation = json.loads(file.read_text(encoding="utf-8"))
-    else:
-        generation = GenerationConfig.from_model_config(config).to_diff_dict()
+    generation = _generation(source, config)
     eos = generation.get("eos_token_id")
-    known = eos if isinstance(eos, list) else [eos] if eos is not None else []
+    known = [token for token in (eos if isinstance(eos, list) else [eos]) if type(token) is int]
     ids = [*known, *(token for token in end_ids if token not in known)]
     generation["eos_token_id"] = ids[0] if len(ids) == 1 else ids
     write_json(staging / GENERATION, generation)
+
+
+def _generation(source: AdapterInfo, config: Any) -> dict[str, Any]:
+    """How the base generates. Raises ModelError: the file that says it cannot be read."""
+    file = stored.file(source.base, GENERATION)
+    if file is None:
+        made: dict[str, Any] = GenerationConfig.from_model_config(config).to_diff_dict()
+        return made
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        reason = "" if isinstance(values, dict) else "it holds no object"
+    except (ValueError, RecursionError) as error:
+        values, reason = {}, str(error)
+    if reason:
+        what, fix = f"not readable as JSON: {reason}", "restore the file, or remove it"
+        raise ModelError(Problem(Code.MODEL_CONFIG_UNREADABLE, what, str(file), fix=fix))
+    return dict(values)
 
 
 def _change(values: dict[str, Any], dtype: str | None, untied: bool) -> None:
@@ -66,10 +80,7 @@ def write_tokenizer(staging: Path, source: AdapterInfo, tokenizer: Any) -> None:
     if not (source.files.path / "tokenizer_config.json").is_file():
         tokenizer.save_pretrained(staging)
         return
-    for path in output.tokenizer_files(source):
-        target = staging / path.relative_to(source.files.path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    output.copy_tokenizer(source, staging)
 
 
 def write_card(staging: Path, source: AdapterInfo, lines: Sequence[str]) -> None:

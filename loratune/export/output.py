@@ -1,5 +1,6 @@
 """The directory that a command makes from an adapter: put together beside its place, published whole or not at all."""
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,8 +16,16 @@ from loratune.training import output_dir, run_dir
 from loratune.training.overwrite import EXPORT, contains
 from loratune.training.preflight import AdapterInfo
 from loratune.training.run_dir import RunDirectory
+from loratune.training.run_dir_files import is_adapter_file
 
 PACKAGES = ("loratune", "torch", "transformers", "peft", "safetensors")
+_OTHER_FILES = frozenset({
+    adapter_files.CONFIG_FILE, adapter_files.WEIGHTS_FILE, "adapter_model.bin", "training_args.bin", records.ADAPTER,
+    "README.md", "run.yaml",
+})  # fmt: skip
+"""Files of an adapter that are none of its tokenizer's."""
+_VOCABULARIES = (".tiktoken", ".model", ".spm", ".bpe", ".codes", ".vocab")
+"""Suffixes of vocabularies that tokenizers with code of their own read."""
 
 
 def check(named: Path, *, overwrite: bool, inputs: Mapping[str, Path]) -> RunDirectory:
@@ -30,8 +39,9 @@ def check(named: Path, *, overwrite: bool, inputs: Mapping[str, Path]) -> RunDir
     Raises:
         ConfigError, LockedError, ResourceError: See `output_dir.check`.
     """
+    place = named.expanduser()
     for name, path in inputs.items():
-        if path.is_dir() and contains(path, named):
+        if path.is_dir() and contains(path, place):
             what, fix = f"is, or lies in, what the command reads ({name}: {path})", "choose another directory"
             raise ConfigError(Problem(Code.EXPORT_INSIDE_INPUT, what, str(named), EXPORT.key, fix))
     read = [(name, str(path)) for name, path in inputs.items()]
@@ -85,7 +95,28 @@ def write_record(staging: Path, kind: str, source: AdapterInfo, details: Mapping
 
 
 def tokenizer_files(source: AdapterInfo) -> Sequence[Path]:
-    """The files of an adapter directory that its tokenizer consists of."""
-    other = {adapter_files.CONFIG_FILE, adapter_files.WEIGHTS_FILE, records.ADAPTER, "README.md", "run.yaml"}
-    names = adapter_files.manifest(source.files.path)
-    return [source.files.path / name for name in names if name not in other]
+    """The files of an adapter directory that its tokenizer consists of.
+
+    Whatever else is there stays there: a stranger's `config.json` or weights would take the place of the model's own.
+    """
+    path = source.files.path
+    settings = path / "tokenizer_config.json"
+    has_code = settings.is_file() and b"auto_map" in settings.read_bytes()
+    return [path / name for name in adapter_files.manifest(path) if _is_of_tokenizer(name, has_code)]
+
+
+def copy_tokenizer(source: AdapterInfo, target: Path, *others: str) -> None:
+    """Copy the files of an adapter's tokenizer to another directory. others: further files, where there are any."""
+    path = source.files.path
+    for file in (*tokenizer_files(source), *(path / name for name in others if (path / name).is_file())):
+        place = target / file.relative_to(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+def _is_of_tokenizer(name: str, has_code: bool) -> bool:
+    """Whether a file of this name belongs to a tokenizer. has_code: whether that comes with code of its own."""
+    if name in _OTHER_FILES:
+        return False
+    is_vocabulary = "/" not in name and name.endswith((*_VOCABULARIES, *((".py",) if has_code else ())))
+    return is_vocabulary or is_adapter_file(name)

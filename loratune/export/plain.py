@@ -20,6 +20,7 @@ from loratune.errors import AdapterError, Problem
 from loratune.lora import upstream
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import endings, join_first
+from loratune.lora.tensors import read_adapter
 
 CLIENTS = {"peft": "PEFT", "vllm": "vLLM", "gguf": "llama.cpp"}
 """The programs that a plain directory is made for."""
@@ -44,6 +45,9 @@ _FOREIGN = {
     "layer_replication": "it repeats layers of the base",
 }
 """Keys of parts that plain LoRA does not have → why."""
+
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+"""The dtypes that all clients read."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,18 @@ def fold(files: AdapterFiles, paths: Collection[str]) -> PlainAdapter:
         paths: The modules of its base.
 
     Raises:
-        AdapterError: It names modules that the base has under another name.
+        AdapterError: A or B of a module is missing, or of another rank; values are not finite; it names modules that
+            the base has under another name.
     """
-    settings = patterns.module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
+    settings = patterns.checked_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
     if renamed := sorted(settings.keys() - set(paths)):
         what = f"names {join_first(renamed, 2)}, which the base calls otherwise, and only PEFT renames them as it loads"
         raise AdapterError(Problem(Code.EXPORT_NOT_PLAIN, what, str(files.path), fix="merge it: loratune merge"))
-    stored = load_file(files.path / WEIGHTS_FILE)
+    stored = read_adapter(files)
+    known = {name for path in settings for name in _names(path, stored)}
+    if unpaired := sorted(known ^ stored.keys()):
+        what = f"{len(unpaired)} A or B are without the other, among them those of {join_first(unpaired, 2)}"
+        raise AdapterError(Problem(Code.ADAPTER_TENSORS_MISSING, what, str(files.path)))
     rank = max(int(setting.rank) for setting in settings.values())
     tensors, exact, dtypes = {}, True, {tensor.dtype for tensor in stored.values()}
     for path, setting in settings.items():
@@ -136,11 +145,12 @@ def fold(files: AdapterFiles, paths: Collection[str]) -> PlainAdapter:
         tensors[down] = nn.functional.pad(stored[down].float(), (0, 0, 0, rank - stored[down].shape[0]))
         tensors[up] = nn.functional.pad(scaled, (0, rank - scaled.shape[1]))
     notes = []
-    if exact and len(dtypes) == 1:
+    if exact and len(dtypes) == 1 and dtypes <= _DTYPES:
         tensors = {name: tensor.to(stored[name].dtype) for name, tensor in tensors.items()}
     elif dtypes != {torch.float32}:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        notes.append(f"stored in float32: the folded scales are not exact in {names}")
+        reason = "the folded scales are not exact in" if dtypes <= _DTYPES else "clients do not read"
+        notes.append(f"stored in float32: {reason} {names}")
     config = {key: files.config.get(key) for key in _KEPT} | {
         "r": rank, "lora_alpha": rank, "target_modules": _targets(tuple(settings), paths), "bias": "none",
         "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False, "init_lora_weights": True,

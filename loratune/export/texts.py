@@ -1,6 +1,6 @@
 """The texts on which an export is compared with the adapter it was made from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,9 @@ FIXED = (
     "Why is the sky blue?",
 )
 """Texts for adapters whose training rows are not known."""
+
+Asked = tuple[Mapping[str, Any], tuple[int, ...]]
+"""A row that holds a prompt, and the token ids of the rendered prompt."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def texts(
         rows = data.prepare(split, renderer, source.data, vocabulary_size, watch).rows
         ids = tuple(tuple(row.ids) for row in islice(rows.rows(), MOST_TEXTS))
         return Texts(f"{_counted(len(ids), 'row')} of {_files(split)}", ids, complete=True)
-    if prompts := _recorded(source, renderer):
+    if prompts := tuple(ids for _, ids in recorded(source, renderer, vocabulary_size)):
         return Texts(f"{_counted(len(prompts), 'prompt')} of the training rows", prompts, complete=False)
     fixed = tuple(renderer.prompt(text, "") for text in FIXED)
     return Texts(f"{len(fixed)} fixed texts", fixed, complete=False)
@@ -83,21 +86,28 @@ def _files(split: DatasetSplit) -> str:
     return names[0] if len(names) == 1 else _counted(len(names), "file")
 
 
-def _recorded(source: AdapterInfo, renderer: Renderer) -> tuple[tuple[int, ...], ...]:
-    """The prompts that the record of a run holds; see `card.recorded_prompts`. Raises AdapterError: they are none."""
-    recorded = source.files.record.get("prompts", ())
+def recorded(source: AdapterInfo, renderer: Renderer, vocabulary_size: int) -> list[Asked]:
+    """The first prompts that the record of a run holds, see `card.recorded_prompts`, each with its token ids.
+
+    Raises:
+        AdapterError: They are none.
+    """
     try:
-        return tuple(_prompt(row, renderer) for row in recorded)
+        rows = [*islice(source.files.record.get("prompts", ()), MOST_TEXTS)]
+        return [(row, ids) for row in rows if (ids := _prompt(row, renderer, vocabulary_size))]
     except Exception as error:  # the record may be a stranger's, and then anything may be wrong with it
         what = f"the prompts recorded there cannot be used: {error}"
         where = str(source.files.path / records.ADAPTER)
         raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, where, "prompts")) from None
 
 
-def _prompt(row: Any, renderer: Renderer) -> tuple[int, ...]:
-    if "input_ids" in row:
-        return tuple(row["input_ids"])
-    return renderer.prompt(row.get("messages", row.get("prompt")), "", row.get("tools") or ())
+def _prompt(row: Any, renderer: Renderer, vocabulary_size: int) -> tuple[int, ...]:
+    if "input_ids" not in row:
+        return renderer.prompt(row.get("messages", row.get("prompt")), "", row.get("tools") or ())
+    ids = tuple(row["input_ids"])
+    if any(type(token) is not int or not 0 <= token < vocabulary_size for token in ids):
+        raise ValueError("input_ids are not token ids of the base")
+    return ids
 
 
 def _counted(number: int, noun: str) -> str:

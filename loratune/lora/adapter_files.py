@@ -242,6 +242,8 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             if len(names) > _MOST_TENSORS or any(len(name) > _LONGEST_NAME for name in names):
                 what = "has more tensors, or longer names, than any model has modules"
                 raise AdapterError(Problem(Code.ADAPTER_TOO_MANY_TENSORS, what, where))
+            if not names:
+                raise AdapterError(Problem(Code.ADAPTER_TENSORS_MISSING, "holds no tensors", where))
             return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except PermissionError as error:
         raise AdapterError(Problem(Code.ADAPTER_UNREADABLE, f"cannot be read: {error.strerror}", where)) from None

@@ -21,7 +21,7 @@ from loratune.config import patterns
 from loratune.errors import AdapterError, Problem
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.lora.tensors import UNCHANGING, Weights, read_weights
+from loratune.lora.tensors import UNCHANGING, Weights, not_finite, read_adapter
 
 _FACTOR = re.compile(r"^base_model\.model\.(?P<path>.*)\.lora_(?P<kind>(embedding_)?)(?P<factor>[AB])(\.weight)?$")
 _UNUSED = ("", "none", "None")
@@ -64,7 +64,8 @@ def mix(weighted: Sequence[tuple[AdapterFiles, float]]) -> tuple[dict[str, Any],
         float32. Every module is scaled by 1: its `lora_alpha` is its rank.
 
     Raises:
-        AdapterError: An adapter is more than LoRA of single modules; adapters have other shapes for one module.
+        AdapterError: An adapter is more than LoRA of single modules; adapters have other shapes for one module; the
+            sum is not finite.
     """
     if problems := [problem for files, _ in weighted for problem in _obstacles(files)]:
         raise AdapterError(problems)
@@ -84,6 +85,11 @@ def mix(weighted: Sequence[tuple[AdapterFiles, float]]) -> tuple[dict[str, Any],
         name = f"base_model.model.{path}.lora_{parts[0].kind}"
         tensors[f"{name}A{ending}"] = torch.cat([pair.down for pair in parts])
         tensors[f"{name}B{ending}"] = torch.cat([pair.up for pair in parts], 1)
+    if bad := not_finite(tensors):
+        what = f"the weighted sum is NaN or inf in {len(bad)} tensors, among them {bad[0]}"
+        raise AdapterError(
+            Problem(Code.ADAPTER_NOT_FINITE, what, str(weighted[0][0].path), "--mix", "lower the weights")
+        )
     ranks = {path: sum(len(pair.down) for pair in parts) for path, parts in pairs.items()}
     return _config([files for files, _ in weighted], ranks), tensors
 
@@ -115,10 +121,10 @@ def _obstacles(files: AdapterFiles) -> Iterator[Problem]:
 
 
 def _pairs(files: AdapterFiles, weight: float) -> dict[str, _Pair]:
-    """Path of each module → its A and B. Raises AdapterError: one of them is missing."""
+    """Path of each module → its A and B. Raises AdapterError: one is missing, of another rank, or not finite."""
     factors: dict[str, dict[str, torch.Tensor]] = {}
     kinds: dict[str, str] = {}
-    for name, tensor in read_weights(files.path / WEIGHTS_FILE).items():
+    for name, tensor in read_adapter(files).items():
         match = _FACTOR.match(name)
         assert match is not None  # see `_obstacles`
         factors.setdefault(match["path"], {})[match["factor"]] = tensor.float()
@@ -126,7 +132,7 @@ def _pairs(files: AdapterFiles, weight: float) -> dict[str, _Pair]:
     if missing := [path for path, found in factors.items() if len(found) < 2]:
         what = f"{len(missing)} modules have only one of A and B, among them {missing[0]}"
         raise AdapterError(Problem(Code.ADAPTER_TENSORS_MISSING, what, str(files.path / WEIGHTS_FILE)))
-    settings = patterns.module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
+    settings = patterns.checked_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
     return {
         path: _Pair(kinds[path], found["A"], found["B"] * (weight * settings[path].scaling))
         for path, found in factors.items()

@@ -188,7 +188,8 @@ def read_adapter(files: AdapterFiles) -> Weights:
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of tensors that hold NaN or inf."""
-    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    wide = ((name, tensor.float() if tensor.element_size() == 1 else tensor) for name, tensor in tensors.items())
+    return [name for name, tensor in wide if not tensor.isfinite().all()]  # which float8 has no function for
 
 
 def few(names: Sequence[str]) -> str:

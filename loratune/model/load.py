@@ -112,9 +112,9 @@ def load_base(section: ModelSection) -> PreTrainedModel:
         if problems := list(checks.damaged_weights(section)):
             raise ModelError(problems) from None
         raise checks.unreadable(Code.MODEL_UNREADABLE, section, error) from None
-    _check_unchanged(before)  # copying from a truncated file would end the process
+    check_unchanged(before)  # copying from a truncated file would end the process
     copy_mapped(model)
-    _check_unchanged(before)
+    check_unchanged(before)
     checks.check_complete(model, info, section.name_or_path)
     quantization.check_trainable(model, section.name_or_path)
     for module in model.modules():
@@ -190,9 +190,10 @@ def files(section: ModelSection, *, read: bool = True) -> Files:
     return Files(directory, directory / file if file else None, read=read)
 
 
-def _check_unchanged(before: Files) -> None:
+def check_unchanged(before: Files) -> None:
+    """Raises ModelError: files of a base are not what they were. before: see `files`."""
     if paths := before.changed():
-        what, fix = "was changed while it was being loaded", "start again"
+        what, fix = "was changed while it was being read", "start again"
         raise ModelError([Problem(Code.MODEL_WEIGHTS_CHANGED, what, path, fix=fix) for path in paths])
 
 

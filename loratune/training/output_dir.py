@@ -9,6 +9,7 @@ from loratune.system.files import hold_lock, is_directory, is_file, open_lock
 from loratune.training.overwrite import (
     ADAPTER,
     CONFIG_INPUT,
+    START_INPUT,
     Inputs,
     OutputKind,
     check_replaceable,
@@ -80,6 +81,10 @@ def _check_places(directory: RunDirectory, *, resume: bool) -> None:
         fix = "start one without --resume"
         raise ResumeError(Problem(Code.RESUME_NO_RUN, "there is no interrupted run to resume", where, fix=fix))
     directory.check_kinds()
+    for name, read in directory.inputs:
+        if name == START_INPUT and os.path.isdir(read) and contains(Path(read), output):
+            what, fix = f"lies in the adapter that the run starts from ({name}: {read})", "choose another directory"
+            raise _refused(directory.kind, Code.RUN_OVERWRITE_INPUT, what, where, fix)
     for path in (output, partial):
         if path.exists():
             check_unused(path, where if path == output else str(partial), directory.inputs, directory.kind)

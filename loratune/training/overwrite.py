@@ -29,6 +29,8 @@ Inputs = Sequence[tuple[str, str]]
 """What a run reads: how the user names it, e.g. `data.train`, and its path."""
 CONFIG_INPUT = "the config file"
 """How the config of a run is named among its inputs. It is not read again once the run has started."""
+START_INPUT = "lora.start_from"
+"""The same of the adapter that a run starts from. Every file in it belongs to it."""
 _UNLISTED = frozenset({RECORD, "README.md"})  # of a recorded adapter; the user may edit its card
 _MOST_NAMES = 3
 
