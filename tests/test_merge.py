@@ -444,7 +444,7 @@ def test_two_at_once_on_one_output(tmp_path: Path, tiny: Case, cli: Callable[...
     directory = output.check(tmp_path / "out", overwrite=False, inputs={})
     with run_dir.locked(directory):
         ran = cli("merge", "--adapter", tiny.adapter, "--output", tmp_path / "out")
-    check_refused(ran, 9, (Code.SYSTEM_LOCKED, str(tmp_path / "out"), "output_dir"))
+    check_refused(ran, 9, (Code.SYSTEM_LOCKED, str(tmp_path / "out"), "--output"))
 
 
 def test_tensor_by_tensor_a_changed_file_is_noticed(tmp_path: Path, tiny: Case) -> None:

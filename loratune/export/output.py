@@ -66,7 +66,7 @@ def staged(directory: RunDirectory, size: int, what: str) -> Iterator[Path]:
     fix = "make room, and start again"
     with run_dir.locked(directory), explain_full_disk(what, size, directory.partial, fix):
         directory.prepare(resume=False)
-        check_free_space(directory.partial, size)
+        check_free_space(directory.partial, size, what, directory.kind.key)
         directory.create_staging()
         yield directory.staging
         directory.publish()

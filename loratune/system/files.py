@@ -114,12 +114,24 @@ def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_free_space(directory: Path, needed: int) -> None:
-    """Check that `needed` bytes are free where a run writes. Raises ResourceError."""
+def check_free_space(
+    directory: Path, needed: int, what: str = "checkpoints and the adapter directory", key: str = "output_dir"
+) -> None:
+    """Check that bytes are free where something is to be written.
+
+    Args:
+        directory: Where.
+        needed: How many bytes.
+        what: What is to be written, in the plural where it is many.
+        key: The config key or option that names the place.
+
+    Raises:
+        ResourceError: They are not.
+    """
     if (free := shutil.disk_usage(directory).free) < needed:
-        what = f"checkpoints and the adapter directory need {needed:,} bytes, but {free:,} are free"
+        what = f"{needed:,} bytes are needed for {what}, but {free:,} are free"
         fix = "make room, or choose another disk"
-        raise ResourceError(Problem(Code.SYSTEM_DISK_TOO_SMALL, what, str(directory), "output_dir", fix))
+        raise ResourceError(Problem(Code.SYSTEM_DISK_TOO_SMALL, what, str(directory), key, fix))
 
 
 @contextmanager
@@ -189,12 +201,13 @@ def open_lock(path: Path, flags: int) -> TextIO:
     return open(handle, "r" if flags == os.O_RDONLY else "a+", encoding="utf-8")
 
 
-def hold_lock(file: TextIO, where: str) -> None:
+def hold_lock(file: TextIO, where: str, key: str = "output_dir") -> None:
     """Hold the lock of a run until the file is closed.
 
     Args:
         file: The lock file, in which its holder has written who it is.
         where: The directory that it locks.
+        key: The config key or option that names the directory.
 
     Raises:
         LockedError: Another process holds the lock.
@@ -208,7 +221,7 @@ def hold_lock(file: TextIO, where: str) -> None:
     file.seek(0)
     what = f"another run is using this directory ({file.read().strip() or 'it does not say which'})"
     fix = "wait until it ends, or choose another directory"
-    raise LockedError(Problem(Code.SYSTEM_LOCKED, what, where, "output_dir", fix))
+    raise LockedError(Problem(Code.SYSTEM_LOCKED, what, where, key, fix))
 
 
 def is_incidental_file(name: str) -> bool:

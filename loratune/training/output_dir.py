@@ -49,7 +49,7 @@ def check(
         directory = RunDirectory(output, partial, str(output_dir), overwrite, inputs, kind)
         if is_directory(partial) and is_file(directory.lock):
             with open_lock(directory.lock, os.O_RDONLY) as file:
-                hold_lock(file, directory.display_name)
+                hold_lock(file, directory.display_name, kind.key)
         _check_places(directory, resume=resume)
         _check_state(directory, resume=resume)
     except OSError as error:

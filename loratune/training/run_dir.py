@@ -351,7 +351,7 @@ def _hold(directory: RunDirectory) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             file = stack.enter_context(open_lock(directory.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
-            hold_lock(file, where)
+            hold_lock(file, where, directory.kind.key)
             if not os.path.samestat(os.fstat(file.fileno()), directory.lock.stat()):
                 raise just_ended
         except FileNotFoundError:
