@@ -20,6 +20,7 @@ from loratune.export.merging import Kept, Written
 from loratune.export.texts import Texts
 from loratune.lora import attach
 from loratune.model import load
+from loratune.model.source import locate
 from loratune.training.preflight import AdapterInfo
 from loratune.training.run_dir import RunDirectory
 
@@ -98,8 +99,9 @@ def merge(
     load.check_machine(adapter.base)
     for line in attach.unknown_keys(adapter.files):
         log(line)
-    before = load.files(adapter.base, read=False)
     with loading.finding_base(adapter):
+        locate(adapter.base)
+        before = load.files(adapter.base, read=False)
         plan = loaded_merge.prepare(adapter, getattr(torch, dtype) if dtype else None)
     if plan.note:
         log(plan.note)
