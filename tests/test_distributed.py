@@ -448,7 +448,8 @@ ZERO3 = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is 
 
 
 @pytest.mark.parametrize(
-    "how, quantization", [("fsdp2", "none"), ("fsdp2", "4bit"), pytest.param("zero3", "none", marks=[ZERO3, SLOW])]
+    "how, quantization",
+    [("fsdp2", "none"), pytest.param("fsdp2", "4bit", marks=SLOW), pytest.param("zero3", "none", marks=[ZERO3, SLOW])],
 )
 def test_a_base_that_is_spread_learns_the_same(
     how: str, quantization: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path

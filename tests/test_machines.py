@@ -86,7 +86,8 @@ def until(seen: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "patience"), [(4, 12), pytest.param(10, distributed.PATIENCE, marks=pytest.mark.slow)]
+    ("seconds", "patience"),
+    [pytest.param(4, 12, marks=pytest.mark.slow), pytest.param(10, distributed.PATIENCE, marks=pytest.mark.slow)],
 )
 def test_a_cable_that_is_out_for_a_while_costs_nothing(
     seconds: float, patience: float, two: Machines, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
