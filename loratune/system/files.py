@@ -196,7 +196,7 @@ def _lock(path: Path) -> int | None:
 
 
 def open_lock(path: Path, flags: int) -> TextIO:
-    """Open a lock file without following a link."""
+    """Open a lock file without following a link, or truncating what its holder wrote, as package filelock would."""
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     return open(handle, "r" if flags == os.O_RDONLY else "a+", encoding="utf-8")
 
