@@ -9,7 +9,7 @@ import typer
 from loratune.cli.application import Debug, Force, Json, app, check_paths, importing
 from loratune.codes import Code
 from loratune.commands import selection
-from loratune.commands.boundary import boundary
+from loratune.commands.boundary import boundary, checked_output
 from loratune.errors import ConfigError, Problem
 
 _CLIENTS = ("peft", "vllm", "gguf", "ollama")
@@ -80,7 +80,8 @@ def export(
                 weighted = [(opened[name], weight) for name, weight in selected.mix.items()]
                 info = loading.write_mixture(Path(place), weighted)
             result = export(info, directory, request, split, show_progress, log)
-        report.print_exported(result, as_json)
+        with checked_output():
+            report.print_exported(result, as_json)
 
 
 def _check_client(to: str, merged: str | None, llama_cpp: Path | None, base_gguf: Path | None) -> None:

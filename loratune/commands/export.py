@@ -143,7 +143,7 @@ def export_adapter(
     adapter = plain.fold(files, [path for path, _ in meta.named_modules()])
     gguf.check_layers(meta, patterns.adapted_modules(files.tensors), str(files.path))
     loaded = loading.load(in_float32(source), log)
-    asked = questions(loaded, source, split) if llama_cpp.is_installed() else []
+    asked = _questions(loaded, source, split)
     own_base = llama_cpp.is_installed() and not _base_gguf(source, request)
     size = 2 * file_bytes(adapter.tensors) + (8 * _count(meta) if own_base else 0)
     with output.staged(directory, size, "the GGUF file") as staging, _work(staging) as work:
@@ -178,7 +178,7 @@ def export_merged(
 ) -> Exported:
     """Base and adapter as one GGUF file."""
     loaded = loading.load(in_float32(source), log)
-    asked = questions(loaded, source, split) if llama_cpp.is_installed() else []
+    asked = _questions(loaded, source, split)
     with output.staged(directory, _merged_size(loaded), "the GGUF file") as staging:
         file, lines, figures = _convert_merged(loaded, source, request, asked, staging, converters)
         output.write_record(staging, "GGUF model", source, {"comparison": figures, "chat": source.chat})
@@ -197,7 +197,7 @@ def export_ollama(
     """Base and adapter as one GGUF file, with a Modelfile."""
     loaded = loading.load(in_float32(source), log)
     modelfile = ollama.modelfile(loaded.renderer, f"{request.name}.gguf", chat=source.chat)
-    asked = questions(loaded, source, split) if llama_cpp.is_installed() else []
+    asked = _questions(loaded, source, split)
     with output.staged(directory, _merged_size(loaded), "the GGUF file") as staging:
         _, lines, figures = _convert_merged(loaded, source, request, asked, staging, converters)
         (staging / "Modelfile").write_text(modelfile.text, encoding="utf-8")
@@ -208,6 +208,11 @@ def export_ollama(
     name, path = escaping.shell(request.name), escaping.shell(str(directory.output / "Modelfile"))
     commands = [f"ollama create {name} -f {path}", f"ollama run {name}"]
     return Exported(directory.output, "Ollama", lines, figures, commands)
+
+
+def _questions(loaded: LoadedAdapter, source: AdapterInfo, split: DatasetSplit | None) -> list[ScoredAnswer]:
+    """What llama.cpp is asked; nothing where it is not installed."""
+    return questions(loaded, source, split) if llama_cpp.is_installed() else []
 
 
 def _convert_merged(

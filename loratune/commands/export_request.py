@@ -12,7 +12,7 @@ from loratune.commands import card
 from loratune.commands.inference import LoadedAdapter
 from loratune.data import DatasetSplit
 from loratune.export.llama_cpp import ScoredAnswer
-from loratune.export.texts import FIXED, MOST_TEXTS, Asked, recorded
+from loratune.export.texts import FIXED, MOST_TEXTS, Asked, prompt_ids, recorded
 from loratune.training.preflight import AdapterInfo
 from loratune.training.run_dir import RunDirectory
 
@@ -88,7 +88,7 @@ def questions(loaded: LoadedAdapter, source: AdapterInfo, split: DatasetSplit | 
         rows = [
             {"messages": [{"role": "user", "content": text}]} if source.chat else {"prompt": text} for text in FIXED
         ]
-    known += [(row, _rendered(row, loaded)) for row in rows]
+    known += [(row, prompt_ids(row, loaded.renderer)) for row in rows]
     prompts = [prompt for _, prompt in known]
     answers = [loaded.complete([prompt], _ANSWER)[0] for prompt in prompts]
     adapted = [_log_probabilities(loaded, *pair) for pair in zip(prompts, answers, strict=True)]
@@ -98,13 +98,6 @@ def questions(loaded: LoadedAdapter, source: AdapterInfo, split: DatasetSplit | 
         ScoredAnswer({} if "input_ids" in row else row, prompt, answer, first, alone, second)
         for (row, prompt), answer, (first, second), (alone, _) in zip(known, answers, adapted, base, strict=True)
     ]
-
-
-def _rendered(row: Mapping[str, Any], loaded: LoadedAdapter) -> tuple[int, ...]:
-    """The token ids of a prompt."""
-    if "input_ids" in row:
-        return tuple(row["input_ids"])
-    return loaded.renderer.prompt(row["messages"] if "messages" in row else row["prompt"], "", row.get("tools") or ())
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from loratune.lora.initialize import AdapterInit
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
 from loratune.lora.tensors import Weights
-from loratune.model import load
+from loratune.model import base_files, load
 from loratune.model.load import Base
 from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
@@ -223,7 +223,7 @@ def make_plan(validated_run: ValidatedRun, watch: ProgressFactory, group: Group 
     dense, origin = load.dense_model(base.model, run.model), (run.model.name_or_path, run.model.revision)
     model, targets = attach.adapt(base.model, run.lora, dense=dense, seed=run.training.seed, origin=origin)
     batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training)
-    originals = partial(load.original_weights, run.model, base.model)
+    originals = partial(base_files.original_weights, run.model, base.model)
     start_from = earlier.start.info.files if earlier else None
     adapter_init = attach.initialize_adapter(
         model, run.lora, batches=batches.first(), originals=originals, start_from=start_from

@@ -1,6 +1,6 @@
 """The texts on which an export is compared with the adapter it was made from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -94,26 +94,26 @@ def recorded(source: AdapterInfo, renderer: Renderer, vocabulary_size: int) -> l
     """
     try:
         rows = [*islice(source.files.record.get("prompts", ()), MOST_TEXTS)]
-        return [(row, ids) for row in rows if (ids := _prompt(row, renderer, vocabulary_size))]
+        return [(row, ids) for row in rows if (ids := _checked_ids(row, renderer, vocabulary_size))]
     except Exception as error:  # the record may be a stranger's, and then anything may be wrong with it
         what = f"the prompts recorded there cannot be used: {error}"
         where = str(source.files.path / records.ADAPTER)
         raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, where, "prompts")) from None
 
 
-def _prompt(row: Any, renderer: Renderer, vocabulary_size: int) -> tuple[int, ...]:
-    if "input_ids" not in row:
-        return renderer.prompt(row.get("messages", row.get("prompt")), "", row.get("tools") or ())
-    ids = tuple(row["input_ids"])
-    if any(type(token) is not int or not 0 <= token < vocabulary_size for token in ids):
+def prompt_ids(row: Mapping[str, Any], renderer: Renderer) -> tuple[int, ...]:
+    """The token ids of a prompt, in a row as `card.recorded_prompts` makes it."""
+    if "input_ids" in row:
+        return tuple(row["input_ids"])
+    return renderer.prompt(row.get("messages", row.get("prompt")), "", row.get("tools") or ())
+
+
+def _checked_ids(row: Any, renderer: Renderer, vocabulary_size: int) -> tuple[int, ...]:
+    ids = prompt_ids(row, renderer)
+    if "input_ids" in row and any(type(token) is not int or not 0 <= token < vocabulary_size for token in ids):
         raise ValueError("input_ids are not token ids of the base")
     return ids
 
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def longest(ids: Sequence[Sequence[int]]) -> int:
-    """The number of tokens of the longest text."""
-    return max(map(len, ids), default=0)

@@ -206,7 +206,7 @@ def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights |
         model: The model with the trained adapter.
         directory: Where to.
         start: The adapter as it was initialized.
-        state: The trained tensors, if the model holds only a part of them, see `sharded.whole`.
+        state: The trained tensors, if the model holds only a part of them, see `tensors.full_weights`.
 
     Returns:
         The size of the file of weights in bytes.

@@ -28,7 +28,6 @@ from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import checks, fingerprints, quantization, remote_code, upstream
 from loratune.model.base_files import Files, copy_mapped
-from loratune.model.base_files import original_weights as original_weights
 from loratune.model.source import KEY, ModelSource, local_or_hub, locate
 from loratune.system import launcher
 from loratune.system.sandbox import is_rust_panic, run_with_time_limit
