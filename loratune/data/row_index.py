@@ -4,6 +4,7 @@ The index has three numbers a row, in a file without a name: two hashes of its c
 not grow with the data.
 """
 
+import hashlib
 import os
 import tempfile
 from array import array
@@ -37,6 +38,9 @@ def no_progress(what: str, size: int) -> Iterator[Advance]:
 
 EXACT, FOLDED, LINE = range(3)
 """The columns of the index: a hash of the content, one of the content with white space folded, the line or row."""
+
+CONTENT_HASH = "blake2b-64 of content_key, 1"
+"""What the hashes are, for whoever keeps them: to be counted on whenever one of a row comes out otherwise."""
 
 _COLUMNS = 3
 _ROW_BYTES = _COLUMNS * 8
@@ -177,6 +181,11 @@ def _line_of(where: str) -> str:
     return where[len(where.rstrip("0123456789")) :]
 
 
+def _hash(content: bytes) -> int:
+    """64 bits of BLAKE2b as a signed number: the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
 class _IndexWriter:
     """Writes the index to a file without a name."""
 
@@ -187,7 +196,8 @@ class _IndexWriter:
 
     def add(self, example: Example, line: int) -> None:
         exact, folded = content_key(example), content_key(example, folded=True)
-        self._buffer.extend((hash(exact), hash(folded), line))
+        exact_hash = _hash(exact)
+        self._buffer.extend((exact_hash, exact_hash if folded == exact else _hash(folded), line))
         self.rows += 1
         if len(self._buffer) >= _COLUMNS * _ROWS_PER_WRITE:
             self._write()
