@@ -16,7 +16,7 @@ from loratune.codes import Code
 
 PACKAGE = ROOT / "loratune"
 LEVELS = {
-    "escaping": 0, "codes": 0, "errors": 1, "__init__": 1,
+    "escaping": 0, "codes": 0, "errors": 1, "statistics": 1, "__init__": 1,
     "system": 2,
     "config": 3, "console": 3,
     "kernels": 4,
