@@ -77,6 +77,7 @@ class Code(StrEnum):
     CONFIG_WARMUP_TOO_LONG = "config.warmup_too_long", "The warmup is longer than the run."
     CONFIG_CONSTANT_WARMUP = "config.constant_warmup", "The constant schedule has no warmup."
     CONFIG_NO_EVALUATION_ROWS = "config.no_evaluation_rows", "Evaluations are configured without rows for them."
+    CONFIG_GROUPS_NOT_DIVIDED = "config.groups_not_divided", "Groups of rows are named, and no fraction is held out."
     CONFIG_REPLAY = "config.replay", "Rows of an earlier run are to be replayed, and the run starts from no adapter."
     CONFIG_SEVERAL_PROCESSES = "config.several_processes", "A key is for one process, and several were started."
     CONFIG_ADAPTER_VALUE = "config.adapter_value", "A value of an adapter's configuration is of the wrong type."

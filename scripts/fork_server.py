@@ -219,7 +219,7 @@ def prepare() -> None:
     import loratune.cli  # noqa: PLC0415  once for all forks, and not where only `ForkServer` is wanted
     import loratune.commands.evaluate  # noqa: PLC0415
     import loratune.commands.generate  # noqa: PLC0415
-    import loratune.commands.report  # noqa: PLC0415
+    import loratune.commands.printing  # noqa: PLC0415
     import loratune.commands.train  # noqa: PLC0415
     import loratune.training.distributed  # noqa: F401, PLC0415
 

@@ -28,11 +28,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune import config, data
-from loratune.commands import loading, train
+from loratune.commands import train
 from loratune.config import DataSection
 from loratune.data import no_progress
 from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError
+from loratune.inference import loading
 from loratune.training import output_dir, preflight
 
 MAX_SECONDS = 20

@@ -21,9 +21,9 @@ import torch
 import typer
 from transformers import GenerationConfig
 
-from loratune.commands import inference, loading
 from loratune.config import LoraSection, ModelSection
 from loratune.data.packing import pad
+from loratune.inference import completion, loading
 from loratune.lora import attach
 from loratune.lora.tensors import weights
 from loratune.model.load import load_base, load_tokenizer
@@ -85,10 +85,10 @@ def _random_adapter(section: ModelSection, directory: Path, rank: int, seed: int
 
 
 @torch.inference_mode()
-def _switch(adapter: inference.LoadedAdapter) -> float:
+def _switch(adapter: completion.LoadedAdapter) -> float:
     """Seconds to be ready for an adapter after another one."""
     start = time.perf_counter()
-    with inference.adapters_of_rows([adapter]):
+    with completion.adapters_of_rows([adapter]):
         return time.perf_counter() - start
 
 
@@ -96,13 +96,13 @@ def _settings(new_tokens: int) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
 
 
-def _answer(adapters: Sequence[inference.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int) -> None:
+def _answer(adapters: Sequence[completion.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int) -> None:
     model: Any = adapters[0].model
-    with inference.adapters_of_rows(adapters):
+    with completion.adapters_of_rows(adapters):
         model.generate(**pad([{"input_ids": one} for one in ids], 0, "left"), generation_config=_settings(new_tokens))
 
 
-def _answer_by_peft(adapters: Sequence[inference.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int) -> None:
+def _answer_by_peft(adapters: Sequence[completion.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int) -> None:
     model: Any = adapters[0].model
     model.generate(
         **pad([{"input_ids": one} for one in ids], 0, "left"),
@@ -112,7 +112,7 @@ def _answer_by_peft(adapters: Sequence[inference.LoadedAdapter], ids: Sequence[l
 
 
 def _one_after_the_other(
-    adapters: Sequence[inference.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int
+    adapters: Sequence[completion.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int
 ) -> None:
     for adapter in dict.fromkeys(adapter.key for adapter in adapters):
         numbers = [number for number, other in enumerate(adapters) if other.key == adapter]

@@ -18,10 +18,10 @@ import typer
 from transformers import GenerationConfig
 
 from loratune import kernels
-from loratune.commands import loading
 from loratune.config import Source
 from loratune.data import sources
 from loratune.data.packing import pad
+from loratune.inference import loading
 from loratune.lora import attach
 from loratune.training import preflight
 

@@ -102,7 +102,7 @@ TRAIN = """
 import json, pathlib, sys, torch
 from loratune.__main__ import main
 from loratune.commands import train
-result, make_plan = pathlib.Path(sys.argv.pop(1)), train.make_plan
+result, make_plan = pathlib.Path(sys.argv.pop(1)), train.make_plan  # the name by which `train` calls it
 def make_and_record(*arguments):
     plan = make_plan(*arguments)
     result.write_text(json.dumps(plan.memory.parts()))

@@ -26,9 +26,9 @@ from typer.testing import CliRunner
 from loratune import config
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.commands import loading
 from loratune.config import LoraSection
 from loratune.errors import NumericError
+from loratune.inference import loading
 from loratune.lora import adapter_files, attach, initialize, parameters, tensors
 from loratune.training import preflight
 

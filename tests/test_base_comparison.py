@@ -14,9 +14,9 @@ from running import MakeConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loratune.codes import Code
-from loratune.commands import inference, loading
 from loratune.config import LoraSection
 from loratune.errors import AdapterError
+from loratune.inference import completion, loading
 from loratune.lora import attach, targets, tensors
 from loratune.training import preflight
 
@@ -62,7 +62,7 @@ def made_by_peft(base_dir: Path, out: Path, **settings: Any) -> None:
     model.save_pretrained(out, save_embedding_layers=False)
 
 
-def opened(path: Path) -> inference.LoadedAdapter:
+def opened(path: Path) -> completion.LoadedAdapter:
     found = preflight.open_adapter(path)
     return loading.load(replace(found, base=found.base.model_copy(update={"dtype": "float32"})))
 

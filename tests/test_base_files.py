@@ -15,8 +15,8 @@ from running import WEIGHTS, MakeConfig, checkpoints, straight, until
 from safetensors.torch import load_file, save_file
 
 from loratune.codes import Code
-from loratune.commands import loading
 from loratune.config import ModelSection
+from loratune.inference import loading
 from loratune.model import load
 from loratune.training import preflight
 

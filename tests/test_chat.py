@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.commands import loading, selection
 from loratune.commands.chat import Chat, Exchange
 from loratune.errors import ConfigError
+from loratune.inference import loading, selection
 from loratune.training import preflight
 
 Cli = Callable[..., Ran]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from loratune import config, data
 from loratune.codes import Code
-from loratune.commands import train
+from loratune.commands.plan import Plan, make_plan
 from loratune.config import LoraSection
 from loratune.data import no_progress
 from loratune.errors import AdapterError, ConfigError, LoratuneError, NumericError
@@ -248,10 +248,10 @@ def going_on(run_config: MakeConfig, tmp_path: Path, earlier: Path) -> Make:
     return make
 
 
-def plan_of(path: Path, *assignments: str) -> train.Plan:
+def plan_of(path: Path, *assignments: str) -> Plan:
     run = config.load(path, assignments)
     directory = output_dir.check(run.output_dir, resume=False, overwrite=False)
-    return train.make_plan(preflight.check(run, directory, no_progress), no_progress)
+    return make_plan(preflight.check(run, directory, no_progress), no_progress)
 
 
 def record_of(path: Path) -> dict[str, Any]:

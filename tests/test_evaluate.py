@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from loratune import data
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.commands import loading
 from loratune.config import Source
 from loratune.data.packing import BatchLayout
+from loratune.inference import loading
 from loratune.training import gain, preflight
 
 ENDS = ["<|endoftext|>", "<|end|>"]

@@ -22,9 +22,9 @@ from fork_server import ForkServer, fork_server
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.codes import Code
-from loratune.commands import loading
 from loratune.config import ModelSection
 from loratune.errors import ModelError
+from loratune.inference import loading
 from loratune.kernels import acceleration
 from loratune.kernels.upstream import is_fake
 from loratune.lora.adapter_files import WEIGHTS_FILE

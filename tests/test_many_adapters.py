@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from loratune import kernels
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.commands import inference, loading
 from loratune.errors import AdapterError
+from loratune.inference import completion, loading
 from loratune.kernels import Adapted, RowsMixedError
 from loratune.kernels.lora_linear import InferenceLinear
 from loratune.lora import attach, mixture
@@ -102,7 +102,7 @@ def options(adapters: dict[str, Path], *names: str) -> list[str]:
     return [word for name in names for word in ("--adapter", f"{name}={adapters[name]}")]
 
 
-def opened(adapters: dict[str, Path], *names: str) -> list[inference.LoadedAdapter]:
+def opened(adapters: dict[str, Path], *names: str) -> list[completion.LoadedAdapter]:
     return loading.load_all([preflight.open_adapter(adapters[name]) for name in names])
 
 
@@ -160,10 +160,10 @@ def test_rows_of_plain_adapters_share_a_batch(adapters: dict[str, Path]) -> None
     ids = torch.arange(40, 40 + 6 * 9).view(6, 9)
     model: Any = loaded[0].model
     with torch.inference_mode():
-        with inference.adapters_of_rows([loaded[row] for row in rows]):
+        with completion.adapters_of_rows([loaded[row] for row in rows]):
             together = model(input_ids=ids).logits
         for number, row in enumerate(rows):
-            with inference.adapters_of_rows([loaded[row]]):
+            with completion.adapters_of_rows([loaded[row]]):
                 assert torch.allclose(together[number], model(input_ids=ids[number : number + 1]).logits[0], atol=1e-5)
         assert not torch.allclose(together[0], together[1], atol=1e-2)
 
@@ -179,7 +179,7 @@ def test_one_call_for_a_shared_batch(adapters: dict[str, Path], monkeypatch: pyt
         return generate(**keywords)
 
     monkeypatch.setattr(loaded[0].model, "generate", counted)
-    inference.complete([(adapter, [50, 51, 52]) for adapter in loaded * 2], 2)
+    completion.complete([(adapter, [50, 51, 52]) for adapter in loaded * 2], 2)
     assert sizes == [6, 2]
 
 
@@ -187,8 +187,8 @@ def test_switching_leaves_no_trace(adapters: dict[str, Path]) -> None:
     loaded = opened(adapters, "chat", "head", "dora", "ranks")
     ids = torch.arange(40, 60)[None]
 
-    def logits(adapter: inference.LoadedAdapter) -> Tensor:
-        with torch.inference_mode(), inference.adapters_of_rows([adapter]):
+    def logits(adapter: completion.LoadedAdapter) -> Tensor:
+        with torch.inference_mode(), completion.adapters_of_rows([adapter]):
             result: Tensor = adapter.model(input_ids=ids).logits
             return result
 
@@ -243,7 +243,7 @@ def test_models_that_flatten_their_rows_are_answered_one_adapter_after_another(
         loaded = opened(adapters, "chat", "ranks")
     assert [adapter.mixes for adapter in loaded] == [False, False]
     requests = [(adapter, [50, 51, 52]) for adapter in loaded]
-    assert inference.complete(requests, 4) == [adapter.complete([ids], 4)[0] for adapter, ids in requests]
+    assert completion.complete(requests, 4) == [adapter.complete([ids], 4)[0] for adapter, ids in requests]
 
 
 def test_prompts_go_to_the_first_or_to_the_one_to_use(cli: Cli, adapters: dict[str, Path]) -> None:

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from loratune.codes import Code
-from loratune.commands import loading
 from loratune.config import LoraSection, ModelSection
+from loratune.inference import loading
 from loratune.lora import attach
 from loratune.model import load
 from loratune.model.source import KEY as NAME

@@ -16,7 +16,7 @@ from loratune.codes import Code
 
 PACKAGE = ROOT / "loratune"
 LEVELS = {
-    "escaping": 0, "codes": 0, "errors": 1, "statistics": 1, "__init__": 1,
+    "escaping": 0, "codes": 0, "errors": 1, "__init__": 1, "statistics": 1,
     "system": 2,
     "config": 3, "console": 3,
     "kernels": 4,
@@ -24,9 +24,11 @@ LEVELS = {
     "memory": 6,
     "training": 7,
     "export": 8,
-    "commands": 9,
-    "cli": 10,
-    "__main__": 11,
+    "inference": 9,
+    "evaluation": 10,
+    "commands": 11,
+    "cli": 12,
+    "__main__": 13,
 }  # fmt: skip
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

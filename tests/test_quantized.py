@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from loratune.codes import Code
-from loratune.commands import loading
 from loratune.config import LoraSection, ModelSection
 from loratune.errors import ConfigError
+from loratune.inference import loading
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load

@@ -17,7 +17,7 @@ from fork_server import ForkServer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loratune.commands import loading
+from loratune.inference import loading
 from loratune.training import preflight
 
 FOLDER = ROOT / "configs" / "quickstart"

@@ -61,7 +61,8 @@ def generate(
         _check_answers(prompts, source, output, overwrite=overwrite)
         check_temperature(temperature)
 
-        from loratune.commands import output_file, selection
+        from loratune.commands import output_file
+        from loratune.inference import selection
 
         selected = selection.parse(adapters, use, mix)
         inputs = (*selected.directories.values(), *([source] if source else []))
@@ -114,12 +115,12 @@ def evaluate(
         split = read_source(Source(path=data), info.data, show_progress)
 
         with importing():
-            from loratune.commands import report
+            from loratune.commands import printing
             from loratune.commands.evaluate import evaluate
 
         scores, remarks = evaluate(info, split, show_progress, log)
         log_all(remarks)
-        report.print_scores(scores, as_json)
+        printing.print_scores(scores, as_json)
 
 
 def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:

@@ -57,7 +57,7 @@ def chat(
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or begin anew with /reset"):
         check_temperature(temperature)
 
-        from loratune.commands import selection
+        from loratune.inference import selection
 
         selected = selection.parse(adapters)
 
@@ -67,8 +67,8 @@ def chat(
         opened = {name: preflight.open_adapter(path, log, forced=force) for name, path in selected.directories.items()}
 
         with importing():
-            from loratune.commands import loading
             from loratune.commands.chat import RAW_NOTE, Chat
+            from loratune.inference import loading
 
         loaded = loading.load_selection(opened, selected, log)
         talk = Chat(loaded, system=system, max_new_tokens=max_new_tokens, temperature=temperature)

@@ -8,9 +8,9 @@ import typer
 
 from loratune.cli.application import Debug, Force, Json, app, check_paths, importing
 from loratune.codes import Code
-from loratune.commands import selection
 from loratune.commands.boundary import boundary, checked_output
 from loratune.errors import ConfigError, Problem
+from loratune.inference import selection
 
 _CLIENTS = ("peft", "vllm", "gguf", "ollama")
 _TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -70,9 +70,10 @@ def export(
         split = read_source(Source(path=data), info.data, show_progress) if data else None
 
         with importing():
-            from loratune.commands import loading, report
+            from loratune.commands import printing
             from loratune.commands.export import export
             from loratune.commands.export_request import ExportRequest, name_of
+            from loratune.inference import loading
 
         request = ExportRequest(to, name_of(directory), merged, llama_cpp, base_gguf, selected.mix)
         with TemporaryDirectory() as place:
@@ -81,7 +82,7 @@ def export(
                 info = loading.write_mixture(Path(place), weighted)
             result = export(info, directory, request, split, show_progress, log)
         with checked_output():
-            report.print_exported(result, as_json)
+            printing.print_exported(result, as_json)
 
 
 def _check_client(to: str, merged: str | None, llama_cpp: Path | None, base_gguf: Path | None) -> None:

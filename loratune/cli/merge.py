@@ -49,10 +49,10 @@ def merge(
         split = read_source(Source(path=data), info.data, show_progress) if data is not None else None
 
         with importing():
-            from loratune.commands import report
+            from loratune.commands import printing
             from loratune.commands.merge import merge
 
         chosen = dtype.value if dtype else None
         merged = merge(info, directory, split, dtype=chosen, watch=show_progress, log=log)
         with checked_output():
-            report.print_merged(merged, as_json)
+            printing.print_merged(merged, as_json)

@@ -28,7 +28,7 @@ def push(
         with importing():
             from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # exported lazily
 
-            from loratune.commands import report
+            from loratune.commands import printing
             from loratune.commands.push import push
             from loratune.console import log
 
@@ -40,4 +40,4 @@ def push(
             fix = "the repository holds the whole adapter or nothing of it; the same command completes it"
             raise stop_error(stop, fix) from None
         with checked_output():
-            report.print_upload(upload, as_json)
+            printing.print_upload(upload, as_json)

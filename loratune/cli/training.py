@@ -57,18 +57,19 @@ def train(
         validated_run = preflight.broadcast_run(validated_run, group)
 
         with importing():
-            from loratune.commands import report
+            from loratune.commands import printing
             from loratune.commands import train as training
+            from loratune.commands.plan import make_plan
             from loratune.console import TrainingProgress, log, show_progress
 
         try:
             if dry_run:
-                plan = training.make_plan(validated_run, show_progress, group)
+                plan = make_plan(validated_run, show_progress, group)
                 group.close()
                 if group.main:
-                    report.print_plan(plan, rows)
+                    printing.print_plan(plan, rows)
                 return
-            reporter = training.Reporter(log, report.log_plan, show_progress, TrainingProgress())
+            reporter = training.Reporter(log, printing.log_plan, show_progress, TrainingProgress())
             result = training.train(validated_run, reporter, group, allow_worse=allow_worse)
         except KeyboardInterrupt as stop:
             fix = "the tokenized rows are kept, so that the same command continues from there"
@@ -78,7 +79,7 @@ def train(
             raise stop_error(stop, fix) from None
         if result is not None:
             with checked_output():
-                report.print_result(result, program())
+                printing.print_result(result, program())
 
 
 @app.command()
@@ -112,10 +113,10 @@ def params(
         log_all(config.portability(run.lora))
 
         with importing():
-            from loratune.commands import report
+            from loratune.commands import printing
             from loratune.commands.params import params
 
-        report.print_params(params(run), as_json)
+        printing.print_params(params(run), as_json)
 
 
 def _join() -> Group:

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from loratune import data
-from loratune.commands import inference, loading
-from loratune.commands.inference import LoadedAdapter
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import TokenizedRow
+from loratune.evaluation.results import Score
+from loratune.inference import completion, loading
+from loratune.inference.completion import LoadedAdapter
 from loratune.model import load
 from loratune.training import gain
 from loratune.training.batching import check_positions
@@ -17,29 +17,6 @@ from loratune.training.preflight import AdapterInfo
 
 _BATCH_TOKENS = 8192
 """Tokens of a batch, whose logits are in memory at once: 1.6 GB in float32 with a vocabulary of 50,000."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well one model does on the rows.
-
-    Attributes:
-        loss: Nats per supervised token.
-        perplexity: e to the power of the loss.
-        exact_match: The share of rows whose greedy completion is the expected text and then ends; None where no row
-            has a prompt.
-        label_accuracy: The share of rows whose completion begins with the expected text, whatever follows; None where
-            no row has a prompt.
-        rows: How many rows there are.
-        tokens: Supervised tokens, over which the loss is the mean.
-    """
-
-    loss: float
-    perplexity: float
-    exact_match: float | None
-    label_accuracy: float | None
-    rows: int
-    tokens: int
 
 
 def evaluate(
@@ -65,7 +42,7 @@ def evaluate(
 
 def _score(loaded: LoadedAdapter, dataset: TokenizedDataset) -> Score:
     rows, lengths = dataset.rows, dataset.rows.lengths
-    size = max(1, min(inference.BATCH, _BATCH_TOKENS // int(lengths.max())))
+    size = max(1, min(completion.BATCH, _BATCH_TOKENS // int(lengths.max())))
     batches = BatchLayout(rows, lengths, "none", size, loaded.data.max_length, load.pad_id(loaded.tokenizer))
     loss = gain.held_out_loss(loaded.model, batches)
     exact_match, label_accuracy = _accuracies(loaded, [row for row in rows.rows() if _has_prompt(row, loaded)])
@@ -100,7 +77,7 @@ def _batches(rows: Sequence[TokenizedRow], context_length: int | None) -> Iterat
     for row in sorted(rows, key=lambda row: len(row.completion)):
         longest_prompt = max(len(member.prompt) for member in (*batch, row))
         is_too_long = context_length is not None and longest_prompt + len(row.completion) > context_length
-        if batch and (is_too_long or len(batch) == inference.BATCH):
+        if batch and (is_too_long or len(batch) == completion.BATCH):
             yield batch
             batch = []
         batch.append(row)

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 
 from loratune import escaping, memory
-from loratune.commands import loading
 from loratune.commands.export_request import Exported, ExportRequest, Log, in_float32, questions
-from loratune.commands.inference import LoadedAdapter
 from loratune.config import patterns
 from loratune.console import format_size
 from loratune.data import DatasetSplit, ProgressFactory
@@ -24,6 +22,8 @@ from loratune.errors import AdapterError
 from loratune.export import converter, gguf, llama_cpp, ollama, output, plain
 from loratune.export.llama_cpp import ScoredAnswer
 from loratune.export.texts import texts
+from loratune.inference import loading
+from loratune.inference.completion import LoadedAdapter
 from loratune.lora import tensors
 from loratune.lora.parameters import file_bytes
 from loratune.model import fingerprints, load

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from loratune.commands import card
-from loratune.commands.inference import LoadedAdapter
 from loratune.data import DatasetSplit
 from loratune.export.llama_cpp import ScoredAnswer
 from loratune.export.texts import FIXED, MOST_TEXTS, Asked, prompt_ids, recorded
+from loratune.inference.completion import LoadedAdapter
 from loratune.training.preflight import AdapterInfo
 from loratune.training.run_dir import RunDirectory
 

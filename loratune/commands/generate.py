@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from transformers import TextStreamer
 
 from loratune.codes import Code
-from loratune.commands import inference, loading
-from loratune.commands.inference import LoadedAdapter, Request
-from loratune.commands.selection import UNNAMED, Selection
 from loratune.data import formats
 from loratune.data.formats import Question
 from loratune.data.sources import MAX_PROBLEMS, Row
 from loratune.errors import ConfigError, DataError, Problem
+from loratune.inference import completion, loading
+from loratune.inference.completion import LoadedAdapter, Request
+from loratune.inference.selection import UNNAMED, Selection
 from loratune.model import load
 from loratune.training.preflight import AdapterInfo
 
@@ -77,13 +77,13 @@ def generate(
     streamer = TextStreamer(answering[0].tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
 
     def answers() -> Iterator[Answer]:
-        for start in range(0, len(requests), inference.BATCH):
-            batch = requests[start : start + inference.BATCH]
+        for start in range(0, len(requests), completion.BATCH):
+            batch = requests[start : start + completion.BATCH]
             base_texts: list[str] | list[None] = [None] * len(batch)
             if base:
                 with loaded.default.without_adapter():
-                    base_texts = _texts(batch, inference.complete(batch, max_new_tokens, temperature))
-            texts = _texts(batch, inference.complete(batch, max_new_tokens, temperature, streamer))
+                    base_texts = _texts(batch, completion.complete(batch, max_new_tokens, temperature))
+            texts = _texts(batch, completion.complete(batch, max_new_tokens, temperature, streamer))
             for number, (text, base_text) in enumerate(zip(texts, base_texts, strict=True), start):
                 prompt = questions[number].prompt
                 shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]

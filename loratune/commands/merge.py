@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from loratune.codes import Code
-from loratune.commands import loading, merge_check
+from loratune.commands import merge_check
 from loratune.data import DatasetSplit, ProgressFactory
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
@@ -18,6 +18,7 @@ from loratune.export import texts as export_texts
 from loratune.export.loaded_merge import LoadedMerge
 from loratune.export.merging import Kept, Written
 from loratune.export.texts import Texts
+from loratune.inference import loading
 from loratune.lora import attach
 from loratune.model import load
 from loratune.model.source import locate

@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM
 
 from loratune import data, errors, memory
 from loratune.codes import Code
-from loratune.commands import loading
 from loratune.errors import AdapterError, LoratuneError, Problem, ResourceError, is_out_of_memory
 from loratune.export import loaded_merge
 from loratune.export.comparison import agreement
 from loratune.export.merging import StreamedMerge
 from loratune.export.texts import Texts
+from loratune.inference import loading
 from loratune.model import load
 from loratune.training import preflight
 from loratune.training.preflight import AdapterInfo

@@ -16,7 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from loratune.config import yaml_reader
-from loratune.config.schema import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
+from loratune.config.data_section import DataSection, Source
+from loratune.config.lora_section import LoraSection
+from loratune.config.schema import ModelSection, RunConfig, TrainingSection
 from loratune.config.yaml_reader import translate
 from loratune.errors import ConfigError
 

@@ -18,7 +18,8 @@ from pydantic_core import ErrorDetails
 from yaml.reader import ReaderError
 
 from loratune.codes import Code
-from loratune.config.schema import InvalidSettingError, RunConfig, Section
+from loratune.config.schema import RunConfig
+from loratune.config.section import InvalidSettingError, Section
 from loratune.errors import ConfigError, Problem
 
 KeyPath = tuple[str | int, ...]

@@ -117,7 +117,7 @@ def training_arguments(
     """
     return TrainingArguments(
         output_dir=str(checkpoints),
-        **section.model_dump(),
+        **section.model_dump(exclude={"keep", "patience", "report_to"}),
         per_device_eval_batch_size=section.per_device_train_batch_size,
         activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
         eval_strategy="steps" if has_validation and section.eval_steps else "no",

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from loratune import kernels
 from loratune.codes import Code
-from loratune.commands.inference import LoadedAdapter, Log, reader
-from loratune.commands.selection import Selection
 from loratune.config import ModelSection
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ModelError, Problem
 from loratune.export import output
+from loratune.inference.completion import LoadedAdapter, Log, reader
+from loratune.inference.selection import Selection
 from loratune.lora import attach, mixture
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import PeftModel

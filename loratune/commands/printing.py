@@ -1,7 +1,6 @@
 """What the commands print: tables and blocks on stdout for people, or JSON for programs."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from loratune import escaping
@@ -19,11 +18,12 @@ from loratune.console import (
 from loratune.lora.module_names import pattern, ranges
 
 if TYPE_CHECKING:
-    from loratune.commands.evaluate import Score
     from loratune.commands.export_request import Exported
     from loratune.commands.merge import Merged
     from loratune.commands.params import Params
-    from loratune.commands.train import Plan, Result
+    from loratune.commands.plan import Plan
+    from loratune.commands.train import Result
+    from loratune.evaluation.results import Score
     from loratune.export.hub import Upload
     from loratune.memory import Estimate
     from loratune.training.batching import TokenizedDatasets
@@ -182,7 +182,7 @@ def _per_layer(layers: Mapping[int, int]) -> str:
 def print_scores(scores: "Mapping[str, Score]", as_json: bool) -> None:
     """Base and adapter, one below the other."""
     if as_json:
-        print_json({name: asdict(score) for name, score in scores.items()})
+        print_json({name: score.as_json() for name, score in scores.items()})
         return
     rows = [
         [name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", _share(score.exact_match), _share(score.label_accuracy)]

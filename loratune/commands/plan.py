@@ -1,0 +1,123 @@
+"""What of a run comes before its first step: `loratune train --dry-run` shows it, and `train` carries it out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from loratune import kernels, memory
+from loratune.commands import card
+from loratune.config import RunConfig
+from loratune.data import DatasetSplit, ProgressFactory
+from loratune.lora import attach
+from loratune.lora.attach import PeftModel
+from loratune.lora.initialize import AdapterInit
+from loratune.lora.parameters import Count
+from loratune.lora.targets import Targets
+from loratune.model import base_files, load
+from loratune.model.load import Base
+from loratune.system.launcher import SINGLE_PROCESS, Group
+from loratune.training import batching, continuing
+from loratune.training.batching import BatchedDatasets, TokenizedDatasets
+from loratune.training.continuing import EarlierRun
+from loratune.training.preflight import ValidatedRun
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first step.
+
+    Attributes:
+        config: The configuration, with absolute paths.
+        processes: How many processes the run has.
+        train_split: The training rows as read; None in a process that did not read them.
+        tokenizer: The tokenizer of the base.
+        base: The base, whose files must not change.
+        model: The base with the adapter attached.
+        targets: The modules that the adapter is attached to.
+        adapter_init: The adapter before its first step.
+        count: Trainable parameters, and all parameters.
+        datasets: The rows as tokens.
+        batches: The same rows in batches, and which layers the kernels compute.
+        memory: The estimate of the memory that training needs.
+        earlier: The run that made the adapter of `lora.start_from`; None where the run starts from none.
+        notes: Lines that the user should see.
+    """
+
+    config: RunConfig
+    processes: int
+    train_split: DatasetSplit | None
+    tokenizer: Any
+    base: Base
+    model: PeftModel
+    targets: Targets
+    adapter_init: AdapterInit
+    count: Count
+    datasets: TokenizedDatasets
+    batches: BatchedDatasets
+    memory: memory.Estimate
+    earlier: EarlierRun | None
+    notes: list[str]
+
+    @property
+    def example_prompt(self) -> str:
+        """A prompt to try the adapter with, quoted for a shell; empty in a process that did not read the rows."""
+        return card.example_prompt(self.train_split) if self.train_split else ""
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """Of the base, the training rows and the validation rows, and of the adapter that the run starts from."""
+        datasets = self.datasets
+        validation = datasets.validation.fingerprint if datasets.validation else None
+        start = {"start": self.earlier.start.digest} if self.earlier else {}
+        return {"base": self.base.fingerprint, "data": datasets.train.fingerprint, "validation": validation, **start}
+
+    def row_text(self, number: int = 0) -> Iterator[tuple[str, bool]]:
+        """A training row as pieces of text, each with whether it is supervised."""
+        row, start = self.datasets.train.rows.row(number), 0
+        spans = [(max(first, 1), end) for first, end in row.spans]  # The first token has no token before it.
+        for span in [*spans, (len(row.ids), len(row.ids))]:
+            for ids, supervised in ((row.ids[start : span[0]], False), (row.ids[slice(*span)], True)):
+                if ids:
+                    yield self.tokenizer.decode(ids), supervised
+            start = span[1]
+
+
+def make_plan(validated_run: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
+    """Load the tokenizer and tokenize the rows; then load the base, attach the adapter, and lay out the batches.
+
+    Raises ModelError, DataError; and AdapterError, ConfigError: the adapter to start from does not fit.
+    """
+    run, resume_point = validated_run.config, validated_run.resume_point
+    load.check_machine(run.model)
+    load.check_kernels(run.model, gpu=load.device().type != "cpu")
+    kernels.keep_pages()
+    tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
+    datasets = batching.tokenize(validated_run, tokenizer, watch, group)
+    datasets, earlier = continuing.earlier_run(validated_run, datasets, watch, group)
+    base = load.load_for_run(run.model, group, resume_point.base_fingerprint if resume_point else None)
+    continuing.check_base(validated_run.start, base)
+    dense, origin = load.dense_model(base.model, run.model), (run.model.name_or_path, run.model.revision)
+    model, targets = attach.adapt(base.model, run.lora, dense=dense, seed=run.training.seed, origin=origin)
+    batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training)
+    originals = partial(base_files.original_weights, run.model, base.model)
+    start_from = earlier.start.info.files if earlier else None
+    adapter_init = attach.initialize_adapter(
+        model, run.lora, batches=batches.first(), originals=originals, start_from=start_from
+    )
+    return Plan(
+        config=run,
+        processes=group.count,
+        train_split=validated_run.rows.train if validated_run.rows else None,
+        tokenizer=tokenizer,
+        base=base,
+        model=model,
+        targets=targets,
+        adapter_init=adapter_init,
+        count=attach.count(model, adapter_init),
+        datasets=datasets,
+        batches=batches,
+        memory=batches.memory(model, run.training),
+        earlier=earlier,
+        notes=[*load.machine_notes(run.model), *batches.notes, *targets.notes, *(earlier.notes() if earlier else ())],
+    )

@@ -1,0 +1,152 @@
+"""The section `data`: which rows, and which of their tokens are supervised."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from loratune.codes import Code
+from loratune.config.section import FilePath, InvalidSettingError, Section
+
+
+class Source(Section):
+    """One place that rows come from."""
+
+    path: FilePath = Field(description="a file, a directory, a glob, or a hub id")
+    split: str | None = Field(None, description="a split or a slice of one, e.g. train[:2000]")
+    weight: float | None = Field(
+        None, gt=0, le=1e6, description="its share of the rows, relative to the other sources; null: all its rows"
+    )
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _as_sources(value: Any) -> Any:
+    return [_as_source(source) for source in value] if isinstance(value, list) else _as_source(value)
+
+
+Sources = Source | Annotated[list[Source], Field(min_length=1)]
+"""One source, or several."""
+
+COLUMNS = (
+    "input_ids", "labels", "prompt", "completion", "messages", "tools", "conversations", "system",
+    "instruction", "input", "output", "history", "text",
+)  # fmt: skip
+"""The names of the fields of a row; `data.columns` maps them to those in the data."""
+
+
+class DataSection(Section):
+    """Which rows, and which of their tokens are supervised."""
+
+    train: Annotated[Sources, BeforeValidator(_as_sources)] = Field(
+        description="a path, a glob, a hub id, {path, split, weight}, or a list of these"
+    )
+    validation: Annotated[Sources | float | None, BeforeValidator(_as_sources)] = Field(
+        None, description="sources like train, or the fraction of train that is held out"
+    )
+    test: Annotated[Sources | None, BeforeValidator(_as_sources)] = Field(
+        None, description="sources like train; the adapter is scored on them once, after the last step"
+    )
+    group_by: str | None = Field(
+        None,
+        min_length=1,
+        description="a field of the rows; rows with one value of it stay on one side of a validation fraction",
+    )
+    format: Literal["auto", "input_ids", "prompt_completion", "messages", "conversations", "alpaca", "text"] = Field(
+        "auto", description="auto: recognised by the keys of the rows, file by file"
+    )
+    columns: dict[str, str] = Field(
+        {},
+        description="field of a row → its name in the data, e.g. {prompt: question}; hides a field of that name",
+    )
+    chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
+    loss_on: Literal["completion", "assistant", "all"] = Field(
+        "completion",
+        description="completion: completions, and every assistant turn of messages; assistant: every assistant turn, "
+        "those of a prompt too; all: every token up to the end of the last answer",
+    )
+    max_length: int = Field(1024, ge=2, lt=2**31, description="tokens of a row, its end-of-sequence token included")
+    truncation: Literal["keep_completion", "drop", "error"] = Field(
+        "keep_completion",
+        description="for rows over max_length: shorten the prompt from its left, drop the row, or refuse the run",
+    )
+    max_dropped: float = Field(
+        0.1, ge=0, le=1, description="share of rows that may be dropped before the run is refused"
+    )
+    packing: Literal["none", "batch", "full"] = Field(
+        "batch", description="batch: a batch without padding; full: batches filled up with whole rows by best fit"
+    )
+    replay: float | None = Field(
+        None, gt=0, lt=1, description="share of the training rows that is drawn from those of lora.start_from"
+    )
+
+    @property
+    def train_sources(self) -> list[Source]:
+        """The sources of training, one or several."""
+        return self.train if isinstance(self.train, list) else [self.train]
+
+    @property
+    def validation_sources(self) -> list[Source]:
+        """The sources of validation; none where a fraction of training is held out, or nothing."""
+        if isinstance(self.validation, Source):
+            return [self.validation]
+        return self.validation if isinstance(self.validation, list) else []
+
+    @property
+    def test_sources(self) -> list[Source]:
+        """The sources of the test rows; none where nothing is tested."""
+        if isinstance(self.test, Source):
+            return [self.test]
+        return self.test or []
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> Self:
+        if unknown := [name for name in self.columns if name not in COLUMNS]:
+            message = f"`{unknown[0]}` is not a field of a row; the fields are {', '.join(COLUMNS)}"
+            raise InvalidSettingError(Code.CONFIG_UNKNOWN_COLUMN, message, "columns")
+        names = list(self.columns.values())
+        if repeated := [name for name in names if names.count(name) > 1]:
+            message = f"the data's `{repeated[0]}` is given for two fields of a row"
+            raise InvalidSettingError(Code.CONFIG_COLUMN_TWICE, message, "columns", fix="give each field its own")
+        return self
+
+    @model_validator(mode="after")
+    def _weights(self) -> Self:
+        for key, sources in (
+            ("train", self.train_sources),
+            ("validation", self.validation_sources),
+            ("test", self.test_sources),
+        ):
+            weighted = sum(source.weight is not None for source in sources)
+            if 0 < weighted < len(sources):
+                message, fix = "some sources have a weight and some have none", "give one to each, or to none"
+                raise InvalidSettingError(Code.CONFIG_SOURCE_WEIGHTS, message, key, fix=fix)
+            if weighted == len(sources) == 1:
+                message = "a single source takes no weight"
+                raise InvalidSettingError(Code.CONFIG_SOURCE_WEIGHTS, message, key, fix="leave the weight out")
+        return self
+
+    @model_validator(mode="after")
+    def _validation_is_a_fraction(self) -> Self:
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise InvalidSettingError(Code.CONFIG_NOT_A_FRACTION, "a fraction must lie between 0 and 1", "validation")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_are_divided(self) -> Self:
+        if self.group_by is not None and not isinstance(self.validation, float):
+            message = "groups only matter where a fraction of the rows is held out"
+            fix = "set data.validation to a fraction, or leave group_by out"
+            raise InvalidSettingError(Code.CONFIG_GROUPS_NOT_DIVIDED, message, "group_by", "validation", fix=fix)
+        return self
+
+    @model_validator(mode="after")
+    def _templates_render_chats(self) -> Self:
+        if self.format in ("text", "input_ids") and self.chat_template is not None:
+            message = f"{self.format} rows do not go through a chat template"
+            raise InvalidSettingError(Code.CONFIG_FORMAT_WITHOUT_CHAT, message, "format", "chat_template")
+        if self.format in ("text", "input_ids") and self.loss_on == "assistant":
+            message = f"{self.format} rows have no assistant turns"
+            raise InvalidSettingError(Code.CONFIG_FORMAT_WITHOUT_CHAT, message, "format", "loss_on")
+        return self

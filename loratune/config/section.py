@@ -1,0 +1,45 @@
+"""What all sections of a run have in common: frozen, complete, and strict about unknown keys and types.
+
+Fields that belong to an upstream object carry upstream's name and are handed over by `model_dump`, so a field that
+is added here reaches its object without being copied by hand.
+"""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from loratune.codes import Code
+from loratune.system.files import path_problem
+
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+"""How many of something, or how large: beyond this, torch and its optimizers lose numbers in silence, or fail."""
+
+
+class InvalidSettingError(ValueError):
+    """A value that a check of ours refuses, or several that cannot hold together.
+
+    Attributes:
+        code: What kind of problem it is.
+        keys: Relative to the section that is being validated; none for the key itself.
+        fix: What to do about it.
+    """
+
+    def __init__(self, code: Code, message: str, *keys: str, fix: str = ""):
+        super().__init__(message)
+        self.code, self.keys, self.fix = code, keys, fix
+
+
+def _check_path(path: str) -> str:
+    if reason := path_problem(path):
+        raise InvalidSettingError(Code.CONFIG_NOT_A_PATH, reason)
+    return path
+
+
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
+"""A path, or a glob or hub id in the place of one."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, no coercion between types, no NaN or inf."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())

@@ -1,0 +1,1 @@
+"""How well an adapter does: its figures with their intervals, compared with its base or with another adapter."""

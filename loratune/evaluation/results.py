@@ -1,0 +1,158 @@
+"""What an evaluation came to: the figures of each model with their intervals, how they differ, and the rows behind."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from loratune.statistics import Interval
+
+BASE, ADAPTER, AGAINST = "base", "adapter", "against"
+"""The names of the models: the base, the adapter on it, and the other adapter that it is compared with."""
+
+Verdict = Literal["better", "worse", "indistinguishable"]
+
+
+@dataclass(frozen=True)
+class ModelAnswer:
+    """What one model does on one row.
+
+    Attributes:
+        nats: Cross-entropy, summed over the supervised tokens of the row.
+        text: The greedy completion; None where the row has no prompt.
+        scores: Metric → score between 0 and 1; empty where the row has no prompt.
+    """
+
+    nats: float
+    text: str | None
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class EvaluatedRow:
+    """One distinct row, and what each model does on it.
+
+    Attributes:
+        number: The number of the row in its split, from 0.
+        copies: How many rows of the split are this one.
+        prompt: The prompt as text, as the model reads it; None where the row has none.
+        expected: The supervised text.
+        tokens: Supervised tokens.
+        answers: Model → what it does; `base`, `adapter`, and `against` if there is one.
+    """
+
+    number: int
+    copies: int
+    prompt: str | None
+    expected: str
+    tokens: int
+    answers: Mapping[str, ModelAnswer]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one model does on the rows.
+
+    Attributes:
+        loss: Nats per supervised token.
+        perplexity: e to the power of the loss; inf where that is beyond a float.
+        exact_match: The share of rows whose greedy completion is the expected text and then ends; None where no row
+            has a prompt.
+        label_accuracy: The share of rows whose completion begins with the expected text, whatever follows; None where
+            no row has a prompt.
+        rows: How many rows there are.
+        tokens: Supervised tokens, over which the loss is the mean.
+        metrics: The mean of each further metric that was asked for, over the rows with a prompt.
+        intervals: Figure → its 95 % interval, None where there are too few rows for one.
+    """
+
+    loss: float
+    perplexity: float
+    exact_match: float | None
+    label_accuracy: float | None
+    rows: int
+    tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, Interval | None] = field(default_factory=dict)
+
+    def figure(self, name: str) -> float | None:
+        """A figure by its name; None where it was not computed."""
+        own = {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "exact_match": self.exact_match,
+            "label_accuracy": self.label_accuracy,
+        }
+        return own[name] if name in own else self.metrics.get(name)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values. Figures that are not finite are null, as JSON has no word for them."""
+        figures = {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "exact_match": self.exact_match,
+            "label_accuracy": self.label_accuracy,
+            **self.metrics,
+        }
+        intervals = {name: interval.as_json() if interval else None for name, interval in self.intervals.items()}
+        finite = {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
+        return finite | {"rows": self.rows, "tokens": self.tokens, "intervals": intervals}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of the adapter less that of what it is compared with, on the same rows.
+
+    Attributes:
+        value: The difference.
+        interval: Its paired 95 % interval; None where there are too few rows.
+        p: The exact p of McNemar's test, for figures that are shares of rows; None for others.
+        verdict: What it means for the adapter; None where there is no interval.
+        rows_needed: About how many rows would tell the two apart, where these do not; None if not known.
+    """
+
+    value: float
+    interval: Interval | None
+    p: float | None = None
+    verdict: Verdict | None = None
+    rows_needed: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, `low` and `high` among them."""
+        low, high = (self.interval.low, self.interval.high) if self.interval else (None, None)
+        values: dict[str, Any] = {"value": self.value if math.isfinite(self.value) else None, "low": low, "high": high}
+        values |= {"p": self.p} if self.p is not None else {}
+        return values | ({"rows_needed": self.rows_needed} if self.rows_needed is not None else {})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that an evaluation found.
+
+    Attributes:
+        scores: Model → how well it does: `base`, `adapter`, and `against` if there is one.
+        differences: Figure → how the adapter differs from what it is compared with.
+        compared_with: What that is: `base`, or `against` where another adapter is given.
+        metric: The figure that the verdict is about.
+        verdict: Of the adapter; None where there are too few rows for one.
+        rows: The distinct rows, in the order of the split.
+        forgetting: Loss of the adapter less that of the base on unrelated text, in nats per token; None if not asked.
+        remarks: Lines for the user: rows that were cut or dropped, too few rows for an interval, rows also in train.
+    """
+
+    scores: Mapping[str, Score]
+    differences: Mapping[str, Difference]
+    compared_with: str
+    metric: str
+    verdict: Verdict | None
+    rows: Sequence[EvaluatedRow]
+    forgetting: Difference | None = None
+    remarks: Sequence[str] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, without the rows."""
+        values: dict[str, Any] = {name: score.as_json() for name, score in self.scores.items()}
+        values["difference"] = {name: difference.as_json() for name, difference in self.differences.items()}
+        if self.forgetting is not None:
+            values["forgetting"] = self.forgetting.as_json()
+        return values | {"metric": self.metric, "verdict": self.verdict}
