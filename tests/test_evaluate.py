@@ -112,7 +112,7 @@ def by_hand(place: Path, base: Path, which: str) -> dict[str, float]:
 @pytest.mark.parametrize("which", ["base", "adapter"])
 def test_scores_equal_a_computation_by_hand(scores: dict[str, Any], place: Path, tiny_dir: Path, which: str) -> None:
     expected = by_hand(place, tiny_dir, which)
-    assert scores[which].keys() == expected.keys()
+    assert scores[which].keys() == {*expected, "intervals"}
     for name in ("rows", "tokens", "exact_match", "label_accuracy"):
         assert scores[which][name] == expected[name], name
     assert scores[which]["loss"] == pytest.approx(expected["loss"], abs=1e-5)
@@ -120,7 +120,7 @@ def test_scores_equal_a_computation_by_hand(scores: dict[str, Any], place: Path,
 
 
 def test_the_scores_say_something(scores: dict[str, Any]) -> None:
-    assert set(scores) == {"base", "adapter"}
+    assert set(scores) == {"base", "adapter", "difference", "metric", "verdict"}
     assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1
     assert scores["base"]["exact_match"] == 0
     assert 0 < scores["adapter"]["exact_match"] < scores["adapter"]["label_accuracy"] < 1
@@ -148,11 +148,16 @@ def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None
 def test_the_table(cli: Callable[..., Ran], scores: dict[str, Any], place: Path) -> None:
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", place / "held-out.jsonl")
     lines = [line.split() for line in ran.out.splitlines()]
-    assert lines[0] == [f"{len(HELD_OUT)}", "rows,", f"{scores['base']['tokens']}", "supervised", "tokens"]
-    (cells,) = [line for line in lines if line[0] == "adapter"]
-    score = scores["adapter"]
-    assert cells[1:3] == [f"{score['loss']:.4f}", f"{score['perplexity']:.2f}"]
-    assert cells[3:] == [f"{score['exact_match']:.1%}", f"{score['label_accuracy']:.1%}"]
+    assert lines[0][:5] == [f"{len(HELD_OUT)}", "rows,", f"{scores['base']['tokens']}", "supervised", "tokens,"]
+    expected = []
+    for name, kind in (("loss", ".4f"), ("perplexity", ".2f"), ("exact_match", ".1%"), ("label_accuracy", ".1%")):
+        cells = name.split("_")
+        for model in ("base", "adapter"):
+            low, high = (f"{end:{kind}}".rstrip("%") for end in scores[model]["intervals"][name])
+            cells += [f"{scores[model][name]:{kind}}", f"[{low},", f"{high}]"]
+        expected.append(cells)
+    assert lines[1:6] == [["base", "adapter"], *expected]
+    assert max(map(len, ran.out.splitlines())) <= 120
 
 
 def test_rows_without_a_prompt_have_no_match(
