@@ -76,7 +76,9 @@ def scores(place: Path) -> dict[str, dict[str, Any]]:
     ran = CliRunner().invoke(
         app, ["evaluate", "--adapter", f"{place}/adapter", "--data", f"{place}/held-out.jsonl", "--json"]
     )
-    assert (ran.exit_code, ran.stderr) == (0, "")
+    seen = [HELD_OUT.index(row) + 1 for row in HELD_OUT if row in TRAIN]
+    places = ", ".join(f"{place}/held-out.jsonl:{line}" for line in seen[:3])
+    assert (ran.exit_code, ran.stderr) == (0, f"{len(seen)} of the evaluation rows are also in train ({places}, ...)\n")
     assert tree(place) == before
     return json.loads(ran.stdout)
 
@@ -120,7 +122,7 @@ def test_scores_equal_a_computation_by_hand(scores: dict[str, Any], place: Path,
 
 
 def test_the_scores_say_something(scores: dict[str, Any]) -> None:
-    assert set(scores) == {"base", "adapter", "difference", "metric", "verdict"}
+    assert set(scores) == {"base", "adapter", "difference", "metric", "verdict", "overlap"}
     assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1
     assert scores["base"]["exact_match"] == 0
     assert 0 < scores["adapter"]["exact_match"] < scores["adapter"]["label_accuracy"] < 1
