@@ -123,8 +123,10 @@ def _mean_difference(totals: Values, counts: Values, figure: str) -> Difference:
     value = float(totals.sum() / counts.sum())
     interval = statistics.mean_ratio_interval(totals, counts)
     verdict = _verdict(value, interval, figure)
-    error = statistics.mean_ratio_error(totals, counts)
-    return Difference(value, interval, None, verdict, _rows_needed(verdict, value, error, len(totals)))
+    needed = None
+    if verdict == "indistinguishable":
+        needed = _rows_needed(value, statistics.mean_ratio_error(totals, counts), len(totals))
+    return Difference(value, interval, None, verdict, needed)
 
 
 def _share_difference(first: Values, second: Values, weights: Values, figure: str) -> Difference:
@@ -136,8 +138,10 @@ def _share_difference(first: Values, second: Values, weights: Values, figure: st
     p = statistics.mcnemar(int((first > second).sum()), int((second > first).sum()))
     value = shares[1] - shares[0]
     verdict = _verdict(value, interval, figure) if p < _SIGNIFICANT else "indistinguishable"
-    error = statistics.share_difference_error(first_only, second_only, rows)
-    return Difference(value, interval, p, verdict, _rows_needed(verdict, value, error, round(rows)))
+    needed = None
+    if verdict == "indistinguishable":
+        needed = _rows_needed(value, statistics.share_difference_error(first_only, second_only, rows), round(rows))
+    return Difference(value, interval, p, verdict, needed)
 
 
 def _verdict(value: float, interval: Interval | None, figure: str) -> Verdict | None:
@@ -148,9 +152,9 @@ def _verdict(value: float, interval: Interval | None, figure: str) -> Verdict | 
     return "better" if (value < 0) == (figure in LOWER_IS_BETTER) else "worse"
 
 
-def _rows_needed(verdict: Verdict | None, value: float, error: float, rows: int) -> int | None:
-    """How many rows would tell, where these do not; never fewer than these, which did not."""
-    needed = statistics.rows_needed(value, error, rows) if verdict == "indistinguishable" else None
+def _rows_needed(value: float, error: float, rows: int) -> int | None:
+    """How many rows would tell, where these do not: more than these."""
+    needed = statistics.rows_needed(value, error, rows)
     return needed and max(needed, rows + 1)
 
 

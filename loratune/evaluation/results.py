@@ -16,6 +16,12 @@ LOSS, EXACT_MATCH, LABEL_ACCURACY = "loss", "exact_match", "label_accuracy"
 LOWER_IS_BETTER = (LOSS, "perplexity", "invalid_json")
 """Figures of which less is better."""
 
+
+def finite(value: float | None) -> float | None:
+    """A number as JSON has it: None for inf and NaN, which it has no word for."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 Verdict = Literal["better", "worse", "indistinguishable"]
 
 
@@ -72,8 +78,7 @@ class EvaluatedRow:
             "tokens": self.tokens,
         }
         for name, answer in self.answers.items():
-            loss = answer.nats / self.tokens
-            values[name] = {"answer": answer.text, "loss": loss if math.isfinite(loss) else None, **answer.scores}
+            values[name] = {"answer": answer.text, "loss": finite(answer.nats / self.tokens), **answer.scores}
         return values
 
 
@@ -119,10 +124,12 @@ class Score:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values. Figures that are not finite are null, as JSON has no word for them."""
-        figures = self.figures()
-        intervals = {name: interval.as_json() if interval else None for name, interval in self.intervals.items()}
-        finite = {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
-        return finite | {"rows": self.rows, "tokens": self.tokens, "intervals": intervals}
+        figures = {name: finite(value) for name, value in self.figures().items()}
+        intervals = {
+            name: [finite(interval.low), finite(interval.high)] if interval else None
+            for name, interval in self.intervals.items()
+        }
+        return figures | {"rows": self.rows, "tokens": self.tokens, "intervals": intervals}
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,7 @@ class Difference:
     def as_json(self) -> dict[str, Any]:
         """Plain values, `low` and `high` among them."""
         low, high = (self.interval.low, self.interval.high) if self.interval else (None, None)
-        values: dict[str, Any] = {"value": self.value if math.isfinite(self.value) else None, "low": low, "high": high}
+        values: dict[str, Any] = {"value": finite(self.value), "low": low, "high": high}
         values |= {"p": self.p} if self.p is not None else {}
         return values | ({"rows_needed": self.rows_needed} if self.rows_needed is not None else {})
 
