@@ -99,6 +99,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a tensor less": lambda path: save_file({"exact": np.arange(3)}, path, metadata()),
     "floats": lambda path: save_file(INT64 | {"exact": np.arange(3.0)}, path, metadata()),
     "a matrix": lambda path: save_file(INT64 | {"folded": np.zeros((2, 2), int)}, path, metadata()),
+    "not sorted": lambda path: save_file(INT64 | {"exact": np.arange(3)[::-1].copy()}, path, metadata()),
     "another hash": lambda path: save_file(INT64, path, metadata(hash="sha3")),
     "a directory": lambda path: (path.unlink(), path.mkdir()),
 }
