@@ -81,8 +81,9 @@ def group_key(fields: Mapping[str, Any], name: str) -> bytes | None:
     if isinstance(value, Unreadable):
         raise RowError(Code.DATA_FIELD_TYPE, f"`{name}` must have a value to group by, got {describe(value)}")
     try:
-        plain = json.loads(to_json_line({name: value}), parse_float=_number)
-        return json.dumps(plain, sort_keys=True).encode()
+        if not isinstance(value, str | int):
+            value = json.loads(to_json_line({name: value}), parse_float=_number)[name]
+        return json.dumps(value, sort_keys=True).encode()
     except RecursionError:
         raise RowError(Code.DATA_FIELD_JSON, f"`{name}` is nested too deeply") from None
 
