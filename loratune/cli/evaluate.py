@@ -14,7 +14,10 @@ from loratune.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from loratune.commands.output_file import Output
     from loratune.data import DatasetSplit
+    from loratune.data.row_hashes import Overlap
+    from loratune.evaluation.requirements import Requirement
     from loratune.evaluation.results import Evaluation
+    from loratune.training.preflight import AdapterInfo
 
 
 @app.command()
@@ -39,6 +42,13 @@ def evaluate(
         Path | None, typer.Option("--output", metavar="FILE", help="Write rows, answers and scores as JSONL to FILE.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIGURE<BOUND", help="End with exit code 11 unless e.g. 'exact_match>=0.9', 'loss<base'."),
+    ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="With --require: also judge by rows that stand in train.")
+    ] = False,
     assignments: Assignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
     force: Force = False,
@@ -47,24 +57,23 @@ def evaluate(
     """Score base and adapter on the same held-out rows."""
     with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
         check_paths(adapter=adapter, data=data, against=against, forgetting=forgetting, output=output)
-        if overwrite and output is None:
-            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --output", key="--overwrite"))
+        _check_options(require, output, overwrite=overwrite, allow_overlap=allow_overlap)
         with importing():
             from loratune.commands import output_file
-            from loratune.config import Source
             from loratune.console import log, show_count, show_progress
-            from loratune.data import read_source
             from loratune.evaluation import metrics as known_metrics
+            from loratune.evaluation import requirements
             from loratune.training import preflight
 
         parsed = known_metrics.parse(metrics or [])
+        required = requirements.parse(require or [], parsed, against=bool(against), forgetting=bool(forgetting))
         inputs = [Path(path) for path in (adapter, data, against, forgetting) if path is not None]
         file = output_file.output(output, "--output", overwrite=overwrite, inputs=inputs) if output else None
         info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
         other = preflight.open_adapter(against, log, forced=force) if against is not None else None
         if file is not None:
             file = file.reading(Path(info.base.name_or_path))
-        split = read_source(Source(path=data), info.data, show_progress)
+        split, overlap = _read_rows(data, info, required, allow_overlap=allow_overlap)
         unrelated = _unrelated_text(forgetting, info.data.max_length) if forgetting is not None else None
 
         with importing():
@@ -74,12 +83,39 @@ def evaluate(
 
         found = evaluate(
             info, split, against=other, judging=Judging(parsed, file is not None), forgetting=unrelated,
-            watch=show_progress, count=show_count, log=log,
+            overlap=overlap, required=required, watch=show_progress, count=show_count, log=log,
         )  # fmt: skip
         log_all(found.remarks)
         if file is not None:
             _write_rows(found, file)
         printing.print_evaluation(found, worst, as_json)
+        requirements.check_met(found.requirements)
+
+
+def _check_options(require: list[str] | None, output: Path | None, *, overwrite: bool, allow_overlap: bool) -> None:
+    """Raises ConfigError: an option without the one that it belongs to."""
+    if overwrite and output is None:
+        raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --output", key="--overwrite"))
+    if allow_overlap and not require:
+        raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --require", key="--allow-overlap"))
+
+
+def _read_rows(
+    data: str, info: "AdapterInfo", required: list["Requirement"], *, allow_overlap: bool
+) -> tuple["DatasetSplit", "Overlap"]:
+    """The rows, and which of them are also in train. Raises as `requirements.check_rows` does."""
+    from loratune.config import Source
+    from loratune.console import log, show_progress
+    from loratune.data import read_source, row_hashes
+    from loratune.evaluation import requirements
+
+    split = read_source(Source(path=data), info.data, show_progress)
+    overlap = row_hashes.find_overlap(split, info.files.path)
+    if required:
+        requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
+        if overlap.unknown:
+            log(overlap.unknown)
+    return split, overlap
 
 
 def _unrelated_text(name: str, max_length: int) -> "DatasetSplit":

@@ -203,6 +203,7 @@ def print_evaluation(evaluation: "Evaluation", worst: int, as_json: bool) -> Non
     lines = [("verdict", wording.verdict(evaluation))]
     if evaluation.forgetting is not None:
         lines.append(("forgetting", wording.forgetting(evaluation.forgetting)))
+    lines += [("required", f"{one.text}: {'met' if one.met else 'not met'}") for one in evaluation.requirements]
     print_block("result", lines)
 
 

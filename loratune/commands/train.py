@@ -16,7 +16,7 @@ from loratune import config, data, kernels, memory
 from loratune.codes import Code
 from loratune.commands import card
 from loratune.commands.plan import Plan, make_plan
-from loratune.data import ProgressFactory
+from loratune.data import ProgressFactory, row_hashes
 from loratune.errors import NumericError, Problem, ResourceError
 from loratune.lora import adapter_files, attach, parameters, tensors
 from loratune.lora.tensors import Weights
@@ -267,6 +267,8 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
         processes=plan.processes,
     )
     (directory.staging / "README.md").write_text(text, encoding="utf-8")
+    trained_before = plan.earlier.start.trained_on if plan.earlier else None
+    row_hashes.write(directory.staging, plan.train_split, trained_before, goes_on=plan.earlier is not None)
     metrics = outcome.metrics | {"gain": finished_run.gain.as_json()}
     metrics |= {"forgetting": finished_run.forgetting.as_json()} if finished_run.forgetting else {}
     record = card.provenance(settings, metrics, outcome.curve, plan.fingerprints)

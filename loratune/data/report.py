@@ -35,7 +35,7 @@ class RowTally:
 
 @dataclass(frozen=True)
 class Leaks:
-    """Rows of the validation set that are also in train.
+    """Held-out rows that are also in train.
 
     Attributes:
         exact: Letter for letter.
@@ -45,11 +45,11 @@ class Leaks:
     exact: RowTally
     folded: RowTally
 
-    def remarks(self) -> list[str]:
-        """A line for each kind of leak there is."""
+    def remarks(self, held_out: str = "validation rows") -> list[str]:
+        """A line for each kind of leak there is. held_out: what the rows are called."""
         kinds = ((self.exact, ""), (self.folded, ", apart from white space"))
         return [
-            f"{tally.count:,} of the validation rows {'is' if tally.count == 1 else 'are'} also in train"
+            f"{tally.count:,} of the {held_out} {'is' if tally.count == 1 else 'are'} also in train"
             f"{difference} ({tally.places})"
             for tally, difference in kinds
             if tally.count

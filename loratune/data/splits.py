@@ -206,7 +206,7 @@ def replay_numbers(own: int, earlier: int, share: float, seed: int) -> list[int]
 def find_duplicates(split: DatasetSplit) -> RowTally:
     """Rows of a split whose content an earlier row of it has, letter for letter."""
     groups = [_later_copies(hashes, rows) for hashes, rows in _hash_groups(split, EXACT, len(split))]
-    return _tally(split, groups)
+    return tally(split, groups)
 
 
 def find_leaks(datasets: RawDatasets) -> Leaks | None:
@@ -215,7 +215,7 @@ def find_leaks(datasets: RawDatasets) -> Leaks | None:
         return None
     exact = _in_both(datasets.train, datasets.validation, EXACT)
     folded = np.setdiff1d(_in_both(datasets.train, datasets.validation, FOLDED), exact, assume_unique=True)
-    return Leaks(_tally(datasets.validation, [exact]), _tally(datasets.validation, [folded]))
+    return Leaks(tally(datasets.validation, [exact]), tally(datasets.validation, [folded]))
 
 
 def _in_both(train: DatasetSplit, validation: DatasetSplit, column: int) -> NDArray[np.int64]:
@@ -246,7 +246,7 @@ def _later_copies(hashes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray
     return np.delete(rows, first)
 
 
-def _tally(split: DatasetSplit, groups: list[NDArray[np.int64]]) -> RowTally:
+def tally(split: DatasetSplit, groups: list[NDArray[np.int64]]) -> RowTally:
     """How many row numbers the groups have, and the places of the first."""
     count = sum(len(group) for group in groups)
     first = np.sort(np.concatenate([np.sort(group)[:MAX_PLACES] for group in groups]))[:MAX_PLACES]

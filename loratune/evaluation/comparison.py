@@ -68,7 +68,7 @@ def compare(
             lines.append(f"{what}, so there is no verdict on the loss against it")
     scores = {name: score(rows, name) for name in models}
     figures = [figure for figure, value in scores[ADAPTER].figures().items() if value is not None]
-    differences = {figure: _difference(rows, figure, other) for figure in figures if figure != "perplexity"}
+    differences = {figure: difference(rows, figure, other) for figure in figures if figure != "perplexity"}
     if len(rows) < statistics.LEAST_ROWS:
         lines.append(
             f"{_plural(len(rows), 'distinct row')} {'is' if len(rows) == 1 else 'are'} too few for an interval of the "
@@ -107,8 +107,8 @@ def loss_difference(rows: Sequence[EvaluatedRow], first: Values, second: Values)
     return _mean_difference(_weights(rows) * (second - first), _tokens(rows), LOSS)
 
 
-def _difference(rows: Sequence[EvaluatedRow], figure: str, other: str) -> Difference:
-    """A figure of the adapter less that of another model."""
+def difference(rows: Sequence[EvaluatedRow], figure: str, other: str) -> Difference:
+    """A figure of the adapter less that of another model. rows: as of `compare`; the figure is no perplexity."""
     if figure == LOSS:
         return loss_difference(rows, _nats(rows, other), _nats(rows, ADAPTER))
     prompted = [row for row in rows if row.answers[ADAPTER].scores]

@@ -161,6 +161,32 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """Whether a requirement is met; see `requirements`.
+
+    Attributes:
+        text: The requirement, as the user wrote it.
+        met: Whether it is met.
+        value: What it is about: the figure, or the difference to a model; None where it was not computed.
+        interval: The 95 % interval of that, whose cautious end decides.
+        reason: Why it is not met; empty if it is.
+    """
+
+    text: str
+    met: bool
+    value: float | None
+    interval: Interval | None
+    reason: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, but for the reason, which the others say."""
+        ends = (self.interval.low, self.interval.high) if self.interval else (None, None)
+        numbers = dict(zip(("value", "low", "high"), (self.value, *ends), strict=True))
+        finite = {name: one if one is not None and math.isfinite(one) else None for name, one in numbers.items()}
+        return {"text": self.text, "met": self.met, **finite}
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything that an evaluation found.
 
@@ -173,6 +199,8 @@ class Evaluation:
         rows: The distinct rows, in the order of the split.
         forgetting: Loss of the adapter less that of the base on unrelated text, in nats per token; None if not asked.
         remarks: Lines for the user: rows that were cut or dropped, too few rows for an interval, rows also in train.
+        overlap: How many rows there are, as read, and how many of them are also in train; None if that is not known.
+        requirements: Whether what the user requires is met.
     """
 
     scores: Mapping[str, Score]
@@ -183,6 +211,8 @@ class Evaluation:
     rows: Sequence[EvaluatedRow]
     forgetting: Difference | None = None
     remarks: Sequence[str] = ()
+    overlap: Mapping[str, int] | None = None
+    requirements: Sequence[Judgement] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, without the rows."""
@@ -190,4 +220,6 @@ class Evaluation:
         values["difference"] = {name: difference.as_json() for name, difference in self.differences.items()}
         if self.forgetting is not None:
             values["forgetting"] = self.forgetting.as_json()
-        return values | {"metric": self.metric, "verdict": self.verdict}
+        values |= {"metric": self.metric, "verdict": self.verdict, "overlap": self.overlap}
+        required = [one.as_json() for one in self.requirements]
+        return values | ({"requirements": required} if required else {})
