@@ -130,7 +130,7 @@ def test_bad_rows_stop_before_torch_is_imported(
         ),
         (["generate", "--adapter", "x", "--max-new-tokens", "few", "hello"], "Input should be a valid integer"),
         (["generate", "--adapter", "x", "--temperature", "-1", "hello"], "Input should be greater than or equal to 0"),
-        (["evaluate", "--adapter", "x"], "Missing option '--data'"),
+        (["evaluate", "--adapter", "x"], f"give --data, --tasks, or both [{Code.USAGE_CONFLICT}]"),
         (["params"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
         (["params", "a.yaml", "--model", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
         (["params", "a.yaml", "--adapter", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),

@@ -328,7 +328,7 @@ def options(application: typer.Typer) -> dict[str, int]:
     }
 
 
-MOST_OPTIONS = {"evaluate": 14}
+MOST_OPTIONS = {"evaluate": 16}
 """Of commands that need more: what is measured, with what it is compared, what is required of it, what is shown."""
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loratune.commands.params import Params
     from loratune.commands.plan import Plan
     from loratune.commands.train import Result
-    from loratune.evaluation.results import Evaluation
+    from loratune.evaluation.results import Evaluation, TaskResults
     from loratune.export.hub import Upload
     from loratune.memory import Estimate
     from loratune.training.batching import TokenizedDatasets
@@ -205,6 +205,18 @@ def print_evaluation(evaluation: "Evaluation", worst: int, as_json: bool) -> Non
         lines.append(("forgetting", wording.forgetting(evaluation.forgetting)))
     lines += [("required", f"{one.text}: {'met' if one.met else 'not met'}") for one in evaluation.requirements]
     print_block("result", lines)
+    if evaluation.tasks is not None:
+        print_tasks(evaluation.tasks)
+
+
+def print_tasks(results: "TaskResults", as_json: bool = False) -> None:
+    """The figures of tasks of the lm-evaluation-harness, those of base and adapter side by side."""
+    if as_json:
+        print_json(results.as_json())
+        return
+    limit = f", at most {results.limit:,} rows of each" if results.limit is not None else ""
+    print(f"tasks of lm-evaluation-harness {results.version}{limit}, 95 % intervals in brackets")
+    print_table(*wording.tasks_table(results))
 
 
 def print_upload(upload: "Upload", as_json: bool) -> None:
