@@ -187,7 +187,8 @@ def test_exit_codes_are_those_of_the_design() -> None:
     codes = {error.__name__: error.exit_code for error in LoratuneError.__subclasses__()}
     assert codes == {
         "ConfigError": 2, "ModelError": 3, "DataError": 4, "AdapterError": 5, "NumericError": 6, "ResumeError": 7,
-        "ResourceError": 8, "LockedError": 9, "LostError": 10, "Interrupted": 130, "Terminated": 143,
+        "ResourceError": 8, "LockedError": 9, "LostError": 10, "RequirementError": 11,
+        "Interrupted": 130, "Terminated": 143,
     }  # fmt: skip
 
 
