@@ -1,15 +1,20 @@
 """`loratune report`."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loratune.cli.application import Assignments, Debug, Force, app, check_paths, importing
+from loratune.cli.application import Assignments, Debug, Force, app, check_paths, importing, log_all
 from loratune.codes import Code
 from loratune.commands.boundary import boundary
 from loratune.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from loratune.evaluation.results import Evaluation
+    from loratune.training.preflight import AdapterInfo
 
 
 @app.command()
@@ -49,20 +54,38 @@ def report(
         file = output_file.output(target, "--output", overwrite=overwrite, inputs=inputs)
 
         with importing():
-            from loratune.commands.report import report
+            from loratune.commands.report import Subjects, report
             from loratune.console import log
             from loratune.training import preflight
 
-        opened, notes = [], []
+        shown = Subjects()
         for path, own in ((adapter, assignments), (against, [])):
             if path is not None:
                 lines: list[str] = []
-                opened.append(preflight.open_adapter(path, lines.append, forced=force or data is None, assignments=own))
-                notes.append(lines)
-        for line in (line for lines in notes for line in lines):
-            log(line)
-        text = report(opened, notes, None, data)
+                forced = force or data is None  # what was edited is shown, and said
+                shown.add(preflight.open_adapter(path, lines.append, forced=forced, assignments=own), lines)
+                log_all(lines)
+        if data is not None:
+            file = file.reading(Path(shown.adapters[0].base.name_or_path))
+        text = report(shown, _evaluate(shown.adapters, data) if data is not None else None, data)
         with file.opened(log) as writable:
             writable.write(text)
         if file.handle is None:
             print(target)
+
+
+def _evaluate(adapters: "Sequence[AdapterInfo]", data: str) -> "Evaluation":
+    """Score the adapters on the rows of a file."""
+    with importing():
+        from loratune.commands.evaluate import evaluate
+        from loratune.config import Source
+        from loratune.console import log, show_count, show_progress
+        from loratune.data import read_source
+        from loratune.evaluation.scoring import Judging
+
+    first, *others = adapters
+    split, judging = read_source(Source(path=data), first.data, show_progress), Judging(for_readers=True)
+    against = others[0] if others else None
+    found = evaluate(first, split, against=against, judging=judging, watch=show_progress, count=show_count, log=log)
+    log_all(found.remarks)
+    return found

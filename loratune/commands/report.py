@@ -1,6 +1,7 @@
 """`loratune report`: a page that shows an adapter, the run that made it, and how well it does."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,40 @@ from loratune.evaluation.results import Evaluation
 from loratune.training.preflight import AdapterInfo
 
 
-def report(
-    adapters: Sequence[AdapterInfo],
-    notes: Sequence[Sequence[str]],
-    evaluation: Evaluation | None,
-    data: str | None,
-) -> str:
+@dataclass(frozen=True)
+class Subjects:
+    """What a report is about.
+
+    Attributes:
+        adapters: The adapter, and perhaps the one that it is compared with.
+        notes: Lines about each of them.
+    """
+
+    adapters: list[AdapterInfo] = field(default_factory=list)
+    notes: list[list[str]] = field(default_factory=list)
+
+    def add(self, adapter: AdapterInfo, notes: list[str]) -> None:
+        """One more adapter."""
+        self.adapters.append(adapter)
+        self.notes.append(notes)
+
+    def names(self) -> list[str]:
+        """What the adapters are called: by their directories, or the paths of these where that is the same."""
+        paths = [adapter.files.path for adapter in self.adapters]
+        names = [path.resolve().name or str(path) for path in paths]
+        return names if len({*names}) == len(names) else [str(path) for path in paths]
+
+
+def report(shown: Subjects, evaluation: Evaluation | None, data: str | None) -> str:
     """The page, as HTML.
 
     Args:
-        adapters: The adapter, and perhaps the one that it is compared with.
-        notes: Lines about each of them.
+        shown: The adapters.
         evaluation: What they do on rows; None where none were given.
         data: The file of these rows.
     """
-    names = [adapter.files.path.resolve().name or str(adapter.files.path) for adapter in adapters]
-    if len({*names}) < len(names):
-        names = [str(adapter.files.path) for adapter in adapters]
-    subjects = [_subject(name, adapter, lines) for name, adapter, lines in zip(names, adapters, notes, strict=True)]
-    return page.render(subjects, evaluation, data, [*_commands(adapters, data)])
+    described = [_subject(*one) for one in zip(shown.names(), shown.adapters, shown.notes, strict=True)]
+    return page.render(described, evaluation, data, [*_commands(shown.adapters, data)])
 
 
 def _subject(name: str, adapter: AdapterInfo, notes: Sequence[str]) -> Subject:

@@ -1,16 +1,28 @@
 """What an evaluation found, as the tables and rows of a report's page."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loratune.evaluation.results import ADAPTER, AGAINST, BASE, Difference, EvaluatedRow, Evaluation, Score
+from loratune.evaluation import wording
+from loratune.evaluation.results import (
+    ADAPTER,
+    AGAINST,
+    BASE,
+    EXACT_MATCH,
+    LOSS,
+    Difference,
+    EvaluatedRow,
+    Evaluation,
+)
+from loratune.statistics import Interval
 
 MOST_ROWS = 50
 """Rows whose answers are shown."""
 LONGEST_TEXT = 2_000
 """Characters of a prompt or an answer that are shown; of a longer one, its beginning and its end."""
-_SHARES = ("exact_match", "label_accuracy")
+_TONES = {"better": "good", "worse": "bad"}
+_MEANINGS = {"better": "better", "worse": "worse", "indistinguishable": "not distinguishable"}
 
 
 @dataclass(frozen=True)
@@ -18,7 +30,7 @@ class ScoreTables:
     """The figures of an evaluation.
 
     Attributes:
-        verdict: A sentence, and `good`, `bad` or nothing.
+        verdict: A line, and `good`, `bad` or nothing.
         header: The names of the figures.
         models: Each model with its figures, each a value and its interval.
         differences: Figure, value, interval, p and what it means, for each difference.
@@ -48,7 +60,7 @@ class ShownAnswer:
 class ShownRow:
     """A row with the answers to it. title: its prompt in a line. change: in nats a token, as text."""
 
-    number: int
+    where: str
     copies: int
     title: str
     change: str
@@ -71,18 +83,26 @@ class Answers:
 def scores(evaluation: Evaluation, names: Sequence[str]) -> ScoreTables:
     """The figures of each model, and how they differ. names: of the adapters."""
     titles = _titles(names)
-    header = ["loss", "perplexity", *_SHARES, *dict.fromkeys(_further(evaluation))]
+    figures = [*evaluation.scores[BASE].figures()]
     models = [
-        (titles[model], [(_value(name, score.figure(name)), _interval(name, score)) for name in header])
+        (
+            titles[model],
+            [(wording.number(name, score.figure(name)), _ends(name, score.intervals.get(name))) for name in figures],
+        )
         for model, score in evaluation.scores.items()
     ]
-    differences = [_difference(name, one) for name, one in evaluation.differences.items()]
+    differences = [_difference(name, name, one) for name, one in evaluation.differences.items()]
     if evaluation.forgetting is not None:
-        differences.append(_difference("forgetting", evaluation.forgetting))
+        differences.append(_difference("loss on unrelated text", LOSS, evaluation.forgetting))
     adapter = evaluation.scores[ADAPTER]
-    rows = f"{adapter.rows:,} rows, {adapter.tokens:,} supervised tokens"
-    header = [name.replace("_", " ") for name in header]
-    return ScoreTables(_verdict(evaluation, titles), header, models, differences, rows, [*evaluation.remarks])
+    return ScoreTables(
+        verdict=(f"{titles[ADAPTER]}: {wording.verdict(evaluation)}", _TONES.get(evaluation.verdict or "", "")),
+        header=[wording.name(name) for name in figures],
+        models=models,
+        differences=differences,
+        rows=f"{adapter.rows:,} rows, {adapter.tokens:,} supervised tokens",
+        remarks=[*evaluation.remarks],
+    )
 
 
 def answers(evaluation: Evaluation, names: Sequence[str]) -> Answers:
@@ -98,52 +118,29 @@ def _titles(names: Sequence[str]) -> dict[str, str]:
     return {BASE: "base", **dict(zip((ADAPTER, AGAINST), names, strict=False))}
 
 
-def _further(evaluation: Evaluation) -> Iterator[str]:
-    for score in evaluation.scores.values():
-        yield from score.metrics
+def _ends(name: str, interval: Interval | None, *, signed: bool = False) -> str:
+    """`0.12 to 0.15`; empty without an interval."""
+    if interval is None:
+        return ""
+    return " to ".join(wording.number(name, end, signed=signed) for end in (interval.low, interval.high))
 
 
-def _value(name: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1%}" if name in _SHARES else f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
-
-
-def _interval(name: str, score: Score) -> str:
-    interval = score.intervals.get(name)
-    return "" if interval is None else f"{_value(name, interval.low)} to {_value(name, interval.high)}"
-
-
-def _difference(name: str, difference: Difference) -> list[str]:
-    interval = difference.interval
-    points = name in _SHARES
-    value, low, high = (
-        "" if number is None else f"{number:+.1%}" if points else f"{number:+.4f}"
-        for number in (difference.value, interval and interval.low, interval and interval.high)
-    )
-    meaning: str = difference.verdict or "too few rows for an interval"
+def _difference(title: str, figure: str, difference: Difference) -> list[str]:
+    meaning = _MEANINGS.get(difference.verdict or "", "too few rows for an interval")
     if difference.rows_needed is not None:
         meaning += f"; about {difference.rows_needed:,} rows would tell"
-    p = "" if difference.p is None else f"{difference.p:.3g}"
-    return [name.replace("_", " "), value, f"{low} to {high}" if low else "", p, meaning]
-
-
-def _verdict(evaluation: Evaluation, titles: Mapping[str, str]) -> tuple[str, str]:
-    model, other = titles[ADAPTER], titles[evaluation.compared_with]
-    metric = evaluation.metric.replace("_", " ")
-    match evaluation.verdict:
-        case "better":
-            return f"{model} is better than {other}, by its {metric}", "good"
-        case "worse":
-            return f"{model} is worse than {other}, by its {metric}", "bad"
-        case "indistinguishable":
-            return f"{model} and {other} cannot be told apart on these rows, by their {metric}", ""
-    return f"Too few rows to tell {model} and {other} apart", ""
+    return [
+        wording.name(title),
+        wording.number(figure, difference.value, signed=True),
+        _ends(figure, difference.interval, signed=True),
+        "" if difference.p is None else wording.p_value(difference.p),
+        meaning,
+    ]
 
 
 def _change(row: EvaluatedRow, other: str) -> float:
     """By how many nats a supervised token the adapter does worse; inf where a loss is not finite."""
-    change = (row.answers[ADAPTER].nats - row.answers[other].nats) / max(row.tokens, 1)
+    change = row.worsening(ADAPTER, other)
     return change if math.isfinite(change) else math.inf
 
 
@@ -152,8 +149,8 @@ def _row(row: EvaluatedRow, titles: Mapping[str, str], other: str) -> ShownRow:
         ShownAnswer(
             titles[model],
             None if answer.text is None else shortened(answer.text),
-            f"{answer.nats / max(row.tokens, 1):.4f}",
-            None if "exact_match" not in answer.scores else answer.scores["exact_match"] >= 1,
+            f"{answer.nats / row.tokens:.4f}",
+            None if EXACT_MATCH not in answer.scores else answer.scores[EXACT_MATCH] >= 1,
         )
         for model, answer in row.answers.items()
     ]
@@ -161,7 +158,7 @@ def _row(row: EvaluatedRow, titles: Mapping[str, str], other: str) -> ShownRow:
     title = " ".join((row.prompt or row.expected or "").split())[-120:]
     expected = None if row.expected is None else shortened(row.expected)
     text = f"{change:+.3f}" if math.isfinite(change) else "not finite"
-    return ShownRow(row.number, row.copies, title, text, change > 0, prompt, expected, shown)
+    return ShownRow(row.where, row.copies, title, text, change > 0, prompt, expected, shown)
 
 
 def shortened(text: str) -> str:
