@@ -187,8 +187,7 @@ def test_the_curve_in_the_terminal() -> None:
 
 def test_train_ends_with_the_curve(run_config: MakeConfig, cli: Cli) -> None:
     ran = cli("train", run_config(training={"max_steps": 3}), "--allow-worse")
-    assert ran.code == 0 and ". loss by step" in ran.out.splitlines()[0]
-    assert ran.out.index("by step") < ran.out.index("done\n")
+    assert ran.code == 0 and 0 <= ran.out.index("done\n") < ran.out.index(". loss by step")
 
 
 # The page
@@ -312,7 +311,7 @@ def test_what_is_refused(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: 
 def test_a_real_browser_shows_the_page(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
     """Nothing is asked for, nothing complained about, nothing scrolls sideways, and the two schemes differ."""
     page = tmp_path / "page.html"
-    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": HOSTILE * 30 + "x" * 300, "completion": HOSTILE}, *ROWS[:3]])
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": HOSTILE * 4 + "x" * 150, "completion": HOSTILE}, *ROWS[:3]])
     ran = cli("report", "--adapter", runs[0] / "one", "--against", runs[0] / "two", "--data", data, "--output", page)
     assert ran.code == 0, ran.err
     path = screenshot_report.find_browser()

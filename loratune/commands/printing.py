@@ -109,13 +109,11 @@ def _adapted_too(roles: Sequence[str]) -> str:
 
 
 def print_result(result: "Result", program: str, as_json: bool) -> None:
-    """A curve of the loss, and the block at the end of a run. program: what to type to start this program."""
+    """The block at the end of a run, and a curve of its loss. program: what to type to start this program."""
     outcome = result.outcome
     if as_json:
         print_json(result.as_json())
         return
-    for line in loss_plot(outcome.curve, sys.stdout.encoding or "ascii"):
-        print(line)
     lines = [
         ("adapter", str(result.directory)),
         ("size", format_size(result.adapter_bytes)),
@@ -134,6 +132,8 @@ def print_result(result: "Result", program: str, as_json: bool) -> None:
         ("try it", f"{program} generate --adapter {escaping.shell(result.display_name)} {result.example_prompt}")
     )
     print_block("done", lines)
+    for line in loss_plot(outcome.curve, sys.stdout.encoding or "ascii"):
+        print(line)
 
 
 def print_params(params: "Params", as_json: bool) -> None:

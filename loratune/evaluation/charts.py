@@ -101,7 +101,9 @@ def line_chart(
         values = [value for line in lines for value in line.y]
         if log and min(values) > 0 and max(values) > _LOG_RATIO * min(values):
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+            decades = math.log10(max(values) / min(values))
+            subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 3 else (1.0,)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))

@@ -41,10 +41,11 @@ class ModuleCharts:
     several: bool
 
 
-def bounds(updates: Sequence[Update]) -> Bounds:
-    """The ends of the scale of each quantity. updates: those of all adapters of a page, which share the scale."""
-    norms = [value for _, _, value in _cells(updates, "norm")]
-    ranks = [value for _, _, value in _cells(updates, "effective_rank")]
+def bounds(updates_by_adapter: Sequence[Sequence[Update]]) -> Bounds:
+    """The ends of the scale of each quantity, which the adapters of a page share."""
+    norms, ranks = (
+        [value for updates in updates_by_adapter for _, _, value in _cells(updates, quantity)] for quantity in _TITLES
+    )
     return {
         "norm": (0.0, max(norms, default=1.0)),
         "effective_rank": (min(ranks, default=0.0), max(ranks, default=1.0)),

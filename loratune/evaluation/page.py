@@ -62,7 +62,7 @@ def render(
         loader=PackageLoader("loratune.evaluation", ""), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=_shown,
     )  # fmt: skip
-    scale = module_charts.bounds([update for subject in subjects for update in subject.updates])
+    scale = module_charts.bounds([subject.updates for subject in subjects])
     names = [subject.name for subject in subjects]
     return environment.get_template("report.html.jinja").render(
         version=__version__,

@@ -21,6 +21,7 @@ MOST_ROWS = 50
 """Rows whose answers are shown."""
 LONGEST_TEXT = 2_000
 """Characters of a prompt or an answer that are shown; of a longer one, its beginning and its end."""
+_LONGEST_TITLE = 96
 _TONES = {"better": "good", "worse": "bad"}
 _MEANINGS = {"better": "better", "worse": "worse", "indistinguishable": "not distinguishable"}
 
@@ -58,13 +59,24 @@ class ShownAnswer:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row with the answers to it. title: its prompt in a line. change: in nats a token, as text."""
+    """A row with the answers to it.
+
+    Attributes:
+        where: Its place in its file.
+        copies: How many rows are this one.
+        title: The end of its prompt, in a line.
+        change: By how many nats a token the adapter does worse, as text.
+        worse: Whether it does; None where the change does not show.
+        prompt: The prompt; None where there is none.
+        expected: The answer that is expected.
+        answers: Those of the models.
+    """
 
     where: str
     copies: int
     title: str
     change: str
-    worse: bool
+    worse: bool | None
     prompt: str | None
     expected: str | None
     answers: list[ShownAnswer]
@@ -128,7 +140,7 @@ def _ends(name: str, interval: Interval | None, *, signed: bool = False) -> str:
 def _difference(title: str, figure: str, difference: Difference) -> list[str]:
     meaning = _MEANINGS.get(difference.verdict or "", "too few rows for an interval")
     if difference.rows_needed is not None:
-        meaning += f"; about {difference.rows_needed:,} rows would tell"
+        meaning += f"; about {wording.rounded(difference.rows_needed):,} rows would tell"
     return [
         wording.name(title),
         wording.number(figure, difference.value, signed=True),
@@ -155,10 +167,20 @@ def _row(row: EvaluatedRow, titles: Mapping[str, str], other: str) -> ShownRow:
         for model, answer in row.answers.items()
     ]
     change, prompt = _change(row, other), None if row.prompt is None else shortened(row.prompt)
-    title = " ".join((row.prompt or row.expected or "").split())[-120:]
+    title = _end(" ".join((row.prompt or row.expected or "").split()))
     expected = None if row.expected is None else shortened(row.expected)
-    text = f"{change:+.3f}" if math.isfinite(change) else "not finite"
-    return ShownRow(row.where, row.copies, title, text, change > 0, prompt, expected, shown)
+    text = "not finite" if not math.isfinite(change) else f"{change:+.3f}" if abs(change) >= 5e-4 else "0.000"
+    return ShownRow(
+        row.where, row.copies, title, text, (change > 0) if text != "0.000" else None, prompt, expected, shown
+    )
+
+
+def _end(line: str) -> str:
+    """The last words of a line, in which prompts of one form differ."""
+    if len(line) <= _LONGEST_TITLE:
+        return line
+    end = line[-_LONGEST_TITLE:]
+    return "… " + (end.partition(" ")[2] or end)
 
 
 def shortened(text: str) -> str:
