@@ -89,10 +89,10 @@ def _facts(stats: AdapterStats) -> dict[str, str]:
         "size": format_size(stats.adapter_bytes).partition("(")[2].rstrip(")") or format_size(stats.adapter_bytes),
     }
     if stats.dora:
-        facts["beyond ΔW"] = "DoRA's magnitudes, which the norms below leave out"
+        facts["beyond ΔW"] = "DoRA's magnitudes, which the norms leave out"
     if stats.others:
         others = (f"{name} ({count:,} numbers)" for name, count in stats.others.items())
-        facts["also"] = f"{', '.join(others)}: in no norm below"
+        facts["also"] = f"{', '.join(others)}: in no norm"
     return facts
 
 

@@ -176,7 +176,7 @@ def heat_map(
     # A column is as wide as its name where these are words; numbers of layers are thinned.
     numbered = all(column.isdecimal() for column in columns)
     longest = max(map(len, rows))
-    width = WIDE[0] if numbered else min(WIDE[0] - 0.1, max(3.4, 0.7 + 0.075 * longest + 0.5 * len(columns) + 0.8))
+    width = WIDE[0] if numbered else min(WIDE[0] - 0.1, max(3.4, 1.4 + 0.075 * longest + 0.38 * len(columns)))
     height = 0.75 + max(0.21 * len(rows), 0.4) + (0 if numbered else 0.6)
 
     def draw(axes: Axes) -> None:
