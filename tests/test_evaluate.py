@@ -251,6 +251,7 @@ def test_against_another_adapter(cli: Callable[..., Ran], place: Path, few: Path
     own, other_own = (json.loads(ran.out) for ran in alone)
     ran = cli("evaluate", "--adapter", place / "adapter", "--against", place / other, "--data", few, "--json")
     assert ran.code == 0 and (other == "pissa" or ran.err == ""), ran.err
+    assert other == "early" or f"{place / 'pissa'}: was trained with another " in ran.err  # it records no conversations
     found = json.loads(ran.out)
     assert [*found] == ["base", "adapter", "against", "difference", "metric", "verdict"]
     for name, expected in (("base", own["base"]), ("adapter", own["adapter"]), ("against", other_own["adapter"])):

@@ -44,7 +44,7 @@ def evaluate(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Score an adapter on held-out rows, and compare it with its base or another adapter."""
+    """Score base and adapter on the same held-out rows."""
     with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
         check_paths(adapter=adapter, data=data, against=against, forgetting=forgetting, output=output)
         if overwrite and output is None:

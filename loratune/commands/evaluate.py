@@ -62,7 +62,7 @@ def evaluate(
     with first.without_adapter():
         found = {BASE: answers(BASE, first)}
     found[ADAPTER] = answers(ADAPTER, first)
-    forgotten = _forgetting(first, forgetting, context, watch, count) if forgetting else None
+    forgotten = _forgetting(first, forgetting, context, watch, count, remarks) if forgetting else None
     if against is not None:
         asked: dict[str, Any] = {"tokenizer": first.tokenizer, "renderer": first.renderer}
         if len(loaded) == 1:
@@ -111,12 +111,21 @@ def _differ(adapter: AdapterInfo, against: AdapterInfo, key: str) -> bool:
 
 
 def _forgetting(
-    loaded: LoadedAdapter, split: DatasetSplit, context: int | None, watch: ProgressFactory, count: ProgressFactory
+    loaded: LoadedAdapter,
+    split: DatasetSplit,
+    context: int | None,
+    watch: ProgressFactory,
+    count: ProgressFactory,
+    remarks: list[str],
 ) -> Difference:
-    """The loss of the adapter less that of its base on unrelated text, of which no row is longer than the context."""
+    """The loss of the adapter less that of its base on unrelated text, of which no row is longer than the context.
+
+    remarks: lines about its rows are added to it.
+    """
     longest = min(split.section.max_length, context or split.section.max_length)
     section = split.section.model_copy(update={"max_length": longest})
     dataset = data.prepare(split, loaded.renderer, section, _vocabulary_size(loaded), watch)
+    remarks += [f"unrelated text: {line}" for line in dataset.report.losses()]
     rows = scoring.distinct_rows(loaded, dataset)
     with count("measuring what is forgotten", 2 * len(rows)) as advance:
         with loaded.without_adapter():

@@ -164,7 +164,7 @@ def answers(
 def losses(
     model: LoadedAdapter, dataset: TokenizedDataset, numbers: Sequence[int], advance: Advance = lambda _: None
 ) -> NDArray[np.float64]:
-    """The loss of a model on rows.
+    """The loss of a model on rows, computed by PEFT's own layers: in float32 where those of answers round.
 
     Args:
         model: The adapter; inside its `without_adapter`, the base.
@@ -176,6 +176,7 @@ def losses(
         (numbers,), in nats, summed over the supervised tokens of each row.
     """
     size = max(1, min(completion.BATCH, _BATCH_TOKENS // int(dataset.rows.lengths.max())))
+    model.activate()
     model.model.eval()
     found = []
     for start in range(0, len(numbers), size):
@@ -183,8 +184,7 @@ def losses(
         batch = pad([dataset.rows[number] for number in batch_numbers], load.pad_id(model.tokenizer))
         labels = batch.pop("labels").to(model.model.device)
         inputs = {name: tensor.to(model.model.device) for name, tensor in batch.items()}
-        with completion.adapters_of_rows([model] * len(batch_numbers)):
-            logits = model.model(**inputs, use_cache=False).logits
+        logits = model.model(**inputs, use_cache=False).logits
         found.append(row_losses(logits, labels).numpy())
         advance(len(batch_numbers))
     return np.concatenate(found)

@@ -7,17 +7,21 @@ from loratune.evaluation.metrics import MEANS
 from loratune.evaluation.results import ADAPTER, BASE, LOSS, Difference, EvaluatedRow, Evaluation
 from loratune.statistics import Interval
 
+_NAME = 24
+"""Characters of an expression that are shown."""
 _WIDTH = 300
 """Characters of a prompt or an answer that are shown."""
 
 
 def name(figure: str) -> str:
-    """A figure as people write it: `exact match`, `invalid JSON`; an expression stays as it is."""
-    return figure if ":" in figure else figure.replace("_", " ").replace("json", "JSON").replace("rouge l", "ROUGE-L")
+    """A figure as people write it: `exact match`, `invalid JSON`; an expression stays as it is, if it is short."""
+    if ":" in figure:
+        return figure if len(figure) <= _NAME else f"{figure[: _NAME - 3]}..."
+    return figure.replace("_", " ").replace("json", "JSON").replace("rouge l", "ROUGE-L")
 
 
 def number(figure: str, value: float | None, *, signed: bool = False) -> str:
-    """The value of a figure: `0.1070`, `18.27`, `93.5%`; or of a difference: `-2.7980`, `+93.5%`."""
+    """The value of a figure: `0.1070`, `18.27`, `93.5%`; or of a difference: `-2.7980`, `+93.5 pp`."""
     if value is None or math.isnan(value):
         return "-"
     sign = "+" if signed else ""
@@ -25,7 +29,7 @@ def number(figure: str, value: float | None, *, signed: bool = False) -> str:
         return f"{value:{sign}.4f}"
     if figure == "perplexity":
         return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
-    return f"{value:{sign}.1%}"
+    return f"{100 * value:+.1f} pp" if signed else f"{value:.1%}"
 
 
 def with_interval(figure: str, value: float | None, interval: Interval | None, *, signed: bool = False) -> str:
@@ -33,8 +37,8 @@ def with_interval(figure: str, value: float | None, interval: Interval | None, *
     text = number(figure, value, signed=signed)
     if interval is None:
         return text
-    low, high = (number(figure, end, signed=signed) for end in (interval.low, interval.high))
-    return f"{text} [{low.removesuffix('%')}, {high.removesuffix('%')}]"
+    low, high = (number(figure, end, signed=signed).rstrip("% p") for end in (interval.low, interval.high))
+    return f"{text} [{low}, {high}]"
 
 
 def p_value(p: float) -> str:
@@ -74,13 +78,11 @@ def verdict(evaluation: Evaluation) -> str:
     against = "the base" if other == BASE else "the other adapter"
     one = evaluation.differences[metric]
     mine, its = (number(metric, evaluation.scores[model].figure(metric)) for model in (ADAPTER, other))
-    difference = f"difference {number(metric, one.value, signed=True)}"
-    if one.interval is not None:
-        low, high = (number(metric, end, signed=True) for end in (one.interval.low, one.interval.high))
-        difference += f" (95 % interval {low} to {high}{'' if one.p is None else f', p {p_value(one.p)}'})"
-    figures = f"{name(metric)} {mine} instead of {its}, {difference}"
+    difference = with_interval(metric, one.value, one.interval, signed=True)
+    p = "" if one.p is None else f", p {p_value(one.p)}"
+    figures = f"{name(metric)} {mine} instead of {its}, {difference}{p}"
     if evaluation.verdict is None:
-        return f"none: too few rows, or a loss that is not finite; {figures}"
+        return f"none, as {'there are too few rows' if math.isfinite(one.value) else 'a loss is not finite'}: {figures}"
     if evaluation.verdict != "indistinguishable":
         return f"{evaluation.verdict} than {against}: {figures}"
     rows = sum(row.copies for row in evaluation.rows)
