@@ -14,12 +14,15 @@ import pytest
 import screenshot_report
 from conftest import ROWS, Ran, check_refused, config_in, write_rows
 from running import RESTLESS, MakeConfig, stopped
+from safetensors.torch import load_file, save_file
 from test_adapter_stats import save_adapter
 
 from loratune.codes import Code
 from loratune.commands.loss_plot import loss_plot
 from loratune.data.report import Report
 from loratune.evaluation import page_scores, run_record
+from loratune.evaluation.charts import histogram
+from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.training.curve import MOST_HELD_OUT, MOST_LOSSES, thinned
 
 Cli = Callable[..., Ran]
@@ -268,6 +271,25 @@ def test_the_page_of_an_adapter_that_another_tool_wrote(
     assert (
         "/gone/base" in page.text and "DoRA" in page.text and "lm_head" in page.text and "norm-0-figure_1" in page.ids
     )
+
+
+def test_the_page_of_a_broken_adapter_says_so(cli: Cli, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "bad")
+    tensors = load_file(tmp_path / "bad" / WEIGHTS_FILE)
+    next(tensor for name, tensor in tensors.items() if "lora_B" in name).fill_(float("nan"))
+    save_file(tensors, tmp_path / "bad" / WEIGHTS_FILE, {"format": "pt"})
+    ran = cli("report", "--adapter", tmp_path / "bad", "--output", tmp_path / "page.html")
+    assert ran.code == 0, ran.err
+    page = Page(tmp_path / "page.html")
+    assert f"[{Code.ADAPTER_NOT_FINITE}]" in page.text and "no update of this adapter can be measured" in page.text
+
+
+def test_lengths_that_are_far_apart_have_a_logarithmic_axis() -> None:
+    """So that the many short rows are not one bar; where rows are cut is drawn if any is longer."""
+    scattered = histogram("a", "A", {8: 100, 12: 80, 300: 3, 9000: 1}, 1024)
+    even = histogram("b", "B", {30: 4, 35: 9, 44: 2}, 1024)
+    assert ">1,000<" in scattered and ">10<" in scattered and ">cut at 1,024<" in scattered
+    assert ">40<" in even and "cut at" not in even
 
 
 def test_a_record_that_is_wrong_is_not_shown() -> None:

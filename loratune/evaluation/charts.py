@@ -46,6 +46,8 @@ _WIDE_FONT, _FONT = 8.0, 9.0
 _SMOOTHED = 80
 """Points from which on a noisy line is drawn faint, below its moving average."""
 _MOST_BINS = 32
+_STEPS = [1, 2, 2.5, 5, 10]
+"""Distances of the ticks of an axis, times powers of ten."""
 _LOG_RATIO = 12
 """The ratio of the largest value to the smallest from which on an axis is logarithmic."""
 
@@ -106,9 +108,9 @@ def line_chart(
             axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        axes.xaxis.set_major_locator(MaxNLocator(10 if size == WIDE else 5, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(10 if size == WIDE else 5, integer=True, steps=_STEPS))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xlabel("step")
         axes.margins(x=0.02)
@@ -130,18 +132,26 @@ def histogram(name: str, title: str, lengths: Mapping[int, int], max_length: int
     weights = np.array([lengths[int(value)] for value in values], dtype=np.float64)
 
     def draw(axes: Axes) -> None:
-        shortest, longest = float(values.min()), float(values.max())
-        width = math.ceil((longest + 1 - shortest) / _MOST_BINS)
-        bins = np.arange(shortest, longest + 1 + width, width) - 0.5
+        shortest, longest = max(float(values.min()), 1.0), float(values.max())
+        median = values[np.searchsorted(weights.cumsum(), weights.sum() / 2)]
+        scattered = longest > _LOG_RATIO * max(median, 1.0)
+        if scattered:
+            bins = np.geomspace(shortest, longest + 1, _MOST_BINS + 1)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            width = math.ceil((longest + 1 - shortest) / _MOST_BINS)
+            bins = np.arange(shortest, longest + 1 + width, width) - 0.5
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
         axes.hist(values, bins=bins.tolist(), weights=weights, color=SERIES[series], rwidth=0.86)
         if max_length is not None and max_length < longest:
-            left = max_length < (shortest + longest) / 2
+            left = max_length < (math.sqrt(shortest * longest) if scattered else (shortest + longest) / 2)
             axes.axvline(max_length, color=WARNING, linewidth=1.4, linestyle="--")
             axes.annotate(
                 f"cut at {max_length:,}", (max_length, 0.96), xycoords=("data", "axes fraction"), color=WARNING,
                 xytext=(4 if left else -4, 0), textcoords="offset points", va="top", ha="left" if left else "right",
             )  # fmt: skip
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
