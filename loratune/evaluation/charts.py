@@ -103,9 +103,7 @@ def line_chart(
         values = [value for line in lines for value in line.y]
         if log and min(values) > 0 and max(values) > _LOG_RATIO * min(values):
             axes.set_yscale("log")
-            decades = math.log10(max(values) / min(values))
-            subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 3 else (1.0,)
-            axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+            axes.yaxis.set_major_locator(_log_locator(min(values), max(values)))
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
@@ -138,7 +136,7 @@ def histogram(name: str, title: str, lengths: Mapping[int, int], max_length: int
         if scattered:
             bins = np.geomspace(shortest, longest + 1, _MOST_BINS + 1)
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            axes.xaxis.set_major_locator(_log_locator(shortest, longest))
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             width = math.ceil((longest + 1 - shortest) / _MOST_BINS)
@@ -148,8 +146,9 @@ def histogram(name: str, title: str, lengths: Mapping[int, int], max_length: int
         if max_length is not None and max_length < longest:
             left = max_length < (math.sqrt(shortest * longest) if scattered else (shortest + longest) / 2)
             axes.axvline(max_length, color=WARNING, linewidth=1.4, linestyle="--")
+            axes.margins(y=0.18)  # the label stands above the bars
             axes.annotate(
-                f"cut at {max_length:,}", (max_length, 0.96), xycoords=("data", "axes fraction"), color=WARNING,
+                f"cut at {max_length:,}", (max_length, 1.0), xycoords=("data", "axes fraction"), color=WARNING,
                 xytext=(4 if left else -4, 0), textcoords="offset points", va="top", ha="left" if left else "right",
             )  # fmt: skip
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -222,6 +221,12 @@ def short(value: float) -> str:
     if abs(value) >= 1e4:
         return f"{value / 1e6:.4g}M" if abs(value) >= 1e6 else f"{value / 1e3:.4g}k"
     return f"{value:,.4g}" if abs(value) >= 1e3 else f"{value:.3g}"
+
+
+def _log_locator(low: float, high: float) -> LogLocator:
+    """Ticks of a logarithmic axis, the fewer in a decade the more of these there are."""
+    decades = math.log10(high / low)
+    return LogLocator(subs=(1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 3 else (1.0,), numticks=12)
 
 
 def _moving_average(values: Sequence[float]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ NOT_RECORDED = "not recorded"
 _RESULTS = {
     "first_loss": "loss of the first step",
     "last_loss": "loss of the last step",
-    "held_out_loss": "held-out loss at the end",
+    "held_out_loss": "held-out loss",
     "steps": "steps",
     "tokens": "tokens read",
     "seconds": "time",
@@ -55,6 +55,7 @@ def tiles(record: RunRecord, adapter: Mapping[str, str]) -> list[Tile]:
     if "held_out_loss" in metrics:
         lowest = min(zip(steps[1], steps[0], strict=True), default=None)
         note = f"lowest {lowest[0]:.4f} at step {lowest[1]:,}" if lowest else ""
+        note = f"of step {metrics['kept_step']:,.0f}, which is kept" if "kept_step" in metrics else note
         found.append(Tile("held-out loss", f"{metrics['held_out_loss']:.4f}", note))
     else:
         found.append(_absent("held-out loss"))
