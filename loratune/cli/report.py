@@ -35,7 +35,7 @@ def report(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Show an adapter and its run as one HTML page that needs no network."""
+    """Write a page that shows an adapter, its run and its scores. One HTML file that loads nothing."""
     with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
         check_paths(adapter=adapter, against=against, data=data, output=output)
         if find_spec("matplotlib") is None:
