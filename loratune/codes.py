@@ -360,6 +360,7 @@ class Code(StrEnum):
     RUN_INTERRUPTED = "run.interrupted", "An interrupted run is there, and neither --resume nor --overwrite is set."
     RUN_LEFTOVERS = "run.leftovers", "An interrupted run left files there, but no whole checkpoint."
     RUN_JUST_ENDED = "run.just_ended", "Another run used the same directory and ended at this moment."
+    REPORT_NO_MATPLOTLIB = "report.no_matplotlib", "The package that draws the charts of a report is not installed."
     RESUME_NO_RUN = "resume.no_run", "There is no interrupted run to resume."
     RESUME_CHECKPOINT_SKIPPED = "resume.checkpoint_skipped", "A checkpoint is damaged or incomplete, and not used."
     RESUME_NO_CHECKPOINT = "resume.no_checkpoint", "No checkpoint is whole."

@@ -1,9 +1,11 @@
 """What the commands print: tables and blocks on stdout for people, or JSON for programs."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loratune import escaping
+from loratune.commands.loss_plot import loss_plot
 from loratune.console import (
     align,
     err,
@@ -106,9 +108,12 @@ def _adapted_too(roles: Sequence[str]) -> str:
     return f"{' and '.join(roles)} {'is' if len(roles) == 1 else 'are'} adapted as well"
 
 
-def print_result(result: "Result", program: str) -> None:
-    """The block at the end of a run. program: what to type to start this program."""
+def print_result(result: "Result", program: str, as_json: bool) -> None:
+    """The block at the end of a run, and a curve of its loss. program: what to type to start this program."""
     outcome = result.outcome
+    if as_json:
+        print_json(result.as_json())
+        return
     lines = [
         ("adapter", str(result.directory)),
         ("size", format_size(result.adapter_bytes)),
@@ -127,6 +132,8 @@ def print_result(result: "Result", program: str) -> None:
         ("try it", f"{program} generate --adapter {escaping.shell(result.display_name)} {result.example_prompt}")
     )
     print_block("done", lines)
+    for line in loss_plot(outcome.curve, sys.stdout.encoding or "ascii"):
+        print(line)
 
 
 def print_params(params: "Params", as_json: bool) -> None:

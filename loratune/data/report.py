@@ -171,6 +171,19 @@ class Report:
             "longest": self.longest,
         }
 
+    def record(self) -> dict[str, Any]:
+        """The totals with the reasons for which rows were dropped, and how many rows have which length.
+
+        Lengths, before truncation, are rounded down to their leading six bits, so that there are at most 32 of them
+        for each doubling: exact up to 63 tokens, and within 3 % beyond.
+        """
+        lengths: dict[int, int] = {}
+        for length, count in sorted(self.lengths.items()):
+            shift = max(length.bit_length() - 6, 0)
+            lengths[length >> shift << shift] = lengths.get(length >> shift << shift, 0) + count
+        reasons = {reason: tally.count for reason, tally in self.dropped.items()}
+        return self.counts() | {"reasons": reasons, "lengths": {str(key): count for key, count in lengths.items()}}
+
     def as_json(self) -> dict[str, Any]:
         """Plain values, which `from_json` reads back."""
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}

@@ -86,11 +86,11 @@ def verdict(evaluation: Evaluation) -> str:
     if evaluation.verdict != "indistinguishable":
         return f"{evaluation.verdict} than {against}: {figures}"
     rows = sum(row.copies for row in evaluation.rows)
-    needed = f"; about {_rounded(one.rows_needed):,} rows would tell" if one.rows_needed else ""
+    needed = f"; about {rounded(one.rows_needed):,} rows would tell" if one.rows_needed else ""
     return f"not distinguishable from {against} at {rows:,} rows: {figures}{needed}"
 
 
-def _rounded(count: int) -> int:
+def rounded(count: int) -> int:
     """A number with two digits that are not 0; it is an estimate, so more would say nothing."""
     step: int = 10 ** max(0, len(str(count)) - 2)
     return math.ceil(count / step) * step

@@ -32,6 +32,7 @@ from loratune.training.callbacks import (
     diverged_error,
 )
 from loratune.training.checkpoints import Checkpoints
+from loratune.training.curve import Pace, thinned
 from loratune.training.gain import Batches, Loss, held_out_loss
 from loratune.training.sharded_trainer import ShardedTrainer
 from loratune.training.upstream import exclude_from_ddp, scale_learning_rates, use_one_gpu
@@ -86,7 +87,8 @@ class Outcome:
         held_out_loss: The last loss on the validation rows, None without any.
         tokens: How many tokens were read in training, without padding.
         seconds: How long it took.
-        curve: What the trainer logged.
+        tokens_per_second: How fast steps read tokens, without evaluations and checkpoints; None if there was no step.
+        curve: What the trainer logged with a loss or a held-out loss, see `curve.thinned`.
     """
 
     steps: int
@@ -95,6 +97,7 @@ class Outcome:
     held_out_loss: float | None
     tokens: int
     seconds: float
+    tokens_per_second: float | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -180,7 +183,7 @@ def fit(
         context.progress.stop()
     if not context.stopping():  # The model is still accelerated here; afterwards its logits can need more memory.
         check_final_loss(model, train, context.checkpoints, trainer.state.global_step)
-    curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    curve = thinned(trainer.state.log_history)
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     return Outcome(
         steps=trainer.state.global_step,
@@ -189,6 +192,7 @@ def fit(
         held_out_loss=next((entry["eval_loss"] for entry in reversed(curve) if "eval_loss" in entry), None),
         tokens=int(trainer.state.num_input_tokens_seen),
         seconds=seconds,
+        tokens_per_second=trainer.pace.overall(trainer.state),
         curve=curve,
     )
 
@@ -277,8 +281,9 @@ class _RunTrainer(ShardedTrainer):
     def __init__(self, context: RunContext, batches: Batches, guard: NonFiniteGuard, **arguments: Any):
         self.context, self.batches, self.guard, self.group = context, batches, guard, context.group
         self.shape: tuple[int, ...] = ()
-        self.evaluating = False
+        self.evaluating, self.pace = False, Pace()
         super().__init__(**arguments)
+        self.add_callback(self.pace)
 
     def get_train_dataloader(self) -> Loader:
         """The batches of this process."""
@@ -325,6 +330,10 @@ class _RunTrainer(ShardedTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: nothing uses the number, and upstream walks over the whole model at each micro-step for it."""
         return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report figures, and how many tokens were read."""
+        super().log(logs | self.pace.figures(logs, self.state), start_time)
 
     def position(self) -> str:
         """What is being computed, and the shape of its batch."""
