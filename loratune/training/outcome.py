@@ -77,12 +77,12 @@ class Outcome:
             return []
         text = f"{loss:.4f}"
         if best.evaluations > 1 and self.keeps_best:
-            optimistic = "" if tested else ", and so optimistic"
-            text += f" at step {self.kept_step:,}, which is kept: the lowest of {best.evaluations:,}{optimistic}"
+            text += f" at step {self.kept_step:,}, which is kept: the lowest of {best.evaluations:,} evaluations"
+            text += "" if tested else ", and so optimistic"
             if self.kept_step != self.steps:
                 text += f"; {self.last_held_out_loss:.4f} at step {self.steps:,}, the last"
         elif best.step != self.steps:
-            text += f"; the lowest of {best.evaluations:,} was {best.loss:.4f}, at step {best.step:,}"
+            text += f"; the lowest of {best.evaluations:,} evaluations was {best.loss:.4f}, at step {best.step:,}"
         lines = [("held-out", text)]
         if self.stopped_early:
             count = f"{best.since:,} evaluation{'s in a row' if best.since > 1 else ''} without a lower held-out loss"
