@@ -153,10 +153,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PiSSA, trained tokens": {"lora": {"init_lora_weights": "pissa", "trainable_token_indices": [49, 50, 51]}},
     "OLoRA": {"lora": {"init_lora_weights": "olora"}},
     "LoRA-FA": {"lora": {"use_lorafa": True}},
-    "LoRA+ and all biases": {"lora": {"loraplus_lr_ratio": 4.0, "bias": "all"}},
+    "LoRA+ and all biases": {
+        "lora": {"loraplus_lr_ratio": 4.0, "bias": "all"}, "training": {"learning_rate": 0.3}
+    },
     "4 bits": {"model": {"quantization": "4bit", "dtype": "bfloat16"}},
-    "bfloat16, in packs": {"model": {"dtype": "bfloat16"}, "data": {"packing": "full", "max_length": 40}},
-}
+    "bfloat16, in packs": {
+        "model": {"dtype": "bfloat16"}, "data": {"packing": "full", "max_length": 40}, "training": {"max_steps": 15}
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -171,12 +175,12 @@ def test_every_kind_of_weight_is_put_back(
         tiny_llama(attention_bias=True).save_pretrained(tmp_path / "biased")
         tokenizer.save_pretrained(tmp_path / "biased")
         sections["model"] = {"name_or_path": str(tmp_path / "biased")}
-    training = {"eval_steps": 1, "max_steps": 6, "learning_rate": 0.1}
+    training = {"eval_steps": 1, "max_steps": 6, "learning_rate": 0.1} | sections.pop("training", {})
     config = overfitting(tmp_path, run_config, **sections, training=training)
     ran = cli("train", config)
     assert ran.code == 0, ran.err
-    kept = record(tmp_path / "out")["metrics"]["kept_step"]
-    assert 0 < kept < 6, ran.out
+    kept, steps = (record(tmp_path / "out")["metrics"][name] for name in ("kept_step", "steps"))
+    assert 0 < kept < steps, ran.out
     ran = cli("train", config, *until_step(kept), "--set", f"output_dir={tmp_path / 'early'}")
     assert ran.code == 0, ran.err
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "early" / WEIGHTS).read_bytes()
