@@ -22,13 +22,15 @@ LEAST_ROWS = 5
 """Distinct rows below which a mean has no interval. That of fewer rests on a variance that is hardly known."""
 LEVEL = 0.95
 POWER = 0.8
-_TAIL = (1 - LEVEL) / 2
-_Z = float(ndtri(1 - _TAIL))
-_DRAWS = 4000
-_CHUNK = 4_000_000
-"""Weights of rows in resamples that are in memory at once: 32 MB each of their indices and of their counts."""
-_EXACT = 1e-12
-"""A relative standard error below which all rows are the same but for rounding."""
+_UPPER = (1 + LEVEL) / 2
+_Z = float(ndtri(_UPPER))
+_MOST_ROWS = 20_000
+"""Rows beyond which means are taken as symmetric, so that nothing is resampled."""
+_RESAMPLES = 4000
+_CHUNK = 200_000
+"""Rows of resamples that are in memory at once, 8 bytes each several times over. More is slower."""
+_ROUNDING = 1e-12
+"""A relative spread below which all rows are the same but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -63,85 +65,18 @@ def wilson(matches: float, rows: float) -> Interval:
 
 
 def mean_ratio_error(totals: Values, counts: Values) -> float:
-    """The standard error of sum(totals) / sum(counts) over rows, by linearization (W. G. Cochran, Sampling Techniques,
-    3rd edition, 1977, section 6.4); NaN for fewer than two rows.
+    """The standard error of sum(totals) / sum(counts) over rows, by the delete-one jackknife; NaN for fewer than two
+    rows and where a total is not finite.
 
     Raises:
         ValueError: See `mean_ratio_interval`.
     """
-    nats, tokens = _checked(totals, counts)
-    rows = len(nats)
-    if rows < 2:
+    totals, counts = _checked(totals, counts)
+    rows = len(totals)
+    if rows < 2 or not np.isfinite(totals).all():
         return math.nan
-    rest = nats - nats.sum() / tokens.sum() * tokens
-    return float(math.sqrt(rows / (rows - 1) * (rest @ rest)) / tokens.sum())
-
-
-def mean_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Interval | None:
-    """The interval of sum(totals) / sum(counts) over rows, by a studentized bootstrap.
-
-    Rows are drawn with replacement, and the distribution of (ratio of the resample - ratio) / (its own standard error)
-    takes the place of Student's t (B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 12).
-    That follows the skew of the losses, which the interval of a t test does not. The order of rows does not matter, and
-    totals with the other sign give the mirrored interval. Where more than 2.5 % of the resamples have no spread, as
-    with few rows of which most are the same, it is the interval of `jackknife_interval`.
-
-    Args:
-        totals: Of each row, such as nats, or nats of one model less those of another.
-        counts: Of each row, such as supervised tokens; above 0.
-        seed: Of the random draws.
-
-    Returns:
-        The interval, which holds the ratio; None for fewer than `LEAST_ROWS` rows and where a total is not finite. It
-        has no width where all rows are the same.
-
-    Raises:
-        ValueError: There are as many totals as counts, or a count is not above 0 and finite.
-    """
-    nats, tokens = _checked(totals, counts)
-    if len(nats) < LEAST_ROWS or not np.isfinite(nats).all():
-        return None
-    if nats.sum() < 0:
-        mirrored = mean_ratio_interval(-nats, tokens, seed=seed)
-        return mirrored and Interval(-mirrored.high, -mirrored.low)
-    order = np.lexsort((tokens, nats))
-    nats, tokens = nats[order], tokens[order]
-    ratio, error = float(nats.sum() / tokens.sum()), mean_ratio_error(nats, tokens)
-    if error <= _EXACT * np.abs(nats).sum() / tokens.sum():
-        return Interval(ratio, ratio)
-    drawn = _studentized(nats - ratio * tokens, tokens, seed)
-    low, high = np.quantile(drawn, (_TAIL, 1 - _TAIL), method="inverted_cdf")
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return jackknife_interval(nats, tokens)
-    return Interval(min(ratio, ratio - float(high) * error), max(ratio, ratio - float(low) * error))
-
-
-def _studentized(rest: Array, tokens: Array, seed: int) -> Array:
-    """How far the ratio of each resample is from that of the rows, in its own standard errors; infinite where all rows
-    of a resample are the same, and 0 where they also have the ratio of all.
-
-    rest: of each row, its total less what its count lets expect.
-    """
-    rows, dice = len(rest), np.random.default_rng(seed)
-    columns = np.stack([rest, tokens, rest**2, rest * tokens, tokens**2], axis=1)
-    found = []
-    for size in _chunks(_DRAWS, max(1, _CHUNK // rows)):
-        drawn = dice.integers(rows, size=(size, rows)) + rows * np.arange(size)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows)
-        away, count, away2, both, count2 = (weights.astype(np.float64) @ columns).T
-        shift = away / count
-        spread = away2 - 2 * shift * both + shift**2 * count2
-        spread[spread <= _EXACT * away2] = 0
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found.append(
-                np.nan_to_num(away / np.sqrt(rows / (rows - 1) * spread), nan=0.0, posinf=np.inf, neginf=-np.inf)
-            )
-    return np.concatenate(found)
-
-
-def _chunks(total: int, size: int) -> list[int]:
-    """A total in parts of at most a size."""
-    return [min(size, total - start) for start in range(0, total, size)]
+    without = (totals.sum() - totals) / (counts.sum() - counts)
+    return math.sqrt((rows - 1) / rows * ((without - without.mean()) ** 2).sum())
 
 
 def jackknife_interval(totals: Values, counts: Values) -> Interval | None:
@@ -154,24 +89,88 @@ def jackknife_interval(totals: Values, counts: Values) -> Interval | None:
     Raises:
         ValueError: See `mean_ratio_interval`.
     """
-    nats, tokens = _checked(totals, counts)
-    rows = len(nats)
-    if rows < LEAST_ROWS or not np.isfinite(nats).all():
+    totals, counts = _checked(totals, counts)
+    if len(totals) < LEAST_ROWS or not np.isfinite(totals).all():
         return None
-    without = (nats.sum() - nats) / (tokens.sum() - tokens)
-    error = math.sqrt((rows - 1) / rows * ((without - without.mean()) ** 2).sum())
-    ratio, half = float(nats.sum() / tokens.sum()), float(stdtrit(rows - 1, 1 - _TAIL)) * error
+    ratio = float(totals.sum() / counts.sum())
+    half = float(stdtrit(len(totals) - 1, _UPPER)) * mean_ratio_error(totals, counts)
     return Interval(ratio - half, ratio + half)
+
+
+def mean_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Interval | None:
+    """The interval of sum(totals) / sum(counts) over rows: each end is that of the studentized bootstrap or that of the
+    jackknife with Student's t, whichever is farther out.
+
+    The studentized bootstrap draws rows with replacement. The distribution of (ratio of the resample - ratio) / (its
+    own standard error) takes the place of Student's t (B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap,
+    1993, section 12.5); the standard error of the rows is the jackknife's. That follows the skew of losses, with which
+    Student's t covers too little. Of differences, which have heavy tails rather than skew, it covers less than that of
+    Student's t. So neither is enough alone; `scripts/README.md` has the figures.
+
+    The order of rows does not matter, and totals with the other sign give the mirrored interval.
+
+    Args:
+        totals: Of each row, such as nats, or nats of one model less those of another.
+        counts: Of each row, such as supervised tokens; above 0.
+        seed: Of the random draws.
+
+    Returns:
+        The interval, which holds the ratio; None for fewer than `LEAST_ROWS` rows and where a total is not finite. It
+        has no width where all rows have the same ratio. It is the jackknife's for more than 20,000 rows, and at an end
+        for which 2.5 % of the resamples have no spread, as with few rows of which most are the same.
+
+    Raises:
+        ValueError: There are not as many totals as counts, or a count is not above 0 and finite.
+    """
+    totals, counts = _checked(totals, counts)
+    wide = jackknife_interval(totals, counts)
+    if wide is None or len(totals) > _MOST_ROWS:
+        return wide
+    if totals.sum() < 0:
+        mirrored = mean_ratio_interval(-totals, counts, seed=seed)
+        return mirrored and Interval(-mirrored.high, -mirrored.low)
+    order = np.lexsort((counts, totals))
+    totals, counts = totals[order], counts[order]
+    ratio, error = float(totals.sum() / counts.sum()), mean_ratio_error(totals, counts)
+    if error <= _ROUNDING * np.abs(totals).sum() / counts.sum():
+        return Interval(ratio, ratio)
+    studentized = _studentized(totals - ratio * counts, counts, seed)
+    low, high = np.quantile(studentized, (1 - _UPPER, _UPPER), method="inverted_cdf").tolist()
+    reach = float(stdtrit(len(totals) - 1, _UPPER))
+    below, above = (max(reach, end) if math.isfinite(end) else reach for end in (high, -low))
+    return Interval(ratio - below * error, ratio + above * error)
+
+
+def _studentized(rest: Array, counts: Array, seed: int) -> Array:
+    """How far the ratio of each resample is from that of the rows, in its own standard errors by linearization. It is
+    infinite where all rows of a resample are the same, and 0 where they also have the ratio of all.
+
+    rest: of each row, its total less what its count lets expect.
+    """
+    rows, dice = len(rest), np.random.default_rng(seed)
+    columns = np.stack([rest, counts, rest**2, rest * counts, counts**2], axis=1)
+    found, size = [], max(1, _CHUNK // rows)
+    for start in range(0, _RESAMPLES, size):
+        resamples = min(size, _RESAMPLES - start)
+        drawn = dice.integers(rows, size=(resamples, rows), dtype=np.int32) + rows * np.arange(resamples)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=resamples * rows).reshape(resamples, rows)
+        away, count, away2, both, count2 = (times.astype(np.float64) @ columns).T
+        shift = away / count
+        spread = rows / (rows - 1) * (away2 - 2 * shift * both + shift**2 * count2)
+        spread[spread <= _ROUNDING * away2] = 0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found.append(np.where(away == 0, 0, away / np.sqrt(spread)))
+    return np.concatenate(found)
 
 
 def _checked(totals: Values, counts: Values) -> tuple[Array, Array]:
     """Both as arrays. Raises ValueError as `mean_ratio_interval` does."""
-    nats, tokens = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    if nats.shape != tokens.shape or nats.ndim != 1:
-        raise ValueError(f"{nats.shape} totals have {tokens.shape} counts")
-    if not (np.isfinite(tokens) & (tokens > 0)).all():
+    totals, counts = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if totals.shape != counts.shape or totals.ndim != 1:
+        raise ValueError(f"totals of shape {totals.shape} have counts of shape {counts.shape}")
+    if not (np.isfinite(counts) & (counts > 0)).all():
         raise ValueError("a row has a count that is not above 0 and finite")
-    return nats, tokens
+    return totals, counts
 
 
 def share_difference_interval(first_only: float, second_only: float, rows: float) -> Interval:
@@ -218,7 +217,7 @@ def mcnemar(first_only: int, second_only: int) -> float:
 
 def rows_needed(difference: float, standard_error: float, rows: int) -> int | None:
     """How many rows of the same kind would make a difference of this size distinguishable: the 95 % interval would
-    exclude 0 with a probability of 80 %, by the normal approximation.
+    exclude 0 with a probability of 80 %, by the normal approximation, which is some rows short of a few dozen.
 
     Args:
         difference: What was found.
