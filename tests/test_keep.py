@@ -189,7 +189,11 @@ def test_every_kind_of_weight_is_put_back(
 # Killed
 
 
-KILLS = """
+KILLS = (
+    f"""
+BEST = {BEST}
+"""
+    + """
 import os, signal
 from loratune.commands import train
 from loratune.training import best_step, trainer
@@ -208,12 +212,16 @@ def kill(owner, name, is_time, *, after=False):
 def at(step):
     return lambda trainer: trainer.state.global_step == step
 
+def has_best(best):
+    return best.record is not None and best.record.step == BEST
+
 """
+)
 MOMENTS = {
     "before it": "kill(trainer._RunTrainer, 'prepare_inputs', at(11))",
     "in its evaluation": f"kill(trainer._RunTrainer, '_before_batch', at({BEST}))",
     "after its evaluation": f"kill(trainer._RunTrainer, 'evaluate', at({BEST}), after=True)",
-    "while it is written": f"kill(best_step.BestStep, 'save', lambda best: best.record.step == {BEST}, after=True)",
+    "while it is written": "kill(best_step.BestStep, 'save', has_best, after=True)",
     "after it": "kill(trainer._RunTrainer, 'prepare_inputs', at(17))",
     "after the last step": "kill(train, '_publish', lambda run: True)",
 }
@@ -255,6 +263,33 @@ def test_killed_once(
 ) -> None:
     config = overfitting(tmp_path, run_config)
     killed(processes, MOMENTS[moment], config)
+    ran = cli("train", config, "--resume")
+    assert ran.code == 0, ran.err
+    check_as_if_undisturbed(tmp_path, overfitted)
+
+
+STOP = f"""
+import signal
+from loratune.training import trainer
+
+before_batch = trainer._RunTrainer._before_batch
+def stopped(trainer, batch):
+    if trainer.state.global_step == {BEST}:
+        signal.raise_signal(signal.SIGINT)
+    before_batch(trainer, batch)
+trainer._RunTrainer._before_batch = stopped
+"""
+
+
+def test_stopped_in_its_evaluation(
+    overfitted: Path, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    """And again as it is made up for: no step is taken without it."""
+    config = overfitting(tmp_path, run_config)
+    for resume in ([], ["--resume"]):
+        child = processes.start("train", config, *resume, first=STOP)
+        assert child.wait() == 130, child.said()
+        assert checkpoints(tmp_path / "out.partial")[0].name == f"checkpoint-{BEST}"
     ran = cli("train", config, "--resume")
     assert ran.code == 0, ran.err
     check_as_if_undisturbed(tmp_path, overfitted)

@@ -241,7 +241,7 @@ def check_not_rejected(directory: RunDirectory, point: ResumePoint) -> None:
     rejected, changed = directory.rejected_adapter(), {change["key"] for change in point.new_changes}
     if rejected is None or rejected.step != point.step or changed - {"training.learning_rate"}:
         return
-    what = f"the run has taken all its {rejected.step:,} steps, and its adapter is {rejected.comparison}"
+    what = f"the run ended at step {rejected.step:,}, and its adapter is {rejected.comparison}"
     if changed:
         what += "; no step is left for the new training.learning_rate"
     fix = f"{PUBLISH_WORSE}, or start afresh with --overwrite and a lower training.learning_rate"

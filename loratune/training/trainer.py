@@ -210,17 +210,7 @@ def _build(
 
 
 class _NoStepLeft(Exception):
-    """The checkpoint is that of the last step. Trainer would take one more if that is in the middle of an epoch."""
-
-
-def _no_step_left(done: int, steps: int) -> ResumeError:
-    """The error of a new learning rate that has no step to be used at."""
-    what = f"the run has taken all its {steps} steps, so a new learning rate has no effect"
-    fix = "change it back, or set more steps with training.num_train_epochs or training.max_steps"
-    if done < steps:
-        what = f"patience ended the run at step {done} of {steps}, so a new learning rate has no effect"
-        fix = "change it back, or raise training.patience as well"
-    return ResumeError(Problem(Code.RESUME_NO_STEP_LEFT, what, key="training.learning_rate", fix=fix))
+    """The run ends where it is resumed. Trainer would take a step at least, if that is in the middle of an epoch."""
 
 
 class _EvaluationStopped(Exception):
@@ -249,7 +239,7 @@ class _RunTrainer(ShardedTrainer):
 
         Raises:
             ResumeError: More steps were taken than the config asks for, or none is left for a new learning rate.
-            _NoStepLeft: All steps were taken, or patience is at its end.
+            _NoStepLeft: All steps were taken, patience is at its end, or the evaluation was stopped.
         """
         done, steps = self.state.global_step, self.state.max_steps
         if done > steps:
@@ -259,9 +249,7 @@ class _RunTrainer(ShardedTrainer):
         if self.context.resume_from is not None:
             self.best.load(self.context.resume_from)
         if done == steps or self.best.is_exhausted:
-            if self.context.learning_rate_factor != 1:
-                raise _no_step_left(done, steps)
-            raise _NoStepLeft
+            raise self._end(done, steps)
         if oom_dry_run:
             batch = self.batches.collate([self.batches.items[number] for number in self.batches.heaviest()])
             with torch.random.fork_rng():
@@ -272,8 +260,21 @@ class _RunTrainer(ShardedTrainer):
             self._held_out_loss(validation, validation.heaviest())
         if self.args.eval_strategy == "steps" and done and done % self.state.eval_steps == 0:
             self.evaluate_once()
-            if self.best.is_exhausted:
+            if self.context.stopping():
                 raise _NoStepLeft
+            if self.best.is_exhausted:
+                raise self._end(done, steps)
+
+    def _end(self, done: int, steps: int) -> Exception:
+        """What ends a run that is resumed behind its last step: an error if the user expects more of it."""
+        if self.context.learning_rate_factor == 1:
+            return _NoStepLeft()
+        what = f"the run has taken all its {steps} steps, so a new learning rate has no effect"
+        fix = "change it back, or set more steps with training.num_train_epochs or training.max_steps"
+        if done < steps:
+            what = f"patience ended the run at step {done} of {steps}, so a new learning rate has no effect"
+            fix = "change it back, or raise training.patience as well"
+        return ResumeError(Problem(Code.RESUME_NO_STEP_LEFT, what, key="training.learning_rate", fix=fix))
 
     def evaluate_once(self) -> None:
         """Evaluate, unless that was done at this step, and counts."""
