@@ -189,11 +189,7 @@ def test_every_kind_of_weight_is_put_back(
 # Killed
 
 
-KILLS = (
-    f"""
-BEST = {BEST}
-"""
-    + """
+KILLS = """
 import os, signal
 from loratune.commands import train
 from loratune.training import best_step, trainer
@@ -213,10 +209,9 @@ def at(step):
     return lambda trainer: trainer.state.global_step == step
 
 def has_best(best):
-    return best.record is not None and best.record.step == BEST
+    return best.record is not None and best.record.step == BEST_STEP
 
-"""
-)
+""".replace("BEST_STEP", str(BEST))
 MOMENTS = {
     "before it": "kill(trainer._RunTrainer, 'prepare_inputs', at(11))",
     "in its evaluation": f"kill(trainer._RunTrainer, '_before_batch', at({BEST}))",

@@ -75,6 +75,8 @@ def _log_notes(plan: "Plan") -> None:
     if plan.evaluations is not None:
         kept = "; the weights of the one with the lowest loss become the adapter" if plan.config.keeps_best else ""
         log(f"{plan.evaluations}{kept if plan.evaluations.count > 1 else ''}")
+        if training.patience is not None and training.patience + 1 >= plan.evaluations.count:
+            log(f"training.patience: {training.patience} has no effect with so few evaluations")
     for line in plan.notes:
         log(line)
 
