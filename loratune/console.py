@@ -7,7 +7,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -229,8 +230,7 @@ def print_marked(pieces: Iterable[tuple[str, bool]], console: Console = out) -> 
         console.print(escaping.text(text), markup=False)
 
 
-@contextmanager
-def show_progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
+def show_progress(what: str, size: int) -> AbstractContextManager[Callable[[int], None]]:
     """Show the progress of a pass over data: a bar in a terminal, elsewhere a line every half minute.
 
     A bar appears only once the pass has taken a second. Gives a function that takes the bytes done since its last call.
@@ -239,6 +239,23 @@ def show_progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
         what: What is done.
         size: Bytes of the data; 0 if unknown.
     """
+
+    def line(done: int, seconds: float) -> str:
+        return f"{done / 1e6:,.0f} of {size / 1e6:,.0f} MB, {done / 1e6 / seconds:,.1f} MB/s"
+
+    return _shown(what, size, (DownloadColumn(), TransferSpeedColumn()), line)
+
+
+def show_count(what: str, size: int) -> AbstractContextManager[Callable[[int], None]]:
+    """As `show_progress`, with a number of things instead of bytes."""
+    return _shown(what, size, (MofNCompleteColumn(),), lambda done, _: f"{done:,} of {size:,}")
+
+
+@contextmanager
+def _shown(
+    what: str, size: int, columns: Sequence[ProgressColumn], line: Callable[[int, float], str]
+) -> Iterator[Callable[[int], None]]:
+    """A bar with these columns, or lines with a text for what is done in how many seconds."""
     start = last_report = time.monotonic()
     done = 0
     bar: Bar | None = None
@@ -250,18 +267,14 @@ def show_progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
         if bar is not None:
             bar.update(bar.task_ids[0], completed=done)
         elif err.is_terminal and now > start + 1:
-            columns = (
-                TextColumn(escaping.line(what), markup=False),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-            )
-            bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True, **_NO_REDIRECT)
+            label = TextColumn(escaping.line(what), markup=False)
+            left = (TextColumn("left"), TimeRemainingColumn())
+            bar = Bar(label, BarColumn(), *columns, *left, console=err, transient=True, **_NO_REDIRECT)
             bar.add_task("", total=size or None, completed=done)
             bar.start()
         elif now > last_report + 30:
             last_report = now
-            log(f"{what}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB, {done / 1e6 / (now - start):,.1f} MB/s")
+            log(f"{what}: {line(done, now - start)}")
 
     try:
         yield advance

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Ran, check_refused, tree, write_rows
-from peft import PeftModel
+from conftest import Ran, check_refused, tiny_llama, tree, write_rows
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -53,7 +53,8 @@ HELD_OUT = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """A directory with `adapter`, trained with `held-out.jsonl` as its validation rows."""
+    """A directory with `adapter`, trained with `held-out.jsonl` as its validation rows. `early` had fewer steps,
+    and `pissa`, made by PEFT, takes a part out of the base, so that no other adapter can be loaded beside it."""
     path = tmp_path_factory.mktemp("evaluate")
     config = {
         "model": {"name_or_path": str(tiny_dir), "dtype": "float32"},
@@ -65,8 +66,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
         "output_dir": str(path / "adapter"),
     }
     (path / "run.yaml").write_text(yaml.safe_dump(config))
-    ran = CliRunner().invoke(app, ["train", str(path / "run.yaml")])
-    assert ran.exit_code == 0, ran.stderr
+    for name, steps in (("adapter", 200), ("early", 12)):
+        changes = ("--set", f"output_dir={path / name}", "--set", f"training.max_steps={steps}")
+        ran = CliRunner().invoke(app, ["train", str(path / "run.yaml"), *changes])
+        assert ran.exit_code == 0, ran.stderr
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir)
+    model = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(path / "pissa", save_embedding_layers=False)
     return path
 
 
@@ -112,7 +120,7 @@ def by_hand(place: Path, base: Path, which: str) -> dict[str, float]:
 @pytest.mark.parametrize("which", ["base", "adapter"])
 def test_scores_equal_a_computation_by_hand(scores: dict[str, Any], place: Path, tiny_dir: Path, which: str) -> None:
     expected = by_hand(place, tiny_dir, which)
-    assert scores[which].keys() == expected.keys()
+    assert scores[which].keys() == {*expected, "intervals"}
     for name in ("rows", "tokens", "exact_match", "label_accuracy"):
         assert scores[which][name] == expected[name], name
     assert scores[which]["loss"] == pytest.approx(expected["loss"], abs=1e-5)
@@ -120,7 +128,7 @@ def test_scores_equal_a_computation_by_hand(scores: dict[str, Any], place: Path,
 
 
 def test_the_scores_say_something(scores: dict[str, Any]) -> None:
-    assert set(scores) == {"base", "adapter"}
+    assert set(scores) == {"base", "adapter", "difference", "metric", "verdict"}
     assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1
     assert scores["base"]["exact_match"] == 0
     assert 0 < scores["adapter"]["exact_match"] < scores["adapter"]["label_accuracy"] < 1
@@ -148,11 +156,16 @@ def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None
 def test_the_table(cli: Callable[..., Ran], scores: dict[str, Any], place: Path) -> None:
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", place / "held-out.jsonl")
     lines = [line.split() for line in ran.out.splitlines()]
-    assert lines[0] == [f"{len(HELD_OUT)}", "rows,", f"{scores['base']['tokens']}", "supervised", "tokens"]
-    (cells,) = [line for line in lines if line[0] == "adapter"]
-    score = scores["adapter"]
-    assert cells[1:3] == [f"{score['loss']:.4f}", f"{score['perplexity']:.2f}"]
-    assert cells[3:] == [f"{score['exact_match']:.1%}", f"{score['label_accuracy']:.1%}"]
+    assert lines[0][:5] == [f"{len(HELD_OUT)}", "rows,", f"{scores['base']['tokens']}", "supervised", "tokens,"]
+    expected = []
+    for name, kind in (("loss", ".4f"), ("perplexity", ".2f"), ("exact_match", ".1%"), ("label_accuracy", ".1%")):
+        cells = name.split("_")
+        for model in ("base", "adapter"):
+            low, high = (f"{end:{kind}}".rstrip("%") for end in scores[model]["intervals"][name])
+            cells += [f"{scores[model][name]:{kind}}", f"[{low},", f"{high}]"]
+        expected.append(cells)
+    assert lines[1:6] == [["base", "adapter"], *expected]
+    assert max(map(len, ran.out.splitlines())) <= 120
 
 
 def test_rows_without_a_prompt_have_no_match(
@@ -222,3 +235,116 @@ def test_rows_beyond_the_positions_of_the_model(
     mixed = [{"prompt": "a" * 60, "completion": "b"}, {"prompt": "a", "completion": "b" * 50}]  # 110 if taken together
     ran = cli("evaluate", "--adapter", tmp_path / "out", "--data", write_rows(tmp_path / "mixed.jsonl", mixed))
     assert ran.code == 0, ran.err
+
+
+@pytest.fixture(scope="module")
+def few(place: Path) -> Path:
+    """Rows of which some are wrong, and one stands there three times."""
+    return write_rows(place / "few.jsonl", [*HELD_OUT[:12], *HELD_OUT[45:48], HELD_OUT[0], HELD_OUT[0]])
+
+
+@pytest.mark.parametrize("other", ["early", "pissa"])
+def test_against_another_adapter(cli: Callable[..., Ran], place: Path, few: Path, tiny_dir: Path, other: str) -> None:
+    """Its figures are its own, whether it shares the base or is loaded after it, and the difference is of the pair."""
+    alone = [cli("evaluate", "--adapter", place / name, "--data", few, "--json") for name in ("adapter", other)]
+    assert [ran.code for ran in alone] == [0, 0], alone[1].err
+    own, other_own = (json.loads(ran.out) for ran in alone)
+    ran = cli("evaluate", "--adapter", place / "adapter", "--against", place / other, "--data", few, "--json")
+    assert ran.code == 0 and (other == "pissa" or ran.err == ""), ran.err
+    assert other == "early" or f"{place / 'pissa'}: was trained with another " in ran.err  # it records no conversations
+    found = json.loads(ran.out)
+    assert [*found] == ["base", "adapter", "against", "difference", "metric", "verdict"]
+    for name, expected in (("base", own["base"]), ("adapter", own["adapter"]), ("against", other_own["adapter"])):
+        near = 1e-6 if other == "early" else 1e-3  # alone, that of PEFT is computed in bfloat16
+        assert found[name]["loss"] == pytest.approx(expected["loss"], abs=near)
+        assert found[name]["exact_match"] == expected["exact_match"]
+    difference = found["difference"]["loss"]
+    assert difference["value"] == pytest.approx(found["adapter"]["loss"] - found["against"]["loss"])
+    assert difference["low"] < difference["value"] < difference["high"]
+    verdict = "better" if difference["high"] < 0 else "worse" if difference["low"] > 0 else "indistinguishable"
+    assert found["verdict"] == verdict
+
+
+def test_an_adapter_of_another_base_is_no_rival(
+    cli: Callable[..., Ran], place: Path, few: Path, run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    tiny_llama(hidden_size=16).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(place / "adapter").save_pretrained(tmp_path / "base")
+    ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "base")}, training={"max_steps": 1}))
+    assert ran.code == 0, ran.err
+    ran = cli("evaluate", "--adapter", place / "adapter", "--against", tmp_path / "out", "--data", few)
+    assert (ran.code, ran.out) == (5, "")
+
+
+def test_rows_for_a_judge(cli: Callable[..., Ran], place: Path, few: Path, tmp_path: Path) -> None:
+    """The file says everything again that the figures are made of, and copies stand there once."""
+    evaluate = ("evaluate", "--adapter", place / "adapter", "--against", place / "early", "--data", few, "--json")
+    output = ("--output", tmp_path / "rows.jsonl", "--metric", "rouge_l", "--metric", "contains", "--worst", 2)
+    ran = cli(*evaluate, *output)
+    assert (ran.code, ran.err) == (0, "")
+    found, rows = json.loads(ran.out), [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["copies"] for row in rows] == [3] + [1] * 14 and [row["number"] for row in rows] == [*range(15)]
+    assert rows[0]["prompt"] == "<|user|>a:<|end|>\n<|assistant|>" and rows[0]["expected"] == "yes"
+    assert rows[3]["where"] == f"{few}:4"
+    for name in ("base", "adapter", "against"):
+        weights = [row["copies"] * row["tokens"] for row in rows]
+        loss = sum(weight * row[name]["loss"] for weight, row in zip(weights, rows, strict=True)) / sum(weights)
+        assert (found[name]["loss"], found[name]["tokens"]) == (pytest.approx(loss), sum(weights))
+        for figure in ("exact_match", "label_accuracy", "rouge_l", "contains"):
+            mean = sum(row["copies"] * row[name][figure] for row in rows) / found[name]["rows"]
+            assert found[name][figure] == pytest.approx(mean), figure
+        assert all(row[name]["label_accuracy"] == row[name]["answer"].startswith(row["expected"]) for row in rows)
+    assert max(len(row["base"]["answer"]) for row in rows) > 20  # it goes on beyond the expected answer
+    assert (found["metric"], found["verdict"] is None) == ("rouge_l", False)
+    worse = sorted(rows, key=lambda row: row["against"]["loss"] - row["adapter"]["loss"])[:2]
+    assert found["worst"] == [row for row in worse if row["adapter"]["loss"] > row["against"]["loss"]] != []
+    check_refused(cli(*evaluate, *output), 2, (Code.OUTPUT_FILE_EXISTS, str(tmp_path / "rows.jsonl"), "--output"))
+    plain = json.loads(cli(*evaluate).out)
+    for name in ("base", "adapter"):  # longer answers change none of the figures that do not look at their ends
+        assert all(plain[name][figure] == found[name][figure] for figure in ("loss", "exact_match", "label_accuracy"))
+    ran = cli(*evaluate[:-1], *output, "--overwrite")
+    shown = [line.split(maxsplit=1)[-1] for line in ran.out.splitlines()]
+    assert ran.code == 0 and worse[0]["expected"] in shown and worse[0]["where"] in ran.out
+
+
+def test_forgetting(cli: Callable[..., Ran], place: Path, few: Path, tmp_path: Path) -> None:
+    """On rows of any format, without regard to how the adapter's own rows are read; the text that is shipped works."""
+    evaluate = ("evaluate", "--adapter", place / "adapter", "--data", few, "--json", "--forgetting")
+    found = json.loads(cli(*evaluate, few).out)
+    assert found["forgetting"] == found["difference"]["loss"]
+    found = json.loads(cli(*evaluate, "builtin").out)["forgetting"]
+    assert found["low"] < found["value"] < found["high"]
+    (tmp_path / "empty.txt").write_text("\n")
+    check_refused(cli(*evaluate, tmp_path / "empty.txt"), 4, (Code.DATA_NO_ROWS, str(tmp_path / "empty.txt"), ""))
+    check_refused(cli(*evaluate, tmp_path / "no.txt"), 4, (Code.DATA_FILE_NOT_FOUND, str(tmp_path / "no.txt"), ""))
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "exit_code", "code", "key"),
+    [
+        (["--metric", "json"], HELD_OUT[:2], 4, Code.EVALUATE_EXPECTED_TEXT, "--metric"),
+        (["--metric", "exact_match"], [{"text": "some text"}], 4, Code.EVALUATE_NO_PROMPT, "--metric"),
+        (["--metric", "regex:(.*)*x"], [chat_row("a", "y" * 60)], 2, Code.USAGE_BAD_METRIC, "--metric"),
+        (["--overwrite"], HELD_OUT[:2], 2, Code.USAGE_NEEDS_OPTION, "--overwrite"),
+    ],
+)
+def test_refused_options(
+    cli: Callable[..., Ran], place: Path, tmp_path: Path, options: Any, rows: Any, exit_code: int, code: Code, key: str
+) -> None:
+    data_file = write_rows(tmp_path / "rows.jsonl", rows)
+    ran = cli("evaluate", "--adapter", place / "adapter", "--data", data_file, *options)
+    assert (
+        ran.code == exit_code
+        and ran.out == ""
+        and all(f"{key}: " in line and f"[{code}]" in line for line in ran.errors)
+    )
+
+
+def test_too_few_rows_are_said(cli: Callable[..., Ran], place: Path, tmp_path: Path) -> None:
+    data_file = write_rows(tmp_path / "rows.jsonl", [HELD_OUT[0]] * 200)
+    ran = cli("evaluate", "--adapter", place / "adapter", "--data", data_file, "--json")
+    found = json.loads(ran.out)
+    assert (ran.code, found["verdict"], found["base"]["rows"]) == (0, None, 200)
+    assert found["difference"]["loss"]["low"] is None and "1 distinct row is too few" in ran.err
+    low, high = found["adapter"]["intervals"]["label_accuracy"]
+    assert high - low > 0.7  # that of one row

@@ -1,8 +1,9 @@
 """The command line: parse, call one command, print. Everything heavy is imported inside the commands."""
 
-from loratune.cli import adapters as adapters
 from loratune.cli import chat as chat
+from loratune.cli import evaluate as evaluate
 from loratune.cli import export as export
+from loratune.cli import generate as generate
 from loratune.cli import merge as merge
 from loratune.cli import push as push
 from loratune.cli import training as training

@@ -1,85 +1,134 @@
-"""`loratune evaluate`: scores base and adapter on the same held-out rows."""
+"""`loratune evaluate`: how well an adapter does on held-out rows, compared with its base or with another adapter."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from loratune import data
-from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
-from loratune.data.packing import BatchLayout
-from loratune.data.rendering import TokenizedRow
-from loratune.evaluation.results import Score
-from loratune.inference import completion, loading
-from loratune.inference.completion import LoadedAdapter
+from loratune.codes import Code
+from loratune.data import DatasetSplit, ProgressFactory, no_progress
+from loratune.errors import AdapterError
+from loratune.evaluation import comparison, scoring
+from loratune.evaluation.results import ADAPTER, AGAINST, BASE, LOSS, Difference, Evaluation, ModelAnswer
+from loratune.evaluation.scoring import Judging
+from loratune.inference import loading
+from loratune.inference.completion import LoadedAdapter, Log
 from loratune.model import load
-from loratune.training import gain
 from loratune.training.batching import check_positions
 from loratune.training.preflight import AdapterInfo
 
-_BATCH_TOKENS = 8192
-"""Tokens of a batch, whose logits are in memory at once: 1.6 GB in float32 with a vocabulary of 50,000."""
-
 
 def evaluate(
-    adapter: AdapterInfo, split: DatasetSplit, watch: ProgressFactory, log: Callable[[str], None]
-) -> tuple[dict[str, Score], list[str]]:
-    """Score base and adapter on rows that are rendered as in training.
+    adapter: AdapterInfo,
+    split: DatasetSplit,
+    *,
+    against: AdapterInfo | None = None,
+    judging: Judging = Judging(),  # noqa: B008  it is frozen
+    forgetting: DatasetSplit | None = None,
+    watch: ProgressFactory = no_progress,
+    count: ProgressFactory = no_progress,
+    log: Log = lambda _: None,
+) -> Evaluation:
+    """Score base, adapter and perhaps another adapter on the same rows, rendered as the first adapter was trained.
 
-    Returns:
-        The scores of `base` and `adapter`; and lines about rows that were truncated or dropped.
+    Args:
+        adapter: The adapter.
+        split: The rows.
+        against: Another adapter of the same base, which the adapter is compared with instead of the base.
+        judging: Which metrics there are. The verdict is about the first; without any, about the loss.
+        forgetting: Unrelated text, on which adapter and base are compared as well.
+        watch: Shows passes over data, in bytes.
+        count: Shows passes over rows.
+        log: Takes lines about the adapters.
 
     Raises:
-        AdapterError, ModelError, DataError: The adapter, its base or the rows cannot be used.
-        ConfigError: Rows are longer than the model's context.
+        AdapterError, ModelError, DataError: An adapter, the base or the rows cannot be used.
+        ConfigError: Rows are longer than the model's context; an expression takes too long.
+        NumericError: The loss of an adapter is not finite.
     """
-    loaded = loading.load(adapter, log)
-    vocabulary_size = loaded.model.config.get_text_config().vocab_size
-    rows = data.prepare(split, loaded.renderer, loaded.data, vocabulary_size, watch)
-    check_positions(rows, loaded.data, load.context_length(loaded.model.config))
-    with loaded.without_adapter():
-        base_score = _score(loaded, rows)
-    return {"base": base_score, "adapter": _score(loaded, rows)}, [*split.remarks(), *rows.report.losses()]
+    loaded = _load(adapter, against, log)
+    first, context = loaded[0], load.context_length(loaded[0].model.config)
+    dataset = data.prepare(split, first.renderer, first.data, _vocabulary_size(first), watch)
+    check_positions(dataset, first.data, context)
+    rows = scoring.distinct_rows(first, dataset)
+    scoring.check_expected(rows, judging)
+    remarks = [*split.remarks(), *dataset.report.losses()]
+
+    def answers(name: str, model: LoadedAdapter) -> list[ModelAnswer]:
+        with count(f"scoring {name}", len(rows) + sum(row.prompt is not None for row in rows)) as advance:
+            return scoring.answers(model, dataset, rows, judging, advance)
+
+    with first.without_adapter():
+        found = {BASE: answers(BASE, first)}
+    found[ADAPTER] = answers(ADAPTER, first)
+    forgotten = _forgetting(first, forgetting, context, watch, count, remarks) if forgetting else None
+    if against is not None:
+        asked: dict[str, Any] = {"tokenizer": first.tokenizer, "renderer": first.renderer}
+        if len(loaded) == 1:
+            del first
+            loaded.clear()
+            gc.collect()  # else there would be two bases in memory
+            loaded = loading.load_all([against], log, adapter.base)
+        other = loaded[-1]
+        remarks += _rendering_remarks(adapter, against, same_tokens=asked["renderer"].digest == other.renderer.digest)
+        found[AGAINST] = answers(AGAINST, replace(other, **asked))
+    rows = [
+        replace(row, answers={name: by_row[place] for name, by_row in found.items()}) for place, row in enumerate(rows)
+    ]
+    return comparison.compare(rows, judging.metrics[0].figure if judging.metrics else LOSS, forgotten, remarks)
 
 
-def _score(loaded: LoadedAdapter, dataset: TokenizedDataset) -> Score:
-    rows, lengths = dataset.rows, dataset.rows.lengths
-    size = max(1, min(completion.BATCH, _BATCH_TOKENS // int(lengths.max())))
-    batches = BatchLayout(rows, lengths, "none", size, loaded.data.max_length, load.pad_id(loaded.tokenizer))
-    loss = gain.held_out_loss(loaded.model, batches)
-    exact_match, label_accuracy = _accuracies(loaded, [row for row in rows.rows() if _has_prompt(row, loaded)])
-    return Score(loss.mean, math.exp(loss.mean), exact_match, label_accuracy, len(rows), loss.tokens)
+def _vocabulary_size(loaded: LoadedAdapter) -> int:
+    return int(loaded.model.config.get_text_config().vocab_size)
 
 
-def _has_prompt(row: TokenizedRow, loaded: LoadedAdapter) -> bool:
-    """Whether a row has a prompt: more than the token that begins every row."""
-    return row.prompt not in ((), (loaded.tokenizer.bos_token_id,))
+def _load(adapter: AdapterInfo, against: AdapterInfo | None, log: Log) -> list[LoadedAdapter]:
+    """The adapters on one base; the first alone, where they cannot share one."""
+    if against is not None:
+        try:
+            return loading.load_all([adapter, against], log)
+        except AdapterError as error:
+            if any(problem.code != Code.ADAPTER_CANNOT_SHARE for problem in error.problems):
+                raise
+    return loading.load_all([adapter], log)
 
 
-def _accuracies(loaded: LoadedAdapter, rows: Sequence[TokenizedRow]) -> tuple[float | None, float | None]:
-    """Shares of rows whose completion is exactly the expected one, and begins with it."""
-    if not rows:
-        return None, None
-    exact_matches = label_matches = 0
-    for batch in _batches(rows, load.context_length(loaded.model.config)):
-        longest = max(len(row.completion) for row in batch)
-        for row, ids in zip(batch, loaded.complete([row.prompt for row in batch], longest), strict=True):
-            exact_matches += tuple(ids) == row.completion
-            label_matches += loaded.text(ids).startswith(loaded.text(row.completion))
-    return exact_matches / len(rows), label_matches / len(rows)
+def _rendering_remarks(adapter: AdapterInfo, against: AdapterInfo, *, same_tokens: bool) -> Iterator[str]:
+    """Why the rows may not be what the other adapter was trained on, a line."""
+    keys = [f"data.{key}" for key in ("loss_on", "max_length", "truncation") if _differ(adapter, against, key)]
+    differences = [*([] if same_tokens else ["tokenizer or chat template"]), *keys]
+    differences += ["prompts that go through the chat template"] if adapter.chat != against.chat else []
+    if differences:
+        yield (
+            f"{against.files.path}: was trained with another {', '.join(differences)}; its rows are those of "
+            f"{adapter.files.path}"
+        )
 
 
-def _batches(rows: Sequence[TokenizedRow], context_length: int | None) -> Iterator[list[TokenizedRow]]:
-    """Batches of rows with completions of similar length.
+def _differ(adapter: AdapterInfo, against: AdapterInfo, key: str) -> bool:
+    return bool(adapter.data.model_dump()[key] != against.data.model_dump()[key])
 
-    The prompts of a batch are all completed to the longest expected completion. So a batch takes another row only if
-    its longest prompt and its longest completion fit in the context together.
+
+def _forgetting(
+    loaded: LoadedAdapter,
+    split: DatasetSplit,
+    context: int | None,
+    watch: ProgressFactory,
+    count: ProgressFactory,
+    remarks: list[str],
+) -> Difference:
+    """The loss of the adapter less that of its base on unrelated text, of which no row is longer than the context.
+
+    remarks: lines about its rows are added to it.
     """
-    batch: list[TokenizedRow] = []
-    for row in sorted(rows, key=lambda row: len(row.completion)):
-        longest_prompt = max(len(member.prompt) for member in (*batch, row))
-        is_too_long = context_length is not None and longest_prompt + len(row.completion) > context_length
-        if batch and (is_too_long or len(batch) == completion.BATCH):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+    longest = min(split.section.max_length, context or split.section.max_length)
+    section = split.section.model_copy(update={"max_length": longest})
+    dataset = data.prepare(split, loaded.renderer, section, _vocabulary_size(loaded), watch)
+    remarks += [f"unrelated text: {line}" for line in dataset.report.losses()]
+    rows = scoring.distinct_rows(loaded, dataset)
+    with count("measuring what is forgotten", 2 * len(rows)) as advance:
+        with loaded.without_adapter():
+            before = scoring.losses(loaded, dataset, [row.number for row in rows], advance)
+        after = scoring.losses(loaded, dataset, [row.number for row in rows], advance)
+    return comparison.loss_difference(rows, before, after)

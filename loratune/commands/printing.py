@@ -15,6 +15,7 @@ from loratune.console import (
     print_marked,
     print_table,
 )
+from loratune.evaluation import wording
 from loratune.lora.module_names import pattern, ranges
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from loratune.commands.params import Params
     from loratune.commands.plan import Plan
     from loratune.commands.train import Result
-    from loratune.evaluation.results import Score
+    from loratune.evaluation.results import Evaluation
     from loratune.export.hub import Upload
     from loratune.memory import Estimate
     from loratune.training.batching import TokenizedDatasets
@@ -181,21 +182,30 @@ def _per_layer(layers: Mapping[int, int]) -> str:
     )
 
 
-def print_scores(scores: "Mapping[str, Score]", as_json: bool) -> None:
-    """Base and adapter, one below the other."""
+def print_evaluation(evaluation: "Evaluation", worst: int, as_json: bool) -> None:
+    """The figures of each model, how the adapter differs, and the verdict.
+
+    worst: how many of the rows that got worse most are shown.
+    """
+    rows = wording.worst(evaluation, worst)
     if as_json:
-        print_json({name: score.as_json() for name, score in scores.items()})
+        print_json(evaluation.as_json() | ({"worst": [row.as_json() for row in rows]} if worst else {}))
         return
-    rows = [
-        [name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", _share(score.exact_match), _share(score.label_accuracy)]
-        for name, score in scores.items()
-    ]
-    print(f"{scores['base'].rows:,} rows, {scores['base'].tokens:,} supervised tokens")
-    print_table(["", "loss", "perplexity", "exact match", "label accuracy"], rows)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+    score = evaluation.scores["adapter"]
+    print(f"{score.rows:,} rows, {score.tokens:,} supervised tokens, 95 % intervals in brackets")
+    print_table(*wording.scores_table(evaluation))
+    print_table(*wording.differences_table(evaluation))
+    for row in rows:
+        print_block(
+            f"{row.where}{f', {row.copies:,} copies' if row.copies > 1 else ''}",
+            wording.row_lines(row, evaluation.compared_with),
+        )
+    if worst and not rows:
+        print("no row got worse")
+    lines = [("verdict", wording.verdict(evaluation))]
+    if evaluation.forgetting is not None:
+        lines.append(("forgetting", wording.forgetting(evaluation.forgetting)))
+    print_block("result", lines)
 
 
 def print_upload(upload: "Upload", as_json: bool) -> None:

@@ -10,6 +10,18 @@ from loratune.statistics import Interval
 BASE, ADAPTER, AGAINST = "base", "adapter", "against"
 """The names of the models: the base, the adapter on it, and the other adapter that it is compared with."""
 
+LOSS, EXACT_MATCH, LABEL_ACCURACY = "loss", "exact_match", "label_accuracy"
+"""The names of the figures that every evaluation has; those of rows with a prompt are None where no row has one."""
+
+LOWER_IS_BETTER = (LOSS, "perplexity", "invalid_json")
+"""Figures of which less is better."""
+
+
+def finite(value: float | None) -> float | None:
+    """A number as JSON has it: None for inf and NaN, which it has no word for."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 Verdict = Literal["better", "worse", "indistinguishable"]
 
 
@@ -19,8 +31,9 @@ class ModelAnswer:
 
     Attributes:
         nats: Cross-entropy, summed over the supervised tokens of the row.
-        text: The greedy completion; None where the row has no prompt.
-        scores: Metric → score between 0 and 1; empty where the row has no prompt.
+        text: The greedy answer, without the token that ends it; None where the row has no prompt.
+        scores: `exact_match`, `label_accuracy` and each further metric → between 0 and 1; empty where the row has no
+            prompt.
     """
 
     nats: float
@@ -33,20 +46,40 @@ class EvaluatedRow:
     """One distinct row, and what each model does on it.
 
     Attributes:
-        number: The number of the row in its split, from 0.
-        copies: How many rows of the split are this one.
+        number: Its number among the rows that were not dropped, from 0; of copies, that of the first.
+        where: Its place in its file.
+        copies: How many rows are this one, itself included.
         prompt: The prompt as text, as the model reads it; None where the row has none.
-        expected: The supervised text.
+        expected: The text that is expected as the answer; None where the row has no prompt.
         tokens: Supervised tokens.
         answers: Model → what it does; `base`, `adapter`, and `against` if there is one.
     """
 
     number: int
+    where: str
     copies: int
     prompt: str | None
-    expected: str
+    expected: str | None
     tokens: int
-    answers: Mapping[str, ModelAnswer]
+    answers: Mapping[str, ModelAnswer] = field(default_factory=dict)
+
+    def worsening(self, model: str, compared_with: str) -> float:
+        """By how many nats per supervised token a model is worse on the row than another one."""
+        return (self.answers[model].nats - self.answers[compared_with].nats) / self.tokens
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values. A number that is not finite is null."""
+        values: dict[str, Any] = {
+            "number": self.number,
+            "where": self.where,
+            "copies": self.copies,
+            "prompt": self.prompt,
+            "expected": self.expected,
+            "tokens": self.tokens,
+        }
+        for name, answer in self.answers.items():
+            values[name] = {"answer": answer.text, "loss": finite(answer.nats / self.tokens), **answer.scores}
+        return values
 
 
 @dataclass(frozen=True)
@@ -77,38 +110,40 @@ class Score:
 
     def figure(self, name: str) -> float | None:
         """A figure by its name; None where it was not computed."""
-        own = {
-            "loss": self.loss,
+        return self.figures().get(name)
+
+    def figures(self) -> dict[str, float | None]:
+        """Figure → its value; None where no row has a prompt."""
+        return {
+            LOSS: self.loss,
             "perplexity": self.perplexity,
-            "exact_match": self.exact_match,
-            "label_accuracy": self.label_accuracy,
+            EXACT_MATCH: self.exact_match,
+            LABEL_ACCURACY: self.label_accuracy,
+            **self.metrics,
         }
-        return own[name] if name in own else self.metrics.get(name)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values. Figures that are not finite are null, as JSON has no word for them."""
-        figures = {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "exact_match": self.exact_match,
-            "label_accuracy": self.label_accuracy,
-            **self.metrics,
+        figures = {name: finite(value) for name, value in self.figures().items()}
+        intervals = {
+            name: [finite(interval.low), finite(interval.high)] if interval else None
+            for name, interval in self.intervals.items()
         }
-        intervals = {name: interval.as_json() if interval else None for name, interval in self.intervals.items()}
-        finite = {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
-        return finite | {"rows": self.rows, "tokens": self.tokens, "intervals": intervals}
+        return figures | {"rows": self.rows, "tokens": self.tokens, "intervals": intervals}
 
 
 @dataclass(frozen=True)
 class Difference:
     """A figure of the adapter less that of what it is compared with, on the same rows.
 
+    For a difference between shares of rows, the verdict needs both: McNemar's p below 0.05, and an interval without 0.
+
     Attributes:
         value: The difference.
         interval: Its paired 95 % interval; None where there are too few rows.
-        p: The exact p of McNemar's test, for figures that are shares of rows; None for others.
+        p: The exact p of McNemar's test over distinct rows, for figures that are shares of rows; None for others.
         verdict: What it means for the adapter; None where there is no interval.
-        rows_needed: About how many rows would tell the two apart, where these do not; None if not known.
+        rows_needed: About how many distinct rows would tell the two apart, where these do not; None if not known.
     """
 
     value: float
@@ -120,7 +155,7 @@ class Difference:
     def as_json(self) -> dict[str, Any]:
         """Plain values, `low` and `high` among them."""
         low, high = (self.interval.low, self.interval.high) if self.interval else (None, None)
-        values: dict[str, Any] = {"value": self.value if math.isfinite(self.value) else None, "low": low, "high": high}
+        values: dict[str, Any] = {"value": finite(self.value), "low": low, "high": high}
         values |= {"p": self.p} if self.p is not None else {}
         return values | ({"rows_needed": self.rows_needed} if self.rows_needed is not None else {})
 

@@ -65,6 +65,11 @@ class LoadedAdapter:
                 raise AdapterError(Problem(Code.INFERENCE_BASE_CHANGED, what, self.where))
             yield
 
+    def activate(self) -> None:
+        """Have the model compute with this adapter, in the way of PEFT."""
+        if self.model.active_adapter != self.key:
+            self.model.set_adapter(self.key)
+
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, streamer: Any = None
     ) -> list[list[int]]:
@@ -161,8 +166,8 @@ def _complete(
 def adapters_of_rows(adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
     """Inside, each row of a batch is computed with its adapter; several of them must be such that mix."""
     first, keys = adapters[0], list(dict.fromkeys(adapter.key for adapter in adapters))
-    if not first.is_enough and first.model.active_adapter != first.key:
-        first.model.set_adapter(first.key)
+    if not first.is_enough:
+        first.activate()
     layers = first.layers
     if len(keys) > 1:
         rows = [keys.index(adapter.key) for adapter in adapters]

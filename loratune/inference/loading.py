@@ -63,8 +63,15 @@ def load_selection(
     return LoadedAdapters(named, loaded[selection.default], selection.default or "adapter")
 
 
-def load_all(adapters: Sequence[AdapterInfo], log: Log = lambda _: None) -> list[LoadedAdapter]:
-    """Load the base of adapter directories once, as the first of them says, and attach the adapters.
+def load_all(
+    adapters: Sequence[AdapterInfo], log: Log = lambda _: None, base: ModelSection | None = None
+) -> list[LoadedAdapter]:
+    """Load the base of adapter directories once, and attach the adapters.
+
+    Args:
+        adapters: The adapter directories.
+        log: Takes lines for the user.
+        base: The base, and how it is loaded; by default, as the first adapter says.
 
     Raises:
         ConfigError: See `model.load.check_machine`.
@@ -73,8 +80,8 @@ def load_all(adapters: Sequence[AdapterInfo], log: Log = lambda _: None) -> list
             where the user forces it; base and adapter do not give finite numbers; one of several adapters changes the
             base.
     """
-    base, check = _load_base(adapters, log)
-    return _attach_all(base, [(adapter, adapter.files) for adapter in adapters], check)
+    model, check = _load_base(adapters, base or adapters[0].base, log)
+    return _attach_all(model, [(adapter, adapter.files) for adapter in adapters], check)
 
 
 def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> LoadedAdapter:
@@ -89,7 +96,7 @@ def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> Lo
                 f"{other.files.path}: was trained on {kinds[other.chat]}; the mixture renders prompts as its first "
                 f"adapter does, {first.files.path}, which was trained on {kinds[first.chat]}"
             )
-    base, check = _load_base(adapters, log)
+    base, check = _load_base(adapters, first.base, log)
     with TemporaryDirectory() as directory:
         return _attach_all(base, [(first, mixture.write(Path(directory), *mixed))], check)[0]
 
@@ -132,15 +139,16 @@ def finding_base(adapter: AdapterInfo) -> Iterator[None]:
         ) from None
 
 
-def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> tuple[PreTrainedModel, Callable[[], None]]:
-    """The base of the first adapter, and a check that it is that of all, by what it was before anything is attached.
+def _load_base(
+    adapters: Sequence[AdapterInfo], section: ModelSection, log: Log
+) -> tuple[PreTrainedModel, Callable[[], None]]:
+    """A base, and a check that it is that of all adapters, by what it was before anything is attached.
 
     The check is for after the adapters are attached: tensors that do not fit say more than another fingerprint.
     """
-    first = adapters[0]
-    check_machine(first.base)
-    with finding_base(first):
-        base = load_base(first.base)
+    check_machine(section)
+    with finding_base(adapters[0]):
+        base = load_base(section)
     prints: dict[bool, str] = {}  # whether in the first version → fingerprint
     checks: list[Callable[[], None]] = []
     for adapter in adapters:
@@ -150,7 +158,7 @@ def _load_base(adapters: Sequence[AdapterInfo], log: Log) -> tuple[PreTrainedMod
         is_old = recorded is not None and ":" not in recorded
         if is_old not in prints:
             prints[is_old] = fingerprints.fingerprint(base, like=recorded)
-        checks.append(partial(check_base, adapter, first.base, prints[is_old], log))
+        checks.append(partial(check_base, adapter, section, prints[is_old], log))
 
     def check() -> None:
         for one in checks:

@@ -34,6 +34,23 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return functional.cross_entropy(scores, targets[supervised], reduction="sum"), supervised.sum()
 
 
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sums of `next_token_loss`, row by row.
+
+    Args:
+        logits: (rows, length, vocabulary), any float dtype.
+        labels: (rows, length), int64, -100 at positions without supervision.
+
+    Returns:
+        (rows,), float64 on the CPU, in nats.
+    """
+    targets = labels[:, 1:]
+    supervised = targets >= 0
+    losses = functional.cross_entropy(logits[:, :-1][supervised].float(), targets[supervised], reduction="none")
+    sums = torch.zeros(len(labels), dtype=torch.float64)
+    return sums.index_add_(0, supervised.nonzero()[:, 0].cpu(), losses.cpu().double())
+
+
 class LossHead(nn.Module):
     """Replaces a frozen output layer, and computes the loss when labels are set.
 

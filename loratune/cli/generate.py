@@ -1,4 +1,4 @@
-"""`loratune generate` and `loratune evaluate`: what uses an adapter."""
+"""`loratune generate`."""
 
 import sys
 from collections.abc import Iterable
@@ -9,17 +9,14 @@ import typer
 
 from loratune.cli.application import (
     Adapters,
-    Assignments,
     Debug,
     Force,
-    Json,
     MaxNewTokens,
     Temperature,
     app,
     check_paths,
     check_temperature,
     importing,
-    log_all,
 )
 from loratune.codes import Code
 from loratune.commands.boundary import boundary
@@ -91,36 +88,6 @@ def generate(
                 _write_answers(answers, writable)
             return
         _print_answers(answers, base=base, streamed=stream)
-
-
-@app.command()
-def evaluate(
-    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
-    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Held-out rows, in the format of training.")],
-    assignments: Assignments = [],  # noqa: B006  typer copies it
-    as_json: Json = False,
-    force: Force = False,
-    debug: Debug = False,
-) -> None:
-    """Score base and adapter on the same held-out rows."""
-    with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
-        check_paths(adapter=adapter, data=data)
-        with importing():
-            from loratune.config import Source
-            from loratune.console import log, show_progress
-            from loratune.data import read_source
-            from loratune.training import preflight
-
-        info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
-        split = read_source(Source(path=data), info.data, show_progress)
-
-        with importing():
-            from loratune.commands import printing
-            from loratune.commands.evaluate import evaluate
-
-        scores, remarks = evaluate(info, split, show_progress, log)
-        log_all(remarks)
-        printing.print_scores(scores, as_json)
 
 
 def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:

@@ -1,0 +1,196 @@
+"""From what models do on rows to their figures, the differences between them, and the verdict.
+
+Every distinct row is one draw, with the weight of its copies: copies add no information. So shares have the interval of
+Kish's effective number of rows, the square of the sum of the weights over the sum of their squares (L. Kish, Survey
+Sampling, 1965). Without copies that is the number of rows.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loratune import statistics
+from loratune.codes import Code
+from loratune.errors import NumericError, Problem
+from loratune.evaluation.metrics import MEANS
+from loratune.evaluation.results import (
+    ADAPTER,
+    AGAINST,
+    BASE,
+    EXACT_MATCH,
+    LABEL_ACCURACY,
+    LOSS,
+    LOWER_IS_BETTER,
+    Difference,
+    EvaluatedRow,
+    Evaluation,
+    Score,
+    Verdict,
+)
+from loratune.statistics import Interval
+
+Values = NDArray[np.float64]
+
+_SIGNIFICANT = 0.05
+_PLACES = 3
+"""How many places of rows a message names."""
+
+
+def compare(
+    rows: Sequence[EvaluatedRow],
+    metric: str = LOSS,
+    forgetting: Difference | None = None,
+    remarks: Sequence[str] = (),
+) -> Evaluation:
+    """What follows from the answers to rows.
+
+    Args:
+        rows: Distinct rows, at least one, each with the answers of `base` and `adapter`, and perhaps of `against`.
+        metric: The figure that the verdict is about.
+        forgetting: See `Evaluation`.
+        remarks: Lines about the rows.
+
+    Raises:
+        NumericError: The loss of an adapter is not finite.
+    """
+    models = [name for name in (BASE, ADAPTER, AGAINST) if name in rows[0].answers]
+    other = AGAINST if AGAINST in models else BASE
+    lines = [*remarks]
+    for name in models:
+        if bad := [row.where for row in rows if not math.isfinite(row.answers[name].nats)]:
+            what = (
+                f"the loss of {name} is NaN or inf on {len(bad):,} of {len(rows):,} rows ({', '.join(bad[:_PLACES])})"
+            )
+            if name != BASE:
+                raise NumericError(Problem(Code.EVALUATE_LOSS_NOT_FINITE, what))
+            lines.append(f"{what}, so there is no verdict on the loss against it")
+    scores = {name: score(rows, name) for name in models}
+    figures = [figure for figure, value in scores[ADAPTER].figures().items() if value is not None]
+    differences = {figure: _difference(rows, figure, other) for figure in figures if figure != "perplexity"}
+    if len(rows) < statistics.LEAST_ROWS:
+        lines.append(
+            f"{_plural(len(rows), 'distinct row')} {'is' if len(rows) == 1 else 'are'} too few for an interval of the "
+            f"loss, and for a verdict: {statistics.LEAST_ROWS} are needed"
+        )
+    lines += _invalid_json(rows, models)
+    verdict = differences[metric].verdict if metric in differences else None
+    return Evaluation(scores, differences, other, metric, verdict, rows, forgetting, lines)
+
+
+def score(rows: Sequence[EvaluatedRow], model: str) -> Score:
+    """The figures of one model with their intervals. rows: at least one."""
+    nats, tokens = _weights(rows) * _nats(rows, model), _tokens(rows)
+    loss = float(nats.sum() / tokens.sum())
+    interval = statistics.mean_ratio_interval(nats, tokens)
+    intervals = {LOSS: interval, "perplexity": interval and Interval(_exp(interval.low), _exp(interval.high))}
+    figures: dict[str, float] = {}
+    prompted = [row for row in rows if row.answers[model].scores]
+    weights = _weights(prompted)
+    for figure in prompted[0].answers[model].scores if prompted else ():
+        values = _scores(prompted, figure, model)
+        figures[figure] = float((weights * values).sum() / weights.sum())
+        if figure in MEANS:
+            intervals[figure] = statistics.mean_ratio_interval(weights * values, weights)
+        else:
+            count = _effective(weights)
+            intervals[figure] = statistics.wilson(min(count, figures[figure] * count), count)
+    metrics = {figure: value for figure, value in figures.items() if figure not in (EXACT_MATCH, LABEL_ACCURACY)}
+    matches, labels = figures.get(EXACT_MATCH), figures.get(LABEL_ACCURACY)
+    count, total = int(_weights(rows).sum()), int(tokens.sum())
+    return Score(loss, _exp(loss), matches, labels, count, total, metrics, intervals)
+
+
+def loss_difference(rows: Sequence[EvaluatedRow], first: Values, second: Values) -> Difference:
+    """A second loss less a first one. first, second: (rows,), nats of each distinct row."""
+    return _mean_difference(_weights(rows) * (second - first), _tokens(rows), LOSS)
+
+
+def _difference(rows: Sequence[EvaluatedRow], figure: str, other: str) -> Difference:
+    """A figure of the adapter less that of another model."""
+    if figure == LOSS:
+        return loss_difference(rows, _nats(rows, other), _nats(rows, ADAPTER))
+    prompted = [row for row in rows if row.answers[ADAPTER].scores]
+    weights = _weights(prompted)
+    first, second = (_scores(prompted, figure, model) for model in (other, ADAPTER))
+    if figure in MEANS:
+        return _mean_difference(weights * (second - first), weights, figure)
+    return _share_difference(first, second, weights, figure)
+
+
+def _mean_difference(totals: Values, counts: Values, figure: str) -> Difference:
+    value = float(totals.sum() / counts.sum())
+    interval = statistics.mean_ratio_interval(totals, counts)
+    verdict = _verdict(value, interval, figure)
+    needed = None
+    if verdict == "indistinguishable":
+        needed = _rows_needed(value, statistics.mean_ratio_error(totals, counts), len(totals))
+    return Difference(value, interval, None, verdict, needed)
+
+
+def _share_difference(first: Values, second: Values, weights: Values, figure: str) -> Difference:
+    """first, second: (rows,), 0 or 1."""
+    rows = _effective(weights)
+    shares = [float(weights[one > other].sum() / weights.sum()) for one, other in ((first, second), (second, first))]
+    first_only, second_only = (share * rows for share in shares)
+    interval = statistics.share_difference_interval(first_only, second_only, rows)
+    p = statistics.mcnemar(int((first > second).sum()), int((second > first).sum()))
+    value = shares[1] - shares[0]
+    verdict = _verdict(value, interval, figure) if p < _SIGNIFICANT else "indistinguishable"
+    needed = None
+    if verdict == "indistinguishable":
+        needed = _rows_needed(value, statistics.share_difference_error(first_only, second_only, rows), round(rows))
+    return Difference(value, interval, p, verdict, needed)
+
+
+def _verdict(value: float, interval: Interval | None, figure: str) -> Verdict | None:
+    if interval is None:
+        return None
+    if interval.low <= 0 <= interval.high:
+        return "indistinguishable"
+    return "better" if (value < 0) == (figure in LOWER_IS_BETTER) else "worse"
+
+
+def _rows_needed(value: float, error: float, rows: int) -> int | None:
+    """How many rows would tell, where these do not: more than these."""
+    needed = statistics.rows_needed(value, error, rows)
+    return needed and max(needed, rows + 1)
+
+
+def _invalid_json(rows: Sequence[EvaluatedRow], models: Sequence[str]) -> Iterator[str]:
+    """How many answers are no JSON, a line for each model that has such answers."""
+    for name in models:
+        invalid = [row.answers[name].scores.get("invalid_json", 0.0) for row in rows]
+        if count := int(sum(one * row.copies for one, row in zip(invalid, rows, strict=True))):
+            yield f"{name}: {_plural(count, 'answer')} of {sum(row.copies for row in rows):,} are not valid JSON"
+
+
+def _weights(rows: Sequence[EvaluatedRow]) -> Values:
+    return np.array([row.copies for row in rows], dtype=np.float64)
+
+
+def _tokens(rows: Sequence[EvaluatedRow]) -> Values:
+    return _weights(rows) * np.array([row.tokens for row in rows], dtype=np.float64)
+
+
+def _nats(rows: Sequence[EvaluatedRow], model: str) -> Values:
+    return np.array([row.answers[model].nats for row in rows])
+
+
+def _scores(rows: Sequence[EvaluatedRow], figure: str, model: str) -> Values:
+    return np.array([row.answers[model].scores[figure] for row in rows])
+
+
+def _effective(weights: Values) -> float:
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def _exp(value: float) -> float:
+    """e to the power of it; inf where that is beyond a float."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
+
+
+def _plural(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

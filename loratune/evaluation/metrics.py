@@ -1,0 +1,143 @@
+"""Metrics of an answer, given the text that is expected: `--metric contains`, `rouge_l`, `json`, `regex:PATTERN`.
+
+`exact_match` and `label` compare tokens and beginnings, see `scoring`; they are always computed.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from loratune.codes import Code
+from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
+from loratune.errors import ConfigError, Problem
+from loratune.evaluation.results import EXACT_MATCH, LABEL_ACCURACY
+
+OPTION = "--metric"
+MEANS = ("rouge_l",)
+"""Metrics whose scores are fractions; all others are 0 or 1 on a row."""
+
+_ALWAYS = {"exact_match": EXACT_MATCH, "label": LABEL_ACCURACY}
+_NAMES = "exact_match, label, contains, rouge_l, json, regex:PATTERN"
+_WORD = re.compile(r"[^\W_]+")
+
+
+class ExpectedTextError(ValueError):
+    """A metric says nothing about rows with such an expected text; the message says why."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How answers are scored.
+
+    Attributes:
+        figure: What its mean is called in an evaluation, and its score on a row.
+        scores: From the expected text and the answer to figure → score, the metric's own among them. It raises
+            `ExpectedTextError`, and `BadPatternError` if it takes too long. None for those that every evaluation has.
+    """
+
+    figure: str
+    scores: Callable[[str, str], Mapping[str, float]] | None
+
+
+def parse(values: Sequence[str]) -> list[Metric]:
+    """The metrics that an option names, each once.
+
+    Raises:
+        ConfigError: A name is none; an expression is none; a package is missing.
+    """
+    return [_parse(value) for value in dict.fromkeys(values)]
+
+
+def _parse(value: str) -> Metric:
+    if value in _ALWAYS:
+        return Metric(_ALWAYS[value], None)
+    if value == "contains":
+        return Metric(value, lambda expected, answer: {"contains": float(expected.strip() in answer)})
+    if value == "json":
+        return Metric(value, _json_scores)
+    if value == "rouge_l":
+        return Metric(value, _rouge_l())
+    name, _, text = value.partition(":")
+    if name != "regex" or not text:
+        what, fix = f"`{shorten(value)}` is not a metric", f"take one of {_NAMES}"
+        raise ConfigError(Problem(Code.USAGE_BAD_METRIC, what, key=OPTION, fix=fix))
+    try:
+        return Metric(value, partial(_regex_scores, value, compile_pattern(text)))
+    except BadPatternError as error:
+        what = f"`{shorten(text)}` {error}"
+        raise ConfigError(Problem(Code.USAGE_BAD_METRIC, what, key=OPTION)) from None
+
+
+def _rouge_l() -> Callable[[str, str], Mapping[str, float]]:
+    """ROUGE-L as an F1 score over words (C.-Y. Lin, "ROUGE: a package for automatic evaluation of summaries", 2004), by
+    Google's package, without stemming. Its own tokenizer drops all letters but a to z; here words are of any script."""
+    if find_spec("rouge_score") is None:
+        what, fix = "rouge_l needs the package rouge-score, which is not installed", "pip install 'loratune[eval]'"
+        raise ConfigError(Problem(Code.USAGE_MISSING_PACKAGE, what, key=OPTION, fix=fix))
+    scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
+    return lambda expected, answer: {"rouge_l": float(scorer.score(expected, answer)["rougeL"].fmeasure)}
+
+
+class _Words:
+    """Splits a text into words, as rouge-score's tokenizers do."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Words in lower case."""
+        return _WORD.findall(text.lower())
+
+
+def _json_scores(expected: str, answer: str) -> Mapping[str, float]:
+    """Whether both are JSON with the same value, whatever its spaces and the order of its keys; and whether the answer
+    is none."""
+    try:
+        value = _json_value(expected)
+    except ValueError as error:
+        raise ExpectedTextError(f"the expected text is not JSON: {error}") from None
+    try:
+        return {"json": float(_json_value(answer) == value), "invalid_json": 0.0}
+    except ValueError:
+        return {"json": 0.0, "invalid_json": 1.0}
+
+
+def _json_value(text: str) -> Any:
+    """The value of a JSON text, such that == compares as JSON does: true is not 1, and 1 is 1.0. Raises ValueError."""
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON")
+
+    def tagged(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tagged(member) for key, member in value.items()}
+        if isinstance(value, list):
+            return [tagged(member) for member in value]
+        return (value,) if isinstance(value, bool) else value
+
+    try:
+        return tagged(json.loads(text, parse_constant=refuse))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _regex_scores(figure: str, pattern: re.Pattern[str], expected: str, answer: str) -> Mapping[str, float]:
+    """Whether an expression finds the same in both."""
+    value = _found(pattern, expected)
+    if value is None:
+        raise ExpectedTextError("the expression finds nothing in the expected text")
+    return {figure: float(_found(pattern, answer) == value)}
+
+
+def _found(pattern: re.Pattern[str], text: str) -> str | None:
+    """What the first match has in its first group that is not empty, or else the whole match; None without a match.
+
+    lm-evaluation-harness's filter `regex` does the same (lm_eval/filters/extraction.py).
+    """
+    with match_time_limit():
+        match = pattern.search(text)
+    if match is None:
+        return None
+    return next(filter(None, match.groups()), match.group()).strip()

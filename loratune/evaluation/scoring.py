@@ -1,0 +1,216 @@
+"""What a model does on rows: its loss on each, and its greedy answer where the row has a prompt."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loratune.codes import Code
+from loratune.config.patterns import BadPatternError
+from loratune.data import TokenizedDataset
+from loratune.data.packing import pad
+from loratune.data.rendering import TokenizedRow
+from loratune.data.sources import MAX_PROBLEMS
+from loratune.errors import ConfigError, DataError, Problem
+from loratune.evaluation.metrics import OPTION, ExpectedTextError, Metric
+from loratune.evaluation.results import EXACT_MATCH, LABEL_ACCURACY, EvaluatedRow, ModelAnswer
+from loratune.inference import completion
+from loratune.inference.completion import LoadedAdapter
+from loratune.kernels import row_losses
+from loratune.model import load
+
+_BATCH_TOKENS = 8192
+"""Tokens of a batch, whose logits are in memory at once: 1.6 GB in float32 with a vocabulary of 50,000."""
+_TIMES, _MORE = 2, 32
+"""A whole answer may have so many times the tokens of the expected one, and so many more."""
+
+Advance = Callable[[int], None]
+"""Takes how many rows were done since its last call."""
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How answers are asked for and judged.
+
+    Attributes:
+        metrics: Those that were asked for. `exact_match` and `label_accuracy` are always computed, and need no more of
+            an answer than there are tokens in the expected one.
+        for_readers: Whether somebody reads the answers, so that they may go on beyond that. They also may where another
+            metric is asked for.
+    """
+
+    metrics: Sequence[Metric] = ()
+    for_readers: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether answers may be longer than the expected ones."""
+        return self.for_readers or any(metric.scores for metric in self.metrics)
+
+    def limit(self, row: TokenizedRow, context_length: int | None) -> int:
+        """How many tokens the answer to a row may have."""
+        expected = len(row.completion)
+        if not self.whole:
+            return expected
+        longest = _TIMES * expected + _MORE
+        room = context_length - len(row.prompt) if context_length is not None else longest
+        return max(expected, min(longest, room))
+
+    def scores(self, expected: str, answer: str) -> dict[str, float]:
+        """Figure → score of an answer. Raises as `Metric.scores`."""
+        scores: dict[str, float] = {}
+        for metric in self.metrics:
+            scores |= metric.scores(expected, answer) if metric.scores else {}
+        return scores
+
+
+def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[EvaluatedRow]:
+    """The rows that differ in their ids or labels, without answers, in the order in which they first occur."""
+    firsts: dict[bytes, int] = {}
+    rows: list[EvaluatedRow] = []
+    copies: list[int] = []
+    for number, row in enumerate(dataset.rows.rows()):
+        digest = hashlib.blake2b(repr((row.ids, row.spans)).encode(), digest_size=16).digest()
+        place = firsts.setdefault(digest, len(rows))
+        if place < len(rows):
+            copies[place] += 1
+        elif row.supervised:
+            has_prompt = row.prompt not in ((), (loaded.tokenizer.bos_token_id,))  # more than what begins every row
+            prompt = loaded.tokenizer.decode(row.prompt) if has_prompt else None
+            expected = loaded.text(row.completion) if has_prompt else None
+            rows.append(EvaluatedRow(number, row.where, 1, prompt, expected, row.supervised))
+            copies.append(1)
+        else:
+            del firsts[digest]
+    return [replace(row, copies=count) for row, count in zip(rows, copies, strict=True)]
+
+
+def check_expected(rows: Sequence[EvaluatedRow], judging: Judging) -> None:
+    """Check that the metrics can be computed for the rows.
+
+    Raises:
+        DataError: No row has a prompt, or a metric says nothing about an expected text.
+        ConfigError: An expression takes too long.
+    """
+    texts = [(row.where, row.expected) for row in rows if row.expected is not None]
+    if judging.metrics and not texts:
+        what, fix = (
+            "no row has a prompt, so there is no answer to score",
+            "leave --metric out, or give rows with prompts",
+        )
+        raise DataError(Problem(Code.EVALUATE_NO_PROMPT, what, key=OPTION, fix=fix))
+    problems = []
+    for where, expected in texts:
+        try:
+            judging.scores(expected, "")
+        except ExpectedTextError as error:
+            problems.append(Problem(Code.EVALUATE_EXPECTED_TEXT, str(error), where, OPTION, "correct the row"))
+            if len(problems) == MAX_PROBLEMS:
+                break
+        except BadPatternError as error:
+            raise _too_slow(error, where) from None
+    if problems:
+        raise DataError(problems)
+
+
+def _too_slow(error: BadPatternError, where: str) -> ConfigError:
+    return ConfigError(Problem(Code.USAGE_BAD_METRIC, f"an expression {error}", where, OPTION, "write it otherwise"))
+
+
+def answers(
+    model: LoadedAdapter,
+    dataset: TokenizedDataset,
+    rows: Sequence[EvaluatedRow],
+    judging: Judging,
+    advance: Advance = lambda _: None,
+) -> list[ModelAnswer]:
+    """What a model does on rows.
+
+    Args:
+        model: The adapter; inside its `without_adapter`, the base.
+        dataset: Has the ids of the rows.
+        rows: The rows.
+        judging: How their answers are asked for and judged.
+        advance: Called twice for each row that has a prompt, and once for others.
+    """
+    nats = losses(model, dataset, [row.number for row in rows], advance)
+    found: dict[int, tuple[str, dict[str, float]]] = {}
+    expected = {row.number: (row.where, row.expected) for row in rows if row.expected is not None}
+    limits = {number: judging.limit(dataset.rows.row(number), _context(model)) for number in expected}
+    for batch in _batches(dataset, limits, _context(model)):
+        asked = [dataset.rows.row(number) for number in batch]
+        completions = model.complete([row.prompt for row in asked], max(limits[number] for number in batch))
+        for number, row, longer in zip(batch, asked, completions, strict=True):
+            where, right = expected[number]
+            text, beginning = model.text(longer[: limits[number]]), longer[: len(row.completion)]
+            scores = {
+                EXACT_MATCH: float(tuple(beginning) == row.completion),
+                LABEL_ACCURACY: float(model.text(beginning).startswith(right)),
+            }
+            try:
+                found[number] = text, scores | judging.scores(right, text)
+            except BadPatternError as error:
+                raise _too_slow(error, where) from None
+        advance(len(batch))
+    return [
+        ModelAnswer(float(total), *found.get(row.number, (None, {}))) for row, total in zip(rows, nats, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def losses(
+    model: LoadedAdapter, dataset: TokenizedDataset, numbers: Sequence[int], advance: Advance = lambda _: None
+) -> NDArray[np.float64]:
+    """The loss of a model on rows, computed by PEFT's own layers: in float32 where those of answers round.
+
+    Args:
+        model: The adapter; inside its `without_adapter`, the base.
+        dataset: The rows.
+        numbers: Which of them.
+        advance: Called with how many rows were done.
+
+    Returns:
+        (numbers,), in nats, summed over the supervised tokens of each row.
+    """
+    size = max(1, min(completion.BATCH, _BATCH_TOKENS // int(dataset.rows.lengths.max())))
+    model.activate()
+    model.model.eval()
+    found = []
+    for start in range(0, len(numbers), size):
+        batch_numbers = numbers[start : start + size]
+        batch = pad([dataset.rows[number] for number in batch_numbers], load.pad_id(model.tokenizer))
+        labels = batch.pop("labels").to(model.model.device)
+        inputs = {name: tensor.to(model.model.device) for name, tensor in batch.items()}
+        logits = model.model(**inputs, use_cache=False).logits
+        found.append(row_losses(logits, labels).numpy())
+        advance(len(batch_numbers))
+    return np.concatenate(found)
+
+
+def _context(model: LoadedAdapter) -> int | None:
+    return load.context_length(model.model.config)
+
+
+def _batches(dataset: TokenizedDataset, limits: Mapping[int, int], context_length: int | None) -> Iterator[list[int]]:
+    """Batches of rows with answers of similar length.
+
+    The prompts of a batch are all completed to its longest limit. So a batch takes another row only if its longest
+    prompt and its longest limit fit in the context together.
+
+    limits: number of a row → how many tokens its answer may have.
+    """
+    batch: list[int] = []
+    longest_prompt = 0
+    for number in sorted(limits, key=lambda number: limits[number]):
+        prompt = len(dataset.rows.row(number).prompt)
+        is_too_long = context_length is not None and max(longest_prompt, prompt) + limits[number] > context_length
+        if batch and (is_too_long or len(batch) == completion.BATCH):
+            yield batch
+            batch, longest_prompt = [], 0
+        batch.append(number)
+        longest_prompt = max(longest_prompt, prompt)
+    if batch:
+        yield batch

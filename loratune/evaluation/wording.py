@@ -1,0 +1,126 @@
+"""An evaluation as text: tables of figures with their intervals, the verdict in a sentence, and rows as blocks."""
+
+import math
+from collections.abc import Iterator
+
+from loratune.evaluation.metrics import MEANS
+from loratune.evaluation.results import ADAPTER, BASE, LOSS, Difference, EvaluatedRow, Evaluation
+from loratune.statistics import Interval
+
+_NAME = 24
+"""Characters of an expression that are shown."""
+_WIDTH = 300
+"""Characters of a prompt or an answer that are shown."""
+
+
+def name(figure: str) -> str:
+    """A figure as people write it: `exact match`, `invalid JSON`; an expression stays as it is, if it is short."""
+    if ":" in figure:
+        return figure if len(figure) <= _NAME else f"{figure[: _NAME - 3]}..."
+    return figure.replace("_", " ").replace("json", "JSON").replace("rouge l", "ROUGE-L")
+
+
+def number(figure: str, value: float | None, *, signed: bool = False) -> str:
+    """The value of a figure: `0.1070`, `18.27`, `93.5%`; or of a difference: `-2.7980`, `+93.5 pp`."""
+    if value is None or math.isnan(value):
+        return "-"
+    sign = "+" if signed else ""
+    if figure == LOSS or figure in MEANS:
+        return f"{value:{sign}.4f}"
+    if figure == "perplexity":
+        return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+    return f"{100 * value:+.1f} pp" if signed else f"{value:.1%}"
+
+
+def with_interval(figure: str, value: float | None, interval: Interval | None, *, signed: bool = False) -> str:
+    """`0.1070 [0.0810, 0.1400]`; without brackets where there is no interval."""
+    text = number(figure, value, signed=signed)
+    if interval is None:
+        return text
+    low, high = (number(figure, end, signed=signed).rstrip("% p") for end in (interval.low, interval.high))
+    return f"{text} [{low}, {high}]"
+
+
+def p_value(p: float) -> str:
+    """`0.032`, `< 0.001`."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def scores_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a figure a row, a model a column."""
+    models = evaluation.scores
+    rows = [
+        [
+            name(figure),
+            *(with_interval(figure, score.figure(figure), score.intervals.get(figure)) for score in models.values()),
+        ]
+        for figure in models[BASE].figures()
+    ]
+    return ["", *models], rows
+
+
+def differences_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a figure a row."""
+    rows = [
+        [
+            name(figure),
+            with_interval(figure, one.value, one.interval, signed=True),
+            "" if one.p is None else p_value(one.p),
+        ]
+        for figure, one in evaluation.differences.items()
+    ]
+    return [f"{ADAPTER} - {evaluation.compared_with}", "difference", "p (McNemar)"], rows
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """What the comparison comes to, in a line."""
+    metric, other = evaluation.metric, evaluation.compared_with
+    against = "the base" if other == BASE else "the other adapter"
+    one = evaluation.differences[metric]
+    mine, its = (number(metric, evaluation.scores[model].figure(metric)) for model in (ADAPTER, other))
+    difference = with_interval(metric, one.value, one.interval, signed=True)
+    p = "" if one.p is None else f", p {p_value(one.p)}"
+    figures = f"{name(metric)} {mine} instead of {its}, {difference}{p}"
+    if evaluation.verdict is None:
+        return f"none, as {'there are too few rows' if math.isfinite(one.value) else 'a loss is not finite'}: {figures}"
+    if evaluation.verdict != "indistinguishable":
+        return f"{evaluation.verdict} than {against}: {figures}"
+    rows = sum(row.copies for row in evaluation.rows)
+    needed = f"; about {_rounded(one.rows_needed):,} rows would tell" if one.rows_needed else ""
+    return f"not distinguishable from {against} at {rows:,} rows: {figures}{needed}"
+
+
+def _rounded(count: int) -> int:
+    """A number with two digits that are not 0; it is an estimate, so more would say nothing."""
+    step: int = 10 ** max(0, len(str(count)) - 2)
+    return math.ceil(count / step) * step
+
+
+def forgetting(difference: Difference) -> str:
+    """The line about unrelated text."""
+    text = with_interval(LOSS, difference.value, difference.interval, signed=True)
+    return f"{text} nats per token on unrelated text, {ADAPTER} - {BASE}"
+
+
+def worst(evaluation: Evaluation, count: int) -> list[EvaluatedRow]:
+    """The rows on which the adapter is worse than what it is compared with, by nats per token, the worst first."""
+    other = evaluation.compared_with
+    worse = [row for row in evaluation.rows if row.worsening(ADAPTER, other) > 0]
+    return sorted(worse, key=lambda row: -row.worsening(ADAPTER, other))[:count]
+
+
+def row_lines(row: EvaluatedRow, other: str) -> Iterator[tuple[str, str]]:
+    """A row in a block: name and value of each line."""
+    losses = {model: f"{answer.nats / row.tokens:.3f}" for model, answer in row.answers.items()}
+    yield "loss", f"{losses[ADAPTER]} instead of {losses[other]}, on {row.tokens:,} tokens"
+    if row.prompt is not None and row.expected is not None:
+        yield "prompt", shorten(row.prompt)
+        yield "expected", shorten(row.expected)
+        for model, answer in row.answers.items():
+            yield model, shorten(answer.text or "")
+
+
+def shorten(text: str, width: int = _WIDTH) -> str:
+    """A text in one line, with the middle of a long one left out."""
+    line = " ↵ ".join(part.strip() for part in text.strip().splitlines() if part.strip())
+    return line if len(line) <= width else f"{line[: width // 2]} [...] {line[-width // 2 :]}"

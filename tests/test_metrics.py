@@ -1,0 +1,154 @@
+"""The metrics of `evaluate --metric`, and what follows from scores: differences, weights of copies, verdicts."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from conftest import Ran, check_refused, meanings
+from typer.testing import CliRunner
+
+from loratune import statistics
+from loratune.cli import app
+from loratune.codes import Code
+from loratune.errors import ConfigError, NumericError
+from loratune.evaluation import comparison, metrics, wording
+from loratune.evaluation.metrics import ExpectedTextError
+from loratune.evaluation.results import EvaluatedRow, ModelAnswer
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected", "answer", "scores"),
+    [
+        ("contains", " Paris ", "It is Paris.", [1]),
+        ("contains", "Paris", "It is paris.", [0]),
+        ("json", '{"a": [1, true], "b": null}', ' {"b": null,\n"a": [1.0, true]}', [1, 0]),
+        ("json", '{"a": [1, true]}', '{"a": [1, 1]}', [0, 0]),
+        ("json", "[1]", "[1", [0, 1]),
+        ("json", "[1]", "```json\n[1]\n```", [0, 1]),
+        ("json", "[1]", "[NaN]", [0, 1]),
+        ("json", "[1]", "[" * 100_000, [0, 1]),
+        ("regex:#### (-?[0-9]+)", "so 2 + 2\n#### 4", "2 and 2 is four: #### 4 or #### 5", [1]),
+        ("regex:#### (-?[0-9]+)", "#### 4", "4", [0]),
+        ("regex:(yes)|(no)", "surely no", "no, yes", [1]),
+        ("regex:[A-D]", "B.", "B or C", [1]),
+        ("rouge_l", "the cat sat on the mat", "The cat lay on a mat!", [2 * 4 / 12]),
+        ("rouge_l", "größer als Wärme", "Wärme", [2 * 1 / 4]),
+        ("rouge_l", "a", "", [0]),
+    ],
+)
+def test_scores(metric: str, expected: str, answer: str, scores: Sequence[float]) -> None:
+    (parsed,) = metrics.parse([metric, metric])
+    assert parsed.scores is not None
+    found = parsed.scores(expected, answer)
+    assert [*found] == [metric, "invalid_json"][: len(scores)]
+    assert [*found.values()] == pytest.approx(scores)
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("json", "{'a': 1}"), ("regex:[0-9]", "none")])
+def test_an_expected_text_that_says_nothing(metric: str, expected: str) -> None:
+    (parsed,) = metrics.parse([metric])
+    assert parsed.scores is not None
+    with pytest.raises(ExpectedTextError):
+        parsed.scores(expected, "1")
+
+
+@pytest.mark.parametrize("value", ["exact", "regex:", "regex:(", "regex:" + "(a|" * 10_000, "label "])
+def test_no_metric(value: str) -> None:
+    """Told before the adapter is looked at."""
+    result = CliRunner().invoke(app, ["evaluate", "--adapter", "no", "--data", "no.jsonl", "--metric", value])
+    check_refused(Ran(result.exit_code, result.stdout, result.stderr), 2, (Code.USAGE_BAD_METRIC, "", "--metric"))
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        metrics.parse(["label", "rouge_l"])
+    assert meanings(error.value) == [(Code.USAGE_MISSING_PACKAGE, "", "--metric")]
+
+
+def row(number: int, base: Any, adapter: Any, copies: int = 1, tokens: int = 2) -> EvaluatedRow:
+    """A row by what both models do: nats, and whether the answer matches."""
+    answers = {
+        name: ModelAnswer(nats, "text", {"exact_match": match, "label_accuracy": match, "rouge_l": match / 2})
+        for name, (nats, match) in (("base", base), ("adapter", adapter))
+    }
+    return EvaluatedRow(number, f"rows.jsonl:{number}", copies, "prompt", "expected", tokens, answers)
+
+
+WON, LOST, SAME = ((3.0, 0.0), (1.0, 1.0)), ((1.0, 1.0), (2.0, 0.0)), ((2.0, 1.0), (2.0, 1.0))
+
+
+def rows(*kinds: tuple[int, Any]) -> list[EvaluatedRow]:
+    flat = [kind for count, kind in kinds for _ in range(count)]
+    return [row(number, *kind, tokens=2 + number % 3) for number, kind in enumerate(flat)]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "loss", "match"),
+    [
+        (((15, WON), (5, SAME)), "better", "better"),
+        (((15, LOST), (5, SAME)), "worse", "worse"),
+        (((2, WON), (2, LOST), (16, SAME)), "indistinguishable", "indistinguishable"),
+        (((20, SAME),), "indistinguishable", "indistinguishable"),
+        (((4, WON),), None, "indistinguishable"),
+    ],
+)
+def test_verdicts(kinds: Any, loss: str | None, match: str) -> None:
+    """Each with the numbers of the statistics that it stands on, and no verdict from fewer than five rows."""
+    found = comparison.compare(rows(*kinds))
+    assert (found.verdict, found.metric, found.differences["exact_match"].verdict) == (loss, "loss", match)
+    won, lost = (sum(count for count, kind in kinds if kind is one) for one in (WON, LOST))
+    count = len(found.rows)
+    one = found.differences["exact_match"]
+    assert one.p == statistics.mcnemar(lost, won) and one.value == (won - lost) / count
+    assert one.interval == statistics.share_difference_interval(lost, won, count)
+    assert found.scores["base"].intervals["exact_match"] == statistics.wilson(count - won, count)
+    assert (
+        (found.differences["rouge_l"].interval is None) == (loss is None) == any("too few" in x for x in found.remarks)
+    )
+    assert wording.verdict(found) and json.loads(json.dumps(found.as_json(), allow_nan=False))["verdict"] == loss
+    assert comparison.compare(found.rows, "exact_match").verdict == match
+
+
+def test_more_rows_are_asked_for_where_they_would_help() -> None:
+    found = comparison.compare(rows((3, WON), (2, LOST), (45, SAME))).differences
+    assert found["exact_match"].rows_needed > 50 and found["loss"].rows_needed is not None
+    assert comparison.compare(rows((20, SAME))).differences["loss"].rows_needed is None
+    assert comparison.compare(rows((20, WON))).differences["loss"].rows_needed is None
+
+
+def test_copies_weigh_and_are_no_evidence() -> None:
+    """200 copies of one row count for the mean, and are one row for the intervals."""
+    few = [row(number, *WON, tokens=2 + number) for number in range(6)]
+    once = comparison.compare(few)
+    copied = comparison.compare([row(0, *WON, copies=200), *few[1:]])
+    score = copied.scores["adapter"]
+    assert (score.rows, score.tokens) == (205, 2 * 200 + 3 + 4 + 5 + 6 + 7)
+    assert score.loss == pytest.approx(205 / score.tokens)
+    one, other = (found.scores["adapter"].intervals["exact_match"] for found in (once, copied))
+    assert one and other and other.low < one.low
+    assert copied.differences["exact_match"].p == once.differences["exact_match"].p
+    assert comparison.compare([row(0, *WON, copies=200)]).differences["loss"].interval is None
+
+
+def test_losses_that_are_not_finite() -> None:
+    """Of the base: said, and null in the JSON. Of the adapter: an error."""
+    good = rows((10, WON))
+    found = comparison.compare([*good, row(10, (math.inf, 0.0), (1.0, 1.0))])
+    assert (found.verdict, found.differences["exact_match"].verdict) == (None, "better")
+    assert any("rows.jsonl:10" in line for line in found.remarks)
+    values = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert values["base"]["loss"] is None and values["difference"]["loss"]["value"] is None
+    assert wording.verdict(found)
+    with pytest.raises(NumericError) as error:
+        comparison.compare([*good, row(10, (1.0, 1.0), (math.nan, 0.0))])
+    assert meanings(error.value) == [(Code.EVALUATE_LOSS_NOT_FINITE, "", "")]
+
+
+def test_a_loss_beyond_any_perplexity() -> None:
+    found = comparison.compare([row(number, (5000.0, 0.0), (1.0, 1.0)) for number in range(9)])
+    assert found.scores["base"].perplexity == math.inf and found.verdict == "better"
+    assert found.as_json()["base"]["perplexity"] is None
+    json.dumps(found.as_json(), allow_nan=False)
