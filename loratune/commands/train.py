@@ -25,14 +25,16 @@ from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Stop
-from loratune.training import continuing, gain, resume, run_dir, trainer
+from loratune.training import best_step, conditions, continuing, final_score, gain, resume, run_dir, trainer
 from loratune.training.callbacks import Progress, diverged_error
 from loratune.training.checkpoints import MOST_CHECKPOINTS, Checkpoints
 from loratune.training.continuing import Forgetting
+from loratune.training.final_score import FinalScore
 from loratune.training.gain import Gain
+from loratune.training.outcome import Outcome
 from loratune.training.preflight import ValidatedRun
 from loratune.training.run_dir import RunDirectory
-from loratune.training.trainer import Outcome, RunContext
+from loratune.training.trainer import RunContext
 
 _CHECKPOINT_OVERHEAD = 40_000
 """Bytes of a checkpoint besides weights and optimizer: random states, the trainer's own state, and a model card."""
@@ -60,6 +62,8 @@ class Result:
         adapter_bytes: The size of the file of weights.
         outcome: Losses, tokens and time of the training.
         gain: How much better than its base the adapter does.
+        forgetting: What it does on the rows of the run before; None where it started from no adapter.
+        test: Its loss on the test rows; None without any.
         fallbacks: Kinds of layers that were not accelerated.
         example_prompt: A prompt to try the adapter with, quoted for a shell.
         peak_memory: The most bytes in use at once, see `memory.peak`.
@@ -71,6 +75,7 @@ class Result:
     outcome: Outcome
     gain: Gain
     forgetting: Forgetting | None
+    test: FinalScore | None
     fallbacks: list[str]
     example_prompt: str
     peak_memory: dict[str, int]
@@ -83,11 +88,17 @@ class Result:
             **self.outcome.metrics,
         }
         values |= {"forgetting": self.forgetting.as_json()} if self.forgetting else {}
+        values |= {"test": self.test.as_json()} if self.test else {}
         return values | {
             "gain": self.gain.as_json(),
             "peak_memory": self.peak_memory,
             "not_accelerated": self.fallbacks,
         }
+
+    @property
+    def held_out(self) -> list[tuple[str, str]]:
+        """How the adapter does on the rows that it was not trained on, as labels and texts."""
+        return _held_out(self.outcome, self.test)
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,7 @@ class _FinishedRun:
     outcome: Outcome
     gain: Gain
     forgetting: Forgetting | None
+    test: FinalScore | None
     identity: Mapping[str, Any]
     peak_memory: dict[str, int]
 
@@ -148,18 +160,20 @@ def train(
         if comparison.verdict == "worse" and not allow_worse:
             gain.reject(comparison, outcome.steps, validated_run.directory, group)
         forgetting = _measure_forgetting(plan, weights, outcome, context, reporter)
+        test = _score_test(plan, context, reporter)
         plan.base.check_unchanged(group, thoroughly=True)
         group.close()
         if not group.main:
             return None
-        finished_run = _FinishedRun(plan, weights, outcome, comparison, forgetting, identity, memory.peak())
+        found = outcome, comparison, forgetting, test
+        finished_run = _FinishedRun(plan, weights, *found, identity, memory.peak())
         return _publish(finished_run, directory, reporter.log)
 
 
 def _identity(plan: Plan, validated_run: ValidatedRun) -> dict[str, Any]:
     """What checkpoints record of the run. Raises ResumeError: it differs from the run that was interrupted."""
     resume_point = validated_run.resume_point
-    environment = trainer.environment(plan.model, plan.batches.acceleration.fallbacks)
+    environment = conditions.environment(plan.model, plan.batches.acceleration.fallbacks)
     identity = resume.identity(plan.config, plan.fingerprints, plan.datasets.train, environment)
     if resume_point is None:
         return identity
@@ -172,7 +186,8 @@ def _run_context(
 ) -> RunContext:
     """Checkpoints, progress and the point to continue from. Raises ResourceError: the disk is too small."""
     resume_point = validated_run.resume_point
-    size = 2 * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD
+    keeps_best = plan.config.keeps_best
+    size = (2 + keeps_best) * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD
     checkpoints = Checkpoints(validated_run.directory.checkpoints, identity, size, is_writer=group.main)
     after_checkpoint = partial(plan.base.check_unchanged, group)
     if resume_point is None:
@@ -183,6 +198,9 @@ def _run_context(
         return RunContext(checkpoints, reporter.progress, stop, group, after_checkpoint=after_checkpoint)
     for line in resume.notes(resume_point, identity, dropout=plan.config.lora.lora_dropout > 0):
         reporter.log(line)
+    evaluations, remark = best_step.continued(resume_point, identity, keep=keeps_best)
+    if remark:
+        reporter.log(remark)
     return RunContext(
         checkpoints,
         reporter.progress,
@@ -190,13 +208,14 @@ def _run_context(
         group,
         resume_from=resume_point.checkpoint,
         learning_rate_factor=resume_point.learning_rate_factor,
+        evaluations=evaluations,
         after_checkpoint=after_checkpoint,
     )
 
 
 def _fit(plan: Plan, context: RunContext) -> Outcome:
     """Train the adapter. Raises ResourceError: out of memory; it names settings that would save some."""
-    training = plan.config.training
+    training = plan.training
     scarce = any(context.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
     optimizer = partial(parameters.choose_optimizer, plan.model, plan.config.lora, weight_decay=training.weight_decay)
     acceleration, batches = plan.batches.acceleration, (plan.batches.train, plan.batches.validation)
@@ -246,6 +265,20 @@ def _measure_forgetting(
     return continuing.measure_forgetting(*adapter, *sample, context.group, reporter.log)
 
 
+def _score_test(plan: Plan, context: RunContext, reporter: Reporter) -> FinalScore | None:
+    """The loss of the adapter on the test rows, None without any. Raises NumericError: it is NaN or inf."""
+    if (test := plan.datasets.test) is None:
+        return None
+    reporter.log(f"scoring the adapter on {len(test.rows):,} test rows")
+    pad_id, acceleration = load.pad_id(plan.tokenizer), plan.batches.acceleration
+    return final_score.score(plan.model, test, pad_id, acceleration, context.group)
+
+
+def _held_out(outcome: Outcome, test: FinalScore | None) -> list[tuple[str, str]]:
+    """How the adapter does on the rows that it was not trained on, as labels and texts."""
+    return [*outcome.lines(tested=test is not None), *([("test", str(test))] if test else [])]
+
+
 def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[[str], None]) -> Result:
     """Put the adapter directory in its place, whole or not at all."""
     plan = finished_run.plan
@@ -259,7 +292,7 @@ def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[
         directory.remove_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
         raise
     name, fallbacks = directory.display_name, plan.batches.acceleration.fallbacks
-    figures = finished_run.outcome, finished_run.gain, finished_run.forgetting
+    figures = finished_run.outcome, finished_run.gain, finished_run.forgetting, finished_run.test
     return Result(directory.output, name, size, *figures, fallbacks, plan.example_prompt, finished_run.peak_memory)
 
 
@@ -278,6 +311,7 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
         plan.example_prompt,
         gain=str(finished_run.gain),
         forgetting=str(finished_run.forgetting or ""),
+        held_out=_held_out(outcome, finished_run.test),
         formats=plan.train_split.formats,
         changes=finished_run.identity["changes"],
         processes=plan.processes,
@@ -295,13 +329,13 @@ def _record(finished_run: _FinishedRun, train_split: DatasetSplit) -> dict[str, 
     plan, outcome, conditions = finished_run.plan, finished_run.outcome, finished_run.identity["conditions"]
     metrics = outcome.metrics | {"gain": finished_run.gain.as_json()}
     metrics |= {"forgetting": finished_run.forgetting.as_json()} if finished_run.forgetting else {}
+    metrics |= {"test": finished_run.test.as_json()} if finished_run.test else {}
     record = card.provenance(plan.config.resolved(), metrics, outcome.curve, plan.fingerprints)
     names = {"processor": "the processor", "device": "the device", "threads": "the number of threads"}
     record["machine"] |= {name: conditions[condition] for name, condition in names.items()}
     record["machine"]["peak_memory"] = finished_run.peak_memory
     record |= {"formats": train_split.formats, "chat": train_split.chat, "processes": plan.processes}
-    splits = {"train": plan.datasets.train, "validation": plan.datasets.validation}
     record["rows"] = plan.datasets.train.report.counts()
-    record["splits"] = {name: split.report.record() for name, split in splits.items() if split}
+    record["splits"] = {name: split.report.record() for name, split in plan.datasets.splits.items()}
     record |= {"changes": finished_run.identity["changes"], "prompts": card.recorded_prompts(train_split)}
     return record | ({"start_from": plan.earlier.record()} if plan.earlier else {})
