@@ -18,6 +18,7 @@ from loratune.errors import DataError, ModelError
 from loratune.lora import adapter_files, attach, parameters, targets
 from loratune.model import load as load_module
 from loratune.training import trainer
+from loratune.training.trackers import trackers
 
 LORA: dict[str, Any] = {
     "r": 4,
@@ -52,6 +53,7 @@ TRAINING: dict[str, Any] = {
     "logging_steps": 3,
     "save_steps": 5,
     "eval_steps": 4,
+    "report_to": ["tensorboard"],
     "activation_checkpointing": True,
 }
 MODEL: dict[str, Any] = {
@@ -152,7 +154,7 @@ def test_lora_start_from(tmp_path: Path) -> None:
 # TrainingSection → TrainingArguments
 
 
-@pytest.mark.parametrize("name, value", TRAINING.items(), ids=TRAINING)
+@pytest.mark.parametrize("name, value", [item for item in TRAINING.items() if item[0] != "report_to"])
 def test_training(tmp_path: Path, name: str, value: Any) -> None:
     default, changed = (
         trainer.training_arguments(section, tmp_path, has_validation=True).to_dict()
@@ -170,6 +172,12 @@ def test_training(tmp_path: Path, name: str, value: Any) -> None:
     differing = {key for key in default if default[key] != changed[key]}
     assert changed[name] == value
     assert differing == {name} | follows.get(name, set())
+
+
+def test_training_report_to(tmp_path: Path) -> None:
+    """Trackers are callbacks of ours; whole runs stand in `test_trackers`."""
+    counts = [len(trackers(names, tmp_path, print, is_resumed=False)) for names in ([], TRAINING["report_to"] * 2)]
+    assert counts == [0, 1]
 
 
 # ModelSection → what `model.load_base` and `model.load_config` return

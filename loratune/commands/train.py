@@ -32,6 +32,7 @@ from loratune.training.continuing import Forgetting
 from loratune.training.gain import Gain
 from loratune.training.preflight import ValidatedRun
 from loratune.training.run_dir import RunDirectory
+from loratune.training.trackers import Tracker, trackers
 from loratune.training.trainer import Outcome, RunContext
 
 _CHECKPOINT_OVERHEAD = 40_000
@@ -157,24 +158,29 @@ def _run_context(
     resume_point = validated_run.resume_point
     size = 2 * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD
     checkpoints = Checkpoints(validated_run.directory.checkpoints, identity, size, is_writer=group.main)
-    after_checkpoint = partial(plan.base.check_unchanged, group)
+    context = RunContext(
+        checkpoints,
+        reporter.progress,
+        stop,
+        group,
+        after_checkpoint=partial(plan.base.check_unchanged, group),
+        trackers=_trackers(validated_run, reporter.log) if group.main else (),
+    )
     if resume_point is None:
         if group.main:
             check_free_space(
                 validated_run.directory.partial, (MOST_CHECKPOINTS + 1) * size + load.tokenizer_bytes(plan.tokenizer)
             )
-        return RunContext(checkpoints, reporter.progress, stop, group, after_checkpoint=after_checkpoint)
+        return context
     for line in resume.notes(resume_point, identity, dropout=plan.config.lora.lora_dropout > 0):
         reporter.log(line)
-    return RunContext(
-        checkpoints,
-        reporter.progress,
-        stop,
-        group,
-        resume_from=resume_point.checkpoint,
-        learning_rate_factor=resume_point.learning_rate_factor,
-        after_checkpoint=after_checkpoint,
-    )
+    factor = resume_point.learning_rate_factor
+    return replace(context, resume_from=resume_point.checkpoint, learning_rate_factor=factor)
+
+
+def _trackers(validated_run: ValidatedRun, log: Callable[[str], None]) -> Sequence[Tracker]:
+    output, is_resumed = validated_run.directory.output, validated_run.resume_point is not None
+    return trackers(validated_run.config.training.report_to, output, log, is_resumed=is_resumed)
 
 
 def _fit(plan: Plan, context: RunContext) -> Outcome:

@@ -34,6 +34,7 @@ from loratune.training.callbacks import (
 from loratune.training.checkpoints import Checkpoints
 from loratune.training.gain import Batches, Loss, held_out_loss
 from loratune.training.sharded_trainer import ShardedTrainer
+from loratune.training.trackers import Tracker
 from loratune.training.upstream import exclude_from_ddp, scale_learning_rates, use_one_gpu
 
 
@@ -49,6 +50,7 @@ class RunContext:
         resume_from: A whole checkpoint from which the run is resumed.
         learning_rate_factor: By what the learning rates of that checkpoint are multiplied.
         after_checkpoint: Called in all processes after each checkpoint; it may raise an error, which ends the run.
+        trackers: What else follows its steps, in the main process.
     """
 
     checkpoints: Checkpoints
@@ -58,6 +60,7 @@ class RunContext:
     resume_from: Path | None = None
     learning_rate_factor: float = 1.0
     after_checkpoint: Callable[[], None] = lambda: None
+    trackers: Sequence[Tracker] = ()
 
     def stopping(self) -> bool:
         """Whether any process was asked to stop. All processes call it together, and from then on all know."""
@@ -178,6 +181,8 @@ def fit(
         raise OutOfMemory(trainer.position(), evaluating=trainer.evaluating) from None
     finally:
         context.progress.stop()
+        for tracker in context.trackers:
+            tracker.end()
     if not context.stopping():  # The model is still accelerated here; afterwards its logits can need more memory.
         check_final_loss(model, train, context.checkpoints, trainer.state.global_step)
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
@@ -226,7 +231,13 @@ def _build(
         eval_dataset=validation,
         data_collator=train.collate,
         compute_loss_func=guard.loss,
-        callbacks=[guard, dry_run, StopCallback(context.stopping), ProgressCallback(context.progress)],
+        callbacks=[
+            guard,
+            dry_run,
+            StopCallback(context.stopping),
+            ProgressCallback(context.progress),
+            *context.trackers,
+        ],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own progress bar is off
     guard.norm = trainer.gradient_norm
