@@ -1,15 +1,233 @@
-"""Intervals of figures over rows."""
+"""The statistics of comparisons: 95 % intervals of losses, of shares and of their differences, and tests in pairs.
 
+The sample is always one of rows, as the tokens of one row depend on each other. A loss in nats per supervised token is
+therefore a ratio of two sums over rows, of nats and of tokens, and so is the difference between two models' losses on
+the same rows. Copies of a row add no information: whoever calls counts them once, with the weight of all of them.
+
+`scripts/interval_coverage.py` measures how often each interval covers the truth.
+"""
+
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import bdtr, ndtri, stdtrit
+
+Values = Sequence[float] | NDArray[np.float64]
+Array = NDArray[np.float64]
+
+LEAST_ROWS = 5
+"""Distinct rows below which a mean has no interval. That of fewer rests on a variance that is hardly known."""
+LEVEL = 0.95
+POWER = 0.8
+_UPPER = (1 + LEVEL) / 2
+_Z = float(ndtri(_UPPER))
+_MOST_ROWS = 20_000
+"""Rows beyond which means are taken as symmetric, so that nothing is resampled."""
+_RESAMPLES = 4000
+_CHUNK = 200_000
+"""Rows of resamples that are in memory at once, 8 bytes each several times over. More is slower."""
+_ROUNDING = 1e-12
+"""A relative spread below which all rows are the same but for rounding."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval."""
+    """A 95 % confidence interval."""
 
     low: float
     high: float
 
     def as_json(self) -> list[float]:
-        """Its two ends."""
+        """`[low, high]`."""
         return [self.low, self.high]
+
+
+def wilson(matches: float, rows: float) -> Interval:
+    """The interval of a share, by the score test (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927, p. 209).
+
+    Args:
+        matches: Rows that match; a fraction where copies of rows are weighted.
+        rows: How many rows there are, above 0.
+
+    Raises:
+        ValueError: `matches` is not between 0 and `rows`, or `rows` is not above 0.
+    """
+    if not (0 < rows < math.inf and 0 <= matches <= rows):
+        raise ValueError(f"{matches} matches of {rows} rows are no share")
+    share, square = matches / rows, _Z**2 / rows
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    low = 0.0 if matches == 0 else max(0.0, middle - half)
+    return Interval(low, 1.0 if matches == rows else min(1.0, middle + half))
+
+
+def mean_ratio_error(totals: Values, counts: Values) -> float:
+    """The standard error of sum(totals) / sum(counts) over rows, by the delete-one jackknife; NaN for fewer than two
+    rows and where a total is not finite.
+
+    Raises:
+        ValueError: See `mean_ratio_interval`.
+    """
+    totals, counts = _checked(totals, counts)
+    rows = len(totals)
+    if rows < 2 or not np.isfinite(totals).all():
+        return math.nan
+    without = (totals.sum() - totals) / (counts.sum() - counts)
+    return math.sqrt((rows - 1) / rows * ((without - without.mean()) ** 2).sum())
+
+
+def jackknife_interval(totals: Values, counts: Values) -> Interval | None:
+    """The interval of sum(totals) / sum(counts) over rows, by the delete-one jackknife with Student's t (R. G. Miller,
+    "The jackknife: a review", Biometrika 61, 1974). Where all counts are the same, it is that of a t test.
+
+    Returns:
+        The interval; None for fewer than `LEAST_ROWS` rows and where a total is not finite.
+
+    Raises:
+        ValueError: See `mean_ratio_interval`.
+    """
+    totals, counts = _checked(totals, counts)
+    if len(totals) < LEAST_ROWS or not np.isfinite(totals).all():
+        return None
+    ratio = float(totals.sum() / counts.sum())
+    half = float(stdtrit(len(totals) - 1, _UPPER)) * mean_ratio_error(totals, counts)
+    return Interval(ratio - half, ratio + half)
+
+
+def mean_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Interval | None:
+    """The interval of sum(totals) / sum(counts) over rows: each end is that of the studentized bootstrap or that of the
+    jackknife with Student's t, whichever is farther out.
+
+    The studentized bootstrap draws rows with replacement. The distribution of (ratio of the resample - ratio) / (its
+    own standard error) takes the place of Student's t (B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap,
+    1993, section 12.5); the standard error of the rows is the jackknife's. That follows the skew of losses, with which
+    Student's t covers too little. Of differences, which have heavy tails rather than skew, it covers less than that of
+    Student's t. So neither is enough alone; `scripts/README.md` has the figures.
+
+    The order of rows does not matter, and totals with the other sign give the mirrored interval.
+
+    Args:
+        totals: Of each row, such as nats, or nats of one model less those of another.
+        counts: Of each row, such as supervised tokens; above 0.
+        seed: Of the random draws.
+
+    Returns:
+        The interval, which holds the ratio; None for fewer than `LEAST_ROWS` rows and where a total is not finite. It
+        has no width where all rows have the same ratio. It is the jackknife's for more than 20,000 rows, and at an end
+        for which 2.5 % of the resamples have no spread, as with few rows of which most are the same.
+
+    Raises:
+        ValueError: There are not as many totals as counts, or a count is not above 0 and finite.
+    """
+    totals, counts = _checked(totals, counts)
+    wide = jackknife_interval(totals, counts)
+    if wide is None or len(totals) > _MOST_ROWS:
+        return wide
+    if totals.sum() < 0:
+        mirrored = mean_ratio_interval(-totals, counts, seed=seed)
+        return mirrored and Interval(-mirrored.high, -mirrored.low)
+    order = np.lexsort((counts, totals))
+    totals, counts = totals[order], counts[order]
+    ratio, error = float(totals.sum() / counts.sum()), mean_ratio_error(totals, counts)
+    if error <= _ROUNDING * np.abs(totals).sum() / counts.sum():
+        return Interval(ratio, ratio)
+    studentized = _studentized(totals - ratio * counts, counts, seed)
+    low, high = np.quantile(studentized, (1 - _UPPER, _UPPER), method="inverted_cdf").tolist()
+    reach = float(stdtrit(len(totals) - 1, _UPPER))
+    below, above = (max(reach, end) if math.isfinite(end) else reach for end in (high, -low))
+    return Interval(ratio - below * error, ratio + above * error)
+
+
+def _studentized(rest: Array, counts: Array, seed: int) -> Array:
+    """How far the ratio of each resample is from that of the rows, in its own standard errors by linearization. It is
+    infinite where all rows of a resample are the same, and 0 where they also have the ratio of all.
+
+    rest: of each row, its total less what its count lets expect.
+    """
+    rows, dice = len(rest), np.random.default_rng(seed)
+    columns = np.stack([rest, counts, rest**2, rest * counts, counts**2], axis=1)
+    found, size = [], max(1, _CHUNK // rows)
+    for start in range(0, _RESAMPLES, size):
+        resamples = min(size, _RESAMPLES - start)
+        drawn = dice.integers(rows, size=(resamples, rows), dtype=np.int32) + rows * np.arange(resamples)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=resamples * rows).reshape(resamples, rows)
+        away, count, away2, both, count2 = (times.astype(np.float64) @ columns).T
+        shift = away / count
+        spread = rows / (rows - 1) * (away2 - 2 * shift * both + shift**2 * count2)
+        spread[spread <= _ROUNDING * away2] = 0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found.append(np.where(away == 0, 0, away / np.sqrt(spread)))
+    return np.concatenate(found)
+
+
+def _checked(totals: Values, counts: Values) -> tuple[Array, Array]:
+    """Both as arrays. Raises ValueError as `mean_ratio_interval` does."""
+    totals, counts = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if totals.shape != counts.shape or totals.ndim != 1:
+        raise ValueError(f"totals of shape {totals.shape} have counts of shape {counts.shape}")
+    if not (np.isfinite(counts) & (counts > 0)).all():
+        raise ValueError("a row has a count that is not above 0 and finite")
+    return totals, counts
+
+
+def share_difference_interval(first_only: float, second_only: float, rows: float) -> Interval:
+    """The interval of a second share less a first one, of the same rows, by the adjusted Wald interval for pairs (D. G.
+    Bonett and R. M. Price, J. Educ. Behav. Stat. 37, 2012, p. 479).
+
+    Args:
+        first_only: Rows that match only the first time; a fraction where copies of rows are weighted.
+        second_only: Rows that match only the second time.
+        rows: How many rows there are, above 0.
+
+    Raises:
+        ValueError: The rows that match once are below 0 or more than all rows.
+    """
+    _check_shares(first_only, second_only, rows)
+    first, second = (first_only + 1) / (rows + 2), (second_only + 1) / (rows + 2)
+    half = _Z * math.sqrt(max(0.0, first + second - (second - first) ** 2) / (rows + 2))
+    return Interval(max(-1.0, second - first - half), min(1.0, second - first + half))
+
+
+def share_difference_error(first_only: float, second_only: float, rows: float) -> float:
+    """The standard error of a second share less a first one, of the same rows; see `share_difference_interval`."""
+    _check_shares(first_only, second_only, rows)
+    return math.sqrt(max(0.0, first_only + second_only - (second_only - first_only) ** 2 / rows)) / rows
+
+
+def _check_shares(first_only: float, second_only: float, rows: float) -> None:
+    if not (0 < rows < math.inf and first_only >= 0 and second_only >= 0 and first_only + second_only <= rows):
+        raise ValueError(f"{first_only} and {second_only} of {rows} rows are no shares")
+
+
+def mcnemar(first_only: int, second_only: int) -> float:
+    """The exact two-sided p of two shares of the same rows being equal: the sign test on rows that match once
+    (Q. McNemar, Psychometrika 12, 1947, p. 153).
+
+    Raises:
+        ValueError: A number is below 0.
+    """
+    if first_only < 0 or second_only < 0:
+        raise ValueError(f"{first_only} and {second_only} are no numbers of rows")
+    fewer, either = min(first_only, second_only), first_only + second_only
+    return min(1.0, 2 * float(bdtr(fewer, either, 0.5)))
+
+
+def rows_needed(difference: float, standard_error: float, rows: int) -> int | None:
+    """How many rows of the same kind would make a difference of this size distinguishable: the 95 % interval would
+    exclude 0 with a probability of 80 %, by the normal approximation.
+
+    Args:
+        difference: What was found.
+        standard_error: Of the difference, on `rows` rows; see `mean_ratio_error` and `share_difference_error`.
+        rows: On how many rows it was found.
+
+    Returns:
+        The rows in all, at least `LEAST_ROWS`; None where the difference is 0, or a number is not finite.
+    """
+    if difference == 0 or not (math.isfinite(difference) and math.isfinite(standard_error)):
+        return None
+    factor = (_Z + float(ndtri(POWER))) * standard_error / difference
+    return max(LEAST_ROWS, math.ceil(rows * factor**2))

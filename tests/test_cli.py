@@ -17,7 +17,7 @@ from loratune.commands import boundary
 from loratune.errors import ConfigError, LoratuneError, Problem
 from loratune.training import output_dir, run_dir
 
-HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
+HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "scipy")
 OLD = {"adapter_config.json": b'{"old": true}', "adapter_model.safetensors": b"old weights"}
 COMMANDS = ("train", "params", "evaluate", "generate", "chat", "merge", "export", "push")
 """In the order in which the help lists them."""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import chain
-from statistics import NormalDist
 from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
@@ -28,6 +27,7 @@ from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
 from loratune.kernels import expect, next_token_loss
 from loratune.lora.attach import PeftModel
+from loratune.statistics import LEAST_ROWS, jackknife_interval
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training.resume import ResumePoint
 from loratune.training.run_dir import RunDirectory
@@ -129,8 +129,6 @@ def _own_losses(
     return losses
 
 
-LEAST_ROWS = 5
-"""Distinct rows below which no verdict is given. The interval of fewer rests on a variance that is hardly known."""
 _MOST_ROWS, _MOST_DRAWN = 64, 4096
 """At most so many distinct rows are compared, and so many rows are looked at to find them."""
 _WANTED_ROWS = 8
@@ -327,31 +325,9 @@ def compare(
     saved = base_nats - adapter_nats
     base_mean, adapter_mean, better_by = (float(nats.sum() / tokens.sum()) for nats in (base_nats, adapter_nats, saved))
     rows, drawn = len(base), int(weights.sum())
-    low = high = None
-    if rows >= LEAST_ROWS and math.isfinite(better_by):
-        half = _quantile(rows - 1) * _standard_error(saved, tokens)
-        low, high = better_by - half, better_by + half
+    interval = jackknife_interval(saved, tokens)
+    low, high = (interval.low, interval.high) if interval else (None, None)
     return Gain(split, rows, drawn, total or drawn, base_mean, adapter_mean, better_by, low, high, validation_rows)
-
-
-def _standard_error(saved: Any, tokens: Any) -> float:
-    """The standard error of the ratio of two sums over rows, by the delete-one jackknife."""
-    without = (saved.sum() - saved) / (tokens.sum() - tokens)
-    rows = len(saved)
-    return float(np.sqrt((rows - 1) / rows * ((without - without.mean()) ** 2).sum()))
-
-
-def _quantile(degrees: int) -> float:
-    """The 0.975 quantile of Student's t, within 1 % from 2 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
-    z = NormalDist().inv_cdf(0.975)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / float(degrees) ** power for power, term in enumerate(terms))
 
 
 def _sample(split: TokenizedDataset, budget: int) -> dict[int, int]:
