@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ran, check_refused
-from running import checkpoints, until
+from running import until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
@@ -67,36 +67,31 @@ def test_tensorboard_shows_the_curve(cli: Cli, run_config: MakeConfig, tmp_path:
     assert not (tmp_path / "plain.logs").exists()
 
 
-def test_a_resumed_run_goes_on_in_the_same_log(processes: Any, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Steps that were taken again are shown once; and a tracker may come and go on the way."""
+@pytest.mark.parametrize(
+    "number, code",
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_goes_on_in_the_same_log(
+    number: signal.Signals, code: int, processes: Any, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """It is stopped as without a tracker, and steps that are taken again are shown once; trackers may change."""
     steps = {"max_steps": 60, "save_steps": 20, "eval_steps": 15}
     config = run_config(**TRACKED | {"training": TRACKED["training"] | steps})
     child = processes.start("train", config)
     until(lambda: any(b"train/loss" in path.read_bytes() for path in tmp_path.glob("out.logs/*/*")), child)
     until(lambda: scalars(*tmp_path.glob("out.logs/*"))["train/loss"][-1][0] > 25, child)
-    child.send(signal.SIGKILL)
-    child.wait()
-    assert processes.start("train", config, "--resume").wait() == 0
+    child.send(number)
+    assert child.wait() == code
+    child = processes.start("train", config, "--resume", "--set", "training.report_to=[tensorboard,tensorboard]")
+    assert child.wait() == 0, child.said()
     (logs,) = (tmp_path / "out.logs").iterdir()
     assert len([*logs.iterdir()]) == 2
     shown = scalars(logs)
     assert {name: shown[name] for name in NAMES.values()} == recorded(tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    "signal_number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
-def test_a_run_is_stopped_as_before(
-    signal_number: signal.Signals, code: int, processes: Any, run_config: MakeConfig, tmp_path: Path
-) -> None:
-    """And is resumed without its tracker."""
-    config = run_config(**TRACKED | {"training": TRACKED["training"] | {"max_steps": 60, "save_steps": 2}})
-    child = processes.start("train", config)
-    until(lambda: len(checkpoints(tmp_path / "out.partial")) > 1, child)
-    child.send(signal_number)
-    assert child.wait() == code
-    child = processes.start("train", config, "--resume", "--set", "training.report_to=[]")
-    assert child.wait() == 0, child.said()
 
 
 def test_a_tracker_without_a_place_is_left_out(

@@ -14,7 +14,7 @@ from typing import Any
 
 from loratune import config, data, kernels, memory
 from loratune.codes import Code
-from loratune.commands import card
+from loratune.commands import card, clients
 from loratune.commands.plan import Plan, make_plan
 from loratune.data import ProgressFactory
 from loratune.errors import NumericError, Problem, ResourceError
@@ -82,7 +82,7 @@ class Result:
     @property
     def held_out(self) -> list[tuple[str, str]]:
         """How the adapter does on the rows that it was not trained on, as labels and texts."""
-        return _held_out(self.outcome, self.test)
+        return _held_out(self.outcome, self.gain, self.test)
 
 
 @dataclass(frozen=True)
@@ -260,9 +260,20 @@ def _score_test(plan: Plan, context: RunContext, reporter: Reporter) -> FinalSco
     return final_score.score(plan.model, test, pad_id, acceleration, context.group)
 
 
-def _held_out(outcome: Outcome, test: FinalScore | None) -> list[tuple[str, str]]:
+def _held_out(outcome: Outcome, comparison: Gain, test: FinalScore | None) -> list[tuple[str, str]]:
     """How the adapter does on the rows that it was not trained on, as labels and texts."""
-    return [*outcome.lines(tested=test is not None), *([("test", str(test))] if test else [])]
+    return [*outcome.lines(comparison, tested=test is not None), *([("test", str(test))] if test else [])]
+
+
+def _metrics(finished_run: _FinishedRun) -> dict[str, Any]:
+    """What the run came to, as figures. held_out_interval: null where it is not known."""
+    outcome, comparison = finished_run.outcome, finished_run.gain
+    loss = outcome.held_out_loss
+    interval = comparison.held_out_interval(loss) if loss is not None else None
+    metrics = outcome.metrics | {"held_out_interval": interval.as_json() if interval else None}
+    metrics |= {"gain": comparison.as_json()}
+    metrics |= {"forgetting": finished_run.forgetting.as_json()} if finished_run.forgetting else {}
+    return metrics | ({"test": finished_run.test.as_json()} if finished_run.test else {})
 
 
 def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[[str], None]) -> Result:
@@ -292,22 +303,21 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
     plan.tokenizer.save_pretrained(directory.staging)
     settings = plan.config.resolved()
     (directory.staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
+    metrics, name = _metrics(finished_run), directory.output.name
+    are_layers_known = not [*parameters.layers_unknown_to_llama_cpp(plan.model)]
     text = card.model_card(
         settings,
-        outcome.metrics,
-        directory.output.name,
-        plan.example_prompt,
+        metrics,
+        name,
+        use=clients.sections(plan.config, name, plan.example_prompt, are_layers_known=are_layers_known),
         gain=str(finished_run.gain),
         forgetting=str(finished_run.forgetting or ""),
-        held_out=_held_out(outcome, finished_run.test),
+        held_out=_held_out(outcome, finished_run.gain, finished_run.test),
         formats=plan.train_split.formats,
         changes=changes,
         processes=plan.processes,
     )
     (directory.staging / "README.md").write_text(text, encoding="utf-8")
-    metrics = outcome.metrics | {"gain": finished_run.gain.as_json()}
-    metrics |= {"forgetting": finished_run.forgetting.as_json()} if finished_run.forgetting else {}
-    metrics |= {"test": finished_run.test.as_json()} if finished_run.test else {}
     record = card.provenance(settings, metrics, outcome.curve, plan.fingerprints)
     record |= {"formats": plan.train_split.formats, "chat": plan.train_split.chat, "processes": plan.processes}
     record |= {"rows": plan.datasets.train.report.counts(), "changes": changes}
