@@ -131,6 +131,7 @@ class Code(StrEnum):
         "Rows hold preferences between answers, which training does not compare.",
     )
     DATA_COLUMN_MISSING = "data.column_missing", "`columns` names a field that the first row of a file lacks."
+    DATA_GROUP_MISSING = "data.group_missing", "No row has a value of the field that `group_by` names."
     DATA_COLUMN_UNUSED = "data.column_unused", "`columns` maps a field that the format does not read."
     DATA_NOT_CHAT = "data.not_chat", "A setting is for conversations, and the rows are something else."
     DATA_FIELD_MISSING = "data.field_missing", "A row lacks a field that its format needs."

@@ -217,7 +217,7 @@ def mcnemar(first_only: int, second_only: int) -> float:
 
 def rows_needed(difference: float, standard_error: float, rows: int) -> int | None:
     """How many rows of the same kind would make a difference of this size distinguishable: the 95 % interval would
-    exclude 0 with a probability of 80 %, by the normal approximation.
+    exclude 0 with a probability of 80 %, by the normal approximation, which is some rows short of a few dozen.
 
     Args:
         difference: What was found.

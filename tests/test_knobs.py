@@ -71,6 +71,7 @@ MODEL: dict[str, Any] = {
 DATA: dict[str, Any] = {
     "train": {"path": "other.jsonl"},
     "validation": 0.5,
+    "group_by": "topic",
     "format": "text",
     "columns": {"prompt": "system", "completion": "prompt"},
     "chat_template": "other.jinja",
@@ -279,7 +280,8 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
     """Fingerprints of train and validation under a DataSection of changed fields."""
     for name, letter in (("rows", "a"), ("other", "b")):
         rows = [
-            {"prompt": letter * 8, "completion": "c" * length, "text": "plain", "system": "s"} for length in (4, 12, 40)
+            {"prompt": letter * 8, "completion": "c" * length, "text": "plain", "system": "s", "topic": length // 13}
+            for length in (4, 12, 40)
         ]
         write_rows(tmp_path / f"{name}.jsonl", rows)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -310,6 +312,7 @@ def test_data(prepared: Callable[..., Any], name: str, value: Any) -> None:
         "chat_template": {"train": {"path": "chat.jsonl"}, "format": "messages"},
         "truncation": {"max_length": 16, "max_dropped": 1.0},
         "max_length": {"max_dropped": 1.0},
+        "group_by": {"validation": 0.4},
     }.get(name, {})
     assert prepared(**base) == prepared(**base)
     assert prepared(**base) != prepared(**base | {name: value})

@@ -1,9 +1,12 @@
 """The first pass over the data: every row of every file is read and checked, and an index of them is written.
 
-The index has three numbers a row, in a file without a name: two hashes of its content, and its line. So memory does
-not grow with the data.
+The index has three numbers a row, in a file without a name: two hashes of its content, and its line. Where a fraction
+of the rows is to be held out, it has three more, hashes of its prompt, completion and group. So memory does not grow
+with the data.
 """
 
+import difflib
+import hashlib
 import os
 import tempfile
 from array import array
@@ -17,9 +20,10 @@ from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data.formats import Example, Parser, RowError, content_key
+from loratune.data.formats import Example, Parser, RowError, completion_key, content_key, group_key, prompt_key
+from loratune.data.formats.examples import quote
 from loratune.data.sources import MAX_PROBLEMS, RowSource, no_rows_error, open_source
-from loratune.data.sources.rows import Advance, no_advance
+from loratune.data.sources.rows import Advance, Row, no_advance
 from loratune.errors import DataError, Problem, ResourceError
 
 RowMask: TypeAlias = NDArray[np.bool_]
@@ -35,11 +39,13 @@ def no_progress(what: str, size: int) -> Iterator[Advance]:
     yield no_advance
 
 
-EXACT, FOLDED, LINE = range(3)
-"""The columns of the index: a hash of the content, one of the content with white space folded, the line or row."""
+EXACT, FOLDED, LINE, PROMPT, COMPLETION, GROUP = range(6)
+"""The columns of the index: a hash of the content, one of the content with white space folded, the line or row; where a
+fraction is to be held out, hashes of the prompt, the completion and the value of `group_by` as well. A row without a
+prompt, or without a value to group by, has the second hash of its content there.
+"""
 
-_COLUMNS = 3
-_ROW_BYTES = _COLUMNS * 8
+_PLAIN_COLUMNS, _ALL_COLUMNS = 3, 6
 _ROWS_PER_WRITE = 1 << 16
 
 
@@ -70,11 +76,13 @@ class RowIndex:
         files: Those that have rows.
         counts: Rows of each source.
         data: A file of int64, row by row; for the columns see `EXACT`.
+        width: How many columns it has.
     """
 
     files: tuple[IndexedFile, ...]
     counts: tuple[int, ...]
     data: IO[bytes]
+    width: int
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -82,8 +90,9 @@ class RowIndex:
     def column(self, column: int, start: int, stop: int) -> NDArray[np.int64]:
         """A column of the rows from `start` up to `stop`. It is read, not mapped: mapped pages count as memory."""
         stop = min(stop, len(self))
-        raw = os.pread(self.data.fileno(), (stop - start) * _ROW_BYTES, start * _ROW_BYTES)
-        return np.frombuffer(raw, dtype=np.int64).reshape(-1, _COLUMNS)[:, column].copy()
+        row_bytes = 8 * self.width
+        raw = os.pread(self.data.fileno(), (stop - start) * row_bytes, start * row_bytes)
+        return np.frombuffer(raw, dtype=np.int64).reshape(-1, self.width)[:, column].copy()
 
     def where(self, number: int) -> str:
         """The place of a row, by its number among all rows."""
@@ -130,16 +139,24 @@ def _changed_error(file: IndexedFile) -> DataError:
     return DataError(Problem(Code.DATA_FILE_CHANGED, what, file.source.name, fix=fix))
 
 
-def index_rows(sources: Sequence[Source], section: DataSection, progress: ProgressFactory) -> RowIndex:
+def index_rows(
+    sources: Sequence[Source], section: DataSection, progress: ProgressFactory, divided: bool = False
+) -> RowIndex:
     """Read and check every row of the sources.
 
+    Args:
+        sources: Where the rows are read from.
+        section: How they are read.
+        progress: Shows how far reading is.
+        divided: Whether a fraction of the rows will be held out, so that the index needs all columns.
+
     Raises:
-        DataError: As `open_source` and `Parser`; up to 10 rows that do not fit their format; or a
-            source without rows.
+        DataError: As `open_source` and `Parser`; up to 10 rows that do not fit their format; a source without rows; or
+            they are to be divided, and none has a value of the field that they are grouped by.
     """
     parts_by_source = [(source, open_source(source)) for source in sources]
     size = sum(part.size for _, parts in parts_by_source for part in parts)
-    writer, files, counts = _IndexWriter(), [], []
+    writer, files, counts = _IndexWriter(section, divided), [], []
     with progress("reading", size) as advance:
         for source, parts in parts_by_source:
             before = writer.rows
@@ -147,7 +164,19 @@ def index_rows(sources: Sequence[Source], section: DataSection, progress: Progre
             if writer.rows == before:
                 raise no_rows_error(source)
             counts.append(writer.rows - before)
-    return RowIndex(tuple(files), tuple(counts), writer.finish())
+    if divided and section.group_by is not None and not writer.grouped:
+        raise _no_groups_error(files, section.group_by)
+    return RowIndex(tuple(files), tuple(counts), writer.finish(), writer.width)
+
+
+def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
+    names = {field for file in files for field in file.parser.fields}
+    what, fix = f"`{name}` is null in every row", "name another field, or leave the setting out"
+    if name not in names:
+        what = f"no row has a field `{name}`; the fields are {quote(names)}"
+        near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
+        fix = f"did you mean `{near[0]}`?" if near else fix
+    return DataError(Problem(Code.DATA_GROUP_MISSING, what, files[0].source.name, "data.group_by", fix))
 
 
 def _index_file(
@@ -160,7 +189,7 @@ def _index_file(
             if parser is None:
                 parser, prefix = Parser(row, section), row.where[: -len(_line_of(row.where))]
             try:
-                writer.add(parser(row), int(_line_of(row.where)))
+                writer.add(parser(row), row)
             except RowError as error:
                 problems.append(error.at(row.where))
                 if len(problems) == MAX_PROBLEMS:
@@ -177,19 +206,46 @@ def _line_of(where: str) -> str:
     return where[len(where.rstrip("0123456789")) :]
 
 
-class _IndexWriter:
-    """Writes the index to a file without a name."""
+def _hash(content: bytes) -> int:
+    """64 bits of BLAKE2b as a signed number: the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
-    def __init__(self) -> None:
-        self.rows = 0
+
+class _IndexWriter:
+    """Writes the index to a file without a name.
+
+    Attributes:
+        width: How many columns it has.
+        rows: How many rows were added.
+        grouped: How many of them have a value of the field that they are grouped by.
+    """
+
+    def __init__(self, section: DataSection, divided: bool) -> None:
+        self.width = _ALL_COLUMNS if divided else _PLAIN_COLUMNS
+        self.rows = self.grouped = 0
+        self._section = section
         self._buffer = array("q")
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  the RowIndex keeps it open
 
-    def add(self, example: Example, line: int) -> None:
+    def add(self, example: Example, row: Row) -> None:
+        """Add a row. Raises RowError: its value of `group_by` cannot be read."""
         exact, folded = content_key(example), content_key(example, folded=True)
-        self._buffer.extend((hash(exact), hash(folded), line))
+        exact_hash = _hash(exact)
+        folded_hash = exact_hash if folded == exact else _hash(folded)
+        numbers = [exact_hash, folded_hash, int(_line_of(row.where))]
+        if self.width == _ALL_COLUMNS:
+            loss_on, group_by = self._section.loss_on, self._section.group_by
+            prompt, completion = prompt_key(example, loss_on), completion_key(example, loss_on)
+            group = group_key(row.values, group_by) if group_by is not None else None
+            self.grouped += group is not None
+            numbers += [
+                _hash(prompt) if prompt is not None else folded_hash,
+                _hash(completion),
+                _hash(group) if group is not None else folded_hash,
+            ]
+        self._buffer.extend(numbers)
         self.rows += 1
-        if len(self._buffer) >= _COLUMNS * _ROWS_PER_WRITE:
+        if len(self._buffer) >= self.width * _ROWS_PER_WRITE:
             self._write()
 
     def finish(self) -> IO[bytes]:

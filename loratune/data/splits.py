@@ -16,6 +16,7 @@ from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data.formats import CHAT_FORMATS, Example
 from loratune.data.formats.examples import quote
+from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.report import MAX_PLACES, Leaks, RowTally
 from loratune.data.row_index import EXACT, FOLDED, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
 from loratune.data.sources.rows import Advance, no_advance
@@ -35,6 +36,7 @@ class DatasetSplit:
         mask: Which of them belong to the split; None for all.
         section: How they are read.
         mix: How many rows of each source there are, a line each, where sources are mixed by weight.
+        held_out: How rows were held out, a line each, where that was not row by row.
     """
 
     name: str
@@ -42,6 +44,7 @@ class DatasetSplit:
     mask: RowMask | None
     section: DataSection
     mix: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index) if self.mask is None else int(np.count_nonzero(self.mask))
@@ -57,7 +60,8 @@ class DatasetSplit:
         return not CHAT_FORMATS.isdisjoint(self.formats)
 
     def remarks(self) -> list[str]:
-        """A line each: the files if there are several, how sources were mixed, the fields that are not read."""
+        """A line each: the files if there are several, how sources were mixed, how rows were held out, the fields that
+        are not read."""
         files = [f"{file.source.name} ({file.parser.format_name}, {file.rows:,} rows)" for file in self.index.files]
         more = f", and {len(files) - 5:,} more" if files[5:] else ""
         several = [f"{len(files):,} files: {', '.join(files[:5])}{more}"] if files[1:] else []
@@ -69,7 +73,7 @@ class DatasetSplit:
             f"fields not read: {quote(fields)} ({names[0]}{', ...' if names[1:] else ''})"
             for fields, names in files_by_fields.items()
         ]
-        return [*several, *(f"mixed: {line}" for line in self.mix), *unused]
+        return [*several, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused]
 
     @property
     def size(self) -> int:
@@ -134,20 +138,24 @@ def read_train_and_validation(section: DataSection, seed: int, progress: Progres
     Raises:
         DataError: As `index_rows`; or the validation fraction leaves no row to train on.
     """
-    train = _read_split("train", section.train_sources, section, seed, progress)
+    divided = isinstance(section.validation, float)
+    train = _read_split("train", section.train_sources, section, seed, progress, divided)
     if section.validation_sources:
         return RawDatasets(train, _read_split("validation", section.validation_sources, section, seed, progress))
     if not isinstance(section.validation, float):
         return RawDatasets(train, None)
     mask = train.mask if train.mask is not None else np.ones(len(train), dtype=np.bool_)
-    train_mask, validation_mask = _hold_out(mask, section.validation, seed)
+    validation_mask, remarks = hold_out(train.index, mask, section.validation, section.group_by, seed)
+    train_mask = mask & ~validation_mask
     if not train_mask.any():
         what = f"a fraction of {section.validation} of {len(train)} rows leaves none to train on"
+        if remarks:
+            what = f"{what} ({'; '.join(remarks)})"
         fix = "lower it, or name a validation file"
         raise DataError(Problem(Code.DATA_EMPTY_TRAIN_SPLIT, what, key="data.validation", fix=fix))
     return RawDatasets(
         DatasetSplit("train", train.index, train_mask, section, train.mix),
-        DatasetSplit("validation", train.index, validation_mask, section),
+        DatasetSplit("validation", train.index, validation_mask, section, held_out=remarks),
     )
 
 
@@ -157,9 +165,14 @@ def read_source(source: Source, section: DataSection, progress: ProgressFactory 
 
 
 def _read_split(
-    name: str, sources: Sequence[Source], section: DataSection, seed: int, progress: ProgressFactory
+    name: str,
+    sources: Sequence[Source],
+    section: DataSection,
+    seed: int,
+    progress: ProgressFactory,
+    divided: bool = False,
 ) -> DatasetSplit:
-    index = index_rows(sources, section, progress)
+    index = index_rows(sources, section, progress, divided)
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return DatasetSplit(name, index, None, section)
@@ -169,11 +182,11 @@ def _read_split(
         for source, share, count in zip(sources, shares, index.counts, strict=True)
     )
     random = np.random.default_rng(seed)
-    masks = [_random_mask(count, share, random) for count, share in zip(index.counts, shares, strict=True)]
+    masks = [random_mask(count, share, random) for count, share in zip(index.counts, shares, strict=True)]
     return DatasetSplit(name, index, np.concatenate(masks), section, tuple(mix))
 
 
-# Mixing by weight, and holding out
+# Mixing by weight, and replay
 
 
 def mix_counts(counts: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -203,28 +216,8 @@ def replay_numbers(own: int, earlier: int, share: float, seed: int) -> list[int]
         Numbers of rows of the earlier run.
     """
     whole, rest = divmod(max(1, round(own * share / (1 - share))), earlier)
-    drawn = np.flatnonzero(_random_mask(earlier, rest, np.random.default_rng([seed, 2])))
+    drawn = np.flatnonzero(random_mask(earlier, rest, np.random.default_rng([seed, 2])))
     return [*range(earlier)] * whole + drawn.tolist()
-
-
-def _hold_out(mask: RowMask, fraction: float, seed: int) -> tuple[RowMask, RowMask]:
-    """Divide the rows of a mask into those to train on and the fraction, at least one row, to evaluate on."""
-    random = np.random.default_rng([seed, 1])
-    rows = np.flatnonzero(mask)
-    validation_rows = _random_mask(len(rows), max(1, round(len(rows) * fraction)), random)
-    validation = np.zeros_like(mask)
-    validation[rows[validation_rows]] = True
-    return mask & ~validation, validation
-
-
-def _random_mask(count: int, share: int, random: np.random.Generator) -> RowMask:
-    """A mask over `count` rows with `share` of them drawn at random."""
-    mask = np.zeros(count, dtype=np.bool_)
-    if share >= count:
-        mask[:] = True
-    else:
-        mask[random.choice(count, share, replace=False, shuffle=False)] = True
-    return mask
 
 
 # Rows that are in the data twice, by the hashes of the index, in memory that does not grow with the data

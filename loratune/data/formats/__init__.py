@@ -20,16 +20,16 @@ from loratune.data.formats.examples import (
     Plain,
     RowError,
     check_ids,
-    content_key,
     quote,
     text,
 )
+from loratune.data.formats.keys import completion_key, content_key, group_key, prompt_key
 from loratune.data.sources import Row
 from loratune.errors import DataError, Problem
 
 __all__ = [
     "CHAT_FORMATS", "FORMATS", "Conversation", "Example", "Ids", "Message", "Parser", "Plain", "Question", "RowError",
-    "check_ids", "content_key", "parse_question",
+    "check_ids", "completion_key", "content_key", "group_key", "parse_question", "prompt_key",
 ]  # fmt: skip
 
 
@@ -77,7 +77,8 @@ class Parser:
     Attributes:
         format_name: The format of the rows.
         identity: An id of this way of reading rows, which differs from all others.
-        unused_fields: The fields of the rows parsed so far that the format does not read.
+        fields: The fields of the first row, under the names of the data.
+        unused_fields: The fields of the rows parsed so far that the format does not read, and rows are not grouped by.
     """
 
     def __init__(self, first: Row, section: DataSection):
@@ -96,6 +97,8 @@ class Parser:
         self.format_name = self._format.name
         self.identity = (self.format_name, *self._format.keys)
         self._known = {*self._format.keys, *self._format.optional}
+        self.fields = tuple(first.values)
+        self._grouped_by = {section.group_by}
         self.unused_fields: set[str] = set()
         if problems := list(_contradictions(self._format, section, first.where)):
             raise DataError(problems)
@@ -126,7 +129,7 @@ class Parser:
                 fix = f"give all rows of a file one format, which {chosen_by} decides"
                 raise RowError(Code.DATA_FIELD_MISSING, what, fix)
         if not fields.keys() <= self._known:
-            self.unused_fields |= fields.keys() - self._known
+            self.unused_fields |= fields.keys() - self._known - self._grouped_by
         example = self._format.parse(row.where, fields)
         if self._supervise_all and isinstance(example, Conversation) and example.zero_weight:
             what = "a turn has the weight 0, but with data.loss_on: all every token is supervised"

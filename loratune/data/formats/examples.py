@@ -4,7 +4,7 @@ Whatever a field of a row may not hold is a `RowError`.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -132,9 +132,6 @@ Message: TypeAlias = dict[str, Any]
 IGNORED = -100
 """The label of a token that is not supervised."""
 
-_SEPARATOR = "\ud800"
-"""Stands between the texts of a content key; no text of a row holds it."""
-
 
 @dataclass(frozen=True)
 class Plain:
@@ -230,34 +227,6 @@ def check_ids(example: Ids, vocabulary_size: int) -> None:
         what = f"entry {number} of `input_ids` is {example.ids[number - 1]}"
         what = f"{what}, but the vocabulary has {vocabulary_size} tokens, from 0 to {vocabulary_size - 1}"
         raise RowError(Code.DATA_TOKEN_ID, what, "use the tokenizer of this model for `input_ids`")
-
-
-def content_key(example: Example, folded: bool = False) -> bytes:
-    """The content of an example as bytes, which are equal for two examples exactly if their contents are equal.
-
-    What is supervised does not count. The key is about as long as the example: hash it to keep it.
-
-    Args:
-        example: Any example.
-        folded: Whether any run of white space counts as one space, and as nothing at both ends of a text.
-    """
-    if isinstance(example, Ids):
-        return repr(example.ids).encode()
-    texts = [example.prompt, example.completion] if isinstance(example, Plain) else _text_parts(example)
-    if folded:
-        texts = (" ".join(text.split()) for text in texts)
-    return _SEPARATOR.join(texts).encode(errors="surrogatepass")
-
-
-def _text_parts(example: Conversation) -> Iterator[str]:
-    yield ""  # at least three texts, where a Plain has two
-    for message in example.messages:
-        yield message["role"]
-        yield message["content"]
-        if len(message) > 2:
-            yield json.dumps({name: message[name] for name in message if name != "content"}, sort_keys=True)
-    if example.tools:
-        yield json.dumps(example.tools, sort_keys=True)
 
 
 def parse_prompt_completion(where: str, fields: Fields) -> Plain:
