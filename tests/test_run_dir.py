@@ -277,7 +277,7 @@ def test_the_working_directory(
 
 INPUTS = {
     "the config file": "run.yaml", "data.train": "train.jsonl", "data.validation": "held.jsonl",
-    "data.chat_template": "chat.jinja", "model.name_or_path": "base",
+    "data.test": "test.jsonl", "data.chat_template": "chat.jinja", "model.name_or_path": "base",
 }  # fmt: skip
 
 
@@ -297,6 +297,7 @@ def test_what_a_run_reads(
     sections = {
         "data.train": {"data": {"train": [place]}},
         "data.validation": {"data": {"validation": place}},
+        "data.test": {"data": {"test": place}},
         "data.chat_template": {"data": {"chat_template": place}},
         "model.name_or_path": {"model": {"name_or_path": place}},
     }.get(name, {})

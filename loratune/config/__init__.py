@@ -76,7 +76,12 @@ def _inputs(config_file: Path, run: RunConfig) -> Iterator[tuple[str, str]]:
         yield "data.chat_template", os.path.expanduser(run.data.chat_template)
     if run.lora.start_from is not None:
         yield "lora.start_from", os.path.expanduser(run.lora.start_from)
-    for key, sources in (("data.train", run.data.train_sources), ("data.validation", run.data.validation_sources)):
+    rows = run.data
+    for key, sources in (
+        ("data.train", rows.train_sources),
+        ("data.validation", rows.validation_sources),
+        ("data.test", rows.test_sources),
+    ):
         for source in sources:
             path = os.path.expanduser(source.path)
             if glob.has_magic(path) and not os.path.lexists(path):

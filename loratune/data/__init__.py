@@ -26,8 +26,10 @@ from loratune.data.splits import DatasetSplit as DatasetSplit
 from loratune.data.splits import RawDatasets as RawDatasets
 from loratune.data.splits import find_duplicates
 from loratune.data.splits import find_leaks as find_leaks
+from loratune.data.splits import find_test_leaks as find_test_leaks
 from loratune.data.splits import read_datasets as read_datasets
 from loratune.data.splits import read_source as read_source
+from loratune.data.splits import read_train_and_validation as read_train_and_validation
 from loratune.data.splits import replay_numbers as replay_numbers
 from loratune.data.token_cache import TokenCache, TokenCacheWriter
 from loratune.data.token_cache_dir import remove_old_entries as remove_old_entries

@@ -6,7 +6,7 @@ Rows are read and checked here one by one, before torch is imported.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -31,7 +31,7 @@ class DatasetSplit:
     """The rows that a run trains on, or those that it is evaluated on.
 
     Attributes:
-        name: `train` or `validation`.
+        name: `train`, `validation` or `test`.
         index: All rows of the sources.
         mask: Which of them belong to the split; None for all.
         section: How they are read.
@@ -101,13 +101,33 @@ class DatasetSplit:
 
 @dataclass(frozen=True)
 class RawDatasets:
-    """The rows of a run before they are tokenized. validation: None where nothing is evaluated."""
+    """The rows of a run before they are tokenized.
+
+    Attributes:
+        train: The rows to train on.
+        validation: The rows to evaluate on; None where nothing is evaluated.
+        test: The rows to score once, at the end; None where nothing is tested.
+    """
 
     train: DatasetSplit
     validation: DatasetSplit | None
+    test: DatasetSplit | None = None
+
+    @property
+    def splits(self) -> dict[str, DatasetSplit]:
+        """Those that there are, by their names."""
+        return {split.name: split for split in (self.train, self.validation, self.test) if split}
 
 
 def read_datasets(section: DataSection, seed: int, progress: ProgressFactory = no_progress) -> RawDatasets:
+    """Read and check all rows. No tokenizer is needed, and torch is not imported. As `read_train_and_validation`."""
+    datasets = read_train_and_validation(section, seed, progress)
+    if not section.test_sources:
+        return datasets
+    return replace(datasets, test=_read_split("test", section.test_sources, section, seed, progress))
+
+
+def read_train_and_validation(section: DataSection, seed: int, progress: ProgressFactory = no_progress) -> RawDatasets:
     """Read and check all rows. No tokenizer is needed, and torch is not imported.
 
     Args:
@@ -211,18 +231,28 @@ def find_duplicates(split: DatasetSplit) -> RowTally:
 
 def find_leaks(datasets: RawDatasets) -> Leaks | None:
     """Rows of the validation set that are also in train; None without a validation set."""
-    if datasets.validation is None:
-        return None
-    exact = _in_both(datasets.train, datasets.validation, EXACT)
-    folded = np.setdiff1d(_in_both(datasets.train, datasets.validation, FOLDED), exact, assume_unique=True)
-    return Leaks(_tally(datasets.validation, [exact]), _tally(datasets.validation, [folded]))
+    return _leaks(datasets.train, datasets.validation) if datasets.validation is not None else None
 
 
-def _in_both(train: DatasetSplit, validation: DatasetSplit, column: int) -> NDArray[np.int64]:
-    """Numbers of the validation rows whose hash a train row has."""
-    size = max(len(train), len(validation))
-    pairs = zip(_hash_groups(train, column, size), _hash_groups(validation, column, size), strict=True)
-    return np.concatenate([rows[np.isin(hashes, train_hashes)] for (train_hashes, _), (hashes, rows) in pairs])
+def find_test_leaks(datasets: RawDatasets) -> list[Leaks]:
+    """Rows of the test set that are also in train, and that are also in the validation set."""
+    if datasets.test is None:
+        return []
+    return [_leaks(split, datasets.test) for split in (datasets.train, datasets.validation) if split]
+
+
+def _leaks(earlier: DatasetSplit, held_out: DatasetSplit) -> Leaks:
+    """Rows of a split, which is to be new to the model, that are also in another one."""
+    exact = _in_both(earlier, held_out, EXACT)
+    folded = np.setdiff1d(_in_both(earlier, held_out, FOLDED), exact, assume_unique=True)
+    return Leaks(_tally(held_out, [exact]), _tally(held_out, [folded]), held_out.name, earlier.name)
+
+
+def _in_both(earlier: DatasetSplit, held_out: DatasetSplit, column: int) -> NDArray[np.int64]:
+    """Numbers of the held-out rows whose hash a row of the other split has."""
+    size = max(len(earlier), len(held_out))
+    pairs = zip(_hash_groups(earlier, column, size), _hash_groups(held_out, column, size), strict=True)
+    return np.concatenate([rows[np.isin(hashes, others)] for (others, _), (hashes, rows) in pairs])
 
 
 def _hash_groups(split: DatasetSplit, column: int, size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

@@ -176,7 +176,7 @@ def _earlier_rows(run: RunConfig, info: AdapterInfo, watch: ProgressFactory) -> 
             raise AdapterError(Problem(Code.DATA_REPLAY_UNKNOWN, unknown, where, "data.replay", fix))
         return None, unknown
     try:
-        return data.read_datasets(earlier.data, earlier.training.seed, watch), ""
+        return data.read_train_and_validation(earlier.data, earlier.training.seed, watch), ""
     except DataError as error:
         place, what = error.problems[0].where, error.problems[0].what
         if run.data.replay is not None:
@@ -236,7 +236,7 @@ def _with_absolute_paths(run: RunConfig) -> RunConfig:
         return value.model_copy(update={"path": absolute(value.path)}) if isinstance(value, Source) else value
 
     rows = run.data
-    changes: dict[str, Any] = {"train": absolute_sources(rows.train), "validation": absolute_sources(rows.validation)}
+    changes: dict[str, Any] = {name: absolute_sources(getattr(rows, name)) for name in ("train", "validation", "test")}
     if rows.chat_template:
         changes["chat_template"] = absolute(rows.chat_template)
     rows, lora = rows.model_copy(update=changes), run.lora
@@ -249,6 +249,7 @@ def _with_absolute_paths(run: RunConfig) -> RunConfig:
     paths += [("lora.start_from", lora.start_from)] if lora.start_from else []
     paths += [("data.train", source.path) for source in rows.train_sources]
     paths += [("data.validation", source.path) for source in rows.validation_sources]
+    paths += [("data.test", source.path) for source in rows.test_sources]
     fix = "start from a directory whose name is UTF-8"
     if problems := [
         Problem(Code.RUN_PATH_INVALID, f"the path {reason}", path, key, fix)
