@@ -487,6 +487,23 @@ def test_the_base_beside_a_spread_adapter_is_the_base(
         assert found[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), name
 
 
+@pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=[ZERO3, SLOW])])
+def test_the_best_step_of_a_spread_adapter_is_put_back(
+    how: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The learning rate is far too high, so that the best step is an early one."""
+    rows = str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))
+    training = {"max_steps": 6, "eval_steps": 1, "learning_rate": 0.3, "lr_scheduler_type": "constant"}
+    config = run_config(data={"train": rows, "validation": str(tmp_path / "rows.jsonl")}, training=training)
+    spread_to_the_end(how, processes, config, tmp_path / "best")
+    metrics = json.loads((tmp_path / "best" / "loratune.json").read_text())["metrics"]
+    assert 0 < metrics["kept_step"] < 6
+    assert metrics["gain"]["adapter"] == pytest.approx(metrics["best_held_out_loss"], abs=1e-4)
+    last = ("--set", f"training.max_steps={metrics['kept_step']}", "--set", "training.keep=last")
+    spread_to_the_end(how, processes, config, tmp_path / "last", *last)
+    assert (tmp_path / "best" / WEIGHTS).read_bytes() == (tmp_path / "last" / WEIGHTS).read_bytes()
+
+
 @SLOW
 def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir: Path, tmp_path: Path) -> None:
     """QLoRA with checkpointed activations over FSDP2, on a stand-in, by accelerate's own launcher."""

@@ -11,13 +11,15 @@ from conftest import CHAT_TEMPLATE, Ran, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loratune import data
-from loratune.config import DataSection, LoraSection, ModelSection, TrainingSection
+from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, TrainingSection
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
 from loratune.lora import adapter_files, attach, parameters, targets
 from loratune.model import load as load_module
 from loratune.training import trainer
+from loratune.training.best_step import BestStep
+from loratune.training.evaluations import BestRecord
 
 LORA: dict[str, Any] = {
     "r": 4,
@@ -52,6 +54,8 @@ TRAINING: dict[str, Any] = {
     "logging_steps": 3,
     "save_steps": 5,
     "eval_steps": 4,
+    "keep": "last",
+    "patience": 3,
     "activation_checkpointing": True,
 }
 MODEL: dict[str, Any] = {
@@ -69,6 +73,7 @@ MODEL: dict[str, Any] = {
 DATA: dict[str, Any] = {
     "train": {"path": "other.jsonl"},
     "validation": 0.5,
+    "test": {"path": "other.jsonl"},
     "group_by": "topic",
     "format": "text",
     "columns": {"prompt": "system", "completion": "prompt"},
@@ -153,7 +158,7 @@ def test_lora_start_from(tmp_path: Path) -> None:
 # TrainingSection → TrainingArguments
 
 
-@pytest.mark.parametrize("name, value", TRAINING.items(), ids=TRAINING)
+@pytest.mark.parametrize("name, value", [item for item in TRAINING.items() if item[0] not in ("keep", "patience")])
 def test_training(tmp_path: Path, name: str, value: Any) -> None:
     default, changed = (
         trainer.training_arguments(section, tmp_path, has_validation=True).to_dict()
@@ -171,6 +176,18 @@ def test_training(tmp_path: Path, name: str, value: Any) -> None:
     differing = {key for key in default if default[key] != changed[key]}
     assert changed[name] == value
     assert differing == {name} | follows.get(name, set())
+
+
+def test_the_steps_that_are_kept_and_waited_for() -> None:
+    """What `keep` and `patience` do to a run stands in `test_keep`."""
+    config = {"model": {"name_or_path": "a"}, "data": {"train": "b", "validation": 0.5}, "output_dir": "c"}
+    kept = [
+        RunConfig.model_validate(config | {"training": {"keep": name}}).keeps_best for name in (None, TRAINING["keep"])
+    ]
+    assert kept == [True, False]
+    record = BestRecord(1, 2.0, evaluations=4, since=3)
+    waited = [BestStep(keep=True, patience=patience, record=record) for patience in (None, TRAINING["patience"])]
+    assert [best.is_exhausted for best in waited] == [False, True]
 
 
 # ModelSection → what `model.load_base` and `model.load_config` return
@@ -282,14 +299,14 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
 
     def run(**changes: Any) -> Any:
         values: dict[str, Any] = {"train": {"path": "rows.jsonl"}, "format": "prompt_completion"} | changes
-        values["train"] = {"path": str(tmp_path / values["train"]["path"])}
+        for name in {"train", "test"} & values.keys():
+            values[name] = {"path": str(tmp_path / values[name]["path"])}
         if "chat_template" in values:
             values["chat_template"] = str(tmp_path / values["chat_template"])
         section = DataSection(**values)
         words = load_module.load_tokenizer(ModelSection(name_or_path=str(tmp_path / "words")), section.chat_template)
         rows = data.read_datasets(section, seed=1)
-        splits = [split for split in (rows.train, rows.validation) if split]
-        datasets = [data.prepare(split, Renderer(words), section, 264) for split in splits]
+        datasets = [data.prepare(split, Renderer(words), section, 264) for split in rows.splits.values()]
         packing, length = section.packing, section.max_length
         batches = [BatchLayout(each.rows, each.rows.lengths, packing, 4, length, 0) for each in datasets]
         return [(dataset.fingerprint, len(batch.items)) for dataset, batch in zip(datasets, batches, strict=True)]

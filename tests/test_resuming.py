@@ -231,6 +231,9 @@ RECORDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "changes of another kind": lambda run: run | {"changes": [1]},
     "changes without keys": lambda run: run | {"changes": [{"step": 1}]},
     "changes that are one": lambda run: run | {"changes": {}},
+    "a best step that is a number": lambda run: run | {"best": 7},
+    "a best step without a loss": lambda run: run | {"best": {"step": 1, "evaluations": 1, "since": 0}},
+    "a best step as text": lambda run: run | {"best": {"step": "1", "loss": 2.0, "evaluations": 1, "since": 0}},
 }
 TEXTS = {
     "nothing": "",

@@ -57,6 +57,7 @@ def model_card(
     *,
     gain: str,
     forgetting: str,
+    held_out: Sequence[tuple[str, str]],
     formats: Sequence[str],
     changes: Sequence[Mapping[str, Any]],
     processes: int = 1,
@@ -72,6 +73,7 @@ def model_card(
         prompt: A prompt to try the adapter with, quoted for a shell.
         gain: How the adapter compares with its base, in a line.
         forgetting: How it does on the rows of the run before, in a line, where it started from another adapter.
+        held_out: How it does on rows that it was not trained on, as labels and lines.
         formats: The formats of the rows.
         changes: Settings that were changed when the run was resumed.
         processes: How many processes the run had.
@@ -82,7 +84,7 @@ def model_card(
     metadata = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "loratune"]}
     if on_hub:
         metadata |= {"base_model": base, "tags": ["lora", "loratune", f"base_model:adapter:{base}"]}
-    held_out = f", held-out {metrics['held_out_loss']:.4f}" if metrics["held_out_loss"] is not None else ""
+    held_out_lines = "".join(f"- **{label.capitalize()}:** {text}\n" for label, text in held_out)
     process_note = f", on {processes} processes" if processes > 1 else ""
     history = _start_lines(settings, forgetting) + _change_lines(changes)
     # Not huggingface_hub's ModelCardData.to_yaml: it leaves marks of direction and invisible characters unescaped.
@@ -94,9 +96,9 @@ def model_card(
 A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 
 - **Data:** {_sources(settings["data"]["train"])} ({", ".join(formats)})
-- **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}{held_out}
+- **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
-- **Gain:** {gain}
+{held_out_lines}- **Gain:** {gain}
 {history}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
 
 ## Use

@@ -7,7 +7,7 @@ from typing import Any
 
 from loratune import kernels, memory
 from loratune.commands import card
-from loratune.config import RunConfig
+from loratune.config import RunConfig, TrainingSection
 from loratune.data import DatasetSplit, ProgressFactory
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
@@ -20,6 +20,7 @@ from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import batching, continuing
 from loratune.training.batching import BatchedDatasets, TokenizedDatasets
 from loratune.training.continuing import EarlierRun
+from loratune.training.evaluations import EvaluationSteps
 from loratune.training.preflight import ValidatedRun
 
 
@@ -40,6 +41,7 @@ class Plan:
         datasets: The rows as tokens.
         batches: The same rows in batches, and which layers the kernels compute.
         memory: The estimate of the memory that training needs.
+        evaluations: When the run is evaluated; None without validation rows.
         earlier: The run that made the adapter of `lora.start_from`; None where the run starts from none.
         notes: Lines that the user should see.
     """
@@ -56,6 +58,7 @@ class Plan:
     datasets: TokenizedDatasets
     batches: BatchedDatasets
     memory: memory.Estimate
+    evaluations: EvaluationSteps | None
     earlier: EarlierRun | None
     notes: list[str]
 
@@ -66,11 +69,18 @@ class Plan:
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
-        """Of the base, the training rows and the validation rows, and of the adapter that the run starts from."""
+        """Of the base, the rows of each split, and the adapter that the run starts from."""
         datasets = self.datasets
         validation = datasets.validation.fingerprint if datasets.validation else None
-        start = {"start": self.earlier.start.digest} if self.earlier else {}
-        return {"base": self.base.fingerprint, "data": datasets.train.fingerprint, "validation": validation, **start}
+        others = {"test": datasets.test.fingerprint} if datasets.test else {}
+        others |= {"start": self.earlier.start.digest} if self.earlier else {}
+        return {"base": self.base.fingerprint, "data": datasets.train.fingerprint, "validation": validation, **others}
+
+    @property
+    def training(self) -> TrainingSection:
+        """The section, with what it leaves to the rows: the steps between evaluations, and which step is kept."""
+        steps = {"eval_steps": self.evaluations.interval} if self.evaluations else {}
+        return self.config.training.model_copy(update={**steps, "keep": "best" if self.config.keeps_best else "last"})
 
     def row_text(self, number: int = 0) -> Iterator[tuple[str, bool]]:
         """A training row as pieces of text, each with whether it is supervised."""
@@ -118,6 +128,7 @@ def make_plan(validated_run: ValidatedRun, watch: ProgressFactory, group: Group 
         datasets=datasets,
         batches=batches,
         memory=batches.memory(model, run.training),
+        evaluations=batches.evaluation_steps(datasets.validation, run.training, group.count),
         earlier=earlier,
         notes=[*load.machine_notes(run.model), *batches.notes, *targets.notes, *(earlier.notes() if earlier else ())],
     )

@@ -73,19 +73,22 @@ def _log_notes(plan: "Plan") -> None:
         log(f"{plan.processes} processes: {plan.processes} x {batch_size} x {accumulation} {items} a step")
     if len(rows) < batch and batch_size > 1:
         log(f"rows: {len(rows)}, fewer than a batch of {batch}: each epoch is one step on all of them")
+    if plan.evaluations is not None:
+        kept = "; the weights of the one with the lowest loss become the adapter" if plan.config.keeps_best else ""
+        log(f"{plan.evaluations}{kept if plan.evaluations.count > 1 else ''}")
+        if training.patience is not None and training.patience + 1 >= plan.evaluations.count:
+            log(f"training.patience: {training.patience} has no effect with so few evaluations")
     for line in plan.notes:
         log(line)
 
 
 def _dataset_lines(datasets: "TokenizedDatasets") -> Iterator[str]:
     """A table of how many rows of each split were used, truncated or dropped, and remarks on them."""
-    splits = {"train": datasets.train, "validation": datasets.validation}
-    cells = [[name, *split.report.cells()] for name, split in splits.items() if split]
+    cells = [[name, *split.report.cells()] for name, split in datasets.splits.items()]
     yield from align(["", *datasets.train.report.COLUMNS], cells)
-    for name, split in splits.items():
-        if split:
-            lines = [*datasets.remarks[name], *split.report.remarks(datasets.max_length)]
-            yield from (f"  {name}: {line}" for line in lines)
+    for name, split in datasets.splits.items():
+        lines = [*datasets.remarks[name], *split.report.remarks(datasets.max_length)]
+        yield from (f"  {name}: {line}" for line in lines)
     yield from (f"  {line}" for line in datasets.leaks)
 
 
@@ -115,8 +118,7 @@ def print_result(result: "Result", program: str) -> None:
         ("trained", f"{outcome.tokens:,} tokens in {outcome.steps:,} steps, {format_duration(outcome.seconds)}"),
         ("loss", f"{outcome.first_loss:.4f} → {outcome.last_loss:.4f}"),
     ]
-    if outcome.held_out_loss is not None:
-        lines.append(("held-out", f"{outcome.held_out_loss:.4f}"))
+    lines += result.held_out
     lines.append(("gain", str(result.gain)))
     if result.forgetting is not None:
         lines.append(("forgetting", str(result.forgetting)))

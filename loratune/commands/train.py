@@ -25,14 +25,16 @@ from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Stop
-from loratune.training import continuing, gain, resume, run_dir, trainer
+from loratune.training import best_step, conditions, continuing, final_score, gain, resume, run_dir, trainer
 from loratune.training.callbacks import Progress, diverged_error
 from loratune.training.checkpoints import MOST_CHECKPOINTS, Checkpoints
 from loratune.training.continuing import Forgetting
+from loratune.training.final_score import FinalScore
 from loratune.training.gain import Gain
+from loratune.training.outcome import Outcome
 from loratune.training.preflight import ValidatedRun
 from loratune.training.run_dir import RunDirectory
-from loratune.training.trainer import Outcome, RunContext
+from loratune.training.trainer import RunContext
 
 _CHECKPOINT_OVERHEAD = 40_000
 """Bytes of a checkpoint besides weights and optimizer: random states, the trainer's own state, and a model card."""
@@ -60,6 +62,8 @@ class Result:
         adapter_bytes: The size of the file of weights.
         outcome: Losses, tokens and time of the training.
         gain: How much better than its base the adapter does.
+        forgetting: What it does on the rows of the run before; None where it started from no adapter.
+        test: Its loss on the test rows; None without any.
         fallbacks: Kinds of layers that were not accelerated.
         example_prompt: A prompt to try the adapter with, quoted for a shell.
     """
@@ -70,8 +74,14 @@ class Result:
     outcome: Outcome
     gain: Gain
     forgetting: Forgetting | None
+    test: FinalScore | None
     fallbacks: list[str]
     example_prompt: str
+
+    @property
+    def held_out(self) -> list[tuple[str, str]]:
+        """How the adapter does on the rows that it was not trained on, as labels and texts."""
+        return _held_out(self.outcome, self.test)
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class _FinishedRun:
     outcome: Outcome
     gain: Gain
     forgetting: Forgetting | None
+    test: FinalScore | None
     changes: Sequence[Mapping[str, Any]]
 
 
@@ -131,18 +142,19 @@ def train(
         if comparison.verdict == "worse" and not allow_worse:
             gain.reject(comparison, outcome.steps, validated_run.directory, group)
         forgetting = _measure_forgetting(plan, weights, outcome, context, reporter)
+        test = _score_test(plan, context, reporter)
         plan.base.check_unchanged(group, thoroughly=True)
         group.close()
         if not group.main:
             return None
-        finished_run = _FinishedRun(plan, weights, outcome, comparison, forgetting, identity["changes"])
+        finished_run = _FinishedRun(plan, weights, outcome, comparison, forgetting, test, identity["changes"])
         return _publish(finished_run, directory, reporter.log)
 
 
 def _identity(plan: Plan, validated_run: ValidatedRun) -> dict[str, Any]:
     """What checkpoints record of the run. Raises ResumeError: it differs from the run that was interrupted."""
     resume_point = validated_run.resume_point
-    environment = trainer.environment(plan.model, plan.batches.acceleration.fallbacks)
+    environment = conditions.environment(plan.model, plan.batches.acceleration.fallbacks)
     identity = resume.identity(plan.config, plan.fingerprints, plan.datasets.train, environment)
     if resume_point is None:
         return identity
@@ -155,7 +167,8 @@ def _run_context(
 ) -> RunContext:
     """Checkpoints, progress and the point to continue from. Raises ResourceError: the disk is too small."""
     resume_point = validated_run.resume_point
-    size = 2 * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD
+    keeps_best = plan.config.keeps_best
+    size = (2 + keeps_best) * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD
     checkpoints = Checkpoints(validated_run.directory.checkpoints, identity, size, is_writer=group.main)
     after_checkpoint = partial(plan.base.check_unchanged, group)
     if resume_point is None:
@@ -166,6 +179,9 @@ def _run_context(
         return RunContext(checkpoints, reporter.progress, stop, group, after_checkpoint=after_checkpoint)
     for line in resume.notes(resume_point, identity, dropout=plan.config.lora.lora_dropout > 0):
         reporter.log(line)
+    evaluations, remark = best_step.continued(resume_point, identity, keep=keeps_best)
+    if remark:
+        reporter.log(remark)
     return RunContext(
         checkpoints,
         reporter.progress,
@@ -173,13 +189,14 @@ def _run_context(
         group,
         resume_from=resume_point.checkpoint,
         learning_rate_factor=resume_point.learning_rate_factor,
+        evaluations=evaluations,
         after_checkpoint=after_checkpoint,
     )
 
 
 def _fit(plan: Plan, context: RunContext) -> Outcome:
     """Train the adapter. Raises ResourceError: out of memory; it names settings that would save some."""
-    training = plan.config.training
+    training = plan.training
     scarce = any(context.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
     optimizer = partial(parameters.choose_optimizer, plan.model, plan.config.lora, weight_decay=training.weight_decay)
     acceleration, batches = plan.batches.acceleration, (plan.batches.train, plan.batches.validation)
@@ -229,6 +246,20 @@ def _measure_forgetting(
     return continuing.measure_forgetting(*adapter, *sample, context.group, reporter.log)
 
 
+def _score_test(plan: Plan, context: RunContext, reporter: Reporter) -> FinalScore | None:
+    """The loss of the adapter on the test rows, None without any. Raises NumericError: it is NaN or inf."""
+    if (test := plan.datasets.test) is None:
+        return None
+    reporter.log(f"scoring the adapter on {len(test.rows):,} test rows")
+    pad_id, acceleration = load.pad_id(plan.tokenizer), plan.batches.acceleration
+    return final_score.score(plan.model, test, pad_id, acceleration, context.group)
+
+
+def _held_out(outcome: Outcome, test: FinalScore | None) -> list[tuple[str, str]]:
+    """How the adapter does on the rows that it was not trained on, as labels and texts."""
+    return [*outcome.lines(tested=test is not None), *([("test", str(test))] if test else [])]
+
+
 def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[[str], None]) -> Result:
     """Put the adapter directory in its place, whole or not at all."""
     plan = finished_run.plan
@@ -243,7 +274,8 @@ def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[
         raise
     name, fallbacks = directory.display_name, plan.batches.acceleration.fallbacks
     outcome, comparison, forgetting = finished_run.outcome, finished_run.gain, finished_run.forgetting
-    return Result(directory.output, name, size, outcome, comparison, forgetting, fallbacks, plan.example_prompt)
+    results = outcome, comparison, forgetting, finished_run.test
+    return Result(directory.output, name, size, *results, fallbacks, plan.example_prompt)
 
 
 def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
@@ -262,6 +294,7 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
         plan.example_prompt,
         gain=str(finished_run.gain),
         forgetting=str(finished_run.forgetting or ""),
+        held_out=_held_out(outcome, finished_run.test),
         formats=plan.train_split.formats,
         changes=changes,
         processes=plan.processes,
@@ -269,6 +302,7 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
     (directory.staging / "README.md").write_text(text, encoding="utf-8")
     metrics = outcome.metrics | {"gain": finished_run.gain.as_json()}
     metrics |= {"forgetting": finished_run.forgetting.as_json()} if finished_run.forgetting else {}
+    metrics |= {"test": finished_run.test.as_json()} if finished_run.test else {}
     record = card.provenance(settings, metrics, outcome.curve, plan.fingerprints)
     record |= {"formats": plan.train_split.formats, "chat": plan.train_split.chat, "processes": plan.processes}
     record |= {"rows": plan.datasets.train.report.counts(), "changes": changes}

@@ -158,6 +158,11 @@ class RunConfig(Section):
             raise InvalidSettingError(Code.CONFIG_LORAFA_OPTIMIZER, message, *keys, fix="leave optim at adamw_torch")
         return self
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the weights of the step with the lowest held-out loss become the adapter, not those of the last."""
+        return self.data.validation is not None and self.training.keep != "last"
+
     def resolved(self) -> dict[str, Any]:
         """Every setting of the run as plain values; reading them back gives this config again."""
         values = self.model_dump()

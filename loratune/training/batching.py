@@ -4,6 +4,7 @@ out: which rows each process takes in each micro-step.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from loratune.lora.attach import PeftModel
 from loratune.model import load
 from loratune.system import launcher
 from loratune.system.launcher import Group, host
+from loratune.training.evaluations import EvaluationSteps, evaluation_steps
 from loratune.training.preflight import ValidatedRun
 
 
@@ -35,8 +37,9 @@ class TokenizedDatasets:
         train: The training rows.
         validation: The validation rows, if there are any.
         remarks: For each split by its name, lines on how it was read. Known to the main process only.
-        leaks: Lines on validation rows that are also training rows. Known to the main process only.
+        leaks: Lines on validation and test rows that are also in another split. Known to the main process only.
         max_length: The number of tokens to which rows were cut.
+        test: The test rows, if there are any.
     """
 
     train: TokenizedDataset
@@ -44,6 +47,13 @@ class TokenizedDatasets:
     remarks: dict[str, list[str]]
     leaks: list[str]
     max_length: int
+    test: TokenizedDataset | None = None
+
+    @property
+    def splits(self) -> dict[str, TokenizedDataset]:
+        """Those that there are, by their names."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in named.items() if split}
 
 
 def tokenize(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group: Group) -> TokenizedDatasets:
@@ -68,28 +78,37 @@ def tokenize(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group:
 
     def prepare(name: str) -> TokenizedDataset:
         raw = ready.rows or data.read_datasets(section, ready.config.training.seed, watch)
-        split: DatasetSplit | None = raw.train if name == "train" else raw.validation
-        assert split is not None
-        return data.prepare(split, renderer, section, vocabulary, watch)
+        return data.prepare(raw.splits[name], renderer, section, vocabulary, watch)
 
-    train = shared_rows(lambda: prepare("train"), group)
-    validation = shared_rows(lambda: prepare("validation"), group) if section.validation is not None else None
-    for rows in (train, validation) if validation else (train,):
+    values = {"train": section.train, "validation": section.validation, "test": section.test}
+    splits = {
+        name: shared_rows(partial(prepare, name), group) for name, sources in values.items() if sources is not None
+    }
+    for rows in splits.values():
         check_positions(rows, section, context)
-    if ready.rows is None:
-        return TokenizedDatasets(train, validation, {"train": [], "validation": []}, [], section.max_length)
-    leaks = data.find_leaks(ready.rows)
-    remarks = {split.name: split.remarks() for split in (ready.rows.train, ready.rows.validation) if split}
-    for name, split_rows in (("train", train), ("validation", validation)):
-        if split_rows is not None and split_rows.rows.remark:
-            remarks[name].append(split_rows.rows.remark)
-    if remark := renderer.remark_on_bos(train.rows.row(0).ids):
-        remarks["train"].append(remark)
-    if ready.rows.train.chat and (remark := renderer.remark_on_ends()):
-        remarks["train"].append(remark)
-    if remark := data.remark_on_lost_characters(ready.rows.train, renderer, section):
-        remarks["train"].append(remark)
-    return TokenizedDatasets(train, validation, remarks, leaks.remarks() if leaks else [], section.max_length)
+    remarks: dict[str, list[str]] = {name: [] for name in splits}
+    leaks: list[str] = []
+    if ready.rows is not None:
+        for name, split in ready.rows.splits.items():
+            remarks[name] += [*split.remarks(), *([splits[name].rows.remark] if splits[name].rows.remark else [])]
+        remarks["train"] += _remarks_on_rendering(ready.rows.train, splits["train"], renderer, section)
+        found = [data.find_leaks(ready.rows), *data.find_test_leaks(ready.rows)]
+        leaks = [line for one in found if one for line in one.remarks()]
+    train, validation, test = (splits.get(name) for name in values)
+    assert train is not None
+    return TokenizedDatasets(train, validation, remarks, leaks, section.max_length, test)
+
+
+def _remarks_on_rendering(
+    split: DatasetSplit, rows: TokenizedDataset, renderer: Renderer, section: DataSection
+) -> list[str]:
+    """Lines on what the tokenizer does to rows that may not be intended."""
+    remarks = [
+        renderer.remark_on_bos(rows.rows.row(0).ids),
+        renderer.remark_on_ends() if split.chat else None,
+        data.remark_on_lost_characters(split, renderer, section),
+    ]
+    return [remark for remark in remarks if remark]
 
 
 def shared_rows(prepare: Callable[[], TokenizedDataset], group: Group) -> TokenizedDataset:
@@ -174,6 +193,15 @@ class BatchedDatasets:
         """The estimate of the memory that training the model on these batches needs."""
         tokens = self.train.total_tokens(training.max_steps).tolist()
         return memory.estimate(model, *self.largest(), training, packed=self.train.flat, batch_tokens=tokens)
+
+    def evaluation_steps(
+        self, validation: TokenizedDataset | None, training: TrainingSection, processes: int
+    ) -> EvaluationSteps | None:
+        """When a run of so many processes is evaluated on some rows; None without any."""
+        if validation is None:
+            return None
+        trained, held_out = (int(split.rows.lengths.sum()) for split in (self.train_rows, validation))
+        return evaluation_steps(training, len(self.train.items), self.train.size, processes, trained, held_out)
 
     def savings(self, model: PeftModel, training: TrainingSection) -> list[tuple[str, int]]:
         """Settings that would save memory, each with about how many bytes."""

@@ -163,10 +163,13 @@ class StopCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """Passes on to a `Progress` what the trainer does."""
+    """Passes on to a `Progress` what the trainer does.
 
-    def __init__(self, progress: Progress):
-        self.progress = progress
+    at_evaluations: whether the loss is reported at each evaluation too, since any may be the end of the run.
+    """
+
+    def __init__(self, progress: Progress, *, at_evaluations: bool = False):
+        self.progress, self.at_evaluations = progress, at_evaluations
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step."""
@@ -176,7 +179,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each optimizer step."""
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or (self.at_evaluations and control.should_evaluate):
             control.should_log = True  # the last loss is reported as the result of the run
         self.progress.step(state.global_step, int(state.num_input_tokens_seen) - self.tokens_before)
 

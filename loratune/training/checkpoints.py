@@ -31,6 +31,8 @@ from loratune.training.run_dir_files import (
 _log = logging.getLogger(__name__)
 
 RUN = records.RUN
+BEST_WEIGHTS = "best.safetensors"
+"""The weights of the best step so far, where that is not the step of the checkpoint."""
 MOST_CHECKPOINTS = 2
 """How many whole checkpoints a run keeps."""
 _NEEDED = (
@@ -65,16 +67,20 @@ class Checkpoints:
         return self.directory / "unfinished"
 
     @contextmanager
-    def writing(self, step: int) -> Iterator[None]:
-        """Turn what the trainer writes to `unfinished/checkpoint-<step>` inside into a checkpoint, or remove it.
+    def writing(self, step: int, record: Mapping[str, Any] | None = None) -> Iterator[Path]:
+        """Turn what the trainer writes inside to the directory that is given into a checkpoint, or remove it.
+
+        Args:
+            step: The step.
+            record: What is kept of this step beside the identity of the run.
 
         Raises:
             ResourceError: The disk is full, or something else has the name of the checkpoint.
         """
-        if not self.is_writer:
-            yield
-            return
         source, target = self.unfinished / f"{CHECKPOINT}{step}", self.directory / f"{CHECKPOINT}{step}"
+        if not self.is_writer:
+            yield source
+            return
         resumable = any(is_file(path / MANIFEST) for path in _newest_first(self.directory))
         proceed = "continue with --resume" if resumable else "start again"
         for path in (self.directory, self.unfinished, target):
@@ -84,8 +90,8 @@ class Checkpoints:
         _remove(self.unfinished)
         try:
             with explain_full_disk("a checkpoint", self.size, self.directory, f"make room, and {proceed}"):
-                yield
-                write_json(source / RUN, records.versioned(RUN, self.identity))
+                yield source
+                write_json(source / RUN, records.versioned(RUN, {**self.identity, **(record or {})}))
                 seal(source)
                 _remove(target)  # a damaged checkpoint of this step may have been skipped when the run was resumed
                 source.rename(target)

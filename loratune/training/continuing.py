@@ -114,7 +114,7 @@ def _preparing(ready: ValidatedRun, start: StartAdapter, watch: ProgressFactory)
     def prepare(name: str) -> TokenizedDataset:
         run, path = start.info.run, start.info.files.path
         assert run is not None
-        raw = start.rows or data.read_datasets(run.data, run.training.seed, watch)
+        raw = start.rows or data.read_train_and_validation(run.data, run.training.seed, watch)
         split = raw.train if name == "training" else raw.validation
         assert split is not None
         if (path / "tokenizer_config.json").is_file():
@@ -158,19 +158,23 @@ def _with_replay(
     if len(numbers) > len(earlier.rows):
         remark += f", whose {len(earlier.rows):,} rows are taken more than once"
     remarks = datasets.remarks | {"train": [*datasets.remarks["train"], remark]}
-    leaks = [*datasets.leaks, *_leaks(datasets.validation, earlier, numbers)]
+    held_out = {"validation": datasets.validation, "test": datasets.test}
+    replayed = [line for name, split in held_out.items() for line in _leaks(name, split, earlier, numbers)]
+    leaks = [*datasets.leaks, *replayed]
     record = {"share": share, "rows": len(numbers), "own": own.fingerprint}
     return replace(datasets, train=mixed, remarks=remarks, leaks=leaks), replace(run, replay=record)
 
 
-def _leaks(validation: TokenizedDataset | None, earlier: TokenizedDataset, numbers: Sequence[int]) -> Iterator[str]:
-    """A line on validation rows that are replayed, if there are any."""
-    if validation is None:
+def _leaks(
+    name: str, split: TokenizedDataset | None, earlier: TokenizedDataset, numbers: Sequence[int]
+) -> Iterator[str]:
+    """A line on rows of a held-out split that are replayed, if there are any."""
+    if split is None:
         return
     replayed = {earlier.rows.row(number).ids for number in numbers}
-    likely = np.flatnonzero(np.isin(validation.rows.lengths, [*{len(ids) for ids in replayed}]))
-    if count := sum(validation.rows.row(number).ids in replayed for number in likely.tolist()):
-        yield f"{count:,} of the validation rows {'is' if count == 1 else 'are'} also replayed"
+    likely = np.flatnonzero(np.isin(split.rows.lengths, [*{len(ids) for ids in replayed}]))
+    if count := sum(split.rows.row(number).ids in replayed for number in likely.tolist()):
+        yield f"{count:,} of the {name} rows {'is' if count == 1 else 'are'} also replayed"
 
 
 def check_base(start: StartAdapter | None, base: Base) -> None:

@@ -15,12 +15,14 @@ from loratune.data import TokenizedDataset
 from loratune.errors import Problem, ResumeError
 from loratune.system import launcher
 from loratune.training.checkpoints import newest_whole, step_of
+from loratune.training.evaluations import BEST, BestRecord
 
 CHANGEABLE = (
     "training.learning_rate", "training.num_train_epochs", "training.max_steps", "training.max_grad_norm",
-    "training.logging_steps", "training.save_steps", "training.eval_steps", "training.activation_checkpointing",
+    "training.logging_steps", "training.save_steps", "training.eval_steps", "training.keep", "training.patience",
+    "training.activation_checkpointing",
     "training.per_device_train_batch_size", "training.gradient_accumulation_steps",
-    "lora.lora_dropout", "lora.start_from", "data.train", "data.validation", "model.name_or_path",
+    "lora.lora_dropout", "lora.start_from", "data.train", "data.validation", "data.test", "model.name_or_path",
     "model.attn_implementation", "model.torch_compile", "model.use_liger_kernel",
 )  # fmt: skip
 """Keys that a resumed run can change: each has its effect from the next step on, and the rows stay the same.
@@ -79,9 +81,9 @@ def identity(
 
     Args:
         config: The config, with absolute paths.
-        fingerprints: Of the base, the training rows and the validation rows.
+        fingerprints: Of the base, and of the training, validation and test rows.
         rows: The training rows, whose counts are kept.
-        environment: What the run is computed with; see `trainer.environment`.
+        environment: What the run is computed with; see `conditions.environment`.
 
     Returns:
         All of these, with the number of processes and how they shard the weights.
@@ -168,9 +170,11 @@ def _fault(run: Any) -> str:
         numbers += [run["rows"]["rows"], run["rows"]["tokens"], run.get("processes", 1)]
         texts = [run["fingerprints"][key] for key in ("base", "data")] + [run.get("sharding", "")]
         changes = [change[key] for change in run["changes"] for key in ("step", "key", "was", "is")]
+        if run.get(BEST) is not None:
+            BestRecord.from_json(run[BEST])
     except KeyError as error:
         return f"{error} is missing"
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, ValueError):
         return "it is not the record of a run"
     checks = (
         all(type(number) is int and 0 <= number < 1 << 63 for number in numbers),
@@ -324,6 +328,9 @@ def _changed_contents(before: Mapping[str, Any], now: Mapping[str, Any], allowed
         fix = "put the old ones back, or allow the change with --allow-change data.validation"
         what = f"the validation rows have changed {since}"
         yield Problem(Code.RESUME_VALIDATION_CHANGED, what, key="data.validation", fix=fix)
+    if old.get("test") != new.get("test") and "data.test" not in allowed:
+        fix = "put the old ones back, or allow the change with --allow-change data.test"
+        yield Problem(Code.RESUME_TEST_CHANGED, f"the test rows have changed {since}", key="data.test", fix=fix)
     if old.get("start") != new.get("start"):
         yield start_problem()
     if old["base"] != new["base"]:

@@ -45,7 +45,7 @@ _TEMPLATES = "additional_chat_templates"
 _TEMPORARY = r"(.*/)?\.tmp\w{6}"  # safetensors writes under such a name before it renames the file
 _STEP = rf"{CHECKPOINT}\d+"
 _TRAINER_FILES = re.compile(
-    r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth|trainer_state\.json|run\.json|latest|"
+    r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth|trainer_state\.json|run\.json|best\.safetensors|latest|"
     rf"{re.escape(MANIFEST)}|zero_to_fp32\.py|(global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+)/[^/]+|{_TEMPORARY}"
 )
 _TRAINER_DIRECTORIES = re.compile(r"global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+")

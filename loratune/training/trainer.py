@@ -1,12 +1,10 @@
 """The training loop: `transformers.Trainer` with this package's batches, callbacks and checkpoints."""
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,13 @@ from loratune import kernels
 from loratune.codes import Code
 from loratune.config import TrainingSection
 from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
+from loratune.lora import tensors
 from loratune.lora.parameters import OptimizerChoice
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
 from loratune.training.batching import DistributedBatchSampler, Loader, count_tokens
+from loratune.training.best_step import BestStep
 from loratune.training.callbacks import (
     NonFiniteGuard,
     OomDryRun,
@@ -32,7 +32,9 @@ from loratune.training.callbacks import (
     diverged_error,
 )
 from loratune.training.checkpoints import Checkpoints
+from loratune.training.evaluations import BestRecord
 from loratune.training.gain import Batches, Loss, held_out_loss
+from loratune.training.outcome import CURVE_KEYS, Outcome
 from loratune.training.sharded_trainer import ShardedTrainer
 from loratune.training.upstream import exclude_from_ddp, scale_learning_rates, use_one_gpu
 
@@ -48,6 +50,7 @@ class RunContext:
         group: The processes that share the run.
         resume_from: A whole checkpoint from which the run is resumed.
         learning_rate_factor: By what the learning rates of that checkpoint are multiplied.
+        evaluations: What the evaluations up to that checkpoint gave; None if there were none, or they do not count.
         after_checkpoint: Called in all processes after each checkpoint; it may raise an error, which ends the run.
     """
 
@@ -57,6 +60,7 @@ class RunContext:
     group: Group = SINGLE_PROCESS
     resume_from: Path | None = None
     learning_rate_factor: float = 1.0
+    evaluations: BestRecord | None = None
     after_checkpoint: Callable[[], None] = lambda: None
 
     def stopping(self) -> bool:
@@ -73,34 +77,6 @@ class OutOfMemory(ResourceError):
         code = Code.MEMORY_EVALUATION if evaluating else Code.MEMORY_TRAINING
         super().__init__(Problem(code, f"out of memory {position}"))
         self.evaluating = evaluating
-
-
-@dataclass
-class Outcome:
-    """What a training loop came to.
-
-    Attributes:
-        steps: Optimizer steps.
-        first_loss: The loss of the first step, in nats per supervised token.
-        last_loss: The loss of the last step.
-        held_out_loss: The last loss on the validation rows, None without any.
-        tokens: How many tokens were read in training, without padding.
-        seconds: How long it took.
-        curve: What the trainer logged.
-    """
-
-    steps: int
-    first_loss: float
-    last_loss: float
-    held_out_loss: float | None
-    tokens: int
-    seconds: float
-    curve: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def metrics(self) -> dict[str, float | int | None]:
-        """Everything but the curve."""
-        return {name: value for name, value in vars(self).items() if name != "curve"}
 
 
 def training_arguments(
@@ -147,7 +123,7 @@ def fit(
     """Train the trainable weights of `model` in place.
 
     Args:
-        section: The config.
+        section: The config, with `eval_steps` chosen. The best step is kept if `keep` says so; null means the last.
         model: The base with the adapter.
         train: The training batches.
         validation: The validation batches.
@@ -165,7 +141,7 @@ def fit(
     trainer = _build(section, model, train, validation, context, optimizer, oom_dry_run=oom_dry_run)
     start = time.monotonic()
     try:
-        with suppress(_AllStepsTaken):
+        with suppress(_NoStepLeft):
             trainer.train(resume_from_checkpoint=str(context.resume_from) if context.resume_from else None)
         seconds = time.monotonic() - start
         if validation is not None and context.stop.requested is None:
@@ -178,19 +154,10 @@ def fit(
         raise OutOfMemory(trainer.position(), evaluating=trainer.evaluating) from None
     finally:
         context.progress.stop()
+    trainer.put_back_best()
     if not context.stopping():  # The model is still accelerated here; afterwards its logits can need more memory.
         check_final_loss(model, train, context.checkpoints, trainer.state.global_step)
-    curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    losses = [entry["loss"] for entry in curve if "loss" in entry]
-    return Outcome(
-        steps=trainer.state.global_step,
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        held_out_loss=next((entry["eval_loss"] for entry in reversed(curve) if "eval_loss" in entry), None),
-        tokens=int(trainer.state.num_input_tokens_seen),
-        seconds=seconds,
-        curve=curve,
-    )
+    return trainer.outcome(seconds)
 
 
 def _build(
@@ -219,6 +186,7 @@ def _build(
         context,
         train,
         guard,
+        BestStep(keep=section.keep == "best", patience=section.patience, record=context.evaluations),
         model=model,
         args=arguments,
         optimizer_cls_and_kwargs=optimizer(Trainer.get_optimizer_cls_and_kwargs(arguments, model)),
@@ -226,7 +194,12 @@ def _build(
         eval_dataset=validation,
         data_collator=train.collate,
         compute_loss_func=guard.loss,
-        callbacks=[guard, dry_run, StopCallback(context.stopping), ProgressCallback(context.progress)],
+        callbacks=[
+            guard,
+            dry_run,
+            ProgressCallback(context.progress, at_evaluations=section.patience is not None),
+            StopCallback(context.stopping),
+        ],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own progress bar is off
     guard.norm = trainer.gradient_norm
@@ -236,35 +209,8 @@ def _build(
     return trainer
 
 
-COMPUTING_PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
-"""The packages that compute. Others only read, and what they have read has a fingerprint."""
-
-
-def environment(model: PreTrainedModel, fallbacks: Sequence[str]) -> dict[str, str]:
-    """What a run is computed with. Any of it may change the last bits of a result.
-
-    Args:
-        model: The model on the device on which it is trained.
-        fallbacks: What of it PyTorch computes as no kernel accelerates it, see `kernels.Acceleration`.
-
-    Returns:
-        Names and values. Both are shown to the user: "NAME was VALUE up to step 5, and is VALUE from there".
-    """
-    path, on_gpu = Path("/proc/cpuinfo"), model.device.type == "cuda"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    processors = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {
-        **{name: version(name) for name in COMPUTING_PACKAGES},
-        "the processor": next(processors, platform.processor() or platform.machine()),
-        "the device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
-        "the number of threads": str(torch.get_num_threads()),
-        "the compiled CPU code": kernels.variant(model.get_input_embeddings().weight),
-        "what PyTorch computes instead of fast code": ", ".join(fallbacks) or "nothing",
-    }
-
-
-class _AllStepsTaken(Exception):
-    """The checkpoint is that of the last step. Trainer would take one more if that is in the middle of an epoch."""
+class _NoStepLeft(Exception):
+    """The run ends where it is resumed. Trainer would take a step at least, if that is in the middle of an epoch."""
 
 
 class _EvaluationStopped(Exception):
@@ -274,8 +220,9 @@ class _EvaluationStopped(Exception):
 class _RunTrainer(ShardedTrainer):
     """A Trainer that writes whole checkpoints, and whose held-out loss is a mean over tokens, not over batches."""
 
-    def __init__(self, context: RunContext, batches: Batches, guard: NonFiniteGuard, **arguments: Any):
+    def __init__(self, context: RunContext, batches: Batches, guard: NonFiniteGuard, best: BestStep, **arguments: Any):
         self.context, self.batches, self.guard, self.group = context, batches, guard, context.group
+        self.best = best
         self.shape: tuple[int, ...] = ()
         self.evaluating = False
         super().__init__(**arguments)
@@ -292,19 +239,17 @@ class _RunTrainer(ShardedTrainer):
 
         Raises:
             ResumeError: More steps were taken than the config asks for, or none is left for a new learning rate.
-            _AllStepsTaken: All steps were taken.
+            _NoStepLeft: All steps were taken, patience is at its end, or the evaluation was stopped.
         """
         done, steps = self.state.global_step, self.state.max_steps
         if done > steps:
             what = f"the run has taken {done} steps, but only {steps} are set"
             fix = "set more, or start with --overwrite"
             raise ResumeError(Problem(Code.RESUME_FEWER_STEPS, what, key="training", fix=fix))
-        if done == steps and self.context.learning_rate_factor != 1:
-            what = f"the run has taken all its {steps} steps, so a new learning rate has no effect"
-            fix = "change it back, or set more steps with training.num_train_epochs or training.max_steps"
-            raise ResumeError(Problem(Code.RESUME_NO_STEP_LEFT, what, key="training.learning_rate", fix=fix))
-        if done == steps:
-            raise _AllStepsTaken
+        if self.context.resume_from is not None:
+            self.best.load(self.context.resume_from)
+        if done == steps or self.best.is_exhausted:
+            raise self._end(done, steps)
         if oom_dry_run:
             batch = self.batches.collate([self.batches.items[number] for number in self.batches.heaviest()])
             with torch.random.fork_rng():
@@ -315,12 +260,51 @@ class _RunTrainer(ShardedTrainer):
             self._held_out_loss(validation, validation.heaviest())
         if self.args.eval_strategy == "steps" and done and done % self.state.eval_steps == 0:
             self.evaluate_once()
+            if self.context.stopping():
+                raise _NoStepLeft
+            if self.best.is_exhausted:
+                raise self._end(done, steps)
+
+    def _end(self, done: int, steps: int) -> Exception:
+        """What ends a run that is resumed behind its last step: an error if the user expects more of it."""
+        if self.context.learning_rate_factor == 1:
+            return _NoStepLeft()
+        what = f"the run has taken all its {steps} steps, so a new learning rate has no effect"
+        fix = "change it back, or set more steps with training.num_train_epochs or training.max_steps"
+        if done < steps:
+            what = f"patience ended the run at step {done} of {steps}, so a new learning rate has no effect"
+            fix = "change it back, or raise training.patience as well"
+        return ResumeError(Problem(Code.RESUME_NO_STEP_LEFT, what, key="training.learning_rate", fix=fix))
 
     def evaluate_once(self) -> None:
-        """Evaluate, unless that was done at this step."""
+        """Evaluate, unless that was done at this step, and counts."""
         evaluation_steps = (entry["step"] for entry in self.state.log_history if "eval_loss" in entry)
-        if self.state.global_step not in evaluation_steps:
+        if self.best.record is None or self.state.global_step not in evaluation_steps:
             self.evaluate()
+
+    def put_back_best(self) -> None:
+        """Give the model the weights that become the adapter, where these are not those of the last step."""
+        if (weights := self.best.kept_weights(self.state.global_step)) is not None:
+            tensors.restore(self.model, weights)
+
+    def outcome(self, seconds: float) -> Outcome:
+        """What the run came to. seconds: how long it took."""
+        curve = [entry for entry in self.state.log_history if any(key in entry for key in CURVE_KEYS)]
+        losses, held_out_losses = ([entry[key] for entry in curve if key in entry] for key in CURVE_KEYS)
+        step, record = self.state.global_step, self.best.record
+        return Outcome(
+            steps=step,
+            planned_steps=self.state.max_steps,
+            kept_step=record.step if record and self.best.keep else step,
+            keeps_best=self.best.keep,
+            first_loss=losses[0],
+            last_loss=losses[-1],
+            last_held_out_loss=held_out_losses[-1] if held_out_losses else None,
+            evaluations=record,
+            tokens=int(self.state.num_input_tokens_seen),
+            seconds=seconds,
+            curve=curve,
+        )
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: nothing uses the number, and upstream walks over the whole model at each micro-step for it."""
@@ -347,6 +331,9 @@ class _RunTrainer(ShardedTrainer):
         metrics = {f"{metric_key_prefix}_loss": loss.mean}
         self.log(dict(metrics))
         self.notify_evaluation(metrics)
+        self.best.add(self.state.global_step, loss.mean, partial(tensors.full_weights, self.model))
+        if self.best.is_exhausted:
+            self.control.should_save = self.control.should_training_stop = True
         return metrics
 
     def _held_out_loss(self, batches: Batches, numbers: Sequence[int] | None = None) -> Loss:
@@ -378,8 +365,11 @@ class _RunTrainer(ShardedTrainer):
 
     def save_checkpoint(self, model: Any) -> None:
         """Write a checkpoint that is whole, or absent."""
-        with self.context.checkpoints.writing(self.state.global_step):
+        step, checkpoints = self.state.global_step, self.context.checkpoints
+        with checkpoints.writing(step, self.best.as_json()) as directory:
             super().save_checkpoint(model)
+            if checkpoints.is_writer:
+                self.best.save(directory, step)
         self.context.after_checkpoint()
 
     def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

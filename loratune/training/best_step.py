@@ -1,0 +1,96 @@
+"""Which step of a run has the lowest held-out loss, and the weights of that step.
+
+Each checkpoint holds both as of its own step: the record in `run.json`, and the weights in a file of their own unless
+they are those of the checkpoint itself. So a checkpoint is all that a resumed run needs, and nothing that a run found
+after it, before it was killed or under other settings, can win; what was found after the last one is found again.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from loratune.lora.adapter_files import WEIGHTS_FILE
+from loratune.lora.tensors import Weights, read_weights
+from loratune.training.checkpoints import BEST_WEIGHTS
+from loratune.training.evaluations import BEST, BestRecord
+from loratune.training.resume import ResumePoint
+
+
+class BestStep:
+    """The best step so far.
+
+    Attributes:
+        record: What the evaluations gave; None before the first.
+        keep: Whether the weights of that step become the adapter.
+        patience: After how many evaluations in a row without a lower loss the run ends; None for never.
+    """
+
+    def __init__(self, *, keep: bool, patience: int | None, record: BestRecord | None = None) -> None:
+        self.record, self.keep, self.patience = record, keep, patience
+        self._weights: Weights | None = None
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether patience is at its end."""
+        return self.record is not None and self.patience is not None and self.record.since >= self.patience
+
+    def add(self, step: int, loss: float, weights: Callable[[], Weights]) -> None:
+        """Take note of an evaluation.
+
+        Args:
+            step: After which step it was.
+            loss: The held-out loss.
+            weights: Returns the trained weights as whole tensors, see `tensors.full_weights`; called in all processes
+                or in none.
+        """
+        self.record = self.record.after(step, loss) if self.record else BestRecord(step, loss)
+        if self.keep and self.record.step == step:
+            self._weights = {name: tensor.cpu() for name, tensor in weights().items()}
+
+    def kept_weights(self, step: int) -> Weights | None:
+        """The weights that become the adapter; None if they are those of the last step, which is given."""
+        if not self.keep or self.record is None or self.record.step == step:
+            return None
+        assert self._weights is not None
+        return self._weights
+
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Write the weights to a checkpoint of a step, unless they are its own."""
+        if (weights := self.kept_weights(step)) is not None:
+            save_file(weights, checkpoint / BEST_WEIGHTS)
+
+    def load(self, checkpoint: Path) -> None:
+        """Read the weights back from a checkpoint."""
+        if self.keep and self.record is not None:
+            path = checkpoint / BEST_WEIGHTS
+            self._weights = read_weights(path if path.exists() else checkpoint / WEIGHTS_FILE)
+
+    def as_json(self) -> dict[str, Any]:
+        """What a checkpoint records."""
+        return {BEST: asdict(self.record) if self.record else None}
+
+
+def continued(point: ResumePoint, identity: Mapping[str, Any], *, keep: bool) -> tuple[BestRecord | None, str]:
+    """The evaluations that still count in a resumed run.
+
+    Args:
+        point: Where the run is resumed.
+        identity: That of the run as it continues, see `resume.identity`.
+        keep: Whether the weights of the best step become the adapter.
+
+    Returns:
+        Their record; and if they do not count, a line on the reason.
+    """
+    values = point.identity.get(BEST)
+    if values is None:
+        return None, ""
+    record = BestRecord.from_json(values)
+    reason = ""
+    if point.identity["fingerprints"].get("validation") != identity["fingerprints"].get("validation"):
+        reason = "they were on other rows"
+    elif keep and record.step != point.step and not (point.checkpoint / BEST_WEIGHTS).is_file():
+        reason = f"the weights of step {record.step}, the best of them, were not kept"
+    return (None, f"evaluations up to step {point.step} do not count: {reason}") if reason else (record, "")

@@ -1,0 +1,90 @@
+"""What a training loop came to, as figures and in words."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratune.training.evaluations import BestRecord
+
+CURVE_KEYS = ("loss", "eval_loss")
+"""What of the trainer's log is part of the curve: entries that have one of these."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training loop came to.
+
+    Attributes:
+        steps: Optimizer steps that were taken.
+        planned_steps: Optimizer steps that the run was to take.
+        kept_step: The step whose weights become the adapter.
+        keeps_best: Whether that is the step with the lowest held-out loss; otherwise it is the last one.
+        first_loss: The loss of the first step, in nats per supervised token.
+        last_loss: The loss of the last step.
+        last_held_out_loss: The last loss on the validation rows, None without any.
+        evaluations: What the evaluations gave, None without validation rows.
+        tokens: How many tokens were read in training, without padding.
+        seconds: How long it took.
+        curve: What the trainer logged.
+    """
+
+    steps: int
+    planned_steps: int
+    kept_step: int
+    keeps_best: bool
+    first_loss: float
+    last_loss: float
+    last_held_out_loss: float | None
+    evaluations: BestRecord | None
+    tokens: int
+    seconds: float
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """The loss of the weights that become the adapter on the validation rows, None without any."""
+        return self.evaluations.loss if self.evaluations and self.keeps_best else self.last_held_out_loss
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether patience ended the run."""
+        return self.steps < self.planned_steps
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The figures, for a record."""
+        best = self.evaluations
+        return {
+            "steps": self.steps,
+            "kept_step": self.kept_step,
+            "stopped_early": self.stopped_early,
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "held_out_loss": self.held_out_loss,
+            "best_held_out_loss": best.loss if best else None,
+            "last_held_out_loss": self.last_held_out_loss,
+            "evaluations": best.evaluations if best else 0,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+
+    def lines(self, *, tested: bool) -> list[tuple[str, str]]:
+        """What the evaluations gave, as labels and texts; none without validation rows.
+
+        tested: whether the adapter was scored on test rows as well, by which nothing was chosen.
+        """
+        best, loss = self.evaluations, self.held_out_loss
+        if best is None or loss is None:
+            return []
+        text = f"{loss:.4f}"
+        if best.evaluations > 1 and self.keeps_best:
+            text += f" at step {self.kept_step:,}, which is kept: the lowest of {best.evaluations:,} evaluations"
+            text += "" if tested else ", and so optimistic"
+            if self.kept_step != self.steps:
+                text += f"; {self.last_held_out_loss:.4f} at step {self.steps:,}, the last"
+        elif best.step != self.steps:
+            text += f"; the lowest of {best.evaluations:,} evaluations was {best.loss:.4f}, at step {best.step:,}"
+        lines = [("held-out", text)]
+        if self.stopped_early:
+            count = f"{best.since:,} evaluation{'s in a row' if best.since > 1 else ''} without a lower held-out loss"
+            lines.append(("stopped early", f"at step {self.steps:,} of {self.planned_steps:,}: {count}"))
+        return lines
