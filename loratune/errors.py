@@ -10,6 +10,7 @@ LoratuneError           1   unexpected
 ├── ResourceError       8   memory or disk
 ├── LockedError         9   another run holds the directory
 ├── LostError          10   another process of the run has ended
+├── RequirementError   11   an adapter is not as good as required
 ├── Interrupted       130   Ctrl-C
 └── Terminated        143   SIGTERM
 
@@ -142,6 +143,12 @@ class LostError(LoratuneError):
     """Another process of the run has ended, or cannot be reached."""
 
     exit_code = 10
+
+
+class RequirementError(LoratuneError):
+    """An adapter that is not shown to be as good as the user requires."""
+
+    exit_code = 11
 
 
 class Interrupted(LoratuneError):

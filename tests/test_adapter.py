@@ -108,7 +108,7 @@ def test_what_the_directory_holds(trained: Path, tiny_dir: Path) -> None:
     files = {path.name for path in trained.iterdir()}
     assert files == {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "run.yaml", "loratune.json",
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "train_rows.hashes",
     }  # fmt: skip
     tensors = load_file(trained / WEIGHTS)
     assert len(tensors) == 16  # 2 layers, 4 modules, A and B

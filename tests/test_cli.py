@@ -19,7 +19,7 @@ from loratune.training import output_dir, run_dir
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "scipy")
 OLD = {"adapter_config.json": b'{"old": true}', "adapter_model.safetensors": b"old weights"}
-COMMANDS = ("train", "params", "evaluate", "generate", "chat", "merge", "export", "push")
+COMMANDS = ("train", "params", "evaluate", "report", "generate", "chat", "merge", "export", "push")
 """In the order in which the help lists them."""
 ONE_STEP = {"max_steps": 1}
 
@@ -130,7 +130,7 @@ def test_bad_rows_stop_before_torch_is_imported(
         ),
         (["generate", "--adapter", "x", "--max-new-tokens", "few", "hello"], "Input should be a valid integer"),
         (["generate", "--adapter", "x", "--temperature", "-1", "hello"], "Input should be greater than or equal to 0"),
-        (["evaluate", "--adapter", "x"], "Missing option '--data'"),
+        (["evaluate", "--adapter", "x"], f"give --data, --tasks, or both [{Code.USAGE_CONFLICT}]"),
         (["params"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
         (["params", "a.yaml", "--model", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
         (["params", "a.yaml", "--adapter", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
@@ -187,7 +187,8 @@ def test_exit_codes_are_those_of_the_design() -> None:
     codes = {error.__name__: error.exit_code for error in LoratuneError.__subclasses__()}
     assert codes == {
         "ConfigError": 2, "ModelError": 3, "DataError": 4, "AdapterError": 5, "NumericError": 6, "ResumeError": 7,
-        "ResourceError": 8, "LockedError": 9, "LostError": 10, "Interrupted": 130, "Terminated": 143,
+        "ResourceError": 8, "LockedError": 9, "LostError": 10, "RequirementError": 11,
+        "Interrupted": 130, "Terminated": 143,
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from loratune import config
 from loratune.codes import Code
 from loratune.lora import adapter_files
 from loratune.system.files import sha256
+from loratune.system.records import ROW_HASHES
 
 Cli = Callable[..., Ran]
 Push = Callable[..., Ran]
@@ -125,10 +126,11 @@ def test_an_adapter_is_uploaded_as_others_can_use_it(
     copy = downloaded(repository.files, tmp_path / "copy")
     files = adapter_files.inspect(copy)
     assert files.edits() == [] and files.base == BASE and files.record["base"]["name_or_path"] == BASE
-    assert set(repository.files) == {*before, ".gitattributes"}
+    assert set(repository.files) == {*before, ".gitattributes"} - {ROW_HASHES}
     original = json.loads(before["loratune.json"])
     assert original.keys() - files.record.keys() == {"prompts"} and original["prompts"]
     assert "prompts of the training rows are left out" in ran.err
+    assert ROW_HASHES in before and f"{ROW_HASHES}, hashes of the training rows, is left out" in ran.err
     assert repository.files[WEIGHTS] == before[WEIGHTS]
     said = read_files(copy)
     for path in (trained, trained.parent, tiny_dir, tiny_dir.parent):
@@ -142,7 +144,7 @@ def test_an_adapter_is_uploaded_as_others_can_use_it(
 
     lines = dict(line.strip().split(maxsplit=1) for line in ran.out.splitlines()[1:])
     assert lines["repository"] == f"{hub.url}/{ME}" and lines["visibility"] == "private, new"
-    assert lines["commit"] == repository.head and lines["checked"] == f"{len(before)} files re-read, equal"
+    assert lines["commit"] == repository.head and lines["checked"] == f"{len(before) - 1} files re-read, equal"
     for seen in state.seen:  # the token goes to the hub, and not to where large files lie
         is_told = not seen.host.startswith("localhost") and "/api/agent" not in seen.line
         assert seen.authorization == (f"Bearer {TOKEN}" if is_told else None), seen
@@ -160,7 +162,7 @@ def test_a_second_push_of_the_same_makes_no_commit(adapter: Path, state: State, 
     assert again == first | {"created": False, "unchanged": True}
     assert len(state.repositories[ME].commits) == 2
     assert first["bytes"] == sum(len(state.repositories[ME].files[file["name"]]) for file in first["files"])
-    assert first["files_equal"] == len(first["files"]) == len(tree(adapter))
+    assert first["files_equal"] == len(first["files"]) == len(tree(adapter)) - 1  # all but the hashes
     (adapter / "README.md").write_text("# Mine\n")
     third = json.loads(push("--adapter", adapter, ME, "--json").out)
     assert third["commit"] == state.repositories[ME].head != first["commit"]
@@ -173,7 +175,7 @@ def test_a_former_adapter_is_replaced_whole(adapter: Path, state: State, push: P
     ran = push("--adapter", adapter, ME)
     assert ran.code == 0, ran.err
     assert len(state.repositories[ME].commits) == 2
-    assert set(state.repositories[ME].files) == {*tree(adapter), ".gitattributes", "LICENSE", "plot.png"}
+    assert set(state.repositories[ME].files) == {*tree(adapter), ".gitattributes", "LICENSE", "plot.png"} - {ROW_HASHES}
     assert "removed there   spiece.model" in ran.out
     assert adapter_files.inspect(downloaded(state.repositories[ME].files, tmp_path / "copy")).edits() == []
 
@@ -604,7 +606,7 @@ def test_stopped_while_the_commit_is_made(adapter: Path, state: State, clients: 
     code = stopped(child, reached)
     over.set()
     assert code == 130 and child.said().count("error: ") == 1
-    assert state.repositories[ME].files.keys() == {*tree(adapter), ".gitattributes"}
+    assert state.repositories[ME].files.keys() == {*tree(adapter), ".gitattributes"} - {ROW_HASHES}
     state.fault = State().fault
     values = json.loads(push("--adapter", adapter, ME, "--json").out)
     assert values["unchanged"] and values["commit"] == state.repositories[ME].head

@@ -166,11 +166,13 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, interrupted: Path, cli: 
 
 
 def test_the_older_checkpoint_gives_the_same_adapter(
-    interrupted: Path, cli: Cli, tmp_path: Path, undisturbed: bytes
+    interrupted: Path, cli: Cli, tmp_path: Path, undisturbed: bytes, stopped_run: Path
 ) -> None:
     flip(checkpoints(tmp_path / "out.partial")[0] / WEIGHTS)
     assert cli("train", interrupted, "--resume").code == 0
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == undisturbed
+    hashes = [folder / "train_rows.hashes" for folder in (tmp_path / "out", stopped_run / "straight")]
+    assert hashes[0].read_bytes() == hashes[1].read_bytes()
 
 
 def test_without_a_whole_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) -> None:

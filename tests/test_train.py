@@ -126,7 +126,7 @@ def test_same_config_same_bytes(run_config: MakeConfig, tmp_path: Path, forked: 
     one = cut_off.start("train", config, "--set", f"output_dir={tmp_path / 'one'}")
     two = forked("train", config, "--set", f"output_dir={tmp_path / 'two'}")
     assert [one.wait(), two.code] == [0, 0], one.said() + two.err
-    for file in (WEIGHTS, "adapter_config.json"):
+    for file in (WEIGHTS, "adapter_config.json", "train_rows.hashes"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 

@@ -6,5 +6,6 @@ from loratune.cli import export as export
 from loratune.cli import generate as generate
 from loratune.cli import merge as merge
 from loratune.cli import push as push
+from loratune.cli import report as report
 from loratune.cli import training as training
 from loratune.cli.application import app as app

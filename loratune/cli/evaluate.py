@@ -1,5 +1,6 @@
 """`loratune evaluate`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,15 +13,43 @@ from loratune.console import EscapedStream
 from loratune.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from loratune.commands.evaluate_tasks import Tasks
     from loratune.commands.output_file import Output
     from loratune.data import DatasetSplit
+    from loratune.data.row_hashes import Overlap
+    from loratune.evaluation.requirements import Requirement
     from loratune.evaluation.results import Evaluation
+    from loratune.training.preflight import AdapterInfo
+
+
+_NEEDED = {
+    **dict.fromkeys(("against", "metrics", "forgetting", "worst", "output", "require", "assignments"), "data"),
+    "limit": "tasks",
+    "overwrite": "output",
+    "allow_overlap": "require",
+}
+"""Option → the option that it only works with, by the names of their parameters."""
+_SPELLED = {"metrics": "metric", "allow_overlap": "allow-overlap", "assignments": "set"}
 
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
-    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Held-out rows, in the format of training.")],
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Held-out rows, in the format of training.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME,...",
+            help="Tasks of the lm-evaluation-harness; YAML files and directories of tasks, whose code is run.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, max=MAX_COUNT, help="At most N rows of each task.")
+    ] = None,
     against: Annotated[
         Path | None, typer.Option("--against", metavar="DIR", help="Compare with this adapter, not with the base.")
     ] = None,
@@ -39,32 +68,42 @@ def evaluate(
         Path | None, typer.Option("--output", metavar="FILE", help="Write rows, answers and scores as JSONL to FILE.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIGURE<BOUND", help="End with exit code 11 unless e.g. 'exact_match>=0.9', 'loss<base'."),
+    ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="With --require: also judge by rows that stand in train.")
+    ] = False,
     assignments: Assignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Score base and adapter on the same held-out rows."""
+    """Score base and adapter on the same held-out rows, or on tasks."""
     with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
         check_paths(adapter=adapter, data=data, against=against, forgetting=forgetting, output=output)
-        if overwrite and output is None:
-            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --output", key="--overwrite"))
+        _check_options(context.params)
+        names = _task_names(tasks)
         with importing():
             from loratune.commands import output_file
-            from loratune.config import Source
             from loratune.console import log, show_count, show_progress
-            from loratune.data import read_source
             from loratune.evaluation import metrics as known_metrics
+            from loratune.evaluation import requirements
             from loratune.training import preflight
 
         parsed = known_metrics.parse(metrics or [])
+        required = requirements.parse(require or [], parsed, against=bool(against), forgetting=bool(forgetting))
         inputs = [Path(path) for path in (adapter, data, against, forgetting) if path is not None]
         file = output_file.output(output, "--output", overwrite=overwrite, inputs=inputs) if output else None
         info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
         other = preflight.open_adapter(against, log, forced=force) if against is not None else None
         if file is not None:
             file = file.reading(Path(info.base.name_or_path))
-        split = read_source(Source(path=data), info.data, show_progress)
+        if data is None:
+            return _evaluate_tasks(info, names, limit, as_json)
+        opened = _open_tasks(names, limit) if names else None
+        split, overlap = _read_rows(data, info, required, allow_overlap=allow_overlap)
         unrelated = _unrelated_text(forgetting, info.data.max_length) if forgetting is not None else None
 
         with importing():
@@ -74,12 +113,79 @@ def evaluate(
 
         found = evaluate(
             info, split, against=other, judging=Judging(parsed, file is not None), forgetting=unrelated,
-            watch=show_progress, count=show_count, log=log,
+            overlap=overlap, required=required, tasks=opened, watch=show_progress, count=show_count, log=log,
         )  # fmt: skip
         log_all(found.remarks)
         if file is not None:
             _write_rows(found, file)
         printing.print_evaluation(found, worst, as_json)
+        requirements.check_met(found.requirements)
+
+
+def _read_rows(
+    data: str, info: "AdapterInfo", required: list["Requirement"], *, allow_overlap: bool
+) -> tuple["DatasetSplit", "Overlap"]:
+    """The rows, and which of them are also in train. Raises as `requirements.check_rows` does."""
+    from loratune.config import Source
+    from loratune.console import log, show_progress
+    from loratune.data import read_source, row_hashes
+    from loratune.evaluation import requirements
+
+    split = read_source(Source(path=data), info.data, show_progress)
+    overlap = row_hashes.find_overlap(split, info.files.path)
+    if required:
+        requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
+        if overlap.unknown:
+            log(overlap.unknown)
+    return split, overlap
+
+
+def _check_options(values: Mapping[str, object]) -> None:
+    """Raises ConfigError: there is nothing to score the adapter on, or an option comes without the one that it needs.
+
+    values: of all options, by the names of their parameters.
+    """
+    if values["data"] is None and values["tasks"] is None:
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, "give --data, --tasks, or both"))
+    problems = [
+        Problem(Code.USAGE_NEEDS_OPTION, f"only works with --{needed}", key=f"--{_SPELLED.get(option, option)}")
+        for option, needed in _NEEDED.items()
+        if values[option] and not values[needed]
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _task_names(tasks: str | None) -> list[str]:
+    """What --tasks names. Raises as `task_names.parse` does."""
+    from loratune.evaluation import task_names
+
+    return task_names.parse(tasks) if tasks is not None else []
+
+
+def _open_tasks(names: list[str], limit: int | None) -> "Tasks":
+    """Find the tasks, with the harness, which is imported for them only."""
+    from loratune.console import show_count
+    from loratune.system.environment import kept_environment
+
+    with importing(), kept_environment():
+        from loratune.commands import evaluate_tasks
+
+    return evaluate_tasks.open_tasks(names, limit, show_count)
+
+
+def _evaluate_tasks(info: "AdapterInfo", names: list[str], limit: int | None, as_json: bool) -> None:
+    """Run tasks alone, without rows."""
+    from loratune.console import log
+
+    tasks = _open_tasks(names, limit)
+    with importing():
+        from loratune.commands import printing
+        from loratune.commands.evaluate_tasks import evaluate_tasks
+
+    results = evaluate_tasks(info, tasks, log)
+    log_all(results.remarks)
+    printing.print_tasks(results, as_json)
 
 
 def _unrelated_text(name: str, max_length: int) -> "DatasetSplit":

@@ -37,16 +37,13 @@ def train(
     rows: Annotated[
         int, typer.Option("--rows", min=1, max=MAX_COUNT, metavar="N", help="With --dry-run: show N rendered rows.")
     ] = 1,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train an adapter as CONFIG says, and write it to its output_dir."""
     memory_fix = "free memory, or load the base in fewer bits with --set model.quantization=4bit"
     with boundary(debug, _join, memory_fix=memory_fix) as group:
-        if resume and overwrite:
-            what = "--resume and --overwrite contradict each other"
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="give one of them"))
-        if changes and not resume:
-            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --resume", key="--allow-change"))
+        _check_options(resume=resume, overwrite=overwrite, changes=changes, dry_run=dry_run, as_json=as_json)
         validated_run = None
         if group.main:
             validated_run = _check_run(config_file, assignments, changes if resume else None, overwrite=overwrite)
@@ -79,7 +76,7 @@ def train(
             raise stop_error(stop, fix) from None
         if result is not None:
             with checked_output():
-                printing.print_result(result, program())
+                printing.print_result(result, program(), as_json)
 
 
 @app.command()
@@ -117,6 +114,18 @@ def params(
             from loratune.commands.params import params
 
         printing.print_params(params(run), as_json)
+
+
+def _check_options(*, resume: bool, overwrite: bool, changes: list[str], dry_run: bool, as_json: bool) -> None:
+    """Raises ConfigError: options of `train` that do not go together."""
+    if resume and overwrite:
+        what = "--resume and --overwrite contradict each other"
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="give one of them"))
+    if changes and not resume:
+        raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --resume", key="--allow-change"))
+    if as_json and dry_run:
+        what = "--dry-run shows rows, and has no JSON"
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--json", fix="leave one of them out"))
 
 
 def _join() -> Group:

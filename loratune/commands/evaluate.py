@@ -1,16 +1,18 @@
 """`loratune evaluate`: how well an adapter does on held-out rows, compared with its base or with another adapter."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from loratune import data
 from loratune.codes import Code
 from loratune.data import DatasetSplit, ProgressFactory, no_progress
+from loratune.data.row_hashes import Overlap
 from loratune.errors import AdapterError
-from loratune.evaluation import comparison, scoring
-from loratune.evaluation.results import ADAPTER, AGAINST, BASE, LOSS, Difference, Evaluation, ModelAnswer
+from loratune.evaluation import comparison, requirements, scoring
+from loratune.evaluation.requirements import Requirement
+from loratune.evaluation.results import ADAPTER, AGAINST, BASE, LOSS, Difference, Evaluation, ModelAnswer, TaskResults
 from loratune.evaluation.scoring import Judging
 from loratune.inference import loading
 from loratune.inference.completion import LoadedAdapter, Log
@@ -26,6 +28,9 @@ def evaluate(
     against: AdapterInfo | None = None,
     judging: Judging = Judging(),  # noqa: B008  it is frozen
     forgetting: DatasetSplit | None = None,
+    tasks: Callable[[LoadedAdapter], TaskResults] | None = None,
+    overlap: Overlap | None = None,
+    required: Sequence[Requirement] = (),
     watch: ProgressFactory = no_progress,
     count: ProgressFactory = no_progress,
     log: Log = lambda _: None,
@@ -38,6 +43,9 @@ def evaluate(
         against: Another adapter of the same base, which the adapter is compared with instead of the base.
         judging: Which metrics there are. The verdict is about the first; without any, about the loss.
         forgetting: Unrelated text, on which adapter and base are compared as well.
+        tasks: Runs tasks on the adapter and its base as well.
+        overlap: What of the rows is also in train.
+        required: What the user requires of the adapter.
         watch: Shows passes over data, in bytes.
         count: Shows passes over rows.
         log: Takes lines about the adapters.
@@ -53,7 +61,7 @@ def evaluate(
     check_positions(dataset, first.data, context)
     rows = scoring.distinct_rows(first, dataset)
     scoring.check_expected(rows, judging)
-    remarks = [*split.remarks(), *dataset.report.losses()]
+    remarks = [*split.remarks(), *dataset.report.losses(), *(overlap.remarks() if overlap else ())]
 
     def answers(name: str, model: LoadedAdapter) -> list[ModelAnswer]:
         with count(f"scoring {name}", len(rows) + sum(row.prompt is not None for row in rows)) as advance:
@@ -63,6 +71,8 @@ def evaluate(
         found = {BASE: answers(BASE, first)}
     found[ADAPTER] = answers(ADAPTER, first)
     forgotten = _forgetting(first, forgetting, context, watch, count, remarks) if forgetting else None
+    task_results = tasks(first) if tasks else None
+    remarks += task_results.remarks if task_results else ()
     if against is not None:
         asked: dict[str, Any] = {"tokenizer": first.tokenizer, "renderer": first.renderer}
         if len(loaded) == 1:
@@ -76,7 +86,10 @@ def evaluate(
     rows = [
         replace(row, answers={name: by_row[place] for name, by_row in found.items()}) for place, row in enumerate(rows)
     ]
-    return comparison.compare(rows, judging.metrics[0].figure if judging.metrics else LOSS, forgotten, remarks)
+    metric = judging.metrics[0].figure if judging.metrics else LOSS
+    evaluation = comparison.compare(rows, metric, forgotten, remarks)
+    shared = overlap.as_json() if overlap else None
+    return requirements.judged(replace(evaluation, tasks=task_results, overlap=shared), required)
 
 
 def _vocabulary_size(loaded: LoadedAdapter) -> int:

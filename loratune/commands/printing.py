@@ -1,9 +1,11 @@
 """What the commands print: tables and blocks on stdout for people, or JSON for programs."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loratune import escaping
+from loratune.commands.loss_plot import loss_plot
 from loratune.console import (
     align,
     err,
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from loratune.commands.params import Params
     from loratune.commands.plan import Plan
     from loratune.commands.train import Result
-    from loratune.evaluation.results import Evaluation
+    from loratune.evaluation.results import Evaluation, TaskResults
     from loratune.export.hub import Upload
     from loratune.memory import Estimate
     from loratune.training.batching import TokenizedDatasets
@@ -109,9 +111,12 @@ def _adapted_too(roles: Sequence[str]) -> str:
     return f"{' and '.join(roles)} {'is' if len(roles) == 1 else 'are'} adapted as well"
 
 
-def print_result(result: "Result", program: str) -> None:
-    """The block at the end of a run. program: what to type to start this program."""
+def print_result(result: "Result", program: str, as_json: bool) -> None:
+    """The block at the end of a run, and a curve of its loss. program: what to type to start this program."""
     outcome = result.outcome
+    if as_json:
+        print_json(result.as_json())
+        return
     lines = [
         ("adapter", str(result.directory)),
         ("size", format_size(result.adapter_bytes)),
@@ -129,6 +134,8 @@ def print_result(result: "Result", program: str) -> None:
         ("try it", f"{program} generate --adapter {escaping.shell(result.display_name)} {result.example_prompt}")
     )
     print_block("done", lines)
+    for line in loss_plot(outcome.curve, sys.stdout.encoding or "ascii"):
+        print(line)
 
 
 def print_params(params: "Params", as_json: bool) -> None:
@@ -205,7 +212,20 @@ def print_evaluation(evaluation: "Evaluation", worst: int, as_json: bool) -> Non
     lines = [("verdict", wording.verdict(evaluation))]
     if evaluation.forgetting is not None:
         lines.append(("forgetting", wording.forgetting(evaluation.forgetting)))
+    lines += [("required", f"{one.text}: {'met' if one.met else 'not met'}") for one in evaluation.requirements]
     print_block("result", lines)
+    if evaluation.tasks is not None:
+        print_tasks(evaluation.tasks)
+
+
+def print_tasks(results: "TaskResults", as_json: bool = False) -> None:
+    """The figures of tasks of the lm-evaluation-harness, those of base and adapter side by side."""
+    if as_json:
+        print_json(results.as_json())
+        return
+    limit = f", at most {results.limit:,} rows of each" if results.limit is not None else ""
+    print(f"tasks of lm-evaluation-harness {results.version}{limit}, 95 % intervals in brackets")
+    print_table(*wording.tasks_table(results))
 
 
 def print_upload(upload: "Upload", as_json: bool) -> None:

@@ -5,7 +5,7 @@
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from loratune import config, data, kernels, memory
 from loratune.codes import Code
 from loratune.commands import card
 from loratune.commands.plan import Plan, make_plan
-from loratune.data import ProgressFactory
+from loratune.data import DatasetSplit, ProgressFactory, row_hashes
 from loratune.errors import NumericError, Problem, ResourceError
 from loratune.lora import adapter_files, attach, parameters, tensors
 from loratune.lora.tensors import Weights
@@ -66,6 +66,7 @@ class Result:
         test: Its loss on the test rows; None without any.
         fallbacks: Kinds of layers that were not accelerated.
         example_prompt: A prompt to try the adapter with, quoted for a shell.
+        peak_memory: The most bytes in use at once, see `memory.peak`.
     """
 
     directory: Path
@@ -77,6 +78,22 @@ class Result:
     test: FinalScore | None
     fallbacks: list[str]
     example_prompt: str
+    peak_memory: dict[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        values: dict[str, Any] = {
+            "adapter": str(self.directory),
+            "adapter_bytes": self.adapter_bytes,
+            **self.outcome.metrics,
+        }
+        values |= {"forgetting": self.forgetting.as_json()} if self.forgetting else {}
+        values |= {"test": self.test.as_json()} if self.test else {}
+        return values | {
+            "gain": self.gain.as_json(),
+            "peak_memory": self.peak_memory,
+            "not_accelerated": self.fallbacks,
+        }
 
     @property
     def held_out(self) -> list[tuple[str, str]]:
@@ -86,7 +103,7 @@ class Result:
 
 @dataclass(frozen=True)
 class _FinishedRun:
-    """A run that has taken all its steps. changes: settings that were changed when it was resumed."""
+    """A run that has taken all its steps. identity: what its checkpoints record of it."""
 
     plan: Plan
     weights: Weights
@@ -94,7 +111,8 @@ class _FinishedRun:
     gain: Gain
     forgetting: Forgetting | None
     test: FinalScore | None
-    changes: Sequence[Mapping[str, Any]]
+    identity: Mapping[str, Any]
+    peak_memory: dict[str, int]
 
 
 def train(
@@ -147,7 +165,8 @@ def train(
         group.close()
         if not group.main:
             return None
-        finished_run = _FinishedRun(plan, weights, outcome, comparison, forgetting, test, identity["changes"])
+        results = outcome, comparison, forgetting, test
+        finished_run = _FinishedRun(plan, weights, *results, identity, memory.peak())
         return _publish(finished_run, directory, reporter.log)
 
 
@@ -273,22 +292,20 @@ def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[
         directory.remove_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
         raise
     name, fallbacks = directory.display_name, plan.batches.acceleration.fallbacks
-    outcome, comparison, forgetting = finished_run.outcome, finished_run.gain, finished_run.forgetting
-    results = outcome, comparison, forgetting, finished_run.test
-    return Result(directory.output, name, size, *results, fallbacks, plan.example_prompt)
+    figures = finished_run.outcome, finished_run.gain, finished_run.forgetting, finished_run.test
+    return Result(directory.output, name, size, *figures, fallbacks, plan.example_prompt, finished_run.peak_memory)
 
 
 def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
     """Write the whole adapter directory beside its place. Returns the size of the adapter's weights in bytes."""
-    plan, outcome, changes = finished_run.plan, finished_run.outcome, finished_run.changes
+    plan, outcome = finished_run.plan, finished_run.outcome
     assert plan.train_split is not None
     directory.create_staging()
     size = attach.save(plan.model, directory.staging, plan.adapter_init, finished_run.weights)
     plan.tokenizer.save_pretrained(directory.staging)
-    settings = plan.config.resolved()
     (directory.staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
     text = card.model_card(
-        settings,
+        plan.config.resolved(),
         outcome.metrics,
         directory.output.name,
         plan.example_prompt,
@@ -296,18 +313,29 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
         forgetting=str(finished_run.forgetting or ""),
         held_out=_held_out(outcome, finished_run.test),
         formats=plan.train_split.formats,
-        changes=changes,
+        changes=finished_run.identity["changes"],
         processes=plan.processes,
     )
     (directory.staging / "README.md").write_text(text, encoding="utf-8")
+    trained_before = plan.earlier.start.trained_on if plan.earlier else None
+    row_hashes.write(directory.staging, plan.train_split, trained_before, goes_on=plan.earlier is not None)
+    record = _record(finished_run, plan.train_split) | {"files": adapter_files.manifest(directory.staging)}
+    write_json(directory.staging / "loratune.json", record)
+    return size
+
+
+def _record(finished_run: _FinishedRun, train_split: DatasetSplit) -> dict[str, Any]:
+    """What loratune.json says, but for the files."""
+    plan, outcome, conditions = finished_run.plan, finished_run.outcome, finished_run.identity["conditions"]
     metrics = outcome.metrics | {"gain": finished_run.gain.as_json()}
     metrics |= {"forgetting": finished_run.forgetting.as_json()} if finished_run.forgetting else {}
     metrics |= {"test": finished_run.test.as_json()} if finished_run.test else {}
-    record = card.provenance(settings, metrics, outcome.curve, plan.fingerprints)
-    record |= {"formats": plan.train_split.formats, "chat": plan.train_split.chat, "processes": plan.processes}
-    record |= {"rows": plan.datasets.train.report.counts(), "changes": changes}
-    record["prompts"] = card.recorded_prompts(plan.train_split)
-    record |= {"start_from": plan.earlier.record()} if plan.earlier else {}
-    record["files"] = adapter_files.manifest(directory.staging)
-    write_json(directory.staging / "loratune.json", record)
-    return size
+    record = card.provenance(plan.config.resolved(), metrics, outcome.curve, plan.fingerprints)
+    names = {"processor": "the processor", "device": "the device", "threads": "the number of threads"}
+    record["machine"] |= {name: conditions[condition] for name, condition in names.items()}
+    record["machine"]["peak_memory"] = finished_run.peak_memory
+    record |= {"formats": train_split.formats, "chat": train_split.chat, "processes": plan.processes}
+    record["rows"] = plan.datasets.train.report.counts()
+    record["splits"] = {name: split.report.record() for name, split in plan.datasets.splits.items()}
+    record |= {"changes": finished_run.identity["changes"], "prompts": card.recorded_prompts(train_split)}
+    return record | ({"start_from": plan.earlier.record()} if plan.earlier else {})

@@ -35,25 +35,21 @@ class RowTally:
 
 @dataclass(frozen=True)
 class Leaks:
-    """Rows of a held-out split that are also in an earlier one, as in train.
+    """Held-out rows that are also in train, or in another split.
 
     Attributes:
         exact: Letter for letter.
         folded: Different in white space alone.
-        split: The name of the held-out split.
-        earlier: The name of the other.
     """
 
     exact: RowTally
     folded: RowTally
-    split: str = "validation"
-    earlier: str = "train"
 
-    def remarks(self) -> list[str]:
-        """A line for each kind of leak there is."""
+    def remarks(self, held_out: str = "validation rows", other: str = "train") -> list[str]:
+        """A line for each kind of leak there is. held_out: what the rows are called. other: the split they are in."""
         kinds = ((self.exact, ""), (self.folded, ", apart from white space"))
         return [
-            f"{tally.count:,} of the {self.split} rows {'is' if tally.count == 1 else 'are'} also in {self.earlier}"
+            f"{tally.count:,} of the {held_out} {'is' if tally.count == 1 else 'are'} also in {other}"
             f"{difference} ({tally.places})"
             for tally, difference in kinds
             if tally.count
@@ -174,6 +170,19 @@ class Report:
             "supervised": self.supervised,
             "longest": self.longest,
         }
+
+    def record(self) -> dict[str, Any]:
+        """The totals with the reasons for which rows were dropped, and how many rows have which length.
+
+        Lengths, before truncation, are rounded down to their leading six bits, so that there are at most 32 of them
+        for each doubling: exact up to 63 tokens, and within 3 % beyond.
+        """
+        lengths: dict[int, int] = {}
+        for length, count in sorted(self.lengths.items()):
+            shift = max(length.bit_length() - 6, 0)
+            lengths[length >> shift << shift] = lengths.get(length >> shift << shift, 0) + count
+        reasons = {reason: tally.count for reason, tally in self.dropped.items()}
+        return self.counts() | {"reasons": reasons, "lengths": {str(key): count for key, count in lengths.items()}}
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, which `from_json` reads back."""

@@ -45,6 +45,9 @@ fraction is to be held out, hashes of the prompt, the completion and the value o
 prompt, or without a value to group by, has the second hash of its content there.
 """
 
+CONTENT_HASH = "blake2b-64 of content_key, 1"
+"""What the hashes of the content are, for whoever keeps them: to be counted on whenever one comes out otherwise."""
+
 _PLAIN_COLUMNS, _ALL_COLUMNS = 3, 6
 _ROWS_PER_WRITE = 1 << 16
 

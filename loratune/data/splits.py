@@ -226,7 +226,7 @@ def replay_numbers(own: int, earlier: int, share: float, seed: int) -> list[int]
 def find_duplicates(split: DatasetSplit) -> RowTally:
     """Rows of a split whose content an earlier row of it has, letter for letter."""
     groups = [_later_copies(hashes, rows) for hashes, rows in _hash_groups(split, EXACT, len(split))]
-    return _tally(split, groups)
+    return tally(split, groups)
 
 
 def find_leaks(datasets: RawDatasets) -> Leaks | None:
@@ -234,18 +234,18 @@ def find_leaks(datasets: RawDatasets) -> Leaks | None:
     return _leaks(datasets.train, datasets.validation) if datasets.validation is not None else None
 
 
-def find_test_leaks(datasets: RawDatasets) -> list[Leaks]:
-    """Rows of the test set that are also in train, and that are also in the validation set."""
+def find_test_leaks(datasets: RawDatasets) -> dict[str, Leaks]:
+    """Rows of the test set that are also in each other split, by its name; empty without a test set."""
     if datasets.test is None:
-        return []
-    return [_leaks(split, datasets.test) for split in (datasets.train, datasets.validation) if split]
+        return {}
+    return {name: _leaks(split, datasets.test) for name, split in datasets.splits.items() if split is not datasets.test}
 
 
 def _leaks(earlier: DatasetSplit, held_out: DatasetSplit) -> Leaks:
     """Rows of a split, which is to be new to the model, that are also in another one."""
     exact = _in_both(earlier, held_out, EXACT)
     folded = np.setdiff1d(_in_both(earlier, held_out, FOLDED), exact, assume_unique=True)
-    return Leaks(_tally(held_out, [exact]), _tally(held_out, [folded]), held_out.name, earlier.name)
+    return Leaks(tally(held_out, [exact]), tally(held_out, [folded]))
 
 
 def _in_both(earlier: DatasetSplit, held_out: DatasetSplit, column: int) -> NDArray[np.int64]:
@@ -276,7 +276,7 @@ def _later_copies(hashes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray
     return np.delete(rows, first)
 
 
-def _tally(split: DatasetSplit, groups: list[NDArray[np.int64]]) -> RowTally:
+def tally(split: DatasetSplit, groups: list[NDArray[np.int64]]) -> RowTally:
     """How many row numbers the groups have, and the places of the first."""
     count = sum(len(group) for group in groups)
     first = np.sort(np.concatenate([np.sort(group)[:MAX_PLACES] for group in groups]))[:MAX_PLACES]

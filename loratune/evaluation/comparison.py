@@ -68,7 +68,7 @@ def compare(
             lines.append(f"{what}, so there is no verdict on the loss against it")
     scores = {name: score(rows, name) for name in models}
     figures = [figure for figure, value in scores[ADAPTER].figures().items() if value is not None]
-    differences = {figure: _difference(rows, figure, other) for figure in figures if figure != "perplexity"}
+    differences = {figure: difference(rows, figure, other) for figure in figures if figure != "perplexity"}
     if len(rows) < statistics.LEAST_ROWS:
         lines.append(
             f"{_plural(len(rows), 'distinct row')} {'is' if len(rows) == 1 else 'are'} too few for an interval of the "
@@ -84,7 +84,7 @@ def score(rows: Sequence[EvaluatedRow], model: str) -> Score:
     nats, tokens = _weights(rows) * _nats(rows, model), _tokens(rows)
     loss = float(nats.sum() / tokens.sum())
     interval = statistics.mean_ratio_interval(nats, tokens)
-    intervals = {LOSS: interval, "perplexity": interval and Interval(_exp(interval.low), _exp(interval.high))}
+    intervals = {LOSS: interval, "perplexity": interval and Interval(exp(interval.low), exp(interval.high))}
     figures: dict[str, float] = {}
     prompted = [row for row in rows if row.answers[model].scores]
     weights = _weights(prompted)
@@ -99,57 +99,61 @@ def score(rows: Sequence[EvaluatedRow], model: str) -> Score:
     metrics = {figure: value for figure, value in figures.items() if figure not in (EXACT_MATCH, LABEL_ACCURACY)}
     matches, labels = figures.get(EXACT_MATCH), figures.get(LABEL_ACCURACY)
     count, total = int(_weights(rows).sum()), int(tokens.sum())
-    return Score(loss, _exp(loss), matches, labels, count, total, metrics, intervals)
+    return Score(loss, exp(loss), matches, labels, count, total, metrics, intervals)
 
 
 def loss_difference(rows: Sequence[EvaluatedRow], first: Values, second: Values) -> Difference:
     """A second loss less a first one. first, second: (rows,), nats of each distinct row."""
-    return _mean_difference(_weights(rows) * (second - first), _tokens(rows), LOSS)
+    return mean_difference(_weights(rows) * (second - first), _tokens(rows), lower_is_better=True)
 
 
-def _difference(rows: Sequence[EvaluatedRow], figure: str, other: str) -> Difference:
-    """A figure of the adapter less that of another model."""
+def difference(rows: Sequence[EvaluatedRow], figure: str, other: str) -> Difference:
+    """A figure of the adapter less that of another model. rows: as of `compare`; the figure is no perplexity."""
     if figure == LOSS:
         return loss_difference(rows, _nats(rows, other), _nats(rows, ADAPTER))
     prompted = [row for row in rows if row.answers[ADAPTER].scores]
     weights = _weights(prompted)
     first, second = (_scores(prompted, figure, model) for model in (other, ADAPTER))
     if figure in MEANS:
-        return _mean_difference(weights * (second - first), weights, figure)
-    return _share_difference(first, second, weights, figure)
+        return mean_difference(weights * (second - first), weights, lower_is_better=figure in LOWER_IS_BETTER)
+    return share_difference(first, second, weights, lower_is_better=figure in LOWER_IS_BETTER)
 
 
-def _mean_difference(totals: Values, counts: Values, figure: str) -> Difference:
+def mean_difference(totals: Values, counts: Values, *, lower_is_better: bool) -> Difference:
+    """A difference that is a ratio of two sums over rows.
+
+    totals: (rows,), a figure of each row less that of what it is compared with. counts: (rows,), above 0.
+    """
     value = float(totals.sum() / counts.sum())
     interval = statistics.mean_ratio_interval(totals, counts)
-    verdict = _verdict(value, interval, figure)
+    verdict = _verdict(value, interval, lower_is_better)
     needed = None
     if verdict == "indistinguishable":
         needed = _rows_needed(value, statistics.mean_ratio_error(totals, counts), len(totals))
     return Difference(value, interval, None, verdict, needed)
 
 
-def _share_difference(first: Values, second: Values, weights: Values, figure: str) -> Difference:
-    """first, second: (rows,), 0 or 1."""
+def share_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
+    """A second share of rows less a first one. first, second: (rows,), 0 or 1. weights: (rows,), the copies of each."""
     rows = _effective(weights)
     shares = [float(weights[one > other].sum() / weights.sum()) for one, other in ((first, second), (second, first))]
     first_only, second_only = (share * rows for share in shares)
     interval = statistics.share_difference_interval(first_only, second_only, rows)
     p = statistics.mcnemar(int((first > second).sum()), int((second > first).sum()))
     value = shares[1] - shares[0]
-    verdict = _verdict(value, interval, figure) if p < _SIGNIFICANT else "indistinguishable"
+    verdict = _verdict(value, interval, lower_is_better) if p < _SIGNIFICANT else "indistinguishable"
     needed = None
     if verdict == "indistinguishable":
         needed = _rows_needed(value, statistics.share_difference_error(first_only, second_only, rows), round(rows))
     return Difference(value, interval, p, verdict, needed)
 
 
-def _verdict(value: float, interval: Interval | None, figure: str) -> Verdict | None:
+def _verdict(value: float, interval: Interval | None, lower_is_better: bool) -> Verdict | None:
     if interval is None:
         return None
     if interval.low <= 0 <= interval.high:
         return "indistinguishable"
-    return "better" if (value < 0) == (figure in LOWER_IS_BETTER) else "worse"
+    return "better" if (value < 0) == lower_is_better else "worse"
 
 
 def _rows_needed(value: float, error: float, rows: int) -> int | None:
@@ -186,7 +190,7 @@ def _effective(weights: Values) -> float:
     return float(weights.sum() ** 2 / (weights**2).sum())
 
 
-def _exp(value: float) -> float:
+def exp(value: float) -> float:
     """e to the power of it; inf where that is beyond a float."""
     with np.errstate(over="ignore"):
         return float(np.exp(value))

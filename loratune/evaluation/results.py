@@ -161,6 +161,89 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class TaskFigure:
+    """One metric of one task.
+
+    Attributes:
+        values: Model → the figure as the harness computes it.
+        intervals: Model → its 95 % interval. None where there are too few documents, or the figure is none that comes
+            from a mean over documents.
+        errors: Model → the standard error that the harness gives, where there is no interval; None if it gives none.
+        difference: Of the adapter less the base.
+        rows: How many documents were scored.
+    """
+
+    values: Mapping[str, float]
+    intervals: Mapping[str, Interval | None]
+    errors: Mapping[str, float | None]
+    difference: Difference
+    rows: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; figures that are not finite are null."""
+        plain: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in self.values.items()}
+        plain["intervals"] = {name: interval and interval.as_json() for name, interval in self.intervals.items()}
+        plain |= {"stderr": dict(self.errors)} if self.errors else {}
+        return plain | {"difference": self.difference.as_json(), "verdict": self.difference.verdict, "rows": self.rows}
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """What the harness found.
+
+    Attributes:
+        tasks: Task, or group of tasks → metric → figure. A metric of a filter other than `none` is `metric,filter`.
+        limit: How many documents of each task were taken at most; None for all.
+        chat: Whether prompts went through the chat template.
+        version: Of the harness.
+        remarks: Lines for the user.
+    """
+
+    tasks: Mapping[str, Mapping[str, TaskFigure]]
+    limit: int | None
+    chat: bool
+    version: str
+    remarks: Sequence[str] = ()
+
+    def figures(self) -> dict[str, TaskFigure]:
+        """`TASK.METRIC` → figure."""
+        return {f"{task}.{name}": figure for task, metrics in self.tasks.items() for name, figure in metrics.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, in keys of their own beside those of an evaluation on rows."""
+        tasks = {
+            task: {name: figure.as_json() for name, figure in metrics.items()} for task, metrics in self.tasks.items()
+        }
+        return {"tasks": tasks, "limit": self.limit, "chat_template": self.chat, "lm_eval": self.version}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether a requirement is met; see `requirements`.
+
+    Attributes:
+        text: The requirement, as the user wrote it.
+        met: Whether it is met.
+        value: What it is about: the figure, or the difference to a model; None where it was not computed.
+        interval: The 95 % interval of that, whose cautious end decides.
+        reason: Why it is not met; empty if it is.
+    """
+
+    text: str
+    met: bool
+    value: float | None
+    interval: Interval | None
+    reason: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, but for the reason, which the others say."""
+        ends = (self.interval.low, self.interval.high) if self.interval else (None, None)
+        numbers = dict(zip(("value", "low", "high"), (self.value, *ends), strict=True))
+        finite = {name: one if one is not None and math.isfinite(one) else None for name, one in numbers.items()}
+        return {"text": self.text, "met": self.met, **finite}
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything that an evaluation found.
 
@@ -173,6 +256,9 @@ class Evaluation:
         rows: The distinct rows, in the order of the split.
         forgetting: Loss of the adapter less that of the base on unrelated text, in nats per token; None if not asked.
         remarks: Lines for the user: rows that were cut or dropped, too few rows for an interval, rows also in train.
+        tasks: What tasks of the lm-evaluation-harness came to; None if not asked.
+        overlap: How many rows there are, as read, and how many of them are also in train; None if that is not known.
+        requirements: Whether what the user requires is met.
     """
 
     scores: Mapping[str, Score]
@@ -183,6 +269,9 @@ class Evaluation:
     rows: Sequence[EvaluatedRow]
     forgetting: Difference | None = None
     remarks: Sequence[str] = ()
+    tasks: TaskResults | None = None
+    overlap: Mapping[str, int] | None = None
+    requirements: Sequence[Judgement] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, without the rows."""
@@ -190,4 +279,7 @@ class Evaluation:
         values["difference"] = {name: difference.as_json() for name, difference in self.differences.items()}
         if self.forgetting is not None:
             values["forgetting"] = self.forgetting.as_json()
-        return values | {"metric": self.metric, "verdict": self.verdict}
+        values |= {"metric": self.metric, "verdict": self.verdict, "overlap": self.overlap}
+        required = [one.as_json() for one in self.requirements]
+        values |= {"requirements": required} if required else {}
+        return values | (self.tasks.as_json() if self.tasks is not None else {})

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from loratune.evaluation.metrics import MEANS
-from loratune.evaluation.results import ADAPTER, BASE, LOSS, Difference, EvaluatedRow, Evaluation
+from loratune.evaluation.results import ADAPTER, BASE, LOSS, Difference, EvaluatedRow, Evaluation, TaskResults
 from loratune.statistics import Interval
 
 _NAME = 24
@@ -86,11 +86,11 @@ def verdict(evaluation: Evaluation) -> str:
     if evaluation.verdict != "indistinguishable":
         return f"{evaluation.verdict} than {against}: {figures}"
     rows = sum(row.copies for row in evaluation.rows)
-    needed = f"; about {_rounded(one.rows_needed):,} rows would tell" if one.rows_needed else ""
+    needed = f"; about {rounded(one.rows_needed):,} rows would tell" if one.rows_needed else ""
     return f"not distinguishable from {against} at {rows:,} rows: {figures}{needed}"
 
 
-def _rounded(count: int) -> int:
+def rounded(count: int) -> int:
     """A number with two digits that are not 0; it is an estimate, so more would say nothing."""
     step: int = 10 ** max(0, len(str(count)) - 2)
     return math.ceil(count / step) * step
@@ -124,3 +124,23 @@ def shorten(text: str, width: int = _WIDTH) -> str:
     """A text in one line, with the middle of a long one left out."""
     line = " ↵ ".join(part.strip() for part in text.strip().splitlines() if part.strip())
     return line if len(line) <= width else f"{line[: width // 2]} [...] {line[-width // 2 :]}"
+
+
+def tasks_table(results: TaskResults) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of tasks of the harness: a figure a row."""
+    rows = []
+    for figure, one in results.figures().items():
+        cells = [_plain_with_interval(one.values[model], one.intervals[model]) for model in (BASE, ADAPTER)]
+        difference = one.difference
+        cells.append(_plain_with_interval(difference.value, difference.interval, signed=True))
+        cells.append("" if difference.p is None else p_value(difference.p))
+        needed = f", about {_rounded(difference.rows_needed):,} rows would tell" if difference.rows_needed else ""
+        rows.append([figure, f"{one.rows:,}", *cells, f"{difference.verdict or '-'}{needed}"])
+    return ["", "rows", BASE, ADAPTER, "difference", "p (McNemar)", "verdict"], rows
+
+
+def _plain_with_interval(value: float, interval: Interval | None, *, signed: bool = False) -> str:
+    """`0.4500 [0.3000, 0.6000]`; what a metric of a task means, and so its unit, is not known."""
+    ends = (interval.low, interval.high) if interval else ()
+    text, *others = (f"{one:{'+' if signed else ''}.{'4f' if abs(one) < 1e4 else '3g'}}" for one in (value, *ends))
+    return f"{text} [{', '.join(others)}]" if others else text

@@ -26,6 +26,7 @@ from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
 from loratune.model import source
 from loratune.system.files import sha256
+from loratune.system.records import ROW_HASHES
 from loratune.training import run_dir_files
 
 _SECONDS = 120.0
@@ -151,6 +152,8 @@ def push(
         copy = local_paths.copy(adapter, Path(scratch) / "copy", repository, base)
         if adapter.record.get(local_paths.PROMPTS):
             log("prompts of the training rows are left out of loratune.json; the card is uploaded with its example")
+        if (adapter.path / ROW_HASHES).is_file():
+            log(f"{ROW_HASHES}, hashes of the training rows, is left out")
         with explained(repository):
             token = get_token() or ""
         if re.fullmatch(r"[!-~]+", token) is None:

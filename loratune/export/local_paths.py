@@ -23,13 +23,15 @@ from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, RECORD_FILE, AdapterFiles
 from loratune.system.files import is_incidental_file, read_text, sha256, write_json
+from loratune.system.records import ROW_HASHES
 from loratune.training import run_dir_files
 
 _log = logging.getLogger(__name__)
 
 CARD, RUN, TOKENIZER = "README.md", "run.yaml", "tokenizer_config.json"
 PROMPTS = "prompts"
-"""A key of the record with prompts of the training rows. They are data, which a copy for others does not hold."""
+"""A key of the record with prompts of the training rows. They are data, which a copy for others does not hold; nor does
+it hold hashes of the rows, which tell whoever has a row whether it was among them."""
 _PICKLES = ("adapter_model.bin", "training_args.bin")
 _HOME = r"(?:/home/[^/\s\"'`]+|/Users/[^/\s\"'`]+|/root)"
 _REST = r"(?:/[^\s\"'`<>|()\[\]{},;]*)?"
@@ -61,7 +63,7 @@ def is_local(name_or_path: str) -> bool:
 
 
 def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> PortableCopy:
-    """Copy the files of an adapter to a new directory, without paths of this machine and prompts of the training rows.
+    """Copy the files of an adapter to a new directory, without paths of this machine, prompts and hashes of the rows.
 
     Digests in the record are those of the new files.
 
@@ -79,7 +81,8 @@ def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> Por
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(adapter.path / name, target / name)
-    if adapter.record and adapter_files.manifest(target) != adapter.record["files"]:
+    recorded = {name: digest for name, digest in adapter.record.get("files", {}).items() if name != ROW_HASHES}
+    if adapter.record and adapter_files.manifest(target) != recorded:
         what, fix = "a file changed while it was copied", "try again"
         raise AdapterError(Problem(Code.ADAPTER_FILE_CHANGED, what, str(adapter.path), fix=fix))
     run = _run(target, adapter.path)
@@ -107,7 +110,8 @@ def _contents(adapter: AdapterFiles) -> tuple[list[str], tuple[str, ...]]:
     else:
         names = set(run_dir_files.scan_adapter(directory).files) - {*_PICKLES}
     names = {name for name in names if (directory / name).is_file() and not is_incidental_file(name)}
-    return sorted(names), tuple(run_dir_files.scan(directory, lambda name: name in names).foreign)
+    left_out = run_dir_files.scan(directory, lambda name: name in names).foreign
+    return sorted(names - {ROW_HASHES}), tuple(left_out)
 
 
 def _run(directory: Path, original: Path) -> RunConfig | None:

@@ -21,7 +21,7 @@ from loratune.training.run_dir_files import is_adapter_file
 PACKAGES = ("loratune", "torch", "transformers", "peft", "safetensors")
 _OTHER_FILES = frozenset({
     adapter_files.CONFIG_FILE, adapter_files.WEIGHTS_FILE, "adapter_model.bin", "training_args.bin", records.ADAPTER,
-    "README.md", "run.yaml",
+    "README.md", "run.yaml", records.ROW_HASHES,
 })  # fmt: skip
 """Files of an adapter that are none of its tokenizer's."""
 _VOCABULARIES = (".tiktoken", ".model", ".spm", ".bpe", ".codes", ".vocab")

@@ -129,6 +129,21 @@ def available(device: torch.device) -> int:
     return max(0, min(bounds))
 
 
+def peak() -> dict[str, int]:
+    """The most bytes that were in use at once since this process started.
+
+    Returns:
+        `process`: its resident memory (VmHWM of proc(5)); not getrusage's, which begins with that of the process that
+        started this one. `gpu`, where there is one: what torch had allocated on its GPUs.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    high = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
+    process = int(high or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) << 10
+    if not torch.cuda.is_available():
+        return {"process": process}
+    return {"process": process, "gpu": sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))}
+
+
 RUNTIME = 570 << 20
 """Bytes of the process before the base is loaded: its resident set with everything imported, SmolLM2's tokenizer loaded
 and rows rendered (torch 2.13+cpu on Linux). On a GPU torch counts nothing of the process itself."""

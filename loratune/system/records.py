@@ -11,6 +11,8 @@ from typing import Any
 KEY = "schema_version"
 ADAPTER, RUN, MANIFEST, ENDED = "loratune.json", "run.json", "manifest.json", "ended"
 """Files: what made an adapter; of a checkpoint, the run and the list of files; the end of a run without an adapter."""
+ROW_HASHES = "train_rows.hashes"
+"""The file of an adapter with hashes of its training rows. It says itself of which version they are."""
 ROWS = "tokenized rows"
 """The records of the cache of rows."""
 VERSIONS = {ADAPTER: 1, RUN: 1, MANIFEST: 1, ENDED: 1, ROWS: 1}

@@ -5,9 +5,6 @@ from typing import Any
 
 from loratune.training.evaluations import BestRecord
 
-CURVE_KEYS = ("loss", "eval_loss")
-"""What of the trainer's log is part of the curve: entries that have one of these."""
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -24,7 +21,8 @@ class Outcome:
         evaluations: What the evaluations gave, None without validation rows.
         tokens: How many tokens were read in training, without padding.
         seconds: How long it took.
-        curve: What the trainer logged.
+        tokens_per_second: How fast steps read tokens, without evaluations and checkpoints; None if there was no step.
+        curve: What the trainer logged with a loss or a held-out loss, see `curve.thinned`.
     """
 
     steps: int
@@ -37,6 +35,7 @@ class Outcome:
     evaluations: BestRecord | None
     tokens: int
     seconds: float
+    tokens_per_second: float | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -65,6 +64,7 @@ class Outcome:
             "evaluations": best.evaluations if best else 0,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
         }
 
     def lines(self, *, tested: bool) -> list[tuple[str, str]]:

@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 from loratune import config, data
 from loratune.codes import Code
 from loratune.config import DataSection, ModelSection, RunConfig, Source
-from loratune.data import ProgressFactory, RawDatasets
+from loratune.data import ProgressFactory, RawDatasets, row_hashes
+from loratune.data.row_hashes import RowHashes
 from loratune.data.sources import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, DataError, Problem, ResumeError
 from loratune.lora import adapter_files
@@ -96,6 +97,7 @@ class StartAdapter:
         rows: The rows as they were read; None where they are not known, and in a process that has not read them.
         unknown: Why they are not known, or empty.
         notes: Lines that the user should see.
+        trained_on: The hashes of all rows that it was trained on; None as `rows`.
     """
 
     info: AdapterInfo
@@ -103,6 +105,7 @@ class StartAdapter:
     rows: RawDatasets | None
     unknown: str
     notes: tuple[str, ...]
+    trained_on: RowHashes | None = None
 
 
 def check(
@@ -159,8 +162,11 @@ def _open_start(
         raise AdapterError(
             [replace(problem, key=problem.key or "lora.start_from") for problem in error.problems]
         ) from None
-    rows, unknown = _earlier_rows(run, info, watch) if watch is not None else (None, "")
-    return StartAdapter(info, digest, rows, unknown, tuple(notes))
+    if watch is None:
+        return StartAdapter(info, digest, None, "", tuple(notes))
+    hashes = row_hashes.read(directory)
+    rows, unknown = _earlier_rows(run, info, watch)
+    return StartAdapter(info, digest, rows, unknown, tuple(notes), hashes if isinstance(hashes, RowHashes) else None)
 
 
 def _earlier_rows(run: RunConfig, info: AdapterInfo, watch: ProgressFactory) -> tuple[RawDatasets | None, str]:

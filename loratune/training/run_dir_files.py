@@ -38,7 +38,7 @@ ADAPTER_FILES = frozenset({
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model",
     "spm.model", "spm_char.model", "source.spm", "target.spm", "tiktoken.model", "bpe.codes", "dict.txt", "emoji.json",
     "normalizer.json", "byte_maps.json", "entity_vocab.json", "vocab-src.json", "vocab-tgt.json", "target_vocab.json",
-    "word_shape.json", "word_pronunciation.json", "chat_template.jinja", "chat_template.json",
+    "word_shape.json", "word_pronunciation.json", "chat_template.jinja", "chat_template.json", records.ROW_HASHES,
 })  # fmt: skip
 """The files of which an adapter without a record may consist: those that PEFT and tokenizers are known to write."""
 _TEMPLATES = "additional_chat_templates"

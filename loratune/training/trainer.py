@@ -32,9 +32,10 @@ from loratune.training.callbacks import (
     diverged_error,
 )
 from loratune.training.checkpoints import Checkpoints
+from loratune.training.curve import Pace, thinned
 from loratune.training.evaluations import BestRecord
 from loratune.training.gain import Batches, Loss, held_out_loss
-from loratune.training.outcome import CURVE_KEYS, Outcome
+from loratune.training.outcome import Outcome
 from loratune.training.sharded_trainer import ShardedTrainer
 from loratune.training.upstream import exclude_from_ddp, scale_learning_rates, use_one_gpu
 
@@ -224,8 +225,9 @@ class _RunTrainer(ShardedTrainer):
         self.context, self.batches, self.guard, self.group = context, batches, guard, context.group
         self.best = best
         self.shape: tuple[int, ...] = ()
-        self.evaluating = False
+        self.evaluating, self.pace = False, Pace()
         super().__init__(**arguments)
+        self.add_callback(self.pace)
 
     def get_train_dataloader(self) -> Loader:
         """The batches of this process."""
@@ -289,8 +291,8 @@ class _RunTrainer(ShardedTrainer):
 
     def outcome(self, seconds: float) -> Outcome:
         """What the run came to. seconds: how long it took."""
-        curve = [entry for entry in self.state.log_history if any(key in entry for key in CURVE_KEYS)]
-        losses, held_out_losses = ([entry[key] for entry in curve if key in entry] for key in CURVE_KEYS)
+        curve = thinned(self.state.log_history)
+        losses, held_out_losses = ([entry[key] for entry in curve if key in entry] for key in ("loss", "eval_loss"))
         step, record = self.state.global_step, self.best.record
         return Outcome(
             steps=step,
@@ -303,12 +305,17 @@ class _RunTrainer(ShardedTrainer):
             evaluations=record,
             tokens=int(self.state.num_input_tokens_seen),
             seconds=seconds,
+            tokens_per_second=self.pace.overall(self.state),
             curve=curve,
         )
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: nothing uses the number, and upstream walks over the whole model at each micro-step for it."""
         return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report figures, and how many tokens were read."""
+        super().log(logs | self.pace.figures(logs, self.state), start_time)
 
     def position(self) -> str:
         """What is being computed, and the shape of its batch."""

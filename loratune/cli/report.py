@@ -1,0 +1,91 @@
+"""`loratune report`."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loratune.cli.application import Assignments, Debug, Force, app, check_paths, importing, log_all
+from loratune.codes import Code
+from loratune.commands.boundary import boundary
+from loratune.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from loratune.evaluation.results import Evaluation
+    from loratune.training.preflight import AdapterInfo
+
+
+@app.command()
+def report(
+    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="DIR", help="Another adapter, shown beside it.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="FILE", help="Held-out rows to score; without them, no base is loaded."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The page; by default ADAPTER-report.html here.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write a page that shows an adapter, its run and its scores. One HTML file that loads nothing."""
+    with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
+        check_paths(adapter=adapter, against=against, data=data, output=output)
+        if find_spec("matplotlib") is None:
+            what, fix = (
+                "the package matplotlib, which draws the charts, is not installed",
+                "pip install 'loratune[report]'",
+            )
+            raise ConfigError(Problem(Code.REPORT_NO_MATPLOTLIB, what, fix=fix))
+        if assignments and data is None:
+            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --data", key="--set"))
+
+        from loratune.commands import output_file
+
+        target = output or Path(f"{adapter.resolve().name}-report.html")
+        inputs = [Path(path) for path in (adapter, against, data) if path is not None]
+        file = output_file.output(target, "--output", overwrite=overwrite, inputs=inputs)
+
+        with importing():
+            from loratune.commands.report import Subjects, report
+            from loratune.console import log
+            from loratune.training import preflight
+
+        shown = Subjects()
+        for path, own in ((adapter, assignments), (against, [])):
+            if path is not None:
+                lines: list[str] = []
+                forced = force or data is None  # what was edited is shown, and said
+                shown.add(preflight.open_adapter(path, lines.append, forced=forced, assignments=own), lines)
+                log_all(lines)
+        if data is not None:
+            file = file.reading(Path(shown.adapters[0].base.name_or_path))
+        text = report(shown, _evaluate(shown.adapters, data) if data is not None else None, data)
+        with file.opened(log) as writable:
+            writable.write(text)
+        if file.handle is None:
+            print(target)
+
+
+def _evaluate(adapters: "Sequence[AdapterInfo]", data: str) -> "Evaluation":
+    """Score the adapters on the rows of a file."""
+    with importing():
+        from loratune.commands.evaluate import evaluate
+        from loratune.config import Source
+        from loratune.console import log, show_count, show_progress
+        from loratune.data import read_source
+        from loratune.evaluation.scoring import Judging
+
+    first, *others = adapters
+    split, judging = read_source(Source(path=data), first.data, show_progress), Judging(for_readers=True)
+    against = others[0] if others else None
+    found = evaluate(first, split, against=against, judging=judging, watch=show_progress, count=show_count, log=log)
+    log_all(found.remarks)
+    return found

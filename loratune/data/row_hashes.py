@@ -1,0 +1,172 @@
+"""Hashes of the rows that an adapter was trained on, kept in its directory, so that the rows of an evaluation can be
+looked up among them long after, and without the rows themselves.
+
+The file is of safetensors, with two sorted vectors of int64: `exact`, hashes of the content of rows, and `folded`,
+those of the content with white space folded, where that is another one. Both are those of the row index. So a row that
+is there more than once counts once, and most rows take 8 bytes. The metadata say which hash it is: what one release
+computes is never looked up among the hashes of another.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from loratune.data.report import Leaks
+from loratune.data.row_index import CONTENT_HASH, EXACT, FOLDED
+from loratune.data.splits import DatasetSplit, tally
+from loratune.system.records import ROW_HASHES
+
+_log = logging.getLogger(__name__)
+
+MOST_HASHES = 1 << 23
+"""How many hashes are kept at most, in 64 MiB; where there are more, none are kept."""
+_MOST_BYTES = 8 * MOST_HASHES + 4096
+_METADATA = "loratune"
+_ROWS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class RowHashes:
+    """Hashes of rows, each once and sorted.
+
+    Attributes:
+        exact: (n,) int64: of the content of rows.
+        folded: (m,) int64: of the content with white space folded, where it is not in `exact`.
+        complete: Whether these are all rows that an adapter was trained on.
+    """
+
+    exact: NDArray[np.int64]
+    folded: NDArray[np.int64]
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What the rows of an evaluation have in common with those that an adapter was trained on.
+
+    Attributes:
+        rows: How many rows the evaluation has.
+        leaks: Those of them that are also in train; None where that is not known.
+        unknown: What is not known, and why; empty if all is.
+    """
+
+    rows: int
+    leaks: Leaks | None
+    unknown: str
+
+    @property
+    def found(self) -> bool:
+        """Whether rows are known to be in train."""
+        return self.leaks is not None and self.leaks.exact.count + self.leaks.folded.count > 0
+
+    def remarks(self) -> list[str]:
+        """A line for each kind of rows in common."""
+        return self.leaks.remarks("evaluation rows") if self.leaks else []
+
+    def as_json(self) -> dict[str, int] | None:
+        """Plain values; None where it is not known."""
+        if self.leaks is None:
+            return None
+        return {"exact": self.leaks.exact.count, "folded": self.leaks.folded.count, "rows": self.rows}
+
+
+# Kept by training
+
+
+def write(directory: Path, split: DatasetSplit, earlier: RowHashes | None, *, goes_on: bool) -> None:
+    """Write the hashes of all rows that an adapter was trained on, unless they are more than `MOST_HASHES`.
+
+    Args:
+        directory: The adapter directory.
+        split: The training rows.
+        earlier: Those of the adapter that training started from; None where they are not known.
+        goes_on: Whether training started from an adapter.
+
+    Raises:
+        OSError, SafetensorError: There is no room on the disk.
+    """
+    nothing = np.zeros(0, np.int64)
+    before = (earlier.exact, earlier.folded) if earlier else (nothing, nothing)
+    exact, folded = (_distinct(split, column, known) for column, known in zip((EXACT, FOLDED), before, strict=True))
+    if exact is None or folded is None:
+        return
+    folded = folded[~_are_among(folded, exact)]
+    if len(exact) + len(folded) > MOST_HASHES:
+        return
+    metadata = {"hash": CONTENT_HASH, "complete": earlier.complete if earlier else not goes_on}
+    # One key of metadata alone: safetensors writes several in an order that differs between processes.
+    save_file({"exact": exact, "folded": folded}, directory / ROW_HASHES, {_METADATA: json.dumps(metadata)})
+
+
+def _distinct(split: DatasetSplit, column: int, known: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """The known hashes and those of a column of the index, each once and sorted; None if they are too many."""
+    for start in range(0, len(split.index), _ROWS_AT_ONCE):
+        chunk = split.index.column(column, start, start + _ROWS_AT_ONCE)
+        if split.mask is not None:
+            chunk = chunk[split.mask[start : start + _ROWS_AT_ONCE]]
+        known = np.sort(np.concatenate([known, chunk]))  # np.union1d takes far longer
+        known = known[np.append(True, known[1:] != known[:-1])[: len(known)]]
+        if len(known) > MOST_HASHES:
+            return None
+    return known
+
+
+def _are_among(hashes: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which hashes are known. known: sorted."""
+    if not len(known):
+        return np.zeros(len(hashes), np.bool_)
+    places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+    return np.asarray(known[places] == hashes)
+
+
+# Looked up by an evaluation
+
+
+def read(directory: Path) -> RowHashes | str:
+    """The hashes that an adapter keeps; or why they are not known. At most 64 MiB are read."""
+    path = directory / ROW_HASHES
+    if not path.is_file():
+        return "it keeps no hashes of them"
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError("larger than any that is written")
+        with safe_open(path, framework="np") as file:
+            metadata: Any = json.loads((file.metadata() or {})[_METADATA])
+            kept, complete = metadata["hash"], metadata["complete"] is True
+            exact, folded = (file.get_tensor(name) for name in ("exact", "folded"))
+        for hashes in (exact, folded):
+            if hashes.dtype != np.int64 or hashes.ndim != 1 or not (hashes[1:] > hashes[:-1]).all():
+                raise ValueError("no sorted vectors of int64")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        _log.debug("%s cannot be read", path, exc_info=True)
+        return f"{ROW_HASHES} is damaged"
+    return (
+        RowHashes(exact, folded, complete)
+        if kept == CONTENT_HASH
+        else f"{ROW_HASHES} is of another release of loratune"
+    )
+
+
+def find_overlap(split: DatasetSplit, directory: Path) -> Overlap:
+    """Look up the rows of an evaluation among those that an adapter was trained on.
+
+    Args:
+        split: The rows of the evaluation.
+        directory: The adapter directory.
+    """
+    hashes = read(directory)
+    if isinstance(hashes, str):
+        return Overlap(len(split), None, f"whether evaluation rows are also in train is not known: {hashes}")
+    exact, folded = (split.index.column(column, 0, len(split.index)) for column in (EXACT, FOLDED))
+    is_exact = _are_among(exact, hashes.exact)
+    is_folded = _are_among(folded, hashes.exact) | _are_among(folded, hashes.folded)
+    leaks = Leaks(*(tally(split, [np.flatnonzero(rows)]) for rows in (is_exact, is_folded & ~is_exact)))
+    unknown = "" if hashes.complete else "rows of the adapter that training started from are not known"
+    return Overlap(len(split), leaks, unknown)

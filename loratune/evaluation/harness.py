@@ -1,0 +1,375 @@
+"""The lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on an adapter and its base.
+
+Both run on one load of the base, on the same requests. An adapter that was not applied shows in the harness as figures
+that equal the base's, which its users found out late (its issue 511): here equal log-likelihoods are an error.
+
+What the harness prints stays off the screen, and random states and environment variables are what they were before.
+"""
+
+import copy
+import difflib
+import io
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets.exceptions import DatasetsError
+from lm_eval import evaluator
+from lm_eval.api import metrics
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from loratune.codes import Code
+from loratune.data import ProgressFactory
+from loratune.errors import ConfigError, DataError, LoratuneError, NumericError, Problem, is_out_of_memory
+from loratune.evaluation.results import ADAPTER, BASE, TaskFigure, TaskResults
+from loratune.evaluation.task_comparison import BITS_PER_BYTE, MEAN, PERPLEXITY, WEIGHTED_PERPLEXITY, compare
+from loratune.inference.completion import BATCH, LoadedAdapter, adapters_of_rows
+from loratune.model.load import context_length
+from loratune.system.environment import kept_environment
+
+_BATCH_TOKENS = 8192
+"""Tokens of a batch, whose logits and log-probabilities are in memory at once: 3.3 GB with a vocabulary of 50,000."""
+_BATCHES = 4
+"""Batches after which the progress may be shown."""
+_DRAWS = 1000
+"""Resamples behind the harness's standard errors of figures that are no means."""
+_AGGREGATIONS = {
+    metrics.mean: MEAN,
+    metrics.perplexity: PERPLEXITY,
+    metrics.weighted_perplexity: WEIGHTED_PERPLEXITY,
+    metrics.bits_per_byte: BITS_PER_BYTE,
+}
+_KINDS = {
+    "loglikelihood": "log-likelihoods",
+    "loglikelihood_rolling": "log-likelihoods of texts",
+    "generate_until": "answers",
+}
+"""Kind of request, by the name of the harness's method, and what it is called in messages."""
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenedTasks:
+    """Tasks with their rows. tasks, groups: name → the harness's object."""
+
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+
+
+def open_tasks(specs: Sequence[str]) -> OpenedTasks:
+    """Find tasks and load their rows, before any model is loaded.
+
+    Args:
+        specs: Names of tasks, groups and tags of the harness; YAML files of tasks; directories, for all tasks in them.
+            A YAML file can name Python functions beside it, which then run.
+
+    Raises:
+        ConfigError: There is no such task; it runs code that a model writes, or needs images or sound.
+        DataError: Its rows cannot be had, or it is not well formed.
+    """
+    tasks: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
+    with _contained():
+        for spec, manager, name in _found(specs):
+            if spec != name and (name in tasks or name in groups):
+                continue  # it came with a group of its directory
+            try:
+                loaded = manager.load([name])
+            except Exception as error:
+                raise _load_error(spec, error) from error
+            tasks |= loaded["tasks"]
+            groups |= loaded["groups"]
+    for name, task in tasks.items():
+        _check_supported(name, task)
+    return OpenedTasks(tasks, groups)
+
+
+def _found(specs: Sequence[str]) -> list[tuple[str, TaskManager, str]]:
+    """Each task as the user names it, where it is found, and what it is called there. Raises ConfigError: nowhere."""
+    found: list[tuple[str, TaskManager, str]] = []
+    names = [spec for spec in specs if not _is_path(spec)]
+    known = TaskManager() if names else TaskManager(include_defaults=False)
+    problems = [_unknown(name, known.all_tasks) for name in names if name not in known.task_index]
+    for spec in specs:
+        if not _is_path(spec) or Path(spec).is_file():
+            found.append((spec, known, spec))
+        elif Path(spec).is_dir():
+            local = TaskManager(include_path=spec, include_defaults=False)
+            found += [(f"{spec}: {name}", local, name) for name in (*local.all_groups, *local.all_subtasks)]
+            if not local.all_tasks:
+                what, fix = "holds no YAML file of a task", "a task has a key `task`"
+                problems.append(Problem(Code.EVALUATE_UNKNOWN_TASK, what, spec, "--tasks", fix))
+        else:
+            problems.append(Problem(Code.EVALUATE_UNKNOWN_TASK, "no such file or directory", spec, "--tasks"))
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _is_path(spec: str) -> bool:
+    """Whether a task is named by a path. No task of the harness has a name with a slash, or that ends so."""
+    return "/" in spec or spec.endswith((".yaml", ".yml")) or spec in (".", "..")
+
+
+def _unknown(name: str, known: Sequence[str]) -> Problem:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    fix = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+    fix = f"write {name}/ for the tasks in that directory" if Path(name).is_dir() else fix
+    return Problem(
+        Code.EVALUATE_UNKNOWN_TASK, f"the lm-evaluation-harness has no task {name!r}", key="--tasks", fix=fix
+    )
+
+
+def _load_error(spec: str, error: Exception) -> LoratuneError:
+    """The error of a task that the harness cannot load."""
+    reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    if isinstance(error, OSError | DatasetsError):  # as all errors of the network and of the hub are
+        fix = "the rows come from the Hugging Face hub or from the files that the task's YAML names"
+        return DataError(Problem(Code.EVALUATE_TASK_ROWS, f"its rows cannot be loaded: {reason}", spec, fix=fix))
+    return DataError(Problem(Code.EVALUATE_TASK_FAILED, f"the harness cannot load it: {reason}", spec))
+
+
+def _check_supported(name: str, task: Any) -> None:
+    """Raises ConfigError: the task needs what is not given to it here."""
+    reason = ""
+    if getattr(task, "UNSAFE_CODE", False):
+        reason = "runs code that the model writes, which is not allowed here"
+    elif getattr(task, "MULTIMODAL", False):
+        reason = "needs images or sound"
+    if reason:
+        raise ConfigError(Problem(Code.EVALUATE_TASK_REFUSED, reason, name, "--tasks", "leave it out"))
+
+
+class _ModelOfHarness:
+    """What the harness takes for a model: the base, with its adapter or without, by the layers that `generate` uses.
+
+    It is no module, so that the harness does not tie or move weights.
+    """
+
+    def __init__(self, loaded: LoadedAdapter):
+        self.config, self.device, self._loaded = loaded.model.config, loaded.model.device, loaded
+
+    @torch.inference_mode()
+    def __call__(self, ids: torch.Tensor) -> Any:
+        """ids: (rows, tokens), padded on the right. Returns an output with logits, (rows, tokens, vocabulary)."""
+        with adapters_of_rows([self._loaded]):
+            return self._loaded.model(input_ids=ids, use_cache=False)
+
+    @torch.inference_mode()
+    def generate(self, **keywords: Any) -> torch.Tensor:
+        """As the model's own."""
+        with adapters_of_rows([self._loaded]):
+            ids: torch.Tensor = self._loaded.model.generate(**keywords)
+        return ids
+
+
+class _HarnessedModel(HFLM):
+    """The harness's own model, which computes requests in batches of bounded size and keeps requests and responses.
+
+    Attributes:
+        requests: Kind of request → the arguments of each, in the harness's order.
+        responses: Kind of request → the response to each.
+    """
+
+    def __init__(self, loaded: LoadedAdapter, name: str, count: ProgressFactory, stderr: Any):
+        """name: of the model, for the progress; count: shows it, on stderr."""
+        super().__init__(
+            _ModelOfHarness(loaded),
+            backend="causal",
+            tokenizer=copy.deepcopy(loaded.tokenizer),  # the harness gives it a padding token
+            max_length=context_length(loaded.model.config),
+            softmax_dtype="float32",
+        )
+        self._name, self._count, self._stderr = name, count, stderr
+        self.requests: dict[str, list[Any]] = {}
+        self.responses: dict[str, list[Any]] = {}
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Of continuations of contexts, each with whether it is what the model would greedily say."""
+        lengths = [self._tokens("".join(request.args)) for request in requests]
+        return self._in_batches("loglikelihood", super().loglikelihood, requests, lengths)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+        """Of whole texts."""
+        lengths = [self._tokens(request.args[0]) for request in requests]
+        return self._in_batches("loglikelihood_rolling", super().loglikelihood_rolling, requests, lengths)
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        """Completions of contexts, up to a text that ends them."""
+        lengths = [
+            self._tokens(context) + (settings.get("max_gen_toks") or self.max_gen_toks)
+            for context, settings in (request.args for request in requests)
+        ]
+        return self._in_batches("generate_until", super().generate_until, requests, lengths)
+
+    def _tokens(self, text: str) -> int:
+        """Of a text, or of the part of it that the model takes at once."""
+        return max(1, min(len(self.tok_encode(text)), int(self.max_length)))
+
+    def _in_batches(
+        self, kind: str, compute: Callable[..., list[Any]], requests: Sequence[Any], lengths: Sequence[int]
+    ) -> list[Any]:
+        """Compute requests from the longest to the shortest, with as many in a batch as there is memory for."""
+        order = sorted(range(len(requests)), key=lambda number: -lengths[number])
+        responses: list[Any] = [None] * len(requests)
+        start, printed = 0, sys.stderr
+        with redirect_stderr(self._stderr), self._count(f"{self._name}: {_KINDS[kind]}", len(order)) as advance:
+            while start < len(order):
+                self.batch_size_per_gpu = max(1, min(BATCH, _BATCH_TOKENS // lengths[order[start]]))
+                numbers = order[start : start + _BATCHES * self.batch_size_per_gpu]
+                with redirect_stderr(printed):  # one of the harness's bars cannot be switched off
+                    found = compute([requests[number] for number in numbers], disable_tqdm=True)
+                for number, response in zip(numbers, found, strict=True):
+                    responses[number] = response
+                start += len(numbers)
+                advance(len(numbers))
+        self.requests[kind], self.responses[kind] = [request.args for request in requests], responses
+        return responses
+
+
+def run(loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None, count: ProgressFactory) -> TaskResults:
+    """Run tasks on base and adapter.
+
+    Args:
+        loaded: The adapter. Prompts go through its chat template if it was trained on conversations.
+        opened: The tasks.
+        limit: How many documents of each task to take at most.
+        count: Shows passes over requests.
+
+    Raises:
+        AdapterError: The base cannot be computed alone, see `LoadedAdapter.without_adapter`.
+        DataError: A task fails, or does not ask both models the same.
+        NumericError: The adapter has no effect.
+    """
+    models, found = {}, {}
+    for name in (BASE, ADAPTER):
+        with loaded.without_adapter() if name == BASE else nullcontext():
+            models[name], found[name] = _run_one(loaded, opened, limit, name, count)
+    if models[BASE].requests != models[ADAPTER].requests:
+        what, fix = "base and adapter were asked different things", "make the prompts of the task the same every time"
+        raise DataError(Problem(Code.EVALUATE_TASKS_VARY, what, key="--tasks", fix=fix))
+    remarks = [_effect(models[BASE].responses, models[ADAPTER].responses, loaded.where)]
+    if loaded.chat:
+        remarks.append("tasks: prompts go through the chat template, as the adapter was trained on conversations")
+    figures = _figures(opened, found)
+    return TaskResults(figures, limit, loaded.chat, version("lm-eval"), [line for line in remarks if line])
+
+
+def _run_one(
+    loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None, name: str, count: ProgressFactory
+) -> tuple[_HarnessedModel, dict[str, Any]]:
+    """Run tasks on the model as it is. Returns it with the requests, and the harness's results with the documents."""
+    stderr = sys.stderr
+    with _contained():
+        model = _HarnessedModel(loaded, name, count, stderr)
+        for task in opened.tasks.values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        try:
+            found = evaluator.evaluate(
+                model,
+                {"tasks": dict(opened.tasks), "groups": dict(opened.groups)},
+                limit=limit,
+                bootstrap_iters=_DRAWS,
+                apply_chat_template=loaded.chat,
+                fewshot_as_multiturn=loaded.chat,
+            )
+        except Exception as error:
+            if isinstance(error, LoratuneError) or is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            what, fix = f"the harness cannot run them: {reason}", "--debug shows where"
+            raise DataError(Problem(Code.EVALUATE_TASK_FAILED, what, key="--tasks", fix=fix)) from error
+    return model, found
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Inside, what is printed goes to the debug log, random numbers are those that the harness begins with, and it
+    starts no processes; random states and environment variables are restored."""
+    states = random.getstate(), np.random.get_state()
+    printed = io.StringIO()
+    try:
+        with kept_environment(), torch.random.fork_rng(), redirect_stdout(printed), redirect_stderr(printed):
+            os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's resampling
+            random.seed(DEFAULT_RANDOM_SEED)
+            np.random.seed(DEFAULT_OTHER_SEED)
+            torch.manual_seed(DEFAULT_OTHER_SEED)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for line in printed.getvalue().splitlines():
+            _logger.debug(line)
+
+
+def _effect(base: Mapping[str, Sequence[Any]], adapter: Mapping[str, Sequence[Any]], where: str) -> str:
+    """A remark where answers do not show an effect of the adapter. Raises NumericError: log-likelihoods show none."""
+    likelihoods = [kind for kind in base if kind != "generate_until"]
+    if likelihoods and all(base[kind] == adapter[kind] for kind in likelihoods):
+        count = sum(len(base[kind]) for kind in likelihoods)
+        what = f"the adapter had no effect: all {count:,} log-likelihoods are exactly those of the base"
+        fix = "check how it was made; `loratune params --adapter` shows how far it moves each module"
+        raise NumericError(Problem(Code.EVALUATE_NO_EFFECT, what, where, fix=fix))
+    if not likelihoods and base == adapter:
+        return f"tasks: base and adapter give the same {len(base['generate_until']):,} answers"
+    return ""
+
+
+def _figures(opened: OpenedTasks, found: Mapping[str, Any]) -> dict[str, dict[str, TaskFigure]]:
+    """Task, or group with figures of its own → metric → figure."""
+    names = [name for name in found[BASE]["results"] if name in opened.tasks or name in found[BASE].get("groups", {})]
+    return {name: dict(_figures_of(name, opened, found)) for name in names}
+
+
+def _figures_of(name: str, opened: OpenedTasks, found: Mapping[str, Any]) -> Iterator[tuple[str, TaskFigure]]:
+    """The metrics of one task or group."""
+    for key, base_value in found[BASE]["results"][name].items():
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr") or not isinstance(base_value, int | float | np.number):
+            continue
+        results = {model: found[model]["results"][name] for model in (BASE, ADAPTER)}
+        values = {model: float(result[key]) for model, result in results.items()}
+        errors = {model: _number(result.get(f"{metric}_stderr,{filter_name}")) for model, result in results.items()}
+        leaves = [name] if name in opened.tasks else [task.task_name for task in opened.groups[name].get_all_tasks()]
+        samples = {model: _samples(found[model], leaves, metric, filter_name) for model in (BASE, ADAPTER)}
+        aggregations = {_aggregation(opened.tasks[leaf], metric) for leaf in leaves}
+        aggregation = aggregations.pop() if len(aggregations) == 1 else ""
+        if name not in opened.tasks and (aggregation != MEAN or not _are_means(values, samples)):
+            aggregation = ""
+        better = found[BASE]["higher_is_better"].get(name, {}).get(metric)
+        figure = compare(values, errors, samples, aggregation, better)
+        yield (metric if filter_name == "none" else f"{metric},{filter_name}"), figure
+
+
+def _aggregation(task: Any, metric: str) -> str:
+    """How a task makes one figure of a metric; the harness takes the mean where the task does not say."""
+    return _AGGREGATIONS.get(task.aggregation().get(metric, metrics.mean), "")
+
+
+def _samples(found: Mapping[str, Any], leaves: Sequence[str], metric: str, filter_name: str) -> list[Any]:
+    """The metric of each document that has it."""
+    samples = [sample for leaf in leaves for sample in found["samples"][leaf] if sample["filter"] == filter_name]
+    return [sample[metric] for sample in samples if metric in sample["metrics"]]
+
+
+def _are_means(values: Mapping[str, float], samples: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether the figures of a group are means over all documents of its tasks, rather than over its tasks."""
+    return all(np.isclose(np.mean(samples[model]), value, rtol=1e-9) for model, value in values.items())
+
+
+def _number(value: Any) -> float | None:
+    """A standard error; the harness has `N/A` where there is none."""
+    return float(value) if isinstance(value, int | float | np.number) and np.isfinite(value) else None

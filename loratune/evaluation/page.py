@@ -1,0 +1,135 @@
+"""The page of `loratune report`: one HTML file that shows a run, what it made, and how well that does.
+
+The page loads nothing and runs nothing: it has no scripts, and its policy forbids both. What comes from data, files and
+models is escaped twice, for HTML and, as on a terminal, for characters that would hide or reorder text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from loratune import __version__, escaping
+from loratune.evaluation import module_charts, page_scores, page_tables
+from loratune.evaluation.charts import WIDE, Line, histogram, line_chart
+from loratune.evaluation.results import Evaluation
+from loratune.evaluation.run_record import RecordedSplit, RunRecord
+from loratune.lora.stats import Update
+
+_PLOTS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens a second"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter that the page is about.
+
+    Attributes:
+        name: What it is called in the page.
+        base: What its configuration calls the base.
+        adapter: What its files say of it, by name.
+        record: What its run recorded.
+        updates: ΔW of each module.
+        settings: Keys of its config and their values; empty if there is no run.yaml.
+        config: That config as text.
+        max_length: Where rows were cut; None if not known.
+        notes: Lines on what could not be verified or measured, or was edited.
+    """
+
+    name: str
+    base: str
+    adapter: Mapping[str, str]
+    record: RunRecord
+    updates: Sequence[Update]
+    settings: Mapping[str, str]
+    config: str
+    max_length: int | None
+    notes: Sequence[str]
+
+
+def render(
+    subjects: Sequence[Subject], evaluation: Evaluation | None, data: str | None, commands: Sequence[str]
+) -> str:
+    """The page.
+
+    Args:
+        subjects: The adapter, and perhaps the one that it is compared with.
+        evaluation: What both do on rows; None where no rows were given.
+        data: What these rows are called.
+        commands: What to type to repeat all this.
+    """
+    environment = Environment(
+        loader=PackageLoader("loratune.evaluation", ""), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, finalize=_shown,
+    )  # fmt: skip
+    scale = module_charts.bounds([subject.updates for subject in subjects])
+    names = [subject.name for subject in subjects]
+    return environment.get_template("report.html.jinja").render(
+        version=__version__,
+        subjects=subjects,
+        data=data,
+        tiles=[page_tables.tiles(subject.record, subject.adapter) for subject in subjects],
+        scores=page_scores.scores(evaluation, names) if evaluation else None,
+        answers=page_scores.answers(evaluation, names) if evaluation else None,
+        losses=_losses(subjects),
+        plots=_plots(subjects),
+        held_out=any(subject.record.series("eval_loss")[0] for subject in subjects),
+        splits=[_splits(number, subject) for number, subject in enumerate(subjects)],
+        modules=[
+            module_charts.module_charts(number, subject.name, subject.updates, scale)
+            for number, subject in enumerate(subjects)
+        ],
+        tables=page_tables.tables([subject.record for subject in subjects], [subject.adapter for subject in subjects]),
+        differing=page_tables.differing([subject.settings for subject in subjects]),
+        commands=commands,
+    )
+
+
+def _shown(value: Any) -> Any:
+    """A value as it is put into the page, before it is escaped for HTML."""
+    return escaping.text(value) if type(value) is str else value  # what is marked as safe has a type of its own
+
+
+def _losses(subjects: Sequence[Subject]) -> tuple[str, str] | None:
+    """The chart of the losses, for a desktop and for a phone; None where none are recorded."""
+    lines = []
+    for number, subject in enumerate(subjects):
+        for name, marked in (("loss", False), ("eval_loss", True)):
+            steps, values = subject.record.series(name)
+            if steps:
+                lines.append(Line(steps, values, number, marked))
+    if not lines:
+        return None
+    title = f"Loss of {' and of '.join(subject.name for subject in subjects)}, by step"
+    wide, narrow = (line_chart(*one, smooth=True) for one in (("loss", title, lines, WIDE), ("loss-n", title, lines)))
+    return wide, narrow
+
+
+def _plots(subjects: Sequence[Subject]) -> list[tuple[str, str | None]]:
+    """Title and chart of each further figure of the curve; None where it is not recorded."""
+    made: list[tuple[str, str | None]] = []
+    for name, title in _PLOTS.items():
+        series = [(number, *subject.record.series(name)) for number, subject in enumerate(subjects)]
+        lines = [Line(steps, values, number) for number, steps, values in series if steps]
+        noisy = name != "learning_rate"
+        chart = line_chart(name, f"{title}, by step", lines, smooth=noisy, log=noisy) if lines else None
+        made.append((title, chart))
+    return made
+
+
+def _splits(number: int, subject: Subject) -> list[dict[str, Any]]:
+    """What became of the rows of each split of a run, with a chart of their lengths."""
+    return [
+        {
+            "name": name,
+            "cells": page_tables.split_cells(split),
+            "reasons": sorted(split.reasons.items(), key=lambda item: -item[1]),
+            "chart": _histogram(number, place, name, split, subject) if split.lengths else None,
+        }
+        for place, (name, split) in enumerate(subject.record.splits.items())
+    ]
+
+
+def _histogram(number: int, place: int, name: str, split: RecordedSplit, subject: Subject) -> str:
+    title = f"Lengths of the {name} rows of {subject.name}"
+    return histogram(f"lengths-{number}-{place}", title, split.lengths, subject.max_length, number)

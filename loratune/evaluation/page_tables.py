@@ -1,0 +1,171 @@
+"""What a run recorded, as the tiles and tables of a report's page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from loratune.console import format_duration, format_size
+from loratune.evaluation.run_record import RecordedSplit, RunRecord
+
+Tone = Literal["", "good", "bad", "absent"]
+NOT_RECORDED = "not recorded"
+
+_RESULTS = {
+    "first_loss": "loss of the first step",
+    "last_loss": "loss of the last step",
+    "held_out_loss": "held-out loss",
+    "steps": "steps",
+    "tokens": "tokens read",
+    "seconds": "time",
+    "tokens_per_second": "tokens a second",
+}
+_FINGERPRINTS = {
+    "base": "base",
+    "data": "training rows",
+    "validation": "validation rows",
+    "start": "adapter it began with",
+}
+_MACHINE = ("processor", "device", "threads", "platform", "python")
+_MEMORY = {"process": "peak memory of the process", "gpu": "peak memory of the GPU"}
+_TONES: dict[str, Tone] = {"gain": "good", "worse": "bad"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at the top of the page. tone: what it means, which the text says as well."""
+
+    label: str
+    value: str
+    note: str = ""
+    tone: Tone = ""
+
+
+@dataclass(frozen=True)
+class FactTable:
+    """Facts of one kind. rows: a name, and a value for each adapter, None where that is not recorded."""
+
+    title: str
+    rows: list[tuple[str, list[str | None]]]
+
+
+def tiles(record: RunRecord, adapter: Mapping[str, str]) -> list[Tile]:
+    """The most important figures of a run."""
+    metrics, steps = record.metrics, record.series("eval_loss")
+    found = [_gain(record)]
+    if "held_out_loss" in metrics:
+        lowest = min(zip(steps[1], steps[0], strict=True), default=None)
+        note = f"lowest {lowest[0]:.4f} at step {lowest[1]:,}" if lowest else ""
+        note = f"of step {metrics['kept_step']:,.0f}, which is kept" if "kept_step" in metrics else note
+        found.append(Tile("held-out loss", f"{metrics['held_out_loss']:.4f}", note))
+    else:
+        found.append(_absent("held-out loss"))
+    if {"first_loss", "last_loss"} <= metrics.keys():
+        value = f"{metrics['first_loss']:.4f} → {metrics['last_loss']:.4f}"
+        found.append(Tile("training loss", value, "first and last step"))
+    else:
+        found.append(_absent("training loss"))
+    if {"tokens", "steps", "seconds"} <= metrics.keys():
+        rate = f", {metrics['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in metrics else ""
+        note = f"{metrics['steps']:,.0f} steps in {format_duration(metrics['seconds'])}{rate}"
+        found.append(Tile("tokens read", f"{metrics['tokens']:,.0f}", note))
+    else:
+        found.append(_absent("tokens read"))
+    if "process" in record.peak_memory:
+        note = f"{_size(record.peak_memory['gpu'])} on the GPU" if "gpu" in record.peak_memory else "of the process"
+        found.append(Tile("peak memory", _size(record.peak_memory["process"]), note))
+    else:
+        found.append(_absent("peak memory"))
+    return [*found, Tile("adapter file", adapter["size"], f"rank {adapter['rank']}")]
+
+
+def _gain(record: RunRecord) -> Tile:
+    gain = record.gain
+    if gain is None:
+        return _absent("gain over the base")
+    interval = "" if gain.low is None or gain.high is None else f"95 % {gain.low:.3f} to {gain.high:.3f} "
+    verdict = "" if gain.verdict == "gain" else f"{gain.verdict}: "
+    note = f"{verdict}{interval}on {gain.rows:,} of {gain.total:,} {gain.split} rows"
+    return Tile("gain, nats a token", f"{gain.better_by:+.3f}", note, _TONES.get(gain.verdict, ""))
+
+
+def _absent(label: str) -> Tile:
+    return Tile(label, NOT_RECORDED, "", "absent")
+
+
+def tables(records: Sequence[RunRecord], adapters: Sequence[Mapping[str, str]]) -> list[FactTable]:
+    """Everything that is recorded, with a column for each adapter."""
+    seeds = [{"seed": _number(record.seed), "processes": _number(record.processes)} for record in records]
+    runs = [{name: value for name, value in one.items() if value is not None} for one in seeds]
+    for one, record in zip(runs, records, strict=True):
+        one |= {"changed on the way": "; ".join(record.changes)} if record.changes else {}
+    return [
+        FactTable("Result", _rows([_results(record) for record in records], [*_RESULTS.values()])),
+        FactTable("Adapter", _rows(adapters, [])),
+        FactTable("Run", _rows(runs, ["seed", "processes"])),
+        FactTable("Machine", _rows([_machine(record) for record in records], [*_MACHINE, *_MEMORY.values()][:-1])),
+        FactTable("Versions", _rows([record.versions for record in records], ["loratune", "torch", "transformers"])),
+        FactTable("Fingerprints", _rows([_fingerprints(record) for record in records], ["base", "training rows"])),
+    ]
+
+
+def _rows(values: Sequence[Mapping[str, str]], expected: Sequence[str]) -> list[tuple[str, list[str | None]]]:
+    """A row for each name that any adapter has, and for those that are expected."""
+    names = dict.fromkeys([*expected, *(name for one in values for name in one)])
+    return [(name, [one.get(name) for one in values]) for name in names]
+
+
+def _results(record: RunRecord) -> dict[str, str]:
+    """The figures of a run; further ones, which other releases may record, under their own names."""
+    results = {}
+    if (gain := record.gain) is not None:
+        rows = f"{gain.rows:,} of {gain.total:,} {gain.split} rows"
+        results["loss of the base"] = f"{gain.base:.4f}, on {rows}"
+        results["loss of the adapter"] = f"{gain.adapter:.4f}, on the same rows"
+    for name, value in record.metrics.items():
+        label = _RESULTS.get(name, name.replace("_", " "))
+        results[label] = (
+            format_duration(value) if name == "seconds"
+            else f"{value:,.1f}" if name == "tokens_per_second"
+            else _figure(value)
+        )  # fmt: skip
+    return results
+
+
+def _machine(record: RunRecord) -> dict[str, str]:
+    memory = {_MEMORY[name]: _size(size) for name, size in record.peak_memory.items() if name in _MEMORY}
+    return {name: record.machine[name] for name in _MACHINE if name in record.machine} | memory
+
+
+def _fingerprints(record: RunRecord) -> dict[str, str]:
+    return {_FINGERPRINTS.get(name, name): value for name, value in record.fingerprints.items()}
+
+
+def differing(settings: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
+    """The keys of two configs that have different values, and these."""
+    if len(settings) < 2 or not all(settings):
+        return []
+    keys = dict.fromkeys(key for one in settings for key in one)
+    values = {key: [one.get(key, "-") for one in settings] for key in keys if key != "output_dir"}
+    return [(key, both) for key, both in values.items() if len({*both}) > 1]
+
+
+def split_cells(split: RecordedSplit) -> list[tuple[str, str]]:
+    """Counts over the rows of a split, by name."""
+    names = ("rows", "duplicates", "dropped", "truncated", "tokens", "supervised", "longest")
+    counts = (
+        split.rows, split.duplicates, split.dropped, split.truncated, split.tokens, split.supervised, split.longest,
+    )  # fmt: skip
+    return [(name, f"{count:,}") for name, count in zip(names, counts, strict=True)]
+
+
+def _number(value: int | None) -> str | None:
+    return None if value is None else f"{value:,}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) < 1e4 else f"{value:,.1f}"
+
+
+def _size(count: int) -> str:
+    """`3.2 GiB`, or `220.1 MB`: without the exact number of bytes."""
+    return format_size(count).partition("(")[2].rstrip(")") or format_size(count)

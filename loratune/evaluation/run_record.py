@@ -1,0 +1,129 @@
+"""What loratune.json says of a run, read as far as it can be read: it may be of an earlier release, or a stranger's."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One report of the trainer, with those of its values that are known."""
+
+    step: NonNegativeInt
+    loss: FiniteFloat | None = None
+    eval_loss: FiniteFloat | None = None
+    learning_rate: FiniteFloat | None = None
+    grad_norm: FiniteFloat | None = None
+    tokens: FiniteFloat | None = None
+    tokens_per_second: FiniteFloat | None = None
+
+
+@dataclass(frozen=True)
+class RecordedGain:
+    """How base and adapter compared at the end of the run; see `training.gain.Gain`."""
+
+    split: str
+    rows: NonNegativeInt
+    total: NonNegativeInt
+    base: FiniteFloat
+    adapter: FiniteFloat
+    better_by: FiniteFloat
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+    verdict: Literal["gain", "no gain", "worse", "not judged"]
+
+
+@dataclass(frozen=True)
+class RecordedSplit:
+    """What became of the rows of a split; see `data.report.Report.record`."""
+
+    rows: NonNegativeInt
+    duplicates: NonNegativeInt
+    dropped: NonNegativeInt
+    truncated: NonNegativeInt
+    tokens: NonNegativeInt
+    supervised: NonNegativeInt
+    longest: NonNegativeInt
+    reasons: dict[str, NonNegativeInt] = field(default_factory=dict)
+    lengths: dict[NonNegativeInt, NonNegativeInt] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its record has it. What is not recorded, or is not what it should be, is empty or None.
+
+    Attributes:
+        curve: The reports of the trainer.
+        metrics: Every number of the result by its name; those of a group within it as `group name`.
+        gain: How base and adapter compared.
+        splits: Split → what became of its rows.
+        machine: What the run was computed on.
+        peak_memory: `process`, `gpu` → bytes.
+        versions: Package → version.
+        fingerprints: Of the base and the rows.
+        seed: The seed.
+        processes: How many processes the run had.
+        changes: Settings that were changed when it was resumed, a line each.
+    """
+
+    curve: list[CurvePoint]
+    metrics: dict[str, float]
+    gain: RecordedGain | None
+    splits: dict[str, RecordedSplit]
+    machine: dict[str, str]
+    peak_memory: dict[str, int]
+    versions: dict[str, str]
+    fingerprints: dict[str, str]
+    seed: int | None
+    processes: int | None
+    changes: list[str]
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one figure of the curve, in the order of the steps."""
+        points = sorted(
+            (point.step, value) for point in self.curve if (value := getattr(point, name)) is not None
+        )  # fmt: skip
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def read(record: Mapping[str, Any]) -> RunRecord:
+    """Read a record. Never raises: of what is wrong, nothing is known."""
+    metrics = _part(record.get("metrics"), dict[str, Any], {})
+    machine = _part(record.get("machine"), dict[str, Any], {})
+    changes = _part(record.get("changes"), list[dict[str, Any]], [])
+    texts = {name: str(value) for name, value in machine.items() if isinstance(value, str | int)}
+    fingerprints = _part(record.get("fingerprints"), dict[str, str | None], {})
+    return RunRecord(
+        curve=[point for entry in _part(record.get("curve"), list[Any], []) if (point := _part(entry, CurvePoint))],
+        metrics=dict(_numbers({name: value for name, value in metrics.items() if name != "gain"})),
+        gain=_part(metrics.get("gain"), RecordedGain),
+        splits=_part(record.get("splits"), dict[str, RecordedSplit], {}),
+        machine=texts,
+        peak_memory=_part(machine.get("peak_memory"), dict[str, NonNegativeInt], {}),
+        versions=_part(record.get("versions"), dict[str, str], {}),
+        fingerprints={name: value for name, value in fingerprints.items() if value},
+        seed=_part(record.get("seed"), int),
+        processes=_part(record.get("processes"), int),
+        changes=[
+            f"{change['key']} was {change['was']} up to step {change['step']}, then {change['is']}"
+            for change in changes
+            if {"key", "was", "step", "is"} <= change.keys()
+        ],
+    )
+
+
+def _part(value: Any, kind: Any, default: Any = None) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        return default
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name} ")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
+            yield f"{prefix}{name}", value

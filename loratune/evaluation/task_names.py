@@ -1,0 +1,24 @@
+"""`--tasks`: which tasks are run, and whether the lm-evaluation-harness is installed, of which nothing is imported."""
+
+from importlib.util import find_spec
+
+from loratune.codes import Code
+from loratune.errors import ConfigError, Problem
+
+OPTION = "--tasks"
+
+
+def parse(text: str) -> list[str]:
+    """The tasks of a list with commas, each once.
+
+    Raises:
+        ConfigError: The list is empty; the package lm-eval, which runs them, is not installed.
+    """
+    specs = list(dict.fromkeys(spec for part in text.split(",") if (spec := part.strip())))
+    if not specs:
+        what, fix = "names no task", "name tasks such as arc_easy,hellaswag, or YAML files of tasks"
+        raise ConfigError(Problem(Code.EVALUATE_UNKNOWN_TASK, what, key=OPTION, fix=fix))
+    if find_spec("lm_eval") is None:
+        what, fix = "the package lm-eval, which runs tasks, is not installed", "pip install 'loratune[eval]'"
+        raise ConfigError(Problem(Code.MODEL_MISSING_PACKAGE, what, key=OPTION, fix=fix))
+    return specs

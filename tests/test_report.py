@@ -1,0 +1,346 @@
+"""A run that can be looked at: what it records of its course, the curve in the terminal, and the page of `report`."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import screenshot_report
+from conftest import ROWS, Ran, check_refused, config_in, write_rows
+from running import RESTLESS, MakeConfig, stopped
+from safetensors.torch import load_file, save_file
+from test_adapter_stats import save_adapter
+
+from loratune.codes import Code
+from loratune.commands.loss_plot import loss_plot
+from loratune.data.report import Report
+from loratune.evaluation import page_scores, run_record
+from loratune.evaluation.charts import histogram
+from loratune.lora.adapter_files import WEIGHTS_FILE
+from loratune.training.curve import MOST_HELD_OUT, MOST_LOSSES, thinned
+
+Cli = Callable[..., Ran]
+HOSTILE = "<script>alert(1)</script>\"'& \u202eright to left\x1b[31m \u05e9\u05dc\u05d5\u05dd"
+DETERMINISTIC = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "eval_loss")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, cli: Cli) -> tuple[Path, dict[str, Any]]:
+    """A folder with the adapters `one` and `two`, and what `train --json` printed of the first."""
+    folder = tmp_path_factory.mktemp("runs")
+    make = config_in(folder, tiny_dir)
+    training = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "eval_steps": 5}
+    config = make(data={"validation": 0.2}, training=training, output_dir=str(folder / "one"))
+    ran = cli("train", config, "--json")
+    assert ran.code == 0, ran.err
+    changes = ("lora.r=4", "lora.target_modules=all-linear", f"output_dir={folder / 'two'}")
+    assert cli("train", config, *(word for one in changes for word in ("--set", one))).code == 0
+    return folder, json.loads(ran.out)
+
+
+def record_of(adapter: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((adapter / "loratune.json").read_text(encoding="utf-8"))
+    return record
+
+
+class Page(HTMLParser):
+    """What is in a page. Fails where tags do not match, or an id occurs twice."""
+
+    VOID = ("meta", "img", "br", "hr", "link", "input")
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.html = path.read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: set[str] = set()
+        self.loads: list[str] = []
+        self.words: list[str] = []
+        self.feed(self.html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        values = dict(attrs)
+        if (own := values.get("id")) is not None:
+            assert own not in self.ids
+            self.ids.add(own)
+        self.loads += [f"{value}" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data.split() if self.open[-1:] != ["style"] else []
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+    def check_inert(self) -> None:
+        """It loads nothing, runs nothing, and says so to the browser."""
+        assert not self.tags & {"script", "link", "iframe", "object", "embed", "form", "base", "video", "audio"}
+        assert all(one.startswith(("#", "data:image/png;base64,")) for one in self.loads)
+        assert {one[1:] for one in self.loads if one.startswith("#")} <= self.ids
+        assert "http://" not in self.html and "https://" not in self.html and "@import" not in self.html
+        assert "default-src 'none'" in self.html
+        assert not re.search(r"\son\w+=", re.sub(r">[^<]*<", "><", self.html))
+
+
+# What a run records
+
+
+def test_the_record_has_the_whole_curve(runs: tuple[Path, dict[str, Any]]) -> None:
+    record = record_of(runs[0] / "one")
+    losses = [entry for entry in record["curve"] if "loss" in entry]
+    held_out = [entry for entry in record["curve"] if "eval_loss" in entry]
+    assert [entry["step"] for entry in losses] == [*range(1, 13)]
+    assert [entry["step"] for entry in held_out] == [5, 10, 12]
+    names = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+    assert all(entry.keys() == names for entry in losses)
+    assert all(entry.keys() == {"step", "epoch", "eval_loss", "tokens"} for entry in held_out)
+    assert all(after["tokens"] > before["tokens"] > 0 for before, after in pairwise(losses))
+    assert losses[-1]["tokens"] == record["metrics"]["tokens"] == 3 * record["splits"]["train"]["tokens"]
+    assert all(entry["tokens_per_second"] > 0 for entry in losses)
+    train, validation = record["splits"]["train"], record["splits"]["validation"]
+    assert (sum(train["lengths"].values()), sum(validation["lengths"].values())) == (train["rows"], validation["rows"])
+    assert train["rows"] + validation["rows"] == len(ROWS)
+    assert record["machine"]["peak_memory"]["process"] > 100 << 20
+    assert record["machine"].keys() >= {"processor", "device", "threads"}
+
+
+def test_the_curve_of_a_resumed_run_is_that_of_a_straight_one(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    config = run_config(data={"validation": 0.2}, **RESTLESS)
+    ran = stopped(cli, tmp_path / "out.partial", "train", config)
+    assert ran.code in (0, 130)
+    if ran.code:  # else it was over before the signal came
+        assert cli("train", config, "--resume").code == 0
+    assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
+    resumed, straight = (
+        [{name: entry.get(name) for name in DETERMINISTIC} for entry in record_of(tmp_path / name)["curve"]]
+        for name in ("out", "straight")
+    )
+    assert resumed == straight
+
+
+def test_a_long_curve_is_thinned() -> None:
+    """To less than 200 kB, with both ends of either kind, and the lowest held-out loss."""
+    values = {"learning_rate": 0.1 / 3, "grad_norm": 1 / 3, "epoch": 1 / 3, "tokens": 10**9, "tokens_per_second": 1e4}
+    history: list[dict[str, float]] = []
+    for step in range(1, 20_001):
+        history.append({"loss": 1 / step, **values, "step": step})
+        if step % 10 == 0:
+            history.append({"eval_loss": abs(step - 7770) / 3, "epoch": 1 / 3, "tokens": 10**9, "step": step})
+    kept = thinned(history)
+    losses = [entry["step"] for entry in kept if "loss" in entry]
+    held_out = [entry["step"] for entry in kept if "eval_loss" in entry]
+    assert (len(losses), losses[0], losses[-1]) == (MOST_LOSSES, 1, 20_000)
+    assert len(held_out) <= MOST_HELD_OUT and {10, 7770, 20_000} <= {*held_out}
+    assert [*losses] == sorted(losses)
+    assert len(json.dumps(kept, indent=2)) < 200_000
+    assert thinned(history[:50]) == history[:50]
+
+
+def test_the_lengths_of_rows_are_kept_to_three_percent() -> None:
+    report = Report()
+    report.lengths.update({length: 2 for length in range(1, 40_000)})
+    lengths = {int(length): count for length, count in report.record()["lengths"].items()}
+    assert sum(lengths.values()) == 2 * 39_999 and len(lengths) < 400
+    assert all(lengths[length] == 2 for length in range(1, 64))
+    assert all(after - before <= max(1, 0.032 * after) for before, after in pairwise(sorted(lengths)))
+
+
+def test_train_json_is_one_object(runs: tuple[Path, dict[str, Any]], run_config: MakeConfig, cli: Cli) -> None:
+    folder, printed = runs
+    metrics = record_of(folder / "one")["metrics"]
+    assert printed["adapter"] == str(folder / "one")
+    assert printed["adapter_bytes"] == (folder / "one" / "adapter_model.safetensors").stat().st_size
+    assert {name: printed[name] for name in metrics} == metrics
+    assert printed["peak_memory"]["process"] > 0 and printed["tokens_per_second"] > 0
+    check_refused(cli("train", run_config(), "--json", "--dry-run"), 2, (Code.USAGE_CONFLICT, "", "--json"))
+
+
+# The curve in the terminal
+
+
+def test_the_curve_in_the_terminal() -> None:
+    curve = [{"step": step, "loss": 6.0 / step} for step in range(1, 41)] + [{"step": 40, "eval_loss": 2.0}]
+    for encoding, frame in (("utf-8", "─"), ("ascii", "-"), ("cp1252", "-")):
+        lines = loss_plot(curve, encoding)
+        assert 8 <= len(lines) <= 12 and all(len(line) <= 80 for line in lines)
+        "\n".join(lines).encode(encoding)
+        assert frame * 60 in lines[1]
+        assert "held-out" in lines[0] and sum(line.count("o") for line in lines[1:]) == 1
+    assert loss_plot(curve[:2], "utf-8") == []
+    assert "held-out" not in loss_plot(curve[:3], "utf-8")[0]
+
+
+def test_train_ends_with_the_curve(run_config: MakeConfig, cli: Cli) -> None:
+    ran = cli("train", run_config(training={"max_steps": 3}), "--allow-worse")
+    assert ran.code == 0 and 0 <= ran.out.index("done\n") < ran.out.index(". loss by step")
+
+
+# The page
+
+
+def test_the_page_of_a_run(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+    """It needs no base, is the same each time, and its figures are those of the record."""
+    shutil.copytree(runs[0] / "one", tmp_path / "one")
+    config = tmp_path / "one" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/gone/base"}))
+    first, second = tmp_path / "first.html", tmp_path / "second.html"
+    for path in (first, second):
+        ran = cli("report", "--adapter", tmp_path / "one", "--output", path)
+        assert (ran.code, ran.out) == (0, f"{path}\n"), ran.err
+    assert first.read_bytes() == second.read_bytes()
+    page, record = Page(first), record_of(runs[0] / "one")
+    page.check_inert()
+    metrics, gain = record["metrics"], record["metrics"]["gain"]
+    for text in (
+        f"{metrics['first_loss']:.4f} → {metrics['last_loss']:.4f}", f"{metrics['held_out_loss']:.4f}",
+        f"{metrics['tokens']:,}", f"{gain['better_by']:+.3f}", f"{gain['base']:.4f}", f"{gain['adapter']:.4f}",
+        f"{metrics['tokens_per_second']:,.1f}", record["fingerprints"]["base"], record["versions"]["torch"],
+        "/gone/base", "--set output_dir=NEW", "effective rank", "learning_rate: 0.01",
+    ):  # fmt: skip
+        assert text in page.text, text
+    charts = (
+        "loss",
+        "loss-n",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "lengths-0-0",
+        "lengths-0-1",
+        "norm-0",
+    )
+    assert {f"{chart}-figure_1" for chart in charts} <= page.ids
+    assert "not recorded" not in page.text and len(page.html) < 500_000
+
+
+def test_the_page_of_two_adapters_on_rows(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+    """The worst row first, and rows of strangers as text that a browser shows and nothing else."""
+    rows = [*ROWS[:5], {"prompt": HOSTILE, "completion": "</p><img src=http://evil.example/x onerror=alert(1)>"}]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    path = tmp_path / "page.html"
+    ran = cli("report", "--adapter", runs[0] / "one", "--against", runs[0] / "two", "--data", data, "--output", path)
+    assert ran.code == 0, ran.err
+    found = json.loads(
+        cli("evaluate", "--adapter", runs[0] / "one", "--against", runs[0] / "two", "--data", data, "--json",
+            "--worst", "6").out
+    )  # fmt: skip
+    page = Page(path)
+    assert not page.tags & {"script", "img"} and "\u202e" not in page.html and "\x1b" not in page.html
+    assert "\\u202eright to left\\x1b[31m" in page.text and "<script>alert(1)</script>" in page.text
+    page.html = page.html.replace("http://evil.example", "")  # which is text
+    page.check_inert()
+    for model in ("base", "adapter", "against"):
+        assert f"{found[model]['loss']:.4f}" in page.text
+    changes = [float(text) for text in re.findall(r'<span class="change [^>]*>([^<]*)<', page.html)]
+    assert len(changes) == len(rows) and changes == sorted(changes, reverse=True)
+    worst = [row["adapter"]["loss"] - row["against"]["loss"] for row in found["worst"]]
+    assert [change for change in changes if change > 0] == pytest.approx(worst, abs=6e-4)
+    assert "lora.target_modules" in page.text and "Adapters share the scale" in page.text
+
+
+def test_the_page_of_an_adapter_that_another_tool_wrote(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_adapter(tmp_path / "foreign", use_dora=True, modules_to_save=["lm_head"])
+    ran = cli("report", "--adapter", "foreign")
+    assert (ran.code, ran.out) == (0, "foreign-report.html\n"), ran.err
+    page = Page(tmp_path / "foreign-report.html")
+    page.check_inert()
+    assert page.text.count("not recorded") >= 10
+    stats = json.loads(cli("params", "--adapter", "foreign", "--json").out)
+    norms = [update["norm"] for update in stats["updates"] if update["module"].endswith("q_proj")]
+    assert f"{min(norms):.3g} to {max(norms):.3g}" in page.text
+    assert (
+        "/gone/base" in page.text and "DoRA" in page.text and "lm_head" in page.text and "norm-0-figure_1" in page.ids
+    )
+
+
+def test_the_page_of_a_broken_adapter_says_so(cli: Cli, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "bad")
+    tensors = load_file(tmp_path / "bad" / WEIGHTS_FILE)
+    next(tensor for name, tensor in tensors.items() if "lora_B" in name).fill_(float("nan"))
+    save_file(tensors, tmp_path / "bad" / WEIGHTS_FILE, {"format": "pt"})
+    ran = cli("report", "--adapter", tmp_path / "bad", "--output", tmp_path / "page.html")
+    assert ran.code == 0, ran.err
+    page = Page(tmp_path / "page.html")
+    assert f"[{Code.ADAPTER_NOT_FINITE}]" in page.text and "no update of this adapter can be measured" in page.text
+
+
+def test_lengths_that_are_far_apart_have_a_logarithmic_axis() -> None:
+    """So that the many short rows are not one bar; where rows are cut is drawn if any is longer."""
+    scattered = histogram("a", "A", {8: 100, 12: 80, 300: 3, 9000: 1}, 1024)
+    even = histogram("b", "B", {30: 4, 35: 9, 44: 2}, 1024)
+    assert ">1,000<" in scattered and ">10<" in scattered and ">cut at 1,024<" in scattered
+    assert ">40<" in even and "cut at" not in even
+
+
+def test_a_record_that_is_wrong_is_not_shown() -> None:
+    nonsense: list[Any] = [None, 3, "x", [], {}, [1, "x", {"step": -1}, {"step": 1, "loss": float("nan")}]]
+    keys = ("curve", "metrics", "splits", "machine", "versions", "fingerprints", "seed", "processes", "changes")
+    for value in nonsense:
+        known = run_record.read(dict.fromkeys(keys, value))
+        assert known.curve == [] and known.gain is None and known.splits == {} and known.metrics == {}
+    known = run_record.read({"metrics": {"kept_step": 7, "test": {"loss": 1.5}, "seconds": float("inf"), "x": True}})
+    assert known.metrics == {"kept_step": 7, "test loss": 1.5}
+
+
+def test_a_long_text_is_cut() -> None:
+    shown = page_scores.shortened("a" * 600_000 + "b" * 400_000)
+    assert len(shown) < page_scores.LONGEST_TEXT + 60 and shown[0] == "a" and shown[-1] == "b"
+    assert "998,000 characters left out" in shown
+
+
+def test_what_is_refused(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+    adapter, page = runs[0] / "one", tmp_path / "page.html"
+    page.write_text("precious")
+    ran = cli("report", "--adapter", adapter, "--output", page)
+    check_refused(ran, 2, (Code.OUTPUT_FILE_EXISTS, str(page), "--output"))
+    inside = adapter / "page.html"
+    ran = cli("report", "--adapter", adapter, "--output", inside)
+    check_refused(ran, 2, (Code.OUTPUT_FILE_IS_INPUT, str(inside), "--output"))
+    ran = cli("report", "--adapter", adapter, "--output", tmp_path / "new.html", "--set", "data.max_length=8")
+    check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--set"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        ran = cli("report", "--adapter", tmp_path / "gone", "--output", tmp_path / "new.html")
+    check_refused(ran, 2, (Code.REPORT_NO_MATPLOTLIB, "", ""))
+    assert "pip install 'loratune[report]'" in ran.err
+    assert page.read_text() == "precious" and [*tmp_path.iterdir()] == [page]
+    assert cli("report", "--adapter", adapter, "--output", page, "--overwrite").code == 0
+    assert Page(page).tags
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(screenshot_report.find_browser() is None, reason="there is no Chromium")
+def test_a_real_browser_shows_the_page(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+    """Nothing is asked for, nothing complained about, nothing scrolls sideways, and the two schemes differ."""
+    page = tmp_path / "page.html"
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": HOSTILE * 4 + "x" * 150, "completion": HOSTILE}, *ROWS[:3]])
+    ran = cli("report", "--adapter", runs[0] / "one", "--against", runs[0] / "two", "--data", data, "--output", page)
+    assert ran.code == 0, ran.err
+    path = screenshot_report.find_browser()
+    assert path is not None
+    with screenshot_report.browsing(path) as browser:
+        for screen in screenshot_report.SCREENS:
+            seen = {scheme: browser.look(page, screen, scheme) for scheme in screenshot_report.SCHEMES}
+            assert [screenshot_report.faults(one, screen) for one in seen.values()] == [[], []]
+            assert seen["light"].background != seen["dark"].background
+            assert all(one.image.startswith(b"\x89PNG") for one in seen.values())

@@ -1,0 +1,286 @@
+"""`evaluate --require`: what a requirement is, that an interval's cautious end decides, and how a pipeline stops."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Ran, check_refused, config_in, is_problem, meanings, write_rows
+from test_cli import imported
+
+from loratune import statistics
+from loratune.codes import Code
+from loratune.errors import ConfigError, RequirementError
+from loratune.evaluation import comparison, metrics, requirements
+from loratune.evaluation.requirements import OPTION, Requirement
+from loratune.evaluation.results import ADAPTER, AGAINST, BASE, Difference, EvaluatedRow, Evaluation, ModelAnswer
+from loratune.statistics import Interval
+
+ASKED = metrics.parse(["json", "regex:(\\d+)<=>"])
+
+
+def parsed(text: str, **options: bool) -> Requirement:
+    (one,) = requirements.parse([text, text], ASKED, **({"against": True, "forgetting": True} | options))
+    return one
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("exact_match>=0.9", ("exact_match", ">=", 0.9, False)),
+        (" label > 5e-1 ", ("label_accuracy", ">", 0.5, False)),
+        ("loss<base", ("loss", "<", "base", False)),
+        ("perplexity <= against", ("perplexity", "<=", "against", False)),
+        ("forgetting<0.05", ("forgetting", "<", 0.05, False)),
+        ("difference.loss<-.5", ("loss", "<", -0.5, True)),
+        ("difference.json>=0", ("json", ">=", 0, True)),
+        ("invalid_json<=0.01", ("invalid_json", "<=", 0.01, False)),
+        ("regex:(\\d+)<=>>=0.5", ("regex:(\\d+)<=>", ">=", 0.5, False)),
+    ],
+)
+def test_what_a_requirement_is(text: str, expected: tuple[Any, ...]) -> None:
+    one = parsed(text)
+    assert (one.figure, one.comparison, one.bound, one.of_difference) == expected
+    assert one.text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        *((text, Code.USAGE_BAD_REQUIREMENT) for text in (
+            "", "loss", "<1", "loss<", "loss==1", "loss=1", "loss<1<2", "loss<nan", "loss<inf", "loss<1e999",
+            "loss<1_0", "loss<other", "los<1", "x" * 999 + "<1", "difference.forgetting<1", "difference.perplexity<1",
+            "difference.loss<base", "base>loss", "loss=>1", "regex:(<1", "difference.<1", "json:<1",
+        )),
+        *((text, Code.USAGE_OUT_OF_RANGE) for text in ("exact_match>=90", "label>-0.1", "difference.json>=1.5")),
+        *((text, Code.USAGE_NEEDS_OPTION) for text in (
+            "contains>0.5", "regex:x>0.5", "rouge_l>0.5", "difference.contains>0", "loss<against", "forgetting<0.1",
+        )),
+    ],
+)  # fmt: skip
+def test_what_is_none(text: str, code: Code) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parsed(text, against=False, forgetting=False)
+    assert meanings(caught.value) == [(code, "", OPTION)]
+    assert len(str(caught.value)) < 400
+
+
+def test_without_json_there_is_no_invalid_json() -> None:
+    with pytest.raises(ConfigError) as caught:
+        requirements.parse(["invalid_json<0.1", "exact_mach>=0.9"])
+    assert [code for code, _, _ in meanings(caught.value)] == [Code.USAGE_NEEDS_OPTION, Code.USAGE_BAD_REQUIREMENT]
+    with pytest.raises(ConfigError):
+        parsed("forgetting<base")
+    assert "--metric 'json'" in str(caught.value) and "did you mean `exact_match`?" in str(caught.value)
+
+
+def rows(*matches: tuple[int, int, int], nats: tuple[float, float, float] = (3.0, 1.0, 2.0)) -> list[EvaluatedRow]:
+    """Rows of one token. matches: whether base, adapter and the other adapter give the expected answer."""
+    answers = [
+        {
+            name: ModelAnswer(loss + 0.1 * (number % 3), "", {"exact_match": float(one), "label_accuracy": float(one)})
+            for name, one, loss in zip((BASE, ADAPTER, AGAINST), ones, nats, strict=True)
+        }
+        for number, ones in enumerate(matches)
+    ]
+    return [EvaluatedRow(number, "", 1, "p", "e", 1, one) for number, one in enumerate(answers)]
+
+
+def verdict(evaluation: Evaluation, text: str) -> bool:
+    (one,) = requirements.judged(evaluation, [parsed(text)]).requirements
+    values = one.as_json()
+    assert (values["text"], values["met"]) == (text, one.met)
+    assert one.met == (one.reason == "")
+    return one.met
+
+
+def test_the_low_end_of_a_share_decides() -> None:
+    found = comparison.compare(rows(*[(0, 1, 1)] * 187, *[(0, 0, 1)] * 13))  # 93.5 % of 200
+    low, high = found.scores[ADAPTER].intervals["exact_match"].as_json()
+    assert (low, high) == pytest.approx((0.892, 0.962), abs=1e-3)
+    assert not verdict(found, "exact_match>=0.9")
+    assert verdict(found, "exact_match>=0.89") and verdict(found, "label>=0.89")
+    assert verdict(found, f"exact_match>={low!r}") and not verdict(found, f"exact_match>{low!r}")
+    assert verdict(found, f"exact_match<={high!r}") and not verdict(found, f"exact_match<{high!r}")
+    assert not verdict(found, "exact_match<=0.95")
+    (one,) = requirements.judged(found, [parsed("exact_match>=0.9")]).requirements
+    assert one.as_json() == {"text": "exact_match>=0.9", "met": False, "value": 0.935, "low": low, "high": high}
+
+
+def test_differences_are_paired() -> None:
+    """The losses of the two overlap by far more than they differ on any row."""
+    spread = [replace(row, tokens=1, answers={
+        BASE: ModelAnswer(10.0 * (row.number % 7) + 0.5 + 0.1 * (row.number % 3), None, {}),
+        ADAPTER: ModelAnswer(10.0 * (row.number % 7), None, {}),
+    }) for row in rows(*[(0, 0, 0)] * 60)]  # fmt: skip
+    found = comparison.compare(spread)
+    assert found.scores[ADAPTER].intervals["loss"].high > found.scores[BASE].intervals["loss"].low + 5
+    for text, is_met in (
+        ("loss<base", True), ("perplexity<base", True), ("loss>=base", False), ("difference.loss<-0.5", True),
+        ("difference.loss<-0.65", False), ("loss<100", True), ("loss<30", False), ("exact_match>=0", False),
+    ):  # fmt: skip
+        assert verdict(found, text) is is_met, text
+
+
+def test_each_model_can_be_the_bound() -> None:
+    """Where another adapter is given, `base` is still the base."""
+    found = comparison.compare(rows(*[(0, 1, 1)] * 30, *[(0, 0, 1)] * 10))
+    assert found.compared_with == AGAINST
+    for text, is_met in (
+        ("loss<base", True), ("loss<against", True), ("exact_match>base", True), ("exact_match>=against", False),
+        ("difference.exact_match>=-0.5", True), ("difference.exact_match>=-0.3", False),
+    ):  # fmt: skip
+        assert verdict(found, text) is is_met, text
+
+
+def test_a_model_is_beaten_only_where_the_verdict_says_so() -> None:
+    found = comparison.compare([replace(row, answers={
+        name: answer for name, answer in row.answers.items() if name != AGAINST
+    }) for row in rows(*[(0, 1, 0)] * 5, *[(1, 1, 0)] * 95)])  # fmt: skip
+    one = found.differences["exact_match"]
+    assert one.interval is not None and one.p is not None and one.p > 0.05
+    if one.interval.low > 0:
+        assert not verdict(found, "exact_match>base")
+    shown = replace(one, interval=Interval(0.01, 0.1))
+    found = replace(found, differences=found.differences | {"exact_match": shown})
+    assert not verdict(found, "exact_match>base") and verdict(found, "exact_match>=base")
+
+
+def test_too_few_rows_meet_nothing() -> None:
+    found = comparison.compare(rows(*[(0, 1, 0)] * (statistics.LEAST_ROWS - 1)))
+    (one,) = requirements.judged(found, [parsed("loss<100")]).requirements
+    assert not one.met and one.interval is None and one.value is not None and "too few rows" in one.reason
+
+
+@pytest.mark.parametrize(
+    ("high", "interval", "is_met"),
+    [(0.049, True, True), (0.05, True, False), (0.051, True, False), (0.04, False, False)],
+)
+def test_the_high_end_of_forgetting_decides(high: float, interval: bool, is_met: bool) -> None:
+    found = comparison.compare(
+        rows(*[(0, 1, 0)] * 9), forgetting=Difference(0.03, Interval(0.01, high) if interval else None)
+    )
+    assert verdict(found, "forgetting<0.05") is is_met
+
+
+def test_a_base_without_a_finite_loss_is_not_beaten() -> None:
+    found = comparison.compare(rows(*[(0, 1, 0)] * 9, nats=(math.nan, 1.0, 2.0)))
+    assert not verdict(found, "loss<base")
+    assert verdict(found, "loss<2")
+    (one,) = requirements.judged(found, [parsed("loss<base")]).requirements
+    assert json.loads(json.dumps(one.as_json(), allow_nan=False))["value"] is None
+
+
+def test_every_requirement_that_is_not_met_is_said() -> None:
+    found = comparison.compare(rows(*[(0, 1, 0)] * 9))
+    texts = ["loss<0.5", "loss<base", "exact_match>=0.9"]
+    judged = requirements.judged(found, requirements.parse(texts))
+    assert [one.met for one in judged.requirements] == [False, True, False]
+    with pytest.raises(RequirementError) as caught:
+        requirements.check_met(judged.requirements)
+    assert meanings(caught.value) == [(Code.EVALUATE_REQUIREMENT, "", OPTION)] * 2
+    requirements.check_met(judged.requirements[1:2])
+
+
+# The command
+
+
+WORDS = ["one", "two", "three", "four", "five", "six"]
+TRAIN = [{"prompt": f"{word}:", "completion": word} for word in WORDS]
+HELD_OUT = [{"prompt": f"{a} {b}:", "completion": b} for a in WORDS for b in WORDS]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, cli: Callable[..., Ran]) -> Path:
+    """A folder with an adapter, rows that it has not seen, and rows of which three stand in train."""
+    folder = tmp_path_factory.mktemp("gate")
+    train = write_rows(folder / "train.jsonl", TRAIN)
+    write_rows(folder / "seen.jsonl", [*HELD_OUT, *TRAIN[:2], {"prompt": " three: ", "completion": "three"}])
+    write_rows(folder / "new.jsonl", HELD_OUT)
+    path = config_in(folder, tiny_dir)(data={"train": str(train)}, training={"max_steps": 20})
+    ran = cli("train", path)
+    assert ran.code == 0, ran.err
+    return folder
+
+
+def evaluate(place: Path, rows: str, *arguments: str) -> list[str]:
+    return ["evaluate", "--adapter", str(place / "out"), "--data", str(place / rows), *arguments]
+
+
+def test_what_is_met_ends_with_0(place: Path, cli: Callable[..., Ran]) -> None:
+    ran = cli(*evaluate(place, "new.jsonl", "--require", "loss<base", "--require", "loss<9", "--json"))
+    assert (ran.code, ran.err) == (0, "")
+    values = json.loads(ran.out)
+    assert values["overlap"] == {"exact": 0, "folded": 0, "rows": 36}
+    first, second = values["requirements"]
+    assert first == {"text": "loss<base", "met": True, **values["difference"]["loss"]}
+    assert (second["met"], second["value"]) == (True, values["adapter"]["loss"])
+    assert [second["low"], second["high"]] == values["adapter"]["intervals"]["loss"]
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_is_not_met_ends_with_11(place: Path, cli: Callable[..., Ran], as_json: bool) -> None:
+    """After everything has been printed."""
+    required = ("--require", "exact_match>=0.9", "--require", "loss<base", "--require", "loss<0.01")
+    plain = cli(*evaluate(place, "new.jsonl", *["--json"] * as_json))
+    ran = cli(*evaluate(place, "new.jsonl", *required, *["--json"] * as_json))
+    check_refused(ran, 11, *[(Code.EVALUATE_REQUIREMENT, "", OPTION)] * 2)
+    assert "`exact_match>=0.9`" in ran.errors[0] and "95 % interval" in ran.errors[0] and "`loss<0.01`" in ran.errors[1]
+    if as_json:
+        values = json.loads(ran.out)
+        assert [one["met"] for one in values.pop("requirements")] == [False, True, False]
+        assert values == json.loads(plain.out)
+    else:
+        lines = [line.split(maxsplit=1) for line in ran.out.splitlines()]
+        assert lines[:-3] == [line.split(maxsplit=1) for line in plain.out.splitlines()]
+        ends = ["exact_match>=0.9: not met", "loss<base: met", "loss<0.01: not met"]
+        assert lines[-3:] == [["required", text] for text in ends]
+
+
+def test_rows_in_train_show_nothing(place: Path, cli: Callable[..., Ran]) -> None:
+    path = str(place / "seen.jsonl")
+    ran = cli(*evaluate(place, "seen.jsonl", "--require", "loss<base"))
+    check_refused(ran, 4, *[(Code.EVALUATE_OVERLAP, path, OPTION)] * 2)
+    assert ran.out == "" and f"({path}:37, {path}:38)" in ran.errors[0] and f"({path}:39)" in ran.errors[1]
+    for arguments in ((), ("--require", "loss<base", "--allow-overlap")):
+        ran = cli(*evaluate(place, "seen.jsonl", *arguments, "--json"))
+        assert ran.code == 0 and [line.partition(" of the ")[0] for line in ran.err.splitlines()] == ["2", "1"]
+        assert json.loads(ran.out)["overlap"] == {"exact": 2, "folded": 1, "rows": 39}
+
+
+def test_an_adapter_without_hashes(place: Path, cli: Callable[..., Ran], tmp_path: Path) -> None:
+    """As those of earlier releases and of other tools."""
+    shutil.copytree(place / "out", tmp_path / "out")
+    for name in ("train_rows.hashes", "loratune.json"):
+        (tmp_path / "out" / name).unlink()
+    shutil.copy(place / "seen.jsonl", tmp_path)
+    lines = []
+    for arguments in ((), ("--require", "loss<base")):
+        ran = cli(*evaluate(tmp_path, "seen.jsonl", *arguments, "--json"))
+        assert ran.code == 0 and json.loads(ran.out)["overlap"] is None
+        lines.append([line for line in ran.err.splitlines() if "also in train" in line])
+    assert lines[0] == [] and len(lines[1]) == 1 and "not known" in lines[1][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--require", "los<1", "--require", "loss<against"], 2,
+         [(Code.USAGE_BAD_REQUIREMENT, "", OPTION), (Code.USAGE_NEEDS_OPTION, "", OPTION)]),
+        (["--allow-overlap"], 2, [(Code.USAGE_NEEDS_OPTION, "", "--allow-overlap")]),
+        (["--require", "label>0.5"], 4, [(Code.EVALUATE_NO_PROMPT, "text.jsonl", OPTION)]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_judged_is_refused_before_anything_is_loaded(
+    place: Path, arguments: list[str], code: int, expected: list[tuple[Code, str, str]]
+) -> None:
+    write_rows(place / "text.jsonl", [{"text": word} for word in WORDS])
+    ran, heavy = imported(*evaluate(place, "text.jsonl", *arguments))
+    assert ran.code == code and len(ran.errors) == len(expected), ran.err
+    for line, (one, where, key) in zip(ran.errors, expected, strict=True):
+        assert is_problem(line, (one, str(place / where) if where else "", key))
+    assert not heavy & {"torch", "peft", "bitsandbytes"}
