@@ -107,7 +107,7 @@ def environment(venv: Path) -> Path:
 def questions(adapter: Path, export: Path, data: str | None) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     """What vLLM is asked, and for each row our log-probabilities by the adapter and by the base alone."""
     from loratune.commands import export_request  # noqa: PLC0415
-    from loratune.commands.export import VLLM_RANKS  # noqa: PLC0415
+    from loratune.commands.clients import VLLM_RANKS  # noqa: PLC0415
     from loratune.config import Source, patterns  # noqa: PLC0415
     from loratune.data import no_progress, read_source  # noqa: PLC0415
     from loratune.inference import loading  # noqa: PLC0415

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loratune.codes import Code
 from loratune.data import TokenizedDataset
 from loratune.data.rendering import TokenizedRow
+from loratune.statistics import mean_ratio_interval
 from loratune.training import gain
 from loratune.training.gain import Gain, Loss
 
@@ -315,3 +316,19 @@ def test_the_losses_are_those_of_evaluate(cli: Callable[..., Ran], run_config: M
         assert metrics["gain"][side] == pytest.approx(scored[side]["loss"], abs=1e-5)
     assert (metrics["gain"]["rows"], metrics["gain"]["drawn"], metrics["gain"]["total"]) == (7, 9, 9)
     assert " on 7 distinct of 9 validation rows" in gain_line(ran)
+
+
+def test_the_interval_of_the_held_out_loss() -> None:
+    """Of all validation rows it is that of their losses; a quarter of them tells it within twice the width."""
+    dice = np.random.default_rng(0)
+    losses = [Loss(float(nats), 3) for nats in dice.exponential(6, 40)]
+    found = gain.compare(losses, losses, "validation")
+    expected = mean_ratio_interval([loss.total for loss in losses], [loss.tokens for loss in losses])
+    all_rows = found.held_out_interval(found.adapter)
+    assert expected is not None and all_rows is not None and all_rows.as_json() == pytest.approx(expected.as_json())
+    quarter = gain.compare(losses, losses, "validation", total=160).held_out_interval(5.0)
+    assert quarter is not None
+    assert quarter.high - 5.0 == pytest.approx((expected.high - found.adapter) / 2)
+    assert 5.0 - quarter.low == pytest.approx((found.adapter - expected.low) / 2)
+    assert gain.compare(losses, losses, "training").held_out_interval(5.0) is None
+    assert gain.compare(losses[:4], losses[:4], "validation").held_out_interval(5.0) is None

@@ -20,6 +20,7 @@ from loratune.model import load as load_module
 from loratune.training import trainer
 from loratune.training.best_step import BestStep
 from loratune.training.evaluations import BestRecord
+from loratune.training.trackers import trackers
 
 LORA: dict[str, Any] = {
     "r": 4,
@@ -56,6 +57,7 @@ TRAINING: dict[str, Any] = {
     "eval_steps": 4,
     "keep": "last",
     "patience": 3,
+    "report_to": ["tensorboard"],
     "activation_checkpointing": True,
 }
 MODEL: dict[str, Any] = {
@@ -158,7 +160,9 @@ def test_lora_start_from(tmp_path: Path) -> None:
 # TrainingSection → TrainingArguments
 
 
-@pytest.mark.parametrize("name, value", [item for item in TRAINING.items() if item[0] not in ("keep", "patience")])
+@pytest.mark.parametrize(
+    "name, value", [item for item in TRAINING.items() if item[0] not in ("keep", "patience", "report_to")]
+)
 def test_training(tmp_path: Path, name: str, value: Any) -> None:
     default, changed = (
         trainer.training_arguments(section, tmp_path, has_validation=True).to_dict()
@@ -188,6 +192,12 @@ def test_the_steps_that_are_kept_and_waited_for() -> None:
     record = BestRecord(1, 2.0, evaluations=4, since=3)
     waited = [BestStep(keep=True, patience=patience, record=record) for patience in (None, TRAINING["patience"])]
     assert [best.is_exhausted for best in waited] == [False, True]
+
+
+def test_training_report_to(tmp_path: Path) -> None:
+    """Trackers are callbacks of ours; whole runs stand in `test_trackers`."""
+    counts = [len(trackers(names, tmp_path, print, is_resumed=False)) for names in ([], TRAINING["report_to"] * 2)]
+    assert counts == [0, 1]
 
 
 # ModelSection → what `model.load_base` and `model.load_config` return

@@ -141,6 +141,7 @@ def test_an_adapter_is_uploaded_as_others_can_use_it(
     card = (copy / "README.md").read_text()
     assert f"base_model: {BASE}\n" in card and f"- base_model:adapter:{BASE}\n" in card
     assert f'AutoPeftModelForCausalLM.from_pretrained("{ME}")' in card
+    assert f"vllm serve {BASE} --enable-lora --max-lora-rank 8 --lora-modules out={ME}\n" in card
 
     lines = dict(line.strip().split(maxsplit=1) for line in ran.out.splitlines()[1:])
     assert lines["repository"] == f"{hub.url}/{ME}" and lines["visibility"] == "private, new"

@@ -23,6 +23,7 @@ import transformers
 import yaml
 from conftest import ROWS, check_refused, meanings, write_rows
 from fork_server import Child, ForkServer
+from huggingface_hub import ModelCard
 from running import Cli, MakeConfig, checkpoints, until
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from typer.testing import CliRunner
@@ -520,7 +521,7 @@ def test_a_run_on_evil_rows_shows_nothing_raw(cli: Cli, run_config: MakeConfig, 
     rows = [{"prompt": f"{EVIL} {number}", "completion": f" {EVIL}{number}"} for number in range(8)]
     data = {"train": str(write_rows(tmp_path / f"{EVIL}\nrows.jsonl", rows))}
     out = tmp_path / f"o{EVIL}"
-    config = run_config(data=data, training={"max_steps": 1}, output_dir=str(out))
+    config = run_config(data=data | {"validation": 0.5}, training={"max_steps": 1}, output_dir=str(out))
     for arguments in (("--dry-run", "--rows", 2), ()):
         ran = cli("train", config, *arguments)
         assert ran.code == 0, ran.err
@@ -528,6 +529,9 @@ def test_a_run_on_evil_rows_shows_nothing_raw(cli: Cli, run_config: MakeConfig, 
         assert "\\x1b]52;c;" in ran.out + ran.err
     assert "--adapter $'" in ran.out
     clean((out / "README.md").read_text())
+    (result,) = ModelCard.load(out / "README.md").data.eval_results
+    clean(f"{result.dataset_name} {result.dataset_type}")
+    assert "\\nrows.jsonl" in result.dataset_name and str(tmp_path) not in result.dataset_name
 
 
 QUOTED = json.dumps(f"/no{EVIL}").replace("\x7f", "\\x7f")  # as YAML reads it

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_llama
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
+from transformers import TrainerCallback, TrainerState, TrainingArguments, get_linear_schedule_with_warmup
 
 from loratune.training import upstream
 from loratune.training.upstream import HookedTrainer
@@ -77,6 +78,27 @@ def test_uses_deepspeed_and_fsdp(tmp_path: Path) -> None:
     assert (trainer.uses_deepspeed, trainer.uses_fsdp) == (True, False)
     trainer.is_fsdp_enabled = True
     assert (trainer.uses_deepspeed, trainer.uses_fsdp) == (True, True)
+
+
+def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files go to the directory that is given, unless the environment names another."""
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    arguments = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
+    tracker = upstream.TensorBoard(tmp_path / "logs")
+    for first, last in ((0, 3), (2, 3)):  # the second run goes on from step 2
+        for step in range(first, last):
+            state = TrainerState(global_step=step)
+            if step == first:
+                tracker.on_train_begin(arguments, state, None)
+            state.global_step += 1
+            tracker.on_log(arguments, state, None, {"loss": float(first)})
+        tracker.on_train_end(arguments, None, None)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload().Scalars("train/loss")
+    shown = [(event.step, event.value) for event in events]
+    assert shown == [(1, 0.0), (2, 0.0), (3, 2.0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
+    assert upstream.TensorBoard(tmp_path / "logs").logging_dir == str(tmp_path / "mine")
 
 
 HOOKS = {

@@ -4,7 +4,7 @@ import gc
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,10 +75,14 @@ Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token;
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Keep the garbage collector from walking the million objects that imports make and that stay, now and later."""
+    """Keep the garbage collector from walking the million objects that imports make and that stay, now and later.
+
+    What a library prints as it is imported goes to stderr, as transformers does where WANDB_MODE is offline.
+    """
     gc.disable()
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         gc.freeze()
         gc.enable()

@@ -70,12 +70,12 @@ def export(
         split = read_source(Source(path=data), info.data, show_progress) if data else None
 
         with importing():
-            from loratune.commands import printing
+            from loratune.commands import clients, printing
             from loratune.commands.export import export
-            from loratune.commands.export_request import ExportRequest, name_of
+            from loratune.commands.export_request import ExportRequest
             from loratune.inference import loading
 
-        request = ExportRequest(to, name_of(directory), merged, llama_cpp, base_gguf, selected.mix)
+        request = ExportRequest(to, clients.name_of(directory.output.name), merged, llama_cpp, base_gguf, selected.mix)
         with TemporaryDirectory() as place:
             if selected.mix:
                 weighted = [(opened[name], weight) for name, weight in selected.mix.items()]

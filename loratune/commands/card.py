@@ -5,6 +5,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,11 +17,6 @@ from loratune.data.formats.examples import IGNORED
 from loratune.system import records
 
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
-
-_QUANTIZATION_CODE = {
-    "8bit": "load_in_8bit=True",
-    "4bit": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
-}
 
 
 def provenance(
@@ -53,8 +49,8 @@ def model_card(
     settings: Mapping[str, Any],
     metrics: Mapping[str, Any],
     name: str,
-    prompt: str,
     *,
+    use: str,
     gain: str,
     forgetting: str,
     held_out: Sequence[tuple[str, str]],
@@ -70,7 +66,7 @@ def model_card(
         settings: The resolved config.
         metrics: The result of the run.
         name: The name of the adapter directory.
-        prompt: A prompt to try the adapter with, quoted for a shell.
+        use: How it is used, see `clients.sections`.
         gain: How the adapter compares with its base, in a line.
         forgetting: How it does on the rows of the run before, in a line, where it started from another adapter.
         held_out: How it does on rows that it was not trained on, as labels and lines.
@@ -81,9 +77,10 @@ def model_card(
     model = settings["model"]
     base, base_name = model["name_or_path"], f"`{_base_name(model)}`{_quantization(model)}"
     on_hub = not base.startswith("/")
-    metadata = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "loratune"]}
+    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "loratune"]}
     if on_hub:
         metadata |= {"base_model": base, "tags": ["lora", "loratune", f"base_model:adapter:{base}"]}
+    metadata |= _model_index(settings, metrics, name)
     held_out_lines = "".join(f"- **{label.capitalize()}:** {text}\n" for label, text in held_out)
     process_note = f", on {processes} processes" if processes > 1 else ""
     history = _start_lines(settings, forgetting) + _change_lines(changes)
@@ -103,11 +100,7 @@ A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 
 ## Use
 
-```python
-{_loading_code(model, name)}
-```
-
-or `loratune generate --adapter {escaping.shell(name)} {prompt}`
+{use}
 
 ## Settings
 
@@ -182,38 +175,40 @@ def _change_lines(changes: Sequence[Mapping[str, Any]]) -> str:
     return "".join(f"- **Changed on the way:** {line}\n" for line in lines)
 
 
-def _loading_code(base: Mapping[str, Any], name: str) -> str:
-    """Python code that loads base, adapter and tokenizer. PEFT loads the base itself unless it is a GGUF file."""
-    name = _quoted(name)
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
-    if base["quantization"] != "none":
-        return f"""from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, BitsAndBytesConfig
+def _model_index(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The losses on validation and test rows, as the hub shows them; empty without any.
 
-quantization = BitsAndBytesConfig({_QUANTIZATION_CODE[base["quantization"]]})
-model = AutoPeftModelForCausalLM.from_pretrained({name}, quantization_config=quantization)
-{tokenizer}"""
-    if base["gguf_file"] is None:
-        return f"""from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained({name})
-{tokenizer}"""
-    return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-base = AutoModelForCausalLM.from_pretrained(
-    {_quoted(base["name_or_path"])},
-    gguf_file={_quoted(base["gguf_file"])},
-    quantization_config=GgufConfig(dequantize=True),
-)
-model = PeftModel.from_pretrained(base, {name})
-{tokenizer}"""
+    https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    """
+    data, test = settings["data"], metrics.get("test")
+    losses = [("validation", metrics["held_out_loss"], metrics["held_out_interval"])]
+    losses += [("test", test["loss"], test["interval"])] if test else []
+    results = [
+        {
+            "task": {"type": "text-generation", "name": "Text generation"},
+            "dataset": _dataset(data[split], data["train"]) | {"split": split},
+            "metrics": [{"type": "loss", "value": round(loss, 4), "name": _metric_name(interval)}],
+        }
+        for split, loss, interval in losses
+        if loss is not None
+    ]
+    return {"model-index": [{"name": escaping.line(name), "results": results}]} if results else {}
 
 
-def _quoted(text: str) -> str:
-    """Text as Python, and JSON, write it."""
-    return escaping.line(json.dumps(text, ensure_ascii=not escaping.is_plain(text)))
+def _metric_name(interval: Sequence[float] | None) -> str:
+    """The name of a loss, for which the hub has no field for an interval."""
+    return "nats per token" + (f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
+
+
+def _dataset(source: Any, train: Any) -> dict[str, str]:
+    """Type and name of a dataset: its hub id, or the names of its files; never a path of this machine.
+
+    source: a source, several, or the part of the training rows that was held out.
+    """
+    sources = train if isinstance(source, float) else source
+    paths = [one["path"] for one in ([sources] if isinstance(sources, Mapping) else sources)]
+    names = ", ".join(escaping.line(Path(path).name if path.startswith("/") else path) for path in paths)
+    return {"type": names, "name": f"{source:g} of {names}, held out" if isinstance(source, float) else names}
 
 
 def _sources(train: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from loratune import escaping, memory
+from loratune.commands import clients
 from loratune.commands.export_request import Exported, ExportRequest, Log, in_float32, questions
 from loratune.config import patterns
 from loratune.console import format_size
@@ -33,8 +34,6 @@ from loratune.training.run_dir import RunDirectory
 
 _LOGITS = 1 << 24
 """Logits that are kept to be compared, of 4 bytes each."""
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What --max-lora-rank of vLLM can be (vllm/config/lora.py)."""
 
 
 def export_plain(
@@ -99,11 +98,9 @@ def _difference(share: float, whole: str) -> str:
 
 def _serve(source: AdapterInfo, directory: RunDirectory, request: ExportRequest, rank: int) -> str:
     """The line that serves it with vLLM."""
-    base, module = escaping.shell(source.base.name_or_path), escaping.shell(f"{request.name}={directory.output}")
-    most = next((most for most in VLLM_RANKS if rank <= most), rank)
     template = directory.output / gguf.TEMPLATE  # vLLM would take that of the base
-    rendering = f" --chat-template {escaping.shell(str(template))}" if source.chat and template.is_file() else ""
-    return f"vllm serve {base} --enable-lora --max-lora-rank {most}{rendering} --lora-modules {module}"
+    rendering = str(template) if source.chat and template.is_file() else None
+    return clients.vllm(source.base.name_or_path, request.name, str(directory.output), rank, rendering)
 
 
 def _within(ids: Sequence[Sequence[int]], vocabulary_size: int) -> list[Sequence[int]]:
@@ -161,11 +158,9 @@ def export_adapter(
         lines.append(("llama.cpp", str(compared) if compared else f"not run: {reason}"))
         figures["llama.cpp"] = compared.as_json() if compared else None
         output.write_record(staging, "GGUF adapter", source, {"comparison": figures, "chat": source.chat})
-    options = [f"-m {escaping.shell(str(_base_gguf(source, request) or 'BASE.gguf'))}"]
-    options.append(f"--lora {escaping.shell(str(directory.output / file.name))}")
-    if template:
-        options.append(f"--jinja --chat-template-file {escaping.shell(str(directory.output / gguf.TEMPLATE))}")
-    return Exported(directory.output, "llama.cpp", lines, figures, [f"llama-server {' '.join(options)}"])
+    model, rendering = str(_base_gguf(source, request) or "BASE.gguf"), str(directory.output / gguf.TEMPLATE)
+    command = clients.llama_server(model, str(directory.output / file.name), rendering if template else None)
+    return Exported(directory.output, "llama.cpp", lines, figures, [command])
 
 
 def export_merged(

@@ -1,6 +1,5 @@
 """What the ways of exporting an adapter share: what is wanted, what was made, and what is asked to compare."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from loratune.export.llama_cpp import ScoredAnswer
 from loratune.export.texts import FIXED, MOST_TEXTS, Asked, prompt_ids, recorded
 from loratune.inference.completion import LoadedAdapter
 from loratune.training.preflight import AdapterInfo
-from loratune.training.run_dir import RunDirectory
 
 _ANSWER = 16
 """The longest answer that is asked for, in tokens."""
@@ -66,11 +64,6 @@ class Exported:
             "directory": str(self.directory), "client": self.client, "comparison": self.figures,
             "commands": list(self.commands),
         }  # fmt: skip
-
-
-def name_of(directory: RunDirectory) -> str:
-    """What the client is to call the adapter: the name of the output, of the characters that all clients take."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", directory.output.name).strip("-.") or "adapter"
 
 
 def in_float32(source: AdapterInfo) -> AdapterInfo:

@@ -5,7 +5,7 @@
 
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any
 
 from loratune import config, data, kernels, memory
 from loratune.codes import Code
-from loratune.commands import card
+from loratune.commands import card, clients
 from loratune.commands.plan import Plan, make_plan
 from loratune.data import DatasetSplit, ProgressFactory, row_hashes
 from loratune.errors import NumericError, Problem, ResourceError
@@ -34,6 +34,7 @@ from loratune.training.gain import Gain
 from loratune.training.outcome import Outcome
 from loratune.training.preflight import ValidatedRun
 from loratune.training.run_dir import RunDirectory
+from loratune.training.trackers import Tracker, trackers
 from loratune.training.trainer import RunContext
 
 _CHECKPOINT_OVERHEAD = 40_000
@@ -82,15 +83,10 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
-        values: dict[str, Any] = {
+        return {
             "adapter": str(self.directory),
             "adapter_bytes": self.adapter_bytes,
-            **self.outcome.metrics,
-        }
-        values |= {"forgetting": self.forgetting.as_json()} if self.forgetting else {}
-        values |= {"test": self.test.as_json()} if self.test else {}
-        return values | {
-            "gain": self.gain.as_json(),
+            **_metrics(self),
             "peak_memory": self.peak_memory,
             "not_accelerated": self.fallbacks,
         }
@@ -98,7 +94,7 @@ class Result:
     @property
     def held_out(self) -> list[tuple[str, str]]:
         """How the adapter does on the rows that it was not trained on, as labels and texts."""
-        return _held_out(self.outcome, self.test)
+        return _held_out(self.outcome, self.gain, self.test)
 
 
 @dataclass(frozen=True)
@@ -165,8 +161,8 @@ def train(
         group.close()
         if not group.main:
             return None
-        results = outcome, comparison, forgetting, test
-        finished_run = _FinishedRun(plan, weights, *results, identity, memory.peak())
+        found = outcome, comparison, forgetting, test
+        finished_run = _FinishedRun(plan, weights, *found, identity, memory.peak())
         return _publish(finished_run, directory, reporter.log)
 
 
@@ -189,28 +185,32 @@ def _run_context(
     keeps_best = plan.config.keeps_best
     size = (2 + keeps_best) * plan.memory.adapter + plan.memory.optimizer + _CHECKPOINT_OVERHEAD
     checkpoints = Checkpoints(validated_run.directory.checkpoints, identity, size, is_writer=group.main)
-    after_checkpoint = partial(plan.base.check_unchanged, group)
+    context = RunContext(
+        checkpoints,
+        reporter.progress,
+        stop,
+        group,
+        after_checkpoint=partial(plan.base.check_unchanged, group),
+        trackers=_trackers(validated_run, reporter.log) if group.main else (),
+    )
     if resume_point is None:
         if group.main:
             check_free_space(
                 validated_run.directory.partial, (MOST_CHECKPOINTS + 1) * size + load.tokenizer_bytes(plan.tokenizer)
             )
-        return RunContext(checkpoints, reporter.progress, stop, group, after_checkpoint=after_checkpoint)
+        return context
     for line in resume.notes(resume_point, identity, dropout=plan.config.lora.lora_dropout > 0):
         reporter.log(line)
     evaluations, remark = best_step.continued(resume_point, identity, keep=keeps_best)
     if remark:
         reporter.log(remark)
-    return RunContext(
-        checkpoints,
-        reporter.progress,
-        stop,
-        group,
-        resume_from=resume_point.checkpoint,
-        learning_rate_factor=resume_point.learning_rate_factor,
-        evaluations=evaluations,
-        after_checkpoint=after_checkpoint,
-    )
+    factor = resume_point.learning_rate_factor
+    return replace(context, resume_from=resume_point.checkpoint, learning_rate_factor=factor, evaluations=evaluations)
+
+
+def _trackers(validated_run: ValidatedRun, log: Callable[[str], None]) -> Sequence[Tracker]:
+    output, is_resumed = validated_run.directory.output, validated_run.resume_point is not None
+    return trackers(validated_run.config.training.report_to, output, log, is_resumed=is_resumed)
 
 
 def _fit(plan: Plan, context: RunContext) -> Outcome:
@@ -274,9 +274,20 @@ def _score_test(plan: Plan, context: RunContext, reporter: Reporter) -> FinalSco
     return final_score.score(plan.model, test, pad_id, acceleration, context.group)
 
 
-def _held_out(outcome: Outcome, test: FinalScore | None) -> list[tuple[str, str]]:
+def _held_out(outcome: Outcome, comparison: Gain, test: FinalScore | None) -> list[tuple[str, str]]:
     """How the adapter does on the rows that it was not trained on, as labels and texts."""
-    return [*outcome.lines(tested=test is not None), *([("test", str(test))] if test else [])]
+    return [*outcome.lines(comparison, tested=test is not None), *([("test", str(test))] if test else [])]
+
+
+def _metrics(run: Result | _FinishedRun) -> dict[str, Any]:
+    """What a run came to, as figures. held_out_interval: null where it is not known."""
+    outcome, comparison = run.outcome, run.gain
+    loss = outcome.held_out_loss
+    interval = comparison.held_out_interval(loss) if loss is not None else None
+    metrics = outcome.metrics | {"held_out_interval": interval.as_json() if interval else None}
+    metrics |= {"gain": comparison.as_json()}
+    metrics |= {"forgetting": run.forgetting.as_json()} if run.forgetting else {}
+    return metrics | ({"test": run.test.as_json()} if run.test else {})
 
 
 def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[[str], None]) -> Result:
@@ -304,14 +315,16 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
     size = attach.save(plan.model, directory.staging, plan.adapter_init, finished_run.weights)
     plan.tokenizer.save_pretrained(directory.staging)
     (directory.staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
+    metrics, name = _metrics(finished_run), directory.output.name
+    are_layers_known = not [*parameters.layers_unknown_to_llama_cpp(plan.model)]
     text = card.model_card(
         plan.config.resolved(),
-        outcome.metrics,
-        directory.output.name,
-        plan.example_prompt,
+        metrics,
+        name,
+        use=clients.sections(plan.config, name, plan.example_prompt, are_layers_known=are_layers_known),
         gain=str(finished_run.gain),
         forgetting=str(finished_run.forgetting or ""),
-        held_out=_held_out(outcome, finished_run.test),
+        held_out=_held_out(outcome, finished_run.gain, finished_run.test),
         formats=plan.train_split.formats,
         changes=finished_run.identity["changes"],
         processes=plan.processes,
@@ -319,17 +332,14 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
     (directory.staging / "README.md").write_text(text, encoding="utf-8")
     trained_before = plan.earlier.start.trained_on if plan.earlier else None
     row_hashes.write(directory.staging, plan.train_split, trained_before, goes_on=plan.earlier is not None)
-    record = _record(finished_run, plan.train_split) | {"files": adapter_files.manifest(directory.staging)}
+    record = _record(finished_run, metrics, plan.train_split) | {"files": adapter_files.manifest(directory.staging)}
     write_json(directory.staging / "loratune.json", record)
     return size
 
 
-def _record(finished_run: _FinishedRun, train_split: DatasetSplit) -> dict[str, Any]:
+def _record(finished_run: _FinishedRun, metrics: Mapping[str, Any], train_split: DatasetSplit) -> dict[str, Any]:
     """What loratune.json says, but for the files."""
     plan, outcome, conditions = finished_run.plan, finished_run.outcome, finished_run.identity["conditions"]
-    metrics = outcome.metrics | {"gain": finished_run.gain.as_json()}
-    metrics |= {"forgetting": finished_run.forgetting.as_json()} if finished_run.forgetting else {}
-    metrics |= {"test": finished_run.test.as_json()} if finished_run.test else {}
     record = card.provenance(plan.config.resolved(), metrics, outcome.curve, plan.fingerprints)
     names = {"processor": "the processor", "device": "the device", "threads": "the number of threads"}
     record["machine"] |= {name: conditions[condition] for name, condition in names.items()}

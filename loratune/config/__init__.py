@@ -111,7 +111,7 @@ VLLM_RANK = 16
 
 Limit = tuple[Callable[[LoraSection], bool], str]
 
-_LIMITS: tuple[Limit, ...] = (
+_NOT_PLAIN: tuple[Limit, ...] = (
     (lambda lora: lora.use_dora, "lora.use_dora: vLLM, llama.cpp and Ollama do not read DoRA"),
     (lambda lora: lora.bias != "none", "lora.bias: vLLM, llama.cpp and Ollama do not read biases"),
     (
@@ -126,6 +126,9 @@ _LIMITS: tuple[Limit, ...] = (
         lambda lora: lora.init_lora_weights == "loftq",
         "lora.init_lora_weights: loftq compensates for what 4bit loses, so the adapter is off on an unquantized base",
     ),
+)
+"""What plain LoRA does not hold, or not on the base as others load it."""
+_SCALES: tuple[Limit, ...] = (
     (
         lambda lora: lora.use_rslora,
         "lora.use_rslora: llama.cpp and Ollama apply such an adapter with another scale, without saying so",
@@ -151,9 +154,19 @@ def highest_rank(lora: LoraSection) -> int:
     return max([lora.r, *lora.rank_pattern.values()]) * (2 if is_rank_doubled(lora) else 1)
 
 
+def is_plain(lora: LoraSection) -> bool:
+    """Whether the adapter is plain LoRA, so that `loratune export` can make it readable for vLLM and llama.cpp."""
+    return not any(applies(lora) for applies, _ in _NOT_PLAIN)
+
+
+def has_one_scale(lora: LoraSection) -> bool:
+    """Whether all modules have one scale, so that vLLM reads the adapter as it is."""
+    return not lora.rank_pattern and not lora.alpha_pattern
+
+
 def portability(lora: LoraSection) -> Iterator[str]:
     """One line for each choice that is not portable, with the clients that cannot read the adapter."""
-    yield from (line for applies, line in _LIMITS if applies(lora))
+    yield from (line for applies, line in (*_NOT_PLAIN, *_SCALES) if applies(lora))
     init, rank = lora.init_lora_weights, highest_rank(lora)
     if is_rank_doubled(lora):
         yield f"lora.init_lora_weights: {init} is saved as plain LoRA of twice the rank, {rank}"

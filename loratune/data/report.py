@@ -35,21 +35,25 @@ class RowTally:
 
 @dataclass(frozen=True)
 class Leaks:
-    """Held-out rows that are also in train, or in another split.
+    """Rows of a held-out split that are also in an earlier one, as in train.
 
     Attributes:
         exact: Letter for letter.
         folded: Different in white space alone.
+        split: The name of the held-out split.
+        earlier: The name of the other.
     """
 
     exact: RowTally
     folded: RowTally
+    split: str = "validation"
+    earlier: str = "train"
 
-    def remarks(self, held_out: str = "validation rows", other: str = "train") -> list[str]:
-        """A line for each kind of leak there is. held_out: what the rows are called. other: the split they are in."""
+    def remarks(self) -> list[str]:
+        """A line for each kind of leak there is."""
         kinds = ((self.exact, ""), (self.folded, ", apart from white space"))
         return [
-            f"{tally.count:,} of the {held_out} {'is' if tally.count == 1 else 'are'} also in {other}"
+            f"{tally.count:,} of the {self.split} rows {'is' if tally.count == 1 else 'are'} also in {self.earlier}"
             f"{difference} ({tally.places})"
             for tally, difference in kinds
             if tally.count

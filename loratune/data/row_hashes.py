@@ -68,7 +68,7 @@ class Overlap:
 
     def remarks(self) -> list[str]:
         """A line for each kind of rows in common."""
-        return self.leaks.remarks("evaluation rows") if self.leaks else []
+        return self.leaks.remarks() if self.leaks else []
 
     def as_json(self) -> dict[str, int] | None:
         """Plain values; None where it is not known."""
@@ -167,6 +167,7 @@ def find_overlap(split: DatasetSplit, directory: Path) -> Overlap:
     exact, folded = (split.index.column(column, 0, len(split.index)) for column in (EXACT, FOLDED))
     is_exact = _are_among(exact, hashes.exact)
     is_folded = _are_among(folded, hashes.exact) | _are_among(folded, hashes.folded)
-    leaks = Leaks(*(tally(split, [np.flatnonzero(rows)]) for rows in (is_exact, is_folded & ~is_exact)))
+    in_exact, in_folded = (tally(split, [np.flatnonzero(rows)]) for rows in (is_exact, is_folded & ~is_exact))
+    leaks = Leaks(in_exact, in_folded, "evaluation")
     unknown = "" if hashes.complete else "rows of the adapter that training started from are not known"
     return Overlap(len(split), leaks, unknown)

@@ -234,18 +234,18 @@ def find_leaks(datasets: RawDatasets) -> Leaks | None:
     return _leaks(datasets.train, datasets.validation) if datasets.validation is not None else None
 
 
-def find_test_leaks(datasets: RawDatasets) -> dict[str, Leaks]:
-    """Rows of the test set that are also in each other split, by its name; empty without a test set."""
+def find_test_leaks(datasets: RawDatasets) -> list[Leaks]:
+    """Rows of the test set that are also in train, and that are also in the validation set."""
     if datasets.test is None:
-        return {}
-    return {name: _leaks(split, datasets.test) for name, split in datasets.splits.items() if split is not datasets.test}
+        return []
+    return [_leaks(split, datasets.test) for split in (datasets.train, datasets.validation) if split]
 
 
 def _leaks(earlier: DatasetSplit, held_out: DatasetSplit) -> Leaks:
     """Rows of a split, which is to be new to the model, that are also in another one."""
     exact = _in_both(earlier, held_out, EXACT)
     folded = np.setdiff1d(_in_both(earlier, held_out, FOLDED), exact, assume_unique=True)
-    return Leaks(tally(held_out, [exact]), tally(held_out, [folded]))
+    return Leaks(tally(held_out, [exact]), tally(held_out, [folded]), held_out.name, earlier.name)
 
 
 def _in_both(earlier: DatasetSplit, held_out: DatasetSplit, column: int) -> NDArray[np.int64]:

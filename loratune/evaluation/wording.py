@@ -134,7 +134,7 @@ def tasks_table(results: TaskResults) -> tuple[list[str], list[list[str]]]:
         difference = one.difference
         cells.append(_plain_with_interval(difference.value, difference.interval, signed=True))
         cells.append("" if difference.p is None else p_value(difference.p))
-        needed = f", about {_rounded(difference.rows_needed):,} rows would tell" if difference.rows_needed else ""
+        needed = f", about {rounded(difference.rows_needed):,} rows would tell" if difference.rows_needed else ""
         rows.append([figure, f"{one.rows:,}", *cells, f"{difference.verdict or '-'}{needed}"])
     return ["", "rows", BASE, ADAPTER, "difference", "p (McNemar)", "verdict"], rows
 

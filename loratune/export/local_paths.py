@@ -179,6 +179,7 @@ def _card_for(text: str, adapter: AdapterFiles, run: RunConfig | None, repositor
     name = json.dumps(Path(run.output_dir).name if run else adapter.path.name)
     for call in ("from_pretrained(", "from_pretrained(base, "):
         text = text.replace(f"{call}{name}", f"{call}{json.dumps(repository)}")
+    text = re.sub(rf"(--lora-modules \S+=){re.escape(json.loads(name))}$", rf"\g<1>{repository}", text, flags=re.M)
     if not is_local(adapter.base) and (run is None or not is_local(run.model.name_or_path)):
         return text
     try:

@@ -74,7 +74,7 @@ def rank_of(model: PeftModel, module: str) -> int:
 
 def notes(model: PeftModel) -> list[str]:
     """Notes for the user: ranks above what a layer can use, modules trained in 16 bit, clients that cannot load it."""
-    return [*_excessive_ranks(model), *_modules_in_16_bit(model), *_unportable(model)]
+    return [*_excessive_ranks(model), *_modules_in_16_bit(model), *layers_unknown_to_llama_cpp(model)]
 
 
 def _excessive_ranks(model: PeftModel) -> Iterator[str]:
@@ -96,7 +96,7 @@ def _excessive_ranks(model: PeftModel) -> Iterator[str]:
         )
 
 
-def _unportable(model: PeftModel) -> Iterator[str]:
+def layers_unknown_to_llama_cpp(model: PeftModel) -> Iterator[str]:
     """Layers whose adapters llama.cpp's convert_lora_to_gguf.py refuses, or converts to a file that does not load."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     kinds: dict[str, str] = {}

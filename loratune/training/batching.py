@@ -92,10 +92,8 @@ def tokenize(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group:
         for name, split in ready.rows.splits.items():
             remarks[name] += [*split.remarks(), *([splits[name].rows.remark] if splits[name].rows.remark else [])]
         remarks["train"] += _remarks_on_rendering(ready.rows.train, splits["train"], renderer, section)
-        found = data.find_leaks(ready.rows)
-        leaks = found.remarks() if found else []
-        for name, tested in data.find_test_leaks(ready.rows).items():
-            leaks += tested.remarks("test rows", name)
+        found = [data.find_leaks(ready.rows), *data.find_test_leaks(ready.rows)]
+        leaks = [line for one in found if one for line in one.remarks()]
     train, validation, test = (splits.get(name) for name in values)
     assert train is not None
     return TokenizedDatasets(train, validation, remarks, leaks, section.max_length, test)

@@ -27,7 +27,7 @@ from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
 from loratune.kernels import expect, next_token_loss
 from loratune.lora.attach import PeftModel
-from loratune.statistics import LEAST_ROWS, jackknife_interval
+from loratune.statistics import LEAST_ROWS, Interval, jackknife_interval, mean_ratio_interval
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training.resume import ResumePoint
 from loratune.training.run_dir import RunDirectory
@@ -157,6 +157,8 @@ class Gain:
         low: Lower end of the 95 % interval of `better_by`. None where there are too few rows for one.
         high: Its upper end.
         validation_rows: Distinct validation rows, where these were too few, so that training rows were compared.
+        adapter_low: Lower end of the 95 % interval of `adapter`. None where there are too few rows for one.
+        adapter_high: Its upper end.
     """
 
     split: str
@@ -169,6 +171,8 @@ class Gain:
     low: float | None
     high: float | None
     validation_rows: int | None = None
+    adapter_low: float | None = None
+    adapter_high: float | None = None
 
     @property
     def verdict(self) -> Literal["gain", "no gain", "worse", "not judged"]:
@@ -179,6 +183,24 @@ class Gain:
             return "not judged"
         visible = abs(self.better_by) >= _VISIBLE
         return "gain" if visible and self.low > 0 else "worse" if visible and self.high < 0 else "no gain"
+
+    def held_out_interval(self, loss: float) -> Interval | None:
+        """The 95 % interval of the adapter's loss on all validation rows.
+
+        How much losses vary from row to row is that of the rows that were compared. A mean over more rows varies less,
+        by the square root of how many times as many they are.
+
+        Args:
+            loss: That loss.
+
+        Returns:
+            The interval; None where too few validation rows were compared for one.
+        """
+        if self.split != "validation" or self.adapter_low is None or self.adapter_high is None:
+            return None
+        share = math.sqrt(self.drawn / self.total)
+        low, high = loss - share * (self.adapter - self.adapter_low), loss + share * (self.adapter_high - self.adapter)
+        return Interval(max(low, 0.0), high)
 
     def __str__(self) -> str:
         """A line with the verdict and its figures."""
@@ -327,7 +349,9 @@ def compare(
     rows, drawn = len(base), int(weights.sum())
     interval = jackknife_interval(saved, tokens)
     low, high = (interval.low, interval.high) if interval else (None, None)
-    return Gain(split, rows, drawn, total or drawn, base_mean, adapter_mean, better_by, low, high, validation_rows)
+    own = mean_ratio_interval(adapter_nats, tokens)
+    ends = (low, high, validation_rows, *((own.low, own.high) if own else ()))
+    return Gain(split, rows, drawn, total or drawn, base_mean, adapter_mean, better_by, *ends)
 
 
 def _sample(split: TokenizedDataset, budget: int) -> dict[int, int]:

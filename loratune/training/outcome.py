@@ -4,6 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratune.training.evaluations import BestRecord
+from loratune.training.gain import Gain
+
+CURVE_KEYS = ("loss", "eval_loss")
+"""Under which the trainer logs the loss of steps and the held-out loss."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +71,20 @@ class Outcome:
             "tokens_per_second": self.tokens_per_second,
         }
 
-    def lines(self, *, tested: bool) -> list[tuple[str, str]]:
+    def lines(self, comparison: Gain, *, tested: bool) -> list[tuple[str, str]]:
         """What the evaluations gave, as labels and texts; none without validation rows.
 
-        tested: whether the adapter was scored on test rows as well, by which nothing was chosen.
+        Args:
+            comparison: Of the adapter with its base, which tells how much losses vary from row to row.
+            tested: Whether the adapter was scored on test rows as well, by which nothing was chosen.
         """
         best, loss = self.evaluations, self.held_out_loss
         if best is None or loss is None:
             return []
         text = f"{loss:.4f}"
+        if interval := comparison.held_out_interval(loss):
+            by = f", by the spread of {comparison.sampled_rows()}" if comparison.drawn < comparison.total else ""
+            text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f}{by})"
         if best.evaluations > 1 and self.keeps_best:
             text += f" at step {self.kept_step:,}, which is kept: the lowest of {best.evaluations:,} evaluations"
             text += "" if tested else ", and so optimistic"

@@ -1,8 +1,9 @@
 """What can be checked before torch is imported: rows, the place of the model, resuming, and adapter directories."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def check(
 
     Raises:
         ConfigError: See `quantization.check_bitsandbytes`; there is no such chat template; a setting does not work
-            with sharded weights.
+            with sharded weights; the package of a tracker is not installed.
         ModelError: See `source.is_directory` and `quantization.check_directory`.
         AdapterError: The adapter to start from cannot be used, see `open_adapter`; or it does not say which rows are to
             be replayed.
@@ -133,6 +134,7 @@ def check(
         what, fix = "there is no such file", "name a Jinja file"
         raise ConfigError(Problem(Code.MODEL_TEMPLATE_UNREADABLE, what, template, "data.chat_template", fix))
     _check_sharding(run)
+    _check_trackers(run.training.report_to)
     quantization.check_bitsandbytes(base.quantization)
     if is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
         quantization.check_directory(Path(local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
@@ -216,6 +218,23 @@ def _check_sharding(run: RunConfig) -> None:
         if value
     ]:
         raise ConfigError(problems)
+
+
+_TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX")}
+"""Modules of which a tracker needs one, where they are not called as it is."""
+
+
+def _check_trackers(names: Iterable[str]) -> None:
+    """Raises ConfigError: the package of a tracker is not installed."""
+
+    def is_installed(module: str) -> bool:
+        spec = find_spec(module)
+        return spec is not None and spec.origin is not None  # W&B's directory of logs is a package without an origin
+
+    missing = [name for name in names if not any(map(is_installed, _TRACKER_MODULES.get(name, (name,))))]
+    if missing:
+        what, fix = f"{' and '.join(missing)} is not installed", f"pip install {' '.join(missing)}, or leave it out"
+        raise ConfigError(Problem(Code.MODEL_MISSING_PACKAGE, what, key="training.report_to", fix=fix))
 
 
 def broadcast_run(validated_run: ValidatedRun | None, group: Group) -> ValidatedRun:

@@ -30,7 +30,8 @@ CHANGEABLE = (
 `data.train`, `lora.start_from` and `model.name_or_path` may name another place, at which there has to be the same as
 before. The number of rows that an optimizer step takes, over all processes, has to stay the same as well.
 """
-_NOT_COMPARED = ("output_dir",)  # the checkpoints were found, so the run directory may have been moved
+_NOT_COMPARED = ("output_dir", "training.report_to")
+"""Keys that may change: the checkpoints were found, so the run directory may have been moved; trackers only watch."""
 _RESTART = "start afresh with --overwrite"
 
 

@@ -35,8 +35,9 @@ from loratune.training.checkpoints import Checkpoints
 from loratune.training.curve import Pace, thinned
 from loratune.training.evaluations import BestRecord
 from loratune.training.gain import Batches, Loss, held_out_loss
-from loratune.training.outcome import Outcome
+from loratune.training.outcome import CURVE_KEYS, Outcome
 from loratune.training.sharded_trainer import ShardedTrainer
+from loratune.training.trackers import Tracker
 from loratune.training.upstream import exclude_from_ddp, scale_learning_rates, use_one_gpu
 
 
@@ -53,6 +54,7 @@ class RunContext:
         learning_rate_factor: By what the learning rates of that checkpoint are multiplied.
         evaluations: What the evaluations up to that checkpoint gave; None if there were none, or they do not count.
         after_checkpoint: Called in all processes after each checkpoint; it may raise an error, which ends the run.
+        trackers: What else follows its steps, in the main process.
     """
 
     checkpoints: Checkpoints
@@ -63,6 +65,7 @@ class RunContext:
     learning_rate_factor: float = 1.0
     evaluations: BestRecord | None = None
     after_checkpoint: Callable[[], None] = lambda: None
+    trackers: Sequence[Tracker] = ()
 
     def stopping(self) -> bool:
         """Whether any process was asked to stop. All processes call it together, and from then on all know."""
@@ -155,6 +158,8 @@ def fit(
         raise OutOfMemory(trainer.position(), evaluating=trainer.evaluating) from None
     finally:
         context.progress.stop()
+        for tracker in context.trackers:
+            tracker.end()
     trainer.put_back_best()
     if not context.stopping():  # The model is still accelerated here; afterwards its logits can need more memory.
         check_final_loss(model, train, context.checkpoints, trainer.state.global_step)
@@ -200,6 +205,7 @@ def _build(
             dry_run,
             ProgressCallback(context.progress, at_evaluations=section.patience is not None),
             StopCallback(context.stopping),
+            *context.trackers,
         ],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own progress bar is off
@@ -291,8 +297,8 @@ class _RunTrainer(ShardedTrainer):
 
     def outcome(self, seconds: float) -> Outcome:
         """What the run came to. seconds: how long it took."""
-        curve = thinned(self.state.log_history)
-        losses, held_out_losses = ([entry[key] for entry in curve if key in entry] for key in ("loss", "eval_loss"))
+        history = self.state.log_history
+        losses, held_out_losses = ([entry[key] for entry in history if key in entry] for key in CURVE_KEYS)
         step, record = self.state.global_step, self.best.record
         return Outcome(
             steps=step,
@@ -306,7 +312,7 @@ class _RunTrainer(ShardedTrainer):
             tokens=int(self.state.num_input_tokens_seen),
             seconds=seconds,
             tokens_per_second=self.pace.overall(self.state),
-            curve=curve,
+            curve=thinned(history),
         )
 
     def floating_point_ops(self, inputs: Any) -> int:

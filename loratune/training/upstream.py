@@ -4,12 +4,14 @@ Each such name stands here once, with the reason why no documented one serves; t
 those that a release takes away.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 
 def exclude_from_ddp(model: nn.Module, names: list[str]) -> None:
@@ -50,6 +52,30 @@ def discard_deepspeed_step(engine: Any) -> None:
     """
     engine.optimizer.zero_grad()
     engine.micro_steps -= 1
+
+
+class TensorBoard(TensorBoardCallback):
+    """The integration of TensorBoard, with a directory for its files.
+
+    Upstream's own is within that of the checkpoints, which are removed. Its documented argument is a writer, but that
+    is made once it is known from which step on a resumed run replaces what was written.
+    """
+
+    logging_dir: str | None
+
+    def __init__(self, directory: Path):
+        """directory: for the files; TENSORBOARD_LOGGING_DIR takes precedence."""
+        super().__init__()
+        self.logging_dir = self.logging_dir or str(directory)
+        self._next_step: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step, also of a resumed run."""
+        self._next_step = state.global_step + 1 if state.global_step else None
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def _init_summary_writer(self, args: Any) -> None:
+        self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=self._next_step)
 
 
 class HookedTrainer(Trainer):
