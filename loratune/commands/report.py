@@ -86,7 +86,7 @@ def _facts(stats: AdapterStats) -> dict[str, str]:
         "lora_alpha": f"{stats.lora_alpha:g}",
         "variants": ", ".join(variants) or "none",
         "modules": f"{len(stats.updates):,}",
-        "numbers": f"{stats.parameters:,}",
+        "parameters": f"{stats.parameters:,}",
         "size": format_size(stats.adapter_bytes).partition("(")[2].rstrip(")") or format_size(stats.adapter_bytes),
     }
     if stats.dora:
