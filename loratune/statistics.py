@@ -57,11 +57,79 @@ def wilson(matches: float, rows: float) -> Interval:
     """
     if not (0 < rows < math.inf and 0 <= matches <= rows):
         raise ValueError(f"{matches} matches of {rows} rows are no share")
-    share, square = matches / rows, _Z**2 / rows
-    middle = (share + square / 2) / (1 + square)
-    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
-    low = 0.0 if matches == 0 else max(0.0, middle - half)
-    return Interval(low, 1.0 if matches == rows else min(1.0, middle + half))
+    share = matches / rows
+    return _score_interval(share, share * (1 - share), rows)
+
+
+def _score_interval(mean: float, variance: float, rows: float) -> Interval:
+    """Wilson's interval of a mean of values between 0 and 1, with a variance that need not be that of a share."""
+    square = _Z**2 / rows
+    middle = (mean + square / 2) / (1 + square)
+    half = math.sqrt(square * (variance + square / 4)) / (1 + square)
+    low = 0.0 if mean == 0 else max(0.0, middle - half)
+    return Interval(low, 1.0 if mean == 1 else min(1.0, middle + half))
+
+
+def bounded_mean_interval(values: Values, weights: Values) -> Interval | None:
+    """The interval of a mean of scores between 0 and 1: each end is that of `mean_ratio_interval` or that of Wilson's
+    interval with the variance of the scores in place of that of a share, whichever is farther out.
+
+    The first has no width where all scores are equal, though five answers that are right do not show that all are. The
+    second then has that of as many rows that all match, or that all do not. Of scores that are all 0 or 1 it is
+    Wilson's own, and of scores that vary it is hardly wider than Student's.
+
+    Args:
+        values: The score of each row.
+        weights: The copies of each row, which are one draw.
+
+    Returns:
+        The interval; None for fewer than `LEAST_ROWS` rows.
+
+    Raises:
+        ValueError: A score is not between 0 and 1, or see `mean_ratio_interval`.
+    """
+    values, weights = _checked(values, weights)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("a score is not between 0 and 1")
+    drawn = mean_ratio_interval(weights * values, weights)
+    if drawn is None:
+        return None
+    mean = min(1.0, float((weights * values).sum() / weights.sum()))
+    variance = float((weights * (values - mean) ** 2).sum() / weights.sum())
+    wide = _score_interval(mean, variance, effective_rows(weights))
+    return Interval(max(0.0, min(drawn.low, wide.low)), min(1.0, max(drawn.high, wide.high)))
+
+
+def bounded_difference_interval(differences: Values, weights: Values) -> Interval | None:
+    """The interval of a mean of differences between scores from 0 to 1, as `bounded_mean_interval` is of their mean,
+    with the interval of Bonett and Price in place of Wilson's; see `share_difference_interval`.
+
+    Args:
+        differences: Of each row, between -1 and 1.
+        weights: The copies of each row, which are one draw.
+
+    Returns:
+        The interval; None for fewer than `LEAST_ROWS` rows.
+
+    Raises:
+        ValueError: A difference is not between -1 and 1, or see `mean_ratio_interval`.
+    """
+    differences, weights = _checked(differences, weights)
+    if not (np.abs(differences) <= 1).all():
+        raise ValueError("a difference between scores is not between -1 and 1")
+    drawn = mean_ratio_interval(weights * differences, weights)
+    if drawn is None:
+        return None
+    mean, square = (float((weights * one).sum() / weights.sum()) for one in (differences, differences**2))
+    wide = _paired_interval(mean, square, effective_rows(weights))
+    return Interval(max(-1.0, min(drawn.low, wide.low)), min(1.0, max(drawn.high, wide.high)))
+
+
+def effective_rows(weights: Values) -> float:
+    """How many rows without copies say as much of a mean as rows with these weights: the square of their sum over the
+    sum of their squares (L. Kish, Survey Sampling, 1965)."""
+    weights = np.asarray(weights, dtype=np.float64)
+    return float(weights.sum() ** 2 / (weights**2).sum())
 
 
 def mean_ratio_error(totals: Values, counts: Values) -> float:
@@ -186,9 +254,15 @@ def share_difference_interval(first_only: float, second_only: float, rows: float
         ValueError: The rows that match once are below 0 or more than all rows.
     """
     _check_shares(first_only, second_only, rows)
-    first, second = (first_only + 1) / (rows + 2), (second_only + 1) / (rows + 2)
-    half = _Z * math.sqrt(max(0.0, first + second - (second - first) ** 2) / (rows + 2))
-    return Interval(max(-1.0, second - first - half), min(1.0, second - first + half))
+    return _paired_interval((second_only - first_only) / rows, (second_only + first_only) / rows, rows)
+
+
+def _paired_interval(mean: float, square: float, rows: float) -> Interval:
+    """Of a mean of differences between -1 and 1, from it and the mean of their squares: Wald's interval of the rows and
+    two more, with the differences -1 and 1."""
+    shifted, wider = mean * rows / (rows + 2), (square * rows + 2) / (rows + 2)
+    half = _Z * math.sqrt(max(0.0, wider - shifted**2) / (rows + 2))
+    return Interval(max(-1.0, shifted - half), min(1.0, shifted + half))
 
 
 def share_difference_error(first_only: float, second_only: float, rows: float) -> float:

@@ -260,7 +260,11 @@ def test_against_another_adapter(cli: Callable[..., Ran], place: Path, few: Path
     assert ran.code == 0 and (other == "pissa" or ran.err == also_in_train(few)), ran.err
     assert other == "early" or f"{place / 'pissa'}: was trained with another " in ran.err  # it records no conversations
     found = json.loads(ran.out)
-    assert [*found] == ["base", "adapter", "against", "difference", "metric", "verdict", "overlap"]
+    keys = ["base", "adapter", "against", "difference", "difference_from_base", "metric", "verdict", "overlap"]
+    assert [*found] == keys
+    assert [*found["difference_from_base"]] == [*found["difference"]] == [*own["difference"]]
+    for figure, one in found["difference_from_base"].items():  # as without the other adapter
+        assert one == pytest.approx(own["difference"][figure]), figure
     for name, expected in (("base", own["base"]), ("adapter", own["adapter"]), ("against", other_own["adapter"])):
         near = 1e-6 if other == "early" else 1e-3  # alone, that of PEFT is computed in bfloat16
         assert found[name]["loss"] == pytest.approx(expected["loss"], abs=near)
@@ -330,6 +334,7 @@ def test_forgetting(cli: Callable[..., Ran], place: Path, few: Path, tmp_path: P
     ("options", "rows", "exit_code", "code", "key"),
     [
         (["--metric", "json"], HELD_OUT[:2], 4, Code.EVALUATE_EXPECTED_TEXT, "--metric"),
+        (["--metric", "json"], HELD_OUT[:12], 4, Code.EVALUATE_EXPECTED_TEXT, "--metric"),
         (["--metric", "exact_match"], [{"text": "some text"}], 4, Code.EVALUATE_NO_PROMPT, "--metric"),
         (["--metric", "regex:(.*)*x"], [chat_row("a", "y" * 60)], 2, Code.USAGE_BAD_METRIC, "--metric"),
         (["--overwrite"], HELD_OUT[:2], 2, Code.USAGE_NEEDS_OPTION, "--overwrite"),
@@ -345,6 +350,7 @@ def test_refused_options(
         and ran.out == ""
         and all(f"{key}: " in line and f"[{code}]" in line for line in ran.errors)
     )
+    assert len(ran.errors) == 1 and (len(rows) < 12 or "11 more of 12 rows" in ran.err)
 
 
 def test_too_few_rows_are_said(cli: Callable[..., Ran], place: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`loratune evaluate --tasks` on tasks of a few rows, against stock PEFT computed a choice at a time in float32."""
 
+import io
 import json
+import logging
 import math
 import os
 import random
@@ -214,6 +216,42 @@ def test_a_limit_and_tasks_by_file_and_text_for_people(place: Path) -> None:
     assert "at most 3 rows" in lines[0]
     names = ["choice.acc", "choice.acc_norm", "answer.exact_match"]
     assert [line.split()[:2] for line in lines[2:]] == [[name, "3"] for name in names]
+
+
+def test_what_is_required_of_tasks_alone(place: Path) -> None:
+    path = place / "tasks" / "choice.yaml"
+    texts = ["choice.acc>=0", "choice.acc>2", "choice.bleu>0"]
+    ran = run(place / "adapter", path, "--json", *(word for text in texts for word in ("--require", text)))
+    check_refused(ran, 11, *[(Code.EVALUATE_REQUIREMENT, "", "--require")] * 2)
+    assert "choice.acc, choice.acc_norm" in ran.errors[1]
+    printed = json.loads(ran.out)
+    first, *others = printed["requirements"]
+    found = printed["tasks"]["choice"]["acc"]
+    assert first["met"] and [first["value"], first["low"], first["high"]] == [
+        found["adapter"],
+        *found["intervals"]["adapter"],
+    ]
+    assert [one["met"] for one in others] == [False, False]
+    ran = run(place / "adapter", path, "--require", "choices.acc>0")
+    check_refused(ran, 2, (Code.USAGE_BAD_REQUIREMENT, "", "--require"))
+
+
+def test_loaders_of_rows_are_quiet(tmp_path: Path, place: Path) -> None:
+    """Their handlers write to the stderr of their import, such as lines on each retry without a network."""
+    shutil.copy(place / "tasks" / "rows.jsonl", tmp_path)
+    (tmp_path / "own.py").write_text(
+        "import logging\n\n\ndef loud(rows):\n"
+        "    logging.getLogger('huggingface_hub.utils').warning('Retrying')\n    return rows\n"
+    )
+    path = task(tmp_path, "loud", **CHOICE)
+    path.write_text(path.read_text() + "process_docs: !function own.loud\n")
+    logger, handler = logging.getLogger("huggingface_hub"), logging.StreamHandler(stream := io.StringIO())
+    logger.addHandler(handler)
+    try:
+        harness.open_tasks([str(path)])
+        assert stream.getvalue() == "" and handler.stream is stream
+    finally:
+        logger.removeHandler(handler)
 
 
 SHUFFLING = "import random\n\n\ndef shuffled(rows):\n    return rows.select(random.sample(range(12), 12))\n"

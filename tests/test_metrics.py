@@ -119,6 +119,16 @@ def test_more_rows_are_asked_for_where_they_would_help() -> None:
     assert comparison.compare(rows((20, WON))).differences["loss"].rows_needed is None
 
 
+def test_what_is_printed_of_rows_needed_is_in_json() -> None:
+    """And where the difference is exactly 0, both say that there is no number."""
+    same, near, won = (comparison.compare(rows(*kinds)).differences["rouge_l"] for kinds in (
+        ((20, SAME),), ((3, WON), (2, LOST), (45, SAME)), ((20, WON),),
+    ))  # fmt: skip
+    assert same.as_json()["rows_needed"] is None and "do not differ" in wording.outlook(same)
+    assert near.as_json()["rows_needed"] == near.rows_needed and "rows would tell" in wording.outlook(near)
+    assert "rows_needed" not in won.as_json() and wording.outlook(won) == ""
+
+
 def test_copies_weigh_and_are_no_evidence() -> None:
     """200 copies of one row count for the mean, and are one row for the intervals."""
     few = [row(number, *WON, tokens=2 + number) for number in range(6)]

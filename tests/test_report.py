@@ -258,7 +258,22 @@ def test_the_page_of_two_adapters_on_rows(runs: tuple[Path, dict[str, Any]], cli
     assert len(changes) == len(rows) and changes == sorted(changes, reverse=True)
     worst = [row["adapter"]["loss"] - row["against"]["loss"] for row in found["worst"]]
     assert [change for change in changes if change > 0] == pytest.approx(worst, abs=6e-4)
-    assert "lora.target_modules" in page.text and "Adapters share the scale" in page.text
+    assert "lora.target_modules" in page.text and "Each adapter has its own scale" in page.text
+    for other in ("base", "two"):
+        assert f"one less {other}, on the same rows" in page.text
+
+
+def test_two_runs_side_by_side() -> None:
+    """What a run did not have is `none`, what is not known is not; a section that one run lacks is listed once."""
+    split = dict.fromkeys(("rows", "duplicates", "dropped", "truncated", "tokens", "supervised", "longest"), 1)
+    record = {"splits": {"train": split}, "fingerprints": {"base": "b"}, "seed": 1}
+    tested = {"splits": {"train": split, "test": split}, "fingerprints": {"base": "b", "test": "t"}}
+    read = [run_record.read(one) for one in (record, tested, {})]
+    rows = {name: values for table in page_tables.tables(read, [{}] * 3) for name, values in table.rows}
+    assert rows["test rows"] == ["none", "t", None] and rows["seed"] == ["1", None, None]
+    assert rows["held-out loss"] == ["none", "none", None] and rows["loss of the last step"] == [None] * 3
+    settings = [{"data.test": "null", "data.x": "1"}, {"data.test.path": "t.jsonl", "data.x": "1"}]
+    assert page_tables.differing(settings) == [("data.test.path", ["null", "t.jsonl"])]
 
 
 def test_the_page_of_an_adapter_that_another_tool_wrote(

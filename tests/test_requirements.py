@@ -15,9 +15,18 @@ from test_cli import imported
 from loratune import statistics
 from loratune.codes import Code
 from loratune.errors import ConfigError, RequirementError
-from loratune.evaluation import comparison, metrics, requirements, wording
+from loratune.evaluation import comparison, metrics, requirements, task_comparison, wording
 from loratune.evaluation.requirements import OPTION, Requirement
-from loratune.evaluation.results import ADAPTER, AGAINST, BASE, Difference, EvaluatedRow, Evaluation, ModelAnswer
+from loratune.evaluation.results import (
+    ADAPTER,
+    AGAINST,
+    BASE,
+    Difference,
+    EvaluatedRow,
+    Evaluation,
+    ModelAnswer,
+    TaskResults,
+)
 from loratune.statistics import Interval
 
 ASKED = metrics.parse(["json", "regex:(\\d+)<=>"])
@@ -185,6 +194,62 @@ def test_every_requirement_that_is_not_met_is_said() -> None:
         requirements.check_met(judged.requirements)
     assert meanings(caught.value) == [(Code.EVALUATE_REQUIREMENT, "", OPTION)] * 2
     requirements.check_met(judged.requirements[1:2])
+
+
+def test_rows_with_equal_scores_show_little() -> None:
+    """Where ROUGE-L is 1 on each of five rows, that does not show that it is 1."""
+    scores = {"exact_match": 1.0, "label_accuracy": 1.0, "rouge_l": 1.0}
+    found = comparison.compare([replace(row, answers={
+        name: replace(answer, scores=scores) for name, answer in row.answers.items()
+    }) for row in rows(*[(1, 1, 1)] * 5)])  # fmt: skip
+    asked = metrics.parse(["rouge_l"])
+    for text, is_met in (("rouge_l>=1", False), ("rouge_l>=base", False), ("rouge_l>=0.56", True)):
+        (one,) = requirements.judged(found, requirements.parse([text], asked)).requirements
+        assert one.met is is_met, text
+
+
+def task_results() -> TaskResults:
+    """`t.acc`: 60 rows, of which the base gets 20 and the adapter 50; `t.f1`, of which only the figure is known."""
+    acc = {BASE: [1] * 20 + [0] * 40, ADAPTER: [1] * 50 + [0] * 10}
+    values = {BASE: 1 / 3, ADAPTER: 5 / 6}
+    figures = {
+        "acc": task_comparison.compare(values, {}, acc, "mean", True),
+        "f1": task_comparison.compare(values, {}, acc, "f1", True),
+    }
+    return TaskResults({"t": figures}, None, False, "0")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_met"),
+    [
+        ("t.acc>=0.7", True), ("t.acc>=0.75", False), ("t.acc>base", True), ("t.acc<base", False),
+        ("difference.t.acc>0.3", True), ("difference.t.acc>0.45", False), ("t.f1>0.1", False), ("t.nothing>0", False),
+    ],
+)  # fmt: skip
+def test_figures_of_tasks(text: str, is_met: bool) -> None:
+    """Alone, and beside rows, the cautious end decides. What no task gives is named with what they give."""
+    required = requirements.parse([text], tasks=True, rows=False)
+    (alone,) = requirements.judged_tasks(task_results(), required).requirements
+    found = replace(comparison.compare(rows(*[(0, 1, 1)] * 9)), tasks=task_results())
+    assert requirements.judged(found, required).requirements == [alone]
+    assert alone.met is is_met, alone.reason
+    assert ("t.acc, t.f1" in alone.reason) is ("nothing" in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "code"),
+    [
+        ("t.acc>0.5", {}, Code.USAGE_NEEDS_OPTION),
+        ("t.acc>against", {"tasks": True, "against": True}, Code.USAGE_BAD_REQUIREMENT),
+        ("difference.t.acc>base", {"tasks": True}, Code.USAGE_BAD_REQUIREMENT),
+        ("t.acc>nan", {"tasks": True}, Code.USAGE_BAD_REQUIREMENT),
+        ("loss<base", {"tasks": True, "rows": False}, Code.USAGE_NEEDS_OPTION),
+    ],
+)
+def test_what_is_no_requirement_of_a_task(text: str, options: dict[str, bool], code: Code) -> None:
+    with pytest.raises(ConfigError) as caught:
+        requirements.parse([text], **options)
+    assert meanings(caught.value) == [(code, "", OPTION)]
 
 
 # The command

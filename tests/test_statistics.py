@@ -12,6 +12,8 @@ from scipy import stats
 from loratune.statistics import (
     LEAST_ROWS,
     Interval,
+    bounded_difference_interval,
+    bounded_mean_interval,
     jackknife_interval,
     mcnemar,
     mean_ratio_error,
@@ -139,6 +141,23 @@ def test_few_different_rows_have_the_jackknifes_interval() -> None:
     assert ends(mean_ratio_interval(totals, tokens)) == pytest.approx(ends(jackknife_interval(totals, tokens)))
 
 
+def test_equal_scores_do_not_show_that_all_are() -> None:
+    """Five answers that are right have the interval of five rows that match, however their scores are computed."""
+    for score in (0, 1):
+        assert bounded_mean_interval([score] * 5, [1] * 5) == wilson(5 * score, 5)
+    low, high = ends(bounded_mean_interval([0.5] * 5, [1] * 5))
+    assert low < 0.3 and high > 0.7
+    assert bounded_difference_interval([0] * 5, [1] * 5) == share_difference_interval(0, 0, 5)
+    low, high = ends(bounded_difference_interval([1] * 5, [1] * 5))
+    assert 0 < low < 0.3 and high == 1
+    one, copied = (ends(bounded_mean_interval([1] * 6, weights)) for weights in ([1] * 6, [200] + [1] * 5))
+    assert copied[0] < one[0]
+    assert bounded_mean_interval([1] * 4, [1] * 4) is bounded_difference_interval([1] * 4, [1] * 4) is None
+    scores = np.random.default_rng(0).beta(3, 2, 200)
+    drawn, found = (ends(one(scores, [1] * 200)) for one in (mean_ratio_interval, bounded_mean_interval))
+    assert drawn[1] - drawn[0] <= found[1] - found[0] < 1.05 * (drawn[1] - drawn[0])
+
+
 def test_many_rows_take_little_time() -> None:
     totals, tokens = made(5000)
     start = time.process_time()
@@ -158,6 +177,8 @@ def test_many_rows_take_little_time() -> None:
         lambda: share_difference_interval(3, 3, 5),
         lambda: share_difference_error(-1, 0, 5),
         lambda: mcnemar(-1, 2),
+        lambda: bounded_mean_interval([1.5] * 5, [1] * 5),
+        lambda: bounded_difference_interval([-1.5] * 5, [1] * 5),
         *(lambda interval=interval: interval([1.0] * 5, [1, 1, 1, 1, 0]) for interval in MEANS),
         *(lambda interval=interval: interval([1.0] * 5, [1] * 6) for interval in MEANS),
         lambda: mean_ratio_error([1.0] * 2, [1, math.nan]),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 _NEEDED = {
-    **dict.fromkeys(("against", "metrics", "forgetting", "worst", "output", "require", "assignments"), "data"),
+    **dict.fromkeys(("against", "metrics", "forgetting", "worst", "output", "assignments"), "data"),
     "limit": "tasks",
     "overwrite": "output",
     "allow_overlap": "require",
@@ -83,7 +83,10 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
     require: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIGURE<BOUND", help="Repeatable: exit code 11 unless 'exact_match>=0.9', 'loss<base'."),
+        typer.Option(
+            metavar="FIGURE<BOUND",
+            help="Repeatable: exit code 11 unless 'exact_match>=0.9', 'loss<base', 'TASK.METRIC>base'.",
+        ),
     ] = None,
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="With --require: also judge by rows that stand in train.")
@@ -106,7 +109,8 @@ def evaluate(
             from loratune.training import preflight
 
         parsed = known_metrics.parse(metrics or [])
-        required = requirements.parse(require or [], parsed, against=bool(against), forgetting=bool(forgetting))
+        known = {"against": bool(against), "forgetting": bool(forgetting), "rows": bool(data), "tasks": bool(names)}
+        required = requirements.parse(require or [], parsed, **known)
         inputs = [Path(path) for path in (adapter, data, against, forgetting) if path is not None]
         file = output_file.output(output, "--output", overwrite=overwrite, inputs=inputs) if output else None
         info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
@@ -114,8 +118,8 @@ def evaluate(
         if file is not None:
             file = file.reading(Path(info.base.name_or_path))
         if data is None:
-            return _evaluate_tasks(info, names, limit, as_json)
-        opened = _open_tasks(names, limit) if names else None
+            return _evaluate_tasks(info, names, limit, required, as_json)
+        opened = _open_tasks(names, limit, required) if names else None
         split, overlap = _read_rows(data, info, required, allow_overlap=allow_overlap)
         unrelated = _unrelated_text(forgetting, info.data.max_length) if forgetting is not None else None
 
@@ -146,7 +150,7 @@ def _read_rows(
 
     split = read_source(Source(path=data), info.data, show_progress)
     overlap = row_hashes.find_overlap(split, info.files.path)
-    if required:
+    if any(not one.of_task for one in required):
         requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
         if overlap.unknown:
             log(overlap.unknown)
@@ -176,7 +180,7 @@ def _task_names(tasks: str | None) -> list[str]:
     return task_names.parse(tasks) if tasks is not None else []
 
 
-def _open_tasks(names: list[str], limit: int | None) -> "Tasks":
+def _open_tasks(names: list[str], limit: int | None, required: list["Requirement"]) -> "Tasks":
     """Find the tasks, with the harness, which is imported for them only."""
     from loratune.console import show_count
     from loratune.system.environment import kept_environment
@@ -184,21 +188,25 @@ def _open_tasks(names: list[str], limit: int | None) -> "Tasks":
     with importing(), kept_environment():
         from loratune.commands import evaluate_tasks
 
-    return evaluate_tasks.open_tasks(names, limit, show_count)
+    return evaluate_tasks.open_tasks(names, limit, required, show_count)
 
 
-def _evaluate_tasks(info: "AdapterInfo", names: list[str], limit: int | None, as_json: bool) -> None:
+def _evaluate_tasks(
+    info: "AdapterInfo", names: list[str], limit: int | None, required: list["Requirement"], as_json: bool
+) -> None:
     """Run tasks alone, without rows."""
     from loratune.console import log
 
-    tasks = _open_tasks(names, limit)
+    tasks = _open_tasks(names, limit, required)
     with importing():
         from loratune.commands import printing
         from loratune.commands.evaluate_tasks import evaluate_tasks
+        from loratune.evaluation import requirements
 
-    results = evaluate_tasks(info, tasks, log)
+    results = evaluate_tasks(info, tasks, required, log)
     log_all(results.remarks)
     printing.print_tasks(results, as_json)
+    requirements.check_met(results.requirements)
 
 
 def _unrelated_text(name: str, max_length: int) -> "DatasetSplit":

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from loratune.data import ProgressFactory
-from loratune.evaluation import harness
+from loratune.evaluation import harness, requirements
+from loratune.evaluation.requirements import Requirement
 from loratune.evaluation.results import TaskResults
 from loratune.inference import loading
 from loratune.inference.completion import LoadedAdapter, Log
@@ -17,11 +18,15 @@ Tasks = Callable[[LoadedAdapter], TaskResults]
 """Runs tasks on a loaded adapter and its base, see `harness.run`."""
 
 
-def open_tasks(specs: Sequence[str], limit: int | None, count: ProgressFactory) -> Tasks:
-    """Find tasks and load their rows. Raises as `harness.open_tasks` does."""
-    return partial(harness.run, opened=harness.open_tasks(specs), limit=limit, count=count)
+def open_tasks(
+    specs: Sequence[str], limit: int | None, required: Sequence[Requirement], count: ProgressFactory
+) -> Tasks:
+    """Find tasks and load their rows. Raises as `harness.open_tasks` and `requirements.check_tasks` do."""
+    opened = harness.open_tasks(specs)
+    requirements.check_tasks(required, [*opened.tasks, *opened.groups])
+    return partial(harness.run, opened=opened, limit=limit, count=count)
 
 
-def evaluate_tasks(adapter: AdapterInfo, tasks: Tasks, log: Log) -> TaskResults:
+def evaluate_tasks(adapter: AdapterInfo, tasks: Tasks, required: Sequence[Requirement], log: Log) -> TaskResults:
     """Run tasks on an adapter, which is loaded for them alone. Raises as `loading.load` and `harness.run` do."""
-    return tasks(loading.load(adapter, log))
+    return requirements.judged_tasks(tasks(loading.load(adapter, log)), required)

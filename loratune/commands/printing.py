@@ -212,8 +212,7 @@ def print_evaluation(evaluation: "Evaluation", worst: int, as_json: bool) -> Non
     lines = [("verdict", wording.verdict(evaluation))]
     if evaluation.forgetting is not None:
         lines.append(("forgetting", wording.forgetting(evaluation.forgetting)))
-    lines += [("required", f"{one.text}: {'met' if one.met else 'not met'}") for one in evaluation.requirements]
-    print_block("result", lines)
+    print_block("result", [*lines, *wording.required(evaluation.requirements)])
     if evaluation.tasks is not None:
         print_tasks(evaluation.tasks)
 
@@ -226,6 +225,8 @@ def print_tasks(results: "TaskResults", as_json: bool = False) -> None:
     limit = f", at most {results.limit:,} rows of each" if results.limit is not None else ""
     print(f"tasks of lm-evaluation-harness {results.version}{limit}, 95 % intervals in brackets")
     print_table(*wording.tasks_table(results))
+    if results.requirements:
+        print_block("result", wording.required(results.requirements))
 
 
 def print_upload(upload: "Upload", as_json: bool) -> None:

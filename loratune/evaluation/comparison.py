@@ -1,8 +1,7 @@
 """From what models do on rows to their figures, the differences between them, and the verdict.
 
 Every distinct row is one draw, with the weight of its copies: copies add no information. So shares have the interval of
-Kish's effective number of rows, the square of the sum of the weights over the sum of their squares (L. Kish, Survey
-Sampling, 1965). Without copies that is the number of rows.
+Kish's effective number of rows, see `statistics.effective_rows`. Without copies that is the number of rows.
 """
 
 import math
@@ -33,7 +32,8 @@ from loratune.statistics import Interval
 
 Values = NDArray[np.float64]
 
-_SIGNIFICANT = 0.05
+SIGNIFICANT = 0.05
+"""The p of McNemar's test below which two shares differ."""
 _PLACES = 3
 """How many places of rows a message names."""
 
@@ -68,7 +68,12 @@ def compare(
             lines.append(f"{what}, so there is no verdict on the loss against it")
     scores = {name: score(rows, name) for name in models}
     figures = [figure for figure, value in scores[ADAPTER].figures().items() if value is not None]
-    differences = {figure: difference(rows, figure, other) for figure in figures if figure != "perplexity"}
+    paired = {
+        model: {figure: difference(rows, figure, model) for figure in figures if figure != "perplexity"}
+        for model in models
+        if model != ADAPTER
+    }
+    differences = paired[other]
     if len(rows) < statistics.LEAST_ROWS:
         lines.append(
             f"{_plural(len(rows), 'distinct row')} {'is' if len(rows) == 1 else 'are'} too few for an interval of the "
@@ -76,7 +81,8 @@ def compare(
         )
     lines += _invalid_json(rows, models)
     verdict = differences[metric].verdict if metric in differences else None
-    return Evaluation(scores, differences, other, metric, verdict, rows, forgetting, lines)
+    from_base = paired[BASE] if other != BASE else {}
+    return Evaluation(scores, differences, other, metric, verdict, rows, forgetting, lines, from_base)
 
 
 def score(rows: Sequence[EvaluatedRow], model: str) -> Score:
@@ -92,9 +98,9 @@ def score(rows: Sequence[EvaluatedRow], model: str) -> Score:
         values = _scores(prompted, figure, model)
         figures[figure] = float((weights * values).sum() / weights.sum())
         if figure in MEANS:
-            intervals[figure] = statistics.mean_ratio_interval(weights * values, weights)
+            intervals[figure] = statistics.bounded_mean_interval(values, weights)
         else:
-            count = _effective(weights)
+            count = statistics.effective_rows(weights)
             intervals[figure] = statistics.wilson(min(count, figures[figure] * count), count)
     metrics = {figure: value for figure, value in figures.items() if figure not in (EXACT_MATCH, LABEL_ACCURACY)}
     matches, labels = figures.get(EXACT_MATCH), figures.get(LABEL_ACCURACY)
@@ -115,7 +121,7 @@ def difference(rows: Sequence[EvaluatedRow], figure: str, other: str) -> Differe
     weights = _weights(prompted)
     first, second = (_scores(prompted, figure, model) for model in (other, ADAPTER))
     if figure in MEANS:
-        return mean_difference(weights * (second - first), weights, lower_is_better=figure in LOWER_IS_BETTER)
+        return score_difference(first, second, weights, lower_is_better=figure in LOWER_IS_BETTER)
     return share_difference(first, second, weights, lower_is_better=figure in LOWER_IS_BETTER)
 
 
@@ -124,8 +130,20 @@ def mean_difference(totals: Values, counts: Values, *, lower_is_better: bool) ->
 
     totals: (rows,), a figure of each row less that of what it is compared with. counts: (rows,), above 0.
     """
+    return _of_means(totals, counts, statistics.mean_ratio_interval(totals, counts), lower_is_better)
+
+
+def score_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
+    """A second mean of scores between 0 and 1 less a first one. first, second: (rows,), the score of each row.
+    weights: (rows,), the copies of each."""
+    differences = second - first
+    interval = statistics.bounded_difference_interval(differences, weights)
+    return _of_means(weights * differences, weights, interval, lower_is_better)
+
+
+def _of_means(totals: Values, counts: Values, interval: Interval | None, lower_is_better: bool) -> Difference:
+    """A difference that is a ratio of two sums over rows, with its interval."""
     value = float(totals.sum() / counts.sum())
-    interval = statistics.mean_ratio_interval(totals, counts)
     verdict = _verdict(value, interval, lower_is_better)
     needed = None
     if verdict == "indistinguishable":
@@ -135,13 +153,13 @@ def mean_difference(totals: Values, counts: Values, *, lower_is_better: bool) ->
 
 def share_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
     """A second share of rows less a first one. first, second: (rows,), 0 or 1. weights: (rows,), the copies of each."""
-    rows = _effective(weights)
+    rows = statistics.effective_rows(weights)
     shares = [float(weights[one > other].sum() / weights.sum()) for one, other in ((first, second), (second, first))]
     first_only, second_only = (share * rows for share in shares)
     interval = statistics.share_difference_interval(first_only, second_only, rows)
     p = statistics.mcnemar(int((first > second).sum()), int((second > first).sum()))
     value = shares[1] - shares[0]
-    verdict = _verdict(value, interval, lower_is_better) if p < _SIGNIFICANT else "indistinguishable"
+    verdict = _verdict(value, interval, lower_is_better) if p < SIGNIFICANT else "indistinguishable"
     needed = None
     if verdict == "indistinguishable":
         needed = _rows_needed(value, statistics.share_difference_error(first_only, second_only, rows), round(rows))
@@ -184,10 +202,6 @@ def _nats(rows: Sequence[EvaluatedRow], model: str) -> Values:
 
 def _scores(rows: Sequence[EvaluatedRow], figure: str, model: str) -> Values:
     return np.array([row.answers[model].scores[figure] for row in rows])
-
-
-def _effective(weights: Values) -> float:
-    return float(weights.sum() ** 2 / (weights**2).sum())
 
 
 def exp(value: float) -> float:

@@ -56,6 +56,7 @@ _KINDS = {
     "generate_until": "answers",
 }
 """Kind of request, by the name of the harness's method, and what it is called in messages."""
+_LOADERS = ("huggingface_hub", "datasets")
 _logger = logging.getLogger(__name__)
 
 
@@ -136,6 +137,8 @@ def _load_error(spec: str, error: Exception) -> LoratuneError:
     reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     if isinstance(error, OSError | DatasetsError):  # as all errors of the network and of the hub are
         fix = "the rows come from the Hugging Face hub or from the files that the task's YAML names"
+        if isinstance(error, ConnectionError):
+            fix = "without a network, HF_HUB_OFFLINE=1 takes rows of earlier downloads and does not wait for the hub"
         return DataError(Problem(Code.EVALUATE_TASK_ROWS, f"its rows cannot be loaded: {reason}", spec, fix=fix))
     return DataError(Problem(Code.EVALUATE_TASK_FAILED, f"the harness cannot load it: {reason}", spec))
 
@@ -302,7 +305,10 @@ def _contained() -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     printed = io.StringIO()
     try:
-        with kept_environment(), torch.random.fork_rng(), redirect_stdout(printed), redirect_stderr(printed):
+        with (
+            kept_environment(), torch.random.fork_rng(), redirect_stdout(printed), redirect_stderr(printed),
+            _redirected_logs(printed),
+        ):  # fmt: skip
             os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's resampling
             random.seed(DEFAULT_RANDOM_SEED)
             np.random.seed(DEFAULT_OTHER_SEED)
@@ -313,6 +319,21 @@ def _contained() -> Iterator[None]:
         np.random.set_state(states[1])
         for line in printed.getvalue().splitlines():
             _logger.debug(line)
+
+
+@contextmanager
+def _redirected_logs(stream: io.StringIO) -> Iterator[None]:
+    """Inside, loaders of rows log to a stream. Their handlers would otherwise stay with the stderr of their import."""
+    handlers = [handler for name in _LOADERS for handler in logging.getLogger(name).handlers]
+    streams = [
+        (handler, handler.setStream(stream)) for handler in handlers if isinstance(handler, logging.StreamHandler)
+    ]
+    try:
+        yield
+    finally:
+        for handler, before in streams:
+            if before is not None:
+                handler.setStream(before)
 
 
 def _effect(base: Mapping[str, Sequence[Any]], adapter: Mapping[str, Sequence[Any]], where: str) -> str:

@@ -97,7 +97,7 @@ def _json_scores(expected: str, answer: str) -> Mapping[str, float]:
     try:
         value = _json_value(expected)
     except ValueError as error:
-        raise ExpectedTextError(f"the expected text is not JSON: {error}") from None
+        raise ExpectedTextError("the expected text is not JSON") from error
     try:
         return {"json": float(_json_value(answer) == value), "invalid_json": 0.0}
     except ValueError:

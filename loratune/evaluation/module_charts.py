@@ -11,7 +11,6 @@ from loratune.lora.module_names import number_of, pattern, shortest
 from loratune.lora.stats import Update
 
 Quantity = Literal["norm", "effective_rank"]
-Bounds = Mapping[Quantity, tuple[float, float]]
 _TITLES: dict[Quantity, str] = {"norm": "Norm of ΔW", "effective_rank": "Effective rank of ΔW"}
 
 
@@ -41,25 +40,16 @@ class ModuleCharts:
     several: bool
 
 
-def bounds(updates_by_adapter: Sequence[Sequence[Update]]) -> Bounds:
-    """The ends of the scale of each quantity, which the adapters of a page share."""
-    norms, ranks = (
-        [value for updates in updates_by_adapter for _, _, value in _cells(updates, quantity)] for quantity in _TITLES
-    )
-    return {
-        "norm": (0.0, max(norms, default=1.0)),
-        "effective_rank": (min(ranks, default=0.0), max(ranks, default=1.0)),
-    }
-
-
-def module_charts(number: int, name: str, updates: Sequence[Update], scale: Bounds) -> ModuleCharts:
+def module_charts(number: int, name: str, updates: Sequence[Update]) -> ModuleCharts:
     """The heat maps and the table of an adapter.
+
+    The scale of each map is the adapter's own: on one that several shared, all cells of an adapter that moves its
+    modules less than another would have the darkest colour.
 
     Args:
         number: Which adapter of the page it is.
         name: Its name.
         updates: ΔW of each of its modules.
-        scale: See `bounds`.
     """
     patterns = list(dict.fromkeys(pattern(update.module) for update in updates))
     names = dict(zip(patterns, map(escaping.line, shortest(patterns)), strict=True))
@@ -78,7 +68,7 @@ def module_charts(number: int, name: str, updates: Sequence[Update], scale: Boun
                 _span([update.effective_rank for update in group], ".1f"),
             ]
         )
-    maps = [made for quantity in _TITLES if (made := _map(number, name, updates, names, quantity, scale[quantity]))]
+    maps = [made for quantity in _TITLES if (made := _map(number, name, updates, names, quantity))]
     return ModuleCharts(maps, header, rows, several)
 
 
@@ -99,11 +89,11 @@ def _map(
     updates: Sequence[Update],
     names: Mapping[str, str],
     quantity: Quantity,
-    scale: tuple[float, float],
 ) -> HeatMap | None:
     values = {(layer, module_pattern): value for layer, module_pattern, value in _cells(updates, quantity)}
     if not values:
         return None
+    scale = (0.0 if quantity == "norm" else min(values.values())), max(values.values())
     layers = range(min(layer for layer, _ in values), max(layer for layer, _ in values) + 1)
     patterns = [module_pattern for module_pattern in names if any(key[1] == module_pattern for key in values)]
     table = [[values.get((layer, module_pattern)) for layer in layers] for module_pattern in patterns]

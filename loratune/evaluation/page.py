@@ -62,7 +62,6 @@ def render(
         loader=PackageLoader("loratune.evaluation", ""), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=_shown,
     )  # fmt: skip
-    scale = module_charts.bounds([subject.updates for subject in subjects])
     names = [subject.name for subject in subjects]
     return environment.get_template("report.html.jinja").render(
         version=__version__,
@@ -81,7 +80,7 @@ def render(
         held_out=any(subject.record.series("eval_loss")[0] for subject in subjects),
         splits=[_splits(number, subject) for number, subject in enumerate(subjects)],
         modules=[
-            module_charts.module_charts(number, subject.name, subject.updates, scale)
+            module_charts.module_charts(number, subject.name, subject.updates)
             for number, subject in enumerate(subjects)
         ],
         tables=page_tables.tables([subject.record for subject in subjects], [subject.adapter for subject in subjects]),

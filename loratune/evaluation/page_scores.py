@@ -34,7 +34,7 @@ class ScoreTables:
         verdict: A line, and `good`, `bad` or nothing.
         header: The names of the figures.
         models: Each model with its figures, each a value and its interval.
-        differences: Figure, value, interval, p and what it means, for each difference.
+        differences: What the adapter is paired with → figure, value, interval, p and what it means, of each difference.
         rows: How many rows, and supervised tokens, there are.
         remarks: Lines on what became of the rows.
     """
@@ -42,7 +42,7 @@ class ScoreTables:
     verdict: tuple[str, str]
     header: list[str]
     models: list[tuple[str, list[tuple[str, str]]]]
-    differences: list[list[str]]
+    differences: dict[str, list[list[str]]]
     rows: str
     remarks: list[str]
 
@@ -103,9 +103,12 @@ def scores(evaluation: Evaluation, names: Sequence[str]) -> ScoreTables:
         )
         for model, score in evaluation.scores.items()
     ]
-    differences = [_difference(name, name, one) for name, one in evaluation.differences.items()]
+    differences = {
+        titles[model]: [_difference(name, name, one) for name, one in paired.items()]
+        for model, paired in evaluation.paired().items()
+    }
     if evaluation.forgetting is not None:
-        differences.append(_difference("loss on unrelated text", LOSS, evaluation.forgetting))
+        differences[titles[BASE]].append(_difference("loss on unrelated text", LOSS, evaluation.forgetting))
     adapter = evaluation.scores[ADAPTER]
     return ScoreTables(
         verdict=(f"{titles[ADAPTER]}: {wording.verdict(evaluation)}", _TONES.get(evaluation.verdict or "", "")),
@@ -139,14 +142,12 @@ def _ends(name: str, interval: Interval | None, *, signed: bool = False) -> str:
 
 def _difference(title: str, figure: str, difference: Difference) -> list[str]:
     meaning = _MEANINGS.get(difference.verdict or "", "too few rows for an interval")
-    if difference.rows_needed is not None:
-        meaning += f"; about {wording.rounded(difference.rows_needed):,} rows would tell"
     return [
         wording.name(title),
         wording.number(figure, difference.value, signed=True),
         _ends(figure, difference.interval, signed=True),
         "" if difference.p is None else wording.p_value(difference.p),
-        meaning,
+        "; ".join(filter(None, (meaning, wording.outlook(difference)))),
     ]
 
 

@@ -8,7 +8,7 @@ from loratune.console import format_duration, format_size
 from loratune.evaluation.run_record import RecordedSplit, RunRecord
 
 Tone = Literal["", "good", "bad", "absent"]
-NOT_RECORDED = "not recorded"
+NOT_RECORDED, NONE = "not recorded", "none"
 
 _RESULTS = {
     "first_loss": "loss of the first step",
@@ -33,6 +33,11 @@ _FINGERPRINTS = {
     "test": "test rows",
     "start": "adapter it began with",
 }
+_CHANGES = "changed on the way"
+_OF_SPLIT = {"test": "test", "validation": "validation", "held-out": "validation"}
+"""A word in the name of a figure → the split without whose rows a run has none."""
+_OPTIONAL = (_CHANGES, _FINGERPRINTS["start"])
+"""Names of what not every run has."""
 _MACHINE = ("processor", "device", "threads", "platform", "python")
 _MEMORY = {"process": "peak memory of the process", "gpu": "peak memory of the GPU"}
 _TONES: dict[str, Tone] = {"gain": "good", "worse": "bad"}
@@ -50,7 +55,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class FactTable:
-    """Facts of one kind. rows: a name, and a value for each adapter, None where that is not recorded."""
+    """Facts of one kind. rows: a name, and a value for each adapter, None where that is not known."""
 
     title: str
     rows: list[tuple[str, list[str | None]]]
@@ -98,7 +103,7 @@ def _held_out(record: RunRecord, keeps_last: bool) -> Tile:
     """The held-out loss of the weights that became the adapter, and whether they were selected by it."""
     metrics, steps = record.metrics, record.series("eval_loss")
     if "held_out_loss" not in metrics:
-        return _absent("held-out loss")
+        return _absent("held-out loss", _unrecorded(record, "held-out loss"))
     lowest = min(zip(steps[1], steps[0], strict=True), default=None)
     note = f"lowest {lowest[0]:.4f} at step {lowest[1]:,}" if lowest else ""
     if "kept_step" in metrics:
@@ -114,8 +119,14 @@ def _interval(record: RunRecord, name: str) -> str:
     return "" if low is None else f"95 % {low:.4f} to {high:.4f}, "
 
 
-def _absent(label: str) -> Tile:
-    return Tile(label, NOT_RECORDED, "", "absent")
+def _absent(label: str, value: str | None = None) -> Tile:
+    return Tile(label, value or NOT_RECORDED, "", "absent")
+
+
+def _unrecorded(record: RunRecord, name: str) -> str | None:
+    """The value of what a record does not have: `none`, where the run had nothing of the kind; None if not known."""
+    without = any(word in name and split not in record.splits for word, split in _OF_SPLIT.items())
+    return NONE if record.splits and (without or name in _OPTIONAL) else None
 
 
 def tables(records: Sequence[RunRecord], adapters: Sequence[Mapping[str, str]]) -> list[FactTable]:
@@ -123,21 +134,24 @@ def tables(records: Sequence[RunRecord], adapters: Sequence[Mapping[str, str]]) 
     seeds = [{"seed": _number(record.seed), "processes": _number(record.processes)} for record in records]
     runs = [{name: value for name, value in one.items() if value is not None} for one in seeds]
     for one, record in zip(runs, records, strict=True):
-        one |= {"changed on the way": "; ".join(record.changes)} if record.changes else {}
+        one |= {_CHANGES: "; ".join(record.changes)} if record.changes else {}
+
+    def table(title: str, values: Sequence[Mapping[str, str]], expected: Sequence[str] = ()) -> FactTable:
+        """A row for each name that any adapter has, and for those that are expected."""
+        names = dict.fromkeys([*expected, *(name for one in values for name in one)])
+        both = [*zip(records, values, strict=True)]
+        return FactTable(
+            title, [(name, [one.get(name, _unrecorded(record, name)) for record, one in both]) for name in names]
+        )
+
     return [
-        FactTable("Result", _rows([_results(record) for record in records], [*_RESULTS.values()])),
-        FactTable("Adapter", _rows(adapters, [])),
-        FactTable("Run", _rows(runs, ["seed", "processes"])),
-        FactTable("Machine", _rows([_machine(record) for record in records], [*_MACHINE, *_MEMORY.values()][:-1])),
-        FactTable("Versions", _rows([record.versions for record in records], ["loratune", "torch", "transformers"])),
-        FactTable("Fingerprints", _rows([_fingerprints(record) for record in records], ["base", "training rows"])),
+        table("Result", [_results(record) for record in records], [*_RESULTS.values()]),
+        table("Adapter", adapters),
+        table("Run", runs, ["seed", "processes"]),
+        table("Machine", [_machine(record) for record in records], [*_MACHINE, *_MEMORY.values()][:-1]),
+        table("Versions", [record.versions for record in records], ["loratune", "torch", "transformers"]),
+        table("Fingerprints", [_fingerprints(record) for record in records], ["base", "training rows"]),
     ]
-
-
-def _rows(values: Sequence[Mapping[str, str]], expected: Sequence[str]) -> list[tuple[str, list[str | None]]]:
-    """A row for each name that any adapter has, and for those that are expected."""
-    names = dict.fromkeys([*expected, *(name for one in values for name in one)])
-    return [(name, [one.get(name) for one in values]) for name in names]
 
 
 def _results(record: RunRecord) -> dict[str, str]:
@@ -171,8 +185,19 @@ def differing(settings: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str
     if len(settings) < 2 or not all(settings):
         return []
     keys = dict.fromkeys(key for one in settings for key in one)
-    values = {key: [one.get(key, "-") for one in settings] for key in keys if key != "output_dir"}
+    sections = {key[:end] for key in keys for end, character in enumerate(key) if character == "."}
+    keys_shown = [
+        key for key in keys if key not in sections and key != "output_dir"
+    ]  # a section is null as its keys are
+    values = {key: [one.get(key, _parent(one, key)) for one in settings] for key in keys_shown}
     return [(key, both) for key, both in values.items() if len({*both}) > 1]
+
+
+def _parent(settings: Mapping[str, str], key: str) -> str:
+    """The value of the section that would have a key; `-` where there is none."""
+    parts = key.split(".")
+    parents = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+    return next((settings[parent] for parent in parents if parent in settings), "-")
 
 
 def split_cells(split: RecordedSplit) -> list[tuple[str, str]]:

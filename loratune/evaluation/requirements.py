@@ -25,8 +25,10 @@ from loratune.evaluation.results import (
     EXACT_MATCH,
     LABEL_ACCURACY,
     LOSS,
+    Difference,
     Evaluation,
     Judgement,
+    TaskResults,
 )
 from loratune.statistics import Interval
 
@@ -37,6 +39,10 @@ _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 _FORM = re.compile(r"(?P<figure>.+)(?P<comparison><=|>=|<|>)(?P<bound>[^<>=]+)", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _DIFFERENCE = "difference."
+_TASK_FIGURE = re.compile(r"[^.:]+\..+", re.DOTALL)
+"""`TASK.METRIC`."""
+_NAMES = 12
+"""Names of tasks or figures that a message lists."""
 _PERPLEXITY, _FORGETTING, _INVALID_JSON = "perplexity", "forgetting", "invalid_json"
 _UNBOUNDED = (LOSS, _PERPLEXITY, _FORGETTING)
 """Figures that are no shares of rows, nor means of scores between 0 and 1."""
@@ -48,10 +54,11 @@ class Requirement:
 
     Attributes:
         text: As the user wrote it.
-        figure: The name of the figure in an evaluation, or `forgetting`.
+        figure: The name of the figure in an evaluation, `forgetting`, or `TASK.METRIC`.
         comparison: `<`, `<=`, `>` or `>=`.
         bound: A number, or the model whose figure it is.
         of_difference: Whether it is about how the adapter differs from what it is compared with, in this figure.
+        of_task: Whether the figure is one of a task of the lm-evaluation-harness.
     """
 
     text: str
@@ -59,13 +66,20 @@ class Requirement:
     comparison: str
     bound: float | str
     of_difference: bool = False
+    of_task: bool = False
 
 
 # What is required
 
 
 def parse(
-    values: Sequence[str], asked: Sequence[Metric] = (), *, against: bool = False, forgetting: bool = False
+    values: Sequence[str],
+    asked: Sequence[Metric] = (),
+    *,
+    against: bool = False,
+    forgetting: bool = False,
+    rows: bool = True,
+    tasks: bool = False,
 ) -> list[Requirement]:
     """The requirements that the option states, each once.
 
@@ -74,6 +88,8 @@ def parse(
         asked: The metrics of the evaluation.
         against: Whether there is another adapter.
         forgetting: Whether it is measured.
+        rows: Whether there are rows, without which there are no figures but those of tasks.
+        tasks: Whether there are tasks; see also `check_tasks`.
 
     Raises:
         ConfigError: Some are none, or are about what the evaluation will not compute.
@@ -84,7 +100,7 @@ def parse(
     requirements, problems = [], list[Problem]()
     for value in dict.fromkeys(values):
         try:
-            requirements.append(_parse(value, computed, against=against))
+            requirements.append(_parse(value, computed, against=against, rows=rows, tasks=tasks))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -92,13 +108,19 @@ def parse(
     return requirements
 
 
-def _parse(text: str, computed: Sequence[str], *, against: bool) -> Requirement:
+def _parse(text: str, computed: Sequence[str], *, against: bool, rows: bool, tasks: bool) -> Requirement:
     if (match := _FORM.fullmatch(text.strip())) is None:
         what = f"`{shorten(text)}` is not a figure, one of < <= > >=, and a bound"
         raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, "write it like 'exact_match>=0.9', 'loss<base'")
     name, comparison, bound = (match[part].strip() for part in ("figure", "comparison", "bound"))
     of_difference = name.startswith(_DIFFERENCE)
-    figure = _figure(name.removeprefix(_DIFFERENCE), computed, of_difference=of_difference)
+    figure = name.removeprefix(_DIFFERENCE)
+    if _TASK_FIGURE.fullmatch(figure):
+        return _of_task(text, figure, comparison, bound, of_difference=of_difference, tasks=tasks)
+    figure = _figure(figure, computed, of_difference=of_difference)
+    if not rows:
+        what, fix = f"`{shorten(figure)}` is computed on rows", "name them with --data FILE"
+        raise _refusal(Code.USAGE_NEEDS_OPTION, what, fix)
     if bound not in (BASE, AGAINST):
         return Requirement(text, figure, comparison, _number(bound, figure, text, of_difference), of_difference)
     if of_difference or figure == _FORGETTING:
@@ -108,6 +130,21 @@ def _parse(text: str, computed: Sequence[str], *, against: bool) -> Requirement:
         what = f"`{shorten(text)}` is about another adapter"
         raise _refusal(Code.USAGE_NEEDS_OPTION, what, "name it with --against DIR")
     return Requirement(text, figure, comparison, bound)
+
+
+def _of_task(text: str, figure: str, comparison: str, bound: str, *, of_difference: bool, tasks: bool) -> Requirement:
+    """A requirement of a figure of a task, of which nothing is known yet. Raises ConfigError as `_parse` does."""
+    if not tasks:
+        what, fix = (
+            f"`{shorten(figure)}` is a figure of a task",
+            f"name it with --tasks {shorten(figure.split('.')[0])}",
+        )
+        raise _refusal(Code.USAGE_NEEDS_OPTION, what, fix)
+    if bound == AGAINST or (bound == BASE and of_difference):
+        what = f"`{shorten(text)}` is none of a task, which adapter and base alone are asked"
+        raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"compare the figure with {BASE} or a number")
+    limit = bound if bound == BASE else _finite(bound, text)
+    return Requirement(text, figure, comparison, limit, of_difference, of_task=True)
 
 
 def _figure(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
@@ -134,13 +171,19 @@ def _figure(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
 
 def _number(bound: str, figure: str, text: str, of_difference: bool) -> float:
     """The number of a bound. Raises ConfigError: it is none, or one that the figure cannot pass."""
-    if _NUMBER.fullmatch(bound) is None or not math.isfinite(value := float(bound)):
-        what = f"the bound of `{shorten(text)}` is not a finite number"
-        raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"give one, or `{BASE}` or `{AGAINST}`")
+    value = _finite(bound, text)
     least = -1 if of_difference else 0
     if figure not in _UNBOUNDED and not least <= value <= 1:
         what = f"the bound of `{shorten(text)}` is not between {least} and 1, as {figure} is"
         raise _refusal(Code.USAGE_OUT_OF_RANGE, what, "90 % is 0.9")
+    return value
+
+
+def _finite(bound: str, text: str) -> float:
+    """The number of a bound. Raises ConfigError: it is none."""
+    if _NUMBER.fullmatch(bound) is None or not math.isfinite(value := float(bound)):
+        what = f"the bound of `{shorten(text)}` is not a finite number"
+        raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"give one, or `{BASE}` or `{AGAINST}`")
     return value
 
 
@@ -151,19 +194,46 @@ def _refusal(code: Code, what: str, fix: str) -> ConfigError:
 def check_rows(
     requirements: Sequence[Requirement], split: DatasetSplit, overlap: Overlap, *, allow_overlap: bool
 ) -> None:
-    """Check, before a model is loaded, that rows can show what is required.
+    """Check, before a model is loaded, that rows can show what is required of them.
 
     Raises:
         DataError: Some are also in train, unless that is allowed; or a requirement is about answers to prompts, and
             no row has one.
     """
-    answers = [one for one in requirements if one.figure not in _UNBOUNDED]
+    of_rows = [one for one in requirements if not one.of_task]
+    answers = [one for one in of_rows if one.figure not in _UNBOUNDED]
     if answers and split.formats == ["text"]:
         what = f"no row has a prompt, so there is no {answers[0].figure}"
         raise DataError(Problem(Code.EVALUATE_NO_PROMPT, what, split.source, OPTION, "give rows with prompts"))
-    if overlap.found and not allow_overlap:
+    if of_rows and overlap.found and not allow_overlap:
         fix = "take rows that it has not seen; or use --allow-overlap"
         raise DataError([Problem(Code.EVALUATE_OVERLAP, what, split.source, OPTION, fix) for what in overlap.remarks()])
+
+
+def check_tasks(requirements: Sequence[Requirement], names: Sequence[str]) -> None:
+    """Check, before a model is loaded, that what is required of tasks is required of those that will run.
+
+    names: of the tasks, and of groups of them.
+
+    Raises:
+        ConfigError: Some is not. Which metrics a task gives shows only when it has run.
+    """
+    if problems := [
+        Problem(
+            Code.USAGE_BAD_REQUIREMENT,
+            f"`{shorten(one.text)}` is about none of the tasks",
+            key=OPTION,
+            fix=f"take one of {_listed(names)}, and its metric behind a dot",
+        )
+        for one in requirements
+        if one.of_task and not any(one.figure.startswith(f"{name}.") for name in names)
+    ]:
+        raise ConfigError(problems)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a list, of which the end is left out where there are many."""
+    return ", ".join(names[:_NAMES]) + (f", and {len(names) - _NAMES:,} more" if len(names) > _NAMES else "")
 
 
 # Whether it is met
@@ -171,24 +241,54 @@ def check_rows(
 
 def judged(evaluation: Evaluation, requirements: Sequence[Requirement]) -> Evaluation:
     """An evaluation with whether each requirement is met, in their order."""
-    return replace(evaluation, requirements=[_judge(requirement, evaluation) for requirement in requirements])
+    found = [
+        _judge_task(one, evaluation.tasks) if one.of_task and evaluation.tasks else _judge_rows(one, evaluation)
+        for one in requirements
+    ]
+    return replace(evaluation, requirements=found)
 
 
-def _judge(requirement: Requirement, evaluation: Evaluation) -> Judgement:
-    is_model = isinstance(requirement.bound, str)
+def judged_tasks(results: TaskResults, requirements: Sequence[Requirement]) -> TaskResults:
+    """Results of tasks alone with whether each requirement is met, in their order. requirements: of tasks."""
+    return replace(results, requirements=[_judge_task(one, results) for one in requirements])
+
+
+def _judge_rows(requirement: Requirement, evaluation: Evaluation) -> Judgement:
     value, interval, is_distinguishable = _measured(requirement, evaluation)
+    if value is None:
+        return Judgement(requirement.text, False, None, None, "not computed, as no row has a prompt")
+    return _judge(requirement, value, interval, is_distinguishable)
+
+
+def _judge_task(requirement: Requirement, results: TaskResults) -> Judgement:
+    figures = results.figures()
+    if (found := figures.get(requirement.figure)) is None:
+        reason = f"no task gives it, but {_listed([*figures]) or 'no figure at all'}"
+        return Judgement(requirement.text, False, None, None, reason)
+    if requirement.of_difference or requirement.bound == BASE:
+        difference = found.difference
+        return _judge(requirement, difference.value, difference.interval, _is_distinguishable(difference))
+    return _judge(requirement, found.values[ADAPTER], found.intervals[ADAPTER], True)
+
+
+def _is_distinguishable(difference: Difference) -> bool:
+    """Whether McNemar's test does not take a difference for chance, where it is one of shares."""
+    return difference.p is None or difference.p < comparison.SIGNIFICANT
+
+
+def _judge(requirement: Requirement, value: float, interval: Interval | None, is_distinguishable: bool) -> Judgement:
+    is_model = isinstance(requirement.bound, str)
 
     def judgement(reason: str) -> Judgement:
         return Judgement(requirement.text, not reason, value, interval, reason)
 
-    if value is None:
-        return judgement("not computed, as no row has a prompt")
     if not math.isfinite(value):
         return judgement("NaN or inf")
     what = "the difference of the loss" if requirement.figure == _PERPLEXITY else "the difference"
     subject = f"{what} to {requirement.bound} is {value:.6g}" if is_model else f"{value:.6g}"
     if interval is None:
-        return judgement(f"{subject}, without an interval, for which there are too few rows")
+        which = ", or it is no mean of rows" if requirement.of_task else ""
+        return judgement(f"{subject}, without an interval, for which there are too few rows{which}")
     bound = 0.0 if isinstance(requirement.bound, str) else requirement.bound
     holds, is_strict = _COMPARISONS[requirement.comparison], requirement.comparison in "<>"
     end, which = (interval.high, "high") if "<" in requirement.comparison else (interval.low, "low")
@@ -213,11 +313,8 @@ def _measured(requirement: Requirement, evaluation: Evaluation) -> tuple[float |
         return None, None, True
     figure = LOSS if figure == _PERPLEXITY else figure  # of which it is a rising function
     other = requirement.bound if isinstance(requirement.bound, str) else evaluation.compared_with
-    if other == evaluation.compared_with:
-        difference = evaluation.differences[figure]
-    else:
-        difference = comparison.difference(evaluation.rows, figure, other)
-    return difference.value, difference.interval, difference.verdict != "indistinguishable"
+    difference = evaluation.paired()[other][figure]
+    return difference.value, difference.interval, _is_distinguishable(difference)
 
 
 def check_met(judgements: Sequence[Judgement]) -> None:

@@ -143,7 +143,8 @@ class Difference:
         interval: Its paired 95 % interval; None where there are too few rows.
         p: The exact p of McNemar's test over distinct rows, for figures that are shares of rows; None for others.
         verdict: What it means for the adapter; None where there is no interval.
-        rows_needed: About how many distinct rows would tell the two apart, where these do not; None if not known.
+        rows_needed: About how many distinct rows would tell the two apart, where these do not; None if not known, as
+            where the difference is 0.
     """
 
     value: float
@@ -153,11 +154,36 @@ class Difference:
     rows_needed: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, `low` and `high` among them."""
+        """Plain values, `low` and `high` among them, and `rows_needed` where rows do not tell the two apart."""
         low, high = (self.interval.low, self.interval.high) if self.interval else (None, None)
         values: dict[str, Any] = {"value": finite(self.value), "low": low, "high": high}
         values |= {"p": self.p} if self.p is not None else {}
-        return values | ({"rows_needed": self.rows_needed} if self.rows_needed is not None else {})
+        return values | ({"rows_needed": self.rows_needed} if self.verdict == "indistinguishable" else {})
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether a requirement is met; see `requirements`.
+
+    Attributes:
+        text: The requirement, as the user wrote it.
+        met: Whether it is met.
+        value: What it is about: the figure, or the difference to a model; None where it was not computed.
+        interval: The 95 % interval of that, whose cautious end decides.
+        reason: Why it is not met; empty if it is.
+    """
+
+    text: str
+    met: bool
+    value: float | None
+    interval: Interval | None
+    reason: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, but for the reason, which the others say."""
+        ends = (self.interval.low, self.interval.high) if self.interval else (None, None)
+        numbers = dict(zip(("value", "low", "high"), (self.value, *ends), strict=True))
+        return {"text": self.text, "met": self.met, **{name: finite(one) for name, one in numbers.items()}}
 
 
 @dataclass(frozen=True)
@@ -197,6 +223,7 @@ class TaskResults:
         chat: Whether prompts went through the chat template.
         version: Of the harness.
         remarks: Lines for the user.
+        requirements: Whether what the user requires is met, where nothing but tasks was run.
     """
 
     tasks: Mapping[str, Mapping[str, TaskFigure]]
@@ -204,6 +231,7 @@ class TaskResults:
     chat: bool
     version: str
     remarks: Sequence[str] = ()
+    requirements: Sequence[Judgement] = ()
 
     def figures(self) -> dict[str, TaskFigure]:
         """`TASK.METRIC` → figure."""
@@ -214,33 +242,9 @@ class TaskResults:
         tasks = {
             task: {name: figure.as_json() for name, figure in metrics.items()} for task, metrics in self.tasks.items()
         }
-        return {"tasks": tasks, "limit": self.limit, "chat_template": self.chat, "lm_eval": self.version}
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Whether a requirement is met; see `requirements`.
-
-    Attributes:
-        text: The requirement, as the user wrote it.
-        met: Whether it is met.
-        value: What it is about: the figure, or the difference to a model; None where it was not computed.
-        interval: The 95 % interval of that, whose cautious end decides.
-        reason: Why it is not met; empty if it is.
-    """
-
-    text: str
-    met: bool
-    value: float | None
-    interval: Interval | None
-    reason: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, but for the reason, which the others say."""
-        ends = (self.interval.low, self.interval.high) if self.interval else (None, None)
-        numbers = dict(zip(("value", "low", "high"), (self.value, *ends), strict=True))
-        finite = {name: one if one is not None and math.isfinite(one) else None for name, one in numbers.items()}
-        return {"text": self.text, "met": self.met, **finite}
+        values = {"tasks": tasks, "limit": self.limit, "chat_template": self.chat, "lm_eval": self.version}
+        required = [one.as_json() for one in self.requirements]
+        return values | ({"requirements": required} if required else {})
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,7 @@ class Evaluation:
         rows: The distinct rows, in the order of the split.
         forgetting: Loss of the adapter less that of the base on unrelated text, in nats per token; None if not asked.
         remarks: Lines for the user: rows that were cut or dropped, too few rows for an interval, rows also in train.
+        differences_from_base: Figure → how the adapter differs from the base, where it is compared with another one.
         tasks: What tasks of the lm-evaluation-harness came to; None if not asked.
         overlap: How many rows there are, as read, and how many of them are also in train; None if that is not known.
         requirements: Whether what the user requires is met.
@@ -269,14 +274,22 @@ class Evaluation:
     rows: Sequence[EvaluatedRow]
     forgetting: Difference | None = None
     remarks: Sequence[str] = ()
+    differences_from_base: Mapping[str, Difference] = field(default_factory=dict)
     tasks: TaskResults | None = None
     overlap: Mapping[str, int] | None = None
     requirements: Sequence[Judgement] = ()
 
+    def paired(self) -> dict[str, Mapping[str, Difference]]:
+        """Model → figure → how the adapter differs from that model; what it is compared with comes first."""
+        others = {BASE: self.differences_from_base} if self.compared_with != BASE else {}
+        return {self.compared_with: self.differences, **others}
+
     def as_json(self) -> dict[str, Any]:
         """Plain values, without the rows."""
         values: dict[str, Any] = {name: score.as_json() for name, score in self.scores.items()}
-        values["difference"] = {name: difference.as_json() for name, difference in self.differences.items()}
+        for model, differences in self.paired().items():
+            key = "difference" if model == self.compared_with else "difference_from_base"
+            values[key] = {name: difference.as_json() for name, difference in differences.items()}
         if self.forgetting is not None:
             values["forgetting"] = self.forgetting.as_json()
         values |= {"metric": self.metric, "verdict": self.verdict, "overlap": self.overlap}

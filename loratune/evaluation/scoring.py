@@ -13,7 +13,6 @@ from loratune.config.patterns import BadPatternError
 from loratune.data import TokenizedDataset
 from loratune.data.packing import pad
 from loratune.data.rendering import TokenizedRow
-from loratune.data.sources import MAX_PROBLEMS
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.evaluation.metrics import OPTION, ExpectedTextError, Metric
 from loratune.evaluation.results import EXACT_MATCH, LABEL_ACCURACY, EvaluatedRow, ModelAnswer
@@ -26,6 +25,9 @@ _BATCH_TOKENS = 8192
 """Tokens of a batch, whose logits are in memory at once: 1.6 GB in float32 with a vocabulary of 50,000."""
 _TIMES, _MORE = 2, 32
 """A whole answer may have so many times the tokens of the expected one, and so many more."""
+
+_PLACES = 3
+"""How many places of further rows a message names."""
 
 Advance = Callable[[int], None]
 """Takes how many rows were done since its last call."""
@@ -102,22 +104,29 @@ def check_expected(rows: Sequence[EvaluatedRow], judging: Judging) -> None:
             "leave --metric out, or give rows with prompts",
         )
         raise DataError(Problem(Code.EVALUATE_NO_PROMPT, what, key=OPTION, fix=fix))
-    problems = []
+    places: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
     for where, expected in texts:
         try:
             judging.scores(expected, "")
         except ExpectedTextError as error:
-            problems.append(
-                Problem(
-                    Code.EVALUATE_EXPECTED_TEXT, str(error), where, OPTION, "correct the row, or leave this metric out"
-                )
-            )
-            if len(problems) == MAX_PROBLEMS:
-                break
+            places.setdefault(str(error), []).append(where)
+            reasons.setdefault(str(error), f" ({error.__cause__})" if error.__cause__ else "")
         except BadPatternError as error:
             raise _too_slow(error, where) from None
-    if problems:
-        raise DataError(problems)
+    if places:
+        raise DataError([_expected_texts(what, reasons[what], wrong, len(texts)) for what, wrong in places.items()])
+
+
+def _expected_texts(what: str, reason: str, wrong: Sequence[str], total: int) -> Problem:
+    """The problem of all rows of whose expected texts a metric says the same: that of the first, and how many more."""
+    first, *others = wrong
+    more = ""
+    if others:
+        named = ", ".join(others[:_PLACES]) + (", ..." if len(others) > _PLACES else "")
+        more = f", as in {len(others):,} more of {total:,} rows: {named}"
+    fix = "correct the rows, or leave this metric out"
+    return Problem(Code.EVALUATE_EXPECTED_TEXT, f"{what}{reason}{more}", first, OPTION, fix)
 
 
 def _too_slow(error: BadPatternError, where: str) -> ConfigError:

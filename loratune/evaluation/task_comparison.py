@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loratune import statistics
-from loratune.evaluation.comparison import exp, mean_difference, share_difference
+from loratune.evaluation.comparison import exp, mean_difference, score_difference, share_difference
 from loratune.evaluation.results import ADAPTER, BASE, Difference, TaskFigure
 from loratune.statistics import Interval
 
@@ -53,6 +53,8 @@ def compare(
         return TaskFigure(values, dict.fromkeys(values), errors, difference, rows)
     if aggregation == MEAN and {*samples[BASE], *samples[ADAPTER]} <= {0, 1}:
         intervals, difference = _compare_shares(samples, not higher_is_better)
+    elif aggregation == MEAN and all(0 <= value <= 1 for value in (*samples[BASE], *samples[ADAPTER])):
+        intervals, difference = _compare_scores(samples, not higher_is_better)
     else:
         intervals, difference = _compare_ratios(samples, not higher_is_better, *_SCALES[aggregation])
     if higher_is_better is None:
@@ -74,6 +76,16 @@ def _compare_shares(
     base, adapter = (np.array(samples[model], dtype=np.float64) for model in (BASE, ADAPTER))
     difference = share_difference(base, adapter, np.ones(len(base)), lower_is_better=lower_is_better)
     return {model: statistics.wilson(int(sum(own)), len(own)) for model, own in samples.items()}, difference
+
+
+def _compare_scores(
+    samples: Mapping[str, Sequence[Any]], lower_is_better: bool
+) -> tuple[dict[str, Interval | None], Difference]:
+    """Of means over documents of what lies between 0 and 1, as far as is seen."""
+    base, adapter = (np.array(samples[model], dtype=np.float64) for model in (BASE, ADAPTER))
+    weights = np.ones(len(base))
+    intervals = {model: statistics.bounded_mean_interval(own, weights) for model, own in samples.items()}
+    return intervals, score_difference(base, adapter, weights, lower_is_better=lower_is_better)
 
 
 def _compare_ratios(

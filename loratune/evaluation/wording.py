@@ -1,10 +1,19 @@
 """An evaluation as text: tables of figures with their intervals, the verdict in a sentence, and rows as blocks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from loratune.evaluation.metrics import MEANS
-from loratune.evaluation.results import ADAPTER, BASE, LOSS, Difference, EvaluatedRow, Evaluation, TaskResults
+from loratune.evaluation.results import (
+    ADAPTER,
+    BASE,
+    LOSS,
+    Difference,
+    EvaluatedRow,
+    Evaluation,
+    Judgement,
+    TaskResults,
+)
 from loratune.statistics import Interval
 
 _NAME = 24
@@ -60,16 +69,19 @@ def scores_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
 
 
 def differences_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a figure a row."""
+    """Header and rows: a figure a row, and two columns for each model that the adapter is paired with."""
+    paired = evaluation.paired()
+    header = [cell for model in paired for cell in (f"{ADAPTER} - {model}", "p (McNemar)")]
     rows = [
-        [
-            name(figure),
-            with_interval(figure, one.value, one.interval, signed=True),
-            "" if one.p is None else p_value(one.p),
-        ]
-        for figure, one in evaluation.differences.items()
+        [name(figure), *(cell for differences in paired.values() for cell in _difference(figure, differences[figure]))]
+        for figure in evaluation.differences
     ]
-    return [f"{ADAPTER} - {evaluation.compared_with}", "difference", "p (McNemar)"], rows
+    return ["difference", *header], rows
+
+
+def _difference(figure: str, one: Difference) -> tuple[str, str]:
+    text = with_interval(figure, one.value, one.interval, signed=True)
+    return text, "" if one.p is None else p_value(one.p)
 
 
 def verdict(evaluation: Evaluation) -> str:
@@ -86,14 +98,23 @@ def verdict(evaluation: Evaluation) -> str:
     if evaluation.verdict != "indistinguishable":
         return f"{evaluation.verdict} than {against}: {figures}"
     rows = sum(row.copies for row in evaluation.rows)
-    needed = f"; about {rounded(one.rows_needed):,} rows would tell" if one.rows_needed else ""
-    return f"not distinguishable from {against} at {rows:,} rows: {figures}{needed}"
+    needed = outlook(one)
+    return f"not distinguishable from {against} at {rows:,} rows: {figures}{'; ' if needed else ''}{needed}"
 
 
-def rounded(count: int) -> int:
-    """A number with two digits that are not 0; it is an estimate, so more would say nothing."""
-    step: int = 10 ** max(0, len(str(count)) - 2)
-    return math.ceil(count / step) * step
+def outlook(difference: Difference) -> str:
+    """How many rows would tell two models apart, or why there is no number; empty where these rows do, or are too few.
+
+    The number has two digits that are not 0: it is an estimate, so more would say nothing.
+    """
+    if difference.verdict != "indistinguishable":
+        return ""
+    if difference.value == 0:
+        return "they do not differ on these rows, which do not say how many would tell"
+    if difference.rows_needed is None:
+        return ""
+    step: int = 10 ** max(0, len(str(difference.rows_needed)) - 2)
+    return f"about {math.ceil(difference.rows_needed / step) * step:,} rows would tell"
 
 
 def forgetting(difference: Difference) -> str:
@@ -102,6 +123,11 @@ def forgetting(difference: Difference) -> str:
     is_unsure = difference.interval is None and math.isfinite(difference.value)
     too_few = ", of too few rows for an interval" if is_unsure else ""
     return f"{text} nats per token on unrelated text{too_few}, {ADAPTER} - {BASE}"
+
+
+def required(judgements: Sequence[Judgement]) -> list[tuple[str, str]]:
+    """Name and value of a line for each requirement."""
+    return [("required", f"{one.text}: {'met' if one.met else 'not met'}") for one in judgements]
 
 
 def worst(evaluation: Evaluation, count: int) -> list[EvaluatedRow]:
@@ -136,8 +162,8 @@ def tasks_table(results: TaskResults) -> tuple[list[str], list[list[str]]]:
         difference = one.difference
         cells.append(_plain_with_interval(difference.value, difference.interval, signed=True))
         cells.append("" if difference.p is None else p_value(difference.p))
-        needed = f", about {rounded(difference.rows_needed):,} rows would tell" if difference.rows_needed else ""
-        rows.append([figure, f"{one.rows:,}", *cells, f"{difference.verdict or '-'}{needed}"])
+        meaning = ", ".join(filter(None, (difference.verdict or "-", outlook(difference))))
+        rows.append([figure, f"{one.rows:,}", *cells, meaning])
     return ["", "rows", BASE, ADAPTER, "difference", "p (McNemar)", "verdict"], rows
 
 

@@ -83,11 +83,10 @@ class Outcome:
             return []
         text = f"{loss:.4f}"
         if interval := comparison.held_out_interval(loss):
-            by = f", by the spread of {comparison.sampled_rows()}" if comparison.drawn < comparison.total else ""
-            text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f}{by})"
+            text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f})"
         if best.evaluations > 1 and self.keeps_best:
-            text += f" at step {self.kept_step:,}, which is kept: the lowest of {best.evaluations:,} evaluations"
-            text += "" if tested else ", and so optimistic"
+            text += f" at step {self.kept_step:,}, kept: the lowest of {best.evaluations:,} evaluations"
+            text += "" if tested else ", so optimistic"
             if self.kept_step != self.steps:
                 text += f"; {self.last_held_out_loss:.4f} at step {self.steps:,}, the last"
         elif best.step != self.steps:
