@@ -4,6 +4,7 @@ from loratune.cli import chat as chat
 from loratune.cli import evaluate as evaluate
 from loratune.cli import export as export
 from loratune.cli import generate as generate
+from loratune.cli import init as init
 from loratune.cli import merge as merge
 from loratune.cli import push as push
 from loratune.cli import report as report
