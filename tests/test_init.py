@@ -132,6 +132,16 @@ def test_the_config_on_stdout(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert "adapter: " in ran.err
 
 
+@pytest.mark.slow
+def test_many_rows_are_sampled(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    write_rows(here / "rows.jsonl", ({"text": f"{number:08}"} for number in range(20_040)))
+    ran = cli("init", "rows.jsonl", "--model", tiny_dir)
+    assert ran.code == 0 and "9 tokens in the median" in ran.out and " 20,000 " in ran.out
+    run = config.load(here / "config.yaml")
+    assert (run.data.max_length, run.data.validation, run.training.num_train_epochs) == (64, 0.025, 1)
+    assert (run.training.per_device_train_batch_size, run.training.gradient_accumulation_steps) == (32, 1)
+
+
 ODD = [{"one": "1", "two": "2"}]
 LONG = [{"prompt": "a", "completion": "b" * 600}]
 REFUSED: dict[str, tuple[Any, list[str], int, Code, str, str]] = {

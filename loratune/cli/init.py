@@ -40,7 +40,8 @@ def init(
         run = config.from_values(values, SOURCE, assignments)
         for source in run.data.train_sources:
             open_source(source)
-        is_directory(run.model.name_or_path, run.model.revision, run.model.gguf_file)
+        base = run.model
+        is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code)
 
         with importing():
             from loratune.commands import printing

@@ -80,7 +80,7 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
     run = _validated(draft)
     cut = init_rows.check_length(rows, run.data, renderer, vocabulary, watch)
     model, targets = attach.adapt(load.build_meta(model_config, run.model), run.lora, seed=0)
-    for line in (*rows.remarks, *targets.notes):
+    for line in (*(f"rows: {remark}" for remark in rows.remarks), *targets.notes):
         log(line)
     trained = _trained_rows(run, rows)
     step = rows_per_step(trained)
@@ -108,7 +108,9 @@ def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
             "data.columns", rows.columns, "the fields fit no format as they are, and their names say what they hold"
         )
     chat = ", through the model's chat template" if rows.train.chat else ""
-    draft.reasons["data.train"] = f"{len(rows.train):,} rows, {' and '.join(rows.train.formats)}{chat}"
+    draft.reasons["data.train"] = (
+        f"{len(rows.train):,} row{'s' if len(rows.train) > 1 else ''}, {' and '.join(rows.train.formats)}{chat}"
+    )
     if rows.held_out:
         draft.reasons["data.validation"] = f"{rows.held_out:,} rows; the step with the lowest loss on them is kept"
     elif (fraction := init_choices.validation(len(rows.train))) is not None:

@@ -11,7 +11,7 @@ from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import DatasetSplit, ProgressFactory, RawDatasets
-from loratune.data.formats import completion_key
+from loratune.data.formats import FORMATS, completion_key
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL, random_mask
 from loratune.data.rendering import Renderer
 from loratune.data.sources import open_source
@@ -124,7 +124,8 @@ def _read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[
             raise
         first = next(row for part in open_source(section.train_sources[0]) for row in part.rows())
         if not (columns := propose_columns(first.values, chat=chat)):
-            fix = "rename them, or say which is which: --set data.columns='{prompt: YOURS, completion: YOURS}'"
+            known = ", or ".join(" + ".join(format.keys) for format in FORMATS)
+            fix = f"rows have {known}; say which is which: --set data.columns='{{prompt: YOURS, completion: YOURS}}'"
             raise DataError([replace(problem, fix=fix) for problem in error.problems]) from None
     return data.read_datasets(section.model_copy(update={"columns": columns}), 0, watch), columns
 
