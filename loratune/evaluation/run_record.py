@@ -153,9 +153,11 @@ def _numbers(values: Mapping[str, Any], prefix: str = "", depth: int = 1) -> Ite
             yield f"{prefix}{name}", value
 
 
-def _intervals(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[float, float]]]:
+def _intervals(
+    values: Mapping[str, Any], prefix: str = "", depth: int = 1
+) -> Iterator[tuple[str, tuple[float, float]]]:
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _intervals(value, f"{prefix}{name} ")
-        elif name.endswith("interval") and (ends := _part(value, tuple[FiniteFloat, FiniteFloat])):
+        if isinstance(value, Mapping) and depth < _DEEPEST:
+            yield from _intervals(value, f"{prefix}{name} ", depth + 1)
+        elif name.endswith("interval") and (ends := _part(value, tuple[Figure, Figure])):
             yield f"{prefix}{name}", ends
