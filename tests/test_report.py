@@ -20,7 +20,7 @@ from test_adapter_stats import save_adapter
 from loratune.codes import Code
 from loratune.commands.loss_plot import loss_plot
 from loratune.data.report import Report
-from loratune.evaluation import page_scores, run_record
+from loratune.evaluation import page_scores, page_tables, run_record
 from loratune.evaluation.charts import histogram
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.training.curve import MOST_HELD_OUT, MOST_LOSSES, thinned
@@ -184,8 +184,12 @@ def test_the_curve_in_the_terminal() -> None:
         "\n".join(lines).encode(encoding)
         assert frame * 60 in lines[1]
         assert "held-out" in lines[0] and sum(line.count("o") for line in lines[1:]) == 1
+        assert lines[2].endswith(" 6.0000") and lines[-3].endswith(" 0.1500") and lines[-1].split() == ["1", "40"]
     assert loss_plot(curve[:2], "utf-8") == []
     assert "held-out" not in loss_plot(curve[:3], "utf-8")[0]
+    assert [line[-6:] for line in loss_plot([{"step": step, "loss": 2.5} for step in range(3)], "utf-8")].count(
+        "2.5000"
+    ) == 1
 
 
 def test_train_ends_with_the_curve(run_config: MakeConfig, cli: Cli) -> None:
@@ -209,7 +213,9 @@ def test_the_page_of_a_run(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path
     page, record = Page(first), record_of(runs[0] / "one")
     page.check_inert()
     metrics, gain = record["metrics"], record["metrics"]["gain"]
+    low, high = metrics["held_out_interval"]
     for text in (
+        f"{low:.4f} to {high:.4f}",
         f"{metrics['first_loss']:.4f} → {metrics['last_loss']:.4f}", f"{metrics['held_out_loss']:.4f}",
         f"{metrics['tokens']:,}", f"{gain['better_by']:+.3f}", f"{gain['base']:.4f}", f"{gain['adapter']:.4f}",
         f"{metrics['tokens_per_second']:,.1f}", record["fingerprints"]["base"], record["versions"]["torch"],
@@ -298,8 +304,61 @@ def test_a_record_that_is_wrong_is_not_shown() -> None:
     for value in nonsense:
         known = run_record.read(dict.fromkeys(keys, value))
         assert known.curve == [] and known.gain is None and known.splits == {} and known.metrics == {}
-    known = run_record.read({"metrics": {"kept_step": 7, "test": {"loss": 1.5}, "seconds": float("inf"), "x": True}})
-    assert known.metrics == {"kept_step": 7, "test loss": 1.5}
+    test = {"loss": 1.5, "interval": [1.25, 1.75]}
+    known = run_record.read(
+        {"metrics": {"kept_step": 7, "test": test, "seconds": float("inf"), "x": True, "held_out_interval": [1, "x"]}}
+    )
+    assert known.metrics == {"kept_step": 7, "test loss": 1.5} and known.intervals == {"test interval": (1.25, 1.75)}
+    tiles = {tile.label: tile for tile in page_tables.tiles(known, {})}
+    assert (tiles["test loss"].value, tiles["held-out loss"].tone) == ("1.5000", "absent")
+    assert "1.2500 to 1.7500" in tiles["test loss"].note
+
+
+SPLIT = dict.fromkeys(("rows", "duplicates", "dropped", "truncated", "tokens", "supervised", "longest"), 1)
+EXTREMES: dict[str, dict[str, Any]] = {
+    "figures": {"metrics": dict.fromkeys(("first_loss", "last_loss", "tokens", "seconds", "steps"), 10**400)},
+    "steps": {"curve": [{"step": 10**400, "loss": 1}, {"step": 1, "loss": 2}]},
+    "losses": {"curve": [{"step": step, "loss": (-1) ** step * 1e308, "grad_norm": 1e308} for step in range(99)]},
+    "many steps": {"curve": [{"step": step, "loss": step % 7} for step in range(30_000)]},
+    "long rows": {"splits": {"train": SPLIT | {"lengths": {str(10**20): 1}}}},
+    "empty rows": {"splits": {"train": SPLIT | {"lengths": {"0": 1}}}},
+    "as long as can be": {"splits": {"train": SPLIT | {"lengths": {str(10**15): 10**15}}}},
+    "many rows": {"splits": {"train": SPLIT | {"lengths": {"3": 10**400}}}},
+    "many splits": {"splits": {f"{number}": SPLIT | {"lengths": {"3": 1}} for number in range(2000)}},
+    "memory": {"machine": {"peak_memory": {"process": 10**400}}},
+    "changes": {"changes": [{"key": "k", "step": 1, "was": json.loads("[" * 800 + "]" * 800), "is": 1}]},
+    "depth": {"metrics": json.loads('{"a": ' * 800 + "1" + "}" * 800)},
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_the_page_of_an_extreme_record(name: str, runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+    """A stranger's record makes a page, soon, whatever numbers are in it."""
+    adapter = Path(shutil.copytree(runs[0] / "one", tmp_path / "one"))
+    record = record_of(adapter)
+    (adapter / "loratune.json").write_text(json.dumps(record | EXTREMES[name]), encoding="utf-8")
+    ran = cli("report", "--adapter", adapter, "--output", tmp_path / "page.html")
+    assert ran.code == 0, ran.err
+    assert len(Page(tmp_path / "page.html").html) < 1_000_000
+
+
+def test_a_record_that_is_far_too_large(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(runs[0] / "one", tmp_path / "one"))
+    with (adapter / "loratune.json").open("a") as file:
+        file.truncate(1 << 34)
+    ran = cli("report", "--adapter", adapter, "--output", tmp_path / "page.html")
+    check_refused(ran, 5, (Code.ADAPTER_INVALID_RECORD, str(adapter / "loratune.json"), ""))
+
+
+def test_layers_that_are_far_apart(cli: Cli, tmp_path: Path) -> None:
+    """What lies between them is no layer of any model."""
+    save_adapter(tmp_path / "far")
+    tensors = load_file(tmp_path / "far" / WEIGHTS_FILE)
+    moved = {name.replace("layers.1.", f"layers.{10**12}."): tensor for name, tensor in tensors.items()}
+    save_file(moved, tmp_path / "far" / WEIGHTS_FILE, {"format": "pt"})
+    ran = cli("report", "--adapter", tmp_path / "far", "--output", tmp_path / "page.html")
+    assert ran.code == 0, ran.err
+    assert "norm-0-figure_1" in Page(tmp_path / "page.html").ids
 
 
 def test_a_long_text_is_cut() -> None:

@@ -15,7 +15,7 @@ from test_cli import imported
 from loratune import statistics
 from loratune.codes import Code
 from loratune.errors import ConfigError, RequirementError
-from loratune.evaluation import comparison, metrics, requirements
+from loratune.evaluation import comparison, metrics, requirements, wording
 from loratune.evaluation.requirements import OPTION, Requirement
 from loratune.evaluation.results import ADAPTER, AGAINST, BASE, Difference, EvaluatedRow, Evaluation, ModelAnswer
 from loratune.statistics import Interval
@@ -150,6 +150,15 @@ def test_a_model_is_beaten_only_where_the_verdict_says_so() -> None:
     assert not verdict(found, "exact_match>base") and verdict(found, "exact_match>=base")
 
 
+def test_a_difference_is_met_only_where_the_verdict_says_so() -> None:
+    """Written as a number, a requirement of being better needs what one against a model does."""
+    found = comparison.compare(rows(*[(0, 1, 0)] * 5, *[(0, 0, 0)] * 15))
+    one = found.differences["exact_match"]
+    assert one.interval is not None and one.interval.low > 0.01 and one.verdict == "indistinguishable"
+    assert not any(verdict(found, f"difference.exact_match{text}") for text in (">0", ">=0.01"))
+    assert verdict(found, "difference.exact_match>-0.05") and verdict(found, "difference.exact_match>=0")
+
+
 def test_too_few_rows_meet_nothing() -> None:
     found = comparison.compare(rows(*[(0, 1, 0)] * (statistics.LEAST_ROWS - 1)))
     (one,) = requirements.judged(found, [parsed("loss<100")]).requirements
@@ -165,6 +174,7 @@ def test_the_high_end_of_forgetting_decides(high: float, interval: bool, is_met:
         rows(*[(0, 1, 0)] * 9), forgetting=Difference(0.03, Interval(0.01, high) if interval else None)
     )
     assert verdict(found, "forgetting<0.05") is is_met
+    assert found.forgetting is not None and ("too few rows" in wording.forgetting(found.forgetting)) is not interval
 
 
 def test_a_base_without_a_finite_loss_is_not_beaten() -> None:

@@ -34,6 +34,7 @@ from loratune.data import ProgressFactory
 from loratune.errors import ConfigError, DataError, LoratuneError, NumericError, Problem, is_out_of_memory
 from loratune.evaluation.results import ADAPTER, BASE, TaskFigure, TaskResults
 from loratune.evaluation.task_comparison import BITS_PER_BYTE, MEAN, PERPLEXITY, WEIGHTED_PERPLEXITY, compare
+from loratune.evaluation.task_names import is_path
 from loratune.inference.completion import BATCH, LoadedAdapter, adapters_of_rows
 from loratune.model.load import context_length
 from loratune.system.environment import kept_environment
@@ -86,8 +87,10 @@ def open_tasks(specs: Sequence[str]) -> OpenedTasks:
                 continue  # it came with a group of its directory
             try:
                 loaded = manager.load([name])
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # its code may end the process, as if all were well
                 raise _load_error(spec, error) from error
+            for same in tasks.keys() & loaded["tasks"].keys():
+                _check_same(spec, same, tasks[same], loaded["tasks"][same])
             tasks |= loaded["tasks"]
             groups |= loaded["groups"]
     for name, task in tasks.items():
@@ -98,11 +101,11 @@ def open_tasks(specs: Sequence[str]) -> OpenedTasks:
 def _found(specs: Sequence[str]) -> list[tuple[str, TaskManager, str]]:
     """Each task as the user names it, where it is found, and what it is called there. Raises ConfigError: nowhere."""
     found: list[tuple[str, TaskManager, str]] = []
-    names = [spec for spec in specs if not _is_path(spec)]
+    names = [spec for spec in specs if not is_path(spec)]
     known = TaskManager() if names else TaskManager(include_defaults=False)
     problems = [_unknown(name, known.all_tasks) for name in names if name not in known.task_index]
     for spec in specs:
-        if not _is_path(spec) or Path(spec).is_file():
+        if not is_path(spec) or Path(spec).is_file():
             found.append((spec, known, spec))
         elif Path(spec).is_dir():
             local = TaskManager(include_path=spec, include_defaults=False)
@@ -117,11 +120,6 @@ def _found(specs: Sequence[str]) -> list[tuple[str, TaskManager, str]]:
     return found
 
 
-def _is_path(spec: str) -> bool:
-    """Whether a task is named by a path. No task of the harness has a name with a slash, or that ends so."""
-    return "/" in spec or spec.endswith((".yaml", ".yml")) or spec in (".", "..")
-
-
 def _unknown(name: str, known: Sequence[str]) -> Problem:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     fix = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
@@ -131,13 +129,20 @@ def _unknown(name: str, known: Sequence[str]) -> Problem:
     )
 
 
-def _load_error(spec: str, error: Exception) -> LoratuneError:
+def _load_error(spec: str, error: BaseException) -> LoratuneError:
     """The error of a task that the harness cannot load."""
     reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     if isinstance(error, OSError | DatasetsError):  # as all errors of the network and of the hub are
         fix = "the rows come from the Hugging Face hub or from the files that the task's YAML names"
         return DataError(Problem(Code.EVALUATE_TASK_ROWS, f"its rows cannot be loaded: {reason}", spec, fix=fix))
     return DataError(Problem(Code.EVALUATE_TASK_FAILED, f"the harness cannot load it: {reason}", spec))
+
+
+def _check_same(spec: str, name: str, first: Any, second: Any) -> None:
+    """Raises ConfigError: two tasks have one name, of which the harness would run one."""
+    if repr(first.dump_config()) != repr(second.dump_config()):
+        what, fix = f"another task is called {name!r} too", "give each a name of its own, or run one of them"
+        raise ConfigError(Problem(Code.EVALUATE_TASK_REFUSED, what, spec, "--tasks", fix))
 
 
 def _check_supported(name: str, task: Any) -> None:
@@ -286,7 +291,7 @@ def _run_one(
                 apply_chat_template=loaded.chat,
                 fewshot_as_multiturn=loaded.chat,
             )
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if isinstance(error, LoratuneError) or is_out_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -185,16 +185,17 @@ def _judge(requirement: Requirement, evaluation: Evaluation) -> Judgement:
         return judgement("not computed, as no row has a prompt")
     if not math.isfinite(value):
         return judgement("NaN or inf")
-    subject = f"the difference to {requirement.bound} is {value:.6g}" if is_model else f"{value:.6g}"
+    what = "the difference of the loss" if requirement.figure == _PERPLEXITY else "the difference"
+    subject = f"{what} to {requirement.bound} is {value:.6g}" if is_model else f"{value:.6g}"
     if interval is None:
         return judgement(f"{subject}, without an interval, for which there are too few rows")
     bound = 0.0 if isinstance(requirement.bound, str) else requirement.bound
-    holds, is_strict = _COMPARISONS[requirement.comparison], requirement.comparison in "<>"
+    holds = _COMPARISONS[requirement.comparison]
     end, which = (interval.high, "high") if "<" in requirement.comparison else (interval.low, "low")
     subject += f", 95 % interval {interval.low:.6g} to {interval.high:.6g}"
     if not holds(end, bound):
         return judgement(f"{subject}, whose {which} end is not {requirement.comparison} {bound:g}")
-    if is_model and is_strict and not is_distinguishable:
+    if not is_distinguishable and not holds(0.0, bound):  # it says that there is a difference
         return judgement(f"{subject}, but McNemar's test cannot tell the two apart")
     return judgement("")
 

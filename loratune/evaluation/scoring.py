@@ -107,7 +107,11 @@ def check_expected(rows: Sequence[EvaluatedRow], judging: Judging) -> None:
         try:
             judging.scores(expected, "")
         except ExpectedTextError as error:
-            problems.append(Problem(Code.EVALUATE_EXPECTED_TEXT, str(error), where, OPTION, "correct the row"))
+            problems.append(
+                Problem(
+                    Code.EVALUATE_EXPECTED_TEXT, str(error), where, OPTION, "correct the row, or leave this metric out"
+                )
+            )
             if len(problems) == MAX_PROBLEMS:
                 break
         except BadPatternError as error:
@@ -146,10 +150,9 @@ def answers(
         for number, row, longer in zip(batch, asked, completions, strict=True):
             where, right = expected[number]
             text, beginning = model.text(longer[: limits[number]]), longer[: len(row.completion)]
-            scores = {
-                EXACT_MATCH: float(tuple(beginning) == row.completion),
-                LABEL_ACCURACY: float(model.text(beginning).startswith(right)),
-            }
+            is_exact = tuple(beginning) == row.completion
+            is_label = model.text(beginning).startswith(right) if right else is_exact  # all begin with an empty one
+            scores = {EXACT_MATCH: float(is_exact), LABEL_ACCURACY: float(is_label)}
             try:
                 found[number] = text, scores | judging.scores(right, text)
             except BadPatternError as error:

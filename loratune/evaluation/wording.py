@@ -99,7 +99,9 @@ def rounded(count: int) -> int:
 def forgetting(difference: Difference) -> str:
     """The line about unrelated text."""
     text = with_interval(LOSS, difference.value, difference.interval, signed=True)
-    return f"{text} nats per token on unrelated text, {ADAPTER} - {BASE}"
+    is_unsure = difference.interval is None and math.isfinite(difference.value)
+    too_few = ", of too few rows for an interval" if is_unsure else ""
+    return f"{text} nats per token on unrelated text{too_few}, {ADAPTER} - {BASE}"
 
 
 def worst(evaluation: Evaluation, count: int) -> list[EvaluatedRow]:
@@ -141,6 +143,8 @@ def tasks_table(results: TaskResults) -> tuple[list[str], list[list[str]]]:
 
 def _plain_with_interval(value: float, interval: Interval | None, *, signed: bool = False) -> str:
     """`0.4500 [0.3000, 0.6000]`; what a metric of a task means, and so its unit, is not known."""
+    if math.isnan(value):
+        return "-"
     ends = (interval.low, interval.high) if interval else ()
     text, *others = (f"{one:{'+' if signed else ''}.{'4f' if abs(one) < 1e4 else '3g'}}" for one in (value, *ends))
     return f"{text} [{', '.join(others)}]" if others else text
