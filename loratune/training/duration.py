@@ -22,10 +22,10 @@ _RECOMPUTED = 2
 _ATTENTION = 2 * 3
 """Operations for each layer, hidden unit and pair of tokens of a row: two products, as much twice over backward, and
 half of the pairs are masked."""
-_EFFICIENCY = 0.6
-"""The part of the stand-in's speed that training reaches, for all that it lacks. SmolLM2-135M on the quickstart's rows
-took 9.9 s of processor time for 20 steps (6,040 tokens, one thread of a Xeon with AMX), which is 262 GFLOP a second;
-the stand-in had 312 to 460, before and after it. On other processors it was not compared, nor on a GPU."""
+_EFFICIENCY = 0.5
+"""The part of the stand-in's speed that training reaches, for all that it lacks: so much did SmolLM2-135M on rows of 37
+tokens (663 tokens a second, one thread of a Xeon with AMX). On rows of 512 tokens it reached 0.8. It was not compared
+on other processors, nor on a GPU."""
 _WIDTH, _TOKENS = 4096, 2048
 """The largest hidden size and batch of the stand-in."""
 _SECONDS, _SHARE, _REPEATS = 3.0, 0.01, 5
