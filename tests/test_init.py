@@ -19,7 +19,7 @@ from loratune.commands.init_choices import Room
 from loratune.commands.init_learning import learning, rows_per_step
 from loratune.commands.init_rows import MeasuredRows, propose_columns
 from loratune.config import Draft, LoraSection, RunConfig, Source
-from loratune.data import read_source
+from loratune.data import RawDatasets, read_source
 from loratune.lora import attach
 from loratune.training import duration
 from loratune.training.duration import Work
@@ -92,7 +92,9 @@ def test_splits_of_a_directory(cli: Cli, tiny_dir: Path, here: Path) -> None:
     (folder / "test").mkdir(parents=True)
     for name in ("train-00000-of-00002", "train-00001-of-00002", "dev", "test/rows", "training_notes"):
         write_rows(folder / f"{name}.jsonl", ROWS[:10])
+    write_rows(folder / "dev.jsonl", [{"prompt": "long", "completion": "answer" * 20}] * 5)
     run = written(cli, tiny_dir, "parity")
+    assert run.data.max_length == 128, "the validation rows too are whole"
     assert [source.path for source in run.data.train_sources] == [
         f"parity/train-0000{number}-of-00002.jsonl" for number in (0, 1)
     ]
@@ -240,7 +242,8 @@ def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, s
     with torch.device("meta"):
         model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
     split = read_source(Source(path=str(write_rows(tmp_path / "rows.jsonl", ROWS))), run.data)
-    rows = MeasuredRows(split, 0, {}, np.full(40, 16), np.full(40, 4), 0, [])
+    lengths, supervised = np.full(40, 16), np.full(40, 4)
+    rows = MeasuredRows(RawDatasets(split, None), {}, lengths, lengths, supervised, 0, [])
     found = init_choices.fit(model, run, draft, rows, 8, Room(torch.device("cpu"), free, quantizable))
     assert (found.batch, found.quantization, found.checkpointed) == chosen
     assert found.is_roomy == (free > 0)

@@ -37,29 +37,39 @@ _CHATS = ("conversation", "dialogue", "dialog", "chat", "turns")
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """The training rows as the model's tokenizer reads them.
+    """The rows as the model's tokenizer reads them.
 
     Attributes:
-        train: All of them.
-        held_out: Rows of the validation files; 0 without any.
+        splits: All of them; the validation and test rows only where these are files of their own.
         columns: What `data.columns` must be for them to have a format.
-        lengths: (rows,), tokens of the rows that were tokenized.
-        supervised: (rows,), the supervised ones of these.
+        all_lengths: (rows,), tokens of the rows of all splits that were tokenized.
+        lengths: (rows,), those of the training rows alone.
+        supervised: (rows,), the supervised tokens of these.
         labels: How many different completions there are, where they are labels; 0 where they are not.
         remarks: Lines on how the rows were read.
     """
 
-    train: DatasetSplit
-    held_out: int
+    splits: RawDatasets
     columns: dict[str, str]
+    all_lengths: NDArray[np.int64]
     lengths: NDArray[np.int64]
     supervised: NDArray[np.int64]
     labels: int
     remarks: list[str]
 
     @property
+    def train(self) -> DatasetSplit:
+        """The training rows."""
+        return self.splits.train
+
+    @property
+    def held_out(self) -> int:
+        """Rows of the validation files; 0 without any."""
+        return len(self.splits.validation) if self.splits.validation else 0
+
+    @property
     def is_sample(self) -> bool:
-        """Whether only some of the rows were tokenized."""
+        """Whether only some of the training rows were tokenized."""
         return len(self.train) > MOST_ROWS
 
 
@@ -78,17 +88,17 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int, watch: Pr
     """
     raw, columns = _read(section, chat=bool(renderer.tokenizer.chat_template), watch=watch)
     whole = section.model_copy(update={"columns": columns, "max_length": _NO_LIMIT})
-    split = _sample(raw.train)
-    rows = data.prepare(split, renderer, whole, vocabulary, watch).rows
-    lengths, supervised = rows.lengths, rows.supervised
+    tokenized = [data.prepare(_sample(split), renderer, whole, vocabulary, watch).rows for split in raw.splits.values()]
+    rows = tokenized[0]
+    supervised = rows.supervised
     is_short = float(np.median(supervised)) <= LABEL_TOKENS
     return MeasuredRows(
-        train=raw.train,
-        held_out=len(raw.validation) if raw.validation else 0,
+        splits=raw,
         columns=columns,
-        lengths=lengths,
+        all_lengths=np.concatenate([split.lengths for split in tokenized]),
+        lengths=rows.lengths,
         supervised=supervised,
-        labels=_count_labels(split, section.loss_on) if is_short else 0,
+        labels=_count_labels(_sample(raw.train), section.loss_on) if is_short else 0,
         remarks=[*raw.train.remarks(), *rows.report.reasons()],
     )
 
@@ -104,9 +114,13 @@ def check_length(
     Raises:
         DataError: As `data.prepare`: more rows would have to be dropped than `max_dropped` allows.
     """
-    if not (rows.lengths > section.max_length).any():
+    if not (rows.all_lengths > section.max_length).any():
         return []
-    return data.prepare(_sample(rows.train), renderer, section, vocabulary, watch).report.losses()
+    return [
+        f"{name}: {loss}"
+        for name, split in rows.splits.splits.items()
+        for loss in data.prepare(_sample(split), renderer, section, vocabulary, watch).report.losses()
+    ]
 
 
 def _sample(split: DatasetSplit) -> DatasetSplit:
