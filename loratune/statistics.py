@@ -33,6 +33,11 @@ _ROUNDING = 1e-12
 """A relative spread below which all rows are the same but for rounding."""
 
 
+def finite(value: float | None) -> float | None:
+    """A number as JSON has it: None for inf and NaN, which it has no word for."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Interval:
     """A 95 % confidence interval."""

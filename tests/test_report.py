@@ -20,7 +20,7 @@ from test_adapter_stats import save_adapter
 from loratune.codes import Code
 from loratune.commands.loss_plot import loss_plot
 from loratune.data.report import Report
-from loratune.evaluation import page_scores, run_record
+from loratune.evaluation import page_scores, page_tables, run_record
 from loratune.evaluation.charts import histogram
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.training.curve import MOST_HELD_OUT, MOST_LOSSES, thinned
@@ -184,8 +184,12 @@ def test_the_curve_in_the_terminal() -> None:
         "\n".join(lines).encode(encoding)
         assert frame * 60 in lines[1]
         assert "held-out" in lines[0] and sum(line.count("o") for line in lines[1:]) == 1
+        assert lines[2].endswith(" 6.0000") and lines[-3].endswith(" 0.1500") and lines[-1].split() == ["1", "40"]
     assert loss_plot(curve[:2], "utf-8") == []
     assert "held-out" not in loss_plot(curve[:3], "utf-8")[0]
+    assert [line[-6:] for line in loss_plot([{"step": step, "loss": 2.5} for step in range(3)], "utf-8")].count(
+        "2.5000"
+    ) == 1
 
 
 def test_train_ends_with_the_curve(run_config: MakeConfig, cli: Cli) -> None:
@@ -209,7 +213,9 @@ def test_the_page_of_a_run(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path
     page, record = Page(first), record_of(runs[0] / "one")
     page.check_inert()
     metrics, gain = record["metrics"], record["metrics"]["gain"]
+    low, high = metrics["held_out_interval"]
     for text in (
+        f"{low:.4f} to {high:.4f}",
         f"{metrics['first_loss']:.4f} → {metrics['last_loss']:.4f}", f"{metrics['held_out_loss']:.4f}",
         f"{metrics['tokens']:,}", f"{gain['better_by']:+.3f}", f"{gain['base']:.4f}", f"{gain['adapter']:.4f}",
         f"{metrics['tokens_per_second']:,.1f}", record["fingerprints"]["base"], record["versions"]["torch"],
@@ -298,8 +304,14 @@ def test_a_record_that_is_wrong_is_not_shown() -> None:
     for value in nonsense:
         known = run_record.read(dict.fromkeys(keys, value))
         assert known.curve == [] and known.gain is None and known.splits == {} and known.metrics == {}
-    known = run_record.read({"metrics": {"kept_step": 7, "test": {"loss": 1.5}, "seconds": float("inf"), "x": True}})
-    assert known.metrics == {"kept_step": 7, "test loss": 1.5}
+    test = {"loss": 1.5, "interval": [1.25, 1.75]}
+    known = run_record.read(
+        {"metrics": {"kept_step": 7, "test": test, "seconds": float("inf"), "x": True, "held_out_interval": [1, "x"]}}
+    )
+    assert known.metrics == {"kept_step": 7, "test loss": 1.5} and known.intervals == {"test interval": (1.25, 1.75)}
+    tiles = {tile.label: tile for tile in page_tables.tiles(known, {})}
+    assert (tiles["test loss"].value, tiles["held-out loss"].tone) == ("1.5000", "absent")
+    assert "1.2500 to 1.7500" in tiles["test loss"].note
 
 
 def test_a_long_text_is_cut() -> None:

@@ -15,7 +15,7 @@ from test_cli import imported
 from loratune import statistics
 from loratune.codes import Code
 from loratune.errors import ConfigError, RequirementError
-from loratune.evaluation import comparison, metrics, requirements
+from loratune.evaluation import comparison, metrics, requirements, wording
 from loratune.evaluation.requirements import OPTION, Requirement
 from loratune.evaluation.results import ADAPTER, AGAINST, BASE, Difference, EvaluatedRow, Evaluation, ModelAnswer
 from loratune.statistics import Interval
@@ -165,6 +165,7 @@ def test_the_high_end_of_forgetting_decides(high: float, interval: bool, is_met:
         rows(*[(0, 1, 0)] * 9), forgetting=Difference(0.03, Interval(0.01, high) if interval else None)
     )
     assert verdict(found, "forgetting<0.05") is is_met
+    assert found.forgetting is not None and ("too few rows" in wording.forgetting(found.forgetting)) is not interval
 
 
 def test_a_base_without_a_finite_loss_is_not_beaten() -> None:

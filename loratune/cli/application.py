@@ -70,6 +70,12 @@ Assignments = Annotated[
 ]
 
 
+DataAssignments = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Read the rows otherwise than training did: data.max_length=512."),
+]
+
+
 MAX_COUNT = 2**31 - 1
 """The largest number of tokens or rows that an option takes."""
 

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loratune.cli.application import MAX_COUNT, Assignments, Debug, Force, Json, app, check_paths, importing, log_all
+from loratune.cli.application import (
+    MAX_COUNT,
+    DataAssignments,
+    Debug,
+    Force,
+    Json,
+    app,
+    check_paths,
+    importing,
+    log_all,
+)
 from loratune.codes import Code
 from loratune.commands.boundary import boundary
 from loratune.console import EscapedStream
@@ -55,7 +65,9 @@ def evaluate(
     ] = None,
     metrics: Annotated[
         list[str] | None,
-        typer.Option("--metric", metavar="NAME", help="exact_match, label, contains, rouge_l, json or regex:PATTERN."),
+        typer.Option(
+            "--metric", metavar="NAME", help="Repeatable: exact_match, label, contains, rouge_l, json, regex:PATTERN."
+        ),
     ] = None,
     forgetting: Annotated[
         str | None,
@@ -65,17 +77,18 @@ def evaluate(
         int, typer.Option("--worst", metavar="N", min=0, max=MAX_COUNT, help="Show the N rows that got worse most.")
     ] = 0,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Write rows, answers and scores as JSONL to FILE.")
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Write each row, its answers and scores to FILE, as JSONL."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
     require: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIGURE<BOUND", help="End with exit code 11 unless e.g. 'exact_match>=0.9', 'loss<base'."),
+        typer.Option(metavar="FIGURE<BOUND", help="Repeatable: exit code 11 unless 'exact_match>=0.9', 'loss<base'."),
     ] = None,
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="With --require: also judge by rows that stand in train.")
     ] = False,
-    assignments: Assignments = [],  # noqa: B006  typer copies it
+    assignments: DataAssignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,

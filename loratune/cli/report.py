@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loratune.cli.application import Assignments, Debug, Force, app, check_paths, importing, log_all
+from loratune.cli.application import DataAssignments, Debug, Force, app, check_paths, importing, log_all
 from loratune.codes import Code
 from loratune.commands.boundary import boundary
 from loratune.errors import ConfigError, Problem
@@ -31,7 +31,7 @@ def report(
         Path | None, typer.Option("--output", metavar="FILE", help="The page; by default ADAPTER-report.html here.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    assignments: Assignments = [],  # noqa: B006  typer copies it
+    assignments: DataAssignments = [],  # noqa: B006  typer copies it
     force: Force = False,
     debug: Debug = False,
 ) -> None:

@@ -26,6 +26,8 @@ def loss_plot(curve: Sequence[Mapping[str, float]], encoding: str) -> list[str]:
         xs=[[step for step, _ in points] for points in series.values()],
         ys=[[loss for _, loss in points] for points in series.values()],
         lines=[name == "loss" for name in series],
+        x_labels=False,
+        y_labels=False,
         width=_WIDTH,
         height=_HEIGHT,
         color=False,
@@ -37,7 +39,20 @@ def loss_plot(curve: Sequence[Mapping[str, float]], encoding: str) -> list[str]:
     except (UnicodeEncodeError, LookupError):
         text = text.translate(_PLAIN)
     legend = ", ".join(f"{mark} {name}" for name, mark in zip(series, _MARKS, strict=False))
-    return [f"  {legend} by step", *(f"  {line}".rstrip() for line in text.rstrip("\n").split("\n"))]
+    frame = [f"  {line}" for line in text.rstrip("\n").split("\n")]
+    return [f"  {legend} by step", *_labelled(frame, [point for points in series.values() for point in points])]
+
+
+def _labelled(frame: Sequence[str], points: Sequence[tuple[float, float]]) -> list[str]:
+    """The frame with the highest and the lowest loss beside it, and the first and the last step below it.
+
+    uniplot's own labels are as short as they can be told apart: 5.5 is `6`, where 5 is the other one.
+    """
+    steps, losses = zip(*points, strict=True)
+    first, last = f"{min(steps):,}", f"{max(steps):,}"
+    places = {1: max(losses), _HEIGHT: min(losses)} if len({*losses}) > 1 else {_HEIGHT // 2 + 1: losses[0]}
+    labelled = [f"{line} {places[place]:.4f}" if place in places else line for place, line in enumerate(frame)]
+    return [*labelled, f"   {first}{last:>{_WIDTH - len(first)}}"]
 
 
 def _points(curve: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:

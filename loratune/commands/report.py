@@ -1,5 +1,6 @@
 """`loratune report`: a page that shows an adapter, the run that made it, and how well it does."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ def _facts(stats: AdapterStats) -> dict[str, str]:
         "lora_alpha": f"{stats.lora_alpha:g}",
         "variants": ", ".join(variants) or "none",
         "modules": f"{len(stats.updates):,}",
-        "numbers": f"{stats.parameters:,}",
+        "parameters": f"{stats.parameters:,}",
         "size": format_size(stats.adapter_bytes).partition("(")[2].rstrip(")") or format_size(stats.adapter_bytes),
     }
     if stats.dora:
@@ -97,12 +98,12 @@ def _facts(stats: AdapterStats) -> dict[str, str]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`section.key` → value of a config, as text."""
+    """`section.key` → value of a config, as YAML has it."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", str(value)
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
 def _commands(adapters: Sequence[AdapterInfo], data: str | None) -> Iterator[str]:

@@ -68,7 +68,12 @@ def render(
         version=__version__,
         subjects=subjects,
         data=data,
-        tiles=[page_tables.tiles(subject.record, subject.adapter) for subject in subjects],
+        tiles=[
+            page_tables.tiles(
+                subject.record, subject.adapter, keeps_last=subject.settings.get("training.keep") == "last"
+            )
+            for subject in subjects
+        ],
         scores=page_scores.scores(evaluation, names) if evaluation else None,
         answers=page_scores.answers(evaluation, names) if evaluation else None,
         losses=_losses(subjects),

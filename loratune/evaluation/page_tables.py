@@ -19,10 +19,18 @@ _RESULTS = {
     "seconds": "time",
     "tokens_per_second": "tokens a second",
 }
+_SELECTED = {
+    "kept_step": "step that is kept",
+    "best_held_out_loss": "lowest held-out loss",
+    "last_held_out_loss": "held-out loss of the last step",
+    "test distinct": "distinct test rows",
+}
+"""Of a run with validation or test rows."""
 _FINGERPRINTS = {
     "base": "base",
     "data": "training rows",
     "validation": "validation rows",
+    "test": "test rows",
     "start": "adapter it began with",
 }
 _MACHINE = ("processor", "device", "threads", "platform", "python")
@@ -48,17 +56,13 @@ class FactTable:
     rows: list[tuple[str, list[str | None]]]
 
 
-def tiles(record: RunRecord, adapter: Mapping[str, str]) -> list[Tile]:
-    """The most important figures of a run."""
-    metrics, steps = record.metrics, record.series("eval_loss")
-    found = [_gain(record)]
-    if "held_out_loss" in metrics:
-        lowest = min(zip(steps[1], steps[0], strict=True), default=None)
-        note = f"lowest {lowest[0]:.4f} at step {lowest[1]:,}" if lowest else ""
-        note = f"of step {metrics['kept_step']:,.0f}, which is kept" if "kept_step" in metrics else note
-        found.append(Tile("held-out loss", f"{metrics['held_out_loss']:.4f}", note))
-    else:
-        found.append(_absent("held-out loss"))
+def tiles(record: RunRecord, adapter: Mapping[str, str], *, keeps_last: bool = False) -> list[Tile]:
+    """The most important figures of a run. keeps_last: whether the last step was kept without a choice."""
+    metrics = record.metrics
+    found = [_gain(record), _held_out(record, keeps_last)]
+    if "test loss" in metrics:
+        note = f"{_interval(record, 'test interval')}on {metrics.get('test rows', 0):,.0f} test rows"
+        found.append(Tile("test loss", f"{metrics['test loss']:.4f}", note))
     if {"first_loss", "last_loss"} <= metrics.keys():
         value = f"{metrics['first_loss']:.4f} → {metrics['last_loss']:.4f}"
         found.append(Tile("training loss", value, "first and last step"))
@@ -75,7 +79,9 @@ def tiles(record: RunRecord, adapter: Mapping[str, str]) -> list[Tile]:
         found.append(Tile("peak memory", _size(record.peak_memory["process"]), note))
     else:
         found.append(_absent("peak memory"))
-    return [*found, Tile("adapter file", adapter["size"], f"rank {adapter['rank']}")]
+    if "test loss" not in metrics:  # which fills the row; the table below has the size in any case
+        found.append(Tile("adapter file", adapter["size"], f"rank {adapter['rank']}"))
+    return found
 
 
 def _gain(record: RunRecord) -> Tile:
@@ -86,6 +92,26 @@ def _gain(record: RunRecord) -> Tile:
     verdict = "" if gain.verdict == "gain" else f"{gain.verdict}: "
     note = f"{verdict}{interval}on {gain.rows:,} of {gain.total:,} {gain.split} rows"
     return Tile("gain, nats a token", f"{gain.better_by:+.3f}", note, _TONES.get(gain.verdict, ""))
+
+
+def _held_out(record: RunRecord, keeps_last: bool) -> Tile:
+    """The held-out loss of the weights that became the adapter, and whether they were selected by it."""
+    metrics, steps = record.metrics, record.series("eval_loss")
+    if "held_out_loss" not in metrics:
+        return _absent("held-out loss")
+    lowest = min(zip(steps[1], steps[0], strict=True), default=None)
+    note = f"lowest {lowest[0]:.4f} at step {lowest[1]:,}" if lowest else ""
+    if "kept_step" in metrics:
+        note = f"kept at step {metrics['kept_step']:,.0f}"
+        if metrics.get("evaluations", 0) > 1 and not keeps_last:
+            note += f": lowest of {metrics['evaluations']:,.0f}, so optimistic"
+    return Tile("held-out loss", f"{metrics['held_out_loss']:.4f}", _interval(record, "held_out_interval") + note)
+
+
+def _interval(record: RunRecord, name: str) -> str:
+    """`95 % 4.9133 to 4.9236, `; empty where there is none."""
+    low, high = record.intervals.get(name, (None, None))
+    return "" if low is None else f"95 % {low:.4f} to {high:.4f}, "
 
 
 def _absent(label: str) -> Tile:
@@ -122,7 +148,7 @@ def _results(record: RunRecord) -> dict[str, str]:
         results["loss of the base"] = f"{gain.base:.4f}, on {rows}"
         results["loss of the adapter"] = f"{gain.adapter:.4f}, on the same rows"
     for name, value in record.metrics.items():
-        label = _RESULTS.get(name, name.replace("_", " "))
+        label = (_RESULTS | _SELECTED).get(name, name.replace("_", " "))
         results[label] = (
             format_duration(value) if name == "seconds"
             else f"{value:,.1f}" if name == "tokens_per_second"

@@ -185,7 +185,8 @@ def _judge(requirement: Requirement, evaluation: Evaluation) -> Judgement:
         return judgement("not computed, as no row has a prompt")
     if not math.isfinite(value):
         return judgement("NaN or inf")
-    subject = f"the difference to {requirement.bound} is {value:.6g}" if is_model else f"{value:.6g}"
+    what = "the difference of the loss" if requirement.figure == _PERPLEXITY else "the difference"
+    subject = f"{what} to {requirement.bound} is {value:.6g}" if is_model else f"{value:.6g}"
     if interval is None:
         return judgement(f"{subject}, without an interval, for which there are too few rows")
     bound = 0.0 if isinstance(requirement.bound, str) else requirement.bound

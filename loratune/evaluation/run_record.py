@@ -57,6 +57,7 @@ class RunRecord:
     Attributes:
         curve: The reports of the trainer.
         metrics: Every number of the result by its name; those of a group within it as `group name`.
+        intervals: `held_out_interval`, `test interval` → low and high end of the 95 % interval.
         gain: How base and adapter compared.
         splits: Split → what became of its rows.
         machine: What the run was computed on.
@@ -70,6 +71,7 @@ class RunRecord:
 
     curve: list[CurvePoint]
     metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
     gain: RecordedGain | None
     splits: dict[str, RecordedSplit]
     machine: dict[str, str]
@@ -95,9 +97,11 @@ def read(record: Mapping[str, Any]) -> RunRecord:
     changes = _part(record.get("changes"), list[dict[str, Any]], [])
     texts = {name: str(value) for name, value in machine.items() if isinstance(value, str | int)}
     fingerprints = _part(record.get("fingerprints"), dict[str, str | None], {})
+    own = {name: value for name, value in metrics.items() if name != "gain"}
     return RunRecord(
         curve=[point for entry in _part(record.get("curve"), list[Any], []) if (point := _part(entry, CurvePoint))],
-        metrics=dict(_numbers({name: value for name, value in metrics.items() if name != "gain"})),
+        metrics=dict(_numbers(own)),
+        intervals=dict(_intervals(own)),
         gain=_part(metrics.get("gain"), RecordedGain),
         splits=_part(record.get("splits"), dict[str, RecordedSplit], {}),
         machine=texts,
@@ -127,3 +131,11 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _numbers(value, f"{prefix}{name} ")
         elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
             yield f"{prefix}{name}", value
+
+
+def _intervals(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[float, float]]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _intervals(value, f"{prefix}{name} ")
+        elif name.endswith("interval") and (ends := _part(value, tuple[FiniteFloat, FiniteFloat])):
+            yield f"{prefix}{name}", ends

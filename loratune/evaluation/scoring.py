@@ -107,7 +107,11 @@ def check_expected(rows: Sequence[EvaluatedRow], judging: Judging) -> None:
         try:
             judging.scores(expected, "")
         except ExpectedTextError as error:
-            problems.append(Problem(Code.EVALUATE_EXPECTED_TEXT, str(error), where, OPTION, "correct the row"))
+            problems.append(
+                Problem(
+                    Code.EVALUATE_EXPECTED_TEXT, str(error), where, OPTION, "correct the row, or leave this metric out"
+                )
+            )
             if len(problems) == MAX_PROBLEMS:
                 break
         except BadPatternError as error:

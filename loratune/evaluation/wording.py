@@ -99,7 +99,9 @@ def rounded(count: int) -> int:
 def forgetting(difference: Difference) -> str:
     """The line about unrelated text."""
     text = with_interval(LOSS, difference.value, difference.interval, signed=True)
-    return f"{text} nats per token on unrelated text, {ADAPTER} - {BASE}"
+    is_unsure = difference.interval is None and math.isfinite(difference.value)
+    too_few = ", of too few rows for an interval" if is_unsure else ""
+    return f"{text} nats per token on unrelated text{too_few}, {ADAPTER} - {BASE}"
 
 
 def worst(evaluation: Evaluation, count: int) -> list[EvaluatedRow]:

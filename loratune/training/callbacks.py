@@ -13,6 +13,7 @@ from loratune.errors import NumericError, Problem
 from loratune.kernels import global_norm, next_token_loss
 from loratune.system.launcher import Group
 from loratune.training.checkpoints import Checkpoints
+from loratune.training.curve import StepLosses
 from loratune.training.gain import Batches, held_out_loss
 
 
@@ -43,12 +44,13 @@ class NonFiniteGuard(TrainerCallback):
     Attributes:
         tokens: How many tokens this process has read since the last optimizer step.
         norm: Returns the norm of the gradients of a step; set once there is a trainer to compute it.
+        losses: Those of the steps that were not reported yet.
     """
 
     norm: Callable[[], torch.Tensor]
 
-    def __init__(self, checkpoints: Checkpoints, group: Group) -> None:
-        self.checkpoints, self.group = checkpoints, group
+    def __init__(self, checkpoints: Checkpoints, group: Group, losses: StepLosses) -> None:
+        self.checkpoints, self.group, self.losses = checkpoints, group, losses
         self.sum: torch.Tensor | None = None
         self.tokens = 0
 
@@ -90,6 +92,7 @@ class NonFiniteGuard(TrainerCallback):
                     fix = "check that the base model works by itself"
                 problem = Problem(code, f"the {name} of step {state.global_step + 1} is {value}", fix=fix)
                 raise diverged_error(problem, self.checkpoints, state.global_step)
+        self.losses.add(loss)
 
 
 def diverged_error(problem: Problem, checkpoints: Checkpoints, step: int) -> NumericError:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from loratune.training.callbacks import (
     diverged_error,
 )
 from loratune.training.checkpoints import Checkpoints
-from loratune.training.curve import Pace, thinned
+from loratune.training.curve import Pace, StepLosses, thinned, without_held_out
 from loratune.training.evaluations import BestRecord
 from loratune.training.gain import Batches, Loss, held_out_loss
 from loratune.training.outcome import CURVE_KEYS, Outcome
@@ -53,6 +53,8 @@ class RunContext:
         resume_from: A whole checkpoint from which the run is resumed.
         learning_rate_factor: By what the learning rates of that checkpoint are multiplied.
         evaluations: What the evaluations up to that checkpoint gave; None if there were none, or they do not count.
+        has_other_validation: Whether the validation rows up to that checkpoint were others, or are none any more.
+        unreported: The losses of the steps before that checkpoint that no report has.
         after_checkpoint: Called in all processes after each checkpoint; it may raise an error, which ends the run.
         trackers: What else follows its steps, in the main process.
     """
@@ -64,6 +66,8 @@ class RunContext:
     resume_from: Path | None = None
     learning_rate_factor: float = 1.0
     evaluations: BestRecord | None = None
+    has_other_validation: bool = False
+    unreported: StepLosses = field(default_factory=StepLosses)
     after_checkpoint: Callable[[], None] = lambda: None
     trackers: Sequence[Tracker] = ()
 
@@ -176,7 +180,7 @@ def _build(
     *,
     oom_dry_run: bool,
 ) -> "_RunTrainer":
-    guard = NonFiniteGuard(context.checkpoints, context.group)
+    guard = NonFiniteGuard(context.checkpoints, context.group, replace(context.unreported))
     dry_run = OomDryRun(guard)
     arguments = training_arguments(
         section.model_copy(update={"per_device_train_batch_size": train.size}),
@@ -255,7 +259,9 @@ class _RunTrainer(ShardedTrainer):
             fix = "set more, or start with --overwrite"
             raise ResumeError(Problem(Code.RESUME_FEWER_STEPS, what, key="training", fix=fix))
         if self.context.resume_from is not None:
-            self.best.load(self.context.resume_from)
+            self.best.load(self.context.resume_from, done)
+        if self.context.has_other_validation:
+            self.state.log_history = without_held_out(self.state.log_history)
         if done == steps or self.best.is_exhausted:
             raise self._end(done, steps)
         if oom_dry_run:
@@ -321,7 +327,8 @@ class _RunTrainer(ShardedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report figures, and how many tokens were read."""
-        super().log(logs | self.pace.figures(logs, self.state), start_time)
+        means = {"loss": self.guard.losses.take_mean()} if "loss" in logs else {}
+        super().log(logs | means | self.pace.figures(logs, self.state), start_time)
 
     def position(self) -> str:
         """What is being computed, and the shape of its batch."""
@@ -342,6 +349,7 @@ class _RunTrainer(ShardedTrainer):
             problem = Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.validation", fix=fix)
             raise diverged_error(problem, self.context.checkpoints, self.state.global_step)
         metrics = {f"{metric_key_prefix}_loss": loss.mean}
+        self.state.log_history = without_held_out(self.state.log_history, self.state.global_step)
         self.log(dict(metrics))
         self.notify_evaluation(metrics)
         self.best.add(self.state.global_step, loss.mean, partial(tensors.full_weights, self.model))
@@ -379,7 +387,7 @@ class _RunTrainer(ShardedTrainer):
     def save_checkpoint(self, model: Any) -> None:
         """Write a checkpoint that is whole, or absent."""
         step, checkpoints = self.state.global_step, self.context.checkpoints
-        with checkpoints.writing(step, self.best.as_json()) as directory:
+        with checkpoints.writing(step, self.best.as_json() | self.guard.losses.as_json()) as directory:
             super().save_checkpoint(model)
             if checkpoints.is_writer:
                 self.best.save(directory, step)
