@@ -17,7 +17,19 @@ from loratune.console import escape_output
 from loratune.errors import ConfigError, Problem
 from loratune.system.files import path_problem
 
-_COMMANDS = ("train", "params", "evaluate", "report", "generate", "chat", "merge", "export", "push")
+_COMMANDS = (
+    "train",
+    "params",
+    "schema",
+    "explain",
+    "evaluate",
+    "report",
+    "generate",
+    "chat",
+    "merge",
+    "export",
+    "push",
+)
 
 
 class _Commands(TyperGroup):
