@@ -1,6 +1,7 @@
 """The command line: parse, call one command, print. Everything heavy is imported inside the commands."""
 
 from loratune.cli import chat as chat
+from loratune.cli import config as config
 from loratune.cli import evaluate as evaluate
 from loratune.cli import export as export
 from loratune.cli import generate as generate

@@ -17,7 +17,20 @@ from loratune.console import escape_output
 from loratune.errors import ConfigError, Problem
 from loratune.system.files import path_problem
 
-_COMMANDS = ("init", "train", "params", "evaluate", "report", "generate", "chat", "merge", "export", "push")
+_COMMANDS = (
+    "init",
+    "train",
+    "params",
+    "schema",
+    "explain",
+    "evaluate",
+    "report",
+    "generate",
+    "chat",
+    "merge",
+    "export",
+    "push",
+)
 
 
 class _Commands(TyperGroup):

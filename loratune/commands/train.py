@@ -33,9 +33,9 @@ from loratune.training.final_score import FinalScore
 from loratune.training.gain import Gain
 from loratune.training.outcome import Outcome
 from loratune.training.preflight import ValidatedRun
+from loratune.training.run_context import RunContext
 from loratune.training.run_dir import RunDirectory
 from loratune.training.trackers import Tracker, trackers
-from loratune.training.trainer import RunContext
 
 _CHECKPOINT_OVERHEAD = 40_000
 """Bytes of a checkpoint besides weights and optimizer: random states, the trainer's own state, and a model card."""

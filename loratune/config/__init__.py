@@ -36,6 +36,7 @@ __all__ = [
     "from_values",
     "input_paths",
     "load",
+    "load_with_lines",
     "parse",
     "portability",
 ]
@@ -46,7 +47,13 @@ def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with every problem of the file.
     """
-    return _validate(yaml_reader.read(path), assignments)
+    return load_with_lines(path, assignments)[0]
+
+
+def load_with_lines(path: Path, assignments: Sequence[str] = ()) -> tuple[RunConfig, yaml_reader.Document]:
+    """As `load`; also returns the values as they are written, and where each stands."""
+    document = yaml_reader.read(path)
+    return _validate(document, assignments), document
 
 
 def for_model(name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:

@@ -1,13 +1,11 @@
-"""What a run keeps of each of its reports: losses, rates, and how many tokens were read, and how fast."""
+"""What a run keeps of its reports, and of the steps since the last. Without torch: checkpoints are read early."""
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback
 
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
 """So many reports of either kind are kept, spread evenly over the run: a report takes about 230 and 110 bytes of
@@ -64,49 +62,6 @@ class StepLosses:
         if not math.isfinite(losses.total):
             raise ValueError("the losses are not finite")
         return losses
-
-
-class Pace(TrainerCallback):
-    """Measures how fast tokens are read in training. Evaluations and checkpoints do not count."""
-
-    def __init__(self) -> None:
-        self.seconds = self.total_seconds = self.start = 0.0
-        self.tokens = self.first_tokens = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first step, also of a resumed run."""
-        self.tokens = self.first_tokens = int(state.num_input_tokens_seen)
-        self.start = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After each optimizer step."""
-        now = time.monotonic()
-        self.seconds += now - self.start
-        self.total_seconds += now - self.start
-        self.start = now
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After an evaluation."""
-        self.start = time.monotonic()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a checkpoint."""
-        self.start = time.monotonic()
-
-    def figures(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
-        """What is added to a report of the trainer: the tokens that the run has read, and with a loss, how many a
-        second since the report before; only the latter depends on the clock."""
-        tokens = int(state.num_input_tokens_seen)
-        if "loss" not in logs:
-            return {"tokens": tokens}
-        rate = (tokens - self.tokens) / max(self.seconds, 1e-9)
-        self.tokens, self.seconds = tokens, 0.0
-        return {"tokens": tokens, "tokens_per_second": round(rate, 1)}
-
-    def overall(self, state: Any) -> float | None:
-        """Tokens a second over all steps of this process; None if it took none."""
-        tokens = int(state.num_input_tokens_seen) - self.first_tokens
-        return round(tokens / self.total_seconds, 1) if tokens and self.total_seconds else None
 
 
 def without_held_out(history: Sequence[dict[str, float]], step: int | None = None) -> list[dict[str, float]]:
