@@ -24,7 +24,7 @@ from loratune.training.evaluations import evaluation_steps
 
 _TITLE = (
     "Written by `loratune init`, with the reason for each choice; all else has its default. Paths are those of the "
-    "directory where loratune is started. `loratune train FILE --dry-run` shows what would be trained."
+    "directory where loratune is started. `loratune explain KEY` says what a key does."
 )
 
 
