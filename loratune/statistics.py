@@ -29,8 +29,14 @@ _MOST_ROWS = 20_000
 _RESAMPLES = 4000
 _CHUNK = 200_000
 """Rows of resamples that are in memory at once, 8 bytes each several times over. More is slower."""
+_MOST_NEEDED = 1e15
 _ROUNDING = 1e-12
 """A relative spread below which all rows are the same but for rounding."""
+
+
+def finite(value: float | None) -> float | None:
+    """A number as JSON has it: None for inf and NaN, which it has no word for."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,8 @@ def bounded_mean_interval(values: Values, weights: Values) -> Interval | None:
     drawn = mean_ratio_interval(weights * values, weights)
     if drawn is None:
         return None
-    mean = min(1.0, float((weights * values).sum() / weights.sum()))
-    variance = float((weights * (values - mean) ** 2).sum() / weights.sum())
+    mean = min(1.0, mean_ratio(weights * values, weights))
+    variance = mean_ratio(weights * (values - mean) ** 2, weights)
     wide = _score_interval(mean, variance, effective_rows(weights))
     return Interval(max(0.0, min(drawn.low, wide.low)), min(1.0, max(drawn.high, wide.high)))
 
@@ -120,7 +126,7 @@ def bounded_difference_interval(differences: Values, weights: Values) -> Interva
     drawn = mean_ratio_interval(weights * differences, weights)
     if drawn is None:
         return None
-    mean, square = (float((weights * one).sum() / weights.sum()) for one in (differences, differences**2))
+    mean, square = (mean_ratio(weights * one, weights) for one in (differences, differences**2))
     wide = _paired_interval(mean, square, effective_rows(weights))
     return Interval(max(-1.0, min(drawn.low, wide.low)), min(1.0, max(drawn.high, wide.high)))
 
@@ -130,6 +136,20 @@ def effective_rows(weights: Values) -> float:
     sum of their squares (L. Kish, Survey Sampling, 1965)."""
     weights = np.asarray(weights, dtype=np.float64)
     return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def mean_ratio(totals: Values, counts: Values) -> float:
+    """sum(totals) / sum(counts) over rows, the same in whatever order the rows are; not finite where a total is not.
+
+    Raises:
+        ValueError: See `mean_ratio_interval`.
+    """
+    totals, counts = _checked(totals, counts)
+    try:
+        return math.fsum(totals) / math.fsum(counts)
+    except (OverflowError, ValueError):  # beyond a float; inf and -inf
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(totals.sum() / counts.sum())
 
 
 def mean_ratio_error(totals: Values, counts: Values) -> float:
@@ -160,7 +180,7 @@ def jackknife_interval(totals: Values, counts: Values) -> Interval | None:
     totals, counts = _checked(totals, counts)
     if len(totals) < LEAST_ROWS or not np.isfinite(totals).all():
         return None
-    ratio = float(totals.sum() / counts.sum())
+    ratio = mean_ratio(totals, counts)
     half = float(stdtrit(len(totals) - 1, _UPPER)) * mean_ratio_error(totals, counts)
     return Interval(ratio - half, ratio + half)
 
@@ -199,7 +219,7 @@ def mean_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Int
         return mirrored and Interval(-mirrored.high, -mirrored.low)
     order = np.lexsort((counts, totals))
     totals, counts = totals[order], counts[order]
-    ratio, error = float(totals.sum() / counts.sum()), mean_ratio_error(totals, counts)
+    ratio, error = mean_ratio(totals, counts), mean_ratio_error(totals, counts)
     if error <= _ROUNDING * np.abs(totals).sum() / counts.sum():
         return Interval(ratio, ratio)
     studentized = _studentized(totals - ratio * counts, counts, seed)
@@ -272,7 +292,8 @@ def share_difference_error(first_only: float, second_only: float, rows: float) -
 
 
 def _check_shares(first_only: float, second_only: float, rows: float) -> None:
-    if not (0 < rows < math.inf and first_only >= 0 and second_only >= 0 and first_only + second_only <= rows):
+    most = rows * (1 + _ROUNDING)  # fractions of rows that add up to all of them may round to more
+    if not (0 < rows < math.inf and first_only >= 0 and second_only >= 0 and first_only + second_only <= most):
         raise ValueError(f"{first_only} and {second_only} of {rows} rows are no shares")
 
 
@@ -299,9 +320,11 @@ def rows_needed(difference: float, standard_error: float, rows: int) -> int | No
         rows: On how many rows it was found.
 
     Returns:
-        The rows in all, at least `LEAST_ROWS`; None where the difference is 0, or a number is not finite.
+        The rows in all, at least `LEAST_ROWS`; None where the difference is 0, or a number is not finite, or where they
+        are more than 10¹⁵, as such a difference may be one of rounding.
     """
     if difference == 0 or not (math.isfinite(difference) and math.isfinite(standard_error)):
         return None
     factor = (_Z + float(ndtri(POWER))) * standard_error / difference
-    return max(LEAST_ROWS, math.ceil(rows * factor**2))
+    needed = rows * factor * factor
+    return max(LEAST_ROWS, math.ceil(needed)) if needed <= _MOST_NEEDED else None

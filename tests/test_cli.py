@@ -19,7 +19,9 @@ from loratune.training import output_dir, run_dir
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "scipy")
 OLD = {"adapter_config.json": b'{"old": true}', "adapter_model.safetensors": b"old weights"}
-COMMANDS = ("train", "params", "evaluate", "report", "generate", "chat", "merge", "export", "push")
+COMMANDS = (
+    "init", "train", "params", "schema", "explain", "evaluate", "report", "generate", "chat", "merge", "export", "push",
+)  # fmt: skip
 """In the order in which the help lists them."""
 ONE_STEP = {"max_steps": 1}
 

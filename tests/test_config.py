@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from loratune import config
 from loratune.codes import Code
 from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
-from loratune.config.yaml_reader import dotted, known_keys
+from loratune.config.keys import dotted, known_keys
 from loratune.errors import ConfigError, Problem
 
 SECTIONS = (RunConfig, ModelSection, LoraSection, DataSection, TrainingSection, Source)

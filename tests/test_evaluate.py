@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +354,52 @@ def test_refused_options(
         and all(f"{key}: " in line and f"[{code}]" in line for line in ran.errors)
     )
     assert len(ran.errors) == 1 and (len(rows) < 12 or "11 more of 12 rows" in ran.err)
+
+
+def test_an_empty_expected_text_is_no_label(cli: Callable[..., Ran], place: Path, tmp_path: Path) -> None:
+    """Any answer begins with it."""
+    data_file = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{n}", "completion": "<|system|>"} for n in range(5)])
+    ran = cli("evaluate", "--adapter", place / "adapter", "--data", data_file, "--json")
+    assert ran.code == 0 and json.loads(ran.out)["adapter"]["label_accuracy"] == 0
+
+
+def test_an_adapter_that_breaks_on_unrelated_text(
+    cli: Callable[..., Ran], place: Path, few: Path, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """It is told as it is for rows."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_dir),
+        LoraConfig(r=1, target_modules=["embed_tokens"], task_type="CAUSAL_LM"),
+    )
+    layer = model.get_input_embeddings()
+    with torch.no_grad():  # on the byte Z alone, A·B is beyond a float
+        layer.lora_embedding_A["default"].zero_()[:, 57] = 1e30
+        layer.lora_embedding_B["default"].fill_(1e30)
+    model.save_pretrained(tmp_path / "broken", save_embedding_layers=False)
+    assert AutoTokenizer.from_pretrained(tiny_dir)("Z").input_ids == [57]
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "fine"}, {"text": "a Z"}])
+    evaluate = ("evaluate", "--adapter", tmp_path / "broken", "--data", few, "--force")
+    assert cli(*evaluate, "--forgetting", few).code == 0
+    check_refused(cli(*evaluate, "--forgetting", text), 6, (Code.EVALUATE_LOSS_NOT_FINITE, "", ""))
+
+
+def test_figures_are_shown_where_rows_have_no_room(cli: Callable[..., Ran], place: Path, few: Path) -> None:
+    ran = cli("evaluate", "--adapter", place / "adapter", "--data", few, "--json", "--output", "/dev/full")
+    assert ran.code == 8 and f"[{Code.SYSTEM_DISK_FULL}]" in ran.err and "verdict" in json.loads(ran.out)
+
+
+def test_a_gate_holds_without_a_reader(place: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    options = ["--require", "loss<0.01", "--allow-overlap"]
+    stream = os.fdopen(writer, "w")
+    with pytest.raises(SystemExit) as stopped:
+        monkeypatch.setattr(sys, "stdout", stream)
+        app(["evaluate", "--adapter", str(place / "adapter"), "--data", str(few), *options])
+    with suppress(BrokenPipeError):
+        stream.close()
+    assert stopped.value.code == 11
 
 
 def test_too_few_rows_are_said(cli: Callable[..., Ran], place: Path, tmp_path: Path) -> None:

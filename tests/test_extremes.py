@@ -9,7 +9,7 @@ from conftest import Ran, check_refused
 
 from loratune import config
 from loratune.codes import Code
-from loratune.config.yaml_reader import known_keys
+from loratune.config.keys import known_keys
 from loratune.errors import ConfigError, Problem
 from loratune.system.files import path_problem
 

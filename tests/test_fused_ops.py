@@ -82,10 +82,18 @@ ROWS_OF = {"rms_norm": [0], "rms_norm_backward": [0, 1], "swiglu": [0], "swiglu_
            "add_lora": [0, 1], "cross_entropy": [0]}  # fmt: skip
 
 
+def rows_mix(dtype: torch.dtype) -> bool:
+    """Whether torch's own product lets a NaN into the row before it, which has none: oneDNN reads rows of a few numbers
+    beyond their end on processors with AMX, and multiplies what it finds by 0."""
+    narrow = torch.ones(37, 5, dtype=dtype)
+    narrow[6] = math.nan
+    return bool((narrow @ torch.ones(5, 80, dtype=dtype))[5].isnan().any())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ROWS_OF)
 def test_other_passes_keep_rows_apart(name: str, dtype: torch.dtype) -> None:
-    """For inputs that lie row by row."""
+    """For inputs that lie row by row. The reference of `add_lora` is torch's own product, which may not."""
 
     def results_of(ops: Any, broken: int | None = None, lost: float = 0) -> list[Tensor]:
         arguments = FUSED_OPS[name](dtype)
@@ -96,7 +104,8 @@ def test_other_passes_keep_rows_apart(name: str, dtype: torch.dtype) -> None:
         tensors = [one for one in parts if isinstance(one, Tensor)]
         return [one if len(one) == 37 else one.transpose(0, 1) for one in tensors]
 
-    for ops in (reference, fused_ops.fused_ops(torch.empty(0, dtype=dtype))):
+    own = fused_ops.fused_ops(torch.empty(0, dtype=dtype))
+    for ops in (own,) if name == "add_lora" and rows_mix(dtype) else (reference, own):
         others, whole = torch.arange(37) != 6, results_of(ops)
         for broken in ROWS_OF[name]:
             for lost in (math.nan, math.inf):

@@ -98,6 +98,7 @@ def test_verdicts(name: str) -> None:
     found = compared(differences, [3] * len(differences))
     assert found.verdict == found.as_json()["verdict"] == verdict
     assert len(str(found)) < 140 and "-0.000" not in str(found)
+    json.dumps(found.as_json(), allow_nan=False)
 
 
 def test_above_zero_is_better_wherever_it_is_reported() -> None:

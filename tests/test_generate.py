@@ -415,8 +415,13 @@ def test_no_disk_space_for_the_output(plain: Path, processes: ForkServer, tmp_pa
 def test_files_of_several_formats_are_one_kind_of_rows(tmp_path: Path, tiny_dir: Path, cli: Callable[..., Ran]) -> None:
     """Conversations under two names train a chat, which bare text is put to; run.yaml repeats it anywhere."""
     turns = [("user", "human", "a"), ("assistant", "gpt", "b")]
-    write_rows(tmp_path / "m.jsonl", [{"messages": [{"role": role, "content": text} for role, _, text in turns]}] * 4)
-    write_rows(tmp_path / "s.jsonl", [{"conversations": [{"from": who, "value": text} for _, who, text in turns]}] * 4)
+    for name, key, role, content in (("m", "messages", "role", "content"), ("s", "conversations", "from", "value")):
+        names = [openai if name == "m" else sharegpt for openai, sharegpt, _ in turns]
+        rows = [
+            {key: [{role: who, content: text * count} for who, (*_, text) in zip(names, turns, strict=True)]}
+            for count in range(1 if name == "m" else 5, 5 if name == "m" else 9)
+        ]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     values = {
         "model": {"name_or_path": str(tiny_dir), "dtype": "float32"},
         "training": {"learning_rate": 0.01},

@@ -27,7 +27,6 @@ from loratune.cli import app
 from loratune.codes import Code
 from loratune.evaluation import harness
 from loratune.evaluation.results import ADAPTER, BASE
-from loratune.evaluation.task_comparison import PERPLEXITY, WEIGHTED_PERPLEXITY, compare
 
 Cli = Callable[..., Ran]
 QUESTIONS = [f"{number} and {number} make" for number in range(12)]
@@ -406,28 +405,30 @@ def test_without_the_package(place: Path, tmp_path: Path) -> None:
     assert ran.out == "" and ran.err.endswith("; pip install 'loratune[eval]'\n") and ran.err.count("\n") == 1
 
 
-def test_the_difference_of_means_and_of_perplexities() -> None:
-    """Of means it is that of the differences; of perplexities, the one of nats on their scale."""
-    dice = np.random.default_rng(0)
-    base = dice.gamma(4, 2, 200)
-    adapter = base - dice.gamma(2, 0.01, 200)
+def test_two_tasks_of_one_name(place: Path, tmp_path: Path) -> None:
+    """The harness would run one of them. A file that is named twice is the same task."""
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    first = task(tmp_path, "bad", **CHOICE)
+    second = Path(shutil.copy(first, tmp_path / "second.yaml"))
+    second.write_text(second.read_text().replace("{{q}}", "{{q}}?"))
+    expected = (Code.EVALUATE_TASK_REFUSED, str(second), "--tasks")
+    check_refused(run(place / "adapter", f"{first},{second}"), 2, expected)
+    assert run(place / "adapter", f"{first},{tmp_path}/../{tmp_path.name}/bad.yaml", "--limit", 1).code == 0
 
-    def difference(samples: dict[str, list[Any]], aggregation: str) -> Any:
-        found = compare({BASE: 1.0, ADAPTER: 2.0}, {BASE: 0.1, ADAPTER: None}, samples, aggregation, False)
-        return found.difference
 
-    plain = difference({BASE: base.tolist(), ADAPTER: adapter.tolist()}, "mean")
-    interval = statistics.mean_ratio_interval(adapter - base, np.ones(200))
-    assert interval and plain.interval.as_json() == pytest.approx(interval.as_json())
-    likelihoods = {BASE: (-base).tolist(), ADAPTER: (-adapter).tolist()}
-    found = difference(likelihoods, PERPLEXITY)
-    perplexity = math.exp(base.mean())
-    assert (found.value, found.verdict) == (pytest.approx(math.exp(adapter.mean()) - perplexity), "better")
-    assert found.interval.as_json() == pytest.approx([perplexity * math.expm1(end) for end in interval.as_json()])
-    counted = {model: [(value, 2) for value in values] for model, values in likelihoods.items()}
-    assert difference(counted, WEIGHTED_PERPLEXITY).value == pytest.approx(
-        math.exp(adapter.mean() / 2) - math.exp(base.mean() / 2)
-    )
-    huge = {model: [value * 1000 for value in values] for model, values in likelihoods.items()}
-    assert difference(huge, PERPLEXITY).interval is None
-    assert difference({BASE: ["a", "b"], ADAPTER: ["a", "c"]}, "").verdict is None
+def test_code_of_a_task_that_ends_the_process(place: Path, tmp_path: Path) -> None:
+    """It would look like success."""
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "own.py").write_text("def text(row):\n    raise SystemExit(0)\n")
+    path = task(tmp_path, "bad", **CHOICE | {"doc_to_text": "own"})
+    path.write_text(path.read_text().replace("doc_to_text: own", "doc_to_text: !function own.text"))
+    check_refused(run(place / "adapter", path), 4, (Code.EVALUATE_TASK_FAILED, str(path), ""))
+
+
+def test_a_task_is_no_output(place: Path, cli: Cli, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    path = task(tmp_path, "bad", **CHOICE)
+    for tasks in (path, tmp_path):
+        output = ("--data", tmp_path / "rows.jsonl", "--output", path, "--overwrite")
+        ran = cli("evaluate", "--adapter", place / "adapter", "--tasks", f"{tasks}", *output)
+        check_refused(ran, 2, (Code.OUTPUT_FILE_IS_INPUT, str(path), "--output"))

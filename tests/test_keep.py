@@ -1,8 +1,10 @@
 """Which step of a run becomes the adapter, when patience ends it, and the test rows, by which nothing is chosen."""
 
 import json
+import math
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune.codes import Code
 from loratune.config import TrainingSection
+from loratune.training.checkpoints import BEST_WEIGHTS, RUN, seal
+from loratune.training.curve import StepLosses
 from loratune.training.evaluations import BestRecord, evaluation_steps, interval, optimizer_steps
 
 LEARNT = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(8)]
@@ -24,7 +28,7 @@ HELD_OUT = [
 """Of the same form, which is learnt first, but with odd digits: the even ones that are learnt by heart later harm."""
 OVERFITTED: dict[str, Any] = {
     "max_steps": 24, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "eval_steps": 3, "save_steps": 2,
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 4, "logging_steps": 5,
 }  # fmt: skip
 
 
@@ -41,6 +45,10 @@ def overfitting(folder: Path, run_config: MakeConfig, **sections: Any) -> Path:
 def record(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((directory / "loratune.json").read_text())
     return found
+
+
+def held_out_steps(directory: Path) -> list[float]:
+    return [entry["step"] for entry in record(directory)["curve"] if "eval_loss" in entry]
 
 
 BEST, LAST = 15, 24
@@ -97,9 +105,7 @@ def test_evaluations_are_about_ten_and_cost_a_tenth() -> None:
 
 def test_evaluation_steps_that_are_set_stay(overfitted: Path) -> None:
     assert evaluation_steps(TrainingSection(max_steps=40, eval_steps=3), 9, 1, 1, 9, 10**6).interval == 3
-    assert [entry["step"] for entry in record(overfitted / "out")["curve"] if "eval_loss" in entry] == [
-        *range(3, LAST + 1, 3)
-    ]
+    assert held_out_steps(overfitted / "out") == [*range(3, LAST + 1, 3)]
 
 
 def test_steps_are_counted_as_they_are_taken(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -148,6 +154,22 @@ def test_of_equal_losses_the_earlier_counts() -> None:
     assert seen == BestRecord(5, 2.0, 2, 1)
     assert seen.after(15, 1.5) == BestRecord(15, 1.5, 3, 0)
     assert BestRecord.from_json(json.loads(json.dumps(vars(seen)))) == seen
+
+
+@pytest.mark.parametrize(
+    "read, values",
+    [
+        (BestRecord.from_json, {"step": 5, "loss": math.nan, "evaluations": 1, "since": 0}),
+        (BestRecord.from_json, {"step": 0, "loss": 2.0, "evaluations": 1, "since": 0}),
+        (BestRecord.from_json, {"step": 5, "loss": 2.0, "evaluations": 1, "since": 1}),
+        (StepLosses.from_json, {"total": math.inf, "steps": 1}),
+        (StepLosses.from_json, {"total": 2.0, "steps": -1}),
+        (StepLosses.from_json, [2.0, 1]),
+    ],
+)
+def test_records_that_no_run_writes(read: Callable[[Any], object], values: Any) -> None:
+    with pytest.raises(ValueError):
+        read(values)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -334,7 +356,39 @@ def test_evaluations_on_other_rows_do_not_count(after_best: Path, cli: Cli, tmp_
     assert ran.code == 0, ran.err
     metrics = record(tmp_path / "out")["metrics"]
     assert "evaluations up to step 16 do not count: " in ran.err
-    assert metrics["kept_step"] == LAST and metrics["evaluations"] == 3  # at 18, 21 and 24
+    assert metrics["kept_step"] == LAST and metrics["evaluations"] == 3
+    assert held_out_steps(tmp_path / "out") == [18, 21, 24]
+
+
+def test_evaluations_on_rows_that_are_gone(after_best: Path, cli: Cli, tmp_path: Path) -> None:
+    """They give no held-out loss of the adapter, and its card none either."""
+    ran = cli("train", copy_of(after_best, tmp_path), *changed("data.validation=null", "training.eval_steps=null"))
+    assert ran.code == 0, ran.err
+    metrics = record(tmp_path / "out")["metrics"]
+    assert (metrics["kept_step"], metrics["held_out_loss"], held_out_steps(tmp_path / "out")) == (LAST, None, [])
+
+
+@pytest.mark.parametrize("is_earlier_release, counted", [(True, 4), (False, 8)])
+def test_a_checkpoint_of_the_best_step(
+    overfitted: Path, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path,
+    is_earlier_release: bool, counted: int,
+) -> None:  # fmt: skip
+    """One of an earlier release, without a record of it, is evaluated again; and no file but its own is read."""
+    config = overfitting(tmp_path, run_config, training={"save_steps": 5, "logging_steps": 3})
+    killed(processes, f"kill(trainer._RunTrainer, 'prepare_inputs', at({BEST}))", config)
+    checkpoint = checkpoints(tmp_path / "out.partial")[0]
+    if is_earlier_release:
+        values = json.loads((checkpoint / RUN).read_text())
+        assert values.pop("best")["step"] == BEST and values.pop("unreported")["steps"] == 0
+        (checkpoint / RUN).write_text(json.dumps(values))
+        (checkpoint / "manifest.json").unlink()
+        seal(checkpoint)
+    (checkpoint / BEST_WEIGHTS).write_text("planted")
+    ran = cli("train", config, "--resume")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (overfitted / "out" / WEIGHTS).read_bytes()
+    assert record(tmp_path / "out")["metrics"]["evaluations"] == counted
+    assert held_out_steps(tmp_path / "out") == [*range(3, LAST + 1, 3)]
 
 
 def test_a_best_step_whose_weights_were_not_kept(

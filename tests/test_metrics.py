@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Ran, check_refused, meanings
 from typer.testing import CliRunner
@@ -13,9 +14,10 @@ from loratune import statistics
 from loratune.cli import app
 from loratune.codes import Code
 from loratune.errors import ConfigError, NumericError
-from loratune.evaluation import comparison, metrics, wording
+from loratune.evaluation import comparison, metrics, task_comparison, wording
 from loratune.evaluation.metrics import ExpectedTextError
-from loratune.evaluation.results import EvaluatedRow, ModelAnswer
+from loratune.evaluation.results import ADAPTER, BASE, EvaluatedRow, ModelAnswer, TaskResults
+from loratune.evaluation.task_comparison import PERPLEXITY, WEIGHTED_PERPLEXITY
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,9 @@ from loratune.evaluation.results import EvaluatedRow, ModelAnswer
         ("json", "[1]", "[1", [0, 1]),
         ("json", "[1]", "```json\n[1]\n```", [0, 1]),
         ("json", "[1]", "[NaN]", [0, 1]),
+        ("json", "9" * 5000, "9" * 5000, [1, 0]),
+        ("json", "1e400", "1e500", [0, 0]),
+        ("json", "1", "1e9999999999999999999", [0, 1]),
         ("json", "[1]", "[" * 100_000, [0, 1]),
         ("regex:#### (-?[0-9]+)", "so 2 + 2\n#### 4", "2 and 2 is four: #### 4 or #### 5", [1]),
         ("regex:#### (-?[0-9]+)", "#### 4", "4", [0]),
@@ -46,7 +51,12 @@ def test_scores(metric: str, expected: str, answer: str, scores: Sequence[float]
     assert [*found.values()] == pytest.approx(scores)
 
 
-@pytest.mark.parametrize(("metric", "expected"), [("json", "{'a': 1}"), ("regex:[0-9]", "none")])
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("json", "{'a': 1}"), ("regex:[0-9]", "none"), ("regex:[0-9]*", "none"), ("contains", " "), ("rouge_l", "+!"),
+    ],
+)  # fmt: skip
 def test_an_expected_text_that_says_nothing(metric: str, expected: str) -> None:
     (parsed,) = metrics.parse([metric])
     assert parsed.scores is not None
@@ -143,6 +153,29 @@ def test_copies_weigh_and_are_no_evidence() -> None:
     assert comparison.compare([row(0, *WON, copies=200)]).differences["loss"].interval is None
 
 
+def test_copies_that_speak_against_distinct_rows_give_no_verdict() -> None:
+    """More rows were won, and p says that more distinct ones were lost than by chance."""
+    won = [row(number, *WON, copies=10) for number in range(10)]
+    found = comparison.compare([*won, *(row(number, *LOST) for number in range(10, 40))]).differences["exact_match"]
+    assert found.p is not None and found.p < 0.01 and found.value > 0.5 and found.interval and found.interval.low > 0
+    assert found.verdict == "indistinguishable"
+
+
+def test_figures_lie_in_their_intervals() -> None:
+    """Also where all rows differ, or all are the same, so that only rounding is left."""
+    for copies in ((30, 5, 1), (5, 1, 30, 1, 7)):
+        lost = copies[0]
+        kinds = [row(number, *(LOST if one == lost else WON), copies=one) for number, one in enumerate(copies)]
+        found = comparison.compare(kinds).differences["exact_match"]
+        assert found.interval and found.interval.low <= found.value <= found.interval.high
+    same = [row(number, (6.0, 0.0), (5.999, 0.0), copies=3**number, tokens=3) for number in range(7)]
+    for one in (same, same[::-1]):
+        score = comparison.compare(one).scores["adapter"]
+        for name in ("loss", "perplexity"):
+            interval, value = score.intervals[name], score.figure(name)
+            assert interval and value is not None and interval.low <= value <= interval.high
+
+
 def test_losses_that_are_not_finite() -> None:
     """Of the base: said, and null in the JSON. Of the adapter: an error."""
     good = rows((10, WON))
@@ -162,3 +195,41 @@ def test_a_loss_beyond_any_perplexity() -> None:
     assert found.scores["base"].perplexity == math.inf and found.verdict == "better"
     assert found.as_json()["base"]["perplexity"] is None
     json.dumps(found.as_json(), allow_nan=False)
+
+
+def test_the_difference_of_means_and_of_perplexities() -> None:
+    """Of means it is that of the differences; of perplexities, the one of nats on their scale."""
+    dice = np.random.default_rng(0)
+    base = dice.gamma(4, 2, 200)
+    adapter = base - dice.gamma(2, 0.01, 200)
+
+    def difference(samples: dict[str, list[Any]], aggregation: str) -> Any:
+        found = task_comparison.compare(
+            {BASE: 1.0, ADAPTER: 2.0}, {BASE: 0.1, ADAPTER: None}, samples, aggregation, False
+        )
+        return found.difference
+
+    plain = difference({BASE: base.tolist(), ADAPTER: adapter.tolist()}, "mean")
+    interval = statistics.mean_ratio_interval(adapter - base, np.ones(200))
+    assert interval and plain.interval.as_json() == pytest.approx(interval.as_json())
+    likelihoods = {BASE: (-base).tolist(), ADAPTER: (-adapter).tolist()}
+    found = difference(likelihoods, PERPLEXITY)
+    perplexity = math.exp(base.mean())
+    assert (found.value, found.verdict) == (pytest.approx(math.exp(adapter.mean()) - perplexity), "better")
+    assert found.interval.as_json() == pytest.approx([perplexity * math.expm1(end) for end in interval.as_json()])
+    counted = {model: [(value, 2) for value in values] for model, values in likelihoods.items()}
+    assert difference(counted, WEIGHTED_PERPLEXITY).value == pytest.approx(
+        math.exp(adapter.mean() / 2) - math.exp(base.mean() / 2)
+    )
+    huge = {model: [value * 1000 for value in values] for model, values in likelihoods.items()}
+    assert difference(huge, PERPLEXITY).interval is None
+    assert difference({BASE: ["a", "b"], ADAPTER: ["a", "c"]}, "").verdict is None
+
+
+def test_a_figure_of_a_task_that_is_not_known() -> None:
+    nan = [math.nan] * 9
+    figure = task_comparison.compare(
+        {"base": math.nan, "adapter": 1.0}, {}, {"base": nan, "adapter": nan}, "mean", True
+    )
+    (cells,) = wording.tasks_table(TaskResults({"task": {"figure": figure}}, None, False, "1"))[1]
+    assert cells[2] == "-" and cells[3] == "1.0000" and "nan" not in " ".join(cells)

@@ -329,6 +329,53 @@ def test_a_record_that_is_wrong_is_not_shown() -> None:
     assert "1.2500 to 1.7500" in tiles["test loss"].note
 
 
+SPLIT = dict.fromkeys(("rows", "duplicates", "dropped", "truncated", "tokens", "supervised", "longest"), 1)
+EXTREMES: dict[str, dict[str, Any]] = {
+    "figures": {"metrics": dict.fromkeys(("first_loss", "last_loss", "tokens", "seconds", "steps"), 10**400)},
+    "steps": {"curve": [{"step": 10**400, "loss": 1}, {"step": 1, "loss": 2}]},
+    "losses": {"curve": [{"step": step, "loss": (-1) ** step * 1e308, "grad_norm": 1e308} for step in range(99)]},
+    "many steps": {"curve": [{"step": step, "loss": step % 7} for step in range(30_000)]},
+    "long rows": {"splits": {"train": SPLIT | {"lengths": {str(10**20): 1}}}},
+    "empty rows": {"splits": {"train": SPLIT | {"lengths": {"0": 1}}}},
+    "as long as can be": {"splits": {"train": SPLIT | {"lengths": {str(10**15): 10**15}}}},
+    "many rows": {"splits": {"train": SPLIT | {"lengths": {"3": 10**400}}}},
+    "many splits": {"splits": {f"{number}": SPLIT | {"lengths": {"3": 1}} for number in range(2000)}},
+    "memory": {"machine": {"peak_memory": {"process": 10**400}}},
+    "changes": {"changes": [{"key": "k", "step": 1, "was": json.loads("[" * 800 + "]" * 800), "is": 1}]},
+    "depth": {"metrics": json.loads('{"a": ' * 800 + "1" + "}" * 800)},
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_the_page_of_an_extreme_record(name: str, runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+    """A stranger's record makes a page, soon, whatever numbers are in it."""
+    adapter = Path(shutil.copytree(runs[0] / "one", tmp_path / "one"))
+    record = record_of(adapter)
+    (adapter / "loratune.json").write_text(json.dumps(record | EXTREMES[name]), encoding="utf-8")
+    ran = cli("report", "--adapter", adapter, "--output", tmp_path / "page.html")
+    assert ran.code == 0, ran.err
+    assert len(Page(tmp_path / "page.html").html) < 1_000_000
+
+
+def test_a_record_that_is_far_too_large(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(runs[0] / "one", tmp_path / "one"))
+    with (adapter / "loratune.json").open("a") as file:
+        file.truncate(1 << 34)
+    ran = cli("report", "--adapter", adapter, "--output", tmp_path / "page.html")
+    check_refused(ran, 5, (Code.ADAPTER_INVALID_RECORD, str(adapter / "loratune.json"), ""))
+
+
+def test_layers_that_are_far_apart(cli: Cli, tmp_path: Path) -> None:
+    """What lies between them is no layer of any model."""
+    save_adapter(tmp_path / "far")
+    tensors = load_file(tmp_path / "far" / WEIGHTS_FILE)
+    moved = {name.replace("layers.1.", f"layers.{10**12}."): tensor for name, tensor in tensors.items()}
+    save_file(moved, tmp_path / "far" / WEIGHTS_FILE, {"format": "pt"})
+    ran = cli("report", "--adapter", tmp_path / "far", "--output", tmp_path / "page.html")
+    assert ran.code == 0, ran.err
+    assert "norm-0-figure_1" in Page(tmp_path / "page.html").ids
+
+
 def test_a_long_text_is_cut() -> None:
     shown = page_scores.shortened("a" * 600_000 + "b" * 400_000)
     assert len(shown) < page_scores.LONGEST_TEXT + 60 and shown[0] == "a" and shown[-1] == "b"

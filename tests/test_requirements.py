@@ -159,6 +159,15 @@ def test_a_model_is_beaten_only_where_the_verdict_says_so() -> None:
     assert not verdict(found, "exact_match>base") and verdict(found, "exact_match>=base")
 
 
+def test_a_difference_is_met_only_where_the_verdict_says_so() -> None:
+    """Written as a number, a requirement of being better needs what one against a model does."""
+    found = comparison.compare(rows(*[(0, 1, 0)] * 5, *[(0, 0, 0)] * 15))
+    one = found.differences["exact_match"]
+    assert one.interval is not None and one.interval.low > 0.01 and one.verdict == "indistinguishable"
+    assert not any(verdict(found, f"difference.exact_match{text}") for text in (">0", ">=0.01"))
+    assert verdict(found, "difference.exact_match>-0.05") and verdict(found, "difference.exact_match>=0")
+
+
 def test_too_few_rows_meet_nothing() -> None:
     found = comparison.compare(rows(*[(0, 1, 0)] * (statistics.LEAST_ROWS - 1)))
     (one,) = requirements.judged(found, [parsed("loss<100")]).requirements

@@ -193,7 +193,14 @@ def test_rows_needed() -> None:
     """Half a standard deviation takes (1.960 + 0.842)² / 0.5² = 31.4 rows, on however many it was found."""
     assert rows_needed(0.5, 1 / math.sqrt(10), 10) == rows_needed(-0.5, 1 / math.sqrt(1000), 1000) == 32
     assert rows_needed(1.0, 1e-9, 50) == rows_needed(1.0, 0.0, 50) == LEAST_ROWS
-    for difference, error in ((0.0, 1.0), (math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)):
+    for difference, error in (
+        (0.0, 1.0),
+        (5e-324, 1.0),
+        (1e-17, 1.0),
+        (math.nan, 1.0),
+        (math.inf, 1.0),
+        (1.0, math.nan),
+    ):
         assert rows_needed(difference, error, 50) is None
 
 

@@ -110,7 +110,7 @@ def test_a_tracker_without_a_place_is_left_out(
 class Careless(TrainerCallback):
     """An integration that draws random numbers, prints, and fails."""
 
-    def __init__(self, events: list[str], error: type[BaseException] = OSError):
+    def __init__(self, events: list[str], error: type[BaseException]):
         self.events, self.error = events, error
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -122,12 +122,13 @@ class Careless(TrainerCallback):
         raise self.error("no\nspace")
 
 
-def test_a_careless_tracker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("error", [OSError, SystemExit])
+def test_a_careless_tracker(error: type[BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It changes no random number and prints nothing on stdout; when it fails, it is told once and not called again."""
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), TrainerState(), None
     events: list[str] = []
     lines: list[str] = []
-    tracker = Tracker("careless", partial(Careless, events), "out", lines.append)
+    tracker = Tracker("careless", partial(Careless, events, error), "out", lines.append)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     tracker.on_train_begin(*arguments)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before

@@ -32,6 +32,7 @@ from loratune.lora.initialize import AdapterInit
 from loratune.model import base_files, load
 from loratune.training import output_dir, preflight, trainer
 from loratune.training.checkpoints import Checkpoints
+from loratune.training.run_context import RunContext
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -95,7 +96,7 @@ def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> 
     choose = partial(parameters.choose_optimizer, model, section, weight_decay=settings.weight_decay)
     size = settings.per_device_train_batch_size
     batches = SimpleNamespace(items=ROWS, size=size, collate=COLLATE, flat=False, heaviest=lambda: range(size))
-    run = trainer.RunContext(Checkpoints(path / "checkpoints", {}, 0), Silent())
+    run = RunContext(Checkpoints(path / "checkpoints", {}, 0), Silent())
     return trainer.fit(settings, model, batches, None, run, choose)
 
 

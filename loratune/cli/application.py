@@ -17,7 +17,20 @@ from loratune.console import escape_output
 from loratune.errors import ConfigError, Problem
 from loratune.system.files import path_problem
 
-_COMMANDS = ("train", "params", "evaluate", "report", "generate", "chat", "merge", "export", "push")
+_COMMANDS = (
+    "init",
+    "train",
+    "params",
+    "schema",
+    "explain",
+    "evaluate",
+    "report",
+    "generate",
+    "chat",
+    "merge",
+    "export",
+    "push",
+)
 
 
 class _Commands(TyperGroup):
@@ -124,10 +137,11 @@ def program() -> str:
 
 
 def check_paths(**options: str | Path | None) -> None:
-    """Raises ConfigError: the value of an option cannot be a path."""
+    """Raises ConfigError: the value of an option, or of an argument, which has capitals, cannot be a path."""
     for option, path in options.items():
         if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
-            raise ConfigError(Problem(Code.USAGE_BAD_PATH, f"the path {reason}", key=f"--{option}"))
+            key = option if option.isupper() else f"--{option}"
+            raise ConfigError(Problem(Code.USAGE_BAD_PATH, f"the path {reason}", key=key))
 
 
 def check_temperature(temperature: float) -> None:

@@ -1,5 +1,6 @@
 """`loratune evaluate`."""
 
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +19,7 @@ from loratune.cli.application import (
     log_all,
 )
 from loratune.codes import Code
-from loratune.commands.boundary import boundary
+from loratune.commands.boundary import boundary, unread_output
 from loratune.console import EscapedStream
 from loratune.errors import ConfigError, Problem
 
@@ -100,7 +101,7 @@ def evaluate(
     with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
         check_paths(adapter=adapter, data=data, against=against, forgetting=forgetting, output=output)
         _check_options(context.params)
-        names = _task_names(tasks)
+        names, task_paths = _task_names(tasks)
         with importing():
             from loratune.commands import output_file
             from loratune.console import log, show_count, show_progress
@@ -111,7 +112,7 @@ def evaluate(
         parsed = known_metrics.parse(metrics or [])
         known = {"against": bool(against), "forgetting": bool(forgetting), "rows": bool(data), "tasks": bool(names)}
         required = requirements.parse(require or [], parsed, **known)
-        inputs = [Path(path) for path in (adapter, data, against, forgetting) if path is not None]
+        inputs = [Path(path) for path in (adapter, data, against, forgetting, *task_paths) if path is not None]
         file = output_file.output(output, "--output", overwrite=overwrite, inputs=inputs) if output else None
         info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
         other = preflight.open_adapter(against, log, forced=force) if against is not None else None
@@ -124,7 +125,6 @@ def evaluate(
         unrelated = _unrelated_text(forgetting, info.data.max_length) if forgetting is not None else None
 
         with importing():
-            from loratune.commands import printing
             from loratune.commands.evaluate import evaluate
             from loratune.evaluation.scoring import Judging
 
@@ -133,9 +133,7 @@ def evaluate(
             overlap=overlap, required=required, tasks=opened, watch=show_progress, count=show_count, log=log,
         )  # fmt: skip
         log_all(found.remarks)
-        if file is not None:
-            _write_rows(found, file)
-        printing.print_evaluation(found, worst, as_json)
+        _show(found, file, worst, as_json)
         requirements.check_met(found.requirements)
 
 
@@ -173,11 +171,13 @@ def _check_options(values: Mapping[str, object]) -> None:
         raise ConfigError(problems)
 
 
-def _task_names(tasks: str | None) -> list[str]:
-    """What --tasks names. Raises as `task_names.parse` does."""
+def _task_names(tasks: str | None) -> tuple[list[str], list[str]]:
+    """What --tasks names, and the files that this stands for, as paths and globs. Raises as `task_names.parse` does."""
     from loratune.evaluation import task_names
 
-    return task_names.parse(tasks) if tasks is not None else []
+    names = task_names.parse(tasks) if tasks is not None else []
+    paths = [name for name in names if task_names.is_path(name)]
+    return names, [f"{glob.escape(path)}/**/*.y*ml" if Path(path).is_dir() else path for path in paths]
 
 
 def _open_tasks(names: list[str], limit: int | None, required: list["Requirement"]) -> "Tasks":
@@ -217,6 +217,18 @@ def _unrelated_text(name: str, max_length: int) -> "DatasetSplit":
     path = str(Path(evaluation.__file__).parent / "unrelated.txt") if name == "builtin" else name
     source = Source(path=path)
     return data.read_source(source, DataSection(train=source, max_length=max_length))
+
+
+def _show(found: "Evaluation", file: "Output | None", worst: int, as_json: bool) -> None:
+    """Write the rows and print the figures, which are printed also where there is no room for the rows."""
+    from loratune.commands import printing
+
+    try:
+        if file is not None:
+            _write_rows(found, file)
+    finally:
+        with unread_output():
+            printing.print_evaluation(found, worst, as_json)
 
 
 def _write_rows(found: "Evaluation", file: "Output") -> None:

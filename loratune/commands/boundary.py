@@ -73,7 +73,7 @@ def boundary(
     except typer.Exit:
         raise
     except BrokenPipeError:
-        sys.stdout = open("/dev/null", "w")  # noqa: SIM115  the reader has gone; the exit must not flush to it
+        _print_nowhere()
         raise typer.Exit(0) from None
     except (SystemExit, GeneratorExit):
         raise
@@ -108,9 +108,24 @@ def checked_output() -> Iterator[None]:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        sys.stdout = open("/dev/null", "w")  # noqa: SIM115  the exit must not try it again
+        _print_nowhere()
         what = "not everything was printed, because the disk is full; all other work is done"
         raise ResourceError(Problem(Code.OUTPUT_FULL, what, "standard output", fix="make room")) from None
+
+
+@contextmanager
+def unread_output() -> Iterator[None]:
+    """What is printed inside may have no reader any more, as of `| head`. The command goes on to its own exit code."""
+    try:
+        with checked_output():
+            yield
+    except BrokenPipeError:
+        _print_nowhere()
+
+
+def _print_nowhere() -> None:
+    """The reader of stdout has gone, or there is no room; the exit must not flush to it."""
+    sys.stdout = open("/dev/null", "w")  # noqa: SIM115
 
 
 def _fail(group: Group, error: BaseException, debug: bool, memory_fix: str) -> None:

@@ -134,6 +134,9 @@ def _forgetting(
     """The loss of the adapter less that of its base on unrelated text, of which no row is longer than the context.
 
     remarks: lines about its rows are added to it.
+
+    Raises:
+        NumericError: The loss of the adapter is not finite there.
     """
     longest = min(split.section.max_length, context or split.section.max_length)
     section = split.section.model_copy(update={"max_length": longest})
@@ -144,4 +147,7 @@ def _forgetting(
         with loaded.without_adapter():
             before = scoring.losses(loaded, dataset, [row.number for row in rows], advance)
         after = scoring.losses(loaded, dataset, [row.number for row in rows], advance)
+    comparison.not_finite(rows, after, ADAPTER)
+    if what := comparison.not_finite(rows, before, BASE):
+        remarks.append(f"unrelated text: {what}, so it is not known what is forgotten")
     return comparison.loss_difference(rows, before, after)

@@ -42,7 +42,7 @@ class Output:
         key: The option that it is the value of.
         path: The path with symbolic links resolved.
         handle: The open file of this process that the path stands for, if it does.
-        overwrite: Whether an existing file may be replaced.
+        overwrite: Whether an existing file may be replaced; None if the command never does.
         inputs: Files, directories and globs that the command reads. None of them is ever replaced.
     """
 
@@ -50,7 +50,7 @@ class Output:
     key: str
     path: Path
     handle: int | None
-    overwrite: bool
+    overwrite: bool | None
     inputs: tuple[Path, ...]
 
     def reading(self, *inputs: Path) -> "Output":
@@ -88,7 +88,7 @@ class Output:
             what = f"is, or belongs to, an input ({source})" if file_kind else f"lies in an input ({source})"
         elif file_kind == "a file" and not self.overwrite:
             code, what = Code.OUTPUT_FILE_EXISTS, "already exists"
-            fix = "choose another path, or replace the file with --overwrite"
+            fix += "" if self.overwrite is None else ", or replace the file with --overwrite"
         elif file_kind == "a file" and is_sticky(self.path):
             code = Code.OUTPUT_FILE_STICKY
             what = f"cannot be replaced: {parent} is sticky, so only the file's owner may do so"
@@ -195,7 +195,7 @@ class Output:
             raise ConfigError(Problem(Code.OUTPUT_FILE_NOT_RENAMED, what, self.named, self.key, fix)) from None
 
 
-def output(path: Path, key: str, *, overwrite: bool, inputs: Sequence[Path] = ()) -> Output:
+def output(path: Path, key: str, *, overwrite: bool | None, inputs: Sequence[Path] = ()) -> Output:
     """Check where a command is to write, before it begins. See `Output` for the arguments.
 
     Raises ConfigError: the file exists and may not be replaced; it is, or belongs to, an input; it is a directory, a

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from loratune import escaping
 from loratune.commands.loss_plot import loss_plot
 from loratune.console import (
@@ -22,6 +24,7 @@ from loratune.lora.module_names import pattern, ranges
 
 if TYPE_CHECKING:
     from loratune.commands.export_request import Exported
+    from loratune.commands.init import Started
     from loratune.commands.merge import Merged
     from loratune.commands.params import Params
     from loratune.commands.plan import Plan
@@ -167,6 +170,45 @@ def print_params(params: "Params", as_json: bool) -> None:
     print(f"per layer: {_per_layer(params.layers)}")
     print(f"adapter file: {format_size(count.adapter_bytes)}")
     print(f"memory to train, {params.batch} rows of {params.length:,} tokens: {_memory(params.memory)}")
+
+
+def print_started(started: "Started", output: str, program: str, *, to_stderr: bool) -> None:
+    """What `init` found, what to expect of the run, and what to type.
+
+    Args:
+        started: The config.
+        output: Where it was written, as the user named it.
+        program: What to type to start this program.
+        to_stderr: Whether stdout has the config.
+    """
+    rows, fit, run = started.rows, started.fit, started.run
+    answers = f", {rows.labels} labels" if rows.labels else ""
+    sampled = f", of {len(rows.lengths):,} drawn from them" if rows.is_sample else ""
+    median, high = (int(value) for value in np.quantile(rows.lengths, (0.5, 0.95), method="inverted_cdf"))
+    context = f", {started.context:,} positions" if started.context else ""
+    free = f"{fit.free / (1 << 30):.1f} GiB free"
+    duration = f"{format_duration(max(1, float(f'{started.seconds:.2g}')))} for {started.steps:,} steps"
+    lines = [
+        ("rows", f"{len(rows.train):,}, {' and '.join(rows.train.formats)}{answers}"),
+        ("lengths", f"{median:,} tokens in the median, {high:,} at 95 %, {rows.lengths.max():,} at most{sampled}"),
+        ("model", f"{started.count.total - started.count.trainable:,} parameters{context}"),
+        ("machine", f"{started.machine}, {free}"),
+        ("time", f"about {duration}, or half or twice that; measured as busy as the machine is now"),
+        ("memory", _memory(fit.estimate)),
+        ("adapter", format_size(started.count.adapter_bytes)),
+    ]
+    if not to_stderr:
+        command = f"{program} train {escaping.shell(output)}"
+        lines += [("config", output), ("look", f"{command} --dry-run"), ("train", command)]
+        print_block("started", lines)
+    else:
+        for name, value in lines:
+            log(f"{name}: {value}")
+    for line in started.cut:
+        log(f"data.max_length: {line}")
+    if not fit.is_roomy:
+        batch = run.training.per_device_train_batch_size
+        log(f"memory: even a batch of {batch} takes more than half of what is free, and the run may not fit")
 
 
 def _memory(estimate: "Estimate") -> str:

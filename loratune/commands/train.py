@@ -33,9 +33,9 @@ from loratune.training.final_score import FinalScore
 from loratune.training.gain import Gain
 from loratune.training.outcome import Outcome
 from loratune.training.preflight import ValidatedRun
+from loratune.training.run_context import RunContext
 from loratune.training.run_dir import RunDirectory
 from loratune.training.trackers import Tracker, trackers
-from loratune.training.trainer import RunContext
 
 _CHECKPOINT_OVERHEAD = 40_000
 """Bytes of a checkpoint besides weights and optimizer: random states, the trainer's own state, and a model card."""
@@ -204,8 +204,14 @@ def _run_context(
     evaluations, remark = best_step.continued(resume_point, identity, keep=keeps_best)
     if remark:
         reporter.log(remark)
-    factor = resume_point.learning_rate_factor
-    return replace(context, resume_from=resume_point.checkpoint, learning_rate_factor=factor, evaluations=evaluations)
+    return replace(
+        context,
+        resume_from=resume_point.checkpoint,
+        learning_rate_factor=resume_point.learning_rate_factor,
+        evaluations=evaluations,
+        has_other_validation=best_step.has_other_validation(resume_point, identity),
+        unreported=resume_point.unreported,
+    )
 
 
 def _trackers(validated_run: ValidatedRun, log: Callable[[str], None]) -> Sequence[Tracker]:

@@ -11,8 +11,8 @@ import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from loratune.config import yaml_reader
@@ -20,10 +20,12 @@ from loratune.config.data_section import DataSection, Source
 from loratune.config.lora_section import LoraSection
 from loratune.config.schema import ModelSection, RunConfig, TrainingSection
 from loratune.config.yaml_reader import translate
+from loratune.config.yaml_writer import Draft, dump_values
 from loratune.errors import ConfigError
 
 __all__ = [
     "DataSection",
+    "Draft",
     "LoraSection",
     "ModelSection",
     "RunConfig",
@@ -31,8 +33,11 @@ __all__ = [
     "TrainingSection",
     "dump",
     "for_model",
+    "from_values",
     "input_paths",
     "load",
+    "load_with_lines",
+    "parse",
     "portability",
 ]
 
@@ -42,13 +47,32 @@ def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with every problem of the file.
     """
-    return _validate(yaml_reader.read(path), assignments)
+    return load_with_lines(path, assignments)[0]
+
+
+def load_with_lines(path: Path, assignments: Sequence[str] = ()) -> tuple[RunConfig, yaml_reader.Document]:
+    """As `load`; also returns the values as they are written, and where each stands."""
+    document = yaml_reader.read(path)
+    return _validate(document, assignments), document
 
 
 def for_model(name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
     """The default config for a model, with assignments over it, for what needs no rows. Raises ConfigError."""
     values = {"model": {"name_or_path": name_or_path}, "data": {"train": "rows"}, "output_dir": "adapter"}
-    return _validate(yaml_reader.Document("--model", values), assignments)
+    return from_values(values, "--model", assignments)
+
+
+def from_values(values: dict[str, Any], source: str, assignments: Sequence[str] = ()) -> RunConfig:
+    """Validate plain values as those of a file called `source`; assignments are applied to them, and change them.
+
+    Raises ConfigError.
+    """
+    return _validate(yaml_reader.Document(source, values), assignments)
+
+
+def parse(text: str, source: str) -> RunConfig:
+    """Validate YAML text as that of a file called `source`. Raises ConfigError."""
+    return _validate(yaml_reader.parse(text, source), ())
 
 
 def _validate(document: yaml_reader.Document, assignments: Sequence[str]) -> RunConfig:
@@ -91,19 +115,7 @@ def _inputs(config_file: Path, run: RunConfig) -> Iterator[tuple[str, str]]:
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML text that `load` reads back to an equal config."""
-    return yaml.dump(config.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes all text that our reader would not read as text."""
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    plain = text.isprintable() and yaml_reader.reads_as_text(text)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, None if plain else '"')
-
-
-_Dumper.add_representer(str, _text)
+    return dump_values(config.resolved())
 
 
 VLLM_RANK = 16

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from loratune.codes import Code
 from loratune.config.section import FilePath, InvalidSettingError, Section
@@ -29,6 +29,9 @@ def _as_sources(value: Any) -> Any:
 Sources = Source | Annotated[list[Source], Field(min_length=1)]
 """One source, or several."""
 
+Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})]
+"""A share of the rows; `DataSection` checks it, as only there it is told from sources."""
+
 COLUMNS = (
     "input_ids", "labels", "prompt", "completion", "messages", "tools", "conversations", "system",
     "instruction", "input", "output", "history", "text",
@@ -42,7 +45,7 @@ class DataSection(Section):
     train: Annotated[Sources, BeforeValidator(_as_sources)] = Field(
         description="a path, a glob, a hub id, {path, split, weight}, or a list of these"
     )
-    validation: Annotated[Sources | float | None, BeforeValidator(_as_sources)] = Field(
+    validation: Annotated[Sources | Fraction | None, BeforeValidator(_as_sources)] = Field(
         None, description="sources like train, or the fraction of train that is held out"
     )
     test: Annotated[Sources | None, BeforeValidator(_as_sources)] = Field(
@@ -58,6 +61,7 @@ class DataSection(Section):
     )
     columns: dict[str, str] = Field(
         {},
+        json_schema_extra={"propertyNames": {"enum": list(COLUMNS)}},
         description="field of a row → its name in the data, e.g. {prompt: question}; hides a field of that name",
     )
     chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")

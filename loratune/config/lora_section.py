@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from loratune.codes import Code
 from loratune.config.patterns import BadPatternError, compile_pattern, shorten
@@ -18,13 +18,15 @@ class LoraSection(Section):
     target_modules: list[str] | str = Field(
         ["q", "k", "v", "o"],
         min_length=1,
+        json_schema_extra={"minItems": 1},
         description="roles q, k, v, o; exact names; a regular expression; all-linear",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained as well")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r), arXiv:2312.03732")
     use_dora: bool = Field(False, description="weight-decomposed LoRA, arXiv:2402.09353")
     init_lora_weights: (
-        bool | Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "loftq"]
+        Annotated[bool, WithJsonSchema({"const": True})]
+        | Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "loftq"]
     ) = Field(
         True,
         description="start of A and B; true: Kaiming and zero; pissa, olora, loftq: from the base; eva: from the data",

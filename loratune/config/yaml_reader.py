@@ -5,12 +5,11 @@ differently (`no`, `010`, `12:30`). `1e-4` is a number, as people mean it. Error
 line, key, what was expected, and what to do.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -18,11 +17,9 @@ from pydantic_core import ErrorDetails
 from yaml.reader import ReaderError
 
 from loratune.codes import Code
-from loratune.config.schema import RunConfig
-from loratune.config.section import InvalidSettingError, Section
+from loratune.config.keys import KeyPath, dotted, nearest_name, suggestion
+from loratune.config.section import InvalidSettingError
 from loratune.errors import ConfigError, Problem
-
-KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 32
@@ -244,11 +241,6 @@ class _Builder:
         return text
 
 
-def dotted(path: KeyPath) -> str:
-    """`("data", "train", 0)` → `data.train[0]`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-
-
 def first_problems(problems: Sequence[Problem], total: int | None = None) -> list[Problem]:
     """The first of `total` problems, and how many more there are: a wrong file may have tens of thousands."""
     more = (len(problems) if total is None else total) - MAX_PROBLEMS
@@ -281,29 +273,6 @@ _EXPECTED = {
     "model_attributes_type": "a section",
 }
 
-_KNOWN_AS = {
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "micro_batch_size": "per_device_train_batch_size",
-    "lora_r": "r",
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "gradient_checkpointing": "activation_checkpointing",
-    "warmup_ratio": "warmup_steps",
-    "base_model": "name_or_path",
-    "model_name_or_path": "name_or_path",
-    "load_in_8bit": "quantization",
-    "load_in_4bit": "quantization",
-    "max_seq_length": "max_length",
-    "sequence_len": "max_length",
-    "dataset": "train",
-    "scheduler": "lr_scheduler_type",
-}
-"""What other tools call a key → its name here."""
-
 
 def translate(error: ValidationError, document: Document) -> list[Problem]:
     """One problem for each error of pydantic, in the order of the keys; alternatives of a union count once."""
@@ -313,22 +282,6 @@ def translate(error: ValidationError, document: Document) -> list[Problem]:
     groups = _without_alternatives(groups)
     problems = [_problem(path, group, document) for path, group in [*groups.items()][:MAX_PROBLEMS]]
     return first_problems(problems, len(groups))
-
-
-def known_keys(section: type[Section] = RunConfig, prefix: KeyPath = ()) -> Iterator[KeyPath]:
-    """Every key of a section and of the sections below it."""
-    for name, information in section.model_fields.items():
-        yield (*prefix, name)
-        for part in _sections_in(information.annotation):
-            yield from known_keys(part, (*prefix, name))
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    else:
-        for part in get_args(annotation):  # of a union, a list, Annotated
-            yield from _sections_in(part)
 
 
 def _key_path(details: ErrorDetails) -> KeyPath:
@@ -354,7 +307,7 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
     where, key, value = document.where(path), dotted(path), f"got {kind_of(details['input'])}"
     kind, context = details["type"], details.get("ctx", {})
     if group[0]["type"] == "extra_forbidden":
-        return Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", where, key, _suggestion(path))
+        return Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", where, key, suggestion(path))
     if group[0]["type"] == "missing":
         where = document.where(path[:-1])
         return Problem(Code.CONFIG_MISSING_KEY, "missing", where, key, "this key has no default")
@@ -369,28 +322,11 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
         return Problem(Code.CONFIG_WRONG_TYPE, f"expected {expected}, {value}", where, key)
     if kind == "literal_error":
         choices = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
-        fix = _nearest(str(details["input"]), choices)
+        near = nearest_name(str(details["input"]), choices)
+        fix = f"did you mean `{near}`?" if near else ""
         return Problem(Code.CONFIG_NOT_A_CHOICE, f"expected {context['expected']}, {value}", where, key, fix)
     if kind.endswith("too_short"):
         return Problem(Code.CONFIG_EMPTY_VALUE, "must not be empty", where, key)
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")
     code = Code.CONFIG_WRONG_TYPE if kind == "string_unicode" else Code.CONFIG_OUT_OF_RANGE
     return Problem(code, f"{message}, {value}", where, key)
-
-
-def _nearest(word: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"did you mean `{near[0]}`?" if near else ""
-
-
-def _suggestion(path: KeyPath) -> str:
-    """The key that was probably meant: a sibling that looks alike, another tool's name, or a key of another section."""
-    name, keys = str(path[-1]), list(dict.fromkeys(known_keys()))
-    section = tuple(part for part in path[:-1] if isinstance(part, str))  # without the numbers of a list's entries
-    siblings = [str(key[-1]) for key in keys if key[:-1] == section]
-    if near := difflib.get_close_matches(name, siblings, n=1, cutoff=0.6):
-        return f"did you mean `{near[0]}`?"
-    own_name = _KNOWN_AS.get(name, name)
-    if elsewhere := [key for key in keys if key[-1] == own_name]:
-        return f"did you mean `{dotted(elsewhere[0])}`?"
-    return f"known here: {', '.join(siblings)}" if siblings else "remove it"

@@ -139,7 +139,7 @@ def histogram(name: str, title: str, lengths: Mapping[int, int], max_length: int
             axes.xaxis.set_major_locator(_log_locator(shortest, longest))
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
-            width = math.ceil((longest + 1 - shortest) / _MOST_BINS)
+            width = max(1, math.ceil((longest + 1 - shortest) / _MOST_BINS))
             bins = np.arange(shortest, longest + 1 + width, width) - 0.5
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
         axes.hist(values, bins=bins.tolist(), weights=weights, color=SERIES[series], rwidth=0.86)

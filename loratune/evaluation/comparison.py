@@ -59,12 +59,7 @@ def compare(
     other = AGAINST if AGAINST in models else BASE
     lines = [*remarks]
     for name in models:
-        if bad := [row.where for row in rows if not math.isfinite(row.answers[name].nats)]:
-            what = (
-                f"the loss of {name} is NaN or inf on {len(bad):,} of {len(rows):,} rows ({', '.join(bad[:_PLACES])})"
-            )
-            if name != BASE:
-                raise NumericError(Problem(Code.EVALUATE_LOSS_NOT_FINITE, what))
+        if what := not_finite(rows, _nats(rows, name), name):
             lines.append(f"{what}, so there is no verdict on the loss against it")
     scores = {name: score(rows, name) for name in models}
     figures = [figure for figure, value in scores[ADAPTER].figures().items() if value is not None]
@@ -88,7 +83,7 @@ def compare(
 def score(rows: Sequence[EvaluatedRow], model: str) -> Score:
     """The figures of one model with their intervals. rows: at least one."""
     nats, tokens = _weights(rows) * _nats(rows, model), _tokens(rows)
-    loss = float(nats.sum() / tokens.sum())
+    loss = statistics.mean_ratio(nats, tokens)
     interval = statistics.mean_ratio_interval(nats, tokens)
     intervals = {LOSS: interval, "perplexity": interval and Interval(exp(interval.low), exp(interval.high))}
     figures: dict[str, float] = {}
@@ -96,7 +91,7 @@ def score(rows: Sequence[EvaluatedRow], model: str) -> Score:
     weights = _weights(prompted)
     for figure in prompted[0].answers[model].scores if prompted else ():
         values = _scores(prompted, figure, model)
-        figures[figure] = float((weights * values).sum() / weights.sum())
+        figures[figure] = statistics.mean_ratio(weights * values, weights)
         if figure in MEANS:
             intervals[figure] = statistics.bounded_mean_interval(values, weights)
         else:
@@ -106,6 +101,19 @@ def score(rows: Sequence[EvaluatedRow], model: str) -> Score:
     matches, labels = figures.get(EXACT_MATCH), figures.get(LABEL_ACCURACY)
     count, total = int(_weights(rows).sum()), int(tokens.sum())
     return Score(loss, exp(loss), matches, labels, count, total, metrics, intervals)
+
+
+def not_finite(rows: Sequence[EvaluatedRow], nats: Values, model: str) -> str:
+    """On which rows the loss of a model is not finite, in words; empty if on none. nats: (rows,).
+
+    Raises:
+        NumericError: It is not finite, and the model is not the base.
+    """
+    bad = [row.where for row, own in zip(rows, nats, strict=True) if not math.isfinite(own)]
+    what = f"the loss of {model} is NaN or inf on {len(bad):,} of {len(rows):,} rows ({', '.join(bad[:_PLACES])})"
+    if bad and model != BASE:
+        raise NumericError(Problem(Code.EVALUATE_LOSS_NOT_FINITE, what))
+    return what if bad else ""
 
 
 def loss_difference(rows: Sequence[EvaluatedRow], first: Values, second: Values) -> Difference:
@@ -143,7 +151,7 @@ def score_difference(first: Values, second: Values, weights: Values, *, lower_is
 
 def _of_means(totals: Values, counts: Values, interval: Interval | None, lower_is_better: bool) -> Difference:
     """A difference that is a ratio of two sums over rows, with its interval."""
-    value = float(totals.sum() / counts.sum())
+    value = statistics.mean_ratio(totals, counts)
     verdict = _verdict(value, interval, lower_is_better)
     needed = None
     if verdict == "indistinguishable":
@@ -157,9 +165,10 @@ def share_difference(first: Values, second: Values, weights: Values, *, lower_is
     shares = [float(weights[one > other].sum() / weights.sum()) for one, other in ((first, second), (second, first))]
     first_only, second_only = (share * rows for share in shares)
     interval = statistics.share_difference_interval(first_only, second_only, rows)
-    p = statistics.mcnemar(int((first > second).sum()), int((second > first).sum()))
-    value = shares[1] - shares[0]
-    verdict = _verdict(value, interval, lower_is_better) if p < SIGNIFICANT else "indistinguishable"
+    lost, won = int((first > second).sum()), int((second > first).sum())
+    p, value = statistics.mcnemar(lost, won), shares[1] - shares[0]
+    agree = (won - lost) * value > 0  # with copies, more rows may be lost and yet fewer distinct ones, which p is about
+    verdict = _verdict(value, interval, lower_is_better) if p < SIGNIFICANT and agree else "indistinguishable"
     needed = None
     if verdict == "indistinguishable":
         needed = _rows_needed(value, statistics.share_difference_error(first_only, second_only, rows), round(rows))

@@ -8,13 +8,9 @@ What the harness prints stays off the screen, and random states and environment 
 
 import copy
 import difflib
-import io
-import logging
-import os
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,18 +21,19 @@ import torch
 from datasets.exceptions import DatasetsError
 from lm_eval import evaluator
 from lm_eval.api import metrics
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from loratune.codes import Code
 from loratune.data import ProgressFactory
 from loratune.errors import ConfigError, DataError, LoratuneError, NumericError, Problem, is_out_of_memory
+from loratune.evaluation.containment import contained
 from loratune.evaluation.results import ADAPTER, BASE, TaskFigure, TaskResults
 from loratune.evaluation.task_comparison import BITS_PER_BYTE, MEAN, PERPLEXITY, WEIGHTED_PERPLEXITY, compare
+from loratune.evaluation.task_names import is_path
 from loratune.inference.completion import BATCH, LoadedAdapter, adapters_of_rows
 from loratune.model.load import context_length
-from loratune.system.environment import kept_environment
 
 _BATCH_TOKENS = 8192
 """Tokens of a batch, whose logits and log-probabilities are in memory at once: 3.3 GB with a vocabulary of 50,000."""
@@ -56,8 +53,6 @@ _KINDS = {
     "generate_until": "answers",
 }
 """Kind of request, by the name of the harness's method, and what it is called in messages."""
-_LOADERS = ("huggingface_hub", "datasets")
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,14 +76,16 @@ def open_tasks(specs: Sequence[str]) -> OpenedTasks:
     """
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
-    with _contained():
+    with contained():
         for spec, manager, name in _found(specs):
             if spec != name and (name in tasks or name in groups):
                 continue  # it came with a group of its directory
             try:
                 loaded = manager.load([name])
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # its code may end the process, as if all were well
                 raise _load_error(spec, error) from error
+            for same in tasks.keys() & loaded["tasks"].keys():
+                _check_same(spec, same, tasks[same], loaded["tasks"][same])
             tasks |= loaded["tasks"]
             groups |= loaded["groups"]
     for name, task in tasks.items():
@@ -99,11 +96,11 @@ def open_tasks(specs: Sequence[str]) -> OpenedTasks:
 def _found(specs: Sequence[str]) -> list[tuple[str, TaskManager, str]]:
     """Each task as the user names it, where it is found, and what it is called there. Raises ConfigError: nowhere."""
     found: list[tuple[str, TaskManager, str]] = []
-    names = [spec for spec in specs if not _is_path(spec)]
+    names = [spec for spec in specs if not is_path(spec)]
     known = TaskManager() if names else TaskManager(include_defaults=False)
     problems = [_unknown(name, known.all_tasks) for name in names if name not in known.task_index]
     for spec in specs:
-        if not _is_path(spec) or Path(spec).is_file():
+        if not is_path(spec) or Path(spec).is_file():
             found.append((spec, known, spec))
         elif Path(spec).is_dir():
             local = TaskManager(include_path=spec, include_defaults=False)
@@ -118,11 +115,6 @@ def _found(specs: Sequence[str]) -> list[tuple[str, TaskManager, str]]:
     return found
 
 
-def _is_path(spec: str) -> bool:
-    """Whether a task is named by a path. No task of the harness has a name with a slash, or that ends so."""
-    return "/" in spec or spec.endswith((".yaml", ".yml")) or spec in (".", "..")
-
-
 def _unknown(name: str, known: Sequence[str]) -> Problem:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     fix = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
@@ -132,7 +124,7 @@ def _unknown(name: str, known: Sequence[str]) -> Problem:
     )
 
 
-def _load_error(spec: str, error: Exception) -> LoratuneError:
+def _load_error(spec: str, error: BaseException) -> LoratuneError:
     """The error of a task that the harness cannot load."""
     reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     if isinstance(error, OSError | DatasetsError):  # as all errors of the network and of the hub are
@@ -141,6 +133,13 @@ def _load_error(spec: str, error: Exception) -> LoratuneError:
             fix = "without a network, HF_HUB_OFFLINE=1 takes rows of earlier downloads and does not wait for the hub"
         return DataError(Problem(Code.EVALUATE_TASK_ROWS, f"its rows cannot be loaded: {reason}", spec, fix=fix))
     return DataError(Problem(Code.EVALUATE_TASK_FAILED, f"the harness cannot load it: {reason}", spec))
+
+
+def _check_same(spec: str, name: str, first: Any, second: Any) -> None:
+    """Raises ConfigError: two tasks have one name, of which the harness would run one."""
+    if repr(first.dump_config()) != repr(second.dump_config()):
+        what, fix = f"another task is called {name!r} too", "give each a name of its own, or run one of them"
+        raise ConfigError(Problem(Code.EVALUATE_TASK_REFUSED, what, spec, "--tasks", fix))
 
 
 def _check_supported(name: str, task: Any) -> None:
@@ -274,7 +273,7 @@ def _run_one(
 ) -> tuple[_HarnessedModel, dict[str, Any]]:
     """Run tasks on the model as it is. Returns it with the requests, and the harness's results with the documents."""
     stderr = sys.stderr
-    with _contained():
+    with contained():
         model = _HarnessedModel(loaded, name, count, stderr)
         for task in opened.tasks.values():
             if task.get_config("num_fewshot") is None:
@@ -289,51 +288,13 @@ def _run_one(
                 apply_chat_template=loaded.chat,
                 fewshot_as_multiturn=loaded.chat,
             )
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if isinstance(error, LoratuneError) or is_out_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             what, fix = f"the harness cannot run them: {reason}", "--debug shows where"
             raise DataError(Problem(Code.EVALUATE_TASK_FAILED, what, key="--tasks", fix=fix)) from error
     return model, found
-
-
-@contextmanager
-def _contained() -> Iterator[None]:
-    """Inside, what is printed goes to the debug log, random numbers are those that the harness begins with, and it
-    starts no processes; random states and environment variables are restored."""
-    states = random.getstate(), np.random.get_state()
-    printed = io.StringIO()
-    try:
-        with (
-            kept_environment(), torch.random.fork_rng(), redirect_stdout(printed), redirect_stderr(printed),
-            _redirected_logs(printed),
-        ):  # fmt: skip
-            os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's resampling
-            random.seed(DEFAULT_RANDOM_SEED)
-            np.random.seed(DEFAULT_OTHER_SEED)
-            torch.manual_seed(DEFAULT_OTHER_SEED)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        for line in printed.getvalue().splitlines():
-            _logger.debug(line)
-
-
-@contextmanager
-def _redirected_logs(stream: io.StringIO) -> Iterator[None]:
-    """Inside, loaders of rows log to a stream. Their handlers would otherwise stay with the stderr of their import."""
-    handlers = [handler for name in _LOADERS for handler in logging.getLogger(name).handlers]
-    streams = [
-        (handler, handler.setStream(stream)) for handler in handlers if isinstance(handler, logging.StreamHandler)
-    ]
-    try:
-        yield
-    finally:
-        for handler, before in streams:
-            if before is not None:
-                handler.setStream(before)
 
 
 def _effect(base: Mapping[str, Sequence[Any]], adapter: Mapping[str, Sequence[Any]], where: str) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -57,7 +58,7 @@ def _parse(value: str) -> Metric:
     if value in _ALWAYS:
         return Metric(_ALWAYS[value], None)
     if value == "contains":
-        return Metric(value, lambda expected, answer: {"contains": float(expected.strip() in answer)})
+        return Metric(value, _contains_scores)
     if value == "json":
         return Metric(value, _json_scores)
     if value == "rouge_l":
@@ -80,7 +81,13 @@ def _rouge_l() -> Callable[[str, str], Mapping[str, float]]:
         what, fix = "rouge_l needs the package rouge-score, which is not installed", "pip install 'loratune[eval]'"
         raise ConfigError(Problem(Code.USAGE_MISSING_PACKAGE, what, key=OPTION, fix=fix))
     scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
-    return lambda expected, answer: {"rouge_l": float(scorer.score(expected, answer)["rougeL"].fmeasure)}
+
+    def scores(expected: str, answer: str) -> Mapping[str, float]:
+        if _WORD.search(expected) is None:
+            raise ExpectedTextError("the expected text has no words")
+        return {"rouge_l": float(scorer.score(expected, answer)["rougeL"].fmeasure)}
+
+    return scores
 
 
 class _Words:
@@ -89,6 +96,13 @@ class _Words:
     def tokenize(self, text: str) -> list[str]:
         """Words in lower case."""
         return _WORD.findall(text.lower())
+
+
+def _contains_scores(expected: str, answer: str) -> Mapping[str, float]:
+    """Whether the expected text stands in the answer. Any answer contains an empty text, which says nothing."""
+    if not (text := expected.strip()):
+        raise ExpectedTextError("the expected text is empty")
+    return {"contains": float(text in answer)}
 
 
 def _json_scores(expected: str, answer: str) -> Mapping[str, float]:
@@ -105,7 +119,8 @@ def _json_scores(expected: str, answer: str) -> Mapping[str, float]:
 
 
 def _json_value(text: str) -> Any:
-    """The value of a JSON text, such that == compares as JSON does: true is not 1, and 1 is 1.0. Raises ValueError."""
+    """The value of a JSON text, such that == compares as JSON does: true is not 1, and 1 is 1.0. Numbers of any size
+    and precision are themselves. Raises ValueError."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
@@ -118,7 +133,9 @@ def _json_value(text: str) -> Any:
         return (value,) if isinstance(value, bool) else value
 
     try:
-        return tagged(json.loads(text, parse_constant=refuse))
+        return tagged(json.loads(text, parse_constant=refuse, parse_int=Decimal, parse_float=Decimal))
+    except InvalidOperation:
+        raise ValueError("it has a number beyond 1e999999999999999999") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -132,7 +149,8 @@ def _regex_scores(figure: str, pattern: re.Pattern[str], expected: str, answer: 
 
 
 def _found(pattern: re.Pattern[str], text: str) -> str | None:
-    """What the first match has in its first group that is not empty, or else the whole match; None without a match.
+    """What the first match has in its first group that is not empty, or else the whole match; None without a match, and
+    where it is empty, as `[0-9]*` matches the beginning of any text.
 
     lm-evaluation-harness's filter `regex` does the same (lm_eval/filters/extraction.py).
     """
@@ -140,4 +158,4 @@ def _found(pattern: re.Pattern[str], text: str) -> str | None:
         match = pattern.search(text)
     if match is None:
         return None
-    return next(filter(None, match.groups()), match.group()).strip()
+    return next(filter(None, match.groups()), match.group()).strip() or None

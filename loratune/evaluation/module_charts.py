@@ -11,6 +11,8 @@ from loratune.lora.module_names import number_of, pattern, shortest
 from loratune.lora.stats import Update
 
 Quantity = Literal["norm", "effective_rank"]
+_MOST_LAYERS = 1_000
+"""Layers from the first to the last up to which those without a module are shown as gaps."""
 _TITLES: dict[Quantity, str] = {"norm": "Norm of ΔW", "effective_rank": "Effective rank of ΔW"}
 
 
@@ -94,7 +96,9 @@ def _map(
     if not values:
         return None
     scale = (0.0 if quantity == "norm" else min(values.values())), max(values.values())
-    layers = range(min(layer for layer, _ in values), max(layer for layer, _ in values) + 1)
+    numbers = sorted({layer for layer, _ in values})
+    is_dense = numbers[-1] - numbers[0] < _MOST_LAYERS  # else no model has all the layers between them
+    layers = range(numbers[0], numbers[-1] + 1) if is_dense else numbers
     patterns = [module_pattern for module_pattern in names if any(key[1] == module_pattern for key in values)]
     table = [[values.get((layer, module_pattern)) for layer in layers] for module_pattern in patterns]
     title, rows, columns = _TITLES[quantity], [names[one] for one in patterns], [str(layer) for layer in layers]

@@ -172,7 +172,7 @@ def _row(row: EvaluatedRow, titles: Mapping[str, str], other: str) -> ShownRow:
     expected = None if row.expected is None else shortened(row.expected)
     text = "not finite" if not math.isfinite(change) else f"{change:+.3f}" if abs(change) >= 5e-4 else "0.000"
     return ShownRow(
-        row.where, row.copies, title, text, (change > 0) if text != "0.000" else None, prompt, expected, shown
+        row.where, row.copies, title, text, (change > 0) if text[0] in "+-" else None, prompt, expected, shown
     )
 
 

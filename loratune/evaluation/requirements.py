@@ -272,8 +272,8 @@ def _judge_task(requirement: Requirement, results: TaskResults) -> Judgement:
 
 
 def _is_distinguishable(difference: Difference) -> bool:
-    """Whether McNemar's test does not take a difference for chance, where it is one of shares."""
-    return difference.p is None or difference.p < comparison.SIGNIFICANT
+    """Whether a difference is more than chance. A figure of a task may have p, but no verdict."""
+    return difference.verdict != "indistinguishable" and (difference.p or 0.0) < comparison.SIGNIFICANT
 
 
 def _judge(requirement: Requirement, value: float, interval: Interval | None, is_distinguishable: bool) -> Judgement:
@@ -290,12 +290,12 @@ def _judge(requirement: Requirement, value: float, interval: Interval | None, is
         which = ", or it is no mean of rows" if requirement.of_task else ""
         return judgement(f"{subject}, without an interval, for which there are too few rows{which}")
     bound = 0.0 if isinstance(requirement.bound, str) else requirement.bound
-    holds, is_strict = _COMPARISONS[requirement.comparison], requirement.comparison in "<>"
+    holds = _COMPARISONS[requirement.comparison]
     end, which = (interval.high, "high") if "<" in requirement.comparison else (interval.low, "low")
     subject += f", 95 % interval {interval.low:.6g} to {interval.high:.6g}"
     if not holds(end, bound):
         return judgement(f"{subject}, whose {which} end is not {requirement.comparison} {bound:g}")
-    if is_model and is_strict and not is_distinguishable:
+    if not is_distinguishable and not holds(0.0, bound):  # it says that there is a difference
         return judgement(f"{subject}, but McNemar's test cannot tell the two apart")
     return judgement("")
 

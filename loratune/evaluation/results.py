@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loratune.statistics import Interval
+from loratune.statistics import Interval, finite
 
 BASE, ADAPTER, AGAINST = "base", "adapter", "against"
 """The names of the models: the base, the adapter on it, and the other adapter that it is compared with."""
@@ -15,12 +15,6 @@ LOSS, EXACT_MATCH, LABEL_ACCURACY = "loss", "exact_match", "label_accuracy"
 
 LOWER_IS_BETTER = (LOSS, "perplexity", "invalid_json")
 """Figures of which less is better."""
-
-
-def finite(value: float | None) -> float | None:
-    """A number as JSON has it: None for inf and NaN, which it has no word for."""
-    return value if value is not None and math.isfinite(value) else None
-
 
 Verdict = Literal["better", "worse", "indistinguishable"]
 

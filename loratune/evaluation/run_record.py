@@ -2,22 +2,32 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal
 
-from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+
+_LARGEST = 1e100
+"""A figure beyond it is none, and charts cannot show it."""
+_MOST_SPLITS = 8
+_DEEPEST = 4
+"""Groups within groups of figures."""
+
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Figure = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class CurvePoint:
     """One report of the trainer, with those of its values that are known."""
 
-    step: NonNegativeInt
-    loss: FiniteFloat | None = None
-    eval_loss: FiniteFloat | None = None
-    learning_rate: FiniteFloat | None = None
-    grad_norm: FiniteFloat | None = None
-    tokens: FiniteFloat | None = None
-    tokens_per_second: FiniteFloat | None = None
+    step: Count
+    loss: Figure | None = None
+    eval_loss: Figure | None = None
+    learning_rate: Figure | None = None
+    grad_norm: Figure | None = None
+    tokens: Figure | None = None
+    tokens_per_second: Figure | None = None
 
 
 @dataclass(frozen=True)
@@ -25,13 +35,13 @@ class RecordedGain:
     """How base and adapter compared at the end of the run; see `training.gain.Gain`."""
 
     split: str
-    rows: NonNegativeInt
-    total: NonNegativeInt
-    base: FiniteFloat
-    adapter: FiniteFloat
-    better_by: FiniteFloat
-    low: FiniteFloat | None
-    high: FiniteFloat | None
+    rows: Count
+    total: Count
+    base: Figure
+    adapter: Figure
+    better_by: Figure
+    low: Figure | None
+    high: Figure | None
     verdict: Literal["gain", "no gain", "worse", "not judged"]
 
 
@@ -39,15 +49,15 @@ class RecordedGain:
 class RecordedSplit:
     """What became of the rows of a split; see `data.report.Report.record`."""
 
-    rows: NonNegativeInt
-    duplicates: NonNegativeInt
-    dropped: NonNegativeInt
-    truncated: NonNegativeInt
-    tokens: NonNegativeInt
-    supervised: NonNegativeInt
-    longest: NonNegativeInt
-    reasons: dict[str, NonNegativeInt] = field(default_factory=dict)
-    lengths: dict[NonNegativeInt, NonNegativeInt] = field(default_factory=dict)
+    rows: Count
+    duplicates: Count
+    dropped: Count
+    truncated: Count
+    tokens: Count
+    supervised: Count
+    longest: Count
+    reasons: dict[str, Count] = field(default_factory=dict)
+    lengths: dict[Count, Count] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,11 +100,16 @@ class RunRecord:
         return [step for step, _ in points], [value for _, value in points]
 
 
+_Plain = str | int | float | bool | None
+_Setting = _Plain | list[_Plain] | dict[str, _Plain | list[_Plain]]
+_Splits = Annotated[dict[str, RecordedSplit], Field(max_length=_MOST_SPLITS)]
+
+
 def read(record: Mapping[str, Any]) -> RunRecord:
     """Read a record. Never raises: of what is wrong, nothing is known."""
     metrics = _part(record.get("metrics"), dict[str, Any], {})
     machine = _part(record.get("machine"), dict[str, Any], {})
-    changes = _part(record.get("changes"), list[dict[str, Any]], [])
+    changes = _part(record.get("changes"), list[dict[str, _Setting]], [])
     texts = {name: str(value) for name, value in machine.items() if isinstance(value, str | int)}
     fingerprints = _part(record.get("fingerprints"), dict[str, str | None], {})
     own = {name: value for name, value in metrics.items() if name != "gain"}
@@ -103,13 +118,13 @@ def read(record: Mapping[str, Any]) -> RunRecord:
         metrics=dict(_numbers(own)),
         intervals=dict(_intervals(own)),
         gain=_part(metrics.get("gain"), RecordedGain),
-        splits=_part(record.get("splits"), dict[str, RecordedSplit], {}),
+        splits=_part(record.get("splits"), _Splits, {}),
         machine=texts,
-        peak_memory=_part(machine.get("peak_memory"), dict[str, NonNegativeInt], {}),
+        peak_memory=_part(machine.get("peak_memory"), dict[str, Count], {}),
         versions=_part(record.get("versions"), dict[str, str], {}),
         fingerprints={name: value for name, value in fingerprints.items() if value},
-        seed=_part(record.get("seed"), int),
-        processes=_part(record.get("processes"), int),
+        seed=_part(record.get("seed"), Count),
+        processes=_part(record.get("processes"), Count),
         changes=[
             f"{change['key']} was {change['was']} up to step {change['step']}, then {change['is']}"
             for change in changes
@@ -120,22 +135,29 @@ def read(record: Mapping[str, Any]) -> RunRecord:
 
 def _part(value: Any, kind: Any, default: Any = None) -> Any:
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError:
         return default
 
 
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)  # which takes longer than to validate a value
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "", depth: int = 1) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name} ")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
+        if isinstance(value, Mapping) and depth < _DEEPEST:
+            yield from _numbers(value, f"{prefix}{name} ", depth + 1)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
             yield f"{prefix}{name}", value
 
 
-def _intervals(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[float, float]]]:
+def _intervals(
+    values: Mapping[str, Any], prefix: str = "", depth: int = 1
+) -> Iterator[tuple[str, tuple[float, float]]]:
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _intervals(value, f"{prefix}{name} ")
-        elif name.endswith("interval") and (ends := _part(value, tuple[FiniteFloat, FiniteFloat])):
+        if isinstance(value, Mapping) and depth < _DEEPEST:
+            yield from _intervals(value, f"{prefix}{name} ", depth + 1)
+        elif name.endswith("interval") and (ends := _part(value, tuple[Figure, Figure])):
             yield f"{prefix}{name}", ends

@@ -159,10 +159,9 @@ def answers(
         for number, row, longer in zip(batch, asked, completions, strict=True):
             where, right = expected[number]
             text, beginning = model.text(longer[: limits[number]]), longer[: len(row.completion)]
-            scores = {
-                EXACT_MATCH: float(tuple(beginning) == row.completion),
-                LABEL_ACCURACY: float(model.text(beginning).startswith(right)),
-            }
+            is_exact = tuple(beginning) == row.completion
+            is_label = model.text(beginning).startswith(right) if right else is_exact  # all begin with an empty one
+            scores = {EXACT_MATCH: float(is_exact), LABEL_ACCURACY: float(is_label)}
             try:
                 found[number] = text, scores | judging.scores(right, text)
             except BadPatternError as error:

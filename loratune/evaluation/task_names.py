@@ -8,6 +8,11 @@ from loratune.errors import ConfigError, Problem
 OPTION = "--tasks"
 
 
+def is_path(spec: str) -> bool:
+    """Whether a task is named by a path. No task of the harness has a name with a slash, or that ends so."""
+    return "/" in spec or spec.endswith((".yaml", ".yml")) or spec in (".", "..")
+
+
 def parse(text: str) -> list[str]:
     """The tasks of a list with commas, each once.
 

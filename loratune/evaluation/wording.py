@@ -169,6 +169,8 @@ def tasks_table(results: TaskResults) -> tuple[list[str], list[list[str]]]:
 
 def _plain_with_interval(value: float, interval: Interval | None, *, signed: bool = False) -> str:
     """`0.4500 [0.3000, 0.6000]`; what a metric of a task means, and so its unit, is not known."""
+    if math.isnan(value):
+        return "-"
     ends = (interval.low, interval.high) if interval else ()
     text, *others = (f"{one:{'+' if signed else ''}.{'4f' if abs(one) < 1e4 else '3g'}}" for one in (value, *ends))
     return f"{text} [{', '.join(others)}]" if others else text

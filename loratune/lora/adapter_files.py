@@ -195,13 +195,16 @@ def _read_json(path: Path) -> Any:
 def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    fix = "restore the file; or remove it, and the adapter is used without verification"
+    if path.stat().st_size > _LARGEST_CONFIG:
+        what = "larger than 16 MiB, so not the record of a run"
+        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, str(path), fix=fix))
     record = _read_json(path)
     if reason := records.newer(RECORD_FILE, record):
         raise AdapterError(Problem(Code.ADAPTER_NEWER_RECORD, reason, str(path), fix="upgrade loratune"))
     fingerprints, files = (record.get(key) if isinstance(record, dict) else None for key in ("fingerprints", "files"))
     lists_files = isinstance(files, dict) and {CONFIG_FILE, WEIGHTS_FILE} <= files.keys()
     if not lists_files or not isinstance(fingerprints, dict) or not isinstance(fingerprints.get("base"), str):
-        fix = "restore the file; or remove it, and the adapter is used without verification"
         raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, "not the record of a run", str(path), fix=fix))
     return dict(record)
 

@@ -62,15 +62,20 @@ class BestStep:
         if (weights := self.kept_weights(step)) is not None:
             save_file(weights, checkpoint / BEST_WEIGHTS)
 
-    def load(self, checkpoint: Path) -> None:
-        """Read the weights back from a checkpoint."""
+    def load(self, checkpoint: Path, step: int) -> None:
+        """Read the weights back from a checkpoint of a step."""
         if self.keep and self.record is not None:
-            path = checkpoint / BEST_WEIGHTS
-            self._weights = read_weights(path if path.exists() else checkpoint / WEIGHTS_FILE)
+            self._weights = read_weights(checkpoint / (WEIGHTS_FILE if self.record.step == step else BEST_WEIGHTS))
 
     def as_json(self) -> dict[str, Any]:
         """What a checkpoint records."""
         return {BEST: asdict(self.record) if self.record else None}
+
+
+def has_other_validation(point: ResumePoint, identity: Mapping[str, Any]) -> bool:
+    """Whether a resumed run is evaluated on other rows than before. Arguments as of `continued`."""
+    before, now = (run["fingerprints"].get("validation") for run in (point.identity, identity))
+    return bool(before != now)
 
 
 def continued(point: ResumePoint, identity: Mapping[str, Any], *, keep: bool) -> tuple[BestRecord | None, str]:
@@ -89,7 +94,7 @@ def continued(point: ResumePoint, identity: Mapping[str, Any], *, keep: bool) ->
         return None, ""
     record = BestRecord.from_json(values)
     reason = ""
-    if point.identity["fingerprints"].get("validation") != identity["fingerprints"].get("validation"):
+    if has_other_validation(point, identity):
         reason = "they were on other rows"
     elif keep and record.step != point.step and not (point.checkpoint / BEST_WEIGHTS).is_file():
         reason = f"the weights of step {record.step}, the best of them, were not kept"

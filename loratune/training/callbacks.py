@@ -1,7 +1,8 @@
 """Callbacks of the trainer: they check numbers, show progress, and stop the run when a signal has asked for it."""
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from loratune.errors import NumericError, Problem
 from loratune.kernels import global_norm, next_token_loss
 from loratune.system.launcher import Group
 from loratune.training.checkpoints import Checkpoints
+from loratune.training.curve import StepLosses
 from loratune.training.gain import Batches, held_out_loss
 
 
@@ -43,12 +45,13 @@ class NonFiniteGuard(TrainerCallback):
     Attributes:
         tokens: How many tokens this process has read since the last optimizer step.
         norm: Returns the norm of the gradients of a step; set once there is a trainer to compute it.
+        losses: Those of the steps that were not reported yet.
     """
 
     norm: Callable[[], torch.Tensor]
 
-    def __init__(self, checkpoints: Checkpoints, group: Group) -> None:
-        self.checkpoints, self.group = checkpoints, group
+    def __init__(self, checkpoints: Checkpoints, group: Group, losses: StepLosses) -> None:
+        self.checkpoints, self.group, self.losses = checkpoints, group, losses
         self.sum: torch.Tensor | None = None
         self.tokens = 0
 
@@ -90,6 +93,7 @@ class NonFiniteGuard(TrainerCallback):
                     fix = "check that the base model works by itself"
                 problem = Problem(code, f"the {name} of step {state.global_step + 1} is {value}", fix=fix)
                 raise diverged_error(problem, self.checkpoints, state.global_step)
+        self.losses.add(loss)
 
 
 def diverged_error(problem: Problem, checkpoints: Checkpoints, step: int) -> NumericError:
@@ -186,3 +190,46 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """When a loss is reported."""
         self.progress.log(state.global_step, logs or {})
+
+
+class Pace(TrainerCallback):
+    """Measures how fast tokens are read in training. Evaluations and checkpoints do not count."""
+
+    def __init__(self) -> None:
+        self.seconds = self.total_seconds = self.start = 0.0
+        self.tokens = self.first_tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step, also of a resumed run."""
+        self.tokens = self.first_tokens = int(state.num_input_tokens_seen)
+        self.start = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each optimizer step."""
+        now = time.monotonic()
+        self.seconds += now - self.start
+        self.total_seconds += now - self.start
+        self.start = now
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After an evaluation."""
+        self.start = time.monotonic()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a checkpoint."""
+        self.start = time.monotonic()
+
+    def figures(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
+        """What is added to a report of the trainer: the tokens that the run has read, and with a loss, how many a
+        second since the report before; only the latter depends on the clock."""
+        tokens = int(state.num_input_tokens_seen)
+        if "loss" not in logs:
+            return {"tokens": tokens}
+        rate = (tokens - self.tokens) / max(self.seconds, 1e-9)
+        self.tokens, self.seconds = tokens, 0.0
+        return {"tokens": tokens, "tokens_per_second": round(rate, 1)}
+
+    def overall(self, state: Any) -> float | None:
+        """Tokens a second over all steps of this process; None if it took none."""
+        tokens = int(state.num_input_tokens_seen) - self.first_tokens
+        return round(tokens / self.total_seconds, 1) if tokens and self.total_seconds else None

@@ -25,6 +25,7 @@ from loratune.lora.start import KEY
 from loratune.lora.tensors import Weights
 from loratune.model import fingerprints, load
 from loratune.model.load import Base
+from loratune.statistics import finite
 from loratune.system.launcher import Group
 from loratune.training import gain
 from loratune.training.batching import TokenizedDatasets, shared_rows
@@ -223,7 +224,10 @@ class Forgetting:
         return f"loss {measured.base:.4f} → {measured.adapter:.4f} on {rows} ({change:+.4f}{interval})"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values: losses in nats per supervised token, and their `change`, above 0 where rows were forgotten."""
+        """Plain values: losses in nats per supervised token, and their `change`, above 0 where rows were forgotten.
+
+        A loss that is not finite is null.
+        """
         if (measured := self.comparison) is None:
             return {"not_measured": self.unknown}
         low, high = measured.low, measured.high
@@ -232,9 +236,9 @@ class Forgetting:
             "rows": measured.rows,
             "drawn": measured.drawn,
             "total": measured.total,
-            "before": measured.base,
-            "after": measured.adapter,
-            "change": -measured.better_by,
+            "before": finite(measured.base),
+            "after": finite(measured.adapter),
+            "change": finite(-measured.better_by),
             "low": None if high is None else -high,
             "high": None if low is None else -low,
         }

@@ -1,58 +1,72 @@
-"""What a run keeps of each of its reports: losses, rates, and how many tokens were read, and how fast."""
+"""What a run keeps of its reports, and of the steps since the last. Without torch: checkpoints are read early."""
 
-import time
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback
 
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
 """So many reports of either kind are kept, spread evenly over the run: a report takes about 230 and 110 bytes of
 loratune.json, which then stays below 200 kB."""
 
 
-class Pace(TrainerCallback):
-    """Measures how fast tokens are read in training. Evaluations and checkpoints do not count."""
+UNREPORTED = "unreported"
+"""The key of a checkpoint's record that holds a `StepLosses`."""
 
-    def __init__(self) -> None:
-        self.seconds = self.total_seconds = self.start = 0.0
-        self.tokens = self.first_tokens = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first step, also of a resumed run."""
-        self.tokens = self.first_tokens = int(state.num_input_tokens_seen)
-        self.start = time.monotonic()
+@dataclass
+class StepLosses:
+    """The losses of the steps since the last report, which gives their mean.
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After each optimizer step."""
-        now = time.monotonic()
-        self.seconds += now - self.start
-        self.total_seconds += now - self.start
-        self.start = now
+    Trainer's own mean is only of those since the run was started or resumed. A checkpoint keeps these, so that a
+    resumed run reports what an uninterrupted one does.
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After an evaluation."""
-        self.start = time.monotonic()
+    Attributes:
+        total: Their sum, in nats per supervised token.
+        steps: How many steps there were.
+    """
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a checkpoint."""
-        self.start = time.monotonic()
+    total: float = 0.0
+    steps: int = 0
 
-    def figures(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
-        """What is added to a report of the trainer: the tokens that the run has read, and with a loss, how many a
-        second since the report before; only the latter depends on the clock."""
-        tokens = int(state.num_input_tokens_seen)
-        if "loss" not in logs:
-            return {"tokens": tokens}
-        rate = (tokens - self.tokens) / max(self.seconds, 1e-9)
-        self.tokens, self.seconds = tokens, 0.0
-        return {"tokens": tokens, "tokens_per_second": round(rate, 1)}
+    def add(self, loss: float) -> None:
+        """Take note of the loss of a step."""
+        self.total, self.steps = self.total + loss, self.steps + 1
 
-    def overall(self, state: Any) -> float | None:
-        """Tokens a second over all steps of this process; None if it took none."""
-        tokens = int(state.num_input_tokens_seen) - self.first_tokens
-        return round(tokens / self.total_seconds, 1) if tokens and self.total_seconds else None
+    def take_mean(self) -> float:
+        """Their mean, after which there are none. Raises ZeroDivisionError: there are none."""
+        mean = self.total / self.steps
+        self.total, self.steps = 0.0, 0
+        return mean
+
+    def as_json(self) -> dict[str, Any]:
+        """What a checkpoint records."""
+        return {UNREPORTED: asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Any) -> "StepLosses":
+        """The losses of which `asdict` made these values; none for None, as in a checkpoint of an earlier release.
+
+        Raises:
+            ValueError: They are something else.
+        """
+        if values is None:
+            return cls()
+        if not isinstance(values, dict) or [*values] != ["total", "steps"]:
+            raise ValueError("the losses are not total and steps")
+        losses = cls(**values)
+        if type(losses.steps) is not int or type(losses.total) is not float or losses.steps < 0:
+            raise ValueError("the losses have a value of another type")
+        if not math.isfinite(losses.total):
+            raise ValueError("the losses are not finite")
+        return losses
+
+
+def without_held_out(history: Sequence[dict[str, float]], step: int | None = None) -> list[dict[str, float]]:
+    """The reports of a trainer without the held-out loss of a step, or without any if no step is given."""
+    return [entry for entry in history if "eval_loss" not in entry or step not in (None, entry["step"])]
 
 
 def thinned(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:

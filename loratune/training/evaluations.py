@@ -53,7 +53,8 @@ class EvaluationSteps:
             f"{self.held_out:,} tokens{' each' if self.count > 1 else ''}, which costs {self.share:.1%} of the training"
         )
         if self.count == 1:
-            return f"evaluating once, after the last of {self.steps:,} steps: {cost}"
+            when = f"after the last of {self.steps:,} steps" if self.steps > 1 else "after the only step"
+            return f"evaluating once, {when}: {cost}"
         return f"evaluating every {self.interval:,} of {self.steps:,} steps: {self.count:,} times, {cost}"
 
 
@@ -133,6 +134,8 @@ class BestRecord:
             raise ValueError(f"the record is not one of {', '.join(names)}")
         record = cls(**values)
         counts = (record.step, record.evaluations, record.since)
-        if not all(type(count) is int and count >= 0 for count in counts) or type(record.loss) is not float:
+        if not all(type(count) is int for count in counts) or type(record.loss) is not float:
             raise ValueError("the record has a value of another type")
+        if record.step < 1 or not 0 <= record.since < record.evaluations or not math.isfinite(record.loss):
+            raise ValueError("the record has a value that no evaluation gives")
         return record

@@ -27,7 +27,7 @@ from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
 from loratune.kernels import expect, next_token_loss
 from loratune.lora.attach import PeftModel
-from loratune.statistics import LEAST_ROWS, Interval, jackknife_interval, mean_ratio_interval
+from loratune.statistics import LEAST_ROWS, Interval, finite, jackknife_interval, mean_ratio_interval
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training.resume import ResumePoint
 from loratune.training.run_dir import RunDirectory
@@ -231,8 +231,12 @@ class Gain:
         return f"{self.rows:,}{distinct} of {_plural(self.total, f'{self.split} row')}"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, the verdict among them. The sign of `better_by`, `low` and `high`: above 0 is better."""
-        return asdict(self) | {"verdict": self.verdict}
+        """Plain values, the verdict among them. The sign of `better_by`, `low` and `high`: above 0 is better.
+
+        A figure that is not finite is null.
+        """
+        figures = {name: finite(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
+        return figures | {"verdict": self.verdict}
 
 
 def reject(gain: Gain, step: int, directory: RunDirectory, group: Group) -> NoReturn:

@@ -15,6 +15,7 @@ from loratune.data import TokenizedDataset
 from loratune.errors import Problem, ResumeError
 from loratune.system import launcher
 from loratune.training.checkpoints import newest_whole, step_of
+from loratune.training.curve import UNREPORTED, StepLosses
 from loratune.training.evaluations import BEST, BestRecord
 
 CHANGEABLE = (
@@ -60,6 +61,11 @@ class ResumePoint:
     def step(self) -> int:
         """How many optimizer steps were taken."""
         return step_of(self.checkpoint)
+
+    @property
+    def unreported(self) -> StepLosses:
+        """The losses of the steps before it that no report has."""
+        return StepLosses.from_json(self.identity.get(UNREPORTED))
 
     @property
     def new_changes(self) -> list[dict[str, Any]]:
@@ -173,6 +179,7 @@ def _fault(run: Any) -> str:
         changes = [change[key] for change in run["changes"] for key in ("step", "key", "was", "is")]
         if run.get(BEST) is not None:
             BestRecord.from_json(run[BEST])
+        StepLosses.from_json(run.get(UNREPORTED))
     except KeyError as error:
         return f"{error} is missing"
     except (TypeError, AttributeError, ValueError):

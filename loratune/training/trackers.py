@@ -94,7 +94,7 @@ class Tracker(TrainerCallback):
                 action()
         except LoratuneError:
             raise
-        except Exception as error:  # whatever a package, its disk or its network comes up with
+        except (Exception, SystemExit) as error:  # whatever a package, its disk or its network comes up with
             self._has_failed, self._integration = True, None
             what = f"{self._name} failed at step {step}: {type(error).__name__}: {error}"
             fix = "the run goes on without it"

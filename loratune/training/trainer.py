@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,60 +18,23 @@ from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memor
 from loratune.lora import tensors
 from loratune.lora.parameters import OptimizerChoice
 from loratune.system import launcher
-from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.system.signals import Interruption, Stop, Termination
 from loratune.training.batching import DistributedBatchSampler, Loader, count_tokens
 from loratune.training.best_step import BestStep
 from loratune.training.callbacks import (
     NonFiniteGuard,
     OomDryRun,
-    Progress,
+    Pace,
     ProgressCallback,
     StopCallback,
     check_final_loss,
     diverged_error,
 )
-from loratune.training.checkpoints import Checkpoints
-from loratune.training.curve import Pace, thinned
-from loratune.training.evaluations import BestRecord
+from loratune.training.curve import thinned, without_held_out
 from loratune.training.gain import Batches, Loss, held_out_loss
 from loratune.training.outcome import CURVE_KEYS, Outcome
+from loratune.training.run_context import RunContext
 from loratune.training.sharded_trainer import ShardedTrainer
-from loratune.training.trackers import Tracker
 from loratune.training.upstream import exclude_from_ddp, scale_learning_rates, use_one_gpu
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """Where a training loop reports to and writes to, and what it continues from.
-
-    Attributes:
-        checkpoints: Where its checkpoints go.
-        progress: What shows its steps.
-        stop: The signal that asked this process to stop, if any.
-        group: The processes that share the run.
-        resume_from: A whole checkpoint from which the run is resumed.
-        learning_rate_factor: By what the learning rates of that checkpoint are multiplied.
-        evaluations: What the evaluations up to that checkpoint gave; None if there were none, or they do not count.
-        after_checkpoint: Called in all processes after each checkpoint; it may raise an error, which ends the run.
-        trackers: What else follows its steps, in the main process.
-    """
-
-    checkpoints: Checkpoints
-    progress: Progress
-    stop: Stop = field(default_factory=Stop)
-    group: Group = SINGLE_PROCESS
-    resume_from: Path | None = None
-    learning_rate_factor: float = 1.0
-    evaluations: BestRecord | None = None
-    after_checkpoint: Callable[[], None] = lambda: None
-    trackers: Sequence[Tracker] = ()
-
-    def stopping(self) -> bool:
-        """Whether any process was asked to stop. All processes call it together, and from then on all know."""
-        requests = self.group.total([self.stop.requested is kind for kind in (Interruption, Termination)])
-        self.stop.requested = Termination if requests[1] else Interruption if requests[0] else None
-        return self.stop.requested is not None
 
 
 class OutOfMemory(ResourceError):
@@ -176,7 +139,7 @@ def _build(
     *,
     oom_dry_run: bool,
 ) -> "_RunTrainer":
-    guard = NonFiniteGuard(context.checkpoints, context.group)
+    guard = NonFiniteGuard(context.checkpoints, context.group, replace(context.unreported))
     dry_run = OomDryRun(guard)
     arguments = training_arguments(
         section.model_copy(update={"per_device_train_batch_size": train.size}),
@@ -255,7 +218,9 @@ class _RunTrainer(ShardedTrainer):
             fix = "set more, or start with --overwrite"
             raise ResumeError(Problem(Code.RESUME_FEWER_STEPS, what, key="training", fix=fix))
         if self.context.resume_from is not None:
-            self.best.load(self.context.resume_from)
+            self.best.load(self.context.resume_from, done)
+        if self.context.has_other_validation:
+            self.state.log_history = without_held_out(self.state.log_history)
         if done == steps or self.best.is_exhausted:
             raise self._end(done, steps)
         if oom_dry_run:
@@ -321,7 +286,8 @@ class _RunTrainer(ShardedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report figures, and how many tokens were read."""
-        super().log(logs | self.pace.figures(logs, self.state), start_time)
+        means = {"loss": self.guard.losses.take_mean()} if "loss" in logs else {}
+        super().log(logs | means | self.pace.figures(logs, self.state), start_time)
 
     def position(self) -> str:
         """What is being computed, and the shape of its batch."""
@@ -342,6 +308,7 @@ class _RunTrainer(ShardedTrainer):
             problem = Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.validation", fix=fix)
             raise diverged_error(problem, self.context.checkpoints, self.state.global_step)
         metrics = {f"{metric_key_prefix}_loss": loss.mean}
+        self.state.log_history = without_held_out(self.state.log_history, self.state.global_step)
         self.log(dict(metrics))
         self.notify_evaluation(metrics)
         self.best.add(self.state.global_step, loss.mean, partial(tensors.full_weights, self.model))
@@ -379,7 +346,7 @@ class _RunTrainer(ShardedTrainer):
     def save_checkpoint(self, model: Any) -> None:
         """Write a checkpoint that is whole, or absent."""
         step, checkpoints = self.state.global_step, self.context.checkpoints
-        with checkpoints.writing(step, self.best.as_json()) as directory:
+        with checkpoints.writing(step, self.best.as_json() | self.guard.losses.as_json()) as directory:
             super().save_checkpoint(model)
             if checkpoints.is_writer:
                 self.best.save(directory, step)

@@ -1,0 +1,167 @@
+"""`loratune init`: rows and a model's name become a commented config that can be trained. No weights are loaded."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from loratune import config, memory
+from loratune.commands import init_choices, init_rows
+from loratune.commands.init_choices import Fit, Room
+from loratune.commands.init_learning import learning, rows_per_step
+from loratune.commands.init_rows import MeasuredRows
+from loratune.commands.init_start import SOURCE
+from loratune.config import Draft, RunConfig
+from loratune.data import ProgressFactory
+from loratune.data.rendering import Renderer
+from loratune.lora import attach
+from loratune.lora.attach import PeftModel
+from loratune.lora.parameters import Count
+from loratune.model import load, quantization
+from loratune.training import duration
+from loratune.training.duration import Work
+from loratune.training.evaluations import evaluation_steps
+
+_TITLE = (
+    "Written by `loratune init`, with the reason for each choice; all else has its default. Paths are those of the "
+    "directory where loratune is started. `loratune explain KEY` says what a key does."
+)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A config, and what is known of the run that it describes.
+
+    Attributes:
+        text: The config as YAML.
+        run: The same, validated.
+        rows: The rows.
+        cut: Lines on what `max_length` cuts.
+        fit: How training fits into the memory.
+        count: Parameters of adapter and model.
+        machine: What computes.
+        context: How many tokens the model was built for, if that is known.
+        steps: Optimizer steps.
+        seconds: About how long training takes, with its evaluations.
+    """
+
+    text: str
+    run: RunConfig
+    rows: MeasuredRows
+    cut: list[str]
+    fit: Fit
+    count: Count
+    machine: str
+    context: int | None
+    steps: int
+    seconds: float
+
+
+def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Callable[[str], None]) -> Started:
+    """Choose what a config leaves open.
+
+    Args:
+        run: A config that names model, rows and output directory.
+        values: What is set in it; nothing of that is changed.
+        watch: Shows the passes over the rows.
+        log: Takes lines that the user should see.
+
+    Raises:
+        ModelError: As `load.load_config`, `load.load_tokenizer` and `attach.adapt`.
+        DataError: As `init_rows.measure` and `init_rows.check_length`.
+    """
+    tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
+    model_config = load.load_config(run.model)
+    vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
+    renderer = Renderer(tokenizer, vocabulary)
+    rows = init_rows.measure(run.data, renderer, vocabulary, watch)
+    draft = Draft(values)
+    _choose_data(draft, rows, context)
+    run = _validated(draft)
+    cut = init_rows.check_length(rows, run.data, renderer, vocabulary, watch)
+    model, targets = attach.adapt(load.build_meta(model_config, run.model), run.lora, seed=0)
+    for line in (*(f"rows: {remark}" for remark in rows.remarks), *targets.notes):
+        log(line)
+    trained = _trained_rows(run, rows)
+    step = rows_per_step(trained)
+    machine, device = load.this_machine(), load.device()
+    quantizable = not machine.bitsandbytes and _is_quantizable(run, model_config)
+    fitting = init_choices.fit(model, run, draft, rows, step, Room(device, memory.available(device), quantizable))
+    _choose_training(draft, run, trained, step, fitting, model)
+    text = draft.text(_TITLE)
+    run = config.parse(text, SOURCE)
+    steps, seconds = _duration(run, rows, trained, model)
+    adapter = attach.count(model, attach.initialize_adapter(model, run.lora))
+    cores = len(os.sched_getaffinity(0))
+    hardware = f"{cores} core{'s' if cores > 1 else ''}, {machine.gpu or 'no GPU'}"
+    return Started(text, run, rows, cut, fitting, adapter, hardware, context, steps, seconds)
+
+
+def _validated(draft: Draft) -> RunConfig:
+    return config.from_values(draft.values, SOURCE)
+
+
+def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
+    """The section `data`."""
+    if rows.columns:
+        draft.choose(
+            "data.columns", rows.columns, "the fields fit no format as they are, and their names say what they hold"
+        )
+    chat = ", through the model's chat template" if rows.train.chat else ""
+    draft.reasons["data.train"] = (
+        f"{len(rows.train):,} row{'s' if len(rows.train) > 1 else ''}, {' and '.join(rows.train.formats)}{chat}"
+    )
+    if rows.held_out:
+        draft.reasons["data.validation"] = f"{rows.held_out:,} rows; the step with the lowest loss on them is kept"
+    elif (fraction := init_choices.validation(len(rows.train))) is not None:
+        count = f"about {fraction * len(rows.train):,.0f} rows"
+        labels = f", stratified by {rows.labels} labels" if rows.labels else ""
+        why = f"{count} are held out{labels}; the step with the lowest loss on them is kept"
+        draft.choose("data.validation", fraction, why)
+    if "test" in draft.values["data"]:
+        draft.reasons["data.test"] = "scored once, at the end"
+    draft.choose("data.max_length", *init_choices.max_length(rows.all_lengths, context))
+    draft.choose("data.packing", "batch", "the rows of a batch end to end, without padding")
+
+
+def _choose_training(draft: Draft, run: RunConfig, trained: int, step: int, fitting: Fit, model: PeftModel) -> None:
+    """The sections `lora` and `training`, and what memory asks for."""
+    draft.choose("lora.r", run.lora.r, "rank of the update")
+    draft.choose("lora.target_modules", run.lora.target_modules, "roles of the attention's projections")
+    hidden_size = int(model.get_input_embeddings().weight.shape[1])
+    for key, value, why in learning(trained, step, hidden_size, validated=run.data.validation is not None):
+        if key != "num_train_epochs" or run.training.max_steps < 0:
+            draft.choose(f"training.{key}", value, why)
+    size, gibibytes = fitting.batch, f"{fitting.estimate.total / (1 << 30):.1f} of {fitting.free / (1 << 30):.1f} GiB"
+    draft.choose("training.per_device_train_batch_size", size, f"takes about {gibibytes} that are free")
+    accumulation, why = max(1, step // size), f"{size} x {max(1, step // size)} rows a step"
+    draft.choose("training.gradient_accumulation_steps", accumulation, why)
+    if fitting.checkpointed:
+        draft.choose("training.activation_checkpointing", True, "half of the memory would not suffice without")
+    if fitting.quantization != "none":
+        draft.choose("model.quantization", fitting.quantization, "half of the memory would not suffice without")
+
+
+def _trained_rows(run: RunConfig, rows: MeasuredRows) -> int:
+    """Rows that are trained on, when a fraction is held out."""
+    fraction = run.data.validation if isinstance(run.data.validation, float) else 0.0
+    return max(1, len(rows.train) - round(fraction * len(rows.train)))
+
+
+def _is_quantizable(run: RunConfig, model_config: Any) -> bool:
+    """Whether the base is neither quantized already nor a GGUF file."""
+    return run.model.gguf_file is None and quantization.record_of(model_config.to_dict()) is None
+
+
+def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel) -> tuple[int, float]:
+    """The optimizer steps of the run, and about how many seconds they take, with evaluations."""
+    lengths = rows.lengths.clip(max=run.data.max_length)
+    supervised = rows.supervised.clip(max=lengths)
+    held_out = rows.held_out or len(rows.train) - trained
+    batch, mean = run.training.per_device_train_batch_size, float(lengths.mean())
+    plan = evaluation_steps(run.training, trained, batch, 1, round(mean * trained), round(mean * held_out))
+    work = Work.of_rows(lengths, supervised, plan.trained / float(lengths.sum()))
+    operations = duration.operations(model, work, checkpointed=run.training.activation_checkpointing)
+    width = int(model.get_input_embeddings().weight.shape[1])
+    taken = duration.seconds(operations, width, round(batch * mean), load.compute_dtype(run.model), load.device())
+    return plan.steps, taken * (1 + (plan.share if held_out else 0.0))

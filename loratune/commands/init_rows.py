@@ -1,0 +1,183 @@
+"""What `loratune init` finds in the rows: their format, their lengths, and their answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loratune import data
+from loratune.codes import Code
+from loratune.config import DataSection
+from loratune.data import DatasetSplit, ProgressFactory, RawDatasets
+from loratune.data.formats import FORMATS, completion_key
+from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL, random_mask
+from loratune.data.rendering import Renderer
+from loratune.data.sources import open_source
+from loratune.errors import DataError
+
+MOST_ROWS = 20_000
+"""Rows that are tokenized; of more, so many are drawn."""
+
+LABEL_TOKENS = 16
+"""Supervised tokens that a label has at most, in the median: long answers that are repeated are none."""
+
+_NO_LIMIT = 2**31 - 1
+
+_QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "source")
+_CONTEXTS = ("input", "context", "passage")
+_ANSWERS = (
+    "output", "completion", "response", "answer", "reply", "target", "solution", "summary", "label", "translation",
+)  # fmt: skip
+_TEXTS = ("content", "document", "body")
+_CHATS = ("conversation", "dialogue", "dialog", "chat", "turns")
+"""Names of fields, in lower case, that say what they hold."""
+
+
+@dataclass(frozen=True)
+class MeasuredRows:
+    """The rows as the model's tokenizer reads them.
+
+    Attributes:
+        splits: All of them; the validation and test rows only where these are files of their own.
+        columns: What `data.columns` must be for them to have a format.
+        all_lengths: (rows,), tokens of the rows of all splits that were tokenized.
+        lengths: (rows,), those of the training rows alone.
+        supervised: (rows,), the supervised tokens of these.
+        labels: How many different completions there are, where they are labels; 0 where they are not.
+        remarks: Lines on how the rows were read.
+    """
+
+    splits: RawDatasets
+    columns: dict[str, str]
+    all_lengths: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    supervised: NDArray[np.int64]
+    labels: int
+    remarks: list[str]
+
+    @property
+    def train(self) -> DatasetSplit:
+        """The training rows."""
+        return self.splits.train
+
+    @property
+    def held_out(self) -> int:
+        """Rows of the validation files; 0 without any."""
+        return len(self.splits.validation) if self.splits.validation else 0
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether only some of the training rows were tokenized."""
+        return len(self.train) > MOST_ROWS
+
+
+def measure(section: DataSection, renderer: Renderer, vocabulary: int, watch: ProgressFactory) -> MeasuredRows:
+    """Read and check all rows, and tokenize them, or a sample of many, without cutting any.
+
+    Args:
+        section: Names the sources.
+        renderer: What tokenizes them.
+        vocabulary: How many tokens the model has.
+        watch: Shows the passes over the rows.
+
+    Raises:
+        DataError, ModelError: As `data.read_datasets` and `data.prepare`; the fields of the rows fit no format, and
+            their names do not say which they are either.
+    """
+    raw, columns = _read(section, chat=bool(renderer.tokenizer.chat_template), watch=watch)
+    whole = section.model_copy(update={"columns": columns, "max_length": _NO_LIMIT})
+    tokenized = [data.prepare(_sample(split), renderer, whole, vocabulary, watch).rows for split in raw.splits.values()]
+    rows = tokenized[0]
+    supervised = rows.supervised
+    is_short = float(np.median(supervised)) <= LABEL_TOKENS
+    return MeasuredRows(
+        splits=raw,
+        columns=columns,
+        all_lengths=np.concatenate([split.lengths for split in tokenized]),
+        lengths=rows.lengths,
+        supervised=supervised,
+        labels=_count_labels(_sample(raw.train), section.loss_on) if is_short else 0,
+        remarks=[*raw.train.remarks(), *rows.report.reasons()],
+    )
+
+
+def check_length(
+    rows: MeasuredRows, section: DataSection, renderer: Renderer, vocabulary: int, watch: ProgressFactory
+) -> list[str]:
+    """Tokenize again with the `max_length` of a section, where it cuts rows.
+
+    Returns:
+        Lines on what it cuts.
+
+    Raises:
+        DataError: As `data.prepare`: more rows would have to be dropped than `max_dropped` allows.
+    """
+    if not (rows.all_lengths > section.max_length).any():
+        return []
+    return [
+        f"{name}: {loss}"
+        for name, split in rows.splits.splits.items()
+        for loss in data.prepare(_sample(split), renderer, section, vocabulary, watch).report.losses()
+    ]
+
+
+def _sample(split: DatasetSplit) -> DatasetSplit:
+    if len(split) <= MOST_ROWS or split.mask is not None:
+        return split
+    return replace(split, mask=random_mask(len(split), MOST_ROWS, np.random.default_rng(0)))
+
+
+def _read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[RawDatasets, dict[str, str]]:
+    """All rows, and the columns that they were read with. chat: whether the tokenizer has a chat template."""
+    try:
+        return data.read_datasets(section, 0, watch), section.columns
+    except DataError as error:
+        if section.columns or error.problems[0].code != Code.DATA_FORMAT_UNKNOWN:
+            raise
+        first = next(row for part in open_source(section.train_sources[0]) for row in part.rows())
+        if not (columns := propose_columns(first.values, chat=chat)):
+            known = ", or ".join(" + ".join(format.keys) for format in FORMATS)
+            fix = f"rows have {known}; say which is which: --set data.columns='{{prompt: YOURS, completion: YOURS}}'"
+            raise DataError([replace(problem, fix=fix) for problem in error.problems]) from None
+    return data.read_datasets(section.model_copy(update={"columns": columns}), 0, watch), columns
+
+
+def propose_columns(fields: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
+    """`data.columns` for a row whose fields have names that say what they hold; empty where that is not clear.
+
+    Args:
+        fields: The row.
+        chat: Whether questions and answers may become conversations; else they are joined as they stand.
+    """
+    names = {name.lower(): name for name in reversed([*fields])}
+
+    def texts(known: Sequence[str]) -> list[str]:
+        return [names[word] for word in known if word in names and isinstance(fields[names[word]], str)]
+
+    questions, contexts, answers = texts(_QUESTIONS), texts(_CONTEXTS), texts(_ANSWERS)
+    if not questions:
+        questions, contexts = contexts, []
+    columns: dict[str, str] = {}
+    chats = [names[word] for word in _CHATS if word in names]
+    if len(chats) == 1 and isinstance(turns := fields[chats[0]], list) and turns and isinstance(turns[0], dict):
+        columns = {"messages" if "role" in turns[0] else "conversations": chats[0]}
+    elif len(questions) == len(answers) == 1 and chat and len(contexts) <= 1:
+        columns = {"instruction": questions[0], "output": answers[0]}
+        columns |= {"input": contexts[0]} if contexts else {}
+    elif len(questions) == len(answers) == 1 and not contexts:
+        columns = {"prompt": questions[0], "completion": answers[0]}
+    elif not questions and not answers and len(found := texts(_TEXTS)) == 1:
+        columns = {"text": found[0]}
+    return {ours: theirs for ours, theirs in columns.items() if ours != theirs}
+
+
+def _count_labels(split: DatasetSplit, loss_on: str) -> int:
+    """How many different completions there are, if they are as few as where validation rows are stratified by them."""
+    completions = set[bytes]()
+    for example in split.examples():
+        completions.add(completion_key(example, loss_on))
+        if len(completions) > MAX_LABELS:
+            return 0
+    return len(completions) if 2 <= len(completions) <= len(split) // UNITS_PER_LABEL else 0

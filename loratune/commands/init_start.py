@@ -1,0 +1,65 @@
+"""What `loratune init` begins with, before torch is imported: which files are rows to train on and to validate and test
+with, and where the adapter goes.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from loratune.data.sources.local import data_ending
+
+SOURCE = "init"
+"""What the config is called in messages until it is a file."""
+
+_SPLITS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
+    "test": "test",
+}  # fmt: skip
+"""What files and directories of a split are called → the key that takes them."""
+
+
+def first_values(rows: str, model: str) -> dict[str, Any]:
+    """The values that a config begins with.
+
+    Args:
+        rows: The path of the rows, or a hub id.
+        model: The directory of the model, or a hub id.
+    """
+    splits = {key: paths if paths[1:] else paths[0] for key, paths in _find_splits(rows).items()}
+    return {"model": {"name_or_path": model}, "data": splits, "output_dir": _free_directory(rows)}
+
+
+def _find_splits(path: str) -> dict[str, list[str]]:
+    """Key of the data section → paths, where a directory has entries that are named after splits.
+
+    Anything else, also a directory with no entry for training, is all of it to train on.
+    """
+    directory = Path(path).expanduser()
+    found: dict[str, list[str]] = {}
+    if directory.is_dir() and os.access(directory, os.R_OK):
+        for entry in sorted(directory.iterdir()):
+            key = _split_key(entry.name.partition(".")[0])
+            if key is not None and (entry.is_dir() or data_ending(entry)):
+                found.setdefault(key, []).append(os.path.join(path, entry.name))
+    return found if "train" in found else {"train": [path]}
+
+
+def _split_key(name: str) -> str | None:
+    """The key of the data section that a name without its ending stands for: `train`, `dev`, `test-00000-of-00001`."""
+    named = re.fullmatch(r"([a-z]+)(?:[-_]?\d[\w-]*)?", name.lower())
+    return _SPLITS.get(named[1]) if named else None
+
+
+def _free_directory(rows: str) -> str:
+    """A name for the adapter, after the rows or the directory of a split, that nothing in the working directory has."""
+    path = Path(rows).expanduser().absolute()
+    stem = path.name if path.is_dir() else path.name.partition(".")[0]
+    if _split_key(stem) and path.parent.name:
+        stem = path.parent.name
+    words = re.sub(r"[^\w.-]+", "-", stem).strip("-.")[:50]
+    name = f"{words or 'my'}-adapter"
+    taken = {entry.removesuffix(".partial") for entry in os.listdir()}
+    names = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
+    return next(candidate for candidate in names if candidate not in taken)

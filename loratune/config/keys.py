@@ -1,0 +1,245 @@
+"""The keys of a run's configuration, read off its schema once for all that lists, explains, finds or suggests them."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from loratune.config.costs import DECIDED_BY_RUN, MEMORY_AND_TIME
+from loratune.config.schema import RunConfig
+
+KeyPath = tuple[str | int, ...]
+Schema = Mapping[str, Any]
+
+TECHNICAL_LIMIT = 1e6
+"""Upper bounds from here on only keep numbers within what torch can count, and are not shown."""
+BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "lora_r": "r",
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "gradient_checkpointing": "activation_checkpointing",
+    "warmup_ratio": "warmup_steps",
+    "base_model": "name_or_path",
+    "model_name_or_path": "name_or_path",
+    "load_in_8bit": "quantization",
+    "load_in_4bit": "quantization",
+    "max_seq_length": "max_length",
+    "sequence_len": "max_length",
+    "dataset": "train",
+    "scheduler": "lr_scheduler_type",
+}
+"""What other tools call a key → its name here."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration.
+
+    Attributes:
+        label: Its name in full, e.g. `training.learning_rate`, or `Source.path` in a structure.
+        places: Where it stands, e.g. `training.learning_rate`; several for a key of a structure that several keys take.
+        schema: The JSON schema of its values.
+        required: Whether a config without it is refused.
+    """
+
+    label: str
+    places: tuple[str, ...]
+    schema: Schema
+    required: bool
+
+    @property
+    def name(self) -> str:
+        """The last part of its label."""
+        return self.label.rpartition(".")[2]
+
+    @property
+    def meaning(self) -> str:
+        """What it says, in a phrase."""
+        return str(self.schema.get("description", ""))
+
+    @property
+    def kind(self) -> str:
+        """Type, allowed values and range in words."""
+        return kind(self.schema)
+
+    @property
+    def default(self) -> str:
+        """The default as one would write it, or `required`."""
+        return "required" if self.required else yaml_flow(self.schema["default"])
+
+    @property
+    def costs(self) -> str:
+        """What it does to memory and time; `none` for nothing worth mentioning."""
+        return MEMORY_AND_TIME.get(self.label, "")
+
+    @property
+    def other_names(self) -> tuple[str, ...]:
+        """What other tools call it."""
+        return tuple(other for other, own in OTHER_NAMES.items() if own == self.name)
+
+    def is_decided_by_run(self, value: Any) -> bool:
+        """Whether a run that starts with this value chooses the one that it works with."""
+        return DECIDED_BY_RUN.get(self.label) == yaml_flow(value)
+
+
+@dataclass(frozen=True)
+class KeyGroup:
+    """Keys that are documented together.
+
+    Attributes:
+        name: Of a section, e.g. `training`, or of a structure, e.g. `Source`; empty for the keys outside of both.
+        is_section: Whether it is a section.
+        description: What it is about.
+        keys: In the order of the schema.
+    """
+
+    name: str
+    is_section: bool
+    description: str
+    keys: tuple[Key, ...]
+
+
+@cache
+def groups(config: type[BaseModel] = RunConfig) -> tuple[KeyGroup, ...]:
+    """The keys of a configuration: its sections, then other structures, then the keys outside the sections."""
+    schema = config.model_json_schema()
+    definitions: dict[str, Schema] = schema.get("$defs", {})
+    single = dict(schema["properties"])
+    sections = {
+        name: definitions.pop(reference_of(single.pop(name))) for name in list(single) if "$ref" in single[name]
+    }
+    places: dict[str, list[str]] = {name: [] for name in definitions}
+    for name, section in sections.items():
+        for key, values in section["properties"].items():
+            for structure in _structures_in(values):
+                places[structure].append(f"{name}.{key}.")
+    found = [_group(name, section, [f"{name}."], is_section=True) for name, section in sections.items()]
+    found += [_group(name, structure, places[name]) for name, structure in definitions.items()]
+    return (*found, _group("", {"properties": single, "required": schema.get("required", [])}, [""]))
+
+
+def reference_of(schema: Schema) -> str:
+    """The name of the definition that a schema refers to."""
+    return str(schema["$ref"]).rpartition("/")[2]
+
+
+def _structures_in(schema: Schema) -> Iterator[str]:
+    """The definitions that a value may follow, each once."""
+    found = [reference_of(schema)] if "$ref" in schema else []
+    parts = [
+        *schema.get("anyOf", []),
+        *(part for name in ("items", "additionalProperties") if (part := schema.get(name))),
+    ]
+    found += [name for part in parts for name in _structures_in(part)]
+    yield from dict.fromkeys(found)
+
+
+def _group(name: str, section: Schema, prefixes: list[str], *, is_section: bool = False) -> KeyGroup:
+    required = section.get("required", [])
+    keys = tuple(
+        Key(f"{name}.{key}".lstrip("."), tuple(f"{prefix}{key}" for prefix in prefixes), values, key in required)
+        for key, values in section["properties"].items()
+    )
+    return KeyGroup(name, is_section, " ".join(section.get("description", "").split()), keys)
+
+
+def kind(schema: Schema, quote: str = "") -> str:
+    """The type of a value in words, e.g. "integer ≥ 1 or null"; choices with commas, in quotes if there are any."""
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(kind(choice, quote) for choice in schema["anyOf"]))
+    if "$ref" in schema:
+        return f"{quote}{reference_of(schema)}{quote}"
+    if "enum" in schema or "const" in schema:
+        values = schema.get("enum", [schema.get("const")])
+        return ", ".join(f"{quote}{yaml_flow(value)}{quote}" for value in values)
+    if schema["type"] == "array":
+        return f"list of {kind(schema['items'], quote)}"
+    if schema["type"] == "object":
+        return f"mapping of text to {kind(schema['additionalProperties'], quote)}"
+    name = {"string": "text"}.get(schema["type"], schema["type"])
+    limits = [
+        f"{sign} {schema[bound]:g}" for bound, sign in BOUNDS.items() if abs(schema.get(bound, 1e300)) < TECHNICAL_LIMIT
+    ]
+    return f"{name} {', '.join(limits)}".strip()
+
+
+def yaml_flow(value: Any) -> str:
+    """A value as one would write it in YAML, in one line."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {yaml_flow(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(yaml_flow(item) for item in value)}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def dotted(path: KeyPath) -> str:
+    """`("data", "train", 0)` → `data.train[0]`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+
+
+def known_keys() -> Iterator[KeyPath]:
+    """The path of every section and of every key, in each of its places."""
+    for group in groups():
+        if group.is_section:
+            yield (group.name,)
+        yield from (tuple(place.split(".")) for key in group.keys for place in key.places)
+
+
+def find(words: str) -> list[KeyGroup | Key]:
+    """The sections and keys that somebody may mean.
+
+    Args:
+        words: A section; a key with its place or without; the beginning of a key; or another tool's name for one.
+
+    Returns:
+        What has exactly this name, or else all that begin with it or that other tools call so; a key that stands in
+        several places with those that are meant.
+    """
+    place = re.sub(r"\[\d*\]", "", words.strip())
+    listed = groups()
+    keys = [key for group in listed for key in group.keys]
+    prefix, _, name = place.rpartition(".")
+    exact: list[KeyGroup | Key] = [group for group in listed if group.name == place != ""]
+    exact += [replace(key, places=(place,)) for key in keys if place in key.places]
+    exact = exact or [key for key in keys if key.name == place]
+    if exact or not name:
+        return exact
+    near: list[KeyGroup | Key] = [group for group in listed if group.is_section and group.name.startswith(place)]
+    for key in keys:
+        places = tuple(where for where in key.places if not prefix or where.rpartition(".")[0] == prefix)
+        if places and (key.name.startswith(name) or name in key.other_names):
+            near.append(replace(key, places=places))
+    return near
+
+
+def nearest_name(word: str, choices: list[str], cutoff: float = 0.5) -> str:
+    """The choice that looks most like a word; empty if none does."""
+    return next(iter(difflib.get_close_matches(word, choices, n=1, cutoff=cutoff)), "")
+
+
+def suggestion(path: KeyPath) -> str:
+    """What to write for an unknown key: a sibling that looks alike, another tool's name, or a key elsewhere."""
+    name, keys = str(path[-1]), list(known_keys())
+    section = tuple(part for part in path[:-1] if isinstance(part, str))  # without the numbers of a list's entries
+    siblings = [str(key[-1]) for key in keys if key[:-1] == section]
+    own_name = OTHER_NAMES.get(name, name)
+    near = nearest_name(name, siblings, 0.6)
+    if not near and not any(key[-1] == own_name for key in keys):
+        own_name = nearest_name(name, [str(key[-1]) for key in keys], 0.8)
+    near = near or next((dotted(key) for key in keys if key[-1] == own_name), "")
+    if near:
+        return f"did you mean `{near}`?"
+    return f"known here: {', '.join(siblings)}" if siblings else "remove it"

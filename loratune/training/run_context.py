@@ -1,0 +1,50 @@
+"""What a training loop is given beside model and rows: where it reports and writes, and what it goes on from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loratune.system.launcher import SINGLE_PROCESS, Group
+from loratune.system.signals import Interruption, Stop, Termination
+from loratune.training.callbacks import Progress
+from loratune.training.checkpoints import Checkpoints
+from loratune.training.curve import StepLosses
+from loratune.training.evaluations import BestRecord
+from loratune.training.trackers import Tracker
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where a training loop reports to and writes to, and what it continues from.
+
+    Attributes:
+        checkpoints: Where its checkpoints go.
+        progress: What shows its steps.
+        stop: The signal that asked this process to stop, if any.
+        group: The processes that share the run.
+        resume_from: A whole checkpoint from which the run is resumed.
+        learning_rate_factor: By what the learning rates of that checkpoint are multiplied.
+        evaluations: What the evaluations up to that checkpoint gave; None if there were none, or they do not count.
+        has_other_validation: Whether the validation rows up to that checkpoint were others, or are none any more.
+        unreported: The losses of the steps before that checkpoint that no report has.
+        after_checkpoint: Called in all processes after each checkpoint; it may raise an error, which ends the run.
+        trackers: What else follows its steps, in the main process.
+    """
+
+    checkpoints: Checkpoints
+    progress: Progress
+    stop: Stop = field(default_factory=Stop)
+    group: Group = SINGLE_PROCESS
+    resume_from: Path | None = None
+    learning_rate_factor: float = 1.0
+    evaluations: BestRecord | None = None
+    has_other_validation: bool = False
+    unreported: StepLosses = field(default_factory=StepLosses)
+    after_checkpoint: Callable[[], None] = lambda: None
+    trackers: Sequence[Tracker] = ()
+
+    def stopping(self) -> bool:
+        """Whether any process was asked to stop. All processes call it together, and from then on all know."""
+        requests = self.group.total([self.stop.requested is kind for kind in (Interruption, Termination)])
+        self.stop.requested = Termination if requests[1] else Interruption if requests[0] else None
+        return self.stop.requested is not None

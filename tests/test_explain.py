@@ -1,0 +1,269 @@
+"""`loratune schema` and `loratune explain`: editors accept what the reader accepts, and every key is explained."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, Ran, check_refused
+from jsonschema import Draft202012Validator
+from pydantic import ValidationError
+from test_cli import imported
+
+from loratune import config
+from loratune.codes import Code
+from loratune.config import RunConfig, yaml_reader
+from loratune.config.costs import DECIDED_BY_RUN, MEMORY_AND_TIME
+from loratune.config.json_schema import DIALECT, json_schema
+from loratune.config.keys import Key, find, groups
+
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
+KEYS = [key for group in groups() for key in group.keys]
+
+
+@pytest.fixture(scope="module")
+def validator() -> Draft202012Validator:
+    """Of what the command prints."""
+    ran, heavy = imported("schema")
+    assert ran.code == 0 and ran.err == "" and heavy == set()
+    schema = json.loads(ran.out)
+    assert schema == json_schema()
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+def with_value(place: str, value: Any) -> dict[str, Any]:
+    """A small sound config, with a value at a place of one or more parts."""
+    values: dict[str, Any] = {"model": {"name_or_path": "base"}, "data": {"train": {"path": "a"}}, "output_dir": "out"}
+    below = values
+    *above, name = place.split(".")
+    for part in above:
+        below = below.setdefault(part, {"path": "b"} if part in ("validation", "test") else {})
+    below[name] = value
+    return values
+
+
+# The schema
+
+
+def test_the_schema_describes_every_key_with_its_default(validator: Draft202012Validator) -> None:
+    schema = validator.schema
+    assert schema["$schema"] == DIALECT and schema["$id"].startswith("urn:loratune:") and schema["title"]
+    described = {
+        key["title"]: key
+        for section in [schema, *schema["$defs"].values()]
+        for key in section["properties"].values()
+        if "title" in key
+    }
+    assert set(described) == {key.label for key in KEYS}
+    for key in KEYS:
+        assert described[key.label]["description"].startswith(key.meaning)
+        assert key.required or described[key.label]["default"] == key.schema["default"]
+    assert MEMORY_AND_TIME["lora.r"] in described["lora.r"]["description"]
+    assert described["training.optim"]["enum"][0] == "adamw_torch"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "read", [yaml.safe_load, lambda text: yaml_reader.parse(text, "x").values], ids=["1.1", "ours"]
+)
+def test_shipped_configs_and_the_run_yaml_made_of_them_are_valid(
+    validator: Draft202012Validator, path: Path, read: Callable[[str], Any]
+) -> None:
+    for text in (path.read_text(encoding="utf-8"), config.dump(config.load(path))):
+        assert [error.message for error in validator.iter_errors(read(text))] == []
+
+
+VALUES = [None, True, False, "x", "", "true", "none", "auto", "best", "q", 0, 1, 3, -1, 2**40, 0.5, 1.5, -0.5, [], {},
+          ["x"], ["q", 1], [3], ["wandb"], {"q": 4}, {"prompt": "x"}, {"x": "y"}, {"path": "x"}, {"path": 1},
+          [{"path": "x", "weight": 2}, "y"], {"path": "x", "rows": 1}]  # fmt: skip
+
+
+def is_read(values: dict[str, Any]) -> bool | None:
+    """Whether a config is read; None if it is refused for what no schema can say."""
+    try:
+        RunConfig.model_validate(values)
+    except ValidationError as error:
+        of_ours = all(details["type"] == "value_error" for details in error.errors())
+        return None if of_ours else False
+    return True
+
+
+def test_editors_accept_and_refuse_what_the_reader_does(validator: Draft202012Validator) -> None:
+    differing, accepted = [], 0
+    for place in [*(place for key in KEYS for place in key.places), "model", "lora", "data", "nonsense", "lora.rank"]:
+        for value in VALUES:
+            values = with_value(place, value)
+            if (expected := is_read(values)) is not None and validator.is_valid(values) != expected:
+                differing.append((place, value, expected))
+            accepted += bool(expected)
+    assert differing == [] and accepted > 200
+
+
+@pytest.mark.parametrize("text, is_text", [
+    ("1e-4", True), ("2E5", True), ("1e+3", True), ("1.5e3", True), (".5e2", True), ("1.5e-3", False), ("0.5", False),
+])  # fmt: skip
+def test_numbers_that_yaml_1_1_takes_for_text_are_valid(
+    validator: Draft202012Validator, text: str, is_text: bool
+) -> None:
+    as_1_1, ours = yaml.safe_load(text), yaml_reader.parse(f"value: {text}", "x").values["value"]
+    assert isinstance(as_1_1, str) == is_text and isinstance(ours, float)
+    for key in ("training.learning_rate", "training.weight_decay"):
+        assert validator.is_valid(with_value(key, as_1_1)) and validator.is_valid(with_value(key, ours))
+
+
+@pytest.mark.parametrize("text", ["much", "1e", "e4", "0.5", "1e-4 ", ""])
+def test_other_text_is_no_number(validator: Draft202012Validator, text: str) -> None:
+    assert not validator.is_valid(with_value("training.learning_rate", text))
+
+
+# What is said of every key
+
+
+def test_every_key_says_what_it_does_to_memory_and_time() -> None:
+    assert set(MEMORY_AND_TIME) == {key.label for key in KEYS}
+    for text in MEMORY_AND_TIME.values():
+        assert text and not text.endswith(".") and "  " not in text
+    assert all(key.meaning for key in KEYS)
+
+
+def test_what_a_run_decides_is_a_value_that_the_key_takes() -> None:
+    by_label = {key.label: key for key in KEYS}
+    for label, text in DECIDED_BY_RUN.items():
+        value = yaml_reader.parse(f"value: {text}", "x").values["value"]
+        assert by_label[label].is_decided_by_run(value)
+        assert is_read(with_value(label, value))
+
+
+# Finding keys
+
+
+def labels(words: str) -> list[str]:
+    return [item.label if isinstance(item, Key) else item.name for item in find(words)]
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("training.learning_rate", ["training.learning_rate"]),
+    ("learning_rate", ["training.learning_rate"]),
+    ("learn", ["training.learning_rate"]),
+    ("training.learn", ["training.learning_rate"]),
+    ("lr", ["training.learning_rate", "training.lr_scheduler_type"]),
+    ("r", ["lora.r"]),
+    ("rank", ["lora.r", "lora.rank_pattern"]),
+    ("gradient_checkpointing", ["training.activation_checkpointing"]),
+    ("training", ["training"]),
+    ("trai", ["training", "lora.trainable_token_indices", "data.train"]),
+    ("train", ["data.train"]),
+    ("data.train[2].weight", ["Source.weight"]),
+    ("Source", ["Source"]),
+    ("output_dir", ["output_dir"]),
+    ("lora.learning_rate", []),
+    ("x", []),
+    ("", []),
+])  # fmt: skip
+def test_a_key_is_found_by_its_name_its_beginning_and_other_tools_names(words: str, expected: list[str]) -> None:
+    assert labels(words) == expected
+
+
+def test_every_key_is_found_in_each_of_its_places() -> None:
+    for key in KEYS:
+        for place in key.places:
+            assert [item.places for item in find(place) if isinstance(item, Key)] == [(place,)]
+    for group in groups():
+        assert not group.name or find(group.name) == [group]
+
+
+@pytest.mark.parametrize("words, nearest", [
+    ("lerning_rate", "training.learning_rate"),
+    ("training.lerning_rate", "learning_rate"),
+    ("lora.learning_rate", "training.learning_rate"),
+    ("modle", "model"),
+    ("quantisation", "model.quantization"),
+    ("xyz", ""),
+])  # fmt: skip
+def test_an_unknown_key_leads_to_the_nearest(cli: Callable[..., Ran], words: str, nearest: str) -> None:
+    ran = cli("explain", words)
+    check_refused(ran, 2, (Code.CONFIG_UNKNOWN_KEY, "", words))
+    assert ran.out == "" and f"`{nearest}`" in ran.err if nearest else "loratune explain" in ran.err
+
+
+# Explaining
+
+
+def test_explaining_imports_nothing_heavy(run_config: Callable[..., Path]) -> None:
+    ran, heavy = imported("explain", "learning_rate", run_config())
+    assert ran.code == 0 and ran.out.startswith("training.learning_rate\n") and heavy == set()
+
+
+def test_a_block_has_meaning_type_default_and_costs(cli: Callable[..., Ran]) -> None:
+    out = cli("explain", "quantization").out
+    rows = {
+        line[2:].partition("  ")[0]: line.partition("  ")[2].partition("  ")[2].strip() for line in out.splitlines()
+    }
+    assert rows["type"] == "none, 8bit, 4bit" and rows["default"] == "none"
+    assert rows["memory and time"] == MEMORY_AND_TIME["model.quantization"]
+    assert rows["elsewhere called"] == "load_in_8bit, load_in_4bit"
+    assert cli("explain", "r").out.splitlines()[2].split() == ["type", "integer", ">", "0"]
+
+
+def test_without_a_key_there_is_a_line_for_each(cli: Callable[..., Ran]) -> None:
+    lines = [line.split()[0] for line in cli("explain").out.splitlines() if line.startswith("  ")]
+    assert lines == [key.name if key.label.startswith("Source") else key.label for key in KEYS]
+
+
+def in_force(ran: Ran) -> Iterator[tuple[str, Any, str, bool, bool]]:
+    """Key, value, source, whether the run decides, whether it is used."""
+    assert ran.code == 0, ran.err
+    for key in json.loads(ran.out)["keys"].values():
+        yield from (tuple(setting.values()) for setting in key["in_force"])
+
+
+def test_the_value_in_force_and_where_it_comes_from(cli: Callable[..., Ran], run_config: Callable[..., Path]) -> None:
+    sources = [{"path": "a.jsonl", "weight": 2}, {"path": "b.jsonl", "weight": 1}]
+    path = run_config(data={"train": sources, "validation": "c.jsonl"}, training={"max_steps": 5})
+    lines = path.read_text().splitlines()
+
+    def at(text: str) -> str:
+        return f"{path}:{next(number for number, line in enumerate(lines, 1) if text in line)}"
+
+    settings = {}
+    for setting in in_force(cli("explain", path, "--set", "lora.r=4", "--json")):
+        assert setting[0] not in settings
+        settings[setting[0]] = setting[1:]
+    default = "the default"
+    assert settings["training.max_steps"] == (5, at("max_steps"), False, True)
+    assert settings["training.num_train_epochs"] == (1.0, default, False, False)
+    assert settings["training.keep"] == (None, default, True, True)
+    assert settings["training.patience"] == (None, default, False, True)
+    assert settings["lora.r"] == (4, "--set", False, True)
+    assert settings["data.train"] == (sources, at("train:"), False, True)
+    assert settings["data.train[1].path"] == ("b.jsonl", at("b.jsonl"), False, True)
+    assert settings["data.validation"] == ("c.jsonl", at("validation"), False, True)
+    assert settings["data.validation.path"] == ("c.jsonl", at("validation"), False, True)
+    assert settings["data.validation.split"] == (None, default, False, True)
+    assert "data.test.path" not in settings
+
+    assert f"5 ({at('max_steps')})" in cli("explain", "max_steps", path).out
+    assert f"data.train[0].weight: 2 ({at('weight')})" in cli("explain", "weight", path).out
+    assert "the config has no such entry" in cli("explain", "data.test.path", path).out
+    listed = cli("explain", "training", path).out.splitlines()[1:]
+    given = [line.split()[0] for line in listed if "(the default)" not in line]
+    assert sorted(given) == sorted(f"training.{name}" for name in yaml.safe_load(path.read_text())["training"])
+
+
+def test_json_is_one_object_by_the_place_of_each_key(cli: Callable[..., Ran]) -> None:
+    everything = json.loads(cli("explain", "--json").out)
+    assert everything["config"] is None
+    assert list(everything["keys"]) == [place for key in KEYS for place in key.places]
+    one = json.loads(cli("explain", "data.train.weight", "--json").out)["keys"]
+    assert list(one) == ["data.train.weight"] and one["data.train.weight"]["required"] is False
+    assert one["data.train.weight"] == everything["keys"]["data.train.weight"]
+
+
+def test_what_is_wrong_with_the_config_is_said(cli: Callable[..., Ran], run_config: Callable[..., Path]) -> None:
+    path = run_config(lora={"rank": 8})
+    line = path.read_text().splitlines().index("  rank: 8") + 1
+    check_refused(cli("explain", "r", path), 2, (Code.CONFIG_UNKNOWN_KEY, f"{path}:{line}", "lora.rank"))
+    check_refused(cli("explain", "r", "--set", "lora.r=4"), 2, (Code.USAGE_NEEDS_OPTION, "", "--set"))

@@ -1,0 +1,273 @@
+"""`loratune init`: rows and a model's name become a config that can be trained, with its reasons."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROWS, Ran, check_refused, tiny_llama, write_rows
+from transformers import PreTrainedTokenizerFast
+
+from loratune import config
+from loratune.codes import Code
+from loratune.commands import init_choices
+from loratune.commands.init_choices import Room
+from loratune.commands.init_learning import learning, rows_per_step
+from loratune.commands.init_rows import MeasuredRows, propose_columns
+from loratune.config import Draft, LoraSection, RunConfig, Source
+from loratune.data import RawDatasets, read_source
+from loratune.lora import attach
+from loratune.training import duration
+from loratune.training.duration import Work
+
+Cli = Callable[..., Ran]
+
+LABELS = [{"prompt": f"{number} is", "completion": f" {'odd' if number % 2 else 'even'}"} for number in range(60)]
+CHAT = [
+    {"messages": [{"role": "user", "content": "word " * number}, {"role": "assistant", "content": f"{number}"}]}
+    for number in range(1, 13)
+]
+TEXTS = [{"text": f"{number} " * 400} for number in range(100, 112)]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written(cli: Cli, model: Path, rows: object, *options: object) -> RunConfig:
+    """The config that `init` writes, which `train --dry-run` takes."""
+    ran = cli("init", rows, "--model", model, *options)
+    assert ran.code == 0, ran.err
+    dry = cli("train", "config.yaml", "--dry-run")
+    assert dry.code == 0, dry.err
+    return config.load(Path("config.yaml"))
+
+
+def test_labels(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    write_rows(here / "parity.jsonl", LABELS)
+    ran = cli("init", "parity.jsonl", "--model", tiny_dir)
+    assert ran.code == 0, ran.err
+    run = config.load(here / "config.yaml")
+    assert (run.data.train_sources[0].path, run.output_dir) == ("parity.jsonl", "parity-adapter")
+    assert (run.data.max_length, run.data.validation, run.data.columns) == (64, 0.2, {})
+    assert run.model.quantization == "none" and not run.training.activation_checkpointing
+    assert (run.training.per_device_train_batch_size, run.training.gradient_accumulation_steps) == (8, 1)
+    assert "2 labels" in ran.out and "12 rows" in (here / "config.yaml").read_text()
+    assert cli("train", "config.yaml", "--dry-run").code == 0
+    trained = cli("train", "config.yaml")
+    assert trained.code == 0, trained.err
+    adapter = json.loads((here / "parity-adapter" / "loratune.json").read_text())
+    size = (here / "parity-adapter" / "adapter_model.safetensors").stat().st_size
+    assert f" {adapter['metrics']['steps']} steps" in ran.out and f"{size:,} bytes" in ran.out
+
+
+def test_conversations(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    run = written(cli, tiny_dir, write_rows(here / "chat.jsonl", CHAT))
+    assert run.data.validation is None, "too few rows to hold any out"
+    assert (run.data.max_length, run.training.num_train_epochs) == (128, 5)
+    assert "chat template" in (here / "config.yaml").read_text()
+
+
+def test_texts_beyond_the_model(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    run = written(cli, tiny_dir, write_rows(here / "texts.jsonl", TEXTS))
+    assert run.data.max_length == 512
+    assert "12 of 12 rows are longer" in (here / "config.yaml").read_text()
+
+
+def test_questions_and_answers(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    rows = [{"Question": f"{number}?", "answer": f"{number}.", "id": number} for number in range(12)]
+    run = written(cli, tiny_dir, write_rows(here / "faq.jsonl", rows))
+    assert run.data.columns == {"instruction": "Question", "output": "answer"}
+
+
+def test_splits_of_a_directory(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    folder = here / "parity"
+    (folder / "test").mkdir(parents=True)
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "dev", "test/rows", "training_notes"):
+        write_rows(folder / f"{name}.jsonl", ROWS[:10])
+    write_rows(folder / "dev.jsonl", [{"prompt": "long", "completion": "answer" * 20}] * 5)
+    run = written(cli, tiny_dir, "parity")
+    assert run.data.max_length == 128, "the validation rows too are whole"
+    assert [source.path for source in run.data.train_sources] == [
+        f"parity/train-0000{number}-of-00002.jsonl" for number in (0, 1)
+    ]
+    assert [source.path for source in run.data.validation_sources] == ["parity/dev.jsonl"]
+    assert [source.path for source in run.data.test_sources] == ["parity/test"]
+    assert run.output_dir == "parity-adapter"
+
+
+def test_strange_names(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    name = 'no: "it\'s" #1\n\u202e日本 {a}.jsonl'
+    (here / "no-it-s-1-日本-a-adapter").mkdir()
+    run = written(cli, tiny_dir, write_rows(here / name, ROWS[:10]))
+    assert run.data.train_sources[0].path == str(here / name)
+    assert run.output_dir == "no-it-s-1-日本-a-adapter-2"
+
+
+def test_what_is_set_stays(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    rows = [{"a": f"{number}?", "b": f"{number}."} for number in range(12)]
+    keys = {"data.columns": "{prompt: a, completion: b}", "training.max_steps": "3", "data.packing": "full"}
+    keys |= {"training.per_device_train_batch_size": "2", "data.max_length": "100", "model.dtype": "float32"}
+    options = [option for key, value in keys.items() for option in ("--set", f"{key}={value}")]
+    run = written(cli, tiny_dir, write_rows(here / "rows.jsonl", rows), *options)
+    assert (run.data.columns, run.data.packing, run.data.max_length) == (
+        {"prompt": "a", "completion": "b"},
+        "full",
+        100,
+    )
+    training = run.training
+    assert (training.max_steps, training.per_device_train_batch_size, training.gradient_accumulation_steps) == (3, 2, 4)
+
+
+def test_the_config_on_stdout(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    write_rows(here / "rows.jsonl", ROWS)
+    ran = cli("init", "rows.jsonl", "--model", tiny_dir, "--output", "-")
+    assert ran.code == 0 and [*here.iterdir()] == [here / "rows.jsonl"]
+    assert config.parse(ran.out, "stdout").data.train_sources[0].path == "rows.jsonl"
+    assert "adapter: " in ran.err
+
+
+@pytest.mark.slow
+def test_many_rows_are_sampled(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    write_rows(here / "rows.jsonl", ({"text": f"{number:08}"} for number in range(20_040)))
+    ran = cli("init", "rows.jsonl", "--model", tiny_dir)
+    assert ran.code == 0 and "9 tokens in the median" in ran.out and " 20,000 " in ran.out
+    run = config.load(here / "config.yaml")
+    assert (run.data.max_length, run.data.validation, run.training.num_train_epochs) == (64, 0.025, 1)
+    assert (run.training.per_device_train_batch_size, run.training.gradient_accumulation_steps) == (32, 1)
+
+
+ODD = [{"one": "1", "two": "2"}]
+LONG = [{"prompt": "a", "completion": "b" * 600}]
+REFUSED: dict[str, tuple[Any, list[str], int, Code, str, str]] = {
+    "no format": (ODD, [], 4, Code.DATA_FORMAT_UNKNOWN, "rows.jsonl:1", ""),
+    "no rows": ([], [], 4, Code.DATA_NO_ROWS, "rows.jsonl", ""),
+    "no data": (None, [], 4, Code.DATA_FILE_NOT_FOUND, "rows.jsonl", ""),
+    "answers beyond the model": (LONG, [], 4, Code.DATA_NOTHING_TO_LEARN, "rows.jsonl", ""),
+    "no model": (ROWS, ["--model", "./nowhere"], 3, Code.MODEL_NO_DIRECTORY, "./nowhere", "model.name_or_path"),
+    "output exists": (ROWS, ["--output", "taken"], 2, Code.OUTPUT_FILE_EXISTS, "taken", "--output"),
+    "nowhere to write": (ROWS, ["--output", "no/c.yaml"], 2, Code.OUTPUT_FILE_NO_DIRECTORY, "no/c.yaml", "--output"),
+    "unknown key": (ROWS, ["--set", "data.x=1"], 2, Code.CONFIG_UNKNOWN_KEY, "--set", "data.x"),
+}
+
+
+@pytest.mark.parametrize(("rows", "options", "exit_code", "code", "where", "key"), REFUSED.values(), ids=REFUSED)
+def test_refused(
+    rows: Any,
+    options: list[str],
+    exit_code: int,
+    code: Code,
+    where: str,
+    key: str,
+    cli: Cli,
+    tiny_dir: Path,
+    here: Path,
+) -> None:
+    (here / "taken").write_text("mine")
+    if rows is not None:
+        write_rows(here / "rows.jsonl", rows)
+    check_refused(cli("init", "rows.jsonl", "--model", tiny_dir, *options), exit_code, (code, where, key))
+    assert (here / "taken").read_text() == "mine" and not (here / "config.yaml").exists()
+
+
+def test_conversations_need_a_template(
+    cli: Cli, tiny_dir: Path, tokenizer: PreTrainedTokenizerFast, here: Path
+) -> None:
+    model = here / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((tiny_dir / name).read_bytes())
+    write_rows(here / "chat.jsonl", CHAT)
+    ran = cli("init", "chat.jsonl", "--model", model)
+    check_refused(ran, 3, (Code.TEMPLATE_MISSING, str(model), ""))
+
+
+@pytest.mark.parametrize(
+    ("fields", "chat", "columns"),
+    [
+        ({"instruction": "a", "input": "b", "response": "c"}, True, {"output": "response"}),
+        (
+            {"question": "a", "passage": "b", "answer": "c"},
+            True,
+            {"instruction": "question", "input": "passage", "output": "answer"},
+        ),
+        ({"question": "a", "context": "b", "answer": "c"}, False, {}),
+        ({"question": "a", "answer": "b"}, False, {"prompt": "question", "completion": "answer"}),
+        ({"input": "a", "output": "b"}, True, {"instruction": "input"}),
+        ({"question": "a", "answer": "b", "solution": "c"}, True, {}),
+        ({"question": "a", "label": 3}, True, {}),
+        ({"content": "a", "url": "b"}, True, {"text": "content"}),
+        ({"dialog": [{"role": "user", "content": "a"}]}, True, {"messages": "dialog"}),
+        ({"dialog": [{"from": "human", "value": "a"}]}, True, {"conversations": "dialog"}),
+    ],
+)  # fmt: skip
+def test_columns_by_their_names(fields: dict[str, Any], chat: bool, columns: dict[str, str]) -> None:
+    assert propose_columns(fields, chat=chat) == columns
+
+
+def test_choices_by_counts() -> None:
+    lengths = np.array([10] * 990 + [500] * 10)
+    assert [init_choices.max_length(lengths, context)[0] for context in (None, 32)] == [64, 32]
+    assert init_choices.max_length(np.array([70, 100]), None)[0] == 128
+    assert [init_choices.validation(rows) for rows in (49, 50, 500, 700, 4_000, 100_000)] == [
+        None, 0.2, 0.2, 0.14, 0.1, 0.005,
+    ]  # fmt: skip
+    assert [rows_per_step(rows) for rows in (10, 1_600, 5_000, 10**6)] == [8, 8, 16, 32]
+    epochs = [dict(list_of(rows))["num_train_epochs"] for rows in (40, 400, 1_600, 10**6)]
+    assert epochs == [10, 4, 1, 1]
+
+
+def list_of(rows: int) -> list[tuple[str, float]]:
+    return [(key, value) for key, value, _ in learning(rows, rows_per_step(rows), 576, validated=True)]
+
+
+@pytest.mark.parametrize(
+    ("free", "quantizable", "chosen"),
+    [
+        (1 << 40, True, (8, "none", False)),
+        (0, True, (1, "4bit", True)),
+        (0, False, (1, "none", True)),
+    ],
+)
+def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, str, bool], tmp_path: Path) -> None:
+    values: dict[str, Any] = {"model": {"name_or_path": "x"}, "data": {"train": "rows.jsonl"}, "output_dir": "out"}
+    draft, run = Draft(values), config.from_values(values, "test")
+    with torch.device("meta"):
+        model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
+    split = read_source(Source(path=str(write_rows(tmp_path / "rows.jsonl", ROWS))), run.data)
+    lengths, supervised = np.full(40, 16), np.full(40, 4)
+    rows = MeasuredRows(RawDatasets(split, None), {}, lengths, lengths, supervised, 0, [])
+    found = init_choices.fit(model, run, draft, rows, 8, Room(torch.device("cpu"), free, quantizable))
+    assert (found.batch, found.quantization, found.checkpointed) == chosen
+    assert found.is_roomy == (free > 0)
+
+
+def test_the_arithmetic_of_training() -> None:
+    model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
+    work = Work.of_rows(np.array([3, 5]), np.array([1, 2]), 2)
+    assert work == Work(16, 6, 68)
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    rest = 4 * 264 * 32 * 6 + 6 * 2 * 32 * 68
+    for checkpointed, factor in ((False, 4), (True, 6)):
+        assert duration.operations(model, work, checkpointed=checkpointed) == factor * weights * 16 + rest
+
+
+def test_reasons_never_break_a_config() -> None:
+    text = "a: b # c\r\n\x85\u2028\ufffe\x1b[1m"
+    values: dict[str, Any] = {
+        "model": {"name_or_path": text},
+        "data": {"train": [text, "x " * 100]},
+        "output_dir": "1e3",
+    }
+    draft = Draft(values)
+    for key in ("model.name_or_path", "data.train", "output_dir"):
+        draft.reasons[key] = text * 20
+    assert config.parse(draft.text(text), "test") == config.from_values(values, "test")
+    assert yaml.safe_load(draft.text(text))["data"] == values["data"], "other readers agree"
