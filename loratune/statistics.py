@@ -76,6 +76,16 @@ def _score_interval(mean: float, variance: float, rows: float) -> Interval:
     return Interval(low, 1.0 if mean == 1 else min(1.0, middle + half))
 
 
+def loss_interval(nats: Values, tokens: Values) -> Interval | None:
+    """The interval of a loss in nats per token, which no loss below 0 belongs to; see `mean_ratio_interval`.
+
+    Raises:
+        ValueError: See there.
+    """
+    interval = mean_ratio_interval(nats, tokens)
+    return interval and Interval(max(0.0, interval.low), interval.high)
+
+
 def bounded_mean_interval(values: Values, weights: Values) -> Interval | None:
     """The interval of a mean of scores between 0 and 1: each end is that of `mean_ratio_interval` or that of Wilson's
     interval with the variance of the scores in place of that of a share, whichever is farther out.

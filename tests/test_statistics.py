@@ -15,6 +15,7 @@ from loratune.statistics import (
     bounded_difference_interval,
     bounded_mean_interval,
     jackknife_interval,
+    loss_interval,
     mcnemar,
     mean_ratio_error,
     mean_ratio_interval,
@@ -228,3 +229,10 @@ def test_bounds_of_the_coverage() -> None:
     missed = [*interval_coverage.wilson_table(), *interval_coverage.share_difference_table()]
     missed += interval_coverage.loss_table(2000, 0, [200])
     assert missed == []
+
+
+def test_no_loss_is_below_0() -> None:
+    nats, tokens = [0.0, 0.0, 0.0, 0.0, 0.0, 0.001, 9.0], [2.0] * 7
+    whole, loss = mean_ratio_interval(nats, tokens), loss_interval(nats, tokens)
+    assert whole is not None and whole.low < 0
+    assert loss == Interval(0.0, whole.high)

@@ -84,7 +84,7 @@ def score(rows: Sequence[EvaluatedRow], model: str) -> Score:
     """The figures of one model with their intervals. rows: at least one."""
     nats, tokens = _weights(rows) * _nats(rows, model), _tokens(rows)
     loss = statistics.mean_ratio(nats, tokens)
-    interval = statistics.mean_ratio_interval(nats, tokens)
+    interval = statistics.loss_interval(nats, tokens)
     intervals = {LOSS: interval, "perplexity": interval and Interval(exp(interval.low), exp(interval.high))}
     figures: dict[str, float] = {}
     prompted = [row for row in rows if row.answers[model].scores]

@@ -14,7 +14,7 @@ from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
 from loratune.lora.attach import PeftModel
-from loratune.statistics import LEAST_ROWS, Interval, mean_ratio_interval
+from loratune.statistics import LEAST_ROWS, Interval, loss_interval
 from loratune.system.launcher import Group
 from loratune.training.gain import Loss, batch_losses
 
@@ -87,7 +87,7 @@ def from_losses(losses: Sequence[Loss], copies: Sequence[int]) -> FinalScore:
     if not math.isfinite(mean):
         what, fix = f"the loss on the test rows is {mean}", "lower training.learning_rate"
         raise NumericError(Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.test", fix=fix))
-    interval = mean_ratio_interval(nats, tokens)
+    interval = loss_interval(nats, tokens)
     return FinalScore(mean, int(tokens.sum()), int(weights.sum()), len(losses), interval)
 
 
