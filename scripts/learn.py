@@ -1,0 +1,255 @@
+"""Which settings learn best: the experiments behind loratune's defaults, resumable, on two cores.
+
+    python scripts/learn.py run --work DIRECTORY [--only rate,targets] [--hours 3] [--share 1/2]
+    python scripts/learn.py tables
+
+`run` trains what is not yet in `scripts/learning/results.jsonl`, a line for each run, in the order of `EXPERIMENTS`,
+and scores each adapter in float32 on the same 200 held-out rows of its task and on unrelated text. DIRECTORY keeps the
+downloads, the rows (see `learning/tasks.py`) and the smaller model. `--share 1/2` takes every second run, so that two
+processes can work side by side. `tables` prints the tables of scripts/README.md from the file of results.
+"""
+
+import argparse
+import base64
+import hashlib
+import itertools
+import json
+import pydoc_data.topics
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from learning import tables, tasks
+from loratune import config, data
+from loratune.commands.train import Reporter, Result
+from loratune.commands.train import train as train_run
+from loratune.config import Source
+from loratune.data import no_progress
+from loratune.evaluation import scoring
+from loratune.inference import loading
+from loratune.training import output_dir, preflight
+
+RESULTS = Path(__file__).parent / "learning" / "results.jsonl"
+MODELS = {"135M": "models/SmolLM2-135M-Instruct"}
+ROWS = {"classes": 1000, "spelling": 1000, "dialogue": 400, "docstrings": 1000, "mail": 1000}
+"""Training rows where an experiment does not vary them; dialogue has no more."""
+RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
+TEXT_BLOCKS, TEXT_CHARACTERS = 40, 400
+"""How much unrelated text forgetting is measured on."""
+Spec = dict[str, Any]
+
+
+def spec(task: str, model: str = "135M", rows: int | None = None, seed: int = 1, **settings: Any) -> Spec:
+    """One run. settings: keys of the config, in the form `training__learning_rate`, in the place of the defaults."""
+    return {
+        "model": model,
+        "task": task,
+        "rows": rows or ROWS[task],
+        "seed": seed,
+        "settings": {key.replace("__", "."): value for key, value in sorted(settings.items())},
+    }
+
+
+def _rate(seeds: Iterable[int] = (1, 2, 3)) -> Iterator[Spec]:
+    for seed, rate, task in itertools.product(seeds, RATES, ROWS):
+        yield spec(task, seed=seed, training__learning_rate=rate)
+
+
+def _targets() -> Iterator[Spec]:
+    for task, modules, r, rate in itertools.product(
+        ROWS, (["q", "k", "v", "o"], "all-linear"), (8, 32), (4e-4, 1.6e-3)
+    ):
+        yield spec(task, lora__target_modules=modules, lora__r=r, training__learning_rate=rate)
+
+
+def _batch() -> Iterator[Spec]:
+    for task, size, rate in itertools.product(("classes", "docstrings", "mail"), (4, 8, 16, 32), (4e-4, 8e-4, 1.6e-3)):
+        yield spec(task, training__per_device_train_batch_size=size, training__learning_rate=rate)
+
+
+def _schedule() -> Iterator[Spec]:
+    schedules = (("linear", 0.0), ("linear", 0.05), ("cosine", 0.0), ("cosine", 0.05), ("constant", 0.0))
+    for task, (kind, warmup), rate in itertools.product(("classes", "docstrings", "mail"), schedules, (8e-4, 1.6e-3)):
+        changed: dict[str, Any] = {"training__lr_scheduler_type": kind, "training__warmup_steps": warmup}
+        yield spec(task, **changed, training__learning_rate=rate)
+
+
+def _epochs() -> Iterator[Spec]:
+    sizes = (("classes", 200), ("classes", 1000), ("classes", 4000), ("docstrings", 200), ("docstrings", 1000))
+    for (task, rows), epochs, rate in itertools.product(sizes, (1.0, 2.0, 4.0), (4e-4, 1.6e-3)):
+        yield spec(task, rows=rows, training__num_train_epochs=epochs, training__learning_rate=rate)
+
+
+def _tenth() -> Iterator[Spec]:
+    for rate, task in itertools.product(RATES, ROWS):
+        yield spec(task, training__learning_rate=rate, training__max_steps=max(5, ROWS[task] // 80))
+
+
+EXPERIMENTS = {
+    "rate": _rate,
+    "targets": _targets,
+    "tenth": _tenth,
+    "epochs": _epochs,
+    "batch": _batch,
+    "schedule": _schedule,
+}
+
+
+def name_of(one: Spec) -> str:
+    """A short name that no other run has."""
+    return hashlib.sha256(json.dumps(one, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def packed(values: Sequence[float]) -> str:
+    """Numbers as text, in float32."""
+    return base64.b85encode(zlib.compress(np.asarray(values, np.float32).tobytes(), 9)).decode()
+
+
+def config_of(one: Spec, paths: Mapping[str, Path], output: Path) -> dict[str, Any]:
+    """The config of a run, as YAML has it."""
+    values: dict[str, Any] = {
+        "model": {"name_or_path": MODELS[one["model"]]},
+        "data": {"train": str(paths["train"])},
+        "training": {"seed": one["seed"], "save_steps": 10**6},
+        "lora": {},
+        "output_dir": str(output),
+    }
+    for key, value in one["settings"].items():
+        section, _, field = key.partition(".")
+        values[section][field] = value
+    return values
+
+
+def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, Result]:
+    """Train as the command does. Returns the adapter directory and the result."""
+    output = work / "adapters" / name_of(one)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = output.with_suffix(".json")
+    file.write_text(json.dumps(config_of(one, paths, output)))
+    run = config.load(file)
+    ready = preflight.check(run, output_dir.check(run.output_dir, overwrite=True), no_progress)
+    reporter = Reporter(lambda _: None, lambda _: None, no_progress, Silent())
+    result = train_run(ready, reporter, allow_worse=True)
+    assert result is not None
+    return output, result
+
+
+class Silent:
+    """Shows no progress."""
+
+    def start(self, steps: int, done: int) -> None:
+        """Nothing is shown."""
+
+    def step(self, done: int, tokens: int) -> None:
+        """Nothing is shown."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Nothing is shown."""
+
+    def stop(self) -> None:
+        """Nothing is shown."""
+
+
+def score(adapter: Path, held_out: Path, text: Path, *, base: bool) -> dict[str, Any]:
+    """Nats and tokens of each held-out row and of each block of unrelated text, in float32.
+
+    base: without the adapter.
+    """
+    info = preflight.open_adapter(adapter)
+    loaded = loading.load(replace(info, base=info.base.model_copy(update={"dtype": "float32"})))
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    found: dict[str, Any] = {}
+    for name, path, section in (
+        ("rows", held_out, loaded.data),
+        ("text", text, loaded.data.model_copy(update={"format": "text", "columns": {}})),
+    ):
+        split = data.read_source(Source(path=str(path)), section)
+        dataset = data.prepare(split, loaded.renderer, section, vocabulary)
+        with loaded.without_adapter() if base else nullcontext():
+            nats = scoring.losses(loaded, dataset, range(len(dataset.rows)))
+        tokens = dataset.rows.supervised.tolist()
+        found |= {
+            name: packed(nats.tolist()),
+            f"{name}_tokens": packed(tokens),
+            f"{name}_loss": float(nats.sum() / sum(tokens)),
+        }
+    return found
+
+
+def unrelated_text(work: Path) -> Path:
+    """Blocks of English prose that no task is about: Python's own help on its statements."""
+    path = work / "tasks" / "text.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paragraphs = [
+        " ".join(block.split())
+        for _, topic in sorted(pydoc_data.topics.topics.items())
+        for block in topic.split("\n\n")
+        if not block.startswith(("   ", ">"))
+    ]
+    kept = [text[:TEXT_CHARACTERS] for text in dict.fromkeys(paragraphs) if len(text) >= TEXT_CHARACTERS]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in kept[::7][:TEXT_BLOCKS]), encoding="utf-8")
+    return path
+
+
+def recorded() -> list[dict[str, Any]]:
+    """All results so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def run(work: Path, only: Sequence[str], hours: float, share: tuple[int, int]) -> None:
+    """Train and score what is missing, until the hours are over."""
+    end, done = time.monotonic() + hours * 3600, {result["name"] for result in recorded()}
+    wanted = list(itertools.chain.from_iterable(EXPERIMENTS[name]() for name in only))
+    missing = list({name_of(one): one for one in wanted if name_of(one) not in done}.values())[share[0] - 1 :: share[1]]
+    print(f"{len(missing)} runs are missing of {len(wanted)}", file=sys.stderr)
+    text = unrelated_text(work)
+    for one in missing:
+        if time.monotonic() > end:
+            break
+        paths, start = tasks.write(one["task"], work, one["rows"]), time.monotonic()
+        adapter, result = train(one, paths, work)
+        middle = time.monotonic()
+        base_name = f"base {one['model']} {one['task']}"
+        if base_name not in done and base_name not in {entry["name"] for entry in recorded()}:
+            _append({"name": base_name} | score(adapter, paths["held_out"], text, base=True))
+        scores = score(adapter, paths["held_out"], text, base=False)
+        figures = {"steps": result.outcome.steps, "tokens": result.outcome.tokens, "seconds": round(middle - start, 1)}
+        _append({"name": name_of(one)} | one | figures | scores)
+        shutil.rmtree(adapter)
+        adapter.with_suffix(".json").unlink()
+        used = f"{middle - start:.0f} s + {time.monotonic() - middle:.0f} s"
+        print(f"{one['task']} {one['rows']} {one['settings']}: {scores['rows_loss']:.4f} ({used})", file=sys.stderr)
+
+
+def _append(result: Mapping[str, Any]) -> None:
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def main() -> None:
+    """Run experiments, or print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run")
+    runner.add_argument("--work", type=Path, required=True)
+    runner.add_argument("--only", type=lambda text: text.split(","), default=list(EXPERIMENTS))
+    runner.add_argument("--hours", type=float, default=12.0)
+    runner.add_argument("--share", type=lambda text: tuple(map(int, text.split("/"))), default=(1, 1))
+    commands.add_parser("tables")
+    arguments = parser.parse_args()
+    if arguments.command == "tables":
+        print(tables.document(recorded()))
+    else:
+        run(arguments.work, arguments.only, arguments.hours, arguments.share)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The experiments of `scripts/learn.py`: their tasks and their tables."""
