@@ -75,7 +75,7 @@ def forgetting(results: Sequence[Result]) -> str:
 
 def paired(first: Result, second: Result) -> str:
     """The loss of the second run less that of the first on the same rows, with its interval."""
-    nats = unpacked(second["rows"]) - unpacked(first["rows"])
+    nats = unpacked(second["rows_nats"]) - unpacked(first["rows_nats"])
     tokens = unpacked(first["rows_tokens"])
     interval = mean_ratio_interval(nats, tokens)
     value = float(nats.sum() / tokens.sum())
