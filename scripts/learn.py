@@ -177,7 +177,7 @@ def score(adapter: Path, held_out: Path, text: Path, *, base: bool) -> dict[str,
             nats = scoring.losses(loaded, dataset, range(len(dataset.rows)))
         tokens = dataset.rows.supervised.tolist()
         found |= {
-            name: packed(nats.tolist()),
+            f"{name}_nats": packed(nats.tolist()),
             f"{name}_tokens": packed(tokens),
             f"{name}_loss": float(nats.sum() / sum(tokens)),
         }
