@@ -283,6 +283,11 @@ def _shown(
             bar.stop()
 
 
+def plural(number: int, what: str) -> str:
+    """`1 row`, `1,200 rows`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def format_size(count: int) -> str:
     """A number of bytes in the unit that reads best: `1,843,200 bytes (1.8 MB)`, `3.2 GiB`."""
     if count >= 1 << 28:

@@ -58,6 +58,17 @@ class TokenizedDataset:
         """SHA-256 over every id and supervised span in order."""
         return self.rows.fingerprint
 
+    def copies(self) -> dict[int, int]:
+        """The numbers of the rows that differ in ids or supervised spans, each the first of its kind, in order; and how
+        many rows are of that kind."""
+        firsts: dict[bytes, int] = {}
+        copies: dict[int, int] = {}
+        for number, row in enumerate(self.rows.rows()):
+            digest = hashlib.blake2b(repr((row.ids, row.spans)).encode(), digest_size=16).digest()
+            first = firsts.setdefault(digest, number)
+            copies[first] = copies.get(first, 0) + 1
+        return copies
+
 
 def prepare(
     split: DatasetSplit,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from loratune import statistics
 from loratune.codes import Code
+from loratune.console import plural
 from loratune.errors import NumericError, Problem
 from loratune.evaluation.metrics import MEANS
 from loratune.evaluation.results import (
@@ -71,7 +72,7 @@ def compare(
     differences = paired[other]
     if len(rows) < statistics.LEAST_ROWS:
         lines.append(
-            f"{_plural(len(rows), 'distinct row')} {'is' if len(rows) == 1 else 'are'} too few for an interval of the "
+            f"{plural(len(rows), 'distinct row')} {'is' if len(rows) == 1 else 'are'} too few for an interval of the "
             f"loss, and for a verdict: {statistics.LEAST_ROWS} are needed"
         )
     lines += _invalid_json(rows, models)
@@ -194,7 +195,7 @@ def _invalid_json(rows: Sequence[EvaluatedRow], models: Sequence[str]) -> Iterat
     for name in models:
         invalid = [row.answers[name].scores.get("invalid_json", 0.0) for row in rows]
         if count := int(sum(one * row.copies for one, row in zip(invalid, rows, strict=True))):
-            yield f"{name}: {_plural(count, 'answer')} of {sum(row.copies for row in rows):,} are not valid JSON"
+            yield f"{name}: {plural(count, 'answer')} of {sum(row.copies for row in rows):,} are not valid JSON"
 
 
 def _weights(rows: Sequence[EvaluatedRow]) -> Values:
@@ -217,7 +218,3 @@ def exp(value: float) -> float:
     """e to the power of it; inf where that is beyond a float."""
     with np.errstate(over="ignore"):
         return float(np.exp(value))
-
-
-def _plural(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,8 +1,7 @@
 """What a model does on rows: its loss on each, and its greedy answer where the row has a prompt."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -71,23 +70,15 @@ class Judging:
 
 def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[EvaluatedRow]:
     """The rows that differ in their ids or labels, without answers, in the order in which they first occur."""
-    firsts: dict[bytes, int] = {}
     rows: list[EvaluatedRow] = []
-    copies: list[int] = []
-    for number, row in enumerate(dataset.rows.rows()):
-        digest = hashlib.blake2b(repr((row.ids, row.spans)).encode(), digest_size=16).digest()
-        place = firsts.setdefault(digest, len(rows))
-        if place < len(rows):
-            copies[place] += 1
-        elif row.supervised:
+    for number, copies in dataset.copies().items():
+        row = dataset.rows.row(number)
+        if row.supervised:
             has_prompt = row.prompt not in ((), (loaded.tokenizer.bos_token_id,))  # more than what begins every row
             prompt = loaded.tokenizer.decode(row.prompt) if has_prompt else None
             expected = loaded.text(row.completion) if has_prompt else None
-            rows.append(EvaluatedRow(number, row.where, 1, prompt, expected, row.supervised))
-            copies.append(1)
-        else:
-            del firsts[digest]
-    return [replace(row, copies=count) for row, count in zip(rows, copies, strict=True)]
+            rows.append(EvaluatedRow(number, row.where, copies, prompt, expected, row.supervised))
+    return rows
 
 
 def check_expected(rows: Sequence[EvaluatedRow], judging: Judging) -> None:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
 from loratune.lora.attach import PeftModel
-from loratune.statistics import LEAST_ROWS, Interval, loss_interval
+from loratune.statistics import LEAST_ROWS, Interval, loss_interval, mean_ratio
 from loratune.system.launcher import Group
 from loratune.training.gain import Loss, batch_losses
 
@@ -72,7 +71,7 @@ def score(
     Raises:
         NumericError: The loss is NaN or inf.
     """
-    rows, copies = test.rows, _copies(test)
+    rows, copies = test.rows, test.copies()
     batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
     with acceleration.applied(model):
         losses = batch_losses(model, batches, [*copies], group)
@@ -83,21 +82,9 @@ def from_losses(losses: Sequence[Loss], copies: Sequence[int]) -> FinalScore:
     """The score that follows from the losses of distinct rows. Raises NumericError: see `score`."""
     weights = np.asarray(copies, dtype=np.float64)
     nats, tokens = weights * [loss.total for loss in losses], weights * [loss.tokens for loss in losses]
-    mean = float(nats.sum() / tokens.sum())
+    mean = mean_ratio(nats, tokens)
     if not math.isfinite(mean):
         what, fix = f"the loss on the test rows is {mean}", "lower training.learning_rate"
         raise NumericError(Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.test", fix=fix))
     interval = loss_interval(nats, tokens)
     return FinalScore(mean, int(tokens.sum()), int(weights.sum()), len(losses), interval)
-
-
-def _copies(split: TokenizedDataset) -> dict[int, int]:
-    """The numbers of distinct rows, and how many rows are copies of each, itself included."""
-    first_numbers: dict[bytes, int] = {}
-    copies: dict[int, int] = {}
-    for number in range(len(split.rows)):
-        row = split.rows.row(number)
-        digest = sha256(np.asarray([row.ids, row.labels]).tobytes()).digest()
-        first = first_numbers.setdefault(digest, number)
-        copies[first] = copies.get(first, 0) + 1
-    return copies

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from loratune import kernels
 from loratune.codes import Code
+from loratune.console import plural
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
@@ -208,7 +209,7 @@ class Gain:
         if not math.isfinite(self.better_by):
             return f"not judged: not all losses on {self.sampled_rows()} are finite ({losses})"
         if self.validation_rows is not None:
-            losses += f"; validation gave {_plural(self.validation_rows, 'distinct row')}, too few"
+            losses += f"; validation gave {plural(self.validation_rows, 'distinct row')}, too few"
         if self.low is None or self.high is None:
             what = f"{self.sampled_rows()} {'is' if self.rows == 1 else 'are'} too few"
             if self.drawn < self.total:
@@ -226,9 +227,9 @@ class Gain:
     def sampled_rows(self) -> str:
         """`12 validation rows`, `64 of 500 validation rows`, `3 distinct of 9 validation rows`."""
         if self.rows == self.total:
-            return _plural(self.rows, f"{self.split} row")
+            return plural(self.rows, f"{self.split} row")
         distinct = " distinct" if self.drawn > self.rows else ""
-        return f"{self.rows:,}{distinct} of {_plural(self.total, f'{self.split} row')}"
+        return f"{self.rows:,}{distinct} of {plural(self.total, f'{self.split} row')}"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, the verdict among them. The sign of `better_by`, `low` and `high`: above 0 is better.
@@ -279,10 +280,6 @@ def _nats(value: float) -> str:
     return f"{value:.3f}" if not abs(value) < _VISIBLE else "0.000"
 
 
-def _plural(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def measure(
     model: PeftModel,
     other: AbstractContextManager[None],
@@ -315,7 +312,7 @@ def measure(
     too_few = len(samples["validation"]) if "validation" in splits and split != "validation" else None
     rows, sample = splits[split].rows, samples[split]
     batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
-    log(f"comparing the adapter with {name} on {_plural(len(sample), f'{split} row')}")
+    log(f"comparing the adapter with {name} on {plural(len(sample), f'{split} row')}")
 
     def losses() -> list[Loss]:
         with acceleration.applied(model):
