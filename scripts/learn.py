@@ -39,7 +39,7 @@ from loratune.training import output_dir, preflight
 
 RESULTS = Path(__file__).parent / "learning" / "results.jsonl"
 MODELS = {"135M": "models/SmolLM2-135M-Instruct"}
-ROWS = {"classes": 1000, "spelling": 1000, "dialogue": 400, "docstrings": 1000, "mail": 1000}
+ROWS = {"classes": 1000, "spelling": 1000, "dialogue": 400, "docstrings": 800, "mail": 600}
 """Training rows where an experiment does not vary them; dialogue has no more."""
 RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
 TEXT_BLOCKS, TEXT_CHARACTERS = 40, 400

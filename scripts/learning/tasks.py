@@ -73,7 +73,7 @@ def dialogue(work: Path) -> Iterator[Row]:
 
 
 def docstrings(work: Path) -> Iterator[Row]:
-    """Functions of the standard library of at most 30 lines, without their docstrings, and what those begin with."""
+    """Functions of the standard library of at most 20 lines, without their docstrings, and what those begin with."""
     del work
     library = Path(ast.__file__).parent
     for path in sorted(library.rglob("*.py")):
@@ -89,17 +89,17 @@ def docstrings(work: Path) -> Iterator[Row]:
             summary = text.split("\n\n")[0].replace("\n", " ").strip()
             node.body = node.body[1:]
             source = ast.unparse(node)
-            if 15 <= len(summary) <= 150 and source.count("\n") <= 30 and len(source) <= 1200:
+            if 15 <= len(summary) <= 150 and source.count("\n") <= 20 and len(source) <= 700:
                 yield _plain(f"{textwrap.dedent(source)}\n\n# Summary:", f" {summary}")
 
 
 def mail(work: Path) -> Iterator[Row]:
-    """The first 600 characters of a body, and the subject without marks of replies and lists."""
+    """The first 400 characters of a body, and the subject without marks of replies and lists."""
     for prompt, body in mails(work):
         subject = re.sub(r"^(\s*(re|fwd?)\s*:|\s*\[[^]]*\])*\s*", "", prompt[len("Subject: ") :], flags=re.IGNORECASE)
         subject = " ".join(subject.split())
         if 8 <= len(subject) <= 100 and "=?" not in subject:
-            yield _chat(f"Write the subject of this mail:\n\n{body[:600].strip()}", subject)
+            yield _chat(f"Write the subject of this mail:\n\n{body[:400].strip()}", subject)
 
 
 TASKS: dict[str, Callable[[Path], Iterator[Row]]] = {
