@@ -3,7 +3,8 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loratune import __version__
 from loratune.codes import Code
 from loratune.commands import boundary
 from loratune.errors import ConfigError, LoratuneError, Problem
+from loratune.system.signals import Termination
 from loratune.training import output_dir, run_dir
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "scipy")
@@ -215,6 +217,31 @@ def test_what_else_may_come(error: BaseException, code: int, line: str, capsys: 
         raise error
     assert caught.value.exit_code == code
     assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_context_that_was_entered_as_a_signal_came_is_left(tmp_path: Path) -> None:
+    """Its function waits at `yield`, and no `with` statement has begun that would end it."""
+
+    @contextmanager
+    def unfinished() -> Iterator[None]:
+        (tmp_path / "a").touch()
+        try:
+            yield
+        finally:
+            (tmp_path / "a").unlink()
+
+    def enter() -> None:
+        entered = unfinished()
+        entered.__enter__()
+        assert (tmp_path / "a").exists()
+        raise Termination
+
+    with pytest.raises(typer.Exit) as caught, boundary.boundary(debug=False):
+        try:
+            enter()
+        except KeyboardInterrupt as stop:
+            raise boundary.stop_error(stop) from None
+    assert caught.value.exit_code == 143 and not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,22 @@ def boundary(
     except BaseException as error:  # a panic of a library in Rust is no Exception
         cause = error if stop.requested is None or _is_stop(error) else stop.requested()
         with signals.hold_signals(requested=_is_stop(cause)):
+            _close_contexts(error)
             _fail(group, cause, debug, memory_fix)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
+
+
+def _close_contexts(error: BaseException | None) -> None:
+    """Let what an error left open clean up before the process ends.
+
+    A signal may come when the function of a context manager has run up to its `yield`, and the body of the `with`
+    statement has not begun. Then nothing ends that function but the end of the frames that refer to it.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _is_stop(error: BaseException) -> bool:

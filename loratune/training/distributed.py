@@ -299,8 +299,10 @@ class _Heartbeat:
             if self.members[rank].has_ended() and not self._has_value(f"closed/{rank}"):
                 return self._loss_of(rank)
         for rank in range(1, self._count) if self._main else [0]:
-            beat, now = self._store.get(f"beat/{rank}"), time.monotonic()
+            key, now = f"beat/{rank}", time.monotonic()
             last, since = self._last_beats.get(rank, (0, now))
+            # To wait inside the store for a heartbeat that another program removed would hide why a process ends.
+            beat = self._store.get(key) if self._store.has(key) else last
             if beat > last:  # another program that has read an older one could write it again
                 self._last_beats[rank] = (beat, now)
             elif now - since > patience:
