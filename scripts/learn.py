@@ -3,7 +3,8 @@
     python scripts/learn.py run --work DIRECTORY [--only rate,targets] [--hours 3] [--share 1/2]
     python scripts/learn.py tables
 
-`run` trains what is not yet in `scripts/learning/results.jsonl`, a line for each run, in the order of `EXPERIMENTS`,
+`run` trains what is not yet in `scripts/learning/results.jsonl`, a line for each run, in the order of
+`learning/experiments.py`,
 and scores each adapter in float32 on the same 200 held-out rows of its task and on unrelated text. DIRECTORY keeps the
 downloads, the rows (see `learning/tasks.py`) and the smaller model. `--share 1/2` takes every second run, so that two
 processes can work side by side. `tables` prints the tables of scripts/README.md from the file of results.
@@ -19,7 +20,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from learning import tables, tasks
+from learning import averaging, models, tables, tasks
+from learning.experiments import EXPERIMENTS, Spec
 from loratune import config, data
 from loratune.commands.train import Reporter, Result
 from loratune.commands.train import train as train_run
@@ -38,69 +40,28 @@ from loratune.inference import loading
 from loratune.training import output_dir, preflight
 
 RESULTS = Path(__file__).parent / "learning" / "results.jsonl"
-MODELS = {"135M": "models/SmolLM2-135M-Instruct"}
-ROWS = {"classes": 1000, "spelling": 1000, "dialogue": 400, "docstrings": 800, "mail": 600}
-"""Training rows where an experiment does not vary them; dialogue has no more."""
-RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
+MODELS = {"135M": "models/SmolLM2-135M-Instruct", "57M": "", "narrow": ""}
+"""Where a model lies; those without a place are made in the work directory, see `learning/models.py`."""
 TEXT_BLOCKS, TEXT_CHARACTERS = 40, 400
 """How much unrelated text forgetting is measured on."""
-Spec = dict[str, Any]
-
-
-def spec(task: str, model: str = "135M", rows: int | None = None, seed: int = 1, **settings: Any) -> Spec:
-    """One run. settings: keys of the config, in the form `training__learning_rate`, in the place of the defaults."""
-    return {
-        "model": model,
-        "task": task,
-        "rows": rows or ROWS[task],
-        "seed": seed,
-        "settings": {key.replace("__", "."): value for key, value in sorted(settings.items())},
-    }
-
-
-def _rate(seeds: Iterable[int] = (1, 2, 3)) -> Iterator[Spec]:
-    for seed, rate, task in itertools.product(seeds, RATES, ROWS):
-        yield spec(task, seed=seed, training__learning_rate=rate)
-
-
-def _targets() -> Iterator[Spec]:
-    for task, modules, r, rate in itertools.product(
-        ROWS, (["q", "k", "v", "o"], "all-linear"), (8, 32), (4e-4, 1.6e-3)
-    ):
-        yield spec(task, lora__target_modules=modules, lora__r=r, training__learning_rate=rate)
-
-
-def _batch() -> Iterator[Spec]:
-    for task, size, rate in itertools.product(("classes", "docstrings", "mail"), (4, 8, 16, 32), (4e-4, 8e-4, 1.6e-3)):
-        yield spec(task, training__per_device_train_batch_size=size, training__learning_rate=rate)
-
-
-def _schedule() -> Iterator[Spec]:
-    schedules = (("linear", 0.0), ("linear", 0.05), ("cosine", 0.0), ("cosine", 0.05), ("constant", 0.0))
-    for task, (kind, warmup), rate in itertools.product(("classes", "docstrings", "mail"), schedules, (8e-4, 1.6e-3)):
-        changed: dict[str, Any] = {"training__lr_scheduler_type": kind, "training__warmup_steps": warmup}
-        yield spec(task, **changed, training__learning_rate=rate)
-
-
-def _epochs() -> Iterator[Spec]:
-    sizes = (("classes", 200), ("classes", 1000), ("classes", 4000), ("docstrings", 200), ("docstrings", 1000))
-    for (task, rows), epochs, rate in itertools.product(sizes, (1.0, 2.0, 4.0), (4e-4, 1.6e-3)):
-        yield spec(task, rows=rows, training__num_train_epochs=epochs, training__learning_rate=rate)
-
-
-def _tenth() -> Iterator[Spec]:
-    for rate, task in itertools.product(RATES, ROWS):
-        yield spec(task, training__learning_rate=rate, training__max_steps=max(5, ROWS[task] // 80))
-
-
-EXPERIMENTS = {
-    "rate": _rate,
-    "targets": _targets,
-    "tenth": _tenth,
-    "epochs": _epochs,
-    "batch": _batch,
-    "schedule": _schedule,
+TRAINING: dict[str, Any] = {
+    "learning_rate": 2e-4,
+    "num_train_epochs": 1.0,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0.0,
+    "lr_scheduler_type": "linear",
+    "save_steps": 10**6,
 }
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q", "k", "v", "o"]}
+"""What holds where a run does not say otherwise."""
+
+
+def model_directory(name: str, work: Path) -> Path:
+    """Where a model lies; it is made if it is one of those that are made."""
+    if MODELS[name]:
+        return Path(__file__).resolve().parent.parent / MODELS[name]
+    return models.made(name, work, Path(__file__).resolve().parent.parent / MODELS["135M"])
 
 
 def name_of(one: Spec) -> str:
@@ -113,33 +74,47 @@ def packed(values: Sequence[float]) -> str:
     return base64.b85encode(zlib.compress(np.asarray(values, np.float32).tobytes(), 9)).decode()
 
 
-def config_of(one: Spec, paths: Mapping[str, Path], output: Path) -> dict[str, Any]:
-    """The config of a run, as YAML has it."""
+def config_of(one: Spec, paths: Mapping[str, Path], work: Path, output: Path) -> dict[str, Any]:
+    """The config of a run, as YAML has it. It leaves nothing to defaults that may change."""
     values: dict[str, Any] = {
-        "model": {"name_or_path": MODELS[one["model"]]},
+        "model": {"name_or_path": str(model_directory(one["model"], work))},
         "data": {"train": str(paths["train"])},
-        "training": {"seed": one["seed"], "save_steps": 10**6},
-        "lora": {},
+        "training": {**TRAINING, "seed": one["seed"]},
+        "lora": dict(LORA),
         "output_dir": str(output),
     }
     for key, value in one["settings"].items():
         section, _, field = key.partition(".")
-        values[section][field] = value
+        values[section][field] = str(paths["validation"]) if key == "data.validation" else value
     return values
 
 
-def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, Result]:
-    """Train as the command does. Returns the adapter directory and the result."""
+def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, Result, dict[float, Path]]:
+    """Train as the command does.
+
+    Returns:
+        The adapter directory, the result, and directories with the average of the weights over the last steps, by the
+        part of all steps; none unless the run asks for them.
+    """
     output = work / "adapters" / name_of(one)
     output.parent.mkdir(parents=True, exist_ok=True)
     file = output.with_suffix(".json")
-    file.write_text(json.dumps(config_of(one, paths, output)))
+    file.write_text(json.dumps(config_of(one, paths, work, output)))
     run = config.load(file)
     ready = preflight.check(run, output_dir.check(run.output_dir, overwrite=True), no_progress)
     reporter = Reporter(lambda _: None, lambda _: None, no_progress, Silent())
-    result = train_run(ready, reporter, allow_worse=True)
+    with averaging.observed(one.get("average", ()), _steps(one)) as averages:
+        result = train_run(ready, reporter, allow_worse=True)
     assert result is not None
-    return output, result
+    averaged = {part: output.with_name(f"{output.name}-{part:g}") for part in averages.parts}
+    for part, place in averaged.items():
+        averages.write(part, output, place)
+    return output, result, averaged
+
+
+def _steps(one: Spec) -> int:
+    settings = TRAINING | {key.partition(".")[2]: value for key, value in one["settings"].items()}
+    return int(-(-one["rows"] // settings["per_device_train_batch_size"]) * settings["num_train_epochs"])
 
 
 class Silent:
@@ -201,7 +176,7 @@ def unrelated_text(work: Path) -> Path:
 
 def recorded() -> list[dict[str, Any]]:
     """All results so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    return tables.read(RESULTS)
 
 
 def run(work: Path, only: Sequence[str], hours: float, share: tuple[int, int]) -> None:
@@ -215,13 +190,17 @@ def run(work: Path, only: Sequence[str], hours: float, share: tuple[int, int]) -
         if time.monotonic() > end:
             break
         paths, start = tasks.write(one["task"], work, one["rows"]), time.monotonic()
-        adapter, result = train(one, paths, work)
+        adapter, result, averaged = train(one, paths, work)
         middle = time.monotonic()
         base_name = f"base {one['model']} {one['task']}"
         if base_name not in done and base_name not in {entry["name"] for entry in recorded()}:
             _append({"name": base_name} | score(adapter, paths["held_out"], text, base=True))
         scores = score(adapter, paths["held_out"], text, base=False)
         figures = {"steps": result.outcome.steps, "tokens": result.outcome.tokens, "seconds": round(middle - start, 1)}
+        for part, place in averaged.items():
+            known = {"name": f"{name_of(one)} {part:g}", "average_of": name_of(one), "part": part, "task": one["task"]}
+            _append(known | score(place, paths["held_out"], text, base=False))
+            shutil.rmtree(place)
         _append({"name": name_of(one)} | one | figures | scores)
         shutil.rmtree(adapter)
         adapter.with_suffix(".json").unlink()
@@ -246,7 +225,9 @@ def main() -> None:
     commands.add_parser("tables")
     arguments = parser.parse_args()
     if arguments.command == "tables":
-        print(tables.document(recorded()))
+        wanted = {name_of(one) for experiment in EXPERIMENTS.values() for one in experiment()}
+        kept = [one for one in recorded() if one["name"] in wanted or "settings" not in one]
+        print(tables.document(kept))
     else:
         run(arguments.work, arguments.only, arguments.hours, arguments.share)
 

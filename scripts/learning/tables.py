@@ -1,18 +1,25 @@
 """The tables of the experiments: every figure is a loss on held-out rows, in float32, beside the rows it rests on."""
 
 import base64
+import importlib.util
+import json
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
+from loratune.config import LoraSection
 from loratune.statistics import mean_ratio_interval
 
 Result = dict[str, Any]
 RATE = "training.learning_rate"
+MISSING = "missing"
+HIDDEN = {"135M": 576, "57M": 576, "narrow": 256}
+"""Hidden size of each model."""
 
 
 def unpacked(text: str) -> Any:
@@ -24,6 +31,11 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read(path: Path) -> list[Result]:
+    """The results of a file, if it is there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def runs(results: Sequence[Result]) -> list[Result]:
@@ -49,28 +61,63 @@ def rates(results: Sequence[Result]) -> str:
         best = min(means.values())
         cells = [
             f"**{means[rate]:.4f}**" if means.get(rate) == best
-            else f"{means[rate]:.4f} (+{means[rate] / best - 1:.1%})" if rate in means else ""
+            else f"{means[rate]:.4f} (+{means[rate] / best - 1:.1%})" if rate in means else MISSING
             for rate in columns
         ]  # fmt: skip
-        seeds = str(min(len(several) for several in found.values()))
+        seeds = str(min(len(found[rate]) for rate in columns if rate in found))
         base = bases.get(f"base {model} {task.split(' ')[0]}")
         lines.append([model, task, seeds, f"{base:.4f}" if base is not None else "", *cells])
     return markdown(["model", "task (rows)", "seeds", "base", *(f"{rate:g}" for rate in columns)], lines)
 
 
 def forgetting(results: Sequence[Result]) -> str:
-    """Loss on unrelated text less that of the base, by task and rate, over all seeds."""
-    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Loss on unrelated text less that of the base, by model, task and rate, over all seeds."""
+    found: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     bases = {result["name"]: result["text_loss"] for result in results if result["name"].startswith("base ")}
     for result in matching(results, RATE):
         change = result["text_loss"] - bases[f"base {result['model']} {result['task']}"]
-        found[result["task"]][result["settings"][RATE]].append(change)
+        found[result["model"], result["task"]][result["settings"][RATE]].append(change)
     columns = sorted({rate for one in found.values() for rate in one})
     lines = [
-        [task, *(f"{np.mean(one[rate]):+.3f}" if rate in one else "" for rate in columns)]
-        for task, one in found.items()
+        [*place, *(f"{np.mean(one[rate]):+.3f}" if rate in one else MISSING for rate in columns)]
+        for place, one in sorted(found.items())
     ]
-    return markdown(["task", *(f"{rate:g}" for rate in columns)], lines)
+    return markdown(["model", "task", *(f"{rate:g}" for rate in columns)], lines)
+
+
+def formula(hidden_size: int, lora_alpha: int, r: int, rows: int) -> float:
+    """The rate that loratune chooses; where it does not choose one yet, that of Tinker's sweep."""
+    if importlib.util.find_spec("loratune.training.auto"):
+        learning_rate = importlib.import_module("loratune.training.auto").learning_rate
+        return float(learning_rate(LoraSection(r=r, lora_alpha=lora_alpha), hidden_size, rows)[0])
+    return float(5e-4 * (2000 / hidden_size) ** 0.78 * 32 / lora_alpha * (rows / 8) ** 0.5)
+
+
+def regret(results: Sequence[Result], rate_of: Callable[[int, int, int, int], float] = formula) -> str:
+    """How much more loss the rate of a formula has than the best rate tried, at r=8, lora_alpha 16 and 8 rows a step.
+
+    The loss at its rate is drawn between the two rates beside it, straight over the logarithm of the rate. rate_of: of
+    the hidden size, lora_alpha, r and rows of a step.
+    """
+    by_task: dict[tuple[str, str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for one in matching(results, RATE):
+        by_task[one["model"], one["task"], one["rows"]][one["settings"][RATE]].append(one["rows_loss"])
+    lines = []
+    for (model, task, rows), found in sorted(by_task.items()):
+        rate, rates = rate_of(HIDDEN[model], 16, 8, 8), sorted(found)
+        losses = [float(np.mean(found[one])) for one in rates]
+        best = min(losses)
+        inside = rates[0] <= rate <= rates[-1]
+        share = float(np.interp(np.log(rate), np.log(rates), losses)) / best - 1
+        seeds = str(min(map(len, found.values())))
+        edge = " (the highest)" if losses.index(best) == len(rates) - 1 else ""
+        cells = [
+            f"{rate:.2g}",
+            f"{rates[losses.index(best)]:g}{edge}",
+            f"+{share:.1%}" if inside else f"{MISSING} (outside)",
+        ]
+        lines.append([model, f"{task} ({rows})", seeds, *cells])
+    return markdown(["model", "task (rows)", "seeds", "the formula's rate", "best rate tried", "regret"], lines)
 
 
 def paired(first: Result, second: Result) -> str:
@@ -99,7 +146,7 @@ def compared(results: Sequence[Result], varied: Sequence[str], reference: Sequen
     lines = []
     for (task, rows, *values), result in best.items():
         other = best.get((task, rows, *map(str, reference)))
-        difference = "reference" if other is result else paired(other, result) if other else ""
+        difference = "reference" if other is result else paired(other, result) if other else MISSING
         loss, rate = f"{result['rows_loss']:.4f}", f"{result['settings'][RATE]:g}"
         lines.append([f"{task} ({rows})", *values, rate, loss, difference, f"{result['text_loss']:.3f}"])
     header = [
@@ -114,9 +161,12 @@ def compared(results: Sequence[Result], varied: Sequence[str], reference: Sequen
 
 
 def ranks(results: Sequence[Result]) -> str:
-    """Spearman's correlation, over rates, of the losses after a tenth of the steps and after all of them."""
+    """Spearman's correlation, over rates, of the losses after a tenth of the steps and after all of them; and how much
+    more loss than the best rate the rate has that a tenth would choose."""
     full = {
-        (one["task"], one["settings"][RATE]): one["rows_loss"] for one in matching(results, RATE) if one["seed"] == 1
+        (one["task"], one["settings"][RATE]): one["rows_loss"]
+        for one in matching(results, RATE)
+        if one["seed"] == 1 and one["model"] == "135M"
     }
     short = matching(results, RATE, "training.max_steps")
     lines = []
@@ -128,21 +178,105 @@ def ranks(results: Sequence[Result]) -> str:
         ]
         if len(pairs) > 2:
             short_losses, full_losses = np.array(pairs).T
-            lines.append([task, str(len(pairs)), f"{float(spearmanr(short_losses, full_losses).statistic):.2f}"])
-    return markdown(["task", "rates", "rank correlation"], lines)
+            chosen = full_losses[short_losses.argmin()] / full_losses.min() - 1
+            correlation = float(spearmanr(short_losses, full_losses).statistic)
+            lines.append([task, str(len(pairs)), f"{correlation:.2f}", f"+{chosen:.1%}"])
+    return markdown(["task", "rates", "rank correlation", "regret of the tenth's choice"], lines)
+
+
+def averages(results: Sequence[Result]) -> str:
+    """What the average of the weights over the last part of the steps brings, on the same run."""
+    ends = {one["name"]: one for one in runs(results)}
+    lines = []
+    for one in results:
+        if (end := ends.get(one.get("average_of", ""))) is not None:
+            settings = end["settings"]
+            shown = [end["task"], settings["training.lr_scheduler_type"], f"{settings[RATE]:g}", f"{one['part']:g}"]
+            change = f"{one['text_loss'] - end['text_loss']:+.3f}"
+            lines.append([*shown, f"{end['rows_loss']:.4f}", f"{one['rows_loss']:.4f}", paired(end, one), change])
+    header = ["task", "schedule", "rate", "last part", "last step", "average", "difference", "other text"]
+    return markdown(header, sorted(lines))
+
+
+def lengths(results: Sequence[Result]) -> str:
+    """Loss by task, rows, rate and epochs, and where validation rows chose the step of the longest run."""
+    plain = matching(results, RATE, "training.num_train_epochs")
+    chosen = [one for one in runs(results) if one["settings"].get("training.keep") == "best"]
+    columns = sorted({one["settings"]["training.num_train_epochs"] for one in plain})
+    cells: dict[tuple[str, int, float], dict[Any, Result]] = defaultdict(dict)
+    for one in plain:
+        cells[_run_of(one)][one["settings"]["training.num_train_epochs"]] = one
+    for one in chosen:
+        cells[_run_of(one)]["best"] = one
+    lines = []
+    for (task, rows, rate), found in sorted(cells.items()):
+        last = max((key for key in found if key != "best"), default=None)
+        losses = [f"{found[one]['rows_loss']:.4f}" if one in found else MISSING for one in [*columns, "best"]]
+        difference = paired(found[last], found["best"]) if last and "best" in found else MISSING
+        text = f"{found[last]['text_loss']:.3f}" if last else MISSING
+        lines.append([f"{task} ({rows})", f"{rate:g}", *losses, difference, text])
+    names = [f"{one:g} epochs" for one in columns]
+    return markdown(["task (rows)", "rate", *names, "keep: best", "best less longest", "other text, longest"], lines)
+
+
+def _run_of(one: Result) -> tuple[str, int, float]:
+    return one["task"], one["rows"], one["settings"][RATE]
+
+
+def peers(results: Sequence[Result], others: Sequence[Result], ours: str = "loratune") -> str:
+    """What each contestant of an equal wall-clock time reached, the difference to loratune on the same rows (above 0:
+    loratune is ahead), and how often loratune is ahead or behind.
+
+    others: results of `learn.py`, for the loss of the bases on unrelated text.
+    """
+    bases = {one["name"]: one["text_loss"] for one in others if one["name"].startswith("base ")}
+    reference = {_place(one): one for one in results if one["contestant"] == ours}
+    lines: list[list[str]] = []
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for one in sorted(results, key=lambda one: (_place(one), one["variant"] != "scaled", one["rows_loss"])):
+        other = reference.get(_place(one))
+        interval = None
+        if other is not None and other is not one:
+            nats = unpacked(one["rows_nats"]) - unpacked(other["rows_nats"])
+            interval = mean_ratio_interval(nats, unpacked(one["rows_tokens"]))
+        if interval is not None:
+            verdict = 0 if interval.low > 0 else 1 if interval.high < 0 else 2
+            counts[f"{one['contestant']}, {one['variant']}"][verdict] += 1
+        base = bases.get(f"base {one['model']} {one['task']}")
+        lines.append(
+            [
+                f"{one['task']} ({one['rows']}), {one['model']}, seed {one['seed']}, {one['minutes']:g} min",
+                f"**{ours}**" if one["contestant"] == ours else f"{one['contestant']}, {one['variant']}",
+                f"{one['seconds']:.0f}",
+                str(one["steps"]),
+                f"{one['rows_loss']:.4f}",
+                "" if other is one else paired(other, one) if other is not None else MISSING,
+                f"{one['text_loss'] - base:+.3f}" if base is not None else MISSING,
+            ]
+        )
+    header = ["task (rows)", "contestant", "s", "steps", "loss", "less loratune's (95 %)", "other text"]
+    verdicts = [[name, *map(str, found)] for name, found in sorted(counts.items())]
+    second = markdown(["against", "loratune ahead", "behind", "not told apart"], verdicts)
+    return f"{markdown(header, lines)}\n\n{second}"
+
+
+def _place(result: Result) -> tuple[Any, ...]:
+    return result["model"], result["task"], result["rows"], result["minutes"], result["seed"]
 
 
 def document(results: Sequence[Result]) -> str:
     """Markdown tables of all experiments that have results."""
     parts = {
         "Learning rate": rates(results),
+        "The formula's regret": regret(results),
         "Forgetting by learning rate": forgetting(results),
         "Targets and rank": compared(results, ["lora.target_modules", "lora.r"], [["q", "k", "v", "o"], 8]),
         "Batch": compared(results, ["training.per_device_train_batch_size"], [8]),
         "Schedule and warmup": compared(
             results, ["training.lr_scheduler_type", "training.warmup_steps"], ["linear", 0.0]
         ),
-        "Epochs and rows": compared(results, ["training.num_train_epochs"], [1.0]),
+        "Weights averaged over the last steps": averages(results),
+        "Epochs and rows": lengths(results),
         "A tenth of the steps": ranks(results),
     }
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts.items())

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 IGNORED = -100
 """The label of a token that is not supervised."""
@@ -62,13 +62,14 @@ class Job:
 class Answer:
     """What a run took. seconds: of the training loop; first_step: when the first update was made, as time.time();
     updates: how many there were; gpu_bytes: the most that torch had allocated, 0 without a GPU; supervised: the
-    tokens with a label, None where it is not known."""
+    tokens with a label, None where it is not known; rest: seconds of the updates after the first."""
 
     seconds: float
     first_step: float
     updates: int
     gpu_bytes: int = 0
     supervised: int | None = None
+    rest: float = 0.0
 
 
 class Clock:
@@ -96,7 +97,9 @@ class Clock:
 
     def answer(self, gpu_bytes: int = 0) -> Answer:
         """What was measured."""
-        return Answer(self.ended - self.begun, self.first, self.updates, gpu_bytes, self.supervised)
+        return Answer(
+            self.ended - self.begun, self.first, self.updates, gpu_bytes, self.supervised, self.ended - self.first
+        )
 
 
 def read(path: Path) -> list[Row]:
@@ -110,6 +113,14 @@ def job() -> Job:
     return Job(**given | {"target_modules": tuple(given["target_modules"])})
 
 
-def reply(task: Job, answer: Answer) -> None:
+class Replying(Protocol):
+    """What says where the answer goes."""
+
+    @property
+    def answer(self) -> str:
+        """The path."""
+
+
+def reply(task: Replying, answer: Answer) -> None:
     """Hand in what was measured."""
     Path(task.answer).write_text(json.dumps(asdict(answer)), encoding="utf-8")

@@ -1,0 +1,272 @@
+"""Who learns most in the same wall-clock time: loratune with its defaults, or other tools with what they recommend.
+
+    python scripts/compare_learning.py --work DIRECTORY [--minutes 3] [--tasks classes mail] [--variants scaled own]
+    python scripts/compare_learning.py --table
+
+The tasks are those of `learning/tasks.py`, the recipes those of `peers/recipes.py`. Each contestant is installed into
+an environment of its own and trains in a process of its own, with all cores, one after the other, task by task. The
+time is that of the whole process, from its start to its end with the adapter saved. loratune is told the minutes
+(`training.max_minutes`) and nothing else but the model, the rows and the seed. The other tools count steps, so each
+first trains a few, which are not counted, and is then given as many as fit; its schedule ends at its last step. Where
+its recipe would end before that by itself, `--variants own` trains that as well.
+
+All learn from the same rows, tokenised once by loratune: only completions and answers are supervised, but for those
+that learn the whole conversation by default (`Recipe.whole`); tokenising is no part of the others' time. The adapters
+are copied to directories with nothing but PEFT's two files, and all are scored in float32 by `learn.score` on 200
+held-out rows and on unrelated text. Each result is a line of `scripts/learning/peers.jsonl`; what stands there is not
+run again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bench
+import learn
+from transformers import AutoConfig
+
+from learning import tables, tasks
+from learning.experiments import ROWS
+from loratune import config, data
+from loratune.config import ModelSection, Source
+from loratune.data.rendering import Renderer
+from loratune.model.load import load_tokenizer
+from peers.contestants import CONTESTANTS, STOCK, Contestant
+from peers.recipes import RECIPES, Order
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).parent / "learning" / "peers.jsonl"
+OURS = "loratune"
+TRIED = 10
+"""Steps of the run that is not counted."""
+ROOM = 0.02
+"""The part of the time that is left free when steps are counted, as steps vary."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """What is fixed. checkout: whose loratune is measured; minutes: for each contestant; limit: seconds
+    that a process may take at most; results: the file."""
+
+    work: Path
+    checkout: Path
+    model: str
+    minutes: float
+    seed: int
+    limit: float
+    results: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended. seconds: of the whole process; rest: of the steps after the first, 0 if it is not known."""
+
+    adapter: Path
+    seconds: float
+    steps: int
+    rest: float = 0.0
+
+
+def spawn(race: Race, command: list[str], place: Path, paths: list[Path]) -> float:
+    """Run a process and wait. Returns its seconds. Raises bench.Failure."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(race.work / "datasets"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    log = place / "log"
+    with log.open("w", encoding="utf-8") as output:
+        start = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, cwd=place, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                timeout=race.limit, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise bench.Failure(f"took longer than {race.limit:.0f} s (see {log})") from None
+        seconds = time.monotonic() - start
+    if done.returncode:
+        raise bench.Failure(bench.why(log, done.returncode, late=False))
+    return seconds
+
+
+def emptied(place: Path) -> Path:
+    """The directory, without what it held."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    return place
+
+
+def python(race: Race, venv: str) -> Path:
+    """The interpreter of an environment, which is made if it is not there. Raises bench.Failure."""
+    interpreter = race.work / "venvs" / venv / "bin" / "python"
+    contestant = next((one for one in CONTESTANTS.values() if one.venv == venv), Contestant("", venv, STOCK, ""))
+    place = bench.Bench(race.work, race.work, Path(), "cpu", 0, race.limit, bench.Results({}))
+    bench.install(place, contestant)
+    return interpreter
+
+
+def tokenised(race: Race, rows: Path, *, whole: bool) -> Path:
+    """The rows as ids and labels. whole: every token of a conversation is supervised."""
+    path = rows.with_name(f"{rows.stem}-{race.model}-{'whole' if whole else 'answers'}.ids")
+    if path.is_file():
+        return path
+    model = learn.model_directory(race.model, race.work)
+    source = Source(path=str(rows))
+    section = config.DataSection(train=source)
+    renderer = Renderer(load_tokenizer(ModelSection(name_or_path=str(model))))
+    vocabulary = AutoConfig.from_pretrained(model).vocab_size
+    dataset = data.prepare(data.read_source(source, section), renderer, section, vocabulary)
+    conversations = "messages" in json.loads(rows.read_text(encoding="utf-8").splitlines()[0])
+    lines = []
+    for number in range(len(dataset.rows)):
+        row = dataset.rows[number]
+        labels = list(row["input_ids"]) if whole and conversations else row["labels"]
+        lines.append(json.dumps({"input_ids": row["input_ids"], "labels": labels}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def train_other(race: Race, name: str, rows: Path, steps: int) -> Finished:
+    """Train so many steps of a recipe. Raises bench.Failure."""
+    recipe, place = RECIPES[name], emptied(race.work / "race" / name.replace(" ", "-").replace("'", ""))
+    order = Order(
+        recipe,
+        str(learn.model_directory(race.model, race.work)),
+        str(tokenised(race, rows, whole=recipe.whole)),
+        str(place / "adapter"),
+        str(place / "answer.json"),
+        steps,
+        race.seed,
+    )
+    (place / "order.json").write_text(json.dumps(asdict(order)), encoding="utf-8")
+    command = [str(python(race, recipe.venv)), "-P", "-m", f"peers.{recipe.driver}", str(place / "order.json")]
+    seconds = spawn(race, command, place, [ROOT / "scripts"])
+    answer = json.loads(Path(order.answer).read_text(encoding="utf-8"))
+    return Finished(Path(order.adapter), seconds, answer["updates"], answer["rest"])
+
+
+def steps_in_time(race: Race, name: str, rows: Path) -> int:
+    """How many steps of a recipe fit into the minutes, by a short run."""
+    tried = train_other(race, name, rows, TRIED)
+    outside, step = tried.seconds - tried.rest, tried.rest / (tried.steps - 1)
+    left = race.minutes * 60 * (1 - ROOM) - outside
+    if left < step:
+        raise bench.Failure(
+            f"{race.minutes:g} minutes are too short: {outside:.0f} s to the first step, {step:.1f} s each"
+        )
+    print(f"{name}: {outside:.1f} s with the first step, {step:.2f} s for each other", file=sys.stderr, flush=True)
+    return 1 + int(left / step)
+
+
+def train_ours(race: Race, rows: Path) -> Finished:
+    """Train with loratune's defaults for the minutes. Raises bench.Failure."""
+    place = emptied(race.work / "race" / OURS)
+    settings = {
+        "model": {"name_or_path": str(learn.model_directory(race.model, race.work))},
+        "data": {"train": str(rows)},
+        "training": {"max_minutes": race.minutes, "seed": race.seed},
+        "output_dir": str(place / "adapter"),
+    }
+    (place / "config.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "loratune", "train", str(place / "config.yaml")]
+    seconds = spawn(race, command, place, [race.checkout])
+    record = json.loads((place / "adapter" / "loratune.json").read_text(encoding="utf-8"))
+    return Finished(place / "adapter", seconds, record["metrics"]["steps"])
+
+
+def neutral(race: Race, adapter: Path) -> Path:
+    """A copy with PEFT's two files and the base of this race, so that all adapters are opened and rendered alike."""
+    place = emptied(race.work / "race" / "scored")
+    shutil.copy(adapter / "adapter_model.safetensors", place)
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = str(learn.model_directory(race.model, race.work))
+    (place / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return place
+
+
+def identity(race: Race, task: str, rows: int, name: str, variant: str) -> dict[str, Any]:
+    """What a result is known by."""
+    return {
+        "model": race.model, "task": task, "rows": rows, "contestant": name, "variant": variant,
+        "minutes": race.minutes, "seed": race.seed,
+    }  # fmt: skip
+
+
+def record(race: Race, known: Mapping[str, Any], run: Finished, paths: Mapping[str, Path]) -> None:
+    """Score a run, and write it down."""
+    scores = learn.score(neutral(race, run.adapter), paths["held_out"], learn.unrelated_text(race.work), base=False)
+    line = dict(known) | {"seconds": round(run.seconds, 1), "steps": run.steps} | scores
+    with race.results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    said = f"{known['task']}, {known['contestant']}, {known['variant']}: {scores['rows_loss']:.4f}"
+    print(f"{said} after {run.steps} steps, {run.seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def compete(race: Race, task: str, rows: int, names: list[str], variants: list[str]) -> None:
+    """Train and score what is missing of a task."""
+    paths = tasks.write(task, race.work, rows)
+    done = tables.read(race.results)
+
+    def missing(name: str, variant: str) -> dict[str, Any] | None:
+        wanted = identity(race, task, rows, name, variant)
+        return None if any(wanted.items() <= one.items() for one in done) else wanted
+
+    for name in names:
+        try:
+            if name == OURS:
+                if known := missing(name, "scaled"):
+                    record(race, known, train_ours(race, paths["train"]), paths)
+                continue
+            wanted = {variant: known for variant in variants if (known := missing(name, variant))}
+            if not wanted:
+                continue
+            fits, own = steps_in_time(race, name, paths["train"]), RECIPES[name].own_steps(rows)
+            for variant, known in wanted.items():
+                if variant == "own" and own >= fits:
+                    continue
+                steps = fits if variant == "scaled" else own
+                record(race, known, train_other(race, name, paths["train"], steps), paths)
+        except bench.Failure as failure:
+            print(f"{task}, {name}: {failure}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Compare, or print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "loratune-learning")
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(tasks.TASKS))
+    parser.add_argument("--contestants", nargs="+", default=[*RECIPES, OURS], choices=[*RECIPES, OURS])
+    parser.add_argument("--variants", nargs="+", default=["scaled"], choices=["scaled", "own"])
+    parser.add_argument("--model", default="135M", choices=list(learn.MODELS))
+    parser.add_argument("--rows", type=int, default=0, help="training rows (default: those of learning/experiments.py)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--loratune", type=Path, default=ROOT, help="the checkout to measure (default: this one)")
+    parser.add_argument("--results", type=Path, help="the file of results (default: scripts/learning/peers.jsonl)")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
+    given = parser.parse_args()
+    results = (given.results or RESULTS).absolute()
+    if not given.table:
+        work = given.work.absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        limit = 600 + given.minutes * 120
+        race = Race(work, given.loratune.absolute(), given.model, given.minutes, given.seed, limit, results)
+        for task in given.tasks:
+            compete(race, task, given.rows or ROWS[task], given.contestants, given.variants)
+    print(tables.peers(tables.read(results), learn.recorded()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The runs of `scripts/learn.py`, by experiment.
+
+A run is known by the hash of what stands here, so an experiment whose results should be kept must go on naming its runs
+with the same words; what it does not name is the constants of `learn.config_of`, not loratune's defaults.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+ROWS = {"classes": 1000, "spelling": 1000, "dialogue": 400, "docstrings": 800, "mail": 600}
+"""Training rows where an experiment does not vary them; dialogue has no more."""
+RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
+TWO = (4e-4, 1.6e-3)
+SCHEDULES = (("linear", 0.0), ("linear", 0.05), ("cosine", 0.0), ("cosine", 0.05), ("constant", 0.0))
+VARIED = ("classes", "docstrings", "mail")
+"""Tasks of the experiments that are not made on all five."""
+LENGTHS = {
+    ("classes", 200): (1.0, 4.0, 16.0),
+    ("classes", 1000): (1.0, 2.0, 4.0, 8.0),
+    ("classes", 5000): (1.0, 2.0),
+    ("spelling", 200): (1.0, 4.0, 16.0),
+    ("spelling", 5000): (1.0, 2.0),
+    ("docstrings", 200): (1.0, 4.0, 16.0),
+    ("docstrings", 800): (1.0, 2.0, 4.0),
+}
+"""Epochs by task and rows."""
+Spec = dict[str, Any]
+
+
+def spec(task: str, model: str = "135M", rows: int | None = None, seed: int = 1, **settings: Any) -> Spec:
+    """One run. settings: keys of the config, in the form `training__learning_rate`, in the place of the defaults."""
+    return {
+        "model": model,
+        "task": task,
+        "rows": rows or ROWS[task],
+        "seed": seed,
+        "settings": {key.replace("__", "."): value for key, value in sorted(settings.items())},
+    }
+
+
+def _rate(seeds: Iterable[int] = (1, 2, 3)) -> Iterator[Spec]:
+    for seed, rate, task in itertools.product(seeds, RATES, ROWS):
+        yield spec(task, seed=seed, training__learning_rate=rate)
+
+
+def _targets() -> Iterator[Spec]:
+    for task, modules, r, rate in itertools.product(
+        ROWS, (["q", "k", "v", "o"], "all-linear"), (8, 32), (4e-4, 1.6e-3)
+    ):
+        yield spec(task, lora__target_modules=modules, lora__r=r, training__learning_rate=rate)
+
+
+def _batch() -> Iterator[Spec]:
+    for task, size, rate in itertools.product(VARIED, (4, 8, 16, 32), (4e-4, 8e-4, 1.6e-3)):
+        yield spec(task, training__per_device_train_batch_size=size, training__learning_rate=rate)
+
+
+def _schedule() -> Iterator[Spec]:
+    for task, (kind, warmup), rate in itertools.product(VARIED, SCHEDULES, (8e-4, 1.6e-3)):
+        changed: dict[str, Any] = {"training__lr_scheduler_type": kind, "training__warmup_steps": warmup}
+        yield spec(task, **changed, training__learning_rate=rate)
+
+
+def _epochs() -> Iterator[Spec]:
+    for (task, rows), lengths in LENGTHS.items():
+        for epochs, rate in itertools.product(lengths, TWO):
+            yield spec(task, rows=rows, training__num_train_epochs=epochs, training__learning_rate=rate)
+
+
+def _best() -> Iterator[Spec]:
+    """The longest of `_epochs`, where validation rows choose the step that is kept."""
+    for (task, rows), lengths in LENGTHS.items():
+        for rate in TWO:
+            steps = int(-(-rows // 8) * lengths[-1])
+            yield spec(
+                task, rows=rows, data__validation=True, training__keep="best", training__eval_steps=max(1, steps // 12),
+                training__num_train_epochs=lengths[-1], training__learning_rate=rate,
+            )  # fmt: skip
+
+
+def _average() -> Iterator[Spec]:
+    for task, kind, rate in itertools.product(VARIED, ("linear", "constant"), (8e-4, 1.6e-3)):
+        one = spec(task, training__lr_scheduler_type=kind, training__learning_rate=rate, training__num_train_epochs=1.0)
+        yield one | {"average": [0.1, 0.25]}
+
+
+def _tenth() -> Iterator[Spec]:
+    for rate, task in itertools.product(RATES, ROWS):
+        yield spec(task, training__learning_rate=rate, training__max_steps=max(5, ROWS[task] // 80))
+
+
+def _edge() -> Iterator[Spec]:
+    """Rates above those of `_rate`, as its highest is the best of most tasks."""
+    for seed, rate, task in itertools.product((1, 2, 3), (6.4e-3,), ROWS):
+        yield spec(task, seed=seed, training__learning_rate=rate)
+    for task in ROWS:
+        yield spec(task, training__learning_rate=1.28e-2)
+
+
+def _shapes() -> Iterator[Spec]:
+    """The rate on other shapes of model; the narrow one wants higher rates."""
+    for model, rates in (("57M", RATES), ("narrow", (*RATES[2:], 6.4e-3, 1.28e-2))):
+        for rate, task in itertools.product(rates, ROWS):
+            yield spec(task, model=model, training__learning_rate=rate)
+
+
+EXPERIMENTS = {
+    "rate": _rate,
+    "edge": _edge,
+    "targets": _targets,
+    "tenth": _tenth,
+    "shapes": _shapes,
+    "epochs": _epochs,
+    "best": _best,
+    "batch": _batch,
+    "schedule": _schedule,
+    "average": _average,
+}

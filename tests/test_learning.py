@@ -1,0 +1,86 @@
+"""The experiments of `scripts/learn.py`: names that results are found by, averages of weights, and the tables."""
+
+from pathlib import Path
+
+import learn
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from learning import averaging, experiments, tables
+
+
+def test_results_that_exist_keep_their_names() -> None:
+    first = next(experiments.EXPERIMENTS["rate"]())
+    tenth = next(experiments.EXPERIMENTS["tenth"]())
+    assert [learn.name_of(first), learn.name_of(tenth)] == ["b5f51644be28", "559a52237da6"]
+
+
+def test_a_run_leaves_nothing_to_defaults(tmp_path: Path) -> None:
+    paths = {"train": tmp_path / "train.jsonl", "validation": tmp_path / "validation.jsonl"}
+    one = next(experiments.EXPERIMENTS["best"]())
+    config = learn.config_of(one, paths, tmp_path, tmp_path / "out")
+    assert config["data"] == {"train": str(paths["train"]), "validation": str(paths["validation"])}
+    assert config["training"]["learning_rate"] == 4e-4
+    assert config["training"].keys() >= {"num_train_epochs", "warmup_steps", "lr_scheduler_type"}
+
+
+def test_weights_are_averaged_over_the_last_steps(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with averaging.observed([0.25, 0.5], 4) as averages:
+        for _ in range(4):
+            weight.grad = torch.tensor([-1.0, -2.0])
+            optimizer.step()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    save_file({"a": weight.detach()}, adapter / "adapter_model.safetensors")
+    averages.write(0.5, adapter, tmp_path / "averaged")
+    assert load_file(tmp_path / "averaged" / "adapter_model.safetensors")["a"].tolist() == [3.5, 7.0]
+
+
+def result(rate: float, loss: float, seed: int = 1) -> dict[str, object]:
+    """A result of the experiment on the rate."""
+    settings = {"training.learning_rate": rate}
+    return {
+        "name": "x",
+        "model": "135M",
+        "task": "mail",
+        "rows": 9,
+        "seed": seed,
+        "settings": settings,
+        "rows_loss": loss,
+    }
+
+
+def test_the_regret_of_a_formula_is_drawn_between_the_rates_beside_it() -> None:
+    found = tables.regret([result(1e-3, 2.0), result(1e-2, 1.0), result(1e-1, 3.0)], lambda *_: 10**-1.5)
+    assert "| 135M | mail (9) | 1 | 0.032 | 0.01 | +100.0% |" in found
+    assert "missing (outside)" in tables.regret([result(1e-3, 2.0), result(1e-2, 1.0)], lambda *_: 1.0)
+    assert "0.01 (the highest)" in tables.regret([result(1e-3, 2.0), result(1e-2, 1.0)], lambda *_: 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("worse", "verdict"), [(0.5, "| 1 | 0 | 0 |"), (-0.5, "| 0 | 1 | 0 |"), (0.0, "| 0 | 0 | 1 |")]
+)
+def test_who_is_ahead_is_told_by_the_interval(worse: float, verdict: str) -> None:
+    rows = [1.0 + 0.1 * (number % 3) for number in range(60)]
+    common = {
+        "model": "135M",
+        "task": "mail",
+        "rows": 9,
+        "minutes": 3.0,
+        "seed": 1,
+        "variant": "scaled",
+        "seconds": 1.0,
+    }
+    losses = {"loratune": rows, "trl": [one + worse + 0.01 * (number % 2) * (-1) ** (number // 2)
+                                        for number, one in enumerate(rows)]}  # fmt: skip
+    results = [
+        common
+        | {"contestant": name, "steps": 1, "rows_loss": sum(nats) / 60, "text_loss": 3.0}
+        | {"rows_nats": learn.packed(nats), "rows_tokens": learn.packed([1.0] * 60)}
+        for name, nats in losses.items()
+    ]
+    assert f"| trl, scaled {verdict}" in tables.peers(results, [])
