@@ -9,9 +9,10 @@ from loratune.commands.adapter_stats import AdapterStats, adapter_stats
 from loratune.config import keys
 from loratune.console import format_size
 from loratune.errors import AdapterError
-from loratune.evaluation import page, run_record
+from loratune.evaluation import page, page_study, run_record
 from loratune.evaluation.page import Subject
 from loratune.evaluation.results import Evaluation
+from loratune.evaluation.study_results import StudyResults
 from loratune.training.preflight import AdapterInfo
 
 
@@ -49,6 +50,16 @@ def report(shown: Subjects, evaluation: Evaluation | None, data: str | None) -> 
     """
     described = [_subject(*one) for one in zip(shown.names(), shown.adapters, shown.notes, strict=True)]
     return page.render(described, evaluation, data, [*_commands(shown.adapters, data)])
+
+
+def study_report(directory: Path) -> str:
+    """The page of a study. Raises ConfigError: the directory holds none."""
+    results = StudyResults.read(directory)
+    commands = [f"loratune report --adapter {escaping.shell(results.published)}"] if results.published else []
+    for trial in results.trials:
+        if trial.adapter is not None:
+            commands.append(f"loratune report --adapter {escaping.shell(trial.adapter)}")
+    return page_study.render(results, commands or ["no adapter is kept"])
 
 
 def _subject(name: str, adapter: AdapterInfo, notes: Sequence[str]) -> Subject:

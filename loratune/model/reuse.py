@@ -47,7 +47,7 @@ def _modules(base: PreTrainedModel) -> list[tuple[Any, ...]]:
             module.training,
             upstream.hooks(module),
             "forward" in vars(module),
-            vars(module).get("gradient_checkpointing"),
+            bool(vars(module).get("gradient_checkpointing")),
         )
         for name, module in base.named_modules()
     ]
