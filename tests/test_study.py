@@ -2,8 +2,11 @@
 
 import json
 import re
+import resource
 import shutil
 import signal
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,9 @@ from running import WEIGHTS, MakeConfig, until
 
 from loratune.codes import Code
 from loratune.commands.sweep import budget, grid
+from loratune.commands.sweep.study import Study
 from loratune.config import LoraSection
-from loratune.errors import ConfigError
+from loratune.errors import ConfigError, ResourceError
 from loratune.evaluation.study_results import BEST, LIKE_BEST, WORSE, RowLosses, StudyResults, TrialResult, rank
 from loratune.lora import attach, tensors
 from loratune.model.reuse import BaseState
@@ -158,6 +162,58 @@ def test_a_budget_shorter_than_one_trial(cli: Cli, config: MakeConfig, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_budget_ends_a_sweep_with_what_is_known(processes: ForkServer, config: MakeConfig, tmp_path: Path) -> None:
+    """After the first trial no time is left; the clock is set, so that the machine's speed does not matter."""
+    first = "from loratune.commands.sweep.budget import Budget\n"
+    first += "Budget.left = property(lambda self: 0.0 if self.ratios else 1e9)"
+    file = config()
+    child = processes.start("sweep", file, *RATES, "--budget", "1h", first=first)
+    assert child.wait() == 0, child.said()
+    assert sorted(states(tmp_path)) == ["done", "waiting"] and (tmp_path / "out" / WEIGHTS).exists()
+    assert "of the budget are left" in child.out.read_text()
+    child = processes.start("sweep", file, *RATES, "--overwrite")
+    assert child.wait() == 0 and states(tmp_path) == ["done", "done"], child.said()
+
+
+def test_a_trial_fits_by_the_slowest_so_far() -> None:
+    left = budget.Budget(100.0, started=time.monotonic())
+    assert left.fits(90) and left.fits(190)  # an estimate without a trial may be off by two
+    left.add(estimate=10, seconds=30)
+    left.add(estimate=10, seconds=20)
+    assert left.expected(20) == 60 and left.fits(20) and not left.fits(40)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """The limit of a file's size is that of a disk which is full; it leaves half a line, which is removed later."""
+    study, journal = Study(tmp_path, "out", None, halving=False, seed=0), tmp_path / "journal.log"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 20, hard))
+    try:
+        with pytest.raises(ResourceError) as full:
+            study.enqueue([{"lora.r": "8"}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [(one.code, one.where) for one in full.value.problems] == [(Code.SYSTEM_DISK_FULL, str(journal))]
+    assert not journal.read_bytes().endswith(b"\n")
+    again = Study(tmp_path, "out", None, halving=False, seed=0)
+    again.enqueue([{"lora.r": "8"}])
+    assert [(one.settings, one.state) for one in again.records()] == [({"lora.r": "8"}, "waiting")]
+
+
+def test_a_missing_optuna_is_told_with_its_extra(cli: Cli, config: MakeConfig) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "optuna", None)
+        ran = cli("sweep", config(), *RATES)
+    check_refused(ran, 2, (Code.SWEEP_NO_OPTUNA, "", ""))
+    assert "loratune[sweep]" in ran.err
+
+
+def test_an_error_of_the_config_is_told_once(cli: Cli, config: MakeConfig) -> None:
+    file = config(lora={"rank": 8})
+    ran = cli("sweep", file, *RATES, *RANKS)
+    assert ran.code == 2 and len(ran.errors) == 1 and ran.errors[0].startswith(f"{file}:"), ran.err
+
+
 # A whole sweep
 
 
@@ -282,7 +338,7 @@ def test_all_that_diverge_are_exit_code_6(forked: Cli, config: MakeConfig, tmp_p
 
 # Interrupted, and shared
 
-LONG: dict[str, Any] = {"training": {"num_train_epochs": 12, "save_steps": 3}}
+LONG: dict[str, Any] = {"training": {"num_train_epochs": 6, "save_steps": 4}}
 
 
 def partial_of(folder: Path) -> list[Path]:

@@ -78,7 +78,7 @@ def report(
 
 
 def _check_subject(adapter: Path | None, study: Path | None, against: Path | None, data: str | None) -> None:
-    """Raises ConfigError: it is not said what the page is about, an option does not fit that, or matplotlib is missing."""
+    """Raises ConfigError: it is not said what the page is about, an option does not fit, or matplotlib is missing."""
     if (adapter is None) == (study is None):
         raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of --adapter and --study"))
     options = {"--against": against, "--data": data}

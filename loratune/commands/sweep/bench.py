@@ -126,26 +126,24 @@ class Bench:
     def train(self, run: RunConfig, output: Path, reporter: Reporter) -> TrialOutcome:
         """Train the adapter of a trial, and score it. An interrupted one goes on from its checkpoint.
 
+        The adapter stays on the base until `take_off`, which has to follow whatever happens.
+
         Args:
             run: The config of the trial.
             output: Where its adapter goes; an adapter that is there is replaced.
             reporter: Receives what the run reports.
 
         Raises:
-            LoratuneError, KeyboardInterrupt: As `train.train`. The base is as it was, whatever happens.
+            LoratuneError, KeyboardInterrupt: As `train.train`.
         """
         start = time.monotonic()
         output.parent.mkdir(parents=True, exist_ok=True)
         partial, inputs = output.with_name(f"{output.name}.partial"), self._run.directory.inputs
         directory = RunDirectory(output, partial, str(output), overwrite=True, inputs=inputs)
         validated = self._resumed(replace(self._as_validated(run), directory=directory))
-        try:
-            result = training.train(validated, reporter, planner=self._make_plan)
-            assert result is not None and self._plan is not None
-            values = keys.flat(self._plan.config.resolved())
-            losses = self._score(self._plan)
-        finally:
-            self._take_off()
+        result = training.train(validated, reporter, planner=self._make_plan)
+        assert result is not None and self._plan is not None
+        values, losses = keys.flat(self._plan.config.resolved()), self._score(self._plan)
         return TrialOutcome(result, losses, values, time.monotonic() - start)
 
     def _resumed(self, validated: ValidatedRun) -> ValidatedRun:
@@ -178,8 +176,11 @@ class Bench:
             np.array([*self._copies.values()], dtype=np.float64),
         )
 
-    def _take_off(self) -> None:
-        """Take the adapter off the base, and load the base again where it is not what it was."""
+    def take_off(self) -> None:
+        """Take the adapter off the base, and load the base again where it is not what it was.
+
+        An error of the trial must have been dealt with before, as its traceback would keep the old base.
+        """
         plan, self._plan = self._plan, None
         if plan is not None:
             tensors.detached(plan.model)

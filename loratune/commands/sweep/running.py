@@ -15,7 +15,7 @@ from loratune.commands.sweep.grid import Grid, label
 from loratune.commands.sweep.study import Claim, Study, TrialRecord
 from loratune.commands.train import Reporter
 from loratune.config import RunConfig, keys
-from loratune.console import format_duration
+from loratune.console import format_duration, plural
 from loratune.errors import (
     AdapterError,
     ConfigError,
@@ -24,6 +24,7 @@ from loratune.errors import (
     NumericError,
     Problem,
     ResourceError,
+    is_out_of_memory,
 )
 from loratune.evaluation.study_results import DONE, WORSE, RowLosses, StudyResults, TrialResult, rank
 from loratune.lora import attach
@@ -140,7 +141,11 @@ class _Sweep:
         """Of the study, all that trials share, and what they differ in."""
         skipped = (*_NOT_COMPARED, *_PLACES, *self.request.grid.keys)
         values = keys.flat(self.request.run.config.resolved())
-        shared = {key: value for key, value in values.items() if not key.startswith(skipped)}
+        shared = {
+            key: value
+            for key, value in values.items()
+            if not any(key == name or key.startswith(f"{name}.") for name in skipped)
+        }
         drawn = "ranges" if self.request.grid.has_ranges else "values"
         return shared | {grids.OPTION: f"{drawn} of {', '.join(sorted(self.request.grid.keys))}"}
 
@@ -169,7 +174,11 @@ class _Sweep:
         """Work on a trial. Returns whether to go on: the budget may have no room for it."""
         budget = self.request.budget
         try:
-            run = self.request.runs.get(label(claim.settings)) or self.request.grid.run(claim.settings)
+            try:
+                run = self.request.runs.get(label(claim.settings)) or self.request.grid.run(claim.settings)
+            except ConfigError as error:  # of a number that was drawn between the ends of a range, which are valid
+                self._fail(claim, "invalid", error.problems[0].what)
+                return True
             estimate = self.bench.estimate(run) if budget.seconds is not None else 0.0
             if not budget.fits(estimate):
                 self.study.give_back(claim)
@@ -200,14 +209,15 @@ class _Sweep:
             self._fail(claim, "diverged", error.problems[0].what)
         except _Hopeless as error:
             self._fail(claim, "stopped early", str(error))
-        except (ResourceError, MemoryError) as error:
-            code = error.problems[0].code if isinstance(error, ResourceError) else Code.SYSTEM_OUT_OF_MEMORY
-            if code not in _OUT_OF_MEMORY:
+        except Exception as error:
+            if not _is_out_of_memory(error):
                 raise
-            self._fail(claim, "out of memory", str(error))
+            self._fail(claim, "out of memory", next(iter(str(error).splitlines()), ""))
         else:
             self.request.budget.add(estimate, outcome.seconds)
             self.study.finish(claim, _recorded(outcome, self.request.grid.keys), outcome.losses.loss)
+        finally:
+            self.bench.take_off()
         with self.study.choosing():
             results = self._results()
             results.write(self.request.directory)
@@ -259,15 +269,19 @@ class _Sweep:
         results, output = self._results(), self.request.run.directory
         running = results.count("running")
         if stop is not None:
-            self.notes.append("nothing is published yet")
+            self.notes.append("nothing is published yet; the same command goes on")
         elif running:
             self.notes.append(f"{running} of the trials run in other processes; the last of these publishes the best")
-        elif results.winner is None:
-            results.write(self.request.directory)
-            raise _nothing(results)
-        else:
+        elif results.winner is not None:
             self._publish(results.winner, output)
             results = replace(results, published=str(output.output))
+            if waiting := results.count("waiting"):
+                self.notes.append(f"{plural(waiting, 'trial')} left; the same command with --overwrite goes on")
+        elif results.count("waiting"):
+            self.notes.append("nothing is published, as no trial has an adapter yet; the same command goes on")
+        else:
+            results.write(self.request.directory)
+            raise _nothing(results)
         results.write(self.request.directory)
         return Swept(results, self.request.directory, stop, self.notes)
 
@@ -300,6 +314,12 @@ def _is_same(source: Path, output: Path) -> bool:
     with suppress(OSError):
         return (source / "loratune.json").read_bytes() == (output / "loratune.json").read_bytes()
     return False
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, LoratuneError):
+        return error.problems[0].code in _OUT_OF_MEMORY
+    return is_out_of_memory(error)
 
 
 def _recorded(outcome: TrialOutcome, varied: list[str]) -> dict[str, Any]:
