@@ -175,6 +175,27 @@ def test_the_budget_ends_a_sweep_with_what_is_known(processes: ForkServer, confi
     assert child.wait() == 0 and states(tmp_path) == ["done", "done"], child.said()
 
 
+def test_a_better_one_replaces_what_the_study_published(
+    processes: ForkServer, config: MakeConfig, tmp_path: Path
+) -> None:
+    """One process ends at its budget, and publishes; another, which was between two trials, finds a better adapter."""
+    gate, file = tmp_path / "gate", config()
+    arguments = ("sweep", file, "--grid", "training.learning_rate=1e-5,1e-3,1e-2")
+    waits = "from loratune.commands.sweep.study import Study\nimport os, time\nclaim, calls = Study.claim, []\n"
+    waits += "def later(self, *arguments):\n    calls.append(1)\n"
+    waits += f"    while len(calls) > 1 and not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
+    waits += "    return claim(self, *arguments)\nStudy.claim = later"
+    ends = "from loratune.commands.sweep.budget import Budget\n"
+    ends += "Budget.left = property(lambda self: 0.0 if self.ratios else 1e9)"
+    slow = processes.start(*arguments, first=waits)
+    until(lambda: (tmp_path / "out.study" / "results.json").exists(), slow)
+    quick = processes.start(*arguments, "--budget", "1h", first=ends)
+    assert quick.wait() == 0 and "learning_rate: 0.001" in (tmp_path / "out" / "run.yaml").read_text(), quick.said()
+    gate.touch()
+    assert slow.wait() == 0 and "learning_rate: 0.01" in (tmp_path / "out" / "run.yaml").read_text(), slow.said()
+    assert states(tmp_path) == ["done"] * 3 and not (tmp_path / "out.partial").exists()
+
+
 def test_a_trial_fits_by_the_slowest_so_far() -> None:
     left = budget.Budget(100.0, started=time.monotonic())
     assert left.fits(90) and left.fits(190)  # an estimate without a trial may be off by two

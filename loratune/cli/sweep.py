@@ -41,9 +41,10 @@ def sweep(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train CONFIG with several settings, compare them on its validation rows, and publish the best adapter.
+    """Train CONFIG with several settings; publish the best adapter.
 
-    The study is kept in OUTPUT_DIR.study; the same command goes on with it, also in several processes at once.
+    All are compared on the validation rows. The study is kept in OUTPUT_DIR.study, and the same command goes on with
+    it, also in several processes at once.
     """
     with boundary(debug, memory_fix="free memory, or load the base in fewer bits with --set model.quantization=4bit"):
         if find_spec("optuna") is None:

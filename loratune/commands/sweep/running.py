@@ -28,8 +28,9 @@ from loratune.errors import (
 )
 from loratune.evaluation.study_results import DONE, WORSE, RowLosses, StudyResults, TrialResult, rank
 from loratune.lora import attach
+from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
-from loratune.system.files import explain_full_disk, is_directory
+from loratune.system.files import explain_full_disk, is_directory, is_file, sha256
 from loratune.system.launcher import host
 from loratune.training import preflight, run_dir
 from loratune.training.callbacks import Progress
@@ -288,8 +289,11 @@ class _Sweep:
     def _publish(self, winner: TrialResult, directory: RunDirectory) -> None:
         """Put a copy of the winner's adapter in the place of the output directory, whole or not at all."""
         source = self._adapter(winner.number)
-        if _is_same(source, directory.output):
-            return  # another process of the study was faster
+        record, present = source / RECORD_FILE, directory.output / RECORD_FILE
+        if is_file(present) and sha256(present) == self.study.published:
+            if is_file(record) and sha256(record) == self.study.published:
+                return  # another process of the study was faster
+            directory = replace(directory, overwrite=True)  # it published what was best then
         owner = next(record.host for record in self.study.records() if record.number == winner.number)
         where = "" if owner == host() else f", and was trained on {owner}, where the same command publishes it"
         try:
@@ -307,13 +311,7 @@ class _Sweep:
             shutil.copytree(source, directory.staging, dirs_exist_ok=True)
             for path in directory.publish():
                 self.log(f"{path} is kept: this run did not write it")
-
-
-def _is_same(source: Path, output: Path) -> bool:
-    """Whether an output directory holds the adapter of a trial already."""
-    with suppress(OSError):
-        return (source / "loratune.json").read_bytes() == (output / "loratune.json").read_bytes()
-    return False
+        self.study.note_published(sha256(record))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
