@@ -104,7 +104,7 @@ class Code(StrEnum):
     SWEEP_ALL_FAILED = "sweep.all_failed", "Every trial of a study diverged, or did worse than the base."
     SWEEP_WINNER_MISSING = (
         "sweep.winner_missing",
-        "The adapter of the best trial is elsewhere, or damaged.",
+        "The adapter of the best trial of a study is missing or damaged.",
     )
 
     # System (system.*)

@@ -416,6 +416,28 @@ def test_a_database_keeps_the_study(forked: Cli, config: MakeConfig, tmp_path: P
     check_refused(ran, 10, (Code.SWEEP_STORAGE, "sqlite:////no/such/directory/study.db", ""))
 
 
+def test_machines_share_a_database_and_keep_their_adapters(
+    processes: ForkServer, tmp_path: Path, tiny_dir: Path
+) -> None:
+    """Two folders that are called alike stand for two machines, which have other names."""
+    children, arguments = [], (*RATES, *RANKS, "--storage", f"sqlite:///{tmp_path / 'study.db'}", "--json")
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        first = f"from loratune.commands.sweep import running, study\nrunning.host = study.host = lambda: {name!r}"
+        file = study_config(folder, config_in(folder, tiny_dir))
+        children.append(processes.start("sweep", file, *arguments, first=first))
+    assert [child.wait() for child in children] == [0, 0], children[0].said() + children[1].said()
+    tried = [re.findall(r"^trial (\d+):", child.said(), flags=re.MULTILINE) for child in children]
+    assert sorted(tried[0] + tried[1]) == ["0", "1", "2", "3"]
+    last = max((json.loads(child.out.read_text()) for child in children), key=lambda one: str(one).count("'done'"))
+    owner = 0 if str(last["winner"]) in tried[0] else 1
+    published = [(tmp_path / name / "out").exists() for name in ("one", "two")]
+    assert not published[1 - owner] and (
+        published[owner] or "the same command publishes it there" in str(last["notes"])
+    )
+
+
 def test_a_journal_that_was_cut_off_is_read(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     file = config()
     assert forked("sweep", file, *RATES).code == 0

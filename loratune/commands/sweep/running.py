@@ -274,8 +274,8 @@ class _Sweep:
         elif running:
             self.notes.append(f"{running} of the trials run in other processes; the last of these publishes the best")
         elif results.winner is not None:
-            self._publish(results.winner, output)
-            results = replace(results, published=str(output.output))
+            if self._publish(results.winner, output):
+                results = replace(results, published=str(output.output))
             if waiting := results.count("waiting"):
                 self.notes.append(f"{plural(waiting, 'trial')} left; the same command with --overwrite goes on")
         elif results.count("waiting"):
@@ -286,21 +286,32 @@ class _Sweep:
         results.write(self.request.directory)
         return Swept(results, self.request.directory, stop, self.notes)
 
-    def _publish(self, winner: TrialResult, directory: RunDirectory) -> None:
-        """Put a copy of the winner's adapter in the place of the output directory, whole or not at all."""
+    def _publish(self, winner: TrialResult, directory: RunDirectory) -> bool:
+        """Put a copy of the winner's adapter in the place of the output directory, whole or not at all.
+
+        Returns:
+            Whether it is there; it may be on another machine.
+
+        Raises:
+            AdapterError: It is damaged.
+        """
         source = self._adapter(winner.number)
+        owner = next(record.host for record in self.study.records() if record.number == winner.number)
+        if owner != host() and not is_directory(source):
+            where = f"the adapter of trial {winner.number}, the best, is on {owner}"
+            self.notes.append(f"{where}; the same command publishes it there, if it has not done so")
+            return False
         record, present = source / RECORD_FILE, directory.output / RECORD_FILE
         if is_file(present) and sha256(present) == self.study.published:
             if is_file(record) and sha256(record) == self.study.published:
-                return  # another process of the study was faster
+                return True  # another process of the study was faster
             directory = replace(directory, overwrite=True)  # it published what was best then
-        owner = next(record.host for record in self.study.records() if record.number == winner.number)
-        where = "" if owner == host() else f", and was trained on {owner}, where the same command publishes it"
         try:
             preflight.open_adapter(source)
         except AdapterError as error:
-            what = f"the adapter of trial {winner.number}, the best, cannot be used{where}: {error.problems[0].what}"
-            raise AdapterError(Problem(Code.SWEEP_WINNER_MISSING, what, str(source))) from None
+            what = f"the adapter of trial {winner.number}, the best, cannot be used: {error.problems[0].what}"
+            fix = "move the study away, and start again"
+            raise AdapterError(Problem(Code.SWEEP_WINNER_MISSING, what, str(source), fix=fix)) from None
         size = sum(path.stat().st_size for path in source.rglob("*"))
         with (
             run_dir.locked(directory),
@@ -312,6 +323,7 @@ class _Sweep:
             for path in directory.publish():
                 self.log(f"{path} is kept: this run did not write it")
         self.study.note_published(sha256(record))
+        return True
 
 
 def _is_out_of_memory(error: Exception) -> bool:
