@@ -22,7 +22,8 @@ from loratune.training import output_dir, run_dir
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "scipy")
 OLD = {"adapter_config.json": b'{"old": true}', "adapter_model.safetensors": b"old weights"}
 COMMANDS = (
-    "init", "train", "params", "schema", "explain", "evaluate", "report", "generate", "chat", "merge", "export", "push",
+    "init", "train", "sweep", "params", "schema", "explain", "evaluate", "report", "generate", "chat", "merge",
+    "export", "push",
 )  # fmt: skip
 """In the order in which the help lists them."""
 ONE_STEP = {"max_steps": 1}
@@ -75,6 +76,12 @@ def test_config_errors_import_nothing_heavy(command: str, run_config: Callable[.
     check_refused(ran, 2, (Code.CONFIG_UNKNOWN_KEY, f"{path}:{line}", "lora.rank"))
     assert ran.out == "" and ran.err.endswith("; did you mean `lora.r`?\n") and ran.err.count("\n") == 1
     assert heavy == set()
+
+
+def test_errors_of_a_grid_import_nothing_heavy(run_config: Callable[..., Path]) -> None:
+    ran, heavy = imported("sweep", run_config(), "--grid", "lora.rank=8,16")
+    check_refused(ran, 2, (Code.CONFIG_UNKNOWN_KEY, "--grid", "lora.rank"))
+    assert "did you mean `lora.r`" in ran.err and heavy == set()
 
 
 @pytest.mark.parametrize(

@@ -103,13 +103,13 @@ def test_a_change_of_one_value_is_seen_wherever_it_is() -> None:
 def test_tensors_of_any_layout() -> None:
     """Not contiguous, at odd places of a storage, empty, of one value."""
     values = torch.randn(9, 1000)
-    plain = fingerprints._sums(values)
-    assert fingerprints._sums(torch.randn(9000, 9).T.copy_(values.repeat(1, 9))[:, :1000]) == plain
+    plain = fingerprints.block_sums(values)
+    assert fingerprints.block_sums(torch.randn(9000, 9).T.copy_(values.repeat(1, 9))[:, :1000]) == plain
     for shift in range(1, 5):
         held = torch.zeros(9000 + shift, dtype=torch.bfloat16)
         held[shift:] = values.flatten()
-        assert fingerprints._sums(held[shift:]) == plain
-    assert fingerprints._sums(torch.zeros(0)) == b"" and len(fingerprints._sums(torch.tensor(1.0))) == 2
+        assert fingerprints.block_sums(held[shift:]) == plain
+    assert fingerprints.block_sums(torch.zeros(0)) == b"" and len(fingerprints.block_sums(torch.tensor(1.0))) == 2
 
 
 IRRELEVANT: dict[str, Any] = {

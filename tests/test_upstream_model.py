@@ -35,6 +35,21 @@ def test_attention() -> None:
     assert upstream.attention(LlamaConfig()) is None
 
 
+def test_hooks() -> None:
+    module = torch.nn.Linear(1, 1)
+    assert upstream.hooks(module) == 0
+    handles = [
+        module.register_forward_hook(lambda *_: None),
+        module.register_forward_pre_hook(lambda *_: None),
+        module.register_full_backward_hook(lambda *_: None),
+        module.register_full_backward_pre_hook(lambda *_: None),
+    ]
+    assert upstream.hooks(module) == 4
+    for handle in handles:
+        handle.remove()
+    assert upstream.hooks(module) == 0
+
+
 def test_quantizer(packed: dict[str, PreTrainedModel]) -> None:
     assert upstream.quantizer(tiny_llama()) is None
     for model in packed.values():

@@ -9,5 +9,6 @@ from loratune.cli import init as init
 from loratune.cli import merge as merge
 from loratune.cli import push as push
 from loratune.cli import report as report
+from loratune.cli import sweep as sweep
 from loratune.cli import training as training
 from loratune.cli.application import app as app

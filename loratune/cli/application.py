@@ -20,6 +20,7 @@ from loratune.system.files import path_problem
 _COMMANDS = (
     "init",
     "train",
+    "sweep",
     "params",
     "schema",
     "explain",

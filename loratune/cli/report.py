@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def report(
-    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")] = None,
+    study: Annotated[
+        Path | None, typer.Option("--study", metavar="DIR", help="The study of a sweep, in place of an adapter.")
+    ] = None,
     against: Annotated[
         Path | None, typer.Option("--against", metavar="DIR", help="Another adapter, shown beside it.")
     ] = None,
@@ -35,26 +38,23 @@ def report(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write a page that shows an adapter, its run and its scores. One HTML file that loads nothing."""
+    """Write a page on an adapter and its run, or on a sweep. One HTML file that loads nothing."""
     with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
-        check_paths(adapter=adapter, against=against, data=data, output=output)
-        if find_spec("matplotlib") is None:
-            what, fix = (
-                "the package matplotlib, which draws the charts, is not installed",
-                "pip install 'loratune[report]'",
-            )
-            raise ConfigError(Problem(Code.REPORT_NO_MATPLOTLIB, what, fix=fix))
+        check_paths(adapter=adapter, study=study, against=against, data=data, output=output)
+        _check_subject(adapter, study, against, data)
         if assignments and data is None:
             raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --data", key="--set"))
 
         from loratune.commands import output_file
 
-        target = output or Path(f"{adapter.resolve().name}-report.html")
-        inputs = [Path(path) for path in (adapter, against, data) if path is not None]
+        subject = adapter or study
+        assert subject is not None
+        target = output or Path(f"{subject.resolve().name}-report.html")
+        inputs = [Path(path) for path in (subject, against, data) if path is not None]
         file = output_file.output(target, "--output", overwrite=overwrite, inputs=inputs)
 
         with importing():
-            from loratune.commands.report import Subjects, report
+            from loratune.commands.report import Subjects, report, study_report
             from loratune.console import log
             from loratune.training import preflight
 
@@ -67,11 +67,26 @@ def report(
                 log_all(lines)
         if data is not None:
             file = file.reading(Path(shown.adapters[0].base.name_or_path))
-        text = report(shown, _evaluate(shown.adapters, data) if data is not None else None, data)
+        if study is not None:
+            text = study_report(study)
+        else:
+            text = report(shown, _evaluate(shown.adapters, data) if data is not None else None, data)
         with file.opened(log) as writable:
             writable.write(text)
         if file.handle is None:
             print(target)
+
+
+def _check_subject(adapter: Path | None, study: Path | None, against: Path | None, data: str | None) -> None:
+    """Raises ConfigError: it is not said what the page is about, an option does not fit, or matplotlib is missing."""
+    if (adapter is None) == (study is None):
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of --adapter and --study"))
+    options = {"--against": against, "--data": data}
+    if adapter is None and (given := [name for name, value in options.items() if value is not None]):
+        raise ConfigError([Problem(Code.USAGE_NEEDS_OPTION, "only works with --adapter", key=name) for name in given])
+    if find_spec("matplotlib") is None:
+        what, fix = "the package matplotlib, which draws the charts, is not installed", "pip install 'loratune[report]'"
+        raise ConfigError(Problem(Code.REPORT_NO_MATPLOTLIB, what, fix=fix))
 
 
 def _evaluate(adapters: "Sequence[AdapterInfo]", data: str) -> "Evaluation":

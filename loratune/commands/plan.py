@@ -1,6 +1,6 @@
 """What of a run comes before its first step: `loratune train --dry-run` shows it, and `train` carries it out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -93,20 +93,64 @@ class Plan:
             start = span[1]
 
 
-def make_plan(validated_run: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
-    """Load the tokenizer and tokenize the rows; then load the base, attach the adapter, and lay out the batches.
+@dataclass(frozen=True)
+class LoadedRun:
+    """What of a run is loaded, and stays the same for whatever adapter is put on it.
 
-    Raises ModelError, DataError; and AdapterError, ConfigError: the adapter to start from does not fit.
+    Attributes:
+        tokenizer: The tokenizer of the base.
+        datasets: The rows as tokens, with those that are replayed.
+        earlier: The run that made the adapter of `lora.start_from`; None where the run starts from none.
+        base: The base.
+    """
+
+    tokenizer: Any
+    datasets: TokenizedDatasets
+    earlier: EarlierRun | None
+    base: Base
+
+
+Planner = Callable[[ValidatedRun, ProgressFactory, Group], Plan]
+"""Makes the plan of a run, as `make_plan` does."""
+
+
+def make_plan(validated_run: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
+    """Load what the run needs, attach the adapter, and lay out the batches. Raises as `load_run` and `adapted`."""
+    return adapted(validated_run, load_run(validated_run, watch, group), group)
+
+
+def load_run(validated_run: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> LoadedRun:
+    """Load the tokenizer and tokenize the rows; then load the base.
+
+    Raises ModelError, DataError; and AdapterError, ConfigError: the adapter to start from is of another base.
     """
     run, resume_point = validated_run.config, validated_run.resume_point
     load.check_machine(run.model)
     load.check_kernels(run.model, gpu=load.device().type != "cpu")
     kernels.keep_pages()
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
-    datasets = batching.tokenize(validated_run, tokenizer, watch, group)
-    datasets, earlier = continuing.earlier_run(validated_run, datasets, watch, group)
+    datasets, earlier = load_rows(validated_run, tokenizer, watch, group)
     base = load.load_for_run(run.model, group, resume_point.base_fingerprint if resume_point else None)
     continuing.check_base(validated_run.start, base)
+    return LoadedRun(tokenizer, datasets, earlier, base)
+
+
+def load_rows(
+    validated_run: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group: Group = SINGLE_PROCESS
+) -> tuple[TokenizedDatasets, EarlierRun | None]:
+    """The rows as tokens, with those of the earlier run that are replayed, and that run. Raises ModelError, DataError,
+    ConfigError."""
+    datasets = batching.tokenize(validated_run, tokenizer, watch, group)
+    return continuing.earlier_run(validated_run, datasets, watch, group)
+
+
+def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGLE_PROCESS) -> Plan:
+    """Decide what the config leaves to the rows and the base, attach the adapter to the base, and lay out the batches.
+
+    Raises ModelError, DataError; and AdapterError, ConfigError: the adapter to start from does not fit.
+    """
+    run = validated_run.config
+    tokenizer, datasets, earlier, base = loaded.tokenizer, loaded.datasets, loaded.earlier, loaded.base
     dense, origin = load.dense_model(base.model, run.model), (run.model.name_or_path, run.model.revision)
     model, targets = attach.adapt(base.model, run.lora, dense=dense, seed=run.training.seed, origin=origin)
     batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loratune.commands.merge import Merged
     from loratune.commands.params import Params
     from loratune.commands.plan import Plan
+    from loratune.commands.sweep.running import Swept
     from loratune.commands.train import Result
     from loratune.evaluation.results import Evaluation, TaskResults
     from loratune.export.hub import Upload
@@ -269,6 +270,28 @@ def print_tasks(results: "TaskResults", as_json: bool = False) -> None:
     print_table(*wording.tasks_table(results))
     if results.requirements:
         print_block("result", wording.required(results.requirements))
+
+
+def print_study(swept: "Swept", program: str, as_json: bool) -> None:
+    """The trials of a study, the best first, and what became of the best. program: what starts this program."""
+    results = swept.results
+    if as_json:
+        print_json(results.as_json() | {"notes": swept.notes})
+        return
+    print(results.summary())
+    print_table(results.header(), [results.cells(trial) for trial in results.trials])
+    for trial in results.trials:
+        if trial.note:
+            print(escaping.line(f"  trial {trial.number}: {trial.state}: {trial.note}"))
+    lines = [("best", results.conclusion())]
+    if results.published is not None:
+        lines.append(("adapter", results.published))
+        lines.append(("try it", f"{program} generate --adapter {escaping.shell(results.published)} PROMPT"))
+    lines += [
+        ("study", str(swept.directory)),
+        ("look", f"{program} report --study {escaping.shell(str(swept.directory))}"),
+    ]
+    print_block("swept", [*lines, *(("note", note) for note in swept.notes)])
 
 
 def print_upload(upload: "Upload", as_json: bool) -> None:

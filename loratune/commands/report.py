@@ -1,18 +1,18 @@
 """`loratune report`: a page that shows an adapter, the run that made it, and how well it does."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from loratune import config, escaping
 from loratune.commands.adapter_stats import AdapterStats, adapter_stats
+from loratune.config import keys
 from loratune.console import format_size
 from loratune.errors import AdapterError
-from loratune.evaluation import page, run_record
+from loratune.evaluation import page, page_study, run_record
 from loratune.evaluation.page import Subject
 from loratune.evaluation.results import Evaluation
+from loratune.evaluation.study_results import StudyResults
 from loratune.training.preflight import AdapterInfo
 
 
@@ -52,6 +52,16 @@ def report(shown: Subjects, evaluation: Evaluation | None, data: str | None) -> 
     return page.render(described, evaluation, data, [*_commands(shown.adapters, data)])
 
 
+def study_report(directory: Path) -> str:
+    """The page of a study. Raises ConfigError: the directory holds none."""
+    results = StudyResults.read(directory)
+    commands = [f"loratune report --adapter {escaping.shell(results.published)}"] if results.published else []
+    for trial in results.trials:
+        if trial.adapter is not None:
+            commands.append(f"loratune report --adapter {escaping.shell(trial.adapter)}")
+    return page_study.render(results, commands or ["no adapter is kept"])
+
+
 def _subject(name: str, adapter: AdapterInfo, notes: Sequence[str]) -> Subject:
     files, run = adapter.files, adapter.run
     base = "/".join(part for part in (files.base, adapter.base.gguf_file) if part)
@@ -70,7 +80,7 @@ def _subject(name: str, adapter: AdapterInfo, notes: Sequence[str]) -> Subject:
         adapter=facts,
         record=run_record.read(files.record),
         updates=updates,
-        settings=dict(_flat(run.resolved())) if run else {},
+        settings=keys.flat(run.resolved()) if run else {},
         config=config.dump(run) if run else "",
         max_length=run.data.max_length if run else None,
         notes=lines,
@@ -95,15 +105,6 @@ def _facts(stats: AdapterStats) -> dict[str, str]:
         others = (f"{name} ({count:,} numbers)" for name, count in stats.others.items())
         facts["also"] = f"{', '.join(others)}: in no norm"
     return facts
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`section.key` → value of a config, as YAML has it."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
 def _commands(adapters: Sequence[AdapterInfo], data: str | None) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from loratune import config, data, kernels, memory
 from loratune.codes import Code
 from loratune.commands import card, clients
-from loratune.commands.plan import Plan, make_plan
+from loratune.commands.plan import Plan, Planner, make_plan
 from loratune.data import DatasetSplit, ProgressFactory, row_hashes
 from loratune.errors import NumericError, Problem, ResourceError
 from loratune.lora import adapter_files, attach, parameters, tensors
@@ -112,7 +112,12 @@ class _FinishedRun:
 
 
 def train(
-    validated_run: ValidatedRun, reporter: Reporter, group: Group = SINGLE_PROCESS, *, allow_worse: bool = False
+    validated_run: ValidatedRun,
+    reporter: Reporter,
+    group: Group = SINGLE_PROCESS,
+    *,
+    allow_worse: bool = False,
+    planner: Planner = make_plan,
 ) -> Result | None:
     """Train an adapter, check it, and publish its directory.
 
@@ -121,6 +126,7 @@ def train(
         reporter: Receives lines, the plan, and the progress.
         group: The processes of the run.
         allow_worse: Also publish an adapter that does worse than its base.
+        planner: Makes the plan, for a caller that has loaded the base and the rows.
 
     Returns:
         The published adapter; None in every process but the main one, which alone writes.
@@ -139,7 +145,7 @@ def train(
             group.on_end(directory.clean_up)
             if validated_run.resume_point is not None and not allow_worse:
                 gain.check_not_rejected(directory, validated_run.resume_point)
-        plan = make_plan(validated_run, reporter.watch, group)
+        plan = planner(validated_run, reporter.watch, group)
         identity = _identity(plan, validated_run)
         if group.main:
             directory.prepare(resume=validated_run.resume_point is not None)

@@ -185,6 +185,17 @@ def yaml_flow(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`section.key` → value of a config, as YAML has it, in one line."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+    return found
+
+
 def dotted(path: KeyPath) -> str:
     """`("data", "train", 0)` → `data.train[0]`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 from loratune import escaping
@@ -46,6 +46,8 @@ _WIDE_FONT, _FONT = 8.0, 9.0
 _SMOOTHED = 80
 """Points from which on a noisy line is drawn faint, below its moving average."""
 _MOST_BINS = 32
+_MOST_TICKS = 8
+"""Values of a setting up to which each is written below its points."""
 _STEPS = [1, 2, 2.5, 5, 10]
 """Distances of the ticks of an axis, times powers of ten."""
 _LOG_RATIO = 12
@@ -211,6 +213,61 @@ def heat_map(
         bar.set_label(labels[1])
 
     return _svg(name, title, draw, (width, height))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured value. interval: its 95 % interval, if there is one; series: as of a `Line`."""
+
+    x: str
+    y: float
+    interval: tuple[float, float] | None
+    series: int = 0
+
+
+def point_chart(name: str, title: str, points: Sequence[Point], label: str, order: Sequence[str]) -> str:
+    """Measured values, with their intervals, by a setting.
+
+    Args:
+        name: What the chart's ids begin with.
+        title: What it shows.
+        points: What is drawn.
+        label: What the setting is called.
+        order: The values of the setting, from left to right, where they are no numbers.
+    """
+    numbers = [_number(point.x) for point in points]
+    known = [number for number in numbers if number is not None]
+    are_numbers = len(known) == len(points)
+    places = known if are_numbers else [float(order.index(point.x)) for point in points]
+
+    def draw(axes: Axes) -> None:
+        for point, place in zip(points, places, strict=True):
+            ends = point.interval or (point.y, point.y)
+            below, above = max(0.0, point.y - ends[0]), max(0.0, ends[1] - point.y)
+            axes.errorbar(
+                [place], [point.y], yerr=[[below], [above]], fmt="o", color=SERIES[point.series], markersize=5.0,
+                elinewidth=1.2, capsize=2.5, zorder=3 + point.series,
+            )  # fmt: skip
+        if are_numbers and min(places) > 0 and max(places) > _LOG_RATIO / 4 * min(places):
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        if len({*places}) <= _MOST_TICKS:
+            texts = {place: point.x for point, place in zip(points, places, strict=True)}
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks([*sorted(texts)], [texts[place] for place in sorted(texts)])
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        axes.set_xlabel(label)
+        axes.margins(x=0.12, y=0.1)
+
+    return _svg(name, title, draw, HALF)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def short(value: float) -> str:

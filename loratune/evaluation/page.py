@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from loratune import __version__, escaping
 from loratune.evaluation import module_charts, page_scores, page_tables
@@ -58,12 +58,8 @@ def render(
         data: What these rows are called.
         commands: What to type to repeat all this.
     """
-    environment = Environment(
-        loader=PackageLoader("loratune.evaluation", ""), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=_shown,
-    )  # fmt: skip
     names = [subject.name for subject in subjects]
-    return environment.get_template("report.html.jinja").render(
+    return template("report.html.jinja").render(
         version=__version__,
         subjects=subjects,
         data=data,
@@ -87,6 +83,15 @@ def render(
         differing=page_tables.differing([subject.settings for subject in subjects]),
         commands=commands,
     )
+
+
+def template(name: str) -> Template:
+    """A template of this package, which escapes whatever is put into it."""
+    environment = Environment(
+        loader=PackageLoader("loratune.evaluation", ""), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, finalize=_shown,
+    )  # fmt: skip
+    return environment.get_template(name)
 
 
 def _shown(value: Any) -> Any:

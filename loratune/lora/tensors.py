@@ -68,6 +68,14 @@ def unloaded(model: PeftModel, where: str) -> Any:
     return model.unload()
 
 
+def detached(model: PeftModel) -> Any:
+    """The base without the adapter, which uses up the model: the same object as before, quantized or not.
+
+    What the adapter changed in the weights of the base stays changed.
+    """
+    return model.unload()
+
+
 def _check_dense(model: PeftModel, where: str) -> None:
     if getattr(model.get_base_model(), "is_quantized", False):
         what, fix = "its base is quantized, and this writes whole weights", "train or merge on the base as it is"

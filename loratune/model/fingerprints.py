@@ -63,7 +63,7 @@ def fingerprint(base: PreTrainedModel, like: str | None = None, read: Read | Non
     for name, empty in _tensors(base):
         tensor = empty if read is None else read(name)
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(_sample(tensor) if upstream.is_packed(tensor) else _sums(tensor))
+        digest.update(_sample(tensor) if upstream.is_packed(tensor) else block_sums(tensor))
     return VERSION + digest.hexdigest()
 
 
@@ -138,12 +138,15 @@ def _tensors(base: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((name, buffer) for name, buffer in base.named_buffers() if name in saved)
 
 
-def _sums(tensor: torch.Tensor) -> bytes:
+def block_sums(tensor: torch.Tensor, *, rounded: bool = True) -> bytes:
     """The sums of blocks of 512 bytes, modulo 2**64 so that they are exact and the same on every device, and the bytes
-    of the last, shorter block. Values that only change places within a block are not noticed."""
+    of the last, shorter block. Values that only change places within a block are not noticed.
+
+    rounded: whether floating-point values are rounded to bfloat16 before; otherwise all their bits count.
+    """
     parts: list[torch.Tensor] = []
     for piece in torch.split(tensor.detach().flatten(), _PIECE):
-        raw = (piece.to(torch.bfloat16) if piece.is_floating_point() else piece).view(torch.uint8)
+        raw = (piece.to(torch.bfloat16) if rounded and piece.is_floating_point() else piece).view(torch.uint8)
         whole = raw.numel() // (8 * _SUMMED) * 8 * _SUMMED
         aligned = raw[:whole].clone() if raw.storage_offset() % 8 else raw[:whole]
         parts += [aligned.view(torch.int64).view(-1, _SUMMED).sum(1), raw[whole:]]

@@ -149,3 +149,9 @@ class CheckpointLayout:
     def in_order(self, names: Any) -> list[str]:
         """Names in the order in which transformers collects what it stacks: numbers count as numbers."""
         return sorted(names, key=self._loading.dot_natural_key)
+
+
+def hooks(module: Any) -> int:
+    """How many hooks a module has. torch lists them in no documented place."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return sum(map(len, kinds))

@@ -71,11 +71,27 @@ def score(
     Raises:
         NumericError: The loss is NaN or inf.
     """
-    rows, copies = test.rows, test.copies()
+    copies = test.copies()
+    losses = row_losses(model, test, [*copies], pad_id, acceleration, group)
+    return from_losses(losses, [*copies.values()])
+
+
+def row_losses(
+    model: PeftModel,
+    split: TokenizedDataset,
+    numbers: Sequence[int],
+    pad_id: int,
+    acceleration: kernels.Acceleration,
+    group: Group,
+) -> list[Loss]:
+    """The loss of each of some rows, computed a row at a time. Arguments as in `score`.
+
+    numbers: which rows of the split.
+    """
+    rows = split.rows
     batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
     with acceleration.applied(model):
-        losses = batch_losses(model, batches, [*copies], group)
-    return from_losses(losses, [*copies.values()])
+        return batch_losses(model, batches, numbers, group)
 
 
 def from_losses(losses: Sequence[Loss], copies: Sequence[int]) -> FinalScore:

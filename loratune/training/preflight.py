@@ -138,7 +138,7 @@ def check(
     quantization.check_bitsandbytes(base.quantization)
     if is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
         quantization.check_directory(Path(local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
-    absolute = _with_absolute_paths(run)
+    absolute = with_absolute_paths(run)
     point = None
     if resume is not None:
         point = find_resume_point(directory.checkpoints, absolute.resolved(), resume)
@@ -244,7 +244,7 @@ def broadcast_run(validated_run: ValidatedRun | None, group: Group) -> Validated
     return validated_run or ValidatedRun.from_json(values)
 
 
-def _with_absolute_paths(run: RunConfig) -> RunConfig:
+def with_absolute_paths(run: RunConfig) -> RunConfig:
     """The config as it repeats this run from any directory.
 
     Raises:

@@ -1,0 +1,94 @@
+"""`loratune sweep`: the same run with other settings, and the best of them as an adapter."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loratune.cli.application import MAX_COUNT, Assignments, Debug, Json, app, importing, log_all, program
+from loratune.codes import Code
+from loratune.commands.boundary import boundary, checked_output, stop_error
+from loratune.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from loratune.config import RunConfig
+
+
+@app.command()
+def sweep(
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")],
+    grid: Annotated[
+        list[str],
+        typer.Option(
+            "--grid", metavar="KEY=VALUE,...", help="Repeatable: values to try, or a range LOW..HIGH to draw from."
+        ),
+    ],
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    trials: Annotated[
+        int | None, typer.Option("--trials", metavar="N", min=1, max=MAX_COUNT, help="At most N trials in all.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="TIME", help="Start no trial that would not fit: 30m, 1h, 90.")
+    ] = None,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="Stop trials early that do worse at their evaluations.")
+    ] = False,
+    storage: Annotated[
+        str | None, typer.Option("--storage", metavar="URL", help="A database for the study, shared by machines.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter at output_dir.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train CONFIG with several settings; publish the best adapter.
+
+    All are compared on the validation rows. The study is kept in OUTPUT_DIR.study, and the same command goes on with
+    it, also in several processes at once.
+    """
+    with boundary(debug, memory_fix="free memory, or load the base in fewer bits with --set model.quantization=4bit"):
+        if find_spec("optuna") is None:
+            what, fix = "the package optuna, which keeps the study, is not installed", "pip install 'loratune[sweep]'"
+            raise ConfigError(Problem(Code.SWEEP_NO_OPTUNA, what, fix=fix))
+
+        from loratune import config
+        from loratune.commands.sweep import budget as budgets
+        from loratune.commands.sweep import grid as grids
+        from loratune.training import output_dir
+
+        seconds = budgets.parse(budget) if budget is not None else None
+        axes = grids.parse(grid, config_file, assignments)
+        if axes.has_ranges and trials is None and seconds is None:
+            what, fix = "a range has no end of values to try", "give --trials or --budget"
+            raise ConfigError(Problem(Code.SWEEP_NO_END, what, "--grid", fix=fix))
+        timer = budgets.Budget(seconds)
+        runs = grids.check(axes)
+        run = axes.run({})
+        _check_validation(run, str(config_file))
+        grids.check_seed(axes, run)
+        log_all(config.portability(run.lora))
+        inputs = config.input_paths(config_file, run)
+        directory = output_dir.check(run.output_dir, overwrite=overwrite, inputs=inputs)
+
+        with importing():
+            from loratune.commands import printing
+            from loratune.commands.sweep import running
+            from loratune.commands.train import Reporter
+            from loratune.console import TrainingProgress, log, show_progress
+            from loratune.training import preflight
+
+        validated = preflight.check(run, directory, show_progress)
+        reporter = Reporter(log, printing.log_plan, show_progress, TrainingProgress())
+        request = running.Request(axes, runs, validated, storage, trials, timer, halving)
+        swept = running.sweep(request, reporter)
+        with checked_output():
+            printing.print_study(swept, program(), as_json)
+        if swept.stop is not None:
+            raise stop_error(swept.stop, "the same command goes on") from None
+
+
+def _check_validation(run: "RunConfig", config_file: str) -> None:
+    """Raises ConfigError: there are no rows by which trials could be compared."""
+    if run.data.validation is None:
+        what, fix = "trials are compared on validation rows, and there are none", "set data.validation=0.1, or a file"
+        raise ConfigError(Problem(Code.SWEEP_NO_VALIDATION, what, config_file, "data.validation", fix))

@@ -1,0 +1,397 @@
+"""A sweep from beginning to end: trials are claimed, trained and compared, and the best one is published."""
+
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loratune.codes import Code
+from loratune.commands.sweep import grid as grids
+from loratune.commands.sweep.bench import Bench, TrialOutcome
+from loratune.commands.sweep.budget import Budget
+from loratune.commands.sweep.grid import Grid, label
+from loratune.commands.sweep.study import Claim, Study, TrialRecord
+from loratune.commands.train import Reporter
+from loratune.config import RunConfig, keys
+from loratune.console import format_duration, plural
+from loratune.errors import (
+    AdapterError,
+    ConfigError,
+    LoratuneError,
+    ModelError,
+    NumericError,
+    Problem,
+    ResourceError,
+    is_out_of_memory,
+)
+from loratune.evaluation.study_results import DONE, WORSE, RowLosses, StudyResults, TrialResult, rank
+from loratune.lora import attach
+from loratune.lora.adapter_files import RECORD_FILE
+from loratune.model import load
+from loratune.system.files import explain_full_disk, is_directory, is_file, sha256
+from loratune.system.launcher import host
+from loratune.training import preflight, run_dir
+from loratune.training.callbacks import Progress
+from loratune.training.preflight import ValidatedRun
+from loratune.training.run_dir import RunDirectory
+
+TRIALS = "trials"
+_NOT_COMPARED = (
+    "output_dir",
+    "model.name_or_path",
+    "training.report_to",
+    "training.logging_steps",
+    "training.save_steps",
+)
+"""Keys that two commands on one study may have at other values: places differ from machine to machine, and rows and
+base are known by their fingerprints."""
+_PLACES = ("data.train", "data.validation", "data.test", "data.chat_template", "lora.start_from")
+_OUT_OF_MEMORY = (Code.MEMORY_TRAINING, Code.MEMORY_EVALUATION, Code.SYSTEM_OUT_OF_MEMORY)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sweep is to do.
+
+    Attributes:
+        grid: What is tried.
+        runs: `grid.label` → config of each combination.
+        run: The config itself, checked, with its rows, and the directory of the winner.
+        storage: The URL of the database of the study; None for a file beside it.
+        most: Trials of the study, at most; None for any number.
+        budget: How long it may take.
+        halving: Whether trials may be stopped early.
+    """
+
+    grid: Grid
+    runs: dict[str, RunConfig]
+    run: ValidatedRun
+    storage: str | None
+    most: int | None
+    budget: Budget
+    halving: bool
+
+    @property
+    def directory(self) -> Path:
+        """That of the study."""
+        return study_directory(self.run.directory.output)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep came to.
+
+    Attributes:
+        results: The trials.
+        directory: That of the study.
+        stop: The signal that ended it.
+        notes: Lines on what is left to do.
+    """
+
+    results: StudyResults
+    directory: Path
+    stop: KeyboardInterrupt | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class _Hopeless(Exception):
+    """Successive halving stops a trial. percent: of its steps that were taken."""
+
+    def __init__(self, percent: int, loss: float):
+        super().__init__(f"after {percent} % of its steps, at a held-out loss of {loss:.4f}")
+
+
+def study_directory(output: Path) -> Path:
+    """Where the study of an output directory is."""
+    return output.with_name(f"{output.name}.study")
+
+
+def sweep(request: Request, reporter: Reporter) -> Swept:
+    """Train what is to be tried, compare it, and publish the best.
+
+    Raises:
+        LoratuneError: As `train.train`, but for a trial that diverges or needs too much memory, which is a result.
+        ConfigError: The study is of something else; a budget is shorter than one trial.
+        LostError: The storage of the study is lost.
+        NumericError: No trial has an adapter.
+    """
+    return _Sweep(request, reporter).run()
+
+
+class _Sweep:
+    """A sweep in this process."""
+
+    def __init__(self, request: Request, reporter: Reporter):
+        self.request, self.reporter, self.log = request, reporter, reporter.log
+        self.name = request.run.directory.output.name
+        _check_adapters(request)
+        seed = request.run.config.training.seed
+        arguments: dict[str, Any] = {"halving": request.halving, "seed": seed}
+        with explain_full_disk("the study", 4096, request.run.directory.output.parent, "make room"):
+            self.study = Study(request.directory, self.name, request.storage, **arguments)
+        self.study.check(self._settings(), record=False)
+        self.bench = Bench(request.run, reporter.watch, self.log)
+        for run in request.runs.values():
+            self.bench.prepare_rows(run)
+        self.study.check(self._settings() | self.bench.fingerprints, record=True)
+        self.is_first, self.notes = True, list[str]()
+
+    def _settings(self) -> dict[str, str]:
+        """Of the study, all that trials share, and what they differ in."""
+        skipped = (*_NOT_COMPARED, *_PLACES, *self.request.grid.keys)
+        values = keys.flat(self.request.run.config.resolved())
+        shared = {
+            key: value
+            for key, value in values.items()
+            if not any(key == name or key.startswith(f"{name}.") for name in skipped)
+        }
+        drawn = "ranges" if self.request.grid.has_ranges else "values"
+        return shared | {grids.OPTION: f"{drawn} of {', '.join(sorted(self.request.grid.keys))}"}
+
+    def run(self) -> Swept:
+        """Work on trials until none is left."""
+        request, wanted = self.request, None
+        if not request.grid.has_ranges:
+            combinations = request.grid.combinations()[: request.most]
+            self.study.enqueue(combinations)
+            wanted = {label(settings) for settings in combinations}
+        stop: KeyboardInterrupt | None = None
+        try:
+            while (claim := self.study.claim(wanted, request.grid.axes, request.most)) is not None:
+                if not self._work(claim):
+                    break
+        except KeyboardInterrupt as interruption:
+            stop = interruption
+        except LoratuneError:
+            with suppress(LoratuneError):
+                self._results().write(request.directory)
+            raise
+        with self.study.choosing(), explain_full_disk("the results", 100_000, request.directory, "make room"):
+            return self._end(stop)
+
+    def _work(self, claim: Claim) -> bool:
+        """Work on a trial. Returns whether to go on: the budget may have no room for it."""
+        budget = self.request.budget
+        try:
+            try:
+                run = self.request.runs.get(label(claim.settings)) or self.request.grid.run(claim.settings)
+            except ConfigError as error:  # of a number that was drawn between the ends of a range, which are valid
+                self._fail(claim, "invalid", error.problems[0].what)
+                return True
+            estimate = self.bench.estimate(run) if budget.seconds is not None else 0.0
+            if not budget.fits(estimate):
+                self.study.give_back(claim)
+                expected = format_duration(budget.expected(estimate))
+                left = format_duration(max(0.0, budget.left))
+                self.notes.append(f"the next trial takes about {expected}, and {left} of the budget are left")
+                return False
+            self.log(f"trial {claim.number}: {label(claim.settings)}")
+            self._try(claim, run, estimate)
+        except (KeyboardInterrupt, LoratuneError):
+            with suppress(LoratuneError):
+                self.study.give_back(claim)
+            raise
+        return True
+
+    def _try(self, claim: Claim, run: RunConfig, estimate: float) -> None:
+        """Train a trial and record what it came to."""
+        output = self._adapter(claim.number)
+        reporter = replace(
+            self.reporter, progress=_Watched(self.reporter.progress, self.study, claim, self.request.halving)
+        )
+        if not self.is_first:
+            reporter = replace(reporter, plan=lambda plan: self.log(str(plan.count)))
+        self.is_first = False
+        try:
+            outcome = self.bench.train(run, output, reporter)
+        except NumericError as error:
+            self._fail(claim, "diverged", error.problems[0].what)
+        except _Hopeless as error:
+            self._fail(claim, "stopped early", str(error))
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._fail(claim, "out of memory", next(iter(str(error).splitlines()), ""))
+        else:
+            self.request.budget.add(estimate, outcome.seconds)
+            self.study.finish(claim, _recorded(outcome, self.request.grid.keys), outcome.losses.loss)
+        finally:
+            self.bench.take_off()
+        with self.study.choosing():
+            results = self._results()
+            results.write(self.request.directory)
+            self._remove_worse(results)
+
+    def _fail(self, claim: Claim, outcome: str, why: str) -> None:
+        """Record a trial that has no adapter, and remove what it left."""
+        self.log(f"trial {claim.number}: {outcome}: {why}")
+        shutil.rmtree(self._adapter(claim.number).parent, ignore_errors=True)
+        self.study.finish(claim, {"note": why}, None, outcome)
+
+    def _adapter(self, number: int) -> Path:
+        """Where the adapter of a trial is: under the name that its winner will have, which the card mentions."""
+        return self.request.directory / TRIALS / f"{number:04}" / self.name
+
+    def _results(self) -> StudyResults:
+        """What the study came to so far."""
+        found, losses = [], {}
+        for record in self.study.records():
+            found.append(self._trial(record))
+            if "rows" in record.result:
+                losses[record.number] = RowLosses.unpacked(record.result["rows"])
+        rows, total = self.bench.compared_rows
+        base = Path(self.request.run.config.model.name_or_path).name
+        return StudyResults(self.name, base, self.request.grid.keys, rows, total, rank(found, losses))
+
+    def _trial(self, record: TrialRecord) -> TrialResult:
+        result, adapter = record.result, self._adapter(record.number)
+        return TrialResult(
+            number=record.number,
+            settings=record.settings,
+            values=result.get("values", {}),
+            state=record.state,
+            seconds=result.get("seconds"),
+            steps=result.get("steps"),
+            adapter_bytes=result.get("adapter_bytes"),
+            adapter=str(adapter) if is_directory(adapter) and record.state == DONE else None,
+            note=result.get("note", ""),
+        )
+
+    def _remove_worse(self, results: StudyResults) -> None:
+        """Remove the adapters that are worse than the best one, so that a study keeps those that could be chosen."""
+        for trial in results.trials:
+            if trial.verdict == WORSE and trial.adapter is not None:
+                shutil.rmtree(Path(trial.adapter).parent, ignore_errors=True)
+
+    def _end(self, stop: KeyboardInterrupt | None) -> Swept:
+        """Publish the winner, unless there is more to come."""
+        results, output = self._results(), self.request.run.directory
+        running = results.count("running")
+        if stop is not None:
+            self.notes.append("nothing is published yet; the same command goes on")
+        elif running:
+            self.notes.append(f"{running} of the trials run in other processes; the last of these publishes the best")
+        elif results.winner is not None:
+            if self._publish(results.winner, output):
+                results = replace(results, published=str(output.output))
+            if waiting := results.count("waiting"):
+                self.notes.append(f"{plural(waiting, 'trial')} left; the same command with --overwrite goes on")
+        elif results.count("waiting"):
+            self.notes.append("nothing is published, as no trial has an adapter yet; the same command goes on")
+        else:
+            results.write(self.request.directory)
+            raise _nothing(results)
+        results.write(self.request.directory)
+        return Swept(results, self.request.directory, stop, self.notes)
+
+    def _publish(self, winner: TrialResult, directory: RunDirectory) -> bool:
+        """Put a copy of the winner's adapter in the place of the output directory, whole or not at all.
+
+        Returns:
+            Whether it is there; it may be on another machine.
+
+        Raises:
+            AdapterError: It is damaged.
+        """
+        source = self._adapter(winner.number)
+        owner = next(record.host for record in self.study.records() if record.number == winner.number)
+        if owner != host() and not is_directory(source):
+            where = f"the adapter of trial {winner.number}, the best, is on {owner}"
+            self.notes.append(f"{where}; the same command publishes it there, if it has not done so")
+            return False
+        record, present = source / RECORD_FILE, directory.output / RECORD_FILE
+        if is_file(present) and sha256(present) == self.study.published:
+            if is_file(record) and sha256(record) == self.study.published:
+                return True  # another process of the study was faster
+            directory = replace(directory, overwrite=True)  # it published what was best then
+        try:
+            preflight.open_adapter(source)
+        except AdapterError as error:
+            what = f"the adapter of trial {winner.number}, the best, cannot be used: {error.problems[0].what}"
+            fix = "move the study away, and start again"
+            raise AdapterError(Problem(Code.SWEEP_WINNER_MISSING, what, str(source), fix=fix)) from None
+        size = sum(path.stat().st_size for path in source.rglob("*"))
+        with (
+            run_dir.locked(directory),
+            explain_full_disk("the adapter directory", size, directory.partial, "make room"),
+        ):
+            directory.prepare(resume=False)
+            directory.create_staging()
+            shutil.copytree(source, directory.staging, dirs_exist_ok=True)
+            for path in directory.publish():
+                self.log(f"{path} is kept: this run did not write it")
+        self.study.note_published(sha256(record))
+        return True
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, LoratuneError):
+        return error.problems[0].code in _OUT_OF_MEMORY
+    return is_out_of_memory(error)
+
+
+def _recorded(outcome: TrialOutcome, varied: list[str]) -> dict[str, Any]:
+    return {
+        "values": {key: outcome.values.get(key, "") for key in varied},
+        "seconds": outcome.seconds,
+        "steps": outcome.result.outcome.steps,
+        "adapter_bytes": outcome.result.adapter_bytes,
+        "rows": outcome.losses.packed(),
+    }
+
+
+def _nothing(results: StudyResults) -> LoratuneError:
+    """The error of a study without an adapter."""
+    states = dict.fromkeys(trial.state for trial in results.trials)
+    what = (
+        f"no trial has an adapter: {', '.join(f'{results.count(state)} {state}' for state in states) or 'none was run'}"
+    )
+    fix = "try other values: lower learning rates, smaller batches"
+    kind = ResourceError if [*states] == ["out of memory"] else NumericError
+    return kind(Problem(Code.SWEEP_ALL_FAILED, what, grids.OPTION, fix=fix))
+
+
+def _check_adapters(request: Request) -> None:
+    """Put each kind of adapter on a base without weights. Raises ModelError, ConfigError: one does not fit."""
+    seen = set[str]()
+    for name, run in request.runs.items():
+        if (section := json.dumps(run.lora.model_dump(mode="json"))) in seen:
+            continue
+        seen.add(section)
+        try:
+            attach.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
+        except (ModelError, ConfigError) as error:
+            problems = [replace(one, where=one.where or f"{grids.OPTION} {name}") for one in error.problems]
+            raise type(error)(problems) from None
+
+
+class _Watched:
+    """The progress of a trial, which also tells the study how it does. Implements `trainer.Progress`."""
+
+    def __init__(self, progress: Progress, study: Study, claim: Claim, halving: bool):
+        self._progress, self._study, self._claim, self._halving = progress, study, claim, halving
+        self._steps = 1
+
+    def start(self, steps: int, done: int) -> None:
+        """Training starts."""
+        self._steps = max(1, steps)
+        self._progress.start(steps, done)
+
+    def step(self, done: int, tokens: int) -> None:
+        """A step is done."""
+        self._progress.step(done, tokens)
+        self._study.show_life(self._claim)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """A report of the trainer. Raises _Hopeless: the trial is among the worse ones."""
+        self._progress.log(step, values)
+        percent = 100 * step // self._steps
+        is_early = self._halving and "eval_loss" in values and 0 < percent < 100
+        if is_early and self._study.is_hopeless(self._claim, percent, values["eval_loss"]):
+            raise _Hopeless(percent, values["eval_loss"])
+
+    def stop(self) -> None:
+        """Training has ended."""
+        self._progress.stop()

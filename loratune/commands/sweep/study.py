@@ -1,0 +1,346 @@
+"""The study of a sweep: which trials there are, who works on which, and what they came to. Optuna stores it.
+
+Several processes share one study. On one machine, a lock on a file beside the study is held while a process chooses its
+next trial, and another one while it works on it; the kernel releases both when the process ends, in whatever way, so
+that a trial whose lock is free has been abandoned. Other machines, which see the storage alone, tell that from the time
+at which the process last showed that it lives.
+
+A trial that was abandoned or interrupted is put into the queue again, and goes on from its checkpoint in its directory.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import TPESampler
+from optuna.storages import JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from loratune.codes import Code
+from loratune.commands.sweep.grid import Axis, Settings, label
+from loratune.errors import ConfigError, LoratuneError, LostError, Problem, ResourceError, is_disk_full
+from loratune.system.files import open_lock
+from loratune.system.launcher import host
+
+JOURNAL = "journal.log"
+IDENTITY, SETTINGS, RESULT, OUTCOME = "identity", "settings", "result", "outcome"
+_FIRST, _HOST, _ALIVE, _PUBLISHED = "first", "host", "alive", "published"
+"""Names under which the storage keeps what belongs to a study and to a trial."""
+_SHOWS_EVERY, _SILENT = 60.0, 1800.0
+"""Seconds between signs of life, and without one after which another machine's process counts as gone."""
+_MOST_DUPLICATES = 50
+"""Draws in a row that were all tried before, after which nothing new is to be expected."""
+
+optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial as the storage has it.
+
+    Attributes:
+        number: Of its directory and of the table.
+        settings: What it tries.
+        state: `waiting`, `running`, `done`, or why there is no adapter: `diverged`, `out of memory`, `stopped early`.
+        loss: The held-out loss; None without an adapter.
+        result: What else is known of it.
+        host: The machine that worked on it.
+    """
+
+    number: int
+    settings: Settings
+    state: str
+    loss: float | None
+    result: dict[str, Any]
+    host: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this process works on.
+
+    Attributes:
+        trial: Optuna's.
+        number: See `TrialRecord`.
+        settings: What it tries.
+    """
+
+    trial: Trial
+    number: int
+    settings: Settings
+
+
+class Study:
+    """A study in a storage, as one process sees it."""
+
+    def __init__(self, directory: Path, name: str, storage: str | None, *, halving: bool, seed: int):
+        """Open a study, or begin one.
+
+        Args:
+            directory: Where its trials work, on this machine.
+            name: Of the study in the storage.
+            storage: The URL of a database; None for a file in `directory`.
+            halving: Whether trials may be stopped early, by successive halving.
+            seed: Of what is drawn from ranges.
+
+        Raises:
+            LostError: The storage cannot be opened.
+            ResourceError: The disk is full.
+        """
+        self.directory, self.name, self._seed = directory, name, seed
+        self.is_shared_by_machines = storage is not None and not storage.startswith("sqlite")
+        self.where = str(directory / JOURNAL) if storage is None else _without_password(storage)
+        self._locks: dict[int, ExitStack] = {}
+        self._shown = time.monotonic()
+        with self._storage():
+            (directory / "locks").mkdir(parents=True, exist_ok=True)
+            with self.choosing():
+                self._study = optuna.create_study(
+                    study_name=name,
+                    storage=_journal(directory / JOURNAL) if storage is None else RDBStorage(storage),
+                    pruner=optuna.pruners.SuccessiveHalvingPruner() if halving else optuna.pruners.NopPruner(),
+                    load_if_exists=True,
+                )
+
+    @contextmanager
+    def _storage(self) -> Iterator[None]:
+        """Raises LostError, ResourceError: something is wrong with the storage."""
+        fix = "repair it, and the same command goes on with the study"
+        try:
+            yield
+        except (LoratuneError, KeyboardInterrupt, optuna.TrialPruned):
+            raise
+        except Exception as error:  # of the file system, of optuna, of sqlalchemy, of a database's own client
+            if is_disk_full(error):
+                what = "no room for the study"
+                raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, what, self.where, fix="make room")) from None
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            problem = Problem(Code.SWEEP_STORAGE, f"the study cannot be read or written: {reason}", self.where, fix=fix)
+            raise LostError(problem) from error
+
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        """Inside, no other process on this machine chooses a trial, publishes, or removes adapters."""
+        with open_lock(self.directory / "locks" / "choosing", os.O_RDWR | os.O_CREAT) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def check(self, identity: Mapping[str, Any], *, record: bool) -> None:
+        """Compare what the study is of with what is recorded.
+
+        Args:
+            identity: Of the study, or a part of that.
+            record: Whether to record it, if nothing is recorded yet.
+
+        Raises:
+            ConfigError: It is of something else.
+        """
+        with self._storage(), self.choosing():
+            recorded = self._study.user_attrs.get(IDENTITY)
+            if recorded is None and not record:
+                return
+            if recorded is None:
+                self._study.set_user_attr(IDENTITY, dict(identity))
+                return
+        if other := [name for name in identity if recorded.get(name) != identity[name]]:
+            fix = "choose another output_dir, or move the study away"
+            what = f"is a study of other settings than these: {', '.join(other)}"
+            raise ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, str(self.directory), fix=fix))
+
+    def enqueue(self, combinations: Sequence[Settings]) -> None:
+        """Put combinations that the study does not have into its queue, in their order."""
+        with self._storage(), self.choosing():
+            known = {label(record.settings) for record in self.records()}
+            for settings in combinations:
+                if label(settings) not in known:
+                    self._study.enqueue_trial({}, user_attrs={SETTINGS: settings})
+
+    @property
+    def published(self) -> str:
+        """The digest of what a process of the study has published last; empty if none has."""
+        with self._storage():
+            return str(self._study.user_attrs.get(_PUBLISHED, ""))
+
+    def note_published(self, digest: str) -> None:
+        """Record what is published."""
+        with self._storage():
+            self._study.set_user_attr(_PUBLISHED, digest)
+
+    def records(self) -> list[TrialRecord]:
+        """The trials, but for those that were put into the queue again, in the order of their numbers."""
+        with self._storage():
+            trials = [trial for trial in self._trials() if _is_of_study(trial)]
+        return sorted(map(_record, trials), key=lambda record: record.number)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def claim(self, wanted: set[str] | None, axes: Sequence[Axis], most: int | None) -> Claim | None:
+        """The next trial to work on.
+
+        Args:
+            wanted: The labels of those to be tried; None where values are drawn.
+            axes: What values are drawn for.
+            most: Trials of the whole study, at most; None for any number.
+
+        Returns:
+            The trial; None if there is nothing left to do for this process.
+        """
+        with self._storage(), self.choosing():
+            self._give_back_abandoned()
+            for _ in range(_MOST_DUPLICATES if wanted is None else len(self._trials())):
+                waiting = any(trial.state == TrialState.WAITING for trial in self._trials())
+                if not waiting and (wanted is not None or (most is not None and len(self.records()) >= most)):
+                    return None
+                claim = self._ask(axes)
+                if not self._is_tried(claim):
+                    if wanted is None or label(claim.settings) in wanted:
+                        self._hold(claim)
+                        return claim
+                    self._drop(claim.trial.number)
+        return None
+
+    def _ask(self, axes: Sequence[Axis]) -> Claim:
+        """The next trial of the queue, or one that is drawn."""
+        self._study.sampler = TPESampler(seed=self._seed + len(self._trials()), constant_liar=True)
+        trial = self._study.ask()
+        settings = trial.user_attrs.get(SETTINGS)
+        if settings is None:
+            settings = {axis.key: _drawn(trial, axis) for axis in axes}
+            trial.set_user_attr(SETTINGS, settings)
+        number = trial.user_attrs.get(_FIRST, trial.number)
+        trial.set_user_attr(_HOST, host())
+        trial.set_user_attr(_ALIVE, time.time())
+        return Claim(trial, number, settings)
+
+    def _is_tried(self, claim: Claim) -> bool:
+        """Whether an earlier trial has the same settings, as where two machines began a study; this one is dropped."""
+        same = [one for one in self._trials() if one.number < claim.trial.number and _is_of_study(one)]
+        if any(one.user_attrs.get(SETTINGS) == claim.settings for one in same):
+            self._drop(claim.trial.number)
+            return True
+        return False
+
+    def _drop(self, number: int) -> None:
+        """Take a trial out of the study."""
+        self._study.tell(number, state=TrialState.FAIL)
+
+    def _hold(self, claim: Claim) -> None:
+        stack = ExitStack()
+        file = stack.enter_context(open_lock(self._lock(claim.number), os.O_RDWR | os.O_CREAT))
+        fcntl.flock(file, fcntl.LOCK_EX)
+        self._locks[claim.number] = stack
+
+    def _lock(self, number: int) -> Path:
+        return self.directory / "locks" / f"{number:04}"
+
+    def _give_back_abandoned(self) -> None:
+        for trial in self._trials():
+            if trial.state == TrialState.RUNNING and self._is_abandoned(trial):
+                self._give_back(trial.number, trial.user_attrs)
+
+    def _is_abandoned(self, trial: FrozenTrial) -> bool:
+        number = trial.user_attrs.get(_FIRST, trial.number)
+        if number in self._locks:
+            return False
+        owner = trial.user_attrs.get(_HOST)
+        if owner not in (None, host()):
+            return bool(time.time() - trial.user_attrs.get(_ALIVE, 0) > _SILENT)
+        if owner is None and self.is_shared_by_machines:
+            return trial.datetime_start is None or time.time() - trial.datetime_start.timestamp() > _SILENT
+        with suppress(FileNotFoundError), open_lock(self._lock(number), os.O_RDONLY) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    def _give_back(self, number: int, attributes: Mapping[str, Any]) -> None:
+        """Put a trial into the queue again."""
+        if SETTINGS in attributes:
+            kept = {SETTINGS: attributes[SETTINGS], _FIRST: attributes.get(_FIRST, number)}
+            self._study.enqueue_trial({}, user_attrs=kept)
+        self._drop(number)
+
+    def give_back(self, claim: Claim) -> None:
+        """Put a trial that this process could not end into the queue again."""
+        with self._storage(), self.choosing():
+            self._give_back(claim.trial.number, claim.trial.user_attrs)
+            self._release(claim)
+
+    def show_life(self, claim: Claim) -> None:
+        """Let other machines know that a trial is being worked on."""
+        if self.is_shared_by_machines and time.monotonic() - self._shown > _SHOWS_EVERY:
+            self._shown = time.monotonic()
+            with self._storage():
+                claim.trial.set_user_attr(_ALIVE, time.time())
+
+    def is_hopeless(self, claim: Claim, percent: int, loss: float) -> bool:
+        """Whether successive halving stops a trial. percent: of its steps that were taken."""
+        with self._storage():
+            claim.trial.report(loss, percent)
+            return claim.trial.should_prune()
+
+    def finish(self, claim: Claim, result: Mapping[str, Any], loss: float | None, outcome: str = "") -> None:
+        """Record what a trial came to. loss: None without an adapter; then `outcome` says why."""
+        with self._storage(), self.choosing():
+            claim.trial.set_user_attr(RESULT, dict(result))
+            if outcome:
+                claim.trial.set_user_attr(OUTCOME, outcome)
+            if loss is None:  # as pruned, it counts as bad where further ones are drawn
+                self._study.tell(claim.trial, state=TrialState.PRUNED)
+            else:
+                self._study.tell(claim.trial, loss)
+            self._release(claim)
+
+    def _release(self, claim: Claim) -> None:
+        self._locks.pop(claim.number, ExitStack()).close()
+
+
+def _is_of_study(trial: FrozenTrial) -> bool:
+    return SETTINGS in trial.user_attrs and trial.state != TrialState.FAIL
+
+
+def _record(trial: FrozenTrial) -> TrialRecord:
+    attributes = trial.user_attrs
+    states = {TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: "done"}
+    state = states.get(trial.state) or attributes.get(OUTCOME, "diverged")
+    loss = trial.value if trial.state == TrialState.COMPLETE else None
+    number = attributes.get(_FIRST, trial.number)
+    return TrialRecord(number, attributes[SETTINGS], state, loss, attributes.get(RESULT, {}), attributes.get(_HOST, ""))
+
+
+def _drawn(trial: Trial, axis: Axis) -> str:
+    if not axis.is_range:
+        return str(trial.suggest_categorical(axis.key, axis.values))
+    low, high = axis.bounds
+    if axis.is_whole:
+        return str(trial.suggest_int(axis.key, int(low), int(high), log=axis.is_logarithmic))
+    return f"{trial.suggest_float(axis.key, low, high, log=axis.is_logarithmic):.4g}"
+
+
+def _journal(path: Path) -> JournalStorage:
+    """The study in a file. A last line that was cut off, as by a full disk or a power cut, is removed."""
+    lock = JournalFileSymlinkLock(str(path))
+    if path.exists():
+        lock.acquire()
+        try:
+            with path.open("rb+") as file:
+                whole = file.read()
+                if whole and not whole.endswith(b"\n"):
+                    file.truncate(whole.rfind(b"\n") + 1)
+        finally:
+            lock.release()
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -1,0 +1,244 @@
+"""What the trials of a study came to: which is best, and which cannot be told from it on the same held-out rows."""
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loratune.codes import Code
+from loratune.console import format_duration, format_size, plural
+from loratune.errors import ConfigError, Problem
+from loratune.statistics import loss_interval, mean_ratio, mean_ratio_interval
+
+FILE = "results.json"
+VERSION = 1
+DONE = "done"
+BEST, LIKE_BEST, WORSE, NOT_JUDGED = "best", "indistinguishable", "worse", "not judged"
+_AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The losses of one adapter on the held-out rows; arrays (rows,).
+
+    Attributes:
+        nats: Of each distinct row.
+        tokens: Its supervised tokens.
+        copies: How often it occurs.
+    """
+
+    nats: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    copies: NDArray[np.float64]
+
+    @property
+    def loss(self) -> float:
+        """Nats per supervised token, over all rows and their copies."""
+        return mean_ratio(self.copies * self.nats, self.copies * self.tokens)
+
+    def packed(self) -> str:
+        """As text of about five bytes a row, with eight digits of each loss."""
+        raw = np.stack([self.nats, self.tokens, self.copies]).astype(np.float32).tobytes()
+        return base64.b85encode(zlib.compress(raw)).decode()
+
+    @classmethod
+    def unpacked(cls, text: str) -> "RowLosses":
+        """What `packed` made."""
+        raw = np.frombuffer(zlib.decompress(base64.b85decode(text)), dtype=np.float32)
+        return cls(*raw.reshape(3, -1).astype(np.float64))
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A trial, and how it compares with the best one.
+
+    Attributes:
+        number: Of the trial.
+        settings: Key → value as it was asked for.
+        values: Key → value that the run worked with, where that is another one, as with `auto`.
+        state: `done`, `running`, `waiting`, or why there is no adapter: `diverged`, `out of memory`, `stopped early`.
+        loss: Held-out loss in nats per supervised token; None without an adapter.
+        interval: Its 95 % interval; None for too few rows.
+        seconds: How long the trial took; None if it has not ended.
+        steps: Optimizer steps that it took.
+        adapter_bytes: The size of its file of weights.
+        difference: Its loss less that of the best trial, on the same rows.
+        difference_interval: The 95 % interval of that.
+        verdict: `best`; `indistinguishable` from it or `worse`, by that interval; `not judged` without one; else empty.
+        adapter: Where its adapter is; None if it is not kept.
+        note: Why it has none.
+    """
+
+    number: int
+    settings: dict[str, str]
+    values: dict[str, str]
+    state: str
+    loss: float | None = None
+    interval: tuple[float, float] | None = None
+    seconds: float | None = None
+    steps: int | None = None
+    adapter_bytes: int | None = None
+    difference: float | None = None
+    difference_interval: tuple[float, float] | None = None
+    verdict: str = ""
+    adapter: str | None = None
+    note: str = ""
+
+    def shown(self, key: str) -> str:
+        """A setting, and what the run made of it where it chose for itself."""
+        asked = self.settings.get(key, "")
+        return f"{asked} → {self.values[key]}" if asked == _AUTO and key in self.values else asked
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """A study.
+
+    Attributes:
+        name: Of the directory of its winner.
+        base: The base model.
+        keys: What is varied.
+        rows: Distinct held-out rows on which trials are compared.
+        total: All held-out rows.
+        trials: The best first, then those that cannot be compared.
+        published: Where the winner's adapter is; None if that is not there.
+    """
+
+    name: str
+    base: str
+    keys: list[str]
+    rows: int
+    total: int
+    trials: list[TrialResult]
+    published: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The keys as a table has them: without their sections, where that is enough."""
+        last = [key.rpartition(".")[2] for key in self.keys]
+        return [name if last.count(name) == 1 else key for key, name in zip(self.keys, last, strict=True)]
+
+    @property
+    def winner(self) -> TrialResult | None:
+        """The trial with the lowest held-out loss."""
+        return self.trials[0] if self.trials and self.trials[0].verdict == BEST else None
+
+    def count(self, *states: str) -> int:
+        """How many trials are in one of some states."""
+        return sum(trial.state in states for trial in self.trials)
+
+    @property
+    def ties(self) -> list[TrialResult]:
+        """The trials that cannot be told from the best one."""
+        return [trial for trial in self.trials if trial.verdict == LIKE_BEST]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        winner = self.winner.number if self.winner else None
+        return {"version": VERSION, **asdict(self), "winner": winner}
+
+    def write(self, directory: Path) -> None:
+        """Write them into the directory of a study, whole or not at all."""
+        unfinished = directory / f"{FILE}.unfinished"
+        unfinished.write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(directory / FILE)
+
+    @classmethod
+    def read(cls, directory: Path) -> "StudyResults":
+        """What `write` wrote. Raises ConfigError: there is no such thing."""
+        path = directory / FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            trials = [TrialResult(**trial) for trial in values["trials"]]
+            known = {field.name for field in fields(cls)} - {"trials"}
+            return cls(trials=trials, **{name: values[name] for name in known})
+        except FileNotFoundError:
+            what, fix = f"there is no {FILE} in it", "name the directory OUTPUT_DIR.study of a sweep"
+            raise ConfigError(Problem(Code.SWEEP_NO_STUDY, what, str(directory), "--study", fix)) from None
+        except (OSError, ValueError, KeyError, TypeError):
+            what = "is not what a sweep of this release writes"
+            raise ConfigError(Problem(Code.SWEEP_NO_STUDY, what, str(path), "--study")) from None
+
+    def header(self) -> list[str]:
+        """The columns of the table."""
+        return ["trial", *self.names, "held-out loss", "95 % interval", "time", "adapter", "compared with the best"]
+
+    def cells(self, trial: TrialResult) -> list[str]:
+        """A trial's row of the table."""
+        interval = f"{trial.interval[0]:.4f} to {trial.interval[1]:.4f}" if trial.interval else ""
+        time = format_duration(trial.seconds) if trial.seconds is not None else ""
+        size = format_size(trial.adapter_bytes).partition("(")[2].rstrip(")") if trial.adapter_bytes else ""
+        size = size or (format_size(trial.adapter_bytes) if trial.adapter_bytes else "")
+        loss = f"{trial.loss:.4f}" if trial.loss is not None else trial.state
+        settings = [trial.shown(key) for key in self.keys]
+        return [str(trial.number), *settings, loss, interval, time, size, compared(trial)]
+
+    def summary(self) -> str:
+        """How many trials there are, and on what they were compared."""
+        parts = [f"{plural(len(self.trials), 'trial')}, {self.count(DONE):,} with an adapter"]
+        others = dict.fromkeys(trial.state for trial in self.trials if trial.state != DONE)
+        parts += [f"{self.count(state):,} {state}" for state in others]
+        of = f" of {self.total:,}" if self.rows < self.total else ""
+        return f"{', '.join(parts)}; compared on {self.rows:,}{of} held-out rows"
+
+    def conclusion(self) -> str:
+        """Which trial is best, and what cannot be told from it."""
+        if (winner := self.winner) is None:
+            return "no trial has an adapter"
+        text = f"trial {winner.number}, " + ", ".join(f"{key}={winner.shown(key)}" for key in self.keys)
+        judged = [trial for trial in self.trials if trial.difference is not None]
+        if not judged:
+            return text
+        numbers = ", ".join(str(trial.number) for trial in self.ties)
+        if self.ties:
+            text += f"; these rows do not tell it from trial{'s' if len(self.ties) > 1 else ''} {numbers}"
+        elif all(trial.verdict == WORSE for trial in judged):
+            text += "; better than all others on these rows"
+        return f"{text}; chosen by these rows, so its loss is optimistic"
+
+
+def compared(trial: TrialResult) -> str:
+    """`+0.0123 (0.0100 to 0.0150), worse`."""
+    if trial.difference is None:
+        return trial.verdict
+    interval = ""
+    if trial.difference_interval is not None:
+        interval = f" ({trial.difference_interval[0]:+.4f} to {trial.difference_interval[1]:+.4f})"
+    return f"{trial.difference:+.4f}{interval}, {trial.verdict}"
+
+
+def rank(trials: Sequence[TrialResult], losses: Mapping[int, RowLosses]) -> list[TrialResult]:
+    """Trials in the order of their losses, each compared with the best one in pairs of rows.
+
+    Args:
+        trials: With state and figures, in any order.
+        losses: Number → losses on the held-out rows, of those that have an adapter. All are of the same rows.
+    """
+    done = sorted((trial for trial in trials if trial.number in losses), key=lambda one: losses[one.number].loss)
+    others = sorted((trial for trial in trials if trial.number not in losses), key=lambda one: one.number)
+    ranked = []
+    for trial in done:
+        own, best = losses[trial.number], losses[done[0].number]
+        weight = own.copies * own.tokens
+        interval = loss_interval(own.copies * own.nats, weight)
+        trial = replace(trial, loss=own.loss, interval=(interval.low, interval.high) if interval else None)
+        ranked.append(_against(trial, own, best, weight) if trial.number != done[0].number else _best(trial))
+    return [*ranked, *others]
+
+
+def _best(trial: TrialResult) -> TrialResult:
+    return replace(trial, verdict=BEST, difference=None, difference_interval=None)
+
+
+def _against(trial: TrialResult, own: RowLosses, best: RowLosses, weight: NDArray[np.float64]) -> TrialResult:
+    more = own.copies * (own.nats - best.nats)
+    interval = mean_ratio_interval(more, weight)
+    ends = (interval.low, interval.high) if interval else None
+    verdict = NOT_JUDGED if ends is None else WORSE if ends[0] > 0 else LIKE_BEST
+    return replace(trial, difference=mean_ratio(more, weight), difference_interval=ends, verdict=verdict)
