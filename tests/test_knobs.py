@@ -44,6 +44,7 @@ TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3,
     "num_train_epochs": 2.5,
     "max_steps": 7,
+    "max_minutes": 2.5,
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 2,
     "warmup_steps": 0.1,
