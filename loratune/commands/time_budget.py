@@ -22,7 +22,7 @@ from loratune.errors import ConfigError, Problem
 from loratune.lora import parameters
 from loratune.model import load
 from loratune.training import budget, duration, gain, trainer
-from loratune.training.budget import FEWEST, WARM_UP, Costs, Room, Speed, is_timed_enough
+from loratune.training.budget import FEWEST, WARM_UP, Costs, Speed, StepBudget, is_timed_enough
 from loratune.training.callbacks import StepTimer
 from loratune.training.duration import Work
 from loratune.training.evaluations import EvaluationSteps, optimizer_steps
@@ -97,7 +97,7 @@ def fix_length(
         raise _too_short(asked, f"{gone} have passed before the first step, and one takes longer than what is left")
     times = _times(plan, context, timer, costs, left)
     left = group.broadcast(seconds - (time.monotonic() - began))
-    found = Room(**group.broadcast(asdict(_room(plan, asked, times, left)) if group.main else {}))
+    found = StepBudget(**group.broadcast(asdict(_room(plan, asked, times, left)) if group.main else {}))
     _check(plan, asked, found, left)
     return _fixed(plan, asked, found, left)
 
@@ -177,20 +177,20 @@ def _forward(
             return
 
 
-def _room(plan: Plan, asked: TrainingSection, times: _Times, left: float) -> Room:
+def _room(plan: Plan, asked: TrainingSection, times: _Times, left: float) -> StepBudget:
     """How many steps there is time for, with all that comes beside them."""
     training, costs = plan.training, _costs(plan)
     steps_of_epochs, per_epoch = _steps_of_epochs(plan, asked)
     evaluation = _evaluation_seconds(plan, times)
 
-    def room(closing: float) -> Room:
+    def room(closing: float) -> StepBudget:
         def beside(steps: int) -> float:
             checkpoints = -(-steps // training.save_steps)
             return closing + _evaluations(plan, steps) * evaluation + checkpoints * times.checkpoint
 
         micro_steps = costs.micro_steps(training.seed, plan.processes)
         steps = budget.step_seconds(micro_steps, times.train, times.optimizer, training.gradient_accumulation_steps)
-        return budget.room(left, steps, beside, steps_of_epochs if _are_epochs_asked(asked) else None)
+        return budget.step_budget(left, steps, beside, steps_of_epochs if _are_epochs_asked(asked) else None)
 
     tokens = round(room(times.closing).steps * float(costs.lengths.sum()) / per_epoch)
     return room(times.closing + _end_seconds(plan, times, tokens))
@@ -244,7 +244,7 @@ def _are_epochs_asked(asked: TrainingSection) -> bool:
     return "num_train_epochs" in asked.model_fields_set
 
 
-def _check(plan: Plan, asked: TrainingSection, found: Room, left: float) -> None:
+def _check(plan: Plan, asked: TrainingSection, found: StepBudget, left: float) -> None:
     """Raises ConfigError: there is no time for a few steps, or not for those of the warm-up."""
     most = _steps_of_epochs(plan, asked)[0] if _are_epochs_asked(asked) else FEWEST
     if found.steps < min(FEWEST, most):
@@ -264,7 +264,7 @@ def _too_short(asked: TrainingSection, why: str, least: float = 0.0) -> ConfigEr
     return ConfigError(Problem(Code.CONFIG_BUDGET_TOO_SHORT, what, key=KEY, fix=fix))
 
 
-def _fixed(plan: Plan, asked: TrainingSection, found: Room, left: float, about: str = "") -> Plan:
+def _fixed(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, about: str = "") -> Plan:
     """The plan of a run with the steps that were found. about: how exact they are."""
     steps = max(1, found.steps)
     training = plan.config.training.model_copy(update={"max_steps": steps, "max_minutes": None})
@@ -273,7 +273,7 @@ def _fixed(plan: Plan, asked: TrainingSection, found: Room, left: float, about: 
     return replace(plan, config=config, evaluations=_evaluation_steps(plan, training), notes=[*plan.notes, *lines])
 
 
-def _lines(plan: Plan, asked: TrainingSection, found: Room, left: float, about: str) -> Iterator[str]:
+def _lines(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, about: str) -> Iterator[str]:
     """What the budget comes to."""
     minutes, passes = asked.max_minutes or 0.0, found.steps / _steps_of_epochs(plan, asked)[1]
     gone, taken, beside = (format_duration(part) for part in (60 * minutes - left, found.taken, found.beside))

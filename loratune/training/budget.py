@@ -18,7 +18,7 @@ from loratune.training.batching import DistributedBatchSampler
 
 WARM_UP = 2
 """Batches that are computed before any is timed: the first ones also allocate, compile and fill caches."""
-_LEAST_TIMED, _MOST_SECONDS, _SHARE = 4, 60.0, 0.03
+_LEAST_TIMED, _MOST_SECONDS, _SHARE = 4, 20.0, 0.03
 """Batches are timed until there are so many of them and until timing has taken this part of the budget, or so long."""
 FEWEST = 3
 """A budget without room for so many steps is refused, unless the epochs that are asked for have fewer."""
@@ -144,7 +144,7 @@ def step_seconds(
 
 
 @dataclass(frozen=True)
-class Room:
+class StepBudget:
     """What a budget has room for.
 
     Attributes:
@@ -162,7 +162,9 @@ class Room:
     limited: bool
 
 
-def room(left: float, steps: Iterator[NDArray[np.float64]], beside: Callable[[int], float], most: int | None) -> Room:
+def step_budget(
+    left: float, steps: Iterator[NDArray[np.float64]], beside: Callable[[int], float], most: int | None
+) -> StepBudget:
     """How many steps there is time for.
 
     Args:
@@ -186,4 +188,4 @@ def room(left: float, steps: Iterator[NDArray[np.float64]], beside: Callable[[in
     found = bisect_right(range(1, bound + 1), left, key=until)
     taken = float(ends[found - 1]) if found else 0.0
     limited = most is not None and found == most
-    return Room(found, taken, beside(found) if found else 0.0, until(least), limited)
+    return StepBudget(found, taken, beside(found) if found else 0.0, until(least), limited)

@@ -157,11 +157,10 @@ def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Seq
     ]:
         raise ResumeError(problems)
     checkpoint, before, skipped = newest_whole(checkpoints, _fault)
-    other_budget = _changed_budget(before, config)
-    config = _with_fixed_length(config, before)
+    other_budget, config = [*_changed_budget(before, config)], _with_fixed_length(config, before)
     old = _migrated(before["config"], config, RunConfig)
     unknown = dict(_unknown_keys(before["config"], RunConfig))
-    problems = [*other_budget, *_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
+    problems = other_budget or [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
     if problems := problems or [
         *_changed_step_sizes(before, config, launcher.world_size()),
         *_changed_processes(before),
@@ -187,14 +186,9 @@ def _with_fixed_length(config: Mapping[str, Any], before: Mapping[str, Any]) -> 
 
 def _changed_budget(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     """A time budget that is not the one from which the steps of the run were fixed."""
-    old, new, steps = (
-        before.get(MAX_MINUTES),
-        now["training"].get("max_minutes"),
-        before["config"]["training"]["max_steps"],
-    )
+    old, new = before.get(MAX_MINUTES), now["training"].get("max_minutes")
     if new is not None and old != new:
-        what = f"was {'not set' if old is None else f'{old:g}'} when the run began, and its length is fixed"
-        what += f" at {steps:,} steps" if steps > 0 else ""
+        what = f"was {'not set' if old is None else f'{old:g}'} when the run began, and its length is fixed since then"
         fix = "change it back; or for another length: --set training.max_minutes= --set training.max_steps=N"
         fix += " --allow-change training.max_steps"
         yield Problem(Code.RESUME_CONFIG_CHANGED, what, key="training.max_minutes", fix=fix)

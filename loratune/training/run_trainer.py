@@ -139,6 +139,7 @@ class RunTrainer(ShardedTrainer):
         return f"{where} step {step}, on a batch of {' x '.join(map(str, self.shape))} tokens"
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Compute the held-out loss, and take note of it. Raises NumericError: it is not finite."""
         batches = eval_dataset if eval_dataset is not None else self.eval_dataset
         try:
             loss = self._held_out_loss(batches)
