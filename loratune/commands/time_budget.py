@@ -4,6 +4,7 @@ The rates of the first steps depend on the number of all, so steps that belong t
 timed: some are taken and undone, and the run that follows is one of so many steps, and no other.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -90,6 +91,7 @@ def fix_length(
         )
         layouts = plan.batches.train, plan.batches.validation
         trainer.time_steps(plan.training, plan.model, *layouts, context, optimizer, timer, oom_dry_run=scarce)
+        gc.collect()  # the states of the optimizer go before those of the next one come
     if context.stopping() and context.stop.requested is not None:
         raise context.stop.requested
     if len(timer.micro_steps) <= WARM_UP:
@@ -180,7 +182,7 @@ def _forward(
 def _room(plan: Plan, asked: TrainingSection, times: _Times, left: float) -> StepBudget:
     """How many steps there is time for, with all that comes beside them."""
     training, costs = plan.training, _costs(plan)
-    steps_of_epochs, per_epoch = _steps_of_epochs(plan, asked)
+    steps_of_epochs, per_epoch = _steps_of_epochs(plan)
     evaluation = _evaluation_seconds(plan, times)
 
     def room(closing: float) -> StepBudget:
@@ -233,10 +235,10 @@ def _end_seconds(plan: Plan, times: _Times, tokens: int) -> float:
     return seconds + times.forward.seconds(1, float(_costs(plan).of_batches(first)))
 
 
-def _steps_of_epochs(plan: Plan, asked: TrainingSection) -> tuple[int, int]:
+def _steps_of_epochs(plan: Plan) -> tuple[int, int]:
     """The optimizer steps of the epochs, and those of one pass over the rows."""
     batches = plan.batches.train
-    return optimizer_steps(asked, len(batches.items), batches.size, plan.processes)
+    return optimizer_steps(plan.config.training, len(batches.items), batches.size, plan.processes)
 
 
 def _are_epochs_asked(asked: TrainingSection) -> bool:
@@ -246,7 +248,7 @@ def _are_epochs_asked(asked: TrainingSection) -> bool:
 
 def _check(plan: Plan, asked: TrainingSection, found: StepBudget, left: float) -> None:
     """Raises ConfigError: there is no time for a few steps, or not for those of the warm-up."""
-    most = _steps_of_epochs(plan, asked)[0] if _are_epochs_asked(asked) else FEWEST
+    most = _steps_of_epochs(plan)[0] if _are_epochs_asked(asked) else FEWEST
     if found.steps < min(FEWEST, most):
         gone, run = 60 * (asked.max_minutes or 0.0) - left, plural(min(FEWEST, most), "step")
         what = f"{format_duration(gone)} have passed before the first step, and a run of {run}"
@@ -275,12 +277,12 @@ def _fixed(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, a
 
 def _lines(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, about: str) -> Iterator[str]:
     """What the budget comes to."""
-    minutes, passes = asked.max_minutes or 0.0, found.steps / _steps_of_epochs(plan, asked)[1]
+    minutes, passes = asked.max_minutes or 0.0, found.steps / _steps_of_epochs(plan)[1]
     gone, taken, beside = (format_duration(part) for part in (60 * minutes - left, found.taken, found.beside))
     parts = f"{gone} have passed, steps take about {taken}, evaluations, checkpoints and the end about {beside}"
     yield f"{KEY}: {about}{plural(found.steps, 'step')} in {minutes:g} minutes: {parts}"
     if found.limited:
-        epochs = asked.num_train_epochs
+        epochs = plan.config.training.num_train_epochs
         yield f"{KEY}: has no effect, as there is time for the {epochs:g} epochs of training.num_train_epochs"
     elif passes < 1:
         yield f"{KEY}: too short for one pass over the rows: {about}{int(100 * passes)} % of them are trained on"
