@@ -56,11 +56,11 @@ def test_lines_that_times_alone_would_not_give(
 @pytest.mark.parametrize(
     ("batches", "elapsed", "left", "expected"),
     [
-        (WARM_UP + 4, 3.0, 100.0, True),
-        (WARM_UP + 4, 2.9, 100.0, False),  # 3 % of what is left
-        (WARM_UP + 3, 3.0, 100.0, False),
-        (WARM_UP + 3, 20.0, 36_000.0, False),
-        (WARM_UP + 4, 20.0, 36_000.0, True),  # so long is enough of ten hours
+        (WARM_UP + 6, 3.0, 100.0, True),
+        (WARM_UP + 6, 2.9, 100.0, False),  # 3 % of what is left
+        (WARM_UP + 5, 3.0, 100.0, False),
+        (WARM_UP + 5, 20.0, 36_000.0, False),
+        (WARM_UP + 6, 20.0, 36_000.0, True),  # so long is enough of ten hours
         (1, 100.0, 100.0, True),  # the time is over
     ],
 )

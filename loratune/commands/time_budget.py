@@ -30,8 +30,8 @@ from loratune.training.evaluations import EvaluationSteps, optimizer_steps
 from loratune.training.run_context import RunContext
 
 KEY = "training.max_minutes"
-_FORWARD_SHARE, _MOST_FORWARD = 0.01, 8
-"""Forward passes are timed until that takes this part of the budget, and at most so many of each kind."""
+_FORWARD_SHARE, _LEAST_FORWARD, _MOST_FORWARD = 0.01, 3, 8
+"""Forward passes of each kind are timed until that takes this part of the budget; so many at least, and at most."""
 _CLOSING = 1.0
 """Seconds at the end that are not measured beforehand: the card, the record, the tokenizer's files, and the exit."""
 _WRITES = 2
@@ -170,11 +170,11 @@ def _forward(
 ) -> Iterator[tuple[float, float]]:
     """Operations and seconds of some forward passes; the first is slower than the others."""
     begin = time.monotonic()
-    for items in batches[:_MOST_FORWARD]:
+    for number, items in enumerate(batches[:_MOST_FORWARD], 1):
         start = time.monotonic()
         gain.held_out_loss(plan.model, costs.layout, items, group=context.group)
         yield float(costs.of_batches(np.asarray(items))), time.monotonic() - start
-        late = time.monotonic() - begin > _FORWARD_SHARE * left
+        late = number >= _LEAST_FORWARD and time.monotonic() - begin > _FORWARD_SHARE * left
         if context.stopping() or context.group.total([context.group.main and late])[0]:
             return
 

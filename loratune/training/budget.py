@@ -18,7 +18,7 @@ from loratune.training.batching import DistributedBatchSampler
 
 WARM_UP = 2
 """Batches that are computed before any is timed: the first ones also allocate, compile and fill caches."""
-_LEAST_TIMED, _MOST_SECONDS, _SHARE = 4, 20.0, 0.03
+_LEAST_TIMED, _MOST_SECONDS, _SHARE = 6, 20.0, 0.03
 """Batches are timed until there are so many of them and until timing has taken this part of the budget, or so long."""
 FEWEST = 3
 """A budget without room for so many steps is refused, unless the epochs that are asked for have fewer."""
