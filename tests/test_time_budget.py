@@ -225,7 +225,7 @@ def test_a_run_and_its_repetition(processes: ForkServer, run_config: MakeConfig,
     assert child.wait() == 0, child.said()
     steps = steps_of(tmp_path / "out")
     assert steps >= FEWEST
-    assert f"training.max_minutes: {steps:,} steps in 0.2 minutes: " in child.said()
+    assert f"training.max_minutes: {steps:,} steps in 0.2 min: " in child.said()
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["evaluations"] > 1
     check_repeats(processes, tmp_path)
 

@@ -44,14 +44,16 @@ class _Times:
 
     Attributes:
         train: The speed of micro-steps.
-        forward: The speed of batches without a backward pass.
+        rows: The speed of single rows without a backward pass, as at the end.
+        evaluation: The speed of validation batches; of single rows without any.
         optimizer: Seconds of the optimizer in a step.
         checkpoint: Seconds that a checkpoint takes.
         closing: Seconds of all else: setting up the trainer, looking at the base's files again, publishing.
     """
 
     train: Speed
-    forward: Speed
+    rows: Speed
+    evaluation: Speed
     optimizer: float
     checkpoint: float
     closing: float
@@ -78,7 +80,7 @@ def fix_length(
     group, seconds = context.group, 60 * (asked.max_minutes or 0.0)
     start = time.monotonic()
     left = group.broadcast(seconds - (start - began))
-    log(f"{KEY}: timing some steps, which are undone, to find out how many fit into {asked.max_minutes:g} minutes")
+    log(f"{KEY}: timing some steps, which are undone, to find out how many fit into {asked.max_minutes:g} min")
 
     def is_enough(batches: int) -> bool:
         enough = is_timed_enough(batches, time.monotonic() - start, left)
@@ -112,7 +114,8 @@ def estimate_length(plan: Plan, asked: TrainingSection, began: float) -> Plan:
     device = plan.model.device
     taken = duration.seconds(int(operations), width, tokens, load.compute_dtype(plan.config.model), device)
     per_operation = taken / operations
-    times = _Times(Speed(0.0, per_operation), Speed(0.0, per_operation / 2), 0.0, 0.0, _CLOSING)
+    forward = Speed(0.0, per_operation / 2)
+    times = _Times(Speed(0.0, per_operation), forward, forward, 0.0, 0.0, _CLOSING)
     return _fixed(plan, asked, _room(plan, asked, times, left), left, "about ")
 
 
@@ -151,18 +154,15 @@ def _times(plan: Plan, context: RunContext, timer: StepTimer, costs: Costs, left
         numbers, size = range(len(validation.items)), validation.size
         batches = [[*numbers[start : start + size]] for start in range(0, len(numbers), size)]
         kinds.append((_costs_of(plan, validation, plan.datasets.validation), batches))
-    work: list[float] = []
-    taken: list[float] = []
+    forward = []
     for kind, batches in kinds:
-        for number, (operation, second) in enumerate(_forward(plan, context, kind, batches, left)):
-            if number or len(batches) == 1:
-                work.append(operation)
-                taken.append(second)
+        timed = [*_forward(plan, context, kind, batches, left)]
+        forward.append(Speed.fitted(*zip(*(timed[1:] or timed), strict=True)))
     start = time.monotonic()
     plan.base.check_unchanged(group, thoroughly=True)
     closing = timer.setup + time.monotonic() - start + _WRITES * timer.checkpoint + _CLOSING
     optimizer = float(np.mean(timer.optimizer[WARM_UP:]))
-    return _Times(train, Speed.fitted(work, taken), optimizer, timer.checkpoint, closing)
+    return _Times(train, forward[0], forward[-1], optimizer, timer.checkpoint, closing)
 
 
 def _forward(
@@ -214,7 +214,7 @@ def _evaluation_seconds(plan: Plan, times: _Times) -> float:
         return 0.0
     batches, operations = _costs_of(plan, plan.batches.validation, plan.datasets.validation).of_pass()
     rounds = -(-batches // plan.processes)
-    return times.forward.seconds(rounds, operations * rounds / batches)
+    return times.evaluation.seconds(rounds, operations * rounds / batches)
 
 
 def _end_seconds(plan: Plan, times: _Times, tokens: int) -> float:
@@ -230,9 +230,9 @@ def _end_seconds(plan: Plan, times: _Times, tokens: int) -> float:
     for rows, numbers in passes:
         rounds = -(-len(numbers) // plan.processes)
         operations = float(_costs_of(plan, _alone(plan, rows), rows).of_rows[numbers].sum())
-        seconds += times.forward.seconds(rounds, operations * rounds / max(1, len(numbers)))
+        seconds += times.rows.seconds(rounds, operations * rounds / max(1, len(numbers)))
     first = np.arange(min(plan.batches.train.size, len(plan.batches.train.items)))  # see `check_final_loss`
-    return seconds + times.forward.seconds(1, float(_costs(plan).of_batches(first)))
+    return seconds + times.evaluation.seconds(1, float(_costs(plan).of_batches(first)))
 
 
 def _steps_of_epochs(plan: Plan) -> tuple[int, int]:
@@ -254,14 +254,14 @@ def _check(plan: Plan, asked: TrainingSection, found: StepBudget, left: float) -
         what = f"{format_duration(gone)} have passed before the first step, and a run of {run}"
         raise _too_short(asked, f"{what} takes about {format_duration(found.fewest)} more", gone + found.fewest)
     if plan.config.training.warmup_steps > found.steps:
-        what = f"{asked.max_minutes:g} minutes have room for {plural(found.steps, 'step')}, fewer than the warmup has"
+        what = f"{asked.max_minutes:g} min has room for {plural(found.steps, 'step')}, fewer than the warmup has"
         fix = "lower it, set a fraction of the steps, or raise training.max_minutes"
         raise ConfigError(Problem(Code.CONFIG_WARMUP_TOO_LONG, what, key="training.warmup_steps", fix=fix))
 
 
 def _too_short(asked: TrainingSection, why: str, least: float = 0.0) -> ConfigError:
     """The error of a budget without room for a few steps. least: seconds with which there would be."""
-    what = f"{asked.max_minutes:g} minutes are too short: {why}"
+    what = f"{asked.max_minutes:g} min is too short: {why}"
     fix = f"set at least {math.ceil(least / 6) / 10:g}" if least else "set more"
     return ConfigError(Problem(Code.CONFIG_BUDGET_TOO_SHORT, what, key=KEY, fix=fix))
 
@@ -280,7 +280,7 @@ def _lines(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, a
     minutes, passes = asked.max_minutes or 0.0, found.steps / _steps_of_epochs(plan)[1]
     gone, taken, beside = (format_duration(part) for part in (60 * minutes - left, found.taken, found.beside))
     parts = f"{gone} have passed, steps take about {taken}, evaluations, checkpoints and the end about {beside}"
-    yield f"{KEY}: {about}{plural(found.steps, 'step')} in {minutes:g} minutes: {parts}"
+    yield f"{KEY}: {about}{plural(found.steps, 'step')} in {minutes:g} min: {parts}"
     if found.limited:
         epochs = plan.config.training.num_train_epochs
         yield f"{KEY}: has no effect, as there is time for the {epochs:g} epochs of training.num_train_epochs"
