@@ -237,11 +237,11 @@ def has_best(best):
 
 """.replace("BEST_STEP", str(BEST))
 MOMENTS = {
-    "before it": "kill(trainer._RunTrainer, 'prepare_inputs', at(11))",
-    "in its evaluation": f"kill(trainer._RunTrainer, '_before_batch', at({BEST}))",
-    "after its evaluation": f"kill(trainer._RunTrainer, 'evaluate', at({BEST}), after=True)",
+    "before it": "kill(trainer.RunTrainer, 'prepare_inputs', at(11))",
+    "in its evaluation": f"kill(trainer.RunTrainer, '_before_batch', at({BEST}))",
+    "after its evaluation": f"kill(trainer.RunTrainer, 'evaluate', at({BEST}), after=True)",
     "while it is written": "kill(best_step.BestStep, 'save', has_best, after=True)",
-    "after it": "kill(trainer._RunTrainer, 'prepare_inputs', at(17))",
+    "after it": "kill(trainer.RunTrainer, 'prepare_inputs', at(17))",
     "after the last step": "kill(train, '_publish', lambda run: True)",
 }
 """How a run is killed, in the order in which one run can be killed at all of these moments."""
@@ -291,12 +291,12 @@ STOP = f"""
 import signal
 from loratune.training import trainer
 
-before_batch = trainer._RunTrainer._before_batch
+before_batch = trainer.RunTrainer._before_batch
 def stopped(trainer, batch):
     if trainer.state.global_step == {BEST}:
         signal.raise_signal(signal.SIGINT)
     before_batch(trainer, batch)
-trainer._RunTrainer._before_batch = stopped
+trainer.RunTrainer._before_batch = stopped
 """
 
 
@@ -375,7 +375,7 @@ def test_a_checkpoint_of_the_best_step(
 ) -> None:  # fmt: skip
     """One of an earlier release, without a record of it, is evaluated again; and no file but its own is read."""
     config = overfitting(tmp_path, run_config, training={"save_steps": 5, "logging_steps": 3})
-    killed(processes, f"kill(trainer._RunTrainer, 'prepare_inputs', at({BEST}))", config)
+    killed(processes, f"kill(trainer.RunTrainer, 'prepare_inputs', at({BEST}))", config)
     checkpoint = checkpoints(tmp_path / "out.partial")[0]
     if is_earlier_release:
         values = json.loads((checkpoint / RUN).read_text())

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, Ran, tiny_llama, write_rows
@@ -17,7 +19,7 @@ from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
 from loratune.lora import adapter_files, attach, parameters, targets
 from loratune.model import load as load_module
-from loratune.training import trainer
+from loratune.training import budget, trainer
 from loratune.training.best_step import BestStep
 from loratune.training.evaluations import BestRecord
 from loratune.training.trackers import trackers
@@ -44,6 +46,7 @@ TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3,
     "num_train_epochs": 2.5,
     "max_steps": 7,
+    "max_minutes": 2.5,
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 2,
     "warmup_steps": 0.1,
@@ -161,7 +164,8 @@ def test_lora_start_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value", [item for item in TRAINING.items() if item[0] not in ("keep", "patience", "report_to")]
+    "name, value",
+    [item for item in TRAINING.items() if item[0] not in ("keep", "max_minutes", "patience", "report_to")],
 )
 def test_training(tmp_path: Path, name: str, value: Any) -> None:
     default, changed = (
@@ -192,6 +196,12 @@ def test_the_steps_that_are_kept_and_waited_for() -> None:
     record = BestRecord(1, 2.0, evaluations=4, since=3)
     waited = [BestStep(keep=True, patience=patience, record=record) for patience in (None, TRAINING["patience"])]
     assert [best.is_exhausted for best in waited] == [False, True]
+
+
+def test_training_max_minutes() -> None:
+    """What a time budget does to whole runs stands in `test_time_budget`."""
+    second_steps = (np.ones(10) for _ in count())
+    assert budget.step_budget(60 * TRAINING["max_minutes"], second_steps, lambda _: 0.0, None).steps == 150
 
 
 def test_training_report_to(tmp_path: Path) -> None:

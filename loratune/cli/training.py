@@ -1,6 +1,7 @@
 """`loratune train` and `loratune params`: what begins with a config."""
 
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,6 +42,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train an adapter as CONFIG says, and write it to its output_dir."""
+    began = time.monotonic()
     memory_fix = "free memory, or load the base in fewer bits with --set model.quantization=4bit"
     with boundary(debug, _join, memory_fix=memory_fix) as group:
         _check_options(resume=resume, overwrite=overwrite, changes=changes, dry_run=dry_run, as_json=as_json)
@@ -54,7 +56,7 @@ def train(
         validated_run = preflight.broadcast_run(validated_run, group)
 
         with importing():
-            from loratune.commands import printing
+            from loratune.commands import printing, time_budget
             from loratune.commands import train as training
             from loratune.commands.plan import make_plan
             from loratune.console import TrainingProgress, log, show_progress
@@ -62,12 +64,14 @@ def train(
         try:
             if dry_run:
                 plan = make_plan(validated_run, show_progress, group)
+                if (asked := validated_run.config.training).max_minutes is not None:
+                    plan = time_budget.estimate_length(plan, asked, began)
                 group.close()
                 if group.main:
                     printing.print_plan(plan, rows)
                 return
             reporter = training.Reporter(log, printing.log_plan, show_progress, TrainingProgress())
-            result = training.train(validated_run, reporter, group, allow_worse=allow_worse)
+            result = training.train(validated_run, reporter, group, allow_worse=allow_worse, began=began)
         except KeyboardInterrupt as stop:
             fix = "the tokenized rows are kept, so that the same command continues from there"
             if not dry_run and validated_run.directory.is_resumable():

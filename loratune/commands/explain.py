@@ -15,7 +15,7 @@ from loratune.console import print_block, print_json
 from loratune.errors import ConfigError, Problem
 
 DEFAULT = "the default"
-UNUSED = "not used, as training.max_steps sets the length of the run"
+UNUSED = "not used, as another key sets the length of the run"
 DECIDED = "the run decides"
 
 

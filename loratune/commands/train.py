@@ -5,8 +5,9 @@
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from loratune import config, data, kernels, memory
 from loratune.codes import Code
-from loratune.commands import card, clients
+from loratune.commands import card, clients, time_budget
 from loratune.commands.plan import Plan, Planner, make_plan
 from loratune.data import DatasetSplit, ProgressFactory, row_hashes
 from loratune.errors import NumericError, Problem, ResourceError
@@ -118,6 +119,7 @@ def train(
     *,
     allow_worse: bool = False,
     planner: Planner = make_plan,
+    began: float | None = None,
 ) -> Result | None:
     """Train an adapter, check it, and publish its directory.
 
@@ -127,11 +129,13 @@ def train(
         group: The processes of the run.
         allow_worse: Also publish an adapter that does worse than its base.
         planner: Makes the plan, for a caller that has loaded the base and the rows.
+        began: When the time of `training.max_minutes` began, by `time.monotonic`; now, if not given.
 
     Returns:
         The published adapter; None in every process but the main one, which alone writes.
 
     Raises:
+        ConfigError: The time has no room for a few steps.
         ModelError, DataError: The base, the tokenizer or the rows cannot be used.
         NumericError: A number is not finite, nothing was learned, or the adapter is worse than its base.
         ResumeError: The checkpoint does not belong to this run.
@@ -140,6 +144,7 @@ def train(
         LostError: Another process of the run is gone.
         KeyboardInterrupt: The user stopped the run.
     """
+    began = time.monotonic() if began is None else began
     with run_dir.locked(validated_run.directory) if group.main else nullcontext(validated_run.directory) as directory:
         if group.main:
             group.on_end(directory.clean_up)
@@ -154,8 +159,15 @@ def train(
         group.all_gather(None)  # A signal now finds either all processes before the next line, or all behind it.
         with signals.defer_signals(repeated=group.count > 1) as stop:
             context = _run_context(plan, validated_run, identity, reporter, stop, group)
-            reporter.plan(plan)
-            outcome = _fit(plan, context)
+            with _ready_to_train(plan):
+                scarce = _is_memory_scarce(plan, group)
+                asked = validated_run.config.training
+                if (minutes := asked.max_minutes) is not None:
+                    plan = time_budget.fix_length(plan, asked, context, began, reporter.log, scarce=scarce)
+                    identity = {**identity, "config": plan.config.resolved(), resume.MAX_MINUTES: minutes}
+                    context = replace(context, checkpoints=replace(context.checkpoints, identity=identity))
+                reporter.plan(plan)
+                outcome = _fit(plan, context, oom_dry_run=scarce and minutes is None)
         if context.stopping() and stop.requested is not None:  # A signal can come after the trainer's last check.
             raise stop.requested
         weights, comparison = _compare_with_base(plan, outcome, context, reporter)
@@ -180,7 +192,8 @@ def _identity(plan: Plan, validated_run: ValidatedRun) -> dict[str, Any]:
     if resume_point is None:
         return identity
     resume.check_same(resume_point, identity, validated_run.allowed_changes, base=plan.base.recorded_fingerprint)
-    return identity | {"changes": [*resume_point.changes, *resume.environment_changes(resume_point, identity)]}
+    changes = [*resume_point.changes, *resume.environment_changes(resume_point, identity)]
+    return identity | {"changes": changes, resume.MAX_MINUTES: resume_point.identity.get(resume.MAX_MINUTES)}
 
 
 def _run_context(
@@ -225,37 +238,48 @@ def _trackers(validated_run: ValidatedRun, log: Callable[[str], None]) -> Sequen
     return trackers(validated_run.config.training.report_to, output, log, is_resumed=is_resumed)
 
 
-def _fit(plan: Plan, context: RunContext) -> Outcome:
-    """Train the adapter. Raises ResourceError: out of memory; it names settings that would save some."""
-    training = plan.training
-    scarce = any(context.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
-    optimizer = partial(parameters.choose_optimizer, plan.model, plan.config.lora, weight_decay=training.weight_decay)
-    acceleration, batches = plan.batches.acceleration, (plan.batches.train, plan.batches.validation)
+def _is_memory_scarce(plan: Plan, group: Group) -> bool:
+    """Whether the largest batch is tried before the first step."""
+    return any(group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
+
+
+@contextmanager
+def _ready_to_train(plan: Plan) -> Iterator[None]:
+    """Inside, the model computes as in training. Raises ResourceError: out of memory; it names settings that would save
+    some."""
     try:
         if plan.config.model.use_liger_kernel:
             kernels.use_liger(plan.model)
         gc.collect()
         gc.freeze()  # Rows and model stay until the end, so the collector does not have to visit them again.
-        with acceleration.applied(plan.model):
+        with plan.batches.acceleration.applied(plan.model):
             if plan.config.model.torch_compile:
                 kernels.compile_layers(plan.model)
             kernels.give_back_pages()
-            return trainer.fit(training, plan.model, *batches, context, optimizer, oom_dry_run=scarce)
+            yield
+            return
     except trainer.OutOfMemory as error:
         problem, evaluating = error.problems[0], error.evaluating
     if evaluating:
         fix = "lower training.per_device_train_batch_size, which evaluations use too, or data.max_length"
         raise ResourceError(replace(problem, fix=fix))
-    savings = plan.batches.savings(plan.model, training)
+    savings = plan.batches.savings(plan.model, plan.training)
     fixes = [f"{change} (saves about {size / (1 << 20):,.0f} MiB)" for change, size in savings]
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
+
+
+def _fit(plan: Plan, context: RunContext, *, oom_dry_run: bool) -> Outcome:
+    """Train the adapter."""
+    training, batches = plan.training, plan.batches
+    optimizer = partial(parameters.choose_optimizer, plan.model, plan.config.lora, weight_decay=training.weight_decay)
+    layouts = batches.train, batches.validation
+    return trainer.fit(training, plan.model, *layouts, context, optimizer, oom_dry_run=oom_dry_run)
 
 
 def _compare_with_base(plan: Plan, outcome: Outcome, context: RunContext, reporter: Reporter) -> tuple[Weights, Gain]:
     """The adapter's weights, and how much better than its base they do. Raises NumericError: a loss is NaN or inf."""
     weights = tensors.full_weights(plan.model)
-    validation = {"validation": plan.datasets.validation} if plan.datasets.validation else {}
-    splits, pad_id = validation | {"training": plan.datasets.train}, load.pad_id(plan.tokenizer)
+    splits, pad_id = plan.datasets.compared, load.pad_id(plan.tokenizer)
     base = tensors.as_initialized(plan.model, plan.adapter_init, weights)
     sample = plan.model, base, splits, pad_id, outcome.tokens
     comparison = gain.measure(*sample, plan.batches.acceleration, context.group, reporter.log)

@@ -43,6 +43,7 @@ MEMORY_AND_TIME = {
     "training.learning_rate": "none",
     "training.num_train_epochs": "time grows with it, memory does not",
     "training.max_steps": "time grows with it, memory does not",
+    "training.max_minutes": "the command takes about so long, loading, evaluations and publishing included",
     "training.per_device_train_batch_size": "activations and logits grow with it, and so does the time of a step",
     "training.gradient_accumulation_steps": "a step takes this many times as long, at the memory of one micro-step",
     "training.warmup_steps": "none",

@@ -54,6 +54,9 @@ class TrainingSection(Section):
     learning_rate: float = Field(2e-4, gt=0, le=1e30, description="peak learning rate")
     num_train_epochs: float = Field(1.0, gt=0, le=1e9, description="passes over the data")
     max_steps: int = Field(-1, ge=-1, lt=2**31, description="optimizer steps; -1: num_train_epochs sets the length")
+    max_minutes: float | None = Field(
+        None, gt=0, le=1e5, description="time for the whole command, which max_steps is fixed from; null: no such limit"
+    )
     per_device_train_batch_size: Count = Field(8, description="rows per device and micro-step")
     gradient_accumulation_steps: Count = Field(1, description="micro-steps per optimizer step")
     warmup_steps: float = Field(0.0, ge=0, lt=2**31, description="steps, or a fraction of all steps if below 1")
@@ -91,6 +94,10 @@ class TrainingSection(Section):
             message = "both set the length of the run"
             fix = "keep one; to remove the other: --set training.num_train_epochs="
             raise InvalidSettingError(Code.CONFIG_LENGTH_TWICE, message, "max_steps", "num_train_epochs", fix=fix)
+        if self.max_steps > 0 and self.max_minutes is not None:
+            message = "both set the length of the run"
+            fix = "keep one; beside max_minutes, num_train_epochs is an upper limit"
+            raise InvalidSettingError(Code.CONFIG_LENGTH_TWICE, message, "max_steps", "max_minutes", fix=fix)
         return self
 
     @model_validator(mode="after")
@@ -166,6 +173,9 @@ class RunConfig(Section):
     def resolved(self) -> dict[str, Any]:
         """Every setting of the run as plain values; reading them back gives this config again."""
         values = self.model_dump()
-        if self.training.max_steps > 0:
-            del values["training"]["num_train_epochs"]
+        training, plain = self.training, values["training"]
+        if training.max_steps > 0:
+            del plain["num_train_epochs"], plain["max_minutes"]
+        elif training.max_minutes is not None and "num_train_epochs" not in training.model_fields_set:
+            del plain["num_train_epochs"]
         return values

@@ -24,7 +24,7 @@ from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.model import load
 from loratune.system import launcher
-from loratune.system.launcher import Group, host
+from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.training.evaluations import EvaluationSteps, evaluation_steps
 from loratune.training.preflight import ValidatedRun
 
@@ -53,6 +53,13 @@ class TokenizedDatasets:
     def splits(self) -> dict[str, TokenizedDataset]:
         """Those that there are, by their names."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in named.items() if split}
+
+    @property
+    def compared(self) -> dict[str, TokenizedDataset]:
+        """The splits on whose rows an adapter may be compared with its base, by their names in words, the first one
+        before the others."""
+        named = {"validation": self.validation, "training": self.train}
         return {name: split for name, split in named.items() if split}
 
 
@@ -283,7 +290,7 @@ class DistributedBatchSampler(Sampler[list[int]]):
         group: The processes of the run.
     """
 
-    def __init__(self, items: int, size: int, seed: int, group: Group):
+    def __init__(self, items: int, size: int, seed: int, group: Group = SINGLE_PROCESS):
         self.items, self.size, self.seed, self.epoch = items, size, seed, 0
         self.rank, self.processes = group.rank, group.count
 
@@ -295,9 +302,14 @@ class DistributedBatchSampler(Sampler[list[int]]):
         """Micro-steps of an epoch, the same for every process."""
         return -(-self.items // (self.size * self.processes))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def order(self) -> list[int]:
+        """The items in the order of this epoch, for all processes."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)  # as accelerate's SeedableRandomSampler
-        order = torch.randperm(self.items, generator=generator).tolist()
+        order: list[int] = torch.randperm(self.items, generator=generator).tolist()
+        return order
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
         for start in range(0, self.items, self.size * self.processes):
             yield self._share(order[start : start + self.size * self.processes])
 

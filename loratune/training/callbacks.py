@@ -192,6 +192,41 @@ class ProgressCallback(TrainerCallback):
         self.progress.log(state.global_step, logs or {})
 
 
+class StepTimer(TrainerCallback):
+    """Times the micro-steps of a run that accumulates nothing, and ends it when there are enough of them.
+
+    Attributes:
+        is_enough: From the number of micro-steps to whether the run ends; all processes call it together.
+        micro_steps: Seconds of each, without those of the optimizer.
+        optimizer: Seconds of the optimizer after each.
+        setup: Seconds that it takes to set up the trainer.
+        checkpoint: Seconds that a checkpoint takes.
+    """
+
+    def __init__(self, is_enough: Callable[[int], bool]):
+        self.is_enough = is_enough
+        self.micro_steps: list[float] = []
+        self.optimizer: list[float] = []
+        self.setup = self.checkpoint = self.start = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step."""
+        self.start = time.monotonic()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the gradients of a step."""
+        now = time.monotonic()
+        self.micro_steps.append(now - self.start)
+        self.start = now
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each optimizer step."""
+        now = time.monotonic()
+        self.optimizer.append(now - self.start)
+        self.start = now
+        control.should_training_stop = self.is_enough(len(self.micro_steps))
+
+
 class Pace(TrainerCallback):
     """Measures how fast tokens are read in training. Evaluations and checkpoints do not count."""
 

@@ -67,12 +67,13 @@ class Checkpoints:
         return self.directory / "unfinished"
 
     @contextmanager
-    def writing(self, step: int, record: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    def writing(self, step: int, record: Mapping[str, Any] | None = None, *, is_kept: bool = True) -> Iterator[Path]:
         """Turn what the trainer writes inside to the directory that is given into a checkpoint, or remove it.
 
         Args:
             step: The step.
             record: What is kept of this step beside the identity of the run.
+            is_kept: Whether it becomes a checkpoint; otherwise it is removed as soon as it is whole.
 
         Raises:
             ResourceError: The disk is full, or something else has the name of the checkpoint.
@@ -93,6 +94,8 @@ class Checkpoints:
                 yield source
                 write_json(source / RUN, records.versioned(RUN, {**self.identity, **(record or {})}))
                 seal(source)
+                if not is_kept:
+                    return
                 _remove(target)  # a damaged checkpoint of this step may have been skipped when the run was resumed
                 source.rename(target)
                 sync(self.directory)

@@ -307,21 +307,19 @@ def measure(
         log: Takes a line on what is being done.
         name: What the adapter is compared with.
     """
-    samples = {name: _sample(rows, budget) for name, rows in splits.items()}
-    split = next((name for name, sample in samples.items() if len(sample) >= LEAST_ROWS), [*splits][-1])
-    too_few = len(samples["validation"]) if "validation" in splits and split != "validation" else None
-    rows, sample = splits[split].rows, samples[split]
+    split, drawn, too_few = sample(splits, budget)
+    rows = splits[split].rows
     batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
-    log(f"comparing the adapter with {name} on {plural(len(sample), f'{split} row')}")
+    log(f"comparing the adapter with {name} on {plural(len(drawn), f'{split} row')}")
 
     def losses() -> list[Loss]:
         with acceleration.applied(model):
-            return batch_losses(model, batches, [*sample], group)
+            return batch_losses(model, batches, [*drawn], group)
 
     adapter_losses = losses()
     with other:
         base_losses = losses()
-    return compare(base_losses, adapter_losses, split, [*sample.values()], len(rows), too_few)
+    return compare(base_losses, adapter_losses, split, [*drawn.values()], len(rows), too_few)
 
 
 def compare(
@@ -353,6 +351,19 @@ def compare(
     own = mean_ratio_interval(adapter_nats, tokens)
     ends = (low, high, validation_rows, *((own.low, own.high) if own else ()))
     return Gain(split, rows, drawn, total or drawn, base_mean, adapter_mean, better_by, *ends)
+
+
+def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, dict[int, int], int | None]:
+    """Choose the rows that are compared. Arguments as of `measure`.
+
+    Returns:
+        The name of their split; the numbers of distinct rows, and how many of those that were drawn are copies of each,
+        itself included; and how many distinct validation rows there are, where these are too few.
+    """
+    samples = {name: _sample(rows, budget) for name, rows in splits.items()}
+    split = next((name for name, rows in samples.items() if len(rows) >= LEAST_ROWS), [*splits][-1])
+    too_few = len(samples["validation"]) if "validation" in splits and split != "validation" else None
+    return split, samples[split], too_few
 
 
 def _sample(split: TokenizedDataset, budget: int) -> dict[int, int]:

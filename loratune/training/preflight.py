@@ -142,9 +142,19 @@ def check(
     point = None
     if resume is not None:
         point = find_resume_point(directory.checkpoints, absolute.resolved(), resume)
+        absolute = _with_fixed_length(absolute, point)
     start = _open_start(absolute, watch, point)
     rows = data.read_datasets(run.data, run.training.seed, watch)
     return ValidatedRun(absolute, directory, rows, tuple(resume or ()), point, start)
+
+
+def _with_fixed_length(run: RunConfig, point: ResumePoint) -> RunConfig:
+    """The config with the steps of the interrupted run in the place of a time budget."""
+    training = run.training
+    if training.max_minutes is None:
+        return run
+    steps = {"max_minutes": None, "max_steps": point.identity["config"]["training"]["max_steps"]}
+    return run.model_copy(update={"training": training.model_copy(update=steps)})
 
 
 def _open_start(
@@ -205,11 +215,12 @@ def _check_sharding(run: RunConfig) -> None:
     if not (sharding := launcher.sharding()):
         return
     excluded = {"fsdp": ("8bit",), "deepspeed": ("8bit", "4bit")}[sharding]
-    quantized, optim = run.model.quantization, run.training.optim
+    quantized, optim, minutes = run.model.quantization, run.training.optim, run.training.max_minutes
     settings = {
         "model.quantization": quantized if quantized in excluded else None,
         "lora.use_lorafa": "true" if run.lora.use_lorafa else None,
         "training.optim": optim if optim not in ("adamw_torch", "adamw_torch_fused") else None,
+        "training.max_minutes": minutes if minutes is None else f"{minutes:g}",
     }
     what, fix = f"does not work with weights that {sharding} shards", "change it, or start without sharding"
     if problems := [

@@ -31,6 +31,8 @@ CHANGEABLE = (
 `data.train`, `lora.start_from` and `model.name_or_path` may name another place, at which there has to be the same as
 before. The number of rows that an optimizer step takes, over all processes, has to stay the same as well.
 """
+MAX_MINUTES = "max_minutes"
+"""The key of a checkpoint's record that holds the time budget, from which `max_steps` was fixed as the run began."""
 _NOT_COMPARED = ("output_dir", "training.report_to")
 """Keys that may change: the checkpoints were found, so the run directory may have been moved; trackers only watch."""
 _RESTART = "start afresh with --overwrite"
@@ -93,7 +95,8 @@ def identity(
         environment: What the run is computed with; see `conditions.environment`.
 
     Returns:
-        All of these, with the number of processes and how they shard the weights.
+        All of these, with the number of processes and how they shard the weights. The time budget is added as soon as
+        it is known how many steps it comes to.
     """
     return {
         "config": config.resolved(),
@@ -103,6 +106,7 @@ def identity(
         "processes": launcher.world_size(),
         "sharding": launcher.sharding(),
         "changes": [],
+        MAX_MINUTES: None,
     }
 
 
@@ -153,9 +157,10 @@ def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Seq
     ]:
         raise ResumeError(problems)
     checkpoint, before, skipped = newest_whole(checkpoints, _fault)
+    other_budget, config = [*_changed_budget(before, config)], _with_fixed_length(config, before)
     old = _migrated(before["config"], config, RunConfig)
     unknown = dict(_unknown_keys(before["config"], RunConfig))
-    problems = [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
+    problems = other_budget or [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
     if problems := problems or [
         *_changed_step_sizes(before, config, launcher.world_size()),
         *_changed_processes(before),
@@ -168,6 +173,27 @@ def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Seq
     return ResumePoint(checkpoint, tuple(skipped), before["changes"] + changes, factor, before, tuple(unknown))
 
 
+def _with_fixed_length(config: Mapping[str, Any], before: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A resolved config with the steps of the interrupted run in the place of its time budget, if it has one.
+
+    before: the identity of the interrupted run.
+    """
+    if config["training"].get("max_minutes") is None:
+        return config
+    others = {key: value for key, value in config["training"].items() if key not in ("max_minutes", "num_train_epochs")}
+    return {**config, "training": others | {"max_steps": before["config"]["training"]["max_steps"]}}
+
+
+def _changed_budget(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
+    """A time budget that is not the one from which the steps of the run were fixed."""
+    old, new = before.get(MAX_MINUTES), now["training"].get("max_minutes")
+    if new is not None and old != new:
+        what = f"was {'not set' if old is None else f'{old:g}'} when the run began, and its length is fixed since then"
+        fix = "change it back; or for another length: --set training.max_minutes= --set training.max_steps=N"
+        fix += " --allow-change training.max_steps"
+        yield Problem(Code.RESUME_CONFIG_CHANGED, what, key="training.max_minutes", fix=fix)
+
+
 def _fault(run: Any) -> str:
     """What is wrong with an identity that was read from a checkpoint; empty if the run can be resumed by it."""
     try:
@@ -176,6 +202,7 @@ def _fault(run: Any) -> str:
         numbers = [training[key] for key in ("per_device_train_batch_size", "gradient_accumulation_steps")]
         numbers += [run["rows"]["rows"], run["rows"]["tokens"], run.get("processes", 1)]
         texts = [run["fingerprints"][key] for key in ("base", "data")] + [run.get("sharding", "")]
+        numbers += [max(training["max_steps"], 0)] if run.get(MAX_MINUTES) is not None else []
         changes = [change[key] for change in run["changes"] for key in ("step", "key", "was", "is")]
         if run.get(BEST) is not None:
             BestRecord.from_json(run[BEST])
@@ -189,6 +216,7 @@ def _fault(run: Any) -> str:
         all(isinstance(text, str) for text in texts),
         isinstance(run["fingerprints"].get("validation"), str | None),
         isinstance(run.get("conditions", {}), dict),
+        isinstance(run.get(MAX_MINUTES), int | float | None),
         len(changes) == 4 * len(run["changes"]) and isinstance(run["changes"], list),
         type(rate) in (int, float) and 0 < rate < math.inf,
     )

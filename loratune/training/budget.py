@@ -1,0 +1,191 @@
+"""How many optimizer steps a time budget has room for: the arithmetic, from times that were measured.
+
+The time of a batch is taken as `a + b * operations`, fitted to batches that were timed; operations are counted from the
+lengths of its rows, padding included, see `duration`. So the tokens that each step will really read decide, in the
+order in which the run reads them, and not a mean. What comes beside the steps is predicted in the same way.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loratune.data.packing import BatchLayout, PackedRows
+from loratune.training.batching import DistributedBatchSampler
+
+WARM_UP = 2
+"""Batches that are computed before any is timed: the first ones also allocate, compile and fill caches."""
+_LEAST_TIMED, _MOST_SECONDS, _SHARE = 6, 20.0, 0.03
+"""Batches are timed until there are so many of them and until timing has taken this part of the budget, or so long."""
+FEWEST = 3
+"""A budget without room for so many steps is refused, unless the epochs that are asked for have fewer."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The time of batches: `per_batch` seconds each, and `per_operation` seconds for each operation."""
+
+    per_batch: float
+    per_operation: float
+
+    @classmethod
+    def fitted(cls, operations: Sequence[float], seconds: Sequence[float]) -> "Speed":
+        """The line through the mean of batches that were timed with the least squares of the differences.
+
+        Where the slope or the intercept came out negative, as the times vary more than the batches, it is 0.
+        """
+        work, taken = np.asarray(operations, np.float64), np.asarray(seconds, np.float64)
+        if not work.sum():
+            return cls(float(taken.mean()), 0.0)
+        proportional = cls(0.0, float(taken.sum() / work.sum()))
+        deviations = work - work.mean()
+        if not (spread := float(deviations @ deviations)):
+            return proportional
+        slope = float(deviations @ (taken - taken.mean())) / spread
+        if slope <= 0:
+            return cls(float(taken.mean()), 0.0)
+        intercept = float(taken.mean() - slope * work.mean())
+        return cls(intercept, slope) if intercept >= 0 else proportional
+
+    def seconds(self, batches: float, operations: float) -> float:
+        """How long so many batches with so many operations in all take."""
+        return self.per_batch * batches + self.per_operation * operations
+
+
+def is_timed_enough(batches: int, elapsed: float, left: float) -> bool:
+    """Whether enough batches were timed.
+
+    Args:
+        batches: How many, those of the warm-up included.
+        elapsed: Seconds since the first one began.
+        left: Seconds of the budget when it began.
+    """
+    return elapsed >= left or (batches >= WARM_UP + _LEAST_TIMED and elapsed >= min(_SHARE * left, _MOST_SECONDS))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Operations of the batches of one layout.
+
+    Attributes:
+        layout: The batches.
+        lengths: (rows,), tokens of each row.
+        supervised: (rows,), supervised tokens of each row.
+        weights: Operations for each token, each supervised one, and each pair of tokens of a row.
+    """
+
+    layout: BatchLayout
+    lengths: NDArray[np.int64]
+    supervised: NDArray[np.int64]
+    weights: tuple[float, float, float]
+
+    @property
+    def of_rows(self) -> NDArray[np.float64]:
+        """(rows,), the operations of each row without padding."""
+        return self._of(self.lengths.astype(np.float64), self.supervised)
+
+    def _of(self, lengths: NDArray[np.float64], supervised: NDArray[np.int64]) -> NDArray[np.float64]:
+        token, label, pair = self.weights
+        return np.asarray(token * lengths + label * supervised + pair * lengths * lengths)
+
+    def of_batches(self, items: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The operations of batches. items: (..., items of a batch), the numbers of the items. Returns (...)."""
+        if self.layout.flat:
+            costs = self.of_rows
+            if isinstance(self.layout.items, PackedRows):
+                packs = self.layout.items.packs
+                costs = np.add.reduceat(costs[packs.order], packs.starts[:-1])
+            return np.asarray(costs[items].sum(-1))
+        longest = self.lengths[items].max(-1).astype(np.float64)
+        token, label, pair = self.weights
+        padded = items.shape[-1] * (token * longest + pair * longest * longest)
+        return np.asarray(padded + label * self.supervised[items].sum(-1))
+
+    def of_pass(self) -> tuple[int, float]:
+        """How many batches one pass in order has, and their operations."""
+        numbers, size = np.arange(len(self.layout.items)), self.layout.size
+        whole = len(numbers) // size * size
+        total = float(self.of_batches(numbers[:whole].reshape(-1, size)).sum()) if whole else 0.0
+        rest = numbers[whole:]
+        return -(-len(numbers) // size), total + (float(self.of_batches(rest)) if len(rest) else 0.0)
+
+    def micro_steps(self, seed: int, processes: int) -> Iterator[NDArray[np.float64]]:
+        """For each epoch, without end: (micro-steps,), the operations of the process that has most of each."""
+        size = self.layout.size
+        sampler = DistributedBatchSampler(len(self.layout.items), size * processes, seed)
+        for epoch in count():
+            sampler.set_epoch(epoch)
+            order = np.asarray(sampler.order(), np.int64)
+            whole = len(order) // (size * processes)
+            shared = order[: whole * size * processes].reshape(whole, processes, size)
+            costs = self.of_batches(shared).max(1) if whole else np.zeros(0)
+            rest = order[whole * size * processes :]
+            shares = [self.of_batches(share) for share in np.array_split(rest, processes) if len(share)]
+            yield np.append(costs, max(shares)) if shares else costs
+
+
+def step_seconds(
+    micro_steps: Iterator[NDArray[np.float64]], speed: Speed, optimizer: float, accumulation: int
+) -> Iterator[NDArray[np.float64]]:
+    """For each epoch, (steps,), the seconds of its optimizer steps.
+
+    Args:
+        micro_steps: For each epoch, the operations of its micro-steps.
+        speed: That of micro-steps.
+        optimizer: Seconds of the optimizer in each step.
+        accumulation: Micro-steps of a step; the last step of an epoch may have fewer.
+    """
+    for operations in micro_steps:
+        taken = speed.per_batch + speed.per_operation * operations
+        yield np.add.reduceat(taken, np.arange(0, len(taken), accumulation)) + optimizer
+
+
+@dataclass(frozen=True)
+class StepBudget:
+    """What a budget has room for.
+
+    Attributes:
+        steps: Optimizer steps.
+        taken: Seconds that they take.
+        beside: Seconds that come beside them: evaluations, checkpoints, and what follows the last step.
+        fewest: Seconds from the first step on that the shortest run which is not refused takes.
+        limited: Whether there would be time for more steps than the epochs have.
+    """
+
+    steps: int
+    taken: float
+    beside: float
+    fewest: float
+    limited: bool
+
+
+def step_budget(
+    left: float, steps: Iterator[NDArray[np.float64]], beside: Callable[[int], float], most: int | None
+) -> StepBudget:
+    """How many steps there is time for.
+
+    Args:
+        left: Seconds that are left.
+        steps: For each epoch, the seconds of its steps.
+        beside: From a number of steps to the seconds that come beside them, which must not fall by much as it rises.
+        most: Steps at most; None for any number.
+    """
+    least = FEWEST if most is None else min(FEWEST, most)
+    parts: list[NDArray[np.float64]] = []
+    known, total = 0, 0.0
+    while known < least or (total <= left and (most is None or known <= most)):
+        parts.append(next(steps))
+        known, total = known + len(parts[-1]), total + float(parts[-1].sum())
+    ends = np.cumsum(np.concatenate(parts))
+
+    def until(number: int) -> float:
+        return float(ends[number - 1]) + beside(number) if number else 0.0
+
+    bound = known if most is None else min(known, most)
+    found = bisect_right(range(1, bound + 1), left, key=until)
+    taken = float(ends[found - 1]) if found else 0.0
+    limited = most is not None and found == most
+    return StepBudget(found, taken, beside(found) if found else 0.0, until(least), limited)

@@ -1,0 +1,347 @@
+"""`training.max_minutes`: how many steps a budget comes to, and that a run keeps them.
+
+The arithmetic is tested with made-up times. Of whole runs nothing is asserted that the clock decides.
+"""
+
+import json
+import signal
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import check_refused, config_in, tree, write_rows
+from fork_server import ForkServer
+from numpy.typing import NDArray
+from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
+
+from loratune.codes import Code
+from loratune.config import TrainingSection
+from loratune.data.packing import BatchLayout
+from loratune.system.launcher import SingleProcess
+from loratune.training.batching import DistributedBatchSampler
+from loratune.training.budget import FEWEST, WARM_UP, Costs, Speed, is_timed_enough, step_budget, step_seconds
+from loratune.training.evaluations import optimizer_steps
+
+# The speed of batches
+
+
+def test_the_line_through_batches_that_differ() -> None:
+    work = [100.0, 300.0, 200.0, 800.0]
+    speed = Speed.fitted(work, [0.5 + 0.01 * operations for operations in work])
+    assert (speed.per_batch, speed.per_operation) == pytest.approx((0.5, 0.01))
+    assert speed.seconds(10, 5000) == pytest.approx(55)
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds", "per_batch", "per_operation"),
+    [
+        ([100, 100], [1, 3], 0, 0.02),  # nothing tells intercept and slope apart
+        ([100, 200], [3, 1], 2, 0),  # a larger batch was faster, so the difference is noise
+        ([100, 200], [1, 4], 0, 5 / 300),  # an empty batch would take less than no time
+        ([0, 0], [1, 3], 2, 0),
+    ],
+)
+def test_lines_that_times_alone_would_not_give(
+    work: list[float], seconds: list[float], per_batch: float, per_operation: float
+) -> None:
+    speed = Speed.fitted(work, seconds)
+    assert (speed.per_batch, speed.per_operation) == pytest.approx((per_batch, per_operation))
+    assert speed.seconds(len(work), sum(work)) == pytest.approx(sum(seconds))  # what was measured, it predicts
+
+
+@pytest.mark.parametrize(
+    ("batches", "elapsed", "left", "expected"),
+    [
+        (WARM_UP + 6, 3.0, 100.0, True),
+        (WARM_UP + 6, 2.9, 100.0, False),  # 3 % of what is left
+        (WARM_UP + 5, 3.0, 100.0, False),
+        (WARM_UP + 5, 20.0, 36_000.0, False),
+        (WARM_UP + 6, 20.0, 36_000.0, True),  # so long is enough of ten hours
+        (1, 100.0, 100.0, True),  # the time is over
+    ],
+)
+def test_when_enough_batches_were_timed(batches: int, elapsed: float, left: float, expected: bool) -> None:
+    assert is_timed_enough(batches, elapsed, left) is expected
+
+
+# The operations of batches
+
+LENGTHS = np.array([5, 9, 3, 7, 2, 8, 4, 6, 5, 3, 9], np.int64)
+SUPERVISED = np.array([2, 3, 1, 2, 1, 4, 2, 3, 2, 1, 5], np.int64)
+WEIGHTING = (10.0, 100.0, 0.5)
+
+
+class Rows:
+    """Rows of these lengths."""
+
+    def __len__(self) -> int:
+        return len(LENGTHS)
+
+    def __getitem__(self, number: int, /) -> int:
+        return number
+
+
+def costs(packing: Any, size: int = 2) -> Costs:
+    return Costs(BatchLayout(Rows(), LENGTHS, packing, size, 10, pad_id=0), LENGTHS, SUPERVISED, WEIGHTING)
+
+
+def row(number: int, length: int | None = None) -> float:
+    length = length or int(LENGTHS[number])
+    return 10 * length + 100 * int(SUPERVISED[number]) + 0.5 * length**2
+
+
+def test_rows_end_to_end_and_padded_ones() -> None:
+    numbers = np.array([[0, 1], [2, 3]])
+    assert costs("batch").of_batches(numbers).tolist() == [row(0) + row(1), row(2) + row(3)]
+    assert costs("none").of_batches(numbers).tolist() == [row(0, 9) + row(1, 9), row(2, 7) + row(3, 7)]
+
+
+def test_packs() -> None:
+    found = costs("full")
+    packs = found.layout.items.packs  # type: ignore[attr-defined]
+    batches, operations = found.of_pass()
+    assert batches == len(packs) < len(LENGTHS)
+    assert operations == pytest.approx(sum(map(row, range(len(LENGTHS)))))
+    assert found.of_batches(np.array([[1]])).tolist() == pytest.approx([sum(row(int(number)) for number in packs[1])])
+
+
+class Process(SingleProcess):
+    """One of several processes."""
+
+    def __init__(self, rank: int, number: int):
+        self.rank, self.count = rank, number  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("packing", ["batch", "none"])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_micro_steps_are_those_of_the_run(packing: str, processes: int) -> None:
+    """The slowest process decides, in the order of each epoch."""
+    found = costs(packing)
+    samplers = [DistributedBatchSampler(11, 2, 7, Process(rank, processes)) for rank in range(processes)]
+    for epoch, operations in enumerate(islice(found.micro_steps(7, processes), 3)):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        expected = [
+            max(float(found.of_batches(np.array(share))) for share in shares if share)
+            for shares in zip(*samplers, strict=True)
+        ]
+        assert operations.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4, 20])
+def test_steps_end_with_their_epoch(accumulation: int) -> None:
+    micro_steps = iter([np.array([1.0, 2, 3, 4, 5, 6]), np.array([6.0, 5, 4, 3, 2, 1])])
+    first, second = step_seconds(micro_steps, Speed(0.5, 10), 0.25, accumulation)
+    section = TrainingSection(gradient_accumulation_steps=accumulation)
+    assert len(first) == len(second) == optimizer_steps(section, 6, 1, 1)[1]
+    assert first.sum() == second.sum() == pytest.approx(6 * 0.5 + 210 + 0.25 * len(first))
+    assert first[0] == pytest.approx(sum(0.5 + 10 * number for number in range(1, min(accumulation, 6) + 1)) + 0.25)
+
+
+# The number of steps
+
+
+def epochs(*seconds: float) -> Iterator[NDArray[np.float64]]:
+    return (np.array(seconds) for _ in count())
+
+
+@pytest.mark.parametrize(
+    ("left", "steps"),
+    [(20.0, 10), (19.99, 9), (23.0, 11), (24.99, 11), (25.0, 12), (2009.0, 1004)],
+)
+def test_steps_over_several_epochs(left: float, steps: int) -> None:
+    """Steps of 1, 3 and 2 s, and one second at the end; 1,004 of them are 334 epochs, a step of 1 s and one of 3 s."""
+    found = step_budget(left, epochs(1, 3, 2), lambda _: 1.0, None)
+    ends = np.cumsum([1, 3, 2] * 400)
+    assert found.steps == int(np.searchsorted(ends + 1, left, side="right"))
+    assert found.steps == steps
+    assert found.taken == ends[steps - 1]
+    assert not found.limited
+
+
+def test_what_comes_beside_the_steps_counts() -> None:
+    """An evaluation of 3 s after every tenth step and after the last, and 5 s at the end."""
+
+    def beside(steps: int) -> float:
+        return 5.0 + 3.0 * -(-steps // 10)
+
+    found = step_budget(100.0, epochs(1), beside, None)
+    assert (found.steps, found.taken, found.beside) == (71, 71.0, 29.0)
+    assert step_budget(101.0, epochs(1), beside, None).steps == 72
+
+
+def test_epochs_are_an_upper_bound() -> None:
+    assert step_budget(100.0, epochs(1, 1), lambda _: 0.0, 30).steps == 30
+    assert step_budget(100.0, epochs(1, 1), lambda _: 0.0, 30).limited
+    assert step_budget(29.5, epochs(1, 1), lambda _: 0.0, 30).steps == 29
+    assert not step_budget(29.5, epochs(1, 1), lambda _: 0.0, 30).limited
+
+
+def test_a_budget_without_room_says_what_there_should_be() -> None:
+    found = step_budget(5.0, epochs(4), lambda _: 2.0, None)
+    assert (found.steps, found.beside, found.fewest) == (0, 0.0, 4.0 * FEWEST + 2)
+    assert step_budget(-1.0, epochs(4), lambda _: 2.0, 1).fewest == 6.0
+
+
+# Runs
+
+MANY = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(80)]
+SECTIONS: dict[str, Any] = {
+    "lora": {"lora_dropout": 0.1},
+    "training": {
+        "max_minutes": 0.2, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "save_steps": 8,
+        "logging_steps": 50,
+    },
+}  # fmt: skip
+
+
+def budgeted(folder: Path, run_config: MakeConfig, **training: Any) -> Path:
+    data = {"train": str(write_rows(folder / "many.jsonl", MANY)), "validation": 0.1}
+    return run_config(**SECTIONS | {"data": data, "training": SECTIONS["training"] | training})
+
+
+def steps_of(directory: Path) -> int:
+    """Checked to be in run.yaml, without the budget, and to have been taken."""
+    training = yaml.safe_load((directory / "run.yaml").read_text())["training"]
+    assert not {"max_minutes", "num_train_epochs"} & training.keys()
+    assert json.loads((directory / "loratune.json").read_text())["metrics"]["steps"] == training["max_steps"]
+    return int(training["max_steps"])
+
+
+def check_repeats(processes: ForkServer, folder: Path) -> None:
+    """`train run.yaml` gives the same bytes."""
+    child = processes.start("train", folder / "out" / "run.yaml", "--set", f"output_dir={folder / 'again'}")
+    assert child.wait() == 0, child.said()
+    assert steps_of(folder / "again") == steps_of(folder / "out")
+    assert (folder / "again" / WEIGHTS).read_bytes() == (folder / "out" / WEIGHTS).read_bytes()
+
+
+def test_a_run_and_its_repetition(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+    child = processes.start("train", budgeted(tmp_path, run_config))
+    assert child.wait() == 0, child.said()
+    steps = steps_of(tmp_path / "out")
+    assert steps >= FEWEST
+    assert f"training.max_minutes: {steps:,} steps in 0.2 min: " in child.said()
+    assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["evaluations"] > 1
+    check_repeats(processes, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def interrupted(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
+    """A folder with a run that was killed: its epochs end it long before its time does, so that its steps are known."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    config = budgeted(folder, config_in(folder, tiny_dir), max_minutes=3, num_train_epochs=3)
+    child = processes.start("train", config)
+    until(lambda: len(checkpoints(folder / "out.partial")) > 1, child)
+    child.send(signal.SIGKILL)
+    child.wait()
+    assert "training.max_minutes: has no effect, as there is time for the 3 epochs" in child.said()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "key"),
+    [
+        (["--set", "training.max_minutes=20"], Code.RESUME_CONFIG_CHANGED, "training.max_minutes"),
+        (
+            ["--allow-change", "training.max_minutes"],
+            Code.RESUME_NOT_CHANGEABLE,
+            "--allow-change training.max_minutes",
+        ),
+        (
+            ["--set", "training.max_minutes=", "--set", "training.num_train_epochs="],
+            Code.RESUME_CONFIG_CHANGED,
+            "training.max_steps",
+        ),
+    ],
+)
+def test_another_budget_is_refused_on_resume(
+    interrupted: Path, cli: Cli, arguments: list[str], code: Code, key: str
+) -> None:
+    before = tree(interrupted)
+    check_refused(cli("train", interrupted / "run.yaml", "--resume", *arguments), 7, (code, "", key))
+    assert tree(interrupted) == before
+
+
+def test_resumed_it_is_the_same_run(interrupted: Path, processes: ForkServer) -> None:
+    child = processes.start("train", interrupted / "run.yaml", "--resume")
+    assert child.wait() == 0, child.said()
+    assert "timing" not in child.said()
+    assert steps_of(interrupted / "out") == 3 * 12
+    check_repeats(processes, interrupted)
+
+
+def test_a_run_without_a_budget_gets_none_later(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+    config = run_config(training={"max_steps": 2000, "save_steps": 5})
+    child = processes.start("train", config)
+    until(lambda: checkpoints(tmp_path / "out.partial"), child)
+    child.send(signal.SIGINT)
+    assert child.wait() == 130
+    arguments = ["--set", "training.max_steps=", "--set", "training.max_minutes=3"]
+    child = processes.start("train", config, "--resume", *arguments)
+    assert child.wait() == 7
+    assert "training.max_minutes: was not set" in child.said()
+
+
+@pytest.mark.slow
+def test_processes_agree(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+    children = processes.launch(2, "train", budgeted(tmp_path, run_config, max_minutes=0.3))
+    assert [child.wait() for child in children] == [0, 0], children[0].said()
+    assert steps_of(tmp_path / "out") >= FEWEST
+
+
+def test_ctrl_c_while_steps_are_timed(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+    child = processes.start("train", budgeted(tmp_path, run_config, max_minutes=60))
+    until(lambda: "timing some steps" in child.said(), child)
+    child.send(signal.SIGINT)
+    assert child.wait() == 130
+    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_says_about_how_many_steps(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("train", budgeted(tmp_path, run_config, max_minutes=5), "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "training.max_minutes: about " in ran.err
+    assert " passes over the rows" in ran.err
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({"max_steps": 5}, (Code.CONFIG_LENGTH_TWICE, "training.max_steps and training.max_minutes")),
+        ({"max_minutes": 0}, (Code.CONFIG_OUT_OF_RANGE, "training.max_minutes")),
+        ({"max_minutes": -1}, (Code.CONFIG_OUT_OF_RANGE, "training.max_minutes")),
+        ({"max_minutes": "20m"}, (Code.CONFIG_WRONG_TYPE, "training.max_minutes")),
+    ],
+)
+def test_refused_before_anything_is_loaded(
+    run_config: MakeConfig, tmp_path: Path, cli: Cli, training: dict[str, Any], expected: tuple[Code, str]
+) -> None:
+    ran = cli("train", budgeted(tmp_path, run_config, **training))
+    assert ran.code == 2
+    assert f"[{expected[0]}]" in ran.err
+    assert expected[1] in ran.err
+
+
+@pytest.mark.parametrize(
+    ("training", "code", "key"),
+    [
+        ({"max_minutes": 1e-4}, Code.CONFIG_BUDGET_TOO_SHORT, "training.max_minutes"),
+        ({"max_minutes": 0.2, "warmup_steps": 1_000_000}, Code.CONFIG_WARMUP_TOO_LONG, "training.warmup_steps"),
+    ],
+)
+def test_refused_before_the_first_step(
+    run_config: MakeConfig, tmp_path: Path, cli: Cli, training: dict[str, Any], code: Code, key: str
+) -> None:
+    config = budgeted(tmp_path, run_config, **training)
+    before = tree(tmp_path)
+    check_refused(cli("train", config), 2, (code, "", key))
+    assert tree(tmp_path) == before
