@@ -205,6 +205,8 @@ def config_in(folder: Path, model: Path) -> Callable[..., Path]:
         }
         for key, value in sections.items():
             values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+        if "max_steps" not in values["training"]:
+            values["training"].setdefault("num_train_epochs", 1)
         path = folder / name
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path

@@ -12,6 +12,7 @@ from loratune.lora.module_names import number_of, pattern
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
 from loratune.model import load
+from loratune.training import auto
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,10 @@ class Params:
 def params(run: RunConfig) -> Params:
     """Count on the meta device: neither weights nor memory are needed, whatever the size of the model.
 
-    Raises ModelError: the model's configuration cannot be read, or the targets match no module; and ConfigError,
-    AdapterError: the adapter of `lora.start_from` does not fit.
+    Raises ModelError: the model's configuration cannot be read, or the targets match no module; ConfigError: the
+    rank is left to the rows; and ConfigError, AdapterError: the adapter of `lora.start_from` does not fit.
     """
+    run = auto.without_rows(run)
     base = load.build_meta(load.load_config(run.model), run.model)
     model, targets = attach.adapt(base, run.lora, seed=0)
     start = adapter_files.inspect(Path(run.lora.start_from).expanduser()) if run.lora.start_from else None

@@ -23,6 +23,7 @@ from loratune.model.source import is_directory, local_or_hub
 from loratune.system import launcher
 from loratune.system.files import path_problem
 from loratune.system.launcher import Group
+from loratune.training import auto
 from loratune.training.resume import ResumePoint, find_resume_point, start_problem
 from loratune.training.run_dir import RunDirectory
 
@@ -141,7 +142,8 @@ def check(
     absolute = _with_absolute_paths(run)
     point = None
     if resume is not None:
-        point = find_resume_point(directory.checkpoints, absolute.resolved(), resume)
+        point = find_resume_point(directory.checkpoints, absolute, resume)
+        absolute = auto.keep(absolute, point.identity["config"])
     start = _open_start(absolute, watch, point)
     rows = data.read_datasets(run.data, run.training.seed, watch)
     return ValidatedRun(absolute, directory, rows, tuple(resume or ()), point, start)

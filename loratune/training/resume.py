@@ -14,6 +14,7 @@ from loratune.config import RunConfig
 from loratune.data import TokenizedDataset
 from loratune.errors import Problem, ResumeError
 from loratune.system import launcher
+from loratune.training import auto
 from loratune.training.checkpoints import newest_whole, step_of
 from loratune.training.curve import UNREPORTED, StepLosses
 from loratune.training.evaluations import BEST, BestRecord
@@ -129,12 +130,12 @@ def notes(resume_point: ResumePoint, identity: Mapping[str, Any], *, dropout: bo
         yield f"dropout is drawn differently from here on: {now} processes instead of {before}"
 
 
-def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -> ResumePoint:
+def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str]) -> ResumePoint:
     """Find the newest whole checkpoint, and check that it is of a run with the same config.
 
     Args:
         checkpoints: The directory of all checkpoints.
-        config: The resolved config of this run.
+        run: The config of this run, in which `auto` stands for what was decided before the interruption.
         allowed: Keys of `CHANGEABLE` whose values may differ.
 
     Raises:
@@ -153,6 +154,7 @@ def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Seq
     ]:
         raise ResumeError(problems)
     checkpoint, before, skipped = newest_whole(checkpoints, _fault)
+    config = auto.keep(run, before["config"]).resolved()
     old = _migrated(before["config"], config, RunConfig)
     unknown = dict(_unknown_keys(before["config"], RunConfig))
     problems = [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
