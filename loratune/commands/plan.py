@@ -116,6 +116,7 @@ def make_plan(validated_run: ValidatedRun, watch: ProgressFactory, group: Group 
     adapter_init = attach.initialize_adapter(
         model, run.lora, batches=batches.first(), originals=originals, start_from=start_from
     )
+    notes = [*choices, *load.machine_notes(run.model), *batches.notes, *targets.notes]
     return Plan(
         config=run,
         processes=group.count,
@@ -131,13 +132,7 @@ def make_plan(validated_run: ValidatedRun, watch: ProgressFactory, group: Group 
         memory=batches.memory(model, run.training),
         evaluations=batches.evaluation_steps(datasets.validation, run.training, group.count),
         earlier=earlier,
-        notes=[
-            *choices,
-            *load.machine_notes(run.model),
-            *batches.notes,
-            *targets.notes,
-            *(earlier.notes() if earlier else ()),
-        ],
+        notes=[*notes, *(earlier.notes() if earlier else ())],
     )
 
 

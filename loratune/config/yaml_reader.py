@@ -322,7 +322,8 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
         expected = [_EXPECTED.get(each["type"]) or each["ctx"]["expected"] for each in group]
         choices = [part.strip("'") for text in expected for part in text.replace(" or ", ", ").split(", ")]
         near = nearest_name(str(details["input"]), choices) if kind == "literal_error" else None
-        code = Code.CONFIG_NOT_A_CHOICE if group[0]["type"] == "literal_error" else Code.CONFIG_WRONG_TYPE
+        has_choices = any(each["type"] == "literal_error" and each["ctx"]["expected"] != "'auto'" for each in group)
+        code = Code.CONFIG_NOT_A_CHOICE if has_choices else Code.CONFIG_WRONG_TYPE
         what = f"expected {' or '.join(dict.fromkeys(expected))}, {value}"
         return Problem(code, what, where, key, f"did you mean `{near}`?" if near else "")
     if kind.endswith("too_short"):

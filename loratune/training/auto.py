@@ -82,7 +82,7 @@ def decide_lora(lora: LoraSection, facts: Facts) -> tuple[LoraSection, Choices]:
 
     def choose(key: str, value: Any, why: str) -> None:
         nonlocal lora
-        if getattr(lora, key) == AUTO:
+        if lora.model_dump()[key] == AUTO:
             known = facts.start.get(key)
             value, why = (known, "that of the adapter it starts from") if known is not None else (value, why)
             lora = lora.model_copy(update={key: value})
@@ -103,7 +103,7 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
 
     def choose(key: str, value: Any, why: str) -> None:
         nonlocal training
-        if getattr(training, key) == AUTO:
+        if training.model_dump()[key] == AUTO:
             training = training.model_copy(update={key: value})
             found[f"training.{key}"] = value, why
 
