@@ -125,7 +125,6 @@ def settings(shape: Shape, work: Path, steps: int) -> list[str]:
     values: dict[str, object] = {
         "model.name_or_path": model,
         "training.per_device_train_batch_size": shape.batch,
-        "training.num_train_epochs": "",
         "training.max_steps": steps,
         "training.warmup_steps": 0,
         "output_dir": work / "adapter",

@@ -55,7 +55,7 @@ def train(model: str, work: Path, steps: int) -> Path:
     if not adapter.is_dir():
         settings = (
             f"model.name_or_path={model}", f"data.train={work / 'train.jsonl'}", "data.validation=null",
-            "training.num_train_epochs=", f"training.max_steps={steps}", f"output_dir={adapter}",
+            f"training.max_steps={steps}", f"output_dir={adapter}",
         )  # fmt: skip
         command = [sys.executable, "-m", "loratune", "train", str(ROOT / "configs" / "quickstart" / "config.yaml")]
         subprocess.run([*command, *(f"--set={one}" for one in settings)], cwd=ROOT, check=True)

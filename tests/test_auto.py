@@ -76,9 +76,9 @@ def test_explicit_values_win() -> None:
 
 def test_refused(cli: Cli, run_config: MakeConfig) -> None:
     ran = cli("train", run_config(training=UNDECIDED | {"optim": "sgd"}), "--dry-run")
-    assert ran.code == 3 and Code.CONFIG_AUTO_RATE in ran.err, ran.err
+    assert ran.code == 2 and Code.CONFIG_AUTO_RATE in ran.err, ran.err
     ran = cli("params", run_config(lora={"r": AUTO}))
-    assert ran.code == 3 and Code.CONFIG_AUTO_RANK in ran.err, ran.err
+    assert ran.code == 2 and Code.CONFIG_AUTO_RANK in ran.err, ran.err
 
 
 def test_run_yaml_has_numbers_and_repeats_the_run(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
