@@ -77,6 +77,8 @@ class Code(StrEnum):
     CONFIG_NO_STEPS = "config.no_steps", "The run would have no steps."
     CONFIG_LENGTH_TWICE = "config.length_twice", "Two keys set the length of the run."
     CONFIG_BUDGET_TOO_SHORT = "config.budget_too_short", "`max_minutes` has no room for a few steps."
+    CONFIG_AUTO_RATE = "config.auto_rate", "There is no formula for the learning rate of this optimizer."
+    CONFIG_AUTO_RANK = "config.auto_rank", "The rank is left to the rows, and the command reads none."
     CONFIG_WARMUP_NOT_WHOLE = "config.warmup_not_whole", "A number of warmup steps is not a whole number."
     CONFIG_WARMUP_TOO_LONG = "config.warmup_too_long", "The warmup is longer than the run."
     CONFIG_CONSTANT_WARMUP = "config.constant_warmup", "The constant schedule has no warmup."

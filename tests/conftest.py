@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from loratune.cli import app
 from loratune.codes import Code
+from loratune.config import AUTO, TrainingSection
 from loratune.errors import LoratuneError
 
 ROOT = Path(__file__).parent.parent
@@ -190,6 +191,13 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
+def decided_training(**settings: Any) -> TrainingSection:
+    """The section with plain values for what is still `auto`, for tests that hand it to the trainer themselves."""
+    section = TrainingSection(**settings)
+    plain = {"learning_rate": 2e-4, "num_train_epochs": 1.0, "warmup_steps": 0.0, "lr_scheduler_type": "linear"}
+    return section.model_copy(update={key: value for key, value in plain.items() if getattr(section, key) == AUTO})
+
+
 ROWS = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(40)]
 
 
@@ -205,6 +213,8 @@ def config_in(folder: Path, model: Path) -> Callable[..., Path]:
         }
         for key, value in sections.items():
             values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+        if not {"max_steps", "max_minutes"} & values["training"].keys():
+            values["training"].setdefault("num_train_epochs", 1)
         path = folder / name
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path

@@ -330,12 +330,12 @@ RANGE, EMPTY = Code.CONFIG_OUT_OF_RANGE, Code.CONFIG_EMPTY_VALUE
 @pytest.mark.parametrize(
     "key, text, code, what",
     [
-        ("lora.r", "eight", TYPE, "expected a whole number, got text 'eight'"),
-        ("lora.r", "true", TYPE, "expected a whole number, got true/false True"),
-        ("lora.r", "8.5", TYPE, "expected a whole number, got a number 8.5"),
-        ("lora.r", "'8'", TYPE, "expected a whole number, got text '8'"),
-        ("lora.r", "[8]", TYPE, "expected a whole number, got a list"),
-        ("lora.r", "", TYPE, "expected a whole number, got nothing"),
+        ("lora.r", "eight", TYPE, "expected a whole number or 'auto', got text 'eight'"),
+        ("lora.r", "true", TYPE, "expected a whole number or 'auto', got true/false True"),
+        ("lora.r", "8.5", TYPE, "expected a whole number or 'auto', got a number 8.5"),
+        ("lora.r", "'8'", TYPE, "expected a whole number or 'auto', got text '8'"),
+        ("lora.r", "[8]", TYPE, "expected a whole number or 'auto', got a list"),
+        ("lora.r", "", TYPE, "expected a whole number or 'auto', got nothing"),
         ("lora.r", "0", RANGE, "must be greater than 0, got a number 0"),
         ("lora.r", "-1", RANGE, "must be greater than 0, got a number -1"),
         ("lora.lora_alpha", "0", RANGE, "must be greater than 0, got a number 0"),
@@ -364,12 +364,12 @@ RANGE, EMPTY = Code.CONFIG_OUT_OF_RANGE, Code.CONFIG_EMPTY_VALUE
         ("training.learning_rate", "0", RANGE, "must be greater than 0, got a number 0"),
         ("training.learning_rate", "-1", RANGE, "must be greater than 0, got a number -1"),
         ("training.learning_rate", ".nan", RANGE, "must be a finite number, got a number nan"),
-        ("training.learning_rate", "nan", TYPE, "expected a number, got text 'nan'"),
+        ("training.learning_rate", "nan", TYPE, "expected a number or 'auto', got text 'nan'"),
         ("training.learning_rate", ".inf", RANGE, "must be a finite number, got a number inf"),
         ("training.learning_rate", "-.INF", RANGE, "must be a finite number, got a number -inf"),
         ("training.learning_rate", "1e400", RANGE, "must be a finite number, got a number inf"),
-        ("training.learning_rate", "1_000", TYPE, "expected a number, got text '1_000'"),
-        ("training.learning_rate", "'1e-4'", TYPE, "expected a number, got text '1e-4'"),
+        ("training.learning_rate", "1_000", TYPE, "expected a number or 'auto', got text '1_000'"),
+        ("training.learning_rate", "'1e-4'", TYPE, "expected a number or 'auto', got text '1e-4'"),
         ("training.max_steps", "0", Code.CONFIG_NO_STEPS, ""),
         (
             "training.seed",
@@ -544,8 +544,8 @@ def test_the_last_set_wins(load: Callable[..., RunConfig]) -> None:
 @pytest.mark.parametrize(
     "assignment, code, key, detail",
     [
-        ("lora.r=eight", Code.CONFIG_WRONG_TYPE, "lora.r", "expected a whole number, got text 'eight'"),
-        ("lora.r=null", Code.CONFIG_WRONG_TYPE, "lora.r", "expected a whole number, got nothing"),
+        ("lora.r=eight", Code.CONFIG_WRONG_TYPE, "lora.r", "expected a whole number or 'auto', got text 'eight'"),
+        ("lora.r=null", Code.CONFIG_WRONG_TYPE, "lora.r", "expected a whole number or 'auto', got nothing"),
         ("lora.alhpa=", Code.CONFIG_NOTHING_TO_REMOVE, "lora.alhpa", ""),
         ("lora.lora_alhpa=8", Code.CONFIG_UNKNOWN_KEY, "lora.lora_alhpa", "did you mean `lora_alpha`?"),
         ("lora={r: 0}", Code.CONFIG_OUT_OF_RANGE, "lora.r", "must be greater than 0, got a number 0"),
@@ -662,7 +662,7 @@ def test_command_line_prints_every_problem(tmp_path: Path) -> None:
 def test_set_without_a_value_takes_the_key_out(run_config: Callable[..., Path]) -> None:
     path = run_config(training={"num_train_epochs": 3})
     run = config.load(path, ["training.max_steps=5", "training.num_train_epochs="])
-    assert (run.training.max_steps, run.training.num_train_epochs) == (5, 1.0)
+    assert (run.training.max_steps, run.training.num_train_epochs) == (5, "auto")
 
 
 @pytest.mark.parametrize(

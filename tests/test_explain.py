@@ -205,7 +205,7 @@ def test_a_block_has_meaning_type_default_and_costs(cli: Callable[..., Ran]) -> 
     assert rows["type"] == "none, 8bit, 4bit" and rows["default"] == "none"
     assert rows["memory and time"] == MEMORY_AND_TIME["model.quantization"]
     assert rows["elsewhere called"] == "load_in_8bit, load_in_4bit"
-    assert cli("explain", "r").out.splitlines()[2].split() == ["type", "integer", ">", "0"]
+    assert cli("explain", "r").out.splitlines()[2].split() == ["type", "integer", ">", "0", "or", "auto"]
 
 
 def test_without_a_key_there_is_a_line_for_each(cli: Callable[..., Ran]) -> None:
@@ -234,7 +234,7 @@ def test_the_value_in_force_and_where_it_comes_from(cli: Callable[..., Ran], run
         settings[setting[0]] = setting[1:]
     default = "the default"
     assert settings["training.max_steps"] == (5, at("max_steps"), False, True)
-    assert settings["training.num_train_epochs"] == (1.0, default, False, False)
+    assert settings["training.num_train_epochs"] == ("auto", default, False, False)
     assert settings["training.keep"] == (None, default, True, True)
     assert settings["training.patience"] == (None, default, False, True)
     assert settings["lora.r"] == (4, "--set", False, True)

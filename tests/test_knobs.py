@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, Ran, tiny_llama, write_rows
+from conftest import CHAT_TEMPLATE, Ran, decided_training, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loratune import data
@@ -170,7 +170,7 @@ def test_lora_start_from(tmp_path: Path) -> None:
 def test_training(tmp_path: Path, name: str, value: Any) -> None:
     default, changed = (
         trainer.training_arguments(section, tmp_path, has_validation=True).to_dict()
-        for section in (TrainingSection(), TrainingSection(**{name: value}))
+        for section in (decided_training(), decided_training(**{name: value}))
     )
     follows = {
         "per_device_train_batch_size": {"per_device_eval_batch_size"},

@@ -136,7 +136,7 @@ def test_micro_steps_are_those_of_the_run(packing: str, processes: int) -> None:
 def test_steps_end_with_their_epoch(accumulation: int) -> None:
     micro_steps = iter([np.array([1.0, 2, 3, 4, 5, 6]), np.array([6.0, 5, 4, 3, 2, 1])])
     first, second = step_seconds(micro_steps, Speed(0.5, 10), 0.25, accumulation)
-    section = TrainingSection(gradient_accumulation_steps=accumulation)
+    section = TrainingSection(num_train_epochs=1, gradient_accumulation_steps=accumulation)
     assert len(first) == len(second) == optimizer_steps(section, 6, 1, 1)[1]
     assert first.sum() == second.sum() == pytest.approx(6 * 0.5 + 210 + 0.25 * len(first))
     assert first[0] == pytest.approx(sum(0.5 + 10 * number for number in range(1, min(accumulation, 6) + 1)) + 0.25)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, meanings, tiny_llama, tree
+from conftest import Ran, decided_training, meanings, tiny_llama, tree
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from loratune import config
 from loratune.codes import Code
 from loratune.commands import train
-from loratune.config import LoraSection, ModelSection, TrainingSection
+from loratune.config import LoraSection, ModelSection
 from loratune.data import no_progress
 from loratune.data.packing import pad
 from loratune.errors import DataError, ModelError
@@ -92,7 +92,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 
 def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
-    settings = TrainingSection(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
+    settings = decided_training(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
     choose = partial(parameters.choose_optimizer, model, section, weight_decay=settings.weight_decay)
     size = settings.per_device_train_batch_size
     batches = SimpleNamespace(items=ROWS, size=size, collate=COLLATE, flat=False, heaviest=lambda: range(size))

@@ -8,20 +8,21 @@ from typing import Any
 from loratune import config, memory
 from loratune.commands import init_choices, init_rows
 from loratune.commands.init_choices import Fit, Room
-from loratune.commands.init_learning import learning, rows_per_step
 from loratune.commands.init_rows import MeasuredRows
 from loratune.commands.init_start import SOURCE
-from loratune.config import Draft, RunConfig
+from loratune.config import AUTO, Draft, RunConfig
 from loratune.data import ProgressFactory
 from loratune.data.rendering import Renderer
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
 from loratune.model import load, quantization
-from loratune.training import duration
+from loratune.training import auto, duration
 from loratune.training.duration import Work
 from loratune.training.evaluations import evaluation_steps
 
+_SHOWN = ("training.learning_rate", "training.num_train_epochs")
+"""Keys whose `auto` is written, with what it comes to."""
 _TITLE = (
     "Written by `loratune init`, with the reason for each choice; all else has its default. Paths are those of the "
     "directory where loratune is started. `loratune explain KEY` says what a key does."
@@ -78,20 +79,25 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
     draft = Draft(values)
     _choose_data(draft, rows, context)
     run = _validated(draft)
+    trained, facts = _facts(run, rows, model_config)
+    lora, _ = auto.decide_lora(run.lora, facts)
     cut = init_rows.check_length(rows, run.data, renderer, vocabulary, watch)
-    model, targets = attach.adapt(load.build_meta(model_config, run.model), run.lora, seed=0)
+    model, targets = attach.adapt(load.build_meta(model_config, run.model), lora, seed=0)
     for line in (*(f"rows: {remark}" for remark in rows.remarks), *targets.notes):
         log(line)
-    trained = _trained_rows(run, rows)
-    step = rows_per_step(trained)
+    step = init_choices.rows_per_step(trained)
     machine, device = load.this_machine(), load.device()
     quantizable = not machine.bitsandbytes and _is_quantizable(run, model_config)
     fitting = init_choices.fit(model, run, draft, rows, step, Room(device, memory.available(device), quantizable))
-    _choose_training(draft, run, trained, step, fitting, model)
+    _choose_training(draft, run, step, fitting)
+    training, choices = auto.decide_training(_validated(draft).model_copy(update={"lora": lora}), facts)
+    for key, (value, why) in choices.items():
+        if key in _SHOWN:
+            draft.choose(key, AUTO, f"here {value:g}: {why}")
     text = draft.text(_TITLE)
     run = config.parse(text, SOURCE)
-    steps, seconds = _duration(run, rows, trained, model)
-    adapter = attach.count(model, attach.initialize_adapter(model, run.lora))
+    steps, seconds = _duration(run.model_copy(update={"training": training}), rows, trained, model)
+    adapter = attach.count(model, attach.initialize_adapter(model, lora))
     cores = len(os.sched_getaffinity(0))
     hardware = f"{cores} core{'s' if cores > 1 else ''}, {machine.gpu or 'no GPU'}"
     return Started(text, run, rows, cut, fitting, adapter, hardware, context, steps, seconds)
@@ -124,14 +130,10 @@ def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
     draft.choose("data.packing", "batch", "the rows of a batch end to end, without padding")
 
 
-def _choose_training(draft: Draft, run: RunConfig, trained: int, step: int, fitting: Fit, model: PeftModel) -> None:
-    """The sections `lora` and `training`, and what memory asks for."""
+def _choose_training(draft: Draft, run: RunConfig, step: int, fitting: Fit) -> None:
+    """The section `lora`, and the batch and what memory asks for."""
     draft.choose("lora.r", run.lora.r, "rank of the update")
     draft.choose("lora.target_modules", run.lora.target_modules, "roles of the attention's projections")
-    hidden_size = int(model.get_input_embeddings().weight.shape[1])
-    for key, value, why in learning(trained, step, hidden_size, validated=run.data.validation is not None):
-        if key != "num_train_epochs" or run.training.max_steps < 0:
-            draft.choose(f"training.{key}", value, why)
     size, gibibytes = fitting.batch, f"{fitting.estimate.total / (1 << 30):.1f} of {fitting.free / (1 << 30):.1f} GiB"
     draft.choose("training.per_device_train_batch_size", size, f"takes about {gibibytes} that are free")
     accumulation, why = max(1, step // size), f"{size} x {max(1, step // size)} rows a step"
@@ -142,10 +144,21 @@ def _choose_training(draft: Draft, run: RunConfig, trained: int, step: int, fitt
         draft.choose("model.quantization", fitting.quantization, "half of the memory would not suffice without")
 
 
-def _trained_rows(run: RunConfig, rows: MeasuredRows) -> int:
-    """Rows that are trained on, when a fraction is held out."""
+def _facts(run: RunConfig, rows: MeasuredRows, model_config: Any) -> tuple[int, auto.Facts]:
+    """How many rows are trained on when a fraction is held out, and what `auto` is decided by."""
     fraction = run.data.validation if isinstance(run.data.validation, float) else 0.0
-    return max(1, len(rows.train) - round(fraction * len(rows.train)))
+    trained = max(1, len(rows.train) - round(fraction * len(rows.train)))
+    lengths = rows.lengths.clip(max=run.data.max_length)
+    share = trained / len(rows.train)
+    packs = -(-round(share * int(lengths.sum())) // run.data.max_length)
+    return trained, auto.Facts(
+        hidden_size=load.hidden_size(model_config),
+        rows=packs if run.data.packing == "full" else trained,
+        supervised=round(share * int(rows.supervised.clip(max=lengths).sum())),
+        processes=1,
+        unit_parameters=lambda lora: attach.trainable(load.build_meta(model_config, run.model), lora),
+        start={},
+    )
 
 
 def _is_quantizable(run: RunConfig, model_config: Any) -> bool:

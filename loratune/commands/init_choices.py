@@ -23,6 +23,14 @@ _WANTED_SHARE, _LEAST_SHARE_ROWS, _MOST_SHARE, _MOST_HELD_OUT = 0.1, 100, 0.2, 5
 """A tenth of the rows is held out; up to a fifth, until there are 100 rows; and never more than 500."""
 _LEAST_ROWS = 50
 """Of fewer rows none are held out."""
+_STEPS, _LEAST_STEP, _MOST_STEP = 200, 8, 32
+"""About how many optimizer steps a pass over the rows should have, and the fewest and the most rows of one."""
+
+
+def rows_per_step(rows: int) -> int:
+    """Rows of an optimizer step for so many training rows: a power of two."""
+    wanted = min(max(rows // _STEPS, _LEAST_STEP), _MOST_STEP)
+    return 1 << (wanted.bit_length() - 1)
 
 
 def max_length(lengths: NDArray[np.int64], context: int | None) -> tuple[int, str]:

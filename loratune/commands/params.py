@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from loratune import memory
-from loratune.config import RunConfig
+from loratune.codes import Code
+from loratune.config import AUTO, RunConfig
+from loratune.errors import ConfigError, Problem
 from loratune.lora import adapter_files, attach, parameters
 from loratune.lora.attach import PeftModel
 from loratune.lora.module_names import number_of, pattern
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
 from loratune.model import load
+from loratune.training import auto
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,13 @@ class Params:
 def params(run: RunConfig) -> Params:
     """Count on the meta device: neither weights nor memory are needed, whatever the size of the model.
 
-    Raises ModelError: the model's configuration cannot be read, or the targets match no module; and ConfigError,
-    AdapterError: the adapter of `lora.start_from` does not fit.
+    Raises ModelError: the model's configuration cannot be read, or the targets match no module; ConfigError: the
+    rank is left to the rows; and ConfigError, AdapterError: the adapter of `lora.start_from` does not fit.
     """
+    if run.lora.r == AUTO:
+        what, fix = "auto is decided by the rows, and this command reads none", "loratune train --dry-run reads them"
+        raise ConfigError(Problem(Code.CONFIG_AUTO_RANK, what, key="lora.r", fix=fix))
+    run = run.model_copy(update={"lora": auto.smallest(run.lora)})
     base = load.build_meta(load.load_config(run.model), run.model)
     model, targets = attach.adapt(base, run.lora, seed=0)
     start = adapter_files.inspect(Path(run.lora.start_from).expanduser()) if run.lora.start_from else None

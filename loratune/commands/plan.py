@@ -17,7 +17,7 @@ from loratune.lora.targets import Targets
 from loratune.model import base_files, load
 from loratune.model.load import Base
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training import batching, continuing
+from loratune.training import auto, batching, continuing
 from loratune.training.batching import BatchedDatasets, TokenizedDatasets
 from loratune.training.continuing import EarlierRun
 from loratune.training.evaluations import EvaluationSteps
@@ -149,8 +149,8 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
 
     Raises ModelError, DataError; and AdapterError, ConfigError: the adapter to start from does not fit.
     """
-    run = validated_run.config
     tokenizer, datasets, earlier, base = loaded.tokenizer, loaded.datasets, loaded.earlier, loaded.base
+    run, choices = decide(validated_run, datasets, group)
     dense, origin = load.dense_model(base.model, run.model), (run.model.name_or_path, run.model.revision)
     model, targets = attach.adapt(base.model, run.lora, dense=dense, seed=run.training.seed, origin=origin)
     batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training)
@@ -159,6 +159,7 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
     adapter_init = attach.initialize_adapter(
         model, run.lora, batches=batches.first(), originals=originals, start_from=start_from
     )
+    notes = [*choices, *load.machine_notes(run.model), *batches.notes, *targets.notes]
     return Plan(
         config=run,
         processes=group.count,
@@ -174,5 +175,23 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
         memory=batches.memory(model, run.training),
         evaluations=batches.evaluation_steps(datasets.validation, run.training, group.count),
         earlier=earlier,
-        notes=[*load.machine_notes(run.model), *batches.notes, *targets.notes, *(earlier.notes() if earlier else ())],
+        notes=[*notes, *(earlier.notes() if earlier else ())],
     )
+
+
+def decide(
+    validated_run: ValidatedRun, datasets: TokenizedDatasets, group: Group = SINGLE_PROCESS
+) -> tuple[RunConfig, list[str]]:
+    """The config without `auto`, and lines on what that came to. Raises ConfigError: as `auto.decide`."""
+    run, rows = validated_run.config, datasets.train.rows
+    model_config = load.load_config(run.model)
+    packed = run.data.packing == "full"
+    facts = auto.Facts(
+        hidden_size=load.hidden_size(model_config),
+        rows=-(-int(rows.lengths.sum()) // run.data.max_length) if packed else len(rows),
+        supervised=int(rows.supervised.sum()),
+        processes=group.count,
+        unit_parameters=lambda lora: attach.trainable(load.build_meta(model_config, run.model), lora),
+        start=validated_run.start.info.files.config if validated_run.start else {},
+    )
+    return auto.decide(run, facts)

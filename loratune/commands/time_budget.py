@@ -15,7 +15,7 @@ import numpy as np
 
 from loratune.codes import Code
 from loratune.commands.plan import Plan
-from loratune.config import TrainingSection
+from loratune.config import AUTO, TrainingSection, decided
 from loratune.console import format_duration, plural
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
@@ -243,7 +243,7 @@ def _steps_of_epochs(plan: Plan) -> tuple[int, int]:
 
 def _are_epochs_asked(asked: TrainingSection) -> bool:
     """Whether the user has set the epochs, which then are an upper bound."""
-    return "num_train_epochs" in asked.model_fields_set
+    return asked.num_train_epochs != AUTO
 
 
 def _check(plan: Plan, asked: TrainingSection, found: StepBudget, left: float) -> None:
@@ -253,7 +253,7 @@ def _check(plan: Plan, asked: TrainingSection, found: StepBudget, left: float) -
         gone, run = 60 * (asked.max_minutes or 0.0) - left, plural(min(FEWEST, most), "step")
         what = f"{format_duration(gone)} have passed before the first step, and a run of {run}"
         raise _too_short(asked, f"{what} takes about {format_duration(found.fewest)} more", gone + found.fewest)
-    if plan.config.training.warmup_steps > found.steps:
+    if decided(plan.config.training.warmup_steps) > found.steps:
         what = f"{asked.max_minutes:g} min has room for {plural(found.steps, 'step')}, fewer than the warmup has"
         fix = "lower it, set a fraction of the steps, or raise training.max_minutes"
         raise ConfigError(Problem(Code.CONFIG_WARMUP_TOO_LONG, what, key="training.warmup_steps", fix=fix))

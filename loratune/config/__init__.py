@@ -19,11 +19,13 @@ from loratune.config import yaml_reader
 from loratune.config.data_section import DataSection, Source
 from loratune.config.lora_section import LoraSection
 from loratune.config.schema import ModelSection, RunConfig, TrainingSection
+from loratune.config.section import AUTO, decided
 from loratune.config.yaml_reader import translate
 from loratune.config.yaml_writer import Draft, dump_values
 from loratune.errors import ConfigError
 
 __all__ = [
+    "AUTO",
     "DataSection",
     "Draft",
     "LoraSection",
@@ -31,6 +33,7 @@ __all__ = [
     "RunConfig",
     "Source",
     "TrainingSection",
+    "decided",
     "dump",
     "for_model",
     "from_values",
@@ -163,7 +166,7 @@ def is_rank_doubled(lora: LoraSection) -> bool:
 
 def highest_rank(lora: LoraSection) -> int:
     """The largest rank in the adapter's file."""
-    return max([lora.r, *lora.rank_pattern.values()]) * (2 if is_rank_doubled(lora) else 1)
+    return max([decided(lora.r), *lora.rank_pattern.values()]) * (2 if is_rank_doubled(lora) else 1)
 
 
 def is_plain(lora: LoraSection) -> bool:
@@ -177,8 +180,13 @@ def has_one_scale(lora: LoraSection) -> bool:
 
 
 def portability(lora: LoraSection) -> Iterator[str]:
-    """One line for each choice that is not portable, with the clients that cannot read the adapter."""
+    """One line for each choice that is not portable, with the clients that cannot read the adapter.
+
+    A rank that is still `auto` counts as portable.
+    """
     yield from (line for applies, line in (*_NOT_PLAIN, *_SCALES) if applies(lora))
+    if lora.r == AUTO:
+        return
     init, rank = lora.init_lora_weights, highest_rank(lora)
     if is_rank_doubled(lora):
         yield f"lora.init_lora_weights: {init} is saved as plain LoRA of twice the rank, {rank}"

@@ -6,20 +6,20 @@ from pydantic import Field, WithJsonSchema, model_validator
 
 from loratune.codes import Code
 from loratune.config.patterns import BadPatternError, compile_pattern, shorten
-from loratune.config.section import Count, FilePath, InvalidSettingError, Section
+from loratune.config.section import AUTO, Auto, Count, FilePath, InvalidSettingError, Section
 
 
 class LoraSection(Section):
     """What is trained: the fields of `peft.LoraConfig`, under its names."""
 
-    r: Count = Field(8, description="rank of the update")
-    lora_alpha: Count = Field(16, description="the update is scaled by lora_alpha / r")
+    r: Count | Auto = Field(8, description="rank of the update; auto: by the number of supervised tokens")
+    lora_alpha: Count | Auto = Field(16, description="the update is scaled by lora_alpha / r; auto: 16")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: list[str] | str = Field(
         ["q", "k", "v", "o"],
         min_length=1,
         json_schema_extra={"minItems": 1},
-        description="roles q, k, v, o; exact names; a regular expression; all-linear",
+        description="roles q, k, v, o; exact names; a regular expression; all-linear; auto: all-linear",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained as well")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r), arXiv:2312.03732")
@@ -53,7 +53,7 @@ class LoraSection(Section):
     @model_validator(mode="after")
     def _patterns_compile(self) -> Self:
         patterns = {"rank_pattern": list(self.rank_pattern), "alpha_pattern": list(self.alpha_pattern)}
-        if isinstance(self.target_modules, str):
+        if isinstance(self.target_modules, str) and self.target_modules != AUTO:
             patterns["target_modules"] = [self.target_modules]
         for key, texts in patterns.items():
             for text in texts:
@@ -73,7 +73,9 @@ class LoraSection(Section):
 
     @model_validator(mode="after")
     def _rank_is_even(self) -> Self:
-        if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+        if self.init_lora_weights == "orthogonal" and any(
+            r != AUTO and r % 2 for r in (self.r, *self.rank_pattern.values())
+        ):
             message = "orthogonal initialization splits the rank into two halves, so the rank must be even"
             raise InvalidSettingError(Code.CONFIG_ODD_RANK, message, "init_lora_weights", "r")
         return self

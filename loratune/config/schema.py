@@ -1,13 +1,13 @@
 """A whole run, `RunConfig`, with the sections `model` and `training`; `lora` and `data` have modules of their own."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from loratune.codes import Code
 from loratune.config.data_section import DataSection
 from loratune.config.lora_section import LoraSection
-from loratune.config.section import Count, FilePath, InvalidSettingError, Section
+from loratune.config.section import AUTO, Auto, Count, FilePath, InvalidSettingError, Section
 
 
 class ModelSection(Section):
@@ -51,17 +51,23 @@ class ModelSection(Section):
 class TrainingSection(Section):
     """How it is trained: fields of `transformers.TrainingArguments`, under its names."""
 
-    learning_rate: float = Field(2e-4, gt=0, le=1e30, description="peak learning rate")
-    num_train_epochs: float = Field(1.0, gt=0, le=1e9, description="passes over the data")
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Auto = Field(
+        AUTO, description="peak learning rate; auto: by the model's width, lora_alpha, and the rows of a step"
+    )
+    num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] | Auto = Field(
+        AUTO, description="passes over the data; auto: one, or more of few rows"
+    )
     max_steps: int = Field(-1, ge=-1, lt=2**31, description="optimizer steps; -1: num_train_epochs sets the length")
     max_minutes: float | None = Field(
         None, gt=0, le=1e5, description="time for the whole command, which max_steps is fixed from; null: no such limit"
     )
     per_device_train_batch_size: Count = Field(8, description="rows per device and micro-step")
     gradient_accumulation_steps: Count = Field(1, description="micro-steps per optimizer step")
-    warmup_steps: float = Field(0.0, ge=0, lt=2**31, description="steps, or a fraction of all steps if below 1")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="schedule of the learning rate"
+    warmup_steps: Annotated[float, Field(ge=0, lt=2**31)] | Auto = Field(
+        AUTO, description="steps, or a fraction of all steps if below 1; auto: none"
+    )
+    lr_scheduler_type: Literal["auto", "linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        AUTO, description="schedule of the learning rate; auto: linear to zero"
     )
     weight_decay: float = Field(0.0, ge=0, le=1e30, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0, le=1e30, description="gradients are clipped to this norm; 0: not at all")
@@ -90,7 +96,7 @@ class TrainingSection(Section):
         if self.max_steps == 0:
             fix = "-1 leaves the length of the run to num_train_epochs"
             raise InvalidSettingError(Code.CONFIG_NO_STEPS, "0 steps train nothing", "max_steps", fix=fix)
-        if self.max_steps > 0 and {"max_steps", "num_train_epochs"} <= self.model_fields_set:
+        if self.max_steps > 0 and self.num_train_epochs != AUTO and "num_train_epochs" in self.model_fields_set:
             message = "both set the length of the run"
             fix = "keep one; to remove the other: --set training.num_train_epochs="
             raise InvalidSettingError(Code.CONFIG_LENGTH_TWICE, message, "max_steps", "num_train_epochs", fix=fix)
@@ -102,6 +108,8 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _warmup(self) -> Self:
+        if self.warmup_steps == AUTO:
+            return self
         if self.warmup_steps > 1 and not self.warmup_steps.is_integer():
             message = "above 1 it counts steps, so it must be a whole number"
             raise InvalidSettingError(Code.CONFIG_WARMUP_NOT_WHOLE, message, "warmup_steps")
@@ -173,9 +181,6 @@ class RunConfig(Section):
     def resolved(self) -> dict[str, Any]:
         """Every setting of the run as plain values; reading them back gives this config again."""
         values = self.model_dump()
-        training, plain = self.training, values["training"]
-        if training.max_steps > 0:
-            del plain["num_train_epochs"], plain["max_minutes"]
-        elif training.max_minutes is not None and "num_train_epochs" not in training.model_fields_set:
-            del plain["num_train_epochs"]
+        if self.training.max_steps > 0:
+            del values["training"]["num_train_epochs"], values["training"]["max_minutes"]
         return values

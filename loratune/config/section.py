@@ -4,12 +4,24 @@ Fields that belong to an upstream object carry upstream's name and are handed ov
 is added here reaches its object without being copied by hand.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from loratune.codes import Code
 from loratune.system.files import path_problem
+
+AUTO: Literal["auto"] = "auto"
+Auto = Literal["auto"]
+"""A value that the run chooses itself, see `training.auto`."""
+_Value = TypeVar("_Value")
+
+
+def decided(value: _Value | Auto) -> _Value:
+    """A setting for which `auto` was allowed, once `training.auto` has chosen. Raises AssertionError: it has not."""
+    assert value != AUTO, "a setting is still `auto`"
+    return value
+
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 """How many of something, or how large: beyond this, torch and its optimizers lose numbers in silence, or fail."""

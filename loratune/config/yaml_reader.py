@@ -286,7 +286,8 @@ def translate(error: ValidationError, document: Document) -> list[Problem]:
 
 def _key_path(details: ErrorDetails) -> KeyPath:
     """The keys of a location, without the names that pydantic gives to the alternatives of a union."""
-    alternatives, location = {"str", "int", "float", "bool", "Source"}, details["loc"]
+    alternatives = {"str", "int", "float", "bool", "constrained-int", "constrained-float", "Source"}
+    location = details["loc"]
     own = location[-1:] if details["type"] == "extra_forbidden" else ()  # the user's word, whatever it is
     above = location[: len(location) - len(own)]
     return (*(part for part in above if isinstance(part, int) or not (part in alternatives or "[" in part)), *own)
@@ -317,14 +318,15 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
         where = document.where((*path, *error.keys[0].split(".")))
         keys = " and ".join(dotted((*path, *name.split("."))) for name in error.keys)
         return Problem(error.code, str(error), where, keys, error.fix)
-    if kind in _EXPECTED:
-        expected = " or ".join(dict.fromkeys(_EXPECTED[details["type"]] for details in group))
-        return Problem(Code.CONFIG_WRONG_TYPE, f"expected {expected}, {value}", where, key)
-    if kind == "literal_error":
-        choices = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
-        near = nearest_name(str(details["input"]), choices)
-        fix = f"did you mean `{near}`?" if near else ""
-        return Problem(Code.CONFIG_NOT_A_CHOICE, f"expected {context['expected']}, {value}", where, key, fix)
+    if kind in _EXPECTED or kind == "literal_error":
+        has_choices = any(each["type"] == "literal_error" and each["ctx"]["expected"] != "'auto'" for each in group)
+        named = [each for each in group if each["type"] == "literal_error" or not has_choices]
+        expected = [_EXPECTED.get(each["type"]) or each["ctx"]["expected"] for each in named]
+        choices = [part.strip("'") for text in expected for part in text.replace(" or ", ", ").split(", ")]
+        near = nearest_name(str(details["input"]), choices) if kind == "literal_error" else None
+        code = Code.CONFIG_NOT_A_CHOICE if has_choices else Code.CONFIG_WRONG_TYPE
+        what = f"expected {' or '.join(dict.fromkeys(expected))}, {value}"
+        return Problem(code, what, where, key, f"did you mean `{near}`?" if near else "")
     if kind.endswith("too_short"):
         return Problem(Code.CONFIG_EMPTY_VALUE, "must not be empty", where, key)
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")

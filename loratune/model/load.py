@@ -205,6 +205,11 @@ def _device_map(section: ModelSection, *, packed: bool) -> Any:
     return {"": device()} if packed or torch.cuda.is_available() else None
 
 
+def hidden_size(config: Any) -> int:
+    """The width of the model: values of each token between two layers."""
+    return int(config.get_text_config().hidden_size)
+
+
 def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedModel:
     """The model on the meta device: every shape and no values, whatever its size. A quantized one is dense here.
 

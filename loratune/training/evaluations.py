@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from loratune.config import TrainingSection
+from loratune.config import TrainingSection, decided
 
 BEST = "best"
 """The key of a checkpoint's record that holds a `BestRecord`."""
@@ -97,7 +97,7 @@ def optimizer_steps(training: TrainingSection, items: int, size: int, processes:
     per_epoch = -(-micro_steps // training.gradient_accumulation_steps)
     if training.max_steps > 0:
         return training.max_steps, per_epoch
-    return math.ceil(training.num_train_epochs * per_epoch), per_epoch
+    return math.ceil(decided(training.num_train_epochs) * per_epoch), per_epoch
 
 
 @dataclass(frozen=True)

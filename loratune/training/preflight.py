@@ -23,6 +23,7 @@ from loratune.model.source import is_directory, local_or_hub
 from loratune.system import launcher
 from loratune.system.files import path_problem
 from loratune.system.launcher import Group
+from loratune.training import auto
 from loratune.training.resume import ResumePoint, find_resume_point, start_problem
 from loratune.training.run_dir import RunDirectory
 
@@ -141,20 +142,11 @@ def check(
     absolute = with_absolute_paths(run)
     point = None
     if resume is not None:
-        point = find_resume_point(directory.checkpoints, absolute.resolved(), resume)
-        absolute = _with_fixed_length(absolute, point)
+        point = find_resume_point(directory.checkpoints, absolute, resume)
+        absolute = auto.keep(absolute, point.identity["config"])
     start = _open_start(absolute, watch, point)
     rows = data.read_datasets(run.data, run.training.seed, watch)
     return ValidatedRun(absolute, directory, rows, tuple(resume or ()), point, start)
-
-
-def _with_fixed_length(run: RunConfig, point: ResumePoint) -> RunConfig:
-    """The config with the steps of the interrupted run in the place of a time budget."""
-    training = run.training
-    if training.max_minutes is None:
-        return run
-    steps = {"max_minutes": None, "max_steps": point.identity["config"]["training"]["max_steps"]}
-    return run.model_copy(update={"training": training.model_copy(update=steps)})
 
 
 def _open_start(

@@ -14,6 +14,7 @@ from loratune.config import RunConfig
 from loratune.data import TokenizedDataset
 from loratune.errors import Problem, ResumeError
 from loratune.system import launcher
+from loratune.training import auto
 from loratune.training.checkpoints import newest_whole, step_of
 from loratune.training.curve import UNREPORTED, StepLosses
 from loratune.training.evaluations import BEST, BestRecord
@@ -133,12 +134,12 @@ def notes(resume_point: ResumePoint, identity: Mapping[str, Any], *, dropout: bo
         yield f"dropout is drawn differently from here on: {now} processes instead of {before}"
 
 
-def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Sequence[str]) -> ResumePoint:
+def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str]) -> ResumePoint:
     """Find the newest whole checkpoint, and check that it is of a run with the same config.
 
     Args:
         checkpoints: The directory of all checkpoints.
-        config: The resolved config of this run.
+        run: The config of this run, in which `auto` stands for what was decided before the interruption.
         allowed: Keys of `CHANGEABLE` whose values may differ.
 
     Raises:
@@ -157,7 +158,7 @@ def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Seq
     ]:
         raise ResumeError(problems)
     checkpoint, before, skipped = newest_whole(checkpoints, _fault)
-    other_budget, config = [*_changed_budget(before, config)], _with_fixed_length(config, before)
+    other_budget, config = [*_changed_budget(before, run)], auto.keep(run, before["config"]).resolved()
     old = _migrated(before["config"], config, RunConfig)
     unknown = dict(_unknown_keys(before["config"], RunConfig))
     problems = other_budget or [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
@@ -173,20 +174,9 @@ def find_resume_point(checkpoints: Path, config: Mapping[str, Any], allowed: Seq
     return ResumePoint(checkpoint, tuple(skipped), before["changes"] + changes, factor, before, tuple(unknown))
 
 
-def _with_fixed_length(config: Mapping[str, Any], before: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A resolved config with the steps of the interrupted run in the place of its time budget, if it has one.
-
-    before: the identity of the interrupted run.
-    """
-    if config["training"].get("max_minutes") is None:
-        return config
-    others = {key: value for key, value in config["training"].items() if key not in ("max_minutes", "num_train_epochs")}
-    return {**config, "training": others | {"max_steps": before["config"]["training"]["max_steps"]}}
-
-
-def _changed_budget(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
+def _changed_budget(before: Mapping[str, Any], run: RunConfig) -> Iterator[Problem]:
     """A time budget that is not the one from which the steps of the run were fixed."""
-    old, new = before.get(MAX_MINUTES), now["training"].get("max_minutes")
+    old, new = before.get(MAX_MINUTES), run.training.max_minutes
     if new is not None and old != new:
         what = f"was {'not set' if old is None else f'{old:g}'} when the run began, and its length is fixed since then"
         fix = "change it back; or for another length: --set training.max_minutes= --set training.max_steps=N"

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loratune.codes import Code
-from loratune.config import TrainingSection
+from loratune.config import AUTO, TrainingSection
 from loratune.errors import Problem, ResourceError, is_out_of_memory
 from loratune.lora import tensors
 from loratune.lora.parameters import OptimizerChoice
@@ -58,9 +58,10 @@ def training_arguments(
         experts: Whether a step may leave some of the trained weights unused.
         bfloat16: Whether DeepSpeed is to keep the base in bfloat16; otherwise it makes it float32.
     """
+    unused = ["num_train_epochs"] if section.num_train_epochs == AUTO else []  # max_steps sets the length
     return TrainingArguments(
         output_dir=str(checkpoints),
-        **section.model_dump(exclude={"keep", "max_minutes", "patience", "report_to"}),
+        **section.model_dump(exclude={"keep", "max_minutes", "patience", "report_to", *unused}),
         per_device_eval_batch_size=section.per_device_train_batch_size,
         activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
         eval_strategy="steps" if has_validation and section.eval_steps else "no",

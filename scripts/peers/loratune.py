@@ -39,6 +39,7 @@ def config() -> Path:
         "data": {"train": task.train, "packing": "full", "max_length": task.max_length},
         "training": {
             "learning_rate": task.learning_rate,
+            "num_train_epochs": 1,
             "per_device_train_batch_size": max(1, task.packs * task.pack_length // task.max_length),
             "seed": task.seed,
         },

@@ -16,7 +16,7 @@ import numpy as np
 
 from loratune.codes import Code
 from loratune.commands import train as training
-from loratune.commands.plan import LoadedRun, Plan, adapted, load_rows, load_run
+from loratune.commands.plan import LoadedRun, Plan, adapted, decide, load_rows, load_run
 from loratune.commands.train import Reporter, Result
 from loratune.config import RunConfig, keys
 from loratune.data import ProgressFactory
@@ -27,7 +27,7 @@ from loratune.model import load
 from loratune.model.reuse import BaseState
 from loratune.system.files import is_directory
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training import duration, final_score, preflight
+from loratune.training import auto, duration, final_score, preflight
 from loratune.training.batching import TokenizedDatasets
 from loratune.training.continuing import EarlierRun
 from loratune.training.duration import Work
@@ -109,7 +109,10 @@ class Bench:
 
     def estimate(self, run: RunConfig) -> float:
         """About how many seconds a trial takes here, see `duration`; the speed is measured the first time."""
+        if run.training.max_minutes is not None:
+            return 60 * run.training.max_minutes
         rows = self.prepare_rows(run)
+        run, _ = decide(self._as_validated(run), rows)
         lengths, supervised = rows.train.rows.lengths, rows.train.rows.supervised
         held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0
         batch = run.training.per_device_train_batch_size
@@ -152,11 +155,12 @@ class Bench:
         if not is_directory(directory.partial) or not directory.is_resumable() or directory.rejected_adapter():
             return validated
         try:
-            point = find_resume_point(directory.checkpoints, validated.config.resolved(), ())
+            point = find_resume_point(directory.checkpoints, validated.config, ())
         except ResumeError as error:
             self._log(f"the trial starts again: {error.problems[0].what}")
             return validated
-        return replace(validated, resume_point=point)
+        config = auto.keep(validated.config, point.identity["config"])
+        return replace(validated, config=config, resume_point=point)
 
     def _make_plan(self, run: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
         self.prepare_rows(run.config)

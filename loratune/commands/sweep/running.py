@@ -32,7 +32,7 @@ from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
 from loratune.system.files import explain_full_disk, is_directory, is_file, sha256
 from loratune.system.launcher import host
-from loratune.training import preflight, run_dir
+from loratune.training import auto, preflight, run_dir
 from loratune.training.callbacks import Progress
 from loratune.training.preflight import ValidatedRun
 from loratune.training.run_dir import RunDirectory
@@ -361,7 +361,7 @@ def _check_adapters(request: Request) -> None:
             continue
         seen.add(section)
         try:
-            attach.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
+            attach.adapt(load.build_meta(load.load_config(run.model), run.model), auto.smallest(run.lora), seed=0)
         except (ModelError, ConfigError) as error:
             problems = [replace(one, where=one.where or f"{grids.OPTION} {name}") for one in error.problems]
             raise type(error)(problems) from None

@@ -1,0 +1,183 @@
+"""What `auto` comes to: the rate, schedule and length of a run and the shape of its adapter, from counts and widths.
+
+The choices rest on the experiments of scripts/learn.py, whose tables stand in scripts/README.md, and where those do not
+reach, on the sources that are named with each number. The same config, rows and base give the same choices, in every
+process and on every machine; a resumed run keeps those that it began with.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from loratune.codes import Code
+from loratune.config import AUTO, LoraSection, RunConfig, TrainingSection, decided
+from loratune.errors import ConfigError, Problem
+from loratune.training.evaluations import optimizer_steps
+
+_RATE, _RATE_WIDTH, _RATE_EXPONENT, _RATE_ALPHA = 5e-4, 2000, 0.78, 32
+"""Learning rate at a hidden size, how fast it falls with that, and for which lora_alpha. Source: the sweep of 35 models
+in https://thinkingmachines.ai/blog/lora/ and tinker_cookbook.hyperparam_utils."""
+_RATE_ROWS, _MOST_RATE = 8, 5e-3
+"""Rows of an optimizer step for which the rate holds; it grows with the root of their number. The highest rate."""
+_SMOOTH_ROWS = 32
+"""Rows of a step beyond which the rate does not grow any further."""
+_STEPS = 200
+"""About how many optimizer steps a run should have at least: few rows are repeated until it has them."""
+_MOST_EPOCHS, _MOST_UNWATCHED_EPOCHS = 10, 5
+"""Epochs at most; the second without validation rows, as nothing tells then from which step on more of them harm."""
+_RANKS = (8, 16, 32, 64)
+"""Ranks that `auto` chooses from: the first with as many parameters as there are supervised tokens. An adapter holds
+about two bits a parameter, and a token of instructions teaches about one (https://thinkingmachines.ai/blog/lora/)."""
+_ALPHA = 16
+"""With it the best learning rate hardly depends on the rank, as the update is scaled by lora_alpha / r."""
+_ADAPTIVE = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor")
+"""Optimizers whose steps have the size of the rate, so that one formula holds for them."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `auto` is decided by.
+
+    Attributes:
+        hidden_size: Width of the model.
+        rows: Training rows, or packs of them.
+        supervised: Supervised tokens of one pass over them.
+        processes: Of the run.
+        unit_parameters: Counts the adapter's parameters at rank 1.
+        start: Settings of the adapter that the run starts from; empty without one.
+    """
+
+    hidden_size: int
+    rows: int
+    supervised: int
+    processes: int
+    unit_parameters: Callable[[LoraSection], int]
+    start: Mapping[str, Any]
+
+
+def decide(run: RunConfig, facts: Facts) -> tuple[RunConfig, list[str]]:
+    """Give each `auto` of a config its value.
+
+    Returns:
+        The config, and a line for each of these keys with its value and the reason.
+
+    Raises:
+        ConfigError: There is no rate for the optimizer.
+    """
+    lora, choices = decide_lora(run.lora, facts)
+    training, more = decide_training(run.model_copy(update={"lora": lora}), facts)
+    lines = [f"auto: {key} is {value} ({why})" for key, (value, why) in (choices | more).items()]
+    return run.model_copy(update={"lora": lora, "training": training}), lines
+
+
+Choices = dict[str, tuple[Any, str]]
+"""Key in full → its value, and why it has it."""
+
+
+def decide_lora(lora: LoraSection, facts: Facts) -> tuple[LoraSection, Choices]:
+    """The shape of the adapter."""
+    found: Choices = {}
+
+    def choose(key: str, value: Any, why: str) -> None:
+        nonlocal lora
+        if lora.model_dump()[key] == AUTO:
+            known = facts.start.get(key)
+            value, why = (known, "that of the adapter it starts from") if known is not None else (value, why)
+            lora = lora.model_copy(update={key: value})
+            found[f"lora.{key}"] = value, why
+
+    choose("target_modules", "all-linear", "the layers of the MLP hold most of the parameters")
+    if lora.r == AUTO:
+        unit = facts.unit_parameters(lora.model_copy(update={"r": 1, "lora_alpha": 1}))
+        r = next((r for r in _RANKS if r * unit >= facts.supervised), _RANKS[-1])
+        choose("r", r, f"{r * unit:,} parameters for {facts.supervised:,} supervised tokens")
+    choose("lora_alpha", _ALPHA, "the best learning rate hardly depends on the rank then")
+    return lora, found
+
+
+def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choices]:
+    """Rate, schedule and length of a run whose adapter has its shape. Raises ConfigError: as `decide`."""
+    training, found = run.training, Choices()
+
+    def choose(key: str, value: Any, why: str) -> None:
+        nonlocal training
+        if training.model_dump()[key] == AUTO:
+            training = training.model_copy(update={key: value})
+            found[f"training.{key}"] = value, why
+
+    if training.max_minutes is not None and training.num_train_epochs == AUTO:
+        training = training.model_copy(update={"num_train_epochs": 1.0})  # whose steps the budget is compared with
+    elif training.max_steps < 0:
+        epochs, steps = _epochs(training, facts, validated=run.data.validation is not None)
+        choose("num_train_epochs", float(epochs), f"{steps:,} step{'s' if steps > 1 else ''} in each")
+    if training.learning_rate == AUTO:
+        if training.optim not in _ADAPTIVE:
+            what, key = f"auto knows no rate for {training.optim}", "training.learning_rate"
+            raise ConfigError(Problem(Code.CONFIG_AUTO_RATE, what, key=key, fix="give it as a number"))
+        rows = min(facts.rows, rows_of_step(training, facts.processes))
+        choose("learning_rate", *learning_rate(run.lora, facts.hidden_size, rows))
+    choose("lr_scheduler_type", "linear", "down to zero")
+    choose("warmup_steps", 0.0, "the update starts at zero and grows by itself")
+    return training, found
+
+
+def rows_of_step(training: TrainingSection, processes: int) -> int:
+    """Rows of an optimizer step over all processes."""
+    return processes * training.per_device_train_batch_size * training.gradient_accumulation_steps
+
+
+def learning_rate(lora: LoraSection, hidden_size: int, rows: int) -> tuple[float, str]:
+    """The rate for an adapter on a model of this width, and why.
+
+    AdamW moves each value by about the rate, so that B·A at first grows with rate, scale and rank.
+
+    Args:
+        lora: The section, without `auto`.
+        hidden_size: Width of the model.
+        rows: Of an optimizer step.
+    """
+    r, alpha = decided(lora.r), decided(lora.lora_alpha)
+    strength = alpha * r**0.5 if lora.use_rslora else float(alpha)
+    rate = _RATE * (_RATE_WIDTH / hidden_size) ** _RATE_EXPONENT * _RATE_ALPHA / strength
+    rate *= (min(rows, _SMOOTH_ROWS) / _RATE_ROWS) ** 0.5
+    rate /= (lora.loraplus_lr_ratio or 1.0) ** 0.5
+    why = f"for a hidden size of {hidden_size}, lora_alpha {alpha}, and {rows} row{'s' if rows > 1 else ''} a step"
+    return float(f"{min(rate, _MOST_RATE):.2g}"), why
+
+
+def _epochs(training: TrainingSection, facts: Facts, *, validated: bool) -> tuple[int, int]:
+    """Passes over the rows, and the optimizer steps of one.
+
+    validated: whether there are rows to evaluate on.
+    """
+    one = training.model_copy(update={"num_train_epochs": 1.0})
+    _, steps = optimizer_steps(one, facts.rows, training.per_device_train_batch_size, facts.processes)
+    most = _MOST_EPOCHS if validated else _MOST_UNWATCHED_EPOCHS
+    return min(most, max(1, round(_STEPS / steps))), steps
+
+
+def smallest(lora: LoraSection) -> LoraSection:
+    """The section with the smallest shape that may be decided, for a check or a count without rows."""
+    return decide_lora(lora, Facts(0, 0, 0, 1, lambda _: 0, {}))[0]
+
+
+def keep(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
+    """The config with what was decided before an interruption in the place of `auto` and of a time budget.
+
+    recorded: the config of the interrupted run as plain values; what is no value for its key is not taken over.
+    """
+    values = run.model_dump()
+    for name in ("lora", "training"):
+        before = recorded.get(name, {})
+        section = {key: before.get(key, AUTO) if value == AUTO else value for key, value in values[name].items()}
+        if name == "training" and section["max_minutes"] is not None:
+            section |= {"max_minutes": None, "max_steps": before.get("max_steps")}
+        if name == "training" and section["max_steps"] != -1:
+            section["num_train_epochs"] = AUTO
+        values[name] = section
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError:
+        return run
