@@ -78,6 +78,8 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
     rows = init_rows.measure(run.data, renderer, vocabulary, watch)
     draft = Draft(values)
     _choose_data(draft, rows, context)
+    draft.choose("lora.r", run.lora.r, "rank of the update")
+    draft.choose("lora.target_modules", auto.TARGETS, auto.WHY_TARGETS)
     run = _validated(draft)
     trained, facts = _facts(run, rows, model_config)
     lora, _ = auto.decide_lora(run.lora, facts)
@@ -89,7 +91,7 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
     machine, device = load.this_machine(), load.device()
     quantizable = not machine.bitsandbytes and _is_quantizable(run, model_config)
     fitting = init_choices.fit(model, run, draft, rows, step, Room(device, memory.available(device), quantizable))
-    _choose_training(draft, run, step, fitting)
+    _choose_training(draft, step, fitting)
     training, choices = auto.decide_training(_validated(draft).model_copy(update={"lora": lora}), facts)
     for key, (value, why) in choices.items():
         if key in _SHOWN:
@@ -130,10 +132,8 @@ def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
     draft.choose("data.packing", "batch", "the rows of a batch end to end, without padding")
 
 
-def _choose_training(draft: Draft, run: RunConfig, step: int, fitting: Fit) -> None:
-    """The section `lora`, and the batch and what memory asks for."""
-    draft.choose("lora.r", run.lora.r, "rank of the update")
-    draft.choose("lora.target_modules", run.lora.target_modules, "roles of the attention's projections")
+def _choose_training(draft: Draft, step: int, fitting: Fit) -> None:
+    """The batch, and what memory asks for."""
     size, gibibytes = fitting.batch, f"{fitting.estimate.total / (1 << 30):.1f} of {fitting.free / (1 << 30):.1f} GiB"
     draft.choose("training.per_device_train_batch_size", size, f"takes about {gibibytes} that are free")
     accumulation, why = max(1, step // size), f"{size} x {max(1, step // size)} rows a step"

@@ -140,16 +140,33 @@ def best_by(results: Sequence[Result], key: Callable[[Result], Any]) -> dict[Any
 
 
 def compared(results: Sequence[Result], varied: Sequence[str], reference: Sequence[Any]) -> str:
-    """By task, the best rate's loss of each combination of settings, and its difference to the reference's."""
-    chosen = [result for result in runs(results) if set(result["settings"]) == {*varied, RATE}]
-    best = best_by(chosen, lambda one: (one["task"], one["rows"], *(str(one["settings"][key]) for key in varied)))
+    """By task, the best rate's loss of each combination of settings, and its difference to the reference's.
+
+    What a run does not name of the settings is as in the reference. Only the first seed counts.
+    """
+    usual = dict(zip(varied, reference, strict=True))
+    chosen = [
+        result
+        for result in runs(results)
+        if set(result["settings"]) <= {*varied, RATE} and result["seed"] == 1 and "average" not in result
+    ]
+    best = best_by(
+        chosen,
+        lambda one: (
+            one["model"], one["task"], one["rows"], *(str((usual | one["settings"])[key]) for key in varied),
+        ),
+    )  # fmt: skip
+    tasks = {name[:3] for name in best if name[3:] != tuple(map(str, reference))}
     lines = []
-    for (task, rows, *values), result in best.items():
-        other = best.get((task, rows, *map(str, reference)))
+    for (model, task, rows, *values), result in sorted(best.items()):
+        if (model, task, rows) not in tasks:
+            continue
+        other = best.get((model, task, rows, *map(str, reference)))
         difference = "reference" if other is result else paired(other, result) if other else MISSING
         loss, rate = f"{result['rows_loss']:.4f}", f"{result['settings'][RATE]:g}"
-        lines.append([f"{task} ({rows})", *values, rate, loss, difference, f"{result['text_loss']:.3f}"])
+        lines.append([model, f"{task} ({rows})", *values, rate, loss, difference, f"{result['text_loss']:.3f}"])
     header = [
+        "model",
         "task (rows)",
         *(key.partition(".")[2] for key in varied),
         "best rate",
