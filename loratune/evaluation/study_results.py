@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -178,7 +177,7 @@ class StudyResults:
             LostError: They cannot be written, for another reason than a full disk.
             OSError: The disk is full.
         """
-        unfinished = directory / f".{FILE}.{os.getpid()}"
+        unfinished = directory / f"{FILE}.unfinished"
         try:
             unfinished.unlink(missing_ok=True)
             with unfinished.open("x", encoding="utf-8") as file:  # never through a link, or into a pipe

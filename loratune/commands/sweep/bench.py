@@ -117,6 +117,8 @@ class Bench:
 
     def estimate(self, run: RunConfig) -> float:
         """About how many seconds a trial takes here, see `duration`; the speed is measured the first time."""
+        if run.training.max_minutes is not None:
+            return 60 * run.training.max_minutes
         rows = self.prepare_rows(run)
         lengths, supervised = rows.train.rows.lengths, rows.train.rows.supervised
         held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0

@@ -317,15 +317,16 @@ class _Sweep:
             AdapterError: It is damaged.
         """
         source = self._adapter(winner.number)
-        kept = next(one for one in self.study.records() if one.number == winner.number)
+        records = self.study.records()
+        kept = next(one for one in records if one.number == winner.number)
         owner, recorded_digest = kept.host, kept.result.get(DIGEST)
         if owner != host() and not is_directory(source):
             where = f"the adapter of trial {winner.number}, the best, is on {owner}"
             self.notes.append(f"{where}; the same command publishes it there, if it has not done so")
             return False
         record, present = source / RECORD_FILE, directory.output / RECORD_FILE
-        if is_file(present) and sha256(present) == self.study.published:
-            if is_file(record) and sha256(record) == self.study.published:
+        if is_file(present) and (found := sha256(present)) in {one.result.get(DIGEST) for one in records}:
+            if found == recorded_digest:
                 return True  # another process of the study was faster
             directory = replace(directory, overwrite=True)  # it published what was best then
         self._check_place(source.parent)
@@ -348,7 +349,6 @@ class _Sweep:
             shutil.copytree(source, directory.staging, dirs_exist_ok=True)
             for path in directory.publish():
                 self.log(f"{path} is kept: this run did not write it")
-        self.study.note_published(sha256(record))
         return True
 
 
@@ -360,7 +360,7 @@ def _nothing(results: StudyResults) -> LoratuneError:
     )
     if notes := [trial.note for trial in results.trials if trial.note]:
         what += f"; the first: {notes[0]}"
-    fix = "try other values: lower learning rates, smaller batches"
+    fix = "try other values, such as lower learning rates or smaller batches; those that failed are not tried again"
     kind = ResourceError if [*states] == ["out of memory"] else NumericError
     return kind(Problem(Code.SWEEP_ALL_FAILED, what, grids.OPTION, fix=fix))
 

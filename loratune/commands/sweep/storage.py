@@ -17,7 +17,7 @@ JOURNAL = "journal.log"
 _LARGEST = 1 << 30
 """Bytes of the largest journal that is read. One trial takes about ten thousand."""
 _HIDDEN = "***"
-_PASSWORD = re.compile(r"(?i)((?:password|passwd|pwd|secret|token)=)[^&#\s]+")
+_PASSWORD = re.compile(r"(?i)((?:password|passwd|pwd|secret|token)=)([^&#\s]+)")
 
 
 def open_storage(directory: Path, url: str | None) -> BaseStorage:
@@ -102,7 +102,8 @@ def without_password(text: str, url: str | None) -> str:
     if url is None:
         return text
     credentials = url.partition("://")[2].rpartition("@")[0] if "://" in url else url.rpartition("@")[0]
-    secrets = [credentials, credentials.partition(":")[2], *(match[0] for match in _PASSWORD.finditer(url))]
+    parts = credentials.partition(":")[2], credentials.rpartition(":")[2]
+    secrets = [credentials, *parts, *(match[2] for match in _PASSWORD.finditer(url))]
     for secret in filter(None, secrets):
         text = text.replace(secret, _HIDDEN)
     return _PASSWORD.sub(rf"\g<1>{_HIDDEN}", text)

@@ -30,7 +30,7 @@ from loratune.system.files import open_lock
 from loratune.system.launcher import host
 
 IDENTITY, SETTINGS, RESULT, OUTCOME = "identity", "settings", "result", "outcome"
-_FIRST, _HOST, _ALIVE, _PUBLISHED = "first", "host", "alive", "published"
+_FIRST, _HOST, _ALIVE = "first", "host", "alive"
 """Names under which the storage keeps what belongs to a study and to a trial."""
 _SHOWS_EVERY, _SILENT = 60.0, 1800.0
 """Seconds between signs of life, and without one after which another machine's process counts as gone."""
@@ -172,17 +172,6 @@ class Study:
             for settings in combinations:
                 if label(settings) not in known:
                     self._study.enqueue_trial({}, user_attrs={SETTINGS: settings})
-
-    @property
-    def published(self) -> str:
-        """The digest of what a process of the study has published last; empty if none has."""
-        with self._storage():
-            return str(self._study.user_attrs.get(_PUBLISHED, ""))
-
-    def note_published(self, digest: str) -> None:
-        """Record what is published."""
-        with self._storage():
-            self._study.set_user_attr(_PUBLISHED, digest)
 
     def records(self) -> list[TrialRecord]:
         """The trials, but for those that were put into the queue again, in the order of their numbers."""
