@@ -196,8 +196,8 @@ def spoiled(**changes: Any) -> Callable[[dict[str, Any]], str]:
 @pytest.mark.parametrize(
     "spoil",
     [
-        spoiled(loss=float("nan")), spoiled(loss="five"), spoiled(settings=[]), spoiled(number=-1), spoiled(verdict="won"),
-        spoiled(seconds=1e300), lambda _: "[" * 100_000, lambda _: "[]", lambda _: "\0",
+        spoiled(loss=float("nan")), spoiled(loss="five"), spoiled(settings=[]), spoiled(number=-1),
+        spoiled(verdict="won"), spoiled(seconds=1e300), lambda _: "[" * 100_000, lambda _: "[]", lambda _: "\0",
         lambda values: json.dumps(values | {"winner": 7}), lambda values: json.dumps(values | {"rows": "many"}),
         lambda values: json.dumps(values | {"version": 2}), lambda values: json.dumps(values).replace("5.", "5" * 400),
     ],
