@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import time
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +17,8 @@ from loratune.system.files import kind, open_lock
 JOURNAL = "journal.log"
 _LARGEST = 1 << 30
 """Bytes of the largest journal that is read. One trial takes about ten thousand."""
+_ATTEMPTS = 4
+"""How often a database is opened, at most."""
 _HIDDEN = "***"
 _PASSWORD = re.compile(r"(?i)((?:password|passwd|pwd|secret|token)=)([^&#\s]+)")
 
@@ -32,7 +35,7 @@ def open_storage(directory: Path, url: str | None) -> BaseStorage:
         Exception: Whatever optuna, sqlalchemy and the client of a database raise.
     """
     if url is not None:
-        return RDBStorage(url)
+        return _database(url)
     path = directory / JOURNAL
     if (found := kind(path)) not in ("", "a file"):
         what, fix = f"is {found} in place of the study's journal", "move the study away, and start again"
@@ -44,6 +47,20 @@ def open_storage(directory: Path, url: str | None) -> BaseStorage:
     lock.acquire()  # which removes half a line that an earlier process has left
     lock.release()
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+def _database(url: str) -> BaseStorage:
+    """A database, whose tables another process may be making at this moment, so that making them fails here."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return RDBStorage(url)
+        except ImportError:
+            raise
+        except Exception:  # of whatever client the database has
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(0.3 * (attempt + 1))
+    raise AssertionError
 
 
 class _JournalLock(JournalFileOpenLock):
