@@ -8,7 +8,7 @@ import typer
 
 from loratune.cli.application import MAX_COUNT, Assignments, Debug, Json, app, importing, log_all, program
 from loratune.codes import Code
-from loratune.commands.boundary import boundary, checked_output, stop_error
+from loratune.commands.boundary import boundary, checked_output, stop_error, unread_output
 from loratune.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def sweep(
         reporter = Reporter(log, printing.log_plan, show_progress, TrainingProgress())
         request = running.Request(axes, runs, validated, storage, trials, timer, halving)
         swept = running.sweep(request, reporter)
-        with checked_output():
+        with checked_output() if swept.stop is None else unread_output():
             printing.print_study(swept, program(), as_json)
         if swept.stop is not None:
             raise stop_error(swept.stop, "the same command goes on") from None

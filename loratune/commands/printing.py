@@ -286,7 +286,9 @@ def print_study(swept: "Swept", program: str, as_json: bool) -> None:
     lines = [("best", results.conclusion())]
     if results.published is not None:
         lines.append(("adapter", results.published))
-        lines.append(("try it", f"{program} generate --adapter {escaping.shell(results.published)} PROMPT"))
+        lines.append(
+            ("try it", f"{program} generate --adapter {escaping.shell(results.published)} {swept.example_prompt}")
+        )
     lines += [
         ("study", str(swept.directory)),
         ("look", f"{program} report --study {escaping.shell(str(swept.directory))}"),

@@ -13,6 +13,7 @@ from loratune.evaluation import page, page_study, run_record
 from loratune.evaluation.page import Subject
 from loratune.evaluation.results import Evaluation
 from loratune.evaluation.study_results import StudyResults
+from loratune.system.files import is_directory
 from loratune.training.preflight import AdapterInfo
 
 
@@ -55,10 +56,9 @@ def report(shown: Subjects, evaluation: Evaluation | None, data: str | None) -> 
 def study_report(directory: Path) -> str:
     """The page of a study. Raises ConfigError: the directory holds none."""
     results = StudyResults.read(directory)
-    commands = [f"loratune report --adapter {escaping.shell(results.published)}"] if results.published else []
-    for trial in results.trials:
-        if trial.adapter is not None:
-            commands.append(f"loratune report --adapter {escaping.shell(trial.adapter)}")
+    paths = [results.published, *(trial.adapter for trial in results.trials)]
+    kept = [path for path in paths if path is not None and is_directory(Path(path))]  # a study may have moved
+    commands = [f"loratune report --adapter {escaping.shell(path)}" for path in kept]
     return page_study.render(results, commands or ["no adapter is kept"])
 
 

@@ -265,9 +265,10 @@ def point_chart(name: str, title: str, points: Sequence[Point], label: str, orde
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def short(value: float) -> str:

@@ -4,23 +4,34 @@ import base64
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from loratune.codes import Code
 from loratune.console import format_duration, format_size, plural
-from loratune.errors import ConfigError, Problem
+from loratune.errors import ConfigError, LostError, Problem, is_disk_full
+from loratune.evaluation.run_record import Count, Figure
 from loratune.statistics import loss_interval, mean_ratio, mean_ratio_interval
+from loratune.system.files import read_text
 
 FILE = "results.json"
 VERSION = 1
 DONE = "done"
-BEST, LIKE_BEST, WORSE, NOT_JUDGED = "best", "indistinguishable", "worse", "not judged"
+BEST: Final = "best"
+LIKE_BEST: Final = "indistinguishable"
+WORSE: Final = "worse"
+NOT_JUDGED: Final = "not judged"
+Verdict = Literal["best", "indistinguishable", "worse", "not judged", ""]
 _AUTO = "auto"
+_MOST_BYTES = 1 << 22
+"""Bytes of the losses of a trial, unpacked, at most."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,25 @@ class RowLosses:
 
     @classmethod
     def unpacked(cls, text: str) -> "RowLosses":
-        """What `packed` made."""
-        raw = np.frombuffer(zlib.decompress(base64.b85decode(text)), dtype=np.float32)
-        return cls(*raw.reshape(3, -1).astype(np.float64))
+        """What `packed` made. Raises ValueError: it did not make this."""
+        try:
+            raw = zlib.decompressobj().decompress(base64.b85decode(text), _MOST_BYTES)
+        except zlib.error as error:
+            raise ValueError(str(error)) from None
+        made = cls(*np.frombuffer(raw, dtype=np.float32).reshape(3, -1).astype(np.float64))
+        if not (len(made.nats) and made.is_finite and (made.tokens > 0).all() and (made.copies > 0).all()):
+            raise ValueError("these are no losses of rows")
+        return made
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all numbers are finite, and stay so as `packed` has them."""
+        with np.errstate(over="ignore"):
+            return all(np.isfinite(one.astype(np.float32)).all() for one in (self.nats, self.tokens, self.copies))
+
+    def is_of_rows_of(self, other: "RowLosses") -> bool:
+        """Whether the rows are those of other losses, as far as their tokens and copies tell."""
+        return np.array_equal(self.tokens, other.tokens) and np.array_equal(self.copies, other.copies)
 
 
 @dataclass(frozen=True)
@@ -75,18 +102,18 @@ class TrialResult:
         note: Why it has none.
     """
 
-    number: int
+    number: Count
     settings: dict[str, str]
     values: dict[str, str]
     state: str
-    loss: float | None = None
-    interval: tuple[float, float] | None = None
-    seconds: float | None = None
-    steps: int | None = None
-    adapter_bytes: int | None = None
-    difference: float | None = None
-    difference_interval: tuple[float, float] | None = None
-    verdict: str = ""
+    loss: Figure | None = None
+    interval: tuple[Figure, Figure] | None = None
+    seconds: Figure | None = None
+    steps: Count | None = None
+    adapter_bytes: Count | None = None
+    difference: Figure | None = None
+    difference_interval: tuple[Figure, Figure] | None = None
+    verdict: Verdict = ""
     adapter: str | None = None
     note: str = ""
 
@@ -113,8 +140,8 @@ class StudyResults:
     name: str
     base: str
     keys: list[str]
-    rows: int
-    total: int
+    rows: Count
+    total: Count
     trials: list[TrialResult]
     published: str | None = None
 
@@ -144,24 +171,43 @@ class StudyResults:
         return {"version": VERSION, **asdict(self), "winner": winner}
 
     def write(self, directory: Path) -> None:
-        """Write them into the directory of a study, whole or not at all."""
+        """Write them into the directory of a study, whole or not at all.
+
+        Raises:
+            LostError: They cannot be written, for another reason than a full disk.
+            OSError: The disk is full.
+        """
         unfinished = directory / f"{FILE}.unfinished"
-        unfinished.write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(directory / FILE)
+        try:
+            unfinished.unlink(missing_ok=True)
+            with unfinished.open("x", encoding="utf-8") as file:  # never through a link, or into a pipe
+                file.write(json.dumps(self.as_json(), indent=2) + "\n")
+            unfinished.replace(directory / FILE)
+        except OSError as error:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            if is_disk_full(error):
+                raise
+            what, fix = f"cannot be written: {error.strerror}", "make room for it, and the same command goes on"
+            raise LostError(Problem(Code.SWEEP_STORAGE, what, str(directory / FILE), fix=fix)) from None
 
     @classmethod
     def read(cls, directory: Path) -> "StudyResults":
         """What `write` wrote. Raises ConfigError: there is no such thing."""
         path = directory / FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            trials = [TrialResult(**trial) for trial in values["trials"]]
-            known = {field.name for field in fields(cls)} - {"trials"}
-            return cls(trials=trials, **{name: values[name] for name in known})
+            values = json.loads(read_text(path))
+            if values.pop("version") != VERSION:
+                raise ValueError("of another version")
+            winner = values.pop("winner")
+            results = _results_type().validate_python(values)
+            if winner != (results.winner.number if results.winner else None):
+                raise ValueError("another winner than that of the trials")
+            return results
         except FileNotFoundError:
             what, fix = f"there is no {FILE} in it", "name the directory OUTPUT_DIR.study of a sweep"
             raise ConfigError(Problem(Code.SWEEP_NO_STUDY, what, str(directory), "--study", fix)) from None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             what = "is not what a sweep of this release writes"
             raise ConfigError(Problem(Code.SWEEP_NO_STUDY, what, str(path), "--study")) from None
 
@@ -185,7 +231,7 @@ class StudyResults:
         others = dict.fromkeys(trial.state for trial in self.trials if trial.state != DONE)
         parts += [f"{self.count(state):,} {state}" for state in others]
         of = f" of {self.total:,}" if self.rows < self.total else ""
-        return f"{', '.join(parts)}; compared on {self.rows:,}{of} held-out rows"
+        return f"{', '.join(parts)}; compared on {self.rows:,}{of} held-out row{'' if self.total == 1 else 's'}"
 
     def conclusion(self) -> str:
         """Which trial is best, and what cannot be told from it."""
@@ -201,6 +247,21 @@ class StudyResults:
         elif all(trial.verdict == WORSE for trial in judged):
             text += "; better than all others on these rows"
         return f"{text}; chosen by these rows, so its loss is optimistic"
+
+
+@cache
+def _results_type() -> TypeAdapter[StudyResults]:
+    return TypeAdapter(StudyResults)  # which takes longer than to validate a value
+
+
+@cache
+def _trial_type() -> TypeAdapter[TrialResult]:
+    return TypeAdapter(TrialResult)
+
+
+def trial_result(**values: Any) -> TrialResult:
+    """A trial of values that a storage has. Raises ValueError: they are none of a trial."""
+    return _trial_type().validate_python(values)
 
 
 def compared(trial: TrialResult) -> str:
@@ -240,5 +301,5 @@ def _against(trial: TrialResult, own: RowLosses, best: RowLosses, weight: NDArra
     more = own.copies * (own.nats - best.nats)
     interval = mean_ratio_interval(more, weight)
     ends = (interval.low, interval.high) if interval else None
-    verdict = NOT_JUDGED if ends is None else WORSE if ends[0] > 0 else LIKE_BEST
+    verdict: Verdict = NOT_JUDGED if ends is None else WORSE if ends[0] > 0 else LIKE_BEST
     return replace(trial, difference=mean_ratio(more, weight), difference_interval=ends, verdict=verdict)

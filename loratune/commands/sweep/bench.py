@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from loratune.codes import Code
+from loratune.commands import card
 from loratune.commands import train as training
 from loratune.commands.plan import LoadedRun, Plan, adapted, decide, load_rows, load_run
 from loratune.commands.train import Reporter, Result
 from loratune.config import RunConfig, keys
 from loratune.data import ProgressFactory
-from loratune.errors import ModelError, Problem, ResumeError
+from loratune.errors import ModelError, NumericError, Problem, ResumeError
 from loratune.evaluation.study_results import RowLosses
 from loratune.lora import attach, tensors
 from loratune.model import load
@@ -49,12 +50,14 @@ class TrialOutcome:
         losses: Its losses on the held-out rows.
         values: Every key of the config that the run worked with, and its value.
         seconds: How long it took, with everything.
+        is_resumed: Whether it went on from a checkpoint, so that this is not the time of a whole trial.
     """
 
     result: Result
     losses: RowLosses
     values: dict[str, str]
     seconds: float
+    is_resumed: bool
 
 
 class Bench:
@@ -82,6 +85,11 @@ class Bench:
             numbers = np.sort(np.random.default_rng(0).choice(numbers, _MOST_ROWS, replace=False))
         self._copies = {int(number): copies[int(number)] for number in numbers}
         self._speed: float | None = None
+
+    @property
+    def example_prompt(self) -> str:
+        """A prompt to try an adapter with, quoted for a shell."""
+        return card.example_prompt(self._run.rows.train) if self._run.rows is not None else "PROMPT"
 
     @property
     def compared_rows(self) -> tuple[int, int]:
@@ -147,7 +155,8 @@ class Bench:
         result = training.train(validated, reporter, planner=self._make_plan)
         assert result is not None and self._plan is not None
         values, losses = keys.flat(self._plan.config.resolved()), self._score(self._plan)
-        return TrialOutcome(result, losses, values, time.monotonic() - start)
+        is_resumed = validated.resume_point is not None
+        return TrialOutcome(result, losses, values, time.monotonic() - start, is_resumed)
 
     def _resumed(self, validated: ValidatedRun) -> ValidatedRun:
         """The run with the checkpoint that it goes on from, if there is one that fits."""
@@ -174,11 +183,15 @@ class Bench:
         found = final_score.row_losses(
             plan.model, self._held_out, [*self._copies], pad_id, acceleration, SINGLE_PROCESS
         )
-        return RowLosses(
+        scored = RowLosses(
             np.array([loss.total for loss in found]),
             np.array([loss.tokens for loss in found], dtype=np.float64),
             np.array([*self._copies.values()], dtype=np.float64),
         )
+        if not scored.is_finite:
+            what, fix = f"the loss on the validation rows is {scored.loss}", "lower training.learning_rate"
+            raise NumericError(Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.validation", fix=fix))
+        return scored
 
     def take_off(self) -> None:
         """Take the adapter off the base, and load the base again where it is not what it was.

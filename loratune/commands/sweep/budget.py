@@ -36,16 +36,22 @@ class Budget:
         seconds: The budget; None without one.
         started: When it began to run, by `time.monotonic`.
         ratios: Of each trial that ended here, its seconds over its estimated work.
+        begun: Trials that were begun here, whatever became of them.
     """
 
     seconds: float | None = None
     started: float = field(default_factory=time.monotonic)
     ratios: list[float] = field(default_factory=list)
+    begun: int = 0
 
     @property
     def left(self) -> float:
         """Seconds that are left."""
         return float("inf") if self.seconds is None else self.seconds - (time.monotonic() - self.started)
+
+    def begin(self) -> None:
+        """A trial begins."""
+        self.begun += 1
 
     def add(self, estimate: float, seconds: float) -> None:
         """A trial has ended. estimate: its seconds as they were estimated; seconds: those that it took."""
@@ -64,7 +70,7 @@ class Budget:
         """
         if self.seconds is None:
             return True
-        if not self.ratios:
+        if not self.begun and not self.ratios:
             if estimate > _DOUBT * max(self.left, 0.0):
                 what = f"{format_duration(self.seconds)} is shorter than one trial, which takes about "
                 what += f"{format_duration(estimate)} on this machine"

@@ -135,6 +135,8 @@ def parse(options: Sequence[str], config_file: Path, assignments: Sequence[str])
 def _not_varied(key: str) -> str:
     """Why a key cannot be varied; empty if it can, or if there is none of that name, which the config tells better."""
     section = key.partition(".")[0]
+    if key in RunConfig.model_fields and key != "output_dir":
+        return "it is a whole section; name a key of it, such as lora.r"
     if section == "model":
         return "all trials share one base"
     if section == "data" and key not in _OF_ROWS:
@@ -200,11 +202,15 @@ def check(grid: Grid, check_run: Callable[[RunConfig], None] = lambda _: None) -
         ConfigError: Of each problem, the first combination that has it.
     """
     runs, found = dict[str, RunConfig](), dict[tuple[str, str], Problem]()
+    resolved = dict[str, str]()
     for settings in grid.combinations():
         try:
             run = grid.run(settings)
             check_run(run)
             runs[label(settings)] = run
+            if (same := resolved.setdefault(run.model_dump_json(), label(settings))) != label(settings):
+                fix = "name each value once, or a trial would be trained twice"
+                raise ConfigError(Problem(Code.SWEEP_BAD_GRID, f"{label(settings)} is {same}", OPTION, fix=fix))
         except ConfigError as error:
             for problem in error.problems:
                 own = problem.where.startswith("--set") and problem.key in grid.keys

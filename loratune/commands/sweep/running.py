@@ -9,10 +9,11 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.commands.sweep import grid as grids
-from loratune.commands.sweep.bench import Bench, TrialOutcome
+from loratune.commands.sweep.bench import Bench
 from loratune.commands.sweep.budget import Budget
 from loratune.commands.sweep.grid import Grid, label
 from loratune.commands.sweep.study import Claim, Study, TrialRecord
+from loratune.commands.sweep.trial import DIGEST, Watched, failure, recorded
 from loratune.commands.train import Reporter
 from loratune.config import RunConfig, keys
 from loratune.console import format_duration, plural
@@ -20,20 +21,27 @@ from loratune.errors import (
     AdapterError,
     ConfigError,
     LoratuneError,
+    LostError,
     ModelError,
     NumericError,
     Problem,
     ResourceError,
-    is_out_of_memory,
 )
-from loratune.evaluation.study_results import DONE, WORSE, RowLosses, StudyResults, TrialResult, rank
+from loratune.evaluation.study_results import (
+    DONE,
+    WORSE,
+    RowLosses,
+    StudyResults,
+    TrialResult,
+    rank,
+    trial_result,
+)
 from loratune.lora import attach
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
-from loratune.system.files import explain_full_disk, is_directory, is_file, sha256
+from loratune.system.files import explain_full_disk, is_directory, is_file, kind, sha256
 from loratune.system.launcher import host
 from loratune.training import auto, preflight, run_dir
-from loratune.training.callbacks import Progress
 from loratune.training.preflight import ValidatedRun
 from loratune.training.run_dir import RunDirectory
 
@@ -48,7 +56,6 @@ _NOT_COMPARED = (
 """Keys that two commands on one study may have at other values: places differ from machine to machine, and rows and
 base are known by their fingerprints."""
 _PLACES = ("data.train", "data.validation", "data.test", "data.chat_template", "lora.start_from")
-_OUT_OF_MEMORY = (Code.MEMORY_TRAINING, Code.MEMORY_EVALUATION, Code.SYSTEM_OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -86,21 +93,16 @@ class Swept:
     Attributes:
         results: The trials.
         directory: That of the study.
+        example_prompt: A prompt to try the adapter with, quoted for a shell.
         stop: The signal that ended it.
         notes: Lines on what is left to do.
     """
 
     results: StudyResults
     directory: Path
+    example_prompt: str
     stop: KeyboardInterrupt | None = None
     notes: list[str] = field(default_factory=list)
-
-
-class _Hopeless(Exception):
-    """Successive halving stops a trial. percent: of its steps that were taken."""
-
-    def __init__(self, percent: int, loss: float):
-        super().__init__(f"after {percent} % of its steps, at a held-out loss of {loss:.4f}")
 
 
 def study_directory(output: Path) -> Path:
@@ -137,6 +139,7 @@ class _Sweep:
             self.bench.prepare_rows(run)
         self.study.check(self._settings() | self.bench.fingerprints, record=True)
         self.is_first, self.notes = True, list[str]()
+        self.wanted: set[str] | None = None  # the labels of what is tried; None where values are drawn
 
     def _settings(self) -> dict[str, str]:
         """Of the study, all that trials share, and what they differ in."""
@@ -152,20 +155,20 @@ class _Sweep:
 
     def run(self) -> Swept:
         """Work on trials until none is left."""
-        request, wanted = self.request, None
+        request = self.request
         if not request.grid.has_ranges:
             combinations = request.grid.combinations()[: request.most]
             self.study.enqueue(combinations)
-            wanted = {label(settings) for settings in combinations}
+            self.wanted = {label(settings) for settings in combinations}
         stop: KeyboardInterrupt | None = None
         try:
-            while (claim := self.study.claim(wanted, request.grid.axes, request.most)) is not None:
+            while (claim := self.study.claim(self.wanted, request.grid.axes, request.most)) is not None:
                 if not self._work(claim):
                     break
         except KeyboardInterrupt as interruption:
             stop = interruption
         except LoratuneError:
-            with suppress(LoratuneError):
+            with suppress(LoratuneError, OSError), self.study.choosing():
                 self._results().write(request.directory)
             raise
         with self.study.choosing(), explain_full_disk("the results", 100_000, request.directory, "make room"):
@@ -198,30 +201,30 @@ class _Sweep:
     def _try(self, claim: Claim, run: RunConfig, estimate: float) -> None:
         """Train a trial and record what it came to."""
         output = self._adapter(claim.number)
+        self._check_place(output.parent)
+        self.request.budget.begin()
         reporter = replace(
-            self.reporter, progress=_Watched(self.reporter.progress, self.study, claim, self.request.halving)
+            self.reporter, progress=Watched(self.reporter.progress, self.study, claim, self.request.halving)
         )
         if not self.is_first:
             reporter = replace(reporter, plan=lambda plan: self.log(str(plan.count)))
         self.is_first = False
         try:
             outcome = self.bench.train(run, output, reporter)
-        except NumericError as error:
-            self._fail(claim, "diverged", error.problems[0].what)
-        except _Hopeless as error:
-            self._fail(claim, "stopped early", str(error))
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if (failed := failure(error)) is None:
                 raise
-            self._fail(claim, "out of memory", next(iter(str(error).splitlines()), ""))
+            self._fail(claim, *failed)
         else:
-            self.request.budget.add(estimate, outcome.seconds)
-            self.study.finish(claim, _recorded(outcome, self.request.grid.keys), outcome.losses.loss)
+            if not outcome.is_resumed:
+                self.request.budget.add(estimate, outcome.seconds)
+            self.study.finish(claim, recorded(outcome, self.request.grid.keys), outcome.losses.loss)
         finally:
             self.bench.take_off()
-        with self.study.choosing():
+        directory = self.request.directory
+        with self.study.choosing(), explain_full_disk("the results", 100_000, directory, "make room"):
             results = self._results()
-            results.write(self.request.directory)
+            results.write(directory)
             self._remove_worse(results)
 
     def _fail(self, claim: Claim, outcome: str, why: str) -> None:
@@ -234,20 +237,34 @@ class _Sweep:
         """Where the adapter of a trial is: under the name that its winner will have, which the card mentions."""
         return self.request.directory / TRIALS / f"{number:04}" / self.name
 
+    def _check_place(self, place: Path) -> None:
+        """Raises LostError: a link would lead out of the study, where adapters are replaced and removed."""
+        for path in (self.request.directory / TRIALS, place):
+            if (found := kind(path)) not in ("", "a directory"):
+                what, fix = f"is {found} in place of a directory of the study", "move it away"
+                raise LostError(Problem(Code.SWEEP_STORAGE, what, str(path), fix=fix))
+
     def _results(self) -> StudyResults:
-        """What the study came to so far."""
-        found, losses = [], {}
-        for record in self.study.records():
-            found.append(self._trial(record))
-            if "rows" in record.result:
-                losses[record.number] = RowLosses.unpacked(record.result["rows"])
+        """What the study came to so far. Raises LostError: the storage holds what no sweep has written."""
         rows, total = self.bench.compared_rows
+        found, losses = [], dict[int, RowLosses]()
+        try:
+            for record in self.study.records():
+                found.append(self._trial(record))
+                if record.state == DONE:
+                    losses[record.number] = RowLosses.unpacked(record.result["rows"])
+            first = next(iter(losses.values()), None)
+            if any(len(one.nats) != rows or not first or not one.is_of_rows_of(first) for one in losses.values()):
+                raise ValueError("other rows than those of the sweep")
+        except (KeyError, ValueError, TypeError):
+            what, fix = "the study holds what no sweep has written", "move the study away, and start again"
+            raise LostError(Problem(Code.SWEEP_STORAGE, what, self.study.where, fix=fix)) from None
         base = Path(self.request.run.config.model.name_or_path).name
         return StudyResults(self.name, base, self.request.grid.keys, rows, total, rank(found, losses))
 
     def _trial(self, record: TrialRecord) -> TrialResult:
         result, adapter = record.result, self._adapter(record.number)
-        return TrialResult(
+        return trial_result(
             number=record.number,
             settings=record.settings,
             values=result.get("values", {}),
@@ -276,15 +293,19 @@ class _Sweep:
         elif results.winner is not None:
             if self._publish(results.winner, output):
                 results = replace(results, published=str(output.output))
-            if waiting := results.count("waiting"):
-                self.notes.append(f"{plural(waiting, 'trial')} left; the same command with --overwrite goes on")
+            waiting = [trial for trial in results.trials if trial.state == "waiting"]
+            own = [one for one in waiting if self.wanted is None or label(one.settings) in self.wanted]
+            if own:
+                self.notes.append(f"{plural(len(own), 'trial')} left; the same command with --overwrite goes on")
+            if others := len(waiting) - len(own):
+                self.notes.append(f"{plural(others, 'trial')} of other values left, for the command that named them")
         elif results.count("waiting"):
             self.notes.append("nothing is published, as no trial has an adapter yet; the same command goes on")
         else:
             results.write(self.request.directory)
             raise _nothing(results)
         results.write(self.request.directory)
-        return Swept(results, self.request.directory, stop, self.notes)
+        return Swept(results, self.request.directory, self.bench.example_prompt, stop, self.notes)
 
     def _publish(self, winner: TrialResult, directory: RunDirectory) -> bool:
         """Put a copy of the winner's adapter in the place of the output directory, whole or not at all.
@@ -296,18 +317,24 @@ class _Sweep:
             AdapterError: It is damaged.
         """
         source = self._adapter(winner.number)
-        owner = next(record.host for record in self.study.records() if record.number == winner.number)
+        records = self.study.records()
+        kept = next(one for one in records if one.number == winner.number)
+        owner, recorded_digest = kept.host, kept.result.get(DIGEST)
         if owner != host() and not is_directory(source):
             where = f"the adapter of trial {winner.number}, the best, is on {owner}"
             self.notes.append(f"{where}; the same command publishes it there, if it has not done so")
             return False
         record, present = source / RECORD_FILE, directory.output / RECORD_FILE
-        if is_file(present) and sha256(present) == self.study.published:
-            if is_file(record) and sha256(record) == self.study.published:
+        if is_file(present) and (found := sha256(present)) in {one.result.get(DIGEST) for one in records}:
+            if found == recorded_digest:
                 return True  # another process of the study was faster
             directory = replace(directory, overwrite=True)  # it published what was best then
+        self._check_place(source.parent)
         try:
             preflight.open_adapter(source)
+            if sha256(record) != recorded_digest:
+                what = "it is not the one that the trial made"
+                raise AdapterError(Problem(Code.SWEEP_WINNER_MISSING, what, str(source)))
         except AdapterError as error:
             what = f"the adapter of trial {winner.number}, the best, cannot be used: {error.problems[0].what}"
             fix = "move the study away, and start again"
@@ -322,24 +349,7 @@ class _Sweep:
             shutil.copytree(source, directory.staging, dirs_exist_ok=True)
             for path in directory.publish():
                 self.log(f"{path} is kept: this run did not write it")
-        self.study.note_published(sha256(record))
         return True
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, LoratuneError):
-        return error.problems[0].code in _OUT_OF_MEMORY
-    return is_out_of_memory(error)
-
-
-def _recorded(outcome: TrialOutcome, varied: list[str]) -> dict[str, Any]:
-    return {
-        "values": {key: outcome.values.get(key, "") for key in varied},
-        "seconds": outcome.seconds,
-        "steps": outcome.result.outcome.steps,
-        "adapter_bytes": outcome.result.adapter_bytes,
-        "rows": outcome.losses.packed(),
-    }
 
 
 def _nothing(results: StudyResults) -> LoratuneError:
@@ -348,7 +358,9 @@ def _nothing(results: StudyResults) -> LoratuneError:
     what = (
         f"no trial has an adapter: {', '.join(f'{results.count(state)} {state}' for state in states) or 'none was run'}"
     )
-    fix = "try other values: lower learning rates, smaller batches"
+    if notes := [trial.note for trial in results.trials if trial.note]:
+        what += f"; the first: {notes[0]}"
+    fix = "try other values, such as lower learning rates or smaller batches; those that failed are not tried again"
     kind = ResourceError if [*states] == ["out of memory"] else NumericError
     return kind(Problem(Code.SWEEP_ALL_FAILED, what, grids.OPTION, fix=fix))
 
@@ -365,33 +377,3 @@ def _check_adapters(request: Request) -> None:
         except (ModelError, ConfigError) as error:
             problems = [replace(one, where=one.where or f"{grids.OPTION} {name}") for one in error.problems]
             raise type(error)(problems) from None
-
-
-class _Watched:
-    """The progress of a trial, which also tells the study how it does. Implements `trainer.Progress`."""
-
-    def __init__(self, progress: Progress, study: Study, claim: Claim, halving: bool):
-        self._progress, self._study, self._claim, self._halving = progress, study, claim, halving
-        self._steps = 1
-
-    def start(self, steps: int, done: int) -> None:
-        """Training starts."""
-        self._steps = max(1, steps)
-        self._progress.start(steps, done)
-
-    def step(self, done: int, tokens: int) -> None:
-        """A step is done."""
-        self._progress.step(done, tokens)
-        self._study.show_life(self._claim)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """A report of the trainer. Raises _Hopeless: the trial is among the worse ones."""
-        self._progress.log(step, values)
-        percent = 100 * step // self._steps
-        is_early = self._halving and "eval_loss" in values and 0 < percent < 100
-        if is_early and self._study.is_hopeless(self._claim, percent, values["eval_loss"]):
-            raise _Hopeless(percent, values["eval_loss"])
-
-    def stop(self) -> None:
-        """Training has ended."""
-        self._progress.stop()

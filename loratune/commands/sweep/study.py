@@ -19,22 +19,22 @@ from typing import Any
 
 import optuna
 from optuna.samplers import TPESampler
-from optuna.storages import JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from loratune.codes import Code
 from loratune.commands.sweep.grid import Axis, Settings, label
+from loratune.commands.sweep.storage import JOURNAL, open_storage, without_password
 from loratune.errors import ConfigError, LoratuneError, LostError, Problem, ResourceError, is_disk_full
 from loratune.system.files import open_lock
 from loratune.system.launcher import host
 
-JOURNAL = "journal.log"
 IDENTITY, SETTINGS, RESULT, OUTCOME = "identity", "settings", "result", "outcome"
-_FIRST, _HOST, _ALIVE, _PUBLISHED = "first", "host", "alive", "published"
+_FIRST, _HOST, _ALIVE = "first", "host", "alive"
 """Names under which the storage keeps what belongs to a study and to a trial."""
 _SHOWS_EVERY, _SILENT = 60.0, 1800.0
 """Seconds between signs of life, and without one after which another machine's process counts as gone."""
+_FOREIGN = "it holds what no sweep has written"
 _MOST_DUPLICATES = 50
 """Draws in a row that were all tried before, after which nothing new is to be expected."""
 
@@ -94,20 +94,29 @@ class Study:
             LostError: The storage cannot be opened.
             ResourceError: The disk is full.
         """
-        self.directory, self.name, self._seed = directory, name, seed
+        self.directory, self.name, self._seed, self._url = directory, name, seed, storage
         self.is_shared_by_machines = storage is not None and not storage.startswith("sqlite")
-        self.where = str(directory / JOURNAL) if storage is None else _without_password(storage)
+        self.where = str(directory / JOURNAL) if storage is None else without_password(storage, storage)
         self._locks: dict[int, ExitStack] = {}
         self._shown = time.monotonic()
         with self._storage():
             (directory / "locks").mkdir(parents=True, exist_ok=True)
             with self.choosing():
+                opened = open_storage(directory, storage)
+                self._check_name(opened)
                 self._study = optuna.create_study(
                     study_name=name,
-                    storage=_journal(directory / JOURNAL) if storage is None else RDBStorage(storage),
+                    storage=opened,
                     pruner=optuna.pruners.SuccessiveHalvingPruner() if halving else optuna.pruners.NopPruner(),
                     load_if_exists=True,
                 )
+
+    def _check_name(self, storage: BaseStorage) -> None:
+        """Raises ConfigError: the directory is of a study that had another name."""
+        if self._url is None and (names := [*optuna.get_all_study_names(storage)]) and self.name not in names:
+            what = f"is the study of an output_dir called {names[0]!r}, and this one is called {self.name!r}"
+            fix = "name it as it was, or move the study away"
+            raise ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, str(self.directory), fix=fix))
 
     @contextmanager
     def _storage(self) -> Iterator[None]:
@@ -121,7 +130,7 @@ class Study:
             if is_disk_full(error):
                 what = "no room for the study"
                 raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, what, self.where, fix="make room")) from None
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            reason = without_password(next(iter(str(error).splitlines()), ""), self._url) or type(error).__name__
             problem = Problem(Code.SWEEP_STORAGE, f"the study cannot be read or written: {reason}", self.where, fix=fix)
             raise LostError(problem) from error
 
@@ -149,6 +158,8 @@ class Study:
             if recorded is None:
                 self._study.set_user_attr(IDENTITY, dict(identity))
                 return
+            if not isinstance(recorded, dict):
+                raise TypeError(_FOREIGN)
         if other := [name for name in identity if recorded.get(name) != identity[name]]:
             fix = "choose another output_dir, or move the study away"
             what = f"is a study of other settings than these: {', '.join(other)}"
@@ -162,22 +173,11 @@ class Study:
                 if label(settings) not in known:
                     self._study.enqueue_trial({}, user_attrs={SETTINGS: settings})
 
-    @property
-    def published(self) -> str:
-        """The digest of what a process of the study has published last; empty if none has."""
-        with self._storage():
-            return str(self._study.user_attrs.get(_PUBLISHED, ""))
-
-    def note_published(self, digest: str) -> None:
-        """Record what is published."""
-        with self._storage():
-            self._study.set_user_attr(_PUBLISHED, digest)
-
     def records(self) -> list[TrialRecord]:
         """The trials, but for those that were put into the queue again, in the order of their numbers."""
         with self._storage():
-            trials = [trial for trial in self._trials() if _is_of_study(trial)]
-        return sorted(map(_record, trials), key=lambda record: record.number)
+            found = [_record(trial) for trial in self._trials() if _is_of_study(trial)]
+        return sorted(found, key=lambda record: record.number)
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
@@ -195,16 +195,22 @@ class Study:
         """
         with self._storage(), self.choosing():
             self._give_back_abandoned()
-            for _ in range(_MOST_DUPLICATES if wanted is None else len(self._trials())):
-                waiting = any(trial.state == TrialState.WAITING for trial in self._trials())
-                if not waiting and (wanted is not None or (most is not None and len(self.records()) >= most)):
-                    return None
-                claim = self._ask(axes)
-                if not self._is_tried(claim):
+            others = list[Claim]()  # what other commands wait for stays in the queue
+            try:
+                for _ in range(_MOST_DUPLICATES if wanted is None else len(self._trials())):
+                    waiting = any(trial.state == TrialState.WAITING for trial in self._trials())
+                    if not waiting and (wanted is not None or (most is not None and len(self.records()) >= most)):
+                        return None
+                    claim = self._ask(axes)
+                    if self._is_tried(claim):
+                        continue
                     if wanted is None or label(claim.settings) in wanted:
                         self._hold(claim)
                         return claim
-                    self._drop(claim.trial.number)
+                    others.append(claim)
+            finally:
+                for other in others:
+                    self._give_back(other.trial.number, other.trial.user_attrs)
         return None
 
     def _ask(self, axes: Sequence[Axis]) -> Claim:
@@ -215,6 +221,8 @@ class Study:
         if settings is None:
             settings = {axis.key: _drawn(trial, axis) for axis in axes}
             trial.set_user_attr(SETTINGS, settings)
+        elif _settings(settings).keys() != {axis.key for axis in axes}:  # they would reach the config of a run
+            raise ValueError(_FOREIGN)
         number = trial.user_attrs.get(_FIRST, trial.number)
         trial.set_user_attr(_HOST, host())
         trial.set_user_attr(_ALIVE, time.time())
@@ -272,7 +280,8 @@ class Study:
     def give_back(self, claim: Claim) -> None:
         """Put a trial that this process could not end into the queue again."""
         with self._storage(), self.choosing():
-            self._give_back(claim.trial.number, claim.trial.user_attrs)
+            if self._trials()[claim.trial.number].state == TrialState.RUNNING:  # a signal may come once it has ended
+                self._give_back(claim.trial.number, claim.trial.user_attrs)
             self._release(claim)
 
     def show_life(self, claim: Claim) -> None:
@@ -308,13 +317,25 @@ def _is_of_study(trial: FrozenTrial) -> bool:
     return SETTINGS in trial.user_attrs and trial.state != TrialState.FAIL
 
 
+def _settings(found: object) -> Settings:
+    """Settings as a storage has them. Raises ValueError: they are none."""
+    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise ValueError(_FOREIGN)
+    return found
+
+
 def _record(trial: FrozenTrial) -> TrialRecord:
+    """What a storage has of a trial. Raises ValueError: no sweep has written that."""
     attributes = trial.user_attrs
     states = {TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: "done"}
     state = states.get(trial.state) or attributes.get(OUTCOME, "diverged")
     loss = trial.value if trial.state == TrialState.COMPLETE else None
-    number = attributes.get(_FIRST, trial.number)
-    return TrialRecord(number, attributes[SETTINGS], state, loss, attributes.get(RESULT, {}), attributes.get(_HOST, ""))
+    number, result = attributes.get(_FIRST, trial.number), attributes.get(RESULT, {})
+    owner, settings = attributes.get(_HOST, ""), _settings(attributes[SETTINGS])
+    are_texts = isinstance(state, str) and isinstance(owner, str)
+    if not (are_texts and type(number) is int and 0 <= number <= trial.number and isinstance(result, dict)):
+        raise ValueError(_FOREIGN)
+    return TrialRecord(number, settings, state, loss, result, owner)
 
 
 def _drawn(trial: Trial, axis: Axis) -> str:
@@ -324,23 +345,3 @@ def _drawn(trial: Trial, axis: Axis) -> str:
     if axis.is_whole:
         return str(trial.suggest_int(axis.key, int(low), int(high), log=axis.is_logarithmic))
     return f"{trial.suggest_float(axis.key, low, high, log=axis.is_logarithmic):.4g}"
-
-
-def _journal(path: Path) -> JournalStorage:
-    """The study in a file. A last line that was cut off, as by a full disk or a power cut, is removed."""
-    lock = JournalFileSymlinkLock(str(path))
-    if path.exists():
-        lock.acquire()
-        try:
-            with path.open("rb+") as file:
-                whole = file.read()
-                if whole and not whole.endswith(b"\n"):
-                    file.truncate(whole.rfind(b"\n") + 1)
-        finally:
-            lock.release()
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
