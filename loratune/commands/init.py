@@ -17,7 +17,7 @@ from loratune.data.rendering import Renderer
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
-from loratune.model import load, quantization
+from loratune.model import checks, load, quantization
 from loratune.training import duration
 from loratune.training.duration import Work
 from loratune.training.evaluations import evaluation_steps
@@ -67,11 +67,14 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
         log: Takes lines that the user should see.
 
     Raises:
-        ModelError: As `load.load_config`, `load.load_tokenizer` and `attach.adapt`.
+        ModelError: As `load.load_config`, `load.load_tokenizer`, `checks.check_present` and `attach.adapt`; a quantized
+            base lacks its packages.
         DataError: As `init_rows.measure` and `init_rows.check_length`.
     """
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     model_config = load.load_config(run.model)
+    quantization.loading_config(run.model, model_config, load.compute_dtype(run.model))  # or its packages are missing
+    checks.check_present(run.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary)
     rows = init_rows.measure(run.data, renderer, vocabulary, watch)
@@ -130,8 +133,10 @@ def _choose_training(draft: Draft, run: RunConfig, trained: int, step: int, fitt
     draft.choose("lora.target_modules", run.lora.target_modules, "roles of the attention's projections")
     hidden_size = int(model.get_input_embeddings().weight.shape[1])
     for key, value, why in learning(trained, step, hidden_size, validated=run.data.validation is not None):
-        if key != "num_train_epochs" or run.training.max_steps < 0:
+        if key != "num_train_epochs" or (run.training.max_steps < 0 and run.training.max_minutes is None):
             draft.choose(f"training.{key}", value, why)
+    if run.training.max_minutes is not None:
+        draft.reasons["training.max_minutes"] = "the number of steps is fixed from it before the first one"
     size, gibibytes = fitting.batch, f"{fitting.estimate.total / (1 << 30):.1f} of {fitting.free / (1 << 30):.1f} GiB"
     draft.choose("training.per_device_train_batch_size", size, f"takes about {gibibytes} that are free")
     accumulation, why = max(1, step // size), f"{size} x {max(1, step // size)} rows a step"
@@ -164,4 +169,8 @@ def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel
     operations = duration.operations(model, work, checkpointed=run.training.activation_checkpointing)
     width = int(model.get_input_embeddings().weight.shape[1])
     taken = duration.seconds(operations, width, round(batch * mean), load.compute_dtype(run.model), load.device())
-    return plan.steps, taken * (1 + (plan.share if held_out else 0.0))
+    seconds = taken * (1 + (plan.share if held_out else 0.0))
+    budget = 60 * (run.training.max_minutes or 0.0)
+    if not budget or (budget >= seconds and "num_train_epochs" in run.training.model_fields_set):
+        return plan.steps, seconds
+    return max(1, int(plan.steps * budget / seconds)), budget
