@@ -197,6 +197,7 @@ def test_many_rows_are_sampled(cli: Cli, tiny_dir: Path, here: Path) -> None:
     run = config.load(here / "config.yaml")
     assert (run.data.max_length, run.data.validation, run.training.num_train_epochs) == (64, 0.025, 1)
     assert (run.training.per_device_train_batch_size, run.training.gradient_accumulation_steps) == (32, 1)
+    assert "the longest row has 9 tokens, among 20,000 that were drawn" in (here / "config.yaml").read_text()
 
 
 ODD = [{"one": "1", "two": "2"}]

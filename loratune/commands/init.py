@@ -123,7 +123,9 @@ def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
         draft.choose("data.validation", fraction, why)
     if "test" in draft.values["data"]:
         draft.reasons["data.test"] = "scored once, at the end"
-    draft.choose("data.max_length", *init_choices.max_length(rows.all_lengths, context))
+    length, why = init_choices.max_length(rows.all_lengths, context)
+    drawn = f", among {len(rows.all_lengths):,} that were drawn" if rows.is_sample else ""
+    draft.choose("data.max_length", length, why + drawn)
     draft.choose("data.packing", "batch", "the rows of a batch end to end, without padding")
 
 
