@@ -114,7 +114,7 @@ def test_numbers_that_yaml_1_1_takes_for_text_are_valid(
         assert validator.is_valid(with_value(key, as_1_1)) and validator.is_valid(with_value(key, ours))
 
 
-@pytest.mark.parametrize("text", ["much", "1e", "e4", "0.5", "1e-4 ", ""])
+@pytest.mark.parametrize("text", ["much", "1e", "e4", "0.5", "1e-4 ", "", "-1e-4"])
 def test_other_text_is_no_number(validator: Draft202012Validator, text: str) -> None:
     assert not validator.is_valid(with_value("training.learning_rate", text))
 
@@ -180,6 +180,7 @@ def test_every_key_is_found_in_each_of_its_places() -> None:
     ("training.lerning_rate", "learning_rate"),
     ("lora.learning_rate", "training.learning_rate"),
     ("modle", "model"),
+    ("TRAINING.LEARNING_RATE", "training.learning_rate"),
     ("quantisation", "model.quantization"),
     ("xyz", ""),
 ])  # fmt: skip
@@ -266,4 +267,5 @@ def test_what_is_wrong_with_the_config_is_said(cli: Callable[..., Ran], run_conf
     path = run_config(lora={"rank": 8})
     line = path.read_text().splitlines().index("  rank: 8") + 1
     check_refused(cli("explain", "r", path), 2, (Code.CONFIG_UNKNOWN_KEY, f"{path}:{line}", "lora.rank"))
+    check_refused(cli("explain", path, "r"), 2, (Code.CONFIG_UNKNOWN_KEY, f"{path}:{line}", "lora.rank"))
     check_refused(cli("explain", "r", "--set", "lora.r=4"), 2, (Code.USAGE_NEEDS_OPTION, "", "--set"))

@@ -1,6 +1,7 @@
 """`loratune init`: rows and a model's name become a config that can be trained, with its reasons."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,60 @@ def test_the_config_on_stdout(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert "adapter: " in ran.err
 
 
+def test_a_time_budget_sets_the_length(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    run = written(cli, tiny_dir, write_rows(here / "rows.jsonl", LABELS), "--set", "training.max_minutes=2")
+    assert run.training.max_minutes == 2
+    assert "num_train_epochs" not in run.training.model_fields_set, "they would be an upper bound"
+
+
+def test_files_beside_those_of_splits_are_named(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    (here / "rows").mkdir()
+    for name in ("train", "more"):
+        write_rows(here / "rows" / f"{name}.jsonl", ROWS[:4])
+    ran = cli("init", "rows", "--model", tiny_dir)
+    assert ran.code == 0 and "left out" in ran.err and "rows/more.jsonl" in ran.err
+
+
+def test_no_config_among_the_rows(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    (here / "rows").mkdir()
+    write_rows(here / "rows" / "some.jsonl", ROWS)
+    ran = cli("init", "rows", "--model", tiny_dir, "--output", "rows/config.jsonl")
+    check_refused(ran, 2, (Code.OUTPUT_FILE_IS_INPUT, "rows/config.jsonl", "--output"))
+    assert [*(here / "rows").iterdir()] == [here / "rows" / "some.jsonl"]
+
+
+BASES: dict[str, tuple[dict[str, Any], bytes | None, Code | None]] = {
+    "no weights": ({}, None, Code.MODEL_WEIGHTS_MISSING),
+    "damaged weights": ({}, b"\xff" * 50, Code.MODEL_WEIGHTS_DAMAGED),
+    "packages missing": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, b"", Code.MODEL_MISSING_PACKAGE),
+    "implausibly wide": ({"hidden_size": 10**12}, b"", Code.MODEL_IMPLAUSIBLE_SIZE),
+    "no positions": ({"max_position_embeddings": -1}, b"", None),
+}
+
+
+@pytest.mark.parametrize(("changes", "weights", "code"), BASES.values(), ids=BASES)
+def test_bases_that_train_would_refuse(
+    changes: dict[str, Any], weights: bytes | None, code: Code | None, cli: Cli, tiny_dir: Path, here: Path
+) -> None:
+    """weights: the content of the file; None for no file, and empty for what it was."""
+    shutil.copytree(tiny_dir, here / "model")
+    file, values = here / "model" / "config.json", json.loads((tiny_dir / "config.json").read_text())
+    file.write_text(json.dumps(values | changes))
+    if weights is None:
+        (here / "model" / "model.safetensors").unlink()
+    elif weights:
+        (here / "model" / "model.safetensors").write_bytes(weights)
+    ran = cli("init", write_rows(here / "rows.jsonl", ROWS), "--model", here / "model")
+    assert (ran.code, f"[{code}]" in ran.err) == ((3, True) if code else (0, False)), ran.err
+
+
+def test_names_of_fields_in_a_message_are_bounded(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    write_rows(here / "rows.jsonl", [{f"k{number}" * 1000: "a" for number in range(1000)}])
+    ran = cli("init", "rows.jsonl", "--model", tiny_dir)
+    check_refused(ran, 4, (Code.DATA_FORMAT_UNKNOWN, "rows.jsonl:1", ""))
+    assert len(ran.err) < 3000 and "and 980 more" in ran.err
+
+
 @pytest.mark.slow
 def test_many_rows_are_sampled(cli: Cli, tiny_dir: Path, here: Path) -> None:
     write_rows(here / "rows.jsonl", ({"text": f"{number:08}"} for number in range(20_040)))
@@ -142,6 +197,7 @@ def test_many_rows_are_sampled(cli: Cli, tiny_dir: Path, here: Path) -> None:
     run = config.load(here / "config.yaml")
     assert (run.data.max_length, run.data.validation, run.training.num_train_epochs) == (64, 0.025, "auto")
     assert (run.training.per_device_train_batch_size, run.training.gradient_accumulation_steps) == (32, 1)
+    assert "the longest row has 9 tokens, among 20,000 that were drawn" in (here / "config.yaml").read_text()
 
 
 ODD = [{"one": "1", "two": "2"}]
@@ -182,7 +238,7 @@ def test_conversations_need_a_template(
 ) -> None:
     model = here / "model"
     model.mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         (model / name).write_bytes((tiny_dir / name).read_bytes())
     write_rows(here / "chat.jsonl", CHAT)
     ran = cli("init", "chat.jsonl", "--model", model)
@@ -203,6 +259,7 @@ def test_conversations_need_a_template(
         ({"input": "a", "output": "b"}, True, {"instruction": "input"}),
         ({"question": "a", "answer": "b", "solution": "c"}, True, {}),
         ({"question": "a", "label": 3}, True, {}),
+        ({"Question": "a", "question": "b", "answer": "c"}, True, {}),
         ({"content": "a", "url": "b"}, True, {"text": "content"}),
         ({"dialog": [{"role": "user", "content": "a"}]}, True, {"messages": "dialog"}),
         ({"dialog": [{"from": "human", "value": "a"}]}, True, {"conversations": "dialog"}),

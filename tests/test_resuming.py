@@ -230,6 +230,12 @@ RECORDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "sharding as a number": lambda run: run | {"sharding": 2},
     "fingerprints as numbers": lambda run: run | {"fingerprints": {"base": 1, "data": 2, "validation": None}},
     "conditions of another type": lambda run: run | {"conditions": ["torch"]},
+    "a budget without steps": lambda run: (
+        run | {"max_minutes": 3, "config": {"training": run["config"]["training"] | {"max_steps": -1}}}
+    ),
+    "a budget of too many steps": lambda run: (
+        run | {"max_minutes": 3, "config": {"training": run["config"]["training"] | {"max_steps": 2**31}}}
+    ),
     "changes of another kind": lambda run: run | {"changes": [1]},
     "changes without keys": lambda run: run | {"changes": [{"step": 1}]},
     "changes that are one": lambda run: run | {"changes": {}},

@@ -10,6 +10,8 @@ from loratune.codes import Code
 from loratune.commands.boundary import boundary, checked_output
 from loratune.errors import ConfigError, Problem
 
+_YAML = (".yaml", ".yml")
+
 
 @app.command()
 def schema(debug: Debug = False) -> None:
@@ -34,8 +36,8 @@ def explain(
     with boundary(debug):
         from loratune.commands.explain import explain, read_config
 
-        if key and config_file is None and key.endswith((".yaml", ".yml")):
-            config_file, key = Path(key), None
+        if key and key.endswith(_YAML) and not (config_file and config_file.name.endswith(_YAML)):
+            config_file, key = Path(key), str(config_file) if config_file else None
         if assignments and config_file is None:
             raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with a CONFIG", key="--set"))
         with checked_output():

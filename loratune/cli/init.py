@@ -31,12 +31,16 @@ def init(
         file = output_file.output(Path(output), "--output", overwrite=None) if output != STDOUT else None
 
         with importing():
+            from loratune.console import log, show_progress
             from loratune.data.sources import open_source
+            from loratune.data.sources.local import data_ending
             from loratune.model.source import is_directory
 
         from loratune.commands.init_start import SOURCE, first_values
 
-        values = first_values(data, model)
+        if file is not None and data_ending(file.path):
+            file = file.reading(Path(data).expanduser())  # It would be read as rows itself.
+        values = first_values(data, model, log)
         run = config.from_values(values, SOURCE, assignments)
         for source in run.data.train_sources:
             open_source(source)
@@ -46,7 +50,6 @@ def init(
         with importing():
             from loratune.commands import printing
             from loratune.commands.init import init
-            from loratune.console import log, show_progress
 
         started = init(run, values, show_progress, log)
         if file is None:
@@ -54,6 +57,6 @@ def init(
         else:
             with file.opened(log) as writable:
                 writable.write(started.text)
-        is_piped = file is None or file.handle is not None
+        is_piped = file is None or file.handle is not None or not file.path.is_file()
         with checked_output():
             printing.print_started(started, output, program(), to_stderr=is_piped)

@@ -16,7 +16,7 @@ from loratune.data.rendering import Renderer
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
-from loratune.model import load, quantization
+from loratune.model import checks, load, quantization
 from loratune.training import auto, duration
 from loratune.training.duration import Work
 from loratune.training.evaluations import evaluation_steps
@@ -68,11 +68,14 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
         log: Takes lines that the user should see.
 
     Raises:
-        ModelError: As `load.load_config`, `load.load_tokenizer` and `attach.adapt`.
+        ModelError: As `load.load_config`, `load.load_tokenizer`, `checks.check_present` and `attach.adapt`; a quantized
+            base lacks its packages.
         DataError: As `init_rows.measure` and `init_rows.check_length`.
     """
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     model_config = load.load_config(run.model)
+    quantization.loading_config(run.model, model_config, load.compute_dtype(run.model))  # or its packages are missing
+    checks.check_present(run.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary)
     rows = init_rows.measure(run.data, renderer, vocabulary, watch)
@@ -91,14 +94,15 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
     machine, device = load.this_machine(), load.device()
     quantizable = not machine.bitsandbytes and _is_quantizable(run, model_config)
     fitting = init_choices.fit(model, run, draft, rows, step, Room(device, memory.available(device), quantizable))
-    _choose_training(draft, step, fitting)
+    _choose_training(draft, run, step, fitting)
     training, choices = auto.decide_training(_validated(draft).model_copy(update={"lora": lora}), facts)
     for key, (value, why) in choices.items():
         if key in _SHOWN:
             draft.choose(key, AUTO, f"here {value:g}: {why}")
     text = draft.text(_TITLE)
     run = config.parse(text, SOURCE)
-    steps, seconds = _duration(run.model_copy(update={"training": training}), rows, trained, model)
+    is_bounded = run.training.num_train_epochs != AUTO
+    steps, seconds = _duration(run.model_copy(update={"training": training}), rows, trained, model, is_bounded)
     adapter = attach.count(model, attach.initialize_adapter(model, lora))
     cores = len(os.sched_getaffinity(0))
     hardware = f"{cores} core{'s' if cores > 1 else ''}, {machine.gpu or 'no GPU'}"
@@ -128,12 +132,16 @@ def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
         draft.choose("data.validation", fraction, why)
     if "test" in draft.values["data"]:
         draft.reasons["data.test"] = "scored once, at the end"
-    draft.choose("data.max_length", *init_choices.max_length(rows.all_lengths, context))
+    length, why = init_choices.max_length(rows.all_lengths, context)
+    drawn = f", among {len(rows.all_lengths):,} that were drawn" if rows.is_sample else ""
+    draft.choose("data.max_length", length, why + drawn)
     draft.choose("data.packing", "batch", "the rows of a batch end to end, without padding")
 
 
-def _choose_training(draft: Draft, step: int, fitting: Fit) -> None:
-    """The batch, and what memory asks for."""
+def _choose_training(draft: Draft, run: RunConfig, step: int, fitting: Fit) -> None:
+    """The batch, what memory asks for, and why the length is as it is."""
+    if run.training.max_minutes is not None:
+        draft.reasons["training.max_minutes"] = "the number of steps is fixed from it before the first one"
     size, gibibytes = fitting.batch, f"{fitting.estimate.total / (1 << 30):.1f} of {fitting.free / (1 << 30):.1f} GiB"
     draft.choose("training.per_device_train_batch_size", size, f"takes about {gibibytes} that are free")
     accumulation, why = max(1, step // size), f"{size} x {max(1, step // size)} rows a step"
@@ -166,8 +174,13 @@ def _is_quantizable(run: RunConfig, model_config: Any) -> bool:
     return run.model.gguf_file is None and quantization.record_of(model_config.to_dict()) is None
 
 
-def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel) -> tuple[int, float]:
-    """The optimizer steps of the run, and about how many seconds they take, with evaluations."""
+def _duration(
+    run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel, is_bounded: bool
+) -> tuple[int, float]:
+    """The optimizer steps of the run, and about how many seconds they take, with evaluations.
+
+    is_bounded: whether the epochs of a run with a time budget are an upper limit.
+    """
     lengths = rows.lengths.clip(max=run.data.max_length)
     supervised = rows.supervised.clip(max=lengths)
     held_out = rows.held_out or len(rows.train) - trained
@@ -177,4 +190,8 @@ def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel
     operations = duration.operations(model, work, checkpointed=run.training.activation_checkpointing)
     width = int(model.get_input_embeddings().weight.shape[1])
     taken = duration.seconds(operations, width, round(batch * mean), load.compute_dtype(run.model), load.device())
-    return plan.steps, taken * (1 + (plan.share if held_out else 0.0))
+    seconds = taken * (1 + (plan.share if held_out else 0.0))
+    budget = 60 * (run.training.max_minutes or 0.0)
+    if not budget or (budget >= seconds and is_bounded):
+        return plan.steps, seconds
+    return max(1, int(plan.steps * budget / seconds)), budget

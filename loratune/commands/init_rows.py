@@ -151,16 +151,18 @@ def propose_columns(fields: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
         fields: The row.
         chat: Whether questions and answers may become conversations; else they are joined as they stand.
     """
-    names = {name.lower(): name for name in reversed([*fields])}
+
+    def named(known: Sequence[str]) -> list[str]:
+        return [name for word in known for name in fields if name.lower() == word]
 
     def texts(known: Sequence[str]) -> list[str]:
-        return [names[word] for word in known if word in names and isinstance(fields[names[word]], str)]
+        return [name for name in named(known) if isinstance(fields[name], str)]
 
     questions, contexts, answers = texts(_QUESTIONS), texts(_CONTEXTS), texts(_ANSWERS)
     if not questions:
         questions, contexts = contexts, []
     columns: dict[str, str] = {}
-    chats = [names[word] for word in _CHATS if word in names]
+    chats = named(_CHATS)
     if len(chats) == 1 and isinstance(turns := fields[chats[0]], list) and turns and isinstance(turns[0], dict):
         columns = {"messages" if "role" in turns[0] else "conversations": chats[0]}
     elif len(questions) == len(answers) == 1 and chat and len(contexts) <= 1:

@@ -4,6 +4,7 @@ with, and where the adapter goes.
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +20,42 @@ _SPLITS = {
 }  # fmt: skip
 """What files and directories of a split are called → the key that takes them."""
 
+_SHOWN = 5
+"""Names of files in a message."""
 
-def first_values(rows: str, model: str) -> dict[str, Any]:
+
+def first_values(rows: str, model: str, log: Callable[[str], None]) -> dict[str, Any]:
     """The values that a config begins with.
 
     Args:
         rows: The path of the rows, or a hub id.
         model: The directory of the model, or a hub id.
+        log: Takes a line on files of the directory that are left out.
     """
-    splits = {key: paths if paths[1:] else paths[0] for key, paths in _find_splits(rows).items()}
+    found, others = _find_splits(rows)
+    if others:
+        names = ", ".join(others[:_SHOWN]) + (f", and {len(others) - _SHOWN:,} more" if others[_SHOWN:] else "")
+        log(f"rows: left out, as the other files are named after splits: {names}")
+    splits = {key: paths if paths[1:] else paths[0] for key, paths in found.items()}
     return {"model": {"name_or_path": model}, "data": splits, "output_dir": _free_directory(rows)}
 
 
-def _find_splits(path: str) -> dict[str, list[str]]:
-    """Key of the data section → paths, where a directory has entries that are named after splits.
+def _find_splits(path: str) -> tuple[dict[str, list[str]], list[str]]:
+    """Key of the data section → paths, where a directory has entries that are named after splits; and its other files.
 
     Anything else, also a directory with no entry for training, is all of it to train on.
     """
     directory = Path(path).expanduser()
     found: dict[str, list[str]] = {}
+    others: list[str] = []
     if directory.is_dir() and os.access(directory, os.R_OK):
         for entry in sorted(directory.iterdir()):
             key = _split_key(entry.name.partition(".")[0])
             if key is not None and (entry.is_dir() or data_ending(entry)):
                 found.setdefault(key, []).append(os.path.join(path, entry.name))
-    return found if "train" in found else {"train": [path]}
+            elif data_ending(entry) and not entry.is_dir():
+                others.append(os.path.join(path, entry.name))
+    return (found, others) if "train" in found else ({"train": [path]}, [])
 
 
 def _split_key(name: str) -> str | None:

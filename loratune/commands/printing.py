@@ -188,13 +188,16 @@ def print_started(started: "Started", output: str, program: str, *, to_stderr: b
     median, high = (int(value) for value in np.quantile(rows.lengths, (0.5, 0.95), method="inverted_cdf"))
     context = f", {started.context:,} positions" if started.context else ""
     free = f"{fit.free / (1 << 30):.1f} GiB free"
-    duration = f"{format_duration(max(1, float(f'{started.seconds:.2g}')))} for {started.steps:,} steps"
+    duration = f"about {format_duration(max(1, float(f'{started.seconds:.2g}')))} for {started.steps:,} steps"
+    duration += ", or half or twice that; measured as busy as the machine is now"
+    if run.training.max_minutes is not None:
+        duration = f"at most {run.training.max_minutes:g} min, for about {started.steps:,} steps, or half or twice that"
     lines = [
         ("rows", f"{len(rows.train):,}, {' and '.join(rows.train.formats)}{answers}"),
         ("lengths", f"{median:,} tokens in the median, {high:,} at 95 %, {rows.lengths.max():,} at most{sampled}"),
         ("model", f"{started.count.total - started.count.trainable:,} parameters{context}"),
         ("machine", f"{started.machine}, {free}"),
-        ("time", f"about {duration}, or half or twice that; measured as busy as the machine is now"),
+        ("time", duration),
         ("memory", _memory(fit.estimate)),
         ("adapter", format_size(started.count.adapter_bytes)),
     ]

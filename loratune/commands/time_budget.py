@@ -287,4 +287,4 @@ def _lines(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, a
     elif passes < 1:
         yield f"{KEY}: too short for one pass over the rows: {about}{int(100 * passes)} % of them are trained on"
     else:
-        yield f"{KEY}: {about}{passes:.2f} passes over the rows"
+        yield f"{KEY}: {about}{passes:,.2f} passes over the rows"

@@ -16,6 +16,7 @@ _NUMBER_AS_TEXT = {
 }
 """Numbers of our reader, and of YAML 1.2, that YAML 1.1 takes for text: `1e-4`, and `1.5e3`, whose exponent has no sign
 (https://yaml.org/type/float.html)."""
+_NOT_NEGATIVE_AS_TEXT = {**_NUMBER_AS_TEXT, "pattern": str(_NUMBER_AS_TEXT["pattern"]).replace("[-+]?", r"\+?", 1)}
 
 
 def json_schema() -> dict[str, Any]:
@@ -53,5 +54,6 @@ def _as_read(schema: Any) -> Any:
         return {"anyOf": [_TEXT, values]}
     if values.get("type") == "number":
         outside = {name: values.pop(name) for name in ("description", "default") if name in values}
-        return outside | {"anyOf": [values, _NUMBER_AS_TEXT]}
+        least = max(values.get("minimum", -1), values.get("exclusiveMinimum", -1))
+        return outside | {"anyOf": [values, _NUMBER_AS_TEXT if least < 0 else _NOT_NEGATIVE_AS_TEXT]}
     return values

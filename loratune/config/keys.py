@@ -243,7 +243,7 @@ def nearest_name(word: str, choices: list[str], cutoff: float = 0.5) -> str:
 
 def suggestion(path: KeyPath) -> str:
     """What to write for an unknown key: a sibling that looks alike, another tool's name, or a key elsewhere."""
-    name, keys = str(path[-1]), list(known_keys())
+    name, keys = str(path[-1]).lower(), list(known_keys())
     section = tuple(part for part in path[:-1] if isinstance(part, str))  # without the numbers of a list's entries
     siblings = [str(key[-1]) for key in keys if key[:-1] == section]
     own_name = OTHER_NAMES.get(name, name)

@@ -76,15 +76,36 @@ def damaged_weights(section: ModelSection) -> Iterator[Problem]:
                 yield Problem(Code.MODEL_WEIGHTS_DAMAGED, what, str(path), fix="download it again")
 
 
+def check_present(section: ModelSection) -> None:
+    """Look at a model directory's files of weights without loading them.
+
+    Raises:
+        ModelError: There is none, or one is damaged.
+    """
+    directory = Path(local_or_hub(section.name_or_path))
+    if section.gguf_file is not None or not directory.is_dir():
+        return
+    if not any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        what, fix = "the directory has no weights, neither *.safetensors nor *.bin", "get the whole model"
+        raise ModelError(Problem(Code.MODEL_WEIGHTS_MISSING, what, section.name_or_path, fix=fix))
+    try:
+        problems = list(damaged_weights(section))
+    except OSError as error:
+        raise unreadable(Code.MODEL_UNREADABLE, section, error) from None
+    if problems:
+        raise ModelError(problems)
+
+
 # --- config.json
 
 _MOST = {
     re.compile(r"(num|n)(_\w+)?_(layers?|blocks)|(en|de)coder_layers"): 4096,
     re.compile(r"(num|n)(_\w+)?_experts"): 65_536,
     re.compile(r"num_labels"): 1_000_000,
+    re.compile(r"hidden_size|intermediate_size|n_embd|d_model"): 10_000_000,
 }
 """Key → its largest plausible value. The largest models have some hundred layers, and some hundred experts in each;
-transformers creates an object for each of them, and a name for each label."""
+transformers creates an object for each of them, and a name for each label; an adapter has numbers for each width."""
 
 
 def check_sizes(values: Any, where: str) -> None:

@@ -257,7 +257,7 @@ def context_length(config: Any) -> int | None:
     """How many tokens the model was built for, if its configuration says so."""
     values = config.get_text_config().to_dict()
     length = values.get("max_position_embeddings") or values.get("n_positions")
-    return int(length) if length else None
+    return int(length) if length and length > 1 else None  # -1 and the like say that there is no limit
 
 
 def _read_config(section: ModelSection, source: ModelSource) -> Any:

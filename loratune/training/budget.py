@@ -20,6 +20,9 @@ WARM_UP = 2
 """Batches that are computed before any is timed: the first ones also allocate, compile and fill caches."""
 _LEAST_TIMED, _MOST_SECONDS, _SHARE = 6, 20.0, 0.03
 """Batches are timed until there are so many of them and until timing has taken this part of the budget, or so long."""
+_MOST_EPOCHS, _MOST_STEPS = 100, 2**31 - 1
+"""The steps of so many epochs are predicted one by one, and further epochs are taken to repeat them; and the most steps
+that a run can have."""
 FEWEST = 3
 """A budget without room for so many steps is refused, unless the epochs that are asked for have fewer."""
 
@@ -174,18 +177,21 @@ def step_budget(
         most: Steps at most; None for any number.
     """
     least = FEWEST if most is None else min(FEWEST, most)
+    bound = _MOST_STEPS if most is None else min(most, _MOST_STEPS)
     parts: list[NDArray[np.float64]] = []
     known, total = 0, 0.0
-    while known < least or (total <= left and (most is None or known <= most)):
+    while known < least or (total <= left and known <= bound and len(parts) < _MOST_EPOCHS):
         parts.append(next(steps))
         known, total = known + len(parts[-1]), total + float(parts[-1].sum())
-    ends = np.cumsum(np.concatenate(parts))
+    ends = np.cumsum(np.concatenate(([0.0], *parts)))
+
+    def taken(number: int) -> float:
+        rounds, rest = divmod(number, known)
+        return rounds * float(ends[-1]) + float(ends[rest])
 
     def until(number: int) -> float:
-        return float(ends[number - 1]) + beside(number) if number else 0.0
+        return taken(number) + beside(number) if number else 0.0
 
-    bound = known if most is None else min(known, most)
     found = bisect_right(range(1, bound + 1), left, key=until)
-    taken = float(ends[found - 1]) if found else 0.0
     limited = most is not None and found == most
-    return StepBudget(found, taken, beside(found) if found else 0.0, until(least), limited)
+    return StepBudget(found, taken(found), beside(found) if found else 0.0, until(least), limited)

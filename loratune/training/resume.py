@@ -207,6 +207,7 @@ def _fault(run: Any) -> str:
         isinstance(run["fingerprints"].get("validation"), str | None),
         isinstance(run.get("conditions", {}), dict),
         isinstance(run.get(MAX_MINUTES), int | float | None),
+        run.get(MAX_MINUTES) is None or 0 < training["max_steps"] < 1 << 31,
         len(changes) == 4 * len(run["changes"]) and isinstance(run["changes"], list),
         type(rate) in (int, float) and 0 < rate < math.inf,
     )

@@ -121,9 +121,15 @@ def describe(value: Any) -> str:
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
+_SHOWN_NAMES, _SHOWN_LETTERS = 20, 60
+
+
 def quote(names: Iterable[str]) -> str:
-    """Names of fields for a message, in alphabetical order."""
-    return ", ".join(f"`{name}`" for name in sorted(names)) or "(none)"
+    """Names of fields for a message, in alphabetical order; of many the first, of long ones the beginning."""
+    listed = sorted(names)
+    cut = [name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}…" for name in listed[:_SHOWN_NAMES]]
+    more = f", and {len(listed) - _SHOWN_NAMES:,} more" if len(listed) > _SHOWN_NAMES else ""
+    return (", ".join(f"`{name}`" for name in cut) or "(none)") + more
 
 
 Message: TypeAlias = dict[str, Any]
