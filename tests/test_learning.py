@@ -21,7 +21,7 @@ def test_a_run_leaves_nothing_to_defaults(tmp_path: Path) -> None:
     one = next(experiments.EXPERIMENTS["best"]())
     config = learn.config_of(one, paths, tmp_path, tmp_path / "out")
     assert config["data"] == {"train": str(paths["train"]), "validation": str(paths["validation"])}
-    assert config["training"]["learning_rate"] == 1.6e-3
+    assert config["training"]["learning_rate"] == 2.6e-3
     assert config["training"].keys() >= {"num_train_epochs", "warmup_steps", "lr_scheduler_type"}
 
 

@@ -219,12 +219,15 @@ def lengths(results: Sequence[Result]) -> str:
     """Loss by task, rows, rate and epochs, and where validation rows chose the step of the longest run."""
     plain = matching(results, RATE, "training.num_train_epochs")
     chosen = [one for one in runs(results) if one["settings"].get("training.keep") == "best"]
-    columns = sorted({one["settings"]["training.num_train_epochs"] for one in plain})
+    columns = sorted({1.0, *(one["settings"]["training.num_train_epochs"] for one in plain)})
     cells: dict[tuple[str, int, float], dict[Any, Result]] = defaultdict(dict)
     for one in plain:
         cells[_run_of(one)][one["settings"]["training.num_train_epochs"]] = one
     for one in chosen:
         cells[_run_of(one)]["best"] = one
+    for one in matching(results, RATE):  # of one epoch
+        if _run_of(one) in cells and (one["model"], one["seed"]) == ("135M", 1):
+            cells[_run_of(one)].setdefault(1.0, one)
     lines = []
     for (task, rows, rate), found in sorted(cells.items()):
         last = max((key for key in found if key != "best"), default=None)
