@@ -33,6 +33,13 @@ def until(seen: Callable[[], Any], child: Child, pause: float = 0.002) -> None:
         time.sleep(pause)
 
 
+def handles(child: Child, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal, as every command has from its start on."""
+    status = Path(f"/proc/{child.pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 def checkpoints(partial: Path) -> list[Path]:
     """The newest first."""
     found = (partial / "checkpoints").glob("checkpoint-*")

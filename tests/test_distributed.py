@@ -19,7 +19,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT, config_in, is_problem, tiny_llama, write_rows
 from fork_server import Child, ForkServer
-from running import WEIGHTS, MakeConfig, checkpoints, curve, until
+from running import WEIGHTS, MakeConfig, checkpoints, curve, handles, until
 from safetensors.torch import load_file
 
 from loratune.codes import Code
@@ -277,6 +277,7 @@ def test_one_that_never_comes(processes: ForkServer, run_config: MakeConfig, tmp
     """It is killed while the other one still reads."""
     config = run_config(**RUNNING)
     children = processes.launch(2, "train", config)
+    until(lambda: handles(children[0], signal.SIGTERM), children[0])
     children[1].send(signal.SIGKILL)
     children[0].send(signal.SIGTERM)
     assert ended(children)[0] in (10, 143)
