@@ -416,6 +416,7 @@ def test_a_database_keeps_the_study(forked: Cli, config: MakeConfig, tmp_path: P
     check_refused(ran, 10, (Code.SWEEP_STORAGE, "sqlite:////no/such/directory/study.db", ""))
 
 
+@pytest.mark.slow
 def test_machines_share_a_database_and_keep_their_adapters(
     processes: ForkServer, tmp_path: Path, tiny_dir: Path
 ) -> None:
@@ -438,6 +439,7 @@ def test_machines_share_a_database_and_keep_their_adapters(
     )
 
 
+@pytest.mark.slow
 def test_a_journal_that_was_cut_off_is_read(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     file = config()
     assert forked("sweep", file, *RATES).code == 0
@@ -463,6 +465,7 @@ def test_successive_halving_stops_the_worse_ones(forked: Cli, config: MakeConfig
     assert results(tmp_path).trials[0].settings["training.learning_rate"] == "1e-2"
 
 
+@pytest.mark.slow
 def test_keys_of_rows_are_tokenized_again_and_compared_on_the_same_rows(
     forked: Cli, config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -477,6 +480,7 @@ def test_keys_of_rows_are_tokenized_again_and_compared_on_the_same_rows(
     assert (tmp_path / "other" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_initializations_that_change_the_base_are_followed_by_the_same_base(
     forked: Cli, config: MakeConfig, tmp_path: Path
 ) -> None:
