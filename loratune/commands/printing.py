@@ -21,6 +21,7 @@ from loratune.console import (
 )
 from loratune.evaluation import wording
 from loratune.lora.module_names import pattern, ranges
+from loratune.training.auto import rows_of_step
 
 if TYPE_CHECKING:
     from loratune.commands.export_request import Exported
@@ -73,7 +74,7 @@ def _log_notes(plan: "Plan") -> None:
     """Log what is allowed but may not be intended."""
     training, rows = plan.config.training, plan.datasets.train.rows
     batch_size, accumulation = plan.batches.train.size, training.gradient_accumulation_steps
-    batch = plan.processes * training.per_device_train_batch_size * accumulation
+    batch = rows_of_step(training, plan.processes)
     if plan.processes > 1:
         items = "packs of rows" if plan.config.data.packing == "full" and plan.batches.train.flat else "rows"
         log(f"{plan.processes} processes: {plan.processes} x {batch_size} x {accumulation} {items} a step")
