@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,19 +179,29 @@ def losses(
     Returns:
         (numbers,), in nats, summed over the supervised tokens of each row.
     """
-    size = max(1, min(completion.BATCH, _BATCH_TOKENS // int(dataset.rows.lengths.max())))
     model.activate()
     model.model.eval()
-    found = []
-    for start in range(0, len(numbers), size):
-        batch_numbers = numbers[start : start + size]
-        batch = pad([dataset.rows[number] for number in batch_numbers], load.pad_id(model.tokenizer))
+    found = np.empty(len(numbers))
+    for places in _by_length(dataset.rows.lengths[list(numbers)]):
+        batch = pad([dataset.rows[numbers[place]] for place in places], load.pad_id(model.tokenizer))
         labels = batch.pop("labels").to(model.model.device)
         inputs = {name: tensor.to(model.model.device) for name, tensor in batch.items()}
         logits = model.model(**inputs, use_cache=False).logits
-        found.append(row_losses(logits, labels).numpy())
-        advance(len(batch_numbers))
-    return np.concatenate(found)
+        found[places] = row_losses(logits, labels).numpy()
+        advance(len(places))
+    return found
+
+
+def _by_length(lengths: NDArray[np.integer[Any]]) -> Iterator[list[int]]:
+    """Batches of rows of similar length, so that little is padded. Yields the places of the rows."""
+    batch: list[int] = []
+    for place in np.argsort(lengths, kind="stable").tolist():
+        if batch and (len(batch) == completion.BATCH or (len(batch) + 1) * int(lengths[place]) > _BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 def _context(model: LoadedAdapter) -> int | None:
