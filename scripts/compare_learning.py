@@ -11,13 +11,13 @@ first trains a few, which are not counted, and is then given as many as fit; its
 its recipe would end before that by itself, `--variants own` trains that as well.
 
 All learn from the same rows, tokenised once by loratune: only completions and answers are supervised, but for those
-that learn the whole conversation by default (`Recipe.whole`); tokenising is no part of the others' time. The adapters
-are copied to directories with nothing but PEFT's two files, and all are scored in float32 by `learn.score` on 200
-held-out rows and on unrelated text. Each result is a line of `scripts/learning/peers.jsonl`; what stands there is not
-run again.
+that learn the whole conversation by default (`Recipe.whole`); tokenising is no part of the others' time. Once all are
+trained, with nothing beside them, their adapters are scored in float32 by `learn.score` on 200 held-out rows and on
+unrelated text. Each result is a line of `scripts/learning/peers.jsonl`; what stands there is not run again.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -63,6 +63,11 @@ class Race:
     seed: int
     limit: float
     results: Path
+
+    @property
+    def trained(self) -> Path:
+        """Where adapters lie that are not scored yet."""
+        return self.work / "trained"
 
 
 @dataclass(frozen=True)
@@ -186,16 +191,6 @@ def train_ours(race: Race, rows: Path) -> Finished:
     return Finished(place / "adapter", seconds, record["metrics"]["steps"])
 
 
-def neutral(race: Race, adapter: Path) -> Path:
-    """A copy with PEFT's two files and the base of this race, so that all adapters are opened and rendered alike."""
-    place = emptied(race.work / "race" / "scored")
-    shutil.copy(adapter / "adapter_model.safetensors", place)
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = str(learn.model_directory(race.model, race.work))
-    (place / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return place
-
-
 def identity(race: Race, task: str, rows: int, name: str, variant: str) -> dict[str, Any]:
     """What a result is known by."""
     return {
@@ -204,20 +199,37 @@ def identity(race: Race, task: str, rows: int, name: str, variant: str) -> dict[
     }  # fmt: skip
 
 
-def record(race: Race, known: Mapping[str, Any], run: Finished, paths: Mapping[str, Path]) -> None:
-    """Score a run, and write it down."""
-    scores = learn.score(neutral(race, run.adapter), paths["held_out"], learn.unrelated_text(race.work), base=False)
-    line = dict(known) | {"seconds": round(run.seconds, 1), "steps": run.steps} | scores
-    with race.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    said = f"{known['task']}, {known['contestant']}, {known['variant']}: {scores['rows_loss']:.4f}"
-    print(f"{said} after {run.steps} steps, {run.seconds:.0f} s", file=sys.stderr, flush=True)
+def keep(race: Race, known: Mapping[str, Any], run: Finished) -> None:
+    """Keep an adapter until it is scored: PEFT's two files and the base of this race, so that all adapters are opened
+    and rendered alike."""
+    place = emptied(race.trained / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12])
+    shutil.copy(run.adapter / "adapter_model.safetensors", place)
+    settings = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = str(learn.model_directory(race.model, race.work))
+    (place / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    line = dict(known) | {"seconds": round(run.seconds, 1), "steps": run.steps}
+    (place / "run.json").write_text(json.dumps(line), encoding="utf-8")
+    print(f"{known['task']}, {known['contestant']}, {known['variant']}: {run.steps} steps", file=sys.stderr, flush=True)
+
+
+def score(race: Race) -> None:
+    """Score the adapters that are kept, and write the results down."""
+    for run in sorted(race.trained.glob("*/run.json")):
+        line = json.loads(run.read_text(encoding="utf-8"))
+        held_out = tasks.write(line["task"], race.work, line["rows"])["held_out"]
+        scores = learn.score(run.parent, held_out, learn.unrelated_text(race.work), base=False)
+        with race.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line | scores) + "\n")
+        said = f"{line['task']}, {line['contestant']}, {line['variant']}: {scores['rows_loss']:.4f}"
+        print(f"{said} after {line['steps']} steps, {line['seconds']:.0f} s", file=sys.stderr, flush=True)
+        shutil.rmtree(run.parent)
 
 
 def compete(race: Race, task: str, rows: int, names: list[str], variants: list[str]) -> None:
-    """Train and score what is missing of a task."""
-    paths = tasks.write(task, race.work, rows)
-    done = tables.read(race.results)
+    """Train what is missing of a task."""
+    train_rows = tasks.write(task, race.work, rows)["train"]
+    kept = [json.loads(run.read_text(encoding="utf-8")) for run in race.trained.glob("*/run.json")]
+    done = [*tables.read(race.results), *kept]
 
     def missing(name: str, variant: str) -> dict[str, Any] | None:
         wanted = identity(race, task, rows, name, variant)
@@ -227,17 +239,17 @@ def compete(race: Race, task: str, rows: int, names: list[str], variants: list[s
         try:
             if name == OURS:
                 if known := missing(name, "scaled"):
-                    record(race, known, train_ours(race, paths["train"]), paths)
+                    keep(race, known, train_ours(race, train_rows))
                 continue
             wanted = {variant: known for variant in variants if (known := missing(name, variant))}
             if not wanted:
                 continue
-            fits, own = steps_in_time(race, name, paths["train"]), RECIPES[name].own_steps(rows)
+            fits, own = steps_in_time(race, name, train_rows), RECIPES[name].own_steps(rows)
             for variant, known in wanted.items():
                 if variant == "own" and own >= fits:
                     continue
                 steps = fits if variant == "scaled" else own
-                record(race, known, train_other(race, name, paths["train"], steps), paths)
+                keep(race, known, train_other(race, name, train_rows, steps))
         except bench.Failure as failure:
             print(f"{task}, {name}: {failure}", file=sys.stderr, flush=True)
 
@@ -265,6 +277,7 @@ def main() -> None:
         race = Race(work, given.loratune.absolute(), given.model, given.minutes, given.seed, limit, results)
         for task in given.tasks:
             compete(race, task, given.rows or ROWS[task], given.contestants, given.variants)
+        score(race)
     print(tables.peers(tables.read(results), learn.recorded()))
 
 

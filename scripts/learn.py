@@ -1,27 +1,27 @@
 """Which settings learn best: the experiments behind loratune's defaults, resumable, on two cores.
 
-    python scripts/learn.py run --work DIRECTORY [--only rate,targets] [--hours 3] [--share 1/2]
+    python scripts/learn.py run --work DIRECTORY [--only rate,targets] [--hours 3]
     python scripts/learn.py tables
 
 `run` trains what is not yet in `scripts/learning/results.jsonl`, a line for each run, in the order of
 `learning/experiments.py`,
 and scores each adapter in float32 on the same 200 held-out rows of its task and on unrelated text. DIRECTORY keeps the
-downloads, the rows (see `learning/tasks.py`) and the smaller model. `--share 1/2` takes every second run, so that two
-processes can work side by side. `tables` prints the tables of scripts/README.md from the file of results.
+downloads, the rows (see `learning/tasks.py`) and the smaller model. Several processes can work side by side: each takes
+the next run that none has. `tables` prints the tables of scripts/README.md from the file of results.
 """
 
 import argparse
 import base64
+import fcntl
 import hashlib
-import itertools
 import json
 import pydoc_data.topics
 import shutil
 import sys
 import time
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,33 +179,54 @@ def recorded() -> list[dict[str, Any]]:
     return tables.read(RESULTS)
 
 
-def run(work: Path, only: Sequence[str], hours: float, share: tuple[int, int]) -> None:
+def run(work: Path, only: Sequence[str], hours: float) -> None:
     """Train and score what is missing, until the hours are over."""
     end, done = time.monotonic() + hours * 3600, {result["name"] for result in recorded()}
-    wanted = list(itertools.chain.from_iterable(EXPERIMENTS[name]() for name in only))
-    missing = list({name_of(one): one for one in wanted if name_of(one) not in done}.values())[share[0] - 1 :: share[1]]
+    wanted = {name_of(one): one for name in only for one in EXPERIMENTS[name]()}
+    missing = {name: one for name, one in wanted.items() if name not in done}
     print(f"{len(missing)} runs are missing of {len(wanted)}", file=sys.stderr)
     text = unrelated_text(work)
-    for one in missing:
+    for name, one in missing.items():
         if time.monotonic() > end:
             break
-        paths, start = tasks.write(one["task"], work, one["rows"]), time.monotonic()
-        adapter, result, averaged = train(one, paths, work)
-        middle = time.monotonic()
-        base_name = f"base {one['model']} {one['task']}"
-        if base_name not in done and base_name not in {entry["name"] for entry in recorded()}:
-            _append({"name": base_name} | score(adapter, paths["held_out"], text, base=True))
-        scores = score(adapter, paths["held_out"], text, base=False)
-        figures = {"steps": result.outcome.steps, "tokens": result.outcome.tokens, "seconds": round(middle - start, 1)}
-        for part, place in averaged.items():
-            known = {"name": f"{name_of(one)} {part:g}", "average_of": name_of(one), "part": part, "task": one["task"]}
-            _append(known | score(place, paths["held_out"], text, base=False))
-            shutil.rmtree(place)
-        _append({"name": name_of(one)} | one | figures | scores)
-        shutil.rmtree(adapter)
-        adapter.with_suffix(".json").unlink()
-        used = f"{middle - start:.0f} s + {time.monotonic() - middle:.0f} s"
-        print(f"{one['task']} {one['rows']} {one['settings']}: {scores['rows_loss']:.4f} ({used})", file=sys.stderr)
+        with _taken(work / "taken" / name) as free:
+            if free and name not in {result["name"] for result in recorded()}:
+                _measure(one, work, text)
+
+
+@contextmanager
+def _taken(path: Path) -> Iterator[bool]:
+    """Inside, no other process has this run. Yields whether it was free."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _measure(one: Spec, work: Path, text: Path) -> None:
+    """Train a run, score it, and write the result down."""
+    paths, start = tasks.write(one["task"], work, one["rows"]), time.monotonic()
+    adapter, result, averaged = train(one, paths, work)
+    middle = time.monotonic()
+    base_name = f"base {one['model']} {one['task']}"
+    if base_name not in {entry["name"] for entry in recorded()}:
+        _append({"name": base_name} | score(adapter, paths["held_out"], text, base=True))
+    scores = score(adapter, paths["held_out"], text, base=False)
+    figures = {"steps": result.outcome.steps, "tokens": result.outcome.tokens, "seconds": round(middle - start, 1)}
+    for part, place in averaged.items():
+        known = {"name": f"{name_of(one)} {part:g}", "average_of": name_of(one), "part": part, "task": one["task"]}
+        _append(known | score(place, paths["held_out"], text, base=False))
+        shutil.rmtree(place)
+    _append({"name": name_of(one)} | one | figures | scores)
+    shutil.rmtree(adapter)
+    adapter.with_suffix(".json").unlink()
+    used = f"{middle - start:.0f} s + {time.monotonic() - middle:.0f} s"
+    said = f"{one['model']}, {one['task']} {one['rows']}, seed {one['seed']}, {one['settings']}"
+    print(f"{said}: {scores['rows_loss']:.4f} ({used})", file=sys.stderr)
 
 
 def _append(result: Mapping[str, Any]) -> None:
@@ -221,7 +242,6 @@ def main() -> None:
     runner.add_argument("--work", type=Path, required=True)
     runner.add_argument("--only", type=lambda text: text.split(","), default=list(EXPERIMENTS))
     runner.add_argument("--hours", type=float, default=12.0)
-    runner.add_argument("--share", type=lambda text: tuple(map(int, text.split("/"))), default=(1, 1))
     commands.add_parser("tables")
     arguments = parser.parse_args()
     if arguments.command == "tables":
@@ -229,7 +249,7 @@ def main() -> None:
         kept = [one for one in recorded() if one["name"] in wanted or "settings" not in one]
         print(tables.document(kept))
     else:
-        run(arguments.work, arguments.only, arguments.hours, arguments.share)
+        run(arguments.work, arguments.only, arguments.hours)
 
 
 if __name__ == "__main__":
