@@ -22,6 +22,7 @@ from loratune.cli import app
 from loratune.codes import Code
 from loratune.config import Source
 from loratune.data.packing import BatchLayout
+from loratune.evaluation import scoring
 from loratune.inference import loading
 from loratune.training import gain, preflight
 
@@ -147,6 +148,18 @@ def test_the_scores_say_something(scores: dict[str, Any]) -> None:
 def test_held_out_loss_of_training_is_the_adapters(scores: dict[str, Any], place: Path) -> None:
     metrics = json.loads((place / "adapter" / "loratune.json").read_text())["metrics"]
     assert metrics["held_out_loss"] == pytest.approx(scores["adapter"]["loss"], abs=1e-6)
+
+
+def test_each_row_has_its_own_loss(place: Path) -> None:
+    """Rows of similar length are scored together; the losses stand in the order that was asked for."""
+    loaded = loading.load(preflight.open_adapter(place / "adapter"))
+    split = data.read_source(Source(path=str(place / "held-out.jsonl")), loaded.data)
+    dataset = data.prepare(split, loaded.renderer, loaded.data, 264)
+    numbers = [*reversed(range(len(dataset.rows)))]
+    assert len(set(dataset.rows.lengths.tolist())) > 2
+    together = scoring.losses(loaded, dataset, numbers)
+    alone = [float(scoring.losses(loaded, dataset, [number])[0]) for number in numbers]
+    assert together.tolist() == pytest.approx(alone, rel=1e-5)
 
 
 def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None:
