@@ -387,6 +387,7 @@ class Code(StrEnum):
     RESUME_NEWER_RECORD = "resume.newer_record", "A record of the run was written by a newer release."
     RESUME_NOT_CHANGEABLE = "resume.not_changeable", "--allow-change names a key that a resumed run cannot change."
     RESUME_CONFIG_CHANGED = "resume.config_changed", "A key has another value than before the interruption."
+    RESUME_OTHER_TENSORS = "resume.other_tensors", "A checkpoint holds other tensors than the run trains."
     RESUME_UNKNOWN_KEY = "resume.unknown_key", "The run was started with a key that this release does not have."
     RESUME_ROWS_PER_STEP = "resume.rows_per_step", "An optimizer step would take another number of rows."
     RESUME_PACKS = "resume.packs", "Rows would be packed in another way."

@@ -1,22 +1,33 @@
 """What `auto` comes to: properties of the choices, and whole runs that record, repeat and resume them."""
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
-from conftest import Ran
+from conftest import Ran, check_refused, config_in, meanings
 from fork_server import ForkServer
-from running import WEIGHTS, Cli, MakeConfig, interrupt, straight
+from running import WEIGHTS, Cli, MakeConfig, checkpoints, copy_of, interrupt, straight
+from transformers import BltConfig, Gemma3nConfig, GPT2Config, OPTConfig, PretrainedConfig
 
 from loratune.codes import Code
-from loratune.config import AUTO, LoraSection, RunConfig
+from loratune.commands.plan import unit_parameters
+from loratune.config import AUTO, LoraSection, ModelSection, RunConfig
+from loratune.errors import ConfigError
+from loratune.lora import start
+from loratune.lora.adapter_files import AdapterFiles
+from loratune.model import load
 from loratune.training import auto
 from loratune.training.auto import Facts
+from loratune.training.checkpoints import MANIFEST, RUN, seal
 
 FACTS = Facts(2048, 1_600, 10_000, 1, lambda _: 1_000, {})
 UNDECIDED = {"learning_rate": AUTO, "num_train_epochs": AUTO}
+SHAPE = {"r": AUTO, "lora_alpha": AUTO, "target_modules": AUTO}
 SAVED: dict[str, Any] = {
     "learning_rate": AUTO, "num_train_epochs": AUTO, "per_device_train_batch_size": 3, "save_steps": 2,
 }  # fmt: skip
@@ -58,12 +69,11 @@ def test_few_rows_are_repeated() -> None:
 
 
 def test_the_rank_grows_with_the_tokens() -> None:
-    shape = {"r": AUTO, "lora_alpha": AUTO, "target_modules": AUTO}
-    ranks = [decided(replace(FACTS, supervised=tokens), lora=shape).lora.r for tokens in (1, 20_000, 10**9)]
+    ranks = [decided(replace(FACTS, supervised=tokens), lora=SHAPE).lora.r for tokens in (1, 20_000, 10**9)]
     assert ranks == sorted(set(ranks))
-    assert decided(lora=shape).lora.target_modules == "all-linear"
+    assert decided(lora=SHAPE).lora.target_modules == "all-linear"
     earlier = replace(FACTS, start={"r": 5, "lora_alpha": 7})
-    assert (lambda lora: (lora.r, lora.lora_alpha))(decided(earlier, lora=shape).lora) == (5, 7)
+    assert (lambda lora: (lora.r, lora.lora_alpha))(decided(earlier, lora=SHAPE).lora) == (5, 7)
 
 
 def test_explicit_values_win() -> None:
@@ -82,8 +92,7 @@ def test_refused(cli: Cli, run_config: MakeConfig) -> None:
 
 
 def test_run_yaml_has_numbers_and_repeats_the_run(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    shape = {"r": AUTO, "lora_alpha": AUTO, "target_modules": AUTO}
-    ran = cli("train", run_config(lora=shape, training=UNDECIDED), "--allow-worse")
+    ran = cli("train", run_config(lora=SHAPE, training=UNDECIDED), "--allow-worse")
     assert ran.code == 0, ran.err
     for key in ("lora.r", "lora.lora_alpha", "training.learning_rate", "training.num_train_epochs"):
         assert f"auto: {key} is " in ran.err
@@ -95,8 +104,9 @@ def test_run_yaml_has_numbers_and_repeats_the_run(cli: Cli, run_config: MakeConf
 
 
 def test_full_packs_are_counted(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Fewer packs than rows make fewer steps a pass, so that there are at least as many passes."""
-    epochs = []
+    """Fewer packs than rows make fewer steps a pass, so that there are at least as many passes; the rows of a step are
+    those of its pack."""
+    epochs, rows = [], []
     for name, packing in (("rows", "none"), ("packs", "full")):
         data, out = {"packing": packing, "max_length": 128}, tmp_path / name
         training = UNDECIDED | {"per_device_train_batch_size": 1}
@@ -104,7 +114,10 @@ def test_full_packs_are_counted(cli: Cli, run_config: MakeConfig, tmp_path: Path
         line = next((line for line in ran.err.splitlines() + ran.out.splitlines() if "num_train_epochs is" in line), "")
         assert line, ran.err
         epochs.append(int(line.split(" (")[1].split()[0].replace(",", "")))
-    assert epochs[0] == 40 and 1 <= epochs[1] < 40
+        line = next(line for line in ran.err.splitlines() if "learning_rate is" in line)
+        rows.append(int(line.partition(" and ")[2].split()[0]))
+    assert epochs[0] == 40 and epochs[1] == 6, "best fit puts 7 rows of 17 or 18 tokens into 128"
+    assert rows == [1, 7]
 
 
 def test_a_resumed_run_keeps_what_was_decided(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -125,3 +138,153 @@ def test_a_rate_may_be_changed_on_resuming(processes: ForkServer, run_config: Ma
     child = processes.start("train", config, "--resume", "--set", f"{key}=1e-3", "--allow-change", key)
     assert child.wait() == 0, child.said()
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["training"]["learning_rate"] == 1e-3
+
+
+def test_what_was_decided_is_said_on_resuming(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+    """A number that has become `auto` stays the number; what does not go with the rest is refused."""
+    config = run_config(training=SAVED | {"learning_rate": 0.002, "warmup_steps": 3})
+    interrupt(processes, config, tmp_path / "out.partial")
+    now_auto = ("--set", "training.learning_rate=auto", "--set", "training.warmup_steps=auto")
+    child = processes.start("train", config, "--resume", *now_auto, "--set", "training.lr_scheduler_type=constant")
+    assert child.wait() == 2 and Code.CONFIG_CONSTANT_WARMUP in child.said(), child.said()
+    child = processes.start("train", config, "--resume", *now_auto)
+    assert child.wait() == 0, child.said()
+    line = next(line for line in child.said().splitlines() if line.startswith("auto: "))
+    assert "training.learning_rate 0.002" in line and "training.warmup_steps 3" in line and "lora.r" not in line
+    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["training"]["learning_rate"] == 0.002
+
+
+@pytest.fixture(scope="module")
+def interrupted(
+    processes: ForkServer, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path, Callable[[dict[str, Any]], object]], Path]:
+    """Copies an interrupted run to a folder, with what a function makes of its recorded config. Returns its config."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    interrupt(processes, config_in(folder, tiny_dir)(lora=SHAPE, training=SAVED), folder / "out.partial")
+
+    def copied(to: Path, forge: Callable[[dict[str, Any]], object]) -> Path:
+        config = copy_of(folder, to)
+        for checkpoint in checkpoints(to / "out.partial"):
+            record = json.loads((checkpoint / RUN).read_text())
+            forge(record["config"])
+            (checkpoint / RUN).write_text(json.dumps(record))
+            (checkpoint / MANIFEST).unlink()
+            seal(checkpoint)
+        return config
+
+    return copied
+
+
+FORGED = [
+    ("lora", "r", math.nan), ("lora", "r", -4), ("lora", "r", AUTO), ("lora", "r", "8"), ("lora", "r", [8]),
+    ("lora", "lora_alpha", 1e9), ("lora", "target_modules", AUTO), ("lora", "target_modules", []),
+    ("training", "learning_rate", AUTO), ("training", "learning_rate", math.inf), ("training", "warmup_steps", -1.0),
+    ("training", "warmup_steps", 2.5), ("training", "num_train_epochs", "5"), ("training", "lr_scheduler_type", "wsd"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "key", "value"), FORGED)
+def test_forged_values_are_no_record(section: str, key: str, value: Any) -> None:
+    recorded = decided(lora=SHAPE).resolved()
+    assert auto.are_recorded(recorded)
+    recorded[section][key] = value
+    assert not auto.are_recorded(recorded)
+
+
+@pytest.mark.parametrize("lora", [None, [8], "r"])
+def test_a_forged_section_is_no_record(cli: Cli, interrupted: Any, tmp_path: Path, lora: Any) -> None:
+    ran = cli("train", interrupted(tmp_path, lambda config: config.update(lora=lora)), "--resume")
+    assert ran.code == 7 and ran.err.count("it is not the record of a run") == 2, ran.err
+
+
+@pytest.mark.parametrize("forged", [{"r": 4}, {"r": 16}, {"target_modules": ["q", "v"]}])
+def test_a_record_of_another_shape_does_not_fit(
+    cli: Cli, interrupted: Any, tmp_path: Path, forged: dict[str, Any]
+) -> None:
+    """PEFT would load the tensors that fit, and train the others from their start."""
+    config = interrupted(tmp_path, lambda recorded: recorded["lora"].update(forged))
+    place = tmp_path / "out.partial" / "checkpoints" / checkpoints(tmp_path / "out.partial")[0].name
+    check_refused(cli("train", config, "--resume"), 7, (Code.RESUME_OTHER_TENSORS, str(place), ""))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]},
+        {"init_lora_weights": "orthogonal"},
+    ],
+)  # fmt: skip
+def test_only_what_grows_with_the_rank_is_counted(tiny_dir: Path, variant: dict[str, Any]) -> None:
+    model = ModelSection(name_or_path=str(tiny_dir))
+    count = lambda **lora: unit_parameters(model, load.load_config(model), LoraSection(r=10, **lora))  # noqa: E731
+    assert count(**variant) == count() == 2 * 2 * (32 + 32 + 32 + 16)  # q and o, k and v, of two layers
+    assert count(rank_pattern={"q": 4}) == count() - 2 * (32 + 32)
+    chosen = decided(replace(FACTS, unit_parameters=lambda _: 0), lora=SHAPE | {"rank_pattern": {"q": 4}})
+    assert chosen.lora.r == 8, "where r counts for no module"
+
+
+@pytest.mark.parametrize(("epochs", "accepted"), [(AUTO, 25), (2, 10)])
+def test_a_warmup_longer_than_the_run(cli: Cli, run_config: MakeConfig, epochs: Any, accepted: int) -> None:
+    training = UNDECIDED | {"num_train_epochs": epochs}
+    config = run_config(training=training | {"warmup_steps": accepted})
+    assert cli("train", config, "--dry-run").code == 0
+    config = run_config(training=training | {"warmup_steps": 1_000})
+    check_refused(cli("train", config, "--dry-run"), 2, (Code.CONFIG_WARMUP_TOO_LONG, "", "training.warmup_steps"))
+
+
+def test_the_shape_of_the_adapter_to_start_from(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    first = {"r": 4, "lora_alpha": 7, "target_modules": ["q", "v"], "rank_pattern": {"q": 6}}
+    assert cli("train", run_config(lora=first, training={"max_steps": 1}), "--allow-worse").code == 0
+    config = run_config(lora=SHAPE | {"start_from": str(tmp_path / "out")}, output_dir=str(tmp_path / "second"))
+    counted = json.loads(cli("params", config, "--json").out)
+    assert counted["targets"] == {name: [f"model.layers.*.self_attn.{name}"] for name in ("q_proj", "v_proj")}
+    ran = cli("train", config, "--allow-worse")
+    assert ran.code == 0, ran.err
+    lora = yaml.safe_load((tmp_path / "second" / "run.yaml").read_text())["lora"]
+    assert (lora["r"], lora["lora_alpha"], lora["target_modules"]) == (6, 7, ["q_proj", "v_proj"])
+    assert f"trainable params: {counted['trainable']:,}" in ran.err
+
+
+def test_settings_of_a_stranger() -> None:
+    """What is no value of a key is left out, and a rank is that of the tensors."""
+    tensors = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (6, 32)}
+    config = {"r": 10**9, "lora_alpha": 22.6, "target_modules": "(unclosed"}
+    assert start.settings(AdapterFiles(Path(), config, tensors, {})) == {"r": 6}
+    config = {"r": 4, "lora_alpha": 16.0, "target_modules": AUTO}
+    assert start.settings(AdapterFiles(Path(), config, tensors, {})) == {"r": 6, "lora_alpha": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        (GPT2Config(n_embd=48), 48),
+        (OPTConfig(hidden_size=1024, word_embed_proj_dim=512), 1024),
+        (Gemma3nConfig(text_config={"hidden_size": 640}), 640),
+        (BltConfig(), 2048),
+        (PretrainedConfig(), None),
+    ],
+)
+def test_the_width(config: Any, width: int | None) -> None:
+    assert load.hidden_size(config) == width
+
+
+def test_a_model_of_unknown_width_takes_a_rate() -> None:
+    unknown = replace(FACTS, hidden_size=None)
+    assert decided(unknown, training={"learning_rate": 1e-3}).training.learning_rate == 1e-3
+    with pytest.raises(ConfigError) as caught:
+        decided(unknown)
+    assert meanings(caught.value) == [(Code.CONFIG_AUTO_RATE, "", "training.learning_rate")]
+
+
+def test_choices_are_said() -> None:
+    _, choices = auto.decide(
+        RunConfig.model_validate(
+            {"model": {"name_or_path": "a"}, "data": {"train": "b"}, "output_dir": "c", "lora": SHAPE}
+        ),
+        replace(FACTS, start={"target_modules": ["q_proj", "v_proj"]}, hidden_size=8),
+    )
+    *lines, how = auto.lines(choices)
+    assert "auto: lora.target_modules is [q_proj, v_proj] (that of the adapter it starts from)" in lines
+    assert any(line.startswith("auto: training.learning_rate is 0.005 (the highest that auto takes") for line in lines)
+    assert any(line.startswith("auto: training.warmup_steps is 0 (") for line in lines) and "--set" in how
+    assert not [*auto.lines({})]

@@ -420,6 +420,10 @@ def test_wrong_value_names_line_key_and_what_is_expected(
 def test_the_nearest_choice_is_named(problems: Callable[..., list[Problem]]) -> None:
     [problem] = problems(in_section("model.dtype", "bfloat"))
     assert problem.fix == "did you mean `bfloat16`?"
+    [problem] = problems(in_section("training.learning_rate", "AUTO"))
+    assert problem.fix == "did you mean `auto`?"
+    [problem] = problems(in_section("training.lr_scheduler_type", "null"))
+    assert not problem.fix, "nothing is like no choice"
     [problem] = problems(in_section("lora.r", "010"))
     assert problem.fix.startswith("quote it if text is meant")
 

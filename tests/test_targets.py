@@ -402,10 +402,10 @@ def test_unknown_names_are_all_reported_with_their_nearest() -> None:
     assert len(message.splitlines()) == 3
 
 
-@pytest.mark.parametrize("entry", ["all-linear", r".*q_proj"])
+@pytest.mark.parametrize("entry", ["all-linear", "auto", r".*q_proj"])
 def test_a_string_within_a_list(entry: str) -> None:
     message = failure(ModelError, small("llama"), [entry], Code.LORA_UNKNOWN_TARGET)
-    assert "all-linear or a regular expression stands alone, without brackets" in message
+    assert "auto, all-linear or a regular expression stands alone, without brackets" in message
 
 
 def test_a_name_of_something_that_is_not_a_linear_layer() -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loratune import config, memory
@@ -10,6 +11,7 @@ from loratune.commands import init_choices, init_rows
 from loratune.commands.init_choices import Fit, Room
 from loratune.commands.init_rows import MeasuredRows
 from loratune.commands.init_start import SOURCE
+from loratune.commands.plan import unit_parameters
 from loratune.config import AUTO, Draft, RunConfig
 from loratune.data import ProgressFactory
 from loratune.data.rendering import Renderer
@@ -164,8 +166,9 @@ def _facts(run: RunConfig, rows: MeasuredRows, model_config: Any) -> tuple[int, 
         rows=packs if run.data.packing == "full" else trained,
         supervised=round(share * int(rows.supervised.clip(max=lengths).sum())),
         processes=1,
-        unit_parameters=lambda lora: attach.trainable(load.build_meta(model_config, run.model), lora),
+        unit_parameters=partial(unit_parameters, run.model, model_config),
         start={},
+        rows_in_pack=trained / packs if run.data.packing == "full" else 1.0,
     )
 
 

@@ -8,7 +8,7 @@ from loratune import memory
 from loratune.codes import Code
 from loratune.config import AUTO, RunConfig
 from loratune.errors import ConfigError, Problem
-from loratune.lora import adapter_files, attach, parameters
+from loratune.lora import adapter_files, attach, parameters, start
 from loratune.lora.attach import PeftModel
 from loratune.lora.module_names import number_of, pattern
 from loratune.lora.parameters import Count
@@ -97,14 +97,15 @@ def params(run: RunConfig) -> Params:
     Raises ModelError: the model's configuration cannot be read, or the targets match no module; ConfigError: the
     rank is left to the rows; and ConfigError, AdapterError: the adapter of `lora.start_from` does not fit.
     """
-    if run.lora.r == AUTO:
+    start_from = adapter_files.inspect(Path(run.lora.start_from).expanduser()) if run.lora.start_from else None
+    if run.lora.r == AUTO and start_from is None:
         what, fix = "auto is decided by the rows, and this command reads none", "loratune train --dry-run reads them"
         raise ConfigError(Problem(Code.CONFIG_AUTO_RANK, what, key="lora.r", fix=fix))
-    run = run.model_copy(update={"lora": auto.smallest(run.lora)})
+    lora = auto.without_rows(run.lora, start.settings(start_from) if start_from else {})
+    run = run.model_copy(update={"lora": lora})
     base = load.build_meta(load.load_config(run.model), run.model)
     model, targets = attach.adapt(base, run.lora, seed=0)
-    start = adapter_files.inspect(Path(run.lora.start_from).expanduser()) if run.lora.start_from else None
-    adapter_init = attach.initialize_adapter(model, run.lora, start_from=start)
+    adapter_init = attach.initialize_adapter(model, run.lora, start_from=start_from)
     layers: dict[int, int] = {}
     for path in targets.modules:
         if (number := number_of(path)) is not None:

@@ -1,15 +1,18 @@
 """What of a run comes before its first step: `loratune train --dry-run` shows it, and `train` carries it out."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from loratune import kernels, memory
+from loratune.codes import Code
 from loratune.commands import card
-from loratune.config import RunConfig, TrainingSection
+from loratune.config import LoraSection, ModelSection, RunConfig, TrainingSection, decided
+from loratune.console import plural
 from loratune.data import DatasetSplit, ProgressFactory
-from loratune.lora import attach
+from loratune.errors import ConfigError, Problem
+from loratune.lora import attach, parameters, start
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.parameters import Count
@@ -20,7 +23,7 @@ from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto, batching, continuing
 from loratune.training.batching import BatchedDatasets, TokenizedDatasets
 from loratune.training.continuing import EarlierRun
-from loratune.training.evaluations import EvaluationSteps
+from loratune.training.evaluations import EvaluationSteps, optimizer_steps
 from loratune.training.preflight import ValidatedRun
 
 
@@ -150,16 +153,21 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
     Raises ModelError, DataError; and AdapterError, ConfigError: the adapter to start from does not fit.
     """
     tokenizer, datasets, earlier, base = loaded.tokenizer, loaded.datasets, loaded.earlier, loaded.base
-    run, choices = decide(validated_run, datasets, group)
+    run, known = validated_run.config, facts(validated_run, datasets, group)
+    lora, choices = auto.decide_lora(run.lora, known)
     dense, origin = load.dense_model(base.model, run.model), (run.model.name_or_path, run.model.revision)
-    model, targets = attach.adapt(base.model, run.lora, dense=dense, seed=run.training.seed, origin=origin)
+    model, targets = attach.adapt(base.model, lora, dense=dense, seed=run.training.seed, origin=origin)
     batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training)
+    items = len(batches.train.items)
+    known = replace(known, rows=items, rows_in_pack=len(datasets.train.rows) / items)
+    run, more = auto.decide(run.model_copy(update={"lora": lora}), known)
+    _check_warmup(run.training, batches, group.count)
     originals = partial(base_files.original_weights, run.model, base.model)
     start_from = earlier.start.info.files if earlier else None
     adapter_init = attach.initialize_adapter(
         model, run.lora, batches=batches.first(), originals=originals, start_from=start_from
     )
-    notes = [*choices, *load.machine_notes(run.model), *batches.notes, *targets.notes]
+    notes = [*auto.lines(choices | more), *load.machine_notes(run.model), *batches.notes, *targets.notes]
     return Plan(
         config=run,
         processes=group.count,
@@ -179,19 +187,31 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
     )
 
 
-def decide(
-    validated_run: ValidatedRun, datasets: TokenizedDatasets, group: Group = SINGLE_PROCESS
-) -> tuple[RunConfig, list[str]]:
-    """The config without `auto`, and lines on what that came to. Raises ConfigError: as `auto.decide`."""
+def facts(validated_run: ValidatedRun, datasets: TokenizedDatasets, group: Group = SINGLE_PROCESS) -> auto.Facts:
+    """What `auto` is decided by, as far as it is known before the rows are in batches; full packs are estimated."""
     run, rows = validated_run.config, datasets.train.rows
     model_config = load.load_config(run.model)
-    packed = run.data.packing == "full"
-    facts = auto.Facts(
+    packs = -(-int(rows.lengths.sum()) // run.data.max_length) if run.data.packing == "full" else len(rows)
+    return auto.Facts(
         hidden_size=load.hidden_size(model_config),
-        rows=-(-int(rows.lengths.sum()) // run.data.max_length) if packed else len(rows),
+        rows=packs,
         supervised=int(rows.supervised.sum()),
         processes=group.count,
-        unit_parameters=lambda lora: attach.trainable(load.build_meta(model_config, run.model), lora),
-        start=validated_run.start.info.files.config if validated_run.start else {},
+        rows_in_pack=len(rows) / packs,
+        unit_parameters=partial(unit_parameters, run.model, model_config),
+        start=start.settings(validated_run.start.info.files) if validated_run.start else {},
     )
-    return auto.decide(run, facts)
+
+
+def unit_parameters(section: ModelSection, model_config: Any, lora: LoraSection) -> int:
+    """The parameters that each unit of `r` brings, see `auto.Facts`. No weights are loaded."""
+    return parameters.per_rank(attach.adapt(load.build_meta(model_config, section), lora, seed=0)[0])
+
+
+def _check_warmup(training: TrainingSection, batches: BatchedDatasets, processes: int) -> None:
+    """Raises ConfigError: the warmup is longer than the run. A time budget has a check of its own."""
+    steps = optimizer_steps(training, len(batches.train.items), batches.train.size, processes)[0]
+    if training.max_minutes is None and decided(training.warmup_steps) > steps:
+        what = f"the run has {plural(steps, 'step')}, fewer than its warmup, so the rate would never reach its peak"
+        fix = "lower it, set a fraction of the steps, or set more epochs or steps"
+        raise ConfigError(Problem(Code.CONFIG_WARMUP_TOO_LONG, what, key="training.warmup_steps", fix=fix))

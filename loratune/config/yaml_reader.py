@@ -323,7 +323,8 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
         named = [each for each in group if each["type"] == "literal_error" or not has_choices]
         expected = [_EXPECTED.get(each["type"]) or each["ctx"]["expected"] for each in named]
         choices = [part.strip("'") for text in expected for part in text.replace(" or ", ", ").split(", ")]
-        near = nearest_name(str(details["input"]), choices) if kind == "literal_error" else None
+        meant = "" if details["input"] is None else str(details["input"]).strip().lower()
+        near = nearest_name(meant, choices) if kind == "literal_error" and meant else None
         code = Code.CONFIG_NOT_A_CHOICE if has_choices else Code.CONFIG_WRONG_TYPE
         what = f"expected {' or '.join(dict.fromkeys(expected))}, {value}"
         return Problem(code, what, where, key, f"did you mean `{near}`?" if near else "")

@@ -319,11 +319,6 @@ def count(model: PeftModel, start: AdapterInit) -> Count:
     return Count(trainable, total, file_bytes(start.published(weights(model))))
 
 
-def trainable(base: nn.Module, section: LoraSection) -> int:
-    """How many parameters an adapter would have on this model, which becomes part of a `PeftModel`."""
-    return int(adapt(base, section, seed=0)[0].get_nb_trainable_parameters()[0])
-
-
 def _wrap(base: nn.Module, config: LoraConfig, name: str = "default") -> PeftModel:
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # packages of quantized bases print on import
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT corrects it for Conv1D, and warns

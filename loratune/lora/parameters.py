@@ -18,6 +18,9 @@ from loratune.config import LoraSection
 from loratune.lora.initialize import WRAPPER_PREFIX
 from loratune.lora.module_names import join_counts, join_first, short
 
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+"""Where PEFT's layers keep A and B."""
+
 
 @dataclass(frozen=True)
 class Count:
@@ -65,6 +68,18 @@ def _base_name(parameter: str) -> str:
     if ".modules_to_save." in name:
         return f"{name.partition('.modules_to_save.')[0]}, whole"
     return re.sub(r"(\.token_adapter)?\.trainable_tokens_delta\..*", ", tokens", name)
+
+
+def per_rank(model: PeftModel) -> int:
+    """How many parameters each unit of `r` brings: trained values of A and B, over their rank.
+
+    Modules with a rank of their own do not count, which has to be another one.
+    """
+    rank = model.peft_config["default"].r
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and layer.r["default"] == rank]
+    factors = (factor for layer in layers for name in _FACTORS for factor in getattr(layer, name).parameters())
+    sizes: list[int] = [factor.numel() for factor in factors if factor.requires_grad]
+    return sum(sizes) // int(rank)
 
 
 def rank_of(model: PeftModel, module: str) -> int:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from pydantic import ValidationError
 
 from loratune.codes import Code
-from loratune.config import LoraSection, patterns
+from loratune.config import AUTO, LoraSection, patterns
 from loratune.config.patterns import adapted_modules, module_settings
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
@@ -39,6 +40,27 @@ _WITHOUT_EFFECT = {
     "eva_config", "corda_config", "lora_ga_config", "runtime_config",
 }  # fmt: skip
 """Keys that do not count: of training alone, or choosing modules, which are known by their tensors."""
+
+
+def settings(files: AdapterFiles) -> dict[str, Any]:
+    """Rank, lora_alpha and targets of a saved adapter, as far as they are values of these keys in the section `lora`.
+
+    The rank is the highest of its tensors, as those of a run may not be lower. Whatever else is in its configuration is
+    a stranger's, and left out.
+    """
+    highest = max(adapted_modules(files.tensors).values(), default=0)
+    found = {"r": highest, "lora_alpha": files.config["lora_alpha"], "target_modules": files.config["target_modules"]}
+    if isinstance(alpha := found["lora_alpha"], float) and alpha.is_integer():
+        found["lora_alpha"] = int(alpha)
+    return {key: value for key, value in found.items() if _is_value(key, value)}
+
+
+def _is_value(key: str, value: Any) -> bool:
+    try:
+        LoraSection.model_validate({key: value})
+    except ValidationError:
+        return False
+    return bool(value != AUTO)
 
 
 def start_values(

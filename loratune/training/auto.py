@@ -5,14 +5,16 @@ reach, on the sources that are named with each number. The same config, rows and
 process and on every machine; a resumed run keeps those that it began with.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from loratune.codes import Code
-from loratune.config import AUTO, LoraSection, RunConfig, TrainingSection, decided
+from loratune.config import AUTO, LoraSection, RunConfig, TrainingSection, decided, from_values
+from loratune.config.costs import DECIDED_BY_RUN
+from loratune.config.keys import yaml_flow
 from loratune.errors import ConfigError, Problem
 from loratune.training.evaluations import optimizer_steps
 
@@ -43,43 +45,52 @@ class Facts:
     """What `auto` is decided by.
 
     Attributes:
-        hidden_size: Width of the model.
+        hidden_size: Width of the model; None where its configuration does not say.
         rows: Training rows, or packs of them.
         supervised: Supervised tokens of one pass over them.
         processes: Of the run.
-        unit_parameters: Counts the adapter's parameters at rank 1.
-        start: Settings of the adapter that the run starts from; empty without one.
+        unit_parameters: Counts the parameters that each unit of `r` brings; `r` of the section is higher than the ranks
+            of its patterns.
+        start: Settings of the adapter that the run starts from, see `start.settings`; empty without one.
+        rows_in_pack: Rows of a pack on average; 1 where rows are not packed.
     """
 
-    hidden_size: int
+    hidden_size: int | None
     rows: int
     supervised: int
     processes: int
     unit_parameters: Callable[[LoraSection], int]
     start: Mapping[str, Any]
-
-
-def decide(run: RunConfig, facts: Facts) -> tuple[RunConfig, list[str]]:
-    """Give each `auto` of a config its value.
-
-    Returns:
-        The config, and a line for each of these keys with its value and the reason.
-
-    Raises:
-        ConfigError: There is no rate for the optimizer.
-    """
-    lora, choices = decide_lora(run.lora, facts)
-    training, more = decide_training(run.model_copy(update={"lora": lora}), facts)
-    lines = [f"auto: {key} is {value} ({why})" for key, (value, why) in (choices | more).items()]
-    return run.model_copy(update={"lora": lora, "training": training}), lines
+    rows_in_pack: float = 1.0
 
 
 Choices = dict[str, tuple[Any, str]]
 """Key in full → its value, and why it has it."""
 
 
+def decide(run: RunConfig, facts: Facts) -> tuple[RunConfig, Choices]:
+    """Give each `auto` of a config its value. Raises ConfigError: as `decide_training`."""
+    lora, choices = decide_lora(run.lora, facts)
+    run = run.model_copy(update={"lora": lora})
+    training, more = decide_training(run, facts)
+    return run.model_copy(update={"training": training}), choices | more
+
+
+def lines(choices: Choices) -> Iterator[str]:
+    """What the user sees of the choices."""
+    for key, (value, why) in choices.items():
+        yield f"auto: {key} is {shown(value)} ({why})"
+    if choices:
+        yield "auto: each can be set instead, in the config or by --set KEY=VALUE"
+
+
+def shown(value: Any) -> str:
+    """A value of a key as the user would write it."""
+    return f"{value:g}" if isinstance(value, float) else yaml_flow(value)
+
+
 def decide_lora(lora: LoraSection, facts: Facts) -> tuple[LoraSection, Choices]:
-    """The shape of the adapter."""
+    """The shape of the adapter, which has to be known before there are batches."""
     found: Choices = {}
 
     def choose(key: str, value: Any, why: str) -> None:
@@ -91,16 +102,23 @@ def decide_lora(lora: LoraSection, facts: Facts) -> tuple[LoraSection, Choices]:
             found[f"lora.{key}"] = value, why
 
     choose("target_modules", TARGETS, WHY_TARGETS)
-    if lora.r == AUTO:
-        unit = facts.unit_parameters(lora.model_copy(update={"r": 1, "lora_alpha": 1}))
-        r = next((r for r in _RANKS if r * unit >= facts.supervised), _RANKS[-1])
-        choose("r", r, f"{r * unit:,} parameters for {facts.supervised:,} supervised tokens")
+    r, why = None, ""
+    if lora.r == AUTO and "r" not in facts.start:
+        even_and_highest = 2 * max([1, *lora.rank_pattern.values()])
+        unit = facts.unit_parameters(lora.model_copy(update={"r": even_and_highest, "lora_alpha": 1}))
+        r = next((r for r in _RANKS if r * unit >= facts.supervised), _RANKS[-1] if unit else _RANKS[0])
+        why = f"A and B of {r * unit:,} values for {facts.supervised:,} supervised tokens"
+    choose("r", r, why)
     choose("lora_alpha", _ALPHA, "the best learning rate hardly depends on the rank then")
     return lora, found
 
 
 def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choices]:
-    """Rate, schedule and length of a run whose adapter has its shape. Raises ConfigError: as `decide`."""
+    """Rate, schedule and length of a run whose adapter has its shape.
+
+    Raises:
+        ConfigError: There is no rate for the optimizer, or for a model of unknown width.
+    """
     training, found = run.training, Choices()
 
     def choose(key: str, value: Any, why: str) -> None:
@@ -115,10 +133,11 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
         epochs, steps = _epochs(training, facts, validated=run.data.validation is not None)
         choose("num_train_epochs", float(epochs), f"{steps:,} step{'s' if steps > 1 else ''} in each")
     if training.learning_rate == AUTO:
-        if training.optim not in _ADAPTIVE:
-            what, key = f"auto knows no rate for {training.optim}", "training.learning_rate"
+        unknown = "a model whose configuration has no hidden_size" if facts.hidden_size is None else ""
+        if training.optim not in _ADAPTIVE or facts.hidden_size is None:
+            what, key = f"auto knows no rate for {unknown or training.optim}", "training.learning_rate"
             raise ConfigError(Problem(Code.CONFIG_AUTO_RATE, what, key=key, fix="give it as a number"))
-        rows = min(facts.rows, rows_of_step(training, facts.processes))
+        rows = round(facts.rows_in_pack * min(facts.rows, rows_of_step(training, facts.processes)))
         choose("learning_rate", *learning_rate(run.lora, facts.hidden_size, rows))
     choose("lr_scheduler_type", "linear", "down to zero")
     choose("warmup_steps", 0.0, "the update starts at zero and grows by itself")
@@ -145,7 +164,11 @@ def learning_rate(lora: LoraSection, hidden_size: int, rows: int) -> tuple[float
     rate = _RATE * (_RATE_WIDTH / hidden_size) ** _RATE_EXPONENT * _RATE_ALPHA / strength
     rate *= (min(rows, _SMOOTH_ROWS) / _RATE_ROWS) ** 0.5
     rate /= (lora.loraplus_lr_ratio or 1.0) ** 0.5
-    why = f"for a hidden size of {hidden_size}, lora_alpha {alpha}, and {rows} row{'s' if rows > 1 else ''} a step"
+    variants = (", rsLoRA" if lora.use_rslora else "") + (", LoRA+" if lora.loraplus_lr_ratio else "")
+    why = f"for a hidden size of {hidden_size:,}, lora_alpha {alpha}{variants}, "
+    why += f"and {rows:,} row{'s' if rows > 1 else ''} a step"
+    if rate > _MOST_RATE:
+        why = f"the highest that auto takes, {why}"
     return float(f"{min(rate, _MOST_RATE):.2g}"), why
 
 
@@ -160,26 +183,75 @@ def _epochs(training: TrainingSection, facts: Facts, *, validated: bool) -> tupl
     return min(most, max(1, round(_STEPS / steps))), steps
 
 
-def smallest(lora: LoraSection) -> LoraSection:
-    """The section with the smallest shape that may be decided, for a check or a count without rows."""
-    return decide_lora(lora, Facts(0, 0, 0, 1, lambda _: 0, {}))[0]
+def without_rows(lora: LoraSection, start: Mapping[str, Any] = {}) -> LoraSection:
+    """The section for a check or a count without rows; a rank that these decide is the lowest that may be decided.
+
+    start: as in `Facts`.
+    """
+    return decide_lora(lora, Facts(None, 0, 0, 1, lambda _: 0, start))[0]
+
+
+_SECTIONS: tuple[tuple[str, type[LoraSection] | type[TrainingSection]], ...] = (
+    ("lora", LoraSection), ("training", TrainingSection),
+)  # fmt: skip
+_LENGTH = "num_train_epochs"
+
+
+def _decided_keys(section: str) -> list[str]:
+    """The keys of a section that `auto` is a value of."""
+    keys = (key.split(".") for key, value in DECIDED_BY_RUN.items() if value == AUTO)
+    return [name for place, name in keys if place == section]
+
+
+def are_recorded(recorded: Mapping[str, Any]) -> bool:
+    """Whether the values that a record has for keys of which `auto` is one are values of these keys, and not `auto`.
+
+    recorded: the config of an interrupted run as plain values. Where they came from is not known.
+    """
+    for name, section in _SECTIONS:
+        values = recorded.get(name)
+        if not isinstance(values, dict):
+            return False
+        for key in values.keys() & _decided_keys(name):
+            try:
+                section.model_validate({key: values[key]})
+            except ValidationError:
+                return False
+            if values[key] == AUTO:
+                return False
+    return True
+
+
+def kept(run: RunConfig, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Key in full → what was decided for it before an interruption, of each key that is `auto`.
+
+    recorded: the config of the interrupted run as plain values, for which `are_recorded` holds.
+    """
+    values = run.model_dump()
+    is_length_set = run.training.max_steps > 0 or run.training.max_minutes is not None
+    return {
+        f"{name}.{key}": recorded[name][key]
+        for name, _ in _SECTIONS
+        for key in _decided_keys(name)
+        if values[name][key] == AUTO and key in recorded[name] and not (key == _LENGTH and is_length_set)
+    }
 
 
 def keep(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
     """The config with what was decided before an interruption in the place of `auto` and of a time budget.
 
-    recorded: the config of the interrupted run as plain values; what is no value for its key is not taken over.
+    recorded: as in `kept`.
+
+    Raises:
+        ConfigError: What was decided does not go with what the config has by now.
     """
     values = run.model_dump()
-    for name in ("lora", "training"):
-        before = recorded.get(name, {})
-        section = {key: before.get(key, AUTO) if value == AUTO else value for key, value in values[name].items()}
-        if name == "training" and section["max_minutes"] is not None:
-            section |= {"max_minutes": None, "max_steps": before.get("max_steps")}
-        if name == "training" and section["max_steps"] != -1:
-            section["num_train_epochs"] = AUTO
-        values[name] = section
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError:
-        return run
+    for name, value in kept(run, recorded).items():
+        section, key = name.split(".")
+        values[section][key] = value
+    training = values["training"]
+    if training["max_minutes"] is not None:
+        training |= {"max_minutes": None, "max_steps": recorded["training"]["max_steps"]}
+    if training["max_steps"] > 0:
+        training[_LENGTH] = AUTO
+    return from_values(values, "the config, with what was decided before the interruption")

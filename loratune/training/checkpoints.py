@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import safe_open
+
 from loratune.codes import Code
 from loratune.errors import Problem, ResourceError, ResumeError
+from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.system import records
 from loratune.system.files import explain_full_disk, is_directory, is_file, kind, read_text, sha256, sync, write_json
 from loratune.training.run_dir_files import (
@@ -36,7 +39,7 @@ BEST_WEIGHTS = "best.safetensors"
 MOST_CHECKPOINTS = 2
 """How many whole checkpoints a run keeps."""
 _NEEDED = (
-    ("adapter_model.safetensors",), ("optimizer.pt", "global_step"), ("scheduler.pt",), ("rng_state",),
+    (WEIGHTS_FILE,), ("optimizer.pt", "global_step"), ("scheduler.pt",), ("rng_state",),
     ("trainer_state.json",), (RUN,),
 )  # fmt: skip
 """A checkpoint needs a file of each of these kinds, whose name begins with one of the given texts.
@@ -167,6 +170,26 @@ def newest_whole(
         skipped.append(Problem(Code.RESUME_CHECKPOINT_SKIPPED, f"checkpoint skipped: {fault}", str(path)))
     what, fix = "there is no whole checkpoint to resume from", "start afresh with --overwrite"
     raise ResumeError([*skipped, Problem(Code.RESUME_NO_CHECKPOINT, what, str(checkpoints), fix=fix)])
+
+
+def check_tensors(checkpoint: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that the weights of a checkpoint are those that a run trains.
+
+    Args:
+        checkpoint: The checkpoint, whose files are what its manifest says.
+        expected: Name → shape of each tensor that is trained.
+
+    Raises:
+        ResumeError: Some are missing, have another shape, or belong to other modules.
+    """
+    with safe_open(checkpoint / WEIGHTS_FILE, framework="np") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    differing = [name for name, shape in expected.items() if found.get(name) != shape]
+    differing += [name for name in found if name not in expected and ".lora_" in name]  # PEFT may add embeddings
+    if differing:
+        what = f"{len(differing)} tensors are not those that the run trains, among them {differing[0]}"
+        fix = "its record is not the one that it was written with; start afresh with --overwrite"
+        raise ResumeError(Problem(Code.RESUME_OTHER_TENSORS, what, str(checkpoint), fix=fix))
 
 
 def _check_version(path: Path) -> None:

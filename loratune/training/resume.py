@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,6 +51,7 @@ class ResumePoint:
         learning_rate_factor: The new learning rate divided by the old one.
         identity: The identity of the interrupted run, as its checkpoint holds it; see `identity`.
         dropped_keys: Keys without a value that the release which wrote the checkpoint knew, and this one does not.
+        kept: Keys that are `auto`, with what they were when the run was interrupted.
     """
 
     checkpoint: Path
@@ -59,6 +60,7 @@ class ResumePoint:
     learning_rate_factor: float
     identity: Mapping[str, Any]
     dropped_keys: tuple[str, ...] = ()
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -122,6 +124,8 @@ def notes(resume_point: ResumePoint, identity: Mapping[str, Any], *, dropout: bo
     yield from map(str, resume_point.skipped)
     for key in resume_point.dropped_keys:
         yield f"{key}: was empty in the release of loratune that began the run; this release has no such key"
+    if kept := [f"{key} {auto.shown(value)}" for key, value in resume_point.kept.items()]:
+        yield f"auto: as when the run was interrupted, {', '.join(kept)}"
     for change in identity["changes"]:
         yield f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
     if environment_changes(resume_point, identity):
@@ -145,6 +149,7 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
     Raises:
         ResumeError: No checkpoint is whole; the config has changed; a key cannot be changed; with the processes that
             there are now, a step would take other rows, or DeepSpeed's files cannot be read.
+        ConfigError: As `auto.keep`.
     """
     if problems := [
         Problem(
@@ -158,10 +163,12 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
     ]:
         raise ResumeError(problems)
     checkpoint, before, skipped = newest_whole(checkpoints, _fault)
-    other_budget, config = [*_changed_budget(before, run)], auto.keep(run, before["config"]).resolved()
+    if other_budget := [*_changed_budget(before, run)]:
+        raise ResumeError([*skipped, *other_budget])
+    config = auto.keep(run, before["config"]).resolved()
     old = _migrated(before["config"], config, RunConfig)
     unknown = dict(_unknown_keys(before["config"], RunConfig))
-    problems = other_budget or [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
+    problems = [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
     if problems := problems or [
         *_changed_step_sizes(before, config, launcher.world_size()),
         *_changed_processes(before),
@@ -171,7 +178,8 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
         {"step": step_of(checkpoint), "key": key, "was": was, "is": now} for key, was, now in _differences(old, config)
     ]
     factor = config["training"]["learning_rate"] / old["training"]["learning_rate"]
-    return ResumePoint(checkpoint, tuple(skipped), before["changes"] + changes, factor, before, tuple(unknown))
+    all_changes, kept = before["changes"] + changes, auto.kept(run, before["config"])
+    return ResumePoint(checkpoint, tuple(skipped), all_changes, factor, before, tuple(unknown), kept)
 
 
 def _changed_budget(before: Mapping[str, Any], run: RunConfig) -> Iterator[Problem]:
@@ -210,6 +218,7 @@ def _fault(run: Any) -> str:
         run.get(MAX_MINUTES) is None or 0 < training["max_steps"] < 1 << 31,
         len(changes) == 4 * len(run["changes"]) and isinstance(run["changes"], list),
         type(rate) in (int, float) and 0 < rate < math.inf,
+        auto.are_recorded(run["config"]),
     )
     return "" if all(checks) else "it is not the record of a run"
 

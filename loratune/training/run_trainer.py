@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from loratune import kernels
 from loratune.codes import Code
 from loratune.errors import Problem, ResumeError
 from loratune.lora import tensors
+from loratune.system import launcher
 from loratune.training.batching import DistributedBatchSampler, Loader, count_tokens
 from loratune.training.best_step import BestStep
 from loratune.training.callbacks import NonFiniteGuard, Pace, diverged_error
+from loratune.training.checkpoints import check_tensors
 from loratune.training.curve import thinned, without_held_out
 from loratune.training.gain import Batches, Loss, held_out_loss
 from loratune.training.outcome import CURVE_KEYS, Outcome
@@ -203,6 +206,13 @@ class RunTrainer(ShardedTrainer):
             super().save_checkpoint(self.model_wrapped)
         self.context.after_checkpoint()
         return time.monotonic() - start
+
+    def load_weights(self, checkpoint: str, model: Any = None) -> None:
+        """Restore the trained weights. Raises ResumeError: the checkpoint holds others; PEFT loads those that fit."""
+        if not launcher.sharding():
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.weights(self.model).items()}
+            check_tensors(Path(checkpoint), shapes)
+        super().load_weights(checkpoint, model)
 
     def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore optimizer and scheduler, with a new learning rate if the user has set one."""

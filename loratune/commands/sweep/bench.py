@@ -17,11 +17,11 @@ import numpy as np
 from loratune.codes import Code
 from loratune.commands import card
 from loratune.commands import train as training
-from loratune.commands.plan import LoadedRun, Plan, adapted, decide, load_rows, load_run
+from loratune.commands.plan import LoadedRun, Plan, adapted, facts, load_rows, load_run
 from loratune.commands.train import Reporter, Result
 from loratune.config import RunConfig, keys
 from loratune.data import ProgressFactory
-from loratune.errors import ModelError, NumericError, Problem, ResumeError
+from loratune.errors import ConfigError, ModelError, NumericError, Problem, ResumeError
 from loratune.evaluation.study_results import RowLosses
 from loratune.lora import attach, tensors
 from loratune.model import load
@@ -120,11 +120,12 @@ class Bench:
         if run.training.max_minutes is not None:
             return 60 * run.training.max_minutes
         rows = self.prepare_rows(run)
-        run, _ = decide(self._as_validated(run), rows)
+        known = facts(self._as_validated(run), rows)
+        run, _ = auto.decide(run, known)
         lengths, supervised = rows.train.rows.lengths, rows.train.rows.supervised
         held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0
         batch = run.training.per_device_train_batch_size
-        plan = evaluation_steps(run.training, len(lengths), batch, 1, int(lengths.sum()), held_out)
+        plan = evaluation_steps(run.training, known.rows, batch, 1, int(lengths.sum()), held_out)
         work = Work.of_rows(lengths, supervised, plan.trained / float(lengths.sum()))
         model, _ = attach.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
         operations = duration.operations(model, work, checkpointed=run.training.activation_checkpointing)
@@ -165,7 +166,7 @@ class Bench:
             return validated
         try:
             point = find_resume_point(directory.checkpoints, validated.config, ())
-        except ResumeError as error:
+        except (ConfigError, ResumeError) as error:
             self._log(f"the trial starts again: {error.problems[0].what}")
             return validated
         config = auto.keep(validated.config, point.identity["config"])

@@ -373,7 +373,7 @@ def _check_adapters(request: Request) -> None:
             continue
         seen.add(section)
         try:
-            attach.adapt(load.build_meta(load.load_config(run.model), run.model), auto.smallest(run.lora), seed=0)
+            attach.adapt(load.build_meta(load.load_config(run.model), run.model), auto.without_rows(run.lora), seed=0)
         except (ModelError, ConfigError) as error:
             problems = [replace(one, where=one.where or f"{grids.OPTION} {name}") for one in error.problems]
             raise type(error)(problems) from None

@@ -169,7 +169,8 @@ def _unsuitable(survey: Survey, entry: str, others: tuple[str, ...]) -> Problem:
 
 def _unknown_name(survey: Survey, entry: str) -> Problem:
     what = f"`{entry}` matches no module of {survey.architecture}; {nearest(survey, entry)}"
-    fix = "a list holds roles (q, k, v, o) and names; all-linear or a regular expression stands alone, without brackets"
+    alone = "auto, all-linear or a regular expression stands alone, without brackets"
+    fix = f"a list holds roles (q, k, v, o) and names; {alone}"
     return Problem(Code.LORA_UNKNOWN_TARGET, what, key=KEY, fix=fix)
 
 
