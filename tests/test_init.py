@@ -1,6 +1,7 @@
 """`loratune init`: rows and a model's name become a config that can be trained, with its reasons."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,7 @@ from loratune.commands.init_rows import MeasuredRows, propose_columns
 from loratune.config import Draft, LoraSection, RunConfig, Source
 from loratune.data import RawDatasets, read_source
 from loratune.lora import attach
-from loratune.training import duration
-from loratune.training.duration import Work
+from loratune.training.duration import Costs, Work
 
 Cli = Callable[..., Ran]
 
@@ -302,12 +302,36 @@ def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, s
 
 def test_the_arithmetic_of_training() -> None:
     model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
-    work = Work.of_rows(np.array([3, 5]), np.array([1, 2]), 2)
-    assert work == Work(16, 6, 68)
+    lengths, supervised = np.array([3, 5]), np.array([1, 2])
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
-    rest = 4 * 264 * 32 * 6 + 6 * 2 * 32 * 68
+    logits, attention = 4 * 264 * 32, 6 * 2 * 32
     for checkpointed, factor in ((False, 4), (True, 6)):
-        assert duration.operations(model, work, checkpointed=checkpointed) == factor * weights * 16 + rest
+        for packing, tokens, pairs in (("full", 16, 68), ("batch", 16, 68), ("none", 20, 100)):
+            values = {"model": {"name_or_path": "x"}, "data": {"train": "rows.jsonl", "packing": packing}}
+            training = {
+                "num_train_epochs": 2,
+                "per_device_train_batch_size": 2,
+                "activation_checkpointing": checkpointed,
+            }
+            run = config.from_values({**values, "training": training, "output_dir": "out"}, "test")
+            costs = Costs.of_run(model, run, lengths, supervised)
+            expected = factor * weights * tokens + logits * 6 + attention * pairs
+            assert costs.work(run.training, held_out=0) == Work(2, expected)
+            evaluations = 4 / (3 * 16)  # one more is more than a tenth of the training
+            assert costs.work(run.training, held_out=4) == Work(2, pytest.approx(expected * (1 + evaluations)))
+            assert costs.work(run.training, held_out=0, share=0.5).operations == pytest.approx(expected / 2)
+
+
+def test_packs_are_counted_as_training_takes_them(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """The steps that the user is told are those of `train`, whose items are packs of rows."""
+    write_rows(here / "rows.jsonl", LABELS)
+    options = [f"data.validation={write_rows(here / 'dev.jsonl', ROWS)}", "data.packing=full"]
+    options += ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=1"]
+    ran = cli("init", "rows.jsonl", "--model", tiny_dir, *(part for one in options for part in ("--set", one)))
+    assert ran.code == 0, ran.err
+    dry = cli("train", "config.yaml", "--dry-run")
+    steps = re.search(r"of ([\d,]+) steps", dry.err + dry.out)
+    assert steps is not None and f" for {steps[1]} steps" in ran.out, ran.out + dry.err + dry.out
 
 
 def test_reasons_never_break_a_config() -> None:

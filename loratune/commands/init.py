@@ -17,9 +17,8 @@ from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
 from loratune.model import checks, load, quantization
-from loratune.training import auto, duration
-from loratune.training.duration import Work
-from loratune.training.evaluations import evaluation_steps
+from loratune.training import auto
+from loratune.training.duration import Costs, seconds_per_operation
 
 _SHOWN = ("training.learning_rate", "training.num_train_epochs")
 """Keys whose `auto` is written, with what it comes to."""
@@ -184,14 +183,10 @@ def _duration(
     lengths = rows.lengths.clip(max=run.data.max_length)
     supervised = rows.supervised.clip(max=lengths)
     held_out = rows.held_out or len(rows.train) - trained
-    batch, mean = run.training.per_device_train_batch_size, float(lengths.mean())
-    plan = evaluation_steps(run.training, trained, batch, 1, round(mean * trained), round(mean * held_out))
-    work = Work.of_rows(lengths, supervised, plan.trained / float(lengths.sum()))
-    operations = duration.operations(model, work, checkpointed=run.training.activation_checkpointing)
-    width = int(model.get_input_embeddings().weight.shape[1])
-    taken = duration.seconds(operations, width, round(batch * mean), load.compute_dtype(run.model), load.device())
-    seconds = taken * (1 + (plan.share if held_out else 0.0))
+    costs = Costs.of_run(model, run, lengths, supervised)
+    work = costs.work(run.training, round(float(lengths.mean()) * held_out), share=trained / len(lengths))
+    seconds = work.operations * seconds_per_operation(model, run.model, costs, work.operations)
     budget = 60 * (run.training.max_minutes or 0.0)
     if not budget or (budget >= seconds and is_bounded):
-        return plan.steps, seconds
-    return max(1, int(plan.steps * budget / seconds)), budget
+        return work.steps, seconds
+    return max(1, int(work.steps * budget / seconds)), budget

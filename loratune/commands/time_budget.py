@@ -22,10 +22,10 @@ from loratune.data.packing import BatchLayout
 from loratune.errors import ConfigError, Problem
 from loratune.lora import parameters
 from loratune.model import load
-from loratune.training import budget, duration, gain, trainer
-from loratune.training.budget import FEWEST, WARM_UP, Costs, Speed, StepBudget, is_timed_enough
+from loratune.training import budget, gain, trainer
+from loratune.training.budget import FEWEST, WARM_UP, Speed, StepBudget, is_timed_enough
 from loratune.training.callbacks import StepTimer
-from loratune.training.duration import Work
+from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.evaluations import EvaluationSteps, optimizer_steps
 from loratune.training.run_context import RunContext
 
@@ -109,11 +109,7 @@ def fix_length(
 def estimate_length(plan: Plan, asked: TrainingSection, began: float) -> Plan:
     """The plan with about as many steps as its minutes have room for. None is taken; see `duration`."""
     costs, left = _costs(plan), 60 * (asked.max_minutes or 0.0) - (time.monotonic() - began)
-    batches, operations = costs.of_pass()
-    width, tokens = (int(plan.model.get_input_embeddings().weight.shape[1]), int(costs.lengths.sum()) // batches)
-    device = plan.model.device
-    taken = duration.seconds(int(operations), width, tokens, load.compute_dtype(plan.config.model), device)
-    per_operation = taken / operations
+    per_operation = seconds_per_operation(plan.model, plan.config.model, costs, costs.of_pass()[1])
     forward = Speed(0.0, per_operation / 2)
     times = _Times(Speed(0.0, per_operation), forward, forward, 0.0, 0.0, _CLOSING)
     return _fixed(plan, asked, _room(plan, asked, times, left), left, "about ")
@@ -126,10 +122,7 @@ def _costs(plan: Plan) -> Costs:
 
 def _costs_of(plan: Plan, layout: BatchLayout, rows: TokenizedDataset) -> Costs:
     checkpointed = plan.training.activation_checkpointing
-    unit = (Work(1, 0, 0), Work(0, 1, 0), Work(0, 0, 1))
-    weights = tuple(float(duration.operations(plan.model, work, checkpointed=checkpointed)) for work in unit)
-    lengths, supervised = (np.asarray(counts, np.int64) for counts in (rows.rows.lengths, rows.rows.supervised))
-    return Costs(layout, lengths, supervised, (weights[0], weights[1], weights[2]))
+    return Costs.of_layout(plan.model, layout, rows.rows.lengths, rows.rows.supervised, checkpointed=checkpointed)
 
 
 def _alone(plan: Plan, rows: TokenizedDataset) -> BatchLayout:

@@ -28,11 +28,10 @@ from loratune.model import load
 from loratune.model.reuse import BaseState
 from loratune.system.files import is_directory
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training import auto, duration, final_score, preflight
+from loratune.training import auto, final_score, preflight
 from loratune.training.batching import TokenizedDatasets
 from loratune.training.continuing import EarlierRun
-from loratune.training.duration import Work
-from loratune.training.evaluations import evaluation_steps
+from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.preflight import ValidatedRun
 from loratune.training.resume import find_resume_point
 from loratune.training.run_dir import RunDirectory
@@ -84,7 +83,7 @@ class Bench:
         if len(numbers) > _MOST_ROWS:
             numbers = np.sort(np.random.default_rng(0).choice(numbers, _MOST_ROWS, replace=False))
         self._copies = {int(number): copies[int(number)] for number in numbers}
-        self._speed: float | None = None
+        self._per_operation: float | None = None
 
     @property
     def example_prompt(self) -> str:
@@ -121,18 +120,13 @@ class Bench:
             return 60 * run.training.max_minutes
         rows = self.prepare_rows(run)
         run, _ = decide(self._as_validated(run), rows)
-        lengths, supervised = rows.train.rows.lengths, rows.train.rows.supervised
         held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0
-        batch = run.training.per_device_train_batch_size
-        plan = evaluation_steps(run.training, len(lengths), batch, 1, int(lengths.sum()), held_out)
-        work = Work.of_rows(lengths, supervised, plan.trained / float(lengths.sum()))
         model, _ = attach.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
-        operations = duration.operations(model, work, checkpointed=run.training.activation_checkpointing)
-        if self._speed is None:
-            width = int(model.get_input_embeddings().weight.shape[1])
-            size, dtype = round(batch * float(lengths.mean())), load.compute_dtype(run.model)
-            self._speed = operations / duration.seconds(operations, width, size, dtype, load.device())
-        return operations / self._speed * (1 + plan.share)
+        costs = Costs.of_run(model, run, rows.train.rows.lengths, rows.train.rows.supervised)
+        operations = costs.work(run.training, held_out).operations
+        if self._per_operation is None:
+            self._per_operation = seconds_per_operation(model, run.model, costs, operations)
+        return operations * self._per_operation
 
     def train(self, run: RunConfig, output: Path, reporter: Reporter) -> TrialOutcome:
         """Train the adapter of a trial, and score it. An interrupted one goes on from its checkpoint.
