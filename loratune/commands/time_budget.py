@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -20,7 +19,6 @@ from loratune.console import format_duration, plural
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import ConfigError, Problem
-from loratune.lora import parameters
 from loratune.model import load
 from loratune.training import budget, gain, trainer
 from loratune.training.budget import FEWEST, WARM_UP, Speed, StepBudget, is_timed_enough
@@ -88,11 +86,7 @@ def fix_length(
 
     timer, costs = StepTimer(is_enough), _costs(plan)
     if left > 0:
-        optimizer = partial(
-            parameters.choose_optimizer, plan.model, plan.config.lora, weight_decay=plan.training.weight_decay
-        )
-        layouts = plan.batches.train, plan.batches.validation
-        trainer.time_steps(plan.training, plan.model, *layouts, context, optimizer, timer, oom_dry_run=scarce)
+        trainer.time_steps(plan.job, context, timer, oom_dry_run=scarce)
         gc.collect()  # the states of the optimizer go before those of the next one come
     if context.stopping() and context.stop.requested is not None:
         raise context.stop.requested

@@ -167,7 +167,7 @@ def train(
                     identity = {**identity, "config": plan.config.resolved(), resume.MAX_MINUTES: minutes}
                     context = replace(context, checkpoints=replace(context.checkpoints, identity=identity))
                 reporter.plan(plan)
-                outcome = _fit(plan, context, oom_dry_run=scarce and minutes is None)
+                outcome = trainer.fit(plan.job, context, oom_dry_run=scarce and minutes is None)
         if context.stopping() and stop.requested is not None:  # A signal can come after the trainer's last check.
             raise stop.requested
         weights, comparison = _compare_with_base(plan, outcome, context, reporter)
@@ -266,14 +266,6 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
     savings = plan.batches.savings(plan.model, plan.training)
     fixes = [f"{change} (saves about {size / (1 << 20):,.0f} MiB)" for change, size in savings]
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
-
-
-def _fit(plan: Plan, context: RunContext, *, oom_dry_run: bool) -> Outcome:
-    """Train the adapter."""
-    training, batches = plan.training, plan.batches
-    optimizer = partial(parameters.choose_optimizer, plan.model, plan.config.lora, weight_decay=training.weight_decay)
-    layouts = batches.train, batches.validation
-    return trainer.fit(training, plan.model, *layouts, context, optimizer, oom_dry_run=oom_dry_run)
 
 
 def _compare_with_base(plan: Plan, outcome: Outcome, context: RunContext, reporter: Reporter) -> tuple[Weights, Gain]:
