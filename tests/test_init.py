@@ -19,7 +19,7 @@ from loratune.codes import Code
 from loratune.commands import init_choices
 from loratune.commands.init_choices import Room
 from loratune.commands.init_rows import MeasuredRows, propose_columns
-from loratune.config import Draft, LoraSection, RunConfig, Source
+from loratune.config import LoraSection, RunConfig, Source
 from loratune.data import RawDatasets, read_source
 from loratune.lora import attach
 from loratune.training.duration import Costs, Work
@@ -127,6 +127,20 @@ def test_what_is_set_stays(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert (training.max_steps, training.per_device_train_batch_size, training.gradient_accumulation_steps) == (3, 2, 4)
 
 
+def test_keys_that_need_the_rows_to_be_held_out(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """They are checked once it is known whether any are."""
+    keys = {
+        "training.patience": "3",
+        "training.eval_steps": "2",
+        "training.keep": "best",
+        "data.group_by": "completion",
+    }
+    options = [option for key, value in keys.items() for option in ("--set", f"{key}={value}")]
+    run = written(cli, tiny_dir, write_rows(here / "rows.jsonl", LABELS), *options)
+    assert run.data.validation == 0.2 and run.data.group_by == "completion"
+    assert (run.training.patience, run.training.eval_steps, run.training.keep) == (3, 2, "best")
+
+
 def test_the_config_on_stdout(cli: Cli, tiny_dir: Path, here: Path) -> None:
     write_rows(here / "rows.jsonl", ROWS)
     ran = cli("init", "rows.jsonl", "--model", tiny_dir, "--output", "-")
@@ -200,6 +214,7 @@ def test_many_rows_are_sampled(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert "the longest row has 9 tokens, among 20,000 that were drawn" in (here / "config.yaml").read_text()
 
 
+WAITS = "training.patience and data.validation"
 ODD = [{"one": "1", "two": "2"}]
 LONG = [{"prompt": "a", "completion": "b" * 600}]
 REFUSED: dict[str, tuple[Any, list[str], int, Code, str, str]] = {
@@ -210,6 +225,8 @@ REFUSED: dict[str, tuple[Any, list[str], int, Code, str, str]] = {
     "no model": (ROWS, ["--model", "./nowhere"], 3, Code.MODEL_NO_DIRECTORY, "./nowhere", "model.name_or_path"),
     "output exists": (ROWS, ["--output", "taken"], 2, Code.OUTPUT_FILE_EXISTS, "taken", "--output"),
     "nowhere to write": (ROWS, ["--output", "no/c.yaml"], 2, Code.OUTPUT_FILE_NO_DIRECTORY, "no/c.yaml", "--output"),
+    "no rows to wait on": (ROWS, ["--set", "training.patience=3"], 2, Code.CONFIG_NO_EVALUATION_ROWS, "--set", WAITS),
+    "a section that is none": (ROWS, ["--set", "data=3"], 2, Code.CONFIG_WRONG_TYPE, "--set", "data"),
     "unknown key": (ROWS, ["--set", "data.x=1"], 2, Code.CONFIG_UNKNOWN_KEY, "--set", "data.x"),
 }
 
@@ -289,7 +306,8 @@ def test_choices_by_counts() -> None:
 )
 def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, str, bool], tmp_path: Path) -> None:
     values: dict[str, Any] = {"model": {"name_or_path": "x"}, "data": {"train": "rows.jsonl"}, "output_dir": "out"}
-    draft, run = Draft(values), config.from_values(values, "test")
+    draft = config.draft(values, "test")
+    run = config.from_draft(draft)
     with torch.device("meta"):
         model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
     split = read_source(Source(path=str(write_rows(tmp_path / "rows.jsonl", ROWS))), run.data)
@@ -341,7 +359,7 @@ def test_reasons_never_break_a_config() -> None:
         "data": {"train": [text, "x " * 100]},
         "output_dir": "1e3",
     }
-    draft = Draft(values)
+    draft = config.draft(values, "test")
     for key in ("model.name_or_path", "data.train", "output_dir"):
         draft.reasons[key] = text * 20
     assert config.parse(draft.text(text), "test") == config.from_values(values, "test")

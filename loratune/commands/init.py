@@ -57,12 +57,12 @@ class Started:
     seconds: float
 
 
-def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Callable[[str], None]) -> Started:
+def init(run: RunConfig, draft: Draft, watch: ProgressFactory, log: Callable[[str], None]) -> Started:
     """Choose what a config leaves open.
 
     Args:
-        run: A config that names model, rows and output directory.
-        values: What is set in it; nothing of that is changed.
+        run: The config so far, see `init_start.checked`.
+        draft: The same in the making; nothing that is set in it is changed.
         watch: Shows the passes over the rows.
         log: Takes lines that the user should see.
 
@@ -70,6 +70,7 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
         ModelError: As `load.load_config`, `load.load_tokenizer`, `checks.check_present` and `attach.adapt`; a quantized
             base lacks its packages.
         DataError: As `init_rows.measure` and `init_rows.check_length`.
+        ConfigError: A key needs validation rows, and there are too few rows to hold any out.
     """
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     model_config = load.load_config(run.model)
@@ -78,11 +79,10 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary)
     rows = init_rows.measure(run.data, renderer, vocabulary, watch)
-    draft = Draft(values)
     _choose_data(draft, rows, context)
     draft.choose("lora.r", run.lora.r, "rank of the update")
     draft.choose("lora.target_modules", auto.TARGETS, auto.WHY_TARGETS)
-    run = _validated(draft)
+    run = config.from_draft(draft)
     trained, facts = _facts(run, rows, model_config)
     lora, _ = auto.decide_lora(run.lora, facts)
     cut = init_rows.check_length(rows, run.data, renderer, vocabulary, watch)
@@ -94,7 +94,7 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
     quantizable = not machine.bitsandbytes and _is_quantizable(run, model_config)
     fitting = init_choices.fit(model, run, draft, rows, step, Room(device, memory.available(device), quantizable))
     _choose_training(draft, run, step, fitting)
-    training, choices = auto.decide_training(_validated(draft).model_copy(update={"lora": lora}), facts)
+    training, choices = auto.decide_training(config.from_draft(draft).model_copy(update={"lora": lora}), facts)
     for key, (value, why) in choices.items():
         if key in _SHOWN:
             draft.choose(key, AUTO, f"here {value:g}: {why}")
@@ -106,10 +106,6 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
     cores = len(os.sched_getaffinity(0))
     hardware = f"{cores} core{'s' if cores > 1 else ''}, {machine.gpu or 'no GPU'}"
     return Started(text, run, rows, cut, fitting, adapter, hardware, context, steps, seconds)
-
-
-def _validated(draft: Draft) -> RunConfig:
-    return config.from_values(draft.values, SOURCE)
 
 
 def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
