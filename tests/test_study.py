@@ -343,6 +343,17 @@ def test_the_report_shows_the_trials(swept: Path, cli: Cli, tmp_path: Path) -> N
 # Trials without an adapter
 
 
+def test_a_trial_with_a_time_budget_tells_its_steps(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
+    """Those of the epoch, for which there is time in any case."""
+    ran = forked("sweep", config(), "--grid", "training.max_minutes=2,3", "--trials", 1)
+    (trial,) = results(tmp_path).trials
+    assert ran.code == 0 and trial.state == "done", ran.err
+    training = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["training"]
+    assert "max_minutes" not in training and training["max_steps"] == trial.steps == 5
+    assert trial.settings == {"training.max_minutes": "2"} and trial.values == {"training.max_steps": "5"}
+    assert "2 → 5 steps" in ran.out
+
+
 def test_a_trial_that_diverges_is_a_result(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     ran = forked("sweep", config(training={"max_grad_norm": 0.0}), "--grid", "training.learning_rate=1e30,1e-2")
     assert ran.code == 0, ran.err

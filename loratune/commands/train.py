@@ -17,6 +17,7 @@ from loratune import config, data, kernels, memory
 from loratune.codes import Code
 from loratune.commands import card, clients, time_budget
 from loratune.commands.plan import Plan, Planner, make_plan
+from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory, row_hashes
 from loratune.errors import NumericError, Problem, ResourceError
 from loratune.lora import adapter_files, attach, parameters, tensors
@@ -59,6 +60,7 @@ class Result:
     """A published adapter.
 
     Attributes:
+        config: The config that the run worked with.
         directory: The adapter directory.
         display_name: The adapter directory as the user wrote it.
         adapter_bytes: The size of the file of weights.
@@ -71,6 +73,7 @@ class Result:
         peak_memory: The most bytes in use at once, see `memory.peak`.
     """
 
+    config: RunConfig
     directory: Path
     display_name: str
     adapter_bytes: int
@@ -332,7 +335,8 @@ def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[
         raise
     name, fallbacks = directory.display_name, plan.batches.acceleration.fallbacks
     figures = finished_run.outcome, finished_run.gain, finished_run.forgetting, finished_run.test
-    return Result(directory.output, name, size, *figures, fallbacks, plan.example_prompt, finished_run.peak_memory)
+    published = plan.config, directory.output, name, size
+    return Result(*published, *figures, fallbacks, plan.example_prompt, finished_run.peak_memory)
 
 
 def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:

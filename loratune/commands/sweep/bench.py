@@ -19,7 +19,7 @@ from loratune.commands import card
 from loratune.commands import train as training
 from loratune.commands.plan import LoadedRun, Plan, adapted, decide, load_rows, load_run
 from loratune.commands.train import Reporter, Result
-from loratune.config import RunConfig, keys
+from loratune.config import RunConfig
 from loratune.data import ProgressFactory
 from loratune.errors import ModelError, NumericError, Problem, ResumeError
 from loratune.evaluation.study_results import RowLosses
@@ -47,14 +47,12 @@ class TrialOutcome:
     Attributes:
         result: The adapter that was published.
         losses: Its losses on the held-out rows.
-        values: Every key of the config that the run worked with, and its value.
         seconds: How long it took, with everything.
         is_resumed: Whether it went on from a checkpoint, so that this is not the time of a whole trial.
     """
 
     result: Result
     losses: RowLosses
-    values: dict[str, str]
     seconds: float
     is_resumed: bool
 
@@ -148,9 +146,8 @@ class Bench:
         validated = self._resumed(replace(self._as_validated(run), directory=directory))
         result = training.train(validated, reporter, planner=self._make_plan)
         assert result is not None and self._plan is not None
-        values, losses = keys.flat(self._plan.config.resolved()), self._score(self._plan)
-        is_resumed = validated.resume_point is not None
-        return TrialOutcome(result, losses, values, time.monotonic() - start, is_resumed)
+        losses, is_resumed = self._score(self._plan), validated.resume_point is not None
+        return TrialOutcome(result, losses, time.monotonic() - start, is_resumed)
 
     def _resumed(self, validated: ValidatedRun) -> ValidatedRun:
         """The run with the checkpoint that it goes on from, if there is one that fits."""

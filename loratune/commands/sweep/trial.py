@@ -5,6 +5,7 @@ from typing import Any
 from loratune.codes import Code
 from loratune.commands.sweep.bench import TrialOutcome
 from loratune.commands.sweep.study import Claim, Study
+from loratune.config import RunConfig, keys
 from loratune.errors import (
     ConfigError,
     DataError,
@@ -13,6 +14,7 @@ from loratune.errors import (
     NumericError,
     is_out_of_memory,
 )
+from loratune.evaluation.study_results import MAX_STEPS
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.system.files import sha256
 from loratune.training.callbacks import Progress
@@ -31,10 +33,18 @@ class Hopeless(Exception):
         super().__init__(f"after {percent} % of its steps, at a held-out loss of {loss:.4f}")
 
 
-def recorded(outcome: TrialOutcome, varied: list[str]) -> dict[str, Any]:
-    """What the study keeps of a trial with an adapter. varied: the keys that trials differ in."""
+def recorded(outcome: TrialOutcome, run: RunConfig, varied: list[str]) -> dict[str, Any]:
+    """What the study keeps of a trial with an adapter.
+
+    Args:
+        outcome: What it came to.
+        run: Its config as it was asked for.
+        varied: The keys that trials differ in.
+    """
+    told = {*varied, MAX_STEPS} if run.training.max_minutes is not None else {*varied}  # which were fixed from it
+    values = keys.flat(outcome.result.config.resolved())
     return {
-        "values": {key: outcome.values.get(key, "") for key in varied},
+        "values": {key: value for key, value in values.items() if key in told},
         "seconds": outcome.seconds,
         "steps": outcome.result.outcome.steps,
         "adapter_bytes": outcome.result.adapter_bytes,
