@@ -362,6 +362,18 @@ def test_a_trial_that_diverges_is_a_result(forked: Cli, config: MakeConfig, tmp_
     assert [path.name for path in (tmp_path / "out.study" / "trials").iterdir()] == ["0001"]
 
 
+def test_a_trial_that_is_worse_than_its_base_is_told_as_such(
+    forked: Cli, config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    ran = forked("sweep", config(), "--grid", "training.learning_rate=1e-2,1000")
+    assert ran.code == 0, ran.err
+    assert states(tmp_path) == ["done", "worse than base"]
+    assert "1 worse than base" in ran.out and "diverged" not in ran.out + ran.err
+    assert cli("report", "--study", tmp_path / "out.study", "--output", tmp_path / "page.html").code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "worse than base" in page and "diverged" not in page
+
+
 def test_all_that_diverge_are_exit_code_6(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     ran = forked("sweep", config(), "--grid", "training.learning_rate=1e30,1e29")
     assert ran.code == 6 and f"[{Code.SWEEP_ALL_FAILED}]" in ran.err, ran.err

@@ -91,7 +91,8 @@ class TrialResult:
         settings: Key → value as it was asked for.
         values: Key → value that the run worked with, where that is another one, as with `auto`; in the place of a time
             budget, the steps that were fixed from it.
-        state: `done`, `running`, `waiting`, or why there is no adapter: `diverged`, `out of memory`, `stopped early`.
+        state: `done`, `running`, `waiting`, or why there is no adapter: `diverged`, `worse than base`,
+            `learned nothing`, `out of memory`, `stopped early`, `invalid`, `failed`.
         loss: Held-out loss in nats per supervised token; None without an adapter.
         interval: Its 95 % interval; None for too few rows.
         seconds: How long the trial took; None if it has not ended.

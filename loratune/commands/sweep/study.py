@@ -48,7 +48,8 @@ class TrialRecord:
     Attributes:
         number: Of its directory and of the table.
         settings: What it tries.
-        state: `waiting`, `running`, `done`, or why there is no adapter: `diverged`, `out of memory`, `stopped early`.
+        state: `waiting`, `running`, `done`, or why there is no adapter: `diverged`, `worse than base`,
+            `learned nothing`, `out of memory`, `stopped early`, `invalid`, `failed`.
         loss: The held-out loss; None without an adapter.
         result: What else is known of it.
         host: The machine that worked on it.

@@ -22,6 +22,8 @@ from loratune.training.callbacks import Progress
 DIGEST = "record"
 """The SHA-256 of the record of an adapter, which names the digests of its other files."""
 _OUT_OF_MEMORY = (Code.MEMORY_TRAINING, Code.MEMORY_EVALUATION, Code.SYSTEM_OUT_OF_MEMORY)
+_FINITE = {Code.TRAINING_WORSE_THAN_BASE: "worse than base", Code.LORA_UNCHANGED: "learned nothing"}
+"""Errors of an adapter whose numbers are finite, and what they make of a trial."""
 _OF_ALL = (Code.TRAIN_BASE_CHANGED,)
 """Errors that every further trial would have too."""
 
@@ -65,7 +67,7 @@ def failure(error: Exception) -> tuple[str, str] | None:
         if code in _OUT_OF_MEMORY:
             return "out of memory", why
         if isinstance(error, NumericError):
-            return "diverged", why
+            return _FINITE.get(code, "diverged"), why
         is_its_own = isinstance(error, ConfigError | ModelError | DataError) and code not in _OF_ALL
         return ("failed", why) if is_its_own else None
     if isinstance(error, Hopeless):
