@@ -229,6 +229,16 @@ def test_a_missing_optuna_is_told_with_its_extra(cli: Cli, config: MakeConfig) -
     assert "loratune[sweep]" in ran.err
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite://", "sqlite:///file:a?mode=memory&uri=true"],
+)
+def test_a_study_in_memory_is_refused(cli: Cli, config: MakeConfig, tmp_path: Path, url: str) -> None:
+    ran = cli("sweep", config(), *RATES, "--storage", url)
+    check_refused(ran, 2, (Code.SWEEP_STORAGE, url, "--storage"))
+    assert "sqlite:///study.db" in ran.err and not (tmp_path / "out.study").exists()
+
+
 def test_an_error_of_the_config_is_told_once(cli: Cli, config: MakeConfig) -> None:
     file = config(lora={"rank": 8})
     ran = cli("sweep", file, *RATES, *RANKS)

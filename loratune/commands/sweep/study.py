@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from loratune.codes import Code
 from loratune.commands.sweep.grid import Axis, Settings, label
-from loratune.commands.sweep.storage import JOURNAL, open_storage, without_password
+from loratune.commands.sweep.storage import JOURNAL, check_kept, open_storage, without_password
 from loratune.errors import ConfigError, LoratuneError, LostError, Problem, ResourceError, is_disk_full
 from loratune.system.files import open_lock
 from loratune.system.launcher import host
@@ -92,9 +92,11 @@ class Study:
             seed: Of what is drawn from ranges.
 
         Raises:
+            ConfigError: The storage is in memory.
             LostError: The storage cannot be opened.
             ResourceError: The disk is full.
         """
+        check_kept(storage)
         self.directory, self.name, self._seed, self._url = directory, name, seed, storage
         self.is_shared_by_machines = storage is not None and not storage.startswith("sqlite")
         self.where = str(directory / JOURNAL) if storage is None else without_password(storage, storage)
