@@ -1,6 +1,9 @@
 """`loratune schema` and `loratune explain`: editors accept what the reader accepts, and every key is explained."""
 
+import copy
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ from loratune.codes import Code
 from loratune.config import RunConfig, yaml_reader
 from loratune.config.costs import DECIDED_BY_RUN, MEMORY_AND_TIME
 from loratune.config.json_schema import DIALECT, json_schema
-from loratune.config.keys import Key, find, groups
+from loratune.config.keys import BOUNDS, Key, find, groups
+from loratune.errors import ConfigError
 
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
 KEYS = [key for group in groups() for key in group.keys]
@@ -100,6 +104,57 @@ def test_editors_accept_and_refuse_what_the_reader_does(validator: Draft202012Va
                 differing.append((place, value, expected))
             accepted += bool(expected)
     assert differing == [] and accepted > 200
+
+
+def numbers_of(schema: Any) -> Iterator[tuple[dict[str, Any], Callable[[Any], Any]]]:
+    """The schema of each kind of number that a key takes, and how a value of the key holds one."""
+    if schema.get("type") in ("integer", "number"):
+        yield schema, lambda number: number
+    for part in schema.get("anyOf", []):
+        yield from numbers_of(part)
+    for place, held in (("items", lambda number: [number]), ("additionalProperties", lambda number: {"q": number})):
+        if isinstance(schema.get(place), dict):
+            yield from ((number, held) for number, _ in numbers_of(schema[place]))
+
+
+NUMERIC = [(key, schema, held) for key in KEYS for schema, held in numbers_of(key.schema)]
+LIMITS = {schema[bound] for _, schema, _ in NUMERIC for bound in BOUNDS if bound in schema} | {0, 1, 2, 10}
+EDGES = sorted(
+    {edge for limit in LIMITS for sign in (1, -1) for edge in (
+        sign * limit, sign * limit + 1, sign * limit - 1, sign * limit + 0.5,
+        math.nextafter(sign * limit, math.inf), math.nextafter(sign * limit, -math.inf),
+    )} | {math.inf, -math.inf, 10**400}
+)  # fmt: skip
+
+
+def holding(place: str, value: Any) -> dict[str, Any]:
+    """A config in which a number can stand at a place without another key that forbids it there."""
+    values = with_value("data.validation", 0.5) | {"lora": {"start_from": "adapter"}}
+    *above, name = place.split(".")
+    if len(above) == 2:
+        values["data"][above[1]] = [{"path": "a", name: value}, {"path": "b", name: 1}]
+    else:
+        values.setdefault(above[0], {})[name] = value
+    return values
+
+
+def test_numbers_at_the_edge_are_accepted_by_both_or_by_none(validator: Draft202012Validator) -> None:
+    """Of whole numbers, `3.0` is one in JSON Schema and is refused by the reader; no schema tells it from 3."""
+    differing, seen = [], set()
+    assert {"training.max_steps", "lora.rank_pattern", "Source.weight"} < {key.label for key, _, _ in NUMERIC}
+    for key, schema, held in NUMERIC:
+        for place, edge in itertools.product(key.places, EDGES):
+            if schema["type"] == "integer" and isinstance(edge, float) and edge.is_integer():
+                continue
+            values, read = holding(place, held(edge)), True
+            try:
+                config.from_values(copy.deepcopy(values), "test")
+            except ConfigError:
+                read = False
+            if validator.is_valid(values) != read:
+                differing.append((place, edge, read))
+            seen.add((key.label, read))
+    assert differing == [] and seen == {(key.label, read) for key, _, _ in NUMERIC for read in (True, False)}
 
 
 @pytest.mark.parametrize("text, is_text", [

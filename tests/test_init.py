@@ -1,6 +1,7 @@
 """`loratune init`: rows and a model's name become a config that can be trained, with its reasons."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,10 @@ from loratune.codes import Code
 from loratune.commands import init_choices
 from loratune.commands.init_choices import Room
 from loratune.commands.init_rows import MeasuredRows, propose_columns
-from loratune.config import Draft, LoraSection, RunConfig, Source
+from loratune.config import LoraSection, RunConfig, Source
 from loratune.data import RawDatasets, read_source
 from loratune.lora import attach
-from loratune.training import duration
-from loratune.training.duration import Work
+from loratune.training.duration import Costs, Work
 
 Cli = Callable[..., Ran]
 
@@ -127,6 +127,20 @@ def test_what_is_set_stays(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert (training.max_steps, training.per_device_train_batch_size, training.gradient_accumulation_steps) == (3, 2, 4)
 
 
+def test_keys_that_need_the_rows_to_be_held_out(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """They are checked once it is known whether any are."""
+    keys = {
+        "training.patience": "3",
+        "training.eval_steps": "2",
+        "training.keep": "best",
+        "data.group_by": "completion",
+    }
+    options = [option for key, value in keys.items() for option in ("--set", f"{key}={value}")]
+    run = written(cli, tiny_dir, write_rows(here / "rows.jsonl", LABELS), *options)
+    assert run.data.validation == 0.2 and run.data.group_by == "completion"
+    assert (run.training.patience, run.training.eval_steps, run.training.keep) == (3, 2, "best")
+
+
 def test_the_config_on_stdout(cli: Cli, tiny_dir: Path, here: Path) -> None:
     write_rows(here / "rows.jsonl", ROWS)
     ran = cli("init", "rows.jsonl", "--model", tiny_dir, "--output", "-")
@@ -200,6 +214,7 @@ def test_many_rows_are_sampled(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert "the longest row has 9 tokens, among 20,000 that were drawn" in (here / "config.yaml").read_text()
 
 
+WAITS = "training.patience and data.validation"
 ODD = [{"one": "1", "two": "2"}]
 LONG = [{"prompt": "a", "completion": "b" * 600}]
 REFUSED: dict[str, tuple[Any, list[str], int, Code, str, str]] = {
@@ -210,6 +225,9 @@ REFUSED: dict[str, tuple[Any, list[str], int, Code, str, str]] = {
     "no model": (ROWS, ["--model", "./nowhere"], 3, Code.MODEL_NO_DIRECTORY, "./nowhere", "model.name_or_path"),
     "output exists": (ROWS, ["--output", "taken"], 2, Code.OUTPUT_FILE_EXISTS, "taken", "--output"),
     "nowhere to write": (ROWS, ["--output", "no/c.yaml"], 2, Code.OUTPUT_FILE_NO_DIRECTORY, "no/c.yaml", "--output"),
+    "no rows to wait on": (ROWS, ["--set", "training.patience=3"], 2, Code.CONFIG_NO_EVALUATION_ROWS, "--set", WAITS),
+    "a section that is none": (ROWS, ["--set", "data=3"], 2, Code.CONFIG_WRONG_TYPE, "--set", "data"),
+    "a file for the adapter": (ROWS, ["--set", "output_dir=taken"], 2, Code.RUN_OUTPUT_IS_FILE, "taken", "output_dir"),
     "unknown key": (ROWS, ["--set", "data.x=1"], 2, Code.CONFIG_UNKNOWN_KEY, "--set", "data.x"),
 }
 
@@ -289,7 +307,8 @@ def test_choices_by_counts() -> None:
 )
 def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, str, bool], tmp_path: Path) -> None:
     values: dict[str, Any] = {"model": {"name_or_path": "x"}, "data": {"train": "rows.jsonl"}, "output_dir": "out"}
-    draft, run = Draft(values), config.from_values(values, "test")
+    draft = config.draft(values, "test")
+    run = config.from_draft(draft)
     with torch.device("meta"):
         model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
     split = read_source(Source(path=str(write_rows(tmp_path / "rows.jsonl", ROWS))), run.data)
@@ -302,12 +321,36 @@ def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, s
 
 def test_the_arithmetic_of_training() -> None:
     model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
-    work = Work.of_rows(np.array([3, 5]), np.array([1, 2]), 2)
-    assert work == Work(16, 6, 68)
+    lengths, supervised = np.array([3, 5]), np.array([1, 2])
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
-    rest = 4 * 264 * 32 * 6 + 6 * 2 * 32 * 68
+    logits, attention = 4 * 264 * 32, 6 * 2 * 32
     for checkpointed, factor in ((False, 4), (True, 6)):
-        assert duration.operations(model, work, checkpointed=checkpointed) == factor * weights * 16 + rest
+        for packing, tokens, pairs in (("full", 16, 68), ("batch", 16, 68), ("none", 20, 100)):
+            values = {"model": {"name_or_path": "x"}, "data": {"train": "rows.jsonl", "packing": packing}}
+            training = {
+                "num_train_epochs": 2,
+                "per_device_train_batch_size": 2,
+                "activation_checkpointing": checkpointed,
+            }
+            run = config.from_values({**values, "training": training, "output_dir": "out"}, "test")
+            costs = Costs.of_run(model, run, lengths, supervised)
+            expected = factor * weights * tokens + logits * 6 + attention * pairs
+            assert costs.work(run.training, held_out=0) == Work(2, expected)
+            evaluations = 4 / (3 * 16)  # one more is more than a tenth of the training
+            assert costs.work(run.training, held_out=4) == Work(2, pytest.approx(expected * (1 + evaluations)))
+            assert costs.work(run.training, held_out=0, share=0.5).operations == pytest.approx(expected / 2)
+
+
+def test_packs_are_counted_as_training_takes_them(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """The steps that the user is told are those of `train`, whose items are packs of rows."""
+    write_rows(here / "rows.jsonl", LABELS)
+    options = [f"data.validation={write_rows(here / 'dev.jsonl', ROWS)}", "data.packing=full"]
+    options += ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=1"]
+    ran = cli("init", "rows.jsonl", "--model", tiny_dir, *(part for one in options for part in ("--set", one)))
+    assert ran.code == 0, ran.err
+    dry = cli("train", "config.yaml", "--dry-run")
+    steps = re.search(r"of ([\d,]+) steps", dry.err + dry.out)
+    assert steps is not None and f" for {steps[1]} steps" in ran.out, ran.out + dry.err + dry.out
 
 
 def test_reasons_never_break_a_config() -> None:
@@ -317,7 +360,7 @@ def test_reasons_never_break_a_config() -> None:
         "data": {"train": [text, "x " * 100]},
         "output_dir": "1e3",
     }
-    draft = Draft(values)
+    draft = config.draft(values, "test")
     for key in ("model.name_or_path", "data.train", "output_dir"):
         draft.reasons[key] = text * 20
     assert config.parse(draft.text(text), "test") == config.from_values(values, "test")

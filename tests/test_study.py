@@ -229,6 +229,16 @@ def test_a_missing_optuna_is_told_with_its_extra(cli: Cli, config: MakeConfig) -
     assert "loratune[sweep]" in ran.err
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite://", "sqlite:///file:a?mode=memory&uri=true"],
+)
+def test_a_study_in_memory_is_refused(cli: Cli, config: MakeConfig, tmp_path: Path, url: str) -> None:
+    ran = cli("sweep", config(), *RATES, "--storage", url)
+    check_refused(ran, 2, (Code.SWEEP_STORAGE, url, "--storage"))
+    assert "sqlite:///study.db" in ran.err and not (tmp_path / "out.study").exists()
+
+
 def test_an_error_of_the_config_is_told_once(cli: Cli, config: MakeConfig) -> None:
     file = config(lora={"rank": 8})
     ran = cli("sweep", file, *RATES, *RANKS)
@@ -343,12 +353,35 @@ def test_the_report_shows_the_trials(swept: Path, cli: Cli, tmp_path: Path) -> N
 # Trials without an adapter
 
 
+def test_a_trial_with_a_time_budget_tells_its_steps(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
+    """Those of the epoch, for which there is time in any case."""
+    ran = forked("sweep", config(), "--grid", "training.max_minutes=2,3", "--trials", 1)
+    (trial,) = results(tmp_path).trials
+    assert ran.code == 0 and trial.state == "done", ran.err
+    training = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["training"]
+    assert "max_minutes" not in training and training["max_steps"] == trial.steps == 5
+    assert trial.settings == {"training.max_minutes": "2"} and trial.values == {"training.max_steps": "5"}
+    assert "2 → 5 steps" in ran.out
+
+
 def test_a_trial_that_diverges_is_a_result(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     ran = forked("sweep", config(training={"max_grad_norm": 0.0}), "--grid", "training.learning_rate=1e30,1e-2")
     assert ran.code == 0, ran.err
     assert states(tmp_path) == ["done", "diverged"] and results(tmp_path).trials[1].note
     assert (tmp_path / "out" / WEIGHTS).exists()
     assert [path.name for path in (tmp_path / "out.study" / "trials").iterdir()] == ["0001"]
+
+
+def test_a_trial_that_is_worse_than_its_base_is_told_as_such(
+    forked: Cli, config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    ran = forked("sweep", config(), "--grid", "training.learning_rate=1e-2,1000")
+    assert ran.code == 0, ran.err
+    assert states(tmp_path) == ["done", "worse than base"]
+    assert "1 worse than base" in ran.out and "diverged" not in ran.out + ran.err
+    assert cli("report", "--study", tmp_path / "out.study", "--output", tmp_path / "page.html").code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "worse than base" in page and "diverged" not in page
 
 
 def test_all_that_diverge_are_exit_code_6(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from loratune.lora.initialize import AdapterInit
 from loratune.model import base_files, load
 from loratune.training import output_dir, preflight, trainer
 from loratune.training.checkpoints import Checkpoints
-from loratune.training.run_context import RunContext
+from loratune.training.run_context import RunContext, TrainingJob
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -93,11 +93,10 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
     settings = decided_training(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
-    choose = partial(parameters.choose_optimizer, model, section, weight_decay=settings.weight_decay)
     size = settings.per_device_train_batch_size
     batches = SimpleNamespace(items=ROWS, size=size, collate=COLLATE, flat=False, heaviest=lambda: range(size))
     run = RunContext(Checkpoints(path / "checkpoints", {}, 0), Silent())
-    return trainer.fit(settings, model, batches, None, run, choose)
+    return trainer.fit(TrainingJob(settings, section, model, batches, None), run)
 
 
 def factors(model: PeftModel) -> dict[str, tuple[LoraLayer, torch.Tensor]]:

@@ -36,12 +36,14 @@ def init(
             from loratune.data.sources.local import data_ending
             from loratune.model.source import is_directory
 
-        from loratune.commands.init_start import SOURCE, first_values
+        from loratune.commands.init_start import SOURCE, checked, first_values
+        from loratune.training import output_dir
 
         if file is not None and data_ending(file.path):
             file = file.reading(Path(data).expanduser())  # It would be read as rows itself.
-        values = first_values(data, model, log)
-        run = config.from_values(values, SOURCE, assignments)
+        draft = config.draft(first_values(data, model, log), SOURCE, assignments)
+        run = checked(draft)
+        output_dir.check(run.output_dir, overwrite=True, inputs=config.input_paths(Path(output), run))
         for source in run.data.train_sources:
             open_source(source)
         base = run.model
@@ -51,7 +53,7 @@ def init(
             from loratune.commands import printing
             from loratune.commands.init import init
 
-        started = init(run, values, show_progress, log)
+        started = init(run, draft, show_progress, log)
         if file is None:
             print(started.text, end="")
         else:

@@ -19,9 +19,8 @@ from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
 from loratune.model import checks, load, quantization
-from loratune.training import auto, duration
-from loratune.training.duration import Work
-from loratune.training.evaluations import evaluation_steps
+from loratune.training import auto
+from loratune.training.duration import Costs, seconds_per_operation
 
 _SHOWN = ("training.learning_rate", "training.num_train_epochs")
 """Keys whose `auto` is written, with what it comes to."""
@@ -60,12 +59,12 @@ class Started:
     seconds: float
 
 
-def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Callable[[str], None]) -> Started:
+def init(run: RunConfig, draft: Draft, watch: ProgressFactory, log: Callable[[str], None]) -> Started:
     """Choose what a config leaves open.
 
     Args:
-        run: A config that names model, rows and output directory.
-        values: What is set in it; nothing of that is changed.
+        run: The config so far, see `init_start.checked`.
+        draft: The same in the making; nothing that is set in it is changed.
         watch: Shows the passes over the rows.
         log: Takes lines that the user should see.
 
@@ -73,6 +72,7 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
         ModelError: As `load.load_config`, `load.load_tokenizer`, `checks.check_present` and `attach.adapt`; a quantized
             base lacks its packages.
         DataError: As `init_rows.measure` and `init_rows.check_length`.
+        ConfigError: A key needs validation rows, and there are too few rows to hold any out.
     """
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     model_config = load.load_config(run.model)
@@ -81,11 +81,10 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary)
     rows = init_rows.measure(run.data, renderer, vocabulary, watch)
-    draft = Draft(values)
     _choose_data(draft, rows, context)
     draft.choose("lora.r", run.lora.r, "rank of the update")
     draft.choose("lora.target_modules", auto.TARGETS, auto.WHY_TARGETS)
-    run = _validated(draft)
+    run = config.from_draft(draft)
     trained, facts = _facts(run, rows, model_config)
     lora, _ = auto.decide_lora(run.lora, facts)
     cut = init_rows.check_length(rows, run.data, renderer, vocabulary, watch)
@@ -97,7 +96,7 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
     quantizable = not machine.bitsandbytes and _is_quantizable(run, model_config)
     fitting = init_choices.fit(model, run, draft, rows, step, Room(device, memory.available(device), quantizable))
     _choose_training(draft, run, step, fitting)
-    training, choices = auto.decide_training(_validated(draft).model_copy(update={"lora": lora}), facts)
+    training, choices = auto.decide_training(config.from_draft(draft).model_copy(update={"lora": lora}), facts)
     for key, (value, why) in choices.items():
         if key in _SHOWN:
             draft.choose(key, AUTO, f"here {value:g}: {why}")
@@ -109,10 +108,6 @@ def init(run: RunConfig, values: dict[str, Any], watch: ProgressFactory, log: Ca
     cores = len(os.sched_getaffinity(0))
     hardware = f"{cores} core{'s' if cores > 1 else ''}, {machine.gpu or 'no GPU'}"
     return Started(text, run, rows, cut, fitting, adapter, hardware, context, steps, seconds)
-
-
-def _validated(draft: Draft) -> RunConfig:
-    return config.from_values(draft.values, SOURCE)
 
 
 def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
@@ -187,14 +182,10 @@ def _duration(
     lengths = rows.lengths.clip(max=run.data.max_length)
     supervised = rows.supervised.clip(max=lengths)
     held_out = rows.held_out or len(rows.train) - trained
-    batch, mean = run.training.per_device_train_batch_size, float(lengths.mean())
-    plan = evaluation_steps(run.training, trained, batch, 1, round(mean * trained), round(mean * held_out))
-    work = Work.of_rows(lengths, supervised, plan.trained / float(lengths.sum()))
-    operations = duration.operations(model, work, checkpointed=run.training.activation_checkpointing)
-    width = int(model.get_input_embeddings().weight.shape[1])
-    taken = duration.seconds(operations, width, round(batch * mean), load.compute_dtype(run.model), load.device())
-    seconds = taken * (1 + (plan.share if held_out else 0.0))
+    costs = Costs.of_run(model, run, lengths, supervised)
+    work = costs.work(run.training, round(float(lengths.mean()) * held_out), share=trained / len(lengths))
+    seconds = work.operations * seconds_per_operation(model, run.model, costs, work.operations)
     budget = 60 * (run.training.max_minutes or 0.0)
     if not budget or (budget >= seconds and is_bounded):
-        return plan.steps, seconds
-    return max(1, int(plan.steps * budget / seconds)), budget
+        return work.steps, seconds
+    return max(1, int(work.steps * budget / seconds)), budget

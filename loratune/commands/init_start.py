@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loratune import config
+from loratune.config import Draft, RunConfig
 from loratune.data.sources.local import data_ending
 
 SOURCE = "init"
@@ -19,6 +21,9 @@ _SPLITS = {
     "test": "test",
 }  # fmt: skip
 """What files and directories of a split are called → the key that takes them."""
+
+_HELD_OUT = 0.5
+"""A fraction of the rows in the place of the one that will be chosen once they are counted."""
 
 _SHOWN = 5
 """Names of files in a message."""
@@ -38,6 +43,23 @@ def first_values(rows: str, model: str, log: Callable[[str], None]) -> dict[str,
         log(f"rows: left out, as the other files are named after splits: {names}")
     splits = {key: paths if paths[1:] else paths[0] for key, paths in found.items()}
     return {"model": {"name_or_path": model}, "data": splits, "output_dir": _free_directory(rows)}
+
+
+def checked(draft: Draft) -> RunConfig:
+    """The config so far, without validation rows unless they are set.
+
+    They may still be chosen, so keys that need them are only refused once that is known.
+
+    Raises:
+        ConfigError: A value is invalid whatever will be chosen.
+    """
+    rows = draft.values.get("data")
+    if not isinstance(rows, dict) or "validation" in rows:
+        return config.from_draft(draft)
+    rows["validation"] = _HELD_OUT
+    run = config.from_draft(draft)
+    del rows["validation"]
+    return run.model_copy(update={"data": run.data.model_copy(update={"validation": None})})
 
 
 def _find_splits(path: str) -> tuple[dict[str, list[str]], list[str]]:

@@ -25,6 +25,7 @@ from loratune.training.batching import BatchedDatasets, TokenizedDatasets
 from loratune.training.continuing import EarlierRun
 from loratune.training.evaluations import EvaluationSteps, optimizer_steps
 from loratune.training.preflight import ValidatedRun
+from loratune.training.run_context import TrainingJob
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ class Plan:
         """The section, with what it leaves to the rows: the steps between evaluations, and which step is kept."""
         steps = {"eval_steps": self.evaluations.interval} if self.evaluations else {}
         return self.config.training.model_copy(update={**steps, "keep": "best" if self.config.keeps_best else "last"})
+
+    @property
+    def job(self) -> TrainingJob:
+        """What the training loop is given."""
+        batches = self.batches
+        return TrainingJob(self.training, self.config.lora, self.model, batches.train, batches.validation)
 
     def row_text(self, number: int = 0) -> Iterator[tuple[str, bool]]:
         """A training row as pieces of text, each with whether it is supervised."""

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -20,12 +19,11 @@ from loratune.console import format_duration, plural
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import ConfigError, Problem
-from loratune.lora import parameters
 from loratune.model import load
-from loratune.training import budget, duration, gain, trainer
-from loratune.training.budget import FEWEST, WARM_UP, Costs, Speed, StepBudget, is_timed_enough
+from loratune.training import budget, gain, trainer
+from loratune.training.budget import FEWEST, WARM_UP, Speed, StepBudget, is_timed_enough
 from loratune.training.callbacks import StepTimer
-from loratune.training.duration import Work
+from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.evaluations import EvaluationSteps, optimizer_steps
 from loratune.training.run_context import RunContext
 
@@ -88,11 +86,7 @@ def fix_length(
 
     timer, costs = StepTimer(is_enough), _costs(plan)
     if left > 0:
-        optimizer = partial(
-            parameters.choose_optimizer, plan.model, plan.config.lora, weight_decay=plan.training.weight_decay
-        )
-        layouts = plan.batches.train, plan.batches.validation
-        trainer.time_steps(plan.training, plan.model, *layouts, context, optimizer, timer, oom_dry_run=scarce)
+        trainer.time_steps(plan.job, context, timer, oom_dry_run=scarce)
         gc.collect()  # the states of the optimizer go before those of the next one come
     if context.stopping() and context.stop.requested is not None:
         raise context.stop.requested
@@ -109,11 +103,7 @@ def fix_length(
 def estimate_length(plan: Plan, asked: TrainingSection, began: float) -> Plan:
     """The plan with about as many steps as its minutes have room for. None is taken; see `duration`."""
     costs, left = _costs(plan), 60 * (asked.max_minutes or 0.0) - (time.monotonic() - began)
-    batches, operations = costs.of_pass()
-    width, tokens = (int(plan.model.get_input_embeddings().weight.shape[1]), int(costs.lengths.sum()) // batches)
-    device = plan.model.device
-    taken = duration.seconds(int(operations), width, tokens, load.compute_dtype(plan.config.model), device)
-    per_operation = taken / operations
+    per_operation = seconds_per_operation(plan.model, plan.config.model, costs, costs.of_pass()[1])
     forward = Speed(0.0, per_operation / 2)
     times = _Times(Speed(0.0, per_operation), forward, forward, 0.0, 0.0, _CLOSING)
     return _fixed(plan, asked, _room(plan, asked, times, left), left, "about ")
@@ -126,10 +116,7 @@ def _costs(plan: Plan) -> Costs:
 
 def _costs_of(plan: Plan, layout: BatchLayout, rows: TokenizedDataset) -> Costs:
     checkpointed = plan.training.activation_checkpointing
-    unit = (Work(1, 0, 0), Work(0, 1, 0), Work(0, 0, 1))
-    weights = tuple(float(duration.operations(plan.model, work, checkpointed=checkpointed)) for work in unit)
-    lengths, supervised = (np.asarray(counts, np.int64) for counts in (rows.rows.lengths, rows.rows.supervised))
-    return Costs(layout, lengths, supervised, (weights[0], weights[1], weights[2]))
+    return Costs.of_layout(plan.model, layout, rows.rows.lengths, rows.rows.supervised, checkpointed=checkpointed)
 
 
 def _alone(plan: Plan, rows: TokenizedDataset) -> BatchLayout:

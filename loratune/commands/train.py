@@ -17,6 +17,7 @@ from loratune import config, data, kernels, memory
 from loratune.codes import Code
 from loratune.commands import card, clients, time_budget
 from loratune.commands.plan import Plan, Planner, make_plan
+from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory, row_hashes
 from loratune.errors import NumericError, Problem, ResourceError
 from loratune.lora import adapter_files, attach, parameters, tensors
@@ -59,6 +60,7 @@ class Result:
     """A published adapter.
 
     Attributes:
+        config: The config that the run worked with.
         directory: The adapter directory.
         display_name: The adapter directory as the user wrote it.
         adapter_bytes: The size of the file of weights.
@@ -71,6 +73,7 @@ class Result:
         peak_memory: The most bytes in use at once, see `memory.peak`.
     """
 
+    config: RunConfig
     directory: Path
     display_name: str
     adapter_bytes: int
@@ -167,7 +170,7 @@ def train(
                     identity = {**identity, "config": plan.config.resolved(), resume.MAX_MINUTES: minutes}
                     context = replace(context, checkpoints=replace(context.checkpoints, identity=identity))
                 reporter.plan(plan)
-                outcome = _fit(plan, context, oom_dry_run=scarce and minutes is None)
+                outcome = trainer.fit(plan.job, context, oom_dry_run=scarce and minutes is None)
         if context.stopping() and stop.requested is not None:  # A signal can come after the trainer's last check.
             raise stop.requested
         weights, comparison = _compare_with_base(plan, outcome, context, reporter)
@@ -268,14 +271,6 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _fit(plan: Plan, context: RunContext, *, oom_dry_run: bool) -> Outcome:
-    """Train the adapter."""
-    training, batches = plan.training, plan.batches
-    optimizer = partial(parameters.choose_optimizer, plan.model, plan.config.lora, weight_decay=training.weight_decay)
-    layouts = batches.train, batches.validation
-    return trainer.fit(training, plan.model, *layouts, context, optimizer, oom_dry_run=oom_dry_run)
-
-
 def _compare_with_base(plan: Plan, outcome: Outcome, context: RunContext, reporter: Reporter) -> tuple[Weights, Gain]:
     """The adapter's weights, and how much better than its base they do. Raises NumericError: a loss is NaN or inf."""
     weights = tensors.full_weights(plan.model)
@@ -340,7 +335,8 @@ def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[
         raise
     name, fallbacks = directory.display_name, plan.batches.acceleration.fallbacks
     figures = finished_run.outcome, finished_run.gain, finished_run.forgetting, finished_run.test
-    return Result(directory.output, name, size, *figures, fallbacks, plan.example_prompt, finished_run.peak_memory)
+    published = plan.config, directory.output, name, size
+    return Result(*published, *figures, fallbacks, plan.example_prompt, finished_run.peak_memory)
 
 
 def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:

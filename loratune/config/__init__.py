@@ -34,8 +34,10 @@ __all__ = [
     "Source",
     "TrainingSection",
     "decided",
+    "draft",
     "dump",
     "for_model",
+    "from_draft",
     "from_values",
     "input_paths",
     "load",
@@ -55,8 +57,8 @@ def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
 
 def load_with_lines(path: Path, assignments: Sequence[str] = ()) -> tuple[RunConfig, yaml_reader.Document]:
     """As `load`; also returns the values as they are written, and where each stands."""
-    document = yaml_reader.read(path)
-    return _validate(document, assignments), document
+    document = _overridden(yaml_reader.read(path), assignments)
+    return _validated(document), document
 
 
 def for_model(name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
@@ -70,17 +72,31 @@ def from_values(values: dict[str, Any], source: str, assignments: Sequence[str] 
 
     Raises ConfigError.
     """
-    return _validate(yaml_reader.Document(source, values), assignments)
+    return _validated(draft(values, source, assignments).document)
+
+
+def draft(values: dict[str, Any], source: str, assignments: Sequence[str] = ()) -> Draft:
+    """A config in the making, as `from_values`, but for what is wrong with its values."""
+    return Draft(_overridden(yaml_reader.Document(source, values), assignments))
+
+
+def from_draft(draft: Draft) -> RunConfig:
+    """Validate a config in the making. Raises ConfigError."""
+    return _validated(draft.document)
 
 
 def parse(text: str, source: str) -> RunConfig:
     """Validate YAML text as that of a file called `source`. Raises ConfigError."""
-    return _validate(yaml_reader.parse(text, source), ())
+    return _validated(yaml_reader.parse(text, source))
 
 
-def _validate(document: yaml_reader.Document, assignments: Sequence[str]) -> RunConfig:
+def _overridden(document: yaml_reader.Document, assignments: Sequence[str]) -> yaml_reader.Document:
     for assignment in assignments:
         yaml_reader.override(document, assignment)
+    return document
+
+
+def _validated(document: yaml_reader.Document) -> RunConfig:
     try:
         return RunConfig.model_validate(document.values)
     except ValidationError as error:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from loratune.codes import Code
 from loratune.config.data_section import DataSection
@@ -48,6 +48,17 @@ class ModelSection(Section):
         return self
 
 
+_STEPS = {"type": "integer", "minimum": 1, "exclusiveMaximum": 2**31}
+Steps = Annotated[int, Field(ge=-1, lt=2**31), WithJsonSchema({"anyOf": [{"type": "integer", "const": -1}, _STEPS]})]
+"""Optimizer steps of a run, or -1; `TrainingSection` checks that they are not 0."""
+Warmup = Annotated[
+    float,
+    Field(ge=0, lt=2**31),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, _STEPS]}),
+]
+"""A fraction of all steps, or a number of them; `TrainingSection` checks that the latter is whole."""
+
+
 class TrainingSection(Section):
     """How it is trained: fields of `transformers.TrainingArguments`, under its names."""
 
@@ -57,15 +68,13 @@ class TrainingSection(Section):
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] | Auto = Field(
         AUTO, description="passes over the data; auto: one, or more of few rows"
     )
-    max_steps: int = Field(-1, ge=-1, lt=2**31, description="optimizer steps; -1: num_train_epochs sets the length")
+    max_steps: Steps = Field(-1, description="optimizer steps; -1: num_train_epochs sets the length")
     max_minutes: float | None = Field(
         None, gt=0, le=1e5, description="time for the whole command, which max_steps is fixed from; null: no such limit"
     )
     per_device_train_batch_size: Count = Field(8, description="rows per device and micro-step")
     gradient_accumulation_steps: Count = Field(1, description="micro-steps per optimizer step")
-    warmup_steps: Annotated[float, Field(ge=0, lt=2**31)] | Auto = Field(
-        AUTO, description="steps, or a fraction of all steps if below 1; auto: none"
-    )
+    warmup_steps: Warmup | Auto = Field(AUTO, description="steps, or a fraction of all steps if below 1; auto: none")
     lr_scheduler_type: Literal["auto", "linear", "cosine", "constant", "constant_with_warmup"] = Field(
         AUTO, description="schedule of the learning rate; auto: linear to zero"
     )

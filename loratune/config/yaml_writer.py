@@ -11,6 +11,7 @@ import yaml
 from loratune import escaping
 from loratune.config import yaml_reader
 from loratune.config.schema import RunConfig
+from loratune.config.yaml_reader import Document
 
 _WIDTH = 110
 """Characters of a line with its comment; a longer comment stands above its key. Values are never broken."""
@@ -46,12 +47,17 @@ class Draft:
     """A config in the making.
 
     Attributes:
-        values: What is set, by section and key.
+        document: What is set, and where.
         reasons: `section.key` → why it has its value.
     """
 
-    values: dict[str, Any]
+    document: Document
     reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What is set, by section and key."""
+        return self.document.values
 
     def has(self, key: str) -> bool:
         """Whether `section.key`, or a key outside the sections, is set."""

@@ -1,7 +1,6 @@
 """The page of a study: its trials in a table, and the held-out loss by each setting. `page` says what it promises."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from loratune import __version__
 from loratune.console import format_duration
@@ -58,7 +57,5 @@ def _chart(number: int, key: str, results: StudyResults) -> str | None:
 
 
 def _point(trial: TrialResult, key: str) -> Point:
-    values: dict[str, Any] = trial.settings | trial.values
-    value = values.get(key, "") if trial.settings.get(key) == "auto" else trial.settings.get(key, "")
     assert trial.loss is not None
-    return Point(str(value), trial.loss, trial.interval, int(trial.verdict == BEST))
+    return Point(trial.used(key), trial.loss, trial.interval, int(trial.verdict == BEST))

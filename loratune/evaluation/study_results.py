@@ -29,6 +29,7 @@ LIKE_BEST: Final = "indistinguishable"
 WORSE: Final = "worse"
 NOT_JUDGED: Final = "not judged"
 Verdict = Literal["best", "indistinguishable", "worse", "not judged", ""]
+MAX_MINUTES, MAX_STEPS = "training.max_minutes", "training.max_steps"
 _AUTO = "auto"
 _MOST_BYTES = 1 << 22
 """Bytes of the losses of a trial, unpacked, at most."""
@@ -88,8 +89,10 @@ class TrialResult:
     Attributes:
         number: Of the trial.
         settings: Key → value as it was asked for.
-        values: Key → value that the run worked with, where that is another one, as with `auto`.
-        state: `done`, `running`, `waiting`, or why there is no adapter: `diverged`, `out of memory`, `stopped early`.
+        values: Key → value that the run worked with, where that is another one, as with `auto`; in the place of a time
+            budget, the steps that were fixed from it.
+        state: `done`, `running`, `waiting`, or why there is no adapter: `diverged`, `worse than base`,
+            `learned nothing`, `out of memory`, `stopped early`, `invalid`, `failed`.
         loss: Held-out loss in nats per supervised token; None without an adapter.
         interval: Its 95 % interval; None for too few rows.
         seconds: How long the trial took; None if it has not ended.
@@ -120,7 +123,14 @@ class TrialResult:
     def shown(self, key: str) -> str:
         """A setting, and what the run made of it where it chose for itself."""
         asked = self.settings.get(key, "")
-        return f"{asked} → {self.values[key]}" if asked == _AUTO and key in self.values else asked
+        if key == MAX_MINUTES and MAX_STEPS in self.values:
+            return f"{asked} → {self.values[MAX_STEPS]} steps"
+        return f"{asked} → {self.used(key)}" if asked != self.used(key) else asked
+
+    def used(self, key: str) -> str:
+        """A setting, or in the place of `auto` what the run chose."""
+        asked = self.settings.get(key, "")
+        return self.values.get(key, asked) if asked == _AUTO else asked
 
 
 @dataclass(frozen=True)

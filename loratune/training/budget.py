@@ -8,13 +8,9 @@ order in which the run reads them, and not a mean. What comes beside the steps i
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
-
-from loratune.data.packing import BatchLayout, PackedRows
-from loratune.training.batching import DistributedBatchSampler
 
 WARM_UP = 2
 """Batches that are computed before any is timed: the first ones also allocate, compile and fill caches."""
@@ -67,67 +63,6 @@ def is_timed_enough(batches: int, elapsed: float, left: float) -> bool:
         left: Seconds of the budget when it began.
     """
     return elapsed >= left or (batches >= WARM_UP + _LEAST_TIMED and elapsed >= min(_SHARE * left, _MOST_SECONDS))
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Operations of the batches of one layout.
-
-    Attributes:
-        layout: The batches.
-        lengths: (rows,), tokens of each row.
-        supervised: (rows,), supervised tokens of each row.
-        weights: Operations for each token, each supervised one, and each pair of tokens of a row.
-    """
-
-    layout: BatchLayout
-    lengths: NDArray[np.int64]
-    supervised: NDArray[np.int64]
-    weights: tuple[float, float, float]
-
-    @property
-    def of_rows(self) -> NDArray[np.float64]:
-        """(rows,), the operations of each row without padding."""
-        return self._of(self.lengths.astype(np.float64), self.supervised)
-
-    def _of(self, lengths: NDArray[np.float64], supervised: NDArray[np.int64]) -> NDArray[np.float64]:
-        token, label, pair = self.weights
-        return np.asarray(token * lengths + label * supervised + pair * lengths * lengths)
-
-    def of_batches(self, items: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The operations of batches. items: (..., items of a batch), the numbers of the items. Returns (...)."""
-        if self.layout.flat:
-            costs = self.of_rows
-            if isinstance(self.layout.items, PackedRows):
-                packs = self.layout.items.packs
-                costs = np.add.reduceat(costs[packs.order], packs.starts[:-1])
-            return np.asarray(costs[items].sum(-1))
-        longest = self.lengths[items].max(-1).astype(np.float64)
-        token, label, pair = self.weights
-        padded = items.shape[-1] * (token * longest + pair * longest * longest)
-        return np.asarray(padded + label * self.supervised[items].sum(-1))
-
-    def of_pass(self) -> tuple[int, float]:
-        """How many batches one pass in order has, and their operations."""
-        numbers, size = np.arange(len(self.layout.items)), self.layout.size
-        whole = len(numbers) // size * size
-        total = float(self.of_batches(numbers[:whole].reshape(-1, size)).sum()) if whole else 0.0
-        rest = numbers[whole:]
-        return -(-len(numbers) // size), total + (float(self.of_batches(rest)) if len(rest) else 0.0)
-
-    def micro_steps(self, seed: int, processes: int) -> Iterator[NDArray[np.float64]]:
-        """For each epoch, without end: (micro-steps,), the operations of the process that has most of each."""
-        size = self.layout.size
-        sampler = DistributedBatchSampler(len(self.layout.items), size * processes, seed)
-        for epoch in count():
-            sampler.set_epoch(epoch)
-            order = np.asarray(sampler.order(), np.int64)
-            whole = len(order) // (size * processes)
-            shared = order[: whole * size * processes].reshape(whole, processes, size)
-            costs = self.of_batches(shared).max(1) if whole else np.zeros(0)
-            rest = order[whole * size * processes :]
-            shares = [self.of_batches(share) for share in np.array_split(rest, processes) if len(share)]
-            yield np.append(costs, max(shares)) if shares else costs
 
 
 def step_seconds(

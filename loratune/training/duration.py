@@ -5,14 +5,21 @@ base nor its weights are needed. Loading, the checks before the first step, and 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+
+from loratune.config import ModelSection, RunConfig, TrainingSection
+from loratune.data.packing import BatchLayout, Numbers, PackedRows
+from loratune.model import load
+from loratune.training.batching import DistributedBatchSampler
+from loratune.training.evaluations import evaluation_steps
 
 _FORWARD_AND_BACKWARD = 2 * 2
 """Operations for each weight of the frozen base and each token: a multiplication and an addition, forward and for the
@@ -35,29 +42,116 @@ is fast in its first second, before its share of the processors is used up."""
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed in a run.
+    """What a run computes.
 
     Attributes:
-        tokens: Tokens that are trained on.
-        supervised: Those at which there are logits.
-        pairs: Pairs of tokens of one row, which attention compares.
+        steps: Optimizer steps.
+        operations: Of these steps, and of the evaluations beside them.
     """
 
-    tokens: int
-    supervised: int
-    pairs: int
+    steps: int
+    operations: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Floating-point operations of the batches of one layout.
+
+    Attributes:
+        layout: The batches.
+        lengths: (rows,), tokens of each row.
+        supervised: (rows,), supervised tokens of each row.
+        weights: Operations for each token, each supervised one, and each pair of tokens of a row.
+    """
+
+    layout: BatchLayout
+    lengths: NDArray[np.int64]
+    supervised: NDArray[np.int64]
+    weights: tuple[float, float, float]
 
     @classmethod
-    def of_rows(cls, lengths: NDArray[np.int64], supervised: NDArray[np.int64], passes: float) -> "Work":
-        """The work of so many passes over rows of these lengths; both arrays (rows,)."""
-        return cls(*(round(passes * int(np.sum(counts))) for counts in (lengths, supervised, lengths * lengths)))
+    def of_layout(
+        cls, model: Any, layout: BatchLayout, lengths: Numbers, supervised: Numbers, *, checkpointed: bool
+    ) -> Self:
+        """Those of training a `PeftModel`, which may be on the meta device; the arrays as the attributes.
+
+        checkpointed: whether activations are recomputed.
+        """
+        weights = _operations(model, checkpointed=checkpointed)
+        return cls(layout, np.asarray(lengths, np.int64), np.asarray(supervised, np.int64), weights)
+
+    @classmethod
+    def of_run(cls, model: Any, run: RunConfig, lengths: Numbers, supervised: Numbers) -> Self:
+        """Those of a run without `auto`, whose rows are laid out as it says; other arguments as of `of_layout`."""
+        size, checkpointed = run.training.per_device_train_batch_size, run.training.activation_checkpointing
+        layout = BatchLayout(lengths, lengths, run.data.packing, size, run.data.max_length, pad_id=0)
+        return cls.of_layout(model, layout, lengths, supervised, checkpointed=checkpointed)
+
+    @property
+    def tokens_of_batch(self) -> int:
+        """Tokens of a batch in the mean, without padding."""
+        return int(self.lengths.sum()) // self.of_pass()[0]
+
+    def work(self, training: TrainingSection, held_out: int, share: float = 1.0) -> "Work":
+        """What training in one process computes.
+
+        Args:
+            training: The section, without `auto`.
+            held_out: Tokens of the validation rows.
+            share: Of the rows, the part that is trained on.
+        """
+        items, tokens = max(1, round(share * len(self.layout.items))), int(self.lengths.sum())
+        plan = evaluation_steps(training, items, self.layout.size, 1, round(share * tokens), held_out)
+        one_pass = float(next(self.micro_steps(training.seed, 1)).sum())
+        return Work(plan.steps, one_pass * plan.trained / tokens * (1 + plan.share))
+
+    @property
+    def of_rows(self) -> NDArray[np.float64]:
+        """(rows,), the operations of each row without padding."""
+        return self._of(self.lengths.astype(np.float64), self.supervised)
+
+    def _of(self, lengths: NDArray[np.float64], supervised: NDArray[np.int64]) -> NDArray[np.float64]:
+        token, label, pair = self.weights
+        return np.asarray(token * lengths + label * supervised + pair * lengths * lengths)
+
+    def of_batches(self, items: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The operations of batches. items: (..., items of a batch), the numbers of the items. Returns (...)."""
+        if self.layout.flat:
+            costs = self.of_rows
+            if isinstance(self.layout.items, PackedRows):
+                packs = self.layout.items.packs
+                costs = np.add.reduceat(costs[packs.order], packs.starts[:-1])
+            return np.asarray(costs[items].sum(-1))
+        longest = self.lengths[items].max(-1).astype(np.float64)
+        token, label, pair = self.weights
+        padded = items.shape[-1] * (token * longest + pair * longest * longest)
+        return np.asarray(padded + label * self.supervised[items].sum(-1))
+
+    def of_pass(self) -> tuple[int, float]:
+        """How many batches one pass in order has, and their operations."""
+        numbers, size = np.arange(len(self.layout.items)), self.layout.size
+        whole = len(numbers) // size * size
+        total = float(self.of_batches(numbers[:whole].reshape(-1, size)).sum()) if whole else 0.0
+        rest = numbers[whole:]
+        return -(-len(numbers) // size), total + (float(self.of_batches(rest)) if len(rest) else 0.0)
+
+    def micro_steps(self, seed: int, processes: int) -> Iterator[NDArray[np.float64]]:
+        """For each epoch, without end: (micro-steps,), the operations of the process that has most of each."""
+        size = self.layout.size
+        sampler = DistributedBatchSampler(len(self.layout.items), size * processes, seed)
+        for epoch in count():
+            sampler.set_epoch(epoch)
+            order = np.asarray(sampler.order(), np.int64)
+            whole = len(order) // (size * processes)
+            shared = order[: whole * size * processes].reshape(whole, processes, size)
+            costs = self.of_batches(shared).max(1) if whole else np.zeros(0)
+            rest = order[whole * size * processes :]
+            shares = [self.of_batches(share) for share in np.array_split(rest, processes) if len(share)]
+            yield np.append(costs, max(shares)) if shares else costs
 
 
-def operations(model: Any, work: Work, *, checkpointed: bool) -> int:
-    """Floating-point operations of training a `PeftModel`, which may be on the meta device.
-
-    checkpointed: whether activations are recomputed.
-    """
+def _operations(model: Any, *, checkpointed: bool) -> tuple[float, float, float]:
+    """Operations for each token, each supervised one, and each pair of tokens of a row, see `Costs`."""
     base = model.get_base_model()
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     experts = base.config.get_text_config().to_dict()
@@ -68,8 +162,8 @@ def operations(model: Any, work: Work, *, checkpointed: bool) -> int:
         if parameter.dim() > 1 and parameter.shape[0] != vocabulary and "lora_" not in name
     )
     per_weight = _FORWARD_AND_BACKWARD + (_RECOMPUTED if checkpointed else 0)
-    logits = _FORWARD_AND_BACKWARD * vocabulary * hidden * work.supervised
-    return int(per_weight * weights * work.tokens + logits + _ATTENTION * layers * hidden * work.pairs)
+    logits = _FORWARD_AND_BACKWARD * vocabulary * hidden
+    return float(per_weight * weights), float(logits), float(_ATTENTION * layers * hidden)
 
 
 def _used(parameter: nn.Parameter, experts: Mapping[str, Any]) -> int:
@@ -80,28 +174,29 @@ def _used(parameter: nn.Parameter, experts: Mapping[str, Any]) -> int:
     return parameter.numel()
 
 
-def seconds(operations: int, width: int, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """About how long so many operations take here, after a measurement of at most three seconds.
+def seconds_per_operation(model: Any, section: ModelSection, costs: Costs, operations: float) -> float:
+    """How long an operation takes here and now, after a measurement of at most three seconds.
 
     Args:
-        operations: See `operations`.
-        width: The hidden size of the model.
-        tokens: Of a batch.
-        dtype: What the model computes in.
-        device: Where.
+        model: The `PeftModel`, which may be on the meta device, and is not used but for its width.
+        section: Which dtype the model computes in.
+        costs: Those of its batches, as large as which the stand-in's are.
+        operations: How many are to be estimated: the measurement takes a small part of the time that they take.
     """
-    side, count = min(width, _WIDTH), min(max(tokens, 1), _TOKENS)
+    dtype, device = load.compute_dtype(section), load.device()
+    side = min(int(model.get_input_embeddings().weight.shape[1]), _WIDTH)
+    tokens = min(max(costs.tokens_of_batch, 1), _TOKENS)
     layer = _StandIn(side).to(device=device, dtype=dtype).requires_grad_(False)
-    states = torch.randn(count, side, dtype=dtype, device=device).requires_grad_()
+    states = torch.randn(tokens, side, dtype=dtype, device=device).requires_grad_()
     weights = sum(parameter.numel() for parameter in layer.parameters())
-    repeats = operations / (_EFFICIENCY * _FORWARD_AND_BACKWARD * weights * count)
+    of_step = _EFFICIENCY * _FORWARD_AND_BACKWARD * weights * tokens
     _step(layer, states)  # the first also compiles
-    estimate, done, start = 0.0, 0, time.perf_counter()
-    while done < _REPEATS or estimate * done / repeats < min(_SECONDS, _SHARE * estimate):
+    found, done, start = 0.0, 0, time.perf_counter()
+    while done < _REPEATS or found * of_step * done < min(_SECONDS, _SHARE * found * operations):
         _step(layer, states)
         done += 1
-        estimate = (time.perf_counter() - start) / done * repeats
-    return estimate
+        found = (time.perf_counter() - start) / (done * of_step)
+    return found
 
 
 def _step(layer: nn.Module, states: torch.Tensor) -> None:

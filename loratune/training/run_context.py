@@ -1,16 +1,39 @@
-"""What a training loop is given beside model and rows: where it reports and writes, and what it goes on from."""
+"""What a training loop is given: what it trains, where it reports and writes, and what it goes on from."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from loratune.config import LoraSection, TrainingSection
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
 from loratune.training.callbacks import Progress
 from loratune.training.checkpoints import Checkpoints
 from loratune.training.curve import StepLosses
 from loratune.training.evaluations import BestRecord
+from loratune.training.gain import Batches
 from loratune.training.trackers import Tracker
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is trained, on what, and how.
+
+    Attributes:
+        training: The section, with `eval_steps` chosen. The best step is kept if `keep` says so; null means the last.
+        lora: The section; some variants of LoRA have an optimizer of their own.
+        model: The base with the adapter, whose trainable weights are trained in place.
+        train: The training batches.
+        validation: The validation batches, if there are any.
+    """
+
+    training: TrainingSection
+    lora: LoraSection
+    model: PreTrainedModel
+    train: Batches
+    validation: Batches | None
 
 
 @dataclass(frozen=True)

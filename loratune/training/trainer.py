@@ -1,20 +1,20 @@
 """The training loop: `transformers.Trainer` with this package's batches, callbacks and checkpoints."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loratune.codes import Code
 from loratune.config import AUTO, TrainingSection
 from loratune.errors import Problem, ResourceError, is_out_of_memory
 from loratune.lora import tensors
-from loratune.lora.parameters import OptimizerChoice
+from loratune.lora.parameters import choose_optimizer
 from loratune.system import launcher
 from loratune.training.best_step import BestStep
 from loratune.training.callbacks import (
@@ -25,9 +25,8 @@ from loratune.training.callbacks import (
     StopCallback,
     check_final_loss,
 )
-from loratune.training.gain import Batches
 from loratune.training.outcome import Outcome
-from loratune.training.run_context import RunContext
+from loratune.training.run_context import RunContext, TrainingJob
 from loratune.training.run_trainer import NoStepLeft, RunTrainer
 from loratune.training.upstream import exclude_from_ddp, use_one_gpu
 
@@ -78,26 +77,12 @@ def training_arguments(
     )
 
 
-def fit(
-    section: TrainingSection,
-    model: PreTrainedModel,
-    train: Batches,
-    validation: Batches | None,
-    context: RunContext,
-    optimizer: Callable[[OptimizerChoice], OptimizerChoice] = lambda choice: choice,
-    *,
-    oom_dry_run: bool = True,
-) -> Outcome:
-    """Train the trainable weights of `model` in place.
+def fit(job: TrainingJob, context: RunContext, *, oom_dry_run: bool = True) -> Outcome:
+    """Train the trainable weights of the job's model in place.
 
     Args:
-        section: The config, with `eval_steps` chosen. The best step is kept if `keep` says so; null means the last.
-        model: The base with the adapter.
-        train: The training batches.
-        validation: The validation batches.
+        job: What is trained.
         context: Checkpoints, progress and processes.
-        optimizer: From the optimizer that the section names to the one that is used, for LoRA variants that need
-            parameter groups of their own.
         oom_dry_run: Whether the largest batch is computed before all others, so that a lack of memory shows at once.
 
     Raises:
@@ -107,18 +92,18 @@ def fit(
         KeyboardInterrupt: The run was stopped, after a checkpoint.
     """
     watchers = [
-        ProgressCallback(context.progress, at_evaluations=section.patience is not None),
+        ProgressCallback(context.progress, at_evaluations=job.training.patience is not None),
         StopCallback(context.stopping),
         *context.trackers,
     ]
-    trainer = _build(section, model, train, validation, context, optimizer, watchers, oom_dry_run=oom_dry_run)
+    trainer = _build(job, context, watchers, oom_dry_run=oom_dry_run)
     start = time.monotonic()
     try:
         with _out_of_memory_placed(trainer):
             with suppress(NoStepLeft):
                 trainer.train(resume_from_checkpoint=str(context.resume_from) if context.resume_from else None)
             seconds = time.monotonic() - start
-            if validation is not None and context.stop.requested is None:
+            if job.validation is not None and context.stop.requested is None:
                 trainer.evaluate_once()
         if context.stop.requested is not None:
             raise context.stop.requested
@@ -128,33 +113,19 @@ def fit(
             tracker.end()
     trainer.put_back_best()
     if not context.stopping():  # The model is still accelerated here; afterwards its logits can need more memory.
-        check_final_loss(model, train, context.checkpoints, trainer.state.global_step)
+        check_final_loss(job.model, job.train, context.checkpoints, trainer.state.global_step)
     return trainer.outcome(seconds)
 
 
-def time_steps(
-    section: TrainingSection,
-    model: PreTrainedModel,
-    train: Batches,
-    validation: Batches | None,
-    context: RunContext,
-    optimizer: Callable[[OptimizerChoice], OptimizerChoice],
-    timer: StepTimer,
-    *,
-    oom_dry_run: bool,
-) -> None:
+def time_steps(job: TrainingJob, context: RunContext, timer: StepTimer, *, oom_dry_run: bool) -> None:
     """Take the first steps of a run, a micro-step each, and write a checkpoint, until the timer ends it; undo it all.
 
     The learning rate is next to nothing, so that no step can diverge. Trained weights are put back; optimizer and
     checkpoint are dropped; the next trainer seeds the random generators anew.
 
     Args:
-        section: The config.
-        model: The base with the adapter.
-        train: The training batches.
-        validation: The validation batches, of which only the largest is computed, in the dry run.
+        job: What is trained; of the validation batches only the largest is computed, in the dry run.
         context: Checkpoints and processes. Nothing of it reports.
-        optimizer: As in `fit`.
         timer: Takes the times, and ends the steps.
         oom_dry_run: As in `fit`.
 
@@ -168,16 +139,16 @@ def time_steps(
         "lr_scheduler_type": "constant",
         "warmup_steps": 0.0,
     }
-    changed = section.model_copy(update={"learning_rate": _HARMLESS_RATE, **unwatched, **short})
-    before, start = tensors.full_weights(model), time.monotonic()
-    trainer = _build(changed, model, train, validation, context, optimizer, [timer], oom_dry_run=oom_dry_run)
+    changed = job.training.model_copy(update={"learning_rate": _HARMLESS_RATE, **unwatched, **short})
+    before, start = tensors.full_weights(job.model), time.monotonic()
+    trainer = _build(replace(job, training=changed), context, [timer], oom_dry_run=oom_dry_run)
     timer.setup = time.monotonic() - start
     with _out_of_memory_placed(trainer):
         trainer.train()
     if not context.stopping():
         timer.checkpoint = trainer.checkpoint_seconds()
     trainer.accelerator.free_memory()
-    tensors.restore(model, before)
+    tensors.restore(job.model, before)
 
 
 @contextmanager
@@ -192,16 +163,9 @@ def _out_of_memory_placed(trainer: RunTrainer) -> Iterator[None]:
 
 
 def _build(
-    section: TrainingSection,
-    model: PreTrainedModel,
-    train: Batches,
-    validation: Batches | None,
-    context: RunContext,
-    optimizer: Callable[[OptimizerChoice], OptimizerChoice],
-    watchers: Sequence[TrainerCallback],
-    *,
-    oom_dry_run: bool,
+    job: TrainingJob, context: RunContext, watchers: Sequence[TrainerCallback], *, oom_dry_run: bool
 ) -> RunTrainer:
+    section, model, train, validation = job.training, job.model, job.train, job.validation
     guard = NonFiniteGuard(context.checkpoints, context.group, replace(context.unreported))
     dry_run = OomDryRun(guard)
     arguments = training_arguments(
@@ -212,6 +176,7 @@ def _build(
         bfloat16=launcher.sharding() == "deepspeed" and model.dtype == torch.bfloat16,
     )
     use_one_gpu(arguments)
+    default = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     exclude_from_ddp(model, [*frozen, *(name for name, _ in model.named_buffers())])
     trainer = RunTrainer(
@@ -221,7 +186,7 @@ def _build(
         BestStep(keep=section.keep == "best", patience=section.patience, record=context.evaluations),
         model=model,
         args=arguments,
-        optimizer_cls_and_kwargs=optimizer(Trainer.get_optimizer_cls_and_kwargs(arguments, model)),
+        optimizer_cls_and_kwargs=choose_optimizer(model, job.lora, default, section.weight_decay),
         train_dataset=train.items,
         eval_dataset=validation,
         data_collator=train.collate,

@@ -19,7 +19,7 @@ from loratune.commands import card
 from loratune.commands import train as training
 from loratune.commands.plan import LoadedRun, Plan, adapted, facts, load_rows, load_run
 from loratune.commands.train import Reporter, Result
-from loratune.config import RunConfig, keys
+from loratune.config import RunConfig
 from loratune.data import ProgressFactory
 from loratune.errors import ConfigError, ModelError, NumericError, Problem, ResumeError
 from loratune.evaluation.study_results import RowLosses
@@ -28,11 +28,10 @@ from loratune.model import load
 from loratune.model.reuse import BaseState
 from loratune.system.files import is_directory
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training import auto, duration, final_score, preflight
+from loratune.training import auto, final_score, preflight
 from loratune.training.batching import TokenizedDatasets
 from loratune.training.continuing import EarlierRun
-from loratune.training.duration import Work
-from loratune.training.evaluations import evaluation_steps
+from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.preflight import ValidatedRun
 from loratune.training.resume import find_resume_point
 from loratune.training.run_dir import RunDirectory
@@ -48,14 +47,12 @@ class TrialOutcome:
     Attributes:
         result: The adapter that was published.
         losses: Its losses on the held-out rows.
-        values: Every key of the config that the run worked with, and its value.
         seconds: How long it took, with everything.
         is_resumed: Whether it went on from a checkpoint, so that this is not the time of a whole trial.
     """
 
     result: Result
     losses: RowLosses
-    values: dict[str, str]
     seconds: float
     is_resumed: bool
 
@@ -84,7 +81,7 @@ class Bench:
         if len(numbers) > _MOST_ROWS:
             numbers = np.sort(np.random.default_rng(0).choice(numbers, _MOST_ROWS, replace=False))
         self._copies = {int(number): copies[int(number)] for number in numbers}
-        self._speed: float | None = None
+        self._per_operation: float | None = None
 
     @property
     def example_prompt(self) -> str:
@@ -120,20 +117,14 @@ class Bench:
         if run.training.max_minutes is not None:
             return 60 * run.training.max_minutes
         rows = self.prepare_rows(run)
-        known = facts(self._as_validated(run), rows)
-        run, _ = auto.decide(run, known)
-        lengths, supervised = rows.train.rows.lengths, rows.train.rows.supervised
+        run, _ = auto.decide(run, facts(self._as_validated(run), rows))
         held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0
-        batch = run.training.per_device_train_batch_size
-        plan = evaluation_steps(run.training, known.rows, batch, 1, int(lengths.sum()), held_out)
-        work = Work.of_rows(lengths, supervised, plan.trained / float(lengths.sum()))
         model, _ = attach.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
-        operations = duration.operations(model, work, checkpointed=run.training.activation_checkpointing)
-        if self._speed is None:
-            width = int(model.get_input_embeddings().weight.shape[1])
-            size, dtype = round(batch * float(lengths.mean())), load.compute_dtype(run.model)
-            self._speed = operations / duration.seconds(operations, width, size, dtype, load.device())
-        return operations / self._speed * (1 + plan.share)
+        costs = Costs.of_run(model, run, rows.train.rows.lengths, rows.train.rows.supervised)
+        operations = costs.work(run.training, held_out).operations
+        if self._per_operation is None:
+            self._per_operation = seconds_per_operation(model, run.model, costs, operations)
+        return operations * self._per_operation
 
     def train(self, run: RunConfig, output: Path, reporter: Reporter) -> TrialOutcome:
         """Train the adapter of a trial, and score it. An interrupted one goes on from its checkpoint.
@@ -155,9 +146,8 @@ class Bench:
         validated = self._resumed(replace(self._as_validated(run), directory=directory))
         result = training.train(validated, reporter, planner=self._make_plan)
         assert result is not None and self._plan is not None
-        values, losses = keys.flat(self._plan.config.resolved()), self._score(self._plan)
-        is_resumed = validated.resume_point is not None
-        return TrialOutcome(result, losses, values, time.monotonic() - start, is_resumed)
+        losses, is_resumed = self._score(self._plan), validated.resume_point is not None
+        return TrialOutcome(result, losses, time.monotonic() - start, is_resumed)
 
     def _resumed(self, validated: ValidatedRun) -> ValidatedRun:
         """The run with the checkpoint that it goes on from, if there is one that fits."""

@@ -218,7 +218,7 @@ class _Sweep:
         else:
             if not outcome.is_resumed:
                 self.request.budget.add(estimate, outcome.seconds)
-            self.study.finish(claim, recorded(outcome, self.request.grid.keys), outcome.losses.loss)
+            self.study.finish(claim, recorded(outcome, run, self.request.grid.keys), outcome.losses.loss)
         finally:
             self.bench.take_off()
         directory = self.request.directory

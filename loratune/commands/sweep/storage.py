@@ -11,7 +11,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from loratune.codes import Code
-from loratune.errors import LostError, Problem
+from loratune.errors import ConfigError, LostError, Problem
 from loratune.system.files import kind, open_lock
 
 JOURNAL = "journal.log"
@@ -21,6 +21,20 @@ _ATTEMPTS = 4
 """How often a database is opened, at most."""
 _HIDDEN = "***"
 _PASSWORD = re.compile(r"(?i)((?:password|passwd|pwd|secret|token)=)([^&#\s]+)")
+
+
+def check_kept(url: str | None) -> None:
+    """Raises ConfigError: the URL is of a database in memory, which would end with this process, and the study with it.
+
+    Source: https://docs.sqlalchemy.org/en/20/dialects/sqlite.html
+    """
+    kind_of_database, _, place = (url or "").partition("://")
+    path, _, options = place.partition("?")
+    is_memory = not path.strip("/") or ":memory:" in path or "mode=memory" in options
+    if url is not None and kind_of_database.partition("+")[0] == "sqlite" and is_memory:
+        what = "is a database in memory, so the study would be lost when the command ends"
+        fix = "write sqlite:///study.db for a file, or leave it out, and the study is kept beside output_dir"
+        raise ConfigError(Problem(Code.SWEEP_STORAGE, what, url, "--storage", fix))
 
 
 def open_storage(directory: Path, url: str | None) -> BaseStorage:

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from loratune.codes import Code
 from loratune.commands.sweep.grid import Axis, Settings, label
-from loratune.commands.sweep.storage import JOURNAL, open_storage, without_password
+from loratune.commands.sweep.storage import JOURNAL, check_kept, open_storage, without_password
 from loratune.errors import ConfigError, LoratuneError, LostError, Problem, ResourceError, is_disk_full
 from loratune.system.files import open_lock
 from loratune.system.launcher import host
@@ -48,7 +48,8 @@ class TrialRecord:
     Attributes:
         number: Of its directory and of the table.
         settings: What it tries.
-        state: `waiting`, `running`, `done`, or why there is no adapter: `diverged`, `out of memory`, `stopped early`.
+        state: `waiting`, `running`, `done`, or why there is no adapter: `diverged`, `worse than base`,
+            `learned nothing`, `out of memory`, `stopped early`, `invalid`, `failed`.
         loss: The held-out loss; None without an adapter.
         result: What else is known of it.
         host: The machine that worked on it.
@@ -91,9 +92,11 @@ class Study:
             seed: Of what is drawn from ranges.
 
         Raises:
+            ConfigError: The storage is in memory.
             LostError: The storage cannot be opened.
             ResourceError: The disk is full.
         """
+        check_kept(storage)
         self.directory, self.name, self._seed, self._url = directory, name, seed, storage
         self.is_shared_by_machines = storage is not None and not storage.startswith("sqlite")
         self.where = str(directory / JOURNAL) if storage is None else without_password(storage, storage)

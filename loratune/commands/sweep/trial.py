@@ -5,6 +5,7 @@ from typing import Any
 from loratune.codes import Code
 from loratune.commands.sweep.bench import TrialOutcome
 from loratune.commands.sweep.study import Claim, Study
+from loratune.config import RunConfig, keys
 from loratune.errors import (
     ConfigError,
     DataError,
@@ -13,6 +14,7 @@ from loratune.errors import (
     NumericError,
     is_out_of_memory,
 )
+from loratune.evaluation.study_results import MAX_STEPS
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.system.files import sha256
 from loratune.training.callbacks import Progress
@@ -20,6 +22,8 @@ from loratune.training.callbacks import Progress
 DIGEST = "record"
 """The SHA-256 of the record of an adapter, which names the digests of its other files."""
 _OUT_OF_MEMORY = (Code.MEMORY_TRAINING, Code.MEMORY_EVALUATION, Code.SYSTEM_OUT_OF_MEMORY)
+_FINITE = {Code.TRAINING_WORSE_THAN_BASE: "worse than base", Code.LORA_UNCHANGED: "learned nothing"}
+"""Errors of an adapter whose numbers are finite, and what they make of a trial."""
 _OF_ALL = (Code.TRAIN_BASE_CHANGED,)
 """Errors that every further trial would have too."""
 
@@ -31,10 +35,18 @@ class Hopeless(Exception):
         super().__init__(f"after {percent} % of its steps, at a held-out loss of {loss:.4f}")
 
 
-def recorded(outcome: TrialOutcome, varied: list[str]) -> dict[str, Any]:
-    """What the study keeps of a trial with an adapter. varied: the keys that trials differ in."""
+def recorded(outcome: TrialOutcome, run: RunConfig, varied: list[str]) -> dict[str, Any]:
+    """What the study keeps of a trial with an adapter.
+
+    Args:
+        outcome: What it came to.
+        run: Its config as it was asked for.
+        varied: The keys that trials differ in.
+    """
+    told = {*varied, MAX_STEPS} if run.training.max_minutes is not None else {*varied}  # which were fixed from it
+    values = keys.flat(outcome.result.config.resolved())
     return {
-        "values": {key: outcome.values.get(key, "") for key in varied},
+        "values": {key: value for key, value in values.items() if key in told},
         "seconds": outcome.seconds,
         "steps": outcome.result.outcome.steps,
         "adapter_bytes": outcome.result.adapter_bytes,
@@ -55,7 +67,7 @@ def failure(error: Exception) -> tuple[str, str] | None:
         if code in _OUT_OF_MEMORY:
             return "out of memory", why
         if isinstance(error, NumericError):
-            return "diverged", why
+            return _FINITE.get(code, "diverged"), why
         is_its_own = isinstance(error, ConfigError | ModelError | DataError) and code not in _OF_ALL
         return ("failed", why) if is_its_own else None
     if isinstance(error, Hopeless):
