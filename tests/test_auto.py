@@ -62,10 +62,19 @@ def test_the_rows_of_a_step_are_those_of_all_processes() -> None:
 def test_few_rows_are_repeated() -> None:
     epochs = [decided(replace(FACTS, rows=rows)).training.num_train_epochs for rows in (40, 800, 10**6)]
     assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1] == 1
-    watched = decided(replace(FACTS, rows=40), data={"train": "b", "validation": 0.2}).training.num_train_epochs
-    assert watched >= epochs[0], "held-out rows tell when more passes harm"
     limited = decided(training={"max_steps": 5})
     assert limited.training.num_train_epochs == AUTO and "num_train_epochs" not in limited.resolved()["training"]
+
+
+def test_rows_that_are_read_often_get_a_lower_rate() -> None:
+    def rate_of(**training: Any) -> Any:
+        return decided(replace(FACTS, rows=80), training=training).training.learning_rate
+
+    once = rate_of(num_train_epochs=1)
+    assert [rate_of(num_train_epochs=epochs) for epochs in (0.5, 2, 4)] == pytest.approx(
+        [once, once / 2, once / 4], 0.05
+    )
+    assert [rate_of(max_steps=steps) for steps in (3, 10, 40)] == [once, once, rate_of(num_train_epochs=4)]
 
 
 def test_the_rank_grows_with_the_tokens() -> None:

@@ -336,6 +336,17 @@ def test_dry_run_says_about_how_many_steps(run_config: MakeConfig, tmp_path: Pat
     assert " passes over the rows" in ran.err
 
 
+def test_a_rate_that_is_left_open_is_lower_for_more_passes(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("train", budgeted(tmp_path, run_config, max_minutes=5, learning_rate="auto"), "--dry-run")
+    assert ran.code == 0, ran.err
+    said = [
+        line.split(" is ")[1] for line in ran.err.splitlines() if line.startswith("auto: training.learning_rate is ")
+    ]
+    once, lower = (float(line.split(" ")[0]) for line in said)
+    passes = float(ran.err.partition(" passes over the rows")[0].split()[-1].replace(",", ""))
+    assert passes > 2 and lower == pytest.approx(once / passes, rel=0.05)
+
+
 # Bad input
 
 

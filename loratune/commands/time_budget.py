@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import ConfigError, Problem
 from loratune.model import load
-from loratune.training import budget, gain, trainer
+from loratune.training import auto, budget, gain, trainer
 from loratune.training.budget import FEWEST, WARM_UP, Speed, StepBudget, is_timed_enough
 from loratune.training.callbacks import StepTimer
 from loratune.training.duration import Costs, seconds_per_operation
@@ -256,9 +257,15 @@ def _too_short(asked: TrainingSection, why: str, least: float = 0.0) -> ConfigEr
 def _fixed(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, about: str = "") -> Plan:
     """The plan of a run with the steps that were found. about: how exact they are."""
     steps = max(1, found.steps)
-    training = plan.config.training.model_copy(update={"max_steps": steps, "max_minutes": None})
-    config = plan.config.model_copy(update={"training": training})
+    changed: dict[str, Any] = {"max_steps": steps, "max_minutes": None}
     lines = [*_lines(plan, asked, replace(found, steps=steps), left, about)]
+    if asked.learning_rate == AUTO:
+        rate, passes = decided(plan.config.training.learning_rate), steps / _steps_of_epochs(plan)[1]
+        lower, why = auto.over_passes(rate, "rows that are read often are learned by heart", passes)
+        changed["learning_rate"] = lower
+        lines += [*auto.lines({"training.learning_rate": (lower, why)})] if passes > 1 else []
+    training = plan.config.training.model_copy(update=changed)
+    config = plan.config.model_copy(update={"training": training})
     return replace(plan, config=config, evaluations=_evaluation_steps(plan, training), notes=[*plan.notes, *lines])
 
 
