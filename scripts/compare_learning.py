@@ -6,7 +6,8 @@
 The tasks are those of `learning/tasks.py`, the recipes those of `peers/recipes.py`. Each contestant is installed into
 an environment of its own and trains in a process of its own, with all cores, one after the other, task by task. The
 time is that of the whole process, from its start to its end with the adapter saved. loratune is told the minutes
-(`training.max_minutes`) and nothing else but the model, the rows and the seed. The other tools count steps, so each
+(`training.max_minutes`) and nothing else but the model, the rows and the seed, and once more with the config that
+`loratune init` writes, whose own seconds are not counted. The other tools count steps, so each
 first trains a few, which are not counted, and is then given as many as fit; its schedule ends at its last step. Where
 its recipe would end before that by itself, `--variants own` trains that as well.
 
@@ -45,6 +46,9 @@ from peers.recipes import RECIPES, Order
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "learning" / "peers.jsonl"
 OURS = "loratune"
+INIT = "init"
+OURS_VARIANTS = ("scaled", INIT)
+"""loratune with what a config leaves open, and with the config of `loratune init`."""
 TRIED = 10
 """Steps of the run that is not counted."""
 ROOM = 0.02
@@ -175,18 +179,24 @@ def steps_in_time(race: Race, name: str, rows: Path) -> int:
     return 1 + int(left / step)
 
 
-def train_ours(race: Race, rows: Path) -> Finished:
-    """Train with loratune's defaults for the minutes. Raises bench.Failure."""
+def train_ours(race: Race, rows: Path, variant: str) -> Finished:
+    """Train for the minutes with loratune's defaults, or with the config that `loratune init` writes.
+
+    Raises:
+        bench.Failure: A process ended badly.
+    """
     place = emptied(race.work / "race" / OURS)
-    settings = {
-        "model": {"name_or_path": str(learn.model_directory(race.model, race.work))},
-        "data": {"train": str(rows)},
-        "training": {"max_minutes": race.minutes, "seed": race.seed},
-        "output_dir": str(place / "adapter"),
-    }
-    (place / "config.yaml").write_text(json.dumps(settings), encoding="utf-8")
-    command = [sys.executable, "-P", "-m", "loratune", "train", str(place / "config.yaml")]
-    seconds = spawn(race, command, place, [race.checkout])
+    config_path, model = place / "config.yaml", str(learn.model_directory(race.model, race.work))
+    program = [sys.executable, "-P", "-m", "loratune"]
+    training = {"training.max_minutes": race.minutes, "training.seed": race.seed, "output_dir": str(place / "adapter")}
+    if variant == INIT:
+        command = [*program, "init", str(rows), "--model", model, "--output", str(config_path)]
+        spawn(race, command, place, [race.checkout])
+    else:
+        settings = {"model": {"name_or_path": model}, "data": {"train": str(rows)}, "output_dir": "adapter"}
+        config_path.write_text(json.dumps(settings), encoding="utf-8")
+    options = [option for key, value in training.items() for option in ("--set", f"{key}={value}")]
+    seconds = spawn(race, [*program, "train", str(config_path), *options], place, [race.checkout])
     record = json.loads((place / "adapter" / "loratune.json").read_text(encoding="utf-8"))
     return Finished(place / "adapter", seconds, record["metrics"]["steps"])
 
@@ -238,8 +248,9 @@ def compete(race: Race, task: str, rows: int, names: list[str], variants: list[s
     for name in names:
         try:
             if name == OURS:
-                if known := missing(name, "scaled"):
-                    keep(race, known, train_ours(race, train_rows))
+                for variant in OURS_VARIANTS:
+                    if known := missing(name, variant):
+                        keep(race, known, train_ours(race, train_rows, variant))
                 continue
             wanted = {variant: known for variant in variants if (known := missing(name, variant))}
             if not wanted:

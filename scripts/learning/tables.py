@@ -244,29 +244,28 @@ def _run_of(one: Result) -> tuple[str, int, float]:
 
 
 def peers(results: Sequence[Result], others: Sequence[Result], ours: str = "loratune") -> str:
-    """What each contestant of an equal wall-clock time reached, the difference to loratune on the same rows (above 0:
-    loratune is ahead), and how often loratune is ahead or behind.
+    """What each contestant of an equal wall-clock time reached, the difference to loratune's defaults on the same rows
+    (above 0: these are ahead), and how often each variant of loratune is ahead or behind.
 
     others: results of `learn.py`, for the loss of the bases on unrelated text.
     """
     bases = {one["name"]: one["text_loss"] for one in others if one["name"].startswith("base ")}
-    reference = {_place(one): one for one in results if one["contestant"] == ours}
+    own = {(_place(one), one["variant"]): one for one in results if one["contestant"] == ours}
     lines: list[list[str]] = []
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for one in sorted(results, key=lambda one: (_place(one), one["variant"] != "scaled", one["rows_loss"])):
-        other = reference.get(_place(one))
-        interval = None
-        if other is not None and other is not one:
-            nats = unpacked(one["rows_nats"]) - unpacked(other["rows_nats"])
-            interval = mean_ratio_interval(nats, unpacked(one["rows_tokens"]))
-        if interval is not None:
-            verdict = 0 if interval.low > 0 else 1 if interval.high < 0 else 2
-            counts[f"{one['contestant']}, {one['variant']}"][verdict] += 1
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for one in sorted(results, key=lambda one: (_place(one), one["variant"] == "own", one["rows_loss"])):
+        name, other = f"{one['contestant']}, {one['variant']}", own.get((_place(one), "scaled"))
+        for (place, variant), rival in own.items():
+            if place == _place(one) and one["contestant"] != ours:
+                nats = unpacked(one["rows_nats"]) - unpacked(rival["rows_nats"])
+                if (interval := mean_ratio_interval(nats, unpacked(one["rows_tokens"]))) is not None:
+                    verdict = 0 if interval.low > 0 else 1 if interval.high < 0 else 2
+                    counts[f"{ours}, {variant}", name][verdict] += 1
         base = bases.get(f"base {one['model']} {one['task']}")
         lines.append(
             [
                 f"{one['task']} ({one['rows']}), {one['model']}, seed {one['seed']}, {one['minutes']:g} min",
-                f"**{ours}**" if one["contestant"] == ours else f"{one['contestant']}, {one['variant']}",
+                f"**{name}**" if one["contestant"] == ours else name,
                 f"{one['seconds']:.0f}",
                 str(one["steps"]),
                 f"{one['rows_loss']:.4f}",
@@ -275,8 +274,8 @@ def peers(results: Sequence[Result], others: Sequence[Result], ours: str = "lora
             ]
         )
     header = ["task (rows)", "contestant", "s", "steps", "loss", "less loratune's (95 %)", "other text"]
-    verdicts = [[name, *map(str, found)] for name, found in sorted(counts.items())]
-    second = markdown(["against", "loratune ahead", "behind", "not told apart"], verdicts)
+    verdicts = [[*names, *map(str, found)] for names, found in sorted(counts.items())]
+    second = markdown(["loratune", "against", "ahead", "behind", "not told apart"], verdicts)
     return f"{markdown(header, lines)}\n\n{second}"
 
 
