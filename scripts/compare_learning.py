@@ -1,15 +1,15 @@
 """Who learns most in the same wall-clock time: loratune with its defaults, or other tools with what they recommend.
 
-    python scripts/compare_learning.py --work DIRECTORY [--minutes 3] [--tasks classes mail] [--variants scaled own]
+    python scripts/compare_learning.py --work DIRECTORY [--minutes 3] [--tasks classes mail] [--variants scaled own init]
     python scripts/compare_learning.py --table
 
 The tasks are those of `learning/tasks.py`, the recipes those of `peers/recipes.py`. Each contestant is installed into
 an environment of its own and trains in a process of its own, with all cores, one after the other, task by task. The
 time is that of the whole process, from its start to its end with the adapter saved. loratune is told the minutes
-(`training.max_minutes`) and nothing else but the model, the rows and the seed, and once more with the config that
-`loratune init` writes, whose own seconds are not counted. The other tools count steps, so each
-first trains a few, which are not counted, and is then given as many as fit; its schedule ends at its last step. Where
-its recipe would end before that by itself, `--variants own` trains that as well.
+(`training.max_minutes`) and nothing else but the model, the rows and the seed; `--variants init` trains the config that
+`loratune init` writes as well, whose own seconds are not counted. The other tools count steps, so each first trains a
+few, which are not counted, and is then given as many as fit; its schedule ends at its last step. Where its recipe would
+end before that by itself, `--variants own` trains that as well.
 
 All learn from the same rows, tokenised once by loratune: only completions and answers are supervised, but for those
 that learn the whole conversation by default (`Recipe.whole`); tokenising is no part of the others' time. Once all are
@@ -47,8 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "learning" / "peers.jsonl"
 OURS = "loratune"
 INIT = "init"
-OURS_VARIANTS = ("scaled", INIT)
-"""loratune with what a config leaves open, and with the config of `loratune init`."""
+"""The variant of loratune that trains the config of `loratune init`."""
 TRIED = 10
 """Steps of the run that is not counted."""
 ROOM = 0.02
@@ -248,11 +247,11 @@ def compete(race: Race, task: str, rows: int, names: list[str], variants: list[s
     for name in names:
         try:
             if name == OURS:
-                for variant in OURS_VARIANTS:
+                for variant in {"scaled", INIT} & {*variants}:
                     if known := missing(name, variant):
                         keep(race, known, train_ours(race, train_rows, variant))
                 continue
-            wanted = {variant: known for variant in variants if (known := missing(name, variant))}
+            wanted = {variant: known for variant in {"scaled", "own"} & {*variants} if (known := missing(name, variant))}
             if not wanted:
                 continue
             fits, own = steps_in_time(race, name, train_rows), RECIPES[name].own_steps(rows)
@@ -272,7 +271,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(tasks.TASKS))
     parser.add_argument("--contestants", nargs="+", default=[*RECIPES, OURS], choices=[*RECIPES, OURS])
-    parser.add_argument("--variants", nargs="+", default=["scaled"], choices=["scaled", "own"])
+    parser.add_argument("--variants", nargs="+", default=["scaled"], choices=["scaled", "own", INIT])
     parser.add_argument("--model", default="135M", choices=list(learn.MODELS))
     parser.add_argument("--rows", type=int, default=0, help="training rows (default: those of learning/experiments.py)")
     parser.add_argument("--seed", type=int, default=1)

@@ -5,7 +5,7 @@ with the same words; what it does not name is the constants of `learn.config_of`
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 ROWS = {"classes": 1000, "spelling": 1000, "dialogue": 400, "docstrings": 800, "mail": 600}
@@ -46,27 +46,50 @@ def spec(task: str, model: str = "135M", rows: int | None = None, seed: int = 1,
     }
 
 
-def _rate(seeds: Iterable[int] = (1, 2, 3)) -> Iterator[Spec]:
-    for seed, rate, task in itertools.product(seeds, RATES, ROWS):
+def _rate() -> Iterator[Spec]:
+    """Up to far above the best rate of most tasks."""
+    for rate, task in itertools.product((*RATES, FORMULA, 6.4e-3, 1.28e-2), ROWS):
+        yield spec(task, training__learning_rate=rate)
+
+
+def _seeds() -> Iterator[Spec]:
+    """Further ones, about the best rate."""
+    for seed, rate, task in itertools.product((2, 3), (8e-4, FORMULA, 6.4e-3), ROWS):
         yield spec(task, seed=seed, training__learning_rate=rate)
+
+
+def _shapes() -> Iterator[Spec]:
+    """The rate on other shapes of model; the narrow one wants higher rates."""
+    for model, rates in (("57M", RATES), ("narrow", (*RATES[2:], 6.4e-3, 1.28e-2))):
+        for rate, task in itertools.product(rates, ROWS):
+            yield spec(task, model=model, training__learning_rate=rate)
 
 
 def _targets() -> Iterator[Spec]:
     """Those of `_rate` have q, k, v, o at r=8."""
-    shapes = (("all-linear", 8), (["q", "k", "v", "o"], 32), ("all-linear", 32))
-    for (modules, r), rate, task in itertools.product(shapes, TWO, ROWS):
-        yield spec(task, lora__target_modules=modules, lora__r=r, training__learning_rate=rate)
+    for rate, task in itertools.product((8e-4, *TWO, FORMULA), ROWS):
+        yield spec(task, lora__target_modules="all-linear", lora__r=8, training__learning_rate=rate)
+    for modules, rate, task in itertools.product((["q", "k", "v", "o"], "all-linear"), TWO, ROWS):
+        yield spec(task, lora__target_modules=modules, lora__r=32, training__learning_rate=rate)
 
 
 def _batch() -> Iterator[Spec]:
-    for task, size, rate in itertools.product(VARIED, (4, 16, 32), (*TWO, 6.4e-3)):
-        yield spec(task, training__per_device_train_batch_size=size, training__learning_rate=rate)
+    """At the rate of 8 rows, and at what the root of their number makes of it."""
+    for task, size in itertools.product(VARIED, (4, 16, 32)):
+        for rate in (FORMULA, float(f"{FORMULA * (size / 8) ** 0.5:.2g}")):
+            yield spec(task, training__per_device_train_batch_size=size, training__learning_rate=rate)
 
 
 def _schedule() -> Iterator[Spec]:
-    for task, (kind, warmup), rate in itertools.product(VARIED, SCHEDULES, TWO):
+    for task, (kind, warmup) in itertools.product(VARIED, SCHEDULES):
         changed: dict[str, Any] = {"training__lr_scheduler_type": kind, "training__warmup_steps": warmup}
-        yield spec(task, **changed, training__learning_rate=rate)
+        yield spec(task, **changed, training__learning_rate=FORMULA)
+
+
+def _average() -> Iterator[Spec]:
+    for task, kind in itertools.product(VARIED, ("linear", "constant")):
+        settings = {"training__lr_scheduler_type": kind, "training__num_train_epochs": 1.0}
+        yield spec(task, **settings, training__learning_rate=FORMULA) | {"average": [0.1, 0.25]}
 
 
 def _epochs() -> Iterator[Spec]:
@@ -83,19 +106,12 @@ def _lower() -> Iterator[Spec]:
 
 
 def _best() -> Iterator[Spec]:
-    """The longest of `_epochs`, where validation rows choose the step that is kept."""
-    for (task, rows), lengths in LENGTHS.items():
-        steps = int(-(-rows // 8) * lengths[-1])
+    """Four passes over few rows, where validation rows choose the step that is kept."""
+    for task, rows in list(LENGTHS)[:5]:
         yield spec(
-            task, rows=rows, data__validation=True, training__keep="best", training__eval_steps=max(1, steps // 12),
-            training__num_train_epochs=lengths[-1], training__learning_rate=FORMULA,
+            task, rows=rows, data__validation=True, training__keep="best", training__eval_steps=max(1, rows // 24),
+            training__num_train_epochs=4.0, training__learning_rate=FORMULA,
         )  # fmt: skip
-
-
-def _average() -> Iterator[Spec]:
-    for task, kind, rate in itertools.product(VARIED, ("linear", "constant"), TWO):
-        one = spec(task, training__lr_scheduler_type=kind, training__learning_rate=rate, training__num_train_epochs=1.0)
-        yield one | {"average": [0.1, 0.25]}
 
 
 def _tenth() -> Iterator[Spec]:
@@ -103,42 +119,16 @@ def _tenth() -> Iterator[Spec]:
         yield spec(task, training__learning_rate=rate, training__max_steps=max(5, ROWS[task] // 80))
 
 
-def _edge() -> Iterator[Spec]:
-    """Rates about and above the highest of `_rate`, as that is the best of most tasks."""
-    for seed, rate, task in itertools.product((1, 2, 3), (FORMULA, 6.4e-3), ROWS):
-        yield spec(task, seed=seed, training__learning_rate=rate)
-    for task in ROWS:
-        yield spec(task, training__learning_rate=1.28e-2)
-
-
-def _shapes() -> Iterator[Spec]:
-    """The rate on other shapes of model; the narrow one wants higher rates."""
-    for model, rates in (("57M", RATES), ("narrow", (*RATES[2:], 6.4e-3, 1.28e-2))):
-        for rate, task in itertools.product(rates, ROWS):
-            yield spec(task, model=model, training__learning_rate=rate)
-
-
-def _targets_at_formula() -> Iterator[Spec]:
-    for task in ROWS:
-        yield spec(task, lora__target_modules="all-linear", lora__r=8, training__learning_rate=FORMULA)
-
-
-def _first_seed(experiment: Callable[[], Iterator[Spec]]) -> Callable[[], Iterator[Spec]]:
-    return lambda: (one for one in experiment() if one["seed"] == 1)
-
-
 EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
-    "epochs": _epochs,
+    "rate": _rate,
     "lower": _lower,
-    "edge": _first_seed(_edge),
-    "formula": _targets_at_formula,
-    "batch": _batch,
-    "targets": _targets,
-    "best": _best,
-    "schedule": _schedule,
+    "epochs": _epochs,
     "shapes": _shapes,
     "tenth": _tenth,
-    "seeds": _edge,
-    "rate": _rate,
+    "batch": _batch,
+    "targets": _targets,
+    "schedule": _schedule,
     "average": _average,
+    "seeds": _seeds,
+    "best": _best,
 }

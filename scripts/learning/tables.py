@@ -48,41 +48,60 @@ def matching(results: Sequence[Result], *keys: str) -> list[Result]:
     return [result for result in runs(results) if set(result["settings"]) == set(keys)]
 
 
+def first_seed(results: Sequence[Result]) -> list[Result]:
+    """Those with seed 1."""
+    return [one for one in results if one["seed"] == 1]
+
+
 def rates(results: Sequence[Result]) -> str:
-    """Loss by task and rate, over all seeds; the best in bold, with the regret of each rate against it in brackets."""
-    by_task: dict[tuple[str, str], dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for result in matching(results, RATE):
-        by_task[result["model"], f"{result['task']} ({result['rows']})"][result["settings"][RATE]].append(result)
+    """Loss by task and rate of the first seed; the best in bold, with the regret of each rate against it in brackets."""
+    by_task: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+    for one in first_seed(matching(results, RATE)):
+        by_task[one["model"], f"{one['task']} ({one['rows']})"][one["settings"][RATE]] = one["rows_loss"]
     bases = {result["name"]: result["rows_loss"] for result in results if result["name"].startswith("base ")}
     columns = sorted({rate for found in by_task.values() for rate in found})
     lines = []
     for (model, task), found in sorted(by_task.items()):
-        means = {rate: float(np.mean([one["rows_loss"] for one in several])) for rate, several in found.items()}
-        best = min(means.values())
+        best = min(found.values())
         cells = [
-            f"**{means[rate]:.4f}**" if means.get(rate) == best
-            else f"{means[rate]:.4f} (+{means[rate] / best - 1:.1%})" if rate in means else MISSING
+            f"**{best:.4f}**" if found.get(rate) == best
+            else f"{found[rate]:.4f} (+{found[rate] / best - 1:.1%})" if rate in found else MISSING
             for rate in columns
         ]  # fmt: skip
-        seeds = str(min(len(found[rate]) for rate in columns if rate in found))
         base = bases.get(f"base {model} {task.split(' ')[0]}")
-        lines.append([model, task, seeds, f"{base:.4f}" if base is not None else "", *cells])
-    return markdown(["model", "task (rows)", "seeds", "base", *(f"{rate:g}" for rate in columns)], lines)
+        lines.append([model, task, f"{base:.4f}" if base is not None else "", *cells])
+    return markdown(["model", "task (rows)", "base", *(f"{rate:g}" for rate in columns)], lines)
+
+
+def seeds(results: Sequence[Result]) -> str:
+    """Loss by task and rate of several seeds: the mean, and the lowest and highest; and how often each rate is best."""
+    found: dict[tuple[str, str], dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for one in matching(results, RATE):
+        place = one["model"], f"{one['task']} ({one['rows']})"
+        found[place][one["settings"][RATE]][one["seed"]] = one["rows_loss"]
+    lines = []
+    for place, by_rate in sorted(found.items()):
+        several = {rate: losses for rate, losses in sorted(by_rate.items()) if len(losses) > 2}
+        best = [min(several, key=lambda rate: several[rate][seed]) for seed in (1, 2, 3)] if several else []
+        for rate, losses in several.items():
+            mean, low, high = np.mean([*losses.values()]), min(losses.values()), max(losses.values())
+            lines.append([*place, f"{rate:g}", f"{mean:.4f}", f"{low:.4f} to {high:.4f}", f"{best.count(rate)} of 3"])
+    return markdown(["model", "task (rows)", "rate", "mean of three seeds", "range", "best of these rates"], lines)
 
 
 def forgetting(results: Sequence[Result]) -> str:
-    """Loss on unrelated text less that of the base, by model, task and rate, over all seeds."""
-    found: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Loss on unrelated text less that of the base, by model, task and rate of the first seed."""
+    found: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
     bases = {result["name"]: result["text_loss"] for result in results if result["name"].startswith("base ")}
-    for result in matching(results, RATE):
-        change = result["text_loss"] - bases[f"base {result['model']} {result['task']}"]
-        found[result["model"], result["task"]][result["settings"][RATE]].append(change)
+    for one in first_seed(matching(results, RATE)):
+        change = one["text_loss"] - bases[f"base {one['model']} {one['task']}"]
+        found[one["model"], f"{one['task']} ({one['rows']})"][one["settings"][RATE]] = change
     columns = sorted({rate for one in found.values() for rate in one})
     lines = [
-        [*place, *(f"{np.mean(one[rate]):+.3f}" if rate in one else MISSING for rate in columns)]
+        [*place, *(f"{one[rate]:+.3f}" if rate in one else MISSING for rate in columns)]
         for place, one in sorted(found.items())
     ]
-    return markdown(["model", "task", *(f"{rate:g}" for rate in columns)], lines)
+    return markdown(["model", "task (rows)", *(f"{rate:g}" for rate in columns)], lines)
 
 
 def formula(hidden_size: int, lora_alpha: int, r: int, rows: int) -> float:
@@ -99,25 +118,24 @@ def regret(results: Sequence[Result], rate_of: Callable[[int, int, int, int], fl
     The loss at its rate is drawn between the two rates beside it, straight over the logarithm of the rate. rate_of: of
     the hidden size, lora_alpha, r and rows of a step.
     """
-    by_task: dict[tuple[str, str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for one in matching(results, RATE):
-        by_task[one["model"], one["task"], one["rows"]][one["settings"][RATE]].append(one["rows_loss"])
+    by_task: dict[tuple[str, str, int], dict[float, float]] = defaultdict(dict)
+    for one in first_seed(matching(results, RATE)):
+        by_task[one["model"], one["task"], one["rows"]][one["settings"][RATE]] = one["rows_loss"]
     lines = []
     for (model, task, rows), found in sorted(by_task.items()):
         rate, rates = rate_of(HIDDEN[model], 16, 8, 8), sorted(found)
-        losses = [float(np.mean(found[one])) for one in rates]
+        losses = [found[one] for one in rates]
         best = min(losses)
         inside = rates[0] <= rate <= rates[-1]
         share = float(np.interp(np.log(rate), np.log(rates), losses)) / best - 1
-        seeds = str(min(map(len, found.values())))
         edge = " (the highest)" if losses.index(best) == len(rates) - 1 else ""
         cells = [
             f"{rate:.2g}",
             f"{rates[losses.index(best)]:g}{edge}",
             f"+{share:.1%}" if inside else f"{MISSING} (outside)",
         ]
-        lines.append([model, f"{task} ({rows})", seeds, *cells])
-    return markdown(["model", "task (rows)", "seeds", "the formula's rate", "best rate tried", "regret"], lines)
+        lines.append([model, f"{task} ({rows})", *cells])
+    return markdown(["model", "task (rows)", "the formula's rate", "best rate tried", "regret"], lines)
 
 
 def paired(first: Result, second: Result) -> str:
@@ -142,29 +160,31 @@ def best_by(results: Sequence[Result], key: Callable[[Result], Any]) -> dict[Any
 def compared(results: Sequence[Result], varied: Sequence[str], reference: Sequence[Any]) -> str:
     """By task, the best rate's loss of each combination of settings, and its difference to the reference's.
 
-    What a run does not name of the settings is as in the reference. Only the first seed counts.
+    What a run does not name of the settings is as in the reference, which counts only at the rates of the others. Only
+    the first seed counts.
     """
     usual = dict(zip(varied, reference, strict=True))
+
+    def values(one: Result) -> list[str]:
+        return [str((usual | one["settings"])[key]) for key in varied]
+
     chosen = [
         result
         for result in runs(results)
         if set(result["settings"]) <= {*varied, RATE} and result["seed"] == 1 and "average" not in result
     ]
-    best = best_by(
-        chosen,
-        lambda one: (
-            one["model"], one["task"], one["rows"], *(str((usual | one["settings"])[key]) for key in varied),
-        ),
-    )  # fmt: skip
-    tasks = {name[:3] for name in best if name[3:] != tuple(map(str, reference))}
+    rates_of: dict[tuple[Any, ...], set[float]] = defaultdict(set)
+    for one in chosen:
+        if values(one) != [str(value) for value in reference]:
+            rates_of[one["model"], one["task"], one["rows"]].add(one["settings"][RATE])
+    chosen = [one for one in chosen if one["settings"][RATE] in rates_of[one["model"], one["task"], one["rows"]]]
+    best = best_by(chosen, lambda one: (one["model"], one["task"], one["rows"], *values(one)))
     lines = []
-    for (model, task, rows, *values), result in sorted(best.items()):
-        if (model, task, rows) not in tasks:
-            continue
+    for (model, task, rows, *settings), result in sorted(best.items()):
         other = best.get((model, task, rows, *map(str, reference)))
         difference = "reference" if other is result else paired(other, result) if other else MISSING
         loss, rate = f"{result['rows_loss']:.4f}", f"{result['settings'][RATE]:g}"
-        lines.append([model, f"{task} ({rows})", *values, rate, loss, difference, f"{result['text_loss']:.3f}"])
+        lines.append([model, f"{task} ({rows})", *settings, rate, loss, difference, f"{result['text_loss']:.3f}"])
     header = [
         "model",
         "task (rows)",
@@ -288,6 +308,7 @@ def document(results: Sequence[Result]) -> str:
     parts = {
         "Learning rate": rates(results),
         "The formula's regret": regret(results),
+        "Three seeds": seeds(results),
         "Forgetting by learning rate": forgetting(results),
         "Targets and rank": compared(results, ["lora.target_modules", "lora.r"], [["q", "k", "v", "o"], 8]),
         "Batch": compared(results, ["training.per_device_train_batch_size"], [8]),
