@@ -1,6 +1,6 @@
 """Who learns most in the same wall-clock time: loratune with its defaults, or other tools with what they recommend.
 
-    python scripts/compare_learning.py --work DIRECTORY [--minutes 3] [--tasks classes mail] [--variants scaled own init]
+    python scripts/compare_learning.py --work DIRECTORY [--minutes 3] [--tasks classes mail] [--variants scaled own]
     python scripts/compare_learning.py --table
 
 The tasks are those of `learning/tasks.py`, the recipes those of `peers/recipes.py`. Each contestant is installed into
@@ -251,7 +251,9 @@ def compete(race: Race, task: str, rows: int, names: list[str], variants: list[s
                     if known := missing(name, variant):
                         keep(race, known, train_ours(race, train_rows, variant))
                 continue
-            wanted = {variant: known for variant in {"scaled", "own"} & {*variants} if (known := missing(name, variant))}
+            wanted = {
+                variant: known for variant in {"scaled", "own"} & {*variants} if (known := missing(name, variant))
+            }
             if not wanted:
                 continue
             fits, own = steps_in_time(race, name, train_rows), RECIPES[name].own_steps(rows)

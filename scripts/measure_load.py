@@ -20,11 +20,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loratune import kernels
+from loratune.config import LoraSection
+from loratune.data.packing import flatten
+from loratune.lora import attach, targets
+
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 8
 SETTINGS: dict[str, dict[str, str]] = {
     "the runtime's own": {},
-    "as loratune sets it": {"BY_LORATUNE": "1"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "100 spins": {"GOMP_SPINCOUNT": "100"},
     "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
@@ -40,7 +47,9 @@ class Trainer:
     def __init__(self, model: Path, environment: Mapping[str, str]) -> None:
         command = [sys.executable, __file__, "--child", "--model", str(model)]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, env=os.environ | dict(environment), stdin=pipe, stdout=pipe, text=True)
+        self._process = subprocess.Popen(
+            command, env=os.environ | dict(environment), stdin=pipe, stdout=pipe, text=True
+        )
         assert self._process.stdout is not None
         self._process.stdout.readline()  # It is ready.
 
@@ -70,18 +79,6 @@ def busy(count: int) -> Iterator[None]:
 
 def serve(model: Path) -> None:
     """Take steps over batches of short rows, as many as each line of stdin says, and print tokens per second."""
-    if os.environ.pop("BY_LORATUNE", None):
-        from loratune.system import threads
-
-        threads.share_the_machine()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from loratune import kernels
-    from loratune.config import LoraSection
-    from loratune.data.packing import flatten
-    from loratune.lora import attach, targets
-
     kernels.keep_pages()
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
@@ -100,8 +97,6 @@ def serve(model: Path) -> None:
 
 
 def _steps(model: Any, batches: Sequence[Mapping[str, Any]], count: int) -> float:
-    from loratune import kernels
-
     tokens, start = 0, time.monotonic()
     for number in range(count):
         inputs = dict(batches[number % len(batches)])

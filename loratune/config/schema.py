@@ -63,7 +63,8 @@ class TrainingSection(Section):
     """How it is trained: fields of `transformers.TrainingArguments`, under its names."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Auto = Field(
-        AUTO, description="peak learning rate; auto: by the model's width, lora_alpha, the rows of a step, and the passes"
+        AUTO,
+        description="peak learning rate; auto: by the model's width, lora_alpha, the rows of a step, the passes",
     )
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] | Auto = Field(
         AUTO, description="passes over the data; auto: one, or two of few rows"

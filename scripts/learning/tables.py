@@ -54,7 +54,7 @@ def first_seed(results: Sequence[Result]) -> list[Result]:
 
 
 def rates(results: Sequence[Result]) -> str:
-    """Loss by task and rate of the first seed; the best in bold, with the regret of each rate against it in brackets."""
+    """Loss by task and rate of the first seed: the best in bold, with the regret of each against it in brackets."""
     by_task: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
     for one in first_seed(matching(results, RATE)):
         by_task[one["model"], f"{one['task']} ({one['rows']})"][one["settings"][RATE]] = one["rows_loss"]
