@@ -88,7 +88,7 @@ def _schedule() -> Iterator[Spec]:
 
 def _average() -> Iterator[Spec]:
     for task, kind in itertools.product(VARIED, ("linear", "constant")):
-        settings = {"training__lr_scheduler_type": kind, "training__num_train_epochs": 1.0}
+        settings: dict[str, Any] = {"training__lr_scheduler_type": kind, "training__num_train_epochs": 1.0}
         yield spec(task, **settings, training__learning_rate=FORMULA) | {"average": [0.1, 0.25]}
 
 
