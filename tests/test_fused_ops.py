@@ -20,11 +20,11 @@ OVER = {
 }  # fmt: skip
 
 
-def attended(ops: Any, positions: Tensor, arguments: list[Tensor], window: int | None) -> list[Tensor]:
+def attended(ops: Any, positions: Tensor, arguments: list[Tensor], window: int | None, tile: int = 48) -> list[Tensor]:
     """The result and the gradients of queries, keys and values, token by token."""
     query, key, value, gradient = arguments
-    layout = Layout.of(positions, window, tile=48)
-    around = (layout.starts, layout.tiles, query.shape[-1] ** -0.5)
+    layout = Layout.of(positions, window, tile)
+    around = (layout.spans, layout.keys, layout.tiles, query.shape[-1] ** -0.5)
     result, total = ops.attend(query, key, value, *around)
     dquery, dkey, dvalue = ops.attend_backward(gradient, result, total, query, key, value, *around)
     return [result, dquery.transpose(0, 1), dkey.transpose(0, 1), dvalue.transpose(0, 1)]

@@ -98,11 +98,14 @@ def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterato
         yield acceleration.fallbacks
 
 
-def expect(model: Any, labels: Tensor) -> None:
-    """Have the next forward pass return the summed loss of these labels instead of logits, if the model can do it."""
+def expect(model: Any, labels: Tensor, places: Tensor | None = None) -> None:
+    """Have the next forward pass return the summed loss of these labels instead of logits, if the model can do it.
+
+    places: see `LossHead`.
+    """
     head = model.get_output_embeddings()
     if isinstance(head, LossHead):
-        head.labels = labels
+        head.labels, head.places = labels, places
 
 
 def keep_pages() -> None:
