@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from loratune.data.packing import flatten
 
 LEAST_SHARED = 8
 """Tokens that a branch of the tree must save: it is computed a little less efficiently than the end of a row."""
@@ -54,15 +51,20 @@ class PrefixTree:
         return cls(np.concatenate(ids), np.concatenate(positions), places)
 
 
+def common_prefix(one: Sequence[int] | Numbers, other: Sequence[int] | Numbers) -> int:
+    """With how many equal tokens two rows begin."""
+    least = min(len(one), len(other))
+    different = np.flatnonzero(np.asarray(one[:least]) != np.asarray(other[:least]))
+    return int(different[0]) if len(different) else least
+
+
 def _branch(row: Numbers, previous: Numbers, branches: list[int]) -> int:
     """How many tokens a row takes from the one before it.
 
     branches: the depths at which that one left the rows before it, and others left it, ascending from 0; brought up to
     date.
     """
-    least = min(len(row), len(previous))
-    different = np.flatnonzero(row[:least] != previous[:least])
-    common = int(different[0]) if len(different) else least
+    least, common = min(len(row), len(previous)), common_prefix(row, previous)
     while branches[-1] > common:
         branches.pop()
     if common < least and common - branches[-1] < LEAST_SHARED:
@@ -70,25 +72,3 @@ def _branch(row: Numbers, previous: Numbers, branches: list[int]) -> int:
     if common > branches[-1]:
         branches.append(common)
     return common
-
-
-def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Put rows into a tree.
-
-    It is for models all of whose layers of attention are replaced by ours, which read from positions what each token
-    attends to (`kernels.attention.Layout`), and whose loss is computed by `kernels.LossHead`.
-
-    Args:
-        rows: `input_ids` and `labels`, lists of equal length for each row, at least one token each.
-
-    Returns:
-        int64 tensors: `input_ids` and `position_ids` of the tree, (1, tokens of the tree); `labels` of the rows, as of
-        `flatten`, and `places`, where in the tree their tokens stand, both (1, tokens of all rows).
-    """
-    tree = PrefixTree.of([row["input_ids"] for row in rows])
-    return {
-        "input_ids": torch.from_numpy(tree.ids)[None],
-        "labels": flatten(rows)["labels"],
-        "position_ids": torch.from_numpy(tree.positions)[None],
-        "places": torch.from_numpy(np.concatenate(tree.places))[None],
-    }

@@ -32,6 +32,8 @@ ROUNDING_FACTOR = 2.0
 it can be half of a gradient, also in the real SmolLM2-135M, and nothing smaller can be distinguished from rounding."""
 MAX_TOLERANCE = 0.7
 """The relative difference that is never allowed: a gradient that is lost altogether differs by 1."""
+BRANCHES = ((0, 40), (25, 61), (61, 70), (25, 33), (0, 19))
+"""Of each row of a tree, how many tokens it has in common with the row before, and how many it has in all."""
 DRAWS = 3
 """Draws of rows before a difference counts: rounding can make a mixture of experts choose another one."""
 
@@ -94,17 +96,51 @@ class ParityCheck:
         )
 
 
+def computes_trees(base: Any) -> bool:
+    """Whether a model computes the same for rows in a tree as for the rows one after the other.
+
+    base: a causal language model of transformers whose layers are replaced. It passes if its tensors are fake.
+    """
+    if any(map(is_fake, base.parameters())):
+        return True
+    positions, path, places = list[int](), list[int](), list[int]()
+    for depth, end in BRANCHES:
+        path = [*path[:depth], *range(len(positions), len(positions) + end - depth)]
+        positions += range(depth, end)
+        places += path
+    tree, order = torch.tensor([positions], device=base.device), torch.tensor(places, device=base.device)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(DRAWS):
+        ids = torch.randint(8, base.config.get_text_config().vocab_size, tree.shape, generator=generator)
+        ids = ids.to(base.device)
+        flat = ids[:, order], tree[:, order]
+        states, gradients = _forward_backward(base, *flat, rounded=False)
+        noisy_states, noisy_gradients = _forward_backward(base, *flat, rounded=True)
+        one, others = _forward_backward(base, ids, tree, rounded=False, places=order)
+        for values in (gradients, noisy_gradients):  # those of embeddings add up where rows share them
+            values[0] = torch.zeros_like(others[0], dtype=torch.float32).index_add_(1, order, values[0].float())
+        expected = _with_tolerances([states, *gradients], [noisy_states, *noisy_gradients], distant=False)
+        if expected.matches([one, *others]):
+            return True
+    return False
+
+
 def _baseline(base: Any, seed: int, rows: tuple[int, ...]) -> Baseline | None:
     """What a model computes, and how much rounding changes it; None if it does not run on such rows."""
     for distant in (True, False):
         values = compute(base, seed, distant=distant, rows=rows)
         rounded = compute(base, seed, rounded=True, distant=distant, rows=rows) if values is not None else None
         if values is not None and rounded is not None:
-            least = MIN_TOLERANCE.get(values[0].dtype, 1e-3)
-            noise = [ROUNDING_FACTOR * relative_rms(*pair) for pair in zip(values, rounded, strict=True)]
-            tolerances = [min(max(least, difference), MAX_TOLERANCE) for difference in noise]
-            return Baseline(values, tolerances, distant)
+            return _with_tolerances(values, rounded, distant=distant)
     return None
+
+
+def _with_tolerances(values: Results, rounded: Results, *, distant: bool) -> Baseline:
+    """Results, with the differences that are allowed. rounded: the results of rounded inputs."""
+    least = MIN_TOLERANCE.get(values[0].dtype, 1e-3)
+    noise = [ROUNDING_FACTOR * relative_rms(*pair) for pair in zip(values, rounded, strict=True)]
+    tolerances = [min(max(least, difference), MAX_TOLERANCE) for difference in noise]
+    return Baseline(values, tolerances, distant)
 
 
 def compute(
@@ -149,8 +185,13 @@ def _compute(base: Any, seed: int, rounded: bool, distant: bool, rows: tuple[int
     return [*states, *gradients]
 
 
-def _forward_backward(base: Any, ids: Tensor, positions: Tensor, rounded: bool) -> tuple[Tensor, list[Tensor]]:
-    """The hidden states of one batch, and the gradients of its embeddings and of the trained weights."""
+def _forward_backward(
+    base: Any, ids: Tensor, positions: Tensor, rounded: bool, places: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The hidden states of one batch, and the gradients of its embeddings and of the trained weights.
+
+    places: the tokens whose states are taken, some of them several times; None: all.
+    """
     embeddings: list[Tensor] = []
 
     def replace_embeddings(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
@@ -166,6 +207,7 @@ def _forward_backward(base: Any, ids: Tensor, positions: Tensor, rounded: bool) 
         with evaluating(base), torch.enable_grad():
             output = base.get_decoder()(ids, position_ids=positions, use_cache=False)
             states = output.logits if "logits" in output else output.last_hidden_state
+            states = states if places is None else states[:, places]
             weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
             trainable = [weight for weight in base.parameters() if weight.requires_grad and weight.numel() <= MAX_SIZE]
             inputs = [*embeddings, *trainable]
