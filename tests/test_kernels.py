@@ -45,7 +45,7 @@ FIRST_KEYS = torch.tensor([0] * 10 + [10] * 27)  # of the tile of each token; th
 LAYOUT = (
     torch.stack([torch.zeros(37), BEGINS - FIRST_KEYS, torch.arange(37) + 1 - FIRST_KEYS], 1).int(),
     torch.cat([torch.arange(0, 10), torch.arange(10, 20), torch.arange(10, 37)]).int(),
-    torch.tensor([(0, 10, 0, 10, 0), (10, 20, 10, 10, 0), (20, 37, 20, 27, 0)]),
+    torch.tensor([(0, 10, 0, 10, 0, 0), (10, 20, 10, 10, 0, 0), (20, 37, 20, 27, 0, 0)]),
 )
 
 
@@ -158,8 +158,10 @@ def test_gradients_of_the_reference_are_those_of_autograd() -> None:
 def seen(layout: Layout) -> list[list[int]]:
     """The tokens that each token attends to, in the order of their places."""
     every: list[list[int]] = []
-    for first, end, place, count, shared in layout.tiles.tolist():
+    for first, end, place, count, shared, repeats in layout.tiles.tolist():
         keys = layout.keys[place : place + count].tolist()
+        tokens = [token for token in keys if token >= 0]
+        assert repeats or len(tokens) == len(set(tokens))
         for low, begin, past in layout.spans[first:end].tolist():
             assert min(low, shared) >= 0 and begin >= -(-shared // attention.LANES) * attention.LANES and past <= count
             every.append([*keys[low:shared], *keys[begin:past]])

@@ -58,9 +58,9 @@ class Layout:
         spans: (tokens, 3), int32, each (low, begin, end): of the keys of its tile, a token attends to those from `low`
             on that are shared, and to those from `begin` to `end`, the last of which is itself.
         keys: (any,), int32: the tokens of the keys of all tiles; -1 for none.
-        tiles: (count, 5), int64, each (first, end, place, count, shared): the queries from `first` to `end`, and
-            `count` keys from `place` in `keys` on, of which the first `shared` are shared; then there is none up to a
-            multiple of LANES.
+        tiles: (count, 6), int64, each (first, end, place, count, shared, repeats): the queries from `first` to `end`,
+            and `count` keys from `place` in `keys` on, of which the first `shared` are shared; then there is none up to
+            a multiple of LANES. Where `repeats` is 1, a token may stand among the keys several times.
     """
 
     spans: Tensor
@@ -87,7 +87,9 @@ class Layout:
             shared, own = _keys(members, of_tokens, window, spans)
             keys += own
             count = sum(map(len, own))
-            tiles.append((members[0].first, members[-1].end, place, count, shared))
+            least = min(node.depth for node in members)
+            repeats = any(node.depth > least for node in members[1:])
+            tiles.append((members[0].first, members[-1].end, place, count, shared, repeats))
             place += count
         joined = np.concatenate(keys).astype(np.int32)
         return cls(torch.from_numpy(spans), torch.from_numpy(joined), torch.tensor(tiles))

@@ -88,7 +88,7 @@ def join_heads(query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: 
 def _tile(spans: Tensor, keys: Tensor, bounds: list[int], heads: int) -> tuple[slice, Tensor, Tensor]:
     """The queries of a tile; the tokens of its keys, where none is the first token; and which keys the heads of the
     queries attend to: (queries * heads, keys), bool. bounds: of the tile, see `Layout`."""
-    first, end, place, count, shared = bounds
+    first, end, place, count, shared, _ = bounds
     tokens = keys[place : place + count].long()
     numbers = torch.arange(count, device=spans.device)
     low, begin, past = (column[:, None] for column in spans[first:end].unbind(1))
@@ -122,7 +122,7 @@ def attend(
         value: The same shape.
         spans: (tokens, 3), int32, see `Layout`.
         keys: (any,), int32, see `Layout`.
-        tiles: (count, 5), int64, see `Layout`.
+        tiles: (count, 6), int64, see `Layout`.
         scale: Of the scores.
 
     Returns:

@@ -100,8 +100,8 @@ static inline void add_lost(float *sum, float weight, const real *row, int64_t c
         if (is_lost(row[d])) sum[d] += weight * get(row[d]);
 }
 
-/* Attention. A tile is (first, end, place, count, shared): queries from `first` to `end`, and `count` keys, whose tokens
-   stand in an array from `place` on. Of these, a query sees those from `low` to `shared`, and those from `from` to
+/* Attention. A tile is (first, end, place, count, shared, repeats): queries from `first` to `end`, and `count` keys, whose
+   tokens stand in an array from `place` on, some of them several times if it repeats. Of these, a query sees those from `low` to `shared`, and those from `from` to
    `past`: `spans` has (low, from, past) of each. The first range is for all queries of a tile about the same, and its
    keys are followed by others that nobody sees, below 0, up to a multiple of LANES; `from` and `past` do not fall from
    one query to the next. In a tile, a row is one head of one query; the heads of a query share a group's keys, and
@@ -109,10 +109,10 @@ static inline void add_lost(float *sum, float weight, const real *row, int64_t c
 typedef struct {
     const int32_t *spans, *tokens_of;
     int64_t tokens, groups, heads, size, padded, width;
-    int64_t first, end, keys, shared, wide, rows, blocks;
+    int64_t first, end, keys, shared, wide, repeats, rows, blocks;
 } tile;
 
-enum { FIRST, END, PLACE, COUNT, SHARED, BOUNDS };
+enum { FIRST, END, PLACE, COUNT, SHARED, REPEATS, BOUNDS };
 
 /* What attention goes over, as `Layout` has it. */
 typedef struct {
@@ -127,6 +127,7 @@ static inline tile tile_of(const layout *l, int64_t number, int64_t tokens, int6
     tile t = {.spans = l->spans, .tokens = tokens, .groups = groups, .heads = heads, .size = size};
     t.padded = up(size, LANES), t.first = bounds[FIRST], t.end = bounds[END], t.tokens_of = l->keys + bounds[PLACE];
     t.keys = bounds[COUNT], t.width = up(t.keys, LANES), t.shared = bounds[SHARED], t.wide = up(t.shared, LANES);
+    t.repeats = bounds[REPEATS];
     t.rows = (t.end - t.first) * heads, t.blocks = (t.rows + 3) / 4;
     return t;
 }
@@ -360,12 +361,14 @@ static void back_block(real *dquery, const real *query, const real *key, const r
 }
 
 /* What four keys are given by all rows of a tile that may see them. weights, rows: of the tile, see `back`; given: the
-   rows themselves, and whether they lie by token; lost: (groups, rows). */
+   rows themselves, and whether they lie by token; lost: (groups, rows); to: what the tokens are given by all tiles,
+   (groups, tokens, size); of_keys: what the keys of this one are given, where its tokens repeat, (groups, width, size). */
 typedef struct {
     const unit *weights, *rows;
     const real *given;
     int by_token;
     const uint8_t *lost;
+    float *to, *of_keys;
 } giving;
 
 static void add_given(float *sum, const giving *g, const tile *t, int64_t group, int64_t key, int64_t from,
@@ -379,8 +382,8 @@ static void add_given(float *sum, const giving *g, const tile *t, int64_t group,
         }
 }
 
-/* Four keys: writes it. from, past: the rows that may see them, whole blocks. to: (groups, width, size). */
-static void back_keys(float *to, const giving *g, const tile *t, int64_t group, int64_t key, int64_t from,
+/* Four keys. from, past: the rows that may see them, whole blocks. */
+static void back_keys(const giving *g, const tile *t, int64_t group, int64_t key, int64_t from,
                       int64_t past) {
     const unit *left[4];
     int astray = any_lost(g->lost + group * t->blocks * 4, from, past);
@@ -392,20 +395,24 @@ static void back_keys(float *to, const giving *g, const tile *t, int64_t group, 
         products(t->size - c, sums[0], CHUNK, left, t->width, right, t->padded, 0, from / STEP, past / STEP);
         for (int64_t r = 0; r < least(4, t->keys - key); r++) {
             if (astray) add_given(sums[r], g, t, group, key + r, from, past, c, columns);
-            memcpy(to + (group * t->width + key + r) * t->size + c, sums[r], columns * sizeof(float));
+            float *of_key = g->of_keys + (group * t->width + key + r) * t->size + c;
+            float *to = g->to + (group * t->tokens + t->tokens_of[key + r]) * t->size + c;
+            if (t->repeats) memcpy(of_key, sums[r], columns * sizeof(float));
+            else if (t->tokens_of[key + r] >= 0) EACH for (int64_t d = 0; d < columns; d++) to[d] += sums[r][d];
         }
     }
 }
 
-/* Adds to the gradients of tokens those of the keys of a tile, in which a token can stand several times: for each vector
-   of columns one key after the other, so that the order of a sum never changes. Called by all threads. */
-static void add_to_tokens(float *dkey, float *dvalue, const back *all, const tile *t) {
+/* Adds to what tokens are given what the keys of a tile are, in which tokens repeat: for each vector of columns one key
+   after the other, so that the order of a sum never changes. Called by all threads. */
+static void add_to_tokens(const giving *one, const giving *other, const tile *t) {
     int64_t parts = t->padded / LANES;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < 2 * t->groups * parts; n++) {
         int64_t group = n / 2 / parts, c = n / 2 % parts * LANES, columns = least(LANES, t->size - c);
-        const float *from = (n % 2 ? all->dvalues : all->dkeys) + group * t->width * t->size + c;
-        float *to = (n % 2 ? dvalue : dkey) + group * t->tokens * t->size + c;
+        const giving *g = n % 2 ? other : one;
+        const float *from = g->of_keys + group * t->width * t->size + c;
+        float *to = g->to + group * t->tokens * t->size + c;
         for (int64_t key = 0; key < t->keys; key++)
             if (t->tokens_of[key] >= 0) {
                 float *sum = to + t->tokens_of[key] * t->size;
@@ -420,8 +427,8 @@ static void back_tile(real *dquery, float *dkey, float *dvalue, const real *grad
     keys_across(all->keys, key, t);
     keys_across(all->values, value, t);
     keys_along(all->keys_along, all->lost_keys, key, t);
-    giving scores = {all->dscores, all->queries, query, 0, all->lost_queries};
-    giving shares = {all->weights, all->passed, gradient, 1, all->lost_passed};
+    giving scores = {all->dscores, all->queries, query, 0, all->lost_queries, dkey, all->dkeys};
+    giving shares = {all->weights, all->passed, gradient, 1, all->lost_passed, dvalue, all->dvalues};
     int64_t pairs = t->blocks * 4 / STEP, parts = t->width / LANES;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < t->groups * pairs; n++) {
@@ -449,11 +456,11 @@ static void back_tile(real *dquery, float *dkey, float *dvalue, const real *grad
         }
         int64_t from = first * t->heads / 4 * 4, past = up(last * t->heads, 4);
         for (int64_t k = column; k < least(column + LANES, t->keys); k += 4) {
-            back_keys(all->dkeys, &scores, t, group, k, from, past);
-            back_keys(all->dvalues, &shares, t, group, k, from, past);
+            back_keys(&scores, t, group, k, from, past);
+            back_keys(&shares, t, group, k, from, past);
         }
     }
-    add_to_tokens(dkey, dvalue, all, t);
+    if (t->repeats) add_to_tokens(&scores, &shares, t);
 }
 
 int attend_backward(real *dquery, float *dkey, float *dvalue, const real *gradient, const real *result,
