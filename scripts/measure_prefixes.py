@@ -1,6 +1,6 @@
 """What computing shared prefixes once brings: rows' own tokens per second with it and without, step by step in turn.
 
-    python scripts/measure_prefixes.py [--model models/SmolLM2-135M-Instruct] [--steps 12]
+    python scripts/measure_prefixes.py [--model models/SmolLM2-135M-Instruct] [--steps 12] [--size 8 --size 32]
 
 Sets of rows: those of the quickstart; calls of tools, with one schema of 400 tokens before all of them; and text of
 natural lengths that begins differently. Both variants take the same batch, one after the other, the first one now first
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -29,20 +29,23 @@ Row = dict[str, list[int]]
 
 
 def main(
-    model: Path = ROOT / "models" / "SmolLM2-135M-Instruct", steps: int = 12, only: str = "", dtype: str = "bfloat16"
+    model: Path = ROOT / "models" / "SmolLM2-135M-Instruct",
+    steps: int = 12,
+    size: Annotated[list[int], typer.Option(help="Rows of a batch.")] = [8, 32],  # noqa: B006
+    only: Annotated[str, typer.Option(help="One of the sets.")] = "",
 ) -> None:
     """Measure all sets, or one."""
     kernels.keep_pages()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     section = LoraSection(r=8, lora_alpha=16)
     adapted = attach.attach(base, section, targets.find(base, section).peft(), seed=0).train()
     print("| rows | batch | tokens saved | ratio of tokens/s (quartiles) |\n|---|---|---|---|")
     with kernels.accelerated(adapted, attach.adapted_linear):
         for name, make in SETS.items():
             rows = [*make(tokenizer)] if only in ("", name) else []
-            for size in (8, 32) if rows else ():
-                print(f"| {name} | {size} | {_measured(adapted, rows, size, steps)} |", flush=True)
+            for count in size if rows else ():
+                print(f"| {name} | {count} | {_measured(adapted, rows, count, steps)} |", flush=True)
 
 
 def _row(tokenizer: Any, prompt: str, completion: str) -> Row:

@@ -127,7 +127,7 @@ def tree_refusal(model: Any) -> str | None:
     if not isinstance(model.get_output_embeddings(), LossHead):
         return "has a loss that is not accelerated"
     if any(map(_drops_out, model.modules())):
-        return "drops out values in training, and what rows share would have one mask for all of them"
+        return "drops out values in training (as with lora_dropout above 0), and rows would share the mask of a prefix"
     return None if computes_trees(base) else "computes something else for rows that share a prefix"
 
 

@@ -90,7 +90,7 @@ class LossHead(nn.Module):
         else:
             pairs = torch.stack([places[:, :-1].to(hidden.device)[supervised], targets])
             (numbers, targets), counts = torch.unique(pairs, dim=1, return_counts=True)
-            states = hidden.flatten(0, 1)[numbers]
+            states = hidden.flatten(0, 1).index_select(0, numbers)  # Its gradient is added up in a fixed order.
         apply: Any = _HeadLoss.apply
         loss: Tensor = apply(states, self.head.weight, self.head.bias, targets, counts)
         return loss.view(1, 1, 1)

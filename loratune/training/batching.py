@@ -268,7 +268,8 @@ def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[flo
         return None, []
     refusal = kernels.tree_refusal(model) if batches.flat else "is trained on rows that are padded"
     if refusal is None:
-        return saved, [f"data.share_prefixes: what rows begin with alike is computed once, {saved:.0%} of all tokens"]
+        line = f"data.share_prefixes: what rows of a batch begin with alike is computed once: {saved:.0%} fewer tokens"
+        return saved, [line]
     what = f"{model.config.model_type} {refusal}"
     if section.share_prefixes is True:
         fix = "leave it at auto"
