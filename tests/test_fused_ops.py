@@ -1,16 +1,29 @@
 """Fused operations: which rows, layouts and dtypes they take."""
 
 import math
+import platform
 from collections.abc import Callable
+from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from test_kernels import FUSED_OPS, normal
 from torch import Tensor
 
-from loratune.kernels import fused_ops, reference
+from loratune.kernels import fused_ops, library, reference
 from loratune.kernels.attention import Layout
+
+
+@cache
+def for_avx2(dtype: torch.dtype) -> fused_ops.CompiledOps:
+    """The compiled operations as they are built on a processor without AVX-512."""
+    with patch.object(library, "FLAGS", library.FLAGS.replace("native", "x86-64-v3")):
+        functions = library.load(fused_ops.DEFINES[dtype]).functions
+    assert functions is not None
+    return fused_ops.CompiledOps(functions, dtype)
+
 
 OVER = {
     "reference": (lambda like: reference, torch.float32),
@@ -18,13 +31,16 @@ OVER = {
     "C": (fused_ops.fused_ops, torch.float32),
     "C in bfloat16": (fused_ops.fused_ops, torch.bfloat16),
 }  # fmt: skip
+if platform.machine() == "x86_64":
+    OVER["AVX2"] = lambda like: for_avx2(like.dtype), torch.float32
+    OVER["AVX2 in bfloat16"] = lambda like: for_avx2(like.dtype), torch.bfloat16
 
 
-def attended(ops: Any, positions: Tensor, arguments: list[Tensor], window: int | None) -> list[Tensor]:
+def attended(ops: Any, positions: Tensor, arguments: list[Tensor], window: int | None, tile: int = 48) -> list[Tensor]:
     """The result and the gradients of queries, keys and values, token by token."""
     query, key, value, gradient = arguments
-    layout = Layout.of(positions, window, tile=48)
-    around = (layout.starts, layout.tiles, query.shape[-1] ** -0.5)
+    layout = Layout.of(positions, window, tile)
+    around = (layout.spans, layout.keys, layout.tiles, query.shape[-1] ** -0.5)
     result, total = ops.attend(query, key, value, *around)
     dquery, dkey, dvalue = ops.attend_backward(gradient, result, total, query, key, value, *around)
     return [result, dquery.transpose(0, 1), dkey.transpose(0, 1), dvalue.transpose(0, 1)]

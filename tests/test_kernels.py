@@ -37,11 +37,16 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 GROUPS, TOKENS, HEADS, SIZE = 2, 37, 3, 16
-STARTS = torch.tensor([0] * 10 + [10] * 15 + [25] * 12, dtype=torch.int32)
 ANGLES = normal(TOKENS, SIZE // 2)
 COSINE, SINE = (torch.cat([one, one], -1) for one in (ANGLES.cos(), ANGLES.sin()))
 HEAD_SHAPES = ((GROUPS, TOKENS, HEADS, SIZE), (GROUPS, TOKENS, SIZE), (GROUPS, TOKENS, SIZE))
-TILES = torch.tensor([(0, 10, 0), (10, 20, 10), (20, 37, 10)])  # the last one has keys of two rows
+BEGINS = torch.tensor([0] * 10 + [10] * 15 + [25] * 12)
+FIRST_KEYS = torch.tensor([0] * 10 + [10] * 27)  # of the tile of each token; the last tile has keys of two rows
+LAYOUT = (
+    torch.stack([torch.zeros(37), BEGINS - FIRST_KEYS, torch.arange(37) + 1 - FIRST_KEYS], 1).int(),
+    torch.cat([torch.arange(0, 10), torch.arange(10, 20), torch.arange(10, 37)]).int(),
+    torch.tensor([(0, 10, 0, 10, 0, 0), (10, 20, 10, 10, 0, 0), (20, 37, 20, 27, 0, 0)]),
+)
 
 
 def heads(dtype: torch.dtype) -> list[Tensor]:
@@ -60,10 +65,10 @@ FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
         normal(TOKENS, (GROUPS * HEADS + 2 * GROUPS) * SIZE).to(dtype), COSINE, SINE, GROUPS, HEADS
     ),
     "join_heads": lambda dtype: (*(normal(*shape).to(dtype) for shape in HEAD_SHAPES), COSINE, SINE),
-    "attend": lambda dtype: (*heads(dtype), STARTS, TILES, 0.25),
+    "attend": lambda dtype: (*heads(dtype), *LAYOUT, 0.25),
     "attend_backward": lambda dtype: (
-        normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), *reference.attend(*heads(dtype), STARTS, TILES, 0.25),
-        *heads(dtype), STARTS, TILES, 0.25,
+        normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), *reference.attend(*heads(dtype), *LAYOUT, 0.25),
+        *heads(dtype), *LAYOUT, 0.25,
     ),
     "add_lora": lambda dtype: (
         normal(37, 80).to(dtype), normal(37, 96, seed=1).to(dtype), (normal(5, 96, seed=2) / 10).to(dtype),
@@ -86,7 +91,7 @@ def test_attention_of_any_size_is_the_reference(size: int, lengths: tuple[int, .
         gradient = normal(len(positions), 2 * count * size, seed=3).to(dtype)
         results = []
         for ops in (reference, fused_ops.fused_ops(query)):
-            around = (layout.starts, layout.tiles, size**-0.5)
+            around = (layout.spans, layout.keys, layout.tiles, size**-0.5)
             result, total = ops.attend(query, key, value, *around)
             results.append([result, total, *ops.attend_backward(gradient, result, total, query, key, value, *around)])
         for old, new in zip(*results, strict=True):
@@ -150,14 +155,34 @@ def test_gradients_of_the_reference_are_those_of_autograd() -> None:
     assert logits.grad is not None and torch.allclose(changed, logits.grad, atol=1e-6)
 
 
+def seen(layout: Layout) -> list[list[int]]:
+    """The tokens that each token attends to, in the order of their places."""
+    every: list[list[int]] = []
+    for first, end, place, count, shared, repeats in layout.tiles.tolist():
+        keys = layout.keys[place : place + count].tolist()
+        tokens = [token for token in keys if token >= 0]
+        assert repeats or len(tokens) == len(set(tokens))
+        for low, begin, past in layout.spans[first:end].tolist():
+            assert min(low, shared) >= 0 and begin >= -(-shared // attention.LANES) * attention.LANES and past <= count
+            every.append([*keys[low:shared], *keys[begin:past]])
+    return every
+
+
+def tiles_of(layout: Layout) -> list[list[int]]:
+    """First query, end and number of keys of each tile."""
+    return layout.tiles[:, [0, 1, 3]].tolist()
+
+
 def test_a_layout_knows_rows_windows_and_tiles() -> None:
     positions = torch.cat([torch.arange(length) for length in (3, 1, 5)])
-    assert Layout.of(positions, tile=4).tiles.tolist() == [[0, 4, 0], [4, 6, 4], [6, 9, 4]]
-    assert Layout.of(positions, window=2, tile=4).tiles.tolist() == [[0, 4, 0], [4, 6, 4], [6, 9, 5]]
-    assert Layout.of(positions, tile=100).tiles.tolist() == [[0, 9, 0]]
-    assert Layout.of(torch.arange(9), tile=8).tiles.tolist() == [[0, 4, 0], [4, 9, 0]]
-    assert Layout.of(positions).starts.tolist() == [0, 0, 0, 3, 4, 4, 4, 4, 4]
-    assert Layout.of(positions, window=2).starts.tolist() == [0, 0, 1, 3, 4, 4, 5, 6, 7]
+    assert tiles_of(Layout.of(positions, tile=4)) == [[0, 4, 4], [4, 6, 2], [6, 9, 5]]
+    assert tiles_of(Layout.of(positions, window=2, tile=4)) == [[0, 4, 4], [4, 6, 2], [6, 9, 4]]
+    assert tiles_of(Layout.of(positions, tile=100)) == [[0, 9, 9]]
+    assert tiles_of(Layout.of(torch.arange(9), tile=8)) == [[0, 4, 4], [4, 9, 9]]
+    begins = [0, 0, 0, 3, 4, 4, 4, 4, 4]
+    assert seen(Layout.of(positions)) == [[*range(begin, token + 1)] for token, begin in enumerate(begins)]
+    begins = [0, 0, 1, 3, 4, 4, 5, 6, 7]
+    assert seen(Layout.of(positions, window=2)) == [[*range(begin, token + 1)] for token, begin in enumerate(begins)]
 
 
 # Models

@@ -12,14 +12,14 @@ import torch
 from conftest import CHAT_TEMPLATE, Ran, decided_training, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from loratune import data
-from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, TrainingSection
+from loratune import data, kernels
+from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
 from loratune.lora import adapter_files, attach, parameters, targets
 from loratune.model import load as load_module
-from loratune.training import budget, trainer
+from loratune.training import batching, budget, trainer
 from loratune.training.best_step import BestStep
 from loratune.training.evaluations import BestRecord
 from loratune.training.trackers import trackers
@@ -88,6 +88,7 @@ DATA: dict[str, Any] = {
     "truncation": "drop",
     "max_dropped": 0.0,
     "packing": "full",
+    "share_prefixes": False,
     "replay": 0.5,
 }
 
@@ -335,7 +336,10 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
     return run
 
 
-@pytest.mark.parametrize("name, value", [item for item in DATA.items() if item[0] not in ("max_dropped", "replay")])
+ELSEWHERE = ("max_dropped", "replay", "share_prefixes")
+
+
+@pytest.mark.parametrize("name, value", [item for item in DATA.items() if item[0] not in ELSEWHERE])
 def test_data(prepared: Callable[..., Any], name: str, value: Any) -> None:
     base: dict[str, Any] = {
         "chat_template": {"train": {"path": "chat.jsonl"}, "format": "messages"},
@@ -345,6 +349,19 @@ def test_data(prepared: Callable[..., Any], name: str, value: Any) -> None:
     }.get(name, {})
     assert prepared(**base) == prepared(**base)
     assert prepared(**base) != prepared(**base | {name: value})
+
+
+def test_prefixes_are_shared_or_not() -> None:
+    """Whole runs stand in `test_prefix_runs`."""
+    model, lora = tiny_llama(), LoraSection(r=2, lora_alpha=4)
+    adapted = attach.attach(model, lora, targets.find(model, lora).peft(), seed=0)
+    rows = [{"input_ids": [*range(20), number], "labels": [*range(20), number]} for number in range(20, 24)]
+    layout = BatchLayout(rows, np.full(4, 21), "batch", 4, 21, 0)
+    with kernels.accelerated(adapted, attach.adapted_linear):
+        shared, notes = batching.sharing(adapted, layout, DataSection(train=Source(path="rows.jsonl")))
+        section = DataSection(train=Source(path="rows.jsonl"), share_prefixes=DATA["share_prefixes"])
+        alone, none = batching.sharing(adapted, layout, section)
+    assert (shared, alone) == (1 - 24 / 84, None) and len(notes) == 1 and none == []
 
 
 def test_replayed_rows_are_mixed_in() -> None:

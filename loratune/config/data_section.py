@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from loratune.codes import Code
-from loratune.config.section import FilePath, InvalidSettingError, Section
+from loratune.config.section import AUTO, Auto, FilePath, InvalidSettingError, Section
 
 
 class Source(Section):
@@ -81,6 +81,10 @@ class DataSection(Section):
     packing: Literal["none", "batch", "full"] = Field(
         "batch", description="batch: a batch without padding; full: batches filled up with whole rows by best fit"
     )
+    share_prefixes: bool | Auto = Field(
+        AUTO,
+        description="compute what rows of a packed batch begin with alike once; auto: where it is exact, and saves 5 %",
+    )
     replay: float | None = Field(
         None, gt=0, lt=1, description="share of the training rows that is drawn from those of lora.start_from"
     )
@@ -143,6 +147,14 @@ class DataSection(Section):
             message = "groups only matter where a fraction of the rows is held out"
             fix = "set data.validation to a fraction, or leave group_by out"
             raise InvalidSettingError(Code.CONFIG_GROUPS_NOT_DIVIDED, message, "group_by", "validation", fix=fix)
+        return self
+
+    @model_validator(mode="after")
+    def _padded_rows_share_nothing(self) -> Self:
+        if self.share_prefixes is True and self.packing == "none":
+            message, keys = "padded rows stand beside each other, and share no prefix", ("share_prefixes", "packing")
+            fix = "set packing to batch or full, or leave share_prefixes out"
+            raise InvalidSettingError(Code.CONFIG_SHARED_PREFIXES, message, *keys, fix=fix)
         return self
 
     @model_validator(mode="after")

@@ -166,6 +166,14 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _dropout_shares_no_prefixes(self) -> Self:
+        if self.data.share_prefixes is True and self.lora.lora_dropout > 0:
+            message = "dropout draws a mask for each token of each row, and a prefix that rows share would have one"
+            keys, fix = ("data.share_prefixes", "lora.lora_dropout"), "set lora_dropout to 0, or share_prefixes to auto"
+            raise InvalidSettingError(Code.CONFIG_SHARED_PREFIXES, message, *keys, fix=fix)
+        return self
+
+    @model_validator(mode="after")
     def _init_fits_the_base(self) -> Self:
         init, quantization = self.lora.init_lora_weights, self.model.quantization
         code, keys = Code.CONFIG_INIT_QUANTIZATION, ("lora.init_lora_weights", "model.quantization")

@@ -1,7 +1,8 @@
 """Batching: rows of token ids → tensors, padded or end to end. `BatchLayout` is what the trainer iterates."""
 
+import copy
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from loratune.data.prefix_tree import PrefixTree, common_prefix
 from loratune.data.rendering import IGNORED
 
 Numbers = NDArray[np.integer[Any]]
@@ -122,6 +124,12 @@ def _place(counts: Numbers, budget: int) -> tuple[Numbers, int]:
     return pack_numbers, packs
 
 
+_SAMPLED_BATCHES = 64
+"""How many batches are looked at to see what shared prefixes save."""
+_CANDIDATES, _CANDIDATES_PER_ROW = 64, 4
+"""Among how many of the longest items the largest batch is looked for where rows share prefixes: so many at least, and
+so many for each row of a batch."""
+
 Packing: TypeAlias = Literal["none", "batch", "full"]
 """As in the configuration."""
 
@@ -157,12 +165,14 @@ class BatchLayout:
         collate: Makes a list of items a dict of tensors. It can be pickled.
         flat: Whether the rows of a batch stand end to end (see `flatten` for what the model must then be given), or are
             padded.
+        saved: About the share of their tokens that batches do not hold as rows share prefixes; None where they do not.
     """
 
     items: Items
     size: int
     collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
     flat: bool
+    saved: float | None = None
 
     def __init__(
         self,
@@ -190,7 +200,7 @@ class BatchLayout:
         self.flat = packing != "none"
         if packing == "full":
             packs = best_fit(lengths, size * max_length)
-            self.items, self.size, self.collate = PackedRows(dataset, packs), 1, flatten_packs
+            self.items, self.size, self.collate = PackedRows(dataset, packs), 1, partial(_join_packs, flatten)
             self._tokens = np.add.reduceat(lengths[packs.order], packs.starts[:-1], dtype=np.int64)
         else:
             self.items, self.size = dataset, size
@@ -201,10 +211,47 @@ class BatchLayout:
         """Returns how many tokens item `number` holds, without padding."""
         return int(self._tokens[number])
 
+    def sharing(self, saved: float) -> "BatchLayout":
+        """The same batches with shared prefixes, see `share_prefixes`. saved: as of `saving`."""
+        layout = copy.copy(self)
+        packs = isinstance(self.items, PackedRows)
+        layout.collate, layout.saved = partial(_join_packs, share_prefixes) if packs else share_prefixes, saved
+        return layout
+
+    def saving(self) -> float:
+        """The share of the tokens of batches that need not be computed if rows share prefixes, by a sample of them."""
+        order = np.random.default_rng(0).permutation(len(self.items))
+        batches = [order[start : start + self.size] for start in range(0, len(order), self.size)][:_SAMPLED_BATCHES]
+        if not self.flat or not batches:
+            return 0.0
+        trees = [PrefixTree.of([row["input_ids"] for row in self.rows(numbers)]) for numbers in batches]
+        return 1 - sum(len(tree.ids) for tree in trees) / sum(sum(map(len, tree.places)) for tree in trees)
+
+    def rows(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """The rows of some items."""
+        items = [self.items[int(number)] for number in numbers]
+        return [row for item in items for row in item] if isinstance(self.items, PackedRows) else items
+
     def heaviest(self) -> list[int]:
-        """Returns the numbers of the items that make the largest possible batch, the largest item first."""
+        """Returns the numbers of the items that make the largest possible batch, the largest item first.
+
+        Where rows share prefixes, it is about the largest: rows are chosen from the longest ones, one after the other,
+        so that each adds as many tokens as possible.
+        """
         descending = np.argsort(-self._tokens.astype(np.int64), kind="stable")
-        return [int(number) for number in descending[: self.size]]
+        if self.saved is None:
+            return [int(number) for number in descending[: self.size]]
+        count = max(_CANDIDATES, _CANDIDATES_PER_ROW * self.size)
+        rows = {int(number): [row["input_ids"] for row in self.rows([number])] for number in descending[:count]}
+        added = {number: len(PrefixTree.of(item).ids) for number, item in rows.items()}
+        chosen = [max(added, key=lambda number: added[number])] if added else []
+        while len(chosen) < min(self.size, len(rows)):
+            del added[chosen[-1]]
+            for number in added:
+                (one,), (other,) = rows[number], rows[chosen[-1]]  # A pack is a batch by itself.
+                added[number] = min(added[number], len(one) - common_prefix(one, other))
+            chosen.append(max(added, key=lambda number: added[number]))
+        return chosen
 
     def total_tokens(self, most: int) -> NDArray[np.integer[Any]]:
         """The tokens of batches drawn at random.
@@ -245,9 +292,33 @@ def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def flatten_packs(packs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, torch.Tensor]:
-    """Put the rows of all packs end to end, as `flatten` does."""
-    return flatten([row for pack in packs for row in pack])
+def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Put rows into a tree.
+
+    It is for models all of whose layers of attention are replaced by ours, which read from positions what each token
+    attends to (`kernels.attention`), and whose loss is computed by `kernels.LossHead`.
+
+    Args:
+        rows: `input_ids` and `labels`, lists of equal length for each row, at least one token each.
+
+    Returns:
+        int64 tensors: `input_ids` and `position_ids` of the tree, (1, tokens of the tree); `labels` of the rows, as of
+        `flatten`, and `places`, where in the tree their tokens stand, both (1, tokens of all rows).
+    """
+    tree = PrefixTree.of([row["input_ids"] for row in rows])
+    return {
+        "input_ids": torch.from_numpy(tree.ids)[None],
+        "labels": flatten(rows)["labels"],
+        "position_ids": torch.from_numpy(tree.positions)[None],
+        "places": torch.from_numpy(np.concatenate(tree.places))[None],
+    }
+
+
+def _join_packs(
+    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]], packs: Sequence[Sequence[dict[str, Any]]]
+) -> dict[str, torch.Tensor]:
+    """Put the rows of all packs into one batch."""
+    return collate([row for pack in packs for row in pack])
 
 
 def pad(

@@ -23,7 +23,7 @@ from loratune.kernels.attention import Layout, PerBatch
 from loratune.kernels.fused_ops import fused_ops
 from loratune.kernels.loss import LossHead
 from loratune.kernels.masks import Sight
-from loratune.kernels.parity_check import LONG_ROWS, ParityCheck, evaluating
+from loratune.kernels.parity_check import LONG_ROWS, ParityCheck, computes_trees, evaluating
 from loratune.kernels.recognition import form_of
 from loratune.kernels.replacements import Reader, restore
 from loratune.kernels.upstream import attn_implementation, is_fake
@@ -98,11 +98,42 @@ def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterato
         yield acceleration.fallbacks
 
 
-def expect(model: Any, labels: Tensor) -> None:
-    """Have the next forward pass return the summed loss of these labels instead of logits, if the model can do it."""
+def expect(model: Any, labels: Tensor, places: Tensor | None = None) -> None:
+    """Have the next forward pass return the summed loss of these labels instead of logits, if the model can do it.
+
+    places: see `LossHead`.
+    """
     head = model.get_output_embeddings()
     if isinstance(head, LossHead):
-        head.labels = labels
+        head.labels, head.places = labels, places
+
+
+def tree_refusal(model: Any) -> str | None:
+    """Find out whether a batch may be a tree of rows that share prefixes.
+
+    All layers of attention must be replaced by ours, which read from positions what each token attends to, and so must
+    the output layer, whose loss can count a token several times. Nothing may be dropped out, as a shared token would
+    have one mask. Then the model must compute the same for a tree as for its rows, forward and backward.
+
+    Args:
+        model: A `PeftModel`, while it is accelerated.
+
+    Returns:
+        Why it may not, as the rest of a sentence on the model; None if it may.
+    """
+    base = model.get_base_model()
+    if attn_implementation(base) != UNMASKED:
+        return "has attention that is not accelerated"
+    if not isinstance(model.get_output_embeddings(), LossHead):
+        return "has a loss that is not accelerated"
+    if any(map(_drops_out, model.modules())):
+        return "drops out values in training (as with lora_dropout above 0), and rows would share the mask of a prefix"
+    return None if computes_trees(base) else "computes something else for rows that share a prefix"
+
+
+def _drops_out(module: nn.Module) -> bool:
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, float) and value > 0}
+    return any("dropout" in name for name in numbers) or (isinstance(module, nn.Dropout) and "p" in numbers)
 
 
 def keep_pages() -> None:

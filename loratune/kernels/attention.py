@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
@@ -14,6 +16,10 @@ from loratune.kernels.reference import FusedOps
 
 TILE = 128
 """Queries whose scores are in memory at once."""
+LANES = 16
+"""Keys of a vector: those that a tile shares are filled up to a multiple of it."""
+TILE_COST = 32
+"""What a tile costs by itself, in keys that it has."""
 VARLEN = "loratune-varlen"
 """The name that the attention function for a GPU is registered under."""
 
@@ -43,15 +49,22 @@ class PerBatch(Generic[Value]):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of a packed batch are.
+    """Which tokens attend to which others, in a batch of packed rows or of a tree of them, tile by tile.
+
+    A tile is a part of the queries with the keys that they attend to, in an order of its own, in which a token can
+    stand several times. First come the keys that all queries share, then those that they do not.
 
     Attributes:
-        starts: (tokens,), int32: the first token that each token attends to. The last one is itself.
-        tiles: (count, 3), int64, each (first, end, begin): the queries from `first` to `end` attend to nothing before
-            `begin`.
+        spans: (tokens, 3), int32, each (low, begin, end): of the keys of its tile, a token attends to those from `low`
+            on that are shared, and to those from `begin` to `end`, the last of which is itself.
+        keys: (any,), int32: the tokens of the keys of all tiles; -1 for none.
+        tiles: (count, 6), int64, each (first, end, place, count, shared, repeats): the queries from `first` to `end`,
+            and `count` keys from `place` in `keys` on, of which the first `shared` are shared; then there is none up to
+            a multiple of LANES. Where `repeats` is 1, a token may stand among the keys several times.
     """
 
-    starts: Tensor
+    spans: Tensor
+    keys: Tensor
     tiles: Tensor
 
     @classmethod
@@ -59,35 +72,123 @@ class Layout:
         """The layout of a batch.
 
         Args:
-            positions: (tokens,), 0 where a row begins.
-            window: How many tokens each one attends to at most, itself included.
+            positions: (tokens,), of each token in its row. A token follows the last one before it with a lower
+                position, and attends to what that attends to. So a row begins where there is none, and rows share a
+                prefix where positions go back to one above 0: tokens are those of a tree, depth first.
+            window: How many positions each token attends to, its own included.
             tile: The most queries of a tile.
         """
-        indices = torch.arange(len(positions))
-        starts = torch.where(positions == 0, indices, 0)
-        begins = [0, *(torch.nonzero(positions[1:] == 0)[:, 0] + 1).tolist()]
-        starts = starts.cummax(0).values
-        if window is not None:
-            starts = torch.maximum(starts, indices - window + 1)
-        spans = _spans([*begins, len(positions)], tile)
-        tiles = torch.tensor([(first, end, int(starts[first])) for first, end in spans])
-        return cls(starts.to(torch.int32), tiles)
+        of_tokens = positions.numpy()
+        nodes = [part for node in _nodes(of_tokens) for part in node.parts(tile)]
+        spans = np.zeros((len(of_tokens), 3), np.int32)
+        keys: list[NDArray[np.integer[Any]]] = []
+        tiles, place = [], 0
+        for members in _groups(nodes, tile):
+            shared, own = _keys(members, of_tokens, window, spans)
+            keys += own
+            count = sum(map(len, own))
+            least = min(node.depth for node in members)
+            repeats = any(node.depth > least for node in members[1:])
+            tiles.append((members[0].first, members[-1].end, place, count, shared, repeats))
+            place += count
+        joined = np.concatenate(keys).astype(np.int32)
+        return cls(torch.from_numpy(spans), torch.from_numpy(joined), torch.tensor(tiles))
 
 
-def _spans(bounds: Sequence[int], tile: int) -> Iterator[tuple[int, int]]:
-    """Tiles of several whole rows, and longer rows in equal parts. bounds: the first token of each row, and the end."""
-    first = 0
-    for begin, end in pairwise(bounds):
-        if first < begin and end - first > tile:
-            yield first, begin
-            first = begin
-        if end - begin > tile:
-            parts = -(-(end - begin) // tile)
-            cuts = [begin + (end - begin) * part // parts for part in range(parts + 1)]
-            yield from pairwise(cuts)
-            first = end
-    if first < bounds[-1]:
-        yield first, bounds[-1]
+@dataclass(frozen=True)
+class _Node:
+    """Tokens of a tree that follow one another.
+
+    Attributes:
+        first: The first one.
+        end: The one after the last.
+        before: Spans of the tokens that they follow, from the beginning of the row on.
+        whole: Whether they are no part of a longer node.
+    """
+
+    first: int
+    end: int
+    before: tuple[tuple[int, int], ...]
+    whole: bool = True
+
+    def parts(self, most: int) -> "Iterator[_Node]":
+        """The node in equal parts of so many tokens at most."""
+        count = -(-(self.end - self.first) // most)
+        for part in range(count):
+            first, end = (self.first + (self.end - self.first) * number // count for number in (part, part + 1))
+            before = (*self.before, (self.first, first)) if part else self.before
+            yield _Node(first, end, before, whole=count == 1)
+
+    @property
+    def depth(self) -> int:
+        """How many tokens they follow."""
+        return sum(end - begin for begin, end in self.before)
+
+    @property
+    def path(self) -> NDArray[np.integer[Any]]:
+        """The tokens that they follow, and themselves."""
+        return np.concatenate([np.arange(*span) for span in (*self.before, (self.first, self.end))])
+
+
+def _nodes(positions: NDArray[np.integer[Any]]) -> Iterator[_Node]:
+    """The nodes of a tree, from the positions of its tokens."""
+    bounds = [0, *(np.flatnonzero(np.diff(positions) <= 0) + 1).tolist(), len(positions)]
+    path: list[tuple[int, int]] = []
+    for first, end in pairwise(bounds):
+        while path and positions[path[-1][0]] >= positions[first]:
+            path.pop()
+        if path:
+            begin, last = path[-1]
+            path[-1] = begin, begin + int(np.searchsorted(positions[begin:last], positions[first]))
+        yield _Node(first, end, tuple(path))
+        path.append((first, end))
+
+
+def _groups(nodes: Sequence[_Node], most: int) -> Iterator[Sequence[_Node]]:
+    """Put nodes together to tiles of so many queries at most, so that keys are few; parts of nodes stay alone."""
+    depths, sizes = [node.depth for node in nodes], [node.end - node.first for node in nodes]
+    costs, ends = [0] * (len(nodes) + 1), [0] * len(nodes)
+    for start in range(len(nodes) - 1, -1, -1):
+        queries, paths, shared, best = 0, 0, depths[start], -1
+        for number in range(start, len(nodes)):
+            queries, paths = queries + sizes[number], paths + depths[number] + sizes[number]
+            if number > start and (queries > most or not (nodes[start].whole and nodes[number].whole)):
+                break
+            shared = min(shared, depths[number])
+            cost = TILE_COST + paths - (number - start) * shared + costs[number + 1]
+            if best < 0 or cost <= best:
+                best, ends[start] = cost, number + 1
+        costs[start] = best
+    start = 0
+    while start < len(nodes):
+        yield nodes[start : ends[start]]
+        start = ends[start]
+
+
+def _keys(
+    members: Sequence[_Node], positions: NDArray[np.integer[Any]], window: int | None, spans: NDArray[np.int32]
+) -> tuple[int, list[NDArray[np.integer[Any]]]]:
+    """How many keys of a tile are shared, and all of them in several arrays. spans: receives those of the tile.
+
+    members: the nodes of the tile.
+    """
+    reach = window or len(positions) + int(positions.max()) + 1
+    common = min(node.depth for node in members) if len(members) > 1 else 0
+    shared = members[0].path[:common]
+    lowest = min(positions[node.first] for node in members) - reach
+    shared = shared[positions[shared] > lowest]
+    keys = [shared, np.full(-len(shared) % LANES, -1)]
+    begin = sum(map(len, keys))
+    for node in members:
+        own = node.path[common:]
+        own = own[positions[own] > positions[node.first] - reach]
+        of_node, span = positions[node.first : node.end], spans[node.first : node.end]
+        span[:, 0] = np.searchsorted(positions[shared], of_node - reach, "right")
+        span[:, 1] = begin + np.searchsorted(positions[own], of_node - reach, "right")
+        keys.append(own)
+        begin += len(own)
+        span[:, 2] = np.arange(begin - len(of_node), begin) + 1
+    return len(shared), keys
 
 
 @dataclass(frozen=True)
@@ -170,7 +271,7 @@ class _SelfAttentionFunction(torch.autograd.Function):
         if layer.norms is not None:
             joined, norms_saved = layer.norms.forward(joined, layer.columns, layer.ops)
         query, key, value = layer.ops.split_heads(joined, cosine, sine, layer.groups, layer.heads)
-        result, total = layer.ops.attend(query, key, value, layout.starts, layout.tiles, layer.scale)
+        result, total = layer.ops.attend(query, key, value, layout.spans, layout.keys, layout.tiles, layer.scale)
         y, out_lora = layer.out.forward(result, training, parameters[count:])
         ctx.layer, ctx.layout = layer, layout
         parts = [norms_saved, *(lora.tensors() if lora else [] for lora in (joined_lora, out_lora))]
@@ -187,7 +288,7 @@ class _SelfAttentionFunction(torch.autograd.Function):
         joined_lora, out_lora = (SavedLora.of(part) if part else None for part in loras)
         dresult, out_gradients = layer.out.backward(dy, result, out_lora, needs_dx=True)
         layout = ctx.layout
-        attended = (result, total, query, key, value, layout.starts, layout.tiles)
+        attended = (result, total, query, key, value, layout.spans, layout.keys, layout.tiles)
         dheads = layer.ops.attend_backward(dresult, *attended, layer.scale)
         djoined = layer.ops.join_heads(*dheads, cosine, sine)
         if layer.norms is not None:

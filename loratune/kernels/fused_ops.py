@@ -142,11 +142,11 @@ class CompiledOps:
         return joined
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, tiles: Tensor, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor, keys: Tensor, tiles: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `reference.attend`."""
         query, key, value = self._contiguous(query, key, value)
-        layout = _checked(starts, torch.int32), _checked(tiles, torch.int64)
+        layout = _checked(spans, torch.int32), _checked(keys, torch.int32), _checked(tiles, torch.int64)
         groups, tokens, heads, size = query.shape
         totals = query.new_empty(groups, tokens, heads, dtype=torch.float32)
         outputs = [query.new_empty(tokens, groups * heads * size), totals]
@@ -156,11 +156,12 @@ class CompiledOps:
 
     def attend_backward(
         self, gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
-        starts: Tensor, tiles: Tensor, scale: float,
+        spans: Tensor, keys: Tensor, tiles: Tensor, scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See `reference.attend_backward`."""
         gradient, result, query, key, value = self._contiguous(gradient, result, query, key, value)
-        total, layout = _checked(total, torch.float32), (_checked(starts, torch.int32), _checked(tiles, torch.int64))
+        total = _checked(total, torch.float32)
+        layout = _checked(spans, torch.int32), _checked(keys, torch.int32), _checked(tiles, torch.int64)
         groups, tokens, heads, size = query.shape
         sums = (query.new_zeros(groups, tokens, size, dtype=torch.float32) for _ in range(2))
         outputs = [query.new_empty(query.shape), *sums]

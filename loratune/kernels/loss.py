@@ -55,13 +55,21 @@ class LossHead(nn.Module):
     """Replaces a frozen output layer, and computes the loss when labels are set.
 
     Logits are computed at supervised positions only, a few hundred at a time, and their gradient at the same time, so
-    that they are not kept. Hsu et al. 2024 (Liger) do this for trained heads too.
+    that they are not kept. Hsu et al. 2024 (Liger) do this for trained heads too. What is the same in several rows, as
+    they share hidden states and label, is computed once, and counts as often as there are such rows.
+
+    Attributes:
+        head: The output layer.
+        labels: Of the next batch, (rows, length), -100 where nothing is supervised.
+        places: Where in its hidden states, row after row, the tokens stand that the labels belong to: of the shape of
+            the labels. None: in that order.
     """
 
     def __init__(self, head: nn.Linear):
         super().__init__()
         self.head = head
         self.labels: Tensor | None = None
+        self.places: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -70,36 +78,48 @@ class LossHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (rows, length, size). Returns logits; or, once after labels were set, the summed loss: (1, 1, 1)."""
-        labels, self.labels = self.labels, None
+        labels, places, self.labels, self.places = self.labels, self.places, None, None
         if labels is None:
             logits: Tensor = self.head(hidden)
             return logits
         targets = labels[:, 1:].to(hidden.device)
         supervised = targets >= 0
+        targets, counts = targets[supervised], None
+        if places is None:
+            states = hidden[:, :-1][supervised]
+        else:
+            pairs = torch.stack([places[:, :-1].to(hidden.device)[supervised], targets])
+            (numbers, targets), counts = torch.unique(pairs, dim=1, return_counts=True)
+            states = hidden.flatten(0, 1).index_select(0, numbers)  # Its gradient is added up in a fixed order.
         apply: Any = _HeadLoss.apply
-        loss: Tensor = apply(hidden[:, :-1][supervised], self.head.weight, self.head.bias, targets[supervised])
+        loss: Tensor = apply(states, self.head.weight, self.head.bias, targets, counts)
         return loss.view(1, 1, 1)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor | None
+    ) -> Tensor:
         ops = fused_ops(hidden)
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
             logits = functional.linear(hidden[rows], weight, bias)
-            total += ops.cross_entropy(logits, targets[rows]).sum()
+            losses = ops.cross_entropy(logits, targets[rows])
+            total += losses.sum() if counts is None else losses @ counts[rows].float()
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[rows])
+        if gradient is not None and counts is not None:
+            gradient *= counts[:, None]
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * doutput, None, None, None
+        return gradient * doutput, None, None, None, None
 
 
 def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:

@@ -4,10 +4,11 @@ Two packed rows, and a row far from the first position, go through the whole dec
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,14 @@ ROUNDING_FACTOR = 2.0
 it can be half of a gradient, also in the real SmolLM2-135M, and nothing smaller can be distinguished from rounding."""
 MAX_TOLERANCE = 0.7
 """The relative difference that is never allowed: a gradient that is lost altogether differs by 1."""
+BRANCHES = ((0, 24), (16, 40), (40, 45), (16, 21), (0, 12))
+"""Of each row of a tree, how many tokens it has in common with the row before, and how many it has in all."""
 DRAWS = 3
 """Draws of rows before a difference counts: rounding can make a mixture of experts choose another one."""
 
 Results = list[Tensor]
 """Hidden states, then gradients."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -94,17 +98,51 @@ class ParityCheck:
         )
 
 
+def computes_trees(base: Any) -> bool:
+    """Whether a model computes the same for rows in a tree as for the rows one after the other.
+
+    base: a causal language model of transformers whose layers are replaced. It passes if its tensors are fake.
+    """
+    if any(map(is_fake, base.parameters())):
+        return True
+    return any(_attempt(base, partial(_computes_tree, base, seed)) for seed in range(DRAWS))
+
+
+def _computes_tree(base: Any, seed: int) -> bool:
+    positions, path, places = list[int](), list[int](), list[int]()
+    for depth, end in BRANCHES:
+        path = [*path[:depth], *range(len(positions), len(positions) + end - depth)]
+        positions += range(depth, end)
+        places += path
+    tree, order = torch.tensor([positions], device=base.device), torch.tensor(places, device=base.device)
+    ids = _drawn(base, tree, seed)
+    state, gradients = _forward_backward(base, ids[:, order], tree[:, order], rounded=False)
+    noisy_state, noisy_gradients = _forward_backward(base, ids[:, order], tree[:, order], rounded=True)
+    for flat in (gradients, noisy_gradients):  # Those of the embeddings add up where rows share a token.
+        embeddings = flat[0]
+        flat[0] = embeddings.new_zeros(1, len(positions), embeddings.shape[-1], dtype=torch.float32)
+        flat[0].index_add_(1, order, embeddings.float())
+    baseline = _with_tolerances([state, *gradients], [noisy_state, *noisy_gradients], distant=False)
+    of_tree, tree_gradients = _forward_backward(base, ids, tree, rounded=False, places=order)
+    return baseline.matches([of_tree, *tree_gradients])
+
+
 def _baseline(base: Any, seed: int, rows: tuple[int, ...]) -> Baseline | None:
     """What a model computes, and how much rounding changes it; None if it does not run on such rows."""
     for distant in (True, False):
         values = compute(base, seed, distant=distant, rows=rows)
         rounded = compute(base, seed, rounded=True, distant=distant, rows=rows) if values is not None else None
         if values is not None and rounded is not None:
-            least = MIN_TOLERANCE.get(values[0].dtype, 1e-3)
-            noise = [ROUNDING_FACTOR * relative_rms(*pair) for pair in zip(values, rounded, strict=True)]
-            tolerances = [min(max(least, difference), MAX_TOLERANCE) for difference in noise]
-            return Baseline(values, tolerances, distant)
+            return _with_tolerances(values, rounded, distant=distant)
     return None
+
+
+def _with_tolerances(values: Results, rounded: Results, *, distant: bool) -> Baseline:
+    """Results, with the differences that are allowed. rounded: the results of rounded inputs."""
+    least = MIN_TOLERANCE.get(values[0].dtype, 1e-3)
+    noise = [ROUNDING_FACTOR * relative_rms(*pair) for pair in zip(values, rounded, strict=True)]
+    tolerances = [min(max(least, difference), MAX_TOLERANCE) for difference in noise]
+    return Baseline(values, tolerances, distant)
 
 
 def compute(
@@ -122,19 +160,23 @@ def compute(
     Returns:
         The results; None if the model does not run on such rows.
     """
+    return _attempt(base, partial(_compute, base, seed, rounded, distant, rows))
+
+
+def _attempt(base: Any, run: Callable[[], Value]) -> Value | None:
+    """What a pass through a model gives; None if it fails."""
     with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         try:
-            return _compute(base, seed, rounded, distant, rows)
+            return run()
         except Exception as error:  # Families raise all kinds of errors where they need other inputs.
             if is_out_of_memory(error):
                 raise
-            _log.debug("the model does not run on packed rows, distant: %s", distant, exc_info=True)
+            _log.debug("the model does not run on such rows", exc_info=True)
             return None
 
 
 def _compute(base: Any, seed: int, rounded: bool, distant: bool, rows: tuple[int, ...]) -> Results:
     text_config = base.config.get_text_config()
-    vocabulary = text_config.vocab_size
     limit = getattr(text_config, "max_position_embeddings", None) or 1 << 11
     packed = torch.cat([torch.arange(min(length, limit)) for length in rows])[None]
     last = torch.arange(limit - DISTANT_TOKENS, limit)[None]
@@ -142,15 +184,27 @@ def _compute(base: Any, seed: int, rounded: bool, distant: bool, rows: tuple[int
     gradients: Results = []
     # The distant row goes first, as it may change the angles of the rotary embeddings.
     for positions in [last, packed] if distant and limit >= 2 * DISTANT_TOKENS else [packed]:
-        ids = (torch.arange(positions.numel()) * (2 * seed + 1) + 8).view(1, -1) % vocabulary
-        state, gradient = _forward_backward(base, ids.to(base.device), positions.to(base.device), rounded)
+        placed = positions.to(base.device)
+        state, gradient = _forward_backward(base, _drawn(base, placed, seed), placed, rounded)
         states.append(state)
         gradients += gradient
     return [*states, *gradients]
 
 
-def _forward_backward(base: Any, ids: Tensor, positions: Tensor, rounded: bool) -> tuple[Tensor, list[Tensor]]:
-    """The hidden states of one batch, and the gradients of its embeddings and of the trained weights."""
+def _drawn(base: Any, positions: Tensor, seed: int) -> Tensor:
+    """Token ids of the shape of positions, (1, tokens)."""
+    ids: Tensor = torch.arange(positions.numel(), device=positions.device) * (2 * seed + 1) + 8
+    vocabulary: int = base.config.get_text_config().vocab_size
+    return ids.view(1, -1) % vocabulary
+
+
+def _forward_backward(
+    base: Any, ids: Tensor, positions: Tensor, rounded: bool, places: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The hidden states of one batch, and the gradients of its embeddings and of the trained weights.
+
+    places: the tokens whose states are taken, some of them several times; None: all.
+    """
     embeddings: list[Tensor] = []
 
     def replace_embeddings(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
@@ -166,6 +220,7 @@ def _forward_backward(base: Any, ids: Tensor, positions: Tensor, rounded: bool) 
         with evaluating(base), torch.enable_grad():
             output = base.get_decoder()(ids, position_ids=positions, use_cache=False)
             states = output.logits if "logits" in output else output.last_hidden_state
+            states = states if places is None else states[:, places]
             weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
             trainable = [weight for weight in base.parameters() if weight.requires_grad and weight.numel() <= MAX_SIZE]
             inputs = [*embeddings, *trainable]

@@ -85,11 +85,15 @@ def join_heads(query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: 
     return torch.cat([queries.to(query.dtype), keys.to(query.dtype), value.transpose(0, 1)], 1).view(tokens, -1)
 
 
-def _visible(starts: Tensor, first: int, end: int, begin: int, heads: int) -> Tensor:
-    """Which keys from `begin` on the tokens from `first` to `end` attend to: (tokens * heads, keys), bool."""
-    positions = torch.arange(begin, end, device=starts.device)
-    visible = (positions >= starts[first:end, None]) & (positions <= positions[first - begin :, None])
-    return visible.repeat_interleave(heads, 0)
+def _tile(spans: Tensor, keys: Tensor, bounds: list[int], heads: int) -> tuple[slice, Tensor, Tensor]:
+    """The queries of a tile; the tokens of its keys, where none is the first token; and which keys the heads of the
+    queries attend to: (queries * heads, keys), bool. bounds: of the tile, see `Layout`."""
+    first, end, place, count, shared, _ = bounds
+    tokens = keys[place : place + count].long()
+    numbers = torch.arange(count, device=spans.device)
+    low, begin, past = (column[:, None] for column in spans[first:end].unbind(1))
+    visible = ((numbers >= low) & (numbers < shared)) | ((numbers >= begin) & (numbers < past))
+    return slice(first, end), tokens.clamp(min=0), visible.repeat_interleave(heads, 0)
 
 
 def _masked_product(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
@@ -108,7 +112,7 @@ def _masked_product(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, tiles: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, keys: Tensor, tiles: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Causal self-attention, tile by tile. Scores are in float32: large ones would lose too much in bfloat16.
 
@@ -116,8 +120,9 @@ def attend(
         query: (groups, tokens, heads, size).
         key: (groups, tokens, size).
         value: The same shape.
-        starts: (tokens,), int32: the first token that each token attends to. The last one is itself.
-        tiles: (count, 3), int64, see `Layout`.
+        spans: (tokens, 3), int32, see `Layout`.
+        keys: (any,), int32, see `Layout`.
+        tiles: (count, 6), int64, see `Layout`.
         scale: Of the scores.
 
     Returns:
@@ -127,20 +132,20 @@ def attend(
     groups, tokens, heads, size = query.shape
     result = query.new_empty(tokens, groups, heads, size)
     total = torch.empty(groups, tokens, heads, device=query.device)
-    for first, end, begin in tiles.tolist():
-        scores = query[:, first:end].flatten(1, 2).float() @ key[:, begin:end].float().transpose(1, 2)
-        visible = _visible(starts, first, end, begin, heads)
+    for bounds in tiles.tolist():
+        queries, tokens_of, visible = _tile(spans, keys, bounds, heads)
+        scores = query[:, queries].flatten(1, 2).float() @ key[:, tokens_of].float().transpose(1, 2)
         scaled = (scores * scale).masked_fill(~visible, float("-inf"))
-        total[:, first:end] = scaled.logsumexp(-1).view(groups, -1, heads)
+        total[:, queries] = scaled.logsumexp(-1).view(groups, -1, heads)
         weights = scaled.softmax(-1).masked_fill(~visible, 0)
-        product = _masked_product(weights.to(value.dtype), value[:, begin:end], visible)
-        result[first:end] = product.view(groups, -1, heads, size).transpose(0, 1)
+        product = _masked_product(weights.to(value.dtype), value[:, tokens_of], visible)
+        result[queries] = product.view(groups, -1, heads, size).transpose(0, 1)
     return result.view(tokens, -1), total
 
 
 def attend_backward(
     gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    starts: Tensor, tiles: Tensor, scale: float,
+    spans: Tensor, keys: Tensor, tiles: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value. Weights are recomputed, as in FlashAttention (Dao et al. 2022).
 
@@ -152,17 +157,17 @@ def attend_backward(
     outer = gradient.reshape(shape).transpose(0, 1)
     dquery = query.new_empty(query.shape)
     dkey, dvalue = (torch.zeros(groups, tokens, size, device=query.device) for _ in range(2))
-    for first, end, begin in tiles.tolist():
-        queries, out, sums, shares = (part[:, first:end].flatten(1, 2) for part in (query, outer, total, inner))
-        keys, values = key[:, begin:end], value[:, begin:end]
-        visible = _visible(starts, first, end, begin, heads)
-        scores = queries.float() @ keys.float().transpose(1, 2) * scale - sums[..., None]
+    for bounds in tiles.tolist():
+        tile, tokens_of, visible = _tile(spans, keys, bounds, heads)
+        queries, out, sums, shares = (part[:, tile].flatten(1, 2) for part in (query, outer, total, inner))
+        tile_keys, tile_values = key[:, tokens_of], value[:, tokens_of]
+        scores = queries.float() @ tile_keys.float().transpose(1, 2) * scale - sums[..., None]
         weights = scores.exp().masked_fill(~visible, 0)
-        dscores = weights * (out.float() @ values.float().transpose(1, 2) - shares[..., None]) * scale
+        dscores = weights * (out.float() @ tile_values.float().transpose(1, 2) - shares[..., None]) * scale
         weights, dscores = weights.to(query.dtype), dscores.masked_fill(~visible, 0).to(query.dtype)
-        dquery[:, first:end] = _masked_product(dscores, keys, visible).view(groups, -1, heads, size)
-        dvalue[:, begin:end] += _masked_product(weights.transpose(1, 2), out, visible.t())
-        dkey[:, begin:end] += _masked_product(dscores.transpose(1, 2), queries, visible.t())
+        dquery[:, tile] = _masked_product(dscores, tile_keys, visible).view(groups, -1, heads, size)
+        dvalue.index_add_(1, tokens_of, _masked_product(weights.transpose(1, 2), out, visible.t()).float())
+        dkey.index_add_(1, tokens_of, _masked_product(dscores.transpose(1, 2), queries, visible.t()).float())
     return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 

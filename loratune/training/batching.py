@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from loratune import data, kernels, memory
 from loratune.codes import Code
-from loratune.config import DataSection, TrainingSection
+from loratune.config import AUTO, DataSection, TrainingSection
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
-from loratune.data.packing import BatchLayout, Packing
+from loratune.data.packing import BatchLayout, Packing, flatten
 from loratune.data.packing_check import packing_refusal, padding_is_cheaper
+from loratune.data.prefix_tree import PrefixTree
 from loratune.data.rendering import Renderer
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.lora import attach
@@ -27,6 +28,9 @@ from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.training.evaluations import EvaluationSteps, evaluation_steps
 from loratune.training.preflight import ValidatedRun
+
+_WORTH_SHARING = 0.05
+"""The share of the tokens of batches from which on prefixes are shared without being asked for."""
 
 
 @dataclass(frozen=True)
@@ -176,10 +180,10 @@ class BatchedDatasets:
         """The first batches of the training rows, in their order."""
         count, size = len(self.train.items), self.train.size
         starts = range(0, min(count, most * size), size)
-        return [
-            self.train.collate([self.train.items[number] for number in range(start, min(start + size, count))])
-            for start in starts
-        ]
+        collate = (
+            flatten if self.train.flat else self.train.collate
+        )  # Prefixes are shared while layers are accelerated.
+        return [collate(self.train.rows(range(start, min(start + size, count)))) for start in starts]
 
     def largest(self) -> tuple[list[tuple[int, int]], int]:
         """The size of the largest training batch.
@@ -191,9 +195,10 @@ class BatchedDatasets:
         if not self.train.flat:
             supervised = self.train_rows.rows.supervised
             return [(self.train.tokens(number), int(supervised[number])) for number in heaviest], self.train.size
-        items = [self.train.items[number] for number in heaviest]
-        flat = [row for item in items for row in (item if isinstance(item, list) else [item])]
-        lengths = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in flat]
+        rows = self.train.rows(heaviest)
+        if self.train.saved is not None:
+            return tree_sizes(rows)
+        lengths = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in rows]
         return lengths, len(lengths)
 
     def memory(self, model: PeftModel, training: TrainingSection) -> memory.Estimate:
@@ -236,14 +241,53 @@ def batch(
         packing, notes = _packing(
             model, datasets.train, data_section, training, mixed=not kernels.attends_by_rows(model)
         )
-    size, length = training.per_device_train_batch_size, data_section.max_length
-    train_batches, validation_batches = (
-        BatchLayout(split.rows, split.rows.lengths, packing, size, length, pad_id) if split else None
-        for split in (datasets.train, datasets.validation)
-    )
-    assert train_batches is not None
-    notes += kernels.notes(model.get_input_embeddings().weight)
+        size, length = training.per_device_train_batch_size, data_section.max_length
+        train_batches, validation_batches = (
+            BatchLayout(split.rows, split.rows.lengths, packing, size, length, pad_id) if split else None
+            for split in (datasets.train, datasets.validation)
+        )
+        assert train_batches is not None
+        saved, more = sharing(model, train_batches, data_section)
+    if saved is not None:
+        train_batches = train_batches.sharing(saved)
+        validation_batches = validation_batches.sharing(saved) if validation_batches else None
+    notes += [*more, *kernels.notes(model.get_input_embeddings().weight)]
     return BatchedDatasets(train_batches, datasets.train, validation_batches, acceleration, notes)
+
+
+def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[float | None, list[str]]:
+    """The share of the tokens that is saved where batches share prefixes, None where they do not; and lines on it.
+
+    Raises:
+        ConfigError: They are to share prefixes, and cannot.
+    """
+    if section.share_prefixes is False:
+        return None, []
+    saved = batches.saving()
+    if section.share_prefixes == AUTO and saved < _WORTH_SHARING:
+        return None, []
+    refusal = kernels.tree_refusal(model) if batches.flat else "is trained on rows that are padded"
+    if refusal is None:
+        line = f"data.share_prefixes: what rows of a batch begin with alike is computed once: {saved:.0%} fewer tokens"
+        return saved, [line]
+    what = f"{model.config.model_type} {refusal}"
+    if section.share_prefixes is True:
+        fix = "leave it at auto"
+        raise ConfigError(Problem(Code.TRAINING_SHARED_PREFIXES, what, key="data.share_prefixes", fix=fix))
+    return None, [f"data.share_prefixes: off, as {what}; else it would save {saved:.0%} of the tokens"]
+
+
+def tree_sizes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, int]], int]:
+    """What of each row is computed in a tree of them, as tokens and supervised ones; and how many rows there are."""
+    tree = PrefixTree.of([row["input_ids"] for row in rows])
+    is_new = np.ones(len(tree.ids), bool)
+    lengths = []
+    for row, places in zip(rows, tree.places, strict=True):
+        supervised = np.asarray(row["labels"])[is_new[places]] >= 0
+        is_new[places] = False
+        lengths.append((len(supervised), int(supervised.sum())))
+    lengths = [(length, supervised) for length, supervised in lengths if length]
+    return lengths, len(lengths)
 
 
 def _packing(

@@ -121,7 +121,7 @@ def _own_losses(
         batch = batches.collate([batches.items[number] for number in batch_numbers])
         before_batch(batch)
         labels = batch.pop("labels").to(model.device)
-        expect(model, labels)
+        expect(model, labels, batch.pop("places", None))
         logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits
         loss, count = next_token_loss(logits, labels)
         if position < len(numbers_by_batch):

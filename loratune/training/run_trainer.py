@@ -183,7 +183,7 @@ class RunTrainer(ShardedTrainer):
         self.guard.tokens += count_tokens(inputs)
         prepared = super().prepare_inputs(inputs)
         self.shape = tuple(prepared["input_ids"].shape)
-        kernels.expect(self.model, prepared["labels"])
+        kernels.expect(self.model, prepared["labels"], prepared.pop("places", None))
         return prepared | {"use_cache": False}
 
     def checkpoint_parent(self) -> str:

@@ -1,0 +1,195 @@
+"""Runs on rows that share prefixes: they give what they give without sharing, and say what they do, or why not."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Ran, check_refused, write_rows
+from fork_server import ForkServer
+from running import WEIGHTS, MakeConfig, checkpoints, curve, straight, until
+from safetensors.torch import load_file
+from test_kernels import SHAPE, adapted
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from loratune import kernels
+from loratune.codes import Code
+from loratune.data.packing import BatchLayout
+from loratune.kernels.parity_check import computes_trees
+from loratune.lora import attach
+from loratune.training import batching
+
+Cli = Callable[..., Ran]
+SYSTEM = "Say what the numbers are together, and nothing else. "
+ROWS = [
+    {
+        "prompt": SYSTEM + ("And be polite. " if number % 2 else "") + f"{number} and {number % 7}:",
+        "completion": f" {number + number % 7}",
+    }
+    for number in range(40)
+]
+ON, OFF = "data.share_prefixes: what rows of a batch begin with alike is computed once", "data.share_prefixes: off"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    return str(write_rows(tmp_path / "alike.jsonl", ROWS))
+
+
+def record(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((path / "loratune.json").read_text())
+    return result
+
+
+@pytest.mark.parametrize("packing", ["batch", "full"])
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_a_run_gives_the_same_with_and_without(
+    packing: str, loss_on: str, run_config: MakeConfig, cli: Cli, tmp_path: Path, rows: str
+) -> None:
+    """Losses, held-out losses, counts of tokens, and weights; with supervised prefixes, and accumulation."""
+    data = {"train": rows, "validation": 0.2, "packing": packing, "loss_on": loss_on, "max_length": 100}
+    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
+    if packing == "full":
+        training |= {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1}
+    config = run_config(data=data, training=training | {"eval_steps": 3, "learning_rate": 1e-3})
+    for share in ("auto", "false"):
+        ran = cli("train", config, "--set", f"data.share_prefixes={share}", "--set", f"output_dir={tmp_path / share}")
+        assert ran.code == 0, ran.err
+        assert (ON in ran.err) == (share == "auto") and OFF not in ran.err
+    shared, alone = record(tmp_path / "auto"), record(tmp_path / "false")
+    assert len(curve(shared)) > 4 and shared["metrics"]["tokens"] == alone["metrics"]["tokens"]
+    for one, other in zip(curve(shared), curve(alone), strict=True):
+        for name in ("loss", "eval_loss", "grad_norm"):
+            assert one.get(name) == pytest.approx(other.get(name), abs=2e-5), one
+    weights, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("auto", "false"))
+    assert any(bool(tensor.any()) for tensor in expected.values())
+    assert all(float((weights[name] - expected[name]).abs().max()) < 1e-4 for name in expected)
+
+
+def test_killed_and_resumed_gives_the_same_bytes(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path, rows: str
+) -> None:
+    training = {"save_steps": 1, "per_device_train_batch_size": 4, "num_train_epochs": 4}
+    config = run_config(data={"train": rows, "share_prefixes": True}, training=training)
+    expected = straight(processes, config, tmp_path)
+    child = processes.start("train", config)
+    until(lambda: len(checkpoints(tmp_path / "out.partial")) > 1, child)
+    child.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    child = processes.start("train", config, "--resume")
+    assert child.wait() == 0, child.said()
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
+
+
+@pytest.mark.distributed
+def test_two_processes_do_what_one_does(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path, rows: str
+) -> None:
+    """Each shares prefixes within its own part of a step."""
+    config = run_config(data={"train": rows, "validation": 0.2}, training={"num_train_epochs": 2, "eval_steps": 4})
+    records = []
+    for count in (1, 2):
+        size = f"training.per_device_train_batch_size={8 // count}"
+        out = f"output_dir={tmp_path / str(count)}"
+        children = processes.launch(count, "train", config, "--set", size, "--set", out)
+        assert [child.wait() for child in children] == [0] * count, "\n".join(child.said() for child in children)
+        assert ON in "".join(child.said() for child in children)
+        records.append(record(tmp_path / str(count)))
+    for one, other in zip(curve(records[0]), curve(records[1]), strict=True):
+        for name in ("loss", "eval_loss"):
+            assert one.get(name) == pytest.approx(other.get(name), abs=1e-5), (one, other)
+    assert records[0]["metrics"]["tokens"] == records[1]["metrics"]["tokens"]
+
+
+def test_dropout_shares_nothing_and_says_what_it_costs(run_config: MakeConfig, cli: Cli, rows: str) -> None:
+    config = run_config(data={"train": rows}, lora={"lora_dropout": 0.1}, training={"max_steps": 1})
+    ran = cli("train", config)
+    assert ran.code == 0 and ON not in ran.err
+    (line,) = [line for line in ran.err.splitlines() if line.startswith(OFF)]
+    assert "drops out values in training" in line and "save 7" in line
+    check_refused(
+        cli("train", config, "--overwrite", "--set", "data.share_prefixes=true"), 2,
+        (Code.CONFIG_SHARED_PREFIXES, "--set", "data.share_prefixes and lora.lora_dropout"),
+    )  # fmt: skip
+
+
+def test_padded_rows_share_nothing(run_config: MakeConfig, cli: Cli, rows: str) -> None:
+    config = run_config(data={"train": rows, "packing": "none"}, training={"max_steps": 1})
+    ran = cli("train", config)
+    assert ran.code == 0 and "share_prefixes" not in ran.err
+    check_refused(
+        cli("train", config, "--overwrite", "--set", "data.share_prefixes=true"), 2,
+        (Code.CONFIG_SHARED_PREFIXES, "--set", "data.share_prefixes and data.packing"),
+    )  # fmt: skip
+
+
+def test_rows_that_begin_differently_are_left_alone(run_config: MakeConfig, cli: Cli) -> None:
+    """And `true` shares the little that there is."""
+    config = run_config(training={"max_steps": 1})
+    assert "share_prefixes" not in cli("train", config).err
+    ran = cli("train", config, "--overwrite", "--set", "data.share_prefixes=true")
+    assert ran.code == 0 and ON in ran.err
+
+
+def test_a_family_with_attention_of_its_own_shares_nothing(
+    run_config: MakeConfig, cli: Cli, tmp_path: Path, tokenizer: Any, rows: str
+) -> None:
+    """Gemma 2 caps its scores."""
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma2"](**SHAPE)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = {"name_or_path": str(tmp_path / "base")}
+    config = run_config(model=model, data={"train": rows}, training={"max_steps": 1, "per_device_train_batch_size": 2})
+    ran = cli("train", config)
+    assert ran.code == 0, ran.err
+    assert ON not in ran.err
+    ran = cli("train", config, "--overwrite", "--set", "data.share_prefixes=true")
+    check_refused(ran, 2, (Code.TRAINING_SHARED_PREFIXES, "", "data.share_prefixes"))
+
+
+def test_a_model_that_takes_trees_is_known() -> None:
+    """Stock attention takes a position that goes back for something else."""
+    model = adapted()
+    assert not computes_trees(model.get_base_model())
+    assert kernels.tree_refusal(model) == "has attention that is not accelerated"
+    with kernels.accelerated(model, attach.adapted_linear):
+        assert kernels.tree_refusal(model) is None
+        mixed = model.get_base_model().model.layers[1].mlp
+        for changed in (lambda *of: of[-1] + of[-1].mean(1, keepdim=True), lambda *of: of[-1].view(7, -1)):
+            hook = mixed.register_forward_hook(changed)
+            assert kernels.tree_refusal(model) == "computes something else for rows that share a prefix"
+            hook.remove()
+    for changes, reason in (
+        ({"lora_dropout": 0.1}, "drops out values"),
+        ({"modules_to_save": ["lm_head"]}, "has a loss that is not accelerated"),
+    ):
+        model = adapted(**changes)
+        with kernels.accelerated(model, attach.adapted_linear):
+            assert str(kernels.tree_refusal(model)).startswith(reason)
+
+
+def layout_of(lists: list[list[int]], size: int) -> BatchLayout:
+    several = [{"input_ids": ids, "labels": ids} for ids in lists]
+    return BatchLayout(several, np.array([len(ids) for ids in lists]), "batch", size, 100, 0)
+
+
+def test_the_largest_batch_is_the_one_that_computes_most() -> None:
+    """Not the longest rows, which have most of their tokens in common."""
+    long = [*range(60)]
+    lists = [*([*long, 100 + number] for number in range(6)), *([200 + number] * (50 - number) for number in range(3))]
+    layout = layout_of(lists, 4)
+    assert sorted(layout.heaviest()) == [0, 1, 2, 3]
+    shared = layout.sharing(layout.saving())
+    assert sorted(shared.heaviest()) == [0, 6, 7, 8]
+    assert 0.3 < layout.saving() < 0.7
+    assert layout.saved is None and shared.saved == layout.saving()
+
+
+def test_memory_is_that_of_what_is_computed() -> None:
+    lists = [[*range(50), 100 + number, 101 + number] for number in range(8)]
+    rows = [{"input_ids": ids, "labels": [-100] * 49 + ids[49:]} for ids in lists]
+    sizes, count = batching.tree_sizes(rows)
+    assert sum(length for length, _ in sizes) == 50 + 8 * 2 and sum(labels for _, labels in sizes) == 1 + 8 * 2
+    assert count == len(sizes) == 8
