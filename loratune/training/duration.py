@@ -77,7 +77,9 @@ class Costs:
 
         checkpointed: whether activations are recomputed.
         """
-        weights = _operations(model, checkpointed=checkpointed)
+        per_token, per_label, per_pair = _operations(model, checkpointed=checkpointed)
+        computed = 1 - (layout.saved or 0.0)  # of the rows' own tokens, where these share prefixes
+        weights = per_token * computed, per_label, per_pair * computed
         return cls(layout, np.asarray(lengths, np.int64), np.asarray(supervised, np.int64), weights)
 
     @classmethod
