@@ -232,7 +232,7 @@ def test_only_what_grows_with_the_rank_is_counted(tiny_dir: Path, variant: dict[
     assert chosen.lora.r == 8, "where r counts for no module"
 
 
-@pytest.mark.parametrize(("epochs", "accepted"), [(AUTO, 25), (2, 10)])
+@pytest.mark.parametrize(("epochs", "accepted"), [(AUTO, 10), (3, 15)])
 def test_a_warmup_longer_than_the_run(cli: Cli, run_config: MakeConfig, epochs: Any, accepted: int) -> None:
     training = UNDECIDED | {"num_train_epochs": epochs}
     config = run_config(training=training | {"warmup_steps": accepted})
@@ -290,7 +290,7 @@ def test_choices_are_said() -> None:
         RunConfig.model_validate(
             {"model": {"name_or_path": "a"}, "data": {"train": "b"}, "output_dir": "c", "lora": SHAPE}
         ),
-        replace(FACTS, start={"target_modules": ["q_proj", "v_proj"]}, hidden_size=8),
+        replace(FACTS, rows=16_000, start={"target_modules": ["q_proj", "v_proj"]}, hidden_size=8),
     )
     *lines, how = auto.lines(choices)
     assert "auto: lora.target_modules is [q_proj, v_proj] (that of the adapter it starts from)" in lines

@@ -158,7 +158,7 @@ def compute(
         rows: Tokens of the packed rows.
 
     Returns:
-        The results; None if the model does not run on such rows.
+        The results; None if the model does not run on packed rows.
     """
     return _attempt(base, partial(_compute, base, seed, rounded, distant, rows))
 
@@ -171,7 +171,7 @@ def _attempt(base: Any, run: Callable[[], Value]) -> Value | None:
         except Exception as error:  # Families raise all kinds of errors where they need other inputs.
             if is_out_of_memory(error):
                 raise
-            _log.debug("the model does not run on such rows", exc_info=True)
+            _log.debug("the model does not run on packed rows", exc_info=True)
             return None
 
 
