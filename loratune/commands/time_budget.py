@@ -259,11 +259,11 @@ def _fixed(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, a
     steps = max(1, found.steps)
     changed: dict[str, Any] = {"max_steps": steps, "max_minutes": None}
     lines = [*_lines(plan, asked, replace(found, steps=steps), left, about)]
-    if asked.learning_rate == AUTO:
-        rate, passes = decided(plan.config.training.learning_rate), steps / _steps_of_epochs(plan)[1]
-        lower, why = auto.over_passes(rate, "rows that are read often are learned by heart", passes)
-        changed["learning_rate"] = lower
-        lines += [*auto.lines({"training.learning_rate": (lower, why)})] if passes > 1 else []
+    passes = steps / _steps_of_epochs(plan)[1]
+    if asked.learning_rate == AUTO and passes > 1:
+        rate = decided(plan.config.training.learning_rate)
+        changed["learning_rate"], why = auto.over_passes(rate, "rows that are read often are learned by heart", passes)
+        lines += auto.lines({"training.learning_rate": (changed["learning_rate"], why)})
     training = plan.config.training.model_copy(update=changed)
     config = plan.config.model_copy(update={"training": training})
     return replace(plan, config=config, evaluations=_evaluation_steps(plan, training), notes=[*plan.notes, *lines])

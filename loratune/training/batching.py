@@ -180,9 +180,7 @@ class BatchedDatasets:
         """The first batches of the training rows, in their order."""
         count, size = len(self.train.items), self.train.size
         starts = range(0, min(count, most * size), size)
-        collate = (
-            flatten if self.train.flat else self.train.collate
-        )  # Prefixes are shared while layers are accelerated.
+        collate = flatten if self.train.flat else self.train.collate  # Prefixes are shared by accelerated layers alone.
         return [collate(self.train.rows(range(start, min(start + size, count)))) for start in starts]
 
     def largest(self) -> tuple[list[tuple[int, int]], int]:
