@@ -86,6 +86,8 @@ def config_of(one: Spec, paths: Mapping[str, Path], work: Path, output: Path) ->
     for key, value in one["settings"].items():
         section, _, field = key.partition(".")
         values[section][field] = str(paths["validation"]) if key == "data.validation" else value
+    if "max_steps" in values["training"]:
+        del values["training"]["num_train_epochs"]
     return values
 
 
@@ -114,7 +116,8 @@ def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, Resul
 
 def _steps(one: Spec) -> int:
     settings = TRAINING | {key.partition(".")[2]: value for key, value in one["settings"].items()}
-    return int(-(-one["rows"] // settings["per_device_train_batch_size"]) * settings["num_train_epochs"])
+    whole = int(-(-one["rows"] // settings["per_device_train_batch_size"]) * settings["num_train_epochs"])
+    return int(settings.get("max_steps", whole))
 
 
 class Silent:

@@ -295,7 +295,38 @@ def test_sigterm_while_the_model_is_loaded(
     time.sleep(0.5)
     running.send(signal.SIGTERM)
     assert running.wait() == 143 and running.said().splitlines()[-1].startswith("error: terminated"), running.said()
-    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists(), running.said()
+
+
+SIGNAL_AFTER = """
+import os, signal
+from loratune.training.run_dir import RunDirectory
+original = RunDirectory.{name}
+def {name}(self, *arguments, **keywords):
+    original(self, *arguments, **keywords)
+    {statement}
+RunDirectory.{name} = {name}
+"""
+TO_ITSELF = "os.kill(os.getpid(), signal.SIGTERM)"
+IN_DESTRUCTOR = f"type('Dropped', (), {{'__del__': lambda self: {TO_ITSELF}}})()"
+
+
+@pytest.mark.parametrize(
+    ("name", "statement"),
+    [
+        pytest.param("check_kinds", f"if self.partial.is_dir(): {TO_ITSELF}", id="before the lock is taken"),
+        pytest.param("prepare", TO_ITSELF, id="before the first step"),
+        pytest.param("prepare", IN_DESTRUCTOR, id="in a destructor"),
+    ],
+)
+def test_sigterm_before_the_first_step(
+    name: str, statement: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
+) -> None:
+    """No step is taken, and nothing is left where there is nothing to go on from."""
+    child = processes.start("train", run_config(), first=SIGNAL_AFTER.format(name=name, statement=statement))
+    assert child.wait() == 143 and child.said().splitlines()[-1].startswith("error: terminated"), child.said()
+    assert "step " not in child.said()
+    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists(), child.said()
 
 
 def test_a_signal_whose_exception_python_drops(capfd: pytest.CaptureFixture[str]) -> None:

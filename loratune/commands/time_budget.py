@@ -89,8 +89,7 @@ def fix_length(
     if left > 0:
         trainer.time_steps(plan.job, context, timer, oom_dry_run=scarce)
         gc.collect()  # the states of the optimizer go before those of the next one come
-    if context.stopping() and context.stop.requested is not None:
-        raise context.stop.requested
+    context.check_not_stopping()
     if len(timer.micro_steps) <= WARM_UP:
         gone = format_duration(seconds - left)
         raise _too_short(asked, f"{gone} have passed before the first step, and one takes longer than what is left")

@@ -162,6 +162,7 @@ def train(
         group.all_gather(None)  # A signal now finds either all processes before the next line, or all behind it.
         with signals.defer_signals(repeated=group.count > 1) as stop:
             context = _run_context(plan, validated_run, identity, reporter, stop, group)
+            context.check_not_stopping()  # Python drops what a handler raises in a destructor.
             with _ready_to_train(plan):
                 scarce = _is_memory_scarce(plan, group)
                 asked = validated_run.config.training
@@ -171,8 +172,7 @@ def train(
                     context = replace(context, checkpoints=replace(context.checkpoints, identity=identity))
                 reporter.plan(plan)
                 outcome = trainer.fit(plan.job, context, oom_dry_run=scarce and minutes is None)
-        if context.stopping() and stop.requested is not None:  # A signal can come after the trainer's last check.
-            raise stop.requested
+        context.check_not_stopping()  # A signal can come after the trainer's last check.
         weights, comparison = _compare_with_base(plan, outcome, context, reporter)
         if comparison.verdict == "worse" and not allow_worse:
             gain.reject(comparison, outcome.steps, validated_run.directory, group)

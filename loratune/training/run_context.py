@@ -71,3 +71,8 @@ class RunContext:
         requests = self.group.total([self.stop.requested is kind for kind in (Interruption, Termination)])
         self.stop.requested = Termination if requests[1] else Interruption if requests[0] else None
         return self.stop.requested is not None
+
+    def check_not_stopping(self) -> None:
+        """Raise KeyboardInterrupt if any process was asked to stop. All processes call it together."""
+        if self.stopping() and self.stop.requested is not None:
+            raise self.stop.requested

@@ -24,6 +24,7 @@ from loratune.system.files import (
     open_lock,
     sync,
 )
+from loratune.system.signals import defer_signals
 from loratune.training import run_dir_files
 from loratune.training.overwrite import (
     ADAPTER,
@@ -327,16 +328,19 @@ def locked(directory: RunDirectory) -> Iterator[RunDirectory]:
         ConfigError: Something else is in the work in progress.
         ResourceError: The disk is full.
     """
-    with explain_full_disk("the work in progress", 4096, directory.output.parent, "make room"):
-        directory.partial.mkdir(exist_ok=True)
-    directory.check_partial("", str(directory.partial))
-    directory.check_kinds()
-    with _hold(directory):
+    with ExitStack() as stack:
+        # A signal that came between the steps of this would leave a directory that nobody removes.
+        with defer_signals(lambda _: None) as stop:
+            with explain_full_disk("the work in progress", 4096, directory.output.parent, "make room"):
+                directory.partial.mkdir(exist_ok=True)
+            directory.check_partial("", str(directory.partial))
+            directory.check_kinds()
+            stack.enter_context(_hold(directory))
+            stack.callback(directory.clean_up)
+        if stop.requested is not None:
+            raise stop.requested
         directory.restore_old_adapter()  # the last run may have been killed between the two renames of `publish`
-        try:
-            yield directory
-        finally:
-            directory.clean_up()
+        yield directory
 
 
 @contextmanager
