@@ -482,7 +482,7 @@ def test_memory_that_is_short_for_an_evaluation(
     rows = [{"prompt": "a " * 2000, "completion": "b"}] * 8
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"validation": str(tmp_path / "long.jsonl"), "max_length": 8192, "packing": "none"}
-    done = forked("train", run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data), memory=1 << 28)
+    done = forked("train", run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data), memory=3 << 27)
     assert done.code == 8, done.err
     line = done.err.splitlines()[-1]
     assert is_problem(line.removeprefix("error: "), (Code.MEMORY_EVALUATION, "", "")), line
