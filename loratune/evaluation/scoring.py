@@ -183,13 +183,18 @@ def losses(
     model.model.eval()
     found = np.empty(len(numbers))
     for places in _by_length(dataset.rows.lengths[list(numbers)]):
-        batch = pad([dataset.rows[numbers[place]] for place in places], load.pad_id(model.tokenizer))
-        labels = batch.pop("labels").to(model.model.device)
-        inputs = {name: tensor.to(model.model.device) for name, tensor in batch.items()}
-        logits = model.model(**inputs, use_cache=False).logits
-        found[places] = row_losses(logits, labels).numpy()
+        rows = [dataset.rows[numbers[place]] for place in places]
+        first = min(_first_supervised(row["labels"]) for row in rows)
+        inputs = model.prompts.batch([row["input_ids"] for row in rows], "right", first=max(0, first - 1))
+        labels = pad(rows, model.prompts.padding)["labels"][:, -inputs["input_ids"].shape[1] :]
+        inputs["use_cache"] = "cache" in inputs
+        found[places] = row_losses(model.model, inputs, labels.to(model.model.device)).numpy()
         advance(len(places))
     return found
+
+
+def _first_supervised(labels: Sequence[int]) -> int:
+    return next((place for place, label in enumerate(labels) if label >= 0), len(labels))
 
 
 def _by_length(lengths: NDArray[np.integer[Any]]) -> Iterator[list[int]]:

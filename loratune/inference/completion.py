@@ -12,9 +12,9 @@ from transformers import GenerationConfig, StoppingCriteria
 from loratune import kernels
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data.packing import pad
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
+from loratune.inference.shared_prompts import SharedPrompts
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import Untouched
@@ -41,6 +41,7 @@ class LoadedAdapter:
         layers: Those that compute with this adapter alone.
         mixes: Whether rows of this adapter may share a batch with rows of others that may.
         is_enough: Whether `layers` are all that makes the model compute with this adapter, and not with another one.
+        prompts: Makes batches of prompts for the model.
     """
 
     model: PeftModel
@@ -54,6 +55,7 @@ class LoadedAdapter:
     layers: kernels.InferenceLayers
     mixes: bool
     is_enough: bool
+    prompts: SharedPrompts
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -152,9 +154,14 @@ def _complete(
         eos_token_id=list(first.renderer.end_ids),
         pad_token_id=padding,
     )
-    batch = pad([{"input_ids": ids} for _, ids in requests], padding, "left")
-    batch = {name: tensor.to(first.model.device) for name, tensor in batch.items()}
+    shares = all(adapter is first for adapter, _ in requests)
     with adapters_of_rows([adapter for adapter, _ in requests]):
+        prompts = [ids for _, ids in requests]
+        batch = (
+            first.prompts.batch(prompts, "left", more=max_new_tokens)
+            if shares
+            else first.prompts.plain(prompts, "left")
+        )
         ids = first.model.generate(
             **batch, generation_config=settings, streamer=streamer, stopping_criteria=[_Stopped(stopped)]
         )

@@ -19,13 +19,14 @@ from loratune.errors import AdapterError, ModelError, Problem
 from loratune.export import output
 from loratune.inference.completion import LoadedAdapter, Log, reader
 from loratune.inference.selection import Selection
+from loratune.inference.shared_prompts import SharedPrompts
 from loratune.lora import attach, mixture
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import Untouched
 from loratune.model import fingerprints
 from loratune.model.fingerprints import Sampled
-from loratune.model.load import check_machine, load_base, load_tokenizer
+from loratune.model.load import check_machine, load_base, load_tokenizer, pad_id
 from loratune.model.source import local_or_hub
 from loratune.training.preflight import AdapterInfo
 
@@ -195,6 +196,7 @@ def _attach_all(
         LoadedAdapter(
             model, tokenizer, renderer, adapter.data, adapter.chat, (sample, before), str(adapter.files.path), key,
             kernels.InferenceLayers(model, reader(key)), mixes=key in mixing, is_enough=plain == keys,
+            prompts=SharedPrompts(model, pad_id(tokenizer)),
         )
         for (adapter, _), tokenizer, renderer, before, key in zip(
             attached, tokenizers, renderers, untouched, keys, strict=True

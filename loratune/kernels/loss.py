@@ -1,5 +1,6 @@
 """The loss over supervised positions only, without keeping their logits, and norms of gradients."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,20 +35,40 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return functional.cross_entropy(scores, targets[supervised], reduction="sum"), supervised.sum()
 
 
-def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sums of `next_token_loss`, row by row.
+def row_losses(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """The sums of `next_token_loss` of a model without a `LossHead`, row by row.
+
+    Logits are computed at supervised positions only, where the model has an output layer that takes the hidden states
+    of all positions.
 
     Args:
-        logits: (rows, length, vocabulary), any float dtype.
+        model: A `PeftModel`, or a model of transformers.
+        inputs: What it is called with.
         labels: (rows, length), int64, -100 at positions without supervision.
 
     Returns:
         (rows,), float64 on the CPU, in nats.
     """
-    targets = labels[:, 1:]
+    sums, targets = torch.zeros(len(labels), dtype=torch.float64), labels[:, 1:]
     supervised = targets >= 0
-    losses = functional.cross_entropy(logits[:, :-1][supervised].float(), targets[supervised], reduction="none")
-    sums = torch.zeros(len(labels), dtype=torch.float64)
+    if not supervised.any():
+        return sums
+
+    def select(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *others = given
+        is_whole = isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[:2] == labels.shape
+        return (hidden[:, :-1][supervised].unsqueeze(0), *others) if is_whole else given
+
+    output = model.get_output_embeddings()
+    hook = output.register_forward_pre_hook(select) if output is not None else None
+    try:
+        logits = model(**inputs).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    if logits.shape[:2] == labels.shape:
+        logits = logits[:, :-1][supervised]
+    losses = functional.cross_entropy(logits.flatten(0, -2).float(), targets[supervised], reduction="none")
     return sums.index_add_(0, supervised.nonzero()[:, 0].cpu(), losses.cpu().double())
 
 

@@ -1,0 +1,84 @@
+"""Prompts of a batch that begin alike: computed once, and only where the model computes the same with and without."""
+
+from typing import Any
+
+import pytest
+import torch
+from families import small
+from peft import LoraConfig, get_peft_model
+
+from loratune.data.packing import pad
+from loratune.inference.shared_prompts import SharedPrompts
+from loratune.kernels import row_losses
+
+PREFIX, LENGTHS = 12, (24, 20, 13)
+ALONE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def adapted(model_type: str, **changes: Any) -> Any:
+    """A tiny model with an adapter on all linear layers, which changes what it computes."""
+    torch.manual_seed(0)
+    model = get_peft_model(small(model_type, **changes), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def rows_of(shared: int = PREFIX) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(5, 60, (len(LENGTHS), max(LENGTHS)), generator=generator).tolist()
+    return [rows[0][:shared] + row[shared:length] for row, length in zip(rows, LENGTHS, strict=True)]
+
+
+def losses(model: Any, prompts: SharedPrompts, rows: list[list[int]], *, shared: bool) -> list[float]:
+    """Of rows of which all but the prefix is supervised."""
+    labelled = [{"input_ids": row, "labels": [-100] * PREFIX + row[PREFIX:]} for row in rows]
+    batch = prompts.batch(rows, "right", first=PREFIX - 1) if shared else prompts.plain(rows, "right")
+    assert ("cache" in batch) is shared
+    labels = pad(labelled, 0)["labels"][:, -batch["input_ids"].shape[1] :]
+    found: list[float] = row_losses(model, batch | {"use_cache": shared}, labels).tolist()
+    return found
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt2", "phi", "mixtral", "falcon", "cohere"])
+def test_losses_and_answers_are_those_of_each_row_alone(model_type: str) -> None:
+    """Of prompts with padding between the prefix and the rest."""
+    changes = {"sliding_window": 512} if model_type == "gemma3_text" else {}
+    model, rows = adapted(model_type, **changes), rows_of()
+    prompts = SharedPrompts(model, 0)
+    expected = losses(model, prompts, rows, shared=False)
+    assert losses(model, prompts, rows, shared=True) == pytest.approx(expected, rel=1e-5)
+    batch = prompts.batch(rows, "left", more=4)
+    assert "cache" in batch
+    answers = model.generate(**batch, **ALONE)[:, -4:].tolist()
+    alone = [model.generate(input_ids=torch.tensor([row]), **ALONE)[0, -4:].tolist() for row in rows]
+    assert answers == alone and answers[0] != answers[1]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("model_type", "changes", "rows"),
+    [
+        pytest.param("llama", {}, rows_of(0), id="nothing in common"),
+        pytest.param("llama", {}, rows_of()[:1], id="a single row"),
+        pytest.param("qwen3_next", {}, rows_of(), id="a state in the place of keys and values"),
+        pytest.param("gemma3_text", {"sliding_window": 8}, rows_of(), id="a window shorter than the rows"),
+        pytest.param("mpt", {}, rows_of(), id="distances counted by place, padding too"),
+        pytest.param("xlm", {}, rows_of(), id="no room for what was before"),
+    ],
+)
+def test_where_nothing_is_shared(model_type: str, changes: dict[str, Any], rows: list[list[int]]) -> None:
+    model = adapted(model_type, **changes)
+    assert "cache" not in SharedPrompts(model, 0).batch(rows, "left", more=4)
+
+
+@torch.inference_mode()
+def test_what_is_asked_for_is_not_in_the_prefix() -> None:
+    """Losses of tokens that rows have in common are those of each row."""
+    model = adapted("llama")
+    rows = [row[:PREFIX] * 2 for row in rows_of()]
+    assert "cache" not in SharedPrompts(model, 0).batch(rows, "right", first=0)
+    batch = SharedPrompts(model, 0).batch(rows, "right", first=5)
+    assert batch["input_ids"].shape == (3, 2 * PREFIX - 5)
