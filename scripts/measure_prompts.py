@@ -1,4 +1,4 @@
-"""Rows per second of losses and answers where the rows of a batch begin alike, with the beginning computed once and not.
+"""Losses and answers of rows that begin alike: how much faster they are where the beginning is computed once.
 
     python scripts/measure_prompts.py ADAPTER --rows configs/quickstart/eval.jsonl
 

@@ -15,6 +15,7 @@ from loratune import __version__
 from loratune.codes import Code
 from loratune.console import escape_output
 from loratune.errors import ConfigError, Problem
+from loratune.system import waiting
 from loratune.system.files import path_problem
 
 _COMMANDS = (
@@ -94,14 +95,18 @@ Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token;
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def importing(*, computes: bool = False) -> Iterator[None]:
     """Keep the garbage collector from walking the million objects that imports make and that stay, now and later.
 
     What a library prints as it is imported goes to stderr, as transformers does where WANDB_MODE is offline.
+
+    computes: The first imports of a command that computes for long; see `waiting.adapt_to_load`.
     """
     gc.disable()
     try:
         with redirect_stdout(sys.stderr):
+            if computes and (others := waiting.adapt_to_load()) is not None:
+                log_all([waiting.described(others)])
             yield
     finally:
         gc.freeze()

@@ -102,7 +102,7 @@ def evaluate(
         check_paths(adapter=adapter, data=data, against=against, forgetting=forgetting, output=output)
         _check_options(context.params)
         names, task_paths = _task_names(tasks)
-        with importing():
+        with importing(computes=True):
             from loratune.commands import output_file
             from loratune.console import log, show_count, show_progress
             from loratune.evaluation import metrics as known_metrics

@@ -67,7 +67,7 @@ def generate(
 
         rows = _prompt_rows(prompts, source)
 
-        with importing():
+        with importing(computes=True):
             from loratune.console import log
             from loratune.training import preflight
 

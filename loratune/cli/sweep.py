@@ -70,7 +70,7 @@ def sweep(
         inputs = config.input_paths(config_file, run)
         directory = output_dir.check(run.output_dir, overwrite=overwrite, inputs=inputs)
 
-        with importing():
+        with importing(computes=True):
             from loratune.commands import printing
             from loratune.commands.sweep import running
             from loratune.commands.train import Reporter

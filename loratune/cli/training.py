@@ -50,7 +50,7 @@ def train(
         if group.main:
             validated_run = _check_run(config_file, assignments, changes if resume else None, overwrite=overwrite)
 
-        with importing():
+        with importing(computes=True):
             from loratune.training import preflight
 
         validated_run = preflight.broadcast_run(validated_run, group)
