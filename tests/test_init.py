@@ -313,7 +313,7 @@ def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, s
         model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
     split = read_source(Source(path=str(write_rows(tmp_path / "rows.jsonl", ROWS))), run.data)
     lengths, supervised = np.full(40, 16), np.full(40, 4)
-    rows = MeasuredRows(RawDatasets(split, None), {}, lengths, lengths, supervised, 0, [])
+    rows = MeasuredRows(RawDatasets(split, None), {}, lengths, lengths, supervised, 0.0, 0, [])
     found = init_choices.fit(model, run, draft, rows, 8, Room(torch.device("cpu"), free, quantizable))
     assert (found.batch, found.quantization, found.checkpointed) == chosen
     assert found.is_roomy == (free > 0)
@@ -333,12 +333,32 @@ def test_the_arithmetic_of_training() -> None:
                 "activation_checkpointing": checkpointed,
             }
             run = config.from_values({**values, "training": training, "output_dir": "out"}, "test")
-            costs = Costs.of_run(model, run, lengths, supervised)
+            costs = Costs.of_run(model, run, lengths, supervised, 0.0)
             expected = factor * weights * tokens + logits * 6 + attention * pairs
             assert costs.work(run.training, held_out=0) == Work(2, expected)
             evaluations = 4 / (3 * 16)  # one more is more than a tenth of the training
             assert costs.work(run.training, held_out=4) == Work(2, pytest.approx(expected * (1 + evaluations)))
             assert costs.work(run.training, held_out=0, share=0.5).operations == pytest.approx(expected / 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "dropout", "saved", "part"),
+    [
+        pytest.param({}, 0.0, 0.5, 0.5, id="shared"),
+        pytest.param({}, 0.0, 0.04, 1.0, id="not worth it"),
+        pytest.param({"share_prefixes": True}, 0.0, 0.04, 0.96, id="forced"),
+        pytest.param({"share_prefixes": False}, 0.0, 0.5, 1.0, id="off"),
+        pytest.param({"packing": "none"}, 0.0, 0.5, 1.0, id="padded"),
+        pytest.param({}, 0.1, 0.5, 1.0, id="dropout"),
+    ],
+)
+def test_shared_prefixes_are_computed_once(data: dict[str, Any], dropout: float, saved: float, part: float) -> None:
+    values = {"model": {"name_or_path": "x"}, "lora": {"lora_dropout": dropout}, "output_dir": "out"}
+    run = config.from_values({**values, "data": {"train": "rows.jsonl", **data}}, "test")
+    model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
+    lengths = np.array([5, 5])
+    alone, shared = (Costs.of_run(model, run, lengths, np.array([0, 0]), value).weights[0] for value in (0.0, saved))
+    assert shared == pytest.approx(part * alone)
 
 
 def test_packs_are_counted_as_training_takes_them(cli: Cli, tiny_dir: Path, here: Path) -> None:

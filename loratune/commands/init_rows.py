@@ -13,6 +13,7 @@ from loratune.config import DataSection
 from loratune.data import DatasetSplit, ProgressFactory, RawDatasets
 from loratune.data.formats import FORMATS, completion_key
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL, random_mask
+from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.data.sources import open_source
 from loratune.errors import DataError
@@ -22,6 +23,9 @@ MOST_ROWS = 20_000
 
 LABEL_TOKENS = 16
 """Supervised tokens that a label has at most, in the median: long answers that are repeated are none."""
+
+_BATCH = 8
+"""Rows of a batch whose beginnings are compared: the batch is chosen later, and much larger ones save hardly more."""
 
 _NO_LIMIT = 2**31 - 1
 
@@ -45,6 +49,7 @@ class MeasuredRows:
         all_lengths: (rows,), tokens of the rows of all splits that were tokenized.
         lengths: (rows,), those of the training rows alone.
         supervised: (rows,), the supervised tokens of these.
+        saved: About the part of the tokens of batches that stands in the batch already, as rows begin alike.
         labels: How many different completions there are, where they are labels; 0 where they are not.
         remarks: Lines on how the rows were read.
     """
@@ -54,6 +59,7 @@ class MeasuredRows:
     all_lengths: NDArray[np.int64]
     lengths: NDArray[np.int64]
     supervised: NDArray[np.int64]
+    saved: float
     labels: int
     remarks: list[str]
 
@@ -98,6 +104,7 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int, watch: Pr
         all_lengths=np.concatenate([split.lengths for split in tokenized]),
         lengths=rows.lengths,
         supervised=supervised,
+        saved=BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, pad_id=0).saving(),
         labels=_count_labels(_sample(raw.train), section.loss_on) if is_short else 0,
         remarks=[*raw.train.remarks(), *rows.report.reasons()],
     )

@@ -262,7 +262,7 @@ def _fixed(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, a
     if asked.learning_rate == AUTO and passes > 1:
         rate = decided(plan.config.training.learning_rate)
         changed["learning_rate"], why = auto.over_passes(rate, "rows that are read often are learned by heart", passes)
-        lines += auto.lines({"training.learning_rate": (changed["learning_rate"], why)})
+        lines.append(auto.line("training.learning_rate", changed["learning_rate"], why))
     training = plan.config.training.model_copy(update=changed)
     config = plan.config.model_copy(update={"training": training})
     return replace(plan, config=config, evaluations=_evaluation_steps(plan, training), notes=[*plan.notes, *lines])

@@ -79,9 +79,14 @@ def decide(run: RunConfig, facts: Facts) -> tuple[RunConfig, Choices]:
 def lines(choices: Choices) -> Iterator[str]:
     """What the user sees of the choices."""
     for key, (value, why) in choices.items():
-        yield f"auto: {key} is {shown(value)} ({why})"
+        yield line(key, value, why)
     if choices:
         yield "auto: each can be set instead, in the config or by --set KEY=VALUE"
+
+
+def line(key: str, value: Any, why: str) -> str:
+    """What the user sees of one choice."""
+    return f"auto: {key} is {shown(value)} ({why})"
 
 
 def shown(value: Any) -> str:

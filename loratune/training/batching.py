@@ -259,10 +259,8 @@ def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[flo
     Raises:
         ConfigError: They are to share prefixes, and cannot.
     """
-    if section.share_prefixes is False:
-        return None, []
-    saved = batches.saving()
-    if section.share_prefixes == AUTO and saved < _WORTH_SHARING:
+    saved = batches.saving() if section.share_prefixes is not False else 0.0
+    if not is_sharing_asked(section, saved):
         return None, []
     refusal = kernels.tree_refusal(model) if batches.flat else "is trained on rows that are padded"
     if refusal is None:
@@ -273,6 +271,11 @@ def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[flo
         fix = "leave it at auto"
         raise ConfigError(Problem(Code.TRAINING_SHARED_PREFIXES, what, key="data.share_prefixes", fix=fix))
     return None, [f"data.share_prefixes: off, as {what}; else it would save {saved:.0%} of the tokens"]
+
+
+def is_sharing_asked(section: DataSection, saved: float) -> bool:
+    """Whether batches are to share prefixes where that saves a part of their tokens, and where it is possible."""
+    return section.share_prefixes is True or (section.share_prefixes == AUTO and saved >= _WORTH_SHARING)
 
 
 def tree_sizes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, int]], int]:

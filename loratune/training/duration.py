@@ -18,7 +18,7 @@ from torch import nn
 from loratune.config import ModelSection, RunConfig, TrainingSection
 from loratune.data.packing import BatchLayout, Numbers, PackedRows
 from loratune.model import load
-from loratune.training.batching import DistributedBatchSampler
+from loratune.training.batching import DistributedBatchSampler, is_sharing_asked
 from loratune.training.evaluations import evaluation_steps
 
 _FORWARD_AND_BACKWARD = 2 * 2
@@ -83,10 +83,15 @@ class Costs:
         return cls(layout, np.asarray(lengths, np.int64), np.asarray(supervised, np.int64), weights)
 
     @classmethod
-    def of_run(cls, model: Any, run: RunConfig, lengths: Numbers, supervised: Numbers) -> Self:
-        """Those of a run without `auto`, whose rows are laid out as it says; other arguments as of `of_layout`."""
+    def of_run(cls, model: Any, run: RunConfig, lengths: Numbers, supervised: Numbers, saved: float) -> Self:
+        """Those of a run without `auto`, whose rows are laid out as it says; other arguments as of `of_layout`.
+
+        saved: About the part of the tokens of batches that need not be computed where these can share prefixes.
+        """
         size, checkpointed = run.training.per_device_train_batch_size, run.training.activation_checkpointing
         layout = BatchLayout(lengths, lengths, run.data.packing, size, run.data.max_length, pad_id=0)
+        if layout.flat and not run.lora.lora_dropout and is_sharing_asked(run.data, saved):
+            layout = layout.sharing(saved)
         return cls.of_layout(model, layout, lengths, supervised, checkpointed=checkpointed)
 
     @property

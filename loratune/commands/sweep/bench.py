@@ -21,6 +21,7 @@ from loratune.commands.plan import LoadedRun, Plan, adapted, facts, load_rows, l
 from loratune.commands.train import Reporter, Result
 from loratune.config import RunConfig
 from loratune.data import ProgressFactory
+from loratune.data.packing import BatchLayout
 from loratune.errors import ConfigError, ModelError, NumericError, Problem, ResumeError
 from loratune.evaluation.study_results import RowLosses
 from loratune.lora import attach, tensors
@@ -120,7 +121,9 @@ class Bench:
         run, _ = auto.decide(run, facts(self._as_validated(run), rows))
         held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0
         model, _ = attach.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
-        costs = Costs.of_run(model, run, rows.train.rows.lengths, rows.train.rows.supervised)
+        train, size = rows.train.rows, run.training.per_device_train_batch_size
+        saved = BatchLayout(train, train.lengths, run.data.packing, size, run.data.max_length, pad_id=0).saving()
+        costs = Costs.of_run(model, run, train.lengths, train.supervised, saved)
         operations = costs.work(run.training, held_out).operations
         if self._per_operation is None:
             self._per_operation = seconds_per_operation(model, run.model, costs, operations)
