@@ -60,7 +60,7 @@ def _seeds() -> Iterator[Spec]:
 
 def _shapes() -> Iterator[Spec]:
     """The rate on other shapes of model; the narrow one wants higher rates."""
-    for model, rates in (("57M", RATES), ("narrow", (*RATES[2:], 6.4e-3, 1.28e-2))):
+    for model, rates in (("57M", (*RATES, FORMULA, 6.4e-3)), ("narrow", (*RATES[2:], 6.4e-3, 1.28e-2))):
         for rate, task in itertools.product(rates, ROWS):
             yield spec(task, model=model, training__learning_rate=rate)
 
@@ -115,7 +115,8 @@ def _best() -> Iterator[Spec]:
 
 
 def _tenth() -> Iterator[Spec]:
-    for rate, task in itertools.product(RATES, ROWS):
+    """Also of rates above the best, where whole runs are no longer the better the higher the rate."""
+    for rate, task in itertools.product((*RATES, FORMULA, 6.4e-3, 1.28e-2), ROWS):
         yield spec(task, training__learning_rate=rate, training__max_steps=max(5, ROWS[task] // 80))
 
 
