@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -22,7 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from loratune.codes import Code
 from loratune.commands.boundary import boundary
 from loratune.system import signals
+from loratune.system.signals import Stop
 from loratune.training.checkpoints import Checkpoints
+from loratune.training.run_context import RunContext
 
 # Signals
 
@@ -343,6 +346,24 @@ def test_a_signal_whose_exception_python_drops(capfd: pytest.CaptureFixture[str]
         with pytest.raises(signals.Termination):
             signal.raise_signal(signal.SIGTERM)
     assert "Exception ignored" not in capfd.readouterr().err
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_forgotten() -> None:
+    """It comes after a process has told the others that it was not asked to stop."""
+    stop = Stop()
+
+    class Late:
+        def total(self, values: list[float]) -> list[float]:
+            stop.requested = signals.Termination
+            return values
+
+    group: Any = Late()
+    nothing: Any = None
+    context = RunContext(nothing, nothing, stop, group)
+    assert not context.stopping() and stop.requested is signals.Termination
+    assert context.stopping()
+    with pytest.raises(signals.Termination):
+        context.check_not_stopping()
 
 
 # Locks

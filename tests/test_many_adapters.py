@@ -179,7 +179,7 @@ def test_one_call_for_a_shared_batch(adapters: dict[str, Path], monkeypatch: pyt
         return generate(**keywords)
 
     monkeypatch.setattr(loaded[0].model, "generate", counted)
-    completion.complete([(adapter, [50, 51, 52]) for adapter in loaded * 2], 2)
+    completion.complete([(adapter, [50 + place, 51, 52]) for place, adapter in enumerate(loaded * 2)], 2)
     assert sizes == [6, 2]
 
 

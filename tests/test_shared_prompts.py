@@ -8,11 +8,18 @@ from families import small
 from peft import LoraConfig, get_peft_model
 
 from loratune.data.packing import pad
+from loratune.inference import shared_prompts
 from loratune.inference.shared_prompts import SharedPrompts
 from loratune.kernels import row_losses
 
 PREFIX, LENGTHS = 12, (24, 20, 13)
 ALONE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.fixture(autouse=True)
+def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are short here."""
+    monkeypatch.setattr(shared_prompts, "_FEWEST", 1)
 
 
 def adapted(model_type: str, **changes: Any) -> Any:
@@ -82,3 +89,11 @@ def test_what_is_asked_for_is_not_in_the_prefix() -> None:
     assert "cache" not in SharedPrompts(model, 0).batch(rows, "right", first=0)
     batch = SharedPrompts(model, 0).batch(rows, "right", first=5)
     assert batch["input_ids"].shape == (3, 2 * PREFIX - 5)
+
+
+@torch.inference_mode()
+def test_a_few_tokens_are_not_worth_a_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model, rows = adapted("llama"), rows_of()
+    assert "cache" not in SharedPrompts(model, 0).batch(rows, "left", more=4)  # It would save 24.
+    assert "cache" in SharedPrompts(model, 0).batch(rows * 3, "left", more=4)

@@ -51,6 +51,8 @@ def test_on_an_idle_machine_the_runtime_decides(tmp_path: Path) -> None:
     still.write_text(Path("/proc/stat").read_text())
     assert ask(str(still)) == (0, "None", "False")
     assert ask(str(tmp_path / "absent")) == (0, "None", "False")
+    still.write_text(f"cpu{min(os.sched_getaffinity(0))} 1 2 3\n")
+    assert ask(str(still)) == ask(str(tmp_path)) == (0, "None", "False")
 
 
 def test_only_the_processors_of_this_process_count() -> None:

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from loratune.data.packing import pad
 from loratune.lora.attach import PeftModel
 
-_WORTHWHILE = 0.05
-"""Part of the tokens of a batch that must be saved."""
+_WORTHWHILE, _FEWEST = 0.05, 64
+"""Part of the tokens of a batch that must be saved, and how many: the prefix costs a pass of its own."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """By how much logits may differ from those of the rows alone, relative to the largest."""
 
@@ -55,7 +55,7 @@ class SharedPrompts:
         """
         length = self._shared(rows, first)
         saved = length * (len(rows) - 1)
-        is_worthwhile = saved > _WORTHWHILE * sum(map(len, rows))
+        is_worthwhile = saved >= _FEWEST and saved > _WORTHWHILE * sum(map(len, rows))
         if is_worthwhile and self._supported(max(map(len, rows)) + more) and self._tried(rows, length, side):
             return self._with_cache(rows, length, side)
         return self.plain(rows, side)
@@ -118,10 +118,10 @@ class SharedPrompts:
     def _last_logits(self, batch: Mapping[str, Any], side: Side, length: int) -> Tensor:
         """Those that follow the first row, which has so many tokens."""
         if side == "left":
-            found: Any = self._model.generate(
-                **batch, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True,
-                eos_token_id=None, pad_token_id=self.padding,
-            )  # fmt: skip
+            settings = GenerationConfig(
+                max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=self.padding
+            )
+            found: Any = self._model.generate(**batch, generation_config=settings)
             return found.logits[0][0].float()  # type: ignore[no-any-return]
         logits: Tensor = self._model(**batch).logits
         cached = batch["attention_mask"].shape[1] - batch["input_ids"].shape[1]

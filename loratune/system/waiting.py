@@ -6,6 +6,7 @@ figures. What a run computes does not depend on it.
 """
 
 import importlib
+import math
 import os
 import sys
 import time
@@ -37,22 +38,33 @@ def adapt_to_load() -> float | None:
         return None
     if os.environ.get("OMP_NUM_THREADS") == "1" or len(os.sched_getaffinity(0)) == 1:
         return None
-    start, all_before, own_before = time.monotonic(), _busy_seconds(_STATISTICS.read_text()), sum(os.times()[:4])
+    start, before = time.monotonic(), _others_seconds()
     for name in ("datasets", "transformers"):
         importlib.import_module(name)
     time.sleep(max(0.0, start + _SECONDS - time.monotonic()))
     elapsed = time.monotonic() - start
-    others = _busy_seconds(_STATISTICS.read_text()) - all_before - (sum(os.times()[:4]) - own_before)
-    if others / elapsed < _BUSY or "torch" in sys.modules:
+    others = (_others_seconds() - before) / elapsed
+    if not others >= _BUSY or "torch" in sys.modules:
         return None
     os.environ["GOMP_SPINCOUNT"] = _SPINS
-    return others / elapsed
+    return others
+
+
+def _others_seconds() -> float:
+    """The time that other processes have used the processors of this one; NaN where the kernel does not tell."""
+    try:
+        return _busy_seconds(_STATISTICS.read_text()) - sum(os.times()[:4])
+    except (OSError, ValueError):
+        return math.nan
 
 
 def _busy_seconds(statistics: str) -> float:
     """The time that the processors of this process were not idle, from `/proc/stat`; see proc_stat(5).
 
     What a hypervisor took counts too.
+
+    Raises:
+        ValueError: The text has another form.
     """
     own, ticks = os.sched_getaffinity(0), 0
     for line in statistics.splitlines():

@@ -67,10 +67,14 @@ class RunContext:
     trackers: Sequence[Tracker] = ()
 
     def stopping(self) -> bool:
-        """Whether any process was asked to stop. All processes call it together, and from then on all know."""
+        """Whether any process was asked to stop. All processes call it together, and from then on all know.
+
+        A signal that comes while they agree is not forgotten: the next call finds it.
+        """
         requests = self.group.total([self.stop.requested is kind for kind in (Interruption, Termination)])
-        self.stop.requested = Termination if requests[1] else Interruption if requests[0] else None
-        return self.stop.requested is not None
+        if any(requests):
+            self.stop.requested = Termination if requests[1] else Interruption
+        return any(requests)
 
     def check_not_stopping(self) -> None:
         """Raise KeyboardInterrupt if any process was asked to stop. All processes call it together."""

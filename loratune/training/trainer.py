@@ -103,10 +103,9 @@ def fit(job: TrainingJob, context: RunContext, *, oom_dry_run: bool = True) -> O
             with suppress(NoStepLeft):
                 trainer.train(resume_from_checkpoint=str(context.resume_from) if context.resume_from else None)
             seconds = time.monotonic() - start
-            if job.validation is not None and context.stop.requested is None:
+            if job.validation is not None and not context.stopping():
                 trainer.evaluate_once()
-        if context.stop.requested is not None:
-            raise context.stop.requested
+        context.check_not_stopping()
     finally:
         context.progress.stop()
         for tracker in context.trackers:
