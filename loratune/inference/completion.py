@@ -19,7 +19,6 @@ from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import Untouched
 from loratune.model.fingerprints import Sampled
-from loratune.model.load import pad_id
 
 BATCH = 32
 """How many prompts the commands hand to `complete` at once."""
@@ -146,13 +145,12 @@ def _complete(
 ) -> Iterator[list[int]]:
     """The completions of one batch."""
     first = requests[0][0]
-    padding = pad_id(first.tokenizer)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else None,
         eos_token_id=list(first.renderer.end_ids),
-        pad_token_id=padding,
+        pad_token_id=first.prompts.padding,
     )
     shares = all(adapter is first for adapter, _ in requests)
     with adapters_of_rows([adapter for adapter, _ in requests]):
