@@ -10,6 +10,7 @@ loratune llamafactory`.
 """
 
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from statistics import median
@@ -42,6 +43,7 @@ def main(
     targeted: Annotated[str, typer.Option(help="The layers with LoRA.")] = "all-linear",
 ) -> None:
     """Measure families, or all of them."""
+    warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     kernels.keep_pages()
@@ -50,7 +52,7 @@ def main(
     for name in names or FAMILIES:
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_config(config(name, vocab_size=VOCABULARY), dtype=torch.bfloat16)
-        section = LoraSection(r=8, lora_alpha=16, target_modules=[targeted])
+        section = LoraSection(r=8, lora_alpha=16, target_modules=targeted)
         model = attach.attach(base, section, targets.find(base, section).peft(), seed=0).train()
         print(f"| {name} | {_measured(model, _rows(rows, longest), steps)} |", flush=True)
 

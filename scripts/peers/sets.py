@@ -60,7 +60,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **_EXPERTS, "moe_intermediate_size": 768, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
         "num_key_value_heads": 8, "kv_lora_rank": 128, "q_lora_rank": 256, "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 32, "v_head_dim": 64,
+        "qk_rope_head_dim": 32, "v_head_dim": 64, "head_dim": 32,
     },
 }  # fmt: skip
 SHAPES |= {name: {"model_type": name, **_SIZES, **changes} for name, changes in FAMILIES.items()}
