@@ -1,4 +1,5 @@
-"""What would make training faster still, and is not done: prepacked weights, int8 products, a shorter last layer.
+"""What would make training faster still, and is not done: LoRA's A in the product of the base, prepacked weights, products
+in int8, a shorter last layer.
 
     OMP_NUM_THREADS=1 python scripts/measure_untaken.py [--model models/SmolLM2-135M-Instruct] [--repeats 7]
 
@@ -30,6 +31,7 @@ SHAPES = ((480, 576, 576), (480, 1536, 576), (480, 576, 1536), (512, 4096, 4096)
 """Tokens, outputs and inputs: SmolLM2-135M's, and larger ones."""
 OPERATIONS = 1e10
 """Of one measurement, about."""
+RANK = 8
 OUTLIERS, SIZE = 4, 20
 """As many features of the inputs are so many times as large as the others, as in trained models."""
 
@@ -58,8 +60,8 @@ def products(repeats: int) -> None:
     torch.manual_seed(0)
     pack: Any = torch.ops.mkldnn._reorder_linear_weight
     linear: Any = torch.ops.mkldnn._linear_pointwise
-    print("| tokens, outputs, inputs | prepacked, forward | backward | int8 | with scaling | error of bf16 | of int8 |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ("tokens, outputs, inputs", "with A", "prepacked, forward", "backward", "int8", "with scaling")
+    print(f"| {' | '.join([*columns, 'error of bf16', 'of int8'])} |\n|{'---|' * (len(columns) + 2)}")
     for tokens, outputs, inputs in SHAPES:
         exact = torch.randn(outputs, inputs) / inputs**0.5
         weight, x, gradient = exact.bfloat16(), torch.randn(tokens, inputs), torch.randn(tokens, outputs).bfloat16()
@@ -76,8 +78,15 @@ def products(repeats: int) -> None:
         def plain(x: Tensor = x, weight: Tensor = weight) -> Tensor:
             return functional.linear(x, weight)
 
+        down = torch.randn(RANK, inputs).bfloat16()
+        both = torch.cat([weight, down])
+
+        def apart(x: Tensor = x, weight: Tensor = weight, down: Tensor = down) -> tuple[Tensor, Tensor]:
+            return functional.linear(x, weight), functional.linear(x, down)
+
         times = max(3, min(40, int(OPERATIONS / (2 * tokens * outputs * inputs))))
         others: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
+            (apart, partial(functional.linear, x, both)),
             (plain, partial(linear, x, ahead, None, "none", [], "")),
             (partial(torch.mm, gradient, weight), partial(linear, gradient, back, None, "none", [], "")),
             (plain, partial(torch._int_mm, x8, w8)),
