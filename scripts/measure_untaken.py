@@ -1,5 +1,5 @@
-"""What would make training faster still, and is not done: LoRA's A in the product of the base, prepacked weights, products
-in int8, a shorter last layer.
+"""What would make training faster still, and is not done: LoRA's A in the product of the base, prepacked weights, int8,
+a shorter last layer.
 
     OMP_NUM_THREADS=1 python scripts/measure_untaken.py [--model models/SmolLM2-135M-Instruct] [--repeats 7]
 
