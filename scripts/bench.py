@@ -1,6 +1,6 @@
 """Compare loratune with other ways to train a LoRA adapter, on this machine and on the same tokens.
 
-    python scripts/bench.py [--sets natural long short] [--loss full completion] [--peers ...] [--rounds 3]
+    python scripts/bench.py [--sets natural long short prefix] [--loss full completion] [--peers ...] [--rounds 3]
 
 Each contestant (scripts/peers/contestants.py) is installed into a virtual environment of its own and trains in a
 process of its own, one after the other: in the first round in the order given, in the second in the reverse, and so

@@ -1,6 +1,5 @@
 """How much memory a training run needs at its peak, from shapes alone, and how much the machine has left."""
 
-import logging
 import os
 import resource
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +17,10 @@ from loratune.config import TrainingSection
 from loratune.lora.attach import adapted_linear
 from loratune.memory.activations import TracedStep, trace
 from loratune.memory.upstream import get_keys_to_not_convert
-
-_log = logging.getLogger(__name__)
+from loratune.system import containers
 
 WeightFormat = Literal["none", "8bit", "4bit"]
 """How the linear layers of the base are quantized."""
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -120,13 +117,7 @@ def available(device: torch.device) -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         bounds.append(limit - int(psutil.Process().memory_info().vms))
-    try:
-        maximum = (_CGROUP / "memory.max").read_text().strip()
-        if maximum != "max":
-            bounds.append(int(maximum) - int((_CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):  # There is no container, or the kernel is older.
-        _log.debug("no limit of a container is known", exc_info=True)
-    return max(0, min(bounds))
+    return int(max(0, min(*bounds, containers.free_memory())))
 
 
 def peak() -> dict[str, int]:
