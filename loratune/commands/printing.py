@@ -133,8 +133,6 @@ def print_result(result: "Result", program: str, as_json: bool) -> None:
     if result.forgetting is not None:
         lines.append(("forgetting", str(result.forgetting)))
         lines.append(("stands alone", "it holds the adapter that it started from"))
-    if result.fallbacks:
-        lines.append(("not accelerated", ", ".join(result.fallbacks)))
     lines.append(
         ("try it", f"{program} generate --adapter {escaping.shell(result.display_name)} {result.example_prompt}")
     )

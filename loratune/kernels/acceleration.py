@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from loratune.kernels import gpu, masks, reference, replacements, rowwise
 from loratune.kernels.attention import Layout, PerBatch
-from loratune.kernels.fused_ops import fused_ops
+from loratune.kernels.fused_ops import fused_ops, refusal
 from loratune.kernels.loss import LossHead
 from loratune.kernels.masks import Sight
 from loratune.kernels.parity_check import LONG_ROWS, ParityCheck, computes_trees, evaluating
@@ -34,7 +34,8 @@ ATTENTION, ATTENTION_WITHOUT_ROTARY, GATED, NORM = "attention", "attention witho
 """The forms of replacements, as the list of checked layers names them."""
 UNMASKED = "loratune"
 """The attention implementation of a model all of whose layers of attention are replaced."""
-SHARDED = "all layers, as the base is spread over processes"
+ALL_LAYERS = "all layers"
+"""What is not accelerated where no process holds whole layers."""
 KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
 """The kinds of layers that are replaced, and how the names of such layers end."""
 
@@ -51,12 +52,18 @@ class Acceleration:
     """Which layers of a model are accelerated, as `accelerate` determined.
 
     Attributes:
-        fallbacks: Kinds of layers that are not accelerated.
+        fallbacks: Kinds of layers that are not accelerated, and why not.
         steps: What puts the kernels into the model, in this order.
     """
 
-    fallbacks: list[str]
+    fallbacks: Mapping[str, str]
     steps: Sequence[Step] = ()
+
+    def notes(self) -> Iterator[str]:
+        """Lines for the user on what is not accelerated."""
+        for reason in dict.fromkeys(self.fallbacks.values()):
+            kinds = ", ".join(kind for kind in self.fallbacks if self.fallbacks[kind] == reason)
+            yield f"not accelerated, but computed by PyTorch: {kinds}: {reason}"
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
@@ -80,13 +87,14 @@ def accelerate(model: Any, reader: Reader, *, sharded: bool = False) -> Accelera
         sharded: No process will hold whole layers during training, so none can be replaced.
     """
     if sharded:
-        return Acceleration([SHARDED])
+        return Acceleration({ALL_LAYERS: "the base is spread over processes"})
     with _restored(model.get_base_model()) as (base, replaced):
         replace = _replace if base.device.type == "cpu" else gpu.replace
         steps, fallbacks = replace(base, reader, replaced)
         head = _head(base)
     if head is None:
-        return Acceleration([*fallbacks, "loss"], steps)
+        reason = "the output layer is trained, or the model does something else with its output than to return it"
+        return Acceleration({**fallbacks, "loss": reason}, steps)
     return Acceleration(fallbacks, [*steps, partial(_replace_head, *head)])
 
 
@@ -95,7 +103,7 @@ def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterato
     """Inside, the layers that `accelerate` finds are accelerated. Yields the kinds of layers that are not."""
     acceleration = accelerate(model, reader, sharded=sharded)
     with acceleration.applied(model):
-        yield acceleration.fallbacks
+        yield [*acceleration.fallbacks]
 
 
 def expect(model: Any, labels: Tensor, places: Tensor | None = None) -> None:
@@ -168,7 +176,7 @@ def _restored(base: Any) -> Iterator[tuple[Any, Replaced]]:
         restore(base, replaced)
 
 
-def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step], list[str]]:
+def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step], dict[str, str]]:
     """Replace layers on a CPU.
 
     Args:
@@ -177,15 +185,16 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
         replaced: Receives path and module of each layer that is replaced.
 
     Returns:
-        The steps that replace them again, and the kinds of layers that are not accelerated.
+        The steps that replace them again, and the kinds of layers that are not accelerated, with why not.
     """
-    check, ops = ParityCheck(base), fused_ops(base.get_input_embeddings().weight)
+    check, weight = ParityCheck(base), base.get_input_embeddings().weight
     survey = masks.survey(base)
-    kinds: list[_Kind] = []
+    kinds, reasons = list[_Kind](), dict.fromkeys(KINDS, "the model does not run on packed rows")
     if check.runs:
-        kinds = _kinds(base, reader, survey.sights, stock_masks=survey.stock_masks)
+        kinds, reasons = _kinds(base, reader, survey.sights, stock_masks=survey.stock_masks)
         kinds = [kind for kind in kinds if kind.layers]
-    if ops is reference:
+    is_compiled = fused_ops(weight) is not reference
+    if not is_compiled:
         kinds = [kind for kind in kinds if kind.name != "attention"]  # torch's own is faster than the reference.
     for kind in kinds:
         replaced += kind.replace(base)
@@ -193,14 +202,19 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
         for kind in reversed(kinds):
             kind.undo(base)
         check.prepare()
-        kinds = [kind for kind in kinds if kind.replace_if_equal(base, check, replaced)]
+        equal = [kind for kind in kinds if kind.replace_if_equal(base, check, replaced)]
+        differing = (kind.name for kind in kinds if kind not in equal)
+        reasons |= dict.fromkeys(differing, "with their kernels the model does not compute the same")
+        kinds = equal
     steps: list[Step] = [kind.replace for kind in kinds]
     own_attention = check.runs and survey.stock_masks and not any(kind.name == "attention" for kind in kinds)
     if own_attention and rowwise.attend_by_rows(base, ParityCheck(base, LONG_ROWS).passes):
         steps.append(_register_rowwise)
-    fallbacks = [name for name in KINDS if not any(kind.name == name and kind.complete for kind in kinds)]
-    if ops is reference:  # torch computes what would be fused operations.
-        fallbacks = [*(name for name in fallbacks if name != "norms"), "norms, rotations and activations"]
+    complete = {kind.name for kind in kinds if kind.complete}
+    fallbacks = {name: reason for name, reason in reasons.items() if name not in complete}
+    if not is_compiled:  # torch computes what would be fused operations.
+        fallbacks.pop("norms", None)
+        fallbacks |= dict.fromkeys(["attention", "norms, rotations and activations"], refusal(weight))
     return steps, fallbacks
 
 
@@ -247,25 +261,38 @@ class _Kind:
         return False
 
 
-def _kinds(base: Any, reader: Reader, sights: Mapping[nn.Module, Sight], *, stock_masks: bool) -> list[_Kind]:
-    """The layers that could be replaced, by their classes and masks."""
+def _kinds(
+    base: Any, reader: Reader, sights: Mapping[nn.Module, Sight], *, stock_masks: bool
+) -> tuple[list[_Kind], dict[str, str]]:
+    """The layers that could be replaced, by their classes and masks; and for each kind, why not all of them."""
     layouts = PerBatch(Layout.of)
     layers: dict[str, list[tuple[str, nn.Module, Factory]]] = {kind: [] for kind in KINDS}
-    others = dict.fromkeys(KINDS, 0)
+    others: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for name, module in list(base.get_decoder().named_modules(prefix=_decoder_path(base))):
         kind_by_name = next((kind for kind, ending in KINDS.items() if name.endswith(ending)), "")
         kind, factory = _factory(module, reader, sights.get(module), layouts)
         if factory() is not None:
             layers[kind].append((name, module, factory))
         elif kind_by_name or module in sights:
-            others[kind_by_name or "attention"] += 1
+            others[kind_by_name or "attention"].append(_why_not(module, sights.get(module)))
     implementation = attn_implementation(base)
     kinds = [
         _Kind(name, members, complete=bool(members) and not others[name], implementation=implementation)
         for name, members in layers.items()
     ]
     rest_by_rows = implementation == "sdpa" and stock_masks  # Attention that is not replaced can go row by row.
-    return [kind for kind in kinds if kind.complete or kind.name != "attention" or rest_by_rows]
+    reasons = {name: "; ".join(dict.fromkeys(found)) or "no such layer was found" for name, found in others.items()}
+    return [kind for kind in kinds if kind.complete or kind.name != "attention" or rest_by_rows], reasons
+
+
+def _why_not(module: nn.Module, sight: Sight | None) -> str:
+    """Why a layer cannot be replaced."""
+    name, form = type(module).__name__, form_of(module)
+    if form is None:
+        return f"{name}, as this model sets it up, was not compared with a kernel"
+    if form in (ATTENTION, ATTENTION_WITHOUT_ROTARY) and sight is None:
+        return f"{name} has a mask, or an attention function, that no kernel knows"
+    return f"{name} has weights, or an adapter, that no kernel knows"
 
 
 def _decoder_path(base: Any) -> str:

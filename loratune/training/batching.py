@@ -249,7 +249,7 @@ def batch(
     if saved is not None:
         train_batches = train_batches.sharing(saved)
         validation_batches = validation_batches.sharing(saved) if validation_batches else None
-    notes += [*more, *kernels.notes(model.get_input_embeddings().weight)]
+    notes += [*more, *acceleration.notes(), *kernels.notes(model.get_input_embeddings().weight)]
     return BatchedDatasets(train_batches, datasets.train, validation_batches, acceleration, notes)
 
 
