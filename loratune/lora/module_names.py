@@ -34,6 +34,11 @@ def own_name(path: str) -> str:
     return last(re.sub(r"(\.\d+)+$", "", path))
 
 
+def without_wrappers(path: str) -> str:
+    """The name of a module or parameter without what PEFT has put around modules: `experts.base_layer` → `experts`."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", path)
+
+
 def layer_of(path: str) -> str:
     """The path up to its last number: one attention per layer, even where q and o have different parents (BERT)."""
     numbered = re.match(r"(.*\.)?\d+(?![^.])", path)
@@ -86,6 +91,11 @@ def join_counts(paths: Iterable[str], most: int) -> str:
     """`attn.c_attn ×12, attn.c_proj ×12 and 2 more`."""  # noqa: RUF002
     counts = Counter(map(short, paths))
     return join_first([f"{name} ×{count}" for name, count in counts.items()], most)  # noqa: RUF001
+
+
+def shape_text(inputs: int, outputs: int, experts: int) -> str:
+    """`576 → 1,536`, or `576 → 1,536 in 8 experts`."""
+    return f"{inputs:,} → {outputs:,}" + (f" in {experts:,} experts" if experts > 1 else "")
 
 
 def natural_sort_key(path: str) -> list[tuple[int, str]]:
