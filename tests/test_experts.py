@@ -79,7 +79,7 @@ def test_the_role_is_every_fused_projection_of_experts(family: str) -> None:
     expected = [f"model.layers.{layer}.mlp.experts.{name}" for layer in numbers for name in ("gate_up_proj", "down_proj")]
     assert targets.roles == {"experts": tuple(expected)}
     assert (targets.modules, targets.parameters) == ((), tuple(expected))
-    assert targets.parameter_names == ("down_proj", "gate_up_proj")
+    assert targets.parameter_names == ("experts.down_proj", "experts.gate_up_proj")
     model = adapted(build(family, "meta"), targets)
     values = 4 * 4 * ((32 + 2 * hidden) + (hidden + 32)) * layers  # r, experts, inputs and outputs of both
     assert model.get_nb_trainable_parameters()[0] == values
@@ -90,9 +90,9 @@ def test_the_role_is_every_fused_projection_of_experts(family: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "names", "count"),
     [
-        ("experts", ("down_proj", "gate_up_proj"), 4),
-        (["down_proj"], ("down_proj",), 2),
-        (["mlp.experts.down_proj", "experts.gate_up_proj"], ("down_proj", "gate_up_proj"), 4),
+        ("experts", ("experts.down_proj", "experts.gate_up_proj"), 4),
+        (["down_proj"], ("experts.down_proj",), 2),
+        (["mlp.experts.down_proj", "experts.gate_up_proj"], ("experts.down_proj", "experts.gate_up_proj"), 4),
         (["model.layers.1.mlp.experts.down_proj"], ("1.mlp.experts.down_proj",), 1),
         (r".*layers\.1\..*experts\.\w+_proj", ("1.mlp.experts.down_proj", "1.mlp.experts.gate_up_proj"), 2),
         (["mlp.gate.weight"], ("gate.weight",), 2),
@@ -306,7 +306,7 @@ def test_three_steps_are_those_of_stock_peft(
     curve = [point["loss"] for point in json.loads((trained / "loratune.json").read_text())["curve"] if "loss" in point]
     assert curve == pytest.approx(losses, abs=2e-5)
     written = json.loads((trained / CONFIG_FILE).read_text())
-    assert written["target_parameters"] == ["down_proj", "gate_up_proj"]
+    assert written["target_parameters"] == NAMES
 
 
 def test_stock_peft_reads_the_adapter_and_computes_the_same(base: Path, trained: Path) -> None:

@@ -63,7 +63,7 @@ def ends_in(path: str, name: str) -> bool:
 
 
 def endings(
-    chosen: Sequence[str], every: Iterable[str], layers: Collection[int] | None = None
+    chosen: Sequence[str], every: Iterable[str], layers: Collection[int] | None = None, *, dots: int = 0
 ) -> tuple[tuple[str, ...], list[str]]:
     """The shortest endings that by PEFT's rule select exactly `chosen` out of `every`, and the paths without one.
 
@@ -71,12 +71,16 @@ def endings(
         chosen: The paths to select.
         every: All paths.
         layers: Those of `layers_to_transform`, which PEFT applies to endings and not to whole paths.
+        dots: How many dots an ending has at least, so that it says more than is needed to select.
     """
     all_counts: Counter[str] = Counter()
     for path in every:
         all_counts.update(tails(path) if layers is None or number_of(path) in layers else (path,))
     counts = Counter(tail for path in chosen for tail in tails(path))
-    name_of = {path: next((tail for tail in tails(path) if counts[tail] == all_counts[tail]), None) for path in chosen}
+    name_of = {
+        path: next((tail for tail in tails(path) if counts[tail] == all_counts[tail] and tail.count(".") >= dots), None)
+        for path in chosen
+    }
     names = {name for name in name_of.values() if name}
     return tuple(sorted(names)), [path for path, name in name_of.items() if not name]
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loratune.config import LoraSection
 from loratune.lora.initialize import WRAPPER_PREFIX
-from loratune.lora.module_names import join_counts, join_first, short, without_wrappers
+from loratune.lora.module_names import join_counts, join_first, parent, short, without_wrappers
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 """Where PEFT's layers keep A and B."""
@@ -75,6 +75,19 @@ def wrapped_parameters(model: PeftModel) -> dict[str, str]:
         if isinstance(layer, ParamWrapper)
     )
     return {path: f"{without_wrappers(path)}.{layer.parameter_name}" for path, layer in layers}
+
+
+def remade_sizes(model: PeftModel) -> dict[str, list[int]]:
+    """Path of each module with adapted parameters → their bytes, in the order in which the backward pass comes to them.
+
+    PEFT makes each of them anew in a forward pass, as the sum of the parameter and its update.
+    """
+    sizes: dict[str, list[int]] = {}
+    for name, layer in layers_of(model).items():
+        if isinstance(layer, ParamWrapper):
+            parameter = layer.get_param()
+            sizes.setdefault(parent(name), []).append(parameter.numel() * parameter.element_size())
+    return sizes
 
 
 def trained_sizes(model: PeftModel) -> dict[str, int]:

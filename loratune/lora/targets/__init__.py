@@ -152,7 +152,7 @@ def resolve(
     parameters = tuple(name for name in survey.parameters if name in chosen)
     targets = (*modules, *parameters)
     names, ambiguous = module_names.endings(modules, survey.modules, layers)
-    parameter_names, ambiguous_too = module_names.endings(parameters, survey.parameters)
+    parameter_names, ambiguous_too = module_names.endings(parameters, survey.parameters, dots=1)
     problems += [_ambiguous(path, entries.KEY) for path in ambiguous] + entries.without_effect(survey, modules)
     problems += [_ambiguous(name, stacked.KEY) for name in ambiguous_too]
     ranks, rank_problems, rank_notes = resolve_pattern(survey, targets, rank_pattern or {}, "lora.rank_pattern")

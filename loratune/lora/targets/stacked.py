@@ -17,9 +17,12 @@ from loratune.config.patterns import BadPatternError, compile_pattern, match_tim
 from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets.entries import Meaning
-from loratune.lora.targets.survey import CONVOLUTIONS, EXPERTS, Survey, short_names
+from loratune.lora.targets.survey import CONVOLUTIONS, EXPERTS, Survey, chooser, short_names, unused_part
 
 KEY = "lora.target_parameters"
+_NOT_WRAPPED = frozenset({"DbrxExpertGLU", "Ernie4_5_MoeStatics", "JambaMambaMixer", "ZambaMambaMixer"})
+"""Classes whose parameters the model reads from outside, past an adapter, or which it calls with keywords alone, as
+PEFT's wrapper cannot be called."""
 
 
 def meaning(survey: Survey, wanted: Sequence[str] | str | None) -> Meaning:
@@ -134,4 +137,8 @@ def obstacle(survey: Survey, name: str) -> str:
         return "it is quantized"
     if weight.dim() == 3 and len(weight) == 1 and getattr(owner, "is_transposed", False):
         return "PEFT adds the update of a single expert the wrong way round"
-    return ""
+    if kind in _NOT_WRAPPED:
+        return f"a {kind} is not called as PEFT's wrapper around it could be"
+    if unused := unused_part(name, survey.modules):
+        return unused[1]
+    return "it chooses by rank, and no gradient passes a choice" if chooser(name) else ""
