@@ -384,4 +384,6 @@ def _record(finished_run: _FinishedRun, metrics: Mapping[str, Any], train_split:
     record["rows"] = plan.datasets.train.report.counts()
     record["splits"] = {name: split.report.record() for name, split in plan.datasets.splits.items()}
     record |= {"changes": finished_run.identity["changes"], "prompts": card.recorded_prompts(train_split)}
+    if plan.targets.parameters:
+        record["target_parameters"] = parameters.wrapped_parameters(plan.model)
     return record | ({"start_from": plan.earlier.record()} if plan.earlier else {})
