@@ -333,6 +333,10 @@ class Code(StrEnum):
     ADAPTER_TENSORS_LOST = "adapter.tensors_lost", "PEFT finds no module for tensors that it has renamed."
     ADAPTER_NOT_FLOAT = "adapter.not_float", "Tensors of an adapter are no floating-point numbers."
     ADAPTER_NOT_FINITE = "adapter.not_finite", "Tensors of an adapter hold NaN or inf."
+    ADAPTER_UNCLEAR_PARAMETER = (
+        "adapter.unclear_parameter",
+        "Parameters of one module have settings of their own, and the files do not say which tensors are whose.",
+    )
     ADAPTER_NO_FACTOR = "adapter.no_factor", "A lora_A has no lora_B of its rank."
     ADAPTER_RANK = "adapter.rank", "The rank of a tensor is not that of the configuration."
     ADAPTER_SCALING = "adapter.scaling", "The scaled update of a module is not finite."

@@ -1,6 +1,6 @@
 """Compare loratune with other ways to train a LoRA adapter, on this machine and on the same tokens.
 
-    python scripts/bench.py [--sets natural long short] [--loss full completion] [--peers ...] [--rounds 3]
+    python scripts/bench.py [--sets natural long short prefix] [--loss full completion] [--peers ...] [--rounds 3]
 
 Each contestant (scripts/peers/contestants.py) is installed into a virtual environment of its own and trains in a
 process of its own, one after the other: in the first round in the order given, in the second in the reverse, and so
@@ -8,6 +8,8 @@ on, each round with a seed of its own. Before the first round each trains once o
 Every adapter is then scored by plain transformers and PEFT in fp32 on held-out rows. Tokens are counted from the rows,
 without padding. Ratios are those of runs of one round; a GEMM probe before, between and after the rounds tells how
 steady the machine was.
+
+`--busy 1` has so many processes compute beside each run, as on a machine that does something else too.
 
 Writes results.json after every run, and table.md and plot.svg after every set; `--table` makes those two anew, and
 `--add` lets one call measure one set and the next call another.
@@ -23,6 +25,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -59,7 +63,8 @@ class Results:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything lies. rows: of each set, 0: all; limit: seconds that one run may take."""
+    """Where everything lies. rows: of each set, 0: all; limit: seconds that one run may take; busy: processes that
+    compute beside each run."""
 
     work: Path
     out: Path
@@ -68,6 +73,7 @@ class Bench:
     rows: int
     limit: float
     results: Results
+    busy: int = 0
 
     def python(self, name: str) -> Path:
         """The interpreter of an environment; that of loratune is this one."""
@@ -127,6 +133,18 @@ def why(log: Path, code: int, late: bool) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     error_lines = [line for line in lines if "Error" in line.split(" ")[0] or line.startswith("error:")]
     return f"exit code {code}: {(error_lines or lines or ['no output'])[-1][:200]} (see {log})"
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Inside, so many processes do nothing but work."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def module(bench: Bench, venv: str, name: str, *arguments: object) -> list[str]:
@@ -261,7 +279,8 @@ def compare(bench: Bench, names: list[str], kind: Kind, loss: str, rounds: int) 
             place = bench.work / "runs" / f"{kind.name}-{loss}" / f"{number}-{name}"
             given = job(bench, kind, loss, CONTESTANTS[name], place, seed=number + 1)
             try:
-                found = train(bench, name, given)
+                with busy(bench.busy):
+                    found = train(bench, name, given)
             except Failure as failure:
                 bench.results.failed[f"{name} ({kind.name}, {loss})"] = str(failure)
                 say(f"{name} failed: {failure}")
@@ -339,6 +358,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=0, help="rows of each set, to try it out (default: all)")
     parser.add_argument("--limit", type=float, default=3600, help="seconds that one run may take (default: 3600)")
+    parser.add_argument("--busy", type=int, default=0, help="processes that compute beside each run (default: 0)")
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--work", type=Path, default=work, help=f"environments, data, adapters (default: {work})")
     parser.add_argument("--out", type=Path, help="of the results (default: in the work directory)")
@@ -351,8 +371,9 @@ def main() -> None:
     """Do all of it."""
     given = options()
     work, out = given.work.absolute(), (given.out or given.work / "results").absolute()
+    known_machine = machine(given.device) | ({"busy processes": str(given.busy)} if given.busy else {})
     bench = Bench(
-        work, out, given.model.absolute(), given.device, given.rows, given.limit, Results(machine(given.device))
+        work, out, given.model.absolute(), given.device, given.rows, given.limit, Results(known_machine), given.busy
     )
     work.mkdir(parents=True, exist_ok=True)
     if given.add or given.table:

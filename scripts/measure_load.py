@@ -4,7 +4,8 @@
 
 Each setting of OpenMP has a process of its own, which waits until it is asked for some steps over short rows. In each
 round, for each number of busy processes, all settings are measured one after the other, in the next round in the
-reverse order. Given are medians over the rounds, and the ratio to the best of a row.
+reverse order. Given are medians over the rounds, and the ratio to the best of a row. Whole runs beside busy processes,
+of loratune and of other tools, are made by `bench.py --busy`.
 """
 
 import argparse
@@ -14,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from bench import busy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune import kernels
@@ -63,18 +65,6 @@ class Trainer:
     def close(self) -> None:
         """End the process."""
         self._process.communicate("")
-
-
-@contextmanager
-def busy(count: int) -> Iterator[None]:
-    """Inside, so many processes do nothing but work."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def serve(model: Path) -> None:

@@ -14,6 +14,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class Shape:
         settings: Further keys of the run.
         steps: Optimizer steps, where the command line gives no other number.
         uneven: Whether rows have any number of tokens up to `length`.
+        shared: Tokens that all rows begin with. Then the last ANSWER ones are supervised, and otherwise all.
     """
 
     batch: int
@@ -41,14 +43,26 @@ class Shape:
     settings: dict[str, object] = field(default_factory=dict)
     steps: int = 3
     uneven: bool = False
+    shared: int = 0
 
 
+COMMON = (
+    "the of and to in is was for on that with as by at from it an are which this be or had not but have one were all "
+    "their has been who its her more also when there they some would other time can about out if them then two than no "
+    "first new people may after work made use through way such where long small every found own under last right"
+)
+WORDS = [f" {word}" for word in COMMON.split()]
+"""Each of them is one token."""
+ANSWER = 30
 ALL_LINEAR: dict[str, object] = {"lora.target_modules": "all-linear", "lora.r": 16, "lora.lora_dropout": 0.05}
 CHECKPOINTING: dict[str, object] = {"training.activation_checkpointing": "true"}
 FLOAT32: dict[str, object] = {"model.dtype": "float32"}
 SHAPES = {
     "quickstart": Shape(8, 0),
     "quickstart, 200 steps": Shape(8, 0, steps=200),
+    "quickstart, batch of 32": Shape(32, 0),
+    "8 x up to 512, 400 shared": Shape(8, 512, steps=8, uneven=True, shared=400),
+    "32 x up to 512, 400 shared": Shape(32, 512, uneven=True, shared=400),
     "8 x up to 64, 100 steps": Shape(8, 64, steps=100, uneven=True),
     "8 x 128, float32": Shape(8, 128, settings=FLOAT32),
     "8 x 256, float32": Shape(8, 256, settings=FLOAT32),
@@ -130,13 +144,27 @@ def settings(shape: Shape, work: Path, steps: int) -> list[str]:
         "output_dir": work / "adapter",
     }
     if shape.length:
-        rows, draw = work / "rows.jsonl", random.Random(0)
-        lengths = [draw.randint(8, shape.length) if shape.uneven else shape.length for _ in range(shape.batch * steps)]
-        rows.write_text("".join(f"{json.dumps({'text': ' the' * length})}\n" for length in lengths))
+        rows = work / "rows.jsonl"
+        lines = (json.dumps(row) for row in made_rows(shape, shape.batch * steps))
+        rows.write_text("".join(f"{line}\n" for line in lines))
         values |= {"data.train": rows, "data.validation": "null", "data.max_length": shape.length}
     else:
         values |= {"data.train": QUICKSTART / "train.jsonl", "data.validation": QUICKSTART / "eval.jsonl"}
     return [f"{key}={value}" for key, value in (values | shape.settings).items()]
+
+
+def made_rows(shape: Shape, count: int) -> Iterator[dict[str, str]]:
+    """Rows of words that are drawn at random."""
+    draw = random.Random(0)
+    start = draw.choices(WORDS, k=shape.shared)
+    for _ in range(count):
+        least = shape.shared + ANSWER + 1 if shape.shared else 8
+        length = draw.randint(least, shape.length) if shape.uneven else shape.length
+        words = [*start, *draw.choices(WORDS, k=length - shape.shared)]
+        if shape.shared:
+            yield {"prompt": "".join(words[:-ANSWER]), "completion": "".join(words[-ANSWER:])}
+        else:
+            yield {"text": "".join(words)}
 
 
 def python(code: str, *arguments: str) -> int:

@@ -5,7 +5,6 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,13 +13,14 @@ from torch import Tensor
 
 from loratune.kernels import fused_ops, library, reference
 from loratune.kernels.attention import Layout
+from loratune.kernels.build import VARIANTS
 
 
 @cache
 def for_avx2(dtype: torch.dtype) -> fused_ops.CompiledOps:
-    """The compiled operations as they are built on a processor without AVX-512."""
-    with patch.object(library, "FLAGS", library.FLAGS.replace("native", "x86-64-v3")):
-        functions = library.load(fused_ops.DEFINES[dtype]).functions
+    """The compiled operations as a wheel has them for a processor without AVX-512."""
+    (variant,) = (one for one in VARIANTS if one.name == "x86-64-v3")
+    functions = library.compiled(fused_ops.DEFINES[dtype], variant).functions
     assert functions is not None
     return fused_ops.CompiledOps(functions, dtype)
 

@@ -19,8 +19,8 @@ from loratune.codes import Code
 from loratune.commands import init_choices
 from loratune.commands.init_choices import Room
 from loratune.commands.init_rows import MeasuredRows, propose_columns
-from loratune.config import LoraSection, RunConfig, Source
-from loratune.data import RawDatasets, read_source
+from loratune.config import DataSection, LoraSection, RunConfig, Source
+from loratune.data import DatasetSplit, RawDatasets, read_source
 from loratune.lora import attach
 from loratune.training.duration import Costs, Work
 
@@ -32,6 +32,7 @@ CHAT = [
     for number in range(1, 13)
 ]
 TEXTS = [{"text": f"{number} " * 400} for number in range(100, 112)]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -312,11 +313,44 @@ def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, s
     with torch.device("meta"):
         model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
     split = read_source(Source(path=str(write_rows(tmp_path / "rows.jsonl", ROWS))), run.data)
-    lengths, supervised = np.full(40, 16), np.full(40, 4)
-    rows = MeasuredRows(RawDatasets(split, None), {}, lengths, lengths, supervised, 0.0, 0, [])
-    found = init_choices.fit(model, run, draft, rows, 8, Room(torch.device("cpu"), free, quantizable))
+    found = init_choices.fit(model, run, draft, measured(split, 40, 0.0), 8, Room(CPU, free, quantizable))
     assert (found.batch, found.quantization, found.checkpointed) == chosen
     assert found.is_roomy == (free > 0)
+
+
+def measured(split: DatasetSplit, count: int, saved: float) -> MeasuredRows:
+    """Rows of 16 tokens, of which the first 12 are alike and the last 4 are supervised."""
+    tokenized = [
+        {
+            "input_ids": [*range(12), *(12 + (number + place) % 250 for place in range(4))],
+            "labels": [-100] * 12 + [1] * 4,
+        }
+        for number in range(count)
+    ]
+    lengths, supervised = np.full(count, 16), np.full(count, 4)
+    return MeasuredRows(RawDatasets(split, None), {}, lengths, tokenized, lengths, supervised, saved, 0, [])
+
+
+@pytest.mark.parametrize("packing", ["batch", "full"])
+def test_memory_is_that_of_shared_prefixes(packing: str, tmp_path: Path) -> None:
+    """Where they will be shared: of 8 rows, 12 + 8 * 4 tokens are computed. What is cut begins later."""
+    seen = []
+    split = read_source(Source(path=str(write_rows(tmp_path / "rows.jsonl", ROWS))), DataSection(train="rows.jsonl"))
+    for share, saved, dropout in (("auto", 0.6, 0.0), (False, 0.6, 0.0), ("auto", 0.01, 0.0), ("auto", 0.6, 0.1)):
+        values: dict[str, Any] = {
+            "model": {"name_or_path": "x"},
+            "output_dir": "out",
+            "lora": {"lora_dropout": dropout},
+        }
+        values["data"] = {"train": "rows.jsonl", "max_length": 16, "packing": packing, "share_prefixes": share}
+        draft = config.draft(values, "test")
+        run = config.from_draft(draft)
+        with torch.device("meta"):
+            model, _ = attach.adapt(tiny_llama(), run.lora, seed=0)
+        found = init_choices.fit(model, run, draft, measured(split, 40, saved), 8, Room(CPU, 1 << 40, False))
+        seen.append(found.estimate.activations)
+    shared, *alone = seen
+    assert 0.25 * min(alone) < shared < 0.45 * min(alone)
 
 
 def test_the_arithmetic_of_training() -> None:

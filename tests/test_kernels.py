@@ -523,7 +523,7 @@ def test_what_was_found_once_is_applied_again() -> None:
     model = adapted()
     batch = flatten(rows())
     acceleration = kernels.accelerate(model, attach.adapted_linear)
-    assert acceleration.fallbacks == []
+    assert acceleration.fallbacks == {}
     key = model.get_base_model().model.layers[0].self_attn.k_proj.base_layer
     joined = key.weight.data_ptr()
     for parameter in model.parameters():
@@ -667,6 +667,11 @@ def test_a_run_says_what_is_not_accelerated(
     tiny_llama(hidden_act="gelu").save_pretrained(tmp_path / "gelu")
     tokenizer.save_pretrained(tmp_path / "gelu")
     ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "gelu"), "dtype": "float32"}))
-    assert ran.code == 0 and "  not accelerated  feed-forward layers\n" in ran.out
+    line = "feed-forward layers: LlamaMLP, as this model sets it up, was not compared with a kernel"
+    assert ran.code == 0 and ran.err.count(f"not accelerated, but computed by PyTorch: {line}\n") == 1
+    assert ran.err.index("not accelerated") < ran.err.index("step ") and "accelerated" not in ran.out
+    record = json.loads((tmp_path / "out" / "loratune.json").read_text())
+    assert record["not_accelerated"] == dict([line.split(": ")])
     ran = cli("train", run_config(output_dir=str(tmp_path / "other")))
-    assert ran.code == 0 and "not accelerated" not in ran.out
+    assert ran.code == 0 and "not accelerated" not in ran.err
+    assert json.loads((tmp_path / "other" / "loratune.json").read_text())["not_accelerated"] == {}

@@ -1,6 +1,7 @@
 """The compiled library: what others could have written is not loaded, and what is damaged is built again."""
 
 import os
+import platform
 import re
 import resource
 import shutil
@@ -14,7 +15,8 @@ import pytest
 from conftest import Ran
 from fork_server import ForkServer
 
-from loratune.kernels import library
+from loratune.kernels import build, library
+from loratune.kernels.build import NATIVE
 
 DEFINE = "-DFLOAT32"
 # In a process that has imported all of this.
@@ -37,7 +39,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library, as a compiler makes it."""
     directory = tmp_path_factory.mktemp("built")
     with library._open_directory(directory) as opened:
-        (directory / "native.so").write_bytes(library._compile(shutil.which("gcc") or "cc", DEFINE, opened))
+        (directory / "native.so").write_bytes(library._compile(shutil.which("gcc") or "cc", NATIVE, DEFINE, opened))
     assert [path.name for path in directory.iterdir()] == ["native.so"]
     return directory / "native.so"
 
@@ -105,11 +107,6 @@ def zeroed(path: Path) -> None:
     path.write_bytes(content)
 
 
-def signed(key: str, content: bytes) -> bytes:
-    """A file as the cache has it."""
-    return content + library._digest(key, content)
-
-
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: os.truncate(path, 0),
     "one byte": lambda path: os.truncate(path, 1),
@@ -117,7 +114,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "without its last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
     "zeroed pages": zeroed,
     "garbage": lambda path: path.write_bytes(b"garbage" * 9999),
-    "that of another key": lambda path: path.write_bytes(signed("x", path.read_bytes()[:-32])),
+    "that of another key": lambda path: path.write_bytes(build.sealed("x", path.read_bytes()[:-32])),
 }
 
 
@@ -143,7 +140,7 @@ def planted(cache: Path, tmp_path: Path) -> Iterator[Path]:
     loaded(cache, called=1)
     path = cached_file(cache)
     key, content = path.stem.removeprefix("native-"), (tmp_path / "planted.so").read_bytes()
-    path.write_bytes(signed(key, content))
+    path.write_bytes(build.sealed(key, content))
     yield path
     assert not mark.exists()
 
@@ -199,7 +196,7 @@ def test_a_directory_that_others_could_write_to_is_mended_and_not_believed(
 @needs_root
 def test_a_directory_of_another_user_is_not_used(planted: Path, cache: Path) -> None:
     os.chown(cache, 65534, -1)
-    line = f"the fast CPU code is built again for this run: {cache} belongs to another user"
+    line = f"the fast CPU code is compiled again for each run, as it cannot be kept: {cache} belongs to another user"
     for _ in range(2):
         loaded(cache, called=1, note=line)
     assert cached_file(cache) == planted
@@ -208,7 +205,7 @@ def test_a_directory_of_another_user_is_not_used(planted: Path, cache: Path) -> 
 def test_a_directory_behind_a_link_is_not_used(planted: Path, cache: Path, tmp_path: Path) -> None:
     cache.rename(tmp_path / "elsewhere")
     cache.symlink_to(tmp_path / "elsewhere")
-    loaded(cache, called=1, note="is built again for this run: Not a directory: .*cache/loratune")
+    loaded(cache, called=1, note="as it cannot be kept: Not a directory: .*cache/loratune")
 
 
 def test_a_cache_that_cannot_be_made_is_done_without(cache: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> None:
@@ -217,7 +214,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(cache: Path, monkeypatch: p
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     monkeypatch.setenv("XDG_CACHE_HOME", str(built))
-    loaded(cache, called=1, note="is built again for this run: Not a directory: .*/native.so/loratune")
+    loaded(cache, called=1, note="as it cannot be kept: Not a directory: .*/native.so/loratune")
     assert list(scratch.iterdir()) == []
 
 
@@ -234,15 +231,15 @@ def test_a_full_disk_costs_the_cache_only(cache: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library._Directory, "write", full)
-        loaded(cache, called=1, note=f"could not be kept in {cache}: File too large")
+        loaded(cache, called=1, note=f"as {cache} cannot keep it: File too large")
     assert list(cache.iterdir()) == []
     loaded(cache, called=1)
 
 
 BROKEN = {
-    "exit 3": r"gcc ended with 3$",
-    "echo 'In function' >&2; echo 'x.c:3: error: no such' >&2; exit 1": "gcc ended with 1: x.c:3: error: no such$",
-    "echo garbage > library.so": r"the fast CPU code is not used: .*(invalid ELF header|file too short)",
+    "exit 3": r"gcc ended with 3; install gcc",
+    "echo 'In function' >&2; echo 'x.c:3: error: no such' >&2; exit 1": "gcc ended with 1: x.c:3: error: no such; ",
+    "echo garbage > library.so": r"compiling the fast CPU code failed: .*(invalid ELF header|file too short); ",
     "true": "No such file or directory: library.so",
 }  # fmt: skip
 
@@ -260,17 +257,18 @@ def test_a_library_that_no_longer_loads_is_built_anew(cache: Path, tmp_path: Pat
     loaded(cache, called=1)
     path = cached_file(cache)
     key, content = path.stem.removeprefix("native-"), path.read_bytes()[:-32].replace(b"libgomp.so.1", b"libgone.so.1")
-    path.write_bytes(signed(key, content))
+    path.write_bytes(build.sealed(key, content))
     loaded(cache, called=1)
     compiler(tmp_path, f"sed s/libgomp.so.1/libgone.so.1/ {built} > library.so")
     cached = library.load(DEFINE)
-    assert cached.functions is None and "not used: libgone.so.1: cannot open shared object" in (cached.note or "")
+    assert cached.functions is None and "failed: libgone.so.1: cannot open shared object" in (cached.note or "")
 
 
 def test_a_missing_compiler_is_reported(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "none").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    assert library.load(DEFINE).note == "there is no C compiler (gcc, cc or clang), and training is slower without one"
+    note = "there is no C compiler (gcc, cc or clang); install gcc (Debian, Ubuntu: apt install gcc libc6-dev)"
+    assert library.load(DEFINE).note == note
 
 
 def test_many_processes_build_it_at_once_and_a_file_that_is_cut_hurts_none(
@@ -293,3 +291,128 @@ def test_a_run_says_that_there_is_no_compiler(
     (tmp_path / "none").mkdir()
     ran = forked("train", config, PATH=str(tmp_path / "none"))
     assert ran.code == 0 and ran.err.count("there is no C compiler (gcc, cc or clang)") == 1
+
+
+# What a wheel came with
+
+
+MACHINES = {
+    "Zen 4": ("x86_64", build._V4 | {"avx512_bf16", "avx512_vnni"}, "x86-64-v4-bf16"),
+    "Skylake-X": ("x86_64", build._V4, "x86-64-v4"),
+    "Alder Lake": ("x86_64", build._V3 | {"avx_vnni"}, "x86-64-v3"),
+    "a virtual machine that hides bmi2": ("x86_64", build._V4 - {"bmi2"}, None),
+    "Sandy Bridge": ("x86_64", build._V3 - {"avx2", "fma", "bmi1", "bmi2", "movbe", "abm", "f16c"}, None),
+    "Graviton": ("aarch64", frozenset({"asimd", "bf16"}), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_variant_is_chosen_by_what_the_processor_has(name: str) -> None:
+    machine, features, expected = MACHINES[name]
+    chosen = build.choose(machine, features)
+    assert (chosen.name if chosen else None) == expected
+
+
+on_x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels have libraries for x86-64 only")
+MACROS = {"avx512bf16": "avx512_bf16", "bmi": "bmi1", "lzcnt": "abm", "sse3": "pni", "lahf_sahf": "lahf_lm",
+          "gcc_have_sync_compare_and_swap_16": "cx16"}  # fmt: skip
+"""What gcc calls what Linux calls otherwise."""
+
+
+def macros(*options: str) -> set[str]:
+    """What gcc's options let its code use, by Linux's names."""
+    command = ["/usr/bin/gcc", *options, "-dM", "-E", "-x", "c", "/dev/null"]
+    defined = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = {line.split()[1].strip("_").lower() for line in defined if line.endswith(" 1")}
+    return {MACROS.get(name, name) for name in names}
+
+
+@on_x86_64
+@pytest.mark.parametrize("variant", build.VARIANTS, ids=lambda variant: variant.name)
+def test_a_variant_is_for_all_processors_that_can_run_it_and_no_others(variant: build.Variant) -> None:
+    """It asks for exactly what its code may use, beyond what every x86-64 has."""
+    allowed = macros(*variant.options) - macros("-march=x86-64", "-fopenmp")
+    parts = {name for name in allowed if name == "crc32" or name.startswith("fp_fast_fma")}  # of SSE4.2, and FMA
+    assert allowed - parts == variant.features
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> Path:
+    """A wheel's library for this dtype and an AVX2 processor, which this one passes for."""
+    monkeypatch.setattr(build, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(library, "features", lambda: build._V3)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    variant = build.VARIANTS[-1]
+    path = tmp_path / "shipped" / variant.file_name(DEFINE)
+    path.parent.mkdir()
+    path.write_bytes(build.sealed(variant.key(DEFINE), built.read_bytes()))
+    return path
+
+
+def test_what_came_with_loratune_is_loaded_and_nothing_is_compiled(cache: Path, shipped: Path) -> None:
+    loaded(cache, called=0)
+    assert re.fullmatch(r"x86-64-v3-[0-9a-f]{16}", library.load(DEFINE).name)
+    assert not cache.exists()
+
+
+def test_an_unknown_processor_compiles(cache: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "features", lambda: build._V3 - {"fma"})
+    loaded(cache, called=1)
+    for name in ("gcc", "cc", "clang"):
+        (cache.parent.parent / name).unlink()
+    monkeypatch.setenv("PATH", str(cache.parent.parent))
+    found = library.load(DEFINE)
+    assert found.functions is None
+    assert re.match("loratune came with compiled code for other processors than this one, and there is no C compiler",
+                    found.note or "")  # fmt: skip
+
+
+def without_openmp(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the machine lacks something that the library needs."""
+    key, content = build.VARIANTS[-1].key(DEFINE), path.read_bytes()[: -build.DIGEST_BYTES]
+    path.write_bytes(build.sealed(key, content.replace(b"libgomp.so.1", b"libgone.so.1")))
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], str]] = {
+    "missing": (lambda path, patch: path.unlink(), "No such file or directory: .*float32.so"),
+    "cut": (lambda path, patch: halved(path), "is damaged, or of another release"),
+    "of other sources": (lambda path, patch: patch.setattr(build, "FLAGS", ["-O2"]), "damaged, or of another release"),
+    "not loadable": (without_openmp, "libgone.so.1: cannot open shared object"),
+}
+
+
+@pytest.mark.parametrize("how", UNUSABLE)
+def test_what_came_with_loratune_and_cannot_be_used_is_compiled(
+    cache: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """And it is said why, and what to do about it; then also why there is no other."""
+    damage, reason = UNUSABLE[how]
+    damage(shipped, monkeypatch)
+    fix = r"install loratune again \(pip install --force-reinstall --no-deps\)"
+    line = f"the compiled code that loratune came with cannot be used: .*{reason}.*; {fix}; until then it is compiled"
+    loaded(cache, called=1, note=line)
+    compiler(cache.parent.parent, "exit 1")
+    shutil.rmtree(cache)
+    found = library.load(DEFINE)
+    assert found.functions is None and "\n" not in (found.note or "")
+    assert re.search(f"{reason}.*; {fix}; and none can be made here: .*gcc ended with 1; install gcc", found.note or "")
+
+
+def test_the_tag_of_a_wheel_is_what_its_libraries_need() -> None:
+    def tag(*names: bytes) -> str:
+        library = b"\0" + b"\0".join(names) + b"\0"
+        return build.platform_tag({"one": library, "other": b"\0libc.so.6\0GLIBC_2.14\0"}, "linux_x86_64")
+
+    machine = platform.machine()
+    assert tag(b"libm.so.6", b"libc.so.6", b"GLIBC_2.2.5", b"GLIBC_2.27") == f"manylinux_2_27_{machine}"
+    assert tag(b"libc.so.6", b"GLIBC_2.4") == f"manylinux_2_14_{machine}"
+    assert tag(b"libgomp.so.1", b"libc.so.6", b"GLIBC_2.27") == "linux_x86_64"
+    assert tag(b"libc.so.6", b"GLIBC_2.27", b"GLIBC_ABI_DT_RELR") == "linux_x86_64"
+
+
+@on_x86_64
+def test_only_libraries_that_use_the_openmp_of_torch_are_shipped(built: Path) -> None:
+    build.check_shippable(built.read_bytes())
+    for content in (b"omp_get_max_threads", b"GOMP_parallel __kmpc_fork_call"):
+        with pytest.raises(ValueError, match="set CC to a gcc"):
+            build.check_shippable(content)

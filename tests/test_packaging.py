@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from zipfile import ZipFile
 
 import document_codes
 import document_config
@@ -19,6 +21,7 @@ from pydantic import Field
 
 from loratune import errors
 from loratune.config import RunConfig
+from loratune.kernels.build import DEFINES, VARIANTS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 GUIDES = ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "configs/README.md", "configs/quickstart/README.md",
@@ -147,17 +150,32 @@ def test_only_make_test_all_runs_the_slow_tests() -> None:
 # The package, installed
 
 
+HAS_LIBRARIES = platform.machine() == "x86_64" and shutil.which("gcc") is not None
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a clean copy of the checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT / "loratune", folder / "source" / "loratune", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / "source")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), "./source"]
-    subprocess.run(command, cwd=folder, check=True)
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean copy of the checkout."""
+    folder = tmp_path_factory.mktemp("checkout") / "source"
+    shutil.copytree(ROOT / "loratune", folder / "loratune", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def build_wheel(source: Path, folder: Path, **environment: str) -> tuple[Path, str]:
+    """A wheel of a checkout or an sdist, and what was said."""
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", folder, source]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     (path,) = folder.glob("*.whl")
-    return path
+    return path, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a clean copy of the checkout."""
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +190,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     shutil.rmtree(folder)
 
 
+def names_in(wheel: Path) -> set[str]:
+    with ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
 def source_files() -> set[str]:
     """The files of the package that belong into a wheel: all but its guides."""
     files = (path for path in (ROOT / "loratune").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
@@ -180,13 +203,66 @@ def source_files() -> set[str]:
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_its_licence(wheel: Path) -> None:
-    listing = subprocess.run(
-        [sys.executable, "-m", "zipfile", "--list", wheel], capture_output=True, text=True, check=True
-    )
-    names = {line.split()[0] for line in listing.stdout.splitlines()[1:]}
+    names = names_in(wheel)
     records = {name for name in names if ".dist-info/" in name}
-    assert names - records == source_files()
+    libraries = {f"loratune/kernels/shipped/{variant.file_name(define)}" for variant in VARIANTS for define in DEFINES}
+    assert names - records == source_files() | (libraries if HAS_LIBRARIES else set())
     assert any(name.endswith("/licenses/LICENSE") for name in records)
+    tag = r"manylinux_2_\d+_x86_64" if HAS_LIBRARIES else "any"
+    assert re.fullmatch(rf"loratune-[\d.]+-py3-none-{tag}\.whl", wheel.name)
+    assert wheel.stat().st_size < 2 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBRARIES, reason="wheels have libraries on x86-64 only")
+def test_the_libraries_of_a_wheel_need_what_its_tag_promises_and_no_openmp_of_their_own(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """As binutils sees them: the C library of the tag, the OpenMP of whoever loads them, no symbols for debuggers."""
+    (minor,) = re.findall(r"manylinux_2_(\d+)_", wheel.name)
+    with ZipFile(wheel) as archive:
+        paths = [archive.extract(name, tmp_path) for name in archive.namelist() if name.endswith(".so")]
+    versions = set()
+    for path in paths:
+        text = subprocess.run(
+            ["readelf", "--wide", "--dynamic", "--dyn-syms", "--sections", path],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert set(re.findall(r"\(NEEDED\).*\[(.*)\]", text)) <= {"libc.so.6", "libm.so.6"} and "PATH)" not in text
+        assert re.search(r"UND GOMP_parallel\n", text) and ".symtab" not in text and ".debug" not in text
+        versions |= {int(number) for number in re.findall(r"@GLIBC_2\.(\d+)", text)}
+    assert max(versions) == int(minor) and len(paths) == 6
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_wheel_is_pure_and_it_is_said(source: Path, tmp_path: Path) -> None:
+    """From a checkout in which one with libraries was built before."""
+    (tmp_path / "none").mkdir()
+    path, said = build_wheel(source, tmp_path, PATH=str(tmp_path / "none"))
+    assert (
+        path.name.endswith("-py3-none-any.whl") and said.count("a wheel without compiled code, as there is no gcc") == 1
+    )
+    assert {name for name in names_in(path) if ".dist-info/" not in name} == source_files()
+
+
+@pytest.mark.slow
+def test_an_sdist_gives_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, check=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    path, _ = build_wheel(sdist, tmp_path)
+    assert (path.name, names_in(path)) == (wheel.name, names_in(wheel))
+
+
+@pytest.mark.slow
+def test_an_editable_installation_compiles_where_it_is_used(source: Path, tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, check=True)
+    (path,) = tmp_path.glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl") and not any(name.endswith(".so") for name in names_in(path))
+    assert not [*(source / "loratune").rglob("*.so")]
 
 
 @pytest.mark.slow
@@ -195,6 +271,7 @@ def test_an_installed_wheel_trains_away_from_the_checkout(
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "XDG_", "HF_"))}
     environment["HOME"] = str(tmp_path)
+    environment["PATH"] = str(tmp_path / "none")  # There is no compiler, and with HAS_LIBRARIES none is needed.
 
     def run(*command: object) -> str:
         done = subprocess.run(
@@ -202,17 +279,18 @@ def test_an_installed_wheel_trains_away_from_the_checkout(
             cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return done.stdout + done.stderr
 
     assert run(installed / "python", "-c", "import loratune; print(loratune.__file__)").startswith(
         str(installed.parent / "lib")
     )
-    run(installed / "loratune", "train", run_config(training={"max_steps": 4}))
+    said = run(installed / "loratune", "train", run_config(training={"max_steps": 4}))
     record = json.loads((tmp_path / "out" / "loratune.json").read_text(encoding="utf-8"))
     assert len(record["curve"]) >= 4 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    # The C sources came along: they were compiled here, as this home directory had no library of theirs.
-    compiled = list((tmp_path / ".cache" / "loratune").glob("**/*.so"))
-    assert bool(compiled) == (shutil.which("cc") is not None)
+    assert not [*(tmp_path / ".cache").glob("**/*.so")]
+    expected = "in use (for x86-64-v" if HAS_LIBRARIES else "not in use (there is no C compiler"
+    assert record["machine"]["compiled_code"].startswith(expected), record["machine"]
+    assert bool(record["not_accelerated"]) != HAS_LIBRARIES and said.count("no C compiler") == (not HAS_LIBRARIES)
     assert run(installed / "loratune", "generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "1 and 1 make")
 
 

@@ -188,6 +188,19 @@ def test_the_largest_batch_is_the_one_that_computes_most() -> None:
     assert layout.saved is None and shared.saved == layout.saving()
 
 
+def test_the_largest_batch_is_looked_for_beyond_the_longest_rows() -> None:
+    """All of which may begin alike."""
+    long = [*range(60)]
+    lists = [*([*long, 100 + number] for number in range(300)), *([1000 + number] * 30 for number in range(300))]
+    shared = layout_of(lists, 4).sharing(0.5)
+    chosen = shared.heaviest()
+    assert len(set(chosen)) == 4
+    assert sorted(len(lists[number]) for number in chosen) == [30, 30, 30, 61]
+    alike = layout_of([long] * 1000, 8).sharing(0.8)
+    assert len(set(alike.heaviest())) == 8
+    assert layout_of([], 8).sharing(0.5).heaviest() == []
+
+
 def test_memory_is_that_of_what_is_computed() -> None:
     lists = [[*range(50), 100 + number, 101 + number] for number in range(8)]
     rows = [{"input_ids": ids, "labels": [-100] * 49 + ids[49:]} for ids in lists]

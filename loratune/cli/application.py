@@ -100,13 +100,13 @@ def importing(*, computes: bool = False) -> Iterator[None]:
 
     What a library prints as it is imported goes to stderr, as transformers does where WANDB_MODE is offline.
 
-    computes: The first imports of a command that computes for long; see `waiting.adapt_to_load`.
+    computes: The first imports of a command that computes for long; see `waiting.adapt_threads`.
     """
     gc.disable()
     try:
         with redirect_stdout(sys.stderr):
-            if computes and (others := waiting.adapt_to_load()) is not None:
-                log_all([waiting.described(others)])
+            if computes:
+                log_all(waiting.adapt_threads())
             yield
     finally:
         gc.freeze()

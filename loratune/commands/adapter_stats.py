@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from loratune import escaping
 from loratune.console import format_size, print_json, print_table
 from loratune.lora.adapter_files import WEIGHTS_FILE, AdapterFiles
-from loratune.lora.module_names import number_of, pattern, shortest
+from loratune.lora.module_names import number_of, pattern, shape_text, shortest, without_wrappers
 from loratune.lora.stats import Update, updates
 
 
@@ -49,7 +49,7 @@ def adapter_stats(files: AdapterFiles) -> AdapterStats:
     others: dict[str, int] = {}
     for name, shape in files.tensors.items():
         if ".lora_" not in name:
-            module_pattern = pattern(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+            module_pattern = pattern(without_wrappers(name.removeprefix("base_model.model.")))
             others[module_pattern] = others.get(module_pattern, 0) + math.prod(shape)
     return AdapterStats(
         base=files.base,
@@ -87,7 +87,7 @@ def print_stats(path: str, stats: AdapterStats, as_json: bool) -> None:
         [
             module_pattern,
             f"{len(group)}",
-            f"{group[0].shape[0]} → {group[0].shape[1]}",
+            shape_text(*group[0].shape, group[0].experts),
             _span([update.rank for update in group], "d"),
             _span([update.norm for update in group], ".3g"),
             _span([update.effective_rank for update in group], ".1f"),

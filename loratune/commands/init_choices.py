@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from loratune import memory
 from loratune.commands.init_rows import MeasuredRows
 from loratune.config import Draft, RunConfig
-from loratune.data.packing import BatchLayout
+from loratune.data.packing import BatchLayout, Items
 from loratune.memory import Estimate
+from loratune.training.batching import tree_sizes, would_share
 
 _COVERED, _TAIL = 0.99, 2
 """The share of the rows that is kept whole in any case, and how many times as long as it the longest row may be so that
@@ -156,10 +157,14 @@ def _estimate(
     batch, length, packing = run.training.per_device_train_batch_size, run.data.max_length, run.data.packing
     lengths = np.minimum(rows.lengths, length)
     supervised = np.minimum(rows.supervised, lengths)
-    layout = BatchLayout(lengths, lengths, "batch" if packing == "full" else packing, batch, length, pad_id=0)
-    largest = [(int(lengths[number]), int(supervised[number])) for number in layout.heaviest()]
-    if packing == "full":
+    layout = BatchLayout(_CutRows(rows.tokenized, length), lengths, packing, batch, length, pad_id=0)
+    if device.type == "cpu" and would_share(run, rows.saved):
+        layout = layout.sharing(rows.saved)
+        largest, _ = tree_sizes(layout.rows(layout.heaviest()))
+    elif packing == "full":
         largest = [(length, length - 1)] * batch
+    else:
+        largest = [(int(lengths[number]), int(supervised[number])) for number in layout.heaviest()]
     return memory.estimate(
         model,
         largest,
@@ -170,3 +175,17 @@ def _estimate(
         device=device,
         batch_tokens=layout.total_tokens(run.training.max_steps).tolist(),
     )
+
+
+@dataclass(frozen=True)
+class _CutRows:
+    """Rows that lose their beginning where they are too long, about as `data.truncation` does it."""
+
+    rows: Items
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int, /) -> dict[str, Any]:
+        return {name: values[-self.length :] for name, values in self.rows[number].items()}

@@ -13,7 +13,7 @@ from loratune.config import DataSection
 from loratune.data import DatasetSplit, ProgressFactory, RawDatasets
 from loratune.data.formats import FORMATS, completion_key
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL, random_mask
-from loratune.data.packing import BatchLayout
+from loratune.data.packing import BatchLayout, Items
 from loratune.data.rendering import Renderer
 from loratune.data.sources import open_source
 from loratune.errors import DataError
@@ -47,7 +47,8 @@ class MeasuredRows:
         splits: All of them; the validation and test rows only where these are files of their own.
         columns: What `data.columns` must be for them to have a format.
         all_lengths: (rows,), tokens of the rows of all splits that were tokenized.
-        lengths: (rows,), those of the training rows alone.
+        tokenized: The training rows that were tokenized.
+        lengths: (rows,), their tokens.
         supervised: (rows,), the supervised tokens of these.
         saved: About the part of the tokens of batches that stands in the batch already, as rows begin alike.
         labels: How many different completions there are, where they are labels; 0 where they are not.
@@ -57,6 +58,7 @@ class MeasuredRows:
     splits: RawDatasets
     columns: dict[str, str]
     all_lengths: NDArray[np.int64]
+    tokenized: Items
     lengths: NDArray[np.int64]
     supervised: NDArray[np.int64]
     saved: float
@@ -102,6 +104,7 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int, watch: Pr
         splits=raw,
         columns=columns,
         all_lengths=np.concatenate([split.lengths for split in tokenized]),
+        tokenized=rows,
         lengths=rows.lengths,
         supervised=supervised,
         saved=BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, pad_id=0).saving(),

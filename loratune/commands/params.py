@@ -10,7 +10,7 @@ from loratune.config import AUTO, RunConfig
 from loratune.errors import ConfigError, Problem
 from loratune.lora import adapter_files, attach, parameters, start
 from loratune.lora.attach import PeftModel
-from loratune.lora.module_names import number_of, pattern
+from loratune.lora.module_names import number_of, parent, pattern
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
 from loratune.model import load
@@ -19,14 +19,15 @@ from loratune.training import auto
 
 @dataclass(frozen=True)
 class ModuleGroup:
-    """Adapted modules that share their pattern, shape and rank.
+    """Adapted modules, or parameters, that share their pattern, shape and rank.
 
     Attributes:
         role: The role of the modules; several, joined by commas, where one module serves them all.
         pattern: The common pattern of their paths.
         modules: How many there are.
-        shape: Inputs and outputs of each layer.
-        rank: The rank of each adapter.
+        shape: Inputs and outputs of each layer, or of each of its experts.
+        experts: How many experts each parameter holds; 1 for modules.
+        rank: The rank of each adapter, or of that of each expert.
         trainable: Trained parameters of all of them.
     """
 
@@ -34,6 +35,7 @@ class ModuleGroup:
     pattern: str
     modules: int
     shape: tuple[int, int]
+    experts: int
     rank: int
     trainable: int
 
@@ -107,9 +109,9 @@ def params(run: RunConfig) -> Params:
     model, targets = attach.adapt(base, run.lora, seed=0)
     adapter_init = attach.initialize_adapter(model, run.lora, start_from=start_from)
     layers: dict[int, int] = {}
-    for path in targets.modules:
+    for path, layer in parameters.layers_of(model).items():
         if (number := number_of(path)) is not None:
-            layers[number] = layers.get(number, 0) + parameters.count_of(model, path)
+            layers[number] = layers.get(number, 0) + parameters.count_of(layer)
     return Params(
         count=attach.count(model, adapter_init),
         groups=_groups(model, targets),
@@ -133,24 +135,26 @@ def _memory(run: RunConfig, model: PeftModel) -> memory.Estimate:
 
 
 def _groups(model: PeftModel, targets: Targets) -> list[ModuleGroup]:
-    """The adapted modules by pattern, shape and rank, each with all roles that it serves."""
-    groups = []
+    """The targets by pattern, shape and rank, each with all roles that it serves."""
+    groups, layers = [], parameters.layers_of(model)
     for module_pattern, roles in targets.module_patterns().items():
-        sizes_by_kind: dict[tuple[tuple[int, int], int], list[int]] = {}
-        for path in targets.modules:
+        sizes_by_kind: dict[tuple[tuple[int, int], int, int], list[int]] = {}
+        for path in targets.paths:
             if pattern(path) == module_pattern:
-                kind = parameters.shape_of(model, path), parameters.rank_of(model, path)
-                sizes_by_kind.setdefault(kind, []).append(parameters.count_of(model, path))
+                layer = layers[path]
+                shape = layer.in_features, layer.out_features
+                kind = shape, parameters.experts_of(layer), int(layer.r["default"])
+                sizes_by_kind.setdefault(kind, []).append(parameters.count_of(layer))
         groups += [
-            ModuleGroup(", ".join(roles), module_pattern, len(sizes), shape, rank, sum(sizes))
-            for (shape, rank), sizes in sizes_by_kind.items()
+            ModuleGroup(", ".join(roles), module_pattern, len(sizes), *kind, sum(sizes))
+            for kind, sizes in sizes_by_kind.items()
         ]
     return groups
 
 
 def _others(model: PeftModel, targets: Targets) -> dict[str, int]:
     """Trained parameters outside the adapted modules, by the pattern of their names."""
-    prefixes = tuple(f"{path}." for path in targets.modules)
+    prefixes = (*(f"{path}." for path in targets.modules), *(f"{parent(path)}.lora_" for path in targets.parameters))
     others: dict[str, int] = {}
     for name, size in parameters.trained_sizes(model).items():
         if not name.startswith(prefixes):

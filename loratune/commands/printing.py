@@ -20,7 +20,7 @@ from loratune.console import (
     print_table,
 )
 from loratune.evaluation import wording
-from loratune.lora.module_names import pattern, ranges
+from loratune.lora.module_names import pattern, ranges, shape_text
 from loratune.training.auto import rows_of_step
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def print_plan(plan: "Plan", rows: int) -> None:
     """What `train --dry-run` shows, with this many training rows."""
     lines = []
     for module_pattern, roles in plan.targets.module_patterns().items():
-        count = sum(pattern(path) == module_pattern for path in plan.targets.modules)
+        count = sum(pattern(path) == module_pattern for path in plan.targets.paths)
         shared = plan.targets.shared_roles().get(module_pattern)
         fused = f", fused: {_adapted_too(shared)}" if shared else ", fused" if shared is not None else ""
         lines.append((", ".join(roles), f"{module_pattern} x {count}{fused}"))
@@ -133,8 +133,6 @@ def print_result(result: "Result", program: str, as_json: bool) -> None:
     if result.forgetting is not None:
         lines.append(("forgetting", str(result.forgetting)))
         lines.append(("stands alone", "it holds the adapter that it started from"))
-    if result.fallbacks:
-        lines.append(("not accelerated", ", ".join(result.fallbacks)))
     lines.append(
         ("try it", f"{program} generate --adapter {escaping.shell(result.display_name)} {result.example_prompt}")
     )
@@ -159,7 +157,7 @@ def print_params(params: "Params", as_json: bool) -> None:
             group.role,
             group.pattern,
             f"{group.modules}",
-            f"{group.shape[0]} → {group.shape[1]}",
+            shape_text(*group.shape, group.experts),
             f"{group.rank}",
             f"{group.trainable:,}",
         ]

@@ -68,7 +68,7 @@ class Result:
         gain: How much better than its base the adapter does.
         forgetting: What it does on the rows of the run before; None where it started from no adapter.
         test: Its loss on the test rows; None without any.
-        fallbacks: Kinds of layers that were not accelerated.
+        fallbacks: Kinds of layers that were not accelerated, and why not.
         example_prompt: A prompt to try the adapter with, quoted for a shell.
         peak_memory: The most bytes in use at once, see `memory.peak`.
     """
@@ -81,7 +81,7 @@ class Result:
     gain: Gain
     forgetting: Forgetting | None
     test: FinalScore | None
-    fallbacks: list[str]
+    fallbacks: Mapping[str, str]
     example_prompt: str
     peak_memory: dict[str, int]
 
@@ -92,7 +92,7 @@ class Result:
             "adapter_bytes": self.adapter_bytes,
             **_metrics(self),
             "peak_memory": self.peak_memory,
-            "not_accelerated": self.fallbacks,
+            "not_accelerated": dict(self.fallbacks),
         }
 
     @property
@@ -373,11 +373,17 @@ def _record(finished_run: _FinishedRun, metrics: Mapping[str, Any], train_split:
     """What loratune.json says, but for the files."""
     plan, outcome, conditions = finished_run.plan, finished_run.outcome, finished_run.identity["conditions"]
     record = card.provenance(plan.config.resolved(), metrics, outcome.curve, plan.fingerprints)
-    names = {"processor": "the processor", "device": "the device", "threads": "the number of threads"}
+    names = {
+        "processor": "the processor", "device": "the device", "threads": "the number of threads",
+        "compiled_code": "the compiled CPU code",
+    }  # fmt: skip
     record["machine"] |= {name: conditions[condition] for name, condition in names.items()}
     record["machine"]["peak_memory"] = finished_run.peak_memory
+    record["not_accelerated"] = dict(plan.batches.acceleration.fallbacks)
     record |= {"formats": train_split.formats, "chat": train_split.chat, "processes": plan.processes}
     record["rows"] = plan.datasets.train.report.counts()
     record["splits"] = {name: split.report.record() for name, split in plan.datasets.splits.items()}
     record |= {"changes": finished_run.identity["changes"], "prompts": card.recorded_prompts(train_split)}
+    if plan.targets.parameters:
+        record["target_parameters"] = parameters.wrapped_parameters(plan.model)
     return record | ({"start_from": plan.earlier.record()} if plan.earlier else {})

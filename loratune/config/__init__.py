@@ -146,6 +146,11 @@ _NOT_PLAIN: tuple[Limit, ...] = (
     (lambda lora: lora.use_dora, "lora.use_dora: vLLM, llama.cpp and Ollama do not read DoRA"),
     (lambda lora: lora.bias != "none", "lora.bias: vLLM, llama.cpp and Ollama do not read biases"),
     (
+        lambda lora: lora.target_parameters is not None,
+        "lora.target_parameters: llama.cpp and Ollama do not read LoRA of stacked tensors, and vLLM in some models only; "
+        "loratune merge makes a model for them",
+    ),
+    (
         lambda lora: lora.modules_to_save is not None,
         "lora.modules_to_save: vLLM, llama.cpp and Ollama do not read whole modules",
     ),

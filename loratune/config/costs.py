@@ -15,6 +15,7 @@ MEMORY_AND_TIME = {
     "lora.lora_alpha": "none",
     "lora.lora_dropout": "above 0: a mask is drawn, and held for the backward pass, for each adapted module",
     "lora.target_modules": "each adapted module adds its A and B, and holds its input for the backward pass",
+    "lora.target_parameters": "each step makes the changed tensors anew, and holds them for the backward pass",
     "lora.bias": "little: biases are small next to the modules",
     "lora.use_rslora": "none",
     "lora.use_dora": "slower steps: the norms of each changed weight are computed in each",

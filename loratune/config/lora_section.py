@@ -17,9 +17,13 @@ class LoraSection(Section):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: list[str] | str = Field(
         ["q", "k", "v", "o"],
+        description="roles q, k, v, o; exact names; a regular expression; all-linear; auto: all-linear",
+    )
+    target_parameters: list[str] | str | None = Field(
+        None,
         min_length=1,
         json_schema_extra={"minItems": 1},
-        description="roles q, k, v, o; exact names; a regular expression; all-linear; auto: all-linear",
+        description="tensors of no linear layer, as fused experts: role experts; exact names; a regular expression",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained as well")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r), arXiv:2312.03732")
@@ -55,6 +59,8 @@ class LoraSection(Section):
         patterns = {"rank_pattern": list(self.rank_pattern), "alpha_pattern": list(self.alpha_pattern)}
         if isinstance(self.target_modules, str) and self.target_modules != AUTO:
             patterns["target_modules"] = [self.target_modules]
+        if isinstance(self.target_parameters, str):
+            patterns["target_parameters"] = [self.target_parameters]
         for key, texts in patterns.items():
             for text in texts:
                 try:
@@ -62,6 +68,39 @@ class LoraSection(Section):
                 except BadPatternError as error:
                     message = f"`{shorten(text)}` {error}"
                     raise InvalidSettingError(Code.CONFIG_BAD_PATTERN, message, key) from None
+        return self
+
+    @model_validator(mode="after")
+    def _adapts_something(self) -> Self:
+        if not self.target_modules and self.target_parameters is None:
+            message = "must not be empty where lora.target_parameters names nothing either"
+            raise InvalidSettingError(Code.CONFIG_EMPTY_VALUE, message, "target_modules")
+        return self
+
+    @model_validator(mode="after")
+    def _parameters_have_plain_lora(self) -> Self:
+        if self.target_parameters is None:
+            return self
+        conflicts = {
+            "lora_dropout": (
+                self.lora_dropout > 0,
+                "the update is added to the tensor itself, where there is no input to drop out; set it to 0",
+            ),
+            "use_dora": (self.use_dora, "PEFT has DoRA for modules only"),
+            "use_lorafa": (
+                self.use_lorafa,
+                "A and B of stacked experts have their ranks in different orders, which LoRA-FA would mix up",
+            ),
+            "init_lora_weights": (
+                self.init_lora_weights not in (True, "gaussian"),
+                f"PEFT has {self.init_lora_weights} for modules only; true and gaussian go with it",
+            ),
+        }
+        for key, (conflict, message) in conflicts.items():
+            if conflict:
+                raise InvalidSettingError(
+                    Code.CONFIG_LORA_VARIANTS, message, key, "target_parameters", fix="choose one of the two"
+                )
         return self
 
     @model_validator(mode="after")

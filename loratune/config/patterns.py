@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from loratune.codes import Code
@@ -25,6 +25,8 @@ SECONDS = 2.0
 """Of processor time, so that a busy machine does not count: matching a thousand paths takes milliseconds."""
 MAX_LAYERS = 1_000
 """Layers that `layer_replication` may make; each is a copy of its own."""
+MAX_PARAMETERS = 1_000
+"""Entries of `target_parameters`: each layer has a few tensors that it can mean."""
 MIN_ALLOWED = 64
 """How many names and patterns are always allowed, even if there are fewer modules."""
 
@@ -101,6 +103,10 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
     reasons = {key: "not a positive number" for key in ("r", "lora_alpha") if not _is_positive(config.get(key))}
     reasons |= {key: "neither true nor false" for key in _SWITCHES if not isinstance(config.get(key), bool | None)}
     reasons |= {key: "not a list of names" for key in _NAMES if not _is_names(config.get(key))}
+    if not isinstance(config.get("target_parameters"), list | None):
+        reasons["target_parameters"] = "not a list of names"
+    elif len(config.get("target_parameters") or []) > MAX_PARAMETERS:
+        reasons["target_parameters"] = f"not a list of at most {MAX_PARAMETERS:,} names"
     for key in _PATTERNS:
         values = config.get(key)
         if values is not None and not (isinstance(values, dict) and all(map(_is_positive, values.values()))):
@@ -141,16 +147,30 @@ def adapted_modules(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     return {match["path"]: tensors[name][0] for name, match in matches.items() if match and tensors[name]}
 
 
+def parameters_of(config: Mapping[str, Any], path: str) -> list[str]:
+    """The names of the parameters that the A and B at a path may belong to, none where they are those of a module.
+
+    With `target_parameters` PEFT wraps the module that holds a parameter, once for each that it adapts, so that the
+    paths of A and B are `experts` and `experts.base_layer`, and no name of a parameter is in the file.
+    """
+    owner = re.sub(r"\.base_layer(?=\.|$)", "", path)
+    names = {entry: f"{owner}.{entry.rpartition('.')[2]}" for entry in config.get("target_parameters") or []}
+    return [name for entry, name in names.items() if name == entry or name.endswith(f".{entry}")]
+
+
 @dataclass(frozen=True)
 class ModuleSettings:
-    """What a configuration says of a module. rank: r, a whole number unless it is wrong; scaling: of B·A."""
+    """What a configuration says of a module or parameter. rank: r, a whole number unless it is wrong; scaling: of B·A."""
 
     rank: float
     scaling: float
 
 
 def module_settings(
-    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
+    config: Mapping[str, Any],
+    tensors: Mapping[str, tuple[int, ...]],
+    where: str,
+    parameters: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, ModuleSettings]:
     """Path → what the configuration says of each module that an adapter's tensors belong to.
 
@@ -158,6 +178,7 @@ def module_settings(
         config: The adapter's configuration.
         tensors: Name → shape of each of its tensors.
         where: The configuration's file.
+        parameters: Path → name of the parameter, where A and B do not belong to a module; see `parameters_of`.
 
     Raises:
         AdapterError: A pattern is no regular expression or takes too long, or there are too many.
@@ -171,7 +192,8 @@ def module_settings(
             with match_time_limit():  # PEFT takes the first that matches (peft.utils.other.get_pattern_key)
                 patterns = [(compile_pattern(rf"(.*\.)?({text})$"), float(value)) for text, value in entries.items()]
                 for path in modules:
-                    matching = (value for pattern, value in patterns if pattern.match(path))
+                    name = parameters.get(path, path)
+                    matching = (value for pattern, value in patterns if pattern.match(name))
                     values.setdefault(path, {})[key] = next(matching, float(config[default]))
         except BadPatternError as error:
             raise AdapterError(_bad_pattern(f"one of its patterns {error}", where, key)) from None
@@ -201,8 +223,8 @@ def checked_settings(
         AdapterError: Also if a rank is not that of the tensor.
     """
     modules, settings = adapted_modules(tensors), module_settings(config, tensors, where)
-    stacked = config.get("target_parameters")  # there A holds the rows of all experts
-    if not stacked and (wrong := next((path for path, rank in modules.items() if settings[path].rank != rank), None)):
+    wrongs = (path for path, rank in modules.items() if settings[path].rank != rank and not parameters_of(config, path))
+    if wrong := next(wrongs, None):  # the A of a parameter holds the rows of all experts
         what = f"has rank {modules[wrong]} where the configuration says {settings[wrong].rank:g}"
         raise AdapterError(Problem(Code.CONFIG_ADAPTER_RANK, what, where, wrong))
     return settings

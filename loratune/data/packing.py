@@ -5,6 +5,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from heapq import heapify, heappop, heappush
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -126,9 +127,9 @@ def _place(counts: Numbers, budget: int) -> tuple[Numbers, int]:
 
 _SAMPLED_BATCHES = 64
 """How many batches are looked at to see what shared prefixes save."""
-_CANDIDATES, _CANDIDATES_PER_ROW = 64, 4
-"""Among how many of the longest items the largest batch is looked for where rows share prefixes: so many at least, and
-so many for each row of a batch."""
+_CANDIDATES, _CANDIDATES_PER_ROW, _CANDIDATE_TOKENS = 64, 4, 1 << 19
+"""Among which items the largest batch is looked for where rows share prefixes: so many of the longest at least, and so
+many for each row of a batch; and of all others, as many as have so many tokens."""
 
 Packing: TypeAlias = Literal["none", "batch", "full"]
 """As in the configuration."""
@@ -235,22 +236,29 @@ class BatchLayout:
     def heaviest(self) -> list[int]:
         """Returns the numbers of the items that make the largest possible batch, the largest item first.
 
-        Where rows share prefixes, it is about the largest: rows are chosen from the longest ones, one after the other,
-        so that each adds as many tokens as possible.
+        Where rows share prefixes, it is about the largest: of the longest items and a sample of all, those are chosen,
+        one after the other, that add most tokens each.
         """
         descending = np.argsort(-self._tokens.astype(np.int64), kind="stable")
-        if self.saved is None:
+        if self.saved is None or not len(descending):
             return [int(number) for number in descending[: self.size]]
-        count = max(_CANDIDATES, _CANDIDATES_PER_ROW * self.size)
-        rows = {int(number): [row["input_ids"] for row in self.rows([number])] for number in descending[:count]}
-        added = {number: len(PrefixTree.of(item).ids) for number, item in rows.items()}
-        chosen = [max(added, key=lambda number: added[number])] if added else []
+        longest = descending[: max(_CANDIDATES, _CANDIDATES_PER_ROW * self.size)]
+        drawn = np.random.default_rng(0).permutation(len(descending))[: int(_CANDIDATE_TOKENS / self._tokens.mean())]
+        rows = {int(number): [row["input_ids"] for row in self.rows([number])] for number in [*longest, *drawn]}
+        # What an item adds falls as others are chosen, so it is brought up to date only where it may be the most.
+        most = [(-len(PrefixTree.of(item).ids), order, number) for order, (number, item) in enumerate(rows.items())]
+        heapify(most)
+        chosen, compared = list[int](), dict.fromkeys(rows, 0)
         while len(chosen) < min(self.size, len(rows)):
-            del added[chosen[-1]]
-            for number in added:
-                (one,), (other,) = rows[number], rows[chosen[-1]]  # A pack is a batch by itself.
-                added[number] = min(added[number], len(one) - common_prefix(one, other))
-            chosen.append(max(added, key=lambda number: added[number]))
+            added, order, number = heappop(most)
+            if compared[number] == len(chosen):
+                chosen.append(number)
+                continue
+            (row,) = rows[number]  # A pack is a batch by itself.
+            for other in chosen[compared[number] :]:
+                added = max(added, common_prefix(row, rows[other][0]) - len(row))
+            compared[number] = len(chosen)
+            heappush(most, (added, order, number))
         return chosen
 
     def total_tokens(self, most: int) -> NDArray[np.integer[Any]]:

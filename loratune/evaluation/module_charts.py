@@ -7,7 +7,7 @@ from typing import Literal
 
 from loratune import escaping
 from loratune.evaluation.charts import heat_map
-from loratune.lora.module_names import number_of, pattern, shortest
+from loratune.lora.module_names import number_of, pattern, shape_text, shortest
 from loratune.lora.stats import Update
 
 Quantity = Literal["norm", "effective_rank"]
@@ -64,7 +64,7 @@ def module_charts(number: int, name: str, updates: Sequence[Update]) -> ModuleCh
             [
                 short_name,
                 f"{len(group):,}",
-                " or ".join(dict.fromkeys(f"{update.shape[0]:,} → {update.shape[1]:,}" for update in group)),
+                " or ".join(dict.fromkeys(shape_text(*update.shape, update.experts) for update in group)),
                 _span([update.rank for update in group], "d"),
                 _span([update.norm for update in group], ".3g"),
                 _span([update.effective_rank for update in group], ".1f"),

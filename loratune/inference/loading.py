@@ -249,16 +249,20 @@ def check_base(adapter: AdapterInfo, base: ModelSection, fingerprint: str, log: 
 
 
 def _check_sharing(adapters: Sequence[tuple[AdapterInfo, Untouched]]) -> None:
-    """Raises AdapterError: one of several adapters comes with changes of the base."""
+    """Raises AdapterError: one of several adapters comes with changes of the base, or adapts other parameters than they,
+    which PEFT has no place for: by its wrappers around a module it tells whose A and B are whose."""
+    reasons: dict[str, str] = {}
+    parameters: list[set[str]] = []
+    for adapter, before in adapters:
+        where, names = str(adapter.files.path), {*(adapter.files.config.get("target_parameters") or [])}
+        if before.refusal or before.values:
+            reasons[where] = before.refusal or "it changes weights or biases of the base"
+        elif names and any(names != others for others in parameters):
+            reasons[where] = "its target_parameters are not those of the others"
+        parameters += [names] if names else []
     problems = [
-        Problem(
-            Code.ADAPTER_CANNOT_SHARE,
-            f"cannot be loaded beside other adapters: {before.refusal or 'it changes weights or biases of the base'}",
-            str(adapter.files.path),
-            fix="use it alone",
-        )
-        for adapter, before in adapters
-        if before.refusal or before.values
+        Problem(Code.ADAPTER_CANNOT_SHARE, f"cannot be loaded beside other adapters: {reason}", where, fix="use it alone")
+        for where, reason in reasons.items()
     ]
     if problems:
         raise AdapterError(problems)

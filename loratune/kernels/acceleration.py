@@ -8,25 +8,23 @@ still compute the same, forward and backward (`parity_check`).
 import ctypes
 import logging
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from loratune.kernels import gpu, masks, reference, replacements, rowwise
 from loratune.kernels.attention import Layout, PerBatch
-from loratune.kernels.fused_ops import fused_ops
-from loratune.kernels.loss import LossHead, Scaling
+from loratune.kernels.fused_ops import fused_ops, refusal
+from loratune.kernels.loss import LossHead, Scaling, output_layer
 from loratune.kernels.masks import AttentionSurvey, Sight
-from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees, evaluating
+from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees
 from loratune.kernels.recognition import form_of
 from loratune.kernels.replacements import Reader, restore
-from loratune.kernels.upstream import attn_implementation, is_fake
+from loratune.kernels.upstream import attn_implementation
 
 _log = logging.getLogger(__name__)
 
@@ -39,11 +37,10 @@ NORM: dict[str, dict[str, Any]] = {"norm": {}, "norm that adds 1": {"added": 1.0
 """The forms of replacements, as the list of checked layers names them, and what they are made with."""
 UNMASKED = "loratune"
 """The attention implementation of a model all of whose layers of attention are replaced."""
-SHARDED = "all layers, as the base is spread over processes"
+ALL_LAYERS = "all layers"
+"""What is not accelerated where no process holds whole layers."""
 KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
 """The kinds of layers that are replaced, and how the names of such layers end."""
-OUTPUTS = 200.0
-"""The largest number that is tried as an output of the output layer."""
 LORA = "LoRA"
 """The kind of linear layers with LoRA in layers that are not replaced."""
 
@@ -60,12 +57,18 @@ class Acceleration:
     """Which layers of a model are accelerated, as `accelerate` determined.
 
     Attributes:
-        fallbacks: Kinds of layers that are not accelerated.
+        fallbacks: Kinds of layers that are not accelerated, and why not.
         steps: What puts the kernels into the model, in this order.
     """
 
-    fallbacks: list[str]
+    fallbacks: Mapping[str, str]
     steps: Sequence[Step] = ()
+
+    def notes(self) -> Iterator[str]:
+        """Lines for the user on what is not accelerated."""
+        for reason in dict.fromkeys(self.fallbacks.values()):
+            kinds = ", ".join(kind for kind in self.fallbacks if self.fallbacks[kind] == reason)
+            yield f"not accelerated, but computed by PyTorch: {kinds}: {reason}"
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
@@ -89,13 +92,14 @@ def accelerate(model: Any, reader: Reader, *, sharded: bool = False) -> Accelera
         sharded: No process will hold whole layers during training, so none can be replaced.
     """
     if sharded:
-        return Acceleration([SHARDED])
+        return Acceleration({ALL_LAYERS: "the base is spread over processes"})
     with _restored(model.get_base_model()) as (base, replaced):
         replace = _replace if base.device.type == "cpu" else gpu.replace
         steps, fallbacks = replace(base, reader, replaced)
-        head = _head(base)
+        head = output_layer(base)
     if head is None:
-        return Acceleration([*fallbacks, "loss"], steps)
+        reason = "the output layer is trained, or the model does something else with its output than to return it"
+        return Acceleration({**fallbacks, "loss": reason}, steps)
     return Acceleration(fallbacks, [*steps, partial(_replace_head, *head)])
 
 
@@ -104,7 +108,7 @@ def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterato
     """Inside, the layers that `accelerate` finds are accelerated. Yields the kinds of layers that are not."""
     acceleration = accelerate(model, reader, sharded=sharded)
     with acceleration.applied(model):
-        yield acceleration.fallbacks
+        yield [*acceleration.fallbacks]
 
 
 def expect(model: Any, labels: Tensor, places: Tensor | None = None) -> None:
@@ -182,7 +186,7 @@ def _restored(base: Any) -> Iterator[tuple[Any, Replaced]]:
         restore(base, replaced)
 
 
-def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step], list[str]]:
+def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step], dict[str, str]]:
     """Replace layers on a CPU.
 
     Args:
@@ -191,34 +195,39 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
         replaced: Receives path and module of each layer that is replaced.
 
     Returns:
-        The steps that replace them again, and the kinds of layers that are not accelerated.
+        The steps that replace them again, and the kinds of layers that are not accelerated, with why not.
     """
-    survey, ops = masks.survey(base), fused_ops(base.get_input_embeddings().weight)
-    kinds = [kind for kind in _kinds(base, reader, survey) if kind.layers or kind.windows]
-    if ops is reference:
+    survey, weight = masks.survey(base), base.get_input_embeddings().weight
+    kinds, reasons = _kinds(base, reader, survey)
+    is_compiled = fused_ops(weight) is not reference
+    if not is_compiled:
         kinds = [kind for kind in kinds if kind.name != "attention"]  # torch's own is faster than the reference.
     kinds.append(_lora(base, reader, kinds))
     check = ParityCheck(base, LONG_ROWS if any(kind.windows for kind in kinds) else ROWS)
     if not check.runs:
-        kinds = []
+        kinds, reasons = [], dict.fromkeys(KINDS, "the model does not run on packed rows")
     for kind in kinds:
         replaced += kind.replace(base)
     if kinds and not check.passes():
         for kind in reversed(kinds):
             kind.undo(base)
         check.prepare()
-        kinds = [kind for kind in kinds if kind.replace_if_equal(base, check, replaced)]
+        equal = [kind for kind in kinds if kind.replace_if_equal(base, check, replaced)]
+        differing = (kind.name for kind in kinds if kind not in equal)
+        reasons |= dict.fromkeys(differing, "with their kernels the model does not compute the same")
+        kinds = equal
     steps: list[Step] = [kind.replace for kind in kinds]
     own_attention = check.runs and survey.stock_masks and not any(kind.name == "attention" for kind in kinds)
     implementation = attn_implementation(base)
     if own_attention and rowwise.attend_by_rows(base, ParityCheck(base, LONG_ROWS).passes):
         steps.append(partial(_register_rowwise, implementation))
-    done = {kind.name for kind in kinds if kind.complete}
-    if rowwise.attends_by_rows(base) and ops is not reference and _all_fit(base, survey):
-        done.add("attention")
-    fallbacks = [name for name in KINDS if name not in done]
-    if ops is reference:  # torch computes what would be fused operations.
-        fallbacks = [*(name for name in fallbacks if name != "norms"), "norms, rotations and activations"]
+    complete = {kind.name for kind in kinds if kind.complete}
+    if rowwise.attends_by_rows(base) and _all_fit(base, survey):
+        complete.add("attention")
+    fallbacks = {name: reason for name, reason in reasons.items() if name not in complete}
+    if not is_compiled:  # torch computes what would be fused operations.
+        fallbacks.pop("norms", None)
+        fallbacks |= dict.fromkeys(["attention", "norms, rotations and activations"], refusal(weight))
     return steps, fallbacks
 
 
@@ -266,12 +275,12 @@ class _Kind:
         return False
 
 
-def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> list[_Kind]:
-    """The layers that could be replaced, by their classes and masks."""
+def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Kind], dict[str, str]]:
+    """The layers that could be replaced, by their classes and masks; and for each kind, why not all of them."""
     layouts, sights = PerBatch(Layout.of), survey.sights
     layers: dict[str, list[tuple[str, nn.Module, Factory]]] = {kind: [] for kind in KINDS}
     windows: dict[nn.Module, int | None] = {}
-    others: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    others: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
     for name, module in list(base.get_decoder().named_modules(prefix=_decoder_path(base))):
         kind_by_name = next((kind for kind, ending in KINDS.items() if name.endswith(ending)), "")
         kind, factory = _factory(module, reader, sights.get(module), layouts)
@@ -282,18 +291,19 @@ def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> list[_Kind]:
         elif module in sights and sights[module].placed and not _drops_out_within(module):
             windows[module] = sights[module].window
         elif kind_by_name or module in sights:
-            others[kind_by_name or "attention"].append(name)
+            others[kind_by_name or "attention"][name] = _why_not(module, sights.get(module))
     implementation = attn_implementation(base)
-    kinds = []
+    kinds, reasons = [], {}
     for name, members in layers.items():
         rest = windows if name == "attention" else {}
         paths = {path for path, _, _ in members}
-        missed = [one for one in others[name] if f"{one}.experts" not in paths]  # Else it is their router besides.
+        missed = {reason for one, reason in others[name].items() if f"{one}.experts" not in paths}  # Else a router.
+        reasons[name] = "; ".join(sorted(missed)) or "no such layer was found"
         complete = bool(members or rest) and not missed
         # Attention that is neither replaced nor given positions can go row by row.
-        if complete or name != "attention" or (members and implementation in rowwise.STOCK and survey.stock_masks):
+        if complete or (members and (name != "attention" or (implementation in rowwise.STOCK and survey.stock_masks))):
             kinds.append(_Kind(name, members, rest, complete=complete, implementation=implementation))
-    return kinds
+    return kinds, reasons
 
 
 def _lora(base: Any, reader: Reader, kinds: Sequence[_Kind]) -> _Kind:
@@ -313,6 +323,16 @@ def _all_fit(base: Any, survey: AttentionSurvey) -> bool:
     modules = [module for name, module in base.get_decoder().named_modules() if name.endswith(ending)]
     rest = [module for module in {*modules, *survey.modules} if not isinstance(module, replacements.Replacement)]
     return all(module in survey.fitting and not _drops_out_within(module) for module in rest)
+
+
+def _why_not(module: nn.Module, sight: Sight | None) -> str:
+    """Why a layer cannot be replaced."""
+    name, form = type(module).__name__, form_of(module)
+    if form is None:
+        return f"{name}, as this model sets it up, was not compared with a kernel"
+    if form in ATTENTION and sight is None:
+        return f"{name} has a mask, or an attention function, that no kernel knows"
+    return f"{name} has weights, or an adapter, that no kernel knows"
 
 
 def _decoder_path(base: Any) -> str:
@@ -345,47 +365,3 @@ def _replace_head(name: str, head: nn.Linear, scaling: Scaling, base: Any) -> Re
     """Have the output layer compute the loss."""
     base.set_submodule(name, LossHead(head, scaling))
     return [(name, head)]
-
-
-def _head(base: PreTrainedModel) -> tuple[str, nn.Linear, Scaling] | None:
-    """The output layer, if it is a frozen linear one, and what the model does with its output before it returns it."""
-    head = base.get_output_embeddings()
-    names = [name for name, module in base.named_modules() if module is head]
-    if type(head) is not nn.Linear or not names or any(weight.requires_grad for weight in head.parameters()):
-        return None
-    scaling = _scaling(base, head)
-    return (names[0], head, scaling) if scaling is not None else None
-
-
-@torch.no_grad()
-def _scaling(base: PreTrainedModel, head: nn.Linear) -> Scaling | None:
-    """What a model does with the output of this layer; None if it is something else, or if it does not run on bare ids.
-
-    It is found out from numbers in place of the output, which reach far beyond every cap.
-    """
-    config = base.config.get_text_config()
-    named = Scaling.of(config)
-    ids = torch.arange(8, device=base.device).view(1, -1) % config.vocab_size
-    outputs: list[Tensor] = []
-
-    def replace(_head: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        wide = torch.linspace(-OUTPUTS, OUTPUTS, output.numel(), device=output.device).view_as(output).to(output)
-        outputs.extend([output, wide.clone(), wide])
-        return wide
-
-    hook = head.register_forward_hook(replace)
-    try:
-        with evaluating(base):
-            hidden = base.get_decoder()(ids, use_cache=False).last_hidden_state
-            logits = base(ids, use_cache=False).logits
-        hook.remove()
-        output, wide, given = outputs
-        if is_fake(logits):
-            return named if logits is given or named != Scaling() else None
-        choices = (Scaling(), named) if torch.equal(output, head(hidden)) else ()
-        return next((one for one in choices if torch.equal(one.forward(wide.clone())[0], logits)), None)
-    except Exception:
-        _log.debug("the loss is left to the model, which does not run on bare ids", exc_info=True)
-        return None
-    finally:
-        hook.remove()

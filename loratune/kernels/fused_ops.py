@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.kernels import library, reference
+from loratune.kernels import build, library, reference
 from loratune.kernels.library import Library
 from loratune.kernels.upstream import is_fake
 
-DEFINES = {torch.bfloat16: "-DBFLOAT16", torch.float32: "-DFLOAT32"}
+DEFINES = dict(zip((torch.bfloat16, torch.float32), build.DEFINES, strict=True))
 
 FEW_TOKENS = 64
 """LoRA on up to so many tokens is one fused operation: starting two matrix products would take longer."""
@@ -26,34 +26,44 @@ FEW_TOKENS = 64
 def fused_ops(like: Tensor) -> reference.FusedOps:
     """The fused operations for tensors like this one.
 
-    They are those of the reference on a GPU, for float16, without a C compiler, outside Linux, and with
-    LORATUNE_NATIVE=0; else the compiled ones.
+    They are those of the reference on a GPU, for float16, outside Linux, with LORATUNE_NATIVE=0, and where no library
+    came with loratune and none can be compiled; else the compiled ones.
     """
-    functions = _library(like.dtype).functions if not _refusal(like) else None
+    functions = _library(like.dtype).functions if not _untried(like) else None
     return CompiledOps(functions, like.dtype) if functions is not None else reference
 
 
 def notes(like: Tensor) -> list[str]:
-    """A line for the user if the compiled operations should be used for such tensors and something is wrong."""
-    note = _library(like.dtype).note if not _refusal(like) else None
+    """A line for the user if the compiled operations are used for such tensors and something is wrong all the same."""
+    if refusal(like):
+        return []
+    note = _library(like.dtype).note
     return [note] if note is not None else []
 
 
 def variant(like: Tensor) -> str:
     """Which build of the compiled operations is used for such tensors; or why none is, and what to do about it."""
-    if reason := _refusal(like):
+    if reason := refusal(like):
         return f"not in use ({reason})"
-    library_for_dtype = _library(like.dtype)
-    if library_for_dtype.functions is None:
-        return "not in use (it could not be built: install gcc)"
-    return f"in use (build {library_for_dtype.name.removeprefix('native-')})"
+    name, _, number = _library(like.dtype).name.rpartition("-")
+    return f"in use (build {number})" if name == build.NATIVE.name else f"in use (for {name}, build {number})"
 
 
-def _refusal(like: Tensor) -> str:
-    """Why compiled operations are not tried; empty if they are."""
+def refusal(like: Tensor) -> str:
+    """Why compiled operations are not used for such tensors, and what to do about it; empty if they are."""
+    if untried := _untried(like):
+        return untried
+    loaded = _library(like.dtype)
+    return loaded.note or "" if loaded.functions is None else ""
+
+
+def _untried(like: Tensor) -> str:
+    """Why compiled operations are not even loaded; empty if they are."""
     reasons = {
         f"the model is on {like.device.type}": like.device.type != "cpu",
-        f"there is none for {str(like.dtype).removeprefix('torch.')}": like.dtype not in DEFINES,
+        f"there is none for {str(like.dtype).removeprefix('torch.')}: set model.dtype to bfloat16 or float32": (
+            like.dtype not in DEFINES
+        ),
         f"there is none for {platform.system()}": platform.system() != "Linux",
         "LORATUNE_NATIVE is 0: unset it": os.environ.get("LORATUNE_NATIVE") == "0",
     }

@@ -42,14 +42,14 @@ class FastLinear(Replacement):
 
 def replace(
     base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]
-) -> tuple[list[Callable[[Any], Layers]], list[str]]:
+) -> tuple[list[Callable[[Any], Layers]], dict[str, str]]:
     """Replace layers on a GPU. Arguments and results are those of `acceleration._replace`."""
     steps: list[Callable[[Any], Layers]] = [partial(_replace_linear, reader)]
     replaced += _replace_linear(reader, base)
-    fallbacks = [] if replaced else ["LoRA"]
+    fallbacks = {} if replaced else {"LoRA": "no adapted layer is a linear one with LoRA alone"}
     if _attends_by_rows(base):
         return [*steps, partial(_register_attention, VarlenAttention())], fallbacks
-    return steps, [*fallbacks, "attention"]
+    return steps, fallbacks | {"attention": "by rows the model does not compute the same, or drops out weights"}
 
 
 def _replace_linear(reader: Reader, base: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -1,8 +1,8 @@
-"""The compiled library of fused operations: built with the machine's compiler, and cached where only its owner writes.
+"""The compiled library of fused operations: one that came with loratune, or one that this machine's compiler makes.
 
-A library becomes part of the process that loads it. So the owner and the mode of the directory and of the file are
-checked, and a digest shows whether the file is damaged. The checked bytes are copied into memory and loaded from there:
-nobody can change or truncate them while they are used.
+What is compiled here is kept in a cache. A library becomes part of the process that loads it. So the owner and the mode
+of the cache's directory and of the file are checked, and a digest shows whether the file is damaged. The checked bytes
+are copied into memory and loaded from there: nobody can change or truncate them while they are used.
 """
 
 import ctypes
@@ -18,19 +18,18 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from loratune.kernels import build
+from loratune.kernels.build import NATIVE, Variant, reason
 from loratune.system.files import make_private_directory, open_private_directory, ownership_problem
 
 _log = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).parent / "csrc" / name for name in ("numbers.h", "fused_ops.c", "attention.c")]
-FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
-
-_DIGEST_BYTES = hashlib.sha256().digest_size
 _MAX_BYTES = 64 << 20  # Of a file that is read; a library has 100 kB.
-_MAX_SECONDS = 120  # For the compiler, which needs about three.
+_REINSTALL = "install loratune again (pip install --force-reinstall --no-deps)"
+_INSTALL_COMPILER = "install gcc (Debian, Ubuntu: apt install gcc libc6-dev)"
 
 
 @dataclass(frozen=True)
@@ -39,50 +38,82 @@ class Library:
 
     Attributes:
         functions: The library; None if there is none, and the reference in torch is used.
-        note: A line for the user, or None.
-        name: A name that stands for sources, compiler and processor, see `_key`.
+        note: A line for the user: what is wrong, and what to do about it; None if all is as it should be.
+        name: Its variant, and a hash that stands for what it computes; empty if there is none.
     """
 
     functions: ctypes.CDLL | None
     note: str | None = None
-    name: str = "none"
+    name: str = ""
 
 
 def load(define: str) -> Library:
-    """The library for one dtype, from the cache or built now. It does not fail: the note says what the machine lacks.
+    """The library for one dtype: the one that came with loratune, or else one that is compiled here. It does not fail.
+
+    Those that came with loratune need the OpenMP runtime that torch loads, so torch must have been imported.
 
     define: the option of the compiler that chooses the dtype.
     """
+    if not build.SHIPPED.is_dir():  # A checkout, or a wheel that was built without a compiler.
+        return compiled(define)
+    variant = build.choose(platform.machine(), features())
+    if variant is None:
+        library = compiled(define)
+        why = f"loratune came with compiled code for other processors than this one, and {library.note}"
+        return replace(library, note=why) if library.functions is None else library
+    try:
+        return _load_shipped(variant, define)
+    except OSError as error:
+        why = f"the compiled code that loratune came with cannot be used: {reason(error)}; {_REINSTALL}"
+    library = compiled(define)
+    if library.functions is None:
+        return replace(library, note=f"{why}; and none can be made here: {library.note}")
+    return replace(
+        library, note="; ".join([why, "until then it is compiled on this machine", *filter(None, [library.note])])
+    )
+
+
+def _load_shipped(variant: Variant, define: str) -> Library:
+    """The library that a wheel has for a processor. Raises OSError: it is missing, damaged, or cannot be loaded."""
+    path = build.SHIPPED / variant.file_name(define)
+    content = build.unsealed(variant.key(define), path.read_bytes())
+    if content is None:
+        raise OSError(f"{path} is damaged, or of another release")
+    return Library(_link(content), name=f"{variant.name}-{hashlib.sha256(content).hexdigest()[:16]}")
+
+
+def features() -> frozenset[str]:
+    """What the processor has and the operating system lets programs use, by the names in `/proc/cpuinfo`."""
+    lines = (line.partition(":") for line in _processor().splitlines())
+    return frozenset(
+        word for name, _, words in lines if name.startswith(("flags", "Features")) for word in words.split()
+    )
+
+
+def _processor() -> str:
+    """What Linux says of the first processor."""
+    return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+
+
+def compiled(define: str, variant: Variant = NATIVE) -> Library:
+    """The library that this machine's compiler makes for one dtype, from the cache or now. It does not fail."""
     executable = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     if executable is None:
-        return Library(None, "there is no C compiler (gcc, cc or clang), and training is slower without one")
+        return Library(None, f"there is no C compiler (gcc, cc or clang); {_INSTALL_COMPILER}")
     compiler = os.path.abspath(executable)
     try:
-        return _load_cached(compiler, define)
+        return _load_cached(compiler, variant, define)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # No home directory, space or permission.
-        reason = _reason(error)
+        why = reason(error)
     except subprocess.TimeoutExpired as error:
-        return Library(None, f"the fast CPU code is not used: {_reason(error)}")
+        return Library(None, f"compiling the fast CPU code failed: {reason(error)}; {_INSTALL_COMPILER}")
     try:
         with tempfile.TemporaryDirectory(prefix="loratune-") as scratch, _open_directory(Path(scratch)) as directory:
-            functions = _link(_compile(compiler, define, directory))
-        note = f"the fast CPU code is built again for this run: {reason}"
-        return Library(functions, note, _name(_key(compiler, define)))
+            functions = _link(_compile(compiler, variant, define, directory))
+        note = f"the fast CPU code is compiled again for each run, as it cannot be kept: {why}"
+        return Library(functions, note, _name(variant, _key(compiler, variant, define)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        return Library(None, f"the fast CPU code is not used: {_reason(error)}")
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in one line; of a compiler, its first error."""
-    if isinstance(error, subprocess.CalledProcessError):
-        lines = [line for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
-        message = next((line for line in lines if "error" in line), lines[0] if lines else "")
-        return f"{error.cmd[0]} ended with {error.returncode}" + (f": {message.strip()[:200]}" if message else "")
-    if isinstance(error, subprocess.TimeoutExpired):
-        return f"{error.cmd[0]} took more than {_MAX_SECONDS} s"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        return Library(None, f"compiling the fast CPU code failed: {reason(error)}; {_INSTALL_COMPILER}")
 
 
 def cache_directory() -> Path:
@@ -92,25 +123,27 @@ def cache_directory() -> Path:
     return cache / "loratune"
 
 
-def _load_cached(compiler: str, define: str) -> Library:
-    """From the cache; built into it if it is missing, damaged, or cannot be loaded."""
-    key, path = _key(compiler, define), cache_directory()
+def _load_cached(compiler: str, variant: Variant, define: str) -> Library:
+    """From the cache; compiled into it if it is missing, damaged, or cannot be loaded."""
+    key, path = _key(compiler, variant, define), cache_directory()
+    library_name = _name(variant, key)
     make_private_directory(path)
     with _open_directory(path, repair=True) as directory:
-        repaired, name = directory.repaired, f"{_name(key)}.so"
+        repaired, name = directory.repaired, f"{library_name}.so"
         if not repaired and (content := directory.read(name, key)) is not None:
             try:
-                return Library(_link(content), name=_name(key))
+                return Library(_link(content), name=library_name)
             except OSError:
-                _log.debug("%s from the cache cannot be loaded, and is built again", name, exc_info=True)
-        content = _compile(compiler, define, directory)
+                _log.debug("%s from the cache cannot be loaded, and is compiled again", name, exc_info=True)
+        content = _compile(compiler, variant, define, directory)
         functions = _link(content)
         try:
             directory.write(name, key, content)
         except OSError as error:
-            return Library(functions, f"the fast CPU code could not be kept in {path}: {_reason(error)}", _name(key))
+            note = f"the fast CPU code is compiled again for each run, as {path} cannot keep it: {reason(error)}"
+            return Library(functions, note, library_name)
     note = f"others could write to {path}: now only you can, and what was there was not used"
-    return Library(functions, note if repaired else None, _name(key))
+    return Library(functions, note if repaired else None, library_name)
 
 
 @dataclass(frozen=True)
@@ -140,17 +173,15 @@ class _Directory:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or ownership_problem(status):
                 return None
-            whole = file.read(_MAX_BYTES)
-        content, digest = whole[:-_DIGEST_BYTES], whole[-_DIGEST_BYTES:]
-        return content if digest == _digest(key, content) else None
+            return build.unsealed(key, file.read(_MAX_BYTES))
 
     def write(self, name: str, key: str, content: bytes) -> None:
-        """Write a file with its digest at its end, whole or not at all."""
+        """Write a file, sealed with its key, whole or not at all."""
         unfinished = f"{name}.{uuid.uuid4().hex}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             with os.fdopen(os.open(unfinished, flags, 0o600, dir_fd=self.descriptor), "wb") as file:
-                file.write(content + _digest(key, content))
+                file.write(build.sealed(key, content))
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(unfinished, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
@@ -161,11 +192,6 @@ class _Directory:
         os.fsync(self.descriptor)
 
 
-def _digest(key: str, content: bytes) -> bytes:
-    """The digest of a library and its key, so that no library passes for one with another key."""
-    return hashlib.sha256(key.encode() + content).digest()
-
-
 @contextmanager
 def _open_directory(path: Path, *, repair: bool = False) -> Iterator[_Directory]:
     """A directory that only this user can write to, see `open_private_directory`."""
@@ -173,24 +199,15 @@ def _open_directory(path: Path, *, repair: bool = False) -> Iterator[_Directory]
         yield _Directory(directory.descriptor, directory.repaired)
 
 
-def _compile(compiler: str, define: str, directory: _Directory) -> bytes:
-    """Build the library in a scratch directory, and return its bytes."""
-    sources = [str(source) for source in SOURCES if source.suffix == ".c"]
-    vectors = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
+def _compile(compiler: str, variant: Variant, define: str, directory: _Directory) -> bytes:
+    """Compile the library in a scratch directory, and return its bytes."""
     scratch = f"build-{uuid.uuid4().hex}"
     os.mkdir(scratch, 0o700, dir_fd=directory.descriptor)
     try:
         descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory.descriptor)
         try:
-            subprocess.run(
-                [compiler, *FLAGS.split(), *vectors, define, *sources, "-o", "library.so", "-lm"],
-                cwd=f"/proc/self/fd/{descriptor}",  # The compiler's process inherits the descriptor.
-                env={**os.environ, "TMPDIR": ".", "LC_ALL": "C"},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                check=True,
-                timeout=_MAX_SECONDS,
-            )
+            # The compiler's process inherits the descriptor.
+            build.compile_library(compiler, variant, define, f"/proc/self/fd/{descriptor}")
             with os.fdopen(os.open("library.so", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=descriptor), "rb") as file:
                 return file.read(_MAX_BYTES)
         finally:
@@ -216,16 +233,14 @@ def _link(content: bytes) -> ctypes.CDLL:
         raise
 
 
-def _name(key: str) -> str:
-    return f"native-{key}"
+def _name(variant: Variant, key: str) -> str:
+    return f"{variant.name}-{key}"
 
 
-def _key(compiler: str, define: str) -> str:
+def _key(compiler: str, variant: Variant, define: str) -> str:
     """A hash of everything that a library depends on: source, compiler, processor, and C library."""
-    processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    features = [line for line in processor.splitlines() if line.startswith(("flags", "Features", "model name"))]
+    lines = [line for line in _processor().splitlines() if line.startswith(("flags", "Features", "model name"))]
     status = Path(compiler).resolve().stat()
-    text = "".join(source.read_text(encoding="utf-8") for source in SOURCES)
-    machine = [features, platform.machine(), platform.libc_ver()]
-    parts = [text, FLAGS, define, compiler, status.st_mtime_ns, status.st_size, machine]
+    machine = [lines, platform.machine(), platform.libc_ver()]
+    parts = [variant.key(define), compiler, status.st_mtime_ns, status.st_size, machine]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

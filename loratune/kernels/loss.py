@@ -1,5 +1,6 @@
 """The loss over supervised positions only, without keeping their logits, and norms of gradients."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from loratune.kernels.fused_ops import fused_ops
+from loratune.kernels.parity_check import evaluating
+from loratune.kernels.upstream import is_fake
+
+_log = logging.getLogger(__name__)
 
 CHUNK = 512
 """Positions whose logits are in memory at once."""
+_LARGEST = 200.0
+"""The largest number that is tried as an output of the output layer."""
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,6 +196,50 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, doutput: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * doutput, None, None, None, None, None
+
+
+def output_layer(base: Any) -> tuple[str, nn.Linear, Scaling] | None:
+    """The output layer, if it is a frozen linear one, and what the model does with its output before it returns it."""
+    head = base.get_output_embeddings()
+    names = [name for name, module in base.named_modules() if module is head]
+    if type(head) is not nn.Linear or not names or any(weight.requires_grad for weight in head.parameters()):
+        return None
+    scaling = _scaling(base, head)
+    return (names[0], head, scaling) if scaling is not None else None
+
+
+@torch.no_grad()
+def _scaling(base: Any, head: nn.Linear) -> Scaling | None:
+    """What a model does with the output of this layer; None if it is something else, or if it does not run on bare ids.
+
+    It is found out from numbers in place of the output, which reach far beyond every cap.
+    """
+    config = base.config.get_text_config()
+    named = Scaling.of(config)
+    ids = torch.arange(8, device=base.device).view(1, -1) % config.vocab_size
+    outputs: list[Tensor] = []
+
+    def replace(_head: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        wide = torch.linspace(-_LARGEST, _LARGEST, output.numel(), device=output.device).view_as(output).to(output)
+        outputs.extend([output, wide.clone(), wide])
+        return wide
+
+    hook = head.register_forward_hook(replace)
+    try:
+        with evaluating(base):
+            hidden = base.get_decoder()(ids, use_cache=False).last_hidden_state
+            logits = base(ids, use_cache=False).logits
+        hook.remove()
+        output, wide, given = outputs
+        if is_fake(logits):
+            return named if logits is given or named != Scaling() else None
+        choices = (Scaling(), named) if torch.equal(output, head(hidden)) else ()
+        return next((one for one in choices if torch.equal(one.forward(wide.clone())[0], logits)), None)
+    except Exception:
+        _log.debug("the loss is left to the model, which does not run on bare ids", exc_info=True)
+        return None
+    finally:
+        hook.remove()
 
 
 def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:

@@ -67,6 +67,18 @@ class AdapterFiles:
         return value if isinstance(value, str) else None
 
     @property
+    def parameters(self) -> dict[str, str]:
+        """Path of an A and a B → the parameter that they adapt, as far as that is known; see `patterns.parameters_of`."""
+        recorded = self.record.get("target_parameters")
+        known = recorded if isinstance(recorded, Mapping) else {}
+        found = {}
+        for path in patterns.adapted_modules(self.tensors):
+            names = patterns.parameters_of(self.config, path)
+            if len(names) == 1 or known.get(path) in names:
+                found[path] = names[0] if len(names) == 1 else known[path]
+        return found
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the weights and of the configuration without the place of the base: what the adapter computes."""
         digests = [_digest(self.path / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
@@ -223,7 +235,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("revision"), str | None):
         raise AdapterError(Problem(Code.ADAPTER_INVALID_REVISION, "not the name of a revision", where, "revision"))
     patterns.check_values(config, where)
-    if not config.get("target_modules") or not isinstance(config["target_modules"], list | str):
+    targets = config.get("target_modules")
+    if not isinstance(targets, list | str) or not (targets or config.get("target_parameters")):
         what = "does not say which modules it adapts"
         raise AdapterError(Problem(Code.ADAPTER_NO_TARGETS, what, where, "target_modules"))
     if keys := [key for key in _CODE if config.get(key)]:

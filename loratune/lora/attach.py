@@ -323,6 +323,8 @@ def _wrap(base: nn.Module, config: LoraConfig, name: str = "default") -> PeftMod
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # packages of quantized bases print on import
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT corrects it for Conv1D, and warns
         warnings.filterwarnings("ignore", message=".*was renamed from.*")
+        # PEFT looks for the targets of these patterns among modules alone, although they give parameters a rank too.
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module.*")
         base_name = config.base_model_name_or_path
         if isinstance(base, PeftModel):
             base.add_adapter(name, config)

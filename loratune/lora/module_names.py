@@ -34,6 +34,11 @@ def own_name(path: str) -> str:
     return last(re.sub(r"(\.\d+)+$", "", path))
 
 
+def without_wrappers(path: str) -> str:
+    """The name of a module or parameter without what PEFT has put around modules: `experts.base_layer` → `experts`."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", path)
+
+
 def layer_of(path: str) -> str:
     """The path up to its last number: one attention per layer, even where q and o have different parents (BERT)."""
     numbered = re.match(r"(.*\.)?\d+(?![^.])", path)
@@ -58,7 +63,7 @@ def ends_in(path: str, name: str) -> bool:
 
 
 def endings(
-    chosen: Sequence[str], every: Iterable[str], layers: Collection[int] | None = None
+    chosen: Sequence[str], every: Iterable[str], layers: Collection[int] | None = None, *, dots: int = 0
 ) -> tuple[tuple[str, ...], list[str]]:
     """The shortest endings that by PEFT's rule select exactly `chosen` out of `every`, and the paths without one.
 
@@ -66,12 +71,16 @@ def endings(
         chosen: The paths to select.
         every: All paths.
         layers: Those of `layers_to_transform`, which PEFT applies to endings and not to whole paths.
+        dots: How many dots an ending has at least, so that it says more than is needed to select.
     """
     all_counts: Counter[str] = Counter()
     for path in every:
         all_counts.update(tails(path) if layers is None or number_of(path) in layers else (path,))
     counts = Counter(tail for path in chosen for tail in tails(path))
-    name_of = {path: next((tail for tail in tails(path) if counts[tail] == all_counts[tail]), None) for path in chosen}
+    name_of = {
+        path: next((tail for tail in tails(path) if counts[tail] == all_counts[tail] and tail.count(".") >= dots), None)
+        for path in chosen
+    }
     names = {name for name in name_of.values() if name}
     return tuple(sorted(names)), [path for path, name in name_of.items() if not name]
 
@@ -86,6 +95,11 @@ def join_counts(paths: Iterable[str], most: int) -> str:
     """`attn.c_attn ×12, attn.c_proj ×12 and 2 more`."""  # noqa: RUF002
     counts = Counter(map(short, paths))
     return join_first([f"{name} ×{count}" for name, count in counts.items()], most)  # noqa: RUF001
+
+
+def shape_text(inputs: int, outputs: int, experts: int) -> str:
+    """`576 → 1,536`, or `576 → 1,536 in 8 experts`."""
+    return f"{inputs:,} → {outputs:,}" + (f" in {experts:,} experts" if experts > 1 else "")
 
 
 def natural_sort_key(path: str) -> list[tuple[int, str]]:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from loratune.config import LoraSection
 from loratune.lora.initialize import WRAPPER_PREFIX
-from loratune.lora.module_names import join_counts, join_first, short
+from loratune.lora.module_names import join_counts, join_first, parent, short, without_wrappers
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 """Where PEFT's layers keep A and B."""
@@ -46,13 +46,48 @@ class Count:
         return f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: {self.percent:.4f}"
 
 
-def count_of(model: PeftModel, module: str) -> int:
-    """Trained parameters of one adapted module, named as in the base."""
-    return sum(
-        parameter.numel()
-        for name, parameter in model.get_submodule(WRAPPER_PREFIX + module).named_parameters()
-        if parameter.requires_grad
+def layers_of(model: PeftModel) -> dict[str, Any]:
+    """Each target, a module or a parameter named as in the base → the layer that PEFT has put on it."""
+    layers = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            path = without_wrappers(name.removeprefix(WRAPPER_PREFIX))
+            layers[f"{path}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else path] = layer
+    return layers
+
+
+def count_of(layer: Any) -> int:
+    """Trained parameters of one layer. Those of another parameter that is wrapped inside do not count."""
+    inner = {id(parameter) for parameter in layer.base_layer.parameters()} if isinstance(layer, ParamWrapper) else ()
+    return sum(p.numel() for p in layer.parameters() if p.requires_grad and id(p) not in inner)
+
+
+def experts_of(layer: Any) -> int:
+    """How many experts the parameter of a layer holds, each of which has an A and a B; 1 for a module."""
+    return int(layer.num_experts) if isinstance(layer, ParamWrapper) else 1
+
+
+def wrapped_parameters(model: PeftModel) -> dict[str, str]:
+    """Path of the A and B of a parameter → its name in the base. The files of an adapter do not tell it."""
+    layers = (
+        (name.removeprefix(WRAPPER_PREFIX), layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, ParamWrapper)
     )
+    return {path: f"{without_wrappers(path)}.{layer.parameter_name}" for path, layer in layers}
+
+
+def remade_sizes(model: PeftModel) -> dict[str, list[int]]:
+    """Path of each module with adapted parameters → their bytes, in the order in which the backward pass comes to them.
+
+    PEFT makes each of them anew in a forward pass, as the sum of the parameter and its update.
+    """
+    sizes: dict[str, list[int]] = {}
+    for name, layer in layers_of(model).items():
+        if isinstance(layer, ParamWrapper):
+            parameter = layer.get_param()
+            sizes.setdefault(parent(name), []).append(parameter.numel() * parameter.element_size())
+    return sizes
 
 
 def trained_sizes(model: PeftModel) -> dict[str, int]:
@@ -64,7 +99,7 @@ def trained_sizes(model: PeftModel) -> dict[str, int]:
 
 def _base_name(parameter: str) -> str:
     """The name of a parameter without PEFT's wrappers: `lm_head, whole`, `model.embed_tokens, tokens`."""
-    name = parameter.removeprefix(WRAPPER_PREFIX).replace(".base_layer.", ".")
+    name = without_wrappers(parameter.removeprefix(WRAPPER_PREFIX))
     if ".modules_to_save." in name:
         return f"{name.partition('.modules_to_save.')[0]}, whole"
     return re.sub(r"(\.token_adapter)?\.trainable_tokens_delta\..*", ", tokens", name)
@@ -82,11 +117,6 @@ def per_rank(model: PeftModel) -> int:
     return sum(sizes) // int(rank)
 
 
-def rank_of(model: PeftModel, module: str) -> int:
-    """The rank of one adapted module, named as in the base."""
-    return int(model.get_submodule(WRAPPER_PREFIX + module).r["default"])
-
-
 def notes(model: PeftModel) -> list[str]:
     """Notes for the user: ranks above what a layer can use, modules trained in 16 bit, clients that cannot load it."""
     return [*_excessive_ranks(model), *_modules_in_16_bit(model), *layers_unknown_to_llama_cpp(model)]
@@ -96,12 +126,11 @@ def _excessive_ranks(model: PeftModel) -> Iterator[str]:
     """Ranks above the smaller side of a layer, which bounds the rank of any update."""
     highest: dict[int, int] = {}
     layers: dict[int, list[str]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            limit = min(layer.in_features, layer.out_features)
-            if (rank := max(layer.r.values())) > limit:
-                highest[limit] = max(rank, highest.get(limit, 0))
-                layers.setdefault(limit, []).append(name.removeprefix(WRAPPER_PREFIX))
+    for name, layer in layers_of(model).items():
+        limit = min(layer.in_features, layer.out_features)
+        if (rank := max(layer.r.values())) > limit:
+            highest[limit] = max(rank, highest.get(limit, 0))
+            layers.setdefault(limit, []).append(name)
     common = model.peft_config["default"].r
     for limit, names in sorted(layers.items()):
         key = "lora.r" if highest[limit] == common else "lora.rank_pattern"
@@ -115,11 +144,10 @@ def layers_unknown_to_llama_cpp(model: PeftModel) -> Iterator[str]:
     """Layers whose adapters llama.cpp's convert_lora_to_gguf.py refuses, or converts to a file that does not load."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     kinds: dict[str, str] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        base = layer.get_base_layer()
-        layer_name = short(name.removeprefix(WRAPPER_PREFIX))
+    for name, layer in layers_of(model).items():
+        base, layer_name = layer.get_base_layer(), short(name)
+        if isinstance(layer, ParamWrapper):
+            continue  # No client but PEFT reads it, see `config.portability`.
         if isinstance(base, Conv1D):
             kinds[layer_name] = "a Conv1D"
         elif isinstance(base, nn.Embedding):
@@ -141,12 +169,6 @@ def _modules_in_16_bit(model: PeftModel) -> Iterator[str]:
     for name, dtype in modules.items():
         bits = str(dtype).removeprefix("torch.")
         yield f"lora.modules_to_save: {name} is trained in {bits}, which rounds small steps away; float32 does not"
-
-
-def shape_of(model: PeftModel, module: str) -> tuple[int, int]:
-    """Inputs and outputs of one adapted module, named as in the base."""
-    layer = model.get_submodule(WRAPPER_PREFIX + module)
-    return layer.in_features, layer.out_features
 
 
 def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

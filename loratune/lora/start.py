@@ -17,11 +17,12 @@ from pydantic import ValidationError
 
 from loratune.codes import Code
 from loratune.config import AUTO, LoraSection, patterns
-from loratune.config.patterns import adapted_modules, module_settings
+from loratune.config.patterns import adapted_modules, module_settings, parameters_of
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
 from loratune.lora.initialize import WRAPPER_PREFIX
-from loratune.lora.module_names import join_counts, join_first, short
+from loratune.lora.module_names import ends_in, join_counts, join_first, short, without_wrappers
+from loratune.lora.parameters import experts_of, wrapped_parameters
 from loratune.lora.tensors import UNCHANGING, Weights, read_adapter
 
 KEY = "lora.start_from"
@@ -31,7 +32,7 @@ _FACTOR = re.compile(
 )
 _TAKEN_INTO_ACCOUNT = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "modules_to_save",
-    "trainable_token_indices", "target_modules", "init_lora_weights",
+    "trainable_token_indices", "target_modules", "target_parameters", "init_lora_weights",
 }  # fmt: skip
 """Keys of an adapter's configuration that decide what it computes, and that are compared with those of the run."""
 _WITHOUT_EFFECT = {
@@ -45,19 +46,23 @@ _WITHOUT_EFFECT = {
 def settings(files: AdapterFiles) -> dict[str, Any]:
     """Rank, lora_alpha and targets of a saved adapter, as far as they are values of these keys in the section `lora`.
 
-    The rank is the highest of its tensors, as those of a run may not be lower. Whatever else is in its configuration is
-    a stranger's, and left out.
+    The rank is the highest of its tensors, as those of a run may not be lower; of those that hold several experts, it is
+    that of the configuration. Whatever else is in its configuration is a stranger's, and left out.
     """
-    highest = max(adapted_modules(files.tensors).values(), default=0)
+    ranks = adapted_modules(files.tensors)
+    of_modules = [rank for path, rank in ranks.items() if not parameters_of(files.config, path)]
+    of_parameters = [files.config["r"], *(files.config.get("rank_pattern") or {}).values()]
+    highest = max(of_modules if len(of_modules) == len(ranks) else [*of_modules, *of_parameters], default=0)
     found = {"r": highest, "lora_alpha": files.config["lora_alpha"], "target_modules": files.config["target_modules"]}
     if isinstance(alpha := found["lora_alpha"], float) and alpha.is_integer():
         found["lora_alpha"] = int(alpha)
-    return {key: value for key, value in found.items() if _is_value(key, value)}
+    beside = {"target_parameters": files.config.get("target_parameters") or None}  # then there may be no modules
+    return {key: value for key, value in found.items() if _is_value({key: value} | beside, value)}
 
 
-def _is_value(key: str, value: Any) -> bool:
+def _is_value(section: dict[str, Any], value: Any) -> bool:
     try:
-        LoraSection.model_validate({key: value})
+        LoraSection.model_validate(section)
     except ValidationError:
         return False
     return bool(value != AUTO)
@@ -85,27 +90,40 @@ def start_values(
     _check_kind(files)
     paths = (path for path, _ in model.get_base_model().named_modules() if path)
     patterns.check_patterns(files.config, files.tensors, paths, str(files.path / CONFIG_FILE))
-    problems = [*_setting_problems(section, files), *_target_problems(fresh, files)]
+    problems = [*_setting_problems(section, files), *_parameter_problems(model, files), *_target_problems(fresh, files)]
     if problems := problems or [*_rank_problems(model, files)]:
         raise ConfigError(problems)
     _check_shapes(fresh, files)
     if next(iter(fresh.values())).is_meta:
         return dict(fresh)
-    scales, saved = _scales(model, files), read_adapter(files)
+    scales, saved, layers = _scales(model, files), read_adapter(files), _layers(model)
     return {
-        name: _grown(name, tensor, saved[name], scales) if name in saved else tensor for name, tensor in fresh.items()
+        name: _grown(name, tensor, saved[name], scales, layers) if name in saved else tensor
+        for name, tensor in fresh.items()
     }
 
 
-def _grown(name: str, fresh: torch.Tensor, saved: torch.Tensor, scales: Mapping[str, float]) -> torch.Tensor:
-    """A fresh tensor with the values of a saved one, whose rank may be lower. scales: path → factor of B."""
+def _grown(
+    name: str, fresh: torch.Tensor, saved: torch.Tensor, scales: Mapping[str, float], layers: Mapping[str, LoraLayer]
+) -> torch.Tensor:
+    """A fresh tensor with the values of a saved one, whose rank may be lower.
+
+    Args:
+        name: Its name.
+        fresh: The fresh one.
+        saved: The saved one.
+        scales: Path → factor of B.
+        layers: Path → the adapted layer.
+    """
     match = _FACTOR.match(name)
     values = fresh.clone()
     if match and match["kind"].endswith("B"):
         scaled = saved.double() * scales[match["path"]] if scales[match["path"]] != 1 else saved
         values[:, : saved.shape[1]] = scaled.to(fresh)
     elif match and match["kind"].endswith("A"):
-        values[: len(saved)] = saved.to(fresh)
+        experts = experts_of(layers[match["path"]])  # whose rows follow each other; the columns of B are by rank
+        by_expert, old = values.view(experts, -1, fresh.shape[-1]), saved.to(fresh)
+        by_expert[:, : len(saved) // experts] = old.reshape(experts, -1, fresh.shape[-1])
     else:
         values.copy_(saved)
     return values
@@ -113,8 +131,8 @@ def _grown(name: str, fresh: torch.Tensor, saved: torch.Tensor, scales: Mapping[
 
 def _scales(model: PeftModel, files: AdapterFiles) -> dict[str, float]:
     """Path → the scale of B·A in the saved adapter over that in the fresh one."""
-    settings = module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
-    layers = _layers(model)
+    layers, where = _layers(model), str(files.path / CONFIG_FILE)
+    settings = module_settings(files.config, files.tensors, where, wrapped_parameters(model))
     return {path: setting.scaling / float(layers[path].scaling["default"]) for path, setting in settings.items()}
 
 
@@ -166,10 +184,22 @@ def _names(value: Any) -> list[str]:
     return sorted([value] if isinstance(value, str) else value or [])
 
 
+def _parameter_problems(model: PeftModel, files: AdapterFiles) -> Iterator[Problem]:
+    """Parameters that only one of the two adapts: which tensors are whose follows from all of them together."""
+    entries, now = files.config.get("target_parameters") or [], {*wrapped_parameters(model).values()}
+    names = (without_wrappers(name) for name, _ in model.get_base_model().named_parameters())
+    was = {name for name in names if any(ends_in(name, entry) for entry in entries)}
+    if was != now:
+        what = f"only one of the adapter and this run adapts {join_counts(sorted(was ^ now), 4)}"
+        fix = f"set lora.target_parameters to {json.dumps(sorted(entries) or None)}"
+        yield Problem(Code.LORA_START_TARGETS, what, str(files.path), KEY, fix)
+
+
 def _target_problems(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> Iterator[Problem]:
     """What the saved adapter adapts and this run does not, or trains whole and the other does not."""
     where, targets = str(files.path), adapted_modules({name: tuple(tensor.shape) for name, tensor in fresh.items()})
-    if lost := [path for path in adapted_modules(files.tensors) if path not in targets]:
+    saved = [path for path in adapted_modules(files.tensors) if not parameters_of(files.config, path)]
+    if lost := [path for path in saved if path not in targets]:
         what = f"the adapter also adapts {join_counts([*dict.fromkeys(lost)], 4)}, which this run does not"
         fix = "name them in lora.target_modules, and leave out lora.layers_to_transform if it excludes them"
         yield Problem(Code.LORA_START_TARGETS, what, where, KEY, fix)
@@ -188,7 +218,8 @@ def _plain(name: str) -> str:
 def _rank_problems(model: PeftModel, files: AdapterFiles) -> Iterator[Problem]:
     """Modules whose rank would become smaller."""
     layers = _layers(model)
-    ranks = {path: (rank, int(layers[path].r["default"])) for path, rank in adapted_modules(files.tensors).items()}
+    saved = adapted_modules(files.tensors)
+    ranks = {path: (rank // experts_of(layers[path]), int(layers[path].r["default"])) for path, rank in saved.items()}
     if lower := [path for path, (old, new) in ranks.items() if new < old]:
         old, new = ranks[lower[0]]
         most = max(ranks[path][0] for path in lower)

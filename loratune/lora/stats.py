@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from loratune.codes import Code
-from loratune.config.patterns import ModuleSettings, module_settings
+from loratune.config import patterns
+from loratune.config.patterns import ModuleSettings
 from loratune.errors import AdapterError, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import natural_sort_key
@@ -22,17 +23,20 @@ _A = re.compile(rf"^{re.escape(_PREFIX)}(?P<path>.*)\.lora_(?P<kind>embedding_)?
 
 @dataclass(frozen=True)
 class Update:
-    """ΔW = scaling·B·A of one module.
+    """ΔW = scaling·B·A of one module, or of a parameter that holds several experts, each with an A and a B.
 
     Attributes:
-        module: Path of the module in the base.
+        module: Path of the module or parameter in the base. Of a parameter whose name neither the files nor the record
+            of the adapter tell, it is where A and B are.
         rank: Rank of A and B.
-        shape: Inputs and outputs of the module.
+        shape: Inputs and outputs of the module, or of an expert.
         scaling: The factor of B·A.
-        norm: Frobenius norm of ΔW.
+        norm: Frobenius norm of ΔW, of all experts together.
         effective_rank: exp of the entropy of the shares of its singular values, between 1 and rank (Roy & Vetterli
-            2007, "The effective rank"); 0 where ΔW is zero.
+            2007, "The effective rank"); 0 where ΔW is zero. Of experts, the mean of those whose ΔW is not zero.
         parameters: Number of values in A and B.
+        experts: How many experts the parameter holds; 1 for a module.
+        unchanged: How many of them have an update that is zero, as where no token was sent to them.
     """
 
     module: str
@@ -42,6 +46,8 @@ class Update:
     norm: float
     effective_rank: float
     parameters: int
+    experts: int = 1
+    unchanged: int = 0
 
 
 def updates(files: AdapterFiles) -> list[Update]:
@@ -50,7 +56,7 @@ def updates(files: AdapterFiles) -> list[Update]:
     Raises:
         AdapterError: An A without its B, or of another rank than the configuration says; NaN or inf.
     """
-    module_updates, settings = [], module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
+    module_updates, settings, parameters = [], _settings(files), files.parameters
     with safe_open(files.path / WEIGHTS_FILE, framework="pt") as file:
         for name in files.tensors:
             if match := _A.match(name):
@@ -60,24 +66,51 @@ def updates(files: AdapterFiles) -> list[Update]:
                 if min(map(len, shapes)) < 2 or shapes[1][1] != shapes[0][0]:
                     what, where = "has no lora_B of its rank", str(files.path / WEIGHTS_FILE)
                     raise AdapterError(Problem(Code.ADAPTER_NO_FACTOR, what, where, path))
+                factors = file.get_tensor(name), file.get_tensor(partner)
+                is_stacked = bool(patterns.parameters_of(files.config, path))
                 module_updates.append(
-                    _update(files, settings[path], path, file.get_tensor(name), file.get_tensor(partner))
+                    _update(files, settings[path], parameters.get(path, path), *factors, is_stacked=is_stacked)
                 )
     return sorted(module_updates, key=lambda update: natural_sort_key(update.module))
 
 
-def _update(files: AdapterFiles, settings: ModuleSettings, path: str, a: torch.Tensor, b: torch.Tensor) -> Update:
+def _settings(files: AdapterFiles) -> dict[str, ModuleSettings]:
+    """What the configuration says of each path. Raises AdapterError: it says several things of a parameter."""
+    where, known = str(files.path / CONFIG_FILE), files.parameters
+    candidates = {path: patterns.parameters_of(files.config, path) for path in patterns.adapted_modules(files.tensors)}
+    of_first = known | {path: names[0] for path, names in candidates.items() if names and path not in known}
+    settings = patterns.module_settings(files.config, files.tensors, where, of_first)
+    for number in range(1, max(map(len, candidates.values()), default=0)):
+        others = {path: names[number] for path, names in candidates.items() if number < len(names) and path not in known}
+        found = patterns.module_settings(files.config, files.tensors, where, of_first | others)
+        if unclear := [path for path in others if found[path] != settings[path]]:
+            what = "has ranks or scales of its own for some parameters, and the files do not say whose tensors these are"
+            raise AdapterError(Problem(Code.ADAPTER_UNCLEAR_PARAMETER, what, where, unclear[0]))
+    return settings
+
+
+def _update(
+    files: AdapterFiles, settings: ModuleSettings, path: str, a: torch.Tensor, b: torch.Tensor, *, is_stacked: bool
+) -> Update:
     a, b, where = a.double().flatten(1), b.double().flatten(1), str(files.path / WEIGHTS_FILE)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, "holds NaN or inf", where, path))
-    if settings.rank != len(a):
+    experts = round(len(a) / settings.rank) if is_stacked else 1
+    if experts * settings.rank != len(a):
         what = f"has rank {len(a)} where {CONFIG_FILE} says {settings.rank:g}"
         raise AdapterError(Problem(Code.ADAPTER_RANK, what, where, path))
-    singular = settings.scaling * torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
-    total = singular.sum()
-    if not total.isfinite():
+    rank = len(a) // experts
+    # PEFT orders the rows of A by expert, and the columns of B by rank.
+    downs, ups = a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).permute(2, 0, 1)
+    singular = settings.scaling * torch.linalg.svdvals(torch.linalg.qr(ups).R @ torch.linalg.qr(downs.mT).R.mT)
+    totals = singular.sum(-1)
+    if not totals.isfinite().all():
         what = f"its update, scaled by {settings.scaling:g}, is not finite"
         raise AdapterError(Problem(Code.ADAPTER_SCALING, what, str(files.path / CONFIG_FILE), path))
-    effective_rank = torch.special.entr(singular / total).sum().exp().item() if total > 0 else 0.0
+    moved = totals > 0
+    effective_ranks = torch.special.entr(singular[moved] / totals[moved, None]).sum(-1).exp()
+    effective_rank = effective_ranks.mean().item() if moved.any() else 0.0
     shape, size = (a.shape[1], b.shape[0]), a.numel() + b.numel()
-    return Update(path, len(a), shape, settings.scaling, singular.norm().item(), effective_rank, size)
+    unchanged = experts - int(moved.sum())
+    norm = singular.norm().item()
+    return Update(path, rank, shape, settings.scaling, norm, effective_rank, size, experts, unchanged)

@@ -1,8 +1,10 @@
-"""How the threads of torch wait for each other: what suits a machine that does something else too.
+"""How many threads torch has, and how they wait for each other: what suits a machine that does something else too, and
+a container that has a share of one.
 
 Threads meet after each product. OpenMP's runtime lets those that are first spin: on an idle machine that is fastest,
 but beside another process they take the time from the very thread that they wait for. scripts/README.md has the
-figures. What a run computes does not depend on it.
+figures. What a run computes does not depend on it. And it starts a thread for each processor that it sees, where a
+container may be allowed the time of a few: then all of them are halted again and again.
 """
 
 import importlib
@@ -12,11 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-from loratune.system import launcher
+from loratune.system import containers, launcher
 
 _STATISTICS = Path("/proc/stat")
+_THREADS = "OMP_NUM_THREADS"
 _CHOSEN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-"""By each of these a user decides it."""
+"""By each of these a user decides how threads wait."""
 _SPINS = "100"
 _BUSY = 0.4
 """Processors that others use, from which on few spins are faster."""
@@ -24,30 +27,46 @@ _SECONDS = 0.3
 """The shortest time over which that is measured; the kernel counts in hundredths of a second."""
 
 
-def adapt_to_load() -> float | None:
-    """Have threads spin briefly if other processes use the processors of this one.
+def adapt_threads() -> list[str]:
+    """Have as many threads as the limit of a container allows, which spin briefly if others use the processors too.
 
     OpenMP reads its settings as torch is loaded, so torch must not be loaded yet. The load is measured while libraries
-    are imported that a command needs in any case.
+    are imported that a command needs in any case. What the user has set stays.
 
     Returns:
-        How many processors others use, if it made a difference.
+        Lines for the user on what was set.
     """
-    is_late = "torch" in sys.modules or not _STATISTICS.exists()
-    if is_late or launcher.world_size() > 1 or any(os.environ.get(name) for name in _CHOSEN):
-        return None
-    if os.environ.get("OMP_NUM_THREADS") == "1" or len(os.sched_getaffinity(0)) == 1:
-        return None
+    if "torch" in sys.modules or not _STATISTICS.exists() or launcher.world_size() > 1:
+        return []
+    return [*_fit_to_container(), *_fit_to_load()]
+
+
+def _fit_to_container() -> list[str]:
+    """As many threads as the processors whose time the container may use, where these are fewer than it sees."""
+    seen, allowed = len(os.sched_getaffinity(0)), containers.processors()
+    if allowed > seen - 1 or os.environ.get(_THREADS):
+        return []
+    os.environ[_THREADS] = str(max(1, math.ceil(allowed)))
+    return [f"the container may use {allowed:g} of {seen} processors, so there are {os.environ[_THREADS]} threads"]
+
+
+def _fit_to_load() -> list[str]:
+    """Threads that spin briefly if other processes use the processors of this one."""
+    seen = len(os.sched_getaffinity(0))
+    if os.environ.get(_THREADS) == "1" or seen == 1 or any(os.environ.get(name) for name in _CHOSEN):
+        return []
     start, before = time.monotonic(), _others_seconds()
     for name in ("datasets", "transformers"):
         importlib.import_module(name)
     time.sleep(max(0.0, start + _SECONDS - time.monotonic()))
-    elapsed = time.monotonic() - start
-    others = (_others_seconds() - before) / elapsed
+    others = (_others_seconds() - before) / (time.monotonic() - start)
     if not others >= _BUSY or "torch" in sys.modules:
-        return None
+        return []
     os.environ["GOMP_SPINCOUNT"] = _SPINS
-    return others
+    return [
+        f"other processes use {others:.1f} of {seen} processors, so threads wait asleep (GOMP_SPINCOUNT={_SPINS}); "
+        "results do not depend on it"
+    ]
 
 
 def _others_seconds() -> float:
@@ -73,11 +92,3 @@ def _busy_seconds(statistics: str) -> float:
             user, nice, system, _, _, interrupts, soft_interrupts, stolen = map(int, counts[:8])
             ticks += user + nice + system + interrupts + soft_interrupts + stolen
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def described(others: float) -> str:
-    """A line for the user."""
-    return (
-        f"other processes use {others:.1f} of {len(os.sched_getaffinity(0))} processors, so threads wait asleep "
-        f"(GOMP_SPINCOUNT={_SPINS}); results do not depend on it"
-    )

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from loratune import data, kernels, memory
 from loratune.codes import Code
-from loratune.config import AUTO, DataSection, TrainingSection
+from loratune.config import AUTO, DataSection, RunConfig, TrainingSection
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
 from loratune.data.packing import BatchLayout, Packing, flatten
 from loratune.data.packing_check import packing_refusal, padding_is_cheaper
@@ -249,7 +249,7 @@ def batch(
     if saved is not None:
         train_batches = train_batches.sharing(saved)
         validation_batches = validation_batches.sharing(saved) if validation_batches else None
-    notes += [*more, *kernels.notes(model.get_input_embeddings().weight)]
+    notes += [*more, *acceleration.notes(), *kernels.notes(model.get_input_embeddings().weight)]
     return BatchedDatasets(train_batches, datasets.train, validation_batches, acceleration, notes)
 
 
@@ -276,6 +276,11 @@ def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[flo
 def is_sharing_asked(section: DataSection, saved: float) -> bool:
     """Whether batches are to share prefixes where that saves a part of their tokens, and where it is possible."""
     return section.share_prefixes is True or (section.share_prefixes == AUTO and saved >= _WORTH_SHARING)
+
+
+def would_share(run: RunConfig, saved: float) -> bool:
+    """Whether batches of a run on a CPU would share prefixes, as far as its config tells. saved: as of `saving`."""
+    return run.data.packing != "none" and not run.lora.lora_dropout and is_sharing_asked(run.data, saved)
 
 
 def tree_sizes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, int]], int]:

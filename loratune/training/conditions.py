@@ -1,7 +1,7 @@
 """What a run is computed with, of which its checkpoints keep a record."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +14,7 @@ COMPUTING_PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate",
 """The packages that compute. Others only read, and what they have read has a fingerprint."""
 
 
-def environment(model: PreTrainedModel, fallbacks: Sequence[str]) -> dict[str, str]:
+def environment(model: PreTrainedModel, fallbacks: Iterable[str]) -> dict[str, str]:
     """What a run is computed with. Any of it may change the last bits of a result.
 
     Args:

@@ -18,7 +18,7 @@ from torch import nn
 from loratune.config import ModelSection, RunConfig, TrainingSection
 from loratune.data.packing import BatchLayout, Numbers, PackedRows
 from loratune.model import load
-from loratune.training.batching import DistributedBatchSampler, is_sharing_asked
+from loratune.training.batching import DistributedBatchSampler, would_share
 from loratune.training.evaluations import evaluation_steps
 
 _FORWARD_AND_BACKWARD = 2 * 2
@@ -90,7 +90,7 @@ class Costs:
         """
         size, checkpointed = run.training.per_device_train_batch_size, run.training.activation_checkpointing
         layout = BatchLayout(lengths, lengths, run.data.packing, size, run.data.max_length, pad_id=0)
-        if layout.flat and not run.lora.lora_dropout and is_sharing_asked(run.data, saved):
+        if would_share(run, saved):
             layout = layout.sharing(saved)
         return cls.of_layout(model, layout, lengths, supervised, checkpointed=checkpointed)
 

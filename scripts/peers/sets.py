@@ -13,7 +13,7 @@ class Kind:
 
     pack_length x packs: tokens of an update where rows are packed; padded_batch: rows of a micro-batch where they are
     padded to the longest of them, whole_batch: to max_length; as many micro-batches make an update as come closest to
-    the tokens of a packed one.
+    the tokens of a packed one; most_prompt: the part of max_length that a prompt stays below.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Kind:
     whole_batch: int
     min_length: int = 0
     held_out: int = 32
+    most_prompt: float = 0.5
 
 
 SETS = (
@@ -33,6 +34,7 @@ SETS = (
     Kind("long", {"mails": 1.0}, 16, 4096, 4096, 1, padded_batch=1, whole_batch=1, min_length=512, held_out=8),
     Kind("full", {"mails": 1.0}, 128, 2048, 2048, 4, padded_batch=2, whole_batch=2, min_length=2048),
     Kind("short", {"pairs": 1.0}, 512, 128, 512, 4, padded_batch=2, whole_batch=44),
+    Kind("prefix", {"calls": 1.0}, 64, 1024, 2048, 2, padded_batch=2, whole_batch=2, most_prompt=0.75),
 )
 SHAPES: dict[str, dict[str, Any]] = {
     "1.7b": {

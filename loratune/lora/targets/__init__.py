@@ -1,4 +1,4 @@
-"""The modules that get an adapter: attention roles (q, k, v, o) and names → modules of this architecture.
+"""What gets an adapter: attention roles (q, k, v, o) and names → modules of this architecture; experts → parameters.
 
 PEFT raises an error only when no target matches at all, so a name that this model does not have is ignored without a
 message. Here every entry of `lora.target_modules` means some modules or is an error, and the names that PEFT gets
@@ -19,21 +19,21 @@ from loratune.codes import Code
 from loratune.config import LoraSection
 from loratune.errors import ModelError, Problem
 from loratune.lora import module_names
-from loratune.lora.targets import entries
+from loratune.lora.targets import entries, stacked
 from loratune.lora.targets.entries import resolve_pattern
 from loratune.lora.targets.survey import ROLES as ROLES
 from loratune.lora.targets.survey import SERVES as SERVES
-from loratune.lora.targets.survey import SHARED_ROLES, Survey, chooser, take, unused_part
+from loratune.lora.targets.survey import EXPERTS, SHARED_ROLES, Survey, chooser, short_names, take, unused_part
 from loratune.lora.targets.survey import STOCK as STOCK
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The modules that get an adapter.
+    """The modules and parameters that get an adapter.
 
     Attributes:
-        roles: Each role or entry → full module paths, in model order.
-        modules: All of these paths, once each, in model order.
+        roles: Each role or entry → full paths, in model order.
+        modules: All of these paths that are modules, once each, in model order.
         names: For `LoraConfig.target_modules`: sorted suffixes that select exactly `modules`, together with the
             `layers_to_transform` that `resolve` was given.
         fused: Path with layer numbers as `*` → the roles that one module serves, where it serves several; all of them
@@ -42,6 +42,9 @@ class Targets:
         rank_pattern: For `LoraConfig`, regular expressions that give each module exactly its value.
         alpha_pattern: The same for lora_alpha.
         modules_to_save: For `LoraConfig`, sorted names that select exactly the modules meant, or None.
+        parameters: The paths in `roles` that are parameters, once each, in model order.
+        parameter_names: For `LoraConfig.target_parameters`: sorted suffixes that select exactly these. PEFT does not
+            apply `layers_to_transform` to them.
     """
 
     roles: dict[str, tuple[str, ...]]
@@ -52,13 +55,20 @@ class Targets:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] | None = None
+    parameters: tuple[str, ...] = ()
+    parameter_names: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All targets."""
+        return (*self.modules, *self.parameters)
 
     def entry_patterns(self) -> dict[str, list[str]]:
-        """Each role or entry → its module paths with layer numbers as `*`, once each."""
+        """Each role or entry → its paths with layer numbers as `*`, once each."""
         return {entry: list(dict.fromkeys(map(module_names.pattern, paths))) for entry, paths in self.roles.items()}
 
     def module_patterns(self) -> dict[str, list[str]]:
-        """Each module path with layer numbers as `*` → the roles or entries that mean it."""
+        """Each path with layer numbers as `*` → the roles or entries that mean it."""
         entries_by_pattern: dict[str, list[str]] = {}
         for entry, patterns in self.entry_patterns().items():
             for pattern in patterns:
@@ -81,6 +91,7 @@ class Targets:
         """Keyword arguments for `LoraConfig`, which gets `layers_to_transform` from the section."""
         return {
             "target_modules": list(self.names),
+            "target_parameters": list(self.parameter_names) or None,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
             "modules_to_save": None if self.modules_to_save is None else list(self.modules_to_save),
@@ -93,6 +104,7 @@ def find(model: nn.Module, section: LoraSection) -> Targets:
         model,
         section.target_modules,
         section.layers_to_transform,
+        target_parameters=section.target_parameters,
         rank_pattern=section.rank_pattern,
         alpha_pattern=section.alpha_pattern,
         modules_to_save=section.modules_to_save,
@@ -104,13 +116,14 @@ def resolve(
     target_modules: Sequence[str] | str,
     layers: Sequence[int] | None = None,
     *,
+    target_parameters: Sequence[str] | str | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, int] | None = None,
     modules_to_save: Sequence[str] | None = None,
 ) -> Targets:
-    """Find the modules that a lora section means on this model.
+    """Find what a lora section adapts on this model.
 
-    Source: https://huggingface.co/docs/peft/package_reference/lora (target_modules).
+    Source: https://huggingface.co/docs/peft/package_reference/lora (target_modules, target_parameters).
 
     Args:
         model: The model, which may be on the meta device.
@@ -119,6 +132,7 @@ def resolve(
             (every linear layer except the output embedding on which an adapter has an effect, with a note on what it
             leaves out) or a regular expression for whole paths.
         layers: `lora.layers_to_transform`, the numbers of the layers to adapt.
+        target_parameters: See `stacked.meaning`.
         rank_pattern: Role, name or regular expression → r of the targets that it matches.
         alpha_pattern: The same for lora_alpha.
         modules_to_save: Roles and names of modules that are trained whole.
@@ -129,20 +143,21 @@ def resolve(
         ConfigError: A regular expression does not compile or takes too long; a list is empty.
     """
     survey = take(model)
-    if isinstance(target_modules, str):
-        roles, problems = entries.by_string(survey, target_modules)
-    else:
-        roles, problems = entries.by_list(survey, target_modules)
+    roles, problems = _meaning(survey, target_modules, target_parameters)
     if layers is not None:
         roles, missing = entries.in_layers(roles, layers)
         problems = [*problems, *missing]
     chosen = {path for paths in roles.values() for path in paths}
     modules = tuple(path for path in survey.modules if path in chosen)
+    parameters = tuple(name for name in survey.parameters if name in chosen)
+    targets = (*modules, *parameters)
     names, ambiguous = module_names.endings(modules, survey.modules, layers)
-    problems += [_ambiguous(path) for path in ambiguous] + entries.without_effect(survey, modules)
-    ranks, rank_problems, rank_notes = resolve_pattern(survey, modules, rank_pattern or {}, "lora.rank_pattern")
-    alphas, alpha_problems, alpha_notes = resolve_pattern(survey, modules, alpha_pattern or {}, "lora.alpha_pattern")
-    saved, saved_problems, saved_notes = entries.modules_to_save(survey, modules, modules_to_save or ())
+    parameter_names, ambiguous_too = module_names.endings(parameters, survey.parameters, dots=1)
+    problems += [_ambiguous(path, entries.KEY) for path in ambiguous] + entries.without_effect(survey, modules)
+    problems += [_ambiguous(name, stacked.KEY) for name in ambiguous_too]
+    ranks, rank_problems, rank_notes = resolve_pattern(survey, targets, rank_pattern or {}, "lora.rank_pattern")
+    alphas, alpha_problems, alpha_notes = resolve_pattern(survey, targets, alpha_pattern or {}, "lora.alpha_pattern")
+    saved, saved_problems, saved_notes = entries.modules_to_save(survey, targets, modules_to_save or ())
     if problems := [*problems, *rank_problems, *alpha_problems, *saved_problems]:
         raise ModelError(problems)
     fused = {
@@ -150,14 +165,29 @@ def resolve(
         for path in modules
         if len(survey.serves.get(path, "")) > 1
     }
-    remarks = [*notes(survey, list(roles), modules), *rank_notes, *alpha_notes, *saved_notes]
+    remarks = [*notes(survey, list(roles), targets), *rank_notes, *alpha_notes, *saved_notes]
     to_save = tuple(saved) if modules_to_save is not None else None
-    return Targets(roles, modules, names, fused, tuple(dict.fromkeys(remarks)), ranks, alphas, to_save)
+    return Targets(
+        roles, modules, names, fused, tuple(dict.fromkeys(remarks)), ranks, alphas, to_save, parameters, parameter_names
+    )
 
 
-def _ambiguous(path: str) -> Problem:
-    what = f"PEFT cannot tell {path} from a module whose path ends in the same way"
-    return Problem(Code.LORA_AMBIGUOUS_TARGET, what, key=entries.KEY, fix="target both or neither")
+def _meaning(survey: Survey, modules: Sequence[str] | str, parameters: Sequence[str] | str | None) -> entries.Meaning:
+    """The meaning of `target_modules` and `target_parameters` together. Raises ConfigError."""
+    if isinstance(modules, str):
+        roles, problems = entries.by_string(survey, modules)
+    elif modules or parameters is None:
+        roles, problems = entries.by_list(survey, modules)
+    else:
+        roles, problems = {}, []
+    others, further = stacked.meaning(survey, parameters)
+    joined = {entry: (*roles.get(entry, ()), *others.get(entry, ())) for entry in [*roles, *others]}
+    return joined, [*problems, *further]
+
+
+def _ambiguous(path: str, key: str) -> Problem:
+    what = f"PEFT cannot tell {path} from another one whose path ends in the same way"
+    return Problem(Code.LORA_AMBIGUOUS_TARGET, what, key=key, fix="target both or neither")
 
 
 def notes(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> list[str]:
@@ -168,7 +198,7 @@ def notes(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> lis
         entries: The roles, names or `all-linear` that mean the targets.
         targets: Paths of the targets.
     """
-    coverage = _left_out(survey) if "all-linear" in entries else _hybrid(survey, entries, targets)
+    coverage = _left_out(survey, targets) if "all-linear" in entries else _hybrid(survey, entries, targets)
     return [*coverage, *_shared(entries, targets), *_tied(survey, targets)]
 
 
@@ -227,7 +257,7 @@ def _tied(survey: Survey, targets: Sequence[str]) -> list[str]:
     return [f"{what}; each module has its own adapter, which therefore cannot be merged into the base"]
 
 
-def _left_out(survey: Survey) -> list[str]:
+def _left_out(survey: Survey, targets: Sequence[str]) -> list[str]:
     """What all-linear leaves out, by reason."""
     parts: dict[str, list[str]] = {}
     for path in survey.linears:
@@ -236,8 +266,14 @@ def _left_out(survey: Survey) -> list[str]:
         elif path in survey.obstacles:
             part = module_names.pattern(chooser(path)) or module_names.short(path)
             parts.setdefault(survey.obstacles[path], []).append(part)
-    if survey.raw:
-        parts["no linear layers, but tensors of another form"] = list(survey.raw)
+    left_out = [name for name in survey.raw if name not in {*targets}]
+    experts = [name for name in left_out if name in survey.experts and not stacked.obstacle(survey, name)]
+    others = [name for name in left_out if name not in experts]
+    if experts:
+        hint = f"no linear layers, but experts in one tensor; {stacked.KEY}: [{EXPERTS}] adapts them"
+        parts[hint] = list(short_names(experts))
+    if others:
+        parts["no linear layers, but tensors of another form"] = list(short_names(others))
     return [
         f"all-linear leaves out {module_names.join_first(list(dict.fromkeys(names)), 6)}: {reason}"
         for reason, names in parts.items()

@@ -13,7 +13,7 @@ from loratune.codes import Code
 from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
 from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
-from loratune.lora.targets.survey import ROLES, STOCK, Survey, unused_part
+from loratune.lora.targets.survey import EXPERTS, ROLES, STOCK, Survey, unused_part
 
 KEY = "lora.target_modules"
 SAVED_KEY = "lora.modules_to_save"
@@ -348,6 +348,8 @@ def _meaning(survey: Survey, targets: Sequence[str], entry: str, role: str | Non
     """The targets that an entry means. Raises BadPatternError."""
     if role:
         return [path for path in targets if role in survey.serves.get(path, "")]
+    if entry == EXPERTS and (experts := [path for path in targets if path in survey.experts]):
+        return experts
     if named(survey, entry):
         return [path for path in targets if module_names.ends_in(path, entry)]
     expression = compile_pattern(rf"(.*\.)?({entry})$")
@@ -355,12 +357,9 @@ def _meaning(survey: Survey, targets: Sequence[str], entry: str, role: str | Non
 
 
 def _no_target(survey: Survey, targets: Sequence[str], entry: str, key: str) -> Problem:
+    what = f"`{entry}` is no target" if named(survey, entry) else f"`{entry}` matches none of the targets"
     if entry in ROLES:
         what = f"role `{entry}` is served by none of the targets"
-    elif named(survey, entry):
-        what = f"`{entry}` is no target"
-    else:
-        what = f"`{entry}` matches none of the targets"
     what += f"; the targets are {module_names.join_counts(targets, 12)}"
     return Problem(Code.LORA_PATTERN_UNUSED, what, key=key, fix=f"use one of these, or add it to {KEY}")
 

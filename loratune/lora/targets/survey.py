@@ -16,6 +16,8 @@ from loratune.lora import module_names, upstream
 from loratune.lora.module_names import last, parent
 
 ROLES = ("q", "k", "v", "o")
+EXPERTS = "experts"
+"""The role of all tensors that hold the experts of a layer. Alone, it also stands for the list of it."""
 
 # Name of a projection within its attention module → the roles that it serves.
 SERVES = {
@@ -89,7 +91,7 @@ Linear has both kinds under the name `self_attn`."""
 _NO_MATRIX = re.compile(r"bias|embed|A_log")
 """Tensors of several dimensions that are added, not multiplied with."""
 
-_CONVOLUTIONS = (
+CONVOLUTIONS = (
     nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 )  # fmt: skip
 
@@ -106,8 +108,10 @@ class Survey:
         serves: Path of a linear layer inside attention → its roles, "" when SERVES does not know it.
         layers: The layer of each attention module → those of its paths that are in `serves`.
         mixers: Path of a linear layer inside a recurrent mixer → the path of that mixer.
+        parameters: Name → parameter; one that several modules share has one name.
         raw: Names of weights that multiply like those of linear layers but are other tensors, such as stacked experts.
-        raw_attention: Those of them that are in attention.
+        experts: Those of them that hold the projections of all experts of a layer.
+        raw_attention: Short names of those in attention.
         obstacles: Path of a linear layer → why an adapter on it has no effect.
     """
 
@@ -118,7 +122,9 @@ class Survey:
     serves: dict[str, str]
     layers: dict[str, list[str]]
     mixers: dict[str, str]
+    parameters: dict[str, nn.Parameter]
     raw: tuple[str, ...]
+    experts: tuple[str, ...]
     raw_attention: tuple[str, ...]
     obstacles: dict[str, str]
 
@@ -150,12 +156,15 @@ def take(model: nn.Module) -> Survey:
             attention, serves[path] = service
             layers.setdefault(module_names.layer_of(attention), []).append(path)
     obstacles = {path: reason for path in linears if (reason := obstacle(path, modules, architecture))}
-    raw = _raw(model, modules)
+    parameters = dict(model.named_parameters())
+    raw = _raw(parameters, modules)
     in_attention = [name for name in raw if any(_is_self_attention(above, modules) for above in _ancestors(name))]
     mixers = {path: above for path in linears for above in _ancestors(path) if _is_recurrent(above, modules)}
+    experts = tuple(name for name in raw if _holds_experts(name, parameters[name], modules))
     return Survey(
-        model, architecture, modules, linears, serves, layers, mixers, _short(raw), _short(in_attention), obstacles
-    )
+        model, architecture, modules, linears, serves, layers, mixers,
+        parameters, tuple(raw), experts, short_names(in_attention), obstacles,
+    )  # fmt: skip
 
 
 def _ancestors(path: str) -> list[str]:
@@ -164,7 +173,8 @@ def _ancestors(path: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
 
 
-def _short(names: Iterable[str]) -> tuple[str, ...]:
+def short_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of weights as messages show them, once each."""
     return tuple(dict.fromkeys(module_names.short(name.removesuffix(".weight")) for name in names))
 
 
@@ -195,16 +205,23 @@ def _is_recurrent(path: str, modules: Mapping[str, nn.Module]) -> bool:
     return bool(_RECURRENT.search(type(modules[path]).__name__))
 
 
-def _raw(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+def _raw(parameters: Mapping[str, nn.Parameter], modules: Mapping[str, nn.Module]) -> list[str]:
     """Weights of more than two dimensions, or of experts, whose owner is neither linear, embedding nor convolution."""
-    known = nn.Linear | Conv1D | nn.Embedding | _CONVOLUTIONS
+    known = nn.Linear | Conv1D | nn.Embedding | CONVOLUTIONS
     return [
         name
-        for name, weight in model.named_parameters()
+        for name, weight in parameters.items()
         if not isinstance(modules.get(parent(name)), known)
         and not _NO_MATRIX.search(last(name))
         and sum(size > 1 for size in weight.shape) > (1 if re.search(r"(^|\.)experts\.", name) else 2)
     ]
+
+
+def _holds_experts(name: str, weight: nn.Parameter, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a tensor stacks the projections of all experts: the module that holds it is named or called so."""
+    owner = parent(name)
+    kind = type(modules.get(owner)).__name__
+    return weight.dim() == 3 and (module_names.own_name(owner) == EXPERTS or kind.endswith("Experts"))
 
 
 # --- On which linear layers an adapter has an effect, and why not on the others

@@ -1,0 +1,141 @@
+"""How the fused operations are compiled: for the processor of one machine, or for each kind of processor, into a wheel.
+
+`setup.py` runs this file by its path, where nothing else is installed: it needs the standard library alone.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = [Path(__file__).parent / "csrc" / name for name in ("numbers.h", "fused_ops.c", "attention.c")]
+SHIPPED = Path(__file__).parent / "shipped"
+"""Where a wheel has the libraries that were built with it. A checkout has none."""
+FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+DEFINES = ("-DBFLOAT16", "-DFLOAT32")
+"""The options that choose the dtype of a library."""
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+_MAX_SECONDS = 120  # For the compiler, which needs about three.
+
+
+@dataclass(frozen=True)
+class Variant:
+    """For which processor a library is compiled.
+
+    Attributes:
+        name: What it is called.
+        options: Of the compiler.
+        features: What a processor must have, by Linux's names in `/proc/cpuinfo`.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    features: frozenset[str] = frozenset()
+
+    def file_name(self, define: str) -> str:
+        """The name of the library for a dtype."""
+        return f"{self.name}-{define.removeprefix('-D').lower()}.so"
+
+    def key(self, define: str) -> str:
+        """A hash of what the library for a dtype is made from."""
+        parts = [source_text(), FLAGS, self.options, define]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+_WIDE = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
+NATIVE = Variant("native", ("-march=native", *_WIDE, "-fopenmp"))
+"""For the processor of the machine that compiles it."""
+
+_V3 = frozenset({
+    "abm", "avx", "avx2", "bmi1", "bmi2", "cx16", "f16c", "fma", "lahf_lm", "movbe", "pni", "popcnt", "sse4_1",
+    "sse4_2", "ssse3", "xsave",
+})  # fmt: skip
+_V4 = _V3 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
+_SHIPPED = ("-mprefer-vector-width=512", "-Wp,-fopenmp", "-s")
+"""The compiler proper takes `-fopenmp`, and the linker does not: the library names no OpenMP runtime, so that it uses
+the one that torch has loaded for everybody. With another one a process would have two pools of threads."""
+VARIANTS = (
+    Variant("x86-64-v4-bf16", ("-march=x86-64-v4", "-mavx512bf16", *_SHIPPED), _V4 | {"avx512_bf16"}),
+    Variant("x86-64-v4", ("-march=x86-64-v4", *_SHIPPED), _V4),
+    Variant("x86-64-v3", ("-march=x86-64-v3", *_SHIPPED), _V3),
+)
+"""For which processors a wheel has libraries, the best one first."""
+
+
+def choose(machine: str, features: Collection[str]) -> Variant | None:
+    """The best variant for a processor; None: a wheel has none for it.
+
+    Args:
+        machine: Its architecture, as `uname -m` names it.
+        features: What it has, see `Variant.features`.
+    """
+    variants = VARIANTS if machine == "x86_64" else ()
+    return next((variant for variant in variants if variant.features <= set(features)), None)
+
+
+def source_text() -> str:
+    """All sources, one after the other."""
+    return "".join(source.read_text(encoding="utf-8") for source in SOURCES)
+
+
+def compile_library(compiler: str, variant: Variant, define: str, cwd: str) -> None:
+    """Compile `library.so` in a directory. Raises CalledProcessError, TimeoutExpired, OSError."""
+    sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+    subprocess.run(
+        [compiler, *FLAGS, *variant.options, define, *sources, "-o", "library.so", "-lm"],
+        cwd=cwd,
+        env={**os.environ, "TMPDIR": ".", "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+        timeout=_MAX_SECONDS,
+    )
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line; of a compiler, its first error."""
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
+        message = next((line for line in lines if "error" in line), lines[0] if lines else "")
+        return f"{error.cmd[0]} ended with {error.returncode}" + (f": {message.strip()[:200]}" if message else "")
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{error.cmd[0]} took more than {_MAX_SECONDS} s"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def sealed(key: str, content: bytes) -> bytes:
+    """A library with a digest of it and of its key behind it, so that none passes for one with another key."""
+    return content + hashlib.sha256(key.encode() + content).digest()
+
+
+def unsealed(key: str, whole: bytes) -> bytes | None:
+    """The library that was sealed with this key; None if it was another one, or is damaged."""
+    content = whole[:-DIGEST_BYTES]
+    return content if whole == sealed(key, content) else None
+
+
+def check_shippable(library: bytes) -> None:
+    """Raises ValueError: a library lacks OpenMP, or wants a runtime of it that torch does not have, as clang's do."""
+    if b"GOMP_parallel" not in library or b"__kmpc_" in library:
+        raise ValueError("this compiler does not use GNU's OpenMP, which torch has; set CC to a gcc")
+
+
+def platform_tag(libraries: Mapping[str, bytes], default: str) -> str:
+    """The tag of a wheel with these libraries: `manylinux` with the oldest glibc that has all that they need (PEP 600).
+
+    default: the tag if they need anything else.
+    """
+    names = {name for library in libraries.values() for name in re.findall(rb"\0(lib[^\0]*\.so[^\0]*)(?=\0)", library)}
+    versions = {name for library in libraries.values() for name in re.findall(rb"\0GLIBC_([^\0]*)(?=\0)", library)}
+    numbers = [re.fullmatch(rb"2\.(\d+)(?:\.\d+)?", version) for version in versions]
+    if not names <= {b"libc.so.6", b"libm.so.6"} or not numbers or None in numbers:
+        return default
+    newest = max(int(number[1]) for number in numbers if number is not None)
+    return f"manylinux_2_{newest}_{platform.machine()}"

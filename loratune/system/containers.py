@@ -1,0 +1,62 @@
+"""What the control groups of Linux leave to this process: in a container, a batch job, a service.
+
+Files of both versions are read, see cgroups(7). The limits of a group hold for the groups in it, so those of all groups
+are read from the process's own up to the outermost one that it can see, which in a container is the container's.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def processors() -> float:
+    """How many processors' time the process may use; infinity without a limit."""
+    limits = [float("inf")]
+    for group in _groups("cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with suppress(OSError, ValueError, ZeroDivisionError):
+                quota, period = " ".join((group / name).read_text() for name in names).split()
+                if quota != "max" and int(quota) > 0:
+                    limits.append(int(quota) / int(period))
+    return min(limits)
+
+
+def free_memory() -> float:
+    """Bytes that the process may still take; infinity without a limit.
+
+    What the kernel keeps of files counts as free: it gives that back when it is needed.
+    """
+    limits = [float("inf")]
+    names = ("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    for group in _groups("memory"):
+        for limit, usage, prefix in names:
+            with suppress(OSError, ValueError):
+                if (most := (group / limit).read_text().strip()) != "max":
+                    limits.append(int(most) - int((group / usage).read_text()) + _file_pages(group, prefix))
+    return min(limits)
+
+
+def _file_pages(group: Path, prefix: str) -> int:
+    """Bytes of files that a group's memory holds. prefix: of the names that count the groups in it too."""
+    try:
+        pairs = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        values = {name: int(value) for name, value in pairs}
+    except (OSError, ValueError):
+        return 0
+    return sum(values.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """The directories of the groups of this process, from its own outwards, as far as they can be seen."""
+    places = {_ROOT: _ROOT, _ROOT / controller: _ROOT / controller}  # where groups of either version are → its own
+    with suppress(OSError, ValueError):
+        for line in _OWN.read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            root = _ROOT if number == "0" else _ROOT / controller
+            if number == "0" or controller in controllers.split(","):
+                places[root] = root / path.lstrip("/")
+    for root, own in places.items():
+        yield own
+        yield from (parent for parent in own.parents if parent.is_relative_to(root))
