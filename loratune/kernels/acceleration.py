@@ -322,7 +322,7 @@ def _all_fit(base: Any, survey: AttentionSurvey) -> bool:
     ending = KINDS["attention"]
     modules = [module for name, module in base.get_decoder().named_modules() if name.endswith(ending)]
     rest = [module for module in {*modules, *survey.modules} if not isinstance(module, replacements.Replacement)]
-    return all(module in survey.fitting and not _drops_out_within(module) for module in rest)
+    return bool(rest) and all(module in survey.fitting and not _drops_out_within(module) for module in rest)
 
 
 def _why_not(module: nn.Module, sight: Sight | None) -> str:
