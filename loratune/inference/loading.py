@@ -261,7 +261,9 @@ def _check_sharing(adapters: Sequence[tuple[AdapterInfo, Untouched]]) -> None:
             reasons[where] = "its target_parameters are not those of the others"
         parameters += [names] if names else []
     problems = [
-        Problem(Code.ADAPTER_CANNOT_SHARE, f"cannot be loaded beside other adapters: {reason}", where, fix="use it alone")
+        Problem(
+            Code.ADAPTER_CANNOT_SHARE, f"cannot be loaded beside other adapters: {reason}", where, fix="use it alone"
+        )
         for where, reason in reasons.items()
     ]
     if problems:
