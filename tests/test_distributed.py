@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -21,6 +22,7 @@ from conftest import ROOT, config_in, is_problem, tiny_llama, write_rows
 from fork_server import Child, ForkServer
 from running import WEIGHTS, MakeConfig, checkpoints, curve, handles, until
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from loratune.codes import Code
 from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
@@ -320,6 +322,7 @@ def test_a_dry_run_may_take_its_time_to_print(processes: ForkServer, run_config:
         ("FSDP", "model.quantization", "8bit"),
         ("FSDP", "training.optim", "adafactor"),
         ("DEEPSPEED", "lora.use_lorafa", "true"),
+        ("DEEPSPEED", "lora.target_parameters", "experts"),
     ],
 )
 def test_what_sharded_weights_exclude(
@@ -468,6 +471,35 @@ def test_a_base_that_is_spread_learns_the_same(
         same(record, alone)
     for entry, known in zip(curve(record), curve(alone), strict=True):  # which computes LoRA in bfloat16 where it can
         assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-3)
+
+
+@pytest.mark.parametrize("how", ["spread", pytest.param("copied", marks=SLOW)])
+def test_experts_learn_the_same_in_several_processes(
+    how: str, processes: ForkServer, run_config: MakeConfig, tiny_dir: Path, tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=264, num_key_value_heads=2, num_local_experts=4, bos_token_id=None, eos_token_id=256, **shape
+        )
+    ).save_pretrained(tmp_path / "experts")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_dir / name, tmp_path / "experts")
+    config = run_config(
+        model={"name_or_path": str(tmp_path / "experts")}, lora={"target_parameters": ["experts"]},
+        data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN)), **EVALUATED},
+        training={"max_steps": 4, "eval_steps": 2},
+    )  # fmt: skip
+    alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
+    if how == "copied":
+        record = trained(processes, config, tmp_path / "2", 2, *shared(4))
+    else:
+        settings = [part for one in shared(4) for part in ("--set", one)]
+        spread_to_the_end("fsdp2", processes, config, tmp_path / "2", *settings)
+        record = json.loads((tmp_path / "2" / "loratune.json").read_text())
+    for entry, known in zip(curve(record), curve(alone), strict=True):
+        assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-4)
 
 
 def test_the_base_beside_a_spread_adapter_is_the_base(

@@ -147,7 +147,7 @@ _NOT_PLAIN: tuple[Limit, ...] = (
     (lambda lora: lora.bias != "none", "lora.bias: vLLM, llama.cpp and Ollama do not read biases"),
     (
         lambda lora: lora.target_parameters is not None,
-        "lora.target_parameters: llama.cpp and Ollama do not read LoRA of stacked tensors, and vLLM in some models only; "
+        "lora.target_parameters: llama.cpp and Ollama do not read LoRA of experts, and vLLM of some models only; "
         "loratune merge makes a model for them",
     ),
     (

@@ -81,10 +81,14 @@ def _settings(files: AdapterFiles) -> dict[str, ModuleSettings]:
     of_first = known | {path: names[0] for path, names in candidates.items() if names and path not in known}
     settings = patterns.module_settings(files.config, files.tensors, where, of_first)
     for number in range(1, max(map(len, candidates.values()), default=0)):
-        others = {path: names[number] for path, names in candidates.items() if number < len(names) and path not in known}
+        others = {
+            path: names[number] for path, names in candidates.items() if number < len(names) and path not in known
+        }
         found = patterns.module_settings(files.config, files.tensors, where, of_first | others)
         if unclear := [path for path in others if found[path] != settings[path]]:
-            what = "has ranks or scales of its own for some parameters, and the files do not say whose tensors these are"
+            what = (
+                "has ranks or scales of its own for some parameters, and the files do not say whose tensors these are"
+            )
             raise AdapterError(Problem(Code.ADAPTER_UNCLEAR_PARAMETER, what, where, unclear[0]))
     return settings
 

@@ -208,8 +208,10 @@ def _check_sharding(run: RunConfig) -> None:
         return
     excluded = {"fsdp": ("8bit",), "deepspeed": ("8bit", "4bit")}[sharding]
     quantized, optim, minutes = run.model.quantization, run.training.optim, run.training.max_minutes
+    stacked = run.lora.target_parameters if sharding == "deepspeed" else None  # PEFT does not gather their A and B
     settings = {
         "model.quantization": quantized if quantized in excluded else None,
+        "lora.target_parameters": ", ".join([stacked] if isinstance(stacked, str) else stacked or []),
         "lora.use_lorafa": "true" if run.lora.use_lorafa else None,
         "training.optim": optim if optim not in ("adamw_torch", "adamw_torch_fused") else None,
         "training.max_minutes": minutes if minutes is None else f"{minutes:g}",
