@@ -113,15 +113,15 @@ model.save_pretrained(directory)
 transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 """
 TRAIN = """
-import json, pathlib, sys, torch
+import functools, json, pathlib, sys, torch
 from loratune.__main__ import main
-from loratune.commands import train
-result, make_plan = pathlib.Path(sys.argv.pop(1)), train.make_plan  # the name by which `train` calls it
+from loratune.commands import plan, train
+result = pathlib.Path(sys.argv.pop(1))
 def make_and_record(*arguments):
-    plan = make_plan(*arguments)
-    result.write_text(json.dumps(plan.memory.parts()))
-    return plan
-train.make_plan = make_and_record
+    made = plan.make_plan(*arguments)
+    result.write_text(json.dumps(made.memory.parts()))
+    return made
+train.train = functools.partial(train.train, planner=make_and_record)  # the name by which the command calls it
 try:
     main()
 finally:
