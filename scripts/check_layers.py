@@ -1,7 +1,8 @@
 """Compares the layers of every family with the kernels that may replace them, and writes the results.
 
-    python scripts/check_layers.py             # both files, about half an hour on one core
-    python scripts/check_layers.py llama olmo  # prints what it finds of some families, writes nothing
+    python scripts/check_layers.py                   # both files, about half an hour on one core
+    python scripts/check_layers.py llama olmo        # prints what it finds of some families, writes nothing
+    python scripts/check_layers.py --add llama olmo  # puts it into both files, which keep what they hold of others
 
 `loratune/kernels/checked_layers.json` lists the classes whose layers may be replaced, see `kernels.recognition`. A
 layer is compared with its replacement alone, in float32, in training mode and in eval mode, on inputs of mean 0 and of
@@ -67,13 +68,16 @@ class Findings:
         forms = self.verdicts.setdefault(layer, {})
         forms[form] = forms.get(form, True) and agreed
 
-    def listed(self) -> dict[str, Any]:
-        """The list, as JSON."""
+    def listed(self, known: Mapping[Layer, str | None]) -> dict[str, Any]:
+        """The list, as JSON. known: what it holds of layers of other families, with the same source or another."""
+        found = {
+            layer: next((form for form, agreed in forms.items() if agreed), None)
+            for layer, forms in self.verdicts.items()
+        }
         layers: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        for layer, forms in sorted(
-            self.verdicts.items(), key=lambda one: (one[0].name, one[0].digest, one[0].switches)
+        for layer, form in sorted(
+            {**known, **found}.items(), key=lambda one: (one[0].name, one[0].digest, one[0].switches)
         ):
-            form = next((form for form, agreed in forms.items() if agreed), None)
             if form is not None:
                 releases = layers.setdefault(layer.name, {})
                 entry = {"form": form, "switches": json.loads(layer.switches)}
@@ -141,7 +145,8 @@ def check(model: PreTrainedModel, findings: Findings) -> None:
     decoder = model.get_decoder()
     modules = {}
     for module in decoder.modules():
-        layer, forms = Layer.of(module), dict(candidates(module, sights))
+        layer = Layer.of(module)
+        forms = {form: fast for form, fast in candidates(module, sights) if fast is not None}
         if layer is not None and forms:
             modules[module] = (layer, forms)
             module.register_forward_pre_hook(_noted(calls), with_kwargs=True)
@@ -161,18 +166,18 @@ def _noted(calls: dict[nn.Module, Any]) -> Callable[..., None]:
     return note
 
 
-def candidates(module: nn.Module, sights: dict[nn.Module, masks.Sight]) -> Iterator[tuple[str, nn.Module]]:
-    """Forms whose structure a layer has."""
+def candidates(module: nn.Module, sights: dict[nn.Module, masks.Sight]) -> Iterator[tuple[str, nn.Module | None]]:
+    """Forms, and the replacement of each whose structure the layer has."""
     layouts = PerBatch(Layout.of)
-    if (norm := replacements.replace_norm(module)) is not None:
-        yield acceleration.NORM, norm
-    if (gated := replacements.replace_gated(module, attach.adapted_linear)) is not None:
-        yield acceleration.GATED, gated
-    if module in sights:
-        for form, rotary in ((acceleration.ATTENTION, True), (acceleration.ATTENTION_WITHOUT_ROTARY, False)):
-            fast = replacements.replace_attention(module, attach.adapted_linear, sights[module], layouts, rotary=rotary)
-            if fast is not None:
-                yield form, fast
+    reader = attach.adapted_linear
+    for form, options in acceleration.NORM.items():
+        yield form, replacements.replace_norm(module, **options)
+    for form, options in acceleration.GATED.items():
+        yield form, replacements.replace_gated(module, reader, **options)
+    for form, options in acceleration.EXPERTS.items():
+        yield form, replacements.replace_experts(module, **options)
+    for form, options in acceleration.ATTENTION.items() if module in sights else ():
+        yield form, replacements.replace_attention(module, reader, sights[module], layouts, **options)
 
 
 def agrees(module: nn.Module, fast: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> bool:
@@ -355,23 +360,24 @@ def laid_out(listed: Mapping[str, Any]) -> str:
     return f'{{"checked_with": {head},\n"layers": {{\n' + ",\n".join(lines) + "\n}}\n"
 
 
-def main(chosen: list[str]) -> None:
-    """Check the families, or all of them, and write."""
+def main(chosen: list[str], *, add: bool) -> None:
+    """Check the families, or all of them, and write. add: to what is known of others."""
     findings = Findings()
     for model_type in chosen or FAMILIES:
         check_family(model_type, findings)
-    if chosen:
+    if chosen and not add:
         for layer, forms in findings.verdicts.items():
             print(layer.name.rpartition(".")[2], layer.switches, forms)
     else:
-        LIST.write_text(laid_out(findings.listed()), encoding="utf-8")
+        LIST.write_text(laid_out(findings.listed(checked() if add else {})), encoding="utf-8")
         checked.cache_clear()
-    table = []
+    lines = TABLE.read_text(encoding="utf-8").splitlines() if add else []
+    table = {(row.model_type, row.dtype): str(row) for row in map(Row.read, lines)}
     for row in tabulated(chosen or FAMILIES):
-        table.append(str(row))
-        print(table[-1], flush=True)
-    if not chosen:
-        TABLE.write_text("\n".join(table) + "\n", encoding="utf-8")
+        table[row.model_type, row.dtype] = str(row)
+        print(row, flush=True)
+    if add or not chosen:
+        TABLE.write_text("\n".join(table.values()) + "\n", encoding="utf-8")
 
 
 def tabulated(model_types: Iterable[str]) -> Iterator[Row]:
@@ -388,4 +394,4 @@ def tabulated(model_types: Iterable[str]) -> Iterator[Row]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    main(sys.argv[1:])
+    main([one for one in sys.argv[1:] if one != "--add"], add="--add" in sys.argv)

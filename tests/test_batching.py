@@ -29,12 +29,12 @@ def test_the_cheaper_way_is_known(lengths: list[int], size: int, width: int, pad
     assert found == [padded, padded]
 
 
-@pytest.mark.parametrize("kind, padded", [("gemma2", True), ("gemma3_text", False)])
+@pytest.mark.parametrize("kind, padded", [("bloom", True), ("gemma2", False), ("gemma3_text", False)])
 def test_a_run_packs_only_where_that_costs_less(
     kind: str, padded: bool, run_config: Callable[..., Path], cli: Callable[..., Ran], tmp_path: Path, tokenizer: Any
 ) -> None:
-    """Gemma 2 caps its scores, so its own attention is left, and goes over whole batches."""
-    config = CONFIG_MAPPING[kind](**SHAPE | {"sliding_window": 16})
+    """BLOOM adds biases to its scores, so its own attention is left, and goes over whole batches."""
+    config = CONFIG_MAPPING[kind](**SHAPE | {"sliding_window": 16, "n_layer": 2, "n_head": 4})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     rows = write_rows(tmp_path / "long.jsonl", [{"text": f"{number} " * 25} for number in range(10, 26)])
@@ -43,5 +43,5 @@ def test_a_run_packs_only_where_that_costs_less(
     )
     ran = cli("train", config_path)
     assert ran.code == 0, ran.err
-    note = "data.packing: gemma2 attends to all rows of a batch at once, which costs more than padding"
+    note = "data.packing: bloom attends to all rows of a batch at once, which costs more than padding"
     assert (note in ran.err) == padded and ("data.packing" in ran.err) == padded

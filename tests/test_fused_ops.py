@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import FUSED_OPS, normal
+from test_kernels import FUSED_OPS, named, normal
 from torch import Tensor
 
 from loratune.kernels import fused_ops, library, reference
@@ -94,8 +94,11 @@ def test_what_is_not_finite_reaches_all_that_see_it_and_nothing_before(name: str
     assert dkey.isfinite().flatten(1).all(1).tolist() == [False] * 5 + [True] * 4
 
 
-ROWS_OF = {"rms_norm": [0], "rms_norm_backward": [0, 1], "swiglu": [0], "swiglu_backward": [0, 1], "split_heads": [0],
-           "add_lora": [0, 1], "cross_entropy": [0]}  # fmt: skip
+ROWS_OF = {
+    "rms_norm": [0], "rms_norm_backward": [0, 1], "rms_norm, adding 1": [0], "rms_norm_backward, adding 1": [0, 1],
+    "swiglu": [0], "swiglu_backward": [0, 1], "swiglu, of GELU": [0], "swiglu_backward, of GELU": [0, 1],
+    "split_heads": [0], "add_lora": [0, 1], "cross_entropy": [0],
+}  # fmt: skip
 
 
 def rows_mix(dtype: torch.dtype) -> bool:
@@ -115,7 +118,7 @@ def test_other_passes_keep_rows_apart(name: str, dtype: torch.dtype) -> None:
         arguments = FUSED_OPS[name](dtype)
         if broken is not None:
             arguments[broken][6, 1] = lost
-        result = getattr(ops, name)(*arguments)
+        result = named(ops, name)(*arguments)
         parts = [*(result if isinstance(result, tuple) else (result,)), arguments[0]]
         tensors = [one for one in parts if isinstance(one, Tensor)]
         return [one if len(one) == 37 else one.transpose(0, 1) for one in tensors]
@@ -154,7 +157,7 @@ def test_a_pass_takes_what_is_not_dense(name: str, dtype: torch.dtype, how: str)
     for ops in (reference, fused_ops.fused_ops(torch.empty(0, dtype=dtype))):
         arguments, copies = FUSED_OPS[name](dtype), [loose(one) for one in FUSED_OPS[name](dtype)]
         assert any(isinstance(one, Tensor) and not one.is_contiguous() for one in copies)
-        expected, results = getattr(ops, name)(*arguments), getattr(ops, name)(*copies)
+        expected, results = named(ops, name)(*arguments), named(ops, name)(*copies)
         pairs = [*zip(*(one if isinstance(one, tuple) else (one,) for one in (expected, results)), strict=True)]
         for old, new in [*pairs, *zip(arguments, copies, strict=True)]:
             if isinstance(old, Tensor):

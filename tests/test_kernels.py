@@ -48,10 +48,17 @@ LAYOUT = (
     torch.tensor([(0, 10, 0, 10, 0, 0), (10, 20, 10, 10, 0, 0), (20, 37, 20, 27, 0, 0)]),
 )
 
+SINKS = 2 * normal(GROUPS * HEADS, seed=7)
+
 
 def heads(dtype: torch.dtype) -> list[Tensor]:
     """Queries, keys and values."""
     return [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(HEAD_SHAPES)]
+
+
+def named(ops: Any, name: str) -> Any:
+    """A function of the reference, or of what takes its place. name: a key of `FUSED_OPS`."""
+    return getattr(ops, name.partition(",")[0])
 
 
 FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
@@ -59,8 +66,17 @@ FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "rms_norm_backward": lambda dtype: (
         normal(37, 96).to(dtype), normal(37, 96, seed=1).to(dtype), normal(96, seed=2).to(dtype), normal(37).abs() + 0.5
     ),
+    "rms_norm, adding 1": lambda dtype: (normal(37, 96).to(dtype), normal(96, seed=1).to(dtype), 1e-5, 1.0),
+    "rms_norm_backward, adding 1": lambda dtype: (
+        normal(37, 96).to(dtype), normal(37, 96, seed=1).to(dtype), normal(96, seed=2).to(dtype),
+        normal(37).abs() + 0.5, 1.0,
+    ),
     "swiglu": lambda dtype: ((4 * normal(37, 192)).to(dtype),),
     "swiglu_backward": lambda dtype: (normal(37, 96, seed=1).to(dtype), (4 * normal(37, 192)).to(dtype)),
+    "swiglu, of GELU": lambda dtype: ((4 * normal(37, 192)).to(dtype), *reference.GELU),
+    "swiglu_backward, of GELU": lambda dtype: (
+        normal(37, 96, seed=1).to(dtype), (4 * normal(37, 192)).to(dtype), *reference.GELU
+    ),
     "split_heads": lambda dtype: (
         normal(TOKENS, (GROUPS * HEADS + 2 * GROUPS) * SIZE).to(dtype), COSINE, SINE, GROUPS, HEADS
     ),
@@ -69,6 +85,11 @@ FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "attend_backward": lambda dtype: (
         normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), *reference.attend(*heads(dtype), *LAYOUT, 0.25),
         *heads(dtype), *LAYOUT, 0.25,
+    ),
+    "attend, with caps and sinks": lambda dtype: (*heads(dtype), *LAYOUT, 2.0, 3.0, SINKS),
+    "attend_backward, with caps and sinks": lambda dtype: (
+        normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype),
+        *reference.attend(*heads(dtype), *LAYOUT, 2.0, 3.0, SINKS), *heads(dtype), *LAYOUT, 2.0, 3.0,
     ),
     "add_lora": lambda dtype: (
         normal(37, 80).to(dtype), normal(37, 96, seed=1).to(dtype), (normal(5, 96, seed=2) / 10).to(dtype),
@@ -109,21 +130,62 @@ def test_a_compiled_operation_is_the_reference(name: str, dtype: torch.dtype) ->
     built = fused_ops.fused_ops(torch.empty(0, dtype=dtype))
     assert isinstance(built, fused_ops.CompiledOps), "these tests want a C compiler"
     arguments, copies = FUSED_OPS[name](dtype), FUSED_OPS[name](dtype)
-    results = getattr(reference, name)(*arguments), getattr(built, name)(*copies)
+    results = named(reference, name)(*arguments), named(built, name)(*copies)
     pairs = [*zip(*(result if isinstance(result, tuple) else (result,) for result in results), strict=True)]
     for old, new in [*pairs, *zip(arguments, copies, strict=True)]:
         if isinstance(old, Tensor):
             loose = 1e-5 if old.dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-            sums = float(old.float().std()) if name in SUMMED else 0.0  # of what was rounded before
+            sums = float(old.float().std()) if name.partition(",")[0] in SUMMED else 0.0  # of what was rounded before
             assert torch.allclose(old.float(), new.float(), rtol=loose, atol=max(1e-5, loose * sums))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attend", "cross_entropy"])
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attend", "attend, with caps and sinks", "cross_entropy"])
 def test_a_compiled_operation_hides_no_nan(name: str) -> None:
     arguments = FUSED_OPS[name](torch.bfloat16)
     arguments[0].view(-1)[arguments[0].numel() // 4] = math.nan
-    result = getattr(fused_ops.fused_ops(arguments[0]), name)(*arguments)
+    result = named(fused_ops.fused_ops(arguments[0]), name)(*arguments)
     assert not (result[0] if isinstance(result, tuple) else result).isfinite().all()
+
+
+ACTIVATIONS: list[tuple[Callable[[Tensor], Tensor], tuple[float, float]]] = [
+    (torch.nn.functional.silu, reference.SILU),
+    (lambda x: torch.nn.functional.gelu(x, approximate="tanh"), reference.GELU),
+]
+
+
+def test_activations_are_those_of_torch() -> None:
+    """From where they are 0 to where they are the gate."""
+    gates = torch.linspace(-30, 30, 4001)
+    both = torch.cat([gates, torch.ones_like(gates)])[None]
+    for activation, polynomial in ACTIVATIONS:
+        for ops in (reference, fused_ops.fused_ops(both)):
+            assert torch.allclose(ops.swiglu(both, *polynomial)[0], activation(gates), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_caps_and_sinks_are_those_of_a_softmax(window: int | None) -> None:
+    """Of the reference and of C, with gradients, beside a softmax over all tokens with one more column."""
+    positions = torch.cat([torch.arange(length) for length in (70, 1, 40)])
+    layout = Layout.of(positions, window, tile=48)
+    shapes = ((GROUPS, 111, HEADS, SIZE), (GROUPS, 111, SIZE), (GROUPS, 111, SIZE))
+    query, key, value = (normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes))
+    scores = 3 * torch.tanh(torch.einsum("gthd,gsd->gths", query, key) * 2 / 3)
+    row = (positions == 0).cumsum(0)
+    near = positions[:, None] - positions < (window or 111)
+    visible = (row[:, None] == row) & (positions[:, None] >= positions) & near
+    scores = scores.masked_fill(~visible[:, None], -math.inf)
+    sink = SINKS.view(GROUPS, 1, HEADS, 1).expand(-1, 111, -1, 1)
+    weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    mixed = torch.einsum("gths,gsd->tghd", weights, value).reshape(111, -1)
+    gradient = normal(*mixed.shape, seed=3)
+    expected = [mixed, *torch.autograd.grad(mixed, [query, key, value], gradient)]
+    heads = [query.detach(), key.detach(), value.detach()]
+    for ops in (reference, fused_ops.fused_ops(gradient)):
+        around = (layout.spans, layout.keys, layout.tiles, 2.0, 3.0)
+        result, total = ops.attend(*heads, *around, SINKS)
+        found = [result, *ops.attend_backward(gradient, result, total, *heads, *around)]
+        for old, new in zip(expected, found, strict=True):
+            assert torch.allclose(old, new, rtol=1e-5, atol=1e-5)
 
 
 def test_the_exponential_is_that_of_torch() -> None:
@@ -143,11 +205,12 @@ def test_gradients_of_the_reference_are_those_of_autograd() -> None:
     assert torch.allclose(
         reference.rms_norm_backward(dy, x.detach().float(), weight, inverse), x.grad.float(), atol=1e-5
     )
-    both = normal(9, 48, seed=3).requires_grad_()
-    gate, up = both.chunk(2, -1)
-    (torch.nn.functional.silu(gate) * up).backward(dy)
-    assert both.grad is not None
-    assert torch.allclose(reference.swiglu_backward(dy, both.detach()), both.grad, atol=1e-5)
+    for activation, polynomial in ACTIVATIONS:
+        both = normal(9, 48, seed=3).requires_grad_()
+        gate, up = both.chunk(2, -1)
+        (activation(gate) * up).backward(dy)
+        assert both.grad is not None
+        assert torch.allclose(reference.swiglu_backward(dy, both.detach(), *polynomial), both.grad, atol=1e-5)
     logits, targets = normal(5, 30, seed=4).requires_grad_(), torch.arange(5)
     torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
     changed = logits.detach().clone()
@@ -252,6 +315,20 @@ WINDOWED_BY_MASK = {
     "layer_types": ["full_attention", "sliding_attention"],
 }  # fmt: skip
 WITHOUT_POSITIONS = {"layer_types": ["attention", "attention"], "position_embedding_type": "rope"}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+CAPPED = {"sliding_window": 40, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0, **MIXED}
+EXPERTS = {
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}  # fmt: skip
+LATENT = {
+    **EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4, "kv_lora_rank": 16,
+    "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": 8,
+}  # fmt: skip
+TARGETS = {
+    "phi": ["q_proj", "k_proj", "v_proj", "dense"], "phi3": ["qkv_proj", "o_proj"],
+    "gpt_neox": ["query_key_value", "dense"], "deepseek_v3": ["q_a_proj", "kv_b_proj", "o_proj"],
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "llama": ("llama", {}, []),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}, []),
@@ -261,18 +338,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "mistral with a window": ("mistral", {"sliding_window": 25}, []),
     "phi3": ("phi3", {}, []),
     "llama of gelu": ("llama", {"hidden_act": "gelu"}, ["feed-forward layers"]),
-    "gemma": ("gemma", {}, ["feed-forward layers", "norms"]),
-    "gemma2, which caps its scores": ("gemma2", {}, ["attention", "feed-forward layers", "norms", "loss"]),
-    "gemma3": ("gemma3_text", {}, ["attention", "feed-forward layers", "norms"]),
-    "olmo, which clips queries": ("olmo", {"clip_qkv": 0.5}, ["attention", "norms"]),
-    "qwen2_moe, some of whose layers have a window": ("qwen2_moe", WINDOWED_BY_MASK, ["feed-forward layers"]),
-    "granite, which hands no positions on": (
-        "granitemoehybrid",
-        WITHOUT_POSITIONS,
-        ["attention", "feed-forward layers"],
-    ),
+    "gemma": ("gemma", {}, []),
+    "gemma2, which caps scores and logits": ("gemma2", CAPPED, []),
+    "gemma3": ("gemma3_text", {"sliding_window": 40, **MIXED}, []),
+    "olmo, which clips queries": ("olmo", {"clip_qkv": 0.5}, ["norms"]),
+    "qwen2_moe, some of whose layers have a window": ("qwen2_moe", WINDOWED_BY_MASK, []),
+    "granite, which hands no positions on": ("granitemoehybrid", WITHOUT_POSITIONS, ["feed-forward layers"]),
     "olmo2, which norms all heads at once": ("olmo2", {}, []),
-    "gpt_neox": ("gpt_neox", {}, ["attention", "feed-forward layers", "norms"]),
+    "olmo3": ("olmo3", {"sliding_window": 40, **MIXED}, []),
+    "smollm3, with a layer without positions": ("smollm3", {"no_rope_layers": [1, 0]}, []),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5}, ["feed-forward layers", "norms"]),
+    "phi": ("phi", {"num_key_value_heads": 4}, ["feed-forward layers", "norms"]),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}, ["norms"]),
+    "glm4": ("glm4", {}, []),
+    "cohere2, which scales logits": ("cohere2", {"logit_scale": 0.3, "sliding_window": 40, **MIXED}, ["norms"]),
+    "mixtral": ("mixtral", EXPERTS, []),
+    "qwen3_moe": ("qwen3_moe", EXPERTS, []),
+    "gpt_oss, which has sinks": ("gpt_oss", {**EXPERTS, "sliding_window": 40, **MIXED}, ["feed-forward layers"]),
+    "deepseek_v3, whose values are small": ("deepseek_v3", LATENT, []),
 }
 
 
@@ -280,8 +363,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
     """Packed and padded; layers that a family computes in another way are not accelerated, and are named."""
     kind, changes, expected = FAMILIES[name]
-    targets = {"phi3": ["qkv_proj", "o_proj"], "gpt_neox": ["query_key_value", "dense"]}.get(kind, ROLES)
-    model = adapted(kind, targets=targets, changes=changes)
+    model = adapted(kind, targets=TARGETS.get(kind, ROLES), changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
         loss, gradients = step(model, batch)
         with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
@@ -311,12 +393,15 @@ def test_choices_of_lora_give_the_same_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}], ids=str)
-def test_other_variants_of_lora_are_not_accelerated(changes: dict[str, Any]) -> None:
+def test_other_variants_of_lora_stay_those_of_peft(changes: dict[str, Any]) -> None:
+    """Only what lies between the projections is accelerated."""
     model = adapted(changes={"attention_bias": True}, **changes)
     loss, gradients = step(model, flatten(rows()))
     with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
         fast, others = step(model, flatten(rows()))
-    assert "attention" in fallbacks and fast == pytest.approx(loss, abs=1e-6)
+        own = (replacements.FastAttention, replacements.FastProjection)
+        assert not any(isinstance(module, own) for module in model.modules())
+    assert fallbacks == [] and fast == pytest.approx(loss, abs=1e-6)
     assert relative_rms(gradients, others) < 1e-5
 
 
@@ -494,7 +579,7 @@ ON_GPU: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "llama": ("llama", {"attention_bias": True}, []),
     "qwen3": ("qwen3", {}, []),
     "mistral with a window": ("mistral", {"sliding_window": 25}, []),
-    "gemma2, which caps its scores": ("gemma2", {}, ["attention", "loss"]),
+    "gemma2, which caps its scores": ("gemma2", CAPPED, ["attention"]),
     "a window that is known from the mask alone": ("qwen2_moe", WINDOWED_BY_MASK, ["attention"]),
 }
 

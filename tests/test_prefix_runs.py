@@ -137,8 +137,9 @@ def test_rows_that_begin_differently_are_left_alone(run_config: MakeConfig, cli:
 def test_a_family_with_attention_of_its_own_shares_nothing(
     run_config: MakeConfig, cli: Cli, tmp_path: Path, tokenizer: Any, rows: str
 ) -> None:
-    """Gemma 2 caps its scores."""
-    AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma2"](**SHAPE)).save_pretrained(tmp_path / "base")
+    """BLOOM adds biases to its scores."""
+    bloom = CONFIG_MAPPING["bloom"](**SHAPE | {"n_layer": 2, "n_head": 4})
+    AutoModelForCausalLM.from_config(bloom).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     model = {"name_or_path": str(tmp_path / "base")}
     config = run_config(model=model, data={"train": rows}, training={"max_steps": 1, "per_device_train_batch_size": 2})

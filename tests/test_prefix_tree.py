@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_fused_ops import OVER, attended
-from test_kernels import FAMILIES, ROLES, adapted, normal, seen
+from test_kernels import FAMILIES, ROLES, TARGETS, adapted, normal, seen
 from torch import Tensor
 
 from loratune import kernels
@@ -222,14 +222,21 @@ def test_rows_with_equal_tokens_keep_their_labels() -> None:
         check_same(stock, step(model, share_prefixes(rows)))
 
 
-@pytest.mark.parametrize("family", ["llama with biases", "qwen2", "qwen3", "mistral", "mistral with a window", "phi3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama with biases", "qwen2", "qwen3", "mistral", "mistral with a window", "phi3", "gemma3", "phi", "glm4",
+        "gemma2, which caps scores and logits", "cohere2, which scales logits", "mixtral",
+        "deepseek_v3, whose values are small",
+    ],
+)  # fmt: skip
 def test_families_give_the_same(family: str) -> None:
-    kind, changes, _ = FAMILIES[family]
-    model = adapted(kind, targets=["qkv_proj", "o_proj"] if kind == "phi3" else ROLES, changes=changes)
+    kind, changes, not_accelerated = FAMILIES[family]
+    model = adapted(kind, targets=TARGETS.get(kind, ROLES), changes=changes)
     rows = as_rows(TREES["four levels"] + TREES["longer than a tile"], 12)
     stock = rows_alone(model, rows)
     with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
-        assert fallbacks == []
+        assert fallbacks == not_accelerated and kernels.tree_refusal(model) is None
         check_same(stock, step(model, share_prefixes(rows)))
 
 

@@ -214,15 +214,16 @@ def test_the_window_of_a_mask(function: Any, window: int | None) -> None:
         ("mistral", {"sliding_window": 24}, {24}),
         ("minimax", {"sliding_window": 40}, {40}),  # which no type of a layer says
         ("gemma3_text", {}, {24, None}),
-        ("gemma2", {}, set()),  # caps its scores
-        ("gpt_oss", {}, set()),  # has sinks
+        ("gemma2", {}, {24, None}),
+        ("gpt_oss", {}, {24, None}),
+        ("bloom", {}, set()),  # has biases
         ("llama4_text", {}, {None}),  # its other layers see chunks
     ],
 )
 def test_what_layers_see_is_what_their_model_makes_them_see(
     model_type: str, changes: dict[str, Any], windows: set[int | None]
 ) -> None:
-    model = small(model_type, **changes)
+    model = small(model_type, **changes).requires_grad_(False)
     own = model.config._attn_implementation
     assert {sight.window for sight in masks.survey(model).sights.values()} == windows
     assert model.config._attn_implementation == own

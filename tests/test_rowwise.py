@@ -2,10 +2,22 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from test_kernels import SHAPE, WINDOWED_BY_MASK, WITHOUT_POSITIONS, adapted, relative_rms, rows, step
+from test_kernels import (
+    CAPPED,
+    EXPERTS,
+    MIXED,
+    SHAPE,
+    WINDOWED_BY_MASK,
+    WITHOUT_POSITIONS,
+    adapted,
+    relative_rms,
+    rows,
+    step,
+)  # fmt: skip
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +28,6 @@ from loratune.data.packing import flatten, pad
 from loratune.kernels import rowwise
 from loratune.lora import attach
 
-MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
 UNDROPPED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -32,6 +43,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {}),
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, **UNDROPPED}),
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
+    "gemma2, which caps its scores": ("gemma2", CAPPED),
+    "gpt_oss, which has sinks": ("gpt_oss", {**EXPERTS, "sliding_window": 40, **MIXED}),
 }  # fmt: skip
 TARGETS = {
     "phi3": ["qkv_proj", "o_proj"], "gpt_neox": ["query_key_value", "dense"], "gpt2": ["c_attn"],
@@ -70,6 +83,37 @@ def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
         assert not kernels.attends_by_rows(model)
         assert again == pytest.approx(loss, abs=1e-6)
         assert relative_rms(gradients, others) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_gives_the_same_in_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, with rows that are read from the masks."""
+    monkeypatch.setenv("LORATUNE_NATIVE", "1")
+    kind, changes = FAMILIES[name]
+    model = adapted(kind, targets=TARGETS.get(kind, ["q_proj", "v_proj"]), changes=changes)
+    base, tiles = model.get_base_model(), Mock(wraps=rowwise.attend_in_tiles)
+    monkeypatch.setattr(rowwise, "attend_in_tiles", tiles)
+    own = base.config._attn_implementation
+    for batch in (flatten(rows()), dict(pad(rows(), 0)), flatten(rows()[:1])):
+        loss, gradients = step(model, batch)
+        rowwise.register(base, own)
+        again, others = step(model, batch)
+        base.set_attn_implementation(own)
+        assert again == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
+    assert tiles.call_count == 3 * base.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", ["gemma2, which caps its scores", "gpt_oss, which has sinks"])
+def test_attention_that_drops_out_is_that_of_the_model(name: str) -> None:
+    """Where torch has no such attention: the model's own function, row by row."""
+    kind, changes = FAMILIES[name]
+    model = adapted(kind, targets=["q_proj", "v_proj"], changes={**changes, "attention_dropout": 1e-9})
+    for batch in (flatten(rows()), dict(pad(rows(), 0))):
+        loss, gradients = step(model, batch)
+        with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
+            assert "attention" in fallbacks and kernels.attends_by_rows(model)
+            again, others = step(model, batch)
+        assert again == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
 
 
 CHUNKED = {
@@ -160,8 +204,6 @@ def test_attention_that_drops_out_does_so() -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma2, which caps its scores": ("gemma2", {}),
-    "gpt_oss, which has sinks": ("gpt_oss", {"num_local_experts": 2}),
     "bloom, which has biases": ("bloom", {"n_layer": 2, "n_head": 4}),
 }
 
@@ -184,9 +226,9 @@ def windows(sequence: int, head: int, query: Tensor, key: Tensor) -> Tensor:
     return (key <= query) & (key > query - 300)
 
 
-MASKS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[list[int], int] | None]] = {
-    "causal": (lambda s, h, q, k: k <= q, {}, ([500], 500)),
-    "rows": (lambda s, h, q, k: (k <= q) & ((k < 200) == (q < 200)), {}, ([200, 300], 500)),
+MASKS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[list[int], int | None] | None]] = {
+    "causal": (lambda s, h, q, k: k <= q, {}, ([500], None)),
+    "rows": (lambda s, h, q, k: (k <= q) & ((k < 200) == (q < 200)), {}, ([200, 300], None)),
     "a window": (windows, {"local_size": 300}, ([500], 300)),
     "chunks": (lambda s, h, q, k: (k <= q) & (k // 300 == q // 300), {"local_size": 300}, ([300, 200], 300)),
     "a window of another size": (windows, {"local_size": 301}, None),

@@ -14,30 +14,35 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from loratune.kernels import gpu, masks, reference, replacements, rowwise
 from loratune.kernels.attention import Layout, PerBatch
 from loratune.kernels.fused_ops import fused_ops, refusal
-from loratune.kernels.loss import LossHead
-from loratune.kernels.masks import Sight
-from loratune.kernels.parity_check import LONG_ROWS, ParityCheck, computes_trees, evaluating
+from loratune.kernels.loss import LossHead, Scaling, output_layer
+from loratune.kernels.masks import AttentionSurvey, Sight
+from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees
 from loratune.kernels.recognition import form_of
 from loratune.kernels.replacements import Reader, restore
-from loratune.kernels.upstream import attn_implementation, is_fake
+from loratune.kernels.upstream import attn_implementation
 
 _log = logging.getLogger(__name__)
 
-ATTENTION, ATTENTION_WITHOUT_ROTARY, GATED, NORM = "attention", "attention without positions", "gated", "norm"
-"""The forms of replacements, as the list of checked layers names them."""
+ATTENTION: dict[str, dict[str, Any]] = {
+    "attention": {}, "attention without positions": {"rotary": False}, "attention whose norms add 1": {"added": 1.0},
+}  # fmt: skip
+GATED: dict[str, dict[str, Any]] = {"gated": {}, "gated by GELU": {"activation": reference.GELU}}
+EXPERTS: dict[str, dict[str, Any]] = {"experts": {}, "experts gated by GELU": {"activation": reference.GELU}}
+NORM: dict[str, dict[str, Any]] = {"norm": {}, "norm that adds 1": {"added": 1.0}}
+"""The forms of replacements, as the list of checked layers names them, and what they are made with."""
 UNMASKED = "loratune"
 """The attention implementation of a model all of whose layers of attention are replaced."""
 ALL_LAYERS = "all layers"
 """What is not accelerated where no process holds whole layers."""
 KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
 """The kinds of layers that are replaced, and how the names of such layers end."""
+LORA = "LoRA"
+"""The kind of linear layers with LoRA in layers that are not replaced."""
 
 Factory = Callable[[], nn.Module | None]
 """Makes the replacement of a layer; None: it has none."""
@@ -91,7 +96,7 @@ def accelerate(model: Any, reader: Reader, *, sharded: bool = False) -> Accelera
     with _restored(model.get_base_model()) as (base, replaced):
         replace = _replace if base.device.type == "cpu" else gpu.replace
         steps, fallbacks = replace(base, reader, replaced)
-        head = _head(base)
+        head = output_layer(base)
     if head is None:
         reason = "the output layer is trained, or the model does something else with its output than to return it"
         return Acceleration({**fallbacks, "loss": reason}, steps)
@@ -137,6 +142,11 @@ def tree_refusal(model: Any) -> str | None:
     if any(map(_drops_out, model.modules())):
         return "drops out values in training (as with lora_dropout above 0), and rows would share the mask of a prefix"
     return None if computes_trees(base) else "computes something else for rows that share a prefix"
+
+
+def _drops_out_within(attention: nn.Module) -> bool:
+    """Whether a layer of attention drops out weights."""
+    return any(map(_drops_out, (attention, *attention.children())))
 
 
 def _drops_out(module: nn.Module) -> bool:
@@ -187,15 +197,15 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
     Returns:
         The steps that replace them again, and the kinds of layers that are not accelerated, with why not.
     """
-    check, weight = ParityCheck(base), base.get_input_embeddings().weight
-    survey = masks.survey(base)
-    kinds, reasons = list[_Kind](), dict.fromkeys(KINDS, "the model does not run on packed rows")
-    if check.runs:
-        kinds, reasons = _kinds(base, reader, survey.sights, stock_masks=survey.stock_masks)
-        kinds = [kind for kind in kinds if kind.layers]
+    survey, weight = masks.survey(base), base.get_input_embeddings().weight
+    kinds, reasons = _kinds(base, reader, survey)
     is_compiled = fused_ops(weight) is not reference
     if not is_compiled:
         kinds = [kind for kind in kinds if kind.name != "attention"]  # torch's own is faster than the reference.
+    kinds.append(_lora(base, reader, kinds))
+    check = ParityCheck(base, LONG_ROWS if any(kind.windows for kind in kinds) else ROWS)
+    if not check.runs:
+        kinds, reasons = [], dict.fromkeys(KINDS, "the model does not run on packed rows")
     for kind in kinds:
         replaced += kind.replace(base)
     if kinds and not check.passes():
@@ -208,9 +218,12 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
         kinds = equal
     steps: list[Step] = [kind.replace for kind in kinds]
     own_attention = check.runs and survey.stock_masks and not any(kind.name == "attention" for kind in kinds)
+    implementation = attn_implementation(base)
     if own_attention and rowwise.attend_by_rows(base, ParityCheck(base, LONG_ROWS).passes):
-        steps.append(_register_rowwise)
+        steps.append(partial(_register_rowwise, implementation))
     complete = {kind.name for kind in kinds if kind.complete}
+    if rowwise.attends_by_rows(base) and _all_fit(base, survey):
+        complete.add("attention")
     fallbacks = {name: reason for name, reason in reasons.items() if name not in complete}
     if not is_compiled:  # torch computes what would be fused operations.
         fallbacks.pop("norms", None)
@@ -223,14 +236,17 @@ class _Kind:
     """Layers that are replaced together, or not at all.
 
     Attributes:
-        name: One of `KINDS`.
+        name: One of `KINDS`, or `LORA`.
         layers: Path and module of each, and what makes its replacement, of its weights and adapter at that time.
+        windows: Layers of attention that are not replaced, but call our attention function: how many tokens a token
+            attends to at most, in each of them.
         complete: Whether these are all layers of their kind.
         implementation: The model's own attention implementation.
     """
 
     name: str
     layers: list[tuple[str, nn.Module, Factory]]
+    windows: dict[nn.Module, int | None]
     complete: bool
     implementation: str
 
@@ -241,11 +257,9 @@ class _Kind:
             yield name, module
             base.set_submodule(name, replacement.train(module.training))
         if self.name == "attention" and self.complete:
-            AttentionInterface.register(UNMASKED, _unreachable)
-            AttentionMaskInterface.register(UNMASKED, gpu.no_mask)
-            base.set_attn_implementation(UNMASKED)
+            rowwise.register_by_positions(base, UNMASKED, self.windows)
         elif self.name == "attention":
-            rowwise.register(base)  # For the other layers of attention.
+            rowwise.register(base, self.implementation)  # For the other layers of attention.
 
     def undo(self, base: Any) -> None:
         restore(base, [(name, module) for name, module, _ in self.layers])
@@ -261,28 +275,54 @@ class _Kind:
         return False
 
 
-def _kinds(
-    base: Any, reader: Reader, sights: Mapping[nn.Module, Sight], *, stock_masks: bool
-) -> tuple[list[_Kind], dict[str, str]]:
+def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Kind], dict[str, str]]:
     """The layers that could be replaced, by their classes and masks; and for each kind, why not all of them."""
-    layouts = PerBatch(Layout.of)
+    layouts, sights = PerBatch(Layout.of), survey.sights
     layers: dict[str, list[tuple[str, nn.Module, Factory]]] = {kind: [] for kind in KINDS}
-    others: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    windows: dict[nn.Module, int | None] = {}
+    others: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
     for name, module in list(base.get_decoder().named_modules(prefix=_decoder_path(base))):
         kind_by_name = next((kind for kind, ending in KINDS.items() if name.endswith(ending)), "")
         kind, factory = _factory(module, reader, sights.get(module), layouts)
+        if name.endswith(".base_layer"):  # PEFT computes around it, as with LoRA on stacked experts.
+            continue
         if factory() is not None:
             layers[kind].append((name, module, factory))
+        elif module in sights and sights[module].placed and not _drops_out_within(module):
+            windows[module] = sights[module].window
         elif kind_by_name or module in sights:
-            others[kind_by_name or "attention"].append(_why_not(module, sights.get(module)))
+            others[kind_by_name or "attention"][name] = _why_not(module, sights.get(module))
     implementation = attn_implementation(base)
-    kinds = [
-        _Kind(name, members, complete=bool(members) and not others[name], implementation=implementation)
-        for name, members in layers.items()
+    kinds, reasons = [], {}
+    for name, members in layers.items():
+        rest = windows if name == "attention" else {}
+        paths = {path for path, _, _ in members}
+        missed = {reason for one, reason in others[name].items() if f"{one}.experts" not in paths}  # Else a router.
+        reasons[name] = "; ".join(sorted(missed)) or "no such layer was found"
+        complete = bool(members or rest) and not missed
+        # Attention that is neither replaced nor given positions can go row by row.
+        if complete or (members and (name != "attention" or (implementation in rowwise.STOCK and survey.stock_masks))):
+            kinds.append(_Kind(name, members, rest, complete=complete, implementation=implementation))
+    return kinds, reasons
+
+
+def _lora(base: Any, reader: Reader, kinds: Sequence[_Kind]) -> _Kind:
+    """Linear layers with LoRA in layers that are not replaced."""
+    replaced = tuple(f"{name}." for kind in kinds for name, _, _ in kind.layers)
+    layers: list[tuple[str, nn.Module, Factory]] = [
+        (name, module, partial(replacements.replace_linear, module, reader))
+        for name, module in base.named_modules()
+        if not f"{name}.".startswith(replaced) and (part := reader(module)) is not None and part.down is not None
     ]
-    rest_by_rows = implementation == "sdpa" and stock_masks  # Attention that is not replaced can go row by row.
-    reasons = {name: "; ".join(dict.fromkeys(found)) or "no such layer was found" for name, found in others.items()}
-    return [kind for kind in kinds if kind.complete or kind.name != "attention" or rest_by_rows], reasons
+    return _Kind(LORA, layers, {}, complete=bool(layers), implementation=attn_implementation(base))
+
+
+def _all_fit(base: Any, survey: AttentionSurvey) -> bool:
+    """Whether the kernel computes attention within rows in all layers that are not replaced."""
+    ending = KINDS["attention"]
+    modules = [module for name, module in base.get_decoder().named_modules() if name.endswith(ending)]
+    rest = [module for module in {*modules, *survey.modules} if not isinstance(module, replacements.Replacement)]
+    return all(module in survey.fitting and not _drops_out_within(module) for module in rest)
 
 
 def _why_not(module: nn.Module, sight: Sight | None) -> str:
@@ -290,7 +330,7 @@ def _why_not(module: nn.Module, sight: Sight | None) -> str:
     name, form = type(module).__name__, form_of(module)
     if form is None:
         return f"{name}, as this model sets it up, was not compared with a kernel"
-    if form in (ATTENTION, ATTENTION_WITHOUT_ROTARY) and sight is None:
+    if form in ATTENTION and sight is None:
         return f"{name} has a mask, or an attention function, that no kernel knows"
     return f"{name} has weights, or an adapter, that no kernel knows"
 
@@ -303,54 +343,25 @@ def _decoder_path(base: Any) -> str:
 def _factory(module: nn.Module, reader: Reader, sight: Sight | None, layouts: PerBatch[Layout]) -> tuple[str, Factory]:
     """The kind of a layer, and what makes its replacement."""
     form = form_of(module)
-    if form == GATED:
-        return "feed-forward layers", partial(replacements.replace_gated, module, reader)
-    if form == NORM:
-        return "norms", partial(replacements.replace_norm, module)
-    if form in (ATTENTION, ATTENTION_WITHOUT_ROTARY) and sight is not None:
-        rotary = form == ATTENTION
-        return "attention", partial(replacements.replace_attention, module, reader, sight, layouts, rotary=rotary)
+    if form in GATED:
+        return "feed-forward layers", partial(replacements.replace_gated, module, reader, **GATED[form])
+    if form in EXPERTS:
+        return "feed-forward layers", partial(replacements.replace_experts, module, **EXPERTS[form])
+    if form in NORM:
+        return "norms", partial(replacements.replace_norm, module, **NORM[form])
+    if form in ATTENTION and sight is not None:
+        options = ATTENTION[form]
+        return "attention", partial(replacements.replace_attention, module, reader, sight, layouts, **options)
     return "", lambda: None
 
 
-def _register_rowwise(base: Any) -> Replaced:
-    """Have the model's own attention go row by row; no layer is replaced."""
-    rowwise.register(base)
+def _register_rowwise(own: str, base: Any) -> Replaced:
+    """Have the model's own attention go row by row; no layer is replaced. own: its attention implementation."""
+    rowwise.register(base, own)
     return []
 
 
-def _replace_head(name: str, head: nn.Linear, base: Any) -> Replaced:
+def _replace_head(name: str, head: nn.Linear, scaling: Scaling, base: Any) -> Replaced:
     """Have the output layer compute the loss."""
-    base.set_submodule(name, LossHead(head))
+    base.set_submodule(name, LossHead(head, scaling))
     return [(name, head)]
-
-
-def _head(base: PreTrainedModel) -> tuple[str, nn.Linear] | None:
-    """The output layer, if it is a frozen linear one and its output is what the model returns."""
-    head = base.get_output_embeddings()
-    names = [name for name, module in base.named_modules() if module is head]
-    if type(head) is not nn.Linear or not names or any(weight.requires_grad for weight in head.parameters()):
-        return None
-    return (names[0], head) if _returns_output_of(base, head) else None
-
-
-@torch.no_grad()
-def _returns_output_of(base: PreTrainedModel, head: nn.Linear) -> bool:
-    """Whether logits are the output of this layer and nothing else; not if the model does not run on bare ids."""
-    ids = torch.arange(8, device=base.device).view(1, -1) % base.config.get_text_config().vocab_size
-    outputs: list[Tensor] = []
-    hook = head.register_forward_hook(lambda _head, _inputs, output: outputs.append(output))
-    try:
-        with evaluating(base):
-            hidden = base.get_decoder()(ids, use_cache=False).last_hidden_state
-            logits = base(ids, use_cache=False).logits
-            return logits is outputs[0] if is_fake(logits) else torch.equal(logits, head(hidden))
-    except Exception:
-        _log.debug("the loss is left to the model, which does not run on bare ids", exc_info=True)
-        return False
-    finally:
-        hook.remove()
-
-
-def _unreachable(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("a layer of attention is not replaced")

@@ -193,11 +193,18 @@ def _keys(
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """RMS norms of the heads of queries and keys, as in Qwen3. query, key: the weights, (head size,)."""
+    """RMS norms of the heads of queries and keys, as in Qwen3.
+
+    Attributes:
+        query: The weight, (head size,).
+        key: The same.
+        epsilon, added: See `reference.rms_norm`.
+    """
 
     query: Tensor
     key: Tensor
     epsilon: float
+    added: float
 
     def forward(self, joined: Tensor, columns: Sequence[int], ops: FusedOps) -> tuple[Tensor, list[Tensor]]:
         """joined: (tokens, sum of columns); columns: how many are of queries, keys and values.
@@ -208,7 +215,7 @@ class HeadNorms:
         saved, normalized = [], []
         for x, weight in ((query, self.query), (key, self.key)):
             heads = x.reshape(-1, len(weight))
-            y, inverse = ops.rms_norm(heads, weight, self.epsilon)
+            y, inverse = ops.rms_norm(heads, weight, self.epsilon, self.added)
             normalized.append(y.view(x.shape))
             saved += [heads, inverse]
         return torch.cat([*normalized, value], 1), saved
@@ -217,7 +224,7 @@ class HeadNorms:
         """The gradient of `joined`."""
         query, key, value = torch.split(djoined, list(columns), 1)
         gradients = [
-            ops.rms_norm_backward(dy.reshape(x.shape), x, weight, inverse).view(dy.shape)
+            ops.rms_norm_backward(dy.reshape(x.shape), x, weight, inverse, self.added).view(dy.shape)
             for dy, weight, x, inverse in ((query, self.query, *saved[:2]), (key, self.key, *saved[2:]))
         ]
         return torch.cat([*gradients, value], 1)
@@ -235,6 +242,7 @@ class SelfAttention:
         size: The size of every head.
         scale: Of the scores.
         norms: Norms of the heads of queries and keys.
+        cap: The bound that scores approach; 0 for none.
     """
 
     joined: Projection
@@ -245,6 +253,7 @@ class SelfAttention:
     scale: float
     ops: FusedOps
     norms: "HeadNorms | None" = None
+    cap: float = 0.0
 
     def __call__(self, x: Tensor, cosine: Tensor, sine: Tensor, layout: Layout, *, training: bool) -> Tensor:
         """x: (tokens, in); cosine, sine: (tokens, size) float32. Returns (tokens, out)."""
@@ -271,7 +280,8 @@ class _SelfAttentionFunction(torch.autograd.Function):
         if layer.norms is not None:
             joined, norms_saved = layer.norms.forward(joined, layer.columns, layer.ops)
         query, key, value = layer.ops.split_heads(joined, cosine, sine, layer.groups, layer.heads)
-        result, total = layer.ops.attend(query, key, value, layout.spans, layout.keys, layout.tiles, layer.scale)
+        around = layout.spans, layout.keys, layout.tiles, layer.scale, layer.cap
+        result, total = layer.ops.attend(query, key, value, *around)
         y, out_lora = layer.out.forward(result, training, parameters[count:])
         ctx.layer, ctx.layout = layer, layout
         parts = [norms_saved, *(lora.tensors() if lora else [] for lora in (joined_lora, out_lora))]
@@ -288,8 +298,8 @@ class _SelfAttentionFunction(torch.autograd.Function):
         joined_lora, out_lora = (SavedLora.of(part) if part else None for part in loras)
         dresult, out_gradients = layer.out.backward(dy, result, out_lora, needs_dx=True)
         layout = ctx.layout
-        attended = (result, total, query, key, value, layout.spans, layout.keys, layout.tiles)
-        dheads = layer.ops.attend_backward(dresult, *attended, layer.scale)
+        around = layout.spans, layout.keys, layout.tiles, layer.scale, layer.cap
+        dheads = layer.ops.attend_backward(dresult, result, total, query, key, value, *around)
         djoined = layer.ops.join_heads(*dheads, cosine, sine)
         if layer.norms is not None:
             djoined = layer.norms.backward(djoined, layer.columns, norms_saved, layer.ops)

@@ -84,7 +84,7 @@ class CompiledOps:
     def __init__(self, functions: ctypes.CDLL, dtype: torch.dtype):
         self._functions, self._dtype = functions, dtype
 
-    def _call(self, name: str, outputs: Sequence[Tensor], *inputs: Tensor | float) -> Any:
+    def _call(self, name: str, outputs: Sequence[Tensor], *inputs: Tensor | float | None) -> Any:
         """Call a function of the library. Outputs are its first arguments; it writes into them.
 
         Nothing is computed for fake tensors: their shapes are all there is.
@@ -96,7 +96,7 @@ class CompiledOps:
             raise ValueError(f"{name} needs contiguous tensors on the CPU")
         return getattr(self._functions, name)(*map(_c_argument, (*outputs, *inputs)))
 
-    def _call_with_scratch(self, name: str, outputs: Sequence[Tensor], *inputs: Tensor | float) -> None:
+    def _call_with_scratch(self, name: str, outputs: Sequence[Tensor], *inputs: Tensor | float | None) -> None:
         """Call a function that allocates memory of its own. Raises MemoryError: there is none."""
         if self._call(name, outputs, *inputs):
             raise MemoryError(f"out of memory in {name}")
@@ -104,32 +104,34 @@ class CompiledOps:
     def _contiguous(self, *tensors: Tensor) -> list[Tensor]:
         return [_checked(tensor, self._dtype) for tensor in tensors]
 
-    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float, added: float = 0.0) -> tuple[Tensor, Tensor]:
         """See `reference.rms_norm`."""
         x, weight = self._contiguous(x, weight)
         y, inverse = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        self._call("rms_norm", [y, inverse], x, weight, float(epsilon), inverse.numel(), x.shape[-1])
+        sizes = inverse.numel(), x.shape[-1]
+        self._call("rms_norm", [y, inverse], x, weight, float(epsilon), float(added), *sizes)
         return y, inverse
 
-    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, added: float = 0.0) -> Tensor:
         """See `reference.rms_norm_backward`."""
         (dy, x, weight), inverse = self._contiguous(dy, x, weight), _checked(inverse, torch.float32)
         dx = x.new_empty(x.shape)
-        self._call("rms_norm_backward", [dx], dy, x, weight, inverse, inverse.numel(), x.shape[-1])
+        self._call("rms_norm_backward", [dx], dy, x, weight, inverse, float(added), inverse.numel(), x.shape[-1])
         return dx
 
-    def swiglu(self, both: Tensor) -> Tensor:
+    def swiglu(self, both: Tensor, linear: float = 1.0, cubic: float = 0.0) -> Tensor:
         """See `reference.swiglu`."""
         (both,), size = self._contiguous(both), both.shape[-1] // 2
         y = both.new_empty(*both.shape[:-1], size)
-        self._call("swiglu", [y], both, y.numel() // size, size)
+        self._call("swiglu", [y], both, float(linear), float(cubic), y.numel() // size, size)
         return y
 
-    def swiglu_backward(self, dy: Tensor, both: Tensor) -> Tensor:
+    def swiglu_backward(self, dy: Tensor, both: Tensor, linear: float = 1.0, cubic: float = 0.0) -> Tensor:
         """See `reference.swiglu_backward`."""
         dy, both = self._contiguous(dy, both)
         dboth, size = both.new_empty(both.shape), both.shape[-1] // 2
-        self._call("swiglu_backward", [dboth], dy, both, both.numel() // (2 * size), size)
+        sizes = both.numel() // (2 * size), size
+        self._call("swiglu_backward", [dboth], dy, both, float(linear), float(cubic), *sizes)
         return dboth
 
     def split_heads(
@@ -152,21 +154,23 @@ class CompiledOps:
         return joined
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor, keys: Tensor, tiles: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+        self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor, keys: Tensor, tiles: Tensor, scale: float,
+        cap: float = 0.0, sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See `reference.attend`."""
         query, key, value = self._contiguous(query, key, value)
         layout = _checked(spans, torch.int32), _checked(keys, torch.int32), _checked(tiles, torch.int64)
         groups, tokens, heads, size = query.shape
         totals = query.new_empty(groups, tokens, heads, dtype=torch.float32)
         outputs = [query.new_empty(tokens, groups * heads * size), totals]
-        sizes = (tokens, groups, heads, size)
-        self._call_with_scratch("attend", outputs, query, key, value, *layout, len(tiles), float(scale), *sizes)
+        sinks = None if sinks is None else _checked(sinks, torch.float32)
+        inputs = (query, key, value, *layout, len(tiles), float(scale), float(cap), sinks)
+        self._call_with_scratch("attend", outputs, *inputs, tokens, groups, heads, size)
         return outputs[0], outputs[1]
 
     def attend_backward(
         self, gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
-        spans: Tensor, keys: Tensor, tiles: Tensor, scale: float,
+        spans: Tensor, keys: Tensor, tiles: Tensor, scale: float, cap: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See `reference.attend_backward`."""
         gradient, result, query, key, value = self._contiguous(gradient, result, query, key, value)
@@ -175,7 +179,7 @@ class CompiledOps:
         groups, tokens, heads, size = query.shape
         sums = (query.new_zeros(groups, tokens, size, dtype=torch.float32) for _ in range(2))
         outputs = [query.new_empty(query.shape), *sums]
-        inputs = (gradient, result, total, query, key, value, *layout, len(tiles), float(scale))
+        inputs = (gradient, result, total, query, key, value, *layout, len(tiles), float(scale), float(cap))
         self._call_with_scratch("attend_backward", outputs, *inputs, tokens, groups, heads, size)
         dquery, dkey, dvalue = outputs
         return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
@@ -212,8 +216,8 @@ def _angles(cosine: Tensor, sine: Tensor) -> list[Tensor]:
     return [tensor.float().contiguous() for tensor in (cosine, sine)]
 
 
-def _c_argument(argument: Tensor | float) -> Any:
+def _c_argument(argument: Tensor | float | None) -> Any:
     """A pointer, a float or a 64-bit integer."""
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)

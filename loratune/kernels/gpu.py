@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from loratune.codes import Code
 from loratune.errors import ModelError, Problem
-from loratune.kernels import attention, upstream
+from loratune.kernels import attention, rowwise, upstream
 from loratune.kernels.attention import VarlenAttention
 from loratune.kernels.lora_linear import Adapted
 from loratune.kernels.parity_check import ParityCheck
@@ -62,7 +62,7 @@ def _replace_linear(reader: Reader, base: Any) -> Iterator[tuple[str, nn.Module]
 
 def _register_attention(function: VarlenAttention, base: Any) -> Layers:
     AttentionInterface.register(attention.VARLEN, function)
-    AttentionMaskInterface.register(attention.VARLEN, no_mask)
+    AttentionMaskInterface.register(attention.VARLEN, rowwise.no_mask)
     base.set_attn_implementation(attention.VARLEN)
     return ()
 
@@ -84,10 +84,6 @@ def has_windows(config: Any) -> bool:
     """Whether a configuration limits what some layers attend to, by a window or by chunks."""
     settings = config.get_text_config().to_dict()
     return bool(settings.get("sliding_window") or settings.get("attention_chunk_size"))
-
-
-def no_mask(*_: Any, **__: Any) -> None:
-    """A mask function of transformers that makes none: every layer reads the rows from the positions."""
 
 
 def use_liger(model: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loratune.kernels import upstream
+from loratune.kernels import reference, upstream
 from loratune.kernels.fused_ops import fused_ops
 from loratune.kernels.reference import FusedOps
 
@@ -176,6 +176,29 @@ def _apply_mask(mask: Tensor, scale: float, x: Tensor) -> Tensor:
     return (x * mask).mul_(scale)
 
 
+def project(x: Tensor, layer: Projection, *, training: bool) -> Tensor:
+    """The product of a projection alone, with its gradients. x: (..., in). Returns (..., out)."""
+    apply: Any = _ProjectionFunction.apply
+    result: Tensor = apply(x.reshape(-1, x.shape[-1]), layer, training, *layer.parameters())
+    return result.view(*x.shape[:-1], -1)
+
+
+class _ProjectionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Projection, training: bool, *parameters: Tensor) -> Tensor:
+        y, lora = layer.forward(x, training, parameters)
+        ctx.layer = layer
+        ctx.save_for_backward(*([x, *lora.tensors()] if lora else []))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, *lora = ctx.saved_tensors or (None,)
+        saved = SavedLora.of(lora) if lora else None
+        dx, gradients = ctx.layer.backward(dy, x, saved, needs_dx=ctx.needs_input_grad[0])
+        return dx, None, None, *gradients
+
+
 class RowsMixedError(ValueError):
     """A layer does not take the rows of a batch one by one, as where a router sends tokens to experts."""
 
@@ -284,11 +307,12 @@ def inference_lora(model: Any, *readers: Reader, rows: Sequence[int] = (0,)) -> 
 
 @dataclass(frozen=True)
 class GatedLayer:
-    """down(silu(gate(x)) * up(x)). joined: gate and up as one product."""
+    """down(silu(gate(x)) * up(x)), or with another activation. joined: gate and up as one product."""
 
     joined: Projection
     down: Projection
     ops: FusedOps
+    activation: tuple[float, float] = reference.SILU
 
     def __call__(self, x: Tensor, *, training: bool) -> Tensor:
         """x: (tokens, in). Returns (tokens, out)."""
@@ -303,7 +327,7 @@ class _GatedLayerFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: GatedLayer, training: bool, *parameters: Tensor) -> Tensor:
         count = len(layer.joined.parameters())
         both, joined_lora = layer.joined.forward(x, training, parameters[:count])
-        gated = layer.ops.swiglu(both)
+        gated = layer.ops.swiglu(both, *layer.activation)
         y, down_lora = layer.down.forward(gated, training, parameters[count:])
         joined_saved, down_saved = (lora.tensors() if lora else [] for lora in (joined_lora, down_lora))
         ctx.layer, ctx.split = layer, len(joined_saved)
@@ -317,27 +341,27 @@ class _GatedLayerFunction(torch.autograd.Function):
         parts = saved[: ctx.split], saved[ctx.split :]
         joined_lora, down_lora = (SavedLora.of(part) if part else None for part in parts)
         dgated, down_gradients = layer.down.backward(dy, gated, down_lora, needs_dx=True)
-        dboth = layer.ops.swiglu_backward(dgated, both)
+        dboth = layer.ops.swiglu_backward(dgated, both, *layer.activation)
         dx, joined_gradients = layer.joined.backward(dboth, x, joined_lora, needs_dx=ctx.needs_input_grad[0])
         return dx, None, None, *joined_gradients, *down_gradients
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, ops: FusedOps) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, ops: FusedOps, added: float = 0.0) -> Tensor:
     """`reference.rms_norm` with a frozen weight. x: (..., size); weight: (size,). Returns (..., size)."""
     apply: Any = _RMSNorm.apply
-    result: Tensor = apply(x, weight, epsilon, ops)
+    result: Tensor = apply(x, weight, epsilon, ops, added)
     return result
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, ops: FusedOps) -> Tensor:
-        y, inverse = ops.rms_norm(x, weight, epsilon)
-        ctx.ops = ops
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, ops: FusedOps, added: float) -> Tensor:
+        y, inverse = ops.rms_norm(x, weight, epsilon, added)
+        ctx.ops, ctx.added = ops, added
         ctx.save_for_backward(x, weight, inverse)
         result: Tensor = y
         return result
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return ctx.ops.rms_norm_backward(dy, *ctx.saved_tensors), None, None, None
+        return ctx.ops.rms_norm_backward(dy, *ctx.saved_tensors, ctx.added), None, None, None, None

@@ -1,6 +1,8 @@
 """The loss over supervised positions only, without keeping their logits, and norms of gradients."""
 
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,9 +11,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from loratune.kernels.fused_ops import fused_ops
+from loratune.kernels.parity_check import evaluating
+from loratune.kernels.upstream import is_fake
+
+_log = logging.getLogger(__name__)
 
 CHUNK = 512
 """Positions whose logits are in memory at once."""
+_LARGEST = 200.0
+"""The largest number that is tried as an output of the output layer."""
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +38,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     targets = labels[:, 1:]
     supervised = targets >= 0
     if logits.shape == (1, 1, 1):
-        return logits.view(()), supervised.sum()
+        return logits.as_subclass(Tensor).view(()), supervised.sum()
     scores = logits[:, :-1][supervised].float()
     return functional.cross_entropy(scores, targets[supervised], reduction="sum"), supervised.sum()
 
@@ -72,6 +80,50 @@ def row_losses(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
     return sums.index_add_(0, supervised.nonzero()[:, 0].cpu(), losses.cpu().double())
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """What a model does with the output of its output layer. Numbers are rounded as in the model.
+
+    Attributes:
+        scale: What it is multiplied by.
+        cap: The bound that it then approaches by a tanh; 0 for none.
+    """
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Any) -> "Scaling":
+        """As the configuration of a decoder names it: Cohere's, Granite's and Gemma's."""
+        divisor = getattr(settings, "logits_scaling", None) or 1.0
+        scale = (getattr(settings, "logit_scale", None) or 1.0) / divisor
+        return cls(scale, getattr(settings, "final_logit_softcapping", None) or 0.0)
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, in place where there is no cap; and what `backward` needs."""
+        logits = logits.mul_(self.scale) if self.scale != 1 else logits
+        if not self.cap:
+            return logits, None
+        bounded = logits.div_(self.cap).tanh_()
+        return bounded * self.cap, bounded
+
+    def backward(self, gradient: Tensor, bounded: Tensor | None) -> Tensor:
+        """The gradient of the output of the output layer."""
+        if bounded is not None:
+            gradient = torch.ops.aten.tanh_backward(gradient, bounded)
+        return gradient.mul_(self.scale) if self.scale != 1 else gradient
+
+
+class _ScaledLoss(Tensor):
+    """A loss in the place of logits, which passes unchanged through what the model does with these: see `Scaling`."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("mul", "div", "tanh"):
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
 class LossHead(nn.Module):
     """Replaces a frozen output layer, and computes the loss when labels are set.
 
@@ -81,14 +133,15 @@ class LossHead(nn.Module):
 
     Attributes:
         head: The output layer.
+        scaling: What the model does with its output.
         labels: Of the next batch, (rows, length), -100 where nothing is supervised.
         places: Where in its hidden states, row after row, the tokens stand that the labels belong to: of the shape of
             the labels. None: in that order.
     """
 
-    def __init__(self, head: nn.Linear):
+    def __init__(self, head: nn.Linear, scaling: Scaling):
         super().__init__()
-        self.head = head
+        self.head, self.scaling = head, scaling
         self.labels: Tensor | None = None
         self.places: Tensor | None = None
 
@@ -113,25 +166,27 @@ class LossHead(nn.Module):
             (numbers, targets), counts = torch.unique(pairs, dim=1, return_counts=True)
             states = hidden.flatten(0, 1).index_select(0, numbers)  # Its gradient is added up in a fixed order.
         apply: Any = _HeadLoss.apply
-        loss: Tensor = apply(states, self.head.weight, self.head.bias, targets, counts)
-        return loss.view(1, 1, 1)
+        loss: Tensor = apply(states, self.head.weight, self.head.bias, targets, counts, self.scaling)
+        loss = loss.view(1, 1, 1)
+        return loss if self.scaling == Scaling() else loss.as_subclass(_ScaledLoss)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor | None
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor | None,
+        scaling: Scaling,
+    ) -> Tensor:  # fmt: skip
         ops = fused_ops(hidden)
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = functional.linear(hidden[rows], weight, bias)
+            logits, bounded = scaling.forward(functional.linear(hidden[rows], weight, bias))
             losses = ops.cross_entropy(logits, targets[rows])
             total += losses.sum() if counts is None else losses @ counts[rows].float()
             if gradient is not None:
-                torch.mm(logits, weight, out=gradient[rows])
+                torch.mm(scaling.backward(logits, bounded), weight, out=gradient[rows])
         if gradient is not None and counts is not None:
             gradient *= counts[:, None]
         ctx.save_for_backward(gradient)
@@ -140,7 +195,51 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * doutput, None, None, None, None
+        return gradient * doutput, None, None, None, None, None
+
+
+def output_layer(base: Any) -> tuple[str, nn.Linear, Scaling] | None:
+    """The output layer, if it is a frozen linear one, and what the model does with its output before it returns it."""
+    head = base.get_output_embeddings()
+    names = [name for name, module in base.named_modules() if module is head]
+    if type(head) is not nn.Linear or not names or any(weight.requires_grad for weight in head.parameters()):
+        return None
+    scaling = _scaling(base, head)
+    return (names[0], head, scaling) if scaling is not None else None
+
+
+@torch.no_grad()
+def _scaling(base: Any, head: nn.Linear) -> Scaling | None:
+    """What a model does with the output of this layer; None if it is something else, or if it does not run on bare ids.
+
+    It is found out from numbers in place of the output, which reach far beyond every cap.
+    """
+    config = base.config.get_text_config()
+    named = Scaling.of(config)
+    ids = torch.arange(8, device=base.device).view(1, -1) % config.vocab_size
+    outputs: list[Tensor] = []
+
+    def replace(_head: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        wide = torch.linspace(-_LARGEST, _LARGEST, output.numel(), device=output.device).view_as(output).to(output)
+        outputs.extend([output, wide.clone(), wide])
+        return wide
+
+    hook = head.register_forward_hook(replace)
+    try:
+        with evaluating(base):
+            hidden = base.get_decoder()(ids, use_cache=False).last_hidden_state
+            logits = base(ids, use_cache=False).logits
+        hook.remove()
+        output, wide, given = outputs
+        if is_fake(logits):
+            return named if logits is given or named != Scaling() else None
+        choices = (Scaling(), named) if torch.equal(output, head(hidden)) else ()
+        return next((one for one in choices if torch.equal(one.forward(wide.clone())[0], logits)), None)
+    except Exception:
+        _log.debug("the loss is left to the model, which does not run on bare ids", exc_info=True)
+        return None
+    finally:
+        hook.remove()
 
 
 def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:

@@ -31,7 +31,7 @@ KNOWN_ARGUMENTS = frozenset({
     "output_hidden_states", "use_cache", "return_dict", "position_embeddings", "logits_to_keep", "labels",
     "num_items_in_batch", "input_ids", "inputs_embeds",
 })  # fmt: skip
-"""Arguments of attention that change no result, or that `Sight` holds."""
+"""Arguments of attention that change no result, or that `Sight` holds, besides `softcap` and `s_aux`."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,12 @@ class Sight:
         window: How many tokens a token attends to at most, itself included; None: any number.
         heads: Heads of queries.
         groups: Heads of keys and values.
-        size: The size of every head.
+        size: The size of every head of queries and keys.
         scale: Of the scores.
+        cap: The bound that scores approach; 0 for none.
+        value_size: The size of every head of values.
+        sinks: Whether heads have a score that takes its share of the weights and gives nothing.
+        placed: Whether the attention function is given the positions of the tokens.
     """
 
     window: int | None
@@ -51,6 +55,15 @@ class Sight:
     groups: int
     size: int
     scale: float
+    cap: float = 0.0
+    value_size: int = 0
+    sinks: bool = False
+    placed: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all heads have the same size and no sinks."""
+        return self.value_size == self.size and not self.sinks
 
 
 class _Probe:
@@ -59,12 +72,14 @@ class _Probe:
     Attributes:
         sights: How each layer attends.
         refused: Layers that do something that `Sight` cannot describe.
+        fitting: Layers of which the kernel computes all but the mask, which may be one that `Sight` cannot describe.
         altered: Whether a layer got another mask than transformers made, as in families that select keys.
     """
 
     def __init__(self) -> None:
         self.sights: dict[nn.Module, Sight] = {}
         self.refused: set[nn.Module] = set()
+        self.fitting: set[nn.Module] = set()
         self.altered = False
         self._windows: dict[int, int | None] = {}
         self._functions: list[Any] = []
@@ -78,14 +93,14 @@ class _Probe:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
     ) -> tuple[Tensor, None]:
         """Records how a layer attends, and returns zeros. query: (rows, heads, length, size)."""
-        rows, heads, length, size = query.shape
+        rows, heads, length, _ = query.shape
         self.altered |= not isinstance(attention_mask, _Mask)
         sight = None
-        if key.shape == value.shape and key.shape[-1] == size and heads % key.shape[1] == 0 and _is_known(arguments):
+        if _fits(query, key, value) and _is_known(arguments):
+            self.fitting.add(module)
             window = self._window(attention_mask)
             if window != 0:
-                scale = arguments.get("scaling")
-                sight = Sight(window, heads, key.shape[1], size, float(size**-0.5 if scale is None else scale))
+                sight = _sight(query, key, value, window, arguments)
         if sight is None or self.sights.setdefault(module, sight) != sight:
             self.refused.add(module)
         return query.new_zeros(rows, length, heads, value.shape[-1]), None
@@ -113,8 +128,31 @@ def _is_known(arguments: dict[str, Any]) -> bool:
     """Whether a layer asks for nothing but what `Sight` describes."""
     if arguments.get("dropout") or arguments.get("is_causal") is False:
         return False
-    others = [value for name, value in arguments.items() if name not in KNOWN_ARGUMENTS]
+    cap, sinks = arguments.get("softcap"), arguments.get("s_aux")
+    if not (cap is None or (isinstance(cap, float) and cap > 0)):
+        return False
+    if not (sinks is None or (isinstance(sinks, Tensor) and not sinks.requires_grad)):
+        return False
+    others = [value for name, value in arguments.items() if name not in {*KNOWN_ARGUMENTS, "softcap", "s_aux"}]
     return all(value is None or value is False for value in others)
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether heads have sizes and numbers that the kernel takes."""
+    size, heads, groups = query.shape[-1], query.shape[1], key.shape[1]
+    same_tokens = key.shape[:-1] == value.shape[:-1] and key.shape[2] == query.shape[2]
+    return same_tokens and key.shape[-1] == size >= value.shape[-1] and size % 2 == 0 and heads % groups == 0
+
+
+def _sight(query: Tensor, key: Tensor, value: Tensor, window: int | None, arguments: dict[str, Any]) -> Sight:
+    """How a layer attends that was called with these arguments on a row from its first token on."""
+    _, heads, length, size = query.shape
+    scale, cap, positions = (arguments.get(name) for name in ("scaling", "softcap", "position_ids"))
+    return Sight(
+        window, heads, key.shape[1], size, float(size**-0.5 if scale is None else scale), float(cap or 0),
+        value.shape[-1], sinks=arguments.get("s_aux") is not None,
+        placed=isinstance(positions, Tensor) and positions.shape[-1] == length and positions.dim() == 2,
+    )  # fmt: skip
 
 
 def window_of(function: Callable[..., Tensor]) -> int | None:
@@ -153,10 +191,14 @@ class AttentionSurvey:
 
     Attributes:
         sights: Of the layers that `Sight` can describe.
+        modules: All layers that use the interface.
+        fitting: Those of which the kernel computes all but the mask, which may be one that `Sight` cannot describe.
         stock_masks: Whether all layers get their masks as transformers makes them, of whatever kind.
     """
 
     sights: dict[nn.Module, Sight]
+    modules: set[nn.Module]
+    fitting: set[nn.Module]
     stock_masks: bool
 
 
@@ -169,9 +211,9 @@ def survey(base: Any) -> AttentionSurvey:
             base.get_decoder()(ids, use_cache=False)
     except Exception:  # Families raise all kinds of errors where they need other inputs.
         _log.debug("attention is not understood: the model does not run on a bare row", exc_info=True)
-        return AttentionSurvey({}, stock_masks=False)
+        return AttentionSurvey({}, set(), set(), stock_masks=False)
     sights = {module: sight for module, sight in probe.sights.items() if module not in probe.refused}
-    return AttentionSurvey(sights, stock_masks=not probe.altered)
+    return AttentionSurvey(sights, {*probe.sights, *probe.refused}, probe.fitting, stock_masks=not probe.altered)
 
 
 @contextmanager

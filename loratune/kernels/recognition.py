@@ -34,7 +34,8 @@ SHAPES = frozenset({
     "config", "layer_idx", "hidden_size", "intermediate_size", "head_dim", "num_heads", "num_attention_heads",
     "num_key_value_heads", "num_key_value_groups", "scaling", "variance_epsilon", "eps", "max_position_embeddings",
     "dtype", "training", "pad_token_id", "vocab_size", "num_hidden_layers", "rms_norm_eps", "_attn_implementation",
-    "embed_dim", "normalized_shape", "q_size", "kv_size", "op_size", "rope_theta", "initializer_range",
+    "embed_dim", "normalized_shape", "q_size", "kv_size", "op_size", "rope_theta", "initializer_range", "num_experts",
+    "num_local_experts", "hidden_dim", "intermediate_dim",
 })  # fmt: skip
 """Attributes that a replacement reads from the layer, or that do not affect what it computes."""
 WINDOW = "sliding_window"

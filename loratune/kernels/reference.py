@@ -3,40 +3,53 @@
 Arithmetic is in float32; results have the dtype of the inputs.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+SILU = 1.0, 0.0
+GELU = math.sqrt(8 / math.pi), math.sqrt(8 / math.pi) * 0.044715
+"""Activations x * sigmoid(linear * x + cubic * x^3), as (linear, cubic). This GELU is that of a tanh, as in Gemma."""
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, added: float = 0.0) -> tuple[Tensor, Tensor]:
     """x: (..., size); weight: (size,). Returns `weight * x / rms(x)`, and 1 / rms(x) in float32: (...,).
 
-    As in Llama, normalized values are rounded before they are multiplied by the weight. Zhang and Sennrich 2019.
+    As in Llama, normalized values are rounded before they are multiplied by the weight. If something is added to the
+    weight, as in Gemma, they are not. Zhang and Sennrich 2019.
     """
     inverse = (x.float().square().mean(-1) + epsilon).rsqrt()
-    return weight * (x.float() * inverse[..., None]).to(x.dtype), inverse
+    normalized = x.float() * inverse[..., None]
+    if added:
+        return ((added + weight.float()) * normalized).to(x.dtype), inverse
+    return weight * normalized.to(x.dtype), inverse
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, added: float = 0.0) -> Tensor:
     """The gradient of x, for a frozen weight. dy: the gradient of y; inverse: the second result of `rms_norm`."""
-    weighted, scale = dy.float() * weight.float(), inverse[..., None]
+    weighted, scale = dy.float() * (added + weight.float()), inverse[..., None]
     share = (weighted * x.float()).mean(-1, keepdim=True) * scale.square()
     return (scale * (weighted - share * x.float())).to(x.dtype)
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """both: (..., 2 * size), gates followed by values. Returns silu(gates) * values: (..., size). Shazeer 2020."""
+def swiglu(both: Tensor, linear: float = 1.0, cubic: float = 0.0) -> Tensor:
+    """both: (..., 2 * size), gates followed by values. Returns silu(gates) * values: (..., size). Shazeer 2020.
+
+    linear, cubic: of another activation, such as `GELU`.
+    """
     gate, up = both.float().chunk(2, -1)
-    return (functional.silu(gate) * up).to(both.dtype)
+    return (gate * (gate * (linear + cubic * gate * gate)).sigmoid() * up).to(both.dtype)
 
 
-def swiglu_backward(dy: Tensor, both: Tensor) -> Tensor:
+def swiglu_backward(dy: Tensor, both: Tensor, linear: float = 1.0, cubic: float = 0.0) -> Tensor:
     """The gradient of `both`. dy: (..., size), the gradient of the result."""
     gate, up = both.float().chunk(2, -1)
-    share, dy = gate.sigmoid(), dy.float()
-    dgate = dy * up * share * (1 + gate * (1 - share))
+    curve, dy = cubic * gate * gate, dy.float()
+    share = (gate * (linear + curve)).sigmoid()
+    dgate = dy * up * share * (1 + gate * (1 - share) * (linear + 3 * curve))
     return torch.cat([dgate, dy * gate * share], -1).to(both.dtype)
 
 
@@ -111,10 +124,17 @@ def _masked_product(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
     return product
 
 
+def _scores(query: Tensor, key: Tensor, scale: float, cap: float) -> Tensor:
+    """What the softmax takes, in float32: large scores would lose too much in bfloat16. (groups, queries, keys)."""
+    scores = query.float() @ key.float().transpose(1, 2) * scale
+    return cap * (scores / cap).tanh() if cap else scores
+
+
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, keys: Tensor, tiles: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Causal self-attention, tile by tile. Scores are in float32: large ones would lose too much in bfloat16.
+    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, keys: Tensor, tiles: Tensor, scale: float,
+    cap: float = 0.0, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Causal self-attention, tile by tile.
 
     Args:
         query: (groups, tokens, heads, size).
@@ -124,6 +144,9 @@ def attend(
         keys: (any,), int32, see `Layout`.
         tiles: (count, 6), int64, see `Layout`.
         scale: Of the scores.
+        cap: The bound that scores approach by a tanh, as in Gemma 2; 0 for none.
+        sinks: Of each head, a score that takes its share of the weights and gives nothing, as in GPT-OSS:
+            (groups * heads,), float32.
 
     Returns:
         (tokens, groups * heads * size); and, for `attend_backward`, the logarithms of the sums of exponentials:
@@ -134,10 +157,13 @@ def attend(
     total = torch.empty(groups, tokens, heads, device=query.device)
     for bounds in tiles.tolist():
         queries, tokens_of, visible = _tile(spans, keys, bounds, heads)
-        scores = query[:, queries].flatten(1, 2).float() @ key[:, tokens_of].float().transpose(1, 2)
-        scaled = (scores * scale).masked_fill(~visible, float("-inf"))
-        total[:, queries] = scaled.logsumexp(-1).view(groups, -1, heads)
-        weights = scaled.softmax(-1).masked_fill(~visible, 0)
+        scores = _scores(query[:, queries].flatten(1, 2), key[:, tokens_of], scale, cap)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        sums = scores.logsumexp(-1)
+        if sinks is not None:
+            sums = sums.logaddexp(sinks.view(groups, heads).repeat(1, queries.stop - queries.start))
+        total[:, queries] = sums.view(groups, -1, heads)
+        weights = (scores - sums[..., None]).exp().masked_fill(~visible, 0)
         product = _masked_product(weights.to(value.dtype), value[:, tokens_of], visible)
         result[queries] = product.view(groups, -1, heads, size).transpose(0, 1)
     return result.view(tokens, -1), total
@@ -145,11 +171,11 @@ def attend(
 
 def attend_backward(
     gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    spans: Tensor, keys: Tensor, tiles: Tensor, scale: float,
+    spans: Tensor, keys: Tensor, tiles: Tensor, scale: float, cap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value. Weights are recomputed, as in FlashAttention (Dao et al. 2022).
 
-    gradient: that of the result; the others are the inputs and outputs of `attend`.
+    gradient: that of the result; the others are the inputs and outputs of `attend`, whose `total` knows of sinks.
     """
     groups, tokens, heads, size = query.shape
     shape = (tokens, groups, heads, size)
@@ -161,9 +187,11 @@ def attend_backward(
         tile, tokens_of, visible = _tile(spans, keys, bounds, heads)
         queries, out, sums, shares = (part[:, tile].flatten(1, 2) for part in (query, outer, total, inner))
         tile_keys, tile_values = key[:, tokens_of], value[:, tokens_of]
-        scores = queries.float() @ tile_keys.float().transpose(1, 2) * scale - sums[..., None]
-        weights = scores.exp().masked_fill(~visible, 0)
+        scores = _scores(queries, tile_keys, scale, cap)
+        weights = (scores - sums[..., None]).exp().masked_fill(~visible, 0)
         dscores = weights * (out.float() @ tile_values.float().transpose(1, 2) - shares[..., None]) * scale
+        if cap:
+            dscores *= 1 - (scores / cap).square()
         weights, dscores = weights.to(query.dtype), dscores.masked_fill(~visible, 0).to(query.dtype)
         dquery[:, tile] = _masked_product(dscores, tile_keys, visible).view(groups, -1, heads, size)
         dvalue.index_add_(1, tokens_of, _masked_product(weights.transpose(1, 2), out, visible.t()).float())

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loratune.kernels import reference
 from loratune.kernels.attention import HeadNorms, Layout, PerBatch, SelfAttention
+from loratune.kernels.experts import ExpertLayers
 from loratune.kernels.fused_ops import fused_ops
-from loratune.kernels.lora_linear import Adapted, GatedLayer, Projection, rms_norm
+from loratune.kernels.lora_linear import Adapted, GatedLayer, Projection, project, rms_norm
 from loratune.kernels.masks import Sight
 from loratune.kernels.reference import FusedOps
 
@@ -113,12 +115,36 @@ class FastGatedLayer(Replacement):
         return self._layer(x.reshape(-1, x.shape[-1]), training=self.training).view(*x.shape[:-1], -1)
 
 
-class FastNorm(Replacement):
-    """Replaces an RMS norm."""
+class FastExperts(Replacement):
+    """Replaces the experts of a mixture."""
 
-    def __init__(self, original: nn.Module, epsilon: float, ops: FusedOps):
+    def __init__(self, original: nn.Module, experts: ExpertLayers):
         super().__init__(original)
-        self.epsilon, self._ops = epsilon, ops
+        self._experts = experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states: (tokens, size); top_k_index, top_k_weights: (tokens, experts of a token)."""
+        return self._experts(hidden_states, top_k_index, top_k_weights)
+
+
+class FastProjection(Replacement):
+    """Replaces a linear layer with LoRA, in a layer that is not replaced as a whole."""
+
+    def __init__(self, original: nn.Module, layer: Projection):
+        super().__init__(original)
+        self._layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in). Returns (..., out)."""
+        return project(x, self._layer, training=self.training)
+
+
+class FastNorm(Replacement):
+    """Replaces an RMS norm. epsilon, added: see `reference.rms_norm`."""
+
+    def __init__(self, original: nn.Module, epsilon: float, added: float, ops: FusedOps):
+        super().__init__(original)
+        self.epsilon, self.added, self._ops = epsilon, added, ops
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., size). Returns the same shape."""
@@ -126,30 +152,36 @@ class FastNorm(Replacement):
         if x.dtype != self.weight.dtype:
             result: Tensor = self._original[0](x)
             return result
-        return rms_norm(x, self.weight, self.epsilon, self._ops)
+        return rms_norm(x, self.weight, self.epsilon, self._ops, self.added)
 
 
 def replace_attention(
-    module: Any, reader: Reader, sight: Sight, layouts: PerBatch[Layout], *, rotary: bool = True
+    module: Any, reader: Reader, sight: Sight, layouts: PerBatch[Layout], *, rotary: bool = True, added: float = 0.0
 ) -> FastAttention | None:
-    """The replacement of a layer of attention, judged by its structure alone; None: it has another structure."""
+    """The replacement of a layer of attention, judged by its structure alone; None: it has another structure.
+
+    rotary: whether rotary embeddings are applied; added: what the norms of heads add to their weights.
+    """
     children = dict(module.named_children())
     joined = _projection(children, [("q_proj", "k_proj", "v_proj"), ("qkv_proj",)], reader)
-    out, norms = _projection(children, [("o_proj",)], reader), _head_norms(children)
+    out, norms = _projection(children, [("o_proj",)], reader), _head_norms(children, added)
     others = children.keys() - {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
     if joined is None or out is None or others or _has_own_tensors(module) or _has_dropout(module):
         return None
-    if (norms is None) != ("q_norm" not in children and "k_norm" not in children):
+    if not sight.is_plain or (norms is None) != ("q_norm" not in children and "k_norm" not in children):
         return None
     heads, size = sight.heads // sight.groups, sight.size
     width = (sight.heads + 2 * sight.groups) * size
     if joined.weight.shape[0] != width or out.weight.shape[1] != sight.heads * size:
         return None
-    attention = SelfAttention(joined, out, sight.groups, heads, size, sight.scale, fused_ops(out.weight), norms)
+    ops = fused_ops(out.weight)
+    attention = SelfAttention(joined, out, sight.groups, heads, size, sight.scale, ops, norms, sight.cap)
     return FastAttention(module, attention, sight.window, layouts, rotary=rotary)
 
 
-def replace_gated(module: nn.Module, reader: Reader) -> FastGatedLayer | None:
+def replace_gated(
+    module: nn.Module, reader: Reader, activation: tuple[float, float] = reference.SILU
+) -> FastGatedLayer | None:
     """The replacement of a gated feed-forward layer, judged by its structure alone; None: it has another structure."""
     children = dict(module.named_children())
     joined = _projection(children, [("gate_proj", "up_proj"), ("gate_up_proj",)], reader)
@@ -158,17 +190,37 @@ def replace_gated(module: nn.Module, reader: Reader) -> FastGatedLayer | None:
         return None
     if joined.weight.shape[0] != 2 * down.weight.shape[1]:
         return None
-    return FastGatedLayer(module, GatedLayer(joined, down, fused_ops(down.weight)))
+    return FastGatedLayer(module, GatedLayer(joined, down, fused_ops(down.weight), activation))
 
 
-def replace_norm(module: Any) -> FastNorm | None:
-    """The replacement of a norm, judged by its structure alone; None: it has another structure."""
+def replace_experts(module: nn.Module, activation: tuple[float, float] = reference.SILU) -> FastExperts | None:
+    """The replacement of the experts of a mixture, judged by their structure alone; None: they have another one."""
+    weights = dict(module.named_parameters())
+    if weights.keys() != {"gate_up_proj", "down_proj"} or any(weight.requires_grad for weight in weights.values()):
+        return None
+    gate_up, down = weights["gate_up_proj"], weights["down_proj"]
+    if gate_up.dim() != 3 or gate_up.shape != (len(down), 2 * down.shape[2], down.shape[1]):
+        return None
+    return FastExperts(module, ExpertLayers(gate_up.detach(), down.detach(), fused_ops(down), activation))
+
+
+def replace_linear(module: nn.Module, reader: Reader) -> FastProjection | None:
+    """The replacement of a linear layer, with LoRA or without; None: it is something else."""
+    part = reader(module)
+    return FastProjection(module, Projection([part])) if part is not None else None
+
+
+def replace_norm(module: Any, added: float = 0.0) -> FastNorm | None:
+    """The replacement of a norm, judged by its structure alone; None: it has another structure.
+
+    added: what is added to its weight.
+    """
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.requires_grad or not isinstance(epsilon, float):
         return None
     if weight.dim() != 1 or dict(module.named_parameters()).keys() != {"weight"}:
         return None
-    return FastNorm(module, epsilon, fused_ops(weight))
+    return FastNorm(module, epsilon, added, fused_ops(weight))
 
 
 def _has_dropout(module: nn.Module) -> bool:
@@ -181,11 +233,11 @@ def _has_own_tensors(module: nn.Module) -> bool:
     return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 
 
-def _head_norms(children: Mapping[str, Any]) -> HeadNorms | None:
-    query, key = (replace_norm(children[name]) if name in children else None for name in ("q_norm", "k_norm"))
+def _head_norms(children: Mapping[str, Any], added: float) -> HeadNorms | None:
+    query, key = (replace_norm(children[name], added) if name in children else None for name in ("q_norm", "k_norm"))
     if query is None or key is None or query.epsilon != key.epsilon:
         return None
-    return HeadNorms(query.weight, key.weight, query.epsilon)
+    return HeadNorms(query.weight, key.weight, query.epsilon, added)
 
 
 def _projection(children: Mapping[str, Any], choices: Sequence[tuple[str, ...]], reader: Reader) -> Projection | None:

@@ -1,28 +1,32 @@
-"""Attention of torch row by row, on a CPU, for layers of attention that are not replaced.
+"""Attention within the rows of a batch, on a CPU, for layers of attention that are not replaced.
 
-For packed rows transformers gives torch's attention a mask over the whole batch, so that the cost is quadratic in the
-tokens of the batch. Here the rows are determined from the function that would make the mask, and attention is computed
-for each row by itself.
+For packed rows transformers gives attention a mask over the whole batch, so that the cost is quadratic in the tokens of
+the batch. Here the rows are determined from the function that would make the mask, and attention goes over each row by
+itself: tile by tile in C, where queries, keys and values are as the kernel takes them, else row by row in torch.
 """
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune.kernels import upstream
+from loratune.kernels import reference, upstream
+from loratune.kernels.attention import Layout, PerBatch
+from loratune.kernels.fused_ops import fused_ops
 
-NAME = "loratune-rows"
-"""The name that the attention function and its masks are registered under."""
 PREFIX = "loratune"
 """What the names of all attention implementations begin with that go row by row, also those of other modules."""
+STOCK = {"sdpa": upstream.sdpa_mask, "eager": upstream.eager_mask}
+"""The attention implementations that can be replaced, and their masks."""
 TILE = 256
-"""Queries of a row with a window that are computed at once."""
+"""Queries of a row with a window that are computed at once in torch."""
 FULL_CHECK = 256
 """Up to so many tokens of a batch the whole mask is checked, and not only its edges."""
 
@@ -32,26 +36,48 @@ class RowMask:
     """Stands for a mask by which a token attends to those of its row up to itself, within a window.
 
     Attributes:
-        lengths: Of the packed rows, the same in all sequences of a batch.
-        window: How many tokens a token attends to at most, itself included.
+        positions: (tokens of all sequences,), of each token in its row, or in a tree of rows, see `Layout.of`.
+        window: How many tokens a token attends to at most, itself included; None: any number.
+        sequences: How many there are, of one length each.
     """
 
-    lengths: list[int]
-    window: int
+    positions: Tensor
+    window: int | None = None
+    sequences: int = 1
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, positions: Tensor, key: tuple[int | None, int]) -> "RowMask":
+        """From the positions of a batch. key: window and sequences."""
+        return cls(positions, *key)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The same for tiles of queries. It is computed once for all layers with this mask."""
+        return Layout.of(self.positions, self.window)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Of the packed rows, the same in all sequences. Raises ValueError: rows share prefixes."""
+        positions = self.positions.view(self.sequences, -1)[0]
+        begins = torch.cat([torch.ones_like(positions[:1], dtype=torch.bool), positions.diff() != 1])
+        if bool((positions[begins] != 0).any()):
+            raise ValueError("rows share prefixes")
+        bounds = [*torch.nonzero(begins)[:, 0].tolist(), len(positions)]
+        return [end - begin for begin, end in pairwise(bounds)]
 
     def mask(self, queries: int, keys: int, like: Tensor) -> Tensor:
         """What is added to the scores of the last tokens of a row: (queries, keys), in the dtype of `like`."""
         if (queries, keys) not in self._masks:
             positions = torch.arange(keys, device=like.device)
             own = positions[keys - queries :, None]
-            hidden = (positions > own) | (positions <= own - self.window)
+            hidden = (positions > own) | (positions <= own - (self.window or keys))
             self._masks[queries, keys] = torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, float("-inf"))
         return self._masks[queries, keys]
 
 
 def attend_by_rows(base: Any, is_same: Callable[[], bool]) -> bool:
-    """Have a model attend row by row, if it uses torch's attention and then computes the same.
+    """Have a model attend row by row, if it uses torch's attention or its own and then computes the same.
 
     Args:
         base: A causal language model of transformers.
@@ -61,20 +87,48 @@ def attend_by_rows(base: Any, is_same: Callable[[], bool]) -> bool:
         Whether the model now attends row by row. The caller sets its attention implementation back in the end.
     """
     own = upstream.attn_implementation(base)
-    if own != "sdpa":
+    if own not in STOCK:
         return False
-    register(base)
+    register(base, own)
     if is_same():
         return True
     base.set_attn_implementation(own)
     return False
 
 
-def register(base: Any) -> None:
-    """Have a model attend row by row."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
-    base.set_attn_implementation(NAME)
+def register(base: Any, own: str) -> None:
+    """Have a model attend row by row. own: its attention implementation, one of `STOCK`."""
+    name = f"{PREFIX}-rows-{own}"
+    AttentionInterface.register(name, partial(attention, own=own))
+    AttentionMaskInterface.register(name, partial(mask, own=own))
+    base.set_attn_implementation(name)
+
+
+def register_by_positions(base: Any, name: str, windows: Mapping[nn.Module, int | None]) -> None:
+    """Have a model attend within rows that are read from `position_ids`, so that rows may share prefixes.
+
+    Args:
+        base: A causal language model of transformers.
+        name: What the attention implementation is registered as.
+        windows: How many tokens a token attends to at most, for each layer that hands positions on and is not replaced.
+    """
+    batch = PerBatch(RowMask.of)
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+    ) -> tuple[Tensor, None]:
+        sequences, _, length, _ = query.shape
+        rows = batch.get(options["position_ids"], torch.Size((sequences, length)), (windows[module], sequences))
+        result: tuple[Tensor, None] = attention(module, query, key, value, rows, **options)
+        return result
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, no_mask)
+    base.set_attn_implementation(name)
+
+
+def no_mask(*_: Any, **__: Any) -> None:
+    """A mask function of transformers that makes none: every layer reads the rows from the positions."""
 
 
 def attends_by_rows(model: Any) -> bool:
@@ -82,10 +136,13 @@ def attends_by_rows(model: Any) -> bool:
     return upstream.attn_implementation(model).startswith(PREFIX)
 
 
-def mask(**arguments: Any) -> Any:
-    """A mask function of transformers: a `RowMask` if that describes the mask, else the mask of `sdpa`."""
+def mask(*, own: str = "sdpa", **arguments: Any) -> Any:
+    """A mask function of transformers: a `RowMask` if that describes the mask, else the stock one.
+
+    own: the attention implementation of the model.
+    """
     rows = _row_mask(**arguments)
-    return rows if rows is not None else upstream.sdpa_mask(**arguments)
+    return rows if rows is not None else STOCK[own](**arguments)
 
 
 def _row_mask(
@@ -128,22 +185,23 @@ def _row_mask(
         edges.append(attends(positions[:, None], positions[None]) == visible)
     if not all(bool(edge.all()) for edge in edges):
         return None
-    return RowMask([end - begin for begin, end in pairwise(bounds)], window)
+    return RowMask((positions - begins).repeat(batch_size), local_size, batch_size)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float | None = None,
-    dropout: float = 0.0, **others: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, own: str = "sdpa",
+    scaling: float | None = None, dropout: float = 0.0, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """An attention function of transformers: row by row where there is a `RowMask`, else the stock one.
+    """An attention function of transformers: within rows where there is a `RowMask`, else the stock one.
 
     Args:
         module: The layer of attention.
         query: (sequences, heads, length, size).
         key: The same, with as many heads or fewer.
-        value: The same as `key`.
+        value: The same as `key`; of another size in some families.
         attention_mask: What `mask` returned.
+        own: The attention implementation of the model.
 
     Returns:
         (sequences, length, heads, size), and no weights.
@@ -152,28 +210,111 @@ def attention(
         ValueError: The layer needs something that is not computed here.
     """
     if not isinstance(attention_mask, RowMask):
-        stock: tuple[Tensor, None] = upstream.sdpa_attention_forward(
+        result, *_ = _stock(module, own)(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
-        return stock
-    causal = others.get("is_causal")
+        return result, None
+    causal, cap, sinks = others.get("is_causal"), others.get("softcap"), others.get("s_aux")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if others.get("softcap") is not None or others.get("position_bias") is not None or not causal:
-        raise ValueError("attention by rows has no caps and no biases, and is causal")
-    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    if others.get("position_bias") is not None or not causal or (sinks is not None and sinks.requires_grad):
+        raise ValueError("attention within rows has no biases and no trained sinks, and is causal")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not dropout and _fits(query, key, value, special=cap is not None or sinks is not None):
+        return attend_in_tiles(query, key, value, attention_mask.layout, scale, cap, sinks), None
+    attend = partial(_sdpa, dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    if cap is not None or sinks is not None:
+        attend = partial(_as_module, module, attention_mask, dropout=dropout, scaling=scale, softcap=cap, s_aux=sinks)
     parts = (torch.split(x, attention_mask.lengths, 2) for x in (query, key, value))
-    rows = [tile for q, k, v in zip(*parts, strict=True) for tile in _row(q, k, v, attention_mask, options)]
+    rows = [tile for q, k, v in zip(*parts, strict=True) for tile in _row(q, k, v, attention_mask, attend)]
     return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
 
 
-def _row(query: Tensor, key: Tensor, value: Tensor, mask: RowMask, options: dict[str, Any]) -> Iterator[Tensor]:
+def _stock(module: Any, own: str) -> Callable[..., tuple[Tensor, Any]]:
+    """The attention function of a layer by itself; that named "eager" stands in the file of its class."""
+    function: Callable[..., tuple[Tensor, Any]] = upstream.sdpa_attention_forward
+    if own == "eager":
+        function = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return function
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor, *, special: bool) -> bool:
+    """Whether attention goes tile by tile: where it is compiled, and where torch has none, as with caps and sinks."""
+    size = query.shape[-1]
+    alike = query.dtype == key.dtype == value.dtype and query.device.type == "cpu"
+    shapes = size % 2 == 0 and key.shape[-1] == size >= value.shape[-1] and query.shape[1] % key.shape[1] == 0
+    return alike and shapes and (special or fused_ops(query) is not reference)
+
+
+def attend_in_tiles(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention by the kernel of the layers that are replaced.
+
+    Args:
+        query: (sequences, heads, length, size).
+        key: The same, with as many heads or fewer.
+        value: The same as `key`, of the same size or a smaller one.
+        layout: Of all tokens, one sequence after the other.
+        scale: Of the scores.
+        cap: See `reference.attend`.
+        sinks: The same.
+
+    Returns:
+        (sequences, length, heads, size of a value).
+    """
+    sequences, heads, length, size = query.shape
+    groups, rest = key.shape[1], size - value.shape[-1]
+    queries = query.reshape(sequences, groups, -1, length, size).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    keys, values = (x.transpose(0, 1).flatten(1, 2) for x in (key, functional.pad(value, (0, rest)) if rest else value))
+    bounds = None if sinks is None else sinks.detach().float().reshape(-1)
+    apply: Any = _TiledAttention.apply
+    result: Tensor = apply(queries, keys, values, layout, scale, cap or 0.0, bounds)
+    return result.view(sequences, length, heads, size)[..., : value.shape[-1]]
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, cap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.scoring, ctx.layout = (scale, cap), layout
+        around = layout.spans, layout.keys, layout.tiles
+        result, total = fused_ops(query).attend(query, key, value, *around, scale, cap, sinks)
+        ctx.save_for_backward(result, total, query, key, value)
+        output: Tensor = result
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        layout, saved = ctx.layout, ctx.saved_tensors
+        around = layout.spans, layout.keys, layout.tiles
+        gradients = fused_ops(gradient).attend_backward(gradient, *saved, *around, *ctx.scoring)
+        return *gradients, None, None, None, None
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, **options: Any) -> Tensor:
+    """Torch's attention. hidden: see `RowMask.mask`; None: that of a whole row."""
+    return functional.scaled_dot_product_attention(query, key, value, hidden, is_causal=hidden is None, **options)
+
+
+def _as_module(
+    module: Any, mask: RowMask, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, **options: Any
+) -> Tensor:
+    """The same by the attention function of the file that a layer stands in."""
+    hidden = mask.mask(query.shape[2], key.shape[2], query) if hidden is None else hidden
+    result: Tensor = _stock(module, "eager")(module, query, key, value, hidden[None, None], **options)[0]
+    return result.transpose(1, 2)
+
+
+def _row(query: Tensor, key: Tensor, value: Tensor, mask: RowMask, attend: Callable[..., Tensor]) -> Iterator[Tensor]:
     """The attention of one row, in tiles of queries if it is longer than the window."""
-    length = query.shape[2]
-    if length <= mask.window:
-        yield functional.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    length, window = query.shape[2], mask.window
+    if window is None or length <= window:
+        yield attend(query, key, value)
         return
     for first in range(0, length, TILE):
-        end, begin = min(first + TILE, length), max(first - mask.window + 1, 0)
+        end, begin = min(first + TILE, length), max(first - window + 1, 0)
         queries, keys, values = query[:, :, first:end], key[:, :, begin:end], value[:, :, begin:end]
-        hidden = mask.mask(end - first, end - begin, query)
-        yield functional.scaled_dot_product_attention(queries, keys, values, hidden, **options)
+        yield attend(queries, keys, values, mask.mask(end - first, end - begin, query))

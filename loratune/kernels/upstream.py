@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.liger import apply_liger_kernel as apply_liger_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
+from transformers.masking_utils import eager_mask as eager_mask
 from transformers.masking_utils import sdpa_mask as sdpa_mask
 
 # apply_liger_kernel: Liger's documented functions patch a class before a model is built; this one patches a model.
-# sdpa_attention_forward, sdpa_mask: the stock attention and its mask. They are documented only as registered under the
-# name "sdpa", and cannot be looked up there while another implementation stands in for them.
+# sdpa_attention_forward, sdpa_mask, eager_mask: the stock attention and its masks. They are documented only as
+# registered under the names "sdpa" and "eager", and cannot be looked up there while others stand in for them.
 
 
 def attn_implementation(model: Any) -> str:

@@ -6,11 +6,19 @@ The tokenizer is that of MODEL; so are the words of the rows, whatever the size 
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from peers.sets import SHAPES
+
+
+def config(name: str, **changes: Any) -> PreTrainedConfig:
+    """The configuration of a shape. changes: of its sizes."""
+    sizes = {"model_type": "llama", **SHAPES[name], **changes}
+    kind = CONFIG_MAPPING[sizes.pop("model_type")]
+    return kind(**sizes, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=2)
 
 
 def main() -> None:
@@ -21,9 +29,8 @@ def main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for path in [*model.glob("tokenizer*"), *model.glob("*.jinja"), *model.glob("special_tokens*")]:
         shutil.copy(path, directory)
-    config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=2)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(config(name), dtype=torch.bfloat16).save_pretrained(directory)
 
 
 if __name__ == "__main__":

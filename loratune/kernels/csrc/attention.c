@@ -193,13 +193,41 @@ static void keys_along(unit *to, uint8_t *lost, const real *keys, const tile *t)
     }
 }
 
-static inline void normalise(real *weights, float *total, float *scores, float scale, const tile *t, int64_t row) {
+/* How products become scores: times `scale`, then bounded to `cap` smoothly, if that is above 0. sinks: of each head,
+   (groups, heads), a score that takes its share of the weights and gives nothing; NULL for none. */
+typedef struct {
+    float scale, cap;
+    const float *sinks;
+} scoring;
+
+/* tanh by Cephes' polynomial near 0, and by exp elsewhere. */
+static inline float bounded(float x) {
+    float square = x * x, size = fabsf(x);
+    float p = -5.70498872745e-3f;
+    p = p * square + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    float far = copysignf(1 - 2 / (1 + power(2 * size)), x);
+    return size < 0.625f ? x + x * square * p : size >= 0.625f ? far : x;
+}
+
+static inline void cap_scores(float *scores, float scale, float cap, int64_t from, int64_t past) {
+    float inner = scale / cap;
+    EACH for (int64_t j = from; j < past; j++) scores[j] = cap * bounded(scores[j] * inner);
+}
+
+/* The scores of a row, (width,), as weights. sink: NULL for none. */
+static inline void normalise(real *weights, float *total, float *scores, const scoring *s, const float *sink,
+                             const tile *t, int64_t row) {
     int64_t low = low_of(t, row), shared = t->shared, from = from_of(t, row), past = past_of(t, row);
-    float most = -INFINITY, sum = 0;
+    float scale = s->cap > 0 ? 1 : s->scale, most = sink == NULL ? -INFINITY : *sink / scale, sum = 0;
+    if (s->cap > 0) cap_scores(scores, s->scale, s->cap, low, shared), cap_scores(scores, s->scale, s->cap, from, past);
     MOST(most) for (int64_t j = low; j < shared; j++) most = scores[j] > most ? scores[j] : most;
     MOST(most) for (int64_t j = from; j < past; j++) most = scores[j] > most ? scores[j] : most;
     SUM(sum) for (int64_t j = low; j < shared; j++) sum += scores[j] = power((scores[j] - most) * scale);
     SUM(sum) for (int64_t j = from; j < past; j++) sum += scores[j] = power((scores[j] - most) * scale);
+    if (sink != NULL) sum += expf(*sink - most * scale);
     float share = 1 / sum;
     *total = most * scale + logf(sum);
     EACH for (int64_t j = low; j < shared; j++) weights[j] = put(scores[j] * share);
@@ -217,7 +245,7 @@ static void add_seen(float *sum, const real *weights, const real *keys, const ui
 
 /* Four rows of a tile. value: the argument; keys, values, lost: of the tile; scores, weights: space for (4, width). */
 static void attend_block(real *result, float *total, const real *query, const real *value, const unit *keys,
-                         const unit *values, const uint8_t *lost, const tile *t, float scale, int64_t group,
+                         const unit *values, const uint8_t *lost, const tile *t, const scoring *s, int64_t group,
                          int64_t row, float *scores, real *weights) {
     int64_t count = least(4, t->rows - row), from = from_of(t, row), past = past_of(t, row + count - 1);
     int64_t low = from / LANES * LANES, high = up(past, LANES);
@@ -233,8 +261,9 @@ static void attend_block(real *result, float *total, const real *query, const re
         left[r] = (const unit *)weight;
         EACH for (int64_t j = 0; j < t->wide; j++) weight[j] = 0;
         EACH for (int64_t j = low; j < high; j++) weight[j] = 0;
+        const float *sink = s->sinks == NULL ? NULL : s->sinks + group * t->heads + (row + r) % t->heads;
         if (r < count)
-            normalise(weight, total + by_group(t, group, row + r), scores + r * t->width, scale, t, row + r);
+            normalise(weight, total + by_group(t, group, row + r), scores + r * t->width, s, sink, t, row + r);
     }
     int astray = any_lost(lost, 0, t->wide) || any_lost(lost, from, past);
     for (int64_t c = 0; c < t->size; c += CHUNK) {
@@ -252,8 +281,9 @@ static void attend_block(real *result, float *total, const real *query, const re
 }
 
 int attend(real *result, float *total, const real *query, const real *key, const real *value, const int32_t *spans,
-           const int32_t *tokens_of, const int64_t *tiles, int64_t count, float scale, int64_t tokens, int64_t groups,
-           int64_t heads, int64_t size) {
+           const int32_t *tokens_of, const int64_t *tiles, int64_t count, float scale, float cap, const float *sinks,
+           int64_t tokens, int64_t groups, int64_t heads, int64_t size) {
+    const scoring s = {scale, cap, sinks};
     const layout l = {spans, tokens_of, tiles, count};
     int64_t width = most_keys(&l);
     unit *keys = allocate(groups * size / STEP * width, sizeof(unit));
@@ -275,7 +305,7 @@ int attend(real *result, float *total, const real *query, const real *key, const
             for (int64_t b = 0; b < groups * t.blocks; b++) {
                 int64_t group = b / t.blocks;
                 attend_block(result, total, query, value, keys + group * size / STEP * t.width,
-                             values + group * t.width / STEP * t.padded, lost + group * t.width, &t, scale, group,
+                             values + group * t.width / STEP * t.padded, lost + group * t.width, &t, &s, group,
                              b % t.blocks * 4, scores, weights);
             }
         }
@@ -300,8 +330,8 @@ typedef struct {
 
 /* The weights of four rows again, the gradients of their scores, and with these that of the query. */
 static void back_block(real *dquery, const real *query, const real *key, const real *gradient, const real *result,
-                       const float *total, const back *all, const tile *t, float scale, int64_t group, int64_t row,
-                       real *dscores) {
+                       const float *total, const back *all, const tile *t, const scoring *s, int64_t group,
+                       int64_t row, real *dscores) {
     int64_t count = least(4, t->rows - row), from = from_of(t, row), past = past_of(t, row + count - 1);
     const unit *asked[4], *passed[4], *left[4];
     const unit *keys = all->keys + group * t->size / STEP * t->width;
@@ -328,10 +358,19 @@ static void back_block(real *dquery, const real *query, const real *key, const r
             int64_t low = r < count ? (is_shared ? low_of(t, row + r) : from_of(t, row + r)) - c : CHUNK;
             int64_t high = r < count ? (is_shared ? t->shared : past_of(t, row + r)) - c : 0;
             float sum = r < count ? total[by_group(t, group, row + r)] : 0;
+            float scale = s->scale, rest = s->cap > 0 ? 1 : scale;
+            if (s->cap > 0) {
+                EACH for (int64_t j = 0; j < columns; j++) {
+                    float share = bounded(p[r][j] * (scale / s->cap));
+                    p[r][j] = s->cap * share;
+                    d[r][j] = (d[r][j] - inner[r]) * (1 - share * share);
+                }
+            } else
+                EACH for (int64_t j = 0; j < columns; j++) d[r][j] -= inner[r];
             EACH for (int32_t j = 0; j < columns; j++) {
                 int seen = j >= (int32_t)low && j < (int32_t)high;
-                float weight = power(p[r][j] * scale - sum);
-                float change = weight * (d[r][j] - inner[r]) * scale;
+                float weight = power(p[r][j] * rest - sum);
+                float change = weight * d[r][j] * scale;
                 p[r][j] = seen ? weight : 0;
                 d[r][j] = seen ? change : 0;
             }
@@ -423,7 +462,7 @@ static void add_to_tokens(const giving *one, const giving *other, const tile *t)
 
 static void back_tile(real *dquery, float *dkey, float *dvalue, const real *gradient, const real *result,
                       const float *total, const real *query, const real *key, const real *value, const back *all,
-                      const tile *t, float scale, real *dscores) {
+                      const tile *t, const scoring *s, real *dscores) {
     keys_across(all->keys, key, t);
     keys_across(all->values, value, t);
     keys_along(all->keys_along, all->lost_keys, key, t);
@@ -446,7 +485,7 @@ static void back_tile(real *dquery, float *dkey, float *dvalue, const real *grad
     }
 #pragma omp for schedule(dynamic, 4)
     for (int64_t b = 0; b < t->groups * t->blocks; b++)
-        back_block(dquery, query, key, gradient, result, total, all, t, scale, b / t->blocks, b % t->blocks * 4, dscores);
+        back_block(dquery, query, key, gradient, result, total, all, t, s, b / t->blocks, b % t->blocks * 4, dscores);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < t->groups * parts; n++) {
         int64_t group = n / parts, column = n % parts * LANES, queries = t->end - t->first, first = 0, last = queries;
@@ -465,8 +504,9 @@ static void back_tile(real *dquery, float *dkey, float *dvalue, const real *grad
 
 int attend_backward(real *dquery, float *dkey, float *dvalue, const real *gradient, const real *result,
                      const float *total, const real *query, const real *key, const real *value, const int32_t *spans,
-                     const int32_t *tokens_of, const int64_t *tiles, int64_t count, float scale, int64_t tokens,
-                     int64_t groups, int64_t heads, int64_t size) {
+                     const int32_t *tokens_of, const int64_t *tiles, int64_t count, float scale, float cap,
+                     int64_t tokens, int64_t groups, int64_t heads, int64_t size) {
+    const scoring s = {scale, cap, NULL}; /* `total` knows of sinks. */
     const layout l = {spans, tokens_of, tiles, count};
     int64_t width = most_keys(&l), rows = most_rows(&l, heads), padded = up(size, LANES);
     int64_t each[9] = {size / STEP * width, size / STEP * width, width / STEP * padded, rows / STEP * padded,
@@ -484,7 +524,7 @@ int attend_backward(real *dquery, float *dkey, float *dvalue, const real *gradie
         real *dscores = all_dscores + omp_get_thread_num() * 4 * up(width, 32);
         for (int64_t n = 0; n < count; n++) {
             tile t = tile_of(&l, n, tokens, groups, heads, size);
-            back_tile(dquery, dkey, dvalue, gradient, result, total, query, key, value, &all, &t, scale, dscores);
+            back_tile(dquery, dkey, dvalue, gradient, result, total, query, key, value, &all, &t, &s, dscores);
         }
     }
     for (int n = 0; n < 9; n++) free(parts[n]);

@@ -2,47 +2,54 @@
    name, arguments and result as its reference in reference.py, which says what it computes. */
 #include "numbers.h"
 
-void rms_norm(real *y, float *inverse, const real *x, const real *weight, float epsilon, int64_t rows, int64_t size) {
+void rms_norm(real *y, float *inverse, const real *x, const real *weight, float epsilon, float added, int64_t rows,
+              int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {
         const real *a = x + i * size;
         real *b = y + i * size;
         float sum = 0;
         SUM(sum) for (int64_t j = 0; j < size; j++) sum += get(a[j]) * get(a[j]);
         float scale = inverse[i] = 1 / sqrtf(sum / size + epsilon);
-        EACH for (int64_t j = 0; j < size; j++) b[j] = put(get(weight[j]) * get(put(get(a[j]) * scale)));
+        if (added == 0)
+            EACH for (int64_t j = 0; j < size; j++) b[j] = put(get(weight[j]) * get(put(get(a[j]) * scale)));
+        else
+            EACH for (int64_t j = 0; j < size; j++) b[j] = put((added + get(weight[j])) * (get(a[j]) * scale));
     }
 }
 
-void rms_norm_backward(real *dx, const real *dy, const real *x, const real *weight, const float *inverse, int64_t rows,
-                       int64_t size) {
+void rms_norm_backward(real *dx, const real *dy, const real *x, const real *weight, const float *inverse, float added,
+                       int64_t rows, int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {
         const real *a = x + i * size, *d = dy + i * size;
         real *b = dx + i * size;
         float scale = inverse[i], sum = 0;
-        SUM(sum) for (int64_t j = 0; j < size; j++) sum += get(d[j]) * get(weight[j]) * get(a[j]);
+        SUM(sum) for (int64_t j = 0; j < size; j++) sum += get(d[j]) * (added + get(weight[j])) * get(a[j]);
         float share = sum * scale * scale / size;
-        EACH for (int64_t j = 0; j < size; j++) b[j] = put(scale * (get(d[j]) * get(weight[j]) - share * get(a[j])));
+        EACH for (int64_t j = 0; j < size; j++)
+            b[j] = put(scale * (get(d[j]) * (added + get(weight[j])) - share * get(a[j])));
     }
 }
 
-void swiglu(real *y, const real *both, int64_t rows, int64_t size) {
+void swiglu(real *y, const real *both, float linear, float cubic, int64_t rows, int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {
         const real *gate = both + 2 * i * size, *up = gate + size;
         real *b = y + i * size;
         EACH for (int64_t j = 0; j < size; j++) {
             float g = get(gate[j]);
-            b[j] = put(g / (1 + power(-g)) * get(up[j]));
+            b[j] = put(g / (1 + power(-g * (linear + cubic * g * g))) * get(up[j]));
         }
     }
 }
 
-void swiglu_backward(real *dboth, const real *dy, const real *both, int64_t rows, int64_t size) {
+void swiglu_backward(real *dboth, const real *dy, const real *both, float linear, float cubic, int64_t rows,
+                     int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {
         const real *gate = both + 2 * i * size, *up = gate + size, *d = dy + i * size;
         real *dgate = dboth + 2 * i * size, *dup = dgate + size;
         EACH for (int64_t j = 0; j < size; j++) {
-            float g = get(gate[j]), u = get(up[j]), dj = get(d[j]), s = 1 / (1 + power(-g));
-            dgate[j] = put(dj * u * s * (1 + g * (1 - s)));
+            float g = get(gate[j]), u = get(up[j]), dj = get(d[j]), c = cubic * g * g;
+            float s = 1 / (1 + power(-g * (linear + c)));
+            dgate[j] = put(dj * u * s * (1 + g * (1 - s) * (linear + 3 * c)));
             dup[j] = put(dj * g * s);
         }
     }
