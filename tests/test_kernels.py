@@ -570,7 +570,7 @@ def test_without_a_compiler_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch
     with without_compiler(monkeypatch), kernels.accelerated(model, attach.adapted_linear) as fallbacks:
         fast, others = step(model, flatten(rows()))
     assert (
-        fallbacks == ["attention", "norms, rotations and activations"]
+        fallbacks == ["attention", "feed-forward layers", "norms"]
         and fast == pytest.approx(loss, abs=1e-6)
         and relative_rms(gradients, others) < 1e-5
     )

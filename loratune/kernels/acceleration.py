@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from loratune.kernels import gpu, masks, reference, replacements, rowwise
+from loratune.kernels import gpu, masks, reference, replacements, rowwise, whole_rows
 from loratune.kernels.attention import Layout, PerBatch
 from loratune.kernels.fused_ops import fused_ops
 from loratune.kernels.loss import LossHead
@@ -37,6 +37,8 @@ UNMASKED = "loratune"
 SHARDED = "all layers, as the base is spread over processes"
 KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
 """The kinds of layers that are replaced, and how the names of such layers end."""
+LORA = "LoRA"
+"""The kind of linear layers with LoRA in layers that are not replaced."""
 
 Factory = Callable[[], nn.Module | None]
 """Makes the replacement of a layer; None: it has none."""
@@ -182,11 +184,11 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
     check, ops = ParityCheck(base), fused_ops(base.get_input_embeddings().weight)
     survey = masks.survey(base)
     kinds: list[_Kind] = []
-    if check.runs:
+    if check.runs and ops is reference:  # The model's own layers are faster than the reference, and PEFT's are slower.
+        kinds = [_lora(base, reader)]
+    elif check.runs:
         kinds = _kinds(base, reader, survey.sights, stock_masks=survey.stock_masks)
-        kinds = [kind for kind in kinds if kind.layers]
-    if ops is reference:
-        kinds = [kind for kind in kinds if kind.name != "attention"]  # torch's own is faster than the reference.
+    kinds = [kind for kind in kinds if kind.layers]
     for kind in kinds:
         replaced += kind.replace(base)
     if kinds and not check.passes():
@@ -199,8 +201,6 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
     if own_attention and rowwise.attend_by_rows(base, ParityCheck(base, LONG_ROWS).passes):
         steps.append(_register_rowwise)
     fallbacks = [name for name in KINDS if not any(kind.name == name and kind.complete for kind in kinds)]
-    if ops is reference:  # torch computes what would be fused operations.
-        fallbacks = [*(name for name in fallbacks if name != "norms"), "norms, rotations and activations"]
     return steps, fallbacks
 
 
@@ -209,7 +209,7 @@ class _Kind:
     """Layers that are replaced together, or not at all.
 
     Attributes:
-        name: One of `KINDS`.
+        name: One of `KINDS`, or `LORA`.
         layers: Path and module of each, and what makes its replacement, of its weights and adapter at that time.
         complete: Whether these are all layers of their kind.
         implementation: The model's own attention implementation.
@@ -249,7 +249,8 @@ class _Kind:
 
 def _kinds(base: Any, reader: Reader, sights: Mapping[nn.Module, Sight], *, stock_masks: bool) -> list[_Kind]:
     """The layers that could be replaced, by their classes and masks."""
-    layouts = PerBatch(Layout.of)
+    fewest = whole_rows.fewest_tokens(base.get_input_embeddings().weight)
+    layouts = PerBatch(partial(Layout.of, whole=fewest))
     layers: dict[str, list[tuple[str, nn.Module, Factory]]] = {kind: [] for kind in KINDS}
     others = dict.fromkeys(KINDS, 0)
     for name, module in list(base.get_decoder().named_modules(prefix=_decoder_path(base))):
@@ -266,6 +267,16 @@ def _kinds(base: Any, reader: Reader, sights: Mapping[nn.Module, Sight], *, stoc
     ]
     rest_by_rows = implementation == "sdpa" and stock_masks  # Attention that is not replaced can go row by row.
     return [kind for kind in kinds if kind.complete or kind.name != "attention" or rest_by_rows]
+
+
+def _lora(base: Any, reader: Reader) -> _Kind:
+    """All linear layers with LoRA."""
+    layers: list[tuple[str, nn.Module, Factory]] = [
+        (name, module, partial(replacements.replace_linear, module, reader))
+        for name, module in base.named_modules()
+        if (part := reader(module)) is not None and part.down is not None
+    ]
+    return _Kind(LORA, layers, complete=bool(layers), implementation=attn_implementation(base))
 
 
 def _decoder_path(base: Any) -> str:

@@ -176,6 +176,29 @@ def _apply_mask(mask: Tensor, scale: float, x: Tensor) -> Tensor:
     return (x * mask).mul_(scale)
 
 
+def project(x: Tensor, layer: Projection, *, training: bool) -> Tensor:
+    """The product of a projection alone, with its gradients. x: (..., in). Returns (..., out)."""
+    apply: Any = _ProjectionFunction.apply
+    result: Tensor = apply(x.reshape(-1, x.shape[-1]), layer, training, *layer.parameters())
+    return result.view(*x.shape[:-1], -1)
+
+
+class _ProjectionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Projection, training: bool, *parameters: Tensor) -> Tensor:
+        y, lora = layer.forward(x, training, parameters)
+        ctx.layer = layer
+        ctx.save_for_backward(*([x, *lora.tensors()] if lora else []))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, *lora = ctx.saved_tensors or (None,)
+        saved = SavedLora.of(lora) if lora else None
+        dx, gradients = ctx.layer.backward(dy, x, saved, needs_dx=ctx.needs_input_grad[0])
+        return dx, None, None, *gradients
+
+
 class RowsMixedError(ValueError):
     """A layer does not take the rows of a batch one by one, as where a router sends tokens to experts."""
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from loratune.kernels.attention import HeadNorms, Layout, PerBatch, SelfAttention
 from loratune.kernels.fused_ops import fused_ops
-from loratune.kernels.lora_linear import Adapted, GatedLayer, Projection, rms_norm
+from loratune.kernels.lora_linear import Adapted, GatedLayer, Projection, project, rms_norm
 from loratune.kernels.masks import Sight
 from loratune.kernels.reference import FusedOps
 
@@ -113,6 +113,18 @@ class FastGatedLayer(Replacement):
         return self._layer(x.reshape(-1, x.shape[-1]), training=self.training).view(*x.shape[:-1], -1)
 
 
+class FastProjection(Replacement):
+    """Replaces a linear layer with LoRA, in a layer that is not replaced as a whole."""
+
+    def __init__(self, original: nn.Module, layer: Projection):
+        super().__init__(original)
+        self._layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in). Returns (..., out)."""
+        return project(x, self._layer, training=self.training)
+
+
 class FastNorm(Replacement):
     """Replaces an RMS norm."""
 
@@ -159,6 +171,12 @@ def replace_gated(module: nn.Module, reader: Reader) -> FastGatedLayer | None:
     if joined.weight.shape[0] != 2 * down.weight.shape[1]:
         return None
     return FastGatedLayer(module, GatedLayer(joined, down, fused_ops(down.weight)))
+
+
+def replace_linear(module: nn.Module, reader: Reader) -> FastProjection | None:
+    """The replacement of a linear layer, with LoRA or without; None: it is something else."""
+    part = reader(module)
+    return FastProjection(module, Projection([part])) if part is not None else None
 
 
 def replace_norm(module: Any) -> FastNorm | None:
