@@ -3,10 +3,11 @@
     python scripts/measure_fallbacks.py [--machines full avx2 ...] [--rounds 3] [--layers 4] [--attention]
 
 Each machine is a process of its own, of one thread, in which the ways of a cell take turns; given is the CPU time of a
-forward and backward pass, median over median. Stock is Trainer's own `training_step`, of the base in bfloat16 with
-autocast or of the base in float32, on rows padded in one batch, in batches of two of like length, and one by one: what
-is fastest counts. Both have the allocator's settings of loratune. The model has the shape of SmolLM2-135M, with a few
-of its 30 layers and as small a part of its vocabulary, so that the parts of a step keep their proportion.
+forward and backward pass, the least of the rounds, as other processes can only add to it. Stock is Trainer's own
+`training_step`, of the base in bfloat16 with autocast or of the base in float32, on rows padded in one batch, two by
+two of like length, and one by one: what is fastest counts. Both have the allocator's settings of loratune. The model
+has the shape of SmolLM2-135M, with a few of its 30 layers and as small a part of its vocabulary, so that the parts of a
+step keep their proportion.
 
 On a processor with more, AVX2 alone is what torch, oneDNN and MKL are told to use; for bfloat16 oneDNN is off, as torch
 does not ask it on such a processor; and the compiled operations are built for x86-64-v3.
@@ -22,9 +23,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -144,9 +145,9 @@ def measured(dtype: torch.dtype, shapes: Sequence[str], rounds: int, layers: int
     with ours.applied():
         for shape in shapes:
             batch = flatten(rows(SHAPES[shape]))
-            ways: dict[str, Step] = {"loratune": lambda batch=batch: ours.step(batch)}
+            ways: dict[str, Step] = {"loratune": partial(ours.step, batch)}
             for name, batches in layouts(SHAPES[shape]).items():
-                ways[name] = lambda batches=batches: stock.step(batches)
+                ways[name] = partial(stock.step, batches)
             found[shape] = taking_turns(ways, rounds)
     return found
 
@@ -173,7 +174,8 @@ class Row:
         """whole: whether torch's kernel computes it; heads: see `HEADS`."""
         groups, shared, size = heads
         shapes = ((groups, tokens, shared, size), (groups, tokens, size), (groups, tokens, size))
-        self._states = [torch.randn(shape).to(dtype) for shape in shapes]
+        query, key, value = (torch.randn(shape).to(dtype) for shape in shapes)
+        self._states = query, key, value
         self._gradient = torch.randn(tokens, groups * shared * size).to(dtype)
         self._layout = Layout.of(torch.arange(tokens), whole=1 if whole else None)
         self._ops, self._scale = fused_ops(self._gradient), size**-0.5
@@ -182,10 +184,10 @@ class Row:
         """Forward and backward."""
         layout, states, scale = self._layout, self._states, self._scale
         around = (layout.spans, layout.keys, layout.tiles, scale)
-        results = self._ops.attend(*states, *around)
-        whole_rows.attend(layout.rows, results, *states, scale)
-        gradients = self._ops.attend_backward(self._gradient, *results, *states, *around)
-        whole_rows.attend_backward(layout.rows, gradients, self._gradient, *results, *states, scale)
+        result, total = self._ops.attend(*states, *around)
+        whole_rows.attend(layout.rows, (result, total), *states, scale)
+        gradients = self._ops.attend_backward(self._gradient, result, total, *states, *around)
+        whole_rows.attend_backward(layout.rows, gradients, self._gradient, result, total, *states, scale)
 
 
 def attention(dtype: torch.dtype, rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -209,7 +211,7 @@ def child(options: argparse.Namespace) -> None:
             flags = library.FLAGS.replace("native", "x86-64-v3")
             stack.enter_context(patch.object(library, "FLAGS", flags))
         for dtype in options.dtypes:
-            torch.backends.mkldnn.set_flags(not (name.endswith("avx2") and dtype == "bf16"))
+            torch.backends.mkldnn.set_flags(not (name.endswith("avx2") and dtype == "bf16"))  # type: ignore[no-untyped-call]
             if options.attention:
                 cells = attention(DTYPES[dtype], options.rounds)
             else:
@@ -240,8 +242,8 @@ def report(name: str, options: argparse.Namespace) -> None:
                 continue
             known = json.loads(line)
             for shape, seconds in known["cells"].items():
-                own, medians = median(seconds.pop("loratune")), {way: median(one) for way, one in seconds.items()}
-                way, best = min(medians.items(), key=lambda one: one[1])
+                own, stock = min(seconds.pop("loratune")), {way: min(one) for way, one in seconds.items()}
+                way, best = min(stock.items(), key=lambda one: one[1])
                 cells = (MACHINES[name][0], known["dtype"], shape, f"{best / own:.2f}", f"{best:.3g} s, {way}")
                 print(f"| {' | '.join(cells)} |", flush=True)
     if process.returncode:

@@ -567,8 +567,10 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_a_compiler_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
+    saved = tensors.weights(model)
     with without_compiler(monkeypatch), kernels.accelerated(model, attach.adapted_linear) as fallbacks:
         fast, others = step(model, flatten(rows()))
+        assert tensors.weights(model).keys() == saved.keys()
     assert (
         fallbacks == ["attention", "feed-forward layers", "norms"]
         and fast == pytest.approx(loss, abs=1e-6)

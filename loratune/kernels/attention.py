@@ -85,7 +85,7 @@ class Layout:
         """
         of_tokens = positions.numpy()
         spans = np.zeros((len(of_tokens), 3), np.int32)
-        keys = [np.empty(0, np.int32)]
+        keys: list[NDArray[np.integer[Any]]] = [np.empty(0, np.int32)]
         rows, tiles, place = [], list[tuple[int, ...]](), 0
 
         def is_whole(node: _Node) -> bool:

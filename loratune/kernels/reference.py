@@ -184,10 +184,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     logits: (rows, vocabulary); targets: (rows,) int64.
     """
-    scores, places = logits.float().log_softmax(-1), targets[:, None]
-    loss = -scores.gather(1, places)[:, 0]
-    gradient = scores.exp_()
-    gradient.scatter_add_(1, places, gradient.new_full(places.shape, -1))
+    scores = logits.float()
+    loss = functional.cross_entropy(scores, targets, reduction="none")
+    gradient = scores.softmax(-1)
+    gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1))
     logits.copy_(gradient)
     return loss
 

@@ -1,5 +1,6 @@
 """Modules that replace layers of a model, and which layers have the structure that they need."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -113,18 +114,6 @@ class FastGatedLayer(Replacement):
         return self._layer(x.reshape(-1, x.shape[-1]), training=self.training).view(*x.shape[:-1], -1)
 
 
-class FastProjection(Replacement):
-    """Replaces a linear layer with LoRA, in a layer that is not replaced as a whole."""
-
-    def __init__(self, original: nn.Module, layer: Projection):
-        super().__init__(original)
-        self._layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in). Returns (..., out)."""
-        return project(x, self._layer, training=self.training)
-
-
 class FastNorm(Replacement):
     """Replaces an RMS norm."""
 
@@ -173,10 +162,17 @@ def replace_gated(module: nn.Module, reader: Reader) -> FastGatedLayer | None:
     return FastGatedLayer(module, GatedLayer(joined, down, fused_ops(down.weight)))
 
 
-def replace_linear(module: nn.Module, reader: Reader) -> FastProjection | None:
-    """The replacement of a linear layer, with LoRA or without; None: it is something else."""
+def replace_linear(module: nn.Module, reader: Reader) -> nn.Module | None:
+    """The replacement of a linear layer, with LoRA or without; None: it is something else.
+
+    It is of the same class, with the same children: of other layers PEFT would not save what the adapter has learned.
+    """
     part = reader(module)
-    return FastProjection(module, Projection([part])) if part is not None else None
+    if part is None:
+        return None
+    twin, layer = copy.copy(module), Projection([part])
+    twin.forward = lambda x: project(x, layer, training=twin.training)
+    return twin
 
 
 def replace_norm(module: Any) -> FastNorm | None:

@@ -13,18 +13,18 @@ from loratune.kernels import upstream
 Rows = Sequence[tuple[int, int]]
 """The first token of each row, and the one after its last."""
 
-FEWEST_TOKENS = {("avx512", torch.float32): 2048, ("avx2", torch.float32): 1024}
-"""From so many tokens on torch's kernel is faster, by instructions and dtype; elsewhere ours is, whatever the length."""
+FEWEST_TOKENS = {torch.float32: 2048}
+"""From so many tokens on torch's kernel is faster, by dtype; of other dtypes ours is, whatever the length. So it is for
+AVX2 and AVX-512 and for heads of 64, 128 and 256, of which one to four share a head of keys:
+`python scripts/measure_fallbacks.py --attention`."""
 
 
 def fewest_tokens(like: Tensor) -> int | None:
     """The fewest tokens of a row that torch's kernel computes for states like this tensor; None: it computes none.
 
-    It depends on the processor's instructions alone, so that the same seed gives the same bytes.
+    It is no measurement of the moment, so that the same seed gives the same bytes.
     """
-    has = torch.cpu.get_capabilities()
-    best = next((name for name in ("avx512", "avx2") if has.get(name.replace("512", "512_f"))), "")
-    return FEWEST_TOKENS.get((best, like.dtype))
+    return FEWEST_TOKENS.get(like.dtype)
 
 
 def attend(rows: Rows, results: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
@@ -67,8 +67,8 @@ def attend_backward(
             sums[:, first:end] += parts.sum(1, dtype=torch.float32)
 
 
-def _row(query: Tensor, key: Tensor, value: Tensor, first: int, end: int) -> list[Tensor]:
+def _row(query: Tensor, key: Tensor, value: Tensor, first: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a row, (groups, heads, length, size) each; the heads of a group share its keys."""
     heads = query.shape[2]
-    shared = (x[:, None, first:end].expand(-1, heads, -1, -1) for x in (key, value))
-    return [query[:, first:end].transpose(1, 2), *shared]
+    keys, values = (x[:, None, first:end].expand(-1, heads, -1, -1) for x in (key, value))
+    return query[:, first:end].transpose(1, 2), keys, values
