@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from loratune.codes import Code
 from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
-from loratune.training.batching import DistributedBatchSampler
+from loratune.training.sampling import DistributedBatchSampler
 
 pytestmark = pytest.mark.distributed
 

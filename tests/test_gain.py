@@ -20,7 +20,8 @@ from loratune.data import TokenizedDataset
 from loratune.data.rendering import TokenizedRow
 from loratune.statistics import mean_ratio_interval
 from loratune.training import gain
-from loratune.training.gain import Gain, Loss
+from loratune.training.gain import Gain
+from loratune.training.losses import Loss
 
 
 def compared(differences: Sequence[float], tokens: Sequence[int] = (), **others: Any) -> Gain:
