@@ -4,8 +4,8 @@
 
 The definitions are those of the quickstart (see build_quickstart_data.py for where data.noun comes from). Chosen is the
 definition of a noun, in one short sentence; rejected is what the model answers to the question by itself, greedily, up
-to `MOST_TOKENS` tokens. So before training the model prefers the rejected answer, as it is its own. The same data.noun and
-model give the same rows, up to the rounding of the machine.
+to `MOST_TOKENS` tokens. So before training the model prefers the rejected answer, as it is its own. The same data.noun
+and model give the same rows, up to the rounding of the machine.
 """
 
 import argparse

@@ -7,8 +7,8 @@
 
 MODEL: a directory with a tokenizer, such as models/SmolLM2-135M-Instruct. ROWS: pairs, or answers for KTO (208). A tiny
 Llama in float32 with an adapter whose values are drawn, so that it is not its base, reads batches of four; for each
-objective TRL's trainer computes its loss on the same tokens, and both go backward. Losses and gradients of all values of
-the adapter must be within 1e-5, with the batches of loratune packed as trees.
+objective TRL's trainer computes its loss on the same tokens, and both go backward. Losses and gradients of all values
+of the adapter must be within 1e-5, with the batches of loratune packed as trees.
 
 TRL's ORPO differs in one thing, which is checked by itself: the loss of the chosen answer is over the prompt too, and a
 mean over all tokens of the batch. Its loss with that part taken over each answer, from its own log-probabilities, is
@@ -145,11 +145,11 @@ class _WithIds:
         return dataset
 
 
-class OfDpo(_WithIds, DPOTrainer):  # type: ignore[misc]
+class OfDpo(_WithIds, DPOTrainer):
     """DPO."""
 
 
-class OfKto(_WithIds, KTOTrainer):  # type: ignore[misc]
+class OfKto(_WithIds, KTOTrainer):
     """KTO."""
 
 
@@ -171,11 +171,11 @@ class _WithRows:
         return row | _side(prompt, item["chosen_ids"], "chosen") | _side(prompt, item["rejected_ids"], "rejected")
 
 
-class OfOrpo(_WithRows, ORPOTrainer):  # type: ignore[misc]
+class OfOrpo(_WithRows, ORPOTrainer):
     """ORPO."""
 
 
-class OfCpo(_WithRows, CPOTrainer):  # type: ignore[misc]
+class OfCpo(_WithRows, CPOTrainer):
     """SimPO."""
 
 
@@ -215,7 +215,8 @@ def trl_loss(trainer: Any, formula: Formula, batch: Any) -> torch.Tensor:
     whole = trainer.compute_loss(trainer.model, batch)
     assert abs(float(whole) - float(own - odds)) < BOUND
     check_prompt_part(trainer, batch, float(own))
-    return -chosen.mean() - odds
+    expected: torch.Tensor = -chosen.mean() - odds
+    return expected
 
 
 def _smoothed(trainer: Any, batch: Any, formula: Formula) -> torch.Tensor:
@@ -252,7 +253,7 @@ def compare(name: str, formula: Formula, model: Any, dataset: TokenizedDataset, 
         for group, (loss, gradient) in zip(batches(dataset.items), found, strict=True):
             batch = trainer.data_collator([trainer.train_dataset[number] for number in group])
             theirs = trl_loss(trainer, formula, batch)
-            theirs.backward()
+            theirs.backward()  # type: ignore[no-untyped-call]
             other = gradients(trainer.model)
             assert other.keys() == gradient.keys()
             worst = max(worst, abs(float(theirs) - loss))

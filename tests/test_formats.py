@@ -11,11 +11,11 @@ from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import formats
 from loratune.data.formats import (
+    AnswerPair,
     Conversation,
     Example,
     Ids,
     Judged,
-    Pair,
     Parser,
     Plain,
     RowError,
@@ -482,10 +482,10 @@ def test_the_chosen_answers_of_pairs_alone(row: dict[str, Any], expected: str) -
     """What `data.columns` has to be is known of the first row, and gives an example."""
     assert parser(row).chosen_alone == expected
     ours = expected[1:-1].split(":")[0]
-    assert not isinstance(parse(row, columns={ours: "chosen"}), Pair)
+    assert not isinstance(parse(row, columns={ours: "chosen"}), AnswerPair)
 
 
-CHAT_PAIR = Pair("f:1", Conversation("f:1", (USER, BOT), 1), Conversation("f:1", (USER, OTHER), 1))
+CHAT_PAIR = AnswerPair("f:1", Conversation("f:1", (USER, BOT), 1), Conversation("f:1", (USER, OTHER), 1))
 
 
 @pytest.mark.parametrize(
@@ -523,13 +523,13 @@ def test_pairs_of_messages_in_all_shapes(row: dict[str, Any], columns: dict[str,
 )  # fmt: skip
 def test_pairs_of_texts(row: dict[str, Any], prompt: str, answers: tuple[str, str]) -> None:
     """Without a prompt, it is what both begin with, up to a word; in HH-RLHF's dialogues, up to the last answer."""
-    assert parse(row) == Pair("f:1", *(Plain("f:1", prompt, answer) for answer in answers))
+    assert parse(row) == AnswerPair("f:1", *(Plain("f:1", prompt, answer) for answer in answers))
 
 
 def test_a_longer_implicit_prompt_and_tools() -> None:
     turns = [SYSTEM, USER, BOT, USER]
     pair = parse({"chosen": [*turns, BOT], "rejected": [*turns, OTHER], "tools": [WEATHER]})
-    assert isinstance(pair, Pair) and isinstance(pair.rejected, Conversation)
+    assert isinstance(pair, AnswerPair) and isinstance(pair.rejected, Conversation)
     assert pair.rejected.first_supervised == 4 and pair.rejected.tools == (WEATHER,)
 
 
@@ -585,7 +585,7 @@ def test_a_pair_in_a_file_of_another_format() -> None:
 def test_pairs_that_teach_nothing(chosen: str, rejected: str, reason: str | None) -> None:
     texts = parse({"prompt": "a", "chosen": chosen, "rejected": rejected})
     chats = parse({"prompt": [USER], "chosen": chosen, "rejected": rejected})
-    assert isinstance(texts, Pair) and isinstance(chats, Pair)
+    assert isinstance(texts, AnswerPair) and isinstance(chats, AnswerPair)
     assert preferences.drop_reason(texts) == preferences.drop_reason(chats) == reason
 
 

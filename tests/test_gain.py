@@ -130,6 +130,9 @@ class Made:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def side(self, number: int) -> int:
+        return 0
+
     def row(self, number: int) -> TokenizedRow:
         key = self.keys[number] if self.keys is not None else number
         return TokenizedRow("", (key, *range(1, self.lengths[number])), ((1, int(self.lengths[number])),))

@@ -10,12 +10,12 @@ from conftest import tiny_llama
 from loratune.config import PreferenceSection
 from loratune.data.packing import flatten, pad, share_prefixes, with_sides
 from loratune.kernels import LossHead, row_counts, row_sums
-from loratune.training.objectives import Answers, Formula, divergence
+from loratune.training.objectives import AnswerScores, Formula, divergence
 
 
-def answers(sums: list[float], tokens: list[int], reference: list[float]) -> Answers:
+def answers(sums: list[float], tokens: list[int], reference: list[float]) -> AnswerScores:
     numbers = [torch.tensor(values, dtype=torch.float64) for values in (sums, tokens, reference)]
-    return Answers(*numbers)
+    return AnswerScores(*numbers)
 
 
 CHOSEN = answers([-10.0, -3.0], [5, 2], [-11.0, -2.5])
@@ -59,13 +59,14 @@ def test_pair_losses_by_hand(formula: Formula, expected: list[float]) -> None:
 def test_answer_losses_by_hand() -> None:
     formula = Formula("kto", 0.1, desirable_weight=1.5, undesirable_weight=0.5)
     found = formula.answer_losses(CHOSEN, torch.tensor([True, False]), 2.0)
-    assert found.tolist() == pytest.approx([1.5 * (1 - sigmoid(0.1 - 0.2)), 0.5 * (1 - sigmoid(0.2 + 0.05))], rel=1e-12)
+    expected = [1.5 * (1 - sigmoid(0.1 - 0.2)), 0.5 * (1 - sigmoid(0.2 + 0.05))]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
     assert divergence(CHOSEN) == pytest.approx(0.25) and divergence(REJECTED) == 0.0
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_where_nothing_has_changed(name: str) -> None:
-    """The loss of an answer that is as likely as in the reference, whatever it is: what the first step is checked by."""
+    """The loss of an answer that is as likely as in the reference, whatever it is: that of the first step."""
     formula = Formula(name, 0.3, label_smoothing=0.1 if name == "dpo" else 0.0)
     same = answers([-10.0, -3.0], [5, 2], [-10.0, -3.0])
     if name == "dpo":

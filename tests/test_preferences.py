@@ -84,7 +84,7 @@ def test_what_is_dropped_is_named(cli: Cli, run_config: MakeConfig, tmp_path: Pa
         assert f"1 row dropped: {reason}{tmp_path / 'compared.jsonl'}:" in ran.out
     assert "compared.jsonl:1, chosen, supervised text marked" in ran.out
     assert "compared.jsonl:1, rejected, supervised text marked" in ran.out
-    cells = next(line for line in ran.out.splitlines() if line.startswith("train ")).split()
+    cells = next(words for line in ran.out.splitlines() if (words := line.split())[:1] == ["train"])
     assert cells[1:4] == ["28", "0", "4"]
     write_rows(tmp_path / "compared.jsonl", bad)
     check_refused(
@@ -152,7 +152,7 @@ def test_a_run_learns(objective: str, cli: Cli, run_config: MakeConfig, tmp_path
     result = json.loads(ran.out)
     assert result["gain"]["unit"] == ("answer" if objective == "kto" else "pair")
     assert result["gain"]["better_by"] > 0
-    assert result["preferences"]["reward_accuracy"]["value"] > 0.5
+    assert result["preferences"]["reward_margin"]["value"] > 0
     if objective != "kto":
         assert result["held_out_loss"] == min(
             entry["eval_loss"] for entry in record(tmp_path / "out")["curve"] if "eval_loss" in entry

@@ -11,7 +11,7 @@ from loratune.inference import loading
 from loratune.inference.completion import Log
 from loratune.model import load
 from loratune.training.batching import check_positions
-from loratune.training.objectives import Answers, Formula
+from loratune.training.objectives import AnswerScores, Formula
 from loratune.training.preference_figures import PreferenceFigures, Side, Values
 from loratune.training.preflight import AdapterInfo
 
@@ -58,5 +58,5 @@ def _rewards(adapter: AdapterInfo, *columns: Values) -> Values:
     run = adapter.run
     is_compared = run is not None and run.training.objective != "sft"
     formula = Formula.of(run.training.objective, run.preferences) if run and is_compared else Formula("dpo", 1.0)
-    rewards: Values = formula.rewards(Answers(*map(torch.from_numpy, columns))).numpy()
+    rewards: Values = formula.rewards(AnswerScores(*map(torch.from_numpy, columns))).numpy()
     return rewards

@@ -310,10 +310,10 @@ def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[
         directory.remove_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
         raise
     name, fallbacks = directory.display_name, plan.batches.acceleration.fallbacks
-    figures = finished_run.outcome, finished_run.gain, finished_run.forgetting, finished_run.test
-    figures += (finished_run.preferences,)
+    figures = finished_run.outcome, finished_run.gain, finished_run.forgetting
+    more = finished_run.test, finished_run.preferences
     published = plan.config, directory.output, name, size
-    return Result(*published, *figures, fallbacks, plan.example_prompt, finished_run.peak_memory)
+    return Result(*published, *figures, *more, fallbacks, plan.example_prompt, finished_run.peak_memory)
 
 
 def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:

@@ -32,8 +32,8 @@ class PreferenceSection(Section):
         None,
         gt=0,
         le=1e3,
-        description="dpo, kto: how close to the reference; simpo: scale of rewards; orpo: weight of the odds; null: 0.1, "
-        "with simpo 2",
+        description="dpo, kto: how close to the reference; simpo: scale of rewards; orpo: weight of the odds; "
+        "null: 0.1, with simpo 2",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="dpo, simpo: the part of the pairs whose order is taken to be wrong, as in cDPO"

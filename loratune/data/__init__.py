@@ -15,7 +15,7 @@ from pathlib import Path
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import formats, token_cache_dir
-from loratune.data.formats import Conversation, Example, Ids, Judged, Pair, Plain, Single, preferences, sides
+from loratune.data.formats import AnswerPair, Conversation, Example, Ids, Judged, Plain, Single, preferences, sides
 from loratune.data.formats.examples import no_loss_reason
 from loratune.data.rendering import (
     CHOSEN,
@@ -221,14 +221,14 @@ class _ExampleTokenizer:
             kept.append(example)
             if isinstance(example, Conversation) and loss_on != "all":
                 report.empty_answers += len(example.selected_turns(loss_on)) - len(example.supervised_turns(loss_on))
-        singles = [example for example in kept if not isinstance(example, Pair | Judged)]
+        singles = [example for example in kept if not isinstance(example, AnswerPair | Judged)]
         self._check_ids(singles)
         whole = iter(self.renderer.rows(singles, loss_on))
-        answers = [side for example in kept if isinstance(example, Pair | Judged) for side in sides(example)]
+        answers = [side for example in kept if isinstance(example, AnswerPair | Judged) for side in sides(example)]
         answer_rows = iter(self.renderer.rows(answers, "completion"))
         rows = []
         for example in kept:
-            if isinstance(example, Pair | Judged):
+            if isinstance(example, AnswerPair | Judged):
                 compared = [replace(next(answer_rows), where=example.where, side=side) for side in _sides_of(example)]
                 rows += self._cut_answers(compared, report)
             else:
@@ -299,15 +299,15 @@ class _ExampleTokenizer:
 
 def _drop_reason(example: Example, loss_on: str) -> str | None:
     """Returns why an example is not trained on, as far as that is known without a tokenizer; None if it is."""
-    if isinstance(example, Pair | Judged):
+    if isinstance(example, AnswerPair | Judged):
         return preferences.drop_reason(example)
     reason = no_loss_reason(example, loss_on)
     return f"nothing to learn: {reason}" if reason else None
 
 
-def _sides_of(example: Pair | Judged) -> tuple[int, ...]:
+def _sides_of(example: AnswerPair | Judged) -> tuple[int, ...]:
     """Returns what the rows of an example are to the comparison, as `TokenizedRow.side`."""
-    if isinstance(example, Pair):
+    if isinstance(example, AnswerPair):
         return CHOSEN, REJECTED
     return (DESIRABLE,) if example.desirable else (UNDESIRABLE,)
 
@@ -342,7 +342,7 @@ def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
 
 def _characters(example: Example) -> int:
     """Returns about how many characters an example has."""
-    if isinstance(example, Pair | Judged):
+    if isinstance(example, AnswerPair | Judged):
         return sum(map(_characters, sides(example)))
     if isinstance(example, Plain):
         return len(example.prompt) + len(example.completion)

@@ -1,11 +1,11 @@
 """Whether an adapter does better than its base: the losses of both on the same rows, compared in pairs.
 
 The measure is that of training, of the held-out loss and of `evaluate`: nats per supervised token, over all supervised
-tokens; where answers are compared, the objective's loss per pair, which is then a row, or per answer. The sample, however,
-is one of rows, as the tokens of one row depend on each other. So the difference is a ratio of two sums over rows, of nats
-saved and of supervised tokens, and its 95 % interval is that of the delete-one jackknife with Student's t (R. G. Miller,
-"The jackknife: a review", Biometrika 61, 1974). Where all rows have as many tokens, this is the interval of a paired t
-test.
+tokens; where answers are compared, the objective's loss per pair, which is then a row, or per answer. The sample,
+however, is one of rows, as the tokens of one row depend on each other. So the difference is a ratio of two sums over
+rows, of nats saved and of supervised tokens, and its 95 % interval is that of the delete-one jackknife with Student's t
+(R. G. Miller, "The jackknife: a review", Biometrika 61, 1974). Where all rows have as many tokens, this is the interval
+of a paired t test.
 
 Copies of a row add no information: they are computed once, have the weight of all of them, and count as one row.
 """
@@ -259,8 +259,9 @@ def compare(
     interval = jackknife_interval(saved, tokens)
     low, high = (interval.low, interval.high) if interval else (None, None)
     own = mean_ratio_interval(adapter_nats, tokens)
-    ends = (low, high, validation_rows, *((own.low, own.high) if own else (None, None)))
-    return Gain(split, rows, drawn, total or drawn, base_mean, adapter_mean, better_by, *ends, unit)
+    own_low, own_high = (own.low, own.high) if own else (None, None)
+    means = base_mean, adapter_mean, better_by
+    return Gain(split, rows, drawn, total or drawn, *means, low, high, validation_rows, own_low, own_high, unit)
 
 
 def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, dict[int, int], int | None]:

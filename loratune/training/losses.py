@@ -32,14 +32,16 @@ class Batches(Protocol):
     Attributes:
         items: Rows, or lists of rows.
         size: Items of a batch.
-        collate: From items to a batch of tensors.
         flat: Whether the rows of a batch stand end to end, without padding.
     """
 
     items: Any
     size: int
-    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
     flat: bool
+
+    @property
+    def collate(self) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
+        """From items to a batch of tensors."""
 
     def heaviest(self) -> Sequence[int]:
         """The numbers of the items that make the batch with the most tokens."""

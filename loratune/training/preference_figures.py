@@ -16,7 +16,7 @@ from loratune.statistics import Interval
 Values = NDArray[np.float64]
 
 SATURATED = 4.6
-"""A margin from which on a pair has less than a hundredth of the gradient that it has without one: sigmoid(-4.6) = 0.01."""
+"""A margin from which on a pair has less than a hundredth of its whole gradient: sigmoid(-4.6) = 0.01."""
 _MOST_SATURATED = 0.9
 """The share of saturated pairs from which on that is said."""
 

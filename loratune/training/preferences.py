@@ -24,7 +24,7 @@ from loratune.data.rendering import CHOSEN, TokenizedRow
 from loratune.errors import NumericError, Problem
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training.losses import Batches, BeforeBatch, Loss, nothing, read_batches, run_batch
-from loratune.training.objectives import Answers, Formula, divergence
+from loratune.training.objectives import AnswerScores, Formula, divergence
 from loratune.training.preference_figures import PreferenceFigures, Side
 
 Values = NDArray[np.float64]
@@ -109,9 +109,9 @@ class Read:
         mismatched: Of the prompts with answers to others; none where the objective has none.
     """
 
-    answers: Answers
+    answers: AnswerScores
     sides: Tensor
-    mismatched: Answers
+    mismatched: AnswerScores
 
     @property
     def is_paired(self) -> bool:
@@ -123,9 +123,9 @@ class Read:
         """What several batches gave, each as plain numbers."""
         joined = {name: [*chain.from_iterable(part[name] for part in parts)] for name in _NAMES}
         numbers = {name: torch.tensor(values, dtype=torch.float64) for name, values in joined.items()}
-        answers = Answers(numbers["answers"], numbers["tokens"], numbers["references"])
+        answers = AnswerScores(numbers["answers"], numbers["tokens"], numbers["references"])
         other = numbers["mismatched"]
-        mismatched = Answers(other, torch.ones_like(other), numbers["mismatched_references"])
+        mismatched = AnswerScores(other, torch.ones_like(other), numbers["mismatched_references"])
         return cls(answers, numbers["sides"].long(), mismatched)
 
 
@@ -183,7 +183,7 @@ class Comparing:
         losses = self._item_losses(Read(answers, sides, _no_answers()), self._divergence)
         together = len(sides) // len(losses)
         is_there = answers.tokens.view(-1, together)[:, 0] > 0
-        held = Answers(answers.log_probabilities.detach(), answers.tokens, answers.reference)
+        held = AnswerScores(answers.log_probabilities.detach(), answers.tokens, answers.reference)
         self.step = Read(held, sides, _no_answers())
         return (losses * is_there).sum().float(), is_there.sum()
 
@@ -274,17 +274,17 @@ class Comparing:
         parts = sorted(chain.from_iterable(group.all_gather(own)), key=lambda part: part[0])
         return Read.joined([part for _, part in parts])
 
-    def _mismatched_answers(self, model: Any, batch: Mapping[str, Any]) -> Answers:
+    def _mismatched_answers(self, model: Any, batch: Mapping[str, Any]) -> AnswerScores:
         labels, logits = run_batch(self, model, batch)
         return self._answers(logits, labels)
 
-    def _answers(self, logits: Tensor, labels: Tensor) -> Answers:
+    def _answers(self, logits: Tensor, labels: Tensor) -> AnswerScores:
         """What a model gives to the rows of the batch that was expected last."""
         lengths, reference = self._given["lengths"], self._given["references"]
         sums = -kernels.row_sums(logits, labels, lengths)
         tokens = kernels.row_counts(labels, lengths)
         known = torch.zeros_like(sums) if reference is None else reference.to(sums.device)
-        return Answers(sums, tokens, known)
+        return AnswerScores(sums, tokens, known)
 
     def _item_losses(self, read: Read, estimate: float) -> Tensor:
         """(items,), the loss of each. estimate: of KTO's divergence."""
@@ -300,6 +300,6 @@ def _logged(figures: PreferenceFigures) -> dict[str, float]:
     return {"reward_accuracy": figures.accuracy.value, "reward_margin": figures.margin.value, **own}
 
 
-def _no_answers() -> Answers:
+def _no_answers() -> AnswerScores:
     nothing_there = torch.zeros(0, dtype=torch.float64)
-    return Answers(nothing_there, nothing_there, nothing_there)
+    return AnswerScores(nothing_there, nothing_there, nothing_there)

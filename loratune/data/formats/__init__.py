@@ -12,13 +12,13 @@ from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data.formats import chats, examples, preferences
 from loratune.data.formats.examples import (
+    AnswerPair,
     Conversation,
     Example,
     Fields,
     Ids,
     Judged,
     Message,
-    Pair,
     Plain,
     RowError,
     Single,
@@ -32,9 +32,26 @@ from loratune.data.sources import Row
 from loratune.errors import DataError, Problem
 
 __all__ = [
-    "CHAT_FORMATS", "FORMATS", "Conversation", "Example", "Ids", "Judged", "Message", "Pair", "Parser", "Plain",
-    "Question", "RowError", "Single", "check_ids", "completion_key", "content_key", "group_key", "parse_question",
-    "prompt_key", "sides",
+    "CHAT_FORMATS",
+    "FORMATS",
+    "AnswerPair",
+    "Conversation",
+    "Example",
+    "Ids",
+    "Judged",
+    "Message",
+    "Parser",
+    "Plain",
+    "Question",
+    "RowError",
+    "Single",
+    "check_ids",
+    "completion_key",
+    "content_key",
+    "group_key",
+    "parse_question",
+    "prompt_key",
+    "sides",
 ]  # fmt: skip
 
 

@@ -209,7 +209,7 @@ Single: TypeAlias = Plain | Conversation | Ids
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """Two answers to one prompt.
 
     Attributes:
@@ -238,7 +238,7 @@ class Judged:
     desirable: bool
 
 
-Compared: TypeAlias = Pair | Judged
+Compared: TypeAlias = AnswerPair | Judged
 """What is trained on by comparing answers."""
 
 Example: TypeAlias = Single | Compared
@@ -246,7 +246,7 @@ Example: TypeAlias = Single | Compared
 
 def sides(example: Example) -> tuple[Single, ...]:
     """What of an example becomes rows of tokens: of a pair both answers, the chosen one first."""
-    if isinstance(example, Pair):
+    if isinstance(example, AnswerPair):
         return example.chosen, example.rejected
     return (example.answer,) if isinstance(example, Judged) else (example,)
 

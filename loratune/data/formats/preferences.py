@@ -11,11 +11,11 @@ from loratune.codes import Code
 from loratune.data.formats import chats
 from loratune.data.formats.chats import Turn
 from loratune.data.formats.examples import (
+    AnswerPair,
     Conversation,
     Fields,
     Judged,
     Message,
-    Pair,
     Plain,
     RowError,
     describe,
@@ -34,18 +34,18 @@ def holds_messages(fields: Fields) -> bool:
     return any(isinstance(value, list | Mapping) for value in values)
 
 
-def parse_pair(where: str, fields: Fields) -> Pair:
+def parse_pair(where: str, fields: Fields) -> AnswerPair:
     """`chosen` and `rejected` as text, with their `prompt` before them, or as whole texts. Raises RowError."""
     chosen, rejected = text(fields, CHOSEN), text(fields, REJECTED)
     if fields.get("prompt") is not None:
         prompt = text(fields, "prompt")
-        return Pair(where, Plain(where, prompt, chosen), Plain(where, prompt, rejected))
+        return AnswerPair(where, Plain(where, prompt, chosen), Plain(where, prompt, rejected))
     border = _border(chosen, rejected)
     sides = (Plain(where, side[:border], side[border:]) for side in (chosen, rejected))
-    return Pair(where, *sides)
+    return AnswerPair(where, *sides)
 
 
-def parse_pair_of_messages(where: str, fields: Fields) -> Pair:
+def parse_pair_of_messages(where: str, fields: Fields) -> AnswerPair:
     """`chosen` and `rejected` as answers to `prompt`, or as whole conversations; `tools`, `system`. Raises RowError."""
     prompt = _prompt(fields)
     answers = [_answer(fields, name, prompt) for name in (CHOSEN, REJECTED)]
@@ -54,7 +54,7 @@ def parse_pair_of_messages(where: str, fields: Fields) -> Pair:
     if not prompt:
         raise RowError(Code.DATA_NO_QUESTION, "no message comes before the answers, so there is no prompt")
     chosen, rejected = (_conversation(where, fields, prompt, answer) for answer in answers)
-    return Pair(where, chosen, rejected)
+    return AnswerPair(where, chosen, rejected)
 
 
 def parse_judged(where: str, fields: Fields) -> Judged:
@@ -146,7 +146,7 @@ def _conversation(where: str, fields: Fields, prompt: Sequence[Turn], answer: Se
     return Conversation(where, tuple(messages), len(prompt), chats.parse_tools(fields))
 
 
-def drop_reason(example: Pair | Judged) -> str | None:
+def drop_reason(example: AnswerPair | Judged) -> str | None:
     """Why nothing can be learnt from comparing the answers of an example; None if something can."""
     if isinstance(example, Judged):
         return "the completion is empty" if not _content(example.answer).strip() else None
@@ -170,7 +170,7 @@ def _content(answer: Plain | Conversation) -> str:
 
 def _text(message: Message) -> str:
     more: list[Any] = [message[name] for name in message if name not in ("role", "content")]
-    return message["content"] + "".join(map(repr, more))
+    return f"{message['content']}{''.join(map(repr, more))}"
 
 
 def _key(answer: Plain | Conversation) -> Any:
