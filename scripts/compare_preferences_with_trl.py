@@ -117,7 +117,7 @@ def ours(model: Any, dataset: TokenizedDataset, formula: Formula) -> tuple[Compa
             labels = batch.pop("labels")
             total, _ = objective.total(model(**batch, use_cache=False).logits, labels)
             (total / count).backward()
-            found.append((float(total / count), gradients(model)))
+            found.append(((total / count).item(), gradients(model)))
     return objective, found
 
 
@@ -256,7 +256,7 @@ def compare(name: str, formula: Formula, model: Any, dataset: TokenizedDataset, 
             theirs.backward()  # type: ignore[no-untyped-call]
             other = gradients(trainer.model)
             assert other.keys() == gradient.keys()
-            worst = max(worst, abs(float(theirs) - loss))
+            worst = max(worst, abs(theirs.item() - loss))
             steepest = max(steepest, *(float((other[key] - gradient[key]).abs().max()) for key in gradient))
             largest = max(largest, *(float(value.abs().max()) for value in gradient.values()))
     within = max(worst, steepest) <= BOUND
