@@ -18,7 +18,7 @@ import torch
 from build_quickstart_data import Noun, choose, licence, parse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TRAIN_ROWS, EVAL_ROWS, BATCH, MOST_TOKENS = 240, 80, 16, 48
+TRAIN_ROWS, EVAL_ROWS, BATCH, MOST_TOKENS = 128, 48, 16, 32
 QUESTION = "What does the word '{word}' mean?"
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     lines = arguments.data_noun.read_text(encoding="utf-8").splitlines()
     parts = choose(noun for noun in map(parse, lines) if noun is not None)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
     arguments.dest.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", TRAIN_ROWS), ("eval", EVAL_ROWS)):
         nouns = parts[name][:count]

@@ -3,12 +3,12 @@
     python -m venv /tmp/trlvenv
     echo "$PWD/.venv/lib/python3.11/site-packages" > /tmp/trlvenv/lib/python3.11/site-packages/loratune.pth
     /tmp/trlvenv/bin/pip install --no-deps trl==1.16.0
-    PYTHONPATH=.:tests OMP_NUM_THREADS=1 /tmp/trlvenv/bin/python scripts/compare_preferences_with_trl.py MODEL [ROWS]
+    PYTHONPATH=.:tests OMP_NUM_THREADS=1 /tmp/trlvenv/bin/python scripts/compare_preferences_with_trl.py [ROWS]
 
-MODEL: a directory with a tokenizer, such as models/SmolLM2-135M-Instruct. ROWS: pairs, or answers for KTO (208). A tiny
-Llama in float32 with an adapter whose values are drawn, so that it is not its base, reads batches of four; for each
-objective TRL's trainer computes its loss on the same tokens, and both go backward. Losses and gradients of all values
-of the adapter must be within 1e-5, with the batches of loratune packed as trees.
+ROWS: pairs, or answers for KTO (208). A tiny Llama in float32 with an adapter whose values are drawn, so that it is not
+its base, reads batches of four; for each objective TRL's trainer computes its loss on the same tokens, and both go
+backward. Losses and gradients of all values of the adapter must be within 1e-5, with the batches of loratune packed as
+trees.
 
 TRL's ORPO differs in one thing, which is checked by itself: the loss of the chosen answer is over the prompt too, and a
 mean over all tokens of the batch. Its loss with that part taken over each answer, from its own log-probabilities, is
@@ -29,9 +29,8 @@ from typing import Any
 import datasets
 import torch
 from compare_with_trl import WORDS
-from conftest import tiny_llama, write_rows  # type: ignore[import-not-found]
+from conftest import byte_tokenizer, tiny_llama, write_rows  # type: ignore[import-not-found]
 from peft import LoraConfig
-from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # type: ignore[import-not-found]
 from trl.experimental.cpo import CPOConfig, CPOTrainer  # type: ignore[import-not-found]
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # type: ignore[import-not-found]
@@ -73,10 +72,10 @@ def rows(folder: Path, count: int, judged: bool, renderer: Renderer) -> Tokenize
     return data.prepare(split, renderer, section, len(renderer.tokenizer))
 
 
-def adapted(size: int) -> Any:
+def adapted() -> Any:
     """A tiny model with an adapter that is not zero."""
     section = LoraSection.model_validate({"r": 4, "lora_alpha": 16, "target_modules": "all-linear"})
-    model, _ = attach.adapt(tiny_llama(vocab_size=size), section, seed=0)
+    model, _ = attach.adapt(tiny_llama(max_position_embeddings=1024), section, seed=0)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -185,7 +184,7 @@ def trainer_of(formula: Formula, model: Any, items: list[dict[str, Any]], tokeni
         "output_dir": folder, "beta": formula.beta, "max_length": 1024, "use_cpu": True, "bf16": False,
         "report_to": "none", "gradient_checkpointing": False, "per_device_train_batch_size": BATCH,
     }  # fmt: skip
-    base = tiny_llama(vocab_size=model.config.vocab_size)
+    base = tiny_llama(max_position_embeddings=1024)
     adapter = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     texts = [{"prompt": "a", "chosen": "b", "rejected": "c", "number": number} for number in range(len(items))]
     given: dict[str, Any] = {"model": base, "processing_class": tokenizer, "peft_config": adapter}
@@ -270,13 +269,12 @@ def compare(name: str, formula: Formula, model: Any, dataset: TokenizedDataset, 
 def main() -> None:
     """Compare all objectives. Ends with 1 if one differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
     parser.add_argument("rows", type=int, nargs="?", default=208)
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
     renderer = Renderer(tokenizer)
-    model = adapted(len(tokenizer))
+    model = adapted()
     with tempfile.TemporaryDirectory() as folder:
         pairs, answers = (rows(Path(folder), arguments.rows, judged, renderer) for judged in (False, True))
         results = [
