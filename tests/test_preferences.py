@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import yaml
 from conftest import Ran, check_refused, write_rows
 from fork_server import ForkServer
 from running import WEIGHTS, MakeConfig, checkpoints, until
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
+from loratune import data
 from loratune.codes import Code
+from loratune.config import DataSection
+from loratune.data import token_cache_dir
+from loratune.data.rendering import Renderer
 from loratune.training import reference
+from loratune.training.preferences import ComparedRows
 
 Cli = Callable[..., Ran]
 
@@ -218,6 +225,47 @@ def test_packing(changes: dict[str, Any], cli: Cli, run_config: MakeConfig, tmp_
 
 
 # The reference
+
+
+def test_prompts_with_answers_to_others(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each row has a partner with another prompt, the same in every process; a prompt that is too long is cut."""
+    path = write_rows(tmp_path / "compared.jsonl", JUDGED)
+    section = DataSection.model_validate({"train": str(path)})
+    split = data.read_datasets(section, 0).train
+    dataset = data.prepare(split, Renderer(tokenizer), section, 264)
+    for limit in (1024, 20):
+        rows, again = ComparedRows(dataset, limit, seed=1), ComparedRows(dataset, limit, seed=1)
+        assert rows.partners_digest() == again.partners_digest()
+        assert rows.partners_digest() != ComparedRows(dataset, limit, seed=2).partners_digest()
+        used = set()
+        for number in range(len(rows)):
+            row, mixed = dataset.rows.row(number), rows[number]["mismatched"]
+            start = len(mixed["labels"]) - sum(label >= 0 for label in mixed["labels"])
+            prompt, answer = tuple(mixed["input_ids"][:start]), tuple(mixed["input_ids"][start:])
+            assert row.prompt[len(row.prompt) - len(prompt) :] == prompt
+            assert len(mixed["input_ids"]) <= limit and mixed["labels"][start:] == [*answer]
+            others = [one for one in dataset.rows.rows() if one.completion == answer and one.prompt != row.prompt]
+            assert others
+            used |= {one.where for one in others}
+            assert len(used) >= len(rows) - 2
+
+
+def test_values_are_kept_for_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged ones, and those of a directory that others can write to, are computed again."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    key, values = "0" * 64, np.array([-1.5, 0.1, 1e-300])
+    assert token_cache_dir.load_values(key) is None
+    token_cache_dir.store_values(key, values)
+    found = token_cache_dir.load_values(key)
+    assert found is not None and found.tolist() == values.tolist()
+    assert token_cache_dir.load_values("1" * 64) is None
+    file = tmp_path / "loratune" / key / "values"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert token_cache_dir.load_values(key) is None
+    token_cache_dir.store_values(key, values)
+    assert token_cache_dir.load_values(key) is not None
+    (tmp_path / "loratune" / key).chmod(0o777)
+    assert token_cache_dir.load_values(key) is None
 
 
 def test_the_reference_is_computed_once_and_kept(

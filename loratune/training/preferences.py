@@ -29,7 +29,7 @@ from loratune.training.preference_figures import PreferenceFigures, Side
 
 Values = NDArray[np.float64]
 
-_ROUNDING = {False: 0.25, True: 1e-3}
+_ROUNDING = {False: 0.05, True: 1e-3}
 """Whether the model is in more than 16 bits → nats by which the log-probability of an answer may differ from the same
 in other batches, for 1 plus the root of its tokens."""
 _PARTNERS_TRIED = 64
