@@ -26,7 +26,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from loratune.codes import Code
 from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
-from loratune.training.batching import DistributedBatchSampler
+from loratune.training.sampling import DistributedBatchSampler
 
 pytestmark = pytest.mark.distributed
 
@@ -94,6 +94,22 @@ def test_packs_are_shared_out(
     config = run_config(data={**data, **EVALUATED}, training={"num_train_epochs": 3, "eval_steps": 4})
     alone = trained(processes, config, tmp_path / "1", 1, *shared(2, 4))
     same(trained(processes, config, tmp_path / f"{count}", count, *shared(2, accumulated)), alone)
+
+
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("kto", marks=SLOW)])
+def test_compared_answers_are_shared_out(
+    objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The reference, KTO's divergence over a step, and the last step of an epoch, where a process may have no row."""
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " none"} for row in UNEVEN]
+    judged = [row | {"label": number % 2 == 0} for number, row in enumerate(UNEVEN)]
+    rows = write_rows(tmp_path / "uneven.jsonl", judged if objective == "kto" else pairs)
+    training = {"num_train_epochs": 2, "eval_steps": 4, "objective": objective}
+    config = run_config(data={"train": str(rows), "validation": str(rows)}, training=training)
+    alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
+    same(trained(processes, config, tmp_path / "2", 2, *shared(4)), alone)
+    tensors, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("2", "1"))
+    assert all((tensors[name] - expected[name]).abs().max() < 1e-4 for name in expected)
 
 
 def test_a_start_from_the_data_is_the_same(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:

@@ -111,14 +111,14 @@ def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterato
         yield [*acceleration.fallbacks]
 
 
-def expect(model: Any, labels: Tensor, places: Tensor | None = None) -> None:
+def expect(model: Any, labels: Tensor, places: Tensor | None = None, lengths: Tensor | None = None) -> None:
     """Have the next forward pass return the summed loss of these labels instead of logits, if the model can do it.
 
-    places: see `LossHead`.
+    places, lengths: see `LossHead`.
     """
     head = model.get_output_embeddings()
     if isinstance(head, LossHead):
-        head.labels, head.places = labels, places
+        head.labels, head.places, head.lengths = labels, places, lengths
 
 
 def tree_refusal(model: Any) -> str | None:
