@@ -41,8 +41,6 @@ class Packs:
 
     def of(self, each: int) -> "Packs":
         """The packs of rows, where the numbers packed are those of groups of `each` rows behind each other."""
-        if each == 1:
-            return self
         return Packs((self.order[:, None] * each + np.arange(each)).reshape(-1), self.starts * each)
 
 
@@ -218,7 +216,7 @@ class BatchLayout:
         if packing == "full":
             packs = best_fit(whole, size * max_length * each)
             self._tokens = np.add.reduceat(whole[packs.order], packs.starts[:-1], dtype=np.int64)
-            self.items, self.size = PackedRows(dataset, packs.of(each)), 1
+            self.items, self.size = PackedRows(dataset, packs.of(each) if each > 1 else packs), 1
         elif together:
             every = Packs(np.arange(len(lengths)), np.arange(0, len(lengths) + 1, each))
             self.items, self.size = PackedRows(dataset, every), size
