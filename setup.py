@@ -28,26 +28,28 @@ sys.modules[spec.name] = build  # for its dataclass
 spec.loader.exec_module(build)
 
 
-def say(line):
-    print(f"loratune: {line}", file=sys.stderr, flush=True)
+def without(reason):
+    print(f"loratune: a wheel without compiled code, as {reason}", file=sys.stderr, flush=True)
+    return {}
 
 
 def compile_libraries():
-    """The content of each library by its file name; empty if this is the wrong machine, or has no gcc."""
+    """The content of each library by its file name; empty if this is the wrong machine, or has no gcc for it."""
     if (sys.platform, platform.machine(), sys.maxsize > 1 << 32) != ("linux", "x86_64", True):
-        say("a wheel without compiled code, as it is made for Linux on x86-64 only")
-        return {}
+        return without("it is made for Linux on x86-64 only")
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "cc"))), None)
     if compiler is None:
-        say("a wheel without compiled code, as there is no gcc: install one, or set CC to its path")
-        return {}
-    made = {}
-    for variant in build.VARIANTS:
-        try:
-            made |= {variant.file_name(define): compile_library(compiler, variant, define) for define in build.DEFINES}
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            say(f"no compiled code for {variant.name}: {build.reason(error)}")
-    return made
+        return without("there is no gcc: install one, or set CC to its path")
+    try:
+        return {
+            variant.file_name(define): compile_library(compiler, variant, define)
+            for variant in build.VARIANTS
+            for define in build.DEFINES
+        }
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return without(
+            f"compiling it failed: {build.reason(error)}; it needs gcc 11 or newer, and the C library's headers"
+        )
 
 
 def compile_library(compiler, variant, define):

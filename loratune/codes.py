@@ -85,6 +85,7 @@ class Code(StrEnum):
     CONFIG_CONSTANT_WARMUP = "config.constant_warmup", "The constant schedule has no warmup."
     CONFIG_NO_EVALUATION_ROWS = "config.no_evaluation_rows", "Evaluations are configured without rows for them."
     CONFIG_GROUPS_NOT_DIVIDED = "config.groups_not_divided", "Groups of rows are named, and no fraction is held out."
+    CONFIG_OBJECTIVE = "config.objective", "A setting does not go with the objective of the training."
     CONFIG_REPLAY = "config.replay", "Rows of an earlier run are to be replayed, and the run starts from no adapter."
     CONFIG_SEVERAL_PROCESSES = "config.several_processes", "A key is for one process, and several were started."
     CONFIG_ADAPTER_VALUE = "config.adapter_value", "A value of an adapter's configuration is of the wrong type."
@@ -152,7 +153,7 @@ class Code(StrEnum):
     DATA_FORMAT_AMBIGUOUS = "data.format_ambiguous", "The fields of a file's first row fit more than one format."
     DATA_PREFERENCES = (
         "data.preferences",
-        "Rows hold preferences between answers, which training does not compare.",
+        "The objective does not go with the rows: it compares answers and they hold none, or the other way round.",
     )
     DATA_COLUMN_MISSING = "data.column_missing", "`columns` names a field that the first row of a file lacks."
     DATA_GROUP_MISSING = "data.group_missing", "No row has a value of the field that `group_by` names."
@@ -411,6 +412,7 @@ class Code(StrEnum):
     TRAINING_WEIGHT_NOT_FINITE = "training.weight_not_finite", "A step made a weight of the adapter NaN or inf."
     TRAINING_HELD_OUT_NOT_FINITE = "training.held_out_not_finite", "The loss on validation or test rows is NaN or inf."
     TRAINING_FINAL_LOSS_NOT_FINITE = "training.final_loss_not_finite", "The loss after the last step is NaN or inf."
+    TRAINING_REFERENCE = "training.reference", "Before the first step, the model is not what answers are compared with."
     TRAINING_TRACKER_FAILED = "training.tracker_failed", "A tracker failed; the run goes on without it."
     TRAINING_WORSE_THAN_BASE = "training.worse_than_base", "The adapter does worse than its base."
     ADAPTER_NO_RUN_CONFIG = "adapter.no_run_config", "--set is used with an adapter that has no run.yaml."

@@ -61,8 +61,8 @@ SHAPES = {
     "quickstart": Shape(8, 0),
     "quickstart, 200 steps": Shape(8, 0, steps=200),
     "quickstart, batch of 32": Shape(32, 0),
-    "8 x up to 512, 400 shared": Shape(8, 512, steps=8, uneven=True, shared=400),
-    "32 x up to 512, 400 shared": Shape(32, 512, uneven=True, shared=400),
+    "8 x 480, 400 shared": Shape(8, 480, shared=400),
+    "32 x 480, 400 shared": Shape(32, 480, shared=400),
     "8 x up to 64, 100 steps": Shape(8, 64, steps=100, uneven=True),
     "8 x 128, float32": Shape(8, 128, settings=FLOAT32),
     "8 x 256, float32": Shape(8, 256, settings=FLOAT32),
@@ -113,15 +113,15 @@ model.save_pretrained(directory)
 transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 """
 TRAIN = """
-import json, pathlib, sys, torch
+import functools, json, pathlib, sys, torch
 from loratune.__main__ import main
-from loratune.commands import train
-result, make_plan = pathlib.Path(sys.argv.pop(1)), train.make_plan  # the name by which `train` calls it
+from loratune.commands import plan, train
+result = pathlib.Path(sys.argv.pop(1))
 def make_and_record(*arguments):
-    plan = make_plan(*arguments)
-    result.write_text(json.dumps(plan.memory.parts()))
-    return plan
-train.make_plan = make_and_record
+    made = plan.make_plan(*arguments)
+    result.write_text(json.dumps(made.memory.parts()))
+    return made
+train.train = functools.partial(train.train, planner=make_and_record)  # the name by which the command calls it
 try:
     main()
 finally:

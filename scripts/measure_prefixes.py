@@ -158,7 +158,7 @@ def _compare_packs(sets: Mapping[str, Sequence[Row]]) -> None:
     for name, of_set in sets.items():
         rows = [row["input_ids"] for row in of_set]
         lengths = np.array([len(row) for row in rows])
-        for budget in (1024, 2048, 4096, 8192):
+        for budget in (1024, 2048, 4096):
             found = best_fit(lengths, budget)
             own = [[rows[number] for number in found[place]] for place in range(len(found))]
             computed: list[list[list[int]]] = [[]]

@@ -98,8 +98,7 @@ def _no_accounts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level: one token per byte, ids 0 to 255, then the special tokens; no BOS, no pad token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
@@ -110,6 +109,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made.add_special_tokens({"additional_special_tokens": special[1:]})
     made.chat_template = CHAT_TEMPLATE
     return made
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """See `byte_tokenizer`."""
+    return byte_tokenizer()
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:

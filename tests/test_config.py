@@ -200,7 +200,7 @@ def test_python_tags_run_nothing(problems: Callable[..., list[Problem]], tmp_pat
         (in_section("data.train", "{path: a, splt: b}"), "FILE:5", "data.train.splt", "did you mean `split`?"),
         (in_section("data.validation", "{path: a, s: b}"), "FILE:5", "data.validation.s", "known here: path, "),
         (SOUND + "outputdir: x\n", "FILE:4", "outputdir", "did you mean `output_dir`?"),
-        (SOUND + "str: x\n", "FILE:4", "str", "known here: model, lora, data, training, output_dir"),
+        (SOUND + "str: x\n", "FILE:4", "str", "known here: model, lora, data, training, preferences, output_dir"),
         (SOUND + "'x[0]': x\n", "FILE:4", "x[0]", "known here: model"),
         (SOUND + "1: x\n", "FILE:4", "1", "known here: model"),
     ],

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -21,10 +22,11 @@ from conftest import ROOT, config_in, is_problem, tiny_llama, write_rows
 from fork_server import Child, ForkServer
 from running import WEIGHTS, MakeConfig, checkpoints, curve, handles, until
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from loratune.codes import Code
 from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
-from loratune.training.batching import DistributedBatchSampler
+from loratune.training.sampling import DistributedBatchSampler
 
 pytestmark = pytest.mark.distributed
 
@@ -92,6 +94,22 @@ def test_packs_are_shared_out(
     config = run_config(data={**data, **EVALUATED}, training={"num_train_epochs": 3, "eval_steps": 4})
     alone = trained(processes, config, tmp_path / "1", 1, *shared(2, 4))
     same(trained(processes, config, tmp_path / f"{count}", count, *shared(2, accumulated)), alone)
+
+
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("kto", marks=SLOW)])
+def test_compared_answers_are_shared_out(
+    objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The reference, KTO's divergence over a step, and the last step of an epoch, where a process may have no row."""
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " none"} for row in UNEVEN]
+    judged = [row | {"label": number % 2 == 0} for number, row in enumerate(UNEVEN)]
+    rows = write_rows(tmp_path / "uneven.jsonl", judged if objective == "kto" else pairs)
+    training = {"num_train_epochs": 2, "eval_steps": 4, "objective": objective}
+    config = run_config(data={"train": str(rows), "validation": str(rows)}, training=training)
+    alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
+    same(trained(processes, config, tmp_path / "2", 2, *shared(4)), alone)
+    tensors, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("2", "1"))
+    assert all((tensors[name] - expected[name]).abs().max() < 1e-4 for name in expected)
 
 
 def test_a_start_from_the_data_is_the_same(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -320,6 +338,7 @@ def test_a_dry_run_may_take_its_time_to_print(processes: ForkServer, run_config:
         ("FSDP", "model.quantization", "8bit"),
         ("FSDP", "training.optim", "adafactor"),
         ("DEEPSPEED", "lora.use_lorafa", "true"),
+        ("DEEPSPEED", "lora.target_parameters", "experts"),
     ],
 )
 def test_what_sharded_weights_exclude(
@@ -468,6 +487,35 @@ def test_a_base_that_is_spread_learns_the_same(
         same(record, alone)
     for entry, known in zip(curve(record), curve(alone), strict=True):  # which computes LoRA in bfloat16 where it can
         assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-3)
+
+
+@pytest.mark.parametrize("how", ["spread", pytest.param("copied", marks=SLOW)])
+def test_experts_learn_the_same_in_several_processes(
+    how: str, processes: ForkServer, run_config: MakeConfig, tiny_dir: Path, tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=264, num_key_value_heads=2, num_local_experts=4, bos_token_id=None, eos_token_id=256, **shape
+        )
+    ).save_pretrained(tmp_path / "experts")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_dir / name, tmp_path / "experts")
+    config = run_config(
+        model={"name_or_path": str(tmp_path / "experts")}, lora={"target_parameters": ["experts"]},
+        data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN)), **EVALUATED},
+        training={"max_steps": 4, "eval_steps": 2},
+    )  # fmt: skip
+    alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
+    if how == "copied":
+        record = trained(processes, config, tmp_path / "2", 2, *shared(4))
+    else:
+        settings = [part for one in shared(4) for part in ("--set", one)]
+        spread_to_the_end("fsdp2", processes, config, tmp_path / "2", *settings)
+        record = json.loads((tmp_path / "2" / "loratune.json").read_text())
+    for entry, known in zip(curve(record), curve(alone), strict=True):
+        assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-4)
 
 
 def test_the_base_beside_a_spread_adapter_is_the_base(

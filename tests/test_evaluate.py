@@ -24,7 +24,8 @@ from loratune.config import Source
 from loratune.data.packing import BatchLayout
 from loratune.evaluation import scoring
 from loratune.inference import loading
-from loratune.training import gain, preflight
+from loratune.training import preflight
+from loratune.training.losses import NextToken
 
 ENDS = ["<|endoftext|>", "<|end|>"]
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(45)]
@@ -169,7 +170,7 @@ def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None
     prompts = [row.prompt for row in rows.rows()]
     alone = [loaded.complete([prompt], 6)[0] for prompt in prompts]
     for size in (1, 7, 64):
-        loss = gain.held_out_loss(loaded.model, BatchLayout(rows, rows.lengths, "none", size, 1024, 0))
+        loss = NextToken().held_out_loss(loaded.model, BatchLayout(rows, rows.lengths, "none", size, 1024, 0))
         assert loss.tokens == scores["adapter"]["tokens"]
         assert loss.mean == pytest.approx(scores["adapter"]["loss"], abs=1e-6)
         batches = [loaded.complete(prompts[at : at + size], 6) for at in range(0, len(prompts), size)]

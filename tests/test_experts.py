@@ -1,14 +1,17 @@
 """`lora.target_parameters`: LoRA of fused experts, by the words of a config, the same as stock PEFT's."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, check_refused, config_in, meanings, tiny_llama, write_rows
+from conftest import Ran, check_refused, config_in, meanings, process, tiny_llama, write_rows
+from fork_server import ForkServer
 from peft import LoraConfig, PeftModel, get_peft_model
+from running import checkpoints, until
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -23,15 +26,18 @@ from transformers import (
     set_seed,
 )
 
-from loratune import config
+from loratune import config, memory
 from loratune.codes import Code
 from loratune.commands.adapter_stats import adapter_stats
-from loratune.config import LoraSection
+from loratune.config import LoraSection, ModelSection, TrainingSection
 from loratune.errors import AdapterError, ConfigError, ModelError
 from loratune.export import plain
+from loratune.inference import loading
 from loratune.lora import attach, parameters
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.targets import Targets, resolve
+from loratune.memory.activations import AllocationTracker
+from loratune.training import preflight
 
 Cli = Callable[..., Ran]
 SHAPE: dict[str, Any] = {
@@ -76,7 +82,9 @@ def test_the_role_is_every_fused_projection_of_experts(family: str) -> None:
     targets = resolve(build(family, "meta"), [], target_parameters=["experts"])
     hidden, layers = SIZES[family]
     numbers = range(2 - layers, 2)
-    expected = [f"model.layers.{layer}.mlp.experts.{name}" for layer in numbers for name in ("gate_up_proj", "down_proj")]
+    expected = [
+        f"model.layers.{layer}.mlp.experts.{name}" for layer in numbers for name in ("gate_up_proj", "down_proj")
+    ]
     assert targets.roles == {"experts": tuple(expected)}
     assert (targets.modules, targets.parameters) == ((), tuple(expected))
     assert targets.parameter_names == ("experts.down_proj", "experts.gate_up_proj")
@@ -132,7 +140,12 @@ def test_ranks_of_their_own() -> None:
     ("family", "wanted", "code", "text"),
     [
         ("mixtral", ["experts.dwn_proj"], Code.LORA_UNKNOWN_TARGET, "nearest: experts.down_proj"),
-        ("mixtral", ["nothing"], Code.LORA_UNKNOWN_TARGET, "those that can be: mlp.gate, experts.gate_up_proj, experts.down_proj"),
+        (
+            "mixtral",
+            ["nothing"],
+            Code.LORA_UNKNOWN_TARGET,
+            "those that can be: mlp.gate, experts.gate_up_proj, experts.down_proj",
+        ),
         ("mixtral", "down_proj", Code.LORA_UNKNOWN_TARGET, "write a list to name parameters, [down_proj]"),
         ("mixtral", ["q_proj.weight"], Code.LORA_UNSUITABLE_TARGET, "a layer that lora.target_modules adapts"),
         ("mixtral", ["embed_tokens.weight"], Code.LORA_UNSUITABLE_TARGET, "a layer that lora.target_modules adapts"),
@@ -200,7 +213,8 @@ def test_no_targets_at_all_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lora_dropout": 0.1}, {"use_dora": True}, *({"init_lora_weights": name} for name in ("pissa", "olora", "orthogonal"))],
+    [{"lora_dropout": 0.1}, {"use_dora": True}]
+    + [{"init_lora_weights": name} for name in ("pissa", "olora", "orthogonal")],
     ids=str,
 )  # fmt: skip
 def test_stock_peft_refuses_them_too(settings: dict[str, Any]) -> None:
@@ -218,9 +232,7 @@ def test_why_lora_fa_is_refused() -> None:
     with torch.no_grad():
         down[1] = 0  # the second rank of the first expert
         up[:, 4] = 0  # the second rank of the first expert, by how PEFT reads B
-    of_first = layer.scaling["default"] * sum(
-        torch.outer(up[:, 4 * rank], down[rank]) for rank in (0, 2, 3)
-    )
+    of_first = layer.scaling["default"] * sum(torch.outer(up[:, 4 * rank], down[rank]) for rank in (0, 2, 3))
     assert torch.allclose(layer.get_delta_weight("default")[0], of_first, atol=1e-6)
 
 
@@ -228,7 +240,9 @@ def test_why_lora_fa_is_refused() -> None:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+def base(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Path:
     path = tmp_path_factory.mktemp("bases") / request.param
     build(request.param).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -249,8 +263,6 @@ def run_config(folder: Path, base: Path, **sections: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import process
-
     folder = tmp_path_factory.mktemp("trained")
     ran = process("train", run_config(folder, base), "--allow-worse")
     assert ran.code == 0, ran.err
@@ -274,9 +286,7 @@ def stock_run(base: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[PeftModel
     """The same three steps by stock PEFT and torch."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     set_seed(42)
-    settings = LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=["o_proj"], target_parameters=NAMES
-    )
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=["o_proj"], target_parameters=NAMES)
     adapted = get_peft_model(model, settings).train()
     rows, losses = batch(tokenizer), []
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
@@ -339,10 +349,50 @@ def test_clients_that_do_not_read_it_get_no_export(cli: Cli, trained: Path, tmp_
     ran = cli("export", "--adapter", trained, "--to", "vllm", "--output", tmp_path / "out")
     check_refused(ran, 5, (Code.EXPORT_NOT_PLAIN, str(trained), ""))
     assert "it adapts stacked parameters" in ran.err and "loratune merge" in ran.err
-    with pytest.raises(AdapterError, match="cannot be plain LoRA for llama.cpp: it adapts stacked parameters"):
+    with pytest.raises(AdapterError, match=r"cannot be plain LoRA for llama\.cpp: it adapts stacked parameters"):
         plain.check_plain(inspect(trained), "gguf")
     card = (trained / "README.md").read_text()
     assert "vllm serve" not in card and "llama-server" not in card
+
+
+def test_several_on_one_base(base: Path, tmp_path: Path) -> None:
+    """With the same parameters, and beside one without any; others are refused, as PEFT refuses them."""
+    kinds = {"plain": {}, "both": {"target_parameters": NAMES}, "small": {"target_parameters": NAMES, "r": 2},
+             "one": {"target_parameters": NAMES[:1]}}  # fmt: skip
+    for number, (name, settings) in enumerate(kinds.items()):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        made = get_peft_model(
+            model, LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["o_proj"]} | settings)
+        )
+        torch.manual_seed(number)
+        for path, parameter in made.named_parameters():
+            if "lora_B" in path:
+                nn.init.normal_(parameter, std=0.3)
+        made.save_pretrained(tmp_path / name)
+    section, ids = ModelSection(name_or_path=str(base), dtype="float32"), torch.arange(20)[None]
+    names = ["plain", "both", "small"]
+    opened = [preflight.open_adapter(tmp_path / name) for name in names]
+    for name, loaded in zip(names, loading.load_all(opened, base=section), strict=True):
+        stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        loaded.model.set_adapter(loaded.key)
+        with torch.no_grad():
+            expected = PeftModel.from_pretrained(stock, str(tmp_path / name)).eval()(ids).logits
+            assert torch.equal(loaded.model(ids).logits, expected)
+    with pytest.raises(AdapterError) as caught:
+        loading.load_all([preflight.open_adapter(tmp_path / name) for name in ("both", "one")], base=section)
+    assert [problem.code for problem in caught.value.problems] == [Code.ADAPTER_CANNOT_SHARE]
+
+
+def test_killed_and_resumed_is_as_if_nothing_had_been(processes: ForkServer, base: Path, tmp_path: Path) -> None:
+    run = run_config(tmp_path, base, training={"per_device_train_batch_size": 2, "max_steps": 300, "save_steps": 1})
+    child = processes.start("train", run, "--allow-worse", "--set", "training.max_steps=12")
+    until(lambda: checkpoints(tmp_path / "out.partial"), child)
+    child.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    for arguments in (("--resume",), ("--set", f"output_dir={tmp_path / 'straight'}")):
+        child = processes.start("train", run, "--allow-worse", "--set", "training.max_steps=12", *arguments)
+        assert child.wait() == 0, child.said()
+    assert (tmp_path / "out" / WEIGHTS_FILE).read_bytes() == (tmp_path / "straight" / WEIGHTS_FILE).read_bytes()
 
 
 def test_its_statistics_are_those_of_each_expert(base: Path, trained: Path) -> None:
@@ -390,3 +440,31 @@ def test_going_on_from_it_starts_where_it_ended(cli: Cli, base: Path, trained: P
         assert torch.allclose(model.eval()(ids).logits, before.eval()(ids).logits, atol=1e-5)
     run = run_config(tmp_path, base, lora=section | {"target_parameters": ["down_proj"]})
     check_refused(cli("train", run), 2, (Code.LORA_START_TARGETS, str(trained), "lora.start_from"))
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [["experts"], ["down_proj"]])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_memory_that_remade_tensors_take_is_estimated(
+    checkpointed: bool, wanted: list[str], dtype: torch.dtype
+) -> None:
+    """The difference to a run without them, as tensors are allocated and as the formula has it."""
+    large = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+    section = TrainingSection(activation_checkpointing=checkpointed)
+    measured, estimated = [], []
+    for parameters_wanted in (None, wanted):
+        model = AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE | large, num_local_experts=4)).to(dtype)
+        lora = LoraSection(target_modules=["o_proj"], target_parameters=parameters_wanted)
+        made, _ = attach.adapt(model, lora, seed=0)
+        found = memory.estimate(made, [(32, 31)], 1, section)
+        estimated.append(found.activations + found.logits + found.gradients)
+        if checkpointed:
+            made.activation_checkpointing_enable({"use_reentrant": False})
+        tracker = AllocationTracker(made.train(), limited=False)
+        with tracker:
+            made(input_ids=torch.arange(32)[None], use_cache=False).logits.float().square().mean().backward()
+        measured.append(tracker.peak)
+    assert estimated[1] - estimated[0] == pytest.approx(measured[1] - measured[0], rel=0.25)

@@ -10,13 +10,28 @@ from conftest import meanings
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import formats
-from loratune.data.formats import Conversation, Example, Ids, Parser, Plain, RowError, content_key, parse_question
+from loratune.data.formats import (
+    AnswerPair,
+    Conversation,
+    Example,
+    Ids,
+    Judged,
+    Parser,
+    Plain,
+    RowError,
+    completion_key,
+    content_key,
+    parse_question,
+    preferences,
+    prompt_key,
+)
 from loratune.data.formats.examples import no_loss_reason
 from loratune.data.sources import Row
 from loratune.errors import DataError, Problem
 
 PAIR = {"prompt": "a", "completion": "b"}
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+OTHER = {"role": "assistant", "content": "c"}
 SYSTEM = {"role": "system", "content": "s"}
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -455,26 +470,132 @@ def test_ambiguous_keys_and_the_setting_that_decides(others: dict[str, Any], nam
 
 
 @pytest.mark.parametrize(
-    ("row", "ours", "expected"),
+    ("row", "expected"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "completion", Plain("f:1", "a", "b")),
-        ({"chosen": "ab", "rejected": "ac"}, "text", Plain("f:1", "", "ab", whole=True)),
-        ({"prompt": "a", "chosen": [USER, BOT], "rejected": [USER]}, "messages", Conversation("f:1", (USER, BOT))),
-        ({"prompt": [USER], "chosen": [BOT], "rejected": [BOT]}, "completion", Conversation("f:1", (USER, BOT), 1)),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "{completion: chosen}"),
+        ({"chosen": "ab", "rejected": "ac"}, "{text: chosen}"),
+        ({"prompt": "a", "chosen": [USER, BOT], "rejected": [USER, OTHER]}, "{messages: chosen}"),
+        ({"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]}, "{completion: chosen}"),
     ],
 )
-def test_preferences_are_refused_and_what_would_do(row: dict[str, Any], ours: str, expected: Example) -> None:
-    (problem,) = refused(row)
-    assert (problem.code, problem.where) == (Code.DATA_PREFERENCES, "f:1")
-    assert "`chosen` and `rejected`" in problem.what and problem.fix.endswith(f"{{{ours}: chosen}}")
-    assert parse(row, columns={ours: "chosen"}) == expected
+def test_the_chosen_answers_of_pairs_alone(row: dict[str, Any], expected: str) -> None:
+    """What `data.columns` has to be is known of the first row, and gives an example."""
+    assert parser(row).chosen_alone == expected
+    ours = expected[1:-1].split(":")[0]
+    assert not isinstance(parse(row, columns={ours: "chosen"}), AnswerPair)
 
 
-def test_answers_marked_good_or_bad_are_refused() -> None:
-    (problem,) = refused(PAIR | {"label": False})
-    assert (problem.code, problem.where) == (Code.DATA_PREFERENCES, "f:1") and "`label`" in problem.what
+CHAT_PAIR = AnswerPair("f:1", Conversation("f:1", (USER, BOT), 1), Conversation("f:1", (USER, OTHER), 1))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]}, {}),
+        ({"prompt": [USER], "chosen": "b", "rejected": "c"}, {}),
+        ({"prompt": [USER], "chosen": BOT, "rejected": OTHER}, {}),
+        ({"chosen": [USER, BOT], "rejected": [USER, OTHER]}, {}),
+        ({"prompt": "a", "chosen": [USER, BOT], "rejected": [USER, OTHER], "messages": [USER, BOT], "score": 1.0}, {}),
+        ({"prompt": [USER], "chosen": [USER, BOT], "rejected": [USER, OTHER]}, {}),
+        (
+            {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "c"}},
+            {"prompt": "conversations"},
+        ),
+        ({"question": "a", "good": [BOT], "bad": [OTHER]}, {"prompt": "question", "chosen": "good", "rejected": "bad"}),
+    ],
+)
+def test_pairs_of_messages_in_all_shapes(row: dict[str, Any], columns: dict[str, str]) -> None:
+    found = parser(row, columns=columns)
+    assert found(Row("f:1", row)) == CHAT_PAIR and found.format_name == "preference_messages"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answers"),
+    [
+        ({"prompt": "a ", "chosen": "b", "rejected": "c"}, "a ", ("b", "c")),
+        ({"chosen": "It is red", "rejected": "It is rust"}, "It is", (" red", " rust")),
+        ({"chosen": "red", "rejected": "rust"}, "", ("red", "rust")),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: we can", "rejected": "\n\nHuman: q\n\nAssistant: we cannot"},
+            "\n\nHuman: q\n\nAssistant:", (" we can", " we cannot"),
+        ),
+    ],
+)  # fmt: skip
+def test_pairs_of_texts(row: dict[str, Any], prompt: str, answers: tuple[str, str]) -> None:
+    """Without a prompt, it is what both begin with, up to a word; in HH-RLHF's dialogues, up to the last answer."""
+    assert parse(row) == AnswerPair("f:1", *(Plain("f:1", prompt, answer) for answer in answers))
+
+
+def test_a_longer_implicit_prompt_and_tools() -> None:
+    turns = [SYSTEM, USER, BOT, USER]
+    pair = parse({"chosen": [*turns, BOT], "rejected": [*turns, OTHER], "tools": [WEATHER]})
+    assert isinstance(pair, AnswerPair) and isinstance(pair.rejected, Conversation)
+    assert pair.rejected.first_supervised == 4 and pair.rejected.tools == (WEATHER,)
+
+
+@pytest.mark.parametrize(("label", "desirable"), [(True, True), (False, False), (1, True), (0.0, False)])
+def test_answers_that_are_good_or_bad(label: Any, desirable: bool) -> None:
+    section = {"format": "unpaired_preference"}
+    assert parse(PAIR | {"label": label}, **section) == Judged("f:1", Plain("f:1", "a", "b"), desirable)
+    chats = parse({"prompt": [USER], "completion": [BOT], "label": label}, **section)
+    assert chats == Judged("f:1", Conversation("f:1", (USER, BOT), 1), desirable)
+
+
+def test_labels_that_are_none_of_answers() -> None:
+    assert parse(PAIR | {"label": "pos"}) == parse(PAIR | {"label": 1}) == Plain("f:1", "a", "b")
+    assert isinstance(parse(PAIR | {"label": False}), Judged)
     assert parse(PAIR | {"label": True}, format="prompt_completion") == Plain("f:1", "a", "b")
-    assert parse(PAIR | {"label": "pos"}) == Plain("f:1", "a", "b")
+    check_row_error(row_error(PAIR | {"label": "x"}, PAIR | {"label": True}), TYPE, "`label` must be true or false")
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "detail"),
+    [
+        ({"prompt": "a", "chosen": [SYSTEM, OTHER], "rejected": [OTHER]}, Code.DATA_FIELD_CONFLICT, "not `prompt`"),
+        ({"chosen": [BOT], "rejected": [OTHER]}, Code.DATA_NO_QUESTION, "no message comes before"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": [BOT]}, Code.DATA_NO_ANSWER, "no assistant message"),
+        ({"chosen": [USER, BOT], "rejected": "c"}, Code.DATA_FIELD_TYPE, "must be a list of messages"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, Code.DATA_FIELD_TYPE, "must be text"),
+        (
+            {"prompt": [USER], "chosen": [BOT | {"weight": 0}], "rejected": [OTHER]}, Code.DATA_WEIGHT,
+            "compared whole",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_pairs(row: dict[str, Any], code: Code, detail: str) -> None:
+    check_row_error(row_error(row), code, detail)
+
+
+def test_a_pair_in_a_file_of_another_format() -> None:
+    error = row_error(PAIR | {"chosen": "b", "rejected": "c"}, PAIR)
+    check_row_error(error, Code.DATA_PREFERENCES, "a pair of answers, in a file of the format prompt_completion")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        ("b", "c", None),
+        ("bc", "b", None),
+        (" ", "c", "the chosen answer is empty"),
+        ("b", "", "the rejected answer is empty"),
+        ("b", "b", "the chosen and the rejected answer are the same"),
+        ("b", "bc", "the rejected answer begins with the chosen one"),
+    ],
+)
+def test_pairs_that_teach_nothing(chosen: str, rejected: str, reason: str | None) -> None:
+    texts = parse({"prompt": "a", "chosen": chosen, "rejected": rejected})
+    chats = parse({"prompt": [USER], "chosen": chosen, "rejected": rejected})
+    assert isinstance(texts, AnswerPair) and isinstance(chats, AnswerPair)
+    assert preferences.drop_reason(texts) == preferences.drop_reason(chats) == reason
+
+
+def test_keys_of_pairs() -> None:
+    """The same answers in the other order are other content, to the same prompt."""
+    one, other = (parse({"prompt": "a", "chosen": first, "rejected": last}) for first, last in ("bc", "cb"))
+    assert content_key(one) != content_key(other) and completion_key(one, "all") != completion_key(other, "all")
+    assert prompt_key(one, "all") == prompt_key(other, "all") == prompt_key(parse(PAIR), "completion")
+    good, bad = (parse(PAIR | {"label": label}) for label in (True, False))
+    assert content_key(good) != content_key(bad) and prompt_key(good, "all") == prompt_key(one, "all")
 
 
 @pytest.mark.parametrize("others", [{}, {"prompt": "x"}, {"completion": "y"}])

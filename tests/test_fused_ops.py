@@ -72,6 +72,21 @@ def test_values_that_are_not_finite_stay_in_their_row(name: str) -> None:
                     assert torch.equal(old[others], new[others]), (which, number, size)
 
 
+@pytest.mark.skipif("AVX2" not in OVER, reason="only x86-64 has AVX2")
+@pytest.mark.parametrize("size", [2, 8, 24, 72, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_for_avx2_is_the_reference(size: int, dtype: torch.dtype) -> None:
+    """Its vectors hold half as many numbers, and so its sums are cut into other pieces."""
+    positions = torch.cat([torch.arange(length) for length in (130, 5, 64)])
+    for window, heads in ((None, 3), (7, 1)):
+        shapes = [(2, 199, heads, size), (2, 199, size), (2, 199, size), (199, 2 * heads * size)]
+        arguments = [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
+        pairs = zip(*(attended(ops, positions, arguments, window) for ops in (reference, for_avx2(dtype))), strict=True)
+        for old, new in pairs:
+            loose = 1e-5 if dtype == torch.float32 else 0.02
+            assert float((old.float() - new.float()).norm()) <= loose * float(old.float().norm()) + 1e-4
+
+
 @pytest.mark.parametrize("name", OVER)
 def test_what_is_not_finite_reaches_all_that_see_it_and_nothing_before(name: str) -> None:
     """As in a model: a value reaches the tokens from its own on, a gradient the keys up to its own."""

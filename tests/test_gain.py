@@ -20,7 +20,8 @@ from loratune.data import TokenizedDataset
 from loratune.data.rendering import TokenizedRow
 from loratune.statistics import mean_ratio_interval
 from loratune.training import gain
-from loratune.training.gain import Gain, Loss
+from loratune.training.gain import Gain
+from loratune.training.losses import Loss
 
 
 def compared(differences: Sequence[float], tokens: Sequence[int] = (), **others: Any) -> Gain:
@@ -128,6 +129,9 @@ class Made:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def side(self, number: int) -> int:
+        return 0
 
     def row(self, number: int) -> TokenizedRow:
         key = self.keys[number] if self.keys is not None else number

@@ -10,10 +10,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, Ran, decided_training, tiny_llama, write_rows
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loratune import data, kernels
-from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, Source, TrainingSection
+from loratune.config import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    PreferenceSection,
+    RunConfig,
+    Source,
+    TrainingSection,
+)
+from loratune.config.preference_section import PREFERENCE_KEYS
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
@@ -22,6 +32,7 @@ from loratune.model import load as load_module
 from loratune.training import batching, budget, trainer
 from loratune.training.best_step import BestStep
 from loratune.training.evaluations import BestRecord
+from loratune.training.objectives import AnswerScores, Formula
 from loratune.training.trackers import trackers
 
 LORA: dict[str, Any] = {
@@ -43,6 +54,7 @@ LORA: dict[str, Any] = {
     "start_from": "other",
 }
 TRAINING: dict[str, Any] = {
+    "objective": "dpo",
     "learning_rate": 1e-3,
     "num_train_epochs": 2.5,
     "max_steps": 7,
@@ -93,9 +105,25 @@ DATA: dict[str, Any] = {
 }
 
 
+PREFERENCES: dict[str, Any] = {
+    "beta": 0.3,
+    "label_smoothing": 0.1,
+    "simpo_gamma": 0.5,
+    "sft_weight": 0.2,
+    "desirable_weight": 2.0,
+    "undesirable_weight": 2.0,
+}
+
+
 @pytest.mark.parametrize(
     "section, changes",
-    [(LoraSection, LORA), (TrainingSection, TRAINING), (ModelSection, MODEL), (DataSection, DATA)],
+    [
+        (LoraSection, LORA),
+        (TrainingSection, TRAINING),
+        (ModelSection, MODEL),
+        (DataSection, DATA),
+        (PreferenceSection, PREFERENCES),
+    ],
 )
 def test_every_field_has_a_change_here(section: Any, changes: dict[str, Any]) -> None:
     assert list(changes) == list(section.model_fields)
@@ -163,10 +191,13 @@ def test_lora_start_from(tmp_path: Path) -> None:
 
 # TrainingSection → TrainingArguments
 
+OURS = ("objective", "keep", "max_minutes", "patience", "report_to")
+"""Keys of the section that are none of TrainingArguments."""
+
 
 @pytest.mark.parametrize(
     "name, value",
-    [item for item in TRAINING.items() if item[0] not in ("keep", "max_minutes", "patience", "report_to")],
+    [item for item in TRAINING.items() if item[0] not in OURS],
 )
 def test_training(tmp_path: Path, name: str, value: Any) -> None:
     default, changed = (
@@ -197,6 +228,29 @@ def test_the_steps_that_are_kept_and_waited_for() -> None:
     record = BestRecord(1, 2.0, evaluations=4, since=3)
     waited = [BestStep(keep=True, patience=patience, record=record) for patience in (None, TRAINING["patience"])]
     assert [best.is_exhausted for best in waited] == [False, True]
+
+
+SCORES = [AnswerScores(*map(torch.tensor, ([-3.0, -8.0], [2, 5], [-4.0, -8.5]))) for _ in range(2)]
+
+
+@pytest.mark.parametrize(("name", "value"), PREFERENCES.items())
+def test_numbers_of_objectives(name: str, value: float) -> None:
+    """Each changes the loss of the objectives that read it, and is refused with the others."""
+    for objective in ("dpo", "orpo", "simpo", "kto"):
+        values = {"model": {"name_or_path": "a"}, "data": {"train": "b"}, "output_dir": "c"}
+        values |= {"training": {"objective": objective}, "preferences": {name: value}}
+        if objective not in PREFERENCE_KEYS[name]:
+            with pytest.raises(ValidationError, match="does not read it"):
+                RunConfig.model_validate(values)
+            continue
+        losses = []
+        for section in (PreferenceSection(), RunConfig.model_validate(values).preferences):
+            formula = Formula.of(objective, section)
+            if objective == "kto":
+                losses.append(formula.answer_losses(SCORES[0], torch.tensor([True, False]), 0.5).tolist())
+            else:
+                losses.append(formula.pair_losses(SCORES[0], SCORES[1].take(torch.tensor([1, 0]))).tolist())
+        assert losses[0] != losses[1]
 
 
 def test_training_max_minutes() -> None:

@@ -21,7 +21,8 @@ from pydantic import Field
 
 from loratune import errors
 from loratune.config import RunConfig
-from loratune.kernels.build import DEFINES, VARIANTS
+from loratune.kernels import library
+from loratune.kernels.build import DEFINES, DIGEST_BYTES, VARIANTS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 GUIDES = ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "configs/README.md", "configs/quickstart/README.md",
@@ -236,14 +237,32 @@ def test_the_libraries_of_a_wheel_need_what_its_tag_promises_and_no_openmp_of_th
     assert max(versions) == int(minor) and len(paths) == 6
 
 
+WITHOUT = {  # What a gcc does, and what is said.
+    "no compiler": ("", "there is no gcc: install one, or set CC to its path"),
+    "an old compiler": (
+        "echo 'cc1: error: bad value (x86-64-v4)' >&2; exit 1",
+        "compiling it failed: {gcc} ended with 1: cc1: error: bad value (x86-64-v4); it needs gcc 11 or newer",
+    ),
+    "another OpenMP": ("echo GOMP_parallel __kmpc_fork_call > library.so", "torch has; set CC to a gcc"),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_without_a_compiler_the_wheel_is_pure_and_it_is_said(source: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not HAS_LIBRARIES, reason="wheels have libraries on x86-64 only")
+@pytest.mark.parametrize("name", WITHOUT)
+def test_without_a_compiler_that_can_do_it_the_wheel_is_pure_and_it_is_said(
+    name: str, source: Path, wheel: Path, tmp_path: Path
+) -> None:
     """From a checkout in which one with libraries was built before."""
-    (tmp_path / "none").mkdir()
-    path, said = build_wheel(source, tmp_path, PATH=str(tmp_path / "none"))
-    assert (
-        path.name.endswith("-py3-none-any.whl") and said.count("a wheel without compiled code, as there is no gcc") == 1
-    )
+    does, line = WITHOUT[name]
+    (tmp_path / "bin").mkdir()
+    gcc = tmp_path / "bin" / "gcc"
+    if does:
+        gcc.write_text(f"#!/bin/sh\n{does}\n")
+        gcc.chmod(0o755)
+    path, said = build_wheel(source, tmp_path, PATH=str(tmp_path / "bin"))
+    assert path.name.endswith("-py3-none-any.whl") and said.count("a wheel without compiled code, as ") == 1
+    assert line.format(gcc=gcc) in said
     assert {name for name in names_in(path) if ".dist-info/" not in name} == source_files()
 
 
@@ -254,6 +273,23 @@ def test_an_sdist_gives_the_same_wheel(source: Path, wheel: Path, tmp_path: Path
     (sdist,) = tmp_path.glob("*.tar.gz")
     path, _ = build_wheel(sdist, tmp_path)
     assert (path.name, names_in(path)) == (wheel.name, names_in(wheel))
+    for name in names_in(wheel):
+        if name.endswith(".so"):
+            assert ZipFile(path).read(name) == ZipFile(wheel).read(name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBRARIES, reason="wheels have libraries on x86-64 only")
+def test_a_library_of_a_wheel_is_what_this_compiler_makes_where_it_is_used(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for define in DEFINES:
+        assert library.compiled(define, VARIANTS[0]).name.startswith(VARIANTS[0].name)
+        (path,) = tmp_path.glob("loratune/*.so")
+        shipped = ZipFile(wheel).read(f"loratune/kernels/shipped/{VARIANTS[0].file_name(define)}")
+        assert path.read_bytes()[:-DIGEST_BYTES] == shipped[:-DIGEST_BYTES]
+        path.unlink()
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_the_text_begins_with_the_line_of_peft(cli: Callable[..., Ran], tmp_path
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
     assert lines[0] == "trainable params: 8,388,608 || all params: 6,746,804,224 || trainable%: 0.1243"
-    assert lines[2].split() == ["q", *ROLES["q"], "32", "4096", "→", "4096", "8", "2,097,152"]
+    assert lines[2].split() == ["q", *ROLES["q"], "32", "4,096", "→", "4,096", "8", "2,097,152"]
     assert lines[6] == "per layer: 262,144 in each of layers 0-31"
     assert lines[7].startswith("adapter file: 33,5")
     assert lines[8].startswith("memory to train, 8 rows of 1,024 tokens: about ")

@@ -97,3 +97,27 @@ def test_a_few_tokens_are_not_worth_a_pass_of_their_own(monkeypatch: pytest.Monk
     model, rows = adapted("llama"), rows_of()
     assert "cache" not in SharedPrompts(model, 0).batch(rows, "left", more=4)  # It would save 24.
     assert "cache" in SharedPrompts(model, 0).batch(rows * 3, "left", more=4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([rows_of()[0]] * 32, id="the same"),
+        pytest.param([rows_of()[0][:length] for length in (12, 13, 20, 24)], id="each begins the next one"),
+        pytest.param([rows_of()[0][:2]] * 2, id="two tokens"),
+    ],
+)
+def test_prompts_that_are_the_prefix_themselves(rows: list[list[int]]) -> None:
+    """Its last token is computed for each row; and with the same seed, the same tokens are drawn."""
+    model = adapted("llama")
+    prompts = SharedPrompts(model, 0)
+    batch = prompts.batch(rows, "left", more=4)
+    assert batch["cache"].get_seq_length() == min(map(len, rows)) - 1
+    alone = [model.generate(input_ids=torch.tensor([row]), **ALONE)[0, -4:].tolist() for row in rows]
+    assert model.generate(**batch, **ALONE)[:, -4:].tolist() == alone
+    drawn = []
+    for one in (prompts.batch(rows, "left", more=4), prompts.plain(rows, "left")):
+        torch.manual_seed(7)
+        drawn.append(model.generate(**one, **ALONE | {"do_sample": True, "temperature": 2.0})[:, -4:].tolist())
+    assert drawn[0] == drawn[1] != alone

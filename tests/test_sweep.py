@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import DECODERS, LAYERS, build
+from families import DECODERS, LAYERS, build, small
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,7 +27,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loratune.errors import ModelError
+from loratune.lora import parameters
 from loratune.lora.targets import ROLES, Targets, resolve
+from loratune.lora.targets.survey import EXPERTS
 
 GOLDEN = Path(__file__).parent / "golden_targets.txt"
 R = 2
@@ -39,6 +41,10 @@ NEVER_RUN = (
     "reformer", "xlm", "xlnet",
 )  # fmt: skip
 """Models that look at values, which are not there on the meta device."""
+BROKEN_SMALL = ("dots3_note", "dots3_note_text")
+"""Models that do not run with the small sizes of `families.small`, with an adapter or without."""
+ROUTED_ELSEWHERE = ("longcat_flash",)
+"""Models some of whose experts do nothing, and have all tokens of a short row sent to them."""
 LOOPING = (
     "bailing_hybrid", "gemma3n", "hrm_text", "inkling2_loop_text", "jetmoe", "kimi_linear", "qwen3_5_moe",
     "qwen3_5_moe_text",
@@ -56,7 +62,7 @@ def lines(targets: Targets) -> Iterator[str]:
         stack, _, leaf = place.rpartition(".*.")
         stacks.setdefault(f"{stack}.*", {})[leaf] = roles
     for stack, leaves in stacks.items():
-        counts = {leaf: sum(place_of(path) == f"{stack}.{leaf}" for path in targets.modules) for leaf in leaves}
+        counts = {leaf: sum(place_of(path) == f"{stack}.{leaf}" for path in targets.paths) for leaf in leaves}
         most = max(counts.values())
         shown = [
             f"{leaf}={''.join(roles)}" + (f" (x{counts[leaf]})" if counts[leaf] < most else "")
@@ -126,9 +132,36 @@ def visit(model_type: str, *, backward: bool = True) -> Seen:
         seen.wrong += differences(build(model_type), targets)[1]
     adapted, wrong = differences(model, every)
     seen.wrong += wrong + lost(adapted)
+    visit_experts(model_type, seen)
     if backward:
-        seen.ran, seen.idle = idle(adapted, 4 if model_type in DECODERS else 1, LONGER.get(model_type, LENGTH))
+        seen.ran, without = idle(adapted, 4 if model_type in DECODERS else 1, LONGER.get(model_type, LENGTH))
+        seen.idle += without
     return seen
+
+
+def visit_experts(model_type: str, seen: Seen) -> None:
+    """The role of fused experts: as the other ones; the gradients need a model with weights, which PEFT asks for."""
+    try:
+        targets = resolve(build(model_type), [], target_parameters=[EXPERTS])
+    except ModelError:
+        return
+    seen.table += lines(targets)
+    adapted, wrong = stacked_differences(build(model_type), targets)
+    seen.wrong += wrong + lost(adapted)
+    if model_type in BROKEN_SMALL:
+        return
+    model = small(model_type)
+    adapted = get_peft_model(model, LoraConfig(r=R, **resolve(model, [], target_parameters=[EXPERTS]).peft())).train()
+    adapted(input_ids=torch.arange(64)[None], use_cache=False).logits.float().square().mean().backward()
+    weights = adapted.named_parameters()
+    without = [name for name, weight in weights if "lora_B" in name and (weight.grad is None or not weight.grad.any())]
+    seen.idle += [] if model_type in ROUTED_ELSEWHERE else without
+    saved = {name: torch.randn_like(value) for name, value in get_peft_model_state_dict(adapted).items()}
+    set_peft_model_state_dict(adapted, dict(saved))
+    loaded = get_peft_model_state_dict(adapted)
+    seen.wrong += [
+        f"loaded as another: {name}" for name, value in saved.items() if not torch.equal(loaded[name], value)
+    ]
 
 
 # --- independent rules
@@ -163,6 +196,17 @@ def differences(model: PreTrainedModel, targets: Targets) -> tuple[PeftModel, li
     touched = [path for path, module in adapted.base_model.model.named_modules() if isinstance(module, LoraLayer)]
     wrong = [f"PEFT differs: {sorted(set(touched) ^ set(targets.modules))}"] if touched != list(targets.modules) else []
     trainable, formula = adapted.get_nb_trainable_parameters()[0], sum(R * sum(shape) for shape in shapes)
+    return adapted, wrong + ([f"PEFT trains {trainable}, not {formula}"] if trainable != formula else [])
+
+
+def stacked_differences(model: PreTrainedModel, targets: Targets) -> tuple[PeftModel, list[str]]:
+    """As `differences`, for parameters that hold experts: an A and a B for each of them."""
+    shapes = [model.get_parameter(name).shape for name in targets.parameters]
+    adapted = get_peft_model(model, LoraConfig(r=R, init_lora_weights=False, **targets.peft()))
+    layers = [(name, layer) for name, layer in parameters.layers_of(adapted).items() if isinstance(layer, ParamWrapper)]
+    wrong = [] if {name for name, _ in layers} == {*targets.parameters} else [f"PEFT differs: {layers}"]
+    trainable = adapted.get_nb_trainable_parameters()[0]
+    formula = sum(R * experts * (one + other) for experts, one, other in shapes)
     return adapted, wrong + ([f"PEFT trains {trainable}, not {formula}"] if trainable != formula else [])
 
 

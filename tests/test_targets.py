@@ -487,7 +487,8 @@ def test_all_linear_leaves_out_what_peft_would_take_for_experts() -> None:
     assert targets.notes == (
         "all-linear leaves out mlp.gate_proj, mlp.up_proj, mlp.down_proj: "
         "PEFT takes a target of this name for the experts' stacked tensors",
-        "all-linear leaves out experts.gate_up_proj, experts.down_proj: no linear layers, but tensors of another form",
+        "all-linear leaves out experts.gate_up_proj, experts.down_proj: "
+        "no linear layers, but experts in one tensor; lora.target_parameters: [experts] adapts them",
     )
     assert attach(build("qwen3_moe", **config), targets)[0] == list(targets.modules)
 

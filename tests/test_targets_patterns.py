@@ -217,6 +217,7 @@ def test_peft_takes_a_name_letter_by_letter() -> None:
 def test_none_are_saved_unless_asked_for() -> None:
     assert resolve(build("llama", **LLAMA), ["q"]).peft() == {
         "target_modules": ["q_proj"],
+        "target_parameters": None,
         "rank_pattern": {},
         "alpha_pattern": {},
         "modules_to_save": None,

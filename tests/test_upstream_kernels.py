@@ -33,6 +33,22 @@ def test_sdpa_mask() -> None:
     assert torch.equal(mask, torch.ones(1, 1, 3, 3, dtype=torch.bool).tril())
 
 
+def test_attend_to_rows() -> None:
+    """Against torch's documented attention and its gradients; heads may share their keys without a copy."""
+    drawn = torch.Generator().manual_seed(0)
+    query, gradient = (torch.randn(2, 3, 70, 8, generator=drawn) for _ in range(2))
+    key, value = (torch.randn(2, 1, 70, 8, generator=drawn).expand(2, 3, 70, 8) for _ in range(2))
+    tensors = [one.clone().requires_grad_() for one in (query, key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True, scale=0.3)
+    expected.backward(gradient)
+    result, totals = upstream.attend_to_rows(query, key, value, 0.3)
+    hidden = torch.ones(70, 70, dtype=torch.bool).triu(1)
+    scores = (0.3 * query @ key.transpose(-1, -2)).masked_fill(hidden, float("-inf"))
+    assert torch.allclose(result, expected, atol=1e-6) and torch.allclose(totals, scores.logsumexp(-1), atol=1e-5)
+    gradients = upstream.attend_to_rows_backward(gradient, query, key, value, result, totals, scale=0.3)
+    assert all(torch.allclose(one, x.grad, atol=1e-5) for one, x in zip(gradients, tensors, strict=True))
+
+
 def test_apply_liger_kernel() -> None:
     """Liger is not installed here: what counts is that the function takes a model and which kernels to use."""
     assert [*inspect.signature(upstream.apply_liger_kernel).parameters] == ["model", "kernel_config"]

@@ -122,6 +122,8 @@ def evaluate(
             return _evaluate_tasks(info, names, limit, required, as_json)
         opened = _open_tasks(names, limit, required) if names else None
         split, overlap = _read_rows(data, info, required, allow_overlap=allow_overlap)
+        if split.kind is not None:
+            return _evaluate_preferences(info, split, context.params, as_json)
         unrelated = _unrelated_text(forgetting, info.data.max_length) if forgetting is not None else None
 
         with importing():
@@ -207,6 +209,29 @@ def _evaluate_tasks(
     log_all(results.remarks)
     printing.print_tasks(results, as_json)
     requirements.check_met(results.requirements)
+
+
+_OF_ANSWERS = ("data", "adapter", "as_json", "force", "debug", "assignments", "overwrite", "allow_overlap")
+"""The options that work with answers that are compared, by the names of their parameters."""
+
+
+def _evaluate_preferences(
+    info: "AdapterInfo", split: "DatasetSplit", values: Mapping[str, object], as_json: bool
+) -> None:
+    """Score answers that are compared. Raises ConfigError: an option is for rows that are not."""
+    if others := [name for name, value in values.items() if value and name not in _OF_ANSWERS]:
+        what, fix = f"the rows are {split.kind}, of which only rewards are computed", "leave it out, or give other rows"
+        problems = [Problem(Code.USAGE_CONFLICT, what, key=f"--{_SPELLED.get(name, name)}", fix=fix) for name in others]
+        raise ConfigError(problems)
+    from loratune.console import log, show_count, show_progress
+
+    with importing():
+        from loratune.commands import evaluate_preferences, printing
+
+    figures = evaluate_preferences.evaluate(info, split, show_progress, show_count, log)
+    log_all(figures.warnings())
+    with unread_output():
+        printing.print_preferences(figures, as_json)
 
 
 def _unrelated_text(name: str, max_length: int) -> "DatasetSplit":

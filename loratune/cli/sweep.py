@@ -88,7 +88,10 @@ def sweep(
 
 
 def _check_validation(run: "RunConfig", config_file: str) -> None:
-    """Raises ConfigError: there are no rows by which trials could be compared."""
+    """Raises ConfigError: there are no rows by which trials could be compared, or not by their tokens."""
     if run.data.validation is None:
         what, fix = "trials are compared on validation rows, and there are none", "set data.validation=0.1, or a file"
         raise ConfigError(Problem(Code.SWEEP_NO_VALIDATION, what, config_file, "data.validation", fix))
+    if run.training.objective != "sft":
+        what, fix = "trials are compared by their loss per token, which this objective has not", "train them one by one"
+        raise ConfigError(Problem(Code.CONFIG_OBJECTIVE, what, config_file, "training.objective", fix))

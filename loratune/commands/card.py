@@ -12,9 +12,10 @@ import yaml
 
 from loratune import escaping
 from loratune.data import DatasetSplit
-from loratune.data.formats import Conversation, Example, Plain
+from loratune.data.formats import Conversation, Example, Plain, Single, sides
 from loratune.data.formats.examples import IGNORED
 from loratune.system import records
+from loratune.training.gain import per
 
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
@@ -105,9 +106,14 @@ A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 ## Settings
 
 ```yaml
-{yaml.safe_dump({"lora": settings["lora"], "training": settings["training"]}, sort_keys=False)}```
+{yaml.safe_dump({name: settings[name] for name in _shown_sections(settings)}, sort_keys=False)}```
 """
     return escaping.text(text)
+
+
+def _shown_sections(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sections of the config that decide how it was trained."""
+    return ("lora", "training", *(("preferences",) if settings["training"]["objective"] != "sft" else ()))
 
 
 def example_prompt(rows: DatasetSplit, max_length: int = 200) -> str:
@@ -133,7 +139,8 @@ def recorded_prompts(rows: DatasetSplit, most: int = 8, max_length: int = 2000) 
     return list(islice(texts.values(), most))
 
 
-def _recorded_prompt(example: Example) -> dict[str, Any]:
+def _recorded_prompt(of: Example) -> dict[str, Any]:
+    example: Single = sides(of)[0]  # Answers that are compared have one prompt.
     if isinstance(example, Plain):
         prompt = " ".join(example.completion.split()[:8]) if example.whole else example.prompt
         return {"prompt": prompt} if prompt else {}
@@ -146,8 +153,9 @@ def _recorded_prompt(example: Example) -> dict[str, Any]:
     return {"input_ids": [*example.ids[: max(next(supervised, 8), 1)]]}
 
 
-def _prompt_text(example: Example) -> str:
+def _prompt_text(of: Example) -> str:
     """Raw text, or a single turn of the user; empty for a row whose prompt cannot be typed on a command line."""
+    example: Single = sides(of)[0]
     if isinstance(example, Plain):
         return " ".join(example.completion.split()[:8]) if example.whole else example.prompt
     if isinstance(example, Conversation) and not example.tools and example.supervised_turns("assistant")[:1] == (1,):
@@ -181,13 +189,14 @@ def _model_index(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: 
     https://github.com/huggingface/hub-docs/blob/main/modelcard.md
     """
     data, test = settings["data"], metrics.get("test")
+    measure = per(metrics["gain"]["unit"])
     losses = [("validation", metrics["held_out_loss"], metrics["held_out_interval"])]
     losses += [("test", test["loss"], test["interval"])] if test else []
     results = [
         {
             "task": {"type": "text-generation", "name": "Text generation"},
             "dataset": _dataset(data[split], data["train"]) | {"split": split},
-            "metrics": [{"type": "loss", "value": round(loss, 4), "name": _metric_name(interval)}],
+            "metrics": [{"type": "loss", "value": round(loss, 4), "name": f"{measure}{_ends(interval)}"}],
         }
         for split, loss, interval in losses
         if loss is not None
@@ -195,9 +204,9 @@ def _model_index(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: 
     return {"model-index": [{"name": escaping.line(name), "results": results}]} if results else {}
 
 
-def _metric_name(interval: Sequence[float] | None) -> str:
-    """The name of a loss, for which the hub has no field for an interval."""
-    return "nats per token" + (f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
+def _ends(interval: Sequence[float] | None) -> str:
+    """The interval of a loss as a part of its name, as the hub has no field for it."""
+    return f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
 
 
 def _dataset(source: Any, train: Any) -> dict[str, str]:

@@ -132,6 +132,8 @@ def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
     length, why = init_choices.max_length(rows.all_lengths, context)
     drawn = f", among {len(rows.all_lengths):,} that were drawn" if rows.is_sample else ""
     draft.choose("data.max_length", length, why + drawn)
+    if (kind := rows.train.kind) is not None:
+        draft.choose("training.objective", init_rows.OBJECTIVES[kind], f"the rows are {kind}")
     draft.choose("data.packing", "batch", "the rows of a batch end to end, without padding")
 
 
@@ -153,7 +155,7 @@ def _facts(run: RunConfig, rows: MeasuredRows, model_config: Any) -> tuple[int, 
     """How many rows are trained on when a fraction is held out, and what `auto` is decided by."""
     fraction = run.data.validation if isinstance(run.data.validation, float) else 0.0
     trained = max(1, len(rows.train) - round(fraction * len(rows.train)))
-    lengths = rows.lengths.clip(max=run.data.max_length)
+    lengths = rows.lengths.clip(max=run.data.max_length * rows.together)
     share = trained / len(rows.train)
     packs = -(-round(share * int(lengths.sum())) // run.data.max_length)
     return trained, auto.Facts(
@@ -179,7 +181,7 @@ def _duration(
 
     is_bounded: whether the epochs of a run with a time budget are an upper limit.
     """
-    lengths = rows.lengths.clip(max=run.data.max_length)
+    lengths = rows.lengths.clip(max=run.data.max_length * rows.together)
     supervised = rows.supervised.clip(max=lengths)
     held_out = rows.held_out or len(rows.train) - trained
     costs = Costs.of_run(model, run, lengths, supervised, rows.saved)

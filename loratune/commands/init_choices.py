@@ -155,16 +155,16 @@ def _estimate(
 ) -> Estimate:
     """The estimate of `train --dry-run`, for batches of the rows that were measured."""
     batch, length, packing = run.training.per_device_train_batch_size, run.data.max_length, run.data.packing
-    lengths = np.minimum(rows.lengths, length)
-    supervised = np.minimum(rows.supervised, lengths)
-    layout = BatchLayout(_CutRows(rows.tokenized, length), lengths, packing, batch, length, pad_id=0)
+    cut, together = _CutRows(rows.tokenized, length), rows.together if rows.together > 1 else 0
+    layout = BatchLayout(cut, np.minimum(rows.row_lengths, length), packing, batch, length, pad_id=0, together=together)
     if device.type == "cpu" and would_share(run, rows.saved):
         layout = layout.sharing(rows.saved)
         largest, _ = tree_sizes(layout.rows(layout.heaviest()))
     elif packing == "full":
-        largest = [(length, length - 1)] * batch
+        largest = [(length, length - 1)] * batch * rows.together
     else:
-        largest = [(int(lengths[number]), int(supervised[number])) for number in layout.heaviest()]
+        heaviest = layout.rows(layout.heaviest())
+        largest = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in heaviest]
     return memory.estimate(
         model,
         largest,
@@ -188,4 +188,5 @@ class _CutRows:
         return len(self.rows)
 
     def __getitem__(self, number: int, /) -> dict[str, Any]:
-        return {name: values[-self.length :] for name, values in self.rows[number].items()}
+        row = self.rows[number]
+        return {name: row[name][-self.length :] for name in ("input_ids", "labels")}

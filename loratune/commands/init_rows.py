@@ -11,7 +11,7 @@ from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import DatasetSplit, ProgressFactory, RawDatasets
-from loratune.data.formats import FORMATS, completion_key
+from loratune.data.formats import FORMATS, JUDGED, PAIRS, completion_key
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL, random_mask
 from loratune.data.packing import BatchLayout, Items
 from loratune.data.rendering import Renderer
@@ -23,6 +23,9 @@ MOST_ROWS = 20_000
 
 LABEL_TOKENS = 16
 """Supervised tokens that a label has at most, in the median: long answers that are repeated are none."""
+
+OBJECTIVES = {None: "sft", PAIRS: "dpo", JUDGED: "kto"}
+"""What rows are → the objective that is proposed for them."""
 
 _BATCH = 8
 """Rows of a batch whose beginnings are compared: the batch is chosen later, and much larger ones save hardly more."""
@@ -48,8 +51,10 @@ class MeasuredRows:
         columns: What `data.columns` must be for them to have a format.
         all_lengths: (rows,), tokens of the rows of all splits that were tokenized.
         tokenized: The training rows that were tokenized.
-        lengths: (rows,), their tokens.
+        row_lengths: Their tokens, of each answer of a pair by itself.
+        lengths: (rows,), their tokens; of pairs of answers, those of both.
         supervised: (rows,), the supervised tokens of these.
+        together: How many answers a row has: two, if it is a pair.
         saved: About the part of the tokens of batches that stands in the batch already, as rows begin alike.
         labels: How many different completions there are, where they are labels; 0 where they are not.
         remarks: Lines on how the rows were read.
@@ -59,8 +64,10 @@ class MeasuredRows:
     columns: dict[str, str]
     all_lengths: NDArray[np.int64]
     tokenized: Items
+    row_lengths: NDArray[np.int64]
     lengths: NDArray[np.int64]
     supervised: NDArray[np.int64]
+    together: int
     saved: float
     labels: int
     remarks: list[str]
@@ -97,18 +104,23 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int, watch: Pr
     raw, columns = _read(section, chat=bool(renderer.tokenizer.chat_template), watch=watch)
     whole = section.model_copy(update={"columns": columns, "max_length": _NO_LIMIT})
     tokenized = [data.prepare(_sample(split), renderer, whole, vocabulary, watch).rows for split in raw.splits.values()]
-    rows = tokenized[0]
-    supervised = rows.supervised
+    rows, kind = tokenized[0], raw.train.kind
+    for split in raw.splits.values():
+        split.check_kind(kind, OBJECTIVES[kind])
+    together = 2 if kind == PAIRS else 1
+    supervised = rows.supervised.reshape(-1, together).sum(1)
     is_short = float(np.median(supervised)) <= LABEL_TOKENS
     return MeasuredRows(
         splits=raw,
         columns=columns,
         all_lengths=np.concatenate([split.lengths for split in tokenized]),
         tokenized=rows,
-        lengths=rows.lengths,
+        row_lengths=rows.lengths,
+        lengths=rows.lengths.reshape(-1, together).sum(1),
         supervised=supervised,
+        together=together,
         saved=BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, pad_id=0).saving(),
-        labels=_count_labels(_sample(raw.train), section.loss_on) if is_short else 0,
+        labels=_count_labels(_sample(raw.train), section.loss_on) if is_short and kind is None else 0,
         remarks=[*raw.train.remarks(), *rows.report.reasons()],
     )
 

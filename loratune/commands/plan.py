@@ -11,6 +11,7 @@ from loratune.commands import card
 from loratune.config import LoraSection, ModelSection, RunConfig, TrainingSection, decided
 from loratune.console import plural
 from loratune.data import DatasetSplit, ProgressFactory
+from loratune.data.rendering import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from loratune.errors import ConfigError, Problem
 from loratune.lora import attach, parameters, start
 from loratune.lora.attach import PeftModel
@@ -26,6 +27,8 @@ from loratune.training.continuing import EarlierRun
 from loratune.training.evaluations import EvaluationSteps, optimizer_steps
 from loratune.training.preflight import ValidatedRun
 from loratune.training.run_context import TrainingJob
+
+_SIDES = {CHOSEN: ", chosen", REJECTED: ", rejected", DESIRABLE: ", desirable", UNDESIRABLE: ", undesirable"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,12 @@ class Plan:
     def job(self) -> TrainingJob:
         """What the training loop is given."""
         batches = self.batches
-        return TrainingJob(self.training, self.config.lora, self.model, batches.train, batches.validation)
+        model, objective = self.model, batches.objective
+        return TrainingJob(self.training, self.config.lora, model, batches.train, batches.validation, objective)
+
+    def side_name(self, number: int) -> str:
+        """`, chosen` and the like behind the place of a training row that is an answer to be compared; else empty."""
+        return _SIDES.get(self.datasets.train.rows.side(number), "")
 
     def row_text(self, number: int = 0) -> Iterator[tuple[str, bool]]:
         """A training row as pieces of text, each with whether it is supervised."""
@@ -164,7 +172,7 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
     lora, choices = auto.decide_lora(run.lora, known)
     dense, origin = load.dense_model(base.model, run.model), (run.model.name_or_path, run.model.revision)
     model, targets = attach.adapt(base.model, lora, dense=dense, seed=run.training.seed, origin=origin)
-    batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training)
+    batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training, run.preferences)
     items = len(batches.train.items)
     known = replace(known, rows=items, rows_in_pack=len(datasets.train.rows) / items)
     run, more = auto.decide(run.model_copy(update={"lora": lora}), known)

@@ -35,14 +35,16 @@ if TYPE_CHECKING:
     from loratune.export.hub import Upload
     from loratune.memory import Estimate
     from loratune.training.batching import TokenizedDatasets
+    from loratune.training.preference_figures import PreferenceFigures
 
 
 def log_plan(plan: "Plan") -> None:
     """Log what is about to be trained, above all what was truncated or dropped."""
     for line in _dataset_lines(plan.datasets):
         log(line)
-    log("first row, supervised text marked:")
-    print_marked(_shorten(plan.row_text()), err)
+    for number in range(plan.datasets.train.together):
+        log(f"first row{plan.side_name(number)}, supervised text marked:")
+        print_marked(_shorten(plan.row_text(number)), err)
     for module_pattern, roles in plan.targets.shared_roles().items():
         if roles:
             log(_shared_module(module_pattern, plan.targets.fused[module_pattern], roles))
@@ -63,8 +65,9 @@ def print_plan(plan: "Plan", rows: int) -> None:
     for line in _dataset_lines(plan.datasets):
         print(escaping.line(line))
     _log_notes(plan)
-    for number in range(min(rows, len(plan.datasets.train.rows))):
-        print(f"{escaping.line(plan.datasets.train.rows.row(number).where)}, supervised text marked")
+    for number in range(min(rows * plan.datasets.train.together, len(plan.datasets.train.rows))):
+        where = escaping.line(plan.datasets.train.rows.row(number).where)
+        print(f"{where}{plan.side_name(number)}, supervised text marked")
         print_marked(plan.row_text(number))
     print(f"adapter file: {format_size(plan.count.adapter_bytes)}")
     print(f"memory at the longest batch: {_memory(plan.memory)}")
@@ -72,14 +75,14 @@ def print_plan(plan: "Plan", rows: int) -> None:
 
 def _log_notes(plan: "Plan") -> None:
     """Log what is allowed but may not be intended."""
-    training, rows = plan.config.training, plan.datasets.train.rows
+    training = plan.config.training
     batch_size, accumulation = plan.batches.train.size, training.gradient_accumulation_steps
     batch = rows_of_step(training, plan.processes)
     if plan.processes > 1:
-        items = "packs of rows" if plan.config.data.packing == "full" and plan.batches.train.flat else "rows"
-        log(f"{plan.processes} processes: {plan.processes} x {batch_size} x {accumulation} {items} a step")
-    if len(rows) < batch and batch_size > 1:
-        log(f"rows: {len(rows)}, fewer than a batch of {batch}: each epoch is one step on all of them")
+        kinds = "packs of rows" if plan.config.data.packing == "full" and plan.batches.train.flat else "rows"
+        log(f"{plan.processes} processes: {plan.processes} x {batch_size} x {accumulation} {kinds} a step")
+    if (items := plan.datasets.train.items) < batch and batch_size > 1:
+        log(f"rows: {items}, fewer than a batch of {batch}: each epoch is one step on all of them")
     if plan.evaluations is not None:
         kept = "; the weights of the one with the lowest loss become the adapter" if plan.config.keeps_best else ""
         log(f"{plan.evaluations}{kept if plan.evaluations.count > 1 else ''}")
@@ -260,6 +263,14 @@ def print_evaluation(evaluation: "Evaluation", worst: int, as_json: bool) -> Non
     print_block("result", [*lines, *wording.required(evaluation.requirements)])
     if evaluation.tasks is not None:
         print_tasks(evaluation.tasks)
+
+
+def print_preferences(figures: "PreferenceFigures", as_json: bool) -> None:
+    """What base and adapter prefer."""
+    if as_json:
+        print_json(figures.as_json())
+        return
+    print_block("result", [*figures.lines()])
 
 
 def print_tasks(results: "TaskResults", as_json: bool = False) -> None:

@@ -26,6 +26,7 @@ from loratune.training.budget import FEWEST, WARM_UP, Speed, StepBudget, is_time
 from loratune.training.callbacks import StepTimer
 from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.evaluations import EvaluationSteps, optimizer_steps
+from loratune.training.losses import NextToken
 from loratune.training.run_context import RunContext
 
 KEY = "training.max_minutes"
@@ -159,7 +160,7 @@ def _forward(
     begin = time.monotonic()
     for number, items in enumerate(batches[:_MOST_FORWARD], 1):
         start = time.monotonic()
-        gain.held_out_loss(plan.model, costs.layout, items, group=context.group)
+        NextToken().held_out_loss(plan.model, costs.layout, items, group=context.group)
         yield float(costs.of_batches(np.asarray(items))), time.monotonic() - start
         late = number >= _LEAST_FORWARD and time.monotonic() - begin > _FORWARD_SHARE * left
         if context.stopping() or context.group.total([context.group.main and late])[0]:

@@ -4,7 +4,6 @@
 """
 
 import gc
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,26 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from loratune import config, data, kernels, memory
-from loratune.codes import Code
-from loratune.commands import card, clients, time_budget
+from loratune.commands import card, clients, measuring, time_budget
 from loratune.commands.plan import Plan, Planner, make_plan
 from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory, row_hashes
-from loratune.errors import NumericError, Problem, ResourceError
-from loratune.lora import adapter_files, attach, parameters, tensors
+from loratune.errors import NumericError, ResourceError
+from loratune.lora import adapter_files, attach, parameters
 from loratune.lora.tensors import Weights
 from loratune.model import load
 from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Stop
-from loratune.training import best_step, conditions, continuing, final_score, gain, resume, run_dir, trainer
-from loratune.training.callbacks import Progress, diverged_error
+from loratune.training import best_step, conditions, gain, resume, run_dir, trainer
+from loratune.training.callbacks import Progress
 from loratune.training.checkpoints import MOST_CHECKPOINTS, Checkpoints
 from loratune.training.continuing import Forgetting
 from loratune.training.final_score import FinalScore
 from loratune.training.gain import Gain
 from loratune.training.outcome import Outcome
+from loratune.training.preference_figures import PreferenceFigures
 from loratune.training.preflight import ValidatedRun
 from loratune.training.run_context import RunContext
 from loratune.training.run_dir import RunDirectory
@@ -68,6 +67,7 @@ class Result:
         gain: How much better than its base the adapter does.
         forgetting: What it does on the rows of the run before; None where it started from no adapter.
         test: Its loss on the test rows; None without any.
+        preferences: What it prefers; None where answers were not compared.
         fallbacks: Kinds of layers that were not accelerated, and why not.
         example_prompt: A prompt to try the adapter with, quoted for a shell.
         peak_memory: The most bytes in use at once, see `memory.peak`.
@@ -81,6 +81,7 @@ class Result:
     gain: Gain
     forgetting: Forgetting | None
     test: FinalScore | None
+    preferences: PreferenceFigures | None
     fallbacks: Mapping[str, str]
     example_prompt: str
     peak_memory: dict[str, int]
@@ -98,7 +99,7 @@ class Result:
     @property
     def held_out(self) -> list[tuple[str, str]]:
         """How the adapter does on the rows that it was not trained on, as labels and texts."""
-        return _held_out(self.outcome, self.gain, self.test)
+        return _held_out(self)
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class _FinishedRun:
     gain: Gain
     forgetting: Forgetting | None
     test: FinalScore | None
+    preferences: PreferenceFigures | None
     identity: Mapping[str, Any]
     peak_memory: dict[str, int]
 
@@ -163,6 +165,7 @@ def train(
         with signals.defer_signals(repeated=group.count > 1) as stop:
             context = _run_context(plan, validated_run, identity, reporter, stop, group)
             context.check_not_stopping()  # Python drops what a handler raises in a destructor.
+            measuring.compute_reference(plan, identity, context, reporter.log)
             with _ready_to_train(plan):
                 scarce = _is_memory_scarce(plan, group)
                 asked = validated_run.config.training
@@ -173,16 +176,17 @@ def train(
                 reporter.plan(plan)
                 outcome = trainer.fit(plan.job, context, oom_dry_run=scarce and minutes is None)
         context.check_not_stopping()  # A signal can come after the trainer's last check.
-        weights, comparison = _compare_with_base(plan, outcome, context, reporter)
+        weights, comparison = measuring.compare_with_base(plan, outcome, context, reporter.log)
         if comparison.verdict == "worse" and not allow_worse:
             gain.reject(comparison, outcome.steps, validated_run.directory, group)
-        forgetting = _measure_forgetting(plan, weights, outcome, context, reporter)
-        test = _score_test(plan, context, reporter)
+        forgetting = measuring.measure_forgetting(plan, weights, outcome, context, reporter.log)
+        test = measuring.score_test(plan, context, reporter.log)
+        preferences = measuring.compare_answers(plan, context, reporter.log)
         plan.base.check_unchanged(group, thoroughly=True)
         group.close()
         if not group.main:
             return None
-        found = outcome, comparison, forgetting, test
+        found = outcome, comparison, forgetting, test, preferences
         finished_run = _FinishedRun(plan, weights, *found, identity, memory.peak())
         return _publish(finished_run, directory, reporter.log)
 
@@ -271,43 +275,14 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _compare_with_base(plan: Plan, outcome: Outcome, context: RunContext, reporter: Reporter) -> tuple[Weights, Gain]:
-    """The adapter's weights, and how much better than its base they do. Raises NumericError: a loss is NaN or inf."""
-    weights = tensors.full_weights(plan.model)
-    splits, pad_id = plan.datasets.compared, load.pad_id(plan.tokenizer)
-    base = tensors.as_initialized(plan.model, plan.adapter_init, weights)
-    sample = plan.model, base, splits, pad_id, outcome.tokens
-    comparison = gain.measure(*sample, plan.batches.acceleration, context.group, reporter.log)
-    if not math.isfinite(comparison.adapter):
-        what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
-        problem = Problem(Code.TRAIN_LOSS_NOT_FINITE, what, key="training.learning_rate", fix="lower it")
-        raise diverged_error(problem, context.checkpoints, outcome.steps)
-    return weights, comparison
-
-
-def _measure_forgetting(
-    plan: Plan, weights: Weights, outcome: Outcome, context: RunContext, reporter: Reporter
-) -> Forgetting | None:
-    """What the adapter does on the rows of the run before; None where it started from no adapter."""
-    if plan.earlier is None:
-        return None
-    adapter = plan.earlier, plan.model, plan.adapter_init, weights
-    sample = load.pad_id(plan.tokenizer), outcome.tokens, plan.batches.acceleration
-    return continuing.measure_forgetting(*adapter, *sample, context.group, reporter.log)
-
-
-def _score_test(plan: Plan, context: RunContext, reporter: Reporter) -> FinalScore | None:
-    """The loss of the adapter on the test rows, None without any. Raises NumericError: it is NaN or inf."""
-    if (test := plan.datasets.test) is None:
-        return None
-    reporter.log(f"scoring the adapter on {len(test.rows):,} test rows")
-    pad_id, acceleration = load.pad_id(plan.tokenizer), plan.batches.acceleration
-    return final_score.score(plan.model, test, pad_id, acceleration, context.group)
-
-
-def _held_out(outcome: Outcome, comparison: Gain, test: FinalScore | None) -> list[tuple[str, str]]:
+def _held_out(run: Result | _FinishedRun) -> list[tuple[str, str]]:
     """How the adapter does on the rows that it was not trained on, as labels and texts."""
-    return [*outcome.lines(comparison, tested=test is not None), *([("test", str(test))] if test else [])]
+    lines = run.outcome.lines(run.gain, tested=run.test is not None)
+    return [
+        *lines,
+        *([("test", str(run.test))] if run.test else []),
+        *(run.preferences.lines() if run.preferences else ()),
+    ]
 
 
 def _metrics(run: Result | _FinishedRun) -> dict[str, Any]:
@@ -318,6 +293,7 @@ def _metrics(run: Result | _FinishedRun) -> dict[str, Any]:
     metrics = outcome.metrics | {"held_out_interval": interval.as_json() if interval else None}
     metrics |= {"gain": comparison.as_json()}
     metrics |= {"forgetting": run.forgetting.as_json()} if run.forgetting else {}
+    metrics |= {"preferences": run.preferences.as_json()} if run.preferences else {}
     return metrics | ({"test": run.test.as_json()} if run.test else {})
 
 
@@ -334,14 +310,15 @@ def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[
         directory.remove_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
         raise
     name, fallbacks = directory.display_name, plan.batches.acceleration.fallbacks
-    figures = finished_run.outcome, finished_run.gain, finished_run.forgetting, finished_run.test
+    figures = finished_run.outcome, finished_run.gain, finished_run.forgetting
+    more = finished_run.test, finished_run.preferences
     published = plan.config, directory.output, name, size
-    return Result(*published, *figures, fallbacks, plan.example_prompt, finished_run.peak_memory)
+    return Result(*published, *figures, *more, fallbacks, plan.example_prompt, finished_run.peak_memory)
 
 
 def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
     """Write the whole adapter directory beside its place. Returns the size of the adapter's weights in bytes."""
-    plan, outcome = finished_run.plan, finished_run.outcome
+    plan = finished_run.plan
     assert plan.train_split is not None
     directory.create_staging()
     size = attach.save(plan.model, directory.staging, plan.adapter_init, finished_run.weights)
@@ -356,7 +333,7 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
         use=clients.sections(plan.config, name, plan.example_prompt, are_layers_known=are_layers_known),
         gain=str(finished_run.gain),
         forgetting=str(finished_run.forgetting or ""),
-        held_out=_held_out(outcome, finished_run.gain, finished_run.test),
+        held_out=_held_out(finished_run),
         formats=plan.train_split.formats,
         changes=finished_run.identity["changes"],
         processes=plan.processes,

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from loratune.config import yaml_reader
 from loratune.config.data_section import DataSection, Source
 from loratune.config.lora_section import LoraSection
+from loratune.config.preference_section import DEFAULT_BETA, PreferenceSection
 from loratune.config.schema import ModelSection, RunConfig, TrainingSection
 from loratune.config.section import AUTO, decided
 from loratune.config.yaml_reader import translate
@@ -26,10 +27,12 @@ from loratune.errors import ConfigError
 
 __all__ = [
     "AUTO",
+    "DEFAULT_BETA",
     "DataSection",
     "Draft",
     "LoraSection",
     "ModelSection",
+    "PreferenceSection",
     "RunConfig",
     "Source",
     "TrainingSection",
@@ -147,7 +150,7 @@ _NOT_PLAIN: tuple[Limit, ...] = (
     (lambda lora: lora.bias != "none", "lora.bias: vLLM, llama.cpp and Ollama do not read biases"),
     (
         lambda lora: lora.target_parameters is not None,
-        "lora.target_parameters: llama.cpp and Ollama do not read LoRA of stacked tensors, and vLLM in some models only; "
+        "lora.target_parameters: llama.cpp and Ollama do not read LoRA of experts, and vLLM of some models only; "
         "loratune merge makes a model for them",
     ),
     (

@@ -34,7 +34,7 @@ Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum"
 
 COLUMNS = (
     "input_ids", "labels", "prompt", "completion", "messages", "tools", "conversations", "system",
-    "instruction", "input", "output", "history", "text",
+    "instruction", "input", "output", "history", "text", "chosen", "rejected", "label",
 )  # fmt: skip
 """The names of the fields of a row; `data.columns` maps them to those in the data."""
 
@@ -56,9 +56,10 @@ class DataSection(Section):
         min_length=1,
         description="a field of the rows; rows with one value of it stay on one side of a validation fraction",
     )
-    format: Literal["auto", "input_ids", "prompt_completion", "messages", "conversations", "alpaca", "text"] = Field(
-        "auto", description="auto: recognised by the keys of the rows, file by file"
-    )
+    format: Literal[
+        "auto", "input_ids", "prompt_completion", "messages", "conversations", "alpaca", "text", "preference",
+        "unpaired_preference",
+    ] = Field("auto", description="auto: recognised by the keys of the rows, file by file")  # fmt: skip
     columns: dict[str, str] = Field(
         {},
         json_schema_extra={"propertyNames": {"enum": list(COLUMNS)}},

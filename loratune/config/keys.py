@@ -40,6 +40,14 @@ OTHER_NAMES = {
     "sequence_len": "max_length",
     "dataset": "train",
     "scheduler": "lr_scheduler_type",
+    "rl": "objective",
+    "rlhf_type": "objective",
+    "objective_beta": "beta",
+    "pref_beta": "beta",
+    "rl_beta": "beta",
+    "pref_ftx": "sft_weight",
+    "rpo_alpha": "sft_weight",
+    "cpo_alpha": "sft_weight",
 }
 """What other tools call a key → its name here."""
 

@@ -160,7 +160,7 @@ def parameters_of(config: Mapping[str, Any], path: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ModuleSettings:
-    """What a configuration says of a module or parameter. rank: r, a whole number unless it is wrong; scaling: of B·A."""
+    """What a configuration says of a module. rank: r, a whole number unless it is wrong; scaling: of B·A."""
 
     rank: float
     scaling: float

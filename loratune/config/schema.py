@@ -7,6 +7,7 @@ from pydantic import Field, WithJsonSchema, model_validator
 from loratune.codes import Code
 from loratune.config.data_section import DataSection
 from loratune.config.lora_section import LoraSection
+from loratune.config.preference_section import PREFERENCE_KEYS, Objective, PreferenceSection
 from loratune.config.section import AUTO, Auto, Count, FilePath, InvalidSettingError, Section
 
 
@@ -60,8 +61,11 @@ Warmup = Annotated[
 
 
 class TrainingSection(Section):
-    """How it is trained: fields of `transformers.TrainingArguments`, under its names."""
+    """How it is trained: fields of `transformers.TrainingArguments`, under its names, and the objective."""
 
+    objective: Objective = Field(
+        "sft", description="sft: answers as they stand; dpo, orpo, simpo: pairs of answers; kto: answers good or bad"
+    )
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Auto = Field(
         AUTO,
         description="peak learning rate; auto: by the model's width, lora_alpha, the rows of a step, the passes",
@@ -140,6 +144,7 @@ class RunConfig(Section):
     lora: LoraSection = LoraSection()
     data: DataSection
     training: TrainingSection = TrainingSection()
+    preferences: PreferenceSection = PreferenceSection()
     output_dir: FilePath = Field(description="where the adapter goes")
 
     @model_validator(mode="after")
@@ -163,6 +168,36 @@ class RunConfig(Section):
         if self.data.replay is not None and self.lora.start_from is None:
             message, keys = "there is no earlier run to take rows from", ("data.replay", "lora.start_from")
             raise InvalidSettingError(Code.CONFIG_REPLAY, message, *keys, fix="set lora.start_from")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_has_its_numbers(self) -> Self:
+        objective = self.training.objective
+        defaults = PreferenceSection().model_dump()
+        is_set = {key for key, value in self.preferences.model_dump().items() if value != defaults[key]}
+        if unread := [key for key, readers in PREFERENCE_KEYS.items() if key in is_set and objective not in readers]:
+            message = f"{objective} does not read it, but only {', '.join(PREFERENCE_KEYS[unread[0]])}"
+            keys, fix = (f"preferences.{unread[0]}", "training.objective"), "leave it out, or set training.objective"
+            raise InvalidSettingError(Code.CONFIG_OBJECTIVE, message, *keys, fix=fix)
+        return self
+
+    @model_validator(mode="after")
+    def _preferences_are_of_answers(self) -> Self:
+        objective = self.training.objective
+        if objective == "sft":
+            return self
+        if self.data.loss_on != "completion":
+            message = f"{objective} compares answers to a prompt, so it takes the loss over these alone"
+            keys, fix = ("data.loss_on", "training.objective"), "leave loss_on at completion"
+            raise InvalidSettingError(Code.CONFIG_OBJECTIVE, message, *keys, fix=fix)
+        if self.training.max_minutes is not None:
+            message = "the time of a step is not estimated yet where answers are compared"
+            keys, fix = ("training.max_minutes", "training.objective"), "set num_train_epochs or max_steps"
+            raise InvalidSettingError(Code.CONFIG_OBJECTIVE, message, *keys, fix=fix)
+        if self.data.replay is not None:
+            message = f"rows of an earlier run are replayed with the loss of sft, and not with {objective}"
+            keys, fix = ("data.replay", "training.objective"), "leave replay out"
+            raise InvalidSettingError(Code.CONFIG_OBJECTIVE, message, *keys, fix=fix)
         return self
 
     @model_validator(mode="after")

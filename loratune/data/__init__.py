@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
@@ -15,9 +15,18 @@ from pathlib import Path
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import formats, token_cache_dir
-from loratune.data.formats import Conversation, Example, Ids, Plain
+from loratune.data.formats import AnswerPair, Conversation, Example, Ids, Judged, Plain, Single, preferences, sides
 from loratune.data.formats.examples import no_loss_reason
-from loratune.data.rendering import Renderer, TokenizedRow, truncate
+from loratune.data.rendering import (
+    CHOSEN,
+    DESIRABLE,
+    REJECTED,
+    UNDESIRABLE,
+    Renderer,
+    TokenizedRow,
+    truncate,
+    truncate_sides,
+)
 from loratune.data.report import Report, total
 from loratune.data.row_index import ProgressFactory as ProgressFactory
 from loratune.data.row_index import no_progress as no_progress
@@ -44,9 +53,33 @@ _BATCH_ROWS, _BATCH_CHARACTERS = 1024, 4_000_000
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """A dataset split as the trainer takes it. rows: `input_ids` and `labels`, mapped from disk."""
+    """A dataset split as the trainer takes it.
+
+    Attributes:
+        rows: `input_ids` and `labels`, mapped from disk.
+    """
 
     rows: TokenCache
+
+    @property
+    def together(self) -> int:
+        """How many rows stand together: the two answers of a pair, else one. Here such rows are called an item."""
+        return 2 if self.rows.side(0) == CHOSEN else 1
+
+    @property
+    def judged(self) -> bool:
+        """Whether rows are answers that are good or bad."""
+        return self.rows.side(0) in (DESIRABLE, UNDESIRABLE)
+
+    @property
+    def items(self) -> int:
+        """How many items there are."""
+        return len(self.rows) // self.together
+
+    def item(self, number: int) -> tuple[TokenizedRow, ...]:
+        """The rows of an item."""
+        start = number * self.together
+        return tuple(map(self.rows.row, range(start, start + self.together)))
 
     @property
     def report(self) -> Report:
@@ -59,12 +92,13 @@ class TokenizedDataset:
         return self.rows.fingerprint
 
     def copies(self) -> dict[int, int]:
-        """The numbers of the rows that differ in ids or supervised spans, each the first of its kind, in order; and how
-        many rows are of that kind."""
+        """The numbers of the items that differ in ids, supervised spans or what is preferred, each the first of its
+        kind, in order; and how many items are of that kind."""
         firsts: dict[bytes, int] = {}
         copies: dict[int, int] = {}
-        for number, row in enumerate(self.rows.rows()):
-            digest = hashlib.blake2b(repr((row.ids, row.spans)).encode(), digest_size=16).digest()
+        for number in range(self.items):
+            content = [(row.ids, row.spans, row.side) for row in self.item(number)]
+            digest = hashlib.blake2b(repr(content).encode(), digest_size=16).digest()
             first = firsts.setdefault(digest, number)
             copies[first] = copies.get(first, 0) + 1
         return copies
@@ -147,14 +181,14 @@ def open_tokenized(directory: Path) -> TokenizedDataset | None:
 
 def remark_on_lost_characters(split: DatasetSplit, renderer: Renderer, section: DataSection) -> str | None:
     """Returns a line about what the tokenizer drops of the answers in the first rows, where it drops anything."""
-    supervised: list[Example] = []
+    supervised: list[Single] = []
     characters = 0
     for example in islice(split.examples(), _DECODED_ROWS):
         characters += _characters(example)
         if characters > _BATCH_ROWS * _DECODED_ROWS:
             break
-        if not no_loss_reason(example, section.loss_on):
-            supervised.append(example)
+        if not _drop_reason(example, section.loss_on):
+            supervised += sides(example)
     return renderer.remark_on_lost_characters(supervised, section.loss_on) if supervised else None
 
 
@@ -178,32 +212,67 @@ class _ExampleTokenizer:
 
     def tokenize(self, examples: Sequence[Example]) -> tuple[Report, list[TokenizedRow]]:
         """Returns the rows that are trained on, and what became of all of them. Raises as `prepare` does."""
-        report, supervised = Report(rows=len(examples)), []
-        loss_on, max_length = self.section.loss_on, self.section.max_length
+        report, kept = Report(rows=len(examples)), list[Example]()
+        loss_on = self.section.loss_on
         for example in examples:
-            if reason := no_loss_reason(example, loss_on):
-                report.drop(f"nothing to learn: {reason}", example.where)
+            if reason := _drop_reason(example, loss_on):
+                report.drop(reason, example.where)
                 continue
-            supervised.append(example)
+            kept.append(example)
             if isinstance(example, Conversation) and loss_on != "all":
                 report.empty_answers += len(example.selected_turns(loss_on)) - len(example.supervised_turns(loss_on))
-        self._check_ids(supervised)
+        singles = [example for example in kept if not isinstance(example, AnswerPair | Judged)]
+        self._check_ids(singles)
+        whole = iter(self.renderer.rows(singles, loss_on))
+        answers = [side for example in kept if isinstance(example, AnswerPair | Judged) for side in sides(example)]
+        answer_rows = iter(self.renderer.rows(answers, "completion"))
         rows = []
-        for whole in self.renderer.rows(supervised, loss_on):
-            report.lengths[len(whole.ids)] += 1
-            row = self._truncate(whole)
-            if row is None or not row.supervised:
-                how = "longer than" if self.section.truncation == "drop" else "the answer does not fit in"
-                report.drop(f"{how} max_length {max_length}", whole.where)
-                continue
-            report.truncated += len(row.ids) < len(whole.ids)
-            report.cut_answers += len(whole.spans) - len(row.spans)
-            report.tokens += len(row.ids)
-            report.supervised += row.supervised
-            rows.append(row)
+        for example in kept:
+            if isinstance(example, AnswerPair | Judged):
+                compared = [replace(next(answer_rows), where=example.where, side=side) for side in _sides_of(example)]
+                rows += self._cut_answers(compared, report)
+            else:
+                rows += self._cut(next(whole), report)
         return report, rows
 
-    def _check_ids(self, examples: Sequence[Example]) -> None:
+    def _cut(self, whole: TokenizedRow, report: Report) -> list[TokenizedRow]:
+        """Returns the row as it is trained on, none where it is dropped."""
+        report.lengths[len(whole.ids)] += 1
+        row = self._truncate(whole)
+        if row is None or not row.supervised:
+            how = "longer than" if self.section.truncation == "drop" else "the answer does not fit in"
+            report.drop(f"{how} max_length {self.section.max_length}", whole.where)
+            return []
+        report.truncated += len(row.ids) < len(whole.ids)
+        report.cut_answers += len(whole.spans) - len(row.spans)
+        report.tokens += len(row.ids)
+        report.supervised += row.supervised
+        return [row]
+
+    def _cut_answers(self, whole: list[TokenizedRow], report: Report) -> list[TokenizedRow]:
+        """Returns the rows of answers that are compared as they are trained on, all of them or none."""
+        section, where = self.section, whole[0].where
+        report.lengths.update(len(row.ids) for row in whole)
+        longest = max(whole, key=lambda row: len(row.ids))
+        if len(longest.ids) <= section.max_length:
+            rows: list[TokenizedRow] | None = whole
+        elif section.truncation == "keep_completion":
+            rows = truncate_sides(whole, section.max_length, self.renderer.tokenizer.bos_token_id)
+        else:
+            rows = None if self._truncate(longest) is None else whole
+        if rows is None or not all(row.supervised for row in rows):
+            how = "longer than" if section.truncation == "drop" else "an answer does not fit in"
+            report.drop(f"{how} max_length {section.max_length}", where)
+            return []
+        if len(rows) > 1 and rows[0].ids == rows[1].ids:
+            report.drop("the chosen and the rejected answer have the same tokens", where)
+            return []
+        report.truncated += len(longest.ids) > section.max_length
+        report.tokens += sum(len(row.ids) for row in rows)
+        report.supervised += sum(row.supervised for row in rows)
+        return rows
+
+    def _check_ids(self, examples: Sequence[Single]) -> None:
         problems = []
         for example in examples:
             if isinstance(example, Ids):
@@ -226,6 +295,21 @@ class _ExampleTokenizer:
         if section.truncation == "drop":
             return None
         return truncate(row, section.max_length, self.renderer.tokenizer.bos_token_id)
+
+
+def _drop_reason(example: Example, loss_on: str) -> str | None:
+    """Returns why an example is not trained on, as far as that is known without a tokenizer; None if it is."""
+    if isinstance(example, AnswerPair | Judged):
+        return preferences.drop_reason(example)
+    reason = no_loss_reason(example, loss_on)
+    return f"nothing to learn: {reason}" if reason else None
+
+
+def _sides_of(example: AnswerPair | Judged) -> tuple[int, ...]:
+    """Returns what the rows of an example are to the comparison, as `TokenizedRow.side`."""
+    if isinstance(example, AnswerPair):
+        return CHOSEN, REJECTED
+    return (DESIRABLE,) if example.desirable else (UNDESIRABLE,)
 
 
 def _check_report(report: Report, split: DatasetSplit, section: DataSection) -> None:
@@ -258,6 +342,8 @@ def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
 
 def _characters(example: Example) -> int:
     """Returns about how many characters an example has."""
+    if isinstance(example, AnswerPair | Judged):
+        return sum(map(_characters, sides(example)))
     if isinstance(example, Plain):
         return len(example.prompt) + len(example.completion)
     if isinstance(example, Conversation):

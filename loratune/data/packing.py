@@ -39,6 +39,10 @@ class Packs:
         number %= len(self)
         return self.order[self.starts[number] : self.starts[number + 1]]
 
+    def of(self, each: int) -> "Packs":
+        """The packs of rows, where the numbers packed are those of groups of `each` rows behind each other."""
+        return Packs((self.order[:, None] * each + np.arange(each)).reshape(-1), self.starts * each)
+
 
 def best_fit(lengths: Numbers, budget: int) -> Packs:
     """Pack rows by best-fit decreasing: the longest row first, each into the fullest pack that still has room for it.
@@ -134,6 +138,9 @@ many for each row of a batch; and of all others, as many as have so many tokens.
 Packing: TypeAlias = Literal["none", "batch", "full"]
 """As in the configuration."""
 
+Put: TypeAlias = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
+"""Makes rows a dict of tensors: `flatten`, `share_prefixes`, or `pad` with its padding token."""
+
 
 class Items(Protocol):
     """A dataset as torch's DataLoader takes it: rows of `input_ids` and `labels`, or packs, which are lists of them."""
@@ -163,7 +170,8 @@ class BatchLayout:
     Attributes:
         items: What the trainer draws: rows, or packs of rows.
         size: How many items make a batch.
-        collate: Makes a list of items a dict of tensors. It can be pickled.
+        put: Makes a list of rows a dict of tensors.
+        collate: Does so with a list of items. It can be pickled.
         flat: Whether the rows of a batch stand end to end (see `flatten` for what the model must then be given), or are
             padded.
         saved: About the share of their tokens that batches do not hold as rows share prefixes; None where they do not.
@@ -171,7 +179,7 @@ class BatchLayout:
 
     items: Items
     size: int
-    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
+    put: Put
     flat: bool
     saved: float | None = None
 
@@ -183,6 +191,7 @@ class BatchLayout:
         size: int,
         max_length: int,
         pad_id: int,
+        together: int = 0,
     ) -> None:
         """Lay out the batches.
 
@@ -191,22 +200,35 @@ class BatchLayout:
             lengths: (rows,), the tokens of each row, from 1 to max_length.
             packing: `none` pads each batch of `size` rows to its longest; `batch` puts the rows of a batch end to end;
                 `full` makes packs of any number of rows, at most size * max_length tokens, and a batch is one pack.
-            size: Rows of a batch.
+            size: Rows of a batch, or pairs of them.
             max_length: The most tokens that a row has.
             pad_id: The id of the padding token.
+            together: How many rows that stand behind each other in the dataset are compared with each other, and make
+                an item together; batches then also have what `with_sides` adds. 0: rows are not compared.
 
         Raises:
             ValueError: A length is out of range, with `full`.
         """
-        self.flat = packing != "none"
+        self.flat, self._is_compared = packing != "none", together > 0
+        self.put = flatten if self.flat else partial(pad, pad_id=pad_id)
+        each = max(together, 1)
+        whole = lengths.astype(np.int64).reshape(-1, each).sum(1) if together else lengths
         if packing == "full":
-            packs = best_fit(lengths, size * max_length)
-            self.items, self.size, self.collate = PackedRows(dataset, packs), 1, partial(_join_packs, flatten)
-            self._tokens = np.add.reduceat(lengths[packs.order], packs.starts[:-1], dtype=np.int64)
+            packs = best_fit(whole, size * max_length * each)
+            self._tokens = np.add.reduceat(whole[packs.order], packs.starts[:-1], dtype=np.int64)
+            self.items, self.size = PackedRows(dataset, packs.of(each) if each > 1 else packs), 1
+        elif together:
+            every = Packs(np.arange(len(lengths)), np.arange(0, len(lengths) + 1, each))
+            self.items, self.size = PackedRows(dataset, every), size
+            self._tokens = whole if self.flat else each * lengths.reshape(-1, each).max(1)
         else:
-            self.items, self.size = dataset, size
-            self.collate = flatten if self.flat else partial(pad, pad_id=pad_id)
-            self._tokens = lengths
+            self.items, self.size, self._tokens = dataset, size, lengths
+
+    @property
+    def collate(self) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
+        """Makes a list of items a dict of tensors."""
+        put = partial(with_sides, self.put) if self._is_compared else self.put
+        return partial(_join_packs, put) if isinstance(self.items, PackedRows) else put
 
     def tokens(self, number: int) -> int:
         """Returns how many tokens item `number` holds, without padding."""
@@ -215,8 +237,7 @@ class BatchLayout:
     def sharing(self, saved: float) -> "BatchLayout":
         """The same batches with shared prefixes, see `share_prefixes`. saved: as of `saving`."""
         layout = copy.copy(self)
-        packs = isinstance(self.items, PackedRows)
-        layout.collate, layout.saved = partial(_join_packs, share_prefixes) if packs else share_prefixes, saved
+        layout.put, layout.saved = share_prefixes, saved
         return layout
 
     def saving(self) -> float:
@@ -247,6 +268,7 @@ class BatchLayout:
         rows = {int(number): [row["input_ids"] for row in self.rows([number])] for number in [*longest, *drawn]}
         # What an item adds falls as others are chosen, so it is brought up to date only where it may be the most.
         most = [(-len(PrefixTree.of(item).ids), order, number) for order, (number, item) in enumerate(rows.items())]
+        alone = {number: added for added, _, number in most}
         heapify(most)
         chosen, compared = list[int](), dict.fromkeys(rows, 0)
         while len(chosen) < min(self.size, len(rows)):
@@ -254,9 +276,8 @@ class BatchLayout:
             if compared[number] == len(chosen):
                 chosen.append(number)
                 continue
-            (row,) = rows[number]  # A pack is a batch by itself.
-            for other in chosen[compared[number] :]:
-                added = max(added, common_prefix(row, rows[other][0]) - len(row))
+            for other in chosen[compared[number] :]:  # Of a pair, both rows begin alike; a pack is a batch by itself.
+                added = max(added, alone[number] + common_prefix(rows[number][0], rows[other][0]))
             compared[number] = len(chosen)
             heappush(most, (added, order, number))
         return chosen
@@ -320,6 +341,27 @@ def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "position_ids": torch.from_numpy(tree.positions)[None],
         "places": torch.from_numpy(np.concatenate(tree.places))[None],
     }
+
+
+def with_sides(put: Put, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put rows of answers that are compared into a batch.
+
+    Args:
+        put: What puts rows into a batch.
+        rows: Each with its `side`, see `TokenizedRow`, and perhaps with its log-probability as `reference`, and with a
+            further row as `mismatched`, which is its prompt with the answer to another one.
+
+    Returns:
+        The batch, with tensors of (rows,): `lengths` and `sides`, and `references` where rows have them; and as
+        `mismatched` the same of the further rows.
+    """
+    batch: dict[str, Any] = {**put(rows), "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
+    batch["sides"] = torch.tensor([row.get("side", 0) for row in rows])
+    if "reference" in rows[0]:
+        batch["references"] = torch.tensor([row["reference"] for row in rows], dtype=torch.float64)
+    if "mismatched" in rows[0]:
+        batch["mismatched"] = with_sides(put, [row["mismatched"] for row in rows])
+    return batch
 
 
 def _join_packs(

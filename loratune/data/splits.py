@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data.formats import CHAT_FORMATS, Example
+from loratune.data.formats import CHAT_FORMATS, COMPARED_FORMATS, JUDGED, PAIRS, Example
 from loratune.data.formats.examples import quote
 from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.report import MAX_PLACES, Leaks, RowTally
@@ -53,6 +53,38 @@ class DatasetSplit:
     def formats(self) -> list[str]:
         """The formats of the files."""
         return sorted({file.parser.format_name for file in self.index.files})
+
+    @property
+    def kind(self) -> str | None:
+        """`PAIRS` or `JUDGED`, if the first file holds answers that are compared."""
+        return COMPARED_FORMATS.get(self.index.files[0].parser.format_name)
+
+    def check_kind(self, kind: str | None, objective: str) -> None:
+        """Check that the rows hold what an objective needs.
+
+        Args:
+            kind: `PAIRS` or `JUDGED`; None for rows that are no answers to be compared.
+            objective: Its name.
+
+        Raises:
+            DataError: A file holds something else.
+        """
+        for file in self.index.files:
+            found = COMPARED_FORMATS.get(file.parser.format_name)
+            if found == kind:
+                continue
+            what = f"the rows are {found or f'of the format {file.parser.format_name}'}"
+            what += f", and {objective} trains on {kind or 'answers as they stand'}"
+            by_kind = {PAIRS: "dpo, orpo or simpo", JUDGED: "kto", None: "sft"}
+            fix = f"set training.objective to {by_kind[found]}"
+            if kind is None and found == PAIRS:
+                fix += f"; or, to train on the chosen answers alone, data.columns to {file.parser.chosen_alone}"
+            elif kind is None:
+                fix += "; or keep the rows whose label is true, and set data.format to prompt_completion"
+            elif found is None:
+                fix = f"give rows that are {kind}, or {fix}"
+            where = self.index.where(file.start)
+            raise DataError(Problem(Code.DATA_PREFERENCES, what, where, "training.objective", fix))
 
     @property
     def chat(self) -> bool:

@@ -39,6 +39,8 @@ _IN_MEMORY_BYTES = 64 << 20
 """Rows of at most this size are read into memory instead of mapped."""
 _LISTS = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS)])
+_SIDE = pa.field("side", pa.int8())
+"""A further column where answers are compared."""
 
 
 class TokenCache(Sequence[dict[str, list[int]]]):
@@ -93,7 +95,18 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         position = number - (self._ends[shard] - len(table))
         flat = table["spans"][position].as_py()
         spans = tuple(zip(flat[::2], flat[1::2], strict=True))
-        return TokenizedRow(table["where"][position].as_py(), tuple(table["ids"][position].as_py()), spans)
+        where, ids = table["where"][position].as_py(), tuple(table["ids"][position].as_py())
+        return TokenizedRow(where, ids, spans, side=self.side(number))
+
+    def side(self, number: int) -> int:
+        """Returns what a row is to a comparison of answers, see `TokenizedRow`."""
+        return int(self.sides[number]) if self.sides is not None and len(self) else 0
+
+    @cached_property
+    def sides(self) -> NDArray[np.int8] | None:
+        """(rows,), what each row is to a comparison of answers; None where answers are not compared."""
+        found = [table for table in self._tables if _SIDE.name in table.column_names]
+        return np.concatenate([np.asarray(table[_SIDE.name], dtype=np.int8) for table in found]) if found else None
 
     def rows(self) -> Iterator[TokenizedRow]:
         """Yields all rows in order."""
@@ -192,7 +205,7 @@ class _ShardWriter:
         self.consistent = True
         self._path, self._unfinished = path, path.with_suffix(".unfinished")
         create_private_file(self._unfinished)
-        self._file = pa.ipc.new_file(pa.OSFile(os.fsencode(self._unfinished), "wb"), _SCHEMA)
+        self._file: Any = None
         self._digests: list[str] = []
         self._unwritten: list[Any] = []
         self._rows = 0
@@ -201,12 +214,14 @@ class _ShardWriter:
         self.consistent = False
         self.report.extend(report)
         batch = _record_batch(rows)
-        self._unwritten.append(batch)
+        self._unwritten += [batch] if rows else []
         self._rows += len(rows)
         digest = hashlib.sha256()
-        for lists in batch.columns[1:]:
+        for lists in batch.columns[1:3]:
             for part in (lists.flatten(), lists.value_lengths()):
                 digest.update(np.ascontiguousarray(np.asarray(part, dtype="<i4")).tobytes())
+        for sides in batch.columns[3:]:
+            digest.update(np.asarray(sides, dtype="<i1").tobytes())
         self._digests.append(digest.hexdigest())
         if sum(batch.nbytes for batch in self._unwritten) >= _BATCH_BYTES:
             self._write()
@@ -215,7 +230,7 @@ class _ShardWriter:
     def close(self) -> int:
         """End the shard. Returns how many rows it holds."""
         self._write()
-        self._file.close()
+        self._open(_SCHEMA).close()
         record = {"sha256": sha256(self._unfinished), "lots": self._digests, "report": self.report.as_json()}
         self._unfinished.replace(self._path)
         write_record(self._path.with_suffix(".json"), record)
@@ -223,8 +238,15 @@ class _ShardWriter:
 
     def _write(self) -> None:
         if self._unwritten:
-            self._file.write_table(pa.Table.from_batches(self._unwritten).combine_chunks())
+            table = pa.Table.from_batches(self._unwritten).combine_chunks()
+            self._open(table.schema).write_table(table)
             self._unwritten = []
+
+    def _open(self, schema: Any) -> Any:
+        """The file, which gets its schema with the first rows."""
+        if self._file is None:
+            self._file = pa.ipc.new_file(pa.OSFile(os.fsencode(self._unfinished), "wb"), schema)
+        return self._file
 
 
 def _fingerprint(digests: Iterable[str]) -> str:
@@ -273,14 +295,14 @@ def _open_shard(path: Path, record: dict[str, Any], *, in_memory: bool) -> Any:
 
 
 def _record_batch(rows: Sequence[TokenizedRow]) -> Any:
-    return pa.record_batch(
-        [
-            pa.array([row.where.encode(errors="backslashreplace").decode() for row in rows], pa.string()),
-            _list_array([row.ids for row in rows]),
-            _list_array([tuple(chain.from_iterable(row.spans)) for row in rows]),
-        ],
-        schema=_SCHEMA,
-    )
+    columns = [
+        pa.array([row.where.encode(errors="backslashreplace").decode() for row in rows], pa.string()),
+        _list_array([row.ids for row in rows]),
+        _list_array([tuple(chain.from_iterable(row.spans)) for row in rows]),
+    ]
+    if any(row.side for row in rows):
+        return pa.record_batch([*columns, pa.array([row.side for row in rows], _SIDE.type)], _SCHEMA.append(_SIDE))
+    return pa.record_batch(columns, schema=_SCHEMA)
 
 
 def _list_array(values: Sequence[Sequence[int]]) -> Any:

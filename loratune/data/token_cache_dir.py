@@ -10,6 +10,7 @@ left alone. Rows are trained on without a further check, so they are read only f
 can change.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -19,13 +20,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from loratune.codes import Code
-from loratune.data.token_cache import TokenCache, TokenCacheWriter, open_if_whole, read_record, write_record
+from loratune.data.token_cache import WHOLE, TokenCache, TokenCacheWriter, open_if_whole, read_record, write_record
 from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import Problem, ResourceError
 from loratune.system.files import (
     DIRECTORY_MODE,
     UntrustedError,
+    create_private_file,
     is_directory,
     make_private_directory,
     open_private_directory,
@@ -40,7 +45,10 @@ KEPT_DAYS = 30
 _ENTRY = "entry.json"
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _NAMES = re.compile(rf"([0-9a-f]{{64}})({re.escape(_PARTIAL)}|{re.escape(_REMOVED)})?")
-_FILES = re.compile(rf"[0-9]{{5}}\.(arrow|json|unfinished)|{re.escape(_ENTRY)}|entry\.unfinished|whole(\.unfinished)?")
+_VALUES = "values"
+_FILES = re.compile(
+    rf"[0-9]{{5}}\.(arrow|json|unfinished)|{re.escape(_ENTRY)}|entry\.unfinished|whole(\.unfinished)?|{_VALUES}"
+)
 _WRITER = "loratune, tokenised rows"
 
 
@@ -64,6 +72,42 @@ def load_or_write(key: str, write: Callable[[TokenCacheWriter], None]) -> TokenC
         rows = _write(root, key, write, usable=usable)
     rows.remark = "; ".join(filter(None, remarks))
     return rows
+
+
+def load_values(key: str) -> NDArray[np.float64] | None:
+    """The numbers that `store_values` kept for rows; None if there are none.
+
+    key: 64 hexadecimal digits.
+    """
+    root = _root()
+    entry = root / key
+    try:
+        if not _secure(root)[0] or any(ownership_problems(entry)) or read_record(entry / _ENTRY) != _record(key):
+            return None
+        os.utime(entry)
+        whole, content = read_record(entry / WHOLE), (entry / _VALUES).read_bytes()
+        if whole["sha256"] == hashlib.sha256(content).hexdigest():
+            return np.frombuffer(content, np.float64)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        _log.debug("the values in %s are not used", entry, exc_info=True)
+    return None
+
+
+def store_values(key: str, values: NDArray[np.float64]) -> None:
+    """Keep numbers that belong to rows, such as log-probabilities, unless the cache cannot be written."""
+    root, content = _root(), np.ascontiguousarray(values, np.float64).tobytes()
+    if not _secure(root)[0]:
+        return
+    with _claim(root, key) as claimed:
+        if not claimed or load_values(key) is not None or (partial := _prepare_partial(root, key)) is None:
+            return
+        try:
+            create_private_file(partial / _VALUES)
+            (partial / _VALUES).write_bytes(content)
+            write_record(partial / WHOLE, {"sha256": hashlib.sha256(content).hexdigest()})
+            partial.rename(root / key)
+        except OSError:
+            _log.debug("the values of %s are not kept", key, exc_info=True)
 
 
 def open_trusted(directory: Path) -> TokenCache | None:

@@ -84,7 +84,10 @@ def tiles(record: RunRecord, adapter: Mapping[str, str], *, keeps_last: bool = F
         found.append(Tile("peak memory", _size(record.peak_memory["process"]), note))
     else:
         found.append(_absent("peak memory"))
-    if "test loss" not in metrics:  # which fills the row; the table below has the size in any case
+    if (accuracy := metrics.get("preferences reward_accuracy value")) is not None:
+        note = _interval(record, "preferences reward_accuracy interval").rstrip(", ")
+        found.append(Tile("reward accuracy", f"{accuracy:.3f}", note))
+    elif "test loss" not in metrics:  # which fills the row; the table below has the size in any case
         found.append(Tile("adapter file", adapter["size"], f"rank {adapter['rank']}"))
     return found
 
@@ -96,7 +99,8 @@ def _gain(record: RunRecord) -> Tile:
     interval = "" if gain.low is None or gain.high is None else f"95 % {gain.low:.3f} to {gain.high:.3f} "
     verdict = "" if gain.verdict == "gain" else f"{gain.verdict}: "
     note = f"{verdict}{interval}on {gain.rows:,} of {gain.total:,} {gain.split} rows"
-    return Tile("gain, nats a token", f"{gain.better_by:+.3f}", note, _TONES.get(gain.verdict, ""))
+    unit = "nats a token" if gain.unit == "token" else f"a {gain.unit}"
+    return Tile(f"gain, {unit}", f"{gain.better_by:+.3f}", note, _TONES.get(gain.verdict, ""))
 
 
 def _held_out(record: RunRecord, keeps_last: bool) -> Tile:

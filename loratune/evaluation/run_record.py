@@ -43,6 +43,7 @@ class RecordedGain:
     low: Figure | None
     high: Figure | None
     verdict: Literal["gain", "no gain", "worse", "not judged"]
+    unit: Literal["token", "pair", "answer"] = "token"
 
 
 @dataclass(frozen=True)

@@ -249,8 +249,8 @@ def check_base(adapter: AdapterInfo, base: ModelSection, fingerprint: str, log: 
 
 
 def _check_sharing(adapters: Sequence[tuple[AdapterInfo, Untouched]]) -> None:
-    """Raises AdapterError: one of several adapters comes with changes of the base, or adapts other parameters than they,
-    which PEFT has no place for: by its wrappers around a module it tells whose A and B are whose."""
+    """Raises AdapterError: one of several adapters comes with changes of the base; or it adapts other parameters than
+    another one, for which PEFT has no place: it tells A and B of parameters by how often it has wrapped a module."""
     reasons: dict[str, str] = {}
     parameters: list[set[str]] = []
     for adapter, before in adapters:

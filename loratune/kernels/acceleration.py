@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loratune.kernels import gpu, masks, reference, replacements, rowwise
+from loratune.kernels import gpu, masks, reference, replacements, rowwise, whole_rows
 from loratune.kernels.attention import Layout, PerBatch
 from loratune.kernels.fused_ops import fused_ops, refusal
 from loratune.kernels.loss import LossHead, Scaling, output_layer
@@ -111,14 +111,14 @@ def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterato
         yield [*acceleration.fallbacks]
 
 
-def expect(model: Any, labels: Tensor, places: Tensor | None = None) -> None:
+def expect(model: Any, labels: Tensor, places: Tensor | None = None, lengths: Tensor | None = None) -> None:
     """Have the next forward pass return the summed loss of these labels instead of logits, if the model can do it.
 
-    places: see `LossHead`.
+    places, lengths: see `LossHead`.
     """
     head = model.get_output_embeddings()
     if isinstance(head, LossHead):
-        head.labels, head.places = labels, places
+        head.labels, head.places, head.lengths = labels, places, lengths
 
 
 def tree_refusal(model: Any) -> str | None:
@@ -201,7 +201,7 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
     kinds, reasons = _kinds(base, reader, survey)
     is_compiled = fused_ops(weight) is not reference
     if not is_compiled:
-        kinds = [kind for kind in kinds if kind.name != "attention"]  # torch's own is faster than the reference.
+        kinds = []  # The model's own layers are faster than the reference.
     kinds.append(_lora(base, reader, kinds))
     check = ParityCheck(base, LONG_ROWS if any(kind.windows for kind in kinds) else ROWS)
     if not check.runs:
@@ -221,13 +221,12 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
     implementation = attn_implementation(base)
     if own_attention and rowwise.attend_by_rows(base, ParityCheck(base, LONG_ROWS).passes):
         steps.append(partial(_register_rowwise, implementation))
+    if not is_compiled:
+        return steps, dict.fromkeys(KINDS, refusal(weight))
     complete = {kind.name for kind in kinds if kind.complete}
     if rowwise.attends_by_rows(base) and _all_fit(base, survey):
         complete.add("attention")
     fallbacks = {name: reason for name, reason in reasons.items() if name not in complete}
-    if not is_compiled:  # torch computes what would be fused operations.
-        fallbacks.pop("norms", None)
-        fallbacks |= dict.fromkeys(["attention", "norms, rotations and activations"], refusal(weight))
     return steps, fallbacks
 
 
@@ -277,7 +276,10 @@ class _Kind:
 
 def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Kind], dict[str, str]]:
     """The layers that could be replaced, by their classes and masks; and for each kind, why not all of them."""
-    layouts, sights = PerBatch(Layout.of), survey.sights
+    sights = survey.sights
+    are_bounded = any(sight.cap for sight in sights.values())  # torch's kernel has no caps.
+    fewest = None if are_bounded else whole_rows.fewest_tokens(base.get_input_embeddings().weight)
+    layouts = PerBatch(partial(Layout.of, whole=fewest))
     layers: dict[str, list[tuple[str, nn.Module, Factory]]] = {kind: [] for kind in KINDS}
     windows: dict[nn.Module, int | None] = {}
     others: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}

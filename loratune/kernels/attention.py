@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from loratune.kernels import whole_rows
 from loratune.kernels.lora_linear import Projection, SavedLora
 from loratune.kernels.reference import FusedOps
 
@@ -52,7 +53,8 @@ class Layout:
     """Which tokens attend to which others, in a batch of packed rows or of a tree of them, tile by tile.
 
     A tile is a part of the queries with the keys that they attend to, in an order of its own, in which a token can
-    stand several times. First come the keys that all queries share, then those that they do not.
+    stand several times. First come the keys that all queries share, then those that they do not. Long rows may be in no
+    tile: each is computed by itself, see `whole_rows`.
 
     Attributes:
         spans: (tokens, 3), int32, each (low, begin, end): of the keys of its tile, a token attends to those from `low`
@@ -61,14 +63,16 @@ class Layout:
         tiles: (count, 6), int64, each (first, end, place, count, shared, repeats): the queries from `first` to `end`,
             and `count` keys from `place` in `keys` on, of which the first `shared` are shared; then there is none up to
             a multiple of LANES. Where `repeats` is 1, a token may stand among the keys several times.
+        rows: The first token of each row that is in no tile, and the one after its last.
     """
 
     spans: Tensor
     keys: Tensor
     tiles: Tensor
+    rows: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, positions: Tensor, window: int | None = None, tile: int = TILE) -> "Layout":
+    def of(cls, positions: Tensor, window: int | None = None, tile: int = TILE, whole: int | None = None) -> "Layout":
         """The layout of a batch.
 
         Args:
@@ -77,22 +81,31 @@ class Layout:
                 prefix where positions go back to one above 0: tokens are those of a tree, depth first.
             window: How many positions each token attends to, its own included.
             tile: The most queries of a tile.
+            whole: The fewest tokens of a row that is in no tile, if it is no longer than the window; None: all are.
         """
         of_tokens = positions.numpy()
-        nodes = [part for node in _nodes(of_tokens) for part in node.parts(tile)]
         spans = np.zeros((len(of_tokens), 3), np.int32)
-        keys: list[NDArray[np.integer[Any]]] = []
-        tiles, place = [], 0
-        for members in _groups(nodes, tile):
-            shared, own = _keys(members, of_tokens, window, spans)
-            keys += own
-            count = sum(map(len, own))
-            least = min(node.depth for node in members)
-            repeats = any(node.depth > least for node in members[1:])
-            tiles.append((members[0].first, members[-1].end, place, count, shared, repeats))
-            place += count
-        joined = np.concatenate(keys).astype(np.int32)
-        return cls(torch.from_numpy(spans), torch.from_numpy(joined), torch.tensor(tiles))
+        keys: list[NDArray[np.integer[Any]]] = [np.empty(0, np.int32)]
+        rows, tiles, place = [], list[tuple[int, ...]](), 0
+
+        def is_whole(node: _Node) -> bool:
+            length = node.end - node.first
+            return whole is not None and not node.before and whole <= length <= (window or length)
+
+        for are_whole, nodes in groupby(_nodes(of_tokens), is_whole):
+            if are_whole:
+                rows += [(node.first, node.end) for node in nodes]
+                continue
+            for members in _groups([part for node in nodes for part in node.parts(tile)], tile):
+                shared, own = _keys(members, of_tokens, window, spans)
+                keys += own
+                count = sum(map(len, own))
+                least = min(node.depth for node in members)
+                repeats = any(node.depth > least for node in members[1:])
+                tiles.append((members[0].first, members[-1].end, place, count, shared, repeats))
+                place += count
+        joined, bounds = np.concatenate(keys, dtype=np.int32), torch.tensor(tiles, dtype=torch.int64).view(-1, 6)
+        return cls(torch.from_numpy(spans), torch.from_numpy(joined), bounds, tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -282,6 +295,7 @@ class _SelfAttentionFunction(torch.autograd.Function):
         query, key, value = layer.ops.split_heads(joined, cosine, sine, layer.groups, layer.heads)
         around = layout.spans, layout.keys, layout.tiles, layer.scale, layer.cap
         result, total = layer.ops.attend(query, key, value, *around)
+        whole_rows.attend(layout.rows, (result, total), query, key, value, layer.scale)
         y, out_lora = layer.out.forward(result, training, parameters[count:])
         ctx.layer, ctx.layout = layer, layout
         parts = [norms_saved, *(lora.tensors() if lora else [] for lora in (joined_lora, out_lora))]
@@ -299,7 +313,9 @@ class _SelfAttentionFunction(torch.autograd.Function):
         dresult, out_gradients = layer.out.backward(dy, result, out_lora, needs_dx=True)
         layout = ctx.layout
         around = layout.spans, layout.keys, layout.tiles, layer.scale, layer.cap
-        dheads = layer.ops.attend_backward(dresult, result, total, query, key, value, *around)
+        attended = result, total, query, key, value
+        dheads = layer.ops.attend_backward(dresult, *attended, *around)
+        whole_rows.attend_backward(layout.rows, dheads, dresult, *attended, layer.scale)
         djoined = layer.ops.join_heads(*dheads, cosine, sine)
         if layer.norms is not None:
             djoined = layer.norms.backward(djoined, layer.columns, norms_saved, layer.ops)

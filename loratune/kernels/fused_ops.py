@@ -61,10 +61,10 @@ def _untried(like: Tensor) -> str:
     """Why compiled operations are not even loaded; empty if they are."""
     reasons = {
         f"the model is on {like.device.type}": like.device.type != "cpu",
-        f"there is none for {str(like.dtype).removeprefix('torch.')}: set model.dtype to bfloat16 or float32": (
+        f"no compiled code is for {str(like.dtype).removeprefix('torch.')}: set model.dtype to bfloat16 or float32": (
             like.dtype not in DEFINES
         ),
-        f"there is none for {platform.system()}": platform.system() != "Linux",
+        f"no compiled code is for {platform.system()}": platform.system() != "Linux",
         "LORATUNE_NATIVE is 0: unset it": os.environ.get("LORATUNE_NATIVE") == "0",
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

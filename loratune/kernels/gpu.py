@@ -17,7 +17,7 @@ from loratune.kernels import attention, rowwise, upstream
 from loratune.kernels.attention import VarlenAttention
 from loratune.kernels.lora_linear import Adapted
 from loratune.kernels.parity_check import ParityCheck
-from loratune.kernels.replacements import Reader, Replacement
+from loratune.kernels.replacements import Reader, twin
 
 Layers = Iterable[tuple[str, nn.Module]]
 """Path and module of each layer that is replaced."""
@@ -25,19 +25,16 @@ LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False,
 """Which of Liger's kernels are used; the loss is that of `LossHead`."""
 
 
-class FastLinear(Replacement):
-    """Replaces a linear layer with LoRA, with the same children, and computes in the dtype of the base."""
+def fast_linear(module: nn.Module, part: Adapted, down: Tensor, up: Tensor) -> nn.Module:
+    """A linear layer with LoRA that computes in the dtype of the base."""
 
-    def __init__(self, original: nn.Module, part: Adapted, down: Tensor, up: Tensor):
-        super().__init__(original)
-        self._part, self._down, self._up = [part], [down], [up]  # In lists: they belong to the children.
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(x: Tensor, training: bool) -> Tensor:
         """x: (..., in). Returns (..., out)."""
-        (part,), (down,), (up,) = self._part, self._down, self._up
         y = functional.linear(x, part.layer.weight, part.layer.bias)
-        inner = functional.linear(functional.dropout(x, part.dropout, self.training), down.to(x.dtype))
+        inner = functional.linear(functional.dropout(x, part.dropout, training), down.to(x.dtype))
         return y + functional.linear(inner, (up * part.scaling).to(x.dtype))
+
+    return twin(module, forward)
 
 
 def replace(
@@ -57,7 +54,7 @@ def _replace_linear(reader: Reader, base: Any) -> Iterator[tuple[str, nn.Module]
         part = reader(module)
         if part is not None and part.down is not None and part.up is not None:
             yield name, module
-            base.set_submodule(name, FastLinear(module, part, part.down, part.up).train(module.training))
+            base.set_submodule(name, fast_linear(module, part, part.down, part.up))
 
 
 def _register_attention(function: VarlenAttention, base: Any) -> Layers:

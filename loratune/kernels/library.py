@@ -64,21 +64,20 @@ def load(define: str) -> Library:
     try:
         return _load_shipped(variant, define)
     except OSError as error:
-        why = f"the compiled code that loratune came with cannot be used: {reason(error)}; {_REINSTALL}"
+        why = f"the compiled code that loratune came with cannot be used: {reason(error)}"
     library = compiled(define)
     if library.functions is None:
-        return replace(library, note=f"{why}; and none can be made here: {library.note}")
-    return replace(
-        library, note="; ".join([why, "until then it is compiled on this machine", *filter(None, [library.note])])
-    )
+        return replace(library, note=f"{why}; and {library.note}")
+    parts = [why, "it is compiled on this machine instead", *([library.note] if library.note else [])]
+    return replace(library, note="; ".join(parts))
 
 
 def _load_shipped(variant: Variant, define: str) -> Library:
     """The library that a wheel has for a processor. Raises OSError: it is missing, damaged, or cannot be loaded."""
     path = build.SHIPPED / variant.file_name(define)
-    content = build.unsealed(variant.key(define), path.read_bytes())
+    content = build.unsealed(variant.key(define), path.read_bytes() if path.is_file() else b"")
     if content is None:
-        raise OSError(f"{path} is damaged, or of another release")
+        raise OSError(f"{path} is missing, damaged, or of another release: {_REINSTALL}")
     return Library(_link(content), name=f"{variant.name}-{hashlib.sha256(content).hexdigest()[:16]}")
 
 

@@ -1,7 +1,7 @@
 """The loss over supervised positions only, without keeping their logits, and norms of gradients."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,49 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return logits.as_subclass(Tensor).view(()), supervised.sum()
     scores = logits[:, :-1][supervised].float()
     return functional.cross_entropy(scores, targets[supervised], reduction="sum"), supervised.sum()
+
+
+def row_numbers(labels: Tensor, lengths: Tensor) -> Tensor:
+    """The row that each label belongs to.
+
+    Args:
+        labels: Of rows that stand end to end, (1, tokens of all rows); or padded, (rows, length).
+        lengths: (rows,), int64, the tokens of each row.
+
+    Returns:
+        Of the shape of the labels, int64, from 0.
+    """
+    rows = torch.arange(len(lengths), device=labels.device)
+    if len(labels) == len(lengths):
+        return rows[:, None].expand_as(labels)
+    return rows.repeat_interleave(lengths.to(labels.device), output_size=labels.shape[1])[None]
+
+
+def row_counts(labels: Tensor, lengths: Tensor) -> Tensor:
+    """(rows,), int64, the supervised tokens of each row. Arguments as of `row_sums`."""
+    supervised = (labels[:, 1:] >= 0).long()
+    numbers = row_numbers(labels, lengths)[:, 1:]
+    return supervised.new_zeros(len(lengths)).index_add_(0, numbers.reshape(-1), supervised.reshape(-1))
+
+
+def row_sums(logits: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+    """The sums of `next_token_loss`, row by row, through which gradients flow.
+
+    Args:
+        logits: (rows, length, vocabulary), any float dtype; or (1, 1, rows), the sums that a `LossHead` returns.
+        labels: As in `row_numbers`, -100 at positions without supervision and at the first of each row.
+        lengths: As in `row_numbers`.
+
+    Returns:
+        (rows,), float64, in nats.
+    """
+    if logits.shape[:2] != labels.shape:
+        return logits.view(-1)
+    targets = labels[:, 1:]
+    supervised = targets >= 0
+    losses = functional.cross_entropy(logits[:, :-1][supervised].float(), targets[supervised], reduction="none")
+    numbers = row_numbers(labels, lengths)[:, 1:][supervised]
+    return losses.new_zeros(len(lengths), dtype=torch.float64).index_add(0, numbers, losses.double())
 
 
 def row_losses(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
@@ -137,6 +180,7 @@ class LossHead(nn.Module):
         labels: Of the next batch, (rows, length), -100 where nothing is supervised.
         places: Where in its hidden states, row after row, the tokens stand that the labels belong to: of the shape of
             the labels. None: in that order.
+        lengths: (rows,), the tokens of each row, where each is to have a sum of its own; else None.
     """
 
     def __init__(self, head: nn.Linear, scaling: Scaling):
@@ -144,6 +188,7 @@ class LossHead(nn.Module):
         self.head, self.scaling = head, scaling
         self.labels: Tensor | None = None
         self.places: Tensor | None = None
+        self.lengths: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -151,42 +196,58 @@ class LossHead(nn.Module):
         return self.head.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: (rows, length, size). Returns logits; or, once after labels were set, the summed loss: (1, 1, 1)."""
-        labels, places, self.labels, self.places = self.labels, self.places, None, None
+        """hidden: (rows, length, size). Returns logits; or, once after labels were set, the summed loss: (1, 1, 1), or
+        that of each row: (1, 1, rows)."""
+        labels, places, lengths = self.labels, self.places, self.lengths
+        self.labels = self.places = self.lengths = None
         if labels is None:
             logits: Tensor = self.head(hidden)
             return logits
         targets = labels[:, 1:].to(hidden.device)
         supervised = targets >= 0
-        targets, counts = targets[supervised], None
+        targets, counts, entries = targets[supervised], None, None
         if places is None:
             states = hidden[:, :-1][supervised]
         else:
             pairs = torch.stack([places[:, :-1].to(hidden.device)[supervised], targets])
-            (numbers, targets), counts = torch.unique(pairs, dim=1, return_counts=True)
+            (numbers, targets), entries, counts = torch.unique(pairs, dim=1, return_inverse=True, return_counts=True)
             states = hidden.flatten(0, 1).index_select(0, numbers)  # Its gradient is added up in a fixed order.
-        apply: Any = _HeadLoss.apply
-        loss: Tensor = apply(states, self.head.weight, self.head.bias, targets, counts, self.scaling)
-        loss = loss.view(1, 1, 1)
+        if lengths is not None:
+            rows = row_numbers(labels, lengths)[:, 1:].to(hidden.device)[supervised]
+            of_rows = entries, rows, len(lengths)
+            apply: Any = _RowSums.apply
+            loss: Tensor = apply(states, self.head.weight, self.head.bias, targets, self.scaling, *of_rows)
+        else:
+            apply = _HeadLoss.apply
+            loss = apply(states, self.head.weight, self.head.bias, targets, self.scaling, counts)
+        loss = loss.view(1, 1, -1)
         return loss if self.scaling == Scaling() else loss.as_subclass(_ScaledLoss)
+
+
+def _chunk_losses(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradient: Tensor | None, scaling: Scaling
+) -> Iterator[tuple[slice, Tensor]]:
+    """The losses of the logits of a few hundred states at a time, and their gradient, written where it is given."""
+    ops = fused_ops(hidden)
+    for start in range(0, len(hidden), CHUNK):
+        rows = slice(start, start + CHUNK)
+        logits, bounded = scaling.forward(functional.linear(hidden[rows], weight, bias))
+        losses = ops.cross_entropy(logits, targets[rows])
+        yield rows, losses
+        if gradient is not None:
+            torch.mm(scaling.backward(logits, bounded), weight, out=gradient[rows])
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor | None,
-        scaling: Scaling,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: Scaling,
+        counts: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        ops = fused_ops(hidden)
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), CHUNK):
-            rows = slice(start, start + CHUNK)
-            logits, bounded = scaling.forward(functional.linear(hidden[rows], weight, bias))
-            losses = ops.cross_entropy(logits, targets[rows])
+        for rows, losses in _chunk_losses(hidden, weight, bias, targets, gradient, scaling):
             total += losses.sum() if counts is None else losses @ counts[rows].float()
-            if gradient is not None:
-                torch.mm(scaling.backward(logits, bounded), weight, out=gradient[rows])
         if gradient is not None and counts is not None:
             gradient *= counts[:, None]
         ctx.save_for_backward(gradient)
@@ -243,6 +304,33 @@ def _scaling(base: Any, head: nn.Linear) -> Scaling | None:
         return None
     finally:
         hook.remove()
+
+
+class _RowSums(torch.autograd.Function):
+    """The sum of the losses of each row, whose gradients may differ from row to row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: Scaling,
+        entries: Tensor | None, rows: Tensor, count: int,
+    ) -> Tensor:  # fmt: skip
+        """entries: (labels,), which of the states and targets each label has; None: they are in its order. rows:
+        (labels,), the row of each label."""
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        losses = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
+        for chunk, own in _chunk_losses(hidden, weight, bias, targets, gradient, scaling):
+            losses[chunk] = own
+        of_labels = losses if entries is None else losses[entries]
+        ctx.save_for_backward(gradient, entries, rows)
+        return losses.new_zeros(count).index_add_(0, rows, of_labels)
+
+    @staticmethod
+    def backward(ctx: Any, doutput: Tensor) -> tuple[Any, ...]:
+        gradient, entries, rows = ctx.saved_tensors
+        weights = doutput[rows]
+        if entries is not None:
+            weights = weights.new_zeros(len(gradient)).index_add_(0, entries, weights)
+        return (gradient * weights[:, None].float()).to(gradient.dtype), *[None] * 7
 
 
 def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:

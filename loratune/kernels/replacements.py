@@ -1,5 +1,6 @@
 """Modules that replace layers of a model, and which layers have the structure that they need."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,20 @@ class Replacement(nn.Module):
             if "_original" not in self.__dict__:
                 raise
             return getattr(self.__dict__["_original"][0], name)
+
+
+def twin(layer: nn.Module, forward: Callable[[Tensor, bool], Tensor]) -> nn.Module:
+    """A layer of PEFT that computes by another function, with the same class and children.
+
+    Of layers of other classes PEFT would not save what the adapter has learned.
+
+    Args:
+        layer: It stays as it is.
+        forward: Of the states, and whether the layer is trained.
+    """
+    other = copy.copy(layer)
+    other.forward = lambda x: forward(x, other.training)
+    return other
 
 
 def restore(base: Any, replaced: Sequence[tuple[str, nn.Module]]) -> None:
@@ -127,18 +142,6 @@ class FastExperts(Replacement):
         return self._experts(hidden_states, top_k_index, top_k_weights)
 
 
-class FastProjection(Replacement):
-    """Replaces a linear layer with LoRA, in a layer that is not replaced as a whole."""
-
-    def __init__(self, original: nn.Module, layer: Projection):
-        super().__init__(original)
-        self._layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in). Returns (..., out)."""
-        return project(x, self._layer, training=self.training)
-
-
 class FastNorm(Replacement):
     """Replaces an RMS norm. epsilon, added: see `reference.rms_norm`."""
 
@@ -204,10 +207,13 @@ def replace_experts(module: nn.Module, activation: tuple[float, float] = referen
     return FastExperts(module, ExpertLayers(gate_up.detach(), down.detach(), fused_ops(down), activation))
 
 
-def replace_linear(module: nn.Module, reader: Reader) -> FastProjection | None:
+def replace_linear(module: nn.Module, reader: Reader) -> nn.Module | None:
     """The replacement of a linear layer, with LoRA or without; None: it is something else."""
     part = reader(module)
-    return FastProjection(module, Projection([part])) if part is not None else None
+    if part is None:
+        return None
+    layer = Projection([part])
+    return twin(module, lambda x, training: project(x, layer, training=training))
 
 
 def replace_norm(module: Any, added: float = 0.0) -> FastNorm | None:

@@ -50,3 +50,23 @@ def dropout(x: Tensor, probability: float) -> tuple[Tensor, Tensor]:
     """
     result, mask = torch.native_dropout(x, probability, True)
     return result, mask
+
+
+def attend_to_rows(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention on a CPU, with the logarithms of the sums of exponentials, which no documented function returns.
+
+    query, key, value: (rows, heads, length, size). Returns the same, and (rows, heads, length).
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    result, totals = attend(query, key, value, is_causal=True, scale=scale)
+    return result, totals
+
+
+def attend_to_rows_backward(gradient: Tensor, *attended: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value.
+
+    attended: the inputs and outputs of `attend_to_rows`.
+    """
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    query, key, value = backward(gradient, *attended, 0.0, True, scale=scale)
+    return query, key, value

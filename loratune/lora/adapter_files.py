@@ -68,7 +68,7 @@ class AdapterFiles:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """Path of an A and a B → the parameter that they adapt, as far as that is known; see `patterns.parameters_of`."""
+        """Path of an A and a B → the parameter that they adapt, as far as it is known; see `patterns.parameters_of`."""
         recorded = self.record.get("target_parameters")
         known = recorded if isinstance(recorded, Mapping) else {}
         found = {}

@@ -46,8 +46,8 @@ _WITHOUT_EFFECT = {
 def settings(files: AdapterFiles) -> dict[str, Any]:
     """Rank, lora_alpha and targets of a saved adapter, as far as they are values of these keys in the section `lora`.
 
-    The rank is the highest of its tensors, as those of a run may not be lower; of those that hold several experts, it is
-    that of the configuration. Whatever else is in its configuration is a stranger's, and left out.
+    The rank is the highest of its tensors, as those of a run may not be lower; of tensors of several experts, it is the
+    one in the configuration. Whatever else is in its configuration is a stranger's, and left out.
     """
     ranks = adapted_modules(files.tensors)
     of_modules = [rank for path, rank in ranks.items() if not parameters_of(files.config, path)]

@@ -285,8 +285,8 @@ def _by_formula(model: Any, step: TracedStep) -> tuple[int, int]:
     """Activations and peak of decoder layers that keep 34 bytes per token and hidden unit in 16 bit.
 
     In addition, PEFT keeps LoRA's inputs in float32, and the logits of supervised tokens are there twice in float32.
-    Adapted parameters, such as fused experts, are made anew and kept until the backward pass has come to them, where the
-    gradient of each is there as a whole (measured on Mixtral and GPT-OSS in both dtypes: tests/test_experts.py).
+    Adapted parameters, such as fused experts, are made anew and kept until the backward pass has come to them, where
+    the gradient of each is there as a whole (compared with what Mixtral allocates in tests/test_experts.py).
     """
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     stacks = [len(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]

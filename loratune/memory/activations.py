@@ -154,7 +154,7 @@ def _trace(fake: Any, step: TracedStep, *, limited: bool = True) -> tuple[int, i
     for parameter in fake.parameters():
         has_gradient = step.accumulated and parameter.requires_grad
         parameter.grad = parameter.detach().clone() if has_gradient else None
-    tracker = _AllocationTracker(fake, limited=limited)
+    tracker = AllocationTracker(fake, limited=limited)
     with tracker:
         kernels.expect(fake, labels)
         logits = fake(**batch, use_cache=False).logits
@@ -221,7 +221,7 @@ class _QuantizedProduct(torch.autograd.Function):
         return grads[0] @ ctx.activations[1].clone(), None, None, None
 
 
-class _AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that operations allocate, until these are freed.
 
     Attributes:

@@ -46,8 +46,8 @@ def _fit_to_container() -> list[str]:
     seen, allowed = len(os.sched_getaffinity(0)), containers.processors()
     if allowed > seen - 1 or os.environ.get(_THREADS):
         return []
-    os.environ[_THREADS] = str(max(1, math.ceil(allowed)))
-    return [f"the container may use {allowed:g} of {seen} processors, so there are {os.environ[_THREADS]} threads"]
+    os.environ[_THREADS] = threads = str(max(1, math.ceil(allowed)))
+    return [f"a container may use {allowed:g} of {seen} processors, so threads are as few ({_THREADS}={threads})"]
 
 
 def _fit_to_load() -> list[str]:

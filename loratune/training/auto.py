@@ -25,6 +25,9 @@ _RATE_ROWS, _MOST_RATE = 8, 5e-3
 """Rows of an optimizer step for which the rate holds; it grows with the root of their number. The highest rate."""
 _SMOOTH_ROWS = 32
 """Rows of a step beyond which the rate does not grow any further."""
+_COMPARED_RATE = 1 / 20
+"""By what the rate is multiplied where answers are compared: LLaMA-Factory's examples of LoRA take 5e-6 for DPO and KTO
+where they take 1e-4 for answers as they stand (examples/train_lora, 0.9)."""
 _STEPS_OF_TWO_PASSES = 500
 """Steps of a run that reads few rows twice; with more steps they are read once. SmolLM2-135M, 200 to 400 rows, all at
 the rate of one pass: two had 0.6 to 22 % less loss than one on four tasks, and four more than two on the three tried
@@ -145,6 +148,8 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
             raise ConfigError(Problem(Code.CONFIG_AUTO_RATE, what, key=key, fix="give it as a number"))
         rows = round(facts.rows_in_pack * min(facts.rows, rows_of_step(training, facts.processes)))
         rate, why = learning_rate(run.lora, facts.hidden_size, rows)
+        if training.objective != "sft":
+            rate, why = float(f"{rate * _COMPARED_RATE:.2g}"), f"{_COMPARED_RATE:g} of that of sft; {why}"
         choose("learning_rate", *over_passes(rate, why, _passes(training, facts)))
     choose("lr_scheduler_type", "linear", "down to zero")
     choose("warmup_steps", 0.0, "the update starts at zero and grows by itself")

@@ -1,20 +1,16 @@
-"""The rows of a run: tokenized once for all of its processes, laid out in batches that its model can take, and shared
-out: which rows each process takes in each micro-step.
-"""
+"""The rows of a run: tokenized once for all of its processes, and laid out in batches that its model can take."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Sampler
 
 from loratune import data, kernels, memory
 from loratune.codes import Code
-from loratune.config import AUTO, DataSection, RunConfig, TrainingSection
+from loratune.config import AUTO, DataSection, PreferenceSection, RunConfig, TrainingSection
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
 from loratune.data.packing import BatchLayout, Packing, flatten
 from loratune.data.packing_check import packing_refusal, padding_is_cheaper
@@ -25,8 +21,11 @@ from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.model import load
 from loratune.system import launcher
-from loratune.system.launcher import SINGLE_PROCESS, Group, host
+from loratune.system.launcher import Group, host
 from loratune.training.evaluations import EvaluationSteps, evaluation_steps
+from loratune.training.losses import NextToken
+from loratune.training.objectives import Formula
+from loratune.training.preferences import ComparedRows, Comparing
 from loratune.training.preflight import ValidatedRun
 
 _WORTH_SHARING = 0.05
@@ -168,6 +167,7 @@ class BatchedDatasets:
         validation: The validation batches, if there are validation rows.
         acceleration: What of the model the kernels compute.
         notes: Lines on why rows could not be packed, and on what is not accelerated.
+        objective: What is lowered.
     """
 
     train: BatchLayout
@@ -175,12 +175,18 @@ class BatchedDatasets:
     validation: BatchLayout | None
     acceleration: kernels.Acceleration
     notes: list[str]
+    objective: NextToken | Comparing = NextToken()  # noqa: RUF009  it has no state
+
+    @property
+    def layouts(self) -> dict[str, BatchLayout]:
+        """The batches by the name of their split."""
+        return {"train": self.train, **({"validation": self.validation} if self.validation else {})}
 
     def first(self, most: int = 64) -> list[Mapping[str, Any]]:
         """The first batches of the training rows, in their order."""
         count, size = len(self.train.items), self.train.size
         starts = range(0, min(count, most * size), size)
-        collate = flatten if self.train.flat else self.train.collate  # Prefixes are shared by accelerated layers alone.
+        collate = flatten if self.train.flat else self.train.put  # Prefixes are shared by accelerated layers alone.
         return [collate(self.train.rows(range(start, min(start + size, count)))) for start in starts]
 
     def largest(self) -> tuple[list[tuple[int, int]], int]:
@@ -190,7 +196,7 @@ class BatchedDatasets:
             (length, supervised tokens) of its rows, and how many rows there are.
         """
         heaviest = self.train.heaviest()
-        if not self.train.flat:
+        if not self.train.flat and isinstance(self.objective, NextToken):
             supervised = self.train_rows.rows.supervised
             return [(self.train.tokens(number), int(supervised[number])) for number in heaviest], self.train.size
         rows = self.train.rows(heaviest)
@@ -224,6 +230,7 @@ def batch(
     datasets: TokenizedDatasets,
     data_section: DataSection,
     training: TrainingSection,
+    preferences: PreferenceSection = PreferenceSection(),  # noqa: B008  it is frozen
 ) -> BatchedDatasets:
     """Lay out rows as the configuration says; or padded, where the model would mix packed rows.
 
@@ -232,25 +239,39 @@ def batch(
         pad_id: The token for padding.
         datasets: The rows.
         data_section: How rows are to be packed.
-        training: How many rows a batch has.
+        training: How many rows a batch has, and what is lowered.
+        preferences: The numbers of objectives that compare answers.
     """
     acceleration = kernels.accelerate(model, attach.adapted_linear, sharded=bool(launcher.sharding()))
+    size, length = training.per_device_train_batch_size, data_section.max_length
+    objective = _objective(datasets, data_section, training, preferences)
     with acceleration.applied(model):
         packing, notes = _packing(
             model, datasets.train, data_section, training, mixed=not kernels.attends_by_rows(model)
         )
-        size, length = training.per_device_train_batch_size, data_section.max_length
-        train_batches, validation_batches = (
-            BatchLayout(split.rows, split.rows.lengths, packing, size, length, pad_id) if split else None
-            for split in (datasets.train, datasets.validation)
-        )
-        assert train_batches is not None
-        saved, more = sharing(model, train_batches, data_section)
+        layouts = {
+            name: objective.splits[name].layout(packing, size, length, pad_id)
+            if isinstance(objective, Comparing)
+            else BatchLayout(split.rows, split.rows.lengths, packing, size, length, pad_id)
+            for name, split in datasets.splits.items()
+            if name != "test"
+        }
+        saved, more = sharing(model, layouts["train"], data_section)
     if saved is not None:
-        train_batches = train_batches.sharing(saved)
-        validation_batches = validation_batches.sharing(saved) if validation_batches else None
+        layouts = {name: layout.sharing(saved) for name, layout in layouts.items()}
     notes += [*more, *acceleration.notes(), *kernels.notes(model.get_input_embeddings().weight)]
-    return BatchedDatasets(train_batches, datasets.train, validation_batches, acceleration, notes)
+    train, validation = layouts["train"], layouts.get("validation")
+    return BatchedDatasets(train, datasets.train, validation, acceleration, notes, objective)
+
+
+def _objective(
+    datasets: TokenizedDatasets, section: DataSection, training: TrainingSection, preferences: PreferenceSection
+) -> NextToken | Comparing:
+    """What a run lowers, with the rows of answers that it compares."""
+    if training.objective == "sft":
+        return NextToken()
+    splits = {name: ComparedRows(split, section.max_length, training.seed) for name, split in datasets.splits.items()}
+    return Comparing(Formula.of(training.objective, preferences), splits)
 
 
 def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[float | None, list[str]]:
@@ -307,7 +328,7 @@ def _packing(
     """
     if section.packing == "none":
         return "none", []
-    lengths, size = np.sort(rows.rows.lengths), training.per_device_train_batch_size
+    lengths, size = np.sort(rows.rows.lengths), training.per_device_train_batch_size * rows.together
     hidden_size = int(model.get_input_embeddings().weight.shape[1])
     if mixed and section.packing == "batch" and padding_is_cheaper(lengths, size, hidden_size):
         name = model.config.model_type
@@ -316,84 +337,3 @@ def _packing(
     if (reason := packing_refusal(model, int(lengths[-1]), int(most_tokens) if mixed else 0)) is None:
         return section.packing, []
     return "none", [f"data.{reason}; rows are padded instead"]
-
-
-def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    """Tokens of a batch on the CPU, without padding; none of a batch that stands in for no rows, see `Loader`."""
-    if not (batch["labels"] >= 0).any():
-        return 0
-    mask = batch.get("attention_mask")
-    return batch["labels"].numel() if mask is None else int(mask.sum())
-
-
-class DistributedBatchSampler(Sampler[list[int]]):
-    """The batches of one process.
-
-    A micro-step takes the next `size` items for each process, in an order that is drawn again for each epoch. So the
-    number of processes, the batch size and the accumulation only share out the same steps in other ways. At the end of
-    an epoch fewer items may be left; they are spread evenly, and a process may get none.
-
-    Args:
-        items: How many items there are.
-        size: Items of a micro-step for each process.
-        seed: Of the order; the number of the epoch is added to it.
-        group: The processes of the run.
-    """
-
-    def __init__(self, items: int, size: int, seed: int, group: Group = SINGLE_PROCESS):
-        self.items, self.size, self.seed, self.epoch = items, size, seed, 0
-        self.rank, self.processes = group.rank, group.count
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next pass."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Micro-steps of an epoch, the same for every process."""
-        return -(-self.items // (self.size * self.processes))
-
-    def order(self) -> list[int]:
-        """The items in the order of this epoch, for all processes."""
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)  # as accelerate's SeedableRandomSampler
-        order: list[int] = torch.randperm(self.items, generator=generator).tolist()
-        return order
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self.order()
-        for start in range(0, self.items, self.size * self.processes):
-            yield self._share(order[start : start + self.size * self.processes])
-
-    def _share(self, numbers: list[int]) -> list[int]:
-        """The part of a micro-step's items that this process takes."""
-        least, more = divmod(len(numbers), self.processes)
-        start = self.rank * least + min(self.rank, more)
-        return numbers[start : start + least + (self.rank < more)]
-
-
-class Loader(DataLoader[Any]):
-    """Loads the batches of a `DistributedBatchSampler`. Trainer sets its epoch; accelerate shares them out no further.
-
-    A micro-step without items for this process is a batch of the first row in which nothing is supervised, as all
-    processes must take every step.
-    """
-
-    def __init__(
-        self,
-        items: Any,
-        sampler: DistributedBatchSampler,
-        collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
-        *,
-        pin_memory: bool,
-    ):
-        def batch(selected: Sequence[Any]) -> dict[str, torch.Tensor]:
-            if selected:
-                return collate(selected)
-            idle = collate([items[0]])
-            return idle | {"labels": torch.full_like(idle["labels"], -100)}
-
-        self.rows_sampler = sampler
-        super().__init__(items, batch_sampler=sampler, collate_fn=batch, pin_memory=pin_memory)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next pass."""
-        self.rows_sampler.set_epoch(epoch)

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from loratune.codes import Code
 from loratune.errors import NumericError, Problem
-from loratune.kernels import global_norm, next_token_loss
+from loratune.kernels import global_norm
 from loratune.system.launcher import Group
 from loratune.training.checkpoints import Checkpoints
 from loratune.training.curve import StepLosses
-from loratune.training.gain import Batches, held_out_loss
+from loratune.training.losses import Batches, Objective
 
 
 class Progress(Protocol):
@@ -46,26 +46,27 @@ class NonFiniteGuard(TrainerCallback):
         tokens: How many tokens this process has read since the last optimizer step.
         norm: Returns the norm of the gradients of a step; set once there is a trainer to compute it.
         losses: Those of the steps that were not reported yet.
+        objective: What the loss is.
     """
 
     norm: Callable[[], torch.Tensor]
 
-    def __init__(self, checkpoints: Checkpoints, group: Group, losses: StepLosses) -> None:
-        self.checkpoints, self.group, self.losses = checkpoints, group, losses
+    def __init__(self, checkpoints: Checkpoints, group: Group, losses: StepLosses, objective: Objective) -> None:
+        self.checkpoints, self.group, self.losses, self.objective = checkpoints, group, losses, objective
         self.sum: torch.Tensor | None = None
         self.tokens = 0
 
     def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-        """The summed loss of a micro-step, divided by the supervised tokens of the whole optimizer step.
+        """The summed loss of a micro-step, divided by the supervised tokens of the whole optimizer step, or its pairs.
 
         These are counted over all processes, so neither accumulation nor the number of processes changes the result.
 
         Args:
             outputs: What the model gives.
             labels: Of shape (rows, length), -100 where a token is not supervised.
-            num_items_in_batch: Supervised tokens of the step; those of the micro-step if not given.
+            num_items_in_batch: What `Objective.begin_step` counts of the step; that of the micro-step if not given.
         """
-        total, count = next_token_loss(outputs.logits, labels)
+        total, count = self.objective.total(outputs.logits, labels)
         value = total / (count if num_items_in_batch is None else num_items_in_batch)
         own = value.detach().clone()  # Trainer multiplies the loss in place, by the number of processes
         self.sum = own if self.sum is None else self.sum + own
@@ -119,13 +120,15 @@ def check_finite(weights: Iterable[torch.Tensor], step: int) -> None:
         raise NumericError(Problem(Code.TRAINING_WEIGHT_NOT_FINITE, what, key="training.learning_rate", fix=fix))
 
 
-def check_final_loss(model: PreTrainedModel, train: Batches, checkpoints: Checkpoints, step: int) -> None:
+def check_final_loss(
+    model: PreTrainedModel, train: Batches, objective: Objective, checkpoints: Checkpoints, step: int
+) -> None:
     """Check that the model gives a finite loss after the last step, which no later step has shown.
 
     Raises:
         NumericError: The loss of the first rows is NaN or inf. The checkpoint of the step is removed then.
     """
-    loss = held_out_loss(model, train, range(min(train.size, len(train.items))))
+    loss = objective.held_out_loss(model, train, range(min(train.size, len(train.items))))
     if not loss.total < float("inf"):
         what, fix = f"after the last step the loss is {loss.mean}", "lower training.learning_rate"
         problem = Problem(Code.TRAINING_FINAL_LOSS_NOT_FINITE, what, key="training.learning_rate", fix=fix)

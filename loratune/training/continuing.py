@@ -95,6 +95,8 @@ def earlier_run(
     prepare = _preparing(ready, start, watch)
     own: dict[str, TokenizedDataset] = {}
     unknown = start.unknown
+    if earlier is not None and earlier.training.objective != "sft":
+        unknown = unknown or f"the earlier run compared answers ({earlier.training.objective})"
     if group.main and not unknown:
         try:
             own = {name: prepare(name) for name in wanted}

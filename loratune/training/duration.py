@@ -18,8 +18,9 @@ from torch import nn
 from loratune.config import ModelSection, RunConfig, TrainingSection
 from loratune.data.packing import BatchLayout, Numbers, PackedRows
 from loratune.model import load
-from loratune.training.batching import DistributedBatchSampler, would_share
+from loratune.training.batching import would_share
 from loratune.training.evaluations import evaluation_steps
+from loratune.training.sampling import DistributedBatchSampler
 
 _FORWARD_AND_BACKWARD = 2 * 2
 """Operations for each weight of the frozen base and each token: a multiplication and an addition, forward and for the

@@ -10,12 +10,11 @@ import numpy as np
 from loratune import kernels
 from loratune.codes import Code
 from loratune.data import TokenizedDataset
-from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
 from loratune.lora.attach import PeftModel
 from loratune.statistics import LEAST_ROWS, Interval, loss_interval, mean_ratio
 from loratune.system.launcher import Group
-from loratune.training.gain import Loss, batch_losses
+from loratune.training.losses import Loss, NextToken, Objective
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class FinalScore:
     """The loss on the test rows.
 
     Attributes:
-        loss: Nats per supervised token, over all rows.
-        tokens: Supervised tokens, over which the loss is the mean.
+        loss: Nats per supervised token, over all rows; or per pair or answer, see `unit`.
+        tokens: Supervised tokens, over which the loss is the mean; or pairs or answers.
         rows: How many rows there are.
         distinct: How many of them are not copies of an earlier one.
         interval: The interval of the loss; None where there are too few distinct rows for one.
@@ -57,7 +56,12 @@ class FinalScore:
 
 
 def score(
-    model: PeftModel, test: TokenizedDataset, pad_id: int, acceleration: kernels.Acceleration, group: Group
+    model: PeftModel,
+    test: TokenizedDataset,
+    pad_id: int,
+    acceleration: kernels.Acceleration,
+    group: Group,
+    objective: Objective,
 ) -> FinalScore:
     """Compute the loss of each distinct test row, a row at a time; all processes take a share.
 
@@ -67,12 +71,13 @@ def score(
         pad_id: The token for padding.
         acceleration: What of the model the kernels compute.
         group: The processes of the run.
+        objective: What the loss is.
 
     Raises:
         NumericError: The loss is NaN or inf.
     """
     copies = test.copies()
-    losses = row_losses(model, test, [*copies], pad_id, acceleration, group)
+    losses = row_losses(model, test, [*copies], pad_id, acceleration, group, objective)
     return from_losses(losses, [*copies.values()])
 
 
@@ -83,15 +88,14 @@ def row_losses(
     pad_id: int,
     acceleration: kernels.Acceleration,
     group: Group,
+    objective: Objective = NextToken(),  # noqa: B008  it has no state
 ) -> list[Loss]:
     """The loss of each of some rows, computed a row at a time. Arguments as in `score`.
 
-    numbers: which rows of the split.
+    numbers: which rows of the split, or pairs of them.
     """
-    rows = split.rows
-    batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
     with acceleration.applied(model):
-        return batch_losses(model, batches, numbers, group)
+        return objective.item_losses(model, split, numbers, pad_id, group)
 
 
 def from_losses(losses: Sequence[Loss], copies: Sequence[int]) -> FinalScore:

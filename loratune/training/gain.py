@@ -1,10 +1,11 @@
 """Whether an adapter does better than its base: the losses of both on the same rows, compared in pairs.
 
 The measure is that of training, of the held-out loss and of `evaluate`: nats per supervised token, over all supervised
-tokens. The sample, however, is one of rows, as the tokens of one row depend on each other. So the difference is a ratio
-of two sums over rows, of nats saved and of supervised tokens, and its 95 % interval is that of the delete-one jackknife
-with Student's t (R. G. Miller, "The jackknife: a review", Biometrika 61, 1974). Where all rows have as many tokens,
-this is the interval of a paired t test.
+tokens; where answers are compared, the objective's loss per pair, which is then a row, or per answer. The sample,
+however, is one of rows, as the tokens of one row depend on each other. So the difference is a ratio of two sums over
+rows, of nats saved and of supervised tokens, and its 95 % interval is that of the delete-one jackknife with Student's t
+(R. G. Miller, "The jackknife: a review", Biometrika 61, 1974). Where all rows have as many tokens, this is the interval
+of a paired t test.
 
 Copies of a row add no information: they are computed once, have the weight of all of them, and count as one row.
 """
@@ -13,122 +14,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from itertools import chain
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 
 from loratune import kernels
 from loratune.codes import Code
 from loratune.console import plural
 from loratune.data import TokenizedDataset
-from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
-from loratune.kernels import expect, next_token_loss
 from loratune.lora.attach import PeftModel
 from loratune.statistics import LEAST_ROWS, Interval, finite, jackknife_interval, mean_ratio_interval
-from loratune.system.launcher import SINGLE_PROCESS, Group
+from loratune.system.launcher import Group
+from loratune.training.losses import Loss, NextToken, Objective
 from loratune.training.resume import ResumePoint
 from loratune.training.run_dir import RunDirectory
 from loratune.training.run_dir_files import PUBLISH_WORSE, RejectedAdapter
-
-
-class Batches(Protocol):
-    """A set of rows as it is iterated.
-
-    Attributes:
-        items: Rows, or lists of rows.
-        size: Items of a batch.
-        collate: From items to a batch of tensors.
-        flat: Whether the rows of a batch stand end to end, without padding.
-    """
-
-    items: Any
-    size: int
-    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
-    flat: bool
-
-    def heaviest(self) -> Sequence[int]:
-        """The numbers of the items that make the batch with the most tokens."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Cross-entropy in nats, summed over `tokens` supervised tokens."""
-
-    total: float
-    tokens: int
-
-    @property
-    def mean(self) -> float:
-        """Nats per supervised token."""
-        return self.total / self.tokens
-
-
-def held_out_loss(
-    model: PreTrainedModel,
-    batches: Batches,
-    numbers: Sequence[int] | None = None,
-    before_batch: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
-    group: Group = SINGLE_PROCESS,
-) -> Loss:
-    """The loss over all supervised tokens, each of which counts once, however rows are batched and divided.
-
-    Args:
-        model: Left in the mode, training or evaluation, in which it is.
-        batches: The rows.
-        numbers: Which of their items to take; None for all.
-        before_batch: Called with every batch; it may raise an error, which ends the pass.
-        group: The processes, each of which takes a share of the batches.
-    """
-    numbers = range(len(batches.items)) if numbers is None else numbers
-    own = [loss for _, loss in _own_losses(model, batches, numbers, before_batch, group)]
-    total, tokens = group.total([sum(loss.total for loss in own), sum(loss.tokens for loss in own)])
-    return Loss(total, int(tokens))
-
-
-def batch_losses(
-    model: PreTrainedModel, batches: Batches, numbers: Sequence[int], group: Group = SINGLE_PROCESS
-) -> list[Loss]:
-    """The loss of each batch of some items, in their order.
-
-    group: the processes, each of which takes a share of the batches and gets all losses.
-    """
-    losses = _own_losses(model, batches, numbers, lambda _: None, group)
-    own = [(position, loss.total, loss.tokens) for position, loss in losses]
-    return [Loss(total, tokens) for _, total, tokens in sorted(chain.from_iterable(group.all_gather(own)))]
-
-
-@torch.no_grad()
-def _own_losses(
-    model: PreTrainedModel,
-    batches: Batches,
-    numbers: Sequence[int],
-    before_batch: Callable[[dict[str, torch.Tensor]], None],
-    group: Group,
-) -> list[tuple[int, Loss]]:
-    """Position and loss of each batch that this process takes."""
-    was_training = model.training
-    model.eval()
-    losses = []
-    numbers_by_batch = [numbers[start : start + batches.size] for start in range(0, len(numbers), batches.size)]
-    for first in range(0, len(numbers_by_batch), group.count):
-        position = first + group.rank
-        # Beyond the last batch a process repeats one, as all processes must take part in every forward pass.
-        batch_numbers = numbers_by_batch[position % len(numbers_by_batch)]
-        batch = batches.collate([batches.items[number] for number in batch_numbers])
-        before_batch(batch)
-        labels = batch.pop("labels").to(model.device)
-        expect(model, labels, batch.pop("places", None))
-        logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits
-        loss, count = next_token_loss(logits, labels)
-        if position < len(numbers_by_batch):
-            losses.append((position, Loss(loss.item(), int(count))))
-    model.train(was_training)
-    return losses
-
 
 _MOST_ROWS, _MOST_DRAWN = 64, 4096
 """At most so many distinct rows are compared, and so many rows are looked at to find them."""
@@ -160,6 +61,7 @@ class Gain:
         validation_rows: Distinct validation rows, where these were too few, so that training rows were compared.
         adapter_low: Lower end of the 95 % interval of `adapter`. None where there are too few rows for one.
         adapter_high: Its upper end.
+        unit: What the losses are a mean over: `token`, or what an objective that compares answers takes.
     """
 
     split: str
@@ -174,6 +76,7 @@ class Gain:
     validation_rows: int | None = None
     adapter_low: float | None = None
     adapter_high: float | None = None
+    unit: str = "token"
 
     @property
     def verdict(self) -> Literal["gain", "no gain", "worse", "not judged"]:
@@ -215,7 +118,7 @@ class Gain:
             if self.drawn < self.total:
                 what = f"a run this short compares only {self.sampled_rows()}"
             return f"not judged: {what}, {LEAST_ROWS} are needed ({losses})"
-        nats = f"{_nats(self.better_by)} nats per token"
+        nats = f"{_nats(self.better_by)} {per(self.unit)}"
         figures = f"(95 % interval {_nats(self.low)} to {_nats(self.high)}; {losses})"
         match self.verdict:
             case "gain":
@@ -275,6 +178,11 @@ def check_not_rejected(directory: RunDirectory, point: ResumePoint) -> None:
     raise NumericError(Problem(Code.TRAINING_WORSE_THAN_BASE, what, directory.display_name, fix=fix))
 
 
+def per(unit: str) -> str:
+    """What a loss is measured in: `nats per token`, and `per pair` or `per answer` where answers are compared."""
+    return "nats per token" if unit == "token" else f"per {unit}"
+
+
 def _nats(value: float) -> str:
     """Three decimals, and never a negative zero."""
     return f"{value:.3f}" if not abs(value) < _VISIBLE else "0.000"
@@ -290,6 +198,7 @@ def measure(
     group: Group,
     log: Callable[[str], None],
     name: str = "its base",
+    objective: Objective = NextToken(),  # noqa: B008  it has no state
 ) -> Gain:
     """Compare a trained adapter with its base, or another model, on a sample of rows, a row at a time.
 
@@ -306,20 +215,19 @@ def measure(
         group: The processes of the run.
         log: Takes a line on what is being done.
         name: What the adapter is compared with.
+        objective: What the loss is.
     """
     split, drawn, too_few = sample(splits, budget)
-    rows = splits[split].rows
-    batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
     log(f"comparing the adapter with {name} on {plural(len(drawn), f'{split} row')}")
 
     def losses() -> list[Loss]:
         with acceleration.applied(model):
-            return batch_losses(model, batches, [*drawn], group)
+            return objective.item_losses(model, splits[split], [*drawn], pad_id, group)
 
     adapter_losses = losses()
     with other:
         base_losses = losses()
-    return compare(base_losses, adapter_losses, split, [*drawn.values()], len(rows), too_few)
+    return compare(base_losses, adapter_losses, split, [*drawn.values()], splits[split].items, too_few, objective.unit)
 
 
 def compare(
@@ -329,6 +237,7 @@ def compare(
     copies: Sequence[int] | None = None,
     total: int | None = None,
     validation_rows: int | None = None,
+    unit: str = "token",
 ) -> Gain:
     """The gain that follows from the losses of base and adapter on distinct rows.
 
@@ -339,6 +248,7 @@ def compare(
         copies: How often each row occurs; once, if not given.
         total: Rows of the split; those that are given and their copies, if not given.
         validation_rows: See `Gain`.
+        unit: See `Gain`.
     """
     weights = np.asarray(copies if copies is not None else [1] * len(base), dtype=np.float64)
     tokens = weights * [loss.tokens for loss in base]
@@ -349,8 +259,9 @@ def compare(
     interval = jackknife_interval(saved, tokens)
     low, high = (interval.low, interval.high) if interval else (None, None)
     own = mean_ratio_interval(adapter_nats, tokens)
-    ends = (low, high, validation_rows, *((own.low, own.high) if own else ()))
-    return Gain(split, rows, drawn, total or drawn, base_mean, adapter_mean, better_by, *ends)
+    own_low, own_high = (own.low, own.high) if own else (None, None)
+    means = base_mean, adapter_mean, better_by
+    return Gain(split, rows, drawn, total or drawn, *means, low, high, validation_rows, own_low, own_high, unit)
 
 
 def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, dict[int, int], int | None]:
@@ -375,19 +286,18 @@ def _sample(split: TokenizedDataset, budget: int) -> dict[int, int]:
     Returns:
         The numbers of distinct rows, and how many of the rows that were drawn are copies of each, itself included.
     """
-    rows = split.rows
-    lengths, count = rows.lengths, len(rows)
+    count = split.items
     share = min(max(budget // _SHARE, _LEAST_TOKENS), _MOST_TOKENS)
     copies: dict[int, int] = {}
     first_numbers: dict[Any, int] = {}
     tokens = 0
     for number in np.random.default_rng(0).choice(count, min(count, _MOST_DRAWN), replace=False).tolist():
-        row = rows.row(number)
-        if not row.supervised:
+        rows = split.item(number)
+        if not all(row.supervised for row in rows):
             continue
-        first = first_numbers.setdefault((row.ids, tuple(row.labels)), number)
+        first = first_numbers.setdefault(tuple((row.ids, tuple(row.labels), row.side) for row in rows), number)
         if first == number:
-            tokens += int(lengths[number])
+            tokens += sum(len(row.ids) for row in rows)
             limit = max(share, budget) if len(copies) < _WANTED_ROWS else share
             if len(copies) == _MOST_ROWS or tokens > limit:
                 break

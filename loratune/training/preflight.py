@@ -13,6 +13,7 @@ from loratune import config, data
 from loratune.codes import Code
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.data import ProgressFactory, RawDatasets, row_hashes
+from loratune.data.formats import JUDGED, PAIRS
 from loratune.data.row_hashes import RowHashes
 from loratune.data.sources import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, DataError, Problem, ResumeError
@@ -26,6 +27,9 @@ from loratune.system.launcher import Group
 from loratune.training import auto
 from loratune.training.resume import ResumePoint, find_resume_point, start_problem
 from loratune.training.run_dir import RunDirectory
+
+KINDS = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": JUDGED}
+"""Objective → what rows hold that it trains on; None for answers as they stand."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def check(
         ModelError: See `source.is_directory` and `quantization.check_directory`.
         AdapterError: The adapter to start from cannot be used, see `open_adapter`; or it does not say which rows are to
             be replayed.
-        DataError: See `data.read_datasets`.
+        DataError: See `data.read_datasets`; the rows are not those of the objective.
         ResumeError: See `resume.find_resume_point`; the adapter to start from has changed since the interruption.
     """
     base, template = run.model, run.data.chat_template
@@ -146,6 +150,8 @@ def check(
         absolute = auto.keep(absolute, point.identity["config"])
     start = _open_start(absolute, watch, point)
     rows = data.read_datasets(run.data, run.training.seed, watch)
+    for split in rows.splits.values():
+        split.check_kind(KINDS[run.training.objective], run.training.objective)
     return ValidatedRun(absolute, directory, rows, tuple(resume or ()), point, start)
 
 
@@ -185,6 +191,9 @@ def _earlier_rows(run: RunConfig, info: AdapterInfo, watch: ProgressFactory) -> 
             fix = "leave data.replay out, and name the rows in data.train"
             raise AdapterError(Problem(Code.DATA_REPLAY_UNKNOWN, unknown, where, "data.replay", fix))
         return None, unknown
+    if run.data.replay is not None and earlier.training.objective != "sft":
+        unknown = f"the adapter was trained on compared answers ({earlier.training.objective}), which are not replayed"
+        raise AdapterError(Problem(Code.DATA_REPLAY_UNKNOWN, unknown, where, "data.replay", "leave data.replay out"))
     try:
         return data.read_train_and_validation(earlier.data, earlier.training.seed, watch), ""
     except DataError as error:
@@ -208,8 +217,10 @@ def _check_sharding(run: RunConfig) -> None:
         return
     excluded = {"fsdp": ("8bit",), "deepspeed": ("8bit", "4bit")}[sharding]
     quantized, optim, minutes = run.model.quantization, run.training.optim, run.training.max_minutes
+    stacked = run.lora.target_parameters if sharding == "deepspeed" else None  # PEFT does not gather their A and B
     settings = {
         "model.quantization": quantized if quantized in excluded else None,
+        "lora.target_parameters": ", ".join([stacked] if isinstance(stacked, str) else stacked or []),
         "lora.use_lorafa": "true" if run.lora.use_lorafa else None,
         "training.optim": optim if optim not in ("adamw_torch", "adamw_torch_fused") else None,
         "training.max_minutes": minutes if minutes is None else f"{minutes:g}",

@@ -13,7 +13,7 @@ from loratune.training.callbacks import Progress
 from loratune.training.checkpoints import Checkpoints
 from loratune.training.curve import StepLosses
 from loratune.training.evaluations import BestRecord
-from loratune.training.gain import Batches
+from loratune.training.losses import Batches, NextToken, Objective
 from loratune.training.trackers import Tracker
 
 
@@ -27,6 +27,7 @@ class TrainingJob:
         model: The base with the adapter, whose trainable weights are trained in place.
         train: The training batches.
         validation: The validation batches, if there are any.
+        objective: What is lowered.
     """
 
     training: TrainingSection
@@ -34,6 +35,7 @@ class TrainingJob:
     model: PreTrainedModel
     train: Batches
     validation: Batches | None
+    objective: Objective = field(default_factory=NextToken)
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,25 @@
 """The Trainer of a run: it evaluates by tokens, keeps the best step, and writes checkpoints that are whole."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loratune import kernels
 from loratune.codes import Code
 from loratune.errors import Problem, ResumeError
 from loratune.lora import tensors
 from loratune.system import launcher
-from loratune.training.batching import DistributedBatchSampler, Loader, count_tokens
 from loratune.training.best_step import BestStep
 from loratune.training.callbacks import NonFiniteGuard, Pace, diverged_error
 from loratune.training.checkpoints import check_tensors
 from loratune.training.curve import thinned, without_held_out
-from loratune.training.gain import Batches, Loss, held_out_loss
+from loratune.training.losses import Batches, Loss
 from loratune.training.outcome import CURVE_KEYS, Outcome
 from loratune.training.run_context import RunContext
+from loratune.training.sampling import DistributedBatchSampler, Loader, count_tokens
 from loratune.training.sharded_trainer import ShardedTrainer
 from loratune.training.upstream import scale_learning_rates
 
@@ -69,6 +68,8 @@ class RunTrainer(ShardedTrainer):
             self.state.log_history = without_held_out(self.state.log_history)
         if done == steps or self.best.is_exhausted:
             raise self._end(done, steps)
+        if done == 0:
+            self.guard.objective.check_start(self.model, self._first_batch)
         if oom_dry_run:
             batch = self.batches.collate([self.batches.items[number] for number in self.batches.heaviest()])
             with torch.random.fork_rng():
@@ -83,6 +84,12 @@ class RunTrainer(ShardedTrainer):
                 raise NoStepLeft
             if self.best.is_exhausted:
                 raise self._end(done, steps)
+
+    def _first_batch(self) -> dict[str, Any]:
+        """The first batch of the run; no random number is drawn for it."""
+        with torch.random.fork_rng():
+            batch: dict[str, Any] = next(iter(self.get_train_dataloader()))
+            return batch
 
     def _end(self, done: int, steps: int) -> Exception:
         """What ends a run that is resumed behind its last step: an error if the user expects more of it."""
@@ -133,6 +140,7 @@ class RunTrainer(ShardedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report figures, and how many tokens were read."""
         means = {"loss": self.guard.losses.take_mean()} if "loss" in logs else {}
+        means |= self.guard.objective.logged_of_step() if means else {}
         super().log(logs | means | self.pace.figures(logs, self.state), start_time)
 
     def position(self) -> str:
@@ -154,7 +162,8 @@ class RunTrainer(ShardedTrainer):
             fix = "lower training.learning_rate"
             problem = Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.validation", fix=fix)
             raise diverged_error(problem, self.context.checkpoints, self.state.global_step)
-        metrics = {f"{metric_key_prefix}_loss": loss.mean}
+        figures = {"loss": loss.mean, **self.guard.objective.logged()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.state.log_history = without_held_out(self.state.log_history, self.state.global_step)
         self.log(dict(metrics))
         self.notify_evaluation(metrics)
@@ -165,7 +174,8 @@ class RunTrainer(ShardedTrainer):
 
     def _held_out_loss(self, batches: Batches, numbers: Sequence[int] | None = None) -> Loss:
         self.evaluating = True
-        loss = held_out_loss(self.model, batches, numbers, before_batch=self._before_batch, group=self.group)
+        objective, check = self.guard.objective, self._before_batch
+        loss = objective.held_out_loss(self.model, batches, numbers, before_batch=check, group=self.group)
         self.evaluating = False
         return loss
 
@@ -183,8 +193,15 @@ class RunTrainer(ShardedTrainer):
         self.guard.tokens += count_tokens(inputs)
         prepared = super().prepare_inputs(inputs)
         self.shape = tuple(prepared["input_ids"].shape)
-        kernels.expect(self.model, prepared["labels"], prepared.pop("places", None))
+        self.guard.objective.expect(self.model, prepared)
         return prepared | {"use_cache": False}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-steps of an optimizer step, and what its loss is divided by."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self.guard.objective.begin_step(self.model, batches, count, self.group)
 
     def checkpoint_parent(self) -> str:
         """Where the trainer writes a checkpoint before it is whole."""

@@ -60,7 +60,7 @@ def training_arguments(
     unused = ["num_train_epochs"] if section.num_train_epochs == AUTO else []  # max_steps sets the length
     return TrainingArguments(
         output_dir=str(checkpoints),
-        **section.model_dump(exclude={"keep", "max_minutes", "patience", "report_to", *unused}),
+        **section.model_dump(exclude={"keep", "max_minutes", "objective", "patience", "report_to", *unused}),
         per_device_eval_batch_size=section.per_device_train_batch_size,
         activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
         eval_strategy="steps" if has_validation and section.eval_steps else "no",
@@ -112,7 +112,7 @@ def fit(job: TrainingJob, context: RunContext, *, oom_dry_run: bool = True) -> O
             tracker.end()
     trainer.put_back_best()
     if not context.stopping():  # The model is still accelerated here; afterwards its logits can need more memory.
-        check_final_loss(job.model, job.train, context.checkpoints, trainer.state.global_step)
+        check_final_loss(job.model, job.train, job.objective, context.checkpoints, trainer.state.global_step)
     return trainer.outcome(seconds)
 
 
@@ -165,7 +165,7 @@ def _build(
     job: TrainingJob, context: RunContext, watchers: Sequence[TrainerCallback], *, oom_dry_run: bool
 ) -> RunTrainer:
     section, model, train, validation = job.training, job.model, job.train, job.validation
-    guard = NonFiniteGuard(context.checkpoints, context.group, replace(context.unreported))
+    guard = NonFiniteGuard(context.checkpoints, context.group, replace(context.unreported), job.objective)
     dry_run = OomDryRun(guard)
     arguments = training_arguments(
         section.model_copy(update={"per_device_train_batch_size": train.size}),

@@ -1,34 +1,24 @@
-"""loratune's own command line, in this process; what it prints tells when the first step was made.
-
-Nothing here may load torch before it, as loratune decides by the machine's load how torch's threads wait.
-"""
+"""loratune's own command line, in this process; a hook of torch tells when the first update was made."""
 
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from loratune.__main__ import main
+from loratune.system import waiting
 from peers.common import Answer, job, reply
 
+first: list[float] = []
+"""When the first update was made."""
 
-class Watched:
-    """A stream that notes when the report of the first step passes."""
 
-    def __init__(self, stream: Any):
-        self.stream, self.first = stream, 0.0
-
-    def write(self, text: str) -> int:
-        """Pass text on."""
-        if not self.first and re.search(r"step +1/", text):
-            self.first = time.time()
-        return int(self.stream.write(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
+def note(*_: Any) -> None:
+    """Called after each update."""
+    if not first:
+        first.append(time.time())
 
 
 def config() -> Path:
@@ -52,15 +42,18 @@ def config() -> Path:
 
 
 task = job()
+waiting.adapt_threads()  # As the command line does, before torch is loaded.
+
+import torch  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
+
 sys.argv = ["loratune", "train", str(config()), "--debug"]
-watched = sys.stderr = Watched(sys.stderr)
+register_optimizer_step_post_hook(note)
 try:
     main()
 except SystemExit as end:
     if end.code:
         raise
-import torch  # noqa: E402
-
 metrics = json.loads((Path(task.adapter) / "loratune.json").read_text(encoding="utf-8"))["metrics"]
 memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-reply(task, Answer(metrics["seconds"], watched.first, metrics["steps"], memory))
+reply(task, Answer(metrics["seconds"], first[0], metrics["steps"], memory))

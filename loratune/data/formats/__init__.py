@@ -10,17 +10,21 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data.formats import chats, examples
+from loratune.data.formats import chats, examples, preferences
 from loratune.data.formats.examples import (
+    AnswerPair,
     Conversation,
     Example,
     Fields,
     Ids,
+    Judged,
     Message,
     Plain,
     RowError,
+    Single,
     check_ids,
     quote,
+    sides,
     text,
 )
 from loratune.data.formats.keys import completion_key, content_key, group_key, prompt_key
@@ -28,8 +32,26 @@ from loratune.data.sources import Row
 from loratune.errors import DataError, Problem
 
 __all__ = [
-    "CHAT_FORMATS", "FORMATS", "Conversation", "Example", "Ids", "Message", "Parser", "Plain", "Question", "RowError",
-    "check_ids", "completion_key", "content_key", "group_key", "parse_question", "prompt_key",
+    "CHAT_FORMATS",
+    "FORMATS",
+    "AnswerPair",
+    "Conversation",
+    "Example",
+    "Ids",
+    "Judged",
+    "Message",
+    "Parser",
+    "Plain",
+    "Question",
+    "RowError",
+    "Single",
+    "check_ids",
+    "completion_key",
+    "content_key",
+    "group_key",
+    "parse_question",
+    "prompt_key",
+    "sides",
 ]  # fmt: skip
 
 
@@ -57,18 +79,39 @@ FORMATS = (
     Format("conversations", ("conversations",), chats.parse_sharegpt, ("tools", "system")),
     Format("alpaca", ("instruction", "output"), chats.parse_alpaca, ("input", "system", "history", "tools")),
     Format("text", ("text",), examples.parse_text),
+    Format("preference", ("chosen", "rejected"), preferences.parse_pair, ("prompt",)),
+    Format("unpaired_preference", ("prompt", "completion", "label"), preferences.parse_judged),
 )
 
-OPTIONAL_FIELDS = frozenset(name for format in FORMATS for name in format.optional)
+OPTIONAL_FIELDS = frozenset(name for format in FORMATS for name in format.optional) - {
+    name for format in FORMATS for name in format.keys
+}
 """Fields that some format reads and none needs."""
 
 TWO_LISTS = Format("messages", ("prompt", "completion"), chats.parse_two_lists, ("tools",))
 """Conversations in two lists of messages, of which the second is supervised."""
 
-CHAT_FORMATS = frozenset({"messages", "conversations", "alpaca"})
+OF_MESSAGES = {
+    "preference": Format(
+        "preference_messages", ("chosen", "rejected"), preferences.parse_pair_of_messages, ("prompt", "tools", "system")
+    ),
+    "unpaired_preference": Format(
+        "unpaired_preference_messages", ("prompt", "completion", "label"), preferences.parse_judged_messages,
+        ("tools", "system"),
+    ),
+}  # fmt: skip
+"""Format of answers that are compared → the same where they, or the prompt, are messages."""
+
+CHAT_FORMATS = frozenset({"messages", "conversations", "alpaca", *(format.name for format in OF_MESSAGES.values())})
 """The formats whose rows go through the chat template."""
 
-_PREFERENCES = "`chosen` and `rejected` are preference data, and training here does not compare answers"
+PAIRS, JUDGED = "pairs of answers", "answers that are good or bad"
+COMPARED_FORMATS = {
+    format: kind
+    for name, kind in (("preference", PAIRS), ("unpaired_preference", JUDGED))
+    for format in (name, OF_MESSAGES[name].name)
+}
+"""Format of rows that hold answers to be compared → what they are."""
 
 
 class Parser:
@@ -78,6 +121,7 @@ class Parser:
         format_name: The format of the rows.
         identity: An id of this way of reading rows, which differs from all others.
         fields: The fields of the first row, under the names of the data.
+        chosen_alone: What `data.columns` has to be so that the chosen answers of pairs are trained on alone.
         unused_fields: The fields of the rows parsed so far that the format does not read, and rows are not grouped by.
     """
 
@@ -85,9 +129,8 @@ class Parser:
         """Recognise the format of a file by its first row, or take the one that the section names.
 
         Raises:
-            DataError: No format fits, or more than one; the rows are preferences; `columns` maps a field that the row
-                lacks or the format does not read; a chat template, or a loss on assistant turns, is set for rows that
-                are not conversations.
+            DataError: No format fits, or more than one; `columns` maps a field that the row lacks or the format does
+                not read; a chat template, or a loss on assistant turns, is set for rows that are not conversations.
         """
         self._columns, self._is_recognised = dict(section.columns), section.format == "auto"
         self._supervise_all = section.loss_on == "all"
@@ -97,6 +140,8 @@ class Parser:
         self.format_name = self._format.name
         self.identity = (self.format_name, *self._format.keys)
         self._known = {*self._format.keys, *self._format.optional}
+        self._is_compared = self.format_name in COMPARED_FORMATS
+        self.chosen_alone = _chosen_columns(fields) if fields.keys() >= {"chosen", "rejected"} else ""
         self.fields = tuple(first.values)
         self._grouped_by = {section.group_by}
         self.unused_fields: set[str] = set()
@@ -119,8 +164,11 @@ class Parser:
             RowError: It lacks a field, or holds something that the format does not allow.
         """
         fields = _rename(row.values, self._columns) if self._columns else row.values
-        if self._is_recognised and "chosen" in fields and "rejected" in fields:
-            raise RowError(Code.DATA_PREFERENCES, _PREFERENCES, _chosen_fix(fields))
+        if self._is_recognised and not self._is_compared and "chosen" in fields and "rejected" in fields:
+            what = f"`chosen` and `rejected` are a pair of answers, in a file of the format {self.format_name}"
+            raise RowError(
+                Code.DATA_PREFERENCES, what, "give all rows of a file one format, which its first row decides"
+            )
         for name in self._format.keys:
             if name not in fields:
                 absent = quote(self._columns.get(name, name) for name in self._format.keys if name not in fields)
@@ -144,17 +192,12 @@ def _recognise(where: str, fields: Fields, section: DataSection) -> Format:
         return TWO_LISTS
     if section.format == "prompt_completion" and pair and isinstance(fields["prompt"], list):
         return TWO_LISTS
+    if (name := _compared_format(fields, section)) is not None:
+        plain = next(format for format in FORMATS if format.name == name)
+        return OF_MESSAGES[name] if preferences.holds_messages(fields) else plain
     if section.format != "auto":
         return next(format for format in FORMATS if format.name == section.format)
-    if {"chosen", "rejected"} <= keys:
-        raise DataError(Problem(Code.DATA_PREFERENCES, _PREFERENCES, where, fix=_chosen_fix(fields)))
-    if pair and isinstance(fields.get("label"), bool):
-        what = (
-            "`label` is true or false beside a completion: preference data, whose bad answers would be trained on too"
-        )
-        fix = "keep the rows whose label is true, and set data.format to prompt_completion"
-        raise DataError(Problem(Code.DATA_PREFERENCES, what, where, fix=fix))
-    candidates = [format for format in FORMATS if keys.issuperset(format.keys)]
+    candidates = [format for format in FORMATS if keys.issuperset(format.keys) and format.name not in COMPARED_FORMATS]
     if len(candidates) == 1:
         lists = candidates[0].keys == TWO_LISTS.keys and isinstance(fields["prompt"], list)
         return TWO_LISTS if lists else candidates[0]
@@ -167,12 +210,26 @@ def _recognise(where: str, fields: Fields, section: DataSection) -> Format:
     raise DataError(Problem(Code.DATA_FORMAT_UNKNOWN, what, where, fix=fix))
 
 
-def _chosen_fix(fields: Fields) -> str:
-    """How to train on the chosen answers alone; comparing answers is another kind of training."""
+def _compared_format(fields: Fields, section: DataSection) -> str | None:
+    """The format of a row that holds answers to be compared; None of others.
+
+    Fields of other formats beside `chosen` and `rejected` are copies: UltraFeedback's `messages` are those of `chosen`.
+    A label that is neither true nor false is none of an answer.
+    """
+    if section.format != "auto":
+        return section.format if section.format in OF_MESSAGES else None
+    if fields.keys() >= {"chosen", "rejected"}:
+        return "preference"
+    judged = fields.keys() >= {"prompt", "completion", "label"} and isinstance(fields["label"], bool)
+    return "unpaired_preference" if judged else None
+
+
+def _chosen_columns(fields: Fields) -> str:
+    """What `data.columns` has to be so that the chosen answers of pairs are trained on alone."""
     lists = isinstance(fields["chosen"], list)
     has_prompt = isinstance(fields.get("prompt"), list) if lists else "prompt" in fields
     name = "completion" if has_prompt else "messages" if lists else "text"
-    return f"to train on the chosen answers alone, set data.columns to {{{name}: chosen}}"
+    return f"{{{name}: chosen}}"
 
 
 def _contradictions(format: Format, section: DataSection, where: str) -> Iterator[Problem]:
@@ -225,7 +282,11 @@ def parse_question(row: Row, section: DataSection) -> Question:
     columns = {ours: theirs for ours, theirs in section.columns.items() if theirs in row.values}
     fields = _rename(row.values, columns)
     candidates = [
-        format for format in FORMATS if fields.keys() >= set(format.keys) and section.format in ("auto", format.name)
+        format
+        for format in FORMATS
+        if fields.keys() >= set(format.keys)
+        and section.format in ("auto", format.name)
+        and format.name not in COMPARED_FORMATS
     ]
     is_recognised = len(candidates) == 1 and (section.format != "auto" or candidates[0].name != "text")
     first = (candidates[0].keys[0],) if is_recognised and candidates[0].name != "input_ids" else ()

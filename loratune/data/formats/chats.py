@@ -48,18 +48,18 @@ class Turn:
 
 def parse_two_lists(where: str, fields: Fields) -> Conversation:
     """`prompt` and `completion` as lists of messages; the completion is supervised; `tools`. Raises RowError."""
-    prompt = _turns(fields, "prompt")
-    return _conversation(where, fields, prompt + _turns(fields, "completion"), len(prompt))
+    prompt = parse_turns(fields, "prompt")
+    return _conversation(where, fields, prompt + parse_turns(fields, "completion"), len(prompt))
 
 
 def parse_messages(where: str, fields: Fields) -> Conversation:
     """`messages`, `tools`, and `system` as a first turn. Raises RowError."""
-    return _conversation(where, fields, _with_system(fields, _turns(fields, "messages")))
+    return _conversation(where, fields, with_system(fields, parse_turns(fields, "messages")))
 
 
 def parse_sharegpt(where: str, fields: Fields) -> Conversation:
     """`conversations` of from and value, or of role and content; `system`, `tools`. Raises RowError."""
-    return _conversation(where, fields, _with_system(fields, _sharegpt_turns(fields)))
+    return _conversation(where, fields, with_system(fields, _sharegpt_turns(fields)))
 
 
 def parse_alpaca(where: str, fields: Fields) -> Conversation:
@@ -82,17 +82,17 @@ def _conversation(where: str, fields: Fields, turns: list[Turn], first_supervise
 
 def two_lists_question(fields: Fields) -> list[Message]:
     """`prompt`, where it is a list of messages. Raises RowError."""
-    return [turn.message for turn in _turns(fields, "prompt")]
+    return [turn.message for turn in parse_turns(fields, "prompt")]
 
 
 def messages_question(fields: Fields) -> list[Message]:
     """`messages` up to the last answer. Raises RowError."""
-    return _before_answer(_with_system(fields, _turns(fields, "messages")))
+    return _before_answer(with_system(fields, parse_turns(fields, "messages")))
 
 
 def sharegpt_question(fields: Fields) -> list[Message]:
     """`conversations` up to the last answer. Raises RowError."""
-    return _before_answer(_with_system(fields, _sharegpt_turns(fields)))
+    return _before_answer(with_system(fields, _sharegpt_turns(fields)))
 
 
 def alpaca_question(fields: Fields) -> list[Message]:
@@ -111,8 +111,8 @@ def _before_answer(turns: list[Turn]) -> list[Message]:
 # Lists of turns
 
 
-def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
-    """The turns with the row's `system` as the first one."""
+def with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
+    """The turns with the row's `system` as the first one. Raises RowError: they begin with another system message."""
     system = optional_text(fields, "system")
     if not system:
         return turns
@@ -124,7 +124,7 @@ def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
     return turns
 
 
-def _turns(
+def parse_turns(
     fields: Fields,
     name: str,
     translate: Callable[[Fields, str], Fields] = lambda item, place: item,
@@ -204,11 +204,11 @@ def _is_zero_weight(weight: Any, role: str, place: str) -> bool:
 
 
 def _sharegpt_turns(fields: Fields) -> list[Turn]:
-    return _turns(fields, "conversations", _sharegpt_to_openai, SHAREGPT_ROLES)
+    return parse_turns(fields, "conversations", sharegpt_to_openai, SHAREGPT_ROLES)
 
 
-def _sharegpt_to_openai(item: Fields, place: str) -> Fields:
-    """A turn of ShareGPT under the names of OpenAI; a function call becomes a tool call."""
+def sharegpt_to_openai(item: Fields, place: str) -> Fields:
+    """A turn of ShareGPT under the names of OpenAI; a function call becomes a tool call. Raises RowError."""
     if "from" in item:
         if clash := {"role", "content"} & {field for field, value in item.items() if value is not None}:
             raise RowError(Code.DATA_FIELD_CONFLICT, f"{place} has both `from` and `{min(clash)}`")

@@ -204,10 +204,54 @@ class Ids:
     labels: tuple[int, ...] | None = None
 
 
-Example: TypeAlias = Plain | Conversation | Ids
+Single: TypeAlias = Plain | Conversation | Ids
+"""What becomes one row of tokens."""
 
 
-def no_loss_reason(example: Example, loss_on: str) -> str | None:
+@dataclass(frozen=True)
+class AnswerPair:
+    """Two answers to one prompt.
+
+    Attributes:
+        where: The place of the row.
+        chosen: The prompt with the better one.
+        rejected: The prompt with the other one.
+    """
+
+    where: str
+    chosen: Plain | Conversation
+    rejected: Plain | Conversation
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer that was found good or bad.
+
+    Attributes:
+        where: The place of the row.
+        answer: The prompt with the answer.
+        desirable: Whether it is a good one.
+    """
+
+    where: str
+    answer: Plain | Conversation
+    desirable: bool
+
+
+Compared: TypeAlias = AnswerPair | Judged
+"""What is trained on by comparing answers."""
+
+Example: TypeAlias = Single | Compared
+
+
+def sides(example: Example) -> tuple[Single, ...]:
+    """What of an example becomes rows of tokens: of a pair both answers, the chosen one first."""
+    if isinstance(example, AnswerPair):
+        return example.chosen, example.rejected
+    return (example.answer,) if isinstance(example, Judged) else (example,)
+
+
+def no_loss_reason(example: Single, loss_on: str) -> str | None:
     """Why no token of an example is supervised, as far as that is known without a tokenizer; None if one is."""
     if isinstance(example, Plain):
         supervised = example.completion.strip() or (loss_on == "all" and example.prompt.strip())

@@ -9,22 +9,39 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from loratune.codes import Code
-from loratune.data.formats.examples import IGNORED, Conversation, Example, Ids, Message, Plain, RowError, describe
+from loratune.data.formats.examples import (
+    IGNORED,
+    AnswerPair,
+    Conversation,
+    Example,
+    Ids,
+    Judged,
+    Message,
+    Plain,
+    RowError,
+    describe,
+    sides,
+)
 from loratune.data.sources.rows import Unreadable, to_json_line
 
 _SEPARATOR = "\ud800"
 """Stands between the texts of a key; no text of a row holds it."""
+_OTHER_SIDE = "\ud801".encode(errors="surrogatepass")
+"""Stands between the keys of answers that are compared."""
 
 
 def content_key(example: Example, folded: bool = False) -> bytes:
     """The content of an example.
 
-    What is supervised does not count.
+    What is supervised does not count; which answer is preferred does.
 
     Args:
         example: Any example.
         folded: Whether any run of white space counts as one space, and as nothing at both ends of a text.
     """
+    if isinstance(example, AnswerPair | Judged):
+        kind = f"{example.desirable}".encode() if isinstance(example, Judged) else b"pair"
+        return _OTHER_SIDE.join([*(content_key(side, folded) for side in sides(example)), kind])
     if isinstance(example, Ids):
         return _join_ids(example.ids)
     if isinstance(example, Plain):
@@ -42,6 +59,8 @@ def prompt_key(example: Example, loss_on: str) -> bytes | None:
     Returns:
         None where nothing comes before it, or nothing but white space.
     """
+    if isinstance(example, AnswerPair | Judged):
+        return prompt_key(sides(example)[0], "completion")
     if isinstance(example, Plain):
         return _join([example.prompt, ""], folded=True) if example.prompt.strip() else None
     first = _first_supervised(example, loss_on)
@@ -54,6 +73,8 @@ def prompt_key(example: Example, loss_on: str) -> bytes | None:
 
 def completion_key(example: Example, loss_on: str) -> bytes:
     """The part of an example that `prompt_key` leaves out, with white space folded."""
+    if isinstance(example, AnswerPair | Judged):
+        return _OTHER_SIDE.join(completion_key(side, "completion") for side in sides(example))
     if isinstance(example, Plain):
         return _join([example.completion, ""], folded=True)
     first = _first_supervised(example, loss_on)

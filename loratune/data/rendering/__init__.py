@@ -5,7 +5,28 @@ verified to be the beginning of the ids of the row. Where the tokenizer merges c
 answer are encoded separately.
 """
 
-from loratune.data.rendering.encoding import IGNORED, Span, TokenizedRow, truncate
+from loratune.data.rendering.encoding import (
+    CHOSEN,
+    DESIRABLE,
+    IGNORED,
+    REJECTED,
+    UNDESIRABLE,
+    Span,
+    TokenizedRow,
+    truncate,
+    truncate_sides,
+)
 from loratune.data.rendering.renderer import Renderer
 
-__all__ = ["IGNORED", "Renderer", "Span", "TokenizedRow", "truncate"]
+__all__ = [
+    "CHOSEN",
+    "DESIRABLE",
+    "IGNORED",
+    "REJECTED",
+    "UNDESIRABLE",
+    "Renderer",
+    "Span",
+    "TokenizedRow",
+    "truncate",
+    "truncate_sides",
+]

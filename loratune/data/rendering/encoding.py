@@ -27,6 +27,10 @@ PIECE = 2**18
 TAIL = 160
 """Characters at the end of a prompt that are encoded once more together with what follows it."""
 
+CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = 2, -2, 1, -1
+"""What a row is to a comparison of answers: one of a pair, which stand behind each other, the chosen one first; or an
+answer that is good or bad by itself. Above 0 is what is to become more likely."""
+
 _PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
 _LINE_BORDER = re.compile(r"(?<=\S)\n(?=\S)")
 _WORD_BORDER = re.compile(r"(?<=\w)(?= \w)")
@@ -43,12 +47,14 @@ class TokenizedRow:
         ids: Token ids.
         spans: The supervised ranges of positions, in order, none of them empty.
         answer: The position at which the last answer to a prompt begins; None in a row that answers no prompt.
+        side: What the row is to a comparison of answers, see `CHOSEN`; 0 for none.
     """
 
     where: str
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
     answer: int | None = field(default=None, compare=False)
+    side: int = 0
 
     @classmethod
     def from_ids(cls, where: str, ids: Sequence[int], labels: Sequence[int] | None) -> "TokenizedRow":
@@ -112,6 +118,18 @@ def truncate(row: TokenizedRow, max_length: int, bos: int | None) -> TokenizedRo
         return replace(row, ids=ids, spans=((0, max_length),), answer=row.answer - excess)
     spans = tuple((start - excess, end - excess) for start, end in row.spans if start >= keep + excess)
     return replace(row, ids=ids, spans=spans, answer=row.answer - excess) if spans else None
+
+
+def truncate_sides(rows: Sequence[TokenizedRow], max_length: int, bos: int | None) -> list[TokenizedRow] | None:
+    """Cut the prompt that answers share by so much that the longest row fits, and no answer.
+
+    Returns:
+        The rows; None if an answer does not fit.
+    """
+    excess = max(len(row.ids) for row in rows) - max_length
+    cut = [truncate(row, len(row.ids) - excess, bos) if excess > 0 else row for row in rows]
+    kept = [row for row, whole in zip(cut, rows, strict=True) if row and len(row.spans) == len(whole.spans)]
+    return kept if len(kept) == len(rows) else None
 
 
 class TokenizerFailure(Exception):

@@ -22,7 +22,7 @@ static inline real part(unit one, int64_t number) { (void)number; word w = {.bit
 static inline vector dot(vector sum, units a, units b) { return sum + (vector)a * (vector)b; }
 #endif
 
-#define LANES 16 /* columns of a vector */
+#define LANES 16 /* columns come in multiples of it */
 #define CHUNK 64 /* columns that are computed at once */
 static inline int64_t up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -43,19 +43,24 @@ static inline __attribute__((always_inline)) void multiply(int vectors, float *p
             }
         }
     for (int r = 0; r < 4; r++)
-        for (int v = 0; v < vectors; v++) *(vector *)(product + r * stride + 16 * v) = sum[r][v];
+        for (int v = 0; v < vectors; v++) *(vector *)(product + r * stride + WIDTH * v) = sum[r][v];
 }
 
-/* The same for as many columns as there are, a chunk at most. */
+/* The same for as many columns as there are, a chunk at most; at once as many as leave their sums in registers. */
 static void products(int64_t columns, float *product, int64_t stride, const unit *const left[4], int64_t step,
                      const unit *right, int64_t width, int64_t shared, int64_t from, int64_t past) {
+#ifdef __AVX512F__
     if (columns > 48) multiply(4, product, stride, left, step, right, width, shared, from, past);
     else if (columns > 32) multiply(3, product, stride, left, step, right, width, shared, from, past);
     else if (columns > 16) multiply(2, product, stride, left, step, right, width, shared, from, past);
     else multiply(1, product, stride, left, step, right, width, shared, from, past);
+#else
+    for (int64_t c = 0; c < least(columns, CHUNK); c += LANES)
+        multiply(LANES / WIDTH, product + c, stride, left, step, right + c, width, shared, from, past);
+#endif
 }
 
-/* A vector of columns, in units: (size / STEP, width), from column `column` on. Column j is number numbers[j] of some rows
+/* LANES columns, in units: (size / STEP, width), from column `column` on. Column j is number numbers[j] of some rows
    of `size` numbers; zero from `count` on, and where the number is below 0. */
 static inline void across(unit *to, const real *rows, const int32_t *numbers, int64_t column, int64_t count,
                           int64_t size, int64_t width) {
@@ -442,7 +447,7 @@ static void back_keys(const giving *g, const tile *t, int64_t group, int64_t key
     }
 }
 
-/* Adds to what tokens are given what the keys of a tile are, in which tokens repeat: for each vector of columns one key
+/* Adds to what tokens are given what the keys of a tile are, in which tokens repeat: for every LANES columns one key
    after the other, so that the order of a sum never changes. Called by all threads. */
 static void add_to_tokens(const giving *one, const giving *other, const tile *t) {
     int64_t parts = t->padded / LANES;

@@ -17,9 +17,17 @@
 #define STRING(x) #x
 
 typedef union { uint32_t bits; float value; } word;
-typedef float vector __attribute__((vector_size(64), may_alias));
+/* As many numbers as a register holds: of wider vectors, each step of a sum would go through memory. */
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX2__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+typedef float vector __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef uint32_t unit __attribute__((may_alias));
-typedef uint32_t units __attribute__((vector_size(64), may_alias));
+typedef uint32_t units __attribute__((vector_size(4 * WIDTH), may_alias));
 
 #ifdef BFLOAT16
 typedef uint16_t real;

@@ -21,9 +21,9 @@ from loratune.errors import ModelError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets import entries, stacked
 from loratune.lora.targets.entries import resolve_pattern
+from loratune.lora.targets.survey import EXPERTS, SHARED_ROLES, Survey, chooser, short_names, take, unused_part
 from loratune.lora.targets.survey import ROLES as ROLES
 from loratune.lora.targets.survey import SERVES as SERVES
-from loratune.lora.targets.survey import EXPERTS, SHARED_ROLES, Survey, chooser, short_names, take, unused_part
 from loratune.lora.targets.survey import STOCK as STOCK
 
 

@@ -1,0 +1,177 @@
+"""The formats of rows that compare answers: pairs of a chosen and a rejected one, and answers that are good or bad.
+
+A prompt may be text or messages, or may be left out: then it is what both answers of a pair begin with. Messages are as
+in OpenAI's or in ShareGPT's form; an answer may be a list of them, a single one, or text.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loratune.codes import Code
+from loratune.data.formats import chats
+from loratune.data.formats.chats import Turn
+from loratune.data.formats.examples import (
+    AnswerPair,
+    Conversation,
+    Fields,
+    Judged,
+    Message,
+    Plain,
+    RowError,
+    describe,
+    parse_list,
+    text,
+)
+
+CHOSEN, REJECTED = "chosen", "rejected"
+_BORDERS = ("\n\nAssistant:", "\n\nHuman:")
+"""What turns begin with in the texts of Anthropic's HH-RLHF, whose pairs are whole dialogues."""
+
+
+def holds_messages(fields: Fields) -> bool:
+    """Whether the prompt or an answer of a row is messages."""
+    values = (fields.get(name) for name in ("prompt", CHOSEN, REJECTED, "completion"))
+    return any(isinstance(value, list | Mapping) for value in values)
+
+
+def parse_pair(where: str, fields: Fields) -> AnswerPair:
+    """`chosen` and `rejected` as text, with their `prompt` before them, or as whole texts. Raises RowError."""
+    chosen, rejected = text(fields, CHOSEN), text(fields, REJECTED)
+    if fields.get("prompt") is not None:
+        prompt = text(fields, "prompt")
+        return AnswerPair(where, Plain(where, prompt, chosen), Plain(where, prompt, rejected))
+    border = _border(chosen, rejected)
+    sides = (Plain(where, side[:border], side[border:]) for side in (chosen, rejected))
+    return AnswerPair(where, *sides)
+
+
+def parse_pair_of_messages(where: str, fields: Fields) -> AnswerPair:
+    """`chosen` and `rejected` as answers to `prompt`, or as whole conversations; `tools`, `system`. Raises RowError."""
+    prompt = _prompt(fields)
+    answers = [_answer(fields, name, prompt) for name in (CHOSEN, REJECTED)]
+    if prompt is None:
+        prompt, answers = _common_turns(*answers)
+    if not prompt:
+        raise RowError(Code.DATA_NO_QUESTION, "no message comes before the answers, so there is no prompt")
+    chosen, rejected = (_conversation(where, fields, prompt, answer) for answer in answers)
+    return AnswerPair(where, chosen, rejected)
+
+
+def parse_judged(where: str, fields: Fields) -> Judged:
+    """`prompt` and `completion` as text, and whether it is good as `label`. Raises RowError."""
+    return Judged(where, Plain(where, text(fields, "prompt"), text(fields, "completion")), _label(fields))
+
+
+def parse_judged_messages(where: str, fields: Fields) -> Judged:
+    """`prompt` and `completion` as messages, and whether it is good as `label`; `tools`, `system`. Raises RowError."""
+    prompt = _prompt(fields)
+    if not prompt:
+        raise RowError(Code.DATA_NO_QUESTION, "no message comes before the answer, so there is no prompt")
+    return Judged(where, _conversation(where, fields, prompt, _answer(fields, "completion", prompt)), _label(fields))
+
+
+def _label(fields: Fields) -> bool:
+    """The label of an answer: true, false, 1 or 0. Raises RowError."""
+    value = fields.get("label")
+    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+        return bool(value)
+    what = f"`label` must be true or false, which say whether the answer is a good one, got {describe(value)}"
+    raise RowError(Code.DATA_FIELD_TYPE, what)
+
+
+def _border(chosen: str, rejected: str) -> int:
+    """Where the prompt ends that two texts begin with: behind the last name of a turn, or else between two words."""
+    least = min(len(chosen), len(rejected))
+    common = next((place for place in range(least) if chosen[place] != rejected[place]), least)
+    for border in _BORDERS[:1]:
+        if (place := chosen.rfind(border, 0, common)) >= 0:
+            return place + len(border)
+    while common and not chosen[common - 1 : common].isspace():
+        common -= 1
+    return max(common - 1, 0)  # White space stands at the beginning of a word, as in most vocabularies.
+
+
+def _prompt(fields: Fields) -> list[Turn] | None:
+    """The turns of the prompt, with the row's `system` before them; None where the row has no prompt."""
+    value = parse_list(fields, "prompt")
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return chats.with_system(fields, [Turn({"role": "user", "content": text(fields, "prompt")})])
+    return chats.with_system(fields, _turns(fields, "prompt"))
+
+
+def _turns(fields: Fields, name: str) -> list[Turn]:
+    value = parse_list(fields, name)
+    listed = {name: [value]} if isinstance(value, Mapping) else {name: value}
+    return chats.parse_turns(listed, name, chats.sharegpt_to_openai, chats.SHAREGPT_ROLES)
+
+
+def _answer(fields: Fields, name: str, prompt: Sequence[Turn] | None) -> list[Turn]:
+    """The turns of an answer, without those of the prompt, if it begins with them."""
+    value = parse_list(fields, name)
+    if isinstance(value, str):
+        if prompt is None:
+            what = f"`{name}` must be a list of messages, as there is no `prompt`, got {describe(value)}"
+            raise RowError(Code.DATA_FIELD_TYPE, what)
+        return [Turn({"role": "assistant", "content": text(fields, name)})]
+    turns = _turns(fields, name)
+    if prompt is None:
+        return chats.with_system(fields, turns)
+    if turns[0].message["role"] == "assistant":
+        return turns
+    asked = [turn.message for turn in prompt]
+    for start in range(len(turns)):  # UltraFeedback's conversations repeat the prompt; a system may stand before it.
+        own = [turn.message for turn in turns[: start + 1]]
+        if own == asked or own[-len(asked) :] == asked:
+            return turns[start + 1 :]
+    what = f"`{name}` begins with a message of the {turns[0].message['role']} that is not `prompt`"
+    raise RowError(Code.DATA_FIELD_CONFLICT, what, "leave `prompt` out, or correct it")
+
+
+def _common_turns(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Turn], list[list[Turn]]]:
+    """The turns that two conversations begin with, and what of each comes after them: one turn at least."""
+    least = min(len(chosen), len(rejected)) - 1
+    pairs = zip(chosen[:least], rejected[:least], strict=True)
+    common = next((place for place, (one, other) in enumerate(pairs) if one != other), least)
+    return chosen[:common], [chosen[common:], rejected[common:]]
+
+
+def _conversation(where: str, fields: Fields, prompt: Sequence[Turn], answer: Sequence[Turn]) -> Conversation:
+    messages: list[Message] = [turn.message for turn in (*prompt, *answer)]
+    if not answer or not any(turn.message["role"] == "assistant" for turn in answer):
+        raise RowError(Code.DATA_NO_ANSWER, "an answer has no assistant message")
+    if any(turn.zero_weight for turn in answer):
+        raise RowError(Code.DATA_WEIGHT, "a turn of an answer has the weight 0, and answers are compared whole")
+    return Conversation(where, tuple(messages), len(prompt), chats.parse_tools(fields))
+
+
+def drop_reason(example: AnswerPair | Judged) -> str | None:
+    """Why nothing can be learnt from comparing the answers of an example; None if something can."""
+    if isinstance(example, Judged):
+        return "the completion is empty" if not _content(example.answer).strip() else None
+    chosen, rejected = _content(example.chosen), _content(example.rejected)
+    for name, content in ((CHOSEN, chosen), (REJECTED, rejected)):
+        if not content.strip():
+            return f"the {name} answer is empty"
+    if _key(example.chosen) == _key(example.rejected):
+        return "the chosen and the rejected answer are the same"
+    if rejected.startswith(chosen):
+        return "the rejected answer begins with the chosen one"
+    return None
+
+
+def _content(answer: Plain | Conversation) -> str:
+    """The text of an answer, calls of tools among it."""
+    if isinstance(answer, Plain):
+        return answer.completion
+    return "\n".join(_text(message) for message in answer.messages[answer.first_supervised :])
+
+
+def _text(message: Message) -> str:
+    more: list[Any] = [message[name] for name in message if name not in ("role", "content")]
+    return f"{message['content']}{''.join(map(repr, more))}"
+
+
+def _key(answer: Plain | Conversation) -> Any:
+    return answer.completion if isinstance(answer, Plain) else answer.messages[answer.first_supervised :]

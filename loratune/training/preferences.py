@@ -1,0 +1,305 @@
+"""Training on answers that are compared: their rows, the log-probabilities of the reference, and the objective.
+
+A pair is two rows behind each other, an answer that is good or bad is one row; either is an item. The objective needs
+the summed log-probability of each row, which the output layer gives (`kernels.row_sums`). The formulas are in
+`objectives`, the log-probabilities of what answers are compared with in `reference`.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loratune import kernels
+from loratune.codes import Code
+from loratune.data import TokenizedDataset
+from loratune.data.packing import BatchLayout, Packing
+from loratune.data.rendering import CHOSEN, TokenizedRow
+from loratune.errors import NumericError, Problem
+from loratune.system.launcher import SINGLE_PROCESS, Group
+from loratune.training.losses import Batches, BeforeBatch, Loss, nothing, read_batches, run_batch
+from loratune.training.objectives import AnswerScores, Formula, divergence
+from loratune.training.preference_figures import PreferenceFigures, Side
+
+Values = NDArray[np.float64]
+
+_ROUNDING = {False: 0.05, True: 1e-3}
+"""Whether the model is in more than 16 bits → nats by which the log-probability of an answer may differ from the same
+in other batches, for 1 plus the root of its tokens."""
+_PARTNERS_TRIED = 64
+"""Rows among which one with another prompt is looked for."""
+
+
+class ComparedRows:
+    """The rows of a split, as batches of compared answers take them.
+
+    Attributes:
+        dataset: The rows.
+        reference: (rows,), the log-probability of each in the reference; None where it was not computed.
+        mismatched: (rows,), the same of the prompt of each with the answer to another one; None as above.
+    """
+
+    def __init__(self, dataset: TokenizedDataset, max_length: int, seed: int):
+        """max_length: The most tokens of a row. seed: decides which answers are put behind other prompts."""
+        self.dataset, self._max_length = dataset, max_length
+        self.reference: Values | None = None
+        self.mismatched: Values | None = None
+        self._partners = _partners(dataset, seed) if dataset.judged else None
+
+    def __len__(self) -> int:
+        return len(self.dataset.rows)
+
+    def __getitem__(self, number: int, /) -> dict[str, Any]:
+        row = self.dataset.rows.row(number)
+        found: dict[str, Any] = {"input_ids": list(row.ids), "labels": row.labels, "side": row.side}
+        if self.reference is not None:
+            found["reference"] = float(self.reference[number])
+        if self._partners is not None:
+            found["mismatched"] = self._mismatched(row, self.dataset.rows.row(int(self._partners[number])))
+            if self.mismatched is not None:
+                found["mismatched"]["reference"] = float(self.mismatched[number])
+        return found
+
+    def _mismatched(self, row: TokenizedRow, partner: TokenizedRow) -> dict[str, Any]:
+        """The prompt of a row, cut at its left if need be, with the answer of another one."""
+        start, answer = partner.spans[0][0], partner.ids[partner.spans[0][0] :]
+        prompt = row.ids[: row.spans[0][0]]
+        prompt = prompt[max(0, len(prompt) + len(answer) - self._max_length) :]
+        spans = tuple((one - start + len(prompt), other - start + len(prompt)) for one, other in partner.spans)
+        mixed = TokenizedRow(row.where, prompt + answer, spans)
+        return {"input_ids": list(mixed.ids), "labels": mixed.labels}
+
+    def partners_digest(self) -> str:
+        """SHA-256 of which answers stand behind other prompts; empty where none do."""
+        return hashlib.sha256(self._partners.tobytes()).hexdigest() if self._partners is not None else ""
+
+    def layout(self, packing: Packing, size: int, max_length: int, pad_id: int) -> BatchLayout:
+        """These rows in batches; see `BatchLayout`."""
+        lengths, together = self.dataset.rows.lengths, self.dataset.together
+        return BatchLayout(self, lengths, packing, size, max_length, pad_id, together)
+
+
+def _partners(dataset: TokenizedDataset, seed: int) -> NDArray[np.int64]:
+    """(rows,), for each row one with another prompt, if there is any near it in an order that is drawn; each row is one
+    for about one other."""
+    count = len(dataset.rows)
+    order = np.random.default_rng([seed, 3]).permutation(count)
+    prompts = [hash(row.ids[: row.spans[0][0]]) for row in dataset.rows.rows()]
+    partners = np.empty(count, np.int64)
+    for place, number in enumerate(order.tolist()):
+        others = (int(order[(place + step) % count]) for step in range(1, min(count, _PARTNERS_TRIED) + 1))
+        nearest = int(order[(place + 1) % count])
+        partners[number] = next((other for other in others if prompts[other] != prompts[number]), nearest)
+    return partners
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a pass over items gave, in their order.
+
+    Attributes:
+        answers: Of the rows.
+        sides: (rows,), see `TokenizedRow.side`.
+        mismatched: Of the prompts with answers to others; none where the objective has none.
+    """
+
+    answers: AnswerScores
+    sides: Tensor
+    mismatched: AnswerScores
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether rows are pairs."""
+        return bool(len(self.sides)) and abs(int(self.sides[0])) == CHOSEN
+
+    @classmethod
+    def joined(cls, parts: Sequence[Mapping[str, list[float]]]) -> "Read":
+        """What several batches gave, each as plain numbers."""
+        joined = {name: [*chain.from_iterable(part[name] for part in parts)] for name in _NAMES}
+        numbers = {name: torch.tensor(values, dtype=torch.float64) for name, values in joined.items()}
+        answers = AnswerScores(numbers["answers"], numbers["tokens"], numbers["references"])
+        other = numbers["mismatched"]
+        mismatched = AnswerScores(other, torch.ones_like(other), numbers["mismatched_references"])
+        return cls(answers, numbers["sides"].long(), mismatched)
+
+
+_NAMES = ("answers", "tokens", "references", "sides", "mismatched", "mismatched_references")
+
+
+class Comparing:
+    """An objective that compares answers; see `losses.Objective`.
+
+    Attributes:
+        formula: Which.
+        unit: `pair` or `answer`.
+        last: What the last pass over held-out rows gave; None before the first.
+        step: What the last micro-step gave, without gradients.
+    """
+
+    def __init__(self, formula: Formula, splits: Mapping[str, ComparedRows]):
+        """splits: The rows by the name of their split."""
+        self.formula, self.splits = formula, splits
+        self.unit = "answer" if formula.name == "kto" else "pair"
+        self.last: Read | None = None
+        self.step: Read | None = None
+        self._given: dict[str, Any] = {}
+        self._divergence = 0.0
+
+    # As an `Objective`
+
+    def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
+        """See `Objective`; estimates KTO's divergence over all of the step."""
+        own = [batch for batch in batches if (batch["labels"] >= 0).any()]
+        rows, together = sum(len(batch["sides"]) for batch in own), 2 if self.unit == "pair" else 1
+        difference, prompts = 0.0, 0
+        if self.formula.name == "kto":
+            was_training = model.training
+            model.eval()
+            for batch in batches:  # All processes take part in every forward pass.
+                found = self._mismatched_answers(model, batch["mismatched"])
+                if (batch["labels"] >= 0).any():
+                    difference += float((found.log_probabilities - found.reference).sum())
+                    prompts += len(found.tokens)
+            model.train(was_training)
+        rows, difference, prompts = group.total([rows, difference, prompts])  # type: ignore[assignment]
+        self._divergence = max(0.0, difference / prompts) if prompts else 0.0
+        return torch.tensor(rows / together, device=model.device)
+
+    def expect(self, model: Any, batch: dict[str, Any]) -> None:
+        """See `Objective`."""
+        names = ("lengths", "sides", "references", "mismatched")
+        self._given = {name: batch.pop(name, None) for name in names}
+        kernels.expect(model, batch["labels"], batch.pop("places", None), self._given["lengths"])
+
+    def total(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective`."""
+        answers, sides = self._answers(logits, labels), self._given["sides"]
+        losses = self._item_losses(Read(answers, sides, _no_answers()), self._divergence)
+        together = len(sides) // len(losses)
+        is_there = answers.tokens.view(-1, together)[:, 0] > 0
+        held = AnswerScores(answers.log_probabilities.detach(), answers.tokens, answers.reference)
+        self.step = Read(held, sides, _no_answers())
+        return (losses * is_there).sum().float(), is_there.sum()
+
+    def held_out_loss(
+        self,
+        model: Any,
+        batches: Batches,
+        numbers: Sequence[int] | None = None,
+        before_batch: BeforeBatch = nothing,
+        group: Group = SINGLE_PROCESS,
+    ) -> Loss:
+        """See `Objective`."""
+        numbers = range(len(batches.items)) if numbers is None else numbers
+        self.last = self.read(model, batches, numbers, before_batch, group)
+        losses = self._item_losses(self.last, divergence(self.last.mismatched))
+        return Loss(float(losses.sum()), len(losses))
+
+    def item_losses(
+        self, model: Any, dataset: TokenizedDataset, numbers: Sequence[int], pad_id: int, group: Group
+    ) -> list[Loss]:
+        """See `Objective`."""
+        rows = next(rows for rows in self.splits.values() if rows.dataset is dataset)
+        batches = rows.layout("none", 1, int(dataset.rows.lengths.max()), pad_id)
+        self.last = self.read(model, batches, numbers, nothing, group)
+        losses = self._item_losses(self.last, divergence(self.last.mismatched))
+        return [Loss(loss, 1) for loss in losses.tolist()]
+
+    def figures(self, split: str) -> PreferenceFigures | None:
+        """What the last pass over held-out rows gave, compared with the reference; None before the first."""
+        return self._figures(split, self.last, divergence(self.last.mismatched)) if self.last is not None else None
+
+    def logged(self) -> dict[str, float]:
+        """See `Objective`."""
+        return {} if self.last is None else _logged(self._figures("", self.last, divergence(self.last.mismatched)))
+
+    def logged_of_step(self) -> dict[str, float]:
+        """See `Objective`."""
+        return {} if self.step is None else _logged(self._figures("", self.step, self._divergence))
+
+    def _figures(self, split: str, read: Read, estimate: float) -> PreferenceFigures:
+        rewards = self.formula.rewards(read.answers)
+        columns = read.answers.tokens, read.answers.reference, read.answers.log_probabilities, rewards
+        good, bad = (
+            Side(*(column[which].double().cpu().numpy() for column in columns))
+            for which in (read.sides > 0, read.sides < 0)
+        )
+        return PreferenceFigures(split, read.is_paired, good, bad, self.formula.beta * estimate)
+
+    def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
+        """See `Objective`: rewards start at 0, which a wrong reference would show in."""
+        if not self.formula.has_reference:
+            return
+        was_training = model.training
+        model.eval()
+        labels, logits = run_batch(self, model, first())
+        model.train(was_training)
+        answers, sides = self._answers(logits, labels), self._given["sides"]
+        if self._given["references"] is None or not len(sides) or not bool((answers.tokens > 0).all()):
+            return
+        difference = (answers.log_probabilities - answers.reference).abs()
+        allowed = _ROUNDING[model.dtype.itemsize > 2] * (1 + answers.tokens.double().sqrt())
+        if bool((difference <= allowed).all()):
+            return
+        loss = float(self._item_losses(Read(answers, sides, _no_answers()), 0.0).mean())
+        expected = self.formula.first_loss()
+        what = f"before the first step, the model gives an answer a log-probability {float(difference.max()):.3g} nats "
+        what += f"from that of the reference, which is to be the same; the first {self.formula.name} loss is {loss:.6f}"
+        what += f" instead of {expected:.6f}" if expected is not None else ""
+        fix = "the reference or the model is not what it is taken for: run again with another HF_DATASETS_CACHE"
+        raise NumericError(Problem(Code.TRAINING_REFERENCE, what, key="training.objective", fix=fix))
+
+    # What models give to rows
+
+    def read(
+        self, model: Any, batches: Batches, numbers: Sequence[int], before_batch: BeforeBatch, group: Group
+    ) -> Read:
+        """What a model gives to the rows of some items, known to all processes. Arguments as of `held_out_loss`."""
+        own: list[tuple[int, dict[str, list[float]]]] = []
+        for position, labels, logits in read_batches(self, model, batches, numbers, before_batch, group):
+            answers, sides, other = self._answers(logits, labels), self._given["sides"], self._given["mismatched"]
+            mismatched = self._mismatched_answers(model, other) if other is not None else _no_answers()
+            found = (
+                answers.log_probabilities, answers.tokens, answers.reference, sides, mismatched.log_probabilities,
+                mismatched.reference,
+            )  # fmt: skip
+            if position is not None:
+                own.append((position, {name: value.tolist() for name, value in zip(_NAMES, found, strict=True)}))
+        parts = sorted(chain.from_iterable(group.all_gather(own)), key=lambda part: part[0])
+        return Read.joined([part for _, part in parts])
+
+    def _mismatched_answers(self, model: Any, batch: Mapping[str, Any]) -> AnswerScores:
+        labels, logits = run_batch(self, model, batch)
+        return self._answers(logits, labels)
+
+    def _answers(self, logits: Tensor, labels: Tensor) -> AnswerScores:
+        """What a model gives to the rows of the batch that was expected last."""
+        lengths, reference = self._given["lengths"], self._given["references"]
+        sums = -kernels.row_sums(logits, labels, lengths)
+        tokens = kernels.row_counts(labels, lengths)
+        known = torch.zeros_like(sums) if reference is None else reference.to(sums.device)
+        return AnswerScores(sums, tokens, known)
+
+    def _item_losses(self, read: Read, estimate: float) -> Tensor:
+        """(items,), the loss of each. estimate: of KTO's divergence."""
+        answers, sides = read.answers, read.sides
+        if not read.is_paired:
+            return self.formula.answer_losses(answers, sides > 0, estimate)
+        return self.formula.pair_losses(answers.take(sides > 0), answers.take(sides < 0))
+
+
+def _logged(figures: PreferenceFigures) -> dict[str, float]:
+    names = zip(figures.names, (figures.good, figures.bad), strict=True)
+    own = {f"{name}_log_probability": float(side.after.mean()) for name, side in names if len(side.after)}
+    return {"reward_accuracy": figures.accuracy.value, "reward_margin": figures.margin.value, **own}
+
+
+def _no_answers() -> AnswerScores:
+    nothing_there = torch.zeros(0, dtype=torch.float64)
+    return AnswerScores(nothing_there, nothing_there, nothing_there)

@@ -1,0 +1,134 @@
+"""The log-probabilities of what answers are compared with: the model before its first step.
+
+That is the base with the adapter switched off, or with the adapter that is trained further. So no second model is
+needed: they are computed once, before the first step, and kept in the cache of the rows, under everything that decides
+them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from loratune import kernels
+from loratune.console import plural
+from loratune.data import token_cache_dir
+from loratune.data.packing import BatchLayout
+from loratune.lora import tensors
+from loratune.lora.attach import PeftModel
+from loratune.lora.initialize import AdapterInit
+from loratune.system.launcher import Group
+from loratune.training.losses import BeforeBatch, nothing
+from loratune.training.preferences import ComparedRows, Comparing
+
+_PASS_TOKENS, _PASS_ROWS = 4096, 8
+"""Tokens, or padded items, of a batch: they do not depend on the batches of the run, so that the numbers do not
+either."""
+_ORDERED = 0.5
+"""The share of pairs in order from which on that is pointed out."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What compared answers are compared with.
+
+    Attributes:
+        model: The base with the adapter before its first step.
+        start: That adapter.
+        frozen: Whether the reference is the model with that adapter, as it is one to train further, or makes up for
+            what quantization loses; otherwise it is the base without it.
+        acceleration: What of the model the kernels compute.
+        identity: What its log-probabilities depend on beside the rows: the base, the adapter, and what computes them.
+    """
+
+    model: PeftModel
+    start: AdapterInit
+    frozen: bool
+    acceleration: kernels.Acceleration
+    identity: Mapping[str, Any]
+
+    def inside(self) -> AbstractContextManager[Any]:
+        """Inside, the model is the reference."""
+        return (
+            nullcontext()
+            if self.frozen
+            else tensors.as_initialized(self.model, self.start, tensors.full_weights(self.model))
+        )
+
+
+def compute(
+    objective: Comparing,
+    reference: Reference,
+    layouts: Mapping[str, BatchLayout],
+    pad_id: int,
+    group: Group,
+    log: Callable[[str], None],
+    before_batch: BeforeBatch = nothing,
+) -> None:
+    """Give all rows that need it their log-probabilities in the reference, from the cache where they are known.
+
+    Objectives without a reference need those of held-out rows alone, to say what has changed.
+
+    Args:
+        objective: What compares the answers, with their rows.
+        reference: What they are compared with.
+        layouts: The batches of the run by their split, which say how rows can be laid out.
+        pad_id: The token for padding.
+        group: The processes of the run.
+        log: Takes a line on what is being done, and on what of it may not be intended.
+        before_batch: See `losses.BeforeBatch`.
+    """
+    train = layouts["train"]
+    for name, rows in objective.splits.items():
+        if name == "train" and not objective.formula.has_reference and "validation" in layouts:
+            continue
+        longest = int(rows.dataset.rows.lengths.max())
+        layout = rows.layout("none", _PASS_ROWS, longest, pad_id)
+        if train.flat:
+            layout = rows.layout("full", 1, max(longest, _PASS_TOKENS // rows.dataset.together), pad_id)
+        layout = layout.sharing(train.saved) if train.saved is not None else layout
+        key = _key(reference, rows, layout)
+        known = token_cache_dir.load_values(key) if group.main else None
+        values = group.broadcast(known.tolist() if known is not None else None)
+        if values is None:
+            log(f"computing the reference of {plural(rows.dataset.items, f'{name} {objective.unit}')}")
+            with reference.inside(), reference.acceleration.applied(reference.model):
+                values = [*_in_order(objective, reference.model, layout, group, before_batch)]
+            if group.main:
+                token_cache_dir.store_values(key, np.array(values, np.float64))
+        found = np.array(values, np.float64)
+        rows.reference = found[: len(rows)]
+        rows.mismatched = found[len(rows) :] if len(found) > len(rows) else None
+        if name == "train" and rows.dataset.together == 2:
+            log(_order(rows))
+
+
+def _order(rows: ComparedRows) -> str:
+    """A line on how many pairs the reference has in order."""
+    assert rows.reference is not None
+    share = float((rows.reference[::2] > rows.reference[1::2]).mean())
+    line = f"the chosen answer is the more likely one in {share:.0%} of the training pairs before training"
+    return f"{line}: more than half are in order already" if share > _ORDERED else line
+
+
+def _in_order(
+    objective: Comparing, model: Any, layout: Any, group: Group, before_batch: BeforeBatch
+) -> Iterator[float]:
+    """The log-probabilities of all rows in the order of the dataset, and behind them those of the mismatched ones."""
+    read = objective.read(model, layout, range(len(layout.items)), before_batch, group)
+    order = np.argsort(np.concatenate([layout.items.packs[number] for number in range(len(layout.items))]))
+    for answers in (read.answers, read.mismatched):
+        if len(answers.log_probabilities):
+            yield from answers.log_probabilities[torch.from_numpy(order)].tolist()
+
+
+def _key(reference: Reference, rows: ComparedRows, layout: BatchLayout) -> str:
+    """What the log-probabilities of rows are kept under: it differs where anything that decides their bits does."""
+    partners = rows.partners_digest()
+    parts = [dict(reference.identity), rows.dataset.fingerprint, partners, layout.flat, layout.saved is not None]
+    return hashlib.sha256(json.dumps(["reference", parts], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,154 @@
+"""The objectives that compare answers: their formulas, by hand and at their limits, and row sums with gradients."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from loratune.config import PreferenceSection
+from loratune.data.packing import flatten, pad, share_prefixes, with_sides
+from loratune.kernels import LossHead, row_counts, row_sums
+from loratune.training.objectives import AnswerScores, Formula, divergence
+
+
+def answers(sums: list[float], tokens: list[int], reference: list[float]) -> AnswerScores:
+    numbers = [torch.tensor(values, dtype=torch.float64) for values in (sums, tokens, reference)]
+    return AnswerScores(*numbers)
+
+
+CHOSEN = answers([-10.0, -3.0], [5, 2], [-11.0, -2.5])
+REJECTED = answers([-12.0, -9.0], [4, 9], [-9.0, -9.5])
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def log_odds(mean: float) -> float:
+    return mean - math.log(1 - math.exp(mean))
+
+
+@pytest.mark.parametrize(
+    ("formula", "expected"),
+    [
+        (Formula("dpo", 0.1), [-math.log(sigmoid(0.1 * (1 + 3))), -math.log(sigmoid(0.1 * (-0.5 - 0.5)))]),
+        (
+            Formula("dpo", 0.1, label_smoothing=0.2),
+            [-0.8 * math.log(sigmoid(m)) - 0.2 * math.log(sigmoid(-m)) for m in (0.4, -0.1)],
+        ),
+        (Formula("dpo", 0.1, sft_weight=0.5), [-math.log(sigmoid(0.4)) + 1.0, -math.log(sigmoid(-0.1)) + 0.75]),
+        (
+            Formula("simpo", 2.0, simpo_gamma=1.0),
+            [-math.log(sigmoid(2 * (-2 + 3) - 1)), -math.log(sigmoid(2 * (-1.5 + 1) - 1))],
+        ),
+        (
+            Formula("orpo", 0.1),
+            [
+                2 - 0.1 * math.log(sigmoid(log_odds(-2) - log_odds(-3))),
+                1.5 - 0.1 * math.log(sigmoid(log_odds(-1.5) - log_odds(-1))),
+            ],
+        ),
+    ],
+)
+def test_pair_losses_by_hand(formula: Formula, expected: list[float]) -> None:
+    assert formula.pair_losses(CHOSEN, REJECTED).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_answer_losses_by_hand() -> None:
+    formula = Formula("kto", 0.1, desirable_weight=1.5, undesirable_weight=0.5)
+    found = formula.answer_losses(CHOSEN, torch.tensor([True, False]), 2.0)
+    expected = [1.5 * (1 - sigmoid(0.1 - 0.2)), 0.5 * (1 - sigmoid(0.2 + 0.05))]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    assert divergence(CHOSEN) == pytest.approx(0.25) and divergence(REJECTED) == 0.0
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_where_nothing_has_changed(name: str) -> None:
+    """The loss of an answer that is as likely as in the reference, whatever it is: that of the first step."""
+    formula = Formula(name, 0.3, label_smoothing=0.1 if name == "dpo" else 0.0)
+    same = answers([-10.0, -3.0], [5, 2], [-10.0, -3.0])
+    if name == "dpo":
+        losses = formula.pair_losses(same, same)
+    else:
+        losses = formula.answer_losses(same, torch.tensor([True, False]), divergence(same))
+    expected = formula.first_loss()
+    assert expected is not None and losses.tolist() == pytest.approx([expected] * 2)
+    assert expected == pytest.approx(math.log(2) if name == "dpo" else 0.5)
+
+
+def test_beta_has_a_default_for_each_objective() -> None:
+    assert [Formula.of(name, PreferenceSection()).beta for name in ("dpo", "orpo", "simpo", "kto")] == [
+        0.1,
+        0.1,
+        2,
+        0.1,
+    ]
+    assert Formula.of("simpo", PreferenceSection(beta=3.0)).beta == 3.0
+
+
+def test_a_certain_answer_has_finite_odds() -> None:
+    certain = answers([0.0], [3], [0.0])
+    certain.log_probabilities.requires_grad_()
+    loss = Formula("orpo", 0.1).pair_losses(certain, answers([-1.0], [3], [0.0])).sum()
+    loss.backward()
+    assert math.isfinite(loss.item()) and bool(certain.log_probabilities.grad.isfinite().all())  # type: ignore[union-attr]
+
+
+# Row sums
+
+
+def rows() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 250, (12,), generator=generator).tolist() for _ in range(2)]
+    found = []
+    for number, length in enumerate((3, 11, 5, 8)):
+        prompt, ids = prompts[number // 2], torch.randint(0, 250, (length,), generator=generator).tolist()
+        if number == 1:
+            ids = [*found[0]["input_ids"][12:], *ids]  # the first answer is a part of the second
+        found.append({"input_ids": prompt + ids, "labels": [-100] * 12 + ids, "side": 2 if number % 2 == 0 else -2})
+    return found
+
+
+@pytest.mark.parametrize("put", [flatten, share_prefixes, None], ids=["flat", "tree", "padded"])
+def test_sums_of_rows_and_a_gradient_for_each(put: Any) -> None:
+    """As by the logits of each row alone, with other weights for each row; in a tree, shared labels count in all."""
+    head = torch.nn.Linear(16, 264, bias=False).requires_grad_(False)
+    embedding = torch.nn.Embedding(264, 16)
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+
+    def states(ids: torch.Tensor) -> torch.Tensor:
+        """Of a token and all before it in its row, so that those of a shared prefix are the same."""
+        return embedding(ids)
+
+    given = rows()
+    alone = []
+    for row in given:
+        ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+        logits = head(states(ids))
+        alone.append(torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").double())
+    expected = torch.stack(alone)
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), embedding.weight)
+
+    batch = with_sides(put or (lambda some: pad(some, 0)), given)
+    labels, lengths = batch["labels"], batch["lengths"]
+    loss_head = LossHead(head)
+    loss_head.labels, loss_head.places, loss_head.lengths = labels, batch.get("places"), lengths
+    for output in (loss_head(states(batch["input_ids"])), head(states(batch["input_ids"]))):
+        if put is share_prefixes and output.shape[:2] == batch["input_ids"].shape:
+            continue  # without the loss head, rows are never put into a tree
+        sums = row_sums(output, labels, lengths)
+        assert sums.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+        (found,) = torch.autograd.grad((sums * weights).sum(), embedding.weight, retain_graph=True)
+        assert torch.allclose(found, gradient, atol=1e-5)
+    assert row_counts(labels, lengths).tolist() == [3, 14, 5, 8]
+
+
+def test_a_batch_of_no_supervised_row_has_sums_of_zero() -> None:
+    batch = with_sides(flatten, rows())
+    labels = torch.full_like(batch["labels"], -100)
+    model = tiny_llama()
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    assert row_sums(logits, labels, batch["lengths"]).tolist() == [0.0] * 4
+    assert row_counts(labels, batch["lengths"]).tolist() == [0] * 4

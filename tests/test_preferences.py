@@ -1,0 +1,354 @@
+"""Runs on answers that are compared: rows, the reference, the first step, what is reported, resuming, evaluating."""
+
+import json
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from conftest import Ran, check_refused, write_rows
+from fork_server import ForkServer
+from running import WEIGHTS, MakeConfig, checkpoints, until
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from loratune import data
+from loratune.codes import Code
+from loratune.config import DataSection
+from loratune.data import token_cache_dir
+from loratune.data.rendering import Renderer
+from loratune.training import reference
+from loratune.training.preferences import ComparedRows
+
+Cli = Callable[..., Ran]
+
+PAIRS = [
+    {"prompt": f"{number} and {number} make", "chosen": f" {2 * number}", "rejected": f" {2 * number + 1} or so"}
+    for number in range(24)
+]
+HELD_OUT = [
+    {"prompt": f"{number} and {number} make", "chosen": f" {2 * number}", "rejected": f" {2 * number + 3} or so"}
+    for number in range(40, 52)
+]
+JUDGED = [
+    {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+    for pair in PAIRS
+    for side in ("chosen", "rejected")
+]
+STEPS: dict[str, Any] = {
+    "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2, "eval_steps": 3,
+}  # fmt: skip
+
+
+def config(run_config: MakeConfig, folder: Path, objective: str = "dpo", **sections: Any) -> Path:
+    rows = JUDGED if objective == "kto" else PAIRS
+    data: dict[str, Any] = {"train": str(write_rows(folder / "compared.jsonl", rows))}
+    if objective != "kto":
+        data["validation"] = str(write_rows(folder / "held-out.jsonl", HELD_OUT))
+    training = STEPS | {"objective": objective} | ({"eval_steps": None} if objective == "kto" else {})
+    made: dict[str, Any] = {"data": data, "training": training, "lora": {"lora_alpha": 16, "r": 4}}
+    return run_config(
+        **{
+            name: made.get(name, {}) | value if isinstance(value, dict) else value
+            for name, value in (made | sections).items()
+        }
+    )
+
+
+def record(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "loratune.json").read_text())
+    return found
+
+
+def losses(directory: Path) -> list[float]:
+    return [entry["loss"] for entry in record(directory)["curve"] if "loss" in entry]
+
+
+# Rows
+
+
+def test_what_is_dropped_is_named(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    bad = [
+        {"prompt": "a", "chosen": " ", "rejected": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": "bc"},
+        {"prompt": "a", "chosen": "c" * 80, "rejected": "d"},
+    ]
+    path = config(run_config, tmp_path, data={"max_length": 64, "max_dropped": 0.5})
+    write_rows(tmp_path / "compared.jsonl", [*PAIRS, *bad])
+    ran = cli("train", path, "--dry-run")
+    assert ran.code == 0, ran.err
+    for reason in (
+        "the chosen answer is empty (", "the chosen and the rejected answer are the same (",
+        "the rejected answer begins with the chosen one (", "an answer does not fit in max_length 64 (",
+    ):  # fmt: skip
+        assert f"1 row dropped: {reason}{tmp_path / 'compared.jsonl'}:" in ran.out
+    assert "compared.jsonl:1, chosen, supervised text marked" in ran.out
+    assert "compared.jsonl:1, rejected, supervised text marked" in ran.out
+    cells = next(words for line in ran.out.splitlines() if (words := line.split())[:1] == ["train"])
+    assert cells[1:4] == ["28", "0", "4"]
+    write_rows(tmp_path / "compared.jsonl", bad)
+    check_refused(
+        cli("train", path, "--dry-run"), 4, (Code.DATA_NOTHING_TO_LEARN, str(tmp_path / "compared.jsonl"), "")
+    )
+
+
+def test_both_sides_lose_the_same_of_the_prompt(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    path = config(run_config, tmp_path, data={"max_length": 30})
+    write_rows(tmp_path / "compared.jsonl", [{"prompt": "p" * 40, "chosen": "yes", "rejected": "not at all"}, *PAIRS])
+    ran = cli("train", path, "--dry-run", "--rows", 1)
+    assert ran.code == 0, ran.err
+    shown = [line for line in ran.out.splitlines() if "ppp" in line]
+    assert len(shown) == 2 and shown[0].count("p") == shown[1].count("p") == 30 - len("not at all") - 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows", "fix"),
+    [
+        ("sft", PAIRS, "data.columns to {completion: chosen}"),
+        ("sft", JUDGED, "data.format to prompt_completion"),
+        ("kto", PAIRS, "training.objective to dpo, orpo or simpo"),
+        ("dpo", JUDGED, "training.objective to kto"),
+        ("dpo", [{"prompt": "a", "completion": "b"}], "give rows that are pairs of answers"),
+    ],
+)
+def test_rows_that_are_not_those_of_the_objective(
+    objective: str, rows: list[dict[str, Any]], fix: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    path = config(run_config, tmp_path, objective, data={"validation": None}, training={"eval_steps": None})
+    write_rows(tmp_path / "compared.jsonl", rows)
+    ran = cli("train", path)
+    check_refused(ran, 4, (Code.DATA_PREFERENCES, f"{tmp_path / 'compared.jsonl'}:1", "training.objective"))
+    assert fix in ran.err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"preferences": {"simpo_gamma": 0.5}},
+        {"preferences": {"desirable_weight": 2.0}},
+        {"data": {"loss_on": "all"}},
+        {"training": {"max_minutes": 5, "max_steps": -1}},
+    ],
+)
+def test_settings_that_do_not_go_with_the_objective(
+    changes: dict[str, Any], cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    ran = cli("train", config(run_config, tmp_path, **changes))
+    assert ran.code == 2 and f"[{Code.CONFIG_OBJECTIVE}]" in ran.err
+
+
+# The first step, and learning
+
+
+FIRST = {"dpo": math.log(2), "kto": 0.5}
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "kto"])
+def test_a_run_learns(objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    ran = cli("train", config(run_config, tmp_path, objective, training={"max_steps": 12}), "--json")
+    assert ran.code == 0, ran.err
+    found = losses(tmp_path / "out")
+    assert found[0] == pytest.approx(FIRST.get(objective, found[0]), abs=1e-6) and found[-1] < found[0]
+    result = json.loads(ran.out)
+    assert result["gain"]["unit"] == ("answer" if objective == "kto" else "pair")
+    assert result["gain"]["better_by"] > 0
+    assert result["preferences"]["reward_margin"]["value"] > 0
+    if objective != "kto":
+        assert result["held_out_loss"] == min(
+            entry["eval_loss"] for entry in record(tmp_path / "out")["curve"] if "eval_loss" in entry
+        )
+        assert result["preferences"]["split"] == "validation"
+
+
+def test_dropout_does_not_disturb_the_check_of_the_first_step(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    ran = cli("train", config(run_config, tmp_path, lora={"lora_dropout": 0.5}, training={"max_steps": 2}))
+    assert ran.code == 0, ran.err
+    assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_a_wrong_reference_ends_the_run(
+    objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = reference.compute
+
+    def wrong(objective: Any, *arguments: Any, **named: Any) -> None:
+        compute(objective, *arguments, **named)
+        for rows in objective.splits.values():
+            rows.reference = rows.reference - 0.5
+
+    monkeypatch.setattr(reference, "compute", wrong)
+    ran = cli("train", config(run_config, tmp_path, objective))
+    check_refused(ran, 6, (Code.TRAINING_REFERENCE, "", "training.objective"))
+    assert "0.5 nats from that of the reference" in ran.err
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_how_a_step_is_divided_changes_nothing(
+    objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """8 x 1 = 4 x 2 = 2 x 4, KTO's divergence included."""
+    found = []
+    for size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        shape = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 3}
+        output = tmp_path / f"out-{size}"
+        path = config(run_config, tmp_path, objective, training=shape, output_dir=str(output))
+        ran = cli("train", path)
+        assert ran.code == 0, ran.err
+        found.append((losses(output), load_file(output / WEIGHTS)))
+    for other, weights in found[1:]:
+        assert other == pytest.approx(found[0][0], abs=1e-6)
+        for name, tensor in weights.items():
+            assert (tensor - found[0][1][name]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"data": {"packing": "none"}}, {"data": {"packing": "full"}}, {"data": {"share_prefixes": False}}],
+    ids=["padded", "full", "flat"],
+)
+def test_packing(changes: dict[str, Any], cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """A batch of all rows has the same loss however it is laid out."""
+    whole = {"training": {"per_device_train_batch_size": 24, "max_steps": 2}}
+    for name, sections in (("one", {}), ("other", changes)):
+        path = config(run_config, tmp_path, output_dir=str(tmp_path / name), **whole, **sections)
+        ran = cli("train", path)
+        assert ran.code == 0, ran.err
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+# The reference
+
+
+def test_prompts_with_answers_to_others(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each row has a partner with another prompt, the same in every process; a prompt that is too long is cut."""
+    path = write_rows(tmp_path / "compared.jsonl", JUDGED)
+    section = DataSection.model_validate({"train": str(path)})
+    split = data.read_datasets(section, 0).train
+    dataset = data.prepare(split, Renderer(tokenizer), section, 264)
+    for limit in (1024, 20):
+        rows, again = ComparedRows(dataset, limit, seed=1), ComparedRows(dataset, limit, seed=1)
+        assert rows.partners_digest() == again.partners_digest()
+        assert rows.partners_digest() != ComparedRows(dataset, limit, seed=2).partners_digest()
+        used = set()
+        for number in range(len(rows)):
+            row, mixed = dataset.rows.row(number), rows[number]["mismatched"]
+            start = len(mixed["labels"]) - sum(label >= 0 for label in mixed["labels"])
+            prompt, answer = tuple(mixed["input_ids"][:start]), tuple(mixed["input_ids"][start:])
+            assert row.prompt[len(row.prompt) - len(prompt) :] == prompt
+            assert len(mixed["input_ids"]) <= limit and mixed["labels"][start:] == [*answer]
+            others = [one for one in dataset.rows.rows() if one.completion == answer and one.prompt != row.prompt]
+            assert others
+            used |= {one.where for one in others}
+            assert len(used) >= len(rows) - 2
+
+
+def test_values_are_kept_for_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged ones, and those of a directory that others can write to, are computed again."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    key, values = "0" * 64, np.array([-1.5, 0.1, 1e-300])
+    assert token_cache_dir.load_values(key) is None
+    token_cache_dir.store_values(key, values)
+    found = token_cache_dir.load_values(key)
+    assert found is not None and found.tolist() == values.tolist()
+    assert token_cache_dir.load_values("1" * 64) is None
+    file = tmp_path / "loratune" / key / "values"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert token_cache_dir.load_values(key) is None
+    token_cache_dir.store_values(key, values)
+    assert token_cache_dir.load_values(key) is not None
+    (tmp_path / "loratune" / key).chmod(0o777)
+    assert token_cache_dir.load_values(key) is None
+
+
+def test_the_reference_is_computed_once_and_kept(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs have the same bytes, whether the reference was there or not; other rows have another one."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    said = []
+    for name, more in (("one", {}), ("two", {}), ("three", {"per_device_train_batch_size": 3})):
+        ran = cli("train", config(run_config, tmp_path, output_dir=str(tmp_path / name), training=more))
+        assert ran.code == 0, ran.err
+        said.append(ran.err.count("computing the reference of"))
+    assert said == [2, 0, 0]
+    assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
+    shutil.rmtree(tmp_path / "cache")
+    assert cli("train", config(run_config, tmp_path, output_dir=str(tmp_path / "four"))).code == 0
+    assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "four" / WEIGHTS).read_bytes()
+
+
+def test_an_adapter_that_is_trained_further_is_the_reference(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    first = cli("train", config(run_config, tmp_path, "orpo", output_dir=str(tmp_path / "first")))
+    assert first.code == 0, first.err
+    more = {"lora": {"start_from": str(tmp_path / "first")}}
+    ran = cli("train", config(run_config, tmp_path, **more))
+    assert ran.code == 0, ran.err
+    assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert "the earlier run compared answers (orpo)" in ran.err
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "eva"])
+def test_variants_start_at_the_base(init: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    ran = cli("train", config(run_config, tmp_path, lora={"init_lora_weights": init}))
+    assert ran.code == 0, ran.err
+    assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-4)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_a_resumed_run_has_the_same_bytes(
+    objective: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
+) -> None:
+    changes = {
+        "training": {"num_train_epochs": 3, "max_steps": -1, "save_steps": 2, "per_device_train_batch_size": 3},
+        "lora": {"lora_dropout": 0.3},
+    }
+    path = config(run_config, tmp_path, objective, **changes)
+    straight = processes.start("train", path, "--set", f"output_dir={tmp_path / 'straight'}")
+    assert straight.wait() == 0, straight.said()
+    child = processes.start("train", path)
+    until(lambda: len(checkpoints(tmp_path / "out.partial")) > 1, child)
+    child.send(signal.SIGINT)
+    assert child.wait() == 130, child.said()
+    resumed = processes.start("train", path, "--resume")
+    assert resumed.wait() == 0, resumed.said()
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
+
+
+# Evaluating
+
+
+def test_evaluate_prints_what_base_and_adapter_prefer(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The adapter's figures are those of the end of its run, which other layers computed."""
+    path = config(run_config, tmp_path, training={"max_steps": 12})
+    ran = cli("train", path, "--json")
+    assert ran.code == 0, ran.err
+    expected = json.loads(ran.out)["preferences"]
+    command = ("evaluate", "--adapter", tmp_path / "out", "--data", tmp_path / "held-out.jsonl")
+    shown = cli(*command)
+    assert shown.code == 0 and "12 held-out pairs" in shown.out and "log-probability" in shown.out
+    found = json.loads(cli(*command, "--json").out)
+    for name in ("reward_accuracy", "reward_margin", "ordered_before", "ordered_after"):
+        assert found[name]["value"] == pytest.approx(expected[name]["value"], abs=1e-4)
+    for side in ("chosen", "rejected"):
+        assert found[side]["log_probability"] == pytest.approx(expected[side]["log_probability"], abs=1e-3)
+    refused = cli(*command, "--metric", "contains")
+    check_refused(refused, 2, (Code.USAGE_CONFLICT, "", "--metric"))
+
+
+def test_init_proposes_the_objective(cli: Cli, tmp_path: Path, tiny_dir: Path) -> None:
+    for rows, objective in ((PAIRS * 4, "dpo"), (JUDGED * 2, "kto")):
+        output = tmp_path / f"{objective}.yaml"
+        ran = cli("init", write_rows(tmp_path / "compared.jsonl", rows), "--model", tiny_dir, "--output", output)
+        assert ran.code == 0, ran.err
+        assert yaml.safe_load(output.read_text())["training"]["objective"] == objective
