@@ -46,10 +46,12 @@ def test_a_family_is_as_the_table_has_it(model_type: str) -> None:
 
 
 CASES: dict[str, tuple[str, torch.dtype, dict[str, Any], str]] = {
-    "norms that subtract the mean, in bfloat16": ("cohere", torch.bfloat16, {}, "feed-forward layers"),
+    "norms that subtract the mean, in bfloat16": ("cohere", torch.bfloat16, {}, "attention, feed-forward layers, loss"),
     "angles in float32, in bfloat16": ("olmo2", torch.bfloat16, {}, "attention, feed-forward layers, norms, loss"),
-    "queries scaled beyond a limit": ("ministral3", torch.float32, {}, "feed-forward layers, norms, loss"),
-    "a window that no type of a layer says": ("minimax", torch.float32, {"sliding_window": 40}, "norms, loss"),
+    "queries scaled beyond a limit": ("ministral3", torch.float32, {}, "attention, feed-forward layers, norms, loss"),
+    "a window that no type of a layer says": (
+        "minimax", torch.float32, {"sliding_window": 40}, "feed-forward layers, norms, loss",
+    ),
     "layers without positions, in bfloat16": (
         "smollm3", torch.bfloat16, {}, "attention, feed-forward layers, norms, loss",
     ),

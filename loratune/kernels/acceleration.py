@@ -24,7 +24,7 @@ from loratune.kernels.masks import AttentionSurvey, Sight
 from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees
 from loratune.kernels.recognition import form_of
 from loratune.kernels.replacements import Reader, restore
-from loratune.kernels.upstream import attn_implementation
+from loratune.kernels.upstream import attn_implementation, has_hooks
 
 _log = logging.getLogger(__name__)
 
@@ -314,7 +314,9 @@ def _lora(base: Any, reader: Reader, kinds: Sequence[_Kind]) -> _Kind:
     layers: list[tuple[str, nn.Module, Factory]] = [
         (name, module, partial(replacements.replace_linear, module, reader))
         for name, module in base.named_modules()
-        if not f"{name}.".startswith(replaced) and (part := reader(module)) is not None and part.down is not None
+        if not (f"{name}.".startswith(replaced) or has_hooks(module))
+        and (part := reader(module)) is not None
+        and part.down is not None
     ]
     return _Kind(LORA, layers, {}, complete=bool(layers), implementation=attn_implementation(base))
 
@@ -324,7 +326,7 @@ def _all_fit(base: Any, survey: AttentionSurvey) -> bool:
     ending = KINDS["attention"]
     modules = [module for name, module in base.get_decoder().named_modules() if name.endswith(ending)]
     rest = [module for module in {*modules, *survey.modules} if not isinstance(module, replacements.Replacement)]
-    return all(module in survey.fitting and not _drops_out_within(module) for module in rest)
+    return bool(rest) and all(module in survey.fitting and not _drops_out_within(module) for module in rest)
 
 
 def _why_not(module: nn.Module, sight: Sight | None) -> str:

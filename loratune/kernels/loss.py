@@ -281,8 +281,11 @@ def _scaling(base: Any, head: nn.Linear) -> Scaling | None:
     outputs: list[Tensor] = []
 
     def replace(_head: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        if is_fake(output):
+            outputs.append(output)
+            return output
         wide = torch.linspace(-_LARGEST, _LARGEST, output.numel(), device=output.device).view_as(output).to(output)
-        outputs.extend([output, wide.clone(), wide])
+        outputs.extend([output, wide.clone()])
         return wide
 
     hook = head.register_forward_hook(replace)
@@ -291,9 +294,9 @@ def _scaling(base: Any, head: nn.Linear) -> Scaling | None:
             hidden = base.get_decoder()(ids, use_cache=False).last_hidden_state
             logits = base(ids, use_cache=False).logits
         hook.remove()
-        output, wide, given = outputs
         if is_fake(logits):
-            return named if logits is given or named != Scaling() else None
+            return named if logits is outputs[0] or named != Scaling() else None
+        output, wide = outputs
         choices = (Scaling(), named) if torch.equal(output, head(hidden)) else ()
         return next((one for one in choices if torch.equal(one.forward(wide.clone())[0], logits)), None)
     except Exception:

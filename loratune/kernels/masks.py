@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loratune.kernels.parity_check import evaluating
-from loratune.kernels.upstream import attn_implementation
+from loratune.kernels.upstream import attn_implementation, has_hooks
 
 _log = logging.getLogger(__name__)
 
@@ -203,7 +203,10 @@ class AttentionSurvey:
 
 
 def survey(base: Any) -> AttentionSurvey:
-    """Examine a causal language model of transformers; the result is empty if it does not run on a row of ids."""
+    """Examine a causal language model of transformers.
+
+    The result is empty if it does not run on a row of ids, or if layers of attention have hooks, which may read masks.
+    """
     probe = _Probe()
     ids = (torch.arange(8) + 8).view(1, -1).to(base.device) % base.config.get_text_config().vocab_size
     try:
@@ -212,8 +215,11 @@ def survey(base: Any) -> AttentionSurvey:
     except Exception:  # Families raise all kinds of errors where they need other inputs.
         _log.debug("attention is not understood: the model does not run on a bare row", exc_info=True)
         return AttentionSurvey({}, set(), set(), stock_masks=False)
+    modules = {*probe.sights, *probe.refused}
+    if any(map(has_hooks, modules)):
+        return AttentionSurvey({}, modules, set(), stock_masks=False)
     sights = {module: sight for module, sight in probe.sights.items() if module not in probe.refused}
-    return AttentionSurvey(sights, {*probe.sights, *probe.refused}, probe.fitting, stock_masks=not probe.altered)
+    return AttentionSurvey(sights, modules, probe.fitting, stock_masks=not probe.altered)
 
 
 @contextmanager
