@@ -52,10 +52,10 @@ class MeasuredRows:
         all_lengths: (rows,), tokens of the rows of all splits that were tokenized.
         lengths: (rows,), those of the training rows alone; of pairs of answers, those of both.
         supervised: (rows,), the supervised tokens of these.
-        together: How many answers a row has: two, if it is a pair.
         saved: About the part of the tokens of batches that stands in the batch already, as rows begin alike.
         labels: How many different completions there are, where they are labels; 0 where they are not.
         remarks: Lines on how the rows were read.
+        together: How many answers a row has: two, if it is a pair.
     """
 
     splits: RawDatasets
@@ -63,10 +63,10 @@ class MeasuredRows:
     all_lengths: NDArray[np.int64]
     lengths: NDArray[np.int64]
     supervised: NDArray[np.int64]
-    together: int
     saved: float
     labels: int
     remarks: list[str]
+    together: int = 1
 
     @property
     def train(self) -> DatasetSplit:
