@@ -54,10 +54,10 @@ class MeasuredRows:
         row_lengths: Their tokens, of each answer of a pair by itself.
         lengths: (rows,), their tokens; of pairs of answers, those of both.
         supervised: (rows,), the supervised tokens of these.
-        together: How many answers a row has: two, if it is a pair.
         saved: About the part of the tokens of batches that stands in the batch already, as rows begin alike.
         labels: How many different completions there are, where they are labels; 0 where they are not.
         remarks: Lines on how the rows were read.
+        together: How many answers a row has: two, if it is a pair.
     """
 
     splits: RawDatasets
@@ -67,10 +67,10 @@ class MeasuredRows:
     row_lengths: NDArray[np.int64]
     lengths: NDArray[np.int64]
     supervised: NDArray[np.int64]
-    together: int
     saved: float
     labels: int
     remarks: list[str]
+    together: int = 1
 
     @property
     def train(self) -> DatasetSplit:

@@ -29,9 +29,10 @@ from loratune.training.preference_figures import PreferenceFigures, Side
 
 Values = NDArray[np.float64]
 
-_ROUNDING = {False: 0.05, True: 1e-3}
+_ROUNDING = {False: 0.25, True: 1e-3}
 """Whether the model is in more than 16 bits → nats by which the log-probability of an answer may differ from the same
-in other batches, for 1 plus the root of its tokens."""
+in other batches, for 1 plus the root of its tokens. SmolLM2-135M in bfloat16 gave one of about 20 tokens 0.35 nats more
+in a tree of eight pairs than in one of the reference."""
 _PARTNERS_TRIED = 64
 """Rows among which one with another prompt is looked for."""
 
