@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, check_refused, config_in, meanings, process, tiny_llama, write_rows
+from conftest import Ran, check_refused, config_in, meanings, tiny_llama, write_rows
 from fork_server import ForkServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from running import checkpoints, until
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import (
@@ -37,6 +37,7 @@ from loratune.lora import attach, parameters
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.targets import Targets, resolve
 from loratune.memory.activations import AllocationTracker
+from loratune.model import load
 from loratune.training import preflight
 
 Cli = Callable[..., Ran]
@@ -262,9 +263,9 @@ def run_config(folder: Path, base: Path, **sections: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(base: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    ran = process("train", run_config(folder, base), "--allow-worse")
+    ran = cli("train", run_config(folder, base), "--allow-worse")
     assert ran.code == 0, ran.err
     return folder / "out"
 
@@ -331,6 +332,11 @@ def test_stock_peft_reads_the_adapter_and_computes_the_same(base: Path, trained:
         assert (alone - mine(ids).logits).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "base",
+    ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3_moe", "deepseek_v3"))],
+    indirect=True,
+)
 def test_the_commands_take_the_adapter(cli: Cli, base: Path, trained: Path, tmp_path: Path) -> None:
     assert cli("generate", "--adapter", trained, "1 and 1 make", "--max-new-tokens", 4).code == 0
     evaluated = cli("evaluate", "--adapter", trained, "--data", write_rows(tmp_path / "rows.jsonl", ROWS), "--json")
@@ -353,6 +359,25 @@ def test_clients_that_do_not_read_it_get_no_export(cli: Cli, trained: Path, tmp_
         plain.check_plain(inspect(trained), "gguf")
     card = (trained / "README.md").read_text()
     assert "vllm serve" not in card and "llama-server" not in card
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_experts_of_a_quantized_base_stay_as_they_are_and_learn(
+    quantization: str, cli: Cli, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    build("mixtral").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    run = run_config(tmp_path, tmp_path / "base", model={"quantization": quantization})
+    assert (ran := cli("train", run, "--allow-worse")).code == 0, ran.err
+    model = load.load_base(config.load(run).model)
+    stacked = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    assert stacked and all(parameter.dtype == torch.float32 for parameter in stacked.values())
+    learned = attach.load(model, inspect(tmp_path / "out"))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        outputs = learned(ids).logits
+        with learned.disable_adapter():
+            assert (learned(ids).logits - outputs).abs().max() > 1e-3
 
 
 def test_several_on_one_base(base: Path, tmp_path: Path) -> None:
@@ -383,6 +408,7 @@ def test_several_on_one_base(base: Path, tmp_path: Path) -> None:
     assert [problem.code for problem in caught.value.problems] == [Code.ADAPTER_CANNOT_SHARE]
 
 
+@pytest.mark.parametrize("base", ["mixtral"], indirect=True)
 def test_killed_and_resumed_is_as_if_nothing_had_been(processes: ForkServer, base: Path, tmp_path: Path) -> None:
     run = run_config(tmp_path, base, training={"per_device_train_batch_size": 2, "max_steps": 300, "save_steps": 1})
     child = processes.start("train", run, "--allow-worse", "--set", "training.max_steps=12")
@@ -468,3 +494,59 @@ def test_memory_that_remade_tensors_take_is_estimated(
             made(input_ids=torch.arange(32)[None], use_cache=False).logits.float().square().mean().backward()
         measured.append(tracker.peak)
     assert estimated[1] - estimated[0] == pytest.approx(measured[1] - measured[0], rel=0.25)
+
+
+# --- files of strangers
+
+
+def stranger(path: Path, family: str, **settings: Any) -> dict[str, Any]:
+    """An adapter of stock PEFT, without a record. Returns its configuration."""
+    made = get_peft_model(build(family), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=[], **settings))
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    made.peft_config["default"].base_model_name_or_path = "/gone"
+    made.save_pretrained(path, save_embedding_layers=False)
+    written: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())
+    return written
+
+
+def test_an_adapter_of_parameters_alone_is_opened(tmp_path: Path) -> None:
+    """Without a record it is not known which of the two is whose, unless there is only one."""
+    stranger(tmp_path / "both", "mixtral", target_parameters=NAMES)
+    paths = [update.module for update in adapter_stats(inspect(tmp_path / "both")).updates]
+    assert paths[:2] == ["model.layers.0.mlp.experts", "model.layers.0.mlp.experts.base_layer"]
+    stranger(tmp_path / "one", "mixtral", target_parameters=NAMES[:1])
+    paths = [update.module for update in adapter_stats(inspect(tmp_path / "one")).updates]
+    assert paths == ["model.layers.0.mlp.experts.down_proj", "model.layers.1.mlp.experts.down_proj"]
+
+
+def test_ranks_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    settings = {"target_parameters": NAMES, "rank_pattern": {"gate_up_proj": 2}}
+    stranger(tmp_path, "mixtral", **settings)
+    with pytest.raises(AdapterError) as caught:
+        adapter_stats(inspect(tmp_path))
+    assert [problem.code for problem in caught.value.problems] == [Code.ADAPTER_UNCLEAR_PARAMETER]
+    model = attach.attach_saved(build("mixtral", "meta"), inspect(tmp_path))  # PEFT itself sees the base
+    ranks = {name.rpartition(".")[2]: layer.r["default"] for name, layer in parameters.layers_of(model).items()}
+    assert ranks == {"gate_up_proj": 2, "down_proj": 4}
+
+
+def test_an_expert_without_tokens_has_no_update(tmp_path: Path) -> None:
+    stranger(tmp_path, "mixtral", target_parameters=NAMES[:1])
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    name = "base_model.model.model.layers.0.mlp.experts.lora_B.weight"
+    tensors[name].view(32, 4, 4)[:, :, 1] = 0  # (outputs, ranks, experts)
+    save_file(tensors, tmp_path / WEIGHTS_FILE, {"format": "pt"})
+    first, second = adapter_stats(inspect(tmp_path)).updates
+    assert (first.experts, first.unchanged, second.unchanged) == (4, 1, 0)
+    assert 1 < first.effective_rank <= 4
+
+
+@pytest.mark.parametrize("value", ["experts", ["x"] * 1001, [1], {"a": 1}], ids=["text", "many", "number", "mapping"])
+def test_a_wrong_list_of_parameters_is_refused(value: Any, tmp_path: Path) -> None:
+    written = stranger(tmp_path, "mixtral", target_parameters=NAMES)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(written | {"target_parameters": value}))
+    with pytest.raises(AdapterError) as caught:
+        inspect(tmp_path)
+    assert [(one.code, one.key) for one in caught.value.problems] == [(Code.CONFIG_ADAPTER_VALUE, "target_parameters")]

@@ -76,6 +76,9 @@ def print_stats(path: str, stats: AdapterStats, as_json: bool) -> None:
         ("rank", _span([update.rank for update in stats.updates] or [stats.r], "d") + _scaling(stats)),
         ("size", f"{format_size(stats.adapter_bytes)}, {stats.parameters:,} numbers"),
     ]
+    experts, unchanged = (sum(getattr(one, key) for one in stats.updates) for key in ("experts", "unchanged"))
+    if any(update.experts > 1 for update in stats.updates) and unchanged:
+        lines.append(("unchanged", f"{unchanged:,} of {experts:,} modules and experts have an update of zero"))
     lines += [("also", f"{name}: {count:,} numbers") for name, count in stats.others.items()]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:

@@ -17,6 +17,8 @@ from torch import nn
 
 from loratune.config import ModelSection, RunConfig, TrainingSection
 from loratune.data.packing import BatchLayout, Numbers, PackedRows
+from loratune.lora import parameters
+from loratune.lora.module_names import without_wrappers
 from loratune.model import load
 from loratune.training.batching import would_share
 from loratune.training.evaluations import evaluation_steps
@@ -25,6 +27,8 @@ from loratune.training.sampling import DistributedBatchSampler
 _FORWARD_AND_BACKWARD = 2 * 2
 """Operations for each weight of the frozen base and each token: a multiplication and an addition, forward and for the
 gradient of the input. There is none of the weight."""
+_OF_WEIGHT = 2
+"""The same for the gradient of a weight that has an adapter in its place, as fused experts do (`target_parameters`)."""
 _RECOMPUTED = 2
 """The same for what is computed once more."""
 _ATTENTION = 2 * 3
@@ -164,14 +168,16 @@ def _operations(model: Any, *, checkpointed: bool) -> tuple[float, float, float]
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     experts = base.config.get_text_config().to_dict()
     layers = max((len(module) for module in model.modules() if isinstance(module, nn.ModuleList)), default=1)
-    weights = sum(
-        _used(parameter, experts)
+    used = {
+        without_wrappers(name): _used(parameter, experts)
         for name, parameter in base.named_parameters()
         if parameter.dim() > 1 and parameter.shape[0] != vocabulary and "lora_" not in name
-    )
+    }
     per_weight = _FORWARD_AND_BACKWARD + (_RECOMPUTED if checkpointed else 0)
+    adapted = sum(used.get(name, 0) for name in parameters.wrapped_parameters(model).values())
+    per_token = per_weight * sum(used.values()) + _OF_WEIGHT * adapted
     logits = _FORWARD_AND_BACKWARD * vocabulary * hidden
-    return float(per_weight * weights), float(logits), float(_ATTENTION * layers * hidden)
+    return float(per_token), float(logits), float(_ATTENTION * layers * hidden)
 
 
 def _used(parameter: nn.Parameter, experts: Mapping[str, Any]) -> int:
