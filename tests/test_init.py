@@ -328,7 +328,10 @@ def measured(split: DatasetSplit, count: int, saved: float) -> MeasuredRows:
         for number in range(count)
     ]
     lengths, supervised = np.full(count, 16), np.full(count, 4)
-    return MeasuredRows(RawDatasets(split, None), {}, lengths, tokenized, lengths, supervised, saved, 0, [])
+    return MeasuredRows(
+        RawDatasets(split, None), {}, lengths, tokenized, lengths, lengths, supervised, together=1, saved=saved, labels=0,
+        remarks=[],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("packing", ["batch", "full"])

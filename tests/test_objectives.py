@@ -10,6 +10,7 @@ from conftest import tiny_llama
 from loratune.config import PreferenceSection
 from loratune.data.packing import flatten, pad, share_prefixes, with_sides
 from loratune.kernels import LossHead, row_counts, row_sums
+from loratune.kernels.loss import Scaling
 from loratune.training.objectives import AnswerScores, Formula, divergence
 
 
@@ -133,7 +134,7 @@ def test_sums_of_rows_and_a_gradient_for_each(put: Any) -> None:
 
     batch = with_sides(put or (lambda some: pad(some, 0)), given)
     labels, lengths = batch["labels"], batch["lengths"]
-    loss_head = LossHead(head)
+    loss_head = LossHead(head, Scaling())
     loss_head.labels, loss_head.places, loss_head.lengths = labels, batch.get("places"), lengths
     for output in (loss_head(states(batch["input_ids"])), head(states(batch["input_ids"]))):
         if put is share_prefixes and output.shape[:2] == batch["input_ids"].shape:

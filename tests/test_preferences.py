@@ -247,7 +247,7 @@ def test_prompts_with_answers_to_others(tmp_path: Path, tokenizer: PreTrainedTok
             others = [one for one in dataset.rows.rows() if one.completion == answer and one.prompt != row.prompt]
             assert others
             used |= {one.where for one in others}
-            assert len(used) >= len(rows) - 2
+        assert len(used) >= len(rows) - 2
 
 
 def test_values_are_kept_for_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
