@@ -174,7 +174,7 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
     model, targets = attach.adapt(base.model, lora, dense=dense, seed=run.training.seed, origin=origin)
     batches = batching.batch(model, load.pad_id(tokenizer), datasets, run.data, run.training, run.preferences)
     items = len(batches.train.items)
-    known = replace(known, rows=items, rows_in_pack=len(datasets.train.rows) / items)
+    known = replace(known, rows=items, rows_in_pack=datasets.train.items / items)
     run, more = auto.decide(run.model_copy(update={"lora": lora}), known)
     _check_warmup(run.training, batches, group.count)
     originals = partial(base_files.original_weights, run.model, base.model)
@@ -204,15 +204,15 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
 
 def facts(validated_run: ValidatedRun, datasets: TokenizedDatasets, group: Group = SINGLE_PROCESS) -> auto.Facts:
     """What `auto` is decided by, as far as it is known before the rows are in batches; full packs are estimated."""
-    run, rows = validated_run.config, datasets.train.rows
+    run, rows, items = validated_run.config, datasets.train.rows, datasets.train.items
     model_config = load.load_config(run.model)
-    packs = -(-int(rows.lengths.sum()) // run.data.max_length) if run.data.packing == "full" else len(rows)
+    packs = -(-int(rows.lengths.sum()) // run.data.max_length) if run.data.packing == "full" else items
     return auto.Facts(
         hidden_size=load.hidden_size(model_config),
         rows=packs,
         supervised=int(rows.supervised.sum()),
         processes=group.count,
-        rows_in_pack=len(rows) / packs,
+        rows_in_pack=items / packs,
         unit_parameters=partial(unit_parameters, run.model, model_config),
         start=start.settings(validated_run.start.info.files) if validated_run.start else {},
     )

@@ -223,9 +223,9 @@ class _ExampleTokenizer:
                 report.empty_answers += len(example.selected_turns(loss_on)) - len(example.supervised_turns(loss_on))
         singles = [example for example in kept if not isinstance(example, AnswerPair | Judged)]
         self._check_ids(singles)
-        whole = iter(self.renderer.rows(singles, loss_on))
+        whole = iter(self.renderer.rows(singles, loss_on) if singles else [])
         answers = [side for example in kept if isinstance(example, AnswerPair | Judged) for side in sides(example)]
-        answer_rows = iter(self.renderer.rows(answers, "completion"))
+        answer_rows = iter(self.renderer.rows(answers, "completion") if answers else [])
         rows = []
         for example in kept:
             if isinstance(example, AnswerPair | Judged):
