@@ -115,6 +115,7 @@ def of_trl(model: str, items: list[dict[str, Any]], folder: str) -> Step:
 def contest(name: str, model: str, rows: str) -> dict[str, float]:
     """Seconds and tokens of the steps of one contestant, and its peak of memory."""
     kernels.keep_pages()
+    lengths: Any
     with tempfile.TemporaryDirectory() as folder:
         if name == "loratune":
             plan, objective = planned(model, rows, Path(folder))
@@ -160,7 +161,7 @@ def rounds(model: str, rows: str, count: int) -> Iterator[tuple[str, dict[str, f
             for name in order:
                 source = rows if name == "loratune" else str(tokens)
                 command = [sys.executable, __file__, model, source, "--contestant", name]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 yield name, json.loads(done.stdout.splitlines()[-1])
 
 
