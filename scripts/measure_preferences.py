@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,7 @@ def planned(model: str, rows: str, folder: Path) -> tuple[Plan, Comparing]:
 
 
 def of_loratune(plan: Plan, objective: Comparing) -> Step:
-    """A step of loratune. The model is accelerated from here on."""
-    plan.batches.acceleration.applied(plan.model).__enter__()
+    """A step of loratune, while the model is accelerated."""
     plan.model.train()
     optimizer = torch.optim.AdamW([one for one in plan.model.parameters() if one.requires_grad], lr=1e-5)
     train = plan.batches.train
@@ -116,9 +116,10 @@ def contest(name: str, model: str, rows: str) -> dict[str, float]:
     """Seconds and tokens of the steps of one contestant, and its peak of memory."""
     kernels.keep_pages()
     lengths: Any
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         if name == "loratune":
             plan, objective = planned(model, rows, Path(folder))
+            stack.enter_context(plan.batches.acceleration.applied(plan.model))
             step, lengths = of_loratune(plan, objective), plan.datasets.train.rows.lengths
         else:
             items = json.loads(Path(rows).read_text(encoding="utf-8"))
