@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,7 @@ def planned(model: str, rows: str, folder: Path) -> tuple[Plan, Comparing]:
 
 
 def of_loratune(plan: Plan, objective: Comparing) -> Step:
-    """A step of loratune. The model is accelerated from here on."""
-    plan.batches.acceleration.applied(plan.model).__enter__()
+    """A step of loratune, while the model is accelerated."""
     plan.model.train()
     optimizer = torch.optim.AdamW([one for one in plan.model.parameters() if one.requires_grad], lr=1e-5)
     train = plan.batches.train
@@ -115,10 +115,12 @@ def of_trl(model: str, items: list[dict[str, Any]], folder: str) -> Step:
 def contest(name: str, model: str, rows: str) -> dict[str, float]:
     """Seconds and tokens of the steps of one contestant, and its peak of memory."""
     kernels.keep_pages()
-    with tempfile.TemporaryDirectory() as folder:
+    lengths: Any
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         if name == "loratune":
             plan, objective = planned(model, rows, Path(folder))
-            step, lengths = of_loratune(plan, objective), plan.datasets.train.rows.lengths.tolist()
+            stack.enter_context(plan.batches.acceleration.applied(plan.model))
+            step, lengths = of_loratune(plan, objective), plan.datasets.train.rows.lengths
         else:
             items = json.loads(Path(rows).read_text(encoding="utf-8"))
             step = of_trl(model, items, folder)
@@ -160,7 +162,7 @@ def rounds(model: str, rows: str, count: int) -> Iterator[tuple[str, dict[str, f
             for name in order:
                 source = rows if name == "loratune" else str(tokens)
                 command = [sys.executable, __file__, model, source, "--contestant", name]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 yield name, json.loads(done.stdout.splitlines()[-1])
 
 

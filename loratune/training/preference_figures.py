@@ -109,10 +109,8 @@ class PreferenceFigures:
         return _share(_higher(good - bad))
 
     def preferred_length(self, *, before: bool) -> float:
-        """The mean tokens of the answer of each pair that has the higher log-probability per token."""
-        good, bad = (
-            (side.before if before else side.after) / np.maximum(side.tokens, 1) for side in (self.good, self.bad)
-        )
+        """The mean tokens of the answer of each pair that has the higher log-probability. before: in the reference."""
+        good, bad = (side.before if before else side.after for side in (self.good, self.bad))
         return _mean(np.where(good >= bad, self.good.tokens, self.bad.tokens))
 
     @property
