@@ -329,8 +329,8 @@ def measured(split: DatasetSplit, count: int, saved: float) -> MeasuredRows:
     ]
     lengths, supervised = np.full(count, 16), np.full(count, 4)
     return MeasuredRows(
-        RawDatasets(split, None), {}, lengths, tokenized, lengths, lengths, supervised, together=1, saved=saved, labels=0,
-        remarks=[],
+        RawDatasets(split, None), {}, lengths, tokenized, lengths, lengths, supervised, together=1, saved=saved,
+        labels=0, remarks=[],
     )  # fmt: skip
 
 
