@@ -25,7 +25,8 @@ from loratune.kernels import library
 from loratune.kernels.build import DEFINES, DIGEST_BYTES, VARIANTS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-GUIDES = ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "configs/README.md", "configs/quickstart/README.md",
+GUIDES = ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "configs/README.md", "configs/preferences/README.md",
+          "configs/quickstart/README.md",
           "loratune/README.md", "scripts/README.md", "tests/README.md")  # fmt: skip
 
 

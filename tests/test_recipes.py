@@ -17,6 +17,7 @@ def test_how_many_configs_there_are() -> None:
     assert [str(path.relative_to(ROOT / "configs")) for path in CONFIGS] == [
         "falcon-7b-yelp.yaml",
         "llama-70b-qlora.yaml",
+        "preferences/config.yaml",
         "quickstart/config.yaml",
     ]
 
