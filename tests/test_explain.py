@@ -21,6 +21,7 @@ from loratune.config import RunConfig, yaml_reader
 from loratune.config.costs import DECIDED_BY_RUN, MEMORY_AND_TIME
 from loratune.config.json_schema import DIALECT, json_schema
 from loratune.config.keys import BOUNDS, Key, find, groups
+from loratune.config.preference_section import PREFERENCE_KEYS
 from loratune.errors import ConfigError
 
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
@@ -135,6 +136,8 @@ def holding(place: str, value: Any) -> dict[str, Any]:
         values["data"][above[1]] = [{"path": "a", name: value}, {"path": "b", name: 1}]
     else:
         values.setdefault(above[0], {})[name] = value
+    if above[0] == "preferences":
+        values["training"] = {"objective": PREFERENCE_KEYS[name][0]}
     return values
 
 

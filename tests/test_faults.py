@@ -487,7 +487,7 @@ def test_memory_that_is_short_shows_at_once(
     assert is_problem(line.removeprefix("error: "), (Code.MEMORY_TRAINING, "", "")), line
     assert line.startswith("error: out of memory at step 1, on a batch of 8 x 40"), line
     assert (
-        "; set data.max_length: 2001 (saves about " in line
+        " data.max_length: 2001 (saves about " in line
         and "training.activation_checkpointing: true (saves about " in line
     )
     assert "training.per_device_train_batch_size: 4 with training.gradient_accumulation_steps: 2 (saves" in line

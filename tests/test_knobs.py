@@ -1,5 +1,6 @@
 """No knob is dead: each field of each section, changed alone, changes the object that is built from it."""
 
+import copy
 import json
 from collections.abc import Callable
 from itertools import count
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, Ran, decided_training, tiny_llama, write_rows
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
 from loratune import data, kernels
 from loratune.config import (
@@ -40,6 +41,7 @@ LORA: dict[str, Any] = {
     "lora_alpha": 5,
     "lora_dropout": 0.25,
     "target_modules": ["q"],
+    "target_parameters": ["experts"],
     "bias": "all",
     "use_rslora": True,
     "use_dora": True,
@@ -159,12 +161,27 @@ def test_the_same_section_builds_the_same(default_lora: tuple[dict[str, Any], di
     assert parts == default_lora[1]
 
 
-@pytest.mark.parametrize("name, value", [item for item in LORA.items() if item[0] != "start_from"])
+@pytest.mark.parametrize(
+    "name, value", [item for item in LORA.items() if item[0] not in ("start_from", "target_parameters")]
+)
 def test_lora(default_lora: tuple[dict[str, Any], dict[str, Any]], name: str, value: Any) -> None:
     settings, parts = attached(LoraSection(**{name: value}))
     ours = {"use_lorafa", "loraplus_lr_ratio"}  # optimizers, of which PEFT's configuration knows nothing
     assert {key for key in settings if settings[key] != default_lora[0][key]} == {name} - ours
     assert parts != default_lora[1]
+
+
+def test_lora_target_parameters() -> None:
+    """Of a mixture of experts; see also `test_experts`."""
+    shape = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base: Any = AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=264, num_key_value_heads=2, **shape))
+
+    def built(section: LoraSection) -> set[str]:
+        model = copy.deepcopy(base)
+        return {*attach.weights(attach.attach(model, section, targets.find(model, section).peft(), seed=0))}
+
+    changed = LoraSection(target_parameters=LORA["target_parameters"])
+    assert built(LoraSection()) < built(changed)
 
 
 def test_lora_start_from(tmp_path: Path) -> None:

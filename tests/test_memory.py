@@ -240,7 +240,7 @@ def test_a_model_without_weights_needs_the_same(
 def test_eight_bit_keeps_the_inputs() -> None:
     model = deep(2)
     four, eight = (memory.estimate(model, ROWS, 2, weight_format=kind).activations for kind in ("4bit", "8bit"))
-    inputs = 64 + 64 + 64 + 128  # of q, k and v; of o, a copy of what attention keeps; of gate and up; of down
+    inputs = 64 + 64 + 128  # of q, k and v; of gate and up; of down; that of o is what attention keeps
     first = 64  # what q, k and v of the first layer read needs no gradient
     assert eight - four == 2 * 32 * (2 * inputs - first) * 2
 

@@ -163,7 +163,7 @@ def test_nothing_is_printed_but_what_loratune_says(
     ran = run("train", run_config(model=section, data=data, training={"max_steps": 2}))
     assert ran.code == 0
     ours = r" *(rows  duplicates|train  |validation  |40 of the validation rows|first row, |.*⟦|trainable params|step "
-    ours += "|comparing the adapter |evaluating |auto: )"
+    ours += "|comparing the adapter |evaluating |auto: |not accelerated, )"
     foreign = [line for line in ran.err.splitlines() if not re.match(ours, line)]
     assert (foreign, ran.out.splitlines()[0]) == ([], "done")
     ran = forked("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make")

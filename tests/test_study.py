@@ -375,7 +375,10 @@ def test_a_trial_that_diverges_is_a_result(forked: Cli, config: MakeConfig, tmp_
 def test_a_trial_that_is_worse_than_its_base_is_told_as_such(
     forked: Cli, config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
-    ran = forked("sweep", config(), "--grid", "training.learning_rate=1e-2,1000")
+    """What it learns is not what the held-out rows have."""
+    others = [{"prompt": f"{number} and {number} make", "completion": " zzzz"} for number in range(20)]
+    data = {"validation": str(write_rows(tmp_path / "others.jsonl", others))}
+    ran = forked("sweep", config(data=data), "--grid", "training.learning_rate=1e-6,1e-1")
     assert ran.code == 0, ran.err
     assert states(tmp_path) == ["done", "worse than base"]
     assert "1 worse than base" in ran.out and "diverged" not in ran.out + ran.err
