@@ -17,6 +17,7 @@ import yaml
 from conftest import Ran, check_refused, config_in, tiny_llama, tree, write_rows
 from fork_server import Child, ForkServer
 from running import WEIGHTS, MakeConfig, until
+from transformers import PreTrainedTokenizerFast
 
 from loratune.codes import Code
 from loratune.commands.sweep import budget, grid
@@ -373,12 +374,22 @@ def test_a_trial_that_diverges_is_a_result(forked: Cli, config: MakeConfig, tmp_
 
 
 def test_a_trial_that_is_worse_than_its_base_is_told_as_such(
-    forked: Cli, config: MakeConfig, cli: Cli, tmp_path: Path
+    forked: Cli, config: MakeConfig, cli: Cli, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """What it learns is not what the held-out rows have."""
-    others = [{"prompt": f"{number} and {number} make", "completion": " zzzz"} for number in range(20)]
-    data = {"validation": str(write_rows(tmp_path / "others.jsonl", others))}
-    ran = forked("sweep", config(data=data), "--grid", "training.learning_rate=1e-6,1e-1")
+    """On rows that the base has written itself, of which it is sure, no other adapter can be better."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= 50
+    model.save_pretrained(tmp_path / "sure")
+    tokenizer.save_pretrained(tmp_path / "sure")
+    rows = []
+    for number in range(20):
+        prompt = torch.tensor([tokenizer(f"{number} and {number} make")["input_ids"]])
+        ids = model.generate(prompt, max_new_tokens=6, do_sample=False)[0].tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt.shape[1] + ids[prompt.shape[1] :]})
+    held_out = {"validation": str(write_rows(tmp_path / "own.jsonl", rows))}
+    path = config(data=held_out, model={"name_or_path": str(tmp_path / "sure")})
+    ran = forked("sweep", path, "--grid", "training.learning_rate=1e-9,1")
     assert ran.code == 0, ran.err
     assert states(tmp_path) == ["done", "worse than base"]
     assert "1 worse than base" in ran.out and "diverged" not in ran.out + ran.err
