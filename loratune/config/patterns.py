@@ -19,7 +19,7 @@ from types import FrameType, MappingProxyType
 from typing import Any
 
 from loratune.codes import Code
-from loratune.errors import AdapterError, Problem
+from loratune.errors import AdapterError, ConfigError, Problem
 
 SECONDS = 2.0
 """Of processor time, so that a busy machine does not count: matching a thousand paths takes milliseconds."""
@@ -273,3 +273,24 @@ def bounded_ranks(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ..
     most = max(adapted_modules(tensors).values(), default=0) + 1
     patterns = config.get("rank_pattern") or {}
     return min(int(config["r"]), most), {pattern: min(int(rank), most) for pattern, rank in patterns.items()}
+
+
+def matching(text: str, names: Iterable[str], key: str, example: str) -> list[str]:
+    """The names that a regular expression matches as a whole.
+
+    Args:
+        text: The expression.
+        names: Of modules or parameters.
+        key: Where the expression stands in the config.
+        example: What a list of names would hold.
+
+    Raises:
+        ConfigError: The expression does not compile, or takes too long.
+    """
+    try:
+        expression = compile_pattern(text)
+        with match_time_limit():
+            return [name for name in names if expression.fullmatch(name)]
+    except BadPatternError as error:
+        fix = f"correct it, or write names as a list: [{example}]"
+        raise ConfigError(Problem(Code.LORA_EXPRESSION, f"`{shorten(text)}` {error}", key=key, fix=fix)) from None

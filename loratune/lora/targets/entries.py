@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.codes import Code
-from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
+from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, matching, shorten
 from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets.survey import EXPERTS, ROLES, STOCK, Survey, unused_part
@@ -58,14 +58,7 @@ def by_string(survey: Survey, text: str) -> Meaning:
         paths = tuple(path for path in survey.reachable() if not unused_part(path, survey.modules))
         what = f"all-linear: {survey.architecture} has no linear layer on which LoRA has an effect"
         return {"all-linear": paths}, [] if paths else [Problem(Code.LORA_NO_LINEAR, what, key=KEY)]
-    try:
-        expression = compile_pattern(text)
-        with match_time_limit():
-            matches = [path for path in survey.modules if expression.fullmatch(path)]
-    except BadPatternError as error:
-        fix = "correct it, or write names as a list: [q_proj, v_proj]"
-        problem = Problem(Code.LORA_EXPRESSION, f"`{shorten(text)}` {error}", key=KEY, fix=fix)
-        raise ConfigError(problem) from None
+    matches = matching(text, survey.modules, KEY, "q_proj, v_proj")
     suitable, others = split_adaptable(survey, matches)
     if others:
         return {}, [_unsuitable(survey, f"the regular expression `{text}`", others)]

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.codes import Code
-from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
+from loratune.config.patterns import matching
 from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets.entries import Meaning
@@ -62,14 +62,7 @@ def _by_list(survey: Survey, wanted: Sequence[str]) -> Meaning:
 
 
 def _by_expression(survey: Survey, text: str) -> Meaning:
-    try:
-        expression = compile_pattern(text)
-        with match_time_limit():
-            paths = tuple(name for name in survey.parameters if expression.fullmatch(name))
-    except BadPatternError as error:
-        fix = f"correct it, or write names as a list: [{EXPERTS}]"
-        problem = Problem(Code.LORA_EXPRESSION, f"`{shorten(text)}` {error}", key=KEY, fix=fix)
-        raise ConfigError(problem) from None
+    paths = tuple(matching(text, survey.parameters, KEY, EXPERTS))
     if paths:
         return {text: paths}, []
     what = f"the regular expression `{text}` matches no parameter's whole name in {survey.architecture}"
