@@ -30,7 +30,7 @@ def init(
 
         file = output_file.output(Path(output), "--output", overwrite=None) if output != STDOUT else None
 
-        with importing():
+        with importing(computes=True):
             from loratune.console import log, show_progress
             from loratune.data.sources import open_source
             from loratune.data.sources.local import data_ending

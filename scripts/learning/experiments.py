@@ -30,6 +30,10 @@ LENGTHS = {
     ("mail", 600): (2.0,),
     ("spelling", 5000): (1.0, 2.0),
     ("classes", 4000): (1.0, 2.0),
+    ("spelling", 50): (2.0, 4.0, 8.0),
+    ("classes", 50): (2.0, 4.0, 8.0),
+    ("docstrings", 50): (2.0, 4.0, 8.0),
+    ("mail", 50): (2.0, 4.0, 8.0),
 }
 """Epochs by task and rows; one epoch of most is in `_edge`."""
 Spec = dict[str, Any]
@@ -103,6 +107,10 @@ def _lower() -> Iterator[Spec]:
     for task, rows in (("spelling", 200), ("dialogue", 400), ("classes", 200)):
         for epochs, part in ((2.0, 2), (4.0, 2), (4.0, 4)):
             yield spec(task, rows=rows, training__num_train_epochs=epochs, training__learning_rate=FORMULA / part)
+    for task, rows in (("docstrings", 200), ("mail", 200), ("spelling", 1000), ("classes", 1000)):
+        yield spec(task, rows=rows, training__num_train_epochs=2.0, training__learning_rate=FORMULA / 2)
+    for task in ("spelling", "classes", "docstrings", "mail"):
+        yield spec(task, rows=50, training__num_train_epochs=8.0, training__learning_rate=FORMULA / 4)
 
 
 def _best() -> Iterator[Spec]:
