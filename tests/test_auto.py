@@ -71,10 +71,12 @@ def test_rows_that_are_read_often_get_a_lower_rate() -> None:
         return decided(replace(FACTS, rows=80), training=training).training.learning_rate
 
     once = rate_of(num_train_epochs=1)
-    assert [rate_of(num_train_epochs=epochs) for epochs in (0.5, 2, 4)] == pytest.approx(
-        [once, once / 2, once / 4], 0.05
+    assert [rate_of(num_train_epochs=epochs) for epochs in (0.5, 2, 4, 10)] == pytest.approx(
+        [once, once, once / 4, once / 10], 0.05
     )
-    assert [rate_of(max_steps=steps) for steps in (3, 10, 40)] == [once, once, rate_of(num_train_epochs=4)]
+    assert once > rate_of(num_train_epochs=3) > rate_of(num_train_epochs=4)
+    assert [rate_of(max_steps=steps) for steps in (3, 20, 40)] == [once, once, rate_of(num_train_epochs=4)]
+    assert rate_of(max_minutes=1, num_train_epochs=4) == once, "how many of them there is time for is not known yet"
 
 
 def test_the_rank_grows_with_the_tokens() -> None:

@@ -27,6 +27,9 @@ from loratune.training.duration import Costs
 from loratune.training.evaluations import optimizer_steps
 from loratune.training.sampling import DistributedBatchSampler
 
+UNBOUNDED = 2**40
+"""More steps than a run can have."""
+
 # The speed of batches
 
 
@@ -156,7 +159,7 @@ def epochs(*seconds: float) -> Iterator[NDArray[np.float64]]:
 )
 def test_steps_over_several_epochs(left: float, steps: int) -> None:
     """Steps of 1, 3 and 2 s, and one second at the end; 1,004 of them are 334 epochs, a step of 1 s and one of 3 s."""
-    found = step_budget(left, epochs(1, 3, 2), lambda _: 1.0, None)
+    found = step_budget(left, epochs(1, 3, 2), lambda _: 1.0, UNBOUNDED)
     ends = np.cumsum([1, 3, 2] * 400)
     assert found.steps == int(np.searchsorted(ends + 1, left, side="right"))
     assert found.steps == steps
@@ -173,10 +176,10 @@ def test_a_long_budget_for_few_rows_is_not_counted_step_by_step() -> None:
             looked.append(number)
             yield np.array([0.5, 0.5 + number % 2])
 
-    found = step_budget(6e6, uneven(), lambda _: 1.0, None)
+    found = step_budget(6e6, uneven(), lambda _: 1.0, UNBOUNDED)
     assert (found.steps, found.taken) == (7_999_999, 5_999_998.5)
     assert len(looked) <= 1000
-    assert step_budget(6e6, epochs(1e-9), lambda _: 1.0, None).steps == 2**31 - 1
+    assert step_budget(6e6, epochs(1e-9), lambda _: 1.0, UNBOUNDED).steps == 2**31 - 1
 
 
 def test_what_comes_beside_the_steps_counts() -> None:
@@ -185,9 +188,9 @@ def test_what_comes_beside_the_steps_counts() -> None:
     def beside(steps: int) -> float:
         return 5.0 + 3.0 * -(-steps // 10)
 
-    found = step_budget(100.0, epochs(1), beside, None)
+    found = step_budget(100.0, epochs(1), beside, UNBOUNDED)
     assert (found.steps, found.taken, found.beside) == (71, 71.0, 29.0)
-    assert step_budget(101.0, epochs(1), beside, None).steps == 72
+    assert step_budget(101.0, epochs(1), beside, UNBOUNDED).steps == 72
 
 
 def test_epochs_are_an_upper_bound() -> None:
@@ -198,7 +201,7 @@ def test_epochs_are_an_upper_bound() -> None:
 
 
 def test_a_budget_without_room_says_what_there_should_be() -> None:
-    found = step_budget(5.0, epochs(4), lambda _: 2.0, None)
+    found = step_budget(5.0, epochs(4), lambda _: 2.0, UNBOUNDED)
     assert (found.steps, found.beside, found.fewest) == (0, 0.0, 4.0 * FEWEST + 2)
     assert step_budget(-1.0, epochs(4), lambda _: 2.0, 1).fewest == 6.0
 
@@ -337,14 +340,22 @@ def test_dry_run_says_about_how_many_steps(run_config: MakeConfig, tmp_path: Pat
 
 
 def test_a_rate_that_is_left_open_is_lower_for_more_passes(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
-    ran = cli("train", budgeted(tmp_path, run_config, max_minutes=5, learning_rate="auto"), "--dry-run")
+    changes = {"max_minutes": 5, "learning_rate": "auto", "num_train_epochs": 6}
+    ran = cli("train", budgeted(tmp_path, run_config, **changes), "--dry-run")
     assert ran.code == 0, ran.err
+    assert "has no effect, as there is time for the 6 epochs" in ran.err
     said = [
         line.split(" is ")[1] for line in ran.err.splitlines() if line.startswith("auto: training.learning_rate is ")
     ]
     once, lower = (float(line.split(" ")[0]) for line in said)
-    passes = float(ran.err.partition(" passes over the rows")[0].split()[-1].replace(",", ""))
-    assert passes > 2 and lower == pytest.approx(once / passes, rel=0.05)
+    assert lower == pytest.approx(once / 6, rel=0.05)
+
+
+def test_more_time_than_two_passes_take(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("train", budgeted(tmp_path, run_config, max_minutes=5, learning_rate="auto"), "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "training.max_minutes: not all of the time is used: training ends after 2 passes over the rows" in ran.err
+    assert ran.err.count("auto: training.learning_rate is ") == 1
 
 
 # Bad input

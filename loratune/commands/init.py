@@ -102,8 +102,7 @@ def init(run: RunConfig, draft: Draft, watch: ProgressFactory, log: Callable[[st
             draft.choose(key, AUTO, f"here {value:g}: {why}")
     text = draft.text(_TITLE)
     run = config.parse(text, SOURCE)
-    is_bounded = run.training.num_train_epochs != AUTO
-    steps, seconds = _duration(run.model_copy(update={"training": training}), rows, trained, model, is_bounded)
+    steps, seconds = _duration(run.model_copy(update={"training": training}), rows, trained, model)
     adapter = attach.count(model, attach.initialize_adapter(model, lora))
     cores = len(os.sched_getaffinity(0))
     hardware = f"{cores} core{'s' if cores > 1 else ''}, {machine.gpu or 'no GPU'}"
@@ -174,13 +173,8 @@ def _is_quantizable(run: RunConfig, model_config: Any) -> bool:
     return run.model.gguf_file is None and quantization.record_of(model_config.to_dict()) is None
 
 
-def _duration(
-    run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel, is_bounded: bool
-) -> tuple[int, float]:
-    """The optimizer steps of the run, and about how many seconds they take, with evaluations.
-
-    is_bounded: whether the epochs of a run with a time budget are an upper limit.
-    """
+def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel) -> tuple[int, float]:
+    """The optimizer steps of the run, and about how many seconds they take, with evaluations."""
     lengths = rows.lengths.clip(max=run.data.max_length * rows.together)
     supervised = rows.supervised.clip(max=lengths)
     held_out = rows.held_out or len(rows.train) - trained
@@ -188,6 +182,6 @@ def _duration(
     work = costs.work(run.training, round(float(lengths.mean()) * held_out), share=trained / len(lengths))
     seconds = work.operations * seconds_per_operation(model, run.model, costs, work.operations)
     budget = 60 * (run.training.max_minutes or 0.0)
-    if not budget or (budget >= seconds and is_bounded):
+    if not budget or budget >= seconds:
         return work.steps, seconds
     return max(1, int(work.steps * budget / seconds)), budget

@@ -180,7 +180,7 @@ def _room(plan: Plan, asked: TrainingSection, times: _Times, left: float) -> Ste
 
         micro_steps = costs.micro_steps(training.seed, plan.processes)
         steps = budget.step_seconds(micro_steps, times.train, times.optimizer, training.gradient_accumulation_steps)
-        return budget.step_budget(left, steps, beside, steps_of_epochs if _are_epochs_asked(asked) else None)
+        return budget.step_budget(left, steps, beside, steps_of_epochs)
 
     tokens = round(room(times.closing).steps * float(costs.lengths.sum()) / per_epoch)
     return room(times.closing + _end_seconds(plan, times, tokens))
@@ -229,14 +229,9 @@ def _steps_of_epochs(plan: Plan) -> tuple[int, int]:
     return optimizer_steps(plan.config.training, len(batches.items), batches.size, plan.processes)
 
 
-def _are_epochs_asked(asked: TrainingSection) -> bool:
-    """Whether the user has set the epochs, which then are an upper bound."""
-    return asked.num_train_epochs != AUTO
-
-
 def _check(plan: Plan, asked: TrainingSection, found: StepBudget, left: float) -> None:
     """Raises ConfigError: there is no time for a few steps, or not for those of the warm-up."""
-    most = _steps_of_epochs(plan)[0] if _are_epochs_asked(asked) else FEWEST
+    most = _steps_of_epochs(plan)[0]
     if found.steps < min(FEWEST, most):
         gone, run = 60 * (asked.max_minutes or 0.0) - left, plural(min(FEWEST, most), "step")
         what = f"{format_duration(gone)} have passed before the first step, and a run of {run}"
@@ -260,10 +255,11 @@ def _fixed(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, a
     changed: dict[str, Any] = {"max_steps": steps, "max_minutes": None}
     lines = [*_lines(plan, asked, replace(found, steps=steps), left, about)]
     passes = steps / _steps_of_epochs(plan)[1]
-    if asked.learning_rate == AUTO and passes > 1:
-        rate = decided(plan.config.training.learning_rate)
-        changed["learning_rate"], why = auto.over_passes(rate, "rows that are read often are learned by heart", passes)
-        lines.append(auto.line("training.learning_rate", changed["learning_rate"], why))
+    once = decided(plan.config.training.learning_rate)
+    rate, why = auto.over_passes(once, "rows that are read often are learned by heart", passes)
+    if asked.learning_rate == AUTO and rate != once:
+        changed["learning_rate"] = rate
+        lines.append(auto.line("training.learning_rate", rate, why))
     training = plan.config.training.model_copy(update=changed)
     config = plan.config.model_copy(update={"training": training})
     return replace(plan, config=config, evaluations=_evaluation_steps(plan, training), notes=[*plan.notes, *lines])
@@ -275,7 +271,10 @@ def _lines(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, a
     gone, taken, beside = (format_duration(part) for part in (60 * minutes - left, found.taken, found.beside))
     parts = f"{gone} have passed, steps take about {taken}, evaluations, checkpoints and the end about {beside}"
     yield f"{KEY}: {about}{plural(found.steps, 'step')} in {minutes:g} min: {parts}"
-    if found.limited:
+    if found.limited and asked.num_train_epochs == AUTO:
+        why = "as more passes learn them by heart; training.num_train_epochs can ask for more"
+        yield f"{KEY}: not all of the time is used: training ends after {passes:g} passes over the rows, {why}"
+    elif found.limited:
         epochs = plan.config.training.num_train_epochs
         yield f"{KEY}: has no effect, as there is time for the {epochs:g} epochs of training.num_train_epochs"
     elif passes < 1:

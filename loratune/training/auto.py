@@ -28,10 +28,12 @@ _SMOOTH_ROWS = 32
 _COMPARED_RATE = 1 / 20
 """By what the rate is multiplied where answers are compared: LLaMA-Factory's examples of LoRA take 5e-6 for DPO and KTO
 where they take 1e-4 for answers as they stand (examples/train_lora, 0.9)."""
+MOST_PASSES = 2.0
+"""Passes over few rows, and those after which a time budget ends. SmolLM2-135M, 200 to 400 rows, all at the rate of one
+pass: two had 0.6 to 22 % less loss than one on five tasks, and three or four more than two (scripts/README.md)."""
 _STEPS_OF_TWO_PASSES = 500
-"""Steps of a run that reads few rows twice; with more steps they are read once. SmolLM2-135M, 200 to 400 rows, all at
-the rate of one pass: two had 0.6 to 22 % less loss than one on four tasks, and four more than two on the three tried
-(scripts/README.md). The number of steps itself is a guess: with more than 1,000 rows none of it was measured."""
+"""Steps of a run that reads few rows twice; with more steps they are read once. The number is a guess: with more than
+1,000 rows none of it was measured."""
 TARGETS, WHY_TARGETS = "all-linear", "q, k, v and o alone had 2 to 3 % more loss on four of five tasks"
 """SmolLM2-135M, r = 8, each at the best of its rates; see scripts/README.md. The MLP holds most of the parameters."""
 _RANKS = (8, 16, 32, 64)
@@ -136,10 +138,10 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
             found[f"training.{key}"] = value, why
 
     if training.max_minutes is not None and training.num_train_epochs == AUTO:
-        training = training.model_copy(update={"num_train_epochs": 1.0})  # whose steps the budget is compared with
+        training = training.model_copy(update={"num_train_epochs": MOST_PASSES})
     elif training.max_steps < 0:
         steps = _steps_of_pass(training, facts)
-        epochs = 2.0 if 2 * steps <= _STEPS_OF_TWO_PASSES else 1.0
+        epochs = MOST_PASSES if MOST_PASSES * steps <= _STEPS_OF_TWO_PASSES else 1.0
         choose("num_train_epochs", epochs, f"{steps:,} step{'s' if steps > 1 else ''} in each")
     if training.learning_rate == AUTO:
         unknown = "a model whose configuration has no hidden_size" if facts.hidden_size is None else ""
@@ -185,23 +187,26 @@ def learning_rate(lora: LoraSection, hidden_size: int, rows: int) -> tuple[float
 
 
 def over_passes(rate: float, why: str, passes: float) -> tuple[float, str]:
-    """The rate for rows that are read several times, and why: the more often, the lower, or they are learned by heart.
+    """The rate for rows that are read several times, and why: the same for two passes, and a quarter of it for four.
 
-    SmolLM2-135M, 200 rows of spelling: four passes at a quarter of the rate had 2 % more loss than the best of one and
-    two, and 13 % more at the whole rate; see scripts/README.md.
+    SmolLM2-135M, 200 to 400 rows (scripts/README.md): over two passes, half of the rate had 0.2 % less loss on one task
+    and 1 to 23 % more on two; over four, a quarter had 1 to 10 % less than the whole and half, or 1 % more than half.
 
     Args:
         rate: For one pass.
         why: Its reason.
         passes: Over the rows.
     """
-    if passes <= 1:
+    share = min(1.0, max((2 / passes) ** 2, 1 / passes))
+    if share == 1:
         return rate, why
-    return float(f"{rate / passes:.2g}"), f"{rate:g} over {passes:.3g} passes; {why}"
+    return float(f"{rate * share:.2g}"), f"{rate:g}, less for {passes:.3g} passes; {why}"
 
 
 def _passes(training: TrainingSection, facts: Facts) -> float:
     """Passes over the rows; 1 in a run with a time budget, as its steps are not known yet."""
+    if training.max_minutes is not None:
+        return 1.0
     if training.max_steps > 0:
         return training.max_steps / _steps_of_pass(training, facts)
     return decided(training.num_train_epochs)

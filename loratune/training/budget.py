@@ -101,7 +101,7 @@ class StepBudget:
 
 
 def step_budget(
-    left: float, steps: Iterator[NDArray[np.float64]], beside: Callable[[int], float], most: int | None
+    left: float, steps: Iterator[NDArray[np.float64]], beside: Callable[[int], float], most: int
 ) -> StepBudget:
     """How many steps there is time for.
 
@@ -109,10 +109,9 @@ def step_budget(
         left: Seconds that are left.
         steps: For each epoch, the seconds of its steps.
         beside: From a number of steps to the seconds that come beside them, which must not fall by much as it rises.
-        most: Steps at most; None for any number.
+        most: Steps at most.
     """
-    least = FEWEST if most is None else min(FEWEST, most)
-    bound = _MOST_STEPS if most is None else min(most, _MOST_STEPS)
+    least, bound = min(FEWEST, most), min(most, _MOST_STEPS)
     parts: list[NDArray[np.float64]] = []
     known, total = 0, 0.0
     while known < least or (total <= left and known <= bound and len(parts) < _MOST_EPOCHS):
@@ -128,5 +127,4 @@ def step_budget(
         return taken(number) + beside(number) if number else 0.0
 
     found = bisect_right(range(1, bound + 1), left, key=until)
-    limited = most is not None and found == most
-    return StepBudget(found, taken(found), beside(found) if found else 0.0, until(least), limited)
+    return StepBudget(found, taken(found), beside(found) if found else 0.0, until(least), found == most)
