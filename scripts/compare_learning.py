@@ -10,7 +10,7 @@ time is that of the whole process, from its start to its end with the adapter sa
 `loratune init` writes as well, whose own seconds are not counted. The other tools count steps, so each first trains a
 few, which are not counted, and is then given as many as fit; its schedule ends at its last step. A run that takes 5 %
 more or less than the time, because the machine's speed changed, is made again, with its steps corrected, twice at most,
-and the nearest is scored.
+and the nearest is scored. loratune may end early, as it does after two passes over the rows.
 Where its recipe would end before that by itself, `--variants own` trains that as well.
 
 All learn from the same rows, tokenised once by loratune: only completions and answers are supervised, but for those
@@ -193,6 +193,8 @@ def race_against_time(
 ) -> None:
     """Train so many steps, and again where that was not the time of the race; the run that was nearest to it is kept.
 
+    What counts its steps itself may end early: then it has decided not to use all of the time.
+
     Raises:
         bench.Failure: A process ended badly.
     """
@@ -203,7 +205,7 @@ def race_against_time(
         if abs(off) < nearest:
             nearest = abs(off)
             keep(race, known, run)
-        if nearest <= OFF:
+        if nearest <= OFF or (off < 0 and not run.rest):
             break
         print(f"{run.seconds:.0f} s for {run.steps} steps: {off:+.0%}", file=sys.stderr, flush=True)
         steps = run.fitting(race.minutes * 60) if run.rest else steps
