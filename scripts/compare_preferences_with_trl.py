@@ -38,10 +38,10 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # type: ignore[import
 from loratune import data, kernels
 from loratune.config import DataSection, LoraSection
 from loratune.data import TokenizedDataset
+from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.lora import attach
 from loratune.system.launcher import SINGLE_PROCESS
-from loratune.training.losses import nothing
 from loratune.training.objectives import Formula
 from loratune.training.preferences import ComparedRows, Comparing
 
@@ -100,10 +100,10 @@ def ours(model: Any, dataset: TokenizedDataset, formula: Formula) -> tuple[Compa
     compared = ComparedRows(dataset, 1024, seed=0)
     objective = Comparing(formula, {"train": compared})
     acceleration = kernels.accelerate(model, attach.adapted_linear)
-    layout = compared.layout("batch", BATCH, 1024, 0).sharing(0.1)
-    numbers = range(dataset.items)
+    rows, together = objective.items(dataset)
+    layout = BatchLayout(rows, dataset.rows.lengths, "batch", BATCH, 1024, 0, together).sharing(0.1)
     with model.disable_adapter(), acceleration.applied(model):
-        read = objective.read(model, layout, numbers, nothing, SINGLE_PROCESS)
+        read = objective.read(model, layout, [*batches(dataset.items)])
     compared.reference = read.answers.log_probabilities.numpy()
     compared.mismatched = read.mismatched.log_probabilities.numpy() if len(read.mismatched.tokens) else None
     found = []

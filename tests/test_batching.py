@@ -1,16 +1,30 @@
-"""Rows stand end to end where that is possible and costs less, and are padded elsewhere, which is said."""
+"""Rows stand end to end where that is possible and costs less, and are padded elsewhere, which is said; rows that are
+scored stand in batches too, in which each has the loss that it has alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Ran, write_rows
-from test_kernels import SHAPE
+from test_kernels import SHAPE, adapted
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from loratune import kernels
+from loratune.config import PreferenceSection
+from loratune.data import TokenizedDataset
 from loratune.data.packing_check import padding_is_cheaper
+from loratune.data.prefix_tree import LEAST_SHARED, PrefixTree
+from loratune.data.rendering import CHOSEN, DESIRABLE, UNDESIRABLE, TokenizedRow
+from loratune.lora import attach
+from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
+from loratune.training.losses import NextToken, Objective, ScoringLayout
+from loratune.training.objectives import Formula
+from loratune.training.preferences import ComparedRows, Comparing
 
 
 @pytest.mark.parametrize(
@@ -45,3 +59,144 @@ def test_a_run_packs_only_where_that_costs_less(
     assert ran.code == 0, ran.err
     note = "data.packing: bloom attends to all rows of a batch at once, which costs more than padding"
     assert (note in ran.err) == padded and ("data.packing" in ran.err) == padded
+
+
+# Rows that are scored
+
+
+@dataclass
+class Rows:
+    """Rows in memory."""
+
+    several: Sequence[TokenizedRow]
+
+    @property
+    def lengths(self) -> Any:
+        return np.array([len(row.ids) for row in self.several])
+
+    def __len__(self) -> int:
+        return len(self.several)
+
+    def __getitem__(self, number: int, /) -> dict[str, Any]:
+        return {"input_ids": list(self.row(number).ids), "labels": self.row(number).labels}
+
+    def row(self, number: int) -> TokenizedRow:
+        return self.several[number]
+
+    def rows(self) -> Sequence[TokenizedRow]:
+        return self.several
+
+    def side(self, number: int) -> int:
+        return self.several[number].side
+
+
+def made(sides: Sequence[int] = (0,), count: int = 24) -> TokenizedDataset:
+    """Rows of prompts of which three begin alike, each with as many answers as there are sides."""
+    dice = np.random.default_rng(0)
+    starts = dice.integers(1, SHAPE["vocab_size"], (count // 3, 20)).tolist()
+    several = []
+    for number in range(count):
+        prompt = starts[number % len(starts)] + dice.integers(1, SHAPE["vocab_size"], number % 7).tolist()
+        for side in sides:
+            answer = dice.integers(1, SHAPE["vocab_size"], 1 + int(dice.integers(12))).tolist()
+            span = ((len(prompt), len(prompt) + len(answer)),)
+            several.append(TokenizedRow("", (*prompt, *answer), span, side=side))
+    return TokenizedDataset(Rows(several))  # type: ignore[arg-type]
+
+
+WAYS = {
+    "padded": ScoringLayout(False, None, 0, 150),
+    "flat": ScoringLayout(True, None, 0, 150),
+    "tree": ScoringLayout(True, 0.3, 0, 150),
+}
+ALONE = ScoringLayout(False, None, 0, 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_batches_hold_every_item_once_and_no_more_tokens_than_they_may(way: str) -> None:
+    scoring, dataset = WAYS[way], made()
+    layout, numbers = scoring.layout(dataset), [*range(1, 24, 2), 0]
+    batches = scoring.batches(layout, numbers)
+    assert sorted(number for batch in batches for number in batch) == sorted(numbers)
+    assert batches == scoring.batches(layout, numbers) and len(batches) < 6
+    for batch in batches:
+        tokens = layout.collate([layout.items[number] for number in batch])["input_ids"].numel()
+        assert tokens <= 150 + (LEAST_SHARED * len(batch) if way == "tree" else 0)
+    few = ScoringLayout(scoring.flat, scoring.saved, 0, 1)
+    assert sorted(few.batches(layout, numbers)) == [[number] for number in sorted(numbers)]
+    assert scoring.batches(layout, []) == []
+
+
+def test_rows_that_begin_alike_are_scored_together() -> None:
+    """So a tree of them is smaller than one of rows of like length."""
+    dataset = made()
+    computed = {}
+    for way in ("flat", "tree"):
+        layout = WAYS[way].layout(dataset)
+        trees = [
+            PrefixTree.of([row["input_ids"] for row in layout.rows(batch)])
+            for batch in WAYS[way].batches(layout, range(24))
+        ]
+        computed[way] = sum(len(tree.ids) for tree in trees)
+    assert computed["tree"] < 0.8 * computed["flat"]
+
+
+def comparing(name: str, dataset: TokenizedDataset) -> Comparing:
+    return Comparing(Formula.of(name, PreferenceSection()), {"train": ComparedRows(dataset, 64, seed=0)})
+
+
+OBJECTIVES: dict[str, tuple[Sequence[int], Callable[[TokenizedDataset], Objective]]] = {
+    "sft": ((0,), lambda _: NextToken()),
+    "dpo": ((CHOSEN, -CHOSEN), lambda dataset: comparing("dpo", dataset)),
+    "simpo": ((CHOSEN, -CHOSEN), lambda dataset: comparing("simpo", dataset)),
+    "kto": ((DESIRABLE, UNDESIRABLE), lambda dataset: comparing("kto", dataset)),
+}
+
+
+@pytest.mark.parametrize(("way", "fast"), [("padded", False), ("padded", True), ("flat", True), ("tree", True)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_item_has_the_loss_that_it_has_alone(name: str, way: str, fast: bool) -> None:
+    sides, objective_of = OBJECTIVES[name]
+    dataset = made(sides)
+    model, objective = adapted().eval(), objective_of(dataset)
+    numbers = [*range(dataset.items)][::-1]
+    alone = objective.item_losses(model, dataset, numbers, ALONE, SINGLE_PROCESS)
+    if name == "sft":
+        for number, loss in zip(numbers, alone, strict=True):
+            row = dataset.rows.row(number)
+            (start, end), ids = row.spans[0], torch.tensor(row.ids)
+            with torch.no_grad():
+                logits = model(input_ids=ids[None]).logits[0, start - 1 : end - 1]
+            expected = torch.nn.functional.cross_entropy(logits, ids[start:], reduction="sum").item()
+            assert (loss.total, loss.tokens) == (pytest.approx(expected, rel=1e-5), end - start)
+    with kernels.accelerated(model, attach.adapted_linear) if fast else nullcontext():
+        found = objective.item_losses(model, dataset, numbers, WAYS[way], SINGLE_PROCESS)
+    assert [loss.tokens for loss in found] == [loss.tokens for loss in alone]
+    assert [loss.total for loss in found] == pytest.approx([loss.total for loss in alone], rel=1e-5)
+    assert len({loss.total for loss in found}) > len(found) // 2
+
+
+class OneOf(SingleProcess):
+    """A process of several, which are run one after the other, the first one last."""
+
+    def __init__(self, rank: int, gathered: list[list[Any]]):
+        self.rank, self.count, self._gathered = rank, 3, gathered
+
+    def all_gather(self, value: Any) -> list[Any]:
+        self._gathered.append(value)
+        return self._gathered
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_losses_are_the_same_bits_in_any_number_of_processes(name: str) -> None:
+    sides, objective_of = OBJECTIVES[name]
+    dataset = made(sides)
+    model, objective = adapted().eval(), objective_of(dataset)
+    with kernels.accelerated(model, attach.adapted_linear):
+        one = objective.item_losses(model, dataset, range(dataset.items), WAYS["tree"], SINGLE_PROCESS)
+        own: list[list[Any]] = []
+        for rank in (2, 1):
+            with pytest.raises(ValueError, match="zip"):  # as the others' losses are missing yet
+                objective.item_losses(model, dataset, range(dataset.items), WAYS["tree"], OneOf(rank, own))
+        several = objective.item_losses(model, dataset, range(dataset.items), WAYS["tree"], OneOf(0, own))
+    assert several == one

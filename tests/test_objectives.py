@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_llama
 
 from loratune.config import PreferenceSection
-from loratune.data.packing import flatten, pad, share_prefixes, with_sides
+from loratune.data.packing import flatten, pad, put_rows, share_prefixes
 from loratune.kernels import LossHead, row_counts, row_sums
 from loratune.kernels.loss import Scaling
 from loratune.training.objectives import AnswerScores, Formula, divergence
@@ -132,7 +132,7 @@ def test_sums_of_rows_and_a_gradient_for_each(put: Any) -> None:
     expected = torch.stack(alone)
     (gradient,) = torch.autograd.grad((expected * weights).sum(), embedding.weight)
 
-    batch = with_sides(put or (lambda some: pad(some, 0)), given)
+    batch = put_rows(put or (lambda some: pad(some, 0)), given)
     labels, lengths = batch["labels"], batch["lengths"]
     loss_head = LossHead(head, Scaling())
     loss_head.labels, loss_head.places, loss_head.lengths = labels, batch.get("places"), lengths
@@ -147,7 +147,7 @@ def test_sums_of_rows_and_a_gradient_for_each(put: Any) -> None:
 
 
 def test_a_batch_of_no_supervised_row_has_sums_of_zero() -> None:
-    batch = with_sides(flatten, rows())
+    batch = put_rows(flatten, rows())
     labels = torch.full_like(batch["labels"], -100)
     model = tiny_llama()
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits

@@ -11,7 +11,6 @@ from loratune.commands.plan import Plan
 from loratune.errors import Problem
 from loratune.lora import tensors
 from loratune.lora.tensors import Weights
-from loratune.model import load
 from loratune.training import continuing, final_score, gain, reference
 from loratune.training.callbacks import diverged_error
 from loratune.training.continuing import Forgetting
@@ -32,9 +31,8 @@ def compare_with_base(
 ) -> tuple[Weights, Gain]:
     """The adapter's weights, and how much better than its base they do. Raises NumericError: a loss is NaN or inf."""
     weights = tensors.full_weights(plan.model)
-    splits, pad_id = plan.datasets.compared, load.pad_id(plan.tokenizer)
     base = tensors.as_initialized(plan.model, plan.adapter_init, weights)
-    sample = plan.model, base, splits, pad_id, outcome.tokens
+    sample = plan.model, base, plan.datasets.compared, plan.batches.scoring, outcome.tokens
     how = plan.batches.acceleration, context.group, log
     comparison = gain.measure(*sample, *how, objective=plan.batches.objective)
     if not math.isfinite(comparison.adapter):
@@ -51,7 +49,7 @@ def measure_forgetting(
     if plan.earlier is None:
         return None
     adapter = plan.earlier, plan.model, plan.adapter_init, weights
-    sample = load.pad_id(plan.tokenizer), outcome.tokens, plan.batches.acceleration
+    sample = plan.batches.scoring, outcome.tokens, plan.batches.acceleration
     return continuing.measure_forgetting(*adapter, *sample, context.group, log)
 
 
@@ -60,8 +58,8 @@ def score_test(plan: Plan, context: RunContext, log: Callable[[str], None]) -> F
     if (test := plan.datasets.test) is None:
         return None
     log(f"scoring the adapter on {len(test.rows):,} test rows")
-    pad_id, acceleration = load.pad_id(plan.tokenizer), plan.batches.acceleration
-    return final_score.score(plan.model, test, pad_id, acceleration, context.group, plan.batches.objective)
+    batches = plan.batches
+    return final_score.score(plan.model, test, batches.scoring, batches.acceleration, context.group, batches.objective)
 
 
 def compute_reference(plan: Plan, identity: Mapping[str, Any], context: RunContext, log: Callable[[str], None]) -> None:
@@ -73,9 +71,9 @@ def compute_reference(plan: Plan, identity: Mapping[str, Any], context: RunConte
     known = {"base": plan.base.fingerprint, "conditions": identity["conditions"], "start": start}
     known |= {"lora": plan.config.lora.model_dump() if starts_elsewhere else {}, "seed": plan.config.training.seed}
     model = Reference(plan.model, plan.adapter_init, starts_elsewhere, plan.batches.acceleration, known)
-    pad_id, group = load.pad_id(plan.tokenizer), context.group
+    batches, group = plan.batches, context.group
     check = lambda _: context.check_not_stopping()  # noqa: E731
-    reference.compute(plan.batches.objective, model, plan.batches.layouts, pad_id, group, log, check)
+    reference.compute(plan.batches.objective, model, batches.layouts, batches.pad_id, group, log, check)
 
 
 def compare_answers(plan: Plan, context: RunContext, log: Callable[[str], None]) -> PreferenceFigures | None:

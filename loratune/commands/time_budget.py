@@ -7,7 +7,7 @@ timed: some are taken and undone, and the run that follows is one of so many ste
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,13 +20,11 @@ from loratune.console import format_duration, plural
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import ConfigError, Problem
-from loratune.model import load
 from loratune.training import auto, budget, gain, trainer
 from loratune.training.budget import FEWEST, WARM_UP, Speed, StepBudget, is_timed_enough
 from loratune.training.callbacks import StepTimer
 from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.evaluations import EvaluationSteps, optimizer_steps
-from loratune.training.losses import NextToken
 from loratune.training.run_context import RunContext
 
 KEY = "training.max_minutes"
@@ -44,15 +42,15 @@ class _Times:
 
     Attributes:
         train: The speed of micro-steps.
-        rows: The speed of single rows without a backward pass, as at the end.
-        evaluation: The speed of validation batches; of single rows without any.
+        scored: The speed of batches of rows that are scored, as at the end.
+        evaluation: The speed of validation batches; of those rows without any.
         optimizer: Seconds of the optimizer in a step.
         checkpoint: Seconds that a checkpoint takes.
         closing: Seconds of all else: setting up the trainer, looking at the base's files again, publishing.
     """
 
     train: Speed
-    rows: Speed
+    scored: Speed
     evaluation: Speed
     optimizer: float
     checkpoint: float
@@ -120,10 +118,11 @@ def _costs_of(plan: Plan, layout: BatchLayout, rows: TokenizedDataset) -> Costs:
     return Costs.of_layout(plan.model, layout, rows.rows.lengths, rows.rows.supervised, checkpointed=checkpointed)
 
 
-def _alone(plan: Plan, rows: TokenizedDataset) -> BatchLayout:
-    """Rows as they are compared and scored at the end: one at a time."""
-    lengths = rows.rows.lengths
-    return BatchLayout(rows.rows, lengths, "none", 1, int(lengths.max()), load.pad_id(plan.tokenizer))
+def _scored(plan: Plan, rows: TokenizedDataset, numbers: Sequence[int]) -> tuple[Costs, list[list[int]]]:
+    """The batches of rows that are compared and scored at the end, and their operations."""
+    scoring = plan.batches.scoring
+    layout = scoring.layout(rows)
+    return _costs_of(plan, layout, rows), scoring.batches(layout, numbers)
 
 
 def _times(plan: Plan, context: RunContext, timer: StepTimer, costs: Costs, left: float) -> _Times:
@@ -136,8 +135,7 @@ def _times(plan: Plan, context: RunContext, timer: StepTimer, costs: Costs, left
             break
     train = Speed.fitted(operations[WARM_UP:count], timer.micro_steps[WARM_UP:])
     split, sample, _ = gain.sample(plan.datasets.compared, 0)
-    rows = plan.datasets.compared[split]
-    kinds = [(_costs_of(plan, _alone(plan, rows), rows), [[number] for number in sample])]
+    kinds = [_scored(plan, plan.datasets.compared[split], [*sample])]
     if (validation := plan.batches.validation) is not None and plan.datasets.validation is not None:
         numbers, size = range(len(validation.items)), validation.size
         batches = [[*numbers[start : start + size]] for start in range(0, len(numbers), size)]
@@ -160,7 +158,7 @@ def _forward(
     begin = time.monotonic()
     for number, items in enumerate(batches[:_MOST_FORWARD], 1):
         start = time.monotonic()
-        NextToken().held_out_loss(plan.model, costs.layout, items, group=context.group)
+        plan.batches.objective.losses(plan.model, costs.layout, [items], group=context.group)
         yield float(costs.of_batches(np.asarray(items))), time.monotonic() - start
         late = number >= _LEAST_FORWARD and time.monotonic() - begin > _FORWARD_SHARE * left
         if context.stopping() or context.group.total([context.group.main and late])[0]:
@@ -216,9 +214,10 @@ def _end_seconds(plan: Plan, times: _Times, tokens: int) -> float:
         passes.append((plan.datasets.test, [*plan.datasets.test.copies()]))
     seconds = 0.0
     for rows, numbers in passes:
-        rounds = -(-len(numbers) // plan.processes)
-        operations = float(_costs_of(plan, _alone(plan, rows), rows).of_rows[numbers].sum())
-        seconds += times.rows.seconds(rounds, operations * rounds / max(1, len(numbers)))
+        costs, batches = _scored(plan, rows, numbers)
+        rounds = -(-len(batches) // plan.processes)
+        operations = sum(float(costs.of_batches(np.asarray(batch))) for batch in batches)
+        seconds += times.scored.seconds(rounds, operations * rounds / max(1, len(batches)))
     first = np.arange(min(plan.batches.train.size, len(plan.batches.train.items)))  # see `check_final_loss`
     return seconds + times.evaluation.seconds(1, float(_costs(plan).of_batches(first)))
 

@@ -204,12 +204,12 @@ class BatchLayout:
             max_length: The most tokens that a row has.
             pad_id: The id of the padding token.
             together: How many rows that stand behind each other in the dataset are compared with each other, and make
-                an item together; batches then also have what `with_sides` adds. 0: rows are not compared.
+                an item together, see `put_rows`. 0: rows are not compared.
 
         Raises:
             ValueError: A length is out of range, with `full`.
         """
-        self.flat, self._is_compared = packing != "none", together > 0
+        self.flat = packing != "none"
         self.put = flatten if self.flat else partial(pad, pad_id=pad_id)
         each = max(together, 1)
         whole = lengths.astype(np.int64).reshape(-1, each).sum(1) if together else lengths
@@ -227,8 +227,7 @@ class BatchLayout:
     @property
     def collate(self) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
         """Makes a list of items a dict of tensors."""
-        put = partial(with_sides, self.put) if self._is_compared else self.put
-        return partial(_join_packs, put) if isinstance(self.items, PackedRows) else put
+        return partial(_put_packs if isinstance(self.items, PackedRows) else put_rows, self.put)
 
     def tokens(self, number: int) -> int:
         """Returns how many tokens item `number` holds, without padding."""
@@ -343,32 +342,31 @@ def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def with_sides(put: Put, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Put rows of answers that are compared into a batch.
+def put_rows(put: Put, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put rows into a batch.
 
     Args:
-        put: What puts rows into a batch.
-        rows: Each with its `side`, see `TokenizedRow`, and perhaps with its log-probability as `reference`, and with a
-            further row as `mismatched`, which is its prompt with the answer to another one.
+        put: What makes them tensors.
+        rows: Where answers are compared, each has its `side`, see `TokenizedRow`, and perhaps its log-probability as
+            `reference`, and a further row as `mismatched`, which is its prompt with the answer to another one.
 
     Returns:
-        The batch, with tensors of (rows,): `lengths` and `sides`, and `references` where rows have them; and as
+        The batch, with tensors of (rows,): `lengths`, and `sides` and `references` where rows have them; and as
         `mismatched` the same of the further rows.
     """
     batch: dict[str, Any] = {**put(rows), "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
-    batch["sides"] = torch.tensor([row.get("side", 0) for row in rows])
+    if "side" in rows[0]:
+        batch["sides"] = torch.tensor([row["side"] for row in rows])
     if "reference" in rows[0]:
         batch["references"] = torch.tensor([row["reference"] for row in rows], dtype=torch.float64)
     if "mismatched" in rows[0]:
-        batch["mismatched"] = with_sides(put, [row["mismatched"] for row in rows])
+        batch["mismatched"] = put_rows(put, [row["mismatched"] for row in rows])
     return batch
 
 
-def _join_packs(
-    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]], packs: Sequence[Sequence[dict[str, Any]]]
-) -> dict[str, torch.Tensor]:
+def _put_packs(put: Put, packs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Put the rows of all packs into one batch."""
-    return collate([row for pack in packs for row in pack])
+    return put_rows(put, [row for pack in packs for row in pack])
 
 
 def pad(

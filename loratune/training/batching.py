@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from loratune.model import load
 from loratune.system import launcher
 from loratune.system.launcher import Group, host
 from loratune.training.evaluations import EvaluationSteps, evaluation_steps
-from loratune.training.losses import NextToken
+from loratune.training.losses import NextToken, Objective, ScoringLayout
 from loratune.training.objectives import Formula
 from loratune.training.preferences import ComparedRows, Comparing
 from loratune.training.preflight import ValidatedRun
@@ -165,6 +165,7 @@ class BatchedDatasets:
         train: The training batches.
         train_rows: Their rows.
         validation: The validation batches, if there are validation rows.
+        pad_id: The token for padding.
         acceleration: What of the model the kernels compute.
         notes: Lines on why rows could not be packed, and on what is not accelerated.
         objective: What is lowered.
@@ -173,9 +174,10 @@ class BatchedDatasets:
     train: BatchLayout
     train_rows: TokenizedDataset
     validation: BatchLayout | None
+    pad_id: int
     acceleration: kernels.Acceleration
     notes: list[str]
-    objective: NextToken | Comparing = NextToken()  # noqa: RUF009  it has no state
+    objective: Objective
 
     @property
     def layouts(self) -> dict[str, BatchLayout]:
@@ -196,7 +198,7 @@ class BatchedDatasets:
             (length, supervised tokens) of its rows, and how many rows there are.
         """
         heaviest = self.train.heaviest()
-        if not self.train.flat and isinstance(self.objective, NextToken):
+        if not self.train.flat and not isinstance(self.objective, Comparing):
             supervised = self.train_rows.rows.supervised
             return [(self.train.tokens(number), int(supervised[number])) for number in heaviest], self.train.size
         rows = self.train.rows(heaviest)
@@ -204,6 +206,14 @@ class BatchedDatasets:
             return tree_sizes(rows)
         lengths = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in rows]
         return lengths, len(lengths)
+
+    @cached_property
+    def scoring(self) -> ScoringLayout:
+        """How rows are laid out that are scored one by one. No batch takes as much memory as the largest that is
+        trained on: it has no more tokens, or one item, and no gradients."""
+        lengths = [length for length, _ in self.largest()[0]]
+        tokens = sum(lengths) if self.train.flat else len(lengths) * max(lengths)
+        return ScoringLayout(self.train.flat, self.train.saved, self.pad_id, tokens)
 
     def memory(self, model: PeftModel, training: TrainingSection) -> memory.Estimate:
         """The estimate of the memory that training the model on these batches needs."""
@@ -250,23 +260,22 @@ def batch(
             model, datasets.train, data_section, training, mixed=not kernels.attends_by_rows(model)
         )
         layouts = {
-            name: objective.splits[name].layout(packing, size, length, pad_id)
-            if isinstance(objective, Comparing)
-            else BatchLayout(split.rows, split.rows.lengths, packing, size, length, pad_id)
+            name: BatchLayout(rows, split.rows.lengths, packing, size, length, pad_id, together)
             for name, split in datasets.splits.items()
             if name != "test"
+            for rows, together in [objective.items(split)]
         }
         saved, more = sharing(model, layouts["train"], data_section)
     if saved is not None:
         layouts = {name: layout.sharing(saved) for name, layout in layouts.items()}
     notes += [*more, *acceleration.notes(), *kernels.notes(model.get_input_embeddings().weight)]
     train, validation = layouts["train"], layouts.get("validation")
-    return BatchedDatasets(train, datasets.train, validation, acceleration, notes, objective)
+    return BatchedDatasets(train, datasets.train, validation, pad_id, acceleration, notes, objective)
 
 
 def _objective(
     datasets: TokenizedDatasets, section: DataSection, training: TrainingSection, preferences: PreferenceSection
-) -> NextToken | Comparing:
+) -> Objective:
     """What a run lowers, with the rows of answers that it compares."""
     if training.objective == "sft":
         return NextToken()

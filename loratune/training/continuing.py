@@ -30,6 +30,7 @@ from loratune.system.launcher import Group
 from loratune.training import gain
 from loratune.training.batching import TokenizedDatasets, shared_rows
 from loratune.training.gain import Gain
+from loratune.training.losses import ScoringLayout
 from loratune.training.preflight import StartAdapter, ValidatedRun
 
 REPLAY = "data.replay"
@@ -251,7 +252,7 @@ def measure_forgetting(
     model: PeftModel,
     start: AdapterInit,
     trained: Weights,
-    pad_id: int,
+    scoring: ScoringLayout,
     budget: int,
     acceleration: kernels.Acceleration,
     group: Group,
@@ -264,7 +265,7 @@ def measure_forgetting(
         model: The base with the adapter, as it was trained.
         start: The adapter before its first step.
         trained: Its tensors now, whole.
-        pad_id: The token for padding.
+        scoring: How rows stand in batches.
         budget: Tokens that the run was trained on.
         acceleration: What of the model the kernels compute.
         group: The processes of the run.
@@ -274,4 +275,4 @@ def measure_forgetting(
         return Forgetting(None, run.unknown)
     before = tensors.as_started(model, start, trained)
     rows, name = {run.split: run.held_out}, f"the one it started from, {run.start.info.files.path},"
-    return Forgetting(gain.measure(model, before, rows, pad_id, budget, acceleration, group, log, name))
+    return Forgetting(gain.measure(model, before, rows, scoring, budget, acceleration, group, log, name))

@@ -14,7 +14,7 @@ from loratune.errors import NumericError, Problem
 from loratune.lora.attach import PeftModel
 from loratune.statistics import LEAST_ROWS, Interval, loss_interval, mean_ratio
 from loratune.system.launcher import Group
-from loratune.training.losses import Loss, NextToken, Objective
+from loratune.training.losses import Loss, NextToken, Objective, ScoringLayout
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,17 @@ class FinalScore:
 def score(
     model: PeftModel,
     test: TokenizedDataset,
-    pad_id: int,
+    scoring: ScoringLayout,
     acceleration: kernels.Acceleration,
     group: Group,
     objective: Objective,
 ) -> FinalScore:
-    """Compute the loss of each distinct test row, a row at a time; all processes take a share.
+    """Compute the loss of each distinct test row; all processes take a share.
 
     Args:
         model: The base with the adapter, as it is published.
         test: The rows.
-        pad_id: The token for padding.
+        scoring: How rows stand in batches.
         acceleration: What of the model the kernels compute.
         group: The processes of the run.
         objective: What the loss is.
@@ -77,7 +77,7 @@ def score(
         NumericError: The loss is NaN or inf.
     """
     copies = test.copies()
-    losses = row_losses(model, test, [*copies], pad_id, acceleration, group, objective)
+    losses = row_losses(model, test, [*copies], scoring, acceleration, group, objective)
     return from_losses(losses, [*copies.values()])
 
 
@@ -85,17 +85,17 @@ def row_losses(
     model: PeftModel,
     split: TokenizedDataset,
     numbers: Sequence[int],
-    pad_id: int,
+    scoring: ScoringLayout,
     acceleration: kernels.Acceleration,
     group: Group,
     objective: Objective = NextToken(),  # noqa: B008  it has no state
 ) -> list[Loss]:
-    """The loss of each of some rows, computed a row at a time. Arguments as in `score`.
+    """The loss of each of some rows. Arguments as in `score`.
 
     numbers: which rows of the split, or pairs of them.
     """
     with acceleration.applied(model):
-        return objective.item_losses(model, split, numbers, pad_id, group)
+        return objective.item_losses(model, split, numbers, scoring, group)
 
 
 def from_losses(losses: Sequence[Loss], copies: Sequence[int]) -> FinalScore:

@@ -26,7 +26,7 @@ from loratune.errors import NumericError, Problem
 from loratune.lora.attach import PeftModel
 from loratune.statistics import LEAST_ROWS, Interval, finite, jackknife_interval, mean_ratio_interval
 from loratune.system.launcher import Group
-from loratune.training.losses import Loss, NextToken, Objective
+from loratune.training.losses import Loss, NextToken, Objective, ScoringLayout
 from loratune.training.resume import ResumePoint
 from loratune.training.run_dir import RunDirectory
 from loratune.training.run_dir_files import PUBLISH_WORSE, RejectedAdapter
@@ -192,7 +192,7 @@ def measure(
     model: PeftModel,
     other: AbstractContextManager[None],
     splits: Mapping[str, TokenizedDataset],
-    pad_id: int,
+    scoring: ScoringLayout,
     budget: int,
     acceleration: kernels.Acceleration,
     group: Group,
@@ -200,16 +200,14 @@ def measure(
     name: str = "its base",
     objective: Objective = NextToken(),  # noqa: B008  it has no state
 ) -> Gain:
-    """Compare a trained adapter with its base, or another model, on a sample of rows, a row at a time.
-
-    All processes take a share.
+    """Compare a trained adapter with its base, or another model, on a sample of rows. All processes take a share.
 
     Args:
         model: The base with the adapter, as it was trained.
         other: Inside, the model computes what it is compared with, see `tensors.as_initialized`.
         splits: Rows by the name of their split. The sample is drawn from the first split with enough distinct rows, and
             from the last if there is none; it is the same sample for the same rows and budget.
-        pad_id: The token for padding.
+        scoring: How rows stand in batches; base and adapter read the same ones.
         budget: Tokens that the run was trained on.
         acceleration: Which layers the kernels compute, both with the adapter and without.
         group: The processes of the run.
@@ -222,7 +220,7 @@ def measure(
 
     def losses() -> list[Loss]:
         with acceleration.applied(model):
-            return objective.item_losses(model, splits[split], [*drawn], pad_id, group)
+            return objective.item_losses(model, splits[split], [*drawn], scoring, group)
 
     adapter_losses = losses()
     with other:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from numpy.typing import NDArray
 
 from loratune import kernels
 from loratune.data import TokenizedDataset
-from loratune.data.packing import BatchLayout
+from loratune.data.packing import BatchLayout, Items, Packing
+from loratune.data.prefix_tree import PrefixTree, common_prefix
 from loratune.kernels import next_token_loss
 from loratune.system.launcher import SINGLE_PROCESS, Group
 
@@ -60,14 +62,72 @@ class Loss:
         return self.total / self.tokens
 
 
-class Objective(Protocol):
-    """What a run lowers.
+@dataclass(frozen=True)
+class ScoringLayout:
+    """How rows stand in batches where each is to get a loss of its own: as in those of training, and no larger.
+
+    What is in a batch follows from the rows alone, in any number of processes. So the same rows get the same losses
+    again; in another company, or in batches of another size, the loss of a row may differ by rounding.
+
+    Attributes:
+        flat: Whether they stand end to end, or are padded to about the same length.
+        saved: See `BatchLayout.saved`.
+        pad_id: The token for padding.
+        tokens: Of a batch, padding included, at most; a longer row is a batch by itself.
+    """
+
+    flat: bool
+    saved: float | None
+    pad_id: int
+    tokens: int
+
+    def layout(self, dataset: TokenizedDataset, rows: Items | None = None, together: int = 0) -> BatchLayout:
+        """The rows of a dataset, an item by itself. rows, together: see `Objective.items`."""
+        lengths = dataset.rows.lengths
+        packing: Packing = "batch" if self.flat else "none"
+        layout = BatchLayout(rows or dataset.rows, lengths, packing, 1, int(lengths.max()), self.pad_id, together)
+        return layout.sharing(self.saved) if self.saved is not None else layout
+
+    def batches(self, layout: BatchLayout, numbers: Sequence[int]) -> list[list[int]]:
+        """The numbers of some items of a layout, batch by batch: those of like length together, or those that begin
+        alike where they share that."""
+        found: list[list[int]] = []
+        total = 0
+        for number, alone, beside in self._in_order(layout, numbers):
+            total = total + beside if self.flat else alone * (len(found[-1]) + 1 if found else 1)
+            if not found or total > self.tokens:
+                found.append([])
+                total = alone
+            found[-1].append(number)
+        return found
+
+    def _in_order(self, layout: BatchLayout, numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """Items, each with its tokens in a batch of its own, and beside the one before it."""
+        if self.saved is None:
+            for number in sorted(numbers, key=layout.tokens):
+                yield number, layout.tokens(number), layout.tokens(number)
+            return
+        rows = {number: [np.array(row["input_ids"], ">u4") for row in layout.rows([number])] for number in numbers}
+        before: NDArray[Any] = np.empty(0, ">u4")
+        for number in sorted(numbers, key=lambda number: rows[number][0].tobytes()):
+            alone = len(PrefixTree.of(rows[number]).ids)  # type: ignore[arg-type]
+            yield number, alone, alone - common_prefix(before, rows[number][0])
+            before = rows[number][0]
+
+
+class Objective:
+    """What a run lowers. What a method does here, it does for objectives that have no other.
 
     Attributes:
         unit: What the loss is a mean over, in the singular: `token`, `pair`, `answer`.
     """
 
-    unit: str
+    unit = "token"
+
+    def items(self, dataset: TokenizedDataset) -> tuple[Items, int]:
+        """The rows of a dataset as `BatchLayout` takes them; and how many make an item together, 0 where rows are not
+        compared."""
+        return dataset.rows, 0
 
     def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
         """Prepare an optimizer step.
@@ -81,35 +141,63 @@ class Objective(Protocol):
         Returns:
             How many tokens, pairs or answers the step has over all processes.
         """
+        return count
 
-    def expect(self, model: Any, batch: dict[str, Any]) -> None:
-        """Take out of a batch what the model is not given, before its forward pass."""
+    def expect(self, model: Any, batch: dict[str, Any], *, by_row: bool = False) -> None:
+        """Take out of a batch what the model is not given, before its forward pass. by_row: whether the loss is wanted
+        row by row, and not summed."""
+        lengths = batch.pop("lengths", None)
+        kernels.expect(model, batch["labels"], batch.pop("places", None), lengths if by_row else None)
 
     def total(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss of the batch that `expect` was called with, and over how many tokens, pairs or answers."""
+        return next_token_loss(logits, labels)
+
+    def losses(
+        self,
+        model: Any,
+        layout: Batches,
+        batches: Sequence[Sequence[int]],
+        before_batch: BeforeBatch = nothing,
+        group: Group = SINGLE_PROCESS,
+    ) -> list[Loss]:
+        """The loss of each row, pair or answer, in the order of the batches. All processes get all of them.
+
+        Args:
+            model: Left in the mode, training or evaluation, in which it is.
+            layout: The rows.
+            batches: The numbers of the items of each batch.
+            before_batch: See `BeforeBatch`.
+            group: The processes, each of which takes a share of the batches.
+        """
+        raise NotImplementedError
 
     def held_out_loss(
         self,
-        model: PreTrainedModel,
-        batches: Batches,
+        model: Any,
+        layout: Batches,
         numbers: Sequence[int] | None = None,
         before_batch: BeforeBatch = nothing,
         group: Group = SINGLE_PROCESS,
     ) -> Loss:
         """The loss over all that rows hold, however they are batched and divided.
 
-        Args:
-            model: Left in the mode, training or evaluation, in which it is.
-            batches: The rows.
-            numbers: Which of their items to take; None for all.
-            before_batch: See `BeforeBatch`.
-            group: The processes, each of which takes a share of the batches.
+        numbers: which of their items to take; None for all. Other arguments as of `losses`.
         """
+        numbers = range(len(layout.items)) if numbers is None else numbers
+        batches = [numbers[start : start + layout.size] for start in range(0, len(numbers), layout.size)]
+        found = self.losses(model, layout, batches, before_batch, group)
+        return Loss(sum(loss.total for loss in found), sum(loss.tokens for loss in found))
 
     def item_losses(
-        self, model: PreTrainedModel, dataset: TokenizedDataset, numbers: Sequence[int], pad_id: int, group: Group
+        self, model: Any, dataset: TokenizedDataset, numbers: Sequence[int], scoring: ScoringLayout, group: Group
     ) -> list[Loss]:
-        """The loss of each of some items of a dataset, computed one by one. All processes get all of them."""
+        """The loss of each of some items of a dataset, in their order. All processes get all of them."""
+        layout = scoring.layout(dataset, *self.items(dataset))
+        batches = scoring.batches(layout, numbers)
+        losses = self.losses(model, layout, batches, group=group)
+        found = dict(zip(chain.from_iterable(batches), losses, strict=True))
+        return [found[number] for number in numbers]
 
     def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
         """Check that the model is what the objective takes it for before its first step.
@@ -122,114 +210,68 @@ class Objective(Protocol):
 
     def logged(self) -> dict[str, float]:
         """Further figures of the last pass over held-out rows, by their names."""
+        return {}
 
     def logged_of_step(self) -> dict[str, float]:
         """Further figures of the last micro-step."""
+        return {}
 
 
-class NextToken:
+class NextToken(Objective):
     """The objective `sft`: every supervised token, given those before it."""
 
-    unit = "token"
-
-    def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
-        """See `Objective`."""
-        return count
-
-    def expect(self, model: Any, batch: dict[str, Any]) -> None:
-        """See `Objective`."""
-        kernels.expect(model, batch["labels"], batch.pop("places", None))
-
-    def total(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Objective`."""
-        return next_token_loss(logits, labels)
-
-    def held_out_loss(
+    def losses(
         self,
-        model: PreTrainedModel,
-        batches: Batches,
-        numbers: Sequence[int] | None = None,
+        model: Any,
+        layout: Batches,
+        batches: Sequence[Sequence[int]],
         before_batch: BeforeBatch = nothing,
         group: Group = SINGLE_PROCESS,
-    ) -> Loss:
-        """See `Objective`; each supervised token counts once."""
-        numbers = range(len(batches.items)) if numbers is None else numbers
-        own = [loss for _, loss in self._losses(model, batches, numbers, before_batch, group)]
-        total, tokens = group.total([sum(loss.total for loss in own), sum(loss.tokens for loss in own)])
-        return Loss(total, int(tokens))
-
-    def item_losses(
-        self, model: PreTrainedModel, dataset: TokenizedDataset, numbers: Sequence[int], pad_id: int, group: Group
     ) -> list[Loss]:
         """See `Objective`."""
-        rows = dataset.rows
-        batches = BatchLayout(rows, rows.lengths, "none", 1, int(rows.lengths.max()), pad_id)
-        losses = self._losses(model, batches, numbers, nothing, group)
-        own = [(position, loss.total, loss.tokens) for position, loss in losses]
-        return [Loss(total, tokens) for _, total, tokens in sorted(chain.from_iterable(group.all_gather(own)))]
-
-    def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
-        """See `Objective`."""
-
-    def logged(self) -> dict[str, float]:
-        """See `Objective`."""
-        return {}
-
-    def logged_of_step(self) -> dict[str, float]:
-        """See `Objective`."""
-        return {}
-
-    def _losses(
-        self, model: Any, batches: Batches, numbers: Sequence[int], before_batch: BeforeBatch, group: Group
-    ) -> Iterator[tuple[int, Loss]]:
-        """Position and loss of each batch that this process takes."""
-        for position, labels, logits in read_batches(self, model, batches, numbers, before_batch, group):
-            loss, count = next_token_loss(logits, labels)
+        own = []
+        for position, labels, lengths, logits in read_batches(self, model, layout, batches, before_batch, group):
+            sums, counts = kernels.row_sums(logits, labels, lengths), kernels.row_counts(labels, lengths)
             if position is not None:
-                yield position, Loss(loss.item(), int(count))
+                own.append((position, sums.tolist(), counts.tolist()))
+        parts = sorted(chain.from_iterable(group.all_gather(own)))
+        return [Loss(*row) for _, sums, counts in parts for row in zip(sums, counts, strict=True)]
 
 
 def read_batches(
-    objective: "NextToken | Objective",
+    objective: Objective,
     model: Any,
-    batches: Batches,
-    numbers: Sequence[int],
+    layout: Batches,
+    batches: Sequence[Sequence[int]],
     before_batch: BeforeBatch,
     group: Group,
-) -> Iterator[tuple[int | None, torch.Tensor, torch.Tensor]]:
-    """Run a model on the batches that this process takes, without gradients and dropout.
-
-    Args:
-        objective: What takes out of a batch what the model is not given.
-        model: Left in the mode in which it is.
-        batches: The rows.
-        numbers: Which of their items to take.
-        before_batch: See `BeforeBatch`.
-        group: The processes, each of which takes a share of the batches.
+) -> Iterator[tuple[int | None, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Run a model on the batches that this process takes, without gradients and dropout. Arguments as of
+    `Objective.losses`.
 
     Yields:
-        The position of the batch, None for one that another process takes too; its labels; and what the model returns.
+        The position of the batch, None for one that another process takes too; and what `run_batch` returns.
     """
     was_training = model.training
     model.eval()
-    by_batch = [numbers[start : start + batches.size] for start in range(0, len(numbers), batches.size)]
-    for first in range(0, len(by_batch), group.count):
+    for first in range(0, len(batches), group.count):
         position = first + group.rank
         # Beyond the last batch a process repeats one, as all processes must take part in every forward pass.
-        batch = batches.collate([batches.items[number] for number in by_batch[position % len(by_batch)]])
+        batch = layout.collate([layout.items[number] for number in batches[position % len(batches)]])
         before_batch(batch)
-        yield (position if position < len(by_batch) else None), *run_batch(objective, model, batch)
+        yield (position if position < len(batches) else None), *run_batch(objective, model, batch)
     model.train(was_training)
 
 
 @torch.no_grad()
 def run_batch(
-    objective: "NextToken | Objective", model: Any, batch: Mapping[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The labels of a batch, on the device of the model, and what the model returns for it."""
+    objective: Objective, model: Any, batch: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The labels of a batch, the tokens of its rows, and what the model returns for it, on the model's device."""
     given = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
     }
-    objective.expect(model, given)
+    lengths = given["lengths"]
+    objective.expect(model, given, by_row=True)
     labels = given.pop("labels")
-    return labels, model(**given, use_cache=False).logits
+    return labels, lengths, model(**given, use_cache=False).logits

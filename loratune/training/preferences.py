@@ -19,11 +19,11 @@ from torch import Tensor
 from loratune import kernels
 from loratune.codes import Code
 from loratune.data import TokenizedDataset
-from loratune.data.packing import BatchLayout, Packing
+from loratune.data.packing import Items
 from loratune.data.rendering import CHOSEN, TokenizedRow
 from loratune.errors import NumericError, Problem
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training.losses import Batches, BeforeBatch, Loss, nothing, read_batches, run_batch
+from loratune.training.losses import Batches, BeforeBatch, Loss, Objective, nothing, read_batches, run_batch
 from loratune.training.objectives import AnswerScores, Formula, divergence
 from loratune.training.preference_figures import PreferenceFigures, Side
 
@@ -80,11 +80,6 @@ class ComparedRows:
         """SHA-256 of which answers stand behind other prompts; empty where none do."""
         return hashlib.sha256(self._partners.tobytes()).hexdigest() if self._partners is not None else ""
 
-    def layout(self, packing: Packing, size: int, max_length: int, pad_id: int) -> BatchLayout:
-        """These rows in batches; see `BatchLayout`."""
-        lengths, together = self.dataset.rows.lengths, self.dataset.together
-        return BatchLayout(self, lengths, packing, size, max_length, pad_id, together)
-
 
 def _partners(dataset: TokenizedDataset, seed: int) -> NDArray[np.int64]:
     """(rows,), for each row one with another prompt, if there is any near it in an order that is drawn; each row is one
@@ -133,8 +128,8 @@ class Read:
 _NAMES = ("answers", "tokens", "references", "sides", "mismatched", "mismatched_references")
 
 
-class Comparing:
-    """An objective that compares answers; see `losses.Objective`.
+class Comparing(Objective):
+    """An objective that compares answers.
 
     Attributes:
         formula: Which.
@@ -154,6 +149,10 @@ class Comparing:
 
     # As an `Objective`
 
+    def items(self, dataset: TokenizedDataset) -> tuple[Items, int]:
+        """See `Objective`."""
+        return next(rows for rows in self.splits.values() if rows.dataset is dataset), dataset.together
+
     def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
         """See `Objective`; estimates KTO's divergence over all of the step."""
         own = [batch for batch in batches if (batch["labels"] >= 0).any()]
@@ -172,8 +171,8 @@ class Comparing:
         self._divergence = max(0.0, difference / prompts) if prompts else 0.0
         return torch.tensor(rows / together, device=model.device)
 
-    def expect(self, model: Any, batch: dict[str, Any]) -> None:
-        """See `Objective`."""
+    def expect(self, model: Any, batch: dict[str, Any], *, by_row: bool = True) -> None:
+        """See `Objective`; the loss is always wanted row by row."""
         names = ("lengths", "sides", "references", "mismatched")
         self._given = {name: batch.pop(name, None) for name in names}
         kernels.expect(model, batch["labels"], batch.pop("places", None), self._given["lengths"])
@@ -188,27 +187,16 @@ class Comparing:
         self.step = Read(held, sides, _no_answers())
         return (losses * is_there).sum().float(), is_there.sum()
 
-    def held_out_loss(
+    def losses(
         self,
         model: Any,
-        batches: Batches,
-        numbers: Sequence[int] | None = None,
+        layout: Batches,
+        batches: Sequence[Sequence[int]],
         before_batch: BeforeBatch = nothing,
         group: Group = SINGLE_PROCESS,
-    ) -> Loss:
-        """See `Objective`."""
-        numbers = range(len(batches.items)) if numbers is None else numbers
-        self.last = self.read(model, batches, numbers, before_batch, group)
-        losses = self._item_losses(self.last, divergence(self.last.mismatched))
-        return Loss(float(losses.sum()), len(losses))
-
-    def item_losses(
-        self, model: Any, dataset: TokenizedDataset, numbers: Sequence[int], pad_id: int, group: Group
     ) -> list[Loss]:
         """See `Objective`."""
-        rows = next(rows for rows in self.splits.values() if rows.dataset is dataset)
-        batches = rows.layout("none", 1, int(dataset.rows.lengths.max()), pad_id)
-        self.last = self.read(model, batches, numbers, nothing, group)
+        self.last = self.read(model, layout, batches, before_batch, group)
         losses = self._item_losses(self.last, divergence(self.last.mismatched))
         return [Loss(loss, 1) for loss in losses.tolist()]
 
@@ -239,7 +227,7 @@ class Comparing:
             return
         was_training = model.training
         model.eval()
-        labels, logits = run_batch(self, model, first())
+        labels, _, logits = run_batch(self, model, first())
         model.train(was_training)
         answers, sides = self._answers(logits, labels), self._given["sides"]
         if self._given["references"] is None or not len(sides) or not bool((answers.tokens > 0).all()):
@@ -259,11 +247,16 @@ class Comparing:
     # What models give to rows
 
     def read(
-        self, model: Any, batches: Batches, numbers: Sequence[int], before_batch: BeforeBatch, group: Group
+        self,
+        model: Any,
+        layout: Batches,
+        batches: Sequence[Sequence[int]],
+        before_batch: BeforeBatch = nothing,
+        group: Group = SINGLE_PROCESS,
     ) -> Read:
-        """What a model gives to the rows of some items, known to all processes. Arguments as of `held_out_loss`."""
+        """What a model gives to the rows of batches, known to all processes. Arguments as of `losses`."""
         own: list[tuple[int, dict[str, list[float]]]] = []
-        for position, labels, logits in read_batches(self, model, batches, numbers, before_batch, group):
+        for position, labels, _, logits in read_batches(self, model, layout, batches, before_batch, group):
             answers, sides, other = self._answers(logits, labels), self._given["sides"], self._given["mismatched"]
             mismatched = self._mismatched_answers(model, other) if other is not None else _no_answers()
             found = (
@@ -276,7 +269,7 @@ class Comparing:
         return Read.joined([part for _, part in parts])
 
     def _mismatched_answers(self, model: Any, batch: Mapping[str, Any]) -> AnswerScores:
-        labels, logits = run_batch(self, model, batch)
+        labels, _, logits = run_batch(self, model, batch)
         return self._answers(logits, labels)
 
     def _answers(self, logits: Tensor, labels: Tensor) -> AnswerScores:

@@ -23,12 +23,11 @@ from loratune.lora import tensors
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.system.launcher import Group
-from loratune.training.losses import BeforeBatch, nothing
+from loratune.training.losses import BeforeBatch, ScoringLayout, nothing
 from loratune.training.preferences import ComparedRows, Comparing
 
-_PASS_TOKENS, _PASS_ROWS = 4096, 8
-"""Tokens, or padded items, of a batch: they do not depend on the batches of the run, so that the numbers do not
-either."""
+_PASS_TOKENS = 2048
+"""Tokens of a batch: they do not depend on the batches of the run, so that the numbers do not either."""
 _ORDERED = 0.5
 """The share of pairs in order from which on that is pointed out."""
 
@@ -87,18 +86,14 @@ def compute(
     for name, rows in objective.splits.items():
         if name == "train" and not objective.formula.has_reference and "validation" in layouts:
             continue
-        longest = int(rows.dataset.rows.lengths.max())
-        layout = rows.layout("none", _PASS_ROWS, longest, pad_id)
-        if train.flat:
-            layout = rows.layout("full", 1, max(longest, _PASS_TOKENS // rows.dataset.together), pad_id)
-        layout = layout.sharing(train.saved) if train.saved is not None else layout
-        key = _key(reference, rows, layout)
+        scoring = ScoringLayout(train.flat, train.saved, pad_id, _PASS_TOKENS)
+        key = _key(reference, rows, scoring)
         known = token_cache_dir.load_values(key) if group.main else None
         values = group.broadcast(known.tolist() if known is not None else None)
         if values is None:
             log(f"computing the reference of {plural(rows.dataset.items, f'{name} {objective.unit}')}")
             with reference.inside(), reference.acceleration.applied(reference.model):
-                values = [*_in_order(objective, reference.model, layout, group, before_batch)]
+                values = [*_in_order(objective, reference.model, rows, scoring, group, before_batch)]
             if group.main:
                 token_cache_dir.store_values(key, np.array(values, np.float64))
         found = np.array(values, np.float64)
@@ -117,18 +112,23 @@ def _order(rows: ComparedRows) -> str:
 
 
 def _in_order(
-    objective: Comparing, model: Any, layout: Any, group: Group, before_batch: BeforeBatch
-) -> Iterator[float]:
+    objective: Comparing, model: Any, rows: ComparedRows, scoring: ScoringLayout, group: Group,
+    before_batch: BeforeBatch,
+) -> Iterator[float]:  # fmt: skip
     """The log-probabilities of all rows in the order of the dataset, and behind them those of the mismatched ones."""
-    read = objective.read(model, layout, range(len(layout.items)), before_batch, group)
-    order = np.argsort(np.concatenate([layout.items.packs[number] for number in range(len(layout.items))]))
+    layout = scoring.layout(rows.dataset, *objective.items(rows.dataset))
+    batches = scoring.batches(layout, range(rows.dataset.items))
+    read = objective.read(model, layout, batches, before_batch, group)
+    items, together = np.concatenate(batches), rows.dataset.together
+    order = np.argsort((items[:, None] * together + np.arange(together)).reshape(-1))
     for answers in (read.answers, read.mismatched):
         if len(answers.log_probabilities):
             yield from answers.log_probabilities[torch.from_numpy(order)].tolist()
 
 
-def _key(reference: Reference, rows: ComparedRows, layout: BatchLayout) -> str:
+def _key(reference: Reference, rows: ComparedRows, scoring: ScoringLayout) -> str:
     """What the log-probabilities of rows are kept under: it differs where anything that decides their bits does."""
     partners = rows.partners_digest()
-    parts = [dict(reference.identity), rows.dataset.fingerprint, partners, layout.flat, layout.saved is not None]
+    batches = [scoring.flat, scoring.saved is not None, scoring.tokens]
+    parts = [dict(reference.identity), rows.dataset.fingerprint, partners, *batches]
     return hashlib.sha256(json.dumps(["reference", parts], sort_keys=True).encode()).hexdigest()

@@ -38,7 +38,7 @@ from loratune.training.resume import find_resume_point
 from loratune.training.run_dir import RunDirectory
 
 _MOST_ROWS = 2048
-"""Distinct held-out rows on which trials are compared, at most; each is computed alone."""
+"""Distinct held-out rows on which trials are compared, at most."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,9 @@ class Bench:
 
     def _score(self, plan: Plan) -> RowLosses:
         """The losses of the adapter on the held-out rows of the config itself, which are the same for all trials."""
-        pad_id, acceleration = load.pad_id(plan.tokenizer), plan.batches.acceleration
+        scoring, acceleration = plan.batches.scoring, plan.batches.acceleration
         found = final_score.row_losses(
-            plan.model, self._held_out, [*self._copies], pad_id, acceleration, SINGLE_PROCESS
+            plan.model, self._held_out, [*self._copies], scoring, acceleration, SINGLE_PROCESS
         )
         scored = RowLosses(
             np.array([loss.total for loss in found]),
