@@ -7,6 +7,7 @@ import resource
 import shutil
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -133,8 +134,9 @@ def planted(cache: Path, tmp_path: Path) -> Iterator[Path]:
     """The file in the cache does something else when it is loaded, and is otherwise as it should be. It never is."""
     mark, source = tmp_path / "loaded", tmp_path / "planted.c"
     source.write_text(
-        '#include <stdio.h>\nvoid swiglu(void) {}\n__attribute__((constructor)) static void begin(void) {\n'
+        '#include <stdio.h>\n__attribute__((constructor)) static void begin(void) {\n'
         f'    FILE *file = fopen("{mark}", "w"); if (file) fclose(file);\n}}\n'
+        + "".join(f"void {name}(void) {{}}\n" for name in build.functions())
     )  # fmt: skip
     subprocess.run(["/usr/bin/gcc", "-shared", "-fPIC", source, "-o", tmp_path / "planted.so"], check=True)
     loaded(cache, called=1)
@@ -241,6 +243,7 @@ BROKEN = {
     "echo 'In function' >&2; echo 'x.c:3: error: no such' >&2; exit 1": "gcc ended with 1: x.c:3: error: no such; ",
     "echo garbage > library.so": r"compiling the fast CPU code failed: .*(invalid ELF header|file too short); ",
     "true": "No such file or directory: library.so",
+    "echo 'int x;' > x.c; /usr/bin/gcc -shared -fPIC x.c -o library.so": "the library has no function rms_norm; ",
 }  # fmt: skip
 
 
@@ -250,6 +253,50 @@ def test_a_compiler_that_fails_is_reported(cache: Path, tmp_path: Path, does: st
     cached = library.load(DEFINE)
     assert cached.functions is None and re.search(BROKEN[does], cached.note or ""), cached.note
     assert "\n" not in (cached.note or "") and list(cache.iterdir()) == []
+
+
+def test_no_process_of_a_compiler_that_hangs_is_left(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(tmp_path, f"sleep 1000 & echo $! > {tmp_path}/child; wait")
+    monkeypatch.setattr(build, "_MAX_SECONDS", 0.5)
+    assert "gcc took more than 0.5 s" in (library.load(DEFINE).note or "")
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    for _ in range(500):
+        if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.01)
+    pytest.fail("its process goes on")
+
+
+def test_the_functions_are_those_of_the_library(built: Path) -> None:
+    listed = subprocess.run(["nm", "-D", "--defined-only", built], capture_output=True, text=True, check=True).stdout
+    defined = {words[2] for line in listed.splitlines() if (words := line.split())[1] == "T"}
+    assert {*build.functions()} == defined - {"_init", "_fini"} and len(defined) > 5
+
+
+def test_a_directory_in_the_place_of_the_library_is_no_library(cache: Path) -> None:
+    loaded(cache, called=1)
+    path = cached_file(cache)
+    path.unlink()
+    path.mkdir()
+    open_files = len(os.listdir("/proc/self/fd"))
+    loaded(cache, called=1, note=f"as {cache} cannot keep it: Is a directory: ")
+    assert len(os.listdir("/proc/self/fd")) <= open_files + 1  # that of the library itself
+
+
+def test_a_processor_that_nobody_describes_is_an_unknown_one(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> str:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/cpuinfo")
+
+    (tmp_path / "shipped").mkdir()
+    monkeypatch.setattr(build, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(library, "_processor", absent)
+    found = library.load(DEFINE)
+    assert library.features() == frozenset() and found.functions is None
+    assert "No such file or directory: /proc/cpuinfo" in (found.note or "")
 
 
 def test_a_library_that_no_longer_loads_is_built_anew(cache: Path, tmp_path: Path, built: Path) -> None:

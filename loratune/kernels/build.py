@@ -7,8 +7,10 @@ import hashlib
 import os
 import platform
 import re
+import signal
 import subprocess
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,18 +85,35 @@ def source_text() -> str:
     return "".join(source.read_text(encoding="utf-8") for source in SOURCES)
 
 
+def functions() -> list[str]:
+    """The names of the functions that a library has: those of the sources that are not static."""
+    return re.findall(r"^(?:void|int) (\w+)\(", source_text(), re.MULTILINE)
+
+
 def compile_library(compiler: str, variant: Variant, define: str, cwd: str) -> None:
-    """Compile `library.so` in a directory. Raises CalledProcessError, TimeoutExpired, OSError."""
+    """Compile `library.so` in a directory. Raises CalledProcessError, TimeoutExpired, OSError.
+
+    A compiler starts processes of its own, such as `cc1`. When it takes too long, or this is interrupted, all end.
+    """
     sources = [str(source) for source in SOURCES if source.suffix == ".c"]
-    subprocess.run(
-        [compiler, *FLAGS, *variant.options, define, *sources, "-o", "library.so", "-lm"],
+    command = [compiler, *FLAGS, *variant.options, define, *sources, "-o", "library.so", "-lm"]
+    with subprocess.Popen(
+        command,
         cwd=cwd,
         env={**os.environ, "TMPDIR": ".", "LC_ALL": "C"},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=True,
-        timeout=_MAX_SECONDS,
-    )
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        process_group=0,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=_MAX_SECONDS)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, output, errors)
 
 
 def reason(error: Exception) -> str:
@@ -106,7 +125,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, subprocess.TimeoutExpired):
         return f"{error.cmd[0]} took more than {_MAX_SECONDS} s"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
+        return error.strerror + (f": {error.filename}" if isinstance(error.filename, str) else "")
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -82,8 +82,15 @@ def _load_shipped(variant: Variant, define: str) -> Library:
 
 
 def features() -> frozenset[str]:
-    """What the processor has and the operating system lets programs use, by the names in `/proc/cpuinfo`."""
-    lines = (line.partition(":") for line in _processor().splitlines())
+    """What the processor has and the operating system lets programs use, by the names in `/proc/cpuinfo`.
+
+    Nothing is known of it where that file cannot be read, as in some sandboxes.
+    """
+    try:
+        lines = [line.partition(":") for line in _processor().splitlines()]
+    except OSError:
+        _log.debug("the processor is not known", exc_info=True)
+        return frozenset()
     return frozenset(
         word for name, _, words in lines if name.startswith(("flags", "Features")) for word in words.split()
     )
@@ -168,11 +175,14 @@ class _Directory:
         except OSError:
             _log.debug("%s is not read from the cache", name, exc_info=True)
             return None
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or ownership_problem(status):
                 return None
-            return build.unsealed(key, file.read(_MAX_BYTES))
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return build.unsealed(key, file.read(_MAX_BYTES))
+        finally:
+            os.close(descriptor)
 
     def write(self, name: str, key: str, content: bytes) -> None:
         """Write a file, sealed with its key, whole or not at all."""
@@ -216,7 +226,8 @@ def _compile(compiler: str, variant: Variant, define: str, directory: _Directory
 
 
 def _link(content: bytes) -> ctypes.CDLL:
-    """Load a library from memory. Raises OSError: the linker refuses it, for example without OpenMP's runtime.
+    """Load a library from memory. Raises OSError: the linker refuses it, for example without OpenMP's runtime, or it
+    is another one than that of the sources.
 
     The descriptor stays open: the linker knows libraries by their path, and another one could get the same number.
     """
@@ -226,10 +237,13 @@ def _link(content: bytes) -> ctypes.CDLL:
             file.write(content)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-        return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+        library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
     except OSError:
         os.close(descriptor)
         raise
+    if absent := [name for name in build.functions() if not hasattr(library, name)]:
+        raise OSError(f"the library has no function {absent[0]}")
+    return library
 
 
 def _name(variant: Variant, key: str) -> str:
