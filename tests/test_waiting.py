@@ -110,6 +110,8 @@ UNLIMITED: dict[str, tuple[str, dict[str, str]]] = {
     "odd": ("neither", {"cpu.max": "1 0", "cpu/cpu.cfs_quota_us": "", "cpu/cpu.cfs_period_us": "x"}),
     "more than there is": ("0::/", {"cpu.max": f"{(os.cpu_count() or 1) * 200000} 100000"}),
     "outside of what is seen": ("0::/../..", {}),
+    "more than a number can be": ("0::/", {"cpu.max": f"{'9' * 400} 1"}),
+    "a period below 0": ("0::/", {"cpu.max": "100000 -100000"}),
 }
 
 

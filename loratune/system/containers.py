@@ -16,9 +16,9 @@ def processors() -> float:
     limits = [float("inf")]
     for group in _groups("cpu"):
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-            with suppress(OSError, ValueError, ZeroDivisionError):
+            with suppress(OSError, ValueError, OverflowError):
                 quota, period = " ".join((group / name).read_text() for name in names).split()
-                if quota != "max" and int(quota) > 0:
+                if quota != "max" and min(int(quota), int(period)) > 0:
                     limits.append(int(quota) / int(period))
     return min(limits)
 
