@@ -81,6 +81,17 @@ def test_only_a_file_is_a_journal(tmp_path: Path, what: str) -> None:
     assert (lost.value.problems[0].code, lost.value.problems[0].where) == (Code.SWEEP_STORAGE, str(journal))
 
 
+@pytest.mark.parametrize("leads", ["somewhere", "nowhere"])
+def test_locks_are_made_in_the_study_only(tmp_path: Path, leads: str) -> None:
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "locks").symlink_to(tmp_path / leads)
+    with pytest.raises(LostError) as lost:
+        opened(tmp_path / "study")
+    assert lost.value.problems[0].where == str(tmp_path / "study" / "locks")
+    assert "is a link in place of" in lost.value.problems[0].what and not [*(tmp_path / "somewhere").iterdir()]
+
+
 def test_a_lock_that_a_killed_process_left_holds_nobody_up(tmp_path: Path) -> None:
     """Optuna's own lock, a link that leads nowhere, would be waited for without end."""
     (tmp_path / "journal.log.lock").symlink_to("nowhere")

@@ -12,6 +12,7 @@ from loratune.commands.sweep import grid as grids
 from loratune.commands.sweep.bench import Bench
 from loratune.commands.sweep.budget import Budget
 from loratune.commands.sweep.grid import Grid, label
+from loratune.commands.sweep.storage import check_directory
 from loratune.commands.sweep.study import Claim, Study, TrialRecord
 from loratune.commands.sweep.trial import DIGEST, Watched, failure, recorded
 from loratune.commands.train import Reporter
@@ -39,7 +40,7 @@ from loratune.evaluation.study_results import (
 from loratune.lora import attach
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
-from loratune.system.files import explain_full_disk, is_directory, is_file, kind, sha256
+from loratune.system.files import explain_full_disk, is_directory, is_file, sha256
 from loratune.system.launcher import host
 from loratune.training import auto, preflight, run_dir
 from loratune.training.preflight import ValidatedRun
@@ -238,11 +239,9 @@ class _Sweep:
         return self.request.directory / TRIALS / f"{number:04}" / self.name
 
     def _check_place(self, place: Path) -> None:
-        """Raises LostError: a link would lead out of the study, where adapters are replaced and removed."""
+        """Raises LostError: adapters would be replaced and removed outside the study."""
         for path in (self.request.directory / TRIALS, place):
-            if (found := kind(path)) not in ("", "a directory"):
-                what, fix = f"is {found} in place of a directory of the study", "move it away"
-                raise LostError(Problem(Code.SWEEP_STORAGE, what, str(path), fix=fix))
+            check_directory(path)
 
     def _results(self) -> StudyResults:
         """What the study came to so far. Raises LostError: the storage holds what no sweep has written."""

@@ -37,6 +37,16 @@ def check_kept(url: str | None) -> None:
         raise ConfigError(Problem(Code.SWEEP_STORAGE, what, url, "--storage", fix))
 
 
+def check_directory(path: Path) -> None:
+    """Raises LostError: a link, or something else, has the name of a directory of a study.
+
+    A link would lead out of the study, where files are written, replaced and removed.
+    """
+    if (found := kind(path)) not in ("", "a directory"):
+        what, fix = f"is {found} in place of a directory of the study", "move it away"
+        raise LostError(Problem(Code.SWEEP_STORAGE, what, str(path), fix=fix))
+
+
 def open_storage(directory: Path, url: str | None) -> BaseStorage:
     """The storage of a study.
 

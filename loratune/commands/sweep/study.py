@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from loratune.codes import Code
 from loratune.commands.sweep.grid import Axis, Settings, label
-from loratune.commands.sweep.storage import JOURNAL, check_kept, open_storage, without_password
+from loratune.commands.sweep.storage import JOURNAL, check_directory, check_kept, open_storage, without_password
 from loratune.errors import ConfigError, LoratuneError, LostError, Problem, ResourceError, is_disk_full
 from loratune.system.files import open_lock
 from loratune.system.launcher import host
@@ -103,6 +103,7 @@ class Study:
         self._locks: dict[int, ExitStack] = {}
         self._shown = time.monotonic()
         with self._storage():
+            check_directory(directory / "locks")
             (directory / "locks").mkdir(parents=True, exist_ok=True)
             with self.choosing():
                 opened = open_storage(directory, storage)
