@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from conftest import Ran, check_refused, write_rows
+from conftest import Ran, check_refused, tiny_llama, write_rows
 from fork_server import ForkServer
 from running import WEIGHTS, MakeConfig, checkpoints, until
 from safetensors.torch import load_file
@@ -116,6 +118,8 @@ def test_both_sides_lose_the_same_of_the_prompt(cli: Cli, run_config: MakeConfig
         ("kto", PAIRS, "training.objective to dpo, orpo or simpo"),
         ("dpo", JUDGED, "training.objective to kto"),
         ("dpo", [{"prompt": "a", "completion": "b"}], "give rows that are pairs of answers"),
+        ("kto", [{"prompt": "a", "completion": "b"}], "give rows that are answers that are good or bad"),
+        ("kto", [{"prompt": "a", "completion": "b", "label": 1}], "set data.format to unpaired_preference"),
     ],
 )
 def test_rows_that_are_not_those_of_the_objective(
@@ -188,6 +192,25 @@ def test_a_wrong_reference_ends_the_run(
     ran = cli("train", config(run_config, tmp_path, objective))
     check_refused(ran, 6, (Code.TRAINING_REFERENCE, "", "training.objective"))
     assert "0.5 nats from that of the reference" in ran.err
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
+def test_a_base_that_computes_nan_is_no_reference(
+    objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its weights are finite. What is wrong is said of the base, and nothing of it is kept."""
+    model = tiny_llama()
+    for layer in (model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj):
+        layer.weight.data *= 1e25
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    ran = cli("train", config(run_config, tmp_path, objective, model={"name_or_path": str(tmp_path / "base")}))
+    held_out = tmp_path / "held-out.jsonl" if objective == "orpo" else tmp_path / "compared.jsonl"
+    check_refused(ran, 6, (Code.TRAINING_REFERENCE, f"{held_out}:1", "training.objective"))
+    assert "log-probability nan" in ran.err and "check that the base model works by itself" in ran.err
+    assert not [*(tmp_path / "cache").rglob("values")]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
@@ -266,6 +289,23 @@ def test_values_are_kept_for_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert token_cache_dir.load_values(key) is not None
     (tmp_path / "loratune" / key).chmod(0o777)
     assert token_cache_dir.load_values(key) is None
+    (tmp_path / "loratune" / key).chmod(0o700)
+    file.unlink()
+    os.mkfifo(file)  # which nobody waits at
+    assert token_cache_dir.load_values(key) is None
+
+
+def test_values_that_cannot_be_written_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    key, limits = "0" * 64, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        token_cache_dir.store_values(key, np.zeros(4096))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [*(tmp_path / "loratune").iterdir()] == [] and token_cache_dir.load_values(key) is None
+    token_cache_dir.store_values(key, np.zeros(4096))
+    assert token_cache_dir.load_values(key) is not None
 
 
 def test_the_reference_is_computed_once_and_kept(

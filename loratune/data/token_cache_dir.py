@@ -32,6 +32,7 @@ from loratune.system.files import (
     UntrustedError,
     create_private_file,
     is_directory,
+    is_file,
     make_private_directory,
     open_private_directory,
     ownership_problems,
@@ -85,6 +86,8 @@ def load_values(key: str) -> NDArray[np.float64] | None:
         if not _secure(root)[0] or any(ownership_problems(entry)) or read_record(entry / _ENTRY) != _record(key):
             return None
         os.utime(entry)
+        if not is_file(entry / _VALUES):
+            return None
         whole, content = read_record(entry / WHOLE), (entry / _VALUES).read_bytes()
         if whole["sha256"] == hashlib.sha256(content).hexdigest():
             return np.frombuffer(content, np.float64)
@@ -108,6 +111,8 @@ def store_values(key: str, values: NDArray[np.float64]) -> None:
             partial.rename(root / key)
         except OSError:
             _log.debug("the values of %s are not kept", key, exc_info=True)
+            with suppress(OSError):  # Half of them would take the room that others need.
+                _clear(partial)
 
 
 def open_trusted(directory: Path) -> TokenCache | None:

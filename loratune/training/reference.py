@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from loratune import kernels
+from loratune.codes import Code
 from loratune.console import plural
 from loratune.data import token_cache_dir
 from loratune.data.packing import BatchLayout
+from loratune.errors import NumericError, Problem
 from loratune.lora import tensors
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
@@ -90,17 +93,30 @@ def compute(
         key = _key(reference, rows, scoring)
         known = token_cache_dir.load_values(key) if group.main else None
         values = group.broadcast(known.tolist() if known is not None else None)
-        if values is None:
+        is_new = values is None
+        if is_new:
             log(f"computing the reference of {plural(rows.dataset.items, f'{name} {objective.unit}')}")
             with reference.inside(), reference.acceleration.applied(reference.model):
                 values = [*_in_order(objective, reference.model, rows, scoring, group, before_batch)]
-            if group.main:
-                token_cache_dir.store_values(key, np.array(values, np.float64))
         found = np.array(values, np.float64)
+        _check_finite(rows, found)
+        if is_new and group.main:
+            token_cache_dir.store_values(key, found)
         rows.reference = found[: len(rows)]
         rows.mismatched = found[len(rows) :] if len(found) > len(rows) else None
         if name == "train" and rows.dataset.together == 2:
             log(_order(rows))
+
+
+def _check_finite(rows: ComparedRows, values: NDArray[np.float64]) -> None:
+    """Raises NumericError: the reference gives an answer no log-probability that could be compared with."""
+    if np.isfinite(values).all():
+        return
+    first = int(np.flatnonzero(~np.isfinite(values))[0])
+    what = f"the reference, which is the model before training, gives an answer the log-probability {values[first]}"
+    fix = "check that the base model works by itself"
+    where = rows.dataset.rows.row(first % len(rows)).where
+    raise NumericError(Problem(Code.TRAINING_REFERENCE, what, where, "training.objective", fix))
 
 
 def _order(rows: ComparedRows) -> str:
