@@ -493,6 +493,7 @@ CHAT_PAIR = AnswerPair("f:1", Conversation("f:1", (USER, BOT), 1), Conversation(
     [
         ({"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]}, {}),
         ({"prompt": [USER], "chosen": "b", "rejected": "c"}, {}),
+        ({"prompt": json.dumps([USER]), "chosen": json.dumps([BOT]), "rejected": "c"}, {}),  # as in cells of CSV
         ({"prompt": [USER], "chosen": BOT, "rejected": OTHER}, {}),
         ({"chosen": [USER, BOT], "rejected": [USER, OTHER]}, {}),
         ({"prompt": "a", "chosen": [USER, BOT], "rejected": [USER, OTHER], "messages": [USER, BOT], "score": 1.0}, {}),
@@ -526,6 +527,17 @@ def test_pairs_of_texts(row: dict[str, Any], prompt: str, answers: tuple[str, st
     assert parse(row) == AnswerPair("f:1", *(Plain("f:1", prompt, answer) for answer in answers))
 
 
+@pytest.mark.parametrize("answer", ["[1] says so", "[]", "[1, 2]", '[{"name": "x"}]', "[", "[" * 9999])
+def test_text_in_brackets_is_text(answer: str) -> None:
+    """An answer need be no list of messages where the prompt is one."""
+    pair = parse({"prompt": [USER], "chosen": answer, "rejected": "c"})
+    assert isinstance(pair, AnswerPair) and isinstance(pair.chosen, Conversation)
+    assert pair.chosen.messages[-1]["content"] == answer
+    assert parse({"prompt": "a", "chosen": answer, "rejected": "c"}) == AnswerPair(
+        "f:1", Plain("f:1", "a", answer), Plain("f:1", "a", "c")
+    )
+
+
 def test_a_longer_implicit_prompt_and_tools() -> None:
     turns = [SYSTEM, USER, BOT, USER]
     pair = parse({"chosen": [*turns, BOT], "rejected": [*turns, OTHER], "tools": [WEATHER]})
@@ -533,7 +545,9 @@ def test_a_longer_implicit_prompt_and_tools() -> None:
     assert pair.rejected.first_supervised == 4 and pair.rejected.tools == (WEATHER,)
 
 
-@pytest.mark.parametrize(("label", "desirable"), [(True, True), (False, False), (1, True), (0.0, False)])
+@pytest.mark.parametrize(
+    ("label", "desirable"), [(True, True), (False, False), (1, True), (0.0, False), ("True", True), ("0", False)]
+)
 def test_answers_that_are_good_or_bad(label: Any, desirable: bool) -> None:
     section = {"format": "unpaired_preference"}
     assert parse(PAIR | {"label": label}, **section) == Judged("f:1", Plain("f:1", "a", "b"), desirable)

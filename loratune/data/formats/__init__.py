@@ -120,6 +120,7 @@ class Parser:
     Attributes:
         format_name: The format of the rows.
         identity: An id of this way of reading rows, which differs from all others.
+        has_label: Whether the first row has a label beside a prompt and a completion, whatever it means.
         fields: The fields of the first row, under the names of the data.
         chosen_alone: What `data.columns` has to be so that the chosen answers of pairs are trained on alone.
         unused_fields: The fields of the rows parsed so far that the format does not read, and rows are not grouped by.
@@ -142,6 +143,7 @@ class Parser:
         self._known = {*self._format.keys, *self._format.optional}
         self._is_compared = self.format_name in COMPARED_FORMATS
         self.chosen_alone = _chosen_columns(fields) if fields.keys() >= {"chosen", "rejected"} else ""
+        self.has_label = fields.keys() >= {"prompt", "completion", "label"}
         self.fields = tuple(first.values)
         self._grouped_by = {section.group_by}
         self.unused_fields: set[str] = set()

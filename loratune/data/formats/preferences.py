@@ -19,18 +19,21 @@ from loratune.data.formats.examples import (
     Plain,
     RowError,
     describe,
-    parse_list,
+    parse_json,
     text,
 )
 
 CHOSEN, REJECTED = "chosen", "rejected"
+_SPEAKERS = {"role", "from"}
+"""The fields that say whose a message is."""
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
 _BORDERS = ("\n\nAssistant:", "\n\nHuman:")
 """What turns begin with in the texts of Anthropic's HH-RLHF, whose pairs are whole dialogues."""
 
 
 def holds_messages(fields: Fields) -> bool:
     """Whether the prompt or an answer of a row is messages."""
-    values = (fields.get(name) for name in ("prompt", CHOSEN, REJECTED, "completion"))
+    values = (_listed(fields, name) for name in ("prompt", CHOSEN, REJECTED, "completion"))
     return any(isinstance(value, list | Mapping) for value in values)
 
 
@@ -71,8 +74,9 @@ def parse_judged_messages(where: str, fields: Fields) -> Judged:
 
 
 def _label(fields: Fields) -> bool:
-    """The label of an answer: true, false, 1 or 0. Raises RowError."""
+    """The label of an answer: true, false, 1 or 0, as text too, as in a cell of CSV. Raises RowError."""
     value = fields.get("label")
+    value = _LABELS.get(value.strip().lower(), value) if isinstance(value, str) else value
     if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
         return bool(value)
     what = f"`label` must be true or false, which say whether the answer is a good one, got {describe(value)}"
@@ -91,9 +95,28 @@ def _border(chosen: str, rejected: str) -> int:
     return max(common - 1, 0)  # White space stands at the beginning of a word, as in most vocabularies.
 
 
+def _listed(fields: Fields, name: str) -> Any:
+    """The value of a field; text that is a JSON list of messages, as in a cell of CSV, is parsed.
+
+    Any other text is one, also where it begins as such a list: `[1] says so`. Raises RowError: the messages hold what
+    cannot be text.
+    """
+    value = fields.get(name)
+    if not isinstance(value, str) or value.lstrip()[:1] != "[":
+        return value
+    try:
+        found = parse_json(value, f"`{name}`")
+    except RowError as error:
+        if error.code != Code.DATA_FIELD_JSON:
+            raise
+        return value
+    is_messages = bool(found) and all(isinstance(one, Mapping) and one.keys() & _SPEAKERS for one in found)
+    return found if is_messages else value
+
+
 def _prompt(fields: Fields) -> list[Turn] | None:
     """The turns of the prompt, with the row's `system` before them; None where the row has no prompt."""
-    value = parse_list(fields, "prompt")
+    value = _listed(fields, "prompt")
     if value is None:
         return None
     if isinstance(value, str):
@@ -102,14 +125,14 @@ def _prompt(fields: Fields) -> list[Turn] | None:
 
 
 def _turns(fields: Fields, name: str) -> list[Turn]:
-    value = parse_list(fields, name)
+    value = _listed(fields, name)
     listed = {name: [value]} if isinstance(value, Mapping) else {name: value}
     return chats.parse_turns(listed, name, chats.sharegpt_to_openai, chats.SHAREGPT_ROLES)
 
 
 def _answer(fields: Fields, name: str, prompt: Sequence[Turn] | None) -> list[Turn]:
     """The turns of an answer, without those of the prompt, if it begins with them."""
-    value = parse_list(fields, name)
+    value = _listed(fields, name)
     if isinstance(value, str):
         if prompt is None:
             what = f"`{name}` must be a list of messages, as there is no `prompt`, got {describe(value)}"
