@@ -94,6 +94,16 @@ READ = {
     "null labels": ({"input_ids": [3], "labels": None, "attention_mask": [1]}, "input_ids", Ids("f:1", (3,))),
     "strings": (PAIR | {"id": 7}, "prompt_completion", Plain("f:1", "a", "b")),
     "lists": ({"prompt": [USER], "completion": [BOT]}, "messages", Conversation("f:1", (USER, BOT), 1)),
+    "lists in cells of CSV": (
+        {"prompt": json.dumps([USER]), "completion": json.dumps([BOT])},
+        "messages",
+        Conversation("f:1", (USER, BOT), 1),
+    ),
+    "text in brackets": (
+        {"prompt": "[INST] a", "completion": "[1]"},
+        "prompt_completion",
+        Plain("f:1", "[INST] a", "[1]"),
+    ),
     "messages": ({"messages": [USER, BOT]}, "messages", Conversation("f:1", (USER, BOT))),
     "sharegpt": ({"conversations": [HUMAN, GPT]}, "conversations", Conversation("f:1", (USER, BOT))),
     "alpaca": ({"instruction": "a", "output": "b"}, "alpaca", Conversation("f:1", (USER, BOT), 1)),
@@ -570,6 +580,10 @@ def test_labels_that_are_none_of_answers() -> None:
         ({"prompt": [USER], "chosen": [USER], "rejected": [BOT]}, Code.DATA_NO_ANSWER, "no assistant message"),
         ({"chosen": [USER, BOT], "rejected": "c"}, Code.DATA_FIELD_TYPE, "must be a list of messages"),
         ({"prompt": "a", "chosen": "b", "rejected": None}, Code.DATA_FIELD_TYPE, "must be text"),
+        (
+            {"prompt": '[{"role": "user", "content": "\\ud800"}]', "chosen": "b", "rejected": "c"}, Code.DATA_SURROGATE,
+            "`content` of message 1 of `prompt` holds a lone surrogate",
+        ),
         (
             {"prompt": [USER], "chosen": [BOT | {"weight": 0}], "rejected": [OTHER]}, Code.DATA_WEIGHT,
             "compared whole",

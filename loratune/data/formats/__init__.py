@@ -23,6 +23,7 @@ from loratune.data.formats.examples import (
     RowError,
     Single,
     check_ids,
+    messages_or_text,
     quote,
     sides,
     text,
@@ -201,7 +202,7 @@ def _recognise(where: str, fields: Fields, section: DataSection) -> Format:
         return next(format for format in FORMATS if format.name == section.format)
     candidates = [format for format in FORMATS if keys.issuperset(format.keys) and format.name not in COMPARED_FORMATS]
     if len(candidates) == 1:
-        lists = candidates[0].keys == TWO_LISTS.keys and isinstance(fields["prompt"], list)
+        lists = candidates[0].keys == TWO_LISTS.keys and isinstance(messages_or_text(fields, "prompt"), list)
         return TWO_LISTS if lists else candidates[0]
     names = ", ".join(format.name for format in candidates or FORMATS)
     if candidates:
@@ -228,8 +229,8 @@ def _compared_format(fields: Fields, section: DataSection) -> str | None:
 
 def _chosen_columns(fields: Fields) -> str:
     """What `data.columns` has to be so that the chosen answers of pairs are trained on alone."""
-    lists = isinstance(fields["chosen"], list)
-    has_prompt = isinstance(fields.get("prompt"), list) if lists else "prompt" in fields
+    lists = isinstance(messages_or_text(fields, "chosen"), list)
+    has_prompt = isinstance(messages_or_text(fields, "prompt"), list) if lists else "prompt" in fields
     name = "completion" if has_prompt else "messages" if lists else "text"
     return f"{{{name}: chosen}}"
 
@@ -296,7 +297,7 @@ def parse_question(row: Row, section: DataSection) -> Question:
     try:
         if name is None:
             raise RowError(Code.DATA_NO_QUESTION, f"the row has no prompt; its fields are {quote(row.values)}")
-        if name == "text" or (name == "prompt" and not isinstance(fields["prompt"], list)):
+        if name == "text" or (name == "prompt" and not isinstance(messages_or_text(fields, name), list)):
             return Question(text(fields, name), chats.parse_tools(fields))
         return Question(_QUESTIONS[name](fields), chats.parse_tools(fields))
     except RowError as error:

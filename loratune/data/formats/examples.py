@@ -94,6 +94,21 @@ def parse_list(fields: Fields, name: str) -> Any:
     return parse_json(value, f"`{name}`") if isinstance(value, str) and value.lstrip()[:1] == "[" else value
 
 
+def messages_or_text(fields: Fields, name: str) -> Any:
+    """The value of a field; text that is a JSON list of messages, as in a cell of CSV, is parsed.
+
+    Any other text is one, also where it begins as such a list: `[1] says so`.
+    """
+    value = fields.get(name)
+    if not isinstance(value, str) or value.lstrip()[:1] != "[":
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if found and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in found) else value
+
+
 def integers(fields: Fields, name: str) -> tuple[int, ...]:
     """The whole numbers of a field, in order.
 

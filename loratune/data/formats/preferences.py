@@ -19,13 +19,11 @@ from loratune.data.formats.examples import (
     Plain,
     RowError,
     describe,
-    parse_json,
+    messages_or_text,
     text,
 )
 
 CHOSEN, REJECTED = "chosen", "rejected"
-_SPEAKERS = {"role", "from"}
-"""The fields that say whose a message is."""
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 _BORDERS = ("\n\nAssistant:", "\n\nHuman:")
 """What turns begin with in the texts of Anthropic's HH-RLHF, whose pairs are whole dialogues."""
@@ -33,7 +31,7 @@ _BORDERS = ("\n\nAssistant:", "\n\nHuman:")
 
 def holds_messages(fields: Fields) -> bool:
     """Whether the prompt or an answer of a row is messages."""
-    values = (_listed(fields, name) for name in ("prompt", CHOSEN, REJECTED, "completion"))
+    values = (messages_or_text(fields, name) for name in ("prompt", CHOSEN, REJECTED, "completion"))
     return any(isinstance(value, list | Mapping) for value in values)
 
 
@@ -95,28 +93,9 @@ def _border(chosen: str, rejected: str) -> int:
     return max(common - 1, 0)  # White space stands at the beginning of a word, as in most vocabularies.
 
 
-def _listed(fields: Fields, name: str) -> Any:
-    """The value of a field; text that is a JSON list of messages, as in a cell of CSV, is parsed.
-
-    Any other text is one, also where it begins as such a list: `[1] says so`. Raises RowError: the messages hold what
-    cannot be text.
-    """
-    value = fields.get(name)
-    if not isinstance(value, str) or value.lstrip()[:1] != "[":
-        return value
-    try:
-        found = parse_json(value, f"`{name}`")
-    except RowError as error:
-        if error.code != Code.DATA_FIELD_JSON:
-            raise
-        return value
-    is_messages = bool(found) and all(isinstance(one, Mapping) and one.keys() & _SPEAKERS for one in found)
-    return found if is_messages else value
-
-
 def _prompt(fields: Fields) -> list[Turn] | None:
     """The turns of the prompt, with the row's `system` before them; None where the row has no prompt."""
-    value = _listed(fields, "prompt")
+    value = messages_or_text(fields, "prompt")
     if value is None:
         return None
     if isinstance(value, str):
@@ -125,14 +104,14 @@ def _prompt(fields: Fields) -> list[Turn] | None:
 
 
 def _turns(fields: Fields, name: str) -> list[Turn]:
-    value = _listed(fields, name)
+    value = messages_or_text(fields, name)
     listed = {name: [value]} if isinstance(value, Mapping) else {name: value}
     return chats.parse_turns(listed, name, chats.sharegpt_to_openai, chats.SHAREGPT_ROLES)
 
 
 def _answer(fields: Fields, name: str, prompt: Sequence[Turn] | None) -> list[Turn]:
     """The turns of an answer, without those of the prompt, if it begins with them."""
-    value = _listed(fields, name)
+    value = messages_or_text(fields, name)
     if isinstance(value, str):
         if prompt is None:
             what = f"`{name}` must be a list of messages, as there is no `prompt`, got {describe(value)}"
