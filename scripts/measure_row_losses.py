@@ -9,7 +9,8 @@ further definitions are scored one by one. A line is a row: its kind, its superv
 them, and whether greedy decoding gives all of them, which is so where each is the most probable after the ones before.
 It takes ten minutes on one thread.
 
-    OMP_NUM_THREADS=1 python scripts/measure_row_losses.py MODEL WORK --batches DTYPE [--definitions 1] [--rounds 2]
+    OMP_NUM_THREADS=1 python scripts/measure_row_losses.py MODEL WORK --batches DTYPE [--definitions 1] [--rounds 2] \\
+        [--without-padded]
 
 instead measures the batches in which `loratune train` scores rows, beside the same rows one by one and padded: 64 rows
 of so many definitions each. The ways take turns after a few rows that do not count; given are the CPU seconds of one
@@ -113,14 +114,15 @@ def planned(model: str, dtype: str, work: Path, texts: list[Text]) -> Plan:
     return make_plan(preflight.check(config.from_values(values, "measured"), directory, show_progress), show_progress)
 
 
-def taking_turns(plan: Plan, rounds: int) -> None:
+def taking_turns(plan: Plan, rounds: int, *, padded: bool) -> None:
     """Score the rows in each way, and print a line for each."""
     batches, rows = plan.batches, plan.datasets.train
     ways = {
         "one by one": ScoringLayout(False, None, batches.pad_id, 1),
-        "padded": ScoringLayout(False, None, batches.pad_id, batches.scoring.tokens),
         "as trained": batches.scoring,
     }
+    if padded:
+        ways["padded"] = ScoringLayout(False, None, batches.pad_id, batches.scoring.tokens)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     found: dict[str, list[Loss]] = {}
     with batches.acceleration.applied(plan.model):
@@ -139,7 +141,7 @@ def taking_turns(plan: Plan, rounds: int) -> None:
         print(f"; differs by {most:.1e} at most, by {abs(sum(totals) / sum(alone) - 1):.1e} in the mean")
 
 
-def measure_batches(model: str, dtype: str, together: int, rounds: int, work: Path) -> None:
+def measure_batches(model: str, dtype: str, together: int, rounds: int, work: Path, *, padded: bool) -> None:
     """Print the speed of each way. together: definitions in a row."""
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
@@ -149,7 +151,7 @@ def measure_batches(model: str, dtype: str, together: int, rounds: int, work: Pa
     lengths = plan.datasets.train.rows.lengths
     print(f"{dtype}, {len(lengths)} rows of {lengths.min()} to {lengths.max()} tokens", end="")
     print(f", {plan.batches.scoring.tokens} tokens in a batch at most:")
-    taking_turns(plan, rounds)
+    taking_turns(plan, rounds, padded=padded)
 
 
 def main() -> None:
@@ -160,10 +162,12 @@ def main() -> None:
     parser.add_argument("--batches", metavar="DTYPE", help="measure the batches of rows instead")
     parser.add_argument("--definitions", type=int, default=1, help="in each of these rows")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--without-padded", action="store_true")
     options = parser.parse_args()
     work = options.work.resolve()
     if options.batches:
-        measure_batches(options.model, options.batches, options.definitions, options.rounds, work)
+        how, padded = (options.batches, options.definitions, options.rounds), not options.without_padded
+        measure_batches(options.model, *how, work, padded=padded)
         return
     conversations, wordnet = distinct(pairs(work)), definitions()
     training = conversations[:150] + wordnet[:250]
