@@ -209,8 +209,8 @@ class BatchedDatasets:
 
     @cached_property
     def scoring(self) -> ScoringLayout:
-        """How rows are laid out that are scored one by one. No batch takes as much memory as the largest that is
-        trained on: it has no more tokens, or one item, and no gradients."""
+        """How rows are laid out that get losses of their own. The largest batch that is trained on bounds the tokens of
+        theirs, which need no gradients and so less memory."""
         lengths = [length for length, _ in self.largest()[0]]
         tokens = sum(lengths) if self.train.flat else len(lengths) * max(lengths)
         return ScoringLayout(self.train.flat, self.train.saved, self.pad_id, tokens)

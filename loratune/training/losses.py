@@ -67,8 +67,8 @@ class ScoringLayout:
     """How rows stand in batches where each is to get a loss of its own: as in those of training, and no larger.
 
     What is in a batch follows from the rows alone, in any number of processes. So the same rows get the same losses
-    again; in another company, or in batches of another size, the loss of a row may differ by rounding. Where prefixes are
-    shared, a batch may have a few tokens more, as the tree leaves out prefixes of less than `LEAST_SHARED` tokens.
+    again; in another company, or in batches of another size, the loss of a row may differ by rounding. Where prefixes
+    are shared, a batch may have a few tokens more, as the tree leaves out prefixes of less than `LEAST_SHARED` tokens.
 
     Attributes:
         flat: Whether they stand end to end, or are padded to about the same length.
