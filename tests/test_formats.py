@@ -486,6 +486,7 @@ def test_ambiguous_keys_and_the_setting_that_decides(others: dict[str, Any], nam
         ({"chosen": "ab", "rejected": "ac"}, "{text: chosen}"),
         ({"prompt": "a", "chosen": [USER, BOT], "rejected": [USER, OTHER]}, "{messages: chosen}"),
         ({"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]}, "{completion: chosen}"),
+        ({"instruction": "a", "chosen": "b", "rejected": "c"}, "{output: chosen}"),
     ],
 )
 def test_the_chosen_answers_of_pairs_alone(row: dict[str, Any], expected: str) -> None:
@@ -513,6 +514,13 @@ CHAT_PAIR = AnswerPair("f:1", Conversation("f:1", (USER, BOT), 1), Conversation(
             {"prompt": "conversations"},
         ),
         ({"question": "a", "good": [BOT], "bad": [OTHER]}, {"prompt": "question", "chosen": "good", "rejected": "bad"}),
+        ({"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "c"}}, {}),
+        ({"conversations": [HUMAN], "chosen": "b", "rejected": "c"}, {}),
+        ({"messages": [USER], "chosen": [BOT], "rejected": [OTHER]}, {}),
+        ({"instruction": "a", "input": "", "chosen": "b", "rejected": "c"}, {}),
+        ({"instruction": "a", "prompt": None, "chosen": [BOT], "rejected": OTHER}, {}),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, {"instruction": "question"}),
+        ({"instruction": "x", "chosen": [USER, BOT], "rejected": [USER, OTHER], "conversations": [HUMAN]}, {}),
     ],
 )
 def test_pairs_of_messages_in_all_shapes(row: dict[str, Any], columns: dict[str, str]) -> None:
@@ -548,6 +556,30 @@ def test_text_in_brackets_is_text(answer: str) -> None:
     )
 
 
+def test_a_pair_to_an_instruction() -> None:
+    """As LLaMA-Factory has it: system, turns before, and the input below the instruction."""
+    fields = {"system": "s", "history": [["u", "v"]], "instruction": "a", "input": "i", "chosen": "b", "rejected": "c"}
+    pair = parse(fields)
+    assert isinstance(pair, AnswerPair) and isinstance(pair.chosen, Conversation)
+    contents = [(message["role"], message["content"]) for message in pair.chosen.messages]
+    assert contents == [("system", "s"), ("user", "u"), ("assistant", "v"), ("user", "a\ni"), ("assistant", "b")]
+    assert pair.chosen.first_supervised == 4
+
+
+@pytest.mark.parametrize("name", ["question", "Input", "query"])
+def test_a_pair_whose_prompt_would_not_be_read(name: str) -> None:
+    """Two answers without what they answer are no pair to train on, unless they hold it, or the format is set."""
+    row = {name: "Why?", "chosen": "b", "rejected": "c"}
+    (problem,) = refused(row)
+    assert (problem.code, problem.where, problem.key) == (Code.DATA_NO_QUESTION, "f:1", "data.columns")
+    assert f"`{name}` is not read" in problem.what and f"{{instruction: {name}}}" in problem.fix
+    assert parse(row, format="preference") == AnswerPair("f:1", Plain("f:1", "", "b"), Plain("f:1", "", "c"))
+    whole = {name: "Why?", "chosen": "Why? b", "rejected": "Why? c"}
+    assert parse(whole) == AnswerPair("f:1", Plain("f:1", "Why?", " b"), Plain("f:1", "Why?", " c"))
+    dialogue = {name: "x", "chosen": "\n\nHuman: q\n\nAssistant: b", "rejected": "\n\nHuman: q\n\nAssistant: c"}
+    assert isinstance(parse(dialogue), AnswerPair)
+
+
 def test_a_longer_implicit_prompt_and_tools() -> None:
     turns = [SYSTEM, USER, BOT, USER]
     pair = parse({"chosen": [*turns, BOT], "rejected": [*turns, OTHER], "tools": [WEATHER]})
@@ -580,6 +612,8 @@ def test_labels_that_are_none_of_answers() -> None:
         ({"prompt": [USER], "chosen": [USER], "rejected": [BOT]}, Code.DATA_NO_ANSWER, "no assistant message"),
         ({"chosen": [USER, BOT], "rejected": "c"}, Code.DATA_FIELD_TYPE, "must be a list of messages"),
         ({"prompt": "a", "chosen": "b", "rejected": None}, Code.DATA_FIELD_TYPE, "must be text"),
+        ({"messages": [USER, BOT], "chosen": "b", "rejected": "c"}, Code.DATA_FIELD_CONFLICT, "ends with an answer"),
+        ({"instruction": 3, "chosen": "b", "rejected": "c"}, Code.DATA_FIELD_TYPE, "`instruction` must be text"),
         (
             {"prompt": '[{"role": "user", "content": "\\ud800"}]', "chosen": "b", "rejected": "c"}, Code.DATA_SURROGATE,
             "`content` of message 1 of `prompt` holds a lone surrogate",

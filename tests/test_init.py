@@ -280,12 +280,53 @@ def test_conversations_need_a_template(
         ({"question": "a", "label": 3}, True, {}),
         ({"Question": "a", "question": "b", "answer": "c"}, True, {}),
         ({"content": "a", "url": "b"}, True, {"text": "content"}),
+        ({"system": "s", "question": "a", "chosen": "b", "rejected": "c"}, True, {"instruction": "question"}),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, False, {"prompt": "question"}),
+        (
+            {"question": "a", "response_j": "b", "response_k": "c"},
+            True,
+            {"instruction": "question", "chosen": "response_j", "rejected": "response_k"},
+        ),
+        ({"question": "a", "winner": [CHAT[0]["messages"][1]], "loser": [CHAT[0]["messages"][1]]}, True, {
+            "prompt": "question", "chosen": "winner", "rejected": "loser",
+        }),
         ({"dialog": [{"role": "user", "content": "a"}]}, True, {"messages": "dialog"}),
         ({"dialog": [{"from": "human", "value": "a"}]}, True, {"conversations": "dialog"}),
     ],
 )  # fmt: skip
 def test_columns_by_their_names(fields: dict[str, Any], chat: bool, columns: dict[str, str]) -> None:
     assert propose_columns(fields, chat=chat) == columns
+
+
+ASKED = [{"prompt": f"What is {number}?", "completion": "It is one."} for number in range(30)]
+COMPARED = [{"question": f"What is {number}?", "chosen": "It is one.", "rejected": "No."} for number in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "reason"),
+    [
+        (ASKED, {"instruction": "prompt", "output": "completion"}, "would run together"),
+        ([row | {"prompt": f"{row['prompt']} "} for row in ASKED], None, ""),
+        ([row | {"completion": " one"} for row in ASKED], None, ""),
+        ([*ASKED[:20], *({"prompt": "a", "completion": " b"} for _ in range(10))], None, ""),
+        (COMPARED, {"instruction": "question"}, "their names say what they hold"),
+        ([{"prompt": row["question"]} | row for row in COMPARED], {"instruction": "prompt"}, "would run together"),
+        ([{"chosen": f"{n} is one.", "rejected": f"{n} is two."} for n in range(30)], None, ""),
+        ([{"instruction": row.pop("question"), **row} for row in map(dict, COMPARED)], None, ""),
+    ],
+)
+def test_rows_of_text_that_are_questions_and_answers(
+    rows: list[dict[str, Any]], columns: dict[str, str] | None, reason: str, cli: Cli, tiny_dir: Path, here: Path
+) -> None:
+    """The config that is written reads the rows as they are meant, and says why it maps their fields."""
+    write_rows(here / "rows.jsonl", rows)
+    assert cli("init", "rows.jsonl", "--model", tiny_dir).code == 0
+    text = (here / "config.yaml").read_text()
+    written = yaml.safe_load(text)
+    assert written["data"].get("columns") == columns and reason in text
+    assert written["training"].get("objective", "sft") == ("dpo" if "chosen" in rows[0] else "sft")
+    shown = cli("train", "config.yaml", "--dry-run")
+    assert shown.code == 0, shown.err
 
 
 def test_choices_by_counts() -> None:
@@ -329,7 +370,7 @@ def measured(split: DatasetSplit, count: int, saved: float) -> MeasuredRows:
     ]
     lengths, supervised = np.full(count, 16), np.full(count, 4)
     return MeasuredRows(
-        RawDatasets(split, None), {}, lengths, tokenized, lengths, lengths, supervised, together=1, saved=saved,
+        RawDatasets(split, None), {}, "", lengths, tokenized, lengths, lengths, supervised, together=1, saved=saved,
         labels=0, remarks=[],
     )  # fmt: skip
 

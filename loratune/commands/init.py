@@ -112,9 +112,7 @@ def init(run: RunConfig, draft: Draft, watch: ProgressFactory, log: Callable[[st
 def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
     """The section `data`."""
     if rows.columns:
-        draft.choose(
-            "data.columns", rows.columns, "the fields fit no format as they are, and their names say what they hold"
-        )
+        draft.choose("data.columns", rows.columns, rows.why_columns)
     chat = ", through the model's chat template" if rows.train.chat else ""
     draft.reasons["data.train"] = (
         f"{len(rows.train):,} row{'s' if len(rows.train) > 1 else ''}, {' and '.join(rows.train.formats)}{chat}"

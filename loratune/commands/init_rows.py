@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import DatasetSplit, ProgressFactory, RawDatasets
-from loratune.data.formats import FORMATS, JUDGED, PAIRS, completion_key
+from loratune.data.formats import FORMATS, JUDGED, PAIRS, Plain, completion_key, sides
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL, random_mask
 from loratune.data.packing import BatchLayout, Items
 from loratune.data.rendering import Renderer
@@ -27,6 +28,16 @@ LABEL_TOKENS = 16
 OBJECTIVES = {None: "sft", PAIRS: "dpo", JUDGED: "kto"}
 """What rows are → the objective that is proposed for them."""
 
+_AS_CHAT: dict[tuple[str, ...], dict[str, str]] = {
+    ("prompt_completion",): {"instruction": "prompt", "output": "completion"},
+    ("preference",): {"instruction": "prompt"},
+}
+"""Formats of the files → the columns with which their texts go through the chat template."""
+_JOINTS, _MOST_GLUED = 200, 0.9
+"""How many rows are looked at, and in which share of them prompt and answer must run together."""
+_BY_NAMES = "the fields fit no format as they are, and their names say what they hold"
+_RUN_TOGETHER = "joined as text, prompt and answer would run together: so they go through the chat template"
+
 _BATCH = 8
 """Rows of a batch whose beginnings are compared: the batch is chosen later, and much larger ones save hardly more."""
 
@@ -37,6 +48,8 @@ _CONTEXTS = ("input", "context", "passage")
 _ANSWERS = (
     "output", "completion", "response", "answer", "reply", "target", "solution", "summary", "label", "translation",
 )  # fmt: skip
+_CHOSEN = ("chosen", "preferred", "winner", "better", "chosen_response", "response_chosen", "response_j")
+_REJECTED = ("rejected", "dispreferred", "loser", "worse", "rejected_response", "response_rejected", "response_k")
 _TEXTS = ("content", "document", "body")
 _CHATS = ("conversation", "dialogue", "dialog", "chat", "turns")
 """Names of fields, in lower case, that say what they hold."""
@@ -48,7 +61,8 @@ class MeasuredRows:
 
     Attributes:
         splits: All of them; the validation and test rows only where these are files of their own.
-        columns: What `data.columns` must be for them to have a format.
+        columns: What `data.columns` must be for them to have a format, or the one that is meant.
+        why_columns: The reason for these.
         all_lengths: (rows,), tokens of the rows of all splits that were tokenized.
         tokenized: The training rows that were tokenized.
         row_lengths: Their tokens, of each answer of a pair by itself.
@@ -62,6 +76,7 @@ class MeasuredRows:
 
     splits: RawDatasets
     columns: dict[str, str]
+    why_columns: str
     all_lengths: NDArray[np.int64]
     tokenized: Items
     row_lengths: NDArray[np.int64]
@@ -101,7 +116,7 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int, watch: Pr
         DataError, ModelError: As `data.read_datasets` and `data.prepare`; the fields of the rows fit no format, and
             their names do not say which they are either.
     """
-    raw, columns = _read(section, chat=bool(renderer.tokenizer.chat_template), watch=watch)
+    raw, columns, why = _read(section, chat=bool(renderer.tokenizer.chat_template), watch=watch)
     whole = section.model_copy(update={"columns": columns, "max_length": _NO_LIMIT})
     tokenized = [data.prepare(_sample(split), renderer, whole, vocabulary, watch).rows for split in raw.splits.values()]
     rows, kind = tokenized[0], raw.train.kind
@@ -113,6 +128,7 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int, watch: Pr
     return MeasuredRows(
         splits=raw,
         columns=columns,
+        why_columns=why,
         all_lengths=np.concatenate([split.lengths for split in tokenized]),
         tokenized=rows,
         row_lengths=rows.lengths,
@@ -151,19 +167,48 @@ def _sample(split: DatasetSplit) -> DatasetSplit:
     return replace(split, mask=random_mask(len(split), MOST_ROWS, np.random.default_rng(0)))
 
 
-def _read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[RawDatasets, dict[str, str]]:
-    """All rows, and the columns that they were read with. chat: whether the tokenizer has a chat template."""
+def _read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[RawDatasets, dict[str, str], str]:
+    """All rows, the columns that they were read with, and why.
+
+    chat: whether the tokenizer has a chat template.
+    """
     try:
-        return data.read_datasets(section, 0, watch), section.columns
+        raw = data.read_datasets(section, 0, watch)
     except DataError as error:
-        if section.columns or error.problems[0].code != Code.DATA_FORMAT_UNKNOWN:
-            raise
-        first = next(row for part in open_source(section.train_sources[0]) for row in part.rows())
-        if not (columns := propose_columns(first.values, chat=chat)):
-            known = ", or ".join(" + ".join(format.keys) for format in FORMATS)
-            fix = f"rows have {known}; say which is which: --set data.columns='{{prompt: YOURS, completion: YOURS}}'"
-            raise DataError([replace(problem, fix=fix) for problem in error.problems]) from None
-    return data.read_datasets(section.model_copy(update={"columns": columns}), 0, watch), columns
+        columns, why = _columns_for(error, section, chat=chat), _BY_NAMES
+    else:
+        columns, why = (_columns_of_chat(raw.train), _RUN_TOGETHER) if chat and section.format == "auto" else ({}, "")
+        if section.columns or not columns:
+            return raw, section.columns, ""
+    return data.read_datasets(section.model_copy(update={"columns": columns}), 0, watch), columns, why
+
+
+def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> dict[str, str]:
+    """Columns with which rows may be read whose fields fit no format, as an error says. Raises it if there are none."""
+    problem = error.problems[0]
+    unread = problem.code == Code.DATA_NO_QUESTION and problem.key == "data.columns"
+    if section.columns or not (unread or problem.code == Code.DATA_FORMAT_UNKNOWN):
+        raise error
+    first = next(row for part in open_source(section.train_sources[0]) for row in part.rows())
+    if columns := propose_columns(first.values, chat=chat):
+        return columns
+    if unread:
+        raise error
+    known = ", or ".join(" + ".join(format.keys) for format in FORMATS)
+    fix = f"rows have {known}; say which is which: --set data.columns='{{prompt: YOURS, completion: YOURS}}'"
+    raise DataError([replace(problem, fix=fix) for problem in error.problems]) from None
+
+
+def _columns_of_chat(split: DatasetSplit) -> dict[str, str]:
+    """Columns that put rows of text through the chat template, where prompt and answer would run into one word as they
+    stand; empty for all other rows."""
+    columns = _AS_CHAT.get(tuple(split.formats), {})
+    if not columns or any("prompt" not in file.parser.fields for file in split.index.files):
+        return {}
+    texts = [sides(example)[0] for example in islice(split.examples(), _JOINTS)]
+    joints = [one for one in texts if isinstance(one, Plain) and one.prompt and not one.whole]
+    glued = sum(not one.prompt[-1].isspace() and one.completion[:1].isalnum() for one in joints)
+    return columns if joints and glued >= _MOST_GLUED * len(texts) else {}
 
 
 def propose_columns(fields: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
@@ -184,8 +229,14 @@ def propose_columns(fields: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
     if not questions:
         questions, contexts = contexts, []
     columns: dict[str, str] = {}
-    chats = named(_CHATS)
-    if len(chats) == 1 and isinstance(turns := fields[chats[0]], list) and turns and isinstance(turns[0], dict):
+    chats, chosen, rejected = named(_CHATS), named(_CHOSEN), named(_REJECTED)
+    if len(chosen) == len(rejected) == 1:
+        is_instruction = chat and isinstance(fields[chosen[0]], str)
+        if len(questions) == 1:
+            columns = {"instruction" if is_instruction else "prompt": questions[0]}
+            columns |= {"input": contexts[0]} if is_instruction and len(contexts) == 1 else {}
+        columns |= {"chosen": chosen[0], "rejected": rejected[0]}
+    elif len(chats) == 1 and isinstance(turns := fields[chats[0]], list) and turns and isinstance(turns[0], dict):
         columns = {"messages" if "role" in turns[0] else "conversations": chats[0]}
     elif len(questions) == len(answers) == 1 and chat and len(contexts) <= 1:
         columns = {"instruction": questions[0], "output": answers[0]}

@@ -78,7 +78,8 @@ class DatasetSplit:
             by_kind = {PAIRS: "dpo, orpo or simpo", JUDGED: "kto", None: "sft"}
             fix = f"set training.objective to {by_kind[found]}"
             if kind is None and found == PAIRS:
-                fix += f"; or, to train on the chosen answers alone, data.columns to {file.parser.chosen_alone}"
+                alone = file.parser.chosen_alone
+                fix += f"; or, to train on the chosen answers alone, data.columns to {alone}" if alone else ""
             elif kind is None:
                 fix += "; or keep the rows whose label is true, and set data.format to prompt_completion"
             elif found is None and kind == JUDGED and file.parser.has_label:

@@ -6,6 +6,7 @@ into an Example, and the further fields that it reads.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loratune.codes import Code
@@ -103,6 +104,22 @@ OF_MESSAGES = {
 }  # fmt: skip
 """Format of answers that are compared → the same where they, or the prompt, are messages."""
 
+_TO_TURNS = {
+    name: Format(
+        OF_MESSAGES["preference"].name, ("chosen", "rejected", name), partial(preferences.parse_pair_to_turns, name),
+        ("tools", "system"),
+    )
+    for name in ("messages", "conversations")
+}  # fmt: skip
+QUESTIONED_PAIRS = {
+    "instruction": Format(
+        OF_MESSAGES["preference"].name, ("chosen", "rejected", "instruction"), preferences.parse_pair_to_instruction,
+        ("input", "system", "history", "tools"),
+    ),
+    **_TO_TURNS,
+}  # fmt: skip
+"""Field that holds the prompt of a pair without `prompt`, as in LLaMA-Factory's rows → the format of the pair."""
+
 CHAT_FORMATS = frozenset({"messages", "conversations", "alpaca", *(format.name for format in OF_MESSAGES.values())})
 """The formats whose rows go through the chat template."""
 
@@ -123,7 +140,8 @@ class Parser:
         identity: An id of this way of reading rows, which differs from all others.
         has_label: Whether the first row has a label beside a prompt and a completion, whatever it means.
         fields: The fields of the first row, under the names of the data.
-        chosen_alone: What `data.columns` has to be so that the chosen answers of pairs are trained on alone.
+        chosen_alone: What `data.columns` has to be so that the chosen answers of pairs are trained on alone; empty
+            where no columns do that.
         unused_fields: The fields of the rows parsed so far that the format does not read, and rows are not grouped by.
     """
 
@@ -196,6 +214,12 @@ def _recognise(where: str, fields: Fields, section: DataSection) -> Format:
     if section.format == "prompt_completion" and pair and isinstance(fields["prompt"], list):
         return TWO_LISTS
     if (name := _compared_format(fields, section)) is not None:
+        if (
+            name == "preference"
+            and keys >= {"chosen", "rejected"}
+            and (pair_format := _pair_format(where, fields, section))
+        ):
+            return pair_format
         plain = next(format for format in FORMATS if format.name == name)
         return OF_MESSAGES[name] if preferences.holds_messages(fields) else plain
     if section.format != "auto":
@@ -227,9 +251,37 @@ def _compared_format(fields: Fields, section: DataSection) -> str | None:
     return "unpaired_preference" if judged else None
 
 
+def _pair_format(where: str, fields: Fields, section: DataSection) -> Format | None:
+    """The format of a pair whose prompt stands in another field than `prompt`; None where it stands there, or in the
+    answers.
+
+    Raises:
+        DataError: The name of a field that is not read says that the prompt is there.
+    """
+    if fields.get("prompt") is not None or not preferences.are_answers_alone(fields):
+        return None
+    if (name := next((name for name in QUESTIONED_PAIRS if fields.get(name)), None)) is not None:
+        return QUESTIONED_PAIRS[name]
+    if section.format == "auto" and (name := preferences.unread_question(fields)) is not None:
+        what = f"`chosen` and `rejected` have no `prompt` beside them, and {quote([name])} is not read"
+        fix = f"set data.columns to {{instruction: {name}}} for the chat template, or {{prompt: {name}}} to join texts"
+        fix += "; or data.format to preference, if the answers begin with what they answer"
+        raise DataError(Problem(Code.DATA_NO_QUESTION, what, where, "data.columns", fix))
+    return None
+
+
 def _chosen_columns(fields: Fields) -> str:
-    """What `data.columns` has to be so that the chosen answers of pairs are trained on alone."""
-    lists = isinstance(messages_or_text(fields, "chosen"), list)
+    """What `data.columns` has to be so that the chosen answers of pairs are trained on alone; empty if nothing does."""
+    chosen = messages_or_text(fields, "chosen")
+    lists, is_text = isinstance(chosen, list), isinstance(chosen, str)
+    if (
+        fields.get("prompt") is None
+        and preferences.are_answers_alone(fields)
+        and not fields.keys().isdisjoint(_TO_TURNS)
+    ):
+        return ""
+    if fields.get("prompt") is None and is_text and "instruction" in fields:
+        return "{output: chosen}"
     has_prompt = isinstance(messages_or_text(fields, "prompt"), list) if lists else "prompt" in fields
     name = "completion" if has_prompt else "messages" if lists else "text"
     return f"{{{name}: chosen}}"

@@ -1,7 +1,8 @@
 """The formats of rows that compare answers: pairs of a chosen and a rejected one, and answers that are good or bad.
 
 A prompt may be text or messages, or may be left out: then it is what both answers of a pair begin with. Messages are as
-in OpenAI's or in ShareGPT's form; an answer may be a list of them, a single one, or text.
+in OpenAI's or in ShareGPT's form; an answer may be a list of them, a single one, or text. As in LLaMA-Factory, an
+`instruction`, `messages` or `conversations` beside two answers are their prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,14 +26,40 @@ from loratune.data.formats.examples import (
 
 CHOSEN, REJECTED = "chosen", "rejected"
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
-_BORDERS = ("\n\nAssistant:", "\n\nHuman:")
+_ASSISTANT, _HUMAN = "\n\nAssistant:", "\n\nHuman:"
 """What turns begin with in the texts of Anthropic's HH-RLHF, whose pairs are whole dialogues."""
+QUESTION_NAMES = ("question", "query", "instruction", "input", "problem", "user_prompt")
+"""Names of fields, in lower case, that say that they hold what is answered."""
 
 
 def holds_messages(fields: Fields) -> bool:
     """Whether the prompt or an answer of a row is messages."""
     values = (messages_or_text(fields, name) for name in ("prompt", CHOSEN, REJECTED, "completion"))
     return any(isinstance(value, list | Mapping) for value in values)
+
+
+def are_answers_alone(fields: Fields) -> bool:
+    """Whether the two answers of a row can be what an assistant says, rather than whole conversations with a prompt."""
+    return all(_is_answer_alone(messages_or_text(fields, name)) for name in (CHOSEN, REJECTED))
+
+
+def _is_answer_alone(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.startswith(_HUMAN)
+    first = value[0] if isinstance(value, list) and value else value
+    role = first.get("from", first.get("role")) if isinstance(first, Mapping) else None
+    return isinstance(role, str) and chats.SHAREGPT_ROLES.get(role) == "assistant"
+
+
+def unread_question(fields: Fields) -> str | None:
+    """The field of a pair without `prompt` whose name says that it is the prompt, and whose text no answer holds."""
+    if fields.get("prompt") is not None or not are_answers_alone(fields):
+        return None
+    for name, value in fields.items():
+        is_question = name.lower() in QUESTION_NAMES and isinstance(value, str) and value.strip()
+        if is_question and not (isinstance(chosen := fields[CHOSEN], str) and value.strip() in chosen):
+            return name
+    return None
 
 
 def parse_pair(where: str, fields: Fields) -> AnswerPair:
@@ -54,8 +81,26 @@ def parse_pair_of_messages(where: str, fields: Fields) -> AnswerPair:
         prompt, answers = _common_turns(*answers)
     if not prompt:
         raise RowError(Code.DATA_NO_QUESTION, "no message comes before the answers, so there is no prompt")
-    chosen, rejected = (_conversation(where, fields, prompt, answer) for answer in answers)
-    return AnswerPair(where, chosen, rejected)
+    return _pair(where, fields, prompt, answers)
+
+
+def parse_pair_to_instruction(where: str, fields: Fields) -> AnswerPair:
+    """`chosen` and `rejected` as answers to `instruction` with `input`; `system`, `history`, `tools`.
+
+    Raises:
+        RowError: As `parse_pair_of_messages`.
+    """
+    prompt = [Turn(message) for message in chats.alpaca_question(fields)]
+    return _pair(where, fields, prompt, [_answer(fields, name, prompt) for name in (CHOSEN, REJECTED)])
+
+
+def parse_pair_to_turns(name: str, where: str, fields: Fields) -> AnswerPair:
+    """`chosen` and `rejected` as answers to the turns of the field of this name; `system`, `tools`. Raises RowError."""
+    prompt = chats.with_system(fields, _turns(fields, name))
+    if prompt[-1].message["role"] == "assistant":
+        what = f"`{name}` ends with an answer, so it is not what `chosen` and `rejected` answer"
+        raise RowError(Code.DATA_FIELD_CONFLICT, what, "leave its last message out, or give a `prompt`")
+    return _pair(where, fields, prompt, [_answer(fields, answer, prompt) for answer in (CHOSEN, REJECTED)])
 
 
 def parse_judged(where: str, fields: Fields) -> Judged:
@@ -85,9 +130,8 @@ def _border(chosen: str, rejected: str) -> int:
     """Where the prompt ends that two texts begin with: behind the last name of a turn, or else between two words."""
     least = min(len(chosen), len(rejected))
     common = next((place for place in range(least) if chosen[place] != rejected[place]), least)
-    for border in _BORDERS[:1]:
-        if (place := chosen.rfind(border, 0, common)) >= 0:
-            return place + len(border)
+    if (place := chosen.rfind(_ASSISTANT, 0, common)) >= 0:
+        return place + len(_ASSISTANT)
     while common and not chosen[common - 1 : common].isspace():
         common -= 1
     return max(common - 1, 0)  # White space stands at the beginning of a word, as in most vocabularies.
@@ -137,6 +181,10 @@ def _common_turns(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Turn],
     pairs = zip(chosen[:least], rejected[:least], strict=True)
     common = next((place for place, (one, other) in enumerate(pairs) if one != other), least)
     return chosen[:common], [chosen[common:], rejected[common:]]
+
+
+def _pair(where: str, fields: Fields, prompt: Sequence[Turn], answers: Sequence[Sequence[Turn]]) -> AnswerPair:
+    return AnswerPair(where, *(_conversation(where, fields, prompt, answer) for answer in answers))
 
 
 def _conversation(where: str, fields: Fields, prompt: Sequence[Turn], answer: Sequence[Turn]) -> Conversation:
