@@ -14,6 +14,8 @@ _SPECIAL = (
 )
 _IN_A_LINE = re.compile(f"[\t\n{_SPECIAL}]")
 _IN_A_TEXT = re.compile(f"[{_SPECIAL}]")
+_IN_DOUBLE_QUOTES = re.compile(r'["$`\\!]')
+"""What a shell does not read as it stands between double quotes."""
 _NAMED = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
@@ -38,7 +40,7 @@ def shell(value: str) -> str:
     bash, zsh and ksh read that (POSIX.1-2024, 2.2.4).
     """
     if is_plain(value):
-        return shlex.quote(value)
+        return f'"{value}"' if "'" in value and not _IN_DOUBLE_QUOTES.search(value) else shlex.quote(value)
     quoted = "".join(
         f"\\{character}" if character in "\\'" else _IN_A_LINE.sub(_octal, character) for character in value
     )

@@ -276,7 +276,7 @@ def in_force(ran: Ran) -> Iterator[tuple[str, Any, str, bool, bool]]:
     """Key, value, source, whether the run decides, whether it is used."""
     assert ran.code == 0, ran.err
     for key in json.loads(ran.out)["keys"].values():
-        yield from (tuple(setting.values()) for setting in key["in_force"])
+        yield from (tuple(setting.values())[:5] for setting in key["in_force"])
 
 
 def test_the_value_in_force_and_where_it_comes_from(cli: Callable[..., Ran], run_config: Callable[..., Path]) -> None:
@@ -310,6 +310,24 @@ def test_the_value_in_force_and_where_it_comes_from(cli: Callable[..., Ran], run
     listed = cli("explain", "training", path).out.splitlines()[1:]
     given = [line.split()[0] for line in listed if "(the default)" not in line]
     assert sorted(given) == sorted(f"training.{name}" for name in yaml.safe_load(path.read_text())["training"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "beta", "used"),
+    [
+        ("sft", "not read by sft", []),
+        ("dpo", "0.1 with dpo", ["beta", "label_smoothing", "sft_weight"]),
+        ("simpo", "2 with simpo", ["beta", "label_smoothing", "simpo_gamma", "sft_weight"]),
+        ("kto", "0.1 with kto", ["beta", "desirable_weight", "undesirable_weight"]),
+    ],
+)
+def test_numbers_that_the_objective_does_not_read(
+    objective: str, beta: str, used: list[str], cli: Callable[..., Ran], run_config: Callable[..., Path]
+) -> None:
+    path = run_config(training={"objective": objective})
+    found = [(key, is_used) for key, _, _, _, is_used in in_force(cli("explain", "preferences", path, "--json"))]
+    assert [key.removeprefix("preferences.") for key, is_used in found if is_used] == used and len(found) == 6
+    assert f"null (the default); {beta}\n" in cli("explain", "preferences.beta", path).out
 
 
 def test_json_is_one_object_by_the_place_of_each_key(cli: Callable[..., Ran]) -> None:

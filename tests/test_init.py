@@ -323,6 +323,7 @@ def test_rows_of_text_that_are_questions_and_answers(
     assert cli("init", "rows.jsonl", "--model", tiny_dir).code == 0
     text = (here / "config.yaml").read_text()
     written = yaml.safe_load(text)
+    assert ("the longest answer has" in text) == ("chosen" in rows[0]) == (" with its prompt" in text)
     assert written["data"].get("columns") == columns and reason in text
     assert written["training"].get("objective", "sft") == ("dpo" if "chosen" in rows[0] else "sft")
     shown = cli("train", "config.yaml", "--dry-run")

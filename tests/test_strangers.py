@@ -506,12 +506,15 @@ def test_escaping() -> None:
         "a\\tb\\nc\\x1b\\x9b\\u202e\\ud800é🙂\\U000e0041"
     )
     assert escaping.text("a\tb\nc\r\x1b") == "a\tb\nc\\r\\x1b"
-    for word in ("plain", "it's", EVIL, "new\nline", "\\x1b'\x1b", "\udcff", "é\u202e"):
+    for word in ("plain", "it's", "it's `$HOME` \\ \"!", EVIL, "new\nline", "\\x1b'\x1b", "\udcff", "é\u202e"):
         quoted = escaping.shell(word)
         clean(quoted)
         assert "\n" not in quoted
         said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True).stdout
         assert said == word.encode("utf-8", "surrogateescape")
+    assert [escaping.shell(word) for word in ("it's", "it's $5", "it's new!")] == [
+        '"it\'s"', "'it'\"'\"'s $5'", "'it'\"'\"'s new!'",
+    ]  # fmt: skip
     problem = Problem(Code.UNEXPECTED, "a\nb", "c\nd", "e\x1b", "f\r")
     assert str(problem) == "c\\nd: e\\x1b: a\\nb; f\\r"
 

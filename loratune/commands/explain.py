@@ -10,6 +10,7 @@ from typing import Any
 from loratune.codes import Code
 from loratune.config import RunConfig, load_with_lines
 from loratune.config.keys import Key, KeyGroup, KeyPath, dotted, find, groups, suggestion, yaml_flow
+from loratune.config.preference_section import DEFAULT_BETA, PREFERENCE_KEYS
 from loratune.config.yaml_reader import Document
 from loratune.console import print_block, print_json
 from loratune.errors import ConfigError, Problem
@@ -29,6 +30,7 @@ class Setting:
         source: `file:line`, `--set`, or that it is the default.
         decided_by_run: Whether a run chooses the value that it works with.
         used: Whether it has an effect.
+        remark: What the run works with instead, or why it has no effect; empty if it is used as it stands.
     """
 
     key: str
@@ -36,10 +38,10 @@ class Setting:
     source: str
     decided_by_run: bool
     used: bool
+    remark: str
 
     def __str__(self) -> str:
-        remarks = [DECIDED] * self.decided_by_run + [UNUSED] * (not self.used)
-        return "; ".join([f"{yaml_flow(self.value)} ({self.source})", *remarks])
+        return "; ".join([f"{yaml_flow(self.value)} ({self.source})", *([self.remark] if self.remark else [])])
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,21 @@ class Config:
         written = dict(_at_places(self.document.values, key))
         used = dict(_at_places(self.run.resolved(), key))
         return [
-            Setting(
-                key=dotted(path),
-                value=(shown := written.get(path, value)),
-                source=self.document.where(path) if path in given else DEFAULT,
-                decided_by_run=path in used and key.is_decided_by_run(shown),
-                used=path in used,
-            )
+            self._setting(key, path, written.get(path, value), is_given=path in given, is_resolved=path in used)
             for path, value in _at_places(self.run.model_dump(), key)
         ]
+
+    def _setting(self, key: Key, path: KeyPath, value: Any, *, is_given: bool, is_resolved: bool) -> Setting:
+        objective = self.run.training.objective
+        is_read = path[0] != "preferences" or objective in PREFERENCE_KEYS[str(path[1])]
+        is_used = is_resolved and is_read
+        is_decided = is_used and key.is_decided_by_run(value)
+        remark = "" if is_used else UNUSED if is_read else f"not read by {objective}"
+        if is_decided:
+            beta = f"{DEFAULT_BETA[objective]:g} with {objective}" if objective in DEFAULT_BETA else DECIDED
+            remark = beta if key.label == "preferences.beta" else DECIDED
+        source = self.document.where(path) if is_given else DEFAULT
+        return Setting(dotted(path), value, source, is_decided, is_used, remark)
 
 
 def read_config(path: Path, assignments: Sequence[str]) -> Config:

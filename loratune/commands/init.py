@@ -126,7 +126,7 @@ def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
         draft.choose("data.validation", fraction, why)
     if "test" in draft.values["data"]:
         draft.reasons["data.test"] = "scored once, at the end"
-    length, why = init_choices.max_length(rows.all_lengths, context)
+    length, why = init_choices.max_length(rows.all_lengths, context, paired=rows.together > 1)
     drawn = f", among {len(rows.all_lengths):,} that were drawn" if rows.is_sample else ""
     draft.choose("data.max_length", length, why + drawn)
     if (kind := rows.train.kind) is not None:

@@ -34,22 +34,26 @@ def rows_per_step(rows: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
-def max_length(lengths: NDArray[np.int64], context: int | None) -> tuple[int, str]:
+def max_length(lengths: NDArray[np.int64], context: int | None, *, paired: bool = False) -> tuple[int, str]:
     """`data.max_length`, and why.
 
     Args:
-        lengths: (rows,), in tokens.
+        lengths: (rows,), in tokens; of pairs (answers,), each with its prompt.
         context: How many tokens the model was built for, if that is known.
+        paired: Whether they are of pairs.
     """
     longest, covered = int(lengths.max()), int(np.quantile(lengths, _COVERED, method="inverted_cdf"))
     wanted = longest if longest <= _TAIL * covered else covered
     rounded = max(_MULTIPLE, -(-wanted // _MULTIPLE) * _MULTIPLE)
     length = min(rounded, context or rounded)
     cut = int(np.count_nonzero(lengths > length))
-    why = f"the longest row has {longest:,} tokens"
+    what, tokens = "row", f"{longest:,} tokens"
+    if paired:
+        what, tokens = "answer", f"{tokens} with its prompt"
+    why = f"the longest {what} has {tokens}"
     if cut:
         limit = f"the model has {length:,} positions; " if length < wanted else ""
-        why = f"{limit}{cut:,} of {len(lengths):,} rows are longer, up to {longest:,} tokens, and are cut"
+        why = f"{limit}{cut:,} of {len(lengths):,} {what}s are longer, up to {tokens}, and are cut"
     return length, why
 
 

@@ -187,7 +187,8 @@ def print_started(started: "Started", output: str, program: str, *, to_stderr: b
     rows, fit, run = started.rows, started.fit, started.run
     answers = f", {rows.labels} labels" if rows.labels else ""
     sampled = f", of {len(rows.lengths):,} drawn from them" if rows.is_sample else ""
-    median, high = (int(value) for value in np.quantile(rows.lengths, (0.5, 0.95), method="inverted_cdf"))
+    median, high = (int(value) for value in np.quantile(rows.row_lengths, (0.5, 0.95), method="inverted_cdf"))
+    sampled += ", of each answer with its prompt" * (rows.together > 1)
     context = f", {started.context:,} positions" if started.context else ""
     free = f"{fit.free / (1 << 30):.1f} GiB free"
     duration = f"about {format_duration(max(1, float(f'{started.seconds:.2g}')))} for {started.steps:,} steps"
@@ -196,7 +197,7 @@ def print_started(started: "Started", output: str, program: str, *, to_stderr: b
         duration = f"at most {run.training.max_minutes:g} min, for about {started.steps:,} steps, or half or twice that"
     lines = [
         ("rows", f"{len(rows.train):,}, {' and '.join(rows.train.formats)}{answers}"),
-        ("lengths", f"{median:,} tokens in the median, {high:,} at 95 %, {rows.lengths.max():,} at most{sampled}"),
+        ("lengths", f"{median:,} tokens in the median, {high:,} at 95 %, {rows.row_lengths.max():,} at most{sampled}"),
         ("model", f"{started.count.total - started.count.trainable:,} parameters{context}"),
         ("machine", f"{started.machine}, {free}"),
         ("time", duration),

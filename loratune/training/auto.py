@@ -151,7 +151,7 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
         rows = round(facts.rows_in_pack * min(facts.rows, rows_of_step(training, facts.processes)))
         rate, why = learning_rate(run.lora, facts.hidden_size, rows)
         if training.objective != "sft":
-            rate, why = float(f"{rate * _COMPARED_RATE:.2g}"), f"{_COMPARED_RATE:g} of that of sft; {why}"
+            rate, why = float(f"{rate * _COMPARED_RATE:.2g}"), f"{_COMPARED_RATE:g} of the rate of sft; {why}"
         choose("learning_rate", *over_passes(rate, why, _passes(training, facts)))
     choose("lr_scheduler_type", "linear", "down to zero")
     choose("warmup_steps", 0.0, "the update starts at zero and grows by itself")
