@@ -93,5 +93,6 @@ def _check_validation(run: "RunConfig", config_file: str) -> None:
         what, fix = "trials are compared on validation rows, and there are none", "set data.validation=0.1, or a file"
         raise ConfigError(Problem(Code.SWEEP_NO_VALIDATION, what, config_file, "data.validation", fix))
     if run.training.objective != "sft":
-        what, fix = "trials are compared by their loss per token, which this objective has not", "train them one by one"
+        what = f"trials are compared by their loss per token, and {run.training.objective} has none"
+        fix = "train each setting by itself, and compare the adapters"
         raise ConfigError(Problem(Code.CONFIG_OBJECTIVE, what, config_file, "training.objective", fix))
