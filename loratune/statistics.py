@@ -239,6 +239,32 @@ def mean_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Int
     return Interval(ratio - below * error, ratio + above * error)
 
 
+def sum_of_ratios_interval(samples: Sequence[tuple[Values, Values]]) -> Interval | None:
+    """The interval of a sum of ratios, each over rows of its own, such as a difference between the means of two groups:
+    by the jackknife and Student's t with the degrees of freedom of B. L. Welch (Biometrika 34, 1947, p. 28).
+
+    Args:
+        samples: Totals and counts of each, see `mean_ratio_interval`.
+
+    Returns:
+        The interval, that of `jackknife_interval` for one sample; None where a sample has fewer than `LEAST_ROWS` rows,
+        or a total is not finite.
+
+    Raises:
+        ValueError: See `mean_ratio_interval`.
+    """
+    checked = [_checked(*sample) for sample in samples]
+    if any(len(totals) < LEAST_ROWS or not np.isfinite(totals).all() for totals, _ in checked):
+        return None
+    middle = sum(mean_ratio(*sample) for sample in checked)
+    parts = np.array([mean_ratio_error(*sample) ** 2 for sample in checked])
+    if not parts.sum():
+        return Interval(middle, middle)
+    freedom = parts.sum() ** 2 / (parts**2 / np.array([len(totals) - 1 for totals, _ in checked])).sum()
+    half = float(stdtrit(freedom, _UPPER)) * math.sqrt(parts.sum())
+    return Interval(middle - half, middle + half)
+
+
 def _studentized(rest: Array, counts: Array, seed: int) -> Array:
     """How far the ratio of each resample is from that of the rows, in its own standard errors by linearization. It is
     infinite where all rows of a resample are the same, and 0 where they also have the ratio of all.

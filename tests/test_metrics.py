@@ -146,7 +146,7 @@ def test_copies_weigh_and_are_no_evidence() -> None:
     copied = comparison.compare([row(0, *WON, copies=200), *few[1:]])
     score = copied.scores["adapter"]
     assert (score.rows, score.tokens) == (205, 2 * 200 + 3 + 4 + 5 + 6 + 7)
-    assert score.loss == pytest.approx(205 / score.tokens)
+    assert score.figure("loss") == pytest.approx(205 / score.tokens)
     one, other = (found.scores["adapter"].intervals["exact_match"] for found in (once, copied))
     assert one and other and other.low < one.low
     assert copied.differences["exact_match"].p == once.differences["exact_match"].p
@@ -192,7 +192,7 @@ def test_losses_that_are_not_finite() -> None:
 
 def test_a_loss_beyond_any_perplexity() -> None:
     found = comparison.compare([row(number, (5000.0, 0.0), (1.0, 1.0)) for number in range(9)])
-    assert found.scores["base"].perplexity == math.inf and found.verdict == "better"
+    assert found.scores["base"].figure("perplexity") == math.inf and found.verdict == "better"
     assert found.as_json()["base"]["perplexity"] is None
     json.dumps(found.as_json(), allow_nan=False)
 

@@ -1,4 +1,4 @@
-"""Runs on answers that are compared: rows, the reference, the first step, what is reported, resuming, evaluating."""
+"""Runs on answers that are compared: rows, the reference, the first step, what is reported, resuming, proposing."""
 
 import json
 import math
@@ -365,25 +365,7 @@ def test_a_resumed_run_has_the_same_bytes(
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
 
 
-# Evaluating
-
-
-def test_evaluate_prints_what_base_and_adapter_prefer(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """The adapter's figures are those of the end of its run, which other layers computed."""
-    path = config(run_config, tmp_path, training={"max_steps": 12})
-    ran = cli("train", path, "--json")
-    assert ran.code == 0, ran.err
-    expected = json.loads(ran.out)["preferences"]
-    command = ("evaluate", "--adapter", tmp_path / "out", "--data", tmp_path / "held-out.jsonl")
-    shown = cli(*command)
-    assert shown.code == 0 and "12 held-out pairs" in shown.out and "log-probability" in shown.out
-    found = json.loads(cli(*command, "--json").out)
-    for name in ("reward_accuracy", "reward_margin", "ordered_before", "ordered_after"):
-        assert found[name]["value"] == pytest.approx(expected[name]["value"], abs=1e-4)
-    for side in ("chosen", "rejected"):
-        assert found[side]["log_probability"] == pytest.approx(expected[side]["log_probability"], abs=1e-3)
-    refused = cli(*command, "--metric", "contains")
-    check_refused(refused, 2, (Code.USAGE_CONFLICT, "", "--metric"))
+# Proposing
 
 
 def test_init_proposes_the_objective(cli: Cli, tmp_path: Path, tiny_dir: Path) -> None:

@@ -122,8 +122,9 @@ def evaluate(
             return _evaluate_tasks(info, names, limit, required, as_json)
         opened = _open_tasks(names, limit, required) if names else None
         split, overlap = _read_rows(data, info, required, allow_overlap=allow_overlap)
-        if split.kind is not None:
-            return _evaluate_preferences(info, split, context.params, as_json)
+        if parsed and split.kind is not None:
+            what, fix = f"the rows are {split.kind}, of which none is written by a model", "leave it out"
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, split.source, known_metrics.OPTION, fix))
         unrelated = _unrelated_text(forgetting, info.data.max_length) if forgetting is not None else None
 
         with importing():
@@ -211,37 +212,17 @@ def _evaluate_tasks(
     requirements.check_met(results.requirements)
 
 
-_OF_ANSWERS = ("data", "adapter", "as_json", "force", "debug", "assignments", "overwrite", "allow_overlap")
-"""The options that work with answers that are compared, by the names of their parameters."""
-
-
-def _evaluate_preferences(
-    info: "AdapterInfo", split: "DatasetSplit", values: Mapping[str, object], as_json: bool
-) -> None:
-    """Score answers that are compared. Raises ConfigError: an option is for rows that are not."""
-    if others := [name for name, value in values.items() if value and name not in _OF_ANSWERS]:
-        what, fix = f"the rows are {split.kind}, of which only rewards are computed", "leave it out, or give other rows"
-        problems = [Problem(Code.USAGE_CONFLICT, what, key=f"--{_SPELLED.get(name, name)}", fix=fix) for name in others]
-        raise ConfigError(problems)
-    from loratune.console import log, show_count, show_progress
-
-    with importing():
-        from loratune.commands import evaluate_preferences, printing
-
-    figures = evaluate_preferences.evaluate(info, split, show_progress, show_count, log)
-    log_all(figures.warnings())
-    with unread_output():
-        printing.print_preferences(figures, as_json)
-
-
 def _unrelated_text(name: str, max_length: int) -> "DatasetSplit":
-    """The rows of a file, or of the text that comes with loratune, in whatever format they are."""
+    """The rows of a file, or of the text that comes with loratune, in whatever format they are, but no answers that are
+    compared. Raises DataError: they are."""
     from loratune import data, evaluation
     from loratune.config import DataSection, Source
 
     path = str(Path(evaluation.__file__).parent / "unrelated.txt") if name == "builtin" else name
     source = Source(path=path)
-    return data.read_source(source, DataSection(train=source, max_length=max_length))
+    split = data.read_source(source, DataSection(train=source, max_length=max_length))
+    split.check_kind(None)
+    return split
 
 
 def _show(found: "Evaluation", file: "Output | None", worst: int, as_json: bool) -> None:

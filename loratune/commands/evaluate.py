@@ -11,9 +11,10 @@ from loratune.data import DatasetSplit, ProgressFactory, no_progress
 from loratune.data.row_hashes import Overlap
 from loratune.errors import AdapterError
 from loratune.evaluation import comparison, requirements, scoring
+from loratune.evaluation.preference_scoring import ComparedScorer
 from loratune.evaluation.requirements import Requirement
 from loratune.evaluation.results import ADAPTER, AGAINST, BASE, LOSS, Difference, Evaluation, ModelAnswer, TaskResults
-from loratune.evaluation.scoring import Judging
+from loratune.evaluation.scoring import Judging, RowScorer
 from loratune.inference import loading
 from loratune.inference.completion import LoadedAdapter, Log
 from loratune.model import load
@@ -37,11 +38,14 @@ def evaluate(
 ) -> Evaluation:
     """Score base, adapter and perhaps another adapter on the same rows, rendered as the first adapter was trained.
 
+    Rows may be pairs of answers, or judged ones, of which rewards and the loss of the adapter's objective are computed.
+
     Args:
         adapter: The adapter.
         split: The rows.
         against: Another adapter of the same base, which the adapter is compared with instead of the base.
-        judging: Which metrics there are. The verdict is about the first; without any, about the loss.
+        judging: Which metrics there are, of rows that compare no answers. The verdict is about the first; without any,
+            about the loss.
         forgetting: Unrelated text, on which adapter and base are compared as well.
         tasks: Runs tasks on the adapter and its base as well.
         overlap: What of the rows is also in train.
@@ -55,17 +59,18 @@ def evaluate(
         ConfigError: Rows are longer than the model's context; an expression takes too long.
         NumericError: The loss of an adapter is not finite.
     """
+    split.check_kind(split.kind)
     loaded = _load(adapter, against, log)
     first, context = loaded[0], load.context_length(loaded[0].model.config)
     dataset = data.prepare(split, first.renderer, first.data, _vocabulary_size(first), watch)
     check_positions(dataset, first.data, context)
-    rows = scoring.distinct_rows(first, dataset)
-    scoring.check_expected(rows, judging)
+    compared = ComparedScorer(adapter, first, dataset) if split.kind is not None else None
+    scorer = compared or RowScorer(first, dataset, judging)
     remarks = [*split.remarks(), *dataset.report.losses(), *(overlap.remarks() if overlap else ())]
 
     def answers(name: str, model: LoadedAdapter) -> list[ModelAnswer]:
-        with count(f"scoring {name}", len(rows) + sum(row.prompt is not None for row in rows)) as advance:
-            return scoring.answers(model, dataset, rows, judging, advance)
+        with count(f"scoring {name}", scorer.passes) as advance:
+            return scorer.answers(name, model, advance)
 
     with first.without_adapter():
         found = {BASE: answers(BASE, first)}
@@ -84,12 +89,15 @@ def evaluate(
         remarks += _rendering_remarks(adapter, against, same_tokens=asked["renderer"].digest == other.renderer.digest)
         found[AGAINST] = answers(AGAINST, replace(other, **asked))
     rows = [
-        replace(row, answers={name: by_row[place] for name, by_row in found.items()}) for place, row in enumerate(rows)
+        replace(row, answers={name: by_row[place] for name, by_row in found.items()})
+        for place, row in enumerate(scorer.rows)
     ]
     metric = judging.metrics[0].figure if judging.metrics else LOSS
+    remarks += compared.remarks(adapter, against) if compared else ()
     evaluation = comparison.compare(rows, metric, forgotten, remarks)
-    shared = overlap.as_json() if overlap else None
-    return requirements.judged(replace(evaluation, tasks=task_results, overlap=shared), required)
+    known: dict[str, Any] = {"tasks": task_results, "overlap": overlap.as_json() if overlap else None}
+    known |= {"objective": compared.formula} if compared else {}
+    return requirements.judged(replace(evaluation, **known), required)
 
 
 def _vocabulary_size(loaded: LoadedAdapter) -> int:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from loratune.export.hub import Upload
     from loratune.memory import Estimate
     from loratune.training.batching import TokenizedDatasets
-    from loratune.training.preference_figures import PreferenceFigures
 
 
 def log_plan(plan: "Plan") -> None:
@@ -247,8 +246,9 @@ def print_evaluation(evaluation: "Evaluation", worst: int, as_json: bool) -> Non
     if as_json:
         print_json(evaluation.as_json() | ({"worst": [row.as_json() for row in rows]} if worst else {}))
         return
-    score = evaluation.scores["adapter"]
-    print(f"{score.rows:,} rows, {score.tokens:,} supervised tokens, 95 % intervals in brackets")
+    if measured := wording.measured(evaluation):
+        print(measured)
+    print(f"{wording.rows(evaluation)}, 95 % intervals in brackets")
     print_table(*wording.scores_table(evaluation))
     print_table(*wording.differences_table(evaluation))
     for row in rows:
@@ -257,21 +257,13 @@ def print_evaluation(evaluation: "Evaluation", worst: int, as_json: bool) -> Non
             wording.row_lines(row, evaluation.compared_with),
         )
     if worst and not rows:
-        print("no row got worse")
+        print(f"no {evaluation.item} got worse")
     lines = [("verdict", wording.verdict(evaluation))]
     if evaluation.forgetting is not None:
         lines.append(("forgetting", wording.forgetting(evaluation.forgetting)))
     print_block("result", [*lines, *wording.required(evaluation.requirements)])
     if evaluation.tasks is not None:
         print_tasks(evaluation.tasks)
-
-
-def print_preferences(figures: "PreferenceFigures", as_json: bool) -> None:
-    """What base and adapter prefer."""
-    if as_json:
-        print_json(figures.as_json())
-        return
-    print_block("result", [*figures.lines()])
 
 
 def print_tasks(results: "TaskResults", as_json: bool = False) -> None:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from loratune.config import yaml_reader
 from loratune.config.data_section import DataSection, Source
 from loratune.config.lora_section import LoraSection
-from loratune.config.preference_section import DEFAULT_BETA, PreferenceSection
+from loratune.config.preference_section import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection
 from loratune.config.schema import ModelSection, RunConfig, TrainingSection
 from loratune.config.section import AUTO, decided
 from loratune.config.yaml_reader import translate
@@ -28,6 +28,7 @@ from loratune.errors import ConfigError
 __all__ = [
     "AUTO",
     "DEFAULT_BETA",
+    "PREFERENCE_KEYS",
     "DataSection",
     "Draft",
     "LoraSection",

@@ -59,12 +59,12 @@ class DatasetSplit:
         """`PAIRS` or `JUDGED`, if the first file holds answers that are compared."""
         return COMPARED_FORMATS.get(self.index.files[0].parser.format_name)
 
-    def check_kind(self, kind: str | None, objective: str) -> None:
-        """Check that the rows hold what an objective needs.
+    def check_kind(self, kind: str | None, objective: str | None = None) -> None:
+        """Check that the rows hold what an objective needs, or that all hold the same.
 
         Args:
             kind: `PAIRS` or `JUDGED`; None for rows that are no answers to be compared.
-            objective: Its name.
+            objective: Its name; None where nothing is trained.
 
         Raises:
             DataError: A file holds something else.
@@ -73,7 +73,11 @@ class DatasetSplit:
             found = COMPARED_FORMATS.get(file.parser.format_name)
             if found == kind:
                 continue
+            where = self.index.where(file.start)
             what = f"the rows are {found or f'of the format {file.parser.format_name}'}"
+            if objective is None:
+                what += f", where {kind or 'rows that compare no answers'} are needed"
+                raise DataError(Problem(Code.DATA_PREFERENCES, what, where, fix="give only files of that kind"))
             what += f", and {objective} trains on {kind or 'answers as they stand'}"
             by_kind = {PAIRS: "dpo, orpo or simpo", JUDGED: "kto", None: "sft"}
             fix = f"set training.objective to {by_kind[found]}"
@@ -86,7 +90,6 @@ class DatasetSplit:
                 fix = "where their label says whether the answer is a good one, set data.format to unpaired_preference"
             elif found is None:
                 fix = f"give rows that are {kind}, or {fix}"
-            where = self.index.where(file.start)
             raise DataError(Problem(Code.DATA_PREFERENCES, what, where, "training.objective", fix))
 
     @property

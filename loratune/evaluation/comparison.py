@@ -6,6 +6,7 @@ Kish's effective number of rows, see `statistics.effective_rows`. Without copies
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +24,23 @@ from loratune.evaluation.results import (
     LABEL_ACCURACY,
     LOSS,
     LOWER_IS_BETTER,
+    PERPLEXITY,
     Difference,
     EvaluatedRow,
     Evaluation,
     Score,
     Verdict,
+    has_direction,
+    is_bounded,
 )
 from loratune.statistics import Interval
+from loratune.training.preference_figures import REWARD_ACCURACY, REWARD_MARGIN
 
 Values = NDArray[np.float64]
 
 SIGNIFICANT = 0.05
 """The p of McNemar's test below which two shares differ."""
+_TIE = 0.5
 _PLACES = 3
 """How many places of rows a message names."""
 
@@ -60,19 +66,20 @@ def compare(
     other = AGAINST if AGAINST in models else BASE
     lines = [*remarks]
     for name in models:
-        if what := not_finite(rows, _nats(rows, name), name):
+        if what := not_finite(rows, _losses(rows, name), name):
             lines.append(f"{what}, so there is no verdict on the loss against it")
     scores = {name: score(rows, name) for name in models}
-    figures = [figure for figure, value in scores[ADAPTER].figures().items() if value is not None]
+    figures = [figure for figure, value in scores[ADAPTER].figures.items() if value is not None]
     paired = {
-        model: {figure: difference(rows, figure, model) for figure in figures if figure != "perplexity"}
+        model: {figure: difference(rows, figure, model) for figure in figures if figure != PERPLEXITY}
         for model in models
         if model != ADAPTER
     }
     differences = paired[other]
     if len(rows) < statistics.LEAST_ROWS:
+        count = plural(len(rows), f"distinct {rows[0].item}")
         lines.append(
-            f"{plural(len(rows), 'distinct row')} {'is' if len(rows) == 1 else 'are'} too few for an interval of the "
+            f"{count} {'is' if len(rows) == 1 else 'are'} too few for an interval of the "
             f"loss, and for a verdict: {statistics.LEAST_ROWS} are needed"
         )
     lines += _invalid_json(rows, models)
@@ -83,55 +90,105 @@ def compare(
 
 def score(rows: Sequence[EvaluatedRow], model: str) -> Score:
     """The figures of one model with their intervals. rows: at least one."""
-    nats, tokens = _weights(rows) * _nats(rows, model), _tokens(rows)
-    loss = statistics.mean_ratio(nats, tokens)
-    interval = statistics.loss_interval(nats, tokens)
-    intervals = {LOSS: interval, "perplexity": interval and Interval(exp(interval.low), exp(interval.high))}
-    figures: dict[str, float] = {}
-    prompted = [row for row in rows if row.answers[model].scores]
-    weights = _weights(prompted)
-    for figure in prompted[0].answers[model].scores if prompted else ():
-        values = _scores(prompted, figure, model)
-        figures[figure] = statistics.mean_ratio(weights * values, weights)
-        if figure in MEANS:
-            intervals[figure] = statistics.bounded_mean_interval(values, weights)
-        else:
-            count = statistics.effective_rows(weights)
-            intervals[figure] = statistics.wilson(min(count, figures[figure] * count), count)
-    metrics = {figure: value for figure, value in figures.items() if figure not in (EXACT_MATCH, LABEL_ACCURACY)}
-    matches, labels = figures.get(EXACT_MATCH), figures.get(LABEL_ACCURACY)
-    count, total = int(_weights(rows).sum()), int(tokens.sum())
-    return Score(loss, exp(loss), matches, labels, count, total, metrics, intervals)
+    losses, counts = _weights(rows) * _losses(rows, model), _counts(rows)
+    loss = statistics.mean_ratio(losses, counts)
+    interval = statistics.loss_interval(losses, counts)
+    figures: dict[str, float | None] = {LOSS: loss}
+    intervals = {LOSS: interval}
+    if rows[0].unit == "token":
+        figures |= {PERPLEXITY: exp(loss), EXACT_MATCH: None, LABEL_ACCURACY: None}
+        intervals[PERPLEXITY] = interval and Interval(exp(interval.low), exp(interval.high))
+    for figure in dict.fromkeys(figure for row in rows for figure in row.answers[model].scores):
+        figures[figure], intervals[figure] = _figure(rows, figure, model)
+    weights = _weights(rows)
+    tokens = int((weights * [row.tokens for row in rows]).sum())
+    return Score(figures, int(weights.sum()), tokens, intervals)
 
 
-def not_finite(rows: Sequence[EvaluatedRow], nats: Values, model: str) -> str:
-    """On which rows the loss of a model is not finite, in words; empty if on none. nats: (rows,).
+def _figure(rows: Sequence[EvaluatedRow], figure: str, model: str) -> tuple[float, Interval | None]:
+    """A figure beside the loss, with its interval."""
+    groups = [(_weights(group), _scores(group, figure, model)) for group in _groups(rows, figure)]
+    if not is_bounded(figure):
+        samples = [(weights * values, weights) for weights, values in groups]
+        return sum(statistics.mean_ratio(*sample) for sample in samples), _interval(samples)
+    ((weights, values),) = groups
+    value = statistics.mean_ratio(weights * values, weights)
+    if _is_reference(figure, values):
+        return value, Interval(value, value)
+    if not _are_shares(figure, values):
+        return value, statistics.bounded_mean_interval(values, weights)
+    count = statistics.effective_rows(weights)
+    return value, statistics.wilson(min(count, value * count), count)
+
+
+def _interval(samples: Sequence[tuple[Values, Values]]) -> Interval | None:
+    """The interval of a ratio of two sums over rows, or of a sum of such ratios."""
+    return (
+        statistics.mean_ratio_interval(*samples[0]) if len(samples) == 1 else statistics.sum_of_ratios_interval(samples)
+    )
+
+
+def _groups(rows: Sequence[EvaluatedRow], figure: str) -> list[list[EvaluatedRow]]:
+    """The rows that add to a figure: one group, or, where it is the sum of the means of two groups, as the margin of
+    judged answers is, both."""
+    own = [row for row in rows if figure in row.answers[ADAPTER].scores]
+    if figure != REWARD_MARGIN:
+        return [own]
+    sides = dict.fromkeys(tuple(row.compared) for row in own)
+    return [[row for row in own if tuple(row.compared) == side] for side in sides]
+
+
+def _is_reference(figure: str, values: Values) -> bool:
+    """Whether they are of the reference itself, whose rewards are all 0, so that half of all ties count as right. Other
+    rows would show the same."""
+    return figure == REWARD_ACCURACY and bool((values == _TIE).all())
+
+
+def _are_shares(figure: str, *scores: Values) -> bool:
+    """Whether a figure is a share of rows, each of which counts or does not."""
+    return figure not in MEANS and all(((values == 0) | (values == 1)).all() for values in scores)
+
+
+def not_finite(rows: Sequence[EvaluatedRow], losses: Values, model: str) -> str:
+    """On which rows the loss of a model is not finite, in words; empty if on none. losses: (rows,).
 
     Raises:
         NumericError: It is not finite, and the model is not the base.
     """
-    bad = [row.where for row, own in zip(rows, nats, strict=True) if not math.isfinite(own)]
-    what = f"the loss of {model} is NaN or inf on {len(bad):,} of {len(rows):,} rows ({', '.join(bad[:_PLACES])})"
+    bad = [row.where for row, own in zip(rows, losses, strict=True) if not math.isfinite(own)]
+    count = plural(len(rows), rows[0].item)
+    what = f"the loss of {model} is NaN or inf on {len(bad):,} of {count} ({', '.join(bad[:_PLACES])})"
     if bad and model != BASE:
         raise NumericError(Problem(Code.EVALUATE_LOSS_NOT_FINITE, what))
     return what if bad else ""
 
 
 def loss_difference(rows: Sequence[EvaluatedRow], first: Values, second: Values) -> Difference:
-    """A second loss less a first one. first, second: (rows,), nats of each distinct row."""
-    return mean_difference(_weights(rows) * (second - first), _tokens(rows), lower_is_better=True)
+    """A second loss less a first one. first, second: (rows,), the summed loss of each distinct row."""
+    return mean_difference(_weights(rows) * (second - first), _counts(rows), lower_is_better=True)
 
 
 def difference(rows: Sequence[EvaluatedRow], figure: str, other: str) -> Difference:
     """A figure of the adapter less that of another model. rows: as of `compare`; the figure is no perplexity."""
     if figure == LOSS:
-        return loss_difference(rows, _nats(rows, other), _nats(rows, ADAPTER))
-    prompted = [row for row in rows if row.answers[ADAPTER].scores]
-    weights = _weights(prompted)
-    first, second = (_scores(prompted, figure, model) for model in (other, ADAPTER))
-    if figure in MEANS:
-        return score_difference(first, second, weights, lower_is_better=figure in LOWER_IS_BETTER)
-    return share_difference(first, second, weights, lower_is_better=figure in LOWER_IS_BETTER)
+        return loss_difference(rows, _losses(rows, other), _losses(rows, ADAPTER))
+    groups = [
+        (_weights(group), *(_scores(group, figure, model) for model in (other, ADAPTER)))
+        for group in _groups(rows, figure)
+    ]
+    lower_is_better = figure in LOWER_IS_BETTER
+    if not is_bounded(figure):
+        samples = [(weights * (second - first), weights) for weights, first, second in groups]
+        found = _of_means(samples, _interval(samples), lower_is_better)
+        return found if has_direction(figure) else replace(found, verdict=None, rows_needed=None)
+    ((weights, first, second),) = groups
+    if _is_reference(figure, first):
+        value, interval = _figure(rows, figure, ADAPTER)
+        interval = interval and Interval(interval.low - _TIE, interval.high - _TIE)
+        return _judged(value - _TIE, interval, [(weights * second, weights)], lower_is_better)
+    if _are_shares(figure, first, second):
+        return share_difference(first, second, weights, lower_is_better=lower_is_better)
+    return score_difference(first, second, weights, lower_is_better=lower_is_better)
 
 
 def mean_difference(totals: Values, counts: Values, *, lower_is_better: bool) -> Difference:
@@ -139,7 +196,7 @@ def mean_difference(totals: Values, counts: Values, *, lower_is_better: bool) ->
 
     totals: (rows,), a figure of each row less that of what it is compared with. counts: (rows,), above 0.
     """
-    return _of_means(totals, counts, statistics.mean_ratio_interval(totals, counts), lower_is_better)
+    return _of_means([(totals, counts)], statistics.mean_ratio_interval(totals, counts), lower_is_better)
 
 
 def score_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
@@ -147,16 +204,24 @@ def score_difference(first: Values, second: Values, weights: Values, *, lower_is
     weights: (rows,), the copies of each."""
     differences = second - first
     interval = statistics.bounded_difference_interval(differences, weights)
-    return _of_means(weights * differences, weights, interval, lower_is_better)
+    return _of_means([(weights * differences, weights)], interval, lower_is_better)
 
 
-def _of_means(totals: Values, counts: Values, interval: Interval | None, lower_is_better: bool) -> Difference:
-    """A difference that is a ratio of two sums over rows, with its interval."""
-    value = statistics.mean_ratio(totals, counts)
+def _of_means(samples: Sequence[tuple[Values, Values]], interval: Interval | None, lower_is_better: bool) -> Difference:
+    """A difference that is a ratio of two sums over rows, or a sum of such ratios, with its interval."""
+    value = sum(statistics.mean_ratio(*sample) for sample in samples)
+    return _judged(value, interval, samples, lower_is_better)
+
+
+def _judged(
+    value: float, interval: Interval | None, samples: Sequence[tuple[Values, Values]], lower_is_better: bool
+) -> Difference:
+    """A difference with its verdict. samples: totals and counts over rows, whose ratios vary as it does."""
     verdict = _verdict(value, interval, lower_is_better)
     needed = None
     if verdict == "indistinguishable":
-        needed = _rows_needed(value, statistics.mean_ratio_error(totals, counts), len(totals))
+        error = math.hypot(*(statistics.mean_ratio_error(*sample) for sample in samples))
+        needed = _rows_needed(value, error, sum(len(totals) for totals, _ in samples))
     return Difference(value, interval, None, verdict, needed)
 
 
@@ -202,12 +267,12 @@ def _weights(rows: Sequence[EvaluatedRow]) -> Values:
     return np.array([row.copies for row in rows], dtype=np.float64)
 
 
-def _tokens(rows: Sequence[EvaluatedRow]) -> Values:
-    return _weights(rows) * np.array([row.tokens for row in rows], dtype=np.float64)
+def _counts(rows: Sequence[EvaluatedRow]) -> Values:
+    return _weights(rows) * np.array([row.count for row in rows], dtype=np.float64)
 
 
-def _nats(rows: Sequence[EvaluatedRow], model: str) -> Values:
-    return np.array([row.answers[model].nats for row in rows])
+def _losses(rows: Sequence[EvaluatedRow], model: str) -> Values:
+    return np.array([row.answers[model].loss for row in rows])
 
 
 def _scores(rows: Sequence[EvaluatedRow], figure: str, model: str) -> Values:

@@ -16,6 +16,7 @@ from loratune.evaluation.results import (
     Evaluation,
 )
 from loratune.statistics import Interval
+from loratune.training.preference_figures import LOG_PROBABILITY
 
 MOST_ROWS = 50
 """Rows whose answers are shown."""
@@ -35,7 +36,8 @@ class ScoreTables:
         header: The names of the figures.
         models: Each model with its figures, each a value and its interval.
         differences: What the adapter is paired with → figure, value, interval, p and what it means, of each difference.
-        rows: How many rows, and supervised tokens, there are.
+        rows: What the rows are, and how many.
+        measured: What the loss and the rewards are, where answers are compared; else empty.
         remarks: Lines on what became of the rows.
     """
 
@@ -44,6 +46,7 @@ class ScoreTables:
     models: list[tuple[str, list[tuple[str, str]]]]
     differences: dict[str, list[list[str]]]
     rows: str
+    measured: str
     remarks: list[str]
 
 
@@ -65,11 +68,11 @@ class ShownRow:
         where: Its place in its file.
         copies: How many rows are this one.
         title: The end of its prompt, in a line.
-        change: By how many nats a token the adapter does worse, as text.
-        worse: Whether it does; None where the change does not show.
+        change: By how much the loss of the adapter is higher, for each token, pair or answer, as text.
+        worse: Whether it is; None where the change does not show.
         prompt: The prompt; None where there is none.
-        expected: The answer that is expected.
-        answers: Those of the models.
+        texts: What else the row holds, as titles and texts: the answer that is expected, or those that are compared.
+        answers: Those of the models; none where answers are compared.
     """
 
     where: str
@@ -78,24 +81,31 @@ class ShownRow:
     change: str
     worse: bool | None
     prompt: str | None
-    expected: str | None
+    texts: list[tuple[str, str]]
     answers: list[ShownAnswer]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The rows that are shown, out of how many, and which models their change is between."""
+    """The rows that are shown, out of how many, which models their change is between, and what it is.
+
+    Attributes:
+        item: What the rows are, in the singular.
+        per: What the change is measured in, such as `nats per supervised token`.
+    """
 
     rows: list[ShownRow]
     total: int
     model: str
     other: str
+    item: str
+    per: str
 
 
 def scores(evaluation: Evaluation, names: Sequence[str]) -> ScoreTables:
     """The figures of each model, and how they differ. names: of the adapters."""
     titles = _titles(names)
-    figures = [*evaluation.scores[BASE].figures()]
+    figures = [*evaluation.scores[ADAPTER].figures]
     models = [
         (
             titles[model],
@@ -104,18 +114,18 @@ def scores(evaluation: Evaluation, names: Sequence[str]) -> ScoreTables:
         for model, score in evaluation.scores.items()
     ]
     differences = {
-        titles[model]: [_difference(name, name, one) for name, one in paired.items()]
+        titles[model]: [_difference(name, name, one, evaluation.item) for name, one in paired.items()]
         for model, paired in evaluation.paired().items()
     }
     if evaluation.forgetting is not None:
         differences[titles[BASE]].append(_difference("loss on unrelated text", LOSS, evaluation.forgetting))
-    adapter = evaluation.scores[ADAPTER]
     return ScoreTables(
         verdict=(f"{titles[ADAPTER]}: {wording.verdict(evaluation)}", _TONES.get(evaluation.verdict or "", "")),
         header=[wording.name(name) for name in figures],
         models=models,
         differences=differences,
-        rows=f"{adapter.rows:,} rows, {adapter.tokens:,} supervised tokens",
+        rows=wording.rows(evaluation),
+        measured=wording.measured(evaluation),
         remarks=[*evaluation.remarks],
     )
 
@@ -125,7 +135,8 @@ def answers(evaluation: Evaluation, names: Sequence[str]) -> Answers:
     titles, other = _titles(names), evaluation.compared_with
     ranked = sorted(evaluation.rows, key=lambda row: -_change(row, other))
     shown = [_row(row, titles, other) for row in ranked[:MOST_ROWS]]
-    return Answers(shown, len(evaluation.rows), titles[ADAPTER], titles[other])
+    per = "nats per supervised token" if evaluation.unit == "token" else f"the objective's loss per {evaluation.unit}"
+    return Answers(shown, len(evaluation.rows), titles[ADAPTER], titles[other], evaluation.item, per)
 
 
 def _titles(names: Sequence[str]) -> dict[str, str]:
@@ -140,14 +151,15 @@ def _ends(name: str, interval: Interval | None, *, signed: bool = False) -> str:
     return " to ".join(wording.number(name, end, signed=signed) for end in (interval.low, interval.high))
 
 
-def _difference(title: str, figure: str, difference: Difference) -> list[str]:
-    meaning = _MEANINGS.get(difference.verdict or "", "too few rows for an interval")
+def _difference(title: str, figure: str, difference: Difference, item: str = "row") -> list[str]:
+    unknown = f"too few {item}s for an interval" if difference.interval is None else "neither better nor worse"
+    meaning = _MEANINGS.get(difference.verdict or "", unknown)
     return [
         wording.name(title),
         wording.number(figure, difference.value, signed=True),
         _ends(figure, difference.interval, signed=True),
         "" if difference.p is None else wording.p_value(difference.p),
-        "; ".join(filter(None, (meaning, wording.outlook(difference)))),
+        "; ".join(filter(None, (meaning, wording.outlook(difference, item)))),
     ]
 
 
@@ -162,18 +174,25 @@ def _row(row: EvaluatedRow, titles: Mapping[str, str], other: str) -> ShownRow:
         ShownAnswer(
             titles[model],
             None if answer.text is None else shortened(answer.text),
-            f"{answer.nats / row.tokens:.4f}",
+            f"{answer.loss / row.count:.4f}",
             None if EXACT_MATCH not in answer.scores else answer.scores[EXACT_MATCH] >= 1,
         )
         for model, answer in row.answers.items()
+        if not row.compared
     ]
     change, prompt = _change(row, other), None if row.prompt is None else shortened(row.prompt)
     title = _end(" ".join((row.prompt or row.expected or "").split()))
-    expected = None if row.expected is None else shortened(row.expected)
+    texts = [] if row.expected is None else [("expected", shortened(row.expected))]
+    texts += [(_side(row, side, titles), shortened(answer.text)) for side, answer in row.compared.items()]
     text = "not finite" if not math.isfinite(change) else f"{change:+.3f}" if abs(change) >= 5e-4 else "0.000"
-    return ShownRow(
-        row.where, row.copies, title, text, (change > 0) if text[0] in "+-" else None, prompt, expected, shown
-    )
+    return ShownRow(row.where, row.copies, title, text, (change > 0) if text[0] in "+-" else None, prompt, texts, shown)
+
+
+def _side(row: EvaluatedRow, side: str, titles: Mapping[str, str]) -> str:
+    """The title of an answer that is compared: `chosen, 11 tokens, log-probability base -47.58, mine -36.67`."""
+    figure = f"{side}_{LOG_PROBABILITY}"
+    shown = (f"{titles[model]} {wording.number(figure, one.scores.get(figure))}" for model, one in row.answers.items())
+    return f"{side}, {row.compared[side].tokens:,} tokens, log-probability {', '.join(shown)}"
 
 
 def _end(line: str) -> str:

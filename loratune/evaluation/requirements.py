@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from loratune.codes import Code
 from loratune.config.patterns import shorten
 from loratune.data import DatasetSplit
+from loratune.data.formats import JUDGED, PAIRS
 from loratune.data.row_hashes import Overlap
 from loratune.errors import ConfigError, DataError, Problem, RequirementError
 from loratune.evaluation import comparison, metrics
@@ -25,12 +26,17 @@ from loratune.evaluation.results import (
     EXACT_MATCH,
     LABEL_ACCURACY,
     LOSS,
+    PERPLEXITY,
     Difference,
     Evaluation,
     Judgement,
     TaskResults,
+    has_direction,
+    is_bounded,
 )
 from loratune.statistics import Interval
+from loratune.training import preference_figures
+from loratune.training.preference_figures import REWARD_ACCURACY, REWARD_MARGIN
 
 OPTION = "--require"
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
@@ -43,9 +49,13 @@ _TASK_FIGURE = re.compile(r"[^.:]+\..+", re.DOTALL)
 """`TASK.METRIC`."""
 _NAMES = 12
 """Names of tasks or figures that a message lists."""
-_PERPLEXITY, _FORGETTING, _INVALID_JSON = "perplexity", "forgetting", "invalid_json"
-_UNBOUNDED = (LOSS, _PERPLEXITY, _FORGETTING)
-"""Figures that are no shares of rows, nor means of scores between 0 and 1."""
+_FORGETTING, _INVALID_JSON = "forgetting", "invalid_json"
+_OF_COMPARED = {
+    kind: (LOSS, *preference_figures.figures_of(paired=kind == PAIRS), _FORGETTING) for kind in (PAIRS, JUDGED)
+}
+"""What rows hold that compare answers → the figures that there are of them."""
+_SHORT = {"accuracy": REWARD_ACCURACY, "margin": REWARD_MARGIN}
+"""Short names of figures of answers that are compared."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,9 @@ def parse(
     Raises:
         ConfigError: Some are none, or are about what the evaluation will not compute.
     """
-    computed = [LOSS, _PERPLEXITY, EXACT_MATCH, LABEL_ACCURACY, *(metric.figure for metric in asked)]
+    computed = [LOSS, PERPLEXITY, EXACT_MATCH, LABEL_ACCURACY, *(metric.figure for metric in asked)]
     computed += [_INVALID_JSON] if "json" in computed else []
+    computed += dict.fromkeys(figure for of_kind in _OF_COMPARED.values() for figure in of_kind[1:-1])
     computed += [_FORGETTING] if forgetting else []
     requirements, problems = [], list[Problem]()
     for value in dict.fromkeys(values):
@@ -149,12 +160,12 @@ def _of_task(text: str, figure: str, comparison: str, bound: str, *, of_differen
 
 def _figure(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
     """A figure by the name that the user gives. Raises ConfigError: there is none, or it is not computed."""
-    figure, is_metric = name, name == _INVALID_JSON
+    figure, is_metric = _SHORT.get(name, name), name == _INVALID_JSON
     try:
         figure, is_metric = metrics.parse([name])[0].figure, True
     except ConfigError as error:
         is_metric |= error.problems[0].code is not Code.USAGE_BAD_METRIC  # known, but a package is missing
-    if not (of_difference and figure in (_PERPLEXITY, _FORGETTING)):
+    if not (of_difference and figure in (PERPLEXITY, _FORGETTING)):
         if figure in computed:
             return figure
         if figure == _FORGETTING:
@@ -164,7 +175,8 @@ def _figure(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
             fix = f"add {metrics.OPTION} '{'json' if figure == _INVALID_JSON else shorten(figure)}'"
             raise _refusal(Code.USAGE_NEEDS_OPTION, f"`{shorten(figure)}` is not computed", fix)
     near = difflib.get_close_matches(figure, (*computed, _FORGETTING), n=1, cutoff=0.5)
-    fix = f"did you mean `{near[0]}`?" if near and near[0] != figure else f"take one of {', '.join(computed)}"
+    listed = [one for one in computed if has_direction(one)]
+    fix = f"did you mean `{near[0]}`?" if near and near[0] != figure else f"take one of {', '.join(listed)}"
     prefix = _DIFFERENCE if of_difference else ""
     raise _refusal(Code.USAGE_BAD_REQUIREMENT, f"there is no figure `{prefix}{shorten(name)}`", fix)
 
@@ -173,7 +185,7 @@ def _number(bound: str, figure: str, text: str, of_difference: bool) -> float:
     """The number of a bound. Raises ConfigError: it is none, or one that the figure cannot pass."""
     value = _finite(bound, text)
     least = -1 if of_difference else 0
-    if figure not in _UNBOUNDED and not least <= value <= 1:
+    if _is_bounded(figure) and not least <= value <= 1:
         what = f"the bound of `{shorten(text)}` is not between {least} and 1, as {figure} is"
         raise _refusal(Code.USAGE_OUT_OF_RANGE, what, "90 % is 0.9")
     return value
@@ -191,17 +203,31 @@ def _refusal(code: Code, what: str, fix: str) -> ConfigError:
     return ConfigError(Problem(code, what, key=OPTION, fix=fix))
 
 
+def _is_bounded(figure: str) -> bool:
+    return figure != _FORGETTING and is_bounded(figure)
+
+
 def check_rows(
     requirements: Sequence[Requirement], split: DatasetSplit, overlap: Overlap, *, allow_overlap: bool
 ) -> None:
     """Check, before a model is loaded, that rows can show what is required of them.
 
     Raises:
+        ConfigError: A figure is none of rows of that kind.
         DataError: Some are also in train, unless that is allowed; or a requirement is about answers to prompts, and
             no row has one.
     """
     of_rows = [one for one in requirements if not one.of_task]
-    answers = [one for one in of_rows if one.figure not in _UNBOUNDED]
+    known = _OF_COMPARED.get(split.kind or "", ())
+    others = {figure for figures in _OF_COMPARED.values() for figure in figures} - {LOSS, _FORGETTING}
+    if problems := [
+        Problem(Code.USAGE_BAD_REQUIREMENT, f"there is no {one.figure} of {split.kind or 'such rows'}", split.source,
+                OPTION, f"take one of {', '.join(known)}" if known else "give pairs of answers, or judged ones")
+        for one in of_rows
+        if (one.figure not in known if known else one.figure in others)
+    ]:  # fmt: skip
+        raise ConfigError(problems)
+    answers = [one for one in of_rows if _is_bounded(one.figure)]
     if answers and split.formats == ["text"]:
         what = f"no row has a prompt, so there is no {answers[0].figure}"
         raise DataError(Problem(Code.EVALUATE_NO_PROMPT, what, split.source, OPTION, "give rows with prompts"))
@@ -256,7 +282,7 @@ def judged_tasks(results: TaskResults, requirements: Sequence[Requirement]) -> T
 def _judge_rows(requirement: Requirement, evaluation: Evaluation) -> Judgement:
     value, interval, is_distinguishable = _measured(requirement, evaluation)
     if value is None:
-        return Judgement(requirement.text, False, None, None, "not computed, as no row has a prompt")
+        return Judgement(requirement.text, False, None, None, f"not computed, as no {evaluation.item} gives it")
     return _judge(requirement, value, interval, is_distinguishable)
 
 
@@ -284,7 +310,7 @@ def _judge(requirement: Requirement, value: float, interval: Interval | None, is
 
     if not math.isfinite(value):
         return judgement("NaN or inf")
-    what = "the difference of the loss" if requirement.figure == _PERPLEXITY else "the difference"
+    what = "the difference of the loss" if requirement.figure == PERPLEXITY else "the difference"
     subject = f"{what} to {requirement.bound} is {value:.6g}" if is_model else f"{value:.6g}"
     if interval is None:
         which = ", or it is no mean of rows" if requirement.of_task else ""
@@ -311,7 +337,7 @@ def _measured(requirement: Requirement, evaluation: Evaluation) -> tuple[float |
         return score.figure(figure), score.intervals.get(figure), True
     if evaluation.scores[ADAPTER].figure(figure) is None:
         return None, None, True
-    figure = LOSS if figure == _PERPLEXITY else figure  # of which it is a rising function
+    figure = LOSS if figure == PERPLEXITY else figure  # of which it is a rising function
     other = requirement.bound if isinstance(requirement.bound, str) else evaluation.compared_with
     difference = evaluation.paired()[other][figure]
     return difference.value, difference.interval, _is_distinguishable(difference)

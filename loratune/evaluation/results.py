@@ -3,18 +3,35 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from loratune.statistics import Interval, finite
+from loratune.training.preference_figures import LOG_PROBABILITY, PREFERRED_LENGTH, REWARD_MARGIN, SIDES
+
+if TYPE_CHECKING:
+    from loratune.training.objectives import Formula
 
 BASE, ADAPTER, AGAINST = "base", "adapter", "against"
 """The names of the models: the base, the adapter on it, and the other adapter that it is compared with."""
 
-LOSS, EXACT_MATCH, LABEL_ACCURACY = "loss", "exact_match", "label_accuracy"
-"""The names of the figures that every evaluation has; those of rows with a prompt are None where no row has one."""
-
-LOWER_IS_BETTER = (LOSS, "perplexity", "invalid_json")
+LOSS, PERPLEXITY, EXACT_MATCH, LABEL_ACCURACY = "loss", "perplexity", "exact_match", "label_accuracy"
+"""The names of the figures of rows; the last two are None where no row has a prompt."""
+LOWER_IS_BETTER = (LOSS, PERPLEXITY, "invalid_json")
 """Figures of which less is better."""
+
+
+_WITHOUT_DIRECTION = (*(f"{side}_{LOG_PROBABILITY}" for side in SIDES), PREFERRED_LENGTH)
+
+
+def has_direction(figure: str) -> bool:
+    """Whether more of a figure is better, or less; else a difference has no verdict."""
+    return figure not in _WITHOUT_DIRECTION
+
+
+def is_bounded(figure: str) -> bool:
+    """Whether a figure is a share of rows, or a mean of scores between 0 and 1."""
+    return figure not in (LOSS, PERPLEXITY, REWARD_MARGIN, *_WITHOUT_DIRECTION)
+
 
 Verdict = Literal["better", "worse", "indistinguishable"]
 
@@ -24,29 +41,39 @@ class ModelAnswer:
     """What one model does on one row.
 
     Attributes:
-        nats: Cross-entropy, summed over the supervised tokens of the row.
-        text: The greedy answer, without the token that ends it; None where the row has no prompt.
-        scores: `exact_match`, `label_accuracy` and each further metric → between 0 and 1; empty where the row has no
-            prompt.
+        loss: Summed over the supervised tokens of the row; of answers that are compared, that of the pair or answer.
+        text: The greedy answer, without the token that ends it; None where the row has no prompt, or has answers that
+            are compared.
+        scores: Figure → what the row adds to it; empty where there is no prompt to answer.
     """
 
-    nats: float
+    loss: float
     text: str | None
     scores: Mapping[str, float]
 
 
 @dataclass(frozen=True)
+class ComparedAnswer:
+    """An answer that stands in a row, to be compared with another one, or judged: its text, and its tokens."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class EvaluatedRow:
-    """One distinct row, and what each model does on it.
+    """One distinct row, or pair of answers, and what each model does on it.
 
     Attributes:
         number: Its number among the rows that were not dropped, from 0; of copies, that of the first.
         where: Its place in its file.
         copies: How many rows are this one, itself included.
         prompt: The prompt as text, as the model reads it; None where the row has none.
-        expected: The text that is expected as the answer; None where the row has no prompt.
+        expected: The text that is expected as the answer; None where the row has no prompt, or compares answers.
         tokens: Supervised tokens.
         answers: Model → what it does; `base`, `adapter`, and `against` if there is one.
+        compared: `chosen` and `rejected`, or one of `desirable` and `undesirable` → the answer that is compared; empty
+            for other rows.
     """
 
     number: int
@@ -56,23 +83,39 @@ class EvaluatedRow:
     expected: str | None
     tokens: int
     answers: Mapping[str, ModelAnswer] = field(default_factory=dict)
+    compared: Mapping[str, ComparedAnswer] = field(default_factory=dict)
+
+    @property
+    def item(self) -> str:
+        """What it is: `row`, or `pair` or `answer` where answers are compared."""
+        return ("row", "answer", "pair")[len(self.compared)]
+
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean over: `token`, `pair` or `answer`."""
+        return self.item if self.compared else "token"
+
+    @property
+    def count(self) -> int:
+        """Over how many of these the loss of the row is summed."""
+        return 1 if self.compared else self.tokens
 
     def worsening(self, model: str, compared_with: str) -> float:
-        """By how many nats per supervised token a model is worse on the row than another one."""
-        return (self.answers[model].nats - self.answers[compared_with].nats) / self.tokens
+        """By how much the loss of a model is higher on the row than that of another one, for each `unit`."""
+        return (self.answers[model].loss - self.answers[compared_with].loss) / self.count
 
     def as_json(self) -> dict[str, Any]:
         """Plain values. A number that is not finite is null."""
         values: dict[str, Any] = {
-            "number": self.number,
-            "where": self.where,
-            "copies": self.copies,
-            "prompt": self.prompt,
-            "expected": self.expected,
-            "tokens": self.tokens,
-        }
+            "number": self.number, "where": self.where, "copies": self.copies, "prompt": self.prompt,
+        }  # fmt: skip
+        values |= {side: one.text for side, one in self.compared.items()}
+        values |= {} if self.compared else {"expected": self.expected}
+        values |= {"tokens": self.tokens, **{f"{side}_tokens": one.tokens for side, one in self.compared.items()}}
         for name, answer in self.answers.items():
-            values[name] = {"answer": answer.text, "loss": finite(answer.nats / self.tokens), **answer.scores}
+            said = {} if self.compared else {"answer": answer.text}
+            scores = {figure: finite(value) for figure, value in answer.scores.items()}
+            values[name] = said | {"loss": finite(answer.loss / self.count)} | scores
         return values
 
 
@@ -81,44 +124,28 @@ class Score:
     """How well one model does on the rows.
 
     Attributes:
-        loss: Nats per supervised token.
-        perplexity: e to the power of the loss; inf where that is beyond a float.
-        exact_match: The share of rows whose greedy completion is the expected text and then ends; None where no row
-            has a prompt.
-        label_accuracy: The share of rows whose completion begins with the expected text, whatever follows; None where
-            no row has a prompt.
+        figures: Figure → its value: the loss, which is a mean over supervised tokens, or over pairs or answers that are
+            compared; e to the power of a loss per token as `perplexity`, inf where that is beyond a float; the share of
+            rows whose greedy completion is the expected text and then ends as `exact_match`, and of those whose
+            completion begins with it, whatever follows, as `label_accuracy`, both None where no row has a prompt;
+            further metrics; and those of `preference_figures`.
         rows: How many rows there are.
-        tokens: Supervised tokens, over which the loss is the mean.
-        metrics: The mean of each further metric that was asked for, over the rows with a prompt.
+        tokens: Supervised tokens.
         intervals: Figure → its 95 % interval, None where there are too few rows for one.
     """
 
-    loss: float
-    perplexity: float
-    exact_match: float | None
-    label_accuracy: float | None
+    figures: Mapping[str, float | None]
     rows: int
     tokens: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, Interval | None] = field(default_factory=dict)
 
     def figure(self, name: str) -> float | None:
         """A figure by its name; None where it was not computed."""
-        return self.figures().get(name)
-
-    def figures(self) -> dict[str, float | None]:
-        """Figure → its value; None where no row has a prompt."""
-        return {
-            LOSS: self.loss,
-            "perplexity": self.perplexity,
-            EXACT_MATCH: self.exact_match,
-            LABEL_ACCURACY: self.label_accuracy,
-            **self.metrics,
-        }
+        return self.figures.get(name)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values. Figures that are not finite are null, as JSON has no word for them."""
-        figures = {name: finite(value) for name, value in self.figures().items()}
+        figures = {name: finite(value) for name, value in self.figures.items()}
         intervals = {
             name: [finite(interval.low), finite(interval.high)] if interval else None
             for name, interval in self.intervals.items()
@@ -136,7 +163,8 @@ class Difference:
         value: The difference.
         interval: Its paired 95 % interval; None where there are too few rows.
         p: The exact p of McNemar's test over distinct rows, for figures that are shares of rows; None for others.
-        verdict: What it means for the adapter; None where there is no interval.
+        verdict: What it means for the adapter; None where there is no interval, or where neither more nor less of the
+            figure is better.
         rows_needed: About how many distinct rows would tell the two apart, where these do not; None if not known, as
             where the difference is 0.
     """
@@ -258,6 +286,7 @@ class Evaluation:
         tasks: What tasks of the lm-evaluation-harness came to; None if not asked.
         overlap: How many rows there are, as read, and how many of them are also in train; None if that is not known.
         requirements: Whether what the user requires is met.
+        objective: That whose the loss and the rewards of compared answers are; None for other rows.
     """
 
     scores: Mapping[str, Score]
@@ -272,6 +301,17 @@ class Evaluation:
     tasks: TaskResults | None = None
     overlap: Mapping[str, int] | None = None
     requirements: Sequence[Judgement] = ()
+    objective: "Formula | None" = None
+
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean over, see `EvaluatedRow`."""
+        return self.rows[0].unit
+
+    @property
+    def item(self) -> str:
+        """What the rows are, see `EvaluatedRow`."""
+        return self.rows[0].item
 
     def paired(self) -> dict[str, Mapping[str, Difference]]:
         """Model → figure → how the adapter differs from that model; what it is compared with comes first."""
@@ -287,6 +327,7 @@ class Evaluation:
         if self.forgetting is not None:
             values["forgetting"] = self.forgetting.as_json()
         values |= {"metric": self.metric, "verdict": self.verdict, "overlap": self.overlap}
+        values |= {"objective": self.objective.numbers()} if self.objective else {}
         required = [one.as_json() for one in self.requirements]
         values |= {"requirements": required} if required else {}
         return values | (self.tasks.as_json() if self.tasks is not None else {})

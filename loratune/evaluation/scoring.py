@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -69,6 +69,69 @@ class Judging:
         return scores
 
 
+class Scorer(Protocol):
+    """Says what models do on some rows.
+
+    Attributes:
+        rows: The distinct rows, or pairs of answers, without what models do on them.
+    """
+
+    rows: list[EvaluatedRow]
+
+    @property
+    def passes(self) -> int:
+        """How many rows a model is run on."""
+
+    def answers(self, name: str, model: LoadedAdapter, advance: Advance = lambda _: None) -> list[ModelAnswer]:
+        """What a model does on each row.
+
+        Args:
+            name: `BASE`, which comes first, or another model.
+            model: The adapter; inside its `without_adapter`, the base.
+            advance: Called with how many rows were done, of those that it is run on.
+        """
+
+
+class RowScorer:
+    """Scores rows as they stand: their loss, and greedy answers to their prompts. See `Scorer`."""
+
+    def __init__(self, loaded: LoadedAdapter, dataset: TokenizedDataset, judging: Judging):
+        """Raises as `check_expected` does. loaded: the adapter, as which the rows are rendered."""
+        self.rows = distinct_rows(loaded, dataset)
+        self._dataset, self._judging = dataset, judging
+        check_expected(self.rows, judging)
+
+    @property
+    def passes(self) -> int:
+        """See `Scorer`."""
+        return len(self.rows) + sum(row.prompt is not None for row in self.rows)
+
+    def answers(self, name: str, model: LoadedAdapter, advance: Advance = lambda _: None) -> list[ModelAnswer]:
+        """See `Scorer`."""
+        dataset, rows, judging = self._dataset, self.rows, self._judging
+        nats = losses(model, dataset, [row.number for row in rows], advance)
+        found: dict[int, tuple[str, dict[str, float]]] = {}
+        expected = {row.number: (row.where, row.expected) for row in rows if row.expected is not None}
+        limits = {number: judging.limit(dataset.rows.row(number), _context(model)) for number in expected}
+        for batch in _batches(dataset, limits, _context(model)):
+            asked = [dataset.rows.row(number) for number in batch]
+            completions = model.complete([row.prompt for row in asked], max(limits[number] for number in batch))
+            for number, row, longer in zip(batch, asked, completions, strict=True):
+                where, right = expected[number]
+                text, beginning = model.text(longer[: limits[number]]), longer[: len(row.completion)]
+                is_exact = tuple(beginning) == row.completion
+                is_label = model.text(beginning).startswith(right) if right else is_exact  # all begin with an empty one
+                scores = {EXACT_MATCH: float(is_exact), LABEL_ACCURACY: float(is_label)}
+                try:
+                    found[number] = text, scores | judging.scores(right, text)
+                except BadPatternError as error:
+                    raise _too_slow(error, where) from None
+            advance(len(batch))
+        return [
+            ModelAnswer(float(total), *found.get(row.number, (None, {}))) for row, total in zip(rows, nats, strict=True)
+        ]
+
+
 def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[EvaluatedRow]:
     """The rows that differ in their ids or labels, without answers, in the order in which they first occur."""
     rows: list[EvaluatedRow] = []
@@ -125,67 +188,39 @@ def _too_slow(error: BadPatternError, where: str) -> ConfigError:
     return ConfigError(Problem(Code.USAGE_BAD_METRIC, f"an expression {error}", where, OPTION, "write it otherwise"))
 
 
-def answers(
-    model: LoadedAdapter,
-    dataset: TokenizedDataset,
-    rows: Sequence[EvaluatedRow],
-    judging: Judging,
-    advance: Advance = lambda _: None,
-) -> list[ModelAnswer]:
-    """What a model does on rows.
-
-    Args:
-        model: The adapter; inside its `without_adapter`, the base.
-        dataset: Has the ids of the rows.
-        rows: The rows.
-        judging: How their answers are asked for and judged.
-        advance: Called twice for each row that has a prompt, and once for others.
-    """
-    nats = losses(model, dataset, [row.number for row in rows], advance)
-    found: dict[int, tuple[str, dict[str, float]]] = {}
-    expected = {row.number: (row.where, row.expected) for row in rows if row.expected is not None}
-    limits = {number: judging.limit(dataset.rows.row(number), _context(model)) for number in expected}
-    for batch in _batches(dataset, limits, _context(model)):
-        asked = [dataset.rows.row(number) for number in batch]
-        completions = model.complete([row.prompt for row in asked], max(limits[number] for number in batch))
-        for number, row, longer in zip(batch, asked, completions, strict=True):
-            where, right = expected[number]
-            text, beginning = model.text(longer[: limits[number]]), longer[: len(row.completion)]
-            is_exact = tuple(beginning) == row.completion
-            is_label = model.text(beginning).startswith(right) if right else is_exact  # all begin with an empty one
-            scores = {EXACT_MATCH: float(is_exact), LABEL_ACCURACY: float(is_label)}
-            try:
-                found[number] = text, scores | judging.scores(right, text)
-            except BadPatternError as error:
-                raise _too_slow(error, where) from None
-        advance(len(batch))
-    return [
-        ModelAnswer(float(total), *found.get(row.number, (None, {}))) for row, total in zip(rows, nats, strict=True)
-    ]
+def losses(
+    model: LoadedAdapter, dataset: TokenizedDataset, numbers: Sequence[int], advance: Advance = lambda _: None
+) -> NDArray[np.float64]:
+    """The loss of a model on rows of a dataset; see `losses_of`. numbers: which of them."""
+    lengths = dataset.rows.lengths[list(numbers)]
+    return losses_of(model, lambda place: dataset.rows[numbers[place]], lengths, advance)
 
 
 @torch.inference_mode()
-def losses(
-    model: LoadedAdapter, dataset: TokenizedDataset, numbers: Sequence[int], advance: Advance = lambda _: None
+def losses_of(
+    model: LoadedAdapter,
+    row: Callable[[int], dict[str, Any]],
+    lengths: NDArray[np.integer[Any]],
+    advance: Advance = lambda _: None,
 ) -> NDArray[np.float64]:
     """The loss of a model on rows, computed by PEFT's own layers: in float32 where those of answers round.
 
     Args:
         model: The adapter; inside its `without_adapter`, the base.
-        dataset: The rows.
-        numbers: Which of them.
+        row: From its place to the `input_ids` and `labels` of a row.
+        lengths: (rows,), how many ids each has.
         advance: Called with how many rows were done.
 
     Returns:
-        (numbers,), in nats, summed over the supervised tokens of each row.
+        (rows,), in nats, summed over the supervised tokens of each row.
     """
     model.activate()
     model.model.eval()
-    found = np.empty(len(numbers))
-    for places in _by_length(dataset.rows.lengths[list(numbers)]):
-        rows = [dataset.rows[numbers[place]] for place in places]
-        first = min(_first_supervised(row["labels"]) for row in rows)
-        inputs = model.prompts.batch([row["input_ids"] for row in rows], "right", first=max(0, first - 1))
+    found = np.empty(len(lengths))
+    for places in _by_length(lengths):
+        rows = [row(place) for place in places]
+        first = min(_first_supervised(one["labels"]) for one in rows)
+        inputs = model.prompts.batch([one["input_ids"] for one in rows], "right", first=max(0, first - 1))
         labels = pad(rows, model.prompts.padding)["labels"][:, -inputs["input_ids"].shape[1] :]
         inputs["use_cache"] = "cache" in inputs
         found[places] = row_losses(model.model, inputs, labels.to(model.model.device)).numpy()

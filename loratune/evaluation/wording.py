@@ -3,18 +3,23 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from loratune.console import plural
 from loratune.evaluation.metrics import MEANS
 from loratune.evaluation.results import (
     ADAPTER,
     BASE,
     LOSS,
+    PERPLEXITY,
     Difference,
     EvaluatedRow,
     Evaluation,
     Judgement,
     TaskResults,
+    has_direction,
+    is_bounded,
 )
 from loratune.statistics import Interval
+from loratune.training.preference_figures import LOG_PROBABILITY
 
 _NAME = 24
 """Characters of an expression that are shown."""
@@ -26,7 +31,32 @@ def name(figure: str) -> str:
     """A figure as people write it: `exact match`, `invalid JSON`; an expression stays as it is, if it is short."""
     if ":" in figure:
         return figure if len(figure) <= _NAME else f"{figure[: _NAME - 3]}..."
-    return figure.replace("_", " ").replace("json", "JSON").replace("rouge l", "ROUGE-L")
+    words = figure.replace("log_probability", "log-probability").replace("_", " ")
+    return words.replace("json", "JSON").replace("rouge l", "ROUGE-L")
+
+
+def rows(evaluation: Evaluation) -> str:
+    """What the rows are: `48 rows, 900 supervised tokens`; of pairs and judged answers, their mean tokens."""
+    score = evaluation.scores[ADAPTER]
+    count = plural(score.rows, evaluation.item)
+    lengths: dict[str, list[float]] = {}
+    for row in evaluation.rows:
+        for side, answer in row.compared.items():
+            total = lengths.setdefault(side, [0.0, 0.0])
+            total[0] += row.copies * answer.tokens
+            total[1] += row.copies
+    if not lengths:
+        return f"{count}, {score.tokens:,} supervised tokens"
+    means = [f"{side} {tokens / answers:.1f}" for side, (tokens, answers) in lengths.items()]
+    return f"{count} (mean tokens: {', '.join(means)})"
+
+
+def measured(evaluation: Evaluation) -> str:
+    """What the loss and the rewards of compared answers are; empty for other rows."""
+    if (objective := evaluation.objective) is None:
+        return ""
+    reference = ", the base as the reference" if objective.has_reference else ", which has no reference"
+    return f"loss and rewards of {objective}{reference}"
 
 
 def number(figure: str, value: float | None, *, signed: bool = False) -> str:
@@ -34,10 +64,12 @@ def number(figure: str, value: float | None, *, signed: bool = False) -> str:
     if value is None or math.isnan(value):
         return "-"
     sign = "+" if signed else ""
-    if figure == LOSS or figure in MEANS:
-        return f"{value:{sign}.4f}"
-    if figure == "perplexity":
+    if figure == PERPLEXITY:
         return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+    if not has_direction(figure):  # log-probabilities of whole answers, and lengths
+        return f"{value:{sign}.2f}"
+    if not is_bounded(figure) or figure in MEANS:
+        return f"{value:{sign}.4f}"
     return f"{100 * value:+.1f} pp" if signed else f"{value:.1%}"
 
 
@@ -63,7 +95,7 @@ def scores_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
             name(figure),
             *(with_interval(figure, score.figure(figure), score.intervals.get(figure)) for score in models.values()),
         ]
-        for figure in models[BASE].figures()
+        for figure in models[ADAPTER].figures
     ]
     return ["", *models], rows
 
@@ -94,15 +126,16 @@ def verdict(evaluation: Evaluation) -> str:
     p = "" if one.p is None else f", p {p_value(one.p)}"
     figures = f"{name(metric)} {mine} instead of {its}, {difference}{p}"
     if evaluation.verdict is None:
-        return f"none, as {'there are too few rows' if math.isfinite(one.value) else 'a loss is not finite'}: {figures}"
+        too_few = f"there are too few {evaluation.item}s"
+        return f"none, as {too_few if math.isfinite(one.value) else 'a loss is not finite'}: {figures}"
     if evaluation.verdict != "indistinguishable":
         return f"{evaluation.verdict} than {against}: {figures}"
-    rows = sum(row.copies for row in evaluation.rows)
-    needed = outlook(one)
-    return f"not distinguishable from {against} at {rows:,} rows: {figures}{'; ' if needed else ''}{needed}"
+    count = plural(sum(row.copies for row in evaluation.rows), evaluation.item)
+    needed = outlook(one, evaluation.item)
+    return f"not distinguishable from {against} at {count}: {figures}{'; ' if needed else ''}{needed}"
 
 
-def outlook(difference: Difference) -> str:
+def outlook(difference: Difference, item: str = "row") -> str:
     """How many rows would tell two models apart, or why there is no number; empty where these rows do, or are too few.
 
     The number has two digits that are not 0: it is an estimate, so more would say nothing.
@@ -110,11 +143,11 @@ def outlook(difference: Difference) -> str:
     if difference.verdict != "indistinguishable":
         return ""
     if difference.value == 0:
-        return "they do not differ on these rows, which do not say how many would tell"
+        return f"they do not differ on these {item}s, which do not say how many would tell"
     if difference.rows_needed is None:
         return ""
     step: int = 10 ** max(0, len(str(difference.rows_needed)) - 2)
-    return f"about {math.ceil(difference.rows_needed / step) * step:,} rows would tell"
+    return f"about {math.ceil(difference.rows_needed / step) * step:,} {item}s would tell"
 
 
 def forgetting(difference: Difference) -> str:
@@ -139,13 +172,19 @@ def worst(evaluation: Evaluation, count: int) -> list[EvaluatedRow]:
 
 def row_lines(row: EvaluatedRow, other: str) -> Iterator[tuple[str, str]]:
     """A row in a block: name and value of each line."""
-    losses = {model: f"{answer.nats / row.tokens:.3f}" for model, answer in row.answers.items()}
-    yield "loss", f"{losses[ADAPTER]} instead of {losses[other]}, on {row.tokens:,} tokens"
-    if row.prompt is not None and row.expected is not None:
+    losses = {model: f"{answer.loss / row.count:.3f}" for model, answer in row.answers.items()}
+    on = "" if row.compared else f", on {row.tokens:,} tokens"
+    yield "loss", f"{losses[ADAPTER]} instead of {losses[other]}{on}"
+    if row.prompt is not None:
         yield "prompt", shorten(row.prompt)
+    for side, answer in row.compared.items():
+        figure = f"{side}_{LOG_PROBABILITY}"
+        shown = (f"{model} {number(figure, one.scores.get(figure))}" for model, one in row.answers.items())
+        yield side, f"{shorten(answer.text)} ({answer.tokens:,} tokens; log-probability {', '.join(shown)})"
+    if row.prompt is not None and row.expected is not None:
         yield "expected", shorten(row.expected)
-        for model, answer in row.answers.items():
-            yield model, shorten(answer.text or "")
+        for model, said in row.answers.items():
+            yield model, shorten(said.text or "")
 
 
 def shorten(text: str, width: int = _WIDTH) -> str:

@@ -21,16 +21,22 @@ With `sft_weight`, `dpo` and `simpo` also lower -sft_weight a(y_w), which holds 
 (Pang et al. 2024, arXiv:2404.19733).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from loratune.config import DEFAULT_BETA, PreferenceSection
+from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection
 
 WITH_REFERENCE = ("dpo", "kto")
 """The objectives that compare what is trained with a reference."""
+_WITHOUT_EFFECT = {
+    "beta": None, "label_smoothing": 0, "simpo_gamma": 0, "sft_weight": 0, "desirable_weight": 1,
+    "undesirable_weight": 1,
+}  # fmt: skip
+"""Key of `PreferenceSection` → the value with which an objective is the one without it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,28 @@ class Formula:
     def has_reference(self) -> bool:
         """Whether it compares with a reference."""
         return self.name in WITH_REFERENCE
+
+    def numbers(self) -> dict[str, Any]:
+        """Its name, and the numbers that it reads."""
+        return {key: value for key, value in asdict(self).items() if self.name in PREFERENCE_KEYS.get(key, self.name)}
+
+    def __str__(self) -> str:
+        """`dpo with beta 0.1`; numbers that change nothing are left out."""
+        numbers = self.numbers()
+        own = [f"{key} {numbers[key]:g}" for key in numbers if key != "name" and numbers[key] != _WITHOUT_EFFECT[key]]
+        return f"{self.name} with {', '.join(own)}"
+
+    def item_losses(self, answers: AnswerScores, sides: Tensor, estimate: float) -> Tensor:
+        """(items,), the loss of each pair, or of each answer.
+
+        Args:
+            answers: The answers; of pairs, the chosen ones and the rejected ones in the same order.
+            sides: (answers,), see `TokenizedRow.side`.
+            estimate: See `answer_losses`; of objectives that compare pairs not read.
+        """
+        if self.name == "kto":
+            return self.answer_losses(answers, sides > 0, estimate)
+        return self.pair_losses(answers.take(sides > 0), answers.take(sides < 0))
 
     def rewards(self, answers: AnswerScores) -> Tensor:
         """(answers,), r of each; for ORPO, beta times the mean log-probability of its tokens, as TRL reports it."""

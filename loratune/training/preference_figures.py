@@ -1,10 +1,19 @@
 """What is said of answers that are compared: how often the right one is preferred, and at what cost in probability.
 
+- `reward_accuracy`: the share of pairs whose chosen answer has the higher reward, of equal ones half; or of judged
+  answers whose reward is on the right side of KTO's border, which is beta times its estimate of the divergence.
+- `reward_margin`: by how much rewards of chosen answers are higher than those of rejected ones, in the mean; or those
+  of desirable answers than those of undesirable ones.
+- `ranking_accuracy`: the share of pairs whose chosen answer is the more probable one (Chen et al. 2024,
+  arXiv:2405.19534), whatever the reference says.
+- `chosen_log_probability`, and the same of the other sides: summed over an answer, in the mean over answers.
+- `preferred_length`: the mean tokens of the more probable answer of each pair.
+
 Shares have Wilson's interval, means that of the delete-one jackknife; a pair is one draw.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +24,26 @@ from loratune.statistics import Interval
 
 Values = NDArray[np.float64]
 
+REWARD_ACCURACY, REWARD_MARGIN, RANKING_ACCURACY = "reward_accuracy", "reward_margin", "ranking_accuracy"
+LOG_PROBABILITY, PREFERRED_LENGTH = "log_probability", "preferred_length"
+SIDES = CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = "chosen", "rejected", "desirable", "undesirable"
 SATURATED = 4.6
 """A margin from which on a pair has less than a hundredth of its whole gradient: sigmoid(-4.6) = 0.01."""
 _MOST_SATURATED = 0.9
 """The share of saturated pairs from which on that is said."""
+
+
+def names_of_sides(*, paired: bool) -> tuple[str, str]:
+    """What answers are called that are better, and those that are worse: of pairs, or of judged answers."""
+    return (CHOSEN, REJECTED) if paired else (DESIRABLE, UNDESIRABLE)
+
+
+def figures_of(*, paired: bool) -> tuple[str, ...]:
+    """The names of the figures of pairs, or of judged answers."""
+    sides = [f"{side}_{LOG_PROBABILITY}" for side in names_of_sides(paired=paired)]
+    if paired:
+        return REWARD_ACCURACY, REWARD_MARGIN, RANKING_ACCURACY, *sides, PREFERRED_LENGTH
+    return REWARD_ACCURACY, REWARD_MARGIN, *sides
 
 
 @dataclass(frozen=True)
@@ -85,38 +110,65 @@ class PreferenceFigures:
     bad: Side
     border: float = 0.0
 
+    def by_item(self) -> dict[str, tuple[slice, Values]]:
+        """Figure → which pairs, or which of the good answers and then the bad ones, it is a mean over, and what each of
+        them adds. The margin of judged answers is a sum of two means, one of them of bad rewards with the other sign.
+        """
+        good, bad, every = self.good, self.bad, slice(None)
+        names = [f"{name}_{LOG_PROBABILITY}" for name in self.names]
+        if self.paired:
+            return {
+                REWARD_ACCURACY: (every, _higher(good.rewards - bad.rewards)),
+                REWARD_MARGIN: (every, good.rewards - bad.rewards),
+                RANKING_ACCURACY: (every, _higher(good.after - bad.after)),
+                names[0]: (every, good.after),
+                names[1]: (every, bad.after),
+                PREFERRED_LENGTH: (every, np.where(good.after >= bad.after, good.tokens, bad.tokens)),
+            }
+        right = np.concatenate([_higher(good.rewards - self.border), _higher(self.border - bad.rewards)])
+        count, sides = len(good.after), {}
+        if len(good.after) and len(bad.after):
+            sides[REWARD_MARGIN] = every, np.concatenate([good.rewards, -bad.rewards])
+        return {
+            REWARD_ACCURACY: (every, right),
+            **sides,
+            names[0]: (slice(count), good.after),
+            names[1]: (slice(count, None), bad.after),
+        }
+
+    def before(self) -> "PreferenceFigures":
+        """The same of the reference, whose rewards are not known."""
+        good, bad = (
+            replace(side, after=side.before, rewards=np.zeros(len(side.rewards))) for side in (self.good, self.bad)
+        )
+        return PreferenceFigures(self.split, self.paired, good, bad)
+
     @property
     def accuracy(self) -> Figure:
-        """The share of pairs whose chosen answer has the higher reward; or of answers that are on the right side of the
-        border. Of equal rewards, as before the first step, half count."""
-        if self.paired:
-            right = _higher(self.good.rewards - self.bad.rewards)
-        else:
-            right = np.concatenate([_higher(self.good.rewards - self.border), _higher(self.border - self.bad.rewards)])
-        return _share(right)
+        """`reward_accuracy`."""
+        return _share(self.by_item()[REWARD_ACCURACY][1])
 
     @property
     def margin(self) -> Figure:
-        """How much higher the rewards of good answers are, in the mean."""
-        if self.paired:
-            margins = self.good.rewards - self.bad.rewards
-            return Figure(_mean(margins), _interval(margins))
-        return Figure(_mean(self.good.rewards) - _mean(self.bad.rewards), None)
+        """`reward_margin`."""
+        sides = (self.good.rewards - self.bad.rewards,) if self.paired else (self.good.rewards, -self.bad.rewards)
+        interval = statistics.sum_of_ratios_interval([(values, np.ones_like(values)) for values in sides])
+        return Figure(sum(map(_mean, sides)), interval)
 
-    def ordered(self, *, before: bool) -> Figure:
-        """The share of pairs whose chosen answer has the higher log-probability. before: in the reference."""
-        good, bad = (side.before if before else side.after for side in (self.good, self.bad))
-        return _share(_higher(good - bad))
+    @property
+    def ranking_accuracy(self) -> Figure:
+        """`ranking_accuracy`; of pairs."""
+        return _share(self.by_item()[RANKING_ACCURACY][1])
 
-    def preferred_length(self, *, before: bool) -> float:
-        """The mean tokens of the answer of each pair that has the higher log-probability. before: in the reference."""
-        good, bad = (side.before if before else side.after for side in (self.good, self.bad))
-        return _mean(np.where(good >= bad, self.good.tokens, self.bad.tokens))
+    @property
+    def preferred_length(self) -> float:
+        """`preferred_length`; of pairs."""
+        return _mean(self.by_item()[PREFERRED_LENGTH][1])
 
     @property
     def names(self) -> tuple[str, str]:
         """What the two sides are called."""
-        return ("chosen", "rejected") if self.paired else ("desirable", "undesirable")
+        return names_of_sides(paired=self.paired)
 
     @property
     def rows(self) -> str:
@@ -126,20 +178,19 @@ class PreferenceFigures:
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Labels and texts for the end of a run."""
-        what = "pairs in order" if self.paired else "answers on their side"
-        yield "preferences", f"{what}, by rewards: {self.accuracy} of {self.rows}; margin {self.margin}"
+        yield "reward accuracy", f"{self.accuracy} on {self.rows}, margin {self.margin}"
+        before = self.before()
         if self.paired:
-            before, after = self.ordered(before=True), self.ordered(before=False)
-            yield "in order", f"by log-probabilities {before.value:.3f} before, {after}"
+            what = "of the pairs have the chosen answer as the more probable one"
+            yield "ranking accuracy", f"{before.ranking_accuracy.value:.3f} → {self.ranking_accuracy} {what}"
         parts = []
         for name, side in zip(self.names, (self.good, self.bad), strict=True):
             if len(side.after):
                 parts.append(f"{name} {_mean(side.before):.2f} → {_mean(side.after):.2f}")
-        yield "log-probability", ", ".join(parts)
+        yield "log-probability", f"{', '.join(parts)} nats an answer"
         if self.paired:
-            lengths = f"preferred answers have {self.preferred_length(before=True):.1f} tokens before, "
-            lengths += f"{self.preferred_length(before=False):.1f} after (chosen {_mean(self.good.tokens):.1f}, "
-            yield "length", f"{lengths}rejected {_mean(self.bad.tokens):.1f})"
+            lengths = f"{before.preferred_length:.1f} → {self.preferred_length:.1f} tokens of the more probable answers"
+            yield "length", f"{lengths} (chosen {_mean(self.good.tokens):.1f}, rejected {_mean(self.bad.tokens):.1f})"
 
     def warnings(self) -> Iterator[str]:
         """What may not be intended."""
@@ -163,15 +214,15 @@ class PreferenceFigures:
         """Plain values."""
         figures: dict[str, Any] = {
             "split": self.split,
-            "reward_accuracy": self.accuracy.as_json(),
-            "reward_margin": self.margin.as_json(),
+            REWARD_ACCURACY: self.accuracy.as_json(),
+            REWARD_MARGIN: self.margin.as_json(),
             self.names[0]: self.good.as_json(),
             self.names[1]: self.bad.as_json(),
         }
         if self.paired:
-            for name, before in (("before", True), ("after", False)):
-                figures[f"ordered_{name}"] = self.ordered(before=before).as_json()
-                figures[f"preferred_length_{name}"] = self.preferred_length(before=before)
+            for name, one in (("before", self.before()), ("after", self)):
+                figures[f"{RANKING_ACCURACY}_{name}"] = one.ranking_accuracy.as_json()
+                figures[f"{PREFERRED_LENGTH}_{name}"] = one.preferred_length
         return figures
 
 

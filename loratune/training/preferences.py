@@ -282,10 +282,7 @@ class Comparing(Objective):
 
     def _item_losses(self, read: Read, estimate: float) -> Tensor:
         """(items,), the loss of each. estimate: of KTO's divergence."""
-        answers, sides = read.answers, read.sides
-        if not read.is_paired:
-            return self.formula.answer_losses(answers, sides > 0, estimate)
-        return self.formula.pair_losses(answers.take(sides > 0), answers.take(sides < 0))
+        return self.formula.item_losses(read.answers, read.sides, estimate)
 
 
 def _logged(figures: PreferenceFigures) -> dict[str, float]:
