@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import Ran, write_rows
 from huggingface_hub import ModelCard
+from test_preferences import config
 
 from loratune.commands import clients
 from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, Source
@@ -43,6 +44,37 @@ def test_without_held_out_rows_there_is_no_index(
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.eval_results is None and "vllm" not in card.text and "llama-server" not in card.text
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["held_out_interval"] is None
+
+
+def test_the_card_of_compared_answers(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
+    """The objective with its numbers and its reference; accuracy, margin and length, before and after; the index."""
+    reference = {"dpo": ", the base as the reference", "orpo": ", without a reference"}
+    for objective in ("dpo", "orpo"):
+        changes = {"preferences": {"beta": 0.25}, "output_dir": str(tmp_path / objective)}
+        ran = cli("train", config(run_config, tmp_path, objective, **changes))
+        assert ran.code == 0, ran.err
+        card = ModelCard.load(tmp_path / objective / "README.md")
+        metrics = json.loads((tmp_path / objective / "loratune.json").read_text())["metrics"]
+        figures = metrics["preferences"]
+        lines = dict(re.findall(r"- \*\*(.+?):\*\* (.+)", card.text))
+        assert lines["Objective"] == f"{objective} with beta 0.25{reference[objective]}"
+        low, high = figures["reward_accuracy"]["interval"]
+        margin = figures["reward_margin"]["value"]
+        accuracy = f"{figures['reward_accuracy']['value']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+        assert lines["Reward accuracy"].startswith(f"{accuracy} on 12 validation pairs, margin {margin:.3f} (95 %")
+        before, after = (figures[f"ranking_accuracy_{when}"]["value"] for when in ("before", "after"))
+        assert lines["Ranking accuracy"].startswith(f"{before:.3f} → {after:.3f} (95 % interval")
+        assert lines["Length"].endswith("of the more probable answers (chosen 4.2, rejected 10.2)")
+        assert lines["Held-out"].startswith(f"{metrics['held_out_loss']:.4f} per pair (95 % interval")
+        assert "preferences:\n  beta: 0.25\n" in card.text
+        assert objective in card.data.tags
+        loss, share = card.data.eval_results
+        assert (loss.metric_type, share.metric_type) == ("loss", "accuracy")
+        assert share.metric_value == round(figures["reward_accuracy"]["value"], 4)
+        assert share.metric_name == f"reward accuracy (95 % interval {low:.4f} to {high:.4f})"
+        assert "desirable_weight" not in card.text and ("label_smoothing" in card.text) == (objective == "dpo")
+    assert cli("train", run_config(training={"max_steps": 1}, output_dir=str(tmp_path / "sft"))).code == 0
+    assert "Objective" not in (tmp_path / "sft" / "README.md").read_text()
 
 
 VLLM = "vllm serve me/base --enable-lora --max-lora-rank {} --lora-modules 'my-out=my out'"

@@ -16,6 +16,7 @@ from conftest import ROWS, Ran, check_refused, config_in, write_rows
 from running import RESTLESS, MakeConfig, stopped
 from safetensors.torch import load_file, save_file
 from test_adapter_stats import save_adapter
+from test_preferences import config as preferences_config
 
 from loratune.codes import Code
 from loratune.commands.loss_plot import loss_plot
@@ -234,6 +235,37 @@ def test_the_page_of_a_run(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path
     )
     assert {f"{chart}-figure_1" for chart in charts} <= page.ids
     assert "not recorded" not in page.text and len(page.html) < 500_000
+
+
+def test_the_page_of_a_run_that_compared_answers(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    """Beside a run of sft: what was lowered, what its loss is over, accuracy, margin and lengths before and after."""
+    for objective in ("dpo", "kto"):
+        path = preferences_config(run_config, tmp_path, objective, output_dir=str(tmp_path / objective))
+        assert cli("train", path).code == 0
+    for name in ("dpo", "kto"):
+        ran = cli("report", "--adapter", tmp_path / name, "--output", tmp_path / f"{name}.html")
+        assert ran.code == 0, ran.err
+    page, figures = Page(tmp_path / "dpo.html"), record_of(tmp_path / "dpo")["metrics"]["preferences"]
+    page.check_inert()
+    accuracy, (low, high) = figures["reward_accuracy"]["value"], figures["reward_accuracy"]["interval"]
+    change, ends = figures["chosen"]["change"], figures["chosen"]["change_interval"]
+    for text in (
+        "trained by dpo with beta 0.1, the base as the reference", "gain, a pair", "held-out loss, a pair",
+        "of 12 validation pairs", "Losses are the objective's loss per pair.",
+        f"reward accuracy {accuracy:.3f} 95 % {low:.4f} to {high:.4f}, margin {figures['reward_margin']['value']:.3f}",
+        f"reward accuracy {accuracy:.4f} (95 % {low:.4f} to {high:.4f})",
+        f"ranking accuracy before {figures['ranking_accuracy_before']['value']:.4f} (95 %",
+        f"preferred length after {figures['preferred_length_after']:.4f}",
+        f"chosen answers: change {change:.4f} (95 % {ends[0]:.4f} to {ends[1]:.4f})", "chosen answers 12",
+        "rejected answers: log-probability before", "Log-probability of rejected answers, in nats",
+    ):  # fmt: skip
+        assert text in page.text, text
+    charts = ("reward_accuracy", "reward_margin", "chosen_log_probability", "rejected_log_probability")
+    assert {f"{chart}-figure_1" for chart in charts} <= page.ids and "not recorded" not in page.text
+    judged = Page(tmp_path / "kto.html")
+    assert "trained by kto with beta 0.1" in judged.text and "gain, an answer" in judged.text
+    assert "undesirable_log_probability-figure_1" in judged.ids
+    assert "chosen_log_probability-figure_1" not in judged.ids
 
 
 def test_the_page_of_two_adapters_on_rows(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from loratune import escaping
+from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS
 from loratune.data import DatasetSplit
 from loratune.data.formats import Conversation, Example, Plain, Single, sides
 from loratune.data.formats.examples import IGNORED
@@ -57,6 +58,7 @@ def model_card(
     held_out: Sequence[tuple[str, str]],
     formats: Sequence[str],
     changes: Sequence[Mapping[str, Any]],
+    objective: str = "",
     processes: int = 1,
 ) -> str:
     """A model card as the hub reads it: metadata, then base, data, settings, result and use.
@@ -73,17 +75,20 @@ def model_card(
         held_out: How it does on rows that it was not trained on, as labels and lines.
         formats: The formats of the rows.
         changes: Settings that were changed when the run was resumed.
+        objective: What was lowered, in a line, where answers are compared.
         processes: How many processes the run had.
     """
     model = settings["model"]
     base, base_name = model["name_or_path"], f"`{_base_name(model)}`{_quantization(model)}"
     on_hub = not base.startswith("/")
-    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "loratune"]}
+    tags = ["lora", "loratune", *([settings["training"]["objective"]] if objective else [])]
+    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
     if on_hub:
-        metadata |= {"base_model": base, "tags": ["lora", "loratune", f"base_model:adapter:{base}"]}
+        metadata |= {"base_model": base, "tags": [*tags, f"base_model:adapter:{base}"]}
     metadata |= _model_index(settings, metrics, name)
     held_out_lines = "".join(f"- **{label.capitalize()}:** {text}\n" for label, text in held_out)
     process_note = f", on {processes} processes" if processes > 1 else ""
+    objective_line = f"- **Objective:** {objective}\n" if objective else ""
     history = _start_lines(settings, forgetting) + _change_lines(changes)
     # Not huggingface_hub's ModelCardData.to_yaml: it leaves marks of direction and invisible characters unescaped.
     text = f"""---
@@ -94,7 +99,7 @@ def model_card(
 A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 
 - **Data:** {_sources(settings["data"]["train"])} ({", ".join(formats)})
-- **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}
+{objective_line}- **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
 {held_out_lines}- **Gain:** {gain}
 {history}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
@@ -106,14 +111,18 @@ A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 ## Settings
 
 ```yaml
-{yaml.safe_dump({name: settings[name] for name in _shown_sections(settings)}, sort_keys=False)}```
+{yaml.safe_dump(_shown_settings(settings), sort_keys=False)}```
 """
     return escaping.text(text)
 
 
-def _shown_sections(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The sections of the config that decide how it was trained."""
-    return ("lora", "training", *(("preferences",) if settings["training"]["objective"] != "sft" else ()))
+def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of the config that decide how it was trained, with the numbers that the objective reads."""
+    objective, preferences = settings["training"]["objective"], settings["preferences"]
+    read = {key: value for key, value in preferences.items() if objective in PREFERENCE_KEYS[key]}
+    if read and read["beta"] is None:
+        read["beta"] = DEFAULT_BETA[objective]
+    return {name: settings[name] for name in ("lora", "training")} | ({"preferences": read} if read else {})
 
 
 def example_prompt(rows: DatasetSplit, max_length: int = 200) -> str:
@@ -184,19 +193,27 @@ def _change_lines(changes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _model_index(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The losses on validation and test rows, as the hub shows them; empty without any.
+    """The losses on validation and test rows, and the reward accuracy, as the hub shows them; empty without any.
 
     https://github.com/huggingface/hub-docs/blob/main/modelcard.md
     """
     data, test = settings["data"], metrics.get("test")
-    measure = per(metrics["gain"]["unit"])
+    measure, preferences = per(metrics["gain"]["unit"]), metrics.get("preferences")
+    accuracy = preferences["reward_accuracy"] if preferences and preferences["split"] == "validation" else None
     losses = [("validation", metrics["held_out_loss"], metrics["held_out_interval"])]
     losses += [("test", test["loss"], test["interval"])] if test else []
     results = [
         {
             "task": {"type": "text-generation", "name": "Text generation"},
             "dataset": _dataset(data[split], data["train"]) | {"split": split},
-            "metrics": [{"type": "loss", "value": round(loss, 4), "name": f"{measure}{_ends(interval)}"}],
+            "metrics": [
+                _metric("loss", loss, measure, interval),
+                *(
+                    [_metric("accuracy", accuracy["value"], "reward accuracy", accuracy["interval"])]
+                    if split == "validation" and accuracy
+                    else []
+                ),
+            ],
         }
         for split, loss, interval in losses
         if loss is not None
@@ -204,8 +221,12 @@ def _model_index(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: 
     return {"model-index": [{"name": escaping.line(name), "results": results}]} if results else {}
 
 
+def _metric(kind: str, value: float, name: str, interval: Sequence[float] | None) -> dict[str, Any]:
+    return {"type": kind, "value": round(value, 4), "name": f"{name}{_ends(interval)}"}
+
+
 def _ends(interval: Sequence[float] | None) -> str:
-    """The interval of a loss as a part of its name, as the hub has no field for it."""
+    """The interval of a figure as a part of its name, as the hub has no field for it."""
     return f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
 
 

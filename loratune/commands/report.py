@@ -14,6 +14,7 @@ from loratune.evaluation.page import Subject
 from loratune.evaluation.results import Evaluation
 from loratune.evaluation.study_results import StudyResults
 from loratune.system.files import is_directory
+from loratune.training import objectives
 from loratune.training.preflight import AdapterInfo
 
 
@@ -73,10 +74,13 @@ def _subject(name: str, adapter: AdapterInfo, notes: Sequence[str]) -> Subject:
     except AdapterError as error:  # the page of an adapter that is broken says so
         lines += map(str, error.problems)
         facts |= {"rank": f"{files.config['r']}", "size": "not measured"}
+    objective = objectives.described(run) if run else ""
+    facts |= {"objective": objective} if objective else {}
     facts |= {"revision": str(files.config["revision"])} if files.config.get("revision") else {}
     return Subject(
         name=name,
         base=base,
+        objective=objective,
         adapter=facts,
         record=run_record.read(files.record),
         updates=updates,

@@ -25,7 +25,7 @@ from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Stop
-from loratune.training import best_step, conditions, gain, resume, run_dir, trainer
+from loratune.training import best_step, conditions, gain, objectives, resume, run_dir, trainer
 from loratune.training.callbacks import Progress
 from loratune.training.checkpoints import MOST_CHECKPOINTS, Checkpoints
 from loratune.training.continuing import Forgetting
@@ -336,6 +336,7 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
         held_out=_held_out(finished_run),
         formats=plan.train_split.formats,
         changes=finished_run.identity["changes"],
+        objective=objectives.described(plan.config),
         processes=plan.processes,
     )
     (directory.staging / "README.md").write_text(text, encoding="utf-8")

@@ -16,8 +16,15 @@ from loratune.evaluation.charts import WIDE, Line, histogram, line_chart
 from loratune.evaluation.results import Evaluation
 from loratune.evaluation.run_record import RecordedSplit, RunRecord
 from loratune.lora.stats import Update
+from loratune.training.preference_figures import LOG_PROBABILITY, REWARD_ACCURACY, REWARD_MARGIN, SIDES
 
 _PLOTS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens a second"}
+_OF_COMPARED = {
+    REWARD_ACCURACY: "Reward accuracy",
+    REWARD_MARGIN: "Reward margin",
+    **{f"{side}_{LOG_PROBABILITY}": f"Log-probability of {side} answers, in nats" for side in SIDES},
+}
+"""Figures of the curve of a run that compared answers, of the last batch before each report and of held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Subject:
     Attributes:
         name: What it is called in the page.
         base: What its configuration calls the base.
+        objective: What was lowered, where answers were compared; else empty.
         adapter: What its files say of it, by name.
         record: What its run recorded.
         updates: ΔW of each module.
@@ -38,6 +46,7 @@ class Subject:
 
     name: str
     base: str
+    objective: str
     adapter: Mapping[str, str]
     record: RunRecord
     updates: Sequence[Update]
@@ -73,6 +82,7 @@ def render(
         answers=page_scores.answers(evaluation, names) if evaluation else None,
         losses=_losses(subjects),
         plots=_plots(subjects),
+        measure=_measure(subjects),
         held_out=any(subject.record.series("eval_loss")[0] for subject in subjects),
         splits=[_splits(number, subject) for number, subject in enumerate(subjects)],
         modules=[
@@ -101,12 +111,7 @@ def _shown(value: Any) -> Any:
 
 def _losses(subjects: Sequence[Subject]) -> tuple[str, str] | None:
     """The chart of the losses, for a desktop and for a phone; None where none are recorded."""
-    lines = []
-    for number, subject in enumerate(subjects):
-        for name, marked in (("loss", False), ("eval_loss", True)):
-            steps, values = subject.record.series(name)
-            if steps:
-                lines.append(Line(steps, values, number, marked))
+    lines = _lines(subjects, "loss")
     if not lines:
         return None
     title = f"Loss of {' and of '.join(subject.name for subject in subjects)}, by step"
@@ -115,15 +120,32 @@ def _losses(subjects: Sequence[Subject]) -> tuple[str, str] | None:
 
 
 def _plots(subjects: Sequence[Subject]) -> list[tuple[str, str | None]]:
-    """Title and chart of each further figure of the curve; None where it is not recorded."""
+    """Title and chart of each further figure of the curve; None where it is not recorded, though every run has it."""
     made: list[tuple[str, str | None]] = []
-    for name, title in _PLOTS.items():
-        series = [(number, *subject.record.series(name)) for number, subject in enumerate(subjects)]
-        lines = [Line(steps, values, number) for number, steps, values in series if steps]
+    for name, title in (_PLOTS | _OF_COMPARED).items():
+        lines = _lines(subjects, name)
         noisy = name != "learning_rate"
         chart = line_chart(name, f"{title}, by step", lines, smooth=noisy, log=noisy) if lines else None
-        made.append((title, chart))
+        if lines or name in _PLOTS:
+            made.append((title, chart))
     return made
+
+
+def _lines(subjects: Sequence[Subject], name: str) -> list[Line]:
+    """A figure of the steps of each run, and of its held-out rows."""
+    series = [
+        (number, marked, *subject.record.series(f"{'eval_' if marked else ''}{name}"))
+        for number, subject in enumerate(subjects)
+        for marked in (False, True)
+    ]
+    return [Line(steps, values, number, marked) for number, marked, steps, values in series if steps]
+
+
+def _measure(subjects: Sequence[Subject]) -> str:
+    """What the losses of the chart are."""
+    units = dict.fromkeys(subject.record.unit for subject in subjects)
+    each = ("nats per supervised token" if unit == "token" else f"the objective's loss per {unit}" for unit in units)
+    return " and ".join(each)
 
 
 def _splits(number: int, subject: Subject) -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ _FINGERPRINTS = {
     "test": "test rows",
     "start": "adapter it began with",
 }
+_PREFERENCES = "preferences "
+"""What the names of figures of compared answers begin with."""
 _CHANGES = "changed on the way"
 _OF_SPLIT = {"test": "test", "validation": "validation", "held-out": "validation"}
 """A word in the name of a figure → the split without whose rows a run has none."""
@@ -66,8 +68,8 @@ def tiles(record: RunRecord, adapter: Mapping[str, str], *, keeps_last: bool = F
     metrics = record.metrics
     found = [_gain(record), _held_out(record, keeps_last)]
     if "test loss" in metrics:
-        note = f"{_interval(record, 'test interval')}on {metrics.get('test rows', 0):,.0f} test rows"
-        found.append(Tile("test loss", f"{metrics['test loss']:.4f}", note))
+        note = f"{_interval(record, 'test interval')}on {metrics.get('test rows', 0):,.0f} test {_item(record)}s"
+        found.append(Tile(f"test loss{_per(record)}", f"{metrics['test loss']:.4f}", note))
     if {"first_loss", "last_loss"} <= metrics.keys():
         value = f"{metrics['first_loss']:.4f} → {metrics['last_loss']:.4f}"
         found.append(Tile("training loss", value, "first and last step"))
@@ -85,8 +87,10 @@ def tiles(record: RunRecord, adapter: Mapping[str, str], *, keeps_last: bool = F
     else:
         found.append(_absent("peak memory"))
     if (accuracy := metrics.get("preferences reward_accuracy value")) is not None:
-        note = _interval(record, "preferences reward_accuracy interval").rstrip(", ")
-        found.append(Tile("reward accuracy", f"{accuracy:.3f}", note))
+        margin = metrics.get("preferences reward_margin value")
+        note = _interval(record, "preferences reward_accuracy interval")
+        note += "" if margin is None else f"margin {margin:.3f}"
+        found.append(Tile("reward accuracy", f"{accuracy:.3f}", note.removesuffix(", ")))
     elif "test loss" not in metrics:  # which fills the row; the table below has the size in any case
         found.append(Tile("adapter file", adapter["size"], f"rank {adapter['rank']}"))
     return found
@@ -98,9 +102,8 @@ def _gain(record: RunRecord) -> Tile:
         return _absent("gain over the base")
     interval = "" if gain.low is None or gain.high is None else f"95 % {gain.low:.3f} to {gain.high:.3f} "
     verdict = "" if gain.verdict == "gain" else f"{gain.verdict}: "
-    note = f"{verdict}{interval}on {gain.rows:,} of {gain.total:,} {gain.split} rows"
-    unit = "nats a token" if gain.unit == "token" else f"a {gain.unit}"
-    return Tile(f"gain, {unit}", f"{gain.better_by:+.3f}", note, _TONES.get(gain.verdict, ""))
+    note = f"{verdict}{interval}on {gain.rows:,} of {gain.total:,} {gain.split} {_item(record)}s"
+    return Tile(f"gain{_per(record) or ', nats a token'}", f"{gain.better_by:+.3f}", note, _TONES.get(gain.verdict, ""))
 
 
 def _held_out(record: RunRecord, keeps_last: bool) -> Tile:
@@ -114,7 +117,19 @@ def _held_out(record: RunRecord, keeps_last: bool) -> Tile:
         note = f"kept at step {metrics['kept_step']:,.0f}"
         if metrics.get("evaluations", 0) > 1 and not keeps_last:
             note += f": lowest of {metrics['evaluations']:,.0f}, so optimistic"
-    return Tile("held-out loss", f"{metrics['held_out_loss']:.4f}", _interval(record, "held_out_interval") + note)
+    return Tile(
+        f"held-out loss{_per(record)}", f"{metrics['held_out_loss']:.4f}", _interval(record, "held_out_interval") + note
+    )
+
+
+def _item(record: RunRecord) -> str:
+    """What the rows of a run are, in the singular."""
+    return "row" if record.unit == "token" else record.unit
+
+
+def _per(record: RunRecord) -> str:
+    """`, a pair` behind the name of a loss that is a mean over pairs; empty where it is one over tokens."""
+    return "" if record.unit == "token" else f", a{'n' if record.unit == 'answer' else ''} {record.unit}"
 
 
 def _interval(record: RunRecord, name: str) -> str:
@@ -162,10 +177,13 @@ def _results(record: RunRecord) -> dict[str, str]:
     """The figures of a run; further ones, which other releases may record, under their own names."""
     results = {}
     if (gain := record.gain) is not None:
-        rows = f"{gain.rows:,} of {gain.total:,} {gain.split} rows"
+        rows = f"{gain.rows:,} of {gain.total:,} {gain.split} {_item(record)}s"
         results["loss of the base"] = f"{gain.base:.4f}, on {rows}"
         results["loss of the adapter"] = f"{gain.adapter:.4f}, on the same rows"
     for name, value in record.metrics.items():
+        if name.startswith(_PREFERENCES):
+            results[_preference_label(name)] = _with_interval(record, name, value)
+            continue
         label = (_RESULTS | _SELECTED).get(name, name.replace("_", " "))
         results[label] = (
             format_duration(value) if name == "seconds"
@@ -173,6 +191,21 @@ def _results(record: RunRecord) -> dict[str, str]:
             else _figure(value)
         )  # fmt: skip
     return results
+
+
+def _preference_label(name: str) -> str:
+    """`reward accuracy`; of `preferences chosen log_probability_before`, `chosen answers: log-probability before`."""
+    words = name.removeprefix(_PREFERENCES).removesuffix(" value").replace("log_probability", "log-probability")
+    side, of_side, figure = words.partition(" ")
+    text = (f"{side} answers: {figure}" if figure != "answers" else f"{side} answers") if of_side else words
+    return text.replace("_", " ")
+
+
+def _with_interval(record: RunRecord, name: str, value: float) -> str:
+    """A figure of compared answers, with its interval if it has one."""
+    own = f"{name.removesuffix('value')}interval" if name.endswith(" value") else f"{name}_interval"
+    low, high = record.intervals.get(own, (None, None))
+    return _figure(value) if low is None or high is None else f"{_figure(value)} (95 % {low:.4f} to {high:.4f})"
 
 
 def _machine(record: RunRecord) -> dict[str, str]:

@@ -19,15 +19,17 @@ Figure = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One report of the trainer, with those of its values that are known."""
+    """One report of the trainer: its step, and its numbers by their names."""
 
     step: Count
-    loss: Figure | None = None
-    eval_loss: Figure | None = None
-    learning_rate: Figure | None = None
-    grad_norm: Figure | None = None
-    tokens: Figure | None = None
-    tokens_per_second: Figure | None = None
+    values: dict[str, float]
+
+    @classmethod
+    def read(cls, entry: Any) -> "CurvePoint | None":
+        """A report as it is recorded; None if it is none, or has no number but its step."""
+        own = _part(entry, dict[str, Any], {})
+        step, values = _part(own.pop("step", None), Count), dict(_numbers(own))
+        return cls(step, values) if step is not None and values else None
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,15 @@ class RunRecord:
     processes: int | None
     changes: list[str]
 
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean over: `token`, `pair` or `answer`."""
+        return self.gain.unit if self.gain is not None else "token"
+
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one figure of the curve, in the order of the steps."""
         points = sorted(
-            (point.step, value) for point in self.curve if (value := getattr(point, name)) is not None
+            (point.step, point.values[name]) for point in self.curve if name in point.values
         )  # fmt: skip
         return [step for step, _ in points], [value for _, value in points]
 
@@ -115,7 +122,7 @@ def read(record: Mapping[str, Any]) -> RunRecord:
     fingerprints = _part(record.get("fingerprints"), dict[str, str | None], {})
     own = {name: value for name, value in metrics.items() if name != "gain"}
     return RunRecord(
-        curve=[point for entry in _part(record.get("curve"), list[Any], []) if (point := _part(entry, CurvePoint))],
+        curve=[point for entry in _part(record.get("curve"), list[Any], []) if (point := CurvePoint.read(entry))],
         metrics=dict(_numbers(own)),
         intervals=dict(_intervals(own)),
         gain=_part(metrics.get("gain"), RecordedGain),

@@ -53,10 +53,9 @@ def rows(evaluation: Evaluation) -> str:
 
 def measured(evaluation: Evaluation) -> str:
     """What the loss and the rewards of compared answers are; empty for other rows."""
-    if (objective := evaluation.objective) is None:
+    if evaluation.objective is None:
         return ""
-    reference = ", the base as the reference" if objective.has_reference else ", which has no reference"
-    return f"loss and rewards of {objective}{reference}"
+    return f"loss and rewards of {evaluation.objective.compared_with('the base')}"
 
 
 def number(figure: str, value: float | None, *, signed: bool = False) -> str:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection
+from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection, RunConfig
 
 WITH_REFERENCE = ("dpo", "kto")
 """The objectives that compare what is trained with a reference."""
@@ -106,6 +106,10 @@ class Formula:
         own = [f"{key} {numbers[key]:g}" for key in numbers if key != "name" and numbers[key] != _WITHOUT_EFFECT[key]]
         return f"{self.name} with {', '.join(own)}"
 
+    def compared_with(self, reference: str) -> str:
+        """`dpo with beta 0.1, the base as the reference`. reference: what it would be."""
+        return f"{self}, {f'{reference} as the reference' if self.has_reference else 'without a reference'}"
+
     def item_losses(self, answers: AnswerScores, sides: Tensor, estimate: float) -> Tensor:
         """(items,), the loss of each pair, or of each answer.
 
@@ -153,6 +157,18 @@ class Formula:
             return float(-logsigmoid(torch.zeros((), dtype=torch.float64)))
         both = self.desirable_weight == self.undesirable_weight
         return 0.5 * self.desirable_weight if self.name == "kto" and both else None
+
+
+def described(run: RunConfig) -> str:
+    """The objective of a run with its numbers and its reference; empty for `sft`."""
+    if run.training.objective == "sft":
+        return ""
+    reference = "the base"
+    if run.lora.start_from is not None:
+        reference = "the adapter that it started from"
+    elif run.lora.init_lora_weights == "loftq":
+        reference = "base and adapter before the first step"
+    return Formula.of(run.training.objective, run.preferences).compared_with(reference)
 
 
 def divergence(answers: AnswerScores) -> float:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratune.training.evaluations import BestRecord
-from loratune.training.gain import Gain
+from loratune.training.gain import Gain, per
 
 CURVE_KEYS = ("loss", "eval_loss")
 """Under which the trainer logs the loss of steps and the held-out loss."""
@@ -81,7 +81,7 @@ class Outcome:
         best, loss = self.evaluations, self.held_out_loss
         if best is None or loss is None:
             return []
-        text = f"{loss:.4f}"
+        text = f"{loss:.4f}" if comparison.unit == "token" else f"{loss:.4f} {per(comparison.unit)}"
         if interval := comparison.held_out_interval(loss):
             text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f})"
         if best.evaluations > 1 and self.keeps_best:
