@@ -49,8 +49,10 @@ def test_without_held_out_rows_there_is_no_index(
 def test_the_card_of_compared_answers(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
     """The objective with its numbers and its reference; accuracy, margin and length, before and after; the index."""
     reference = {"dpo": ", the base as the reference", "orpo": ", without a reference"}
+    test = [{"prompt": f"{number} or", "chosen": " 7", "rejected": " seven"} for number in range(8)]
     for objective in ("dpo", "orpo"):
-        changes = {"preferences": {"beta": 0.25}, "output_dir": str(tmp_path / objective)}
+        changes: dict[str, Any] = {"preferences": {"beta": 0.25}, "output_dir": str(tmp_path / objective)}
+        changes["data"] = {"test": str(write_rows(tmp_path / "test.jsonl", test))}
         ran = cli("train", config(run_config, tmp_path, objective, **changes))
         assert ran.code == 0, ran.err
         card = ModelCard.load(tmp_path / objective / "README.md")
@@ -68,8 +70,11 @@ def test_the_card_of_compared_answers(cli: Callable[..., Ran], run_config: MakeC
         assert lines["Held-out"].startswith(f"{metrics['held_out_loss']:.4f} per pair (95 % interval")
         assert "preferences:\n  beta: 0.25\n" in card.text
         assert objective in card.data.tags
-        loss, share = card.data.eval_results
-        assert (loss.metric_type, share.metric_type) == ("loss", "accuracy")
+        loss, share, tested = card.data.eval_results
+        assert (loss.metric_type, share.metric_type, tested.metric_type) == ("loss", "accuracy", "loss")
+        assert loss.metric_name.startswith("per pair (") and tested.dataset_split == "test"
+        assert lines["Test"].startswith(f"{metrics['test']['loss']:.4f} per pair on 8 test pairs (95 % interval")
+        assert "per pair on 12 validation pairs (95 %" in lines["Gain"]
         assert share.metric_value == round(figures["reward_accuracy"]["value"], 4)
         assert share.metric_name == f"reward accuracy (95 % interval {low:.4f} to {high:.4f})"
         assert "desirable_weight" not in card.text and ("label_smoothing" in card.text) == (objective == "dpo")

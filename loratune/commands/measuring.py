@@ -3,26 +3,29 @@ adapter is worth on rows, beside its base and beside what it started from.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from loratune.codes import Code
 from loratune.commands.plan import Plan
+from loratune.console import plural
 from loratune.errors import Problem
 from loratune.lora import tensors
 from loratune.lora.tensors import Weights
-from loratune.training import continuing, final_score, gain, reference
+from loratune.system.launcher import SINGLE_PROCESS
+from loratune.training import conditions, continuing, final_score, gain, reference
 from loratune.training.callbacks import diverged_error
 from loratune.training.continuing import Forgetting
 from loratune.training.final_score import FinalScore
 from loratune.training.gain import Gain
+from loratune.training.losses import Objective
 from loratune.training.outcome import Outcome
 from loratune.training.preference_figures import PreferenceFigures
 from loratune.training.preferences import Comparing
 from loratune.training.reference import Reference
 from loratune.training.run_context import RunContext
 
-_MOST_COMPARED = 256
+MOST_COMPARED = 256
 """Training items on which is said what the adapter prefers, where there are no validation rows."""
 
 
@@ -57,23 +60,40 @@ def score_test(plan: Plan, context: RunContext, log: Callable[[str], None]) -> F
     """The loss of the adapter on the test rows, None without any. Raises NumericError: it is NaN or inf."""
     if (test := plan.datasets.test) is None:
         return None
-    log(f"scoring the adapter on {len(test.rows):,} test rows")
     batches = plan.batches
+    log(f"scoring the adapter on {plural(test.items, f'test {gain.item(batches.objective.unit)}')}")
     return final_score.score(plan.model, test, batches.scoring, batches.acceleration, context.group, batches.objective)
 
 
-def compute_reference(plan: Plan, identity: Mapping[str, Any], context: RunContext, log: Callable[[str], None]) -> None:
-    """Compute what answers are compared with, where they are. Raises KeyboardInterrupt."""
-    if not isinstance(plan.batches.objective, Comparing):
+def compute_reference(
+    plan: Plan, objective: Objective, log: Callable[[str], None], context: RunContext | None = None
+) -> None:
+    """Compute what an objective compares answers with, where it does: the model before its first step, as it is now.
+
+    Args:
+        plan: The run.
+        objective: That of the run, or another one that its adapter is measured by.
+        log: Takes lines, see `reference.compute`.
+        context: The processes of the run, and whether it is to stop; None in one process that a signal just ends.
+
+    Raises:
+        NumericError: The model gives an answer no finite log-probability.
+        KeyboardInterrupt: The run was stopped.
+    """
+    if not isinstance(objective, Comparing):
         return
     start = plan.earlier.start.digest if plan.earlier else ""
     starts_elsewhere = bool(start) or plan.config.lora.init_lora_weights == "loftq"
-    known = {"base": plan.base.fingerprint, "conditions": identity["conditions"], "start": start}
+    environment = conditions.environment(plan.model, plan.batches.acceleration.fallbacks)
+    known: dict[str, Any] = {"base": plan.base.fingerprint, "conditions": environment, "start": start}
     known |= {"lora": plan.config.lora.model_dump() if starts_elsewhere else {}, "seed": plan.config.training.seed}
     model = Reference(plan.model, plan.adapter_init, starts_elsewhere, plan.batches.acceleration, known)
-    batches, group = plan.batches, context.group
-    check = lambda _: context.check_not_stopping()  # noqa: E731
-    reference.compute(plan.batches.objective, model, batches.layouts, batches.pad_id, group, log, check)
+    layouts, pad_id = plan.batches.layouts, plan.batches.pad_id
+    if context is None:
+        reference.compute(objective, model, layouts, pad_id, SINGLE_PROCESS, log)
+    else:
+        check = context.check_not_stopping
+        reference.compute(objective, model, layouts, pad_id, context.group, log, lambda _: check())
 
 
 def compare_answers(plan: Plan, context: RunContext, log: Callable[[str], None]) -> PreferenceFigures | None:
@@ -83,7 +103,7 @@ def compare_answers(plan: Plan, context: RunContext, log: Callable[[str], None])
         return None
     split = "training" if batches.validation is None else "validation"
     layout = batches.validation or batches.train
-    numbers = range(len(layout.items) if batches.validation else min(len(layout.items), _MOST_COMPARED))
+    numbers = range(len(layout.items) if batches.validation else min(len(layout.items), MOST_COMPARED))
     with batches.acceleration.applied(plan.model):
         objective.held_out_loss(plan.model, layout, numbers, group=context.group)
     figures = objective.figures(split)

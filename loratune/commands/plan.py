@@ -21,7 +21,7 @@ from loratune.lora.targets import Targets
 from loratune.model import base_files, load
 from loratune.model.load import Base
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training import auto, batching, continuing
+from loratune.training import auto, batching, continuing, objectives
 from loratune.training.batching import BatchedDatasets, TokenizedDatasets
 from loratune.training.continuing import EarlierRun
 from loratune.training.evaluations import EvaluationSteps, optimizer_steps
@@ -182,7 +182,9 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
     adapter_init = attach.initialize_adapter(
         model, run.lora, batches=batches.first(), originals=originals, start_from=start_from
     )
-    notes = [*auto.lines(choices | more), *load.machine_notes(run.model), *batches.notes, *targets.notes]
+    described = objectives.described(run)
+    notes = [f"training.objective: {described}"] if described else []
+    notes += [*auto.lines(choices | more), *load.machine_notes(run.model), *batches.notes, *targets.notes]
     return Plan(
         config=run,
         processes=group.count,

@@ -165,7 +165,7 @@ def train(
         with signals.defer_signals(repeated=group.count > 1) as stop:
             context = _run_context(plan, validated_run, identity, reporter, stop, group)
             context.check_not_stopping()  # Python drops what a handler raises in a destructor.
-            measuring.compute_reference(plan, identity, context, reporter.log)
+            measuring.compute_reference(plan, plan.batches.objective, reporter.log, context)
             with _ready_to_train(plan):
                 scarce = _is_memory_scarce(plan, group)
                 asked = validated_run.config.training

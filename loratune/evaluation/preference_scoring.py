@@ -66,8 +66,7 @@ class ComparedScorer:
 
     def __init__(self, adapter: AdapterInfo, loaded: LoadedAdapter, dataset: TokenizedDataset):
         """adapter: that which `loaded` is. dataset: its rows, all pairs or all judged."""
-        self._kind = JUDGED if dataset.judged else PAIRS
-        self.formula = formula_of(adapter, self._kind)
+        self.formula = formula_of(adapter, JUDGED if dataset.judged else PAIRS)
         self.rows = [*_distinct(loaded, dataset)]
         together = dataset.together
         self._dataset = dataset
@@ -121,11 +120,16 @@ class ComparedScorer:
         return scores
 
     def remarks(self, adapter: AdapterInfo, against: AdapterInfo | None) -> Iterator[str]:
-        """What may not be intended, a line each: adapters that were not trained with the objective that they are
-        measured by, and what `PreferenceFigures` warns of."""
+        """What may not be intended, a line each: adapters that were not trained with the objective, or the reference,
+        that they are measured by, and what `PreferenceFigures` warns of."""
         for one in (adapter, against):
-            trained = None if one is None else _objective_of(one)
-            if one is not None and (trained is None or trained.numbers() != self.formula.numbers()):
+            if one is None:
+                continue
+            trained = _objective_of(one)
+            if trained is None or trained.numbers() != self.formula.numbers():
                 what = trained or "no objective that compares answers"
                 yield f"{one.files.path}: was trained with {what}, and is measured by {self.formula}"
+            elif trained.has_reference and one.run is not None and one.run.lora.start_from is not None:
+                what = "was trained with the adapter that it started from as the reference, not the base"
+                yield f"{one.files.path}: {what}"
         yield from self._figures[ADAPTER].warnings()

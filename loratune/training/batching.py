@@ -254,7 +254,7 @@ def batch(
     """
     acceleration = kernels.accelerate(model, attach.adapted_linear, sharded=bool(launcher.sharding()))
     size, length = training.per_device_train_batch_size, data_section.max_length
-    objective = _objective(datasets, data_section, training, preferences)
+    objective = objective_of(datasets.splits, data_section, training, preferences)
     with acceleration.applied(model):
         packing, notes = _packing(
             model, datasets.train, data_section, training, mixed=not kernels.attends_by_rows(model)
@@ -273,13 +273,16 @@ def batch(
     return BatchedDatasets(train, datasets.train, validation, pad_id, acceleration, notes, objective)
 
 
-def _objective(
-    datasets: TokenizedDatasets, section: DataSection, training: TrainingSection, preferences: PreferenceSection
+def objective_of(
+    datasets: Mapping[str, TokenizedDataset],
+    section: DataSection,
+    training: TrainingSection,
+    preferences: PreferenceSection,
 ) -> Objective:
-    """What a run lowers, with the rows of answers that it compares."""
+    """What a run lowers, with the rows of answers that it compares, by the name of their split."""
     if training.objective == "sft":
         return NextToken()
-    splits = {name: ComparedRows(split, section.max_length, training.seed) for name, split in datasets.splits.items()}
+    splits = {name: ComparedRows(split, section.max_length, training.seed) for name, split in datasets.items()}
     return Comparing(Formula.of(training.objective, preferences), splits)
 
 

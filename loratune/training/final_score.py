@@ -9,11 +9,13 @@ import numpy as np
 
 from loratune import kernels
 from loratune.codes import Code
+from loratune.console import plural
 from loratune.data import TokenizedDataset
 from loratune.errors import NumericError, Problem
 from loratune.lora.attach import PeftModel
 from loratune.statistics import LEAST_ROWS, Interval, loss_interval, mean_ratio
 from loratune.system.launcher import Group
+from loratune.training.gain import item, per
 from loratune.training.losses import Loss, NextToken, Objective, ScoringLayout
 
 
@@ -27,6 +29,7 @@ class FinalScore:
         rows: How many rows there are.
         distinct: How many of them are not copies of an earlier one.
         interval: The interval of the loss; None where there are too few distinct rows for one.
+        unit: What the loss is a mean over, see `Objective`.
     """
 
     loss: float
@@ -34,13 +37,15 @@ class FinalScore:
     rows: int
     distinct: int
     interval: Interval | None
+    unit: str = "token"
 
     def __str__(self) -> str:
         """`0.1043 on 200 test rows (95 % interval 0.0911 to 0.1202)`."""
         copies = f", {self.distinct:,} distinct" if self.distinct < self.rows else ""
-        what = f"{self.loss:.4f} on {self.rows:,} test row{'' if self.rows == 1 else 's'}{copies}"
+        loss = f"{self.loss:.4f}" if self.unit == "token" else f"{self.loss:.4f} {per(self.unit)}"
+        what = f"{loss} on {plural(self.rows, f'test {item(self.unit)}')}{copies}"
         if self.interval is None:
-            return f"{what} (no interval: {LEAST_ROWS} distinct rows are needed)"
+            return f"{what} (no interval: {LEAST_ROWS} distinct {item(self.unit)}s are needed)"
         return f"{what} (95 % interval {self.interval.low:.4f} to {self.interval.high:.4f})"
 
     def as_json(self) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def score(
     """
     copies = test.copies()
     losses = row_losses(model, test, [*copies], scoring, acceleration, group, objective)
-    return from_losses(losses, [*copies.values()])
+    return from_losses(losses, [*copies.values()], objective.unit)
 
 
 def row_losses(
@@ -98,8 +103,8 @@ def row_losses(
         return objective.item_losses(model, split, numbers, scoring, group)
 
 
-def from_losses(losses: Sequence[Loss], copies: Sequence[int]) -> FinalScore:
-    """The score that follows from the losses of distinct rows. Raises NumericError: see `score`."""
+def from_losses(losses: Sequence[Loss], copies: Sequence[int], unit: str = "token") -> FinalScore:
+    """The score that follows from the losses of distinct rows. unit: of these. Raises NumericError: see `score`."""
     weights = np.asarray(copies, dtype=np.float64)
     nats, tokens = weights * [loss.total for loss in losses], weights * [loss.tokens for loss in losses]
     mean = mean_ratio(nats, tokens)
@@ -107,4 +112,4 @@ def from_losses(losses: Sequence[Loss], copies: Sequence[int]) -> FinalScore:
         what, fix = f"the loss on the test rows is {mean}", "lower training.learning_rate"
         raise NumericError(Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.test", fix=fix))
     interval = loss_interval(nats, tokens)
-    return FinalScore(mean, int(tokens.sum()), int(weights.sum()), len(losses), interval)
+    return FinalScore(mean, int(tokens.sum()), int(weights.sum()), len(losses), interval, unit)

@@ -112,7 +112,7 @@ class Gain:
         if not math.isfinite(self.better_by):
             return f"not judged: not all losses on {self.sampled_rows()} are finite ({losses})"
         if self.validation_rows is not None:
-            losses += f"; validation gave {plural(self.validation_rows, 'distinct row')}, too few"
+            losses += f"; validation gave {plural(self.validation_rows, f'distinct {item(self.unit)}')}, too few"
         if self.low is None or self.high is None:
             what = f"{self.sampled_rows()} {'is' if self.rows == 1 else 'are'} too few"
             if self.drawn < self.total:
@@ -128,11 +128,12 @@ class Gain:
         return f"none over the base on {self.sampled_rows()}: {nats} {figures}"
 
     def sampled_rows(self) -> str:
-        """`12 validation rows`, `64 of 500 validation rows`, `3 distinct of 9 validation rows`."""
+        """`12 validation rows`, `64 of 500 validation pairs`, `3 distinct of 9 validation rows`."""
+        what = f"{self.split} {item(self.unit)}"
         if self.rows == self.total:
-            return plural(self.rows, f"{self.split} row")
+            return plural(self.rows, what)
         distinct = " distinct" if self.drawn > self.rows else ""
-        return f"{self.rows:,}{distinct} of {plural(self.total, f'{self.split} row')}"
+        return f"{self.rows:,}{distinct} of {plural(self.total, what)}"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, the verdict among them. The sign of `better_by`, `low` and `high`: above 0 is better.
@@ -183,6 +184,11 @@ def per(unit: str) -> str:
     return "nats per token" if unit == "token" else f"per {unit}"
 
 
+def item(unit: str) -> str:
+    """What rows are called by what losses are a mean over: `row`, and `pair` or `answer` where answers are compared."""
+    return "row" if unit == "token" else unit
+
+
 def _nats(value: float) -> str:
     """Three decimals, and never a negative zero."""
     return f"{value:.3f}" if not abs(value) < _VISIBLE else "0.000"
@@ -216,7 +222,7 @@ def measure(
         objective: What the loss is.
     """
     split, drawn, too_few = sample(splits, budget)
-    log(f"comparing the adapter with {name} on {plural(len(drawn), f'{split} row')}")
+    log(f"comparing the adapter with {name} on {plural(len(drawn), f'{split} {item(objective.unit)}')}")
 
     def losses() -> list[Loss]:
         with acceleration.applied(model):
