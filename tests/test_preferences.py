@@ -138,7 +138,6 @@ def test_rows_that_are_not_those_of_the_objective(
         {"preferences": {"simpo_gamma": 0.5}},
         {"preferences": {"desirable_weight": 2.0}},
         {"data": {"loss_on": "all"}},
-        {"training": {"max_minutes": 5, "max_steps": -1}},
     ],
 )
 def test_settings_that_do_not_go_with_the_objective(
@@ -146,6 +145,20 @@ def test_settings_that_do_not_go_with_the_objective(
 ) -> None:
     ran = cli("train", config(run_config, tmp_path, **changes))
     assert ran.code == 2 and f"[{Code.CONFIG_OBJECTIVE}]" in ran.err
+
+
+@pytest.mark.parametrize(("objective", "is_held_up"), [("dpo", True), ("orpo", False), ("kto", False)])
+def test_nothing_is_replayed(
+    objective: str, is_held_up: bool, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The message names what is there instead, where there is something."""
+    changes = {"data": {"replay": 0.2}, "lora": {"start_from": str(tmp_path / "earlier")}}
+    ran = cli("train", config(run_config, tmp_path, objective, **changes))
+    assert ran.code == 2 and len(ran.errors) == 1
+    line = f"rows of an earlier run are replayed with the loss of sft, and not with {objective}"
+    assert f"{line} [{Code.CONFIG_OBJECTIVE}]; leave replay out" in ran.err
+    assert "data.replay and training.objective" in ran.err
+    assert ("preferences.sft_weight keeps chosen answers probable" in ran.err) == is_held_up
 
 
 # The first step, and learning
@@ -163,6 +176,9 @@ def test_a_run_learns(objective: str, cli: Cli, run_config: MakeConfig, tmp_path
     result = json.loads(ran.out)
     assert result["gain"]["unit"] == ("answer" if objective == "kto" else "pair")
     assert result["gain"]["better_by"] > 0
+    rows = "48 training answers" if objective == "kto" else "12 validation pairs"
+    assert f"comparing the adapter with its base on {rows}" in ran.err
+    assert f"training.objective: {objective} with beta " in ran.err
     assert result["preferences"]["reward_margin"]["value"] > 0
     if objective != "kto":
         assert result["held_out_loss"] == min(

@@ -4,6 +4,7 @@ The arithmetic is tested with made-up times. Of whole runs nothing is asserted t
 """
 
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from itertools import count, islice
@@ -17,6 +18,7 @@ from conftest import check_refused, config_in, tree, write_rows
 from fork_server import Child, ForkServer
 from numpy.typing import NDArray
 from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
+from test_preferences import config as compared_config
 
 from loratune.codes import Code
 from loratune.config import TrainingSection
@@ -111,6 +113,31 @@ def test_packs() -> None:
     assert batches == len(packs) < len(LENGTHS)
     assert operations == pytest.approx(sum(map(row, range(len(LENGTHS)))))
     assert found.of_batches(np.array([[1]])).tolist() == pytest.approx([sum(row(int(number)) for number in packs[1])])
+
+
+@pytest.mark.parametrize("packing", ["batch", "none"])
+def test_pairs(packing: Any) -> None:
+    """Both answers of a pair count, where they are padded each as long as the longest of the batch."""
+    lengths, supervised = LENGTHS[:10], SUPERVISED[:10]
+    layout = BatchLayout(Rows(), lengths, packing, 2, 10, pad_id=0, together=2)
+    found = Costs(layout, lengths, supervised, WEIGHTING)
+    longest = [9, 8] if packing == "none" else [None, None]
+    batches = [(0, 1, 2, 3), (4, 5, 8, 9)]
+    expected = [sum(row(number, most) for number in batch) for batch, most in zip(batches, longest, strict=True)]
+    assert found.of_batches(np.array([[0, 1], [2, 4]])).tolist() == pytest.approx(expected)
+    assert found.of_pass()[0] == 3
+
+
+def test_the_pass_before_the_first_step_is_work() -> None:
+    """With a reference all rows are read once more; KTO also reads each prompt with another answer."""
+    found = costs("batch")
+    work = {
+        objective: found.work(TrainingSection(num_train_epochs=2, objective=objective), held_out=0).operations
+        for objective in ("sft", "orpo", "dpo", "kto")
+    }
+    once = sum(map(row, range(len(LENGTHS))))
+    assert work["sft"] == work["orpo"] == pytest.approx(2 * once)
+    assert work["dpo"] == pytest.approx(2.5 * once) and work["kto"] == pytest.approx(1.5 * 2.5 * once)
 
 
 class Process(SingleProcess):
@@ -260,6 +287,23 @@ def test_a_run_and_its_repetition(processes: ForkServer, run_config: MakeConfig,
     check_repeats(processes, tmp_path)
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_answers_that_are_compared(
+    objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Of pairs and of judged answers; `train run.yaml` repeats the run."""
+
+    def start(path: Path) -> list[Child]:
+        minutes = yaml.safe_load(path.read_text())["training"]["max_minutes"]
+        training = {"max_minutes": minutes, "max_steps": -1, "per_device_train_batch_size": 3, "eval_steps": None}
+        return [processes.start("train", compared_config(run_config, tmp_path, objective, training=training))]
+
+    child, minutes = with_room(start, tmp_path, run_config)
+    steps = steps_of(tmp_path / "out")
+    assert steps >= FEWEST and f"training.max_minutes: {steps:,} steps in {minutes:g} min: " in child.said()
+    check_repeats(processes, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def interrupted(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
     """A folder with a run that was killed: its epochs end it long before its time does, so that its steps are known."""
@@ -337,6 +381,15 @@ def test_dry_run_says_about_how_many_steps(run_config: MakeConfig, tmp_path: Pat
     assert ran.code == 0, ran.err
     assert "training.max_minutes: about " in ran.err
     assert " passes over the rows" in ran.err
+
+
+def test_dry_run_of_answers_that_are_compared(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
+    """As time that will have passed before the first step; ORPO has none, but for what is said of held-out rows."""
+    for objective in ("dpo", "orpo", "kto"):
+        training = {"max_minutes": 5, "max_steps": -1, "eval_steps": None}
+        ran = cli("train", compared_config(run_config, tmp_path, objective, training=training), "--dry-run")
+        assert ran.code == 0, ran.err
+        assert re.search(r"training.max_minutes: about \d+ steps? in 5 min: ", ran.err)
 
 
 def test_a_rate_that_is_left_open_is_lower_for_more_passes(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:

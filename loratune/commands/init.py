@@ -176,7 +176,7 @@ def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel
     lengths = rows.lengths.clip(max=run.data.max_length * rows.together)
     supervised = rows.supervised.clip(max=lengths)
     held_out = rows.held_out or len(rows.train) - trained
-    costs = Costs.of_run(model, run, lengths, supervised, rows.saved)
+    costs = Costs.of_run(model, run, lengths, supervised, rows.saved, rows.together)
     work = costs.work(run.training, round(float(lengths.mean()) * held_out), share=trained / len(lengths))
     seconds = work.operations * seconds_per_operation(model, run.model, costs, work.operations)
     budget = 60 * (run.training.max_minutes or 0.0)

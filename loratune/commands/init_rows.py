@@ -135,7 +135,7 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int, watch: Pr
         lengths=rows.lengths.reshape(-1, together).sum(1),
         supervised=supervised,
         together=together,
-        saved=BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, pad_id=0).saving(),
+        saved=BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, 0, together).saving(),
         labels=_count_labels(_sample(raw.train), section.loss_on) if is_short and kind is None else 0,
         remarks=[*raw.train.remarks(), *rows.report.reasons()],
     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from loratune.codes import Code
+from loratune.commands import measuring
 from loratune.commands.plan import Plan
 from loratune.config import AUTO, TrainingSection, decided
 from loratune.console import format_duration, plural
@@ -23,8 +24,10 @@ from loratune.errors import ConfigError, Problem
 from loratune.training import auto, budget, gain, trainer
 from loratune.training.budget import FEWEST, WARM_UP, Speed, StepBudget, is_timed_enough
 from loratune.training.callbacks import StepTimer
-from loratune.training.duration import Costs, seconds_per_operation
+from loratune.training.duration import READ, WITH_MISMATCHED, Costs, seconds_per_operation
 from loratune.training.evaluations import EvaluationSteps, optimizer_steps
+from loratune.training.losses import NextToken, Objective
+from loratune.training.preferences import Comparing
 from loratune.training.run_context import RunContext
 
 KEY = "training.max_minutes"
@@ -103,9 +106,23 @@ def estimate_length(plan: Plan, asked: TrainingSection, began: float) -> Plan:
     """The plan with about as many steps as its minutes have room for. None is taken; see `duration`."""
     costs, left = _costs(plan), 60 * (asked.max_minutes or 0.0) - (time.monotonic() - began)
     per_operation = seconds_per_operation(plan.model, plan.config.model, costs, costs.of_pass()[1])
-    forward = Speed(0.0, per_operation / 2)
-    times = _Times(Speed(0.0, per_operation), forward, forward, 0.0, 0.0, _CLOSING)
+    mismatched = asked.objective == "kto"
+    train = Speed(0.0, per_operation * (WITH_MISMATCHED if mismatched else 1))
+    forward = Speed(0.0, per_operation * READ * (2 if mismatched else 1))
+    times = _Times(train, forward, forward, 0.0, 0.0, _CLOSING)
+    left -= _reference_seconds(plan, times)
     return _fixed(plan, asked, _room(plan, asked, times, left), left, "about ")
+
+
+def _reference_seconds(plan: Plan, times: _Times) -> float:
+    """About how long the pass before the first step takes that compared answers have a reference by. In a run it is
+    over when steps are timed, and its time is among that which has passed."""
+    if not isinstance(objective := plan.batches.objective, Comparing):
+        return 0.0
+    rows = {name: plan.datasets.splits[name] for name in objective.splits}
+    if not objective.formula.has_reference and plan.batches.validation is not None:
+        rows.pop("train", None)
+    return sum(_scored_seconds(plan, times, one, range(one.items), objective) for one in rows.values())
 
 
 def _costs(plan: Plan) -> Costs:
@@ -118,11 +135,23 @@ def _costs_of(plan: Plan, layout: BatchLayout, rows: TokenizedDataset) -> Costs:
     return Costs.of_layout(plan.model, layout, rows.rows.lengths, rows.rows.supervised, checkpointed=checkpointed)
 
 
-def _scored(plan: Plan, rows: TokenizedDataset, numbers: Sequence[int]) -> tuple[Costs, list[list[int]]]:
-    """The batches of rows that are compared and scored at the end, and their operations."""
+def _scored(
+    plan: Plan, rows: TokenizedDataset, numbers: Sequence[int], objective: Objective
+) -> tuple[Costs, list[list[int]]]:
+    """The batches of rows that are compared and scored at the end, by an objective, and their operations."""
     scoring = plan.batches.scoring
-    layout = scoring.layout(rows)
+    layout = scoring.layout(rows, *objective.items(rows))
     return _costs_of(plan, layout, rows), scoring.batches(layout, numbers)
+
+
+def _scored_seconds(
+    plan: Plan, times: _Times, rows: TokenizedDataset, numbers: Sequence[int], objective: Objective
+) -> float:
+    """How long it takes to score rows. Arguments as of `_scored`."""
+    costs, batches = _scored(plan, rows, numbers, objective)
+    rounds = -(-len(batches) // plan.processes)
+    operations = sum(float(costs.of_batches(np.asarray(batch))) for batch in batches)
+    return times.scored.seconds(rounds, operations * rounds / max(1, len(batches)))
 
 
 def _times(plan: Plan, context: RunContext, timer: StepTimer, costs: Costs, left: float) -> _Times:
@@ -135,7 +164,7 @@ def _times(plan: Plan, context: RunContext, timer: StepTimer, costs: Costs, left
             break
     train = Speed.fitted(operations[WARM_UP:count], timer.micro_steps[WARM_UP:])
     split, sample, _ = gain.sample(plan.datasets.compared, 0)
-    kinds = [_scored(plan, plan.datasets.compared[split], [*sample])]
+    kinds = [_scored(plan, plan.datasets.compared[split], [*sample], plan.batches.objective)]
     if (validation := plan.batches.validation) is not None and plan.datasets.validation is not None:
         numbers, size = range(len(validation.items)), validation.size
         batches = [[*numbers[start : start + size]] for start in range(0, len(numbers), size)]
@@ -205,21 +234,28 @@ def _evaluation_seconds(plan: Plan, times: _Times) -> float:
 
 def _end_seconds(plan: Plan, times: _Times, tokens: int) -> float:
     """How long the passes after the last step take, in a run that reads so many tokens."""
+    objective = plan.batches.objective
     split, sample, _ = gain.sample(plan.datasets.compared, tokens)
-    passes = [(plan.datasets.compared[split], [*sample])] * 2
+    passes: list[tuple[TokenizedDataset, Sequence[int], Objective]]
+    passes = [(plan.datasets.compared[split], [*sample], objective)] * 2
     if plan.earlier is not None and plan.earlier.held_out is not None:
         earlier = plan.earlier.held_out
-        passes += [(earlier, [*gain.sample({"earlier": earlier}, tokens)[1]])] * 2
+        passes += [(earlier, [*gain.sample({"earlier": earlier}, tokens)[1]], NextToken())] * 2
     if plan.datasets.test is not None:
-        passes.append((plan.datasets.test, [*plan.datasets.test.copies()]))
-    seconds = 0.0
-    for rows, numbers in passes:
-        costs, batches = _scored(plan, rows, numbers)
-        rounds = -(-len(batches) // plan.processes)
-        operations = sum(float(costs.of_batches(np.asarray(batch))) for batch in batches)
-        seconds += times.scored.seconds(rounds, operations * rounds / max(1, len(batches)))
-    first = np.arange(min(plan.batches.train.size, len(plan.batches.train.items)))  # see `check_final_loss`
-    return seconds + times.evaluation.seconds(1, float(_costs(plan).of_batches(first)))
+        passes.append((plan.datasets.test, [*plan.datasets.test.copies()], objective))
+    seconds = sum(_scored_seconds(plan, times, *one) for one in passes)
+    if isinstance(objective, Comparing):
+        seconds += _evaluation_seconds(plan, times) or _pass_seconds(plan, times, measuring.MOST_COMPARED)
+    return seconds + _pass_seconds(plan, times, plan.batches.train.size)  # see `check_final_loss`
+
+
+def _pass_seconds(plan: Plan, times: _Times, most: int) -> float:
+    """How long it takes to read the first training items, so many at most, in the batches of training."""
+    size, numbers = plan.batches.train.size, np.arange(min(most, len(plan.batches.train.items)))
+    batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    operations = sum(float(_costs(plan).of_batches(batch)) for batch in batches)
+    rounds = -(-len(batches) // plan.processes)
+    return times.evaluation.seconds(rounds, operations * rounds / len(batches))
 
 
 def _steps_of_epochs(plan: Plan) -> tuple[int, int]:

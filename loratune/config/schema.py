@@ -190,13 +190,11 @@ class RunConfig(Section):
             message = f"{objective} compares answers to a prompt, so it takes the loss over these alone"
             keys, fix = ("data.loss_on", "training.objective"), "leave loss_on at completion"
             raise InvalidSettingError(Code.CONFIG_OBJECTIVE, message, *keys, fix=fix)
-        if self.training.max_minutes is not None:
-            message = "the time of a step is not estimated yet where answers are compared"
-            keys, fix = ("training.max_minutes", "training.objective"), "set num_train_epochs or max_steps"
-            raise InvalidSettingError(Code.CONFIG_OBJECTIVE, message, *keys, fix=fix)
         if self.data.replay is not None:
             message = f"rows of an earlier run are replayed with the loss of sft, and not with {objective}"
-            keys, fix = ("data.replay", "training.objective"), "leave replay out"
+            held = "; preferences.sft_weight keeps chosen answers probable"
+            fix = f"leave replay out{held if objective in PREFERENCE_KEYS['sft_weight'] else ''}"
+            keys = ("data.replay", "training.objective")
             raise InvalidSettingError(Code.CONFIG_OBJECTIVE, message, *keys, fix=fix)
         return self
 

@@ -22,6 +22,7 @@ from loratune.lora.module_names import without_wrappers
 from loratune.model import load
 from loratune.training.batching import would_share
 from loratune.training.evaluations import evaluation_steps
+from loratune.training.objectives import WITH_REFERENCE
 from loratune.training.sampling import DistributedBatchSampler
 
 _FORWARD_AND_BACKWARD = 2 * 2
@@ -34,6 +35,11 @@ _RECOMPUTED = 2
 _ATTENTION = 2 * 3
 """Operations for each layer, hidden unit and pair of tokens of a row: two products, as much twice over backward, and
 half of the pairs are masked."""
+READ = 0.5
+"""The part of the operations of a token that is trained on which one that is only read takes."""
+WITH_MISMATCHED = 1.5
+"""How many times as many operations there are where each answer also has its prompt with another one's answer, which is
+only read, by which KTO estimates the divergence."""
 _EFFICIENCY = 0.5
 """The part of the stand-in's speed that training reaches, for all that it lacks: so much did SmolLM2-135M on rows of 37
 tokens (663 tokens a second, one thread of a Xeon with AMX). On rows of 512 tokens it reached 0.8. It was not compared
@@ -88,13 +94,21 @@ class Costs:
         return cls(layout, np.asarray(lengths, np.int64), np.asarray(supervised, np.int64), weights)
 
     @classmethod
-    def of_run(cls, model: Any, run: RunConfig, lengths: Numbers, supervised: Numbers, saved: float) -> Self:
+    def of_run(
+        cls, model: Any, run: RunConfig, lengths: Numbers, supervised: Numbers, saved: float, together: int = 1
+    ) -> Self:
         """Those of a run without `auto`, whose rows are laid out as it says; other arguments as of `of_layout`.
 
-        saved: About the part of the tokens of batches that need not be computed where these can share prefixes.
+        Args:
+            model: As of `of_layout`.
+            run: The run.
+            lengths: (rows,), or of the two answers of each pair together.
+            supervised: As the lengths.
+            saved: About the part of the tokens of batches that need not be computed where these can share prefixes.
+            together: How many answers a length is of.
         """
         size, checkpointed = run.training.per_device_train_batch_size, run.training.activation_checkpointing
-        layout = BatchLayout(lengths, lengths, run.data.packing, size, run.data.max_length, pad_id=0)
+        layout = BatchLayout(lengths, lengths, run.data.packing, size, together * run.data.max_length, pad_id=0)
         if would_share(run, saved):
             layout = layout.sharing(saved)
         return cls.of_layout(model, layout, lengths, supervised, checkpointed=checkpointed)
@@ -105,7 +119,7 @@ class Costs:
         return int(self.lengths.sum()) // self.of_pass()[0]
 
     def work(self, training: TrainingSection, held_out: int, share: float = 1.0) -> "Work":
-        """What training in one process computes.
+        """What training in one process computes, with the pass before it that some objectives have a reference by.
 
         Args:
             training: The section, without `auto`.
@@ -115,7 +129,11 @@ class Costs:
         items, tokens = max(1, round(share * len(self.layout.items))), int(self.lengths.sum())
         plan = evaluation_steps(training, items, self.layout.size, 1, round(share * tokens), held_out)
         one_pass = float(next(self.micro_steps(training.seed, 1)).sum())
-        return Work(plan.steps, one_pass * plan.trained / tokens * (1 + plan.share))
+        steps = one_pass * plan.trained / tokens * (1 + plan.share)
+        if training.objective not in WITH_REFERENCE:
+            return Work(plan.steps, steps)
+        twice = WITH_MISMATCHED if training.objective == "kto" else 1.0
+        return Work(plan.steps, twice * (steps + READ * one_pass * (share + held_out / tokens)))
 
     @property
     def of_rows(self) -> NDArray[np.float64]:
@@ -134,10 +152,12 @@ class Costs:
                 packs = self.layout.items.packs
                 costs = np.add.reduceat(costs[packs.order], packs.starts[:-1])
             return np.asarray(costs[items].sum(-1))
-        longest = self.lengths[items].max(-1).astype(np.float64)
+        each = len(self.lengths) // len(self.layout.items)  # rows of an item: two of a pair
+        rows = (each * items[..., None] + np.arange(each)).reshape(*items.shape[:-1], -1)
+        longest = self.lengths[rows].max(-1).astype(np.float64)
         token, label, pair = self.weights
-        padded = items.shape[-1] * (token * longest + pair * longest * longest)
-        return np.asarray(padded + label * self.supervised[items].sum(-1))
+        padded = rows.shape[-1] * (token * longest + pair * longest * longest)
+        return np.asarray(padded + label * self.supervised[rows].sum(-1))
 
     def of_pass(self) -> tuple[int, float]:
         """How many batches one pass in order has, and their operations."""
