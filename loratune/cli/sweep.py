@@ -66,6 +66,7 @@ def sweep(
         run = axes.run({})
         _check_validation(run, str(config_file))
         grids.check_seed(axes, run)
+        grids.check_halving(axes, halving=halving)
         log_all(config.portability(run.lora))
         inputs = config.input_paths(config_file, run)
         directory = output_dir.check(run.output_dir, overwrite=overwrite, inputs=inputs)
@@ -88,11 +89,7 @@ def sweep(
 
 
 def _check_validation(run: "RunConfig", config_file: str) -> None:
-    """Raises ConfigError: there are no rows by which trials could be compared, or not by their tokens."""
+    """Raises ConfigError: there are no rows by which trials could be compared."""
     if run.data.validation is None:
         what, fix = "trials are compared on validation rows, and there are none", "set data.validation=0.1, or a file"
         raise ConfigError(Problem(Code.SWEEP_NO_VALIDATION, what, config_file, "data.validation", fix))
-    if run.training.objective != "sft":
-        what = f"trials are compared by their loss per token, and {run.training.objective} has none"
-        fix = "train each setting by itself, and compare the adapters"
-        raise ConfigError(Problem(Code.CONFIG_OBJECTIVE, what, config_file, "training.objective", fix))

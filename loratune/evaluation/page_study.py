@@ -36,12 +36,12 @@ def _tiles(results: StudyResults) -> list[Tile]:
             Tile("lowest held-out loss", f"{winner.loss:.4f}", note, "good"),
             Tile("best", f"trial {winner.number}", f"of {results.count(DONE):,} with an adapter"),
         ]
-        found.append(Tile("not told apart from it", f"{len(results.ties):,}", "trials, on these rows"))
+        found.append(Tile("not told apart from it", f"{len(results.ties):,}", f"trials, on these {results.item}s"))
     others = len(results.trials) - results.count(DONE)
     return [
         *found,
         Tile("trials", f"{len(results.trials):,}", f"{others or 'none'} without an adapter"),
-        Tile("held-out rows", f"{results.rows:,}", f"distinct{of}, the same for all trials"),
+        Tile(f"held-out {results.item}s", f"{results.rows:,}", f"distinct{of}, the same for all trials"),
         Tile("time", format_duration(seconds), "of all trials together"),
     ]
 

@@ -37,11 +37,11 @@ _MOST_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class RowLosses:
-    """The losses of one adapter on the held-out rows; arrays (rows,).
+    """The losses of one adapter on the held-out rows, or pairs of answers; arrays (rows,).
 
     Attributes:
-        nats: Of each distinct row.
-        tokens: Its supervised tokens.
+        nats: Of each distinct row, summed over its tokens; where answers are compared, the objective's.
+        tokens: Its supervised tokens; 1 where answers are compared.
         copies: How often it occurs.
     """
 
@@ -51,7 +51,7 @@ class RowLosses:
 
     @property
     def loss(self) -> float:
-        """Nats per supervised token, over all rows and their copies."""
+        """The mean over all tokens, pairs or answers, and their copies."""
         return mean_ratio(self.copies * self.nats, self.copies * self.tokens)
 
     def packed(self) -> str:
@@ -93,7 +93,7 @@ class TrialResult:
             budget, the steps that were fixed from it.
         state: `done`, `running`, `waiting`, or why there is no adapter: `diverged`, `worse than base`,
             `learned nothing`, `out of memory`, `stopped early`, `invalid`, `failed`.
-        loss: Held-out loss in nats per supervised token; None without an adapter.
+        loss: Held-out loss, see `StudyResults.unit`; None without an adapter.
         interval: Its 95 % interval; None for too few rows.
         seconds: How long the trial took; None if it has not ended.
         steps: Optimizer steps that it took.
@@ -145,6 +145,8 @@ class StudyResults:
         total: All held-out rows.
         trials: The best first, then those that cannot be compared.
         published: Where the winner's adapter is; None if that is not there.
+        unit: What losses are a mean over: `token`, or `pair` or `answer` where answers are compared.
+        measured_by: The objective whose loss that is, where answers are compared; else empty.
     """
 
     name: str
@@ -154,6 +156,18 @@ class StudyResults:
     total: Count
     trials: list[TrialResult]
     published: str | None = None
+    unit: Literal["token", "pair", "answer"] = "token"
+    measured_by: str = ""
+
+    @property
+    def item(self) -> str:
+        """What the held-out rows are, in the singular."""
+        return "row" if self.unit == "token" else self.unit
+
+    @property
+    def measure(self) -> str:
+        """What losses are, in a few words."""
+        return f"loss per {self.unit} of {self.measured_by}" if self.measured_by else "nats per supervised token"
 
     @property
     def names(self) -> list[str]:
@@ -223,7 +237,8 @@ class StudyResults:
 
     def header(self) -> list[str]:
         """The columns of the table."""
-        return ["trial", *self.names, "held-out loss", "95 % interval", "time", "adapter", "compared with the best"]
+        loss = "held-out loss" if self.unit == "token" else f"loss per {self.unit}"
+        return ["trial", *self.names, loss, "95 % interval", "time", "adapter", "compared with the best"]
 
     def cells(self, trial: TrialResult) -> list[str]:
         """A trial's row of the table."""
@@ -241,7 +256,8 @@ class StudyResults:
         others = dict.fromkeys(trial.state for trial in self.trials if trial.state != DONE)
         parts += [f"{self.count(state):,} {state}" for state in others]
         of = f" of {self.total:,}" if self.rows < self.total else ""
-        return f"{', '.join(parts)}; compared on {self.rows:,}{of} held-out row{'' if self.total == 1 else 's'}"
+        rows = f"{self.rows:,}{of} held-out {self.item}{'' if self.total == 1 else 's'}"
+        return f"{', '.join(parts)}; compared on {rows}{f', by the {self.measure}' if self.measured_by else ''}"
 
     def conclusion(self) -> str:
         """Which trial is best, and what cannot be told from it."""
@@ -253,10 +269,10 @@ class StudyResults:
             return text
         numbers = ", ".join(str(trial.number) for trial in self.ties)
         if self.ties:
-            text += f"; these rows do not tell it from trial{'s' if len(self.ties) > 1 else ''} {numbers}"
+            text += f"; these {self.item}s do not tell it from trial{'s' if len(self.ties) > 1 else ''} {numbers}"
         elif all(trial.verdict == WORSE for trial in judged):
-            text += "; better than all others on these rows"
-        return f"{text}; chosen by these rows, so its loss is optimistic"
+            text += f"; better than all others on these {self.item}s"
+        return f"{text}; chosen by these {self.item}s, so its loss is optimistic"
 
 
 @cache

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from loratune.codes import Code
-from loratune.commands import card
+from loratune.commands import card, measuring
 from loratune.commands import train as training
 from loratune.commands.plan import LoadedRun, Plan, adapted, facts, load_rows, load_run
 from loratune.commands.train import Reporter, Result
@@ -29,7 +29,7 @@ from loratune.model import load
 from loratune.model.reuse import BaseState
 from loratune.system.files import is_directory
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training import auto, final_score, preflight
+from loratune.training import auto, batching, final_score, objectives, preflight
 from loratune.training.batching import TokenizedDatasets
 from loratune.training.continuing import EarlierRun
 from loratune.training.duration import Costs, seconds_per_operation
@@ -63,7 +63,7 @@ class Bench:
 
     Attributes:
         loaded: Tokenizer, rows and base of the config itself.
-        notes: Lines that the user should see.
+        measure: What trials are compared by: the objective of the config itself, whatever theirs is.
     """
 
     def __init__(self, run: ValidatedRun, watch: ProgressFactory, log: Callable[[str], None]):
@@ -83,6 +83,8 @@ class Bench:
             numbers = np.sort(np.random.default_rng(0).choice(numbers, _MOST_ROWS, replace=False))
         self._copies = {int(number): copies[int(number)] for number in numbers}
         self._per_operation: float | None = None
+        sections = run.config.data, run.config.training, run.config.preferences
+        self.measure = batching.objective_of({"validation": held_out}, *sections)
 
     @property
     def example_prompt(self) -> str:
@@ -92,7 +94,12 @@ class Bench:
     @property
     def compared_rows(self) -> tuple[int, int]:
         """Distinct held-out rows on which trials are compared, and all held-out rows."""
-        return len(self._copies), len(self._held_out.rows)
+        return len(self._copies), self._held_out.items
+
+    @property
+    def measured_by(self) -> str:
+        """The objective that trials are compared by, where answers are compared; else empty."""
+        return objectives.described(self._run.config)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -101,6 +108,8 @@ class Bench:
         found = {"the base": self.loaded.base.fingerprint, "the training rows": datasets.train.fingerprint}
         found |= {"the validation rows": self._held_out.fingerprint}
         found |= {"the test rows": datasets.test.fingerprint} if datasets.test else {}
+        if described := self.measured_by:
+            found["what trials are compared by"] = described
         return found | ({"the start": self._run.start.digest} if self._run.start else {})
 
     def prepare_rows(self, run: RunConfig) -> TokenizedDatasets:
@@ -121,9 +130,11 @@ class Bench:
         run, _ = auto.decide(run, facts(self._as_validated(run), rows))
         held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0
         model, _ = attach.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
-        train, size = rows.train.rows, run.training.per_device_train_batch_size
-        saved = BatchLayout(train, train.lengths, run.data.packing, size, run.data.max_length, pad_id=0).saving()
-        costs = Costs.of_run(model, run, train.lengths, train.supervised, saved)
+        train, together = rows.train.rows, rows.train.together
+        size, longest = run.training.per_device_train_batch_size, run.data.max_length
+        layout = BatchLayout(train, train.lengths, run.data.packing, size, longest, pad_id=0, together=together)
+        lengths, supervised = (column.reshape(-1, together).sum(1) for column in (train.lengths, train.supervised))
+        costs = Costs.of_run(model, run, lengths, supervised, layout.saving(), together)
         operations = costs.work(run.training, held_out).operations
         if self._per_operation is None:
             self._per_operation = seconds_per_operation(model, run.model, costs, operations)
@@ -169,13 +180,14 @@ class Bench:
         self.prepare_rows(run.config)
         datasets, earlier = self._rows[_rows_key(run.config)]
         self._plan = adapted(run, replace(self.loaded, datasets=datasets, earlier=earlier), group)
+        measuring.compute_reference(self._plan, self.measure, self._log)
         return self._plan
 
     def _score(self, plan: Plan) -> RowLosses:
         """The losses of the adapter on the held-out rows of the config itself, which are the same for all trials."""
         scoring, acceleration = plan.batches.scoring, plan.batches.acceleration
         found = final_score.row_losses(
-            plan.model, self._held_out, [*self._copies], scoring, acceleration, SINGLE_PROCESS
+            plan.model, self._held_out, [*self._copies], scoring, acceleration, SINGLE_PROCESS, self.measure
         )
         scored = RowLosses(
             np.array([loss.total for loss in found]),

@@ -29,6 +29,8 @@ _NOT_VARIED = {
     "training.save_steps": "it changes no adapter",
     "training.logging_steps": "it changes no adapter",
 }
+_OBJECTIVE, _NUMBERS = "training.objective", "preferences."
+"""What decides what the loss of a trial means: a key, and what keys begin with."""
 _RANGE = re.compile(r"\s*([-+.\deE]+)\.\.([-+.\deE]+)\s*")
 
 
@@ -241,6 +243,14 @@ def check_seed(grid: Grid, run: RunConfig) -> None:
         what = "cannot be varied: it decides which rows are held out, or drawn from weighted sources"
         fix = "name a file of validation rows in data.validation"
         raise ConfigError(Problem(Code.SWEEP_KEY, what, OPTION, "training.seed", fix))
+
+
+def check_halving(grid: Grid, *, halving: bool) -> None:
+    """Raises ConfigError: the losses by which trials are to be stopped early mean something else in each of them."""
+    varied = [key for key in grid.keys if key == _OBJECTIVE or key.startswith(_NUMBERS)]
+    if halving and varied:
+        what = "trials that lower other losses cannot be stopped early by them"
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, OPTION, varied[0], "leave --halving out"))
 
 
 def label(settings: Mapping[str, object]) -> str:

@@ -129,6 +129,7 @@ class _Sweep:
     def __init__(self, request: Request, reporter: Reporter):
         self.request, self.reporter, self.log = request, reporter, reporter.log
         self.name = request.run.directory.output.name
+        _check_objectives(request)
         _check_adapters(request)
         seed = request.run.config.training.seed
         arguments: dict[str, Any] = {"halving": request.halving, "seed": seed}
@@ -259,7 +260,8 @@ class _Sweep:
             what, fix = "the study holds what no sweep has written", "move the study away, and start again"
             raise LostError(Problem(Code.SWEEP_STORAGE, what, self.study.where, fix=fix)) from None
         base = Path(self.request.run.config.model.name_or_path).name
-        return StudyResults(self.name, base, self.request.grid.keys, rows, total, rank(found, losses))
+        measured: dict[str, Any] = {"unit": self.bench.measure.unit, "measured_by": self.bench.measured_by}
+        return StudyResults(self.name, base, self.request.grid.keys, rows, total, rank(found, losses), **measured)
 
     def _trial(self, record: TrialRecord) -> TrialResult:
         result, adapter = record.result, self._adapter(record.number)
@@ -362,6 +364,15 @@ def _nothing(results: StudyResults) -> LoratuneError:
     fix = "try other values, such as lower learning rates or smaller batches; those that failed are not tried again"
     kind = ResourceError if [*states] == ["out of memory"] else NumericError
     return kind(Problem(Code.SWEEP_ALL_FAILED, what, grids.OPTION, fix=fix))
+
+
+def _check_objectives(request: Request) -> None:
+    """Raises ConfigError: a trial would lower an objective that is one of other rows."""
+    kind = preflight.KINDS[request.run.config.training.objective]
+    others = {run.training.objective for run in request.runs.values()}
+    if wrong := sorted(one for one in others if preflight.KINDS[one] != kind):
+        what = f"cannot be {' or '.join(wrong)}, as the rows are {kind or 'no answers that are compared'}"
+        raise ConfigError(Problem(Code.SWEEP_KEY, what, grids.OPTION, "training.objective"))
 
 
 def _check_adapters(request: Request) -> None:
