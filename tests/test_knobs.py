@@ -273,7 +273,7 @@ def test_numbers_of_objectives(name: str, value: float) -> None:
 def test_training_max_minutes() -> None:
     """What a time budget does to whole runs stands in `test_time_budget`."""
     second_steps = (np.ones(10) for _ in count())
-    assert budget.step_budget(60 * TRAINING["max_minutes"], second_steps, lambda _: 0.0, None).steps == 150
+    assert budget.step_budget(60 * TRAINING["max_minutes"], second_steps, lambda _: 0.0, 10**6).steps == 150
 
 
 def test_training_report_to(tmp_path: Path) -> None:

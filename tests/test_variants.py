@@ -23,7 +23,7 @@ from loratune.codes import Code
 from loratune.commands import train
 from loratune.config import LoraSection, ModelSection
 from loratune.data import no_progress
-from loratune.data.packing import pad
+from loratune.data.packing import pad, put_rows
 from loratune.errors import DataError, ModelError
 from loratune.lora import attach, parameters, targets, tensors
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
@@ -59,7 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 TOKENS = [[(7 * row + 3 * place) % 250 for place in range(20 + row % 5)] for row in range(40)]
 ROWS = Dataset.from_list([{"input_ids": ids, "labels": [-100] * 4 + ids[4:]} for ids in TOKENS])
 PROBE = torch.tensor([TOKENS[0]])
-COLLATE = partial(pad, pad_id=0)
+COLLATE = partial(put_rows, partial(pad, pad_id=0))
 BATCHES = [COLLATE([ROWS[row] for row in range(start, start + 8)]) for start in range(0, 40, 8)]
 
 
