@@ -59,8 +59,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 TOKENS = [[(7 * row + 3 * place) % 250 for place in range(20 + row % 5)] for row in range(40)]
 ROWS = Dataset.from_list([{"input_ids": ids, "labels": [-100] * 4 + ids[4:]} for ids in TOKENS])
 PROBE = torch.tensor([TOKENS[0]])
-COLLATE = partial(put_rows, partial(pad, pad_id=0))
-BATCHES = [COLLATE([ROWS[row] for row in range(start, start + 8)]) for start in range(0, 40, 8)]
+PAD = partial(pad, pad_id=0)
+BATCHES = [PAD([ROWS[row] for row in range(start, start + 8)]) for start in range(0, 40, 8)]
 
 
 class Silent:
@@ -94,7 +94,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
     settings = decided_training(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
     size = settings.per_device_train_batch_size
-    batches = SimpleNamespace(items=ROWS, size=size, collate=COLLATE, flat=False, heaviest=lambda: range(size))
+    batches = SimpleNamespace(items=ROWS, size=size, collate=partial(put_rows, PAD), flat=False, heaviest=lambda: range(size))
     run = RunContext(Checkpoints(path / "checkpoints", {}, 0), Silent())
     return trainer.fit(TrainingJob(settings, section, model, batches, None), run)
 
