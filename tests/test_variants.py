@@ -94,7 +94,9 @@ def outputs(model: nn.Module) -> torch.Tensor:
 def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
     settings = decided_training(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
     size = settings.per_device_train_batch_size
-    batches = SimpleNamespace(items=ROWS, size=size, collate=partial(put_rows, PAD), flat=False, heaviest=lambda: range(size))
+    batches = SimpleNamespace(
+        items=ROWS, size=size, collate=partial(put_rows, PAD), flat=False, heaviest=lambda: range(size)
+    )
     run = RunContext(Checkpoints(path / "checkpoints", {}, 0), Silent())
     return trainer.fit(TrainingJob(settings, section, model, batches, None), run)
 
