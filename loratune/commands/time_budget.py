@@ -251,9 +251,9 @@ def _end_seconds(plan: Plan, times: _Times, tokens: int) -> float:
 
 def _pass_seconds(plan: Plan, times: _Times, most: int) -> float:
     """How long it takes to read the first training items, so many at most, in the batches of training."""
-    size, numbers = plan.batches.train.size, np.arange(min(most, len(plan.batches.train.items)))
+    costs, size, numbers = _costs(plan), plan.batches.train.size, np.arange(min(most, len(plan.batches.train.items)))
     batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    operations = sum(float(_costs(plan).of_batches(batch)) for batch in batches)
+    operations = sum(float(costs.of_batches(batch)) for batch in batches)
     rounds = -(-len(batches) // plan.processes)
     return times.evaluation.seconds(rounds, operations * rounds / len(batches))
 

@@ -117,7 +117,7 @@ class ScoringLayout:
 
 
 class Objective:
-    """What a run lowers. What a method does here, it does for objectives that have no other.
+    """What a run lowers. What a method does here is that of `sft`, and of objectives that have no other.
 
     Attributes:
         unit: What the loss is a mean over, in the singular: `token`, `pair`, `answer`.
@@ -171,7 +171,13 @@ class Objective:
             before_batch: See `BeforeBatch`.
             group: The processes, each of which takes a share of the batches.
         """
-        raise NotImplementedError
+        own = []
+        for position, labels, lengths, logits in read_batches(self, model, layout, batches, before_batch, group):
+            sums, counts = kernels.row_sums(logits, labels, lengths), kernels.row_counts(labels, lengths)
+            if position is not None:
+                own.append((position, sums.tolist(), counts.tolist()))
+        parts = sorted(chain.from_iterable(group.all_gather(own)))
+        return [Loss(*row) for _, sums, counts in parts for row in zip(sums, counts, strict=True)]
 
     def held_out_loss(
         self,
@@ -220,23 +226,6 @@ class Objective:
 
 class NextToken(Objective):
     """The objective `sft`: every supervised token, given those before it."""
-
-    def losses(
-        self,
-        model: Any,
-        layout: Batches,
-        batches: Sequence[Sequence[int]],
-        before_batch: BeforeBatch = nothing,
-        group: Group = SINGLE_PROCESS,
-    ) -> list[Loss]:
-        """See `Objective`."""
-        own = []
-        for position, labels, lengths, logits in read_batches(self, model, layout, batches, before_batch, group):
-            sums, counts = kernels.row_sums(logits, labels, lengths), kernels.row_counts(labels, lengths)
-            if position is not None:
-                own.append((position, sums.tolist(), counts.tolist()))
-        parts = sorted(chain.from_iterable(group.all_gather(own)))
-        return [Loss(*row) for _, sums, counts in parts for row in zip(sums, counts, strict=True)]
 
 
 def read_batches(
