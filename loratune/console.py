@@ -6,7 +6,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
@@ -335,9 +335,9 @@ class TrainingProgress:
         if self.bar:
             self.bar.update(self.task, state=self._state())
         if "eval_loss" in values and step:
-            log(f"step {step:>5}/{self.steps}  held-out loss {values['eval_loss']:.4f}")
+            log(f"step {step:>5}/{self.steps}  held-out loss {values['eval_loss']:.4f}{_rewards(values, 'eval_')}")
         elif "loss" in values and not self.bar:
-            log(f"step {step:>5}/{self.steps}  {self._state()}  left {self._remaining()}")
+            log(f"step {step:>5}/{self.steps}  {self._state()}{_rewards(values)}  left {self._remaining()}")
 
     def stop(self) -> None:
         """End the bar, if there is one."""
@@ -354,3 +354,9 @@ class TrainingProgress:
     def _remaining(self) -> str:
         elapsed = time.monotonic() - self.start_time
         return format_duration(elapsed / max(self.done - self.first_step, 1) * (self.steps - self.done))
+
+
+def _rewards(values: Mapping[str, float], prefix: str = "") -> str:
+    """The figures of compared answers in a report; empty where none are compared. prefix: of their names."""
+    names = [name for name in ("reward_accuracy", "reward_margin") if prefix + name in values]
+    return "".join(f"  {name.replace('_', ' ')} {values[prefix + name]:.3f}" for name in names)

@@ -597,6 +597,36 @@ def test_answers_that_are_good_or_bad(label: Any, desirable: bool) -> None:
     assert chats == Judged("f:1", Conversation("f:1", (USER, BOT), 1), desirable)
 
 
+@pytest.mark.parametrize("label", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": [SYSTEM, USER, BOT]}, (SYSTEM, USER, BOT)),
+        ({"messages": [USER, BOT, USER, OTHER], "system": "s"}, (SYSTEM, USER, BOT, USER, OTHER)),
+        ({"conversations": [HUMAN, GPT]}, (USER, BOT)),
+        ({"instruction": "a", "input": "", "output": "b"}, (USER, BOT)),
+    ],
+)
+def test_a_label_beside_turns(label: str, row: dict[str, Any], messages: tuple[Any, ...]) -> None:
+    """As in LLaMA-Factory's rows, the last turn is what is judged."""
+    first = len(messages) - 1
+    assert parse(row | {label: False}) == Judged("f:1", Conversation("f:1", messages, first), desirable=False)
+    plain = "alpaca" if "output" in row else next(iter(row))
+    assert isinstance(parse(row | {label: True}, format=plain), Conversation)
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "detail"),
+    [
+        ({"messages": [BOT], "label": True}, Code.DATA_NO_QUESTION, "no message comes before"),
+        ({"messages": [USER, BOT, USER], "label": True}, Code.DATA_NO_ANSWER, "`label` judges no answer"),
+        ({"messages": [USER, BOT | {"weight": 0}], "kto_tag": True}, Code.DATA_WEIGHT, "compared whole"),
+    ],
+)  # fmt: skip
+def test_bad_labels_beside_turns(row: dict[str, Any], code: Code, detail: str) -> None:
+    check_row_error(row_error(row), code, detail)
+
+
 def test_labels_that_are_none_of_answers() -> None:
     assert parse(PAIR | {"label": "pos"}) == parse(PAIR | {"label": 1}) == Plain("f:1", "a", "b")
     assert isinstance(parse(PAIR | {"label": False}), Judged)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -115,6 +116,7 @@ def test_both_sides_lose_the_same_of_the_prompt(cli: Cli, run_config: MakeConfig
     [
         ("sft", PAIRS, "data.columns to {completion: chosen}"),
         ("sft", JUDGED, "data.format to prompt_completion"),
+        ("sft", [{"instruction": "a", "output": "b", "kto_tag": True}], "data.format to alpaca"),
         ("kto", PAIRS, "training.objective to dpo, orpo or simpo"),
         ("dpo", JUDGED, "training.objective to kto"),
         ("dpo", [{"prompt": "a", "completion": "b"}], "give rows that are pairs of answers"),
@@ -180,6 +182,8 @@ def test_a_run_learns(objective: str, cli: Cli, run_config: MakeConfig, tmp_path
     assert f"comparing the adapter with its base on {rows}" in ran.err
     assert f"training.objective: {objective} with beta " in ran.err
     assert result["preferences"]["reward_margin"]["value"] > 0
+    steps = [line for line in ran.err.splitlines() if line.startswith("step ")]
+    assert steps and all(re.search(r"  reward accuracy [01]\.\d{3}  reward margin -?\d+\.\d{3}", one) for one in steps)
     if objective != "kto":
         assert result["held_out_loss"] == min(
             entry["eval_loss"] for entry in record(tmp_path / "out")["curve"] if "eval_loss" in entry

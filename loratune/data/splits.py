@@ -85,8 +85,8 @@ class DatasetSplit:
                 alone = file.parser.chosen_alone
                 fix += f"; or, to train on the chosen answers alone, data.columns to {alone}" if alone else ""
             elif kind is None:
-                fix += "; or keep the rows whose label is true, and set data.format to prompt_completion"
-            elif found is None and kind == JUDGED and file.parser.has_label:
+                fix += f"; or keep the rows whose label is true, and set data.format to {file.parser.without_label}"
+            elif found is None and kind == JUDGED and file.parser.without_label:
                 fix = "where their label says whether the answer is a good one, set data.format to unpaired_preference"
             elif found is None:
                 fix = f"give rows that are {kind}, or {fix}"

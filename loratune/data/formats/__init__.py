@@ -82,7 +82,7 @@ FORMATS = (
     Format("alpaca", ("instruction", "output"), chats.parse_alpaca, ("input", "system", "history", "tools")),
     Format("text", ("text",), examples.parse_text),
     Format("preference", ("chosen", "rejected"), preferences.parse_pair, ("prompt",)),
-    Format("unpaired_preference", ("prompt", "completion", "label"), preferences.parse_judged),
+    Format("unpaired_preference", ("prompt", "completion", "label"), partial(preferences.parse_judged, "label")),
 )
 
 OPTIONAL_FIELDS = frozenset(name for format in FORMATS for name in format.optional) - {
@@ -98,8 +98,8 @@ OF_MESSAGES = {
         "preference_messages", ("chosen", "rejected"), preferences.parse_pair_of_messages, ("prompt", "tools", "system")
     ),
     "unpaired_preference": Format(
-        "unpaired_preference_messages", ("prompt", "completion", "label"), preferences.parse_judged_messages,
-        ("tools", "system"),
+        "unpaired_preference_messages", ("prompt", "completion", "label"),
+        partial(preferences.parse_judged_messages, "label"), ("tools", "system"),
     ),
 }  # fmt: skip
 """Format of answers that are compared → the same where they, or the prompt, are messages."""
@@ -120,6 +120,16 @@ QUESTIONED_PAIRS = {
 }  # fmt: skip
 """Field that holds the prompt of a pair without `prompt`, as in LLaMA-Factory's rows → the format of the pair."""
 
+_LABELS = ("label", "kto_tag")
+"""Fields that say whether an answer is a good one; the second is LLaMA-Factory's."""
+_JUDGED: Mapping[str, tuple[str, Callable[[str, str, Fields], Judged], tuple[str, ...]]] = {
+    "prompt": ("completion", preferences.parse_judged_messages, ()),
+    "instruction": ("output", preferences.parse_judged_output, ("input", "history")),
+    **{name: (name, partial(preferences.parse_judged_turns, name), ()) for name in ("messages", "conversations")},
+}
+"""Field with the prompt of an answer that is good or bad → the field of the answer, how both are read, and what beside
+them."""
+
 CHAT_FORMATS = frozenset({"messages", "conversations", "alpaca", *(format.name for format in OF_MESSAGES.values())})
 """The formats whose rows go through the chat template."""
 
@@ -138,7 +148,8 @@ class Parser:
     Attributes:
         format_name: The format of the rows.
         identity: An id of this way of reading rows, which differs from all others.
-        has_label: Whether the first row has a label beside a prompt and a completion, whatever it means.
+        without_label: The format of the first row without the label beside its answer, whatever that means; empty
+            where there is none.
         fields: The fields of the first row, under the names of the data.
         chosen_alone: What `data.columns` has to be so that the chosen answers of pairs are trained on alone; empty
             where no columns do that.
@@ -162,7 +173,8 @@ class Parser:
         self._known = {*self._format.keys, *self._format.optional}
         self._is_compared = self.format_name in COMPARED_FORMATS
         self.chosen_alone = _chosen_columns(fields) if fields.keys() >= {"chosen", "rejected"} else ""
-        self.has_label = fields.keys() >= {"prompt", "completion", "label"}
+        judged = _judged_format(fields)
+        self.without_label = next(one.name for one in FORMATS if one.keys == judged.keys[:-1]) if judged else ""
         self.fields = tuple(first.values)
         self._grouped_by = {section.group_by}
         self.unused_fields: set[str] = set()
@@ -220,6 +232,8 @@ def _recognise(where: str, fields: Fields, section: DataSection) -> Format:
             and (pair_format := _pair_format(where, fields, section))
         ):
             return pair_format
+        if name == "unpaired_preference" and (judged := _judged_format(fields)) is not None:
+            return judged
         plain = next(format for format in FORMATS if format.name == name)
         return OF_MESSAGES[name] if preferences.holds_messages(fields) else plain
     if section.format != "auto":
@@ -247,8 +261,21 @@ def _compared_format(fields: Fields, section: DataSection) -> str | None:
         return section.format if section.format in OF_MESSAGES else None
     if fields.keys() >= {"chosen", "rejected"}:
         return "preference"
-    judged = fields.keys() >= {"prompt", "completion", "label"} and isinstance(fields["label"], bool)
-    return "unpaired_preference" if judged else None
+    judged = _judged_format(fields)
+    return "unpaired_preference" if judged is not None and isinstance(fields[judged.keys[-1]], bool) else None
+
+
+def _judged_format(fields: Fields) -> Format | None:
+    """The format of an answer with a label, whose field is the last of its keys; None where there is no such answer."""
+    label = next((name for name in _LABELS if name in fields), None)
+    prompt = next((name for name, (answer, *_) in _JUDGED.items() if {name, answer} <= fields.keys()), None)
+    if label is None or prompt is None:
+        return None
+    answer, parse, optional = _JUDGED[prompt]
+    keys = tuple(dict.fromkeys((prompt, answer, label)))
+    if prompt == "prompt" and not preferences.holds_messages(fields):
+        return Format("unpaired_preference", keys, partial(preferences.parse_judged, label))
+    return Format(OF_MESSAGES["unpaired_preference"].name, keys, partial(parse, label), ("tools", "system", *optional))
 
 
 def _pair_format(where: str, fields: Fields, section: DataSection) -> Format | None:

@@ -2,7 +2,8 @@
 
 A prompt may be text or messages, or may be left out: then it is what both answers of a pair begin with. Messages are as
 in OpenAI's or in ShareGPT's form; an answer may be a list of them, a single one, or text. As in LLaMA-Factory, an
-`instruction`, `messages` or `conversations` beside two answers are their prompt.
+`instruction`, `messages` or `conversations` beside two answers are their prompt; and a label beside turns judges the
+last of them, beside an instruction its `output`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -103,26 +104,55 @@ def parse_pair_to_turns(name: str, where: str, fields: Fields) -> AnswerPair:
     return _pair(where, fields, prompt, [_answer(fields, answer, prompt) for answer in (CHOSEN, REJECTED)])
 
 
-def parse_judged(where: str, fields: Fields) -> Judged:
-    """`prompt` and `completion` as text, and whether it is good as `label`. Raises RowError."""
-    return Judged(where, Plain(where, text(fields, "prompt"), text(fields, "completion")), _label(fields))
+def parse_judged(label: str, where: str, fields: Fields) -> Judged:
+    """`prompt` and `completion` as text, and whether it is good in the field `label` names. Raises RowError."""
+    return Judged(where, Plain(where, text(fields, "prompt"), text(fields, "completion")), _label(fields, label))
 
 
-def parse_judged_messages(where: str, fields: Fields) -> Judged:
-    """`prompt` and `completion` as messages, and whether it is good as `label`; `tools`, `system`. Raises RowError."""
+def parse_judged_messages(label: str, where: str, fields: Fields) -> Judged:
+    """`prompt` and `completion` as messages, and whether it is good in the field `label` names; `tools`, `system`.
+
+    Raises:
+        RowError: A field is missing or wrong, or there is no prompt.
+    """
     prompt = _prompt(fields)
+    answer = _answer(fields, "completion", prompt) if prompt else []
+    return _judged(where, fields, prompt or [], answer, label)
+
+
+def parse_judged_output(label: str, where: str, fields: Fields) -> Judged:
+    """`output` as the answer to `instruction` with `input`, and whether it is good; `system`, `history`, `tools`.
+
+    Raises:
+        RowError: As `parse_judged_messages`.
+    """
+    prompt = [Turn(message) for message in chats.alpaca_question(fields)]
+    return _judged(where, fields, prompt, [Turn({"role": "assistant", "content": text(fields, "output")})], label)
+
+
+def parse_judged_turns(name: str, label: str, where: str, fields: Fields) -> Judged:
+    """The last of the turns of the field of this name as the answer to those before it, and whether it is good;
+    `system`, `tools`. Raises RowError: as `parse_judged_messages`."""
+    turns = chats.with_system(fields, _turns(fields, name))
+    if turns[-1].message["role"] != "assistant":
+        what = f"`{name}` ends with a message of the {turns[-1].message['role']}, so `{label}` judges no answer"
+        raise RowError(Code.DATA_NO_ANSWER, what)
+    return _judged(where, fields, turns[:-1], turns[-1:], label)
+
+
+def _judged(where: str, fields: Fields, prompt: Sequence[Turn], answer: Sequence[Turn], label: str) -> Judged:
     if not prompt:
         raise RowError(Code.DATA_NO_QUESTION, "no message comes before the answer, so there is no prompt")
-    return Judged(where, _conversation(where, fields, prompt, _answer(fields, "completion", prompt)), _label(fields))
+    return Judged(where, _conversation(where, fields, prompt, answer), _label(fields, label))
 
 
-def _label(fields: Fields) -> bool:
+def _label(fields: Fields, name: str) -> bool:
     """The label of an answer: true, false, 1 or 0, as text too, as in a cell of CSV. Raises RowError."""
-    value = fields.get("label")
+    value = fields.get(name)
     value = _LABELS.get(value.strip().lower(), value) if isinstance(value, str) else value
     if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
         return bool(value)
-    what = f"`label` must be true or false, which say whether the answer is a good one, got {describe(value)}"
+    what = f"`{name}` must be true or false, which say whether the answer is a good one, got {describe(value)}"
     raise RowError(Code.DATA_FIELD_TYPE, what)
 
 
