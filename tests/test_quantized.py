@@ -1,6 +1,7 @@
 """Quantized bases on a CPU: quantized while they are loaded, or come so; and what the machine or a package lacks."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from conftest import Expected, Ran, check_refused, meanings, process, tiny_llama, tree
+from conftest import Expected, Ran, check_refused, meanings, process, tiny_llama, tree, write_rows
 from fork_server import ForkServer
 from running import until
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,7 @@ from loratune.errors import ConfigError
 from loratune.inference import loading
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
-from loratune.model import load
+from loratune.model import load, upstream
 from loratune.model.load import Machine
 from loratune.training import preflight
 
@@ -90,6 +91,34 @@ def test_trains_evaluates_and_generates(
     scores = json.loads(ran.out)
     assert scores["adapter"]["loss"] == pytest.approx(held_out[-1], rel=1e-3)
     assert scores["base"]["loss"] > scores["adapter"]["loss"]
+
+
+@pytest.mark.parametrize("quantization", MAINLY_4BIT)
+def test_trains_on_compared_answers(
+    quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    rows = [{"prompt": f"{one} and {one} make", "chosen": f" {2 * one}", "rejected": f" {one}!"} for one in range(12)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    section = {"name_or_path": str(wide), "dtype": "auto", "quantization": quantization}
+    ran = cli("train", run_config(
+        model=section, data={"train": str(tmp_path / "pairs.jsonl")}, training={"objective": "dpo", "max_steps": 6},
+    ))  # fmt: skip
+    assert ran.code == 0, ran.err
+    losses = curve(tmp_path / "out", "loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-2) and losses[-1] < losses[0]
+
+
+def test_rows_in_8_bits_do_not_depend_on_the_batch_where_answers_are_compared() -> None:
+    """A column is an outlier, which is not rounded, where one row of the batch makes it one."""
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False, threshold=6.0).to("cpu").eval()
+    row, outlier = torch.randn(1, 64, dtype=torch.float16), torch.full((1, 64), 20.0, dtype=torch.float16)
+    both = torch.cat([row, outlier])
+    with torch.no_grad():
+        assert not torch.allclose(layer(row), layer(both)[:1], atol=1e-3)
+        with upstream.as_in_training(layer):
+            assert torch.allclose(layer(row), layer(both)[:1], atol=1e-3)
+    assert not layer.training
 
 
 def gradients_around_an_evaluation(section: ModelSection, *, repack: bool) -> list[list[torch.Tensor]]:

@@ -8,6 +8,8 @@ import copy
 import importlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -67,6 +69,34 @@ def keep_4bit_backward(module: Any) -> None:
     """
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False
+
+
+def has_8bit_layers(model: Any) -> bool:
+    """Whether a model has layers that bitsandbytes packed in 8 bits."""
+    return any(True for _ in _8bit_layers(model))
+
+
+def _8bit_layers(model: Any) -> Iterator[Any]:
+    for layer in model.modules():
+        if any(hasattr(own, "SCB") for own in layer.parameters(recurse=False)):
+            yield layer
+
+
+@contextmanager
+def as_in_training(model: Any) -> Iterator[None]:
+    """Inside, `Linear8bitLt` layers on a CPU compute in evaluation what they compute in training.
+
+    That is with unpacked weights. In evaluation they round activations to 8 bits but for columns with outliers, which
+    all rows of a batch decide. bitsandbytes tells both apart by the flag of the layer alone.
+    """
+    layers = [layer for layer in _8bit_layers(model) if not layer.training and layer.weight.device.type == "cpu"]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def bitsandbytes_lacks() -> str:

@@ -5,6 +5,7 @@ of pairs or of answers where answers are compared (`preferences`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -206,6 +207,10 @@ class Objective:
         found = dict(zip(chain.from_iterable(batches), losses, strict=True))
         return [found[number] for number in numbers]
 
+    def reading(self, model: Any) -> AbstractContextManager[None]:
+        """What a model is read in, without gradients. model: as given to `losses`."""
+        return nullcontext()
+
     def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
         """Check that the model is what the objective takes it for before its first step.
 
@@ -264,4 +269,5 @@ def run_batch(
     lengths = given["lengths"]
     objective.expect(model, given, by_row=True)
     labels = given.pop("labels")
-    return labels, lengths, model(**given, use_cache=False).logits
+    with objective.reading(model):
+        return labels, lengths, model(**given, use_cache=False).logits
