@@ -128,6 +128,15 @@ def _tenth() -> Iterator[Spec]:
         yield spec(task, training__learning_rate=rate, training__max_steps=max(5, ROWS[task] // 80))
 
 
+def _early() -> Iterator[Spec]:
+    """Validation losses on the way, at every tenth of the steps, by which `sweep --halving` ranks."""
+    for task, rate in itertools.product(("dialogue", "spelling", "classes"), (8e-4, 1.6e-3, FORMULA, 6.4e-3, 1.28e-2)):
+        yield spec(
+            task, data__validation=True, training__keep="last", training__eval_steps=max(1, ROWS[task] // 80),
+            training__learning_rate=rate,
+        )  # fmt: skip
+
+
 EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "rate": _rate,
     "lower": _lower,
@@ -140,4 +149,5 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "average": _average,
     "seeds": _seeds,
     "best": _best,
+    "early": _early,
 }

@@ -221,6 +221,22 @@ def ranks(results: Sequence[Result]) -> str:
     return markdown(["task", "rates", "rank correlation", "regret of the tenth's choice"], lines)
 
 
+def early(results: Sequence[Result]) -> str:
+    """Spearman's correlation, over rates, of validation losses after a tenth, three tenths and a half of the steps with
+    held-out losses at the end; and how much more loss the better of the two rates has that are first then."""
+    lines = []
+    own = [one for one in runs(results) if "held_out" in one]
+    for task in sorted({one["task"] for one in own}):
+        these = [one for one in own if one["task"] == task]
+        last = np.array([one["rows_loss"] for one in these])
+        for tenths in (1, 3, 5):
+            losses = np.array([one["held_out"][tenths - 1][1] for one in these])
+            kept = last[losses.argsort()[:2]].min() / last.min() - 1
+            correlation = float(spearmanr(losses, last).statistic)
+            lines.append([task, str(len(these)), f"{tenths / 10:.0%}", f"{correlation:.2f}", f"+{kept:.1%}"])
+    return markdown(["task", "rates", "of the steps", "rank correlation", "regret of the better of two"], lines)
+
+
 def averages(results: Sequence[Result]) -> str:
     """What the average of the weights over the last part of the steps brings, on the same run."""
     ends = {one["name"]: one for one in runs(results)}
@@ -318,5 +334,6 @@ def document(results: Sequence[Result]) -> str:
         "Weights averaged over the last steps": averages(results),
         "Epochs and rows": lengths(results),
         "A tenth of the steps": ranks(results),
+        "Ranks on the way": early(results),
     }
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts.items())
