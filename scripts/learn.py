@@ -219,7 +219,11 @@ def _measure(one: Spec, work: Path, text: Path) -> None:
     if base_name not in {entry["name"] for entry in recorded()}:
         _append({"name": base_name} | score(adapter, paths["held_out"], text, base=True))
     scores = score(adapter, paths["held_out"], text, base=False)
-    figures = {"steps": result.outcome.steps, "tokens": result.outcome.tokens, "seconds": round(middle - start, 1)}
+    figures: dict[str, Any] = {
+        "steps": result.outcome.steps,
+        "tokens": result.outcome.tokens,
+        "seconds": round(middle - start, 1),
+    }
     if one in EXPERIMENTS["early"]():
         held_out = [(entry["step"], entry["eval_loss"]) for entry in result.outcome.curve if "eval_loss" in entry]
         figures["held_out"] = [[int(step), loss] for step, loss in held_out if step]

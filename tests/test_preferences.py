@@ -27,7 +27,7 @@ from loratune.config import DataSection
 from loratune.data import token_cache_dir
 from loratune.data.rendering import Renderer
 from loratune.training import reference
-from loratune.training.preferences import ComparedRows
+from loratune.training.preferences import ComparedRows, Comparing
 
 Cli = Callable[..., Ran]
 
@@ -343,6 +343,42 @@ def test_the_reference_is_computed_once_and_kept(
     shutil.rmtree(tmp_path / "cache")
     assert cli("train", config(run_config, tmp_path, output_dir=str(tmp_path / "four"))).code == 0
     assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "four" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_what_was_computed_of_the_reference_is_kept(
+    objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends in the middle leaves its parts, which the next one takes and removes, to the same bytes."""
+    monkeypatch.setattr(reference, "_PASS_TOKENS", 64)
+    monkeypatch.setattr(reference, "_PART_BATCHES", 2)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = config(run_config, tmp_path, objective)
+    read, parts = Comparing.read, []
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        parts.append(arguments[3])
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+        return read(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Comparing, "read", stopped)
+        assert cli("train", path).code == 130
+    assert len(kept(tmp_path)) == 2 and {len(part) for part in parts} == {2}
+    ran = cli("train", path)
+    assert ran.code == 0 and "% is known from a run that ended early" in ran.err, ran.err
+    assert "100% of the reference is computed" in ran.err
+    splits = 1 if objective == "kto" else 2
+    assert len(kept(tmp_path)) == splits, "only the whole is kept"
+    shutil.rmtree(tmp_path / "cache")
+    again = config(run_config, tmp_path, objective, output_dir=str(tmp_path / "again"))
+    assert cli("train", again).code == 0
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+
+
+def kept(place: Path) -> list[Path]:
+    return [*(place / "cache").rglob("values")]
 
 
 def test_an_adapter_that_is_trained_further_is_the_reference(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

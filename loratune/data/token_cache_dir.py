@@ -115,6 +115,14 @@ def store_values(key: str, values: NDArray[np.float64]) -> None:
                 _clear(partial)
 
 
+def discard_values(key: str) -> None:
+    """Remove what `store_values` kept, if anything."""
+    root = _root()
+    with _claim(root, key) as claimed, suppress(OSError):
+        if claimed and _is_own(root / key):
+            _clear(_rename_for_removal(root / key))
+
+
 def open_trusted(directory: Path) -> TokenCache | None:
     """Open rows that another process of this user has written.
 

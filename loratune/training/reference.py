@@ -7,13 +7,12 @@ them.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from loratune import kernels
@@ -31,6 +30,8 @@ from loratune.training.preferences import ComparedRows, Comparing
 
 _PASS_TOKENS = 2048
 """Tokens of a batch: they do not depend on the batches of the run, so that the numbers do not either."""
+_PART_BATCHES = 256
+"""Batches after which the numbers so far are kept, so that a run that ends early need not compute them once more."""
 _ORDERED = 0.5
 """The share of pairs in order from which on that is pointed out."""
 
@@ -91,17 +92,12 @@ def compute(
             continue
         scoring = ScoringLayout(train.flat, train.saved, pad_id, _PASS_TOKENS)
         key = _key(reference, rows, scoring)
-        known = token_cache_dir.load_values(key) if group.main else None
-        values = group.broadcast(known.tolist() if known is not None else None)
-        is_new = values is None
-        if is_new:
+        found = _known(key, group)
+        if found is None:
             log(f"computing the reference of {plural(rows.dataset.items, f'{name} {objective.unit}')}")
             with reference.inside(), reference.acceleration.applied(reference.model):
-                values = [*_in_order(objective, reference.model, rows, scoring, group, before_batch)]
-        found = np.array(values, np.float64)
+                found = _computed(objective, reference.model, rows, scoring, key, group, log, before_batch)
         _check_finite(rows, found)
-        if is_new and group.main:
-            token_cache_dir.store_values(key, found)
         rows.reference = found[: len(rows)]
         rows.mismatched = found[len(rows) :] if len(found) > len(rows) else None
         if name == "train" and rows.dataset.together == 2:
@@ -127,19 +123,47 @@ def _order(rows: ComparedRows) -> str:
     return f"{line}: more than half are in order already" if share > _ORDERED else line
 
 
-def _in_order(
-    objective: Comparing, model: Any, rows: ComparedRows, scoring: ScoringLayout, group: Group,
-    before_batch: BeforeBatch,
-) -> Iterator[float]:  # fmt: skip
-    """The log-probabilities of all rows in the order of the dataset, and behind them those of the mismatched ones."""
+def _known(key: str, group: Group) -> NDArray[np.float64] | None:
+    """The numbers that are kept under a key, for all processes; None if there are none."""
+    known = token_cache_dir.load_values(key) if group.main else None
+    values = group.broadcast(known.tolist() if known is not None else None)
+    return None if values is None else np.array(values, np.float64)
+
+
+def _computed(
+    objective: Comparing, model: Any, rows: ComparedRows, scoring: ScoringLayout, key: str, group: Group,
+    log: Callable[[str], None], before_batch: BeforeBatch,
+) -> NDArray[np.float64]:  # fmt: skip
+    """The log-probabilities of all rows in the order of the dataset, and behind them those of the mismatched ones.
+
+    They are kept, if they are finite, and until all are there, so is each part of them. Arguments as of `compute`; key:
+    what they are kept under.
+    """
     layout = scoring.layout(rows.dataset, *objective.items(rows.dataset))
     batches = scoring.batches(layout, range(rows.dataset.items))
-    read = objective.read(model, layout, batches, before_batch, group)
+    parts = [batches[start : start + _PART_BATCHES] for start in range(0, len(batches), _PART_BATCHES)]
+    keys = [hashlib.sha256(f"{key} {_PART_BATCHES} {number}".encode()).hexdigest() for number in range(len(parts))]
+    known = [_known(one, group) if parts[1:] else None for one in keys]
+    if done := sum(values is not None for values in known):
+        log(f"of the reference {done / len(parts):.0%} is known from a run that ended early")
+    found = []
+    for number, (part, own_key, values) in enumerate(zip(parts, keys, known, strict=True), 1):
+        if values is None:
+            read = objective.read(model, layout, part, before_batch, group)
+            values = np.concatenate([one.log_probabilities.numpy() for one in (read.answers, read.mismatched)])
+            if parts[1:] and group.main and np.isfinite(values).all():
+                token_cache_dir.store_values(own_key, values)
+            if parts[1:] and number * 10 // len(parts) > (number - 1) * 10 // len(parts):
+                log(f"{number / len(parts):.0%} of the reference is computed")
+        found.append(values.reshape(-1, sum(map(len, part)) * rows.dataset.together))
     items, together = np.concatenate(batches), rows.dataset.together
     order = np.argsort((items[:, None] * together + np.arange(together)).reshape(-1))
-    for answers in (read.answers, read.mismatched):
-        if len(answers.log_probabilities):
-            yield from answers.log_probabilities[torch.from_numpy(order)].tolist()
+    computed = np.concatenate(found, axis=1)[:, order].reshape(-1)
+    if group.main and np.isfinite(computed).all():
+        token_cache_dir.store_values(key, computed)
+        for own_key in keys if parts[1:] else []:
+            token_cache_dir.discard_values(own_key)
+    return computed
 
 
 def _key(reference: Reference, rows: ComparedRows, scoring: ScoringLayout) -> str:
