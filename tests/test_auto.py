@@ -66,6 +66,23 @@ def test_few_rows_are_repeated() -> None:
     assert limited.training.num_train_epochs == AUTO and "num_train_epochs" not in limited.resolved()["training"]
 
 
+@pytest.mark.parametrize(
+    ("lora", "passes"),
+    [
+        ({}, 2), ({"target_modules": ["q", "v_proj"]}, 2), ({"target_modules": "all-linear"}, 1),
+        ({"target_modules": AUTO}, 1), ({"target_modules": ["q", "gate"]}, 1), ({"target_modules": ".*q_proj"}, 1),
+        ({"target_parameters": ["experts"]}, 1),
+    ],
+)  # fmt: skip
+def test_more_than_attention_reads_few_rows_once(lora: dict[str, Any], passes: int) -> None:
+    few = replace(FACTS, rows=80)
+    once = decided(few, lora=lora, training={"num_train_epochs": 1}).training.learning_rate
+    assert decided(few, lora=lora).training.num_train_epochs == passes
+    assert decided(few, lora=lora, training={"max_minutes": 1}).training.num_train_epochs == passes
+    twice = decided(few, lora=lora, training={"num_train_epochs": 2}).training.learning_rate
+    assert twice == pytest.approx(once * passes / 2, rel=0.05)
+
+
 def test_rows_that_are_read_often_get_a_lower_rate() -> None:
     def rate_of(**training: Any) -> Any:
         return decided(replace(FACTS, rows=80), training=training).training.learning_rate

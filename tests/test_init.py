@@ -73,7 +73,7 @@ def test_conversations(cli: Cli, tiny_dir: Path, here: Path) -> None:
     run = written(cli, tiny_dir, write_rows(here / "chat.jsonl", CHAT))
     assert run.data.validation is None, "too few rows to hold any out"
     assert (run.data.max_length, run.training.num_train_epochs) == (128, "auto")
-    assert "# here 2: " in (here / "config.yaml").read_text()
+    assert "# here 1: " in (here / "config.yaml").read_text(), "as it adapts all linear layers"
     assert "chat template" in (here / "config.yaml").read_text()
 
 

@@ -409,6 +409,9 @@ def test_more_time_than_two_passes_take(run_config: MakeConfig, tmp_path: Path, 
     assert ran.code == 0, ran.err
     assert "training.max_minutes: not all of the time is used: training ends after 2 passes over the rows" in ran.err
     assert ran.err.count("auto: training.learning_rate is ") == 1
+    path = budgeted(tmp_path, run_config, max_minutes=5, learning_rate="auto")
+    ran = cli("train", path, "--dry-run", "--set", "lora.target_modules=all-linear")
+    assert ran.code == 0 and "training ends after one pass over the rows" in ran.err, ran.err
 
 
 # Bad input

@@ -291,7 +291,7 @@ def _fixed(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, a
     lines = [*_lines(plan, asked, replace(found, steps=steps), left, about)]
     passes = steps / _steps_of_epochs(plan)[1]
     once = decided(plan.config.training.learning_rate)
-    rate, why = auto.over_passes(once, "rows that are read often are learned by heart", passes)
+    rate, why = auto.over_passes(once, "rows that are read often are learned by heart", passes, plan.config.lora)
     if asked.learning_rate == AUTO and rate != once:
         changed["learning_rate"] = rate
         lines.append(auto.line("training.learning_rate", rate, why))
@@ -308,7 +308,8 @@ def _lines(plan: Plan, asked: TrainingSection, found: StepBudget, left: float, a
     yield f"{KEY}: {about}{plural(found.steps, 'step')} in {minutes:g} min: {parts}"
     if found.limited and asked.num_train_epochs == AUTO:
         why = "as more passes learn them by heart; training.num_train_epochs can ask for more"
-        yield f"{KEY}: not all of the time is used: training ends after {passes:g} passes over the rows, {why}"
+        ends = "one pass" if passes == 1 else f"{passes:g} passes"
+        yield f"{KEY}: not all of the time is used: training ends after {ends} over the rows, {why}"
     elif found.limited:
         epochs = plan.config.training.num_train_epochs
         yield f"{KEY}: has no effect, as there is time for the {epochs:g} epochs of training.num_train_epochs"

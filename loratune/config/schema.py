@@ -71,7 +71,7 @@ class TrainingSection(Section):
         description="peak learning rate; auto: by the model's width, lora_alpha, the rows of a step, the passes",
     )
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] | Auto = Field(
-        AUTO, description="passes over the data; auto: one, two of few rows, or at most two in max_minutes"
+        AUTO, description="passes over the data; auto: one; with q, k, v and o alone, two of few rows"
     )
     max_steps: Steps = Field(-1, description="optimizer steps; -1: num_train_epochs sets the length")
     max_minutes: float | None = Field(

@@ -28,9 +28,13 @@ _SMOOTH_ROWS = 32
 _COMPARED_RATE = 1 / 20
 """By what the rate is multiplied where answers are compared: LLaMA-Factory's examples of LoRA take 5e-6 for DPO and KTO
 where they take 1e-4 for answers as they stand (examples/train_lora, 0.9)."""
-MOST_PASSES = 2.0
-"""Passes over few rows, and those after which a time budget ends. SmolLM2-135M, 200 to 400 rows, all at the rate of one
-pass: two had 0.6 to 22 % less loss than one on five tasks, and three or four more than two (scripts/README.md)."""
+_ATTENTION = frozenset("qkvo")
+_PASSES_OF_ATTENTION, _PASSES_OF_MORE = 2.0, 1.0
+"""Passes over few rows, and those after which a time budget ends: with adapters on q, k, v and o alone, and on more.
+
+SmolLM2-135M, r = 8, at the rate of one pass (scripts/README.md): with q, k, v and o, two passes over 200 to 400 rows
+had 0.6 to 22 % less loss than one on five tasks, and three or four more than two. With all linear layers, two passes
+over 200 to 1,000 rows had 2 to 55 % more than one on four sets of rows, and 1 % less on dialogue."""
 _STEPS_OF_TWO_PASSES = 500
 """Steps of a run that reads few rows twice; with more steps they are read once. The number is a guess: with more than
 1,000 rows none of it was measured."""
@@ -138,11 +142,12 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
             found[f"training.{key}"] = value, why
 
     if training.max_minutes is not None and training.num_train_epochs == AUTO:
-        training = training.model_copy(update={"num_train_epochs": MOST_PASSES})
+        training = training.model_copy(update={"num_train_epochs": most_passes(run.lora)})
     elif training.max_steps < 0:
-        steps = _steps_of_pass(training, facts)
-        epochs = MOST_PASSES if MOST_PASSES * steps <= _STEPS_OF_TWO_PASSES else 1.0
-        choose("num_train_epochs", epochs, f"{steps:,} step{'s' if steps > 1 else ''} in each")
+        steps, most = _steps_of_pass(training, facts), most_passes(run.lora)
+        epochs = most if most * steps <= _STEPS_OF_TWO_PASSES else 1.0
+        why = "; more learn rows by heart, with adapters on more than q, k, v and o" if most == 1 else ""
+        choose("num_train_epochs", epochs, f"{steps:,} step{'s' if steps > 1 else ''} in each{why}")
     if training.learning_rate == AUTO:
         unknown = "a model whose configuration has no hidden_size" if facts.hidden_size is None else ""
         if training.optim not in _ADAPTIVE or facts.hidden_size is None:
@@ -152,7 +157,7 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
         rate, why = learning_rate(run.lora, facts.hidden_size, rows)
         if training.objective != "sft":
             rate, why = float(f"{rate * _COMPARED_RATE:.2g}"), f"{_COMPARED_RATE:g} of the rate of sft; {why}"
-        choose("learning_rate", *over_passes(rate, why, _passes(training, facts)))
+        choose("learning_rate", *over_passes(rate, why, _passes(training, facts), run.lora))
     choose("lr_scheduler_type", "linear", "down to zero")
     choose("warmup_steps", 0.0, "the update starts at zero and grows by itself")
     return training, found
@@ -186,18 +191,29 @@ def learning_rate(lora: LoraSection, hidden_size: int, rows: int) -> tuple[float
     return float(f"{min(rate, _MOST_RATE):.2g}"), why
 
 
-def over_passes(rate: float, why: str, passes: float) -> tuple[float, str]:
-    """The rate for rows that are read several times, and why: the same for two passes, and a quarter of it for four.
+def most_passes(lora: LoraSection) -> float:
+    """How often few rows are read; see `_PASSES_OF_ATTENTION`. lora: a section without `auto`."""
+    targets = lora.target_modules
+    is_attention = isinstance(targets, list) and all(name.removesuffix("_proj") in _ATTENTION for name in targets)
+    return _PASSES_OF_ATTENTION if is_attention and not lora.target_parameters else _PASSES_OF_MORE
 
-    SmolLM2-135M, 200 to 400 rows (scripts/README.md): over two passes, half of the rate had 0.2 % less loss on one task
-    and 1 to 23 % more on two; over four, a quarter had 1 to 10 % less than the whole and half, or 1 % more than half.
+
+def over_passes(rate: float, why: str, passes: float, lora: LoraSection) -> tuple[float, str]:
+    """The rate for rows that are read several times, and why: that of one pass for as many as `most_passes`, and a
+    quarter of it for four.
+
+    SmolLM2-135M (scripts/README.md): with q, k, v and o, over two passes half of the rate had 0.2 % less loss on one
+    task and 1 to 23 % more on two; over four, a quarter had 1 to 10 % less than the whole and half, or 1 % more than
+    half. With all linear layers, over two passes half of it had 2 to 33 % less on three of five sets of rows, and 0 to
+    3 % more on two.
 
     Args:
         rate: For one pass.
         why: Its reason.
         passes: Over the rows.
+        lora: As of `most_passes`.
     """
-    share = min(1.0, max((2 / passes) ** 2, 1 / passes))
+    share = min(1.0, max((most_passes(lora) / passes) ** 2, 1 / passes))
     if share == 1:
         return rate, why
     return float(f"{rate * share:.2g}"), f"{rate:g}, less for {passes:.3g} passes; {why}"

@@ -128,6 +128,16 @@ def _tenth() -> Iterator[Spec]:
         yield spec(task, training__learning_rate=rate, training__max_steps=max(5, ROWS[task] // 80))
 
 
+def _linear() -> Iterator[Spec]:
+    """All linear layers over two passes, at the rate of one pass and at half of it; of few rows also over one."""
+    for task, rows in (("spelling", 1000), ("dialogue", 400), ("classes", 200), ("spelling", 200), ("docstrings", 200)):
+        for epochs, rate in ((2.0, FORMULA), (2.0, FORMULA / 2), *([(1.0, FORMULA)] if rows == 200 else [])):
+            yield spec(
+                task, rows=rows, lora__target_modules="all-linear", lora__r=8, training__num_train_epochs=epochs,
+                training__learning_rate=rate,
+            )  # fmt: skip
+
+
 def _early() -> Iterator[Spec]:
     """Validation losses on the way, at every tenth of the steps, by which `sweep --halving` ranks."""
     for task, rate in itertools.product(("dialogue", "spelling", "classes"), (8e-4, 1.6e-3, FORMULA, 6.4e-3, 1.28e-2)):
@@ -150,4 +160,5 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "seeds": _seeds,
     "best": _best,
     "early": _early,
+    "linear": _linear,
 }

@@ -333,6 +333,11 @@ def document(results: Sequence[Result]) -> str:
         ),
         "Weights averaged over the last steps": averages(results),
         "Epochs and rows": lengths(results),
+        "Passes with all linear layers": compared(
+            [one for one in runs(results) if one["settings"].get("lora.target_modules") == "all-linear"],
+            ["lora.target_modules", "lora.r", "training.num_train_epochs"],
+            ["all-linear", 8, 1.0],
+        ),
         "A tenth of the steps": ranks(results),
         "Ranks on the way": early(results),
     }
