@@ -52,9 +52,14 @@ def is_4bit(tensor: Any) -> bool:
     return hasattr(tensor, "quant_state")
 
 
+def is_8bit(tensor: Any) -> bool:
+    """Whether bitsandbytes packed this tensor in 8 bits: `SCB` holds the scales of `Int8Params`."""
+    return hasattr(tensor, "SCB")
+
+
 def is_packed(tensor: Any) -> bool:
-    """Whether bitsandbytes packed this tensor, in 4 or 8 bits: `SCB` holds the scales of `Int8Params`."""
-    return is_4bit(tensor) or hasattr(tensor, "SCB")
+    """Whether bitsandbytes packed this tensor, in 4 or 8 bits."""
+    return is_4bit(tensor) or is_8bit(tensor)
 
 
 def is_quant_state(value: Any) -> bool:
@@ -78,7 +83,7 @@ def has_8bit_layers(model: Any) -> bool:
 
 def _8bit_layers(model: Any) -> Iterator[Any]:
     for layer in model.modules():
-        if any(hasattr(own, "SCB") for own in layer.parameters(recurse=False)):
+        if any(map(is_8bit, layer.parameters(recurse=False))):
             yield layer
 
 

@@ -142,8 +142,9 @@ def _computed(
     layout = scoring.layout(rows.dataset, *objective.items(rows.dataset))
     batches = scoring.batches(layout, range(rows.dataset.items))
     parts = [batches[start : start + _PART_BATCHES] for start in range(0, len(batches), _PART_BATCHES)]
+    is_divided = len(parts) > 1
     keys = [hashlib.sha256(f"{key} {_PART_BATCHES} {number}".encode()).hexdigest() for number in range(len(parts))]
-    known = [_known(one, group) if parts[1:] else None for one in keys]
+    known = [_known(own_key, group) if is_divided else None for own_key in keys]
     if done := sum(values is not None for values in known):
         log(f"of the reference {done / len(parts):.0%} is known from a run that ended early")
     found = []
@@ -151,9 +152,9 @@ def _computed(
         if values is None:
             read = objective.read(model, layout, part, before_batch, group)
             values = np.concatenate([one.log_probabilities.numpy() for one in (read.answers, read.mismatched)])
-            if parts[1:] and group.main and np.isfinite(values).all():
+            if is_divided and group.main and np.isfinite(values).all():
                 token_cache_dir.store_values(own_key, values)
-            if parts[1:] and number * 10 // len(parts) > (number - 1) * 10 // len(parts):
+            if is_divided and number * 10 // len(parts) > (number - 1) * 10 // len(parts):
                 log(f"{number / len(parts):.0%} of the reference is computed")
         found.append(values.reshape(-1, sum(map(len, part)) * rows.dataset.together))
     items, together = np.concatenate(batches), rows.dataset.together
@@ -161,7 +162,7 @@ def _computed(
     computed = np.concatenate(found, axis=1)[:, order].reshape(-1)
     if group.main and np.isfinite(computed).all():
         token_cache_dir.store_values(key, computed)
-        for own_key in keys if parts[1:] else []:
+        for own_key in keys if is_divided else []:
             token_cache_dir.discard_values(own_key)
     return computed
 

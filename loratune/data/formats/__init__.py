@@ -120,7 +120,7 @@ QUESTIONED_PAIRS = {
 }  # fmt: skip
 """Field that holds the prompt of a pair without `prompt`, as in LLaMA-Factory's rows → the format of the pair."""
 
-_LABELS = ("label", "kto_tag")
+_LABEL_FIELDS = ("label", "kto_tag")
 """Fields that say whether an answer is a good one; the second is LLaMA-Factory's."""
 _JUDGED: Mapping[str, tuple[str, Callable[[str, str, Fields], Judged], tuple[str, ...]]] = {
     "prompt": ("completion", preferences.parse_judged_messages, ()),
@@ -267,7 +267,7 @@ def _compared_format(fields: Fields, section: DataSection) -> str | None:
 
 def _judged_format(fields: Fields) -> Format | None:
     """The format of an answer with a label, whose field is the last of its keys; None where there is no such answer."""
-    label = next((name for name in _LABELS if name in fields), None)
+    label = next((name for name in _LABEL_FIELDS if name in fields), None)
     prompt = next((name for name, (answer, *_) in _JUDGED.items() if {name, answer} <= fields.keys()), None)
     if label is None or prompt is None:
         return None
