@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -300,6 +301,24 @@ def test_one_that_never_comes(processes: ForkServer, run_config: MakeConfig, tmp
     children[0].send(signal.SIGTERM)
     assert ended(children)[0] in (10, 143)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_signal_ends_the_wait_for_one_that_never_comes(processes: ForkServer, run_config: MakeConfig) -> None:
+    """torch waits for it in a call from which no handler of Python is run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    child = processes.start("train", run_config(), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **ranks)
+
+    def waits() -> bool:
+        with socket.socket() as other:
+            return other.connect_ex(("127.0.0.1", port)) == 0
+
+    until(waits, child)
+    child.send(signal.SIGINT)
+    assert ended([child]) == [130]
+    assert child.said() == "error: interrupted\n"
 
 
 def test_one_model_over_all_gpus_is_for_one_process(processes: ForkServer, run_config: MakeConfig) -> None:

@@ -25,6 +25,7 @@ from loratune.codes import Code
 from loratune.console import EscapedStream
 from loratune.errors import LostError, Problem
 from loratune.system.launcher import Failure, host
+from loratune.system.signals import exit_while_blocked
 from loratune.training.rendezvous import SignedStore, open_store, removed_error
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ def join() -> "DistributedGroup":
         LostError: The processes cannot reach each other.
     """
     try:
-        return DistributedGroup(PartialState(cpu=not torch.accelerator.is_available()))
+        with exit_while_blocked():
+            state = PartialState(cpu=not torch.accelerator.is_available())
+        return DistributedGroup(state)
     except (RuntimeError, ValueError, OSError) as error:  # torch's network errors are RuntimeErrors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"

@@ -29,6 +29,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from loratune.codes import Code
 from loratune.errors import LostError, Problem
+from loratune.system.signals import exit_while_blocked
 
 _log = logging.getLogger(__name__)
 
@@ -51,31 +52,33 @@ def open_store(rank: int, count: int, device: torch.device) -> tuple["SignedStor
     Raises:
         LostError: There is no address to listen on, or the processes have no secret in common.
     """
-    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(count)
-    address = ipaddress.ip_address("127.0.0.1") if one_machine else _resolved(os.environ["MASTER_ADDR"])
-    messages = _exchange(secrets.token_bytes(16) + _as_ipv6(address).packed, count, device)
-    nonces = [message[:16] for message in messages]
-    addresses = [ipaddress.IPv6Address(message[16:]) for message in messages]
-    name, path, secret = nonces[0].hex(), None, secret_of_user()
-    if secret is None and rank == 0:
-        path = write_secret(name, one_machine=one_machine)
+    path: Path | None = None
 
     def clean_up() -> None:
         if path is not None:
             path.unlink(missing_ok=True)
 
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(count)
+    address = ipaddress.ip_address("127.0.0.1") if one_machine else _resolved(os.environ["MASTER_ADDR"])
     try:
-        meeting = next((address for address in addresses if not _is_loopback(address)), addresses[0])
-        listener = _listen(meeting) if rank == 0 else None
-        own_port = listener.getsockname()[1] if listener else 0
-        port = int.from_bytes(_exchange(own_port.to_bytes(2, "big"), count, device)[0], "big")
-        secret = secret or read_secret(name, one_machine=one_machine)
-        if b"\0" in _exchange(bytes([secret is not None]), count, device):
-            raise _no_secret_error(one_machine=one_machine)
-        raw = TCPStore(
-            str(meeting.ipv4_mapped or meeting), port, is_master=rank == 0, wait_for_workers=False,
-            master_listen_fd=listener.detach() if listener else None,
-        )  # fmt: skip
+        with exit_while_blocked(clean_up):
+            messages = _exchange(secrets.token_bytes(16) + _as_ipv6(address).packed, count, device)
+            nonces = [message[:16] for message in messages]
+            addresses = [ipaddress.IPv6Address(message[16:]) for message in messages]
+            name, secret = nonces[0].hex(), secret_of_user()
+            if secret is None and rank == 0:
+                path = write_secret(name, one_machine=one_machine)
+            meeting = next((address for address in addresses if not _is_loopback(address)), addresses[0])
+            listener = _listen(meeting) if rank == 0 else None
+            own_port = listener.getsockname()[1] if listener else 0
+            port = int.from_bytes(_exchange(own_port.to_bytes(2, "big"), count, device)[0], "big")
+            secret = secret or read_secret(name, one_machine=one_machine)
+            if b"\0" in _exchange(bytes([secret is not None]), count, device):
+                raise _no_secret_error(one_machine=one_machine)
+            raw = TCPStore(
+                str(meeting.ipv4_mapped or meeting), port, is_master=rank == 0, wait_for_workers=False,
+                master_listen_fd=listener.detach() if listener else None,
+            )  # fmt: skip
     except BaseException:
         clean_up()
         raise
