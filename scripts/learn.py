@@ -220,12 +220,14 @@ def _measure(one: Spec, work: Path, text: Path) -> None:
         _append({"name": base_name} | score(adapter, paths["held_out"], text, base=True))
     scores = score(adapter, paths["held_out"], text, base=False)
     figures: dict[str, Any] = {
-        "steps": result.outcome.steps,
-        "tokens": result.outcome.tokens,
+        "steps": result.findings.outcome.steps,
+        "tokens": result.findings.outcome.tokens,
         "seconds": round(middle - start, 1),
     }
     if one in EXPERIMENTS["early"]():
-        held_out = [(entry["step"], entry["eval_loss"]) for entry in result.outcome.curve if "eval_loss" in entry]
+        held_out = [
+            (entry["step"], entry["eval_loss"]) for entry in result.findings.outcome.curve if "eval_loss" in entry
+        ]
         figures["held_out"] = [[int(step), loss] for step, loss in held_out if step]
     for part, place in averaged.items():
         known = {"name": f"{name_of(one)} {part:g}", "average_of": name_of(one), "part": part, "task": one["task"]}

@@ -16,7 +16,7 @@ from running import MakeConfig, checkpoints
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune.codes import Code
-from loratune.data import TokenizedDataset
+from loratune.data import UNRELATED_TEXT, TokenizedDataset
 from loratune.data.rendering import TokenizedRow
 from loratune.statistics import mean_ratio_interval
 from loratune.training import gain
@@ -173,17 +173,20 @@ def gain_line(ran: Ran) -> str:
     return line.removeprefix("  gain ").strip()
 
 
-def by_hand(base_dir: Path, out: Path) -> list[list[Loss]]:
-    """Loss of each row of ROWS on base and adapter, by stock PEFT in float32."""
+def by_hand(base_dir: Path, out: Path, texts: Sequence[str] = ()) -> list[list[Loss]]:
+    """Loss of each row of ROWS, or of the first 128 tokens of texts, on base and adapter, by stock PEFT in float32."""
     tokenizer = AutoTokenizer.from_pretrained(out)
+    whole = [tokenizer(text).input_ids[:128] for text in texts]
+    rows = [(ids[:1], ids[1:]) for ids in whole] or [
+        (tokenizer(row["prompt"]).input_ids, [*tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id])
+        for row in ROWS
+    ]
     found = []
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
     for wrap in (lambda base: base, lambda base: PeftModel.from_pretrained(base, str(out)).eval()):
         model = wrap(base)
         losses = []
-        for row in ROWS:
-            asked = tokenizer(row["prompt"]).input_ids
-            answer = [*tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id]
+        for asked, answer in rows:
             with torch.no_grad():
                 logits = model(torch.tensor([asked + answer])).logits[0, len(asked) - 1 : -1]
             total = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
@@ -220,6 +223,40 @@ def test_the_figures_are_those_of_stock_peft(
     assert gain_line(ran).startswith(f"{expected['better_by']:.3f} nats per token on 40 training rows (95 % interval ")
     assert "\ncomparing the adapter with its base on 40 training rows\n" in ran.err
     assert f"- **Gain:** {gain_line(ran)}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_lost_on_unrelated_text(
+    kind: str, cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, biased_dir: Path
+) -> None:
+    """As much as stock PEFT says, at the end, in the card and in the record."""
+    settings: dict[str, Any] = {"model": {"name_or_path": str(biased_dir)}, "lora": KINDS[kind]}
+    ran = cli("train", run_config(**settings, training={"learning_rate": 0.02, "max_steps": 20}))
+    assert ran.code == 0, ran.err
+    texts = UNRELATED_TEXT.read_text(encoding="utf-8").splitlines()[:12]
+    expected = gain.compare(*by_hand(biased_dir, tmp_path / "out", texts), "unrelated")
+    found = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["unrelated_text"]
+    figures = expected.base, expected.adapter, -expected.better_by
+    assert [found[name] for name in ("before", "after", "change")] == pytest.approx(figures, abs=2e-5)
+    assert found["low"] < found["change"] < found["high"] and found["rows"] == 12
+    line = (
+        f"loss {found['before']:.4f} → {found['after']:.4f} on 12 passages of general English ({found['change']:+.4f}, "
+    )
+    assert f"  unrelated text  {line}" in ran.out
+    assert f"- **Unrelated text:** {line}" in (tmp_path / "out" / "README.md").read_text()
+    assert (f"by {found['change']:.2f} nats per token on unrelated text; " in ran.err) == (found["low"] >= 0.1)
+
+
+def test_where_much_is_lost(cli: Callable[..., Ran], run_config: MakeConfig) -> None:
+    config = run_config(lora={"modules_to_save": ["lm_head"]}, training={"learning_rate": 0.1, "max_steps": 60})
+    ran = cli("train", config, "--json")
+    assert ran.code == 0, ran.err
+    change = json.loads(ran.out)["unrelated_text"]["change"]
+    assert change > 0.1
+    assert (
+        f"\nwhat the base could do elsewhere has suffered, by {change:.2f} nats per token on unrelated text; "
+        in ran.err
+    )
 
 
 def test_no_gain_is_reported(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:

@@ -215,11 +215,10 @@ def _evaluate_tasks(
 def _unrelated_text(name: str, max_length: int) -> "DatasetSplit":
     """The rows of a file, or of the text that comes with loratune, in whatever format they are, but no answers that are
     compared. Raises DataError: they are."""
-    from loratune import data, evaluation
+    from loratune import data
     from loratune.config import DataSection, Source
 
-    path = str(Path(evaluation.__file__).parent / "unrelated.txt") if name == "builtin" else name
-    source = Source(path=path)
+    source = Source(path=str(data.UNRELATED_TEXT) if name == "builtin" else name)
     split = data.read_source(source, DataSection(train=source, max_length=max_length))
     split.check_kind(None)
     return split

@@ -4,6 +4,7 @@ adapter is worth on rows, beside its base and beside what it started from.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from loratune.codes import Code
@@ -13,10 +14,10 @@ from loratune.errors import Problem
 from loratune.lora import tensors
 from loratune.lora.tensors import Weights
 from loratune.system.launcher import SINGLE_PROCESS
-from loratune.training import conditions, continuing, final_score, gain, reference
+from loratune.training import conditions, final_score, forgetting, gain, reference
 from loratune.training.callbacks import diverged_error
-from loratune.training.continuing import Forgetting
 from loratune.training.final_score import FinalScore
+from loratune.training.forgetting import Forgetting
 from loratune.training.gain import Gain
 from loratune.training.losses import Objective
 from loratune.training.outcome import Outcome
@@ -27,6 +28,54 @@ from loratune.training.run_context import RunContext
 
 MOST_COMPARED = 256
 """Training items on which is said what the adapter prefers, where there are no validation rows."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found out about an adapter.
+
+    Attributes:
+        outcome: Losses, tokens and time of the training.
+        gain: How much better than its base the adapter does.
+        forgetting: What it does on the rows of the run before; None where it started from no adapter.
+        unrelated: What it does on text that no rows are about; None where the tokenizer fails on it.
+        test: Its loss on the test rows; None without any.
+        preferences: What it prefers; None where answers were not compared.
+    """
+
+    outcome: Outcome
+    gain: Gain
+    forgetting: Forgetting | None
+    unrelated: Forgetting | None
+    test: FinalScore | None
+    preferences: PreferenceFigures | None
+
+    @property
+    def held_out(self) -> list[tuple[str, str]]:
+        """How the adapter does on the rows that it was not trained on, as labels and texts."""
+        return [
+            *self.outcome.lines(self.gain, tested=self.test is not None),
+            *([("test", str(self.test))] if self.test else []),
+            *(self.preferences.lines() if self.preferences else ()),
+        ]
+
+    @property
+    def beside(self) -> list[tuple[str, str]]:
+        """What it has cost elsewhere, as labels and texts."""
+        named = {"unrelated text": self.unrelated, "forgetting": self.forgetting}
+        return [(label, str(found)) for label, found in named.items() if found]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """All of it as figures. held_out_interval: null where it is not known."""
+        loss = self.outcome.held_out_loss
+        interval = self.gain.held_out_interval(loss) if loss is not None else None
+        metrics = self.outcome.metrics | {"held_out_interval": interval.as_json() if interval else None}
+        named = {
+            "gain": self.gain, "forgetting": self.forgetting, "unrelated_text": self.unrelated,
+            "preferences": self.preferences, "test": self.test,
+        }  # fmt: skip
+        return metrics | {name: found.as_json() for name, found in named.items() if found is not None}
 
 
 def compare_with_base(
@@ -45,24 +94,59 @@ def compare_with_base(
     return weights, comparison
 
 
-def measure_forgetting(
-    plan: Plan, weights: Weights, outcome: Outcome, context: RunContext, log: Callable[[str], None]
-) -> Forgetting | None:
-    """What the adapter does on the rows of the run before; None where it started from no adapter."""
-    if plan.earlier is None:
-        return None
-    adapter = plan.earlier, plan.model, plan.adapter_init, weights
-    sample = plan.batches.scoring, outcome.tokens, plan.batches.acceleration
-    return continuing.measure_forgetting(*adapter, *sample, context.group, log)
+def measure(
+    plan: Plan, outcome: Outcome, comparison: Gain, weights: Weights, context: RunContext, log: Callable[[str], None]
+) -> Findings:
+    """Measure what else is to be said of an adapter; a line is logged where it may not be intended.
+
+    Args:
+        plan: The run, whose model has the adapter.
+        outcome: What the training loop came to.
+        comparison: How the adapter compares with its base.
+        weights: The adapter's tensors, whole.
+        context: The processes of the run.
+        log: Takes lines.
+
+    Raises:
+        NumericError: The loss on the test rows is NaN or inf.
+    """
+    adapter = plan.model, plan.adapter_init, weights, plan.batches.scoring
+    acceleration, group = plan.batches.acceleration, context.group
+    earlier = unrelated = None
+    if plan.earlier is not None:
+        earlier = forgetting.of_earlier_run(plan.earlier, *adapter, outcome.tokens, acceleration, group, log)
+    if plan.datasets.unrelated is not None:
+        unrelated = forgetting.of_unrelated_text(plan.datasets.unrelated, *adapter, acceleration, group)
+        if unrelated.remark:
+            log(unrelated.remark)
+    test, preferences = _score_test(plan, context, log), _compare_answers(plan, context, log)
+    return Findings(outcome, comparison, earlier, unrelated, test, preferences)
 
 
-def score_test(plan: Plan, context: RunContext, log: Callable[[str], None]) -> FinalScore | None:
+def _score_test(plan: Plan, context: RunContext, log: Callable[[str], None]) -> FinalScore | None:
     """The loss of the adapter on the test rows, None without any. Raises NumericError: it is NaN or inf."""
     if (test := plan.datasets.test) is None:
         return None
     batches = plan.batches
     log(f"scoring the adapter on {plural(test.items, f'test {gain.item(batches.objective.unit)}')}")
     return final_score.score(plan.model, test, batches.scoring, batches.acceleration, context.group, batches.objective)
+
+
+def _compare_answers(plan: Plan, context: RunContext, log: Callable[[str], None]) -> PreferenceFigures | None:
+    """What the adapter prefers, and a line on what of it may not be intended; None where answers are not compared."""
+    objective, batches = plan.batches.objective, plan.batches
+    if not isinstance(objective, Comparing):
+        return None
+    split = "training" if batches.validation is None else "validation"
+    layout = batches.validation or batches.train
+    numbers = range(len(layout.items) if batches.validation else min(len(layout.items), MOST_COMPARED))
+    with batches.acceleration.applied(plan.model):
+        objective.held_out_loss(plan.model, layout, numbers, group=context.group)
+    figures = objective.figures(split)
+    assert figures is not None
+    for line in figures.warnings():
+        log(line)
+    return figures
 
 
 def compute_reference(
@@ -94,20 +178,3 @@ def compute_reference(
     else:
         check = context.check_not_stopping
         reference.compute(objective, model, layouts, pad_id, context.group, log, lambda _: check())
-
-
-def compare_answers(plan: Plan, context: RunContext, log: Callable[[str], None]) -> PreferenceFigures | None:
-    """What the adapter prefers, and a line on what of it may not be intended; None where answers are not compared."""
-    objective, batches = plan.batches.objective, plan.batches
-    if not isinstance(objective, Comparing):
-        return None
-    split = "training" if batches.validation is None else "validation"
-    layout = batches.validation or batches.train
-    numbers = range(len(layout.items) if batches.validation else min(len(layout.items), MOST_COMPARED))
-    with batches.acceleration.applied(plan.model):
-        objective.held_out_loss(plan.model, layout, numbers, group=context.group)
-    figures = objective.figures(split)
-    assert figures is not None
-    for line in figures.warnings():
-        log(line)
-    return figures

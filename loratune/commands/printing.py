@@ -120,7 +120,7 @@ def _adapted_too(roles: Sequence[str]) -> str:
 
 def print_result(result: "Result", program: str, as_json: bool) -> None:
     """The block at the end of a run, and a curve of its loss. program: what to type to start this program."""
-    outcome = result.outcome
+    findings, outcome = result.findings, result.findings.outcome
     if as_json:
         print_json(result.as_json())
         return
@@ -130,10 +130,8 @@ def print_result(result: "Result", program: str, as_json: bool) -> None:
         ("trained", f"{outcome.tokens:,} tokens in {outcome.steps:,} steps, {format_duration(outcome.seconds)}"),
         ("loss", f"{outcome.first_loss:.4f} → {outcome.last_loss:.4f}"),
     ]
-    lines += result.held_out
-    lines.append(("gain", str(result.gain)))
-    if result.forgetting is not None:
-        lines.append(("forgetting", str(result.forgetting)))
+    lines += [*findings.held_out, ("gain", str(findings.gain)), *findings.beside]
+    if findings.forgetting is not None:
         lines.append(("stands alone", "it holds the adapter that it started from"))
     lines.append(
         ("try it", f"{program} generate --adapter {escaping.shell(result.display_name)} {result.example_prompt}")

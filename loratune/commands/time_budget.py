@@ -21,7 +21,7 @@ from loratune.console import format_duration, plural
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import ConfigError, Problem
-from loratune.training import auto, budget, gain, trainer
+from loratune.training import auto, budget, forgetting, gain, trainer
 from loratune.training.budget import FEWEST, WARM_UP, Speed, StepBudget, is_timed_enough
 from loratune.training.callbacks import StepTimer
 from loratune.training.duration import READ, WITH_MISMATCHED, Costs, seconds_per_operation
@@ -241,6 +241,8 @@ def _end_seconds(plan: Plan, times: _Times, tokens: int) -> float:
     if plan.earlier is not None and plan.earlier.held_out is not None:
         earlier = plan.earlier.held_out
         passes += [(earlier, [*gain.sample({"earlier": earlier}, tokens)[1]], NextToken())] * 2
+    if (text := plan.datasets.unrelated) is not None:
+        passes += [(text, forgetting.passages(text), NextToken())] * 2
     if plan.datasets.test is not None:
         passes.append((plan.datasets.test, [*plan.datasets.test.copies()], objective))
     seconds = sum(_scored_seconds(plan, times, *one) for one in passes)

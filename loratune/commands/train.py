@@ -14,6 +14,7 @@ from typing import Any
 
 from loratune import config, data, kernels, memory
 from loratune.commands import card, clients, measuring, time_budget
+from loratune.commands.measuring import Findings
 from loratune.commands.plan import Plan, Planner, make_plan
 from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory, row_hashes
@@ -28,11 +29,6 @@ from loratune.system.signals import Stop
 from loratune.training import best_step, conditions, gain, objectives, resume, run_dir, trainer
 from loratune.training.callbacks import Progress
 from loratune.training.checkpoints import MOST_CHECKPOINTS, Checkpoints
-from loratune.training.continuing import Forgetting
-from loratune.training.final_score import FinalScore
-from loratune.training.gain import Gain
-from loratune.training.outcome import Outcome
-from loratune.training.preference_figures import PreferenceFigures
 from loratune.training.preflight import ValidatedRun
 from loratune.training.run_context import RunContext
 from loratune.training.run_dir import RunDirectory
@@ -63,11 +59,7 @@ class Result:
         directory: The adapter directory.
         display_name: The adapter directory as the user wrote it.
         adapter_bytes: The size of the file of weights.
-        outcome: Losses, tokens and time of the training.
-        gain: How much better than its base the adapter does.
-        forgetting: What it does on the rows of the run before; None where it started from no adapter.
-        test: Its loss on the test rows; None without any.
-        preferences: What it prefers; None where answers were not compared.
+        findings: What was found out about it.
         fallbacks: Kinds of layers that were not accelerated, and why not.
         example_prompt: A prompt to try the adapter with, quoted for a shell.
         peak_memory: The most bytes in use at once, see `memory.peak`.
@@ -77,11 +69,7 @@ class Result:
     directory: Path
     display_name: str
     adapter_bytes: int
-    outcome: Outcome
-    gain: Gain
-    forgetting: Forgetting | None
-    test: FinalScore | None
-    preferences: PreferenceFigures | None
+    findings: Findings
     fallbacks: Mapping[str, str]
     example_prompt: str
     peak_memory: dict[str, int]
@@ -91,15 +79,10 @@ class Result:
         return {
             "adapter": str(self.directory),
             "adapter_bytes": self.adapter_bytes,
-            **_metrics(self),
+            **self.findings.metrics,
             "peak_memory": self.peak_memory,
             "not_accelerated": dict(self.fallbacks),
         }
-
-    @property
-    def held_out(self) -> list[tuple[str, str]]:
-        """How the adapter does on the rows that it was not trained on, as labels and texts."""
-        return _held_out(self)
 
 
 @dataclass(frozen=True)
@@ -108,11 +91,7 @@ class _FinishedRun:
 
     plan: Plan
     weights: Weights
-    outcome: Outcome
-    gain: Gain
-    forgetting: Forgetting | None
-    test: FinalScore | None
-    preferences: PreferenceFigures | None
+    findings: Findings
     identity: Mapping[str, Any]
     peak_memory: dict[str, int]
 
@@ -179,15 +158,12 @@ def train(
         weights, comparison = measuring.compare_with_base(plan, outcome, context, reporter.log)
         if comparison.verdict == "worse" and not allow_worse:
             gain.reject(comparison, outcome.steps, validated_run.directory, group)
-        forgetting = measuring.measure_forgetting(plan, weights, outcome, context, reporter.log)
-        test = measuring.score_test(plan, context, reporter.log)
-        preferences = measuring.compare_answers(plan, context, reporter.log)
+        findings = measuring.measure(plan, outcome, comparison, weights, context, reporter.log)
         plan.base.check_unchanged(group, thoroughly=True)
         group.close()
         if not group.main:
             return None
-        found = outcome, comparison, forgetting, test, preferences
-        finished_run = _FinishedRun(plan, weights, *found, identity, memory.peak())
+        finished_run = _FinishedRun(plan, weights, findings, identity, memory.peak())
         return _publish(finished_run, directory, reporter.log)
 
 
@@ -275,28 +251,6 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _held_out(run: Result | _FinishedRun) -> list[tuple[str, str]]:
-    """How the adapter does on the rows that it was not trained on, as labels and texts."""
-    lines = run.outcome.lines(run.gain, tested=run.test is not None)
-    return [
-        *lines,
-        *([("test", str(run.test))] if run.test else []),
-        *(run.preferences.lines() if run.preferences else ()),
-    ]
-
-
-def _metrics(run: Result | _FinishedRun) -> dict[str, Any]:
-    """What a run came to, as figures. held_out_interval: null where it is not known."""
-    outcome, comparison = run.outcome, run.gain
-    loss = outcome.held_out_loss
-    interval = comparison.held_out_interval(loss) if loss is not None else None
-    metrics = outcome.metrics | {"held_out_interval": interval.as_json() if interval else None}
-    metrics |= {"gain": comparison.as_json()}
-    metrics |= {"forgetting": run.forgetting.as_json()} if run.forgetting else {}
-    metrics |= {"preferences": run.preferences.as_json()} if run.preferences else {}
-    return metrics | ({"test": run.test.as_json()} if run.test else {})
-
-
 def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[[str], None]) -> Result:
     """Put the adapter directory in its place, whole or not at all."""
     plan = finished_run.plan
@@ -310,10 +264,8 @@ def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[
         directory.remove_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
         raise
     name, fallbacks = directory.display_name, plan.batches.acceleration.fallbacks
-    figures = finished_run.outcome, finished_run.gain, finished_run.forgetting
-    more = finished_run.test, finished_run.preferences
-    published = plan.config, directory.output, name, size
-    return Result(*published, *figures, *more, fallbacks, plan.example_prompt, finished_run.peak_memory)
+    published = plan.config, directory.output, name, size, finished_run.findings
+    return Result(*published, fallbacks, plan.example_prompt, finished_run.peak_memory)
 
 
 def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
@@ -324,16 +276,17 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
     size = attach.save(plan.model, directory.staging, plan.adapter_init, finished_run.weights)
     plan.tokenizer.save_pretrained(directory.staging)
     (directory.staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
-    metrics, name = _metrics(finished_run), directory.output.name
+    findings, name = finished_run.findings, directory.output.name
     are_layers_known = not [*parameters.layers_unknown_to_llama_cpp(plan.model)]
     text = card.model_card(
         plan.config.resolved(),
-        metrics,
+        findings.metrics,
         name,
         use=clients.sections(plan.config, name, plan.example_prompt, are_layers_known=are_layers_known),
-        gain=str(finished_run.gain),
-        forgetting=str(finished_run.forgetting or ""),
-        held_out=_held_out(finished_run),
+        gain=str(findings.gain),
+        forgetting=str(findings.forgetting or ""),
+        unrelated=str(findings.unrelated or ""),
+        held_out=findings.held_out,
         formats=plan.train_split.formats,
         changes=finished_run.identity["changes"],
         objective=objectives.described(plan.config),
@@ -342,15 +295,15 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
     (directory.staging / "README.md").write_text(text, encoding="utf-8")
     trained_before = plan.earlier.start.trained_on if plan.earlier else None
     row_hashes.write(directory.staging, plan.train_split, trained_before, goes_on=plan.earlier is not None)
-    record = _record(finished_run, metrics, plan.train_split) | {"files": adapter_files.manifest(directory.staging)}
+    record = _record(finished_run, plan.train_split) | {"files": adapter_files.manifest(directory.staging)}
     write_json(directory.staging / "loratune.json", record)
     return size
 
 
-def _record(finished_run: _FinishedRun, metrics: Mapping[str, Any], train_split: DatasetSplit) -> dict[str, Any]:
+def _record(finished_run: _FinishedRun, train_split: DatasetSplit) -> dict[str, Any]:
     """What loratune.json says, but for the files."""
-    plan, outcome, conditions = finished_run.plan, finished_run.outcome, finished_run.identity["conditions"]
-    record = card.provenance(plan.config.resolved(), metrics, outcome.curve, plan.fingerprints)
+    plan, findings, conditions = finished_run.plan, finished_run.findings, finished_run.identity["conditions"]
+    record = card.provenance(plan.config.resolved(), findings.metrics, findings.outcome.curve, plan.fingerprints)
     names = {
         "processor": "the processor", "device": "the device", "threads": "the number of threads",
         "compiled_code": "the compiled CPU code",

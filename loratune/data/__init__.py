@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from loratune.codes import Code
-from loratune.config import DataSection
+from loratune.config import DataSection, Source
 from loratune.data import formats, token_cache_dir
 from loratune.data.formats import AnswerPair, Conversation, Example, Ids, Judged, Plain, Single, preferences, sides
 from loratune.data.formats.examples import no_loss_reason
@@ -43,6 +43,9 @@ from loratune.data.splits import replay_numbers as replay_numbers
 from loratune.data.token_cache import TokenCache, TokenCacheWriter
 from loratune.data.token_cache_dir import remove_old_entries as remove_old_entries
 from loratune.errors import DataError, Problem
+
+UNRELATED_TEXT = Path(__file__).parent / "unrelated.txt"
+"""54 paragraphs of American speeches and of Moby Dick, which hardly anybody's rows are about."""
 
 _DECODED_ROWS = 100
 """How many rows are decoded again, to find characters that the tokenizer loses."""
@@ -140,6 +143,13 @@ def prepare(
     rows.report.duplicates = find_duplicates(split)
     _check_report(rows.report, split, section)
     return TokenizedDataset(rows)
+
+
+def prepare_unrelated_text(renderer: Renderer, vocabulary_size: int, longest: int) -> TokenizedDataset:
+    """Tokenize `UNRELATED_TEXT`, a paragraph a row, cut at its end to so many tokens. Raises as `prepare`."""
+    source = Source(path=str(UNRELATED_TEXT))
+    section = DataSection(train=source, max_length=longest, max_dropped=1.0)
+    return prepare(read_source(source, section), renderer, section, vocabulary_size)
 
 
 def mix_in(own: TokenizedDataset, earlier: TokenizedDataset, numbers: Sequence[int]) -> TokenizedDataset:

@@ -1,6 +1,7 @@
 """The rows of a run: tokenized once for all of its processes, and laid out in batches that its model can take."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from loratune.data.packing import BatchLayout, Packing, flatten
 from loratune.data.packing_check import packing_refusal, padding_is_cheaper
 from loratune.data.prefix_tree import PrefixTree
 from loratune.data.rendering import Renderer
-from loratune.errors import ConfigError, DataError, Problem
+from loratune.errors import ConfigError, DataError, ModelError, Problem
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.model import load
@@ -28,6 +29,8 @@ from loratune.training.objectives import Formula
 from loratune.training.preferences import ComparedRows, Comparing
 from loratune.training.preflight import ValidatedRun
 
+_UNRELATED_TOKENS = 128
+"""The most tokens of a passage of unrelated text, and no more than a row may have."""
 _WORTH_SHARING = 0.05
 """The share of the tokens of batches from which on prefixes are shared without being asked for."""
 
@@ -43,6 +46,8 @@ class TokenizedDatasets:
         leaks: Lines on validation and test rows that are also in another split. Known to the main process only.
         max_length: The number of tokens to which rows were cut.
         test: The test rows, if there are any.
+        unrelated: Text that no rows are about, on which is measured what is forgotten. It is no split of the rows. None
+            if the tokenizer fails on it.
     """
 
     train: TokenizedDataset
@@ -50,7 +55,8 @@ class TokenizedDatasets:
     remarks: dict[str, list[str]]
     leaks: list[str]
     max_length: int
-    test: TokenizedDataset | None = None
+    test: TokenizedDataset | None
+    unrelated: TokenizedDataset | None
 
     @property
     def splits(self) -> dict[str, TokenizedDataset]:
@@ -106,7 +112,19 @@ def tokenize(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group:
         leaks = [line for one in found if one for line in one.remarks()]
     train, validation, test = (splits.get(name) for name in values)
     assert train is not None
-    return TokenizedDatasets(train, validation, remarks, leaks, section.max_length, test)
+    longest = min(_UNRELATED_TOKENS, section.max_length, context or _UNRELATED_TOKENS)
+    unrelated = _unrelated(renderer, vocabulary, longest, group)
+    return TokenizedDatasets(train, validation, remarks, leaks, section.max_length, test, unrelated)
+
+
+def _unrelated(renderer: Renderer, vocabulary: int, longest: int, group: Group) -> TokenizedDataset | None:
+    """See `TokenizedDatasets`. longest: the most tokens of a passage."""
+    prepare = partial(data.prepare_unrelated_text, renderer, vocabulary, longest)
+    own = None
+    if group.main:
+        with suppress(DataError, ModelError):
+            own = prepare()
+    return shared_rows(lambda: own or prepare(), group) if group.broadcast(own is not None) else None
 
 
 def _remarks_on_rendering(

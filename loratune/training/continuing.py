@@ -1,5 +1,4 @@
-"""Going on from an adapter: its base is checked, rows of the run that made it are replayed, and what is forgotten of
-them is measured.
+"""Going on from an adapter: its base is checked, and rows of the run that made it are replayed.
 
 The rows are those of the earlier run's own config, read, rendered and cut as it did; that they are the same is known by
 the fingerprints that the adapter records. They are mixed in as tokens, so the two runs may read, render and supervise
@@ -12,25 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from loratune import data, kernels
+from loratune import data
 from loratune.codes import Code
 from loratune.config import ModelSection, RunConfig
 from loratune.data import ProgressFactory, TokenizedDataset
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError, DataError, ModelError, Problem
-from loratune.lora import tensors
-from loratune.lora.attach import PeftModel
-from loratune.lora.initialize import AdapterInit
 from loratune.lora.start import KEY
-from loratune.lora.tensors import Weights
 from loratune.model import fingerprints, load
 from loratune.model.load import Base
-from loratune.statistics import finite
 from loratune.system.launcher import Group
-from loratune.training import gain
 from loratune.training.batching import TokenizedDatasets, shared_rows
-from loratune.training.gain import Gain
-from loratune.training.losses import ScoringLayout
 from loratune.training.preflight import StartAdapter, ValidatedRun
 
 REPLAY = "data.replay"
@@ -200,79 +191,3 @@ def check_base(start: StartAdapter | None, base: Base) -> None:
         held = f" in {before.quantization}, dtype {before.dtype}" if before.quantization != "none" else ""
         what = f"was trained on another base, by its settings and weights: {start.info.files.base}{held}"
         raise AdapterError(Problem(Code.LORA_START_BASE, what, where, KEY, "set model to that base"))
-
-
-@dataclass(frozen=True)
-class Forgetting:
-    """What training further has changed on the rows of the earlier run.
-
-    Attributes:
-        comparison: The adapter that the run started from, as `base`, and the new one, on the same rows; None if the
-            rows are not known.
-        unknown: Why they are not known.
-    """
-
-    comparison: Gain | None
-    unknown: str = ""
-
-    def __str__(self) -> str:
-        """A line with the loss before and after."""
-        if (measured := self.comparison) is None:
-            return f"not measured: {self.unknown}"
-        change = -measured.better_by
-        interval = ""
-        if measured.low is not None and measured.high is not None:
-            interval = f", 95 % interval {-measured.high:+.4f} to {-measured.low:+.4f}"
-        rows = f"{measured.sampled_rows()} of the earlier run"
-        return f"loss {measured.base:.4f} → {measured.adapter:.4f} on {rows} ({change:+.4f}{interval})"
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values: losses in nats per supervised token, and their `change`, above 0 where rows were forgotten.
-
-        A loss that is not finite is null.
-        """
-        if (measured := self.comparison) is None:
-            return {"not_measured": self.unknown}
-        low, high = measured.low, measured.high
-        return {
-            "split": measured.split,
-            "rows": measured.rows,
-            "drawn": measured.drawn,
-            "total": measured.total,
-            "before": finite(measured.base),
-            "after": finite(measured.adapter),
-            "change": finite(-measured.better_by),
-            "low": None if high is None else -high,
-            "high": None if low is None else -low,
-        }
-
-
-def measure_forgetting(
-    run: EarlierRun,
-    model: PeftModel,
-    start: AdapterInit,
-    trained: Weights,
-    scoring: ScoringLayout,
-    budget: int,
-    acceleration: kernels.Acceleration,
-    group: Group,
-    log: Callable[[str], None],
-) -> Forgetting:
-    """Compare a trained adapter with the one that it started from, on rows of the earlier run; see `gain.measure`.
-
-    Args:
-        run: The earlier run.
-        model: The base with the adapter, as it was trained.
-        start: The adapter before its first step.
-        trained: Its tensors now, whole.
-        scoring: How rows stand in batches.
-        budget: Tokens that the run was trained on.
-        acceleration: What of the model the kernels compute.
-        group: The processes of the run.
-        log: Takes a line on what is being done.
-    """
-    if run.held_out is None:
-        return Forgetting(None, run.unknown)
-    before = tensors.as_started(model, start, trained)
-    rows, name = {run.split: run.held_out}, f"the one it started from, {run.start.info.files.path},"
-    return Forgetting(gain.measure(model, before, rows, scoring, budget, acceleration, group, log, name))

@@ -130,7 +130,8 @@ def _tenth() -> Iterator[Spec]:
 
 def _linear() -> Iterator[Spec]:
     """All linear layers over two passes, at the rate of one pass and at half of it; of few rows also over one."""
-    for task, rows in (("spelling", 1000), ("dialogue", 400), ("classes", 200), ("spelling", 200), ("docstrings", 200)):
+    few = (("spelling", 1000), ("dialogue", 400), ("classes", 200), ("spelling", 200), ("docstrings", 200))
+    for task, rows in (*few, ("classes", 1000), ("docstrings", 800), ("mail", 600)):
         for epochs, rate in ((2.0, FORMULA), (2.0, FORMULA / 2), *([(1.0, FORMULA)] if rows == 200 else [])):
             yield spec(
                 task, rows=rows, lora__target_modules="all-linear", lora__r=8, training__num_train_epochs=epochs,

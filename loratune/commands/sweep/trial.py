@@ -48,7 +48,7 @@ def recorded(outcome: TrialOutcome, run: RunConfig, varied: list[str]) -> dict[s
     return {
         "values": {key: value for key, value in values.items() if key in told},
         "seconds": outcome.seconds,
-        "steps": outcome.result.outcome.steps,
+        "steps": outcome.result.findings.outcome.steps,
         "adapter_bytes": outcome.result.adapter_bytes,
         "rows": outcome.losses.packed(),
         DIGEST: sha256(outcome.result.directory / RECORD_FILE),
