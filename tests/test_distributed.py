@@ -537,6 +537,30 @@ def test_experts_learn_the_same_in_several_processes(
         assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-4)
 
 
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("orpo", marks=SLOW), "kto"])
+def test_answers_are_compared_over_a_spread_base(
+    objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The reference, the losses and what is preferred are those of one process."""
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " c" * 3} for row in UNEVEN]
+    judged = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in pairs
+        for side in ("chosen", "rejected")
+    ]
+    rows = write_rows(tmp_path / "compared.jsonl", judged if objective == "kto" else pairs)
+    training = {"objective": objective, "learning_rate": 1e-2, "max_steps": 4, "eval_steps": 2}
+    config = run_config(data={"train": str(rows), **EVALUATED}, training=training)
+    alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
+    settings = [part for one in shared(4) for part in ("--set", one)]
+    spread_to_the_end("fsdp2", processes, config, tmp_path / "2", *settings)
+    record = json.loads((tmp_path / "2" / "loratune.json").read_text())
+    same(record, alone)
+    margins = [one["metrics"]["preferences"]["reward_margin"] for one in (record, alone)]
+    assert margins[0]["value"] == pytest.approx(margins[1]["value"], abs=1e-4)
+    assert margins[0]["interval"] == pytest.approx(margins[1]["interval"], abs=1e-4)
+
+
 def test_the_base_beside_a_spread_adapter_is_the_base(
     processes: ForkServer, run_config: MakeConfig, tiny_dir: Path, tmp_path: Path
 ) -> None:
