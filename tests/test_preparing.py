@@ -592,7 +592,7 @@ def test_ctrl_c_while_tokenizing(
     assert first.parent.name.endswith(".partial")
     again = processes.start("train", config, "--dry-run", first=caching(cache))
     assert again.wait() == 0, again.said()
-    (shard,) = cache.rglob("00000.arrow")
+    shard = first.parent.with_suffix("") / first.name
     assert shard.stat().st_mtime_ns == written
     assert {path.name for path in shard.parent.glob("*.arrow")} == {"00000.arrow", "00001.arrow"}
 
