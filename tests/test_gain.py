@@ -2,10 +2,11 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ import torch
 from conftest import ROWS, Ran, check_refused, tiny_llama, tree, write_rows
 from peft import PeftModel
 from running import MakeConfig, checkpoints
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from loratune import data
 from loratune.codes import Code
 from loratune.data import UNRELATED_TEXT, TokenizedDataset
 from loratune.data.rendering import TokenizedRow
+from loratune.errors import Problem, ResourceError
 from loratune.statistics import mean_ratio_interval
 from loratune.training import gain
+from loratune.training.forgetting import Forgetting
 from loratune.training.gain import Gain
 from loratune.training.losses import Loss
 
@@ -239,12 +244,54 @@ def test_what_is_lost_on_unrelated_text(
     figures = expected.base, expected.adapter, -expected.better_by
     assert [found[name] for name in ("before", "after", "change")] == pytest.approx(figures, abs=2e-5)
     assert found["low"] < found["change"] < found["high"] and found["rows"] == 12
-    line = (
-        f"loss {found['before']:.4f} → {found['after']:.4f} on 12 passages of general English ({found['change']:+.4f}, "
-    )
+    passages = "12 passages of general English, 128 tokens at most"
+    line = f"base {found['before']:.4f} → {found['after']:.4f} on {passages} ({found['change']:+.4f}, "
     assert f"  unrelated text  {line}" in ran.out
     assert f"- **Unrelated text:** {line}" in (tmp_path / "out" / "README.md").read_text()
     assert (f"by {found['change']:.2f} nats per token on unrelated text; " in ran.err) == (found["low"] >= 0.1)
+
+
+@pytest.mark.parametrize(
+    ("why", "text"),
+    [
+        ("short rows", "rows of 15 tokens are too short for it"),
+        ("full disk", "the tokenized rows cannot be written: "),
+        ("unknown letters", "the tokenizer does not know all letters of English"),
+    ],
+)
+def test_where_unrelated_text_cannot_be_read(
+    why: str, text: str, cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, tiny_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The run is as healthy as ever, and says why."""
+    changes: dict[str, Any] = {"data": {"max_length": 15}} if why == "short rows" else {}
+    if why == "full disk":
+
+        def fail(*arguments: Any) -> NoReturn:
+            problem = Problem(Code.DATA_CACHE_NOT_WRITTEN, f"{text}No space left on device")
+            raise ResourceError(problem)
+
+        monkeypatch.setattr(data, "prepare_unrelated_text", fail)
+    if why == "unknown letters":
+        words = {"[UNK]": 0, "[EOS]": 1, **{str(number): number + 2 for number in range(100)}}
+        words |= {word: len(words) + place for place, word in enumerate(("and", "make", "is"))}
+        backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]")
+        shutil.copytree(tiny_dir, tmp_path / "words")
+        tokenizer.save_pretrained(tmp_path / "words")
+        changes = {"model": {"name_or_path": str(tmp_path / "words")}}
+    ran = cli("train", run_config(**changes, training={"learning_rate": 0.02, "max_steps": 5}))
+    assert ran.code == 0, ran.err
+    found = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["unrelated_text"]
+    assert [*found] == ["not_measured"] and found["not_measured"].startswith(text)
+    assert f"  unrelated text  not measured: {text}" in ran.out
+
+
+def test_what_is_not_finite_is_said() -> None:
+    found = compared([math.nan] * 12)
+    assert "has suffered, beyond measure on unrelated text" in Forgetting(found).remark
+    assert Forgetting(compared([0.2] * 12)).remark and not Forgetting(compared([0.05] * 12)).remark
 
 
 def test_where_much_is_lost(cli: Callable[..., Ran], run_config: MakeConfig) -> None:

@@ -117,6 +117,9 @@ def test_both_sides_lose_the_same_of_the_prompt(cli: Cli, run_config: MakeConfig
         ("sft", PAIRS, "data.columns to {completion: chosen}"),
         ("sft", JUDGED, "data.format to prompt_completion"),
         ("sft", [{"instruction": "a", "output": "b", "kto_tag": True}], "data.format to alpaca"),
+        ("sft", [{"instruction": "a", "output": "b", "kto_tag": 0}], "data.format to alpaca"),
+        ("sft", [{"instruction": "a", "output": "b", "label": 3, "kto_tag": "false"}], "data.format to alpaca"),
+        ("sft", [{"prompt": "a", "completion": "b", "label": "False"}], "data.format to prompt_completion"),
         ("kto", PAIRS, "training.objective to dpo, orpo or simpo"),
         ("dpo", JUDGED, "training.objective to kto"),
         ("dpo", [{"prompt": "a", "completion": "b"}], "give rows that are pairs of answers"),
@@ -132,6 +135,41 @@ def test_rows_that_are_not_those_of_the_objective(
     ran = cli("train", path)
     check_refused(ran, 4, (Code.DATA_PREFERENCES, f"{tmp_path / 'compared.jsonl'}:1", "training.objective"))
     assert fix in ran.err
+
+
+LATER: list[dict[str, Any]] = [
+    {"prompt": "a", "completion": "good", "label": None}, {"prompt": "b", "completion": "bad", "label": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [LATER[0], {"prompt": "a", "completion": "good"}], ids=["null", "none"])
+def test_a_label_that_comes_later(first: dict[str, Any], cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Answers are not trained on, whatever the label says, unless the format is given."""
+    path = config(run_config, tmp_path, "sft", data={"validation": None}, training={"eval_steps": None})
+    write_rows(tmp_path / "compared.jsonl", [first, LATER[1]])
+    ran = cli("train", path)
+    check_refused(ran, 4, (Code.DATA_PREFERENCES, f"{tmp_path / 'compared.jsonl'}:2", ""))
+    assert "`label` says whether the answer is a good one" in ran.err and "data.format to prompt_completion" in ran.err
+    assert cli("train", path, "--dry-run", "--set", "data.format=prompt_completion").code == 0
+
+
+@pytest.mark.parametrize(("label", "is_told"), [(0, True), ("1", True), (None, True), (3, False), ("noun", False)])
+def test_a_label_that_may_be_one(
+    label: Any, is_told: bool, cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
+) -> None:
+    """0 and 1 are classes or verdicts: what to set is said, by `init` too."""
+    path = config(run_config, tmp_path, "sft", data={"validation": None}, training={"eval_steps": None})
+    rows = write_rows(
+        tmp_path / "compared.jsonl", [{"prompt": f"{n}", "completion": "b", "label": label} for n in "ab"]
+    )
+    for arguments in (
+        ("train", path, "--dry-run"),
+        ("init", rows, "--model", tiny_dir, "--output", tmp_path / "i.yaml"),
+    ):
+        ran = cli(*arguments)
+        assert ran.code == 0 and "fields not read: `label`" in ran.err + ran.out
+        told = "if `label` says which answers are good, set data.format to unpaired_preference" in ran.err + ran.out
+        assert told == is_told
 
 
 @pytest.mark.parametrize(

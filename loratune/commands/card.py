@@ -73,7 +73,7 @@ def model_card(
         use: How it is used, see `clients.sections`.
         gain: How the adapter compares with its base, in a line.
         forgetting: How it does on the rows of the run before, in a line, where it started from another adapter.
-        unrelated: How it does on text that no rows are about, in a line, where that was measured.
+        unrelated: How it does on text that no rows are about, in a line.
         held_out: How it does on rows that it was not trained on, as labels and lines.
         formats: The formats of the rows.
         changes: Settings that were changed when the run was resumed.
@@ -91,7 +91,6 @@ def model_card(
     held_out_lines = "".join(f"- **{label.capitalize()}:** {text}\n" for label, text in held_out)
     process_note = f", on {processes} processes" if processes > 1 else ""
     objective_line = f"- **Objective:** {objective}\n" if objective else ""
-    unrelated_line = f"- **Unrelated text:** {unrelated}\n" if unrelated else ""
     history = _start_lines(settings, forgetting) + _change_lines(changes)
     # Not huggingface_hub's ModelCardData.to_yaml: it leaves marks of direction and invisible characters unescaped.
     text = f"""---
@@ -105,7 +104,8 @@ A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 {objective_line}- **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
 {held_out_lines}- **Gain:** {gain}
-{unrelated_line}{history}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
+- **Unrelated text:** {unrelated}
+{history}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
 
 ## Use
 

@@ -38,7 +38,7 @@ class Findings:
         outcome: Losses, tokens and time of the training.
         gain: How much better than its base the adapter does.
         forgetting: What it does on the rows of the run before; None where it started from no adapter.
-        unrelated: What it does on text that no rows are about; None where the tokenizer fails on it.
+        unrelated: What it does on text that no rows are about.
         test: Its loss on the test rows; None without any.
         preferences: What it prefers; None where answers were not compared.
     """
@@ -46,7 +46,7 @@ class Findings:
     outcome: Outcome
     gain: Gain
     forgetting: Forgetting | None
-    unrelated: Forgetting | None
+    unrelated: Forgetting
     test: FinalScore | None
     preferences: PreferenceFigures | None
 
@@ -112,13 +112,12 @@ def measure(
     """
     adapter = plan.model, plan.adapter_init, weights, plan.batches.scoring
     acceleration, group = plan.batches.acceleration, context.group
-    earlier = unrelated = None
+    earlier = None
     if plan.earlier is not None:
         earlier = forgetting.of_earlier_run(plan.earlier, *adapter, outcome.tokens, acceleration, group, log)
-    if plan.datasets.unrelated is not None:
-        unrelated = forgetting.of_unrelated_text(plan.datasets.unrelated, *adapter, acceleration, group)
-        if unrelated.remark:
-            log(unrelated.remark)
+    unrelated = forgetting.of_unrelated_text(plan.datasets.unrelated, *adapter, acceleration, group)
+    if unrelated.remark:
+        log(unrelated.remark)
     test, preferences = _score_test(plan, context, log), _compare_answers(plan, context, log)
     return Findings(outcome, comparison, earlier, unrelated, test, preferences)
 

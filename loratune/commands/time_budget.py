@@ -241,7 +241,7 @@ def _end_seconds(plan: Plan, times: _Times, tokens: int) -> float:
     if plan.earlier is not None and plan.earlier.held_out is not None:
         earlier = plan.earlier.held_out
         passes += [(earlier, [*gain.sample({"earlier": earlier}, tokens)[1]], NextToken())] * 2
-    if (text := plan.datasets.unrelated) is not None:
+    if (text := plan.datasets.unrelated.rows) is not None:
         passes += [(text, forgetting.passages(text), NextToken())] * 2
     if plan.datasets.test is not None:
         passes.append((plan.datasets.test, [*plan.datasets.test.copies()], objective))

@@ -285,7 +285,7 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
         use=clients.sections(plan.config, name, plan.example_prompt, are_layers_known=are_layers_known),
         gain=str(findings.gain),
         forgetting=str(findings.forgetting or ""),
-        unrelated=str(findings.unrelated or ""),
+        unrelated=str(findings.unrelated),
         held_out=findings.held_out,
         formats=plan.train_split.formats,
         changes=finished_run.identity["changes"],

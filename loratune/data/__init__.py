@@ -145,11 +145,19 @@ def prepare(
     return TokenizedDataset(rows)
 
 
-def prepare_unrelated_text(renderer: Renderer, vocabulary_size: int, longest: int) -> TokenizedDataset:
-    """Tokenize `UNRELATED_TEXT`, a paragraph a row, cut at its end to so many tokens. Raises as `prepare`."""
+def prepare_unrelated_text(renderer: Renderer, vocabulary_size: int, longest: int) -> tuple[TokenizedDataset, str]:
+    """Tokenize `UNRELATED_TEXT`, a paragraph a row, cut at its end to so many tokens.
+
+    Returns:
+        The rows, and why a loss on them says nothing, or an empty text. Raises as `prepare`.
+    """
     source = Source(path=str(UNRELATED_TEXT))
     section = DataSection(train=source, max_length=longest, max_dropped=1.0)
-    return prepare(read_source(source, section), renderer, section, vocabulary_size)
+    split = read_source(source, section)
+    unknown = "the tokenizer does not know all letters of English" if (
+        remark_on_lost_characters(split, renderer, section)
+    ) else ""  # fmt: skip
+    return prepare(split, renderer, section, vocabulary_size), unknown
 
 
 def mix_in(own: TokenizedDataset, earlier: TokenizedDataset, numbers: Sequence[int]) -> TokenizedDataset:

@@ -1,7 +1,6 @@
 """The rows of a run: tokenized once for all of its processes, and laid out in batches that its model can take."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from loratune.data.packing import BatchLayout, Packing, flatten
 from loratune.data.packing_check import packing_refusal, padding_is_cheaper
 from loratune.data.prefix_tree import PrefixTree
 from loratune.data.rendering import Renderer
-from loratune.errors import ConfigError, DataError, ModelError, Problem
+from loratune.errors import ConfigError, DataError, ModelError, Problem, ResourceError
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.model import load
@@ -29,10 +28,18 @@ from loratune.training.objectives import Formula
 from loratune.training.preferences import ComparedRows, Comparing
 from loratune.training.preflight import ValidatedRun
 
-_UNRELATED_TOKENS = 128
-"""The most tokens of a passage of unrelated text, and no more than a row may have."""
+_FEWEST_UNRELATED_TOKENS, _UNRELATED_TOKENS = 16, 128
+"""The tokens of a passage of unrelated text, at least and at most. It has no more than a row may have."""
 _WORTH_SHARING = 0.05
 """The share of the tokens of batches from which on prefixes are shared without being asked for."""
+
+
+@dataclass(frozen=True)
+class UnrelatedText:
+    """Text that no rows are about. rows: None where it cannot be read; unknown: then why not."""
+
+    rows: TokenizedDataset | None
+    unknown: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,7 @@ class TokenizedDatasets:
         leaks: Lines on validation and test rows that are also in another split. Known to the main process only.
         max_length: The number of tokens to which rows were cut.
         test: The test rows, if there are any.
-        unrelated: Text that no rows are about, on which is measured what is forgotten. It is no split of the rows. None
-            if the tokenizer fails on it.
+        unrelated: Text that no rows are about, on which is measured what is forgotten. It is no split of the rows.
     """
 
     train: TokenizedDataset
@@ -56,7 +62,7 @@ class TokenizedDatasets:
     leaks: list[str]
     max_length: int
     test: TokenizedDataset | None
-    unrelated: TokenizedDataset | None
+    unrelated: UnrelatedText
 
     @property
     def splits(self) -> dict[str, TokenizedDataset]:
@@ -117,14 +123,20 @@ def tokenize(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group:
     return TokenizedDatasets(train, validation, remarks, leaks, section.max_length, test, unrelated)
 
 
-def _unrelated(renderer: Renderer, vocabulary: int, longest: int, group: Group) -> TokenizedDataset | None:
-    """See `TokenizedDatasets`. longest: the most tokens of a passage."""
+def _unrelated(renderer: Renderer, vocabulary: int, longest: int, group: Group) -> UnrelatedText:
+    """See `TokenizedDatasets`. No run fails because of it. longest: the most tokens of a passage."""
     prepare = partial(data.prepare_unrelated_text, renderer, vocabulary, longest)
-    own = None
-    if group.main:
-        with suppress(DataError, ModelError):
-            own = prepare()
-    return shared_rows(lambda: own or prepare(), group) if group.broadcast(own is not None) else None
+    own, unknown = None, ""
+    if longest < _FEWEST_UNRELATED_TOKENS:
+        unknown = f"rows of {longest} tokens are too short for it"
+    elif group.main:
+        try:
+            own, unknown = prepare()
+        except (DataError, ModelError, ResourceError) as error:
+            unknown = error.problems[0].what
+    if unknown := group.broadcast(unknown):
+        return UnrelatedText(None, unknown)
+    return UnrelatedText(shared_rows(lambda: own or prepare()[0], group))
 
 
 def _remarks_on_rendering(

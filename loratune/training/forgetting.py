@@ -1,5 +1,6 @@
 """What training has cost elsewhere: on the rows of the run before, and on text that no rows are about."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,12 @@ from loratune.lora.tensors import Weights
 from loratune.statistics import finite
 from loratune.system.launcher import Group
 from loratune.training import gain
+from loratune.training.batching import UnrelatedText
 from loratune.training.continuing import EarlierRun
 from loratune.training.gain import Gain
 from loratune.training.losses import Loss, NextToken, ScoringLayout
 
-PASSAGES = 12
+_PASSAGES = 12
 """Rows of unrelated text that are read."""
 _WORTH_TELLING = 0.1
 """Nats per token from which on a loss on unrelated text is remarked on; its perplexity is a tenth higher then."""
@@ -33,11 +35,13 @@ class Forgetting:
             are not known.
         rows: What rows these are.
         unknown: Why they are not known.
+        before: What the model before its first step is called.
     """
 
     comparison: Gain | None
     rows: str = ""
     unknown: str = ""
+    before: str = "loss"
 
     def __str__(self) -> str:
         """A line with the loss before and after."""
@@ -47,7 +51,7 @@ class Forgetting:
         interval = ""
         if measured.low is not None and measured.high is not None:
             interval = f", 95 % interval {-measured.high:+.4f} to {-measured.low:+.4f}"
-        return f"loss {measured.base:.4f} → {measured.adapter:.4f} on {self.rows} ({change:+.4f}{interval})"
+        return f"{self.before} {measured.base:.4f} → {measured.adapter:.4f} on {self.rows} ({change:+.4f}{interval})"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: losses in nats per supervised token, and their `change`, above 0 where something was forgotten.
@@ -73,11 +77,14 @@ class Forgetting:
     def remark(self) -> str:
         """A line on what unrelated text has lost, where that is much and certain; else empty."""
         measured = self.comparison
-        if measured is None or measured.high is None or -measured.high < _WORTH_TELLING:
+        if measured is None:
             return ""
+        if math.isfinite(measured.better_by) and (measured.high is None or -measured.high < _WORTH_TELLING):
+            return ""
+        change = f"by {-measured.better_by:.2f} nats per token" if math.isfinite(measured.adapter) else "beyond measure"
         return (
-            f"what the base could do elsewhere has suffered, by {-measured.better_by:.2f} nats per token on unrelated "
-            "text; where that matters, lower training.learning_rate, or add rows of other kinds to data.train"
+            f"what the base could do elsewhere has suffered, {change} on unrelated text; where that matters, lower "
+            "training.learning_rate, or add rows of other kinds to data.train"
         )
 
 
@@ -114,7 +121,7 @@ def of_earlier_run(
 
 
 def of_unrelated_text(
-    text: TokenizedDataset,
+    text: UnrelatedText,
     model: PeftModel,
     start: AdapterInit,
     trained: Weights,
@@ -122,20 +129,24 @@ def of_unrelated_text(
     acceleration: kernels.Acceleration,
     group: Group,
 ) -> Forgetting:
-    """Compare a trained adapter with its base on passages of a text. text: its rows; else as `of_earlier_run`."""
-    numbers = passages(text)
+    """Compare a trained adapter with its base on passages of a text. Other arguments as of `of_earlier_run`."""
+    if (rows := text.rows) is None:
+        return Forgetting(None, unknown=text.unknown)
+    numbers = passages(rows)
 
     def losses() -> list[Loss]:
         with acceleration.applied(model):
-            return NextToken().item_losses(model, text, numbers, scoring, group)
+            return NextToken().item_losses(model, rows, numbers, scoring, group)
 
     after = losses()
     with tensors.as_initialized(model, start, trained):
         before = losses()
-    comparison = gain.compare(before, after, "unrelated", total=text.items)
-    return Forgetting(comparison, f"{plural(len(numbers), 'passage')} of general English")
+    comparison = gain.compare(before, after, "unrelated", total=rows.items)
+    longest = max(rows.rows.lengths[number] for number in numbers)
+    what = f"{plural(len(numbers), 'passage')} of general English, {longest} tokens at most"
+    return Forgetting(comparison, what, before="base")
 
 
-def passages(text: TokenizedDataset) -> range:
-    """The numbers of the rows that are read of a text."""
-    return range(min(PASSAGES, text.items))
+def passages(rows: TokenizedDataset) -> range:
+    """The numbers of the rows that are read of unrelated text."""
+    return range(min(_PASSAGES, rows.items))

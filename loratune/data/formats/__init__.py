@@ -120,8 +120,8 @@ QUESTIONED_PAIRS = {
 }  # fmt: skip
 """Field that holds the prompt of a pair without `prompt`, as in LLaMA-Factory's rows → the format of the pair."""
 
-_LABEL_FIELDS = ("label", "kto_tag")
-"""Fields that say whether an answer is a good one; the second is LLaMA-Factory's."""
+_LABEL_FIELDS = ("label", preferences.KTO_TAG)
+"""Fields that say whether an answer is a good one."""
 _JUDGED: Mapping[str, tuple[str, Callable[[str, str, Fields], Judged], tuple[str, ...]]] = {
     "prompt": ("completion", preferences.parse_judged_messages, ()),
     "instruction": ("output", preferences.parse_judged_output, ("input", "history")),
@@ -150,6 +150,7 @@ class Parser:
         identity: An id of this way of reading rows, which differs from all others.
         without_label: The format of the first row without the label beside its answer, whatever that means; empty
             where there is none.
+        unread_label: A field of the first row that may say whether its answer is a good one, and is not read.
         fields: The fields of the first row, under the names of the data.
         chosen_alone: What `data.columns` has to be so that the chosen answers of pairs are trained on alone; empty
             where no columns do that.
@@ -175,6 +176,12 @@ class Parser:
         self.chosen_alone = _chosen_columns(fields) if fields.keys() >= {"chosen", "rejected"} else ""
         judged = _judged_format(fields)
         self.without_label = next(one.name for one in FORMATS if one.keys == judged.keys[:-1]) if judged else ""
+        self.unread_label = ""
+        if judged and self._is_recognised and not self._is_compared:
+            label = judged.keys[-1]
+            means_something_else = preferences.read_label(fields[label]) is None and fields[label] is not None
+            self.unread_label = "" if means_something_else else label
+        self._may_be_judged = self._is_recognised and self._format.keys[0] in _JUDGED and not self._is_compared
         self.fields = tuple(first.values)
         self._grouped_by = {section.group_by}
         self.unused_fields: set[str] = set()
@@ -202,6 +209,10 @@ class Parser:
             raise RowError(
                 Code.DATA_PREFERENCES, what, "give all rows of a file one format, which its first row decides"
             )
+        if self._may_be_judged and (label := _verdict(fields)):
+            what = f"`{label}` says whether the answer is a good one, in a file of the format {self.format_name}"
+            fix = "give the first row that field too, or, if it means something else, set data.format to "
+            raise RowError(Code.DATA_PREFERENCES, what, f"{fix}{self.format_name}")
         for name in self._format.keys:
             if name not in fields:
                 absent = quote(self._columns.get(name, name) for name in self._format.keys if name not in fields)
@@ -255,19 +266,23 @@ def _compared_format(fields: Fields, section: DataSection) -> str | None:
     """The format of a row that holds answers to be compared; None of others.
 
     Fields of other formats beside `chosen` and `rejected` are copies: UltraFeedback's `messages` are those of `chosen`.
-    A label that is neither true nor false is none of an answer.
+    A label that is neither true nor false may be a class.
     """
     if section.format != "auto":
         return section.format if section.format in OF_MESSAGES else None
     if fields.keys() >= {"chosen", "rejected"}:
         return "preference"
-    judged = _judged_format(fields)
-    return "unpaired_preference" if judged is not None and isinstance(fields[judged.keys[-1]], bool) else None
+    return "unpaired_preference" if _verdict(fields) and _judged_format(fields) is not None else None
+
+
+def _verdict(fields: Fields) -> str:
+    """The field that can only mean whether an answer is a good one; empty where there is none."""
+    return next((name for name in _LABEL_FIELDS if preferences.is_verdict(name, fields.get(name))), "")
 
 
 def _judged_format(fields: Fields) -> Format | None:
     """The format of an answer with a label, whose field is the last of its keys; None where there is no such answer."""
-    label = next((name for name in _LABEL_FIELDS if name in fields), None)
+    label = _verdict(fields) or next((name for name in _LABEL_FIELDS if name in fields), None)
     prompt = next((name for name, (answer, *_) in _JUDGED.items() if {name, answer} <= fields.keys()), None)
     if label is None or prompt is None:
         return None

@@ -26,6 +26,9 @@ from loratune.data.formats.examples import (
 )
 
 CHOSEN, REJECTED = "chosen", "rejected"
+KTO_TAG = "kto_tag"
+"""LLaMA-Factory's field for whether an answer is a good one, which nobody has for anything else."""
+_WORDS = ("true", "false")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 _ASSISTANT, _HUMAN = "\n\nAssistant:", "\n\nHuman:"
 """What turns begin with in the texts of Anthropic's HH-RLHF, whose pairs are whole dialogues."""
@@ -146,12 +149,23 @@ def _judged(where: str, fields: Fields, prompt: Sequence[Turn], answer: Sequence
     return Judged(where, _conversation(where, fields, prompt, answer), _label(fields, label))
 
 
+def is_verdict(name: str, value: Any) -> bool:
+    """Whether a value can only mean whether an answer is a good one. 0 and 1 may be classes, but not in `kto_tag`."""
+    read = read_label(value)
+    return read is not None and (isinstance(value, bool) or name == KTO_TAG or str(value).strip().lower() in _WORDS)
+
+
+def read_label(value: Any) -> bool | None:
+    """What a label says, None if it says nothing."""
+    value = _LABELS.get(value.strip().lower(), value) if isinstance(value, str) else value
+    return bool(value) if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)) else None
+
+
 def _label(fields: Fields, name: str) -> bool:
     """The label of an answer: true, false, 1 or 0, as text too, as in a cell of CSV. Raises RowError."""
     value = fields.get(name)
-    value = _LABELS.get(value.strip().lower(), value) if isinstance(value, str) else value
-    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
-        return bool(value)
+    if (label := read_label(value)) is not None:
+        return label
     what = f"`{name}` must be true or false, which say whether the answer is a good one, got {describe(value)}"
     raise RowError(Code.DATA_FIELD_TYPE, what)
 
