@@ -409,6 +409,12 @@ def test_what_was_computed_of_the_reference_is_kept(
     assert "100% of the reference is computed" in ran.err
     splits = 1 if objective == "kto" else 2
     assert len(kept(tmp_path)) == splits, "only the whole is kept"
+    with monkeypatch.context() as patched:  # as if it had been killed between the whole and the end of its parts
+        patched.setattr(reference, "_known", lambda key, group: None)
+        patched.setattr(token_cache_dir, "discard_values", lambda key: None)
+        assert cli("train", path, "--overwrite").code == 0
+    assert len(kept(tmp_path)) > splits
+    assert cli("train", path, "--overwrite").code == 0 and len(kept(tmp_path)) == splits
     shutil.rmtree(tmp_path / "cache")
     again = config(run_config, tmp_path, objective, output_dir=str(tmp_path / "again"))
     assert cli("train", again).code == 0
@@ -427,6 +433,20 @@ def test_an_adapter_that_is_trained_further_is_the_reference(cli: Cli, run_confi
     assert ran.code == 0, ran.err
     assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-6)
     assert "the earlier run compared answers (orpo)" in ran.err
+    found = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["gain"]
+    assert (found["other"], found["verdict"]) == ("start", "gain")
+    assert found["base"] == pytest.approx(math.log(2), abs=1e-6) and "comparing the adapter with the one it " in ran.err
+    assert "; start 0.693, adapter 0." in ran.out
+
+
+def test_how_many_answers_are_good(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    path = config(run_config, tmp_path, "kto", data={"validation": None}, training={"eval_steps": None})
+    ran = cli("train", path, "--dry-run")
+    assert ran.code == 0 and "24 of the answers are desirable, 24 undesirable\n" in ran.err + ran.out
+    write_rows(tmp_path / "compared.jsonl", JUDGED[::2])
+    ran = cli("train", path, "--dry-run")
+    told = "24 of the answers are desirable, 0 undesirable: bad answers are shown by none of them\n"
+    assert ran.code == 0 and told in ran.err + ran.out
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "eva"])

@@ -81,12 +81,16 @@ class Findings:
 def compare_with_base(
     plan: Plan, outcome: Outcome, context: RunContext, log: Callable[[str], None]
 ) -> tuple[Weights, Gain]:
-    """The adapter's weights, and how much better than its base they do. Raises NumericError: a loss is NaN or inf."""
-    weights = tensors.full_weights(plan.model)
-    base = tensors.as_initialized(plan.model, plan.adapter_init, weights)
-    sample = plan.model, base, plan.datasets.compared, plan.batches.scoring, outcome.tokens
-    how = plan.batches.acceleration, context.group, log
-    comparison = gain.measure(*sample, *how, objective=plan.batches.objective)
+    """The adapter's weights, and how much better than its base they do, or than the adapter that it started from, where
+    answers are compared with what that says. Raises NumericError: a loss is NaN or inf."""
+    weights, objective = tensors.full_weights(plan.model), plan.batches.objective
+    sample = plan.datasets.compared, plan.batches.scoring, outcome.tokens, plan.batches.acceleration, context.group, log
+    if plan.earlier is not None and isinstance(objective, Comparing) and objective.formula.has_reference:
+        start = tensors.as_started(plan.model, plan.adapter_init, weights)
+        comparison = gain.measure(plan.model, start, *sample, "the one it started from", "start", objective)
+    else:
+        base = tensors.as_initialized(plan.model, plan.adapter_init, weights)
+        comparison = gain.measure(plan.model, base, *sample, objective=objective)
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
         problem = Problem(Code.TRAIN_LOSS_NOT_FINITE, what, key="training.learning_rate", fix="lower it")

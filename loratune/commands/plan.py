@@ -183,7 +183,7 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
         model, run.lora, batches=batches.first(), originals=originals, start_from=start_from
     )
     described = objectives.described(run)
-    notes = [f"training.objective: {described}"] if described else []
+    notes = [f"training.objective: {described}", *_judged_note(datasets)] if described else []
     notes += [*auto.lines(choices | more), *load.machine_notes(run.model), *batches.notes, *targets.notes]
     return Plan(
         config=run,
@@ -223,6 +223,15 @@ def facts(validated_run: ValidatedRun, datasets: TokenizedDatasets, group: Group
 def unit_parameters(section: ModelSection, model_config: Any, lora: LoraSection) -> int:
     """The parameters that each unit of `r` brings, see `auto.Facts`. No weights are loaded."""
     return parameters.per_rank(attach.adapt(load.build_meta(model_config, section), lora, seed=0)[0])
+
+
+def _judged_note(datasets: TokenizedDatasets) -> Iterator[str]:
+    """How many answers are good and how many bad, where they are judged."""
+    if (sides := datasets.train.rows.sides) is not None and datasets.train.judged:
+        good = int((sides == DESIRABLE).sum())
+        bad = len(sides) - good
+        absent = "" if good and bad else f": {'good' if bad else 'bad'} answers are shown by none of them"
+        yield f"{good:,} of the answers are desirable, {bad:,} undesirable{absent}"
 
 
 def _check_warmup(training: TrainingSection, batches: BatchedDatasets, processes: int) -> None:

@@ -89,7 +89,7 @@ def load_values(key: str) -> NDArray[np.float64] | None:
         if not is_file(entry / _VALUES):
             return None
         whole, content = read_record(entry / WHOLE), (entry / _VALUES).read_bytes()
-        if whole["sha256"] == hashlib.sha256(content).hexdigest():
+        if whole["sha256"] == _digest(key, content):
             return np.frombuffer(content, np.float64)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         _log.debug("the values in %s are not used", entry, exc_info=True)
@@ -107,7 +107,7 @@ def store_values(key: str, values: NDArray[np.float64]) -> None:
         try:
             create_private_file(partial / _VALUES)
             (partial / _VALUES).write_bytes(content)
-            write_record(partial / WHOLE, {"sha256": hashlib.sha256(content).hexdigest()})
+            write_record(partial / WHOLE, {"sha256": _digest(key, content)})
             partial.rename(root / key)
         except OSError:
             _log.debug("the values of %s are not kept", key, exc_info=True)
@@ -115,9 +115,16 @@ def store_values(key: str, values: NDArray[np.float64]) -> None:
                 _clear(partial)
 
 
+def _digest(key: str, content: bytes) -> str:
+    """SHA-256 of values under their key, as those of another key are none of this one."""
+    return hashlib.sha256(key.encode() + content).hexdigest()
+
+
 def discard_values(key: str) -> None:
     """Remove what `store_values` kept, if anything."""
     root = _root()
+    if not os.path.lexists(root / key):
+        return
     with _claim(root, key) as claimed, suppress(OSError):
         if claimed and _is_own(root / key):
             _clear(_rename_for_removal(root / key))

@@ -1,5 +1,6 @@
 """What a run recorded, as the tiles and tables of a report's page."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +27,8 @@ _SELECTED = {
     "test distinct": "distinct test rows",
 }
 """Of a run with validation or test rows."""
+_ELSEWHERE = {"unrelated_text": "loss on unrelated text", "forgetting": "loss on rows of the earlier run"}
+"""What was measured on rows that were not trained on, before and after."""
 _FINGERPRINTS = {
     "base": "base",
     "data": "training rows",
@@ -178,9 +181,16 @@ def _results(record: RunRecord) -> dict[str, str]:
     results = {}
     if (gain := record.gain) is not None:
         rows = f"{gain.rows:,} of {gain.total:,} {gain.split} {_item(record)}s"
-        results["loss of the base"] = f"{gain.base:.4f}, on {rows}"
+        other = "base" if gain.other == "base" else "adapter it started from"
+        results[f"loss of the {other}"] = f"{gain.base:.4f}, on {rows}"
         results["loss of the adapter"] = f"{gain.adapter:.4f}, on the same rows"
+    for group, label in _ELSEWHERE.items():
+        figures = [record.metrics.get(f"{group} {name}", math.nan) for name in ("before", "after", "change")]
+        if all(map(math.isfinite, figures)):
+            results[label] = "{:.4f} → {:.4f} ({:+.4f})".format(*figures)
     for name, value in record.metrics.items():
+        if name.partition(" ")[0] in _ELSEWHERE:
+            continue
         if name.startswith(_PREFERENCES):
             results[_preference_label(name)] = _with_interval(record, name, value)
             continue

@@ -46,6 +46,7 @@ class RecordedGain:
     high: Figure | None
     verdict: Literal["gain", "no gain", "worse", "not judged"]
     unit: Literal["token", "pair", "answer"] = "token"
+    other: Literal["base", "start"] = "base"
 
 
 @dataclass(frozen=True)

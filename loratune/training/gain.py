@@ -43,6 +43,8 @@ _LEAST_TOKENS, _MOST_TOKENS = 2048, 32_768
 _VISIBLE = 5e-4
 """Nats below which a difference counts as none: it would not show in the decimals of the report."""
 
+_OTHERS = {"base": "the base", "start": "the adapter that it started from"}
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -62,6 +64,8 @@ class Gain:
         adapter_low: Lower end of the 95 % interval of `adapter`. None where there are too few rows for one.
         adapter_high: Its upper end.
         unit: What the losses are a mean over: `token`, or what an objective that compares answers takes.
+        other: What the adapter is compared with: its `base`, or its `start`, the adapter that it started from, where
+            that is the reference of the objective. `base` is then the loss of that.
     """
 
     split: str
@@ -77,6 +81,7 @@ class Gain:
     adapter_low: float | None = None
     adapter_high: float | None = None
     unit: str = "token"
+    other: Literal["base", "start"] = "base"
 
     @property
     def verdict(self) -> Literal["gain", "no gain", "worse", "not judged"]:
@@ -108,7 +113,7 @@ class Gain:
 
     def __str__(self) -> str:
         """A line with the verdict and its figures."""
-        losses = f"base {_nats(self.base)}, adapter {_nats(self.adapter)}"
+        losses = f"{self.other} {_nats(self.base)}, adapter {_nats(self.adapter)}"
         if not math.isfinite(self.better_by):
             return f"not judged: not all losses on {self.sampled_rows()} are finite ({losses})"
         if self.validation_rows is not None:
@@ -124,8 +129,8 @@ class Gain:
             case "gain":
                 return f"{nats} on {self.sampled_rows()} {figures}"
             case "worse":
-                return f"worse than the base on {self.sampled_rows()}: {nats} {figures}"
-        return f"none over the base on {self.sampled_rows()}: {nats} {figures}"
+                return f"worse than {_OTHERS[self.other]} on {self.sampled_rows()}: {nats} {figures}"
+        return f"none over {_OTHERS[self.other]} on {self.sampled_rows()}: {nats} {figures}"
 
     def sampled_rows(self) -> str:
         """`12 validation rows`, `64 of 500 validation pairs`, `3 distinct of 9 validation rows`."""
@@ -204,6 +209,7 @@ def measure(
     group: Group,
     log: Callable[[str], None],
     name: str = "its base",
+    compared_with: Literal["base", "start"] = "base",
     objective: Objective = NextToken(),  # noqa: B008  it has no state
 ) -> Gain:
     """Compare a trained adapter with its base, or another model, on a sample of rows. All processes take a share.
@@ -219,6 +225,7 @@ def measure(
         group: The processes of the run.
         log: Takes a line on what is being done.
         name: What the adapter is compared with.
+        compared_with: See `Gain.other`.
         objective: What the loss is.
     """
     split, drawn, too_few = sample(splits, budget)
@@ -231,7 +238,8 @@ def measure(
     adapter_losses = losses()
     with other:
         base_losses = losses()
-    return compare(base_losses, adapter_losses, split, [*drawn.values()], splits[split].items, too_few, objective.unit)
+    counts = [*drawn.values()], splits[split].items, too_few
+    return compare(base_losses, adapter_losses, split, *counts, objective.unit, compared_with)
 
 
 def compare(
@@ -242,6 +250,7 @@ def compare(
     total: int | None = None,
     validation_rows: int | None = None,
     unit: str = "token",
+    other: Literal["base", "start"] = "base",
 ) -> Gain:
     """The gain that follows from the losses of base and adapter on distinct rows.
 
@@ -253,6 +262,7 @@ def compare(
         total: Rows of the split; those that are given and their copies, if not given.
         validation_rows: See `Gain`.
         unit: See `Gain`.
+        other: See `Gain`.
     """
     weights = np.asarray(copies if copies is not None else [1] * len(base), dtype=np.float64)
     tokens = weights * [loss.tokens for loss in base]
@@ -265,7 +275,7 @@ def compare(
     own = mean_ratio_interval(adapter_nats, tokens)
     own_low, own_high = (own.low, own.high) if own else (None, None)
     means = base_mean, adapter_mean, better_by
-    return Gain(split, rows, drawn, total or drawn, *means, low, high, validation_rows, own_low, own_high, unit)
+    return Gain(split, rows, drawn, total or drawn, *means, low, high, validation_rows, own_low, own_high, unit, other)
 
 
 def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, dict[int, int], int | None]:

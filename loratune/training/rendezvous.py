@@ -163,8 +163,12 @@ def write_secret(name: str, *, one_machine: bool) -> Path | None:
         path = directory / _secret_file(name)
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(handle, "w") as file:
-                file.write(secrets.token_hex(32))
+            try:
+                with os.fdopen(handle, "w") as file:
+                    file.write(secrets.token_hex(32))
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
             return path
         except OSError:
             _log.debug("no secret can be shared in %s", directory, exc_info=True)
