@@ -194,6 +194,8 @@ def test_python_tags_run_nothing(problems: Callable[..., list[Problem]], tmp_pat
     "text, where, key, fix",
     [
         (in_section("lora.lora_alhpa", "16"), "FILE:5", "lora.lora_alhpa", "did you mean `lora_alpha`?"),
+        (in_section("training.cutoff_len", "1"), "FILE:5", "training.cutoff_len", "did you mean `data.max_length`?"),
+        (SOUND + "lr: 1\n", "FILE:4", "lr", "did you mean `training.learning_rate`?"),
         (in_section("training.lr", "1"), "FILE:5", "training.lr", "did you mean `training.learning_rate`?"),
         (in_section("lora.learning_rate", "1"), "FILE:5", "lora.learning_rate", "did you mean `training.learning_rate"),
         (in_section("model.load_in_4bit", "true"), "FILE:5", "model.load_in_4bit", "did you mean `model.quantization`"),

@@ -263,7 +263,7 @@ def test_a_block_has_meaning_type_default_and_costs(cli: Callable[..., Ran]) -> 
     }
     assert rows["type"] == "none, 8bit, 4bit" and rows["default"] == "none"
     assert rows["memory and time"] == MEMORY_AND_TIME["model.quantization"]
-    assert rows["elsewhere called"] == "load_in_8bit, load_in_4bit"
+    assert rows["elsewhere called"] == "load_in_8bit, load_in_4bit, quantization_bit"
     assert cli("explain", "r").out.splitlines()[2].split() == ["type", "integer", ">", "0", "or", "auto"]
 
 

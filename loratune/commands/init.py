@@ -124,6 +124,8 @@ def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
         labels = f", stratified by {rows.labels} labels" if rows.labels else ""
         why = f"{count} are held out{labels}; the step with the lowest loss on them is kept"
         draft.choose("data.validation", fraction, why)
+    else:
+        draft.reasons["data.train"] += "; too few to hold out some for data.validation"
     if "test" in draft.values["data"]:
         draft.reasons["data.test"] = "scored once, at the end"
     length, why = init_choices.max_length(rows.all_lengths, context, paired=rows.together > 1)

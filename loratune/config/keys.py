@@ -26,20 +26,37 @@ OTHER_NAMES = {
     "num_epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "micro_batch_size": "per_device_train_batch_size",
+    "optimizer": "optim",
     "lora_r": "r",
+    "lora_rank": "r",
     "rank": "r",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "adapter_name_or_path": "start_from",
+    "lora_model_dir": "start_from",
     "gradient_checkpointing": "activation_checkpointing",
     "warmup_ratio": "warmup_steps",
     "base_model": "name_or_path",
     "model_name_or_path": "name_or_path",
     "load_in_8bit": "quantization",
     "load_in_4bit": "quantization",
+    "quantization_bit": "quantization",
+    "bf16": "dtype",
+    "fp16": "dtype",
     "max_seq_length": "max_length",
     "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "sample_packing": "packing",
+    "neat_packing": "packing",
+    "template": "chat_template",
     "dataset": "train",
+    "datasets": "train",
+    "val_size": "validation",
+    "val_set_size": "validation",
     "scheduler": "lr_scheduler_type",
+    "stage": "objective",
     "rl": "objective",
     "rlhf_type": "objective",
     "objective_beta": "beta",
@@ -250,12 +267,12 @@ def nearest_name(word: str, choices: list[str], cutoff: float = 0.5) -> str:
 
 
 def suggestion(path: KeyPath) -> str:
-    """What to write for an unknown key: a sibling that looks alike, another tool's name, or a key elsewhere."""
+    """What to write for an unknown key: what another tool calls so, a sibling that looks alike, or a key elsewhere."""
     name, keys = str(path[-1]).lower(), list(known_keys())
     section = tuple(part for part in path[:-1] if isinstance(part, str))  # without the numbers of a list's entries
     siblings = [str(key[-1]) for key in keys if key[:-1] == section]
     own_name = OTHER_NAMES.get(name, name)
-    near = nearest_name(name, siblings, 0.6)
+    near = "" if name in OTHER_NAMES else nearest_name(name, siblings, 0.6)
     if not near and not any(key[-1] == own_name for key in keys):
         own_name = nearest_name(name, [str(key[-1]) for key in keys], 0.8)
     near = near or next((dotted(key) for key in keys if key[-1] == own_name), "")
