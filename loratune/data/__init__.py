@@ -154,9 +154,8 @@ def prepare_unrelated_text(renderer: Renderer, vocabulary_size: int, longest: in
     source = Source(path=str(UNRELATED_TEXT))
     section = DataSection(train=source, max_length=longest, max_dropped=1.0)
     split = read_source(source, section)
-    unknown = "the tokenizer does not know all letters of English" if (
-        remark_on_lost_characters(split, renderer, section)
-    ) else ""  # fmt: skip
+    lost = remark_on_lost_characters(split, renderer, section)
+    unknown = "the tokenizer does not know all letters of English" if lost else ""
     return prepare(split, renderer, section, vocabulary_size), unknown
 
 

@@ -91,7 +91,7 @@ class Parser:
             DataError: No format fits, or more than one; `columns` maps a field that the row lacks or the format does
                 not read; a chat template, or a loss on assistant turns, is set for rows that are not conversations.
         """
-        self._columns, self._isrecognised = dict(section.columns), section.format == "auto"
+        self._columns, self._is_recognised = dict(section.columns), section.format == "auto"
         self._supervise_all = section.loss_on == "all"
         self._check_columns(first)
         fields = _rename(first.values, self._columns)
@@ -104,11 +104,11 @@ class Parser:
         judged = judged_format(fields)
         self.without_label = next(one.name for one in FORMATS if one.keys == judged.keys[:-1]) if judged else ""
         self.unread_label = ""
-        if judged and self._isrecognised and not self._is_compared:
+        if judged and self._is_recognised and not self._is_compared:
             label = judged.keys[-1]
             means_something_else = preferences.read_label(fields[label]) is None and fields[label] is not None
             self.unread_label = "" if means_something_else else label
-        self._may_be_judged = self._isrecognised and self._format.keys[0] in JUDGED_PROMPTS and not self._is_compared
+        self._may_be_judged = self._is_recognised and self._format.keys[0] in JUDGED_PROMPTS and not self._is_compared
         self.fields = tuple(first.values)
         self._grouped_by = {section.group_by}
         self.unused_fields: set[str] = set()
@@ -131,7 +131,7 @@ class Parser:
             RowError: It lacks a field, or holds something that the format does not allow.
         """
         fields = _rename(row.values, self._columns) if self._columns else row.values
-        if self._isrecognised and not self._is_compared and "chosen" in fields and "rejected" in fields:
+        if self._is_recognised and not self._is_compared and "chosen" in fields and "rejected" in fields:
             what = f"`chosen` and `rejected` are a pair of answers, in a file of the format {self.format_name}"
             raise RowError(
                 Code.DATA_PREFERENCES, what, "give all rows of a file one format, which its first row decides"
@@ -144,7 +144,7 @@ class Parser:
             if name not in fields:
                 absent = quote(self._columns.get(name, name) for name in self._format.keys if name not in fields)
                 what = f"no field {absent} for the format {self.format_name}; its fields are {quote(row.values)}"
-                chosen_by = "its first row" if self._isrecognised else "data.format"
+                chosen_by = "its first row" if self._is_recognised else "data.format"
                 fix = f"give all rows of a file one format, which {chosen_by} decides"
                 raise RowError(Code.DATA_FIELD_MISSING, what, fix)
         if not fields.keys() <= self._known:
@@ -212,8 +212,8 @@ def parse_question(row: Row, section: DataSection) -> Question:
         and section.format in ("auto", format.name)
         and format.name not in COMPARED_FORMATS
     ]
-    isrecognised = len(candidates) == 1 and (section.format != "auto" or candidates[0].name != "text")
-    first = (candidates[0].keys[0],) if isrecognised and candidates[0].name != "input_ids" else ()
+    is_recognised = len(candidates) == 1 and (section.format != "auto" or candidates[0].name != "text")
+    first = (candidates[0].keys[0],) if is_recognised and candidates[0].name != "input_ids" else ()
     name = next((name for name in (*first, *_QUESTIONS, "text") if name in fields), None)
     try:
         if name is None:
