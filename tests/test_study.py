@@ -288,6 +288,16 @@ def test_later_trials_find_the_base_as_the_first_did(swept: Path, forked: Cli, t
     assert "changed the base" not in (swept / "told").read_text()
 
 
+def test_the_table_has_what_each_trial_costs_elsewhere(swept: Path) -> None:
+    found = results(swept)
+    kept = [trial for trial in found.trials if trial.adapter is not None]
+    assert kept and all(trial.unrelated is not None for trial in found.trials)
+    for trial in kept:
+        assert trial.adapter is not None
+        change = json.loads((Path(trial.adapter) / "loratune.json").read_text())["metrics"]["unrelated_text"]["change"]
+        assert trial.unrelated == change and f"{change:+.3f}" in (swept / "said").read_text()
+
+
 def test_only_adapters_that_could_be_chosen_are_kept(swept: Path) -> None:
     for trial in results(swept).trials:
         kept = (swept / "out.study" / "trials" / f"{trial.number:04}" / "out").exists()

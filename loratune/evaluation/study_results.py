@@ -98,6 +98,7 @@ class TrialResult:
         seconds: How long the trial took; None if it has not ended.
         steps: Optimizer steps that it took.
         adapter_bytes: The size of its file of weights.
+        unrelated: By how many nats per token its loss on unrelated text is higher than the base's; None if not known.
         difference: Its loss less that of the best trial, on the same rows.
         difference_interval: The 95 % interval of that.
         verdict: `best`; `indistinguishable` from it or `worse`, by that interval; `not judged` without one; else empty.
@@ -114,6 +115,7 @@ class TrialResult:
     seconds: Figure | None = None
     steps: Count | None = None
     adapter_bytes: Count | None = None
+    unrelated: Figure | None = None
     difference: Figure | None = None
     difference_interval: tuple[Figure, Figure] | None = None
     verdict: Verdict = ""
@@ -238,7 +240,9 @@ class StudyResults:
     def header(self) -> list[str]:
         """The columns of the table."""
         loss = "held-out loss" if self.unit == "token" else f"loss per {self.unit}"
-        return ["trial", *self.names, loss, "95 % interval", "time", "adapter", "compared with the best"]
+        return [
+            "trial", *self.names, loss, "95 % interval", "unrelated text", "time", "adapter", "compared with the best",
+        ]  # fmt: skip
 
     def cells(self, trial: TrialResult) -> list[str]:
         """A trial's row of the table."""
@@ -247,8 +251,9 @@ class StudyResults:
         size = format_size(trial.adapter_bytes).partition("(")[2].rstrip(")") if trial.adapter_bytes else ""
         size = size or (format_size(trial.adapter_bytes) if trial.adapter_bytes else "")
         loss = f"{trial.loss:.4f}" if trial.loss is not None else trial.state
+        unrelated = f"{trial.unrelated:+.3f}" if trial.unrelated is not None else ""
         settings = [trial.shown(key) for key in self.keys]
-        return [str(trial.number), *settings, loss, interval, time, size, compared(trial)]
+        return [str(trial.number), *settings, loss, interval, unrelated, time, size, compared(trial)]
 
     def summary(self) -> str:
         """How many trials there are, and on what they were compared."""

@@ -273,6 +273,7 @@ class _Sweep:
             seconds=result.get("seconds"),
             steps=result.get("steps"),
             adapter_bytes=result.get("adapter_bytes"),
+            unrelated=result.get("unrelated"),
             adapter=str(adapter) if is_directory(adapter) and record.state == DONE else None,
             note=result.get("note", ""),
         )

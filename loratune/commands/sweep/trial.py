@@ -50,6 +50,7 @@ def recorded(outcome: TrialOutcome, run: RunConfig, varied: list[str]) -> dict[s
         "seconds": outcome.seconds,
         "steps": outcome.result.findings.outcome.steps,
         "adapter_bytes": outcome.result.adapter_bytes,
+        "unrelated": outcome.result.findings.unrelated.as_json().get("change"),
         "rows": outcome.losses.packed(),
         DIGEST: sha256(outcome.result.directory / RECORD_FILE),
     }
