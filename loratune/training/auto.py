@@ -26,11 +26,11 @@ _RATE_ROWS, _MOST_RATE = 8, 5e-3
 _SMOOTH_ROWS = 32
 """Rows of a step beyond which the rate does not grow any further."""
 _COMPARED_RATE, _ORPO_RATE = 1 / 10, 1 / 5
-"""By what the rate is multiplied where answers are compared, and where the loss holds that of the chosen answer as well.
+"""By what the rate is multiplied where answers are compared, and where the loss holds the chosen answer's own as well.
 
 SmolLM2-135M, 128 pairs, 30 steps (scripts/README.md): of 1/20, 1/10, 1/5 and 2/5 the second makes the chosen answers of
-DPO likeliest, and higher ones make them less likely again; KTO and ORPO gain beyond. LLaMA-Factory's examples of LoRA take
-1/20 for DPO and KTO (examples/train_lora, 0.9), on more pairs."""
+DPO likeliest, and higher ones make them less likely again; KTO and ORPO gain beyond. LLaMA-Factory's examples of LoRA
+take 1/20 for DPO and KTO (examples/train_lora, 0.9), on more pairs."""
 _ATTENTION = frozenset("qkvo")
 _PASSES_OF_ATTENTION, _PASSES_OF_MORE = 2.0, 1.0
 """Passes over few rows, and those after which a time budget ends: with adapters on q, k, v and o alone, and on more.
