@@ -111,8 +111,7 @@ class DatasetSplit:
             f"fields not read: {quote(fields)} ({names[0]}{', ...' if names[1:] else ''})"
             for fields, names in files_by_fields.items()
         ]
-        if any(file.parser.unread_label for file in self.index.files):
-            label = next(file.parser.unread_label for file in self.index.files if file.parser.unread_label)
+        if label := next(filter(None, (file.parser.unread_label for file in self.index.files)), ""):
             how = "data.format to unpaired_preference and training.objective to kto, or bad ones are learned too"
             unused.append(f"if `{label}` says which answers are good, set {how}")
         return [*several, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused]

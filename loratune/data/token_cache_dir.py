@@ -120,10 +120,15 @@ def _digest(key: str, content: bytes) -> str:
     return hashlib.sha256(key.encode() + content).hexdigest()
 
 
+def has_entry(key: str) -> bool:
+    """Whether anything is kept under a key, of whatever kind."""
+    return os.path.lexists(_root() / key)
+
+
 def discard_values(key: str) -> None:
     """Remove what `store_values` kept, if anything."""
     root = _root()
-    if not os.path.lexists(root / key):
+    if not has_entry(key):
         return
     with _claim(root, key) as claimed, suppress(OSError):
         if claimed and _is_own(root / key):

@@ -209,8 +209,8 @@ def over_passes(rate: float, why: str, passes: float, lora: LoraSection) -> tupl
 
     SmolLM2-135M (scripts/README.md): with q, k, v and o, over two passes half of the rate had 0.2 % less loss on one
     task and 1 to 23 % more on two; over four, a quarter had 1 to 10 % less than the whole and half, or 1 % more than
-    half. With all linear layers, over two passes half of it had 2 to 33 % less on three of five sets of rows, and 0 to
-    3 % more on two.
+    half. With all linear layers, over two passes half of it had 0.5 to 33 % less on five of eight sets of rows, and 0
+    to 35 % more on three.
 
     Args:
         rate: For one pass.

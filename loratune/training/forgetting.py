@@ -17,8 +17,9 @@ from loratune.system.launcher import Group
 from loratune.training import gain
 from loratune.training.batching import UnrelatedText
 from loratune.training.continuing import EarlierRun
+from loratune.training.final_score import row_losses
 from loratune.training.gain import Gain
-from loratune.training.losses import Loss, NextToken, ScoringLayout
+from loratune.training.losses import ScoringLayout
 
 _PASSAGES = 12
 """Rows of unrelated text that are read."""
@@ -133,14 +134,10 @@ def of_unrelated_text(
     if (rows := text.rows) is None:
         return Forgetting(None, unknown=text.unknown)
     numbers = passages(rows)
-
-    def losses() -> list[Loss]:
-        with acceleration.applied(model):
-            return NextToken().item_losses(model, rows, numbers, scoring, group)
-
-    after = losses()
+    how = rows, numbers, scoring, acceleration, group
+    after = row_losses(model, *how)
     with tensors.as_initialized(model, start, trained):
-        before = losses()
+        before = row_losses(model, *how)
     comparison = gain.compare(before, after, "unrelated", total=rows.items)
     longest = max(rows.rows.lengths[number] for number in numbers)
     what = f"{plural(len(numbers), 'passage')} of general English, {longest} tokens at most"

@@ -93,15 +93,12 @@ def compute(
         scoring = ScoringLayout(train.flat, train.saved, pad_id, _PASS_TOKENS)
         key = _key(reference, rows, scoring)
         found = _known(key, group)
-        parts = _Parts.of(objective, rows, scoring, key)
         if found is None:
             log(f"computing the reference of {plural(rows.dataset.items, f'{name} {objective.unit}')}")
             with reference.inside(), reference.acceleration.applied(reference.model):
-                found = _computed(objective, reference.model, rows, parts, group, log, before_batch)
-            if group.main and np.isfinite(found).all():
-                token_cache_dir.store_values(key, found)
-        if group.main:
-            parts.discard()
+                found = _computed(objective, reference.model, rows, scoring, key, group, log, before_batch)
+        elif group.main:
+            _discard_parts(key)
         _check_finite(rows, found)
         rows.reference = found[: len(rows)]
         rows.mismatched = found[len(rows) :] if len(found) > len(rows) else None
@@ -135,65 +132,54 @@ def _known(key: str, group: Group) -> NDArray[np.float64] | None:
     return None if values is None else np.array(values, np.float64)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """The batches of a pass over rows, in parts that are kept until the whole is.
-
-    Attributes:
-        layout: The rows.
-        batches: The numbers of the items of each batch, by part.
-        keys: What each part is kept under; none where there is one part alone.
-    """
-
-    layout: BatchLayout
-    batches: list[list[list[int]]]
-    keys: list[str]
-
-    @classmethod
-    def of(cls, objective: Comparing, rows: ComparedRows, scoring: ScoringLayout, key: str) -> "_Parts":
-        """key: what the whole is kept under."""
-        layout = scoring.layout(rows.dataset, *objective.items(rows.dataset))
-        batches = scoring.batches(layout, range(rows.dataset.items))
-        parts = [batches[start : start + _PART_BATCHES] for start in range(0, len(batches), _PART_BATCHES)]
-        numbers = range(len(parts) if len(parts) > 1 else 0)
-        keys = [hashlib.sha256(f"{key} {_PART_BATCHES} {number}".encode()).hexdigest() for number in numbers]
-        return cls(layout, parts, keys)
-
-    def known(self, group: Group) -> list[NDArray[np.float64] | None]:
-        """The numbers of each part that is kept."""
-        return [_known(key, group) for key in self.keys] or [None]
-
-    def discard(self) -> None:
-        """Remove them, as the whole is known or will never be."""
-        for key in self.keys:
-            token_cache_dir.discard_values(key)
-
-
 def _computed(
-    objective: Comparing, model: Any, rows: ComparedRows, parts: _Parts, group: Group,
+    objective: Comparing, model: Any, rows: ComparedRows, scoring: ScoringLayout, key: str, group: Group,
     log: Callable[[str], None], before_batch: BeforeBatch,
 ) -> NDArray[np.float64]:  # fmt: skip
     """The log-probabilities of all rows in the order of the dataset, and behind them those of the mismatched ones.
 
-    Each part is kept, if it is finite. Arguments as of `compute`.
+    They are kept, if they are finite, and until all are there, so is each part of them. Arguments as of `compute`; key:
+    what they are kept under.
     """
-    count, together = len(parts.batches), rows.dataset.together
-    known = parts.known(group)
+    layout = scoring.layout(rows.dataset, *objective.items(rows.dataset))
+    batches, together = scoring.batches(layout, range(rows.dataset.items)), rows.dataset.together
+    parts = [batches[start : start + _PART_BATCHES] for start in range(0, len(batches), _PART_BATCHES)]
+    count, is_divided = len(parts), len(parts) > 1
+    known = [_known(_part_key(key, number), group) if is_divided else None for number in range(count)]
     if done := sum(values is not None for values in known):
         log(f"of the reference {done / count:.0%} is known from a run that ended early")
     found = []
-    for number, (part, values) in enumerate(zip(parts.batches, known, strict=True), 1):
+    for number, (part, values) in enumerate(zip(parts, known, strict=True)):
         if values is None:
-            read = objective.read(model, parts.layout, part, before_batch, group)
+            read = objective.read(model, layout, part, before_batch, group)
             values = np.concatenate([one.log_probabilities.numpy() for one in (read.answers, read.mismatched)])
-            if parts.keys and group.main and np.isfinite(values).all():
-                token_cache_dir.store_values(parts.keys[number - 1], values)
-            if parts.keys and number * 10 // count > (number - 1) * 10 // count:
-                log(f"{number / count:.0%} of the reference is computed")
+            if is_divided and group.main and np.isfinite(values).all():
+                token_cache_dir.store_values(_part_key(key, number), values)
+            if is_divided and (number + 1) * 10 // count > number * 10 // count:
+                log(f"{(number + 1) / count:.0%} of the reference is computed")
         found.append(values.reshape(-1, sum(map(len, part)) * together))
-    items = np.concatenate([batch for part in parts.batches for batch in part])
+    items = np.concatenate(batches)
     order = np.argsort((items[:, None] * together + np.arange(together)).reshape(-1))
-    return np.concatenate(found, axis=1)[:, order].reshape(-1)
+    computed = np.concatenate(found, axis=1)[:, order].reshape(-1)
+    if group.main:
+        if np.isfinite(computed).all():
+            token_cache_dir.store_values(key, computed)
+        _discard_parts(key, count)
+    return computed
+
+
+def _part_key(key: str, number: int) -> str:
+    """What a part is kept under. key: of the whole."""
+    return hashlib.sha256(f"{key} {_PART_BATCHES} {number}".encode()).hexdigest()
+
+
+def _discard_parts(key: str, count: int = 0) -> None:
+    """Remove the parts, as the whole is known, or is not finite. The last goes first, so that a process that is killed
+    leaves the first ones, by which the next one finds them. count: how many there are; those that are found, if 0."""
+    while token_cache_dir.has_entry(_part_key(key, count)):
+        count += 1
+    for number in reversed(range(count)):
+        token_cache_dir.discard_values(_part_key(key, number))
 
 
 def _key(reference: Reference, rows: ComparedRows, scoring: ScoringLayout) -> str:
