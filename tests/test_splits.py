@@ -47,6 +47,23 @@ def divided(file: Path, rows: Rows, fraction: float, seed: int = 0, **section: A
     return taken(split.train), taken(split.validation), split.validation.remarks()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion", "joined"),
+    [
+        ("capital of France", "Paris", "`FranceParis`"), ("Wie heißt du", "Ümit hier", "`duÜmit`"),
+        ("capital of France ", "Paris", ""), ("capital of France", " Paris", ""), ("Paris:", "yes", ""),
+        ("中文", "答", ""),
+    ],
+)  # fmt: skip
+def test_words_that_become_one_are_told(file: Path, prompt: str, completion: str, joined: str) -> None:
+    rows = [{"prompt": prompt, "completion": completion}] * 3
+    write_rows(file, rows)
+    remarks = data.read_datasets(DataSection.model_validate({"train": str(file)}), 0).train.remarks()
+    assert [joined in remark for remark in remarks] == ([True] if joined else [])
+    write_rows(file, [*rows, *[{"prompt": "a ", "completion": "b"}] * 3])
+    assert data.read_datasets(DataSection.model_validate({"train": str(file)}), 0).train.remarks() == []
+
+
 def test_rows_that_have_nothing_in_common_are_drawn_as_ever(file: Path) -> None:
     """The rows that the first release drew."""
     rows = [{"prompt": f"p{number}", "completion": "c"} for number in range(40)]

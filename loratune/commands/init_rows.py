@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import DatasetSplit, ProgressFactory, RawDatasets
-from loratune.data.formats import FORMATS, JUDGED, PAIRS, Plain, completion_key, sides
+from loratune.data.formats import FORMATS, JUDGED, PAIRS, completion_key
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL, random_mask
 from loratune.data.packing import BatchLayout, Items
 from loratune.data.rendering import Renderer
@@ -33,8 +32,8 @@ _AS_CHAT: dict[tuple[str, ...], dict[str, str]] = {
     ("preference",): {"instruction": "prompt"},
 }
 """Formats of the files → the columns with which their texts go through the chat template."""
-_JOINTS, _MOST_GLUED = 200, 0.9
-"""How many rows are looked at, and in which share of them prompt and answer must run together."""
+_MOST_GLUED = 0.9
+"""In which share of the rows prompt and answer must run together."""
 _BY_NAMES = "the fields fit no format as they are, and their names say what they hold"
 _RUN_TOGETHER = "joined as text, prompt and answer would run together: so they go through the chat template"
 
@@ -196,6 +195,7 @@ def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> dict[
         raise error
     known = ", or ".join(" + ".join(format.keys) for format in FORMATS)
     fix = f"rows have {known}; say which is which: --set data.columns='{{prompt: YOURS, completion: YOURS}}'"
+    fix += ", or with chosen and rejected where answers are compared"
     raise DataError([replace(problem, fix=fix) for problem in error.problems]) from None
 
 
@@ -205,10 +205,9 @@ def _columns_of_chat(split: DatasetSplit) -> dict[str, str]:
     columns = _AS_CHAT.get(tuple(split.formats), {})
     if not columns or any("prompt" not in file.parser.fields for file in split.index.files):
         return {}
-    texts = [sides(example)[0] for example in islice(split.examples(), _JOINTS)]
-    joints = [one for one in texts if isinstance(one, Plain) and one.prompt and not one.whole]
+    joints = split.joints()
     glued = sum(not one.prompt[-1].isspace() and one.completion[:1].isalnum() for one in joints)
-    return columns if joints and glued >= _MOST_GLUED * len(texts) else {}
+    return columns if joints and glued >= _MOST_GLUED * len(joints) else {}
 
 
 def propose_columns(fields: Mapping[str, Any], *, chat: bool) -> dict[str, str]:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data.formats import CHAT_FORMATS, COMPARED_FORMATS, JUDGED, PAIRS, Example
-from loratune.data.formats.examples import quote
+from loratune.data.formats.examples import Plain, quote, sides
 from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.report import MAX_PLACES, Leaks, RowTally
 from loratune.data.row_index import EXACT, FOLDED, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
@@ -24,6 +25,11 @@ from loratune.errors import DataError, Problem
 
 _HASHES_AT_ONCE = 1 << 18
 """Hashes that are sorted at once; more of them are divided into groups by their last bits."""
+
+_JOINTS = 200
+"""Rows in which is looked how prompt and answer are joined."""
+_IDEOGRAPHS = "\u2e80"
+"""From here on stand the scripts of East Asia."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,25 @@ class DatasetSplit:
         if label := next(filter(None, (file.parser.unread_label for file in self.index.files)), ""):
             how = "data.format to unpaired_preference and training.objective to kto, or bad ones are learned too"
             unused.append(f"if `{label}` says which answers are good, set {how}")
-        return [*several, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused]
+        return [*several, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused, *self._joined_words()]
+
+    def joints(self) -> list[Plain]:
+        """Those of the first rows, or of their chosen answers, whose prompt and answer are joined as they stand."""
+        examples = (sides(example)[0] for example in islice(self.examples(), _JOINTS))
+        return [one for one in examples if isinstance(one, Plain) and one.prompt and not one.whole]
+
+    def _joined_words(self) -> list[str]:
+        """A line where the last word of most training prompts and the first one of their answers become one word."""
+        joints = self.joints() if self.name == "train" else []
+        joined = [one for one in joints if all(map(_is_of_word, (one.prompt[-1], one.completion[:1])))]
+        if len(joined) <= len(joints) / 2:
+            return []
+        words = joined[0].prompt.split()[-1][-20:] + joined[0].completion.split()[0][:20]
+        where = f"{quote([words])} at {joined[0].where}"
+        return [
+            f"prompts and answers are joined as they stand, without a space between their words ({where}): put one "
+            "there, or name them `instruction` and `output` in data.columns, which go through the chat template"
+        ]
 
     @property
     def size(self) -> int:
@@ -138,6 +162,11 @@ class DatasetSplit:
         if self.mask is not None:
             digest.update(np.packbits(self.mask).tobytes())
         return digest.hexdigest()
+
+
+def _is_of_word(character: str) -> bool:
+    """Whether a character belongs to a word of a script that puts spaces between words."""
+    return character.isalnum() and character < _IDEOGRAPHS
 
 
 @dataclass(frozen=True)
