@@ -152,6 +152,12 @@ def test_seeds_need_a_file_of_validation_rows(cli: Cli, config: MakeConfig) -> N
     check_refused(ran, 2, (Code.SWEEP_KEY, "--grid", "training.seed"))
 
 
+def test_something_has_to_vary(cli: Cli, config: MakeConfig) -> None:
+    ran = cli("sweep", config())
+    check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--grid"))
+    assert "--grid training.learning_rate=" in ran.err
+
+
 def test_a_range_needs_an_end(cli: Cli, config: MakeConfig) -> None:
     ran = cli("sweep", config(), "--grid", "training.learning_rate=1e-4..1e-2")
     check_refused(ran, 2, (Code.SWEEP_NO_END, "", "--grid"))

@@ -23,7 +23,7 @@ def sweep(
         typer.Option(
             "--grid", metavar="KEY=VALUE,...", help="Repeatable: values to try, or a range LOW..HIGH to draw from."
         ),
-    ],
+    ] = [],  # noqa: B006  typer copies it
     assignments: Assignments = [],  # noqa: B006  typer copies it
     trials: Annotated[
         int | None, typer.Option("--trials", metavar="N", min=1, max=MAX_COUNT, help="At most N trials in all.")
@@ -57,6 +57,9 @@ def sweep(
         from loratune.training import output_dir
 
         seconds = budgets.parse(budget) if budget is not None else None
+        if not grid:
+            what, fix = "nothing is said to vary", "name values to try: --grid training.learning_rate=1e-4,3e-4,1e-3"
+            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, what, "--grid", fix=fix))
         axes = grids.parse(grid, config_file, assignments)
         if axes.has_ranges and trials is None and seconds is None:
             what, fix = "a range has no end of values to try", "give --trials or --budget"

@@ -62,7 +62,7 @@ class Findings:
     @property
     def beside(self) -> list[tuple[str, str]]:
         """What it has cost elsewhere, as labels and texts."""
-        named = {"unrelated text": self.unrelated, "forgetting": self.forgetting}
+        named = {"unrelated text": self.unrelated, "earlier rows": self.forgetting}
         return [(label, str(found)) for label, found in named.items() if found]
 
     @property

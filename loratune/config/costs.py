@@ -42,7 +42,7 @@ MEMORY_AND_TIME = {
     "data.packing": "none computes padding too; full fills all batches: more memory, fewer steps",
     "data.share_prefixes": "both fall with the tokens of a batch that are computed: often to half with a long prompt",
     "data.replay": "adds rows and their time: 0.05 makes the run about 5 % longer",
-    "training.objective": "two answers a row, whose prompt is computed once; dpo and kto read all rows before",
+    "training.objective": "dpo, orpo, simpo: two answers a row, one prompt; dpo, kto: a pass over all rows first",
     "training.learning_rate": "none",
     "training.num_train_epochs": "time grows with it, memory does not",
     "training.max_steps": "time grows with it, memory does not",

@@ -154,8 +154,9 @@ def index_rows(
         divided: Whether a fraction of the rows will be held out, so that the index needs all columns.
 
     Raises:
-        DataError: As `open_source` and `Parser`; up to 10 rows that do not fit their format; a source without rows; or
-            they are to be divided, and none has a value of the field that they are grouped by.
+        DataError: As `open_source` and `Parser`; up to 10 rows that do not fit their format, and behind the tenth that
+            there may be more; a source without rows; or they are to be divided, and none has a value of the field that
+            they are grouped by.
     """
     parts_by_source = [(source, open_source(source)) for source in sources]
     size = sum(part.size for _, parts in parts_by_source for part in parts)
@@ -200,7 +201,9 @@ def _index_file(
     except DataError as error:  # problems of the file come at its end, so put them in order with those of rows
         problems = sorted([*problems, *error.problems], key=lambda problem: int(_line_of(problem.where) or 0))
     if problems:
-        raise DataError(problems[:MAX_PROBLEMS])
+        what, fix = "reading stopped here, and later rows may have problems too", "mend these first"
+        stopped = [Problem(Code.DATA_MORE_PROBLEMS, what, source.name, fix=fix)]
+        raise DataError([*problems[:MAX_PROBLEMS], *(stopped if len(problems) >= MAX_PROBLEMS else [])])
     return None if parser is None else IndexedFile(source, parser, start, writer.rows - start, prefix)
 
 
