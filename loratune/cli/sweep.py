@@ -57,9 +57,6 @@ def sweep(
         from loratune.training import output_dir
 
         seconds = budgets.parse(budget) if budget is not None else None
-        if not grid:
-            what, fix = "nothing is said to vary", "name values to try: --grid training.learning_rate=1e-4,3e-4,1e-3"
-            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, what, "--grid", fix=fix))
         axes = grids.parse(grid, config_file, assignments)
         if axes.has_ranges and trials is None and seconds is None:
             what, fix = "a range has no end of values to try", "give --trials or --budget"

@@ -110,10 +110,13 @@ def parse(options: Sequence[str], config_file: Path, assignments: Sequence[str])
         assignments: Of `--set`.
 
     Raises:
-        ConfigError: One is neither; a key comes twice, is also set, or cannot be varied; there are too many
-            combinations.
+        ConfigError: There is none, or one that is neither; a key comes twice, is also set, or cannot be varied; there
+            are too many combinations.
     """
     axes, problems = [], list[Problem]()
+    if not options:
+        what, fix = "nothing is said to vary", f"name values to try: {OPTION} training.learning_rate=1e-4,3e-4,1e-3"
+        problems.append(Problem(Code.USAGE_NEEDS_OPTION, what, OPTION, fix=fix))
     for option in options:
         try:
             axes.append(_axis(option))
