@@ -20,12 +20,12 @@ from loratune.config import AUTO, LoraSection, ModelSection, RunConfig
 from loratune.errors import ConfigError
 from loratune.lora import start
 from loratune.lora.adapter_files import AdapterFiles
-from loratune.model import load
+from loratune.model import load, shape
 from loratune.training import auto
 from loratune.training.auto import Facts
 from loratune.training.checkpoints import MANIFEST, RUN, seal
 
-FACTS = Facts(2048, 1_600, 10_000, 1, lambda _: 1_000, {})
+FACTS = Facts(2048, 32, 1_600, 10_000, 1, lambda _: 1_000, {})
 UNDECIDED = {"learning_rate": AUTO, "num_train_epochs": AUTO}
 SHAPE = {"r": AUTO, "lora_alpha": AUTO, "target_modules": AUTO}
 SAVED: dict[str, Any] = {
@@ -38,8 +38,8 @@ def decided(facts: Facts = FACTS, **sections: Any) -> RunConfig:
     return auto.decide(RunConfig.model_validate(values), facts)[0]
 
 
-def rate(width: int = 2048, rows: int = 8, **lora: Any) -> float:
-    return auto.learning_rate(LoraSection(**lora), width, rows)[0]
+def rate(width: int = 2048, rows: int = 8, layers: int | None = 32, **lora: Any) -> float:
+    return auto.learning_rate(LoraSection(**lora), width, layers, rows)[0]
 
 
 def test_the_rate() -> None:
@@ -48,6 +48,7 @@ def test_the_rate() -> None:
     assert rate(lora_alpha=8) > rate(lora_alpha=16) > rate(lora_alpha=64)
     assert rate(r=8) == rate(r=64) and rate(use_rslora=True, r=8) > rate(use_rslora=True, r=64)
     assert rate(loraplus_lr_ratio=16) < rate()
+    assert rate(layers=8) > rate(layers=16) > rate(layers=30) == rate(layers=80) == rate(layers=None)
     assert all(found == float(f"{found:.1e}") for found in (rate(width) for width in range(64, 9_000, 333)))
     assert rate(1, lora_alpha=1) == rate(2, lora_alpha=1), "there is a highest rate"
 
@@ -283,17 +284,17 @@ def test_settings_of_a_stranger() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "width"),
+    ("config", "width", "layers"),
     [
-        (GPT2Config(n_embd=48), 48),
-        (OPTConfig(hidden_size=1024, word_embed_proj_dim=512), 1024),
-        (Gemma3nConfig(text_config={"hidden_size": 640}), 640),
-        (BltConfig(), 2048),
-        (PretrainedConfig(), None),
+        (GPT2Config(n_embd=48, n_layer=3), 48, 3),
+        (OPTConfig(hidden_size=1024, word_embed_proj_dim=512), 1024, 12),
+        (Gemma3nConfig(text_config={"hidden_size": 640, "num_hidden_layers": 20}), 640, 20),
+        (BltConfig(), 2048, 25),
+        (PretrainedConfig(), None, None),
     ],
 )
-def test_the_width(config: Any, width: int | None) -> None:
-    assert load.hidden_size(config) == width
+def test_the_width_and_the_depth(config: Any, width: int | None, layers: int | None) -> None:
+    assert (shape.hidden_size(config), shape.layers(config)) == (width, layers)
 
 
 def test_a_model_of_unknown_width_takes_a_rate() -> None:

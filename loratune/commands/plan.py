@@ -18,7 +18,7 @@ from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
-from loratune.model import base_files, load
+from loratune.model import base_files, load, shape
 from loratune.model.load import Base
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto, batching, continuing, objectives
@@ -210,7 +210,8 @@ def facts(validated_run: ValidatedRun, datasets: TokenizedDatasets, group: Group
     model_config = load.load_config(run.model)
     packs = -(-int(rows.lengths.sum()) // run.data.max_length) if run.data.packing == "full" else items
     return auto.Facts(
-        hidden_size=load.hidden_size(model_config),
+        hidden_size=shape.hidden_size(model_config),
+        layers=shape.layers(model_config),
         rows=packs,
         supervised=int(rows.supervised.sum()),
         processes=group.count,

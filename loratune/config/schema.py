@@ -68,7 +68,7 @@ class TrainingSection(Section):
     )
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Auto = Field(
         AUTO,
-        description="peak learning rate; auto: by the model's width, lora_alpha, the rows of a step, the passes",
+        description="peak learning rate; auto: by the model's width and depth, lora_alpha, rows of a step, passes",
     )
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] | Auto = Field(
         AUTO, description="passes over the data; auto: one; with q, k, v and o alone, two of few rows"

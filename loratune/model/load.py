@@ -205,14 +205,6 @@ def _device_map(section: ModelSection, *, packed: bool) -> Any:
     return {"": device()} if packed or torch.cuda.is_available() else None
 
 
-def hidden_size(config: Any) -> int | None:
-    """The width of the model: values of each token between two layers; None where its configuration does not say."""
-    text = config.get_text_config(decoder=True)
-    parts = [text] if hasattr(text, "hidden_size") else [getattr(text, name) for name in text.sub_configs]
-    widths = (getattr(part, "hidden_size", None) for part in parts)
-    return max((width for width in widths if type(width) is int), default=None)
-
-
 def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedModel:
     """The model on the meta device: every shape and no values, whatever its size. A quantized one is dense here.
 

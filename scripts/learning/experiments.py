@@ -13,6 +13,8 @@ ROWS = {"classes": 1000, "spelling": 1000, "dialogue": 400, "docstrings": 800, "
 RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
 FORMULA = 2.6e-3
 """The rate of `training.auto` for SmolLM2-135M, lora_alpha 16 and 8 rows a step."""
+SHALLOW = 5e-3
+"""The same for the further shapes, which have eight layers."""
 TWO = (1.6e-3, 3.2e-3)
 """The best of `RATES` and the one below, where an experiment varies something else."""
 SCHEDULES = (("linear", 0.05), ("cosine", 0.0), ("cosine", 0.05), ("constant", 0.0))
@@ -62,11 +64,22 @@ def _seeds() -> Iterator[Spec]:
         yield spec(task, seed=seed, training__learning_rate=rate)
 
 
+SHAPES = (("57M", (*RATES, FORMULA, 6.4e-3, 1.28e-2, SHALLOW)), ("narrow", (*RATES[2:], 6.4e-3, 1.28e-2, SHALLOW)))
+"""Rates by model."""
+
+
 def _shapes() -> Iterator[Spec]:
     """The rate on other shapes of model; the narrow one wants higher rates."""
-    for model, rates in (("57M", (*RATES, FORMULA, 6.4e-3)), ("narrow", (*RATES[2:], 6.4e-3, 1.28e-2))):
+    for model, rates in SHAPES:
         for rate, task in itertools.product(rates, ROWS):
             yield spec(task, model=model, training__learning_rate=rate)
+
+
+def _depth() -> Iterator[Spec]:
+    """The rate where eight of the thirty layers have adapters, as many as the further shapes have layers at all."""
+    some = r"model\.layers\.(1|5|9|13|17|21|25|28)\.self_attn\.[qkvo]_proj"
+    for rate, task in itertools.product((FORMULA, 6.4e-3, 1.28e-2), ("dialogue", "spelling", "docstrings")):
+        yield spec(task, lora__target_modules=some, training__learning_rate=rate)
 
 
 def _targets() -> Iterator[Spec]:
@@ -153,6 +166,7 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "lower": _lower,
     "epochs": _epochs,
     "shapes": _shapes,
+    "depth": _depth,
     "tenth": _tenth,
     "batch": _batch,
     "targets": _targets,

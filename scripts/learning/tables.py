@@ -1,7 +1,6 @@
 """The tables of the experiments: every figure is a loss on held-out rows, in float32, beside the rows it rests on."""
 
 import base64
-import importlib.util
 import json
 import zlib
 from collections import defaultdict
@@ -14,12 +13,13 @@ from scipy.stats import spearmanr
 
 from loratune.config import LoraSection
 from loratune.statistics import mean_ratio_interval
+from loratune.training import auto
 
 Result = dict[str, Any]
 RATE = "training.learning_rate"
 MISSING = "missing"
-HIDDEN = {"135M": 576, "57M": 576, "narrow": 256}
-"""Hidden size of each model."""
+SHAPES = {"135M": (576, 30), "57M": (576, 8), "narrow": (256, 8)}
+"""Hidden size and layers of each model."""
 
 
 def unpacked(text: str) -> Any:
@@ -104,26 +104,23 @@ def forgetting(results: Sequence[Result]) -> str:
     return markdown(["model", "task (rows)", *(f"{rate:g}" for rate in columns)], lines)
 
 
-def formula(hidden_size: int, lora_alpha: int, r: int, rows: int) -> float:
-    """The rate that loratune chooses; where it does not choose one yet, that of Tinker's sweep."""
-    if importlib.util.find_spec("loratune.training.auto"):
-        learning_rate = importlib.import_module("loratune.training.auto").learning_rate
-        return float(learning_rate(LoraSection(r=r, lora_alpha=lora_alpha), hidden_size, rows)[0])
-    return float(5e-4 * (2000 / hidden_size) ** 0.78 * 32 / lora_alpha * (rows / 8) ** 0.5)
+def formula(hidden_size: int, layers: int) -> float:
+    """The rate that loratune chooses at r=8, lora_alpha 16 and 8 rows a step."""
+    return auto.learning_rate(LoraSection(r=8, lora_alpha=16), hidden_size, layers, 8)[0]
 
 
-def regret(results: Sequence[Result], rate_of: Callable[[int, int, int, int], float] = formula) -> str:
+def regret(results: Sequence[Result], rate_of: Callable[[int, int], float] = formula) -> str:
     """How much more loss the rate of a formula has than the best rate tried, at r=8, lora_alpha 16 and 8 rows a step.
 
     The loss at its rate is drawn between the two rates beside it, straight over the logarithm of the rate. rate_of: of
-    the hidden size, lora_alpha, r and rows of a step.
+    hidden size and layers.
     """
     by_task: dict[tuple[str, str, int], dict[float, float]] = defaultdict(dict)
     for one in first_seed(matching(results, RATE)):
         by_task[one["model"], one["task"], one["rows"]][one["settings"][RATE]] = one["rows_loss"]
     lines = []
     for (model, task, rows), found in sorted(by_task.items()):
-        rate, rates = rate_of(HIDDEN[model], 16, 8, 8), sorted(found)
+        rate, rates = rate_of(*SHAPES[model]), sorted(found)
         losses = [found[one] for one in rates]
         best = min(losses)
         inside = rates[0] <= rate <= rates[-1]
