@@ -138,7 +138,10 @@ class Code(StrEnum):
     DATA_HUB_UNREACHABLE = "data.hub_unreachable", "The hub does not answer, and the dataset is not in the cache."
     DATA_HUB_LOADING = "data.hub_loading", "A hub dataset cannot be loaded."
     DATA_ENCODING = "data.encoding", "A data file holds bytes that are not UTF-8."
-    DATA_MORE_PROBLEMS = "data.more_problems", "Ten rows have problems; later ones were not read."
+    DATA_MORE_PROBLEMS = (
+        "data.more_problems",
+        "As many problems of rows are shown as are told at once; there may be more.",
+    )
     DATA_JSON = "data.json", "A row or document is not valid JSON."
     DATA_JSON_CUT_OFF = "data.json_cut_off", "A row or document ends in the middle of a JSON value."
     DATA_JSON_DEPTH = "data.json_depth", "JSON is nested more deeply than it can be read."

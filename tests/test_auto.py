@@ -49,6 +49,7 @@ def test_the_rate() -> None:
     assert rate(r=8) == rate(r=64) and rate(use_rslora=True, r=8) > rate(use_rslora=True, r=64)
     assert rate(loraplus_lr_ratio=16) < rate()
     assert rate(layers=8) > rate(layers=16) > rate(layers=30) == rate(layers=80) == rate(layers=None)
+    assert rate(layers=32, layers_to_transform=[*range(8)]) == rate(layers=8)
     assert all(found == float(f"{found:.1e}") for found in (rate(width) for width in range(64, 9_000, 333)))
     assert rate(1, lora_alpha=1) == rate(2, lora_alpha=1), "there is a highest rate"
 

@@ -301,7 +301,7 @@ def test_forgetting_is_the_loss_on_the_old_validation_rows(
     line = f"loss {before:.4f} → {after:.4f} on 9 validation rows of the earlier run"
     card = (tmp_path / "out" / "README.md").read_text()
     assert line in ran.out
-    assert f"**Rows of the earlier run:** {line}" in card
+    assert f"**Earlier rows:** {line}" in card
     assert f"**Started from:** the adapter `{tmp_path / 'first'}`" in card
     assert "stands alone" in card
     assert "stands alone" in ran.out

@@ -52,7 +52,8 @@ def divided(file: Path, rows: Rows, fraction: float, seed: int = 0, **section: A
     [
         ("capital of France", "Paris", "`FranceParis`"), ("Wie heißt du", "Ümit hier", "`duÜmit`"),
         ("capital of France ", "Paris", ""), ("capital of France", " Paris", ""), ("Paris:", "yes", ""),
-        ("中文", "答", ""),
+        ("中文", "答", ""), ("ไทย", "ดี", ""), ("질문", "대답", "`질문대답`"),
+        ("क्या", "हाँ जी", "`क्याहाँ`"), ("", "Paris", ""), ("\x1b[31m a", "b\x07", "`ab"),
     ],
 )  # fmt: skip
 def test_words_that_become_one_are_told(file: Path, prompt: str, completion: str, joined: str) -> None:
@@ -60,7 +61,7 @@ def test_words_that_become_one_are_told(file: Path, prompt: str, completion: str
     write_rows(file, rows)
     remarks = data.read_datasets(DataSection.model_validate({"train": str(file)}), 0).train.remarks()
     assert [joined in remark for remark in remarks] == ([True] if joined else [])
-    write_rows(file, [*rows, *[{"prompt": "a ", "completion": "b"}] * 3])
+    write_rows(file, [*rows, *[{"prompt": "", "completion": "b"}] * 3])
     assert data.read_datasets(DataSection.model_validate({"train": str(file)}), 0).train.remarks() == []
 
 

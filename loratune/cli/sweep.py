@@ -21,7 +21,9 @@ def sweep(
     grid: Annotated[
         list[str],
         typer.Option(
-            "--grid", metavar="KEY=VALUE,...", help="Repeatable: values to try, or a range LOW..HIGH to draw from."
+            "--grid",
+            metavar="KEY=VALUE,...",
+            help="Needed, repeatable: values to try, or a range LOW..HIGH to draw from.",
         ),
     ] = [],  # noqa: B006  typer copies it
     assignments: Assignments = [],  # noqa: B006  typer copies it

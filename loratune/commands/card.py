@@ -183,7 +183,7 @@ def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
     replayed = f"; {replay:.1%} of the rows are replayed from its run" if replay is not None else ""
     return f"""- **Started from:** the adapter `{escaping.line(start)}`{replayed}.
   It is part of this one, which stands alone: use it on the base without the other
-- **Rows of the earlier run:** {forgetting}
+- **Earlier rows:** {forgetting}
 """
 
 

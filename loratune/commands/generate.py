@@ -8,7 +8,7 @@ from transformers import TextStreamer
 from loratune.codes import Code
 from loratune.data import formats
 from loratune.data.formats import Question
-from loratune.data.sources import MAX_PROBLEMS, Row
+from loratune.data.sources import Row, reported
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.inference import completion, loading
 from loratune.inference.completion import LoadedAdapter, Request
@@ -118,7 +118,7 @@ def _names(selection: Selection, rows: Sequence[Row]) -> list[str]:
             problems.append(Problem(Code.GENERATE_UNKNOWN_ADAPTER, what, row.where, "adapter", fix))
         names.append(UNNAMED if selection.mix else name or selection.default)
     if problems:
-        raise DataError(problems[:MAX_PROBLEMS])
+        raise DataError(reported(problems, ""))
     return names
 
 

@@ -206,8 +206,7 @@ def _columns_of_chat(split: DatasetSplit) -> dict[str, str]:
     if not columns or any("prompt" not in file.parser.fields for file in split.index.files):
         return {}
     joints = split.joints()
-    glued = sum(not one.prompt[-1].isspace() and one.completion[:1].isalnum() for one in joints)
-    return columns if joints and glued >= _MOST_GLUED * len(joints) else {}
+    return columns if joints.together >= _MOST_GLUED * joints.rows else {}
 
 
 def propose_columns(fields: Mapping[str, Any], *, chat: bool) -> dict[str, str]:

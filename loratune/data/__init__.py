@@ -30,7 +30,7 @@ from loratune.data.rendering import (
 from loratune.data.report import Report, total
 from loratune.data.row_index import ProgressFactory as ProgressFactory
 from loratune.data.row_index import no_progress as no_progress
-from loratune.data.sources import MAX_PROBLEMS
+from loratune.data.sources import reported
 from loratune.data.splits import DatasetSplit as DatasetSplit
 from loratune.data.splits import RawDatasets as RawDatasets
 from loratune.data.splits import find_duplicates
@@ -298,7 +298,7 @@ class _ExampleTokenizer:
                 except formats.RowError as error:
                     problems.append(error.at(example.where))
         if problems:
-            raise DataError(problems[:MAX_PROBLEMS])
+            raise DataError(reported(problems, ""))
 
     def _truncate(self, row: TokenizedRow) -> TokenizedRow | None:
         """Returns the row as `truncation` says, or None where it is dropped."""

@@ -22,7 +22,7 @@ from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data.formats import Example, Parser, RowError, completion_key, content_key, group_key, prompt_key
 from loratune.data.formats.examples import quote
-from loratune.data.sources import MAX_PROBLEMS, RowSource, no_rows_error, open_source
+from loratune.data.sources import MAX_PROBLEMS, RowSource, no_rows_error, open_source, reported
 from loratune.data.sources.rows import Advance, Row, no_advance
 from loratune.errors import DataError, Problem, ResourceError
 
@@ -201,9 +201,7 @@ def _index_file(
     except DataError as error:  # problems of the file come at its end, so put them in order with those of rows
         problems = sorted([*problems, *error.problems], key=lambda problem: int(_line_of(problem.where) or 0))
     if problems:
-        what, fix = "reading stopped here, and later rows may have problems too", "mend these first"
-        stopped = [Problem(Code.DATA_MORE_PROBLEMS, what, source.name, fix=fix)]
-        raise DataError([*problems[:MAX_PROBLEMS], *(stopped if len(problems) >= MAX_PROBLEMS else [])])
+        raise DataError(reported(problems, source.name))
     return None if parser is None else IndexedFile(source, parser, start, writer.rows - start, prefix)
 
 

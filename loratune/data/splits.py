@@ -5,6 +5,7 @@ Rows are read and checked here one by one, before torch is imported.
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,10 +27,10 @@ from loratune.errors import DataError, Problem
 _HASHES_AT_ONCE = 1 << 18
 """Hashes that are sorted at once; more of them are divided into groups by their last bits."""
 
-_JOINTS = 200
-"""Rows in which is looked how prompt and answer are joined."""
-_IDEOGRAPHS = "\u2e80"
-"""From here on stand the scripts of East Asia."""
+_JOINTS, _LETTERS, _WORD = 200, 1 << 24, 30
+"""Rows in which is looked how prompt and answer are joined, their letters at most, and the letters of a word."""
+_WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"}
+"""Scripts without spaces between words, as the names of their characters begin."""
 
 
 @dataclass(frozen=True)
@@ -122,22 +123,29 @@ class DatasetSplit:
             unused.append(f"if `{label}` says which answers are good, set {how}")
         return [*several, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused, *self._joined_words()]
 
-    def joints(self) -> list[Plain]:
-        """Those of the first rows, or of their chosen answers, whose prompt and answer are joined as they stand."""
-        examples = (sides(example)[0] for example in islice(self.examples(), _JOINTS))
-        return [one for one in examples if isinstance(one, Plain) and one.prompt and not one.whole]
+    def joints(self) -> "Joints":
+        """How prompt and answer are joined in the first rows, or in their chosen answers."""
+        rows, together, words, example, letters = 0, 0, 0, "", 0
+        for one in (sides(example)[0] for example in islice(self.examples(), _JOINTS)):
+            rows += 1
+            if isinstance(one, Plain) and one.prompt and one.completion and not one.whole:
+                before, after = one.prompt[-_WORD:], one.completion[:_WORD]
+                together += after[0].isalnum() and not before[-1].isspace()
+                if _is_of_word(before[-1]) and _is_of_word(after[0]):
+                    words += 1
+                    example = example or f"{quote([before.split()[-1] + after.split()[0]])} at {one.where}"
+                letters += len(one.prompt) + len(one.completion)
+            if letters > _LETTERS:
+                break
+        return Joints(rows, together, words, example)
 
     def _joined_words(self) -> list[str]:
         """A line where the last word of most training prompts and the first one of their answers become one word."""
-        joints = self.joints() if self.name == "train" else []
-        joined = [one for one in joints if all(map(_is_of_word, (one.prompt[-1], one.completion[:1])))]
-        if len(joined) <= len(joints) / 2:
+        if self.name != "train" or 2 * (joints := self.joints()).words <= joints.rows:
             return []
-        words = joined[0].prompt.split()[-1][-20:] + joined[0].completion.split()[0][:20]
-        where = f"{quote([words])} at {joined[0].where}"
         return [
-            f"prompts and answers are joined as they stand, without a space between their words ({where}): put one "
-            "there, or name them `instruction` and `output` in data.columns, which go through the chat template"
+            f"in {joints.words:,} of the first {joints.rows:,} rows no space stands between prompt and answer "
+            f"({joints.example}): put white space at the end of prompts or before answers"
         ]
 
     @property
@@ -164,9 +172,27 @@ class DatasetSplit:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Joints:
+    """How prompt and answer are joined in rows of text.
+
+    Attributes:
+        rows: How many rows were looked at, of whatever kind.
+        together: In how many of them an answer begins with a letter or digit right behind its prompt.
+        words: In how many of them two words become one.
+        example: The first such word and its place.
+    """
+
+    rows: int
+    together: int
+    words: int
+    example: str
+
+
 def _is_of_word(character: str) -> bool:
     """Whether a character belongs to a word of a script that puts spaces between words."""
-    return character.isalnum() and character < _IDEOGRAPHS
+    is_letter = character.isalnum() or unicodedata.category(character).startswith("M")
+    return is_letter and unicodedata.name(character, "").split(" ")[0] not in _WITHOUT_SPACES
 
 
 @dataclass(frozen=True)

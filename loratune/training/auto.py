@@ -188,17 +188,19 @@ def learning_rate(lora: LoraSection, hidden_size: int, layers: int | None, rows:
     Args:
         lora: The section, without `auto`.
         hidden_size: Width of the model.
-        layers: Its depth; None where that is not known.
+        layers: Its depth; None where that is not known. Those that have adapters count, as far as
+            `layers_to_transform` says it.
         rows: Of an optimizer step.
     """
     r, alpha = decided(lora.r), decided(lora.lora_alpha)
     strength = alpha * r**0.5 if lora.use_rslora else float(alpha)
     rate = _RATE * (_RATE_WIDTH / hidden_size) ** _RATE_EXPONENT * _RATE_ALPHA / strength
     rate *= (min(rows, _SMOOTH_ROWS) / _RATE_ROWS) ** 0.5
-    rate *= max(1.0, _RATE_LAYERS / (layers or _RATE_LAYERS)) ** 0.5
+    adapted = len(set(lora.layers_to_transform)) if lora.layers_to_transform else layers
+    rate *= max(1.0, _RATE_LAYERS / (adapted or _RATE_LAYERS)) ** 0.5
     rate /= (lora.loraplus_lr_ratio or 1.0) ** 0.5
     variants = (", rsLoRA" if lora.use_rslora else "") + (", LoRA+" if lora.loraplus_lr_ratio else "")
-    depth = f"{layers:,} layers, " if layers else ""
+    depth = f"{adapted:,} layers, " if adapted else ""
     why = f"for a hidden size of {hidden_size:,}, {depth}lora_alpha {alpha}{variants}, "
     why += f"and {rows:,} row{'s' if rows > 1 else ''} a step"
     if rate > _MOST_RATE:

@@ -16,6 +16,7 @@ OPTION = "--grid"
 Settings = dict[str, str]
 """Key of the config → value, as one would write it behind `--set KEY=`."""
 
+_EXAMPLE = "training.learning_rate=1e-4,3e-4,1e-3"
 _MOST = 10_000
 """Combinations beyond which a grid is refused."""
 _SHOWN = 20
@@ -115,7 +116,7 @@ def parse(options: Sequence[str], config_file: Path, assignments: Sequence[str])
     """
     axes, problems = [], list[Problem]()
     if not options:
-        what, fix = "nothing is said to vary", f"name values to try: {OPTION} training.learning_rate=1e-4,3e-4,1e-3"
+        what, fix = "no key to vary was given", f"name values to try: {OPTION} {_EXAMPLE}"
         problems.append(Problem(Code.USAGE_NEEDS_OPTION, what, OPTION, fix=fix))
     for option in options:
         try:
@@ -154,7 +155,7 @@ def _axis(option: str) -> Axis:
     key = key.strip()
     if not equals or not all(key.split(".")):
         what = f"`{option}` is not of the form section.key=VALUE,VALUE"
-        raise ConfigError(Problem(Code.SWEEP_BAD_GRID, what, OPTION))
+        raise ConfigError(Problem(Code.SWEEP_BAD_GRID, what, OPTION, fix=f"such as {_EXAMPLE}"))
     if match := _RANGE.fullmatch(text):
         return _range(key, match[1], match[2])
     values = [value.strip() for value in _split(text)]

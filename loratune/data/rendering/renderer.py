@@ -18,7 +18,7 @@ from loratune.data.formats import Conversation, Example, Ids, Message, Plain
 from loratune.data.rendering.answer_spans import RenderedText, check_tools_are_shown, render_conversation
 from loratune.data.rendering.chat_template import KEY, OTHER_FILE, ChatTemplate, TemplateInput
 from loratune.data.rendering.encoding import Encoder, Span, TokenizedRow, TokenizerFailure
-from loratune.data.sources import MAX_PROBLEMS
+from loratune.data.sources import MAX_PROBLEMS, reported
 from loratune.data.upstream import tokenizer_settings
 from loratune.errors import DataError, LoratuneError, ModelError, Problem
 from loratune.system.sandbox import MEMORY, LimitExceededError, PieceTimer, Sandbox, run_with_time_limit
@@ -341,7 +341,7 @@ class _ConversationRenderer:
                 if len(problems) >= MAX_PROBLEMS:
                     break
         if problems:
-            raise DataError(problems[:MAX_PROBLEMS])
+            raise DataError(reported(problems, ""))
         return texts
 
     def _text(self, chat: Conversation, loss_on: str) -> RenderedText:

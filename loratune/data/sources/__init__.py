@@ -18,10 +18,19 @@ from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
 from loratune.data.sources.local import file_slices, find_files, looks_like_hub_id
-from loratune.data.sources.rows import MAX_PROBLEMS, Advance, Row, RowSource, no_advance, rows_per_batch
+from loratune.data.sources.rows import MAX_PROBLEMS, Advance, Row, RowSource, no_advance, reported, rows_per_batch
 from loratune.errors import DataError, Problem
 
-__all__ = ["MAX_PROBLEMS", "Row", "RowSource", "looks_like_hub_id", "no_rows_error", "open_source", "read_rows"]
+__all__ = [
+    "MAX_PROBLEMS",
+    "Row",
+    "RowSource",
+    "looks_like_hub_id",
+    "no_rows_error",
+    "open_source",
+    "read_rows",
+    "reported",
+]
 
 
 def open_source(source: Source) -> list[RowSource]:

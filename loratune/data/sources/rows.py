@@ -3,7 +3,7 @@
 import base64
 import datetime
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,14 @@ from loratune.errors import Problem
 
 MAX_PROBLEMS = 10
 """How many problems of a file are collected before reading stops."""
+
+
+def reported(problems: Sequence[Problem], source: str) -> list[Problem]:
+    """The first `MAX_PROBLEMS` of some, and behind as many that there may be more. source: where the rows are from."""
+    what, fix = f"{MAX_PROBLEMS} problems are shown, and there may be more", "mend these first"
+    more = [Problem(Code.DATA_MORE_PROBLEMS, what, source, fix=fix)] if len(problems) >= MAX_PROBLEMS else []
+    return [*problems[:MAX_PROBLEMS], *more]
+
 
 BLOCK = 1 << 20
 """Bytes that are read and held at a time."""
