@@ -309,6 +309,7 @@ COMPARED = [{"question": f"What is {number}?", "chosen": "It is one.", "rejected
         ([row | {"prompt": f"{row['prompt']} "} for row in ASKED], None, ""),
         ([row | {"completion": " one"} for row in ASKED], None, ""),
         ([*ASKED[:20], *({"prompt": "a", "completion": " b"} for _ in range(10))], None, ""),
+        ([*ASKED[:2], *({"prompt": "", "completion": f"Once {n}"} for n in range(28))], None, ""),
         (COMPARED, {"instruction": "question"}, "their names say what they hold"),
         ([{"prompt": row["question"]} | row for row in COMPARED], {"instruction": "prompt"}, "would run together"),
         ([{"chosen": f"{n} is one.", "rejected": f"{n} is two."} for n in range(30)], None, ""),

@@ -497,7 +497,8 @@ def test_bad_rows_are_reported_together(tokenizer: PreTrainedTokenizerFast) -> N
     with pytest.raises(DataError) as caught:
         renderer.rows([Conversation(f"rows:{number}", CHAT.messages) for number in range(1, 13)])
     refused = Code.TEMPLATE_REFUSES_MESSAGES
-    assert meanings(caught.value) == [(refused, f"rows:{number}", "") for number in range(1, 11)]
+    told = [(refused, f"rows:{number}", "") for number in range(1, 11)]
+    assert meanings(caught.value) == [*told, (Code.DATA_MORE_PROBLEMS, "", "")]
 
 
 def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
