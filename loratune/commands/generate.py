@@ -118,7 +118,7 @@ def _names(selection: Selection, rows: Sequence[Row]) -> list[str]:
             problems.append(Problem(Code.GENERATE_UNKNOWN_ADAPTER, what, row.where, "adapter", fix))
         names.append(UNNAMED if selection.mix else name or selection.default)
     if problems:
-        raise DataError(reported(problems, ""))
+        raise DataError(reported(problems))
     return names
 
 

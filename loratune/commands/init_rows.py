@@ -205,7 +205,7 @@ def _columns_of_chat(split: DatasetSplit) -> dict[str, str]:
     columns = _AS_CHAT.get(tuple(split.formats), {})
     if not columns or any("prompt" not in file.parser.fields for file in split.index.files):
         return {}
-    joints = split.joints()
+    joints = split.joints
     return columns if joints.together >= _MOST_GLUED * joints.rows else {}
 
 

@@ -298,7 +298,7 @@ class _ExampleTokenizer:
                 except formats.RowError as error:
                     problems.append(error.at(example.where))
         if problems:
-            raise DataError(reported(problems, ""))
+            raise DataError(reported(problems))
 
     def _truncate(self, row: TokenizedRow) -> TokenizedRow | None:
         """Returns the row as `truncation` says, or None where it is dropped."""

@@ -5,11 +5,9 @@ Rows are read and checked here one by one, before torch is imported.
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +15,9 @@ from numpy.typing import NDArray
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data.formats import CHAT_FORMATS, COMPARED_FORMATS, JUDGED, PAIRS, Example
-from loratune.data.formats.examples import Plain, quote, sides
+from loratune.data.formats.examples import quote, sides
 from loratune.data.holding_out import hold_out, random_mask
+from loratune.data.joints import Joints
 from loratune.data.report import MAX_PLACES, Leaks, RowTally
 from loratune.data.row_index import EXACT, FOLDED, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
 from loratune.data.sources.rows import Advance, no_advance
@@ -26,11 +25,6 @@ from loratune.errors import DataError, Problem
 
 _HASHES_AT_ONCE = 1 << 18
 """Hashes that are sorted at once; more of them are divided into groups by their last bits."""
-
-_JOINTS, _LETTERS, _WORD = 200, 1 << 24, 30
-"""Rows in which is looked how prompt and answer are joined, their letters at most, and the letters of a word."""
-_WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"}
-"""Scripts without spaces between words, as the names of their characters begin."""
 
 
 @dataclass(frozen=True)
@@ -121,32 +115,13 @@ class DatasetSplit:
         if label := next(filter(None, (file.parser.unread_label for file in self.index.files)), ""):
             how = "data.format to unpaired_preference and training.objective to kto, or bad ones are learned too"
             unused.append(f"if `{label}` says which answers are good, set {how}")
-        return [*several, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused, *self._joined_words()]
+        joined = filter(None, [self.joints.remark]) if self.name == "train" else ()
+        return [*several, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused, *joined]
 
-    def joints(self) -> "Joints":
+    @cached_property
+    def joints(self) -> Joints:
         """How prompt and answer are joined in the first rows, or in their chosen answers."""
-        rows, together, words, example, letters = 0, 0, 0, "", 0
-        for one in (sides(example)[0] for example in islice(self.examples(), _JOINTS)):
-            rows += 1
-            if isinstance(one, Plain) and one.prompt and one.completion and not one.whole:
-                before, after = one.prompt[-_WORD:], one.completion[:_WORD]
-                together += after[0].isalnum() and not before[-1].isspace()
-                if _is_of_word(before[-1]) and _is_of_word(after[0]):
-                    words += 1
-                    example = example or f"{quote([before.split()[-1] + after.split()[0]])} at {one.where}"
-                letters += len(one.prompt) + len(one.completion)
-            if letters > _LETTERS:
-                break
-        return Joints(rows, together, words, example)
-
-    def _joined_words(self) -> list[str]:
-        """A line where the last word of most training prompts and the first one of their answers become one word."""
-        if self.name != "train" or 2 * (joints := self.joints()).words <= joints.rows:
-            return []
-        return [
-            f"in {joints.words:,} of the first {joints.rows:,} rows no space stands between prompt and answer "
-            f"({joints.example}): put white space at the end of prompts or before answers"
-        ]
+        return Joints.of(sides(example)[0] for example in self.examples())
 
     @property
     def size(self) -> int:
@@ -170,29 +145,6 @@ class DatasetSplit:
         if self.mask is not None:
             digest.update(np.packbits(self.mask).tobytes())
         return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Joints:
-    """How prompt and answer are joined in rows of text.
-
-    Attributes:
-        rows: How many rows were looked at, of whatever kind.
-        together: In how many of them an answer begins with a letter or digit right behind its prompt.
-        words: In how many of them two words become one.
-        example: The first such word and its place.
-    """
-
-    rows: int
-    together: int
-    words: int
-    example: str
-
-
-def _is_of_word(character: str) -> bool:
-    """Whether a character belongs to a word of a script that puts spaces between words."""
-    is_letter = character.isalnum() or unicodedata.category(character).startswith("M")
-    return is_letter and unicodedata.name(character, "").split(" ")[0] not in _WITHOUT_SPACES
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,7 @@ class _ConversationRenderer:
                 if len(problems) >= MAX_PROBLEMS:
                     break
         if problems:
-            raise DataError(reported(problems, ""))
+            raise DataError(reported(problems))
         return texts
 
     def _text(self, chat: Conversation, loss_on: str) -> RenderedText:

@@ -14,7 +14,7 @@ MAX_PROBLEMS = 10
 """How many problems of a file are collected before reading stops."""
 
 
-def reported(problems: Sequence[Problem], source: str) -> list[Problem]:
+def reported(problems: Sequence[Problem], source: str = "") -> list[Problem]:
     """The first `MAX_PROBLEMS` of some, and behind as many that there may be more. source: where the rows are from."""
     what, fix = f"{MAX_PROBLEMS} problems are shown, and there may be more", "mend these first"
     more = [Problem(Code.DATA_MORE_PROBLEMS, what, source, fix=fix)] if len(problems) >= MAX_PROBLEMS else []
