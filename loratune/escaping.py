@@ -1,4 +1,4 @@
-"""Escaping of untrusted text: for a terminal, for one line of a log, and for a shell into which it is pasted.
+"""Escaping of untrusted text: for a terminal, one line of a log, a shell into which it is pasted, and a model card.
 
 Escape sequences in data, file names or a model's answer could otherwise set a terminal's title, write to its clipboard
 (OSC 52) or clear the screen, and marks of direction show text in another order than it has.
@@ -16,6 +16,8 @@ _IN_A_LINE = re.compile(f"[\t\n{_SPECIAL}]")
 _IN_A_TEXT = re.compile(f"[{_SPECIAL}]")
 _IN_DOUBLE_QUOTES = re.compile(r'["$`\\!]')
 """What a shell does not read as it stands between double quotes."""
+_IN_MARKDOWN = re.compile(r"[\\`*\[\]<>&#~|$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What a line of Markdown does not show as it stands; `_` inside a word does stand for itself."""
 _NAMED = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
@@ -45,6 +47,28 @@ def shell(value: str) -> str:
         f"\\{character}" if character in "\\'" else _IN_A_LINE.sub(_octal, character) for character in value
     )
     return f"$'{quoted}'"
+
+
+def markdown(value: str) -> str:
+    """The text as words in a line of Markdown (https://spec.commonmark.org/0.31.2/#backslash-escapes)."""
+    return _IN_MARKDOWN.sub(r"\\\g<0>", line(value))
+
+
+def code_span(value: str) -> str:
+    """The text as code in a line of Markdown (https://spec.commonmark.org/0.31.2/#code-spans)."""
+    code = line(value)
+    fence, space = "`" * (_longest_backticks(code) + 1), " " if {code[:1], code[-1:]} & {"`", " "} else ""
+    return f"{fence}{space}{code}{space}{fence}"
+
+
+def code_block(value: str, language: str) -> str:
+    """The text as a block of code in Markdown, without a line break at its end."""
+    fence = "`" * max(3, _longest_backticks(value) + 1)
+    return f"{fence}{language}\n{value.rstrip()}\n{fence}"
+
+
+def _longest_backticks(value: str) -> int:
+    return max(map(len, re.findall("`+", value)), default=0)
 
 
 def _escaped(match: re.Match[str]) -> str:

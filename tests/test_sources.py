@@ -25,6 +25,8 @@ from loratune.data.sources import Row
 from loratune.data.sources.rows import Unreadable
 from loratune.errors import DataError, Problem
 
+MORE = "", Code.DATA_MORE_PROBLEMS, "there may be more"
+"""Behind ten problems: it does not look as if these were all."""
 PAIR = b'{"prompt": "a", "completion": "b"}'
 VALUES = {"prompt": "a", "completion": "b"}
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -125,7 +127,7 @@ REFUSED: dict[str, tuple[str, bytes, list[tuple[str, Code, str]]]] = {
         [(":2", Code.DATA_JSON, ""), (":4", Code.DATA_JSON, "")],
     ),
     "trailing comma": ("rows.jsonl", b'{"a": "b",}', [(":1", Code.DATA_JSON, "Expecting property name")]),
-    "at most ten": ("rows.jsonl", b"{]\n" * 12, [(f":{line}", Code.DATA_JSON, "") for line in range(1, 11)]),
+    "at most ten": ("rows.jsonl", b"{]\n" * 12, [*((f":{line}", Code.DATA_JSON, "") for line in range(1, 11)), MORE]),
     "too deep": ("rows.jsonl", b"[" * 100_000, [(":1", Code.DATA_JSON_DEPTH, "")]),
     "cut off in text": ("rows.jsonl", PAIR + b"\n" + PAIR[:-4], [(":2", Code.DATA_JSON_CUT_OFF, "")]),
     "cut off after text": ("rows.jsonl", PAIR + b"\n" + PAIR[:-1], [(":2", Code.DATA_JSON_CUT_OFF, "")]),
@@ -199,7 +201,7 @@ REFUSED: dict[str, tuple[str, bytes, list[tuple[str, Code, str]]]] = {
     "ten of many": (
         "rows.txt",
         b"\xff\n" * 12,
-        [(f":{line}", Code.DATA_ENCODING, "byte 1 of the line") for line in range(1, 11)],
+        [*((f":{line}", Code.DATA_ENCODING, "byte 1 of the line") for line in range(1, 11)), MORE],
     ),
     "both at once": (
         "rows.jsonl",

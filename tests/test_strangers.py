@@ -24,6 +24,7 @@ import yaml
 from conftest import ROWS, check_refused, meanings, write_rows
 from fork_server import Child, ForkServer
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from running import Cli, MakeConfig, checkpoints, until
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from typer.testing import CliRunner
@@ -497,6 +498,9 @@ EVIL = "a\x1b]52;c;aGk=\x07b\x1b]0;title\x07\x9b2Jc\u202ed\x7f\re"
 RAW = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
+MARKDOWN = MarkdownIt("commonmark").enable("strikethrough")
+
+
 def clean(text: str) -> None:
     assert not RAW.search(text), ascii(text)
 
@@ -517,6 +521,37 @@ def test_escaping() -> None:
     ]  # fmt: skip
     problem = Problem(Code.UNEXPECTED, "a\nb", "c\nd", "e\x1b", "f\r")
     assert str(problem) == "c\\nd: e\\x1b: a\\nb; f\\r"
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["my_adapter", "a`b", "``", " `", "*a* _b_ **c**", "<img src=x>", "[a](b) ![c](d)", "&lt; # ~~d~~ \\* #", "$x$ |"],
+)
+def test_escaping_for_markdown(word: str) -> None:
+    """As words and as code, a renderer shows the text itself, and no markup or link in it."""
+    block = escaping.code_block(f"{word}\n```", "sh")
+    text = f"# {escaping.markdown(word)}\n\n{escaping.code_span(word)}\n\n{block}\n"
+    words, code, fence = (token for token in MARKDOWN.parse(text) if token.type in ("inline", "fence"))
+    assert {token.type for token in words.children or ()} <= {"text", "text_special"}
+    assert "".join(token.content for token in words.children or ()) == word.strip()
+    (shown,) = code.children or ()
+    assert (shown.type, shown.content) == ("code_inline", word)
+    assert (fence.info, fence.content) == ("sh", f"{word}\n```\n")
+
+
+def test_a_card_has_no_markup_of_strangers(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Names of files and directories, and the prompt that is proposed, from the rows."""
+    rows = [{"prompt": f"`<img src=x>` *{number}*", "completion": " 7"} for number in range(8)]
+    file, output = write_rows(tmp_path / "a`b.jsonl", rows), tmp_path / "*out*`"
+    ran = cli("train", run_config(data={"train": str(file)}, training={"max_steps": 1}, output_dir=str(output)))
+    assert ran.code == 0, ran.err
+    text = (output / "README.md").read_text().split("---\n", 2)[2]
+    shown = [token for part in MARKDOWN.parse(text) for token in part.children or ()]
+    known = {"text", "text_special", "softbreak", "code_inline", "strong_open", "strong_close"}
+    assert {token.type for token in shown} <= known
+    codes = [token.content for token in shown if token.type == "code_inline"]
+    assert str(file) in codes and any("'`<img src=x>` *0*'" in code for code in codes)
+    assert sum(token.type == "strong_open" for token in shown) == text.count("\n- **")
 
 
 def test_a_run_on_evil_rows_shows_nothing_raw(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def model_card(
         processes: How many processes the run had.
     """
     model = settings["model"]
-    base, base_name = model["name_or_path"], f"`{_base_name(model)}`{_quantization(model)}"
+    base, base_name = model["name_or_path"], f"{escaping.code_span(_base_name(model))}{_quantization(model)}"
     on_hub = not base.startswith("/")
     tags = ["lora", "loratune", *([settings["training"]["objective"]] if objective else [])]
     metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
@@ -96,7 +96,7 @@ def model_card(
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
-# {escaping.line(name)}
+# {escaping.markdown(name)}
 
 A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 
@@ -113,8 +113,7 @@ A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 
 ## Settings
 
-```yaml
-{yaml.safe_dump(_shown_settings(settings), sort_keys=False)}```
+{escaping.code_block(yaml.safe_dump(_shown_settings(settings), sort_keys=False), "yaml")}
 """
     return escaping.text(text)
 
@@ -181,7 +180,7 @@ def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
     if start is None:
         return ""
     replayed = f"; {replay:.1%} of the rows are replayed from its run" if replay is not None else ""
-    return f"""- **Started from:** the adapter `{escaping.line(start)}`{replayed}.
+    return f"""- **Started from:** the adapter {escaping.code_span(start)}{replayed}.
   It is part of this one, which stands alone: use it on the base without the other
 - **Earlier rows:** {forgetting}
 """
@@ -247,8 +246,8 @@ def _dataset(source: Any, train: Any) -> dict[str, str]:
 def _sources(train: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     """One source, or several with their weights."""
     sources = [train] if isinstance(train, Mapping) else train
-    names = [f"`{escaping.line(source['path'])}`" for source in sources]
-    splits = [f" [{source['split']}]" if source["split"] else "" for source in sources]
+    names = [escaping.code_span(source["path"]) for source in sources]
+    splits = [f" {escaping.markdown('[' + source['split'] + ']')}" if source["split"] else "" for source in sources]
     weights = [f" (weight {source['weight']:g})" if source["weight"] is not None else "" for source in sources]
     return ", ".join(map("".join, zip(names, splits, weights, strict=True)))
 
@@ -258,4 +257,4 @@ def _quantization(base: Mapping[str, Any]) -> str:
 
 
 def _base_name(base: Mapping[str, Any]) -> str:
-    return escaping.line("/".join(base[key] for key in ("name_or_path", "gguf_file") if base[key]))
+    return "/".join(base[key] for key in ("name_or_path", "gguf_file") if base[key])

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from loratune import config, escaping
 from loratune.config import ModelSection, RunConfig
@@ -58,16 +58,18 @@ def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool) 
         prompt: A prompt to try it with, quoted for a shell.
         are_layers_known: Whether llama.cpp and vLLM have adapters for the kinds of layers that are adapted.
     """
-    blocks = [
-        f"```python\n{_peft(run.model, name)}\n```\n\nor `loratune generate --adapter {escaping.shell(name)} {prompt}`"
-    ]
+    command = escaping.code_span(f"loratune generate --adapter {escaping.shell(name)} {prompt}")
+    blocks = [f"{escaping.code_block(_peft(run.model, name), 'python')}\n\nor {command}"]
     if are_layers_known and config.is_plain(run.lora):
         if run.model.gguf_file is None:
-            blocks.append("\n".join(["In vLLM:\n\n```sh", *_vllm(run, name), "```"]))
-        lines = "\n".join(_llama_cpp(run, name))
+            blocks.append(f"In vLLM:\n\n{_shell_block(_vllm(run, name))}")
         base = "" if run.model.gguf_file else ", where `BASE.gguf` is the base as a GGUF file"
-        blocks.append(f"In llama.cpp{base}:\n\n```sh\n{lines}\n```")
+        blocks.append(f"In llama.cpp{base}:\n\n{_shell_block(_llama_cpp(run, name))}")
     return "\n\n".join(blocks)
+
+
+def _shell_block(commands: Iterable[str]) -> str:
+    return escaping.code_block("\n".join(commands), "sh")
 
 
 def _vllm(run: RunConfig, name: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from loratune import escaping
 from loratune.codes import Code
 from loratune.errors import ModelError, Problem
 from loratune.export import output
@@ -89,6 +90,7 @@ def write_card(staging: Path, source: AdapterInfo, lines: Sequence[str]) -> None
     is_hub_id = local_or_hub(name) == name and not Path(name).exists()
     base = [f"base_model: {name}", "base_model_relation: finetune"] if is_hub_id else []
     head = "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation", *base, "---"])
-    listed = "\n".join(f"- {line}" for line in lines)
-    text = f"{head}\n\n# {Path(source.files.path).resolve().name}, merged\n\n{listed}\n"
+    listed = "\n".join(f"- {escaping.markdown(line)}" for line in lines)
+    title = escaping.markdown(f"{Path(source.files.path).resolve().name}, merged")
+    text = f"{head}\n\n# {title}\n\n{listed}\n"
     (staging / "README.md").write_text(text, encoding="utf-8")

@@ -53,9 +53,14 @@ def read_rows(source: Source) -> list[Row]:
     """All rows of a source at once, in order, after its slice.
 
     Raises:
-        DataError: As `open_source` and `RowSource.rows`; or there are no rows.
+        DataError: As `open_source` and `RowSource.rows`, behind ten problems also that there may be more; or there are
+            no rows.
     """
-    if rows := [row for part in open_source(source) for row in part.rows()]:
+    try:
+        rows = [row for part in open_source(source) for row in part.rows()]
+    except DataError as error:
+        raise DataError(reported(error.problems, source.path)) from None
+    if rows:
         return rows
     raise no_rows_error(source)
 
