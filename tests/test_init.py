@@ -465,3 +465,33 @@ def test_reasons_never_break_a_config() -> None:
         draft.reasons[key] = text * 20
     assert config.parse(draft.text(text), "test") == config.from_values(values, "test")
     assert yaml.safe_load(draft.text(text))["data"] == values["data"], "other readers agree"
+
+
+def test_texts_with_labels_are_questions_and_answers(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """As text alone, rows would be trained without what their labels say."""
+    file = here / "reviews.csv"
+    file.write_text(
+        "text,label\n" + "".join(f"{number} is,{'odd' if number % 2 else 'even'}\n" for number in range(60))
+    )
+    run = written(cli, tiny_dir, file.name)
+    assert run.data.columns == {"instruction": "text", "output": "label"}
+    assert "`label` has the answers by its name" in (here / "config.yaml").read_text()
+    assert "2 labels" in (here / "config.yaml").read_text()
+
+
+def test_rows_that_all_belong_together_are_not_held_out(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """Copies of a row stay on one side, so a fraction would leave none to train on."""
+    run = written(cli, tiny_dir, write_rows(here / "rows.jsonl", [{"prompt": "1 +", "completion": " 1"}] * 60))
+    assert run.data.validation is None
+    assert "all of them belong together" in (here / "config.yaml").read_text()
+    pairs = [{"prompt": f"{number % 30} +", "completion": f" {number}"} for number in range(60)]
+    ran = cli("init", write_rows(here / "pairs.jsonl", pairs), "--model", tiny_dir, "--output", "pairs.yaml")
+    assert "rows with the same prompt stay together" in ran.err
+    (held_out,) = re.findall(r"# (\d+) rows are held out", (here / "pairs.yaml").read_text())
+    dry = cli("train", "pairs.yaml", "--dry-run")
+    assert re.search(rf"^ *validation +{held_out} ", dry.out, flags=re.MULTILINE), dry.out
+
+
+def test_the_hint_for_unknown_fields_takes_the_template(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    write_rows(here / "odd.jsonl", ODD)
+    assert "{instruction: YOURS, output: YOURS}" in cli("init", "odd.jsonl", "--model", tiny_dir).err

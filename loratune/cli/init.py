@@ -1,12 +1,17 @@
 """`loratune init`: from rows and a model's name to a config."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loratune.cli.application import Assignments, Debug, app, check_paths, importing, program
+from loratune.codes import Code
 from loratune.commands.boundary import boundary, checked_output
+from loratune.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from loratune.config import ModelSection
 
 STDOUT = "-"
 
@@ -24,6 +29,7 @@ def init(
     """Write a config for rows and a model, with its reasons. No weights are loaded or downloaded."""
     with boundary(debug):
         check_paths(DATA=data, model=model, output=output)
+        _check_named_once(assignments)
 
         from loratune import config
         from loratune.commands import output_file
@@ -34,7 +40,6 @@ def init(
             from loratune.console import log, show_progress
             from loratune.data.sources import open_source
             from loratune.data.sources.local import data_ending
-            from loratune.model.source import is_directory
 
         from loratune.commands.init_start import SOURCE, checked, first_values
         from loratune.training import output_dir
@@ -46,8 +51,7 @@ def init(
         output_dir.check(run.output_dir, overwrite=True, inputs=config.input_paths(Path(output), run))
         for source in run.data.train_sources:
             open_source(source)
-        base = run.model
-        is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code)
+        _find_model(run.model)
 
         with importing():
             from loratune.commands import printing
@@ -62,3 +66,19 @@ def init(
         is_piped = file is None or file.handle is not None or not file.path.is_file()
         with checked_output():
             printing.print_started(started, output, program(), to_stderr=is_piped)
+
+
+def _check_named_once(assignments: list[str]) -> None:
+    """Raises ConfigError: rows or model are named by `--set` too."""
+    given = {"data.train": "DATA", "model.name_or_path": "--model"}
+    for key in (assignment.partition("=")[0].strip() for assignment in assignments):
+        if key in given:
+            what = f"is also given by {given[key]}"
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, "--set", key, "name it once"))
+
+
+def _find_model(section: "ModelSection") -> None:
+    """Raises ModelError: there is no such model."""
+    from loratune.model.source import is_directory
+
+    is_directory(section.name_or_path, section.revision, section.gguf_file, trusted=section.trust_remote_code)

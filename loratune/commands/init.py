@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from loratune import config, memory
+from loratune import config, data, memory
 from loratune.commands import init_choices, init_rows
 from loratune.commands.init_choices import Fit, Room
 from loratune.commands.init_rows import MeasuredRows
@@ -81,11 +81,11 @@ def init(run: RunConfig, draft: Draft, watch: ProgressFactory, log: Callable[[st
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary)
     rows = init_rows.measure(run.data, renderer, vocabulary, watch)
-    _choose_data(draft, rows, context)
+    held_out = _choose_data(draft, run, rows, context, log)
     draft.choose("lora.r", run.lora.r, "rank of the update")
     draft.choose("lora.target_modules", auto.TARGETS, auto.WHY_TARGETS)
     run = config.from_draft(draft)
-    trained, facts = _facts(run, rows, model_config)
+    trained, facts = _facts(run, rows, held_out, model_config)
     lora, _ = auto.decide_lora(run.lora, facts)
     cut = init_rows.check_length(rows, run.data, renderer, vocabulary, watch)
     model, targets = attach.adapt(load.build_meta(model_config, run.model), lora, seed=0)
@@ -109,23 +109,17 @@ def init(run: RunConfig, draft: Draft, watch: ProgressFactory, log: Callable[[st
     return Started(text, run, rows, cut, fitting, adapter, hardware, context, steps, seconds)
 
 
-def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
-    """The section `data`."""
+def _choose_data(
+    draft: Draft, run: RunConfig, rows: MeasuredRows, context: int | None, log: Callable[[str], None]
+) -> int:
+    """The section `data`. Returns how many of the training rows are held out."""
     if rows.columns:
         draft.choose("data.columns", rows.columns, rows.why_columns)
     chat = ", through the model's chat template" if rows.train.chat else ""
     draft.reasons["data.train"] = (
         f"{len(rows.train):,} row{'s' if len(rows.train) > 1 else ''}, {' and '.join(rows.train.formats)}{chat}"
     )
-    if rows.held_out:
-        draft.reasons["data.validation"] = f"{rows.held_out:,} rows; the step with the lowest loss on them is kept"
-    elif (fraction := init_choices.validation(len(rows.train))) is not None:
-        count = f"about {fraction * len(rows.train):,.0f} rows"
-        labels = f", stratified by {rows.labels} labels" if rows.labels else ""
-        why = f"{count} are held out{labels}; the step with the lowest loss on them is kept"
-        draft.choose("data.validation", fraction, why)
-    else:
-        draft.reasons["data.train"] += "; too few to hold out some for data.validation"
+    held_out = _choose_validation(draft, run, rows, log)
     if "test" in draft.values["data"]:
         draft.reasons["data.test"] = "scored once, at the end"
     length, why = init_choices.max_length(rows.all_lengths, context, paired=rows.together > 1)
@@ -134,6 +128,28 @@ def _choose_data(draft: Draft, rows: MeasuredRows, context: int | None) -> None:
     if (kind := rows.train.kind) is not None:
         draft.choose("training.objective", init_rows.OBJECTIVES[kind], f"the rows are {kind}")
     draft.choose("data.packing", "batch", "the rows of a batch end to end, without padding")
+    return held_out
+
+
+def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows, log: Callable[[str], None]) -> int:
+    """The fraction of the rows that is held out, unless there are files of them. Returns how many rows that is."""
+    best = "the step with the lowest loss on them is kept"
+    fraction = run.data.validation if draft.has("data.validation") else init_choices.validation(len(rows.train))
+    if rows.held_out:
+        draft.reasons["data.validation"] = f"{rows.held_out:,} rows; {best}"
+    elif isinstance(fraction, float):
+        _, mask, remarks = data.divide(rows.train, fraction, run.data.group_by, run.training.seed)
+        held_out, labels = int(mask.sum()), f", stratified by {rows.labels} labels" if rows.labels else ""
+        if held_out < len(rows.train) or draft.has("data.validation"):
+            draft.choose("data.validation", fraction, f"{held_out:,} rows are held out{labels}; {best}")
+            for remark in remarks:
+                log(f"data.validation: {remark}")
+            return held_out
+        why = "all of them belong together, as copies, or by their prompts, so that none can be held out"
+        draft.reasons["data.train"] += f"; {why}"
+    elif not draft.has("data.validation"):
+        draft.reasons["data.train"] += "; too few to hold out some for data.validation"
+    return 0
 
 
 def _choose_training(draft: Draft, run: RunConfig, step: int, fitting: Fit) -> None:
@@ -141,8 +157,11 @@ def _choose_training(draft: Draft, run: RunConfig, step: int, fitting: Fit) -> N
     if run.training.max_minutes is not None:
         draft.reasons["training.max_minutes"] = "the number of steps is fixed from it before the first one"
     size, gibibytes = fitting.batch, f"{fitting.estimate.total / (1 << 30):.1f} of {fitting.free / (1 << 30):.1f} GiB"
-    draft.choose("training.per_device_train_batch_size", size, f"takes about {gibibytes} that are free")
-    accumulation, why = max(1, step // size), f"{size} x {max(1, step // size)} rows a step"
+    why = "all rows of a step at once" if size == step else "the most that leave half of the free memory free"
+    why = f"{why}; takes about {gibibytes} that are free"
+    draft.choose("training.per_device_train_batch_size", size, why)
+    accumulation = max(1, step // size)
+    why = f"{size} x {accumulation} rows a step: {init_choices.WHY_STEP}"
     draft.choose("training.gradient_accumulation_steps", accumulation, why)
     if fitting.checkpointed:
         draft.choose("training.activation_checkpointing", True, "half of the memory would not suffice without")
@@ -150,10 +169,9 @@ def _choose_training(draft: Draft, run: RunConfig, step: int, fitting: Fit) -> N
         draft.choose("model.quantization", fitting.quantization, "half of the memory would not suffice without")
 
 
-def _facts(run: RunConfig, rows: MeasuredRows, model_config: Any) -> tuple[int, auto.Facts]:
-    """How many rows are trained on when a fraction is held out, and what `auto` is decided by."""
-    fraction = run.data.validation if isinstance(run.data.validation, float) else 0.0
-    trained = max(1, len(rows.train) - round(fraction * len(rows.train)))
+def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any) -> tuple[int, auto.Facts]:
+    """How many rows are trained on when some are held out, and what `auto` is decided by."""
+    trained = max(1, len(rows.train) - held_out)
     lengths = rows.lengths.clip(max=run.data.max_length * rows.together)
     share = trained / len(rows.train)
     packs = -(-round(share * int(lengths.sum())) // run.data.max_length)

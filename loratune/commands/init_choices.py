@@ -27,6 +27,8 @@ _LEAST_ROWS = 50
 _STEPS, _LEAST_STEP, _MOST_STEP = 200, 8, 32
 """About how many optimizer steps a pass over the rows should have, and the fewest and the most rows of one."""
 
+WHY_STEP = f"about {_STEPS} steps in each pass, of {_LEAST_STEP} to {_MOST_STEP} rows"
+
 
 def rows_per_step(rows: int) -> int:
     """Rows of an optimizer step for so many training rows: a power of two."""

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection
+from loratune.config.keys import yaml_flow
 from loratune.data import DatasetSplit, ProgressFactory, RawDatasets
 from loratune.data.formats import FORMATS, JUDGED, PAIRS, completion_key
+from loratune.data.formats.examples import quote
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL, random_mask
 from loratune.data.packing import BatchLayout, Items
 from loratune.data.rendering import Renderer
@@ -172,14 +174,14 @@ def _read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[
     chat: whether the tokenizer has a chat template.
     """
     try:
-        raw = data.read_datasets(section, 0, watch)
+        raw = data.read_datasets(section, 0, watch, divisible=True)
     except DataError as error:
         columns, why = _columns_for(error, section, chat=chat), _BY_NAMES
     else:
-        columns, why = (_columns_of_chat(raw.train), _RUN_TOGETHER) if chat and section.format == "auto" else ({}, "")
-        if section.columns or not columns:
+        columns, why = _other_columns(raw.train, section, chat=chat)
+        if not columns:
             return raw, section.columns, ""
-    return data.read_datasets(section.model_copy(update={"columns": columns}), 0, watch), columns, why
+    return data.read_datasets(section.model_copy(update={"columns": columns}), 0, watch, divisible=True), columns, why
 
 
 def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> dict[str, str]:
@@ -188,15 +190,35 @@ def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> dict[
     unread = problem.code == Code.DATA_NO_QUESTION and problem.key == "data.columns"
     if section.columns or not (unread or problem.code == Code.DATA_FORMAT_UNKNOWN):
         raise error
-    first = next(row for part in open_source(section.train_sources[0]) for row in part.rows())
-    if columns := propose_columns(first.values, chat=chat):
+    if columns := propose_columns(_first_fields(section), chat=chat):
         return columns
     if unread:
         raise error
     known = ", or ".join(" + ".join(format.keys) for format in FORMATS)
-    fix = f"rows have {known}; say which is which: --set data.columns='{{prompt: YOURS, completion: YOURS}}'"
+    names = ("instruction", "output") if chat else ("prompt", "completion")
+    columns = {name: "YOURS" for name in names}
+    fix = f"rows have {known}; say which is which: --set data.columns='{yaml_flow(columns)}'"
     fix += ", or with chosen and rejected where answers are compared"
     raise DataError([replace(problem, fix=fix) for problem in error.problems]) from None
+
+
+def _first_fields(section: DataSection) -> dict[str, Any]:
+    """The fields of the first row."""
+    return next(row.values for part in open_source(section.train_sources[0]) for row in part.rows())
+
+
+def _other_columns(split: DatasetSplit, section: DataSection, *, chat: bool) -> tuple[dict[str, str], str]:
+    """Better columns for rows that have a format as they are, and why; empty where there are none."""
+    if section.columns or section.format != "auto":
+        return {}, ""
+    if tuple(split.formats) == ("text",):
+        fields = _first_fields(section)
+        answers = [name for name, value in fields.items() if name.lower() in _ANSWERS and isinstance(value, str)]
+        question, answer = ("instruction", "output") if chat else ("prompt", "completion")
+        if len(answers) == 1:
+            why = f"{quote(answers)} has the answers by its name; without it the texts alone are learned"
+            return {question: "text", answer: answers[0]}, why
+    return (_columns_of_chat(split), _RUN_TOGETHER) if chat else ({}, "")
 
 
 def _columns_of_chat(split: DatasetSplit) -> dict[str, str]:

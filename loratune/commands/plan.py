@@ -75,6 +75,11 @@ class Plan:
         return card.example_prompt(self.train_split) if self.train_split else ""
 
     @property
+    def context(self) -> int | None:
+        """How many tokens the model was built for, if that is known."""
+        return load.context_length(self.model.config)
+
+    @property
     def fingerprints(self) -> dict[str, str | None]:
         """Of the base, the rows of each split, and the adapter that the run starts from."""
         datasets = self.datasets

@@ -14,6 +14,7 @@ from loratune.console import (
     format_duration,
     format_size,
     log,
+    plural,
     print_block,
     print_json,
     print_marked,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 def log_plan(plan: "Plan") -> None:
     """Log what is about to be trained, above all what was truncated or dropped."""
-    for line in _dataset_lines(plan.datasets):
+    for line in _dataset_lines(plan.datasets, plan.context):
         log(line)
     for number in range(plan.datasets.train.together):
         log(f"first row{plan.side_name(number)}, supervised text marked:")
@@ -61,7 +62,7 @@ def print_plan(plan: "Plan", rows: int) -> None:
         lines.append((", ".join(roles), f"{module_pattern} x {count}{fused}"))
     print_block("targets", lines)
     print(plan.count)
-    for line in _dataset_lines(plan.datasets):
+    for line in _dataset_lines(plan.datasets, plan.context):
         print(escaping.line(line))
     _log_notes(plan)
     for number in range(min(rows * plan.datasets.train.together, len(plan.datasets.train.rows))):
@@ -91,12 +92,12 @@ def _log_notes(plan: "Plan") -> None:
         log(line)
 
 
-def _dataset_lines(datasets: "TokenizedDatasets") -> Iterator[str]:
+def _dataset_lines(datasets: "TokenizedDatasets", context: int | None) -> Iterator[str]:
     """A table of how many rows of each split were used, truncated or dropped, and remarks on them."""
     cells = [[name, *split.report.cells()] for name, split in datasets.splits.items()]
     yield from align(["", *datasets.train.report.COLUMNS], cells)
     for name, split in datasets.splits.items():
-        lines = [*datasets.remarks[name], *split.report.remarks(datasets.max_length)]
+        lines = [*datasets.remarks[name], *split.report.remarks(datasets.max_length, context)]
         yield from (f"  {name}: {line}" for line in lines)
     yield from (f"  {line}" for line in datasets.leaks)
 
@@ -188,10 +189,11 @@ def print_started(started: "Started", output: str, program: str, *, to_stderr: b
     sampled += ", of each answer with its prompt" * (rows.together > 1)
     context = f", {started.context:,} positions" if started.context else ""
     free = f"{fit.free / (1 << 30):.1f} GiB free"
-    duration = f"about {format_duration(max(1, float(f'{started.seconds:.2g}')))} for {started.steps:,} steps"
+    duration = f"about {format_duration(max(1, float(f'{started.seconds:.2g}')))} for {plural(started.steps, 'step')}"
     duration += ", or half or twice that; measured as busy as the machine is now"
     if run.training.max_minutes is not None:
-        duration = f"at most {run.training.max_minutes:g} min, for about {started.steps:,} steps, or half or twice that"
+        steps = plural(started.steps, "step")
+        duration = f"at most {run.training.max_minutes:g} min, for about {steps}, or half or twice that"
     lines = [
         ("rows", f"{len(rows.train):,}, {' and '.join(rows.train.formats)}{answers}"),
         ("lengths", f"{median:,} tokens in the median, {high:,} at 95 %, {rows.row_lengths.max():,} at most{sampled}"),
@@ -280,7 +282,7 @@ def print_study(swept: "Swept", program: str, as_json: bool) -> None:
     """The trials of a study, the best first, and what became of the best. program: what starts this program."""
     results = swept.results
     if as_json:
-        print_json(results.as_json() | {"notes": swept.notes})
+        print_json(results.as_json() | {"notes": [*results.remarks(), *swept.notes]})
         return
     print(results.summary())
     print_table(results.header(), [results.cells(trial) for trial in results.trials])
@@ -297,7 +299,8 @@ def print_study(swept: "Swept", program: str, as_json: bool) -> None:
         ("study", str(swept.directory)),
         ("look", f"{program} report --study {escaping.shell(str(swept.directory))}"),
     ]
-    print_block("swept", [*lines, *(("note", note) for note in swept.notes)])
+    notes = [*results.remarks(), *swept.notes]
+    print_block("swept" if swept.stop is None else "interrupted", [*lines, *(("note", note) for note in notes)])
 
 
 def print_upload(upload: "Upload", as_json: bool) -> None:

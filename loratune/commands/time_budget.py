@@ -274,8 +274,10 @@ def _check(plan: Plan, asked: TrainingSection, found: StepBudget, left: float) -
         what = f"{format_duration(gone)} have passed before the first step, and a run of {run}"
         raise _too_short(asked, f"{what} takes about {format_duration(found.fewest)} more", gone + found.fewest)
     if decided(plan.config.training.warmup_steps) > found.steps:
-        what = f"{asked.max_minutes:g} min has room for {plural(found.steps, 'step')}, fewer than the warmup has"
-        fix = "lower it, set a fraction of the steps, or raise training.max_minutes"
+        room = "the passes over the rows have" if found.limited else f"{asked.max_minutes:g} min has room for"
+        what = f"{room} {plural(found.steps, 'step')}, fewer than the warmup has"
+        further = "training.num_train_epochs" if found.limited else "training.max_minutes"
+        fix = f"lower it, set a fraction of the steps, or raise {further}"
         raise ConfigError(Problem(Code.CONFIG_WARMUP_TOO_LONG, what, key="training.warmup_steps", fix=fix))
 
 

@@ -33,6 +33,7 @@ from loratune.data.row_index import no_progress as no_progress
 from loratune.data.sources import reported
 from loratune.data.splits import DatasetSplit as DatasetSplit
 from loratune.data.splits import RawDatasets as RawDatasets
+from loratune.data.splits import divide as divide
 from loratune.data.splits import find_duplicates
 from loratune.data.splits import find_leaks as find_leaks
 from loratune.data.splits import find_test_leaks as find_test_leaks

@@ -145,13 +145,15 @@ class Report:
         truncated = [f"{_rows(self.truncated)} cut to max_length"] if self.truncated else []
         return truncated + self._unsupervised()
 
-    def remarks(self, max_length: int) -> list[str]:
-        """Everything about the rows that the table does not say."""
+    def remarks(self, max_length: int, context: int | None = None) -> list[str]:
+        """Everything about the rows that the table does not say. context: tokens that the model was built for."""
         lines = self._unsupervised()
         if self.duplicates.count:
             lines.append(f"{_rows(self.duplicates.count)} repeated: {self.duplicates.places}")
         if self.longest > max_length:
-            lines.append(f"max_length {self.longest:,} would keep everything")
+            limit = "" if context is None or self.longest <= context else f", and the model has {context:,} positions"
+            would = "would keep everything" if not limit else "would be needed to keep everything"
+            lines.append(f"max_length {self.longest:,} {would}{limit}")
         return lines
 
     def _unsupervised(self) -> list[str]:

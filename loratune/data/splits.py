@@ -167,44 +167,63 @@ class RawDatasets:
         return {split.name: split for split in (self.train, self.validation, self.test) if split}
 
 
-def read_datasets(section: DataSection, seed: int, progress: ProgressFactory = no_progress) -> RawDatasets:
+def read_datasets(
+    section: DataSection, seed: int, progress: ProgressFactory = no_progress, *, divisible: bool = False
+) -> RawDatasets:
     """Read and check all rows. No tokenizer is needed, and torch is not imported. As `read_train_and_validation`."""
-    datasets = read_train_and_validation(section, seed, progress)
+    datasets = read_train_and_validation(section, seed, progress, divisible=divisible)
     if not section.test_sources:
         return datasets
     return replace(datasets, test=_read_split("test", section.test_sources, section, seed, progress))
 
 
-def read_train_and_validation(section: DataSection, seed: int, progress: ProgressFactory = no_progress) -> RawDatasets:
+def read_train_and_validation(
+    section: DataSection, seed: int, progress: ProgressFactory = no_progress, *, divisible: bool = False
+) -> RawDatasets:
     """Read and check all rows. No tokenizer is needed, and torch is not imported.
 
     Args:
         section: Names the sources.
         seed: Decides which rows are drawn where sources are mixed, and which are held out.
         progress: Shows how far reading is.
+        divisible: Whether a fraction of the training rows may be held out later, see `divide`.
 
     Raises:
         DataError: As `index_rows`; or the validation fraction leaves no row to train on.
     """
-    divided = isinstance(section.validation, float)
+    divided = divisible or isinstance(section.validation, float)
     train = _read_split("train", section.train_sources, section, seed, progress, divided)
     if section.validation_sources:
         return RawDatasets(train, _read_split("validation", section.validation_sources, section, seed, progress))
     if not isinstance(section.validation, float):
         return RawDatasets(train, None)
-    mask = train.mask if train.mask is not None else np.ones(len(train), dtype=np.bool_)
-    validation_mask, remarks = hold_out(train.index, mask, section.validation, section.group_by, seed)
-    train_mask = mask & ~validation_mask
+    train_mask, validation_mask, remarks = divide(train, section.validation, section.group_by, seed)
     if not train_mask.any():
         what = f"a fraction of {section.validation} of {len(train)} rows leaves none to train on"
         if remarks:
             what = f"{what} ({'; '.join(remarks)})"
-        fix = "lower it, or name a validation file"
+        fix = "name a validation file, or leave it out" if remarks else "lower it, or name a validation file"
         raise DataError(Problem(Code.DATA_EMPTY_TRAIN_SPLIT, what, key="data.validation", fix=fix))
     return RawDatasets(
         DatasetSplit("train", train.index, train_mask, section, train.mix),
         DatasetSplit("validation", train.index, validation_mask, section, held_out=remarks),
     )
+
+
+def divide(
+    train: DatasetSplit, fraction: float, group_by: str | None, seed: int
+) -> tuple[RowMask, RowMask, tuple[str, ...]]:
+    """Masks of the rows that are trained on, which may be none, and of those that are held out, and remarks on these.
+
+    Args:
+        train: The rows, read as divisible.
+        fraction: How many to hold out.
+        group_by: The field whose values keep rows together.
+        seed: Decides which.
+    """
+    mask = train.mask if train.mask is not None else np.ones(len(train), dtype=np.bool_)
+    held_out, remarks = hold_out(train.index, mask, fraction, group_by, seed)
+    return mask & ~held_out, held_out, remarks
 
 
 def read_source(source: Source, section: DataSection, progress: ProgressFactory = no_progress) -> DatasetSplit:

@@ -1,6 +1,7 @@
 """Reading CSV, plain text and Parquet files in bounded memory, and decoding the bytes of text files."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -147,7 +148,7 @@ def _header_problem(header: list[str], where: str) -> Problem | None:
 
 
 def _duplicates(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in sorted({name for name in names if names.count(name) > 1}))
+    return ", ".join(f"`{name}`" for name, count in sorted(Counter(names).items()) if count > 1)
 
 
 def text_rows(lines: Iterator[tuple[int, str]], name: str) -> Iterator[RowOrProblem]:
