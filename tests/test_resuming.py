@@ -239,6 +239,8 @@ RECORDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "changes of another kind": lambda run: run | {"changes": [1]},
     "changes without keys": lambda run: run | {"changes": [{"step": 1}]},
     "changes that are one": lambda run: run | {"changes": {}},
+    "seconds as text": lambda run: run | {"seconds": "3"},
+    "seconds without end": lambda run: run | {"seconds": float("inf")},
     "a best step that is a number": lambda run: run | {"best": 7},
     "a best step without a loss": lambda run: run | {"best": {"step": 1, "evaluations": 1, "since": 0}},
     "a best step as text": lambda run: run | {"best": {"step": "1", "loss": 2.0, "evaluations": 1, "since": 0}},
@@ -260,7 +262,7 @@ def test_a_record_of_the_run_that_is_damaged(interrupted: Path, cli: Cli, tmp_pa
     for name, content in {**TEXTS, **{name: json.dumps(make(run)) for name, make in RECORDS.items()}}.items():
         reseal(newest, content)
         checkpoint, before, skipped = newest_whole(tmp_path / "out.partial" / "checkpoints", resume_module._fault)
-        assert (checkpoint, before) == (older, run | {"changes": []}), name
+        assert (checkpoint, before | {"seconds": run["seconds"]}) == (older, run | {"changes": []}), name
         assert [(problem.code, problem.where) for problem in skipped] == [(SKIPPED, str(newest))]
         assert ": run.json is damaged: " in skipped[0].what
     for damaged in (newest, older):
@@ -272,9 +274,12 @@ def test_a_record_of_the_run_that_is_damaged(interrupted: Path, cli: Cli, tmp_pa
     assert ran.err.count("\n") == 3 and ran.err.endswith("; start afresh with --overwrite\n")
     assert all(": run.json is damaged: it is not the record of a run [" in line for line in ran.errors[:2])
     assert tree(tmp_path / "out.partial") == before
-    reseal(older, json.dumps(run))
+    reseal(older, json.dumps(run | {"seconds": 1000.0}))
     ran = cli("train", interrupted, "--resume")
     assert ran.code == 0, ran.err
+    metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
+    assert metrics["seconds"] > 1000, "the time of all steps, as the tokens are those of all"
+    assert metrics["tokens_per_second"] > metrics["tokens"] / 1000, "those since it was resumed"
     (skipped_line,) = [line for line in ran.err.splitlines() if is_problem(line, (SKIPPED, str(newest), ""))]
     assert ": run.json is damaged: it is not the record of a run [" in skipped_line
 

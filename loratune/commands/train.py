@@ -213,6 +213,7 @@ def _run_context(
         evaluations=evaluations,
         has_other_validation=best_step.has_other_validation(resume_point, identity),
         unreported=resume_point.unreported,
+        seconds_before=resume_point.seconds,
     )
 
 

@@ -12,7 +12,7 @@ MOST_LOSSES, MOST_HELD_OUT = 600, 300
 loratune.json, which then stays below 200 kB."""
 
 
-UNREPORTED = "unreported"
+UNREPORTED, SECONDS = "unreported", "seconds"
 """The key of a checkpoint's record that holds a `StepLosses`."""
 
 

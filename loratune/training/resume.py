@@ -5,18 +5,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import BaseModel
+from typing import Any
 
 from loratune.codes import Code
 from loratune.config import RunConfig
+from loratune.config.earlier_releases import migrated, unknown_keys
 from loratune.data import TokenizedDataset
 from loratune.errors import Problem, ResumeError
 from loratune.system import launcher
 from loratune.training import auto
 from loratune.training.checkpoints import newest_whole, step_of
-from loratune.training.curve import UNREPORTED, StepLosses
+from loratune.training.curve import SECONDS, UNREPORTED, StepLosses
 from loratune.training.evaluations import BEST, BestRecord
 
 CHANGEABLE = (
@@ -71,6 +70,11 @@ class ResumePoint:
     def unreported(self) -> StepLosses:
         """The losses of the steps before it that no report has."""
         return StepLosses.from_json(self.identity.get(UNREPORTED))
+
+    @property
+    def seconds(self) -> float:
+        """How long training took up to it; 0 if an earlier release wrote it."""
+        return float(self.identity.get(SECONDS, 0.0))
 
     @property
     def new_changes(self) -> list[dict[str, Any]]:
@@ -166,8 +170,8 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
     if other_budget := [*_changed_budget(before, run)]:
         raise ResumeError([*skipped, *other_budget])
     config = auto.keep(run, before["config"]).resolved()
-    old = _migrated(before["config"], config, RunConfig)
-    unknown = dict(_unknown_keys(before["config"], RunConfig))
+    old = migrated(before["config"], config, RunConfig)
+    unknown = dict(unknown_keys(before["config"], RunConfig))
     problems = [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
     if problems := problems or [
         *_changed_step_sizes(before, config, launcher.world_size()),
@@ -218,6 +222,7 @@ def _fault(run: Any) -> str:
         run.get(MAX_MINUTES) is None or 0 < training["max_steps"] < 1 << 31,
         len(changes) == 4 * len(run["changes"]) and isinstance(run["changes"], list),
         type(rate) in (int, float) and 0 < rate < math.inf,
+        type(seconds := run.get(SECONDS, 0.0)) in (int, float) and 0 <= seconds < math.inf,
         auto.are_recorded(run["config"]),
     )
     return "" if all(checks) else "it is not the record of a run"
@@ -252,53 +257,6 @@ def environment_changes(point: ResumePoint, current: Mapping[str, Any]) -> list[
         for name in new
         if name in old and old[name] != new[name]
     ]
-
-
-def _migrated(before: Any, now: Any, section: type[BaseModel] | None) -> Any:
-    """A configuration as this release would have written it.
-
-    A key that a later release added has its default, and one that was removed is left out; see `_unknown_keys`.
-
-    Args:
-        before: Resolved values, as a checkpoint holds them.
-        now: Those of this run.
-        section: The class of the values, None for plain ones.
-    """
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [_migrated(old, new, section) for old, new in zip(before, now, strict=True)]
-    if not isinstance(before, dict) or not isinstance(now, dict) or section is None:
-        return before
-    values = {
-        key: _migrated(old, now.get(key), _section_of(section, key))
-        for key, old in before.items()
-        if key in section.model_fields
-    }
-    for key in now.keys() - before.keys():
-        if key in section.model_fields and not section.model_fields[key].is_required():
-            default = section.model_fields[key].get_default(call_default_factory=True)
-            values[key] = default.model_dump() if isinstance(default, BaseModel) else default
-    return values
-
-
-def _section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The class of the values of a key, alone or in a list; None for plain values."""
-    annotations: list[Any] = [section.model_fields[key].annotation] if key in section.model_fields else []
-    for annotation in annotations:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            return annotation
-        annotations.extend(get_args(annotation))
-    return None
-
-
-def _unknown_keys(before: Mapping[str, Any], section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys, with values, that this release does not know."""
-    for key, value in before.items():
-        if key not in section.model_fields:
-            yield f"{prefix}{key}", value
-        elif (inner := _section_of(section, key)) is not None:
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, dict):
-                    yield from _unknown_keys(item, inner, f"{prefix}{key}.")
 
 
 def _lost_values(unknown: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[Problem]:

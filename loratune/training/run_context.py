@@ -52,6 +52,7 @@ class RunContext:
         evaluations: What the evaluations up to that checkpoint gave; None if there were none, or they do not count.
         has_other_validation: Whether the validation rows up to that checkpoint were others, or are none any more.
         unreported: The losses of the steps before that checkpoint that no report has.
+        seconds_before: How long training took up to that checkpoint.
         after_checkpoint: Called in all processes after each checkpoint; it may raise an error, which ends the run.
         trackers: What else follows its steps, in the main process.
     """
@@ -65,6 +66,7 @@ class RunContext:
     evaluations: BestRecord | None = None
     has_other_validation: bool = False
     unreported: StepLosses = field(default_factory=StepLosses)
+    seconds_before: float = 0.0
     after_checkpoint: Callable[[], None] = lambda: None
     trackers: Sequence[Tracker] = ()
 

@@ -287,6 +287,15 @@ class RunDirectory:
         if is_directory(self.partial) and not self.has_checkpoints():
             self._remove_work()
 
+    def remove_all(self) -> list[Path]:
+        """Remove the adapter and the work in progress. Foreign files, and their directories, stay and are returned."""
+        left = self._remove_work() if is_directory(self.partial) else []
+        if is_directory(self.output):
+            contents = scan_recorded(self.output)
+            run_dir_files.remove_own(self.output, contents)
+            left += [self.output / name for name in contents.foreign]
+        return left
+
     def remove_checkpoints(self) -> None:
         """Remove the checkpoints, so that the run cannot be resumed."""
         self._remove(self.checkpoints)

@@ -15,7 +15,7 @@ from loratune.system import launcher
 from loratune.training.best_step import BestStep
 from loratune.training.callbacks import NonFiniteGuard, Pace, diverged_error
 from loratune.training.checkpoints import check_tensors
-from loratune.training.curve import thinned, without_held_out
+from loratune.training.curve import SECONDS, thinned, without_held_out
 from loratune.training.losses import Batches, Loss
 from loratune.training.outcome import CURVE_KEYS, Outcome
 from loratune.training.run_context import RunContext
@@ -39,7 +39,7 @@ class RunTrainer(ShardedTrainer):
         self.context, self.batches, self.guard, self.group = context, batches, guard, context.group
         self.best = best
         self.shape: tuple[int, ...] = ()
-        self.evaluating, self.pace = False, Pace()
+        self.evaluating, self.pace, self.began = False, Pace(), time.monotonic()
         super().__init__(**arguments)
         self.add_callback(self.pace)
 
@@ -112,6 +112,11 @@ class RunTrainer(ShardedTrainer):
         """Give the model the weights that become the adapter, where these are not those of the last step."""
         if (weights := self.best.kept_weights(self.state.global_step)) is not None:
             tensors.restore(self.model, weights)
+
+    @property
+    def seconds(self) -> float:
+        """How long training has taken, with the time up to the checkpoint from which it is resumed."""
+        return self.context.seconds_before + time.monotonic() - self.began
 
     def outcome(self, seconds: float) -> Outcome:
         """What the run came to. seconds: how long it took."""
@@ -210,7 +215,8 @@ class RunTrainer(ShardedTrainer):
     def save_checkpoint(self, model: Any) -> None:
         """Write a checkpoint that is whole, or absent."""
         step, checkpoints = self.state.global_step, self.context.checkpoints
-        with checkpoints.writing(step, self.best.as_json() | self.guard.losses.as_json()) as directory:
+        recorded = self.best.as_json() | self.guard.losses.as_json() | {SECONDS: round(self.seconds, 3)}
+        with checkpoints.writing(step, recorded) as directory:
             super().save_checkpoint(model)
             if checkpoints.is_writer:
                 self.best.save(directory, step)

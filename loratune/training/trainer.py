@@ -97,12 +97,12 @@ def fit(job: TrainingJob, context: RunContext, *, oom_dry_run: bool = True) -> O
         *context.trackers,
     ]
     trainer = _build(job, context, watchers, oom_dry_run=oom_dry_run)
-    start = time.monotonic()
+    trainer.began = time.monotonic()
     try:
         with _out_of_memory_placed(trainer):
             with suppress(NoStepLeft):
                 trainer.train(resume_from_checkpoint=str(context.resume_from) if context.resume_from else None)
-            seconds = time.monotonic() - start
+            seconds = trainer.seconds
             if job.validation is not None and not context.stopping():
                 trainer.evaluate_once()
         context.check_not_stopping()
