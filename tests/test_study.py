@@ -1,5 +1,6 @@
 """`loratune sweep`: what is tried, told before the first trial, shared, interrupted, compared, and published."""
 
+import itertools
 import json
 import re
 import resource
@@ -8,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,15 @@ def test_values_stand_between_commas_outside_of_brackets_and_quotes() -> None:
         "lora.target_modules=all-linear lora.r=8",
         "lora.target_modules=all-linear lora.r=16",
     ]
+
+
+def test_the_first_combinations_span_the_grid() -> None:
+    """A sweep that is cut short has tried high and low values of each key."""
+    options = ["training.learning_rate=1e-4,3e-4,1e-3", "lora.r=4,8,16", "lora.lora_alpha=16"]
+    order = grid.parse(options, Path("c.yaml"), []).spread_out()
+    shown = [(one["training.learning_rate"], one["lora.r"]) for one in order]
+    assert shown[:5] == [("1e-4", "4"), ("1e-3", "16"), ("1e-4", "16"), ("3e-4", "8"), ("1e-3", "4")]
+    assert sorted(shown) == sorted(itertools.product(("1e-4", "3e-4", "1e-3"), ("4", "8", "16")))
 
 
 def test_ranges_are_whole_or_logarithmic_by_their_ends() -> None:
@@ -187,7 +198,7 @@ def test_a_better_one_replaces_what_the_study_published(
 ) -> None:
     """One process ends at its budget, and publishes; another, which was between two trials, finds a better adapter."""
     gate, file = tmp_path / "gate", config()
-    arguments = ("sweep", file, "--grid", "training.learning_rate=1e-5,1e-3,1e-2")
+    arguments = ("sweep", file, "--grid", "training.learning_rate=1e-5,1e-2,1e-3")
     waits = "from loratune.commands.sweep.study import Study\nimport os, time\nclaim, calls = Study.claim, []\n"
     waits += "def later(self, *arguments):\n    calls.append(1)\n"
     waits += f"    while len(calls) > 1 and not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
@@ -262,12 +273,13 @@ def test_the_table_has_all_trials_the_best_first(swept: Path) -> None:
     assert [trial.verdict for trial in found.trials].count(BEST) == 1 and found.trials[0].verdict == BEST
     told = re.findall(r"^trial (\d): (.*)$", (swept / "told").read_text(), flags=re.MULTILINE)
     assert [settings for _, settings in told] == [
-        f"training.learning_rate={rate} lora.r={r}" for rate in ("1e-3", "1e-2") for r in (2, 4)
+        f"training.learning_rate={rate} lora.r={r}" for rate, r in (("1e-3", 2), ("1e-2", 4), ("1e-3", 4), ("1e-2", 2))
     ]
     said = (swept / "said").read_text()
     for trial in found.trials:
         assert f"{trial.loss:.4f}" in said
     assert f"trial {found.trials[0].number}, training.learning_rate=1e-2" in said
+    assert "training.learning_rate: the best value is the highest that was tried; higher ones may be better" in said
 
 
 def test_the_winner_is_what_train_writes(swept: Path, forked: Cli, tmp_path: Path) -> None:
@@ -329,7 +341,7 @@ def test_more_values_go_on_with_the_study(swept: Path, forked: Cli, tmp_path: Pa
     ran = forked("sweep", tmp_path / "run.yaml", "--grid", "training.learning_rate=1e-3,1e-2,2e-2", *RANKS)
     assert ran.code == 0, ran.err
     assert re.findall(r"^trial \d+: (.*)$", ran.err, flags=re.MULTILINE) == [
-        f"training.learning_rate=2e-2 lora.r={r}" for r in (2, 4)
+        f"training.learning_rate=2e-2 lora.r={r}" for r in (4, 2)
     ]
     assert len(results(tmp_path).trials) == 6
 
@@ -375,6 +387,7 @@ def test_a_trial_with_a_time_budget_tells_its_steps(forked: Cli, config: MakeCon
     ran = forked("sweep", config(), "--grid", "training.max_minutes=2,3", "--trials", 1)
     (trial,) = results(tmp_path).trials
     assert ran.code == 0 and trial.state == "done", ran.err
+    assert "1 combination of the grid not tried, as --trials is 1" in ran.out
     training = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["training"]
     assert "max_minutes" not in training and training["max_steps"] == trial.steps == 5
     assert trial.settings == {"training.max_minutes": "2"} and trial.values == {"training.max_steps": "5"}
@@ -521,7 +534,7 @@ def test_numbers_are_drawn_from_a_range(forked: Cli, config: MakeConfig, tmp_pat
 
 def test_successive_halving_stops_the_worse_ones(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     training = {"num_train_epochs": 4, "eval_steps": 1}
-    rates = "training.learning_rate=1e-2,1e-6,1e-7,1e-8"
+    rates = "training.learning_rate=1e-2,1e-7,1e-8,1e-6"  # tried in the order first, last, second, third
     ran = forked("sweep", config(training=training), "--grid", rates, "--halving")
     assert ran.code == 0, ran.err
     assert "stopped early" in states(tmp_path)
@@ -616,3 +629,28 @@ def test_ranking_compares_row_by_row() -> None:
     assert [(one.number, one.verdict) for one in ranked] == [(1, BEST), (2, LIKE_BEST), (0, WORSE), (3, "")]
     assert ranked[2].difference == pytest.approx(0.05, rel=1e-5)
     assert ranked[0].interval is not None and ranked[0].interval[1] - ranked[0].interval[0] > 0.05
+
+
+def test_what_a_comparison_leaves_open_is_said() -> None:
+    """Where the best values lie at the end of those tried, diverged trials included, and which losses are compared."""
+
+    def remarks(*trials: tuple[dict[str, str], str]) -> list[str]:
+        found = [TrialResult(number, values, {}, state) for number, (values, state) in enumerate(trials)]
+        first = replace(found[0], verdict=BEST)
+        return StudyResults("out", "base", [*trials[0][0]], 9, 9, [first, *found[1:]]).remarks()
+
+    rate, r = "training.learning_rate", "lora.r"
+    best = {rate: "1e-3", r: "8"}
+    lower, waiting, diverged = ({rate: text, r: "8"} for text in ("1e-4", "1e-2", "2e-3"))
+    said = [f"{rate}: the best value is the highest that was tried; higher ones may be better"]
+    assert remarks((best, "done"), (lower, "done"), (waiting, "waiting")) == said
+    assert remarks((best, "done"), (lower, "done"), (diverged, "diverged")) == []
+    assert remarks((best, "done"), (diverged, "done")) == [
+        said[0].replace("highest", "lowest").replace("higher", "lower")
+    ]
+    assert (
+        remarks((best, "done")) == remarks(({"data.packing": "full"}, "done"), ({"data.packing": "none"}, "done")) == []
+    )
+    assert remarks(({"training.seed": "1"}, "done"), ({"training.seed": "2"}, "done")) == []
+    (one,) = remarks(({"training.objective": "dpo"}, "done"), ({"training.objective": "simpo"}, "done"))
+    assert "favours those that were trained to lower it" in one

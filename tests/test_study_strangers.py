@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import yaml
 from conftest import Ran, check_refused, config_in, write_rows
@@ -184,7 +185,7 @@ def test_no_password_is_printed(url: str, password: str) -> None:
 
 def test_no_password_is_in_an_error(forked: Cli, tmp_path: Path, tiny_dir: Path) -> None:
     ran = forked("sweep", config(tmp_path, tiny_dir), *RATES, "--storage", "mysql:joe:hunter2@host")
-    assert ran.code == 10 and f"[{Code.SWEEP_STORAGE}]" in ran.err and "hunter2" not in ran.err + ran.out
+    assert ran.code == 2 and f"[{Code.SWEEP_STORAGE}]" in ran.err and "hunter2" not in ran.err + ran.out
 
 
 # Its results
@@ -378,3 +379,67 @@ def test_sections_and_one_value_in_two_spellings_are_refused(
     ran = cli("sweep", config(tmp_path, tiny_dir), "--grid", option)
     assert ran.code == 2 and f"[{code}]" in ran.err, ran.err
     assert not (tmp_path / "out.study").exists()
+
+
+# What is not the sweep's
+
+
+def test_what_no_trial_wrote_stays(forked: Cli, tmp_path: Path, tiny_dir: Path) -> None:
+    """Neither where a trial would write, which ends the sweep, nor beside what a trial that fails has written."""
+    file, place = config(tmp_path, tiny_dir, max_steps=3), tmp_path / "out.study" / "trials" / "0000"
+    (place / "out").mkdir(parents=True)
+    (place / "out" / "notes.txt").write_text("mine")
+    ran = forked("sweep", file, *RATES)
+    check_refused(ran, 2, (Code.RUN_OVERWRITE_NO_ADAPTER, str(place / "out"), "output_dir"))
+    assert (place / "out" / "notes.txt").read_text() == "mine"
+    shutil.rmtree(tmp_path / "out.study")
+    place.mkdir(parents=True)
+    (place / "notes.txt").write_text("mine")
+    ran = forked("sweep", file, "--grid", "training.learning_rate=1e30,1e-3")
+    assert ran.code == 0 and (place / "notes.txt").read_text() == "mine", ran.err
+    assert not (place / "out").exists() and not (place / "out.partial").exists()
+
+
+def test_the_study_of_another_program_is_left_alone(forked: Cli, tmp_path: Path, tiny_dir: Path) -> None:
+    """Its trials would be taken for those of the sweep."""
+    url, file = f"sqlite:///{tmp_path / 'theirs.db'}", config(tmp_path, tiny_dir, max_steps=3)
+    theirs = optuna.create_study(study_name="out", storage=url)
+    theirs.ask()
+    theirs.enqueue_trial({"x": 0.9})
+    check_refused(forked("sweep", file, *RATES, "--storage", url), 2, (Code.SWEEP_OTHER_STUDY, url, ""))
+    theirs = optuna.load_study(study_name="out", storage=url)
+    assert [trial.state.name for trial in theirs.trials] == ["RUNNING", "WAITING"] and not theirs.user_attrs
+    optuna.create_study(study_name="out", storage=f"{url}2", direction="maximize")
+    check_refused(forked("sweep", file, *RATES, "--storage", f"{url}2"), 2, (Code.SWEEP_OTHER_STUDY, f"{url}2", ""))
+
+
+def test_a_living_trial_of_another_directory_is_not_taken(tmp_path: Path) -> None:
+    """Two output directories of one name on one machine and one database; the lock lies in the first."""
+    url, axes = f"sqlite:///{tmp_path / 'study.db'}", grid.parse(["lora.r=2,4"], Path("c.yaml"), []).axes
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, two = (Study(tmp_path / name, "out", url, halving=False, seed=0) for name in ("one", "two"))
+    one.enqueue([{"lora.r": "2"}])
+    claim = one.claim({"lora.r=2"}, axes, None)
+    assert claim is not None and two.claim({"lora.r=2"}, axes, None) is None
+    one.give_back(claim)
+    taken = two.claim({"lora.r=2"}, axes, None)
+    assert taken is not None and [record.place for record in two.records()] == [str((tmp_path / "two").resolve())]
+
+
+@pytest.mark.parametrize("url", ["study.db", "", "nosuch://x", "oracle://host/x"])
+def test_what_is_no_database_is_a_mistake_in_the_command(forked: Cli, tmp_path: Path, tiny_dir: Path, url: str) -> None:
+    ran = forked("sweep", config(tmp_path, tiny_dir), *RATES, "--storage", url)
+    assert ran.code == 2 and f"[{Code.SWEEP_STORAGE}]" in ran.err and "--storage" in ran.err, ran.err
+
+
+def test_a_budget_that_loading_takes_leaves_no_study(forked: Cli, tmp_path: Path, tiny_dir: Path) -> None:
+    """It would stand in the way of a sweep over other keys."""
+    file = config(tmp_path, tiny_dir, max_steps=3)
+    ran = forked("sweep", file, *RATES, "--budget", "0.001s")
+    check_refused(ran, 2, (Code.SWEEP_BUDGET, "", "--budget"))
+    assert "have passed before it" in ran.err
+    ran = forked("sweep", file, "--grid", "lora.r=2", "--budget", "1h")
+    assert ran.code == 0, ran.err
+    again = forked("sweep", file, "--grid", "lora.r=2,4")
+    assert again.code == 2 and "--overwrite goes on with" in again.err, again.err

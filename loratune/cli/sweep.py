@@ -1,5 +1,8 @@
 """`loratune sweep`: the same run with other settings, and the best of them as an adapter."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +15,7 @@ from loratune.commands.boundary import boundary, checked_output, stop_error, unr
 from loratune.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from loratune.commands.sweep.grid import Grid
     from loratune.config import RunConfig
 
 
@@ -28,10 +32,12 @@ def sweep(
     ] = [],  # noqa: B006  typer copies it
     assignments: Assignments = [],  # noqa: B006  typer copies it
     trials: Annotated[
-        int | None, typer.Option("--trials", metavar="N", min=1, max=MAX_COUNT, help="At most N trials in all.")
+        int | None,
+        typer.Option("--trials", metavar="N", min=1, max=MAX_COUNT, help="Try N combinations at most."),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option("--budget", metavar="TIME", help="Start no trial that would not fit: 30m, 1h, 90.")
+        str | None,
+        typer.Option("--budget", metavar="TIME", help="Start no trial that would not fit: 30m, 1h, 90 (minutes)."),
     ] = None,
     halving: Annotated[
         bool, typer.Option("--halving", help="Stop trials early that do worse at their evaluations.")
@@ -66,23 +72,23 @@ def sweep(
         timer = budgets.Budget(seconds)
         runs = grids.check(axes)
         run = axes.run({})
-        _check_validation(run, str(config_file))
-        grids.check_seed(axes, run)
-        grids.check_halving(axes, halving=halving)
+        _check_comparable(axes, run, str(config_file), halving=halving)
         log_all(config.portability(run.lora))
-        inputs = config.input_paths(config_file, run)
-        directory = output_dir.check(run.output_dir, overwrite=overwrite, inputs=inputs)
+        with _naming_the_study(run.output_dir):
+            inputs = config.input_paths(config_file, run)
+            directory = output_dir.check(run.output_dir, overwrite=overwrite, inputs=inputs)
 
         with importing(computes=True):
             from loratune.commands import printing
             from loratune.commands.sweep import running
+            from loratune.commands.sweep.request import Request
             from loratune.commands.train import Reporter
             from loratune.console import TrainingProgress, log, show_progress
             from loratune.training import preflight
 
         validated = preflight.check(run, directory, show_progress)
         reporter = Reporter(log, printing.log_plan, show_progress, TrainingProgress())
-        request = running.Request(axes, runs, validated, storage, trials, timer, halving)
+        request = Request(axes, runs, validated, storage, trials, timer, halving)
         swept = running.sweep(request, reporter)
         with checked_output() if swept.stop is None else unread_output():
             printing.print_study(swept, program(), as_json)
@@ -90,8 +96,26 @@ def sweep(
             raise stop_error(swept.stop, "the same command goes on") from None
 
 
-def _check_validation(run: "RunConfig", config_file: str) -> None:
-    """Raises ConfigError: there are no rows by which trials could be compared."""
+@contextmanager
+def _naming_the_study(output_dir: str) -> Iterator[None]:
+    """Adds to the error of an output directory that exists what goes on with the study which has published to it."""
+    study = f"{output_dir}.study"
+    fix = f"--overwrite goes on with {study}, and replaces it by what is best then"
+    try:
+        yield
+    except ConfigError as error:
+        if not Path(study).is_dir():
+            raise
+        problems = [replace(one, fix=fix) if one.code == Code.RUN_OUTPUT_EXISTS else one for one in error.problems]
+        raise ConfigError(problems) from None
+
+
+def _check_comparable(axes: "Grid", run: "RunConfig", config_file: str, *, halving: bool) -> None:
+    """Raises ConfigError: no rows are there to compare trials by, or their losses mean something else in each."""
+    from loratune.commands.sweep import grid as grids
+
     if run.data.validation is None:
         what, fix = "trials are compared on validation rows, and there are none", "set data.validation=0.1, or a file"
         raise ConfigError(Problem(Code.SWEEP_NO_VALIDATION, what, config_file, "data.validation", fix))
+    grids.check_seed(axes, run)
+    grids.check_halving(axes, halving=halving)

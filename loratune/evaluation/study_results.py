@@ -31,6 +31,8 @@ NOT_JUDGED: Final = "not judged"
 Verdict = Literal["best", "indistinguishable", "worse", "not judged", ""]
 MAX_MINUTES, MAX_STEPS = "training.max_minutes", "training.max_steps"
 _AUTO = "auto"
+_OBJECTIVE, _SEED = "training.objective", "training.seed"
+_NOT_TRIED = ("waiting", "running", "invalid")
 _MOST_BYTES = 1 << 22
 """Bytes of the losses of a trial, unpacked, at most."""
 
@@ -276,8 +278,31 @@ class StudyResults:
         if self.ties:
             text += f"; these {self.item}s do not tell it from trial{'s' if len(self.ties) > 1 else ''} {numbers}"
         elif all(trial.verdict == WORSE for trial in judged):
-            text += f"; better than all others on these {self.item}s"
+            text += f"; better than all others that were tried, on these {self.item}s"
         return f"{text}; chosen by these {self.item}s, so its loss is optimistic"
+
+    def remarks(self) -> list[str]:
+        """What the comparison leaves open: whether the best values lie beyond those tried, and what losses mean."""
+        found = []
+        for key in self.keys if self.winner else []:
+            used = (_number(trial.used(key)) for trial in self.trials if trial.state not in _NOT_TRIED)
+            tried = {number for number in used if number is not None}
+            best = _number(self.winner.used(key)) if self.winner else None
+            if len(tried) > 1 and best in (max(tried), min(tried)) and key != _SEED:
+                end, further = ("highest", "higher") if best == max(tried) else ("lowest", "lower")
+                found.append(f"{key}: the best value is the {end} that was tried; {further} ones may be better")
+        if len({trial.used(_OBJECTIVE) for trial in self.trials}) > 1:
+            found.append(
+                f"trials are compared by the {self.measure}, which favours those that were trained to lower it"
+            )
+        return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 @cache

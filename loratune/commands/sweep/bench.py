@@ -48,7 +48,7 @@ class TrialOutcome:
     Attributes:
         result: The adapter that was published.
         losses: Its losses on the held-out rows.
-        seconds: How long it took, with everything.
+        seconds: How long it took, with everything; of what an interruption undid, nothing counts.
         is_resumed: Whether it went on from a checkpoint, so that this is not the time of a whole trial.
     """
 
@@ -160,8 +160,9 @@ class Bench:
         validated = self._resumed(replace(self._as_validated(run), directory=directory))
         result = training.train(validated, reporter, planner=self._make_plan)
         assert result is not None and self._plan is not None
-        losses, is_resumed = self._score(self._plan), validated.resume_point is not None
-        return TrialOutcome(result, losses, time.monotonic() - start, is_resumed)
+        losses, point = self._score(self._plan), validated.resume_point
+        before = point.seconds if point else 0.0
+        return TrialOutcome(result, losses, before + time.monotonic() - start, point is not None)
 
     def _resumed(self, validated: ValidatedRun) -> ValidatedRun:
         """The run with the checkpoint that it goes on from, if there is one that fits."""

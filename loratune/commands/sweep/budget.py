@@ -72,8 +72,9 @@ class Budget:
             return True
         if not self.begun and not self.ratios:
             if estimate > _DOUBT * max(self.left, 0.0):
-                what = f"{format_duration(self.seconds)} is shorter than one trial, which takes about "
-                what += f"{format_duration(estimate)} on this machine"
+                gone = format_duration(self.seconds - self.left)
+                what = f"{format_duration(self.seconds)} is shorter than one trial: {gone} have passed before it, and "
+                what += f"it takes about {format_duration(estimate)} on this machine"
                 fix = "raise it, or shorten the trials: training.max_steps, training.num_train_epochs"
                 raise ConfigError(Problem(Code.SWEEP_BUDGET, what, key=OPTION, fix=fix))
             return True

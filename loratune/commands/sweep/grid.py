@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from loratune import config
 from loratune.codes import Code
 from loratune.config import RunConfig
@@ -95,6 +97,18 @@ class Grid:
         return [
             dict(zip(self.keys, values, strict=True)) for values in itertools.product(*(a.values for a in self.axes))
         ]
+
+    def spread_out(self) -> list[Settings]:
+        """All combinations, each as far as can be from those before it: however few are tried, they span the grid."""
+        combinations = self.combinations()
+        ends = [max(1, len(axis.values) - 1) for axis in self.axes]
+        places = np.array([*itertools.product(*(range(len(axis.values)) for axis in self.axes))]) / ends
+        nearest, order = np.full(len(places), np.inf), [0]
+        while len(order) < len(places):
+            nearest = np.minimum(nearest, np.abs(places - places[order[-1]]).sum(1))
+            nearest[order[-1]] = -1
+            order.append(int(nearest.argmax()))
+        return [combinations[number] for number in order]
 
     def run(self, settings: Mapping[str, str]) -> RunConfig:
         """The config of a trial. Raises ConfigError."""

@@ -1,6 +1,5 @@
 """A sweep from beginning to end: trials are claimed, trained and compared, and the best one is published."""
 
-import json
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -10,8 +9,8 @@ from typing import Any
 from loratune.codes import Code
 from loratune.commands.sweep import grid as grids
 from loratune.commands.sweep.bench import Bench
-from loratune.commands.sweep.budget import Budget
-from loratune.commands.sweep.grid import Grid, label
+from loratune.commands.sweep.grid import label
+from loratune.commands.sweep.request import Request, check_adapters, check_objectives
 from loratune.commands.sweep.storage import check_directory
 from loratune.commands.sweep.study import Claim, Study, TrialRecord
 from loratune.commands.sweep.trial import DIGEST, Watched, failure, recorded
@@ -23,7 +22,6 @@ from loratune.errors import (
     ConfigError,
     LoratuneError,
     LostError,
-    ModelError,
     NumericError,
     Problem,
     ResourceError,
@@ -37,13 +35,10 @@ from loratune.evaluation.study_results import (
     rank,
     trial_result,
 )
-from loratune.lora import attach
 from loratune.lora.adapter_files import RECORD_FILE
-from loratune.model import load
 from loratune.system.files import explain_full_disk, is_directory, is_file, sha256
 from loratune.system.launcher import host
-from loratune.training import auto, preflight, run_dir
-from loratune.training.preflight import ValidatedRun
+from loratune.training import preflight, run_dir
 from loratune.training.run_dir import RunDirectory
 
 TRIALS = "trials"
@@ -57,34 +52,6 @@ _NOT_COMPARED = (
 """Keys that two commands on one study may have at other values: places differ from machine to machine, and rows and
 base are known by their fingerprints."""
 _PLACES = ("data.train", "data.validation", "data.test", "data.chat_template", "lora.start_from")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a sweep is to do.
-
-    Attributes:
-        grid: What is tried.
-        runs: `grid.label` → config of each combination.
-        run: The config itself, checked, with its rows, and the directory of the winner.
-        storage: The URL of the database of the study; None for a file beside it.
-        most: Trials of the study, at most; None for any number.
-        budget: How long it may take.
-        halving: Whether trials may be stopped early.
-    """
-
-    grid: Grid
-    runs: dict[str, RunConfig]
-    run: ValidatedRun
-    storage: str | None
-    most: int | None
-    budget: Budget
-    halving: bool
-
-    @property
-    def directory(self) -> Path:
-        """That of the study."""
-        return study_directory(self.run.directory.output)
 
 
 @dataclass(frozen=True)
@@ -106,11 +73,6 @@ class Swept:
     notes: list[str] = field(default_factory=list)
 
 
-def study_directory(output: Path) -> Path:
-    """Where the study of an output directory is."""
-    return output.with_name(f"{output.name}.study")
-
-
 def sweep(request: Request, reporter: Reporter) -> Swept:
     """Train what is to be tried, compare it, and publish the best.
 
@@ -129,8 +91,8 @@ class _Sweep:
     def __init__(self, request: Request, reporter: Reporter):
         self.request, self.reporter, self.log = request, reporter, reporter.log
         self.name = request.run.directory.output.name
-        _check_objectives(request)
-        _check_adapters(request)
+        check_objectives(request)
+        check_adapters(request)
         seed = request.run.config.training.seed
         arguments: dict[str, Any] = {"halving": request.halving, "seed": seed}
         with explain_full_disk("the study", 4096, request.run.directory.output.parent, "make room"):
@@ -139,8 +101,11 @@ class _Sweep:
         self.bench = Bench(request.run, reporter.watch, self.log)
         for run in request.runs.values():
             self.bench.prepare_rows(run)
+        if request.budget.seconds is not None and not self.study.records():  # before anything is recorded
+            request.budget.fits(self.bench.estimate(next(iter(request.runs.values()))))
         self.study.check(self._settings() | self.bench.fingerprints, record=True)
         self.is_first, self.notes = True, list[str]()
+        self.untried = 0  # combinations beyond the most trials
         self.wanted: set[str] | None = None  # the labels of what is tried; None where values are drawn
 
     def _settings(self) -> dict[str, str]:
@@ -159,7 +124,9 @@ class _Sweep:
         """Work on trials until none is left."""
         request = self.request
         if not request.grid.has_ranges:
-            combinations = request.grid.combinations()[: request.most]
+            combinations = request.grid.spread_out()
+            self.untried = len(combinations[request.most :]) if request.most else 0
+            combinations = combinations[: request.most]
             self.study.enqueue(combinations)
             self.wanted = {label(settings) for settings in combinations}
         stop: KeyboardInterrupt | None = None
@@ -232,7 +199,7 @@ class _Sweep:
     def _fail(self, claim: Claim, outcome: str, why: str) -> None:
         """Record a trial that has no adapter, and remove what it left."""
         self.log(f"trial {claim.number}: {outcome}: {why}")
-        shutil.rmtree(self._adapter(claim.number).parent, ignore_errors=True)
+        self._remove(claim.number)
         self.study.finish(claim, {"note": why}, None, outcome)
 
     def _adapter(self, number: int) -> Path:
@@ -282,7 +249,15 @@ class _Sweep:
         """Remove the adapters that are worse than the best one, so that a study keeps those that could be chosen."""
         for trial in results.trials:
             if trial.verdict == WORSE and trial.adapter is not None:
-                shutil.rmtree(Path(trial.adapter).parent, ignore_errors=True)
+                self._remove(trial.number)
+
+    def _remove(self, number: int) -> None:
+        """Remove what a trial wrote, and nothing else."""
+        output = self._adapter(number)
+        with suppress(OSError):
+            for path in RunDirectory(output, output.with_name(f"{output.name}.partial"), str(output)).remove_all():
+                self.log(f"{path} is kept: no trial wrote it")
+            output.parent.rmdir()
 
     def _end(self, stop: KeyboardInterrupt | None) -> Swept:
         """Publish the winner, unless there is more to come."""
@@ -299,6 +274,9 @@ class _Sweep:
             own = [one for one in waiting if self.wanted is None or label(one.settings) in self.wanted]
             if own:
                 self.notes.append(f"{plural(len(own), 'trial')} left; the same command with --overwrite goes on")
+            if self.untried:
+                left = plural(self.untried, "combination")
+                self.notes.append(f"{left} of the grid not tried, as --trials is {self.request.most}")
             if others := len(waiting) - len(own):
                 self.notes.append(f"{plural(others, 'trial')} of other values left, for the command that named them")
         elif results.count("waiting"):
@@ -322,8 +300,8 @@ class _Sweep:
         records = self.study.records()
         kept = next(one for one in records if one.number == winner.number)
         owner, recorded_digest = kept.host, kept.result.get(DIGEST)
-        if owner != host() and not is_directory(source):
-            where = f"the adapter of trial {winner.number}, the best, is on {owner}"
+        if (owner != host() or kept.place != self.study.place) and not is_directory(source):
+            where = f"the adapter of trial {winner.number}, the best, is on {owner}, in {kept.place}"
             self.notes.append(f"{where}; the same command publishes it there, if it has not done so")
             return False
         record, present = source / RECORD_FILE, directory.output / RECORD_FILE
@@ -365,26 +343,3 @@ def _nothing(results: StudyResults) -> LoratuneError:
     fix = "try other values, such as lower learning rates or smaller batches; those that failed are not tried again"
     kind = ResourceError if [*states] == ["out of memory"] else NumericError
     return kind(Problem(Code.SWEEP_ALL_FAILED, what, grids.OPTION, fix=fix))
-
-
-def _check_objectives(request: Request) -> None:
-    """Raises ConfigError: a trial would lower an objective that is one of other rows."""
-    kind = preflight.KINDS[request.run.config.training.objective]
-    others = {run.training.objective for run in request.runs.values()}
-    if wrong := sorted(one for one in others if preflight.KINDS[one] != kind):
-        what = f"cannot be {' or '.join(wrong)}, as the rows are {kind or 'no answers that are compared'}"
-        raise ConfigError(Problem(Code.SWEEP_KEY, what, grids.OPTION, "training.objective"))
-
-
-def _check_adapters(request: Request) -> None:
-    """Put each kind of adapter on a base without weights. Raises ModelError, ConfigError: one does not fit."""
-    seen = set[str]()
-    for name, run in request.runs.items():
-        if (section := json.dumps(run.lora.model_dump(mode="json"))) in seen:
-            continue
-        seen.add(section)
-        try:
-            attach.adapt(load.build_meta(load.load_config(run.model), run.model), auto.without_rows(run.lora), seed=0)
-        except (ModelError, ConfigError) as error:
-            problems = [replace(one, where=one.where or f"{grids.OPTION} {name}") for one in error.problems]
-            raise type(error)(problems) from None

@@ -9,6 +9,7 @@ from typing import IO
 
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, LostError, Problem
@@ -78,8 +79,11 @@ def _database(url: str) -> BaseStorage:
     for attempt in range(_ATTEMPTS):
         try:
             return RDBStorage(url)
-        except ImportError:
-            raise
+        except (ImportError, ArgumentError, NoSuchModuleError) as error:
+            reason = without_password(next(iter(str(error).splitlines()), ""), url)
+            what = f"is no URL of a database that can be opened here: {reason}"
+            fix = "write sqlite:///study.db for a file, and install the client of any other database"
+            raise ConfigError(Problem(Code.SWEEP_STORAGE, what, without_password(url, url), "--storage", fix)) from None
         except Exception:  # of whatever client the database has
             if attempt == _ATTEMPTS - 1:
                 raise

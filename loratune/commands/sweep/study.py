@@ -20,6 +20,7 @@ from typing import Any
 import optuna
 from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from loratune.codes import Code
@@ -30,7 +31,7 @@ from loratune.system.files import open_lock
 from loratune.system.launcher import host
 
 IDENTITY, SETTINGS, RESULT, OUTCOME = "identity", "settings", "result", "outcome"
-_FIRST, _HOST, _ALIVE = "first", "host", "alive"
+_FIRST, _HOST, _PLACE, _ALIVE = "first", "host", "place", "alive"
 """Names under which the storage keeps what belongs to a study and to a trial."""
 _SHOWS_EVERY, _SILENT = 60.0, 1800.0
 """Seconds between signs of life, and without one after which another machine's process counts as gone."""
@@ -53,6 +54,7 @@ class TrialRecord:
         loss: The held-out loss; None without an adapter.
         result: What else is known of it.
         host: The machine that worked on it.
+        place: The directory there in which the study was.
     """
 
     number: int
@@ -61,6 +63,7 @@ class TrialRecord:
     loss: float | None
     result: dict[str, Any]
     host: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,10 @@ class Study:
         """
         with self._storage(), self.choosing():
             recorded = self._study.user_attrs.get(IDENTITY)
+            if recorded is None and (self._trials() or self._study.directions != [StudyDirection.MINIMIZE]):
+                what = f"holds a study called {self.name!r} that no sweep has begun"
+                fix = "choose another output_dir, after which a study is named, or another database"
+                raise ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, self.where, fix=fix))
             if recorded is None and not record:
                 return
             if recorded is None:
@@ -229,6 +236,7 @@ class Study:
             raise ValueError(_FOREIGN)
         number = trial.user_attrs.get(_FIRST, trial.number)
         trial.set_user_attr(_HOST, host())
+        trial.set_user_attr(_PLACE, self.place)
         trial.set_user_attr(_ALIVE, time.time())
         return Claim(trial, number, settings)
 
@@ -250,8 +258,13 @@ class Study:
         fcntl.flock(file, fcntl.LOCK_EX)
         self._locks[claim.number] = stack
 
-    def _lock(self, number: int) -> Path:
-        return self.directory / "locks" / f"{number:04}"
+    @property
+    def place(self) -> str:
+        """The directory of the study, by which other commands on this machine find the locks on its trials."""
+        return str(self.directory.resolve())
+
+    def _lock(self, number: int, place: str = "") -> Path:
+        return Path(place or self.directory) / "locks" / f"{number:04}"
 
     def _give_back_abandoned(self) -> None:
         for trial in self._trials():
@@ -267,7 +280,8 @@ class Study:
             return bool(time.time() - trial.user_attrs.get(_ALIVE, 0) > _SILENT)
         if owner is None and self.is_shared_by_machines:
             return trial.datetime_start is None or time.time() - trial.datetime_start.timestamp() > _SILENT
-        with suppress(FileNotFoundError), open_lock(self._lock(number), os.O_RDONLY) as file:
+        place = str(trial.user_attrs.get(_PLACE, ""))
+        with suppress(FileNotFoundError), open_lock(self._lock(number, place), os.O_RDONLY) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -335,11 +349,12 @@ def _record(trial: FrozenTrial) -> TrialRecord:
     state = states.get(trial.state) or attributes.get(OUTCOME, "diverged")
     loss = trial.value if trial.state == TrialState.COMPLETE else None
     number, result = attributes.get(_FIRST, trial.number), attributes.get(RESULT, {})
-    owner, settings = attributes.get(_HOST, ""), _settings(attributes[SETTINGS])
-    are_texts = isinstance(state, str) and isinstance(owner, str)
+    owner, place = attributes.get(_HOST, ""), attributes.get(_PLACE, "")
+    settings = _settings(attributes[SETTINGS])
+    are_texts = all(isinstance(text, str) for text in (state, owner, place))
     if not (are_texts and type(number) is int and 0 <= number <= trial.number and isinstance(result, dict)):
         raise ValueError(_FOREIGN)
-    return TrialRecord(number, settings, state, loss, result, owner)
+    return TrialRecord(number, settings, state, loss, result, owner, place)
 
 
 def _drawn(trial: Trial, axis: Axis) -> str:

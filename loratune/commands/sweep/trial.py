@@ -26,6 +26,8 @@ _FINITE = {Code.TRAINING_WORSE_THAN_BASE: "worse than base", Code.LORA_UNCHANGED
 """Errors of an adapter whose numbers are finite, and what they make of a trial."""
 _OF_ALL = (Code.TRAIN_BASE_CHANGED,)
 """Errors that every further trial would have too."""
+_OF_DIRECTORIES = "run."
+"""How the codes of those begin that are about what stands in the way of a trial's files."""
 
 
 class Hopeless(Exception):
@@ -70,6 +72,7 @@ def failure(error: Exception) -> tuple[str, str] | None:
         if isinstance(error, NumericError):
             return _FINITE.get(code, "diverged"), why
         is_its_own = isinstance(error, ConfigError | ModelError | DataError) and code not in _OF_ALL
+        is_its_own = is_its_own and not code.startswith(_OF_DIRECTORIES)
         return ("failed", why) if is_its_own else None
     if isinstance(error, Hopeless):
         return "stopped early", str(error)
