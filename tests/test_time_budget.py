@@ -449,3 +449,10 @@ def test_refused_before_the_first_step(
     before = tree(tmp_path)
     check_refused(cli("train", config), 2, (code, "", key))
     assert tree(tmp_path) == before
+
+
+def test_a_warmup_longer_than_the_passes_is_not_blamed_on_the_minutes(run_config: MakeConfig, cli: Cli) -> None:
+    """There is time for more steps than one pass over the rows has."""
+    ran = cli("train", run_config(training={"max_minutes": 5, "num_train_epochs": 1.0, "warmup_steps": 1000}))
+    check_refused(ran, 2, (Code.CONFIG_WARMUP_TOO_LONG, "", "training.warmup_steps"))
+    assert "the passes over the rows have 5 steps" in ran.err and "raise training.num_train_epochs" in ran.err
