@@ -477,6 +477,9 @@ def test_texts_with_labels_are_questions_and_answers(cli: Cli, tiny_dir: Path, h
     assert run.data.columns == {"instruction": "text", "output": "label"}
     assert "`label` has the answers by its name" in (here / "config.yaml").read_text()
     assert "2 labels" in (here / "config.yaml").read_text()
+    rows = [{"text": f"{number} is", **({"label": "odd"} if number else {})} for number in range(60, -1, -1)]
+    ran = cli("init", write_rows(here / "some.jsonl", rows), "--model", tiny_dir, "--output", "some.yaml")
+    assert ran.code == 0 and "columns" not in (here / "some.yaml").read_text(), "one of them has no label"
 
 
 def test_rows_that_all_belong_together_are_not_held_out(cli: Cli, tiny_dir: Path, here: Path) -> None:

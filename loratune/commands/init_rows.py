@@ -1,6 +1,7 @@
 """What `loratune init` finds in the rows: their format, their lengths, and their answers."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,15 +174,20 @@ def _read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[
 
     chat: whether the tokenizer has a chat template.
     """
+
+    def read(columns: Mapping[str, str]) -> RawDatasets:
+        return data.read_datasets(section.model_copy(update={"columns": columns}), 0, watch, divisible=True)
+
     try:
-        raw = data.read_datasets(section, 0, watch, divisible=True)
+        raw = read(section.columns)
     except DataError as error:
-        columns, why = _columns_for(error, section, chat=chat), _BY_NAMES
-    else:
-        columns, why = _other_columns(raw.train, section, chat=chat)
-        if not columns:
-            return raw, section.columns, ""
-    return data.read_datasets(section.model_copy(update={"columns": columns}), 0, watch, divisible=True), columns, why
+        columns = _columns_for(error, section, chat=chat)
+        return read(columns), columns, _BY_NAMES
+    columns, why = _other_columns(raw.train, section, chat=chat)
+    if columns:
+        with suppress(DataError):  # as of rows that lack the field: then all are read as they are
+            return read(columns), columns, why
+    return raw, section.columns, ""
 
 
 def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> dict[str, str]:

@@ -300,7 +300,8 @@ class _Sweep:
         records = self.study.records()
         kept = next(one for one in records if one.number == winner.number)
         owner, recorded_digest = kept.host, kept.result.get(DIGEST)
-        if (owner != host() or kept.place != self.study.place) and not is_directory(source):
+        is_elsewhere = owner != host() or kept.place not in ("", self.study.place)
+        if is_elsewhere and not is_directory(source):
             where = f"the adapter of trial {winner.number}, the best, is on {owner}, in {kept.place}"
             self.notes.append(f"{where}; the same command publishes it there, if it has not done so")
             return False
