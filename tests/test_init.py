@@ -81,6 +81,8 @@ def test_texts_beyond_the_model(cli: Cli, tiny_dir: Path, here: Path) -> None:
     run = written(cli, tiny_dir, write_rows(here / "texts.jsonl", TEXTS))
     assert run.data.max_length == 512
     assert "12 of 12 rows are longer" in (here / "config.yaml").read_text()
+    dry = cli("train", "config.yaml", "--dry-run").out
+    assert "would be needed to keep everything, and the model has 512 positions" in dry, "not an advice that is refused"
 
 
 def test_questions_and_answers(cli: Cli, tiny_dir: Path, here: Path) -> None:
