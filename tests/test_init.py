@@ -231,6 +231,7 @@ REFUSED: dict[str, tuple[Any, list[str], int, Code, str, str]] = {
     "no rows to wait on": (ROWS, ["--set", "training.patience=3"], 2, Code.CONFIG_NO_EVALUATION_ROWS, "--set", WAITS),
     "a section that is none": (ROWS, ["--set", "data=3"], 2, Code.CONFIG_WRONG_TYPE, "--set", "data"),
     "a file for the adapter": (ROWS, ["--set", "output_dir=taken"], 2, Code.RUN_OUTPUT_IS_FILE, "taken", "output_dir"),
+    "rows named twice": (ROWS, ["--set", "data.train=x.jsonl"], 2, Code.USAGE_CONFLICT, "--set", "data.train"),
     "unknown key": (ROWS, ["--set", "data.x=1"], 2, Code.CONFIG_UNKNOWN_KEY, "--set", "data.x"),
 }
 

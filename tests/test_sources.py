@@ -664,6 +664,17 @@ def test_no_permission(public_dir: Path, pattern: str, locked: str, named: str) 
     assert "Permission denied" in str(caught.value)
 
 
+def test_a_wide_header(tmp_path: Path) -> None:
+    """Names are compared in a pass, not each with all others; one that comes twice is told."""
+    names = [f"c{number}" for number in range(100_000)]
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{','.join(names)}\n{','.join('1' * len(names))}\n")
+    assert len(read(path)[0].values) == len(names)
+    path.write_text(f"{','.join([*names, names[7]])}\n")
+    refused = problem(path)
+    assert refused.code == Code.DATA_DUPLICATE_COLUMN and "`c7`" in refused.what
+
+
 def test_gone_after_it_was_opened(tmp_path: Path) -> None:
     path = numbered(tmp_path / "rows.jsonl", range(3))
     (file,) = sources.open_source(Source(path=str(path)))
