@@ -201,8 +201,7 @@ def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> dict[
     if unread:
         raise error
     known = ", or ".join(" + ".join(format.keys) for format in FORMATS)
-    names = ("instruction", "output") if chat else ("prompt", "completion")
-    columns = {name: "YOURS" for name in names}
+    columns = dict.fromkeys(_question_and_answer(chat), "YOURS")
     fix = f"rows have {known}; say which is which: --set data.columns='{yaml_flow(columns)}'"
     fix += ", or with chosen and rejected where answers are compared"
     raise DataError([replace(problem, fix=fix) for problem in error.problems]) from None
@@ -213,6 +212,11 @@ def _first_fields(section: DataSection) -> dict[str, Any]:
     return next(row.values for part in open_source(section.train_sources[0]) for row in part.rows())
 
 
+def _question_and_answer(chat: bool) -> tuple[str, str]:
+    """The keys of rows whose texts go through a chat template, or of those that are joined as they stand."""
+    return ("instruction", "output") if chat else ("prompt", "completion")
+
+
 def _other_columns(split: DatasetSplit, section: DataSection, *, chat: bool) -> tuple[dict[str, str], str]:
     """Better columns for rows that have a format as they are, and why; empty where there are none."""
     if section.columns or section.format != "auto":
@@ -220,8 +224,8 @@ def _other_columns(split: DatasetSplit, section: DataSection, *, chat: bool) -> 
     if tuple(split.formats) == ("text",):
         fields = _first_fields(section)
         answers = [name for name, value in fields.items() if name.lower() in _ANSWERS and isinstance(value, str)]
-        question, answer = ("instruction", "output") if chat else ("prompt", "completion")
         if len(answers) == 1:
+            question, answer = _question_and_answer(chat)
             why = f"{quote(answers)} has the answers by its name; without it the texts alone are learned"
             return {question: "text", answer: answers[0]}, why
     return (_columns_of_chat(split), _RUN_TOGETHER) if chat else ({}, "")

@@ -151,9 +151,10 @@ class Report:
         if self.duplicates.count:
             lines.append(f"{_rows(self.duplicates.count)} repeated: {self.duplicates.places}")
         if self.longest > max_length:
-            limit = "" if context is None or self.longest <= context else f", and the model has {context:,} positions"
-            would = "would keep everything" if not limit else "would be needed to keep everything"
-            lines.append(f"max_length {self.longest:,} {would}{limit}")
+            would = "would keep everything"
+            if context is not None and self.longest > context:
+                would = f"would be needed to keep everything, and the model has {context:,} positions"
+            lines.append(f"max_length {self.longest:,} {would}")
         return lines
 
     def _unsupervised(self) -> list[str]:

@@ -71,9 +71,8 @@ def failure(error: Exception) -> tuple[str, str] | None:
             return "out of memory", why
         if isinstance(error, NumericError):
             return _FINITE.get(code, "diverged"), why
-        is_its_own = isinstance(error, ConfigError | ModelError | DataError) and code not in _OF_ALL
-        is_its_own = is_its_own and not code.startswith(_OF_DIRECTORIES)
-        return ("failed", why) if is_its_own else None
+        is_of_all = code in _OF_ALL or code.startswith(_OF_DIRECTORIES)
+        return ("failed", why) if isinstance(error, ConfigError | ModelError | DataError) and not is_of_all else None
     if isinstance(error, Hopeless):
         return "stopped early", str(error)
     return ("out of memory", why) if is_out_of_memory(error) else None
