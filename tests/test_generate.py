@@ -1,5 +1,6 @@
 """`loratune generate` on the tiny model: what comes out, on which stream, and what is refused."""
 
+import csv
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 
 from loratune.cli import app
 from loratune.codes import Code
+from loratune.data.sources.rows import with_own_fields
 from loratune.system.files import kind
 
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(28)]
@@ -361,6 +363,80 @@ def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: ForkServer, t
     child = processes.start(*command, tmp_path / "pipe")
     assert (tmp_path / "pipe").read_text() == expected
     assert child.wait() == 0 and kind(tmp_path / "pipe") == "a named pipe"
+
+
+OWN = {"id": 2**60 + 1, "share": 0.1, "tags": ["é", {"a": None}], "none": None, "flag": False, "adapter": 'a,"b"\n'}
+"""Fields that have nothing to do with the prompt."""
+
+
+@pytest.mark.parametrize(
+    ("own", "renamed"),
+    [
+        ({}, {}),
+        ({"completion": "right"}, {"completion": "reference"}),
+        ({"completion": "right", "reference": "other"}, {"completion": "row_completion"}),
+        ({"base": 1, "row_base": 2, "completion": 3}, {"base": "row_row_base", "completion": "reference"}),
+    ],
+)
+def test_no_field_is_lost_to_an_answer(own: dict[str, Any], renamed: dict[str, str]) -> None:
+    found = {"completion": "given", "base": "other"}
+    assert with_own_fields(own, found) == {renamed.get(name, name): value for name, value in own.items()} | found
+
+
+def test_rows_from_stdin_to_stdout(cli: Callable[..., Ran], plain: Path) -> None:
+    """Nothing else is on stdout, and every field has its value."""
+    rows = [{"prompt": "a:", **OWN, "base": 1, "completion": "right"}, {"prompt": "b:"}]
+    command = ("generate", "--adapter", plain, "--max-new-tokens", 2)
+    stdin = "".join(json.dumps(row) + "\n\n" for row in rows)
+    ran = cli(*command, "--input", "-", "--output", "-", "--base", stdin=stdin)
+    assert (ran.code, ran.err) == (0, "")
+    found = [json.loads(line) for line in ran.out.splitlines()]
+    answers = [(row.pop("completion"), row.pop("base")) for row in found]
+    assert found == [{"prompt": "a:", **OWN, "row_base": 1, "reference": "right"}, {"prompt": "b:"}]
+    assert [answer for answer, _ in answers] == cli(*command, "a:", "b:").out.splitlines()
+
+
+def test_csv_in_gives_csv_out(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:
+    """A table stays a table, with its cells as they were; fields of JSON become columns, and JSON in cells."""
+    cells = {"id": "007", "prompt": 'a,"\nb:', "none": "", "formula": "=1+1", "completion": "right"}
+    with (tmp_path / "asked.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, cells)
+        writer.writeheader()
+        writer.writerow(cells)
+    write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:", **OWN}, {"prompt": "b:", "late": "é"}])
+    command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input")
+    for ending in ("csv", "jsonl"):
+        ran = cli(*command, tmp_path / f"asked.{ending}", "--output", tmp_path / f"from-{ending}.CSV")
+        assert (ran.code, ran.out, ran.err) == (0, "", "")
+    with (tmp_path / "from-csv.CSV").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row.pop("completion") != "right"
+    assert row == {"reference" if name == "completion" else name: cell for name, cell in cells.items()}
+    with (tmp_path / "from-jsonl.CSV").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first.keys() == {"prompt", *OWN, "completion", "late"}
+    assert {name: first[name] for name in OWN} == {
+        "id": str(2**60 + 1), "share": "0.1", "tags": '["é", {"a": null}]', "none": "", "flag": "false",
+        "adapter": OWN["adapter"],
+    }  # fmt: skip
+    assert (second["late"], second["id"], first["late"]) == ("é", "", "")
+    ran = cli(*command, tmp_path / "asked.csv", "--output", tmp_path / "answers.csv.gz")
+    check_refused(ran, 2, (Code.OUTPUT_FILE_NOT_WRITABLE, str(tmp_path / "answers.csv.gz"), "--output"))
+
+
+@pytest.mark.parametrize(
+    ("stdin", "code", "place"),
+    [
+        ("", Code.DATA_NO_ROWS, "stdin"),
+        ('{"prompt": "a"}\n[]\n', Code.DATA_ROW_NOT_OBJECT, "stdin:2"),
+        ('{"prompt": "a"}\n{"prompt"', Code.DATA_JSON_CUT_OFF, "stdin:2"),
+        ('{"prompt": "a"}\n\n{"id": 1}\n', Code.DATA_NO_QUESTION, "stdin:3"),
+    ],
+)
+def test_stdin_that_is_no_rows(cli: Callable[..., Ran], plain: Path, stdin: str, code: Code, place: str) -> None:
+    ran = cli("generate", "--adapter", plain, "--input", "-", "--output", "-", stdin=stdin)
+    check_refused(ran, 4, (code, place, ""))
+    assert ran.out == ""
 
 
 def test_two_write_to_one_output(plain: Path, processes: ForkServer, tmp_path: Path) -> None:

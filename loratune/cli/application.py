@@ -6,17 +6,23 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from loratune import __version__
 from loratune.codes import Code
-from loratune.console import escape_output
+from loratune.console import EscapedStream, escape_output
 from loratune.errors import ConfigError, Problem
 from loratune.system import waiting
 from loratune.system.files import path_problem
+
+if TYPE_CHECKING:
+    from loratune.commands.output_file import Output
+
+STDOUT = "-"
+"""The value of --output that stands for stdout, and of --input that stands for stdin."""
 
 _COMMANDS = (
     "init",
@@ -148,6 +154,36 @@ def check_paths(**options: str | Path | None) -> None:
         if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
             key = option if option.isupper() else f"--{option}"
             raise ConfigError(Problem(Code.USAGE_BAD_PATH, f"the path {reason}", key=key))
+
+
+def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path]) -> "Output | None":
+    """The file that rows are to be written to; None for stdout, or where there is no option. Raises as `output`."""
+    from loratune.commands import output_file
+
+    if output is None or str(output) == STDOUT:
+        return None
+    if output.suffix.lower() in (".gz", ".parquet"):
+        what, fix = f"files of the type `{output.suffix}` are not written", "choose a name that ends in .jsonl or .csv"
+        raise ConfigError(Problem(Code.OUTPUT_FILE_NOT_WRITABLE, what, str(output), "--output", fix))
+    return output_file.output(output, "--output", overwrite=overwrite, inputs=tuple(inputs))
+
+
+def write_rows(rows: Iterable[dict[str, Any]], file: "Output | None") -> None:
+    """Write rows: as CSV if the name of the file ends in .csv, else as JSON lines. file: None for stdout."""
+    from loratune.console import log, print_raw
+    from loratune.data.sources.rows import to_json_line, write_csv
+
+    if file is None:
+        for row in rows:
+            print_raw(to_json_line(row))
+        return
+    with file.opened(log) as writable:
+        if file.named.lower().endswith(".csv"):
+            write_csv(rows, writable)
+            return
+        stream = EscapedStream(writable) if writable.isatty() else writable
+        for row in rows:
+            print(to_json_line(row), file=stream)
 
 
 def check_temperature(temperature: float) -> None:

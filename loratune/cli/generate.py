@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from loratune.cli.application import (
+    STDOUT,
     Adapters,
     Debug,
     Force,
@@ -17,10 +18,12 @@ from loratune.cli.application import (
     check_paths,
     check_temperature,
     importing,
+    rows_output,
+    write_rows,
 )
 from loratune.codes import Code
 from loratune.commands.boundary import boundary
-from loratune.console import EscapedStream, print_raw
+from loratune.console import print_raw
 from loratune.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -40,10 +43,14 @@ def generate(
         str | None, typer.Option("--mix", metavar="NAME:WEIGHT,...", help="Add adapters, each with its weight.")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="Rows with prompts or messages.")
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="Rows with prompts or messages; - for JSONL on stdin."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Write rows as JSONL to FILE.")
+        Path | None,
+        typer.Option(
+            "--output", metavar="FILE", help="Write rows to FILE: CSV if it ends in .csv, else JSONL; - for stdout."
+        ),
     ] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -58,12 +65,11 @@ def generate(
         _check_answers(prompts, source, output, overwrite=overwrite)
         check_temperature(temperature)
 
-        from loratune.commands import output_file
         from loratune.inference import selection
 
         selected = selection.parse(adapters, use, mix)
-        inputs = (*selected.directories.values(), *([source] if source else []))
-        file = output_file.output(output, "--output", overwrite=overwrite, inputs=inputs) if output else None
+        inputs = (*selected.directories.values(), *([source] if source and str(source) != STDOUT else []))
+        file = rows_output(output, overwrite=overwrite, inputs=inputs)
 
         rows = _prompt_rows(prompts, source)
 
@@ -83,11 +89,10 @@ def generate(
             opened, selected, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream,
             log=log,
         )  # fmt: skip
-        if file is not None:
-            with file.opened(log) as writable:
-                _write_answers(answers, writable)
-            return
-        _print_answers(answers, base=base, streamed=stream)
+        if output is not None:
+            write_rows(map(_as_row, answers), file)
+        else:
+            _print_answers(answers, base=base, streamed=stream)
 
 
 def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
@@ -95,20 +100,29 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     from loratune.config import Source
     from loratune.data import sources
 
-    if source:
+    if source is not None and str(source) == STDOUT:
+        return sources.read_rows(Source(path="stdin"), _stdin("rows as JSON, one a line").buffer)
+    if source is not None:
         return sources.read_rows(Source(path=str(source)))
-    texts = {f"prompt {number}": prompt for number, prompt in enumerate(prompts or [], start=1)} or {"stdin": _stdin()}
+    texts = {f"prompt {number}": prompt for number, prompt in enumerate(prompts or [], start=1)} or {
+        "stdin": _read_prompt()
+    }
     for name, prompt in texts.items():
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python represents undecodable bytes
             raise DataError(Problem(Code.USAGE_NOT_UTF8, "not UTF-8", name, fix="give the prompt as text"))
     return [sources.Row(name, {"prompt": prompt}) for name, prompt in texts.items()]
 
 
-def _stdin() -> str:
-    """All of stdin as one prompt. Raises DataError: it is empty."""
+def _stdin(what: str) -> TextIO:
+    """Returns stdin; who is at a terminal is asked to type. what: that which is read."""
     if sys.stdin.isatty():
-        print("type one prompt, and end it with Ctrl-D", file=sys.stderr)
-    text = "" if sys.stdin.closed else sys.stdin.read()
+        print(f"type {what}, and end with Ctrl-D", file=sys.stderr)
+    return sys.stdin
+
+
+def _read_prompt() -> str:
+    """All of stdin as one prompt. Raises DataError: it is empty."""
+    text = "" if sys.stdin.closed else _stdin("one prompt").read()
     if not text.strip():
         fix = "give one as an argument, with --input, or on stdin"
         raise DataError(Problem(Code.USAGE_NO_PROMPT, "there is no prompt", fix=fix))
@@ -133,19 +147,12 @@ def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -
             print_raw(answer.completion)
 
 
-def _write_answers(answers: Iterable["Answer"], file: TextIO) -> None:
-    """Write each row with its `completion`, and `base`; the row's own `completion` becomes `reference`."""
-    from loratune.data.sources.rows import to_json_line
+def _as_row(answer: "Answer") -> dict[str, Any]:
+    """The row with its answer as `completion`, and as `base` that of the base."""
+    from loratune.data.sources.rows import with_own_fields
 
-    stream = EscapedStream(file) if file.isatty() else file
-    for answer in answers:
-        row = dict(answer.row.values)
-        if "completion" in row:
-            row["reference"] = row.pop("completion")
-        row["completion"] = answer.completion
-        if answer.base is not None:
-            row["base"] = answer.base
-        print(to_json_line(row), file=stream)
+    found = {"completion": answer.completion} | ({"base": answer.base} if answer.base is not None else {})
+    return with_own_fields(answer.row.values, found)
 
 
 def _one_line(text: str | None) -> str:

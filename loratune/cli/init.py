@@ -5,15 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loratune.cli.application import Assignments, Debug, app, check_paths, importing, program
+from loratune.cli.application import STDOUT, Assignments, Debug, app, check_paths, importing, program
 from loratune.codes import Code
 from loratune.commands.boundary import boundary, checked_output
 from loratune.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from loratune.config import ModelSection
-
-STDOUT = "-"
 
 
 @app.command()

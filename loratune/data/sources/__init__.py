@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from datasets import load_dataset
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
-from loratune.data.sources.local import file_slices, find_files, looks_like_hub_id
+from loratune.data.sources.local import file_slices, find_files, json_line_rows, looks_like_hub_id
 from loratune.data.sources.rows import MAX_PROBLEMS, Advance, Row, RowSource, no_advance, reported, rows_per_batch
 from loratune.errors import DataError, Problem
 
@@ -49,15 +49,20 @@ def open_source(source: Source) -> list[RowSource]:
     return list(file_slices(find_files(path), source))
 
 
-def read_rows(source: Source) -> list[Row]:
+def read_rows(source: Source, file: BinaryIO | None = None) -> list[Row]:
     """All rows of a source at once, in order, after its slice.
+
+    Args:
+        source: Names the rows.
+        file: JSON lines that are read instead, as from stdin; the source then only gives them a name.
 
     Raises:
         DataError: As `open_source` and `RowSource.rows`, behind ten problems also that there may be more; or there are
             no rows.
     """
     try:
-        rows = [row for part in open_source(source) for row in part.rows()]
+        parts = [part.rows() for part in open_source(source)] if file is None else [json_line_rows(file, source.path)]
+        rows = [row for part in parts for row in part]
     except DataError as error:
         raise DataError(reported(error.problems, source.path)) from None
     if rows:

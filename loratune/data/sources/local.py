@@ -159,17 +159,7 @@ class DataFile:
         """The rows up to `stop`, None for each bad one; the problems are raised at the end."""
         problems: list[Problem] = []
         with _reading(self.path):
-            for item in islice(self._read(advance, problems, ending), stop):
-                if not isinstance(item, Problem):
-                    yield item
-                else:
-                    if item.where not in [problem.where for problem in problems]:
-                        problems.append(item)
-                    if len(problems) >= MAX_PROBLEMS:
-                        break
-                    yield None
-        if problems:
-            raise DataError(problems[:MAX_PROBLEMS])
+            yield from _without_problems(islice(self._read(advance, problems, ending), stop), problems)
 
     def _read(self, advance: Advance, problems: list[Problem], ending: str) -> Iterator[RowOrProblem]:
         name, ending = str(self.path), ending or data_ending(self.path).removesuffix(".gz")
@@ -184,6 +174,28 @@ class DataFile:
                 yield from json_files.json_document(readers.decode_pieces(file, name, problems), name)
             else:
                 yield from _LINE_READERS[ending](readers.decode_lines(file, name, problems), name)
+
+
+def json_line_rows(file: BinaryIO, name: str) -> Iterator[Row]:
+    """The rows of an open file of JSON lines. name: what their places begin with. Raises as `RowSource.rows`."""
+    problems: list[Problem] = []
+    items = json_files.json_lines(readers.decode_lines(file, name, problems), name)
+    return (row for row in _without_problems(items, problems) if row is not None)
+
+
+def _without_problems(items: Iterable[RowOrProblem], problems: list[Problem]) -> Iterator[Row | None]:
+    """The rows, None for each bad one; what is wrong is added to the problems, and raised at the end as a DataError."""
+    for item in items:
+        if not isinstance(item, Problem):
+            yield item
+            continue
+        if item.where not in [problem.where for problem in problems]:
+            problems.append(item)
+        if len(problems) >= MAX_PROBLEMS:
+            break
+        yield None
+    if problems:
+        raise DataError(problems[:MAX_PROBLEMS])
 
 
 class _CountingFile(io.RawIOBase):

@@ -1,11 +1,12 @@
 """Rows, the place that each comes from, and the interface of everything that rows are read from."""
 
 import base64
+import csv
 import datetime
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from loratune.codes import Code
 from loratune.errors import Problem
@@ -50,6 +51,11 @@ class Unreadable:
 
 RowOrProblem = Row | Problem
 """What a reader yields for each row: the row, or what is wrong with it."""
+
+
+def place_in_cache(where: str) -> str:
+    """The place of a row as text that UTF-8 can encode: paths may hold bytes that are not UTF-8."""
+    return where.encode(errors="backslashreplace").decode()
 
 
 def no_advance(count: int) -> None:
@@ -97,7 +103,25 @@ def rows_per_batch(size: int, rows: int) -> int:
     return max(1, min(2048, 8 * BLOCK * rows // max(size, 1)))
 
 
-def to_json_line(values: dict[str, Any]) -> str:
+def with_own_fields(own: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a row, and behind them what a command found out about it.
+
+    No field is lost. One whose name is among the results is called `row_NAME`; a `completion`, which is the expected
+    answer, is called `reference` if the row has no other field of that name.
+    """
+    kept = {}
+    for name, value in own.items():
+        if name == "completion" and name in found and "reference" not in {*own, *found}:
+            name = "reference"
+        elif name in found:
+            name = f"row_{name}"
+            while name in own or name in found:
+                name = f"row_{name}"
+        kept[name] = value
+    return kept | dict(found)
+
+
+def to_json_line(values: Mapping[str, Any]) -> str:
     """The fields of a row as one line of JSON.
 
     Values that JSON has no type for become text: dates in ISO 8601, bytes as UTF-8 or else base64. An `Unreadable`
@@ -109,6 +133,25 @@ def to_json_line(values: dict[str, Any]) -> str:
     except UnicodeEncodeError:
         return json.dumps(values, default=_to_json_value)
     return line
+
+
+def write_csv(rows: Iterable[Mapping[str, Any]], file: TextIO) -> None:
+    """Write rows with a column for each field that any of them has.
+
+    A missing field and null become empty cells; numbers, lists and objects become JSON; other values are written as in
+    `to_json_line`.
+    """
+    rows = list(rows)
+    writer = csv.writer(file, lineterminator="\n")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer.writerows([names, *([_to_cell(row.get(name)) for name in names] for row in rows)])
+
+
+def _to_cell(value: Any) -> str:
+    plain = value if isinstance(value, str | int | float | list | dict | None) else _to_json_value(value)
+    if plain is None:
+        return ""
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False, default=_to_json_value)
 
 
 def _to_json_value(value: Any) -> str | None:
