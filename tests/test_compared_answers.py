@@ -178,7 +178,9 @@ def test_each_pair_is_written(place: Path, cli: Cli, tmp_path: Path) -> None:
     output = tmp_path / "rows.jsonl"
     ran = cli(*evaluate(place, "dpo", "pairs.jsonl", "--output", output, "--json"))
     assert ran.code == 0, ran.err
-    rows, values = [json.loads(line) for line in output.read_text().splitlines()], json.loads(ran.out)
+    lines, values = [json.loads(line) for line in output.read_text().splitlines()], json.loads(ran.out)
+    assert lines[0]["copies"] == lines[1]["copies"] == 2 and lines[0]["where"] != lines[1]["where"]
+    rows = [lines[0], *lines[2:]]
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in rows] == [
         (row["prompt"], row["chosen"], row["rejected"]) for row in [*HELD_OUT, *SWAPPED]
     ]

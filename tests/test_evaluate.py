@@ -305,13 +305,28 @@ def test_an_adapter_of_another_base_is_no_rival(
 
 
 def test_rows_for_a_judge(cli: Callable[..., Ran], place: Path, few: Path, tmp_path: Path) -> None:
-    """The file says everything again that the figures are made of, and copies stand there once."""
+    """The file says everything again that the figures are made of; copies have a line each, with their own fields."""
+    own = [
+        {**json.loads(line), "id": number, "number": None} for number, line in enumerate(few.read_text().splitlines())
+    ]
+    seen = sum(json.loads(line) in TRAIN for line in few.read_text().splitlines())
+    few = write_rows(tmp_path / "few.jsonl", own)
     evaluate = ("evaluate", "--adapter", place / "adapter", "--against", place / "early", "--data", few, "--json")
     output = ("--output", tmp_path / "rows.jsonl", "--metric", "rouge_l", "--metric", "contains", "--worst", 2)
     ran = cli(*evaluate, *output)
-    assert (ran.code, ran.err) == (0, also_in_train(few))
-    found, rows = json.loads(ran.out), [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert ran.code == 0 and f"fields not read: `id`, `number` ({few})" in ran.err
+    assert f"{seen} of the evaluation rows are also in train" in ran.err
+    found, lines = (
+        json.loads(ran.out),
+        [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()],
+    )
+    assert [line["id"] for line in lines] == [0, 15, 16, *range(1, 15)]
+    for line in lines:
+        assert {"messages": line["messages"], "id": line["id"], "number": line["row_number"]} == own[line["id"]]
+        assert line["where"] == f"{few}:{line['id'] + 1}"
+    rows = [line for line in lines if line["id"] < 15]
     assert [row["copies"] for row in rows] == [3] + [1] * 14 and [row["number"] for row in rows] == [*range(15)]
+    assert [line["number"] for line in lines[:4]] == [0, 0, 0, 1]
     assert rows[0]["prompt"] == "<|user|>a:<|end|>\n<|assistant|>" and rows[0]["expected"] == "yes"
     assert rows[3]["where"] == f"{few}:4"
     for name in ("base", "adapter", "against"):

@@ -2,13 +2,15 @@
 
 import glob
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loratune.cli.application import (
     MAX_COUNT,
+    STDOUT,
     DataAssignments,
     Debug,
     Force,
@@ -17,10 +19,11 @@ from loratune.cli.application import (
     check_paths,
     importing,
     log_all,
+    rows_output,
+    write_rows,
 )
 from loratune.codes import Code
 from loratune.commands.boundary import boundary, unread_output
-from loratune.console import EscapedStream
 from loratune.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -79,7 +82,11 @@ def evaluate(
     ] = 0,
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="FILE", help="Write each row, its answers and scores to FILE, as JSONL."),
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Write each row, its answers and scores to FILE: CSV if it ends in .csv, else JSONL.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
     require: Annotated[
@@ -103,7 +110,6 @@ def evaluate(
         _check_options(context.params)
         names, task_paths = _task_names(tasks)
         with importing(computes=True):
-            from loratune.commands import output_file
             from loratune.console import log, show_count, show_progress
             from loratune.evaluation import metrics as known_metrics
             from loratune.evaluation import requirements
@@ -113,7 +119,7 @@ def evaluate(
         known = {"against": bool(against), "forgetting": bool(forgetting), "rows": bool(data), "tasks": bool(names)}
         required = requirements.parse(require or [], parsed, **known)
         inputs = [Path(path) for path in (adapter, data, against, forgetting, *task_paths) if path is not None]
-        file = output_file.output(output, "--output", overwrite=overwrite, inputs=inputs) if output else None
+        file = rows_output(output, overwrite=overwrite, inputs=inputs)
         info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
         other = preflight.open_adapter(against, log, forced=force) if against is not None else None
         if file is not None:
@@ -122,6 +128,7 @@ def evaluate(
             return _evaluate_tasks(info, names, limit, required, as_json)
         opened = _open_tasks(names, limit, required) if names else None
         split, overlap = _read_rows(data, info, required, allow_overlap=allow_overlap)
+        fields = split.own_fields() if file is not None or worst else {}
         if parsed and split.kind is not None:
             what, fix = f"the rows are {split.kind}, of which none is written by a model", "leave it out"
             raise ConfigError(Problem(Code.USAGE_CONFLICT, what, split.source, known_metrics.OPTION, fix))
@@ -136,7 +143,7 @@ def evaluate(
             overlap=overlap, required=required, tasks=opened, watch=show_progress, count=show_count, log=log,
         )  # fmt: skip
         log_all(found.remarks)
-        _show(found, file, worst, as_json)
+        _show(found, file, fields, worst, as_json)
         requirements.check_met(found.requirements)
 
 
@@ -165,6 +172,9 @@ def _check_options(values: Mapping[str, object]) -> None:
     """
     if values["data"] is None and values["tasks"] is None:
         raise ConfigError(Problem(Code.USAGE_CONFLICT, "give --data, --tasks, or both"))
+    if str(values["output"]) == STDOUT:
+        what, fix = "stdout has the figures", "name a file for the rows"
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--output", fix=fix))
     problems = [
         Problem(Code.USAGE_NEEDS_OPTION, f"only works with --{needed}", key=f"--{_SPELLED.get(option, option)}")
         for option, needed in _NEEDED.items()
@@ -224,24 +234,20 @@ def _unrelated_text(name: str, max_length: int) -> "DatasetSplit":
     return split
 
 
-def _show(found: "Evaluation", file: "Output | None", worst: int, as_json: bool) -> None:
-    """Write the rows and print the figures, which are printed also where there is no room for the rows."""
+def _show(
+    found: "Evaluation", file: "Output | None", fields: Mapping[str, Mapping[str, Any]], worst: int, as_json: bool
+) -> None:
+    """Write the rows and print the figures, which are printed also where there is no room for the rows.
+
+    fields: place → the row's own fields, where rows are written or printed.
+    """
     from loratune.commands import printing
 
     try:
         if file is not None:
-            _write_rows(found, file)
+            write_rows((copy.as_json() for row in found.rows for copy in row.at_places(fields)), file)
     finally:
         with unread_output():
+            if fields:
+                found = replace(found, rows=[next(row.at_places(fields)) for row in found.rows])
             printing.print_evaluation(found, worst, as_json)
-
-
-def _write_rows(found: "Evaluation", file: "Output") -> None:
-    """Write a line for each distinct row."""
-    from loratune.console import log
-    from loratune.data.sources.rows import to_json_line
-
-    with file.opened(log) as writable:
-        stream = EscapedStream(writable) if writable.isatty() else writable
-        for row in found.rows:
-            print(to_json_line(row.as_json()), file=stream)

@@ -95,16 +95,16 @@ class TokenizedDataset:
         """SHA-256 over every id and supervised span in order."""
         return self.rows.fingerprint
 
-    def copies(self) -> dict[int, int]:
+    def copies(self) -> dict[int, list[int]]:
         """The numbers of the items that differ in ids, supervised spans or what is preferred, each the first of its
-        kind, in order; and how many items are of that kind."""
+        kind, in order; and the numbers of all items of that kind."""
         firsts: dict[bytes, int] = {}
-        copies: dict[int, int] = {}
+        copies: dict[int, list[int]] = {}
         for number in range(self.items):
             content = [(row.ids, row.spans, row.side) for row in self.item(number)]
             digest = hashlib.blake2b(repr(content).encode(), digest_size=16).digest()
             first = firsts.setdefault(digest, number)
-            copies[first] = copies.get(first, 0) + 1
+            copies.setdefault(first, []).append(number)
         return copies
 
 

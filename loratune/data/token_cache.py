@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from loratune.data.rendering import TokenizedRow
 from loratune.data.report import Report, total
+from loratune.data.sources.rows import place_in_cache
 from loratune.system import records
 from loratune.system.files import create_private_file, is_file, read_text, sha256
 
@@ -296,7 +297,7 @@ def _open_shard(path: Path, record: dict[str, Any], *, in_memory: bool) -> Any:
 
 def _record_batch(rows: Sequence[TokenizedRow]) -> Any:
     columns = [
-        pa.array([row.where.encode(errors="backslashreplace").decode() for row in rows], pa.string()),
+        pa.array([place_in_cache(row.where) for row in rows], pa.string()),
         _list_array([row.ids for row in rows]),
         _list_array([tuple(chain.from_iterable(row.spans)) for row in rows]),
     ]

@@ -53,7 +53,8 @@ def _distinct(loaded: LoadedAdapter, dataset: TokenizedDataset) -> Iterator[Eval
         item = dataset.item(number)
         compared = {names[row.side < 0]: ComparedAnswer(loaded.text(row.completion), row.supervised) for row in item}
         prompt, tokens = loaded.tokenizer.decode(item[0].prompt), sum(row.supervised for row in item)
-        yield EvaluatedRow(number, item[0].where, copies, prompt, None, tokens, compared=compared)
+        first, *others = (dataset.item(copy)[0].where for copy in copies)
+        yield EvaluatedRow(number, first, len(copies), prompt, None, tokens, compared=compared, elsewhere=tuple(others))
 
 
 class ComparedScorer:

@@ -1,10 +1,11 @@
 """What an evaluation came to: the figures of each model with their intervals, how they differ, and the rows behind."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from loratune.data.sources.rows import with_own_fields
 from loratune.statistics import Interval, finite
 from loratune.training.preference_figures import LOG_PROBABILITY, PREFERRED_LENGTH, REWARD_MARGIN, SIDES
 
@@ -74,6 +75,8 @@ class EvaluatedRow:
         answers: Model → what it does; `base`, `adapter`, and `against` if there is one.
         compared: `chosen` and `rejected`, or one of `desirable` and `undesirable` → the answer that is compared; empty
             for other rows.
+        elsewhere: The places of its copies, without its own.
+        fields: The row's own fields as plain values; empty where they are not asked for.
     """
 
     number: int
@@ -84,6 +87,13 @@ class EvaluatedRow:
     tokens: int
     answers: Mapping[str, ModelAnswer] = field(default_factory=dict)
     compared: Mapping[str, ComparedAnswer] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def at_places(self, fields: Mapping[str, Mapping[str, Any]]) -> Iterator["EvaluatedRow"]:
+        """The row, and then its copies, each at its own place and with its own fields. fields: place → fields."""
+        for place in (self.where, *self.elsewhere):
+            yield replace(self, where=place, fields=fields[place])
 
     @property
     def item(self) -> str:
@@ -105,7 +115,7 @@ class EvaluatedRow:
         return (self.answers[model].loss - self.answers[compared_with].loss) / self.count
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values. A number that is not finite is null."""
+        """Plain values, behind the row's own fields: see `with_own_fields`. A number that is not finite is null."""
         values: dict[str, Any] = {
             "number": self.number, "where": self.where, "copies": self.copies, "prompt": self.prompt,
         }  # fmt: skip
@@ -116,7 +126,7 @@ class EvaluatedRow:
             said = {} if self.compared else {"answer": answer.text}
             scores = {figure: finite(value) for figure, value in answer.scores.items()}
             values[name] = said | {"loss": finite(answer.loss / self.count)} | scores
-        return values
+        return with_own_fields(self.fields, values)
 
 
 @dataclass(frozen=True)

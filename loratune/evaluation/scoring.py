@@ -141,7 +141,10 @@ def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[Eval
             has_prompt = row.prompt not in ((), (loaded.tokenizer.bos_token_id,))  # more than what begins every row
             prompt = loaded.tokenizer.decode(row.prompt) if has_prompt else None
             expected = loaded.text(row.completion) if has_prompt else None
-            rows.append(EvaluatedRow(number, row.where, copies, prompt, expected, row.supervised))
+            places = tuple(dataset.rows.row(copy).where for copy in copies[1:])
+            rows.append(
+                EvaluatedRow(number, row.where, len(copies), prompt, expected, row.supervised, elsewhere=places)
+            )
     return rows
 
 

@@ -83,7 +83,7 @@ def score(
     """
     copies = test.copies()
     losses = row_losses(model, test, [*copies], scoring, acceleration, group, objective)
-    return from_losses(losses, [*copies.values()], objective.unit)
+    return from_losses(losses, [*map(len, copies.values())], objective.unit)
 
 
 def row_losses(

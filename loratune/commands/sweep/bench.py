@@ -81,7 +81,7 @@ class Bench:
         numbers = np.array([*copies])
         if len(numbers) > _MOST_ROWS:
             numbers = np.sort(np.random.default_rng(0).choice(numbers, _MOST_ROWS, replace=False))
-        self._copies = {int(number): copies[int(number)] for number in numbers}
+        self._copies = {int(number): len(copies[int(number)]) for number in numbers}
         self._per_operation: float | None = None
         sections = run.config.data, run.config.training, run.config.preferences
         self.measure = batching.objective_of({"validation": held_out}, *sections)
