@@ -331,11 +331,19 @@ def test_output_that_cannot_be(
     output, expected, detail = blocked(kind, tmp_path)
     before, names = tree(tmp_path), sorted(tmp_path.rglob("*"))
     overridable = kind in ("interrupted", "exists")
-    for more in [[], ["--dry-run"]] if overridable else [[], ["--overwrite"]]:
+    for more in [[]] if overridable else [[], ["--overwrite"], ["--dry-run"]]:
         ran = cli("train", config, "--set", f"output_dir={output}", *more)
         check_refused(ran, 2, expected)
         assert ran.out == "" and detail in ran.err and ran.err.count("\n") == 1
         assert kind != "interrupted" or "; continue it with --resume, or start" in ran.err
+    if overridable:
+        dry = cli("train", config, "--set", f"output_dir={output}", "--dry-run")
+        assert dry.code == 0 and "trainable params: " in dry.out
+        assert f"training will be refused: {ran.errors[0]}" in dry.err.splitlines()
+        assert (
+            "will be refused"
+            not in cli("train", config, "--set", f"output_dir={output}", "--dry-run", "--overwrite").err
+        )
     assert (tree(tmp_path), sorted(tmp_path.rglob("*"))) == (before, names)
 
 

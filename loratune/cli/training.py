@@ -48,7 +48,8 @@ def train(
         _check_options(resume=resume, overwrite=overwrite, changes=changes, dry_run=dry_run, as_json=as_json)
         validated_run = None
         if group.main:
-            validated_run = _check_run(config_file, assignments, changes if resume else None, overwrite=overwrite)
+            resumed = changes if resume else None
+            validated_run = _check_run(config_file, assignments, resumed, overwrite=overwrite, dry_run=dry_run)
 
         with importing(computes=True):
             from loratune.training import preflight
@@ -146,13 +147,14 @@ def _join() -> Group:
 
 
 def _check_run(
-    config_file: Path, assignments: list[str], resume: list[str] | None, *, overwrite: bool
+    config_file: Path, assignments: list[str], resume: list[str] | None, *, overwrite: bool, dry_run: bool
 ) -> "preflight.ValidatedRun":
     """Check what can be known of a run before torch is imported, see `preflight.check`.
 
     resume: the keys whose values may have changed; None to start a run.
     """
     from loratune import config
+    from loratune.console import log
     from loratune.training import output_dir
 
     run = config.load(config_file, assignments)
@@ -162,7 +164,9 @@ def _check_run(
         raise ConfigError(Problem(Code.CONFIG_SEVERAL_PROCESSES, what, str(config_file), "model.device_map", fix))
     log_all(config.portability(run.lora))
     inputs = config.input_paths(config_file, run)
-    directory = output_dir.check(run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=inputs)
+    directory = output_dir.check(
+        run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=inputs, log=log if dry_run else None
+    )
 
     with importing():
         from loratune.console import show_progress

@@ -1,6 +1,7 @@
 """Whether a run may write to an output directory, checked before anything is read or changed."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from loratune.codes import Code
@@ -21,7 +22,13 @@ from loratune.training.run_dir_files import PUBLISH_WORSE
 
 
 def check(
-    output_dir: str, *, resume: bool = False, overwrite: bool, inputs: Inputs = (), kind: OutputKind = ADAPTER
+    output_dir: str,
+    *,
+    resume: bool = False,
+    overwrite: bool,
+    inputs: Inputs = (),
+    kind: OutputKind = ADAPTER,
+    log: Callable[[str], None] | None = None,
 ) -> RunDirectory:
     """Check that a run may write to `output_dir`. Nothing is changed.
 
@@ -31,6 +38,7 @@ def check(
         overwrite: Whether what is there may be replaced.
         inputs: What the run reads.
         kind: What is to be written there.
+        log: Of a command that writes nothing: takes a line where an earlier run is in the way, which is no error then.
 
     Raises:
         ConfigError: The directory exists, is a file, a link or a mount point, or cannot be written; its parent is
@@ -51,7 +59,12 @@ def check(
             with open_lock(directory.lock, os.O_RDONLY) as file:
                 hold_lock(file, directory.display_name, kind.key)
         _check_places(directory, resume=resume)
-        _check_state(directory, resume=resume)
+        try:
+            _check_state(directory, resume=resume)
+        except ConfigError as error:
+            if log is None or overwrite:
+                raise
+            log(f"training will be refused: {error}")
     except OSError as error:
         what = f"cannot be looked at: {error.strerror}"
         raise _refused(kind, Code.RUN_OUTPUT_UNREADABLE, what, str(output_dir), "check the path") from None
