@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROWS, Ran, check_refused, config_in, is_problem, meanings, tiny_llama, tree, write_rows
+from conftest import (
+    CHAT_TEMPLATE,
+    ROWS,
+    Ran,
+    check_refused,
+    config_in,
+    is_problem,
+    meanings,
+    tiny_llama,
+    tree,
+    write_rows,
+)
 from fork_server import ForkServer
 from peft import PeftModel
 from running import WEIGHTS, MakeConfig, checkpoints, flip, until
@@ -493,6 +504,27 @@ def test_another_base_ends_with_5(going_on: Make, cli: Callable[..., Ran], tmp_p
     assert f"lora.start_from: starts as {tmp_path / 'first'}" in shown.err
     other_base(tmp_path / "base")
     check_refused(cli("train", path), 5, (Code.LORA_START_BASE, str(tmp_path / "first"), "lora.start_from"))
+
+
+def test_another_way_of_rendering_is_said(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
+    """Another chat template, none, or one where there was none; and nothing where it is the same."""
+    answer = {"role": "assistant", "content": "b"}
+    turns = [[{"role": "user", "content": row["prompt"]}, answer] for row in NEW_ROWS]
+    rows = {"train": str(write_rows(tmp_path / "chat.jsonl", [{"messages": one} for one in turns]))}
+    chat, text = tmp_path / "chat", tmp_path / "first"
+    first = going_on(data=rows, lora={"start_from": None}, training={"max_steps": 1}, output_dir=str(chat))
+    assert cli("train", first).code == 0
+    (tmp_path / "other.jinja").write_text(CHAT_TEMPLATE.replace("<|end|>", "<|endoftext|>"))
+    other = {"chat_template": str(tmp_path / "other.jinja")}
+    for start, section, said in (
+        (chat, rows, ""),
+        (chat, rows | other, f"another chat template than these rows are rendered by; data.chat_template: {chat}/"),
+        (chat, {}, "on conversations, through a chat template; these rows are plain text"),
+        (text, rows, "on plain text, without a chat template; these rows are conversations"),
+    ):
+        ran = cli("train", going_on(data=section, lora={"start_from": str(start)}), "--dry-run")
+        assert ran.code == 0, ran.err
+        assert (f"lora.start_from: {start} was trained " in ran.err) == bool(said) and said in ran.err
 
 
 def test_the_adapter_it_starts_from_is_not_replaced(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def load_rows(
     """The rows as tokens, with those of the earlier run that are replayed, and that run. Raises ModelError, DataError,
     ConfigError."""
     datasets = batching.tokenize(validated_run, tokenizer, watch, group)
-    return continuing.earlier_run(validated_run, datasets, watch, group)
+    return continuing.earlier_run(validated_run, tokenizer, datasets, watch, group)
 
 
 def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGLE_PROCESS) -> Plan:

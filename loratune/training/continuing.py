@@ -39,6 +39,7 @@ class EarlierRun:
         unknown: Why they are not known, or empty.
         replay: What loratune.json records of the rows that are replayed: their share and number, and the fingerprint
             of the run's own training rows; None if none are.
+        template: A line if its rows were rendered in another way than those of the run; else empty.
     """
 
     start: StartAdapter
@@ -46,13 +47,14 @@ class EarlierRun:
     split: str
     unknown: str = ""
     replay: dict[str, Any] | None = None
+    template: str = ""
 
     def notes(self) -> list[str]:
         """Lines for the user on what the run starts from."""
         path = self.start.info.files.path
         line = f"{KEY}: starts as {path}, which becomes part of the new adapter; that is used alone, on the base"
         unknown = [f"what is forgotten will not be measured: {self.unknown}"] if self.unknown else []
-        return [line, *self.start.notes, *unknown]
+        return [line, *self.start.notes, *filter(None, [self.template]), *unknown]
 
     def record(self) -> dict[str, Any]:
         """What loratune.json says of it."""
@@ -60,12 +62,13 @@ class EarlierRun:
 
 
 def earlier_run(
-    ready: ValidatedRun, datasets: TokenizedDatasets, watch: ProgressFactory, group: Group
+    ready: ValidatedRun, tokenizer: Any, datasets: TokenizedDatasets, watch: ProgressFactory, group: Group
 ) -> tuple[TokenizedDatasets, EarlierRun | None]:
     """Tokenize the rows of the run that made the adapter of `lora.start_from`, and mix in those that are replayed.
 
     Args:
         ready: The run that starts from the adapter.
+        tokenizer: Its tokenizer.
         datasets: Its own rows.
         watch: Shows the passes over the rows.
         group: The processes of the run.
@@ -96,11 +99,35 @@ def earlier_run(
             if share is not None:
                 raise
             unknown = error.problems[0].what
+    template = _template_note(ready, start, tokenizer)
     if unknown := group.broadcast(unknown):
-        return datasets, EarlierRun(start, None, split, unknown)
+        return datasets, EarlierRun(start, None, split, unknown, template=template)
     rows = {name: shared_rows(lambda name=name: own.get(name) or prepare(name), group) for name in wanted}  # type: ignore[misc]
-    run = EarlierRun(start, rows[split], split)
+    run = EarlierRun(start, rows[split], split, template=template)
     return _with_replay(datasets, run, rows["training"], ready.config, group) if share is not None else (datasets, run)
+
+
+def _template_note(ready: ValidatedRun, start: StartAdapter, tokenizer: Any) -> str:
+    """See `EarlierRun.template`; empty too where it is not known how the adapter's rows were rendered, and in a process
+    that has not read the rows."""
+    info, path = start.info, start.info.files.path
+    if ready.rows is None:
+        return ""
+    if info.run is not None and info.chat != ready.rows.train.chat:
+        ways = "conversations, through a chat template", "plain text, without a chat template"
+        before, now = ways if info.chat else reversed(ways)
+        return f"{KEY}: {path} was trained on {before}; these rows are {now}"
+    if not ready.rows.train.chat or not (path / "tokenizer_config.json").is_file():
+        return ""
+    try:
+        trained_with = load.load_tokenizer(ModelSection(name_or_path=str(path))).chat_template
+    except ModelError:  # of another program, whose tokenizer is not used
+        return ""
+    if not trained_with or trained_with == tokenizer.chat_template:
+        return ""
+    own = path / "chat_template.jinja"
+    how = f"; data.chat_template: {own} keeps that one" if own.is_file() else ""
+    return f"{KEY}: {path} was trained with another chat template than these rows are rendered by{how}"
 
 
 def _preparing(ready: ValidatedRun, start: StartAdapter, watch: ProgressFactory) -> Callable[[str], TokenizedDataset]:
