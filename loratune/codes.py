@@ -332,6 +332,7 @@ class Code(StrEnum):
     ADAPTER_FILE_CHANGED = "adapter.file_changed", "A file has changed since the adapter was saved."
     ADAPTER_FILE_ADDED = "adapter.file_added", "A file that would be read was added since the adapter was saved."
     ADAPTER_MISMATCH = "adapter.mismatch", "The configuration does not fit the base."
+    ADAPTER_NOT_REPRODUCIBLE = "adapter.not_reproducible", "The files do not record how PEFT has changed the base."
     ADAPTER_TENSORS_MISSING = "adapter.tensors_missing", "The file lacks tensors that the base needs."
     ADAPTER_TENSORS_EXTRA = "adapter.tensors_extra", "The file has tensors for modules that the base does not have."
     ADAPTER_TENSORS_SHAPE = "adapter.tensors_shape", "Tensors have another shape than the base needs."

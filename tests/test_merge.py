@@ -84,6 +84,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"init_lora_weights": "pissa"}),
     ("llama", {"init_lora_weights": "olora"}),
     ("llama", {"init_lora_weights": "orthogonal"}),
+    ("llama", {"init_lora_weights": "mica"}),
     ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
     ("llama", {"target_modules": "all-linear"}),
     ("llama, tied", {"target_modules": ["q_proj", "lm_head"]}),
@@ -270,13 +271,11 @@ def test_weights_in_another_format_are_loaded(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path: Path, tiny: Case) -> None:
-    for key, value in {"layer_replication": [[0, 2], [1, 2]], "init_lora_weights": "pissa_niter_4"}.items():
-        files = inspect(tiny.adapter)
-        info = replace(tiny.info, files=replace(files, config=files.config | {key: value}))
-        with pytest.raises(AdapterError) as refused:
-            loaded_merge.prepare(info, None)
-        assert meanings(refused.value) == [(Code.MERGE_UNSUPPORTED, str(tiny.adapter), "")]
-        assert str(value) in str(refused.value) or key in str(refused.value)
+    files = inspect(tiny.adapter)
+    info = replace(tiny.info, files=replace(files, config=files.config | {"layer_replication": [[0, 2], [1, 2]]}))
+    with pytest.raises(AdapterError, match="layer_replication") as refused:
+        loaded_merge.prepare(info, None)
+    assert meanings(refused.value) == [(Code.MERGE_UNSUPPORTED, str(tiny.adapter), "")]
 
 
 def test_a_value_beyond_the_dtype_is_refused(tmp_path: Path) -> None:

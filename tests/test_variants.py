@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PiSSA with patterns": {"init_lora_weights": "pissa", "rank_pattern": {"q": 4}, "alpha_pattern": {"o": 8}},
     "OLoRA": {"init_lora_weights": "olora"},
     "EVA": {"init_lora_weights": "eva"},
+    "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "LoRA+": {"loraplus_lr_ratio": 16.0},
     "LoRA-FA": {"use_lorafa": True},
@@ -132,7 +133,7 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
 
 AT_LENGTH = (
     "PiSSA, fast", "PiSSA with rsLoRA", "PiSSA with patterns", "LoRA-FA with rsLoRA", "PiSSA with modules_to_save",
-    "rsLoRA", "patterns", "OLoRA", "modules_to_save", "orthogonal",
+    "rsLoRA", "patterns", "OLoRA", "modules_to_save", "orthogonal", "gaussian",
 )  # fmt: skip
 """Variants whose state is of the kinds that others have: a base that was changed, factors that are trained."""
 

@@ -89,9 +89,8 @@ def check_plain(files: AdapterFiles, client: str) -> None:
     reasons = [reason for key, reason in _FOREIGN.items() if config.get(key)]
     if config.get("bias") not in (None, "none") or config.get("lora_bias"):
         reasons.append("it holds trained biases")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal", "lora_ga"):
-        reasons.append(f"PEFT changes the base's own weights as it loads it (init_lora_weights: {init})")
+    if files.changes_base:
+        reasons.append(f"PEFT changes the base's own weights as it loads it (init_lora_weights: {files.init})")
     known = {*_FOLDED, *_SELECTING, *_KEPT, *_INERT, *_FOREIGN, "bias", "lora_bias"}
     defaults = {field.name: field.default for field in fields(upstream.LoraConfig)}
     reasons += [

@@ -37,6 +37,20 @@ safetensors they read no pickle."""
 _IGNORED_DIRECTORIES = (".git", ".cache")  # of git and of the hub's client; no library reads there
 _CODE = ("auto_mapping", "megatron_config")
 
+_BESIDE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` with which PEFT leaves the base as it is."""
+_FROM_BASE = ("pissa", "olora")
+"""Those with which it takes a part out of the base, and the same part whenever it loads the adapter."""
+_CONVERT = "save it with PEFT's path_initial_model_for_weight_conversion, where it was trained"
+_NOT_RECORDED = {
+    "pissa_niter_": ("subtracts a part of the base, by random numbers that differ at each load", _CONVERT),
+    "corda": ("subtracts a part of the base that depends on data, and does not record it", _CONVERT),
+    "lora_ga": ("subtracts a part of the base that depends on gradients, and does not record it", _CONVERT),
+    "loftq": ("quantizes the base, and does not record the result", "save that base too, and set this to true"),
+    "": ("may change the base in a way that this release does not know", "upgrade loratune"),
+}
+"""What others begin with → why the files of such an adapter are not enough; what to do."""
+
 
 @dataclass(frozen=True)
 class AdapterFiles:
@@ -58,6 +72,17 @@ class AdapterFiles:
     def base(self) -> str:
         """The directory or hub id of the base model."""
         return str(self.config["base_model_name_or_path"])
+
+    @property
+    def init(self) -> Any:
+        """How the adapter was initialized: `init_lora_weights`, in lower case as PEFT compares it."""
+        value = self.config.get("init_lora_weights", True)
+        return value.lower() if isinstance(value, str) else value
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether PEFT takes a part out of the base when it loads the adapter."""
+        return self.init in _FROM_BASE
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -119,7 +144,7 @@ def inspect(path: Path) -> AdapterFiles:
     Raises:
         AdapterError: No such directory; no config or no weights in it; files that are unreadable or not of LoRA; a link
             out of the directory; a configuration that names code, or a base by a path that leads out of the directory;
-            a record of a newer version.
+            one after which PEFT cannot load what was trained; a record of a newer version.
     """
     where = str(path)
     if not path.exists():
@@ -135,7 +160,9 @@ def inspect(path: Path) -> AdapterFiles:
         raise AdapterError(Problem(Code.ADAPTER_NO_WEIGHTS, what, where))
     _check_links(path)
     config = _read_config(path / CONFIG_FILE)
-    return AdapterFiles(path, config, _read_shapes(path / WEIGHTS_FILE), _read_record(path / RECORD_FILE))
+    files = AdapterFiles(path, config, _read_shapes(path / WEIGHTS_FILE), _read_record(path / RECORD_FILE))
+    _check_init(files)
+    return files
 
 
 def manifest(directory: Path) -> dict[str, str]:
@@ -247,6 +274,17 @@ def _read_config(path: Path) -> dict[str, Any]:
         key, fix = "base_model_name_or_path", "write the whole path"
         raise AdapterError(Problem(Code.ADAPTER_BASE_OUTSIDE, what, where, key, fix))
     return config
+
+
+def _check_init(files: AdapterFiles) -> None:
+    """Raises AdapterError: PEFT changed the base as it initialized the adapter, and the files do not record how."""
+    if files.init in (*_BESIDE_BASE, *_FROM_BASE):
+        return
+    init = str(files.init)
+    reason, fix = next(found for start, found in _NOT_RECORDED.items() if init.startswith(start))
+    what = f"what was trained cannot be computed from its files: with {patterns.shorten(init)}, PEFT {reason}"
+    where, key = str(files.path / CONFIG_FILE), "init_lora_weights"
+    raise AdapterError(Problem(Code.ADAPTER_NOT_REPRODUCIBLE, what, where, key, fix))
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -263,16 +263,15 @@ def attach_saved(base: nn.Module, files: AdapterFiles, name: str = "default") ->
         AdapterError: As `check_patterns`; the configuration does not fit the base; tensors are missing from the file,
             or it has others, or of other shapes, than this base needs.
     """
-    where = str(files.path)
     plain: nn.Module = base.get_base_model() if isinstance(base, PeftModel) else base
     paths = (path for path, _ in plain.named_modules() if path)
     patterns.check_patterns(files.config, files.tensors, paths, str(files.path / CONFIG_FILE))
     with _as_mismatch(files):
-        config = LoraConfig.from_pretrained(where)
+        config = LoraConfig.from_pretrained(str(files.path))
         config.r, config.rank_pattern = patterns.bounded_ranks(files.config, files.tensors)
         config.inference_mode = False  # so that its parameters count as trained
-        if next(base.parameters()).is_meta:
-            config.init_lora_weights = True  # there are no values to initialize from
+        if next(base.parameters()).is_meta or not files.changes_base:
+            config.init_lora_weights = True  # there are no values to initialize from, or those of the file are enough
         model = _wrap(base, config, name)
     expected = {key: tuple(tensor.shape) for key, tensor in weights(model, name).items()}
     if problems := _differences(expected, files):
@@ -287,7 +286,7 @@ def before_load(base: PreTrainedModel, files: AdapterFiles) -> Untouched:
         AdapterError: The configuration does not fit the base.
     """
     with _as_mismatch(files):
-        return untouched(base, LoraConfig.from_pretrained(str(files.path)))
+        return untouched(base, LoraConfig.from_pretrained(str(files.path)), files.changes_base)
 
 
 @contextmanager

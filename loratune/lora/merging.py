@@ -23,10 +23,6 @@ from loratune.lora import attach, tensors, upstream
 from loratune.lora.adapter_files import AdapterFiles
 
 ADAPTER = "default"
-_FROM_BASE = ("pissa", "olora")
-"""Values of init_lora_weights with which PEFT takes the part out of the base again that the adapter started from."""
-UNCHANGING = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights with which PEFT does not change the base as it loads a saved adapter."""
 _WRAPPERS = (".base_layer", ".original_module")
 
 
@@ -213,7 +209,8 @@ def changes(base: nn.Module, files: AdapterFiles) -> dict[str, tuple[Change, ...
     Raises:
         AdapterError: As `attach.load`; the adapter is of a variant that cannot be merged.
     """
-    _check_config(files)
+    if files.config.get("layer_replication"):
+        raise _unsupported(files, "layer_replication repeats layers of the base")
     model = _attach(base, files)
     for parameter in model.parameters():
         if not parameter.is_meta:
@@ -242,18 +239,6 @@ def _attach(base: nn.Module, files: AdapterFiles) -> Any:
     hook.remove()
     model.load_state_dict(renamed, strict=False, assign=True)
     return model
-
-
-def _check_config(files: AdapterFiles) -> None:
-    """Raises AdapterError: the configuration changes the base in a way that no merged model has."""
-    init = files.config.get("init_lora_weights", True)
-    reason = ""
-    if files.config.get("layer_replication"):
-        reason = "layer_replication repeats layers of the base"
-    elif init not in UNCHANGING and init not in _FROM_BASE:
-        reason = f"init_lora_weights {init} takes a part out of the base that the adapter does not record"
-    if reason:
-        raise _unsupported(files, reason)
 
 
 def _unsupported(files: AdapterFiles, reason: str) -> AdapterError:
@@ -302,7 +287,7 @@ def _single(module: ParamWrapper) -> LowRank:
 
 def _layer_changes(path: str, layer: Any, files: AdapterFiles) -> Iterator[tuple[str, Change]]:
     """What LoRA on a linear layer or an embedding does to its weight and its bias."""
-    variant, init = layer.lora_variant.get(ADAPTER), files.config.get("init_lora_weights", True)
+    variant = layer.lora_variant.get(ADAPTER)
     if type(layer) not in (Linear, Embedding):
         raise _unsupported(files, f"{path} is a {type(layer).__name__}, and only linear layers and embeddings can be")
     if variant is not None and not isinstance(variant, DoraLinearVariant | DoraEmbeddingVariant):
@@ -312,7 +297,7 @@ def _layer_changes(path: str, layer: Any, files: AdapterFiles) -> Iterator[tuple
             raise _unsupported(files, f"the adapter has a bias for {path}, and the base has none there")
         yield f"{path}.bias", Added(layer.lora_B[ADAPTER].bias.data * layer.scaling[ADAPTER])
         layer.lora_bias[ADAPTER] = False  # or PEFT's `merge` of the layer would add it as well
-    yield f"{path}.weight", _weight_change(layer, variant, init if init in _FROM_BASE else "")
+    yield f"{path}.weight", _weight_change(layer, variant, files.init if files.changes_base else "")
 
 
 def _weight_change(layer: Any, variant: Any, init: str) -> Change:

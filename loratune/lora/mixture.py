@@ -21,7 +21,7 @@ from loratune.config import patterns
 from loratune.errors import AdapterError, Problem
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.lora.tensors import UNCHANGING, Weights, not_finite, read_adapter
+from loratune.lora.tensors import Weights, not_finite, read_adapter
 
 _FACTOR = re.compile(r"^base_model\.model\.(?P<path>.*)\.lora_(?P<kind>(embedding_)?)(?P<factor>[AB])(\.weight)?$")
 _UNUSED = ("", "none", "None")
@@ -111,7 +111,7 @@ def _obstacles(files: AdapterFiles) -> Iterator[Problem]:
             continue
         reason = _REASONS.get(field.name, "a plain LoRA has no such setting")
         yield Problem(Code.ADAPTER_MIX_UNSUPPORTED, f"cannot be mixed: {reason}", where, field.name)
-    if config.get("init_lora_weights", True) not in UNCHANGING:
+    if files.changes_base:
         what = "cannot be mixed: it changes the base's own weights as it is loaded"
         yield Problem(Code.ADAPTER_MIX_UNSUPPORTED, what, where, "init_lora_weights")
     others = [name for name, shape in files.tensors.items() if not _FACTOR.match(name) or len(shape) != 2]

@@ -23,7 +23,7 @@ from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
 from loratune.lora.initialize import WRAPPER_PREFIX
 from loratune.lora.module_names import ends_in, join_counts, join_first, short, without_wrappers
 from loratune.lora.parameters import experts_of, wrapped_parameters
-from loratune.lora.tensors import UNCHANGING, Weights, read_adapter
+from loratune.lora.tensors import Weights, read_adapter
 
 KEY = "lora.start_from"
 
@@ -155,8 +155,8 @@ def _check_kind(files: AdapterFiles) -> None:
         Problem(Code.LORA_START_KIND, "changes what the adapter computes, and is not trained here", where, key)
         for key in sorted(effective)
     ]
-    if (init := config.get("init_lora_weights", True)) not in UNCHANGING:
-        what = f"{init} changes the base as PEFT loads the adapter, so it is no plain LoRA of its base"
+    if files.changes_base:
+        what = f"{files.init} changes the base as PEFT loads the adapter, so it is no plain LoRA of its base"
         problems.append(Problem(Code.LORA_START_KIND, what, where, "init_lora_weights"))
     if problems:
         raise AdapterError(problems)

@@ -125,10 +125,6 @@ def fill(model: PeftModel, files: AdapterFiles, name: str = "default") -> None:
         raise AdapterError(Problem(Code.ADAPTER_TENSORS_LOST, what, str(files.path)))
 
 
-UNCHANGING = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
-"""Values of init_lora_weights with which PEFT does not change the base when it loads a saved adapter."""
-
-
 @dataclass(frozen=True)
 class Untouched:
     """Parameters of a base that PEFT may change with an adapter, with their values before that.
@@ -166,16 +162,16 @@ class Untouched:
                 parameter.data = value
 
 
-def untouched(base: nn.Module, config: LoraConfig) -> Untouched:
+def untouched(base: nn.Module, config: LoraConfig, changes_base: bool) -> Untouched:
     """Copy what PEFT may change in a base as it attaches a saved adapter of this configuration, and loads its tensors.
 
-    Biases are small; the weights of adapted layers are copied only for initializations that change them.
+    Biases are small; the weights of adapted layers are copied only where it `changes_base`.
     """
     if config.layer_replication:
         return Untouched((), "lora.layer_replication repeats its layers")
     values = []
     for path, module in base.named_modules():
-        is_changed = config.init_lora_weights not in UNCHANGING and upstream.is_target(config, path)
+        is_changed = changes_base and upstream.is_target(config, path)
         for name, parameter in module.named_parameters(recurse=False):
             if (is_changed and parameter.dim() > 1) or (config.bias != "none" and "bias" in name):
                 values.append((parameter, parameter.detach().clone()))
