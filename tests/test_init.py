@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROWS, Ran, check_refused, tiny_llama, write_rows
+from conftest import ROWS, Ran, check_refused, meanings, tiny_llama, write_rows
 from transformers import PreTrainedTokenizerFast
 
 from loratune import config
 from loratune.codes import Code
-from loratune.commands import init_choices
+from loratune.commands import init_choices, init_classes
 from loratune.commands.init_choices import Room
+from loratune.commands.init_classes import Classes
 from loratune.commands.init_rows import MeasuredRows, propose_columns
 from loratune.config import DataSection, LoraSection, RunConfig, Source
 from loratune.data import DatasetSplit, RawDatasets, read_source
+from loratune.data.sources import Row
+from loratune.errors import DataError
 from loratune.lora import attach
 from loratune.training.duration import Costs, Work
 
@@ -376,7 +380,7 @@ def measured(split: DatasetSplit, count: int, saved: float) -> MeasuredRows:
     lengths, supervised = np.full(count, 16), np.full(count, 4)
     return MeasuredRows(
         RawDatasets(split, None), {}, "", lengths, tokenized, lengths, lengths, supervised, together=1, saved=saved,
-        labels=0, remarks=[],
+        classes=Classes(), remarks=[],
     )  # fmt: skip
 
 
@@ -483,6 +487,113 @@ def test_texts_with_labels_are_questions_and_answers(cli: Cli, tiny_dir: Path, h
     rows = [{"text": f"{number} is", **({"label": "odd"} if number else {})} for number in range(60, -1, -1)]
     ran = cli("init", write_rows(here / "some.jsonl", rows), "--model", tiny_dir, "--output", "some.yaml")
     assert ran.code == 0 and "columns" not in (here / "some.yaml").read_text(), "one of them has no label"
+
+
+def classified(**others: Any) -> list[dict[str, Any]]:
+    """Tickets of three classes, of which one is written in three ways. others: field → its values, repeated."""
+    kinds = ["Billing"] * 12 + ["billing "] * 3 + ["biling", "Refund", ""] + ["Log in"] * 12 + ["log-in"] * 2
+    rows = [{"id": f"T-{number}", "kind": kind, "text": f"is {number}"} for number, kind in enumerate(kinds)]
+    rows[3]["text"] = rows[20]["text"] = " "
+    return [
+        row | {name: values[number % len(values)] for name, values in others.items()} for number, row in enumerate(rows)
+    ]
+
+
+def renamed(rows: list[dict[str, Any]], **names: str) -> list[dict[str, Any]]:
+    return [{names.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def test_classes_beside_texts_are_answers(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """Whatever the field is called; the classes are listed, with what may be wrong with them."""
+    write_rows(here / "tickets.jsonl", classified())
+    ran = cli("init", "tickets.jsonl", "--model", tiny_dir)
+    assert ran.code == 0, ran.err
+    written = (here / "config.yaml").read_text()
+    assert yaml.safe_load(written)["data"]["columns"] == {"instruction": "text", "output": "kind"}
+    assert "`kind` has 6 different values in 32 rows" in " ".join(written.replace("#", " ").split())
+    lines = ran.err.splitlines()
+    assert "rows: 6 classes: `Billing` 12, `Log in` 12, `billing ` 3, `log-in` 2, `Refund` 1, `biling` 1" in lines
+    said = "`Billing` 12, `billing ` 3, `biling` 1; `Log in` 12, `log-in` 2"
+    assert f"rows: classes that look alike, and are learned as different ones: {said}" in lines
+    assert "rows: classes of fewer than 10 rows: `billing ` 3, `log-in` 2, `Refund` 1, `biling` 1" in lines
+    assert "rows: rows with a class whose text is empty: 2 (tickets.jsonl:4, tickets.jsonl:21)" in lines
+    assert "the completion is empty (tickets.jsonl:18)" in ran.err
+
+
+URGENT = {"urgent": ["yes", "no"]}
+COLUMNS = {"instruction": "text", "output": "kind"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "text", "columns", "said"),
+    [
+        (classified(), "text", COLUMNS, []),
+        (classified(), "", COLUMNS, []),
+        (renamed(classified(), text="ticket"), "", COLUMNS | {"instruction": "ticket"}, []),
+        (renamed(classified(), text="instruction"), "", {"output": "kind"}, []),
+        (classified(source=["a", "b"]), "text", COLUMNS, ["`source` has 2 "]),
+        (classified(number=["1", "2"]), "text", COLUMNS, ["`number` has 2 "]),
+        (classified(score=[1, 2]), "text", COLUMNS, []),
+        (renamed(classified(**URGENT), kind="topic"), "text", COLUMNS | {"output": "topic"}, ["`urgent` has 2 "]),
+        (renamed(classified(topic=["a", "b"]), id="summary"), "text", None, []),
+        (classified(**URGENT), "text", None, []),
+        (renamed(classified(**URGENT), text="ticket"), "", None, []),
+        ([{"text": f"{one}", "of": "all"} for one in range(40)], "text", {}, []),
+        ([{"text": f"{one}", "of": f"{one // 2}"} for one in range(40)], "text", {}, []),
+        ([{"text": f"{one}", "lang": "ab"[one % 2]} for one in range(40)], "text", {}, ["`lang` has 2 "]),
+        ([{"text": f"{one}", "stars": one % 5} for one in range(40)], "text", {}, ["`stars` has 5 "]),
+        ([{"text": f"{one}", "stars": one / 5} for one in range(40)], "text", {}, []),
+        ([{"text": f"{one}", "summary": f"{one}!"} for one in range(40)], "text", {"output": "summary"}, []),
+        ([{"a b": f"x {one}", "c d": f"y {one}", "kind": "ab"[one % 2]} for one in range(40)], "", {}, []),
+        (classified(body=[f"{one} and" for one in range(40)]), "", COLUMNS, []),
+    ],
+)
+def test_which_field_has_the_classes(
+    rows: list[dict[str, Any]], text: str, columns: dict[str, str] | None, said: list[str]
+) -> None:
+    """columns: None where nobody can tell, and the user is asked."""
+    numbered = [Row(f"rows.jsonl:{number}", row) for number, row in enumerate(rows, start=1)]
+    if columns is None:
+        with pytest.raises(DataError) as caught:
+            init_classes.choose(numbered, text, chat=True)
+        assert meanings(caught.value) == [(Code.DATA_FORMAT_AMBIGUOUS, "rows.jsonl:1", "data.columns")]
+        assert "--set data.format=text" in str(caught.value)
+        return
+    choice = init_classes.choose(numbered, text, chat=True)
+    assert choice.columns == (columns | {"instruction": "text"} if columns.keys() == {"output"} and text else columns)
+    assert len(choice.remarks) == len(said) and all(map(str.startswith, choice.remarks, said))
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["Billing", "billing ", "biling", "bililng", "BILLING", "Bilding"], 1),
+        (["log in", "Log-In", "login", "log_in"], 1),
+        (["World news", "Word news"], 1),
+        (["spam", "ham"], 0),
+        (["level 1", "level 2", "class10", "class11", "grade a", "grade b"], 0),
+        (["-1", "1", "0", "10"], 0),
+        (["c", "c++", "c#"], 0),
+        (["positive", "negative", "neutral"], 0),
+    ],
+)
+def test_classes_that_look_alike(names: list[str], groups: int) -> None:
+    assert [sorted(group) for group in init_classes.alike(names)] == [sorted(names)] * groups
+
+
+def test_the_user_decides_between_answers(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """The message has the options to choose from; that of the text alone, e.g., is one."""
+    write_rows(here / "rows.jsonl", renamed(classified(**URGENT), text="ticket"))
+    ran = cli("init", "rows.jsonl", "--model", tiny_dir)
+    check_refused(ran, 4, (Code.DATA_FORMAT_AMBIGUOUS, "rows.jsonl:1", "data.columns"))
+    options = shlex.split(ran.err.partition("say which: ")[2].replace(", or ", " ").replace("; or the text alone:", ""))
+    assert options == [
+        "--set", "data.columns={instruction: ticket, output: kind}",
+        "--set", "data.columns={instruction: ticket, output: urgent}",
+        "--set", "data.format=text", "--set", "data.columns={text: ticket}",
+    ]  # fmt: skip
+    ran = cli("init", "rows.jsonl", "--model", tiny_dir, *options[4:])
+    assert ran.code == 0 and config.load(here / "config.yaml").data.columns == {"text": "ticket"}
 
 
 def test_rows_that_all_belong_together_are_not_held_out(cli: Cli, tiny_dir: Path, here: Path) -> None:

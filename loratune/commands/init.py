@@ -139,7 +139,10 @@ def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows, log: Ca
         draft.reasons["data.validation"] = f"{rows.held_out:,} rows; {best}"
     elif isinstance(fraction, float):
         _, mask, remarks = data.divide(rows.train, fraction, run.data.group_by, run.training.seed)
-        held_out, labels = int(mask.sum()), f", stratified by {rows.labels} labels" if rows.labels else ""
+        held_out, labels = (
+            int(mask.sum()),
+            f", stratified by {rows.classes.labels} labels" if rows.classes.labels else "",
+        )
         if held_out < len(rows.train) or draft.has("data.validation"):
             draft.choose("data.validation", fraction, f"{held_out:,} rows are held out{labels}; {best}")
             for remark in remarks:

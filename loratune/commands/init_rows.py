@@ -1,7 +1,6 @@
 """What `loratune init` finds in the rows: their format, their lengths, and their answers."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +9,13 @@ from numpy.typing import NDArray
 
 from loratune import data
 from loratune.codes import Code
+from loratune.commands import init_classes
+from loratune.commands.init_classes import Choice, Classes
 from loratune.config import DataSection
 from loratune.config.keys import yaml_flow
 from loratune.data import DatasetSplit, ProgressFactory, RawDatasets
-from loratune.data.formats import FORMATS, JUDGED, PAIRS, completion_key
-from loratune.data.formats.examples import quote
-from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL, random_mask
+from loratune.data.formats import FORMATS, JUDGED, PAIRS
+from loratune.data.holding_out import random_mask
 from loratune.data.packing import BatchLayout, Items
 from loratune.data.rendering import Renderer
 from loratune.data.sources import open_source
@@ -47,9 +47,6 @@ _NO_LIMIT = 2**31 - 1
 
 _QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "source")
 _CONTEXTS = ("input", "context", "passage")
-_ANSWERS = (
-    "output", "completion", "response", "answer", "reply", "target", "solution", "summary", "label", "translation",
-)  # fmt: skip
 _CHOSEN = ("chosen", "preferred", "winner", "better", "chosen_response", "response_chosen", "response_j")
 _REJECTED = ("rejected", "dispreferred", "loser", "worse", "rejected_response", "response_rejected", "response_k")
 _TEXTS = ("content", "document", "body")
@@ -71,7 +68,7 @@ class MeasuredRows:
         lengths: (rows,), their tokens; of pairs of answers, those of both.
         supervised: (rows,), the supervised tokens of these.
         saved: About the part of the tokens of batches that stands in the batch already, as rows begin alike.
-        labels: How many different completions there are, where they are labels; 0 where they are not.
+        classes: The completions, where they are short and few.
         remarks: Lines on how the rows were read.
         together: How many answers a row has: two, if it is a pair.
     """
@@ -85,7 +82,7 @@ class MeasuredRows:
     lengths: NDArray[np.int64]
     supervised: NDArray[np.int64]
     saved: float
-    labels: int
+    classes: Classes
     remarks: list[str]
     together: int = 1
 
@@ -118,7 +115,7 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int, watch: Pr
         DataError, ModelError: As `data.read_datasets` and `data.prepare`; the fields of the rows fit no format, and
             their names do not say which they are either.
     """
-    raw, columns, why = _read(section, chat=bool(renderer.tokenizer.chat_template), watch=watch)
+    raw, columns, why, remarks = _read(section, chat=bool(renderer.tokenizer.chat_template), watch=watch)
     whole = section.model_copy(update={"columns": columns, "max_length": _NO_LIMIT})
     tokenized = [data.prepare(_sample(split), renderer, whole, vocabulary, watch).rows for split in raw.splits.values()]
     rows, kind = tokenized[0], raw.train.kind
@@ -126,7 +123,8 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int, watch: Pr
         split.check_kind(kind, OBJECTIVES[kind])
     together = 2 if kind == PAIRS else 1
     supervised = rows.supervised.reshape(-1, together).sum(1)
-    is_short = float(np.median(supervised)) <= LABEL_TOKENS
+    is_short = kind is None and float(np.median(supervised)) <= LABEL_TOKENS
+    classes = Classes.of(raw.train.examples(), len(raw.train), section.loss_on) if is_short else Classes()
     return MeasuredRows(
         splits=raw,
         columns=columns,
@@ -138,8 +136,8 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int, watch: Pr
         supervised=supervised,
         together=together,
         saved=BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, 0, together).saving(),
-        labels=_count_labels(_sample(raw.train), section.loss_on) if is_short and kind is None else 0,
-        remarks=[*raw.train.remarks(), *rows.report.reasons()],
+        classes=classes,
+        remarks=[*remarks, *raw.train.remarks(), *rows.report.reasons(), *classes.remarks()],
     )
 
 
@@ -169,8 +167,10 @@ def _sample(split: DatasetSplit) -> DatasetSplit:
     return replace(split, mask=random_mask(len(split), MOST_ROWS, np.random.default_rng(0)))
 
 
-def _read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[RawDatasets, dict[str, str], str]:
-    """All rows, the columns that they were read with, and why.
+def _read(
+    section: DataSection, *, chat: bool, watch: ProgressFactory
+) -> tuple[RawDatasets, dict[str, str], str, Sequence[str]]:
+    """All rows, the columns that they were read with, and why, and lines on other ways to read them.
 
     chat: whether the tokenizer has a chat template.
     """
@@ -181,30 +181,50 @@ def _read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[
     try:
         raw = read(section.columns)
     except DataError as error:
-        columns = _columns_for(error, section, chat=chat)
-        return read(columns), columns, _BY_NAMES
-    columns, why = _other_columns(raw.train, section, chat=chat)
+        columns, choice = _columns_for(error, section, watch, chat=chat)
+        return read(columns), columns, choice.why or _BY_NAMES, choice.remarks
+    columns, choice = _other_columns(raw.train, section, watch, chat=chat)
     if columns:
-        with suppress(DataError):  # as of rows that lack the field: then all are read as they are
-            return read(columns), columns, why
-    return raw, section.columns, ""
+        try:
+            return read(columns), columns, choice.why or _RUN_TOGETHER, choice.remarks
+        except DataError as error:  # as of rows that lack the field: then all are read as they are
+            return (
+                raw,
+                section.columns,
+                "",
+                [f"read as they are, as not all fit data.columns {yaml_flow(columns)}: {error.problems[0]}"],
+            )
+    return raw, section.columns, "", choice.remarks
 
 
-def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> dict[str, str]:
+def _columns_for(
+    error: DataError, section: DataSection, watch: ProgressFactory, *, chat: bool
+) -> tuple[dict[str, str], Choice]:
     """Columns with which rows may be read whose fields fit no format, as an error says. Raises it if there are none."""
     problem = error.problems[0]
     unread = problem.code == Code.DATA_NO_QUESTION and problem.key == "data.columns"
     if section.columns or not (unread or problem.code == Code.DATA_FORMAT_UNKNOWN):
         raise error
-    if columns := propose_columns(_first_fields(section), chat=chat):
-        return columns
+    columns, choice = propose_columns(_first_fields(section), chat=chat), Choice()
+    if not unread and columns.keys() <= {"text"}:
+        choice = _choose(section, columns.get("text", ""), watch, chat=chat)
+        columns = choice.columns or columns
+    if columns:
+        return columns, choice
     if unread:
         raise error
     known = ", or ".join(" + ".join(format.keys) for format in FORMATS)
-    columns = dict.fromkeys(_question_and_answer(chat), "YOURS")
+    columns = dict.fromkeys(init_classes.question_and_answer(chat), "YOURS")
     fix = f"rows have {known}; say which is which: --set data.columns='{yaml_flow(columns)}'"
     fix += ", or with chosen and rejected where answers are compared"
     raise DataError([replace(problem, fix=fix) for problem in error.problems]) from None
+
+
+def _choose(section: DataSection, text: str, watch: ProgressFactory, *, chat: bool) -> Choice:
+    """As `init_classes.choose`, of the training rows."""
+    parts = [part for source in section.train_sources for part in open_source(source)]
+    with watch("looking for classes", sum(part.size for part in parts)) as advance:
+        return init_classes.choose((row for part in parts for row in part.rows(advance)), text, chat=chat)
 
 
 def _first_fields(section: DataSection) -> dict[str, Any]:
@@ -212,23 +232,17 @@ def _first_fields(section: DataSection) -> dict[str, Any]:
     return next(row.values for part in open_source(section.train_sources[0]) for row in part.rows())
 
 
-def _question_and_answer(chat: bool) -> tuple[str, str]:
-    """The keys of rows whose texts go through a chat template, or of those that are joined as they stand."""
-    return ("instruction", "output") if chat else ("prompt", "completion")
-
-
-def _other_columns(split: DatasetSplit, section: DataSection, *, chat: bool) -> tuple[dict[str, str], str]:
-    """Better columns for rows that have a format as they are, and why; empty where there are none."""
+def _other_columns(
+    split: DatasetSplit, section: DataSection, watch: ProgressFactory, *, chat: bool
+) -> tuple[dict[str, str], Choice]:
+    """Better columns for rows that have a format as they are; empty where there are none."""
     if section.columns or section.format != "auto":
-        return {}, ""
+        return {}, Choice()
     if tuple(split.formats) == ("text",):
-        fields = _first_fields(section)
-        answers = [name for name, value in fields.items() if name.lower() in _ANSWERS and isinstance(value, str)]
-        if len(answers) == 1:
-            question, answer = _question_and_answer(chat)
-            why = f"{quote(answers)} has the answers by its name; without it the texts alone are learned"
-            return {question: "text", answer: answers[0]}, why
-    return (_columns_of_chat(split), _RUN_TOGETHER) if chat else ({}, "")
+        fields = {name for file in split.index.files for name in file.parser.fields}
+        choice = _choose(section, "text", watch, chat=chat) if len(fields) > 1 else Choice()
+        return choice.columns, choice
+    return (_columns_of_chat(split) if chat else {}), Choice()
 
 
 def _columns_of_chat(split: DatasetSplit) -> dict[str, str]:
@@ -255,7 +269,7 @@ def propose_columns(fields: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
     def texts(known: Sequence[str]) -> list[str]:
         return [name for name in named(known) if isinstance(fields[name], str)]
 
-    questions, contexts, answers = texts(_QUESTIONS), texts(_CONTEXTS), texts(_ANSWERS)
+    questions, contexts, answers = texts(_QUESTIONS), texts(_CONTEXTS), texts(init_classes.ANSWERS)
     if not questions:
         questions, contexts = contexts, []
     columns: dict[str, str] = {}
@@ -276,13 +290,3 @@ def propose_columns(fields: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
     elif not questions and not answers and len(found := texts(_TEXTS)) == 1:
         columns = {"text": found[0]}
     return {ours: theirs for ours, theirs in columns.items() if ours != theirs}
-
-
-def _count_labels(split: DatasetSplit, loss_on: str) -> int:
-    """How many different completions there are, if they are as few as where validation rows are stratified by them."""
-    completions = set[bytes]()
-    for example in split.examples():
-        completions.add(completion_key(example, loss_on))
-        if len(completions) > MAX_LABELS:
-            return 0
-    return len(completions) if 2 <= len(completions) <= len(split) // UNITS_PER_LABEL else 0

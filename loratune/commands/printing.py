@@ -183,7 +183,7 @@ def print_started(started: "Started", output: str, program: str, *, to_stderr: b
         to_stderr: Whether stdout has the config.
     """
     rows, fit, run = started.rows, started.fit, started.run
-    answers = f", {rows.labels} labels" if rows.labels else ""
+    answers = f", {rows.classes.labels} labels" if rows.classes.labels else ""
     sampled = f", of {len(rows.lengths):,} drawn from them" if rows.is_sample else ""
     median, high = (int(value) for value in np.quantile(rows.row_lengths, (0.5, 0.95), method="inverted_cdf"))
     sampled += ", of each answer with its prompt" * (rows.together > 1)
