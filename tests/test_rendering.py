@@ -496,9 +496,20 @@ def test_bad_rows_are_reported_together(tokenizer: PreTrainedTokenizerFast) -> N
     renderer = Renderer(changed(tokenizer, chat_template="{{ raise_exception('no') }}"))
     with pytest.raises(DataError) as caught:
         renderer.rows([Conversation(f"rows:{number}", CHAT.messages) for number in range(1, 13)])
-    refused = Code.TEMPLATE_REFUSES_MESSAGES
-    told = [(refused, f"rows:{number}", "") for number in range(1, 11)]
-    assert meanings(caught.value) == [*told, (Code.DATA_MORE_PROBLEMS, "", "")]
+    assert meanings(caught.value) == [(Code.TEMPLATE_REFUSES_MESSAGES, "rows:1", "")]
+    assert " (and at least 11 more rows: 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)" in str(caught.value)
+
+
+def test_tools_that_the_template_leaves_out_are_said_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    rows = [Conversation(f"{file}:{number}", CHAT.messages, tools=(tool,)) for file in "ab" for number in range(1, 6)]
+    with pytest.raises(DataError) as caught:
+        Renderer(tokenizer).rows(rows)
+    code, key = Code.TEMPLATE_OMITS_TOOLS, "data.chat_template"
+    assert meanings(caught.value) == [(code, "a:1", key), (code, "b:1", key), (Code.DATA_MORE_PROBLEMS, "", "")]
+    first = caught.value.problems[0]
+    assert first.what.endswith("`tools` of the row (and at least 4 more rows: 2, 3, 4, 5)")
+    assert first.fix == "set data.chat_template to a template that renders tools, or take `tools` out of the rows"
 
 
 def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:

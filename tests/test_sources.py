@@ -127,7 +127,31 @@ REFUSED: dict[str, tuple[str, bytes, list[tuple[str, Code, str]]]] = {
         [(":2", Code.DATA_JSON, ""), (":4", Code.DATA_JSON, "")],
     ),
     "trailing comma": ("rows.jsonl", b'{"a": "b",}', [(":1", Code.DATA_JSON, "Expecting property name")]),
-    "at most ten": ("rows.jsonl", b"{]\n" * 12, [*((f":{line}", Code.DATA_JSON, "") for line in range(1, 11)), MORE]),
+    "at most ten": (
+        "rows.jsonl",
+        b"{]\n" * 12,
+        [(":1", Code.DATA_JSON, "(and at least 9 more rows: 2, 3, 4, 5, 6, 7, 8, 9, 10)")],
+    ),
+    "three alike": ("rows.jsonl", b"{]\n" * 3, [(f":{line}", Code.DATA_JSON, "") for line in (1, 2, 3)]),
+    "four alike": (
+        "rows.jsonl",
+        b"{]\n" * 2 + b"[]\n" + b"{]\n" * 2,
+        [(":1", Code.DATA_JSON, " (and 3 more rows: 2, 4, 5)"), (":3", Code.DATA_ROW_NOT_OBJECT, "a list")],
+    ),
+    "ten of two kinds": (
+        "rows.jsonl",
+        b"{]\n[]\n" * 6,
+        [
+            (":1", Code.DATA_JSON, " (and at least 4 more rows: 3, 5, 7, 9)"),
+            (":2", Code.DATA_ROW_NOT_OBJECT, " (and at least 4 more rows: 4, 6, 8, 10)"),
+            MORE,
+        ],
+    ),
+    "ten of many kinds": (
+        "rows.jsonl",
+        b"".join(b"%s{]\n" % (b"[" * n) for n in range(12)),
+        [*((f":{line}", Code.DATA_JSON, "") for line in range(1, 11)), MORE],
+    ),
     "too deep": ("rows.jsonl", b"[" * 100_000, [(":1", Code.DATA_JSON_DEPTH, "")]),
     "cut off in text": ("rows.jsonl", PAIR + b"\n" + PAIR[:-4], [(":2", Code.DATA_JSON_CUT_OFF, "")]),
     "cut off after text": ("rows.jsonl", PAIR + b"\n" + PAIR[:-1], [(":2", Code.DATA_JSON_CUT_OFF, "")]),
@@ -201,7 +225,7 @@ REFUSED: dict[str, tuple[str, bytes, list[tuple[str, Code, str]]]] = {
     "ten of many": (
         "rows.txt",
         b"\xff\n" * 12,
-        [*((f":{line}", Code.DATA_ENCODING, "byte 1 of the line") for line in range(1, 11)), MORE],
+        [(":1", Code.DATA_ENCODING, "(0xff) is not UTF-8 (and at least 9 more rows: 2, ")],
     ),
     "both at once": (
         "rows.jsonl",

@@ -22,7 +22,7 @@ from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data.formats import Example, Parser, RowError, completion_key, content_key, group_key, prompt_key
 from loratune.data.formats.examples import quote
-from loratune.data.sources import MAX_PROBLEMS, RowSource, no_rows_error, open_source, reported
+from loratune.data.sources import MAX_PROBLEMS, RowSource, line_of, no_rows_error, open_source, reported
 from loratune.data.sources.rows import Advance, Row, no_advance
 from loratune.errors import DataError, Problem, ResourceError
 
@@ -191,7 +191,7 @@ def _index_file(
     try:
         for row in source.rows(advance):
             if parser is None:
-                parser, prefix = Parser(row, section), row.where[: -len(_line_of(row.where))]
+                parser, prefix = Parser(row, section), row.where[: -len(line_of(row.where))]
             try:
                 writer.add(parser(row), row)
             except RowError as error:
@@ -199,15 +199,10 @@ def _index_file(
                 if len(problems) == MAX_PROBLEMS:
                     break
     except DataError as error:  # problems of the file come at its end, so put them in order with those of rows
-        problems = sorted([*problems, *error.problems], key=lambda problem: int(_line_of(problem.where) or 0))
+        problems = sorted([*problems, *error.problems], key=lambda problem: int(line_of(problem.where) or 0))
     if problems:
         raise DataError(reported(problems, source.name))
     return None if parser is None else IndexedFile(source, parser, start, writer.rows - start, prefix)
-
-
-def _line_of(where: str) -> str:
-    """The number that a place ends with: `rows.jsonl:12`, `rows.parquet:row 12`."""
-    return where[len(where.rstrip("0123456789")) :]
 
 
 def _hash(content: bytes) -> int:
@@ -236,7 +231,7 @@ class _IndexWriter:
         exact, folded = content_key(example), content_key(example, folded=True)
         exact_hash = _hash(exact)
         folded_hash = exact_hash if folded == exact else _hash(folded)
-        numbers = [exact_hash, folded_hash, int(_line_of(row.where))]
+        numbers = [exact_hash, folded_hash, int(line_of(row.where))]
         if self.width == _ALL_COLUMNS:
             loss_on, group_by = self._section.loss_on, self._section.group_by
             prompt, completion = prompt_key(example, loss_on), completion_key(example, loss_on)

@@ -71,9 +71,9 @@ class TemplateInput:
         """Returns the name of a message for users, who count from 1."""
         return f"message {number + 1} ({self.messages[number]['role']})"
 
-    def error(self, code: Code, what: str) -> DataError:
-        """Returns an error about this row in this template."""
-        fix = "set data.chat_template to a template that shows every message, each turn after the one before"
+    def error(self, code: Code, what: str, needed: str, otherwise: str = "") -> DataError:
+        """Returns an error about this row in this template. needed: what the template must do; otherwise: the row."""
+        fix = f"set data.chat_template to a template that {needed}{f', or {otherwise}' if otherwise else ''}"
         return DataError(Problem(code, what, self.where, KEY, fix))
 
 

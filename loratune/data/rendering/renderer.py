@@ -329,7 +329,7 @@ class _ConversationRenderer:
         return self._template.text(chats[0], prompt=True)
 
     def texts(self, chats: Sequence[Conversation], loss_on: str) -> list[RenderedText]:
-        """Render rows. Raises DataError, with the first 10 rows that cannot be rendered."""
+        """Render rows. Raises DataError, with what is wrong with those that cannot be rendered."""
         texts: list[RenderedText] = []
         problems: list[Problem] = []
         for number, chat in enumerate(chats):
@@ -338,8 +338,6 @@ class _ConversationRenderer:
                 texts.append(self._text(chat, loss_on))
             except DataError as error:
                 problems += error.problems
-                if len(problems) >= MAX_PROBLEMS:
-                    break
         if problems:
             raise DataError(reported(problems))
         return texts

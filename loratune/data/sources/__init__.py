@@ -18,13 +18,23 @@ from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
 from loratune.data.sources.local import file_slices, find_files, json_line_rows, looks_like_hub_id
-from loratune.data.sources.rows import MAX_PROBLEMS, Advance, Row, RowSource, no_advance, reported, rows_per_batch
+from loratune.data.sources.rows import (
+    MAX_PROBLEMS,
+    Advance,
+    Row,
+    RowSource,
+    line_of,
+    no_advance,
+    reported,
+    rows_per_batch,
+)
 from loratune.errors import DataError, Problem
 
 __all__ = [
     "MAX_PROBLEMS",
     "Row",
     "RowSource",
+    "line_of",
     "looks_like_hub_id",
     "no_rows_error",
     "open_source",

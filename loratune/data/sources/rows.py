@@ -5,7 +5,7 @@ import csv
 import datetime
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TextIO
 
 from loratune.codes import Code
@@ -13,13 +13,48 @@ from loratune.errors import Problem
 
 MAX_PROBLEMS = 10
 """How many problems of a file are collected before reading stops."""
+_SINGLY = 3
+"""How many problems that differ in the row alone are shown one by one; of more, the first with their number."""
 
 
 def reported(problems: Sequence[Problem], source: str = "") -> list[Problem]:
-    """The first `MAX_PROBLEMS` of some, and behind as many that there may be more. source: where the rows are from."""
-    what, fix = f"{MAX_PROBLEMS} problems are shown, and there may be more", "mend these first"
-    more = [Problem(Code.DATA_MORE_PROBLEMS, what, source, fix=fix)] if len(problems) >= MAX_PROBLEMS else []
-    return [*problems[:MAX_PROBLEMS], *more]
+    """What is shown of the problems of rows.
+
+    Args:
+        problems: Of rows, in their order; once there are `MAX_PROBLEMS`, there may be more.
+        source: Where the rows are from.
+
+    Returns:
+        Of more than three that differ in the row alone, the first with the number of the others; at most
+        `MAX_PROBLEMS`, and behind them that there may be more, unless all are alike.
+    """
+    at_least = "at least " if len(problems) >= MAX_PROBLEMS else ""
+    alike: dict[tuple[Problem, str], list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault(_kind(problem), []).append(problem)
+    shown = []
+    for problem in problems:
+        first, *others = alike[_kind(problem)]
+        if len(others) < _SINGLY:
+            shown.append(problem)
+        elif problem is first:
+            lines = [line_of(other.where) for other in others]
+            rest = f"{', '.join(lines[: MAX_PROBLEMS - 1])}{', ...' if lines[MAX_PROBLEMS - 1 :] else ''}"
+            shown.append(replace(problem, what=f"{problem.what} (and {at_least}{len(lines):,} more rows: {rest})"))
+    if at_least and shown[1:]:
+        what, fix = f"there may be more problems than these {len(shown[:MAX_PROBLEMS])}", "mend these first"
+        shown[MAX_PROBLEMS:] = [Problem(Code.DATA_MORE_PROBLEMS, what, source, fix=fix)]
+    return shown
+
+
+def _kind(problem: Problem) -> tuple[Problem, str]:
+    """The problem without its place, and the file or split that it is in."""
+    return replace(problem, where=""), problem.where.removesuffix(line_of(problem.where))
+
+
+def line_of(where: str) -> str:
+    """The number that a place ends with: `rows.jsonl:12`, `rows.parquet:row 12`."""
+    return where[len(where.rstrip("0123456789")) :]
 
 
 BLOCK = 1 << 20
