@@ -84,7 +84,9 @@ def test_without_json_there_is_no_invalid_json() -> None:
     assert [code for code, _, _ in meanings(caught.value)] == [Code.USAGE_NEEDS_OPTION, Code.USAGE_BAD_REQUIREMENT]
     with pytest.raises(ConfigError):
         parsed("forgetting<base")
-    assert "--metric 'json'" in str(caught.value) and "did you mean `exact_match`?" in str(caught.value)
+    assert "--metric 'json'" in str(
+        caught.value
+    ) and "did you mean `exact_match`? the metrics are loss, perplexity, " in str(caught.value)
 
 
 def rows(*matches: tuple[int, int, int], nats: tuple[float, float, float] = (3.0, 1.0, 2.0)) -> list[EvaluatedRow]:
@@ -314,6 +316,12 @@ def test_what_is_not_met_ends_with_11(place: Path, cli: Callable[..., Ran], as_j
         assert lines[:-3] == [line.split(maxsplit=1) for line in plain.out.splitlines()]
         ends = ["exact_match>=0.9: not met", "loss<base: met", "loss<0.01: not met"]
         assert lines[-3:] == [["required", text] for text in ends]
+
+
+def test_a_metric_of_other_rows_leads_to_those_that_there_are(place: Path, cli: Callable[..., Ran]) -> None:
+    ran = cli(*evaluate(place, "new.jsonl", "--require", "accuracy>=0.9"))
+    check_refused(ran, 2, (Code.USAGE_BAD_REQUIREMENT, str(place / "new.jsonl"), OPTION))
+    assert "`accuracy>=0.9`" in ran.err and "loss, perplexity, exact_match, label_accuracy, or one" in ran.err
 
 
 def test_rows_in_train_show_nothing(place: Path, cli: Callable[..., Ran]) -> None:

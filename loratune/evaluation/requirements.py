@@ -50,6 +50,8 @@ _TASK_FIGURE = re.compile(r"[^.:]+\..+", re.DOTALL)
 _NAMES = 12
 """Names of tasks or figures that a message lists."""
 _FORGETTING, _INVALID_JSON = "forgetting", "invalid_json"
+_OF_ROWS = (LOSS, PERPLEXITY, EXACT_MATCH, LABEL_ACCURACY)
+"""The metrics of rows that have one answer, besides those of --metric."""
 _OF_COMPARED = {
     kind: (LOSS, *preference_figures.figures_of(paired=kind == PAIRS), _FORGETTING) for kind in (PAIRS, JUDGED)
 }
@@ -104,7 +106,7 @@ def parse(
     Raises:
         ConfigError: Some are none, or are about what the evaluation will not compute.
     """
-    computed = [LOSS, PERPLEXITY, EXACT_MATCH, LABEL_ACCURACY, *(metric.figure for metric in asked)]
+    computed = [*_OF_ROWS, *(metric.figure for metric in asked)]
     computed += [_INVALID_JSON] if "json" in computed else []
     computed += dict.fromkeys(figure for of_kind in _OF_COMPARED.values() for figure in of_kind[1:-1])
     computed += [_FORGETTING] if forgetting else []
@@ -175,10 +177,10 @@ def _figure(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
             fix = f"add {metrics.OPTION} '{'json' if figure == _INVALID_JSON else shorten(figure)}'"
             raise _refusal(Code.USAGE_NEEDS_OPTION, f"`{shorten(figure)}` is not computed", fix)
     near = difflib.get_close_matches(figure, (*computed, _FORGETTING), n=1, cutoff=0.5)
-    listed = [one for one in computed if has_direction(one)]
-    fix = f"did you mean `{near[0]}`?" if near and near[0] != figure else f"take one of {', '.join(listed)}"
+    fix = f"the metrics are {', '.join(one for one in computed if has_direction(one))}"
+    fix = f"did you mean `{near[0]}`? {fix}" if near and near[0] != figure else fix
     prefix = _DIFFERENCE if of_difference else ""
-    raise _refusal(Code.USAGE_BAD_REQUIREMENT, f"there is no figure `{prefix}{shorten(name)}`", fix)
+    raise _refusal(Code.USAGE_BAD_REQUIREMENT, f"there is no metric `{prefix}{shorten(name)}`", fix)
 
 
 def _number(bound: str, figure: str, text: str, of_difference: bool) -> float:
@@ -220,9 +222,11 @@ def check_rows(
     of_rows = [one for one in requirements if not one.of_task]
     known = _OF_COMPARED.get(split.kind or "", ())
     others = {figure for figures in _OF_COMPARED.values() for figure in figures} - {LOSS, _FORGETTING}
+    fix = f"take one of {', '.join(known or _OF_ROWS)}{'' if known else f', or one that {metrics.OPTION} adds'}"
     if problems := [
-        Problem(Code.USAGE_BAD_REQUIREMENT, f"there is no {one.figure} of {split.kind or 'such rows'}", split.source,
-                OPTION, f"take one of {', '.join(known)}" if known else "give pairs of answers, or judged ones")
+        Problem(Code.USAGE_BAD_REQUIREMENT,
+                f"`{shorten(one.text)}`: there is no {one.figure} of {split.kind or 'rows with one answer'}",
+                split.source, OPTION, fix)
         for one in of_rows
         if (one.figure not in known if known else one.figure in others)
     ]:  # fmt: skip
