@@ -554,6 +554,8 @@ def test_the_last_set_wins(load: Callable[..., RunConfig]) -> None:
         ("lora.r=null", Code.CONFIG_WRONG_TYPE, "lora.r", "expected a whole number or 'auto', got nothing"),
         ("lora.alhpa=", Code.CONFIG_NOTHING_TO_REMOVE, "lora.alhpa", ""),
         ("lora.lora_alhpa=8", Code.CONFIG_UNKNOWN_KEY, "lora.lora_alhpa", "did you mean `lora_alpha`?"),
+        ("lor.r=8", Code.CONFIG_UNKNOWN_KEY, "lor", "did you mean `lora`?"),
+        ("trainng.learning_rate=1", Code.CONFIG_UNKNOWN_KEY, "trainng", "did you mean `training`?"),
         ("lora={r: 0}", Code.CONFIG_OUT_OF_RANGE, "lora.r", "must be greater than 0, got a number 0"),
         ("lora.r=010", Code.CONFIG_AMBIGUOUS_VALUE, "lora.r", "`010`"),
         ("data={train: a, format: no}", Code.CONFIG_AMBIGUOUS_VALUE, "data.format", "`no`"),
@@ -572,6 +574,11 @@ def test_a_wrong_assignment_is_reported_as_such(
     [problem] = problems(SOUND + "lora: {r: 8}\n", assignment)
     assert meaning(problem) == (code, "--set", key)
     assert detail in f"{problem.what}; {problem.fix}"
+
+
+def test_what_an_assignment_leaves_missing_is_missing_in_the_file(problems: Callable[..., list[Problem]]) -> None:
+    [problem] = problems("data: {train: a}\noutput_dir: out\n", "model.dtype=float32")
+    assert meaning(problem) == (Code.CONFIG_MISSING_KEY, "FILE", "model.name_or_path")
 
 
 # dump

@@ -45,13 +45,13 @@ class Document:
     overridden: set[KeyPath] = field(default_factory=set)
 
     def where(self, path: KeyPath) -> str:
-        """`file:line` of the nearest ancestor of `path` that stands in the file, or the option that set it."""
+        """`file:line` of the nearest ancestor of `path` that is in the file, or the option that set it."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.overridden:
                 return OPTION
             if path[:end] in self.lines:
                 return f"{self.source}:{self.lines[path[:end]]}"
-        return self.source
+        return OPTION if any(key[: len(path)] == path for key in self.overridden) else self.source
 
 
 def read(path: Path) -> Document:
@@ -310,7 +310,6 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
     if group[0]["type"] == "extra_forbidden":
         return Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", where, key, suggestion(path))
     if group[0]["type"] == "missing":
-        where = document.where(path[:-1])
         return Problem(Code.CONFIG_MISSING_KEY, "missing", where, key, "this key has no default")
     if isinstance(error := context.get("error"), InvalidSettingError):
         if not error.keys:
