@@ -312,6 +312,14 @@ def test_a_regular_expression_is_matched_against_whole_paths() -> None:
     assert attach(model, targets)[0] == list(targets.modules)
 
 
+@pytest.mark.parametrize(("text", "names"), [("q,k", "[q, k]"), ("q_proj | v_proj", "[q_proj, v_proj]"), ("q", "[q]")])
+def test_names_without_brackets_are_told_from_an_expression(text: str, names: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve(small("llama"), text)
+    assert meanings(caught.value) == [(Code.LORA_UNKNOWN_TARGET, "", "lora.target_modules")]
+    assert f"write a list to name roles or modules, {names}; or match" in caught.value.problems[0].fix
+
+
 def test_many_names_survive_peft_condensing_them() -> None:
     config = LLAMA_LIKE | dict(num_hidden_layers=24)
     targets = resolve(build("llama", **config), r".*\.\d*[02468]\.self_attn\.[qk]_proj")

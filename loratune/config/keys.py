@@ -241,8 +241,8 @@ def find(words: str) -> list[KeyGroup | Key]:
         words: A section; a key with its place or without; the beginning of a key; or another tool's name for one.
 
     Returns:
-        What has exactly this name, or else all that begin with it or that other tools call so; a key that stands in
-        several places with those that are meant.
+        What has exactly this name, or else all that begin with it or that other tools call so, or else all whose name,
+        type or meaning contains it; a key that is in several places with those that are meant.
     """
     place = re.sub(r"\[\d*\]", "", words.strip())
     listed = groups()
@@ -253,12 +253,21 @@ def find(words: str) -> list[KeyGroup | Key]:
     exact = exact or [key for key in keys if key.name == place]
     if exact or not name:
         return exact
+    there = [
+        replace(key, places=places)
+        for key in keys
+        if (places := tuple(where for where in key.places if not prefix or where.rpartition(".")[0] == prefix))
+    ]
     near: list[KeyGroup | Key] = [group for group in listed if group.is_section and group.name.startswith(place)]
-    for key in keys:
-        places = tuple(where for where in key.places if not prefix or where.rpartition(".")[0] == prefix)
-        if places and (key.name.startswith(name) or name in key.other_names):
-            near.append(replace(key, places=places))
-    return near
+    near += [key for key in there if key.name.startswith(name) or name in key.other_names]
+    return near or [
+        key for key in there if name[2:] and _joined(name) in _joined(f"{key.name} {key.kind} {key.meaning}")
+    ]
+
+
+def _joined(text: str) -> str:
+    """The text in lower case, with its words joined as those of a name are."""
+    return re.sub(r"[\s-]", "_", text.lower())
 
 
 def nearest_name(word: str, choices: list[str], cutoff: float = 0.5) -> str:

@@ -66,9 +66,15 @@ def by_string(survey: Survey, text: str) -> Meaning:
         return {text: suitable}, []
     what = f"the regular expression `{text}` matches no module's whole path in {survey.architecture}"
     fix = f"match whole paths, such as {next(iter(survey.linears), 'none')}"
-    if re.fullmatch(r"[\w.]+", text):
-        fix = f"write a list to name roles or modules, [{text}]; or {fix}"
+    if names := as_names(text):
+        fix = f"write a list to name roles or modules, [{names}]; or {fix}"
     return {}, [Problem(Code.LORA_UNKNOWN_TARGET, what, key=KEY, fix=fix)]
+
+
+def as_names(text: str) -> str:
+    """An expression that looks like names, such as `q,k`, as the entries of a list; empty if it does not."""
+    names = re.split(r"[\s,|]+", text.strip())
+    return ", ".join(names) if all(re.fullmatch(r"[\w.]+", name) for name in names) else ""
 
 
 def named(survey: Survey, entry: str) -> list[str]:

@@ -16,7 +16,7 @@ from loratune.codes import Code
 from loratune.config.patterns import matching
 from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
-from loratune.lora.targets.entries import Meaning
+from loratune.lora.targets.entries import Meaning, as_names
 from loratune.lora.targets.survey import CONVOLUTIONS, EXPERTS, Survey, chooser, short_names, unused_part
 
 KEY = "lora.target_parameters"
@@ -67,8 +67,8 @@ def _by_expression(survey: Survey, text: str) -> Meaning:
         return {text: paths}, []
     what = f"the regular expression `{text}` matches no parameter's whole name in {survey.architecture}"
     fix = f"match whole names, such as {next(iter(survey.experts or survey.raw or survey.parameters))}"
-    if re.fullmatch(r"[\w.]+", text):
-        fix = f"write a list to name parameters, [{text}]; or {fix}"
+    if names := as_names(text):
+        fix = f"write a list to name parameters, [{names}]; or {fix}"
     return {}, [Problem(Code.LORA_UNKNOWN_TARGET, what, key=KEY, fix=fix)]
 
 
