@@ -106,7 +106,7 @@ def test_each_line_is_a_turn_of_one_conversation(cli: Cli, short: Path, tmp_path
     assert (ran.code, ran.out) == (0, "".join(f"{answer}\n" for answer in expected)), ran.err
     said = cli("chat", *tail, stdin="/system Be short.\n" + "\n".join(questions))
     assert said.out == ran.out
-    changed = cli("chat", *tail, stdin="first:\n/reset\n/system Be short.\nfirst:\n/system\n/reset\nfirst:\n")
+    changed = cli("chat", *tail, stdin="first:\n/reset\n/system Be short.\nfirst:\n/system\n/reset\nfirst:\n/quit\nno:")
     first, second, third = changed.out.splitlines()
     assert (first, second) == (third, expected[0])
 
@@ -361,8 +361,9 @@ def terminal(processes: ForkServer, *arguments: object) -> Iterator[Terminal]:
         os.close(slave)
 
 
-def test_a_conversation_in_a_terminal(processes: ForkServer, cli: Cli, short: Path, tmp_path: Path) -> None:
-    """Editing, history, commands, errors that do not end it, and Ctrl-D."""
+@pytest.mark.parametrize("end", ["\x04", pytest.param("/quit\n", marks=pytest.mark.slow)])
+def test_a_conversation_in_a_terminal(processes: ForkServer, cli: Cli, short: Path, tmp_path: Path, end: str) -> None:
+    """Editing, history, commands, errors that do not end it, and Ctrl-D, or the command that ends it."""
     path = tmp_path / "saved.jsonl"
     with terminal(processes, "--adapter", f"s={short}", "--max-new-tokens", NEW) as window:
         assert str(short) in window.until(HINT)
@@ -380,7 +381,7 @@ def test_a_conversation_in_a_terminal(processes: ForkServer, cli: Cli, short: Pa
         assert "/save FILE" in window.until("s> ")
         window.press(f"/save {path}\n")
         assert f"{path}: 1 row written" in window.until("s> ")
-        window.press("\x04")
+        window.press(end)
         assert window.child.wait() == 0
     messages = json.loads(path.read_text())["messages"]
     assert [message["content"] for message in messages if message["role"] == "user"] == ["no 5:", "no 5:"]

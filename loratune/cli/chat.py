@@ -39,8 +39,9 @@ _HELP = (
     "/save FILE      write the conversation to FILE, as rows to train on; to replace a file: /save --overwrite FILE",
     "/reset          forget the turns so far",
     "/help           show this",
+    "/quit, /exit    end the chat, as Ctrl-D does",
     "//...           a turn that begins with /",
-    "Ctrl-C stops an answer, whose beginning is kept; Ctrl-D ends the chat",
+    "Ctrl-C stops an answer, whose beginning is kept",
 )
 
 
@@ -96,10 +97,12 @@ class _Session:
         if self._terminal:
             talk = self._talk
             several = f", which is {talk.name} of {', '.join(talk.names)}" if talk.names[1:] else ""
-            log(f"{talk.adapter.where}{several}; /help lists what can be typed, Ctrl-D ends")
+            log(f"{talk.adapter.where}{several}; /help lists what can be typed, /quit ends")
         for line in self._typed() if self._terminal else sys.stdin:
             if not line.strip():
                 continue
+            if line.strip() in ("/quit", "/exit"):
+                return
             try:
                 self._take(line.rstrip("\r\n"))
             except LoratuneError as error:
