@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import typer
 from conftest import Expected, Ran, check_refused, meanings, process, tree
+from typer.testing import CliRunner
 
 from loratune import __version__
+from loratune.cli import app
 from loratune.codes import Code
 from loratune.commands import boundary
 from loratune.errors import ConfigError, LoratuneError, Problem
@@ -66,6 +68,20 @@ def test_the_help_says_in_a_sentence_what_each_command_does(cli: Callable[..., R
     listed = cli("--help").out.partition("Commands:\n")[2].splitlines()
     assert tuple(line.split()[0] for line in listed) == COMMANDS
     assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("loratune ex", ["explain", "export"]), ("loratune train --over", ["--overwrite"])]
+)
+def test_a_shell_completes_commands_and_options(typed: str, offered: list[str]) -> None:
+    """By the script that `--install-completion` puts into place, and `--show-completion` prints."""
+
+    def printed(*arguments: str, **environment: str) -> str:
+        return str(CliRunner().invoke(app, arguments, prog_name="loratune", env=environment).stdout)
+
+    assert "_LORATUNE_COMPLETE=complete_bash" in printed("--show-completion", "bash")
+    shell = {"_LORATUNE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    assert printed(**shell).split() == offered
 
 
 @pytest.mark.parametrize("command", ["train", "params"])

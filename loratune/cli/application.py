@@ -58,7 +58,6 @@ app = typer.Typer(
     cls=_Commands,
     help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
