@@ -50,6 +50,16 @@ class Problem:
         return escaping.line(f"{head}{code}; {self.fix}" if self.fix else f"{head}{code}")
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra, also that of a checkout that is installed."""
+    return f"pip install 'loratune[{extra}]'"
+
+
+def missing_package(code: Code, package: str, purpose: str, extra: str, where: str = "", key: str = "") -> Problem:
+    """A package of an extra that is not installed. purpose: what it does."""
+    return Problem(code, f"the package {package}, which {purpose}, is not installed", where, key, install(extra))
+
+
 class LoratuneError(Exception):
     """An error that the user can act on; `problems` is never empty."""
 

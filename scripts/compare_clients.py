@@ -4,7 +4,7 @@
 
 Bases are random, of each family's own class, with the tokenizer of SmolLM2; adapters are random too, and large enough
 to change what the base says. `merge` and `export` write, read back and compare, and their figures are the table's.
-llama.cpp needs `pip install '.[llama-cpp]'`, and vLLM an environment of its own, whose Python `--vllm` names and
+llama.cpp needs `pip install 'loratune[llama-cpp]'`, and vLLM an environment of its own, whose Python `--vllm` names and
 `scripts/check_vllm.py` makes. What a client refuses is shown by the code of the error.
 """
 

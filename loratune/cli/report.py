@@ -10,7 +10,7 @@ import typer
 from loratune.cli.application import DataAssignments, Debug, Force, app, check_paths, importing, log_all
 from loratune.codes import Code
 from loratune.commands.boundary import boundary
-from loratune.errors import ConfigError, Problem
+from loratune.errors import ConfigError, Problem, missing_package
 
 if TYPE_CHECKING:
     from loratune.evaluation.results import Evaluation
@@ -85,8 +85,7 @@ def _check_subject(adapter: Path | None, study: Path | None, against: Path | Non
     if adapter is None and (given := [name for name, value in options.items() if value is not None]):
         raise ConfigError([Problem(Code.USAGE_NEEDS_OPTION, "only works with --adapter", key=name) for name in given])
     if find_spec("matplotlib") is None:
-        what, fix = "the package matplotlib, which draws the charts, is not installed", "pip install 'loratune[report]'"
-        raise ConfigError(Problem(Code.REPORT_NO_MATPLOTLIB, what, fix=fix))
+        raise ConfigError(missing_package(Code.REPORT_NO_MATPLOTLIB, "matplotlib", "draws the charts", "report"))
 
 
 def _evaluate(adapters: "Sequence[AdapterInfo]", data: str) -> "Evaluation":

@@ -12,7 +12,7 @@ import typer
 from loratune.cli.application import MAX_COUNT, Assignments, Debug, Json, app, importing, log_all, program
 from loratune.codes import Code
 from loratune.commands.boundary import boundary, checked_output, stop_error, unread_output
-from loratune.errors import ConfigError, Problem
+from loratune.errors import ConfigError, Problem, missing_package
 
 if TYPE_CHECKING:
     from loratune.commands.sweep.grid import Grid
@@ -56,8 +56,7 @@ def sweep(
     """
     with boundary(debug, memory_fix="free memory, or load the base in fewer bits with --set model.quantization=4bit"):
         if find_spec("optuna") is None:
-            what, fix = "the package optuna, which keeps the study, is not installed", "pip install 'loratune[sweep]'"
-            raise ConfigError(Problem(Code.SWEEP_NO_OPTUNA, what, fix=fix))
+            raise ConfigError(missing_package(Code.SWEEP_NO_OPTUNA, "optuna", "keeps the study", "sweep"))
 
         from loratune import config
         from loratune.commands.sweep import budget as budgets

@@ -15,7 +15,7 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
-from loratune.errors import ConfigError, Problem
+from loratune.errors import ConfigError, Problem, missing_package
 from loratune.evaluation.results import EXACT_MATCH, LABEL_ACCURACY
 
 OPTION = "--metric"
@@ -78,8 +78,8 @@ def _rouge_l() -> Callable[[str, str], Mapping[str, float]]:
     """ROUGE-L as an F1 score over words (C.-Y. Lin, "ROUGE: a package for automatic evaluation of summaries", 2004), by
     Google's package, without stemming. Its own tokenizer drops all letters but a to z; here words are of any script."""
     if find_spec("rouge_score") is None:
-        what, fix = "rouge_l needs the package rouge-score, which is not installed", "pip install 'loratune[eval]'"
-        raise ConfigError(Problem(Code.USAGE_MISSING_PACKAGE, what, key=OPTION, fix=fix))
+        code, purpose = Code.USAGE_MISSING_PACKAGE, "computes rouge_l"
+        raise ConfigError(missing_package(code, "rouge-score", purpose, "eval", key=OPTION))
     scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
 
     def scores(expected: str, answer: str) -> Mapping[str, float]:

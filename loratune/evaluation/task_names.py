@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from loratune.codes import Code
-from loratune.errors import ConfigError, Problem
+from loratune.errors import ConfigError, Problem, missing_package
 
 OPTION = "--tasks"
 
@@ -24,6 +24,5 @@ def parse(text: str) -> list[str]:
         what, fix = "names no task", "name tasks such as arc_easy,hellaswag, or YAML files of tasks"
         raise ConfigError(Problem(Code.EVALUATE_UNKNOWN_TASK, what, key=OPTION, fix=fix))
     if find_spec("lm_eval") is None:
-        what, fix = "the package lm-eval, which runs tasks, is not installed", "pip install 'loratune[eval]'"
-        raise ConfigError(Problem(Code.MODEL_MISSING_PACKAGE, what, key=OPTION, fix=fix))
+        raise ConfigError(missing_package(Code.MODEL_MISSING_PACKAGE, "lm-eval", "runs tasks", "eval", key=OPTION))
     return specs

