@@ -222,7 +222,6 @@ def labels(words: str) -> list[str]:
     ("liger", ["model.use_liger_kernel"]),
     ("flash_attention", ["model.attn_implementation"]),
     ("Flash-Attention", ["model.attn_implementation"]),
-    ("kto", ["training.objective", *(f"preferences.{name}" for name in ("beta", "desirable_weight", *["undesirable_weight"]))]),
     ("lora.learning_rate", []),
     ("x", []),
     ("", []),
