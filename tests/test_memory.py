@@ -174,14 +174,33 @@ def traced_lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return lengths
 
 
+def limit(monkeypatch: pytest.MonkeyPatch, **limits: object) -> None:
+    """Set limits of what is traced, which forgets what was traced within others."""
+    for name, value in limits.items():
+        monkeypatch.setattr(activations, name, value)
+    monkeypatch.setattr(activations, "_TRACED", {})
+
+
+def test_a_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep estimates each trial; those that differ in a rate only have one trace. A hook makes another model."""
+    limit(monkeypatch)
+    lengths, model = traced_lengths(monkeypatch), deep(1)
+    assert memory.estimate(model, ROWS, 2) == memory.estimate(deep(1), ROWS, 2)
+    assert lengths == [32]
+    keep_kernels_away(model)
+    memory.estimate(model, ROWS, 2)
+    memory.estimate(deep(1), [(16, 16)], 1)
+    memory.estimate(deep(2), ROWS, 2)
+    assert lengths == [32, 32, 16, 32]
+
+
 def test_layers_that_go_token_by_token_lie_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     model = on_meta(MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=1), target_modules=["in_proj"])
     rows = [(80, 40), (60, 25)]
     lengths = traced_lengths(monkeypatch)
-    monkeypatch.setattr(activations, "MIN_OPERATIONS", 1_000_000)
+    limit(monkeypatch, MIN_OPERATIONS=1_000_000)
     exact = memory.estimate(model, rows, 2)
-    monkeypatch.setattr(activations, "MIN_OPERATIONS", 100)
-    monkeypatch.setattr(activations, "OPERATIONS_PER_MODULE", 10)
+    limit(monkeypatch, MIN_OPERATIONS=100, OPERATIONS_PER_MODULE=10)
     assert exact.traced
     assert memory.estimate(model, rows, 2) == exact
     assert lengths == [80, 80, 16, 32, 48]
@@ -193,8 +212,7 @@ def test_attention_over_all_pairs_lies_on_a_parabola(monkeypatch: pytest.MonkeyP
     keep_kernels_away(model)
     lengths = traced_lengths(monkeypatch)
     exact = memory.estimate(model, rows, 2)
-    monkeypatch.setattr(activations, "MAX_ELEMENTS", 96 * 96 - 1)
-    monkeypatch.setattr(activations, "SHORT_LENGTHS", (16, 8))
+    limit(monkeypatch, MAX_ELEMENTS=96 * 96 - 1, SHORT_LENGTHS=(16, 8))
     long = memory.estimate(model, rows, 2)
     assert lengths == [96, 96, 16, 32, 48]
     assert long.activations == pytest.approx(exact.activations, rel=0.01)

@@ -5,6 +5,7 @@ the list of checked layers alone; a stand-in computes for each quantized layer.
 """
 
 import copy
+import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loratune import kernels
 from loratune.kernels import Adapted
-from loratune.kernels.upstream import is_fake, storage_id
+from loratune.kernels.upstream import attn_implementation, has_hooks, is_fake, storage_id
 from loratune.memory.upstream import (
     FAKE_TENSOR_LOG,
     FakeTensorMode,
@@ -109,8 +110,39 @@ def trace(
 
     Returns:
         Bytes that the forward pass keeps for the backward pass, and the most that is allocated at once, gradients
-        included; None if the code of the model does not run without data.
+        included; None if the code of the model does not run without data. A step is traced once per process: the
+        trials of a sweep that differ in their learning rate only take the result of the first.
     """
+    key = _key(model, step, quantized, keeps_input=keeps_input)
+    if key not in _TRACED:
+        _TRACED[key] = _run_trace(model, step, reader, quantized, keeps_input=keeps_input)
+    return _TRACED[key]
+
+
+_TRACED: dict[str, tuple[int, int] | None] = {}
+"""The results of `trace` in this process."""
+
+
+def _key(model: Any, step: TracedStep, quantized: Set[str], *, keeps_input: bool) -> str:
+    """SHA-256 of all that decides the allocations of a step: modules, tensors, configuration, compiled code, step."""
+    base = model.get_base_model()
+    tensors = [(name, one.shape, one.dtype, one.requires_grad) for name, one in model.named_parameters()]
+    hooks = [name for name, module in model.named_modules() if has_hooks(module)]
+    code = kernels.variant(base.get_input_embeddings().weight), attn_implementation(base)
+    settings = base.config.to_json_string(use_diff=False)
+    parts = (model, settings, tensors, hooks, code, step, sorted(quantized), keeps_input)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _run_trace(
+    model: Any,
+    step: TracedStep,
+    reader: Callable[[nn.Module], Adapted | None],
+    quantized: Set[str],
+    *,
+    keeps_input: bool,
+) -> tuple[int, int] | None:
+    """See `trace`."""
     with _silenced():
         try:
             fake = _fake_copy(model, step, quantized, keeps_input=keeps_input)
