@@ -89,6 +89,41 @@ def test_accepted(tmp_path: Path, name: str, content: bytes, places: list[int | 
     assert lines(read(packed)) == [f"{name}.gz:{place}" for place in places]
 
 
+ROW = b'{"text": "abc"}\n'
+MANY = 1 << 20
+BLANK = {
+    "newlines": ("rows.jsonl", ROW + b"\n" * MANY + ROW, [1, MANY + 2]),
+    "carriage returns": ("rows.jsonl", ROW + b"\r\n" * (MANY // 2) + ROW, [1, MANY // 2 + 2]),
+    "lines of spaces": ("rows.jsonl", ROW + b" \t\n" * (MANY // 3) + ROW, [1, MANY // 3 + 2]),
+    "a long line of spaces": ("rows.jsonl", ROW + b" " * 8 * MANY + b"\n" + ROW, [1, 3]),
+    "spaces in a row": ("rows.jsonl", b'{"text":' + b" " * MANY + b'"abc"}' + b" " * MANY + b"\n", [1]),
+    "newlines around a bad line": ("rows.jsonl", ROW + b"\n" * MANY + b"\xff", [MANY + 2]),
+    "texts": ("rows.txt", b"abc\n" + b"\n" * MANY + b"abc", [1, MANY + 2]),
+    "csv": ("rows.csv", b"\n" * MANY + b"text\n" + b"\r\n" * MANY + b"abc\n" + b"\n" * MANY, [2 * MANY + 2]),
+    "in a cell": ("rows.csv", b'text\n"' + b"\n" * MANY + b'"\nabc\n', [2, MANY + 3]),
+    "list": (
+        "rows.json",
+        b" " * MANY + b"[" + b"\n" * MANY + ROW + b"\t" * MANY + b"," + b"\r\n" * MANY + ROW + b"]" + b"\n" * MANY,
+        ["row 1", "row 2"],
+    ),
+    "JSON lines called json": ("rows.json", b"\n" * MANY + ROW + b"\n" * MANY + ROW, [MANY + 1, 2 * MANY + 2]),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "places"), BLANK.values(), ids=BLANK)
+def test_blank_text_is_passed_over_fast(tmp_path: Path, name: str, content: bytes, places: list[int | str]) -> None:
+    """At tens of MB/s, also in a gzip file, and what comes after it keeps its line. It once was 0.2 MB/s."""
+    path = tmp_path / f"{name}.gz"
+    path.write_bytes(gzip.compress(content, 1))
+    start = time.process_time()
+    try:
+        found = [row.where for row in read(path)]
+    except DataError as error:
+        found = [problem.where for problem in error.problems]
+    assert time.process_time() - start < len(content) / 5e6
+    assert found == [f"{path}:{place}" for place in places]
+
+
 def test_csv_lines_count_the_newlines_in_quotes(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b'prompt,completion\n"a\nb, ""c""\n",d\ne,f\n')
@@ -276,15 +311,14 @@ def test_parquet_text_that_is_none(tmp_path: Path) -> None:
     assert (first, third) == ("a", "c") and isinstance(second, Unreadable) and "0xff" in second.reason
 
 
-def test_rows_come_before_the_problems(tmp_path: Path) -> None:
+def test_a_problem_comes_in_the_place_of_its_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(PAIR + b"\n{]\n" + PAIR + b"\n")
+    path.write_bytes(PAIR + b"\n{]\n\xff\n" + PAIR + b"\n")
     (file,) = sources.open_source(Source(path=str(path)))
-    rows = file.rows()
-    assert lines([next(rows), next(rows)]) == ["rows.jsonl:1", "rows.jsonl:3"]
-    with pytest.raises(DataError) as caught:
-        next(rows)
-    assert meanings(caught.value) == [(Code.DATA_JSON, f"{path}:2", "")]
+    first, bad, worse, last = file.rows()
+    assert isinstance(first, Row) and isinstance(last, Row) and lines([first, last]) == ["rows.jsonl:1", "rows.jsonl:4"]
+    assert isinstance(bad, Problem) and (bad.code, bad.where) == (Code.DATA_JSON, f"{path}:2")
+    assert isinstance(worse, Problem) and (worse.code, worse.where) == (Code.DATA_ENCODING, f"{path}:3")
 
 
 LETTERS = 'aé€😀\u2028\\ "'
@@ -396,7 +430,7 @@ def test_a_slice_reads_no_further_than_it_must(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(PAIR + b"\n\n" + PAIR + b"\n{]\n")
     assert lines(read(path, "train[:2]")) == ["rows.jsonl:1", "rows.jsonl:3"]
-    for split in ("train[3:]", "train[:100%]"):
+    for split in ("train[2:]", "train[:100%]"):
         first = problems(path, split)[0]
         assert (first.code, first.where) == (Code.DATA_JSON, f"{path}:4")
 

@@ -18,7 +18,7 @@ from loratune.data.formats import FORMATS, JUDGED, PAIRS
 from loratune.data.holding_out import random_mask
 from loratune.data.packing import BatchLayout, Items
 from loratune.data.rendering import Renderer
-from loratune.data.sources import open_source
+from loratune.data.sources import Row, open_source
 from loratune.errors import DataError
 
 MOST_ROWS = 20_000
@@ -224,12 +224,14 @@ def _choose(section: DataSection, text: str, watch: ProgressFactory, *, chat: bo
     """As `init_classes.choose`, of the training rows."""
     parts = [part for source in section.train_sources for part in open_source(source)]
     with watch("looking for classes", sum(part.size for part in parts)) as advance:
-        return init_classes.choose((row for part in parts for row in part.rows(advance)), text, chat=chat)
+        rows = (row for part in parts for row in part.rows(advance) if isinstance(row, Row))
+        return init_classes.choose(rows, text, chat=chat)
 
 
 def _first_fields(section: DataSection) -> dict[str, Any]:
     """The fields of the first row."""
-    return next(row.values for part in open_source(section.train_sources[0]) for row in part.rows())
+    rows = (row for part in open_source(section.train_sources[0]) for row in part.rows())
+    return next(row.values for row in rows if isinstance(row, Row))
 
 
 def _other_columns(

@@ -121,6 +121,8 @@ class RowIndex:
                 advance(file.source.size)
                 continue
             for number, row in enumerate(file.source.rows(advance)):
+                if isinstance(row, Problem):
+                    raise _changed_error(file)
                 if file_mask is not None and number < file.rows and not file_mask[number]:
                     continue
                 remaining -= 1
@@ -187,19 +189,23 @@ def _index_file(
     source: RowSource, section: DataSection, writer: "_IndexWriter", advance: Advance
 ) -> IndexedFile | None:
     """Index one file; None if it has no rows."""
-    start, problems, parser, prefix = writer.rows, [], None, ""
+    start, parser, prefix = writer.rows, None, ""
+    problems: list[Problem] = []
     try:
         for row in source.rows(advance):
-            if parser is None:
-                parser, prefix = Parser(row, section), row.where[: -len(line_of(row.where))]
             try:
-                writer.add(parser(row), row)
+                if isinstance(row, Problem):
+                    problems.append(row)
+                else:
+                    if parser is None:
+                        parser, prefix = Parser(row, section), row.where[: -len(line_of(row.where))]
+                    writer.add(parser(row), row)
             except RowError as error:
                 problems.append(error.at(row.where))
-                if len(problems) == MAX_PROBLEMS:
-                    break
-    except DataError as error:  # problems of the file come at its end, so put them in order with those of rows
-        problems = sorted([*problems, *error.problems], key=lambda problem: int(line_of(problem.where) or 0))
+            if len(problems) == MAX_PROBLEMS:
+                break
+    except DataError as error:
+        problems += error.problems
     if problems:
         raise DataError(reported(problems, source.name))
     return None if parser is None else IndexedFile(source, parser, start, writer.rows - start, prefix)

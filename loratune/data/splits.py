@@ -21,7 +21,7 @@ from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.joints import Joints
 from loratune.data.report import MAX_PLACES, Leaks, RowTally
 from loratune.data.row_index import EXACT, FOLDED, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
-from loratune.data.sources.rows import Advance, no_advance, place_in_cache, to_json_line
+from loratune.data.sources.rows import Advance, Row, no_advance, place_in_cache, to_json_line
 from loratune.errors import DataError, Problem
 
 _HASHES_AT_ONCE = 1 << 18
@@ -140,7 +140,7 @@ class DatasetSplit:
 
     def own_fields(self) -> dict[str, dict[str, Any]]:
         """Place → the fields of the row there, as plain values. The files are read once more."""
-        rows = (row for file in self.index.files for row in file.source.rows())
+        rows = (row for file in self.index.files for row in file.source.rows() if isinstance(row, Row))
         return {place_in_cache(row.where): json.loads(to_json_line(row.values)) for row in rows}
 
     @cached_property

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,11 +71,21 @@ def read_rows(source: Source, file: BinaryIO | None = None) -> list[Row]:
         DataError: As `open_source` and `RowSource.rows`, behind ten problems also that there may be more; or there are
             no rows.
     """
+    rows: list[Row] = []
+    problems: list[Problem] = []
     try:
         parts = [part.rows() for part in open_source(source)] if file is None else [json_line_rows(file, source.path)]
-        rows = [row for part in parts for row in part]
+        for item in chain.from_iterable(parts):
+            if isinstance(item, Row):
+                rows.append(item)
+            else:
+                problems.append(item)
+            if len(problems) == MAX_PROBLEMS:
+                break
     except DataError as error:
-        raise DataError(reported(error.problems, source.path)) from None
+        problems += error.problems
+    if problems:
+        raise DataError(reported(problems, source.path))
     if rows:
         return rows
     raise no_rows_error(source)

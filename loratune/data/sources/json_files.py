@@ -1,15 +1,18 @@
 """JSON lines, and JSON documents: lists of objects are streamed, other documents are read as a whole."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from loratune.codes import Code
-from loratune.data.sources.rows import BLOCK, RowOrProblem, Unreadable, to_row
-from loratune.errors import Problem
+from loratune.data.sources.rows import BLOCK, Block, RowOrProblem, Unreadable, nonblank_lines, to_row
+from loratune.errors import DataError, Problem
 
 _LONGEST_TOKEN = 16
 """More characters than any JSON literal or escape has that may be cut in two at the end of a piece of text."""
+
+_NO_SPACE = re.compile(r"[^ \t\n\r]")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -38,18 +41,20 @@ _decode_long_integers = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_i
 """Slower, since each number passes through Python."""
 
 
-def json_lines(lines: Iterator[tuple[int, str]], name: str) -> Iterator[RowOrProblem]:
+def json_lines(blocks: Iterable[Block], name: str) -> Iterator[RowOrProblem]:
     """Rows of a file with one JSON object per line; blank lines are skipped."""
-    for number, line in lines:
+    for numbered in nonblank_lines(blocks):
+        if isinstance(numbered, Problem):
+            yield numbered
+            continue
+        number, line = numbered
         where = f"{name}:{number}"
         try:
             values, end = _decode(line)
         except (ValueError, RecursionError):
             end = -1
-        if end == len(line):  # the common case, in half the time of `json.loads`
-            yield to_row(values, where)
-        elif line and not line.isspace():
-            yield _parse_line(line, where)
+        # the common case, in half the time of `json.loads`
+        yield to_row(values, where) if end == len(line) else _parse_line(line, where)
 
 
 def _parse_line(line: str, where: str) -> RowOrProblem:
@@ -77,14 +82,6 @@ def _depth_problem(where: str, fix: str) -> Problem:
 
 def _duplicate_problem(error: _DuplicateKey, where: str, fix: str) -> Problem:
     return Problem(Code.DATA_JSON_DUPLICATE_KEY, f"an object has the key `{error}` twice", where, fix=fix)
-
-
-class _InvalidDocument(Exception):
-    """The document cannot be read on, because of this problem."""
-
-    def __init__(self, problem: Problem):
-        super().__init__()
-        self.problem = problem
 
 
 class _TextBuffer:
@@ -127,15 +124,15 @@ class _TextBuffer:
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""
         while True:
-            while self.position < len(self.text):
-                if self.text[self.position] not in " \t\n\r":
-                    return self.text[self.position]
-                self.position += 1
+            if found := _NO_SPACE.search(self.text, self.position):
+                self.position = found.start()
+                return found[0]
+            self.position = len(self.text)
             if not self.read_more():
                 return ""
 
     def parse_value(self) -> Any:
-        """The JSON value that begins at the next character. Raises _InvalidDocument."""
+        """The JSON value that begins at the next character. Raises DataError."""
         self.peek()
         while True:
             try:
@@ -145,10 +142,10 @@ class _TextBuffer:
                 if not (is_incomplete and self.read_more()):
                     raise self.syntax_error(error.msg, error.pos) from None
             except RecursionError:
-                raise _InvalidDocument(_depth_problem(self._name, self._FIX)) from None
+                raise DataError(_depth_problem(self._name, self._FIX)) from None
             except _DuplicateKey as error:
                 where = f"{self._name}:{self.line(self.position)}"
-                raise _InvalidDocument(_duplicate_problem(error, where, self._FIX)) from None
+                raise DataError(_duplicate_problem(error, where, self._FIX)) from None
             except ValueError:  # an integer of more digits than Python reads
                 if self._decode is _decode_long_integers:
                     raise
@@ -158,40 +155,40 @@ class _TextBuffer:
                     self.position = end
                     return value
 
-    def syntax_error(self, message: str, position: int) -> _InvalidDocument:
+    def syntax_error(self, message: str, position: int) -> DataError:
         """The exception for a syntax error at a position in `text`."""
         at_end = position >= len(self.text.rstrip()) and not self.read_more()
         where, column = f"{self._name}:{self.line(position)}", self.column(position)
-        return _InvalidDocument(_syntax_problem(message, where, column, at_end, self._FIX))
+        return DataError(_syntax_problem(message, where, column, at_end, self._FIX))
 
-    def lines(self) -> Iterator[tuple[int, str]]:
-        """The unparsed rest as numbered lines."""
+    def blocks(self) -> Iterator[Block]:
+        """The unparsed rest."""
         number = self.line(self.position)
         while True:
-            end = self.text.find("\n", self.position)
+            end = self.text.rfind("\n", self.position)
             if end < 0 and self.read_more():
                 continue
-            line = self.text[self.position : end if end >= 0 else len(self.text)]
-            yield number, line.rstrip("\r")
+            block = Block(number, self.text[self.position : end if end >= 0 else len(self.text)])
+            yield block
             if end < 0:
                 return
-            number, self.position = number + 1, end + 1
+            self.position, number = end + 1, number + block.text.count("\n") + 1
 
 
 def json_document(pieces: Iterator[str], name: str) -> Iterator[RowOrProblem]:
     """Rows of a JSON document: a list of objects, the list under its key `data`, or one object.
 
     JSON lines in a file that is called .json are recognised and read as such.
+
+    Raises:
+        DataError: It is not a JSON document.
     """
     buffer = _TextBuffer(pieces, name)
-    try:
-        first = buffer.peek()
-        if first == "[":
-            yield from _list_rows(buffer, name)
-        elif first:
-            yield from _object_rows(buffer, name)
-    except _InvalidDocument as error:
-        yield error.problem
+    first = buffer.peek()
+    if first == "[":
+        yield from _list_rows(buffer, name)
+    elif first:
+        yield from _object_rows(buffer, name)
 
 
 def _list_rows(buffer: _TextBuffer, name: str) -> Iterator[RowOrProblem]:
@@ -219,14 +216,13 @@ def _object_rows(buffer: _TextBuffer, name: str) -> Iterator[RowOrProblem]:
         if not first_line == last_line < buffer.line(buffer.position):
             raise buffer.syntax_error("Extra data", buffer.position)
         yield to_row(value, f"{name}:{first_line}")
-        yield from json_lines(buffer.lines(), name)
+        yield from json_lines(buffer.blocks(), name)
         return
     rows = value
     if isinstance(value, dict):
         rows = value["data"] if isinstance(value.get("data"), list) else [value]
     if not isinstance(rows, list):
         what = "a JSON file must hold a list of objects, or one object for one row"
-        yield Problem(Code.DATA_ROW_NOT_OBJECT, what, name, fix="write it as [{...}, {...}]")
-        return
+        raise DataError(Problem(Code.DATA_ROW_NOT_OBJECT, what, name, fix="write it as [{...}, {...}]"))
     for number, row in enumerate(rows, start=1):
         yield to_row(row, f"{name}:row {number}")

@@ -20,7 +20,7 @@ from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
 from loratune.data.sources import json_files, readers
-from loratune.data.sources.rows import BLOCK, MAX_PROBLEMS, Advance, Row, RowOrProblem, no_advance
+from loratune.data.sources.rows import BLOCK, Advance, Block, RowOrProblem, no_advance
 from loratune.errors import DataError, Problem
 from loratune.system.files import sha256
 
@@ -28,7 +28,7 @@ ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in ENDINGS if ending != ".parquet")
 UNBOUNDED = sys.maxsize
 
-_LINE_READERS: dict[str, Callable[[Iterator[tuple[int, str]], str], Iterator[RowOrProblem]]] = {
+_LINE_READERS: dict[str, Callable[[Iterable[Block], str], Iterator[RowOrProblem]]] = {
     ".jsonl": json_files.json_lines,
     ".csv": readers.csv_rows,
     ".txt": readers.text_rows,
@@ -138,9 +138,9 @@ class DataFile:
                 return min(readers.count_parquet_rows(self.path), limit)
         # JSON lines need not be parsed to be counted
         ending = ".txt" if data_ending(self.path).startswith(".jsonl") else ""
-        return sum(1 for _ in self._rows_or_none(no_advance, limit, ending))
+        return sum(1 for _ in islice(self._read(no_advance, ending), limit))
 
-    def rows(self, advance: Advance, start: int, stop: int) -> Iterator[Row]:
+    def rows(self, advance: Advance, start: int, stop: int) -> Iterator[RowOrProblem]:
         """Rows number `start` (from 0) up to `stop`, which is not included; see `RowSource.rows`."""
         bytes_read = 0
 
@@ -149,53 +149,30 @@ class DataFile:
             bytes_read += number
             advance(number)
 
-        for number, row in enumerate(self._rows_or_none(count, stop)):
-            if number >= start and row is not None:
-                yield row
+        yield from islice(self._read(count), start, stop)
         if bytes_read < self.size:
             advance(self.size - bytes_read)
 
-    def _rows_or_none(self, advance: Advance, stop: int, ending: str = "") -> Iterator[Row | None]:
-        """The rows up to `stop`, None for each bad one; the problems are raised at the end."""
-        problems: list[Problem] = []
-        with _reading(self.path):
-            yield from _without_problems(islice(self._read(advance, problems, ending), stop), problems)
-
-    def _read(self, advance: Advance, problems: list[Problem], ending: str) -> Iterator[RowOrProblem]:
+    def _read(self, advance: Advance, ending: str = "") -> Iterator[RowOrProblem]:
+        """All rows. ending: how the file is read, if not by its own."""
         name, ending = str(self.path), ending or data_ending(self.path).removesuffix(".gz")
-        if ending == ".parquet":
-            yield from readers.parquet_rows(self.path, advance)
-            return
-        with self.path.open("rb", buffering=0) as raw:
-            file: BinaryIO = io.BufferedReader(_CountingFile(raw, advance), BLOCK)
-            if data_ending(self.path).endswith(".gz"):
-                file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
-            if ending == ".json":
-                yield from json_files.json_document(readers.decode_pieces(file, name, problems), name)
-            else:
-                yield from _LINE_READERS[ending](readers.decode_lines(file, name, problems), name)
+        with _reading(self.path):
+            if ending == ".parquet":
+                yield from readers.parquet_rows(self.path, advance)
+                return
+            with self.path.open("rb", buffering=0) as raw:
+                file: BinaryIO = io.BufferedReader(_CountingFile(raw, advance), BLOCK)
+                if data_ending(self.path).endswith(".gz"):
+                    file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
+                if ending == ".json":
+                    yield from json_files.json_document(readers.decode_pieces(file, name), name)
+                else:
+                    yield from _LINE_READERS[ending](readers.decode_blocks(file, name), name)
 
 
-def json_line_rows(file: BinaryIO, name: str) -> Iterator[Row]:
-    """The rows of an open file of JSON lines. name: what their places begin with. Raises as `RowSource.rows`."""
-    problems: list[Problem] = []
-    items = json_files.json_lines(readers.decode_lines(file, name, problems), name)
-    return (row for row in _without_problems(items, problems) if row is not None)
-
-
-def _without_problems(items: Iterable[RowOrProblem], problems: list[Problem]) -> Iterator[Row | None]:
-    """The rows, None for each bad one; what is wrong is added to the problems, and raised at the end as a DataError."""
-    for item in items:
-        if not isinstance(item, Problem):
-            yield item
-            continue
-        if item.where not in [problem.where for problem in problems]:
-            problems.append(item)
-        if len(problems) >= MAX_PROBLEMS:
-            break
-        yield None
-    if problems:
-        raise DataError(problems[:MAX_PROBLEMS])
+def json_line_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
+    """The rows of an open file of JSON lines. name: what their places begin with."""
+    return json_files.json_lines(readers.decode_blocks(file, name), name)
 
 
 class _CountingFile(io.RawIOBase):
@@ -247,7 +224,7 @@ class FileSlice:
         parts = [self.source.split, self.part, self.number, *(file.content_digest for file in self.files)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def rows(self, advance: Advance = no_advance) -> Iterator[Row]:
+    def rows(self, advance: Advance = no_advance) -> Iterator[RowOrProblem]:
         """See `RowSource.rows`. Rows of earlier files, or of all, are counted first where the slice depends on them."""
         start, stop = self._bounds()
         for file in self.files[: self.number]:

@@ -1,8 +1,11 @@
 """Reading CSV, plain text and Parquet files in bounded memory, and decoding the bytes of text files."""
 
+import codecs
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,7 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loratune.codes import Code
-from loratune.data.sources.rows import BLOCK, MAX_PROBLEMS, Advance, Row, RowOrProblem, Unreadable, rows_per_batch
+from loratune.data.sources.rows import (
+    BLOCK,
+    MAX_PROBLEMS,
+    Advance,
+    Block,
+    Row,
+    RowOrProblem,
+    Unreadable,
+    nonblank_lines,
+    rows_per_batch,
+    split_lines,
+)
 from loratune.errors import DataError, Problem
 
 BOM = "\ufeff"
@@ -19,48 +33,52 @@ csv.field_size_limit(1 << 28)  # csv's own limit of 128 KiB a cell is shorter th
 # `pre_buffer` holds whole row groups, which are often the whole file.
 _STREAMED = {"buffer_size": BLOCK, "pre_buffer": False, "page_checksum_verification": True}
 
+_BAD_BYTE = re.compile("[\udc80-\udcff]")
+"""A byte that is not UTF-8, as `surrogateescape` decodes it: what is UTF-8 never becomes one of these."""
+_NO_NEWLINE = re.compile(r"[^\n]")
 
-def decode_lines(file: BinaryIO, name: str, problems: list[Problem]) -> Iterator[tuple[int, str]]:
-    """Numbered lines of UTF-8 without their line ends; a BOM is dropped.
+
+def decode_blocks(file: BinaryIO, name: str) -> Iterator[Block]:
+    """The text of a file in blocks of whole lines; a BOM is dropped.
 
     Args:
         file: Read in blocks; it may lie within a gzip file.
         name: The path, for messages.
-        problems: Lines that are not UTF-8 are added to it, and yielded all the same; reading stops at `MAX_PROBLEMS`.
     """
     number = 1
     for block in _blocks_of_lines(file):
-        lines = _decode_block(block, name, number, problems)
-        del block  # a row may be as large as the file: hold it no longer than necessary
-        for line in lines:
-            yield number, (line.removeprefix(BOM) if number == 1 else line)
-            number += 1
-        if len(problems) >= MAX_PROBLEMS:
-            return
-
-
-def decode_pieces(file: BinaryIO, name: str, problems: list[Problem]) -> Iterator[str]:
-    """The text in non-empty pieces of any length. Arguments as for `decode_lines`; at most one problem a line."""
-    number, before, rest = 1, 0, b""  # before: bytes of the line that were decoded already
-    for raw in _parts_of_lines(file):
-        piece = rest + raw
+        first, number = number, number + block.count(b"\n") + 1
         try:
-            text, rest = piece.decode(), b""
-        except UnicodeDecodeError as error:
-            cut = not piece.endswith(b"\n") and error.end == len(piece) and error.reason == "unexpected end of data"
-            rest = piece[error.start :] if cut and raw else b""
-            if not rest and f"{name}:{number}" not in (problem.where for problem in problems):
-                problems.append(_encoding_problem(error, f"{name}:{number}", before))
-            text = piece[: len(piece) - len(rest)].decode(errors="replace")
-        before += len(piece) - len(rest)
-        if number == 1:
-            text = text.removeprefix(BOM)
-        if piece.endswith(b"\n"):
-            number, before = number + 1, 0
-        if len(problems) >= MAX_PROBLEMS:
-            return
-        if text:
-            yield text
+            text = block.decode()
+        except UnicodeDecodeError:
+            yield from _decode_around_bad_lines(block, name, first)
+            continue
+        del block  # a row may be as large as the file: hold it no longer than necessary
+        yield Block(first, text.removeprefix(BOM) if first == 1 else text)
+
+
+def decode_pieces(file: BinaryIO, name: str) -> Iterator[str]:
+    """The text of a file in non-empty pieces of any length. Arguments as for `decode_blocks`.
+
+    Raises:
+        DataError: It is not UTF-8; the first lines with bad bytes are named.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    number, before = 1, 0  # the line that the next piece begins in, and the bytes of it that were decoded already
+    problems: list[Problem] = []
+    raw = b" "
+    while raw and len(problems) < MAX_PROBLEMS:
+        raw = file.read(BLOCK)
+        text = decoder.decode(raw, final=not raw)
+        for *_, problem in islice(_bad_lines(text, name, number, before), MAX_PROBLEMS):
+            if not problems or problem.where != problems[-1].where:
+                problems.append(problem)
+        if not problems and (piece := text.removeprefix(BOM) if (number, before) == (1, 0) else text):
+            yield piece
+        tail = len(text[text.rfind("\n") + 1 :].encode(errors="surrogateescape"))
+        number, before = number + text.count("\n"), tail if "\n" in text else before + tail
+    if problems:
+        raise DataError(problems)
 
 
 def _blocks_of_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -78,70 +96,134 @@ def _blocks_of_lines(file: BinaryIO) -> Iterator[bytes]:
         yield b"".join(incomplete)
 
 
-def _parts_of_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines with their newline, long ones in parts, and empty bytes at the end."""
-    while raw := file.readline(BLOCK):
-        yield raw
-    yield b""
+def _decode_around_bad_lines(block: bytes, name: str, first: int) -> Iterator[Block]:
+    """The lines of a block that is not UTF-8; csv needs the bad ones too, so that later ones keep their numbers."""
+    whole = block.decode(errors="surrogateescape")
+    text = whole.removeprefix(BOM) if first == 1 else whole
+    number, position = first, 0
+    for line, start, end, problem in _bad_lines(text, name, first, len(BOM.encode()) if text is not whole else 0):
+        if start > position:
+            yield Block(number, text[position : start - 1])
+        yield Block(line, _BAD_BYTE.sub("\ufffd", text[start:end]), problem)
+        number, position = line + 1, end + 1
+    if position <= len(text):
+        yield Block(number, text[position:])
 
 
-def _decode_block(block: bytes, name: str, number: int, problems: list[Problem]) -> Iterable[str]:
-    """The lines of a block whose first line has this number."""
-    try:
-        text = block.decode()
-    except UnicodeDecodeError:
-        return _decode_one_by_one(block, name, number, problems)
-    lines = text.split("\n")
-    return [line.rstrip("\r") for line in lines] if "\r" in text else lines
+def _bad_lines(text: str, name: str, number: int, before: int) -> Iterator[tuple[int, int, int, Problem]]:
+    """The lines that hold bytes that are not UTF-8, as `surrogateescape` decodes them.
+
+    Args:
+        text: The decoded text.
+        name: The path, for messages.
+        number: The number of its first line.
+        before: How many bytes of that line come before the text.
+
+    Yields:
+        The number of the line, where it begins and ends in the text, and what is wrong with it.
+    """
+    start = 0
+    while bad := _BAD_BYTE.search(text, start):
+        line = text.rfind("\n", start, bad.start()) + 1 or start
+        number += text.count("\n", start, line)
+        byte = len(text[line : bad.start()].encode()) + (0 if line else before) + 1
+        what = f"byte {byte} of the line (0x{ord(bad[0]) - 0xDC00:02x}) is not UTF-8"
+        end = text.find("\n", bad.end())
+        end = end if end >= 0 else len(text)
+        yield number, line, end, Problem(Code.DATA_ENCODING, what, f"{name}:{number}", fix="save the file as UTF-8")
+        start, number = end + 1, number + 1
 
 
-def _decode_one_by_one(block: bytes, name: str, first: int, problems: list[Problem]) -> Iterator[str]:
-    for number, raw in enumerate(block.split(b"\n"), start=first):
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError as error:
-            text = raw.decode(errors="replace")  # go on, so that the lines after it keep their numbers
-            problems.append(_encoding_problem(error, f"{name}:{number}", 0))
-            if len(problems) >= MAX_PROBLEMS:
-                return
-        yield text.rstrip("\r")
+def csv_rows(blocks: Iterable[Block], name: str) -> Iterator[RowOrProblem]:
+    """Rows of a CSV file: a header, then records, which take several lines where a quoted cell holds newlines.
 
-
-def _encoding_problem(error: UnicodeDecodeError, where: str, before: int) -> Problem:
-    what = f"byte {before + error.start + 1} of the line (0x{error.object[error.start]:02x}) is not UTF-8"
-    return Problem(Code.DATA_ENCODING, what, where, fix="save the file as UTF-8")
-
-
-def csv_rows(lines: Iterator[tuple[int, str]], name: str) -> Iterator[RowOrProblem]:
-    """Rows of a CSV file: a header, then records, which take several lines where a quoted cell holds newlines."""
-    reader = csv.reader((f"{line}\n" for _, line in lines), strict=True)
-    fix = "correct the line, or remove it"
+    Raises:
+        DataError: The header cannot be used, or a record of several lines is not valid: nobody knows how many records
+            its quoted cell has swallowed.
+    """
+    text, cells = _CsvText(blocks), list[str]()
+    reader = csv.reader(text, strict=True)
     header: list[str] = []
-    number = 1
-    try:
-        for cells in reader:
-            where, number = f"{name}:{number}", reader.line_num + 1
-            if not cells:
-                continue
-            if not header:
-                header = cells
-                if problem := _header_problem(header, where):
-                    yield problem
-                    return
-            elif len(cells) != len(header):
-                what = f"{len(cells)} cells, but the header has {len(header)} columns"
-                yield Problem(Code.DATA_CSV_CELLS, what, where, fix=fix)
-            else:
-                yield Row(where, dict(zip(header, cells, strict=True)))
-    except csv.Error as error:
-        yield Problem(Code.DATA_CSV, f"not valid CSV: {error}", f"{name}:{number}", fix=fix)
+    problem: Problem | None
+    while True:
+        text.begin_record()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            what, fix = f"not valid CSV: {error}", "correct the line, or remove it"
+            problem = text.problem or Problem(Code.DATA_CSV, what, f"{name}:{text.first}", fix=fix)
+            if text.number > text.first + 1:
+                raise DataError(problem) from None
+        else:
+            problem = text.problem
+            if len(cells) != len(header) and not problem:
+                problem = _record_problem(cells, header, f"{name}:{text.first}")
+        if problem and not header:
+            raise DataError(problem)
+        if header:
+            yield problem or Row(f"{name}:{text.first}", dict(zip(header, cells, strict=True)))
+        header = header or cells
 
 
-def _header_problem(header: list[str], where: str) -> Problem | None:
-    if len(header) == 1 and (separators := {";", "\t"}.intersection(header[0])):
+class _CsvText:
+    """The text of a CSV file for `csv.reader`, which takes as many pieces of it as a record has.
+
+    Runs of blank lines between records are passed over at once, and lines within a quoted cell come together.
+
+    Attributes:
+        first: The line that the record begins on.
+        number: The line that follows what was taken.
+        problem: Set where a line of the record is not UTF-8.
+    """
+
+    def __init__(self, blocks: Iterable[Block]):
+        self._pieces, self._between = self._split(blocks), True
+        self.first = self.number = 1
+        self.problem: Problem | None = None
+
+    def begin_record(self) -> None:
+        """The record that was being read has ended."""
+        self._between, self.problem = True, None
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _split(self, blocks: Iterable[Block]) -> Iterator[str]:
+        for block in blocks:
+            text = "\n".join(split_lines(block.text)) if "\r" in block.text else block.text
+            text, start, self.number = f"{text}\n", 0, block.first
+            while start < len(text):
+                if not self._between:  # only a quotation mark can end the cell
+                    quote = text.find('"', start)
+                    end = text.find("\n", quote) + 1 if quote >= 0 else len(text)
+                    self.number += text.count("\n", start, end)
+                else:
+                    if text[start] == "\n":
+                        written = _NO_NEWLINE.search(text, start)
+                        if not written:
+                            break
+                        self.number += written.start() - start
+                        start = written.start()
+                    end = text.find("\n", start) + 1
+                    self.first, self._between = self.number, False
+                    self.number += 1
+                if block.problem and not self.problem:
+                    self.problem = block.problem
+                yield text[start:end]
+                start = end
+
+
+def _record_problem(cells: list[str], header: list[str], where: str) -> Problem | None:
+    """What is wrong with a record that is not as long as the header, or with the header, where there is none yet."""
+    if header:
+        what = f"{len(cells)} cells, but the header has {len(header)} columns"
+        return Problem(Code.DATA_CSV_CELLS, what, where, fix="correct the line, or remove it")
+    if len(cells) == 1 and (separators := {";", "\t"}.intersection(cells[0])):
         what = f"the header has no comma, but {' and '.join(map(repr, sorted(separators)))}"
         return Problem(Code.DATA_CSV_SEPARATOR, what, where, fix="write the file with commas between the cells")
-    if duplicates := _duplicates(header):
+    if duplicates := _duplicates(cells):
         what = f"the header has {duplicates} more than once"
         return Problem(Code.DATA_DUPLICATE_COLUMN, what, where, fix="rename one of the columns")
     return None
@@ -151,11 +233,10 @@ def _duplicates(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name, count in sorted(Counter(names).items()) if count > 1)
 
 
-def text_rows(lines: Iterator[tuple[int, str]], name: str) -> Iterator[RowOrProblem]:
+def text_rows(blocks: Iterable[Block], name: str) -> Iterator[RowOrProblem]:
     """Rows of a plain text file: one text per line; blank lines are skipped."""
-    for number, line in lines:
-        if line and not line.isspace():
-            yield Row(f"{name}:{number}", {"text": line})
+    for line in nonblank_lines(blocks):
+        yield line if isinstance(line, Problem) else Row(f"{name}:{line[0]}", {"text": line[1]})
 
 
 def parquet_rows(path: Path, advance: Advance) -> Iterator[RowOrProblem]:
@@ -166,7 +247,7 @@ def parquet_rows(path: Path, advance: Advance) -> Iterator[RowOrProblem]:
         advance: See `RowSource.rows`.
 
     Raises:
-        DataError: The file is damaged.
+        DataError: The file is damaged, or has two columns of one name.
         OSError: It cannot be opened.
     """
     with path.open("rb") as raw:
@@ -174,8 +255,8 @@ def parquet_rows(path: Path, advance: Advance) -> Iterator[RowOrProblem]:
             with pq.ParquetFile(raw, **_STREAMED) as file:
                 if duplicates := _duplicates(file.schema_arrow.names):
                     what = f"the file has {duplicates} more than once"
-                    yield Problem(Code.DATA_DUPLICATE_COLUMN, what, str(path), fix="rename one of the columns")
-                    return
+                    fix = "rename one of the columns"
+                    raise DataError(Problem(Code.DATA_DUPLICATE_COLUMN, what, str(path), fix=fix))
                 yield from _parquet_rows(file, path, advance)
         except (pa.ArrowException, OSError) as error:
             raise _parquet_error(error, path) from None

@@ -6,13 +6,14 @@ import datetime
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, Protocol, TextIO
 
 from loratune.codes import Code
 from loratune.errors import Problem
 
 MAX_PROBLEMS = 10
-"""How many problems of a file are collected before reading stops."""
+"""How many problems of a source are collected before reading stops."""
 _SINGLY = 3
 """How many problems that differ in the row alone are shown one by one; of more, the first with their number."""
 
@@ -93,6 +94,40 @@ def place_in_cache(where: str) -> str:
     return where.encode(errors="backslashreplace").decode()
 
 
+@dataclass(frozen=True)
+class Block:
+    """Some whole lines of a text file.
+
+    Attributes:
+        first: The number of its first line, from 1.
+        text: The lines, without the newline at the end.
+        problem: Set for a single line that is not UTF-8, in whose text other characters stand for the bad bytes.
+    """
+
+    first: int
+    text: str
+    problem: Problem | None = None
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text without their line ends."""
+    lines = text.split("\n")
+    return [line.rstrip("\r") for line in lines] if "\r" in text else lines
+
+
+def nonblank_lines(blocks: Iterable[Block]) -> Iterator[tuple[int, str] | Problem]:
+    """The lines that are not blank with their numbers, or the problem of a line.
+
+    Blank lines are passed over in C, since a small gzip file may hold gigabytes of them.
+    """
+    for block in blocks:
+        if block.problem:
+            yield block.problem
+        elif not block.text.isspace():
+            lines = split_lines(block.text)
+            yield from compress(enumerate(lines, block.first), map(str.strip, lines))
+
+
 def no_advance(count: int) -> None:
     """Ignores progress."""
 
@@ -112,15 +147,16 @@ class RowSource(Protocol):
     def size(self) -> int:
         """Bytes on disk."""
 
-    def rows(self, advance: Advance = no_advance) -> Iterator[Row]:
-        """Stream the rows in order; may be called more than once.
+    def rows(self, advance: Advance = no_advance) -> Iterator[RowOrProblem]:
+        """Stream the rows in order, with a problem in the place of each that cannot be read.
+
+        It may be called more than once.
 
         Args:
             advance: Called with numbers of bytes, which add up to `size` once all rows are read.
 
         Raises:
-            DataError: Up to 10 problems of rows, raised at the end or once there are ten; or the file is damaged, has
-                changed, or is gone.
+            DataError: The file cannot be read on: it is damaged, has changed, or is gone.
         """
 
 
