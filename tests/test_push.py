@@ -18,8 +18,10 @@ from fork_server import Child, ForkServer, fork_server
 from hub_server import READ_ONLY, TOKEN, Fault, Files, Handler, Hub, State
 from running import WEIGHTS, flip, until
 
-from loratune import config
+from loratune import config, escaping
 from loratune.codes import Code
+from loratune.commands import card
+from loratune.export import local_paths
 from loratune.lora import adapter_files
 from loratune.system.files import sha256
 from loratune.system.records import ROW_HASHES
@@ -154,6 +156,35 @@ def test_an_adapter_is_uploaded_as_others_can_use_it(
     point_to(copy, str(tiny_dir))
     answers = [cli("generate", "--adapter", path, "--max-new-tokens", 4, "3 and 3 make") for path in (trained, copy)]
     assert answers[0] == answers[1] and answers[0].code == 0
+
+
+@pytest.mark.parametrize("home", ["/home/nobody", "{tmp_path}"], ids=["elsewhere", "at home"])
+@pytest.mark.parametrize("place", ["secret", "secret place", "secret_`*[1]` <b>\u200f", "secret \t\"\\'ö"])
+def test_no_place_of_a_run_is_uploaded(
+    home: str, place: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one of its config, nor one that it had before it was resumed, as the record and the card tell."""
+    monkeypatch.setenv("HOME", home.format(tmp_path=tmp_path))
+    secret = tmp_path / place
+    several = [f"data.{name}=[rows.jsonl, more.jsonl]" for name in ("train", "validation", "test")]
+    run = config.load(adapter / "run.yaml", [*several, "data.chat_template=chat.jinja", "lora.start_from=start"])
+    run = config.with_paths(run, lambda key, path: f"{secret}/{key}/{Path(path).name}")
+    (adapter / "run.yaml").write_text(config.dump(run))
+    old = [{"path": f"{secret}/old/{name}", "split": None, "weight": None} for name in ("a.jsonl", "*_b.jsonl")]
+    changes = [
+        {"step": 3, "key": "data.test", "was": old, "is": run.resolved()["data"]["test"]},
+        {"step": 3, "key": "lora.start_from", "was": f"{secret}/was", "is": run.lora.start_from},
+    ]
+    with (adapter / "README.md").open("a") as file:
+        file.write(escaping.text(card._change_lines(changes) + card._start_lines(run.resolved(), "none")))
+    record = json.loads((adapter / "loratune.json").read_text())
+    record |= {"changes": changes, "start_from": {"adapter": run.lora.start_from}}
+    record["files"] = adapter_files.manifest(adapter)
+    (adapter / "loratune.json").write_text(json.dumps(record))
+    assert read_files(adapter).count("secret") > 20
+    copied = local_paths.copy(adapter_files.inspect(adapter), tmp_path / "copy", ME, BASE)
+    assert "secret" not in read_files(copied.path)
+    assert config.load(copied.path / "run.yaml").data.test_sources[1].path == "more.jsonl"
 
 
 def test_a_second_push_of_the_same_makes_no_commit(adapter: Path, state: State, push: Push) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import check_refused, config_in, is_problem, tiny_llama, tree
+from conftest import CHAT_TEMPLATE, check_refused, config_in, is_problem, tiny_llama, tree
 from fork_server import ForkServer
 from running import (
     LONG,
@@ -358,17 +358,26 @@ def test_what_has_changed_since_is_refused(
     assert ran.code == 0, ran.err
 
 
-def test_a_changed_validation_set_is_refused(
+def test_a_changed_validation_set_or_template_is_refused(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
-    held = tmp_path / "held.jsonl"
-    held.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n')
-    config = run_config(data={"validation": str(held)}, training=LONG["training"])
+    """Also a template that renders these rows alike."""
+    held, template = tmp_path / "held.jsonl", tmp_path / "chat.jinja"
+    turns = '{"messages": [{"role": "user", "content": "1 and"}, {"role": "assistant", "content": "3"}]}\n'
+    held.write_text(turns)
+    (tmp_path / "turns.jsonl").write_text(turns.replace("1 and", "2 and") * 40)
+    template.write_text(CHAT_TEMPLATE)
+    rows = {"train": str(tmp_path / "turns.jsonl"), "validation": str(held), "chat_template": str(template)}
+    config = run_config(data=rows, training=LONG["training"])
     child = processes.start("train", config)
     until(lambda: "step     1/" in child.said(), child)
     child.send(signal.SIGINT)
     assert child.wait() == 130
-    held.write_text('{"prompt": "1 and 2 make", "completion": " 4"}\n')
+    template.write_text(CHAT_TEMPLATE + "{# a remark #}")
+    ran = cli("train", config, "--resume")
+    check_refused(ran, 7, (Code.RESUME_CONFIG_CHANGED, "", "data.chat_template"))
+    template.write_text(CHAT_TEMPLATE)
+    held.write_text(turns.replace("3", "4"))
     ran = cli("train", config, "--resume")
     check_refused(ran, 7, (Code.RESUME_VALIDATION_CHANGED, "", "data.validation"))
     ran = cli("train", config, "--resume", "--allow-change", "data.validation", "--set", "training.num_train_epochs=1")

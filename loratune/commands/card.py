@@ -189,7 +189,9 @@ def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
 def _change_lines(changes: Sequence[Mapping[str, Any]]) -> str:
     """Settings that were changed during the run: run.yaml holds only their last value."""
     lines = (
-        f"{change['key']} was {change['was']} up to step {change['step']}, then {change['is']}" for change in changes
+        f"{change['key']} was {escaping.markdown(str(change['was']))} up to step {change['step']}, "
+        f"then {escaping.markdown(str(change['is']))}"
+        for change in changes
     )
     return "".join(f"- **Changed on the way:** {line}\n" for line in lines)
 

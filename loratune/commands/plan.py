@@ -1,5 +1,6 @@
 """What of a run comes before its first step: `loratune train --dry-run` shows it, and `train` carries it out."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,10 +82,11 @@ class Plan:
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
-        """Of the base, the rows of each split, and the adapter that the run starts from."""
+        """Of all that the run reads, see `resume.CONTENTS`."""
         datasets = self.datasets
         validation = datasets.validation.fingerprint if datasets.validation else None
         others = {"test": datasets.test.fingerprint} if datasets.test else {}
+        others |= {"template": template} if (template := template_fingerprint(self.config, self.tokenizer)) else {}
         others |= {"start": self.earlier.start.digest} if self.earlier else {}
         return {"base": self.base.fingerprint, "data": datasets.train.fingerprint, "validation": validation, **others}
 
@@ -135,6 +137,11 @@ class LoadedRun:
 
 Planner = Callable[[ValidatedRun, ProgressFactory, Group], Plan]
 """Makes the plan of a run, as `make_plan` does."""
+
+
+def template_fingerprint(run: RunConfig, tokenizer: Any) -> str:
+    """That of the chat template that the config names; empty where it is the tokenizer's own."""
+    return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest() if run.data.chat_template else ""
 
 
 def make_plan(validated_run: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:

@@ -7,8 +7,6 @@ need --max-lora-rank. llama.cpp's convert_lora_to_gguf.py: lora_alpha as it stan
 only. Ollama reads what llama.cpp converts.
 """
 
-import glob
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from pydantic import ValidationError
 
 from loratune.config import yaml_reader
 from loratune.config.data_section import DataSection, Source
+from loratune.config.file_paths import OUTPUT, input_paths, path_keys, paths, with_paths
 from loratune.config.lora_section import LoraSection
 from loratune.config.preference_section import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection
 from loratune.config.schema import ModelSection, RunConfig, TrainingSection
@@ -28,6 +27,7 @@ from loratune.errors import ConfigError
 __all__ = [
     "AUTO",
     "DEFAULT_BETA",
+    "OUTPUT",
     "PREFERENCE_KEYS",
     "DataSection",
     "Draft",
@@ -47,7 +47,10 @@ __all__ = [
     "load",
     "load_with_lines",
     "parse",
+    "path_keys",
+    "paths",
     "portability",
+    "with_paths",
 ]
 
 
@@ -105,35 +108,6 @@ def _validated(document: yaml_reader.Document) -> RunConfig:
         return RunConfig.model_validate(document.values)
     except ValidationError as error:
         raise ConfigError(translate(error, document)) from None
-
-
-def input_paths(config_file: Path, run: RunConfig) -> tuple[tuple[str, str], ...]:
-    """The files and directories on this machine that a run reads, so that it does not write over them.
-
-    Returns:
-        The name of each in messages, e.g. `data.train`, and its path; of a glob, the directory that it searches.
-    """
-    return tuple((name, path) for name, path in _inputs(config_file, run) if os.path.lexists(path))
-
-
-def _inputs(config_file: Path, run: RunConfig) -> Iterator[tuple[str, str]]:
-    yield "the config file", str(config_file)
-    yield "model.name_or_path", os.path.expanduser(run.model.name_or_path)
-    if run.data.chat_template is not None:
-        yield "data.chat_template", os.path.expanduser(run.data.chat_template)
-    if run.lora.start_from is not None:
-        yield "lora.start_from", os.path.expanduser(run.lora.start_from)
-    rows = run.data
-    for key, sources in (
-        ("data.train", rows.train_sources),
-        ("data.validation", rows.validation_sources),
-        ("data.test", rows.test_sources),
-    ):
-        for source in sources:
-            path = os.path.expanduser(source.path)
-            if glob.has_magic(path) and not os.path.lexists(path):
-                path = str(next(parent for parent in Path(path).parents if not glob.has_magic(str(parent))))
-            yield key, path
 
 
 def dump(config: RunConfig) -> str:

@@ -8,7 +8,7 @@ from loratune.codes import Code
 from loratune.config.data_section import DataSection
 from loratune.config.lora_section import LoraSection
 from loratune.config.preference_section import PREFERENCE_KEYS, Objective, PreferenceSection
-from loratune.config.section import AUTO, Auto, Count, FilePath, InvalidSettingError, Section
+from loratune.config.section import AUTO, Auto, Count, FileName, FilePath, InvalidSettingError, Section
 
 
 class ModelSection(Section):
@@ -16,7 +16,7 @@ class ModelSection(Section):
 
     name_or_path: FilePath = Field(description="a local directory or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    gguf_file: FilePath | None = Field(None, description="a GGUF file within name_or_path, held unpacked")
+    gguf_file: FileName | None = Field(None, description="a GGUF file within name_or_path, held unpacked")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the machine computes in it, else float32"
     )

@@ -6,11 +6,13 @@ is added here reaches its object without being copied by hand.
 
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from loratune.codes import Code
 from loratune.system.files import path_problem
 
+PATH_FORMAT = "path"
+"""The format, in the JSON schema, of text that names a file or directory of this machine."""
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
 """A value that the run chooses itself, see `training.auto`."""
@@ -47,8 +49,10 @@ def _check_path(path: str) -> str:
     return path
 
 
-FilePath = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
-"""A path, or a glob or hub id in the place of one."""
+FileName = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
+"""The name of a file within a directory that another key names."""
+FilePath = Annotated[FileName, WithJsonSchema({"type": "string", "minLength": 1, "format": PATH_FORMAT})]
+"""A path, or a glob or hub id in the place of one. `file_paths` finds the keys of this type."""
 
 
 class Section(BaseModel):

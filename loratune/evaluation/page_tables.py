@@ -34,6 +34,7 @@ _FINGERPRINTS = {
     "data": "training rows",
     "validation": "validation rows",
     "test": "test rows",
+    "template": "chat template",
     "start": "adapter it began with",
 }
 _PREFERENCES = "preferences "
@@ -41,7 +42,7 @@ _PREFERENCES = "preferences "
 _CHANGES = "changed on the way"
 _OF_SPLIT = {"test": "test", "validation": "validation", "held-out": "validation"}
 """A word in the name of a figure → the split without whose rows a run has none."""
-_OPTIONAL = (_CHANGES, _FINGERPRINTS["start"])
+_OPTIONAL = (_CHANGES, _FINGERPRINTS["template"], _FINGERPRINTS["start"])
 """Names of what not every run has."""
 _MACHINE = ("processor", "device", "threads", "platform", "python")
 _MEMORY = {"process": "peak memory of the process", "gpu": "peak memory of the GPU"}

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 
 from loratune import config, escaping
 from loratune.codes import Code
-from loratune.config import RunConfig, Source
+from loratune.config import RunConfig
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, RECORD_FILE, AdapterFiles
@@ -29,9 +29,12 @@ from loratune.training import run_dir_files
 _log = logging.getLogger(__name__)
 
 CARD, RUN, TOKENIZER = "README.md", "run.yaml", "tokenizer_config.json"
+_BASE = "model.name_or_path"
 PROMPTS = "prompts"
 """A key of the record with prompts of the training rows. They are data, which a copy for others does not hold; nor does
 it hold hashes of the rows, which tell whoever has a row whether it was among them."""
+_OF_CONFIGS = ("changes", "start_from")
+"""Keys of the record with values of configs: of the run before it was resumed, and of the adapter it started from."""
 _PICKLES = ("adapter_model.bin", "training_args.bin")
 _HOME = r"(?:/home/[^/\s\"'`]+|/Users/[^/\s\"'`]+|/root)"
 _REST = r"(?:/[^\s\"'`<>|()\[\]{},;]*)?"
@@ -134,36 +137,19 @@ def _replace(directory: Path, adapter: AdapterFiles, run: RunConfig | None, path
     """Replace the paths in the files that the record has digests of."""
     write_json(directory / CONFIG_FILE, paths.values_without(adapter.config) | {"base_model_name_or_path": base})
     if run is not None:
-        (directory / RUN).write_text(config.dump(_portable(run, base)), encoding="utf-8")
+        (directory / RUN).write_text(config.dump(portable(run, base)), encoding="utf-8")
     if (path := directory / TOKENIZER).is_file():
         try:
             values = json.loads(_text(path, adapter.path))
         except (ValueError, RecursionError):
             raise AdapterError(Problem(Code.ADAPTER_NOT_JSON, "not JSON", str(adapter.path / TOKENIZER))) from None
-        if (portable := paths.values_without(values)) != values:
-            write_json(path, portable)
+        if (without := paths.values_without(values)) != values:
+            write_json(path, without)
 
 
-def _portable(run: RunConfig, base: str) -> RunConfig:
+def portable(run: RunConfig, base: str) -> RunConfig:
     """A config with the names of its files in place of their paths."""
-
-    def sources(value: Any) -> Any:
-        if isinstance(value, list):
-            return [sources(item) for item in value]
-        return value.model_copy(update={"path": _name(value.path)}) if isinstance(value, Source) else value
-
-    rows: dict[str, Any] = {"train": sources(run.data.train), "validation": sources(run.data.validation)}
-    if run.data.chat_template is not None:
-        rows["chat_template"] = _name(run.data.chat_template)
-    parts = {
-        "model": run.model.model_copy(update={"name_or_path": base}),
-        "lora": run.lora.model_copy(update={"start_from": _name(start)})
-        if (start := run.lora.start_from)
-        else run.lora,
-        "data": run.data.model_copy(update=rows),
-        "output_dir": _name(run.output_dir),
-    }
-    return run.model_copy(update=parts)
+    return config.with_paths(run, lambda key, path: base if key == _BASE else _name(path))
 
 
 def _name(path: str) -> str:
@@ -202,10 +188,9 @@ class _Paths:
         bases = [adapter.base, recorded.get("name_or_path") if isinstance(recorded, dict) else None]
         names = {str(adapter.path.absolute()): repository, str(adapter.path.resolve()): repository}
         if run is not None:
-            bases.append(run.model.name_or_path)
-            sources = [*run.data.train_sources, *run.data.validation_sources]
-            others = [run.output_dir, run.data.chat_template, run.lora.start_from, *(source.path for source in sources)]
-            names |= {path: Path(path).name for path in others if path is not None}
+            bases += [path for key, path in config.paths(run) if key == _BASE]
+            names |= {path: Path(path).name for key, path in config.paths(run) if key != _BASE}
+        names |= {text: Path(text).name for key in _OF_CONFIGS for text in _texts(adapter.record.get(key))}
         names |= {path: base for path in bases if isinstance(path, str)}
         known = {path: name for path, name in names.items() if path.startswith(("/", "~")) and len(path) > 1}
         spelled = {spelling: name for path, name in known.items() for spelling in _spellings(path)}
@@ -244,9 +229,20 @@ class _Paths:
             raise ConfigError(problems)
 
 
+def _texts(values: Any) -> Iterator[str]:
+    """All text in values of JSON."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, list | dict):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _texts(value)
+
+
 def _spellings(path: str) -> Iterator[str]:
-    """A path as it stands in text, in JSON, and with its control characters escaped."""
-    yield from {path, json.dumps(path)[1:-1], json.dumps(path, ensure_ascii=False)[1:-1], escaping.line(path)}
+    """A path as it stands in text, in JSON, in a list, and in a card."""
+    quoted = (json.dumps(path), json.dumps(path, ensure_ascii=False), repr(path))
+    plain = {path, escaping.line(path), escaping.text(path), *(text[1:-1] for text in quoted)}
+    yield from plain | {escaping.markdown(text) for text in plain}
 
 
 def _last_part(path: str) -> str:

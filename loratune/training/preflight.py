@@ -20,12 +20,13 @@ from loratune.errors import AdapterError, ConfigError, DataError, Problem, Resum
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.model import quantization
+from loratune.model.source import KEY as BASE
 from loratune.model.source import is_directory, local_or_hub
 from loratune.system import launcher
 from loratune.system.files import path_problem
 from loratune.system.launcher import Group
 from loratune.training import auto
-from loratune.training.resume import ResumePoint, find_resume_point, start_problem
+from loratune.training.resume import ResumePoint, content_problem, find_resume_point
 from loratune.training.run_dir import RunDirectory
 
 KINDS = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": JUDGED}
@@ -165,7 +166,7 @@ def _open_start(
     try:
         digest = adapter_files.inspect(directory).digest
         if point is not None and point.identity["fingerprints"].get("start", digest) != digest:
-            raise ResumeError(start_problem())
+            raise ResumeError(content_problem("start"))
         fix = f"restore the file; or remove {adapter_files.RECORD_FILE}, and the adapter is used without verification"
         info = open_adapter(directory, notes.append, fix=fix)
     except AdapterError as error:
@@ -265,38 +266,20 @@ def with_absolute_paths(run: RunConfig) -> RunConfig:
         ConfigError: A path that begins with the working directory is not UTF-8, and could not be recorded.
     """
 
-    def absolute(path: str) -> str:
+    def absolute(key: str, path: str) -> str:
         expanded = Path(path).expanduser()
-        return path if looks_like_hub_id(path) and not expanded.exists() else str(expanded.absolute())
+        may_be_hub_id = key == BASE or (key != config.OUTPUT and looks_like_hub_id(path))
+        return path if may_be_hub_id and not expanded.exists() else str(expanded.absolute())
 
-    def absolute_sources(value: Any) -> Any:
-        if isinstance(value, list):
-            return [absolute_sources(item) for item in value]
-        return value.model_copy(update={"path": absolute(value.path)}) if isinstance(value, Source) else value
-
-    rows = run.data
-    changes: dict[str, Any] = {name: absolute_sources(getattr(rows, name)) for name in ("train", "validation", "test")}
-    if rows.chat_template:
-        changes["chat_template"] = absolute(rows.chat_template)
-    rows, lora = rows.model_copy(update=changes), run.lora
-    if lora.start_from is not None:
-        lora = lora.model_copy(update={"start_from": str(Path(lora.start_from).expanduser().absolute())})
-    model = run.model.model_copy(update={"name_or_path": local_or_hub(run.model.name_or_path)})
-    output = str(Path(run.output_dir).expanduser().absolute())
-    paths = [("output_dir", output), ("model.name_or_path", model.name_or_path)]
-    paths += [("data.chat_template", rows.chat_template)] if rows.chat_template else []
-    paths += [("lora.start_from", lora.start_from)] if lora.start_from else []
-    paths += [("data.train", source.path) for source in rows.train_sources]
-    paths += [("data.validation", source.path) for source in rows.validation_sources]
-    paths += [("data.test", source.path) for source in rows.test_sources]
+    result = config.with_paths(run, absolute)
     fix = "start from a directory whose name is UTF-8"
     if problems := [
-        Problem(Code.RUN_PATH_INVALID, f"the path {reason}", path, key, fix)
-        for key, path in paths
+        Problem(Code.RUN_PATH_INVALID, f"the path {reason}", path, key.removesuffix(".path"), fix)
+        for key, path in config.paths(result)
         if (reason := path_problem(path))
     ]:
         raise ConfigError(problems)
-    return run.model_copy(update={"data": rows, "model": model, "lora": lora, "output_dir": output})
+    return result
 
 
 def open_adapter(

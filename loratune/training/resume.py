@@ -23,14 +23,26 @@ CHANGEABLE = (
     "training.logging_steps", "training.save_steps", "training.eval_steps", "training.keep", "training.patience",
     "training.activation_checkpointing",
     "training.per_device_train_batch_size", "training.gradient_accumulation_steps",
-    "lora.lora_dropout", "lora.start_from", "data.train", "data.validation", "data.test", "model.name_or_path",
-    "model.attn_implementation", "model.torch_compile", "model.use_liger_kernel",
+    "lora.lora_dropout", "lora.start_from", "data.train", "data.validation", "data.test", "data.chat_template",
+    "model.name_or_path", "model.attn_implementation", "model.torch_compile", "model.use_liger_kernel",
 )  # fmt: skip
 """Keys that a resumed run can change: each has its effect from the next step on, and the rows stay the same.
 
-`data.train`, `lora.start_from` and `model.name_or_path` may name another place, at which there has to be the same as
-before. The number of rows that an optimizer step takes, over all processes, has to stay the same as well.
+Those that hold a path may name another place, at which there has to be the same as before; see `CONTENTS`. The number
+of rows that an optimizer step takes, over all processes, has to stay the same as well.
 """
+CONTENTS = {
+    "data": ("data.train", Code.RESUME_TRAIN_CHANGED, "training rows have"),
+    "validation": ("data.validation", Code.RESUME_VALIDATION_CHANGED, "validation rows have"),
+    "test": ("data.test", Code.RESUME_TEST_CHANGED, "test rows have"),
+    "template": ("data.chat_template", Code.RESUME_CONFIG_CHANGED, "chat template has"),
+    "start": ("lora.start_from", Code.RESUME_START_CHANGED, "adapter that the run started from has"),
+    "base": ("model.name_or_path", Code.RESUME_BASE_CHANGED, "base model has"),
+}
+"""What a run reads, by the name of its fingerprint: the key that says where it is, the code of the problem that it has
+changed, and what it is called. What is at a path and is not here, a resumed run would read unchecked."""
+_ONLY_SCORED = ("data.validation", "data.test")
+"""Keys of rows that are never trained on, so that other rows can be allowed."""
 MAX_MINUTES = "max_minutes"
 """The key of a checkpoint's record that holds the time budget, from which `max_steps` was fixed as the run began."""
 _NOT_COMPARED = ("output_dir", "training.report_to")
@@ -97,7 +109,7 @@ def identity(
 
     Args:
         config: The config, with absolute paths.
-        fingerprints: Of the base, and of the training, validation and test rows.
+        fingerprints: Of all that the run reads, see `CONTENTS`.
         rows: The training rows, whose counts are kept.
         environment: What the run is computed with; see `conditions.environment`.
 
@@ -310,33 +322,22 @@ def _changed_processes(before: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _changed_contents(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
-    """Rows and a base whose content is not that of the interrupted run."""
+    """What is read and has another content than in the interrupted run, as far as its checkpoint records it."""
     old, new = before["fingerprints"], now["fingerprints"]
-    since, fix = "since the run was interrupted", f"put the old ones back, or {_RESTART}"
-    if old["data"] != new["data"]:
+    for name, (key, _, _) in CONTENTS.items():
+        if name not in old or old[name] == new.get(name) or (key in _ONLY_SCORED and key in allowed):
+            continue
         counts = [f"{run['rows']['rows']:,} rows with {run['rows']['tokens']:,} tokens" for run in (before, now)]
-        change = f" ({counts[0]}, now {counts[1]})" if counts[0] != counts[1] else ""
-        what = f"the training rows have changed {since}{change}"
-        yield Problem(Code.RESUME_TRAIN_CHANGED, what, key="data.train", fix=fix)
-    if old["validation"] != new["validation"] and "data.validation" not in allowed:
-        fix = "put the old ones back, or allow the change with --allow-change data.validation"
-        what = f"the validation rows have changed {since}"
-        yield Problem(Code.RESUME_VALIDATION_CHANGED, what, key="data.validation", fix=fix)
-    if old.get("test") != new.get("test") and "data.test" not in allowed:
-        fix = "put the old ones back, or allow the change with --allow-change data.test"
-        yield Problem(Code.RESUME_TEST_CHANGED, f"the test rows have changed {since}", key="data.test", fix=fix)
-    if old.get("start") != new.get("start"):
-        yield start_problem()
-    if old["base"] != new["base"]:
-        what, fix = f"the base model has changed {since}", f"put the old one back, or {_RESTART}"
-        yield Problem(Code.RESUME_BASE_CHANGED, what, key="model.name_or_path", fix=fix)
+        is_counted = name == "data" and counts[0] != counts[1]
+        yield content_problem(name, f" ({counts[0]}, now {counts[1]})" if is_counted else "")
 
 
-def start_problem() -> Problem:
-    """The problem of an adapter of `lora.start_from` that has another content than before."""
-    what = "the adapter that the run started from has changed since the run was interrupted"
-    fix = f"put the old one back, or {_RESTART}"
-    return Problem(Code.RESUME_START_CHANGED, what, key="lora.start_from", fix=fix)
+def content_problem(name: str, details: str = "") -> Problem:
+    """The problem that something of `CONTENTS` is not what it was when the run was interrupted."""
+    key, code, what = CONTENTS[name]
+    allow = f"allow the change with --allow-change {key}" if key in _ONLY_SCORED else _RESTART
+    what = f"the {what} changed since the run was interrupted{details}"
+    return Problem(code, what, key=key, fix=f"put back what was there, or {allow}")
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

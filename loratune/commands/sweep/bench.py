@@ -17,7 +17,7 @@ import numpy as np
 from loratune.codes import Code
 from loratune.commands import card, measuring
 from loratune.commands import train as training
-from loratune.commands.plan import LoadedRun, Plan, adapted, facts, load_rows, load_run
+from loratune.commands.plan import LoadedRun, Plan, adapted, facts, load_rows, load_run, template_fingerprint
 from loratune.commands.train import Reporter, Result
 from loratune.config import RunConfig
 from loratune.data import ProgressFactory
@@ -103,11 +103,13 @@ class Bench:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the base, of the rows as the config itself has them, and of the adapter that training starts from."""
+        """Of all that the config itself reads."""
         datasets = self.loaded.datasets
         found = {"the base": self.loaded.base.fingerprint, "the training rows": datasets.train.fingerprint}
         found |= {"the validation rows": self._held_out.fingerprint}
         found |= {"the test rows": datasets.test.fingerprint} if datasets.test else {}
+        if template := template_fingerprint(self._run.config, self.loaded.tokenizer):
+            found["the chat template"] = template
         if described := self.measured_by:
             found["what trials are compared by"] = described
         return found | ({"the start": self._run.start.digest} if self._run.start else {})

@@ -15,7 +15,7 @@ from loratune.commands.sweep.storage import check_directory
 from loratune.commands.sweep.study import Claim, Study, TrialRecord
 from loratune.commands.sweep.trial import DIGEST, Watched, failure, recorded
 from loratune.commands.train import Reporter
-from loratune.config import RunConfig, keys
+from loratune.config import RunConfig, keys, path_keys
 from loratune.console import format_duration, plural
 from loratune.errors import (
     AdapterError,
@@ -42,16 +42,9 @@ from loratune.training import preflight, run_dir
 from loratune.training.run_dir import RunDirectory
 
 TRIALS = "trials"
-_NOT_COMPARED = (
-    "output_dir",
-    "model.name_or_path",
-    "training.report_to",
-    "training.logging_steps",
-    "training.save_steps",
-)
-"""Keys that two commands on one study may have at other values: places differ from machine to machine, and rows and
-base are known by their fingerprints."""
-_PLACES = ("data.train", "data.validation", "data.test", "data.chat_template", "lora.start_from")
+_NOT_COMPARED = ("training.report_to", "training.logging_steps", "training.save_steps")
+"""Keys that two commands on one study may have at other values, beside places, which differ from machine to machine:
+what is there is known by its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,8 @@ class _Sweep:
 
     def _settings(self) -> dict[str, str]:
         """Of the study, all that trials share, and what they differ in."""
-        skipped = (*_NOT_COMPARED, *_PLACES, *self.request.grid.keys)
+        places = (key.removesuffix(".path") for key in path_keys())
+        skipped = (*_NOT_COMPARED, *places, *self.request.grid.keys)
         values = keys.flat(self.request.run.config.resolved())
         shared = {
             key: value

@@ -1,0 +1,115 @@
+"""Every key that holds a path is treated as one: absolute in run.yaml, a name when pushed, compared on resuming."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import meanings
+
+from loratune import config
+from loratune.config import OUTPUT, RunConfig, path_keys
+from loratune.config.keys import groups
+from loratune.errors import ResumeError
+from loratune.export import local_paths
+from loratune.training import resume
+from loratune.training.preflight import with_absolute_paths
+from loratune.training.resume import CONTENTS, ResumePoint
+
+TEXTS: dict[str, Callable[[str], Any]] = {
+    "model.revision": str,
+    "model.gguf_file": str,  # within the base, which refuses any other place
+    "lora.target_modules": str,
+    "lora.target_parameters": str,
+    "lora.modules_to_save": lambda text: [text],
+    "data.train.split": str,
+    "data.validation.split": str,
+    "data.test.split": str,
+    "data.group_by": str,
+    "data.columns": lambda text: {"prompt": text},
+}
+"""The other keys that any text may be given for, each with a value that holds it."""
+
+
+def places_of_text() -> Iterator[str]:
+    """Every place of a config in which any text may stand, from the schema alone."""
+
+    def is_open(schema: Any) -> bool:
+        parts = [*schema.get("anyOf", []), schema.get("items"), schema.get("additionalProperties")]
+        is_text = schema.get("type") == "string" and not {"enum", "const"} & schema.keys()
+        return is_text or any(is_open(part) for part in parts if isinstance(part, dict))
+
+    yield from (place for group in groups() for key in group.keys if is_open(key.schema) for place in key.places)
+
+
+def put(values: dict[str, Any], place: str, value: Any) -> None:
+    *above, name = place.split(".")
+    for part in above:
+        values = values.setdefault(part, {})
+    values[name] = value
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A config in which every text is the relative path of a file that there is."""
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {}
+    for place in places_of_text():
+        path = Path("private") / f"{place}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        put(values, place, TEXTS.get(place, str)(str(path)))
+    del values["data"]["group_by"]  # which goes with no file of validation rows
+    values["data"]["test"] = [values["data"]["test"], "private/data.test.path.txt"]
+    return RunConfig.model_validate(values)
+
+
+def leaves(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and place not in TEXTS:
+        for name, part in value.items():
+            yield from leaves(part, f"{place}.{name}".lstrip("."))
+    elif isinstance(value, list) and place not in TEXTS:
+        for part in value:
+            yield from leaves(part, place)
+    elif value is not None and (place in path_keys() or place in TEXTS):
+        yield place, str(value)
+
+
+def test_each_text_of_the_schema_is_a_path_or_none() -> None:
+    """A new key that takes any text is to be of the type `FilePath`, or to stand in the list above."""
+    assert {*places_of_text()} == path_keys() | TEXTS.keys()
+    assert not path_keys() & TEXTS.keys()
+
+
+def test_paths_are_absolute_in_a_run_and_names_when_pushed(run: RunConfig, tmp_path: Path) -> None:
+    absolute = with_absolute_paths(run)
+    portable = local_paths.portable(absolute, "who/base")
+    found = [[*leaves(one.resolved())] for one in (run, absolute, portable)]
+    assert {place for place, _ in found[0]} == (path_keys() | TEXTS.keys()) - {"data.group_by"}
+    for (place, before), (_, here), (_, pushed) in zip(*found, strict=True):
+        if place in TEXTS:
+            assert before == here == pushed
+        else:
+            assert here == str(tmp_path / before)
+            assert pushed == ("who/base" if place == "model.name_or_path" else Path(before).name)
+    assert config.parse(config.dump(absolute), "run.yaml") == absolute
+
+
+def test_nothing_that_is_read_may_be_written_over(run: RunConfig, tmp_path: Path) -> None:
+    found = config.input_paths(tmp_path, with_absolute_paths(run))
+    inputs = {key.removesuffix(".path") for key in path_keys()} - {OUTPUT}
+    assert {name for name, _ in found} == inputs | {"the config file"}
+
+
+def test_what_is_read_has_a_fingerprint_that_a_resumed_run_compares() -> None:
+    assert {key for key, _, _ in CONTENTS.values()} == {key.removesuffix(".path") for key in path_keys()} - {OUTPUT}
+    assert {key for key, _, _ in CONTENTS.values()} <= {*resume.CHANGEABLE}  # what is there may have moved
+    rows = {"rows": {"rows": 1, "tokens": 2}}
+    before = rows | {"fingerprints": dict.fromkeys(CONTENTS, "a")}
+    point = ResumePoint(Path(), (), [], 1.0, before)
+    for name, (key, code, _) in CONTENTS.items():
+        now = rows | {"fingerprints": before["fingerprints"] | {name: "b"}}
+        with pytest.raises(ResumeError) as caught:
+            resume.check_same(point, now, (), base="b" if name == "base" else "a")
+        assert meanings(caught.value) == [(code, "", key)]
+    resume.check_same(point, before, (), base="a")
