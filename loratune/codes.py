@@ -117,7 +117,7 @@ class Code(StrEnum):
     SYSTEM_CALL_FAILED = "system.call_failed", "The operating system refused to read or write a file."
     SYSTEM_DISK_TOO_SMALL = "system.disk_too_small", "The disk has too little room for what a run will write."
     SYSTEM_DISK_FULL = "system.disk_full", "The disk, a quota, or the limit of a file's size ran out during a write."
-    SYSTEM_LOCKED = "system.locked", "Another run is using the same directory."
+    SYSTEM_LOCKED = "system.locked", "Another run is using the same directory or database."
 
     # Kernels (kernel.*)
     KERNEL_NO_LIGER = "kernel.no_liger", "Liger has no kernels for the family of the model."

@@ -225,6 +225,7 @@ def test_a_trial_fits_by_the_slowest_so_far() -> None:
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """The limit of a file's size is that of a disk which is full; it leaves half a line, which is removed later."""
     study, journal = Study(tmp_path, "out", None, halving=False, seed=0), tmp_path / "journal.log"
+    study.check({}, record=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 20, hard))
     try:
@@ -489,7 +490,7 @@ def test_a_database_keeps_the_study(forked: Cli, config: MakeConfig, tmp_path: P
     ran = forked("sweep", config(), *RATES, "--storage", url)
     assert ran.code == 0 and states(tmp_path) == ["done", "done"], ran.err
     ran = forked("sweep", config(), *RATES, "--storage", "sqlite:////no/such/directory/study.db", "--overwrite")
-    check_refused(ran, 10, (Code.SWEEP_STORAGE, "sqlite:////no/such/directory/study.db", ""))
+    check_refused(ran, 2, (Code.SWEEP_STORAGE, "sqlite:////no/such/directory/study.db", "--storage"))
 
 
 @pytest.mark.slow
@@ -504,15 +505,14 @@ def test_machines_share_a_database_and_keep_their_adapters(
         first = f"from loratune.commands.sweep import running, study\nrunning.host = study.host = lambda: {name!r}"
         file = study_config(folder, config_in(folder, tiny_dir))
         children.append(processes.start("sweep", file, *arguments, first=first))
-    assert [child.wait() for child in children] == [0, 0], children[0].said() + children[1].said()
+    codes = [child.wait() for child in children]
     tried = [re.findall(r"^trial (\d+):", child.said(), flags=re.MULTILINE) for child in children]
     assert sorted(tried[0] + tried[1]) == ["0", "1", "2", "3"]
-    last = max((json.loads(child.out.read_text()) for child in children), key=lambda one: str(one).count("'done'"))
-    owner = 0 if str(last["winner"]) in tried[0] else 1
     published = [(tmp_path / name / "out").exists() for name in ("one", "two")]
-    assert not published[1 - owner] and (
-        published[owner] or "the same command publishes it there" in str(last["notes"])
-    )
+    if any(published):
+        assert codes == [0, 0] and sum(published) == 1, children[0].said() + children[1].said()
+    else:  # the last to end is not the one that has the best
+        assert sorted(codes) == [0, 5] and "publishes it there" in children[codes.index(5)].said()
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,17 @@ import numpy as np
 import optuna
 import pytest
 import yaml
-from conftest import Ran, check_refused, config_in, write_rows
+from conftest import Ran, check_refused, config_in, meanings, tree, write_rows
 from fork_server import ForkServer
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from running import WEIGHTS
 
 from loratune.codes import Code
 from loratune.commands.sweep import budget, grid
 from loratune.commands.sweep.storage import without_password
 from loratune.commands.sweep.study import SETTINGS, Study
-from loratune.errors import ConfigError, LostError
+from loratune.errors import ConfigError, LockedError, ResumeError
 from loratune.evaluation.study_results import DONE, RowLosses, StudyResults, rank, trial_result
 
 Cli = Callable[..., Ran]
@@ -55,8 +59,10 @@ def copied(swept: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opened(folder: Path) -> Study:
-    return Study(folder, "out", None, halving=False, seed=0)
+def opened(folder: Path, url: str | None = None) -> Study:
+    study = Study(folder, "out", url, halving=False, seed=0)
+    study.check({}, record=True)  # as a sweep does before its first trial
+    return study
 
 
 def adapter(folder: Path) -> Path:
@@ -68,33 +74,110 @@ def adapter(folder: Path) -> Path:
 # The storage
 
 
-@pytest.mark.parametrize("what", ["link", "pipe", "directory"])
-def test_only_a_file_is_a_journal(tmp_path: Path, what: str) -> None:
-    journal = tmp_path / "journal.log"
-    make = {
-        "link": lambda: journal.symlink_to("/dev/zero"),
-        "pipe": lambda: os.mkfifo(journal),
-        "directory": journal.mkdir,
-    }
-    make[what]()
-    with pytest.raises(LostError) as lost:
-        opened(tmp_path)
-    assert (lost.value.problems[0].code, lost.value.problems[0].where) == (Code.SWEEP_STORAGE, str(journal))
+def optunas(study: Path, name: str, *, trials: int = 0, cut: bytes = b"") -> None:
+    """A journal that optuna has written for another program."""
+    storage = JournalStorage(JournalFileBackend(str(study / "journal.log")))
+    theirs = optuna.create_study(study_name=name, storage=storage)
+    for _ in range(trials):
+        theirs.ask()
+    with (study / "journal.log").open("ab") as journal:
+        journal.write(cut)
 
 
-@pytest.mark.parametrize("leads", ["somewhere", "nowhere"])
-def test_locks_are_made_in_the_study_only(tmp_path: Path, leads: str) -> None:
-    (tmp_path / "somewhere").mkdir()
-    (tmp_path / "study").mkdir()
-    (tmp_path / "study" / "locks").symlink_to(tmp_path / leads)
-    with pytest.raises(LostError) as lost:
-        opened(tmp_path / "study")
-    assert lost.value.problems[0].where == str(tmp_path / "study" / "locks")
-    assert "is a link in place of" in lost.value.problems[0].what and not [*(tmp_path / "somewhere").iterdir()]
+def database(path: Path) -> Path:
+    with closing(sqlite3.connect(path)) as made:
+        made.execute("CREATE TABLE notes (note TEXT)")
+    return path
+
+
+NOT_OURS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a link to a directory": ("", lambda study: (study.rmdir(), study.symlink_to(study.parent / "elsewhere"))),
+    "a link that leads nowhere": ("", lambda study: (study.rmdir(), study.symlink_to("nowhere"))),
+    "a file in place of the study": ("", lambda study: (study.rmdir(), study.write_text("mine"))),
+    "a directory of something else": ("", lambda study: (study / "notes.txt").write_text("mine")),
+    "an unfinished line": ("journal.log", lambda study: (study / "journal.log").write_text("mine")),
+    "an unfinished line of JSON": (
+        "journal.log",
+        lambda study: (study / "journal.log").write_text('{"op_code":0,"wor'),
+    ),
+    "a line of text": ("journal.log", lambda study: (study / "journal.log").write_text("mine\n")),
+    "lines of text": ("journal.log", lambda study: (study / "journal.log").write_text("a\nb\nand half a lin")),
+    "other JSON": ("journal.log", lambda study: (study / "journal.log").write_text('{"level": 3}\n{"level"')),
+    "an empty file": ("journal.log", lambda study: (study / "journal.log").touch()),
+    "the journal of another study": ("", lambda study: optunas(study, "other", cut=b'{"op')),
+    "a journal of another program": ("journal.log", lambda study: optunas(study, "out", trials=1, cut=b'{"op')),
+    "a link to a journal": ("journal.log", lambda study: (study / "journal.log").symlink_to("/dev/zero")),
+    "a pipe": ("journal.log", lambda study: os.mkfifo(study / "journal.log")),
+    "a directory in place of a journal": ("journal.log", lambda study: (study / "journal.log").mkdir()),
+    "other results": ("results.json", lambda study: (study / "results.json").write_text('{"loss": 1}')),
+    "results that are no JSON": ("results.json", lambda study: (study / "results.json").write_text("mine")),
+    "a link to results": ("results.json", lambda study: (study / "results.json").symlink_to("../elsewhere/mine")),
+    "a link to locks": ("locks", lambda study: (study / "locks").symlink_to("../elsewhere")),
+    "a link to trials": ("trials", lambda study: (study / "trials").symlink_to("nowhere")),
+    "another database": ("storage", lambda study: database(study.parent / "storage")),
+    "a text in place of a database": ("storage", lambda study: (study.parent / "storage").write_text("mine " * 200)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OURS)
+def test_what_is_not_ours_is_refused_and_left_as_it_is(name: str, cli: Cli, tmp_path: Path, tiny_dir: Path) -> None:
+    file, study = config(tmp_path, tiny_dir), tmp_path / "out.study"
+    study.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("mine")
+    place, make = NOT_OURS[name]
+    make(study)
+    url = f"sqlite:///{tmp_path / 'storage'}" if place == "storage" else None
+    before = sorted(tmp_path.rglob("*")), tree(tmp_path)
+    ran = cli("sweep", file, *RATES, *(("--storage", url) if url else ()))
+    code = Code.SWEEP_OTHER_STUDY if name in ("the journal of another study", "a journal of another program") else None
+    where, key = (url, "--storage") if url else (str(study / place), "")
+    check_refused(ran, 2, (code or Code.SWEEP_STORAGE, where, key))
+    assert (sorted(tmp_path.rglob("*")), tree(tmp_path)) == before
+
+
+def test_a_damaged_journal_is_named_with_its_line(tmp_path: Path) -> None:
+    """Optuna passes over a last line that it cannot read, and writes behind it, after which nobody can read more."""
+    opened(tmp_path)
+    for line in (b"mine\n", b"[1]\n", b"[" * 100_000 + b"\n"):
+        kept = (tmp_path / "journal.log").read_bytes()
+        (tmp_path / "journal.log").write_bytes(kept + line)
+        with pytest.raises(ResumeError) as damaged:
+            opened(tmp_path)
+        assert meanings(damaged.value) == [(Code.SWEEP_STORAGE, f"{tmp_path / 'journal.log'}:3", "")]
+        assert (tmp_path / "journal.log").read_bytes() == kept + line
+        (tmp_path / "journal.log").write_bytes(kept)
+    assert opened(tmp_path).records() == []
+
+
+def test_opening_a_study_adds_nothing_to_it(tmp_path: Path) -> None:
+    opened(tmp_path)
+    with (tmp_path / "journal.log").open("ab") as journal:
+        journal.write(b'{"op_code":4,"worker')  # half a line, which the next line will take the place of
+    before = tree(tmp_path)
+    assert opened(tmp_path).records() == [] and tree(tmp_path) == before
+
+
+def test_a_locked_database_is_not_a_damaged_one(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    url = f"sqlite:///{path}?timeout=0.01"
+    study = opened(tmp_path / "study", url)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for use in (study.records, lambda: opened(tmp_path / "study", url)):
+            with pytest.raises(LockedError) as locked:
+                use()
+            assert meanings(locked.value) == [(Code.SYSTEM_LOCKED, url, "--storage")]
+    with path.open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff" * 4000)
+    with pytest.raises(ResumeError):
+        opened(tmp_path / "study", url)
 
 
 def test_a_lock_that_a_killed_process_left_holds_nobody_up(tmp_path: Path) -> None:
     """Optuna's own lock, a link that leads nowhere, would be waited for without end."""
+    opened(tmp_path)
     (tmp_path / "journal.log.lock").symlink_to("nowhere")
     opened(tmp_path).enqueue([{"lora.r": "8"}])
     assert len(opened(tmp_path).records()) == 1
@@ -130,7 +213,7 @@ def test_half_a_line_of_another_process_spoils_no_other_line(tmp_path: Path) -> 
 def test_a_forged_trial_is_not_worked_on(tmp_path: Path, attributes: dict[str, Any]) -> None:
     study = opened(tmp_path)
     study._study.enqueue_trial({}, user_attrs=attributes)
-    with pytest.raises(LostError) as lost:
+    with pytest.raises(ResumeError) as lost:
         study.records()
         study.claim(None, RANGE, None)
     assert "no sweep has written" in lost.value.problems[0].what
@@ -139,7 +222,7 @@ def test_a_forged_trial_is_not_worked_on(tmp_path: Path, attributes: dict[str, A
 def test_an_identity_of_another_kind_is_refused(tmp_path: Path) -> None:
     study = opened(tmp_path)
     study._study.set_user_attr("identity", "x")
-    with pytest.raises(LostError):
+    with pytest.raises(ResumeError):
         study.check({"lora.r": "8"}, record=True)
 
 
@@ -183,8 +266,8 @@ def test_no_password_is_printed(url: str, password: str) -> None:
         assert password not in shown and "host" in shown
 
 
-def test_no_password_is_in_an_error(forked: Cli, tmp_path: Path, tiny_dir: Path) -> None:
-    ran = forked("sweep", config(tmp_path, tiny_dir), *RATES, "--storage", "mysql:joe:hunter2@host")
+def test_no_password_is_in_an_error(cli: Cli, tmp_path: Path, tiny_dir: Path) -> None:
+    ran = cli("sweep", config(tmp_path, tiny_dir), *RATES, "--storage", "mysql:joe:hunter2@host")
     assert ran.code == 2 and f"[{Code.SWEEP_STORAGE}]" in ran.err and "hunter2" not in ran.err + ran.out
 
 
@@ -260,7 +343,7 @@ def test_results_are_written_through_no_link(swept: Path, tmp_path: Path) -> Non
     assert precious.read_text() == "precious" and StudyResults.read(tmp_path) == results
     (tmp_path / "results.json").unlink()
     (tmp_path / "results.json").mkdir()
-    with pytest.raises(LostError):
+    with pytest.raises(ResumeError):
         results.write(tmp_path)
     assert not (tmp_path / "results.json.unfinished").exists()
 
@@ -292,15 +375,15 @@ def test_the_example_is_one_of_the_rows(swept: Path) -> None:
     assert f"generate --adapter {swept / 'out'} '0 and 0 make'" in (swept / "said").read_text()
 
 
-def test_another_adapter_in_the_place_of_the_best_is_not_published(forked: Cli, copied: Path) -> None:
+def test_none_or_another_adapter_in_the_place_of_the_best_is_not_published(forked: Cli, copied: Path) -> None:
     other = copied / "other"
     ran = forked("train", copied / "run.yaml", "--set", f"output_dir={other}", "--set", "training.max_steps=1")
     assert ran.code == 0, ran.err
     shutil.rmtree(adapter(copied))
+    missing = (Code.SWEEP_WINNER_MISSING, str(adapter(copied)), "")
+    check_refused(forked("sweep", copied / "run.yaml", *RATES), 5, missing)
     shutil.copytree(other, adapter(copied))
-    check_refused(
-        forked("sweep", copied / "run.yaml", *RATES), 5, (Code.SWEEP_WINNER_MISSING, str(adapter(copied)), "")
-    )
+    check_refused(forked("sweep", copied / "run.yaml", *RATES), 5, missing)
     assert not (copied / "out").exists()
 
 
@@ -308,7 +391,7 @@ def test_a_link_leads_out_of_no_study(forked: Cli, copied: Path) -> None:
     place = adapter(copied).parent
     place.rename(copied / "elsewhere")
     place.symlink_to(copied / "elsewhere")
-    check_refused(forked("sweep", copied / "run.yaml", *RATES), 10, (Code.SWEEP_STORAGE, str(place), ""))
+    check_refused(forked("sweep", copied / "run.yaml", *RATES), 2, (Code.SWEEP_STORAGE, str(place), ""))
     assert (copied / "elsewhere" / "out" / WEIGHTS).exists() and not (copied / "out").exists()
 
 
@@ -428,8 +511,8 @@ def test_a_living_trial_of_another_directory_is_not_taken(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("url", ["study.db", "", "nosuch://x", "oracle://host/x"])
-def test_what_is_no_database_is_a_mistake_in_the_command(forked: Cli, tmp_path: Path, tiny_dir: Path, url: str) -> None:
-    ran = forked("sweep", config(tmp_path, tiny_dir), *RATES, "--storage", url)
+def test_what_is_no_database_is_a_mistake_in_the_command(cli: Cli, tmp_path: Path, tiny_dir: Path, url: str) -> None:
+    ran = cli("sweep", config(tmp_path, tiny_dir), *RATES, "--storage", url)
     assert ran.code == 2 and f"[{Code.SWEEP_STORAGE}]" in ran.err and "--storage" in ran.err, ran.err
 
 

@@ -61,6 +61,7 @@ def sweep(
         from loratune import config
         from loratune.commands.sweep import budget as budgets
         from loratune.commands.sweep import grid as grids
+        from loratune.commands.sweep import storage as storages
         from loratune.training import output_dir
 
         seconds = budgets.parse(budget) if budget is not None else None
@@ -76,6 +77,7 @@ def sweep(
         with _naming_the_study(run.output_dir):
             inputs = config.input_paths(config_file, run)
             directory = output_dir.check(run.output_dir, overwrite=overwrite, inputs=inputs)
+        storages.check_place(storages.study_directory(directory.output), directory.output.name, storage)
 
         with importing(computes=True):
             from loratune.commands import printing

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from loratune.codes import Code
 from loratune.console import format_duration, format_size, plural
-from loratune.errors import ConfigError, LostError, Problem, is_disk_full
+from loratune.errors import ConfigError, Problem, ResumeError, is_disk_full
 from loratune.evaluation.run_record import Count, Figure
 from loratune.statistics import loss_interval, mean_ratio, mean_ratio_interval
 from loratune.system.files import read_text
@@ -202,7 +202,7 @@ class StudyResults:
         """Write them into the directory of a study, whole or not at all.
 
         Raises:
-            LostError: They cannot be written, for another reason than a full disk.
+            ResumeError: They cannot be written, for another reason than a full disk.
             OSError: The disk is full.
         """
         unfinished = directory / f"{FILE}.unfinished"
@@ -217,7 +217,7 @@ class StudyResults:
             if is_disk_full(error):
                 raise
             what, fix = f"cannot be written: {error.strerror}", "make room for it, and the same command goes on"
-            raise LostError(Problem(Code.SWEEP_STORAGE, what, str(directory / FILE), fix=fix)) from None
+            raise ResumeError(Problem(Code.SWEEP_STORAGE, what, str(directory / FILE), fix=fix)) from None
 
     @classmethod
     def read(cls, directory: Path) -> "StudyResults":
@@ -296,6 +296,15 @@ class StudyResults:
                 f"trials are compared by the {self.measure}, which favours those that were trained to lower it"
             )
         return found
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether the file of results in a directory is one that a sweep of any release wrote."""
+    try:
+        values = json.loads(read_text(directory / FILE))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and {"version", "trials", "winner"} <= values.keys()
 
 
 def _number(text: str) -> float | None:

@@ -8,6 +8,7 @@ from loratune.codes import Code
 from loratune.commands.sweep import grid as grids
 from loratune.commands.sweep.budget import Budget
 from loratune.commands.sweep.grid import Grid
+from loratune.commands.sweep.storage import study_directory
 from loratune.config import RunConfig
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.lora import attach
@@ -42,11 +43,6 @@ class Request:
     def directory(self) -> Path:
         """That of the study."""
         return study_directory(self.run.directory.output)
-
-
-def study_directory(output: Path) -> Path:
-    """Where the study of an output directory is."""
-    return output.with_name(f"{output.name}.study")
 
 
 def check_objectives(request: Request) -> None:

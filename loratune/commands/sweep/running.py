@@ -11,7 +11,7 @@ from loratune.commands.sweep import grid as grids
 from loratune.commands.sweep.bench import Bench
 from loratune.commands.sweep.grid import label
 from loratune.commands.sweep.request import Request, check_adapters, check_objectives
-from loratune.commands.sweep.storage import check_directory
+from loratune.commands.sweep.storage import TRIALS, check_directory
 from loratune.commands.sweep.study import Claim, Study, TrialRecord
 from loratune.commands.sweep.trial import DIGEST, Watched, failure, recorded
 from loratune.commands.train import Reporter
@@ -21,10 +21,10 @@ from loratune.errors import (
     AdapterError,
     ConfigError,
     LoratuneError,
-    LostError,
     NumericError,
     Problem,
     ResourceError,
+    ResumeError,
 )
 from loratune.evaluation.study_results import (
     DONE,
@@ -41,7 +41,6 @@ from loratune.system.launcher import host
 from loratune.training import preflight, run_dir
 from loratune.training.run_dir import RunDirectory
 
-TRIALS = "trials"
 _NOT_COMPARED = ("training.report_to", "training.logging_steps", "training.save_steps")
 """Keys that two commands on one study may have at other values, beside places, which differ from machine to machine:
 what is there is known by its fingerprint."""
@@ -72,7 +71,8 @@ def sweep(request: Request, reporter: Reporter) -> Swept:
     Raises:
         LoratuneError: As `train.train`, but for a trial that diverges or needs too much memory, which is a result.
         ConfigError: The study is of something else; a budget is shorter than one trial.
-        LostError: The storage of the study is lost.
+        ResumeError: The study is damaged.
+        LockedError, LostError: The database of the study is locked, or cannot be reached.
         NumericError: No trial has an adapter.
     """
     return _Sweep(request, reporter).run()
@@ -201,12 +201,12 @@ class _Sweep:
         return self.request.directory / TRIALS / f"{number:04}" / self.name
 
     def _check_place(self, place: Path) -> None:
-        """Raises LostError: adapters would be replaced and removed outside the study."""
+        """Raises ConfigError: adapters would be replaced and removed outside the study."""
         for path in (self.request.directory / TRIALS, place):
             check_directory(path)
 
     def _results(self) -> StudyResults:
-        """What the study came to so far. Raises LostError: the storage holds what no sweep has written."""
+        """What the study came to so far. Raises ResumeError: the storage holds what no sweep has written."""
         rows, total = self.bench.compared_rows
         found, losses = [], dict[int, RowLosses]()
         try:
@@ -219,7 +219,7 @@ class _Sweep:
                 raise ValueError("other rows than those of the sweep")
         except (KeyError, ValueError, TypeError):
             what, fix = "the study holds what no sweep has written", "move the study away, and start again"
-            raise LostError(Problem(Code.SWEEP_STORAGE, what, self.study.where, fix=fix)) from None
+            raise ResumeError(Problem(Code.SWEEP_STORAGE, what, self.study.where, fix=fix)) from None
         base = Path(self.request.run.config.model.name_or_path).name
         measured: dict[str, Any] = {"unit": self.bench.measure.unit, "measured_by": self.bench.measured_by}
         return StudyResults(self.name, base, self.request.grid.keys, rows, total, rank(found, losses), **measured)
@@ -262,8 +262,8 @@ class _Sweep:
         elif running:
             self.notes.append(f"{running} of the trials run in other processes; the last of these publishes the best")
         elif results.winner is not None:
-            if self._publish(results.winner, output):
-                results = replace(results, published=str(output.output))
+            self._publish(results.winner, output)
+            results = replace(results, published=str(output.output))
             waiting = [trial for trial in results.trials if trial.state == "waiting"]
             own = [one for one in waiting if self.wanted is None or label(one.settings) in self.wanted]
             if own:
@@ -281,14 +281,11 @@ class _Sweep:
         results.write(self.request.directory)
         return Swept(results, self.request.directory, self.bench.example_prompt, stop, self.notes)
 
-    def _publish(self, winner: TrialResult, directory: RunDirectory) -> bool:
+    def _publish(self, winner: TrialResult, directory: RunDirectory) -> None:
         """Put a copy of the winner's adapter in the place of the output directory, whole or not at all.
 
-        Returns:
-            Whether it is there; it may be on another machine.
-
         Raises:
-            AdapterError: It is damaged.
+            AdapterError: It is missing, damaged, or on another machine.
         """
         source = self._adapter(winner.number)
         records = self.study.records()
@@ -296,13 +293,15 @@ class _Sweep:
         owner, recorded_digest = kept.host, kept.result.get(DIGEST)
         is_elsewhere = owner != host() or kept.place not in ("", self.study.place)
         if is_elsewhere and not is_directory(source):
-            where = f"the adapter of trial {winner.number}, the best, is on {owner}, in {kept.place}"
-            self.notes.append(f"{where}; the same command publishes it there, if it has not done so")
-            return False
+            what = (
+                f"the adapter of trial {winner.number}, the best, is not here: it was made on {owner}, in {kept.place}"
+            )
+            fix = "the same command publishes it there"
+            raise AdapterError(Problem(Code.SWEEP_WINNER_MISSING, what, str(source), fix=fix))
         record, present = source / RECORD_FILE, directory.output / RECORD_FILE
         if is_file(present) and (found := sha256(present)) in {one.result.get(DIGEST) for one in records}:
             if found == recorded_digest:
-                return True  # another process of the study was faster
+                return  # another process of the study was faster
             directory = replace(directory, overwrite=True)  # it published what was best then
         self._check_place(source.parent)
         try:
@@ -324,7 +323,6 @@ class _Sweep:
             shutil.copytree(source, directory.staging, dirs_exist_ok=True)
             for path in directory.publish():
                 self.log(f"{path} is kept: this run did not write it")
-        return True
 
 
 def _nothing(results: StudyResults) -> LoratuneError:

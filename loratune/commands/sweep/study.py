@@ -19,18 +19,26 @@ from typing import Any
 
 import optuna
 from optuna.samplers import TPESampler
-from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from loratune.codes import Code
 from loratune.commands.sweep.grid import Axis, Settings, label
-from loratune.commands.sweep.storage import JOURNAL, check_directory, check_kept, open_storage, without_password
-from loratune.errors import ConfigError, LoratuneError, LostError, Problem, ResourceError, is_disk_full
+from loratune.commands.sweep.storage import (
+    IDENTITY,
+    JOURNAL,
+    LOCKS,
+    check_place,
+    explained,
+    open_study,
+    other_study,
+    without_password,
+)
+from loratune.errors import ConfigError, LoratuneError, Problem
 from loratune.system.files import open_lock
 from loratune.system.launcher import host
 
-IDENTITY, SETTINGS, RESULT, OUTCOME = "identity", "settings", "result", "outcome"
+SETTINGS, RESULT, OUTCOME = "settings", "result", "outcome"
 _FIRST, _HOST, _PLACE, _ALIVE = "first", "host", "place", "alive"
 """Names under which the storage keeps what belongs to a study and to a trial."""
 _SHOWS_EVERY, _SILENT = 60.0, 1800.0
@@ -95,56 +103,35 @@ class Study:
             seed: Of what is drawn from ranges.
 
         Raises:
-            ConfigError: The storage is in memory.
-            LostError: The storage cannot be opened.
-            ResourceError: The disk is full.
+            ConfigError: The storage is in memory; what is in the place of the study is none, or one of another name.
+            LoratuneError: The storage cannot be opened, see `storage.explained`.
         """
-        check_kept(storage)
+        check_place(directory, name, storage)
         self.directory, self.name, self._seed, self._url = directory, name, seed, storage
         self.is_shared_by_machines = storage is not None and not storage.startswith("sqlite")
         self.where = str(directory / JOURNAL) if storage is None else without_password(storage, storage)
         self._locks: dict[int, ExitStack] = {}
         self._shown = time.monotonic()
+        pruner = optuna.pruners.SuccessiveHalvingPruner() if halving else optuna.pruners.NopPruner()
         with self._storage():
-            check_directory(directory / "locks")
-            (directory / "locks").mkdir(parents=True, exist_ok=True)
+            (directory / LOCKS).mkdir(parents=True, exist_ok=True)
             with self.choosing():
-                opened = open_storage(directory, storage)
-                self._check_name(opened)
-                self._study = optuna.create_study(
-                    study_name=name,
-                    storage=opened,
-                    pruner=optuna.pruners.SuccessiveHalvingPruner() if halving else optuna.pruners.NopPruner(),
-                    load_if_exists=True,
-                )
-
-    def _check_name(self, storage: BaseStorage) -> None:
-        """Raises ConfigError: the directory is of a study that had another name."""
-        if self._url is None and (names := [*optuna.get_all_study_names(storage)]) and self.name not in names:
-            what = f"is the study of an output_dir called {names[0]!r}, and this one is called {self.name!r}"
-            fix = "name it as it was, or move the study away"
-            raise ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, str(self.directory), fix=fix))
+                self._study = open_study(directory, name, storage, pruner)
 
     @contextmanager
     def _storage(self) -> Iterator[None]:
-        """Raises LostError, ResourceError: something is wrong with the storage."""
-        fix = "repair it, and the same command goes on with the study"
+        """Raises LoratuneError: something is wrong with the storage, see `storage.explained`."""
         try:
             yield
         except (LoratuneError, KeyboardInterrupt, optuna.TrialPruned):
             raise
         except Exception as error:  # of the file system, of optuna, of sqlalchemy, of a database's own client
-            if is_disk_full(error):
-                what = "no room for the study"
-                raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, what, self.where, fix="make room")) from None
-            reason = without_password(next(iter(str(error).splitlines()), ""), self._url) or type(error).__name__
-            problem = Problem(Code.SWEEP_STORAGE, f"the study cannot be read or written: {reason}", self.where, fix=fix)
-            raise LostError(problem) from error
+            raise explained(error, self.where, self._url) from error
 
     @contextmanager
     def choosing(self) -> Iterator[None]:
         """Inside, no other process on this machine chooses a trial, publishes, or removes adapters."""
-        with open_lock(self.directory / "locks" / "choosing", os.O_RDWR | os.O_CREAT) as file:
+        with open_lock(self.directory / LOCKS / "choosing", os.O_RDWR | os.O_CREAT) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -161,9 +148,7 @@ class Study:
         with self._storage(), self.choosing():
             recorded = self._study.user_attrs.get(IDENTITY)
             if recorded is None and (self._trials() or self._study.directions != [StudyDirection.MINIMIZE]):
-                what = f"holds a study called {self.name!r} that no sweep has begun"
-                fix = "choose another output_dir, after which a study is named, or another database"
-                raise ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, self.where, fix=fix))
+                raise other_study(self.name, self.where)
             if recorded is None and not record:
                 return
             if recorded is None:
@@ -264,7 +249,7 @@ class Study:
         return str(self.directory.resolve())
 
     def _lock(self, number: int, place: str = "") -> Path:
-        return Path(place or self.directory) / "locks" / f"{number:04}"
+        return Path(place or self.directory) / LOCKS / f"{number:04}"
 
     def _give_back_abandoned(self) -> None:
         for trial in self._trials():
