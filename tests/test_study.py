@@ -507,7 +507,7 @@ def test_machines_share_a_database_and_keep_their_adapters(
         children.append(processes.start("sweep", file, *arguments, first=first))
     codes = [child.wait() for child in children]
     tried = [re.findall(r"^trial (\d+):", child.said(), flags=re.MULTILINE) for child in children]
-    assert sorted(tried[0] + tried[1]) == ["0", "1", "2", "3"]
+    assert len(tried[0] + tried[1]) == len({*tried[0], *tried[1]}) == 4  # whichever of them put it into the queue
     published = [(tmp_path / name / "out").exists() for name in ("one", "two")]
     if any(published):
         assert codes == [0, 0] and sum(published) == 1, children[0].said() + children[1].said()
