@@ -262,8 +262,8 @@ class _Sweep:
         elif running:
             self.notes.append(f"{running} of the trials run in other processes; the last of these publishes the best")
         elif results.winner is not None:
-            self._publish(results.winner, output)
-            results = replace(results, published=str(output.output))
+            if self._publish(results.winner, output):
+                results = replace(results, published=str(output.output))
             waiting = [trial for trial in results.trials if trial.state == "waiting"]
             own = [one for one in waiting if self.wanted is None or label(one.settings) in self.wanted]
             if own:
@@ -281,27 +281,27 @@ class _Sweep:
         results.write(self.request.directory)
         return Swept(results, self.request.directory, self.bench.example_prompt, stop, self.notes)
 
-    def _publish(self, winner: TrialResult, directory: RunDirectory) -> None:
+    def _publish(self, winner: TrialResult, directory: RunDirectory) -> bool:
         """Put a copy of the winner's adapter in the place of the output directory, whole or not at all.
 
+        Returns:
+            Whether it is there; it may be on another machine.
+
         Raises:
-            AdapterError: It is missing, damaged, or on another machine.
+            AdapterError: It is missing or damaged.
         """
         source = self._adapter(winner.number)
         records = self.study.records()
         kept = next(one for one in records if one.number == winner.number)
         owner, recorded_digest = kept.host, kept.result.get(DIGEST)
-        is_elsewhere = owner != host() or kept.place not in ("", self.study.place)
-        if is_elsewhere and not is_directory(source):
-            what = (
-                f"the adapter of trial {winner.number}, the best, is not here: it was made on {owner}, in {kept.place}"
-            )
-            fix = "the same command publishes it there"
-            raise AdapterError(Problem(Code.SWEEP_WINNER_MISSING, what, str(source), fix=fix))
+        if owner != host() and not is_directory(source):
+            where = f"the adapter of trial {winner.number}, the best, is on {owner}, in {kept.place}"
+            self.notes.append(f"{where}; the same command publishes it there, if it has not done so")
+            return False
         record, present = source / RECORD_FILE, directory.output / RECORD_FILE
         if is_file(present) and (found := sha256(present)) in {one.result.get(DIGEST) for one in records}:
             if found == recorded_digest:
-                return  # another process of the study was faster
+                return True  # another process of the study was faster
             directory = replace(directory, overwrite=True)  # it published what was best then
         self._check_place(source.parent)
         try:
@@ -311,7 +311,9 @@ class _Sweep:
                 raise AdapterError(Problem(Code.SWEEP_WINNER_MISSING, what, str(source)))
         except AdapterError as error:
             what = f"the adapter of trial {winner.number}, the best, cannot be used: {error.problems[0].what}"
-            fix = "move the study away, and start again"
+            elsewhere = kept.place not in ("", self.study.place)
+            fix = f"it was made in {kept.place}: put it back; or " if elsewhere else ""
+            fix += "move the study away, and start again"
             raise AdapterError(Problem(Code.SWEEP_WINNER_MISSING, what, str(source), fix=fix)) from None
         size = sum(path.stat().st_size for path in source.rglob("*"))
         with (
@@ -323,6 +325,7 @@ class _Sweep:
             shutil.copytree(source, directory.staging, dirs_exist_ok=True)
             for path in directory.publish():
                 self.log(f"{path} is kept: this run did not write it")
+        return True
 
 
 def _nothing(results: StudyResults) -> LoratuneError:
