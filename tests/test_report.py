@@ -21,9 +21,11 @@ from test_preferences import config as preferences_config
 from loratune.codes import Code
 from loratune.commands.loss_plot import loss_plot
 from loratune.data.report import Report
-from loratune.evaluation import page_scores, page_tables, run_record
-from loratune.evaluation.charts import histogram
+from loratune.evaluation import page, page_study, page_tables, page_text, run_record
+from loratune.evaluation.charts import Line, Point, heat_map, histogram, line_chart, point_chart
+from loratune.evaluation.study_results import BEST, DONE, StudyResults, trial_result
 from loratune.lora.adapter_files import WEIGHTS_FILE
+from loratune.lora.stats import Update
 from loratune.training.curve import MOST_HELD_OUT, MOST_LOSSES, thinned
 
 Cli = Callable[..., Ran]
@@ -409,9 +411,51 @@ def test_layers_that_are_far_apart(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_a_long_text_is_cut() -> None:
-    shown = page_scores.shortened("a" * 600_000 + "b" * 400_000)
-    assert len(shown) < page_scores.LONGEST_TEXT + 60 and shown[0] == "a" and shown[-1] == "b"
+    shown = page_text.block("a" * 600_000 + "b" * 400_000)
+    assert len(shown) < page_text.LONGEST_TEXT + 60 and shown[0] == "a" and shown[-1] == "b"
     assert "998,000 characters left out" in shown
+    assert page_text.label("learning rate") == "learning rate"
+    assert page_text.label("abc\ndef" * 100, 9) == "abc\\n…def"
+
+
+STRANGE = "\u202e\u2066<b>\x1b[31m\n" + "x" * 200_000
+CHARTS: dict[str, Callable[[str], str]] = {
+    "lines": lambda text: line_chart("c", text, [Line([1], [1.0])]),
+    "histogram": lambda text: histogram("c", text, {3: 1}, None),
+    "points": lambda text: point_chart("c", text, [Point(text, 1.0, None), Point("1", 2.0, (1, 3))], text, [text, "1"]),
+    "numbers": lambda text: point_chart("c", text, [Point("0" * 200_000 + "1", 1.0, None)], text, []),
+    "heat map": lambda text: heat_map("c", text, [[1.0]], [text], [text], (0.0, 1.0), (text, text)),
+}
+
+
+def check_shown(html: str, longest: int) -> None:
+    """Nothing in it hides or reorders text, and no text is shown that nobody could read."""
+    assert not re.search(r"[\u202e\u2066\x1b]|<b>|x{3000}|0{3000}", html) and len(html) < longest
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_a_chart_shows_any_text_as_a_label(name: str) -> None:
+    check_shown(CHARTS[name](STRANGE), 60_000)
+
+
+def test_a_page_shows_any_text() -> None:
+    values = dict.fromkeys(("a", STRANGE), STRANGE)
+    trial = {"number": 0, "settings": values, "values": values, "adapter": STRANGE, "note": STRANGE}
+    trials = [
+        trial_result(**trial, state=DONE, loss=1.0, verdict=BEST),
+        trial_result(**trial | {"number": 1, "settings": {}}, state=STRANGE),
+    ]
+    results = StudyResults(STRANGE, STRANGE, ["a", STRANGE], 3, 3, trials, STRANGE, measured_by=STRANGE)
+    check_shown(page_study.render(results, [STRANGE]), 120_000)
+    updates = [Update(STRANGE, 1, (2, 2), 1.0, 1.0, 1.0, 4), Update(f"layers.0.{STRANGE}", 1, (2, 2), 1.0, 1.0, 1.0, 4)]
+    facts = {"rank": STRANGE, "size": STRANGE, STRANGE: STRANGE}
+    names = [STRANGE, "other"]
+    record = run_record.read({"versions": {STRANGE: STRANGE}, "splits": {STRANGE: SPLIT | {"reasons": {STRANGE: 1}}}})
+    subjects = [
+        page.Subject(name, STRANGE, STRANGE, facts, record, updates, {STRANGE: name}, STRANGE, 3, [STRANGE])
+        for name in names
+    ]
+    check_shown(page.render(subjects, None, STRANGE, [STRANGE]), 300_000)
 
 
 def test_what_is_refused(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:

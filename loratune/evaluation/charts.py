@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from loratune import escaping
+from loratune.evaluation.page_text import LONGEST_TEXT, label
 
 INK, FAINT, GRID, WARNING = "#010101", "#010102", "#010103", "#010104"
 SERIES = ("#010105", "#010106")
@@ -48,6 +48,8 @@ _SMOOTHED = 80
 _MOST_BINS = 32
 _MOST_TICKS = 8
 """Values of a setting up to which each is written below its points."""
+_LONGEST_TICK, _LONGEST_NAME = 24, 32
+"""Characters of the value of a setting below its points, and of the name of a row or column."""
 _STEPS = [1, 2, 2.5, 5, 10]
 """Distances of the ticks of an axis, times powers of ten."""
 _LOG_RATIO = 12
@@ -186,9 +188,11 @@ def heat_map(
     )
     # A column is as wide as its name where these are words; numbers of layers are thinned.
     numbered = all(column.isdecimal() for column in columns)
-    longest = max(map(len, rows))
-    width = WIDE[0] if numbered else min(WIDE[0] - 0.1, max(3.4, 1.4 + 0.075 * longest + 0.38 * len(columns)))
-    height = 0.75 + max(0.21 * len(rows), 0.4) + (0 if numbered else 0.6)
+    rows, columns = ([label(one, _LONGEST_NAME) for one in names] for names in (rows, columns))
+    longest, longest_column = (max(map(len, names)) for names in (rows, columns))
+    widest = max(longest, longest_column - 8)
+    width = WIDE[0] if numbered else min(WIDE[0] - 0.1, max(3.4, 1.4 + 0.075 * widest + 0.38 * len(columns)))
+    height = 0.75 + max(0.21 * len(rows), 0.4) + (0 if numbered else max(0.6, 0.045 * longest_column))
 
     def draw(axes: Axes) -> None:
         axes.grid(False)
@@ -204,13 +208,13 @@ def heat_map(
         ticks = range(0, len(rows), step)
         axes.set_yticks([tick + 0.5 for tick in ticks], [rows[tick] for tick in ticks])
         axes.tick_params(length=0)
-        axes.set_xlabel(labels[0])
+        axes.set_xlabel(label(labels[0]))
         bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.06, pad=0.03, aspect=max(6.0, min(25.0, 9 * height)))
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
         bar.ax.yaxis.set_major_locator(MaxNLocator(4 if height < 2.5 else 6))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        bar.set_label(labels[1])
+        bar.set_label(label(labels[1]))
 
     return _svg(name, title, draw, (width, height))
 
@@ -225,39 +229,42 @@ class Point:
     series: int = 0
 
 
-def point_chart(name: str, title: str, points: Sequence[Point], label: str, order: Sequence[str]) -> str:
+def point_chart(name: str, title: str, points: Sequence[Point], setting: str, order: Sequence[str]) -> str:
     """Measured values, with their intervals, by a setting.
 
     Args:
         name: What the chart's ids begin with.
         title: What it shows.
         points: What is drawn.
-        label: What the setting is called.
+        setting: What the setting is called.
         order: The values of the setting, from left to right, where they are no numbers.
     """
     numbers = [_number(point.x) for point in points]
     known = [number for number in numbers if number is not None]
     are_numbers = len(known) == len(points)
-    places = known if are_numbers else [float(order.index(point.x)) for point in points]
+    numbered = {value: float(number) for number, value in enumerate(order)}
+    places = known if are_numbers else [numbered[point.x] for point in points]
 
     def draw(axes: Axes) -> None:
-        for point, place in zip(points, places, strict=True):
-            ends = point.interval or (point.y, point.y)
-            below, above = max(0.0, point.y - ends[0]), max(0.0, ends[1] - point.y)
+        for series in sorted({point.series for point in points}):
+            own = [(place, point) for point, place in zip(points, places, strict=True) if point.series == series]
+            ends = [point.interval or (point.y, point.y) for _, point in own]
+            below = [max(0.0, point.y - low) for (_, point), (low, _) in zip(own, ends, strict=True)]
+            above = [max(0.0, high - point.y) for (_, point), (_, high) in zip(own, ends, strict=True)]
             axes.errorbar(
-                [place], [point.y], yerr=[[below], [above]], fmt="o", color=SERIES[point.series], markersize=5.0,
-                elinewidth=1.2, capsize=2.5, zorder=3 + point.series,
+                [place for place, _ in own], [point.y for _, point in own], yerr=[below, above], fmt="o",
+                color=SERIES[series], markersize=5.0, elinewidth=1.2, capsize=2.5, zorder=3 + series,
             )  # fmt: skip
         if are_numbers and min(places) > 0 and max(places) > _LOG_RATIO / 4 * min(places):
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
         if len({*places}) <= _MOST_TICKS:
-            texts = {place: point.x for point, place in zip(points, places, strict=True)}
+            texts = {place: label(point.x, _LONGEST_TICK) for point, place in zip(points, places, strict=True)}
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xticks([*sorted(texts)], [texts[place] for place in sorted(texts)])
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-        axes.set_xlabel(label)
+        axes.set_xlabel(label(setting))
         axes.margins(x=0.12, y=0.1)
 
     return _svg(name, title, draw, HALF)
@@ -317,8 +324,8 @@ def _for_page(text: str, name: str, title: str) -> str:
     view_box = re.search(r'viewBox="([^"]*)"', text)
     assert view_box is not None
     width = view_box[1].split()[2]
-    label = html.escape(escaping.line(title))
-    head = f'<svg class="chart" role="img" aria-label="{label}" viewBox="{view_box[1]}" style="--width: {width}px">'
+    shown = html.escape(label(title, LONGEST_TEXT))
+    head = f'<svg class="chart" role="img" aria-label="{shown}" viewBox="{view_box[1]}" style="--width: {width}px">'
     text = head + text[text.index(">") + 1 :]
     text = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text).replace("xlink:href", "href")

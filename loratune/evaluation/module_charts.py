@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loratune import escaping
 from loratune.evaluation.charts import heat_map
+from loratune.evaluation.page_text import label
 from loratune.lora.module_names import number_of, pattern, shape_text, shortest
 from loratune.lora.stats import Update
 
@@ -54,7 +54,7 @@ def module_charts(number: int, name: str, updates: Sequence[Update]) -> ModuleCh
         updates: ΔW of each of its modules.
     """
     patterns = list(dict.fromkeys(pattern(update.module) for update in updates))
-    names = dict(zip(patterns, map(escaping.line, shortest(patterns)), strict=True))
+    names = dict(zip(patterns, map(label, shortest(patterns)), strict=True))
     header = ["modules", "count", "shape", "rank", "norm of ΔW", "effective rank"]
     rows, several = [], False
     for module_pattern, short_name in names.items():

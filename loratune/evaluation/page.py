@@ -1,7 +1,7 @@
 """The page of `loratune report`: one HTML file that shows a run, what it made, and how well that does.
 
 The page loads nothing and runs nothing: it has no scripts, and its policy forbids both. What comes from data, files and
-models is escaped twice, for HTML and, as on a terminal, for characters that would hide or reorder text.
+models is escaped twice, for HTML and, by `page_text`, for characters that would hide or reorder text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from loratune import __version__, escaping
-from loratune.evaluation import module_charts, page_scores, page_tables
+from loratune import __version__
+from loratune.evaluation import module_charts, page_scores, page_tables, page_text
 from loratune.evaluation.charts import WIDE, Line, histogram, line_chart
 from loratune.evaluation.results import Evaluation
 from loratune.evaluation.run_record import RecordedSplit, RunRecord
@@ -101,12 +101,13 @@ def template(name: str) -> Template:
         loader=PackageLoader("loratune.evaluation", ""), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=_shown,
     )  # fmt: skip
+    environment.filters["label"] = page_text.label
     return environment.get_template(name)
 
 
 def _shown(value: Any) -> Any:
     """A value as it is put into the page, before it is escaped for HTML."""
-    return escaping.text(value) if type(value) is str else value  # what is marked as safe has a type of its own
+    return page_text.block(value) if type(value) is str else value  # what is marked as safe has a type of its own
 
 
 def _losses(subjects: Sequence[Subject]) -> tuple[str, str] | None:

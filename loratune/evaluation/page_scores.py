@@ -20,8 +20,6 @@ from loratune.training.preference_figures import LOG_PROBABILITY
 
 MOST_ROWS = 50
 """Rows whose answers are shown."""
-LONGEST_TEXT = 2_000
-"""Characters of a prompt or an answer that are shown; of a longer one, its beginning and its end."""
 _LONGEST_TITLE = 96
 _TONES = {"better": "good", "worse": "bad"}
 _MEANINGS = {"better": "better", "worse": "worse", "indistinguishable": "not distinguishable"}
@@ -173,19 +171,20 @@ def _row(row: EvaluatedRow, titles: Mapping[str, str], other: str) -> ShownRow:
     shown = [
         ShownAnswer(
             titles[model],
-            None if answer.text is None else shortened(answer.text),
+            answer.text,
             f"{answer.loss / row.count:.4f}",
             None if EXACT_MATCH not in answer.scores else answer.scores[EXACT_MATCH] >= 1,
         )
         for model, answer in row.answers.items()
         if not row.compared
     ]
-    change, prompt = _change(row, other), None if row.prompt is None else shortened(row.prompt)
+    change = _change(row, other)
     title = _end(" ".join((row.prompt or row.expected or "").split()))
-    texts = [] if row.expected is None else [("expected", shortened(row.expected))]
-    texts += [(_side(row, side, titles), shortened(answer.text)) for side, answer in row.compared.items()]
+    texts = [] if row.expected is None else [("expected", row.expected)]
+    texts += [(_side(row, side, titles), answer.text) for side, answer in row.compared.items()]
     text = "not finite" if not math.isfinite(change) else f"{change:+.3f}" if abs(change) >= 5e-4 else "0.000"
-    return ShownRow(row.where, row.copies, title, text, (change > 0) if text[0] in "+-" else None, prompt, texts, shown)
+    is_worse = (change > 0) if text[0] in "+-" else None
+    return ShownRow(row.where, row.copies, title, text, is_worse, row.prompt, texts, shown)
 
 
 def _side(row: EvaluatedRow, side: str, titles: Mapping[str, str]) -> str:
@@ -201,11 +200,3 @@ def _end(line: str) -> str:
         return line
     end = line[-_LONGEST_TITLE:]
     return "… " + (end.partition(" ")[2] or end)
-
-
-def shortened(text: str) -> str:
-    """A text with the middle of a long one left out."""
-    if len(text) <= LONGEST_TEXT:
-        return text
-    half = LONGEST_TEXT // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
