@@ -396,6 +396,13 @@ def test_rows_from_stdin_to_stdout(cli: Callable[..., Ran], plain: Path) -> None
     assert [answer for answer, _ in answers] == cli(*command, "a:", "b:").out.splitlines()
 
 
+def test_files_that_are_not_read_are_named(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "a:"}])
+    (tmp_path / "more.md").touch()
+    ran = cli("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", tmp_path)
+    assert ran.code == 0 and "not read: more.md" in ran.err
+
+
 def test_csv_in_gives_csv_out(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:
     """A table stays a table, with its cells as they were; fields of JSON become columns, and JSON in cells."""
     cells = {"id": "007", "prompt": 'a,"\nb:', "none": "", "formula": "=1+1", "completion": "right"}

@@ -173,21 +173,32 @@ def test_report_counts(tmp_path: Path, renderer: Renderer, truncation: str, loss
     sizes = [(number % 13, number % 7) for number in range(91)]
     path = write_rows(tmp_path / "rows.jsonl", ({"prompt": "p" * a, "completion": "c" * s} for a, s in sizes))
     report = prepared(renderer, path, max_length=9, truncation=truncation, loss_on=loss_on).report
-    tokens = supervised = truncated = empty = dropped = 0
+    tokens = supervised = truncated = empty = dropped = cut = 0
     for prompt, completion in sizes:
         length = prompt + completion + 1
         if not completion and (loss_on == "completion" or not prompt):
             empty += 1
         elif length > 9 and truncation == "drop":
             dropped += 1
+            cut += length
         else:
             length_left = min(length, 9)
             tokens += length_left
             supervised += length_left - 1 if loss_on == "all" else min(completion + 1, length_left - 1)
             truncated += length > 9
+            cut += length - length_left
     assert (report.rows, report.tokens, report.supervised, report.truncated) == (91, tokens, supervised, truncated)
+    assert report.cut_tokens == cut and any(f"{cut:,} of {tokens + cut:,} tokens" in line for line in report.losses())
     assert sorted(found.count for found in report.dropped.values()) == sorted(n for n in (empty, dropped) if n)
     assert report.longest == max(a + s + 1 for a, s in sizes if s or loss_on == "all")
+
+
+def test_at_the_last_position_of_the_model_a_longer_row_is_no_advice() -> None:
+    report = Report(rows=1, tokens=8, truncated=1)
+    report.lengths[80] = 1
+    for context, raised in ((None, True), (9, True), (8, False)):
+        (line, _) = report.remarks(8, context)
+        assert "72 of 80 tokens (90.0%)" in line and "split long rows" in line and ("raise it" in line) == raised
 
 
 def test_percentiles_are_of_the_nearest_rank() -> None:
@@ -229,7 +240,9 @@ def test_the_table(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp
     assert f"train: 1 row dropped: nothing to learn: the completion is empty ({path}:3)" in text
     assert f"train: 1 row dropped: the answer does not fit in max_length 8 ({path}:4)" in text
     assert f"train: 1 row repeated: {path}:5" in text
+    assert "train: 28 of 48 tokens (58.3%), most of them, are lost to max_length: raise it, or split long rows" in text
     assert "train: max_length 24 would keep everything" in text
+    assert dry or json.loads((tmp_path / "out" / "loratune.json").read_text())["splits"]["train"]["cut_tokens"] == 28
     assert f"1 of the validation rows is also in train ({held}:2)" in text
     assert "pppp⟦cc<|endoftext|>⟧" in text.replace(" ", "")
 

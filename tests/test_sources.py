@@ -385,7 +385,31 @@ def test_a_glob_that_matches_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "data1").mkdir()
     refusal = problem(pattern)
     assert (refusal.code, refusal.where) == (Code.DATA_NO_FILES, pattern)
-    assert "glob" in refusal.what and ".jsonl, " in refusal.fix
+    assert "glob" in refusal.what and ("notes.md" in refusal.what) == (pattern == "*") and ".jsonl, " in refusal.fix
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (".", "a.md, b.md, bad.txt/, c.xml, more/, and 2 more"),
+        ("*", "a.md, b.md, bad.txt/, c.xml, more/, and 2 more"),
+        ("**", "a.md, b.md, bad.txt/, c.xml, d.md, and 2 more"),
+        ("*.[jm]*", "a.md, b.md"),
+        ("rows.jsonl", ""),
+    ],
+)
+def test_what_is_not_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, expected: str
+) -> None:
+    """Files of other types, and directories with nothing in them that is read, but no hidden files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more").mkdir()
+    for name in ("rows.jsonl", "a.md", "b.md", "c.xml", "notes", ".hidden", "more/rows.jsonl", "more/d.md"):
+        (tmp_path / name).write_bytes(PAIR)
+    (tmp_path / "bad.txt").mkdir()
+    (tmp_path / "none.csv").symlink_to("nowhere")
+    line = sources.left_out(Source(path=pattern))
+    assert f": {expected} (" in line if expected else line == ""
 
 
 def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

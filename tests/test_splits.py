@@ -65,6 +65,13 @@ def test_words_that_become_one_are_told(file: Path, prompt: str, completion: str
     assert data.read_datasets(DataSection.model_validate({"train": str(file)}), 0).train.remarks() == []
 
 
+def test_files_that_are_not_read_are_named_once(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"text": f"{number}"} for number in range(9)])
+    (tmp_path / "more.md").touch()
+    datasets = data.read_datasets(DataSection.model_validate({"train": str(tmp_path), "validation": 0.3}), 0)
+    assert ["more.md" in line for split in datasets.splits.values() for line in split.remarks()] == [True]
+
+
 def test_rows_that_have_nothing_in_common_are_drawn_as_ever(file: Path) -> None:
     """The rows that the first release drew."""
     rows = [{"prompt": f"p{number}", "completion": "c"} for number in range(40)]

@@ -23,7 +23,7 @@ from loratune.cli.application import (
 )
 from loratune.codes import Code
 from loratune.commands.boundary import boundary
-from loratune.console import print_raw
+from loratune.console import log, print_raw
 from loratune.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ def generate(
         rows = _prompt_rows(prompts, source)
 
         with importing(computes=True):
-            from loratune.console import log
             from loratune.training import preflight
 
         opened = {name: preflight.open_adapter(path, log, forced=force) for name, path in selected.directories.items()}
@@ -103,7 +102,11 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     if source is not None and str(source) == STDOUT:
         return sources.read_rows(Source(path="stdin"), _stdin("rows as JSON, one a line").buffer)
     if source is not None:
-        return sources.read_rows(Source(path=str(source)))
+        named = Source(path=str(source))
+        rows = sources.read_rows(named)
+        if line := sources.left_out(named):
+            log(line)
+        return rows
     texts = {f"prompt {number}": prompt for number, prompt in enumerate(prompts or [], start=1)} or {
         "stdin": _read_prompt()
     }

@@ -270,6 +270,9 @@ class _ExampleTokenizer:
     def _cut_answers(self, whole: list[TokenizedRow], report: Report) -> list[TokenizedRow]:
         """Returns the rows of answers that are compared as they are trained on, all of them or none."""
         section, where = self.section, whole[0].where
+        if len(whole) > 1 and whole[0].ids == whole[1].ids:
+            report.drop("the chosen and the rejected answer have the same tokens", where)
+            return []
         report.lengths.update(len(row.ids) for row in whole)
         longest = max(whole, key=lambda row: len(row.ids))
         if len(longest.ids) <= section.max_length:
@@ -281,9 +284,6 @@ class _ExampleTokenizer:
         if rows is None or not all(row.supervised for row in rows):
             how = "longer than" if section.truncation == "drop" else "an answer does not fit in"
             report.drop(f"{how} max_length {section.max_length}", where)
-            return []
-        if len(rows) > 1 and rows[0].ids == rows[1].ids:
-            report.drop("the chosen and the rejected answer have the same tokens", where)
             return []
         report.truncated += len(longest.ids) > section.max_length
         report.tokens += sum(len(row.ids) for row in rows)

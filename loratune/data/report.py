@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Self
 
 MAX_PLACES = 3
 """How many places of rows a message names."""
+_MOST = 0.5
+"""A share of the tokens above which it is advised to keep more of them."""
 
 
 @dataclass
@@ -118,6 +120,11 @@ class Report:
         """Tokens of the longest row before it was cut; 0 without rows."""
         return max(self.lengths, default=0)
 
+    @property
+    def cut_tokens(self) -> int:
+        """How many tokens `max_length` takes: those that are cut off, and those of rows that it drops."""
+        return sum(length * count for length, count in self.lengths.items()) - self.tokens
+
     def percentile(self, share: float) -> int:
         """The least length that this share of the rows does not exceed (nearest rank); 0 without rows."""
         rank, rows = share * self.lengths.total(), 0
@@ -143,19 +150,31 @@ class Report:
     def losses(self) -> list[str]:
         """What was cut or left out, a line each."""
         truncated = [f"{_rows(self.truncated)} cut to max_length"] if self.truncated else []
-        return truncated + self._unsupervised()
+        return truncated + self._cut() + self._unsupervised()
 
     def remarks(self, max_length: int, context: int | None = None) -> list[str]:
         """Everything about the rows that the table does not say. context: tokens that the model was built for."""
         lines = self._unsupervised()
         if self.duplicates.count:
             lines.append(f"{_rows(self.duplicates.count)} repeated: {self.duplicates.places}")
+        more = "raise it, or " if context is None or max_length < context else ""
+        lines += self._cut(f": {more}split long rows into several")
         if self.longest > max_length:
             would = "would keep everything"
             if context is not None and self.longest > context:
                 would = f"would be needed to keep everything, and the model has {context:,} positions"
             lines.append(f"max_length {self.longest:,} {would}")
         return lines
+
+    def _cut(self, advice: str = "") -> list[str]:
+        """A line on how many tokens are lost, if any are. advice: what to do where these are most of them."""
+        if not self.cut_tokens:
+            return []
+        share = self.cut_tokens / (self.tokens + self.cut_tokens)
+        tokens = f"{self.cut_tokens:,} of {self.tokens + self.cut_tokens:,} tokens ({share:.1%})"
+        if share <= _MOST:
+            return [f"{tokens} are lost to max_length"]
+        return [f"{tokens}, most of them, are lost to max_length{advice}"]
 
     def _unsupervised(self) -> list[str]:
         """Answers and rows that are not trained on, a line each."""
@@ -179,7 +198,7 @@ class Report:
         }
 
     def record(self) -> dict[str, Any]:
-        """The totals with the reasons for which rows were dropped, and how many rows have which length.
+        """The totals with the tokens that were cut, why rows were dropped, and how many rows have which length.
 
         Lengths, before truncation, are rounded down to their leading six bits, so that there are at most 32 of them
         for each doubling: exact up to 63 tokens, and within 3 % beyond.
@@ -189,7 +208,11 @@ class Report:
             shift = max(length.bit_length() - 6, 0)
             lengths[length >> shift << shift] = lengths.get(length >> shift << shift, 0) + count
         reasons = {reason: tally.count for reason, tally in self.dropped.items()}
-        return self.counts() | {"reasons": reasons, "lengths": {str(key): count for key, count in lengths.items()}}
+        return self.counts() | {
+            "cut_tokens": self.cut_tokens,
+            "reasons": reasons,
+            "lengths": {str(key): count for key, count in lengths.items()},
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, which `from_json` reads back."""

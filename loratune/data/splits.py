@@ -21,6 +21,7 @@ from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.joints import Joints
 from loratune.data.report import MAX_PLACES, Leaks, RowTally
 from loratune.data.row_index import EXACT, FOLDED, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
+from loratune.data.sources import left_out
 from loratune.data.sources.rows import Advance, Row, no_advance, place_in_cache, to_json_line
 from loratune.errors import DataError, Problem
 
@@ -39,6 +40,7 @@ class DatasetSplit:
         section: How they are read.
         mix: How many rows of each source there are, a line each, where sources are mixed by weight.
         held_out: How rows were held out, a line each, where that was not row by row.
+        left_out: Files that are not read, a line for each source.
     """
 
     name: str
@@ -47,6 +49,7 @@ class DatasetSplit:
     section: DataSection
     mix: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index) if self.mask is None else int(np.count_nonzero(self.mask))
@@ -100,8 +103,8 @@ class DatasetSplit:
         return not CHAT_FORMATS.isdisjoint(self.formats)
 
     def remarks(self) -> list[str]:
-        """A line each: the files if there are several, how sources were mixed, how rows were held out, the fields that
-        are not read."""
+        """A line each: the files if there are several, those that are not read, how sources were mixed, how rows were
+        held out, the fields that are not read."""
         files = [f"{file.source.name} ({file.parser.format_name}, {file.rows:,} rows)" for file in self.index.files]
         more = f", and {len(files) - 5:,} more" if files[5:] else ""
         several = [f"{len(files):,} files: {', '.join(files[:5])}{more}"] if files[1:] else []
@@ -117,7 +120,7 @@ class DatasetSplit:
             how = "data.format to unpaired_preference and training.objective to kto, or bad ones are learned too"
             unused.append(f"if `{label}` says which answers are good, set {how}")
         joined = filter(None, [self.joints.remark]) if self.name == "train" else ()
-        return [*several, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused, *joined]
+        return [*several, *self.left_out, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused, *joined]
 
     @cached_property
     def joints(self) -> Joints:
@@ -211,7 +214,7 @@ def read_train_and_validation(
         fix = "name a validation file, or leave it out" if remarks else "lower it, or name a validation file"
         raise DataError(Problem(Code.DATA_EMPTY_TRAIN_SPLIT, what, key="data.validation", fix=fix))
     return RawDatasets(
-        DatasetSplit("train", train.index, train_mask, section, train.mix),
+        replace(train, mask=train_mask),
         DatasetSplit("validation", train.index, validation_mask, section, held_out=remarks),
     )
 
@@ -234,7 +237,7 @@ def divide(
 
 def read_source(source: Source, section: DataSection, progress: ProgressFactory = no_progress) -> DatasetSplit:
     """All rows of one source, read as `section` says. Raises DataError as `index_rows`."""
-    return DatasetSplit("validation", index_rows([source], section, progress), None, section)
+    return _read_split("validation", [source], section, 0, progress)
 
 
 def _read_split(
@@ -246,9 +249,10 @@ def _read_split(
     divided: bool = False,
 ) -> DatasetSplit:
     index = index_rows(sources, section, progress, divided)
+    others = tuple(filter(None, map(left_out, sources)))
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
-        return DatasetSplit(name, index, None, section)
+        return DatasetSplit(name, index, None, section, left_out=others)
     shares = mix_counts(index.counts, weights)
     mix = (
         f"{source.path}: {share:,} of {count:,} rows"
@@ -256,7 +260,7 @@ def _read_split(
     )
     random = np.random.default_rng(seed)
     masks = [random_mask(count, share, random) for count, share in zip(index.counts, shares, strict=True)]
-    return DatasetSplit(name, index, np.concatenate(masks), section, tuple(mix))
+    return DatasetSplit(name, index, np.concatenate(masks), section, tuple(mix), left_out=others)
 
 
 # Mixing by weight, and replay

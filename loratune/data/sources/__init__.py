@@ -18,7 +18,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
-from loratune.data.sources.local import file_slices, find_files, json_line_rows, looks_like_hub_id
+from loratune.data.sources.local import (
+    file_slices,
+    find_files,
+    json_line_rows,
+    known_endings,
+    looks_like_hub_id,
+    shown,
+)
 from loratune.data.sources.rows import (
     MAX_PROBLEMS,
     Advance,
@@ -35,6 +42,7 @@ __all__ = [
     "MAX_PROBLEMS",
     "Row",
     "RowSource",
+    "left_out",
     "line_of",
     "looks_like_hub_id",
     "no_rows_error",
@@ -57,7 +65,14 @@ def open_source(source: Source) -> list[RowSource]:
     path = Path(source.path).expanduser()
     if looks_like_hub_id(source.path) and not os.path.exists(path):
         return [_load_hub_split(source)]
-    return list(file_slices(find_files(path), source))
+    return list(file_slices(find_files(path)[0], source))
+
+
+def left_out(source: Source) -> str:
+    """A line on what a directory or a glob names and `open_source` does not read; empty if there is nothing."""
+    path = Path(source.path).expanduser()
+    others = find_files(path)[1] if os.path.exists(path) or not looks_like_hub_id(source.path) else []
+    return f"{source.path}: not read: {shown(others)} (files must end in {known_endings()})" if others else ""
 
 
 def read_rows(source: Source, file: BinaryIO | None = None) -> list[Row]:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,8 @@ from loratune.system.files import sha256
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in ENDINGS if ending != ".parquet")
 UNBOUNDED = sys.maxsize
+_SHOWN = 5
+"""How many names of files a message has."""
 
 _LINE_READERS: dict[str, Callable[[Iterable[Block], str], Iterator[RowOrProblem]]] = {
     ".jsonl": json_files.json_lines,
@@ -49,11 +51,14 @@ def looks_like_hub_id(path: str) -> bool:
     return len(parts) <= 2 and bool(parts[-1]) and not data_ending(Path(path))
 
 
-def find_files(path: Path) -> list[Path]:
-    """The data files that a path names, in the order of their names.
+def find_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """The data files that a path names, in the order of their names, and what else it names.
 
     Args:
         path: A file, a directory (only the files directly in it count), or a glob.
+
+    Returns:
+        The data files; and files of other types and directories with none of these files in them, but no hidden ones.
 
     Raises:
         DataError: There is nothing, no permission, or no file of a type that is read.
@@ -72,15 +77,25 @@ def find_files(path: Path) -> list[Path]:
         raise _unreadable_error(error, path) from None
     if not data_ending(path):
         what = f"files of the type `{path.suffix}` are not read"
-        raise DataError(Problem(Code.DATA_FILE_TYPE, what, str(path), fix=f"use {_known_endings()}"))
-    return [path]
+        raise DataError(Problem(Code.DATA_FILE_TYPE, what, str(path), fix=f"use {known_endings()}"))
+    return [path], []
 
 
-def _data_files(paths: Iterable[Path], parent: Path, otherwise: str) -> list[Path]:
-    if files := sorted(path for path in paths if data_ending(path) and path.is_file()):
-        return files
-    fix = f"name files that end in {_known_endings()}"
-    raise DataError(Problem(Code.DATA_NO_FILES, otherwise, str(parent), fix=fix))
+def _data_files(paths: Iterable[Path], parent: Path, otherwise: str) -> tuple[list[Path], list[Path]]:
+    found = sorted(paths)
+    files = [path for path in found if data_ending(path) and path.is_file()]
+    read = {*files, *(directory for file in files for directory in file.parents)}
+    others = [path for path in found if path not in read and not path.name.startswith(".")]
+    if files:
+        return files, others
+    what = f"{otherwise}, only {shown(others)}" if others else otherwise
+    raise DataError(Problem(Code.DATA_NO_FILES, what, str(parent), fix=f"name files that end in {known_endings()}"))
+
+
+def shown(paths: Sequence[Path]) -> str:
+    """The names of the first few paths, and how many more there are."""
+    more = f", and {len(paths) - _SHOWN:,} more" if paths[_SHOWN:] else ""
+    return ", ".join(f"{path.name}{'/' * path.is_dir()}" for path in paths[:_SHOWN]) + more
 
 
 def _glob(pattern: Path) -> set[Path]:
@@ -91,7 +106,8 @@ def _glob(pattern: Path) -> set[Path]:
     return {Path(name) for name in glob.iglob(str(pattern), recursive=True)}
 
 
-def _known_endings() -> str:
+def known_endings() -> str:
+    """The endings of the files that are read, for a message."""
     return ", ".join(ending for ending in ENDINGS if ending != ".parquet") + " (each also as .gz), .parquet"
 
 
