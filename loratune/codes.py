@@ -334,7 +334,7 @@ class Code(StrEnum):
     ADAPTER_MISMATCH = "adapter.mismatch", "The configuration does not fit the base."
     ADAPTER_NOT_REPRODUCIBLE = "adapter.not_reproducible", "The files do not record how PEFT has changed the base."
     ADAPTER_TENSORS_MISSING = "adapter.tensors_missing", "The file lacks tensors that the base needs."
-    ADAPTER_TENSORS_EXTRA = "adapter.tensors_extra", "The file has tensors for modules that the base does not have."
+    ADAPTER_TENSORS_EXTRA = "adapter.tensors_extra", "The file has tensors that are not the adapter's or the base's."
     ADAPTER_TENSORS_SHAPE = "adapter.tensors_shape", "Tensors have another shape than the base needs."
     ADAPTER_TENSORS_LOST = "adapter.tensors_lost", "PEFT finds no module for tensors that it has renamed."
     ADAPTER_NOT_FLOAT = "adapter.not_float", "Tensors of an adapter are no floating-point numbers."

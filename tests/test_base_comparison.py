@@ -58,7 +58,7 @@ def made_by_peft(base_dir: Path, out: Path, **settings: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(out, save_embedding_layers=False)
+    model.save_pretrained(out)
 
 
 def opened(path: Path) -> completion.LoadedAdapter:

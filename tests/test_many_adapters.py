@@ -68,7 +68,7 @@ def make(path: Path, base: Path, seed: int, **lora: Any) -> Path:
             nn.init.normal_(parameter, std=0.3)
         elif name.endswith("bias") and parameter.requires_grad:
             nn.init.normal_(parameter)
-    model.save_pretrained(path, save_embedding_layers=False)
+    model.save_pretrained(path)
     return path
 
 

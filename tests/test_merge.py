@@ -132,7 +132,7 @@ def make(folder: Path, family: str, settings: dict[str, Any], size: float = 0.1,
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * size)
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    model.save_pretrained(folder / "adapter")
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(folder / "base")
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
@@ -259,7 +259,7 @@ def test_a_gguf_file_is_merged_in_its_dequantized_form(tmp_path: Path, tokenizer
 
 
 def test_weights_in_another_format_are_loaded(tmp_path: Path) -> None:
-    case = make(tmp_path, "llama, tied", {})
+    case = make(tmp_path, "llama, tied", {"target_modules": ["q_proj", "embed_tokens"]})
     model = AutoModelForCausalLM.from_pretrained(case.base)
     torch.save(model.state_dict(), case.base / "pytorch_model.bin")
     for path in case.base.glob("model*"):
@@ -268,6 +268,10 @@ def test_weights_in_another_format_are_loaded(tmp_path: Path) -> None:
     plan, _, merged = written(case, tmp_path / "out", torch.float32)
     assert isinstance(plan, LoadedMerge)
     assert (merged(IDS).logits - adapter).abs().max() < 1e-5
+    model.model.embed_tokens.weight.data *= 2  # another base than that of the copy in the adapter
+    torch.save(model.state_dict(), case.base / "pytorch_model.bin")
+    with pytest.raises(AdapterError, match=r"embed_tokens\.base_layer\.weight"):
+        loaded_merge.prepare(case.info, None)
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path: Path, tiny: Case) -> None:

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loratune.codes import Code
 from loratune.errors import AdapterError
-from loratune.lora import attach
-from loratune.lora.adapter_files import CONFIG_FILE, inspect
+from loratune.inference import loading
+from loratune.lora import attach, tensors
+from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
+from loratune.training import preflight
 
 IDS = torch.tensor([[(7 * place) % 250 for place in range(30)]])
 
@@ -123,6 +129,19 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"export to {to}": ("export", "--adapter", "{raw}", "--to", to, "--output", "{out}")
         for to in ("peft", "vllm", "gguf", "ollama")
     },
+    "export a mixture": (
+        "export",
+        "--adapter",
+        "a={other}",
+        "--adapter",
+        "b={raw}",
+        "--mix",
+        "a:1,b:1",
+        "--to",
+        "peft",
+        "--output",
+        "{out}",
+    ),
     "push": ("push", "--adapter", "{raw}", "me/it"),
     "report": ("report", "--adapter", "{raw}", "--output", "{out}.html"),
     "params": ("params", "--adapter", "{raw}"),
@@ -156,3 +175,128 @@ def test_an_initialization_that_is_not_known_is_refused(value: Any, raw: Path, t
     with pytest.raises(AdapterError) as caught:
         inspect(tmp_path)
     assert meanings(caught.value) == [(REFUSED, str(tmp_path / CONFIG_FILE), "init_lora_weights")]
+
+
+# Tensors of the base beside the adapter's
+
+
+def saved(path: Path, base: Path, *targets: str, **save: Any) -> Path:
+    """An adapter that looks trained, as PEFT saves it by default: with the base's weights of adapted embeddings."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=[*targets])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(path, **save)
+    return path
+
+
+def edit(path: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """Change the tensors in the file of an adapter that are not LoRA's."""
+    tensors = load_file(path / WEIGHTS_FILE)
+    save_file(
+        {name: tensor if ".lora_" in name else change(name, tensor) for name, tensor in tensors.items()},
+        path / WEIGHTS_FILE, {"format": "pt"},
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def tied_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    path = tmp_path_factory.mktemp("tied")
+    tiny_llama(tie_word_embeddings=True).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
+@pytest.mark.parametrize(
+    ("targets", "save", "copies"),
+    [
+        (["embed_tokens"], {}, ["model.embed_tokens.base_layer.weight"]),
+        (["q_proj", "lm_head"], {}, ["lm_head.base_layer.weight"]),
+        (["embed_tokens", "lm_head"], {}, ["lm_head.base_layer.weight", "model.embed_tokens.base_layer.weight"]),
+        (["q_proj"], {"save_embedding_layers": True}, ["lm_head.weight", "model.embed_tokens.weight"]),
+    ],
+    ids=["embedding", "output layer", "both", "neither"],
+)
+def test_the_bases_own_tensors_change_nothing(
+    targets: list[str],
+    save: dict[str, Any],
+    copies: list[str],
+    tied: bool,
+    tiny_dir: Path,
+    tied_dir: Path,
+    tmp_path: Path,
+) -> None:
+    base = tied_dir if tied else tiny_dir
+    path = saved(tmp_path / "adapter", base, *targets, **save)
+    files = inspect(path)
+    assert [name for _, name in files.copies] == [f"base_model.model.{name}" for name in copies]
+    found = preflight.open_adapter(path)
+    loaded = loading.load(replace(found, base=found.base.model_copy(update={"dtype": "float32"})))
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
+    assert torch.equal(logits(loaded.model), logits(stock))
+
+
+@pytest.mark.parametrize(
+    ("held", "loaded", "change", "is_taken"),
+    [
+        (torch.float32, torch.float32, 0.0, True),
+        (torch.float32, torch.float32, 1e-6, False),
+        (torch.bfloat16, torch.float32, 0.0, True),
+        (torch.float16, torch.float32, 0.1, False),
+        (torch.float32, torch.bfloat16, 0.0, True),
+        (torch.float32, torch.bfloat16, 0.1, False),
+    ],
+)
+def test_the_bases_own_tensors_are_compared_in_the_lower_precision(
+    held: torch.dtype, loaded: torch.dtype, change: float, is_taken: bool, tiny_dir: Path, tmp_path: Path
+) -> None:
+    path = edit(saved(tmp_path, tiny_dir, "embed_tokens"), lambda _, tensor: (tensor * (1 + change)).to(held))
+    with nullcontext() if is_taken else pytest.raises(AdapterError):
+        tensors.check_copies(inspect(path), tiny_llama().to(loaded))
+
+
+WITH_THE_BASE = (
+    "generate", "one of several", "a mixture", "evaluate", "evaluate against", "merge", "export to peft",
+    "export a mixture",    "start from", "start from, a plan",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", WITH_THE_BASE)
+def test_other_values_than_the_bases_are_refused(
+    command: str, tiny_dir: Path, raw: Path, tmp_path: Path, cli: Callable[..., Ran], run_config: Callable[..., Path]
+) -> None:
+    adapter = edit(saved(tmp_path / "adapter", tiny_dir, "q_proj", "lm_head"), lambda _, tensor: tensor * 1.01)
+    places = {
+        "raw": adapter, "other": raw / "other", "rows": raw / "rows.jsonl", "out": tmp_path / "new",
+        "config": run_config(lora={"r": 4, "target_modules": ["q", "lm_head"], "start_from": str(adapter)}),
+    }  # fmt: skip
+    ran = cli(*(word.format_map(places) for word in COMMANDS[command]))
+    check_refused(ran, 5, (Code.ADAPTER_TENSORS_EXTRA, str(adapter), ""))
+    assert "lm_head.base_layer.weight" in ran.err
+    assert not [*tmp_path.glob("new*"), *tmp_path.glob("out")]
+
+
+@pytest.mark.parametrize("shape", ["another", "none"])
+def test_a_tensor_that_the_base_has_no_place_for_is_refused(shape: str, tiny_dir: Path, tmp_path: Path) -> None:
+    """As after `resize_token_embeddings`, which changes the base."""
+    path = saved(tmp_path, tiny_dir, "q_proj", save_embedding_layers=True)
+    edit(
+        path, lambda name, tensor: torch.cat([tensor, tensor[:1]]) if "embed" in name and shape == "another" else tensor
+    )
+    base = tiny_llama() if shape == "another" else tiny_llama().model
+    with pytest.raises(AdapterError) as caught:
+        tensors.check_copies(inspect(path), base)
+    assert meanings(caught.value) == [(Code.ADAPTER_TENSORS_EXTRA, str(path), "")]
+
+
+def test_a_run_starts_from_an_adapter_beside_tensors_of_the_base(
+    tiny_dir: Path, tmp_path: Path, cli: Callable[..., Ran], run_config: Callable[..., Path]
+) -> None:
+    adapter = saved(tmp_path / "adapter", tiny_dir, "q_proj", "lm_head")
+    config = run_config(lora={"r": 4, "target_modules": ["q", "lm_head"], "start_from": str(adapter)})
+    ran = cli("train", config, "--dry-run")
+    assert ran.code == 0, ran.err

@@ -47,7 +47,8 @@ def adapter_stats(files: AdapterFiles) -> AdapterStats:
     for module_pattern in dict.fromkeys(pattern(update.module) for update in module_updates):
         targets.setdefault(module_pattern.rpartition(".")[2], []).append(module_pattern)
     others: dict[str, int] = {}
-    for name, shape in files.tensors.items():
+    copies = {name: shape for (_, name), shape in files.copies.items()}
+    for name, shape in (files.tensors | copies).items():
         if ".lora_" not in name:
             module_pattern = pattern(without_wrappers(name.removeprefix("base_model.model.")))
             others[module_pattern] = others.get(module_pattern, 0) + math.prod(shape)
@@ -57,7 +58,7 @@ def adapter_stats(files: AdapterFiles) -> AdapterStats:
         lora_alpha=files.config["lora_alpha"],
         dora=bool(files.config.get("use_dora")),
         rslora=bool(files.config.get("use_rslora")),
-        parameters=sum(math.prod(shape) for shape in files.tensors.values()),
+        parameters=sum(math.prod(shape) for shape in (files.tensors | copies).values()),
         adapter_bytes=(files.path / WEIGHTS_FILE).stat().st_size,
         targets=targets,
         updates=module_updates,

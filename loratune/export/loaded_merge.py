@@ -14,7 +14,7 @@ from loratune.console import format_size
 from loratune.data import ProgressFactory
 from loratune.errors import AdapterError, Problem
 from loratune.export.merging import MOST_BYTES, Changes, Kept, StreamedMerge, Written
-from loratune.lora import merging
+from loratune.lora import merging, tensors
 from loratune.model import fingerprints, load, quantization, stored
 from loratune.training.preflight import AdapterInfo
 
@@ -80,6 +80,7 @@ class LoadedMerge:
             raise AdapterError(Problem(Code.MERGE_TOO_LARGE, what, str(source.files.path), fix="use a larger machine"))
         self._changes: Changes = merging.changes(load.build_meta(self.config), source.files)
         self._base = load.load_base(source.base)
+        tensors.check_copies(source.files, self._base)
         self.size = self.parameters * self._dtype.itemsize
         record = quantization.record_of(config.to_dict())
         is_quantized = source.base.gguf_file or record is not None or source.base.quantization != "none"

@@ -16,7 +16,7 @@ from torch import Tensor
 from loratune.codes import Code
 from loratune.data import ProgressFactory
 from loratune.errors import AdapterError, Problem
-from loratune.lora import merging
+from loratune.lora import merging, tensors
 from loratune.lora.merging import Change
 from loratune.model import fingerprints, load, stored
 from loratune.model.stored import DTYPES, NAMES, StoredBase, values
@@ -103,10 +103,11 @@ class StreamedMerge:
             dtype: The dtype of the merged model; None keeps that of each tensor.
 
         Raises:
-            AdapterError: See `lora.merging.changes`.
+            AdapterError: See `lora.merging.changes` and `tensors.check_copies`.
         """
         self.config, self.base, self._dtype = config, base, dtype
         self._source, self._model = source, model
+        tensors.check_copies(source.files, model, base.reader())
         self._changes: Changes = merging.changes(load.build_meta(config), source.files)
         self._apart = dict(self._untied())
         self.layout = dict(self._layout())

@@ -20,7 +20,7 @@ from loratune.export import output
 from loratune.inference.completion import LoadedAdapter, Log, reader
 from loratune.inference.selection import Selection
 from loratune.inference.shared_prompts import SharedPrompts
-from loratune.lora import attach, mixture
+from loratune.lora import attach, mixture, tensors
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import Untouched
@@ -122,7 +122,8 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]
     output.copy_tokenizer(first, directory, "run.yaml")
     fingerprint = next(filter(None, recorded), None)
     record = {"fingerprints": {"base": fingerprint}, "prompts": first.files.record.get("prompts", [])}
-    return replace(first, files=replace(files, record=record))
+    copies = {place: shape for adapter, _ in weighted for place, shape in adapter.files.copies.items()}
+    return replace(first, files=replace(files, record=record, copies=copies))
 
 
 @contextmanager
@@ -155,6 +156,7 @@ def _load_base(
     for adapter in adapters:
         for line in attach.unknown_keys(adapter.files):
             log(line)
+        tensors.check_copies(adapter.files, base)
         recorded = adapter.files.base_fingerprint
         is_old = recorded is not None and ":" not in recorded
         if is_old not in prints:

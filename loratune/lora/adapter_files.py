@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,17 @@ class AdapterFiles:
     Attributes:
         path: The directory.
         config: Content of adapter_config.json.
-        tensors: Name → shape.
+        tensors: Name → shape of the adapter's tensors.
         record: Content of loratune.json; empty if there is none.
+        copies: File and name → shape of tensors of the base, which PEFT saves beside LoRA on embeddings and on the
+            output layer. They have to be the base's own, see `tensors.check_copies`, and are not read otherwise.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
     record: dict[str, Any]
+    copies: dict[tuple[Path, str], tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
@@ -160,7 +163,9 @@ def inspect(path: Path) -> AdapterFiles:
         raise AdapterError(Problem(Code.ADAPTER_NO_WEIGHTS, what, where))
     _check_links(path)
     config = _read_config(path / CONFIG_FILE)
-    files = AdapterFiles(path, config, _read_shapes(path / WEIGHTS_FILE), _read_record(path / RECORD_FILE))
+    shapes, file = _read_shapes(path / WEIGHTS_FILE), path / WEIGHTS_FILE
+    copies = {(file, name): shapes.pop(name) for name in [*shapes] if _is_copy(name, config)}
+    files = AdapterFiles(path, config, shapes, _read_record(path / RECORD_FILE), copies)
     _check_init(files)
     return files
 
@@ -274,6 +279,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         key, fix = "base_model_name_or_path", "write the whole path"
         raise AdapterError(Problem(Code.ADAPTER_BASE_OUTSIDE, what, where, key, fix))
     return config
+
+
+def _is_copy(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is of the base: no factor of LoRA, and nothing that was trained whole."""
+    path, _, kind = name.rpartition(".")
+    if ".lora_" in name or kind not in ("weight", "bias"):
+        return False
+    is_trained = kind == "bias" and config.get("bias") not in (None, "none")
+    return not is_trained and (path.endswith(".base_layer") or not config.get("modules_to_save"))
 
 
 def _check_init(files: AdapterFiles) -> None:

@@ -1,6 +1,6 @@
 """The adapter's tensors: gathered whole from all processes, and taken out again to compare with the base."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +19,7 @@ from loratune.errors import AdapterError, Problem
 from loratune.kernels import full_tensor
 from loratune.lora import upstream
 from loratune.lora.adapter_files import WEIGHTS_FILE, AdapterFiles
-from loratune.lora.initialize import AdapterInit
+from loratune.lora.initialize import WRAPPER_PREFIX, AdapterInit
 
 Weights = dict[str, torch.Tensor]
 """Name in the adapter file → tensor."""
@@ -31,10 +31,10 @@ def weights(model: PeftModel, name: str = "default") -> Weights:
     return state
 
 
-def read_weights(path: Path) -> Weights:
-    """The tensors of a safetensors file."""
+def read_weights(path: Path, names: Iterable[str] | None = None) -> Weights:
+    """The tensors of a safetensors file, or those of some names."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
 
 
 def full_weights(model: PeftModel) -> Weights:
@@ -180,7 +180,7 @@ def untouched(base: nn.Module, config: LoraConfig, changes_base: bool) -> Untouc
 
 def read_adapter(files: AdapterFiles) -> Weights:
     """The tensors of an adapter directory. Raises AdapterError: some hold NaN or inf, or no floating-point numbers."""
-    tensors, where = read_weights(files.path / WEIGHTS_FILE), str(files.path)
+    tensors, where = read_weights(files.path / WEIGHTS_FILE, files.tensors), str(files.path)
     if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         what = f"{len(integers)} tensors hold no floating-point numbers, among them {few(integers)}"
         raise AdapterError(Problem(Code.ADAPTER_NOT_FLOAT, what, where))
@@ -188,6 +188,36 @@ def read_adapter(files: AdapterFiles) -> Weights:
         what = f"{len(bad)} tensors hold NaN or inf, among them {few(bad)}"
         raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, what, where))
     return tensors
+
+
+def check_copies(files: AdapterFiles, base: nn.Module, read: Callable[[str], torch.Tensor] | None = None) -> None:
+    """Check that the tensors of the base in an adapter's file are the base's own: then nothing is lost without them.
+
+    Where dtypes differ, they have to be equal in one of the two.
+
+    Args:
+        files: The adapter.
+        base: The base without adapters.
+        read: Reads the values of a parameter of a base that is on the meta device; without it nothing but shapes is
+            compared there.
+
+    Raises:
+        AdapterError: The base has no such parameters, or other values.
+    """
+    own, others = dict(base.named_parameters(remove_duplicate=False)), []
+    for path, name in files.copies:
+        parameter = name.removeprefix(WRAPPER_PREFIX).replace(".base_layer.", ".")
+        if parameter not in own or own[parameter].shape != files.copies[path, name]:
+            others.append((path, name))
+        elif read is not None or not own[parameter].is_meta:
+            values = (own[parameter] if read is None else read(parameter)).detach().cpu()
+            copy = read_weights(path, [name])[name]
+            if not torch.equal(copy, values.to(copy.dtype)) and not torch.equal(copy.to(values.dtype), values):
+                others.append((path, name))
+    if others:
+        what = f"{len(others)} tensors beside its LoRA are not those of the base, among them {others[0][1]}"
+        fix = f"is {files.base} the base it was trained on?"
+        raise AdapterError(Problem(Code.ADAPTER_TENSORS_EXTRA, what, str(others[0][0].parent), fix=fix))
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:

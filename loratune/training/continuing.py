@@ -17,6 +17,7 @@ from loratune.config import ModelSection, RunConfig
 from loratune.data import ProgressFactory, TokenizedDataset
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError, DataError, ModelError, Problem
+from loratune.lora import tensors
 from loratune.lora.start import KEY
 from loratune.model import fingerprints, load
 from loratune.model.load import Base
@@ -203,10 +204,13 @@ def check_base(start: StartAdapter | None, base: Base) -> None:
     """Check that an adapter that a run starts from was trained on its base, before that is adapted.
 
     Raises:
-        AdapterError: The adapter records another fingerprint, or one that this release cannot compute.
+        AdapterError: The adapter records another fingerprint, or one that this release cannot compute; as
+            `tensors.check_copies`.
     """
-    recorded = start.info.files.base_fingerprint if start else None
-    if start is None or recorded is None:
+    if start is None:
+        return
+    tensors.check_copies(start.info.files, base.model)
+    if (recorded := start.info.files.base_fingerprint) is None:
         return
     where = str(start.info.files.path)
     if not fingerprints.is_comparable(recorded):
