@@ -125,7 +125,7 @@ def _step(model: Any, batch: Mapping[str, Any]) -> None:
     inputs = dict(batch)
     labels = inputs.pop("labels")
     kernels.expect(model, labels)
-    total, count = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
+    total, count = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
     (total / count).backward()  # type: ignore[no-untyped-call]
     model.zero_grad()
 

@@ -343,7 +343,7 @@ def step(model: Any, batch: dict[str, Tensor], seed: int = 0) -> tuple[float, Te
     torch.manual_seed(seed)
     try:
         kernels.expect(model, labels)
-        total, count = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
+        total, count = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
         (total / count).backward()  # type: ignore[no-untyped-call]
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"

@@ -114,7 +114,7 @@ def ours(model: Any, dataset: TokenizedDataset, formula: Formula) -> tuple[Compa
             count = objective.begin_step(model, [batch], None, SINGLE_PROCESS)
             objective.expect(model, batch)
             labels = batch.pop("labels")
-            total, _ = objective.total(model(**batch, use_cache=False).logits, labels)
+            total, _ = objective.total(model, model(**batch, use_cache=False).logits, labels)
             (total / count).backward()
             found.append(((total / count).item(), gradients(model)))
     return objective, found
@@ -234,7 +234,7 @@ def check_prompt_part(trainer: Any, batch: Any, own: float) -> None:
     labels[:, 0] = -100
     logits = trainer.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     lengths = mask.sum(1)
-    mean = kernels.row_sums(logits, labels, lengths).sum() / kernels.row_counts(labels, lengths).sum()
+    mean = kernels.row_sums(trainer.model, logits, labels, lengths).sum() / kernels.row_counts(labels, lengths).sum()
     assert abs(float(mean) - own) < BOUND, (float(mean), own)
 
 

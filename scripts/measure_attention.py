@@ -44,7 +44,7 @@ def timed(model: Any, batch: dict[str, torch.Tensor], *, fast: bool) -> float:
         start = time.process_time()
         if fast:
             kernels.expect(model, labels)
-        total, count = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
+        total, count = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
         torch.autograd.backward(total / count)
         return time.process_time() - start
 

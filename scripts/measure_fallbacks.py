@@ -122,7 +122,7 @@ class Ours:
         inputs = dict(batch)
         labels = inputs.pop("labels")
         kernels.expect(self._model, labels)
-        total, count = kernels.next_token_loss(self._model(**inputs, use_cache=False).logits, labels)
+        total, count = kernels.next_token_loss(self._model, self._model(**inputs, use_cache=False).logits, labels)
         torch.autograd.backward(total / count)
         self._model.zero_grad()
 

@@ -87,7 +87,7 @@ def _step(model: Any, batch: Mapping[str, torch.Tensor]) -> float:
     labels = inputs.pop("labels")
     start = time.process_time()
     kernels.expect(model, labels)
-    total, count = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
+    total, count = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
     torch.autograd.backward(total / count)
     model.zero_grad()
     return time.process_time() - start

@@ -93,7 +93,7 @@ def _steps(model: Any, batches: Sequence[Mapping[str, Any]], count: int) -> floa
         labels = inputs.pop("labels")
         tokens += labels.numel()
         kernels.expect(model, labels)
-        total, supervised = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
+        total, supervised = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
         (total / supervised).backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
     return tokens / (time.monotonic() - start)

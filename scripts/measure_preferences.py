@@ -72,7 +72,7 @@ def of_loratune(plan: Plan, objective: Comparing) -> Step:
         count = objective.begin_step(plan.model, [batch], None, SINGLE_PROCESS)
         objective.expect(plan.model, batch)
         labels = batch.pop("labels")
-        total, _ = objective.total(plan.model(**batch, use_cache=False).logits, labels)
+        total, _ = objective.total(plan.model, plan.model(**batch, use_cache=False).logits, labels)
         (total / count).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -196,7 +196,7 @@ def _step(model: Any, rows: Sequence[Row], collate: Callable[[Sequence[Row]], di
     inputs = collate(rows)
     labels, places = inputs.pop("labels"), inputs.pop("places", None)
     kernels.expect(model, labels, places)
-    total, count = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
+    total, count = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
     (total / count).backward()  # type: ignore[no-untyped-call]
     model.zero_grad()
     return time.process_time() - start

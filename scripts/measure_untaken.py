@@ -157,7 +157,7 @@ def gradients(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     labels = batch["labels"]
     kernels.expect(model, labels)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    total, _ = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
+    total, _ = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
     total.backward()  # type: ignore[no-untyped-call]
     found = torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
     model.zero_grad()

@@ -291,7 +291,7 @@ def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]
     labels = inputs.pop("labels")
     kernels.expect(model, labels)
     torch.manual_seed(0)
-    total, count = kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)
+    total, count = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
     (total / count).backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

@@ -384,7 +384,7 @@ def train(packing: Packing, several: list[dict[str, Any]], attention: str) -> tu
     total, tokens = 0.0, 0
     for batch in DataLoader(layout.items, batch_size=layout.size, collate_fn=layout.collate):  # type: ignore[arg-type]
         labels = batch.pop("labels")
-        loss, count = next_token_loss(model(**batch, use_cache=False).logits, labels)
+        loss, count = next_token_loss(model, model(**batch, use_cache=False).logits, labels)
         loss.backward()
         total, tokens = total + loss.item(), tokens + int(count)
     return total / tokens, tokens, [weight.grad / tokens for weight in model.parameters() if weight.grad is not None]

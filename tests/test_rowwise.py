@@ -190,7 +190,7 @@ def test_attention_that_drops_out_does_so() -> None:
             labels = inputs.pop("labels")
             kernels.expect(model, labels)
             torch.manual_seed(number)
-            total.append(kernels.next_token_loss(model(**inputs, use_cache=False).logits, labels)[0].detach())
+            total.append(kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)[0].detach())
         return torch.stack(total)
 
     stock, (still, _) = mean(), step(model.eval(), batch)

@@ -1,6 +1,7 @@
 """The loss over supervised positions only, without keeping their logits, and norms of gradients."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +23,16 @@ _LARGEST = 200.0
 """The largest number that is tried as an output of the output layer."""
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every supervised token given the tokens before it.
 
     Position t is scored against label t + 1. Only supervised positions are converted to float32, so the cost depends on
     their number and not on the size of the padded batch.
 
     Args:
-        logits: (rows, length, vocabulary), any float dtype; or (1, 1, 1), the summed loss that a `LossHead` returns.
+        model: A `PeftModel`, or a model of transformers.
+        logits: What it returned, (rows, length, vocabulary), any float dtype. They are not read where a `LossHead`
+            computed the loss.
         labels: (rows, length), int64, -100 at positions without supervision.
 
     Returns:
@@ -37,8 +40,8 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     targets = labels[:, 1:]
     supervised = targets >= 0
-    if logits.shape == (1, 1, 1):
-        return logits.as_subclass(Tensor).view(()), supervised.sum()
+    if (losses := _taken(model)) is not None:
+        return losses.view(()), supervised.sum()
     scores = logits[:, :-1][supervised].float()
     return functional.cross_entropy(scores, targets[supervised], reduction="sum"), supervised.sum()
 
@@ -66,24 +69,33 @@ def row_counts(labels: Tensor, lengths: Tensor) -> Tensor:
     return supervised.new_zeros(len(lengths)).index_add_(0, numbers.reshape(-1), supervised.reshape(-1))
 
 
-def row_sums(logits: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+def row_sums(model: Any, logits: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
     """The sums of `next_token_loss`, row by row, through which gradients flow.
 
     Args:
-        logits: (rows, length, vocabulary), any float dtype; or (1, 1, rows), the sums that a `LossHead` returns.
+        model, logits: As of `next_token_loss`.
         labels: As in `row_numbers`, -100 at positions without supervision and at the first of each row.
         lengths: As in `row_numbers`.
 
     Returns:
         (rows,), float64, in nats.
     """
-    if logits.shape == (1, 1, len(lengths)) and labels.shape[1] > 1:
-        return logits.view(-1)
+    if (losses := _taken(model)) is not None:
+        return losses.view(len(lengths))
     targets = labels[:, 1:]
     supervised = targets >= 0
     losses = functional.cross_entropy(logits[:, :-1][supervised].float(), targets[supervised], reduction="none")
     numbers = row_numbers(labels, lengths)[:, 1:][supervised]
     return losses.new_zeros(len(lengths), dtype=torch.float64).index_add(0, numbers, losses.double())
+
+
+def _taken(model: Any) -> Tensor | None:
+    """What the `LossHead` of a model computed in its last forward pass, once; None: it returned logits."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, LossHead):
+        return None
+    losses, head.losses = head.losses, None
+    return losses
 
 
 def row_losses(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
@@ -157,16 +169,6 @@ class Scaling:
         return gradient.mul_(self.scale) if self.scale != 1 else gradient
 
 
-class _ScaledLoss(Tensor):
-    """A loss in the place of logits, which passes unchanged through what the model does with these: see `Scaling`."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("mul", "div", "tanh"):
-            return args[0]
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-
-
 class LossHead(nn.Module):
     """Replaces a frozen output layer, and computes the loss when labels are set.
 
@@ -181,6 +183,7 @@ class LossHead(nn.Module):
         places: Where in its hidden states, row after row, the tokens stand that the labels belong to: of the shape of
             the labels. None: in that order.
         lengths: (rows,), the tokens of each row, where each is to have a sum of its own; else None.
+        losses: What was computed in place of logits: the summed loss, a scalar, or that of each row, (rows,).
     """
 
     def __init__(self, head: nn.Linear, scaling: Scaling):
@@ -189,6 +192,7 @@ class LossHead(nn.Module):
         self.labels: Tensor | None = None
         self.places: Tensor | None = None
         self.lengths: Tensor | None = None
+        self.losses: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -196,10 +200,10 @@ class LossHead(nn.Module):
         return self.head.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: (rows, length, size). Returns logits; or, once after labels were set, the summed loss: (1, 1, 1), or
-        that of each row: (1, 1, rows)."""
+        """hidden: (rows, length, size). Returns logits; or, once after labels were set, NaN, (1, 1, vocabulary): the
+        loss goes past the model, which may scale or cap what it takes for logits."""
         labels, places, lengths = self.labels, self.places, self.lengths
-        self.labels = self.places = self.lengths = None
+        self.labels = self.places = self.lengths = self.losses = None
         if labels is None:
             logits: Tensor = self.head(hidden)
             return logits
@@ -216,12 +220,13 @@ class LossHead(nn.Module):
             rows = row_numbers(labels, lengths)[:, 1:].to(hidden.device)[supervised]
             of_rows = entries, rows, len(lengths)
             apply: Any = _RowSums.apply
-            loss: Tensor = apply(states, self.head.weight, self.head.bias, targets, self.scaling, *of_rows)
+            losses: Tensor = apply(states, self.head.weight, self.head.bias, targets, self.scaling, *of_rows)
         else:
             apply = _HeadLoss.apply
-            loss = apply(states, self.head.weight, self.head.bias, targets, self.scaling, counts)
-        loss = loss.view(1, 1, -1)
-        return loss if self.scaling == Scaling() else loss.as_subclass(_ScaledLoss)
+            losses = apply(states, self.head.weight, self.head.bias, targets, self.scaling, counts)
+        self.losses = losses
+        # DDP may go back from what a model returns to the weights that were used.
+        return (losses.sum() * math.nan).repeat(1, 1, len(self.weight))
 
 
 def _chunk_losses(

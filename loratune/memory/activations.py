@@ -191,7 +191,7 @@ def _trace(fake: Any, step: TracedStep, *, limited: bool = True) -> tuple[int, i
         kernels.expect(fake, labels)
         logits = fake(**batch, use_cache=False).logits
         activations = tracker.current - logits.untyped_storage().nbytes()
-        loss, _ = kernels.next_token_loss(logits, labels)
+        loss, _ = kernels.next_token_loss(fake, logits, labels)
         del logits
         loss.backward()  # type: ignore[no-untyped-call]
     return activations, tracker.peak

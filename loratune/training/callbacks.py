@@ -56,17 +56,20 @@ class NonFiniteGuard(TrainerCallback):
         self.sum: torch.Tensor | None = None
         self.tokens = 0
 
-    def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    def loss(
+        self, model: Any, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
         """The summed loss of a micro-step, divided by the supervised tokens of the whole optimizer step, or its pairs.
 
         These are counted over all processes, so neither accumulation nor the number of processes changes the result.
 
         Args:
-            outputs: What the model gives.
+            model: What is trained.
+            outputs: What it gives.
             labels: Of shape (rows, length), -100 where a token is not supervised.
             num_items_in_batch: What `Objective.begin_step` counts of the step; that of the micro-step if not given.
         """
-        total, count = self.objective.total(outputs.logits, labels)
+        total, count = self.objective.total(model, outputs.logits, labels)
         value = total / (count if num_items_in_batch is None else num_items_in_batch)
         own = value.detach().clone()  # Trainer multiplies the loss in place, by the number of processes
         self.sum = own if self.sum is None else self.sum + own

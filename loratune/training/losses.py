@@ -151,9 +151,12 @@ class Objective:
         lengths = batch.pop("lengths", None)
         kernels.expect(model, batch["labels"], batch.pop("places", None), lengths if by_row else None)
 
-    def total(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed loss of the batch that `expect` was called with, and over how many tokens, pairs or answers."""
-        return next_token_loss(logits, labels)
+    def total(self, model: Any, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of the batch that `expect` was called with, and over how many tokens, pairs or answers.
+
+        logits: what the model returned for it.
+        """
+        return next_token_loss(model, logits, labels)
 
     def losses(
         self,
@@ -173,8 +176,8 @@ class Objective:
             group: The processes, each of which takes a share of the batches.
         """
         own = []
-        for position, labels, lengths, logits in read_batches(self, model, layout, batches, before_batch, group):
-            sums, counts = kernels.row_sums(logits, labels, lengths), kernels.row_counts(labels, lengths)
+        for position, labels, lengths, sums in read_batches(self, model, layout, batches, before_batch, group):
+            counts = kernels.row_counts(labels, lengths)
             if position is not None:
                 own.append((position, sums.tolist(), counts.tolist()))
         parts = sorted(chain.from_iterable(group.all_gather(own)))
@@ -262,7 +265,7 @@ def read_batches(
 def run_batch(
     objective: Objective, model: Any, batch: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The labels of a batch, the tokens of its rows, and what the model returns for it, on the model's device."""
+    """The labels of a batch, the tokens of its rows, and the loss of each row, on the model's device."""
     given = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
     }
@@ -270,4 +273,4 @@ def run_batch(
     objective.expect(model, given, by_row=True)
     labels = given.pop("labels")
     with objective.reading(model):
-        return labels, lengths, model(**given, use_cache=False).logits
+        return labels, lengths, kernels.row_sums(model, model(**given, use_cache=False).logits, labels, lengths)

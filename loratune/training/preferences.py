@@ -182,9 +182,10 @@ class Comparing(Objective):
         self._given = {name: batch.pop(name, None) for name in names}
         kernels.expect(model, batch["labels"], batch.pop("places", None), self._given["lengths"])
 
-    def total(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def total(self, model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
-        answers, sides = self._answers(logits, labels), self._given["sides"]
+        answers = self._answers(kernels.row_sums(model, logits, labels, self._given["lengths"]), labels)
+        sides = self._given["sides"]
         losses = self._item_losses(Read(answers, sides, _no_answers()), self._divergence)
         together = len(sides) // len(losses)
         is_there = answers.tokens.view(-1, together)[:, 0] > 0
@@ -236,9 +237,9 @@ class Comparing(Objective):
             return
         was_training = model.training
         model.eval()
-        labels, _, logits = run_batch(self, model, first())
+        labels, _, sums = run_batch(self, model, first())
         model.train(was_training)
-        answers, sides = self._answers(logits, labels), self._given["sides"]
+        answers, sides = self._answers(sums, labels), self._given["sides"]
         if self._given["references"] is None or not len(sides) or not bool((answers.tokens > 0).all()):
             return
         difference = (answers.log_probabilities - answers.reference).abs()
@@ -268,8 +269,8 @@ class Comparing(Objective):
     ) -> Read:
         """What a model gives to the rows of batches, known to all processes. Arguments as of `losses`."""
         own: list[tuple[int, dict[str, list[float]]]] = []
-        for position, labels, _, logits in read_batches(self, model, layout, batches, before_batch, group):
-            answers, sides, other = self._answers(logits, labels), self._given["sides"], self._given["mismatched"]
+        for position, labels, _, sums in read_batches(self, model, layout, batches, before_batch, group):
+            answers, sides, other = self._answers(sums, labels), self._given["sides"], self._given["mismatched"]
             mismatched = self._mismatched_answers(model, other) if other is not None else _no_answers()
             found = (
                 answers.log_probabilities, answers.tokens, answers.reference, sides, mismatched.log_probabilities,
@@ -281,16 +282,15 @@ class Comparing(Objective):
         return Read.joined([part for _, part in parts])
 
     def _mismatched_answers(self, model: Any, batch: Mapping[str, Any]) -> AnswerScores:
-        labels, _, logits = run_batch(self, model, batch)
-        return self._answers(logits, labels)
+        labels, _, sums = run_batch(self, model, batch)
+        return self._answers(sums, labels)
 
-    def _answers(self, logits: Tensor, labels: Tensor) -> AnswerScores:
-        """What a model gives to the rows of the batch that was expected last."""
+    def _answers(self, sums: Tensor, labels: Tensor) -> AnswerScores:
+        """What a model gives to the rows of the batch that was expected last. sums: the loss of each."""
         lengths, reference = self._given["lengths"], self._given["references"]
-        sums = -kernels.row_sums(logits, labels, lengths)
         tokens = kernels.row_counts(labels, lengths)
         known = torch.zeros_like(sums) if reference is None else reference.to(sums.device)
-        return AnswerScores(sums, tokens, known)
+        return AnswerScores(-sums, tokens, known)
 
     def _item_losses(self, read: Read, estimate: float) -> Tensor:
         """(items,), the loss of each. estimate: of KTO's divergence."""

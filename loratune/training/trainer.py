@@ -189,7 +189,7 @@ def _build(
         train_dataset=train.items,
         eval_dataset=validation,
         data_collator=train.collate,
-        compute_loss_func=guard.loss,
+        compute_loss_func=partial(guard.loss, model),
         callbacks=[guard, dry_run, *watchers],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own progress bar is off
