@@ -419,6 +419,7 @@ class Code(StrEnum):
     TRAINING_FINAL_LOSS_NOT_FINITE = "training.final_loss_not_finite", "The loss after the last step is NaN or inf."
     TRAINING_REFERENCE = "training.reference", "Before the first step, the model is not what answers are compared with."
     TRAINING_TRACKER_FAILED = "training.tracker_failed", "A tracker failed; the run goes on without it."
+    TRAINING_COLLAPSED = "training.collapsed", "The adapter predicts the same after every prompt, or at random."
     TRAINING_WORSE_THAN_BASE = "training.worse_than_base", "The adapter does worse than its base."
     ADAPTER_NO_RUN_CONFIG = "adapter.no_run_config", "--set is used with an adapter that has no run.yaml."
     ADAPTER_SET_NOT_DATA = "adapter.set_not_data", "--set names a key that training has decided."

@@ -7,19 +7,34 @@ from typing import Any
 
 from loratune import data
 from loratune.codes import Code
-from loratune.data import DatasetSplit, ProgressFactory, no_progress
+from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset, no_progress
 from loratune.data.row_hashes import Overlap
 from loratune.errors import AdapterError
 from loratune.evaluation import comparison, requirements, scoring
 from loratune.evaluation.preference_scoring import ComparedScorer
 from loratune.evaluation.requirements import Requirement
-from loratune.evaluation.results import ADAPTER, AGAINST, BASE, LOSS, Difference, Evaluation, ModelAnswer, TaskResults
+from loratune.evaluation.results import (
+    ADAPTER,
+    AGAINST,
+    BASE,
+    LOSS,
+    Difference,
+    EvaluatedRow,
+    Evaluation,
+    ModelAnswer,
+    TaskResults,
+)
 from loratune.evaluation.scoring import Judging, RowScorer
 from loratune.inference import loading
 from loratune.inference.completion import LoadedAdapter, Log
 from loratune.model import load
+from loratune.training import collapse
 from loratune.training.batching import check_positions
+from loratune.training.collapse import PromptSensitivity
 from loratune.training.preflight import AdapterInfo
+
+_MOST_ROWS = 64
+"""Rows among which prompts are chosen that expect different answers."""
 
 
 def evaluate(
@@ -75,6 +90,7 @@ def evaluate(
     with first.without_adapter():
         found = {BASE: answers(BASE, first)}
     found[ADAPTER] = answers(ADAPTER, first)
+    known: dict[str, Any] = {"sensitivity": _sensitivity(first, dataset, scorer.rows)}
     forgotten = _forgetting(first, forgetting, context, watch, count, remarks) if forgetting else None
     task_results = tasks(first) if tasks else None
     remarks += task_results.remarks if task_results else ()
@@ -95,9 +111,19 @@ def evaluate(
     metric = judging.metrics[0].figure if judging.metrics else LOSS
     remarks += compared.remarks(adapter, against) if compared else ()
     evaluation = comparison.compare(rows, metric, forgotten, remarks)
-    known: dict[str, Any] = {"tasks": task_results, "overlap": overlap.as_json() if overlap else None}
+    known |= {"tasks": task_results, "overlap": overlap.as_json() if overlap else None}
     known |= {"objective": compared.formula} if compared else {}
     return requirements.judged(replace(evaluation, **known), required)
+
+
+def _sensitivity(
+    loaded: LoadedAdapter, dataset: TokenizedDataset, rows: Sequence[EvaluatedRow]
+) -> PromptSensitivity | None:
+    """Whether the predictions of the adapter depend on its prompts, on some of the rows, evenly spread."""
+    loaded.activate()
+    some = rows[:: -(-len(rows) // _MOST_ROWS)]
+    found = [row for one in some for row in dataset.item(one.number)]
+    return collapse.measure(loaded.model, loaded.without_adapter(), found)
 
 
 def _vocabulary_size(loaded: LoadedAdapter) -> int:

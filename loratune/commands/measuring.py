@@ -5,6 +5,7 @@ adapter is worth on rows, beside its base and beside what it started from.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loratune.codes import Code
@@ -14,7 +15,7 @@ from loratune.errors import Problem
 from loratune.lora import tensors
 from loratune.lora.tensors import Weights
 from loratune.system.launcher import SINGLE_PROCESS
-from loratune.training import conditions, final_score, forgetting, gain, reference
+from loratune.training import collapse, conditions, final_score, forgetting, gain, reference
 from loratune.training.callbacks import diverged_error
 from loratune.training.final_score import FinalScore
 from loratune.training.forgetting import Forgetting
@@ -82,18 +83,29 @@ def compare_with_base(
     plan: Plan, outcome: Outcome, context: RunContext, log: Callable[[str], None]
 ) -> tuple[Weights, Gain]:
     """The adapter's weights, and how much better than its base they do, or than the adapter that it started from, where
-    answers are compared with what that says. Raises NumericError: a loss is NaN or inf."""
-    weights, objective = tensors.full_weights(plan.model), plan.batches.objective
-    sample = plan.datasets.compared, plan.batches.scoring, outcome.tokens, plan.batches.acceleration, context.group, log
+    answers are compared with what that says. Raises NumericError: a loss is NaN or inf; or see `collapse`."""
+    weights, objective, group = tensors.full_weights(plan.model), plan.batches.objective, context.group
+    compared = plan.datasets.compared
+    sample = compared, plan.batches.scoring, outcome.tokens, plan.batches.acceleration, group, log
+    base = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
     if plan.earlier is not None and isinstance(objective, Comparing) and objective.formula.has_reference:
         start = tensors.as_started(plan.model, plan.adapter_init, weights)
         comparison = gain.measure(plan.model, start, *sample, "the one it started from", "start", objective)
     else:
-        base = tensors.as_initialized(plan.model, plan.adapter_init, weights)
-        comparison = gain.measure(plan.model, base, *sample, objective=objective)
+        comparison = gain.measure(plan.model, base(), *sample, objective=objective)
+    problem = None
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
         problem = Problem(Code.TRAIN_LOSS_NOT_FINITE, what, key="training.learning_rate", fix="lower it")
+    else:
+        numbers = gain.sample(compared, outcome.tokens)[1]
+        rows = [row for number in numbers for row in compared[comparison.split].item(number)]
+        sensitivity = collapse.measure(plan.model, base(), rows)
+        vocabulary = plan.model.config.get_text_config().vocab_size
+        if why := group.all_gather(collapse.reason(sensitivity, comparison, vocabulary))[0]:
+            what, fix = f"the adapter {why}", f"lower it, to {plan.lower_rate:g} for example"
+            problem = Problem(Code.TRAINING_COLLAPSED, what, key="training.learning_rate", fix=fix)
+    if problem is not None:
         raise diverged_error(problem, context.checkpoints, outcome.steps)
     return weights, comparison
 

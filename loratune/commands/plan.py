@@ -52,6 +52,7 @@ class Plan:
         evaluations: When the run is evaluated; None without validation rows.
         earlier: The run that made the adapter of `lora.start_from`; None where the run starts from none.
         notes: Lines that the user should see.
+        lower_rate: A learning rate to try should that of the run spoil the model.
     """
 
     config: RunConfig
@@ -69,6 +70,7 @@ class Plan:
     evaluations: EvaluationSteps | None
     earlier: EarlierRun | None
     notes: list[str]
+    lower_rate: float
 
     @property
     def example_prompt(self) -> str:
@@ -213,6 +215,7 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
         evaluations=batches.evaluation_steps(datasets.validation, run.training, group.count),
         earlier=earlier,
         notes=[*notes, *(earlier.notes() if earlier else ())],
+        lower_rate=auto.lower_rate(run, known),
     )
 
 

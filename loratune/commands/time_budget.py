@@ -21,7 +21,7 @@ from loratune.console import format_duration, plural
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import ConfigError, Problem
-from loratune.training import auto, budget, forgetting, gain, trainer
+from loratune.training import auto, budget, collapse, forgetting, gain, trainer
 from loratune.training.budget import FEWEST, WARM_UP, Speed, StepBudget, is_timed_enough
 from loratune.training.callbacks import StepTimer
 from loratune.training.duration import READ, WITH_MISMATCHED, Costs, seconds_per_operation
@@ -238,6 +238,7 @@ def _end_seconds(plan: Plan, times: _Times, tokens: int) -> float:
     split, sample, _ = gain.sample(plan.datasets.compared, tokens)
     passes: list[tuple[TokenizedDataset, Sequence[int], Objective]]
     passes = [(plan.datasets.compared[split], [*sample], objective)] * 2
+    passes += [(plan.datasets.compared[split], [*sample][: collapse.PROMPTS], objective)] * 2
     if plan.earlier is not None and plan.earlier.held_out is not None:
         earlier = plan.earlier.held_out
         passes += [(earlier, [*gain.sample({"earlier": earlier}, tokens)[1]], NextToken())] * 2

@@ -117,8 +117,9 @@ def scores(evaluation: Evaluation, names: Sequence[str]) -> ScoreTables:
     }
     if evaluation.forgetting is not None:
         differences[titles[BASE]].append(_difference("loss on unrelated text", LOSS, evaluation.forgetting))
+    tone = "bad" if evaluation.collapsed else _TONES.get(evaluation.verdict or "", "")
     return ScoreTables(
-        verdict=(f"{titles[ADAPTER]}: {wording.verdict(evaluation)}", _TONES.get(evaluation.verdict or "", "")),
+        verdict=(f"{titles[ADAPTER]}: {wording.verdict(evaluation)}", tone),
         header=[wording.name(name) for name in figures],
         models=models,
         differences=differences,

@@ -287,6 +287,8 @@ def _judge_rows(requirement: Requirement, evaluation: Evaluation) -> Judgement:
     value, interval, is_distinguishable = _measured(requirement, evaluation)
     if value is None:
         return Judgement(requirement.text, False, None, None, f"not computed, as no {evaluation.item} gives it")
+    if evaluation.collapsed:
+        return Judgement(requirement.text, False, value, interval, f"the adapter {evaluation.collapsed}")
     return _judge(requirement, value, interval, is_distinguishable)
 
 

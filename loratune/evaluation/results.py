@@ -10,6 +10,7 @@ from loratune.statistics import Interval, finite
 from loratune.training.preference_figures import LOG_PROBABILITY, PREFERRED_LENGTH, REWARD_MARGIN, SIDES
 
 if TYPE_CHECKING:
+    from loratune.training.collapse import PromptSensitivity
     from loratune.training.objectives import Formula
 
 BASE, ADAPTER, AGAINST = "base", "adapter", "against"
@@ -297,6 +298,7 @@ class Evaluation:
         overlap: How many rows there are, as read, and how many of them are also in train; None if that is not known.
         requirements: Whether what the user requires is met.
         objective: That whose the loss and the rewards of compared answers are; None for other rows.
+        sensitivity: Whether the predictions of the adapter depend on its prompts; None where that was not measured.
     """
 
     scores: Mapping[str, Score]
@@ -312,6 +314,12 @@ class Evaluation:
     overlap: Mapping[str, int] | None = None
     requirements: Sequence[Judgement] = ()
     objective: "Formula | None" = None
+    sensitivity: "PromptSensitivity | None" = None
+
+    @property
+    def collapsed(self) -> str:
+        """Why the adapter is none that any figure speaks for, as the rest of a sentence on it; empty for others."""
+        return str(self.sensitivity) if self.sensitivity is not None and self.sensitivity.is_lost else ""
 
     @property
     def unit(self) -> str:
@@ -336,7 +344,9 @@ class Evaluation:
             values[key] = {name: difference.as_json() for name, difference in differences.items()}
         if self.forgetting is not None:
             values["forgetting"] = self.forgetting.as_json()
-        values |= {"metric": self.metric, "verdict": self.verdict, "overlap": self.overlap}
+        verdict = "collapsed" if self.collapsed else self.verdict
+        values |= {"metric": self.metric, "verdict": verdict, "overlap": self.overlap}
+        values |= {"prompt_sensitivity": self.sensitivity and self.sensitivity.as_json()}
         values |= {"objective": self.objective.numbers()} if self.objective else {}
         required = [one.as_json() for one in self.requirements]
         values |= {"requirements": required} if required else {}

@@ -124,6 +124,8 @@ def verdict(evaluation: Evaluation) -> str:
     difference = with_interval(metric, one.value, one.interval, signed=True)
     p = "" if one.p is None else f", p {p_value(one.p)}"
     figures = f"{name(metric)} {mine} instead of {its}, {difference}{p}"
+    if evaluation.collapsed:
+        return f"collapsed: the adapter {evaluation.collapsed}; {figures}"
     if evaluation.verdict is None:
         too_few = f"there are too few {evaluation.item}s"
         return f"none, as {too_few if math.isfinite(one.value) else 'a loss is not finite'}: {figures}"

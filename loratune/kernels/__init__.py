@@ -23,6 +23,7 @@ from loratune.kernels.lora_linear import inference_lora as inference_lora
 from loratune.kernels.loss import LossHead as LossHead
 from loratune.kernels.loss import full_tensor as full_tensor
 from loratune.kernels.loss import global_norm as global_norm
+from loratune.kernels.loss import next_token_logits as next_token_logits
 from loratune.kernels.loss import next_token_loss as next_token_loss
 from loratune.kernels.loss import row_counts as row_counts
 from loratune.kernels.loss import row_losses as row_losses

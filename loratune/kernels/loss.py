@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,22 +118,40 @@ def row_losses(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
     if not supervised.any():
         return sums
 
-    def select(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *others = given
-        is_whole = isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[:2] == labels.shape
-        return (hidden[:, :-1][supervised].unsqueeze(0), *others) if is_whole else given
-
-    output = model.get_output_embeddings()
-    hook = output.register_forward_pre_hook(select) if output is not None else None
-    try:
+    with _output_at(model, labels.shape, lambda hidden: hidden[:, :-1][supervised].unsqueeze(0)):
         logits = model(**inputs).logits
-    finally:
-        if hook is not None:
-            hook.remove()
     if logits.shape[:2] == labels.shape:
         logits = logits[:, :-1][supervised]
     losses = functional.cross_entropy(logits.flatten(0, -2).float(), targets[supervised], reduction="none")
     return sums.index_add_(0, supervised.nonzero()[:, 0].cpu(), losses.cpu().double())
+
+
+@torch.no_grad()
+def next_token_logits(model: Any, ids: Sequence[int]) -> Tensor:
+    """(vocabulary,), float32 on the CPU: what a model as of `row_losses` predicts after some ids."""
+    inputs = torch.tensor([ids], device=model.device)
+    with _output_at(model, inputs.shape, lambda hidden: hidden[:, -1:]):
+        logits: Tensor = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
+    return logits[0, -1].float().cpu()
+
+
+@contextmanager
+def _output_at(model: Any, shape: torch.Size, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the output layer of a model is given some of the hidden states of a batch only, where it takes those of
+    all positions. shape: of the batch. select: takes these states."""
+
+    def selected(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *others = given
+        is_whole = isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[:2] == shape
+        return (select(hidden), *others) if is_whole else given
+
+    output = model.get_output_embeddings()
+    hook = output.register_forward_pre_hook(selected) if output is not None else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 @dataclass(frozen=True)

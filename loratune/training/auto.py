@@ -176,6 +176,18 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
     return training, found
 
 
+def lower_rate(run: RunConfig, facts: Facts) -> float:
+    """A learning rate to try where that of a run has spoilt the model: what `auto` comes to, if that is at most half of
+    it, else a tenth of it. run: without `auto`."""
+    rate = decided(run.training.learning_rate)
+    training = run.training.model_copy(update={"learning_rate": AUTO})
+    try:
+        found = decided(decide_training(run.model_copy(update={"training": training}), facts)[0].learning_rate)
+    except ConfigError:
+        found = rate
+    return found if found <= rate / 2 else rate / 10
+
+
 def rows_of_step(training: TrainingSection, processes: int) -> int:
     """Rows of an optimizer step over all processes."""
     return processes * training.per_device_train_batch_size * training.gradient_accumulation_steps
