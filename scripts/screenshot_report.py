@@ -2,9 +2,10 @@
 
     python scripts/screenshot_report.py report.html shots/
 
-writes shots/{desktop,phone}-{light,dark}.png, and fails if the page asks for anything, reports an error, or scrolls
-sideways. Chromium is Debian's (`apt-get install chromium`) or whatever `$CHROMIUM` names. It is spoken to over pipes,
-in its DevTools protocol (https://chromedevtools.github.io/devtools-protocol/), so that no other package is needed.
+writes shots/{desktop,window,phone}-{light,dark}.png, and fails if the page asks for anything, reports an error, scrolls
+sideways, or has a table or figure that is wider than its card. Chromium is Debian's (`apt-get install chromium`) or
+whatever `$CHROMIUM` names. It is spoken to over pipes, in its DevTools protocol
+(https://chromedevtools.github.io/devtools-protocol/), so that no other package is needed.
 """
 
 import argparse
@@ -21,9 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCREENS = {"desktop": (1280, 900, False), "phone": (390, 844, True)}
+SCREENS = {"desktop": (1280, 900, False), "window": (500, 900, False), "phone": (390, 844, True)}
 """Width and height in CSS pixels, and whether it is a phone."""
 SCHEMES = ("light", "dark")
+_CUT_OFF = """
+[...document.querySelectorAll(".card, .tiles > div, .tiles .figure")]
+    .filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.innerText.slice(0, 60))
+"""
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -36,6 +41,7 @@ class Seen:
         requests: What it asked for, besides itself and what is written in it.
         errors: What the browser complained about.
         width: How wide its content is, in CSS pixels.
+        cut_off: How the texts begin that are wider than their card.
         background: The colour behind it.
     """
 
@@ -44,6 +50,7 @@ class Seen:
     errors: list[str] = field(default_factory=list)
     width: int = 0
     background: str = ""
+    cut_off: list[str] = field(default_factory=list)
 
 
 def find_browser() -> str | None:
@@ -107,10 +114,11 @@ class Browser:
         shot = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         background = self._evaluate("getComputedStyle(document.body).backgroundColor")
         scroll_width = self._evaluate("document.documentElement.scrollWidth")
-        return Seen(base64.b64decode(shot["data"]), *self._told(page), scroll_width, background)
+        image = base64.b64decode(shot["data"])
+        return Seen(image, *self._told(page), scroll_width, background, self._evaluate(_CUT_OFF))
 
     def _evaluate(self, expression: str) -> Any:
-        return self.call("Runtime.evaluate", expression=expression)["result"]["value"]
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
 
     def _told(self, page: Path) -> tuple[list[str], list[str]]:
         requests, errors = [], []
@@ -160,7 +168,7 @@ def faults(seen: Seen, screen: str) -> list[str]:
     """What is wrong with a page."""
     lines = [f"asks for {url}" for url in seen.requests] + [f"reports: {error}" for error in seen.errors]
     wide = [f"is {seen.width} pixels wide"] if seen.width > SCREENS[screen][0] else []
-    return lines + wide
+    return lines + wide + [f"cuts off: {text}" for text in seen.cut_off]
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +22,11 @@ from test_preferences import config as preferences_config
 from loratune.codes import Code
 from loratune.commands.loss_plot import loss_plot
 from loratune.data.report import Report
-from loratune.evaluation import page, page_study, page_tables, page_text, run_record
+from loratune.evaluation import page as report_page
+from loratune.evaluation import page_scores, page_study, page_tables, page_text, run_record
 from loratune.evaluation.charts import Line, Point, heat_map, histogram, line_chart, point_chart
+from loratune.evaluation.comparison import compare
+from loratune.evaluation.results import EvaluatedRow, ModelAnswer
 from loratune.evaluation.study_results import BEST, DONE, StudyResults, trial_result
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.stats import Update
@@ -30,6 +34,7 @@ from loratune.training.curve import MOST_HELD_OUT, MOST_LOSSES, thinned
 
 Cli = Callable[..., Ran]
 HOSTILE = "<script>alert(1)</script>\"'& \u202eright to left\x1b[31m \u05e9\u05dc\u05d5\u05dd"
+KEYS = ["training.learning_rate", "lora.target_modules", "lora.r", "training.lr_scheduler_type"]
 DETERMINISTIC = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "eval_loss")
 
 
@@ -253,7 +258,7 @@ def test_the_page_of_a_run_that_compared_answers(run_config: MakeConfig, cli: Cl
     change, ends = figures["chosen"]["change"], figures["chosen"]["change_interval"]
     for text in (
         "trained by dpo with beta 0.1, the base as the reference", "gain, a pair", "held-out loss, a pair",
-        "of 12 validation pairs", "Losses are the objective's loss per pair.",
+        "of 12 validation pairs", "Loss of the objective, per pair",
         f"reward accuracy {accuracy:.3f} 95 % {low:.4f} to {high:.4f}, margin {figures['reward_margin']['value']:.3f}",
         f"reward accuracy {accuracy:.4f} (95 % {low:.4f} to {high:.4f})",
         f"ranking accuracy before {figures['ranking_accuracy_before']['value']:.4f} (95 %",
@@ -295,6 +300,47 @@ def test_the_page_of_two_adapters_on_rows(runs: tuple[Path, dict[str, Any]], cli
     assert "lora.target_modules" in page.text and "Each adapter has its own scale" in page.text
     for other in ("base", "two"):
         assert f"one less {other}, on the same rows" in page.text
+
+
+CHAT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "titles"),
+    [
+        (["a", "b"], ["a", "b"]),
+        ([CHAT.format("Who?"), CHAT.format("Where?\nAnd when?")], ["Who?", "Where? And when?"]),
+        ([CHAT.format("Who?")], ["system Be brief. user Who? assistant"]),
+        (["Sort:\n3 1\n### Answer:", "Sort:\n2 1\n### Answer:"], ["3 1", "2 1"]),
+    ],
+    ids=["text", "chat", "one", "template"],
+)
+def test_wrong_answers_come_first_under_what_is_asked(prompts: list[str], titles: list[str]) -> None:
+    def row(number: int, exact: float, loss: float) -> EvaluatedRow:
+        scores = {"exact_match": exact, "label_accuracy": exact}
+        answers = {"base": ModelAnswer(1.0, "x", scores), "adapter": ModelAnswer(loss, "y", scores)}
+        return EvaluatedRow(number, "rows.jsonl", 1, prompts[number % len(prompts)], "e", 1, answers)
+
+    rows = [row(0, 1.0, 9.0), row(1, 0.0, 1.5), row(2, 0.0, 2.0), row(3, 1.0, 1.0)]
+    evaluation = replace(compare(rows), special_tokens=("<|im_start|>", "<|im_end|>"))
+    shown = page_scores.answers(evaluation, ["mine"])
+    assert [(one.answers[1].matches, one.change) for one in shown.rows] == [
+        (False, "+1.000"), (False, "+0.500"), (True, "+8.000"), (True, "0.000"),
+    ]  # fmt: skip
+    assert shown.are_judged and [one.title for one in shown.rows] == [titles[n % len(titles)] for n in (2, 1, 0, 3)]
+
+
+def test_losses_of_two_objectives_have_an_axis_each() -> None:
+    read = run_record.read({"curve": [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0, "eval_loss": 4.5}]})
+    subjects = [
+        report_page.Subject(name, "base", objective, {"rank": "8", "size": "1 kB"}, read, [], {}, "", None, [])
+        for name, objective in (("one", ""), ("two", "dpo with beta 0.1"))
+    ]
+    html = report_page.render(subjects, None, None, [])
+    assert "loss-figure_1" in html and "loss-1-figure_1" in html and "dpo with beta 0.1</h3>" in html
+    assert "The losses of different objectives are not comparable." in html
+    html = report_page.render([subjects[0], subjects[0]], None, None, [])
+    assert "loss-figure_1" in html and "loss-1-figure_1" not in html and "comparable" not in html
 
 
 def test_two_runs_side_by_side() -> None:
@@ -452,10 +498,10 @@ def test_a_page_shows_any_text() -> None:
     names = [STRANGE, "other"]
     record = run_record.read({"versions": {STRANGE: STRANGE}, "splits": {STRANGE: SPLIT | {"reasons": {STRANGE: 1}}}})
     subjects = [
-        page.Subject(name, STRANGE, STRANGE, facts, record, updates, {STRANGE: name}, STRANGE, 3, [STRANGE])
+        report_page.Subject(name, STRANGE, STRANGE, facts, record, updates, {STRANGE: name}, STRANGE, 3, [STRANGE])
         for name in names
     ]
-    check_shown(page.render(subjects, None, STRANGE, [STRANGE]), 300_000)
+    check_shown(report_page.render(subjects, None, STRANGE, [STRANGE]), 300_000)
 
 
 def test_what_is_refused(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
@@ -481,15 +527,30 @@ def test_what_is_refused(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.skipif(screenshot_report.find_browser() is None, reason="there is no Chromium")
 def test_a_real_browser_shows_the_page(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
-    """Nothing is asked for, nothing complained about, nothing scrolls sideways, and the two schemes differ."""
-    page = tmp_path / "page.html"
+    """Nothing is asked for, complained about or cut off, nothing scrolls sideways, and the two schemes differ."""
+    adapter, page = Path(shutil.copytree(runs[0] / "one", tmp_path / "one")), tmp_path / "page.html"
+    metrics = {"first_loss": 123.4567, "last_loss": 118.9, "tokens": 12_345_678_901, "seconds": 1e6, "steps": 10**7}
+    record = record_of(adapter)
+    (adapter / "loratune.json").write_text(json.dumps(record | {"metrics": record["metrics"] | metrics}))
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": HOSTILE * 4 + "x" * 150, "completion": HOSTILE}, *ROWS[:3]])
-    ran = cli("report", "--adapter", runs[0] / "one", "--against", runs[0] / "two", "--data", data, "--output", page)
+    ran = cli("report", "--adapter", adapter, "--against", runs[0] / "two", "--data", data, "--output", page)
     assert ran.code == 0, ran.err
+    settings = dict.fromkeys(KEYS, "a-long-value-of-a-setting/" * 3)
+    trials = [
+        trial_result(
+            number=number, settings=settings, values={}, state=DONE, loss=5.26, interval=(5.2, 5.3), seconds=4e5,
+            steps=9, adapter_bytes=10**8, unrelated=0.1, difference=0.1, difference_interval=(0.0, 0.2),
+            verdict=verdict,
+        )
+        for number, verdict in enumerate((BEST, "worse"))
+    ]  # fmt: skip
+    study = tmp_path / "study.html"
+    study.write_text(page_study.render(StudyResults("out", "base", KEYS, 20, 20, trials), ["x"]), encoding="utf-8")
     path = screenshot_report.find_browser()
     assert path is not None
     with screenshot_report.browsing(path) as browser:
         for screen in screenshot_report.SCREENS:
+            assert screenshot_report.faults(browser.look(study, screen, "light"), screen) == []
             seen = {scheme: browser.look(page, screen, scheme) for scheme in screenshot_report.SCHEMES}
             assert [screenshot_report.faults(one, screen) for one in seen.values()] == [[], []]
             assert seen["light"].background != seen["dark"].background

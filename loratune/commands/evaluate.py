@@ -81,6 +81,7 @@ def evaluate(
     check_positions(dataset, first.data, context)
     compared = ComparedScorer(adapter, first, dataset) if split.kind is not None else None
     scorer = compared or RowScorer(first, dataset, judging)
+    known: dict[str, Any] = {"special_tokens": tuple(first.tokenizer.all_special_tokens)}
     remarks = [*split.remarks(), *dataset.report.losses(), *(overlap.remarks() if overlap else ())]
 
     def answers(name: str, model: LoadedAdapter) -> list[ModelAnswer]:

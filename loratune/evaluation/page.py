@@ -4,7 +4,7 @@ The page loads nothing and runs nothing: it has no scripts, and its policy forbi
 models is escaped twice, for HTML and, by `page_text`, for characters that would hide or reorder text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from loratune import __version__
 from loratune.evaluation import module_charts, page_scores, page_tables, page_text
-from loratune.evaluation.charts import WIDE, Line, histogram, line_chart
+from loratune.evaluation.charts import NARROW, WIDE, Line, histogram, line_chart
 from loratune.evaluation.results import Evaluation
 from loratune.evaluation.run_record import RecordedSplit, RunRecord
 from loratune.lora.stats import Update
@@ -82,8 +82,6 @@ def render(
         answers=page_scores.answers(evaluation, names) if evaluation else None,
         losses=_losses(subjects),
         plots=_plots(subjects),
-        measure=_measure(subjects),
-        held_out=any(subject.record.series("eval_loss")[0] for subject in subjects),
         splits=[_splits(number, subject) for number, subject in enumerate(subjects)],
         modules=[
             module_charts.module_charts(number, subject.name, subject.updates)
@@ -110,43 +108,64 @@ def _shown(value: Any) -> Any:
     return page_text.block(value) if type(value) is str else value  # what is marked as safe has a type of its own
 
 
-def _losses(subjects: Sequence[Subject]) -> tuple[str, str] | None:
-    """The chart of the losses, for a desktop and for a phone; None where none are recorded."""
-    lines = _lines(subjects, "loss")
-    if not lines:
-        return None
-    title = f"Loss of {' and of '.join(subject.name for subject in subjects)}, by step"
-    wide, narrow = (line_chart(*one, smooth=True) for one in (("loss", title, lines, WIDE), ("loss-n", title, lines)))
-    return wide, narrow
+@dataclass(frozen=True)
+class Plot:
+    """A figure over the steps.
+
+    Attributes:
+        title: What it is.
+        shown: Numbers of the adapters of which there is a line.
+        narrow: The chart for a phone, or a part of a desktop page; None where nothing is recorded.
+        wide: The chart for a desktop, where there is one of its own.
+        has_held_out: Whether there are points of held-out rows.
+    """
+
+    title: str
+    shown: list[int]
+    narrow: str | None
+    wide: str | None = None
+    has_held_out: bool = False
 
 
-def _plots(subjects: Sequence[Subject]) -> list[tuple[str, str | None]]:
-    """Title and chart of each further figure of the curve; None where it is not recorded, though every run has it."""
-    made: list[tuple[str, str | None]] = []
-    for name, title in (_PLOTS | _OF_COMPARED).items():
-        lines = _lines(subjects, name)
-        noisy = name != "learning_rate"
-        chart = line_chart(name, f"{title}, by step", lines, smooth=noisy, log=noisy) if lines else None
-        if lines or name in _PLOTS:
-            made.append((title, chart))
+def _losses(subjects: Sequence[Subject]) -> list[Plot]:
+    """The losses, with a chart for each objective, as those of two mean different things."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, subject in enumerate(subjects):
+        groups.setdefault((subject.objective, subject.record.unit), []).append(number)
+    made = []
+    for place, ((objective, unit), shown) in enumerate(groups.items()):
+        name, lines = f"loss-{place}" if place else "loss", _lines(subjects, "loss", shown)
+        title = "Loss, in nats per supervised token" if unit == "token" else f"Loss of the objective, per {unit}"
+        title += f": {objective}" if objective and len(groups) > 1 else ""
+        what = f"{title}, of {' and of '.join(subjects[number].name for number in shown)}, by step"
+        narrow, wide = (
+            line_chart(f"{name}{end}", what, lines, size, smooth=True) if lines else None
+            for end, size in (("-n", NARROW), ("", WIDE))
+        )
+        made.append(Plot(title, shown, narrow, wide, any(line.marked for line in lines)))
     return made
 
 
-def _lines(subjects: Sequence[Subject], name: str) -> list[Line]:
-    """A figure of the steps of each run, and of its held-out rows."""
+def _plots(subjects: Sequence[Subject]) -> list[Plot]:
+    """The further figures of the curve; also where they are not recorded, though every run has them."""
+    made = []
+    for name, title in (_PLOTS | _OF_COMPARED).items():
+        lines = _lines(subjects, name, range(len(subjects)))
+        noisy = name != "learning_rate"
+        chart = line_chart(name, f"{title}, by step", lines, smooth=noisy, log=noisy) if lines else None
+        if lines or name in _PLOTS:
+            made.append(Plot(title, sorted({line.series for line in lines}), chart))
+    return made
+
+
+def _lines(subjects: Sequence[Subject], name: str, numbers: Iterable[int]) -> list[Line]:
+    """A figure of the steps of some of the runs, and of their held-out rows."""
     series = [
-        (number, marked, *subject.record.series(f"{'eval_' if marked else ''}{name}"))
-        for number, subject in enumerate(subjects)
+        (number, marked, *subjects[number].record.series(f"{'eval_' if marked else ''}{name}"))
+        for number in numbers
         for marked in (False, True)
     ]
     return [Line(steps, values, number, marked) for number, marked, steps, values in series if steps]
-
-
-def _measure(subjects: Sequence[Subject]) -> str:
-    """What the losses of the chart are."""
-    units = dict.fromkeys(subject.record.unit for subject in subjects)
-    each = ("nats per supervised token" if unit == "token" else f"the objective's loss per {unit}" for unit in units)
-    return " and ".join(each)
 
 
 def _splits(number: int, subject: Subject) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What an evaluation found, as the tables and rows of a report's page."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ class ShownRow:
     Attributes:
         where: Its place in its file.
         copies: How many rows are this one.
-        title: The end of its prompt, in a line.
+        title: The end of its prompt, in a line, without special tokens and the lines that all prompts have.
         change: By how much the loss of the adapter is higher, for each token, pair or answer, as text.
         worse: Whether it is; None where the change does not show.
         prompt: The prompt; None where there is none.
@@ -88,11 +89,13 @@ class Answers:
     """The rows that are shown, out of how many, which models their change is between, and what it is.
 
     Attributes:
+        are_judged: Whether answers are right or wrong, and the wrong ones of the adapter come first.
         item: What the rows are, in the singular.
         per: What the change is measured in, such as `nats per supervised token`.
     """
 
     rows: list[ShownRow]
+    are_judged: bool
     total: int
     model: str
     other: str
@@ -130,12 +133,34 @@ def scores(evaluation: Evaluation, names: Sequence[str]) -> ScoreTables:
 
 
 def answers(evaluation: Evaluation, names: Sequence[str]) -> Answers:
-    """The rows on which the adapter does worst, against what it is compared with. names: of the adapters."""
+    """The rows that the adapter answers wrongly, then others; in either part those first on which it does worst.
+
+    names: of the adapters.
+    """
     titles, other = _titles(names), evaluation.compared_with
-    ranked = sorted(evaluation.rows, key=lambda row: -_change(row, other))
-    shown = [_row(row, titles, other) for row in ranked[:MOST_ROWS]]
+    ranked = sorted(evaluation.rows, key=lambda row: (_is_right(row, ADAPTER) is not False, -_change(row, other)))
+    ranked = ranked[:MOST_ROWS]
+    prompts = _distinct_parts([row.prompt or row.expected or "" for row in ranked], evaluation.special_tokens)
+    shown = [_row(row, prompt, titles, other) for row, prompt in zip(ranked, prompts, strict=True)]
+    are_judged = any(_is_right(row, ADAPTER) is not None for row in ranked)
     per = "nats per supervised token" if evaluation.unit == "token" else f"the objective's loss per {evaluation.unit}"
-    return Answers(shown, len(evaluation.rows), titles[ADAPTER], titles[other], evaluation.item, per)
+    return Answers(shown, are_judged, len(evaluation.rows), titles[ADAPTER], titles[other], evaluation.item, per)
+
+
+def _is_right(row: EvaluatedRow, model: str) -> bool | None:
+    """Whether the answer of a model is the expected one; None where it gives none."""
+    score = row.answers[model].scores.get(EXACT_MATCH)
+    return None if score is None else score >= 1
+
+
+def _distinct_parts(prompts: Sequence[str], special_tokens: Sequence[str]) -> list[str]:
+    """Prompts without special tokens, and without the first and last lines that are those of all of them."""
+    special = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or r"(?!)")
+    lines = [[line for line in special.sub("\n", prompt).splitlines() if line.strip()] for prompt in prompts]
+    for end, rest in ((-1, slice(-1)), (0, slice(1, None))):
+        while len({*map(tuple, lines)}) > 1 < min(map(len, lines)) and len({one[end] for one in lines}) == 1:
+            lines = [one[rest] for one in lines]
+    return [" ".join(one) for one in lines]
 
 
 def _titles(names: Sequence[str]) -> dict[str, str]:
@@ -168,19 +193,14 @@ def _change(row: EvaluatedRow, other: str) -> float:
     return change if math.isfinite(change) else math.inf
 
 
-def _row(row: EvaluatedRow, titles: Mapping[str, str], other: str) -> ShownRow:
+def _row(row: EvaluatedRow, prompt: str, titles: Mapping[str, str], other: str) -> ShownRow:
     shown = [
-        ShownAnswer(
-            titles[model],
-            answer.text,
-            f"{answer.loss / row.count:.4f}",
-            None if EXACT_MATCH not in answer.scores else answer.scores[EXACT_MATCH] >= 1,
-        )
+        ShownAnswer(titles[model], answer.text, f"{answer.loss / row.count:.4f}", _is_right(row, model))
         for model, answer in row.answers.items()
         if not row.compared
     ]
     change = _change(row, other)
-    title = _end(" ".join((row.prompt or row.expected or "").split()))
+    title = _end(" ".join(prompt.split()))
     texts = [] if row.expected is None else [("expected", row.expected)]
     texts += [(_side(row, side, titles), answer.text) for side, answer in row.compared.items()]
     text = "not finite" if not math.isfinite(change) else f"{change:+.3f}" if abs(change) >= 5e-4 else "0.000"

@@ -299,6 +299,7 @@ class Evaluation:
         requirements: Whether what the user requires is met.
         objective: That whose the loss and the rewards of compared answers are; None for other rows.
         sensitivity: Whether the predictions of the adapter depend on its prompts; None where that was not measured.
+        special_tokens: Those that may stand in prompts, as text.
     """
 
     scores: Mapping[str, Score]
@@ -315,6 +316,7 @@ class Evaluation:
     requirements: Sequence[Judgement] = ()
     objective: "Formula | None" = None
     sensitivity: "PromptSensitivity | None" = None
+    special_tokens: Sequence[str] = ()
 
     @property
     def collapsed(self) -> str:
