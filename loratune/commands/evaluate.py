@@ -91,7 +91,7 @@ def evaluate(
     with first.without_adapter():
         found = {BASE: answers(BASE, first)}
     found[ADAPTER] = answers(ADAPTER, first)
-    known: dict[str, Any] = {"sensitivity": _sensitivity(first, dataset, scorer.rows)}
+    known |= {"sensitivity": _sensitivity(first, dataset, scorer.rows)}
     forgotten = _forgetting(first, forgetting, context, watch, count, remarks) if forgetting else None
     task_results = tasks(first) if tasks else None
     remarks += task_results.remarks if task_results else ()
