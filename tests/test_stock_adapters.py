@@ -249,6 +249,8 @@ def test_the_bases_own_tensors_change_nothing(
         (torch.float16, torch.float32, 0.1, False),
         (torch.float32, torch.bfloat16, 0.0, True),
         (torch.float32, torch.bfloat16, 0.1, False),
+        (torch.int8, torch.float32, 0, False),
+        (torch.bool, torch.float32, 0, False),
     ],
 )
 def test_the_bases_own_tensors_are_compared_in_the_lower_precision(

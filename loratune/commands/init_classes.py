@@ -5,10 +5,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 from loratune.codes import Code
-from loratune.config.keys import yaml_flow
+from loratune.config.keys import assignment
 from loratune.data.formats import Conversation, Example, Plain, completion_key
 from loratune.data.formats.examples import quote
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL
@@ -117,7 +116,7 @@ def choose(rows: Iterable[Row], text: str, *, chat: bool) -> Choice:
         return f"`{name}` has {columns[name].classes(count):,} different values in {count:,} rows"
 
     def option(name: str) -> str:
-        return f"--set data.columns='{yaml_flow(as_columns(name))}'"
+        return assignment("data.columns", as_columns(name))
 
     named = [name for name in usual if name.lower() in (*ANSWERS, *CLASSES)]
     few = [name for name in usual if usual[name].classes(count)]
@@ -128,7 +127,7 @@ def choose(rows: Iterable[Row], text: str, *, chat: bool) -> Choice:
         numbers = [name for name, one in columns.items() if one.others and not one.texts and one.classes(count)]
         remarks += [f"{described(name)}, which are no text; written as text it can be the answer" for name in numbers]
         return Choice(remarks=tuple(remarks))
-    alone = "" if text == "text" else f" --set data.columns='{yaml_flow({'text': text})}'"
+    alone = "" if text == "text" else f" {assignment('data.columns', {'text': text})}"
     if len(found) > 1:
         fix = f"say which: {', or '.join(map(option, found))}; or the text alone: --set data.format=text{alone}"
         what = f"each of {quote(found)} may be the answer to `{text}`"
@@ -229,13 +228,21 @@ def _question_and_answer(example: Example) -> tuple[str | None, str]:
 def alike(names: Iterable[str]) -> list[Sequence[str]]:
     """Groups of names that differ only in case, white space, hyphens and the like, or in one letter of a long word: one
     too many or too few, another one, or two that are swapped. Takes time in proportion to the letters of all."""
+    parents: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while (parent := parents.setdefault(key, key)) != key:
+            parents[key] = key = parents[parent]
+        return key
+
+    keys_of = {name: [*_keys(name)] for name in names}
+    for first, *others in keys_of.values():
+        for other in others:
+            parents[root(other)] = root(first)
     groups: dict[str, list[str]] = {}
-    keys_of = {name: _keys(name) for name in names}
     for name, keys in keys_of.items():
-        joined = {id(groups[key]): groups[key] for key in keys if key in groups}.values()
-        group = [*chain.from_iterable(joined), name]
-        groups.update(dict.fromkeys(chain.from_iterable(map(keys_of.__getitem__, group)), group))
-    return [group for group in {id(group): group for group in groups.values()}.values() if group[1:]]
+        groups.setdefault(root(keys[0]), []).append(name)
+    return [group for group in groups.values() if group[1:]]
 
 
 def _keys(name: str) -> set[str]:

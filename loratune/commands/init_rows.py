@@ -12,7 +12,7 @@ from loratune.codes import Code
 from loratune.commands import init_classes
 from loratune.commands.init_classes import Choice, Classes
 from loratune.config import DataSection
-from loratune.config.keys import yaml_flow
+from loratune.config.keys import assignment, yaml_flow
 from loratune.data import DatasetSplit, ProgressFactory, RawDatasets
 from loratune.data.formats import FORMATS, JUDGED, PAIRS
 from loratune.data.holding_out import random_mask
@@ -215,7 +215,7 @@ def _columns_for(
         raise error
     known = ", or ".join(" + ".join(format.keys) for format in FORMATS)
     columns = dict.fromkeys(init_classes.question_and_answer(chat), "YOURS")
-    fix = f"rows have {known}; say which is which: --set data.columns='{yaml_flow(columns)}'"
+    fix = f"rows have {known}; say which is which: {assignment('data.columns', columns)}"
     fix += ", or with chosen and rejected where answers are compared"
     raise DataError([replace(problem, fix=fix) for problem in error.problems]) from None
 

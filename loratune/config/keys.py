@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 
+from loratune import escaping
 from loratune.config.costs import DECIDED_BY_RUN, MEMORY_AND_TIME
 from loratune.config.schema import RunConfig
 
@@ -202,12 +204,28 @@ def kind(schema: Schema, quote: str = "") -> str:
 
 
 def yaml_flow(value: Any) -> str:
-    """A value as one would write it in YAML, in one line."""
+    """A value as one would write it in YAML, in one line. A text alone stays as it is."""
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {yaml_flow(item)}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{_scalar(key)}: {_scalar(item)}' for key, item in value.items())}}}"
     if isinstance(value, list):
-        return f"[{', '.join(yaml_flow(item) for item in value)}]"
+        return f"[{', '.join(map(_scalar, value))}]"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _scalar(value: Any) -> str:
+    """A value within another one. A text that YAML could read as something else is quoted, as in JSON."""
+    if isinstance(value, str) and not (_PLAIN.fullmatch(value) and yaml.safe_load(value) == value):
+        return json.dumps(value, ensure_ascii=False)
+    return yaml_flow(value)
+
+
+_PLAIN = re.compile(r"[\w./][\w./+-]*( [\w./+-]+)*")
+"""A text that needs no quotes in YAML, unless it is that of a number, a date or a truth value."""
+
+
+def assignment(key: str, value: Any) -> str:
+    """The option of a command that sets a key, as one types it in a shell."""
+    return f"--set {key}={escaping.shell(yaml_flow(value))}"
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
