@@ -28,8 +28,8 @@ from loratune.training.preferences import ComparedRows
 CAP = {"final_logit_softcapping": 2.0}
 SCALED: dict[str, tuple[dict[str, Any], Scaling | None]] = {
     "llama": ({}, Scaling()), "cohere": ({}, Scaling(1 / 16)), "cohere2": ({}, Scaling(1 / 16)),
-    "cohere2_moe": ({}, Scaling(1 / 16)), "granite": ({"logits_scaling": 8.0}, Scaling(1 / 8)),
-    "granitemoe": ({"logits_scaling": 8.0}, Scaling(1 / 8)), "gemma2": (CAP, Scaling(cap=2.0)),
+    "cohere2_moe": ({}, Scaling(1 / 16)), "granite": ({"logits_scaling": 7.0}, Scaling(divisor=7.0)),
+    "granitemoe": ({"logits_scaling": 6.0}, Scaling(divisor=6.0)), "gemma2": (CAP, Scaling(cap=2.0)),
     "gemma3_text": (CAP, Scaling(cap=2.0)), "gemma4_text": (CAP, Scaling(cap=2.0)), "nanochat": (CAP, Scaling(cap=2.0)),
     "vaultgemma": (CAP, Scaling(cap=2.0)), "beam": (CAP, Scaling(cap=2.0)),
     "hyperclovax": ({"logits_scaling": 8.0}, None),

@@ -160,22 +160,24 @@ class Scaling:
 
     Attributes:
         scale: What it is multiplied by.
+        divisor: What it is then divided by, which rounds in another way than the product with the reciprocal.
         cap: The bound that it then approaches by a tanh; 0 for none.
     """
 
     scale: float = 1.0
+    divisor: float = 1.0
     cap: float = 0.0
 
     @classmethod
     def of(cls, settings: Any) -> "Scaling":
         """As the configuration of a decoder names it: Cohere's, Granite's and Gemma's."""
-        divisor = getattr(settings, "logits_scaling", None) or 1.0
-        scale = (getattr(settings, "logit_scale", None) or 1.0) / divisor
-        return cls(scale, getattr(settings, "final_logit_softcapping", None) or 0.0)
+        names = ("logit_scale", 1.0), ("logits_scaling", 1.0), ("final_logit_softcapping", 0.0)
+        return cls(*(getattr(settings, name, None) or default for name, default in names))
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, in place where there is no cap; and what `backward` needs."""
         logits = logits.mul_(self.scale) if self.scale != 1 else logits
+        logits = logits.div_(self.divisor) if self.divisor != 1 else logits
         if not self.cap:
             return logits, None
         bounded = logits.div_(self.cap).tanh_()
@@ -185,6 +187,7 @@ class Scaling:
         """The gradient of the output of the output layer."""
         if bounded is not None:
             gradient = torch.ops.aten.tanh_backward(gradient, bounded)
+        gradient = gradient.div_(self.divisor) if self.divisor != 1 else gradient
         return gradient.mul_(self.scale) if self.scale != 1 else gradient
 
 
