@@ -100,6 +100,7 @@ DATA: dict[str, Any] = {
     "loss_on": "all",
     "max_length": 24,
     "truncation": "drop",
+    "invalid_rows": "drop",
     "max_dropped": 0.0,
     "packing": "full",
     "share_prefixes": False,
@@ -407,7 +408,7 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
     return run
 
 
-ELSEWHERE = ("max_dropped", "replay", "share_prefixes")
+ELSEWHERE = ("invalid_rows", "max_dropped", "replay", "share_prefixes")
 
 
 @pytest.mark.parametrize("name, value", [item for item in DATA.items() if item[0] not in ELSEWHERE])
@@ -447,6 +448,15 @@ def test_rows_may_be_dropped(prepared: Callable[..., Any]) -> None:
     prepared(**some, max_dropped=1.0)
     with pytest.raises(DataError, match=r"data\.max_dropped: "):
         prepared(**some, max_dropped=DATA["max_dropped"])
+
+
+def test_invalid_rows_may_be_dropped(prepared: Callable[..., Any], tmp_path: Path) -> None:
+    expected = prepared()
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("{]\n")
+    with pytest.raises(DataError, match="not valid JSON"):
+        prepared(max_dropped=0.25)
+    assert prepared(max_dropped=0.25, invalid_rows=DATA["invalid_rows"]) == expected
 
 
 def test_truncation_may_stop(prepared: Callable[..., Any]) -> None:

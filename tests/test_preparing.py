@@ -25,7 +25,7 @@ from loratune.data import TokenizedDataset, splits, token_cache, token_cache_dir
 from loratune.data.formats import Plain
 from loratune.data.rendering import Renderer
 from loratune.data.report import Report, RowTally
-from loratune.errors import DataError
+from loratune.errors import DataError, Problem
 
 VOCABULARY = 264
 
@@ -214,6 +214,7 @@ def test_a_report_survives_json() -> None:
     report.lengths[4] = 2
     for line in range(5):
         report.drop("why", f"rows:{line}")
+        report.drop_invalid(Problem(Code.DATA_JSON, "bad", f"rows:{line}"))
     again = Report.from_json(json.loads(json.dumps(report.as_json())))
     assert again == report
     assert again.dropped["why"] == RowTally(5, ["rows:0", "rows:1", "rows:2"])
@@ -394,6 +395,7 @@ def test_the_same_rows_are_found_again(tmp_path: Path, renderer: Renderer, cache
 CHANGES: dict[str, dict[str, Any]] = {
     "length": {"max_length": 12},
     "truncation": {"truncation": "drop"},
+    "invalid": {"invalid_rows": "drop"},
     "loss": {"loss_on": "all"},
     "format": {"format": "text", "columns": {"text": "prompt"}},
     "columns": {"columns": {"prompt": "completion", "completion": "prompt"}},
@@ -423,7 +425,7 @@ def test_a_changed_key_is_a_new_entry(
     second = prepared(renderer, path, **changes)
     assert Path(second.rows.row(0).where.split(":")[0]) == path
     assert len(entries(cache)) == 2
-    assert (second.fingerprint != first.fingerprint) == (change not in ("template", "truncation", "place"))
+    assert (second.fingerprint != first.fingerprint) == (change not in ("template", "truncation", "invalid", "place"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "record", "unfinished", "a bit", "a bit of the record"])

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -134,18 +134,18 @@ def example_prompt(rows: DatasetSplit, max_length: int = 200) -> str:
     return ("-- " if prompt.startswith("-") else "") + escaping.shell(prompt)  # `--`: it is not an option
 
 
-def recorded_prompts(rows: DatasetSplit, most: int = 8, max_length: int = 2000) -> list[dict[str, Any]]:
+def recorded_prompts(rows: Iterable[Example], most: int = 8, max_length: int = 2000) -> list[dict[str, Any]]:
     """A few prompts of the rows, on which the adapter can be compared with what is made from it.
 
     Args:
-        rows: The training rows.
+        rows: The training rows, of which the first hundred are looked at.
         most: How many prompts.
         max_length: The most characters, or token ids, of one.
 
     Returns:
         Rows of one of the keys `prompt`, `messages` (with `tools`, if there are any) and `input_ids`.
     """
-    prompts = (_recorded_prompt(example) for example in islice(rows.examples(), 100))
+    prompts = (_recorded_prompt(example) for example in islice(rows, 100))
     texts = {text: prompt for prompt in prompts if prompt and len(text := json.dumps(prompt)) <= max_length}
     return list(islice(texts.values(), most))
 

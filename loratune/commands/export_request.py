@@ -75,7 +75,7 @@ def questions(loaded: LoadedAdapter, source: AdapterInfo, split: DatasetSplit | 
     """Prompts of the rows, or of the training rows and fixed ones, with the adapter's likeliest answers."""
     known: list[Asked] = []
     if split:
-        rows = card.recorded_prompts(split, most=MOST_TEXTS)
+        rows = card.recorded_prompts(split.examples(), most=MOST_TEXTS)
     else:
         known = recorded(source, loaded.renderer, loaded.model.config.get_text_config().vocab_size)
         rows = [

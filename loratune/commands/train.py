@@ -315,7 +315,8 @@ def _record(finished_run: _FinishedRun, train_split: DatasetSplit) -> dict[str, 
     record |= {"formats": train_split.formats, "chat": train_split.chat, "processes": plan.processes}
     record["rows"] = plan.datasets.train.report.counts()
     record["splits"] = {name: split.report.record() for name, split in plan.datasets.splits.items()}
-    record |= {"changes": finished_run.identity["changes"], "prompts": card.recorded_prompts(train_split)}
+    prompts = card.recorded_prompts(data.first_examples(train_split, plan.datasets.train))
+    record |= {"changes": finished_run.identity["changes"], "prompts": prompts}
     if plan.targets.parameters:
         record["target_parameters"] = parameters.wrapped_parameters(plan.model)
     return record | ({"start_from": plan.earlier.record()} if plan.earlier else {})

@@ -38,6 +38,7 @@ MEMORY_AND_TIME = {
     "data.loss_on": "where layers are accelerated, only supervised tokens have logits, so all takes most",
     "data.max_length": "the longest rows decide the peak of memory; attention takes time with the square of a row",
     "data.truncation": "drop leaves fewer rows, which take less time",
+    "data.invalid_rows": "drop reads the rows a little slower",
     "data.max_dropped": "none",
     "data.packing": "none computes padding too; full fills all batches: more memory, fewer steps",
     "data.share_prefixes": "both fall with the tokens of a batch that are computed: often to half with a long prompt",

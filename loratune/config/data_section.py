@@ -76,6 +76,11 @@ class DataSection(Section):
         "keep_completion",
         description="for rows over max_length: shorten the prompt from its left, drop the row, or refuse the run",
     )
+    invalid_rows: Literal["error", "drop"] = Field(
+        "error",
+        description="for rows that cannot be used, such as a line that is not valid JSON or a row that lacks a field: "
+        "refuse the run, or drop them, within max_dropped",
+    )
     max_dropped: float = Field(
         0.1, ge=0, le=1, description="share of rows that may be dropped before the run is refused"
     )

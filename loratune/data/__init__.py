@@ -31,6 +31,7 @@ from loratune.data.report import Report, total
 from loratune.data.row_index import ProgressFactory as ProgressFactory
 from loratune.data.row_index import no_progress as no_progress
 from loratune.data.sources import reported
+from loratune.data.sources.rows import place_in_cache
 from loratune.data.splits import DatasetSplit as DatasetSplit
 from loratune.data.splits import RawDatasets as RawDatasets
 from loratune.data.splits import divide as divide
@@ -125,12 +126,13 @@ def prepare(
         watch: Shows progress.
 
     Raises:
-        DataError: The chat template refuses a row; a row is longer than `max_length` where `truncation` is error; an id
-            is not in the vocabulary; no row has a supervised token; more rows are dropped than `max_dropped` allows.
+        DataError: The chat template refuses a row, or an id is not in the vocabulary, unless `invalid_rows` drops such
+            rows; a row is longer than `max_length` where `truncation` is error; no row has a supervised token; more
+            rows are dropped than `max_dropped` allows.
         ModelError: As `Renderer.rows`.
         ResourceError: There is no room on the disk.
     """
-    settings = {"loss_on": section.loss_on, "max_length": section.max_length, "truncation": section.truncation}
+    settings = section.model_dump(include={"loss_on", "max_length", "truncation", "invalid_rows"})
     parts = json.dumps([_code_digest(), split.digest, renderer.digest, vocabulary_size, settings], sort_keys=True)
     key = hashlib.sha256(parts.encode()).hexdigest()
     tokenizer = _ExampleTokenizer(renderer, section, vocabulary_size)
@@ -141,6 +143,7 @@ def prepare(
                 writer.add(*tokenizer.tokenize(batch))
 
     rows = token_cache_dir.load_or_write(key, write)
+    rows.report = total([split.invalid or Report(), rows.report])
     rows.report.duplicates = find_duplicates(split)
     _check_report(rows.report, split, section)
     return TokenizedDataset(rows)
@@ -155,9 +158,9 @@ def prepare_unrelated_text(renderer: Renderer, vocabulary_size: int, longest: in
     source = Source(path=str(UNRELATED_TEXT))
     section = DataSection(train=source, max_length=longest, max_dropped=1.0)
     split = read_source(source, section)
-    lost = remark_on_lost_characters(split, renderer, section)
-    unknown = "the tokenizer does not know all letters of English" if lost else ""
-    return prepare(split, renderer, section, vocabulary_size), unknown
+    rows = prepare(split, renderer, section, vocabulary_size)
+    lost = remark_on_lost_characters(split, rows, renderer, section)
+    return rows, "the tokenizer does not know all letters of English" if lost else ""
 
 
 def mix_in(own: TokenizedDataset, earlier: TokenizedDataset, numbers: Sequence[int]) -> TokenizedDataset:
@@ -197,16 +200,23 @@ def open_tokenized(directory: Path) -> TokenizedDataset | None:
     return TokenizedDataset(rows) if rows is not None else None
 
 
-def remark_on_lost_characters(split: DatasetSplit, renderer: Renderer, section: DataSection) -> str | None:
+def first_examples(split: DatasetSplit, rows: TokenizedDataset) -> Iterator[Example]:
+    """The first hundred rows of a split, those without that are not trained on. rows: the rows of the split."""
+    places = {rows.rows.row(number).where for number in range(min(_DECODED_ROWS, len(rows.rows)))}
+    return (example for example in islice(split.examples(), _DECODED_ROWS) if place_in_cache(example.where) in places)
+
+
+def remark_on_lost_characters(
+    split: DatasetSplit, rows: TokenizedDataset, renderer: Renderer, section: DataSection
+) -> str | None:
     """Returns a line about what the tokenizer drops of the answers in the first rows, where it drops anything."""
     supervised: list[Single] = []
     characters = 0
-    for example in islice(split.examples(), _DECODED_ROWS):
+    for example in islice(first_examples(split, rows), _DECODED_ROWS):
         characters += _characters(example)
         if characters > _BATCH_ROWS * _DECODED_ROWS:
             break
-        if not _drop_reason(example, section.loss_on):
-            supervised += sides(example)
+        supervised += sides(example)
     return renderer.remark_on_lost_characters(supervised, section.loss_on) if supervised else None
 
 
@@ -229,7 +239,26 @@ class _ExampleTokenizer:
     vocabulary_size: int
 
     def tokenize(self, examples: Sequence[Example]) -> tuple[Report, list[TokenizedRow]]:
-        """Returns the rows that are trained on, and what became of all of them. Raises as `prepare` does."""
+        """Returns the rows that are trained on, and what became of all of them. Raises as `prepare` does.
+
+        Where invalid rows are dropped, examples among which there is one are divided until it stands alone.
+        """
+        try:
+            return self._tokenize(examples)
+        except DataError as error:
+            problem = error.problems[0]
+            if self.section.invalid_rows == "error" or problem.code == Code.DATA_ROW_TOO_LONG:
+                raise
+        if len(examples) == 1:
+            report = Report(rows=1)
+            report.drop_invalid(problem)
+            return report, []
+        middle = len(examples) // 2
+        (report, rows), (more, others) = self.tokenize(examples[:middle]), self.tokenize(examples[middle:])
+        report.extend(more)
+        return report, rows + others
+
+    def _tokenize(self, examples: Sequence[Example]) -> tuple[Report, list[TokenizedRow]]:
         report, kept = Report(rows=len(examples)), list[Example]()
         loss_on = self.section.loss_on
         for example in examples:

@@ -5,8 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from loratune.errors import Problem
+
 MAX_PLACES = 3
 """How many places of rows a message names."""
+_LISTED = 10
+"""How many invalid rows are listed with what is wrong with them."""
 _MOST = 0.5
 """A share of the tokens above which it is advised to keep more of them."""
 
@@ -18,16 +22,14 @@ class RowTally:
     count: int = 0
     first: list[str] = field(default_factory=list)
 
-    def add(self, where: str) -> None:
-        """Count one more row."""
-        self.count += 1
-        if len(self.first) < MAX_PLACES:
-            self.first.append(where)
+    def add(self, where: str, most: int = MAX_PLACES) -> None:
+        """Count one more row. most: how many are the first few."""
+        self.extend(RowTally(1, [where]), most)
 
-    def extend(self, other: "RowTally") -> None:
+    def extend(self, other: "RowTally", most: int = MAX_PLACES) -> None:
         """Count the rows of another one, which come later."""
         self.count += other.count
-        self.first += other.first[: MAX_PLACES - len(self.first)]
+        self.first += other.first[: max(0, most - len(self.first))]
 
     @property
     def places(self) -> str:
@@ -74,6 +76,7 @@ class Report:
         cut_answers: Answers that truncation removed from rows whose last answer is trained on.
         empty_answers: Answers without content, in rows whose other answers are trained on.
         dropped: Why rows are left out, and which.
+        invalid: Those of them that cannot be used, which are in `dropped` too; with each place, what is wrong.
         duplicates: Rows with the content of an earlier row; they are trained on all the same.
         lengths: For each length in tokens before truncation, how many rows have it.
     """
@@ -90,12 +93,19 @@ class Report:
     cut_answers: int = 0
     empty_answers: int = 0
     dropped: dict[str, RowTally] = field(default_factory=dict)
+    invalid: RowTally = field(default_factory=RowTally)
     duplicates: RowTally = field(default_factory=RowTally)
     lengths: Counter[int] = field(default_factory=Counter)
 
     def drop(self, reason: str, where: str) -> None:
         """Count a row that is left out."""
         self.dropped.setdefault(reason, RowTally()).add(where)
+
+    def drop_invalid(self, problem: Problem) -> None:
+        """Count a row that is left out because it cannot be used."""
+        meaning = problem.code.meaning.rstrip(".")
+        self.drop(f"{meaning[:1].lower()}{meaning[1:]} [{problem.code}]", problem.where)
+        self.invalid.add(f"{problem.where}: {problem.what}", _LISTED)
 
     def extend(self, other: Self) -> None:
         """Count the rows of another report, which come later."""
@@ -107,6 +117,7 @@ class Report:
         self.empty_answers += other.empty_answers
         self.lengths.update(other.lengths)
         self.duplicates.extend(other.duplicates)
+        self.invalid.extend(other.invalid, _LISTED)
         for reason, tally in other.dropped.items():
             self.dropped.setdefault(reason, RowTally()).extend(tally)
 
@@ -183,7 +194,9 @@ class Report:
             lines.append(f"{self.cut_answers:,} earlier answers are not supervised: max_length cuts them off")
         if self.empty_answers:
             lines.append(f"{self.empty_answers:,} answers are not supervised: they are empty")
-        return lines + self.reasons()
+        more = self.invalid.count - len(self.invalid.first)
+        listed = [f"dropped: {line}" for line in self.invalid.first]
+        return [*lines, *self.reasons(), *listed, *([f"dropped: {more:,} more invalid rows"] if more else [])]
 
     def counts(self) -> dict[str, int]:
         """The totals, for a record."""
@@ -218,7 +231,8 @@ class Report:
         """Plain values, which `from_json` reads back."""
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         dropped = {reason: vars(tally) for reason, tally in self.dropped.items()}
-        return numbers | {"dropped": dropped, "lengths": {str(key): count for key, count in self.lengths.items()}}
+        more = {"dropped": dropped, "invalid": vars(self.invalid)}
+        return numbers | more | {"lengths": {str(key): count for key, count in self.lengths.items()}}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -233,7 +247,8 @@ class Report:
             reason: RowTally(int(tally["count"]), list(tally["first"])) for reason, tally in values["dropped"].items()
         }
         lengths = Counter({int(length): int(count) for length, count in values["lengths"].items()})
-        return cls(**counts, dropped=dropped, lengths=lengths)
+        invalid = RowTally(int(values["invalid"]["count"]), list(values["invalid"]["first"]))
+        return cls(**counts, dropped=dropped, invalid=invalid, lengths=lengths)
 
 
 def total(reports: Iterable[Report]) -> Report:

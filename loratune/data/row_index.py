@@ -22,6 +22,7 @@ from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data.formats import Example, Parser, RowError, completion_key, content_key, group_key, prompt_key
 from loratune.data.formats.examples import quote
+from loratune.data.report import Report
 from loratune.data.sources import MAX_PROBLEMS, RowSource, line_of, no_rows_error, open_source, reported
 from loratune.data.sources.rows import Advance, Row, no_advance
 from loratune.errors import DataError, Problem, ResourceError
@@ -49,7 +50,8 @@ CONTENT_HASH = "blake2b-64 of content_key, 1"
 """What the hashes of the content are, for whoever keeps them: to be counted on whenever one comes out otherwise."""
 
 _PLAIN_COLUMNS, _ALL_COLUMNS = 3, 6
-_ROWS_PER_WRITE = 1 << 16
+_ROWS_AT_ONCE = 1 << 16
+"""How many rows of the index are written or read at once."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ class RowIndex:
         counts: Rows of each source.
         data: A file of int64, row by row; for the columns see `EXACT`.
         width: How many columns it has.
+        invalid: The rows that were dropped, as they cannot be used; None where such rows are an error.
     """
 
     files: tuple[IndexedFile, ...]
     counts: tuple[int, ...]
     data: IO[bytes]
     width: int
+    invalid: Report | None = None
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -120,9 +124,7 @@ class RowIndex:
                 skip -= remaining
                 advance(file.source.size)
                 continue
-            for number, row in enumerate(file.source.rows(advance)):
-                if isinstance(row, Problem):
-                    raise _changed_error(file)
+            for number, row in enumerate(self._rows(file, advance)):
                 if file_mask is not None and number < file.rows and not file_mask[number]:
                     continue
                 remaining -= 1
@@ -137,6 +139,25 @@ class RowIndex:
                     raise _changed_error(file) from None
             if remaining:
                 raise _changed_error(file)
+
+    def _rows(self, file: IndexedFile, advance: Advance) -> Iterator[Row]:
+        """The rows of a file without those that were dropped."""
+        lines = self.lines(file.start, file.start + file.rows)
+        line = next(lines, 0)
+        for row in file.source.rows(advance):
+            if self.invalid is None:
+                if isinstance(row, Problem):
+                    raise _changed_error(file)
+            elif isinstance(row, Problem) or int(line_of(row.where)) != line:
+                continue
+            else:
+                line = next(lines, 0)
+            yield row
+
+    def lines(self, start: int, stop: int) -> Iterator[int]:
+        """The lines of the rows from `start` up to `stop`."""
+        for first in range(start, stop, _ROWS_AT_ONCE):
+            yield from self.column(LINE, first, min(stop, first + _ROWS_AT_ONCE)).tolist()
 
 
 def _changed_error(file: IndexedFile) -> DataError:
@@ -157,22 +178,24 @@ def index_rows(
 
     Raises:
         DataError: As `open_source` and `Parser`; up to 10 rows that do not fit their format, and behind the tenth that
-            there may be more; a source without rows; or they are to be divided, and none has a value of the field that
-            they are grouped by.
+            there may be more, unless such rows are dropped; a source without rows; or they are to be divided, and none
+            has a value of the field that they are grouped by.
     """
     parts_by_source = [(source, open_source(source)) for source in sources]
     size = sum(part.size for _, parts in parts_by_source for part in parts)
     writer, files, counts = _IndexWriter(section, divided), [], []
+    invalid = Report() if section.invalid_rows == "drop" else None
     with progress("reading", size) as advance:
         for source, parts in parts_by_source:
             before = writer.rows
-            files += [file for part in parts if (file := _index_file(part, section, writer, advance)) is not None]
+            found = (_index_file(part, section, writer, invalid, advance) for part in parts)
+            files += [file for file in found if file is not None]
             if writer.rows == before:
-                raise no_rows_error(source)
+                raise no_rows_error(source, "; ".join(invalid.reasons()) if invalid else "")
             counts.append(writer.rows - before)
     if divided and section.group_by is not None and not writer.grouped:
         raise _no_groups_error(files, section.group_by)
-    return RowIndex(tuple(files), tuple(counts), writer.finish(), writer.width)
+    return RowIndex(tuple(files), tuple(counts), writer.finish(), writer.width, invalid)
 
 
 def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
@@ -186,24 +209,28 @@ def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
 
 
 def _index_file(
-    source: RowSource, section: DataSection, writer: "_IndexWriter", advance: Advance
+    source: RowSource, section: DataSection, writer: "_IndexWriter", invalid: Report | None, advance: Advance
 ) -> IndexedFile | None:
-    """Index one file; None if it has no rows."""
+    """Index one file; None if it has no rows. invalid: takes the rows that cannot be used; None: they are an error."""
     start, parser, prefix = writer.rows, None, ""
     problems: list[Problem] = []
     try:
         for row in source.rows(advance):
-            try:
-                if isinstance(row, Problem):
-                    problems.append(row)
-                else:
-                    if parser is None:
-                        parser, prefix = Parser(row, section), row.where[: -len(line_of(row.where))]
+            problem = row if isinstance(row, Problem) else None
+            if isinstance(row, Row):
+                if parser is None:
+                    parser, prefix = Parser(row, section), row.where[: -len(line_of(row.where))]
+                try:
                     writer.add(parser(row), row)
-            except RowError as error:
-                problems.append(error.at(row.where))
-            if len(problems) == MAX_PROBLEMS:
-                break
+                except RowError as error:
+                    problem = error.at(row.where)
+            if problem and invalid is not None:
+                invalid.rows += 1
+                invalid.drop_invalid(problem)
+            elif problem:
+                problems.append(problem)
+                if len(problems) == MAX_PROBLEMS:
+                    break
     except DataError as error:
         problems += error.problems
     if problems:
@@ -250,7 +277,7 @@ class _IndexWriter:
             ]
         self._buffer.extend(numbers)
         self.rows += 1
-        if len(self._buffer) >= self.width * _ROWS_PER_WRITE:
+        if len(self._buffer) >= self.width * _ROWS_AT_ONCE:
             self._write()
 
     def finish(self) -> IO[bytes]:

@@ -19,7 +19,7 @@ from loratune.data.formats import CHAT_FORMATS, COMPARED_FORMATS, JUDGED, PAIRS,
 from loratune.data.formats.examples import quote, sides
 from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.joints import Joints
-from loratune.data.report import MAX_PLACES, Leaks, RowTally
+from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally
 from loratune.data.row_index import EXACT, FOLDED, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
 from loratune.data.sources import left_out
 from loratune.data.sources.rows import Advance, Row, no_advance, place_in_cache, to_json_line
@@ -41,6 +41,7 @@ class DatasetSplit:
         mix: How many rows of each source there are, a line each, where sources are mixed by weight.
         held_out: How rows were held out, a line each, where that was not row by row.
         left_out: Files that are not read, a line for each source.
+        invalid: The rows that were dropped before, as they cannot be used.
     """
 
     name: str
@@ -50,6 +51,7 @@ class DatasetSplit:
     mix: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    invalid: Report | None = None
 
     def __len__(self) -> int:
         return len(self.index) if self.mask is None else int(np.count_nonzero(self.mask))
@@ -153,6 +155,9 @@ class DatasetSplit:
         digest = hashlib.sha256(json.dumps([files, self.section.columns], sort_keys=True).encode())
         if self.mask is not None:
             digest.update(np.packbits(self.mask).tobytes())
+        if self.index.invalid is not None:
+            for line in self.index.lines(0, len(self.index)):
+                digest.update(b"%d " % line)
         return digest.hexdigest()
 
 
@@ -250,9 +255,10 @@ def _read_split(
 ) -> DatasetSplit:
     index = index_rows(sources, section, progress, divided)
     others = tuple(filter(None, map(left_out, sources)))
+    split = DatasetSplit(name, index, None, section, left_out=others, invalid=index.invalid)
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
-        return DatasetSplit(name, index, None, section, left_out=others)
+        return split
     shares = mix_counts(index.counts, weights)
     mix = (
         f"{source.path}: {share:,} of {count:,} rows"
@@ -260,7 +266,7 @@ def _read_split(
     )
     random = np.random.default_rng(seed)
     masks = [random_mask(count, share, random) for count, share in zip(index.counts, shares, strict=True)]
-    return DatasetSplit(name, index, np.concatenate(masks), section, tuple(mix), left_out=others)
+    return replace(split, mask=np.concatenate(masks), mix=tuple(mix))
 
 
 # Mixing by weight, and replay

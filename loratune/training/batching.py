@@ -146,7 +146,7 @@ def _remarks_on_rendering(
     remarks = [
         renderer.remark_on_bos(rows.rows.row(0).ids),
         renderer.remark_on_ends() if split.chat else None,
-        data.remark_on_lost_characters(split, renderer, section),
+        data.remark_on_lost_characters(split, rows, renderer, section),
     ]
     return [remark for remark in remarks if remark]
 

@@ -25,7 +25,10 @@ _SHOWN = 20
 """Problems that are told at once."""
 _LOG_RATIO = 10.0
 """The ratio of the ends of a range from which on its logarithm is drawn from."""
-_OF_ROWS = ("data.max_length", "data.truncation", "data.packing", "data.loss_on", "data.max_dropped", "data.replay")
+_OF_ROWS = (
+    "data.max_length", "data.truncation", "data.packing", "data.loss_on", "data.invalid_rows", "data.max_dropped",
+    "data.replay",
+)  # fmt: skip
 _NOT_VARIED = {
     "lora.start_from": "each starting point is a study of its own",
     "training.report_to": "it changes no adapter",

@@ -106,9 +106,10 @@ def read_rows(source: Source, file: BinaryIO | None = None) -> list[Row]:
     raise no_rows_error(source)
 
 
-def no_rows_error(source: Source) -> DataError:
+def no_rows_error(source: Source, why: str = "") -> DataError:
     """The error for a source none of whose files has a row."""
     what = f"0 rows in {source.split}" if source.split else "0 rows"
+    what += f" ({why})" if why else ""
     return DataError(Problem(Code.DATA_NO_ROWS, what, source.path, fix="name a source that has rows"))
 
 
